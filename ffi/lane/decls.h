@@ -1,0 +1,154 @@
+/* The lane: what Python may call. Read by cffi and by our own C, so drift is a compile error.
+ *
+ * Conventions. A negative result is one of AT_E*; outputs go by pointer. "Lent until return" means that the memory is not
+ * touched after the call; "lent until the end" means until the operation's AT_EV_OP event. Calls marked [loop] belong to the
+ * thread that created the lane and answer AT_ETHREAD elsewhere; the others may be made from any thread. */
+
+enum at_status {
+    AT_OK = 0,
+    AT_DUE = 1,            /* done, and the loop has not had a turn for a while: yield soon */
+    AT_FIRST_COOKIE = 1024, /* results from here on are cookies of operations that go on */
+    AT_ESRC = -1,          /* outside the local region */
+    AT_EDST = -2,          /* outside the remote region */
+    AT_ECLOSED = -3,       /* the local region is closed or unknown */
+    AT_ESTALE = -4,        /* the remote region was revoked or is unknown */
+    AT_EPEER = -5,         /* the peer is lost or closed */
+    AT_EGRANT = -6,       /* the remote region does not grant this access */
+    AT_EBUSY = -7,         /* a bound of ours */
+    AT_EFORK = -8,         /* called in a forked child */
+    AT_ETHREAD = -9,       /* called from another thread */
+    AT_ENOMEM = -10,
+    AT_ESHUT = -11,        /* the lane is shut */
+    AT_ESIZE = -12,        /* page_bytes, strides or offsets make no sense */
+    AT_EINDEX_SRC = -13,   /* a page index outside the local region; see at_lane_detail */
+    AT_EINDEX_DST = -14,   /* a page index outside the remote region; see at_lane_detail */
+    AT_ECANCELED = -15,    /* withdrawn by at_cancel */
+    AT_ETIMEOUT = -16,     /* withdrawn by at_cancel for a deadline */
+    AT_EIO = -17,          /* the operating system refused; see at_lane_errno */
+    AT_EIMM = -18,         /* the immediate is out of range */
+    AT_EOVERFLOW = -19,    /* too many early values: this one was not kept */
+    AT_EUNKNOWN = -20,     /* no such peer, record or operation */
+    AT_ERAIL = -21,        /* the rail broke and was fenced */
+    AT_EAGAIN = -22,       /* a provider could not take more now (never leaves the lane) */
+    AT_EPROTO = -23        /* the peer broke the protocol of the shared memory */
+};
+
+enum at_event_kind {
+    AT_EV_OP = 1,      /* id: cookie, status: AT_OK or AT_E*, count: units landed */
+    AT_EV_COUNT = 2,   /* id: immediate record, count: arrivals not yet taken */
+    AT_EV_PEER = 3,    /* id: peer, status: why (AT_EPEER: its process is gone, AT_EPROTO) */
+    AT_EV_REGION = 4   /* id: region that was closed and is free now */
+};
+
+enum at_access { AT_ACCESS_WRITE = 1, AT_ACCESS_READ = 2 };
+
+enum at_bounds { AT_EVENTS = 256, AT_IMM_RESERVED = 0xF0000000 };
+
+typedef struct at_lane at_lane;
+
+/* Filled by at_poll; valid until the next at_poll. */
+typedef struct {
+    uint64_t id[256];
+    uint64_t count[256];
+    int32_t status[256];
+    int32_t kind[256];
+} at_events;
+
+typedef struct {
+    uint64_t inline_bytes;   /* larger operations go to the native thread */
+    uint64_t turn_ns;        /* inline work per loop turn before AT_DUE */
+    uint64_t max_ops;        /* queued operations per peer before AT_EBUSY */
+    uint64_t max_bytes;      /* queued bytes per peer before AT_EBUSY */
+    uint32_t early_values;   /* distinct unopened immediates kept per sender */
+    uint32_t flags;          /* AT_LANE_NO_THREAD */
+} at_lane_config;
+
+enum at_lane_flags { AT_LANE_NO_THREAD = 1 }; /* nothing runs behind the caller's back: tests on virtual time */
+
+typedef struct {
+    uint64_t ops_inline, ops_queued, ops_ended, bytes_written, units_written;
+    uint64_t arrivals, strays, early_values, overflowed;
+    uint64_t doorbells_rung, doorbells_heard, polls, pulses_answered;
+    uint64_t unknown_completions, thread_chunks, refused_posts;
+    uint64_t regions, remote_regions, peers, grants, pending_ops;
+} at_lane_stats;
+
+/* Copies config. Returns NULL with errno on failure. */
+at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config);
+/* Refuses new work, joins the native thread, frees everything. The caller has closed all peers. Twice: undefined. */
+void at_lane_free(at_lane *lane);
+/* From here on at_write and friends answer AT_ESHUT. */
+void at_lane_shut(at_lane *lane);
+/* Readable when at_poll has something to say; -1 where the platform has none. */
+int at_lane_fd(at_lane *lane);
+at_events *at_lane_events(at_lane *lane);
+/* The offending page index or offset of the last AT_EINDEX_*, and the errno of the last AT_EIO. */
+int64_t at_lane_detail(at_lane *lane);
+int at_lane_errno(at_lane *lane);
+void at_lane_stats_get(at_lane *lane, at_lane_stats *out);
+
+/* [loop] Up to AT_EVENTS events; more may be waiting when it returns AT_EVENTS. Starts a new loop turn. */
+int at_poll(at_lane *lane);
+/* [loop] A new loop turn began. */
+void at_turn(at_lane *lane);
+
+/* Local memory. base is lent until the AT_EV_REGION event (or until at_region_close returns 0). */
+int64_t at_region_add(at_lane *lane, void *base, uint64_t nbytes);
+int at_region_close(at_lane *lane, int64_t region); /* 0: free now; 1: an AT_EV_REGION event will come */
+
+/* Grants: one epoch word each. *epoch receives the value that makes a descriptor valid. */
+int64_t at_grant_new(at_lane *lane, uint64_t *epoch);
+/* Makes every descriptor of the grant stale, at once. Returns how many peers are inside a write under it now. */
+int at_grant_revoke(at_lane *lane, int64_t slot);
+/* The same count, asked again later; 0 is proof that nothing under the grant can land any more. */
+int at_grant_active(at_lane *lane, int64_t slot);
+int at_grant_free(at_lane *lane, int64_t slot); /* after the count was 0 */
+/* Whether (slot, epoch) is a live grant. */
+int at_grant_valid(at_lane *lane, int64_t slot, uint64_t epoch);
+
+/* Remote memory of one peer. base: where it is mapped here (NULL: foreign, at address va in the peer). nbytes and access
+ * bound every later use. */
+int64_t at_remote_add(at_lane *lane, int64_t peer, void *base, uint64_t va, uint64_t nbytes, int access, uint32_t slot,
+                      uint64_t epoch);
+/* 0 when freed, 1 when operations still use it (freed with the last one). */
+int at_remote_close(at_lane *lane, int64_t remote);
+
+/* [loop] Moving bytes. imm < 0: none. Results: AT_OK or AT_DUE (finished), a cookie >= AT_FIRST_COOKIE (source and remote lent
+ * until its AT_EV_OP), or AT_E* (nothing was posted). */
+int64_t at_write(at_lane *lane, int64_t remote, uint64_t dst_offset, int64_t region, uint64_t src_offset, uint64_t nbytes,
+                 int64_t imm);
+/* Index tables are lent until return (copied when the operation goes on). */
+int64_t at_write_pages(at_lane *lane, int64_t remote, int64_t region, const int64_t *src_pages, const int64_t *dst_pages,
+                       uint64_t n, uint64_t page_bytes, uint64_t src_stride, uint64_t dst_stride, uint64_t src_offset,
+                       uint64_t dst_offset, int64_t imm);
+int64_t at_signal(at_lane *lane, int64_t peer, int64_t imm);
+/* Withdraws what is unposted; the AT_EV_OP (with this status, unless it completed) comes when the source is free.
+ * Returns the units still posted, or AT_EUNKNOWN when the operation has ended. */
+int64_t at_cancel(at_lane *lane, int64_t cookie, int status);
+/* Bytes of a running operation that have landed; AT_EUNKNOWN when it has ended. */
+int64_t at_progress(at_lane *lane, int64_t cookie);
+
+/* Immediates. A record is the open counter of one value. */
+int64_t at_imm_open(at_lane *lane, uint32_t imm);   /* record, or AT_EOVERFLOW; an open value gives the same record */
+int at_imm_known(at_lane *lane, uint32_t imm);      /* was ever opened, closed or arrived */
+/* 1: n arrivals are taken; 2: the same, and the loop has not had a turn for a while; 0: not so many. With `arm` an AT_EV_COUNT
+ * will then come once, with n arrivals taken for whoever waits; a later call replaces the wish. */
+int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm);
+int at_imm_give(at_lane *lane, int64_t record, uint64_t n); /* taken, but nobody had them */
+int at_imm_disarm(at_lane *lane, int64_t record);           /* nobody waits; an event may already be under way */
+int at_imm_value(at_lane *lane, int64_t record, uint64_t *total, uint64_t *taken);
+int at_imm_close(at_lane *lane, int64_t record);
+
+/* Peers (made by a provider). */
+int at_peer_fail(at_lane *lane, int64_t peer, int status); /* its operations end with status, later ones are refused */
+int at_peer_free(at_lane *lane, int64_t peer);             /* fails it; memory goes when the last operation has */
+/* Break the connection on purpose and re-open it: nothing posted on it can touch memory afterwards. */
+int at_peer_fence(at_lane *lane, int64_t peer);
+/* Ask for a sign of life; answers come natively. */
+int at_peer_ping(at_lane *lane, int64_t peer);
+/* Last ping sent, last answered by its native thread, last seen by its loop. */
+int at_peer_pong(at_lane *lane, int64_t peer, uint64_t *sent, uint64_t *native, uint64_t *loop);
+int64_t at_peer_queued(at_lane *lane, int64_t peer);
+
+const char *at_version(void);
+const char *at_strerror(int status);

@@ -1,0 +1,264 @@
+/* The immediate table: how many writes with each 32-bit value have landed, whoever brought them and by whatever rail.
+ *
+ * A value is unknown, early (arrived before anybody opened it; kept, within a bound per sender), open (a counter exists),
+ * retired (its counter was closed: later arrivals are strays) or lost (it arrived early when its sender's bound was
+ * exhausted: opening it raises, because its count is not known). Retired and lost values cost eight bytes each.
+ *
+ * The table is open addressing with linear probing on a multiplicative hash; entries are never removed (values are at most
+ * 2^32, and a retired value must be remembered anyway). */
+#include "lane.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { FRESH = -100 };
+
+static uint32_t hash(uint32_t imm) { return (uint32_t)((imm * UINT64_C(0x9E3779B97F4A7C15)) >> 32); }
+
+static at_imm_entry *find(const at_lane *lane, uint32_t imm) {
+    if (lane->imm_table == NULL) return NULL;
+    uint32_t i = hash(imm) & lane->imm_mask;
+    while (lane->imm_table[i].value != AT_IMM_EMPTY && lane->imm_table[i].imm != imm) i = (i + 1) & lane->imm_mask;
+    return &lane->imm_table[i];
+}
+
+static int rehash(at_lane *lane, uint32_t size) {
+    at_imm_entry *old = lane->imm_table;
+    uint32_t old_size = old == NULL ? 0 : lane->imm_mask + 1;
+    at_imm_entry *table = malloc((size_t)size * sizeof *table);
+    if (table == NULL) return AT_ENOMEM;
+    for (uint32_t i = 0; i < size; i++) table[i] = (at_imm_entry){0, AT_IMM_EMPTY};
+    lane->imm_table = table;
+    lane->imm_mask = size - 1;
+    for (uint32_t i = 0; i < old_size; i++)
+        if (old[i].value != AT_IMM_EMPTY) *find(lane, old[i].imm) = old[i];
+    free(old);
+    return AT_OK;
+}
+
+/* The entry of imm, made when it is not there; NULL when memory is out. */
+static at_imm_entry *entry(at_lane *lane, uint32_t imm) {
+    if (lane->imm_table == NULL || (uint64_t)lane->imm_used * 2 > lane->imm_mask) {
+        uint32_t size = lane->imm_table == NULL ? 256 : (lane->imm_mask + 1) * 2;
+        if (rehash(lane, size) != AT_OK && (lane->imm_table == NULL || lane->imm_used >= lane->imm_mask)) return NULL;
+    }
+    at_imm_entry *e = find(lane, imm);
+    if (e->value == AT_IMM_EMPTY) {
+        lane->imm_used++;
+        *e = (at_imm_entry){imm, FRESH}; /* the caller says what it becomes */
+    }
+    return e;
+}
+
+static int32_t record_new(at_lane *lane, uint32_t imm, int state) {
+    uint32_t i = lane->imm_free;
+    while (i < lane->imm_count && lane->imm[i].state != AT_IMM_FREE) i++;
+    if (i == lane->imm_count) {
+        if (lane->imm_count == lane->imm_capacity) {
+            uint32_t next = lane->imm_capacity ? lane->imm_capacity * 2 : 64;
+            at_imm_record *more = realloc(lane->imm, next * sizeof *more);
+            if (more == NULL) return AT_IMM_EMPTY;
+            lane->imm = more;
+            lane->imm_capacity = next;
+        }
+        lane->imm_count++;
+    }
+    lane->imm_free = i + 1;
+    lane->imm[i] = (at_imm_record){.imm = imm, .state = state, .sender = -1};
+    return (int32_t)i;
+}
+
+static void early_leave(at_lane *lane, at_imm_record *record) {
+    at_peer *sender = at_peer_find(lane, record->sender);
+    if (sender != NULL && sender->early > 0) sender->early--;
+    lane->stats.early_values--;
+}
+
+static void armed(at_lane *lane, int change) {
+    lane->armed = (uint32_t)((int64_t)lane->armed + change);
+    atomic_store(&lane->control->armed, lane->armed != 0);
+}
+
+static void disarm(at_lane *lane, at_imm_record *r) {
+    r->want = 0;
+    if (r->armed) {
+        r->armed = 0;
+        armed(lane, -1);
+    }
+}
+
+void at_imm_arrive(at_peer *peer, uint32_t imm, uint64_t n) {
+    at_lane *lane = peer->lane;
+    lane->stats.arrivals += n;
+    at_imm_entry *e = lane->imm_blind ? find(lane, imm) : entry(lane, imm);
+    if (e == NULL || e->value == AT_IMM_EMPTY) { /* out of memory, or past every bound: not kept, and never silently */
+        lane->imm_blind = 1;
+        lane->stats.overflowed += n;
+        return;
+    }
+    if (e->value == FRESH) {
+        if (peer->early >= lane->config.early_values) {
+            lane->stats.overflowed += n;
+            e->value = AT_IMM_LOST;
+            /* Past a second bound not even the fact is kept for each: every unknown value is suspect from then on. */
+            if (++peer->overflowed > lane->config.early_values) lane->imm_blind = 1;
+            return;
+        }
+        int32_t index = record_new(lane, imm, AT_IMM_EARLY);
+        if (index < 0) {
+            e->value = AT_IMM_LOST;
+            lane->stats.overflowed += n;
+            return;
+        }
+        e->value = index;
+        lane->imm[index].sender = peer->id;
+        peer->early++;
+        lane->stats.early_values++;
+    }
+    if (e->value == AT_IMM_RETIRED) {
+        lane->stats.strays += n;
+        return;
+    }
+    if (e->value == AT_IMM_LOST) {
+        lane->stats.overflowed += n;
+        return;
+    }
+    at_imm_record *record = &lane->imm[e->value];
+    record->total += n;
+    if (record->want != 0 && record->total - record->taken >= record->want) {
+        uint64_t want = record->want;
+        record->taken += want;
+        record->want = 0; /* stays armed: whoever waited usually waits again, and one idle ring disarms it */
+        at_event_push(lane, AT_EV_COUNT, (uint64_t)e->value, AT_OK, want);
+    } else if (record->want == 0 && record->armed) {
+        disarm(lane, record);
+    }
+}
+
+static void drain_all(at_lane *lane) {
+    for (uint32_t i = 0; i < lane->peer_count; i++)
+        if (lane->peers[i] != NULL) lane->peers[i]->port->drain(lane->peers[i]);
+}
+
+static at_imm_record *record_of(at_lane *lane, int64_t record) {
+    if (record < 0 || record >= (int64_t)lane->imm_count) return NULL;
+    at_imm_record *r = &lane->imm[record];
+    return r->state == AT_IMM_OPEN ? r : NULL;
+}
+
+int64_t at_imm_open(at_lane *lane, uint32_t imm) {
+    int64_t result = AT_ENOMEM;
+    at_lock(lane);
+    drain_all(lane);
+    at_imm_entry *e = find(lane, imm);
+    int unknown = e == NULL || e->value == AT_IMM_EMPTY;
+    if ((unknown && lane->imm_blind) || (!unknown && e->value == AT_IMM_LOST)) {
+        result = AT_EOVERFLOW;
+    } else if ((e = entry(lane, imm)) != NULL) {
+        if (e->value < 0) {
+            int was_fresh = e->value == FRESH;
+            int32_t index = record_new(lane, imm, AT_IMM_OPEN);
+            if (index >= 0)
+                e->value = index;
+            else if (was_fresh)
+                e->value = AT_IMM_RETIRED;
+            result = index >= 0 ? index : AT_ENOMEM;
+        } else {
+            at_imm_record *record = &lane->imm[e->value];
+            if (record->state == AT_IMM_EARLY) {
+                early_leave(lane, record);
+                record->state = AT_IMM_OPEN;
+            }
+            result = e->value;
+        }
+    }
+    at_unlock(lane);
+    return result;
+}
+
+int at_imm_known(at_lane *lane, uint32_t imm) {
+    at_lock(lane);
+    drain_all(lane);
+    at_imm_entry *e = find(lane, imm);
+    int known = lane->imm_blind || (e != NULL && e->value != AT_IMM_EMPTY);
+    at_unlock(lane);
+    return known;
+}
+
+int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm) {
+    int result = AT_EUNKNOWN;
+    at_lock(lane);
+    at_imm_record *r = record_of(lane, record);
+    if (r != NULL) {
+        r->want = 0;
+        if (r->total - r->taken < n) {
+            if (arm && !r->armed) { /* before the last look: whoever counts later rings */
+                r->armed = 1;
+                armed(lane, 1);
+            }
+            drain_all(lane);
+            r = &lane->imm[record]; /* draining may have moved the records */
+        }
+        result = r->total - r->taken >= n;
+        if (result) {
+            r->taken += n;
+            at_count_turn(lane, 0);
+            result = lane->turn_due ? 2 : 1;
+        } else if (arm) {
+            r->want = n;
+        }
+    }
+    at_unlock(lane);
+    return result;
+}
+
+int at_imm_give(at_lane *lane, int64_t record, uint64_t n) {
+    at_lock(lane);
+    at_imm_record *r = record_of(lane, record);
+    if (r != NULL && r->taken >= n) r->taken -= n;
+    at_unlock(lane);
+    return r != NULL ? AT_OK : AT_EUNKNOWN;
+}
+
+int at_imm_disarm(at_lane *lane, int64_t record) {
+    at_lock(lane);
+    at_imm_record *r = record_of(lane, record);
+    if (r != NULL) disarm(lane, r);
+    at_unlock(lane);
+    return r != NULL ? AT_OK : AT_EUNKNOWN;
+}
+
+int at_imm_value(at_lane *lane, int64_t record, uint64_t *total, uint64_t *taken) {
+    at_lock(lane);
+    at_imm_record *r = record_of(lane, record);
+    if (r != NULL) {
+        drain_all(lane);
+        r = &lane->imm[record];
+        *total = r->total;
+        *taken = r->taken;
+    }
+    at_unlock(lane);
+    return r != NULL ? AT_OK : AT_EUNKNOWN;
+}
+
+int at_imm_close(at_lane *lane, int64_t record) {
+    at_lock(lane);
+    at_imm_record *r = record_of(lane, record);
+    if (r != NULL) {
+        drain_all(lane); /* what landed before the close is no stray */
+        r = &lane->imm[record];
+        disarm(lane, r);
+        find(lane, r->imm)->value = AT_IMM_RETIRED;
+        r->state = AT_IMM_FREE;
+        if ((uint32_t)record < lane->imm_free) lane->imm_free = (uint32_t)record;
+    }
+    at_unlock(lane);
+    return r != NULL ? AT_OK : AT_EUNKNOWN;
+}
+
+void at_imm_destroy(at_lane *lane) {
+    free(lane->imm);
+    free(lane->imm_table);
+    lane->imm = NULL;
+    lane->imm_table = NULL;
+}

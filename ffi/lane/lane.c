@@ -1,0 +1,533 @@
+/* The lane itself: birth and death, local regions, grants, remote regions and peers. */
+#ifdef __linux__
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <sys/mman.h>
+#endif
+#include "lane.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define CONTROL_MAGIC UINT64_C(0x4154434f4e54524c)
+
+/* A forked child inherits lanes whose threads are gone and whose shared words belong to the parent: every lane remembers
+ * the generation it was made in and refuses work in any other. */
+static uint32_t fork_generation;
+static void forked(void) { fork_generation++; }
+static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
+static void fork_hook(void) { (void)pthread_atfork(NULL, NULL, forked); }
+
+void at_lock(at_lane *lane) { (void)pthread_mutex_lock(&lane->lock); }
+void at_unlock(at_lane *lane) { (void)pthread_mutex_unlock(&lane->lock); }
+
+uint64_t at_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+int at_check_owner(const at_lane *lane) {
+    if (lane->fork_generation != fork_generation) return AT_EFORK;
+    if (!pthread_equal(lane->owner, pthread_self())) return AT_ETHREAD;
+    return lane->shut ? AT_ESHUT : AT_OK;
+}
+
+/* Others map this segment read-only (F_SEAL_FUTURE_WRITE keeps our own mapping writable). */
+static at_control *control_new(int *fd_out) {
+    *fd_out = -1;
+#ifdef __linux__
+    int fd = memfd_create("aiotransfer-control", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0) return NULL;
+    if (ftruncate(fd, (off_t)sizeof(at_control)) != 0) goto fail;
+    at_control *control = mmap(NULL, sizeof *control, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (control == MAP_FAILED) goto fail;
+    if (fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL) != 0) {
+        munmap(control, sizeof *control);
+        goto fail;
+    }
+    *fd_out = fd;
+    return control;
+fail:;
+    int saved = errno;
+    close(fd);
+    errno = saved;
+    return NULL;
+#else
+    at_control *control = aligned_alloc(64, sizeof *control);
+    if (control != NULL) memset(control, 0, sizeof *control);
+    return control;
+#endif
+}
+
+static void control_free(at_lane *lane) {
+    if (lane->control == NULL) return;
+#ifdef __linux__
+    munmap(lane->control, sizeof *lane->control);
+    if (lane->control_fd >= 0) close(lane->control_fd);
+#else
+    free(lane->control);
+#endif
+    lane->control = NULL;
+}
+
+static void lane_destroy(at_lane *lane) {
+    control_free(lane);
+    at_imm_destroy(lane);
+    for (uint32_t i = 0; i < lane->region_count; i++) free(lane->regions[i]);
+    for (uint32_t i = 0; i < lane->remote_count; i++) free(lane->remotes[i]);
+    for (uint32_t i = 0; i < lane->op_count; i++) {
+        if (lane->ops[i] != NULL) free(lane->ops[i]->table);
+        free(lane->ops[i]);
+    }
+    free(lane->regions);
+    free(lane->remotes);
+    free(lane->peers);
+    free(lane->ops);
+    free(lane->op_generation);
+    free(lane->op_free);
+    free(lane->grant_free);
+    free(lane->queue);
+    at_events_close(lane);
+    (void)pthread_mutex_destroy(&lane->lock);
+    free(lane);
+}
+
+at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config) {
+    (void)pthread_once(&fork_once, fork_hook);
+    at_lane *lane = calloc(1, sizeof *lane);
+    if (lane == NULL) return NULL;
+    (void)pthread_mutex_init(&lane->lock, NULL);
+    lane->owner = pthread_self();
+    lane->fork_generation = fork_generation;
+    lane->config = *config;
+    lane->incarnation = incarnation;
+    lane->epoll_fd = lane->wake_fd = lane->thread_epoll_fd = lane->thread_wake_fd = lane->pulse_fd = -1;
+    lane->turn_start = at_now();
+    lane->control = control_new(&lane->control_fd);
+    lane->grant_free = calloc(AT_GRANTS, sizeof *lane->grant_free);
+    if (lane->control == NULL || lane->grant_free == NULL || at_events_open(lane) != 0) {
+        int saved = errno ? errno : ENOMEM;
+        lane_destroy(lane);
+        errno = saved;
+        return NULL;
+    }
+    lane->control->magic = CONTROL_MAGIC;
+    lane->control->incarnation = incarnation;
+    return lane;
+}
+
+void at_lane_free(at_lane *lane) {
+    if (lane == NULL) return;
+    if (lane->fork_generation != fork_generation) return; /* the parent's threads and locks: leave them be */
+    at_lock(lane);
+    lane->shut = 1;
+    for (uint32_t i = 0; i < lane->peer_count; i++)
+        if (lane->peers[i] != NULL) at_peer_end(lane->peers[i], AT_ESHUT);
+    at_unlock(lane);
+    at_thread_stop(lane);
+    at_lock(lane);
+    for (uint32_t i = 0; i < lane->peer_count; i++) {
+        at_peer *peer = lane->peers[i];
+        if (peer == NULL) continue;
+        lane->peers[i] = NULL;
+        peer->port->destroy(peer);
+        free(peer);
+    }
+    at_unlock(lane);
+    lane_destroy(lane);
+}
+
+void at_lane_shut(at_lane *lane) {
+    at_lock(lane);
+    lane->shut = 1;
+    at_unlock(lane);
+}
+
+int64_t at_lane_detail(at_lane *lane) { return lane->detail; }
+int at_lane_errno(at_lane *lane) { return lane->oserror; }
+
+void at_lane_stats_get(at_lane *lane, at_lane_stats *out) {
+    at_lock(lane);
+    *out = lane->stats;
+    at_unlock(lane);
+}
+
+/* Room for one more pointer; existing ones never move, so that ids and pointers stay good. */
+static int grow(void ***items, uint32_t *capacity, uint32_t count) {
+    if (count < *capacity) return 0;
+    uint32_t next = *capacity ? *capacity * 2 : 16;
+    void **more = realloc(*items, next * sizeof *more);
+    if (more == NULL) return AT_ENOMEM;
+    memset(more + *capacity, 0, (next - *capacity) * sizeof *more);
+    *items = more;
+    *capacity = next;
+    return 0;
+}
+
+static int64_t make_id(uint32_t generation, uint32_t index) {
+    return (int64_t)(((uint64_t)(generation & 0x7fffffffu) << 32) | index);
+}
+
+/* ---- local regions ---- */
+
+int64_t at_region_add(at_lane *lane, void *base, uint64_t nbytes) {
+    int64_t id = AT_ENOMEM;
+    at_lock(lane);
+    uint32_t i = lane->region_hint; /* everything below is in use */
+    while (i < lane->region_count && (lane->regions[i]->generation & 1u)) i++;
+    if (i == lane->region_count) {
+        if (grow((void ***)&lane->regions, &lane->region_capacity, lane->region_count) != 0) goto out;
+        at_region *fresh = calloc(1, sizeof *fresh);
+        if (fresh == NULL) goto out;
+        lane->regions[lane->region_count++] = fresh;
+    }
+    at_region *region = lane->regions[i];
+    lane->region_hint = i + 1;
+    region->generation++;
+    region->base = base;
+    region->nbytes = nbytes;
+    region->users = 0;
+    region->open = 1;
+    lane->stats.regions++;
+    id = make_id(region->generation, i);
+out:
+    at_unlock(lane);
+    return id;
+}
+
+static void region_free(at_lane *lane, uint32_t index) {
+    lane->regions[index]->generation++;
+    lane->regions[index]->base = NULL;
+    if (index < lane->region_hint) lane->region_hint = index;
+    lane->stats.regions--;
+}
+
+static at_region *region_find(at_lane *lane, int64_t id) {
+    uint32_t index = (uint32_t)id;
+    if (id < 0 || index >= lane->region_count) return NULL;
+    at_region *region = lane->regions[index];
+    return (region->generation & 0x7fffffffu) == (uint32_t)(id >> 32) ? region : NULL;
+}
+
+int at_region_close(at_lane *lane, int64_t id) {
+    int result = AT_ECLOSED;
+    at_lock(lane);
+    at_region *region = region_find(lane, id);
+    if (region != NULL && region->open) {
+        region->open = 0;
+        result = region->users != 0;
+        if (result == 0) region_free(lane, (uint32_t)id);
+    }
+    at_unlock(lane);
+    return result;
+}
+
+void at_region_release(at_lane *lane, uint32_t index) {
+    at_region *region = lane->regions[index];
+    if (--region->users == 0 && !region->open) {
+        int64_t id = make_id(region->generation, index);
+        region_free(lane, index);
+        at_event_push(lane, AT_EV_REGION, (uint64_t)id, AT_OK, 0);
+    }
+}
+
+at_region *at_region_use(at_lane *lane, int64_t id) {
+    at_region *region = region_find(lane, id);
+    return region != NULL && region->open ? region : NULL;
+}
+
+/* ---- grants: the epoch words that writers compare before and after they set their active word ---- */
+
+int64_t at_grant_new(at_lane *lane, uint64_t *epoch) {
+    int64_t slot = AT_EBUSY;
+    at_lock(lane);
+    if (lane->grant_free_count > 0)
+        slot = lane->grant_free[--lane->grant_free_count];
+    else if (lane->grant_top < AT_GRANTS)
+        slot = lane->grant_top++;
+    if (slot >= 0) {
+        _Atomic uint64_t *word = &lane->control->epoch[slot];
+        /* odd: live; even: revoked. The value never repeats in a slot, so an old descriptor can never fit again. */
+        *epoch = atomic_load(word) + 1;
+        atomic_store(word, *epoch);
+        lane->stats.grants++;
+    }
+    at_unlock(lane);
+    return slot;
+}
+
+static int grant_active(at_lane *lane, int64_t slot) {
+    int count = 0;
+    for (uint32_t i = 0; i < lane->peer_count; i++) {
+        at_peer *peer = lane->peers[i];
+        if (peer != NULL && peer->port->active(peer, (uint32_t)slot)) count++;
+    }
+    return count;
+}
+
+static int grant_known(at_lane *lane, int64_t slot) { return slot >= 0 && slot < (int64_t)lane->grant_top; }
+
+int at_grant_revoke(at_lane *lane, int64_t slot) {
+    int count = AT_EUNKNOWN;
+    at_lock(lane);
+    if (grant_known(lane, slot)) {
+        _Atomic uint64_t *word = &lane->control->epoch[slot];
+        uint64_t value = atomic_load(word);
+        if (value & 1u) atomic_store(word, value + 1); /* sequentially consistent: before the look at the active words */
+        count = grant_active(lane, slot);
+    }
+    at_unlock(lane);
+    return count;
+}
+
+int at_grant_active(at_lane *lane, int64_t slot) {
+    at_lock(lane);
+    int count = grant_known(lane, slot) ? grant_active(lane, slot) : AT_EUNKNOWN;
+    at_unlock(lane);
+    return count;
+}
+
+int at_grant_free(at_lane *lane, int64_t slot) {
+    int result = AT_EUNKNOWN;
+    at_lock(lane);
+    if (grant_known(lane, slot) && (atomic_load(&lane->control->epoch[slot]) & 1u) == 0) {
+        result = grant_active(lane, slot) ? AT_EBUSY : AT_OK;
+        if (result == AT_OK) {
+            lane->grant_free[lane->grant_free_count++] = (uint32_t)slot;
+            lane->stats.grants--;
+        }
+    }
+    at_unlock(lane);
+    return result;
+}
+
+int at_grant_valid(at_lane *lane, int64_t slot, uint64_t epoch) {
+    return grant_known(lane, slot) && (epoch & 1u) && atomic_load(&lane->control->epoch[slot]) == epoch;
+}
+
+/* ---- remote regions ---- */
+
+int64_t at_remote_add(at_lane *lane, int64_t peer_id, void *base, uint64_t va, uint64_t nbytes, int access, uint32_t slot,
+                      uint64_t epoch) {
+    int64_t id = AT_ENOMEM;
+    at_lock(lane);
+    at_peer *peer = at_peer_find(lane, peer_id);
+    if (peer == NULL || peer->status != AT_OK || slot >= AT_GRANTS) {
+        id = peer == NULL || peer->status != AT_OK ? AT_EPEER : AT_ESTALE;
+        goto out;
+    }
+    uint32_t i = lane->remote_hint;
+    while (i < lane->remote_count && (lane->remotes[i]->generation & 1u)) i++;
+    if (i == lane->remote_count) {
+        if (grow((void ***)&lane->remotes, &lane->remote_capacity, lane->remote_count) != 0) goto out;
+        at_remote *fresh = calloc(1, sizeof *fresh);
+        if (fresh == NULL) goto out;
+        lane->remotes[lane->remote_count++] = fresh;
+    }
+    at_remote *remote = lane->remotes[i];
+    lane->remote_hint = i + 1;
+    uint32_t generation = remote->generation + 1;
+    *remote = (at_remote){.peer = peer,
+                          .base = base,
+                          .va = va,
+                          .nbytes = nbytes,
+                          .word = &peer->control->epoch[slot],
+                          .epoch = epoch,
+                          .slot = slot,
+                          .generation = generation,
+                          .access = access,
+                          .open = 1};
+    peer->users++;
+    lane->stats.remote_regions++;
+    id = make_id(generation, i);
+out:
+    at_unlock(lane);
+    return id;
+}
+
+at_remote *at_remote_use(at_lane *lane, int64_t id) {
+    uint32_t index = (uint32_t)id;
+    if (id < 0 || index >= lane->remote_count) return NULL;
+    at_remote *remote = lane->remotes[index];
+    return (remote->generation & 0x7fffffffu) == (uint32_t)(id >> 32) && remote->open ? remote : NULL;
+}
+
+static void remote_free(at_lane *lane, uint32_t index) {
+    at_remote *remote = lane->remotes[index];
+    at_peer *peer = remote->peer;
+    remote->generation++;
+    remote->peer = NULL;
+    remote->base = NULL;
+    if (index < lane->remote_hint) lane->remote_hint = index;
+    lane->stats.remote_regions--;
+    at_peer_release(peer);
+}
+
+void at_remote_release(at_lane *lane, uint32_t index) {
+    at_remote *remote = lane->remotes[index];
+    if (--remote->users == 0 && !remote->open) remote_free(lane, index);
+}
+
+int at_remote_close(at_lane *lane, int64_t id) {
+    int result = AT_ESTALE;
+    at_lock(lane);
+    at_remote *remote = at_remote_use(lane, id);
+    if (remote != NULL) {
+        remote->open = 0;
+        result = remote->users != 0;
+        if (result == 0) remote_free(lane, (uint32_t)id);
+    }
+    at_unlock(lane);
+    return result;
+}
+
+/* ---- peers ---- */
+
+at_peer *at_peer_add(at_lane *lane, const at_port *port, void *impl, const at_control *control) {
+    uint32_t index = 0;
+    while (index < lane->peer_count && lane->peers[index] != NULL) index++;
+    if (grow((void ***)&lane->peers, &lane->peer_capacity, index) != 0) return NULL;
+    at_peer *peer = calloc(1, sizeof *peer);
+    if (peer == NULL) return NULL;
+    peer->lane = lane;
+    peer->port = port;
+    peer->impl = impl;
+    peer->index = index;
+    peer->id = make_id(++lane->peer_serial, index); /* slots are reused, ids are not */
+    peer->users = 1;
+    peer->control = control;
+    lane->peers[index] = peer;
+    if (index == lane->peer_count) lane->peer_count++;
+    lane->stats.peers++;
+    return peer;
+}
+
+at_peer *at_peer_find(at_lane *lane, int64_t id) {
+    uint32_t index = (uint32_t)id;
+    if (id < 0 || index >= lane->peer_count) return NULL;
+    at_peer *peer = lane->peers[index];
+    return peer != NULL && peer->id == id && !peer->freed ? peer : NULL;
+}
+
+void at_peer_release(at_peer *peer) {
+    at_lane *lane = peer->lane;
+    if (--peer->users != 0) return;
+    lane->peers[peer->index] = NULL;
+    lane->stats.peers--;
+    peer->port->destroy(peer);
+    free(peer);
+}
+
+int at_peer_fail(at_lane *lane, int64_t id, int status) {
+    int result = AT_EUNKNOWN;
+    at_lock(lane);
+    at_peer *peer = at_peer_find(lane, id);
+    if (peer != NULL) {
+        at_peer_end(peer, status);
+        result = AT_OK;
+    }
+    at_unlock(lane);
+    return result;
+}
+
+int at_peer_free(at_lane *lane, int64_t id) {
+    int result = AT_EUNKNOWN;
+    at_lock(lane);
+    at_peer *peer = at_peer_find(lane, id);
+    if (peer != NULL) {
+        at_peer_end(peer, AT_EPEER);
+        peer->port->drain(peer); /* what it had counted before it went is still ours */
+        peer->freed = 1;
+        at_peer_release(peer);
+        result = AT_OK;
+    }
+    at_unlock(lane);
+    return result;
+}
+
+int at_peer_fence(at_lane *lane, int64_t id) {
+    int result = AT_EUNKNOWN;
+    at_lock(lane);
+    at_peer *peer = at_peer_find(lane, id);
+    if (peer != NULL) {
+        if (peer->port->fence != NULL) peer->port->fence(peer);
+        at_refill(peer);
+        result = AT_OK;
+    }
+    at_unlock(lane);
+    return result;
+}
+
+int at_peer_ping(at_lane *lane, int64_t id) {
+    int result = AT_EUNKNOWN;
+    at_lock(lane);
+    at_peer *peer = at_peer_find(lane, id);
+    if (peer != NULL) {
+        peer->port->ping(peer, ++peer->ping);
+        result = AT_OK;
+    }
+    at_unlock(lane);
+    return result;
+}
+
+int at_peer_pong(at_lane *lane, int64_t id, uint64_t *sent, uint64_t *native, uint64_t *loop) {
+    int result = AT_EUNKNOWN;
+    at_lock(lane);
+    at_peer *peer = at_peer_find(lane, id);
+    if (peer != NULL) {
+        *sent = peer->ping;
+        peer->port->pong(peer, native, loop);
+        result = AT_OK;
+    }
+    at_unlock(lane);
+    return result;
+}
+
+int64_t at_peer_queued(at_lane *lane, int64_t id) {
+    at_lock(lane);
+    at_peer *peer = at_peer_find(lane, id);
+    int64_t count = peer != NULL ? (int64_t)peer->queued_ops : AT_EUNKNOWN;
+    at_unlock(lane);
+    return count;
+}
+
+const char *at_version(void) {
+#ifdef AT_VERSION
+    return AT_VERSION;
+#else
+    return "unversioned";
+#endif
+}
+
+const char *at_strerror(int status) {
+    switch (status) {
+    case AT_OK: return "ok";
+    case AT_ESRC: return "outside the local region";
+    case AT_EDST: return "outside the remote region";
+    case AT_ECLOSED: return "local region closed";
+    case AT_ESTALE: return "remote region revoked or of an older incarnation";
+    case AT_EPEER: return "peer lost or closed";
+    case AT_EGRANT: return "access not granted";
+    case AT_EBUSY: return "too much queued";
+    case AT_EFORK: return "forked child";
+    case AT_ETHREAD: return "another thread";
+    case AT_ENOMEM: return "out of memory";
+    case AT_ESHUT: return "closed";
+    case AT_ESIZE: return "sizes make no sense";
+    case AT_EINDEX_SRC: return "source page outside the local region";
+    case AT_EINDEX_DST: return "destination page outside the remote region";
+    case AT_ECANCELED: return "cancelled";
+    case AT_ETIMEOUT: return "deadline passed";
+    case AT_EIO: return "refused by the operating system";
+    case AT_EIMM: return "immediate out of range";
+    case AT_EOVERFLOW: return "too many early values";
+    case AT_EUNKNOWN: return "unknown";
+    case AT_ERAIL: return "rail broken";
+    case AT_EPROTO: return "peer broke the protocol";
+    default: return "unknown status";
+    }
+}

@@ -1,0 +1,260 @@
+/* The lane: the hot loop that all providers share.
+ *
+ * One lane belongs to one engine. It owns local regions, grants (epoch words), remote regions, peers, operations in
+ * flight, the immediate table and the queue of events; a provider owns none of these: it moves bytes when told.
+ *
+ * Two kinds of provider live behind struct at_port:
+ *   - synchronous (window == 0): move() copies bytes itself. Small operations run inside the submitting call; large ones
+ *     are queued and the native thread moves them chunk by chunk.
+ *   - asynchronous (window > 0): post() hands single work requests to a queue; completions come back later through
+ *     at_op_complete(). The lane keeps at most `window` work requests per peer posted and refills on each completion.
+ *
+ * Locking. lane->lock guards everything in here. move() runs without it (the operation is marked running and is not freed
+ * meanwhile); every other port function runs with it unless its line says otherwise. A port that reaches into another
+ * lane (the simulator) must drop this lock first: never two lane locks at once.
+ *
+ * Life of an operation: waiting -> (running | posted) -> ended; it ends exactly once, after its last work request has
+ * retired, and only then does its event appear: an await that ends means that the source is free. */
+#ifndef AT_LANE_H
+#define AT_LANE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "native.h"
+
+#define AT_CHUNK ((uint64_t)256 << 10) /* bytes moved between two looks at epoch, cancellation and peer */
+#define AT_GRANTS 65536u               /* epoch words per lane */
+
+typedef struct at_peer at_peer;
+typedef struct at_op at_op;
+
+/* First page(s) of every engine: read by its peers, written by the engine alone. On Linux a memfd that others can only map
+ * read-only; elsewhere plain memory. */
+typedef struct {
+    uint64_t magic;
+    uint64_t incarnation;
+    uint8_t cookie[16];
+    _Alignas(64) _Atomic uint32_t armed;    /* somebody waits for a count: ring the doorbell */
+    _Alignas(64) _Atomic uint64_t epoch[AT_GRANTS];
+} at_control;
+
+typedef struct {
+    uint8_t *base;
+    uint64_t nbytes;
+    uint32_t generation; /* odd: in use */
+    uint32_t users;      /* operations that read or write it */
+    int open;
+} at_region;
+
+typedef struct {
+    at_peer *peer;
+    uint8_t *base;                   /* mapping, or NULL for foreign memory */
+    uint64_t va;                     /* address in the peer */
+    uint64_t nbytes;
+    const _Atomic uint64_t *word;    /* the grant's epoch word in the peer's control segment */
+    uint64_t epoch;                  /* the value that makes it valid */
+    uint32_t slot;
+    uint32_t generation;             /* odd: in use */
+    uint32_t users;
+    int access;
+    int open;
+} at_remote;
+
+enum at_op_kind { AT_OP_WRITE, AT_OP_PAGES, AT_OP_SIGNAL };
+
+struct at_op {
+    at_op *next;
+    at_peer *peer;
+    at_remote *remote;      /* NULL for a signal */
+    at_region *region;      /* NULL for a signal */
+    uint32_t remote_index, region_index;
+    int64_t cookie;
+    int64_t imm;            /* -1: none */
+    const uint8_t *src;     /* region base + offset */
+    uint64_t dst_offset;    /* in the remote region */
+    uint64_t nbytes;        /* of the write, or of one page */
+    uint64_t src_stride, dst_stride;
+    const int64_t *src_pages, *dst_pages; /* lent (inline) or owned (table != NULL) */
+    int64_t *table;
+    uint64_t units;         /* 1, or the number of pages */
+    uint64_t cursor;        /* first unit that is not posted; for one large write, bytes moved */
+    uint64_t landed;        /* units that have landed */
+    uint64_t counted;       /* units whose immediate was published (synchronous providers) */
+    uint32_t posted;        /* work requests at the provider */
+    int kind;
+    int status;
+    int running;            /* the native thread moves it now */
+    int queued;             /* linked in peer->head..tail */
+    _Atomic int withdrawn;
+};
+
+/* The port: what a provider must do. */
+typedef struct at_port {
+    const char *name;
+    uint32_t window; /* most work requests posted per peer; 0: synchronous */
+
+    /* Synchronous. Move up to `budget` bytes from op->cursor on, re-reading the epoch around every chunk; advances cursor and
+     * landed. AT_OK: budget used or all moved; AT_ESTALE, AT_EIO (errno in *oserror), AT_EPEER: the operation fails.
+     * NO LOCK: `lane_slot` 0 is the caller's, 1 the native thread's active word. */
+    int (*move)(at_peer *peer, at_op *op, uint64_t budget, int lane_slot, int *oserror);
+    /* Synchronous. Publish n arrivals of imm. AT_EAGAIN: try again later. */
+    int (*count)(at_peer *peer, uint32_t imm, uint64_t n);
+
+    /* Asynchronous. Post one work request: unit `unit` of op (bytes [0, n) of it), with its immediate. AT_EAGAIN: refused now. */
+    int (*post)(at_peer *peer, at_op *op, uint64_t unit);
+    /* Retire what has completed and deliver what has arrived. NO LOCK (takes what it needs). */
+    void (*progress)(at_lane *lane);
+
+    void (*drain)(at_peer *peer);                    /* hand arrivals to at_imm_arrive */
+    int (*active)(at_peer *peer, uint32_t slot);     /* is that peer inside a write under this grant of ours? */
+    void (*fence)(at_peer *peer);                    /* break: afterwards nothing posted touches memory; retire it all */
+    void (*ping)(at_peer *peer, uint64_t seq);
+    void (*pong)(at_peer *peer, uint64_t *native, uint64_t *loop);
+    void (*answer)(at_peer *peer, int from_loop);    /* answer its pings */
+    void (*destroy)(at_peer *peer);                  /* free peer->impl; nothing uses it any more */
+} at_port;
+
+struct at_peer {
+    at_lane *lane;
+    const at_port *port;
+    void *impl;
+    int64_t id;
+    uint32_t index;
+    int status;                 /* AT_OK, or why it takes nothing more */
+    int freed;
+    int dead;                   /* its process is gone: nothing of it can land any more */
+    uint32_t users;             /* operations and remote regions */
+    uint32_t posted;            /* work requests at the provider */
+    uint64_t queued_ops, queued_bytes;
+    at_op *head, *tail;         /* waiting operations, oldest first */
+    uint32_t early;             /* distinct unopened values from this sender */
+    uint32_t overflowed;
+    uint64_t ping;
+    const at_control *control;  /* the peer's control segment, as mapped here */
+};
+
+typedef struct {
+    uint32_t imm;
+    int state;          /* AT_IMM_* */
+    uint64_t total, taken, want; /* want 0: nobody waits */
+    int64_t sender;     /* the peer that brought it first, for the bound */
+    int armed;          /* counted in lane->armed */
+} at_imm_record;
+
+enum { AT_IMM_FREE, AT_IMM_OPEN, AT_IMM_EARLY };
+
+typedef struct {
+    uint32_t imm;
+    int32_t value; /* record index, or AT_IMM_RETIRED / AT_IMM_LOST */
+} at_imm_entry;
+
+enum { AT_IMM_EMPTY = -1, AT_IMM_RETIRED = -2, AT_IMM_LOST = -3 };
+
+typedef struct {
+    uint64_t id, count;
+    int32_t status, kind;
+} at_event;
+
+struct at_lane {
+    pthread_mutex_t lock;
+    pthread_t owner;
+    uint32_t fork_generation;
+    int shut;
+    at_lane_config config;
+    uint64_t incarnation;
+
+    at_control *control;
+    int control_fd; /* memfd, or -1 */
+    uint32_t *grant_free;
+    uint32_t grant_free_count, grant_top;
+
+    at_region **regions;
+    uint32_t region_count, region_capacity, region_hint;
+    at_remote **remotes;
+    uint32_t remote_count, remote_capacity, remote_hint;
+    at_peer **peers;
+    uint32_t peer_count, peer_capacity, peer_serial;
+    at_op **ops;
+    uint32_t *op_generation;
+    uint32_t op_count, op_capacity;
+    uint32_t *op_free;
+    uint32_t op_free_count;
+
+    at_imm_record *imm;
+    uint32_t imm_count, imm_capacity, imm_free;
+    at_imm_entry *imm_table;
+    uint32_t imm_used, imm_mask;
+    uint32_t armed;
+    int imm_blind;
+
+    at_event *queue;
+    uint32_t queue_head, queue_count, queue_capacity;
+    int signalled;
+    at_events out;
+
+    int epoll_fd, wake_fd; /* the loop's side */
+
+    pthread_t thread;
+    int thread_started, thread_stop;
+    int thread_epoll_fd, thread_wake_fd, pulse_fd;
+    uint32_t thread_turn;
+    int thread_work;
+    int pulse_heard; /* the thread answered a ping: the loop shall answer too */
+
+    uint64_t turn_start, turn_bytes;
+    uint32_t turn_ops;
+    int turn_due;
+
+    int64_t detail;
+    int oserror;
+    at_lane_stats stats;
+};
+
+/* lane.c */
+void at_lock(at_lane *lane);
+void at_unlock(at_lane *lane);
+uint64_t at_now(void); /* CLOCK_MONOTONIC, ns */
+int at_check_owner(const at_lane *lane);
+/* With the lock: a new peer; takes no ownership of impl until it succeeds. */
+at_peer *at_peer_add(at_lane *lane, const at_port *port, void *impl, const at_control *control);
+at_peer *at_peer_find(at_lane *lane, int64_t id); /* NULL when unknown or freed */
+void at_peer_release(at_peer *peer);              /* drop one use; destroys a freed peer with the last */
+void at_peer_end(at_peer *peer, int status);      /* with the lock: what at_peer_fail does */
+
+at_region *at_region_use(at_lane *lane, int64_t id); /* NULL when closed or unknown */
+void at_region_release(at_lane *lane, uint32_t index);
+at_remote *at_remote_use(at_lane *lane, int64_t id);
+void at_remote_release(at_lane *lane, uint32_t index);
+
+/* ops.c, with the lock */
+void at_op_complete(at_op *op, uint64_t units, int status); /* one posted work request retired; units 1 when it landed */
+void at_refill(at_peer *peer);                               /* post what the window allows */
+void at_move_queued(at_lane *lane);                          /* native thread: one round over the peers */
+
+void at_count_turn(at_lane *lane, uint64_t nbytes);          /* inline work was done: is a loop turn due? */
+
+/* imm.c, with the lock */
+void at_imm_arrive(at_peer *peer, uint32_t imm, uint64_t n);
+void at_imm_destroy(at_lane *lane);
+
+/* events.c */
+int at_events_open(at_lane *lane);
+void at_events_close(at_lane *lane);
+/* with the lock */
+void at_event_push(at_lane *lane, int kind, uint64_t id, int status, uint64_t count);
+void at_event_signal(at_lane *lane);
+int at_watch_fd(at_lane *lane, int fd, uint64_t tag, int edge); /* Linux: add to the lane's private epoll */
+void at_unwatch_fd(at_lane *lane, int fd);
+
+enum { AT_TAG_WAKE = 1, AT_TAG_DOORBELL = 2, AT_TAG_DEATH = 3 };
+#define AT_TAG(kind, index) (((uint64_t)(kind) << 32) | (uint64_t)(index))
+
+/* thread.c */
+int at_thread_start(at_lane *lane); /* with the lock; idempotent */
+void at_thread_kick(at_lane *lane); /* with the lock: there is queued work */
+void at_thread_stop(at_lane *lane); /* without the lock */
+
+#endif

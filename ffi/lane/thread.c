@@ -1,0 +1,124 @@
+/* The native thread of a lane: large copies in chunks, and signs of life, while the loop does something else.
+ *
+ * It holds no Python object and never needs the interpreter's lock. It sleeps in its own epoll on two eventfds: one that
+ * this lane writes when it queues work, one that peers write to ask whether we are alive. Doorbells of ordinary arrivals are
+ * not among them: those belong to the loop, and the thread must not wake for each. It starts with the first peer or the first
+ * large copy; an engine that never needs it has none. */
+#ifdef __linux__
+#define _GNU_SOURCE
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#endif
+#include "lane.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifdef __linux__
+static int queued_work(const at_lane *lane) {
+    for (uint32_t i = 0; i < lane->peer_count; i++) {
+        const at_peer *peer = lane->peers[i];
+        if (peer != NULL && peer->port->window == 0 && peer->head != NULL) return 1;
+    }
+    return 0;
+}
+
+static void answer_pings(at_lane *lane) {
+    lane->stats.pulses_answered++;
+    for (uint32_t i = 0; i < lane->peer_count; i++)
+        if (lane->peers[i] != NULL) lane->peers[i]->port->answer(lane->peers[i], 0);
+    lane->pulse_heard = 1;
+    at_event_signal(lane);
+}
+
+static void *thread_main(void *argument) {
+    at_lane *lane = argument;
+    struct epoll_event ready[4];
+    at_lock(lane);
+    while (!lane->thread_stop) {
+        at_unlock(lane);
+        int n = epoll_wait(lane->thread_epoll_fd, ready, 4, -1);
+        at_lock(lane);
+        for (int i = 0; i < n; i++)
+            if (ready[i].data.fd == lane->pulse_fd) answer_pings(lane);
+        lane->thread_work = 0;
+        while (!lane->thread_stop && queued_work(lane)) {
+            uint64_t before = lane->stats.thread_chunks;
+            at_move_queued(lane);
+            if (epoll_wait(lane->thread_epoll_fd, ready, 4, 0) > 0) answer_pings(lane); /* long queues: stay alive */
+            if (lane->stats.thread_chunks == before) { /* only counts that a full table refused: wait for the other side */
+                at_unlock(lane);
+                struct timespec pause = {0, 1000000};
+                (void)nanosleep(&pause, NULL);
+                at_lock(lane);
+            }
+        }
+    }
+    at_unlock(lane);
+    return NULL;
+}
+
+static int watch(at_lane *lane, int fd) {
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.fd = fd};
+    return epoll_ctl(lane->thread_epoll_fd, EPOLL_CTL_ADD, fd, &event);
+}
+#endif
+
+int at_thread_start(at_lane *lane) {
+    if (lane->thread_started || (lane->config.flags & AT_LANE_NO_THREAD)) return AT_OK;
+#ifdef __linux__
+    if (lane->thread_epoll_fd < 0) {
+        lane->thread_epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+        lane->thread_wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+        lane->pulse_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+        if (lane->thread_epoll_fd < 0 || lane->thread_wake_fd < 0 || lane->pulse_fd < 0 ||
+            watch(lane, lane->thread_wake_fd) != 0 || watch(lane, lane->pulse_fd) != 0) {
+            lane->oserror = errno;
+            return AT_EIO;
+        }
+    }
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals belong to Python's main thread */
+    int rc = pthread_create(&lane->thread, NULL, thread_main, lane);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (rc != 0) {
+        lane->oserror = rc;
+        return AT_EIO;
+    }
+    (void)pthread_setname_np(lane->thread, "aiotransfer");
+    lane->thread_started = 1;
+#endif
+    return AT_OK;
+}
+
+void at_thread_kick(at_lane *lane) {
+    if (at_thread_start(lane) != AT_OK || !lane->thread_started || lane->thread_work) return;
+    lane->thread_work = 1;
+#ifdef __linux__
+    uint64_t one = 1;
+    ssize_t written = write(lane->thread_wake_fd, &one, sizeof one);
+    (void)written;
+#endif
+}
+
+void at_thread_stop(at_lane *lane) {
+#ifdef __linux__
+    if (lane->thread_started) {
+        at_lock(lane);
+        lane->thread_stop = 1;
+        uint64_t one = 1;
+        ssize_t written = write(lane->thread_wake_fd, &one, sizeof one);
+        (void)written;
+        at_unlock(lane);
+        (void)pthread_join(lane->thread, NULL);
+        lane->thread_started = 0;
+    }
+#endif
+    if (lane->thread_epoll_fd >= 0) close(lane->thread_epoll_fd);
+    if (lane->thread_wake_fd >= 0) close(lane->thread_wake_fd);
+    if (lane->pulse_fd >= 0) close(lane->pulse_fd);
+    lane->thread_epoll_fd = lane->thread_wake_fd = lane->pulse_fd = -1;
+}

@@ -1,0 +1,17 @@
+/* What the cffi wrapper sees: every declaration file, in the order in which cffi reads them. */
+#ifndef AT_NATIVE_H
+#define AT_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "lane/decls.h"
+#include "sim/decls.h"
+#ifdef __linux__
+#include "shm/decls.h"
+#endif
+#if __has_include("bench/decls.h")
+#include "bench/decls.h"
+#endif
+
+#endif

@@ -1,0 +1,114 @@
+/* Shared segments and foreign memory.
+ *
+ * A segment is sealed against shrinking, growing and unsealing before anybody else sees it, and fully allocated, so that no
+ * access to it can raise SIGBUS; the mapper verifies both. Foreign memory (buffers we did not allocate) is reached through
+ * the kernel: process_vm_writev copies once, /proc/PID/mem through a bounce page but survives yama when it was opened with
+ * the peer's blessing. process_vm takes a pid, which may be reused: the pidfd is asked before each batch. */
+#define _GNU_SOURCE
+#include "shm.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+#define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+
+static uint64_t whole_pages(uint64_t nbytes) {
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    return nbytes == 0 ? page : (nbytes + page - 1) / page * page;
+}
+
+int at_segment_new(uint64_t nbytes, void **base, int *fd_out) {
+    if (nbytes > (uint64_t)INT64_MAX / 2) return -ENOMEM;
+    uint64_t size = whole_pages(nbytes);
+    int fd = memfd_create("aiotransfer", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0) return -errno;
+    int rc = 0;
+    if (ftruncate(fd, (off_t)size) != 0 || fallocate(fd, 0, 0, (off_t)size) != 0 || fcntl(fd, F_ADD_SEALS, SEALS) != 0) {
+        rc = -errno;
+    } else {
+        void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        if (at == MAP_FAILED) rc = -errno;
+        else *base = at;
+    }
+    if (rc != 0) close(fd);
+    else *fd_out = fd;
+    return rc;
+}
+
+int at_segment_map(int fd, uint64_t nbytes, void **base) {
+    struct stat info;
+    int seals = fcntl(fd, F_GET_SEALS);
+    if (seals < 0 || (seals & SEALS) != SEALS) return -EPERM;
+    if (fstat(fd, &info) != 0) return -errno;
+    if (nbytes > (uint64_t)INT64_MAX / 2 || (uint64_t)info.st_size != whole_pages(nbytes)) return -ERANGE;
+    void *at = mmap(NULL, (size_t)info.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (at == MAP_FAILED) return -errno;
+    *base = at;
+    return 0;
+}
+
+int at_segment_touch(void *base, uint64_t nbytes) {
+    uint64_t size = whole_pages(nbytes), step = (uint64_t)32 << 20;
+    for (uint64_t at = 0; at < size; at += step) {
+        uint64_t n = size - at < step ? size - at : step;
+        if (madvise((uint8_t *)base + at, n, MADV_POPULATE_WRITE) != 0) return -errno;
+    }
+    return 0;
+}
+
+int at_segment_unmap(void *base, uint64_t nbytes) { return munmap(base, whole_pages(nbytes)) == 0 ? 0 : -errno; }
+
+int at_memory_mapped(void *base, uint64_t nbytes) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)base & ~(page - 1);
+    if (nbytes == 0) return 0;
+    if (nbytes > UINTPTR_MAX - (uintptr_t)base) return -ENOMEM;
+    return msync((void *)start, (size_t)((uintptr_t)base + nbytes - start), MS_ASYNC) == 0 ? 0 : -errno;
+}
+
+int at_shm_probe(at_shm *shm, uint64_t va, const uint8_t cookie[16]) {
+    uint8_t seen[16] = {0};
+    struct iovec here = {seen, sizeof seen}, there = {(void *)(uintptr_t)va, sizeof seen};
+    ssize_t n = process_vm_readv(shm->pid, &here, 1, &there, 1, 0);
+    shm->foreign_why = n < 0 ? errno : 0;
+    if (n == (ssize_t)sizeof seen && memcmp(seen, cookie, sizeof seen) == 0) return 1;
+    if (shm->mem_fd >= 0 && pread(shm->mem_fd, seen, sizeof seen, (off_t)va) == (ssize_t)sizeof seen &&
+        memcmp(seen, cookie, sizeof seen) == 0)
+        return 2;
+    if (shm->foreign_why == 0) shm->foreign_why = ESRCH; /* readable, but another process */
+    return 0;
+}
+
+int at_shm_gone(const at_shm *shm) {
+    struct pollfd p = {.fd = shm->pidfd, .events = POLLIN};
+    return shm->pidfd >= 0 && poll(&p, 1, 0) > 0;
+}
+
+int at_shm_foreign_write(at_shm *shm, const void *src, uint64_t va, uint64_t nbytes) {
+    const uint8_t *from = src;
+    if (at_shm_gone(shm)) return ESRCH;
+    while (nbytes > 0) {
+        ssize_t n;
+        if (shm->foreign == 1) {
+            struct iovec here = {(void *)(uintptr_t)from, nbytes}, there = {(void *)(uintptr_t)va, nbytes};
+            n = process_vm_writev(shm->pid, &here, 1, &there, 1, 0);
+        } else {
+            n = pwrite(shm->mem_fd, from, nbytes, (off_t)va);
+        }
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return n < 0 ? errno : EFAULT;
+        from += n;
+        va += (uint64_t)n;
+        nbytes -= (uint64_t)n;
+    }
+    return 0;
+}

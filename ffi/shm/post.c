@@ -1,0 +1,136 @@
+/* Moving bytes: one chunk at a time, each between two looks at the grant's epoch (see shm.h). */
+#define _GNU_SOURCE
+#include "shm.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "shm/copy.h"
+
+#define FOREIGN_CHUNK ((uint64_t)1 << 20) /* a system call each: larger chunks than plain stores */
+#define BATCH 512u                        /* iovecs per process_vm_writev (the kernel takes up to 1024) */
+
+static _Atomic int hold_wanted, hold_reached;
+
+void at_shm_hold(int on) {
+    atomic_store(&hold_wanted, on);
+    if (!on) atomic_store(&hold_reached, 0);
+}
+
+int at_shm_held(void) { return atomic_load(&hold_reached); }
+
+static void hold(void) {
+    if (atomic_load_explicit(&hold_wanted, memory_order_relaxed) == 0) return;
+    atomic_store(&hold_reached, 1);
+    while (atomic_load(&hold_wanted)) (void)usleep(200);
+}
+
+/* Announce the write, then look whether it is still allowed; the full fence between the two is what a revocation relies on. */
+static int enter(at_active *active, const at_remote *remote, uint64_t begin, uint64_t nbytes) {
+    active->begin = begin;
+    active->nbytes = nbytes;
+    atomic_store(&active->grant, (uint64_t)remote->slot + 1);
+    if (atomic_load(remote->word) == remote->epoch) return AT_OK;
+    atomic_store_explicit(&active->grant, 0, memory_order_release);
+    return AT_ESTALE;
+}
+
+static void leave(at_active *active) { atomic_store_explicit(&active->grant, 0, memory_order_release); }
+
+static int failed(int error, int *oserror) {
+    *oserror = error;
+    return error == ESRCH ? AT_EPEER : AT_EIO;
+}
+
+static int move_bytes(at_shm *shm, at_op *op, uint64_t budget, at_active *active, int *oserror) {
+    const at_remote *remote = op->remote;
+    uint64_t chunk = remote->base != NULL ? AT_CHUNK : FOREIGN_CHUNK;
+    int cold = at_copy_prefers_cold(op->nbytes);
+    while (op->cursor < op->nbytes && budget > 0) {
+        uint64_t n = op->nbytes - op->cursor;
+        n = n < chunk ? n : chunk;
+        n = n < budget ? n : budget;
+        uint64_t to = op->dst_offset + op->cursor;
+        int rc = enter(active, remote, to, n), error = 0;
+        if (rc != AT_OK) return rc;
+        hold();
+        if (remote->base == NULL) error = at_shm_foreign_write(shm, op->src + op->cursor, remote->va + to, n);
+        else if (cold) at_copy_cold(remote->base + to, op->src + op->cursor, n);
+        else at_copy(remote->base + to, op->src + op->cursor, n);
+        leave(active);
+        if (error != 0) return failed(error, oserror);
+        op->cursor += n;
+        budget -= n;
+        if (op->cursor < op->nbytes && atomic_load_explicit(&op->withdrawn, memory_order_relaxed)) return AT_OK;
+    }
+    if (op->cursor == op->nbytes) op->landed = 1;
+    return AT_OK;
+}
+
+static int foreign_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t n) {
+    struct iovec here[BATCH], there[BATCH];
+    uint64_t at = 0, page = op->nbytes, va = op->remote->va + op->dst_offset;
+    while (at < n) {
+        uint32_t k = n - at < BATCH ? (uint32_t)(n - at) : BATCH;
+        for (uint32_t i = 0; i < k; i++) {
+            uint64_t unit = first + at + i;
+            here[i] = (struct iovec){(void *)(uintptr_t)(op->src + (uint64_t)op->src_pages[unit] * op->src_stride), page};
+            there[i] = (struct iovec){(void *)(uintptr_t)(va + (uint64_t)op->dst_pages[unit] * op->dst_stride), page};
+        }
+        uint64_t whole = 0;
+        if (at_shm_gone(shm)) return ESRCH;
+        if (shm->foreign == 1) {
+            ssize_t moved = process_vm_writev(shm->pid, here, k, there, k, 0);
+            if (moved < 0 && errno == ESRCH) return errno;
+            whole = moved < 0 ? 0 : (uint64_t)moved / page;
+        }
+        for (uint64_t i = whole; i < k; i++) { /* what a short call left, and all of it by /proc/PID/mem */
+            int error = at_shm_foreign_write(shm, here[i].iov_base, (uint64_t)(uintptr_t)there[i].iov_base, page);
+            if (error != 0) return error;
+        }
+        at += k;
+    }
+    return 0;
+}
+
+static int move_pages(at_shm *shm, at_op *op, uint64_t budget, at_active *active, int *oserror) {
+    const at_remote *remote = op->remote;
+    uint64_t page = op->nbytes, chunk = remote->base != NULL ? AT_CHUNK : FOREIGN_CHUNK;
+    uint64_t most = page >= chunk ? 1 : chunk / page;
+    int cold = at_copy_prefers_cold(page * op->units);
+    while (op->cursor < op->units && budget > 0) {
+        uint64_t n = op->units - op->cursor;
+        n = n < most ? n : most;
+        int rc = enter(active, remote, op->dst_offset, remote->nbytes - op->dst_offset), error = 0;
+        if (rc != AT_OK) return rc;
+        hold();
+        if (remote->base == NULL)
+            error = foreign_pages(shm, op, op->cursor, n);
+        else
+            at_copy_pages(remote->base + op->dst_offset, op->src, op->dst_pages + op->cursor, op->src_pages + op->cursor, n,
+                          page, op->dst_stride, op->src_stride, cold);
+        leave(active);
+        if (error != 0) return failed(error, oserror);
+        op->cursor += n;
+        op->landed += n;
+        budget = budget > n * page ? budget - n * page : 0;
+        if (atomic_load_explicit(&op->withdrawn, memory_order_relaxed)) return AT_OK;
+    }
+    return AT_OK;
+}
+
+int at_shm_move(at_peer *peer, at_op *op, uint64_t budget, int lane_slot, int *oserror) {
+    at_shm *shm = peer->impl;
+    if (op->kind == AT_OP_SIGNAL || op->nbytes == 0) { /* nothing to copy, but a stale grant counts nothing either */
+        if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) return AT_ESTALE;
+        op->landed = op->cursor = op->units;
+        return AT_OK;
+    }
+    if (op->remote->base == NULL && shm->foreign == 0) return failed(shm->foreign_why, oserror);
+    at_active *active = &shm->outbound->active[lane_slot];
+    return op->kind == AT_OP_WRITE ? move_bytes(shm, op, budget, active, oserror)
+                                   : move_pages(shm, op, budget, active, oserror);
+}

@@ -1,0 +1,93 @@
+/* The shm provider: what two engines of one host share, and the rules that keep it safe.
+ *
+ * Each engine owns a control segment (others map it read-only) with one epoch word per grant and the word `armed`. For each
+ * peer it owns an inbound channel, which exactly that peer maps read-write and into which it counts what it has written.
+ *
+ * Writing. The writer publishes the grant it works under in its `active` word, then reads the grant's epoch; if that is not
+ * the one of its descriptor it stops. It copies one chunk and clears `active`. The owner revokes by changing the epoch and
+ * then reading every writer's `active`: both sides put a full fence between their store and their load, so that at least one
+ * of them sees the other. A revocation therefore needs no answer: once no `active` names the grant, nothing can land.
+ *
+ * Counting. The writer gives each immediate value a slot and keeps the running total there (one producer, no lock, no ring
+ * that could fill while the target's loop is blocked), then marks the slot in a bitmap, its summary, and `dirty`. Whoever
+ * turns `dirty` from 0 to 1 while the owner is `armed` rings the owner's eventfd. The owner clears `dirty` first and reads
+ * the totals last, so nothing is missed; differences to what it has seen before are the arrivals. A slot whose total the
+ * owner has confirmed in `drained` may be given to another value.
+ *
+ * Everything in a channel may be scribbled over by its peer. The owner reads each word once and believes nothing but the
+ * difference of two totals; indexes come from bit positions, never from memory. */
+#ifndef AT_SHM_H
+#define AT_SHM_H
+
+#include "lane/lane.h"
+
+#define AT_SLOTS 65536u
+#define AT_CHANNEL_MAGIC UINT64_C(0x41544348414e4e45)
+
+typedef struct {
+    _Alignas(64) _Atomic uint64_t grant; /* slot + 1 of the grant being written under, 0: none */
+    uint64_t begin, nbytes;              /* which part of the remote region, for reports */
+} at_active;
+
+typedef struct {
+    uint64_t magic;
+    uint64_t owner, writer; /* incarnations */
+    uint8_t cookie[16];
+    /* the writer's words */
+    at_active active[2]; /* 0: its loop thread, 1: its native thread */
+    _Alignas(64) _Atomic uint64_t ping;
+    _Alignas(64) _Atomic uint32_t dirty;
+    _Alignas(64) _Atomic uint64_t summary[AT_SLOTS / 64 / 64];
+    _Alignas(64) _Atomic uint64_t bitmap[AT_SLOTS / 64];
+    _Alignas(64) _Atomic uint32_t imm[AT_SLOTS];
+    _Alignas(64) _Atomic uint64_t count[AT_SLOTS];
+    /* the owner's words */
+    _Alignas(64) _Atomic uint64_t pong_native;
+    _Atomic uint64_t pong_loop;
+    _Alignas(64) _Atomic uint64_t drained[AT_SLOTS];
+} at_channel;
+
+typedef struct {
+    uint32_t imm;
+    uint32_t slot; /* + 1; 0: empty */
+} at_slot_entry;
+
+struct at_shm_half {
+    at_channel *inbound;
+    int channel_fd, doorbell_fd;
+};
+
+typedef struct {
+    at_channel *inbound, *outbound;
+    const at_control *control; /* theirs, read-only */
+    int inbound_doorbell;      /* ours: they ring it */
+    int outbound_doorbell;     /* theirs */
+    int outbound_pulse;        /* theirs */
+    int pidfd, pid, mem_fd;
+    int foreign, foreign_why;
+    /* outbound counting */
+    uint64_t *total;           /* per slot */
+    uint32_t *slot_imm;
+    uint32_t slots, slots_room, hand;
+    at_slot_entry *table;      /* imm -> slot */
+    uint32_t table_mask;
+    /* inbound counting */
+    uint64_t *seen;
+    uint32_t seen_room;
+} at_shm;
+
+extern const at_port at_shm_port;
+
+/* queue.c */
+int at_shm_count(at_peer *peer, uint32_t imm, uint64_t n);
+void at_shm_drain(at_peer *peer);
+void at_shm_ring(int fd);
+/* post.c */
+int at_shm_move(at_peer *peer, at_op *op, uint64_t budget, int lane_slot, int *oserror);
+/* memory.c */
+int at_shm_probe(at_shm *shm, uint64_t va, const uint8_t cookie[16]);
+int at_shm_gone(const at_shm *shm); /* its process has ended: its pid may already be another's */
+/* copy bytes to addresses of the peer; every iovec pair of equal length; 0 or an errno */
+int at_shm_foreign_write(at_shm *shm, const void *src, uint64_t va, uint64_t nbytes);
+
+#endif
