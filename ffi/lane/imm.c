@@ -58,13 +58,15 @@ static int32_t record_new(at_lane *lane, uint32_t imm, int state) {
             uint32_t next = lane->imm_capacity ? lane->imm_capacity * 2 : 64;
             at_imm_record *more = realloc(lane->imm, next * sizeof *more);
             if (more == NULL) return AT_IMM_EMPTY;
+            memset(more + lane->imm_capacity, 0, (next - lane->imm_capacity) * sizeof *more);
             lane->imm = more;
             lane->imm_capacity = next;
         }
         lane->imm_count++;
     }
     lane->imm_free = i + 1;
-    lane->imm[i] = (at_imm_record){.imm = imm, .state = state, .sender = -1};
+    uint32_t generation = lane->imm[i].generation + 1;
+    lane->imm[i] = (at_imm_record){.imm = imm, .state = state, .sender = -1, .generation = generation & 0x7fffffffu};
     return (int32_t)i;
 }
 
@@ -72,6 +74,11 @@ static void early_leave(at_lane *lane, at_imm_record *record) {
     at_peer *sender = at_peer_find(lane, record->sender);
     if (sender != NULL && sender->early > 0) sender->early--;
     lane->stats.early_values--;
+}
+
+/* Records are reused, ids are not: an event under way when its counter was closed finds nobody. */
+static int64_t record_id(const at_lane *lane, int32_t index) {
+    return (int64_t)(((uint64_t)lane->imm[index].generation << 32) | (uint32_t)index);
 }
 
 static void armed(at_lane *lane, int change) {
@@ -129,7 +136,7 @@ void at_imm_arrive(at_peer *peer, uint32_t imm, uint64_t n) {
         uint64_t want = record->want;
         record->taken += want;
         record->want = 0; /* stays armed: whoever waited usually waits again, and one idle ring disarms it */
-        at_event_push(lane, AT_EV_COUNT, (uint64_t)e->value, AT_OK, want);
+        at_event_push(lane, AT_EV_COUNT, (uint64_t)record_id(lane, e->value), AT_OK, want);
     } else if (record->want == 0 && record->armed) {
         disarm(lane, record);
     }
@@ -141,9 +148,10 @@ static void drain_all(at_lane *lane) {
 }
 
 static at_imm_record *record_of(at_lane *lane, int64_t record) {
-    if (record < 0 || record >= (int64_t)lane->imm_count) return NULL;
-    at_imm_record *r = &lane->imm[record];
-    return r->state == AT_IMM_OPEN ? r : NULL;
+    uint32_t index = (uint32_t)record;
+    if (record < 0 || index >= lane->imm_count) return NULL;
+    at_imm_record *r = &lane->imm[index];
+    return r->state == AT_IMM_OPEN && (int64_t)r->generation == record >> 32 ? r : NULL;
 }
 
 int64_t at_imm_open(at_lane *lane, uint32_t imm) {
@@ -162,14 +170,14 @@ int64_t at_imm_open(at_lane *lane, uint32_t imm) {
                 e->value = index;
             else if (was_fresh)
                 e->value = AT_IMM_RETIRED;
-            result = index >= 0 ? index : AT_ENOMEM;
+            result = index >= 0 ? record_id(lane, index) : AT_ENOMEM;
         } else {
             at_imm_record *record = &lane->imm[e->value];
             if (record->state == AT_IMM_EARLY) {
                 early_leave(lane, record);
                 record->state = AT_IMM_OPEN;
             }
-            result = e->value;
+            result = record_id(lane, e->value);
         }
     }
     at_unlock(lane);
@@ -197,7 +205,7 @@ int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm) {
                 armed(lane, 1);
             }
             drain_all(lane);
-            r = &lane->imm[record]; /* draining may have moved the records */
+            r = &lane->imm[(uint32_t)record]; /* draining may have moved the records */
         }
         result = r->total - r->taken >= n;
         if (result) {
@@ -233,7 +241,7 @@ int at_imm_value(at_lane *lane, int64_t record, uint64_t *total, uint64_t *taken
     at_imm_record *r = record_of(lane, record);
     if (r != NULL) {
         drain_all(lane);
-        r = &lane->imm[record];
+        r = &lane->imm[(uint32_t)record];
         *total = r->total;
         *taken = r->taken;
     }
@@ -246,7 +254,7 @@ int at_imm_close(at_lane *lane, int64_t record) {
     at_imm_record *r = record_of(lane, record);
     if (r != NULL) {
         drain_all(lane); /* what landed before the close is no stray */
-        r = &lane->imm[record];
+        r = &lane->imm[(uint32_t)record];
         disarm(lane, r);
         find(lane, r->imm)->value = AT_IMM_RETIRED;
         r->state = AT_IMM_FREE;

@@ -138,6 +138,7 @@ struct at_peer {
 
 typedef struct {
     uint32_t imm;
+    uint32_t generation;
     int state;          /* AT_IMM_* */
     uint64_t total, taken, want; /* want 0: nobody waits */
     int64_t sender;     /* the peer that brought it first, for the bound */

@@ -1,0 +1,76 @@
+"""aiotransfer: one-sided memory transfers for LLM systems, behind `await`.
+
+    async with aiotransfer.open_engine() as engine:
+        peer = await engine.connect("127.0.0.1:7070")
+        dst = await peer.lookup("cache")
+        src = engine.register(array)
+        await engine.write(src, dst[: src.nbytes], imm=7)
+"""
+
+from __future__ import annotations
+
+from aiotransfer.config import Config
+from aiotransfer.engine.counter import Counter
+from aiotransfer.engine.engine import Engine
+from aiotransfer.engine.open import open_engine
+from aiotransfer.engine.peer import Message, Peer
+from aiotransfer.engine.region import Region
+from aiotransfer.engine.statistics import Statistics
+from aiotransfer.engine.transfer import Transfer, wait_all
+from aiotransfer.errors import (
+    BrokenError,
+    BusyError,
+    ClosedError,
+    ConfigurationError,
+    DescriptorError,
+    InternalError,
+    PeerLostError,
+    ProviderUnavailableError,
+    QuarantineError,
+    RailBrokenError,
+    RegionError,
+    RegistrationError,
+    RemoteAccessError,
+    RendezvousError,
+    ScatterError,
+    StaleRegionError,
+    TransferError,
+    TransferTimeout,
+)
+from aiotransfer.model.address import Address
+from aiotransfer.model.descriptor import RemoteRegion
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Address",
+    "BrokenError",
+    "BusyError",
+    "ClosedError",
+    "Config",
+    "ConfigurationError",
+    "Counter",
+    "DescriptorError",
+    "Engine",
+    "InternalError",
+    "Message",
+    "Peer",
+    "PeerLostError",
+    "ProviderUnavailableError",
+    "QuarantineError",
+    "RailBrokenError",
+    "Region",
+    "RegionError",
+    "RegistrationError",
+    "RemoteAccessError",
+    "RemoteRegion",
+    "RendezvousError",
+    "ScatterError",
+    "StaleRegionError",
+    "Statistics",
+    "Transfer",
+    "TransferError",
+    "TransferTimeout",
+    "open_engine",
+    "wait_all",
+]

@@ -1,0 +1,78 @@
+"""Settings of an engine, from code and from the environment.
+
+`AIOTRANSFER_<FIELD>` overrides a field of `Config`; a variable that is nobody's is warned about once, with what it may have been
+meant to be, because a misspelt setting that silently does nothing costs days.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from aiotransfer.errors import ConfigurationError
+
+PREFIX = "AIOTRANSFER_"
+OTHER_NAMES = frozenset({"KEY", "CACHE", "LIBFABRIC", "SKIP_NATIVE", "PROVIDERS", "SANITIZE"})
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Config:
+    """Limits and times of an engine. Times are in seconds, sizes in bytes."""
+
+    peer_timeout: float = 3.0
+    """Silence after which a peer that something waits on is lost."""
+    drain_timeout: float = 1.0
+    """How long posted work of a cancelled or expired transfer is waited for before its connection is broken."""
+    max_queued_operations: int = 65536
+    """Operations queued per peer before BusyError."""
+    max_queued_bytes: int = 4 << 30
+    """Bytes queued per peer before BusyError."""
+    message_window_count: int = 256
+    """Messages a peer may have unread here."""
+    message_window_bytes: int = 4 << 20
+    """Message bytes a peer may have unread here (at least one whole message of 1 MiB)."""
+    early_values: int = 65536
+    """Distinct immediates kept per sender before anybody opened a counter for them."""
+    inline_bytes: int = 1 << 20
+    """Largest copy made inside the submitting call; larger ones go to the native thread."""
+    turn_seconds: float = 0.001
+    """Finished awaits and inline copies after which the event loop gets a turn."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = type(field.default)
+            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+                raise TypeError(f"{field.name} must be {'a number' if kind is float else 'an int'}, not {value!r}")
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{field.name} must be positive and finite, not {value!r}")
+        if self.message_window_bytes < 1 << 20:
+            raise ValueError(f"message_window_bytes must hold one message of 1 MiB, not {self.message_window_bytes}")
+
+    def with_environment(self, environ: Mapping[str, str]) -> Config:
+        """This configuration with the overrides of `environ`. Raises `ConfigurationError` for values that do not parse."""
+        kinds = {field.name: type(field.default) for field in fields(self)}
+        changes: dict[str, float] = {}
+        for name, text in environ.items():
+            if not name.startswith(PREFIX):
+                continue
+            key = name[len(PREFIX) :].lower()
+            if key in kinds:
+                try:
+                    changes[key] = kinds[key](text)
+                except ValueError:
+                    raise ConfigurationError(f"{name}={text!r} is no {kinds[key].__name__}") from None
+            elif name[len(PREFIX) :] not in OTHER_NAMES and name not in _warned:
+                _warned.add(name)
+                known = [PREFIX + n for n in (*OTHER_NAMES, *(k.upper() for k in kinds))]
+                close = difflib.get_close_matches(name, known, 1)
+                meant = f"; did you mean {close[0]}?" if close else ""
+                warnings.warn(f"the environment variable {name} means nothing to aiotransfer{meant}", stacklevel=2)
+        try:
+            return replace(self, **changes) if changes else self  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ConfigurationError(f"from the environment: {error}") from None

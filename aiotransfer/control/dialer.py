@@ -1,0 +1,56 @@
+"""Dialing: one authenticated link, or the reason why not."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+from aiotransfer.control.key import Key
+from aiotransfer.control.link import Identity, Link
+from aiotransfer.errors import BrokenError, RendezvousError, TransferTimeout
+from aiotransfer.model.address import Address
+
+FIRST_PAUSE = 0.01
+LONGEST_PAUSE = 0.5
+
+
+async def dial(address: Address, key: Key, identity: Identity, *, deadline: float) -> Link:
+    """Connect and authenticate, retrying until `deadline` (loop time) while nobody listens.
+
+    Raises `TransferTimeout` naming the last obstacle, or `RendezvousError` at once: a wrong key does not get better.
+    """
+    loop = asyncio.get_running_loop()
+    pause = FIRST_PAUSE
+    obstacle = "nothing was tried"
+    while True:
+        try:
+            async with asyncio.timeout_at(None if deadline == math.inf else deadline):
+                return await _once(address, key, identity)
+        except RendezvousError as error:
+            error.peer = str(address)
+            raise
+        except (OSError, BrokenError) as error:
+            late = isinstance(error, TimeoutError) and loop.time() >= deadline
+            if not late:
+                obstacle = str(error) or type(error).__name__
+        left = deadline - loop.time()
+        if left <= 0:
+            raise TransferTimeout(
+                f"no connection to {address} in time: {obstacle}",
+                peer=str(address),
+                hint="is the other engine up, and is this its control address?",
+            )
+        await asyncio.sleep(min(pause, left))
+        pause = min(pause * 2, LONGEST_PAUSE)
+
+
+async def _once(address: Address, key: Key, identity: Identity) -> Link:
+    loop = asyncio.get_running_loop()
+    link = Link("dialer", key, identity)
+    try:
+        await loop.create_connection(lambda: link, address.host, address.port)
+        await asyncio.shield(link.established)
+    except BaseException:
+        link.abort()
+        raise
+    return link

@@ -1,0 +1,237 @@
+"""Frames of the control connection: pure, any bytes in, frames or one error out.
+
+On the wire: a preamble that names the protocol (so that a stranger is recognised by the first bytes), then frames of a 32-bit
+little-endian length and a msgpack body. The length is judged before anything is stored.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from aiotransfer.errors import RendezvousError
+
+PREAMBLE = b"aiotransfer/1\r\n\x00"
+VERSION = 1
+MAX_FRAME = (1 << 20) + 4096  # one message of 1 MiB and its frame
+MAX_GREETING = 16384  # before the other side is authenticated
+
+
+class Hello(msgspec.Struct, tag=1, array_like=True):
+    """Dialer: who I am."""
+
+    version: int
+    incarnation: int
+    nonce: bytes
+    key_kind: str
+
+
+class Welcome(msgspec.Struct, tag=2, array_like=True):
+    """Acceptor: who I am."""
+
+    version: int
+    incarnation: int
+    nonce: bytes
+    key_kind: str
+
+
+class Proof(msgspec.Struct, tag=3, array_like=True):
+    """Dialer: I have the key."""
+
+    mac: bytes
+
+
+class OfferWire(msgspec.Struct, array_like=True, frozen=True):
+    """One provider's terms."""
+
+    provider: str
+    usable: bool
+    reason: str
+    host: bytes
+    data: bytes
+
+
+class PeerInfo(msgspec.Struct, array_like=True, frozen=True):
+    """What authenticated engines tell each other."""
+
+    name: str
+    address: str
+    pid: int
+    offers: list[OfferWire]
+
+
+class Accepted(msgspec.Struct, tag=4, array_like=True):
+    """Acceptor: so have I, and here is more about me."""
+
+    mac: bytes
+    info: PeerInfo
+
+
+class Info(msgspec.Struct, tag=5, array_like=True):
+    """Dialer: here is more about me."""
+
+    info: PeerInfo
+
+
+class Refused(msgspec.Struct, tag=6, array_like=True):
+    """Either side: no, and why."""
+
+    code: str
+    text: str
+
+
+class Lookup(msgspec.Struct, tag=10, array_like=True):
+    """Which region is published under this name?"""
+
+    id: int
+    name: str
+
+
+class LookupCancel(msgspec.Struct, tag=11, array_like=True):
+    """No longer wanted."""
+
+    id: int
+
+
+class Found(msgspec.Struct, tag=12, array_like=True):
+    """An encoded descriptor."""
+
+    id: int
+    descriptor: bytes
+
+
+class Failed(msgspec.Struct, tag=13, array_like=True):
+    """A question has no good answer."""
+
+    id: int
+    code: str
+    text: str
+
+
+class Ask(msgspec.Struct, tag=14, array_like=True):
+    """A provider's question."""
+
+    id: int
+    provider: str
+    body: bytes
+
+
+class Answer(msgspec.Struct, tag=15, array_like=True):
+    """A provider's answer."""
+
+    id: int
+    body: bytes
+
+
+class Message(msgspec.Struct, tag=16, array_like=True):
+    """An application's message."""
+
+    data: bytes
+
+
+class Credit(msgspec.Struct, tag=17, array_like=True):
+    """Messages were read: more may come."""
+
+    messages: int
+    nbytes: int
+
+
+class Ping(msgspec.Struct, tag=18, array_like=True):
+    """Are you there?"""
+
+    id: int
+
+
+class Pong(msgspec.Struct, tag=19, array_like=True):
+    """Yes."""
+
+    id: int
+
+
+class Revoked(msgspec.Struct, tag=20, array_like=True):
+    """These grants are stale."""
+
+    slots: list[int]
+    reason: str
+
+
+class Goodbye(msgspec.Struct, tag=21, array_like=True):
+    """This connection ends on purpose."""
+
+    reason: str
+
+
+class Up(msgspec.Struct, tag=22, array_like=True):
+    """The path is usable from the dialer's side."""
+
+
+class Merge(msgspec.Struct, tag=23, array_like=True):
+    """Two dials crossed; this connection is the one that goes."""
+
+
+Greeting = Hello | Welcome | Proof | Accepted | Info | Refused
+Frame = (
+    Lookup | LookupCancel | Found | Failed | Ask | Answer | Message | Credit | Ping | Pong | Revoked | Goodbye | Up | Merge
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Greeting | Frame] = msgspec.msgpack.Decoder(Greeting | Frame)
+
+
+def encode(frame: Greeting | Frame) -> bytes:
+    """The frame with its length in front. Raises `ValueError` when it is too large."""
+    body = _encoder.encode(frame)
+    if len(body) > MAX_FRAME:
+        raise ValueError(f"a control frame holds at most {MAX_FRAME} bytes, not {len(body)}")
+    return len(body).to_bytes(4, "little") + body
+
+
+class FrameReader:
+    """Cuts a stream of bytes into frames. `limit` is the largest body accepted so far."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._preamble_seen = False
+        self.limit = MAX_GREETING
+        self._failed = False
+
+    def feed(self, data: bytes) -> None:
+        """Add what was received. At most `limit` and one read are held."""
+        self._buffer += data
+
+    def next(self) -> Greeting | Frame | None:
+        """The next whole frame. Raises `RendezvousError`, for good, for anything that is none."""
+        if self._failed:
+            raise RendezvousError("the control stream is out of step")
+        try:
+            return self._next()
+        except RendezvousError:
+            self._failed = True
+            self._buffer.clear()
+            raise
+
+    def _next(self) -> Greeting | Frame | None:
+        buffer = self._buffer
+        if not self._preamble_seen:
+            head = bytes(buffer[: len(PREAMBLE)])
+            if not PREAMBLE.startswith(head):
+                raise RendezvousError(
+                    f"the other side does not speak this protocol (it began with {head[:16]!r})",
+                    hint="is this the control port of an aiotransfer engine of the same major version?",
+                )
+            if len(head) < len(PREAMBLE):
+                return None
+            del buffer[: len(PREAMBLE)]
+            self._preamble_seen = True
+        if len(buffer) < 4:
+            return None
+        size = int.from_bytes(buffer[:4], "little")
+        if size > self.limit:
+            raise RendezvousError(f"a control frame of {size} bytes was announced; {self.limit} are allowed here")
+        if len(buffer) < 4 + size:
+            return None
+        body = bytes(buffer[4 : 4 + size])
+        del buffer[: 4 + size]
+        try:
+            return _decoder.decode(body)
+        except (msgspec.MsgspecError, RecursionError, UnicodeError, ValueError) as error:
+            raise RendezvousError(f"a control frame does not parse: {error}") from None

@@ -1,0 +1,190 @@
+"""One control connection after (and during) its handshake, as an asyncio protocol.
+
+The pure session decides; this class moves its bytes, bounds what may pile up and guarantees one end: `on_closed` is called
+exactly once, with None for a goodbye of either side and with the cause otherwise. Writing never blocks and never awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from aiotransfer.control.frames import Frame, Goodbye, PeerInfo, encode
+from aiotransfer.control.key import Key
+from aiotransfer.control.session import NONCE_BYTES, Role, Session
+from aiotransfer.errors import BrokenError, BusyError, RendezvousError
+from aiotransfer.model.address import Address
+
+MOST_UNSENT = 8 << 20
+MOST_EARLY = 256  # frames kept before start()
+FLUSH_SECONDS = 1.0
+_logger = logging.getLogger("aiotransfer")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an engine says of itself."""
+
+    incarnation: int
+    info: Callable[[], PeerInfo]
+
+
+class Link(asyncio.Protocol):
+    """A connection to another engine. `established` resolves when both sides are authenticated."""
+
+    def __init__(self, role: Role, key: Key, identity: Identity) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.dialed = role == "dialer"
+        self._session = Session(role, key, identity.incarnation, identity.info(), secrets.token_bytes(NONCE_BYTES))
+        self.established: asyncio.Future[None] = self._loop.create_future()
+        self._transport: asyncio.Transport | None = None
+        self._started = False
+        self._closing = False
+        self._ended = False
+        self._early: list[Frame] = []
+        self._early_end: list[BaseException | None] = []
+        self.on_frame: Callable[[Frame], None] = lambda frame: None
+        self.on_closed: Callable[[BaseException | None], None] = lambda error: None
+        self.goodbye: str | None = None
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.local_address = Address("", 0)
+        self.remote_address = Address("", 0)
+        self._flush: asyncio.TimerHandle | None = None
+
+    @property
+    def incarnation(self) -> int:
+        """The other engine's."""
+        return self._session.peer_incarnation
+
+    @property
+    def info(self) -> PeerInfo:
+        """What the other engine says of itself."""
+        assert self._session.peer_info is not None
+        return self._session.peer_info
+
+    # ---- asyncio.Protocol ----
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The TCP connection stands."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=MOST_UNSENT)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+                if hasattr(socket, option):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        self.local_address = _address(transport.get_extra_info("sockname"))
+        self.remote_address = _address(transport.get_extra_info("peername"))
+        self._write(self._session.take_output())
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the other side."""
+        self.bytes_received += len(data)
+        was_established = self._session.established
+        try:
+            frames = self._session.receive(data)
+        except RendezvousError as error:
+            self._write(self._session.take_output())
+            self._finish(error)
+            return
+        self._write(self._session.take_output())
+        if self._session.established and not was_established and not self.established.done():
+            self.established.set_result(None)
+        for frame in frames:
+            self._deliver(frame)
+
+    def _deliver(self, frame: Frame) -> None:
+        if self._ended:
+            return
+        if isinstance(frame, Goodbye):
+            self.goodbye = frame.reason
+            self._finish(None)
+        elif not self._started:
+            self._early.append(frame)
+            if len(self._early) > MOST_EARLY:
+                self._finish(BrokenError("the peer sent too much before it was known"))
+        else:
+            try:
+                self.on_frame(frame)
+            except Exception as error:  # one bad handler must not take the loop's other work with it
+                _logger.exception("a control frame could not be handled; closing the connection")
+                self._finish(BrokenError(f"a control frame could not be handled: {error!r}"))
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The TCP connection has ended."""
+        if self._flush is not None:
+            self._flush.cancel()
+        self._finish(exc or BrokenError("the connection ended without a goodbye"))
+
+    # ---- for the engine ----
+
+    def start(self) -> None:
+        """Deliver frames from now on, those that came early first."""
+        self._started = True
+        early, self._early = self._early, []
+        for frame in early:
+            self._deliver(frame)
+        ended, self._early_end = self._early_end, []
+        for error in ended:
+            self.on_closed(error)
+
+    def post(self, frame: Frame) -> None:
+        """Send; nothing happens on a link that has ended. Raises `BusyError` when 8 MiB are unsent."""
+        if self._ended or self._closing or self._transport is None:
+            return
+        if self._transport.get_write_buffer_size() > MOST_UNSENT:
+            raise BusyError("the peer does not read its control connection", peer=str(self.remote_address))
+        self._write(encode(frame))
+
+    def close(self, reason: str = "closed") -> None:
+        """Say goodbye, flush for at most a second, end. In any state; twice is silent."""
+        if self._closing or self._transport is None:
+            return
+        if self._session.established and not self._ended:
+            self._write(encode(Goodbye(reason)))
+        self._closing = True
+        self._transport.close()
+        self._flush = self._loop.call_later(FLUSH_SECONDS, self._transport.abort)
+        self._finish(None)
+
+    def abort(self) -> None:
+        """End at once."""
+        self._closing = True
+        if self._transport is not None:
+            self._transport.abort()
+        self._finish(None)
+
+    def _write(self, data: bytes) -> None:
+        if data and self._transport is not None and not self._transport.is_closing():
+            self.bytes_sent += len(data)
+            self._transport.write(data)
+
+    def _finish(self, error: BaseException | None) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        if self._transport is not None:
+            self._transport.close()
+        if not self.established.done():
+            failure = error or BrokenError("the connection was closed during the handshake")
+            self.established.set_exception(failure)
+            self.established.exception()  # not everybody waits for it
+        if self._started:
+            self.on_closed(error)
+        else:
+            self._early_end.append(error)
+
+
+def _address(name: Any) -> Address:
+    if isinstance(name, tuple) and len(name) >= 2:
+        return Address(str(name[0]), int(name[1]))
+    return Address("", 0)

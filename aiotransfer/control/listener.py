@@ -1,0 +1,88 @@
+"""Accepting control connections.
+
+Strangers cost little: at most 64 unauthenticated connections at a time, five seconds each, a few KiB of input. What goes wrong
+with them is logged at most once a second and never leaves this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from aiotransfer.control.key import Key
+from aiotransfer.control.link import Identity, Link
+from aiotransfer.errors import ConfigurationError
+from aiotransfer.model.address import Address
+
+MOST_STRANGERS = 64
+HANDSHAKE_SECONDS = 5.0
+_logger = logging.getLogger("aiotransfer")
+
+
+class Listener:
+    """A control port. `on_link` gets every authenticated link, not yet started."""
+
+    def __init__(self, address: Address, key: Key, identity: Identity, on_link: Callable[[Link], None]) -> None:
+        self.address = address
+        self._key = key
+        self._identity = identity
+        self._on_link = on_link
+        self._server: asyncio.Server | None = None
+        self._strangers: dict[Link, asyncio.TimerHandle] = {}
+        self._logged = 0.0
+
+    async def start(self) -> None:
+        """Listen. Raises `ConfigurationError` when the address cannot be had."""
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(self._connected, self.address.host, self.address.port, backlog=256)
+        except (OSError, OverflowError) as error:
+            raise ConfigurationError(
+                f"cannot listen on {self.address}: {error}", hint="choose another port (0: any) or address"
+            ) from error
+        self.address = Address(self.address.host, int(self._server.sockets[0].getsockname()[1]))
+
+    def _connected(self) -> Link:
+        link = Link("acceptor", self._key, self._identity)
+        if len(self._strangers) >= MOST_STRANGERS:
+            asyncio.get_running_loop().call_soon(link.abort)
+            return link
+        timer = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self._late, link)
+        self._strangers[link] = timer
+        link.established.add_done_callback(lambda future: self._known(link, future))
+        return link
+
+    def _late(self, link: Link) -> None:
+        self._log(link, f"no handshake within {HANDSHAKE_SECONDS:g} s")
+        link.abort()
+
+    def _known(self, link: Link, future: asyncio.Future[None]) -> None:
+        timer = self._strangers.pop(link, None)
+        if timer is not None:
+            timer.cancel()
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is not None:
+            self._log(link, str(error).partition("\n")[0])
+        elif self._server is None:
+            link.abort()
+        else:
+            self._on_link(link)
+
+    def _log(self, link: Link, text: str) -> None:
+        now = time.monotonic()
+        if now - self._logged >= 1.0:
+            self._logged = now
+            _logger.warning("a connection from %s was refused: %s", link.remote_address, text)
+
+    async def close(self) -> None:
+        """Stop listening and drop strangers. Twice is silent."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+        for link in list(self._strangers):
+            link.abort()
+        await asyncio.sleep(0)

@@ -1,0 +1,169 @@
+"""The handshake as a state machine: bytes in, bytes out, no I/O.
+
+    dialer                          acceptor
+    Hello(nonce)            ->
+                            <-       Welcome(nonce)
+    Proof(mac)              ->       checks it: a stranger learns nothing about this engine
+                            <-       Accepted(mac, info)
+    checks it, Info(info)   ->
+
+Both proofs cover both nonces, both incarnations, the version and the prover's role, so that a proof can neither be replayed nor
+reflected. What each state accepts stands in one table; anything else is the peer's fault and ends the session, and nothing a
+stranger sends is kept beyond one small frame.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from aiotransfer.control.frames import (
+    MAX_FRAME,
+    PREAMBLE,
+    VERSION,
+    Accepted,
+    Frame,
+    FrameReader,
+    Greeting,
+    Hello,
+    Info,
+    PeerInfo,
+    Proof,
+    Refused,
+    Welcome,
+    encode,
+)
+from aiotransfer.control.key import Key
+from aiotransfer.errors import RendezvousError
+
+NONCE_BYTES = 32
+Role = Literal["dialer", "acceptor"]
+
+_EXPECTED: dict[str, type[Greeting]] = {
+    "await hello": Hello,
+    "await welcome": Welcome,
+    "await proof": Proof,
+    "await accepted": Accepted,
+    "await info": Info,
+}
+
+
+class Session:
+    """One side of a handshake. `take_output` after construction and after every `receive`."""
+
+    def __init__(self, role: Role, key: Key, incarnation: int, info: PeerInfo, nonce: bytes, version: int = VERSION) -> None:
+        if len(nonce) != NONCE_BYTES:
+            raise ValueError(f"a nonce has {NONCE_BYTES} bytes, not {len(nonce)}")
+        self.role: Role = role
+        self._key = key
+        self._mine = (version, incarnation, nonce)
+        self._theirs = (0, 0, b"")
+        self._info = info
+        self._reader = FrameReader()
+        self._output = bytearray(PREAMBLE)
+        self.state = "await hello" if role == "acceptor" else "await welcome"
+        self.peer_incarnation = 0
+        self.peer_info: PeerInfo | None = None
+        self.error: RendezvousError | None = None
+        if role == "dialer":
+            self._send(Hello(version, incarnation, nonce, key.kind))
+
+    @property
+    def established(self) -> bool:
+        """Both sides are authenticated."""
+        return self.state == "established"
+
+    def take_output(self) -> bytes:
+        """What must be sent now."""
+        data = bytes(self._output)
+        self._output.clear()
+        return data
+
+    def receive(self, data: bytes) -> list[Frame]:
+        """Feed received bytes. Frames that follow the handshake are returned; raises `RendezvousError`, for good.
+
+        Send `take_output()` also after an error: it may hold the reason for the other side.
+        """
+        if self.error is not None:
+            raise self.error
+        self._reader.feed(data)
+        frames: list[Frame] = []
+        try:
+            while (frame := self._reader.next()) is not None:
+                if self.state == "established":
+                    if isinstance(frame, Greeting):
+                        raise RendezvousError("the other side began another handshake")
+                    frames.append(frame)
+                else:
+                    self._greet(frame)
+        except RendezvousError as error:
+            self.state = "failed"
+            self.error = error
+            raise
+        return frames
+
+    def _send(self, frame: Greeting) -> None:
+        self._output += encode(frame)
+
+    def _refuse(self, code: str, text: str, hint: str) -> RendezvousError:
+        self._send(Refused(code, text))
+        return RendezvousError(text, hint=hint)
+
+    def _transcript(self) -> bytes:
+        dialer, acceptor = (self._mine, self._theirs) if self.role == "dialer" else (self._theirs, self._mine)
+        parts = [n.to_bytes(8, "little") + i.to_bytes(8, "little") + nonce for n, i, nonce in (dialer, acceptor)]
+        return b"".join(parts)
+
+    def _greet(self, frame: Greeting | Frame) -> None:
+        if isinstance(frame, Refused):
+            raise RendezvousError(f"the other side refused: {frame.text}", hint=_HINTS.get(frame.code))
+        if type(frame) is not _EXPECTED[self.state]:
+            raise self._refuse("protocol", f"{type(frame).__name__} is out of turn", _HINTS["protocol"])
+        if isinstance(frame, (Hello, Welcome)):
+            self._introduce(frame)
+        elif isinstance(frame, Proof):
+            self._check("dialer", frame.mac)
+            self._send(Accepted(self._key.mac("acceptor", self._transcript()), self._info))
+            self.state = "await info"
+        elif isinstance(frame, Accepted):
+            self._check("acceptor", frame.mac)
+            self._send(Info(self._info))
+            self._establish(frame.info)
+        elif isinstance(frame, Info):
+            self._establish(frame.info)
+
+    def _introduce(self, frame: Hello | Welcome) -> None:
+        version, incarnation, _ = self._mine
+        if frame.version != version:
+            raise self._refuse("version", f"one side speaks version {frame.version}, the other {version}", _HINTS["version"])
+        if len(frame.nonce) != NONCE_BYTES or not 0 <= frame.incarnation < 1 << 64:
+            raise self._refuse("protocol", "the greeting is malformed", _HINTS["protocol"])
+        if frame.key_kind != self._key.kind:
+            raise self._refuse(
+                "key",
+                "authentication failed: one side has a shared key, the other only its user's key file",
+                _HINTS["key"],
+            )
+        self._theirs = (frame.version, frame.incarnation, frame.nonce)
+        self.peer_incarnation = frame.incarnation
+        if isinstance(frame, Hello):
+            self._send(Welcome(version, incarnation, self._mine[2], self._key.kind))
+            self.state = "await proof"
+        else:
+            self._send(Proof(self._key.mac("dialer", self._transcript())))
+            self.state = "await accepted"
+
+    def _check(self, role: str, mac: bytes) -> None:
+        if not self._key.verify(role, self._transcript(), mac):
+            raise self._refuse("key", "authentication failed: the two sides have different keys", _HINTS["key"])
+
+    def _establish(self, info: PeerInfo) -> None:
+        self.peer_info = info
+        self._reader.limit = MAX_FRAME
+        self.state = "established"
+
+
+_HINTS = {
+    "key": "give both engines the same key=... (or AIOTRANSFER_KEY), or run both as the same user on one host",
+    "version": "use one version of aiotransfer on both sides",
+    "protocol": "is this the control port of an aiotransfer engine?",
+}

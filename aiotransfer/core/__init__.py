@@ -1,0 +1,1 @@
+"""Decisions: pure, without await, clock, I/O or logging."""

@@ -1,0 +1,1 @@
+"""The engine on asyncio: it waits, and nothing beneath it does."""

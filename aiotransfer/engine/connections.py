@@ -1,0 +1,297 @@
+"""Connections: dialing, accepting, choosing a path, and merging two dials that cross.
+
+Two engines may dial each other at the same moment; both connections authenticate, and exactly one may stay. The rule needs no
+conversation: the connection dialed by the smaller incarnation wins. The side that finds a loser says Merge and closes it; the
+dialer of the loser then waits for the peer that the other connection makes.
+
+An engine may connect to itself. Both ends of the connection then belong to one peer: each frame it posts comes back to it
+through the mirror end, and the two halves of the path are kept together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from aiotransfer.control import frames
+from aiotransfer.control.dialer import dial
+from aiotransfer.control.listener import Listener
+from aiotransfer.core.paths import Offer, rank
+from aiotransfer.errors import (
+    BrokenError,
+    ClosedError,
+    ProviderUnavailableError,
+    RegistrationError,
+    RendezvousError,
+    StaleRegionError,
+    TransferError,
+    TransferTimeout,
+)
+from aiotransfer.model.address import Address
+from aiotransfer.engine.peer import Peer
+from aiotransfer.providers.port import Terms
+
+if TYPE_CHECKING:
+    from aiotransfer.control.link import Link
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.providers.port import Path
+
+ACCEPT_SECONDS = 10.0  # for a connected peer to bring its path up
+
+
+class Connections:
+    """All peers of one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.peers: dict[int, Peer] = {}  # by incarnation: connecting and up
+        self._mirror: Link | None = None
+        self._mirror_known: asyncio.Event = asyncio.Event()
+        self._listener: Listener | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._companions: list[Path] = []
+        self.arrivals: asyncio.Queue[Peer | None] = asyncio.Queue()
+
+    async def listen(self, address: Address) -> Address:
+        """Open the control port; the address with its real port."""
+        engine = self._engine
+        self._listener = Listener(address, engine._key, engine._identity, self._accepted)
+        await self._listener.start()
+        return self._listener.address
+
+    # ---- dialing ----
+
+    async def connect(self, address: Address, seconds: float, require: str | None) -> Peer:
+        """A peer that is up. See `Engine.connect` for the errors."""
+        loop = self._engine._loop
+        deadline = loop.time() + seconds
+        try:
+            async with asyncio.timeout_at(None if seconds == float("inf") else deadline):
+                link = await dial(address, self._engine._key, self._engine._identity, deadline=deadline)
+                return await self._dialed(link, address, require)
+        except TimeoutError as error:
+            if isinstance(error, TransferTimeout):
+                raise
+            raise TransferTimeout(
+                f"no connection to {address} within {seconds:g} s",
+                peer=str(address),
+                hint="the control port answered, but the path did not come up",
+            ) from error
+
+    async def _dialed(self, link: Link, address: Address, require: str | None) -> Peer:
+        engine = self._engine
+        known = self.peers.get(link.incarnation)
+        mine = engine.incarnation < link.incarnation
+        if known is not None and (known._state == "up" or (not known._link.dialed and not mine)):
+            link.close("duplicate")  # the peer that exists, or theirs that is about to
+            await self._come_up(known)
+            self._check_required(known, require)
+            return known
+        if known is not None and known._link.dialed:
+            link.close("duplicate")  # another connect() of ours is at it
+            await self._come_up(known)
+            self._check_required(known, require)
+            return known
+        if known is not None:
+            self._merge(known)
+        peer = Peer(engine, link)
+        peer.address = address
+        self.peers[link.incarnation] = peer
+        try:
+            self._start(peer, link)
+            if link.incarnation == engine.incarnation:
+                await self._join_mirror(peer)
+            await self._set_up(peer, require)
+            peer._post(frames.Up())
+            self.came_up(peer, inbound=False)
+        except BaseException as error:
+            other = self.peers.get(link.incarnation)
+            if other is not None and other is not peer and not isinstance(error, asyncio.CancelledError):
+                await self._come_up(other)
+                return other
+            cause = error if isinstance(error, TransferError) else ClosedError("the connection attempt was given up")
+            peer._finish("closed", cause, goodbye="given up")
+            raise
+        return peer
+
+    @staticmethod
+    async def _come_up(peer: Peer) -> None:
+        await asyncio.shield(peer._up)
+
+    @staticmethod
+    def _check_required(peer: Peer, require: str | None) -> None:
+        if require is not None and peer.path.provider != require:
+            raise ProviderUnavailableError(
+                f"{peer} is reached by {peer.path.provider}, not by {require!r}", attempts=list(peer.path.reasons)
+            )
+
+    def _start(self, peer: Peer, link: Link) -> None:
+        link.on_frame = self._framed(peer)
+        link.on_closed = lambda error: self._link_closed(peer, link, error)
+        link.start()
+
+    def _framed(self, peer: Peer) -> Any:
+        def receive(frame: frames.Frame) -> None:
+            if isinstance(frame, frames.Merge):
+                peer._finish("closed", BrokenError("merged with the connection that the other side dialed"), "merged")
+            else:
+                peer._receive(frame)
+
+        return receive
+
+    async def _join_mirror(self, peer: Peer) -> None:
+        await self._mirror_known.wait()
+        link, self._mirror = self._mirror, None
+        self._mirror_known.clear()
+        assert link is not None
+        self._start(peer, link)
+
+    async def _set_up(self, peer: Peer, require: str | None) -> None:
+        engine = self._engine
+        theirs = {o.provider: o for o in peer._link.info.offers}
+        mine = [Offer(t.provider, t.usable, t.reason, t.host) for t in engine._terms()]
+        offers = [Offer(o.provider, o.usable, o.reason, o.host) for o in theirs.values()]
+        ranking = rank(mine, offers, engine._preference, require)
+        reasons = list(ranking.reasons)
+        for name in ranking.paths:
+            wire = theirs[name]
+            terms = Terms(name, wire.usable, wire.reason, wire.host, wire.data)
+            try:
+                path = await engine._providers[name].dial(peer, terms)
+            except (BrokenError, RegistrationError) as error:
+                reasons.append((name, str(error).partition("\n")[0]))
+                continue
+            path.reasons = tuple(reasons)
+            peer._path = path
+            return
+        raise ProviderUnavailableError(
+            f"no common way to {peer.address}" + (f" by {require!r}" if require else ""),
+            attempts=reasons,
+            peer=str(peer.address),
+            hint="; ".join(f"{name}: {why}" for name, why in reasons) or "the two sides share no provider",
+        )
+
+    # ---- accepting ----
+
+    def _accepted(self, link: Link) -> None:
+        engine = self._engine
+        if engine._closing:
+            link.close("closing")
+            return
+        if link.incarnation == engine.incarnation:
+            if self._mirror is not None:
+                self._mirror.abort()
+            self._mirror = link
+            self._mirror_known.set()
+            return
+        known = self.peers.get(link.incarnation)
+        mine = engine.incarnation < link.incarnation
+        if known is not None and (known._state == "up" or not known._link.dialed or mine):
+            link.post(frames.Merge())
+            link.close("merged")
+            return
+        peer = Peer(engine, link)
+        if known is not None:  # their dial wins over ours, which has not come up
+            self.peers[link.incarnation] = peer
+            known._finish("closed", BrokenError("merged with the connection that the other side dialed"), "merged")
+        self.peers[link.incarnation] = peer
+        self._start(peer, link)
+        engine._loop.call_later(ACCEPT_SECONDS, self._overdue, peer)
+
+    def _merge(self, loser: Peer) -> None:
+        loser._post(frames.Merge())
+        loser._finish("closed", BrokenError("merged with the connection dialed by this side"), "merged")
+
+    def _overdue(self, peer: Peer) -> None:
+        if peer._state == "connecting":
+            peer._lose(f"it did not bring a path up within {ACCEPT_SECONDS:g} s")
+
+    def answer(self, peer: Peer, number: int, provider: str, body: bytes) -> None:
+        """A provider's question from the other side."""
+        task = self._engine._loop.create_task(self._answer(peer, number, provider, body))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, peer: Peer, number: int, provider: str, body: bytes) -> None:
+        engine = self._engine
+        ours = engine._providers.get(provider)
+        theirs = next((o for o in peer._link.info.offers if o.provider == provider), None)
+        reply: frames.Frame
+        try:
+            if ours is None or theirs is None:
+                raise BrokenError(f"{provider!r} is not in use here")
+            terms = Terms(provider, theirs.usable, theirs.reason, theirs.host, theirs.data)
+            data, path = await ours.answer(peer, terms, body)
+            reply = frames.Answer(id=number, body=data)
+            if path is not None:
+                self._take_path(peer, path)
+        except StaleRegionError as error:
+            reply = frames.Failed(id=number, code="stale", text=str(error))
+        except TransferError as error:
+            reply = frames.Failed(id=number, code="broken", text=str(error))
+        if peer._state in ("up", "connecting"):
+            peer._post(reply)
+
+    def _take_path(self, peer: Peer, path: Path) -> None:
+        if peer.incarnation == self._engine.incarnation:
+            self._companions.append(path)  # the other half of a connection to ourselves
+        elif peer._state == "connecting" and peer._path is None:
+            peer._path = path
+        else:
+            path.close()
+            raise BrokenError("a second path was offered")
+
+    def came_up(self, peer: Peer, inbound: bool = True) -> None:
+        """Both sides have the path."""
+        if peer._state != "connecting" or peer._path is None:
+            return
+        engine = self._engine
+        peer._state = "up"
+        engine._by_lane_peer[peer._path.lane_peer] = peer
+        peer._up.set_result(None)
+        if inbound and peer.incarnation != engine.incarnation:
+            self.arrivals.put_nowait(peer)
+
+    # ---- the end ----
+
+    def _link_closed(self, peer: Peer, link: Link, error: BaseException | None) -> None:
+        if error is None:
+            reason = getattr(link, "goodbye", None) or "goodbye"
+            peer._finish("closed", _goodbye(peer, reason))
+        elif isinstance(error, RendezvousError):
+            peer._lose(error)
+        else:
+            peer._lose(f"its control connection broke ({str(error) or type(error).__name__})")
+
+    def gone(self, peer: Peer) -> None:
+        """Forget a peer that has ended."""
+        if self.peers.get(peer.incarnation) is peer:
+            del self.peers[peer.incarnation]
+        if peer.incarnation == self._engine.incarnation:
+            for path in self._companions:
+                path.close()
+            self._companions.clear()
+        self._engine._publications.gone(peer)
+
+    async def close(self) -> None:
+        """Goodbye to everybody; no more connections."""
+        for task in list(self._tasks):
+            task.cancel()
+        if self._listener is not None:
+            await self._listener.close()
+        for peer in list(self.peers.values()):
+            peer._finish("closed", ClosedError("the engine is closed"), goodbye="engine closed")
+        if self._mirror is not None:
+            self._mirror.abort()
+            self._mirror = None
+        self.arrivals.put_nowait(None)
+
+
+def _goodbye(peer: Peer, reason: str) -> TransferError:
+    from aiotransfer.errors import PeerLostError
+
+    return PeerLostError(
+        f"peer {peer.name or peer.address} said goodbye ({reason})",
+        peer=str(peer.address),
+        hint="it closed its engine on purpose; connect again when it is back",
+    )

@@ -1,0 +1,519 @@
+"""The engine: devices, peers, memory and progress of one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import secrets
+import warnings
+import weakref
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aiotransfer.config import Config
+from aiotransfer.control.frames import OfferWire, PeerInfo, Revoked
+from aiotransfer.control.key import load_key
+from aiotransfer.control.link import Identity
+from aiotransfer.core.ledger import Ledger
+from aiotransfer.engine import memory
+from aiotransfer.engine.connections import Connections
+from aiotransfer.engine.counter import Counter
+from aiotransfer.engine.display import engine_html, engine_text
+from aiotransfer.engine.liveness import Liveness
+from aiotransfer.engine.mailbox import Mailbox
+from aiotransfer.engine.peer import Message, Peer
+from aiotransfer.engine.progress import Progress
+from aiotransfer.engine.publications import Publications
+from aiotransfer.engine.region import ACCESSES, Region
+from aiotransfer.engine.statistics import Statistics
+from aiotransfer.engine.submit import RESERVED, Submitter, check_imm
+from aiotransfer.engine.sweeper import Sweeper
+from aiotransfer.engine.transfer import CANCELLED, DONE, FAILED, PENDING, Transfer
+from aiotransfer.errors import BusyError, ClosedError, RegionError, StaleRegionError, TransferError
+from aiotransfer.model.address import Address
+from aiotransfer.model.dtypes import lookup as lookup_dtype
+from aiotransfer.providers import native
+from aiotransfer.providers.lane import Lane, Segment
+from aiotransfer.providers.port import Terms
+from aiotransfer.providers.select import check_names, open_providers
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from aiotransfer.model.descriptor import RemoteRegion
+
+SETTLE_SECONDS = 0.02  # how often quarantined memory is looked at
+FIRST_FREE_IMM = 0xEFFF_FFFF
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_leaked: list[Region] = []  # memory that a stopped peer may still write into, kept for the life of the process
+
+
+class Engine(Submitter):
+    """Made by `open_engine`. Belongs to one event loop and its thread."""
+
+    def __init__(
+        self,
+        *,
+        listen: str | Address,
+        providers: str | Sequence[str],
+        rails: Sequence[str] | None,
+        name: str | None,
+        key: bytes | None,
+        progress: str,
+        timeout: float,
+        config: Config | None,
+        environ: Mapping[str, str],
+    ) -> None:
+        if progress not in ("auto", "loop", "thread"):
+            raise ValueError(f"progress is 'auto', 'loop' or 'thread', not {progress!r}")
+        self.config = (config or Config()).with_environment(environ)
+        wanted: str | Sequence[str] = providers
+        if providers == "auto" and environ.get("AIOTRANSFER_PROVIDERS"):
+            wanted = environ["AIOTRANSFER_PROVIDERS"].split(",")
+        self._preference = check_names(wanted)
+        self._listen = Address.parse(listen)
+        self._key = load_key(key, environ)
+        self._timeout = _seconds(timeout)
+        self.name = f"{os.getpid()}" if name is None else str(name)
+        self.rails: tuple[str, ...] = tuple(rails or ())
+        self.progress = progress
+        self.incarnation: int = secrets.randbits(64)
+        self.address = self._listen
+        self._state = "new"
+
+    async def _open(self) -> Engine:
+        if self._state != "new":
+            raise ClosedError("an engine is opened once")
+        self._state = "open"
+        self._loop = asyncio.get_running_loop()
+        self._lane = Lane(self.incarnation, self.config)
+        self._p: Any = self._lane.pointer
+        self._due = False
+        self._turn_scheduled = False
+        self._ledger: Ledger[Transfer] = Ledger()
+        self._regions: dict[int, Region] = {}
+        self._closing_regions: dict[int, Region] = {}
+        self._granted: dict[int, Region] = {}
+        self._quarantine: set[Region] = set()
+        self._quarantine_timer: asyncio.TimerHandle | None = None
+        self._counters: dict[int, Counter] = {}
+        self._records: dict[int, Counter] = {}
+        self._next_imm = FIRST_FREE_IMM
+        self._by_lane_peer: dict[int, Peer] = {}
+        self._gone: dict[int, TransferError] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._identity = Identity(self.incarnation, self._info)
+        self._liveness = Liveness(self)
+        self._mailbox = Mailbox(self._loop)
+        self._publications = Publications(self)
+        self._sweeper = Sweeper(self)
+        self._closed_event: asyncio.Future[None] | None = None
+        try:
+            self._providers, self.missing = open_providers(
+                self._preference, self._lane, self.incarnation, self._segment_of
+            )
+            self._connections = Connections(self)
+            self._progress = Progress(self)
+            self.address = await self._connections.listen(self._listen)
+        except BaseException:
+            self._state = "closed"
+            for provider in getattr(self, "_providers", {}).values():
+                provider.close()
+            if hasattr(self, "_progress"):
+                self._progress.close()
+            self._lane.free()
+            raise
+        _engines.add(self)
+        return self
+
+    # ---- state ----
+
+    @property
+    def _closing(self) -> bool:
+        return self._state != "open"
+
+    def _on_loop(self) -> bool:
+        return self._lane.usable and not self._not_here()
+
+    def _not_here(self) -> bool:
+        """Closed, forked, or called from elsewhere: `_check` says which."""
+        return self._state != "open" or not self._lane.usable or asyncio._get_running_loop() is not self._loop
+
+    def _check(self) -> None:
+        """Raise unless this is an open engine, called on its own loop's thread."""
+        if self._state == "new":
+            raise ClosedError("the engine is not open yet", hint="use `async with open_engine() as engine:` or await it")
+        if self._state != "open":
+            raise ClosedError("the engine is closed")
+        if not self._lane.usable:
+            raise ClosedError("the engine belongs to the parent of this forked process", hint="open one in the child")
+        running = asyncio._get_running_loop()
+        if running is not self._loop:
+            raise RuntimeError(
+                "an engine belongs to one event loop and its thread; this call came from "
+                + ("outside of any loop" if running is None else "another loop")
+            )
+
+    def _seconds(self, timeout: float | None) -> float:
+        return self._timeout if timeout is None else _seconds(timeout)
+
+    @property
+    def peers(self) -> tuple[Peer, ...]:
+        """Connected peers in order of arrival, inbound ones included."""
+        return tuple(p for p in self._connections.peers.values() if p._state == "up") if self._state != "new" else ()
+
+    def _info(self) -> PeerInfo:
+        offers = [OfferWire(t.provider, t.usable, t.reason, t.host, t.data) for t in self._terms()]
+        return PeerInfo(self.name, str(self.address), os.getpid(), offers)
+
+    def _terms(self) -> list[Terms]:
+        return [provider.terms() for provider in self._providers.values()]
+
+    # ---- memory ----
+
+    def register(self, buffer: object, *, access: str = "auto") -> Region:
+        """Register memory of yours: anything with the buffer protocol or `__dlpack__`, a torch tensor, or
+        `(address, nbytes, device)`. It is kept alive while registered. Raises `RegistrationError`."""
+        self._check()
+        if access != "auto" and access not in ACCESSES:
+            raise ValueError(f"access must be 'auto' or one of {ACCESSES}, not {access!r}")
+        plain = memory.describe(buffer)
+        region = Region(
+            self, plain.address, plain.nbytes, device=plain.device, writable=plain.writable, keep=plain.keep, access=access
+        )
+        self._regions[region._id] = region
+        return region
+
+    def allocate(self, shape_or_nbytes: int | Sequence[int], dtype: Any = "uint8") -> Region:
+        """Zeroed memory that peers of this host map directly; `.numpy()` and `.torch()` are views of it.
+
+        A plain int is a number of elements of `dtype`. Raises `RegistrationError` when the memory cannot be had.
+        """
+        self._check()
+        kind = lookup_dtype(dtype)
+        dims = (shape_or_nbytes,) if isinstance(shape_or_nbytes, int) else tuple(shape_or_nbytes)
+        shape = []
+        for dim in dims:
+            if isinstance(dim, bool) or not hasattr(dim, "__index__"):
+                raise TypeError(f"a shape holds ints, not {dim!r}")
+            if int(dim.__index__()) < 0:
+                raise ValueError(f"a shape has no negative dimensions: {tuple(dims)}")
+            shape.append(int(dim.__index__()))
+        nbytes = math.prod(shape) * kind.itemsize
+        if nbytes > memory.MOST_BYTES:
+            raise ValueError(f"{nbytes} bytes are more than an address space holds")
+        segment = Segment.allocate(nbytes)
+        region = Region(
+            self, segment.address, nbytes, device="cpu", writable=True, keep=segment, access="auto", segment=segment,
+            shape=tuple(shape), dtype=kind.name,
+        )  # fmt: skip
+        self._regions[region._id] = region
+        return region
+
+    def publish(self, name: str, region: Region, *, access: str = "write") -> None:
+        """Let peers look `region` up by name; it is kept alive until `unpublish`. A taken name is a `ValueError`."""
+        self._check()
+        if not isinstance(region, Region):
+            raise TypeError(f"a Region is published, not {type(region).__name__} (slice the descriptor instead)")
+        if region._engine is not self:
+            raise RegionError("the region belongs to another engine")
+        self._publications.publish(name, region, access)
+
+    def unpublish(self, name: str) -> None:
+        """Forget a name; raises `KeyError` when it is not published. Descriptors that peers hold stay good."""
+        self._check()
+        self._publications.unpublish(name)
+
+    def _unpublish_region(self, region: Region) -> None:
+        self._publications.unpublish_region(region)
+
+    def _segment_of(self, slot: int, epoch: int, segment: int) -> Segment | None:
+        region = self._granted.get(slot)
+        if region is None or region._id != segment or not self._lane.grant_valid(slot, epoch):
+            return None
+        return region._segment
+
+    def _tell_revoked(self, region: Region) -> None:
+        slots = [grant.slot for grant in region._grants.values()]
+        if slots:
+            for peer in self.peers:
+                if peer.incarnation != self.incarnation:
+                    peer._post(Revoked(slots=slots, reason="closed by its owner"))
+
+    def _remote_revoked(self, peer: Peer, slots: list[int], reason: str) -> None:
+        """A courtesy: the epoch word is what decides."""
+
+    def _region_free(self, number: int) -> None:
+        region = self._closing_regions.pop(number, None)
+        if region is not None:
+            region._native_busy = False
+            region._settle()
+
+    def _unsettled(self, region: Region) -> None:
+        """A peer is inside a write under one of its grants: look again until it has left."""
+        self._quarantine.add(region)
+        if self._quarantine_timer is None and self._state != "closed":
+            self._quarantine_timer = self._loop.call_later(SETTLE_SECONDS, self._look_at_quarantine)
+
+    def _look_at_quarantine(self) -> None:
+        self._quarantine_timer = None
+        if self._lane.usable:
+            waiting, self._quarantine = self._quarantine, set()
+            for region in waiting:
+                region._settle()
+
+    async def _bind(self, region: RemoteRegion, peer: Peer) -> None:
+        box = region._box
+        bound = box.bound
+        if bound is not None and bound.engine is self and bound.peer is peer:
+            return
+        fresh = await peer.path.bind(region._grant, peer, peer)
+        fresh.engine = self
+        box.bound = fresh
+
+    # ---- counters, messages, peers ----
+
+    def counter(self, imm: int | None = None) -> Counter:
+        """The counter of an immediate; None: a value never used before in this engine. Early arrivals are in it.
+
+        Raises `BusyError` when arrivals of this value were lost to the bound on early values.
+        """
+        self._check()
+        if imm is None:
+            while native.lib.at_imm_known(self._p, self._next_imm):
+                self._next_imm -= 1
+            value, self._next_imm = self._next_imm, self._next_imm - 1
+        else:
+            value = check_imm(imm)
+        known = self._counters.get(value)
+        if known is not None:
+            return known
+        record = native.lib.at_imm_open(self._p, value)
+        if record < 0:
+            raise BusyError(
+                f"immediate {value} cannot be counted: {native.text(record)}",
+                hint="open counters before many distinct values arrive, or raise Config.early_values",
+            )
+        counter = self._counters[value] = self._records[record] = Counter(self, value, record)
+        return counter
+
+    async def connect(self, address: str | Address, *, timeout: float | None = None, require: str | None = None) -> Peer:
+        """Connect to an engine, retrying until it is up. One `Peer` per remote incarnation, whoever dialed first.
+
+        Raises `TransferTimeout`, `RendezvousError` (wrong key or version) or `ProviderUnavailableError` (no common path).
+        """
+        self._check()
+        if require is not None:
+            check_names(require)
+        return await self._connections.connect(Address.parse(address), self._seconds(timeout), require)
+
+    async def arrivals(self) -> AsyncIterator[Peer]:
+        """Peers that connect to this engine, as they come; ends when the engine closes."""
+        self._check()
+        while (peer := await self._connections.arrivals.get()) is not None:
+            yield peer
+        self._connections.arrivals.put_nowait(None)
+
+    def messages(self) -> AsyncIterator[Message]:
+        """Messages of all peers: `.peer`, `.data`. Ends when the engine closes."""
+        self._check()
+        return self._mailbox.messages()
+
+    def statistics(self) -> Statistics:
+        """A frozen record of everything counted so far."""
+        return Statistics.of(self)
+
+    # ---- what the lane reports ----
+
+    def _ended(self, cookie: int, status: int, count: int) -> None:
+        ended = self._ledger.retire(cookie, status)
+        if ended is None:
+            return
+        transfer = ended.item
+        self._sweeper.discard(cookie)
+        peer = transfer._peer
+        peer._waiting_ops -= 1
+        if status == 0:
+            transfer._end(DONE, transfer.nbytes, None)
+        elif status == native.lib.AT_ECANCELED:
+            transfer._end(CANCELLED, 0, None)
+        else:
+            transfer._end(FAILED, 0, self._refusal(status, peer))
+
+    def _cancel(self, transfer: Transfer) -> None:
+        if not transfer._cookies:  # not bound yet: nothing was posted
+            transfer._end(CANCELLED, 0, None)
+            return
+        for cookie in transfer._cookies:
+            native.lib.at_cancel(self._p, cookie, native.lib.AT_ECANCELED)
+            self._sweeper.draining(cookie)
+        self._progress.poll()
+
+    def _bytes_done(self, transfer: Transfer) -> int:
+        if not self._lane.usable:
+            return transfer._landed
+        return sum(max(0, native.lib.at_progress(self._p, cookie)) for cookie in transfer._cookies)
+
+    def _peer_event(self, number: int, status: int) -> None:
+        peer = self._by_lane_peer.get(number)
+        if peer is None:
+            peer = next((p for p in self._connections.peers.values() if p._path and p._path.lane_peer == number), None)
+        if peer is not None:
+            peer._lose("its process has ended" if status == native.lib.AT_EPEER else native.text(status))
+
+    def _fail_peer(self, peer: Peer) -> None:
+        """The peer has ended: so do its operations."""
+        path = peer._path
+        assert path is not None
+        if peer._error is not None:
+            self._gone[peer.incarnation] = peer._error
+            while len(self._gone) > 1024:
+                del self._gone[next(iter(self._gone))]
+        native.lib.at_peer_fail(self._p, path.lane_peer, native.lib.AT_EPEER)
+        self._progress.poll()
+        self._by_lane_peer.pop(path.lane_peer, None)
+        path.close()
+        for region in list(self._quarantine):
+            region._settle()
+
+    # ---- turns ----
+
+    def _turn_is_due(self) -> None:
+        """Finished awaits have gone on for a while: the next one gives the loop a turn."""
+        self._due = True
+        if not self._turn_scheduled:
+            self._turn_scheduled = True
+            self._loop.call_soon(self._new_turn)
+
+    def _new_turn(self) -> None:
+        self._turn_scheduled = False
+        self._due = False
+        if self._lane.usable:
+            native.lib.at_turn(self._p)
+
+    def _background(self, work: Coroutine[Any, Any, None], transfer: Transfer) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+
+        def over(done: asyncio.Task[None]) -> None:
+            self._tasks.discard(done)
+            if transfer._state == PENDING and not transfer._cookies:
+                transfer._end(FAILED, 0, ClosedError("the engine was closed"))
+
+        task.add_done_callback(over)
+
+    # ---- the end ----
+
+    async def aclose(self) -> None:
+        """Refuse new work, retire what is posted, say goodbye, free everything. In any state; twice is silent.
+
+        Memory that a stopped peer may still write into is leaked and reported, never unmapped or reused.
+        """
+        if self._state in ("new", "closed"):
+            self._state = "closed"
+            return
+        if not self._lane.usable:  # a forked child
+            self._state = "closed"
+            return
+        if self._closed_event is not None:
+            await asyncio.shield(self._closed_event)
+            return
+        self._closed_event = self._loop.create_future()
+        self._state = "closing"
+        closer = self._loop.create_task(self._close())
+        try:
+            await asyncio.shield(closer)
+        except asyncio.CancelledError:
+            await _finish_despite_cancels(closer)
+            raise
+
+    async def _close(self) -> None:
+        lib = native.lib
+        try:
+            native.lib.at_lane_shut(self._p)
+            for task in list(self._tasks):
+                task.cancel()
+            for cookie in self._ledger.shut():
+                lib.at_cancel(self._p, cookie, lib.AT_ESHUT)
+            deadline = self._loop.time() + self.config.drain_timeout
+            self._progress.poll()
+            while len(self._ledger) and self._loop.time() < deadline:
+                await asyncio.sleep(0.002)
+                self._progress.poll()
+            for counter in list(self._counters.values()):
+                counter.close()
+            self._publications.close()
+            await self._connections.close()
+            self._progress.poll()
+            self._release_memory()
+        finally:
+            self._liveness.close()
+            self._sweeper.close()
+            self._mailbox.close()
+            if self._quarantine_timer is not None:
+                self._quarantine_timer.cancel()
+            for provider in self._providers.values():
+                provider.close()
+            self._progress.close()
+            self._state = "closed"
+            self._lane.free()
+            if self._closed_event is not None and not self._closed_event.done():
+                self._closed_event.set_result(None)
+
+    def _release_memory(self) -> None:
+        leaked = 0
+        for region in list(self._regions.values()):
+            region._keepers = 0
+            if not region._closed:
+                region.close()
+            elif not region._freed:
+                region._end()
+            if not region._freed:
+                leaked += region.nbytes
+                _leaked.append(region)
+        if leaked:
+            warnings.warn(
+                f"{leaked} bytes stay allocated: a stopped peer may still write into them", ResourceWarning, stacklevel=2
+            )
+
+    async def __aenter__(self) -> Engine:
+        return self if self._state == "open" else await self._open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if getattr(self, "_state", "closed") not in ("new", "closed") and self._lane.usable:
+            warnings.warn(f"{self.name!r}: an open engine was dropped; use `async with` or aclose()", ResourceWarning, stacklevel=2)
+
+    def __repr__(self) -> str:
+        return engine_text(self)
+
+    def _repr_html_(self) -> str:
+        return engine_html(self)
+
+
+async def _finish_despite_cancels(task: asyncio.Task[None]) -> None:
+    """Closing goes on when its caller is cancelled; further cancels change nothing."""
+    import anyio
+
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.shield(task)
+            except asyncio.CancelledError:
+                continue
+
+
+def _seconds(timeout: float) -> float:
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"a timeout is a number of seconds, not {timeout!r}")
+    if math.isnan(timeout) or timeout < 0:
+        raise ValueError(f"a timeout is not negative: {timeout!r}")
+    return float(timeout)
+
+
+__all__ = ["RESERVED", "Engine", "StaleRegionError"]

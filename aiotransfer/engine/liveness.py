@@ -1,0 +1,100 @@
+"""Signs of life, only while something waits on a peer.
+
+The lane's native thread answers a ping without the loop and without the interpreter's lock; its loop answers when it comes
+round. A peer that gives no native answer for `peer_timeout` is lost; one whose thread answers and whose loop does not is busy.
+Death of a process on this host is noticed by its pidfd, without any of this. With nothing waiting there is no timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aiotransfer.providers import native
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.peer import Peer
+
+PINGS_PER_TIMEOUT = 4
+
+
+@dataclass(slots=True)
+class _Sign:
+    heard: float  # when the last native answer was seen
+    loop_heard: float
+    native: int = 0
+    loop: int = 0
+
+
+class Liveness:
+    """One per engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._signs: dict[Peer, _Sign] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, peer: Peer) -> None:
+        """Something waits on `peer` from now on. Cheap when it is already watched."""
+        if peer in self._signs or peer._path is None or peer.incarnation == self._engine.incarnation:
+            return
+        now = self._engine._loop.time()
+        self._signs[peer] = _Sign(now, now)
+        if self._timer is None:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        interval = self._engine.config.peer_timeout / PINGS_PER_TIMEOUT
+        self._timer = self._engine._loop.call_later(interval, self._round)
+
+    def _round(self) -> None:
+        self._timer = None
+        engine = self._engine
+        if not engine._lane.usable:
+            return
+        now = engine._loop.time()
+        blocked = self._last_round is not None and now - self._last_round > engine.config.peer_timeout
+        self._last_round = now
+        for peer in list(self._signs):
+            if not peer._is_waited_for or peer._path is None or peer._state != "up":
+                del self._signs[peer]
+                continue
+            self._look(peer, now, blocked)
+        if self._signs:
+            self._schedule()
+        else:
+            self._last_round = None
+
+    _last_round: float | None = None
+
+    def _look(self, peer: Peer, now: float, blocked: bool) -> None:
+        engine = self._engine
+        sign = self._signs[peer]
+        assert peer._path is not None
+        out = native.ffi.new("uint64_t[3]")
+        native.lib.at_peer_pong(engine._p, peer._path.lane_peer, out, out + 1, out + 2)
+        sent, answered, loop = int(out[0]), int(out[1]), int(out[2])
+        if answered != sign.native or blocked:  # our own loop was stuck: the silence may be ours
+            sign.native, sign.heard = answered, now
+        if loop != sign.loop or blocked:
+            sign.loop, sign.loop_heard = loop, now
+        if sent and now - sign.heard > engine.config.peer_timeout:
+            peer._lose(f"no sign of life for {now - sign.heard:.1f} s (stopped or unreachable)")
+            return
+        native.lib.at_peer_ping(engine._p, peer._path.lane_peer)
+
+    def is_busy(self, peer: Peer) -> bool:
+        """Alive by its native thread, while its loop has not come round for half of `peer_timeout`."""
+        sign = self._signs.get(peer)
+        if sign is None:
+            return False
+        return sign.heard - sign.loop_heard > self._engine.config.peer_timeout / 2
+
+    def close(self) -> None:
+        """No more timers."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._signs.clear()

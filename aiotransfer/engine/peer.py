@@ -1,0 +1,314 @@
+"""Peers: another engine, seen from this one, for the life of one incarnation of it.
+
+A peer is up from the moment both sides have a path; it is lost when its process ends, its control connection breaks or it
+gives no sign of life while something waits on it; it is closed when either side said goodbye. It never heals. Everything that
+names it registers a future here (`_depend`), so that its end wakes them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from aiotransfer.control import frames
+from aiotransfer.core.credits import ReceiveCredit, SendCredit
+from aiotransfer.errors import (
+    BrokenError,
+    ClosedError,
+    DescriptorError,
+    PeerLostError,
+    RegistrationError,
+    StaleRegionError,
+    TransferError,
+    TransferTimeout,
+)
+from aiotransfer.model.address import Address
+from aiotransfer.model.descriptor import RemoteRegion
+
+if TYPE_CHECKING:
+    from aiotransfer.control.link import Link
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.providers.port import Path
+
+MOST_MESSAGE_BYTES = 1 << 20
+_FAILURES: dict[str, type[TransferError]] = {
+    "stale": StaleRegionError,
+    "broken": BrokenError,
+    "registration": RegistrationError,
+    "closed": ClosedError,
+}
+
+
+def _listening(link: Link) -> Address:
+    try:
+        return Address.parse(link.info.address)
+    except ValueError:
+        return link.remote_address
+
+
+class Message(NamedTuple):
+    """What `Engine.messages` yields."""
+
+    peer: Peer
+    data: bytes
+
+
+class Peer:
+    """Another engine. Made by `Engine.connect` or by its own connecting (`Engine.arrivals`)."""
+
+    def __init__(self, engine: Engine, link: Link) -> None:
+        self._engine = engine
+        self._link = link
+        self.incarnation: int = link.incarnation
+        self.name: str = link.info.name
+        self.address: Address = link.remote_address if link.dialed else _listening(link)
+        self.pid: int = link.info.pid
+        self.trusted_user: bool = engine._key.kind == "file"
+        self._path: Path | None = None
+        self._state = "connecting"
+        self._error: TransferError | None = None
+        self._ids = itertools.count(1)
+        self._asked: dict[int, asyncio.Future[bytes]] = {}
+        self._lookups: dict[int, str] = {}  # theirs, unanswered
+        self._dependents: set[asyncio.Future[Any]] = set()
+        self._up: asyncio.Future[None] = engine._loop.create_future()
+        self._ended: asyncio.Future[None] = engine._loop.create_future()
+        self._send_credit = SendCredit(engine.config.message_window_count, engine.config.message_window_bytes)
+        self._receive_credit = ReceiveCredit(engine.config.message_window_count, engine.config.message_window_bytes)
+        self._send_queue: list[asyncio.Future[None]] = []
+        self._waiting_ops = 0
+
+    # ---- what users see ----
+
+    @property
+    def state(self) -> str:
+        """`up`, `busy` (alive, but its event loop is stuck), `lost` or `closed`."""
+        if self._state == "up" and self._engine._liveness.is_busy(self):
+            return "busy"
+        return self._state
+
+    @property
+    def path(self) -> Path:
+        """The default path to it: `.provider`, `.rails`, `.reasons`."""
+        if self._path is None:
+            raise ClosedError(f"{self} has no path yet")
+        return self._path
+
+    async def lookup(self, name: str, *, timeout: float | None = None) -> RemoteRegion:
+        """The region published there under `name`, waiting for it to be published.
+
+        Raises `TransferTimeout`, `PeerLostError`, or `RegistrationError` when its memory cannot be reached from here.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"a name must be a str, not {name!r}")
+        number = next(self._ids)
+        what = f"no region {name!r} was published by {self.name or self.address}"
+        try:
+            answer = await self._question(number, frames.Lookup(id=number, name=name), timeout, what)
+        except BaseException:
+            if self._state == "up":
+                self._post(frames.LookupCancel(id=number))
+            raise
+        region = RemoteRegion.decode(answer)
+        if region.incarnation != self.incarnation:
+            raise DescriptorError("the answer describes memory of somebody else")
+        await self._engine._bind(region, self)
+        return region
+
+    async def ping(self, *, timeout: float | None = None) -> float:
+        """Seconds for a round trip between the two event loops over the control connection."""
+        start = self._engine._loop.time()
+        number = next(self._ids)
+        await self._question(number, frames.Ping(id=number), timeout, f"{self} did not answer a ping")
+        return self._engine._loop.time() - start
+
+    async def send(self, data: bytes | bytearray | memoryview) -> None:
+        """Send one message: reliable, in order, at most 1 MiB. Waits while the peer has no room for it.
+
+        Raises `ValueError` when it is too long, `PeerLostError` or `ClosedError` when the peer goes.
+        """
+        body = bytes(memoryview(data))
+        if len(body) > MOST_MESSAGE_BYTES:
+            raise ValueError(f"a message holds at most {MOST_MESSAGE_BYTES} bytes, not {len(body)}")
+        self._engine._check()
+        self._check_up()
+        while self._send_queue or not self._send_credit.take(len(body)):
+            turn: asyncio.Future[None] = self._engine._loop.create_future()
+            self._send_queue.append(turn)
+            self._depend(turn)
+            try:
+                await turn
+                first = True
+            except BaseException:
+                self._leave_queue(turn)
+                raise
+            finally:
+                self._forget(turn)
+            if first and self._send_credit.take(len(body)):
+                self._leave_queue(turn)
+                break
+        self._post(frames.Message(data=body))
+
+    async def closed(self, *, timeout: float | None = None) -> None:
+        """Returns when the peer has gone, by goodbye or by loss."""
+        seconds = math.inf if timeout is None else self._engine._seconds(timeout)
+        try:
+            async with asyncio.timeout(None if seconds == math.inf else seconds):
+                await asyncio.shield(self._ended)
+        except TimeoutError as error:
+            if self._ended.done():
+                return
+            raise TransferTimeout(f"{self} is still there after {seconds} s", peer=str(self.address)) from error
+
+    async def aclose(self) -> None:
+        """Say goodbye to this peer. Transfers to it end in `ClosedError`. Twice is silent."""
+        self._finish("closed", ClosedError(f"{self} was closed by this side"), goodbye="closed")
+
+    # ---- conversation (also for providers) ----
+
+    async def ask(self, provider: str, body: bytes) -> bytes:
+        """Ask a provider of the other side."""
+        number = next(self._ids)
+        return await self._question(
+            number, frames.Ask(id=number, provider=provider, body=body), None, f"{self} did not answer"
+        )
+
+    async def _question(self, number: int, frame: frames.Frame, timeout: float | None, late: str) -> bytes:
+        self._engine._check()
+        if self._state not in ("up", "connecting"):
+            self._check_up()
+        future: asyncio.Future[bytes] = self._engine._loop.create_future()
+        self._asked[number] = future
+        self._depend(future)
+        seconds = self._engine._seconds(timeout)
+        self._post(frame)
+        try:
+            async with asyncio.timeout(None if seconds == math.inf else seconds):
+                return await future
+        except TimeoutError as error:
+            raise TransferTimeout(
+                f"{late} within {seconds:g} s", peer=str(self.address), hint="is the other side running the code you expect?"
+            ) from error
+        finally:
+            self._asked.pop(number, None)
+            self._forget(future)
+
+    def _post(self, frame: frames.Frame) -> None:
+        self._link.post(frame)
+
+    def _receive(self, frame: frames.Frame) -> None:
+        """One frame of the peer; called by the link."""
+        match frame:
+            case frames.Message(data=data):
+                if not self._receive_credit.arrived(len(data)):
+                    self._lose(BrokenError(f"{self} sent more messages than it had credit for"))
+                    return
+                self._engine._mailbox.put(Message(self, data))
+            case frames.Credit(messages=messages, nbytes=nbytes):
+                self._send_credit.grant(messages, nbytes)
+                if self._send_queue and not self._send_queue[0].done():
+                    self._send_queue[0].set_result(None)
+            case frames.Found(id=number, descriptor=data) | frames.Answer(id=number, body=data):
+                self._resolve(number, data)
+            case frames.Pong(id=number):
+                self._resolve(number, b"")
+            case frames.Failed(id=number, code=code, text=text):
+                future = self._asked.get(number)
+                if future is not None and not future.done():
+                    future.set_exception(_FAILURES.get(code, BrokenError)(text, peer=str(self.address)))
+            case frames.Ping(id=number):
+                self._post(frames.Pong(id=number))
+            case frames.Lookup(id=number, name=name):
+                self._engine._publications.looked_up(self, number, name)
+            case frames.LookupCancel(id=number):
+                self._engine._publications.forget(self, number)
+            case frames.Ask(id=number, provider=provider, body=body):
+                self._engine._connections.answer(self, number, provider, body)
+            case frames.Up():
+                self._engine._connections.came_up(self)
+            case frames.Revoked(slots=slots, reason=reason):
+                self._engine._remote_revoked(self, slots, reason)
+            case _:
+                pass  # a frame of a later minor version
+
+    def _resolve(self, number: int, data: bytes) -> None:
+        future = self._asked.get(number)
+        if future is not None and not future.done():
+            future.set_result(data)
+
+    def _consumed(self, nbytes: int) -> None:
+        """The application took one message: give credit back, in lumps."""
+        grant = self._receive_credit.consumed(nbytes)
+        if grant is not None and self._state == "up":
+            self._post(frames.Credit(messages=grant[0], nbytes=grant[1]))
+
+    def _leave_queue(self, turn: asyncio.Future[None]) -> None:
+        if turn in self._send_queue:
+            self._send_queue.remove(turn)
+        if self._send_queue and not self._send_queue[0].done():
+            self._send_queue[0].set_result(None)
+
+    # ---- dependents ----
+
+    def _depend(self, future: asyncio.Future[Any]) -> None:
+        """End `future` with this peer's error when it goes."""
+        self._dependents.add(future)
+        self._engine._liveness.watch(self)
+
+    def _forget(self, future: asyncio.Future[Any]) -> None:
+        self._dependents.discard(future)
+
+    @property
+    def _is_waited_for(self) -> bool:
+        return bool(self._dependents) or self._waiting_ops > 0
+
+    def _check_up(self) -> None:
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+
+    # ---- the end ----
+
+    def _lose(self, cause: BaseException | str) -> None:
+        """The peer is gone without a goodbye."""
+        if self._state in ("lost", "closed"):
+            return
+        reason = str(cause).partition("\nhint:")[0]
+        error = PeerLostError(
+            f"peer {self.name or self.address} (incarnation {self.incarnation:016x}) is lost: {reason}",
+            peer=str(self.address),
+            provider=self._path.provider if self._path is not None else None,
+            hint="connect again when it is back; its memory and descriptors are of an old incarnation then",
+        )
+        self._finish("lost", error)
+
+    def _finish(self, state: str, error: TransferError, goodbye: str | None = None) -> None:
+        if self._state in ("lost", "closed"):
+            return
+        self._state = state
+        self._error = error
+        engine = self._engine
+        engine._connections.gone(self)
+        if self._path is not None and engine._lane.usable:
+            engine._fail_peer(self)
+        for future in list(self._dependents):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # whoever waits raises it; if nobody does any more, that is no news
+        self._dependents.clear()
+        self._lookups.clear()
+        if goodbye is None:
+            self._link.abort()
+        else:
+            self._link.close(goodbye)
+        if not self._up.done():
+            self._up.set_exception(error)
+            self._up.exception()
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    def __repr__(self) -> str:
+        name = f"{self.name!r} " if self.name else ""
+        way = f" by {self._path.provider}" if self._path is not None else ""
+        return f"<Peer {name}{self.address} {self.state}{way}>"

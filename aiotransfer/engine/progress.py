@@ -1,0 +1,63 @@
+"""Progress: the event loop reads the lane's descriptor and turns its events into the ends of transfers and waits.
+
+Nothing here runs while nothing happens: the lane's one descriptor becomes readable when an operation of ours has ended, a
+counter that somebody waits for was reached, or a peer's process has ended. Work per wake-up is bounded by the lane's batch; a
+full batch re-schedules itself behind whatever else is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aiotransfer.providers import native
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+
+
+class Progress:
+    """One per engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._loop: asyncio.AbstractEventLoop = engine._loop
+        self._lane = engine._lane
+        self._fd = engine._lane.fd
+        self._batch: int = native.lib.AT_EVENTS
+        if self._fd >= 0:
+            self._loop.add_reader(self._fd, self.poll)
+
+    def poll(self) -> None:
+        """Take what the lane has and hand it on."""
+        engine = self._engine
+        lane = self._lane
+        if lane.pointer is None:
+            return
+        n: int = native.lib.at_poll(lane.pointer)
+        engine._due = False
+        if n <= 0:
+            return
+        events = lane.events
+        lib = native.lib
+        if n == self._batch:
+            self._loop.call_soon(self.poll)
+        # a later poll overwrites the arrays, and handlers may poll: take the numbers out first
+        taken = [(events.kind[i], events.id[i], events.status[i], events.count[i]) for i in range(n)]
+        for kind, number, status, count in taken:
+            if kind == lib.AT_EV_COUNT:
+                counter = engine._records.get(number)
+                if counter is not None:
+                    counter._arrived(count)
+            elif kind == lib.AT_EV_OP:
+                engine._ended(number, status, count)
+            elif kind == lib.AT_EV_PEER:
+                engine._peer_event(number, status)
+            elif kind == lib.AT_EV_REGION:
+                engine._region_free(number)
+
+    def close(self) -> None:
+        """Leave the loop alone."""
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            self._fd = -1

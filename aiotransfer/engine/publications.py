@@ -1,0 +1,85 @@
+"""Publish and lookup: names of regions, and the questions of peers that came before their names did."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiotransfer.control import frames
+from aiotransfer.errors import TransferError
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import Region
+    from aiotransfer.model.descriptor import RemoteRegion
+
+MOST_LOOKUPS = 4096  # unanswered ones of one peer
+MOST_NAME = 1024
+
+
+class Publications:
+    """The names of one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._names: dict[str, tuple[Region, RemoteRegion]] = {}
+        self._wanted: dict[str, dict[tuple[Peer, int], None]] = {}
+
+    def publish(self, name: str, region: Region, access: str) -> None:
+        """Make it known, and answer who asked already."""
+        if not isinstance(name, str):
+            raise TypeError(f"a name must be a str, not {name!r}")
+        if not name or len(name) > MOST_NAME:
+            raise ValueError(f"a name has 1 to {MOST_NAME} characters, not {len(name)}")
+        if name in self._names:
+            raise ValueError(f"the name {name!r} is taken; unpublish it first")
+        descriptor = region._grant(access)
+        region._keepers += 1
+        self._names[name] = (region, descriptor)
+        for peer, number in self._wanted.pop(name, {}):
+            if peer._lookups.pop(number, None) is not None:
+                peer._post(frames.Found(id=number, descriptor=descriptor.encode()))
+
+    def unpublish(self, name: str) -> None:
+        """Forget the name; descriptors that peers hold already stay good. Unknown names are a `KeyError`."""
+        region, _ = self._names.pop(name)
+        region._release_keeper()
+
+    def unpublish_region(self, region: Region) -> None:
+        """Forget every name of it."""
+        for name in [n for n, (r, _) in self._names.items() if r is region]:
+            self.unpublish(name)
+
+    def looked_up(self, peer: Peer, number: int, name: str) -> None:
+        """A peer asks. Answered now, or when the name is published."""
+        known = self._names.get(name)
+        if known is not None:
+            try:
+                peer._post(frames.Found(id=number, descriptor=known[1].encode()))
+            except TransferError as error:
+                peer._lose(error)
+        elif len(peer._lookups) >= MOST_LOOKUPS:
+            peer._post(frames.Failed(id=number, code="broken", text=f"more than {MOST_LOOKUPS} lookups are unanswered"))
+        else:
+            peer._lookups[number] = name
+            self._wanted.setdefault(name, {})[peer, number] = None
+
+    def forget(self, peer: Peer, number: int) -> None:
+        """A peer no longer wants to know."""
+        name = peer._lookups.pop(number, None)
+        if name is not None:
+            wanted = self._wanted.get(name, {})
+            wanted.pop((peer, number), None)
+            if not wanted:
+                self._wanted.pop(name, None)
+
+    def gone(self, peer: Peer) -> None:
+        """Forget all its questions."""
+        for number in list(peer._lookups):
+            self.forget(peer, number)
+
+    def close(self) -> None:
+        """Every name ends with the engine."""
+        for name in list(self._names):
+            self.unpublish(name)
+        self._wanted.clear()

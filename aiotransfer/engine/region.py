@@ -1,0 +1,291 @@
+"""Regions: registered local memory, slices of it, and the grants that peers hold.
+
+A region is open until it is closed; the memory beneath it is given back when three things have happened: no operation of ours
+uses it (the lane says so), no peer is inside a write under one of its grants (the active words say so), and nothing keeps it
+(a published name). Closing starts all of that and returns; `aclose` waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from aiotransfer.errors import ClosedError, QuarantineError, RegionError
+from aiotransfer.model.descriptor import Grant, RemoteRegion
+from aiotransfer.providers.lane import Segment
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from aiotransfer.engine.engine import Engine
+
+ACCESSES = ("write", "read", "both")
+
+
+class RegionView:
+    """Some bytes of a region: what the local side of an operation names. Slicing is free of copies."""
+
+    __slots__ = ("_engine", "_id", "_root", "_start", "nbytes")
+
+    _engine: Engine
+    _id: int
+    _root: Region
+    _start: int
+    nbytes: int
+
+    def __getitem__(self, key: slice) -> RegionView:
+        """Bytes `[a:b]` of it. Never clamps (`RegionError`); steps and single indexes are a `TypeError`."""
+        if type(key) is not slice or key.step is not None:
+            raise TypeError(f"a region takes byte ranges [a:b] without a step, not {key!r}")
+        n = self.nbytes
+        start = 0 if key.start is None else key.start.__index__()
+        stop = n if key.stop is None else key.stop.__index__()
+        if not 0 <= start <= stop <= n:
+            raise RegionError(f"[{key.start}:{key.stop}] does not lie in a region of {n} bytes")
+        view = _new_view(RegionView)
+        view._engine = self._engine
+        view._id = self._id
+        view._root = self._root
+        view._start = self._start + start
+        view.nbytes = stop - start
+        return view
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    @property
+    def device(self) -> str:
+        """Where the memory is, as torch writes it."""
+        return self._root._device
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.nbytes} bytes at +{self._start} of region {self._id & 0xFFFFFFFF}>"
+
+
+_new_view = object.__new__
+
+
+class Region(RegionView):
+    """Registered local memory. Made by `Engine.register` and `Engine.allocate`."""
+
+    __slots__ = (
+        "__weakref__",
+        "_access",
+        "_address",
+        "_closed",
+        "_device",
+        "_freed",
+        "_grants",
+        "_keep",
+        "_keepers",
+        "_native_busy",
+        "_segment",
+        "_shape",
+        "_dtype",
+        "_waiters",
+        "_writable",
+    )
+
+    def __init__(
+        self,
+        engine: Engine,
+        address: int,
+        nbytes: int,
+        *,
+        device: str,
+        writable: bool,
+        keep: object,
+        access: str,
+        segment: Segment | None = None,
+        shape: tuple[int, ...] = (),
+        dtype: str = "uint8",
+    ) -> None:
+        self._engine = engine
+        self._id = engine._lane.add_region(address, nbytes)
+        self._root = self
+        self._start = 0
+        self.nbytes = nbytes
+        self._address = address
+        self._device = device
+        self._writable = writable
+        self._keep = keep
+        self._access = access
+        self._segment = segment
+        self._shape = shape
+        self._dtype = dtype
+        self._grants: dict[str, Grant] = {}
+        self._keepers = 0
+        self._closed = False
+        self._native_busy = False
+        self._freed = False
+        self._waiters: list[asyncio.Future[None]] = []
+
+    # ---- what peers may hold ----
+
+    @property
+    def descriptor(self) -> RemoteRegion:
+        """A descriptor of the whole region that any connected peer may use (with `access`, default "write")."""
+        return self._grant("write" if self._access == "auto" else self._access)
+
+    def _grant(self, access: str) -> RemoteRegion:
+        engine = self._engine
+        engine._check()
+        if self._closed:
+            raise ClosedError("the region is closed")
+        if access not in ACCESSES:
+            raise ValueError(f"access must be one of {ACCESSES}, not {access!r}")
+        if self._access != "auto" and access not in (self._access, *(("write", "read") if self._access == "both" else ())):
+            raise RegionError(f"the region was registered for {self._access!r}, not for {access!r}")
+        if access != "read" and not self._writable:
+            raise RegionError("read-only memory cannot be granted for writing")
+        grant = self._grants.get(access)
+        if grant is None:
+            slot, epoch = engine._lane.new_grant()
+            grant = Grant(
+                owner=str(engine.address),
+                incarnation=engine.incarnation,
+                base=self._address,
+                nbytes=self.nbytes,
+                access=access,
+                device=self._device,
+                slot=slot,
+                epoch=epoch,
+                segment=self._id if self._segment is not None else 0,
+                segment_offset=0,
+                keys=(),
+            )
+            self._grants[access] = grant
+            engine._granted[slot] = self
+        return RemoteRegion.of(grant)
+
+    # ---- views ----
+
+    def numpy(self) -> Any:
+        """The memory as a NumPy array of the shape and dtype it was allocated with; valid as long as it lives.
+
+        For dtypes that NumPy lacks (bfloat16, float8) the array is of bytes with one more dimension.
+        """
+        from aiotransfer.engine.views import as_numpy
+
+        return as_numpy(self)
+
+    def torch(self) -> Any:
+        """The memory as a torch tensor; valid as long as it lives, also after close."""
+        from aiotransfer.engine.views import as_torch
+
+        return as_torch(self)
+
+    # ---- the end ----
+
+    @property
+    def closed(self) -> bool:
+        """Whether new use is refused."""
+        return self._closed
+
+    def close(self) -> None:
+        """Forbid new use at once and make every descriptor stale; the memory is released when nothing uses it any more.
+
+        Until then (see `aclose`) what peers hold may still change it. Twice is silent. A published region stays usable by
+        peers until `unpublish`.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if not self._keepers:
+            self._end()
+
+    def _release_keeper(self) -> None:
+        self._keepers -= 1
+        if self._closed and not self._keepers:
+            self._end()
+
+    def _end(self) -> None:
+        engine = self._engine
+        if not engine._lane.usable:
+            return
+        self._native_busy = not engine._lane.close_region(self._id)
+        if self._native_busy:
+            engine._closing_regions[self._id] = self
+        for grant in self._grants.values():
+            engine._lane.revoke_grant(grant.slot)
+        if self._segment is not None:
+            self._segment.close_fd()
+        engine._tell_revoked(self)
+        self._settle()
+
+    def _settle(self) -> bool:
+        """Look whether everything has let go; True when the memory is free."""
+        if self._freed:
+            return True
+        engine = self._engine
+        if self._native_busy:
+            return False
+        lane = engine._lane
+        for access, grant in list(self._grants.items()):
+            if lane.grant_active(grant.slot) == 0:
+                lane.free_grant(grant.slot)
+                engine._granted.pop(grant.slot, None)
+                del self._grants[access]
+        if self._grants:
+            engine._unsettled(self)
+            return False
+        self._freed = True
+        self._keep = None
+        engine._closing_regions.pop(self._id, None)
+        engine._regions.pop(self._id, None)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
+        return True
+
+    async def aclose(self, timeout: float | None = None) -> None:
+        """Revoke every descriptor, also published ones, and wait until nothing can change the memory any more.
+
+        Raises `QuarantineError` when that cannot be proved within `timeout` seconds (default: the engine's); the memory then
+        stays quarantined until it can.
+        """
+        engine = self._engine
+        engine._unpublish_region(self)
+        self.close()
+        if self._settle() or not engine._lane.usable:
+            return
+        loop = engine._loop
+        waiter: asyncio.Future[None] = loop.create_future()
+        self._waiters.append(waiter)
+        seconds = engine._seconds(timeout)
+        try:
+            async with asyncio.timeout(None if seconds == math.inf else seconds):
+                await waiter
+        except TimeoutError:
+            raise QuarantineError(
+                f"a peer may still be writing into this region of {self.nbytes} bytes",
+                hint="the memory stays quarantined and is released when the peer moves on or dies",
+            ) from None
+
+    def __enter__(self) -> Region:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        if self._closed and not self._freed and self._engine._lane.usable and not self._settle() and kind is None:
+            warnings.warn(
+                f"{self!r} left its `with` while still in use; use `async with` to wait", ResourceWarning, stacklevel=2
+            )
+
+    async def __aenter__(self) -> Region:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        kind = "allocated" if self._segment is not None else "registered"
+        return f"<Region {self.nbytes} bytes {kind} on {self._device}, {state}>"

@@ -1,0 +1,66 @@
+"""What an engine has counted, as a frozen record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts since the engine was opened; `pending_*`, `regions`, `peers` and `quarantined_bytes` are as of now."""
+
+    operations_inline: int
+    operations_queued: int
+    bytes_written: int
+    units_written: int
+    arrivals: int
+    strays: int
+    early_values: int
+    overflowed: int
+    pending_operations: int
+    regions: int
+    remote_regions: int
+    grants: int
+    peers: int
+    quarantined_bytes: int
+    doorbells_rung: int
+    doorbells_heard: int
+    polls: int
+    pulses_answered: int
+    native_chunks: int
+    refused_posts: int
+    unknown_completions: int
+
+    @classmethod
+    def of(cls, engine: Engine) -> Statistics:
+        """The record now; all zero for an engine that is not open."""
+        if engine._state == "new" or not engine._lane.usable:
+            return cls(*([0] * len(cls.__dataclass_fields__)))
+        lane = engine._lane.statistics()
+        return cls(
+            operations_inline=lane["ops_inline"],
+            operations_queued=lane["ops_queued"],
+            bytes_written=lane["bytes_written"],
+            units_written=lane["units_written"],
+            arrivals=lane["arrivals"],
+            strays=lane["strays"],
+            early_values=lane["early_values"],
+            overflowed=lane["overflowed"],
+            pending_operations=lane["pending_ops"],
+            regions=lane["regions"],
+            remote_regions=lane["remote_regions"],
+            grants=lane["grants"],
+            peers=len(engine.peers),
+            quarantined_bytes=sum(region.nbytes for region in engine._quarantine),
+            doorbells_rung=lane["doorbells_rung"],
+            doorbells_heard=lane["doorbells_heard"],
+            polls=lane["polls"],
+            pulses_answered=lane["pulses_answered"],
+            native_chunks=lane["thread_chunks"],
+            refused_posts=lane["refused_posts"],
+            unknown_completions=lane["unknown_completions"] + engine._ledger.strays,
+        )

@@ -1,0 +1,78 @@
+"""Deadlines of operations in flight: one timer per engine.
+
+A deadline is judged only after the lane's completions have been taken, so an operation that finished while the loop was stuck is
+never reported late. What is overdue is withdrawn; if its posted part has not retired `drain_timeout` later, the connection to that
+peer is fenced: nothing posted can touch memory afterwards, and the operation ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aiotransfer.core.deadlines import Deadlines
+from aiotransfer.providers import native
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+
+
+class Sweeper:
+    """One per engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._limits = Deadlines()
+        self._drains = Deadlines()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, cookie: int, when: float) -> None:
+        """The operation is overdue at loop time `when`."""
+        self._limits.add(cookie, when)
+        self._schedule(when)
+
+    def draining(self, cookie: int) -> None:
+        """The operation was withdrawn; its posted part has `drain_timeout` to retire."""
+        self._limits.discard(cookie)
+        when = self._engine._loop.time() + self._engine.config.drain_timeout
+        self._drains.add(cookie, when)
+        self._schedule(when)
+
+    def discard(self, cookie: int) -> None:
+        """The operation has ended."""
+        self._limits.discard(cookie)
+        self._drains.discard(cookie)
+
+    def _schedule(self, when: float) -> None:
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        self._timer = self._engine._loop.call_at(when, self._sweep)
+
+    def _sweep(self) -> None:
+        self._timer = None
+        engine = self._engine
+        if not engine._lane.usable:
+            return
+        engine._progress.poll()
+        now = engine._loop.time()
+        for cookie in self._limits.due(now):
+            native.lib.at_cancel(engine._p, cookie, native.lib.AT_ETIMEOUT)
+            if cookie in engine._ledger:
+                self.draining(cookie)
+        for cookie in self._drains.due(now):
+            transfer = engine._ledger.item(cookie)
+            if transfer is not None and transfer._peer._path is not None:
+                native.lib.at_peer_fence(engine._p, transfer._peer._path.lane_peer)
+                self._drains.add(cookie, now + engine.config.drain_timeout)
+        engine._progress.poll()
+        for when in (self._limits.next(), self._drains.next()):
+            if when is not None:
+                self._schedule(when)
+
+    def close(self) -> None:
+        """No more timers."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,250 @@
+"""Transfers: awaitable handles of submitted operations.
+
+The promise of this file: when `await transfer` ends, in whichever way, the source memory is the caller's again. An operation
+that finished inside the native call is born done. For any other, the engine's ledger holds the transfer until the lane reports
+that its last work request has retired; only that report ends it.
+
+Cancelling an awaiter withdraws what is unposted and then *keeps waiting* for the rest. That wait must neither be ended by
+further cancels nor spin when they come on every loop turn, as those of an anyio scope do: it runs inside a shielded scope when
+anyio is in use, and swallows repeated asyncio cancels (the first one is re-raised at the end). The deadline that bounds it
+belongs to the engine, never to the cancelled task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+from aiotransfer.errors import TransferError
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.providers.port import Path
+
+DONE, PENDING, FAILED, CANCELLED = 0, 1, 2, 3
+_FINISHED: Iterator[Any] = iter(())  # an exhausted iterator: awaiting it returns at once
+
+
+class _Unheard:
+    """Logs once, through the loop's handler, when a failed transfer is dropped without anybody having looked."""
+
+    __slots__ = ("error", "loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, error: BaseException) -> None:
+        self.loop = loop
+        self.error: BaseException | None = error
+
+    def __del__(self) -> None:
+        if self.error is not None and not self.loop.is_closed():
+            self.loop.call_exception_handler(
+                {"message": "an aiotransfer operation failed and nobody awaited it", "exception": self.error}
+            )
+
+
+class Transfer:
+    """A submitted operation. Awaitable many times, from several tasks; hashable."""
+
+    __slots__ = (
+        "__weakref__",
+        "_cookies",
+        "_elapsed",
+        "_engine",
+        "_error",
+        "_guard",
+        "_keep",
+        "_landed",
+        "_peer",
+        "_started",
+        "_state",
+        "_waiters",
+        "nbytes",
+    )
+
+    nbytes: int
+    _engine: Engine
+    _peer: Peer
+    _state: int
+    _cookies: list[int]
+    _error: BaseException | None
+    _guard: _Unheard | None
+    _keep: object
+    _landed: int
+    _started: float
+    _elapsed: float
+    _waiters: list[asyncio.Future[None]]
+
+    # Instances are made by the engine with object.__new__: a finished one carries only _engine, _peer, nbytes and _state.
+
+    def __await__(self) -> Iterator[Any]:
+        if self._state == DONE and not self._engine._due:
+            return _FINISHED
+        return self._wait()
+
+    def _wait(self) -> Generator[Any, None, None]:
+        engine = self._engine
+        if self._state == DONE:
+            yield  # finished awaits may not starve the loop: give it the turn that is due
+            return
+        if self._state == PENDING:
+            try:
+                yield from self._next_wait()
+            except asyncio.CancelledError:
+                if self._state == PENDING:
+                    engine._cancel(self)
+                    yield from self._drain()
+                raise
+        self._disarm()
+        if self._state == FAILED:
+            assert self._error is not None
+            raise self._error.with_traceback(None)
+        if self._state == CANCELLED:
+            raise asyncio.CancelledError("the transfer was cancelled by another awaiter")
+
+    def _next_wait(self) -> Generator[Any, None, None]:
+        waiter: asyncio.Future[None] = self._engine._loop.create_future()
+        self._waiters.append(waiter)
+        yield from waiter.__await__()
+
+    def _drain(self) -> Generator[Any, None, None]:
+        """Wait, whatever happens to this task, until the operation has ended."""
+        if self._state != PENDING:
+            return
+        anyio = sys.modules.get("anyio")
+        if anyio is None:
+            yield from self._drain_loop()
+            return
+        with anyio.CancelScope(shield=True):
+            yield from self._drain_loop()
+
+    def _drain_loop(self) -> Generator[Any, None, None]:
+        while self._state == PENDING:
+            try:
+                yield from self._next_wait()
+            except asyncio.CancelledError:
+                continue  # one cancel is re-raised when the source is free; more of them change nothing
+
+    # ---- the engine's side ----
+
+    def _end(self, state: int, landed: int, error: BaseException | None) -> None:
+        engine = self._engine
+        self._landed = landed
+        self._elapsed = engine._loop.time() - self._started
+        self._error = error
+        self._keep = None
+        self._state = state
+        heard = False
+        for waiter in self._waiters:
+            if not waiter.done():
+                heard = True
+                waiter.set_result(None)
+        self._waiters = []
+        if error is not None and not heard:
+            self._guard = _Unheard(engine._loop, error)
+
+    def _disarm(self) -> None:
+        guard = getattr(self, "_guard", None)
+        if guard is not None:
+            guard.error = None
+
+    # ---- for users ----
+
+    def done(self) -> bool:
+        """Whether it has ended, in whichever way; the source memory is free then."""
+        if self._state == PENDING and self._engine._on_loop():
+            self._engine._progress.poll()
+        return self._state != PENDING
+
+    def cancel(self) -> bool:
+        """Withdraw what is unposted. False when it has ended already; further cancels change nothing.
+
+        The operation ends, as `asyncio.CancelledError` for awaiters, when what was posted has retired.
+        """
+        if self._state != PENDING:
+            return False
+        self._engine._cancel(self)
+        return True
+
+    def exception(self) -> BaseException | None:
+        """The error it ended in, or None. Raises `InvalidStateError` while it is under way, `CancelledError` if cancelled."""
+        if self._state == PENDING:
+            raise asyncio.InvalidStateError("the transfer has not ended")
+        if self._state == CANCELLED:
+            raise asyncio.CancelledError
+        if self._state == DONE:
+            return None
+        self._disarm()
+        return self._error
+
+    @property
+    def bytes_done(self) -> int:
+        """Bytes that have landed so far."""
+        if self._state == DONE:
+            return self.nbytes
+        if self._state == PENDING:
+            return self._engine._bytes_done(self)
+        return self._landed
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from submission to the end (so far); 0.0 when it finished inside the call."""
+        if self._state == PENDING:
+            return self._engine._loop.time() - self._started
+        return getattr(self, "_elapsed", 0.0)
+
+    @property
+    def peer(self) -> Peer:
+        """Whose memory it writes."""
+        return self._peer
+
+    @property
+    def path(self) -> Path:
+        """The way its bytes take."""
+        return self._peer.path
+
+    def __repr__(self) -> str:
+        state = ("done", "pending", "failed", "cancelled")[self._state]
+        return f"<Transfer {self.nbytes} bytes to {self._peer.name or self._peer.address}, {state}>"
+
+
+async def wait_all(transfers: Any) -> None:
+    """Wait for every transfer, then raise an `ExceptionGroup` of all failures (none: return).
+
+    Cancelling it cancels the transfers that are still under way and waits until their sources are free.
+    """
+    waiting = list(transfers)
+    errors: list[Exception] = []
+    for i, transfer in enumerate(waiting):
+        try:
+            await transfer
+        except asyncio.CancelledError:
+            if transfer.done() and not _cancelling():
+                errors.append(TransferError(f"{transfer!r} was cancelled"))
+                continue
+            for other in waiting[i + 1 :]:
+                other.cancel()
+            for other in waiting[i + 1 :]:
+                await _ended(other)
+            raise
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise ExceptionGroup(f"{len(errors)} of {len(waiting)} transfers failed", errors)
+
+
+class _ended:  # noqa: N801 - reads as a verb where it is awaited
+    """Awaits the end of a transfer, not its result."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from self._transfer._drain()
+        self._transfer._disarm()
+
+
+def _cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

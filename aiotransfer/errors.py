@@ -1,0 +1,144 @@
+"""Everything this library raises.
+
+::
+
+    TransferError
+    ├── ConfigurationError
+    │   └── ProviderUnavailableError   .attempts: [(provider, reason)]
+    ├── RegistrationError              memory refused
+    ├── DescriptorError                bytes that are no descriptor
+    ├── RegionError (also IndexError)  bounds, closed, access
+    │   └── StaleRegionError           revoked, or of an old incarnation
+    ├── BusyError                      a bound of ours
+    ├── ClosedError                    our side closed it
+    ├── BrokenError
+    │   ├── PeerLostError
+    │   ├── RailBrokenError
+    │   └── RemoteAccessError
+    ├── TransferTimeout (also TimeoutError)
+    ├── ScatterError                   .results
+    ├── QuarantineError                memory that must not be reused yet
+    ├── RendezvousError                version, size, authentication
+    └── InternalError                  an invariant failed: please report
+
+Names say what the caller can do next, not which layer noticed. Every error carries `.peer`, `.rail`, `.provider`, `.code` (native
+code and its text) and `.hint`; none holds a live object, so all of them pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_FIELDS = ("peer", "rail", "provider", "code", "hint")
+
+
+class TransferError(Exception):
+    """Base of all errors of this library. `str()` is the message and, where there is one, the hint."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        peer: str | None = None,
+        rail: int | None = None,
+        provider: str | None = None,
+        code: tuple[int, str] | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.peer = peer
+        self.rail = rail
+        self.provider = provider
+        self.code = code
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.__dict__.copy())
+
+
+def _rebuild(cls: type[TransferError], message: str, state: dict[str, Any]) -> TransferError:
+    error = cls.__new__(cls, message)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigurationError(TransferError):
+    """A setting that cannot work."""
+
+
+class ProviderUnavailableError(ConfigurationError):
+    """No provider can do it. `attempts` lists (provider, reason)."""
+
+    def __init__(self, message: str, *, attempts: Sequence[tuple[str, str]] = (), **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.attempts = list(attempts)
+
+
+class RegistrationError(TransferError):
+    """Memory was refused."""
+
+
+class DescriptorError(TransferError):
+    """Bytes that are no descriptor."""
+
+
+class RegionError(TransferError, IndexError):
+    """A region was used outside its bounds, its access or its life."""
+
+
+class StaleRegionError(RegionError):
+    """The descriptor was revoked, or belongs to an older incarnation of its owner."""
+
+
+class BusyError(TransferError):
+    """A bound of ours is reached; try again when something has ended."""
+
+
+class ClosedError(TransferError):
+    """Our own side closed it."""
+
+
+class BrokenError(TransferError):
+    """The other side or the fabric broke it."""
+
+
+class PeerLostError(BrokenError):
+    """The peer died, stopped answering, or left."""
+
+
+class RailBrokenError(BrokenError):
+    """A rail failed and what it carried cannot be accounted for."""
+
+
+class RemoteAccessError(BrokenError):
+    """The far side refused the access."""
+
+
+class TransferTimeout(TransferError, TimeoutError):
+    """A deadline passed; nothing is known to be broken."""
+
+
+class ScatterError(TransferError):
+    """Some targets of a scatter failed. `results` holds None or the error of each target, in order."""
+
+    def __init__(self, message: str, *, results: Sequence[BaseException | None] = (), **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.results = list(results)
+
+
+class QuarantineError(TransferError):
+    """Memory that must not be reused yet: somebody may still touch it."""
+
+
+class RendezvousError(TransferError):
+    """Two engines could not agree to talk: version, size or authentication."""
+
+
+class InternalError(TransferError):
+    """An invariant of this library failed: please report it."""

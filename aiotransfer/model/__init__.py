@@ -1,0 +1,1 @@
+"""Values: what the other layers say to each other. No I/O, no clock, no event loop."""

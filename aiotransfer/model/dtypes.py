@@ -1,0 +1,43 @@
+"""Element types by name, whether NumPy knows them or only torch does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_TORCH_ONLY = {
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """An element type: its common name, its size in bytes, and NumPy's type where there is one."""
+
+    name: str
+    itemsize: int
+    numpy: np.dtype[Any] | None
+
+
+def lookup(dtype: Any) -> DType:
+    """By NumPy dtype or type, torch dtype, or name (`"bfloat16"`). Raises `TypeError` for what is no plain element type."""
+    text = dtype if isinstance(dtype, str) else str(dtype) if type(dtype).__module__ == "torch" else None
+    if text is not None:
+        name = text.removeprefix("torch.")
+        if name in _TORCH_ONLY:
+            return DType(name, _TORCH_ONLY[name], None)
+        dtype = {"half": "float16", "float": "float32", "double": "float64"}.get(name, name)
+    try:
+        found = np.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(f"not an element type: {dtype!r}") from error
+    if found.hasobject or found.itemsize == 0:
+        raise TypeError(f"{found} elements are no plain memory")
+    return DType(found.name, found.itemsize, found)

@@ -1,0 +1,197 @@
+"""Passing file descriptors between two engines of one host.
+
+A SEQPACKET socket with an abstract, random name that only an authenticated peer has been told. Messages are small and fixed
+in shape: a 16-byte ticket that was agreed on over the control connection, a body, at most four descriptors. Whatever comes
+without an expected ticket is closed at once, so that nobody can make us collect descriptors.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Callable
+
+TICKET_BYTES = 16
+MOST_FDS = 4
+MOST_EARLY = 16  # introductions that overtook the question which announces them
+EARLY_SECONDS = 5.0
+MOST_BYTES = 512
+_CREDENTIALS = struct.Struct("3i")
+
+
+def ticket() -> bytes:
+    """A fresh ticket."""
+    return secrets.token_bytes(TICKET_BYTES)
+
+
+def close_all(fds: list[int]) -> None:
+    """Close descriptors that nobody wanted."""
+    for fd in fds:
+        os.close(fd)
+
+
+class FdChannel:
+    """One connected socket. `send` never blocks; `expect` waits for the packet with a ticket."""
+
+    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._loop = loop
+        self._expected: dict[bytes, asyncio.Future[tuple[bytes, list[int]]]] = {}
+        self._first: Callable[[FdChannel, bytes, bytes, list[int]], None] | None = None
+        self._closed = False
+        pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        self.pid, self.uid = pid, uid
+        loop.add_reader(sock.fileno(), self._readable)
+
+    def on_first(self, callback: Callable[[FdChannel, bytes, bytes, list[int]], None]) -> None:
+        """The accepting side does not know the ticket of a connection before its first packet."""
+        self._first = callback
+
+    def send(self, ticket: bytes, body: bytes, fds: list[int]) -> None:
+        """One packet. `OSError` when the other side is gone or does not read."""
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self._sock.sendmsg([ticket + body], ancillary)
+
+    async def expect(self, ticket: bytes, timeout: float) -> tuple[bytes, list[int]]:
+        """Body and descriptors (the caller's from now on) of the packet with this ticket.
+
+        Raises `TimeoutError` or `ConnectionError`.
+        """
+        if self._closed:
+            raise ConnectionError("the descriptor channel is closed")
+        future: asyncio.Future[tuple[bytes, list[int]]] = self._loop.create_future()
+        self._expected[ticket] = future
+        try:
+            async with asyncio.timeout(timeout):
+                return await future
+        except BaseException:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                close_all(future.result()[1])
+            raise
+        finally:
+            self._expected.pop(ticket, None)
+
+    def _readable(self) -> None:
+        try:
+            data, fds, flags, _ = socket.recv_fds(self._sock, MOST_BYTES, MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.close()
+            return
+        if len(data) < TICKET_BYTES or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            close_all(list(fds))
+            self.close()
+            return
+        key, body = data[:TICKET_BYTES], data[TICKET_BYTES:]
+        first, self._first = self._first, None
+        if first is not None:
+            first(self, key, body, list(fds))
+            return
+        future = self._expected.get(key)
+        if future is None or future.done():
+            close_all(list(fds))
+            return
+        future.set_result((body, list(fds)))
+
+    def close(self) -> None:
+        """Close, ending every `expect`. Twice is silent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        for future in self._expected.values():
+            if not future.done():
+                future.set_exception(ConnectionError("the descriptor channel was closed"))
+
+
+class FdListener:
+    """Accepts descriptor channels under an abstract name."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.name = "\0aiotransfer-" + secrets.token_hex(16)
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        self._sock.bind(self.name)
+        self._sock.listen(128)
+        self._waiting: dict[bytes, asyncio.Future[tuple[FdChannel, bytes, list[int]]]] = {}
+        self._early: dict[bytes, tuple[FdChannel, bytes, list[int]]] = {}
+        self._fresh: set[FdChannel] = set()
+        loop.add_reader(self._sock.fileno(), self._acceptable)
+
+    def _acceptable(self) -> None:
+        try:
+            sock, _ = self._sock.accept()
+        except OSError:
+            return
+        if len(self._fresh) >= 64:  # connected, but never said who they are
+            sock.close()
+            return
+        channel = FdChannel(sock, self._loop)
+        self._fresh.add(channel)
+        channel.on_first(self._introduced)
+
+    def _introduced(self, channel: FdChannel, key: bytes, body: bytes, fds: list[int]) -> None:
+        self._fresh.discard(channel)
+        future = self._waiting.get(key)
+        if future is not None and not future.done():
+            future.set_result((channel, body, fds))
+        elif len(self._early) < MOST_EARLY and key not in self._early:
+            self._early[key] = (channel, body, fds)
+            self._loop.call_later(EARLY_SECONDS, self._forget_early, key)
+        else:
+            close_all(fds)
+            channel.close()
+
+    def _forget_early(self, key: bytes) -> None:
+        early = self._early.pop(key, None)
+        if early is not None:
+            close_all(early[2])
+            early[0].close()
+
+    async def accept(self, key: bytes, timeout: float) -> tuple[FdChannel, bytes, list[int]]:
+        """The connection whose first packet carries `key`. Raises `TimeoutError`."""
+        early = self._early.pop(key, None)
+        if early is not None:
+            return early
+        future: asyncio.Future[tuple[FdChannel, bytes, list[int]]] = self._loop.create_future()
+        self._waiting[key] = future
+        try:
+            async with asyncio.timeout(timeout):
+                return await future
+        except BaseException:
+            if future.done() and not future.cancelled():
+                channel, _, fds = future.result()
+                close_all(fds)
+                channel.close()
+            raise
+        finally:
+            del self._waiting[key]
+
+    def close(self) -> None:
+        """Stop accepting. Twice is silent."""
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+        for channel in list(self._fresh):
+            channel.close()
+        self._fresh.clear()
+        for key in list(self._early):
+            self._forget_early(key)
+
+
+def connect(name: str, loop: asyncio.AbstractEventLoop) -> FdChannel:
+    """Connect to an engine of this host (and network namespace). Raises `OSError`."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        sock.connect(name)
+        return FdChannel(sock, loop)
+    except BaseException:
+        sock.close()
+        raise

@@ -1,0 +1,203 @@
+"""One engine's lane, typed.
+
+The engine's hot path calls the extension's functions directly with `Lane.pointer` (one attribute, one call); everything less
+frequent goes through the methods here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any, NamedTuple
+
+from aiotransfer.config import Config
+from aiotransfer.errors import BusyError, InternalError, RegistrationError
+from aiotransfer.providers import native
+
+
+class Event(NamedTuple):
+    """One thing that happened: an operation ended, arrivals came, a peer died, a region is free."""
+
+    kind: int
+    id: int
+    status: int
+    count: int
+
+
+class Lane:
+    """Owns the C lane; `free` once, after all paths are closed."""
+
+    __slots__ = ("events", "fd", "pid", "pointer", "_region_owners")
+
+    def __init__(self, incarnation: int, config: Config, *, threadless: bool = False) -> None:
+        native.require()
+        settings = native.ffi.new("at_lane_config *")
+        settings.inline_bytes = config.inline_bytes
+        settings.turn_ns = int(config.turn_seconds * 1e9)
+        settings.max_ops = config.max_queued_operations
+        settings.max_bytes = config.max_queued_bytes
+        settings.early_values = config.early_values
+        settings.flags = native.lib.AT_LANE_NO_THREAD if threadless else 0
+        pointer = native.lib.at_lane_new(incarnation, settings)
+        if pointer == native.ffi.NULL:
+            number = native.ffi.errno
+            raise BusyError(
+                f"no lane: {os.strerror(number)}", code=(number, os.strerror(number)), hint="raise `ulimit -n`"
+            )
+        self.pointer: Any = pointer
+        self.events: Any = native.lib.at_lane_events(pointer)
+        self.fd: int = native.lib.at_lane_fd(pointer)
+        self.pid = os.getpid()
+        self._region_owners: dict[int, object] = {}
+
+    def free(self) -> None:
+        """Destroy the lane. Later calls through this object do nothing."""
+        if self.pointer is not None and self.pid == os.getpid():
+            native.lib.at_lane_free(self.pointer)
+        self.pointer = None
+
+    @property
+    def usable(self) -> bool:
+        """False once freed, and in a forked child."""
+        return self.pointer is not None and self.pid == os.getpid()
+
+    def poll(self) -> list[Event]:
+        """Drain up to one batch of events; starts a new loop turn."""
+        n = native.lib.at_poll(self.pointer)
+        if n <= 0:
+            return []
+        e = self.events
+        return [Event(e.kind[i], e.id[i], e.status[i], e.count[i]) for i in range(n)]
+
+    def add_region(self, address: int, nbytes: int) -> int:
+        """Register local memory; the caller keeps it alive until `close_region` says so."""
+        region = native.lib.at_region_add(self.pointer, native.ffi.cast("void *", address), nbytes)
+        if region < 0:
+            raise RegistrationError(f"cannot register {nbytes} bytes: {native.text(region)}")
+        return int(region)
+
+    def close_region(self, region: int) -> bool:
+        """True when the region is free now; else an AT_EV_REGION event comes."""
+        return not self.usable or int(native.lib.at_region_close(self.pointer, region)) <= 0
+
+    def new_grant(self) -> tuple[int, int]:
+        """A fresh epoch word: (slot, epoch)."""
+        epoch = native.ffi.new("uint64_t *")
+        slot = native.lib.at_grant_new(self.pointer, epoch)
+        if slot < 0:
+            raise BusyError("65,536 grants are in use", hint="close or revoke regions that are no longer shared")
+        return int(slot), int(epoch[0])
+
+    def revoke_grant(self, slot: int) -> int:
+        """Make the grant stale; how many writers are inside a write under it now."""
+        return int(native.lib.at_grant_revoke(self.pointer, slot)) if self.usable else 0
+
+    def grant_active(self, slot: int) -> int:
+        """How many writers are inside a write under a revoked grant; 0 is proof that nothing more lands."""
+        return int(native.lib.at_grant_active(self.pointer, slot)) if self.usable else 0
+
+    def free_grant(self, slot: int) -> None:
+        """Let the slot be used again; only after `grant_active` was 0."""
+        if self.usable:
+            native.lib.at_grant_free(self.pointer, slot)
+
+    def grant_valid(self, slot: int, epoch: int) -> bool:
+        """Whether a descriptor with these values is still good."""
+        return bool(native.lib.at_grant_valid(self.pointer, slot, epoch))
+
+    def add_remote(self, peer: int, base: Any, va: int, nbytes: int, access: int, slot: int, epoch: int) -> int:
+        """A remote region, or a negative status."""
+        return int(native.lib.at_remote_add(self.pointer, peer, base, va, nbytes, access, slot, epoch))
+
+    def close_remote(self, remote: int) -> None:
+        """Forget a remote region; the lane waits for operations that still use it."""
+        if self.usable:
+            native.lib.at_remote_close(self.pointer, remote)
+
+    def statistics(self) -> dict[str, int]:
+        """The lane's counters by name."""
+        out = native.ffi.new("at_lane_stats *")
+        native.lib.at_lane_stats_get(self.pointer, out)
+        return {name: int(getattr(out, name)) for name, _ in native.ffi.typeof("at_lane_stats").fields}
+
+    def system_error(self) -> tuple[int, str]:
+        """(errno, its text) of the last AT_EIO."""
+        number = int(native.lib.at_lane_errno(self.pointer))
+        return number, os.strerror(number)
+
+
+class Segment:
+    """Shared memory of ours, or a mapping of a peer's. Unmapped when the last view of it is gone."""
+
+    __slots__ = ("__weakref__", "address", "buffer", "fd", "nbytes")
+
+    def __init__(self, address: int, nbytes: int, fd: int) -> None:
+        self.address = address
+        self.nbytes = nbytes
+        self.fd = fd
+        pointer = native.ffi.gc(
+            native.ffi.cast("uint8_t *", address), lambda p: native.lib.at_segment_unmap(p, nbytes), nbytes
+        )
+        self.buffer: Any = native.ffi.buffer(pointer, nbytes)
+
+    @classmethod
+    def allocate(cls, nbytes: int) -> Segment:
+        """Sealed, zeroed, preallocated. Raises `RegistrationError`."""
+        base, fd = native.ffi.new("void **"), native.ffi.new("int *")
+        rc = native.lib.at_segment_new(nbytes, base, fd)
+        if rc != 0:
+            number = -rc
+            hint = "free memory, or raise the memory limit of this container"
+            if number == errno.EMFILE:
+                hint = "raise `ulimit -n`: each allocation needs a descriptor"
+            raise RegistrationError(
+                f"cannot allocate {nbytes} bytes of shared memory: {os.strerror(number)}",
+                code=(number, os.strerror(number)),
+                hint=hint,
+            )
+        return cls(int(native.ffi.cast("uintptr_t", base[0])), nbytes, int(fd[0]))
+
+    @classmethod
+    def map(cls, fd: int, nbytes: int) -> Segment:
+        """Map a peer's segment after verifying seals and size. `fd` stays the caller's. Raises `RegistrationError`."""
+        base = native.ffi.new("void **")
+        rc = native.lib.at_segment_map(fd, nbytes, base)
+        if rc != 0:
+            number = -rc
+            reason = {errno.EPERM: "it is not sealed", errno.ERANGE: "its size is not the promised one"}.get(
+                number, os.strerror(number)
+            )
+            raise RegistrationError(f"cannot map {nbytes} bytes of a peer: {reason}", code=(number, os.strerror(number)))
+        return cls(int(native.ffi.cast("uintptr_t", base[0])), nbytes, -1)
+
+    def touch(self) -> None:
+        """Fault every page in (releases the GIL; slow for large segments)."""
+        native.lib.at_segment_touch(native.ffi.cast("void *", self.address), self.nbytes)
+
+    @property
+    def pointer(self) -> Any:
+        """As `void *`."""
+        return native.ffi.cast("void *", self.address)
+
+    def close_fd(self) -> None:
+        """No more peers can be given this memory."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "fd", -1) >= 0:
+            self.close_fd()
+
+
+def memory_is_mapped(address: int, nbytes: int) -> bool:
+    """Whether [address, address + nbytes) lies in mapped memory of this process."""
+    if not native.has_shm:
+        return True
+    return int(native.lib.at_memory_mapped(native.ffi.cast("void *", address), nbytes)) == 0
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `InternalError` when an invariant does not hold."""
+    if not condition:
+        raise InternalError(message, hint="please report this")

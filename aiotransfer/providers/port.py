@@ -1,0 +1,96 @@
+"""The provider port: what the engine asks of a way to reach peers.
+
+A provider sets paths up and binds remote memory; both need a conversation with the other side, which the engine lends as a
+`Conversation` (questions over the authenticated control connection). After that the engine talks to the lane alone, whatever
+the provider.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from aiotransfer.model.descriptor import Grant
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What one side tells the other about a provider at the handshake.
+
+    `host` proves nothing by itself; it only spares attempts that cannot succeed. `data` is the provider's own.
+    """
+
+    provider: str
+    usable: bool
+    reason: str
+    host: bytes
+    data: bytes
+
+
+class Conversation(Protocol):
+    """One authenticated peer, as far as a provider may know it."""
+
+    incarnation: int
+    pid: int
+    trusted_user: bool
+
+    async def ask(self, provider: str, body: bytes) -> bytes:
+        """Ask the provider of the other side; raises what it answered with, or `PeerLostError`."""
+        ...
+
+
+class Binding:
+    """Remote memory resolved for one lane: what a write names. Ends with its last user."""
+
+    __slots__ = ("engine", "path", "peer", "remote", "_keep", "_lane")
+
+    def __init__(self, lane: Any, remote: int, path: Path, peer: Any, keep: object) -> None:
+        self._lane = lane
+        self.remote = remote
+        self.path = path
+        self.peer = peer
+        self.engine: object = None
+        self._keep = keep  # the mapping beneath it
+
+    def __del__(self) -> None:
+        lane = getattr(self, "_lane", None)
+        if lane is not None:
+            lane.close_remote(self.remote)
+
+
+class Path(Protocol):
+    """An established way to one peer."""
+
+    provider: str
+    reasons: tuple[tuple[str, str], ...]
+    lane_peer: int
+
+    async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
+        """Make `grant` usable by the lane; raises `StaleRegionError`, `RegistrationError` or `BrokenError`."""
+        ...
+
+    def close(self) -> None:
+        """Give back everything; the lane's peer is freed. Twice is silent."""
+        ...
+
+
+class Provider(Protocol):
+    """One kind of fabric for one engine."""
+
+    name: str
+
+    def terms(self) -> Terms:
+        """What to tell peers."""
+        ...
+
+    async def dial(self, conversation: Conversation, theirs: Terms) -> Path:
+        """Set a path up from the side that connected. Raises `BrokenError` or `ConfigurationError` with the reason."""
+        ...
+
+    async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
+        """Answer one question of a peer's provider; a new path when the question set one up."""
+        ...
+
+    def close(self) -> None:
+        """Stop listening. Paths close by themselves."""
+        ...

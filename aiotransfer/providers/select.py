@@ -1,0 +1,71 @@
+"""Which providers an engine runs: what was asked for, what this machine has, and why the rest is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from aiotransfer.errors import ProviderUnavailableError, TransferError
+from aiotransfer.providers import native
+from aiotransfer.providers.lane import Lane, Segment
+from aiotransfer.providers.port import Provider
+
+KNOWN = ("shm", "loopback", "tcp", "efa", "verbs")
+NOT_YET = {name: "not part of this version yet" for name in ("tcp", "efa", "verbs")}
+
+
+def availability() -> dict[str, str | None]:
+    """For each known provider None, or why it cannot be used here."""
+    if native.lib is None:
+        return dict.fromkeys(KNOWN, f"no native extension: {native.failure}")
+    result: dict[str, str | None] = dict(NOT_YET)
+    result["shm"] = None if native.has_shm else "needs Linux"
+    result["loopback"] = None if native.has_loopback else "the extension was built without the simulator"
+    return {name: result[name] for name in KNOWN}
+
+
+def check_names(providers: str | Sequence[str]) -> str | tuple[str, ...]:
+    """`"auto"` or a tuple of known names. Raises `TypeError` or `ValueError` with the value."""
+    if providers == "auto":
+        return "auto"
+    names = (providers,) if isinstance(providers, str) else tuple(providers)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"a provider is a str, not {name!r}")
+        if name not in KNOWN:
+            raise ValueError(f"{name!r} is no provider; there are {', '.join(KNOWN)}")
+    if not names:
+        raise ValueError("providers must name at least one")
+    return names
+
+
+def open_providers(
+    providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int], Segment | None]
+) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
+    """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left."""
+    from aiotransfer.providers.shm import ShmProvider
+
+    wanted = KNOWN if providers == "auto" else providers
+    known = availability()
+    opened: dict[str, Provider] = {}
+    attempts: list[tuple[str, str]] = []
+    for name in wanted:
+        reason = known[name]
+        if reason is None:
+            try:
+                if name == "shm":
+                    opened[name] = ShmProvider(lane, incarnation, segment_of)
+                else:
+                    from aiotransfer.providers.loopback import LoopbackProvider
+
+                    opened[name] = LoopbackProvider(lane, incarnation)
+                continue
+            except (OSError, TransferError) as error:
+                reason = str(error)
+        attempts.append((name, reason))
+    if not opened:
+        raise ProviderUnavailableError(
+            "none of the providers asked for can be used here",
+            attempts=attempts,
+            hint="; ".join(f"{name}: {why}" for name, why in attempts),
+        )
+    return opened, attempts

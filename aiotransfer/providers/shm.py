@@ -1,0 +1,294 @@
+"""shm: engines of one host that map each other's memory.
+
+Setting a path up takes one question over the control connection (a ticket) and one packet in each direction over a
+descriptor channel, which carries the control segment, the inbound channel, a doorbell and a pulse eventfd of its sender. That
+both ends are on one host is proved by the channel existing at all and by the cookies in the segments, which the
+authenticated session named; whose process it is comes from the socket's credentials and is pinned by a pidfd.
+
+Memory from `allocate` is mapped when a descriptor of it is first bound: its descriptor is handed out only to a peer that
+presents a live grant. Other memory is written through the kernel (process_vm, or /proc/PID/mem).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from aiotransfer.errors import BrokenError, ConfigurationError, RegistrationError, StaleRegionError
+from aiotransfer.model.descriptor import Grant
+from aiotransfer.providers import fdchannel, native
+from aiotransfer.providers.lane import Lane, Segment
+from aiotransfer.providers.port import Binding, Conversation, Path, Terms
+
+SETUP_SECONDS = 5.0
+INLINE_TOUCH = 32 << 20
+ACCESS = {"write": 1, "read": 2, "both": 3}
+
+
+class _Offer(msgspec.Struct, array_like=True):
+    control_cookie: bytes
+    channel_cookie: bytes
+    probe_va: int
+
+
+class _Hello(msgspec.Struct, tag="hello"):
+    ticket: bytes
+
+
+class _Fetch(msgspec.Struct, tag="fetch"):
+    ticket: bytes
+    slot: int
+    epoch: int
+    segment: int
+
+
+class _Size(msgspec.Struct):
+    nbytes: int
+
+
+_questions = msgspec.msgpack.Decoder(_Hello | _Fetch)
+_offers = msgspec.msgpack.Decoder(_Offer)
+
+
+def _boot() -> bytes:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as f:
+            return f.read().strip()
+    except OSError:
+        return b""
+
+
+class ShmPath(Path):
+    """An established connection to one peer of this host."""
+
+    provider = "shm"
+
+    def __init__(self, lane: Lane, peer: int, channel: fdchannel.FdChannel) -> None:
+        self.reasons: tuple[tuple[str, str], ...] = ()
+        self.lane_peer = peer
+        self._lane = lane
+        self.channel = channel
+        self._maps: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()
+        self._mapping: dict[int, asyncio.Future[Segment]] = {}
+        self._closed = False
+
+    async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
+        """Map the grant's segment, or name its address when it is foreign memory."""
+        segment: Segment | None = None
+        base: Any = native.ffi.NULL
+        if grant.segment:
+            segment = self._maps.get(grant.segment) or await self._fetch(grant, conversation)
+            if grant.segment_offset + grant.nbytes > segment.nbytes:
+                raise RegistrationError("the descriptor reaches past its segment")
+            base = native.ffi.cast("void *", segment.address + grant.segment_offset)
+        else:
+            self._check_foreign()
+        remote = self._lane.add_remote(
+            self.lane_peer, base, grant.base, grant.nbytes, ACCESS[grant.access], grant.slot, grant.epoch
+        )
+        if remote < 0:
+            raise BrokenError(f"cannot bind: {native.text(remote)}", provider="shm")
+        return Binding(self._lane, remote, self, peer, segment)
+
+    def _check_foreign(self) -> None:
+        why = native.ffi.new("int *")
+        if native.lib.at_shm_foreign(self._lane.pointer, self.lane_peer, why) == 0:
+            raise RegistrationError(
+                "the peer's memory was not made by allocate(), and this process may not write into it "
+                f"({os.strerror(why[0])})",
+                provider="shm",
+                code=(why[0], os.strerror(why[0])),
+                hint="let the owner use engine.allocate(), or permit process_vm_writev "
+                "(same user, ptrace_scope 0 or CAP_SYS_PTRACE, no seccomp filter)",
+            )
+
+    async def _fetch(self, grant: Grant, conversation: Conversation) -> Segment:
+        known = self._mapping.get(grant.segment)
+        if known is not None:
+            return await asyncio.shield(known)
+        future = asyncio.ensure_future(self._fetch_once(grant, conversation))
+        self._mapping[grant.segment] = future
+        future.add_done_callback(lambda _: self._mapping.pop(grant.segment, None))
+        return await asyncio.shield(future)
+
+    async def _fetch_once(self, grant: Grant, conversation: Conversation) -> Segment:
+        ticket = fdchannel.ticket()
+        question = _Fetch(ticket, grant.slot, grant.epoch, grant.segment)
+        packet = asyncio.ensure_future(self.channel.expect(ticket, SETUP_SECONDS))
+        try:
+            await asyncio.sleep(0)  # the expectation stands before the question leaves
+            answer = await conversation.ask("shm", msgspec.msgpack.encode(question))
+            size = msgspec.msgpack.decode(answer, type=_Size)
+            _, fds = await packet
+        except (OSError, msgspec.MsgspecError) as error:
+            raise BrokenError(f"no segment from the peer: {error}", provider="shm") from error
+        finally:
+            packet.cancel()
+        try:
+            if len(fds) != 1:
+                raise BrokenError(f"the peer sent {len(fds)} descriptors instead of one", provider="shm")
+            segment = Segment.map(fds[0], size.nbytes)
+        finally:
+            fdchannel.close_all(fds)
+        if segment.nbytes <= INLINE_TOUCH:
+            segment.touch()
+        else:
+            await asyncio.get_running_loop().run_in_executor(None, segment.touch)
+        self._maps[grant.segment] = segment
+        return segment
+
+    def close(self) -> None:
+        """Free the lane's peer and the descriptor channel."""
+        if self._closed:
+            return
+        self._closed = True
+        self.channel.close()
+        if self._lane.usable:
+            native.lib.at_peer_free(self._lane.pointer, self.lane_peer)
+
+
+class ShmProvider:
+    """shm for one engine. `segment_of` finds the engine's own live segment behind a presented grant."""
+
+    name = "shm"
+
+    def __init__(self, lane: Lane, incarnation: int, segment_of: Callable[[int, int, int], Segment | None]) -> None:
+        if not native.has_shm:
+            raise ConfigurationError("shared memory between processes needs Linux")
+        self._lane = lane
+        self._incarnation = incarnation
+        self._loop = asyncio.get_running_loop()
+        self._listener = fdchannel.FdListener(self._loop)
+        self._segment_of = segment_of
+        self._paths: weakref.WeakValueDictionary[int, ShmPath] = weakref.WeakValueDictionary()
+
+    def terms(self) -> Terms:
+        """The socket's name and which boot of which machine this is."""
+        return Terms("shm", True, "", _boot(), self._listener.name.encode())
+
+    def _begin(self, incarnation: int) -> tuple[Any, Any]:
+        offer = native.ffi.new("at_shm_offer *")
+        half = native.lib.at_shm_begin(self._lane.pointer, incarnation, offer)
+        if half == native.ffi.NULL:
+            number, words = self._lane.system_error()
+            raise BrokenError(
+                f"cannot prepare shared memory: {words}",
+                provider="shm",
+                code=(number, words),
+                hint="raise `ulimit -n`: each peer takes six descriptors",
+            )
+        return half, offer
+
+    @staticmethod
+    def _packet(offer: Any) -> tuple[bytes, list[int]]:
+        body = _Offer(bytes(offer.control_cookie), bytes(offer.channel_cookie), offer.probe_va)
+        return msgspec.msgpack.encode(body), [offer.control_fd, offer.channel_fd, offer.doorbell_fd, offer.pulse_fd]
+
+    def _finish(self, half: Any, channel: fdchannel.FdChannel, who: Conversation, body: bytes, fds: list[int]) -> ShmPath:
+        """Verify the other side's packet and make the lane's peer. Takes over `half`, `channel` and `fds`."""
+        try:
+            theirs = _offers.decode(body)
+            if len(fds) != 4 or len(theirs.control_cookie) != 16 or len(theirs.channel_cookie) != 16:
+                raise BrokenError("the peer's offer is malformed", provider="shm")
+            if who.trusted_user and channel.uid != os.getuid():
+                raise BrokenError(f"the peer runs as uid {channel.uid}, not {os.getuid()}", provider="shm")
+            pidfd = os.pidfd_open(channel.pid) if channel.pid > 0 else -1
+        except (OSError, msgspec.MsgspecError, BrokenError) as error:
+            native.lib.at_shm_abort(self._lane.pointer, half)
+            fdchannel.close_all(fds)
+            channel.close()
+            if isinstance(error, BrokenError):
+                raise
+            raise BrokenError(f"the peer's offer cannot be used: {error}", provider="shm") from error
+        offer = native.ffi.new("at_shm_offer *")
+        offer.control_fd, offer.channel_fd, offer.doorbell_fd, offer.pulse_fd = fds
+        native.ffi.memmove(offer.control_cookie, theirs.control_cookie, 16)
+        native.ffi.memmove(offer.channel_cookie, theirs.channel_cookie, 16)
+        offer.probe_va = theirs.probe_va & 0xFFFF_FFFF_FFFF_FFFF
+        try:
+            mem = os.open(f"/proc/{channel.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            mem = -1
+        peer = native.lib.at_shm_finish(
+            self._lane.pointer, half, offer, who.incarnation, pidfd, channel.pid, mem, int(channel.pid > 0)
+        )
+        if peer < 0:
+            channel.close()
+            raise BrokenError(f"the peer's shared memory was refused: {native.text(peer)}", provider="shm")
+        return ShmPath(self._lane, peer, channel)
+
+    async def dial(self, conversation: Conversation, theirs: Terms) -> ShmPath:
+        """Offer our memory, take theirs."""
+        try:
+            channel = fdchannel.connect(theirs.data.decode(), self._loop)
+        except (OSError, ValueError) as error:
+            raise BrokenError(f"the peer's socket is not reachable: {error}", provider="shm") from error
+        half, offer = self._begin(conversation.incarnation)
+        ticket = fdchannel.ticket()
+        reply = asyncio.ensure_future(channel.expect(ticket, SETUP_SECONDS))
+        try:
+            await asyncio.sleep(0)
+            body, fds = self._packet(offer)
+            channel.send(ticket, body, fds)
+            await conversation.ask("shm", msgspec.msgpack.encode(_Hello(ticket)))
+            their_body, their_fds = await reply
+        except BaseException as error:
+            reply.cancel()
+            native.lib.at_shm_abort(self._lane.pointer, half)
+            channel.close()
+            if isinstance(error, OSError):
+                raise BrokenError(f"shared memory could not be set up: {error}", provider="shm") from error
+            raise
+        path = self._finish(half, channel, conversation, their_body, their_fds)
+        self._paths[conversation.incarnation] = path
+        return path
+
+    async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
+        """The other side of `dial`, and of binding a segment."""
+        try:
+            question = _questions.decode(body)
+        except msgspec.MsgspecError as error:
+            raise BrokenError(f"not a question: {error}", provider="shm") from error
+        if isinstance(question, _Fetch):
+            return self._hand_out(conversation, question), None
+        try:
+            channel, their_body, their_fds = await self._listener.accept(question.ticket, SETUP_SECONDS)
+        except TimeoutError as error:
+            raise BrokenError("the descriptor channel was not opened", provider="shm") from error
+        try:
+            half, offer = self._begin(conversation.incarnation)
+        except BrokenError:
+            fdchannel.close_all(their_fds)
+            channel.close()
+            raise
+        our_body, our_fds = self._packet(offer)
+        try:
+            channel.send(question.ticket, our_body, our_fds)
+        except OSError as error:
+            native.lib.at_shm_abort(self._lane.pointer, half)
+            fdchannel.close_all(their_fds)
+            channel.close()
+            raise BrokenError(f"the descriptor channel broke: {error}", provider="shm") from error
+        path = self._finish(half, channel, conversation, their_body, their_fds)
+        self._paths[conversation.incarnation] = path
+        return b"", path
+
+    def _hand_out(self, conversation: Conversation, question: _Fetch) -> bytes:
+        path = self._paths.get(conversation.incarnation)
+        segment = self._segment_of(question.slot, question.epoch, question.segment)
+        if path is None or segment is None or segment.fd < 0:
+            raise StaleRegionError("the descriptor names no live region of this engine", provider="shm")
+        try:
+            path.channel.send(question.ticket, b"", [segment.fd])
+        except OSError as error:
+            raise BrokenError(f"the descriptor channel broke: {error}", provider="shm") from error
+        return msgspec.msgpack.encode(_Size(segment.nbytes))
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._listener.close()
