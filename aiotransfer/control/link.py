@@ -12,7 +12,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from aiotransfer.control.frames import Frame, Goodbye, PeerInfo, encode
 from aiotransfer.control.key import Key
@@ -72,7 +72,7 @@ class Link(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The TCP connection stands."""
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but inheritance
         self._transport = transport
         transport.set_write_buffer_limits(high=MOST_UNSENT)
         sock = transport.get_extra_info("socket")

@@ -7,7 +7,9 @@ with them is logged at most once a second and never leaves this module.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
+import socket
 import time
 from collections.abc import Callable
 
@@ -18,6 +20,7 @@ from aiotransfer.model.address import Address
 
 MOST_STRANGERS = 64
 HANDSHAKE_SECONDS = 5.0
+BACKLOG = 256
 _logger = logging.getLogger("aiotransfer")
 
 
@@ -37,12 +40,24 @@ class Listener:
         """Listen. Raises `ConfigurationError` when the address cannot be had."""
         loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(self._connected, self.address.host, self.address.port, backlog=256)
+            family, place = await self._place(loop)
+            # SO_REUSEADDR but not SO_REUSEPORT: a restarted engine gets its port back, two engines never share one.
+            sock = socket.create_server(place, family=family, backlog=BACKLOG)
+            self._server = await loop.create_server(self._connected, sock=sock, backlog=BACKLOG)
         except (OSError, OverflowError) as error:
             raise ConfigurationError(
                 f"cannot listen on {self.address}: {error}", hint="choose another port (0: any) or address"
             ) from error
         self.address = Address(self.address.host, int(self._server.sockets[0].getsockname()[1]))
+
+    async def _place(self, loop: asyncio.AbstractEventLoop) -> tuple[socket.AddressFamily, tuple[str, int]]:
+        host, port = self.address.host, self.address.port
+        try:
+            version = ipaddress.ip_address(host).version
+        except ValueError:
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            return found[0][0], (str(found[0][4][0]), port)
+        return (socket.AF_INET6 if version == 6 else socket.AF_INET), (host, port)
 
     def _connected(self) -> Link:
         link = Link("acceptor", self._key, self._identity)

@@ -65,9 +65,9 @@ class Connections:
         """A peer that is up. See `Engine.connect` for the errors."""
         loop = self._engine._loop
         deadline = loop.time() + seconds
+        link = await dial(address, self._engine._key, self._engine._identity, deadline=deadline)
         try:
             async with asyncio.timeout_at(None if seconds == float("inf") else deadline):
-                link = await dial(address, self._engine._key, self._engine._identity, deadline=deadline)
                 return await self._dialed(link, address, require)
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
@@ -261,6 +261,7 @@ class Connections:
         elif isinstance(error, RendezvousError):
             peer._lose(error)
         else:
+            self._engine._progress.poll()  # the death of its process is the better reason, where it is one
             peer._lose(f"its control connection broke ({str(error) or type(error).__name__})")
 
     def gone(self, peer: Peer) -> None:

@@ -68,7 +68,10 @@ class ShmPath(Path):
 
     provider = "shm"
 
-    def __init__(self, lane: Lane, peer: int, channel: fdchannel.FdChannel) -> None:
+    def __init__(
+        self, lane: Lane, peer: int, channel: fdchannel.FdChannel, own: Callable[[int, int, int], Segment | None] | None
+    ) -> None:
+        self._own = own  # finds segments without asking, when the peer is this very engine
         self.reasons: tuple[tuple[str, str], ...] = ()
         self.lane_peer = peer
         self._lane = lane
@@ -82,7 +85,12 @@ class ShmPath(Path):
         segment: Segment | None = None
         base: Any = native.ffi.NULL
         if grant.segment:
-            segment = self._maps.get(grant.segment) or await self._fetch(grant, conversation)
+            if self._own is not None:
+                segment = self._own(grant.slot, grant.epoch, grant.segment)
+                if segment is None:
+                    raise StaleRegionError("the descriptor names no live region of this engine", provider="shm")
+            else:
+                segment = self._maps.get(grant.segment) or await self._fetch(grant, conversation)
             if grant.segment_offset + grant.nbytes > segment.nbytes:
                 raise RegistrationError("the descriptor reaches past its segment")
             base = native.ffi.cast("void *", segment.address + grant.segment_offset)
@@ -220,7 +228,7 @@ class ShmProvider:
         if peer < 0:
             channel.close()
             raise BrokenError(f"the peer's shared memory was refused: {native.text(peer)}", provider="shm")
-        return ShmPath(self._lane, peer, channel)
+        return ShmPath(self._lane, peer, channel, self._segment_of if who.incarnation == self._incarnation else None)
 
     async def dial(self, conversation: Conversation, theirs: Terms) -> ShmPath:
         """Offer our memory, take theirs."""

@@ -1,0 +1,76 @@
+# Everything sets itself up: `make demo` and `make test` work in a fresh clone on Debian or Ubuntu with Python 3.11 or newer.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+STAMPS := .make
+NATIVE := $(shell find ffi -name '*.[ch]' -o -name build.py 2>/dev/null)
+ARGS ?=
+MINUTES ?= 20
+
+.PHONY: help setup hello demo test test-demo test-long lint bench docs sanitize clean
+
+help:
+	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
+	@echo "make demo    a language model: prefill in one process, decode in another (downloads about 350 MB)"
+	@echo "make test    the tests        make lint    ruff, mypy, C warnings"
+	@echo "make bench   the benchmark    make docs    the documentation site"
+
+# A Python of at least 3.11 with venv, headers and a compiler; installed by apt where that is possible and needed.
+$(STAMPS)/system:
+	@mkdir -p $(STAMPS)
+	@bash tests/system/prepare.sh
+	@touch $@
+
+$(VENV)/bin/python: $(STAMPS)/system
+	@$$(cat $(STAMPS)/python) -m venv $(VENV)
+	@touch $@
+
+$(STAMPS)/package: $(VENV)/bin/python pyproject.toml $(NATIVE)
+	@echo "installing aiotransfer with cffi, NumPy, msgspec and anyio (about 25 MB) into $(VENV)"
+	@$(PIP) install --quiet --editable .
+	@touch $@
+
+setup: $(STAMPS)/package
+
+$(STAMPS)/test: $(STAMPS)/package
+	@echo "installing the test tools (about 60 MB) into $(VENV)"
+	@$(PIP) install --quiet --editable '.[test,lint]'
+	@touch $@
+
+$(STAMPS)/demo: $(STAMPS)/package
+	@bash examples/install_torch.sh $(VENV)
+	@touch $@
+
+hello: setup
+	@$(PY) -m aiotransfer hello $(ARGS)
+
+demo: $(STAMPS)/demo
+	@$(PY) -m aiotransfer demo $(ARGS)
+
+test: $(STAMPS)/test
+	$(PY) -m pytest $(ARGS)
+
+test-demo: $(STAMPS)/demo $(STAMPS)/test
+	$(PY) -m pytest tests/examples $(ARGS)
+
+test-long: $(STAMPS)/test
+	AIOTRANSFER_TEST_LONG=1 $(PY) -m pytest $(ARGS)
+
+lint: $(STAMPS)/test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: setup
+	@$(PIP) install --quiet uvloop
+	@$(PY) -m aiotransfer bench $(ARGS)
+
+docs: setup
+	@$(PIP) install --quiet --editable '.[docs]'
+	$(VENV)/bin/mkdocs build --strict --quiet
+
+clean:
+	rm -rf build site $(STAMPS) aiotransfer/_native*.so aiotransfer/_build_facts.json
+
+-include tests/benchmarks/rivals.mk

@@ -1,0 +1,5 @@
+"""`python -m aiotransfer`."""
+
+from aiotransfer.cli import main
+
+raise SystemExit(main())

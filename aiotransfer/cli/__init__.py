@@ -1,0 +1,34 @@
+"""The command line: `python -m aiotransfer hello | demo | doctor | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "hello": "two processes: writes, pages, counters, speed beside memcpy, a killed peer",
+    "demo": "a language model whose KV cache crosses from a prefill to a decode process",
+    "doctor": "what this machine offers, what is missing and what to do",
+    "bench": "bandwidth, rates, latency and idle CPU, each beside its limit",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="aiotransfer", description="One-sided memory transfers behind await.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        if name in arguments[:1]:
+            importlib.import_module(f"aiotransfer.cli.{name}").add_arguments(sub)
+    args = parser.parse_args(arguments)
+    command = importlib.import_module(f"aiotransfer.cli.{args.command}")
+    try:
+        return int(command.run(args))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141

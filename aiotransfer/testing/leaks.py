@@ -1,0 +1,44 @@
+"""What a process holds: descriptors, threads, mappings of ours. Compared before and after."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """A snapshot. `since` lists what is there now and was not then."""
+
+    fds: dict[int, str]
+    threads: int
+    mappings: int
+
+    def since(self, before: Leaks) -> list[str]:
+        """Human-readable differences; empty when nothing leaked."""
+        out = [f"descriptor {fd}: {what}" for fd, what in self.fds.items() if before.fds.get(fd) != what]
+        if self.threads > before.threads:
+            out.append(f"{self.threads - before.threads} native or Python threads")
+        if self.mappings > before.mappings:
+            out.append(f"{self.mappings - before.mappings} shared mappings")
+        return out
+
+
+def snapshot() -> Leaks:
+    """What this process holds now (Linux; elsewhere only Python's threads)."""
+    fds: dict[int, str] = {}
+    mappings = 0
+    threads = threading.active_count()
+    try:
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                fds[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+            except OSError:
+                continue
+        with open("/proc/self/maps") as maps:
+            mappings = sum("memfd:aiotransfer" in line for line in maps)
+        threads = len(os.listdir("/proc/self/task"))
+    except OSError:
+        pass
+    return Leaks(fds, threads, mappings)

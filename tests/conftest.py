@@ -1,0 +1,57 @@
+"""Shared by all tests: both event loops, pairs of engines, and nothing may leak."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+import pytest_asyncio
+import uvloop
+
+from aiotransfer.testing import Pair, engine_pair, snapshot
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """uvloop's first loop opens a pipe that lives as long as the process: before anything is counted."""
+    loop = uvloop.new_event_loop()
+    loop.run_until_complete(loop.getaddrinfo("localhost", 1))
+    loop.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("AIOTRANSFER_TEST_LONG") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: make test-long"))
+
+
+@pytest.fixture(autouse=True)
+def key_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key files of tests are not those of the user."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Descriptors, threads and shared mappings are the same before and after a test."""
+    gc.collect()
+    before = snapshot()
+    yield
+    gc.collect()
+    leaked = [what for what in snapshot().since(before) if "hypothesis" not in what]
+    assert not leaked, leaked
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Every asynchronous test runs on both event loops."""
+    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+@pytest_asyncio.fixture
+async def pair() -> AsyncIterator[Pair]:
+    async with engine_pair(timeout=10) as engines:
+        yield engines
