@@ -53,7 +53,11 @@ class Counter:
                 return
             if taken == 2:
                 engine._turn_is_due()
-                await asyncio.sleep(0)
+                try:
+                    await asyncio.sleep(0)
+                except BaseException:
+                    self._give(n)
+                    raise
                 return
         await self._wait(n, timeout, peers)
 
@@ -102,6 +106,7 @@ class Counter:
         was_head = self._queue[0] is entry
         self._queue.remove(entry)
         if was_head:
+            self._engine._progress.poll()  # the lane may have taken arrivals for it already: they come back now
             self._serve(0)
 
     def _give(self, n: int) -> None:

@@ -339,6 +339,8 @@ class Engine(Submitter):
         elif status == native.lib.AT_ECANCELED:
             transfer._end(CANCELLED, 0, None)
         else:
+            if status == native.lib.AT_EPEER and peer._state == "up":
+                peer._lose("its process has ended")  # the write noticed before the pidfd was looked at
             transfer._end(FAILED, 0, self._refusal(status, peer))
 
     def _cancel(self, transfer: Transfer) -> None:

@@ -24,7 +24,8 @@ class Sweeper:
         self._engine = engine
         self._limits = Deadlines()
         self._drains = Deadlines()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_when = 0.0
 
     def add(self, cookie: int, when: float) -> None:
         """The operation is overdue at loop time `when`."""
@@ -45,9 +46,10 @@ class Sweeper:
 
     def _schedule(self, when: float) -> None:
         if self._timer is not None:
-            if self._timer.when() <= when:
+            if self._timer_when <= when:
                 return
             self._timer.cancel()
+        self._timer_when = when
         self._timer = self._engine._loop.call_at(when, self._sweep)
 
     def _sweep(self) -> None:
