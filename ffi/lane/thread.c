@@ -38,12 +38,12 @@ static void *thread_main(void *argument) {
     struct epoll_event ready[4];
     at_lock(lane);
     while (!lane->thread_stop) {
+        lane->thread_work = 0; /* with the lock, after the queue was seen empty: the next kick must ring */
         at_unlock(lane);
         int n = epoll_wait(lane->thread_epoll_fd, ready, 4, -1);
         at_lock(lane);
         for (int i = 0; i < n; i++)
             if (ready[i].data.fd == lane->pulse_fd) answer_pings(lane);
-        lane->thread_work = 0;
         while (!lane->thread_stop && queued_work(lane)) {
             uint64_t before = lane->stats.thread_chunks;
             at_move_queued(lane);

@@ -1,0 +1,271 @@
+"""What the benchmark measures: each case yields, round by round, ours and its limit, taken alternately in the same run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import aiotransfer as at
+from aiotransfer.providers.limits import Limits
+
+SIZES = (4 << 10, 64 << 10, 256 << 10, 1 << 20, 16 << 20, 256 << 20)
+PAGES = (1 << 10, 4 << 10, 16 << 10, 64 << 10)
+TABLE = 4096
+REGION = 256 << 20
+SPAN = 0.06  # seconds of work per round and side
+IDLE_SECONDS = 10.0
+PING_PONGS = 2000
+
+
+@dataclass
+class Row:
+    """One line of the result. `limit` may be absent (nan)."""
+
+    case: str
+    unit: str
+    ours: list[float] = field(default_factory=list)
+    limit: list[float] = field(default_factory=list)
+    lower_is_better: bool = False
+    note: str = ""
+
+    def add(self, ours: float, limit: float | None) -> None:
+        """One round."""
+        self.ours.append(ours)
+        if limit is not None:
+            self.limit.append(limit)
+
+    def summary(self) -> dict[str, Any]:
+        """Medians and spreads."""
+        out: dict[str, Any] = {"case": self.case, "unit": self.unit, "ours": statistics.median(self.ours), "note": self.note}
+        out["ours_min"], out["ours_max"] = min(self.ours), max(self.ours)
+        if self.limit:
+            ratios = [a / b for a, b in zip(self.ours, self.limit, strict=True) if b]
+            out["limit"] = statistics.median(self.limit)
+            out["ratio"], out["ratio_min"], out["ratio_max"] = statistics.median(ratios), min(ratios), max(ratios)
+        return out
+
+
+@dataclass
+class Bench:
+    """A connected target and the two memories."""
+
+    engine: at.Engine
+    peer: at.Peer
+    remote: at.RemoteRegion
+    source: at.Region
+    limits: Limits
+    rounds: int
+    wake: tuple[int, int]  # eventfds to and from the target
+
+    async def ask(self, text: str) -> str:
+        """One command to the target and its answer."""
+        await self.peer.send(text.encode())
+        async for message in self.engine.messages():
+            return message.data.decode()
+        raise at.ClosedError("the engine was closed")
+
+    # ---- cases ----
+
+    async def write(self) -> AsyncIterator[Row]:
+        """One at a time, and 16 in flight."""
+        for size in SIZES:
+            row = Row(f"write {_size(size)}", "GB/s")
+            source, target = self.source[:size], self.remote[:size]
+            repeats = await self._calibrate(source, target)
+            for _ in range(self.rounds):
+                limit = self.limits.copy(size, repeats) / 1e9
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    await self.engine.write(source, target)
+                row.add(size * repeats / (time.perf_counter() - start) / 1e9, limit)
+            yield row
+        for size in SIZES:
+            step = size if size * 16 <= REGION else 0
+            pairs = [(self.source[i * step :][:size], self.remote[i * step : i * step + size]) for i in range(16)]
+            row = Row(f"write {_size(size)}, 16 in flight", "GB/s")
+            times = max(1, (await self._calibrate(*pairs[0])) // 16)
+            for _ in range(self.rounds):
+                limit = self.limits.copy(size, 16 * times, step) / 1e9
+                start = time.perf_counter()
+                for _ in range(times):
+                    await at.wait_all([self.engine.write(s, t) for s, t in pairs])
+                row.add(16 * size * times / (time.perf_counter() - start) / 1e9, limit)
+            yield row
+
+    async def _calibrate(self, source: at.RegionView, target: at.RemoteRegion) -> int:
+        await self.engine.write(source, target)
+        start = time.perf_counter()
+        await self.engine.write(source, target)
+        return max(2, min(50_000, int(SPAN / max(time.perf_counter() - start, 1e-7))))
+
+    async def pages(self) -> AsyncIterator[Row]:
+        """4,096 random pages in one call."""
+        rng = np.random.default_rng(7)
+        for page in PAGES:
+            slots = REGION // page
+            here, there = (rng.permutation(slots)[:TABLE].astype(np.int64) for _ in range(2))
+            row = Row(f"{TABLE:,} pages of {_size(page)}", "GB/s")
+            await self.engine.write_pages(self.source, here, self.remote, there, page_bytes=page)
+            for _ in range(max(self.rounds, 7)):
+                limit = self.limits.pages(there, here, page) / 1e9
+                start = time.perf_counter()
+                await self.engine.write_pages(self.source, here, self.remote, there, page_bytes=page)
+                row.add(page * TABLE / (time.perf_counter() - start) / 1e9, limit)
+            yield row
+
+    async def rate(self) -> AsyncIterator[Row]:
+        """Awaited 4-KiB writes per second."""
+        size, count = 4096, 40_000
+        source, target = self.source[:size], self.remote[:size]
+        for name, imm in (("awaited 4-KiB writes", None), ("awaited 4-KiB writes with an immediate", 1)):
+            row = Row(name, "/s")
+            for _ in range(self.rounds):
+                limit = self.limits.copy(size, count) / size
+                start = time.perf_counter()
+                for _ in range(count):
+                    await self.engine.write(source, target, imm=imm)
+                row.add(count / (time.perf_counter() - start), limit)
+            yield row
+        await self.ask("drop")
+
+    async def wakeup(self) -> AsyncIterator[Row]:
+        """A counter that waits in another process, half a round trip; the limit is an eventfd between the same two loops."""
+        p50 = Row("wake-up of a waiting counter, p50", "us", lower_is_better=True, note="half round trip; limit: eventfd")
+        p99 = Row("wake-up of a waiting counter, p99", "us", lower_is_better=True)
+        region = self.engine.allocate(4096)
+        self.engine.publish("pong", region)
+        counter = self.engine.counter(imm=3)
+        source, target = self.source[:64], self.remote[:64]
+        for _ in range(self.rounds):
+            floor = await self._floor()
+            await self.ask(f"pingpong {PING_PONGS}")
+            samples = []
+            for _ in range(PING_PONGS):
+                start = time.perf_counter()
+                await self.engine.write(source, target, imm=2)
+                await counter.wait(1)
+                samples.append((time.perf_counter() - start) * 5e5)
+            for row, q in ((p50, 50), (p99, 99)):
+                row.add(float(np.percentile(samples, q)), float(np.percentile(floor, q)))
+        yield p50
+        yield p99
+
+    async def _floor(self) -> list[float]:
+        await self.ask(f"floor {PING_PONGS}")
+        return await eventfd_rounds(self.wake[0], self.wake[1], PING_PONGS, first=True)
+
+    async def idle(self) -> AsyncIterator[Row]:
+        """CPU and context switches of both processes while connected and doing nothing, a counter waiting."""
+        waiting = asyncio.ensure_future(self.engine.counter(imm=99).wait(1))
+        await self.peer.send(f"idle {IDLE_SECONDS}".encode())
+        await asyncio.sleep(0.3)
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        await asyncio.sleep(IDLE_SECONDS)
+        mine = usage_since(before)
+        async for message in self.engine.messages():
+            theirs = tuple(float(x) for x in message.data.split())
+            break
+        waiting.cancel()
+        for name, index, unit in (("idle CPU", 0, "%"), ("idle context switches", 1, "/10 s")):
+            row = Row(f"{name} (worse of the two processes)", unit, lower_is_better=True)
+            row.add(max(mine[index], theirs[index]), None)
+            yield row
+
+    async def startup(self) -> AsyncIterator[Row]:
+        """Import time beyond numpy and asyncio."""
+        code = "import numpy, asyncio, time; t = time.perf_counter(); import aiotransfer; print(time.perf_counter() - t)"
+        row = Row("import, beyond numpy and asyncio", "ms", lower_is_better=True)
+        for _ in range(self.rounds):
+            done = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True)
+            row.add(float(done.stdout) * 1e3, None)
+        yield row
+
+
+CASES = ("write", "pages", "rate", "wakeup", "idle", "startup")
+
+
+def _size(n: int) -> str:
+    return f"{n >> 20} MiB" if n >= 1 << 20 else f"{n >> 10} KiB"
+
+
+def usage_since(before: resource.struct_rusage) -> tuple[float, float]:
+    """(percent of a core, context switches) over IDLE_SECONDS."""
+    now = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime
+    switches = now.ru_nvcsw + now.ru_nivcsw - before.ru_nvcsw - before.ru_nivcsw
+    return 100 * cpu / IDLE_SECONDS, float(switches)
+
+
+async def eventfd_rounds(write: int, read: int, count: int, *, first: bool) -> list[float]:
+    """Ping-pong over two eventfds with one persistent reader; microseconds of half a round trip."""
+    loop = asyncio.get_running_loop()
+    waiter: list[asyncio.Future[None]] = [loop.create_future()]
+
+    def readable() -> None:
+        os.eventfd_read(read)
+        if not waiter[0].done():
+            waiter[0].set_result(None)
+
+    loop.add_reader(read, readable)
+    samples = []
+    try:
+        for _ in range(count):
+            start = time.perf_counter()
+            if first:
+                os.eventfd_write(write, 1)
+            await waiter[0]
+            waiter[0] = loop.create_future()
+            if not first:
+                os.eventfd_write(write, 1)
+            samples.append((time.perf_counter() - start) * 5e5)
+    finally:
+        loop.remove_reader(read)
+    return samples
+
+
+async def serve(address: str, memory: str, provider: str, wake: tuple[int, int]) -> None:
+    """The target process."""
+    async with at.open_engine(name="target", providers=provider) as engine:
+        if memory == "foreign":
+            held = np.zeros(REGION, np.uint8)
+            region = engine.register(held)
+        else:
+            region = engine.allocate(REGION)
+            region.numpy()[:] = 0
+        engine.publish("target", region)
+        counter = engine.counter(imm=2)
+        source = engine.allocate(64)
+        peer = await engine.connect(address)
+        async for message in engine.messages():
+            command, _, argument = message.data.decode().partition(" ")
+            if command == "drop":
+                engine.counter(imm=1).close()
+                await peer.send(b"ok")
+            elif command == "floor":
+                await peer.send(b"ok")
+                await eventfd_rounds(wake[1], wake[0], int(argument), first=False)
+            elif command == "pingpong":
+                pong = (await peer.lookup("pong"))[:64]
+                await peer.send(b"ok")
+                for _ in range(int(argument)):
+                    await counter.wait(1)
+                    await engine.write(source, pong, imm=3)
+            elif command == "idle":
+                waiting = asyncio.ensure_future(engine.counter(imm=99).wait(1))
+                await asyncio.sleep(0.3)
+                before = resource.getrusage(resource.RUSAGE_SELF)
+                await asyncio.sleep(float(argument))
+                await peer.send(" ".join(str(x) for x in usage_since(before)).encode())
+                waiting.cancel()
+            else:
+                return
