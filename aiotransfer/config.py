@@ -55,7 +55,7 @@ class Config:
 
     def with_environment(self, environ: Mapping[str, str]) -> Config:
         """This configuration with the overrides of `environ`. Raises `ConfigurationError` for values that do not parse."""
-        kinds = {field.name: type(field.default) for field in fields(self)}
+        kinds: dict[str, type[int] | type[float]] = {field.name: type(field.default) for field in fields(self)}  # type: ignore[misc]
         changes: dict[str, float] = {}
         for name, text in environ.items():
             if not name.startswith(PREFIX):

@@ -168,8 +168,7 @@ async def decode(model: Any, steps: int, say: Callable[..., None]) -> dict[str, 
         engine.publish("kv", pool.region)
         landed = engine.counter(imm=PAGES_LANDED)
         say(address=str(engine.address))
-        async for prefiller in engine.arrivals():
-            break
+        prefiller = await anext(engine.arrivals())
         order = np.random.default_rng().permutation(pool.pages)  # pages need not be in order
         await prefiller.send(order.tobytes())
         count = json.loads(await receive(engine))["tokens"]

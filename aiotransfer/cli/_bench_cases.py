@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import aiotransfer as at
+from aiotransfer.engine.region import RegionView
 from aiotransfer.providers.limits import Limits
 
 SIZES = (4 << 10, 64 << 10, 256 << 10, 1 << 20, 16 << 20, 256 << 20)
@@ -102,7 +103,7 @@ class Bench:
                 row.add(16 * size * times / (time.perf_counter() - start) / 1e9, limit)
             yield row
 
-    async def _calibrate(self, source: at.RegionView, target: at.RemoteRegion) -> int:
+    async def _calibrate(self, source: RegionView, target: at.RemoteRegion) -> int:
         await self.engine.write(source, target)
         start = time.perf_counter()
         await self.engine.write(source, target)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.metadata
 import json
 import os
 import platform
@@ -39,7 +40,7 @@ def _runner(loop: str) -> tuple[str, Any]:
         try:
             import uvloop
 
-            return f"uvloop {uvloop.__version__}", uvloop.run
+            return f"uvloop {importlib.metadata.version('uvloop')}", uvloop.run
         except ImportError:
             if loop == "uvloop":
                 raise
@@ -77,8 +78,7 @@ async def _measure(args: argparse.Namespace, wanted: list[str]) -> list[dict[str
             pass_fds=wake,
         )  # fmt: skip
         try:
-            async for peer in engine.arrivals():
-                break
+            peer = await anext(engine.arrivals())
             source = engine.allocate(cases.REGION)
             source.numpy()[:] = 1
             remote = await peer.lookup("target")
@@ -137,5 +137,6 @@ def table(result: dict[str, Any]) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """For a page."""
-    lines = [f"{result['machine']}; memory: {result['memory']}", "", "| case | ours | limit | ratio (spread) |", "|---|--:|--:|--:|"]
+    where = f"{result['machine']}; memory: {result['memory']}"
+    lines = [where, "", "| case | ours | limit | ratio (spread) |", "|---|--:|--:|--:|"]
     return "\n".join([*lines, *("| " + " | ".join(_cells(row)) + " |" for row in result["rows"])])

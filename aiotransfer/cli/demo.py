@@ -1,7 +1,7 @@
 """`demo`: prefill in one process, decode in another, the KV cache crossing page by page and layer by layer.
 
-The workers are `examples/kv_handoff.py`. This command prepares the model, starts them, shows the text as it comes, and compares it
-with a single process: its last line is `tokens equal: yes`, or `tokens equal: no` with exit status 1.
+The workers are `examples/kv_handoff.py`. This command prepares the model, starts them, shows the text as it comes, and compares
+it with a single process: its last line is `tokens equal: yes`, or `tokens equal: no` with exit status 1.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Worker:
 
     def __init__(self, role: str, job: dict[str, Any]) -> None:
         self.role = role
-        self.errors: IO[bytes] = tempfile.TemporaryFile()
+        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(example_path()), role, json.dumps(job)],

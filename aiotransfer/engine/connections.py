@@ -17,6 +17,7 @@ from aiotransfer.control import frames
 from aiotransfer.control.dialer import dial
 from aiotransfer.control.listener import Listener
 from aiotransfer.core.paths import Offer, rank
+from aiotransfer.engine.peer import Peer
 from aiotransfer.errors import (
     BrokenError,
     ClosedError,
@@ -28,7 +29,6 @@ from aiotransfer.errors import (
     TransferTimeout,
 )
 from aiotransfer.model.address import Address
-from aiotransfer.engine.peer import Peer
 from aiotransfer.providers.port import Terms
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import os
 import secrets
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.config import Config
@@ -17,6 +17,7 @@ from aiotransfer.control.key import load_key
 from aiotransfer.control.link import Identity
 from aiotransfer.core.ledger import Ledger
 from aiotransfer.engine import memory
+from aiotransfer.engine.base import seconds
 from aiotransfer.engine.connections import Connections
 from aiotransfer.engine.counter import Counter
 from aiotransfer.engine.display import engine_html, engine_text
@@ -27,10 +28,10 @@ from aiotransfer.engine.progress import Progress
 from aiotransfer.engine.publications import Publications
 from aiotransfer.engine.region import ACCESSES, Region
 from aiotransfer.engine.statistics import Statistics
-from aiotransfer.engine.submit import RESERVED, Submitter, check_imm
+from aiotransfer.engine.submit import Submitter, check_imm
 from aiotransfer.engine.sweeper import Sweeper
-from aiotransfer.engine.transfer import CANCELLED, DONE, FAILED, PENDING, Transfer
-from aiotransfer.errors import BusyError, ClosedError, RegionError, StaleRegionError, TransferError
+from aiotransfer.engine.transfer import Transfer
+from aiotransfer.errors import BusyError, ClosedError, RegionError, TransferError
 from aiotransfer.model.address import Address
 from aiotransfer.model.dtypes import lookup as lookup_dtype
 from aiotransfer.providers import native
@@ -41,7 +42,6 @@ from aiotransfer.providers.select import check_names, open_providers
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aiotransfer.model.descriptor import RemoteRegion
 
 SETTLE_SECONDS = 0.02  # how often quarantined memory is looked at
 FIRST_FREE_IMM = 0xEFFF_FFFF
@@ -74,7 +74,7 @@ class Engine(Submitter):
         self._preference = check_names(wanted)
         self._listen = Address.parse(listen)
         self._key = load_key(key, environ)
-        self._timeout = _seconds(timeout)
+        self._timeout = seconds(timeout)
         self.name = f"{os.getpid()}" if name is None else str(name)
         self.rails: tuple[str, ...] = tuple(rails or ())
         self.progress = progress
@@ -128,40 +128,6 @@ class Engine(Submitter):
         return self
 
     # ---- state ----
-
-    @property
-    def _closing(self) -> bool:
-        return self._state != "open"
-
-    def _on_loop(self) -> bool:
-        return self._lane.usable and not self._not_here()
-
-    def _not_here(self) -> bool:
-        """Closed, forked, or called from elsewhere: `_check` says which."""
-        return self._state != "open" or not self._lane.usable or asyncio._get_running_loop() is not self._loop
-
-    def _check(self) -> None:
-        """Raise unless this is an open engine, called on its own loop's thread."""
-        if self._state == "new":
-            raise ClosedError("the engine is not open yet", hint="use `async with open_engine() as engine:` or await it")
-        if self._state != "open":
-            raise ClosedError("the engine is closed")
-        if not self._lane.usable:
-            raise ClosedError("the engine belongs to the parent of this forked process", hint="open one in the child")
-        running = asyncio._get_running_loop()
-        if running is not self._loop:
-            raise RuntimeError(
-                "an engine belongs to one event loop and its thread; this call came from "
-                + ("outside of any loop" if running is None else "another loop")
-            )
-
-    def _seconds(self, timeout: float | None) -> float:
-        return self._timeout if timeout is None else _seconds(timeout)
-
-    @property
-    def peers(self) -> tuple[Peer, ...]:
-        """Connected peers in order of arrival, inbound ones included."""
-        return tuple(p for p in self._connections.peers.values() if p._state == "up") if self._state != "new" else ()
 
     def _info(self) -> PeerInfo:
         offers = [OfferWire(t.provider, t.usable, t.reason, t.host, t.data) for t in self._terms()]
@@ -263,15 +229,6 @@ class Engine(Submitter):
             for region in waiting:
                 region._settle()
 
-    async def _bind(self, region: RemoteRegion, peer: Peer) -> None:
-        box = region._box
-        bound = box.bound
-        if bound is not None and bound.engine is self and bound.peer is peer:
-            return
-        fresh = await peer.path.bind(region._grant, peer, peer)
-        fresh.engine = self
-        box.bound = fresh
-
     # ---- counters, messages, peers ----
 
     def counter(self, imm: int | None = None) -> Counter:
@@ -326,37 +283,6 @@ class Engine(Submitter):
 
     # ---- what the lane reports ----
 
-    def _ended(self, cookie: int, status: int, count: int) -> None:
-        ended = self._ledger.retire(cookie, status)
-        if ended is None:
-            return
-        transfer = ended.item
-        self._sweeper.discard(cookie)
-        peer = transfer._peer
-        peer._waiting_ops -= 1
-        if status == 0:
-            transfer._end(DONE, transfer.nbytes, None)
-        elif status == native.lib.AT_ECANCELED:
-            transfer._end(CANCELLED, 0, None)
-        else:
-            if status == native.lib.AT_EPEER and peer._state == "up":
-                peer._lose("its process has ended")  # the write noticed before the pidfd was looked at
-            transfer._end(FAILED, 0, self._refusal(status, peer))
-
-    def _cancel(self, transfer: Transfer) -> None:
-        if not transfer._cookies:  # not bound yet: nothing was posted
-            transfer._end(CANCELLED, 0, None)
-            return
-        for cookie in transfer._cookies:
-            native.lib.at_cancel(self._p, cookie, native.lib.AT_ECANCELED)
-            self._sweeper.draining(cookie)
-        self._progress.poll()
-
-    def _bytes_done(self, transfer: Transfer) -> int:
-        if not self._lane.usable:
-            return transfer._landed
-        return sum(max(0, native.lib.at_progress(self._p, cookie)) for cookie in transfer._cookies)
-
     def _peer_event(self, number: int, status: int) -> None:
         peer = self._by_lane_peer.get(number)
         if peer is None:
@@ -378,32 +304,6 @@ class Engine(Submitter):
         path.close()
         for region in list(self._quarantine):
             region._settle()
-
-    # ---- turns ----
-
-    def _turn_is_due(self) -> None:
-        """Finished awaits have gone on for a while: the next one gives the loop a turn."""
-        self._due = True
-        if not self._turn_scheduled:
-            self._turn_scheduled = True
-            self._loop.call_soon(self._new_turn)
-
-    def _new_turn(self) -> None:
-        self._turn_scheduled = False
-        self._due = False
-        if self._lane.usable:
-            native.lib.at_turn(self._p)
-
-    def _background(self, work: Coroutine[Any, Any, None], transfer: Transfer) -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-
-        def over(done: asyncio.Task[None]) -> None:
-            self._tasks.discard(done)
-            if transfer._state == PENDING and not transfer._cookies:
-                transfer._end(FAILED, 0, ClosedError("the engine was closed"))
-
-        task.add_done_callback(over)
 
     # ---- the end ----
 
@@ -489,7 +389,8 @@ class Engine(Submitter):
 
     def __del__(self) -> None:
         if getattr(self, "_state", "closed") not in ("new", "closed") and self._lane.usable:
-            warnings.warn(f"{self.name!r}: an open engine was dropped; use `async with` or aclose()", ResourceWarning, stacklevel=2)
+            text = f"{self.name!r}: an open engine was dropped; use `async with` or aclose()"
+            warnings.warn(text, ResourceWarning, stacklevel=2)
 
     def __repr__(self) -> str:
         return engine_text(self)
@@ -508,14 +409,3 @@ async def _finish_despite_cancels(task: asyncio.Task[None]) -> None:
                 await asyncio.shield(task)
             except asyncio.CancelledError:
                 continue
-
-
-def _seconds(timeout: float) -> float:
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"a timeout is a number of seconds, not {timeout!r}")
-    if math.isnan(timeout) or timeout < 0:
-        raise ValueError(f"a timeout is not negative: {timeout!r}")
-    return float(timeout)
-
-
-__all__ = ["RESERVED", "Engine", "StaleRegionError"]

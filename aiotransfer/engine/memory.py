@@ -123,7 +123,8 @@ def describe(buffer: object) -> Plain:
             raise RegistrationError("an array of Python objects is no plain memory")
         if not (view.c_contiguous or view.f_contiguous):
             raise _refuse_strided(view.shape, view.strides)
-        flat = np.frombuffer(view if view.c_contiguous else view.obj, np.uint8) if view.nbytes else np.empty(0, np.uint8)
+        exporter: Any = view if view.c_contiguous else view.obj
+        flat = np.frombuffer(exporter, np.uint8) if view.nbytes else np.empty(0, np.uint8)
         return Plain(int(flat.__array_interface__["data"][0]), view.nbytes, "cpu", not view.readonly, (buffer, flat))
     if hasattr(buffer, "__dlpack__"):
         try:

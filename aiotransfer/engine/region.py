@@ -76,6 +76,7 @@ class Region(RegionView):
         "_address",
         "_closed",
         "_device",
+        "_dtype",
         "_freed",
         "_grants",
         "_keep",
@@ -83,7 +84,6 @@ class Region(RegionView):
         "_native_busy",
         "_segment",
         "_shape",
-        "_dtype",
         "_waiters",
         "_writable",
     )

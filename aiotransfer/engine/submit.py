@@ -4,41 +4,36 @@ This is the written exception to the layers: `write` is one native call over int
 way. Everything that can be refused locally is refused by that call (bounds, closed, stale, lost), and only then does Python work
 out which error to raise. Only operations that go on after the call enter the ledger.
 
-A descriptor that has not been used here before must first be bound to its owner's memory, which takes a question to the owner. Its
-operation waits for that in a task of the engine and is then submitted the same way.
+A descriptor that has not been used here before must first be bound to its owner's memory, which takes a question to the owner.
+Its operation waits for that in a task of the engine and is then submitted the same way.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.engine import transfer as transfers
+from aiotransfer.engine.base import EngineBase
+from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.region import RegionView
-from aiotransfer.engine.transfer import Transfer
+from aiotransfer.engine.transfer import CANCELLED, DONE, FAILED, PENDING, Transfer
 from aiotransfer.errors import (
-    BrokenError,
-    BusyError,
     ClosedError,
-    InternalError,
-    PeerLostError,
     ProviderUnavailableError,
-    RailBrokenError,
     RegionError,
-    RemoteAccessError,
     StaleRegionError,
     TransferError,
-    TransferTimeout,
 )
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.providers.port import Binding
 
 RESERVED = 0xF000_0000
 MOST = (1 << 63) - 1
@@ -51,7 +46,7 @@ def check_imm(imm: object) -> int:
         raise TypeError(f"an immediate is an int, not {imm!r}")
     value = int(imm.__index__())
     if not 0 <= value < RESERVED:
-        raise ValueError(f"an immediate lies in [0, {RESERVED:#x}), not {value} ({value & (1 << 64) - 1:#x}); higher ones are reserved")
+        raise ValueError(f"an immediate lies in [0, {RESERVED:#x}), not {value}; those from there on are reserved")
     return value
 
 
@@ -89,16 +84,13 @@ def _size(name: str, value: object, least: int) -> int:
     return number
 
 
-class Submitter:
+class Submitter(EngineBase):
     """The part of `Engine` that moves bytes."""
-
-    _p: Any
-    _due: bool
 
     # ---- write ----
 
     def write(
-        self: Engine,
+        self,
         src: RegionView,
         dst: RemoteRegion,
         *,
@@ -139,7 +131,7 @@ class Submitter:
         return self._write_slow(src, dst, imm, timeout, require)
 
     def _write_slow(
-        self: Engine, src: RegionView, dst: RemoteRegion, imm: int | None, timeout: float | None, require: str | None
+        self, src: RegionView, dst: RemoteRegion, imm: int | None, timeout: float | None, require: str | None
     ) -> Transfer:
         self._check_operands(src, dst)
         if src.nbytes != dst.nbytes:
@@ -154,7 +146,7 @@ class Submitter:
     # ---- pages ----
 
     def write_pages(
-        self: Engine,
+        self,
         src: RegionView,
         src_pages: Any,
         dst: RemoteRegion,
@@ -226,7 +218,7 @@ class Submitter:
     # ---- signal ----
 
     def signal(
-        self: Engine, dst: RemoteRegion | Peer, imm: int, *, timeout: float | None = None, require: str | None = None
+        self, dst: RemoteRegion | Peer, imm: int, *, timeout: float | None = None, require: str | None = None
     ) -> Transfer:
         """An immediate with no bytes, to a peer or to the owner of a region."""
         from aiotransfer.engine.peer import Peer
@@ -245,7 +237,7 @@ class Submitter:
 
     # ---- common ----
 
-    def _check_operands(self: Engine, src: RegionView, dst: RemoteRegion) -> None:
+    def _check_operands(self, src: RegionView, dst: RemoteRegion) -> None:
         self._check()
         if not isinstance(src, RegionView):
             raise TypeError(f"the source must be a Region or a slice of one, not {type(src).__name__}")
@@ -258,14 +250,14 @@ class Submitter:
         if dst.access == "read":
             raise RegionError("the destination does not grant writing (its access is 'read')")
 
-    def _check_required(self: Engine, peer: Peer, require: str | None) -> None:
+    def _check_required(self, peer: Peer, require: str | None) -> None:
         if require is not None and peer.path.provider != require:
             raise ProviderUnavailableError(
                 f"{peer} is reached by {peer.path.provider}, not by {require!r}", attempts=list(peer.path.reasons)
             )
 
     def _submit(
-        self: Engine,
+        self,
         src: RegionView,
         dst: RemoteRegion,
         nbytes: int,
@@ -275,14 +267,14 @@ class Submitter:
     ) -> Transfer:
         peer = self._owner(dst)
         self._check_required(peer, require)
-        bound = dst._box.bound
+        bound: Binding | None = dst._box.bound
         if bound is None or bound.engine is not self or bound.peer is not peer:
             return self._submit_unbound(src, dst, nbytes, timeout, peer, post)
         result = post(bound.remote)
         return self._outcome(result, nbytes, peer, timeout, src, dst, bound)
 
     def _outcome(
-        self: Engine,
+        self,
         result: int,
         nbytes: int,
         peer: Peer,
@@ -294,19 +286,19 @@ class Submitter:
         if result > 1:
             return self._pending(result, nbytes, peer, timeout, (src, dst, bound))
         if result < 0:
-            raise self._refusal(result, peer, src, dst)
+            raise refusal(self, result, peer, src, dst)
         if result:
             self._turn_is_due()
         done = _new(Transfer)
-        done._engine, done._peer, done.nbytes, done._state = self, peer, nbytes, transfers.DONE
+        done._engine, done._peer, done.nbytes, done._state = self, peer, nbytes, DONE
         return done
 
-    def _blank(self: Engine, nbytes: int, peer: Peer, keep: object) -> Transfer:
+    def _blank(self, nbytes: int, peer: Peer, keep: object) -> Transfer:
         transfer = _new(Transfer)
         transfer._engine = self
         transfer._peer = peer
         transfer.nbytes = nbytes
-        transfer._state = transfers.PENDING
+        transfer._state = PENDING
         transfer._cookies = []
         transfer._waiters = []
         transfer._error = None
@@ -316,12 +308,12 @@ class Submitter:
         transfer._started = self._loop.time()
         return transfer
 
-    def _pending(self: Engine, cookie: int, nbytes: int, peer: Peer, timeout: float | None, keep: object) -> Transfer:
+    def _pending(self, cookie: int, nbytes: int, peer: Peer, timeout: float | None, keep: object) -> Transfer:
         transfer = self._blank(nbytes, peer, keep)
         self._admit(transfer, cookie, self._timeout if timeout is None else self._seconds(timeout))
         return transfer
 
-    def _admit(self: Engine, transfer: Transfer, cookie: int, seconds: float) -> None:
+    def _admit(self, transfer: Transfer, cookie: int, seconds: float) -> None:
         peer = transfer._peer
         transfer._cookies.append(cookie)
         self._ledger.admit(cookie, transfer, peer.incarnation, posted=True)
@@ -331,7 +323,7 @@ class Submitter:
             self._sweeper.add(cookie, self._loop.time() + seconds)
 
     def _submit_unbound(
-        self: Engine,
+        self,
         src: RegionView,
         dst: RemoteRegion,
         nbytes: int,
@@ -347,74 +339,24 @@ class Submitter:
             try:
                 await self._bind(dst, peer)
             except Exception as error:
-                if transfer._state == transfers.PENDING:
-                    transfer._end(transfers.FAILED, 0, error)
+                if transfer._state == PENDING:
+                    transfer._end(FAILED, 0, error)
                 return
-            if transfer._state != transfers.PENDING:
+            if transfer._state != PENDING:
                 return
             result = post(dst._box.bound.remote)
             if result > 1:
                 transfer._keep = (src, dst, dst._box.bound)
                 self._admit(transfer, result, deadline - self._loop.time())
             elif result < 0:
-                transfer._end(transfers.FAILED, 0, self._refusal(result, peer, src, dst))
+                transfer._end(FAILED, 0, refusal(self, result, peer, src, dst))
             else:
-                transfer._end(transfers.DONE, nbytes, None)
+                transfer._end(DONE, nbytes, None)
 
         self._background(bind_then_post(), transfer)
         return transfer
 
-    def _refusal(
-        self: Engine, status: int, peer: Peer | None, src: RegionView | None = None, dst: RemoteRegion | None = None
-    ) -> Exception:
-        """The error for a negative status of the lane."""
-        lib = native.lib
-        where: dict[str, Any] = {}
-        if peer is not None:
-            where = {"peer": str(peer.address), "provider": peer._path.provider if peer._path is not None else None}
-            if status in (lib.AT_EPEER, lib.AT_ESHUT) and peer._error is not None:
-                return peer._error
-        text = native.text(status)
-        match status:
-            case lib.AT_ETHREAD:
-                return RuntimeError("an engine belongs to the thread of its event loop; this is another thread")
-            case lib.AT_EFORK | lib.AT_ESHUT:
-                return ClosedError(f"the engine is {'abandoned in this forked child' if status == lib.AT_EFORK else 'closed'}")
-            case lib.AT_ESTALE:
-                return StaleRegionError(
-                    "the destination was revoked or closed by its owner", hint="look it up again", **where
-                )
-            case lib.AT_ECLOSED:
-                return RegionError("the source region is closed", **where)
-            case lib.AT_ESRC | lib.AT_EDST | lib.AT_EINDEX_SRC | lib.AT_EINDEX_DST | lib.AT_EGRANT:
-                return RegionError(text, **where)
-            case lib.AT_EBUSY | lib.AT_ENOMEM:
-                return BusyError(
-                    f"{text}: the bounds are {self.config.max_queued_operations} operations and "
-                    f"{self.config.max_queued_bytes} bytes per peer",
-                    hint="await some transfers first, or raise Config.max_queued_operations / max_queued_bytes",
-                    **where,
-                )
-            case lib.AT_EPEER:
-                return PeerLostError(f"{peer} is lost", **where)
-            case lib.AT_ERAIL:
-                return RailBrokenError(f"the path to {peer} broke", **where)
-            case lib.AT_EPROTO:
-                return BrokenError(f"{peer} broke the protocol", **where)
-            case lib.AT_EIO:
-                number, words = self._lane.system_error()
-                return RemoteAccessError(
-                    f"the operating system refused to write into {peer}: {words}",
-                    code=(number, words),
-                    hint="its memory may have been unmapped, or this process lost the right to write there",
-                    **where,
-                )
-            case lib.AT_ETIMEOUT:
-                return TransferTimeout(f"a transfer to {peer} did not finish in time", **where)
-            case _:
-                return InternalError(f"the lane answered {status} ({text})", hint="please report this", **where)
-
-    def _owner(self: Engine, dst: RemoteRegion) -> Peer:
+    def _owner(self, dst: RemoteRegion) -> Peer:
         """The live peer that owns it. Raises `StaleRegionError`, `PeerLostError` or `RegionError`."""
         peer = self._connections.peers.get(dst.incarnation)
         if peer is not None and peer._state == "up":
@@ -432,6 +374,59 @@ class Submitter:
         raise RegionError(
             f"this engine is not connected to {dst.owner}, which owns the region", peer=dst.owner, hint="await connect() first"
         )
+
+    # ---- afterwards ----
+
+    async def _bind(self, region: RemoteRegion, peer: Peer) -> None:
+        box = region._box
+        bound = box.bound
+        if bound is not None and bound.engine is self and bound.peer is peer:
+            return
+        fresh = await peer.path.bind(region._grant, peer, peer)
+        fresh.engine = self
+        box.bound = fresh
+
+    def _background(self, work: Coroutine[Any, Any, None], transfer: Transfer) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+
+        def over(done: asyncio.Task[None]) -> None:
+            self._tasks.discard(done)
+            if transfer._state == PENDING and not transfer._cookies:
+                transfer._end(FAILED, 0, ClosedError("the engine was closed"))
+
+        task.add_done_callback(over)
+
+    def _ended(self, cookie: int, status: int, count: int) -> None:
+        ended = self._ledger.retire(cookie, status)
+        if ended is None:
+            return
+        transfer = ended.item
+        self._sweeper.discard(cookie)
+        peer = transfer._peer
+        peer._waiting_ops -= 1
+        if status == 0:
+            transfer._end(DONE, transfer.nbytes, None)
+        elif status == native.lib.AT_ECANCELED:
+            transfer._end(CANCELLED, 0, None)
+        else:
+            if status == native.lib.AT_EPEER and peer._state == "up":
+                peer._lose("its process has ended")  # the write noticed before the pidfd was looked at
+            transfer._end(FAILED, 0, refusal(self, status, peer))
+
+    def _cancel(self, transfer: Transfer) -> None:
+        if not transfer._cookies:  # not bound yet: nothing was posted
+            transfer._end(CANCELLED, 0, None)
+            return
+        for cookie in transfer._cookies:
+            native.lib.at_cancel(self._p, cookie, native.lib.AT_ECANCELED)
+            self._sweeper.draining(cookie)
+        self._progress.poll()
+
+    def _bytes_done(self, transfer: Transfer) -> int:
+        if not self._lane.usable:
+            return transfer._landed
+        return sum(max(0, native.lib.at_progress(self._p, cookie)) for cookie in transfer._cookies)
 
 
 __all__ = ["Submitter", "TransferError", "check_imm", "page_table"]

@@ -1,8 +1,8 @@
 """Deadlines of operations in flight: one timer per engine.
 
 A deadline is judged only after the lane's completions have been taken, so an operation that finished while the loop was stuck is
-never reported late. What is overdue is withdrawn; if its posted part has not retired `drain_timeout` later, the connection to that
-peer is fenced: nothing posted can touch memory afterwards, and the operation ends.
+never reported late. What is overdue is withdrawn; if its posted part has not retired `drain_timeout` later, the connection to
+that peer is fenced: nothing posted can touch memory afterwards, and the operation ends.
 """
 
 from __future__ import annotations

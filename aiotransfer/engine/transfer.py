@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, cast
 
 from aiotransfer.errors import TransferError
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.submit import Submitter
     from aiotransfer.providers.port import Path
 
 DONE, PENDING, FAILED, CANCELLED = 0, 1, 2, 3
-_FINISHED: Iterator[Any] = iter(())  # an exhausted iterator: awaiting it returns at once
+_FINISHED = cast("Generator[Any, None, None]", iter(()))  # an exhausted iterator: awaiting it returns at once
 
 
 class _Unheard:
@@ -64,7 +64,7 @@ class Transfer:
     )
 
     nbytes: int
-    _engine: Engine
+    _engine: Submitter
     _peer: Peer
     _state: int
     _cookies: list[int]
@@ -78,7 +78,7 @@ class Transfer:
 
     # Instances are made by the engine with object.__new__: a finished one carries only _engine, _peer, nbytes and _state.
 
-    def __await__(self) -> Iterator[Any]:
+    def __await__(self) -> Generator[Any, None, None]:
         if self._state == DONE and not self._engine._due:
             return _FINISHED
         return self._wait()

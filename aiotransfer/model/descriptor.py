@@ -162,10 +162,10 @@ class RemoteRegion:
 
 _decoder = msgspec.msgpack.Decoder(_Wire)
 _new = object.__new__
-_set_box = RemoteRegion._box.__set__  # type: ignore[attr-defined]
-_set_grant = RemoteRegion._grant.__set__  # type: ignore[attr-defined]
-_set_start = RemoteRegion._start.__set__  # type: ignore[attr-defined]
-_set_nbytes = RemoteRegion.nbytes.__set__  # type: ignore[attr-defined]
+_set_box = RemoteRegion._box.__set__  # type: ignore[attr-defined,misc]
+_set_grant = RemoteRegion._grant.__set__  # type: ignore[attr-defined,misc]
+_set_start = RemoteRegion._start.__set__  # type: ignore[attr-defined,misc]
+_set_nbytes = RemoteRegion.nbytes.__set__  # type: ignore[attr-defined,misc]
 
 
 def _make(box: Box, grant: Grant, start: int, nbytes: int) -> RemoteRegion:

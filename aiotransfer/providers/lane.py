@@ -21,13 +21,13 @@ class Event(NamedTuple):
     kind: int
     id: int
     status: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls on an event
 
 
 class Lane:
     """Owns the C lane; `free` once, after all paths are closed."""
 
-    __slots__ = ("events", "fd", "pid", "pointer", "_region_owners")
+    __slots__ = ("_region_owners", "events", "fd", "pid", "pointer")
 
     def __init__(self, incarnation: int, config: Config, *, threadless: bool = False) -> None:
         native.require()

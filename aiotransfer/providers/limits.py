@@ -26,7 +26,7 @@ class Limits:
             native.lib.at_bench_copy(self._target.pointer, self._source.pointer, n, repeats, step, wrap, cold)
             for cold in (0, 1)
         )
-        return n * repeats / min(seconds)
+        return float(n * repeats / min(seconds))
 
     def pages(self, target_pages: Any, source_pages: Any, page: int) -> float:
         """Bytes per second of one pass over a page table: the better of memcpy and streaming stores."""
@@ -37,7 +37,7 @@ class Limits:
             )
             for cold in (0, 1)
         )
-        return len(target_pages) * page / min(seconds)
+        return float(len(target_pages) * page / min(seconds))
 
 
 def routine() -> str:

@@ -42,7 +42,7 @@ class Conversation(Protocol):
 class Binding:
     """Remote memory resolved for one lane: what a write names. Ends with its last user."""
 
-    __slots__ = ("engine", "path", "peer", "remote", "_keep", "_lane")
+    __slots__ = ("_keep", "_lane", "engine", "path", "peer", "remote")
 
     def __init__(self, lane: Any, remote: int, path: Path, peer: Any, keep: object) -> None:
         self._lane = lane

@@ -10,7 +10,7 @@ from aiotransfer.providers.lane import Lane, Segment
 from aiotransfer.providers.port import Provider
 
 KNOWN = ("shm", "loopback", "tcp", "efa", "verbs")
-NOT_YET = {name: "not part of this version yet" for name in ("tcp", "efa", "verbs")}
+NOT_YET = dict.fromkeys(("tcp", "efa", "verbs"), "not part of this version yet")
 
 
 def availability() -> dict[str, str | None]:
@@ -55,7 +55,7 @@ def open_providers(
                 if name == "shm":
                     opened[name] = ShmProvider(lane, incarnation, segment_of)
                 else:
-                    from aiotransfer.providers.loopback import LoopbackProvider
+                    from aiotransfer.providers.loopback import LoopbackProvider  # type: ignore[import-untyped]
 
                     opened[name] = LoopbackProvider(lane, incarnation)
                 continue

@@ -140,7 +140,7 @@ async def test_connect_to_nobody_says_so_in_time() -> None:
     async with at.open_engine() as probe:
         address = probe.address
     async with at.open_engine() as left:
-        with pytest.raises(at.TransferTimeout, match="refused|Connect"):
+        with pytest.raises(at.TransferTimeout, match=r"refused|Connect"):
             await left.connect(address, timeout=0.2)
 
 

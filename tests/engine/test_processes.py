@@ -1,4 +1,4 @@
-"""Another process that is killed, stopped, or blocked: every await ends, nothing waits for ever, the living are not declared dead."""
+"""Another process that is killed, stopped, or blocked: every await ends, and the living are not declared dead."""
 
 from __future__ import annotations
 

@@ -1,0 +1,106 @@
+"""What every part of an engine stands on: its state, its clock, and the checks at the door.
+
+`Engine` is put together from three files, each a class that extends the one before: this one (may this call be made at all?),
+`submit` (operations) and `engine` (memory, peers, opening and closing).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING, Any
+
+from aiotransfer.errors import ClosedError
+from aiotransfer.providers import native
+
+if TYPE_CHECKING:
+    from aiotransfer.config import Config
+    from aiotransfer.core.ledger import Ledger
+    from aiotransfer.engine.connections import Connections
+    from aiotransfer.engine.liveness import Liveness
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.progress import Progress
+    from aiotransfer.engine.sweeper import Sweeper
+    from aiotransfer.engine.transfer import Transfer
+    from aiotransfer.errors import TransferError
+    from aiotransfer.providers.lane import Lane
+
+
+class EngineBase:
+    """State of one engine on one event loop."""
+
+    name: str
+    config: Config
+    incarnation: int
+    _state: str
+    _timeout: float
+    _p: Any
+    _lane: Lane
+    _loop: asyncio.AbstractEventLoop
+    _ledger: Ledger[Transfer]
+    _tasks: set[asyncio.Task[None]]
+    _gone: dict[int, TransferError]
+    _connections: Connections
+    _liveness: Liveness
+    _progress: Progress
+    _sweeper: Sweeper
+    _due: bool
+    _turn_scheduled: bool
+
+    @property
+    def _closing(self) -> bool:
+        return self._state != "open"
+
+    def _on_loop(self) -> bool:
+        return self._lane.usable and not self._not_here()
+
+    def _not_here(self) -> bool:
+        """Closed, forked, or called from elsewhere: `_check` says which."""
+        return self._state != "open" or not self._lane.usable or asyncio._get_running_loop() is not self._loop
+
+    def _check(self) -> None:
+        """Raise unless this is an open engine, called on its own loop's thread."""
+        if self._state == "new":
+            raise ClosedError("the engine is not open yet", hint="use `async with open_engine() as engine:` or await it")
+        if self._state != "open":
+            raise ClosedError("the engine is closed")
+        if not self._lane.usable:
+            raise ClosedError("the engine belongs to the parent of this forked process", hint="open one in the child")
+        running = asyncio._get_running_loop()
+        if running is not self._loop:
+            raise RuntimeError(
+                "an engine belongs to one event loop and its thread; this call came from "
+                + ("outside of any loop" if running is None else "another loop")
+            )
+
+    def _seconds(self, timeout: float | None) -> float:
+        return self._timeout if timeout is None else seconds(timeout)
+
+    @property
+    def peers(self) -> tuple[Peer, ...]:
+        """Connected peers in order of arrival, inbound ones included."""
+        return tuple(p for p in self._connections.peers.values() if p._state == "up") if self._state != "new" else ()
+
+    # ---- turns ----
+
+    def _turn_is_due(self) -> None:
+        """Finished awaits have gone on for a while: the next one gives the loop a turn."""
+        self._due = True
+        if not self._turn_scheduled:
+            self._turn_scheduled = True
+            self._loop.call_soon(self._new_turn)
+
+    def _new_turn(self) -> None:
+        self._turn_scheduled = False
+        self._due = False
+        if self._lane.usable:
+            native.lib.at_turn(self._p)
+
+
+def seconds(timeout: float) -> float:
+    """A duration. Raises `TypeError` or `ValueError` with the value."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"a timeout is a number of seconds, not {timeout!r}")
+    if math.isnan(timeout) or timeout < 0:
+        raise ValueError(f"a timeout is not negative: {timeout!r}")
+    return float(timeout)
