@@ -6,7 +6,6 @@ meant to be, because a misspelt setting that silently does nothing costs days.
 
 from __future__ import annotations
 
-import difflib
 import math
 import warnings
 from collections.abc import Mapping
@@ -69,6 +68,8 @@ class Config:
             elif name[len(PREFIX) :] not in OTHER_NAMES and name not in _warned:
                 _warned.add(name)
                 known = [PREFIX + n for n in (*OTHER_NAMES, *(k.upper() for k in kinds))]
+                import difflib  # here: only a mistyped name needs it
+
                 close = difflib.get_close_matches(name, known, 1)
                 meant = f"; did you mean {close[0]}?" if close else ""
                 warnings.warn(f"the environment variable {name} means nothing to aiotransfer{meant}", stacklevel=2)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import secrets
 import stat
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from aiotransfer.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KEY_BYTES = 32
 LEAST_BYTES = 16
@@ -60,6 +60,9 @@ def load_key(key: bytes | str | None, environ: Mapping[str, str]) -> Key:
 
 def key_directory(environ: Mapping[str, str]) -> Path:
     """Where the user's key file lives."""
+    import tempfile  # here: the import of the package stays quick
+    from pathlib import Path
+
     runtime = environ.get("XDG_RUNTIME_DIR")
     if runtime and os.path.isdir(runtime):
         return Path(runtime) / "aiotransfer"
@@ -88,10 +91,12 @@ def _user_key(environ: Mapping[str, str]) -> bytes:
     except FileNotFoundError:
         pass
     # Racing creators each write a file of their own; the first link wins and everybody reads that one.
+    import tempfile
+
     fd, temporary = tempfile.mkstemp(dir=directory)
     try:
         with os.fdopen(fd, "wb") as f:
-            f.write(secrets.token_bytes(KEY_BYTES))
+            f.write(os.urandom(KEY_BYTES))
         try:
             os.link(temporary, path)
         except FileExistsError:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from aiotransfer.control.frames import Frame, Goodbye, PeerInfo, encode
 from aiotransfer.control.key import Key
@@ -26,8 +25,7 @@ FLUSH_SECONDS = 1.0
 _logger = logging.getLogger("aiotransfer")
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """What an engine says of itself."""
 
     incarnation: int
@@ -40,7 +38,7 @@ class Link(asyncio.Protocol):
     def __init__(self, role: Role, key: Key, identity: Identity) -> None:
         self._loop = asyncio.get_running_loop()
         self.dialed = role == "dialer"
-        self._session = Session(role, key, identity.incarnation, identity.info(), secrets.token_bytes(NONCE_BYTES))
+        self._session = Session(role, key, identity.incarnation, identity.info(), os.urandom(NONCE_BYTES))
         self.established: asyncio.Future[None] = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
         self._started = False

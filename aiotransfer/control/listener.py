@@ -7,7 +7,6 @@ with them is logged at most once a second and never leaves this module.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import socket
 import time
@@ -52,12 +51,14 @@ class Listener:
 
     async def _place(self, loop: asyncio.AbstractEventLoop) -> tuple[socket.AddressFamily, tuple[str, int]]:
         host, port = self.address.host, self.address.port
+        if ":" in host:
+            return socket.AF_INET6, (host, port)
         try:
-            version = ipaddress.ip_address(host).version
-        except ValueError:
+            socket.inet_pton(socket.AF_INET, host)
+        except OSError:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             return found[0][0], (str(found[0][4][0]), port)
-        return (socket.AF_INET6 if version == 6 else socket.AF_INET), (host, port)
+        return socket.AF_INET, (host, port)
 
     def _connected(self) -> Link:
         link = Link("acceptor", self._key, self._identity)

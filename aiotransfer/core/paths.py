@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 AUTOMATIC = ("shm", "verbs", "efa", "tcp", "loopback")
 SAME_HOST = frozenset({"shm"})
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(NamedTuple):
     """What one side says of a provider. `host` is equal on both sides when a same-host provider may work."""
 
     provider: str
@@ -19,8 +18,7 @@ class Offer:
     host: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Ranking:
+class Ranking(NamedTuple):
     """Providers to try, best first, and why the others are not among them."""
 
     paths: tuple[str, ...]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,15 +21,21 @@ def engine_text(engine: Engine) -> str:
     )
 
 
+def _escape(text: str) -> str:
+    import html  # here: only notebooks need it
+
+    return html.escape(text)
+
+
 def _table(title: str, rows: list[tuple[str, ...]]) -> str:
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<b>{escape(title)}</b><table>{body}</table>"
+    body = "".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<b>{_escape(title)}</b><table>{body}</table>"
 
 
 def engine_html(engine: Engine) -> str:
     """`_repr_html_` of an engine."""
     if engine._state != "open" or not engine._lane.usable:
-        return f"<p>{escape(engine_text(engine))}</p>"
+        return f"<p>{_escape(engine_text(engine))}</p>"
     head: list[tuple[str, ...]] = [
         ("address", str(engine.address)),
         ("incarnation", f"{engine.incarnation:016x}"),

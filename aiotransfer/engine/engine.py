@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import secrets
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -78,7 +77,7 @@ class Engine(Submitter):
         self.name = f"{os.getpid()}" if name is None else str(name)
         self.rails: tuple[str, ...] = tuple(rails or ())
         self.progress = progress
-        self.incarnation: int = secrets.randbits(64)
+        self.incarnation: int = int.from_bytes(os.urandom(8))
         self.address = self._listen
         self._state = "new"
 

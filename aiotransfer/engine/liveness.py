@@ -8,7 +8,6 @@ Death of a process on this host is noticed by its pidfd, without any of this. Wi
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aiotransfer.providers import native
@@ -20,12 +19,12 @@ if TYPE_CHECKING:
 PINGS_PER_TIMEOUT = 4
 
 
-@dataclass(slots=True)
 class _Sign:
-    heard: float  # when the last native answer was seen
-    loop_heard: float
-    native: int = 0
-    loop: int = 0
+    __slots__ = ("heard", "loop", "loop_heard", "native")
+
+    def __init__(self, now: float) -> None:
+        self.heard = self.loop_heard = now  # when the last answers were seen: of the native thread, of the loop
+        self.native = self.loop = 0  # their numbers
 
 
 class Liveness:
@@ -41,7 +40,7 @@ class Liveness:
         if peer in self._signs or peer._path is None or peer.incarnation == self._engine.incarnation:
             return
         now = self._engine._loop.time()
-        self._signs[peer] = _Sign(now, now)
+        self._signs[peer] = _Sign(now)
         if self._timer is None:
             self._schedule()
 

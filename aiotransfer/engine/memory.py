@@ -7,8 +7,7 @@ record keeps the exporting object alive, since the lane knows only an address.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +17,7 @@ from aiotransfer.providers import lane as native_lane
 MOST_BYTES = (1 << 63) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Plain:
+class Plain(NamedTuple):
     """Contiguous memory: where, how much, on what, whether it may be written into, and what keeps it alive."""
 
     address: int

@@ -10,7 +10,6 @@ from __future__ import annotations
 import array
 import asyncio
 import os
-import secrets
 import socket
 import struct
 from collections.abc import Callable
@@ -25,7 +24,7 @@ _CREDENTIALS = struct.Struct("3i")
 
 def ticket() -> bytes:
     """A fresh ticket."""
-    return secrets.token_bytes(TICKET_BYTES)
+    return os.urandom(TICKET_BYTES)
 
 
 def close_all(fds: list[int]) -> None:
@@ -116,7 +115,7 @@ class FdListener:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self.name = "\0aiotransfer-" + secrets.token_hex(16)
+        self.name = "\0aiotransfer-" + os.urandom(16).hex()
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         self._sock.bind(self.name)
         self._sock.listen(128)

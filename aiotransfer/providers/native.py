@@ -6,9 +6,7 @@ failure is kept for `open_engine` and `doctor` to tell. Nothing outside this fol
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from aiotransfer.errors import ProviderUnavailableError
@@ -22,6 +20,9 @@ try:
 
     ffi, lib = _native.ffi, _native.lib
 except ImportError as error:
+    import json
+    from pathlib import Path
+
     failure = str(error)
     facts = Path(__file__).parent.parent / "_build_facts.json"
     try:

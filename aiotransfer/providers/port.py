@@ -7,14 +7,12 @@ the provider.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from aiotransfer.model.descriptor import Grant
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(NamedTuple):
     """What one side tells the other about a provider at the handshake.
 
     `host` proves nothing by itself; it only spares attempts that cannot succeed. `data` is the provider's own.
