@@ -19,25 +19,23 @@ class Limits:
         for segment in (self._source, self._target):
             np.frombuffer(segment.buffer, np.uint8)[:] = 1
 
-    def copy(self, n: int, repeats: int, step: int = 0) -> float:
-        """Bytes per second of copies of n bytes one after the other: the better of memcpy and streaming stores."""
-        wrap = self.nbytes
+    def copy(self, n: int, repeats: int, places: int = 1) -> float:
+        """Bytes per second of copies of n bytes to `places` places in turn: the better of memcpy and streaming stores."""
+        step, wrap = (n, n * places) if n * places <= self.nbytes else (0, n)
         seconds = (
             native.lib.at_bench_copy(self._target.pointer, self._source.pointer, n, repeats, step, wrap, cold)
             for cold in (0, 1)
         )
         return float(n * repeats / min(seconds))
 
-    def pages(self, target_pages: Any, source_pages: Any, page: int) -> float:
-        """Bytes per second of one pass over a page table: the better of memcpy and streaming stores."""
+    def pages(self, target_pages: Any, source_pages: Any, page: int, *, cold: bool) -> float:
+        """Seconds of one pass over a page table, by streaming stores (`cold`) or memcpy."""
         tables = [native.ffi.from_buffer("int64_t[]", np.ascontiguousarray(t, np.int64)) for t in (target_pages, source_pages)]
-        seconds = (
+        return float(
             native.lib.at_bench_pages(
                 self._target.pointer, self._source.pointer, tables[0], tables[1], len(target_pages), page, cold
             )
-            for cold in (0, 1)
         )
-        return float(len(target_pages) * page / min(seconds))
 
 
 def routine() -> str:
