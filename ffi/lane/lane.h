@@ -26,6 +26,7 @@
 #include "native.h"
 
 #define AT_CHUNK ((uint64_t)256 << 10) /* bytes moved between two looks at epoch, cancellation and peer */
+#define AT_RECENT 8u                   /* destinations remembered to tell fresh memory from what is written again and again */
 #define AT_GRANTS 65536u               /* epoch words per lane */
 
 typedef struct at_peer at_peer;
@@ -79,6 +80,7 @@ struct at_op {
     uint64_t src_stride, dst_stride;
     const int64_t *src_pages, *dst_pages; /* lent (inline) or owned (table != NULL) */
     int64_t *table;
+    uint64_t footprint;     /* bytes written lately to different places, this operation included: too many for a cache? */
     uint64_t units;         /* 1, or the number of pages */
     uint64_t cursor;        /* first unit that is not posted; for one large write, bytes moved */
     uint64_t landed;        /* units that have landed */
@@ -203,7 +205,14 @@ struct at_lane {
     int thread_epoll_fd, thread_wake_fd, pulse_fd;
     uint32_t thread_turn;
     int thread_work;
+    int head_start; /* the caller moves the head of a queue now: its thread waits for it */
     int pulse_heard; /* the thread answered a ping: the loop shall answer too */
+
+    struct {
+        uint64_t where, nbytes;
+    } recent[AT_RECENT]; /* the last larger destinations, each once */
+    uint32_t recent_next;
+    uint64_t recent_bytes;
 
     uint64_t turn_start, turn_bytes;
     uint32_t turn_ops;

@@ -14,6 +14,8 @@
 #define COOKIE_BITS 20
 #define COOKIE_MASK ((1u << COOKIE_BITS) - 1u)
 #define LATE_BYTES ((uint64_t)64 << 10) /* once a turn is overdue, only smaller operations run inside the call */
+#define RECENT_LEAST ((uint64_t)64 << 10)
+#define HEAD_BYTES ((uint64_t)512 << 10) /* moved by the caller while the native thread wakes up */
 #define ROUND_BYTES ((uint64_t)4 << 20) /* the native thread serves one operation this long before it looks at others */
 
 static int op_slot(at_lane *lane, uint32_t *index) {
@@ -146,6 +148,24 @@ static int publish(at_op *op) {
 
 static int moved_all(const at_op *op) { return op->landed == op->units; }
 
+/* After some of it was moved without the lock: withdrawn, finished, or to be gone on with? Returns 1 when it has ended. */
+static int move_over(at_lane *lane, at_op *op, int rc, int oserror) {
+    at_peer *peer = op->peer;
+    if (oserror != 0) lane->oserror = oserror;
+    int published = publish(op);
+    op->running = 0;
+    if (rc != AT_OK || atomic_load(&op->withdrawn) || peer->status != AT_OK) {
+        op_stop(op, rc != AT_OK ? rc : peer->status);
+        return 1;
+    }
+    if (!moved_all(op) || published == AT_EAGAIN) return 0;
+    dequeue(op);
+    lane->stats.units_written += op->units;
+    lane->stats.bytes_written += op->units * op->nbytes;
+    op_end(op);
+    return 1;
+}
+
 /* One operation of the queue, for at most ROUND_BYTES. Enters and leaves with the lock. */
 static void move_one(at_lane *lane, at_peer *peer, at_op *op) {
     op->running = 1;
@@ -158,17 +178,7 @@ static void move_one(at_lane *lane, at_peer *peer, at_op *op) {
         lane->stats.thread_chunks++;
         budget -= AT_CHUNK * 4;
     }
-    if (oserror != 0) lane->oserror = oserror;
-    int published = publish(op);
-    op->running = 0;
-    if (rc != AT_OK || atomic_load(&op->withdrawn) || peer->status != AT_OK) {
-        op_stop(op, rc != AT_OK ? rc : peer->status);
-    } else if (moved_all(op) && published != AT_EAGAIN) {
-        dequeue(op);
-        lane->stats.units_written += op->units;
-        lane->stats.bytes_written += op->units * op->nbytes;
-        op_end(op);
-    } else if (peer->head != peer->tail) { /* fair: behind the others of this peer */
+    if (!move_over(lane, op, rc, oserror) && peer->head != peer->tail) { /* fair: behind the others of this peer */
         dequeue(op);
         peer->tail->next = op;
         peer->tail = op;
@@ -179,12 +189,25 @@ static void move_one(at_lane *lane, at_peer *peer, at_op *op) {
 void at_move_queued(at_lane *lane) {
     for (uint32_t k = 0; k < lane->peer_count; k++) {
         at_peer *peer = lane->peers[(lane->thread_turn + k) % lane->peer_count];
-        if (peer == NULL || peer->port->window != 0 || peer->head == NULL) continue;
+        if (peer == NULL || peer->port->window != 0 || peer->head == NULL || peer->head->running) continue;
         peer->users++;
         move_one(lane, peer, peer->head);
         at_peer_release(peer);
     }
     lane->thread_turn++;
+}
+
+/* Waking the native thread takes as long as copying some hundred KiB: the caller moves those meanwhile. */
+static void head_start(at_lane *lane, at_op *op) {
+    if (op->peer->head != op || lane->turn_due || op->nbytes * op->units < 2 * HEAD_BYTES) return;
+    int oserror = 0;
+    op->running = lane->head_start = 1;
+    at_unlock(lane);
+    int rc = op->peer->port->move(op->peer, op, HEAD_BYTES, 0, &oserror);
+    at_lock(lane);
+    lane->head_start = 0;
+    at_count_turn(lane, HEAD_BYTES);
+    (void)move_over(lane, op, rc, oserror);
 }
 
 /* ---- submission ---- */
@@ -240,12 +263,28 @@ static int64_t op_keep(at_lane *lane, const at_op *template) {
     return op->cookie;
 }
 
+/* Fresh places add up; a place that is written again does not: only the former outgrow the caches. */
+static void note_footprint(at_lane *lane, at_op *op, uint64_t nbytes) {
+    op->footprint = nbytes;
+    if (nbytes < RECENT_LEAST) return;
+    uint64_t where = op->remote->va + op->dst_offset;
+    if (op->kind == AT_OP_PAGES) where += (uint64_t)op->dst_pages[0] * op->dst_stride;
+    uint32_t i = 0;
+    while (i < AT_RECENT && lane->recent[i].where != where) i++;
+    if (i == AT_RECENT) i = lane->recent_next++ % AT_RECENT;
+    lane->recent_bytes += nbytes - lane->recent[i].nbytes;
+    lane->recent[i].where = where;
+    lane->recent[i].nbytes = nbytes;
+    op->footprint = lane->recent_bytes;
+}
+
 /* The description in *op has passed every check. */
 static int64_t submit(at_lane *lane, at_op *op) {
     at_peer *peer = op->peer;
     const at_port *port = peer->port;
     uint64_t nbytes = op->nbytes * op->units;
     if (op->units == 0) return lane->turn_due ? AT_DUE : AT_OK;
+    if (op->remote != NULL) note_footprint(lane, op, nbytes);
     if (port->window == 0) {
         int here = nbytes <= lane->config.inline_bytes && (!lane->turn_due || nbytes <= LATE_BYTES);
         if (here || (lane->config.flags & AT_LANE_NO_THREAD)) {
@@ -268,10 +307,12 @@ static int64_t submit(at_lane *lane, at_op *op) {
     }
     int64_t cookie = op_keep(lane, op);
     if (cookie < 0) return cookie;
-    if (port->window == 0)
+    if (port->window == 0) {
         at_thread_kick(lane);
-    else
+        if (lane->thread_started) head_start(lane, op_find(lane, cookie));
+    } else {
         at_refill(peer);
+    }
     return cookie;
 }
 

@@ -12,6 +12,7 @@
 #include "lane.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <signal.h>
 #include <time.h>
 #include <unistd.h>
@@ -48,7 +49,11 @@ static void *thread_main(void *argument) {
             uint64_t before = lane->stats.thread_chunks;
             at_move_queued(lane);
             if (epoll_wait(lane->thread_epoll_fd, ready, 4, 0) > 0) answer_pings(lane); /* long queues: stay alive */
-            if (lane->stats.thread_chunks == before) { /* only counts that a full table refused: wait for the other side */
+            if (lane->head_start) {
+                at_unlock(lane);
+                (void)sched_yield();
+                at_lock(lane);
+            } else if (lane->stats.thread_chunks == before) { /* only counts that a full table refused: wait for the other side */
                 at_unlock(lane);
                 struct timespec pause = {0, 1000000};
                 (void)nanosleep(&pause, NULL);

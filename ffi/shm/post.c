@@ -48,7 +48,7 @@ static int failed(int error, int *oserror) {
 static int move_bytes(at_shm *shm, at_op *op, uint64_t budget, at_active *active, int *oserror) {
     const at_remote *remote = op->remote;
     uint64_t chunk = remote->base != NULL ? AT_CHUNK : FOREIGN_CHUNK;
-    int cold = at_copy_prefers_cold(op->nbytes);
+    int cold = at_copy_prefers_cold(op->footprint);
     while (op->cursor < op->nbytes && budget > 0) {
         uint64_t n = op->nbytes - op->cursor;
         n = n < chunk ? n : chunk;
@@ -100,7 +100,7 @@ static int move_pages(at_shm *shm, at_op *op, uint64_t budget, at_active *active
     const at_remote *remote = op->remote;
     uint64_t page = op->nbytes, chunk = remote->base != NULL ? AT_CHUNK : FOREIGN_CHUNK;
     uint64_t most = page >= chunk ? 1 : chunk / page;
-    int cold = at_copy_prefers_cold(page * op->units);
+    int cold = at_copy_prefers_cold(op->footprint);
     while (op->cursor < op->units && budget > 0) {
         uint64_t n = op->units - op->cursor;
         n = n < most ? n : most;
