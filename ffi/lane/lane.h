@@ -234,6 +234,11 @@ at_peer *at_peer_find(at_lane *lane, int64_t id); /* NULL when unknown or freed 
 void at_peer_release(at_peer *peer);              /* drop one use; destroys a freed peer with the last */
 void at_peer_end(at_peer *peer, int status);      /* with the lock: what at_peer_fail does */
 
+/* Room for one more pointer; existing ones never move, so that ids and pointers stay good. */
+int at_grow(void ***items, uint32_t *capacity, uint32_t count);
+int64_t at_make_id(uint32_t generation, uint32_t index);
+
+/* memory.c, with the lock */
 at_region *at_region_use(at_lane *lane, int64_t id); /* NULL when closed or unknown */
 void at_region_release(at_lane *lane, uint32_t index);
 at_remote *at_remote_use(at_lane *lane, int64_t id);

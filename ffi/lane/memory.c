@@ -1,0 +1,217 @@
+/* What a lane knows of memory: local regions, grants given to others (epoch words), and remote regions of peers. */
+#include "lane.h"
+
+#include <stdlib.h>
+
+/* ---- local regions ---- */
+
+int64_t at_region_add(at_lane *lane, void *base, uint64_t nbytes) {
+    int64_t id = AT_ENOMEM;
+    at_lock(lane);
+    uint32_t i = lane->region_hint; /* everything below is in use */
+    while (i < lane->region_count && (lane->regions[i]->generation & 1u)) i++;
+    if (i == lane->region_count) {
+        if (at_grow((void ***)&lane->regions, &lane->region_capacity, lane->region_count) != 0) goto out;
+        at_region *fresh = calloc(1, sizeof *fresh);
+        if (fresh == NULL) goto out;
+        lane->regions[lane->region_count++] = fresh;
+    }
+    at_region *region = lane->regions[i];
+    lane->region_hint = i + 1;
+    region->generation++;
+    region->base = base;
+    region->nbytes = nbytes;
+    region->users = 0;
+    region->open = 1;
+    lane->stats.regions++;
+    id = at_make_id(region->generation, i);
+out:
+    at_unlock(lane);
+    return id;
+}
+
+static void region_free(at_lane *lane, uint32_t index) {
+    lane->regions[index]->generation++;
+    lane->regions[index]->base = NULL;
+    if (index < lane->region_hint) lane->region_hint = index;
+    lane->stats.regions--;
+}
+
+static at_region *region_find(at_lane *lane, int64_t id) {
+    uint32_t index = (uint32_t)id;
+    if (id < 0 || index >= lane->region_count) return NULL;
+    at_region *region = lane->regions[index];
+    return (region->generation & 0x7fffffffu) == (uint32_t)(id >> 32) ? region : NULL;
+}
+
+int at_region_close(at_lane *lane, int64_t id) {
+    int result = AT_ECLOSED;
+    at_lock(lane);
+    at_region *region = region_find(lane, id);
+    if (region != NULL && region->open) {
+        region->open = 0;
+        result = region->users != 0;
+        if (result == 0) region_free(lane, (uint32_t)id);
+    }
+    at_unlock(lane);
+    return result;
+}
+
+void at_region_release(at_lane *lane, uint32_t index) {
+    at_region *region = lane->regions[index];
+    if (--region->users == 0 && !region->open) {
+        int64_t id = at_make_id(region->generation, index);
+        region_free(lane, index);
+        at_event_push(lane, AT_EV_REGION, (uint64_t)id, AT_OK, 0);
+    }
+}
+
+at_region *at_region_use(at_lane *lane, int64_t id) {
+    at_region *region = region_find(lane, id);
+    return region != NULL && region->open ? region : NULL;
+}
+
+/* ---- grants: the epoch words that writers compare before and after they set their active word ---- */
+
+int64_t at_grant_new(at_lane *lane, uint64_t *epoch) {
+    int64_t slot = AT_EBUSY;
+    at_lock(lane);
+    if (lane->grant_free_count > 0)
+        slot = lane->grant_free[--lane->grant_free_count];
+    else if (lane->grant_top < AT_GRANTS)
+        slot = lane->grant_top++;
+    if (slot >= 0) {
+        _Atomic uint64_t *word = &lane->control->epoch[slot];
+        /* odd: live; even: revoked. The value never repeats in a slot, so an old descriptor can never fit again. */
+        *epoch = atomic_load(word) + 1;
+        atomic_store(word, *epoch);
+        lane->stats.grants++;
+    }
+    at_unlock(lane);
+    return slot;
+}
+
+static int grant_active(at_lane *lane, int64_t slot) {
+    int count = 0;
+    for (uint32_t i = 0; i < lane->peer_count; i++) {
+        at_peer *peer = lane->peers[i];
+        if (peer != NULL && peer->port->active(peer, (uint32_t)slot)) count++;
+    }
+    return count;
+}
+
+static int grant_known(at_lane *lane, int64_t slot) { return slot >= 0 && slot < (int64_t)lane->grant_top; }
+
+int at_grant_revoke(at_lane *lane, int64_t slot) {
+    int count = AT_EUNKNOWN;
+    at_lock(lane);
+    if (grant_known(lane, slot)) {
+        _Atomic uint64_t *word = &lane->control->epoch[slot];
+        uint64_t value = atomic_load(word);
+        if (value & 1u) atomic_store(word, value + 1); /* sequentially consistent: before the look at the active words */
+        count = grant_active(lane, slot);
+    }
+    at_unlock(lane);
+    return count;
+}
+
+int at_grant_active(at_lane *lane, int64_t slot) {
+    at_lock(lane);
+    int count = grant_known(lane, slot) ? grant_active(lane, slot) : AT_EUNKNOWN;
+    at_unlock(lane);
+    return count;
+}
+
+int at_grant_free(at_lane *lane, int64_t slot) {
+    int result = AT_EUNKNOWN;
+    at_lock(lane);
+    if (grant_known(lane, slot) && (atomic_load(&lane->control->epoch[slot]) & 1u) == 0) {
+        result = grant_active(lane, slot) ? AT_EBUSY : AT_OK;
+        if (result == AT_OK) {
+            lane->grant_free[lane->grant_free_count++] = (uint32_t)slot;
+            lane->stats.grants--;
+        }
+    }
+    at_unlock(lane);
+    return result;
+}
+
+int at_grant_valid(at_lane *lane, int64_t slot, uint64_t epoch) {
+    return grant_known(lane, slot) && (epoch & 1u) && atomic_load(&lane->control->epoch[slot]) == epoch;
+}
+
+/* ---- remote regions ---- */
+
+int64_t at_remote_add(at_lane *lane, int64_t peer_id, void *base, uint64_t va, uint64_t nbytes, int access, uint32_t slot,
+                      uint64_t epoch) {
+    int64_t id = AT_ENOMEM;
+    at_lock(lane);
+    at_peer *peer = at_peer_find(lane, peer_id);
+    if (peer == NULL || peer->status != AT_OK || slot >= AT_GRANTS) {
+        id = peer == NULL || peer->status != AT_OK ? AT_EPEER : AT_ESTALE;
+        goto out;
+    }
+    uint32_t i = lane->remote_hint;
+    while (i < lane->remote_count && (lane->remotes[i]->generation & 1u)) i++;
+    if (i == lane->remote_count) {
+        if (at_grow((void ***)&lane->remotes, &lane->remote_capacity, lane->remote_count) != 0) goto out;
+        at_remote *fresh = calloc(1, sizeof *fresh);
+        if (fresh == NULL) goto out;
+        lane->remotes[lane->remote_count++] = fresh;
+    }
+    at_remote *remote = lane->remotes[i];
+    lane->remote_hint = i + 1;
+    uint32_t generation = remote->generation + 1;
+    *remote = (at_remote){.peer = peer,
+                          .base = base,
+                          .va = va,
+                          .nbytes = nbytes,
+                          .word = &peer->control->epoch[slot],
+                          .epoch = epoch,
+                          .slot = slot,
+                          .generation = generation,
+                          .access = access,
+                          .open = 1};
+    peer->users++;
+    lane->stats.remote_regions++;
+    id = at_make_id(generation, i);
+out:
+    at_unlock(lane);
+    return id;
+}
+
+at_remote *at_remote_use(at_lane *lane, int64_t id) {
+    uint32_t index = (uint32_t)id;
+    if (id < 0 || index >= lane->remote_count) return NULL;
+    at_remote *remote = lane->remotes[index];
+    return (remote->generation & 0x7fffffffu) == (uint32_t)(id >> 32) && remote->open ? remote : NULL;
+}
+
+static void remote_free(at_lane *lane, uint32_t index) {
+    at_remote *remote = lane->remotes[index];
+    at_peer *peer = remote->peer;
+    remote->generation++;
+    remote->peer = NULL;
+    remote->base = NULL;
+    if (index < lane->remote_hint) lane->remote_hint = index;
+    lane->stats.remote_regions--;
+    at_peer_release(peer);
+}
+
+void at_remote_release(at_lane *lane, uint32_t index) {
+    at_remote *remote = lane->remotes[index];
+    if (--remote->users == 0 && !remote->open) remote_free(lane, index);
+}
+
+int at_remote_close(at_lane *lane, int64_t id) {
+    int result = AT_ESTALE;
+    at_lock(lane);
+    at_remote *remote = at_remote_use(lane, id);
+    if (remote != NULL) {
+        remote->open = 0;
+        result = remote->users != 0;
+        if (result == 0) remote_free(lane, (uint32_t)id);
+    }
+    at_unlock(lane);
+    return result;
+}

@@ -1,0 +1,132 @@
+"""The layers, read from the sources: imports point one way, folders keep to their job, files stay small."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import aiotransfer
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "aiotransfer"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MOST_LINES = 500
+LEAVES = {"errors", "config"}
+MAY_IMPORT = {  # folder: the folders beneath it
+    "model": set(),
+    "core": {"model"},
+    "providers": {"model"},
+    "control": {"model"},
+    "engine": {"model", "core", "providers", "control"},
+    "testing": {"model", "core", "providers", "control", "engine"},
+    "cli": {"model", "core", "providers", "control", "engine", "testing"},
+}
+PURE = ("model/", "core/", "control/frames.py", "control/session.py", "errors.py")
+IMPURE = {"asyncio", "time", "socket", "logging", "select", "threading", "subprocess", "random", "anyio", "pathlib"}
+
+
+def name_of(file: Path) -> str:
+    parts = list(file.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def folder_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def imports(file: Path, *, lazy: bool = True) -> Iterator[str]:
+    """Modules imported at run time (never under TYPE_CHECKING); without `lazy`, only those at the top of the file."""
+
+    def visit(nodes: list[ast.stmt]) -> Iterator[str]:
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    yield full if full in MODULES else str(node.module)
+            elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                yield from visit(node.orelse)
+            elif lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+                    yield from visit(getattr(node, field, None) or [])
+
+    yield from visit(ast.parse(file.read_text()).body)
+
+
+MODULES = {name_of(file) for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_a_module_is_short_has_a_docstring_and_imports_only_what_lies_beneath(file: Path) -> None:
+    source = file.read_text()
+    assert len(source.splitlines()) <= MOST_LINES
+    assert not source or ast.get_docstring(ast.parse(source)), "a module says what it is for"
+    folder = folder_of(name_of(file))
+    if folder not in MAY_IMPORT:
+        return
+    for target in imports(file):
+        if target.startswith("aiotransfer.") and (beneath := folder_of(target)) != folder:
+            assert beneath in MAY_IMPORT[folder] | LEAVES or target == "aiotransfer._native" or folder == "cli", target
+        if target == "aiotransfer" and folder not in ("cli", "testing"):
+            assert file.name == "native.py", "only the adapter of the extension names the package itself"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if str(f.relative_to(PACKAGE)).startswith(PURE)], ids=lambda f: f.name)
+def test_pure_modules_have_no_clock_no_await_and_no_input_or_output(file: Path) -> None:
+    assert not IMPURE & {target.split(".")[0] for target in imports(file)}
+    for node in ast.walk(ast.parse(file.read_text())):
+        assert not isinstance(node, ast.Await | ast.AsyncFunctionDef)
+        assert not (isinstance(node, ast.Call) and ast.unparse(node.func) in ("open", "print"))
+
+
+def test_only_providers_import_the_extension() -> None:
+    users = [f for f in FILES if re.search(r"import _native|aiotransfer\._native", f.read_text())]
+    assert users == [PACKAGE / "providers" / "native.py"]
+
+
+def test_imports_make_no_cycle() -> None:
+    graph = {name_of(f): {m for m in imports(f, lazy=False) if m in MODULES and m != "aiotransfer"} for f in FILES}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"a cycle: {error.args[1]}")
+
+
+def test_a_cycle_would_be_seen() -> None:
+    with pytest.raises(CycleError):
+        list(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
+
+
+def test_public_names_are_few_and_documented() -> None:
+    assert len(aiotransfer.__all__) <= 50
+    for name in aiotransfer.__all__:
+        assert getattr(aiotransfer, name).__doc__, f"{name} says what it is"
+
+
+def test_every_folder_of_the_package_has_tests() -> None:
+    for folder in MAY_IMPORT:
+        assert list((ROOT / "tests" / folder).glob("test_*.py")), folder
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "ffi").rglob("*.[ch]")), ids=lambda f: str(f.relative_to(ROOT)))
+def test_a_c_file_is_short_and_says_what_it_is_for(file: Path) -> None:
+    source = file.read_text()
+    assert len(source.splitlines()) <= MOST_LINES
+    assert source.startswith("/*")
+
+
+def test_no_tracked_file_names_a_place_of_this_machine() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    places = re.compile("|".join(("/ro" + "ot/", "/ho" + "me/", "/wo" + "rk/")))
+    found = [name for name in listed if places.search((ROOT / name).read_text(errors="ignore"))]
+    assert not found
