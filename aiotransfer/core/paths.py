@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 AUTOMATIC = ("shm", "verbs", "efa", "tcp", "loopback")
-SAME_HOST = frozenset({"shm"})
+SAME_HOST = frozenset({"shm", "loopback"})
 
 
 class Offer(NamedTuple):

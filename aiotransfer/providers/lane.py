@@ -14,6 +14,8 @@ from aiotransfer.config import Config
 from aiotransfer.errors import BusyError, InternalError, RegistrationError
 from aiotransfer.providers import native
 
+ACCESS = {"write": 1, "read": 2, "both": 3}
+
 
 class Event(NamedTuple):
     """One thing that happened: an operation ended, arrivals came, a peer died, a region is free."""

@@ -55,7 +55,7 @@ def open_providers(
                 if name == "shm":
                     opened[name] = ShmProvider(lane, incarnation, segment_of)
                 else:
-                    from aiotransfer.providers.loopback import LoopbackProvider  # type: ignore[import-untyped]
+                    from aiotransfer.providers.loopback import LoopbackProvider
 
                     opened[name] = LoopbackProvider(lane, incarnation)
                 continue

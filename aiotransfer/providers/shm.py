@@ -22,12 +22,11 @@ import msgspec
 from aiotransfer.errors import BrokenError, ConfigurationError, RegistrationError, StaleRegionError
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import fdchannel, native
-from aiotransfer.providers.lane import Lane, Segment
+from aiotransfer.providers.lane import ACCESS, Lane, Segment
 from aiotransfer.providers.port import Binding, Conversation, Path, Terms
 
 SETUP_SECONDS = 5.0
 INLINE_TOUCH = 32 << 20
-ACCESS = {"write": 1, "read": 2, "both": 3}
 
 
 class _Offer(msgspec.Struct, array_like=True):

@@ -38,7 +38,6 @@ int at_check_owner(const at_lane *lane) {
 
 /* Others map this segment read-only (F_SEAL_FUTURE_WRITE keeps our own mapping writable). */
 static at_control *control_new(int *fd_out) {
-    *fd_out = -1;
 #ifdef __linux__
     int fd = memfd_create("aiotransfer-control", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0) return NULL;
@@ -63,19 +62,30 @@ fail:;
 #endif
 }
 
-static void control_free(at_lane *lane) {
-    if (lane->control == NULL) return;
+static at_control_ref *control_ref_new(void) {
+    at_control_ref *ref = calloc(1, sizeof *ref);
+    if (ref == NULL) return NULL;
+    ref->fd = -1;
+    ref->users = 1;
+    ref->memory = control_new(&ref->fd);
+    if (ref->memory != NULL) return ref;
+    free(ref);
+    return NULL;
+}
+
+void at_control_release(at_control_ref *ref) {
+    if (ref == NULL || atomic_fetch_sub(&ref->users, 1) != 1) return;
 #ifdef __linux__
-    munmap(lane->control, sizeof *lane->control);
-    if (lane->control_fd >= 0) close(lane->control_fd);
+    munmap(ref->memory, sizeof *ref->memory);
+    if (ref->fd >= 0) close(ref->fd);
 #else
-    free(lane->control);
+    free(ref->memory);
 #endif
-    lane->control = NULL;
+    free(ref);
 }
 
 static void lane_destroy(at_lane *lane) {
-    control_free(lane);
+    at_control_release(lane->control_ref);
     at_imm_destroy(lane);
     for (uint32_t i = 0; i < lane->region_count; i++) free(lane->regions[i]);
     for (uint32_t i = 0; i < lane->remote_count; i++) free(lane->remotes[i]);
@@ -107,14 +117,15 @@ at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config) {
     lane->incarnation = incarnation;
     lane->epoll_fd = lane->wake_fd = lane->thread_epoll_fd = lane->thread_wake_fd = lane->pulse_fd = -1;
     lane->turn_start = at_now();
-    lane->control = control_new(&lane->control_fd);
+    lane->control_ref = control_ref_new();
     lane->grant_free = calloc(AT_GRANTS, sizeof *lane->grant_free);
-    if (lane->control == NULL || lane->grant_free == NULL || at_events_open(lane) != 0) {
+    if (lane->control_ref == NULL || lane->grant_free == NULL || at_events_open(lane) != 0) {
         int saved = errno ? errno : ENOMEM;
         lane_destroy(lane);
         errno = saved;
         return NULL;
     }
+    lane->control = lane->control_ref->memory;
     lane->control->magic = CONTROL_MAGIC;
     lane->control->incarnation = incarnation;
     return lane;
@@ -128,6 +139,7 @@ void at_lane_free(at_lane *lane) {
     for (uint32_t i = 0; i < lane->peer_count; i++)
         if (lane->peers[i] != NULL) at_peer_end(lane->peers[i], AT_ESHUT);
     at_unlock(lane);
+    if (lane->leave != NULL) lane->leave(lane);
     at_thread_stop(lane);
     at_lock(lane);
     for (uint32_t i = 0; i < lane->peer_count; i++) {

@@ -42,6 +42,13 @@ typedef struct {
     _Alignas(64) _Atomic uint64_t epoch[AT_GRANTS];
 } at_control;
 
+/* Keeps a control segment alive for those of this process that look at its epoch words (the simulator). */
+typedef struct {
+    at_control *memory;
+    int fd; /* memfd, or -1 */
+    _Atomic uint32_t users;
+} at_control_ref;
+
 typedef struct {
     uint8_t *base;
     uint64_t nbytes;
@@ -170,7 +177,9 @@ struct at_lane {
     uint64_t incarnation;
 
     at_control *control;
-    int control_fd; /* memfd, or -1 */
+    at_control_ref *control_ref;
+    void *sim;                    /* this lane's place in a simulated network, or NULL */
+    void (*leave)(at_lane *lane); /* how it leaves that: called without the lock, before anything is freed */
     uint32_t *grant_free;
     uint32_t grant_free_count, grant_top;
 
@@ -224,6 +233,7 @@ struct at_lane {
 };
 
 /* lane.c */
+void at_control_release(at_control_ref *ref);
 void at_lock(at_lane *lane);
 void at_unlock(at_lane *lane);
 uint64_t at_now(void); /* CLOCK_MONOTONIC, ns */

@@ -53,7 +53,7 @@ at_shm_half *at_shm_begin(at_lane *lane, uint64_t incarnation, at_shm_offer *out
     half->inbound->magic = AT_CHANNEL_MAGIC;
     half->inbound->owner = lane->incarnation;
     half->inbound->writer = incarnation;
-    *out = (at_shm_offer){.control_fd = lane->control_fd, .channel_fd = half->channel_fd, .doorbell_fd = half->doorbell_fd,
+    *out = (at_shm_offer){.control_fd = lane->control_ref->fd, .channel_fd = half->channel_fd, .doorbell_fd = half->doorbell_fd,
                           .pulse_fd = lane->pulse_fd, .probe_va = (uint64_t)(uintptr_t)lane->control->cookie};
     memcpy(out->control_cookie, lane->control->cookie, 16);
     memcpy(out->channel_cookie, half->inbound->cookie, 16);

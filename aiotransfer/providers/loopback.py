@@ -1,0 +1,125 @@
+"""loopback: engines of one process, over the simulator, in real time.
+
+All engines of a process share one simulated network without delays or faults; a write is delivered inside the call that submits
+it. The network is in C beneath the lane, so that everything above the port is what other fabrics get. Networks with a seed, a
+virtual clock and faults are made by `aiotransfer.testing`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+from aiotransfer.errors import BrokenError, BusyError
+from aiotransfer.model.descriptor import Grant
+from aiotransfer.providers import native
+from aiotransfer.providers.lane import ACCESS, Lane
+from aiotransfer.providers.port import Binding, Conversation, Path, Terms
+
+_PROCESS = os.urandom(16)
+
+
+class _Shared:
+    """The network of this process: made with its first engine, gone with its last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._net: Any = None
+
+    def join(self, lane: Lane) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._net = native.lib.at_net_new(native.ffi.new("at_net_config *"))
+            if self._net == native.ffi.NULL:
+                raise BusyError("no memory for the simulator")
+            self._users += 1
+            status = native.lib.at_net_join(self._net, lane.pointer)
+        if status != 0:
+            self.leave()
+            raise BrokenError(f"cannot join the simulator: {native.text(status)}", provider="loopback")
+
+    def leave(self) -> None:
+        """The lane itself leaves when it is freed."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                native.lib.at_net_free(self._net)
+                self._net = None
+
+
+_shared = _Shared()
+
+
+def _forget() -> None:
+    global _PROCESS, _shared
+    _PROCESS = os.urandom(16)  # a forked child is another process, with a network of its own
+    _shared = _Shared()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+class LoopbackPath(Path):
+    """A connection to another engine of this process."""
+
+    provider = "loopback"
+
+    def __init__(self, lane: Lane, incarnation: int) -> None:
+        self.reasons: tuple[tuple[str, str], ...] = ()
+        self._lane = lane
+        peer = int(native.lib.at_sim_connect(lane.pointer, incarnation))
+        if peer < 0:
+            raise BrokenError(f"no such engine in this process: {native.text(peer)}", provider="loopback")
+        self.lane_peer = peer
+        self._closed = False
+
+    async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
+        """One address space: the descriptor's address is the memory."""
+        remote = self._lane.add_remote(
+            self.lane_peer, native.ffi.NULL, grant.base, grant.nbytes, ACCESS[grant.access], grant.slot, grant.epoch
+        )
+        if remote < 0:
+            raise BrokenError(f"cannot bind: {native.text(remote)}", provider="loopback")
+        return Binding(self._lane, remote, self, peer, None)
+
+    def close(self) -> None:
+        """Free the lane's peer."""
+        if not self._closed:
+            self._closed = True
+            if self._lane.usable:
+                native.lib.at_peer_free(self._lane.pointer, self.lane_peer)
+
+
+class LoopbackProvider:
+    """loopback for one engine."""
+
+    name = "loopback"
+
+    def __init__(self, lane: Lane, incarnation: int) -> None:
+        self._lane = lane
+        self._net = _shared
+        self._net.join(lane)
+        self._closed = False
+
+    def terms(self) -> Terms:
+        """Which process this is."""
+        return Terms("loopback", True, "", _PROCESS, b"")
+
+    async def dial(self, conversation: Conversation, theirs: Terms) -> LoopbackPath:
+        """The other side connects first, so that nothing is sent to where nobody is."""
+        await conversation.ask("loopback", b"")
+        return LoopbackPath(self._lane, conversation.incarnation)
+
+    async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
+        """The other side of `dial`."""
+        if theirs.host != _PROCESS:
+            raise BrokenError("loopback connects engines of one process only", provider="loopback")
+        return b"", LoopbackPath(self._lane, conversation.incarnation)
+
+    def close(self) -> None:
+        """Leave the network of this process."""
+        if not self._closed and self._lane.usable:
+            self._closed = True
+            self._net.leave()
