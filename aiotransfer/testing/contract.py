@@ -1,0 +1,162 @@
+"""What every provider promises, as tests. Run them on yours:
+
+    class TestMine(ProviderContract):
+        provider = "shm"
+
+Needs pytest-asyncio in strict mode. Each test opens two engines of this process on that provider.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from aiotransfer.engine.engine import Engine
+from aiotransfer.engine.region import Region
+from aiotransfer.errors import PeerLostError, RegionError, StaleRegionError, TransferError
+from aiotransfer.model.descriptor import RemoteRegion
+from aiotransfer.testing.pairs import Pair, engine_pair
+from aiotransfer.testing.payload import payload
+
+NBYTES = 1 << 20
+PAGE = 4096
+
+
+async def _target(pair: Pair, nbytes: int = NBYTES, *, foreign: bool = False) -> tuple[Region, RemoteRegion, np.ndarray]:
+    """Memory of the right engine, full of 0xEE, as the left one sees it."""
+    memory = np.full(nbytes, 0xEE, np.uint8)
+    region = pair.right.register(memory) if foreign else pair.right.allocate(nbytes)
+    view = memory if foreign else region.numpy()
+    view[:] = 0xEE
+    pair.right.publish("target", region)
+    return region, await pair.right_peer.lookup("target"), view
+
+
+def _source(engine: Engine, nbytes: int = NBYTES) -> Region:
+    region = engine.allocate(nbytes)
+    region.numpy()[:] = payload(nbytes)
+    return region
+
+
+@pytest.mark.asyncio
+class ProviderContract:
+    """Subclass it, name it Test..., set `provider`."""
+
+    provider: str = ""
+
+    @pytest.mark.parametrize("foreign", [False, True], ids=["allocated", "registered"])
+    @pytest.mark.parametrize(("at", "nbytes"), [(0, 0), (0, 1), (3, 4095), (4097, 300_001), (0, NBYTES)])
+    async def test_bytes_land_where_they_should_and_nowhere_else(self, at: int, nbytes: int, foreign: bool) -> None:
+        async with engine_pair(self.provider, timeout=10) as pair:
+            _, remote, view = await _target(pair, foreign=foreign)
+            source = _source(pair.left)
+            await pair.left.write(source[at : at + nbytes], remote[at : at + nbytes])
+            assert np.array_equal(view[at : at + nbytes], source.numpy()[at : at + nbytes])
+            assert (view[:at] == 0xEE).all()
+            assert (view[at + nbytes :] == 0xEE).all()
+
+    @pytest.mark.parametrize("foreign", [False, True], ids=["allocated", "registered"])
+    async def test_pages_land_in_their_places_and_each_counts(self, foreign: bool) -> None:
+        async with engine_pair(self.provider, timeout=10) as pair:
+            _, remote, view = await _target(pair, foreign=foreign)
+            source, rng = _source(pair.left), np.random.default_rng(5)
+            here, there = (rng.permutation(NBYTES // PAGE)[:100] for _ in range(2))
+            await pair.left.write_pages(source, here, remote, there, page_bytes=PAGE, imm=5)
+            await pair.right.counter(imm=5).wait(100, timeout=5)
+            expected = np.full(NBYTES, 0xEE, np.uint8).reshape(-1, PAGE)
+            expected[there] = source.numpy().reshape(-1, PAGE)[here]
+            assert np.array_equal(view.reshape(-1, PAGE), expected)
+
+    async def test_an_empty_table_counts_nothing_and_ends(self) -> None:
+        async with engine_pair(self.provider, timeout=10) as pair:
+            _, remote, _ = await _target(pair)
+            await pair.left.write_pages(_source(pair.left), [], remote, [], page_bytes=PAGE, imm=5)
+            await pair.left.signal(pair.right_peer, 6)
+            await pair.right.counter(imm=6).wait(1, timeout=5)
+            assert pair.right.counter(imm=5).total == 0
+
+    async def test_an_immediate_is_seen_only_after_its_bytes(self) -> None:
+        async with engine_pair(self.provider, timeout=10) as pair:
+            _, remote, view = await _target(pair)
+            source, counter = _source(pair.left), pair.right.counter(imm=1)
+            for turn in range(50):
+                source.numpy()[:] = turn
+                waiting = asyncio.create_task(counter.wait(1, timeout=5))
+                transfer = pair.left.write(source, remote, imm=1)
+                await waiting
+                assert (view == turn).all()
+                await transfer
+
+    async def test_early_arrivals_are_kept_and_every_unit_counts_once(self) -> None:
+        async with engine_pair(self.provider, timeout=10) as pair:
+            _, remote, _ = await _target(pair)
+            source = _source(pair.left)
+            for _ in range(20):
+                await pair.left.write(source[:64], remote[:64], imm=9)
+                await pair.left.signal(remote, 9)
+                await pair.left.write_pages(source, [0, 1, 2], remote, [2, 0, 1], page_bytes=64, imm=9)
+            counter = pair.right.counter(imm=9)
+            await counter.wait(100, timeout=5)
+            await asyncio.sleep(0.01)
+            assert (counter.total, counter.value) == (100, 0)
+
+    async def test_what_is_out_of_bounds_is_refused_and_leaves_no_trace(self) -> None:
+        async with engine_pair(self.provider, timeout=10) as pair:
+            _, remote, view = await _target(pair)
+            source = _source(pair.left)
+            await pair.left.write(source[:0], remote[:0])
+            for table in ([NBYTES // PAGE], [-1], [1 << 62]):
+                with pytest.raises(RegionError):
+                    pair.left.write_pages(source, [0], remote, table, page_bytes=PAGE, imm=3)
+            await pair.left.signal(pair.right_peer, 4)
+            await pair.right.counter(imm=4).wait(1, timeout=5)
+            assert pair.right.counter(imm=3).total == 0
+            assert (view == 0xEE).all()
+
+    async def test_nothing_lands_once_the_owner_has_closed_the_region(self) -> None:
+        async with engine_pair(self.provider, timeout=10) as pair:
+            region, remote, view = await _target(pair)
+            source = _source(pair.left)
+            await pair.left.write(source[:64], remote[:64])
+            pair.right.unpublish("target")
+            await region.aclose()
+            view[:] = 0xEE
+            with pytest.raises(StaleRegionError):
+                await pair.left.write(source, remote)
+            assert (view == 0xEE).all()
+
+    async def test_a_cancelled_write_gives_the_source_back(self) -> None:
+        async with engine_pair(self.provider, timeout=10) as pair:
+            _, remote, view = await _target(pair, 32 << 20)
+            source = _source(pair.left, 32 << 20)
+            await pair.left.write(source[:64], remote[:64])
+            for _ in range(5):
+                task = asyncio.ensure_future(_await(pair.left, source, remote))
+                await asyncio.sleep(0)
+                task.cancel()
+                try:
+                    await task
+                except asyncio.CancelledError:
+                    pass
+                source.numpy()[:] = 0x11  # ours again: nothing of this may land
+                seen = view.copy()
+                await asyncio.sleep(0.002)
+                assert np.array_equal(view, seen)
+                source.numpy()[:] = payload(32 << 20)
+
+    async def test_work_for_a_peer_that_closes_ends(self) -> None:
+        async with engine_pair(self.provider, timeout=10) as pair:
+            _, remote, _ = await _target(pair)
+            source = _source(pair.left)
+            await pair.left.write(source, remote)
+            await pair.right.aclose()
+            await pair.right_peer.closed()
+            with pytest.raises(TransferError) as caught:
+                await pair.left.write(source, remote)
+            assert isinstance(caught.value, PeerLostError | StaleRegionError) or "closed" in str(caught.value)
+
+
+async def _await(engine: Engine, source: Region, remote: RemoteRegion) -> None:
+    await engine.write(source, remote)
