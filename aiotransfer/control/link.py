@@ -72,6 +72,9 @@ class Link(asyncio.Protocol):
         """The TCP connection stands."""
         transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but inheritance
         self._transport = transport
+        if self._ended:  # given up before the connection stood
+            transport.abort()
+            return
         transport.set_write_buffer_limits(high=MOST_UNSENT)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -86,6 +89,8 @@ class Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the other side."""
+        if self._ended:
+            return
         self.bytes_received += len(data)
         was_established = self._session.established
         try:

@@ -63,7 +63,7 @@ class Listener:
     def _connected(self) -> Link:
         link = Link("acceptor", self._key, self._identity)
         if len(self._strangers) >= MOST_STRANGERS:
-            asyncio.get_running_loop().call_soon(link.abort)
+            link.abort()  # its transport goes as soon as there is one
             return link
         timer = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self._late, link)
         self._strangers[link] = timer

@@ -33,6 +33,20 @@ def close_all(fds: list[int]) -> None:
         os.close(fd)
 
 
+def discard(packet: asyncio.Future[tuple[bytes, list[int]]]) -> None:
+    """Nobody wants this packet any more, whether it has come or not."""
+
+    def drop(done: asyncio.Future[tuple[bytes, list[int]]]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            close_all(done.result()[1])
+
+    if packet.done():
+        drop(packet)
+    else:
+        packet.cancel()
+        packet.add_done_callback(drop)
+
+
 class FdChannel:
     """One connected socket. `send` never blocks; `expect` waits for the packet with a ticket."""
 

@@ -132,10 +132,11 @@ class ShmPath(Path):
             answer = await conversation.ask("shm", msgspec.msgpack.encode(question))
             size = msgspec.msgpack.decode(answer, type=_Size)
             _, fds = await packet
-        except (OSError, msgspec.MsgspecError) as error:
-            raise BrokenError(f"no segment from the peer: {error}", provider="shm") from error
-        finally:
-            packet.cancel()
+        except BaseException as error:
+            fdchannel.discard(packet)
+            if isinstance(error, (OSError, msgspec.MsgspecError)):
+                raise BrokenError(f"no segment from the peer: {error}", provider="shm") from error
+            raise
         try:
             if len(fds) != 1:
                 raise BrokenError(f"the peer sent {len(fds)} descriptors instead of one", provider="shm")
@@ -245,7 +246,7 @@ class ShmProvider:
             await conversation.ask("shm", msgspec.msgpack.encode(_Hello(ticket)))
             their_body, their_fds = await reply
         except BaseException as error:
-            reply.cancel()
+            fdchannel.discard(reply)
             native.lib.at_shm_abort(self._lane.pointer, half)
             channel.close()
             if isinstance(error, OSError):
