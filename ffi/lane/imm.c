@@ -200,12 +200,16 @@ int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm) {
     if (r != NULL) {
         r->want = 0;
         if (r->total - r->taken < n) {
-            if (arm && !r->armed) { /* before the last look: whoever counts later rings */
-                r->armed = 1;
-                armed(lane, 1);
+            if (arm) { /* before the last look: whoever counts later rings */
+                r->want = UINT64_MAX; /* what the look finds must not disarm again */
+                if (!r->armed) {
+                    r->armed = 1;
+                    armed(lane, 1);
+                }
             }
             drain_all(lane);
             r = &lane->imm[(uint32_t)record]; /* draining may have moved the records */
+            r->want = 0;
         }
         result = r->total - r->taken >= n;
         if (result) {

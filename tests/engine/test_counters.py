@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
+from aiotransfer.providers import native
 from aiotransfer.testing import Pair
 
 pytestmark = pytest.mark.asyncio
@@ -158,3 +159,12 @@ async def test_a_wait_that_names_a_peer_ends_with_it(pair: Pair) -> None:
     with pytest.raises(at.PeerLostError):
         await asyncio.wait_for(waiting, 5)
     assert counter.value == 1
+
+
+@pytest.mark.asyncio
+async def test_a_wait_that_finds_only_some_of_its_arrivals_is_still_woken(pair: Pair) -> None:
+    counter = pair.right.counter(imm=1)
+    await pair.left.signal(pair.right_peer, 1)
+    assert native.lib.at_imm_take(pair.right._p, counter._record, 2, 1) == 0, "the last look found one of two"
+    await pair.left.signal(pair.right_peer, 1)
+    assert pair.left.statistics().doorbells_rung == 1
