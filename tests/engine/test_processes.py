@@ -101,6 +101,8 @@ SCRIPT = """
 import asyncio, sys, threading, os, signal, time
 import aiotransfer as at
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
+
 async def main(where):
     async with at.open_engine() as engine:
         other = await at.open_engine()
