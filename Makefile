@@ -66,6 +66,13 @@ bench: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) -m aiotransfer bench $(ARGS)
 
+# The native code under the address and undefined-behaviour sanitizers; the plain build comes back afterwards.
+sanitize: $(STAMPS)/test
+	@AIOTRANSFER_SANITIZE=address,undefined $(PY) ffi/build.py
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=halt_on_error=1 $(PY) -m pytest -q tests/native tests/providers tests/engine/test_counters.py $(ARGS); \
+		rc=$$?; $(PY) ffi/build.py; exit $$rc
+
 docs: setup
 	@$(PIP) install --quiet --editable '.[docs]'
 	$(VENV)/bin/mkdocs build --strict --quiet
