@@ -22,6 +22,7 @@ PAGE = 4096
 PAGES = 4096
 BIG = 64 << 20
 CACHE = 128 << 20
+MOST_SECONDS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,8 @@ async def _hello(as_json: bool) -> int:
     async with at.open_engine(name="hello", timeout=20) as engine:
         process = subprocess.Popen([sys.executable, "-m", "aiotransfer", "hello", "--target", str(engine.address)])
         try:
-            await _talk(engine, process, say, figures)
+            async with asyncio.timeout(MOST_SECONDS):
+                await _talk(engine, process, say, figures)
         finally:
             process.kill()
             process.wait()
