@@ -15,6 +15,9 @@ from aiotransfer.errors import ConfigurationError
 
 PREFIX = "AIOTRANSFER_"
 OTHER_NAMES = frozenset({"KEY", "CACHE", "LIBFABRIC", "SKIP_NATIVE", "PROVIDERS", "SANITIZE"})
+_MOST_SECONDS = 1e9
+_MOST_INT = (1 << 63) - 1
+_MOST = {"early_values": (1 << 32) - 1}  # what the lane holds them in
 _warned: set[str] = set()
 
 
@@ -49,6 +52,8 @@ class Config:
                 raise TypeError(f"{field.name} must be {'a number' if kind is float else 'an int'}, not {value!r}")
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{field.name} must be positive and finite, not {value!r}")
+            if value > (most := _MOST.get(field.name, _MOST_SECONDS if kind is float else _MOST_INT)):
+                raise ValueError(f"{field.name} may be at most {most!r}, not {value!r}")
         if self.message_window_bytes < 1 << 20:
             raise ValueError(f"message_window_bytes must hold one message of 1 MiB, not {self.message_window_bytes}")
 

@@ -57,6 +57,7 @@ class PeerInfo(msgspec.Struct, array_like=True, frozen=True):
     address: str
     pid: int
     offers: list[OfferWire]
+    window: tuple[int, int] = (0, 0)  # messages and bytes that it takes unread
 
 
 class Accepted(msgspec.Struct, tag=4, array_like=True):

@@ -11,7 +11,7 @@ import hmac
 import os
 import stat
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from aiotransfer.errors import ConfigurationError
 
@@ -39,6 +39,9 @@ class Key:
         """Whether `mac` is that proof; takes the same time either way."""
         return hmac.compare_digest(self.mac(role, transcript), mac)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a key is not written down")
+
     def __repr__(self) -> str:
         return f"<Key {self.kind}>"
 
@@ -47,10 +50,12 @@ def load_key(key: bytes | str | None, environ: Mapping[str, str]) -> Key:
     """The key to use. Raises `TypeError`, `ValueError` (too short) or `ConfigurationError` (unsafe key file)."""
     if key is None:
         key = environ.get("AIOTRANSFER_KEY") or None
-    if key is None:
-        return Key("file", _user_key(environ))
+        if key is None:
+            return Key("file", _user_key(environ))
+        if len(key.encode(errors="surrogateescape")) < LEAST_BYTES:
+            raise ConfigurationError(f"AIOTRANSFER_KEY has fewer than {LEAST_BYTES} bytes", hint="choose a longer secret")
     if isinstance(key, str):
-        key = key.encode()
+        key = key.encode(errors="surrogateescape")
     if not isinstance(key, bytes):
         raise TypeError(f"key must be bytes, not {type(key).__name__}")
     if len(key) < LEAST_BYTES:
@@ -93,31 +98,35 @@ def _user_key(environ: Mapping[str, str]) -> bytes:
     # Racing creators each write a file of their own; the first link wins and everybody reads that one.
     import tempfile
 
-    fd, temporary = tempfile.mkstemp(dir=directory)
     try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(os.urandom(KEY_BYTES))
+        fd, temporary = tempfile.mkstemp(dir=directory)
         try:
+            with os.fdopen(fd, "wb") as f:
+                f.write(os.urandom(KEY_BYTES))
             os.link(temporary, path)
         except FileExistsError:
             pass
-    finally:
-        os.unlink(temporary)
+        finally:
+            os.unlink(temporary)
+    except OSError as error:
+        raise _refuse(path, str(error)) from error
     return _read(path)
 
 
 def _read(path: Path) -> bytes:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise _refuse(path, str(error)) from error
-    with os.fdopen(fd, "rb") as f:
-        info = os.fstat(f.fileno())
+    try:
+        info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
             raise _refuse(path, "it belongs to or is open to somebody else")
-        secret = f.read(KEY_BYTES + 1)
+        secret = os.read(fd, KEY_BYTES + 1)
+    finally:
+        os.close(fd)
     if len(secret) != KEY_BYTES:
         raise _refuse(path, f"it holds {len(secret)} bytes instead of {KEY_BYTES}")
     return secret

@@ -66,6 +66,11 @@ class Link(asyncio.Protocol):
         assert self._session.peer_info is not None
         return self._session.peer_info
 
+    @property
+    def ended(self) -> bool:
+        """Nothing comes or goes any more."""
+        return self._ended
+
     # ---- asyncio.Protocol ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -25,13 +25,17 @@ class Deadlines:
         """Set or move the deadline of `key`."""
         self._when[key] = when
         heapq.heappush(self._heap, (when, key))
-        if len(self._heap) > 2 * len(self._when) + _SLACK:
-            self._heap = [(w, k) for k, w in self._when.items()]
-            heapq.heapify(self._heap)
+        self._compact()
 
     def discard(self, key: int) -> None:
         """Forget `key`; unknown ones are fine."""
         self._when.pop(key, None)
+        self._compact()
+
+    def _compact(self) -> None:
+        if len(self._heap) > 2 * len(self._when) + _SLACK:
+            self._heap = [(w, k) for k, w in self._when.items()]
+            heapq.heapify(self._heap)
 
     def _clean(self) -> None:
         heap, when = self._heap, self._when

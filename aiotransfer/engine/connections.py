@@ -2,10 +2,11 @@
 
 Two engines may dial each other at the same moment; both connections authenticate, and exactly one may stay. The rule needs no
 conversation: the connection dialed by the smaller incarnation wins. The side that finds a loser says Merge and closes it; the
-dialer of the loser then waits for the peer that the other connection makes.
+dialer of the loser then waits for the peer that the other connection makes. Whoever waits for an attempt of somebody else that
+is given up dials for himself.
 
 An engine may connect to itself. Both ends of the connection then belong to one peer: each frame it posts comes back to it
-through the mirror end, and the two halves of the path are kept together.
+through the mirror end, and the two halves of the path are kept together. Mirrors are told apart by the port that dialed them.
 """
 
 from __future__ import annotations
@@ -39,13 +40,17 @@ if TYPE_CHECKING:
 ACCEPT_SECONDS = 10.0  # for a connected peer to bring its path up
 
 
+class _Merged(BrokenError):
+    """The connection gave way to another one between the same engines."""
+
+
 class Connections:
     """All peers of one engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.peers: dict[int, Peer] = {}  # by incarnation: connecting and up
-        self._mirror: Link | None = None
+        self._mirrors: dict[int, Link] = {}  # accepted from this very engine, by the port that dialed
         self._mirror_known: asyncio.Event = asyncio.Event()
         self._listener: Listener | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -65,33 +70,32 @@ class Connections:
         """A peer that is up. See `Engine.connect` for the errors."""
         loop = self._engine._loop
         deadline = loop.time() + seconds
-        link = await dial(address, self._engine._key, self._engine._identity, deadline=deadline)
-        try:
-            async with asyncio.timeout_at(None if seconds == float("inf") else deadline):
-                return await self._dialed(link, address, require)
-        except TimeoutError as error:
-            if isinstance(error, TransferTimeout):
-                raise
-            raise TransferTimeout(
-                f"no connection to {address} within {seconds:g} s",
-                peer=str(address),
-                hint="the control port answered, but the path did not come up",
-            ) from error
+        while True:
+            link = await dial(address, self._engine._key, self._engine._identity, deadline=deadline)
+            try:
+                async with asyncio.timeout_at(None if seconds == float("inf") else deadline):
+                    if (peer := await self._dialed(link, address, require)) is not None:
+                        return peer
+            except TimeoutError as error:
+                if isinstance(error, TransferTimeout):
+                    raise
+                raise TransferTimeout(
+                    f"no connection to {address} within {seconds:g} s",
+                    peer=str(address),
+                    hint="the control port answered, but the path did not come up",
+                ) from error
 
-    async def _dialed(self, link: Link, address: Address, require: str | None) -> Peer:
+    async def _dialed(self, link: Link, address: Address, require: str | None) -> Peer | None:
+        """The peer at the other end; None when it must be dialed again."""
         engine = self._engine
         known = self.peers.get(link.incarnation)
         mine = engine.incarnation < link.incarnation
         if known is not None and (known._state == "up" or (not known._link.dialed and not mine)):
             link.close("duplicate")  # the peer that exists, or theirs that is about to
-            await self._come_up(known)
-            self._check_required(known, require)
-            return known
+            return await self._join(known, require)
         if known is not None and known._link.dialed:
             link.close("duplicate")  # another connect() of ours is at it
-            await self._come_up(known)
-            self._check_required(known, require)
-            return known
+            return await self._join(known, require)
         if known is not None:
             self._merge(known)
         peer = Peer(engine, link)
@@ -107,23 +111,27 @@ class Connections:
         except BaseException as error:
             other = self.peers.get(link.incarnation)
             if other is not None and other is not peer and not isinstance(error, asyncio.CancelledError):
-                await self._come_up(other)
-                return other
+                return await self._join(other, require)
+            if isinstance(peer._error, _Merged) and not isinstance(error, asyncio.CancelledError):
+                engine._check()
+                return None  # with what the other side had not yet seen the end of
             cause = error if isinstance(error, TransferError) else ClosedError("the connection attempt was given up")
             peer._finish("closed", cause, goodbye="given up")
             raise
         return peer
 
-    @staticmethod
-    async def _come_up(peer: Peer) -> None:
-        await asyncio.shield(peer._up)
-
-    @staticmethod
-    def _check_required(peer: Peer, require: str | None) -> None:
+    async def _join(self, peer: Peer, require: str | None) -> Peer | None:
+        """Wait for a peer that another attempt makes; None when that attempt failed, which need not be our fate."""
+        try:
+            await asyncio.shield(peer._up)
+        except TransferError:
+            self._engine._check()
+            return None
         if require is not None and peer.path.provider != require:
             raise ProviderUnavailableError(
                 f"{peer} is reached by {peer.path.provider}, not by {require!r}", attempts=list(peer.path.reasons)
             )
+        return peer
 
     def _start(self, peer: Peer, link: Link) -> None:
         link.on_frame = self._framed(peer)
@@ -133,17 +141,17 @@ class Connections:
     def _framed(self, peer: Peer) -> Any:
         def receive(frame: frames.Frame) -> None:
             if isinstance(frame, frames.Merge):
-                peer._finish("closed", BrokenError("merged with the connection that the other side dialed"), "merged")
+                peer._finish("closed", _Merged("merged with the connection that the other side dialed"), "merged")
             else:
                 peer._receive(frame)
 
         return receive
 
     async def _join_mirror(self, peer: Peer) -> None:
-        await self._mirror_known.wait()
-        link, self._mirror = self._mirror, None
-        self._mirror_known.clear()
-        assert link is not None
+        port = peer._link.local_address.port
+        while (link := self._mirrors.pop(port, None)) is None:
+            self._mirror_known.clear()
+            await self._mirror_known.wait()
         self._start(peer, link)
 
     async def _set_up(self, peer: Peer, require: str | None) -> None:
@@ -179,9 +187,8 @@ class Connections:
             link.close("closing")
             return
         if link.incarnation == engine.incarnation:
-            if self._mirror is not None:
-                self._mirror.abort()
-            self._mirror = link
+            self._mirrors = {port: mirror for port, mirror in self._mirrors.items() if not mirror.ended}
+            self._mirrors[link.remote_address.port] = link
             self._mirror_known.set()
             return
         known = self.peers.get(link.incarnation)
@@ -193,14 +200,14 @@ class Connections:
         peer = Peer(engine, link)
         if known is not None:  # their dial wins over ours, which has not come up
             self.peers[link.incarnation] = peer
-            known._finish("closed", BrokenError("merged with the connection that the other side dialed"), "merged")
+            known._finish("closed", _Merged("merged with the connection that the other side dialed"), "merged")
         self.peers[link.incarnation] = peer
         self._start(peer, link)
         engine._loop.call_later(ACCEPT_SECONDS, self._overdue, peer)
 
     def _merge(self, loser: Peer) -> None:
         loser._post(frames.Merge())
-        loser._finish("closed", BrokenError("merged with the connection dialed by this side"), "merged")
+        loser._finish("closed", _Merged("merged with the connection dialed by this side"), "merged")
 
     def _overdue(self, peer: Peer) -> None:
         if peer._state == "connecting":
@@ -282,9 +289,9 @@ class Connections:
             await self._listener.close()
         for peer in list(self.peers.values()):
             peer._finish("closed", ClosedError("the engine is closed"), goodbye="engine closed")
-        if self._mirror is not None:
-            self._mirror.abort()
-            self._mirror = None
+        for mirror in self._mirrors.values():
+            mirror.abort()
+        self._mirrors.clear()
         self.arrivals.put_nowait(None)
 
 

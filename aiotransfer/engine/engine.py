@@ -30,7 +30,7 @@ from aiotransfer.engine.statistics import Statistics
 from aiotransfer.engine.submit import Submitter, check_imm
 from aiotransfer.engine.sweeper import Sweeper
 from aiotransfer.engine.transfer import Transfer
-from aiotransfer.errors import BusyError, ClosedError, RegionError, TransferError
+from aiotransfer.errors import BusyError, ClosedError, ConfigurationError, RegionError, TransferError
 from aiotransfer.model.address import Address
 from aiotransfer.model.dtypes import lookup as lookup_dtype
 from aiotransfer.providers import native
@@ -67,10 +67,12 @@ class Engine(Submitter):
         if progress not in ("auto", "loop", "thread"):
             raise ValueError(f"progress is 'auto', 'loop' or 'thread', not {progress!r}")
         self.config = (config or Config()).with_environment(environ)
-        wanted: str | Sequence[str] = providers
-        if providers == "auto" and environ.get("AIOTRANSFER_PROVIDERS"):
-            wanted = environ["AIOTRANSFER_PROVIDERS"].split(",")
-        self._preference = check_names(wanted)
+        self._preference = check_names(providers)
+        if providers == "auto" and (named := environ.get("AIOTRANSFER_PROVIDERS")):
+            try:
+                self._preference = check_names("auto" if named == "auto" else [name.strip() for name in named.split(",")])
+            except ValueError as error:
+                raise ConfigurationError(f"AIOTRANSFER_PROVIDERS={named!r}: {error}") from None
         self._listen = Address.parse(listen)
         self._key = load_key(key, environ)
         self._timeout = seconds(timeout)
@@ -84,9 +86,9 @@ class Engine(Submitter):
     async def _open(self) -> Engine:
         if self._state != "new":
             raise ClosedError("an engine is opened once")
-        self._state = "open"
         self._loop = asyncio.get_running_loop()
         self._lane = Lane(self.incarnation, self.config)
+        self._state = "open"
         self._p: Any = self._lane.pointer
         self._due = False
         self._turn_scheduled = False
@@ -130,7 +132,8 @@ class Engine(Submitter):
 
     def _info(self) -> PeerInfo:
         offers = [OfferWire(t.provider, t.usable, t.reason, t.host, t.data) for t in self._terms()]
-        return PeerInfo(self.name, str(self.address), os.getpid(), offers)
+        window = self.config.message_window_count, self.config.message_window_bytes
+        return PeerInfo(self.name, str(self.address), os.getpid(), offers, window)
 
     def _terms(self) -> list[Terms]:
         return [provider.terms() for provider in self._providers.values()]

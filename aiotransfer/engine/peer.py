@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiotransfer.control import frames
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
 from aiotransfer.errors import (
     BrokenError,
+    BusyError,
     ClosedError,
     DescriptorError,
     PeerLostError,
@@ -75,9 +77,9 @@ class Peer:
         self._dependents: set[asyncio.Future[Any]] = set()
         self._up: asyncio.Future[None] = engine._loop.create_future()
         self._ended: asyncio.Future[None] = engine._loop.create_future()
-        self._send_credit = SendCredit(engine.config.message_window_count, engine.config.message_window_bytes)
+        self._send_credit = SendCredit(*link.info.window)
         self._receive_credit = ReceiveCredit(engine.config.message_window_count, engine.config.message_window_bytes)
-        self._send_queue: list[asyncio.Future[None]] = []
+        self._send_queue: deque[tuple[asyncio.Future[None], bytes]] = deque()
         self._waiting_ops = 0
 
     # ---- what users see ----
@@ -134,22 +136,17 @@ class Peer:
             raise ValueError(f"a message holds at most {MOST_MESSAGE_BYTES} bytes, not {len(body)}")
         self._engine._check()
         self._check_up()
-        while self._send_queue or not self._send_credit.take(len(body)):
-            turn: asyncio.Future[None] = self._engine._loop.create_future()
-            self._send_queue.append(turn)
-            self._depend(turn)
-            try:
-                await turn
-                first = True
-            except BaseException:
-                self._leave_queue(turn)
-                raise
-            finally:
-                self._forget(turn)
-            if first and self._send_credit.take(len(body)):
-                self._leave_queue(turn)
-                break
-        self._post(frames.Message(data=body))
+        if not self._send_queue and self._send_credit.take(len(body)):
+            self._post(frames.Message(data=body))
+            return
+        turn: asyncio.Future[None] = self._engine._loop.create_future()
+        self._send_queue.append((turn, body))
+        self._depend(turn)
+        try:
+            await turn
+        finally:
+            self._forget(turn)
+            self._send_queued()  # when this one gave up, a smaller one behind it may have its turn
 
     async def closed(self, *, timeout: float | None = None) -> None:
         """Returns when the peer has gone, by goodbye or by loss."""
@@ -208,8 +205,7 @@ class Peer:
                 self._engine._mailbox.put(Message(self, data))
             case frames.Credit(messages=messages, nbytes=nbytes):
                 self._send_credit.grant(messages, nbytes)
-                if self._send_queue and not self._send_queue[0].done():
-                    self._send_queue[0].set_result(None)
+                self._send_queued()
             case frames.Found(id=number, descriptor=data) | frames.Answer(id=number, body=data):
                 self._resolve(number, data)
             case frames.Pong(id=number):
@@ -244,11 +240,18 @@ class Peer:
         if grant is not None and self._state == "up":
             self._post(frames.Credit(messages=grant[0], nbytes=grant[1]))
 
-    def _leave_queue(self, turn: asyncio.Future[None]) -> None:
-        if turn in self._send_queue:
-            self._send_queue.remove(turn)
-        if self._send_queue and not self._send_queue[0].done():
-            self._send_queue[0].set_result(None)
+    def _send_queued(self) -> None:
+        """Send what has credit now, in order. A turn that is over before it was sent has been given up."""
+        queue = self._send_queue
+        while queue and (queue[0][0].done() or (self._state == "up" and self._send_credit.take(len(queue[0][1])))):
+            turn, body = queue.popleft()
+            if turn.done():
+                continue
+            try:
+                self._post(frames.Message(data=body))
+                turn.set_result(None)
+            except BusyError as error:
+                turn.set_exception(error)
 
     # ---- dependents ----
 

@@ -52,6 +52,7 @@ class Publications:
 
     def looked_up(self, peer: Peer, number: int, name: str) -> None:
         """A peer asks. Answered now, or when the name is published."""
+        self.forget(peer, number)  # a number asks for one name
         known = self._names.get(name)
         if known is not None:
             try:

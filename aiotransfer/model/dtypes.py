@@ -14,6 +14,7 @@ _TORCH_ONLY = {
     "float8_e5m2fnuz": 1,
     "float8_e8m0fnu": 1,
 }
+_TORCH_NAMES = {"half": "float16", "float": "float32", "double": "float64", "short": "int16", "int": "int32", "long": "int64"}
 
 
 class DType(NamedTuple):
@@ -29,13 +30,17 @@ def lookup(dtype: Any) -> DType:
     text = dtype if isinstance(dtype, str) else str(dtype) if type(dtype).__module__ == "torch" else None
     if text is not None:
         name = text.removeprefix("torch.")
+        if name != text:
+            name = _TORCH_NAMES.get(name, name)
         if name in _TORCH_ONLY:
             return DType(name, _TORCH_ONLY[name], None)
-        dtype = {"half": "float16", "float": "float32", "double": "float64"}.get(name, name)
+        dtype = name
     try:
         found = np.dtype(dtype)
-    except TypeError as error:
+    except (TypeError, ValueError, SyntaxError) as error:  # NumPy parses strings, and says so in its own ways
         raise TypeError(f"not an element type: {dtype!r}") from error
-    if found.hasobject or found.itemsize == 0:
-        raise TypeError(f"{found} elements are no plain memory")
+    if found.kind not in "biufcmM":
+        raise TypeError(f"{found} elements are no plain numbers")
+    if not found.isnative:
+        raise TypeError(f"{found.str!r} is not in the byte order of this machine")
     return DType(found.name, found.itemsize, found)

@@ -10,6 +10,7 @@ import pytest
 import aiotransfer as at
 from aiotransfer.control import listener
 from aiotransfer.control.frames import PREAMBLE
+from tests.turns import give_up
 
 
 async def say(address: at.Address, data: bytes) -> bytes:
@@ -86,14 +87,7 @@ async def test_a_wrong_key_is_an_error_with_a_hint_on_the_dialing_side(caplog: p
 async def test_a_dial_that_is_cancelled_leaves_nothing() -> None:
     async with at.open_engine() as engine, at.open_engine() as other:
         for turns in range(12):
-            task = asyncio.create_task(engine.connect(other.address, timeout=5))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            task.cancel()
-            try:
-                await task
-            except asyncio.CancelledError:
-                pass
+            await give_up(asyncio.create_task(engine.connect(other.address, timeout=5)), turns)
         peer = await engine.connect(other.address, timeout=5)
         await peer.ping()
         assert engine.peers == (peer,)

@@ -1,0 +1,45 @@
+"""The ranking of paths: every provider is either a path or has a reason, and the order is the asker's."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiotransfer.core.paths import AUTOMATIC, SAME_HOST, Offer, rank
+
+names = st.sampled_from(AUTOMATIC)
+offers = st.lists(
+    st.builds(Offer, names, st.booleans(), st.just("why not"), st.sampled_from([b"", b"a", b"b"])),
+    max_size=6,
+    unique_by=lambda offer: offer.provider,
+)
+preferences = st.one_of(st.just("auto"), names, st.lists(names, min_size=1, max_size=5, unique=True))
+requirements = st.one_of(st.none(), names)
+
+
+@given(offers, offers, preferences, requirements)
+def test_each_provider_is_a_path_or_has_exactly_one_reason(
+    mine: list[Offer], theirs: list[Offer], preference: str | list[str], require: str | None
+) -> None:
+    ranking = rank(mine, theirs, preference, require)
+    refused = [name for name, _ in ranking.reasons]
+    order = AUTOMATIC if preference == "auto" else [preference] if isinstance(preference, str) else preference
+    my, their = ({o.provider: o for o in side} for side in (mine, theirs))
+    assert not set(refused) & set(ranking.paths)
+    assert len(set(refused)) == len(refused)
+    assert list(ranking.paths) == [name for name in order if name in ranking.paths], "my order"
+    for name in order:
+        if name in my or name in their:
+            assert (name in ranking.paths) != (name in refused)
+    for name in ranking.paths:
+        assert my[name].usable
+        assert their[name].usable
+        assert require in (None, name)
+        assert name not in SAME_HOST or my[name].host == their[name].host
+    assert require is None or require in ranking.paths or require in refused, "what was required is explained"
+    assert all(reason for _, reason in ranking.reasons)
+
+
+@given(offers, offers)
+def test_both_sides_see_the_same_paths(mine: list[Offer], theirs: list[Offer]) -> None:
+    assert rank(mine, theirs).paths == rank(theirs, mine).paths
