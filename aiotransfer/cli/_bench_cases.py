@@ -196,7 +196,7 @@ class Bench:
             yield row
 
     async def startup(self) -> AsyncIterator[Row]:
-        """Import time beyond numpy and asyncio, from compiled bytecode (as pip leaves it behind, whatever this environment says)."""
+        """Import time beyond numpy and asyncio, from compiled bytecode as pip leaves it behind."""
         code = "import numpy, asyncio, time; t = time.perf_counter(); import aiotransfer; print(time.perf_counter() - t)"
         row = Row("import, beyond numpy and asyncio", "ms", lower_is_better=True)
         with tempfile.TemporaryDirectory() as cache:
