@@ -70,7 +70,7 @@ bench: setup
 sanitize: $(STAMPS)/test
 	@AIOTRANSFER_SANITIZE=address,undefined $(PY) ffi/build.py
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		UBSAN_OPTIONS=halt_on_error=1 $(PY) -m pytest -q tests/native tests/providers tests/engine/test_counters.py $(ARGS); \
+		UBSAN_OPTIONS=halt_on_error=1 $(PY) -m pytest -q tests/native tests/providers tests/engine/test_counters.py tests/engine/test_bad_input.py $(ARGS); \
 		rc=$$?; $(PY) ffi/build.py; exit $$rc
 
 docs: setup

@@ -362,6 +362,7 @@ class Engine(Submitter):
             self._progress.close()
             self._state = "closed"
             self._lane.free()
+            self._p = native.ffi.NULL  # which the lane refuses: late calls find nothing freed
             if self._closed_event is not None and not self._closed_event.done():
                 self._closed_event.set_result(None)
 

@@ -31,6 +31,7 @@ uint64_t at_now(void) {
 }
 
 int at_check_owner(const at_lane *lane) {
+    if (lane == NULL) return AT_ESHUT; /* freed: its engine has forgotten it */
     if (lane->fork_generation != fork_generation) return AT_EFORK;
     if (!pthread_equal(lane->owner, pthread_self())) return AT_ETHREAD;
     return lane->shut ? AT_ESHUT : AT_OK;

@@ -139,10 +139,13 @@ async def test_a_descriptor_of_an_unknown_engine_names_it(pair: Pair) -> None:
 async def test_a_closed_engine_refuses_everything(pair: Pair) -> None:
     source, dst = pair.left.allocate(N), pair.right.allocate(N).descriptor
     counter = pair.left.counter(imm=1)
+    await pair.left.write(source, dst)  # bound: from here on nothing but the lane itself could refuse
     await pair.left.aclose()
     await pair.left.aclose()
     for act in (
         lambda: pair.left.write(source, dst),
+        lambda: pair.left.write_pages(source, [0], dst, [0], page_bytes=8),
+        lambda: pair.left.signal(dst, 1),
         lambda: pair.left.allocate(1),
         lambda: pair.left.register(b"x"),
         lambda: pair.left.counter(2),
