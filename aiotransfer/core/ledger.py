@@ -31,11 +31,10 @@ class Ended(NamedTuple, Generic[T]):
 
 
 class _Entry(Generic[T]):
-    __slots__ = ("item", "peer", "posted", "retired", "status", "waiting")
+    __slots__ = ("item", "posted", "retired", "status", "waiting")
 
-    def __init__(self, item: T, peer: int, tokens: int) -> None:
+    def __init__(self, item: T, tokens: int) -> None:
         self.item = item
-        self.peer = peer
         self.waiting = tokens
         self.posted = 0
         self.retired = 0
@@ -59,13 +58,13 @@ class Ledger(Generic[T]):
     def __iter__(self) -> Iterator[int]:
         return iter(list(self._entries))
 
-    def admit(self, key: int, item: T, peer: int, tokens: int = 1, *, posted: bool = False) -> None:
+    def admit(self, key: int, item: T, tokens: int = 1, *, posted: bool = False) -> None:
         """A new operation. Raises `ClosedError` after `shut`, `ValueError` for a used key or no tokens."""
         if self._shut:
             raise ClosedError("no new operations are accepted")
         if tokens < 1 or key in self._entries:
             raise ValueError(f"operation {key} with {tokens} tokens cannot be admitted")
-        entry = _Entry(item, peer, tokens)
+        entry = _Entry(item, tokens)
         if posted:
             entry.waiting, entry.posted = 0, tokens
         self._entries[key] = entry
@@ -115,10 +114,6 @@ class Ledger(Generic[T]):
         """What was admitted under `key`, while it lasts."""
         entry = self._entries.get(key)
         return None if entry is None else entry.item
-
-    def of_peer(self, peer: int) -> list[int]:
-        """Keys of the operations that name `peer`."""
-        return [key for key, entry in self._entries.items() if entry.peer == peer]
 
     def shut(self) -> list[int]:
         """Admit nothing more; what is still open."""

@@ -16,6 +16,7 @@ from aiotransfer.control.key import load_key
 from aiotransfer.control.link import Identity
 from aiotransfer.core.ledger import Ledger
 from aiotransfer.engine import memory
+from aiotransfer.engine.arguments import check_imm
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.connections import Connections
 from aiotransfer.engine.counter import Counter
@@ -23,11 +24,11 @@ from aiotransfer.engine.display import engine_html, engine_text
 from aiotransfer.engine.liveness import Liveness
 from aiotransfer.engine.mailbox import Mailbox
 from aiotransfer.engine.peer import Message, Peer
+from aiotransfer.engine.plans import Planner
 from aiotransfer.engine.progress import Progress
 from aiotransfer.engine.publications import Publications
 from aiotransfer.engine.region import ACCESSES, Region
 from aiotransfer.engine.statistics import Statistics
-from aiotransfer.engine.submit import Submitter, check_imm
 from aiotransfer.engine.sweeper import Sweeper
 from aiotransfer.engine.transfer import Transfer
 from aiotransfer.errors import BusyError, ClosedError, ConfigurationError, RegionError, TransferError
@@ -48,7 +49,7 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _leaked: list[Region] = []  # memory that a stopped peer may still write into, kept for the life of the process
 
 
-class Engine(Submitter):
+class Engine(Planner):
     """Made by `open_engine`. Belongs to one event loop and its thread."""
 
     def __init__(

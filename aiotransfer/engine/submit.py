@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from aiotransfer.engine.base import EngineBase
+from aiotransfer.engine.arguments import RESERVED, Pages, check_imm
+from aiotransfer.engine.base import EngineBase, seconds
 from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.region import RegionView
 from aiotransfer.engine.transfer import CANCELLED, DONE, FAILED, PENDING, Transfer
@@ -25,8 +24,10 @@ from aiotransfer.errors import (
     ClosedError,
     ProviderUnavailableError,
     RegionError,
+    ScatterError,
     StaleRegionError,
     TransferError,
+    TransferTimeout,
 )
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.providers import native
@@ -35,53 +36,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
     from aiotransfer.providers.port import Binding
 
-RESERVED = 0xF000_0000
-MOST = (1 << 63) - 1
 _new: Callable[[type[Transfer]], Transfer] = object.__new__
-
-
-def check_imm(imm: object) -> int:
-    """A user's immediate. Raises `TypeError` or `ValueError` with the value."""
-    if isinstance(imm, bool) or not hasattr(imm, "__index__"):
-        raise TypeError(f"an immediate is an int, not {imm!r}")
-    value = int(imm.__index__())
-    if not 0 <= value < RESERVED:
-        raise ValueError(f"an immediate lies in [0, {RESERVED:#x}), not {value}; those from there on are reserved")
-    return value
-
-
-def page_table(name: str, pages: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Indices as contiguous int64. Raises `TypeError` or `ValueError`."""
-    if isinstance(pages, np.ndarray) and pages.dtype == np.int64 and pages.ndim == 1 and pages.flags.c_contiguous:
-        return pages
-    if type(pages).__module__ == "torch":
-        if pages.dtype.is_floating_point or pages.dtype.is_complex:
-            raise TypeError(f"{name} must hold integers, not {pages.dtype}")
-        pages = pages.cpu().numpy()
-    try:
-        array = np.asarray(pages)
-    except (OverflowError, ValueError) as error:
-        raise ValueError(f"{name} is no table of indices: {error}") from error
-    if array.ndim != 1:
-        raise ValueError(f"{name} must have one dimension, not shape {array.shape}")
-    if array.size == 0:
-        return np.empty(0, np.int64)
-    if array.dtype == np.uint64 or array.dtype.kind == "O":
-        over = [int(v) for v in array if not isinstance(v, float) and not -(1 << 63) <= int(v) <= MOST]
-        if over:
-            raise RegionError(f"{name} holds the index {over[0]}, far outside any region")
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must hold integers, not {array.dtype}")
-    return np.ascontiguousarray(array, np.int64)
-
-
-def _size(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    number = int(value.__index__())
-    if not least <= number <= MOST:
-        raise ValueError(f"{name} must lie in [{least}, 2**63), not {number}")
-    return number
 
 
 class Submitter(EngineBase):
@@ -103,7 +58,8 @@ class Submitter(EngineBase):
         Returns at once with an awaitable `Transfer`. Raises `RegionError` (bounds, closed, access), `StaleRegionError`,
         `PeerLostError`, `BusyError`, `ClosedError`, `TypeError` or `ValueError` before anything is posted.
         """
-        n = 0
+        if timeout is not None:
+            seconds(timeout)
         try:
             n = src.nbytes
             bound = dst._box.bound
@@ -125,7 +81,7 @@ class Submitter(EngineBase):
                         self._turn_is_due()
                     return done
                 if result > 1:
-                    return self._pending(result, n, bound.peer, timeout, (src._root, bound))
+                    return self._pending(result, n, (bound.peer,), timeout, (src._root, bound))
         except AttributeError:
             pass
         return self._write_slow(src, dst, imm, timeout, require)
@@ -168,60 +124,51 @@ class Submitter(EngineBase):
         counts one arrival. Errors as for `write`; a bad index is a `RegionError` that names it.
         """
         self._check_operands(src, dst)
-        page = _size("page_bytes", page_bytes, 1)
-        from_stride = page if src_stride is None else _size("src_stride", src_stride, 0)
-        to_stride = page if dst_stride is None else _size("dst_stride", dst_stride, 0)
-        if 0 < from_stride < page or to_stride < page:
-            raise ValueError(f"strides ({from_stride}, {to_stride}) must not be smaller than a page of {page} bytes")
-        from_offset, to_offset = _size("src_offset", src_offset, 0), _size("dst_offset", dst_offset, 0)
-        sources, targets = page_table("src_pages", src_pages), page_table("dst_pages", dst_pages)
-        count = len(sources)
-        if count != len(targets):
-            raise ValueError(f"the tables have {count} and {len(targets)} pages")
+        table = Pages(src_pages, dst_pages, page_bytes, src_stride, dst_stride, src_offset, dst_offset)
         value = -1 if imm is None else check_imm(imm)
-        if count * page > MOST:
-            raise ValueError(f"{count} pages of {page} bytes are more than an operation holds")
         bound = dst._box.bound
         now = bound is not None and bound.engine is self
         # For whole regions the check of the lane is the same and saves four passes over the tables.
         if not (now and src.nbytes == src._root.nbytes and dst.nbytes == dst._grant.nbytes):
-            self._check_pages(src, sources, from_offset, page, from_stride, "src_pages")
-            self._check_pages(dst, targets, to_offset, page, to_stride, "dst_pages")
-        ffi, lib = native.ffi, native.lib
-        start, offset, number = src._start + from_offset, dst._start + to_offset, src._id
+            table.check_sources(src.nbytes)
+            table.check_targets(dst.nbytes)
+        if not now and table.count:  # posted later: the caller may change his tables meanwhile
+            table.sources, table.targets = table.sources.copy(), table.targets.copy()
+        from_buffer, lib = native.ffi.from_buffer, native.lib
 
         def post(remote: int) -> int:
             result = int(
                 lib.at_write_pages(
-                    self._p, remote, number, ffi.from_buffer("int64_t[]", sources), ffi.from_buffer("int64_t[]", targets),
-                    count, page, from_stride, to_stride, start, offset, value,
+                    self._p, remote, src._id, from_buffer("int64_t[]", table.sources), from_buffer("int64_t[]", table.targets),
+                    table.count, table.page, table.from_stride, table.to_stride, src._start + table.from_offset,
+                    dst._start + table.to_offset, value,
                 )
             )  # fmt: skip
             if result == lib.AT_EINDEX_SRC:
-                self._check_pages(src, sources, from_offset, page, from_stride, "src_pages")
+                table.check_sources(src.nbytes)
             elif result == lib.AT_EINDEX_DST:
-                self._check_pages(dst, targets, to_offset, page, to_stride, "dst_pages")
+                table.check_targets(dst.nbytes)
             return result
 
-        if not now and count:  # posted later: the caller may change his tables meanwhile
-            sources, targets = sources.copy(), targets.copy()
-        return self._submit(src, dst, count * page, timeout, require, post)
+        return self._submit(src, dst, table.count * table.page, timeout, require, post)
 
-    @staticmethod
-    def _check_pages(side: RegionView | RemoteRegion, pages: Any, offset: int, page: int, stride: int, name: str) -> None:
-        """Every page lies in this slice. The lane checks again against the whole region."""
-        if not len(pages):
-            return
-        low, high = int(pages.min()), int(pages.max())
-        room = side.nbytes - offset - page
-        last = -1 if room < 0 else MOST if stride == 0 else room // stride
-        if low < 0 or high > last:
-            bad = low if low < 0 else high
-            raise RegionError(
-                f"{name} holds the index {bad}; pages of {page} bytes at {offset} + index * {stride} fit {side.nbytes} bytes "
-                f"for indices 0 to {last}" if last >= 0 else
-                f"{name}: not one page of {page} bytes at offset {offset} fits {side.nbytes} bytes"
-            )  # fmt: skip
+    # ---- read ----
+
+    def read(
+        self, src: RemoteRegion, dst: RegionView, *, timeout: float | None = None, require: str | None = None
+    ) -> Transfer:
+        """Copy `src`, memory of a peer, into `dst` (equal lengths in bytes). Nothing tells the peer.
+
+        The bytes are those of some moment during the transfer; whoever reads what is being written sees a mixture. Errors as
+        for `write`; a read whose right was revoked before it ended raises `StaleRegionError`.
+        """
+        self._check_operands(dst, src, "read")
+        if src.nbytes != dst.nbytes:
+            raise ValueError(f"the source has {src.nbytes} bytes, the destination {dst.nbytes}")
+        start, number, offset, n = dst._start, dst._id, src._start, src.nbytes
+        return self._submit(
+            dst, src, n, timeout, require, lambda remote: native.lib.at_read(self._p, remote, offset, number, start, n)
+        )
 
     # ---- signal ----
 
@@ -245,18 +192,25 @@ class Submitter(EngineBase):
 
     # ---- common ----
 
-    def _check_operands(self, src: RegionView, dst: RemoteRegion) -> None:
+    def _check_operands(self, local: RegionView, remote: RemoteRegion, access: str = "write") -> None:
+        here, there = ("source", "destination") if access == "write" else ("destination", "source")
+        self._check_local(local, here)
+        if not isinstance(remote, RemoteRegion):
+            raise TypeError(f"the {there} must be a RemoteRegion, not {type(remote).__name__}")
+        if access == "read" and not local._root._writable:
+            raise RegionError("the destination is read-only memory")
+        if remote.access not in (access, "both"):
+            doing = "writing" if access == "write" else "reading"
+            raise RegionError(f"the {there} does not grant {doing} (its access is {remote.access!r})")
+
+    def _check_local(self, local: RegionView, name: str) -> None:
         self._check()
-        if not isinstance(src, RegionView):
-            raise TypeError(f"the source must be a Region or a slice of one, not {type(src).__name__}")
-        if not isinstance(dst, RemoteRegion):
-            raise TypeError(f"the destination must be a RemoteRegion, not {type(dst).__name__}")
-        if src._engine is not self:
-            raise RegionError("the source region belongs to another engine")
-        if src._root._closed:
-            raise RegionError("the source region is closed")
-        if dst.access == "read":
-            raise RegionError("the destination does not grant writing (its access is 'read')")
+        if not isinstance(local, RegionView):
+            raise TypeError(f"the {name} must be a Region or a slice of one, not {type(local).__name__}")
+        if local._engine is not self:
+            raise RegionError(f"the {name} region belongs to another engine")
+        if local._root._closed:
+            raise RegionError(f"the {name} region is closed")
 
     def _check_required(self, peer: Peer, require: str | None) -> None:
         if require is not None and peer.path.provider != require:
@@ -292,7 +246,7 @@ class Submitter(EngineBase):
         bound: object,
     ) -> Transfer:
         if result > 1:
-            return self._pending(result, nbytes, peer, timeout, (src, dst, bound))
+            return self._pending(result, nbytes, (peer,), timeout, (src, dst, bound))
         if result < 0:
             raise refusal(self, result, peer, src, dst)
         if result:
@@ -301,34 +255,45 @@ class Submitter(EngineBase):
         done._engine, done._peer, done.nbytes, done._state = self, peer, nbytes, DONE
         return done
 
-    def _blank(self, nbytes: int, peer: Peer, keep: object) -> Transfer:
+    def _blank(self, nbytes: int, peers: tuple[Peer, ...], keep: object) -> Transfer:
         transfer = _new(Transfer)
         transfer._engine = self
-        transfer._peer = peer
+        transfer._peer = peers[0] if len(peers) == 1 else None
+        transfer._peers = peers
         transfer.nbytes = nbytes
         transfer._state = PENDING
-        transfer._cookies = []
+        transfer._cookie = 0
         transfer._waiters = []
         transfer._error = None
         transfer._guard = None
         transfer._keep = keep
         transfer._landed = 0
         transfer._started = self._loop.time()
+        transfer._targets = None
         return transfer
 
-    def _pending(self, cookie: int, nbytes: int, peer: Peer, timeout: float | None, keep: object) -> Transfer:
-        transfer = self._blank(nbytes, peer, keep)
+    def _pending(
+        self,
+        cookie: int,
+        nbytes: int,
+        peers: tuple[Peer, ...],
+        timeout: float | None,
+        keep: object,
+        targets: Sequence[Peer] | None = None,
+    ) -> Transfer:
+        transfer = self._blank(nbytes, peers, keep)
+        transfer._targets = targets
         self._admit(transfer, cookie, self._timeout if timeout is None else self._seconds(timeout))
         return transfer
 
-    def _admit(self, transfer: Transfer, cookie: int, seconds: float) -> None:
-        peer = transfer._peer
-        transfer._cookies.append(cookie)
-        self._ledger.admit(cookie, transfer, peer.incarnation, posted=True)
-        peer._waiting_ops += 1
-        self._liveness.watch(peer)
-        if seconds != math.inf:
-            self._sweeper.add(cookie, self._loop.time() + seconds)
+    def _admit(self, transfer: Transfer, cookie: int, left: float) -> None:
+        transfer._cookie = cookie
+        self._ledger.admit(cookie, transfer, posted=True)
+        for peer in transfer._peers:
+            peer._waiting_ops += 1
+            self._liveness.watch(peer)
+        if left != math.inf:
+            self._sweeper.add(cookie, self._loop.time() + left)
 
     def _submit_unbound(
         self,
@@ -339,30 +304,53 @@ class Submitter(EngineBase):
         peer: Peer,
         post: Callable[[int], int],
     ) -> Transfer:
-        transfer = self._blank(nbytes, peer, (src, dst))
-        seconds = self._seconds(timeout)
-        deadline = self._loop.time() + seconds
+        transfer = self._blank(nbytes, (peer,), (src, dst))
 
-        async def bind_then_post() -> None:
+        def bound() -> tuple[int, object]:
+            return post(dst._box.bound.remote), (src, dst, dst._box.bound)
+
+        self._bind_then(transfer, [(dst, peer)], timeout, bound, lambda result: refusal(self, result, peer, src, dst))
+        return transfer
+
+    def _bind_then(
+        self,
+        transfer: Transfer,
+        regions: Sequence[tuple[RemoteRegion, Peer]],
+        timeout: float | None,
+        post: Callable[[], tuple[int, object]],
+        refuse: Callable[[int], Exception],
+    ) -> None:
+        """Ask the owners, then post: its result, and what the operation keeps alive."""
+        left = self._seconds(timeout)
+        deadline = self._loop.time() + left
+
+        async def go() -> None:
             try:
-                await self._bind(dst, peer)
+                async with asyncio.timeout(None if left == math.inf else left):
+                    for region, peer in regions:
+                        await self._bind(region, peer)
+                if transfer._state != PENDING:
+                    return
+                result, keep = post()
+            except TimeoutError as error:
+                if not isinstance(error, TransferError):
+                    error = TransferTimeout("the owner of the region did not answer in time")
+                result, keep = 0, error
             except Exception as error:
-                if transfer._state == PENDING:
-                    transfer._end(FAILED, 0, error)
-                return
+                result, keep = 0, error
             if transfer._state != PENDING:
                 return
-            result = post(dst._box.bound.remote)
-            if result > 1:
-                transfer._keep = (src, dst, dst._box.bound)
+            if isinstance(keep, Exception):
+                transfer._end(FAILED, 0, keep)
+            elif result > 1:
+                transfer._keep = keep
                 self._admit(transfer, result, deadline - self._loop.time())
             elif result < 0:
-                transfer._end(FAILED, 0, refusal(self, result, peer, src, dst))
+                transfer._end(FAILED, 0, refuse(result))
             else:
-                transfer._end(DONE, nbytes, None)
+                transfer._end(DONE, transfer.nbytes, None)
 
-        self._background(bind_then_post(), transfer)
-        return transfer
+        self._background(go(), transfer)
 
     def _owner(self, dst: RemoteRegion) -> Peer:
         """The live peer that owns it. Raises `StaleRegionError`, `PeerLostError` or `RegionError`."""
@@ -400,7 +388,7 @@ class Submitter(EngineBase):
 
         def over(done: asyncio.Task[None]) -> None:
             self._tasks.discard(done)
-            if transfer._state == PENDING and not transfer._cookies:
+            if transfer._state == PENDING and not transfer._cookie:
                 transfer._end(FAILED, 0, ClosedError("the engine was closed"))
 
         task.add_done_callback(over)
@@ -411,30 +399,60 @@ class Submitter(EngineBase):
             return
         transfer = ended.item
         self._sweeper.discard(cookie)
-        peer = transfer._peer
-        peer._waiting_ops -= 1
+        for peer in transfer._peers:
+            peer._waiting_ops -= 1
         if status == 0:
+            if transfer._targets is not None:
+                self._take_results(transfer, cookie)
             transfer._end(DONE, transfer.nbytes, None)
+        elif transfer._targets is not None:
+            self._scatter_ended(transfer, self._take_results(transfer, cookie))
         elif status == native.lib.AT_ECANCELED:
             transfer._end(CANCELLED, 0, None)
         else:
-            if status == native.lib.AT_EPEER and peer._state == "up":
-                peer._lose("its process has ended")  # the write noticed before the pidfd was looked at
-            transfer._end(FAILED, 0, refusal(self, status, peer))
+            transfer._end(FAILED, 0, self._failure(status, transfer._peers[0]))
 
-    def _cancel(self, transfer: Transfer) -> None:
-        if not transfer._cookies:  # not bound yet: nothing was posted
+    def _failure(self, status: int, peer: Peer) -> Exception:
+        if status == native.lib.AT_EPEER and peer._state == "up":
+            peer._lose("its process has ended")  # the write noticed before the pidfd was looked at
+        return refusal(self, status, peer)
+
+    def _take_results(self, transfer: Transfer, cookie: int) -> list[int]:
+        """The status of each target of a scatter. Taken once, success or not: the lane keeps them until then."""
+        assert transfer._targets is not None
+        n = len(transfer._targets)
+        out = native.ffi.new("int32_t[]", n)
+        native.lib.at_batch_take(self._p, cookie, out, n)
+        return list(out)
+
+    def _scatter_ended(self, transfer: Transfer, results: list[int]) -> None:
+        assert transfer._targets is not None
+        lib = native.lib
+        if all(status in (0, lib.AT_ECANCELED) for status in results):
             transfer._end(CANCELLED, 0, None)
             return
-        for cookie in transfer._cookies:
-            native.lib.at_cancel(self._p, cookie, native.lib.AT_ECANCELED)
-            self._sweeper.draining(cookie)
+        errors: list[BaseException | None] = [
+            None if status == 0 else self._failure(status, peer)
+            for status, peer in zip(results, transfer._targets, strict=True)
+        ]
+        bad = [error for error in errors if error is not None]
+        error = ScatterError(
+            f"{len(bad)} of {len(errors)} targets failed, the first with: {str(bad[0]).partition(chr(10))[0]}",
+            results=errors,
+            hint="the others have landed; .results has the error of each target, or None",
+        )
+        transfer._end(FAILED, 0, error)
+
+    def _cancel(self, transfer: Transfer) -> None:
+        cookie = transfer._cookie
+        if not cookie:  # not bound yet: nothing was posted
+            transfer._end(CANCELLED, 0, None)
+            return
+        native.lib.at_cancel(self._p, cookie, native.lib.AT_ECANCELED)
+        self._sweeper.draining(cookie)
         self._progress.poll()
 
     def _bytes_done(self, transfer: Transfer) -> int:
-        if not self._lane.usable:
+        if not self._lane.usable or not transfer._cookie:
             return transfer._landed
-        return sum(max(0, native.lib.at_progress(self._p, cookie)) for cookie in transfer._cookies)
-
-
-__all__ = ["Submitter", "TransferError", "check_imm", "page_table"]
+        return max(0, int(native.lib.at_progress(self._p, transfer._cookie)))

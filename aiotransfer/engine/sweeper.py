@@ -64,9 +64,8 @@ class Sweeper:
             if cookie in engine._ledger:
                 self.draining(cookie)
         for cookie in self._drains.due(now):
-            transfer = engine._ledger.item(cookie)
-            if transfer is not None and transfer._peer._path is not None:
-                native.lib.at_peer_fence(engine._p, transfer._peer._path.lane_peer)
+            if cookie in engine._ledger:
+                native.lib.at_fence(engine._p, cookie)
                 self._drains.add(cookie, now + engine.config.drain_timeout)
         engine._progress.poll()
         for when in (self._limits.next(), self._drains.next()):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from aiotransfer.errors import TransferError
@@ -49,7 +49,7 @@ class Transfer:
 
     __slots__ = (
         "__weakref__",
-        "_cookies",
+        "_cookie",
         "_elapsed",
         "_engine",
         "_error",
@@ -57,17 +57,21 @@ class Transfer:
         "_keep",
         "_landed",
         "_peer",
+        "_peers",
         "_started",
         "_state",
+        "_targets",
         "_waiters",
         "nbytes",
     )
 
     nbytes: int
     _engine: Submitter
-    _peer: Peer
+    _peer: Peer | None
     _state: int
-    _cookies: list[int]
+    _cookie: int
+    _peers: tuple[Peer, ...]
+    _targets: Sequence[Peer] | None  # of a scatter, one for each target
     _error: BaseException | None
     _guard: _Unheard | None
     _keep: object
@@ -195,18 +199,19 @@ class Transfer:
         return getattr(self, "_elapsed", 0.0)
 
     @property
-    def peer(self) -> Peer:
-        """Whose memory it writes."""
+    def peer(self) -> Peer | None:
+        """Whose memory it touches; None when there are several."""
         return self._peer
 
     @property
-    def path(self) -> Path:
-        """The way its bytes take."""
-        return self._peer.path
+    def path(self) -> Path | None:
+        """The way its bytes take; None when there are several peers."""
+        return None if self._peer is None else self._peer.path
 
     def __repr__(self) -> str:
         state = ("done", "pending", "failed", "cancelled")[self._state]
-        return f"<Transfer {self.nbytes} bytes to {self._peer.name or self._peer.address}, {state}>"
+        who = "several peers" if self._peer is None else self._peer.name or self._peer.address
+        return f"<Transfer {self.nbytes} bytes, {who}, {state}>"
 
 
 async def wait_all(transfers: Any) -> None:

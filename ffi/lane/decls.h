@@ -37,7 +37,8 @@ enum at_event_kind {
     AT_EV_OP = 1,      /* id: cookie, status: AT_OK or AT_E*, count: units landed */
     AT_EV_COUNT = 2,   /* id: immediate record, count: arrivals not yet taken */
     AT_EV_PEER = 3,    /* id: peer, status: why (AT_EPEER: its process is gone, AT_EPROTO) */
-    AT_EV_REGION = 4   /* id: region that was closed and is free now */
+    AT_EV_REGION = 4,  /* id: region that was closed and is free now */
+    AT_EV_WATCH = 5    /* id: watch, count: the word's new value */
 };
 
 enum at_access { AT_ACCESS_WRITE = 1, AT_ACCESS_READ = 2 };
@@ -60,10 +61,14 @@ typedef struct {
     uint64_t max_ops;        /* queued operations per peer before AT_EBUSY */
     uint64_t max_bytes;      /* queued bytes per peer before AT_EBUSY */
     uint32_t early_values;   /* distinct unopened immediates kept per sender */
-    uint32_t flags;          /* AT_LANE_NO_THREAD */
+    uint32_t flags;          /* AT_LANE_* */
 } at_lane_config;
 
-enum at_lane_flags { AT_LANE_NO_THREAD = 1 }; /* nothing runs behind the caller's back: tests on virtual time */
+enum at_lane_flags {
+    AT_LANE_NO_THREAD = 1, /* nothing runs behind the caller's back: tests on virtual time */
+    AT_LANE_LOOP = 2,      /* at_poll makes the queued copies; the native thread only answers and watches */
+    AT_LANE_THREAD = 4     /* the native thread makes them from their first byte */
+};
 
 typedef struct {
     uint64_t ops_inline, ops_queued, ops_ended, bytes_written, units_written;
@@ -113,18 +118,51 @@ int64_t at_remote_add(at_lane *lane, int64_t peer, void *base, uint64_t va, uint
 /* 0 when freed, 1 when operations still use it (freed with the last one). */
 int at_remote_close(at_lane *lane, int64_t remote);
 
-/* [loop] Moving bytes. imm < 0: none. Results: AT_OK or AT_DUE (finished), a cookie >= AT_FIRST_COOKIE (source and remote lent
- * until its AT_EV_OP), or AT_E* (nothing was posted). */
-int64_t at_write(at_lane *lane, int64_t remote, uint64_t dst_offset, int64_t region, uint64_t src_offset, uint64_t nbytes,
+/* [loop] Moving bytes. imm < 0: none. Results: AT_OK or AT_DUE (finished), a cookie >= AT_FIRST_COOKIE (local memory and remote
+ * lent until its AT_EV_OP), or AT_E* (nothing was posted). "Local" is the source, but for a read, whose target it is. */
+int64_t at_write(at_lane *lane, int64_t remote, uint64_t remote_offset, int64_t region, uint64_t local_offset, uint64_t nbytes,
                  int64_t imm);
+int64_t at_read(at_lane *lane, int64_t remote, uint64_t remote_offset, int64_t region, uint64_t local_offset, uint64_t nbytes);
 /* Index tables are lent until return (copied when the operation goes on). */
-int64_t at_write_pages(at_lane *lane, int64_t remote, int64_t region, const int64_t *src_pages, const int64_t *dst_pages,
-                       uint64_t n, uint64_t page_bytes, uint64_t src_stride, uint64_t dst_stride, uint64_t src_offset,
-                       uint64_t dst_offset, int64_t imm);
+int64_t at_write_pages(at_lane *lane, int64_t remote, int64_t region, const int64_t *local_pages, const int64_t *remote_pages,
+                       uint64_t n, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride, uint64_t local_offset,
+                       uint64_t remote_offset, int64_t imm);
 int64_t at_signal(at_lane *lane, int64_t peer, int64_t imm);
+
+/* Plans: checked when made (NULL: *status says why, and at_lane_detail which target of a scatter), then posted any number of
+ * times. Arrays are lent until return. A plan is memory of its own, to be freed in any state of the lane, once. */
+typedef struct at_plan at_plan;
+at_plan *at_plan_copy(at_lane *lane, int read, int64_t remote, uint64_t remote_offset, int64_t region, uint64_t local_offset,
+                      uint64_t nbytes, int *status);
+at_plan *at_plan_pages(at_lane *lane, int64_t remote, int64_t region, const int64_t *local_pages, const int64_t *remote_pages,
+                       uint64_t n, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride, uint64_t local_offset,
+                       uint64_t remote_offset, int *status);
+at_plan *at_plan_scatter(at_lane *lane, int64_t region, uint64_t n, const int64_t *remotes, const uint64_t *local_offsets,
+                         const uint64_t *remote_offsets, const uint64_t *nbytes, int *status);
+at_plan *at_plan_signals(at_lane *lane, uint64_t n, const int64_t *peers, const uint32_t *imms, int *status);
+void at_plan_free(at_plan *plan);
+/* [loop] Results as of at_write; AT_EUNKNOWN for NULL. Those of a scatter: AT_OK or AT_DUE when every target has landed, AT_E* when one was refused and
+ * nothing was posted, else a cookie; its event's status is the first that was not AT_OK, and each target's waits for at_batch_take. */
+int64_t at_plan_post(at_lane *lane, const at_plan *plan, int64_t imm);
+int at_batch_take(at_lane *lane, int64_t cookie, int32_t *results, uint64_t n); /* once, after the event */
+
+/* The same from any thread, for plans that are no scatters: AT_OK, AT_E*, or a cookie for at_thread_wait; no event comes. */
+int64_t at_thread_post(at_lane *lane, const at_plan *plan, int64_t imm);
+/* Wait at most ns: AT_OK or AT_E* when it has ended, 1 when it goes on. AT_EUNKNOWN after at_thread_drop. */
+int at_thread_wait(at_lane *lane, int64_t cookie, uint64_t ns);
+int at_thread_drop(at_lane *lane, int64_t cookie); /* forget it: AT_OK; 1: not yet, it goes on */
+
+/* [loop] Watched words: 8 aligned bytes that somebody else changes, lent until at_watch_close. *value: what it is now. */
+int64_t at_watch_add(at_lane *lane, const void *word, uint64_t *value);
+/* 1: it has changed since it was told last, to *value. 0: it has not; an AT_EV_WATCH comes when it has. */
+int at_watch_next(at_lane *lane, int64_t watch, uint64_t *value);
+int at_watch_close(at_lane *lane, int64_t watch);
+
 /* Withdraws what is unposted; the AT_EV_OP (with this status, unless it completed) comes when the source is free.
  * Returns the units still posted, or AT_EUNKNOWN when the operation has ended. */
 int64_t at_cancel(at_lane *lane, int64_t cookie, int status);
+/* Break the connections that still carry the operation and re-open them: nothing of it can touch memory afterwards. */
+int at_fence(at_lane *lane, int64_t cookie);
 /* Bytes of a running operation that have landed; AT_EUNKNOWN when it has ended. */
 int64_t at_progress(at_lane *lane, int64_t cookie);
 
@@ -142,8 +180,6 @@ int at_imm_close(at_lane *lane, int64_t record);
 /* Peers (made by a provider). */
 int at_peer_fail(at_lane *lane, int64_t peer, int status); /* its operations end with status, later ones are refused */
 int at_peer_free(at_lane *lane, int64_t peer);             /* fails it; memory goes when the last operation has */
-/* Break the connection on purpose and re-open it: nothing posted on it can touch memory afterwards. */
-int at_peer_fence(at_lane *lane, int64_t peer);
 /* Ask for a sign of life; answers come natively. */
 int at_peer_ping(at_lane *lane, int64_t peer);
 /* Last ping sent, last answered by its native thread, last seen by its loop. */

@@ -107,6 +107,14 @@ void at_turn(at_lane *lane) {
     lane->turn_due = 0;
 }
 
+/* progress="loop": queued copies are made in the loop's own turns, for about one turn's time in each. */
+static void move_here(at_lane *lane) {
+    lane->moving_here = 1;
+    do at_move_queued(lane, AT_CHUNK, 0);
+    while (at_queued_work(lane) && at_now() - lane->turn_start < lane->config.turn_ns);
+    lane->moving_here = 0;
+}
+
 int at_poll(at_lane *lane) {
     int owner = at_check_owner(lane);
     if (owner != AT_OK && owner != AT_ESHUT) return owner;
@@ -115,12 +123,9 @@ int at_poll(at_lane *lane) {
     int n = epoll_wait(lane->epoll_fd, ready, 64, 0);
 #endif
     at_lock(lane);
-    void (*progress)(at_lane *) = NULL;
-    for (uint32_t i = 0; i < lane->peer_count && progress == NULL; i++)
-        if (lane->peers[i] != NULL) progress = lane->peers[i]->port->progress;
-    if (progress != NULL) { /* asynchronous ports retire without the lock; one such provider per lane so far */
+    if (lane->progress != NULL) { /* asynchronous ports retire without the lock */
         at_unlock(lane);
-        progress(lane);
+        lane->progress(lane);
         at_lock(lane);
     }
     at_turn(lane);
@@ -134,6 +139,7 @@ int at_poll(at_lane *lane) {
             if (lane->peers[i] != NULL) lane->peers[i]->port->answer(lane->peers[i], 1);
     }
 #endif
+    if (lane->config.flags & AT_LANE_LOOP) move_here(lane);
     uint32_t count = lane->queue_count < AT_EVENTS ? lane->queue_count : AT_EVENTS;
     for (uint32_t i = 0; i < count; i++) {
         const at_event *event = &lane->queue[(lane->queue_head + i) & (lane->queue_capacity - 1)];
@@ -145,7 +151,7 @@ int at_poll(at_lane *lane) {
     if (count != 0) lane->queue_head = (lane->queue_head + count) & (lane->queue_capacity - 1);
     lane->queue_count -= count;
     lane->signalled = 0;
-    if (lane->queue_count != 0) at_event_signal(lane);
+    if (lane->queue_count != 0 || ((lane->config.flags & AT_LANE_LOOP) && at_queued_work(lane))) at_event_signal(lane);
     at_unlock(lane);
     return (int)count;
 }

@@ -37,6 +37,11 @@ int at_check_owner(const at_lane *lane) {
     return lane->shut ? AT_ESHUT : AT_OK;
 }
 
+int at_check_process(const at_lane *lane) {
+    if (lane == NULL) return AT_ESHUT;
+    return lane->fork_generation != fork_generation ? AT_EFORK : lane->shut ? AT_ESHUT : AT_OK;
+}
+
 /* Others map this segment read-only (F_SEAL_FUTURE_WRITE keeps our own mapping writable). */
 static at_control *control_new(int *fd_out) {
 #ifdef __linux__
@@ -91,7 +96,9 @@ static void lane_destroy(at_lane *lane) {
     for (uint32_t i = 0; i < lane->region_count; i++) free(lane->regions[i]);
     for (uint32_t i = 0; i < lane->remote_count; i++) free(lane->remotes[i]);
     for (uint32_t i = 0; i < lane->op_count; i++) {
-        if (lane->ops[i] != NULL) free(lane->ops[i]->table);
+        if (lane->ops[i] == NULL) continue;
+        free(lane->ops[i]->table);
+        free(lane->ops[i]->batch);
         free(lane->ops[i]);
     }
     free(lane->regions);
@@ -102,7 +109,9 @@ static void lane_destroy(at_lane *lane) {
     free(lane->op_free);
     free(lane->grant_free);
     free(lane->queue);
+    free(lane->watches);
     at_events_close(lane);
+    (void)pthread_cond_destroy(&lane->ended);
     (void)pthread_mutex_destroy(&lane->lock);
     free(lane);
 }
@@ -112,6 +121,13 @@ at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config) {
     at_lane *lane = calloc(1, sizeof *lane);
     if (lane == NULL) return NULL;
     (void)pthread_mutex_init(&lane->lock, NULL);
+    pthread_condattr_t monotonic;
+    (void)pthread_condattr_init(&monotonic);
+#ifdef __linux__
+    (void)pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+#endif
+    (void)pthread_cond_init(&lane->ended, &monotonic);
+    (void)pthread_condattr_destroy(&monotonic);
     lane->owner = pthread_self();
     lane->fork_generation = fork_generation;
     lane->config = *config;
@@ -139,6 +155,7 @@ void at_lane_free(at_lane *lane) {
     lane->shut = 1;
     for (uint32_t i = 0; i < lane->peer_count; i++)
         if (lane->peers[i] != NULL) at_peer_end(lane->peers[i], AT_ESHUT);
+    while (lane->waiters != 0) (void)pthread_cond_wait(&lane->ended, &lane->lock); /* theirs have ended too */
     at_unlock(lane);
     if (lane->leave != NULL) lane->leave(lane);
     at_thread_stop(lane);
@@ -201,6 +218,7 @@ at_peer *at_peer_add(at_lane *lane, const at_port *port, void *impl, const at_co
     peer->control = control;
     lane->peers[index] = peer;
     if (index == lane->peer_count) lane->peer_count++;
+    if (port->progress != NULL) lane->progress = port->progress; /* one asynchronous provider per lane so far */
     lane->stats.peers++;
     return peer;
 }
@@ -242,19 +260,6 @@ int at_peer_free(at_lane *lane, int64_t id) {
         peer->port->drain(peer); /* what it had counted before it went is still ours */
         peer->freed = 1;
         at_peer_release(peer);
-        result = AT_OK;
-    }
-    at_unlock(lane);
-    return result;
-}
-
-int at_peer_fence(at_lane *lane, int64_t id) {
-    int result = AT_EUNKNOWN;
-    at_lock(lane);
-    at_peer *peer = at_peer_find(lane, id);
-    if (peer != NULL) {
-        if (peer->port->fence != NULL) peer->port->fence(peer);
-        at_refill(peer);
         result = AT_OK;
     }
     at_unlock(lane);

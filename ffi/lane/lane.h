@@ -28,6 +28,7 @@
 #define AT_CHUNK ((uint64_t)256 << 10) /* bytes moved between two looks at epoch, cancellation and peer */
 #define AT_RECENT 8u                   /* destinations remembered to tell fresh memory from what is written again and again */
 #define AT_GRANTS 65536u               /* epoch words per lane */
+#define AT_DETACHED 1
 
 typedef struct at_peer at_peer;
 typedef struct at_op at_op;
@@ -71,7 +72,27 @@ typedef struct {
     int open;
 } at_remote;
 
-enum at_op_kind { AT_OP_WRITE, AT_OP_PAGES, AT_OP_SIGNAL };
+enum at_op_kind { AT_OP_WRITE, AT_OP_PAGES, AT_OP_SIGNAL, AT_OP_READ, AT_OP_BATCH };
+
+/* What shall be done, in ids and offsets: from the arguments of a call, or kept in a plan. Resolving it makes an at_op. */
+typedef struct {
+    int kind;
+    int64_t remote, region; /* a signal: the peer in `remote` */
+    uint64_t local_offset, remote_offset;
+    uint64_t nbytes, units; /* of the write or read, or of one page */
+    uint64_t local_stride, remote_stride;
+    const int64_t *local_pages, *remote_pages;
+    int64_t imm; /* -1: the one given when it is posted */
+} at_order;
+
+/* Several operations that end as one: the targets of a scatter. */
+typedef struct {
+    uint32_t count, open; /* open: children that have not ended, and 1 while they are still being posted */
+    int over;             /* its event is queued; the results wait for at_batch_take */
+    uint64_t landed_bytes;
+    int32_t *results;     /* of each child */
+    int64_t *children;    /* cookies; 0: never went on */
+} at_batch;
 
 struct at_op {
     at_op *next;
@@ -81,11 +102,11 @@ struct at_op {
     uint32_t remote_index, region_index;
     int64_t cookie;
     int64_t imm;            /* -1: none */
-    const uint8_t *src;     /* region base + offset */
-    uint64_t dst_offset;    /* in the remote region */
+    uint8_t *local;         /* region base + offset: read from, but for AT_OP_READ, which writes here */
+    uint64_t remote_offset; /* in the remote region */
     uint64_t nbytes;        /* of the write, or of one page */
-    uint64_t src_stride, dst_stride;
-    const int64_t *src_pages, *dst_pages; /* lent (inline) or owned (table != NULL) */
+    uint64_t local_stride, remote_stride;
+    const int64_t *local_pages, *remote_pages; /* lent (inline) or owned (table != NULL) */
     int64_t *table;
     uint64_t footprint;     /* bytes written lately to different places, this operation included: too many for a cache? */
     uint64_t units;         /* 1, or the number of pages */
@@ -95,8 +116,13 @@ struct at_op {
     uint32_t posted;        /* work requests at the provider */
     int kind;
     int status;
-    int running;            /* the native thread moves it now */
+    int running;            /* somebody moves it now, without the lock */
     int queued;             /* linked in peer->head..tail */
+    int detached;           /* AT_DETACHED: another thread's, ends as a record for at_thread_wait, without an event */
+    int over;               /* such a record: nothing is left but its status */
+    at_batch *batch;        /* AT_OP_BATCH: its own; a child: NULL */
+    int64_t parent;         /* cookie of the batch it belongs to, or 0 */
+    uint32_t child;         /* which result of that is its own */
     _Atomic int withdrawn;
 };
 
@@ -168,6 +194,13 @@ typedef struct {
     int32_t status, kind;
 } at_event;
 
+typedef struct {
+    const _Atomic uint64_t *word; /* NULL: free */
+    uint64_t told;                /* the value that was handed out last */
+    uint32_t generation;
+    int armed;
+} at_watch;
+
 struct at_lane {
     pthread_mutex_t lock;
     pthread_t owner;
@@ -214,7 +247,14 @@ struct at_lane {
     int thread_epoll_fd, thread_wake_fd, pulse_fd;
     uint32_t thread_turn;
     int thread_work;
-    int head_start; /* the caller moves the head of a queue now: its thread waits for it */
+    int moving_here; /* the loop's thread moves an operation now without the lock: its active word is taken */
+    void (*progress)(at_lane *lane); /* of the one asynchronous provider, or NULL */
+    pthread_cond_t ended; /* a detached operation has ended */
+    uint32_t waiters;     /* threads in at_thread_wait */
+
+    at_watch *watches;
+    uint32_t watch_count, watch_capacity;
+    uint64_t watch_pause; /* ns between two looks */
     int pulse_heard; /* the thread answered a ping: the loop shall answer too */
 
     struct {
@@ -237,7 +277,8 @@ void at_control_release(at_control_ref *ref);
 void at_lock(at_lane *lane);
 void at_unlock(at_lane *lane);
 uint64_t at_now(void); /* CLOCK_MONOTONIC, ns */
-int at_check_owner(const at_lane *lane);
+int at_check_owner(const at_lane *lane);   /* this process, this thread, not shut */
+int at_check_process(const at_lane *lane); /* this process, not shut */
 /* With the lock: a new peer; takes no ownership of impl until it succeeds. */
 at_peer *at_peer_add(at_lane *lane, const at_port *port, void *impl, const at_control *control);
 at_peer *at_peer_find(at_lane *lane, int64_t id); /* NULL when unknown or freed */
@@ -255,11 +296,35 @@ at_remote *at_remote_use(at_lane *lane, int64_t id);
 void at_remote_release(at_lane *lane, uint32_t index);
 
 /* ops.c, with the lock */
-void at_op_complete(at_op *op, uint64_t units, int status); /* one posted work request retired; units 1 when it landed */
+at_op *at_op_find(at_lane *lane, int64_t cookie);
+/* Copy a finished description into an operation of its own and queue it: its cookie, or AT_E*. */
+int64_t at_op_keep(at_lane *lane, const at_op *template);
+int64_t at_op_new_batch(at_lane *lane, uint32_t count); /* its cookie, or AT_E* */
+void at_batch_ended(at_lane *lane, int64_t parent, uint32_t child, int status, uint64_t bytes); /* also: posting is over */
+/* Stop an operation: nothing more of it is posted; it ends now or when the rest has retired. */
+void at_op_stop(at_op *op, int status);
+int at_op_publish(at_op *op);                                /* the immediates of what has landed */
+void at_op_complete(at_op *op, uint64_t units, int status);  /* one posted work request retired; units 1 when it landed */
 void at_refill(at_peer *peer);                               /* post what the window allows */
-void at_move_queued(at_lane *lane);                          /* native thread: one round over the peers */
-
+/* One round over the peers' queues, for at most `budget` bytes each, as the loop's thread (0) or the native one (1). */
+void at_move_queued(at_lane *lane, uint64_t budget, int lane_slot);
+int at_queued_work(const at_lane *lane);                     /* is anything left for at_move_queued? */
+void at_head_start(at_lane *lane, at_op *op);                /* move some of it while the native thread wakes up */
 void at_count_turn(at_lane *lane, uint64_t nbytes);          /* inline work was done: is a loop turn due? */
+
+/* submit.c, with the lock */
+int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op); /* everything that may have changed since it was checked */
+int at_check(at_lane *lane, const at_order *order, const at_op *op);          /* bounds, and the tables */
+/* Move it now: AT_OK; AT_EAGAIN when it has to be queued (some of it may have landed); else it failed. */
+int at_submit_here(at_lane *lane, at_op *op);
+int64_t at_submit(at_lane *lane, at_op *op); /* a resolved one: as at_write answers */
+/* What was queued for synchronous ports finds somebody to move it; cookie: an operation that the caller may begin itself, or 0. */
+void at_wake_mover(at_lane *lane, int64_t cookie);
+int64_t at_unlock_and_progress(at_lane *lane, int64_t result); /* the end of a submitting call */
+int at_pages_make_sense(uint64_t n, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride);
+
+/* watch.c, with the lock */
+uint64_t at_watch_look(at_lane *lane); /* tell of changes; ns until the next look, 0: nobody watches */
 
 /* imm.c, with the lock */
 void at_imm_arrive(at_peer *peer, uint32_t imm, uint64_t n);

@@ -1,4 +1,4 @@
-/* The native thread of a lane: large copies in chunks, and signs of life, while the loop does something else.
+/* The native thread of a lane: large copies in chunks, signs of life, and watched words, while the loop does something else.
  *
  * It holds no Python object and never needs the interpreter's lock. It sleeps in its own epoll on two eventfds: one that
  * this lane writes when it queues work, one that peers write to ask whether we are alive. Doorbells of ordinary arrivals are
@@ -12,20 +12,15 @@
 #include "lane.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <time.h>
 #include <unistd.h>
 
-#ifdef __linux__
-static int queued_work(const at_lane *lane) {
-    for (uint32_t i = 0; i < lane->peer_count; i++) {
-        const at_peer *peer = lane->peers[i];
-        if (peer != NULL && peer->port->window == 0 && peer->head != NULL) return 1;
-    }
-    return 0;
-}
+#define ROUND_BYTES ((uint64_t)4 << 20) /* one operation is served this long before others are looked at */
 
+#ifdef __linux__
 static void answer_pings(at_lane *lane) {
     lane->stats.pulses_answered++;
     for (uint32_t i = 0; i < lane->peer_count; i++)
@@ -34,22 +29,32 @@ static void answer_pings(at_lane *lane) {
     at_event_signal(lane);
 }
 
+/* Sleep until somebody rings, or for `pause` ns when words are watched (0: none are). */
+static int wait_for_news(at_lane *lane, struct epoll_event *ready, int most, uint64_t pause) {
+    if (pause == 0) return epoll_wait(lane->thread_epoll_fd, ready, most, -1);
+    struct pollfd fd = {.fd = lane->thread_epoll_fd, .events = POLLIN};
+    struct timespec span = {(time_t)(pause / 1000000000u), (long)(pause % 1000000000u)};
+    return ppoll(&fd, 1, &span, NULL) > 0 ? epoll_wait(lane->thread_epoll_fd, ready, most, 0) : 0;
+}
+
 static void *thread_main(void *argument) {
     at_lane *lane = argument;
     struct epoll_event ready[4];
     at_lock(lane);
     while (!lane->thread_stop) {
         lane->thread_work = 0; /* with the lock, after the queue was seen empty: the next kick must ring */
+        uint64_t pause = at_watch_look(lane);
         at_unlock(lane);
-        int n = epoll_wait(lane->thread_epoll_fd, ready, 4, -1);
+        int n = wait_for_news(lane, ready, 4, pause);
         at_lock(lane);
         for (int i = 0; i < n; i++)
             if (ready[i].data.fd == lane->pulse_fd) answer_pings(lane);
-        while (!lane->thread_stop && queued_work(lane)) {
+        while (!lane->thread_stop && !(lane->config.flags & AT_LANE_LOOP) && at_queued_work(lane)) {
             uint64_t before = lane->stats.thread_chunks;
-            at_move_queued(lane);
+            at_move_queued(lane, ROUND_BYTES, 1);
+            (void)at_watch_look(lane);
             if (epoll_wait(lane->thread_epoll_fd, ready, 4, 0) > 0) answer_pings(lane); /* long queues: stay alive */
-            if (lane->head_start) {
+            if (lane->moving_here) {
                 at_unlock(lane);
                 (void)sched_yield();
                 at_lock(lane);

@@ -93,20 +93,19 @@ int at_shm_gone(const at_shm *shm) {
     return shm->pidfd >= 0 && poll(&p, 1, 0) > 0;
 }
 
-int at_shm_foreign_write(at_shm *shm, const void *src, uint64_t va, uint64_t nbytes) {
-    const uint8_t *from = src;
+int at_shm_foreign_copy(at_shm *shm, uint8_t *local, uint64_t va, uint64_t nbytes, int read) {
     if (at_shm_gone(shm)) return ESRCH;
     while (nbytes > 0) {
         ssize_t n;
         if (shm->foreign == 1) {
-            struct iovec here = {(void *)(uintptr_t)from, nbytes}, there = {(void *)(uintptr_t)va, nbytes};
-            n = process_vm_writev(shm->pid, &here, 1, &there, 1, 0);
+            struct iovec here = {local, nbytes}, there = {(void *)(uintptr_t)va, nbytes};
+            n = read ? process_vm_readv(shm->pid, &here, 1, &there, 1, 0) : process_vm_writev(shm->pid, &here, 1, &there, 1, 0);
         } else {
-            n = pwrite(shm->mem_fd, from, nbytes, (off_t)va);
+            n = read ? pread(shm->mem_fd, local, nbytes, (off_t)va) : pwrite(shm->mem_fd, local, nbytes, (off_t)va);
         }
         if (n < 0 && errno == EINTR) continue;
         if (n <= 0) return n < 0 ? errno : EFAULT;
-        from += n;
+        local += n;
         va += (uint64_t)n;
         nbytes -= (uint64_t)n;
     }

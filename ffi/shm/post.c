@@ -38,6 +38,12 @@ static int enter(at_active *active, const at_remote *remote, uint64_t begin, uin
     return AT_ESTALE;
 }
 
+/* After a read: were the bytes still ours to read when the last of them was? */
+static int revoked(const at_remote *remote) {
+    atomic_thread_fence(memory_order_acquire);
+    return atomic_load(remote->word) != remote->epoch;
+}
+
 static void leave(at_active *active) { atomic_store_explicit(&active->grant, 0, memory_order_release); }
 
 static int failed(int error, int *oserror) {
@@ -48,20 +54,22 @@ static int failed(int error, int *oserror) {
 static int move_bytes(at_shm *shm, at_op *op, uint64_t budget, at_active *active, int *oserror) {
     const at_remote *remote = op->remote;
     uint64_t chunk = remote->base != NULL ? AT_CHUNK : FOREIGN_CHUNK;
-    int cold = at_copy_prefers_cold(op->footprint);
+    int cold = at_copy_prefers_cold(op->footprint), reads = op->kind == AT_OP_READ;
     while (op->cursor < op->nbytes && budget > 0) {
         uint64_t n = op->nbytes - op->cursor;
         n = n < chunk ? n : chunk;
         n = n < budget ? n : budget;
-        uint64_t to = op->dst_offset + op->cursor;
+        uint64_t to = op->remote_offset + op->cursor;
         int rc = enter(active, remote, to, n), error = 0;
         if (rc != AT_OK) return rc;
         hold();
-        if (remote->base == NULL) error = at_shm_foreign_write(shm, op->src + op->cursor, remote->va + to, n);
-        else if (cold) at_copy_cold(remote->base + to, op->src + op->cursor, n);
-        else at_copy(remote->base + to, op->src + op->cursor, n);
+        uint8_t *here = op->local + op->cursor, *there = remote->base != NULL ? remote->base + to : NULL;
+        if (there == NULL) error = at_shm_foreign_copy(shm, here, remote->va + to, n, reads);
+        else if (cold) at_copy_cold(reads ? here : there, reads ? there : here, n);
+        else at_copy(reads ? here : there, reads ? there : here, n);
         leave(active);
         if (error != 0) return failed(error, oserror);
+        if (reads && revoked(remote)) return AT_ESTALE; /* what was read may be of the memory's next user */
         op->cursor += n;
         budget -= n;
         if (op->cursor < op->nbytes && atomic_load_explicit(&op->withdrawn, memory_order_relaxed)) return AT_OK;
@@ -72,13 +80,13 @@ static int move_bytes(at_shm *shm, at_op *op, uint64_t budget, at_active *active
 
 static int foreign_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t n) {
     struct iovec here[BATCH], there[BATCH];
-    uint64_t at = 0, page = op->nbytes, va = op->remote->va + op->dst_offset;
+    uint64_t at = 0, page = op->nbytes, va = op->remote->va + op->remote_offset;
     while (at < n) {
         uint32_t k = n - at < BATCH ? (uint32_t)(n - at) : BATCH;
         for (uint32_t i = 0; i < k; i++) {
             uint64_t unit = first + at + i;
-            here[i] = (struct iovec){(void *)(uintptr_t)(op->src + (uint64_t)op->src_pages[unit] * op->src_stride), page};
-            there[i] = (struct iovec){(void *)(uintptr_t)(va + (uint64_t)op->dst_pages[unit] * op->dst_stride), page};
+            here[i] = (struct iovec){(void *)(uintptr_t)(op->local + (uint64_t)op->local_pages[unit] * op->local_stride), page};
+            there[i] = (struct iovec){(void *)(uintptr_t)(va + (uint64_t)op->remote_pages[unit] * op->remote_stride), page};
         }
         uint64_t whole = 0;
         if (at_shm_gone(shm)) return ESRCH;
@@ -88,7 +96,7 @@ static int foreign_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t 
             whole = moved < 0 ? 0 : (uint64_t)moved / page;
         }
         for (uint64_t i = whole; i < k; i++) { /* what a short call left, and all of it by /proc/PID/mem */
-            int error = at_shm_foreign_write(shm, here[i].iov_base, (uint64_t)(uintptr_t)there[i].iov_base, page);
+            int error = at_shm_foreign_copy(shm, here[i].iov_base, (uint64_t)(uintptr_t)there[i].iov_base, page, 0);
             if (error != 0) return error;
         }
         at += k;
@@ -104,14 +112,14 @@ static int move_pages(at_shm *shm, at_op *op, uint64_t budget, at_active *active
     while (op->cursor < op->units && budget > 0) {
         uint64_t n = op->units - op->cursor;
         n = n < most ? n : most;
-        int rc = enter(active, remote, op->dst_offset, remote->nbytes - op->dst_offset), error = 0;
+        int rc = enter(active, remote, op->remote_offset, remote->nbytes - op->remote_offset), error = 0;
         if (rc != AT_OK) return rc;
         hold();
         if (remote->base == NULL)
             error = foreign_pages(shm, op, op->cursor, n);
         else
-            at_copy_pages(remote->base + op->dst_offset, op->src, op->dst_pages + op->cursor, op->src_pages + op->cursor, n,
-                          page, op->dst_stride, op->src_stride, cold);
+            at_copy_pages(remote->base + op->remote_offset, op->local, op->remote_pages + op->cursor, op->local_pages + op->cursor, n,
+                          page, op->remote_stride, op->local_stride, cold);
         leave(active);
         if (error != 0) return failed(error, oserror);
         op->cursor += n;
@@ -131,6 +139,6 @@ int at_shm_move(at_peer *peer, at_op *op, uint64_t budget, int lane_slot, int *o
     }
     if (op->remote->base == NULL && shm->foreign == 0) return failed(shm->foreign_why, oserror);
     at_active *active = &shm->outbound->active[lane_slot];
-    return op->kind == AT_OP_WRITE ? move_bytes(shm, op, budget, active, oserror)
-                                   : move_pages(shm, op, budget, active, oserror);
+    return op->kind == AT_OP_PAGES ? move_pages(shm, op, budget, active, oserror)
+                                   : move_bytes(shm, op, budget, active, oserror);
 }

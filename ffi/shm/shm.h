@@ -87,7 +87,7 @@ int at_shm_move(at_peer *peer, at_op *op, uint64_t budget, int lane_slot, int *o
 /* memory.c */
 int at_shm_probe(at_shm *shm, uint64_t va, const uint8_t cookie[16]);
 int at_shm_gone(const at_shm *shm); /* its process has ended: its pid may already be another's */
-/* copy bytes to addresses of the peer; every iovec pair of equal length; 0 or an errno */
-int at_shm_foreign_write(at_shm *shm, const void *src, uint64_t va, uint64_t nbytes);
+/* Copy between local memory and the peer's address space, to it or (read) from it; 0 or an errno. */
+int at_shm_foreign_copy(at_shm *shm, uint8_t *local, uint64_t va, uint64_t nbytes, int read);
 
 #endif

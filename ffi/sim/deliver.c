@@ -49,7 +49,9 @@ void at_request_end(at_net *net, at_request *request, uint64_t units, int status
 
 /* Copy [done, until). The state says for all to see that bytes may be landing. */
 static void copy(at_request *request, uint64_t until) {
-    if (until > request->done) memcpy(request->dst + request->done, request->src + request->done, until - request->done);
+    if (until <= request->done) return;
+    uint8_t *local = request->local + request->done, *remote = request->remote + request->done;
+    memcpy(request->reads ? local : remote, request->reads ? remote : local, until - request->done);
     request->done = until;
 }
 
@@ -114,6 +116,7 @@ void at_deliver(at_net *net, at_request *request) {
     if (status == AT_OK && !later) {
         copy(request, request->n);
         arrive(target, there->lane, imm);
+        if (request->reads && atomic_load(request->word) != request->epoch) status = AT_ESTALE; /* revoked between its halves */
     }
     if (there != NULL) {
         (void)pthread_mutex_lock(&net->lock);

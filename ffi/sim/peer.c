@@ -57,13 +57,14 @@ static int sim_post(at_peer *peer, at_op *op, uint64_t unit) {
     if (op->remote != NULL) {
         const at_remote *remote = op->remote;
         uint8_t *base = remote->base != NULL ? remote->base : (uint8_t *)(uintptr_t)remote->va;
-        uint64_t from = 0, to = op->dst_offset;
+        uint64_t from = 0, to = op->remote_offset;
         if (op->kind == AT_OP_PAGES) {
-            from = (uint64_t)op->src_pages[unit] * op->src_stride;
-            to += (uint64_t)op->dst_pages[unit] * op->dst_stride;
+            from = (uint64_t)op->local_pages[unit] * op->local_stride;
+            to += (uint64_t)op->remote_pages[unit] * op->remote_stride;
         }
-        request->src = op->src + from;
-        request->dst = base + to;
+        request->local = op->local + from;
+        request->remote = base + to;
+        request->reads = op->kind == AT_OP_READ;
         request->word = remote->word;
         request->epoch = remote->epoch;
         request->slot = remote->slot;

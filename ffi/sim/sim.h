@@ -45,8 +45,8 @@ struct at_request {
     uint64_t when, serial;
     at_end *end;
     at_op *op;
-    uint8_t *dst;
-    const uint8_t *src;
+    uint8_t *local, *remote;
+    int reads; /* from remote to local */
     uint64_t n, done;
     int64_t imm;
     const _Atomic uint64_t *word; /* NULL: a signal */

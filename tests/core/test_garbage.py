@@ -48,14 +48,14 @@ def test_a_deadline_moved_back_and_forth_is_due_once() -> None:
 
 def test_a_refused_operation_leaves_no_trace() -> None:
     ledger: Ledger[str] = Ledger()
-    ledger.admit(1, "first", peer=7, posted=True)
+    ledger.admit(1, "first", posted=True)
     for key, tokens in ((1, 1), (2, 0), (3, -1)):
         with pytest.raises(ValueError, match="admitted"):
-            ledger.admit(key, "second", peer=8, tokens=tokens)
+            ledger.admit(key, "second", tokens=tokens)
     ledger.shut()
     with pytest.raises(ClosedError):
-        ledger.admit(4, "late", peer=8)
-    assert (list(ledger), ledger.item(1), ledger.of_peer(8), ledger.strays) == ([1], "first", [], 0)
+        ledger.admit(4, "late")
+    assert (list(ledger), ledger.item(1), ledger.strays) == ([1], "first", 0)
     assert [key in ledger for key in (1, 2, 3, 4)] == [True, False, False, False]
     with pytest.raises(ValueError, match="waiting"):
         ledger.post(1)  # it was posted when it was admitted
@@ -69,7 +69,7 @@ def test_a_refused_operation_leaves_no_trace() -> None:
 @given(st.lists(st.sampled_from([0, -3, -9]), min_size=1, max_size=8))
 def test_the_first_failure_is_the_one_that_is_told(statuses: list[int]) -> None:
     ledger: Ledger[None] = Ledger()
-    ledger.admit(1, None, peer=0, tokens=len(statuses), posted=True)
+    ledger.admit(1, None, tokens=len(statuses), posted=True)
     ended = [ledger.retire(1, status) for status in statuses]
     assert ended[:-1] == [None] * (len(statuses) - 1)
     assert ended[-1] is not None

@@ -23,9 +23,9 @@ def test_every_token_is_waiting_posted_or_retired_and_an_operation_ends_once(his
         if what == "admit":
             if shut or n < 1 or entry:
                 with pytest.raises((ClosedError, ValueError)):
-                    ledger.admit(key, f"item {key}", peer=key % 2, tokens=n)
+                    ledger.admit(key, f"item {key}", tokens=n)
             else:
-                ledger.admit(key, f"item {key}", peer=key % 2, tokens=n)
+                ledger.admit(key, f"item {key}", tokens=n)
                 model[key] = [n, 0, 0, 0]
         elif what == "shut":
             shut = True
@@ -62,4 +62,4 @@ def test_every_token_is_waiting_posted_or_retired_and_an_operation_ends_once(his
         assert len(ledger) == len(model)
         assert sorted(ledger) == sorted(model)
         assert ledger.strays == strays
-        assert sorted(ledger.of_peer(0) + ledger.of_peer(1)) == sorted(model)
+        assert sorted(ledger) == sorted(model)

@@ -143,7 +143,7 @@ def test_a_fence_ends_what_was_cancelled_and_spares_the_rest() -> None:
         remote = a.reach(b, b.grant())
         doomed, other = a.write(remote, 0, 0, 64), a.write(remote, 64, 64, 64)
         a.cancel(doomed)
-        lib.at_peer_fence(a.lane.pointer, a.peers[b.incarnation])
+        lib.at_fence(a.lane.pointer, doomed)
         a.poll()
         assert a.ended == {doomed: lib.AT_ECANCELED}
         net.run()

@@ -1,0 +1,220 @@
+"""Prepared operations: checked and resolved once, then posted by one native call each.
+
+The native plan holds ids. Every post looks them up again natively, so a region closed, a grant revoked or a peer lost in the
+meantime is refused as the plain call would refuse it. A plan over a region whose owner was never asked yet cannot be resolved
+when it is made: its first post asks, in a task of the engine, and makes the native plan then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aiotransfer.engine.arguments import RESERVED, Pages, check_imm
+from aiotransfer.engine.base import seconds
+from aiotransfer.engine.refusals import refusal
+from aiotransfer.engine.scatter import Targets
+from aiotransfer.engine.submit import Submitter
+from aiotransfer.engine.transfer import Transfer
+from aiotransfer.errors import TransferError
+from aiotransfer.providers import native
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import RegionView
+    from aiotransfer.model.descriptor import RemoteRegion
+
+_post: Any = getattr(native.lib, "at_plan_post", None)
+_new: Callable[[type[Transfer]], Transfer] = object.__new__
+Build = Callable[[Any], Any]  # (status out) -> native plan or NULL; all regions are bound
+
+
+class Plan:
+    """A prepared operation. Made by `Engine.prepare_write`, `Engine.prepare_pages` and `PeerGroup.scatter_plan`."""
+
+    __slots__ = ("__weakref__", "_build", "_engine", "_keep", "_native", "_peer", "_peers", "_regions", "_targets", "nbytes")
+
+    def __init__(
+        self,
+        engine: Planner,
+        nbytes: int,
+        regions: Sequence[RemoteRegion],
+        targets: Sequence[Peer],
+        build: Build,
+        *,
+        scatter: bool,
+    ) -> None:
+        self._engine = engine
+        self.nbytes = nbytes
+        self._regions = regions
+        self._build = build
+        self._peers: tuple[Peer, ...] = tuple(dict.fromkeys(targets))
+        self._peer = self._peers[0] if len(self._peers) == 1 else None
+        self._targets = targets if scatter else None
+        self._native: Any = native.ffi.NULL
+        self._keep: object = None
+        if all(_is_bound(engine, region) for region in regions):
+            self._resolve()
+
+    def post(self, *, imm: int | None = None, timeout: float | None = None) -> Transfer:
+        """Post it once more; posts may overlap. Errors as of the plain call, at the same places."""
+        engine = self._engine
+        if imm is None:
+            value = -1
+        elif type(imm) is int and 0 <= imm < RESERVED:
+            value = imm
+        else:
+            value = check_imm(imm)
+        if timeout is not None:
+            seconds(timeout)
+        result = _post(engine._p, self._native, value)
+        if 0 <= result <= 1:
+            done = _new(Transfer)
+            done._engine = engine
+            done._peer = self._peer
+            done.nbytes = self.nbytes
+            done._state = 0
+            if result:
+                engine._turn_is_due()
+            return done
+        return self._post_slow(result, value, timeout)
+
+    def _post_slow(self, result: int, value: int, timeout: float | None) -> Transfer:
+        engine = self._engine
+        if result > 1:
+            return engine._pending(result, self.nbytes, self._peers, timeout, self, self._targets)
+        engine._check()
+        if self._native != native.ffi.NULL:
+            raise self._refusal(result)
+        transfer = engine._blank(self.nbytes, self._peers, self)
+        transfer._targets = self._targets
+
+        def post() -> tuple[int, object]:
+            self._resolve()
+            return int(_post(engine._p, self._native, value)), self
+
+        pairs = [(region, engine._owner(region)) for region in self._regions]
+        engine._bind_then(transfer, pairs, timeout, post, self._refusal)
+        return transfer
+
+    def _resolve(self) -> None:
+        if self._native != native.ffi.NULL:
+            return
+        status = native.ffi.new("int *")
+        pointer = self._build(status)
+        if pointer == native.ffi.NULL:
+            raise self._refusal(int(status[0]))
+        self._keep = [region._box.bound for region in self._regions]
+        self._native = native.ffi.gc(pointer, native.lib.at_plan_free)
+
+    def _refusal(self, status: int) -> Exception:
+        engine = self._engine
+        index = 0 if self._targets is None else int(native.lib.at_lane_detail(engine._p))
+        peer = self._peers[0] if self._targets is None else self._targets[index]
+        region = self._regions[index] if self._regions else None
+        if region is not None:
+            try:
+                peer = engine._owner(region)
+            except TransferError as better:
+                return better
+        error = refusal(engine, status, peer, None, region)
+        if self._targets is not None and isinstance(error, TransferError) and error is not peer._error:
+            error.message = f"target {index}: {error.message}"
+        return error
+
+    def __repr__(self) -> str:
+        who = "several peers" if self._peer is None else self._peer.name or self._peer.address
+        return f"<Plan {self.nbytes} bytes, {who}>"
+
+
+def _is_bound(engine: object, region: RemoteRegion) -> bool:
+    bound = region._box.bound
+    return bound is not None and bound.engine is engine and bound.peer._state == "up"
+
+
+class Planner(Submitter):
+    """The part of `Engine` that prepares operations."""
+
+    def prepare_write(self, src: RegionView, dst: RemoteRegion, *, require: str | None = None) -> Plan:
+        """`write(src, dst)`, checked once: each `post()` is one native call. Errors as for `write`."""
+        self._check_operands(src, dst)
+        if src.nbytes != dst.nbytes:
+            raise ValueError(f"the source has {src.nbytes} bytes, the destination {dst.nbytes}")
+
+        def build(status: Any) -> Any:
+            return native.lib.at_plan_copy(
+                self._p, 0, dst._box.bound.remote, dst._start, src._id, src._start, src.nbytes, status
+            )
+
+        return self._plan(src.nbytes, [dst], require, build)
+
+    def prepare_pages(
+        self,
+        src: RegionView,
+        src_pages: Any,
+        dst: RemoteRegion,
+        dst_pages: Any,
+        *,
+        page_bytes: int,
+        src_stride: int | None = None,
+        dst_stride: int | None = None,
+        src_offset: int = 0,
+        dst_offset: int = 0,
+        require: str | None = None,
+    ) -> Plan:
+        """`write_pages(...)`, its tables copied and checked once: each `post()` is one native call."""
+        self._check_operands(src, dst)
+        table = Pages(src_pages, dst_pages, page_bytes, src_stride, dst_stride, src_offset, dst_offset)
+        table.check_sources(src.nbytes)
+        table.check_targets(dst.nbytes)
+        sources, targets = table.sources.copy(), table.targets.copy()
+
+        def build(status: Any) -> Any:
+            here, there = (native.ffi.from_buffer("int64_t[]", t) for t in (sources, targets))
+            return native.lib.at_plan_pages(
+                self._p, dst._box.bound.remote, src._id, here, there, table.count, table.page, table.from_stride,
+                table.to_stride, src._start + table.from_offset, dst._start + table.to_offset, status,
+            )  # fmt: skip
+
+        return self._plan(table.count * table.page, [dst], require, build)
+
+    def scatter(
+        self,
+        src: RegionView,
+        targets: Any,
+        *,
+        imm: int | None = None,
+        timeout: float | None = None,
+        require: str | None = None,
+    ) -> Transfer:
+        """Copy parts of `src` to many places: `targets` is a list of `ScatterTarget`, or one whose fields are arrays.
+
+        Peers, lengths and providers may be mixed; with `imm` each target counts one arrival at its owner. It ends when every
+        target has: failures raise one `ScatterError` whose `.results` holds each target's error or None. What is wrong
+        beforehand with any target is raised at once, as for `write`, and nothing is posted.
+        """
+        if imm is not None:
+            check_imm(imm)
+        return self._scatter_plan(src, targets, require).post(imm=imm, timeout=timeout)
+
+    def _scatter_plan(self, src: RegionView, targets: Any, require: str | None) -> Plan:
+        self._check_local(src, "source")
+        table = Targets(src, targets)
+
+        def build(status: Any) -> Any:
+            remotes = [region._box.bound.remote for region in table.regions]
+            return native.lib.at_plan_scatter(
+                self._p, src._id, len(remotes), remotes, table.local_offsets, table.remote_offsets, table.sizes, status
+            )
+
+        return self._plan(sum(table.sizes), table.regions, require, build, scatter=True)
+
+    def _plan(
+        self, nbytes: int, regions: Sequence[RemoteRegion], require: str | None, build: Build, *, scatter: bool = False
+    ) -> Plan:
+        owners = [self._owner(region) for region in regions]
+        for peer in dict.fromkeys(owners):
+            self._check_required(peer, require)
+        return Plan(self, nbytes, regions, owners, build, scatter=scatter)
+
+

@@ -1,0 +1,97 @@
+"""Targets of a scatter, from whatever the caller has them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from aiotransfer.engine.arguments import size
+from aiotransfer.errors import RegionError
+from aiotransfer.model.descriptor import RemoteRegion
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.region import RegionView
+
+
+class ScatterTarget(NamedTuple):
+    """`nbytes` bytes from `src_offset` of the source to `dst`.
+
+    Without `dst_offset`, `dst` has exactly `nbytes` bytes; with it, they go to that offset in it. One target may hold arrays
+    instead: integers of one length, and as many regions (or one region for all, with `dst_offset`).
+    """
+
+    src_offset: Any
+    nbytes: Any
+    dst: Any
+    dst_offset: Any = None
+
+
+class Targets:
+    """Checked targets as parallel lists. Raises `TypeError`, `ValueError` or `RegionError`, each naming the target."""
+
+    __slots__ = ("local_offsets", "regions", "remote_offsets", "sizes")
+
+    def __init__(self, src: RegionView, targets: Any) -> None:
+        self.regions: list[RemoteRegion] = []
+        self.local_offsets: list[int] = []
+        self.remote_offsets: list[int] = []
+        self.sizes: list[int] = []
+        for i, target in enumerate(_rows(targets)):
+            try:
+                self._add(src, *target)
+            except (TypeError, ValueError, RegionError) as error:
+                raise type(error)(f"target {i}: {error}") from None
+
+    def _add(self, src: RegionView, src_offset: Any, nbytes: Any, dst: Any, dst_offset: Any = None) -> None:
+        start, n = size("src_offset", src_offset, 0), size("nbytes", nbytes, 0)
+        if type(dst) is not RemoteRegion:
+            raise TypeError(f"dst must be a RemoteRegion, not {type(dst).__name__}")
+        if dst.access == "read":
+            raise RegionError("it does not grant writing (its access is 'read')")
+        if start + n > src.nbytes:
+            raise RegionError(f"[{start}:{start + n}] does not lie in a source of {src.nbytes} bytes")
+        if dst_offset is None:
+            if n != dst.nbytes:
+                raise ValueError(f"{n} bytes cannot go to a destination of {dst.nbytes}")
+            offset = 0
+        else:
+            offset = size("dst_offset", dst_offset, 0)
+            if offset + n > dst.nbytes:
+                raise RegionError(f"[{offset}:{offset + n}] does not lie in a destination of {dst.nbytes} bytes")
+        self.regions.append(dst)
+        self.local_offsets.append(src._start + start)
+        self.remote_offsets.append(dst._start + offset)
+        self.sizes.append(n)
+
+
+def _rows(targets: Any) -> Iterable[tuple[Any, ...]]:
+    """Targets one by one; arrays are turned into rows."""
+    if isinstance(targets, ScatterTarget) or (isinstance(targets, tuple) and targets and _is_table(targets[0])):
+        return _columns(ScatterTarget(*targets))
+    try:
+        rows = [tuple(target) for target in targets]
+    except TypeError:
+        raise TypeError(f"targets are ScatterTargets, or one that holds arrays, not {targets!r}") from None
+    for i, row in enumerate(rows):
+        if len(row) not in (3, 4):
+            raise TypeError(f"target {i} is (src_offset, nbytes, dst) with an optional dst_offset, not {row!r}")
+    return rows
+
+
+def _is_table(field: Any) -> bool:
+    return isinstance(field, np.ndarray) or type(field).__module__ == "torch"
+
+
+def _columns(target: ScatterTarget) -> Iterable[tuple[Any, ...]]:
+    if not _is_table(target.src_offset) and not isinstance(target.src_offset, list | tuple):
+        return [tuple(target)]
+    columns = [column.tolist() if _is_table(column) else column for column in target]
+    n = len(columns[0])
+    for i in (2, 3):
+        if columns[i] is None or isinstance(columns[i], RemoteRegion):
+            columns[i] = [columns[i]] * n
+    if any(len(column) != n for column in columns):
+        raise ValueError(f"the arrays of a scatter have different lengths: {[len(column) for column in columns]}")
+    return zip(*columns, strict=True)

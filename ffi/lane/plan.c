@@ -1,0 +1,175 @@
+/* Plans: operations that are checked once and posted many times (the work-request templates of the paper, section 3.5), and
+ * scatters, which are plans posted once.
+ *
+ * A plan holds ids, not pointers. Posting looks each of them up again, which costs a few loads: the region may have been closed,
+ * the remote region revoked, the peer lost since, and then the post is refused as the plain call would be. Bounds are not
+ * checked again: the regions that ids name never change. */
+#include "lane.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+struct at_plan {
+    uint64_t count;
+    int scatter;      /* its targets end as one, with a result each */
+    int64_t *tables;  /* of pages */
+    at_order orders[];
+};
+
+static at_plan *plan_new(uint64_t count, int scatter) {
+    if (count > UINT32_MAX) return NULL;
+    at_plan *plan = calloc(1, sizeof *plan + (size_t)count * sizeof plan->orders[0]);
+    if (plan != NULL) {
+        plan->count = count;
+        plan->scatter = scatter;
+    }
+    return plan;
+}
+
+/* Check every order of a fresh plan; it goes when one is refused. */
+static at_plan *plan_checked(at_lane *lane, at_plan *plan, int *status) {
+    *status = plan == NULL ? AT_ENOMEM : lane == NULL ? AT_ESHUT : AT_OK;
+    if (*status == AT_OK) {
+        at_lock(lane);
+        for (uint64_t i = 0; i < plan->count && *status == AT_OK; i++) {
+            at_op op;
+            *status = at_resolve(lane, &plan->orders[i], 0, &op);
+            if (*status == AT_OK) *status = at_check(lane, &plan->orders[i], &op);
+            if (*status != AT_OK && plan->scatter) lane->detail = (int64_t)i;
+        }
+        at_unlock(lane);
+    }
+    if (*status == AT_OK) return plan;
+    at_plan_free(plan);
+    return NULL;
+}
+
+at_plan *at_plan_copy(at_lane *lane, int read, int64_t remote, uint64_t remote_offset, int64_t region, uint64_t local_offset,
+                      uint64_t nbytes, int *status) {
+    at_plan *plan = plan_new(1, 0);
+    if (plan != NULL)
+        plan->orders[0] = (at_order){.kind = read ? AT_OP_READ : AT_OP_WRITE, .remote = remote, .region = region,
+                                     .local_offset = local_offset, .remote_offset = remote_offset, .nbytes = nbytes, .units = 1,
+                                     .imm = -1};
+    return plan_checked(lane, plan, status);
+}
+
+at_plan *at_plan_pages(at_lane *lane, int64_t remote, int64_t region, const int64_t *local_pages, const int64_t *remote_pages,
+                       uint64_t n, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride, uint64_t local_offset,
+                       uint64_t remote_offset, int *status) {
+    *status = AT_ESIZE;
+    if (!at_pages_make_sense(n, page_bytes, local_stride, remote_stride)) return NULL;
+    at_plan *plan = plan_new(1, 0);
+    if (plan != NULL && (plan->tables = malloc((size_t)n * 2 * sizeof *plan->tables + 1)) == NULL) {
+        free(plan);
+        plan = NULL;
+    }
+    if (plan != NULL) {
+        if (n != 0) memcpy(plan->tables, local_pages, (size_t)n * sizeof *plan->tables);
+        if (n != 0) memcpy(plan->tables + n, remote_pages, (size_t)n * sizeof *plan->tables);
+        plan->orders[0] = (at_order){.kind = AT_OP_PAGES, .remote = remote, .region = region, .local_offset = local_offset,
+                                     .remote_offset = remote_offset, .nbytes = page_bytes, .units = n,
+                                     .local_stride = local_stride, .remote_stride = remote_stride, .local_pages = plan->tables,
+                                     .remote_pages = plan->tables + n, .imm = -1};
+    }
+    return plan_checked(lane, plan, status);
+}
+
+at_plan *at_plan_scatter(at_lane *lane, int64_t region, uint64_t n, const int64_t *remotes, const uint64_t *local_offsets,
+                         const uint64_t *remote_offsets, const uint64_t *nbytes, int *status) {
+    at_plan *plan = plan_new(n, 1);
+    for (uint64_t i = 0; plan != NULL && i < n; i++)
+        plan->orders[i] = (at_order){.kind = AT_OP_WRITE, .remote = remotes[i], .region = region,
+                                     .local_offset = local_offsets[i], .remote_offset = remote_offsets[i], .nbytes = nbytes[i],
+                                     .units = 1, .imm = -1};
+    return plan_checked(lane, plan, status);
+}
+
+at_plan *at_plan_signals(at_lane *lane, uint64_t n, const int64_t *peers, const uint32_t *imms, int *status) {
+    at_plan *plan = plan_new(n, 1);
+    for (uint64_t i = 0; plan != NULL && i < n; i++)
+        plan->orders[i] = (at_order){.kind = AT_OP_SIGNAL, .remote = peers[i], .units = 1, .imm = imms[i]};
+    return plan_checked(lane, plan, status);
+}
+
+void at_plan_free(at_plan *plan) {
+    if (plan != NULL) free(plan->tables);
+    free(plan);
+}
+
+/* ---- posting ---- */
+
+/* One target that could not be moved at once, or failed: the batch knows of it from now on. Returns the batch's cookie, or AT_E*. */
+static int64_t join_batch(at_lane *lane, int64_t parent, const at_plan *plan, uint32_t child, at_op *op, int rc) {
+    if (parent == 0 && (parent = at_op_new_batch(lane, (uint32_t)plan->count)) < 0) return parent;
+    at_batch *batch = at_op_find(lane, parent)->batch;
+    batch->open++;
+    if (rc == AT_EAGAIN) {
+        op->parent = parent;
+        op->child = child;
+        int64_t cookie = at_op_keep(lane, op);
+        if (cookie > 0) {
+            batch->children[child] = cookie;
+            if (op->peer->port->window != 0) at_refill(op->peer);
+            return parent;
+        }
+        rc = (int)cookie;
+    }
+    at_batch_ended(lane, parent, child, rc, 0);
+    return parent;
+}
+
+static int64_t post_scatter(at_lane *lane, const at_plan *plan, int64_t imm) {
+    at_op op;
+    for (uint64_t i = 0; i < plan->count; i++) { /* all or nothing, as far as can be known beforehand */
+        int rc = at_resolve(lane, &plan->orders[i], imm, &op);
+        if (rc != AT_OK) {
+            lane->detail = (int64_t)i;
+            return rc;
+        }
+    }
+    int64_t parent = 0;
+    int queued = 0;
+    uint64_t landed = 0;
+    for (uint64_t i = 0; i < plan->count; i++) {
+        int rc = at_resolve(lane, &plan->orders[i], imm, &op);
+        if (rc == AT_OK) rc = at_submit_here(lane, &op);
+        if (rc == AT_OK) {
+            landed += op.nbytes;
+            continue;
+        }
+        queued |= rc == AT_EAGAIN && op.peer->port->window == 0;
+        parent = join_batch(lane, parent, plan, (uint32_t)i, &op, rc);
+        if (parent < 0) return parent; /* no memory for the first that did not land: the targets before it have */
+    }
+    if (parent == 0) return lane->turn_due ? AT_DUE : AT_OK;
+    if (queued) at_wake_mover(lane, 0);
+    at_batch_ended(lane, parent, (uint32_t)plan->count, AT_OK, landed);
+    return parent;
+}
+
+int64_t at_plan_post(at_lane *lane, const at_plan *plan, int64_t imm) {
+    int64_t result = at_check_owner(lane);
+    if (result != AT_OK) return result;
+    if (plan == NULL) return AT_EUNKNOWN; /* not resolved yet */
+    at_lock(lane);
+    if (plan->scatter) {
+        result = post_scatter(lane, plan, imm);
+    } else {
+        at_op op;
+        result = at_resolve(lane, &plan->orders[0], imm, &op);
+        if (result == AT_OK) result = at_submit(lane, &op);
+    }
+    return at_unlock_and_progress(lane, result);
+}
+
+int64_t at_thread_post(at_lane *lane, const at_plan *plan, int64_t imm) {
+    int64_t result = at_check_process(lane);
+    if (result != AT_OK) return result;
+    at_op op;
+    at_lock(lane);
+    result = at_resolve(lane, &plan->orders[0], imm, &op);
+    op.detached = AT_DETACHED;
+    if (result == AT_OK) result = at_submit(lane, &op);
+    return at_unlock_and_progress(lane, result);
+}

@@ -1,0 +1,201 @@
+/* Submission: what was asked for is resolved and checked, then moved here and now or handed to ops.c.
+ *
+ * A refused call leaves no trace: everything that can be refused is, before the first byte. Small operations of synchronous
+ * providers are over when the call returns, and cost no operation, no event and no future. */
+#include "lane.h"
+
+#define LATE_BYTES ((uint64_t)64 << 10) /* once a turn is overdue, only smaller operations run inside the call */
+#define RECENT_LEAST ((uint64_t)64 << 10)
+
+void at_count_turn(at_lane *lane, uint64_t nbytes) {
+    lane->turn_bytes += nbytes;
+    if (++lane->turn_ops % 16 != 0 && lane->turn_bytes < AT_CHUNK) return;
+    lane->turn_bytes = 0;
+    if (at_now() - lane->turn_start > lane->config.turn_ns) lane->turn_due = 1;
+}
+
+/* Fresh places add up; a place that is written again does not: only the former outgrow the caches. */
+static void note_footprint(at_lane *lane, at_op *op, uint64_t nbytes) {
+    op->footprint = nbytes;
+    if (nbytes < RECENT_LEAST) return;
+    uint64_t where = op->remote->va + op->remote_offset;
+    if (op->kind == AT_OP_PAGES) where += (uint64_t)op->remote_pages[0] * op->remote_stride;
+    if (op->kind == AT_OP_READ) where = (uint64_t)(uintptr_t)op->local;
+    uint32_t i = 0;
+    while (i < AT_RECENT && lane->recent[i].where != where) i++;
+    if (i == AT_RECENT) i = lane->recent_next++ % AT_RECENT;
+    lane->recent_bytes += nbytes - lane->recent[i].nbytes;
+    lane->recent[i].where = where;
+    lane->recent[i].nbytes = nbytes;
+    op->footprint = lane->recent_bytes;
+}
+
+/* ---- checks ---- */
+
+int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op) {
+    int64_t value = order->imm >= 0 ? order->imm : imm;
+    if (value > (int64_t)UINT32_MAX) return AT_EIMM;
+    *op = (at_op){.kind = order->kind, .imm = value, .nbytes = order->nbytes, .units = order->units};
+    if (order->kind == AT_OP_SIGNAL) {
+        op->peer = at_peer_find(lane, order->remote);
+        return value < 0 ? AT_EIMM : op->peer == NULL || op->peer->status != AT_OK ? AT_EPEER : AT_OK;
+    }
+    at_region *region = at_region_use(lane, order->region);
+    if (region == NULL) return AT_ECLOSED;
+    at_remote *remote = at_remote_use(lane, order->remote);
+    if (remote == NULL) return AT_ESTALE;
+    if (remote->peer->status != AT_OK) return AT_EPEER;
+    if (!(remote->access & (order->kind == AT_OP_READ ? AT_ACCESS_READ : AT_ACCESS_WRITE))) return AT_EGRANT;
+    if (atomic_load_explicit(remote->word, memory_order_acquire) != remote->epoch) return AT_ESTALE;
+    op->peer = remote->peer;
+    op->remote = remote;
+    op->region = region;
+    op->remote_index = (uint32_t)order->remote;
+    op->region_index = (uint32_t)order->region;
+    op->local = region->base + order->local_offset;
+    op->remote_offset = order->remote_offset;
+    op->local_stride = order->local_stride;
+    op->remote_stride = order->remote_stride;
+    op->local_pages = order->local_pages;
+    op->remote_pages = order->remote_pages;
+    return AT_OK;
+}
+
+/* The largest legal index for pages at offset + index * stride inside `nbytes`; -1 when not even page 0 fits. */
+static int64_t last_page(uint64_t nbytes, uint64_t offset, uint64_t page, uint64_t stride) {
+    if (offset > nbytes || page > nbytes - offset) return -1;
+    if (stride == 0) return INT64_MAX;
+    uint64_t most = (nbytes - offset - page) / stride;
+    return most > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)most;
+}
+
+/* AT_OK when all of pages[0..n) lie in [0, last]. One vectorisable pass (a negative index is huge when read unsigned). */
+static int check_pages(at_lane *lane, const int64_t *pages, uint64_t n, int64_t last, int status) {
+    uint64_t bad = 0;
+    for (uint64_t i = 0; i < n; i++) bad |= (uint64_t)(last < 0) | (uint64_t)((uint64_t)pages[i] > (uint64_t)last);
+    if (bad == 0) return AT_OK;
+    for (uint64_t i = 0; i < n; i++) {
+        if (last < 0 || (uint64_t)pages[i] > (uint64_t)last) {
+            lane->detail = pages[i];
+            break;
+        }
+    }
+    return status;
+}
+
+int at_check(at_lane *lane, const at_order *order, const at_op *op) {
+    if (order->kind == AT_OP_SIGNAL) return AT_OK;
+    uint64_t here = op->region->nbytes, there = op->remote->nbytes, n = order->nbytes;
+    if (order->kind == AT_OP_PAGES) {
+        int rc = check_pages(lane, order->local_pages, order->units,
+                             last_page(here, order->local_offset, n, order->local_stride), AT_EINDEX_SRC);
+        return rc != AT_OK ? rc
+                           : check_pages(lane, order->remote_pages, order->units,
+                                         last_page(there, order->remote_offset, n, order->remote_stride), AT_EINDEX_DST);
+    }
+    if (order->local_offset > here || n > here - order->local_offset) return AT_ESRC;
+    if (order->remote_offset > there || n > there - order->remote_offset) return AT_EDST;
+    return AT_OK;
+}
+
+/* ---- here and now, or later ---- */
+
+static int moved_all(const at_op *op) { return op->landed == op->units; }
+
+int at_submit_here(at_lane *lane, at_op *op) {
+    at_peer *peer = op->peer;
+    const at_port *port = peer->port;
+    uint64_t nbytes = op->nbytes * op->units;
+    if (op->units == 0) return AT_OK;
+    if (op->remote != NULL) note_footprint(lane, op, nbytes);
+    if (port->window != 0 || lane->moving_here) return AT_EAGAIN;
+    int here = nbytes <= lane->config.inline_bytes && (!lane->turn_due || nbytes <= LATE_BYTES);
+    if (!here && !(lane->config.flags & AT_LANE_NO_THREAD)) return AT_EAGAIN;
+    int oserror = 0, rc = AT_OK;
+    while (rc == AT_OK && !moved_all(op)) rc = port->move(peer, op, nbytes, 0, &oserror);
+    if (rc == AT_OK) rc = at_op_publish(op);
+    else if (op->landed != 0) (void)at_op_publish(op);
+    if (!op->detached) at_count_turn(lane, nbytes);
+    if (rc == AT_OK) {
+        lane->stats.ops_inline++;
+        lane->stats.units_written += op->units;
+        lane->stats.bytes_written += nbytes;
+    } else if (oserror != 0) {
+        lane->oserror = oserror;
+    }
+    return rc;
+}
+
+void at_wake_mover(at_lane *lane, int64_t cookie) {
+    if (lane->config.flags & AT_LANE_LOOP) {
+        at_event_signal(lane);
+        return;
+    }
+    at_thread_kick(lane);
+    at_op *op = cookie != 0 ? at_op_find(lane, cookie) : NULL;
+    if (op != NULL && !op->detached && lane->thread_started && !(lane->config.flags & AT_LANE_THREAD)) at_head_start(lane, op);
+}
+
+int64_t at_submit(at_lane *lane, at_op *op) {
+    int rc = at_submit_here(lane, op);
+    if (rc == AT_OK) return lane->turn_due && !op->detached ? AT_DUE : AT_OK;
+    if (rc != AT_EAGAIN) return rc;
+    int64_t cookie = at_op_keep(lane, op);
+    if (cookie < 0) return cookie;
+    if (op->peer->port->window == 0) at_wake_mover(lane, cookie);
+    else at_refill(op->peer);
+    return cookie;
+}
+
+int64_t at_unlock_and_progress(at_lane *lane, int64_t result) {
+    void (*progress)(at_lane *) = result >= 0 ? lane->progress : NULL;
+    at_unlock(lane);
+    if (progress != NULL) progress(lane);
+    return result;
+}
+
+/* ---- the door ---- */
+
+static int64_t submit_one(at_lane *lane, const at_order *order, int64_t imm) {
+    int64_t result = at_check_owner(lane);
+    if (result != AT_OK) return result;
+    at_op op;
+    at_lock(lane);
+    result = at_resolve(lane, order, imm, &op);
+    if (result == AT_OK) result = at_check(lane, order, &op);
+    if (result == AT_OK) result = at_submit(lane, &op);
+    return at_unlock_and_progress(lane, result);
+}
+
+int64_t at_write(at_lane *lane, int64_t remote, uint64_t remote_offset, int64_t region, uint64_t local_offset, uint64_t nbytes,
+                 int64_t imm) {
+    at_order order = {.kind = AT_OP_WRITE, .remote = remote, .region = region, .local_offset = local_offset,
+                      .remote_offset = remote_offset, .nbytes = nbytes, .units = 1, .imm = -1};
+    return submit_one(lane, &order, imm);
+}
+
+int64_t at_read(at_lane *lane, int64_t remote, uint64_t remote_offset, int64_t region, uint64_t local_offset, uint64_t nbytes) {
+    at_order order = {.kind = AT_OP_READ, .remote = remote, .region = region, .local_offset = local_offset,
+                      .remote_offset = remote_offset, .nbytes = nbytes, .units = 1, .imm = -1};
+    return submit_one(lane, &order, -1);
+}
+
+int64_t at_write_pages(at_lane *lane, int64_t remote, int64_t region, const int64_t *local_pages, const int64_t *remote_pages,
+                       uint64_t n, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride, uint64_t local_offset,
+                       uint64_t remote_offset, int64_t imm) {
+    if (!at_pages_make_sense(n, page_bytes, local_stride, remote_stride)) return AT_ESIZE;
+    at_order order = {.kind = AT_OP_PAGES, .remote = remote, .region = region, .local_offset = local_offset,
+                      .remote_offset = remote_offset, .nbytes = page_bytes, .units = n, .local_stride = local_stride,
+                      .remote_stride = remote_stride, .local_pages = local_pages, .remote_pages = remote_pages, .imm = -1};
+    return submit_one(lane, &order, imm);
+}
+
+int at_pages_make_sense(uint64_t n, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride) {
+    return page_bytes != 0 && page_bytes <= (uint64_t)INT64_MAX && remote_stride >= page_bytes &&
+           (local_stride == 0 || local_stride >= page_bytes) && n <= (uint64_t)INT64_MAX / page_bytes;
+}
+
+int64_t at_signal(at_lane *lane, int64_t peer, int64_t imm) {
+    at_order order = {.kind = AT_OP_SIGNAL, .remote = peer, .units = 1, .imm = -1};
+    return submit_one(lane, &order, imm);
+}

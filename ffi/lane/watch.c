@@ -1,0 +1,83 @@
+/* Watched words: 64-bit words that something outside this library changes (a kernel, another process). Nobody rings for them, so
+ * the native thread looks: often while they change, ever more rarely while they do not. */
+#include "lane.h"
+
+#include <stdlib.h>
+
+#define PAUSE_LEAST ((uint64_t)50000)   /* ns: right after a change */
+#define PAUSE_MOST ((uint64_t)4000000)  /* ns: nothing has changed for a while */
+
+int64_t at_watch_add(at_lane *lane, const void *word, uint64_t *value) {
+    int64_t id = AT_ENOMEM;
+    at_lock(lane);
+    uint32_t i = 0;
+    while (i < lane->watch_count && lane->watches[i].word != NULL) i++;
+    if (i == lane->watch_capacity) {
+        uint32_t next = lane->watch_capacity ? lane->watch_capacity * 2 : 8;
+        at_watch *more = realloc(lane->watches, next * sizeof *more);
+        if (more == NULL) goto out;
+        lane->watches = more;
+        lane->watch_capacity = next;
+    }
+    if (i == lane->watch_count) lane->watches[lane->watch_count++].generation = 0;
+    at_watch *watch = &lane->watches[i];
+    *watch = (at_watch){.word = word, .generation = (watch->generation + 1) & 0x7fffffffu};
+    watch->told = *value = atomic_load_explicit(watch->word, memory_order_acquire);
+    id = at_make_id(watch->generation, i);
+out:
+    at_unlock(lane);
+    return id;
+}
+
+static at_watch *find(at_lane *lane, int64_t id) {
+    uint32_t index = (uint32_t)id;
+    if (id < 0 || index >= lane->watch_count) return NULL;
+    at_watch *watch = &lane->watches[index];
+    return watch->word != NULL && watch->generation == (uint32_t)(id >> 32) ? watch : NULL;
+}
+
+int at_watch_next(at_lane *lane, int64_t id, uint64_t *value) {
+    int result = AT_EUNKNOWN;
+    at_lock(lane);
+    at_watch *watch = find(lane, id);
+    if (watch != NULL) {
+        *value = atomic_load_explicit(watch->word, memory_order_acquire);
+        result = *value != watch->told;
+        watch->armed = !result;
+        watch->told = *value;
+        lane->watch_pause = PAUSE_LEAST;
+        if (!result && (at_thread_start(lane) != AT_OK || !lane->thread_started)) result = AT_EIO;
+        if (!result) at_thread_kick(lane);
+    }
+    at_unlock(lane);
+    return result;
+}
+
+int at_watch_close(at_lane *lane, int64_t id) {
+    at_lock(lane);
+    at_watch *watch = find(lane, id);
+    if (watch != NULL) watch->word = NULL;
+    at_unlock(lane);
+    return watch != NULL ? AT_OK : AT_EUNKNOWN;
+}
+
+uint64_t at_watch_look(at_lane *lane) {
+    int armed = 0, changed = 0;
+    for (uint32_t i = 0; i < lane->watch_count; i++) {
+        at_watch *watch = &lane->watches[i];
+        if (watch->word == NULL || !watch->armed) continue;
+        uint64_t value = atomic_load_explicit(watch->word, memory_order_acquire);
+        if (value == watch->told) {
+            armed = 1;
+            continue;
+        }
+        watch->told = value;
+        watch->armed = 0;
+        changed = 1;
+        at_event_push(lane, AT_EV_WATCH, (uint64_t)at_make_id(watch->generation, i), AT_OK, value);
+    }
+    if (changed || lane->watch_pause == 0) lane->watch_pause = PAUSE_LEAST;
+    else if (armed) lane->watch_pause += lane->watch_pause / 2;
+    if (lane->watch_pause > PAUSE_MOST) lane->watch_pause = PAUSE_MOST;
+    return armed ? lane->watch_pause : 0;
+}
