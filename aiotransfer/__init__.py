@@ -12,11 +12,16 @@ from __future__ import annotations
 from aiotransfer.config import Config
 from aiotransfer.engine.counter import Counter
 from aiotransfer.engine.engine import Engine
+from aiotransfer.engine.group import PeerGroup
 from aiotransfer.engine.open import open_engine
 from aiotransfer.engine.peer import Message, Peer
+from aiotransfer.engine.plans import Plan
 from aiotransfer.engine.region import Region
+from aiotransfer.engine.scatter import ScatterTarget
 from aiotransfer.engine.statistics import Statistics
+from aiotransfer.engine.threads import EngineThread, ThreadHandle, ThreadTransfer, run_in_thread
 from aiotransfer.engine.transfer import Transfer, wait_all
+from aiotransfer.engine.watch import Watcher
 from aiotransfer.errors import (
     BrokenError,
     BusyError,
@@ -52,10 +57,13 @@ __all__ = [
     "Counter",
     "DescriptorError",
     "Engine",
+    "EngineThread",
     "InternalError",
     "Message",
     "Peer",
+    "PeerGroup",
     "PeerLostError",
+    "Plan",
     "ProviderUnavailableError",
     "QuarantineError",
     "RailBrokenError",
@@ -66,11 +74,16 @@ __all__ = [
     "RemoteRegion",
     "RendezvousError",
     "ScatterError",
+    "ScatterTarget",
     "StaleRegionError",
     "Statistics",
+    "ThreadHandle",
+    "ThreadTransfer",
     "Transfer",
     "TransferError",
     "TransferTimeout",
+    "Watcher",
     "open_engine",
+    "run_in_thread",
     "wait_all",
 ]

@@ -28,9 +28,9 @@ code and its text) and `.hint`; none holds a live object, so all of them pickle.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
-_FIELDS = ("peer", "rail", "provider", "code", "hint")
+E = TypeVar("E", bound=BaseException)
 
 
 class TransferError(Exception):
@@ -59,6 +59,16 @@ class TransferError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, self.__dict__.copy())
+
+
+def again(error: E) -> E:
+    """A stored error, to be raised once more: a copy, because raising would tie the frames of whoever catches it to the original,
+    and with them everything in those frames, for as long as it is stored."""
+    if not isinstance(error, TransferError):
+        return error.with_traceback(None)
+    copy = _rebuild(type(error), error.message, error.__dict__.copy())
+    copy.__cause__ = error.__cause__
+    return cast("E", copy)
 
 
 def _rebuild(cls: type[TransferError], message: str, state: dict[str, Any]) -> TransferError:

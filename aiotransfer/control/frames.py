@@ -169,9 +169,35 @@ class Merge(msgspec.Struct, tag=23, array_like=True):
     """Two dials crossed; this connection is the one that goes."""
 
 
+class Join(msgspec.Struct, tag=24, array_like=True, frozen=True):
+    """A member of a group: its rank, the generation it is forming, and the immediates that count signals to it.
+
+    Immediates of 0: it has given up the generation before this one, and is not forming this one yet.
+    """
+
+    key: bytes
+    rank: int
+    generation: int
+    imms: tuple[int, int]
+
+
 Greeting = Hello | Welcome | Proof | Accepted | Info | Refused
 Frame = (
-    Lookup | LookupCancel | Found | Failed | Ask | Answer | Message | Credit | Ping | Pong | Revoked | Goodbye | Up | Merge
+    Lookup
+    | LookupCancel
+    | Found
+    | Failed
+    | Ask
+    | Answer
+    | Message
+    | Credit
+    | Ping
+    | Pong
+    | Revoked
+    | Goodbye
+    | Up
+    | Merge
+    | Join
 )
 
 _encoder = msgspec.msgpack.Encoder()

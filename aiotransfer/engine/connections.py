@@ -280,6 +280,7 @@ class Connections:
                 path.close()
             self._companions.clear()
         self._engine._publications.gone(peer)
+        self._engine._groups.gone(peer)
 
     async def close(self) -> None:
         """Goodbye to everybody; no more connections."""

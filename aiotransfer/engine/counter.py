@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
-from aiotransfer.errors import ClosedError, TransferTimeout
+from aiotransfer.errors import ClosedError, TransferTimeout, again
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Counter:
         queue, self._queue = self._queue, deque()
         for _, future in queue:
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(again(error))
 
     def __enter__(self) -> Counter:
         return self

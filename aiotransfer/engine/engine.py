@@ -16,11 +16,12 @@ from aiotransfer.control.key import load_key
 from aiotransfer.control.link import Identity
 from aiotransfer.core.ledger import Ledger
 from aiotransfer.engine import memory
-from aiotransfer.engine.arguments import check_imm
+from aiotransfer.engine.arguments import RESERVED, check_imm
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.connections import Connections
 from aiotransfer.engine.counter import Counter
 from aiotransfer.engine.display import engine_html, engine_text
+from aiotransfer.engine.group import Groups, PeerGroup
 from aiotransfer.engine.liveness import Liveness
 from aiotransfer.engine.mailbox import Mailbox
 from aiotransfer.engine.peer import Message, Peer
@@ -30,7 +31,9 @@ from aiotransfer.engine.publications import Publications
 from aiotransfer.engine.region import ACCESSES, Region
 from aiotransfer.engine.statistics import Statistics
 from aiotransfer.engine.sweeper import Sweeper
+from aiotransfer.engine.threads import ThreadHandle
 from aiotransfer.engine.transfer import Transfer
+from aiotransfer.engine.watch import Watcher
 from aiotransfer.errors import BusyError, ClosedError, ConfigurationError, RegionError, TransferError
 from aiotransfer.model.address import Address
 from aiotransfer.model.dtypes import lookup as lookup_dtype
@@ -44,7 +47,8 @@ if TYPE_CHECKING:
 
 
 SETTLE_SECONDS = 0.02  # how often quarantined memory is looked at
-FIRST_FREE_IMM = 0xEFFF_FFFF
+FIRST_FREE_IMM = RESERVED - 1
+MOST_IMM = (1 << 32) - 1
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _leaked: list[Region] = []  # memory that a stopped peer may still write into, kept for the life of the process
 
@@ -102,6 +106,10 @@ class Engine(Planner):
         self._counters: dict[int, Counter] = {}
         self._records: dict[int, Counter] = {}
         self._next_imm = FIRST_FREE_IMM
+        self._next_own_imm = RESERVED
+        self._watchers: dict[int, Watcher] = {}
+        self._handles: list[ThreadHandle] = []
+        self._groups = Groups(self)
         self._by_lane_peer: dict[int, Peer] = {}
         self._gone: dict[int, TransferError] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -249,6 +257,16 @@ class Engine(Planner):
         known = self._counters.get(value)
         if known is not None:
             return known
+        return self._open_counter(value)
+
+    def _own_counter(self) -> Counter:
+        """A counter of a reserved value, used once and never again."""
+        if self._next_own_imm > MOST_IMM:
+            raise BusyError("the reserved immediates of this engine are used up", hint="open a fresh engine")
+        self._next_own_imm += 1
+        return self._open_counter(self._next_own_imm - 1)
+
+    def _open_counter(self, value: int) -> Counter:
         record = native.lib.at_imm_open(self._p, value)
         if record < 0:
             raise BusyError(
@@ -257,6 +275,31 @@ class Engine(Planner):
             )
         counter = self._counters[value] = self._records[record] = Counter(self, value, record)
         return counter
+
+    def watch(self, word: Any) -> Watcher:
+        """Watch 8 aligned bytes of host memory that a kernel or another process changes: `async for old, new in ...`.
+
+        `word` is anything `register` takes, or a slice of a region. Values may be skipped. While nothing changes it is looked
+        at every few ms, by the native thread.
+        """
+        self._check()
+        return Watcher(self, word)
+
+    def group(self, members: Sequence[str | Address], *, name: str = "") -> PeerGroup:
+        """The group of these engines, named by address in the same order on every member, this engine included.
+
+        The members connect at the first barrier. The same members and name give the same group. Raises `ValueError` when this
+        engine's address is not among them or one is named twice.
+        """
+        self._check()
+        return self._groups.get(members, name)
+
+    def from_thread(self) -> ThreadHandle:
+        """A handle by which other threads submit operations, without the event loop."""
+        self._check()
+        handle = ThreadHandle(self)
+        self._handles.append(handle)
+        return handle
 
     async def connect(self, address: str | Address, *, timeout: float | None = None, require: str | None = None) -> Peer:
         """Connect to an engine, retrying until it is up. One `Peer` per remote incarnation, whoever dialed first.
@@ -339,6 +382,9 @@ class Engine(Planner):
             native.lib.at_lane_shut(self._p)
             for task in list(self._tasks):
                 task.cancel()
+            for watcher in list(self._watchers.values()):
+                watcher.close()
+            self._groups.close()
             for cookie in self._ledger.shut():
                 lib.at_cancel(self._p, cookie, lib.AT_ESHUT)
             deadline = self._loop.time() + self.config.drain_timeout
@@ -362,6 +408,8 @@ class Engine(Planner):
                 provider.close()
             self._progress.close()
             self._state = "closed"
+            for handle in self._handles:
+                await handle._close()
             self._lane.free()
             self._p = native.ffi.NULL  # which the lane refuses: late calls find nothing freed
             if self._closed_event is not None and not self._closed_event.done():

@@ -25,6 +25,7 @@ from aiotransfer.errors import (
     StaleRegionError,
     TransferError,
     TransferTimeout,
+    again,
 )
 from aiotransfer.model.address import Address
 from aiotransfer.model.descriptor import RemoteRegion
@@ -81,6 +82,7 @@ class Peer:
         self._receive_credit = ReceiveCredit(engine.config.message_window_count, engine.config.message_window_bytes)
         self._send_queue: deque[tuple[asyncio.Future[None], bytes]] = deque()
         self._waiting_ops = 0
+        self._early_joins = 0  # for groups that are not known here yet
 
     # ---- what users see ----
 
@@ -224,6 +226,8 @@ class Peer:
                 self._engine._connections.answer(self, number, provider, body)
             case frames.Up():
                 self._engine._connections.came_up(self)
+            case frames.Join():
+                self._engine._groups.joined(self, frame)
             case frames.Revoked(slots=slots, reason=reason):
                 self._engine._remote_revoked(self, slots, reason)
             case _:
@@ -269,7 +273,7 @@ class Peer:
 
     def _check_up(self) -> None:
         if self._error is not None:
-            raise self._error.with_traceback(None)
+            raise again(self._error)
 
     # ---- the end ----
 
@@ -297,7 +301,7 @@ class Peer:
             engine._fail_peer(self)
         for future in list(self._dependents):
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(again(error))
                 future.exception()  # whoever waits raises it; if nobody does any more, that is no news
         self._dependents.clear()
         self._lookups.clear()
@@ -306,7 +310,7 @@ class Peer:
         else:
             self._link.close(goodbye)
         if not self._up.done():
-            self._up.set_exception(error)
+            self._up.set_exception(again(error))
             self._up.exception()
         if not self._ended.done():
             self._ended.set_result(None)

@@ -118,7 +118,7 @@ class Plan:
             except TransferError as better:
                 return better
         error = refusal(engine, status, peer, None, region)
-        if self._targets is not None and isinstance(error, TransferError) and error is not peer._error:
+        if self._targets is not None and isinstance(error, TransferError):
             error.message = f"target {index}: {error.message}"
         return error
 
@@ -198,6 +198,7 @@ class Planner(Submitter):
         return self._scatter_plan(src, targets, require).post(imm=imm, timeout=timeout)
 
     def _scatter_plan(self, src: RegionView, targets: Any, require: str | None) -> Plan:
+        self._check()
         self._check_local(src, "source")
         table = Targets(src, targets)
 

@@ -55,6 +55,10 @@ class Progress:
                 engine._peer_event(number, status)
             elif kind == lib.AT_EV_REGION:
                 engine._region_free(number)
+            elif kind == lib.AT_EV_WATCH:
+                watcher = engine._watchers.get(number)
+                if watcher is not None:
+                    watcher._changed(count)
 
     def close(self) -> None:
         """Leave the loop alone."""

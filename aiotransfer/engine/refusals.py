@@ -15,6 +15,7 @@ from aiotransfer.errors import (
     RemoteAccessError,
     StaleRegionError,
     TransferTimeout,
+    again,
 )
 from aiotransfer.providers import native
 
@@ -34,7 +35,7 @@ def refusal(
     if peer is not None:
         where = {"peer": str(peer.address), "provider": peer._path.provider if peer._path is not None else None}
         if status in (lib.AT_EPEER, lib.AT_ESHUT) and peer._error is not None:
-            return peer._error
+            return again(peer._error)
     text = native.text(status)
     match status:
         case lib.AT_ETHREAD:

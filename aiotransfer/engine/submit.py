@@ -28,6 +28,7 @@ from aiotransfer.errors import (
     StaleRegionError,
     TransferError,
     TransferTimeout,
+    again,
 )
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.providers import native
@@ -176,23 +177,31 @@ class Submitter(EngineBase):
         self, dst: RemoteRegion | Peer, imm: int, *, timeout: float | None = None, require: str | None = None
     ) -> Transfer:
         """An immediate with no bytes, to a peer or to the owner of a region."""
-        from aiotransfer.engine.peer import Peer
-
         self._check()
         value = check_imm(imm)
-        peer = dst if isinstance(dst, Peer) else self._owner(dst) if isinstance(dst, RemoteRegion) else None
-        if peer is None:
-            raise TypeError(f"a signal goes to a Peer or a RemoteRegion, not to {type(dst).__name__}")
-        if peer._engine is not self:
-            raise ValueError(f"{peer} belongs to another engine")
-        peer._check_up()
+        peer = self._addressee(dst)
         self._check_required(peer, require)
         result = native.lib.at_signal(self._p, peer.path.lane_peer, value)
         return self._outcome(result, 0, peer, timeout, None, None, None)
 
     # ---- common ----
 
+    def _addressee(self, dst: RemoteRegion | Peer) -> Peer:
+        from aiotransfer.engine.peer import Peer
+
+        peer = dst if isinstance(dst, Peer) else self._owner(dst) if isinstance(dst, RemoteRegion) else None
+        if peer is None:
+            raise TypeError(f"a signal goes to a Peer or a RemoteRegion, not to {type(dst).__name__}")
+        if peer._engine is not self:
+            raise ValueError(f"{peer} belongs to another engine")
+        peer._check_up()
+        return peer
+
     def _check_operands(self, local: RegionView, remote: RemoteRegion, access: str = "write") -> None:
+        self._check()
+        self._check_views(local, remote, access)
+
+    def _check_views(self, local: RegionView, remote: RemoteRegion, access: str = "write") -> None:
         here, there = ("source", "destination") if access == "write" else ("destination", "source")
         self._check_local(local, here)
         if not isinstance(remote, RemoteRegion):
@@ -204,7 +213,6 @@ class Submitter(EngineBase):
             raise RegionError(f"the {there} does not grant {doing} (its access is {remote.access!r})")
 
     def _check_local(self, local: RegionView, name: str) -> None:
-        self._check()
         if not isinstance(local, RegionView):
             raise TypeError(f"the {name} must be a Region or a slice of one, not {type(local).__name__}")
         if local._engine is not self:
@@ -366,7 +374,7 @@ class Submitter(EngineBase):
                 hint="look the region up again",
             )
         if gone is not None:
-            raise gone.with_traceback(None)
+            raise again(gone)
         raise RegionError(
             f"this engine is not connected to {dst.owner}, which owns the region", peer=dst.owner, hint="await connect() first"
         )

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from aiotransfer.errors import TransferError
+from aiotransfer.errors import TransferError, again
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
@@ -103,7 +103,7 @@ class Transfer:
         self._disarm()
         if self._state == FAILED:
             assert self._error is not None
-            raise self._error.with_traceback(None)
+            raise again(self._error)
         if self._state == CANCELLED:
             raise asyncio.CancelledError("the transfer was cancelled by another awaiter")
 

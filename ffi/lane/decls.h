@@ -82,7 +82,7 @@ typedef struct {
 at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config);
 /* Refuses new work, joins the native thread, frees everything. The caller has closed all peers. Twice: undefined. */
 void at_lane_free(at_lane *lane);
-/* From here on at_write and friends answer AT_ESHUT. */
+/* From here on at_write and friends answer AT_ESHUT, and the operations of other threads end in it. */
 void at_lane_shut(at_lane *lane);
 /* Readable when at_poll has something to say; -1 where the platform has none. */
 int at_lane_fd(at_lane *lane);

@@ -174,6 +174,8 @@ void at_lane_free(at_lane *lane) {
 void at_lane_shut(at_lane *lane) {
     at_lock(lane);
     lane->shut = 1;
+    for (uint32_t i = 0; i < lane->op_count; i++) /* those of other threads: whoever waits for them shall leave */
+        if (lane->ops[i] != NULL && lane->ops[i]->detached) at_op_stop(lane->ops[i], AT_ESHUT);
     at_unlock(lane);
 }
 

@@ -1,0 +1,340 @@
+"""Peer groups: the same ordered list of engines on every member, and barriers among them.
+
+Forming. Members connect in pairs, the smaller rank dialing, and tell each other over the control connection which two reserved
+immediates will count the signals of their barriers (`Join`). A Join carries a generation. A member that is forming takes over
+any higher generation it hears of, with fresh immediates; it has formed when every member's latest Join is of its own
+generation. Fresh immediates for each generation are what keeps late signals of a broken one from being counted in the next.
+
+Barriers. Each member signals all others by one prepared scatter and waits for as many arrivals. Nobody can be two barriers
+ahead of anybody, so two immediates in turn are enough (the paper's barrier, arXiv 2510.27656 section 3.4, with per-receiver
+immediates instead of agreed ones).
+
+Failing. A barrier that ends in any way but success may leave members apart, so it breaks the group on this member; `reform`
+announces the next generation. The breaking member says so at once, so that nobody waits for it until his own timeout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from aiotransfer.control.frames import Join
+from aiotransfer.engine.plans import Plan
+from aiotransfer.errors import BrokenError, BusyError, ClosedError, ScatterError, TransferError, TransferTimeout, again
+from aiotransfer.model.address import Address
+from aiotransfer.providers import native
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.counter import Counter
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import RegionView
+
+MOST_UNKNOWN = 1024  # Joins of one peer for groups that nobody has made here yet
+DIALS_AT_ONCE = 32
+GAVE_UP = (0, 0)
+
+
+class PeerGroup:
+    """An ordered list of engines, this one among them. Made by `Engine.group`."""
+
+    def __init__(self, engine: Engine, members: tuple[Address, ...], name: str, key: bytes) -> None:
+        self._engine = engine
+        self.members = members
+        self.name = name
+        self._key = key
+        self.rank = members.index(engine.address)
+        self._generation = 1
+        self._formed = False
+        self._joins: dict[int, tuple[Peer, Join]] = {}  # by rank: the latest of each member
+        self._told: dict[int, tuple[Peer, int]] = {}  # by rank: to whom we sent a Join, and of which generation
+        self._counters: tuple[Counter, ...] = ()
+        self._plans: tuple[Plan, ...] = ()
+        self._peers: tuple[Peer, ...] = ()
+        self._rounds = 0
+        self._failure: TransferError | None = None
+        self._waiting: asyncio.Future[None] | None = None  # woken by every Join while forming
+        self._busy = False
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def peers(self) -> tuple[Peer | None, ...]:
+        """The members as peers, None for this engine and for those not connected yet."""
+        return tuple(self._joins[rank][0] if rank in self._joins else None for rank in range(len(self)))
+
+    async def barrier(self, *, timeout: float | None = None) -> None:
+        """Returns when every member has called it as often. The first one connects the members.
+
+        Raises `PeerLostError` when a member is lost, `TransferTimeout`, or `BrokenError` when another member gave the group
+        up; the group is then broken until `reform`. Cancelling breaks it, too.
+        """
+        await self._exclusively(self._barrier, timeout, "barrier")
+
+    async def reform(self, *, timeout: float | None = None) -> None:
+        """Mend a broken group: every member calls it. Members that were restarted at their address are connected again."""
+        await self._exclusively(self._reform, timeout, "reform")
+
+    def scatter_plan(self, src: RegionView, targets: Any, *, require: str | None = None) -> Plan:
+        """A prepared scatter to members: `plan.post(imm=...)` replays it. Arguments and errors as for `Engine.scatter`."""
+        plan = self._engine._scatter_plan(src, targets, require)
+        members = {self._engine.address, *self.members}
+        for i, peer in enumerate(plan._targets or ()):
+            if peer.address not in members and peer not in self._peers:
+                raise ValueError(f"target {i}: {peer} is no member of this group")
+        return plan
+
+    def close(self) -> None:
+        """Forget the group here. Twice is silent."""
+        self._break(ClosedError("the group was closed"))
+        self._engine._groups.forget(self)
+
+    # ---- one call at a time ----
+
+    async def _exclusively(self, work: Any, timeout: float | None, what: str) -> None:
+        self._engine._check()
+        left = self._engine._seconds(timeout)
+        if self._busy:
+            raise BusyError("another barrier or reform of this group is under way", hint="a member calls one at a time")
+        self._busy = True
+        try:
+            async with asyncio.timeout(None if left == math.inf else left):
+                await work()
+        except TimeoutError as error:
+            missing = self._missing()
+            who = f"; not heard of: {', '.join(missing)}" if missing else ""
+            late = TransferTimeout(
+                f"the {what} of {len(self)} members did not end within {left:g} s{who}",
+                hint="does every member call it? The group is broken until all call reform()",
+            )
+            self._break(late)
+            raise late from (None if not isinstance(error, TransferTimeout) else error)
+        except BaseException as error:
+            cause = error if isinstance(error, TransferError) else BrokenError(f"a {what} was given up: {error!r}")
+            self._break(cause)
+            raise
+        finally:
+            self._busy = False
+
+    def _missing(self) -> list[str]:
+        if self._formed:
+            return []
+        return [
+            str(address)
+            for rank, address in enumerate(self.members)
+            if rank != self.rank and not self._has_joined(rank)
+        ]
+
+    async def _barrier(self) -> None:
+        if self._failure is not None:
+            raise BrokenError(
+                f"the group is broken: {self._failure.message}", peer=self._failure.peer, hint="all members call reform()"
+            ) from self._failure
+        if not self._formed:
+            await self._form()
+        if len(self) == 1:
+            await asyncio.sleep(0)
+            return
+        turn = self._rounds % 2
+        self._rounds += 1
+        try:
+            await self._plans[turn].post(timeout=math.inf)
+        except ScatterError as error:
+            raise next(e for e in error.results if e is not None) from error
+        await self._counters[turn].wait(len(self) - 1, peers=self._peers)
+
+    async def _reform(self) -> None:
+        heard = max((join.generation for _, join in self._joins.values()), default=0)
+        self._forget_generation()
+        self._generation = max(self._generation + 1, heard)
+        self._failure = None
+        for rank, (peer, _) in list(self._joins.items()):
+            if peer._state != "up":
+                del self._joins[rank]
+        await self._form()
+
+    # ---- forming ----
+
+    async def _form(self) -> None:
+        engine = self._engine
+        self._open_counters()
+        others = [rank for rank in range(len(self)) if rank != self.rank]
+        limit = asyncio.Semaphore(DIALS_AT_ONCE)
+
+        async def dial(rank: int) -> None:
+            async with limit:
+                peer = await engine.connect(self.members[rank], timeout=math.inf)
+            self._tell(rank, peer)
+
+        async with asyncio.TaskGroup() as tasks:
+            for rank in others:
+                known = self._joins.get(rank)
+                if known is not None and known[0]._state == "up":
+                    self._tell(rank, known[0])
+                elif rank > self.rank:
+                    tasks.create_task(dial(rank))
+            tasks.create_task(self._all_joined(others))
+        self._peers = tuple(self._joins[rank][0] for rank in others)
+        lane_peers = [peer.path.lane_peer for peer in self._peers]
+
+        def plan(turn: int) -> Plan:
+            imms = [self._joins[rank][1].imms[turn] for rank in others]
+            return Plan(
+                engine, 0, (), self._peers, scatter=True,
+                build=lambda status: native.lib.at_plan_signals(engine._p, len(imms), lane_peers, imms, status),
+            )  # fmt: skip
+
+        self._plans = (plan(0), plan(1)) if others else ()
+        self._rounds = 0
+        self._formed = True
+
+    async def _all_joined(self, others: Sequence[int]) -> None:
+        while True:
+            higher = max((join.generation for _, join in self._joins.values()), default=0)
+            if higher > self._generation:
+                self._forget_generation()
+                self._generation = higher
+                self._open_counters()
+            for rank in others:
+                known = self._joins.get(rank)
+                if known is None:
+                    continue
+                if known[0]._state != "up":
+                    if known[1].generation == self._generation:
+                        known[0]._check_up()
+                    del self._joins[rank]
+                else:
+                    self._tell(rank, known[0])
+            if all(map(self._has_joined, others)):
+                return
+            self._waiting = self._engine._loop.create_future()
+            for peer in {known[0] for known in self._joins.values()}:
+                peer._depend(self._waiting)
+            try:
+                await self._waiting
+            finally:
+                for peer in {known[0] for known in self._joins.values()}:
+                    peer._forget(self._waiting)
+                self._waiting = None
+
+    def _has_joined(self, rank: int) -> bool:
+        known = self._joins.get(rank)
+        return known is not None and known[1].generation == self._generation and known[1].imms != GAVE_UP
+
+    def _tell(self, rank: int, peer: Peer) -> None:
+        if self._told.get(rank) != (peer, self._generation):
+            self._told[rank] = (peer, self._generation)
+            imms = (self._counters[0].imm, self._counters[1].imm)
+            peer._post(Join(key=self._key, rank=self.rank, generation=self._generation, imms=imms))
+
+    def _joined(self, peer: Peer, join: Join) -> None:
+        """A member's Join. May be of an older or newer generation than ours."""
+        known = self._joins.get(join.rank)
+        self._joins[join.rank] = (peer, join)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+        elif self._formed and known is not None and (join.generation > self._generation or known[0] is not peer):
+            error = BrokenError(f"member {join.rank} ({peer.name or peer.address}) has given the group up", peer=str(peer.address))
+            self._break(error, tell=False)
+
+    # ---- the end of a generation ----
+
+    def _open_counters(self) -> None:
+        if not self._counters:
+            self._counters = (self._engine._own_counter(), self._engine._own_counter())
+
+    def _forget_generation(self) -> None:
+        self._formed = False
+        for counter in self._counters:
+            counter.close()
+        self._counters = ()
+        self._plans = ()
+        self._told.clear()
+
+    def _break(self, cause: TransferError, *, tell: bool = True) -> None:
+        if self._failure is None:
+            self._failure = again(cause)
+        if tell and self._formed:
+            gave_up = Join(key=self._key, rank=self.rank, generation=self._generation + 1, imms=GAVE_UP)
+            for peer, _ in self._joins.values():
+                if peer._state == "up":
+                    peer._post(gave_up)
+        for counter in self._counters:
+            counter._fail_waits(cause)
+        self._forget_generation()
+
+    def __repr__(self) -> str:
+        state = "broken" if self._failure is not None else "formed" if self._formed else "not formed yet"
+        return f"<PeerGroup {self.name!r} rank {self.rank} of {len(self)}, {state}>"
+
+
+class Groups:
+    """All groups of one engine, and Joins for groups that are still to be made here."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._groups: dict[bytes, PeerGroup] = {}
+        self._early: dict[bytes, dict[int, tuple[Peer, Join]]] = {}
+
+    def get(self, members: Sequence[str | Address], name: str) -> PeerGroup:
+        """The group of these members; the same object while it is not closed."""
+        if not isinstance(name, str):
+            raise TypeError(f"a group's name must be a str, not {name!r}")
+        if isinstance(members, str | bytes | Address):
+            raise TypeError(f"members are a list of addresses, not {members!r}")
+        addresses = tuple(Address.parse(member) for member in members)
+        if len(set(addresses)) != len(addresses):
+            raise ValueError("a group names each member once")
+        if self._engine.address not in addresses:
+            raise ValueError(f"this engine ({self._engine.address}) is not among the members of the group")
+        text = "\n".join([name, *map(str, addresses)])
+        key = hashlib.sha256(text.encode()).digest()[:16]
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = PeerGroup(self._engine, addresses, name, key)
+            for peer, join in self._early.pop(key, {}).values():
+                if peer._state == "up":
+                    self.joined(peer, join)
+        return group
+
+    def joined(self, peer: Peer, join: Join) -> None:
+        """A Join came."""
+        group = self._groups.get(join.key)
+        if group is not None:
+            if 0 <= join.rank < len(group) and join.rank != group.rank:
+                group._joined(peer, join)
+            return
+        if peer._early_joins >= MOST_UNKNOWN:
+            peer._lose(BrokenError(f"{peer} joined more than {MOST_UNKNOWN} groups that are not known here"))
+            return
+        ranks = self._early.setdefault(join.key, {})
+        if join.rank not in ranks or ranks[join.rank][0] is not peer:
+            peer._early_joins += 1
+        ranks[join.rank] = (peer, join)
+
+    def gone(self, peer: Peer) -> None:
+        """A peer has ended: so have its early Joins."""
+        if peer._early_joins:
+            for key, ranks in list(self._early.items()):
+                for rank in [rank for rank, (who, _) in ranks.items() if who is peer]:
+                    del ranks[rank]
+                if not ranks:
+                    del self._early[key]
+
+    def forget(self, group: PeerGroup) -> None:
+        """It was closed."""
+        if self._groups.get(group._key) is group:
+            del self._groups[group._key]
+
+    def close(self) -> None:
+        """The engine ends."""
+        for group in list(self._groups.values()):
+            group._break(ClosedError("the engine was closed"))
+        self._groups.clear()
+        self._early.clear()
+
+

@@ -1,0 +1,352 @@
+"""Other threads: submitting operations without the event loop, and an engine for programs that have no loop.
+
+A `ThreadHandle` makes a native plan of each operation and posts it from the calling thread; the event loop takes no part, so it
+may be blocked meanwhile. Completion is a record in the lane that the thread waits for natively, with the interpreter's lock
+released. Closing the engine ends all of it: `close` waits until no thread is inside the lane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import math
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aiotransfer.engine.arguments import Pages, check_imm
+from aiotransfer.engine.base import seconds
+from aiotransfer.engine.refusals import refusal
+from aiotransfer.errors import ClosedError, TransferTimeout, again
+from aiotransfer.providers import native
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import RegionView
+    from aiotransfer.model.descriptor import RemoteRegion
+
+T = TypeVar("T")
+FOREVER_NS = (1 << 63) - 1
+
+
+class ThreadTransfer:
+    """An operation submitted by a thread. `wait()` returns, or raises what it ended in."""
+
+    __slots__ = ("_bound", "_cookie", "_error", "_handle", "_keep", "_over", "_peer", "nbytes")
+
+    def __init__(self, handle: ThreadHandle, nbytes: int, peer: Peer, keep: object) -> None:
+        self._handle = handle
+        self.nbytes = nbytes
+        self._peer = peer
+        self._keep = keep
+        self._cookie = 0
+        self._over = False
+        self._error: BaseException | None = None
+        self._bound: concurrent.futures.Future[None] | None = None  # its region's owner is being asked
+
+    def done(self) -> bool:
+        """Whether it has ended, in whichever way; the source memory is free then."""
+        return self._look(0)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until it has ended. Raises `TransferTimeout` after `timeout` seconds (it goes on), or the operation's error."""
+        left = math.inf if timeout is None else seconds(timeout)
+        if not self._look(left):
+            raise TransferTimeout(f"the operation has not ended within {left:g} s; it goes on")
+        if self._error is not None:
+            raise again(self._error)
+
+    def _look(self, left: float) -> bool:
+        if self._over:
+            return True
+        deadline = time.monotonic() + left
+        if self._bound is not None:
+            try:
+                self._bound.result(None if left == math.inf else left)
+            except concurrent.futures.TimeoutError:
+                return False
+            except BaseException as error:
+                self._finish(error)
+                return True
+            if self._over:
+                return True
+            left = max(0.0, deadline - time.monotonic())
+        with self._handle._inside():
+            ns = FOREVER_NS if left == math.inf else int(min(left, 1e9) * 1e9)
+            status = native.lib.at_thread_wait(self._handle._engine._p, self._cookie, ns)
+            if status == 1:
+                return False
+            native.lib.at_thread_drop(self._handle._engine._p, self._cookie)
+        self._finish(None if status == 0 else refusal(self._handle._engine, status, self._peer))
+        return True
+
+    def _finish(self, error: BaseException | None) -> None:
+        self._error = error
+        self._over = True
+        self._keep = None
+
+    def __del__(self) -> None:
+        if not self._over and self._cookie:
+            self._handle._orphan(self._cookie, self._keep)
+
+    def __repr__(self) -> str:
+        return f"<ThreadTransfer {self.nbytes} bytes, {'ended' if self._over else 'under way'}>"
+
+
+class ThreadHandle:
+    """What other threads may call. Made by `Engine.from_thread`; may be shared between threads."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._guard = threading.Condition()
+        self._users = 0
+        self._closed = False
+        self._orphans: list[tuple[int, object]] = []
+
+    # ---- operations ----
+
+    def write(self, src: RegionView, dst: RemoteRegion, *, imm: int | None = None) -> ThreadTransfer:
+        """As `Engine.write`, from any thread; returns at once."""
+        with self._inside():
+            engine = self._engine
+            engine._check_views(src, dst)
+            self._equal(src, dst)
+            value = -1 if imm is None else check_imm(imm)
+            return self._submit(dst, src.nbytes, (src, dst), value, lambda remote, status: native.lib.at_plan_copy(
+                engine._p, 0, remote, dst._start, src._id, src._start, src.nbytes, status))  # fmt: skip
+
+    def read(self, src: RemoteRegion, dst: RegionView) -> ThreadTransfer:
+        """As `Engine.read`, from any thread; returns at once."""
+        with self._inside():
+            engine = self._engine
+            engine._check_views(dst, src, "read")
+            self._equal(src, dst)
+            return self._submit(src, src.nbytes, (src, dst), -1, lambda remote, status: native.lib.at_plan_copy(
+                engine._p, 1, remote, src._start, dst._id, dst._start, src.nbytes, status))  # fmt: skip
+
+    def write_pages(
+        self,
+        src: RegionView,
+        src_pages: Any,
+        dst: RemoteRegion,
+        dst_pages: Any,
+        *,
+        page_bytes: int,
+        src_stride: int | None = None,
+        dst_stride: int | None = None,
+        src_offset: int = 0,
+        dst_offset: int = 0,
+        imm: int | None = None,
+    ) -> ThreadTransfer:
+        """As `Engine.write_pages`, from any thread; returns at once."""
+        with self._inside():
+            engine = self._engine
+            engine._check_views(src, dst)
+            table = Pages(src_pages, dst_pages, page_bytes, src_stride, dst_stride, src_offset, dst_offset)
+            table.check_sources(src.nbytes)
+            table.check_targets(dst.nbytes)
+            here, there = (native.ffi.from_buffer("int64_t[]", t.copy()) for t in (table.sources, table.targets))
+            value = -1 if imm is None else check_imm(imm)
+            return self._submit(dst, table.count * table.page, (src, dst), value, lambda remote, status:
+                native.lib.at_plan_pages(
+                    engine._p, remote, src._id, here, there, table.count, table.page, table.from_stride, table.to_stride,
+                    src._start + table.from_offset, dst._start + table.to_offset, status))  # fmt: skip
+
+    def signal(self, dst: RemoteRegion | Peer, imm: int) -> ThreadTransfer:
+        """As `Engine.signal`, from any thread; returns at once."""
+        with self._inside():
+            engine = self._engine
+            value = check_imm(imm)
+            peer = engine._addressee(dst)
+            number = peer.path.lane_peer
+            transfer = ThreadTransfer(self, 0, peer, None)
+            self._post(transfer, value, lambda status: native.lib.at_plan_signals(engine._p, 1, [number], [value], status))
+            return transfer
+
+    @staticmethod
+    def _equal(src: Any, dst: Any) -> None:
+        if src.nbytes != dst.nbytes:
+            raise ValueError(f"the source has {src.nbytes} bytes, the destination {dst.nbytes}")
+
+    def _submit(
+        self, region: RemoteRegion, nbytes: int, keep: object, imm: int, build: Callable[[int, Any], Any]
+    ) -> ThreadTransfer:
+        engine = self._engine
+        peer = engine._owner(region)
+        transfer = ThreadTransfer(self, nbytes, peer, None)
+        bound = region._box.bound
+        if bound is not None and bound.engine is engine and bound.peer is peer:
+            transfer._keep = (keep, bound)
+            self._post(transfer, imm, lambda status: build(bound.remote, status))
+            return transfer
+
+        async def bind_then_post() -> None:
+            await engine._bind(region, peer)
+            fresh = region._box.bound
+            transfer._keep = (keep, fresh)
+            self._post(transfer, imm, lambda status: build(fresh.remote, status))
+
+        transfer._bound = asyncio.run_coroutine_threadsafe(bind_then_post(), engine._loop)
+        return transfer
+
+    def _post(self, transfer: ThreadTransfer, imm: int, build: Callable[[Any], Any]) -> None:
+        engine = self._engine
+        status = native.ffi.new("int *")
+        plan = build(status)
+        if plan == native.ffi.NULL:
+            raise refusal(engine, int(status[0]), transfer._peer)
+        try:
+            result = native.lib.at_thread_post(engine._p, plan, imm)
+        finally:
+            native.lib.at_plan_free(plan)
+        if result < 0:
+            raise refusal(engine, int(result), transfer._peer)
+        if result > 1:
+            transfer._cookie = int(result)
+        else:
+            transfer._finish(None)
+
+    # ---- who is inside ----
+
+    def _inside(self) -> _Inside:
+        return _Inside(self)
+
+    def _orphan(self, cookie: int, keep: object) -> None:
+        """Nobody waits for it any more; what it uses must live until it has ended."""
+        self._orphans.append((cookie, keep))
+        self._sweep()
+
+    def _sweep(self) -> None:
+        if not self._closed and self._engine._lane.usable:
+            drop = native.lib.at_thread_drop
+            self._orphans = [(cookie, keep) for cookie, keep in self._orphans if drop(self._engine._p, cookie) == 1]
+
+    async def _close(self) -> None:
+        """No thread enters any more; returns when none is inside. The lane is shut: their waits end."""
+        with self._guard:
+            self._closed = True
+        while True:
+            with self._guard:
+                if self._users == 0:
+                    return
+            await asyncio.sleep(0.001)
+
+
+class _Inside:
+    """A thread is between the check that the engine is open and its last native call."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: ThreadHandle) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> None:
+        handle = self._handle
+        with handle._guard:
+            engine = handle._engine
+            if handle._closed or engine._state != "open" or not engine._lane.usable:
+                raise ClosedError("the engine is closed")
+            handle._users += 1
+        if handle._orphans:
+            handle._sweep()
+
+    def __exit__(self, *_: object) -> None:
+        with self._handle._guard:
+            self._handle._users -= 1
+
+
+class EngineThread:
+    """An engine on an event loop in a thread of its own. Made by `run_in_thread`; a context manager."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        from aiotransfer.engine.open import open_engine
+
+        self._loop = _new_loop()
+        self._thread = threading.Thread(target=self._main, name="aiotransfer loop", daemon=True)
+        self._closed = False
+        self._thread.start()
+
+        async def open_it() -> Engine:
+            return await open_engine(**options)
+
+        try:
+            self.engine: Engine = self.run(open_it())
+            self.handle: ThreadHandle = self.run(self._make_handle())
+        except BaseException:
+            self._stop()
+            raise
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    async def _make_handle(self) -> ThreadHandle:
+        return self.engine.from_thread()
+
+    def run(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+        """Run a coroutine on the engine's loop and return its result; it is cancelled after `timeout` seconds.
+
+        Raises what it raises, `TransferTimeout`, or `ClosedError` when the thread has ended.
+        """
+        if self._closed or not self._thread.is_alive():
+            work.close()
+            raise ClosedError("the engine's thread has ended")
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("run() was called on the engine's own thread; await it there")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout if timeout is None else seconds(timeout))
+        except concurrent.futures.TimeoutError as error:
+            if future.done():
+                raise
+            future.cancel()
+            raise TransferTimeout(f"the call did not end within {timeout:g} s and was cancelled") from error
+        except BaseException:
+            future.cancel()  # Ctrl-C in the waiting thread
+            raise
+
+    def close(self) -> None:
+        """Close the engine, stop the loop, join the thread. Twice is silent."""
+        if self._closed:
+            return
+        try:
+            self.run(self.engine.aclose())
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._closed = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    def __enter__(self) -> EngineThread:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+def run_in_thread(**options: Any) -> EngineThread:
+    """An engine on a loop thread of its own, for programs without a loop. `options` are those of `open_engine`.
+
+    `.engine` is the engine, `.run(coroutine)` runs one on its loop, `.handle` submits operations from any thread.
+    """
+    return EngineThread(options)
