@@ -172,7 +172,8 @@ class Merge(msgspec.Struct, tag=23, array_like=True):
 class Join(msgspec.Struct, tag=24, array_like=True, frozen=True):
     """A member of a group: its rank, the generation it is forming, and the immediates that count signals to it.
 
-    Immediates of 0: it has given up the generation before this one, and is not forming this one yet.
+    A first immediate of 0: it has given up the generation before this one, and is not forming this one yet; the second is then
+    the rank of the member that it lost, plus one, or 0.
     """
 
     key: bytes

@@ -396,6 +396,8 @@ class Engine(Planner):
                 counter.close()
             self._publications.close()
             await self._connections.close()
+            for handle in self._handles:
+                await handle._close()
             self._progress.poll()
             self._release_memory()
         finally:
@@ -408,8 +410,6 @@ class Engine(Planner):
                 provider.close()
             self._progress.close()
             self._state = "closed"
-            for handle in self._handles:
-                await handle._close()
             self._lane.free()
             self._p = native.ffi.NULL  # which the lane refuses: late calls find nothing freed
             if self._closed_event is not None and not self._closed_event.done():

@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control.frames import Join
 from aiotransfer.engine.plans import Plan
-from aiotransfer.errors import BrokenError, BusyError, ClosedError, ScatterError, TransferError, TransferTimeout, again
+from aiotransfer.errors import (
+    BrokenError,
+    BusyError,
+    ClosedError,
+    PeerLostError,
+    ScatterError,
+    TransferError,
+    TransferTimeout,
+    again,
+)
 from aiotransfer.model.address import Address
 from aiotransfer.providers import native
 
@@ -35,7 +44,6 @@ if TYPE_CHECKING:
 
 MOST_UNKNOWN = 1024  # Joins of one peer for groups that nobody has made here yet
 DIALS_AT_ONCE = 32
-GAVE_UP = (0, 0)
 
 
 class PeerGroup:
@@ -223,7 +231,7 @@ class PeerGroup:
 
     def _has_joined(self, rank: int) -> bool:
         known = self._joins.get(rank)
-        return known is not None and known[1].generation == self._generation and known[1].imms != GAVE_UP
+        return known is not None and known[1].generation == self._generation and known[1].imms[0] != 0
 
     def _tell(self, rank: int, peer: Peer) -> None:
         if self._told.get(rank) != (peer, self._generation):
@@ -238,8 +246,14 @@ class PeerGroup:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
         elif self._formed and known is not None and (join.generation > self._generation or known[0] is not peer):
-            error = BrokenError(f"member {join.rank} ({peer.name or peer.address}) has given the group up", peer=str(peer.address))
-            self._break(error, tell=False)
+            self._break(self._given_up(peer, join), tell=False)
+
+    def _given_up(self, peer: Peer, join: Join) -> BrokenError:
+        who = f"member {join.rank} ({peer.name or peer.address})"
+        if join.imms[0] == 0 and 0 < join.imms[1] <= len(self):
+            lost = self.members[join.imms[1] - 1]
+            return PeerLostError(f"{who} has lost member {join.imms[1] - 1} ({lost})", peer=str(lost))
+        return BrokenError(f"{who} has given the group up", peer=str(peer.address))
 
     # ---- the end of a generation ----
 
@@ -259,7 +273,8 @@ class PeerGroup:
         if self._failure is None:
             self._failure = again(cause)
         if tell and self._formed:
-            gave_up = Join(key=self._key, rank=self.rank, generation=self._generation + 1, imms=GAVE_UP)
+            lost = next((rank for rank, (peer, _) in self._joins.items() if peer._state == "lost"), -1)
+            gave_up = Join(key=self._key, rank=self.rank, generation=self._generation + 1, imms=(0, lost + 1))
             for peer, _ in self._joins.values():
                 if peer._state == "up":
                     peer._post(gave_up)
@@ -333,7 +348,7 @@ class Groups:
     def close(self) -> None:
         """The engine ends."""
         for group in list(self._groups.values()):
-            group._break(ClosedError("the engine was closed"))
+            group._break(ClosedError("the engine was closed"), tell=False)  # the goodbye says it better
         self._groups.clear()
         self._early.clear()
 

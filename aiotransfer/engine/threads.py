@@ -221,19 +221,17 @@ class ThreadHandle:
         self._sweep()
 
     def _sweep(self) -> None:
-        if not self._closed and self._engine._lane.usable:
+        if self._engine._lane.usable:
             drop = native.lib.at_thread_drop
             self._orphans = [(cookie, keep) for cookie, keep in self._orphans if drop(self._engine._p, cookie) == 1]
 
     async def _close(self) -> None:
-        """No thread enters any more; returns when none is inside. The lane is shut: their waits end."""
+        """No thread enters any more; returns when none is inside and nothing of theirs is under way. The lane is shut: it ends."""
         with self._guard:
             self._closed = True
-        while True:
-            with self._guard:
-                if self._users == 0:
-                    return
+        while self._users or self._orphans:
             await asyncio.sleep(0.001)
+            self._sweep()
 
 
 class _Inside:

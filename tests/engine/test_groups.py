@@ -1,0 +1,199 @@
+"""Groups: barriers among several engines, what breaks them, and how they are mended."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+import aiotransfer as at
+
+pytestmark = pytest.mark.asyncio
+
+
+async def open_group(stack: AsyncExitStack, provider: str, n: int) -> list[at.PeerGroup]:
+    engines = [await stack.enter_async_context(at.open_engine(providers=provider, timeout=10)) for _ in range(n)]
+    members = [str(engine.address) for engine in engines]
+    return [engine.group(members, name="all") for engine in engines]
+
+
+@pytest_asyncio.fixture(params=["shm", "loopback"])
+async def four(request: pytest.FixtureRequest) -> AsyncIterator[list[at.PeerGroup]]:
+    async with AsyncExitStack() as stack:
+        yield await open_group(stack, request.param, 4)
+
+
+async def everyone(groups: list[at.PeerGroup], what: str = "barrier", **options: Any) -> None:
+    await asyncio.gather(*(getattr(group, what)(**options) for group in groups))
+
+
+async def test_ranks_are_places_in_the_list(four: list[at.PeerGroup]) -> None:
+    assert [group.rank for group in four] == [0, 1, 2, 3]
+    assert len(four[0]) == 4
+    engine = four[0]._engine
+    assert engine.group([str(member) for member in four[0].members], name="all") is four[0]
+    assert engine.group([str(member) for member in four[0].members]) is not four[0]
+
+
+async def test_nobody_leaves_a_barrier_before_everybody_has_come(four: list[at.PeerGroup]) -> None:
+    rng = random.Random(3)
+    entered = [0] * 4
+    orders = [[rng.randrange(4) for _ in range(30)] for _ in four]
+
+    async def member(rank: int) -> None:
+        for turn, pauses in enumerate(orders[rank]):
+            for _ in range(pauses):
+                await asyncio.sleep(0)
+            entered[rank] = turn + 1
+            await four[rank].barrier(timeout=5)
+            assert min(entered) >= turn + 1
+
+    await asyncio.gather(*map(member, range(4)))
+
+
+async def test_groups_of_the_same_members_do_not_mix(four: list[at.PeerGroup]) -> None:
+    members = [str(member) for member in four[0].members]
+    others = [group._engine.group(members, name="other") for group in four]
+    await everyone(four)
+    waiting = [asyncio.ensure_future(group.barrier(timeout=5)) for group in four[:3]]
+    await everyone(others)
+    assert not any(task.done() for task in waiting)
+    await four[3].barrier(timeout=5)
+    await asyncio.gather(*waiting)
+
+
+async def test_a_group_of_one_is_always_complete() -> None:
+    async with at.open_engine() as engine:
+        group = engine.group([str(engine.address)])
+        for _ in range(3):
+            await group.barrier(timeout=1)
+        await group.reform(timeout=1)
+        assert group.peers == (None,)
+
+
+async def test_wrong_members_are_refused() -> None:
+    async with at.open_engine() as engine:
+        me = str(engine.address)
+        for members, name, error in (
+            ([], "", ValueError),
+            (["127.0.0.1:1"], "", ValueError),
+            ([me, me], "", ValueError),
+            ([me, "nonsense"], "", ValueError),
+            (me, "", TypeError),
+            ([me, 7], "", TypeError),
+            ([me], 7, TypeError),
+        ):
+            with pytest.raises(error):
+                engine.group(members, name=name)  # type: ignore[arg-type]
+
+
+async def test_a_member_that_does_not_come_breaks_the_barrier_for_all_at_once(four: list[at.PeerGroup]) -> None:
+    await everyone(four)
+    waiting = [asyncio.ensure_future(group.barrier(timeout=30)) for group in four[:2]]
+    with pytest.raises(at.TransferTimeout):
+        await four[2].barrier(timeout=0.05)
+    for task in waiting:
+        with pytest.raises(at.BrokenError, match="given the group up"):
+            await asyncio.wait_for(task, 5)
+    with pytest.raises(at.BrokenError, match="broken"):
+        await four[0].barrier(timeout=1)
+
+
+async def test_a_barrier_that_cannot_form_names_who_is_missing(four: list[at.PeerGroup]) -> None:
+    with pytest.raises(at.TransferTimeout, match=str(four[3].members[3])):
+        await asyncio.gather(*(group.barrier(timeout=0.3) for group in four[:3]))
+
+
+async def test_a_reformed_group_counts_nothing_of_the_broken_one(four: list[at.PeerGroup]) -> None:
+    await everyone(four)
+    for turn in range(5):
+        late = four[turn % 4]
+        with pytest.raises((at.TransferTimeout, at.BrokenError)):
+            await asyncio.gather(*(group.barrier(timeout=0.05) for group in four if group is not late))
+        await everyone(four, "reform", timeout=5)
+        waiting = [asyncio.ensure_future(group.barrier(timeout=5)) for group in four if group is not late]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not any(task.done() for task in waiting)
+        await late.barrier(timeout=5)
+        await asyncio.gather(*waiting)
+
+
+async def test_members_may_reform_at_different_times(four: list[at.PeerGroup]) -> None:
+    await everyone(four)
+    with pytest.raises((at.TransferTimeout, at.BrokenError)):
+        await four[0].barrier(timeout=0.02)
+    with pytest.raises(at.TransferTimeout):
+        await four[0].reform(timeout=0.05)  # nobody else has come yet
+    first = [asyncio.ensure_future(group.reform(timeout=5)) for group in four[:2]]
+    await asyncio.sleep(0.05)
+    await everyone(four[2:], "reform", timeout=5)
+    await asyncio.gather(*first)
+    await everyone(four)
+
+
+async def test_a_lost_member_ends_the_barrier_and_its_successor_joins_by_reform() -> None:
+    async with AsyncExitStack() as stack:
+        groups = await open_group(stack, "shm", 3)
+        await everyone(groups)
+        address = str(groups[2].members[2])
+        waiting = [asyncio.ensure_future(group.barrier(timeout=30)) for group in groups[:2]]
+        await asyncio.sleep(0.01)
+        await groups[2]._engine.aclose()
+        ends = await asyncio.gather(*waiting, return_exceptions=True)
+        assert any(isinstance(end, at.PeerLostError) for end in ends), ends
+        assert all(isinstance(end, at.BrokenError) for end in ends), ends
+        fresh = await stack.enter_async_context(at.open_engine(listen=address, providers="shm"))
+        groups[2] = fresh.group([str(member) for member in groups[0].members], name="all")
+        newcomer = asyncio.ensure_future(groups[2].barrier(timeout=5))
+        await everyone(groups[:2], "reform", timeout=5)
+        await everyone(groups[:2])
+        await newcomer
+        assert groups[0].peers[2] is not None
+
+
+async def test_cancelling_a_barrier_breaks_the_group(four: list[at.PeerGroup]) -> None:
+    await everyone(four)
+    task = asyncio.ensure_future(four[0].barrier())
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(at.BrokenError):
+        await four[0].barrier()
+    await everyone(four, "reform", timeout=5)
+    await everyone(four)
+
+
+async def test_one_barrier_at_a_time(four: list[at.PeerGroup]) -> None:
+    await everyone(four)
+    task = asyncio.ensure_future(four[0].barrier(timeout=5))
+    await asyncio.sleep(0)
+    with pytest.raises(at.BusyError):
+        await four[0].barrier()
+    await everyone(four[1:])
+    await task
+
+
+async def test_closing_the_engine_ends_a_barrier(four: list[at.PeerGroup]) -> None:
+    await everyone(four)
+    task = asyncio.ensure_future(four[0].barrier(timeout=30))
+    await asyncio.sleep(0.01)
+    await four[0]._engine.aclose()
+    with pytest.raises(at.TransferError):
+        await asyncio.wait_for(task, 5)
+
+
+async def test_a_target_that_is_no_member_is_refused(four: list[at.PeerGroup]) -> None:
+    await everyone(four)
+    async with at.open_engine(providers=four[0].peers[1].path.provider) as stranger:  # type: ignore[union-attr]
+        stranger.publish("memory", stranger.allocate(64))
+        peer = await four[0]._engine.connect(stranger.address)
+        remote = await peer.lookup("memory")
+        with pytest.raises(ValueError, match="no member"):
+            four[0].scatter_plan(four[0]._engine.allocate(64), [(0, 64, remote)])
