@@ -92,7 +92,7 @@ class Engine(Planner):
         if self._state != "new":
             raise ClosedError("an engine is opened once")
         self._loop = asyncio.get_running_loop()
-        self._lane = Lane(self.incarnation, self.config)
+        self._lane = Lane(self.incarnation, self.config, progress=self.progress)
         self._state = "open"
         self._p: Any = self._lane.pointer
         self._due = False

@@ -49,7 +49,9 @@ def open_engine(
 
     `listen` is the control address (port 0: any). `providers` is "auto", a name, or names in order of preference. `key` is a
     shared secret of at least 16 bytes (or `AIOTRANSFER_KEY`); without one only processes of the same user on this host are
-    accepted. `timeout` (seconds) is the default deadline of transfers, connect, lookup and ping.
+    accepted. `progress` says who makes copies too large for the submitting call: "auto", a native thread, the caller beginning;
+    "thread", the thread alone and also of smaller ones; "loop", the event loop in its own turns (a blocked loop then delays its
+    own large writes, never those of others). `timeout` (seconds) is the default deadline of transfers, connect, lookup and ping.
 
     Raises `ProviderUnavailableError` where there is no native extension or no provider, `ConfigurationError`, `TypeError` or
     `ValueError` for settings that make no sense.

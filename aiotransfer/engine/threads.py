@@ -223,10 +223,11 @@ class ThreadHandle:
     def _sweep(self) -> None:
         if self._engine._lane.usable:
             drop = native.lib.at_thread_drop
-            self._orphans = [(cookie, keep) for cookie, keep in self._orphans if drop(self._engine._p, cookie) == 1]
+            looked_at, self._orphans = self._orphans, []  # others may add to the new list meanwhile
+            self._orphans += [(cookie, keep) for cookie, keep in looked_at if drop(self._engine._p, cookie) == 1]
 
     async def _close(self) -> None:
-        """No thread enters any more; returns when none is inside and nothing of theirs is under way. The lane is shut: it ends."""
+        """No thread enters any more; returns when none is inside and nothing of theirs is left (the lane is shut)."""
         with self._guard:
             self._closed = True
         while self._users or self._orphans:

@@ -15,6 +15,7 @@ from aiotransfer.errors import BusyError, InternalError, RegistrationError
 from aiotransfer.providers import native
 
 ACCESS = {"write": 1, "read": 2, "both": 3}
+THREAD_INLINE = 64 << 10  # progress="thread": what is still copied inside the call
 
 
 class Event(NamedTuple):
@@ -31,15 +32,17 @@ class Lane:
 
     __slots__ = ("_region_owners", "events", "fd", "pid", "pointer")
 
-    def __init__(self, incarnation: int, config: Config, *, threadless: bool = False) -> None:
+    def __init__(self, incarnation: int, config: Config, *, progress: str = "auto", threadless: bool = False) -> None:
         native.require()
+        lib = native.lib
         settings = native.ffi.new("at_lane_config *")
-        settings.inline_bytes = config.inline_bytes
+        settings.inline_bytes = min(config.inline_bytes, THREAD_INLINE) if progress == "thread" else config.inline_bytes
         settings.turn_ns = int(config.turn_seconds * 1e9)
         settings.max_ops = config.max_queued_operations
         settings.max_bytes = config.max_queued_bytes
         settings.early_values = config.early_values
-        settings.flags = native.lib.AT_LANE_NO_THREAD if threadless else 0
+        settings.flags = {"auto": 0, "loop": lib.AT_LANE_LOOP, "thread": lib.AT_LANE_THREAD}[progress]
+        settings.flags |= lib.AT_LANE_NO_THREAD if threadless else 0
         pointer = native.lib.at_lane_new(incarnation, settings)
         if pointer == native.ffi.NULL:
             number = native.ffi.errno

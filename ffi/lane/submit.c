@@ -52,7 +52,7 @@ int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op) {
     op->region = region;
     op->remote_index = (uint32_t)order->remote;
     op->region_index = (uint32_t)order->region;
-    op->local = region->base + order->local_offset;
+    op->local = (uint8_t *)((uintptr_t)region->base + order->local_offset); /* wherever that is: bounds come next */
     op->remote_offset = order->remote_offset;
     op->local_stride = order->local_stride;
     op->remote_stride = order->remote_stride;

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -43,6 +44,9 @@ async def main(address: str) -> None:
                 await asyncio.sleep(0.05)
                 ctypes.PyDLL(None).usleep(int(float(argument) * 1e6))
                 await peer.send(str(counter.total).encode())
+            elif command == "when":
+                await counter.wait(int(argument))
+                await peer.send(str(time.monotonic()).encode())
             elif command == "count":
                 await peer.send(str(counter.total).encode())
             elif command == "leave":
