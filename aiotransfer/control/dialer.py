@@ -7,6 +7,7 @@ import math
 
 from aiotransfer.control.key import Key
 from aiotransfer.control.link import Identity, Link
+from aiotransfer.control.network import Network
 from aiotransfer.errors import BrokenError, RendezvousError, TransferTimeout
 from aiotransfer.model.address import Address
 
@@ -14,7 +15,7 @@ FIRST_PAUSE = 0.01
 LONGEST_PAUSE = 0.5
 
 
-async def dial(address: Address, key: Key, identity: Identity, *, deadline: float) -> Link:
+async def dial(address: Address, key: Key, identity: Identity, network: Network, *, deadline: float) -> Link:
     """Connect and authenticate, retrying until `deadline` (loop time) while nobody listens.
 
     Raises `TransferTimeout` naming the last obstacle, or `RendezvousError` at once: a wrong key does not get better.
@@ -25,7 +26,7 @@ async def dial(address: Address, key: Key, identity: Identity, *, deadline: floa
     while True:
         try:
             async with asyncio.timeout_at(None if deadline == math.inf else deadline):
-                return await _once(address, key, identity)
+                return await _once(address, key, identity, network)
         except RendezvousError as error:
             error.peer = str(address)
             raise
@@ -44,11 +45,10 @@ async def dial(address: Address, key: Key, identity: Identity, *, deadline: floa
         pause = min(pause * 2, LONGEST_PAUSE)
 
 
-async def _once(address: Address, key: Key, identity: Identity) -> Link:
-    loop = asyncio.get_running_loop()
+async def _once(address: Address, key: Key, identity: Identity, network: Network) -> Link:
     link = Link("dialer", key, identity)
     try:
-        await loop.create_connection(lambda: link, address.host, address.port)
+        await network.connect(address, lambda: link)
         await asyncio.shield(link.established)
     except BaseException:
         link.abort()

@@ -30,6 +30,7 @@ class Identity(NamedTuple):
 
     incarnation: int
     info: Callable[[], PeerInfo]
+    entropy: Callable[[int], bytes] = os.urandom
 
 
 class Link(asyncio.Protocol):
@@ -38,7 +39,7 @@ class Link(asyncio.Protocol):
     def __init__(self, role: Role, key: Key, identity: Identity) -> None:
         self._loop = asyncio.get_running_loop()
         self.dialed = role == "dialer"
-        self._session = Session(role, key, identity.incarnation, identity.info(), os.urandom(NONCE_BYTES))
+        self._session = Session(role, key, identity.incarnation, identity.info(), identity.entropy(NONCE_BYTES))
         self.established: asyncio.Future[None] = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
         self._started = False

@@ -8,57 +8,43 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
 from collections.abc import Callable
 
 from aiotransfer.control.key import Key
 from aiotransfer.control.link import Identity, Link
+from aiotransfer.control.network import Network, Server
 from aiotransfer.errors import ConfigurationError
 from aiotransfer.model.address import Address
 
 MOST_STRANGERS = 64
 HANDSHAKE_SECONDS = 5.0
-BACKLOG = 256
 _logger = logging.getLogger("aiotransfer")
 
 
 class Listener:
     """A control port. `on_link` gets every authenticated link, not yet started."""
 
-    def __init__(self, address: Address, key: Key, identity: Identity, on_link: Callable[[Link], None]) -> None:
+    def __init__(
+        self, address: Address, key: Key, identity: Identity, network: Network, on_link: Callable[[Link], None]
+    ) -> None:
         self.address = address
         self._key = key
         self._identity = identity
+        self._network = network
         self._on_link = on_link
-        self._server: asyncio.Server | None = None
+        self._server: Server | None = None
         self._strangers: dict[Link, asyncio.TimerHandle] = {}
         self._logged = 0.0
 
     async def start(self) -> None:
         """Listen. Raises `ConfigurationError` when the address cannot be had."""
-        loop = asyncio.get_running_loop()
         try:
-            family, place = await self._place(loop)
-            # SO_REUSEADDR but not SO_REUSEPORT: a restarted engine gets its port back, two engines never share one.
-            sock = socket.create_server(place, family=family, backlog=BACKLOG)
-            self._server = await loop.create_server(self._connected, sock=sock, backlog=BACKLOG)
+            self._server, self.address = await self._network.listen(self.address, self._connected)
         except (OSError, OverflowError) as error:
             raise ConfigurationError(
                 f"cannot listen on {self.address}: {error}", hint="choose another port (0: any) or address"
             ) from error
-        self.address = Address(self.address.host, int(self._server.sockets[0].getsockname()[1]))
-
-    async def _place(self, loop: asyncio.AbstractEventLoop) -> tuple[socket.AddressFamily, tuple[str, int]]:
-        host, port = self.address.host, self.address.port
-        if ":" in host:
-            return socket.AF_INET6, (host, port)
-        try:
-            socket.inet_pton(socket.AF_INET, host)
-        except OSError:
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            return found[0][0], (str(found[0][4][0]), port)
-        return socket.AF_INET, (host, port)
 
     def _connected(self) -> Link:
         link = Link("acceptor", self._key, self._identity)

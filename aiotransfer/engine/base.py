@@ -38,7 +38,7 @@ class EngineBase:
     _lane: Lane
     _loop: asyncio.AbstractEventLoop
     _ledger: Ledger[Transfer]
-    _tasks: set[asyncio.Task[None]]
+    _tasks: dict[asyncio.Task[None], None]
     _gone: dict[int, TransferError]
     _connections: Connections
     _liveness: Liveness

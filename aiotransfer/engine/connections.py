@@ -53,14 +53,14 @@ class Connections:
         self._mirrors: dict[int, Link] = {}  # accepted from this very engine, by the port that dialed
         self._mirror_known: asyncio.Event = asyncio.Event()
         self._listener: Listener | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], None] = {}
         self._companions: list[Path] = []
         self.arrivals: asyncio.Queue[Peer | None] = asyncio.Queue()
 
     async def listen(self, address: Address) -> Address:
         """Open the control port; the address with its real port."""
         engine = self._engine
-        self._listener = Listener(address, engine._key, engine._identity, self._accepted)
+        self._listener = Listener(address, engine._key, engine._identity, engine._world.network, self._accepted)
         await self._listener.start()
         return self._listener.address
 
@@ -71,7 +71,7 @@ class Connections:
         loop = self._engine._loop
         deadline = loop.time() + seconds
         while True:
-            link = await dial(address, self._engine._key, self._engine._identity, deadline=deadline)
+            link = await self._dial(address, deadline)
             try:
                 async with asyncio.timeout_at(None if seconds == float("inf") else deadline):
                     if (peer := await self._dialed(link, address, require)) is not None:
@@ -84,6 +84,10 @@ class Connections:
                     peer=str(address),
                     hint="the control port answered, but the path did not come up",
                 ) from error
+
+    async def _dial(self, address: Address, deadline: float) -> Link:
+        engine = self._engine
+        return await dial(address, engine._key, engine._identity, engine._world.network, deadline=deadline)
 
     async def _dialed(self, link: Link, address: Address, require: str | None) -> Peer | None:
         """The peer at the other end; None when it must be dialed again."""
@@ -216,8 +220,8 @@ class Connections:
     def answer(self, peer: Peer, number: int, provider: str, body: bytes) -> None:
         """A provider's question from the other side."""
         task = self._engine._loop.create_task(self._answer(peer, number, provider, body))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.pop)
 
     async def _answer(self, peer: Peer, number: int, provider: str, body: bytes) -> None:
         engine = self._engine

@@ -34,6 +34,7 @@ from aiotransfer.engine.sweeper import Sweeper
 from aiotransfer.engine.threads import ThreadHandle
 from aiotransfer.engine.transfer import Transfer
 from aiotransfer.engine.watch import Watcher
+from aiotransfer.engine.world import REAL, World
 from aiotransfer.errors import BusyError, ClosedError, ConfigurationError, RegionError, TransferError
 from aiotransfer.model.address import Address
 from aiotransfer.model.dtypes import lookup as lookup_dtype
@@ -68,6 +69,7 @@ class Engine(Planner):
         timeout: float,
         config: Config | None,
         environ: Mapping[str, str],
+        world: World = REAL,
     ) -> None:
         if progress not in ("auto", "loop", "thread"):
             raise ValueError(f"progress is 'auto', 'loop' or 'thread', not {progress!r}")
@@ -84,7 +86,8 @@ class Engine(Planner):
         self.name = f"{os.getpid()}" if name is None else str(name)
         self.rails: tuple[str, ...] = tuple(rails or ())
         self.progress = progress
-        self.incarnation: int = int.from_bytes(os.urandom(8))
+        self._world = world
+        self.incarnation: int = int.from_bytes(world.entropy(8))
         self.address = self._listen
         self._state = "new"
 
@@ -92,7 +95,7 @@ class Engine(Planner):
         if self._state != "new":
             raise ClosedError("an engine is opened once")
         self._loop = asyncio.get_running_loop()
-        self._lane = Lane(self.incarnation, self.config, progress=self.progress)
+        self._lane = Lane(self.incarnation, self.config, progress=self.progress, threadless=not self._world.threads)
         self._state = "open"
         self._p: Any = self._lane.pointer
         self._due = False
@@ -101,7 +104,7 @@ class Engine(Planner):
         self._regions: dict[int, Region] = {}
         self._closing_regions: dict[int, Region] = {}
         self._granted: dict[int, Region] = {}
-        self._quarantine: set[Region] = set()
+        self._quarantine: dict[Region, None] = {}
         self._quarantine_timer: asyncio.TimerHandle | None = None
         self._counters: dict[int, Counter] = {}
         self._records: dict[int, Counter] = {}
@@ -112,8 +115,8 @@ class Engine(Planner):
         self._groups = Groups(self)
         self._by_lane_peer: dict[int, Peer] = {}
         self._gone: dict[int, TransferError] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._identity = Identity(self.incarnation, self._info)
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._identity = Identity(self.incarnation, self._info, self._world.entropy)
         self._liveness = Liveness(self)
         self._mailbox = Mailbox(self._loop)
         self._publications = Publications(self)
@@ -121,7 +124,7 @@ class Engine(Planner):
         self._closed_event: asyncio.Future[None] | None = None
         try:
             self._providers, self.missing = open_providers(
-                self._preference, self._lane, self.incarnation, self._segment_of
+                self._preference, self._lane, self.incarnation, self._segment_of, self._world.simulator
             )
             self._connections = Connections(self)
             self._progress = Progress(self)
@@ -229,14 +232,14 @@ class Engine(Planner):
 
     def _unsettled(self, region: Region) -> None:
         """A peer is inside a write under one of its grants: look again until it has left."""
-        self._quarantine.add(region)
+        self._quarantine[region] = None
         if self._quarantine_timer is None and self._state != "closed":
             self._quarantine_timer = self._loop.call_later(SETTLE_SECONDS, self._look_at_quarantine)
 
     def _look_at_quarantine(self) -> None:
         self._quarantine_timer = None
         if self._lane.usable:
-            waiting, self._quarantine = self._quarantine, set()
+            waiting, self._quarantine = self._quarantine, {}
             for region in waiting:
                 region._settle()
 
@@ -399,7 +402,7 @@ class Engine(Planner):
             for handle in self._handles:
                 await handle._close()
             self._progress.poll()
-            self._release_memory()
+            await self._release_memory()
         finally:
             self._liveness.close()
             self._sweeper.close()
@@ -415,18 +418,22 @@ class Engine(Planner):
             if self._closed_event is not None and not self._closed_event.done():
                 self._closed_event.set_result(None)
 
-    def _release_memory(self) -> None:
-        leaked = 0
+    async def _release_memory(self) -> None:
         for region in list(self._regions.values()):
             region._keepers = 0
             if not region._closed:
                 region.close()
             elif not region._freed:
                 region._end()
-            if not region._freed:
-                leaked += region.nbytes
-                _leaked.append(region)
+        deadline = self._loop.time() + self.config.drain_timeout
+        held = [region for region in self._regions.values() if not region._settle()]
+        while held and self._loop.time() < deadline:  # a peer that was inside a chunk leaves it soon
+            await asyncio.sleep(0.001)
+            self._progress.poll()
+            held = [region for region in held if not region._settle()]
+        leaked = sum(region.nbytes for region in held)
         if leaked:
+            _leaked.extend(held)
             warnings.warn(
                 f"{leaked} bytes stay allocated: a stopped peer may still write into them", ResourceWarning, stacklevel=2
             )

@@ -149,11 +149,14 @@ class PeerGroup:
             return
         turn = self._rounds % 2
         self._rounds += 1
+        counter = self._counters[turn]
         try:
             await self._plans[turn].post(timeout=math.inf)
         except ScatterError as error:
             raise next(e for e in error.results if e is not None) from error
-        await self._counters[turn].wait(len(self) - 1, peers=self._peers)
+        if self._failure is not None:  # another member gave up meanwhile
+            raise again(self._failure)
+        await counter.wait(len(self) - 1, peers=self._peers)
 
     async def _reform(self) -> None:
         heard = max((join.generation for _, join in self._joins.values()), default=0)
@@ -178,14 +181,17 @@ class PeerGroup:
                 peer = await engine.connect(self.members[rank], timeout=math.inf)
             self._tell(rank, peer)
 
-        async with asyncio.TaskGroup() as tasks:
-            for rank in others:
-                known = self._joins.get(rank)
-                if known is not None and known[0]._state == "up":
-                    self._tell(rank, known[0])
-                elif rank > self.rank:
-                    tasks.create_task(dial(rank))
-            tasks.create_task(self._all_joined(others))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for rank in others:
+                    known = self._joins.get(rank)
+                    if known is not None and known[0]._state == "up":
+                        self._tell(rank, known[0])
+                    elif rank > self.rank:
+                        tasks.create_task(dial(rank))
+                tasks.create_task(self._all_joined(others))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         self._peers = tuple(self._joins[rank][0] for rank in others)
         lane_peers = [peer.path.lane_peer for peer in self._peers]
 
@@ -220,12 +226,13 @@ class PeerGroup:
             if all(map(self._has_joined, others)):
                 return
             self._waiting = self._engine._loop.create_future()
-            for peer in {known[0] for known in self._joins.values()}:
+            heard = [peer for peer, _ in self._joins.values()]
+            for peer in heard:
                 peer._depend(self._waiting)
             try:
                 await self._waiting
             finally:
-                for peer in {known[0] for known in self._joins.values()}:
+                for peer in heard:
                     peer._forget(self._waiting)
                 self._waiting = None
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiotransfer.config import Config
 from aiotransfer.engine.engine import Engine
+from aiotransfer.engine.world import REAL, World
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def open_engine(
     progress: str = "auto",
     timeout: float = 30.0,
     config: Config | None = None,
+    _world: World = REAL,
 ) -> Opening:
     """An engine for the running event loop.
 
@@ -68,5 +70,6 @@ def open_engine(
             timeout=timeout,
             config=config,
             environ=os.environ,
+            world=_world,
         )
     )

@@ -75,7 +75,7 @@ class Peer:
         self._ids = itertools.count(1)
         self._asked: dict[int, asyncio.Future[bytes]] = {}
         self._lookups: dict[int, str] = {}  # theirs, unanswered
-        self._dependents: set[asyncio.Future[Any]] = set()
+        self._dependents: dict[asyncio.Future[Any], None] = {}
         self._up: asyncio.Future[None] = engine._loop.create_future()
         self._ended: asyncio.Future[None] = engine._loop.create_future()
         self._send_credit = SendCredit(*link.info.window)
@@ -261,11 +261,11 @@ class Peer:
 
     def _depend(self, future: asyncio.Future[Any]) -> None:
         """End `future` with this peer's error when it goes."""
-        self._dependents.add(future)
+        self._dependents[future] = None
         self._engine._liveness.watch(self)
 
     def _forget(self, future: asyncio.Future[Any]) -> None:
-        self._dependents.discard(future)
+        self._dependents.pop(future, None)
 
     @property
     def _is_waited_for(self) -> bool:

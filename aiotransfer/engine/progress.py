@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
 
 
+RETRY_SECONDS = 0.001
+
+
 class Progress:
     """One per engine."""
 
@@ -24,6 +27,7 @@ class Progress:
         self._loop: asyncio.AbstractEventLoop = engine._loop
         self._lane = engine._lane
         self._fd = engine._lane.fd
+        self._retry: asyncio.TimerHandle | None = None
         self._batch: int = native.lib.AT_EVENTS
         if self._fd >= 0:
             self._loop.add_reader(self._fd, self.poll)
@@ -36,6 +40,8 @@ class Progress:
             return
         n: int = native.lib.at_poll(lane.pointer)
         engine._due = False
+        if engine._ledger:
+            self.retry()
         if n <= 0:
             return
         events = lane.events
@@ -60,8 +66,19 @@ class Progress:
                 if watcher is not None:
                     watcher._changed(count)
 
+    def retry(self) -> None:
+        """A post that was refused is tried again soon: its provider may have no event for when it could be taken."""
+        if self._retry is None and native.lib.at_stalled(self._lane.pointer):
+            self._retry = self._loop.call_later(RETRY_SECONDS, self._again)
+
+    def _again(self) -> None:
+        self._retry = None
+        self.poll()
+
     def close(self) -> None:
         """Leave the loop alone."""
+        if self._retry is not None:
+            self._retry.cancel()
         if self._fd >= 0:
             self._loop.remove_reader(self._fd)
             self._fd = -1

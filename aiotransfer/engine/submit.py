@@ -297,6 +297,7 @@ class Submitter(EngineBase):
     def _admit(self, transfer: Transfer, cookie: int, left: float) -> None:
         transfer._cookie = cookie
         self._ledger.admit(cookie, transfer, posted=True)
+        self._progress.retry()
         for peer in transfer._peers:
             peer._waiting_ops += 1
             self._liveness.watch(peer)
@@ -392,10 +393,10 @@ class Submitter(EngineBase):
 
     def _background(self, work: Coroutine[Any, Any, None], transfer: Transfer) -> None:
         task = self._loop.create_task(work)
-        self._tasks.add(task)
+        self._tasks[task] = None
 
         def over(done: asyncio.Task[None]) -> None:
-            self._tasks.discard(done)
+            self._tasks.pop(done, None)
             if transfer._state == PENDING and not transfer._cookie:
                 transfer._end(FAILED, 0, ClosedError("the engine was closed"))
 

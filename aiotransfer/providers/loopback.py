@@ -97,9 +97,9 @@ class LoopbackProvider:
 
     name = "loopback"
 
-    def __init__(self, lane: Lane, incarnation: int) -> None:
+    def __init__(self, lane: Lane, incarnation: int, net: Any = None) -> None:
         self._lane = lane
-        self._net = _shared
+        self._net = _shared if net is None else net
         self._net.join(lane)
         self._closed = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from aiotransfer.errors import ProviderUnavailableError, TransferError
 from aiotransfer.providers import native
@@ -39,9 +40,13 @@ def check_names(providers: str | Sequence[str]) -> str | tuple[str, ...]:
 
 
 def open_providers(
-    providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int], Segment | None]
+    providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int], Segment | None],
+    simulator: Any = None,
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
-    """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left."""
+    """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left.
+
+    `simulator`: the network of `loopback`, if not the one of this process.
+    """
     from aiotransfer.providers.shm import ShmProvider
 
     wanted = KNOWN if providers == "auto" else providers
@@ -57,7 +62,7 @@ def open_providers(
                 else:
                     from aiotransfer.providers.loopback import LoopbackProvider
 
-                    opened[name] = LoopbackProvider(lane, incarnation)
+                    opened[name] = LoopbackProvider(lane, incarnation, simulator)
                 continue
             except (OSError, TransferError) as error:
                 reason = str(error)

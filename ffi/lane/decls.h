@@ -94,6 +94,8 @@ void at_lane_stats_get(at_lane *lane, at_lane_stats *out);
 
 /* [loop] Up to AT_EVENTS events; more may be waiting when it returns AT_EVENTS. Starts a new loop turn. */
 int at_poll(at_lane *lane);
+/* [loop] A provider refused a post and may never say that it would take it now: poll again in a millisecond. */
+int at_stalled(at_lane *lane);
 /* [loop] A new loop turn began. */
 void at_turn(at_lane *lane);
 

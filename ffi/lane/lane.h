@@ -163,6 +163,7 @@ struct at_peer {
     int dead;                   /* its process is gone: nothing of it can land any more */
     uint32_t users;             /* operations and remote regions */
     uint32_t posted;            /* work requests at the provider */
+    int stalled;                /* the provider refused a post: counted in lane->stalled */
     uint64_t queued_ops, queued_bytes;
     at_op *head, *tail;         /* waiting operations, oldest first */
     uint32_t early;             /* distinct unopened values from this sender */
@@ -248,6 +249,7 @@ struct at_lane {
     uint32_t thread_turn;
     int thread_work;
     int moving_here; /* the loop's thread moves an operation now without the lock: its active word is taken */
+    uint32_t stalled;                /* peers whose next post was refused and must be tried again */
     void (*progress)(at_lane *lane); /* of the one asynchronous provider, or NULL */
     pthread_cond_t ended; /* a detached operation has ended */
     uint32_t waiters;     /* threads in at_thread_wait */

@@ -119,15 +119,22 @@ void at_op_stop(at_op *op, int status) {
 
 /* ---- asynchronous ports ---- */
 
+static void stall(at_peer *peer, int stalled) {
+    peer->lane->stalled += (uint32_t)stalled - (uint32_t)peer->stalled;
+    peer->stalled = stalled;
+}
+
 void at_refill(at_peer *peer) {
     at_lane *lane = peer->lane;
+    stall(peer, 0);
     const at_port *port = peer->port;
     while (port->window != 0 && peer->head != NULL && peer->posted < port->window) {
         at_op *op = peer->head;
         int rc = port->post(peer, op, op->cursor);
         if (rc == AT_EAGAIN) {
             lane->stats.refused_posts++;
-            return; /* again at the next completion or poll */
+            stall(peer, 1); /* again at the next completion or poll; no event may come of itself, see at_stalled */
+            return;
         }
         if (rc != AT_OK) {
             at_op_stop(op, rc);
@@ -139,6 +146,8 @@ void at_refill(at_peer *peer) {
         if (op->cursor == op->units) dequeue(op);
     }
 }
+
+int at_stalled(at_lane *lane) { return lane->stalled != 0; }
 
 void at_op_complete(at_op *op, uint64_t units, int status) {
     at_peer *peer = op->peer;
@@ -353,6 +362,7 @@ void at_peer_end(at_peer *peer, int status) {
     if (peer->status == AT_OK) peer->status = status;
     peer->users++;
     while (peer->head != NULL) at_op_stop(peer->head, status);
+    stall(peer, 0);
     if (peer->port->fence != NULL) peer->port->fence(peer); /* what is posted retires now and can touch nothing more */
     at_peer_release(peer);
 }

@@ -7,7 +7,13 @@
 #define LATE_BYTES ((uint64_t)64 << 10) /* once a turn is overdue, only smaller operations run inside the call */
 #define RECENT_LEAST ((uint64_t)64 << 10)
 
+#define TURN_OPS 64u /* of a lane without a clock of its own */
+
 void at_count_turn(at_lane *lane, uint64_t nbytes) {
+    if (lane->config.flags & AT_LANE_NO_THREAD) { /* virtual time: the same calls give the same turns */
+        lane->turn_due = ++lane->turn_ops >= TURN_OPS;
+        return;
+    }
     lane->turn_bytes += nbytes;
     if (++lane->turn_ops % 16 != 0 && lane->turn_bytes < AT_CHUNK) return;
     lane->turn_bytes = 0;

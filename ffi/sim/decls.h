@@ -30,6 +30,8 @@ int64_t at_sim_connect(at_lane *lane, uint64_t to);
 int at_net_step(at_net *net);
 /* Deliver what is due within the next `ns`, then move the clock there. How many. */
 int64_t at_net_advance(at_net *net, uint64_t ns);
+/* Virtual ns until the next work request is due; -1: nothing is under way (what is held does not count). */
+int64_t at_net_next(at_net *net);
 /* Nothing of or for this lane is delivered while it is held. */
 int at_net_hold(at_net *net, uint64_t incarnation, int on);
 /* It is gone without a word: what was for it fails, what was from it never lands, its peers get AT_EV_PEER. */

@@ -9,13 +9,17 @@ static int stands_still(at_net *net, const at_request *request) {
     return request->end->home->dead || request->end->home->held || (to != NULL && to->held && !to->dead);
 }
 
+static void park(at_net *net, at_request *request) {
+    net->counts.held++;
+    request->next = net->parked;
+    net->parked = request;
+}
+
 at_request *at_take_due(at_net *net, uint64_t until) {
     while (net->heap_count != 0 && net->heap[0]->when <= until) {
         at_request *request = at_heap_pop(net);
         if (stands_still(net, request)) {
-            net->counts.held++;
-            request->next = net->parked;
-            net->parked = request;
+            park(net, request);
             continue;
         }
         if (request->when > net->counts.now) net->counts.now = request->when;
@@ -139,6 +143,15 @@ int at_net_step(at_net *net) {
     if (request == NULL) return 0;
     at_deliver(net, request);
     return 1;
+}
+
+int64_t at_net_next(at_net *net) {
+    (void)pthread_mutex_lock(&net->lock);
+    while (net->heap_count != 0 && stands_still(net, net->heap[0])) park(net, at_heap_pop(net));
+    uint64_t now = net->counts.now;
+    int64_t ns = net->heap_count == 0 ? -1 : net->heap[0]->when <= now ? 0 : (int64_t)(net->heap[0]->when - now);
+    (void)pthread_mutex_unlock(&net->lock);
+    return ns;
 }
 
 int64_t at_net_advance(at_net *net, uint64_t ns) {

@@ -1,0 +1,62 @@
+"""Where control connections run: TCP, unless a test puts something else in its place."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from aiotransfer.model.address import Address
+
+BACKLOG = 256
+Factory = Callable[[], asyncio.Protocol]
+
+
+class Server(Protocol):
+    """Something that listens."""
+
+    def close(self) -> None:
+        """Stop listening. Twice is silent."""
+        ...
+
+
+class Network(Protocol):
+    """Byte streams between addresses."""
+
+    async def listen(self, address: Address, factory: Factory) -> tuple[Server, Address]:
+        """Accept streams; the address with its real port. Raises `OSError` or `OverflowError`."""
+        ...
+
+    async def connect(self, address: Address, factory: Factory) -> None:
+        """Open one stream. Raises `OSError`."""
+        ...
+
+
+class Tcp:
+    """TCP over the running event loop."""
+
+    async def listen(self, address: Address, factory: Factory) -> tuple[Server, Address]:
+        """See `Network`."""
+        loop = asyncio.get_running_loop()
+        family, place = await _place(loop, address)
+        # SO_REUSEADDR but not SO_REUSEPORT: a restarted engine gets its port back, two engines never share one.
+        sock = socket.create_server(place, family=family, backlog=BACKLOG)
+        server = await loop.create_server(factory, sock=sock, backlog=BACKLOG)
+        return server, Address(address.host, int(server.sockets[0].getsockname()[1]))
+
+    async def connect(self, address: Address, factory: Factory) -> None:
+        """See `Network`."""
+        await asyncio.get_running_loop().create_connection(factory, address.host, address.port)
+
+
+async def _place(loop: asyncio.AbstractEventLoop, address: Address) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    host, port = address.host, address.port
+    if ":" in host:
+        return socket.AF_INET6, (host, port)
+    try:
+        socket.inet_pton(socket.AF_INET, host)
+    except OSError:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return found[0][0], (str(found[0][4][0]), port)
+    return socket.AF_INET, (host, port)

@@ -1,0 +1,21 @@
+"""What an engine takes from the world around it. Tests put a simulated one in its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from aiotransfer.control.network import Network, Tcp
+
+
+class World(NamedTuple):
+    """Randomness, control connections, native threads, and the network beneath `loopback` (None: that of this process)."""
+
+    entropy: Callable[[int], bytes] = os.urandom
+    network: Network = Tcp()
+    threads: bool = True
+    simulator: Any = None
+
+
+REAL = World()

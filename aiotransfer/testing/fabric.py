@@ -1,0 +1,320 @@
+"""A simulated world for whole engines: network, control connections and clock in one process, replayed byte for byte by a seed.
+
+    def test_it_survives_reordering():
+        async def scenario(net: Fabric) -> None:
+            left, right = await net.open_engine(), await net.open_engine()
+            peer = await left.connect(right.address)
+            ...
+
+        fabric(seed=7, delay=(1e-6, 1e-3), split=0.2).run(scenario)
+
+Time is virtual: when nothing can run at once, the clock jumps to the next delivery or timer, so timeouts of minutes pass in
+microseconds and no test waits. A scenario in which nothing can ever happen again raises `Deadlock` instead of hanging. Within one
+seed everything is decided in the same order, so a failure is repeated by its seed alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import selectors
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+from aiotransfer.control.network import Factory, Server
+from aiotransfer.engine.engine import Engine
+from aiotransfer.engine.open import open_engine
+from aiotransfer.engine.world import World
+from aiotransfer.errors import BusyError
+from aiotransfer.model.address import Address
+from aiotransfer.providers import native
+from aiotransfer.providers.lane import Lane
+
+T = TypeVar("T")
+HOST = "127.0.0.1"
+FIRST_PORT = 10_000
+KEY = b"the key of a simulated fabric"
+_SECOND = 1_000_000_000
+
+
+class Deadlock(AssertionError):
+    """Nothing is under way and no timer runs: whoever waits would wait for ever."""
+
+
+class _Selector(selectors.DefaultSelector):
+    """Looks at descriptors without waiting; where it would wait, the virtual clock moves instead."""
+
+    def __init__(self, net: Fabric) -> None:
+        super().__init__()
+        self._net = net
+
+    def select(self, timeout: float | None = None) -> Any:
+        ready = super().select(0)
+        while not ready and timeout != 0:
+            if not self._net._pass_time(timeout):
+                break
+            ready = super().select(0)
+            if timeout is not None:
+                break
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop on the clock of a fabric."""
+
+    def __init__(self, net: Fabric) -> None:
+        self._net = net
+        super().__init__(_Selector(net))
+
+    def time(self) -> float:
+        """Virtual seconds."""
+        return self._net.now
+
+
+class _Pipe(asyncio.Transport):
+    """One end of a control connection in memory."""
+
+    def __init__(self, net: Fabric, protocol: asyncio.Protocol, here: Address, there: Address) -> None:
+        super().__init__({"sockname": (here.host, here.port), "peername": (there.host, there.port)})
+        self._net = net
+        self._protocol = protocol
+        self._free_at = 0.0  # bytes keep their order
+        self._closing = False
+        self._over = False
+        self.other: _Pipe
+
+    def write(self, data: Any) -> None:
+        if not self._closing and data:
+            self._later(self.other._received, bytes(data))
+
+    def _later(self, act: Callable[..., None], *arguments: Any) -> None:
+        loop = self._net.loop
+        self._free_at = max(self._free_at + 1e-9, loop.time() + self._net._control_delay())
+        loop.call_at(self._free_at, act, *arguments)
+
+    def _received(self, data: bytes) -> None:
+        if not self._over:
+            self._protocol.data_received(data)
+
+    def close(self) -> None:
+        if not self._closing:
+            self._closing = True
+            self._later(self.other._lost, None)
+            self._net.loop.call_soon(self._lost, None)
+
+    def abort(self) -> None:
+        self.close()
+
+    def _lost(self, error: BaseException | None) -> None:
+        if not self._over:
+            self._over = self._closing = True
+            self._protocol.connection_lost(error)  # type: ignore[arg-type]
+
+    def cut(self) -> None:
+        """The other side has gone without a word."""
+        self._closing = True
+        self._net.loop.call_soon(self._lost, ConnectionResetError("connection reset by peer"))
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+
+class _Wire:
+    """The control network as one engine sees it (see `control.network.Network`); also what it listens with."""
+
+    def __init__(self, net: Fabric) -> None:
+        self._net = net
+        self._address: Address | None = None
+        self.factory: Factory
+        self.pipes: list[_Pipe] = []
+
+    async def listen(self, address: Address, factory: Factory) -> tuple[Server, Address]:
+        if address.port == 0:
+            address = self._net._fresh_address()
+        if address in self._net._listening:
+            raise OSError(98, f"{address} is in use")
+        self._net._listening[address] = self
+        self._address, self.factory = address, factory
+        return self, address
+
+    async def connect(self, address: Address, factory: Factory) -> None:
+        await asyncio.sleep(self._net._control_delay())
+        server = self._net._listening.get(address)
+        if server is None:
+            raise ConnectionRefusedError(111, f"nobody listens on {address}")
+        here, there, place = factory(), server.factory(), self._net._fresh_address()
+        near, far = _Pipe(self._net, here, place, address), _Pipe(self._net, there, address, place)
+        near.other, far.other = far, near
+        for wire, pipe in ((self, near), (server, far)):
+            wire.pipes = [old for old in wire.pipes if not old._over] + [pipe]
+        there.connection_made(far)
+        here.connection_made(near)
+
+    def close(self) -> None:
+        if self._address is not None and self._net._listening.get(self._address) is self:
+            del self._net._listening[self._address]
+
+    def cut(self) -> None:
+        """Every connection ends without a word, and nobody gets a new one."""
+        self.close()
+        for pipe in self.pipes:
+            pipe.cut()
+            pipe.other.cut()
+
+
+class Fabric:
+    """A network with engines on it. Made by `fabric`; one scenario at a time."""
+
+    def __init__(self, seed: int, delay: tuple[float, float], refuse: float, split: float) -> None:
+        native.require()
+        low, high = (round(seconds * _SECOND) for seconds in delay)
+        if not 0 <= low <= high:
+            raise ValueError(f"delay is (least, most) in seconds, not {delay!r}")
+        for name, chance in (("refuse", refuse), ("split", split)):
+            if not 0 <= chance <= 1:
+                raise ValueError(f"{name} is a chance between 0 and 1, not {chance!r}")
+        settings = native.ffi.new("at_net_config *")
+        settings.seed = seed
+        settings.delay_min, settings.delay_max = low, high
+        settings.refuse, settings.split = round(refuse * 1000), round(split * 1000)
+        self.seed = seed
+        self.random = random.Random(seed)
+        self._delay = delay
+        self._pointer: Any = native.lib.at_net_new(settings)
+        if self._pointer == native.ffi.NULL:
+            raise BusyError("no memory for the simulator")
+        self._listening: dict[Address, _Wire] = {}
+        self._wires: dict[Engine, _Wire] = {}
+        self._next_port = FIRST_PORT
+        self.engines: list[Engine] = []
+        self.loop = VirtualLoop(self)
+
+    # ---- running ----
+
+    def run(self, scenario: Callable[[Fabric], Coroutine[Any, Any, T]]) -> T:
+        """Run a whole scenario on the virtual clock, then close every engine and the fabric."""
+        with self:
+            return self.call(scenario(self))
+
+    def call(self, work: Awaitable[T]) -> T:
+        """Run one coroutine on the virtual clock, for tests that drive a fabric step by step."""
+        task = asyncio.ensure_future(work, loop=self.loop)
+        try:
+            return self.loop.run_until_complete(task)
+        except Deadlock:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                self.loop.run_until_complete(task)
+            raise
+
+    @property
+    def now(self) -> float:
+        """Virtual seconds since the start."""
+        return self.counts()["now"] / _SECOND
+
+    def _pass_time(self, timeout: float | None) -> bool:
+        """Move the clock to the next delivery or by `timeout`, whichever comes first. False: there is nothing to wait for."""
+        due = int(native.lib.at_net_next(self._pointer))
+        if timeout is None and due < 0:
+            waiting = [task.get_name() for task in asyncio.all_tasks(self.loop)]
+            raise Deadlock(f"seed {self.seed}: nothing can happen any more; {len(waiting)} tasks wait: {', '.join(waiting)}")
+        left = None if timeout is None else int(timeout * _SECOND) + 1
+        step = due if left is None else left if due < 0 else min(due, left)
+        native.lib.at_net_advance(self._pointer, step)
+        return True
+
+    def _control_delay(self) -> float:
+        return self.random.uniform(*self._delay)
+
+    # ---- engines ----
+
+    async def open_engine(self, **options: Any) -> Engine:
+        """An engine on this fabric; `options` are those of `open_engine`, but for providers and key."""
+        wire = _Wire(self)
+        world = World(entropy=self.random.randbytes, network=wire, threads=False, simulator=self)
+        engine: Engine = await open_engine(providers="loopback", key=KEY, _world=world, **{"name": "", **options})
+        self.engines.append(engine)
+        self._wires[engine] = wire
+        return engine
+
+    def _fresh_address(self) -> Address:
+        self._next_port += 1
+        return Address(HOST, self._next_port)
+
+    # the network beneath loopback (see `providers.loopback`)
+
+    def join(self, lane: Lane) -> None:
+        """For the provider."""
+        status = native.lib.at_net_join(self._pointer, lane.pointer)
+        if status != 0:
+            raise BusyError(f"cannot join the fabric: {native.text(status)}")
+
+    def leave(self) -> None:
+        """For the provider; the lane itself leaves when it is freed."""
+
+    # ---- faults ----
+
+    @contextmanager
+    def held(self, engine: Engine) -> Iterator[None]:
+        """Nothing of or for this engine is delivered meanwhile, as if its process were stopped."""
+        native.lib.at_net_hold(self._pointer, engine.incarnation, 1)
+        try:
+            yield
+        finally:
+            native.lib.at_net_hold(self._pointer, engine.incarnation, 0)
+
+    def cut(self, source: Engine, target: Engine) -> int:
+        """Break the connection: what is under way has landed wholly, by half or not at all, and fails. How many requests."""
+        return int(native.lib.at_net_break(self._pointer, source.incarnation, target.incarnation))
+
+    def kill(self, engine: Engine) -> None:
+        """The engine's process ends without a word: its peers find out as they would from the operating system."""
+        native.lib.at_net_kill(self._pointer, engine.incarnation)
+        self._wires[engine].cut()
+
+    def counts(self) -> dict[str, int]:
+        """How often each thing has happened so far; `now` in virtual ns; `trace`, a hash of every decision."""
+        out = native.ffi.new("at_net_counts *")
+        native.lib.at_net_counts_get(self._pointer, out)
+        return {name: int(getattr(out, name)) for name, _ in native.ffi.typeof("at_net_counts").fields}
+
+    # ---- the end ----
+
+    def close(self) -> None:
+        """Close every engine and the loop. Twice is silent."""
+        if self._pointer is None:
+            return
+        try:
+            for engine in self.engines:
+                self.call(engine.aclose())
+            left = asyncio.all_tasks(self.loop)
+            for task in left:
+                task.cancel()
+            if left:
+                self.call(asyncio.wait(left))
+            self.call(self.loop.shutdown_asyncgens())
+        finally:
+            self.loop.close()
+            native.lib.at_net_free(self._pointer)
+            self._pointer = None
+
+    def __enter__(self) -> Fabric:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def fabric(
+    seed: int = 0, *, delay: tuple[float, float] = (1e-6, 1e-4), refuse: float = 0.0, split: float = 0.0
+) -> Fabric:
+    """A simulated fabric. `delay`: least and most seconds from post to delivery (a range reorders); `refuse`, `split`: the chance
+    that a post is refused for now, and that a write lands in two halves."""
+    return Fabric(seed, delay, refuse, split)
