@@ -56,7 +56,7 @@ test-demo: $(STAMPS)/demo $(STAMPS)/test
 	$(PY) -m pytest tests/examples $(ARGS)
 
 test-long: $(STAMPS)/test
-	AIOTRANSFER_TEST_LONG=1 $(PY) -m pytest $(ARGS)
+	LONG_TESTS=1 $(PY) -m pytest $(ARGS)
 
 lint: $(STAMPS)/test
 	$(VENV)/bin/ruff check .

@@ -22,7 +22,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("AIOTRANSFER_TEST_LONG") == "1":
+    if os.environ.get("LONG_TESTS") == "1":
         return
     for item in items:
         if item.get_closest_marker("long"):

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from aiotransfer.testing.fabric import Deadlock, Fabric, fabric
+from aiotransfer.testing.faults import block_loop, stopped
 from aiotransfer.testing.leaks import Leaks, snapshot
-from aiotransfer.testing.pairs import Pair, engine_pair
+from aiotransfer.testing.pairs import Member, Pair, engine_group, engine_pair
 from aiotransfer.testing.payload import payload, where_from
 
-__all__ = ["Leaks", "Pair", "engine_pair", "payload", "snapshot", "where_from"]
+__all__ = [
+    "Deadlock",
+    "Fabric",
+    "Leaks",
+    "Member",
+    "Pair",
+    "block_loop",
+    "engine_group",
+    "engine_pair",
+    "fabric",
+    "payload",
+    "snapshot",
+    "stopped",
+    "where_from",
+]

@@ -174,20 +174,10 @@ class Fabric:
 
     def __init__(self, seed: int, delay: tuple[float, float], refuse: float, split: float) -> None:
         native.require()
-        low, high = (round(seconds * _SECOND) for seconds in delay)
-        if not 0 <= low <= high:
-            raise ValueError(f"delay is (least, most) in seconds, not {delay!r}")
-        for name, chance in (("refuse", refuse), ("split", split)):
-            if not 0 <= chance <= 1:
-                raise ValueError(f"{name} is a chance between 0 and 1, not {chance!r}")
-        settings = native.ffi.new("at_net_config *")
-        settings.seed = seed
-        settings.delay_min, settings.delay_max = low, high
-        settings.refuse, settings.split = round(refuse * 1000), round(split * 1000)
         self.seed = seed
         self.random = random.Random(seed)
-        self._delay = delay
-        self._pointer: Any = native.lib.at_net_new(settings)
+        self._faults: dict[str, Any] = {"delay": delay, "refuse": refuse, "split": split}
+        self._pointer: Any = native.lib.at_net_new(self._settings())
         if self._pointer == native.ffi.NULL:
             raise BusyError("no memory for the simulator")
         self._listening: dict[Address, _Wire] = {}
@@ -195,6 +185,18 @@ class Fabric:
         self._next_port = FIRST_PORT
         self.engines: list[Engine] = []
         self.loop = VirtualLoop(self)
+
+    def _settings(self) -> Any:
+        low, high = (round(seconds * _SECOND) for seconds in self._faults["delay"])
+        if not 0 <= low <= high:
+            raise ValueError(f"delay is (least, most) in seconds, not {self._faults['delay']!r}")
+        settings = native.ffi.new("at_net_config *")
+        settings.seed, settings.delay_min, settings.delay_max = self.seed, low, high
+        for name in ("refuse", "split"):
+            if not 0 <= self._faults[name] <= 1:
+                raise ValueError(f"{name} is a chance between 0 and 1, not {self._faults[name]!r}")
+            setattr(settings, name, round(self._faults[name] * 1000))
+        return settings
 
     # ---- running ----
 
@@ -231,7 +233,7 @@ class Fabric:
         return True
 
     def _control_delay(self) -> float:
-        return self.random.uniform(*self._delay)
+        return self.random.uniform(*self._faults["delay"])
 
     # ---- engines ----
 
@@ -260,6 +262,19 @@ class Fabric:
         """For the provider; the lane itself leaves when it is freed."""
 
     # ---- faults ----
+
+    @contextmanager
+    def faults(self, **changes: Any) -> Iterator[None]:
+        """Other `delay`, `refuse` or `split` meanwhile."""
+        if unknown := set(changes) - set(self._faults):
+            raise TypeError(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(self._faults)}")
+        before, self._faults = self._faults, {**self._faults, **changes}
+        try:
+            native.lib.at_net_configure(self._pointer, self._settings())
+            yield
+        finally:
+            self._faults = before
+            native.lib.at_net_configure(self._pointer, self._settings())
 
     @contextmanager
     def held(self, engine: Engine) -> Iterator[None]:

@@ -6,6 +6,8 @@ import os
 import threading
 from dataclasses import dataclass
 
+from aiotransfer.engine.engine import _engines
+
 
 @dataclass(frozen=True)
 class Leaks:
@@ -14,6 +16,8 @@ class Leaks:
     fds: dict[int, str]
     threads: int
     mappings: int
+    engines: int = 0
+    regions: int = 0
 
     def since(self, before: Leaks) -> list[str]:
         """Human-readable differences; empty when nothing leaked."""
@@ -22,6 +26,10 @@ class Leaks:
             out.append(f"{self.threads - before.threads} native or Python threads")
         if self.mappings > before.mappings:
             out.append(f"{self.mappings - before.mappings} shared mappings")
+        if self.engines > before.engines:
+            out.append(f"{self.engines - before.engines} open engines")
+        if self.regions > before.regions:
+            out.append(f"{self.regions - before.regions} open regions")
         return out
 
 
@@ -41,4 +49,5 @@ def snapshot() -> Leaks:
         threads = len(os.listdir("/proc/self/task"))
     except OSError:
         pass
-    return Leaks(fds, threads, mappings)
+    engines = [engine for engine in _engines if engine._state == "open" and engine._lane.usable]
+    return Leaks(fds, threads, mappings, len(engines), sum(len(engine._regions) for engine in engines))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, NamedTuple
 
 from aiotransfer.engine.engine import Engine
+from aiotransfer.engine.group import PeerGroup
 from aiotransfer.engine.open import open_engine
 from aiotransfer.engine.peer import Peer
 
@@ -18,6 +19,24 @@ class Pair(NamedTuple):
     right: Engine
     right_peer: Peer
     left_peer: Peer
+
+
+class Member(NamedTuple):
+    """One member of a group."""
+
+    engine: Engine
+    group: PeerGroup
+
+
+@asynccontextmanager
+async def engine_group(n: int, provider: str = "auto", **options: Any) -> AsyncIterator[list[Member]]:
+    """Open `n` engines that form one group (its members connect at the first barrier), close all at the end."""
+    async with AsyncExitStack() as stack:
+        engines = [
+            await stack.enter_async_context(open_engine(providers=provider, name=f"member {i}", **options)) for i in range(n)
+        ]
+        members = [str(engine.address) for engine in engines]
+        yield [Member(engine, engine.group(members)) for engine in engines]
 
 
 @asynccontextmanager

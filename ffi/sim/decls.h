@@ -21,6 +21,7 @@ typedef struct {
 
 at_net *at_net_new(const at_net_config *config); /* copies config; NULL without memory */
 void at_net_free(at_net *net);
+void at_net_configure(at_net *net, const at_net_config *config); /* from now on; the seed stays */
 /* A lane may be in one net; it leaves when it is freed. */
 int at_net_join(at_net *net, at_lane *lane);
 /* A peer of `lane` for the lane with incarnation `to` in the same net; each side connects. AT_EPEER: it is not there. */

@@ -186,6 +186,12 @@ void at_net_unpark(at_net *net) {
     }
 }
 
+void at_net_configure(at_net *net, const at_net_config *config) {
+    (void)pthread_mutex_lock(&net->lock);
+    net->config = *config;
+    (void)pthread_mutex_unlock(&net->lock);
+}
+
 void at_net_counts_get(at_net *net, at_net_counts *out) {
     (void)pthread_mutex_lock(&net->lock);
     *out = net->counts;

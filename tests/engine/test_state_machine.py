@@ -1,6 +1,7 @@
 """Whole engines against a model, on a simulated fabric: any order of operations, cancels, closes, restarts and faults.
 
-Memory is cut into slots. One operation at a time has a slot, so each byte of it is what it was or what the operation brings; once that has ended, the slot must never change again by itself. Counters are bounded by what has surely landed and what may have.
+Memory is cut into slots. One operation at a time has a slot, so each byte of it is what it was or what the operation brings; once
+that has ended, the slot must never change again by itself. Counters are bounded by what has surely landed and what may have.
 A fault that never struck in the whole run fails it: it would have tested nothing.
 """
 
@@ -24,7 +25,7 @@ from aiotransfer.testing.fabric import Fabric, fabric
 
 ENGINES, SLOTS, SLOT, IMMS = 3, 12, 96, 3
 LIMIT = 300.0  # virtual seconds in which whatever goes on must have ended
-LONG = os.environ.get("AIOTRANSFER_TEST_LONG") == "1"
+LONG = os.environ.get("LONG_TESTS") == "1"
 FAULTS = ("refused", "delayed", "reordered", "split", "stale", "lost", "fenced", "held", "killed")
 fired: Bag[str] = Bag()
 done: Bag[str] = Bag()
@@ -85,6 +86,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.net: Fabric | None = None
+        self.nodes: list[Node] = []
         self.ops: list[Op] = []
         self.value = 0
 

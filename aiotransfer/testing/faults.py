@@ -1,0 +1,39 @@
+"""Faults of real processes, as context managers. (Faults of the simulator are methods of `Fabric`.)"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Process(Protocol):
+    """`subprocess.Popen`, `asyncio.subprocess.Process`, `multiprocessing.Process`."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its number."""
+        ...
+
+
+@contextmanager
+def stopped(process: Process) -> Iterator[None]:
+    """A child process of yours does not run meanwhile (SIGSTOP, then SIGCONT)."""
+    if not process.pid:
+        raise ValueError(f"the process is not running: {process!r}")
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        try:
+            os.kill(process.pid, signal.SIGCONT)
+        except ProcessLookupError:
+            pass  # it was killed meanwhile
+
+
+def block_loop(seconds: float) -> None:
+    """Hold the interpreter's lock in C, as an extension that does not release it would: no Python runs in this process."""
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))
