@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 import statistics
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,17 +141,53 @@ class Bench:
     async def rate(self) -> AsyncIterator[Row]:
         """Awaited 4-KiB writes per second."""
         size, count = 4096, 40_000
-        source, target = self.source[:size], self.remote[:size]
-        for name, imm in (("awaited 4-KiB writes", None), ("awaited 4-KiB writes with an immediate", 1)):
+        engine, source, target = self.engine, self.source[:size], self.remote[:size]
+        plan = engine.prepare_write(source, target)
+        ways: dict[str, Callable[[], at.Transfer]] = {
+            "awaited 4-KiB writes": lambda: engine.write(source, target),
+            "awaited 4-KiB writes with an immediate": lambda: engine.write(source, target, imm=1),
+            "awaited 4-KiB writes, fresh slices": lambda: engine.write(self.source[:size], self.remote[:size]),
+            "awaited 4-KiB writes, prepared": plan.post,
+            "awaited 4-KiB writes, prepared, with an immediate": lambda: plan.post(imm=1),
+            "awaited 4-KiB reads": lambda: engine.read(target, source),
+        }
+        for name, way in ways.items():
             row = Row(name, "/s")
             for _ in range(self.rounds):
                 limit = self.limits.copy(size, count) / size
                 start = time.perf_counter()
                 for _ in range(count):
-                    await self.engine.write(source, target, imm=imm)
+                    await way()
                 row.add(count / (time.perf_counter() - start), limit)
             yield row
+        row = Row("write 64 KiB, prepared", "GB/s")
+        large = 64 << 10
+        plan = engine.prepare_write(self.source[:large], self.remote[:large])
+        for _ in range(self.rounds):
+            limit = self.limits.copy(large, 4000) / 1e9
+            start = time.perf_counter()
+            for _ in range(4000):
+                await plan.post()
+            row.add(large * 4000 / (time.perf_counter() - start) / 1e9, limit)
+        yield row
         await self.ask("drop")
+
+    async def scatter(self) -> AsyncIterator[Row]:
+        """A prepared scatter to eight engines of the target process; the limit is the same eight copies."""
+        size, count, n = 4096, 10_000, 8
+        await self.ask(f"eight {size}")
+        remotes = [await peer.lookup("small") for peer in self.engine.peers if peer.name == "one of eight"]
+        targets = [at.ScatterTarget(i * size, size, remote) for i, remote in enumerate(remotes)]
+        plan = self.engine._scatter_plan(self.source, targets, None)
+        for imm, note in ((None, ""), (1, ", with an immediate")):
+            row = Row(f"prepared scatter to {n} x 4 KiB{note}", "us", lower_is_better=True)
+            for _ in range(self.rounds):
+                limit = size * n / self.limits.copy(size, count * n, n) * 1e6
+                start = time.perf_counter()
+                for _ in range(count):
+                    await plan.post(imm=imm)
+                row.add((time.perf_counter() - start) / count * 1e6, limit)
+            yield row
 
     async def wakeup(self) -> AsyncIterator[Row]:
         """A counter that waits in another process, half a round trip; the limit is an eventfd between the same two loops."""
@@ -210,7 +247,7 @@ class Bench:
         yield row
 
 
-CASES = ("write", "pages", "rate", "wakeup", "idle", "startup")
+CASES = ("write", "pages", "rate", "scatter", "wakeup", "idle", "startup")
 
 
 def _size(n: int) -> str:
@@ -254,14 +291,14 @@ async def eventfd_rounds(write: int, read: int, count: int, *, first: bool) -> l
 
 async def serve(address: str, memory: str, provider: str, wake: tuple[int, int]) -> None:
     """The target process."""
-    async with at.open_engine(name="target", providers=provider) as engine:
+    async with contextlib.AsyncExitStack() as others, at.open_engine(name="target", providers=provider) as engine:
         if memory == "foreign":
             held = np.zeros(REGION, np.uint8)
             region = engine.register(held)
         else:
             region = engine.allocate(REGION)
             region.numpy()[:] = 0
-        engine.publish("target", region)
+        engine.publish("target", region, access="both")
         counter = engine.counter(imm=2)
         source = engine.allocate(64)
         peer = await engine.connect(address)
@@ -269,6 +306,12 @@ async def serve(address: str, memory: str, provider: str, wake: tuple[int, int])
             command, _, argument = message.data.decode().partition(" ")
             if command == "drop":
                 engine.counter(imm=1).close()
+                await peer.send(b"ok")
+            elif command == "eight":
+                for _ in range(8):
+                    small = await others.enter_async_context(at.open_engine(name="one of eight", providers=provider))
+                    small.publish("small", small.allocate(int(argument)))
+                    await small.connect(address)
                 await peer.send(b"ok")
             elif command == "floor":
                 await peer.send(b"ok")

@@ -15,9 +15,10 @@ import pytest
 
 from aiotransfer.engine.engine import Engine
 from aiotransfer.engine.region import Region
+from aiotransfer.engine.scatter import ScatterTarget
 from aiotransfer.errors import PeerLostError, RegionError, StaleRegionError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
-from aiotransfer.testing.pairs import Pair, engine_pair
+from aiotransfer.testing.pairs import Pair, engine_group, engine_pair
 from aiotransfer.testing.payload import payload
 
 NBYTES = 1 << 20
@@ -114,6 +115,72 @@ class ProviderContract:
             await pair.right.counter(imm=4).wait(1, timeout=5)
             assert pair.right.counter(imm=3).total == 0
             assert (view == 0xEE).all()
+
+    async def test_a_read_brings_every_byte_and_needs_the_right_to(self) -> None:
+        async with engine_pair(self.provider, timeout=10) as pair:
+            owned = _source(pair.right)
+            pair.right.publish("readable", owned, access="read")
+            remote = await pair.right_peer.lookup("readable")
+            local = pair.left.allocate(NBYTES)
+            await pair.left.read(remote[1000:9000], local[7:8007])
+            expected = np.zeros(NBYTES, np.uint8)
+            expected[7:8007] = payload(NBYTES)[1000:9000]
+            assert (local.numpy() == expected).all()
+            with pytest.raises(RegionError):
+                pair.left.write(local, remote)
+            _, writable, _ = await _target(pair)
+            with pytest.raises(RegionError):
+                pair.left.read(writable, local)
+
+    async def test_a_prepared_operation_does_as_the_plain_one_each_time(self) -> None:
+        async with engine_pair(self.provider, timeout=10) as pair:
+            region, remote, view = await _target(pair)
+            source = _source(pair.left)
+            write = pair.left.prepare_write(source[:PAGE], remote[PAGE : 2 * PAGE])
+            pages = pair.left.prepare_pages(source, [5, 6], remote, [3, 9], page_bytes=PAGE)
+            for turn in range(20):
+                source.numpy()[:] = turn
+                await write.post(imm=1)
+                await pages.post(imm=1)
+                assert all((view[p * PAGE : (p + 1) * PAGE] == turn).all() for p in (1, 3, 9))
+            await pair.right.counter(imm=1).wait(60, timeout=5)
+            assert (view[:PAGE] == 0xEE).all()
+            pair.right.unpublish("target")
+            await region.aclose()
+            with pytest.raises(StaleRegionError):
+                await write.post()
+
+    async def test_a_scatter_lands_everywhere_and_counts_each_target(self) -> None:
+        async with engine_group(4, self.provider, timeout=10) as members:
+            engine = members[0].engine
+            source = _source(engine)
+            targets, views = [], []
+            for i, member in enumerate(members[1:], 1):
+                region = member.engine.allocate(NBYTES)
+                member.engine.publish("target", region)
+                peer = await engine.connect(member.engine.address)
+                remote = await peer.lookup("target")
+                targets.append(ScatterTarget(i * 100, i * 1000, remote[i : i + i * 1000]))
+                views.append(region.numpy())
+            await engine.scatter(source, targets, imm=7)
+            for i, (view, member) in enumerate(zip(views, members[1:], strict=True), 1):
+                assert (view[i : i + i * 1000] == payload(NBYTES)[i * 100 :][: i * 1000]).all()
+                assert not view[:i].any()
+                assert not view[i + i * 1000 :].any()
+                await member.engine.counter(imm=7).wait(1, timeout=5)
+            with pytest.raises(ValueError, match="target 1"):
+                engine.scatter(source, [targets[0], (0, 5, targets[1].dst)])
+            del views, view
+
+    async def test_a_barrier_waits_for_every_member(self) -> None:
+        async with engine_group(4, self.provider, timeout=10) as members:
+            await asyncio.gather(*(member.group.barrier() for member in members))
+            for late in members:
+                early = [asyncio.ensure_future(member.group.barrier()) for member in members if member is not late]
+                await asyncio.sleep(0.01)
+                assert not any(task.done() for task in early)
+                await late.group.barrier()
+                await asyncio.gather(*early)
 
     async def test_nothing_lands_once_the_owner_has_closed_the_region(self) -> None:
         async with engine_pair(self.provider, timeout=10) as pair:

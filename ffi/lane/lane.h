@@ -259,8 +259,9 @@ struct at_lane {
     uint64_t watch_pause; /* ns between two looks */
     int pulse_heard; /* the thread answered a ping: the loop shall answer too */
 
+    uint64_t written;
     struct {
-        uint64_t where, nbytes;
+        uint64_t where, nbytes, stamp; /* stamp: what had been written when it ended */
     } recent[AT_RECENT]; /* the last larger destinations, each once */
     uint32_t recent_next;
     uint64_t recent_bytes;

@@ -20,20 +20,23 @@ void at_count_turn(at_lane *lane, uint64_t nbytes) {
     if (at_now() - lane->turn_start > lane->config.turn_ns) lane->turn_due = 1;
 }
 
-/* Fresh places add up; a place that is written again does not: only the former outgrow the caches. */
+/* How much has been written since this place was written last, or to other places if it has not been: more than a cache holds? */
 static void note_footprint(at_lane *lane, at_op *op, uint64_t nbytes) {
     op->footprint = nbytes;
+    lane->written += nbytes;
     if (nbytes < RECENT_LEAST) return;
     uint64_t where = op->remote->va + op->remote_offset;
     if (op->kind == AT_OP_PAGES) where += (uint64_t)op->remote_pages[0] * op->remote_stride;
     if (op->kind == AT_OP_READ) where = (uint64_t)(uintptr_t)op->local;
     uint32_t i = 0;
     while (i < AT_RECENT && lane->recent[i].where != where) i++;
-    if (i == AT_RECENT) i = lane->recent_next++ % AT_RECENT;
+    int again = i != AT_RECENT;
+    if (!again) i = lane->recent_next++ % AT_RECENT;
     lane->recent_bytes += nbytes - lane->recent[i].nbytes;
+    op->footprint = again ? lane->written - lane->recent[i].stamp : lane->recent_bytes;
     lane->recent[i].where = where;
     lane->recent[i].nbytes = nbytes;
-    op->footprint = lane->recent_bytes;
+    lane->recent[i].stamp = lane->written;
 }
 
 /* ---- checks ---- */
