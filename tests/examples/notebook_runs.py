@@ -1,0 +1,68 @@
+"""Runs the notebook as test_notebook wants it, in a process of its own: `python notebook_runs.py NOTEBOOK WAY`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat.v4 import new_code_cell
+
+FOREVER = "await arrived.wait(1_000_000)"
+LARGE = """huge, place = engine.allocate(1 << 30), other.allocate(1 << 30)
+print("begun")
+while True:
+    await engine.write(huge, place.descriptor)"""
+CHECK = """before = arrived.total
+await engine.write(src[:4096], dst[:4096], imm=7)
+await arrived.wait(1)
+assert arrived.total == before + 1
+assert engine.statistics().pending_operations == 0"""
+
+
+async def interrupted(client: Any, book: Any, source: str) -> None:
+    """Run a cell that does not end, interrupt it, and see that it ended as an interrupted one does."""
+    book.cells.append(new_code_cell(source))
+    running = asyncio.ensure_future(client.async_execute_cell(book.cells[-1], len(book.cells) - 1))
+    await asyncio.sleep(1.5)
+    assert not running.done()
+    await client.km.interrupt_kernel()
+    with pytest.raises(CellExecutionError) as caught:
+        await asyncio.wait_for(running, 30)
+    assert caught.value.ename in ("KeyboardInterrupt", "CancelledError"), caught.value
+
+
+async def main(path: str, way: str) -> None:
+    book = nbformat.read(path, as_version=4)
+    client = NotebookClient(book, timeout=60, kernel_name="python3")
+    cells = [i for i, cell in enumerate(book.cells) if cell.cell_type == "code"]
+    async with client.async_setup_kernel():
+
+        async def run(*which: int) -> None:
+            for i in which:
+                await client.async_execute_cell(book.cells[i], i)
+
+        if way == "once":
+            await run(*cells)
+            outputs = [output for i in cells for output in book.cells[i].outputs]
+            assert any("image/png" in output.get("data", {}) for output in outputs), "the plot"
+            assert any("100%" in output.get("text", "") for output in outputs), "the progress bar"
+            assert any("<table" in output.get("data", {}).get("text/html", "") for output in outputs), "the engine as a table"
+        elif way == "again":
+            for i in cells[:-1]:
+                await run(i, i)
+            await run(*cells[:4], *cells[1:4], cells[-1], cells[-1], *cells)
+        else:
+            await run(*cells[:3])
+            for source in (FOREVER, LARGE):
+                await interrupted(client, book, source)
+                book.cells.append(new_code_cell(CHECK))
+                await run(len(book.cells) - 1)
+            await run(*cells)
+
+
+asyncio.run(main(sys.argv[1], sys.argv[2]))
