@@ -1,16 +1,13 @@
-# Rivals beside ours, in an environment of their own.
+# Rivals beside ours, each in an environment of its own. One that does not install leaves its reason in a file named why.
 RIVALS := .venv-rivals
 
 .PHONY: rivals bench-rivals
 
-$(STAMPS)/rivals: $(STAMPS)/package tests/benchmarks/rivals.mk
-	@echo "installing NIXL 1.5.1 (about 60 MB, carries UCX), uvloop and aiotransfer into $(RIVALS)"
-	@$$(cat $(STAMPS)/python) -m venv $(RIVALS)
-	@$(RIVALS)/bin/pip --disable-pip-version-check install --quiet --editable . uvloop==0.23.0
-	@$(RIVALS)/bin/pip --disable-pip-version-check install --quiet --no-deps nixl-cu12==1.5.1
+$(STAMPS)/rivals: $(STAMPS)/package tests/benchmarks/rivals.mk tests/benchmarks/install_rivals.sh
+	@bash tests/benchmarks/install_rivals.sh $(RIVALS) "$$(cat $(STAMPS)/python)"
 	@touch $@
 
 rivals: $(STAMPS)/rivals
 
 bench-rivals: $(STAMPS)/rivals
-	@$(RIVALS)/bin/python tests/benchmarks/rivals.py $(ARGS)
+	@$(RIVALS)/ours/bin/python tests/benchmarks/rivals/compare.py $(ARGS)
