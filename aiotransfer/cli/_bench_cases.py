@@ -20,6 +20,7 @@ import numpy as np
 import aiotransfer as at
 from aiotransfer.engine.region import RegionView
 from aiotransfer.providers.limits import Limits
+from aiotransfer.testing.faults import block_loop
 
 SIZES = (4 << 10, 64 << 10, 256 << 10, 1 << 20, 16 << 20, 256 << 20)
 PAGES = (1 << 10, 4 << 10, 16 << 10, 64 << 10)
@@ -175,8 +176,7 @@ class Bench:
     async def scatter(self) -> AsyncIterator[Row]:
         """A prepared scatter to eight engines of the target process; the limit is the same eight copies."""
         size, count, n = 4096, 10_000, 8
-        await self.ask(f"eight {size}")
-        remotes = [await peer.lookup("small") for peer in self.engine.peers if peer.name == "one of eight"]
+        remotes = await self._more_peers(n, size)
         targets = [at.ScatterTarget(i * size, size, remote) for i, remote in enumerate(remotes)]
         plan = self.engine._scatter_plan(self.source, targets, None)
         for imm, note in ((None, ""), (1, ", with an immediate")):
@@ -187,6 +187,60 @@ class Bench:
                 for _ in range(count):
                     await plan.post(imm=imm)
                 row.add((time.perf_counter() - start) / count * 1e6, limit)
+            yield row
+
+    async def _more_peers(self, n: int, size: int) -> list[at.RemoteRegion]:
+        """At least `n` more engines in the target process, each with a small region."""
+        have = [peer for peer in self.engine.peers if peer.name == "small"]
+        if len(have) < n:
+            await self.ask(f"engines {n - len(have)} {size}")
+        return [await peer.lookup("small") for peer in self.engine.peers if peer.name == "small"][:n]
+
+    async def blocked(self) -> AsyncIterator[Row]:
+        """A write into a process that holds the interpreter's lock for a second and a half, and what it sees afterwards."""
+        landed = Row("write 4 KiB with an immediate into a blocked process", "us", lower_is_better=True, note="bytes and count")
+        seen = Row("its counter, after the block", "us", lower_is_better=True)
+        source, target = self.source[:4096], self.remote[:4096]
+        for _ in range(self.rounds):
+            await self.ask("block")
+            await asyncio.sleep(0.5)
+            start = time.perf_counter()
+            await self.engine.write(source, target, imm=2)
+            landed.add((time.perf_counter() - start) * 1e6, None)
+            async for message in self.engine.messages():
+                seen.add(float(message.data), None)
+                break
+        yield landed
+        yield seen
+
+    async def scale(self) -> AsyncIterator[Row]:
+        """One prepared 4-KiB write with many regions and many peers; the limit is the same write with few, taken before."""
+        count = 20_000
+        plan = self.engine.prepare_write(self.source[:4096], self.remote[:4096])
+
+        async def once() -> float:
+            start = time.perf_counter()
+            for _ in range(count):
+                await plan.post()
+            return (time.perf_counter() - start) / count * 1e6
+
+        few = [await once() for _ in range(self.rounds)]
+        small = np.zeros(10_000 * 64, np.uint8)
+        for n in (100, 10_000):
+            regions = [self.engine.register(small[i * 64 : (i + 1) * 64]) for i in range(n)]
+            row = Row(f"prepared 4-KiB write with {n:,} regions", "us", lower_is_better=True, note="limit: with one")
+            for base in few:
+                row.add(await once(), base)
+            yield row
+            for region in regions:
+                region.close()
+        await self._more_peers(63, 4096)
+        row = Row("prepared 4-KiB write with 64 peers", "us", lower_is_better=True, note="limit: with one")
+        for base in few:
+            row.add(await once(), base)
+        yield row
+        async for row in self.idle():
+            row.case += ", 64 peers"
             yield row
 
     async def wakeup(self) -> AsyncIterator[Row]:
@@ -247,7 +301,7 @@ class Bench:
         yield row
 
 
-CASES = ("write", "pages", "rate", "scatter", "wakeup", "idle", "startup")
+CASES = ("write", "pages", "rate", "scatter", "wakeup", "blocked", "idle", "scale", "startup")
 
 
 def _size(n: int) -> str:
@@ -307,12 +361,20 @@ async def serve(address: str, memory: str, provider: str, wake: tuple[int, int])
             if command == "drop":
                 engine.counter(imm=1).close()
                 await peer.send(b"ok")
-            elif command == "eight":
-                for _ in range(8):
-                    small = await others.enter_async_context(at.open_engine(name="one of eight", providers=provider))
-                    small.publish("small", small.allocate(int(argument)))
+            elif command == "engines":
+                number, size = argument.split()
+                for _ in range(int(number)):
+                    small = await others.enter_async_context(at.open_engine(name="small", providers=provider))
+                    small.publish("small", small.allocate(int(size)))
                     await small.connect(address)
                 await peer.send(b"ok")
+            elif command == "block":
+                await peer.send(b"ok")
+                await asyncio.sleep(0.1)
+                block_loop(1.5)
+                back = time.perf_counter()
+                await counter.wait(1)
+                await peer.send(str((time.perf_counter() - back) * 1e6).encode())
             elif command == "floor":
                 await peer.send(b"ok")
                 await eventfd_rounds(wake[1], wake[0], int(argument), first=False)

@@ -207,7 +207,8 @@ class Connections:
             known._finish("closed", _Merged("merged with the connection that the other side dialed"), "merged")
         self.peers[link.incarnation] = peer
         self._start(peer, link)
-        engine._loop.call_later(ACCEPT_SECONDS, self._overdue, peer)
+        timer = engine._loop.call_later(ACCEPT_SECONDS, self._overdue, peer)
+        peer._up.add_done_callback(lambda _: timer.cancel())
 
     def _merge(self, loser: Peer) -> None:
         loser._post(frames.Merge())

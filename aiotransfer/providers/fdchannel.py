@@ -134,7 +134,7 @@ class FdListener:
         self._sock.bind(self.name)
         self._sock.listen(128)
         self._waiting: dict[bytes, asyncio.Future[tuple[FdChannel, bytes, list[int]]]] = {}
-        self._early: dict[bytes, tuple[FdChannel, bytes, list[int]]] = {}
+        self._early: dict[bytes, tuple[FdChannel, bytes, list[int], asyncio.TimerHandle]] = {}
         self._fresh: set[FdChannel] = set()
         loop.add_reader(self._sock.fileno(), self._acceptable)
 
@@ -156,8 +156,8 @@ class FdListener:
         if future is not None and not future.done():
             future.set_result((channel, body, fds))
         elif len(self._early) < MOST_EARLY and key not in self._early:
-            self._early[key] = (channel, body, fds)
-            self._loop.call_later(EARLY_SECONDS, self._forget_early, key)
+            timer = self._loop.call_later(EARLY_SECONDS, self._forget_early, key)
+            self._early[key] = (channel, body, fds, timer)
         else:
             close_all(fds)
             channel.close()
@@ -167,12 +167,14 @@ class FdListener:
         if early is not None:
             close_all(early[2])
             early[0].close()
+            early[3].cancel()
 
     async def accept(self, key: bytes, timeout: float) -> tuple[FdChannel, bytes, list[int]]:
         """The connection whose first packet carries `key`. Raises `TimeoutError`."""
         early = self._early.pop(key, None)
         if early is not None:
-            return early
+            early[3].cancel()
+            return early[:3]
         future: asyncio.Future[tuple[FdChannel, bytes, list[int]]] = self._loop.create_future()
         self._waiting[key] = future
         try:
