@@ -1,13 +1,14 @@
 """Instructions of the native calls on the hot path, as callgrind counts them: a change of more than 5 % is noticed, either way.
 
-The figures belong to one compiler (its version is their key): another one writes other code, and then there is nothing to compare
-with. `python tests/native/test_instructions.py` measures and records them for the compiler at hand.
+The figures belong to one compiler, C library and kind of processor (their key): others run other code, and then there is nothing to
+compare with. `python tests/native/test_instructions.py` measures and records them for what is at hand.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -26,9 +27,11 @@ BAND = 0.05
 FUNCTIONS = ("at_write", "at_write_pages", "at_signal", "at_plan_post", "at_imm_take")
 
 
-def compiler() -> str:
-    done = subprocess.run(["cc", "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=True)
-    return " ".join(["cc", *done.stdout.split()])
+def key() -> str:
+    done = subprocess.run(["cc", "-dumpfullversion"], capture_output=True, text=True, check=True)
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    processor = model[1].strip() if model else platform.machine()
+    return f"cc {done.stdout.strip()}, {' '.join(platform.libc_ver())}, {processor}"
 
 
 def measure(folder: Path) -> dict[str, float]:
@@ -55,10 +58,10 @@ def measure(folder: Path) -> dict[str, float]:
 @pytest.mark.timeout(300)
 def test_the_native_calls_take_the_instructions_they_took(tmp_path: Path) -> None:
     assert native.lib is not None
-    recorded = json.loads(RECORD.read_text()).get(compiler())
+    recorded = json.loads(RECORD.read_text()).get(key())
     now = measure(tmp_path)
     if recorded is None:
-        pytest.skip(f"nothing is recorded for {compiler()}; it takes {now}")
+        pytest.skip(f"nothing is recorded for {key()}; it takes {now}")
     for name, before in recorded.items():
         assert abs(now[name] / before - 1) <= BAND, f"{name}: {before:.0f} instructions a call before, {now[name]:.0f} now"
 
@@ -68,6 +71,6 @@ if __name__ == "__main__":
 
     known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        known[compiler()] = {name: round(cost, 1) for name, cost in measure(Path(folder)).items()}
+        known[key()] = {name: round(cost, 1) for name, cost in measure(Path(folder)).items()}
     RECORD.write_text(json.dumps(known, indent=2) + "\n")
     print(known)
