@@ -12,9 +12,10 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell
 
-FOREVER = "await arrived.wait(1_000_000)"
-LARGE = """huge, place = engine.allocate(1 << 30), other.allocate(1 << 30)
-print("begun")
+FOREVER = """print("begun", flush=True)
+await arrived.wait(1_000_000)"""
+LARGE = """huge, place = engine.allocate(1 << 28), other.allocate(1 << 28)
+print("begun", flush=True)
 while True:
     await engine.write(huge, place.descriptor)"""
 CHECK = """before = arrived.total
@@ -25,10 +26,17 @@ assert engine.statistics().pending_operations == 0"""
 
 
 async def interrupted(client: Any, book: Any, source: str) -> None:
-    """Run a cell that does not end, interrupt it, and see that it ended as an interrupted one does."""
-    book.cells.append(new_code_cell(source))
-    running = asyncio.ensure_future(client.async_execute_cell(book.cells[-1], len(book.cells) - 1))
-    await asyncio.sleep(1.5)
+    """Run a cell that does not end, interrupt it, and see that it ended as an interrupted one does.
+
+    Not before it has begun: a kernel that is interrupted while it is not yet in the cell ends.
+    """
+    cell = new_code_cell(source)
+    book.cells.append(cell)
+    running = asyncio.ensure_future(client.async_execute_cell(cell, len(book.cells) - 1))
+    while not any("begun" in output.get("text", "") for output in cell.outputs):
+        assert not running.done()
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.3)
     assert not running.done()
     await client.km.interrupt_kernel()
     with pytest.raises(CellExecutionError) as caught:
