@@ -9,6 +9,7 @@ import numpy as np
 from aiotransfer.errors import RegionError
 
 RESERVED = 0xF000_0000  # immediates from here on are the library's own
+MOST_IMM = (1 << 32) - 1
 MOST = (1 << 63) - 1
 
 

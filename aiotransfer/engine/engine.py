@@ -16,7 +16,7 @@ from aiotransfer.control.key import load_key
 from aiotransfer.control.link import Identity
 from aiotransfer.core.ledger import Ledger
 from aiotransfer.engine import memory
-from aiotransfer.engine.arguments import RESERVED, check_imm
+from aiotransfer.engine.arguments import MOST_IMM, RESERVED, check_imm
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.connections import Connections
 from aiotransfer.engine.counter import Counter
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 SETTLE_SECONDS = 0.02  # how often quarantined memory is looked at
 FIRST_FREE_IMM = RESERVED - 1
-MOST_IMM = (1 << 32) - 1
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _leaked: list[Region] = []  # memory that a stopped peer may still write into, kept for the life of the process
 

@@ -6,8 +6,8 @@ any higher generation it hears of, with fresh immediates; it has formed when eve
 generation. Fresh immediates for each generation are what keeps late signals of a broken one from being counted in the next.
 
 Barriers. Each member signals all others by one prepared scatter and waits for as many arrivals. Nobody can be two barriers
-ahead of anybody, so two immediates in turn are enough (the paper's barrier, arXiv 2510.27656 section 3.4, with per-receiver
-immediates instead of agreed ones).
+ahead of anybody, so two immediates in turn are enough (the barrier of arXiv 2510.27656, an immediate to many peers, with
+immediates that each receiver chooses for himself).
 
 Failing. A barrier that ends in any way but success may leave members apart, so it breaks the group on this member; `reform`
 announces the next generation. The breaking member says so at once, so that nobody waits for it until his own timeout.
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control.frames import Join
+from aiotransfer.engine.arguments import MOST_IMM, RESERVED
 from aiotransfer.engine.plans import Plan
 from aiotransfer.errors import (
     BrokenError,
@@ -90,9 +91,8 @@ class PeerGroup:
     def scatter_plan(self, src: RegionView, targets: Any, *, require: str | None = None) -> Plan:
         """A prepared scatter to members: `plan.post(imm=...)` replays it. Arguments and errors as for `Engine.scatter`."""
         plan = self._engine._scatter_plan(src, targets, require)
-        members = {self._engine.address, *self.members}
         for i, peer in enumerate(plan._targets or ()):
-            if peer.address not in members and peer not in self._peers:
+            if peer.address not in self.members and peer not in self._peers:
                 raise ValueError(f"target {i}: {peer} is no member of this group")
         return plan
 
@@ -319,12 +319,17 @@ class Groups:
         if group is None:
             group = self._groups[key] = PeerGroup(self._engine, addresses, name, key)
             for peer, join in self._early.pop(key, {}).values():
+                peer._early_joins -= 1
                 if peer._state == "up":
                     self.joined(peer, join)
         return group
 
     def joined(self, peer: Peer, join: Join) -> None:
         """A Join came."""
+        even, odd = join.imms
+        if not (even == 0 <= odd or RESERVED <= even <= MOST_IMM >= odd >= RESERVED) or join.rank < 0:
+            peer._lose(BrokenError(f"{peer} joined a group with impossible numbers: {join}"))
+            return
         group = self._groups.get(join.key)
         if group is not None:
             if 0 <= join.rank < len(group) and join.rank != group.rank:

@@ -345,7 +345,7 @@ class Submitter(EngineBase):
                 if not isinstance(error, TransferError):
                     error = TransferTimeout("the owner of the region did not answer in time")
                 result, keep = 0, error
-            except Exception as error:
+            except Exception as error:  # it belongs to whoever awaits the transfer
                 result, keep = 0, error
             if transfer._state != PENDING:
                 return

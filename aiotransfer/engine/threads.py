@@ -65,23 +65,27 @@ class ThreadTransfer:
             return True
         deadline = time.monotonic() + left
         if self._bound is not None:
-            try:
-                self._bound.result(None if left == math.inf else left)
-            except concurrent.futures.TimeoutError:
+            concurrent.futures.wait([self._bound], None if left == math.inf else left)
+            if not self._bound.done():
                 return False
-            except BaseException as error:
+            try:
+                self._bound.result()
+            except Exception as error:  # whatever the question to the owner ended in is what the operation ended in
                 self._finish(error)
-                return True
             if self._over:
                 return True
             left = max(0.0, deadline - time.monotonic())
-        with self._handle._inside():
+        handle = self._handle
+        with handle._inside():
+            engine, wait = handle._engine, native.lib.at_thread_wait
             ns = FOREVER_NS if left == math.inf else int(min(left, 1e9) * 1e9)
-            status = native.lib.at_thread_wait(self._handle._engine._p, self._cookie, ns)
-            if status == 1:
+            if wait(engine._p, self._cookie, ns) == 1:
                 return False
-            native.lib.at_thread_drop(self._handle._engine._p, self._cookie)
-        self._finish(None if status == 0 else refusal(self._handle._engine, status, self._peer))
+            with handle._guard:  # several threads may have waited: the first of them takes the record away
+                if not self._over:
+                    status = wait(engine._p, self._cookie, 0)
+                    native.lib.at_thread_drop(engine._p, self._cookie)
+                    self._finish(None if status == 0 else refusal(engine, status, self._peer))
         return True
 
     def _finish(self, error: BaseException | None) -> None:

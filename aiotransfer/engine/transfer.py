@@ -233,7 +233,7 @@ async def wait_all(transfers: Any) -> None:
             for other in waiting[i + 1 :]:
                 await _ended(other)
             raise
-        except Exception as error:
+        except Exception as error:  # all of them are raised together at the end
             errors.append(error)
     if errors:
         raise ExceptionGroup(f"{len(errors)} of {len(waiting)} transfers failed", errors)

@@ -51,11 +51,12 @@ class Watcher:
         self._engine._check()
         if self._waiter is not None:
             raise RuntimeError("a watcher is iterated over by one task at a time")
-        changed = native.lib.at_watch_next(self._engine._p, self._id, self._out)
-        if changed < 0:
-            raise InternalError(f"the word cannot be watched: {native.text(changed)}")
+        status = native.lib.at_watch_next(self._engine._p, self._id, self._out)
+        if status < 0:
+            raise InternalError(f"the word cannot be watched: {native.text(status)}")
         value: int | None = int(self._out[0])
-        if changed:
+        # Not what the lane has told but what was yielded decides: a look that was cancelled may have been told of a change.
+        if value != self._last:
             await asyncio.sleep(0)  # a word that never rests starves nobody
         else:
             self._waiter = self._engine._loop.create_future()

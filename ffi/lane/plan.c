@@ -1,5 +1,5 @@
-/* Plans: operations that are checked once and posted many times (the work-request templates of the paper, section 3.5), and
- * scatters, which are plans posted once.
+/* Plans: operations that are checked once and posted many times (as the work-request templates of arXiv 2510.27656), and scatters,
+ * which are plans posted once.
  *
  * A plan holds ids, not pointers. Posting looks each of them up again, which costs a few loads: the region may have been closed,
  * the remote region revoked, the peer lost since, and then the post is refused as the plain call would be. Bounds are not

@@ -55,7 +55,7 @@ def test_the_test() -> None:
 
 
 def test_the_notebook_cell(tmp_path: Path) -> None:
-    pytest.importorskip("ipykernel")
+    pytest.importorskip("ipykernel", reason="the test extra brings it")
     code = (
         "import sys, nbformat\nfrom nbclient import NotebookClient\n"
         "book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(open(sys.argv[1]).read())])\n"
@@ -67,7 +67,7 @@ def test_the_notebook_cell(tmp_path: Path) -> None:
 
 
 def test_the_web_application() -> None:
-    pytest.importorskip("fastapi")
+    pytest.importorskip("fastapi", reason="the test extra brings it")
     code = (
         "import asyncio, sys\nsys.path.insert(0, sys.argv[1])\nfrom app import app\nimport httpx\n"
         "async def main():\n"

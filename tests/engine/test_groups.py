@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 import aiotransfer as at
+from aiotransfer.control.frames import Join
 
 pytestmark = pytest.mark.asyncio
 
@@ -178,6 +179,29 @@ async def test_one_barrier_at_a_time(four: list[at.PeerGroup]) -> None:
         await four[0].barrier()
     await everyone(four[1:])
     await task
+
+
+async def test_joins_that_came_before_their_group_do_not_add_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiotransfer.engine.group.MOST_UNKNOWN", 8)
+    async with AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(at.open_engine(timeout=10)) for _ in range(2)]
+        members = [str(engine.address) for engine in engines]
+        for i in range(30):
+            first = asyncio.ensure_future(engines[0].group(members, name=f"{i}").barrier(timeout=5))
+            await asyncio.sleep(0.01)  # its Join comes before the other side has made the group
+            await engines[1].group(members, name=f"{i}").barrier(timeout=5)
+            await first
+
+
+async def test_a_join_with_impossible_numbers_loses_its_sender(four: list[at.PeerGroup]) -> None:
+    await everyone(four)
+    sender = four[1].peers[0]
+    assert sender is not None
+    sender._post(Join(key=four[0]._key, rank=1, generation=2, imms=(1 << 40, -1)))
+    waiting = four[0].peers[1]
+    assert waiting is not None
+    await waiting.closed(timeout=5)
+    assert waiting.state == "lost"
 
 
 async def test_closing_the_engine_ends_a_barrier(four: list[at.PeerGroup]) -> None:

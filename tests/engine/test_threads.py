@@ -42,7 +42,7 @@ async def test_threads_submit_while_the_loop_is_blocked(provider: str) -> None:
                 back = np.zeros(4096, np.uint8)
                 handle.read(remote[:4096], local[part : part + 4096]).wait(10)
                 assert back.size
-            except BaseException as error:
+            except BaseException as error:  # whatever it is, the test shall show it
                 errors.append(error)
 
         local = pair.left.allocate(1 << 20)
@@ -124,6 +124,48 @@ async def test_a_wait_may_end_before_the_operation(pair: Pair) -> None:
         transfer.wait(20)
         assert transfer.done()
         transfer.wait(0)
+
+    await asyncio.to_thread(work)
+
+
+@pytest.mark.asyncio
+async def test_many_threads_may_wait_for_one_operation(pair: Pair) -> None:
+    nbytes = 32 << 20
+    _, remote = await target(pair, nbytes)
+    source, handle = pair.left.allocate(nbytes), pair.left.from_thread()
+    errors: list[BaseException] = []
+
+    def wait(transfer: at.ThreadTransfer) -> None:
+        try:
+            transfer.wait(20)
+        except BaseException as error:  # whatever it is, the test shall show it
+            errors.append(error)
+
+    def work() -> None:
+        for _ in range(30):
+            transfer = handle.write(source, remote)
+            threads = [threading.Thread(target=wait, args=(transfer,)) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+    await asyncio.to_thread(work)
+    assert not errors
+
+
+@pytest.mark.asyncio
+async def test_a_region_that_cannot_be_bound_ends_the_operation_in_that_error(pair: Pair) -> None:
+    region, remote = await target(pair)
+    fresh = at.RemoteRegion.decode(remote.encode())
+    await region.aclose()
+    source, handle = pair.left.allocate(N), pair.left.from_thread()
+
+    def work() -> None:
+        transfer = handle.write(source, fresh)
+        for _ in range(2):
+            with pytest.raises(at.StaleRegionError):
+                transfer.wait(5)
 
     await asyncio.to_thread(work)
 

@@ -87,6 +87,21 @@ async def test_a_cancelled_look_loses_nothing() -> None:
                 assert old >= last
 
 
+async def test_a_change_told_to_a_cancelled_look_is_told_again() -> None:
+    async with at.open_engine() as engine:
+        word = np.zeros(1, np.uint64)
+        with engine.watch(word) as watcher:
+            for turn in range(1, 20):
+                look = asyncio.ensure_future(anext(watcher))
+                await asyncio.sleep(0.001)
+                word[0] = turn
+                time.sleep(0.02)  # the native thread has seen it; the loop has not had a turn
+                look.cancel()
+                await asyncio.wait([look])
+                assert look.cancelled()
+                assert await asyncio.wait_for(anext(watcher), 5) == (turn - 1, turn)
+
+
 @pytest.mark.parametrize("close_engine", [False, True])
 async def test_closing_ends_the_iteration(close_engine: bool) -> None:
     async with at.open_engine() as engine:

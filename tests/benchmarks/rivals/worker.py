@@ -92,7 +92,7 @@ async def obey(contender: Any, driver: Pipes) -> None:
             start = time.perf_counter()
             units = await act(*order["arguments"], order["times"])
             driver.say(seconds=(time.perf_counter() - start) / order["times"] / (units or 1))
-    except Exception as error:
+    except Exception as error:  # the driver makes a row of it
         driver.say(error=f"{type(error).__name__}: {str(error) or 'no words'}".splitlines()[0])
         os._exit(1)
 
