@@ -53,8 +53,7 @@ async def test_a_blocked_writer_finishes_what_it_has_submitted(progress: str) ->
         source.numpy()[:] = payload(NBYTES)
         await engine.write(source[:8], remote[:8])
         messages = engine.messages()
-        transfer = engine.write(source, remote, imm=1)
-        assert not transfer.done()
+        transfer = engine.write(source, remote, imm=1)  # may be over by the next line where this thread lost its turn
         await peer.send(b"when 1")  # it answers with its clock once one write has been counted
         await asyncio.sleep(0)
         hold_the_lock(int(BLOCK * 1e6))
