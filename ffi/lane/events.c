@@ -110,8 +110,8 @@ void at_turn(at_lane *lane) {
 /* progress="loop": queued copies are made in the loop's own turns, for about one turn's time in each. */
 static void move_here(at_lane *lane) {
     lane->moving_here = 1;
-    do at_move_queued(lane, AT_CHUNK, 0);
-    while (at_queued_work(lane) && at_now() - lane->turn_start < lane->config.turn_ns);
+    do at_move_queued(lane, AT_CHUNK, AT_MOVER_CALLER);
+    while (at_queued_work(lane, 0) && at_now() - lane->turn_start < lane->config.turn_ns);
     lane->moving_here = 0;
 }
 
@@ -151,7 +151,7 @@ int at_poll(at_lane *lane) {
     if (count != 0) lane->queue_head = (lane->queue_head + count) & (lane->queue_capacity - 1);
     lane->queue_count -= count;
     lane->signalled = 0;
-    if (lane->queue_count != 0 || ((lane->config.flags & AT_LANE_LOOP) && at_queued_work(lane))) at_event_signal(lane);
+    if (lane->queue_count != 0 || ((lane->config.flags & AT_LANE_LOOP) && at_queued_work(lane, 0))) at_event_signal(lane);
     at_unlock(lane);
     return (int)count;
 }

@@ -112,6 +112,7 @@ static void lane_destroy(at_lane *lane) {
     free(lane->watches);
     at_events_close(lane);
     (void)pthread_cond_destroy(&lane->ended);
+    (void)pthread_cond_destroy(&lane->help);
     (void)pthread_mutex_destroy(&lane->lock);
     free(lane);
 }
@@ -127,6 +128,7 @@ at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config) {
     (void)pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
 #endif
     (void)pthread_cond_init(&lane->ended, &monotonic);
+    (void)pthread_cond_init(&lane->help, NULL);
     (void)pthread_condattr_destroy(&monotonic);
     lane->owner = pthread_self();
     lane->fork_generation = fork_generation;

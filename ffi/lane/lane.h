@@ -110,13 +110,15 @@ struct at_op {
     int64_t *table;
     uint64_t footprint;     /* bytes written lately to different places, this operation included: too many for a cache? */
     uint64_t units;         /* 1, or the number of pages */
-    uint64_t cursor;        /* first unit that is not posted; for one large write, bytes moved */
+    uint64_t extent;        /* what synchronous providers move it in: pages, or bytes; 1 where there are none */
+    uint64_t cursor;        /* first unit that is not posted; synchronous: first of `extent` that nobody has claimed */
+    uint64_t moved;         /* how many of `extent` were moved: by several threads, in any order */
     uint64_t landed;        /* units that have landed */
     uint64_t counted;       /* units whose immediate was published (synchronous providers) */
     uint32_t posted;        /* work requests at the provider */
     int kind;
     int status;
-    int running;            /* somebody moves it now, without the lock */
+    int running;            /* how many threads move parts of it now, without the lock */
     int queued;             /* linked in peer->head..tail */
     int detached;           /* AT_DETACHED: another thread's, ends as a record for at_thread_wait, without an event */
     int over;               /* such a record: nothing is left but its status */
@@ -126,15 +128,18 @@ struct at_op {
     _Atomic int withdrawn;
 };
 
+/* Who moves bytes, each with an active word of its own: the submitting thread, the native thread, the one that helps it. */
+enum { AT_MOVER_CALLER, AT_MOVER_THREAD, AT_MOVER_HELPER, AT_MOVERS };
+
 /* The port: what a provider must do. */
 typedef struct at_port {
     const char *name;
     uint32_t window; /* most work requests posted per peer; 0: synchronous */
 
-    /* Synchronous. Move up to `budget` bytes from op->cursor on, re-reading the epoch around every chunk; advances cursor and
-     * landed. AT_OK: budget used or all moved; AT_ESTALE, AT_EIO (errno in *oserror), AT_EPEER: the operation fails.
-     * NO LOCK: `lane_slot` 0 is the caller's, 1 the native thread's active word. */
-    int (*move)(at_peer *peer, at_op *op, uint64_t budget, int lane_slot, int *oserror);
+    /* Synchronous. Move [first, first + n) of op->extent, re-reading the epoch around every chunk; *moved says how many were,
+     * fewer than n only with an error or once `withdrawn` is set. AT_ESTALE, AT_EIO (errno in *oserror), AT_EPEER: the operation
+     * fails. NO LOCK, and several threads at once: each has a `mover` of its own (AT_MOVER_*). */
+    int (*move)(at_peer *peer, const at_op *op, uint64_t first, uint64_t n, int mover, uint64_t *moved, int *oserror);
     /* Synchronous. Publish n arrivals of imm. AT_EAGAIN: try again later. */
     int (*count)(at_peer *peer, uint32_t imm, uint64_t n);
 
@@ -243,8 +248,9 @@ struct at_lane {
 
     int epoll_fd, wake_fd; /* the loop's side */
 
-    pthread_t thread;
-    int thread_started, thread_stop;
+    pthread_t thread, helper;
+    int thread_started, thread_stop, helper_started;
+    pthread_cond_t help; /* the native thread has found more than it should move alone */
     int thread_epoll_fd, thread_wake_fd, pulse_fd;
     uint32_t thread_turn;
     int thread_work;
@@ -309,9 +315,13 @@ void at_op_stop(at_op *op, int status);
 int at_op_publish(at_op *op);                                /* the immediates of what has landed */
 void at_op_complete(at_op *op, uint64_t units, int status);  /* one posted work request retired; units 1 when it landed */
 void at_refill(at_peer *peer);                               /* post what the window allows */
-/* One round over the peers' queues, for at most `budget` bytes each, as the loop's thread (0) or the native one (1). */
-void at_move_queued(at_lane *lane, uint64_t budget, int lane_slot);
-int at_queued_work(const at_lane *lane);                     /* is anything left for at_move_queued? */
+/* One round over the peers' queues, for at most `budget` bytes each. */
+void at_move_queued(at_lane *lane, uint64_t budget, int mover);
+/* Move [cursor, cursor + n) of it as `mover`, without the lock meanwhile. Returns AT_OK or why the operation fails. */
+int at_op_move(at_op *op, uint64_t n, int mover, int *oserror);
+void at_op_moved(at_op *op, uint64_t n); /* n of its extent were moved */
+int at_queued_work(const at_lane *lane, int refused);        /* is anything left for at_move_queued, also counts refused just now? */
+int at_queued_for_two(const at_lane *lane);                  /* so much that two threads are faster? */
 void at_head_start(at_lane *lane, at_op *op);                /* move some of it while the native thread wakes up */
 void at_count_turn(at_lane *lane, uint64_t nbytes);          /* inline work was done: is a loop turn due? */
 

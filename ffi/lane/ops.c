@@ -3,7 +3,8 @@
  * Invariants (the property tests of the simulator hold us to them):
  *   - nothing is posted unless every check has passed; a refused call leaves no trace;
  *   - an operation ends exactly once, and only when no work request of it is posted and no thread moves it;
- *   - cursor counts what is posted, landed what has landed; cursor never moves once `withdrawn` is set;
+ *   - cursor counts what is posted or claimed, landed what has landed; cursor never moves once `withdrawn` is set;
+ *   - a queued operation of a synchronous provider has something unclaimed, or a count that was refused;
  *   - regions, remote regions and peers outlive the operations that use them (use counts). */
 #include "lane.h"
 
@@ -13,7 +14,8 @@
 
 #define COOKIE_BITS 20
 #define COOKIE_MASK ((1u << COOKIE_BITS) - 1u)
-#define HEAD_BYTES ((uint64_t)512 << 10) /* moved by the caller while the native thread wakes up */
+#define HEAD_BYTES ((uint64_t)512 << 10)   /* at most moved by the caller while the native thread wakes up */
+#define SHARED_BYTES ((uint64_t)1 << 20) /* worth waking a second thread for */
 
 static int op_slot(at_lane *lane, uint32_t *index) {
     if (lane->op_free_count > 0) {
@@ -107,7 +109,7 @@ static void dequeue(at_op *op) {
     op->queued = 0;
 }
 
-static int op_over(const at_op *op) { return op->posted == 0 && !op->running; }
+static int op_over(const at_op *op) { return op->posted == 0 && op->running == 0; }
 
 void at_op_stop(at_op *op, int status) {
     if (op->over) return;
@@ -177,19 +179,57 @@ int at_op_publish(at_op *op) {
     return rc;
 }
 
-static int moved_all(const at_op *op) { return op->landed == op->units; }
+static uint64_t unclaimed(const at_op *op) { return (op->extent - op->cursor) * (op->kind == AT_OP_PAGES ? op->nbytes : 1); }
 
-/* After some of it was moved without the lock: withdrawn, finished, or to be gone on with? Returns 1 when it has ended. */
+static int goes_on(const at_op *op) {
+    return op->cursor < op->extent && op->peer->status == AT_OK && !atomic_load(&op->withdrawn);
+}
+
+int at_op_move(at_op *op, uint64_t n, int mover, int *oserror) {
+    at_peer *peer = op->peer;
+    uint64_t first = op->cursor, moved = 0;
+    op->cursor += n;
+    if (op->cursor == op->extent) dequeue(op);
+    op->running++;
+    at_unlock(peer->lane);
+    int rc = peer->port->move(peer, op, first, n, mover, &moved, oserror);
+    at_lock(peer->lane);
+    op->running--;
+    at_op_moved(op, moved);
+    return rc;
+}
+
+void at_op_moved(at_op *op, uint64_t n) {
+    op->moved += n;
+    if (op->kind == AT_OP_PAGES) op->landed = op->moved;
+    else if (op->moved == op->extent) op->landed = op->units;
+}
+
+static void enqueue(at_op *op) {
+    at_peer *peer = op->peer;
+    op->next = NULL;
+    if (peer->tail != NULL) peer->tail->next = op;
+    else peer->head = op;
+    peer->tail = op;
+    op->queued = 1;
+}
+
+/* After some of it was moved without the lock: withdrawn, finished, or to be gone on with? Returns 1 when nothing is left to do. */
 static int move_over(at_lane *lane, at_op *op, int rc, int oserror) {
     at_peer *peer = op->peer;
     if (oserror != 0) lane->oserror = oserror;
     int published = at_op_publish(op);
-    op->running = 0;
     if (rc != AT_OK || atomic_load(&op->withdrawn) || peer->status != AT_OK) {
-        at_op_stop(op, rc != AT_OK ? rc : peer->status);
+        at_op_stop(op, rc != AT_OK ? rc : peer->status); /* ends it, or the last who moves some of it does */
         return 1;
     }
-    if (!moved_all(op) || published == AT_EAGAIN) return 0;
+    if (op->landed != op->units) return op->cursor == op->extent; /* somebody else moves the rest */
+    if (published == AT_EAGAIN) {
+        if (!op->queued) enqueue(op);
+        stall(peer, 1); /* tried again: by the thread after a pause, in progress="loop" at the engine's next retry */
+        if (!(lane->config.flags & AT_LANE_LOOP)) at_thread_kick(lane);
+        return 1;
+    }
     dequeue(op);
     lane->stats.units_written += op->units;
     lane->stats.bytes_written += op->units * op->nbytes;
@@ -197,40 +237,55 @@ static int move_over(at_lane *lane, at_op *op, int rc, int oserror) {
     return 1;
 }
 
+/* How much to claim next, in units of the extent: less towards the end, so that several movers finish together. */
+static uint64_t portion(const at_op *op, uint64_t most) {
+    uint64_t left = unclaimed(op), unit = op->kind == AT_OP_PAGES ? op->nbytes : 1;
+    uint64_t share = left / 8 < AT_CHUNK ? AT_CHUNK : left / 8 > 4 * AT_CHUNK ? 4 * AT_CHUNK : left / 8;
+    share = share < most ? share : most;
+    uint64_t n = share / unit > 0 ? share / unit : 1;
+    return n < op->extent - op->cursor ? n : op->extent - op->cursor;
+}
+
 /* One operation of the queue, for at most `budget` bytes. Enters and leaves with the lock. */
-static void move_one(at_lane *lane, at_peer *peer, at_op *op, uint64_t budget, int lane_slot) {
-    uint64_t step = AT_CHUNK * 4 < budget ? AT_CHUNK * 4 : budget;
-    op->running = 1;
+static void move_one(at_lane *lane, at_peer *peer, at_op *op, uint64_t budget, int mover) {
     int rc = AT_OK, oserror = 0;
-    while (rc == AT_OK && budget > 0 && !moved_all(op) && !atomic_load(&op->withdrawn) && peer->status == AT_OK) {
-        at_unlock(lane);
-        rc = peer->port->move(peer, op, step, lane_slot, &oserror);
-        at_lock(lane);
+    while (rc == AT_OK && budget > 0 && goes_on(op)) {
+        uint64_t before = unclaimed(op);
+        rc = at_op_move(op, portion(op, budget), mover, &oserror);
         lane->stats.thread_chunks++;
-        budget -= step < budget ? step : budget;
+        uint64_t taken = before - unclaimed(op); /* by others too: their share of the round as well */
+        budget -= taken < budget ? taken : budget;
     }
-    if (!move_over(lane, op, rc, oserror) && peer->head != peer->tail) { /* fair: behind the others of this peer */
+    if (!move_over(lane, op, rc, oserror) && peer->head == op && op->next != NULL) { /* fair: behind the others of this peer */
         dequeue(op);
-        peer->tail->next = op;
-        peer->tail = op;
-        op->queued = 1;
+        enqueue(op);
     }
 }
 
-int at_queued_work(const at_lane *lane) {
+int at_queued_work(const at_lane *lane, int refused) {
     for (uint32_t i = 0; i < lane->peer_count; i++) {
         const at_peer *peer = lane->peers[i];
-        if (peer != NULL && peer->port->window == 0 && peer->head != NULL) return 1;
+        if (peer != NULL && peer->port->window == 0 && peer->head != NULL && (refused || !peer->stalled)) return 1;
     }
     return 0;
 }
 
-void at_move_queued(at_lane *lane, uint64_t budget, int lane_slot) {
+int at_queued_for_two(const at_lane *lane) {
+    for (uint32_t i = 0; i < lane->peer_count; i++) {
+        const at_peer *peer = lane->peers[i];
+        if (peer == NULL || peer->port->window != 0 || peer->head == NULL) continue;
+        if (unclaimed(peer->head) >= SHARED_BYTES || (peer->head->next != NULL && unclaimed(peer->head->next) != 0)) return 1;
+    }
+    return 0;
+}
+
+void at_move_queued(at_lane *lane, uint64_t budget, int mover) {
     for (uint32_t k = 0; k < lane->peer_count; k++) {
         at_peer *peer = lane->peers[(lane->thread_turn + k) % lane->peer_count];
-        if (peer == NULL || peer->port->window != 0 || peer->head == NULL || peer->head->running) continue;
+        if (peer == NULL || peer->port->window != 0 || peer->head == NULL) continue;
         peer->users++;
-        move_one(lane, peer, peer->head, budget, lane_slot);
+        stall(peer, 0);
+        move_one(lane, peer, peer->head, budget, mover);
         at_peer_release(peer);
     }
     lane->thread_turn++;
@@ -238,12 +293,12 @@ void at_move_queued(at_lane *lane, uint64_t budget, int lane_slot) {
 
 /* Waking the native thread takes as long as copying some hundred KiB: the caller moves those meanwhile. */
 void at_head_start(at_lane *lane, at_op *op) {
-    if (op->peer->head != op || lane->turn_due || op->nbytes * op->units < 2 * HEAD_BYTES) return;
-    int oserror = 0;
-    op->running = lane->moving_here = 1;
-    at_unlock(lane);
-    int rc = op->peer->port->move(op->peer, op, HEAD_BYTES, 0, &oserror);
-    at_lock(lane);
+    if (op->peer->head != op || lane->turn_due || unclaimed(op) < 2 * HEAD_BYTES) return;
+    int oserror = 0, rc = AT_OK;
+    uint64_t until = unclaimed(op) - HEAD_BYTES;
+    lane->moving_here = 1;
+    do rc = at_op_move(op, portion(op, HEAD_BYTES / 4), AT_MOVER_CALLER, &oserror);
+    while (rc == AT_OK && goes_on(op) && op->running == 0 && unclaimed(op) > until);
     lane->moving_here = 0;
     at_count_turn(lane, HEAD_BYTES);
     (void)move_over(lane, op, rc, oserror);
@@ -280,12 +335,7 @@ int64_t at_op_keep(at_lane *lane, const at_op *template) {
     peer->users++;
     peer->queued_ops++;
     peer->queued_bytes += nbytes;
-    if (peer->tail != NULL)
-        peer->tail->next = op;
-    else
-        peer->head = op;
-    peer->tail = op;
-    op->queued = 1;
+    enqueue(op);
     lane->stats.ops_queued++;
     lane->stats.pending_ops++;
     return cookie;
@@ -301,12 +351,12 @@ int64_t at_cancel(at_lane *lane, int64_t cookie, int status) {
         for (uint32_t i = 0; i < op->batch->count; i++) {
             at_op *child = at_op_find(lane, op->batch->children[i]);
             if (child == NULL) continue;
-            result += child->posted + (child->running ? 1 : 0);
+            result += child->posted + (uint32_t)child->running;
             at_op_stop(child, status);
         }
         at_batch_ended(lane, cookie, op->batch->count, AT_OK, 0);
     } else if (op != NULL && op->batch == NULL) {
-        result = op->posted + (op->running ? 1 : 0);
+        result = op->posted + (uint32_t)op->running;
         at_op_stop(op, status);
     }
     at_unlock(lane);
@@ -314,8 +364,8 @@ int64_t at_cancel(at_lane *lane, int64_t cookie, int status) {
 }
 
 static uint64_t op_bytes(const at_op *op) {
-    int whole_bytes = op->kind != AT_OP_PAGES && op->peer->port->window == 0; /* cursor counts bytes there */
-    return whole_bytes ? op->cursor : op->landed * op->nbytes;
+    int whole_bytes = op->kind != AT_OP_PAGES && op->nbytes != 0 && op->peer->port->window == 0; /* its extent are bytes */
+    return whole_bytes ? op->moved : op->landed * op->nbytes;
 }
 
 int64_t at_progress(at_lane *lane, int64_t cookie) {

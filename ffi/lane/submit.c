@@ -44,7 +44,8 @@ static void note_footprint(at_lane *lane, at_op *op, uint64_t nbytes) {
 int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op) {
     int64_t value = order->imm >= 0 ? order->imm : imm;
     if (value > (int64_t)UINT32_MAX) return AT_EIMM;
-    *op = (at_op){.kind = order->kind, .imm = value, .nbytes = order->nbytes, .units = order->units};
+    uint64_t extent = order->kind == AT_OP_PAGES ? order->units : order->nbytes != 0 ? order->nbytes : 1;
+    *op = (at_op){.kind = order->kind, .imm = value, .nbytes = order->nbytes, .units = order->units, .extent = extent};
     if (order->kind == AT_OP_SIGNAL) {
         op->peer = at_peer_find(lane, order->remote);
         return value < 0 ? AT_EIMM : op->peer == NULL || op->peer->status != AT_OK ? AT_EPEER : AT_OK;
@@ -109,8 +110,6 @@ int at_check(at_lane *lane, const at_order *order, const at_op *op) {
 
 /* ---- here and now, or later ---- */
 
-static int moved_all(const at_op *op) { return op->landed == op->units; }
-
 int at_submit_here(at_lane *lane, at_op *op) {
     at_peer *peer = op->peer;
     const at_port *port = peer->port;
@@ -121,7 +120,10 @@ int at_submit_here(at_lane *lane, at_op *op) {
     int here = nbytes <= lane->config.inline_bytes && (!lane->turn_due || nbytes <= LATE_BYTES);
     if (!here && !(lane->config.flags & AT_LANE_NO_THREAD)) return AT_EAGAIN;
     int oserror = 0, rc = AT_OK;
-    while (rc == AT_OK && !moved_all(op)) rc = port->move(peer, op, nbytes, 0, &oserror);
+    uint64_t moved = 0;
+    if (op->cursor < op->extent) rc = port->move(peer, op, 0, op->extent, AT_MOVER_CALLER, &moved, &oserror);
+    op->cursor += moved;
+    at_op_moved(op, moved);
     if (rc == AT_OK) rc = at_op_publish(op);
     else if (op->landed != 0) (void)at_op_publish(op);
     if (!op->detached) at_count_turn(lane, nbytes);

@@ -3,7 +3,10 @@
  * It holds no Python object and never needs the interpreter's lock. It sleeps in its own epoll on two eventfds: one that
  * this lane writes when it queues work, one that peers write to ask whether we are alive. Doorbells of ordinary arrivals are
  * not among them: those belong to the loop, and the thread must not wake for each. It starts with the first peer or the first
- * large copy; an engine that never needs it has none. */
+ * large copy; an engine that never needs it has none.
+ *
+ * One core does not fill the memory bus. Where the process may run on more than one, a second thread, the helper, moves the
+ * parts of large copies that the first has not claimed; it starts with the first of them and otherwise sleeps. */
 #ifdef __linux__
 #define _GNU_SOURCE
 #include <sys/epoll.h>
@@ -37,6 +40,39 @@ static int wait_for_news(at_lane *lane, struct epoll_event *ready, int most, uin
     return ppoll(&fd, 1, &span, NULL) > 0 ? epoll_wait(lane->thread_epoll_fd, ready, most, 0) : 0;
 }
 
+/* Moves what two threads are faster for, and sleeps otherwise. */
+static void *helper_main(void *argument) {
+    at_lane *lane = argument;
+    at_lock(lane);
+    while (!lane->thread_stop) {
+        if (at_queued_for_two(lane)) at_move_queued(lane, ROUND_BYTES, AT_MOVER_HELPER);
+        else (void)pthread_cond_wait(&lane->help, &lane->lock);
+    }
+    at_unlock(lane);
+    return NULL;
+}
+
+static int start(pthread_t *thread, void *(*body)(void *), at_lane *lane, const char *name) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals belong to Python's main thread */
+    int rc = pthread_create(thread, NULL, body, lane);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (rc == 0) (void)pthread_setname_np(*thread, name);
+    return rc;
+}
+
+static int may_use_two_cores(void) {
+    cpu_set_t cpus;
+    return sched_getaffinity(0, sizeof cpus, &cpus) == 0 && CPU_COUNT(&cpus) > 1;
+}
+
+static void call_helper(at_lane *lane) {
+    if (!at_queued_for_two(lane)) return;
+    if (!lane->helper_started) lane->helper_started = may_use_two_cores() && start(&lane->helper, helper_main, lane, "aiotransfer+") == 0 ? 1 : -1;
+    if (lane->helper_started == 1) (void)pthread_cond_signal(&lane->help);
+}
+
 static void *thread_main(void *argument) {
     at_lane *lane = argument;
     struct epoll_event ready[4];
@@ -49,16 +85,13 @@ static void *thread_main(void *argument) {
         at_lock(lane);
         for (int i = 0; i < n; i++)
             if (ready[i].data.fd == lane->pulse_fd) answer_pings(lane);
-        while (!lane->thread_stop && !(lane->config.flags & AT_LANE_LOOP) && at_queued_work(lane)) {
+        while (!lane->thread_stop && !(lane->config.flags & AT_LANE_LOOP) && at_queued_work(lane, 1)) {
             uint64_t before = lane->stats.thread_chunks;
-            at_move_queued(lane, ROUND_BYTES, 1);
+            call_helper(lane);
+            at_move_queued(lane, ROUND_BYTES, AT_MOVER_THREAD);
             (void)at_watch_look(lane);
             if (epoll_wait(lane->thread_epoll_fd, ready, 4, 0) > 0) answer_pings(lane); /* long queues: stay alive */
-            if (lane->moving_here) {
-                at_unlock(lane);
-                (void)sched_yield();
-                at_lock(lane);
-            } else if (lane->stats.thread_chunks == before) { /* only counts that a full table refused: wait for the other side */
+            if (lane->stats.thread_chunks == before) { /* only counts that a full table refused: wait for the other side */
                 at_unlock(lane);
                 struct timespec pause = {0, 1000000};
                 (void)nanosleep(&pause, NULL);
@@ -89,16 +122,11 @@ int at_thread_start(at_lane *lane) {
             return AT_EIO;
         }
     }
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals belong to Python's main thread */
-    int rc = pthread_create(&lane->thread, NULL, thread_main, lane);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    int rc = start(&lane->thread, thread_main, lane, "aiotransfer");
     if (rc != 0) {
         lane->oserror = rc;
         return AT_EIO;
     }
-    (void)pthread_setname_np(lane->thread, "aiotransfer");
     lane->thread_started = 1;
 #endif
     return AT_OK;
@@ -122,9 +150,11 @@ void at_thread_stop(at_lane *lane) {
         uint64_t one = 1;
         ssize_t written = write(lane->thread_wake_fd, &one, sizeof one);
         (void)written;
+        (void)pthread_cond_broadcast(&lane->help);
         at_unlock(lane);
         (void)pthread_join(lane->thread, NULL);
-        lane->thread_started = 0;
+        if (lane->helper_started == 1) (void)pthread_join(lane->helper, NULL);
+        lane->thread_started = lane->helper_started = 0;
     }
 #endif
     if (lane->thread_epoll_fd >= 0) close(lane->thread_epoll_fd);

@@ -162,7 +162,7 @@ int at_shm_foreign(at_lane *lane, int64_t id, int *why) {
 static int shm_active(at_peer *peer, uint32_t slot) {
     at_shm *shm = peer->impl;
     if (peer->dead) return 0; /* its process is gone: proof enough */
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < AT_MOVERS; i++)
         if (atomic_load(&shm->inbound->active[i].grant) == (uint64_t)slot + 1) return 1;
     return 0;
 }

@@ -44,6 +44,8 @@ static int revoked(const at_remote *remote) {
     return atomic_load(remote->word) != remote->epoch;
 }
 
+static int withdrawn(const at_op *op) { return atomic_load_explicit(&op->withdrawn, memory_order_relaxed); }
+
 static void leave(at_active *active) { atomic_store_explicit(&active->grant, 0, memory_order_release); }
 
 static int failed(int error, int *oserror) {
@@ -51,30 +53,25 @@ static int failed(int error, int *oserror) {
     return error == ESRCH ? AT_EPEER : AT_EIO;
 }
 
-static int move_bytes(at_shm *shm, at_op *op, uint64_t budget, at_active *active, int *oserror) {
+static int move_bytes(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, at_active *active, uint64_t *moved, int *oserror) {
     const at_remote *remote = op->remote;
     uint64_t chunk = remote->base != NULL ? AT_CHUNK : FOREIGN_CHUNK;
     int cold = at_copy_prefers_cold(op->footprint), reads = op->kind == AT_OP_READ;
-    while (op->cursor < op->nbytes && budget > 0) {
-        uint64_t n = op->nbytes - op->cursor;
-        n = n < chunk ? n : chunk;
-        n = n < budget ? n : budget;
-        uint64_t to = op->remote_offset + op->cursor;
-        int rc = enter(active, remote, to, n), error = 0;
+    while (*moved < n) {
+        uint64_t k = n - *moved < chunk ? n - *moved : chunk, from = first + *moved, to = op->remote_offset + from;
+        int rc = enter(active, remote, to, k), error = 0;
         if (rc != AT_OK) return rc;
         hold();
-        uint8_t *here = op->local + op->cursor, *there = remote->base != NULL ? remote->base + to : NULL;
-        if (there == NULL) error = at_shm_foreign_copy(shm, here, remote->va + to, n, reads);
-        else if (cold) at_copy_cold(reads ? here : there, reads ? there : here, n);
-        else at_copy(reads ? here : there, reads ? there : here, n);
+        uint8_t *here = op->local + from, *there = remote->base != NULL ? remote->base + to : NULL;
+        if (there == NULL) error = at_shm_foreign_copy(shm, here, remote->va + to, k, reads);
+        else if (cold) at_copy_cold(reads ? here : there, reads ? there : here, k);
+        else at_copy(reads ? here : there, reads ? there : here, k);
         leave(active);
         if (error != 0) return failed(error, oserror);
         if (reads && revoked(remote)) return AT_ESTALE; /* what was read may be of the memory's next user */
-        op->cursor += n;
-        budget -= n;
-        if (op->cursor < op->nbytes && atomic_load_explicit(&op->withdrawn, memory_order_relaxed)) return AT_OK;
+        *moved += k;
+        if (*moved < n && withdrawn(op)) return AT_OK;
     }
-    if (op->cursor == op->nbytes) op->landed = 1;
     return AT_OK;
 }
 
@@ -104,41 +101,38 @@ static int foreign_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t 
     return 0;
 }
 
-static int move_pages(at_shm *shm, at_op *op, uint64_t budget, at_active *active, int *oserror) {
+static int move_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, at_active *active, uint64_t *moved, int *oserror) {
     const at_remote *remote = op->remote;
     uint64_t page = op->nbytes, chunk = remote->base != NULL ? AT_CHUNK : FOREIGN_CHUNK;
     uint64_t most = page >= chunk ? 1 : chunk / page;
     int cold = at_copy_prefers_cold(op->footprint);
-    while (op->cursor < op->units && budget > 0) {
-        uint64_t n = op->units - op->cursor;
-        n = n < most ? n : most;
+    while (*moved < n) {
+        uint64_t k = n - *moved < most ? n - *moved : most, at = first + *moved;
         int rc = enter(active, remote, op->remote_offset, remote->nbytes - op->remote_offset), error = 0;
         if (rc != AT_OK) return rc;
         hold();
         if (remote->base == NULL)
-            error = foreign_pages(shm, op, op->cursor, n);
+            error = foreign_pages(shm, op, at, k);
         else
-            at_copy_pages(remote->base + op->remote_offset, op->local, op->remote_pages + op->cursor, op->local_pages + op->cursor, n,
-                          page, op->remote_stride, op->local_stride, cold);
+            at_copy_pages(remote->base + op->remote_offset, op->local, op->remote_pages + at, op->local_pages + at, k, page,
+                          op->remote_stride, op->local_stride, cold);
         leave(active);
         if (error != 0) return failed(error, oserror);
-        op->cursor += n;
-        op->landed += n;
-        budget = budget > n * page ? budget - n * page : 0;
-        if (atomic_load_explicit(&op->withdrawn, memory_order_relaxed)) return AT_OK;
+        *moved += k;
+        if (*moved < n && withdrawn(op)) return AT_OK;
     }
     return AT_OK;
 }
 
-int at_shm_move(at_peer *peer, at_op *op, uint64_t budget, int lane_slot, int *oserror) {
+int at_shm_move(at_peer *peer, const at_op *op, uint64_t first, uint64_t n, int mover, uint64_t *moved, int *oserror) {
     at_shm *shm = peer->impl;
     if (op->kind == AT_OP_SIGNAL || op->nbytes == 0) { /* nothing to copy, but a stale grant counts nothing either */
         if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) return AT_ESTALE;
-        op->landed = op->cursor = op->units;
+        *moved = n;
         return AT_OK;
     }
     if (op->remote->base == NULL && shm->foreign == 0) return failed(shm->foreign_why, oserror);
-    at_active *active = &shm->outbound->active[lane_slot];
-    return op->kind == AT_OP_PAGES ? move_pages(shm, op, budget, active, oserror)
-                                   : move_bytes(shm, op, budget, active, oserror);
+    at_active *active = &shm->outbound->active[mover];
+    return op->kind == AT_OP_PAGES ? move_pages(shm, op, first, n, active, moved, oserror)
+                                   : move_bytes(shm, op, first, n, active, moved, oserror);
 }

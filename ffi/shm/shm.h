@@ -34,7 +34,7 @@ typedef struct {
     uint64_t owner, writer; /* incarnations */
     uint8_t cookie[16];
     /* the writer's words */
-    at_active active[2]; /* 0: its loop thread, 1: its native thread */
+    at_active active[AT_MOVERS];
     _Alignas(64) _Atomic uint64_t ping;
     _Alignas(64) _Atomic uint32_t dirty;
     _Alignas(64) _Atomic uint64_t summary[AT_SLOTS / 64 / 64];
@@ -83,7 +83,7 @@ int at_shm_count(at_peer *peer, uint32_t imm, uint64_t n);
 void at_shm_drain(at_peer *peer);
 void at_shm_ring(int fd);
 /* post.c */
-int at_shm_move(at_peer *peer, at_op *op, uint64_t budget, int lane_slot, int *oserror);
+int at_shm_move(at_peer *peer, const at_op *op, uint64_t first, uint64_t n, int mover, uint64_t *moved, int *oserror);
 /* memory.c */
 int at_shm_probe(at_shm *shm, uint64_t va, const uint8_t cookie[16]);
 int at_shm_gone(const at_shm *shm); /* its process has ended: its pid may already be another's */
