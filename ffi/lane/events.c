@@ -12,8 +12,11 @@
 #include "lane.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <unistd.h>
+
+#define LAST_PARTS_NS UINT64_C(100000) /* longest wait for an operation that was about to end */
 
 int at_events_open(at_lane *lane) {
 #ifdef __linux__
@@ -115,6 +118,17 @@ static void move_here(at_lane *lane) {
     lane->moving_here = 0;
 }
 
+/* The loop was woken a little early, so as not to lose the time that takes. An idle loop loses nothing by waiting here, and a
+ * busy one comes too late to have to. */
+static void wait_for_the_last_parts(at_lane *lane) {
+    uint64_t until = lane->turn_start + LAST_PARTS_NS;
+    while (lane->soon != 0 && lane->queue_count == 0 && at_now() < until) {
+        at_unlock(lane);
+        (void)sched_yield(); /* on a crowded machine, to whoever moves them */
+        at_lock(lane);
+    }
+}
+
 int at_poll(at_lane *lane) {
     int owner = at_check_owner(lane);
     if (owner != AT_OK && owner != AT_ESHUT) return owner;
@@ -140,6 +154,7 @@ int at_poll(at_lane *lane) {
     }
 #endif
     if (lane->config.flags & AT_LANE_LOOP) move_here(lane);
+    if (lane->soon != 0) wait_for_the_last_parts(lane);
     uint32_t count = lane->queue_count < AT_EVENTS ? lane->queue_count : AT_EVENTS;
     for (uint32_t i = 0; i < count; i++) {
         const at_event *event = &lane->queue[(lane->queue_head + i) & (lane->queue_capacity - 1)];

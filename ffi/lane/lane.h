@@ -120,6 +120,7 @@ struct at_op {
     int status;
     int running;            /* how many threads move parts of it now, without the lock */
     int queued;             /* linked in peer->head..tail */
+    int soon;               /* counted in lane->soon */
     int detached;           /* AT_DETACHED: another thread's, ends as a record for at_thread_wait, without an event */
     int over;               /* such a record: nothing is left but its status */
     at_batch *batch;        /* AT_OP_BATCH: its own; a child: NULL */
@@ -255,6 +256,7 @@ struct at_lane {
     uint32_t thread_turn;
     int thread_work;
     int moving_here; /* the loop's thread moves an operation now without the lock: its active word is taken */
+    uint32_t soon;                   /* large operations whose last parts are being moved */
     uint32_t stalled;                /* peers whose next post was refused and must be tried again */
     void (*progress)(at_lane *lane); /* of the one asynchronous provider, or NULL */
     pthread_cond_t ended; /* a detached operation has ended */

@@ -14,7 +14,8 @@
 
 #define COOKIE_BITS 20
 #define COOKIE_MASK ((1u << COOKIE_BITS) - 1u)
-#define HEAD_BYTES ((uint64_t)512 << 10)   /* at most moved by the caller while the native thread wakes up */
+#define HEAD_BYTES ((uint64_t)4 << 20)     /* at most moved by the caller while the native thread wakes up */
+#define LAST_BYTES ((uint64_t)768 << 10)   /* unclaimed when the loop is told that the end is near */
 #define SHARED_BYTES ((uint64_t)1 << 20) /* worth waking a second thread for */
 
 static int op_slot(at_lane *lane, uint32_t *index) {
@@ -77,6 +78,7 @@ static void op_end(at_op *op) {
     int status = whole ? AT_OK : op->status != AT_OK ? op->status : AT_ECANCELED;
     lane->stats.ops_ended++;
     lane->stats.pending_ops--;
+    lane->soon -= (uint32_t)op->soon;
     peer->queued_ops--;
     peer->queued_bytes -= op->nbytes * op->units;
     if (region != NULL) at_region_release(lane, op->region_index);
@@ -185,11 +187,20 @@ static int goes_on(const at_op *op) {
     return op->cursor < op->extent && op->peer->status == AT_OK && !atomic_load(&op->withdrawn);
 }
 
+/* Waking the loop takes as long as the last parts: it is called before they are moved, and waits for them (see at_poll). */
+static void announce_end(at_op *op) {
+    if (op->soon || op->detached || op->parent != 0 || unclaimed(op) > LAST_BYTES || op->nbytes * op->units < SHARED_BYTES) return;
+    op->soon = 1;
+    op->peer->lane->soon++;
+    at_event_signal(op->peer->lane);
+}
+
 int at_op_move(at_op *op, uint64_t n, int mover, int *oserror) {
     at_peer *peer = op->peer;
     uint64_t first = op->cursor, moved = 0;
     op->cursor += n;
     if (op->cursor == op->extent) dequeue(op);
+    if (mover != AT_MOVER_CALLER) announce_end(op);
     op->running++;
     at_unlock(peer->lane);
     int rc = peer->port->move(peer, op, first, n, mover, &moved, oserror);
@@ -291,16 +302,16 @@ void at_move_queued(at_lane *lane, uint64_t budget, int mover) {
     lane->thread_turn++;
 }
 
-/* Waking the native thread takes as long as copying some hundred KiB: the caller moves those meanwhile. */
+/* Waking the native thread takes as long as copying some hundred KiB: until it has come, the caller moves those. */
 void at_head_start(at_lane *lane, at_op *op) {
-    if (op->peer->head != op || lane->turn_due || unclaimed(op) < 2 * HEAD_BYTES) return;
+    if (op->peer->head != op || lane->turn_due || unclaimed(op) < SHARED_BYTES) return;
     int oserror = 0, rc = AT_OK;
-    uint64_t until = unclaimed(op) - HEAD_BYTES;
+    uint64_t before = unclaimed(op);
     lane->moving_here = 1;
-    do rc = at_op_move(op, portion(op, HEAD_BYTES / 4), AT_MOVER_CALLER, &oserror);
-    while (rc == AT_OK && goes_on(op) && op->running == 0 && unclaimed(op) > until);
+    do rc = at_op_move(op, portion(op, HEAD_BYTES), AT_MOVER_CALLER, &oserror);
+    while (rc == AT_OK && goes_on(op) && op->running == 0 && before - unclaimed(op) < HEAD_BYTES);
     lane->moving_here = 0;
-    at_count_turn(lane, HEAD_BYTES);
+    at_count_turn(lane, before - unclaimed(op));
     (void)move_over(lane, op, rc, oserror);
 }
 

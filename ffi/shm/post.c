@@ -55,8 +55,9 @@ static int failed(int error, int *oserror) {
 
 static int move_bytes(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, at_active *active, uint64_t *moved, int *oserror) {
     const at_remote *remote = op->remote;
-    uint64_t chunk = remote->base != NULL ? AT_CHUNK : FOREIGN_CHUNK;
-    int cold = at_copy_prefers_cold(op->footprint), reads = op->kind == AT_OP_READ;
+    int cold = at_copy_prefers_cold(op->footprint);
+    uint64_t chunk = remote->base == NULL || cold ? FOREIGN_CHUNK : AT_CHUNK;
+    int reads = op->kind == AT_OP_READ;
     while (*moved < n) {
         uint64_t k = n - *moved < chunk ? n - *moved : chunk, from = first + *moved, to = op->remote_offset + from;
         int rc = enter(active, remote, to, k), error = 0;
