@@ -6,58 +6,25 @@ import asyncio
 import contextlib
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 import aiotransfer as at
+from aiotransfer.cli._bench_foreign import foreign_rows
+from aiotransfer.cli._bench_rows import PAGES, PASSES, REGION, SIZES, SPAN, TABLE, Row, size_name
 from aiotransfer.engine.region import RegionView
 from aiotransfer.providers.limits import Limits
 from aiotransfer.testing.faults import block_loop
 
-SIZES = (4 << 10, 64 << 10, 256 << 10, 1 << 20, 16 << 20, 256 << 20)
-PAGES = (1 << 10, 4 << 10, 16 << 10, 64 << 10)
-TABLE = 4096
-PASSES = 5
-REGION = 256 << 20
-SPAN = 0.06  # seconds of work per round and side
 IDLE_SECONDS = 10.0
 PING_PONGS = 2000
-
-
-@dataclass
-class Row:
-    """One line of the result. `limit` may be absent (nan)."""
-
-    case: str
-    unit: str
-    ours: list[float] = field(default_factory=list)
-    limit: list[float] = field(default_factory=list)
-    lower_is_better: bool = False
-    note: str = ""
-
-    def add(self, ours: float, limit: float | None) -> None:
-        """One round."""
-        self.ours.append(ours)
-        if limit is not None:
-            self.limit.append(limit)
-
-    def summary(self) -> dict[str, Any]:
-        """Medians and spreads."""
-        out: dict[str, Any] = {"case": self.case, "unit": self.unit, "ours": statistics.median(self.ours), "note": self.note}
-        out["ours_min"], out["ours_max"] = min(self.ours), max(self.ours)
-        if self.limit:
-            ratios = [a / b for a, b in zip(self.ours, self.limit, strict=True) if b]
-            out["limit"] = statistics.median(self.limit)
-            out["ratio"], out["ratio_min"], out["ratio_max"] = statistics.median(ratios), min(ratios), max(ratios)
-        return out
 
 
 @dataclass
@@ -84,7 +51,7 @@ class Bench:
     async def write(self) -> AsyncIterator[Row]:
         """One at a time, and 16 in flight."""
         for size in SIZES:
-            row = Row(f"write {_size(size)}", "GB/s")
+            row = Row(f"write {size_name(size)}", "GB/s")
             source, target = self.source[:size], self.remote[:size]
             repeats = await self._calibrate(source, target)
             for _ in range(self.rounds):
@@ -97,7 +64,7 @@ class Bench:
         for size in SIZES:
             step = size if size * 16 <= REGION else 0
             pairs = [(self.source[i * step :][:size], self.remote[i * step : i * step + size]) for i in range(16)]
-            row = Row(f"write {_size(size)}, 16 in flight", "GB/s")
+            row = Row(f"write {size_name(size)}, 16 in flight", "GB/s")
             times = max(1, (await self._calibrate(*pairs[0])) // 16)
             for _ in range(self.rounds):
                 limit = self.limits.copy(size, 16 * times, 16) / 1e9
@@ -118,7 +85,7 @@ class Bench:
         rng = np.random.default_rng(7)
         for page in PAGES:
             slots = REGION // page
-            row = Row(f"{TABLE:,} pages of {_size(page)}", "GB/s")
+            row = Row(f"{TABLE:,} pages of {size_name(page)}", "GB/s")
 
             def tables(slots: int = slots) -> tuple[Any, Any]:
                 here, there = (rng.permutation(slots)[:TABLE].astype(np.int64) for _ in range(2))
@@ -137,6 +104,11 @@ class Bench:
                             spent[how] += self.limits.pages(there, here, page, cold=how == "streaming")
                 volume = PASSES * page * TABLE / 1e9
                 row.add(volume / spent["ours"], volume / min(spent["memcpy"], spent["streaming"]))
+            yield row
+
+    async def foreign(self) -> AsyncIterator[Row]:
+        """Memory that neither side got from `allocate`."""
+        async for row in foreign_rows(self.engine, self.peer, self.rounds):
             yield row
 
     async def rate(self) -> AsyncIterator[Row]:
@@ -234,6 +206,27 @@ class Bench:
             yield row
             for region in regions:
                 region.close()
+        async with at.open_engine(progress="loop", config=at.Config(inline_bytes=8 << 10)) as engine:  # copies in loop turns only
+            await engine.connect(self.peer.address)
+            source, target = engine.allocate(64 << 10), at.RemoteRegion.decode(self.remote.encode())
+            await engine.write(source[:8], target[:8])
+            plan = engine.prepare_write(source[:4096], target[:4096])
+
+            def posts() -> float:  # without an await: nothing that is pending moves meanwhile
+                start = time.perf_counter()
+                for _ in range(2000):
+                    plan.post()
+                return (time.perf_counter() - start) / 2000 * 1e6
+
+            alone = [posts() for _ in range(self.rounds)]
+            pending = [engine.write(source, target[: 64 << 10]) for _ in range(10_000)]
+            row = Row("prepared 4-KiB write with 10,000 pending", "us", lower_is_better=True, note="limit: with none")
+            for base in alone:
+                row.add(posts(), base)
+            assert not pending[-1].done()
+            await at.wait_all(pending)
+            yield row
+        plan = self.engine.prepare_write(self.source[:4096], self.remote[:4096])
         await self._more_peers(63, 4096)
         row = Row("prepared 4-KiB write with 64 peers", "us", lower_is_better=True, note="limit: with one")
         for base in few:
@@ -301,11 +294,7 @@ class Bench:
         yield row
 
 
-CASES = ("write", "pages", "rate", "scatter", "wakeup", "blocked", "idle", "scale", "startup")
-
-
-def _size(n: int) -> str:
-    return f"{n >> 20} MiB" if n >= 1 << 20 else f"{n >> 10} KiB"
+CASES = ("write", "pages", "foreign", "rate", "scatter", "wakeup", "blocked", "idle", "scale", "startup")
 
 
 def usage_since(before: resource.struct_rusage) -> tuple[float, float]:
@@ -346,9 +335,9 @@ async def eventfd_rounds(write: int, read: int, count: int, *, first: bool) -> l
 async def serve(address: str, memory: str, provider: str, wake: tuple[int, int]) -> None:
     """The target process."""
     async with contextlib.AsyncExitStack() as others, at.open_engine(name="target", providers=provider) as engine:
+        engine.publish("foreign", engine.register(np.ones(REGION, np.uint8)), access="both")
         if memory == "foreign":
-            held = np.zeros(REGION, np.uint8)
-            region = engine.register(held)
+            region = engine.register(np.ones(REGION, np.uint8))
         else:
             region = engine.allocate(REGION)
             region.numpy()[:] = 0

@@ -19,6 +19,7 @@ from typing import Any
 
 import aiotransfer as at
 from aiotransfer.cli import _bench_cases as cases
+from aiotransfer.cli._bench_rows import REGION
 from aiotransfer.providers.limits import Limits, routine
 
 
@@ -79,10 +80,10 @@ async def _measure(args: argparse.Namespace, wanted: list[str]) -> list[dict[str
         )  # fmt: skip
         try:
             peer = await anext(engine.arrivals())
-            source = engine.allocate(cases.REGION)
+            source = engine.allocate(REGION)
             source.numpy()[:] = 1
             remote = await peer.lookup("target")
-            bench = cases.Bench(engine, peer, remote, source, Limits(cases.REGION), args.rounds, wake)
+            bench = cases.Bench(engine, peer, remote, source, Limits(REGION), args.rounds, wake)
             await engine.write(source, remote)  # touch everything once
             for case in wanted:
                 async for row in getattr(bench, case)():

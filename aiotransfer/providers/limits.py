@@ -1,7 +1,8 @@
-"""The machine's own limits, for the benchmark: plain copies between two shared mappings of this process."""
+"""The machine's own limits, for the benchmark: plain copies between two shared mappings, or through the kernel."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,35 @@ class Limits:
                 self._target.pointer, self._source.pointer, tables[0], tables[1], len(target_pages), page, cold
             )
         )
+
+
+class ForeignLimits:
+    """Another process's memory at `address`, written through the kernel from `source` (touched memory of this process)."""
+
+    def __init__(self, pid: int, address: int, source: Any) -> None:
+        self._pid, self._address = pid, address
+        self._source = native.ffi.from_buffer(source)
+        self._memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+
+    def _best(self, n: int, repeats: int, tables: list[Any], page: int) -> float:
+        taken = [
+            float(native.lib.at_bench_foreign(self._pid, fd, self._address, self._source, n, repeats, *tables, page))
+            for fd in (-1, self._memory)
+        ]
+        return min(seconds for seconds in taken if seconds >= 0)
+
+    def copy(self, n: int, repeats: int) -> float:
+        """Bytes per second: the better of one process_vm_writev and one pwrite to /proc/PID/mem for each copy of n bytes."""
+        return n * repeats / self._best(n, repeats, [native.ffi.NULL, native.ffi.NULL], 0)
+
+    def pages(self, target_pages: Any, source_pages: Any, page: int) -> float:
+        """Seconds of one pass over a page table, by the better of the two."""
+        tables = [native.ffi.from_buffer("int64_t[]", np.ascontiguousarray(t, np.int64)) for t in (target_pages, source_pages)]
+        return self._best(len(target_pages), 1, tables, page)
+
+    def close(self) -> None:
+        """Close /proc/PID/mem."""
+        os.close(self._memory)
 
 
 def routine() -> str:

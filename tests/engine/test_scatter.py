@@ -143,7 +143,7 @@ async def test_a_region_revoked_since_refuses_the_whole_and_is_named(three: Star
 
 async def test_what_fails_under_way_is_reported_per_target_and_the_others_land() -> None:
     async with AsyncExitStack() as stack:
-        large = await star(stack, ["shm"] * 3, 64 << 20, progress="loop")  # copies only while the loop turns: never over by itself
+        large = await star(stack, ["shm"] * 3, 64 << 20, progress="loop")  # copies only while the loop turns
         source = large.engine.allocate(64 << 20)
         source.numpy()[:] = 0x5A
         region = next(iter(large.others[1]._regions.values()))

@@ -53,7 +53,7 @@ class Broken(Exception):
 class Contender:
     """One pair of processes."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, region: int = 256 << 20) -> None:
         environment, module, variables = CONTENDERS[name]
         self.name, self.how, self.error = name, "", ""
         self.process: subprocess.Popen[bytes] | None = None
@@ -65,7 +65,7 @@ class Contender:
         self.start = time.perf_counter()
         self.process = subprocess.Popen(
             [str(python), str(HERE / module)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={**os.environ, **variables}, start_new_session=True,
+            env={**os.environ, **variables, "REGION": str(region)}, start_new_session=True,
         )  # fmt: skip
         try:
             self.how = self._hear()["how"]
@@ -152,6 +152,32 @@ def compare(
     return row
 
 
+def cpu_seconds(group: int) -> float:
+    """User and system time of a process group so far."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def waiting(contenders: list[Contender]) -> Any:
+    """What waiting for a small write costs: CPU of both processes, with one ping every 50 ms."""
+    row: dict[str, Any] = {"case": "CPU while waiting (a ping each 50 ms)", "unit": "% of a core", "values": {}, "ratios": {}}
+    for contender in contenders:
+        if contender.error:
+            continue
+        assert contender.process is not None
+        before = cpu_seconds(contender.process.pid)
+        seconds = contender.measure("waiting", [3], 1)
+        if seconds is not None:
+            row["values"][contender.name] = 100 * (cpu_seconds(contender.process.pid) - before) / (3 * seconds)
+    print(line(row, [c.name for c in contenders]), file=sys.stderr, flush=True)
+    return row
+
+
 def line(row: Any, names: list[str]) -> str:
     cells = [f"{row['case']} ({row['unit']})"]
     for name in names:
@@ -161,11 +187,11 @@ def line(row: Any, names: list[str]) -> str:
 
 
 def first_writes(names: list[str], rounds: int) -> Any:
-    """From the start of a process to its first write, everything included, in fresh processes."""
+    """From the start of a process to its first write, everything but large memory included, in fresh processes."""
     taken: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
-            contender = Contender(name)
+            contender = Contender(name, region=1 << 20)
             if not contender.error:
                 taken[name].append(contender.first_write)
             contender.close()
@@ -228,6 +254,7 @@ def main() -> None:
             ]
         if "ping" in cases:
             rows.append(compare(contenders, "small write to wake-up", "us", 0, "ping", [], rounds))
+            rows.append(waiting(contenders))
     finally:
         for contender in contenders:
             contender.close()

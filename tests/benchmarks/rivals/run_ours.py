@@ -17,11 +17,11 @@ class Ours:
     uvloop = True
 
     async def open(self) -> None:
+        self.target = start_target(__file__)
         self.engine = await at.open_engine()
         self.source = self.engine.allocate(REGION)
         self.source.numpy()[:] = 1
         self.pong = self.engine.counter(imm=2)
-        self.target = start_target(__file__)
         self.target.say(address=str(self.engine.address))
         self.peer = await anext(self.engine.arrivals())
         self.remote = await self.peer.lookup("memory")

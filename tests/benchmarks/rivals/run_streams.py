@@ -1,4 +1,7 @@
-"""asyncio streams over a Unix socket: length first, read into place at the target, one byte back. UVLOOP=1: on uvloop."""
+"""asyncio over a Unix socket: length first, read into place at the target by a protocol, one byte back. UVLOOP=1: on uvloop.
+
+Pings go from coroutine to coroutine by a second connection with streams at both ends.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,9 @@ class Streams:
     async def open(self) -> None:
         self.memory = memoryview(touched())
         self.target = start_target(__file__)
-        self.reader, self.writer = await asyncio.open_unix_connection(self.target.hear()["path"])
+        path = self.target.hear()["path"]
+        self.reader, self.writer = await asyncio.open_unix_connection(path)
+        self.pong, self.ping_writer = await asyncio.open_unix_connection(path + ".ping")
 
     async def write(self, n: int, times: int) -> None:
         for _ in range(times):
@@ -52,12 +57,20 @@ class Streams:
             await self.reader.readexactly(1)
 
     async def ping(self, times: int) -> int:
-        await self.write(64, times)
+        for _ in range(times):
+            self.ping_writer.write(bytes(64))
+            await self.pong.readexactly(64)
         return 2
 
     async def serve(self, pipes: Pipes) -> None:
         memory, path = memoryview(touched()), os.path.join(tempfile.mkdtemp(), "sink")
         await asyncio.get_running_loop().create_unix_server(lambda: Sink(memory), path)
+
+        async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while True:
+                writer.write(await reader.readexactly(64))
+
+        await asyncio.start_unix_server(echo, path + ".ping")
         pipes.say(path=path)
         await asyncio.to_thread(pipes.hear)
 
