@@ -62,10 +62,11 @@ class Contender:
             why = python.parent.parent / "why"
             self.error = f"not installed: {why.read_text().strip() if why.exists() else 'run make rivals'}"
             return
+        environ = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # imports as an installation has them
         self.start = time.perf_counter()
         self.process = subprocess.Popen(
             [str(python), str(HERE / module)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={**os.environ, **variables, "REGION": str(region)}, start_new_session=True,
+            env={**environ, **variables, "REGION": str(region)}, start_new_session=True,
         )  # fmt: skip
         try:
             self.how = self._hear()["how"]
@@ -189,10 +190,10 @@ def line(row: Any, names: list[str]) -> str:
 def first_writes(names: list[str], rounds: int) -> Any:
     """From the start of a process to its first write, everything but large memory included, in fresh processes."""
     taken: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
+    for turn in range(-1, rounds):  # the first compiles what is imported
         for name in names:
             contender = Contender(name, region=1 << 20)
-            if not contender.error:
+            if turn >= 0 and not contender.error:
                 taken[name].append(contender.first_write)
             contender.close()
     values = {name: statistics.median(v) for name, v in taken.items() if len(v) == rounds}
@@ -259,7 +260,7 @@ def main() -> None:
         for contender in contenders:
             contender.close()
     if "first" in cases:
-        rows.append(first_writes([c.name for c in contenders if not c.error], 3))
+        rows.append(first_writes([c.name for c in contenders if not c.error], rounds))
     result = {
         "machine": machine("uvloop"), "contenders": names, "rows": rows,
         "how": {c.name: c.how for c in contenders if c.how}, "missing": {c.name: c.error for c in contenders if c.error},
