@@ -13,6 +13,7 @@ from aiotransfer.config import Config
 from aiotransfer.engine.counter import Counter
 from aiotransfer.engine.engine import Engine
 from aiotransfer.engine.group import PeerGroup
+from aiotransfer.engine.lease import Lease
 from aiotransfer.engine.open import open_engine
 from aiotransfer.engine.peer import Message, Peer
 from aiotransfer.engine.plans import Plan
@@ -59,6 +60,7 @@ __all__ = [
     "Engine",
     "EngineThread",
     "InternalError",
+    "Lease",
     "Message",
     "Peer",
     "PeerGroup",

@@ -153,6 +153,7 @@ class Revoked(msgspec.Struct, tag=20, array_like=True):
 
     slots: list[int]
     reason: str
+    epochs: list[int] = []
 
 
 class Goodbye(msgspec.Struct, tag=21, array_like=True):

@@ -38,6 +38,7 @@ class EngineBase:
     _lane: Lane
     _loop: asyncio.AbstractEventLoop
     _ledger: Ledger[Transfer]
+    _revocations: dict[tuple[int, int, int], str]
     _tasks: dict[asyncio.Task[None], None]
     _gone: dict[int, TransferError]
     _connections: Connections

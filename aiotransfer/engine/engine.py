@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.config import Config
@@ -46,8 +46,12 @@ from aiotransfer.providers.select import check_names, open_providers
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from aiotransfer.engine.lease import Lease
+    from aiotransfer.model.descriptor import Grant
+
 
 SETTLE_SECONDS = 0.02  # how often quarantined memory is looked at
+MOST_REASONS = 4096  # of revocations, kept for errors
 FIRST_FREE_IMM = RESERVED - 1
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _leaked: list[Region] = []  # memory that a stopped peer may still write into, kept for the life of the process
@@ -102,8 +106,9 @@ class Engine(Planner):
         self._ledger: Ledger[Transfer] = Ledger()
         self._regions: dict[int, Region] = {}
         self._closing_regions: dict[int, Region] = {}
-        self._granted: dict[int, Region] = {}
-        self._quarantine: dict[Region, None] = {}
+        self._granted: dict[int, tuple[Region, int]] = {}  # by slot; to which incarnation, 0: any
+        self._quarantine: dict[Region | Lease, None] = {}
+        self._revocations: dict[tuple[int, int, int], str] = {}  # reasons, by incarnation, slot and epoch
         self._quarantine_timer: asyncio.TimerHandle | None = None
         self._counters: dict[int, Counter] = {}
         self._records: dict[int, Counter] = {}
@@ -207,21 +212,23 @@ class Engine(Planner):
     def _unpublish_region(self, region: Region) -> None:
         self._publications.unpublish_region(region)
 
-    def _segment_of(self, slot: int, epoch: int, segment: int) -> Segment | None:
-        region = self._granted.get(slot)
-        if region is None or region._id != segment or not self._lane.grant_valid(slot, epoch):
+    def _segment_of(self, slot: int, epoch: int, segment: int, who: int) -> Segment | None:
+        region, holder = self._granted.get(slot, (None, 0))
+        if region is None or region._id != segment or holder not in (0, who) or not self._lane.grant_valid(slot, epoch):
             return None
         return region._segment
 
-    def _tell_revoked(self, region: Region) -> None:
-        slots = [grant.slot for grant in region._grants.values()]
-        if slots:
-            for peer in self.peers:
-                if peer.incarnation != self.incarnation:
-                    peer._post(Revoked(slots=slots, reason="closed by its owner"))
+    def _tell_revoked(self, peer: Peer, grants: Iterable[Grant], reason: str) -> None:
+        told = [(grant.slot, grant.epoch) for grant in grants]
+        if told and peer._state == "up" and peer.incarnation != self.incarnation:
+            peer._post(Revoked(slots=[slot for slot, _ in told], reason=reason, epochs=[epoch for _, epoch in told]))
 
-    def _remote_revoked(self, peer: Peer, slots: list[int], reason: str) -> None:
-        """A courtesy: the epoch word is what decides."""
+    def _remote_revoked(self, peer: Peer, slots: list[int], epochs: list[int], reason: str) -> None:
+        """For the words of errors: the epoch word is what decides."""
+        for slot, epoch in zip(slots, epochs, strict=False):
+            self._revocations[peer.incarnation, slot, epoch] = reason[:200]
+        while len(self._revocations) > MOST_REASONS:
+            del self._revocations[next(iter(self._revocations))]
 
     def _region_free(self, number: int) -> None:
         region = self._closing_regions.pop(number, None)
@@ -229,7 +236,7 @@ class Engine(Planner):
             region._native_busy = False
             region._settle()
 
-    def _unsettled(self, region: Region) -> None:
+    def _unsettled(self, region: Region | Lease) -> None:
         """A peer is inside a write under one of its grants: look again until it has left."""
         self._quarantine[region] = None
         if self._quarantine_timer is None and self._state != "closed":
@@ -350,6 +357,8 @@ class Engine(Planner):
         self._progress.poll()
         self._by_lane_peer.pop(path.lane_peer, None)
         path.close()
+        for lease in list(peer._leases):
+            lease._peer_gone()
         for region in list(self._quarantine):
             region._settle()
 

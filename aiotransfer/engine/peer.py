@@ -33,6 +33,7 @@ from aiotransfer.model.descriptor import RemoteRegion
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
     from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.lease import Lease
     from aiotransfer.providers.port import Path
 
 MOST_MESSAGE_BYTES = 1 << 20
@@ -82,6 +83,7 @@ class Peer:
         self._receive_credit = ReceiveCredit(engine.config.message_window_count, engine.config.message_window_bytes)
         self._send_queue: deque[tuple[asyncio.Future[None], bytes]] = deque()
         self._waiting_ops = 0
+        self._leases: dict[Lease, None] = {}  # of our memory, to this peer
         self._early_joins = 0  # for groups that are not known here yet
 
     # ---- what users see ----
@@ -228,8 +230,8 @@ class Peer:
                 self._engine._connections.came_up(self)
             case frames.Join():
                 self._engine._groups.joined(self, frame)
-            case frames.Revoked(slots=slots, reason=reason):
-                self._engine._remote_revoked(self, slots, reason)
+            case frames.Revoked(slots=slots, reason=reason, epochs=epochs):
+                self._engine._remote_revoked(self, slots, epochs, reason)
             case _:
                 pass  # a frame of a later minor version
 

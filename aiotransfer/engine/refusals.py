@@ -23,11 +23,16 @@ if TYPE_CHECKING:
     from aiotransfer.engine.base import EngineBase
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import RegionView
-    from aiotransfer.model.descriptor import RemoteRegion
+    from aiotransfer.model.descriptor import Grant, RemoteRegion
 
 
 def refusal(
-    engine: EngineBase, status: int, peer: Peer | None, src: RegionView | None = None, dst: RemoteRegion | None = None
+    engine: EngineBase,
+    status: int,
+    peer: Peer | None,
+    src: RegionView | None = None,
+    dst: RemoteRegion | None = None,
+    grant: Grant | None = None,
 ) -> Exception:
     """The error for a negative status of the lane."""
     lib = native.lib
@@ -43,8 +48,12 @@ def refusal(
         case lib.AT_EFORK | lib.AT_ESHUT:
             return ClosedError(f"the engine is {'abandoned in this forked child' if status == lib.AT_EFORK else 'closed'}")
         case lib.AT_ESTALE:
+            grant = dst._grant if dst is not None else grant
+            known = grant and engine._revocations.get((grant.incarnation, grant.slot, grant.epoch))
             return StaleRegionError(
-                "the destination was revoked or closed by its owner", hint="look it up again", **where
+                f"the peer's memory is no longer ours to use: {known or 'revoked or closed by its owner'}",
+                hint="look it up again, or ask its owner for a new lease",
+                **where,
             )
         case lib.AT_ECLOSED:
             return RegionError("the source region is closed", **where)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.lease import Lease
+    from aiotransfer.engine.peer import Peer
 
 ACCESSES = ("write", "read", "both")
 
@@ -55,6 +57,15 @@ class RegionView:
     def __len__(self) -> int:
         return self.nbytes
 
+    def lease(self, peer: Peer, *, access: str = "write") -> Lease:
+        """Give `peer` alone the right to write, read or do "both" here, until `await lease.revoke()`.
+
+        Raises `ClosedError` (closed region), `PeerLostError`, `RegionError` (access; a peer of another engine) or `TypeError`.
+        """
+        from aiotransfer.engine.lease import lease
+
+        return lease(self, peer, access)
+
     @property
     def device(self) -> str:
         """Where the memory is, as torch writes it."""
@@ -81,6 +92,7 @@ class Region(RegionView):
         "_grants",
         "_keep",
         "_keepers",
+        "_leases",
         "_native_busy",
         "_segment",
         "_shape",
@@ -116,6 +128,7 @@ class Region(RegionView):
         self._shape = shape
         self._dtype = dtype
         self._grants: dict[str, Grant] = {}
+        self._leases: dict[Lease, None] = {}
         self._keepers = 0
         self._closed = False
         self._native_busy = False
@@ -130,8 +143,15 @@ class Region(RegionView):
         return self._grant("write" if self._access == "auto" else self._access)
 
     def _grant(self, access: str) -> RemoteRegion:
-        engine = self._engine
-        engine._check()
+        self._check_grantable(access)
+        grant = self._grants.get(access)
+        if grant is None:
+            grant = self._grants[access] = self._new_grant(access, 0, self.nbytes, 0)
+            self._engine._granted[grant.slot] = self, 0
+        return RemoteRegion.of(grant)
+
+    def _check_grantable(self, access: str) -> None:
+        self._engine._check()
         if self._closed:
             raise ClosedError("the region is closed")
         if access not in ACCESSES:
@@ -140,25 +160,24 @@ class Region(RegionView):
             raise RegionError(f"the region was registered for {self._access!r}, not for {access!r}")
         if access != "read" and not self._writable:
             raise RegionError("read-only memory cannot be granted for writing")
-        grant = self._grants.get(access)
-        if grant is None:
-            slot, epoch = engine._lane.new_grant()
-            grant = Grant(
-                owner=str(engine.address),
-                incarnation=engine.incarnation,
-                base=self._address,
-                nbytes=self.nbytes,
-                access=access,
-                device=self._device,
-                slot=slot,
-                epoch=epoch,
-                segment=self._id if self._segment is not None else 0,
-                segment_offset=0,
-                keys=(),
-            )
-            self._grants[access] = grant
-            engine._granted[slot] = self
-        return RemoteRegion.of(grant)
+
+    def _new_grant(self, access: str, start: int, nbytes: int, holder: int) -> Grant:
+        engine = self._engine
+        slot, epoch = engine._lane.new_grant()
+        return Grant(
+            owner=str(engine.address),
+            incarnation=engine.incarnation,
+            base=self._address + start,
+            nbytes=nbytes,
+            access=access,
+            device=self._device,
+            slot=slot,
+            epoch=epoch,
+            segment=self._id if self._segment is not None else 0,
+            segment_offset=start if self._segment is not None else 0,
+            keys=(),
+            holder=holder,
+        )
 
     # ---- views ----
 
@@ -212,8 +231,16 @@ class Region(RegionView):
             engine._lane.revoke_grant(grant.slot)
         if self._segment is not None:
             self._segment.close_fd()
-        engine._tell_revoked(self)
+        for peer in engine.peers:
+            engine._tell_revoked(peer, self._grants.values(), "closed by its owner")
+        for lease in list(self._leases):
+            lease._withdraw("the region was closed by its owner")
+            lease._settle()
         self._settle()
+
+    def _lease_over(self) -> None:
+        if self._closed and not self._keepers:
+            self._settle()
 
     def _settle(self) -> bool:
         """Look whether everything has let go; True when the memory is free."""
@@ -230,6 +257,8 @@ class Region(RegionView):
                 del self._grants[access]
         if self._grants:
             engine._unsettled(self)
+            return False
+        if self._leases:
             return False
         self._freed = True
         self._keep = None

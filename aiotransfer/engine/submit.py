@@ -32,10 +32,10 @@ from aiotransfer.errors import (
 )
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.providers import native
+from aiotransfer.providers.port import Binding
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.providers.port import Binding
 
 _new: Callable[[type[Transfer]], Transfer] = object.__new__
 
@@ -363,6 +363,8 @@ class Submitter(EngineBase):
 
     def _owner(self, dst: RemoteRegion) -> Peer:
         """The live peer that owns it. Raises `StaleRegionError`, `PeerLostError` or `RegionError`."""
+        if dst._grant.holder not in (0, self.incarnation):
+            raise RegionError("the descriptor is of a lease to another engine", peer=dst.owner)
         peer = self._connections.peers.get(dst.incarnation)
         if peer is not None and peer._state == "up":
             return peer
@@ -388,7 +390,7 @@ class Submitter(EngineBase):
         if bound is not None and bound.engine is self and bound.peer is peer:
             return
         fresh = await peer.path.bind(region._grant, peer, peer)
-        fresh.engine = self
+        fresh.engine, fresh.grant = self, region._grant
         box.bound = fresh
 
     def _background(self, work: Coroutine[Any, Any, None], transfer: Transfer) -> None:
@@ -419,12 +421,13 @@ class Submitter(EngineBase):
         elif status == native.lib.AT_ECANCELED:
             transfer._end(CANCELLED, 0, None)
         else:
-            transfer._end(FAILED, 0, self._failure(status, transfer._peers[0]))
+            transfer._end(FAILED, 0, self._failure(status, transfer._peers[0], transfer._keep))
 
-    def _failure(self, status: int, peer: Peer) -> Exception:
-        if status == native.lib.AT_EPEER and peer._state == "up":
-            peer._lose("its process has ended")  # the write noticed before the pidfd was looked at
-        return refusal(self, status, peer)
+    def _failure(self, status: int, peer: Peer, keep: object = None) -> Exception:
+        if status == native.lib.AT_EPEER and peer._state == "up":  # the write noticed before the control connection did
+            peer._lose("its process has ended, or it has given this side up")
+        grants = [one.grant for one in keep if isinstance(one, Binding)] if isinstance(keep, tuple) else []
+        return refusal(self, status, peer, grant=grants[0] if grants else None)
 
     def _take_results(self, transfer: Transfer, cookie: int) -> list[int]:
         """The status of each target of a scatter. Taken once, success or not: the lane keeps them until then."""

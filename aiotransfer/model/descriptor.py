@@ -41,6 +41,7 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     segment: int
     segment_offset: int
     keys: tuple[tuple[str, bytes], ...]
+    holder: int = 0  # the incarnation that may use it; 0: any
 
 
 class _Wire(msgspec.Struct, array_like=True):
@@ -179,7 +180,7 @@ def _make(box: Box, grant: Grant, start: int, nbytes: int) -> RemoteRegion:
 
 def _verify(wire: _Wire) -> None:
     g = wire.grant
-    numbers = (g.incarnation, g.base, g.nbytes, g.epoch, g.segment, g.segment_offset, wire.start, wire.nbytes)
+    numbers = (g.incarnation, g.base, g.nbytes, g.epoch, g.segment, g.segment_offset, g.holder, wire.start, wire.nbytes)
     fits = (
         all(0 <= n < _U64 for n in numbers)
         and 0 <= g.slot < 1 << 32

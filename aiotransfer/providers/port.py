@@ -40,7 +40,7 @@ class Conversation(Protocol):
 class Binding:
     """Remote memory resolved for one lane: what a write names. Ends with its last user."""
 
-    __slots__ = ("_keep", "_lane", "engine", "path", "peer", "remote")
+    __slots__ = ("_keep", "_lane", "engine", "grant", "path", "peer", "remote")
 
     def __init__(self, lane: Any, remote: int, path: Path, peer: Any, keep: object) -> None:
         self._lane = lane
@@ -48,6 +48,7 @@ class Binding:
         self.path = path
         self.peer = peer
         self.engine: object = None
+        self.grant: Any = None
         self._keep = keep  # the mapping beneath it
 
     def __del__(self) -> None:

@@ -40,7 +40,7 @@ def check_names(providers: str | Sequence[str]) -> str | tuple[str, ...]:
 
 
 def open_providers(
-    providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int], Segment | None],
+    providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None],
     simulator: Any = None,
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
     """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left.

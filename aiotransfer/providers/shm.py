@@ -68,7 +68,7 @@ class ShmPath(Path):
     provider = "shm"
 
     def __init__(
-        self, lane: Lane, peer: int, channel: fdchannel.FdChannel, own: Callable[[int, int, int], Segment | None] | None
+        self, lane: Lane, peer: int, channel: fdchannel.FdChannel, own: Callable[[int, int, int, int], Segment | None] | None
     ) -> None:
         self._own = own  # finds segments without asking, when the peer is this very engine
         self.reasons: tuple[tuple[str, str], ...] = ()
@@ -85,7 +85,7 @@ class ShmPath(Path):
         base: Any = native.ffi.NULL
         if grant.segment:
             if self._own is not None:
-                segment = self._own(grant.slot, grant.epoch, grant.segment)
+                segment = self._own(grant.slot, grant.epoch, grant.segment, conversation.incarnation)
                 if segment is None:
                     raise StaleRegionError("the descriptor names no live region of this engine", provider="shm")
             else:
@@ -165,7 +165,7 @@ class ShmProvider:
 
     name = "shm"
 
-    def __init__(self, lane: Lane, incarnation: int, segment_of: Callable[[int, int, int], Segment | None]) -> None:
+    def __init__(self, lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None]) -> None:
         if not native.has_shm:
             raise ConfigurationError("shared memory between processes needs Linux")
         self._lane = lane
@@ -288,7 +288,7 @@ class ShmProvider:
 
     def _hand_out(self, conversation: Conversation, question: _Fetch) -> bytes:
         path = self._paths.get(conversation.incarnation)
-        segment = self._segment_of(question.slot, question.epoch, question.segment)
+        segment = self._segment_of(question.slot, question.epoch, question.segment, conversation.incarnation)
         if path is None or segment is None or segment.fd < 0:
             raise StaleRegionError("the descriptor names no live region of this engine", provider="shm")
         try:

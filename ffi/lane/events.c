@@ -92,12 +92,13 @@ void at_event_push(at_lane *lane, int kind, uint64_t id, int status, uint64_t co
 static void heard(at_lane *lane, uint64_t tag) {
     uint32_t index = (uint32_t)tag;
     at_peer *peer = index < lane->peer_count ? lane->peers[index] : NULL;
-    if (peer == NULL || peer->freed) return;
+    if (peer == NULL) return;
+    if (tag >> 32 == AT_TAG_DEATH) peer->dead = 1;
+    if (peer->freed) return;
     if (tag >> 32 == AT_TAG_DOORBELL) {
         lane->stats.doorbells_heard++;
         peer->port->drain(peer);
     } else if (tag >> 32 == AT_TAG_DEATH) {
-        peer->dead = 1;
         at_event_push(lane, AT_EV_PEER, (uint64_t)peer->id, AT_EPEER, 0);
     }
 }
@@ -154,6 +155,7 @@ int at_poll(at_lane *lane) {
     }
 #endif
     if (lane->config.flags & AT_LANE_LOOP) move_here(lane);
+    if (lane->lingering != 0) at_peers_reap(lane);
     if (lane->soon != 0) wait_for_the_last_parts(lane);
     uint32_t count = lane->queue_count < AT_EVENTS ? lane->queue_count : AT_EVENTS;
     for (uint32_t i = 0; i < count; i++) {

@@ -243,6 +243,16 @@ void at_peer_release(at_peer *peer) {
     free(peer);
 }
 
+void at_peers_reap(at_lane *lane) {
+    for (uint32_t i = 0; i < lane->peer_count && lane->lingering != 0; i++) {
+        at_peer *peer = lane->peers[i];
+        if (peer == NULL || !peer->lingers || peer->port->inside(peer)) continue;
+        peer->lingers = 0;
+        lane->lingering--;
+        at_peer_release(peer);
+    }
+}
+
 int at_peer_fail(at_lane *lane, int64_t id, int status) {
     int result = AT_EUNKNOWN;
     at_lock(lane);
@@ -263,7 +273,12 @@ int at_peer_free(at_lane *lane, int64_t id) {
         at_peer_end(peer, AT_EPEER);
         peer->port->drain(peer); /* what it had counted before it went is still ours */
         peer->freed = 1;
-        at_peer_release(peer);
+        if (peer->port->inside != NULL && peer->port->inside(peer)) {
+            peer->lingers = 1;
+            lane->lingering++;
+        } else {
+            at_peer_release(peer);
+        }
         result = AT_OK;
     }
     at_unlock(lane);

@@ -141,8 +141,9 @@ typedef struct at_port {
      * fewer than n only with an error or once `withdrawn` is set. AT_ESTALE, AT_EIO (errno in *oserror), AT_EPEER: the operation
      * fails. NO LOCK, and several threads at once: each has a `mover` of its own (AT_MOVER_*). */
     int (*move)(at_peer *peer, const at_op *op, uint64_t first, uint64_t n, int mover, uint64_t *moved, int *oserror);
-    /* Synchronous. Publish n arrivals of imm. AT_EAGAIN: try again later. */
-    int (*count)(at_peer *peer, uint32_t imm, uint64_t n);
+    /* Synchronous. Publish n arrivals of imm, of bytes written to `remote` (NULL: a signal). AT_EAGAIN: try again later. AT_ESTALE,
+     * AT_EPEER: no longer allowed, nothing was published. */
+    int (*count)(at_peer *peer, const at_remote *remote, uint32_t imm, uint64_t n);
 
     /* Asynchronous. Post one work request: unit `unit` of op (bytes [0, n) of it), with its immediate. AT_EAGAIN: refused now. */
     int (*post)(at_peer *peer, at_op *op, uint64_t unit);
@@ -151,6 +152,8 @@ typedef struct at_port {
 
     void (*drain)(at_peer *peer);                    /* hand arrivals to at_imm_arrive */
     int (*active)(at_peer *peer, uint32_t slot);     /* is that peer inside a write under this grant of ours? */
+    void (*bar)(at_peer *peer);                      /* it was given up: nothing of it begins any more. NULL: needless */
+    int (*inside)(at_peer *peer);                    /* afterwards: is it still inside something it began? NULL: never */
     void (*fence)(at_peer *peer);                    /* break: afterwards nothing posted touches memory; retire it all */
     void (*ping)(at_peer *peer, uint64_t seq);
     void (*pong)(at_peer *peer, uint64_t *native, uint64_t *loop);
@@ -165,7 +168,7 @@ struct at_peer {
     int64_t id;
     uint32_t index;
     int status;                 /* AT_OK, or why it takes nothing more */
-    int freed;
+    int freed, lingers;         /* lingers: freed while it was inside a write; kept until it has left or died */
     int dead;                   /* its process is gone: nothing of it can land any more */
     uint32_t users;             /* operations and remote regions */
     uint32_t posted;            /* work requests at the provider */
@@ -257,6 +260,7 @@ struct at_lane {
     int thread_work;
     int moving_here; /* the loop's thread moves an operation now without the lock: its active word is taken */
     uint32_t soon;                   /* large operations whose last parts are being moved */
+    uint32_t lingering;              /* peers kept for that */
     uint32_t stalled;                /* peers whose next post was refused and must be tried again */
     void (*progress)(at_lane *lane); /* of the one asynchronous provider, or NULL */
     pthread_cond_t ended; /* a detached operation has ended */
@@ -295,6 +299,7 @@ at_peer *at_peer_add(at_lane *lane, const at_port *port, void *impl, const at_co
 at_peer *at_peer_find(at_lane *lane, int64_t id); /* NULL when unknown or freed */
 void at_peer_release(at_peer *peer);              /* drop one use; destroys a freed peer with the last */
 void at_peer_end(at_peer *peer, int status);      /* with the lock: what at_peer_fail does */
+void at_peers_reap(at_lane *lane);                /* with the lock: let go of lingering peers that have left */
 
 /* Room for one more pointer; existing ones never move, so that ids and pointers stay good. */
 int at_grow(void ***items, uint32_t *capacity, uint32_t count);
@@ -314,14 +319,19 @@ int64_t at_op_new_batch(at_lane *lane, uint32_t count); /* its cookie, or AT_E* 
 void at_batch_ended(at_lane *lane, int64_t parent, uint32_t child, int status, uint64_t bytes); /* also: posting is over */
 /* Stop an operation: nothing more of it is posted; it ends now or when the rest has retired. */
 void at_op_stop(at_op *op, int status);
-int at_op_publish(at_op *op);                                /* the immediates of what has landed */
+void at_op_enqueue(at_op *op);                               /* behind the others of its peer */
+void at_op_dequeue(at_op *op);
+void at_op_end(at_op *op);                                   /* everything is retired: tell whoever asked */
+void at_stall(at_peer *peer, int stalled);
 void at_op_complete(at_op *op, uint64_t units, int status);  /* one posted work request retired; units 1 when it landed */
 void at_refill(at_peer *peer);                               /* post what the window allows */
+/* move.c, with the lock */
 /* One round over the peers' queues, for at most `budget` bytes each. */
 void at_move_queued(at_lane *lane, uint64_t budget, int mover);
 /* Move [cursor, cursor + n) of it as `mover`, without the lock meanwhile. Returns AT_OK or why the operation fails. */
 int at_op_move(at_op *op, uint64_t n, int mover, int *oserror);
 void at_op_moved(at_op *op, uint64_t n); /* n of its extent were moved */
+int at_op_publish(at_op *op);                                /* the immediates of what has landed */
 int at_queued_work(const at_lane *lane, int refused);        /* is anything left for at_move_queued, also counts refused just now? */
 int at_queued_for_two(const at_lane *lane);                  /* so much that two threads are faster? */
 void at_head_start(at_lane *lane, at_op *op);                /* move some of it while the native thread wakes up */

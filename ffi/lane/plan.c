@@ -119,10 +119,12 @@ static int64_t join_batch(at_lane *lane, int64_t parent, const at_plan *plan, ui
     return parent;
 }
 
+#define KEPT 16u /* targets that are resolved once; of more, none is kept */
+
 static int64_t post_scatter(at_lane *lane, const at_plan *plan, int64_t imm) {
-    at_op op;
+    at_op ops[KEPT];
     for (uint64_t i = 0; i < plan->count; i++) { /* all or nothing, as far as can be known beforehand */
-        int rc = at_resolve(lane, &plan->orders[i], imm, &op);
+        int rc = at_resolve(lane, &plan->orders[i], imm, &ops[i % KEPT]);
         if (rc != AT_OK) {
             lane->detail = (int64_t)i;
             return rc;
@@ -132,14 +134,15 @@ static int64_t post_scatter(at_lane *lane, const at_plan *plan, int64_t imm) {
     int queued = 0;
     uint64_t landed = 0;
     for (uint64_t i = 0; i < plan->count; i++) {
-        int rc = at_resolve(lane, &plan->orders[i], imm, &op);
-        if (rc == AT_OK) rc = at_submit_here(lane, &op);
+        at_op *op = &ops[i % KEPT];
+        int rc = plan->count <= KEPT ? AT_OK : at_resolve(lane, &plan->orders[i], imm, op); /* the lock is still ours */
+        if (rc == AT_OK) rc = at_submit_here(lane, op);
         if (rc == AT_OK) {
-            landed += op.nbytes;
+            landed += op->nbytes;
             continue;
         }
-        queued |= rc == AT_EAGAIN && op.peer->port->window == 0;
-        parent = join_batch(lane, parent, plan, (uint32_t)i, &op, rc);
+        queued |= rc == AT_EAGAIN && op->peer->port->window == 0;
+        parent = join_batch(lane, parent, plan, (uint32_t)i, op, rc);
         if (parent < 0) return parent; /* no memory for the first that did not land: the targets before it have */
     }
     if (parent == 0) return lane->turn_due ? AT_DUE : AT_OK;

@@ -122,8 +122,13 @@ int at_submit_here(at_lane *lane, at_op *op) {
     int oserror = 0, rc = AT_OK;
     uint64_t moved = 0;
     if (op->cursor < op->extent) rc = port->move(peer, op, 0, op->extent, AT_MOVER_CALLER, &moved, &oserror);
-    op->cursor += moved;
-    at_op_moved(op, moved);
+    if (moved == op->extent) {
+        op->cursor = op->moved = moved;
+        op->landed = op->units;
+    } else {
+        op->cursor += moved;
+        at_op_moved(op, moved);
+    }
     if (rc == AT_OK) rc = at_op_publish(op);
     else if (op->landed != 0) (void)at_op_publish(op);
     if (!op->detached) at_count_turn(lane, nbytes);

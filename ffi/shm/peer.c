@@ -162,8 +162,20 @@ int at_shm_foreign(at_lane *lane, int64_t id, int *why) {
 static int shm_active(at_peer *peer, uint32_t slot) {
     at_shm *shm = peer->impl;
     if (peer->dead) return 0; /* its process is gone: proof enough */
-    for (int i = 0; i < AT_MOVERS; i++)
+    for (int i = 0; i <= AT_MOVERS; i++)
         if (atomic_load(&shm->inbound->active[i].grant) == (uint64_t)slot + 1) return 1;
+    return 0;
+}
+
+static void shm_bar(at_peer *peer) {
+    at_shm *shm = peer->impl;
+    atomic_store(&shm->inbound->barred, 1); /* sequentially consistent: before the look at the active words */
+}
+
+static int shm_inside(at_peer *peer) {
+    at_shm *shm = peer->impl;
+    for (int i = 0; i <= AT_MOVERS && !peer->dead; i++)
+        if (atomic_load(&shm->inbound->active[i].grant) != 0) return 1;
     return 0;
 }
 
@@ -199,6 +211,8 @@ const at_port at_shm_port = {
     .count = at_shm_count,
     .drain = at_shm_drain,
     .active = shm_active,
+    .bar = shm_bar,
+    .inside = shm_inside,
     .ping = shm_ping,
     .pong = shm_pong,
     .answer = shm_answer,

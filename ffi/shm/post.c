@@ -28,16 +28,6 @@ static void hold(void) {
     while (atomic_load(&hold_wanted)) (void)usleep(200);
 }
 
-/* Announce the write, then look whether it is still allowed; the full fence between the two is what a revocation relies on. */
-static int enter(at_active *active, const at_remote *remote, uint64_t begin, uint64_t nbytes) {
-    active->begin = begin;
-    active->nbytes = nbytes;
-    atomic_store(&active->grant, (uint64_t)remote->slot + 1);
-    if (atomic_load(remote->word) == remote->epoch) return AT_OK;
-    atomic_store_explicit(&active->grant, 0, memory_order_release);
-    return AT_ESTALE;
-}
-
 /* After a read: were the bytes still ours to read when the last of them was? */
 static int revoked(const at_remote *remote) {
     atomic_thread_fence(memory_order_acquire);
@@ -45,8 +35,6 @@ static int revoked(const at_remote *remote) {
 }
 
 static int withdrawn(const at_op *op) { return atomic_load_explicit(&op->withdrawn, memory_order_relaxed); }
-
-static void leave(at_active *active) { atomic_store_explicit(&active->grant, 0, memory_order_release); }
 
 static int failed(int error, int *oserror) {
     *oserror = error;
@@ -60,14 +48,15 @@ static int move_bytes(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, 
     int reads = op->kind == AT_OP_READ;
     while (*moved < n) {
         uint64_t k = n - *moved < chunk ? n - *moved : chunk, from = first + *moved, to = op->remote_offset + from;
-        int rc = enter(active, remote, to, k), error = 0;
+        active->begin = to, active->nbytes = k;
+        int rc = at_shm_enter(shm, active, remote), error = 0;
         if (rc != AT_OK) return rc;
         hold();
         uint8_t *here = op->local + from, *there = remote->base != NULL ? remote->base + to : NULL;
         if (there == NULL) error = at_shm_foreign_copy(shm, here, remote->va + to, k, reads);
         else if (cold) at_copy_cold(reads ? here : there, reads ? there : here, k);
         else at_copy(reads ? here : there, reads ? there : here, k);
-        leave(active);
+        at_shm_leave(active);
         if (error != 0) return failed(error, oserror);
         if (reads && revoked(remote)) return AT_ESTALE; /* what was read may be of the memory's next user */
         *moved += k;
@@ -109,7 +98,8 @@ static int move_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, 
     int cold = at_copy_prefers_cold(op->footprint);
     while (*moved < n) {
         uint64_t k = n - *moved < most ? n - *moved : most, at = first + *moved;
-        int rc = enter(active, remote, op->remote_offset, remote->nbytes - op->remote_offset), error = 0;
+        active->begin = op->remote_offset, active->nbytes = remote->nbytes - op->remote_offset;
+        int rc = at_shm_enter(shm, active, remote), error = 0;
         if (rc != AT_OK) return rc;
         hold();
         if (remote->base == NULL)
@@ -117,7 +107,7 @@ static int move_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, 
         else
             at_copy_pages(remote->base + op->remote_offset, op->local, op->remote_pages + at, op->local_pages + at, k, page,
                           op->remote_stride, op->local_stride, cold);
-        leave(active);
+        at_shm_leave(active);
         if (error != 0) return failed(error, oserror);
         *moved += k;
         if (*moved < n && withdrawn(op)) return AT_OK;
@@ -129,6 +119,7 @@ int at_shm_move(at_peer *peer, const at_op *op, uint64_t first, uint64_t n, int 
     at_shm *shm = peer->impl;
     if (op->kind == AT_OP_SIGNAL || op->nbytes == 0) { /* nothing to copy, but a stale grant counts nothing either */
         if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) return AT_ESTALE;
+        if (atomic_load(&shm->outbound->barred) != 0) return AT_EPEER;
         *moved = n;
         return AT_OK;
     }

@@ -89,11 +89,15 @@ void at_shm_ring(int fd) {
     (void)written;
 }
 
-int at_shm_count(at_peer *peer, uint32_t imm, uint64_t n) {
+/* With the lane's lock: there is one active word for it. `remote`: what was written under, or NULL for a signal. */
+int at_shm_count(at_peer *peer, const at_remote *remote, uint32_t imm, uint64_t n) {
     at_shm *shm = peer->impl;
     at_channel *channel = shm->outbound;
     int64_t found = slot_of(shm, imm);
     if (found < 0) return (int)found;
+    int rc = remote != NULL ? at_shm_enter(shm, &channel->active[AT_COUNTING], remote)
+                            : atomic_load(&channel->barred) != 0 ? AT_EPEER : AT_OK;
+    if (rc != AT_OK) return rc;
     uint32_t slot = (uint32_t)found;
     shm->total[slot] += n;
     atomic_store_explicit(&channel->count[slot], shm->total[slot], memory_order_release);
@@ -103,6 +107,7 @@ int at_shm_count(at_peer *peer, uint32_t imm, uint64_t n) {
         peer->lane->stats.doorbells_rung++;
         at_shm_ring(shm->outbound_doorbell);
     }
+    if (remote != NULL) at_shm_leave(&channel->active[AT_COUNTING]);
     return AT_OK;
 }
 

@@ -3,10 +3,14 @@
  * Each engine owns a control segment (others map it read-only) with one epoch word per grant and the word `armed`. For each
  * peer it owns an inbound channel, which exactly that peer maps read-write and into which it counts what it has written.
  *
- * Writing. The writer publishes the grant it works under in its `active` word, then reads the grant's epoch; if that is not
+ * Writing. The writer publishes the grant it works under in an `active` word, then reads the grant's epoch; if that is not
  * the one of its descriptor it stops. It copies one chunk and clears `active`. The owner revokes by changing the epoch and
  * then reading every writer's `active`: both sides put a full fence between their store and their load, so that at least one
- * of them sees the other. A revocation therefore needs no answer: once no `active` names the grant, nothing can land.
+ * of them sees the other. A revocation therefore needs no answer: once no `active` names the grant, nothing can land. Counts are
+ * published in the same way, so that nothing is counted under a grant once its revocation is over.
+ *
+ * `barred` does to all grants of one writer what an epoch does to one grant: the owner sets it when it gives the peer up. A process
+ * that was stopped and comes back finds itself shut out. What it was inside of stays in `active` until it moves on or dies.
  *
  * Counting. The writer gives each immediate value a slot and keeps the running total there (one producer, no lock, no ring
  * that could fill while the target's loop is blocked), then marks the slot in a bitmap, its summary, and `dirty`. Whoever
@@ -22,6 +26,7 @@
 #include "lane/lane.h"
 
 #define AT_SLOTS 65536u
+#define AT_COUNTING AT_MOVERS
 #define AT_CHANNEL_MAGIC UINT64_C(0x41544348414e4e45)
 
 typedef struct {
@@ -34,7 +39,7 @@ typedef struct {
     uint64_t owner, writer; /* incarnations */
     uint8_t cookie[16];
     /* the writer's words */
-    at_active active[AT_MOVERS];
+    at_active active[AT_MOVERS + 1]; /* one for each mover, one for counting */
     _Alignas(64) _Atomic uint64_t ping;
     _Alignas(64) _Atomic uint32_t dirty;
     _Alignas(64) _Atomic uint64_t summary[AT_SLOTS / 64 / 64];
@@ -44,6 +49,7 @@ typedef struct {
     /* the owner's words */
     _Alignas(64) _Atomic uint64_t pong_native;
     _Atomic uint64_t pong_loop;
+    _Atomic uint64_t barred; /* not 0: this writer was given up */
     _Alignas(64) _Atomic uint64_t drained[AT_SLOTS];
 } at_channel;
 
@@ -78,8 +84,20 @@ typedef struct {
 
 extern const at_port at_shm_port;
 
+static inline void at_shm_leave(at_active *active) { atomic_store_explicit(&active->grant, 0, memory_order_release); }
+
+/* Announce work under a grant, then look whether it is still allowed: AT_OK, AT_ESTALE or AT_EPEER (then nothing is announced).
+ * The full fence between the store and the loads is what a revocation relies on. */
+static inline int at_shm_enter(const at_shm *shm, at_active *active, const at_remote *remote) {
+    atomic_store(&active->grant, (uint64_t)remote->slot + 1);
+    uint64_t barred = atomic_load(&shm->outbound->barred);
+    if (atomic_load(remote->word) == remote->epoch && barred == 0) return AT_OK;
+    at_shm_leave(active);
+    return barred != 0 ? AT_EPEER : AT_ESTALE;
+}
+
 /* queue.c */
-int at_shm_count(at_peer *peer, uint32_t imm, uint64_t n);
+int at_shm_count(at_peer *peer, const at_remote *remote, uint32_t imm, uint64_t n);
 void at_shm_drain(at_peer *peer);
 void at_shm_ring(int fd);
 /* post.c */

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiotransfer as at
+from aiotransfer.providers import native
 
 NBYTES = 64 << 20
 
@@ -28,8 +30,28 @@ async def other_process(engine: at.Engine) -> AsyncIterator[tuple[subprocess.Pop
         await arrivals.aclose()  # type: ignore[attr-defined]
 
 
+async def flood(engine: at.Engine, peer: at.Peer, descriptor: str, page_bytes: str, stand: str) -> None:
+    region = at.RemoteRegion.decode(bytes.fromhex(descriptor))
+    source = engine.allocate(region.nbytes)
+    source.numpy()[:] = 0xEE
+    pages = list(range(region.nbytes // int(page_bytes)))
+    try:
+        await engine.write(source[:0], region[:0])
+        if float(stand):
+            native.lib.at_shm_hold(1)
+            threading.Timer(float(stand), native.lib.at_shm_hold, (0,)).start()
+        while True:
+            await engine.write_pages(source, pages, region, pages, page_bytes=int(page_bytes), imm=7)
+            await engine.write(source, region, imm=7)
+    except at.TransferError as error:
+        with contextlib.suppress(at.TransferError):
+            await peer.send(f"{type(error).__name__}: {error}".encode())
+
+
 async def main(address: str) -> None:
     import ctypes
+
+    tasks: list[asyncio.Task[None]] = []
 
     async with at.open_engine(name="other") as engine:
         allocated, foreign = engine.allocate(NBYTES), engine.register(bytearray(NBYTES))
@@ -49,6 +71,8 @@ async def main(address: str) -> None:
                 await peer.send(str(time.monotonic()).encode())
             elif command == "count":
                 await peer.send(str(counter.total).encode())
+            elif command == "flood":  # write under a lease until that is refused, standing in a chunk for some time first
+                tasks.append(asyncio.create_task(flood(engine, peer, *argument.split())))
             elif command == "leave":
                 return
 

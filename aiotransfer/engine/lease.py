@@ -1,0 +1,168 @@
+"""Leases: the right of one peer to some memory, which its owner can take back.
+
+Taking back changes the grant's epoch, which every writer compares around each chunk and each count. What was inside a chunk at
+that moment is seen in that writer's active words: the lease is `revoking` until they name the grant no more, and then `revoked`,
+with nothing left that could land. A writer that was stopped inside a chunk cannot be waited for: past the deadline of `revoke`,
+or when the peer is given up, the lease is `quarantined` and becomes `revoked` by itself when the writer moves on or dies.
+
+    active -> revoking -> revoked
+                  |           ^
+                  v           |
+              quarantined ----+
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING
+
+from aiotransfer.errors import QuarantineError, RegionError
+from aiotransfer.model.descriptor import Grant, RemoteRegion
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import RegionView
+
+DEATH_SECONDS = 0.1  # between the end of a dying process's connection and the news of its death
+SPINS = 16  # turns of the loop before the slower look: a chunk takes less
+
+
+class Lease:
+    """A right of `peer` to `nbytes` of memory. Made by `Region.lease`; `async with` revokes it at the end."""
+
+    def __init__(self, view: RegionView, peer: Peer, access: str) -> None:
+        region = view._root
+        self._engine = engine = view._engine
+        self._region = region
+        self.peer = peer
+        self.nbytes = view.nbytes
+        self._grant: Grant = region._new_grant(access, view._start, view.nbytes, peer.incarnation)
+        self._state = "active"
+        self._waiters: dict[asyncio.Future[None], None] = {}
+        region._leases[self] = None
+        peer._leases[self] = None
+        engine._granted[self._grant.slot] = region, peer.incarnation
+
+    @property
+    def descriptor(self) -> RemoteRegion:
+        """For the peer, in whatever channel the application has. Sliceable; of no use to anybody else."""
+        return RemoteRegion.of(self._grant)
+
+    @property
+    def access(self) -> str:
+        """ "write", "read" or "both"."""
+        return self._grant.access
+
+    @property
+    def state(self) -> str:
+        """`active`, `revoking`, `quarantined` or `revoked`."""
+        return self._state
+
+    async def revoke(self, *, timeout: float | None = None) -> None:
+        """Take the right back. Returns when nothing under it can land any more, and nothing of it is counted later.
+
+        Raises `QuarantineError` when that cannot be proved within `timeout` seconds (default: the engine's), or when the peer is
+        lost without proof; the memory then stays quarantined until it can. Twice is fine, cancelling it changes nothing.
+        """
+        engine = self._engine
+        seconds = engine._seconds(timeout)
+        self._withdraw("revoked by its owner")
+        for _ in range(SPINS):
+            if self._settle():
+                return
+            await asyncio.sleep(0)
+        if self.peer._state in ("lost", "closed"):
+            seconds = min(seconds, DEATH_SECONDS)
+        waiter: asyncio.Future[None] = engine._loop.create_future()
+        self._waiters[waiter] = None
+        try:
+            async with asyncio.timeout(None if seconds == math.inf else seconds):
+                await waiter
+        except TimeoutError:
+            if not self._settle():
+                self._state = "quarantined"
+                raise self._unproved(f"{self.peer} is still inside a write after {seconds:g} s") from None
+        finally:
+            self._waiters.pop(waiter, None)
+
+    def _unproved(self, why: str) -> QuarantineError:
+        return QuarantineError(
+            f"a lease of {self.nbytes} bytes cannot be proved to be over: {why}",
+            peer=str(self.peer.address),
+            hint="do not reuse the memory; the lease becomes 'revoked' by itself when the peer moves on or dies",
+        )
+
+    def _withdraw(self, reason: str) -> None:
+        """From now on nothing begins under it."""
+        if self._state != "active":
+            return
+        self._state = "revoking"
+        engine = self._engine
+        if engine._lane.usable:
+            engine._lane.revoke_grant(self._grant.slot)
+            engine._tell_revoked(self.peer, [self._grant], reason)
+
+    def _settle(self) -> bool:
+        """Look whether it is over. Otherwise it is looked at again."""
+        if self._state == "revoked":
+            return True
+        engine, slot = self._engine, self._grant.slot
+        if not engine._lane.usable:  # closed: what could not be proved then was reported, and never will be here
+            return True
+        if engine._lane.grant_active(slot) != 0:
+            engine._unsettled(self)
+            return False
+        engine._lane.free_grant(slot)
+        self._state = "revoked"
+        engine._granted.pop(slot, None)
+        self._region._leases.pop(self, None)
+        self.peer._leases.pop(self, None)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._region._lease_over()
+        return True
+
+    def _peer_gone(self) -> None:
+        """Its peer was lost or closed, and barred: over, unless it is inside a write."""
+        self._withdraw("the peer was given up")
+        if self._settle():
+            return
+        self._state = "quarantined"
+        self._engine._loop.call_later(DEATH_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        if self._settle():
+            return
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(self._unproved("its peer was lost inside a write"))
+
+    async def __aenter__(self) -> Lease:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.revoke()
+
+    def __repr__(self) -> str:
+        return f"<Lease {self.nbytes} bytes to {self.peer.name or self.peer.address} ({self.access}), {self._state}>"
+
+
+def lease(view: RegionView, peer: object, access: str) -> Lease:
+    """What `Region.lease` does. Raises as it says."""
+    from aiotransfer.engine.peer import Peer
+
+    engine = view._engine
+    engine._check()
+    if not isinstance(peer, Peer):
+        raise TypeError(f"a lease is given to a Peer, not to {type(peer).__name__}")
+    if peer._engine is not engine:
+        raise RegionError(f"{peer} belongs to another engine")
+    peer._check_up()
+    view._root._check_grantable(access)
+    return Lease(view, peer, access)
