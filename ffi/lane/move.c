@@ -5,7 +5,7 @@
  * operation; its immediates are published with the lock, for what has been moved by then. */
 #include "lane.h"
 
-#define HEAD_BYTES ((uint64_t)4 << 20)     /* at most moved by the caller while the native thread wakes up */
+#define HEAD_NS UINT64_C(250000)           /* how long the caller moves parts of what it has submitted */
 #define LAST_BYTES ((uint64_t)768 << 10)   /* unclaimed when the loop is told that the end is near */
 #define SHARED_BYTES ((uint64_t)1 << 20) /* worth waking a second thread for */
 
@@ -130,14 +130,15 @@ void at_move_queued(at_lane *lane, uint64_t budget, int mover) {
     lane->thread_turn++;
 }
 
-/* Waking the native thread takes as long as copying some hundred KiB: until it has come, the caller moves those. */
+/* Waking the native thread takes as long as copying some hundred KiB, and so does waking the loop at the end: the caller moves parts
+ * for a while, a fraction of the turn that inline copies may take. */
 void at_head_start(at_lane *lane, at_op *op) {
     if (op->peer->head != op || lane->turn_due || unclaimed(op) < SHARED_BYTES) return;
     int oserror = 0, rc = AT_OK;
-    uint64_t before = unclaimed(op);
+    uint64_t before = unclaimed(op), until = at_now() + HEAD_NS;
     lane->moving_here = 1;
-    do rc = at_op_move(op, portion(op, HEAD_BYTES), AT_MOVER_CALLER, &oserror);
-    while (rc == AT_OK && goes_on(op) && op->running == 0 && before - unclaimed(op) < HEAD_BYTES);
+    do rc = at_op_move(op, portion(op, 4 * AT_CHUNK), AT_MOVER_CALLER, &oserror);
+    while (rc == AT_OK && goes_on(op) && at_now() < until);
     lane->moving_here = 0;
     at_count_turn(lane, before - unclaimed(op));
     (void)move_over(lane, op, rc, oserror);
