@@ -9,7 +9,7 @@ NATIVE := $(shell find ffi -name '*.[ch]' -o -name build.py 2>/dev/null)
 ARGS ?=
 MINUTES ?= 20
 
-.PHONY: help setup hello demo test test-demo test-long lint bench docs sanitize clean
+.PHONY: help setup hello demo test test-demo test-long lint bench docs sanitize mutants clean
 
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
@@ -73,6 +73,10 @@ sanitize: $(STAMPS)/test
 		UBSAN_OPTIONS=halt_on_error=1 $(PY) -m pytest -q tests/native tests/providers tests/engine/test_counters.py tests/engine/test_bad_input.py \
 		tests/engine/test_scatter.py tests/engine/test_plans.py tests/engine/test_reads.py tests/engine/test_threads.py tests/engine/test_watch.py tests/engine/test_leases.py $(ARGS); \
 		rc=$$?; $(PY) ffi/build.py; exit $$rc
+
+# Guards taken out one at a time; each must turn a test red.
+mutants: $(STAMPS)/test
+	$(PY) tests/mutants.py $(ARGS)
 
 docs: setup
 	@$(PIP) install --quiet --editable '.[docs]'

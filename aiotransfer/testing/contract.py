@@ -194,6 +194,29 @@ class ProviderContract:
                 await pair.left.write(source, remote)
             assert (view == 0xEE).all()
 
+    async def test_a_lease_takes_its_part_from_its_peer_until_it_is_revoked(self) -> None:
+        async with engine_pair(self.provider, timeout=10) as pair:
+            region, _, view = await _target(pair)
+            source = _source(pair.left, PAGE)
+            lease = region[PAGE : 2 * PAGE].lease(pair.left_peer)
+            remote = RemoteRegion.decode(lease.descriptor.encode())
+            counter = pair.right.counter(imm=5)
+            await pair.left.write(source, remote, imm=5)
+            await counter.wait(1, timeout=10)
+            assert np.array_equal(view[PAGE : 2 * PAGE], payload(PAGE))
+            assert (view[:PAGE] == 0xEE).all()
+            assert (view[2 * PAGE :] == 0xEE).all()
+            transfers = [pair.left.write(source, remote, imm=5) for _ in range(50)]
+            await lease.revoke()
+            assert lease.state == "revoked"
+            view[:], counted = 0x11, counter.total
+            await asyncio.gather(*transfers, return_exceptions=True)
+            with pytest.raises(StaleRegionError):
+                await pair.left.write(source, remote, imm=5)
+            await asyncio.sleep(0.02)
+            assert (view == 0x11).all()
+            assert counter.total == counted
+
     async def test_a_cancelled_write_gives_the_source_back(self) -> None:
         async with engine_pair(self.provider, timeout=10) as pair:
             _, remote, view = await _target(pair, 32 << 20)

@@ -1,0 +1,160 @@
+"""Guards taken out one at a time: for each, some test must turn red.
+
+    make mutants [ARGS="--only epoch,bounds"]
+
+The tree is copied, changed in one place, built where that is C, and the tests named with the guard are run there. A guard whose
+tests stay green is one that nothing watches: the command fails and names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LOG = "mutants.log"
+PATIENCE = 300  # a mutant that hangs is a mutant that was noticed
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One guard: where it stands, what takes its place, and who must notice."""
+
+    name: str
+    path: str
+    guard: str
+    instead: str
+    tests: str
+
+
+MUTANTS = (
+    Mutant(
+        "drain on cancel", "aiotransfer/engine/submit.py",
+        "        self._sweeper.draining(cookie)\n        self._progress.poll()\n",
+        "        transfer._end(CANCELLED, 0, None)\n",
+        "tests/engine/test_cancellation.py tests/engine/test_write.py",
+    ),
+    Mutant(
+        "lease: only its holder", "aiotransfer/engine/submit.py",
+        "if dst._grant.holder not in (0, self.incarnation):", "if False:", "tests/engine/test_leases.py",
+    ),
+    Mutant(
+        "lease: waiting for who is inside", "ffi/shm/peer.c",
+        "if (atomic_load(&shm->inbound->active[i].grant) == (uint64_t)slot + 1) return 1;", ";", "tests/engine/test_leases.py",
+    ),
+    Mutant(
+        "epoch compare", "ffi/shm/shm.h",
+        "if (atomic_load(remote->word) == remote->epoch && barred == 0) return AT_OK;", "if (barred == 0) return AT_OK;",
+        "tests/engine/test_leases.py tests/engine/test_reads.py",
+    ),
+    Mutant(
+        "epoch compare before a count", "ffi/shm/queue.c",
+        "int rc = remote != NULL ? at_shm_enter(shm, &channel->active[AT_COUNTING], remote)", "int rc = remote != NULL ? AT_OK",
+        "tests/engine/test_leases.py",
+    ),
+    Mutant(
+        "bar on who was given up", "ffi/shm/peer.c",
+        "    atomic_store(&shm->inbound->barred, 1);", "    (void)shm;",
+        "tests/engine/test_leases.py tests/engine/test_processes.py",
+    ),
+    Mutant(
+        "bounds of a page table", "ffi/lane/submit.c",
+        "for (uint64_t i = 0; i < n; i++) bad |=", "for (uint64_t i = 1; i < n; i++) bad |=",
+        "tests/engine/test_bad_input.py tests/native",
+    ),
+    Mutant(
+        "bounds of a destination", "ffi/lane/submit.c",
+        "if (order->remote_offset > there || n > there - order->remote_offset) return AT_EDST;", "",
+        "tests/native tests/engine/test_bad_input.py",
+    ),
+    Mutant(
+        "early arrivals", "ffi/lane/imm.c",
+        "if (peer->early >= lane->config.early_values) {", "if (1) {", "tests/engine/test_counters.py",
+    ),
+    Mutant(
+        "authentication", "aiotransfer/control/key.py",
+        "return hmac.compare_digest(self.mac(role, transcript), mac)", "return True",
+        "tests/control/test_handshake.py tests/engine/test_peers.py",
+    ),
+)  # fmt: skip
+
+
+def copy(where: Path) -> None:
+    """What git knows of, and what was built."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        (where / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, where / name)
+    for built in ROOT.glob("aiotransfer/_*.so"):
+        shutil.copy2(built, where / "aiotransfer" / built.name)
+    shutil.copy2(ROOT / "aiotransfer" / "_build_facts.json", where / "aiotransfer")
+
+
+def run(where: Path, tests: str) -> int:
+    """pytest's exit status there; -1 when it did not end."""
+    environ = {**os.environ, "PYTHONPATH": str(where), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *tests.split()]
+    with open(where / LOG, "wb") as log:
+        process = subprocess.Popen(command, cwd=where, env=environ, stdout=log, stderr=log)
+    try:
+        return process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return -1
+
+
+def build(where: Path) -> None:
+    """The extension in the copy."""
+    environ = {**os.environ, "PYTHONPATH": str(where)}
+    done = subprocess.run([sys.executable, "ffi/build.py"], cwd=where, capture_output=True, text=True, env=environ)
+    if done.returncode != 0 or "does not compile" in done.stdout + done.stderr:
+        raise SystemExit(done.stdout + done.stderr)
+
+
+def main() -> int:
+    """Returns the number of guards that nothing watches."""
+    parser = argparse.ArgumentParser(description="guards taken out one at a time")
+    parser.add_argument("--only", default="", help="parts of names, separated by commas")
+    parts = [part for part in parser.parse_args().only.split(",") if part]
+    chosen = [mutant for mutant in MUTANTS if not parts or any(part in mutant.name for part in parts)]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder)
+        copy(where)
+        tests = sorted({test for mutant in chosen for test in mutant.tests.split()})
+        if status := run(where, " ".join(tests)):
+            print((where / LOG).read_text()[-3000:])
+            print(f"the tests are not green as they are: pytest ended with {status}")
+            return 1
+        for mutant in chosen:
+            file = where / mutant.path
+            text = file.read_text()
+            if text.count(mutant.guard) != 1:
+                print(f"{mutant.name}: the guard stands {text.count(mutant.guard)} times in {mutant.path}")
+                survivors += 1
+                continue
+            native = mutant.path.startswith("ffi/")
+            file.write_text(text.replace(mutant.guard, mutant.instead))
+            start = time.monotonic()
+            if native:
+                build(where)
+            status = run(where, mutant.tests)
+            survivors += status == 0
+            verdict = "SURVIVED" if status == 0 else "hung" if status < 0 else "red"
+            print(f"{mutant.name:<40} {verdict:<9} {time.monotonic() - start:5.1f} s", flush=True)
+            file.write_text(text)
+            if native:
+                build(where)
+    return survivors
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
