@@ -101,16 +101,18 @@ async def test_an_anyio_scope_does_not_burn_cpu_while_it_drains(pair: Pair) -> N
     assert not (theirs == POISON).any()
 
 
-async def test_a_deadline_ends_the_await_and_frees_the_source(pair: Pair) -> None:
-    source, mine, dst, theirs = memory(pair)
-    await bound(pair, source, dst)
-    transfers = [pair.left.write(source, dst, timeout=0.0) for _ in range(30)]
-    outcomes = await asyncio.gather(*transfers, return_exceptions=True)
-    mine[:] = POISON
-    assert all(o is None or isinstance(o, at.TransferTimeout) for o in outcomes)
-    assert any(isinstance(o, at.TransferTimeout) for o in outcomes)
-    await asyncio.sleep(0.01)
-    assert not (theirs == POISON).any()
+@pytest.mark.parametrize("progress", ["auto", "loop"])
+async def test_a_deadline_ends_the_await_and_frees_the_source(progress: str) -> None:
+    async with engine_pair(progress=progress) as pair:
+        source, mine, dst, theirs = memory(pair)
+        await bound(pair, source, dst)
+        transfers = [pair.left.write(source, dst, timeout=0.0) for _ in range(30)]
+        outcomes = await asyncio.gather(*transfers, return_exceptions=True)
+        mine[:] = POISON
+        assert all(o is None or isinstance(o, at.TransferTimeout) for o in outcomes)
+        assert progress == "auto" or any(isinstance(o, at.TransferTimeout) for o in outcomes)
+        await asyncio.sleep(0.01)
+        assert not (theirs == POISON).any()
 
 
 async def test_an_unbound_transfer_can_be_cancelled(pair: Pair) -> None:
@@ -154,14 +156,15 @@ async def test_a_failure_that_nobody_awaits_is_reported_once() -> None:
         assert all("nobody awaited" in str(c["message"]) for c in reported)
 
 
-async def test_wait_all_collects_every_failure(pair: Pair) -> None:
-    source, _, dst, _ = memory(pair)
-    await bound(pair, source, dst)
-    transfers = [pair.left.write(source, dst, timeout=0.0) for _ in range(5)]
-    with pytest.raises(ExceptionGroup) as caught:
-        await at.wait_all(transfers)
-    assert all(isinstance(e, at.TransferTimeout) for e in caught.value.exceptions)
-    await at.wait_all([])
+async def test_wait_all_collects_every_failure() -> None:
+    async with engine_pair(progress="loop") as pair:
+        source, _, dst, _ = memory(pair)
+        await bound(pair, source, dst)
+        transfers = [pair.left.write(source, dst, timeout=0.0) for _ in range(5)]
+        with pytest.raises(ExceptionGroup) as caught:
+            await at.wait_all(transfers)
+        assert all(isinstance(e, at.TransferTimeout) for e in caught.value.exceptions)
+        await at.wait_all([])
 
 
 async def test_closing_the_engine_under_way_ends_every_await(pair: Pair) -> None:

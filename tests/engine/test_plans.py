@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
-from aiotransfer.testing import Pair, payload
+from aiotransfer.testing import Pair, engine_pair, payload
 
 pytestmark = pytest.mark.asyncio
 N = 1 << 16
@@ -137,17 +137,16 @@ async def test_a_post_after_the_engine_was_closed_is_refused(pair: Pair) -> None
         plan.post()
 
 
-async def test_a_cancelled_post_gives_the_source_back(pair: Pair) -> None:
-    source, target, remote = await ends(pair, 64 << 20)
-    plan = pair.left.prepare_write(source, remote)
-    transfer = plan.post()
-    await asyncio.sleep(0)
-    transfer.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await transfer
-    source.numpy()[:] = 0x77
-    await asyncio.sleep(0.02)
-    assert not (target.numpy()[: 60 << 20] == 0x77).all()
-    seen = target.numpy().copy()
-    await asyncio.sleep(0.01)
-    assert (target.numpy() == seen).all()
+async def test_a_cancelled_post_gives_the_source_back() -> None:
+    async with engine_pair(progress="loop") as pair:  # copies only while the loop turns: never over by itself
+        source, target, remote = await ends(pair, 64 << 20)
+        source.numpy()[:] = 1
+        plan = pair.left.prepare_write(source, remote)
+        transfer = plan.post()
+        await asyncio.sleep(0)
+        transfer.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await transfer
+        source.numpy()[:] = 0x77
+        await asyncio.sleep(0.02)
+        assert not (target.numpy() == 0x77).any()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
+from aiotransfer.providers import native
 from aiotransfer.testing import Pair, engine_pair, payload
 
 N = 1 << 16
@@ -118,9 +119,13 @@ async def test_a_wait_may_end_before_the_operation(pair: Pair) -> None:
     source, handle = pair.left.allocate(nbytes), pair.left.from_thread()
 
     def work() -> None:
-        transfer = handle.write(source, remote)
-        with pytest.raises(at.TransferTimeout):
-            transfer.wait(0)
+        native.lib.at_shm_hold(1)  # whoever copies stands still
+        try:
+            transfer = handle.write(source, remote)
+            with pytest.raises(at.TransferTimeout):
+                transfer.wait(0)
+        finally:
+            native.lib.at_shm_hold(0)
         transfer.wait(20)
         assert transfer.done()
         transfer.wait(0)
