@@ -64,6 +64,8 @@ static int move_over(at_lane *lane, at_op *op, int rc, int oserror) {
     }
     if (op->landed != op->units) return op->cursor == op->extent; /* somebody else moves the rest */
     if (published == AT_EAGAIN) {
+        lane->soon -= (uint32_t)op->soon; /* the end is not near: the loop must not wait for it */
+        op->soon = 0;
         if (!op->queued) at_op_enqueue(op);
         at_stall(peer, 1); /* tried again: by the thread after a pause, in progress="loop" at the engine's next retry */
         if (!(lane->config.flags & AT_LANE_LOOP)) at_thread_kick(lane);

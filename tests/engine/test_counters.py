@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
 
 import aiotransfer as at
 from aiotransfer.providers import native
-from aiotransfer.testing import Pair
+from aiotransfer.testing import Pair, engine_pair
 
 pytestmark = pytest.mark.asyncio
 
@@ -168,3 +169,26 @@ async def test_a_wait_that_finds_only_some_of_its_arrivals_is_still_woken(pair: 
     assert native.lib.at_imm_take(pair.right._p, counter._record, 2, 1) == 0, "the last look found one of two"
     await pair.left.signal(pair.right_peer, 1)
     assert pair.left.statistics().doorbells_rung == 1
+
+
+@pytest.mark.parametrize("progress", ["auto", "loop"])
+async def test_a_count_that_finds_the_table_full_waits_without_spinning(progress: str) -> None:
+    async with engine_pair("shm", progress=progress) as pair:
+        nbytes = 4 << 20
+        target, source = pair.right.allocate(nbytes), pair.left.allocate(nbytes)
+        counter = pair.right.counter(imm=70_000)
+        pair.right.publish("target", target)
+        remote = await pair.right_peer.lookup("target")
+        await pair.left.write(source, remote)
+        for imm in range(65_536):  # every slot that a writer has, and nobody looks
+            pair.left.signal(pair.right_peer, imm)
+        transfer = pair.left.write(source, remote, imm=70_000)
+        await asyncio.sleep(0.05)
+        before, start = pair.left.statistics().polls, time.thread_time()
+        await asyncio.sleep(0.3)
+        assert not transfer.done()
+        assert pair.left.statistics().polls - before < 600
+        assert time.thread_time() - start < 0.1
+        assert counter.total == 0  # looking makes room
+        await asyncio.wait_for(transfer, 5)
+        assert counter.total == 1
