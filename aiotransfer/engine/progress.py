@@ -49,7 +49,10 @@ class Progress:
         if n == self._batch:
             self._loop.call_soon(self.poll)
         # a later poll overwrites the arrays, and handlers may poll: take the numbers out first
-        taken = [(events.kind[i], events.id[i], events.status[i], events.count[i]) for i in range(n)]
+        if n == 1:
+            taken = [(events.kind[0], events.id[0], events.status[0], events.count[0])]
+        else:
+            taken = [(events.kind[i], events.id[i], events.status[i], events.count[i]) for i in range(n)]
         for kind, number, status, count in taken:
             if kind == lib.AT_EV_COUNT:
                 counter = engine._records.get(number)

@@ -11,6 +11,7 @@ Its operation waits for that in a task of the engine and is then submitted the s
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
 
 _new: Callable[[type[Transfer]], Transfer] = object.__new__
+
+
+@functools.cache
+def _peer_class() -> type[Peer]:
+    from aiotransfer.engine.peer import Peer
+
+    return Peer
 
 
 class Submitter(EngineBase):
@@ -187,9 +195,7 @@ class Submitter(EngineBase):
     # ---- common ----
 
     def _addressee(self, dst: RemoteRegion | Peer) -> Peer:
-        from aiotransfer.engine.peer import Peer
-
-        peer = dst if isinstance(dst, Peer) else self._owner(dst) if isinstance(dst, RemoteRegion) else None
+        peer = dst if isinstance(dst, _peer_class()) else self._owner(dst) if isinstance(dst, RemoteRegion) else None
         if peer is None:
             raise TypeError(f"a signal goes to a Peer or a RemoteRegion, not to {type(dst).__name__}")
         if peer._engine is not self:

@@ -138,6 +138,7 @@ int at_poll(at_lane *lane) {
     int n = epoll_wait(lane->epoll_fd, ready, 64, 0);
 #endif
     at_lock(lane);
+    lane->signalled = 1; /* what is pushed from here on is handed out below: it needs no wake-up of its own */
     if (lane->progress != NULL) { /* asynchronous ports retire without the lock */
         at_unlock(lane);
         lane->progress(lane);
