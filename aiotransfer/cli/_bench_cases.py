@@ -160,6 +160,18 @@ class Bench:
                     await plan.post(imm=imm)
                 row.add((time.perf_counter() - start) / count * 1e6, limit)
             yield row
+        extra = Row("the immediate of that scatter, per awake peer", "us", lower_is_better=True, note="waiting")
+        await self.ask("listen")  # from now on eight tasks over there take each arrival as it comes
+        for _ in range(self.rounds):
+            spent = []
+            for imm in (None, 1):
+                start = time.perf_counter()
+                for _ in range(count):
+                    await plan.post(imm=imm)
+                spent.append((time.perf_counter() - start) / count * 1e6)
+            extra.add((spent[1] - spent[0]) / n, None)
+        await self.ask("deaf")
+        yield extra
 
     async def _more_peers(self, n: int, size: int) -> list[at.RemoteRegion]:
         """At least `n` more engines in the target process, each with a small region."""
@@ -334,6 +346,14 @@ async def eventfd_rounds(write: int, read: int, count: int, *, first: bool) -> l
 
 async def serve(address: str, memory: str, provider: str, wake: tuple[int, int]) -> None:
     """The target process."""
+    listeners: list[asyncio.Task[None]] = []
+    small: list[at.Engine] = []
+
+    async def listen(one: at.Engine) -> None:
+        arrived = one.counter(imm=1)
+        while True:
+            await arrived.wait(1)
+
     async with contextlib.AsyncExitStack() as others, at.open_engine(name="target", providers=provider) as engine:
         engine.publish("foreign", engine.register(np.ones(REGION, np.uint8)), access="both")
         if memory == "foreign":
@@ -353,9 +373,17 @@ async def serve(address: str, memory: str, provider: str, wake: tuple[int, int])
             elif command == "engines":
                 number, size = argument.split()
                 for _ in range(int(number)):
-                    small = await others.enter_async_context(at.open_engine(name="small", providers=provider))
-                    small.publish("small", small.allocate(int(size)))
-                    await small.connect(address)
+                    one = await others.enter_async_context(at.open_engine(name="small", providers=provider))
+                    one.publish("small", one.allocate(int(size)))
+                    await one.connect(address)
+                    small.append(one)
+                await peer.send(b"ok")
+            elif command == "listen":
+                listeners = [asyncio.ensure_future(listen(one)) for one in small]
+                await peer.send(b"ok")
+            elif command == "deaf":
+                for task in listeners:
+                    task.cancel()
                 await peer.send(b"ok")
             elif command == "block":
                 await peer.send(b"ok")

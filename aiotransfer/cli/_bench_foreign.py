@@ -26,34 +26,36 @@ async def foreign_rows(engine: at.Engine, peer: at.Peer, rounds: int) -> AsyncIt
     memory = np.ones(REGION, np.uint8)
     source = engine.register(memory)
     limits = ForeignLimits(peer.pid, remote.base, memory)
-    await engine.write(source, remote)
-    for size in SIZES:
-        row = Row(f"write {size_name(size)}, foreign memory", "GB/s")
-        part, target = source[:size], remote[:size]
-        start = time.perf_counter()
-        await engine.write(part, target)
-        repeats = max(2, int(SPAN / (time.perf_counter() - start)))
-        for _ in range(rounds):
-            limit = limits.copy(size, repeats) / 1e9
+    try:
+        await engine.write(source, remote)
+        for size in SIZES:
+            row = Row(f"write {size_name(size)}, foreign memory", "GB/s")
+            part, target = source[:size], remote[:size]
             start = time.perf_counter()
-            for _ in range(repeats):
-                await engine.write(part, target)
-            row.add(size * repeats / (time.perf_counter() - start) / 1e9, limit)
-        yield row
-    rng = np.random.default_rng(7)
-    for page in PAGES:
-        row = Row(f"{TABLE:,} pages of {size_name(page)}, foreign memory", "GB/s")
-        for _ in range(rounds):
-            ours = theirs = 0.0
-            for _ in range(PASSES):
-                there, here = (rng.permutation(REGION // page)[:TABLE].astype(np.int64) for _ in range(2))
+            await engine.write(part, target)
+            repeats = max(2, int(SPAN / (time.perf_counter() - start)))
+            for _ in range(rounds):
+                limit = limits.copy(size, repeats) / 1e9
                 start = time.perf_counter()
-                await engine.write_pages(source, here, remote, there, page_bytes=page)
-                ours += time.perf_counter() - start
-                there, here = (rng.permutation(REGION // page)[:TABLE].astype(np.int64) for _ in range(2))
-                theirs += limits.pages(there, here, page)
-            volume = PASSES * page * TABLE / 1e9
-            row.add(volume / ours, volume / theirs)
-        yield row
-    limits.close()
-    source.close()
+                for _ in range(repeats):
+                    await engine.write(part, target)
+                row.add(size * repeats / (time.perf_counter() - start) / 1e9, limit)
+            yield row
+        rng = np.random.default_rng(7)
+        for page in PAGES:
+            row = Row(f"{TABLE:,} pages of {size_name(page)}, foreign memory", "GB/s")
+            for _ in range(rounds):
+                ours = theirs = 0.0
+                for _ in range(PASSES):
+                    there, here = (rng.permutation(REGION // page)[:TABLE].astype(np.int64) for _ in range(2))
+                    start = time.perf_counter()
+                    await engine.write_pages(source, here, remote, there, page_bytes=page)
+                    ours += time.perf_counter() - start
+                    there, here = (rng.permutation(REGION // page)[:TABLE].astype(np.int64) for _ in range(2))
+                    theirs += limits.pages(there, here, page)
+                volume = PASSES * page * TABLE / 1e9
+                row.add(volume / ours, volume / theirs)
+            yield row
+    finally:
+        limits.close()
+        source.close()

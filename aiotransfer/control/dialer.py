@@ -50,7 +50,7 @@ async def _once(address: Address, key: Key, identity: Identity, network: Network
     try:
         await network.connect(address, lambda: link)
         await asyncio.shield(link.established)
-    except BaseException:
+    except BaseException:  # also cancellation: a link half made is nobody's
         link.abort()
         raise
     return link

@@ -112,7 +112,7 @@ class Connections:
             await self._set_up(peer, require)
             peer._post(frames.Up())
             self.came_up(peer, inbound=False)
-        except BaseException as error:
+        except BaseException as error:  # also cancellation: half a peer is taken apart
             other = self.peers.get(link.incarnation)
             if other is not None and other is not peer and not isinstance(error, asyncio.CancelledError):
                 return await self._join(other, require)

@@ -55,7 +55,7 @@ class Counter:
                 engine._turn_is_due()
                 try:
                     await asyncio.sleep(0)
-                except BaseException:
+                except BaseException:  # cancelled: it loses no arrival
                     self._give(n)
                     raise
                 return
@@ -75,7 +75,7 @@ class Counter:
         handle = None if seconds == math.inf else engine._loop.call_later(seconds, self._expire, entry)
         try:
             await future
-        except BaseException:
+        except BaseException:  # cancelled, late, or its peers lost
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._give(n)  # they had been taken for us, but we were cancelled first
             else:

@@ -133,7 +133,7 @@ class Engine(Planner):
             self._connections = Connections(self)
             self._progress = Progress(self)
             self.address = await self._connections.listen(self._listen)
-        except BaseException:
+        except BaseException:  # also cancellation: what was opened has no owner yet
             self._state = "closed"
             for provider in getattr(self, "_providers", {}).values():
                 provider.close()

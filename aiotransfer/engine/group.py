@@ -121,7 +121,7 @@ class PeerGroup:
             )
             self._break(late)
             raise late from (None if not isinstance(error, TransferTimeout) else error)
-        except BaseException as error:
+        except BaseException as error:  # also cancellation: the others are somewhere else now
             cause = error if isinstance(error, TransferError) else BrokenError(f"a {what} was given up: {error!r}")
             self._break(cause)
             raise

@@ -44,7 +44,7 @@ class Mailbox:
             self._waiters.append(waiter)
             try:
                 await waiter
-            except BaseException:
+            except BaseException:  # cancelled: the message is not lost
                 if waiter.done() and not waiter.cancelled():
                     self._wake()  # the message that woke us is somebody else's now
                 raise

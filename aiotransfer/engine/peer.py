@@ -113,7 +113,7 @@ class Peer:
         what = f"no region {name!r} was published by {self.name or self.address}"
         try:
             answer = await self._question(number, frames.Lookup(id=number, name=name), timeout, what)
-        except BaseException:
+        except BaseException:  # nobody waits for the answer any more
             if self._state == "up":
                 self._post(frames.LookupCancel(id=number))
             raise

@@ -279,7 +279,7 @@ class EngineThread:
         try:
             self.engine: Engine = self.run(open_it())
             self.handle: ThreadHandle = self.run(self._make_handle())
-        except BaseException:
+        except BaseException:  # also Ctrl-C: no thread stays behind without an owner
             self._stop()
             raise
 

@@ -82,7 +82,7 @@ class FdChannel:
         try:
             async with asyncio.timeout(timeout):
                 return await future
-        except BaseException:
+        except BaseException:  # cancelled while the packet was on its way: its descriptors are ours
             if future.done() and not future.cancelled() and future.exception() is None:
                 close_all(future.result()[1])
             raise
@@ -180,7 +180,7 @@ class FdListener:
         try:
             async with asyncio.timeout(timeout):
                 return await future
-        except BaseException:
+        except BaseException:  # cancelled while it was on its way: it is ours to close
             if future.done() and not future.cancelled():
                 channel, _, fds = future.result()
                 close_all(fds)
@@ -207,6 +207,6 @@ def connect(name: str, loop: asyncio.AbstractEventLoop) -> FdChannel:
     try:
         sock.connect(name)
         return FdChannel(sock, loop)
-    except BaseException:
+    except BaseException:  # nobody else knows the socket
         sock.close()
         raise

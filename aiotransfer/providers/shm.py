@@ -132,7 +132,7 @@ class ShmPath(Path):
             answer = await conversation.ask("shm", msgspec.msgpack.encode(question))
             size = msgspec.msgpack.decode(answer, type=_Size)
             _, fds = await packet
-        except BaseException as error:
+        except BaseException as error:  # also cancellation: what is expected must not arrive unowned
             fdchannel.discard(packet)
             if isinstance(error, (OSError, msgspec.MsgspecError)):
                 raise BrokenError(f"no segment from the peer: {error}", provider="shm") from error
@@ -245,7 +245,7 @@ class ShmProvider:
             channel.send(ticket, body, fds)
             await conversation.ask("shm", msgspec.msgpack.encode(_Hello(ticket)))
             their_body, their_fds = await reply
-        except BaseException as error:
+        except BaseException as error:  # also cancellation: half a channel is of no use to anybody
             fdchannel.discard(reply)
             native.lib.at_shm_abort(self._lane.pointer, half)
             channel.close()

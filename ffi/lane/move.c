@@ -5,7 +5,7 @@
  * operation; its immediates are published with the lock, for what has been moved by then. */
 #include "lane.h"
 
-#define HEAD_NS UINT64_C(250000)           /* how long the caller moves parts of what it has submitted */
+#define HEAD_NS UINT64_C(600000)           /* how long the caller moves parts of what it has submitted */
 #define LAST_BYTES ((uint64_t)768 << 10)   /* unclaimed when the loop is told that the end is near */
 #define SHARED_BYTES ((uint64_t)1 << 20) /* worth waking a second thread for */
 

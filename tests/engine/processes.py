@@ -30,7 +30,7 @@ async def other_process(engine: at.Engine) -> AsyncIterator[tuple[subprocess.Pop
         await arrivals.aclose()  # type: ignore[attr-defined]
 
 
-async def flood(engine: at.Engine, peer: at.Peer, descriptor: str, page_bytes: str, stand: str) -> None:
+async def flood(engine: at.Engine, peer: at.Peer, descriptor: str, page_bytes: str, stand: str, pause: str) -> None:
     region = at.RemoteRegion.decode(bytes.fromhex(descriptor))
     source = engine.allocate(region.nbytes)
     source.numpy()[:] = 0xEE
@@ -43,6 +43,8 @@ async def flood(engine: at.Engine, peer: at.Peer, descriptor: str, page_bytes: s
         while True:
             await engine.write_pages(source, pages, region, pages, page_bytes=int(page_bytes), imm=7)
             await engine.write(source, region, imm=7)
+            if float(pause):
+                await asyncio.sleep(float(pause))
     except at.TransferError as error:
         with contextlib.suppress(at.TransferError):
             await peer.send(f"{type(error).__name__}: {error}".encode())
@@ -71,7 +73,7 @@ async def main(address: str) -> None:
                 await peer.send(str(time.monotonic()).encode())
             elif command == "count":
                 await peer.send(str(counter.total).encode())
-            elif command == "flood":  # write under a lease until that is refused, standing in a chunk for some time first
+            elif command == "flood":  # write under a lease until that is refused, standing in a chunk first, pausing after each
                 tasks.append(asyncio.create_task(flood(engine, peer, *argument.split())))
             elif command == "leave":
                 return
