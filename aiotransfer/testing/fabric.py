@@ -35,6 +35,7 @@ T = TypeVar("T")
 HOST = "127.0.0.1"
 FIRST_PORT = 10_000
 KEY = b"the key of a simulated fabric"
+BUSY_TURNS, BUSY_SECONDS = 100, 1e-6
 _SECOND = 1_000_000_000
 
 
@@ -48,10 +49,17 @@ class _Selector(selectors.DefaultSelector):
     def __init__(self, net: Fabric) -> None:
         super().__init__()
         self._net = net
+        self._busy_turns = 0
 
     def select(self, timeout: float | None = None) -> Any:
         ready = super().select(0)
-        while not ready and timeout != 0:
+        busy = self._net._turn() or timeout == 0
+        self._busy_turns = self._busy_turns + 1 if busy else 0
+        if self._busy_turns > BUSY_TURNS:  # whoever is always ready (a cancel on every turn) must not stop the clock
+            self._net._pass_time(BUSY_SECONDS)
+        if busy:
+            return ready  # what was done now may have made callbacks ready: no time passes before them
+        while not ready:
             if not self._net._pass_time(timeout):
                 break
             ready = super().select(0)
@@ -184,6 +192,8 @@ class Fabric:
         self._wires: dict[Engine, _Wire] = {}
         self._next_port = FIRST_PORT
         self.engines: list[Engine] = []
+        self.turns = 0  # of the loop so far; every delivery and every timer is a turn of its own
+        self._at_turn: dict[int, Callable[[], object]] = {}
         self.loop = VirtualLoop(self)
 
     def _settings(self) -> Any:
@@ -232,6 +242,17 @@ class Fabric:
         native.lib.at_net_advance(self._pointer, step)
         return True
 
+    def at_turn(self, turns: int, act: Callable[[], object]) -> None:
+        """Call `act` in so many turns of the loop from now: a test that does this for all of them misses no interleaving."""
+        self._at_turn[self.turns + 1 + turns] = act
+
+    def _turn(self) -> bool:
+        self.turns += 1
+        act = self._at_turn.pop(self.turns, None)
+        if act is not None:
+            act()
+        return act is not None
+
     def _control_delay(self) -> float:
         return self.random.uniform(*self._faults["delay"])
 
@@ -279,11 +300,15 @@ class Fabric:
     @contextmanager
     def held(self, engine: Engine) -> Iterator[None]:
         """Nothing of or for this engine is delivered meanwhile, as if its process were stopped."""
-        native.lib.at_net_hold(self._pointer, engine.incarnation, 1)
+        self.hold(engine, True)
         try:
             yield
         finally:
-            native.lib.at_net_hold(self._pointer, engine.incarnation, 0)
+            self.hold(engine, False)
+
+    def hold(self, engine: Engine, on: bool) -> None:
+        """Begin or end `held`."""
+        native.lib.at_net_hold(self._pointer, engine.incarnation, on)
 
     def cut(self, source: Engine, target: Engine) -> int:
         """Break the connection: what is under way has landed wholly, by half or not at all, and fails. How many requests."""

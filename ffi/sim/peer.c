@@ -147,7 +147,7 @@ static void sim_fence(at_peer *peer) {
         at_request *next = list->next;
         at_op *op = list->op;
         free(list);
-        at_op_complete(op, 0, op->status != AT_OK ? op->status : AT_ERAIL);
+        at_op_complete(op, 0, op->status != AT_OK ? op->status : peer->status != AT_OK ? peer->status : AT_ERAIL);
         list = next;
     }
 }
