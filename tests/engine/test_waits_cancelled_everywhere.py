@@ -1,4 +1,4 @@
-"""Waits that move no bytes, cancelled at every turn of the loop: nothing they would have had is lost, and they can be had again."""
+"""Waits that move no bytes, cancelled at every turn of the loop: nothing they would have had is lost, and they work again."""
 
 from __future__ import annotations
 
