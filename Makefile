@@ -8,8 +8,9 @@ STAMPS := .make
 NATIVE := $(shell find ffi -name '*.[ch]' -o -name build.py 2>/dev/null)
 ARGS ?=
 MINUTES ?= 20
+RUNS ?= 50000
 
-.PHONY: help setup hello demo test test-demo test-long lint bench docs sanitize mutants clean
+.PHONY: help setup hello demo test test-demo test-long lint bench docs test-chaos test-matrix soak sanitize mutants clean
 
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
@@ -73,6 +74,18 @@ sanitize: $(STAMPS)/test
 		UBSAN_OPTIONS=halt_on_error=1 $(PY) -m pytest -q tests/native tests/providers tests/engine/test_counters.py tests/engine/test_bad_input.py \
 		tests/engine/test_scatter.py tests/engine/test_plans.py tests/engine/test_reads.py tests/engine/test_threads.py tests/engine/test_watch.py tests/engine/test_leases.py $(ARGS); \
 		rc=$$?; $(PY) ffi/build.py; exit $$rc
+
+# Random faults against whole engines on the simulator; writes docs/reliability/chaos.md.
+test-chaos: $(STAMPS)/test
+	$(PY) -m tests.reliability.chaos --runs $(RUNS) --report $(ARGS)
+
+# Every fault x operation x side on every provider; writes docs/reliability/matrix.md.
+test-matrix: $(STAMPS)/test
+	$(PY) -m tests.reliability.matrix --report $(ARGS)
+
+# Processes killed, stopped and blocked for MINUTES beside one engine that lives on; writes docs/reliability/soak.md.
+soak: $(STAMPS)/test
+	$(PY) -m tests.reliability.soak --minutes $(MINUTES) --report $(ARGS)
 
 # Guards taken out one at a time; each must turn a test red.
 mutants: $(STAMPS)/test

@@ -22,6 +22,7 @@ from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.region import RegionView
 from aiotransfer.engine.transfer import CANCELLED, DONE, FAILED, PENDING, Transfer
 from aiotransfer.errors import (
+    BrokenError,
     ClosedError,
     ProviderUnavailableError,
     RegionError,
@@ -395,7 +396,12 @@ class Submitter(EngineBase):
         bound = box.bound
         if bound is not None and bound.engine is self and bound.peer is peer:
             return
-        fresh = await peer.path.bind(region._grant, peer, peer)
+        try:
+            fresh = await peer.path.bind(region._grant, peer, peer)
+        except BrokenError as error:
+            if peer._error is not None:  # it went while its memory was fetched: that is the news
+                raise again(peer._error) from error
+            raise
         fresh.engine, fresh.grant = self, region._grant
         box.bound = fresh
 
@@ -410,7 +416,7 @@ class Submitter(EngineBase):
 
         task.add_done_callback(over)
 
-    def _ended(self, cookie: int, status: int, count: int) -> None:
+    def _ended(self, cookie: int, status: int, landed: int) -> None:
         ended = self._ledger.retire(cookie, status)
         if ended is None:
             return
@@ -423,11 +429,11 @@ class Submitter(EngineBase):
                 self._take_results(transfer, cookie)
             transfer._end(DONE, transfer.nbytes, None)
         elif transfer._targets is not None:
-            self._scatter_ended(transfer, self._take_results(transfer, cookie))
+            self._scatter_ended(transfer, landed, self._take_results(transfer, cookie))
         elif status == native.lib.AT_ECANCELED:
-            transfer._end(CANCELLED, 0, None)
+            transfer._end(CANCELLED, landed, None)
         else:
-            transfer._end(FAILED, 0, self._failure(status, transfer._peers[0], transfer._keep))
+            transfer._end(FAILED, landed, self._failure(status, transfer._peers[0], transfer._keep))
 
     def _failure(self, status: int, peer: Peer, keep: object = None) -> Exception:
         if status == native.lib.AT_EPEER and peer._state == "up":  # the write noticed before the control connection did
@@ -443,11 +449,11 @@ class Submitter(EngineBase):
         native.lib.at_batch_take(self._p, cookie, out, n)
         return list(out)
 
-    def _scatter_ended(self, transfer: Transfer, results: list[int]) -> None:
+    def _scatter_ended(self, transfer: Transfer, landed: int, results: list[int]) -> None:
         assert transfer._targets is not None
         lib = native.lib
         if all(status in (0, lib.AT_ECANCELED) for status in results):
-            transfer._end(CANCELLED, 0, None)
+            transfer._end(CANCELLED, landed, None)
             return
         errors: list[BaseException | None] = [
             None if status == 0 else self._failure(status, peer)
@@ -459,7 +465,7 @@ class Submitter(EngineBase):
             results=errors,
             hint="the others have landed; .results has the error of each target, or None",
         )
-        transfer._end(FAILED, 0, error)
+        transfer._end(FAILED, landed, error)
 
     def _cancel(self, transfer: Transfer) -> None:
         cookie = transfer._cookie

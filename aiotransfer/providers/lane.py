@@ -17,6 +17,16 @@ from aiotransfer.providers import native
 ACCESS = {"write": 1, "read": 2, "both": 3}
 THREAD_INLINE = 64 << 10  # progress="thread": what is still copied inside the call
 
+_forks = 0  # how often this process was forked off another: a lane of before belongs to the parent
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)
+
 
 class Event(NamedTuple):
     """One thing that happened: an operation ended, arrivals came, a peer died, a region is free."""
@@ -30,7 +40,7 @@ class Event(NamedTuple):
 class Lane:
     """Owns the C lane; `free` once, after all paths are closed."""
 
-    __slots__ = ("_region_owners", "events", "fd", "pid", "pointer")
+    __slots__ = ("_region_owners", "events", "fd", "forks", "pointer")
 
     def __init__(self, incarnation: int, config: Config, *, progress: str = "auto", threadless: bool = False) -> None:
         native.require()
@@ -52,19 +62,19 @@ class Lane:
         self.pointer: Any = pointer
         self.events: Any = native.lib.at_lane_events(pointer)
         self.fd: int = native.lib.at_lane_fd(pointer)
-        self.pid = os.getpid()
+        self.forks = _forks
         self._region_owners: dict[int, object] = {}
 
     def free(self) -> None:
         """Destroy the lane. Later calls through this object do nothing."""
-        if self.pointer is not None and self.pid == os.getpid():
+        if self.pointer is not None and self.forks == _forks:
             native.lib.at_lane_free(self.pointer)
         self.pointer = None
 
     @property
     def usable(self) -> bool:
         """False once freed, and in a forked child."""
-        return self.pointer is not None and self.pid == os.getpid()
+        return self.pointer is not None and self.forks == _forks
 
     def poll(self) -> list[Event]:
         """Drain up to one batch of events; starts a new loop turn."""

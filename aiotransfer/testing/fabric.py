@@ -83,9 +83,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 class _Pipe(asyncio.Transport):
     """One end of a control connection in memory."""
 
-    def __init__(self, net: Fabric, protocol: asyncio.Protocol, here: Address, there: Address) -> None:
+    def __init__(self, net: Fabric, wire: _Wire, protocol: asyncio.Protocol, here: Address, there: Address) -> None:
         super().__init__({"sockname": (here.host, here.port), "peername": (there.host, there.port)})
         self._net = net
+        self._wire = wire
         self._protocol = protocol
         self._free_at = 0.0  # bytes keep their order
         self._closing = False
@@ -97,12 +98,17 @@ class _Pipe(asyncio.Transport):
             self._later(self.other._received, bytes(data))
 
     def _later(self, act: Callable[..., None], *arguments: Any) -> None:
+        if self._wire.backlog is not None:  # a stopped process sends nothing
+            self._wire.backlog.append(lambda: self._later(act, *arguments))
+            return
         loop = self._net.loop
         self._free_at = max(self._free_at + 1e-9, loop.time() + self._net._control_delay())
         loop.call_at(self._free_at, act, *arguments)
 
     def _received(self, data: bytes) -> None:
-        if not self._over:
+        if self._wire.backlog is not None:  # nor does it read
+            self._wire.backlog.append(lambda: self._received(data))
+        elif not self._over:
             self._protocol.data_received(data)
 
     def close(self) -> None:
@@ -115,7 +121,9 @@ class _Pipe(asyncio.Transport):
         self.close()
 
     def _lost(self, error: BaseException | None) -> None:
-        if not self._over:
+        if self._wire.backlog is not None:
+            self._wire.backlog.append(lambda: self._lost(error))
+        elif not self._over:
             self._over = self._closing = True
             self._protocol.connection_lost(error)  # type: ignore[arg-type]
 
@@ -142,6 +150,7 @@ class _Wire:
         self._address: Address | None = None
         self.factory: Factory
         self.pipes: list[_Pipe] = []
+        self.backlog: list[Callable[[], None]] | None = None  # while its engine is held: what would have happened
 
     async def listen(self, address: Address, factory: Factory) -> tuple[Server, Address]:
         if address.port == 0:
@@ -158,7 +167,7 @@ class _Wire:
         if server is None:
             raise ConnectionRefusedError(111, f"nobody listens on {address}")
         here, there, place = factory(), server.factory(), self._net._fresh_address()
-        near, far = _Pipe(self._net, here, place, address), _Pipe(self._net, there, address, place)
+        near, far = _Pipe(self._net, self, here, place, address), _Pipe(self._net, server, there, address, place)
         near.other, far.other = far, near
         for wire, pipe in ((self, near), (server, far)):
             wire.pipes = [old for old in wire.pipes if not old._over] + [pipe]
@@ -309,6 +318,13 @@ class Fabric:
     def hold(self, engine: Engine, on: bool) -> None:
         """Begin or end `held`."""
         native.lib.at_net_hold(self._pointer, engine.incarnation, on)
+        wire = self._wires[engine]
+        if on:
+            wire.backlog = [] if wire.backlog is None else wire.backlog
+        else:
+            waiting, wire.backlog = wire.backlog or [], None
+            for act in waiting:
+                act()
 
     def cut(self, source: Engine, target: Engine) -> int:
         """Break the connection: what is under way has landed wholly, by half or not at all, and fails. How many requests."""
@@ -317,6 +333,7 @@ class Fabric:
     def kill(self, engine: Engine) -> None:
         """The engine's process ends without a word: its peers find out as they would from the operating system."""
         native.lib.at_net_kill(self._pointer, engine.incarnation)
+        self._wires[engine].backlog = None
         self._wires[engine].cut()
 
     def counts(self) -> dict[str, int]:

@@ -34,7 +34,7 @@ enum at_status {
 };
 
 enum at_event_kind {
-    AT_EV_OP = 1,      /* id: cookie, status: AT_OK or AT_E*, count: units landed */
+    AT_EV_OP = 1,      /* id: cookie, status: AT_OK or AT_E*, count: bytes landed */
     AT_EV_COUNT = 2,   /* id: immediate record, count: arrivals not yet taken */
     AT_EV_PEER = 3,    /* id: peer, status: why (AT_EPEER: its process is gone, AT_EPROTO) */
     AT_EV_REGION = 4,  /* id: region that was closed and is free now */

@@ -66,6 +66,11 @@ static void op_forget(at_lane *lane, at_op *op) {
 }
 
 /* Everything is retired: give back what was lent and tell whoever asked: the loop, a batch, or another thread. */
+static uint64_t op_bytes(const at_op *op) {
+    int whole_bytes = op->kind != AT_OP_PAGES && op->nbytes != 0 && op->peer->port->window == 0; /* its extent are bytes */
+    return whole_bytes ? op->moved : op->landed * op->nbytes;
+}
+
 void at_op_end(at_op *op) {
     at_lane *lane = op->peer->lane;
     at_peer *peer = op->peer;
@@ -87,8 +92,8 @@ void at_op_end(at_op *op) {
         op->status = status;
         (void)pthread_cond_broadcast(&lane->ended);
     } else {
-        if (op->parent != 0) at_batch_ended(lane, op->parent, op->child, status, op->landed * op->nbytes);
-        else at_event_push(lane, AT_EV_OP, (uint64_t)op->cookie, status, op->landed);
+        if (op->parent != 0) at_batch_ended(lane, op->parent, op->child, status, op_bytes(op));
+        else at_event_push(lane, AT_EV_OP, (uint64_t)op->cookie, status, op_bytes(op));
         op_forget(lane, op);
     }
     at_peer_release(peer);
@@ -234,11 +239,6 @@ int64_t at_cancel(at_lane *lane, int64_t cookie, int status) {
     }
     at_unlock(lane);
     return result;
-}
-
-static uint64_t op_bytes(const at_op *op) {
-    int whole_bytes = op->kind != AT_OP_PAGES && op->nbytes != 0 && op->peer->port->window == 0; /* its extent are bytes */
-    return whole_bytes ? op->moved : op->landed * op->nbytes;
 }
 
 int64_t at_progress(at_lane *lane, int64_t cookie) {

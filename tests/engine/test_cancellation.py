@@ -126,6 +126,28 @@ async def test_an_unbound_transfer_can_be_cancelled(pair: Pair) -> None:
     assert not theirs.any()
 
 
+@pytest.mark.parametrize("kind", ["write", "pages", "scatter"])
+async def test_what_ended_half_done_says_how_much_has_landed(kind: str) -> None:
+    async with engine_pair(progress="loop") as pair:
+        source, _, dst, theirs = memory(pair)
+        await bound(pair, source, dst)
+        if kind == "write":
+            transfer = pair.left.write(source, dst)
+        elif kind == "pages":
+            pages = np.arange(SIZE >> 12)
+            transfer = pair.left.write_pages(source, pages, dst, pages, page_bytes=1 << 12)
+        else:
+            half = SIZE // 2
+            transfer = pair.left.scatter(source, [at.ScatterTarget(i * half, half, dst[i * half :][:half]) for i in range(2)])
+        while not transfer.bytes_done:
+            await asyncio.sleep(0)
+        transfer.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await transfer
+        assert 0 < transfer.bytes_done < SIZE
+        assert transfer.bytes_done == np.count_nonzero(theirs)
+
+
 async def test_several_tasks_may_await_one_transfer(pair: Pair) -> None:
     source, _, dst, theirs = memory(pair)
     await bound(pair, source, dst)
