@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PACKAGE = ROOT / "aiotransfer"
 FACTS = PACKAGE / "_build_facts.json"
-FOLDERS = ("lane", "sim", "shm", "bench") if sys.platform.startswith("linux") else ("lane", "sim")
+FOLDERS = ("lane", "sim", "fabric", "shm", "bench") if sys.platform.startswith("linux") else ("lane", "sim")
 STRICT = ["-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
 
 
@@ -85,7 +85,7 @@ def build() -> Path | None:
         extra_objects=compile_own(work, compiler, extra),
         include_dirs=[str(HERE)],
         extra_compile_args=["-O2", "-pthread", *extra],
-        extra_link_args=["-pthread", *extra],
+        extra_link_args=["-pthread", "-ldl", *extra],
     )
     extension: Any = ffi.distutils_extension(str(work), verbose=False)
     extension.py_limited_api = False

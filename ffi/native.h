@@ -8,6 +8,7 @@
 #include "lane/decls.h"
 #include "sim/decls.h"
 #ifdef __linux__
+#include "fabric/decls.h"
 #include "shm/decls.h"
 #endif
 #if __has_include("bench/decls.h")

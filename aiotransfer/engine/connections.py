@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from aiotransfer.providers.port import Path
 
 ACCEPT_SECONDS = 10.0  # for a connected peer to bring its path up
+MEND_SECONDS = 0.01  # between two attempts to open a broken path again, at first
 
 
 class _Merged(BrokenError):
@@ -55,6 +56,7 @@ class Connections:
         self._listener: Listener | None = None
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._companions: list[Path] = []
+        self._mending: dict[Peer, None] = {}
         self.arrivals: asyncio.Queue[Peer | None] = asyncio.Queue()
 
     async def listen(self, address: Address) -> Address:
@@ -263,6 +265,31 @@ class Connections:
         peer._up.set_result(None)
         if inbound and peer.incarnation != engine.incarnation:
             self.arrivals.put_nowait(peer)
+
+    # ---- a path that breaks ----
+
+    def path_broke(self, peer: Peer, code: int) -> None:
+        """Its connection went, not the peer: open it again. What was posted waits meanwhile, within its deadlines."""
+        if peer in self._mending or peer._state not in ("up", "connecting"):
+            return
+        task = self._engine._loop.create_task(self._mend(peer))
+        self._mending[peer] = self._tasks[task] = None
+
+        def over(done: asyncio.Task[Any]) -> None:
+            self._tasks.pop(done, None)
+            self._mending.pop(peer, None)
+
+        task.add_done_callback(over)
+
+    async def _mend(self, peer: Peer) -> None:
+        pause = MEND_SECONDS
+        while peer._state in ("up", "connecting"):
+            try:
+                await peer.path.reopen(peer)
+                return
+            except TransferError:
+                await asyncio.sleep(pause)  # the peer itself is lost when it is silent for long enough
+                pause = min(2 * pause, 32 * MEND_SECONDS)
 
     # ---- the end ----
 

@@ -106,7 +106,7 @@ class Engine(Planner):
         self._ledger: Ledger[Transfer] = Ledger()
         self._regions: dict[int, Region] = {}
         self._closing_regions: dict[int, Region] = {}
-        self._granted: dict[int, tuple[Region, int]] = {}  # by slot; to which incarnation, 0: any
+        self._granted: dict[int, tuple[Region, Grant]] = {}  # by slot
         self._quarantine: dict[Region | Lease, None] = {}
         self._revocations: dict[tuple[int, int, int], str] = {}  # reasons, by incarnation, slot and epoch
         self._quarantine_timer: asyncio.TimerHandle | None = None
@@ -128,7 +128,7 @@ class Engine(Planner):
         self._closed_event: asyncio.Future[None] | None = None
         try:
             self._providers, self.missing = open_providers(
-                self._preference, self._lane, self.incarnation, self._segment_of, self._world.simulator
+                self._preference, self._lane, self.incarnation, self._segment_of, self._grant_of, self._world.simulator
             )
             self._connections = Connections(self)
             self._progress = Progress(self)
@@ -212,11 +212,19 @@ class Engine(Planner):
     def _unpublish_region(self, region: Region) -> None:
         self._publications.unpublish_region(region)
 
-    def _segment_of(self, slot: int, epoch: int, segment: int, who: int) -> Segment | None:
-        region, holder = self._granted.get(slot, (None, 0))
-        if region is None or region._id != segment or holder not in (0, who) or not self._lane.grant_valid(slot, epoch):
+    def _lent(self, slot: int, epoch: int, who: int) -> tuple[Region, Grant] | None:
+        region, grant = self._granted.get(slot, (None, None))
+        if region is None or grant is None or grant.holder not in (0, who) or not self._lane.grant_valid(slot, epoch):
             return None
-        return region._segment
+        return region, grant
+
+    def _segment_of(self, slot: int, epoch: int, segment: int, who: int) -> Segment | None:
+        lent = self._lent(slot, epoch, who)
+        return lent[0]._segment if lent is not None and lent[0]._id == segment else None
+
+    def _grant_of(self, slot: int, epoch: int, who: int) -> Grant | None:
+        lent = self._lent(slot, epoch, who)
+        return None if lent is None else lent[1]
 
     def _tell_revoked(self, peer: Peer, grants: Iterable[Grant], reason: str) -> None:
         told = [(grant.slot, grant.epoch) for grant in grants]
@@ -227,6 +235,8 @@ class Engine(Planner):
         """For the words of errors: the epoch word is what decides."""
         for slot, epoch in zip(slots, epochs, strict=False):
             self._revocations[peer.incarnation, slot, epoch] = reason[:200]
+            if peer._path is not None:
+                peer._path.revoked(slot, epoch)
         while len(self._revocations) > MOST_REASONS:
             del self._revocations[next(iter(self._revocations))]
 
@@ -338,12 +348,17 @@ class Engine(Planner):
 
     # ---- what the lane reports ----
 
-    def _peer_event(self, number: int, status: int) -> None:
+    def _peer_of(self, number: int) -> Peer | None:
         peer = self._by_lane_peer.get(number)
-        if peer is None:
-            peer = next((p for p in self._connections.peers.values() if p._path and p._path.lane_peer == number), None)
-        if peer is not None:
+        return peer or next((p for p in self._connections.peers.values() if p._path and p._path.lane_peer == number), None)
+
+    def _peer_event(self, number: int, status: int) -> None:
+        if (peer := self._peer_of(number)) is not None:
             peer._lose("its process has ended" if status == native.lib.AT_EPEER else native.text(status))
+
+    def _rail_event(self, number: int, code: int) -> None:
+        if (peer := self._peer_of(number)) is not None:
+            self._connections.path_broke(peer, code)
 
     def _fail_peer(self, peer: Peer) -> None:
         """The peer has ended: so do its operations."""

@@ -44,7 +44,7 @@ class Lease:
         self._waiters: dict[asyncio.Future[None], None] = {}
         region._leases[self] = None
         peer._leases[self] = None
-        engine._granted[self._grant.slot] = region, peer.incarnation
+        engine._granted[self._grant.slot] = region, self._grant
 
     @property
     def descriptor(self) -> RemoteRegion:

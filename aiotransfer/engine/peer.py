@@ -169,6 +169,11 @@ class Peer:
 
     # ---- conversation (also for providers) ----
 
+    @property
+    def local_host(self) -> str:
+        """The address of this host that the control connection uses."""
+        return self._link.local_address.host
+
     async def ask(self, provider: str, body: bytes) -> bytes:
         """Ask a provider of the other side."""
         number = next(self._ids)

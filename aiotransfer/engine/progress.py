@@ -62,6 +62,10 @@ class Progress:
                 engine._ended(number, status, count)
             elif kind == lib.AT_EV_PEER:
                 engine._peer_event(number, status)
+            elif kind == lib.AT_EV_RAIL:
+                engine._rail_event(number, count)
+            elif kind == lib.AT_EV_GRANT:
+                engine._look_at_quarantine()
             elif kind == lib.AT_EV_REGION:
                 engine._region_free(number)
             elif kind == lib.AT_EV_WATCH:

@@ -147,7 +147,7 @@ class Region(RegionView):
         grant = self._grants.get(access)
         if grant is None:
             grant = self._grants[access] = self._new_grant(access, 0, self.nbytes, 0)
-            self._engine._granted[grant.slot] = self, 0
+            self._engine._granted[grant.slot] = self, grant
         return RemoteRegion.of(grant)
 
     def _check_grantable(self, access: str) -> None:

@@ -31,6 +31,7 @@ except ImportError as error:
         pass
 
 has_shm: bool = lib is not None and hasattr(lib, "at_shm_begin")
+has_fabric: bool = lib is not None and hasattr(lib, "at_fab_built") and lib.at_fab_built() != 0
 has_loopback: bool = lib is not None and hasattr(lib, "at_sim_connect")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+from aiotransfer.errors import BrokenError
 from aiotransfer.model.descriptor import Grant
 
 
@@ -31,6 +32,11 @@ class Conversation(Protocol):
     incarnation: int
     pid: int
     trusted_user: bool
+
+    @property
+    def local_host(self) -> str:
+        """The address of this host that the control connection uses."""
+        ...
 
     async def ask(self, provider: str, body: bytes) -> bytes:
         """Ask the provider of the other side; raises what it answered with, or `PeerLostError`."""
@@ -61,12 +67,21 @@ class Path(Protocol):
     """An established way to one peer."""
 
     provider: str
+    rails: tuple[str, ...]
     reasons: tuple[tuple[str, str], ...]
     lane_peer: int
 
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
         """Make `grant` usable by the lane; raises `StaleRegionError`, `RegistrationError` or `BrokenError`."""
         ...
+
+    def revoked(self, slot: int, epoch: int) -> None:
+        """The owner says that a grant of its is over (where the provider does not see that by itself)."""
+        return None
+
+    async def reopen(self, conversation: Conversation) -> None:
+        """Open a broken connection again. Raises `BrokenError` when that failed this time."""
+        raise BrokenError("this path does not heal", provider=self.provider)
 
     def close(self) -> None:
         """Give back everything; the lane's peer is freed. Twice is silent."""

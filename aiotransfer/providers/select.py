@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiotransfer.errors import ProviderUnavailableError, TransferError
-from aiotransfer.providers import native
+from aiotransfer.model.descriptor import Grant
+from aiotransfer.providers import libfabric, native
 from aiotransfer.providers.lane import Lane, Segment
 from aiotransfer.providers.port import Provider
 
 KNOWN = ("shm", "loopback", "tcp", "efa", "verbs")
-NOT_YET = dict.fromkeys(("tcp", "efa", "verbs"), "not part of this version yet")
+NOT_YET = dict.fromkeys(("efa", "verbs"), "not part of this version yet")
 
 
 def availability() -> dict[str, str | None]:
@@ -19,6 +20,7 @@ def availability() -> dict[str, str | None]:
     if native.lib is None:
         return dict.fromkeys(KNOWN, f"no native extension: {native.failure}")
     result: dict[str, str | None] = dict(NOT_YET)
+    result["tcp"] = libfabric.missing()
     result["shm"] = None if native.has_shm else "needs Linux"
     result["loopback"] = None if native.has_loopback else "the extension was built without the simulator"
     return {name: result[name] for name in KNOWN}
@@ -41,7 +43,7 @@ def check_names(providers: str | Sequence[str]) -> str | tuple[str, ...]:
 
 def open_providers(
     providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None],
-    simulator: Any = None,
+    grant_of: Callable[[int, int, int], Grant | None], simulator: Any = None,
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
     """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left.
 
@@ -59,6 +61,10 @@ def open_providers(
             try:
                 if name == "shm":
                     opened[name] = ShmProvider(lane, incarnation, segment_of)
+                elif name in ("tcp", "efa"):
+                    from aiotransfer.providers.fabric import FabricProvider
+
+                    opened[name] = FabricProvider(name, lane, incarnation, grant_of)
                 else:
                     from aiotransfer.providers.loopback import LoopbackProvider
 

@@ -71,6 +71,7 @@ class ShmPath(Path):
         self, lane: Lane, peer: int, channel: fdchannel.FdChannel, own: Callable[[int, int, int, int], Segment | None] | None
     ) -> None:
         self._own = own  # finds segments without asking, when the peer is this very engine
+        self.rails = ("shm",)
         self.reasons: tuple[tuple[str, str], ...] = ()
         self.lane_peer = peer
         self._lane = lane

@@ -38,7 +38,9 @@ enum at_event_kind {
     AT_EV_COUNT = 2,   /* id: immediate record, count: arrivals not yet taken */
     AT_EV_PEER = 3,    /* id: peer, status: why (AT_EPEER: its process is gone, AT_EPROTO) */
     AT_EV_REGION = 4,  /* id: region that was closed and is free now */
-    AT_EV_WATCH = 5    /* id: watch, count: the word's new value */
+    AT_EV_WATCH = 5,   /* id: watch, count: the word's new value */
+    AT_EV_GRANT = 7,   /* id: grant that was revoked; a peer has confirmed it */
+    AT_EV_RAIL = 6     /* id: peer, count: errno: its connection broke and wants to be opened again */
 };
 
 enum at_access { AT_ACCESS_WRITE = 1, AT_ACCESS_READ = 2 };
@@ -109,6 +111,8 @@ int64_t at_grant_new(at_lane *lane, uint64_t *epoch);
 int at_grant_revoke(at_lane *lane, int64_t slot);
 /* The same count, asked again later; 0 is proof that nothing under the grant can land any more. */
 int at_grant_active(at_lane *lane, int64_t slot);
+/* Break the connections of those peers, where that is possible: afterwards they are not inside any more. The count that is left. */
+int at_grant_expel(at_lane *lane, int64_t slot);
 int at_grant_free(at_lane *lane, int64_t slot); /* after the count was 0 */
 /* Whether (slot, epoch) is a live grant. */
 int at_grant_valid(at_lane *lane, int64_t slot, uint64_t epoch);

@@ -139,16 +139,17 @@ int at_poll(at_lane *lane) {
 #endif
     at_lock(lane);
     lane->signalled = 1; /* what is pushed from here on is handed out below: it needs no wake-up of its own */
-    if (lane->progress != NULL) { /* asynchronous ports retire without the lock */
+    if (lane->rails != NULL) { /* asynchronous ports retire without the lock */
+        at_rail *rails = lane->rails;
         at_unlock(lane);
-        lane->progress(lane);
+        at_rails_progress(rails, 1);
         at_lock(lane);
     }
     at_turn(lane);
     lane->stats.polls++;
 #ifdef __linux__
     for (int i = 0; i < n; i++)
-        if (ready[i].data.u64 >> 32 != AT_TAG_WAKE) heard(lane, ready[i].data.u64);
+        if (ready[i].data.u64 >> 32 != AT_TAG_WAKE && ready[i].data.u64 >> 32 != AT_TAG_RAIL) heard(lane, ready[i].data.u64);
     if (lane->pulse_heard) {
         lane->pulse_heard = 0;
         for (uint32_t i = 0; i < lane->peer_count; i++)
@@ -169,7 +170,8 @@ int at_poll(at_lane *lane) {
     if (count != 0) lane->queue_head = (lane->queue_head + count) & (lane->queue_capacity - 1);
     lane->queue_count -= count;
     lane->signalled = 0;
-    if (lane->queue_count != 0 || ((lane->config.flags & AT_LANE_LOOP) && at_queued_work(lane, 0))) at_event_signal(lane);
+    if (lane->queue_count != 0 || lane->again || ((lane->config.flags & AT_LANE_LOOP) && at_queued_work(lane, 0))) at_event_signal(lane);
+    lane->again = 0;
     at_unlock(lane);
     return (int)count;
 }

@@ -159,7 +159,13 @@ void at_lane_free(at_lane *lane) {
         if (lane->peers[i] != NULL) at_peer_end(lane->peers[i], AT_ESHUT);
     while (lane->waiters != 0) (void)pthread_cond_wait(&lane->ended, &lane->lock); /* theirs have ended too */
     at_unlock(lane);
-    if (lane->leave != NULL) lane->leave(lane);
+    at_rail *left = NULL; /* those that have to be destroyed once their peers are gone; the others may be gone already */
+    for (at_rail *rail = lane->rails, *next; rail != NULL; rail = next) {
+        next = rail->next;
+        if (rail->destroy != NULL) rail->next = left, left = rail;
+        rail->leave(rail);
+    }
+    lane->rails = NULL;
     at_thread_stop(lane);
     at_lock(lane);
     for (uint32_t i = 0; i < lane->peer_count; i++) {
@@ -170,6 +176,10 @@ void at_lane_free(at_lane *lane) {
         free(peer);
     }
     at_unlock(lane);
+    for (at_rail *next; left != NULL; left = next) {
+        next = left->next;
+        left->destroy(left);
+    }
     lane_destroy(lane);
 }
 
@@ -222,9 +232,18 @@ at_peer *at_peer_add(at_lane *lane, const at_port *port, void *impl, const at_co
     peer->control = control;
     lane->peers[index] = peer;
     if (index == lane->peer_count) lane->peer_count++;
-    if (port->progress != NULL) lane->progress = port->progress; /* one asynchronous provider per lane so far */
     lane->stats.peers++;
     return peer;
+}
+
+void at_rail_add(at_lane *lane, at_rail *rail) {
+    rail->lane = lane;
+    rail->next = lane->rails;
+    lane->rails = rail;
+}
+
+void at_rails_progress(at_rail *first, int from_loop) {
+    for (at_rail *rail = first; rail != NULL; rail = rail->next) rail->progress(rail, from_loop);
 }
 
 at_peer *at_peer_find(at_lane *lane, int64_t id) {

@@ -33,6 +33,19 @@
 typedef struct at_peer at_peer;
 typedef struct at_op at_op;
 
+/* What an asynchronous provider shares between all its peers of a lane: a place in a simulated network, the domain of a NIC. */
+typedef struct at_rail at_rail;
+struct at_rail {
+    at_rail *next; /* set once, before it is linked: the list may be walked without the lock from a head read with it */
+    at_lane *lane;
+    const char *name;
+    void (*progress)(at_rail *rail, int from_loop); /* retire what has completed, deliver what has arrived. NO LOCK (takes what it needs) */
+    void (*leave)(at_rail *rail);   /* from here on it does not reach the lane any more. NO LOCK, once */
+    void (*destroy)(at_rail *rail); /* after its last peer; NULL: it goes by itself */
+    void (*grant_over)(at_rail *rail, uint32_t slot);    /* the grant is over and proved to be; NULL: of no interest */
+    void (*region_over)(at_rail *rail, uint32_t region); /* nothing uses the local region any more; NULL: of no interest */
+};
+
 /* First page(s) of every engine: read by its peers, written by the engine alone. On Linux a memfd that others can only map
  * read-only; elsewhere plain memory. */
 typedef struct {
@@ -61,7 +74,8 @@ typedef struct {
 typedef struct {
     at_peer *peer;
     uint8_t *base;                   /* mapping, or NULL for foreign memory */
-    uint64_t va;                     /* address in the peer */
+    uint64_t va;                     /* address in the peer, or what its provider names it by */
+    uint64_t key;                    /* for providers that need one */
     uint64_t nbytes;
     const _Atomic uint64_t *word;    /* the grant's epoch word in the peer's control segment */
     uint64_t epoch;                  /* the value that makes it valid */
@@ -110,9 +124,10 @@ struct at_op {
     int64_t *table;
     uint64_t footprint;     /* bytes written lately to different places, this operation included: too many for a cache? */
     uint64_t units;         /* 1, or the number of pages */
-    uint64_t extent;        /* what synchronous providers move it in: pages, or bytes; 1 where there are none */
-    uint64_t cursor;        /* first unit that is not posted; synchronous: first of `extent` that nobody has claimed */
-    uint64_t moved;         /* how many of `extent` were moved: by several threads, in any order */
+    uint64_t extent;        /* what it is moved in. Synchronous: pages, or bytes (1 where there are none); else the port's steps */
+    uint64_t cursor;        /* first of `extent` that is not posted, or that nobody has claimed */
+    uint64_t moved;         /* how many of `extent` have landed: in any order */
+    uint64_t bytes;         /* asynchronous: bytes that have landed */
     uint64_t landed;        /* units that have landed */
     uint64_t counted;       /* units whose immediate was published (synchronous providers) */
     uint32_t posted;        /* work requests at the provider */
@@ -120,6 +135,7 @@ struct at_op {
     int status;
     int running;            /* how many threads move parts of it now, without the lock */
     int queued;             /* linked in peer->head..tail */
+    uint64_t tail;          /* asynchronous: so many of its last steps wait until all others have landed */
     int soon;               /* counted in lane->soon */
     int detached;           /* AT_DETACHED: another thread's, ends as a record for at_thread_wait, without an event */
     int over;               /* such a record: nothing is left but its status */
@@ -145,13 +161,16 @@ typedef struct at_port {
      * AT_EPEER: no longer allowed, nothing was published. */
     int (*count)(at_peer *peer, const at_remote *remote, uint32_t imm, uint64_t n);
 
-    /* Asynchronous. Post one work request: unit `unit` of op (bytes [0, n) of it), with its immediate. AT_EAGAIN: refused now. */
-    int (*post)(at_peer *peer, at_op *op, uint64_t unit);
-    /* Retire what has completed and deliver what has arrived. NO LOCK (takes what it needs). */
-    void (*progress)(at_lane *lane);
+    /* Asynchronous. Cut a kept operation into steps: sets extent and tail. Steps of pages are pages. NULL: one for each unit. */
+    void (*cut)(at_peer *peer, at_op *op);
+    /* Asynchronous. Post one work request, from step op->cursor on; how many steps it covers. 0: a completion will come
+     * first. AT_EAGAIN: refused, nobody knows for how long. */
+    int64_t (*post)(at_peer *peer, at_op *op);
 
     void (*drain)(at_peer *peer);                    /* hand arrivals to at_imm_arrive */
-    int (*active)(at_peer *peer, uint32_t slot);     /* is that peer inside a write under this grant of ours? */
+    int (*active)(at_peer *peer, uint32_t slot);     /* may something of that peer still land under this grant of ours? */
+    void (*revoke)(at_peer *peer, uint32_t slot);    /* the grant was revoked: tell it. NULL: it sees the epoch word itself */
+    void (*expel)(at_peer *peer);                    /* nothing that it has posted can land any more, at any price. NULL: no way */
     void (*bar)(at_peer *peer);                      /* it was given up: nothing of it begins any more. NULL: needless */
     int (*inside)(at_peer *peer);                    /* afterwards: is it still inside something it began? NULL: never */
     void (*fence)(at_peer *peer);                    /* break: afterwards nothing posted touches memory; retire it all */
@@ -173,6 +192,7 @@ struct at_peer {
     uint32_t users;             /* operations and remote regions */
     uint32_t posted;            /* work requests at the provider */
     int stalled;                /* the provider refused a post: counted in lane->stalled */
+    int paused;                 /* its connection is being opened again: nothing is posted until then */
     uint64_t queued_ops, queued_bytes;
     at_op *head, *tail;         /* waiting operations, oldest first */
     uint32_t early;             /* distinct unopened values from this sender */
@@ -221,8 +241,7 @@ struct at_lane {
 
     at_control *control;
     at_control_ref *control_ref;
-    void *sim;                    /* this lane's place in a simulated network, or NULL */
-    void (*leave)(at_lane *lane); /* how it leaves that: called without the lock, before anything is freed */
+    at_rail *rails;
     uint32_t *grant_free;
     uint32_t grant_free_count, grant_top;
 
@@ -262,14 +281,14 @@ struct at_lane {
     uint32_t soon;                   /* large operations whose last parts are being moved */
     uint32_t lingering;              /* peers kept for that */
     uint32_t stalled;                /* peers whose next post was refused and must be tried again */
-    void (*progress)(at_lane *lane); /* of the one asynchronous provider, or NULL */
     pthread_cond_t ended; /* a detached operation has ended */
     uint32_t waiters;     /* threads in at_thread_wait */
 
     at_watch *watches;
     uint32_t watch_count, watch_capacity;
     uint64_t watch_pause; /* ns between two looks */
-    int pulse_heard; /* the thread answered a ping: the loop shall answer too */
+    int pulse_heard; /* a ping was answered natively: the loop shall answer too */
+    int again;       /* a rail was not through: the loop shall poll once more */
 
     uint64_t written;
     struct {
@@ -297,6 +316,8 @@ int at_check_process(const at_lane *lane); /* this process, not shut */
 /* With the lock: a new peer; takes no ownership of impl until it succeeds. */
 at_peer *at_peer_add(at_lane *lane, const at_port *port, void *impl, const at_control *control);
 at_peer *at_peer_find(at_lane *lane, int64_t id); /* NULL when unknown or freed */
+void at_rail_add(at_lane *lane, at_rail *rail);   /* with the lock; gone with the lane */
+void at_rails_progress(at_rail *first, int from_loop); /* without the lock */
 void at_peer_release(at_peer *peer);              /* drop one use; destroys a freed peer with the last */
 void at_peer_end(at_peer *peer, int status);      /* with the lock: what at_peer_fail does */
 void at_peers_reap(at_lane *lane);                /* with the lock: let go of lingering peers that have left */
@@ -323,7 +344,9 @@ void at_op_enqueue(at_op *op);                               /* behind the other
 void at_op_dequeue(at_op *op);
 void at_op_end(at_op *op);                                   /* everything is retired: tell whoever asked */
 void at_stall(at_peer *peer, int stalled);
-void at_op_complete(at_op *op, uint64_t units, int status);  /* one posted work request retired; units 1 when it landed */
+/* One posted work request retired: what of it has landed. */
+void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, int status);
+void at_op_unpost(at_op *op); /* one posted work request is in no queue any more, and whether it has landed is to be found out */
 void at_refill(at_peer *peer);                               /* post what the window allows */
 /* move.c, with the lock */
 /* One round over the peers' queues, for at most `budget` bytes each. */
@@ -364,7 +387,7 @@ void at_event_signal(at_lane *lane);
 int at_watch_fd(at_lane *lane, int fd, uint64_t tag, int edge); /* Linux: add to the lane's private epoll */
 void at_unwatch_fd(at_lane *lane, int fd);
 
-enum { AT_TAG_WAKE = 1, AT_TAG_DOORBELL = 2, AT_TAG_DEATH = 3 };
+enum { AT_TAG_WAKE = 1, AT_TAG_DOORBELL = 2, AT_TAG_DEATH = 3, AT_TAG_RAIL = 4 };
 #define AT_TAG(kind, index) (((uint64_t)(kind) << 32) | (uint64_t)(index))
 
 /* thread.c */

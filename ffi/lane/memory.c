@@ -31,6 +31,8 @@ out:
 }
 
 static void region_free(at_lane *lane, uint32_t index) {
+    for (at_rail *rail = lane->rails; rail != NULL; rail = rail->next)
+        if (rail->region_over != NULL) rail->region_over(rail, index);
     lane->regions[index]->generation++;
     lane->regions[index]->base = NULL;
     if (index < lane->region_hint) lane->region_hint = index;
@@ -108,7 +110,11 @@ int at_grant_revoke(at_lane *lane, int64_t slot) {
     if (grant_known(lane, slot)) {
         _Atomic uint64_t *word = &lane->control->epoch[slot];
         uint64_t value = atomic_load(word);
-        if (value & 1u) atomic_store(word, value + 1); /* sequentially consistent: before the look at the active words */
+        if (value & 1u) { /* sequentially consistent: before the look at the active words */
+            atomic_store(word, value + 1);
+            for (uint32_t i = 0; i < lane->peer_count; i++)
+                if (lane->peers[i] != NULL && lane->peers[i]->port->revoke != NULL) lane->peers[i]->port->revoke(lane->peers[i], (uint32_t)slot);
+        }
         count = grant_active(lane, slot);
     }
     at_unlock(lane);
@@ -122,12 +128,25 @@ int at_grant_active(at_lane *lane, int64_t slot) {
     return count;
 }
 
+int at_grant_expel(at_lane *lane, int64_t slot) {
+    at_lock(lane);
+    for (uint32_t i = 0; grant_known(lane, slot) && i < lane->peer_count; i++) {
+        at_peer *peer = lane->peers[i];
+        if (peer != NULL && peer->port->expel != NULL && peer->port->active(peer, (uint32_t)slot)) peer->port->expel(peer);
+    }
+    int count = grant_known(lane, slot) ? grant_active(lane, slot) : AT_EUNKNOWN;
+    at_unlock(lane);
+    return count;
+}
+
 int at_grant_free(at_lane *lane, int64_t slot) {
     int result = AT_EUNKNOWN;
     at_lock(lane);
     if (grant_known(lane, slot) && (atomic_load(&lane->control->epoch[slot]) & 1u) == 0) {
         result = grant_active(lane, slot) ? AT_EBUSY : AT_OK;
         if (result == AT_OK) {
+            for (at_rail *rail = lane->rails; rail != NULL; rail = rail->next)
+                if (rail->grant_over != NULL) rail->grant_over(rail, (uint32_t)slot);
             lane->grant_free[lane->grant_free_count++] = (uint32_t)slot;
             lane->stats.grants--;
         }

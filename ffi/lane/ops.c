@@ -67,7 +67,8 @@ static void op_forget(at_lane *lane, at_op *op) {
 
 /* Everything is retired: give back what was lent and tell whoever asked: the loop, a batch, or another thread. */
 static uint64_t op_bytes(const at_op *op) {
-    int whole_bytes = op->kind != AT_OP_PAGES && op->nbytes != 0 && op->peer->port->window == 0; /* its extent are bytes */
+    if (op->peer->port->window != 0) return op->bytes;
+    int whole_bytes = op->kind != AT_OP_PAGES && op->nbytes != 0; /* its extent are bytes */
     return whole_bytes ? op->moved : op->landed * op->nbytes;
 }
 
@@ -143,40 +144,56 @@ void at_refill(at_peer *peer) {
     at_lane *lane = peer->lane;
     at_stall(peer, 0);
     const at_port *port = peer->port;
-    while (port->window != 0 && peer->head != NULL && peer->posted < port->window) {
+    while (port->window != 0 && !peer->paused && peer->head != NULL && peer->posted < port->window) {
         at_op *op = peer->head;
-        int rc = port->post(peer, op, op->cursor);
+        int64_t rc = port->post(peer, op);
         if (rc == AT_EAGAIN) {
             lane->stats.refused_posts++;
             at_stall(peer, 1); /* again at the next completion or poll; no event may come of itself, see at_stalled */
             return;
         }
-        if (rc != AT_OK) {
-            at_op_stop(op, rc);
+        if (rc == 0) return; /* full in its own way: a completion will come */
+        if (rc < 0) {
+            at_op_stop(op, (int)rc);
             continue;
         }
         op->posted++;
         peer->posted++;
-        op->cursor++;
-        if (op->cursor == op->units) at_op_dequeue(op);
+        op->cursor += (uint64_t)rc;
+        if (op->cursor == op->extent - op->tail) at_op_dequeue(op);
     }
 }
 
 int at_stalled(at_lane *lane) { return lane->stalled != 0; }
 
-void at_op_complete(at_op *op, uint64_t units, int status) {
+void at_op_unpost(at_op *op) {
+    op->posted--;
+    op->peer->posted--;
+}
+
+void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, int status) {
     at_peer *peer = op->peer;
     op->posted--;
     peer->posted--;
-    op->landed += units;
-    op->counted += units; /* the provider carries the immediate with the bytes */
-    peer->lane->stats.units_written += units;
-    peer->lane->stats.bytes_written += units * op->nbytes;
+    op->moved += steps;
+    op->bytes += bytes;
+    uint64_t before = op->landed;
+    if (op->extent == op->units) op->landed = op->moved;
+    else if (op->moved == op->extent) op->landed = op->units;
+    op->counted = op->landed; /* the provider carries the immediate with the bytes */
+    peer->lane->stats.units_written += op->landed - before;
+    peer->lane->stats.bytes_written += bytes;
     peer->users++; /* the operation may have been its last user */
     if (status != AT_OK) {
         at_op_stop(op, status);
-    } else if (op_over(op) && (op->cursor == op->units || atomic_load(&op->withdrawn))) {
+    } else if (op_over(op) && (op->cursor == op->extent || atomic_load(&op->withdrawn))) {
         at_op_end(op);
+    } else if (op->tail != 0 && op->moved == op->extent - op->tail && !atomic_load(&op->withdrawn)) {
+        op->tail = 0; /* all bytes have landed: now their immediates may go, before everything else */
+        op->next = peer->head;
+        peer->head = op;
+        if (peer->tail == NULL) peer->tail = op;
+        op->queued = 1;
     }
     at_refill(peer);
     at_peer_release(peer);
@@ -208,6 +225,8 @@ int64_t at_op_keep(at_lane *lane, const at_op *template) {
         free(op);
         return cookie;
     }
+    if (peer->port->window != 0) op->extent = op->units;
+    if (peer->port->cut != NULL) peer->port->cut(peer, op);
     if (op->region != NULL) op->region->users++;
     if (op->remote != NULL) op->remote->users++;
     peer->users++;
@@ -345,9 +364,10 @@ int at_batch_take(at_lane *lane, int64_t cookie, int32_t *results, uint64_t n) {
 
 /* With the lock, which it drops: bring asynchronous ports on, or sleep until something has ended. */
 static void wait_a_little(at_lane *lane, uint64_t deadline) {
-    if (lane->progress != NULL) {
+    if (lane->rails != NULL) {
+        at_rail *rails = lane->rails;
         at_unlock(lane);
-        lane->progress(lane);
+        at_rails_progress(rails, 0);
         at_lock(lane);
         uint64_t soon = at_now() + 200000;
         deadline = soon < deadline ? soon : deadline;

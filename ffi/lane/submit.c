@@ -164,9 +164,9 @@ int64_t at_submit(at_lane *lane, at_op *op) {
 }
 
 int64_t at_unlock_and_progress(at_lane *lane, int64_t result) {
-    void (*progress)(at_lane *) = result >= 0 ? lane->progress : NULL;
+    at_rail *rails = result >= AT_FIRST_COOKIE ? lane->rails : NULL;
     at_unlock(lane);
-    if (progress != NULL) progress(lane);
+    if (rails != NULL) at_rails_progress(rails, 0);
     return result;
 }
 

@@ -44,7 +44,7 @@ void at_request_end(at_net *net, at_request *request, uint64_t units, int status
     at_op *op = request->op;
     free(request);
     at_lock(lane);
-    at_op_complete(op, units, status);
+    at_op_complete(op, units, units * op->nbytes, status);
     at_unlock(lane);
     (void)pthread_mutex_lock(&net->lock);
     at_unpin(net, home);

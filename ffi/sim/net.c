@@ -53,6 +53,12 @@ at_member *at_member_find(at_net *net, uint64_t incarnation) {
     return member;
 }
 
+at_member *at_member_of(at_lane *lane) {
+    at_rail *rail = lane->rails;
+    while (rail != NULL && rail->progress != at_sim_progress) rail = rail->next;
+    return (at_member *)rail;
+}
+
 at_end *at_end_find(at_net *net, uint64_t home, uint64_t to) {
     at_end *end = net->ends;
     while (end != NULL && (end->gone || end->home->incarnation != home || end->to != to)) end = end->next;
@@ -76,8 +82,8 @@ void at_net_unlock(at_net *net, at_member *member) {
 }
 
 /* Called when the lane is freed; its ends go afterwards, with its peers. */
-static void leave(at_lane *lane) {
-    at_member *member = lane->sim;
+static void leave(at_rail *rail) {
+    at_member *member = (at_member *)rail;
     at_net *net = member->net;
     (void)pthread_mutex_lock(&net->lock);
     member->left = 1;
@@ -95,13 +101,13 @@ int at_net_join(at_net *net, at_lane *lane) {
     member->incarnation = lane->incarnation;
     at_lock(lane);
     (void)pthread_mutex_lock(&net->lock);
-    int taken = lane->sim != NULL || at_member_find(net, lane->incarnation) != NULL;
+    int taken = at_member_of(lane) != NULL || at_member_find(net, lane->incarnation) != NULL;
     if (!taken) {
         member->next = net->members;
         net->members = member;
         net->users++;
-        lane->sim = member;
-        lane->leave = leave;
+        member->rail = (at_rail){.name = at_sim_port.name, .progress = at_sim_progress, .leave = leave};
+        at_rail_add(lane, &member->rail);
     }
     (void)pthread_mutex_unlock(&net->lock);
     at_unlock(lane);

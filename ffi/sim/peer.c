@@ -10,7 +10,7 @@ int64_t at_sim_connect(at_lane *lane, uint64_t to) {
     at_end *end = calloc(1, sizeof *end);
     if (end == NULL) return AT_ENOMEM;
     at_lock(lane);
-    at_member *home = lane->sim;
+    at_member *home = at_member_of(lane);
     if (home == NULL || lane->shut) {
         at_unlock(lane);
         free(end);
@@ -48,7 +48,7 @@ static uint64_t delay(at_net *net) {
 }
 
 /* With the lane's lock. */
-static int sim_post(at_peer *peer, at_op *op, uint64_t unit) {
+static int64_t sim_post(at_peer *peer, at_op *op) {
     at_end *end = peer->impl;
     at_net *net = end->home->net;
     at_request *request = calloc(1, sizeof *request);
@@ -59,8 +59,8 @@ static int sim_post(at_peer *peer, at_op *op, uint64_t unit) {
         uint8_t *base = remote->base != NULL ? remote->base : (uint8_t *)(uintptr_t)remote->va;
         uint64_t from = 0, to = op->remote_offset;
         if (op->kind == AT_OP_PAGES) {
-            from = (uint64_t)op->local_pages[unit] * op->local_stride;
-            to += (uint64_t)op->remote_pages[unit] * op->remote_stride;
+            from = (uint64_t)op->local_pages[op->cursor] * op->local_stride;
+            to += (uint64_t)op->remote_pages[op->cursor] * op->remote_stride;
         }
         request->local = op->local + from;
         request->remote = base + to;
@@ -87,13 +87,14 @@ static int sim_post(at_peer *peer, at_op *op, uint64_t unit) {
     }
     (void)pthread_mutex_unlock(&net->lock);
     if (rc != AT_OK) free(request);
-    return rc;
+    return rc == AT_OK ? 1 : rc;
 }
 
-/* Without the lock. */
-static void sim_progress(at_lane *lane) {
+void at_sim_progress(at_rail *rail, int from_loop) {
+    (void)from_loop;
+    at_member *member = (at_member *)rail;
+    at_lane *lane = rail->lane;
     at_lock(lane);
-    at_member *member = lane->sim;
     for (uint32_t i = 0; i < lane->peer_count; i++) /* what was refused before */
         if (lane->peers[i] != NULL && lane->peers[i]->port == &at_sim_port) at_refill(lane->peers[i]);
     at_unlock(lane);
@@ -147,7 +148,7 @@ static void sim_fence(at_peer *peer) {
         at_request *next = list->next;
         at_op *op = list->op;
         free(list);
-        at_op_complete(op, 0, op->status != AT_OK ? op->status : peer->status != AT_OK ? peer->status : AT_ERAIL);
+        at_op_complete(op, 0, 0, op->status != AT_OK ? op->status : peer->status != AT_OK ? peer->status : AT_ERAIL);
         list = next;
     }
 }
@@ -197,7 +198,6 @@ const at_port at_sim_port = {
     .name = "loopback",
     .window = WINDOW,
     .post = sim_post,
-    .progress = sim_progress,
     .drain = sim_drain,
     .active = sim_active,
     .fence = sim_fence,

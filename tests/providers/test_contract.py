@@ -11,3 +11,7 @@ class TestShm(ProviderContract):
 
 class TestLoopback(ProviderContract):
     provider = "loopback"
+
+
+class TestTcp(ProviderContract):
+    provider = "tcp"

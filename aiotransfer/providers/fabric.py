@@ -1,0 +1,308 @@
+"""tcp and efa: peers on other hosts, by libfabric.
+
+One question sets a connection up, and up again when it broke: each side opens its endpoint and offers its address, and with it
+how many immediates it has counted so far, so that what was under way is posted again exactly as far as it did not arrive. Another
+question asks for memory: a descriptor holds no keys, its owner hands them out to a peer that presents a live grant, and so knows
+whom to ask when it takes the grant back. Everything after that is between the two native sides.
+
+The local address of a rail is the one that the control connection uses: where the peer was reached, its bytes can go too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+
+from aiotransfer.errors import BrokenError, RegistrationError, StaleRegionError
+from aiotransfer.model.descriptor import Grant
+from aiotransfer.providers import libfabric, native
+from aiotransfer.providers.lane import ACCESS, Lane
+from aiotransfer.providers.port import Binding, Conversation, Path, Terms
+
+TWO = 2 << 16  # of libfabric: since 2.0 its tcp is what was called net before
+
+
+class _Offer(msgspec.Struct, tag="offer", array_like=True):
+    address: bytes
+    mark: int
+    mailbox: int
+    mailbox_key: int
+    arrived: int
+    generation: int
+
+
+class _Borrow(msgspec.Struct, tag="borrow", array_like=True):
+    slot: int
+    epoch: int
+
+
+class _Lent(msgspec.Struct, array_like=True):
+    address: int
+    key: int
+
+
+_questions = msgspec.msgpack.Decoder(_Offer | _Borrow)
+_offers = msgspec.msgpack.Decoder(_Offer)
+_lent = msgspec.msgpack.Decoder(_Lent)
+_encode = msgspec.msgpack.encode
+
+
+class Rail(NamedTuple):
+    """An open rail and what libfabric said of it."""
+
+    pointer: Any
+    provider: str
+    domain: str
+    version: str
+    flags: int
+
+
+class Limits(NamedTuple):
+    """What a rail does without although the library has it: tests of what other fabrics lack. See `at_fab_options`."""
+
+    without: int = 0
+    most_bytes: int = 0
+    most_posted: int = 0
+
+
+def _why() -> str:
+    return str(native.ffi.string(native.lib.at_fab_why()).decode())
+
+
+def libfabric_names(provider: str, version: int) -> tuple[str, ...]:
+    """What libfabric of this version (major << 16 | minor) calls a provider, best first."""
+    if provider == "tcp":
+        return ("tcp",) if version >= TWO else ("net", "tcp;ofi_rxm")
+    return (provider,)
+
+
+def open_rail(lane: Lane, provider: str, host: str, limits: Limits) -> Rail:
+    """Load the library and open a rail at a local address. May take half a second; any thread. Raises `BrokenError`."""
+    try:
+        libfabric.load()
+    except OSError as error:
+        raise BrokenError(str(error), provider=provider) from error
+    ffi, lib = native.ffi, native.lib
+    out, facts, attempts = ffi.new("at_fab **"), ffi.new("at_fab_facts *"), []
+    for name in libfabric_names(provider, int(lib.at_fab_version())):
+        node, names = ffi.new("char[]", host.encode()), ffi.new("char[]", name.encode())
+        options = ffi.new("at_fab_options *")
+        options.provider, options.node = names, node
+        options.without, options.most_bytes, options.most_posted = limits
+        rc = lib.at_fab_open(lane.pointer, options, out, facts)
+        if rc == 0:
+            version = f"{facts.version >> 16}.{facts.version & 0xFFFF}"
+            provider, domain = (ffi.string(field).decode() for field in (facts.provider, facts.domain))
+            return Rail(out[0], provider, domain, version, int(facts.flags))
+        attempts.append(_why() if rc == lib.AT_EIO else native.text(rc))
+    raise BrokenError("; ".join(attempts), provider=provider)
+
+
+class FabricPath(Path):
+    """A connection to one peer."""
+
+    def __init__(self, provider: str, lane: Lane, rail: Rail) -> None:
+        self.provider = provider
+        self.rails = (f"{rail.provider}:{rail.domain}",)
+        self.reasons: tuple[tuple[str, str], ...] = ()
+        self._lane = lane
+        self._closed = False
+        peer = int(native.lib.at_fab_peer(lane.pointer, rail.pointer))
+        if peer < 0:
+            raise BrokenError(f"no room for a peer: {native.text(peer)}", provider=provider)
+        self.lane_peer = peer
+
+    # ---- connecting ----
+
+    @property
+    def generation(self) -> int:
+        """How often its connection was opened."""
+        return int(native.lib.at_fab_generation(self._lane.pointer, self.lane_peer, native.ffi.new("int *")))
+
+    def _raise(self, status: int, doing: str) -> None:
+        if status == 0:
+            return
+        code = None
+        words = native.text(status)
+        if status == native.lib.AT_EIO:
+            number = int(native.lib.at_lane_errno(self._lane.pointer))
+            words = os.strerror(number)
+            code = (number, words)
+        hint = "raise `ulimit -n`: each peer takes some descriptors" if code is not None and code[0] in (23, 24) else None
+        raise BrokenError(f"{doing}: {words}", provider=self.provider, code=code, hint=hint)
+
+    def offer(self, generation: int) -> _Offer:
+        """Open this side. Raises `BrokenError`."""
+        out = native.ffi.new("at_fab_offer *")
+        status = native.lib.at_fab_offer_make(self._lane.pointer, self.lane_peer, generation, out)
+        self._raise(status, "no endpoint can be opened")
+        address = bytes(native.ffi.buffer(out.address, out.address_bytes))
+        return _Offer(address, out.mark, out.mailbox, out.mailbox_key, out.arrived, out.generation)
+
+    def take(self, theirs: _Offer) -> None:
+        """Connect to the other side's. Raises `BrokenError`."""
+        ours = native.ffi.new("at_fab_offer *")
+        try:
+            native.ffi.buffer(ours.address)[: len(theirs.address)] = theirs.address
+            ours.address_bytes, ours.mark, ours.generation = len(theirs.address), theirs.mark, theirs.generation
+            ours.mailbox, ours.mailbox_key, ours.arrived = theirs.mailbox, theirs.mailbox_key, theirs.arrived
+        except (OverflowError, ValueError) as error:
+            raise BrokenError(f"the peer's offer is malformed: {error}", provider=self.provider) from error
+        status = native.lib.at_fab_offer_take(self._lane.pointer, self.lane_peer, ours)
+        self._raise(status, "the peer's endpoint cannot be reached")
+
+    async def reopen(self, conversation: Conversation) -> None:
+        """Both sides fence what was under way, count, and post the rest again. Raises `BrokenError` when it failed this time."""
+        generation = self.generation + 1
+        body = await conversation.ask(self.provider, _encode(self.offer(generation)))
+        try:
+            theirs = _offers.decode(body)
+        except msgspec.MsgspecError as error:
+            raise BrokenError(f"no offer: {error}", provider=self.provider) from error
+        if generation < theirs.generation < generation + 1000:  # it had to open more often
+            self.offer(theirs.generation)
+        self.take(theirs)
+
+    # ---- memory ----
+
+    async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
+        """Ask the owner for the key of its memory."""
+        body = await conversation.ask(self.provider, _encode(_Borrow(grant.slot, grant.epoch)))
+        try:
+            lent = _lent.decode(body)
+            remote = native.lib.at_fab_borrow(
+                self._lane.pointer, self.lane_peer, lent.address, lent.key, grant.nbytes, ACCESS[grant.access],
+                grant.slot, grant.epoch,
+            )  # fmt: skip
+        except (msgspec.MsgspecError, OverflowError) as error:
+            raise BrokenError(f"the peer's answer is malformed: {error}", provider=self.provider) from error
+        if remote == native.lib.AT_ESTALE:
+            raise StaleRegionError("the memory was taken back", provider=self.provider)
+        if remote < 0:
+            raise BrokenError(f"cannot bind: {native.text(remote)}", provider=self.provider)
+        return Binding(self._lane, int(remote), self, peer, None)
+
+    def lend(self, grant: Grant) -> _Lent:
+        """Register memory of ours for this peer. Raises `StaleRegionError`, `RegistrationError` or `BrokenError`."""
+        lib, ffi = native.lib, native.ffi
+        address, key = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        base = ffi.cast("void *", grant.base)
+        status = lib.at_fab_lend(
+            self._lane.pointer, self.lane_peer, grant.slot, grant.epoch, base, grant.nbytes, ACCESS[grant.access], address, key
+        )
+        if status == lib.AT_ESTALE:
+            raise StaleRegionError("the descriptor names no live region of this engine", provider=self.provider)
+        if status == lib.AT_EIO:
+            number, words = self._lane.system_error()
+            raise RegistrationError(
+                f"{self.provider} cannot register {grant.nbytes} bytes: {words}", provider=self.provider, code=(number, words),
+                hint="raise `ulimit -l` (locked memory), which NICs need",
+            )  # fmt: skip
+        if status != 0:
+            raise BrokenError(f"cannot lend memory: {native.text(status)}", provider=self.provider)
+        return _Lent(int(address[0]), int(key[0]))
+
+    def revoked(self, slot: int, epoch: int) -> None:
+        """By the control connection: also while this one is broken."""
+        if self._lane.usable and 0 <= slot < 1 << 32 and 0 <= epoch < 1 << 64:
+            native.lib.at_fab_revoked(self._lane.pointer, self.lane_peer, slot, epoch)
+
+    def close(self) -> None:
+        """Free the lane's peer, which closes its endpoint."""
+        if not self._closed:
+            self._closed = True
+            if self._lane.usable:
+                native.lib.at_peer_free(self._lane.pointer, self.lane_peer)
+
+
+class FabricProvider:
+    """tcp or efa for one engine. `grant_of` finds the grant behind what a peer presents."""
+
+    def __init__(
+        self, name: str, lane: Lane, incarnation: int, grant_of: Callable[[int, int, int], Grant | None],
+        limits: Limits | None = None,
+    ) -> None:
+        self.name = name
+        self._lane = lane
+        self._incarnation = incarnation
+        self._grant_of = grant_of
+        self._limits = limits or Limits()
+        self._rails: dict[str, asyncio.Future[Rail]] = {}
+        self._dialed: dict[int, FabricPath] = {}
+        self._answered: dict[int, FabricPath] = {}
+
+    def terms(self) -> Terms:
+        """Nothing but that it is there: addresses are exchanged when a path is set up."""
+        return Terms(self.name, True, "", b"", b"")
+
+    async def _rail(self, host: str) -> Rail:
+        future = self._rails.get(host)
+        if future is None or (future.done() and (future.cancelled() or future.exception() is not None)):
+            loop = asyncio.get_running_loop()
+            future = asyncio.ensure_future(loop.run_in_executor(None, open_rail, self._lane, self.name, host, self._limits))
+            self._rails[host] = future
+        return await asyncio.shield(future)
+
+    async def dial(self, conversation: Conversation, theirs: Terms) -> FabricPath:
+        """Open an endpoint for the peer, offer its address, take the other side's."""
+        path = FabricPath(self.name, self._lane, await self._rail(conversation.local_host))
+        try:
+            body = await conversation.ask(self.name, _encode(path.offer(1)))
+            path.take(_offers.decode(body))
+        except msgspec.MsgspecError as error:
+            path.close()
+            raise BrokenError(f"no offer: {error}", provider=self.name) from error
+        except BaseException:  # also cancellation
+            path.close()
+            raise
+        self._dialed[conversation.incarnation] = path
+        return path
+
+    async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
+        """The other side of `dial`, of opening again, and of binding memory."""
+        try:
+            question = _questions.decode(body)
+        except msgspec.MsgspecError as error:
+            raise BrokenError(f"not a question: {error}", provider=self.name) from error
+        known = self._known(conversation.incarnation)
+        if isinstance(question, _Borrow):
+            return self._lend(conversation, known, question), None
+        if known is not None and not known._closed:
+            ours = known.offer(question.generation)
+            if ours.generation == question.generation:
+                known.take(question)
+            return _encode(ours), None
+        if question.generation != 1:
+            raise BrokenError("there is no connection to open again", provider=self.name)
+        path = FabricPath(self.name, self._lane, await self._rail(conversation.local_host))
+        try:
+            ours = path.offer(1)
+            path.take(question)
+        except BaseException:
+            path.close()
+            raise
+        self._answered[conversation.incarnation] = path
+        return _encode(ours), path
+
+    def _known(self, incarnation: int) -> FabricPath | None:
+        """The path that the question is about. Of a connection to ourselves it is always the half that was not asking."""
+        answered, dialed = self._answered.get(incarnation), self._dialed.get(incarnation)
+        for path in (answered, dialed if incarnation != self._incarnation else None):
+            if path is not None and not path._closed:
+                return path
+        return None
+
+    def _lend(self, conversation: Conversation, path: FabricPath | None, question: _Borrow) -> bytes:
+        grant = self._grant_of(question.slot, question.epoch, conversation.incarnation)
+        if path is None or grant is None:
+            raise StaleRegionError("the descriptor names no live region of this engine", provider=self.name)
+        return _encode(path.lend(grant))
+
+    def close(self) -> None:
+        """The rails go with the lane."""
+        self._dialed.clear()
+        self._answered.clear()

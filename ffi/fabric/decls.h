@@ -1,0 +1,74 @@
+/* fabric: peers on other hosts, by libfabric (tcp, efa). See fabric.h for how it works.
+ *
+ * libfabric is opened at run time. Where its headers were missing at build time, at_fab_built is 0 and the rest answers AT_EUNKNOWN. */
+
+typedef struct at_fab at_fab;
+
+enum at_fab_flags {
+    AT_FAB_DELIVERY = 1,  /* a plain completion is no proof here: every write asks for delivery to be confirmed */
+    AT_FAB_ORDERED = 2,   /* the writes of one connection land and count in the order in which they were posted */
+    AT_FAB_MARKS = 4,     /* 64 bits travel with a write: the value, its sender, and how many pages it covers */
+    AT_FAB_PRIVATE = 8,   /* an endpoint for each peer: closing it fences that peer alone */
+    AT_FAB_LOCAL_MR = 16, /* local memory must be registered too */
+    AT_FAB_VIRTUAL = 32,  /* remote memory is named by its address, not by an offset */
+    AT_FAB_KEYS = 64,     /* the provider chooses the keys */
+    AT_FAB_FD = 128       /* the completion queue has a descriptor: no thread needs to poll it */
+};
+
+typedef struct {
+    const char *provider; /* libfabric's name of it */
+    const char *node;     /* the local address to be reached at, or NULL for the provider's own choice */
+    uint32_t without;     /* at_fab_flags to do without although they are there: tests of what other fabrics lack */
+    uint64_t most_bytes;  /* of one work request, 0: as many as the provider takes */
+    uint32_t most_posted; /* work requests of the rail, 0: no bound but that of each peer */
+} at_fab_options;
+
+typedef struct {
+    uint32_t flags;       /* at_fab_flags */
+    uint32_t version;     /* of the library: major << 16 | minor */
+    uint32_t most_posted; /* work requests of the rail */
+    uint32_t iov;         /* pieces of memory that one work request takes */
+    uint64_t most_bytes;  /* of one work request */
+    char provider[64], fabric[64], domain[64];
+} at_fab_facts;
+
+/* What one side of a connection tells the other. */
+typedef struct {
+    uint8_t address[256];
+    uint32_t address_bytes;
+    uint32_t mark;           /* by which the receiver of this offer marks what it sends here */
+    uint64_t mailbox, mailbox_key; /* where signals go: memory of no bytes */
+    uint64_t arrived;        /* work requests with immediates that were counted here in the connection before this one */
+    uint32_t generation;     /* how often it was opened, this time included */
+} at_fab_offer;
+
+int at_fab_built(void); /* the version of libfabric whose headers were there: major << 16 | minor; 0: none */
+/* Load the library of this process, once: AT_OK also when it is loaded already, AT_EIO with the reason in at_fab_why. */
+int at_fab_load(const char *path);
+uint32_t at_fab_version(void); /* of the loaded library: major << 16 | minor; 0: none */
+/* The reason of the last failure of at_fab_load or at_fab_open in this thread. */
+const char *at_fab_why(void);
+
+/* A rail of the lane: AT_OK, AT_EIO (see at_fab_why) or AT_E*. It lives as long as the lane. May take half a second; any thread. */
+int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_fab_facts *facts);
+
+/* A peer on this rail, without a connection yet: its id, or AT_E*. Freed by at_peer_free. */
+int64_t at_fab_peer(at_lane *lane, at_fab *fab);
+/* Open this side of the connection, for the first time or again. Again: what was posted is fenced first, what has arrived is counted.
+ * `generation` is the one that is wanted; a side that has it open already answers with the offer it made. AT_EIO: see at_lane_errno. */
+int at_fab_offer_make(at_lane *lane, int64_t peer, uint32_t generation, at_fab_offer *out);
+/* Take the other side's offer of the same generation: work requests that it has counted are over, the others are posted again. */
+int at_fab_offer_take(at_lane *lane, int64_t peer, const at_fab_offer *theirs);
+/* The generation that is open or being opened; 0: none yet. *joined: both sides have it. */
+uint32_t at_fab_generation(at_lane *lane, int64_t peer, int *joined);
+
+/* Memory of ours for one peer, under a live grant: what its descriptor stands for. AT_ESTALE: the grant is over. */
+int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, void *base, uint64_t nbytes, int access, uint64_t *address,
+                uint64_t *key);
+/* Memory of a peer that has lent it: a remote region, or AT_E*. */
+int64_t at_fab_borrow(at_lane *lane, int64_t peer, uint64_t address, uint64_t key, uint64_t nbytes, int access, uint32_t slot,
+                      uint64_t epoch);
+/* The owner says that a grant of its is over, by another way than this fabric: nothing more is posted under it. */
+int at_fab_revoked(at_lane *lane, int64_t peer, uint32_t slot, uint64_t epoch);
+/* Tests: the connection breaks as if an error had come. */
+int at_fab_break(at_lane *lane, int64_t peer);

@@ -1,0 +1,221 @@
+/* The fabric provider: peers by libfabric, one endpoint for each where the fabric allows it.
+ *
+ * A rail (at_fab) is one domain with one completion queue and one address vector. An end is this lane's side of the connection to one
+ * peer: an endpoint of its own, so that closing it fences that peer and nobody else. A slot is one posted work request; it is the
+ * provider's context and therefore never freed before the rail.
+ *
+ * Locks, in this order: fab->turn (whoever makes progress: reads the queue and hands out what it read), the lane's lock (everything the
+ * lane knows, and ends and slots), fab->lock (each call into libfabric). A fence is called with the lane's lock and closes an endpoint
+ * while somebody else may hold completions of it that he has read and not handed out: the slots of a closed endpoint go into limbo,
+ * and are used again only after a whole turn that began later.
+ *
+ * Granting. libfabric cannot tell whether a peer is inside a write under some key, and closing a memory region does not stop a write
+ * whose header was accepted. So memory is lent to one peer after the other on request (at_fab_lend remembers to whom), a revocation is
+ * a letter to each of them, and each answers when nothing of it is posted under that grant any more. Both are written and answered by
+ * whoever makes progress, without the event loop. What does not answer is fenced by closing its endpoint.
+ *
+ * Counting. A marked immediate names its sender. Each side numbers its work requests that carry immediates, and counts those that have
+ * arrived. When a connection breaks, both sides close their endpoints, hand out what has arrived, tell each other how many that were,
+ * and post again what was not among them: the order of one connection makes a number enough.
+ *
+ * Progress. The loop serves the queue through its descriptor. On software providers nothing moves while nobody calls into the library,
+ * so a thread stands in when the loop has not come round for a millisecond; where the queue has no descriptor, it does all the work. */
+#ifndef AT_FABRIC_H
+#define AT_FABRIC_H
+
+#include "lane/lane.h"
+
+#include <rdma/fabric.h>
+#include <rdma/fi_cm.h>
+#include <rdma/fi_domain.h>
+#include <rdma/fi_endpoint.h>
+#include <rdma/fi_eq.h>
+#include <rdma/fi_errno.h>
+#include <rdma/fi_rma.h>
+
+#define AT_FAB_WINDOW 64u                       /* work requests posted per peer */
+#define AT_FAB_MOST_BYTES ((uint64_t)32 << 20)  /* posted per peer, once something is: what a cancel has to wait for */
+#define AT_FAB_PIECE ((uint64_t)4 << 20)        /* of a larger write */
+#define AT_FAB_BLOCK 64u                        /* slots that are made at once */
+#define AT_FAB_IOV 4u
+#define AT_FAB_PAIRS 16u                        /* of grants in a letter */
+#define AT_FAB_RECEIVES 4u                      /* posted for letters, per end */
+#define AT_FAB_MOST_PEERS (1u << 20)            /* what a mark can name */
+#define AT_FAB_MOST_COUNT (1u << 12)            /* pages that one mark can count */
+
+typedef struct at_fab_end at_fab_end;
+typedef struct at_fab_slot at_fab_slot;
+
+/* One message between two ends. At most one is under way in each direction. */
+typedef struct {
+    uint32_t mark, generation;
+    uint64_t ping, pong_native, pong_loop;
+    uint32_t revoked, over; /* how many of the pairs: grants that are taken back, and then grants that are not used any more */
+    struct {
+        uint64_t epoch;
+        uint32_t slot, unused;
+    } pairs[AT_FAB_PAIRS];
+} at_fab_letter;
+
+enum at_fab_slot_state {
+    AT_SLOT_FREE,
+    AT_SLOT_POSTED,
+    AT_SLOT_UNSETTLED, /* its connection broke: did it land? */
+    AT_SLOT_AGAIN,     /* it did not: to be posted again */
+    AT_SLOT_LIMBO,     /* its endpoint is closed: a late completion may still name it */
+    AT_SLOT_ORPHAN     /* its end is gone, the shared endpoint is not: its completion will come */
+};
+enum at_fab_slot_kind { AT_SLOT_WORK, AT_SLOT_LETTER_OUT, AT_SLOT_LETTER_IN };
+
+struct at_fab_slot {
+    struct fi_context2 context; /* first: what a completion names */
+    at_fab_slot *next, *previous;
+    at_fab_end *end;
+    at_op *op;               /* while posted */
+    int64_t cookie;          /* of it: afterwards it may have ended */
+    uint64_t first, steps, bytes;
+    uint64_t serial;         /* of the work requests with immediates of this connection; 0: it has none */
+    void *desc;              /* of the memory that this slot lies in */
+    int state, kind;
+    at_fab_letter letter;
+};
+
+typedef struct {
+    at_fab_slot *head, *tail;
+} at_fab_list;
+
+enum at_fab_hold { AT_HOLD_NONE, AT_HOLD_LENT, AT_HOLD_TELL, AT_HOLD_TOLD };
+
+struct at_fab_end {
+    at_fab *fab;
+    at_peer *peer;
+    struct fid_ep *ep; /* NULL: none, or broken. The rail's own where that is shared */
+    fi_addr_t to;
+    uint32_t mark;       /* ours: the index among the rail's ends */
+    uint32_t their_mark;  /* theirs for us: what we send carries it */
+    uint32_t generation;
+    int joined;          /* the other side's offer of this generation was taken */
+    uint64_t mailbox, mailbox_key; /* theirs */
+    uint64_t posted_bytes;
+    uint64_t serial, arrived;      /* work requests with immediates: posted (less those that never arrived), counted here */
+    uint64_t arrived_before;       /* what of these the offer of this generation says */
+    at_fab_list posted, unsettled, again, letters;
+    at_control *words;   /* the epochs of its grants, as far as they are known here */
+
+    int telling;         /* a letter is under way */
+    uint64_t ping, answered_native, answered_loop; /* ours, and what came back */
+    uint64_t asked, pong_loop;                     /* theirs: the last they asked, and the last our loop has answered */
+    int news;            /* a ping or an answer is to be told */
+    uint8_t *hold;       /* by slot: what of ours it holds (AT_HOLD_*) */
+    uint32_t hold_room;
+    uint32_t to_tell;    /* how many of them are AT_HOLD_TELL */
+    struct at_fab_pair {
+        uint64_t epoch;
+        uint32_t slot;
+    } *over;             /* grants of theirs that they took back: to be confirmed when nothing is posted under them */
+    uint32_t over_count, over_room;
+};
+
+typedef struct {
+    struct fid_mr *mr;
+    uint64_t key, base;
+} at_fab_mr;
+
+struct at_fab {
+    at_rail rail; /* first */
+    pthread_mutex_t turn, lock;
+    struct fi_info *info;
+    struct fid_fabric *fabric;
+    struct fid_domain *domain;
+    struct fid_av *av;
+    struct fid_cq *cq;
+    struct fid_ep *shared; /* of all peers, where they cannot have one each */
+    int fd;                /* of the queue, or -1 */
+    at_fab_facts facts;
+    uint64_t next_key;
+    uint8_t mailbox[64];
+    at_fab_mr mailbox_mr;
+    void *mailbox_desc;
+
+    at_fab_end **ends;
+    uint32_t end_count, end_room;
+    at_fab_mr *lent; /* by grant */
+    uint32_t lent_room;
+    struct fid_mr **local; /* by region */
+    uint32_t local_room;
+    at_fab_slot **blocks;
+    struct fid_mr **block_mrs;
+    uint32_t block_count, block_room;
+    at_fab_slot *free;
+    at_fab_slot *limbo;
+    uint32_t posted; /* work requests, of the rail */
+    int saturated;   /* somebody was refused for that */
+    int eager;       /* an end has something to post or to tell although nothing has completed */
+
+    pthread_t thread;
+    int kick_fd;
+    _Atomic int started, stop;
+    _Atomic uint64_t last; /* when the loop came round last */
+};
+
+static inline int at_fab_is(const at_fab *fab, uint32_t flag) { return (fab->facts.flags & flag) != 0; }
+
+/* The library, once loaded. */
+extern struct at_fab_calls {
+    int (*getinfo)(uint32_t, const char *, const char *, uint64_t, const struct fi_info *, struct fi_info **);
+    void (*freeinfo)(struct fi_info *);
+    struct fi_info *(*dupinfo)(const struct fi_info *);
+    int (*fabric)(struct fi_fabric_attr *, struct fid_fabric **, void *);
+    uint32_t (*version)(void);
+    const char *(*strerror)(int);
+} at_fab_library;
+void at_fab_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* memory.c, with the lane's lock */
+int at_fab_register(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, at_fab_mr *out); /* AT_OK, or AT_EIO with at_lane_errno */
+void at_fab_unregister(at_fab *fab, at_fab_mr *mr);
+int at_fab_source(at_fab *fab, const at_op *op, void **desc); /* of the operation's local memory */
+void at_fab_grant_over(at_rail *rail, uint32_t slot);
+void at_fab_region_over(at_rail *rail, uint32_t region);
+void at_fab_memory_close(at_fab *fab);
+
+/* slots.c, with the lane's lock */
+at_fab_slot *at_fab_slot_take(at_fab *fab); /* NULL: no memory */
+void at_fab_slot_free(at_fab *fab, at_fab_slot *slot);
+void at_fab_slot_retire(at_fab *fab, at_fab_slot *slot); /* posted, and nobody waits for it any more */
+void at_fab_list_add(at_fab_list *list, at_fab_slot *slot);
+void at_fab_list_remove(at_fab_list *list, at_fab_slot *slot);
+void at_fab_slots_close(at_fab *fab);
+
+/* peer.c, with the lane's lock */
+void at_fab_end_break(at_fab_end *end, int error); /* close its endpoint; what was posted is unsettled, or over when it was withdrawn */
+void at_fab_end_refill(at_fab_end *end);
+at_fab_end *at_fab_end_of(at_lane *lane, int64_t peer); /* NULL: no such peer of ours */
+extern const at_port at_fab_port;
+
+/* post.c, with the lane's lock */
+void at_fab_cut(at_peer *peer, at_op *op);
+int64_t at_fab_post(at_peer *peer, at_op *op);
+void at_fab_post_again(at_fab_end *end); /* what is to be posted again, as far as the window allows */
+
+/* letters.c, with the lane's lock */
+int at_fab_receive(at_fab_end *end);             /* post one more receive: AT_OK or AT_EIO */
+void at_fab_tell(at_fab_end *end);               /* send a letter if there is something to say and none under way */
+void at_fab_read(at_fab *fab, at_fab_slot *slot); /* a letter has come */
+void at_fab_retired(at_fab_end *end);            /* something of it is no longer posted: may a grant be confirmed? */
+void at_fab_say_again(at_fab_end *end);          /* after opening again: what may have been lost */
+void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch); /* a grant of theirs is over: so are our operations under it */
+void at_fab_revoke(at_peer *peer, uint32_t slot);
+int at_fab_active(at_peer *peer, uint32_t slot);
+void at_fab_ping(at_peer *peer, uint64_t seq);
+void at_fab_pong(at_peer *peer, uint64_t *native, uint64_t *loop);
+void at_fab_answer(at_peer *peer, int from_loop);
+
+/* queue.c */
+void at_fab_progress(at_rail *rail, int from_loop);
+int at_fab_drain(at_fab *fab); /* with the turn only: hand out all that has completed; how much that was */
+void at_fab_thread_start(at_fab *fab);
+void at_fab_thread_stop(at_fab *fab);
+void at_fab_kick(at_fab *fab);
+
+#endif

@@ -1,0 +1,254 @@
+/* Letters: signs of life, revocations and their confirmations, written and answered by whoever makes progress, without the loop.
+ *
+ * One letter at a time is under way in each direction, and says whatever there is to say when it is written. What a lost one said is
+ * said again once the connection is open again: grants that are taken back stay AT_HOLD_TELL or AT_HOLD_TOLD until they are confirmed. */
+#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
+
+#include "fabric.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+int at_fab_receive(at_fab_end *end) {
+    at_fab *fab = end->fab;
+    at_fab_slot *slot = at_fab_slot_take(fab);
+    if (slot == NULL) return AT_ENOMEM;
+    slot->kind = AT_SLOT_LETTER_IN;
+    slot->state = AT_SLOT_POSTED;
+    slot->end = fab->shared != NULL ? NULL : end; /* a shared endpoint's belong to nobody */
+    (void)pthread_mutex_lock(&fab->lock);
+    ssize_t rc = fi_recv(end->ep, &slot->letter, sizeof slot->letter, slot->desc, FI_ADDR_UNSPEC, &slot->context);
+    (void)pthread_mutex_unlock(&fab->lock);
+    if (rc != 0) {
+        at_fab_slot_free(fab, slot);
+        fab->rail.lane->oserror = (int)-rc;
+        return AT_EIO;
+    }
+    if (slot->end != NULL) at_fab_list_add(&end->letters, slot);
+    return AT_OK;
+}
+
+/* Is anything of ours still posted that was allowed by this grant of theirs? */
+static int in_use(const at_fab_end *end, const struct at_fab_pair *pair) {
+    for (const at_fab_slot *slot = end->posted.head; slot != NULL; slot = slot->next)
+        if (slot->op->remote != NULL && slot->op->remote->slot == pair->slot && slot->op->remote->epoch == pair->epoch) return 1;
+    return 0;
+}
+
+static void pair_up(at_fab_letter *letter, uint32_t slot, uint64_t epoch) {
+    uint32_t i = letter->revoked + letter->over;
+    letter->pairs[i].slot = slot;
+    letter->pairs[i].epoch = epoch;
+}
+
+static void write_letter(at_fab_end *end, at_fab_letter *letter) {
+    at_lane *lane = end->peer->lane;
+    memset(letter, 0, sizeof *letter);
+    letter->mark = end->their_mark;
+    letter->generation = end->generation;
+    letter->ping = end->ping;
+    letter->pong_native = end->asked;
+    letter->pong_loop = end->pong_loop;
+    for (uint32_t i = 0; i < end->hold_room && letter->revoked < end->to_tell && letter->revoked < AT_FAB_PAIRS; i++) {
+        if (end->hold[i] != AT_HOLD_TELL) continue;
+        pair_up(letter, i, atomic_load(&lane->control->epoch[i]) - 1);
+        letter->revoked++;
+    }
+    for (uint32_t i = 0; i < end->over_count && letter->revoked + letter->over < AT_FAB_PAIRS; i++) {
+        if (in_use(end, &end->over[i])) continue;
+        pair_up(letter, end->over[i].slot, end->over[i].epoch);
+        letter->over++;
+    }
+}
+
+/* It is under way: what it says need not be said again, unless the connection breaks. */
+static void letter_sent(at_fab_end *end, const at_fab_letter *letter) {
+    end->telling = 1;
+    end->news = 0;
+    for (uint32_t i = 0; i < letter->revoked; i++) end->hold[letter->pairs[i].slot] = AT_HOLD_TOLD;
+    end->to_tell -= letter->revoked;
+    for (uint32_t i = 0; i < letter->over; i++) {
+        for (uint32_t k = 0; k < end->over_count; k++) {
+            if (end->over[k].slot != letter->pairs[letter->revoked + i].slot || end->over[k].epoch != letter->pairs[letter->revoked + i].epoch) continue;
+            end->over[k] = end->over[--end->over_count];
+            break;
+        }
+    }
+}
+
+void at_fab_tell(at_fab_end *end) {
+    at_fab *fab = end->fab;
+    if (end->telling || end->ep == NULL || !end->joined || (!end->news && end->to_tell == 0 && end->over_count == 0)) return;
+    at_fab_slot *slot = at_fab_slot_take(fab);
+    if (slot == NULL) return;
+    write_letter(end, &slot->letter);
+    if (!end->news && slot->letter.revoked + slot->letter.over == 0) { /* only confirmations that have to wait */
+        at_fab_slot_free(fab, slot);
+        return;
+    }
+    struct iovec piece = {&slot->letter, sizeof slot->letter};
+    struct fi_msg message = {.msg_iov = &piece, .desc = &slot->desc, .iov_count = 1, .addr = end->to, .context = &slot->context};
+    uint64_t flags = FI_COMPLETION | (at_fab_is(fab, AT_FAB_DELIVERY) ? FI_DELIVERY_COMPLETE : 0);
+    (void)pthread_mutex_lock(&fab->lock);
+    ssize_t rc = fi_sendmsg(end->ep, &message, flags);
+    (void)pthread_mutex_unlock(&fab->lock);
+    if (rc == 0) {
+        slot->kind = AT_SLOT_LETTER_OUT;
+        slot->state = AT_SLOT_POSTED;
+        slot->end = end;
+        at_fab_list_add(&end->letters, slot);
+        letter_sent(end, &slot->letter);
+        return;
+    }
+    at_fab_slot_free(fab, slot);
+    if (rc == -FI_EAGAIN) {
+        fab->eager = 1;
+        at_stall(end->peer, 1);
+    } else {
+        at_fab_end_break(end, (int)-rc);
+    }
+}
+
+/* ---- what the other side says ---- */
+
+static int under(const at_op *op, uint32_t slot, uint64_t epoch) {
+    return op->remote != NULL && op->remote->slot == slot && op->remote->epoch == epoch && !op->over && !atomic_load(&op->withdrawn);
+}
+
+static void stop_noted(at_fab_end *end, const at_fab_list *list, uint32_t slot, uint64_t epoch) {
+    for (const at_fab_slot *note = list->head; note != NULL; note = note->next) {
+        at_op *op = at_op_find(end->peer->lane, note->cookie);
+        if (op != NULL && under(op, slot, epoch)) at_op_stop(op, AT_ESTALE);
+    }
+}
+
+void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch) {
+    if (slot >= AT_GRANTS || (epoch & 1u) == 0) return;
+    _Atomic uint64_t *word = &end->words->epoch[slot];
+    if (atomic_load(word) <= epoch) atomic_store(word, epoch + 1);
+    at_peer *peer = end->peer;
+    for (at_op *op = peer->head; op != NULL;) { /* the queue changes with each that is stopped */
+        int stop = under(op, slot, epoch);
+        if (stop) at_op_stop(op, AT_ESTALE);
+        op = stop ? peer->head : op->next;
+    }
+    for (at_fab_slot *posted = end->posted.head; posted != NULL; posted = posted->next)
+        if (under(posted->op, slot, epoch)) at_op_stop(posted->op, AT_ESTALE); /* ends when its last work request retires */
+    stop_noted(end, &end->unsettled, slot, epoch);
+    stop_noted(end, &end->again, slot, epoch);
+}
+
+/* To be confirmed once nothing of it is posted. The bound is that of all grants there are: a peer cannot make us hold more. */
+static void owe(at_fab_end *end, uint32_t slot, uint64_t epoch) {
+    for (uint32_t i = 0; i < end->over_count; i++) {
+        if (end->over[i].slot != slot) continue;
+        end->over[i].epoch = epoch;
+        return;
+    }
+    if (end->over_count == end->over_room) {
+        uint32_t room = end->over_room ? end->over_room * 2 : 16;
+        struct at_fab_pair *more = realloc(end->over, room * sizeof *more);
+        if (more == NULL) return; /* never confirmed: the owner will fence us */
+        end->over = more;
+        end->over_room = room;
+    }
+    end->over[end->over_count++] = (struct at_fab_pair){.slot = slot, .epoch = epoch};
+}
+
+static void confirmed(at_fab_end *end, uint32_t slot, uint64_t epoch) {
+    at_lane *lane = end->peer->lane;
+    if (slot >= end->hold_room || end->hold[slot] < AT_HOLD_TELL || atomic_load(&lane->control->epoch[slot]) != epoch + 1) return;
+    if (end->hold[slot] == AT_HOLD_TELL) end->to_tell--;
+    end->hold[slot] = AT_HOLD_NONE;
+    at_event_push(lane, AT_EV_GRANT, slot, AT_OK, 0);
+}
+
+void at_fab_read(at_fab *fab, at_fab_slot *slot) {
+    at_lane *lane = fab->rail.lane;
+    const at_fab_letter letter = slot->letter;
+    at_fab_end *end = slot->end;
+    if (end == NULL) end = letter.mark < fab->end_count ? fab->ends[letter.mark] : NULL;
+    if (end == NULL || letter.mark != end->mark || letter.generation != end->generation || letter.revoked > AT_FAB_PAIRS ||
+        letter.over > AT_FAB_PAIRS - letter.revoked) {
+        lane->stats.unknown_completions++;
+        return;
+    }
+    if (letter.ping > end->asked) {
+        end->asked = letter.ping;
+        end->news = 1;
+        lane->stats.pulses_answered++;
+        lane->pulse_heard = 1;
+        at_event_signal(lane);
+    }
+    if (letter.pong_native > end->answered_native) end->answered_native = letter.pong_native;
+    if (letter.pong_loop > end->answered_loop) end->answered_loop = letter.pong_loop;
+    for (uint32_t i = 0; i < letter.revoked; i++) {
+        if (letter.pairs[i].slot >= AT_GRANTS || (letter.pairs[i].epoch & 1u) == 0) continue;
+        at_fab_taken_back(end, letter.pairs[i].slot, letter.pairs[i].epoch);
+        owe(end, letter.pairs[i].slot, letter.pairs[i].epoch);
+    }
+    for (uint32_t i = letter.revoked; i < letter.revoked + letter.over; i++) confirmed(end, letter.pairs[i].slot, letter.pairs[i].epoch);
+    at_fab_tell(end);
+}
+
+void at_fab_retired(at_fab_end *end) {
+    if (end->over_count != 0) at_fab_tell(end);
+}
+
+void at_fab_say_again(at_fab_end *end) {
+    end->news = 1;
+    for (uint32_t i = 0; i < end->hold_room; i++) {
+        if (end->hold[i] != AT_HOLD_TOLD) continue;
+        end->hold[i] = AT_HOLD_TELL;
+        end->to_tell++;
+    }
+}
+
+int at_fab_revoked(at_lane *lane, int64_t peer, uint32_t slot, uint64_t epoch) {
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, peer);
+    if (end != NULL) {
+        at_fab_taken_back(end, slot, epoch);
+        at_fab_tell(end);
+    }
+    at_unlock(lane);
+    return end != NULL ? AT_OK : AT_EUNKNOWN;
+}
+
+/* ---- the port ---- */
+
+void at_fab_revoke(at_peer *peer, uint32_t slot) {
+    at_fab_end *end = peer->impl;
+    if (slot >= end->hold_room || end->hold[slot] != AT_HOLD_LENT) return;
+    end->hold[slot] = AT_HOLD_TELL;
+    end->to_tell++;
+    at_fab_tell(end);
+}
+
+int at_fab_active(at_peer *peer, uint32_t slot) {
+    const at_fab_end *end = peer->impl;
+    return end->ep != NULL && slot < end->hold_room && end->hold[slot] != AT_HOLD_NONE;
+}
+
+void at_fab_ping(at_peer *peer, uint64_t seq) {
+    at_fab_end *end = peer->impl;
+    end->ping = seq;
+    end->news = 1;
+    at_fab_tell(end);
+}
+
+void at_fab_pong(at_peer *peer, uint64_t *native, uint64_t *loop) {
+    const at_fab_end *end = peer->impl;
+    *native = end->answered_native;
+    *loop = end->answered_loop;
+}
+
+void at_fab_answer(at_peer *peer, int from_loop) {
+    at_fab_end *end = peer->impl;
+    if (!from_loop || end->pong_loop == end->asked) return;
+    end->pong_loop = end->asked;
+    end->news = 1;
+    at_fab_tell(end);
+}
+
+#endif

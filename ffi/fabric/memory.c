@@ -1,0 +1,159 @@
+/* Memory regions of libfabric: of what is lent to peers, by grant, and of local memory, where that is asked for, by region.
+ *
+ * A grant's region ends only when the grant has been proved to be over: a write that the other side had posted under a key that is gone
+ * would tear the connection down, and others' writes with it. */
+#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
+
+#include "fabric.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Larger than any libfabric's of today: newer ones look at fields that old headers do not have. */
+typedef union {
+    struct fi_mr_attr attr;
+    uint8_t room[sizeof(struct fi_mr_attr) + 128];
+} mr_attr;
+
+int at_fab_register(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, at_fab_mr *out) {
+    struct iovec piece = {base, (size_t)nbytes};
+    if (nbytes == 0) piece = (struct iovec){fab->mailbox, 1}; /* there is no memory to name, and none will be written */
+    mr_attr room;
+    memset(&room, 0, sizeof room);
+    room.attr.mr_iov = &piece;
+    room.attr.iov_count = 1;
+    room.attr.access = access;
+    room.attr.requested_key = at_fab_is(fab, AT_FAB_KEYS) ? 0 : ++fab->next_key;
+    (void)pthread_mutex_lock(&fab->lock);
+    int rc = fi_mr_regattr(fab->domain, &room.attr, 0, &out->mr);
+    (void)pthread_mutex_unlock(&fab->lock);
+    if (rc != 0) {
+        fab->rail.lane->oserror = -rc;
+        out->mr = NULL;
+        return AT_EIO;
+    }
+    out->key = fi_mr_key(out->mr);
+    out->base = at_fab_is(fab, AT_FAB_VIRTUAL) ? (uint64_t)(uintptr_t)piece.iov_base : 0;
+    return AT_OK;
+}
+
+void at_fab_unregister(at_fab *fab, at_fab_mr *mr) {
+    if (mr->mr == NULL) return;
+    (void)pthread_mutex_lock(&fab->lock);
+    (void)fi_close(&mr->mr->fid);
+    (void)pthread_mutex_unlock(&fab->lock);
+    mr->mr = NULL;
+}
+
+static void *grown(void *items, uint32_t *room, uint32_t index, size_t each) {
+    uint32_t next = *room ? *room : 64;
+    while (next <= index) next *= 2;
+    uint8_t *more = realloc(items, next * each);
+    if (more == NULL) return NULL;
+    memset(more + *room * each, 0, (next - *room) * each);
+    *room = next;
+    return more;
+}
+
+int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, void *base, uint64_t nbytes, int access, uint64_t *address,
+                uint64_t *key) {
+    int rc = AT_EPEER;
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, peer);
+    if (end == NULL || end->peer->status != AT_OK) goto out;
+    rc = AT_ESTALE;
+    if (!at_grant_valid(lane, slot, epoch)) goto out;
+    at_fab *fab = end->fab;
+    uint32_t index = (uint32_t)slot;
+    rc = AT_ENOMEM;
+    if (index >= fab->lent_room) {
+        void *more = grown(fab->lent, &fab->lent_room, index, sizeof *fab->lent);
+        if (more == NULL) goto out;
+        fab->lent = more;
+    }
+    if (index >= end->hold_room) {
+        void *more = grown(end->hold, &end->hold_room, index, 1);
+        if (more == NULL) goto out;
+        end->hold = more;
+    }
+    at_fab_mr *mr = &fab->lent[index];
+    uint64_t rights = (access & AT_ACCESS_WRITE ? FI_REMOTE_WRITE : 0) | (access & AT_ACCESS_READ ? FI_REMOTE_READ : 0);
+    rc = mr->mr != NULL ? AT_OK : at_fab_register(fab, base, nbytes, rights, mr);
+    if (rc != AT_OK) goto out;
+    end->hold[index] = AT_HOLD_LENT;
+    *address = mr->base;
+    *key = mr->key;
+out:
+    at_unlock(lane);
+    return rc;
+}
+
+void at_fab_grant_over(at_rail *rail, uint32_t slot) {
+    at_fab *fab = (at_fab *)rail;
+    if (slot < fab->lent_room) at_fab_unregister(fab, &fab->lent[slot]);
+    for (uint32_t i = 0; i < fab->end_count; i++)
+        if (fab->ends[i] != NULL && slot < fab->ends[i]->hold_room) fab->ends[i]->hold[slot] = AT_HOLD_NONE;
+}
+
+int64_t at_fab_borrow(at_lane *lane, int64_t peer, uint64_t address, uint64_t key, uint64_t nbytes, int access, uint32_t slot,
+                      uint64_t epoch) {
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, peer);
+    int rc = end == NULL || end->peer->status != AT_OK ? AT_EPEER : slot >= AT_GRANTS || (epoch & 1u) == 0 ? AT_EPROTO : AT_OK;
+    if (rc == AT_OK) {
+        _Atomic uint64_t *word = &end->words->epoch[slot]; /* epochs of a slot only rise: a letter may have come before this */
+        uint64_t known = atomic_load(word);
+        if (known < epoch) atomic_store(word, epoch);
+        else if (known > epoch) rc = AT_ESTALE;
+    }
+    at_unlock(lane);
+    if (rc != AT_OK) return rc;
+    int64_t remote = at_remote_add(lane, peer, NULL, address, nbytes, access, slot, epoch);
+    if (remote < 0) return remote;
+    at_lock(lane);
+    at_remote *known = at_remote_use(lane, remote);
+    if (known != NULL) known->key = key;
+    at_unlock(lane);
+    return remote;
+}
+
+/* ---- local memory ---- */
+
+int at_fab_source(at_fab *fab, const at_op *op, void **desc) {
+    *desc = NULL;
+    if (!at_fab_is(fab, AT_FAB_LOCAL_MR) || op->region == NULL || op->region->nbytes == 0) return AT_OK;
+    uint32_t index = op->region_index;
+    if (index >= fab->local_room) {
+        void *more = grown(fab->local, &fab->local_room, index, sizeof *fab->local);
+        if (more == NULL) return AT_EAGAIN;
+        fab->local = more;
+    }
+    if (fab->local[index] == NULL) {
+        at_fab_mr fresh;
+        int rc = at_fab_register(fab, op->region->base, op->region->nbytes, FI_READ | FI_WRITE, &fresh);
+        if (rc != AT_OK) return rc;
+        fab->local[index] = fresh.mr;
+    }
+    *desc = fi_mr_desc(fab->local[index]);
+    return AT_OK;
+}
+
+void at_fab_region_over(at_rail *rail, uint32_t region) {
+    at_fab *fab = (at_fab *)rail;
+    if (region >= fab->local_room) return;
+    at_fab_mr mr = {.mr = fab->local[region]};
+    at_fab_unregister(fab, &mr);
+    fab->local[region] = NULL;
+}
+
+void at_fab_memory_close(at_fab *fab) {
+    at_fab_unregister(fab, &fab->mailbox_mr);
+    for (uint32_t i = 0; i < fab->lent_room; i++) at_fab_unregister(fab, &fab->lent[i]);
+    for (uint32_t i = 0; i < fab->local_room; i++)
+        if (fab->local[i] != NULL) (void)fi_close(&fab->local[i]->fid);
+    free(fab->lent);
+    free(fab->local);
+}
+
+#endif

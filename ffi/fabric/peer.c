@@ -1,0 +1,360 @@
+/* The ends of connections: made, opened, broken, opened again, destroyed. */
+#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
+
+#include "fabric.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+at_fab_end *at_fab_end_of(at_lane *lane, int64_t id) {
+    at_peer *peer = at_peer_find(lane, id);
+    return peer != NULL && peer->port == &at_fab_port ? peer->impl : NULL;
+}
+
+static int place(at_fab *fab, at_fab_end *end) {
+    uint32_t i = 0;
+    while (i < fab->end_count && fab->ends[i] != NULL) i++;
+    if (i == AT_FAB_MOST_PEERS) return AT_EBUSY;
+    if (at_grow((void ***)&fab->ends, &fab->end_room, i) != 0) return AT_ENOMEM;
+    fab->ends[i] = end;
+    end->mark = i;
+    if (i == fab->end_count) fab->end_count++;
+    return AT_OK;
+}
+
+int64_t at_fab_peer(at_lane *lane, at_fab *fab) {
+    at_fab_end *end = calloc(1, sizeof *end);
+    at_control *words = calloc(1, sizeof *words); /* as large as all grants; pages of it come into being where grants are used */
+    int64_t result = end != NULL && words != NULL ? AT_OK : AT_ENOMEM;
+    at_lock(lane);
+    if (result == AT_OK && lane->shut) result = AT_ESHUT;
+    if (result == AT_OK) {
+        end->fab = fab;
+        end->words = words;
+        end->to = FI_ADDR_UNSPEC;
+        result = place(fab, end);
+    }
+    if (result == AT_OK) {
+        end->peer = at_peer_add(lane, &at_fab_port, end, words);
+        if (end->peer == NULL) {
+            fab->ends[end->mark] = NULL;
+            result = AT_ENOMEM;
+        } else {
+            end->peer->paused = 1;
+            result = end->peer->id;
+        }
+    }
+    at_unlock(lane);
+    if (result < 0) {
+        free(end);
+        free(words);
+    }
+    return result;
+}
+
+/* ---- breaking ---- */
+
+/* What was posted on an endpoint that is closed now: nobody reads its memory any more. */
+static void unsettle(at_fab_end *end, at_fab_slot *slot) {
+    at_fab *fab = end->fab;
+    at_op *op = slot->op;
+    at_fab_list_remove(&end->posted, slot);
+    end->posted_bytes -= slot->bytes;
+    fab->posted--;
+    slot->op = NULL;
+    at_fab_slot *note = at_fab_slot_take(fab); /* remembers what is to be found out; the slot itself stays the provider's for a while */
+    at_fab_slot_retire(fab, slot);
+    int ends = atomic_load(&op->withdrawn) || end->peer->status != AT_OK || note == NULL;
+    if (ends) {
+        if (note != NULL) at_fab_slot_free(fab, note);
+        at_op_complete(op, 0, 0, op->status != AT_OK ? op->status : end->peer->status != AT_OK ? end->peer->status : AT_ERAIL);
+        return;
+    }
+    *note = (at_fab_slot){.end = end, .cookie = slot->cookie, .first = slot->first, .steps = slot->steps, .bytes = slot->bytes,
+                          .serial = slot->serial, .desc = note->desc, .state = AT_SLOT_UNSETTLED};
+    at_fab_list_add(&end->unsettled, note);
+    at_op_unpost(op);
+}
+
+static void drop_letters(at_fab_end *end) {
+    for (at_fab_slot *slot; (slot = end->letters.head) != NULL;) {
+        at_fab_list_remove(&end->letters, slot);
+        at_fab_slot_retire(end->fab, slot);
+    }
+    end->telling = 0;
+}
+
+static void close_endpoint(at_fab_end *end) {
+    at_fab *fab = end->fab;
+    if (end->ep == NULL) return;
+    (void)pthread_mutex_lock(&fab->lock);
+    if (end->ep != fab->shared) (void)fi_close(&end->ep->fid);
+    if (end->to != FI_ADDR_UNSPEC) (void)fi_av_remove(fab->av, &end->to, 1, 0);
+    (void)pthread_mutex_unlock(&fab->lock);
+    end->ep = NULL;
+    end->to = FI_ADDR_UNSPEC;
+}
+
+void at_fab_end_break(at_fab_end *end, int error) {
+    at_peer *peer = end->peer;
+    if (end->ep == NULL) return;
+    peer->users++;
+    close_endpoint(end);
+    drop_letters(end);
+    peer->paused = 1;
+    at_stall(peer, 0);
+    for (at_fab_slot *slot; (slot = end->again.head) != NULL;) { /* posted again and broken again: still to be found out */
+        at_fab_list_remove(&end->again, slot);
+        slot->state = AT_SLOT_UNSETTLED;
+        slot->serial = 0; /* it was not posted since that was settled last */
+        at_fab_list_add(&end->unsettled, slot);
+    }
+    while (end->posted.head != NULL) unsettle(end, end->posted.head);
+    at_fab_retired(end);
+    if (peer->status == AT_OK && error != 0) at_event_push(peer->lane, AT_EV_RAIL, (uint64_t)peer->id, AT_ERAIL, (uint64_t)error);
+    at_peer_release(peer);
+}
+
+int at_fab_break(at_lane *lane, int64_t peer) {
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, peer);
+    if (end != NULL) at_fab_end_break(end, ECONNRESET);
+    at_unlock(lane);
+    return end != NULL ? AT_OK : AT_EUNKNOWN;
+}
+
+/* Withdrawn operations that only wait to be found out are over: their memory is not read any more. Of a peer that has ended, all are. */
+static void end_unsettled(at_fab_end *end) {
+    at_peer *peer = end->peer;
+    at_fab_list *lists[] = {&end->unsettled, &end->again};
+    for (int i = 0; i < 2; i++) {
+        for (at_fab_slot *slot = lists[i]->head, *next; slot != NULL; slot = next) {
+            next = slot->next;
+            at_op *op = at_op_find(peer->lane, slot->cookie);
+            int over = op == NULL || op->over;
+            if (!over && peer->status == AT_OK) continue;
+            at_fab_list_remove(lists[i], slot);
+            at_fab_slot_free(end->fab, slot);
+            if (!over) at_op_stop(op, peer->status);
+        }
+    }
+}
+
+/* The port's fence: of a peer that has ended, or one whose operation was withdrawn and does not drain. */
+static void fab_fence(at_peer *peer) {
+    at_fab_end *end = peer->impl;
+    if (at_fab_is(end->fab, AT_FAB_PRIVATE)) at_fab_end_break(end, ECANCELED);
+    end_unsettled(end);
+}
+
+static void fab_expel(at_peer *peer) {
+    at_fab_end *end = peer->impl;
+    if (at_fab_is(end->fab, AT_FAB_PRIVATE)) at_fab_end_break(end, ETIMEDOUT);
+}
+
+/* ---- opening ---- */
+
+static int open_endpoint(at_fab_end *end) {
+    at_fab *fab = end->fab;
+    if (fab->shared != NULL) {
+        end->ep = fab->shared;
+        return AT_OK;
+    }
+    struct fid_ep *ep = NULL;
+    (void)pthread_mutex_lock(&fab->lock);
+    int rc = fi_endpoint(fab->domain, fab->info, &ep, NULL);
+    if (rc == 0) rc = fi_ep_bind(ep, &fab->av->fid, 0);
+    if (rc == 0) rc = fi_ep_bind(ep, &fab->cq->fid, FI_TRANSMIT | FI_RECV);
+    if (rc == 0) rc = fi_enable(ep);
+    if (rc != 0 && ep != NULL) (void)fi_close(&ep->fid);
+    (void)pthread_mutex_unlock(&fab->lock);
+    if (rc != 0) {
+        fab->rail.lane->oserror = -rc;
+        return AT_EIO;
+    }
+    end->ep = ep;
+    return AT_OK;
+}
+
+static int describe(at_fab_end *end, at_fab_offer *out) {
+    at_fab *fab = end->fab;
+    memset(out, 0, sizeof *out);
+    size_t n = sizeof out->address;
+    (void)pthread_mutex_lock(&fab->lock);
+    int rc = fi_getname(&end->ep->fid, out->address, &n);
+    (void)pthread_mutex_unlock(&fab->lock);
+    if (rc != 0) {
+        fab->rail.lane->oserror = -rc;
+        return AT_EIO;
+    }
+    out->address_bytes = (uint32_t)n;
+    out->mark = end->mark;
+    out->mailbox = fab->mailbox_mr.base;
+    out->mailbox_key = fab->mailbox_mr.key;
+    out->arrived = end->arrived_before;
+    out->generation = end->generation;
+    return AT_OK;
+}
+
+/* With the turn and the lock: the endpoint of this generation. */
+static int make(at_fab_end *end, uint32_t generation, at_fab_offer *out) {
+    if (generation > end->generation) {
+        end->generation = generation;
+        end->joined = 0;
+        end->arrived_before = end->arrived;
+    } else if (end->ep != NULL) {
+        return describe(end, out); /* asked again, or both sides have asked */
+    }
+    int rc = open_endpoint(end);
+    for (uint32_t i = 0; rc == AT_OK && i < AT_FAB_RECEIVES; i++) rc = at_fab_receive(end);
+    if (rc == AT_OK) rc = describe(end, out);
+    if (rc != AT_OK) {
+        close_endpoint(end);
+        drop_letters(end);
+    }
+    return rc;
+}
+
+int at_fab_offer_make(at_lane *lane, int64_t id, uint32_t generation, at_fab_offer *out) {
+    int rc = at_check_process(lane);
+    if (rc != AT_OK) return rc;
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, id);
+    at_fab *fab = end != NULL ? end->fab : NULL;
+    at_unlock(lane);
+    if (fab == NULL) return AT_EUNKNOWN;
+    (void)pthread_mutex_lock(&fab->turn);
+    (void)at_fab_drain(fab); /* what has arrived is counted before the endpoint goes, and what that brings out afterwards */
+    at_lock(lane);
+    end = at_fab_end_of(lane, id);
+    if (end != NULL && generation > end->generation) at_fab_end_break(end, 0);
+    at_unlock(lane);
+    (void)at_fab_drain(fab);
+    at_lock(lane);
+    end = at_fab_end_of(lane, id);
+    rc = end == NULL || end->peer->status != AT_OK ? AT_EPEER : make(end, generation, out);
+    at_unlock(lane);
+    (void)pthread_mutex_unlock(&fab->turn);
+    if (rc == AT_OK) at_fab_thread_start(fab);
+    return rc;
+}
+
+/* The other side says how many of our work requests with immediates it has ever counted: by their order it is known which. Those
+ * that it has not counted will be posted with the numbers that follow. */
+static void settle(at_fab_end *end, uint64_t arrived) {
+    at_peer *peer = end->peer;
+    end->serial = arrived;
+    for (at_fab_slot *slot; (slot = end->unsettled.head) != NULL;) {
+        at_fab_list_remove(&end->unsettled, slot);
+        at_op *op = at_op_find(peer->lane, slot->cookie);
+        if (op == NULL || op->over) {
+            at_fab_slot_free(end->fab, slot);
+        } else if (slot->serial != 0 && slot->serial <= arrived) {
+            op->posted++; /* at_op_complete takes it off again */
+            peer->posted++;
+            uint64_t steps = slot->steps, bytes = slot->bytes;
+            at_fab_slot_free(end->fab, slot);
+            at_op_complete(op, steps, bytes, AT_OK);
+        } else {
+            slot->state = AT_SLOT_AGAIN;
+            at_fab_list_add(&end->again, slot);
+        }
+    }
+}
+
+int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs) {
+    int rc = at_check_process(lane);
+    if (rc != AT_OK) return rc;
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, id);
+    rc = end == NULL || end->peer->status != AT_OK ? AT_EPEER : AT_OK;
+    if (rc == AT_OK && (theirs->mark >= AT_FAB_MOST_PEERS || theirs->address_bytes > sizeof theirs->address)) rc = AT_EPROTO;
+    if (rc == AT_OK && (theirs->generation != end->generation || end->ep == NULL)) rc = AT_EAGAIN; /* of a connection that is over */
+    if (rc == AT_OK && !end->joined) {
+        at_fab *fab = end->fab;
+        (void)pthread_mutex_lock(&fab->lock);
+        int n = fi_av_insert(fab->av, theirs->address, 1, &end->to, 0, NULL);
+        (void)pthread_mutex_unlock(&fab->lock);
+        if (n != 1) {
+            end->to = FI_ADDR_UNSPEC;
+            lane->oserror = n < 0 ? -n : EINVAL;
+            rc = AT_EIO;
+        } else {
+            at_peer *peer = end->peer;
+            end->their_mark = theirs->mark;
+            end->mailbox = theirs->mailbox;
+            end->mailbox_key = theirs->mailbox_key;
+            end->joined = 1;
+            peer->users++;
+            peer->paused = 0;
+            settle(end, theirs->arrived);
+            at_fab_say_again(end);
+            at_fab_end_refill(end);
+            at_peer_release(peer);
+        }
+    }
+    at_unlock(lane);
+    return rc;
+}
+
+uint32_t at_fab_generation(at_lane *lane, int64_t id, int *joined) {
+    at_lock(lane);
+    const at_fab_end *end = at_fab_end_of(lane, id);
+    uint32_t generation = end != NULL ? end->generation : 0;
+    *joined = end != NULL && end->ep != NULL && end->joined;
+    at_unlock(lane);
+    return generation;
+}
+
+void at_fab_end_refill(at_fab_end *end) {
+    at_peer *peer = end->peer;
+    peer->users++;
+    if (peer->stalled) at_stall(peer, 0);
+    at_fab_post_again(end);
+    at_refill(peer);
+    at_fab_tell(end);
+    at_peer_release(peer);
+}
+
+/* ---- the end ---- */
+
+static void fab_drain(at_peer *peer) { (void)peer; } /* arrivals are handed over as they are read */
+
+static void fab_destroy(at_peer *peer) {
+    at_fab_end *end = peer->impl;
+    at_fab *fab = end->fab;
+    close_endpoint(end);
+    drop_letters(end);
+    while (end->posted.head != NULL) { /* of a lane that is being freed, on a shared endpoint */
+        at_fab_slot *slot = end->posted.head;
+        at_fab_list_remove(&end->posted, slot);
+        at_fab_slot_retire(fab, slot);
+        fab->posted--;
+    }
+    for (at_fab_slot *slot; (slot = end->unsettled.head) != NULL;) at_fab_list_remove(&end->unsettled, slot), at_fab_slot_free(fab, slot);
+    for (at_fab_slot *slot; (slot = end->again.head) != NULL;) at_fab_list_remove(&end->again, slot), at_fab_slot_free(fab, slot);
+    fab->ends[end->mark] = NULL;
+    free(end->hold);
+    free(end->over);
+    free(end->words);
+    free(end);
+}
+
+const at_port at_fab_port = {
+    .name = "fabric",
+    .window = AT_FAB_WINDOW,
+    .cut = at_fab_cut,
+    .post = at_fab_post,
+    .drain = fab_drain,
+    .active = at_fab_active,
+    .revoke = at_fab_revoke,
+    .expel = fab_expel,
+    .fence = fab_fence,
+    .ping = at_fab_ping,
+    .pong = at_fab_pong,
+    .answer = at_fab_answer,
+    .destroy = fab_destroy,
+};
+
+#endif

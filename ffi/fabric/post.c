@@ -1,0 +1,186 @@
+/* Posting: from steps of an operation to work requests.
+ *
+ * A large write is cut into pieces, so that withdrawing it does not have to wait for all of it. Its immediate goes with the last piece
+ * where writes land in order; elsewhere it follows as a write of no bytes once every piece has been confirmed (the operation's tail).
+ * Several pages go as one work request: neighbours as one piece of memory, others as pieces of a vector, where the immediate carries
+ * how many they are or there is none. */
+#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
+
+#include "fabric.h"
+
+#define MERGED ((uint64_t)1 << 20) /* bytes of pages in one work request: more gains nothing, and holds the window up */
+
+static uint64_t piece_bytes(const at_fab *fab) { return fab->facts.most_bytes < AT_FAB_PIECE ? fab->facts.most_bytes : AT_FAB_PIECE; }
+
+/* How many pieces one unit of the operation (a write, a page) is cut into. */
+static uint64_t pieces_of(const at_fab *fab, const at_op *op) {
+    uint64_t piece = op->kind == AT_OP_PAGES ? fab->facts.most_bytes : piece_bytes(fab);
+    return op->nbytes == 0 ? 1 : (op->nbytes - 1) / piece + 1;
+}
+
+void at_fab_cut(at_peer *peer, at_op *op) {
+    const at_fab_end *end = peer->impl;
+    uint64_t pieces = pieces_of(end->fab, op);
+    op->extent = pieces * op->units;
+    int last_may_count = op->kind != AT_OP_PAGES && at_fab_is(end->fab, AT_FAB_ORDERED);
+    if (pieces > 1 && op->imm >= 0 && !last_may_count) { /* one write of no bytes for each unit */
+        op->tail = op->units;
+        op->extent += op->units;
+    }
+}
+
+typedef struct {
+    struct iovec here[AT_FAB_IOV];
+    struct fi_rma_iov there[AT_FAB_IOV];
+    void *desc[AT_FAB_IOV];
+    size_t count;
+    uint64_t bytes;
+} vector;
+
+static void add(vector *v, uint8_t *here, uint64_t there, uint64_t n, uint64_t key, void *desc) {
+    v->here[v->count] = (struct iovec){here, (size_t)n};
+    v->there[v->count] = (struct fi_rma_iov){.addr = there, .len = (size_t)n, .key = key};
+    v->desc[v->count++] = desc;
+    v->bytes += n;
+}
+
+/* The pages from `first` on that one work request covers, at most `most`: how many. */
+static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t first, uint64_t most, vector *v, void *desc) {
+    uint64_t base = op->remote->va + op->remote_offset, n = op->nbytes, taken = 0;
+    uint64_t room = MERGED < fab->facts.most_bytes ? MERGED : fab->facts.most_bytes;
+    for (; taken < most && (taken == 0 || v->bytes + n <= room); taken++) {
+        uint8_t *here = op->local + (uint64_t)op->local_pages[first + taken] * op->local_stride;
+        uint64_t there = base + (uint64_t)op->remote_pages[first + taken] * op->remote_stride;
+        if (v->count != 0) {
+            struct iovec *h = &v->here[v->count - 1];
+            struct fi_rma_iov *t = &v->there[v->count - 1];
+            if ((uint8_t *)h->iov_base + h->iov_len == here && t->addr + t->len == there) { /* neighbours on both sides */
+                h->iov_len += (size_t)n;
+                t->len += (size_t)n;
+                v->bytes += n;
+                continue;
+            }
+            if (v->count == fab->facts.iov) break;
+        }
+        add(v, here, there, n, op->remote->key, desc);
+    }
+    return taken;
+}
+
+/* What the work request from step `first` on looks like: how many steps it covers (at most `most`), and whether it counts. */
+static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, uint64_t most, vector *v, void *desc, int *counts) {
+    const at_fab *fab = end->fab;
+    uint64_t pieces = pieces_of(fab, op), body = pieces * op->units;
+    *counts = op->imm >= 0;
+    if (op->remote == NULL || first >= body) { /* a signal, or a tail */
+        add(v, (uint8_t *)(uintptr_t)fab->mailbox, end->mailbox, 0, end->mailbox_key, fab->mailbox_desc);
+        return 1;
+    }
+    if (op->kind == AT_OP_PAGES && pieces == 1) {
+        uint64_t several = op->imm < 0 || at_fab_is(fab, AT_FAB_MARKS) ? AT_FAB_MOST_COUNT : 1;
+        return gather_pages(fab, op, first, most < several ? most : several, v, desc);
+    }
+    uint64_t unit = first / pieces, k = first % pieces, from = 0, to = op->remote->va + op->remote_offset;
+    uint64_t piece = op->kind == AT_OP_PAGES ? fab->facts.most_bytes : piece_bytes(fab);
+    if (op->kind == AT_OP_PAGES) {
+        from = (uint64_t)op->local_pages[unit] * op->local_stride;
+        to += (uint64_t)op->remote_pages[unit] * op->remote_stride;
+    }
+    uint64_t at = k * piece, n = op->nbytes - at < piece ? op->nbytes - at : piece;
+    add(v, op->local + from + at, to + at, n, op->remote->key, desc);
+    if (body != op->extent || k != pieces - 1) *counts = 0; /* counted by its tail, or by its last piece */
+    return 1;
+}
+
+/* Post it in `slot`. AT_OK, AT_EAGAIN, or AT_ERAIL: the connection is broken now. */
+static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t first, uint64_t most) {
+    at_fab *fab = end->fab;
+    void *desc;
+    int rc = at_fab_source(fab, op, &desc), counts;
+    if (rc != AT_OK) return rc;
+    vector v = {.count = 0};
+    uint64_t steps = gather(end, op, first, most, &v, desc, &counts), data = 0;
+    uint64_t flags = FI_COMPLETION | (at_fab_is(fab, AT_FAB_DELIVERY) && op->kind != AT_OP_READ ? FI_DELIVERY_COMPLETE : 0);
+    if (counts) {
+        data = (uint64_t)op->imm;
+        if (at_fab_is(fab, AT_FAB_MARKS)) data |= (steps - 1) << 32 | (uint64_t)end->their_mark << 44;
+        flags |= FI_REMOTE_CQ_DATA;
+    }
+    struct fi_msg_rma message = {.msg_iov = v.here, .desc = v.desc, .iov_count = v.count, .addr = end->to, .rma_iov = v.there,
+                                 .rma_iov_count = v.count, .context = &slot->context, .data = data};
+    (void)pthread_mutex_lock(&fab->lock);
+    ssize_t done = op->kind == AT_OP_READ ? fi_readmsg(end->ep, &message, FI_COMPLETION) : fi_writemsg(end->ep, &message, flags);
+    (void)pthread_mutex_unlock(&fab->lock);
+    if (done == -FI_EAGAIN) return AT_EAGAIN;
+    if (done != 0) {
+        at_fab_end_break(end, (int)-done);
+        return AT_ERAIL;
+    }
+    slot->state = AT_SLOT_POSTED;
+    slot->kind = AT_SLOT_WORK;
+    slot->end = end;
+    slot->op = op;
+    slot->cookie = op->cookie;
+    slot->first = first;
+    slot->steps = steps;
+    slot->bytes = v.bytes;
+    slot->serial = counts ? ++end->serial : 0;
+    at_fab_list_add(&end->posted, slot);
+    end->posted_bytes += v.bytes;
+    fab->posted++;
+    return AT_OK;
+}
+
+/* May one more be posted? Otherwise a completion will ask again. */
+static int has_room(at_fab_end *end) {
+    at_fab *fab = end->fab;
+    if (end->ep == NULL || !end->joined || (end->posted.head != NULL && end->posted_bytes >= AT_FAB_MOST_BYTES)) return 0;
+    if (fab->posted < fab->facts.most_posted) return 1;
+    fab->saturated = 1;
+    return 0;
+}
+
+int64_t at_fab_post(at_peer *peer, at_op *op) {
+    at_fab_end *end = peer->impl;
+    if (end->again.head != NULL || !has_room(end)) return 0;
+    if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) return AT_ESTALE;
+    at_fab_slot *slot = at_fab_slot_take(end->fab);
+    if (slot == NULL) return AT_EAGAIN;
+    int rc = post_slot(end, op, slot, op->cursor, op->extent - op->cursor);
+    if (rc == AT_OK) return (int64_t)slot->steps;
+    at_fab_slot_free(end->fab, slot);
+    return rc == AT_ERAIL ? 0 : rc; /* broken: it waits until the connection is open again */
+}
+
+void at_fab_post_again(at_fab_end *end) {
+    at_peer *peer = end->peer;
+    while (end->again.head != NULL && peer->posted < AT_FAB_WINDOW && has_room(end)) {
+        at_fab_slot *slot = end->again.head;
+        at_op *op = at_op_find(peer->lane, slot->cookie);
+        at_fab_list_remove(&end->again, slot);
+        if (op == NULL || op->over || atomic_load(&op->withdrawn)) {
+            at_fab_slot_free(end->fab, slot);
+            continue;
+        }
+        if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) {
+            at_fab_slot_free(end->fab, slot);
+            at_op_stop(op, AT_ESTALE);
+            continue;
+        }
+        int rc = post_slot(end, op, slot, slot->first, slot->steps);
+        if (rc == AT_OK) {
+            op->posted++;
+            peer->posted++;
+            continue;
+        }
+        slot->previous = NULL; /* back to the front */
+        slot->next = end->again.head;
+        if (end->again.head != NULL) end->again.head->previous = slot;
+        else end->again.tail = slot;
+        end->again.head = slot;
+        if (rc == AT_EAGAIN) at_stall(peer, 1);
+        return;
+    }
+}
+
+#endif

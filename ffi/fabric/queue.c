@@ -1,0 +1,321 @@
+/* Progress: the completion queue, read by the loop, or by a thread that stands in for it.
+ *
+ * Whoever holds fab->turn reads until nothing is left, posts what that has made room for, reads once more when it has posted anything,
+ * and arms the queue last (fi_trywait): only then may anybody sleep on its descriptor. One turn is bounded; if it was not enough, the
+ * loop is told to come again. */
+#define _GNU_SOURCE
+#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
+
+#include "fabric.h"
+
+#include <poll.h>
+#include <signal.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define BATCH 64
+#define BATCHES 64              /* read in one go */
+#define ROUNDS 64               /* of reading and posting in one turn */
+#define TURN_NS UINT64_C(300000)
+#define AWAY_NS UINT64_C(1000000) /* the loop has not come round for so long: the thread stands in */
+#define DOZE_NS UINT64_C(500000)  /* what the loop gets to come by itself when the queue has something */
+#define NAP_LEAST UINT64_C(20000) /* without a descriptor: between two looks, right after something came */
+#define NAP_MOST UINT64_C(1000000)
+
+/* ---- handing out ---- */
+
+static void arrival(at_fab *fab, uint64_t data) {
+    at_fab_end *end = NULL;
+    uint64_t n = 1;
+    if (at_fab_is(fab, AT_FAB_MARKS)) {
+        uint64_t mark = data >> 44;
+        n = (data >> 32 & (AT_FAB_MOST_COUNT - 1)) + 1;
+        end = mark < fab->end_count ? fab->ends[mark] : NULL;
+    } else { /* nothing says whose it is: the bounds on early values are those of the rail then */
+        for (uint32_t i = 0; end == NULL && i < fab->end_count; i++) end = fab->ends[i];
+    }
+    if (end == NULL) {
+        fab->rail.lane->stats.unknown_completions++;
+        return;
+    }
+    end->arrived++;
+    at_imm_arrive(end->peer, (uint32_t)data, n);
+}
+
+static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
+    at_fab *fab = end->fab;
+    at_peer *peer = end->peer;
+    at_op *op = slot->op;
+    uint64_t steps = slot->steps, bytes = slot->bytes;
+    at_fab_list_remove(&end->posted, slot);
+    end->posted_bytes -= bytes;
+    fab->posted--;
+    at_fab_slot_free(fab, slot);
+    peer->users++;
+    if (status == AT_OK) at_op_complete(op, steps, bytes, AT_OK);
+    else at_op_complete(op, 0, 0, op->status != AT_OK ? op->status : status);
+    if (end->again.head != NULL) at_fab_post_again(end);
+    at_fab_retired(end);
+    at_peer_release(peer);
+}
+
+static void letter_in(at_fab *fab, at_fab_slot *slot, int good) {
+    at_fab_end *end = slot->end;
+    if (end != NULL) at_fab_list_remove(&end->letters, slot);
+    if (good) at_fab_read(fab, slot);
+    at_fab_slot_free(fab, slot);
+    if (end == NULL && fab->shared != NULL) { /* whichever end: the receive is the shared endpoint's */
+        for (uint32_t i = 0; end == NULL && i < fab->end_count; i++) end = fab->ends[i];
+    }
+    if (good && end != NULL && end->ep != NULL) (void)at_fab_receive(end);
+}
+
+static void completed(at_fab *fab, at_fab_slot *slot, int error) {
+    at_fab_end *end = slot->end;
+    if (slot->state == AT_SLOT_ORPHAN) {
+        at_fab_slot_free(fab, slot);
+    } else if (slot->state != AT_SLOT_POSTED) {
+        if (slot->state != AT_SLOT_LIMBO) fab->rail.lane->stats.unknown_completions++;
+    } else if (slot->kind == AT_SLOT_LETTER_IN) {
+        letter_in(fab, slot, error == 0);
+    } else if (error != 0 && at_fab_is(fab, AT_FAB_PRIVATE)) {
+        at_fab_end_break(end, error); /* whatever it was: what else is posted there may never complete */
+    } else if (slot->kind == AT_SLOT_LETTER_OUT) {
+        at_fab_list_remove(&end->letters, slot);
+        at_fab_slot_free(fab, slot);
+        end->telling = 0;
+        at_fab_tell(end);
+    } else {
+        if (error != 0) fab->rail.lane->oserror = error;
+        work_done(end, slot, error != 0 ? AT_ERAIL : AT_OK);
+    }
+}
+
+/* The error queue: a zeroed entry with room to spare, since newer libraries write more. */
+static int read_error(at_fab *fab, at_fab_slot **slot) {
+    union {
+        struct fi_cq_err_entry entry;
+        uint8_t room[sizeof(struct fi_cq_err_entry) + 64];
+    } error;
+    memset(&error, 0, sizeof error);
+    if (fi_cq_readerr(fab->cq, &error.entry, 0) <= 0) return 0;
+    *slot = error.entry.op_context;
+    int code = error.entry.err < 0 ? -error.entry.err : error.entry.err; /* 1.17's shm returns it negative */
+    return code != 0 ? code : FI_EOTHER;
+}
+
+/* One batch: how many, or 0. */
+static int read_batch(at_fab *fab) {
+    struct fi_cq_data_entry entries[BATCH];
+    at_fab_slot *failed = NULL;
+    int error = 0;
+    (void)pthread_mutex_lock(&fab->lock);
+    ssize_t n = fi_cq_read(fab->cq, entries, BATCH);
+    if (n == -FI_EAVAIL) error = read_error(fab, &failed);
+    (void)pthread_mutex_unlock(&fab->lock);
+    if (n <= 0 && error == 0) return 0;
+    at_lane *lane = fab->rail.lane;
+    at_lock(lane);
+    for (ssize_t i = 0; i < n; i++) {
+        if (entries[i].flags & FI_REMOTE_WRITE) arrival(fab, entries[i].data); /* the only flag that says so on every provider */
+        else if (entries[i].op_context != NULL) completed(fab, entries[i].op_context, 0);
+    }
+    if (error != 0 && failed != NULL) completed(fab, failed, error);
+    at_unlock(lane);
+    return n > 0 ? (int)n : 1;
+}
+
+/* Everything that is there, or very much of it. Slots that were in limbo before are free once all was read: nothing names them any more. */
+int at_fab_drain(at_fab *fab) {
+    at_lane *lane = fab->rail.lane;
+    at_lock(lane);
+    at_fab_slot *limbo = fab->limbo;
+    fab->limbo = NULL;
+    at_unlock(lane);
+    int count = 0, last = 1;
+    for (int batch = 0; batch < BATCHES && last != 0; batch++) count += last = read_batch(fab);
+    if (limbo == NULL) return count;
+    at_lock(lane);
+    for (at_fab_slot *next; limbo != NULL; limbo = next) {
+        next = limbo->next;
+        if (last == 0) {
+            at_fab_slot_free(fab, limbo);
+        } else {
+            limbo->next = fab->limbo;
+            fab->limbo = limbo;
+        }
+    }
+    at_unlock(lane);
+    return count;
+}
+
+/* With the lock: post for those that were refused, or are owed a turn since others had filled the rail. Anything to drain? */
+static int post_waiting(at_fab *fab) {
+    at_lane *lane = fab->rail.lane;
+    int posted = 0;
+    int all = fab->saturated && fab->posted < fab->facts.most_posted;
+    if (lane->stalled == 0 && !all && !fab->eager) return 0;
+    fab->eager = 0;
+    if (all) fab->saturated = 0;
+    for (uint32_t i = 0; i < fab->end_count; i++) {
+        at_fab_end *end = fab->ends[i];
+        if (end == NULL || (!all && !end->peer->stalled)) continue;
+        uint32_t before = end->peer->posted;
+        int told = end->telling;
+        at_fab_end_refill(end);
+        posted |= end->peer->posted != before || end->telling != told;
+    }
+    return posted;
+}
+
+/* With the turn. 1: the queue is armed, whoever likes may sleep on it. 0: there is more to do. */
+static int progress(at_fab *fab) {
+    uint64_t until = at_now() + TURN_NS;
+    struct fid *fids[1] = {&fab->cq->fid};
+    for (int i = 0; i < ROUNDS; i++) {
+        int busy = at_fab_drain(fab);
+        at_lock(fab->rail.lane);
+        busy |= post_waiting(fab);
+        at_unlock(fab->rail.lane);
+        if (busy) {
+            if (at_now() > until) return 0;
+            continue;
+        }
+        if (fab->fd < 0) return 1;
+        (void)pthread_mutex_lock(&fab->lock);
+        int armed = fi_trywait(fab->fabric, fids, 1) == 0;
+        (void)pthread_mutex_unlock(&fab->lock);
+        if (armed) return 1;
+    }
+    return 0;
+}
+
+static int is_dedicated(const at_fab *fab) { return fab->started && (fab->fd < 0 || (fab->rail.lane->config.flags & AT_LANE_THREAD)); }
+
+void at_fab_progress(at_rail *rail, int from_loop) {
+    at_fab *fab = (at_fab *)rail;
+    if (is_dedicated(fab)) {
+        if (!from_loop) at_fab_kick(fab);
+        return;
+    }
+    if (from_loop) {
+        atomic_store(&fab->last, at_now());
+        (void)pthread_mutex_lock(&fab->turn);
+    } else if (pthread_mutex_trylock(&fab->turn) != 0) {
+        return; /* whoever has it is not through before everything is */
+    }
+    int armed = progress(fab);
+    (void)pthread_mutex_unlock(&fab->turn);
+    if (from_loop) atomic_store(&fab->last, at_now());
+    if (armed) return;
+    at_lock(rail->lane);
+    rail->lane->again = 1;
+    at_event_signal(rail->lane);
+    at_unlock(rail->lane);
+}
+
+/* ---- the thread ---- */
+
+static void nap(uint64_t ns) {
+    struct timespec span = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
+    (void)nanosleep(&span, NULL);
+}
+
+void at_fab_kick(at_fab *fab) {
+    uint64_t one = 1;
+    ssize_t written = write(fab->kick_fd, &one, sizeof one); /* full: it is awake */
+    (void)written;
+}
+
+/* Sleep until the queue has something, or somebody kicks. Was it the queue? */
+static int sleep_on_queue(at_fab *fab, int ms) {
+    struct pollfd fds[2] = {{.fd = fab->kick_fd, .events = POLLIN}, {.fd = fab->fd, .events = POLLIN}};
+    int n = poll(fds, fab->fd >= 0 ? 2 : 1, ms);
+    uint64_t kicks;
+    if (n > 0 && fds[0].revents != 0 && read(fab->kick_fd, &kicks, sizeof kicks) < 0) return 0;
+    return n > 0 && fab->fd >= 0 && fds[1].revents != 0;
+}
+
+static int turn(at_fab *fab) {
+    (void)pthread_mutex_lock(&fab->turn);
+    int armed = progress(fab);
+    (void)pthread_mutex_unlock(&fab->turn);
+    return armed;
+}
+
+static int is_stalled(at_fab *fab) {
+    at_lock(fab->rail.lane);
+    int stalled = fab->rail.lane->stalled != 0 || fab->eager;
+    at_unlock(fab->rail.lane);
+    return stalled;
+}
+
+static void stand_in(at_fab *fab) {
+    while (!atomic_load(&fab->stop)) {
+        uint64_t last = atomic_load(&fab->last), now = at_now();
+        if (now - last < AWAY_NS) {
+            nap(AWAY_NS);
+            continue;
+        }
+        if (!sleep_on_queue(fab, is_stalled(fab) ? 1 : -1) && !is_stalled(fab)) continue;
+        nap(DOZE_NS);
+        last = atomic_load(&fab->last);
+        if (at_now() - last < AWAY_NS) continue; /* the loop came by itself */
+        while (!atomic_load(&fab->stop) && atomic_load(&fab->last) == last)
+            if (turn(fab) && !sleep_on_queue(fab, is_stalled(fab) ? 1 : 2)) break;
+    }
+}
+
+static void do_all(at_fab *fab) {
+    uint64_t pause = NAP_LEAST;
+    while (!atomic_load(&fab->stop)) {
+        (void)pthread_mutex_lock(&fab->turn);
+        int came = at_fab_drain(fab);
+        int armed = progress(fab);
+        (void)pthread_mutex_unlock(&fab->turn);
+        if (!armed) continue;
+        if (fab->fd >= 0) {
+            (void)sleep_on_queue(fab, is_stalled(fab) ? 1 : -1);
+            continue;
+        }
+        pause = came != 0 ? NAP_LEAST : pause + pause / 2 < NAP_MOST ? pause + pause / 2 : NAP_MOST;
+        nap(pause);
+    }
+}
+
+static void *thread_main(void *argument) {
+    at_fab *fab = argument;
+    if (is_dedicated(fab)) do_all(fab);
+    else stand_in(fab);
+    return NULL;
+}
+
+void at_fab_thread_start(at_fab *fab) {
+    at_lane *lane = fab->rail.lane;
+    at_lock(lane);
+    if (!fab->started && !(lane->config.flags & AT_LANE_NO_THREAD) && !lane->shut) {
+        sigset_t all, before;
+        sigfillset(&all);
+        fab->started = 1;
+        atomic_store(&fab->last, at_now());
+        pthread_sigmask(SIG_SETMASK, &all, &before); /* signals belong to Python's main thread */
+        if (pthread_create(&fab->thread, NULL, thread_main, fab) != 0) fab->started = 0;
+        else (void)pthread_setname_np(fab->thread, "aiotransfer~");
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+    }
+    at_unlock(lane);
+}
+
+void at_fab_thread_stop(at_fab *fab) {
+    at_lock(fab->rail.lane);
+    int started = fab->started;
+    fab->started = 0;
+    at_unlock(fab->rail.lane);
+    if (!started) return;
+    atomic_store(&fab->stop, 1);
+    at_fab_kick(fab);
+    (void)pthread_join(fab->thread, NULL);
+}
+
+#endif
