@@ -274,22 +274,19 @@ class Connections:
             return
         task = self._engine._loop.create_task(self._mend(peer))
         self._mending[peer] = self._tasks[task] = None
-
-        def over(done: asyncio.Task[Any]) -> None:
-            self._tasks.pop(done, None)
-            self._mending.pop(peer, None)
-
-        task.add_done_callback(over)
+        task.add_done_callback(self._tasks.pop)
 
     async def _mend(self, peer: Peer) -> None:
         pause = MEND_SECONDS
-        while peer._state in ("up", "connecting"):
-            try:
-                await peer.path.reopen(peer)
-                return
-            except TransferError:
-                await asyncio.sleep(pause)  # the peer itself is lost when it is silent for long enough
-                pause = min(2 * pause, 32 * MEND_SECONDS)
+        try:
+            while peer._state in ("up", "connecting") and peer.path.broken:
+                try:
+                    await peer.path.reopen(peer)
+                except TransferError:
+                    await asyncio.sleep(pause)  # the peer itself is lost when it is silent for long enough
+                    pause = min(2 * pause, 32 * MEND_SECONDS)
+        finally:
+            del self._mending[peer]  # in the same turn as the last look: what breaks from here on begins anew
 
     # ---- the end ----
 

@@ -128,7 +128,7 @@ class Engine(Planner):
         self._closed_event: asyncio.Future[None] | None = None
         try:
             self._providers, self.missing = open_providers(
-                self._preference, self._lane, self.incarnation, self._segment_of, self._grant_of, self._world.simulator
+                self._preference, self._lane, self.incarnation, self._segment_of, self._grant_of, self._world
             )
             self._connections = Connections(self)
             self._progress = Progress(self)

@@ -10,12 +10,14 @@ from aiotransfer.control.network import Network, Tcp
 
 
 class World(NamedTuple):
-    """Randomness, control connections, native threads, and the network beneath `loopback` (None: that of this process)."""
+    """Randomness, control connections, native threads, the network beneath `loopback` (None: that of this process), and what the
+    rails of libfabric do without (`providers.fabric.Limits`)."""
 
     entropy: Callable[[int], bytes] = os.urandom
     network: Network = Tcp()
     threads: bool = True
     simulator: Any = None
+    limits: Any = None
 
 
 REAL = World()

@@ -105,8 +105,9 @@ def open_rail(lane: Lane, provider: str, host: str, limits: Limits) -> Rail:
 class FabricPath(Path):
     """A connection to one peer."""
 
-    def __init__(self, provider: str, lane: Lane, rail: Rail) -> None:
+    def __init__(self, provider: str, lane: Lane, rail: Rail, *, first: bool) -> None:
         self.provider = provider
+        self._first = first
         self.rails = (f"{rail.provider}:{rail.domain}",)
         self.reasons: tuple[tuple[str, str], ...] = ()
         self._lane = lane
@@ -122,6 +123,12 @@ class FabricPath(Path):
     def generation(self) -> int:
         """How often its connection was opened."""
         return int(native.lib.at_fab_generation(self._lane.pointer, self.lane_peer, native.ffi.new("int *")))
+
+    @property
+    def broken(self) -> bool:
+        """Whether its connection waits to be opened again."""
+        joined = native.ffi.new("int *")
+        return not self._closed and native.lib.at_fab_generation(self._lane.pointer, self.lane_peer, joined) > 0 and not joined[0]
 
     def _raise(self, status: int, doing: str) -> None:
         if status == 0:
@@ -152,7 +159,7 @@ class FabricPath(Path):
             ours.mailbox, ours.mailbox_key, ours.arrived = theirs.mailbox, theirs.mailbox_key, theirs.arrived
         except (OverflowError, ValueError) as error:
             raise BrokenError(f"the peer's offer is malformed: {error}", provider=self.provider) from error
-        status = native.lib.at_fab_offer_take(self._lane.pointer, self.lane_peer, ours)
+        status = native.lib.at_fab_offer_take(self._lane.pointer, self.lane_peer, ours, self._first)
         self._raise(status, "the peer's endpoint cannot be reached")
 
     async def reopen(self, conversation: Conversation) -> None:
@@ -249,7 +256,8 @@ class FabricProvider:
 
     async def dial(self, conversation: Conversation, theirs: Terms) -> FabricPath:
         """Open an endpoint for the peer, offer its address, take the other side's."""
-        path = FabricPath(self.name, self._lane, await self._rail(conversation.local_host))
+        rail = await self._rail(conversation.local_host)
+        path = FabricPath(self.name, self._lane, rail, first=self._incarnation <= conversation.incarnation)
         try:
             body = await conversation.ask(self.name, _encode(path.offer(1)))
             path.take(_offers.decode(body))
@@ -278,7 +286,8 @@ class FabricProvider:
             return _encode(ours), None
         if question.generation != 1:
             raise BrokenError("there is no connection to open again", provider=self.name)
-        path = FabricPath(self.name, self._lane, await self._rail(conversation.local_host))
+        rail = await self._rail(conversation.local_host)
+        path = FabricPath(self.name, self._lane, rail, first=self._incarnation < conversation.incarnation)
         try:
             ours = path.offer(1)
             path.take(question)

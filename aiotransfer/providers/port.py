@@ -79,6 +79,11 @@ class Path(Protocol):
         """The owner says that a grant of its is over (where the provider does not see that by itself)."""
         return None
 
+    @property
+    def broken(self) -> bool:
+        """Whether its connection waits to be opened again."""
+        return False
+
     async def reopen(self, conversation: Conversation) -> None:
         """Open a broken connection again. Raises `BrokenError` when that failed this time."""
         raise BrokenError("this path does not heal", provider=self.provider)

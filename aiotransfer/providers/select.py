@@ -43,11 +43,11 @@ def check_names(providers: str | Sequence[str]) -> str | tuple[str, ...]:
 
 def open_providers(
     providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None],
-    grant_of: Callable[[int, int, int], Grant | None], simulator: Any = None,
+    grant_of: Callable[[int, int, int], Grant | None], world: Any,
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
     """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left.
 
-    `simulator`: the network of `loopback`, if not the one of this process.
+    `world`: its `simulator` is the network of `loopback`, if not that of this process; its `limits` what fabrics do without.
     """
     from aiotransfer.providers.shm import ShmProvider
 
@@ -64,11 +64,11 @@ def open_providers(
                 elif name in ("tcp", "efa"):
                     from aiotransfer.providers.fabric import FabricProvider
 
-                    opened[name] = FabricProvider(name, lane, incarnation, grant_of)
+                    opened[name] = FabricProvider(name, lane, incarnation, grant_of, world.limits)
                 else:
                     from aiotransfer.providers.loopback import LoopbackProvider
 
-                    opened[name] = LoopbackProvider(lane, incarnation, simulator)
+                    opened[name] = LoopbackProvider(lane, incarnation, world.simulator)
                 continue
             except (OSError, TransferError) as error:
                 reason = str(error)

@@ -57,8 +57,9 @@ int64_t at_fab_peer(at_lane *lane, at_fab *fab);
 /* Open this side of the connection, for the first time or again. Again: what was posted is fenced first, what has arrived is counted.
  * `generation` is the one that is wanted; a side that has it open already answers with the offer it made. AT_EIO: see at_lane_errno. */
 int at_fab_offer_make(at_lane *lane, int64_t peer, uint32_t generation, at_fab_offer *out);
-/* Take the other side's offer of the same generation: work requests that it has counted are over, the others are posted again. */
-int at_fab_offer_take(at_lane *lane, int64_t peer, const at_fab_offer *theirs);
+/* Take the other side's offer of the same generation: work requests that it has counted are over, the others are posted again. Exactly
+ * one of the two sides is `first`: it begins to post, and the other once it has heard of it. */
+int at_fab_offer_take(at_lane *lane, int64_t peer, const at_fab_offer *theirs, int first);
 /* The generation that is open or being opened; 0: none yet. *joined: both sides have it. */
 uint32_t at_fab_generation(at_lane *lane, int64_t peer, int *joined);
 

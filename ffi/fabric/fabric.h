@@ -95,6 +95,7 @@ struct at_fab_end {
     uint32_t their_mark;  /* theirs for us: what we send carries it */
     uint32_t generation;
     int joined;          /* the other side's offer of this generation was taken */
+    int begun;           /* and it is our turn to post */
     uint64_t mailbox, mailbox_key; /* theirs */
     uint64_t posted_bytes;
     uint64_t serial, arrived;      /* work requests with immediates: posted (less those that never arrived), counted here */
@@ -190,6 +191,7 @@ void at_fab_slots_close(at_fab *fab);
 /* peer.c, with the lane's lock */
 void at_fab_end_break(at_fab_end *end, int error); /* close its endpoint; what was posted is unsettled, or over when it was withdrawn */
 void at_fab_end_refill(at_fab_end *end);
+void at_fab_begin(at_fab_end *end); /* from here on it posts */
 at_fab_end *at_fab_end_of(at_lane *lane, int64_t peer); /* NULL: no such peer of ours */
 extern const at_port at_fab_port;
 

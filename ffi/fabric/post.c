@@ -134,7 +134,7 @@ static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
 /* May one more be posted? Otherwise a completion will ask again. */
 static int has_room(at_fab_end *end) {
     at_fab *fab = end->fab;
-    if (end->ep == NULL || !end->joined || (end->posted.head != NULL && end->posted_bytes >= AT_FAB_MOST_BYTES)) return 0;
+    if (end->ep == NULL || !end->begun || (end->posted.head != NULL && end->posted_bytes >= AT_FAB_MOST_BYTES)) return 0;
     if (fab->posted < fab->facts.most_posted) return 1;
     fab->saturated = 1;
     return 0;

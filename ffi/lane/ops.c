@@ -186,7 +186,7 @@ void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, int status) {
     peer->users++; /* the operation may have been its last user */
     if (status != AT_OK) {
         at_op_stop(op, status);
-    } else if (op_over(op) && (op->cursor == op->extent || atomic_load(&op->withdrawn))) {
+    } else if (op_over(op) && (op->moved == op->extent || atomic_load(&op->withdrawn))) {
         at_op_end(op);
     } else if (op->tail != 0 && op->moved == op->extent - op->tail && !atomic_load(&op->withdrawn)) {
         op->tail = 0; /* all bytes have landed: now their immediates may go, before everything else */

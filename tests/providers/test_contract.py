@@ -11,7 +11,3 @@ class TestShm(ProviderContract):
 
 class TestLoopback(ProviderContract):
     provider = "loopback"
-
-
-class TestTcp(ProviderContract):
-    provider = "tcp"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Finds a Python of at least 3.11 with venv and headers, and a C compiler; installs what is missing by apt when root.
+# Finds a Python of at least 3.11 with venv and headers, a C compiler, and libfabric's headers; installs what is missing by apt when root.
 set -euo pipefail
 
 good() { # a Python that can make environments and compile extensions
@@ -33,6 +33,14 @@ if ! find_python >/dev/null || ! command -v cc >/dev/null 2>&1; then
         echo "As root: apt-get install gcc libc6-dev python3 python3-venv python3-dev" >&2
         exit 1
     fi
+fi
+
+# The network provider is compiled when libfabric's headers are there; without them everything else works, and says why this does not.
+if [ ! -e /usr/include/rdma/fi_rma.h ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+    echo "installing libfabric and its headers by apt (about 5 MB)"
+    export DEBIAN_FRONTEND=noninteractive
+    (apt-get install -y -qq --no-install-recommends libfabric-dev || { apt-get update -qq &&
+        apt-get install -y -qq --no-install-recommends libfabric-dev; }) >/dev/null 2>&1 || echo "not to be had: without tcp, then"
 fi
 python=$(find_python) || { echo "no Python >= 3.11 with venv and headers was found; set PYTHON=/path/to/python" >&2; exit 1; }
 mkdir -p .make
