@@ -24,10 +24,12 @@ pytestmark = [
     pytest.mark.skipif(libfabric.missing() is not None, reason=str(libfabric.missing())),
 ]
 
-lib = native.lib
+lib = native.lib  # None without the extension: then everything here is skipped
 # What SRD lacks, taken from tcp: order, 64 bits beside a write, an endpoint for each peer, a descriptor; and what it asks for.
 LIKE_EFA = Limits(
-    lib.AT_FAB_ORDERED | lib.AT_FAB_MARKS | lib.AT_FAB_PRIVATE | lib.AT_FAB_FD | lib.AT_FAB_LOCAL_MR, most_bytes=8192, most_posted=256
+    lib.AT_FAB_ORDERED | lib.AT_FAB_MARKS | lib.AT_FAB_PRIVATE | lib.AT_FAB_FD | lib.AT_FAB_LOCAL_MR,
+    most_bytes=8192,
+    most_posted=256,
 )
 EACH = {
     "unordered": Limits(lib.AT_FAB_ORDERED, most_bytes=65536),
