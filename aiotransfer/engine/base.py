@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from aiotransfer.core.ledger import Ledger
     from aiotransfer.engine.connections import Connections
     from aiotransfer.engine.liveness import Liveness
+    from aiotransfer.engine.paths import Paths
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.progress import Progress
     from aiotransfer.engine.sweeper import Sweeper
@@ -43,6 +44,7 @@ class EngineBase:
     _gone: dict[int, TransferError]
     _connections: Connections
     _liveness: Liveness
+    _paths: Paths
     _progress: Progress
     _sweeper: Sweeper
     _due: bool

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from aiotransfer.control import frames
 from aiotransfer.control.dialer import dial
 from aiotransfer.control.listener import Listener
-from aiotransfer.core.paths import Offer, rank
 from aiotransfer.engine.peer import Peer
 from aiotransfer.errors import (
     BrokenError,
@@ -35,10 +34,8 @@ from aiotransfer.providers.port import Terms
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.providers.port import Path
 
 ACCEPT_SECONDS = 10.0  # for a connected peer to bring its path up
-MEND_SECONDS = 0.01  # between two attempts to open a broken path again, at first
 
 
 class _Merged(BrokenError):
@@ -55,8 +52,6 @@ class Connections:
         self._mirror_known: asyncio.Event = asyncio.Event()
         self._listener: Listener | None = None
         self._tasks: dict[asyncio.Task[Any], None] = {}
-        self._companions: list[Path] = []
-        self._mending: dict[Peer, None] = {}
         self.arrivals: asyncio.Queue[Peer | None] = asyncio.Queue()
 
     async def listen(self, address: Address) -> Address:
@@ -111,7 +106,7 @@ class Connections:
             self._start(peer, link)
             if link.incarnation == engine.incarnation:
                 await self._join_mirror(peer)
-            await self._set_up(peer, require)
+            await engine._paths.set_up(peer, require)
             peer._post(frames.Up())
             self.came_up(peer, inbound=False)
         except BaseException as error:  # also cancellation: half a peer is taken apart
@@ -160,31 +155,6 @@ class Connections:
             await self._mirror_known.wait()
         self._start(peer, link)
 
-    async def _set_up(self, peer: Peer, require: str | None) -> None:
-        engine = self._engine
-        theirs = {o.provider: o for o in peer._link.info.offers}
-        mine = [Offer(t.provider, t.usable, t.reason, t.host) for t in engine._terms()]
-        offers = [Offer(o.provider, o.usable, o.reason, o.host) for o in theirs.values()]
-        ranking = rank(mine, offers, engine._preference, require)
-        reasons = list(ranking.reasons)
-        for name in ranking.paths:
-            wire = theirs[name]
-            terms = Terms(name, wire.usable, wire.reason, wire.host, wire.data)
-            try:
-                path = await engine._providers[name].dial(peer, terms)
-            except (BrokenError, RegistrationError) as error:
-                reasons.append((name, str(error).partition("\n")[0]))
-                continue
-            path.reasons = tuple(reasons)
-            peer._path = path
-            return
-        raise ProviderUnavailableError(
-            f"no common way to {peer.address}" + (f" by {require!r}" if require else ""),
-            attempts=reasons,
-            peer=str(peer.address),
-            hint="; ".join(f"{name}: {why}" for name, why in reasons) or "the two sides share no provider",
-        )
-
     # ---- accepting ----
 
     def _accepted(self, link: Link) -> None:
@@ -222,7 +192,10 @@ class Connections:
 
     def answer(self, peer: Peer, number: int, provider: str, body: bytes) -> None:
         """A provider's question from the other side."""
-        task = self._engine._loop.create_task(self._answer(peer, number, provider, body))
+        self.own(self._engine._loop.create_task(self._answer(peer, number, provider, body)))
+
+    def own(self, task: asyncio.Task[Any]) -> None:
+        """It ends with the engine."""
         self._tasks[task] = None
         task.add_done_callback(self._tasks.pop)
 
@@ -238,22 +211,15 @@ class Connections:
             data, path = await ours.answer(peer, terms, body)
             reply = frames.Answer(id=number, body=data)
             if path is not None:
-                self._take_path(peer, path)
+                engine._paths.take(peer, path)
         except StaleRegionError as error:
             reply = frames.Failed(id=number, code="stale", text=str(error))
+        except RegistrationError as error:
+            reply = frames.Failed(id=number, code="registration", text=str(error))
         except TransferError as error:
             reply = frames.Failed(id=number, code="broken", text=str(error))
         if peer._state in ("up", "connecting"):
             peer._post(reply)
-
-    def _take_path(self, peer: Peer, path: Path) -> None:
-        if peer.incarnation == self._engine.incarnation:
-            self._companions.append(path)  # the other half of a connection to ourselves
-        elif peer._state == "connecting" and peer._path is None:
-            peer._path = path
-        else:
-            path.close()
-            raise BrokenError("a second path was offered")
 
     def came_up(self, peer: Peer, inbound: bool = True) -> None:
         """Both sides have the path."""
@@ -261,32 +227,9 @@ class Connections:
             return
         engine = self._engine
         peer._state = "up"
-        engine._by_lane_peer[peer._path.lane_peer] = peer
         peer._up.set_result(None)
         if inbound and peer.incarnation != engine.incarnation:
             self.arrivals.put_nowait(peer)
-
-    # ---- a path that breaks ----
-
-    def path_broke(self, peer: Peer, code: int) -> None:
-        """Its connection went, not the peer: open it again. What was posted waits meanwhile, within its deadlines."""
-        if peer in self._mending or peer._state not in ("up", "connecting"):
-            return
-        task = self._engine._loop.create_task(self._mend(peer))
-        self._mending[peer] = self._tasks[task] = None
-        task.add_done_callback(self._tasks.pop)
-
-    async def _mend(self, peer: Peer) -> None:
-        pause = MEND_SECONDS
-        try:
-            while peer._state in ("up", "connecting") and peer.path.broken:
-                try:
-                    await peer.path.reopen(peer)
-                except TransferError:
-                    await asyncio.sleep(pause)  # the peer itself is lost when it is silent for long enough
-                    pause = min(2 * pause, 32 * MEND_SECONDS)
-        finally:
-            del self._mending[peer]  # in the same turn as the last look: what breaks from here on begins anew
 
     # ---- the end ----
 
@@ -304,10 +247,7 @@ class Connections:
         """Forget a peer that has ended."""
         if self.peers.get(peer.incarnation) is peer:
             del self.peers[peer.incarnation]
-        if peer.incarnation == self._engine.incarnation:
-            for path in self._companions:
-                path.close()
-            self._companions.clear()
+        self._engine._paths.gone(peer)
         self._engine._publications.gone(peer)
         self._engine._groups.gone(peer)
 

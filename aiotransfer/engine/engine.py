@@ -24,6 +24,7 @@ from aiotransfer.engine.display import engine_html, engine_text
 from aiotransfer.engine.group import Groups, PeerGroup
 from aiotransfer.engine.liveness import Liveness
 from aiotransfer.engine.mailbox import Mailbox
+from aiotransfer.engine.paths import Paths
 from aiotransfer.engine.peer import Message, Peer
 from aiotransfer.engine.plans import Planner
 from aiotransfer.engine.progress import Progress
@@ -130,6 +131,7 @@ class Engine(Planner):
             self._providers, self.missing = open_providers(
                 self._preference, self._lane, self.incarnation, self._segment_of, self._grant_of, self._world
             )
+            self._paths = Paths(self)
             self._connections = Connections(self)
             self._progress = Progress(self)
             self.address = await self._connections.listen(self._listen)
@@ -235,8 +237,8 @@ class Engine(Planner):
         """For the words of errors: the epoch word is what decides."""
         for slot, epoch in zip(slots, epochs, strict=False):
             self._revocations[peer.incarnation, slot, epoch] = reason[:200]
-            if peer._path is not None:
-                peer._path.revoked(slot, epoch)
+            for path in peer._paths:
+                path.revoked(slot, epoch)
         while len(self._revocations) > MOST_REASONS:
             del self._revocations[next(iter(self._revocations))]
 
@@ -348,30 +350,26 @@ class Engine(Planner):
 
     # ---- what the lane reports ----
 
-    def _peer_of(self, number: int) -> Peer | None:
-        peer = self._by_lane_peer.get(number)
-        return peer or next((p for p in self._connections.peers.values() if p._path and p._path.lane_peer == number), None)
-
     def _peer_event(self, number: int, status: int) -> None:
-        if (peer := self._peer_of(number)) is not None:
+        if (peer := self._by_lane_peer.get(number)) is not None:
             peer._lose("its process has ended" if status == native.lib.AT_EPEER else native.text(status))
 
-    def _rail_event(self, number: int, code: int) -> None:
-        if (peer := self._peer_of(number)) is not None:
-            self._connections.path_broke(peer, code)
+    def _rail_event(self, number: int) -> None:
+        if (peer := self._by_lane_peer.get(number)) is not None:
+            self._paths.broke(peer, number)
 
     def _fail_peer(self, peer: Peer) -> None:
         """The peer has ended: so do its operations."""
-        path = peer._path
-        assert path is not None
         if peer._error is not None:
             self._gone[peer.incarnation] = peer._error
             while len(self._gone) > 1024:
                 del self._gone[next(iter(self._gone))]
-        native.lib.at_peer_fail(self._p, path.lane_peer, native.lib.AT_EPEER)
+        for path in peer._paths:
+            native.lib.at_peer_fail(self._p, path.lane_peer, native.lib.AT_EPEER)
         self._progress.poll()
-        self._by_lane_peer.pop(path.lane_peer, None)
-        path.close()
+        for path in peer._paths:
+            self._by_lane_peer.pop(path.lane_peer, None)
+            path.close()
         for lease in list(peer._leases):
             lease._peer_gone()
         for region in list(self._quarantine):

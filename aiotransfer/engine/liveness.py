@@ -82,6 +82,8 @@ class Liveness:
         if sent and now - sign.heard > engine.config.peer_timeout:
             peer._lose(f"no sign of life for {now - sign.heard:.1f} s (stopped or unreachable)")
             return
+        if sent and now - sign.heard > engine.config.peer_timeout / 2:
+            engine._paths.suspect(peer)
         native.lib.at_peer_ping(engine._p, peer._path.lane_peer)
 
     def is_busy(self, peer: Peer) -> bool:

@@ -71,6 +71,7 @@ class Peer:
         self.pid: int = link.info.pid
         self.trusted_user: bool = engine._key.kind == "file"
         self._path: Path | None = None
+        self._paths: list[Path] = []  # all of them
         self._state = "connecting"
         self._error: TransferError | None = None
         self._ids = itertools.count(1)
@@ -101,6 +102,13 @@ class Peer:
         if self._path is None:
             raise ClosedError(f"{self} has no path yet")
         return self._path
+
+    def path_for(self, region: RemoteRegion) -> Path:
+        """The path that is used for this memory of it: the default one, until it turned out that another is needed."""
+        if not isinstance(region, RemoteRegion):
+            raise TypeError(f"a RemoteRegion is asked about, not {type(region).__name__}")
+        bound = region._box.bound
+        return bound.path if bound is not None and bound.good(self._engine, self) else self.path
 
     async def lookup(self, name: str, *, timeout: float | None = None) -> RemoteRegion:
         """The region published there under `name`, waiting for it to be published.

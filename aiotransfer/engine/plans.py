@@ -18,6 +18,7 @@ from aiotransfer.engine.submit import Submitter
 from aiotransfer.engine.transfer import Transfer
 from aiotransfer.errors import TransferError
 from aiotransfer.providers import native
+from aiotransfer.providers.port import Binding
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
@@ -52,7 +53,7 @@ class Plan:
         self._peer = self._peers[0] if len(self._peers) == 1 else None
         self._targets = targets if scatter else None
         self._native: Any = native.ffi.NULL
-        self._keep: object = None
+        self._keep: list[Binding] = []
         if all(_is_bound(engine, region) for region in regions):
             self._resolve()
 
@@ -84,8 +85,9 @@ class Plan:
         if result > 1:
             return engine._pending(result, self.nbytes, self._peers, timeout, self, self._targets)
         engine._check()
-        if self._native != native.ffi.NULL:
+        if self._native != native.ffi.NULL and not self._moved():
             raise self._refusal(result)
+        self._native = native.ffi.NULL
         transfer = engine._blank(self.nbytes, self._peers, self)
         transfer._targets = self._targets
 
@@ -96,6 +98,10 @@ class Plan:
         pairs = [(region, engine._owner(region)) for region in self._regions]
         engine._bind_then(transfer, pairs, timeout, post, self._refusal)
         return transfer
+
+    def _moved(self) -> bool:
+        """Whether a path that it was prepared for has been given up for another one."""
+        return any(bound.path.dead and bound.peer._state == "up" for bound in self._keep)
 
     def _resolve(self) -> None:
         if self._native != native.ffi.NULL:
@@ -129,7 +135,7 @@ class Plan:
 
 def _is_bound(engine: object, region: RemoteRegion) -> bool:
     bound = region._box.bound
-    return bound is not None and bound.engine is engine and bound.peer._state == "up"
+    return bound is not None and bound.peer._state == "up" and bound.good(engine, bound.peer)
 
 
 class Planner(Submitter):

@@ -22,7 +22,6 @@ from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.region import RegionView
 from aiotransfer.engine.transfer import CANCELLED, DONE, FAILED, PENDING, Transfer
 from aiotransfer.errors import (
-    BrokenError,
     ClosedError,
     ProviderUnavailableError,
     RegionError,
@@ -227,10 +226,11 @@ class Submitter(EngineBase):
         if local._root._closed:
             raise RegionError(f"the {name} region is closed")
 
-    def _check_required(self, peer: Peer, require: str | None) -> None:
-        if require is not None and peer.path.provider != require:
+    def _check_required(self, peer: Peer, require: str | None, region: RemoteRegion | None = None) -> None:
+        path = peer.path if region is None else peer.path_for(region)
+        if require is not None and path.provider != require:
             raise ProviderUnavailableError(
-                f"{peer} is reached by {peer.path.provider}, not by {require!r}", attempts=list(peer.path.reasons)
+                f"{peer} is reached by {path.provider}, not by {require!r}", attempts=list(path.reasons), peer=str(peer.address)
             )
 
     def _submit(
@@ -243,9 +243,9 @@ class Submitter(EngineBase):
         post: Callable[[int], int],
     ) -> Transfer:
         peer = self._owner(dst)
-        self._check_required(peer, require)
+        self._check_required(peer, require, dst)
         bound: Binding | None = dst._box.bound
-        if bound is None or bound.engine is not self or bound.peer is not peer:
+        if bound is None or not bound.good(self, peer):
             return self._submit_unbound(src, dst, nbytes, timeout, peer, post)
         result = post(bound.remote)
         return self._outcome(result, nbytes, peer, timeout, src, dst, bound)
@@ -392,18 +392,7 @@ class Submitter(EngineBase):
     # ---- afterwards ----
 
     async def _bind(self, region: RemoteRegion, peer: Peer) -> None:
-        box = region._box
-        bound = box.bound
-        if bound is not None and bound.engine is self and bound.peer is peer:
-            return
-        try:
-            fresh = await peer.path.bind(region._grant, peer, peer)
-        except BrokenError as error:
-            if peer._error is not None:  # it went while its memory was fetched: that is the news
-                raise again(peer._error) from error
-            raise
-        fresh.engine, fresh.grant = self, region._grant
-        box.bound = fresh
+        await self._paths.bind(region, peer)
 
     def _background(self, work: Coroutine[Any, Any, None], transfer: Transfer) -> None:
         task = self._loop.create_task(work)

@@ -183,7 +183,7 @@ class ThreadHandle:
         peer = engine._owner(region)
         transfer = ThreadTransfer(self, nbytes, peer, None)
         bound = region._box.bound
-        if bound is not None and bound.engine is engine and bound.peer is peer:
+        if bound is not None and bound.good(engine, peer):
             transfer._keep = (keep, bound)
             self._post(transfer, imm, lambda status: build(bound.remote, status))
             return transfer

@@ -18,6 +18,7 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from aiotransfer.errors import TransferError, again
+from aiotransfer.providers.port import Binding
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
@@ -206,7 +207,11 @@ class Transfer:
     @property
     def path(self) -> Path | None:
         """The way its bytes take; None when there are several peers."""
-        return None if self._peer is None else self._peer.path
+        if self._peer is None:
+            return None
+        keep = getattr(self, "_keep", None)
+        bound = next((one for one in keep if isinstance(one, Binding)), None) if isinstance(keep, tuple) else None
+        return self._peer.path if bound is None or bound.path.dead else bound.path
 
     def __repr__(self) -> str:
         state = ("done", "pending", "failed", "cancelled")[self._state]

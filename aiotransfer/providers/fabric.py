@@ -23,10 +23,17 @@ from aiotransfer.providers import libfabric, native
 from aiotransfer.providers.lane import ACCESS, Lane
 from aiotransfer.providers.port import Binding, Conversation, Path, Terms
 
+DIAL_SECONDS = 5.0  # for the first sign on a new connection
+HEARD_SECONDS = 1.0  # the same, of one that is opened again
 TWO = 2 << 16  # of libfabric: since 2.0 its tcp is what was called net before
 
 
+# Two engines may have several connections, also by one provider: a question names the asked side's end, by the number it gave it.
+
+
 class _Offer(msgspec.Struct, tag="offer", array_like=True):
+    to: int  # 0: a new connection
+    name: int
     address: bytes
     mark: int
     mailbox: int
@@ -36,6 +43,7 @@ class _Offer(msgspec.Struct, tag="offer", array_like=True):
 
 
 class _Borrow(msgspec.Struct, tag="borrow", array_like=True):
+    to: int
     slot: int
     epoch: int
 
@@ -45,9 +53,15 @@ class _Lent(msgspec.Struct, array_like=True):
     key: int
 
 
-_questions = msgspec.msgpack.Decoder(_Offer | _Borrow)
+class _Retire(msgspec.Struct, tag="retire", array_like=True):
+    to: int
+    arrived: int
+
+
+_questions = msgspec.msgpack.Decoder(_Offer | _Borrow | _Retire)
 _offers = msgspec.msgpack.Decoder(_Offer)
 _lent = msgspec.msgpack.Decoder(_Lent)
+_retired = msgspec.msgpack.Decoder(_Retire)
 _encode = msgspec.msgpack.encode
 
 
@@ -105,11 +119,14 @@ def open_rail(lane: Lane, provider: str, host: str, limits: Limits) -> Rail:
 class FabricPath(Path):
     """A connection to one peer."""
 
-    def __init__(self, provider: str, lane: Lane, rail: Rail, *, first: bool) -> None:
+    def __init__(self, provider: str, lane: Lane, rail: Rail, incarnation: int, *, first: bool) -> None:
+        super().__init__()
         self.provider = provider
+        self.incarnation = incarnation  # the peer's
         self._first = first
+        self._to = 0
+        self._heard: asyncio.Future[None] | None = None
         self.rails = (f"{rail.provider}:{rail.domain}",)
-        self.reasons: tuple[tuple[str, str], ...] = ()
         self._lane = lane
         self._closed = False
         peer = int(native.lib.at_fab_peer(lane.pointer, rail.pointer))
@@ -126,9 +143,26 @@ class FabricPath(Path):
 
     @property
     def broken(self) -> bool:
-        """Whether its connection waits to be opened again."""
-        joined = native.ffi.new("int *")
-        return not self._closed and native.lib.at_fab_generation(self._lane.pointer, self.lane_peer, joined) > 0 and not joined[0]
+        """Whether nothing gets through now: its connection waits to be opened again, or for a sign of the other side."""
+        up = native.ffi.new("int *")
+        return not self._closed and native.lib.at_fab_generation(self._lane.pointer, self.lane_peer, up) > 0 and not up[0]
+
+    async def heard(self, seconds: float) -> None:
+        """Wait for the first sign that bytes get through. Raises `BrokenError`."""
+        if not self.broken:
+            return
+        self._heard = heard = asyncio.get_running_loop().create_future()
+        self._lane.waiting[self.lane_peer] = lambda: None if heard.done() else heard.set_result(None)
+        try:
+            async with asyncio.timeout(seconds):
+                await heard
+        except TimeoutError:
+            raise BrokenError(
+                f"nothing got through within {seconds:g} s", provider=self.provider,
+                hint="does a firewall let connections to all ports of both hosts through?",
+            ) from None  # fmt: skip
+        finally:
+            self._lane.waiting.pop(self.lane_peer, None)
 
     def _raise(self, status: int, doing: str) -> None:
         if status == 0:
@@ -148,7 +182,9 @@ class FabricPath(Path):
         status = native.lib.at_fab_offer_make(self._lane.pointer, self.lane_peer, generation, out)
         self._raise(status, "no endpoint can be opened")
         address = bytes(native.ffi.buffer(out.address, out.address_bytes))
-        return _Offer(address, out.mark, out.mailbox, out.mailbox_key, out.arrived, out.generation)
+        return _Offer(
+            self._to, self.lane_peer, address, out.mark, out.mailbox, out.mailbox_key, out.arrived, out.generation
+        )
 
     def take(self, theirs: _Offer) -> None:
         """Connect to the other side's. Raises `BrokenError`."""
@@ -161,6 +197,7 @@ class FabricPath(Path):
             raise BrokenError(f"the peer's offer is malformed: {error}", provider=self.provider) from error
         status = native.lib.at_fab_offer_take(self._lane.pointer, self.lane_peer, ours, self._first)
         self._raise(status, "the peer's endpoint cannot be reached")
+        self._to = theirs.name
 
     async def reopen(self, conversation: Conversation) -> None:
         """Both sides fence what was under way, count, and post the rest again. Raises `BrokenError` when it failed this time."""
@@ -173,12 +210,41 @@ class FabricPath(Path):
         if generation < theirs.generation < generation + 1000:  # it had to open more often
             self.offer(theirs.generation)
         self.take(theirs)
+        await self.heard(HEARD_SECONDS)
+
+    async def retire(self, conversation: Conversation) -> None:
+        """Fence it on both sides, and settle with what each has counted. Raises `BrokenError` where that cannot be told."""
+        arrived = self._retire()
+        body = await conversation.ask(self.provider, _encode(_Retire(self._to, arrived)))
+        try:
+            self.settle(_retired.decode(body).arrived)
+        except msgspec.MsgspecError as error:
+            raise BrokenError(f"no count: {error}", provider=self.provider) from error
+
+    def _retire(self) -> int:
+        arrived = native.ffi.new("uint64_t *")
+        status = native.lib.at_fab_retire(self._lane.pointer, self.lane_peer, arrived)
+        self._raise(status, "the connection cannot be given up")
+        return int(arrived[0])
+
+    def settle(self, arrived: int) -> None:
+        """The other side has counted so many of ours."""
+        if not 0 <= arrived < 1 << 64:
+            raise BrokenError(f"the peer's count is malformed: {arrived}", provider=self.provider)
+        self._raise(native.lib.at_fab_settle(self._lane.pointer, self.lane_peer, arrived), "the connection is not given up")
+
+    def retired(self, question: _Retire) -> _Retire:
+        """The other side of `retire`."""
+        arrived = self._retire()
+        self.settle(question.arrived)
+        self.on_retired()
+        return _Retire(self._to, arrived)
 
     # ---- memory ----
 
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
         """Ask the owner for the key of its memory."""
-        body = await conversation.ask(self.provider, _encode(_Borrow(grant.slot, grant.epoch)))
+        body = await conversation.ask(self.provider, _encode(_Borrow(self._to, grant.slot, grant.epoch)))
         try:
             lent = _lent.decode(body)
             remote = native.lib.at_fab_borrow(
@@ -218,6 +284,11 @@ class FabricPath(Path):
         if self._lane.usable and 0 <= slot < 1 << 32 and 0 <= epoch < 1 << 64:
             native.lib.at_fab_revoked(self._lane.pointer, self.lane_peer, slot, epoch)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is of no use any more."""
+        return self._closed
+
     def close(self) -> None:
         """Free the lane's peer, which closes its endpoint."""
         if not self._closed:
@@ -239,8 +310,7 @@ class FabricProvider:
         self._grant_of = grant_of
         self._limits = limits or Limits()
         self._rails: dict[str, asyncio.Future[Rail]] = {}
-        self._dialed: dict[int, FabricPath] = {}
-        self._answered: dict[int, FabricPath] = {}
+        self._paths: dict[int, FabricPath] = {}  # by their numbers in the lane
 
     def terms(self) -> Terms:
         """Nothing but that it is there: addresses are exchanged when a path is set up."""
@@ -254,64 +324,61 @@ class FabricProvider:
             self._rails[host] = future
         return await asyncio.shield(future)
 
-    async def dial(self, conversation: Conversation, theirs: Terms) -> FabricPath:
-        """Open an endpoint for the peer, offer its address, take the other side's."""
+    async def _path(self, conversation: Conversation, *, first: bool) -> FabricPath:
         rail = await self._rail(conversation.local_host)
-        path = FabricPath(self.name, self._lane, rail, first=self._incarnation <= conversation.incarnation)
+        self._paths = {number: path for number, path in self._paths.items() if not path.closed}
+        path = FabricPath(self.name, self._lane, rail, conversation.incarnation, first=first)
+        self._paths[path.lane_peer] = path
+        return path
+
+    async def dial(self, conversation: Conversation, theirs: Terms) -> FabricPath:
+        """Open an endpoint for the peer, offer its address, take the other side's, and hear from it."""
+        path = await self._path(conversation, first=self._incarnation <= conversation.incarnation)
         try:
             body = await conversation.ask(self.name, _encode(path.offer(1)))
             path.take(_offers.decode(body))
+            await path.heard(DIAL_SECONDS)
         except msgspec.MsgspecError as error:
             path.close()
             raise BrokenError(f"no offer: {error}", provider=self.name) from error
         except BaseException:  # also cancellation
             path.close()
             raise
-        self._dialed[conversation.incarnation] = path
         return path
 
     async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
-        """The other side of `dial`, of opening again, and of binding memory."""
+        """The other side of `dial`, of opening again, of giving up, and of binding memory."""
         try:
             question = _questions.decode(body)
         except msgspec.MsgspecError as error:
             raise BrokenError(f"not a question: {error}", provider=self.name) from error
-        known = self._known(conversation.incarnation)
+        if isinstance(question, _Offer) and question.to == 0:
+            return await self._accept(conversation, question)
+        path = self._paths.get(question.to)
+        if path is None or path.closed or path.incarnation != conversation.incarnation:
+            raise BrokenError("there is no such connection", provider=self.name)
         if isinstance(question, _Borrow):
-            return self._lend(conversation, known, question), None
-        if known is not None and not known._closed:
-            ours = known.offer(question.generation)
-            if ours.generation == question.generation:
-                known.take(question)
-            return _encode(ours), None
-        if question.generation != 1:
-            raise BrokenError("there is no connection to open again", provider=self.name)
-        rail = await self._rail(conversation.local_host)
-        path = FabricPath(self.name, self._lane, rail, first=self._incarnation < conversation.incarnation)
+            grant = self._grant_of(question.slot, question.epoch, conversation.incarnation)
+            if grant is None:
+                raise StaleRegionError("the descriptor names no live region of this engine", provider=self.name)
+            return _encode(path.lend(grant)), None
+        if isinstance(question, _Retire):
+            return _encode(path.retired(question)), None
+        ours = path.offer(question.generation)
+        if ours.generation == question.generation:
+            path.take(question)
+        return _encode(ours), None
+
+    async def _accept(self, conversation: Conversation, question: _Offer) -> tuple[bytes, Path]:
+        path = await self._path(conversation, first=self._incarnation < conversation.incarnation)
         try:
             ours = path.offer(1)
             path.take(question)
         except BaseException:
             path.close()
             raise
-        self._answered[conversation.incarnation] = path
         return _encode(ours), path
-
-    def _known(self, incarnation: int) -> FabricPath | None:
-        """The path that the question is about. Of a connection to ourselves it is always the half that was not asking."""
-        answered, dialed = self._answered.get(incarnation), self._dialed.get(incarnation)
-        for path in (answered, dialed if incarnation != self._incarnation else None):
-            if path is not None and not path._closed:
-                return path
-        return None
-
-    def _lend(self, conversation: Conversation, path: FabricPath | None, question: _Borrow) -> bytes:
-        grant = self._grant_of(question.slot, question.epoch, conversation.incarnation)
-        if path is None or grant is None:
-            raise StaleRegionError("the descriptor names no live region of this engine", provider=self.name)
-        return _encode(path.lend(grant))
 
     def close(self) -> None:
         """The rails go with the lane."""
-        self._dialed.clear()
-        self._answered.clear()
+        self._paths.clear()

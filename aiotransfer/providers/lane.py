@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from aiotransfer.config import Config
@@ -40,7 +41,7 @@ class Event(NamedTuple):
 class Lane:
     """Owns the C lane; `free` once, after all paths are closed."""
 
-    __slots__ = ("_region_owners", "events", "fd", "forks", "pointer")
+    __slots__ = ("events", "fd", "forks", "pointer", "waiting")
 
     def __init__(self, incarnation: int, config: Config, *, progress: str = "auto", threadless: bool = False) -> None:
         native.require()
@@ -63,7 +64,7 @@ class Lane:
         self.events: Any = native.lib.at_lane_events(pointer)
         self.fd: int = native.lib.at_lane_fd(pointer)
         self.forks = _forks
-        self._region_owners: dict[int, object] = {}
+        self.waiting: dict[int, Callable[[], None]] = {}  # by peer: for the first sign that bytes get through
 
     def free(self) -> None:
         """Destroy the lane. Later calls through this object do nothing."""
@@ -83,6 +84,11 @@ class Lane:
             return []
         e = self.events
         return [Event(e.kind[i], e.id[i], e.status[i], e.count[i]) for i in range(n)]
+
+    def came_up(self, peer: int) -> None:
+        """Bytes get through to a peer."""
+        if (call := self.waiting.pop(peer, None)) is not None:
+            call()
 
     def add_region(self, address: int, nbytes: int) -> int:
         """Register local memory; the caller keeps it alive until `close_region` says so."""

@@ -67,8 +67,8 @@ class LoopbackPath(Path):
     provider = "loopback"
 
     def __init__(self, lane: Lane, incarnation: int) -> None:
+        super().__init__()
         self.rails = ("loopback",)
-        self.reasons: tuple[tuple[str, str], ...] = ()
         self._lane = lane
         peer = int(native.lib.at_sim_connect(lane.pointer, incarnation))
         if peer < 0:

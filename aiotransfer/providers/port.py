@@ -7,6 +7,8 @@ the provider.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from aiotransfer.errors import BrokenError
@@ -46,7 +48,7 @@ class Conversation(Protocol):
 class Binding:
     """Remote memory resolved for one lane: what a write names. Ends with its last user."""
 
-    __slots__ = ("_keep", "_lane", "engine", "grant", "path", "peer", "remote")
+    __slots__ = ("__weakref__", "_keep", "_lane", "engine", "grant", "path", "peer", "remote")
 
     def __init__(self, lane: Any, remote: int, path: Path, peer: Any, keep: object) -> None:
         self._lane = lane
@@ -56,6 +58,15 @@ class Binding:
         self.engine: object = None
         self.grant: Any = None
         self._keep = keep  # the mapping beneath it
+        path.bindings.add(self)
+
+    def good(self, engine: object, peer: object) -> bool:
+        """Whether it still is what `engine` would use for `peer`."""
+        return self.engine is engine and self.peer is peer and not self.path.dead
+
+    def outlive(self, successor: Binding) -> None:
+        """Keep what its operations have been moved to as long as itself."""
+        self._keep = (self._keep, successor)
 
     def __del__(self) -> None:
         lane = getattr(self, "_lane", None)
@@ -63,21 +74,25 @@ class Binding:
             lane.close_remote(self.remote)
 
 
-class Path(Protocol):
-    """An established way to one peer."""
+class Path:
+    """An established way to one peer. `dead`: given up for another one."""
 
     provider: str
     rails: tuple[str, ...]
-    reasons: tuple[tuple[str, str], ...]
     lane_peer: int
+
+    def __init__(self) -> None:
+        self.reasons: tuple[tuple[str, str], ...] = ()
+        self.dead = False
+        self.bindings: weakref.WeakSet[Binding] = weakref.WeakSet()
+        self.on_retired: Callable[[], None] = lambda: None
 
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
         """Make `grant` usable by the lane; raises `StaleRegionError`, `RegistrationError` or `BrokenError`."""
-        ...
+        raise NotImplementedError
 
     def revoked(self, slot: int, epoch: int) -> None:
         """The owner says that a grant of its is over (where the provider does not see that by itself)."""
-        return None
 
     @property
     def broken(self) -> bool:
@@ -88,9 +103,13 @@ class Path(Protocol):
         """Open a broken connection again. Raises `BrokenError` when that failed this time."""
         raise BrokenError("this path does not heal", provider=self.provider)
 
+    async def retire(self, conversation: Conversation) -> None:
+        """Give it up on both sides, what was counted by it settled. Raises `BrokenError` where that cannot be told."""
+        raise BrokenError("this path cannot tell what was counted", provider=self.provider)
+
     def close(self) -> None:
         """Give back everything; the lane's peer is freed. Twice is silent."""
-        ...
+        raise NotImplementedError
 
 
 class Provider(Protocol):

@@ -70,9 +70,9 @@ class ShmPath(Path):
     def __init__(
         self, lane: Lane, peer: int, channel: fdchannel.FdChannel, own: Callable[[int, int, int, int], Segment | None] | None
     ) -> None:
+        super().__init__()
         self._own = own  # finds segments without asking, when the peer is this very engine
         self.rails = ("shm",)
-        self.reasons: tuple[tuple[str, str], ...] = ()
         self.lane_peer = peer
         self._lane = lane
         self.channel = channel

@@ -60,8 +60,12 @@ int at_fab_offer_make(at_lane *lane, int64_t peer, uint32_t generation, at_fab_o
 /* Take the other side's offer of the same generation: work requests that it has counted are over, the others are posted again. Exactly
  * one of the two sides is `first`: it begins to post, and the other once it has heard of it. */
 int at_fab_offer_take(at_lane *lane, int64_t peer, const at_fab_offer *theirs, int first);
-/* The generation that is open or being opened; 0: none yet. *joined: both sides have it. */
-uint32_t at_fab_generation(at_lane *lane, int64_t peer, int *joined);
+/* The generation that is open or being opened; 0: none yet. *up: something of the other side has come by it. */
+uint32_t at_fab_generation(at_lane *lane, int64_t peer, int *up);
+/* Give the connection up: fence it, and count what has arrived. Then settle with what the other side has counted; what is left goes to
+ * another path (at_reroute). AT_ERAIL: this fabric cannot tell. */
+int at_fab_retire(at_lane *lane, int64_t peer, uint64_t *arrived);
+int at_fab_settle(at_lane *lane, int64_t peer, uint64_t arrived);
 
 /* Memory of ours for one peer, under a live grant: what its descriptor stands for. AT_ESTALE: the grant is over. */
 int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, void *base, uint64_t nbytes, int access, uint64_t *address,
@@ -73,3 +77,5 @@ int64_t at_fab_borrow(at_lane *lane, int64_t peer, uint64_t address, uint64_t ke
 int at_fab_revoked(at_lane *lane, int64_t peer, uint32_t slot, uint64_t epoch);
 /* Tests: the connection breaks as if an error had come. */
 int at_fab_break(at_lane *lane, int64_t peer);
+/* Tests: nothing of this side gets through any more, and nobody is told: a network that drops everything. */
+int at_fab_mute(at_lane *lane, int64_t peer);

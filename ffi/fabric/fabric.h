@@ -74,7 +74,8 @@ struct at_fab_slot {
     at_op *op;               /* while posted */
     int64_t cookie;          /* of it: afterwards it may have ended */
     uint64_t first, steps, bytes;
-    uint64_t serial;         /* of the work requests with immediates of this connection; 0: it has none */
+    uint64_t counts;         /* units that it counts at the target */
+    uint64_t serial;         /* among the work requests that count; 0: it does not, or has been posted by no connection yet */
     void *desc;              /* of the memory that this slot lies in */
     int state, kind;
     at_fab_letter letter;
@@ -96,6 +97,9 @@ struct at_fab_end {
     uint32_t generation;
     int joined;          /* the other side's offer of this generation was taken */
     int begun;           /* and it is our turn to post */
+    int heard;           /* a letter has come: bytes do get through */
+    int retired;         /* given up: it is not opened again */
+    int mute;            /* tests: it posts nothing */
     uint64_t mailbox, mailbox_key; /* theirs */
     uint64_t posted_bytes;
     uint64_t serial, arrived;      /* work requests with immediates: posted (less those that never arrived), counted here */
@@ -191,7 +195,7 @@ void at_fab_slots_close(at_fab *fab);
 /* peer.c, with the lane's lock */
 void at_fab_end_break(at_fab_end *end, int error); /* close its endpoint; what was posted is unsettled, or over when it was withdrawn */
 void at_fab_end_refill(at_fab_end *end);
-void at_fab_begin(at_fab_end *end); /* from here on it posts */
+void at_fab_up(at_fab_end *end); /* both sides have joined, and a letter has come */
 at_fab_end *at_fab_end_of(at_lane *lane, int64_t peer); /* NULL: no such peer of ours */
 extern const at_port at_fab_port;
 

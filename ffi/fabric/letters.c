@@ -78,7 +78,7 @@ static void letter_sent(at_fab_end *end, const at_fab_letter *letter) {
 
 void at_fab_tell(at_fab_end *end) {
     at_fab *fab = end->fab;
-    if (end->telling || end->ep == NULL || !end->begun || (!end->news && end->to_tell == 0 && end->over_count == 0)) return;
+    if (end->telling || end->ep == NULL || !end->begun || end->mute || (!end->news && end->to_tell == 0 && end->over_count == 0)) return;
     at_fab_slot *slot = at_fab_slot_take(fab);
     if (slot == NULL) return;
     write_letter(end, &slot->letter);
@@ -173,7 +173,9 @@ void at_fab_read(at_fab *fab, at_fab_slot *slot) {
         lane->stats.unknown_completions++;
         return;
     }
-    if (end->joined && !end->begun) at_fab_begin(end);
+    int news = !end->heard;
+    end->heard = 1;
+    if (end->joined && news) at_fab_up(end); /* else it is as soon as the offer that the letter overtook is taken */
     if (letter.ping > end->asked) {
         end->asked = letter.ping;
         end->news = 1;

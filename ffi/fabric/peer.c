@@ -69,11 +69,11 @@ static void unsettle(at_fab_end *end, at_fab_slot *slot) {
     int ends = atomic_load(&op->withdrawn) || end->peer->status != AT_OK || note == NULL;
     if (ends) {
         if (note != NULL) at_fab_slot_free(fab, note);
-        at_op_complete(op, 0, 0, op->status != AT_OK ? op->status : end->peer->status != AT_OK ? end->peer->status : AT_ERAIL);
+        at_op_complete(op, 0, 0, 0, op->status != AT_OK ? op->status : end->peer->status != AT_OK ? end->peer->status : AT_ERAIL);
         return;
     }
     *note = (at_fab_slot){.end = end, .cookie = slot->cookie, .first = slot->first, .steps = slot->steps, .bytes = slot->bytes,
-                          .serial = slot->serial, .desc = note->desc, .state = AT_SLOT_UNSETTLED};
+                          .counts = slot->counts, .serial = slot->serial, .desc = note->desc, .state = AT_SLOT_UNSETTLED};
     at_fab_list_add(&end->unsettled, note);
     at_op_unpost(op);
 }
@@ -136,6 +136,16 @@ int at_fab_break(at_lane *lane, int64_t peer) {
     at_lock(lane);
     at_fab_end *end = at_fab_end_of(lane, peer);
     if (end != NULL) at_fab_end_break(end, ECONNRESET);
+    at_unlock(lane);
+    return end != NULL ? AT_OK : AT_EUNKNOWN;
+}
+
+int at_fab_mute(at_lane *lane, int64_t peer) {
+    int rc = at_check_process(lane);
+    if (rc != AT_OK) return rc;
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, peer);
+    if (end != NULL) end->mute = 1;
     at_unlock(lane);
     return end != NULL ? AT_OK : AT_EUNKNOWN;
 }
@@ -217,7 +227,7 @@ static int describe(at_fab_end *end, at_fab_offer *out) {
 static int make(at_fab_end *end, uint32_t generation, at_fab_offer *out) {
     if (generation > end->generation) {
         end->generation = generation;
-        end->joined = end->begun = 0;
+        end->joined = end->begun = end->heard = 0;
         end->arrived_before = end->arrived;
     } else if (end->ep != NULL) {
         return describe(end, out); /* asked again, or both sides have asked */
@@ -249,7 +259,7 @@ int at_fab_offer_make(at_lane *lane, int64_t id, uint32_t generation, at_fab_off
     (void)at_fab_drain(fab);
     at_lock(lane);
     end = at_fab_end_of(lane, id);
-    rc = end == NULL || end->peer->status != AT_OK ? AT_EPEER : make(end, generation, out);
+    rc = end == NULL || end->peer->status != AT_OK || end->retired ? AT_EPEER : make(end, generation, out);
     at_unlock(lane);
     (void)pthread_mutex_unlock(&fab->turn);
     if (rc == AT_OK) at_fab_thread_start(fab);
@@ -269,14 +279,27 @@ static void settle(at_fab_end *end, uint64_t arrived) {
         } else if (slot->serial != 0 && slot->serial <= arrived) {
             op->posted++; /* at_op_complete takes it off again */
             peer->posted++;
-            uint64_t steps = slot->steps, bytes = slot->bytes;
+            uint64_t steps = slot->steps, bytes = slot->bytes, counts = slot->counts;
             at_fab_slot_free(end->fab, slot);
-            at_op_complete(op, steps, bytes, AT_OK);
+            at_op_complete(op, steps, bytes, counts, AT_OK);
         } else {
             slot->state = AT_SLOT_AGAIN;
             at_fab_list_add(&end->again, slot);
         }
     }
+}
+
+/* Two connections that are made from both sides at once crossed badly in libfabric 1.17 (the address sanitizer found it using freed
+ * memory): one side begins, and the other when that one's first letter has come. */
+static void begin(at_fab_end *end) {
+    end->begun = 1;
+    end->peer->paused = 0;
+    at_fab_end_refill(end);
+}
+
+void at_fab_up(at_fab_end *end) {
+    at_event_push(end->peer->lane, AT_EV_UP, (uint64_t)end->peer->id, AT_OK, 0);
+    if (!end->begun) begin(end);
 }
 
 int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int first) {
@@ -305,7 +328,8 @@ int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int
             peer->users++;
             settle(end, theirs->arrived);
             at_fab_say_again(end);
-            if (first) at_fab_begin(end);
+            if (first) begin(end);
+            if (end->heard) at_fab_up(end);
             at_peer_release(peer);
         }
     }
@@ -313,21 +337,52 @@ int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int
     return rc;
 }
 
-/* Two connections that are made from both sides at once crossed badly in libfabric 1.17 (the address sanitizer found it using freed
- * memory): one side begins, and the other when that one's first letter has come. */
-void at_fab_begin(at_fab_end *end) {
-    end->begun = 1;
-    end->peer->paused = 0;
-    at_fab_end_refill(end);
-}
-
-uint32_t at_fab_generation(at_lane *lane, int64_t id, int *joined) {
+uint32_t at_fab_generation(at_lane *lane, int64_t id, int *up) {
     at_lock(lane);
     const at_fab_end *end = at_fab_end_of(lane, id);
     uint32_t generation = end != NULL ? end->generation : 0;
-    *joined = end != NULL && end->ep != NULL && end->joined;
+    *up = end != NULL && end->ep != NULL && end->joined && end->heard;
     at_unlock(lane);
     return generation;
+}
+
+int at_fab_retire(at_lane *lane, int64_t id, uint64_t *arrived) {
+    int rc = at_check_process(lane);
+    if (rc != AT_OK) return rc;
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, id);
+    at_fab *fab = end != NULL ? end->fab : NULL;
+    int possible = fab != NULL && at_fab_is(fab, AT_FAB_PRIVATE) && at_fab_is(fab, AT_FAB_MARKS) && at_fab_is(fab, AT_FAB_ORDERED);
+    at_unlock(lane);
+    if (fab == NULL) return AT_EUNKNOWN;
+    if (!possible) return AT_ERAIL;
+    (void)pthread_mutex_lock(&fab->turn);
+    (void)at_fab_drain(fab);
+    at_lock(lane);
+    if ((end = at_fab_end_of(lane, id)) != NULL) {
+        at_fab_end_break(end, 0);
+        end->retired = 1;
+    }
+    at_unlock(lane);
+    (void)at_fab_drain(fab);
+    at_lock(lane);
+    if ((end = at_fab_end_of(lane, id)) != NULL) *arrived = end->arrived;
+    at_unlock(lane);
+    (void)pthread_mutex_unlock(&fab->turn);
+    return end != NULL ? AT_OK : AT_EUNKNOWN;
+}
+
+int at_fab_settle(at_lane *lane, int64_t id, uint64_t arrived) {
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, id);
+    int rc = end == NULL || !end->retired ? AT_EUNKNOWN : AT_OK;
+    if (rc == AT_OK) {
+        end->peer->users++;
+        settle(end, arrived);
+        at_peer_release(end->peer);
+    }
+    at_unlock(lane);
+    return rc;
 }
 
 void at_fab_end_refill(at_fab_end *end) {
@@ -344,9 +399,21 @@ void at_fab_end_refill(at_fab_end *end) {
 
 static void fab_drain(at_peer *peer) { (void)peer; } /* arrivals are handed over as they are read */
 
+static void fab_forget(at_peer *peer) {
+    at_fab_end *end = peer->impl;
+    at_fab_list *lists[] = {&end->unsettled, &end->again};
+    for (int i = 0; i < 2; i++) {
+        for (at_fab_slot *slot; (slot = lists[i]->head) != NULL;) {
+            at_fab_list_remove(lists[i], slot);
+            at_fab_slot_free(end->fab, slot);
+        }
+    }
+}
+
 static void fab_destroy(at_peer *peer) {
     at_fab_end *end = peer->impl;
     at_fab *fab = end->fab;
+    fab_forget(peer);
     close_endpoint(end);
     drop_letters(end);
     while (end->posted.head != NULL) { /* of a lane that is being freed, on a shared endpoint */
@@ -355,8 +422,6 @@ static void fab_destroy(at_peer *peer) {
         at_fab_slot_retire(fab, slot);
         fab->posted--;
     }
-    for (at_fab_slot *slot; (slot = end->unsettled.head) != NULL;) at_fab_list_remove(&end->unsettled, slot), at_fab_slot_free(fab, slot);
-    for (at_fab_slot *slot; (slot = end->again.head) != NULL;) at_fab_list_remove(&end->again, slot), at_fab_slot_free(fab, slot);
     fab->ends[end->mark] = NULL;
     free(end->hold);
     free(end->over);
@@ -374,6 +439,7 @@ const at_port at_fab_port = {
     .revoke = at_fab_revoke,
     .expel = fab_expel,
     .fence = fab_fence,
+    .forget = fab_forget,
     .ping = at_fab_ping,
     .pong = at_fab_pong,
     .answer = at_fab_answer,

@@ -67,18 +67,22 @@ static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t first,
     return taken;
 }
 
-/* What the work request from step `first` on looks like: how many steps it covers (at most `most`), and whether it counts. */
-static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, uint64_t most, vector *v, void *desc, int *counts) {
+/* What the work request from step `first` on looks like: how many steps it covers (at most `most`), and how many units it counts. */
+static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, uint64_t most, vector *v, void *desc, uint64_t *counts) {
     const at_fab *fab = end->fab;
     uint64_t pieces = pieces_of(fab, op), body = pieces * op->units;
-    *counts = op->imm >= 0;
     if (op->remote == NULL || first >= body) { /* a signal, or a tail */
         add(v, (uint8_t *)(uintptr_t)fab->mailbox, end->mailbox, 0, end->mailbox_key, fab->mailbox_desc);
+        *counts = op->imm >= 0 && (op->remote == NULL ? 0 : first - body) >= op->precounted;
         return 1;
     }
     if (op->kind == AT_OP_PAGES && pieces == 1) {
-        uint64_t several = op->imm < 0 || at_fab_is(fab, AT_FAB_MARKS) ? AT_FAB_MOST_COUNT : 1;
-        return gather_pages(fab, op, first, most < several ? most : several, v, desc);
+        int before = first < op->precounted;
+        uint64_t several = op->imm < 0 || before || at_fab_is(fab, AT_FAB_MARKS) ? AT_FAB_MOST_COUNT : 1;
+        if (before && several > op->precounted - first) several = op->precounted - first;
+        uint64_t taken = gather_pages(fab, op, first, most < several ? most : several, v, desc);
+        *counts = op->imm >= 0 && !before ? taken : 0;
+        return taken;
     }
     uint64_t unit = first / pieces, k = first % pieces, from = 0, to = op->remote->va + op->remote_offset;
     uint64_t piece = op->kind == AT_OP_PAGES ? fab->facts.most_bytes : piece_bytes(fab);
@@ -88,7 +92,7 @@ static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, u
     }
     uint64_t at = k * piece, n = op->nbytes - at < piece ? op->nbytes - at : piece;
     add(v, op->local + from + at, to + at, n, op->remote->key, desc);
-    if (body != op->extent || k != pieces - 1) *counts = 0; /* counted by its tail, or by its last piece */
+    *counts = op->imm >= 0 && body == op->extent && k == pieces - 1 && unit >= op->precounted; /* else by its last piece, or its tail */
     return 1;
 }
 
@@ -96,14 +100,14 @@ static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, u
 static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t first, uint64_t most) {
     at_fab *fab = end->fab;
     void *desc;
-    int rc = at_fab_source(fab, op, &desc), counts;
+    int rc = at_fab_source(fab, op, &desc);
     if (rc != AT_OK) return rc;
     vector v = {.count = 0};
-    uint64_t steps = gather(end, op, first, most, &v, desc, &counts), data = 0;
+    uint64_t counts = 0, data = 0, steps = gather(end, op, first, most, &v, desc, &counts);
     uint64_t flags = FI_COMPLETION | (at_fab_is(fab, AT_FAB_DELIVERY) && op->kind != AT_OP_READ ? FI_DELIVERY_COMPLETE : 0);
-    if (counts) {
+    if (counts != 0) {
         data = (uint64_t)op->imm;
-        if (at_fab_is(fab, AT_FAB_MARKS)) data |= (steps - 1) << 32 | (uint64_t)end->their_mark << 44;
+        if (at_fab_is(fab, AT_FAB_MARKS)) data |= (counts - 1) << 32 | (uint64_t)end->their_mark << 44;
         flags |= FI_REMOTE_CQ_DATA;
     }
     struct fi_msg_rma message = {.msg_iov = v.here, .desc = v.desc, .iov_count = v.count, .addr = end->to, .rma_iov = v.there,
@@ -124,7 +128,8 @@ static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
     slot->first = first;
     slot->steps = steps;
     slot->bytes = v.bytes;
-    slot->serial = counts ? ++end->serial : 0;
+    slot->counts = counts;
+    slot->serial = counts != 0 ? ++end->serial : 0;
     at_fab_list_add(&end->posted, slot);
     end->posted_bytes += v.bytes;
     fab->posted++;
@@ -134,7 +139,7 @@ static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
 /* May one more be posted? Otherwise a completion will ask again. */
 static int has_room(at_fab_end *end) {
     at_fab *fab = end->fab;
-    if (end->ep == NULL || !end->begun || (end->posted.head != NULL && end->posted_bytes >= AT_FAB_MOST_BYTES)) return 0;
+    if (end->ep == NULL || !end->begun || end->mute || (end->posted.head != NULL && end->posted_bytes >= AT_FAB_MOST_BYTES)) return 0;
     if (fab->posted < fab->facts.most_posted) return 1;
     fab->saturated = 1;
     return 0;

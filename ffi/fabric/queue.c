@@ -47,14 +47,14 @@ static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
     at_fab *fab = end->fab;
     at_peer *peer = end->peer;
     at_op *op = slot->op;
-    uint64_t steps = slot->steps, bytes = slot->bytes;
+    uint64_t steps = slot->steps, bytes = slot->bytes, counts = slot->counts;
     at_fab_list_remove(&end->posted, slot);
     end->posted_bytes -= bytes;
     fab->posted--;
     at_fab_slot_free(fab, slot);
     peer->users++;
-    if (status == AT_OK) at_op_complete(op, steps, bytes, AT_OK);
-    else at_op_complete(op, 0, 0, op->status != AT_OK ? op->status : status);
+    if (status == AT_OK) at_op_complete(op, steps, bytes, counts, AT_OK);
+    else at_op_complete(op, 0, 0, 0, op->status != AT_OK ? op->status : status);
     if (end->again.head != NULL) at_fab_post_again(end);
     at_fab_retired(end);
     at_peer_release(peer);

@@ -40,6 +40,7 @@ enum at_event_kind {
     AT_EV_REGION = 4,  /* id: region that was closed and is free now */
     AT_EV_WATCH = 5,   /* id: watch, count: the word's new value */
     AT_EV_GRANT = 7,   /* id: grant that was revoked; a peer has confirmed it */
+    AT_EV_UP = 8,      /* id: peer: the first sign that bytes get through to it */
     AT_EV_RAIL = 6     /* id: peer, count: errno: its connection broke and wants to be opened again */
 };
 
@@ -182,6 +183,13 @@ int at_imm_give(at_lane *lane, int64_t record, uint64_t n); /* taken, but nobody
 int at_imm_disarm(at_lane *lane, int64_t record);           /* nobody waits; an event may already be under way */
 int at_imm_value(at_lane *lane, int64_t record, uint64_t *total, uint64_t *taken);
 int at_imm_close(at_lane *lane, int64_t record);
+
+/* How many operations use a remote region; AT_ESTALE when it is not known. */
+int64_t at_remote_uses(at_lane *lane, int64_t remote);
+/* Everything that waits for the peer `from` goes to `to`, another path to the same engine, from its beginning but for what was counted
+ * already. Nothing of `from` may be posted (its provider has fenced and settled it). olds[i] on the one is news[i] on the other. How many
+ * went; those that could not end with AT_ERAIL. */
+int64_t at_reroute(at_lane *lane, int64_t from, int64_t to, uint64_t n, const int64_t *olds, const int64_t *news);
 
 /* Peers (made by a provider). */
 int at_peer_fail(at_lane *lane, int64_t peer, int status); /* its operations end with status, later ones are refused */

@@ -129,7 +129,8 @@ struct at_op {
     uint64_t moved;         /* how many of `extent` have landed: in any order */
     uint64_t bytes;         /* asynchronous: bytes that have landed */
     uint64_t landed;        /* units that have landed */
-    uint64_t counted;       /* units whose immediate was published (synchronous providers) */
+    uint64_t counted;       /* units whose immediate was counted at the target */
+    uint64_t precounted;    /* so many of them before it came to this path: its first units, then, carry none */
     uint32_t posted;        /* work requests at the provider */
     int kind;
     int status;
@@ -174,6 +175,7 @@ typedef struct at_port {
     void (*bar)(at_peer *peer);                      /* it was given up: nothing of it begins any more. NULL: needless */
     int (*inside)(at_peer *peer);                    /* afterwards: is it still inside something it began? NULL: never */
     void (*fence)(at_peer *peer);                    /* break: afterwards nothing posted touches memory; retire it all */
+    void (*forget)(at_peer *peer);                   /* its operations have gone to another path. NULL: it remembers none */
     void (*ping)(at_peer *peer, uint64_t seq);
     void (*pong)(at_peer *peer, uint64_t *native, uint64_t *loop);
     void (*answer)(at_peer *peer, int from_loop);    /* answer its pings */
@@ -345,7 +347,7 @@ void at_op_dequeue(at_op *op);
 void at_op_end(at_op *op);                                   /* everything is retired: tell whoever asked */
 void at_stall(at_peer *peer, int stalled);
 /* One posted work request retired: what of it has landed. */
-void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, int status);
+void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, uint64_t counted, int status);
 void at_op_unpost(at_op *op); /* one posted work request is in no queue any more, and whether it has landed is to be found out */
 void at_refill(at_peer *peer);                               /* post what the window allows */
 /* move.c, with the lock */

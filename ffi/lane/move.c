@@ -11,7 +11,7 @@
 
 /* Publish the immediates of what has landed. Pages carry one each; a write or signal one in all. */
 int at_op_publish(at_op *op) {
-    if (op->imm < 0 || op->landed == op->counted) return AT_OK;
+    if (op->imm < 0 || op->landed <= op->counted) return AT_OK; /* less: counted on the path that it came from */
     int rc = op->peer->port->count(op->peer, op->remote, (uint32_t)op->imm, op->landed - op->counted);
     if (rc == AT_OK) op->counted = op->landed;
     return rc;

@@ -171,7 +171,7 @@ void at_op_unpost(at_op *op) {
     op->peer->posted--;
 }
 
-void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, int status) {
+void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, uint64_t counted, int status) {
     at_peer *peer = op->peer;
     op->posted--;
     peer->posted--;
@@ -180,7 +180,7 @@ void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, int status) {
     uint64_t before = op->landed;
     if (op->extent == op->units) op->landed = op->moved;
     else if (op->moved == op->extent) op->landed = op->units;
-    op->counted = op->landed; /* the provider carries the immediate with the bytes */
+    op->counted += counted;
     peer->lane->stats.units_written += op->landed - before;
     peer->lane->stats.bytes_written += bytes;
     peer->users++; /* the operation may have been its last user */

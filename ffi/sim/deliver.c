@@ -42,9 +42,10 @@ void at_request_end(at_net *net, at_request *request, uint64_t units, int status
     at_member *home = request->end->home;
     at_lane *lane = home->lane;
     at_op *op = request->op;
+    uint64_t counted = request->imm >= 0 ? units : 0;
     free(request);
     at_lock(lane);
-    at_op_complete(op, units, units * op->nbytes, status);
+    at_op_complete(op, units, units * op->nbytes, counted, status);
     at_unlock(lane);
     (void)pthread_mutex_lock(&net->lock);
     at_unpin(net, home);

@@ -53,7 +53,7 @@ static int64_t sim_post(at_peer *peer, at_op *op) {
     at_net *net = end->home->net;
     at_request *request = calloc(1, sizeof *request);
     if (request == NULL) return AT_EAGAIN;
-    *request = (at_request){.end = end, .op = op, .n = op->nbytes, .imm = op->imm};
+    *request = (at_request){.end = end, .op = op, .n = op->nbytes, .imm = op->cursor < op->precounted ? -1 : op->imm};
     if (op->remote != NULL) {
         const at_remote *remote = op->remote;
         uint8_t *base = remote->base != NULL ? remote->base : (uint8_t *)(uintptr_t)remote->va;
@@ -148,7 +148,7 @@ static void sim_fence(at_peer *peer) {
         at_request *next = list->next;
         at_op *op = list->op;
         free(list);
-        at_op_complete(op, 0, 0, op->status != AT_OK ? op->status : peer->status != AT_OK ? peer->status : AT_ERAIL);
+        at_op_complete(op, 0, 0, 0, op->status != AT_OK ? op->status : peer->status != AT_OK ? peer->status : AT_ERAIL);
         list = next;
     }
 }
