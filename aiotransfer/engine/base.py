@@ -39,6 +39,7 @@ class EngineBase:
     _lane: Lane
     _loop: asyncio.AbstractEventLoop
     _ledger: Ledger[Transfer]
+    _quarantined: dict[int, object]  # by cookie: what operations that were given up without proof still use
     _revocations: dict[tuple[int, int, int], str]
     _tasks: dict[asyncio.Task[None], None]
     _gone: dict[int, TransferError]

@@ -105,6 +105,7 @@ class Engine(Planner):
         self._due = False
         self._turn_scheduled = False
         self._ledger: Ledger[Transfer] = Ledger()
+        self._quarantined: dict[int, object] = {}
         self._regions: dict[int, Region] = {}
         self._closing_regions: dict[int, Region] = {}
         self._granted: dict[int, tuple[Region, Grant]] = {}  # by slot

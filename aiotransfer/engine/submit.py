@@ -24,6 +24,7 @@ from aiotransfer.engine.transfer import CANCELLED, DONE, FAILED, PENDING, Transf
 from aiotransfer.errors import (
     ClosedError,
     ProviderUnavailableError,
+    QuarantineError,
     RegionError,
     ScatterError,
     StaleRegionError,
@@ -413,6 +414,9 @@ class Submitter(EngineBase):
         self._sweeper.discard(cookie)
         for peer in transfer._peers:
             peer._waiting_ops -= 1
+        if transfer._state != PENDING:  # it was given up without proof, which has come now
+            self._quarantined.pop(cookie, None)
+            return
         if status == 0:
             if transfer._targets is not None:
                 self._take_results(transfer, cookie)
@@ -423,6 +427,20 @@ class Submitter(EngineBase):
             transfer._end(CANCELLED, landed, None)
         else:
             transfer._end(FAILED, landed, self._failure(status, transfer._peers[0], transfer._keep))
+
+    def _unproved(self, cookie: int) -> None:
+        """What is posted of a withdrawn operation can be neither waited for nor fenced: it keeps its memory until it retires."""
+        transfer = self._ledger.item(cookie)
+        if transfer is None or transfer._state != PENDING:
+            return
+        self._quarantined[cookie] = transfer._keep
+        error = QuarantineError(
+            f"a transfer to {transfer._peers[0]} was given up, and its fabric cannot tell when it is over",
+            peer=str(transfer._peers[0].address),
+            provider=transfer._peers[0].path.provider,
+            hint="do not reuse the source: it stays registered until what was posted of it has retired",
+        )
+        transfer._end(FAILED, self._bytes_done(transfer), error)
 
     def _failure(self, status: int, peer: Peer, keep: object = None) -> Exception:
         if status == native.lib.AT_EPEER and peer._state == "up":  # the write noticed before the control connection did

@@ -67,6 +67,9 @@ class Sweeper:
             if cookie in engine._ledger:
                 native.lib.at_fence(engine._p, cookie)
                 self._drains.add(cookie, now + engine.config.drain_timeout)
+                engine._progress.poll()
+                if cookie in engine._ledger:
+                    engine._unproved(cookie)  # its fabric has no way to flush this peer alone
         engine._progress.poll()
         for when in (self._limits.next(), self._drains.next()):
             if when is not None:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from aiotransfer.errors import TransferError, again
+from aiotransfer.errors import QuarantineError, TransferError, again
 from aiotransfer.providers.port import Binding
 
 if TYPE_CHECKING:
@@ -100,6 +100,9 @@ class Transfer:
                 if self._state == PENDING:
                     engine._cancel(self)
                     yield from self._drain()
+                if isinstance(self._error, QuarantineError):  # more important than the cancel: the source is not free
+                    self._disarm()
+                    raise again(self._error) from None
                 raise
         self._disarm()
         if self._state == FAILED:

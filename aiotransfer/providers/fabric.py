@@ -40,6 +40,7 @@ class _Offer(msgspec.Struct, tag="offer", array_like=True):
     mailbox_key: int
     arrived: int
     generation: int
+    marks: int
 
 
 class _Borrow(msgspec.Struct, tag="borrow", array_like=True):
@@ -183,7 +184,7 @@ class FabricPath(Path):
         self._raise(status, "no endpoint can be opened")
         address = bytes(native.ffi.buffer(out.address, out.address_bytes))
         return _Offer(
-            self._to, self.lane_peer, address, out.mark, out.mailbox, out.mailbox_key, out.arrived, out.generation
+            self._to, self.lane_peer, address, out.mark, out.mailbox, out.mailbox_key, out.arrived, out.generation, out.marks
         )
 
     def take(self, theirs: _Offer) -> None:
@@ -193,6 +194,7 @@ class FabricPath(Path):
             native.ffi.buffer(ours.address)[: len(theirs.address)] = theirs.address
             ours.address_bytes, ours.mark, ours.generation = len(theirs.address), theirs.mark, theirs.generation
             ours.mailbox, ours.mailbox_key, ours.arrived = theirs.mailbox, theirs.mailbox_key, theirs.arrived
+            ours.marks = theirs.marks
         except (OverflowError, ValueError) as error:
             raise BrokenError(f"the peer's offer is malformed: {error}", provider=self.provider) from error
         status = native.lib.at_fab_offer_take(self._lane.pointer, self.lane_peer, ours, self._first)

@@ -40,6 +40,7 @@ typedef struct {
     uint64_t mailbox, mailbox_key; /* where signals go: memory of no bytes */
     uint64_t arrived;        /* work requests with immediates that were counted here in the connection before this one */
     uint32_t generation;     /* how often it was opened, this time included */
+    uint32_t marks;          /* whether 64 bits travel with a write: both sides must agree */
 } at_fab_offer;
 
 int at_fab_built(void); /* the version of libfabric whose headers were there: major << 16 | minor; 0: none */

@@ -220,6 +220,7 @@ static int describe(at_fab_end *end, at_fab_offer *out) {
     out->mailbox_key = fab->mailbox_mr.key;
     out->arrived = end->arrived_before;
     out->generation = end->generation;
+    out->marks = at_fab_is(fab, AT_FAB_MARKS) ? 1 : 0;
     return AT_OK;
 }
 
@@ -309,6 +310,7 @@ int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int
     at_fab_end *end = at_fab_end_of(lane, id);
     rc = end == NULL || end->peer->status != AT_OK ? AT_EPEER : AT_OK;
     if (rc == AT_OK && (theirs->mark >= AT_FAB_MOST_PEERS || theirs->address_bytes > sizeof theirs->address)) rc = AT_EPROTO;
+    if (rc == AT_OK && (theirs->marks != 0) != (at_fab_is(end->fab, AT_FAB_MARKS) != 0)) rc = AT_EPROTO;
     if (rc == AT_OK && (theirs->generation != end->generation || end->ep == NULL)) rc = AT_EAGAIN; /* of a connection that is over */
     if (rc == AT_OK && !end->joined) {
         at_fab *fab = end->fab;

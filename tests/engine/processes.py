@@ -12,15 +12,21 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiotransfer as at
+from aiotransfer.engine.world import World
 from aiotransfer.providers import native
+from aiotransfer.providers.fabric import Limits
 
 NBYTES = 64 << 20
+NONE = Limits()
 
 
 @contextlib.asynccontextmanager
-async def other_process(engine: at.Engine) -> AsyncIterator[tuple[subprocess.Popen[bytes], at.Peer]]:
+async def other_process(
+    engine: at.Engine, providers: str = "auto", limits: Limits = NONE
+) -> AsyncIterator[tuple[subprocess.Popen[bytes], at.Peer]]:
     """Start it, wait until it has connected, kill it at the end."""
-    process = subprocess.Popen([sys.executable, str(Path(__file__)), str(engine.address)])
+    command = [sys.executable, str(Path(__file__)), str(engine.address), providers, *map(str, limits)]
+    process = subprocess.Popen(command)
     arrivals = engine.arrivals()
     try:
         yield process, await asyncio.wait_for(anext(arrivals), 20)
@@ -50,12 +56,13 @@ async def flood(engine: at.Engine, peer: at.Peer, descriptor: str, page_bytes: s
             await peer.send(f"{type(error).__name__}: {error}".encode())
 
 
-async def main(address: str) -> None:
+async def main(address: str, providers: str, *limits: str) -> None:
     import ctypes
 
     tasks: list[asyncio.Task[None]] = []
 
-    async with at.open_engine(name="other") as engine:
+    world = World(limits=Limits(*map(int, limits)))
+    async with at.open_engine(name="other", providers=providers, _world=world) as engine:
         allocated, foreign = engine.allocate(NBYTES), engine.register(bytearray(NBYTES))
         engine.publish("allocated", allocated)
         engine.publish("foreign", foreign)
@@ -80,4 +87,4 @@ async def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))
+    asyncio.run(main(*sys.argv[1:]))

@@ -16,8 +16,9 @@ import aiotransfer as at
 from aiotransfer.engine.world import World
 from aiotransfer.providers import libfabric, native
 from aiotransfer.providers.fabric import Limits
-from aiotransfer.testing import Pair, engine_pair
+from aiotransfer.testing import Pair, engine_pair, stopped
 from aiotransfer.testing.contract import ProviderContract
+from tests.engine.processes import NBYTES, other_process
 
 pytestmark = [
     pytest.mark.asyncio,
@@ -168,3 +169,39 @@ async def test_the_search_names_every_place_and_takes_the_first(tmp_path: Path) 
 
 async def test_a_library_that_is_not_there_is_a_reason() -> None:
     assert "no file" in str(libfabric.missing({libfabric.VARIABLE: "/nowhere/libfabric.so.1"}))
+
+
+async def test_a_write_that_can_be_neither_drained_nor_fenced_keeps_its_source() -> None:
+    limits = Limits(lib.AT_FAB_PRIVATE)
+    config = at.Config(drain_timeout=0.2, peer_timeout=30)
+    async with at.open_engine(providers="tcp", config=config, _world=World(limits=limits)) as engine:
+        async with other_process(engine, "tcp", limits) as (process, peer):
+            remote = await peer.lookup("allocated")
+            memory = np.ones(NBYTES, np.uint8)
+            source = engine.register(memory)
+            await engine.write(source[:64], remote[:64])
+            with stopped(process):
+                transfer = asyncio.ensure_future(awaited(engine.write(source, remote)))
+                await asyncio.sleep(0.1)
+                transfer.cancel()
+                with pytest.raises(at.QuarantineError, match="cannot tell when it is over"):
+                    await transfer
+                late = engine.write(source[:64], remote[:64], timeout=0.1)
+                with pytest.raises(at.TransferTimeout):  # the window is full: nothing of it was posted
+                    await late
+                source.close()
+                assert source._id in engine._regions, "it stays registered"
+            async with asyncio.timeout(20):
+                while source._id in engine._regions:
+                    await asyncio.sleep(0.01)
+
+
+async def awaited(transfer: at.Transfer) -> None:
+    await transfer
+
+
+async def test_sides_that_mark_their_writes_differently_do_not_connect() -> None:
+    async with at.open_engine(providers="tcp", _world=World(limits=Limits(lib.AT_FAB_MARKS))) as left:
+        async with at.open_engine(providers="tcp") as right:
+            with pytest.raises(at.ProviderUnavailableError, match="no common way"):
+                await left.connect(right.address)
