@@ -88,25 +88,27 @@ def _why() -> str:
     return str(native.ffi.string(native.lib.at_fab_why()).decode())
 
 
-def libfabric_names(provider: str, version: int) -> tuple[str, ...]:
-    """What libfabric of this version (major << 16 | minor) calls a provider, best first."""
+def libfabric_names(provider: str, version: int) -> tuple[tuple[str, str | None], ...]:
+    """What libfabric of this version (major << 16 | minor) calls a provider, and which of its fabrics, best first."""
     if provider == "tcp":
-        return ("tcp",) if version >= TWO else ("net", "tcp;ofi_rxm")
-    return (provider,)
+        return (("tcp", None),) if version >= TWO else (("net", None), ("tcp;ofi_rxm", None))
+    return (("efa", "efa-direct"), ("efa", "efa"), ("efa", None))
 
 
 def open_rail(lane: Lane, provider: str, host: str, limits: Limits) -> Rail:
     """Load the library and open a rail at a local address. May take half a second; any thread. Raises `BrokenError`."""
+    if provider == "efa":  # its queues have a descriptor only without its own way between processes of a host; ours is shm
+        os.environ.setdefault("FI_EFA_ENABLE_SHM_TRANSFER", "0")
     try:
         libfabric.load()
     except OSError as error:
         raise BrokenError(str(error), provider=provider) from error
     ffi, lib = native.ffi, native.lib
     out, facts, attempts = ffi.new("at_fab **"), ffi.new("at_fab_facts *"), []
-    for name in libfabric_names(provider, int(lib.at_fab_version())):
-        node, names = ffi.new("char[]", host.encode()), ffi.new("char[]", name.encode())
+    for name, fabric in libfabric_names(provider, int(lib.at_fab_version())):
+        words = [ffi.NULL if word is None else ffi.new("char[]", word.encode()) for word in (name, fabric, host)]
         options = ffi.new("at_fab_options *")
-        options.provider, options.node = names, node
+        options.provider, options.fabric, options.node = words
         options.without, options.most_bytes, options.most_posted = limits
         rc = lib.at_fab_open(lane.pointer, options, out, facts)
         if rc == 0:
@@ -114,7 +116,7 @@ def open_rail(lane: Lane, provider: str, host: str, limits: Limits) -> Rail:
             provider, domain = (ffi.string(field).decode() for field in (facts.provider, facts.domain))
             return Rail(out[0], provider, domain, version, int(facts.flags))
         attempts.append(_why() if rc == lib.AT_EIO else native.text(rc))
-    raise BrokenError("; ".join(attempts), provider=provider)
+    raise BrokenError("; ".join(dict.fromkeys(attempts)), provider=provider)
 
 
 class FabricPath(Path):

@@ -79,6 +79,16 @@ def missing(environ: Mapping[str, str] = os.environ) -> str | None:
     return "libfabric is not installed (apt-get install libfabric1, or the extra aiotransfer[tcp])"
 
 
+def no_efa(root: Path = Path("/")) -> str | None:
+    """Why there is no EFA device here; None: there is one."""
+    devices = root / "sys" / "class" / "infiniband"
+    for device in sorted(devices.iterdir()) if devices.is_dir() else ():
+        driver = device / "device" / "driver"
+        if driver.is_symlink() and driver.readlink().name == "efa":
+            return None
+    return "this machine has no EFA device"
+
+
 def load(environ: Mapping[str, str] = os.environ) -> str:
     """Load it, once per process; its file. Raises `OSError` with the reason."""
     chosen = choose(environ)

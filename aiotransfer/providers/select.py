@@ -12,7 +12,7 @@ from aiotransfer.providers.lane import Lane, Segment
 from aiotransfer.providers.port import Provider
 
 KNOWN = ("shm", "loopback", "tcp", "efa", "verbs")
-NOT_YET = dict.fromkeys(("efa", "verbs"), "not part of this version yet")
+NOT_YET = {"verbs": "not part of this version yet"}
 
 
 def availability() -> dict[str, str | None]:
@@ -21,6 +21,7 @@ def availability() -> dict[str, str | None]:
         return dict.fromkeys(KNOWN, f"no native extension: {native.failure}")
     result: dict[str, str | None] = dict(NOT_YET)
     result["tcp"] = libfabric.missing()
+    result["efa"] = libfabric.missing() or libfabric.no_efa()
     result["shm"] = None if native.has_shm else "needs Linux"
     result["loopback"] = None if native.has_loopback else "the extension was built without the simulator"
     return {name: result[name] for name in KNOWN}

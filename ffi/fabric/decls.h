@@ -17,6 +17,7 @@ enum at_fab_flags {
 
 typedef struct {
     const char *provider; /* libfabric's name of it */
+    const char *fabric;   /* its fabric of this name, or NULL for whichever comes first */
     const char *node;     /* the local address to be reached at, or NULL for the provider's own choice */
     uint32_t without;     /* at_fab_flags to do without although they are there: tests of what other fabrics lack */
     uint64_t most_bytes;  /* of one work request, 0: as many as the provider takes */
@@ -49,6 +50,10 @@ int at_fab_load(const char *path);
 uint32_t at_fab_version(void); /* of the loaded library: major << 16 | minor; 0: none */
 /* The reason of the last failure of at_fab_load or at_fab_open in this thread. */
 const char *at_fab_why(void);
+
+/* Tests: what a rail would be whose library said so. `device`: EFA rather than software. order, mr_mode: as fi_info has them. */
+int at_fab_facts_of(int device, uint64_t order, uint64_t data_bytes, int mr_mode, uint64_t most_rma, int emulated, uint32_t without,
+                    at_fab_facts *out);
 
 /* A rail of the lane: AT_OK, AT_EIO (see at_fab_why) or AT_E*. It lives as long as the lane. May take half a second; any thread. */
 int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_fab_facts *facts);

@@ -176,6 +176,13 @@ extern struct at_fab_calls {
 } at_fab_library;
 void at_fab_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+/* device.c */
+void at_fab_device_prepare(struct fid_ep *ep);                     /* before it is enabled */
+void at_fab_device_ask(struct fid_ep *ep, at_fab_facts *facts);    /* afterwards */
+void at_fab_device_limits(at_fab_facts *facts, uint64_t most_rma, int emulated);
+/* open.c */
+uint32_t at_fab_flags_of(int device, uint64_t order, size_t data_bytes, int mr_mode, uint32_t without);
+
 /* memory.c, with the lane's lock */
 int at_fab_register(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, at_fab_mr *out); /* AT_OK, or AT_EIO with at_lane_errno */
 void at_fab_unregister(at_fab *fab, at_fab_mr *mr);

@@ -34,6 +34,7 @@ static struct fi_info *ask(const at_fab_options *options) {
         hints->rx_attr->msg_order = FI_ORDER_WAW;
     }
     hints->fabric_attr->prov_name = strdup(options->provider);
+    if (options->fabric != NULL) hints->fabric_attr->name = strdup(options->fabric);
     uint32_t version = at_fab_library.version() < NEWEST ? at_fab_library.version() : NEWEST;
     int rc = at_fab_library.getinfo(version, device ? NULL : options->node, NULL, device || options->node == NULL ? 0 : FI_SOURCE, hints, &found);
     at_fab_library.freeinfo(hints);
@@ -44,21 +45,34 @@ static struct fi_info *ask(const at_fab_options *options) {
 
 static uint32_t least(size_t a, size_t b) { return (uint32_t)(a < b ? a : b); }
 
+uint32_t at_fab_flags_of(int device, uint64_t order, size_t data_bytes, int mr_mode, uint32_t without) {
+    uint32_t flags = AT_FAB_FD | (device ? 0u : (uint32_t)(AT_FAB_DELIVERY | AT_FAB_PRIVATE));
+    if (order & FI_ORDER_WAW) flags |= AT_FAB_ORDERED;
+    if (data_bytes >= 8) flags |= AT_FAB_MARKS;
+    if (mr_mode & FI_MR_LOCAL) flags |= AT_FAB_LOCAL_MR;
+    if (mr_mode & FI_MR_VIRT_ADDR) flags |= AT_FAB_VIRTUAL;
+    if (mr_mode & FI_MR_PROV_KEY) flags |= AT_FAB_KEYS;
+    flags &= ~(without & (uint32_t)(AT_FAB_ORDERED | AT_FAB_MARKS | AT_FAB_PRIVATE | AT_FAB_FD));
+    if (without & AT_FAB_LOCAL_MR) flags |= AT_FAB_LOCAL_MR; /* to do without unregistered memory */
+    return flags;
+}
+
+int at_fab_facts_of(int device, uint64_t order, uint64_t data_bytes, int mr_mode, uint64_t most_rma, int emulated, uint32_t without,
+                    at_fab_facts *out) {
+    memset(out, 0, sizeof *out);
+    out->flags = at_fab_flags_of(device, order, (size_t)data_bytes, mr_mode, without);
+    out->most_bytes = UINT64_MAX;
+    out->most_posted = device ? DEVICE_POSTED : SOFTWARE_POSTED;
+    at_fab_device_limits(out, most_rma, emulated);
+    return AT_OK;
+}
+
 static void note_facts(at_fab *fab, const at_fab_options *options) {
     const struct fi_info *info = fab->info;
     at_fab_facts *facts = &fab->facts;
     int device = is_device(options->provider);
-    int mode = info->domain_attr->mr_mode;
-    uint32_t flags = device ? 0 : AT_FAB_DELIVERY | AT_FAB_PRIVATE;
-    if (info->tx_attr->msg_order & FI_ORDER_WAW) flags |= AT_FAB_ORDERED;
-    if (info->domain_attr->cq_data_size >= 8) flags |= AT_FAB_MARKS;
-    if (mode & FI_MR_LOCAL) flags |= AT_FAB_LOCAL_MR;
-    if (mode & FI_MR_VIRT_ADDR) flags |= AT_FAB_VIRTUAL;
-    if (mode & FI_MR_PROV_KEY) flags |= AT_FAB_KEYS;
-    flags |= AT_FAB_FD;
-    flags &= ~(options->without & (uint32_t)(AT_FAB_ORDERED | AT_FAB_MARKS | AT_FAB_PRIVATE | AT_FAB_FD));
-    if (options->without & AT_FAB_LOCAL_MR) flags |= AT_FAB_LOCAL_MR; /* to do without unregistered memory */
-    facts->flags = flags;
+    facts->flags = at_fab_flags_of(device, info->tx_attr->msg_order, info->domain_attr->cq_data_size, info->domain_attr->mr_mode,
+                                   options->without);
     facts->version = at_fab_library.version();
     facts->iov = least(AT_FAB_IOV, least(info->tx_attr->iov_limit, info->tx_attr->rma_iov_limit));
     if (facts->iov == 0) facts->iov = 1;
@@ -83,11 +97,14 @@ static int open_queue(at_fab *fab) {
     return fi_cq_open(fab->domain, &attr, &fab->cq, NULL);
 }
 
-static int open_shared(at_fab *fab) {
+static int open_shared(at_fab *fab, int device) {
     int rc = fi_endpoint(fab->domain, fab->info, &fab->shared, NULL);
+    if (rc == 0 && device) at_fab_device_prepare(fab->shared);
     if (rc == 0) rc = fi_ep_bind(fab->shared, &fab->av->fid, 0);
     if (rc == 0) rc = fi_ep_bind(fab->shared, &fab->cq->fid, FI_TRANSMIT | FI_RECV);
-    return rc == 0 ? fi_enable(fab->shared) : rc;
+    if (rc == 0) rc = fi_enable(fab->shared);
+    if (rc == 0 && device) at_fab_device_ask(fab->shared, &fab->facts);
+    return rc;
 }
 
 static void close_one(struct fid *fid) {
@@ -119,13 +136,13 @@ static void leave(at_rail *rail) {
 
 static void destroy(at_rail *rail) { fab_free((at_fab *)rail); }
 
-static const char *open_objects(at_fab *fab, int *rc) {
+static const char *open_objects(at_fab *fab, int device, int *rc) {
     struct fi_av_attr av = {.type = FI_AV_TABLE};
     if ((*rc = at_fab_library.fabric(fab->info->fabric_attr, &fab->fabric, NULL)) != 0) return "fabric";
     if ((*rc = fi_domain(fab->fabric, fab->info, &fab->domain, NULL)) != 0) return "domain";
     if ((*rc = fi_av_open(fab->domain, &av, &fab->av, NULL)) != 0) return "address vector";
     if ((*rc = open_queue(fab)) != 0) return "completion queue";
-    if (!at_fab_is(fab, AT_FAB_PRIVATE) && (*rc = open_shared(fab)) != 0) return "endpoint";
+    if (!at_fab_is(fab, AT_FAB_PRIVATE) && (*rc = open_shared(fab, device)) != 0) return "endpoint";
     return NULL;
 }
 
@@ -146,7 +163,7 @@ int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_f
     int rc = fab->info != NULL ? AT_OK : AT_EIO, code = 0;
     if (rc == AT_OK) {
         note_facts(fab, options);
-        const char *what = open_objects(fab, &code);
+        const char *what = open_objects(fab, is_device(options->provider), &code);
         if (what != NULL) {
             at_fab_say("%s: no %s: %s", options->provider, what, at_fab_library.strerror(-code));
             rc = AT_EIO;
