@@ -366,6 +366,7 @@ class Engine(Planner):
             while len(self._gone) > 1024:
                 del self._gone[next(iter(self._gone))]
         for path in peer._paths:
+            path.flush()  # what it had counted before it went is still ours
             native.lib.at_peer_fail(self._p, path.lane_peer, native.lib.AT_EPEER)
         self._progress.poll()
         for path in peer._paths:
@@ -425,6 +426,8 @@ class Engine(Planner):
                 await handle._close()
             self._progress.poll()
             await self._release_memory()
+            for provider in self._providers.values():
+                await provider.settle()
         finally:
             self._liveness.close()
             self._sweeper.close()

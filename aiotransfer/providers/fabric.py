@@ -283,6 +283,10 @@ class FabricPath(Path):
             raise BrokenError(f"cannot lend memory: {native.text(status)}", provider=self.provider)
         return _Lent(int(address[0]), int(key[0]))
 
+    def flush(self) -> None:
+        """Hand out what has arrived by now."""
+        native.lib.at_fab_flush(self._lane.pointer, self.lane_peer)
+
     def revoked(self, slot: int, epoch: int) -> None:
         """By the control connection: also while this one is broken."""
         if self._lane.usable and 0 <= slot < 1 << 32 and 0 <= epoch < 1 << 64:
@@ -382,6 +386,11 @@ class FabricProvider:
             path.close()
             raise
         return _encode(ours), path
+
+    async def settle(self) -> None:
+        """Rails that are being opened: their threads use the lane."""
+        if self._rails:
+            await asyncio.wait(self._rails.values())
 
     def close(self) -> None:
         """The rails go with the lane."""

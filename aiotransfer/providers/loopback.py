@@ -119,6 +119,9 @@ class LoopbackProvider:
             raise BrokenError("loopback connects engines of one process only", provider="loopback")
         return b"", LoopbackPath(self._lane, conversation.incarnation)
 
+    async def settle(self) -> None:
+        """Nothing goes on by itself."""
+
     def close(self) -> None:
         """Leave the network of this process."""
         if not self._closed and self._lane.usable:

@@ -94,6 +94,9 @@ class Path:
     def revoked(self, slot: int, epoch: int) -> None:
         """The owner says that a grant of its is over (where the provider does not see that by itself)."""
 
+    def flush(self) -> None:
+        """Hand out what has arrived by now."""
+
     @property
     def broken(self) -> bool:
         """Whether its connection waits to be opened again."""
@@ -127,6 +130,10 @@ class Provider(Protocol):
 
     async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
         """Answer one question of a peer's provider; a new path when the question set one up."""
+        ...
+
+    async def settle(self) -> None:
+        """Wait for what it has going on besides questions, before it is closed."""
         ...
 
     def close(self) -> None:

@@ -298,6 +298,9 @@ class ShmProvider:
             raise BrokenError(f"the descriptor channel broke: {error}", provider="shm") from error
         return msgspec.msgpack.encode(_Size(segment.nbytes))
 
+    async def settle(self) -> None:
+        """Nothing goes on by itself."""
+
     def close(self) -> None:
         """Stop listening."""
         self._listener.close()

@@ -73,6 +73,9 @@ uint32_t at_fab_generation(at_lane *lane, int64_t peer, int *up);
 int at_fab_retire(at_lane *lane, int64_t peer, uint64_t *arrived);
 int at_fab_settle(at_lane *lane, int64_t peer, uint64_t arrived);
 
+/* Hand out what has arrived by now: before a peer is failed, whose arrivals count still. */
+int at_fab_flush(at_lane *lane, int64_t peer);
+
 /* Memory of ours for one peer, under a live grant: what its descriptor stands for. AT_ESTALE: the grant is over. */
 int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, void *base, uint64_t nbytes, int access, uint64_t *address,
                 uint64_t *key);

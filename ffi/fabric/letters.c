@@ -104,6 +104,7 @@ void at_fab_tell(at_fab_end *end) {
     if (rc == -FI_EAGAIN) {
         fab->eager = 1;
         at_stall(end->peer, 1);
+        at_fab_kick(fab); /* the thread sees to it if the loop does not */
     } else {
         at_fab_end_break(end, (int)-rc);
     }

@@ -29,6 +29,7 @@ ABSENT(int, at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoc
 ABSENT(int64_t, at_fab_borrow(at_lane *lane, int64_t peer, uint64_t address, uint64_t key, uint64_t nbytes, int access, uint32_t slot,
                               uint64_t epoch), AT_EUNKNOWN)
 ABSENT(int, at_fab_revoked(at_lane *lane, int64_t peer, uint32_t slot, uint64_t epoch), AT_EUNKNOWN)
+ABSENT(int, at_fab_flush(at_lane *lane, int64_t peer), AT_EUNKNOWN)
 ABSENT(int, at_fab_mute(at_lane *lane, int64_t peer), AT_EUNKNOWN)
 ABSENT(int, at_fab_break(at_lane *lane, int64_t peer), AT_EUNKNOWN)
 #pragma GCC diagnostic pop

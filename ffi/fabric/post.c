@@ -154,6 +154,7 @@ int64_t at_fab_post(at_peer *peer, at_op *op) {
     int rc = post_slot(end, op, slot, op->cursor, op->extent - op->cursor);
     if (rc == AT_OK) return (int64_t)slot->steps;
     at_fab_slot_free(end->fab, slot);
+    if (rc == AT_EAGAIN) at_fab_kick(end->fab); /* tried again by the loop, or by the thread if that does not come */
     return rc == AT_ERAIL ? 0 : rc; /* broken: it waits until the connection is open again */
 }
 

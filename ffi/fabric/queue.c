@@ -55,7 +55,10 @@ static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
     peer->users++;
     if (status == AT_OK) at_op_complete(op, steps, bytes, counts, AT_OK);
     else at_op_complete(op, 0, 0, 0, op->status != AT_OK ? op->status : status);
-    if (end->again.head != NULL) at_fab_post_again(end);
+    if (end->again.head != NULL) {
+        at_fab_post_again(end);
+        if (end->again.head == NULL) at_refill(peer); /* what had to wait behind it */
+    }
     at_fab_retired(end);
     at_peer_release(peer);
 }
@@ -150,6 +153,20 @@ int at_fab_drain(at_fab *fab) {
     return count;
 }
 
+int at_fab_flush(at_lane *lane, int64_t peer) {
+    int rc = at_check_process(lane);
+    if (rc != AT_OK) return rc;
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, peer);
+    at_fab *fab = end != NULL ? end->fab : NULL;
+    at_unlock(lane);
+    if (fab == NULL) return AT_EUNKNOWN;
+    (void)pthread_mutex_lock(&fab->turn);
+    (void)at_fab_drain(fab);
+    (void)pthread_mutex_unlock(&fab->turn);
+    return AT_OK;
+}
+
 /* With the lock: post for those that were refused, or are owed a turn since others had filled the rail. Anything to drain? */
 static int post_waiting(at_fab *fab) {
     at_lane *lane = fab->rail.lane;
@@ -223,6 +240,7 @@ static void nap(uint64_t ns) {
 }
 
 void at_fab_kick(at_fab *fab) {
+    if (!fab->started) return;
     uint64_t one = 1;
     ssize_t written = write(fab->kick_fd, &one, sizeof one); /* full: it is awake */
     (void)written;

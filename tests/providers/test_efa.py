@@ -1,7 +1,7 @@
 """EFA without the hardware: what follows from what its library says.
 
 The records are what libfabric's EFA provider reports: memory modes, 4 bytes of completion data, no order, the options of its
-endpoints (man page fi_efa(7) and prov/efa of libfabric 2.6; sizes are marked synthetic where the page gives none). How each branch
+endpoints (man page fi_efa(7) and prov/efa of libfabric 2.6; sizes are marked synthetic where the page gives none). How the code
 then behaves is tested on tcp with the same things taken away (`test_fabric.py`).
 """
 

@@ -205,3 +205,25 @@ async def test_sides_that_mark_their_writes_differently_do_not_connect() -> None
         async with at.open_engine(providers="tcp") as right:
             with pytest.raises(at.ProviderUnavailableError, match="no common way"):
                 await left.connect(right.address)
+
+
+@pytest.mark.parametrize("limits", [Limits(), LIKE_EFA], ids=["tcp", "like EFA"])
+async def test_what_a_peer_had_counted_before_it_closed_is_kept(limits: Limits) -> None:
+    for _ in range(10):
+        async with engine_pair("tcp", timeout=10, _world=World(limits=limits)) as pair:
+            await at.wait_all([pair.left.signal(pair.right_peer, 1) for _ in range(200)])
+            closing = asyncio.ensure_future(pair.left.aclose())
+            await pair.left_peer.closed()
+            assert pair.right.counter(imm=1).total == 200
+            await closing
+
+
+async def test_closing_waits_for_a_rail_that_is_being_opened() -> None:
+    async with at.open_engine(providers="tcp") as right:
+        for _ in range(20):
+            left = await at.open_engine(providers="tcp")
+            connecting = asyncio.ensure_future(left.connect(right.address))
+            await asyncio.sleep(random.random() * 0.003)
+            connecting.cancel()
+            await left.aclose()
+            await asyncio.wait([connecting])
