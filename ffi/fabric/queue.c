@@ -239,11 +239,14 @@ static void nap(uint64_t ns) {
     (void)nanosleep(&span, NULL);
 }
 
-void at_fab_kick(at_fab *fab) {
-    if (!fab->started) return;
+static void kick(at_fab *fab) {
     uint64_t one = 1;
     ssize_t written = write(fab->kick_fd, &one, sizeof one); /* full: it is awake */
     (void)written;
+}
+
+void at_fab_kick(at_fab *fab) {
+    if (fab->started) kick(fab);
 }
 
 /* Sleep until the queue has something, or somebody kicks. Was it the queue? */
@@ -332,7 +335,7 @@ void at_fab_thread_stop(at_fab *fab) {
     at_unlock(fab->rail.lane);
     if (!started) return;
     atomic_store(&fab->stop, 1);
-    at_fab_kick(fab);
+    kick(fab);
     (void)pthread_join(fab->thread, NULL);
 }
 
