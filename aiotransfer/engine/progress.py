@@ -63,9 +63,10 @@ class Progress:
             elif kind == lib.AT_EV_PEER:
                 engine._peer_event(number, status)
             elif kind == lib.AT_EV_RAIL:
+                lane.news(number)
                 engine._rail_event(number)
             elif kind == lib.AT_EV_UP:
-                lane.came_up(number)
+                lane.news(number)
             elif kind == lib.AT_EV_GRANT:
                 engine._look_at_quarantine()
             elif kind == lib.AT_EV_REGION:

@@ -166,6 +166,8 @@ class FabricPath(Path):
             ) from None  # fmt: skip
         finally:
             self._lane.waiting.pop(self.lane_peer, None)
+        if self.broken:
+            raise BrokenError("it broke before anything got through", provider=self.provider)
 
     def _raise(self, status: int, doing: str) -> None:
         if status == 0:

@@ -64,7 +64,7 @@ class Lane:
         self.events: Any = native.lib.at_lane_events(pointer)
         self.fd: int = native.lib.at_lane_fd(pointer)
         self.forks = _forks
-        self.waiting: dict[int, Callable[[], None]] = {}  # by peer: for the first sign that bytes get through
+        self.waiting: dict[int, Callable[[], None]] = {}  # by peer: for news of its connection
 
     def free(self) -> None:
         """Destroy the lane. Later calls through this object do nothing."""
@@ -85,8 +85,8 @@ class Lane:
         e = self.events
         return [Event(e.kind[i], e.id[i], e.status[i], e.count[i]) for i in range(n)]
 
-    def came_up(self, peer: int) -> None:
-        """Bytes get through to a peer."""
+    def news(self, peer: int) -> None:
+        """Bytes get through to a peer, or its connection broke."""
         if (call := self.waiting.pop(peer, None)) is not None:
             call()
 

@@ -98,6 +98,7 @@ struct at_fab_end {
     int joined;          /* the other side's offer of this generation was taken */
     int begun;           /* and it is our turn to post */
     int heard;           /* a letter has come: bytes do get through */
+    int troubled;        /* its connection broke by itself: the other side may be making another one */
     int retired;         /* given up: it is not opened again */
     int mute;            /* tests: it posts nothing */
     uint64_t mailbox, mailbox_key; /* theirs */
@@ -210,6 +211,9 @@ extern const at_port at_fab_port;
 void at_fab_cut(at_peer *peer, at_op *op);
 int64_t at_fab_post(at_peer *peer, at_op *op);
 void at_fab_post_again(at_fab_end *end); /* what is to be posted again, as far as the window allows */
+
+/* halfway.c, with fab->lock */
+void at_fab_shut_halfway(at_fab *fab, struct fid_ep *ep);
 
 /* letters.c, with the lane's lock */
 int at_fab_receive(at_fab_end *end);             /* post one more receive: AT_OK or AT_EIO */

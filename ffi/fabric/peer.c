@@ -6,7 +6,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 at_fab_end *at_fab_end_of(at_lane *lane, int64_t id) {
     at_peer *peer = at_peer_find(lane, id);
@@ -86,23 +85,11 @@ static void drop_letters(at_fab_end *end) {
     end->telling = 0;
 }
 
-/* libfabric before 2.0 forgets the endpoint of a connection that is being made to it: when the rest of the request comes after the
- * endpoint was closed, it looks at freed memory (found by the address sanitizer: fi_dupinfo within fi_cq_read). Where one is expected,
- * it gets a moment to come. With fab->lock. */
-static void let_it_come(at_fab_end *end) {
-    if (FI_MAJOR(end->fab->facts.version) >= 2 || end->begun) return;
-    for (int i = 0; i < 20; i++) {
-        struct timespec moment = {0, 100000};
-        (void)fi_cq_read(end->fab->cq, NULL, 0);
-        (void)nanosleep(&moment, NULL);
-    }
-}
-
 static void close_endpoint(at_fab_end *end) {
     at_fab *fab = end->fab;
     if (end->ep == NULL) return;
     (void)pthread_mutex_lock(&fab->lock);
-    let_it_come(end);
+    if (end->ep != fab->shared && (!end->heard || end->troubled)) at_fab_shut_halfway(fab, end->ep);
     if (end->ep != fab->shared) (void)fi_close(&end->ep->fid);
     if (end->to != FI_ADDR_UNSPEC) (void)fi_av_remove(fab->av, &end->to, 1, 0);
     (void)pthread_mutex_unlock(&fab->lock);
@@ -114,6 +101,7 @@ void at_fab_end_break(at_fab_end *end, int error) {
     at_peer *peer = end->peer;
     if (end->ep == NULL) return;
     peer->users++;
+    if (error != 0) end->troubled = 1;
     close_endpoint(end);
     drop_letters(end);
     peer->paused = 1;
@@ -200,6 +188,7 @@ static int open_endpoint(at_fab_end *end) {
         return AT_EIO;
     }
     end->ep = ep;
+    end->troubled = 0;
     return AT_OK;
 }
 
