@@ -98,6 +98,7 @@ struct at_fab_end {
     int joined;          /* the other side's offer of this generation was taken */
     int begun;           /* and it is our turn to post */
     int heard;           /* a letter has come: bytes do get through */
+    uint64_t closed_as;  /* which closing its last one was; see at_fab.closings */
     int troubled;        /* its connection broke by itself: the other side may be making another one */
     int retired;         /* given up: it is not opened again */
     int mute;            /* tests: it posts nothing */
@@ -154,6 +155,7 @@ struct at_fab {
     uint32_t block_count, block_room;
     at_fab_slot *free;
     at_fab_slot *limbo;
+    uint64_t closings, read_up_to; /* endpoints that were closed; those of which everything that had arrived has been handed out */
     uint32_t posted; /* work requests, of the rail */
     int saturated;   /* somebody was refused for that */
     int eager;       /* an end has something to post or to tell although nothing has completed */

@@ -231,7 +231,8 @@ void at_fab_revoke(at_peer *peer, uint32_t slot) {
 
 int at_fab_active(at_peer *peer, uint32_t slot) {
     const at_fab_end *end = peer->impl;
-    return end->ep != NULL && slot < end->hold_room && end->hold[slot] != AT_HOLD_NONE;
+    int may_still = end->ep != NULL || end->closed_as > end->fab->read_up_to; /* land, or be counted */
+    return may_still && slot < end->hold_room && end->hold[slot] != AT_HOLD_NONE;
 }
 
 void at_fab_ping(at_peer *peer, uint64_t seq) {

@@ -95,6 +95,7 @@ static void close_endpoint(at_fab_end *end) {
     (void)pthread_mutex_unlock(&fab->lock);
     end->ep = NULL;
     end->to = FI_ADDR_UNSPEC;
+    end->closed_as = ++fab->closings;
 }
 
 void at_fab_end_break(at_fab_end *end, int error) {

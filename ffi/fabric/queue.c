@@ -134,12 +134,14 @@ int at_fab_drain(at_fab *fab) {
     at_lane *lane = fab->rail.lane;
     at_lock(lane);
     at_fab_slot *limbo = fab->limbo;
+    uint64_t closings = fab->closings;
     fab->limbo = NULL;
     at_unlock(lane);
     int count = 0, last = 1;
     for (int batch = 0; batch < BATCHES && last != 0; batch++) count += last = read_batch(fab);
-    if (limbo == NULL) return count;
+    if (limbo == NULL && closings == fab->read_up_to) return count;
     at_lock(lane);
+    if (last == 0) fab->read_up_to = closings;
     for (at_fab_slot *next; limbo != NULL; limbo = next) {
         next = limbo->next;
         if (last == 0) {
