@@ -1,11 +1,12 @@
 """Ranks in a ring pass blocks to their neighbours until everybody has every block.
 
     torchrun --nproc-per-node 4 examples/torchrun_ring.py
-    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 examples/torchrun_ring.py   # both hosts
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 examples/torchrun_ring.py
 
-Between hosts, give all ranks one AIOTRANSFER_KEY. torchrun starts the ranks; they find each other over its store, and from then on
-neither torch nor the store has a part in it. Each rank writes a block straight into its right neighbour's memory; an immediate
-that travels with the block tells the neighbour that it is there, and which turn it belongs to. Only the public API is used.
+The second line is for two hosts, run on both, with one AIOTRANSFER_KEY. torchrun starts the ranks; they find each other over its
+store, and from then on neither torch nor the store has a part in it. Each rank writes a block straight into its right neighbour's
+memory; an immediate that travels with the block tells the neighbour that it is there, and which turn it belongs to. Only the
+public API is used.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ async def ring(nbytes: int) -> None:
         if size < 2:
             raise SystemExit("a ring needs at least 2 ranks: torchrun --nproc-per-node 4 ...")
         right, left = group.peers[(rank + 1) % size], group.peers[(rank - 1) % size]
-        assert right is not None and left is not None  # a group is connected
+        assert right is not None  # a group is connected
+        assert left is not None
 
         blocks = engine.allocate((size, nbytes))  # one row for each rank's block
         mine = blocks.numpy()
@@ -53,7 +55,7 @@ async def ring(nbytes: int) -> None:
             raise SystemExit(f"rank {rank}: the blocks of ranks {wrong} are not what those ranks began with")
         await group.barrier()  # whoever is beyond it knows that all ranks have verified theirs
         if rank == 0:
-            print(f"ring of {size} ranks by {right.path.provider}: each has all {size} blocks of {nbytes} bytes, verified", flush=True)
+            print(f"ring of {size} ranks by {right.path.provider}: each has all {size} blocks of {nbytes} bytes, verified")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from aiotransfer.errors import ConfigurationError, RendezvousError
 from aiotransfer.model.address import Address
-from aiotransfer.rendezvous.meeting import from_list, over_store
+from aiotransfer.rendezvous.meeting import from_list, meet
 from aiotransfer.rendezvous.roster import Launch
-from aiotransfer.rendezvous.store import FIRST_PAUSE, LONGEST_PAUSE, Store
+from aiotransfer.rendezvous.store import FIRST_PAUSE, LONGEST_PAUSE, Caller, Store
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -39,16 +39,10 @@ async def from_environment(
     deadline = loop.time() + seconds
     if not launch.hosts_store:
         await _answers(launch, deadline, seconds)
-    store = make(launch)  # the port is open, or ours to open: this takes no time
-
-    def left() -> float:
-        return max(deadline - loop.time(), 0.001)
-
-    addresses = await over_store(engine, store, launch.rank, launch.size, prefix=launch.prefix, timeout=left())
-    # The barrier is also what keeps the store of rank 0 alive until everybody has read it.
-    group = await from_list(engine, addresses, name=name, timeout=left())
-    del store
-    return group
+    caller = Caller(make(launch), deadline, seconds)  # the port is open, or ours to open: this takes no time
+    addresses = await meet(engine, caller, launch.rank, launch.size, launch.prefix)
+    # `caller` holds the store, which on rank 0 serves the others, until the barrier says that everybody has read it.
+    return await from_list(engine, addresses, name=name, timeout=max(caller.left, 0.001))
 
 
 def listen_address(environ: Mapping[str, str] | None = None) -> str:

@@ -29,26 +29,31 @@ async def over_store(
     Raises `RendezvousError` naming the ranks that are missing, or why those that came cannot be one group, `ConfigurationError`
     when this engine listens on no address that others could use, `TypeError` or `ValueError`.
     """
+    seconds = engine._seconds(timeout)
+    return await meet(engine, Caller(store, asyncio.get_running_loop().time() + seconds, seconds), rank, world_size, prefix)
+
+
+async def meet(engine: Engine, caller: Caller, rank: int, world_size: int, prefix: str) -> list[str]:
+    """`over_store` with the deadline of its caller."""
     roster.check_place(rank, world_size, engine.address)
     keys = roster.Keys(prefix, world_size)
     own = roster.Entry(rank, world_size, str(engine.address), engine.incarnation, _place())
-    seconds = engine._seconds(timeout)
-    caller = Caller(store, asyncio.get_running_loop().time() + seconds)
     await caller.set(keys.entries[rank], own.encode())
     pause = FIRST_PAUSE
     while True:
-        await _all_there(caller, keys.entries, seconds)
+        await _all_there(caller, keys.entries)
         entries = await caller.get_all(keys.entries)
         mine = roster.digest(entries)
         await caller.set(keys.digests[rank], mine)
-        await _all_there(caller, keys.digests, seconds)
+        await _all_there(caller, keys.digests)
         others = [index for index, found in enumerate(await caller.get_all(keys.digests)) if found != mine]
         if not others:
             return roster.addresses(own, entries)
         if caller.left <= 0:
             roster.addresses(own, entries)  # the better reason, if there is one
             raise RendezvousError(
-                f"{roster.named(others)} of {world_size} did not come, or did not agree on who takes part, within {seconds:g} s",
+                f"{roster.named(others)} of {world_size} did not come, or did not agree on who takes part, "
+                f"within {caller.seconds:g} s",
                 hint="the store may hold what an earlier start left: do they run, and does no other job share the prefix?",
             )
         await asyncio.sleep(pause)
@@ -68,7 +73,7 @@ async def from_list(
     return group
 
 
-async def _all_there(caller: Caller, keys: Sequence[str], seconds: float) -> None:
+async def _all_there(caller: Caller, keys: Sequence[str]) -> None:
     pause = FIRST_PAUSE
     while not await caller.have(keys):
         if caller.left <= 0:
@@ -76,7 +81,7 @@ async def _all_there(caller: Caller, keys: Sequence[str], seconds: float) -> Non
             if not absent:
                 return
             raise RendezvousError(
-                f"{roster.named(absent)} of {len(keys)} did not come within {seconds:g} s",
+                f"{roster.named(absent)} of {len(keys)} did not come within {caller.seconds:g} s",
                 hint="did that process start, and did it reach the same store?",
             )
         await asyncio.sleep(min(pause, max(caller.left, 0)))

@@ -157,6 +157,8 @@ class Launch(NamedTuple):
                 raise ConfigurationError(f"{name}={text!r} is no number")
             numbers[name] = int(text)
         rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+        if not 0 < numbers["MASTER_PORT"] < 1 << 16:
+            raise ConfigurationError(f"MASTER_PORT={numbers['MASTER_PORT']} is no port", hint="torchrun --standalone picks one")
         if rank >= size:
             raise ConfigurationError(f"RANK={rank} is not below WORLD_SIZE={size}")
         # torchrun's agent keeps one store over all restarts of its workers: each restart gets keys of its own.

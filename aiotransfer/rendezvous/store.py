@@ -38,11 +38,12 @@ class Store(Protocol):
 
 
 class Caller:
-    """One store for one meeting with one deadline (event-loop time; infinity: none)."""
+    """One store for one meeting with one deadline (event-loop time; infinity: none), `seconds` after the beginning."""
 
-    def __init__(self, store: Store, deadline: float) -> None:
+    def __init__(self, store: Store, deadline: float, seconds: float) -> None:
         self._store = store
         self._deadline = deadline
+        self.seconds = seconds
 
     @property
     def left(self) -> float:

@@ -118,6 +118,7 @@ def test_each_restart_has_keys_of_its_own() -> None:
         ({"RANK": "x"}, "no number"),
         ({"RANK": "4"}, "not below"),
         ({"MASTER_PORT": "-1"}, "no number"),
+        ({"MASTER_PORT": "0"}, "no port"),
     ],
 )
 def test_variables_that_make_no_sense(change: dict[str, str], text: str) -> None:
