@@ -53,8 +53,14 @@ demo: $(STAMPS)/demo
 test: $(STAMPS)/test
 	$(PY) -m pytest $(ARGS)
 
-test-demo: $(STAMPS)/demo $(STAMPS)/test
-	$(PY) -m pytest tests/examples $(ARGS)
+$(STAMPS)/ray: $(STAMPS)/package
+	@echo "installing Ray (about 80 MB, 240 MB unpacked) into $(VENV)"
+	@$(PIP) install --quiet --editable '.[ray]'
+	@touch $@
+
+# What needs torch, transformers or Ray: the model demo, torchrun, Ray actors.
+test-demo: $(STAMPS)/demo $(STAMPS)/ray $(STAMPS)/test
+	$(PY) -m pytest -m demo $(ARGS)
 
 # The network provider once more, with the newer libfabric that a wheel carries (make test takes the first one that it finds).
 test-wheel: $(STAMPS)/test

@@ -24,10 +24,11 @@ MAY_IMPORT = {  # folder: the folders beneath it
     "providers": {"model"},
     "control": {"model"},
     "engine": {"model", "core", "providers", "control"},
+    "rendezvous": {"model", "engine"},
     "testing": {"model", "core", "providers", "control", "engine"},
     "cli": {"model", "core", "providers", "control", "engine", "testing"},
 }
-PURE = ("model/", "core/", "control/frames.py", "control/session.py", "errors.py")
+PURE = ("model/", "core/", "control/frames.py", "control/session.py", "rendezvous/roster.py", "errors.py")
 IMPURE = {"asyncio", "time", "socket", "logging", "select", "threading", "subprocess", "random", "anyio", "pathlib"}
 
 

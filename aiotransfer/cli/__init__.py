@@ -1,4 +1,4 @@
-"""The command line: `python -m aiotransfer hello | demo | doctor | bench`."""
+"""The command line: `python -m aiotransfer hello | demo | doctor | ping | bench`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ COMMANDS = {
     "hello": "two processes: writes, pages, counters, speed beside memcpy, a killed peer",
     "demo": "a language model whose KV cache crosses from a prefill to a decode process",
     "doctor": "what this machine offers, what is missing and what to do",
+    "ping": "latency and bandwidth to an engine by each way to it, and why the others are none",
     "bench": "bandwidth, rates, latency and idle CPU, each beside its limit",
 }
 

@@ -1,31 +1,37 @@
-"""`doctor`: what this machine offers, what is missing and what to do about it; ends with one write that is checked.
+"""`doctor`: what this machine offers, what is missing and what to do about it; ends with one write by each provider, checked.
 
-Exit status 0 when at least one provider carried that write, 1 otherwise.
+Exit status 0 when nothing keeps the library from working here, 1 otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
+import dataclasses
+import errno
 import importlib.metadata
 import json
+import mmap
 import os
 import platform
-import resource
 import stat
-from pathlib import Path
+import subprocess
 from typing import Any
 
 import numpy as np
 
 import aiotransfer as at
-from aiotransfer.control.key import key_directory
-from aiotransfer.providers import native
+from aiotransfer.cli import _facts_devices, _facts_host
+from aiotransfer.cli._facts import Fact, Host
+from aiotransfer.control.key import LEAST_BYTES, key_directory
+from aiotransfer.providers import libfabric, native
 from aiotransfer.providers.select import availability
 
 PACKAGES = ("numpy", "cffi", "msgspec", "anyio", "uvloop", "torch")
 TEST_BYTES = 1 << 20
-LEAST_FILES = 1024
+NOWHERE = 1  # an address that nothing is mapped at
+MARKS = {"ok": "    ", "note": "note", "problem": "BAD "}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,32 +41,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look, try, print."""
-    report = examine()
-    print(json.dumps(report) if args.json else text(report))
-    return 0 if report["works"] else 1
+    facts = examine(Host())
+    print(json.dumps(record(facts)) if args.json else text(facts))
+    return 0 if works(facts) else 1
 
 
-def examine() -> dict[str, Any]:
-    """Everything that `doctor` prints, as one record."""
-    hints: list[str] = []
-    report: dict[str, Any] = {
-        "aiotransfer": at.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "extension": _extension(hints),
-        "providers": {name: reason or "ok" for name, reason in availability().items()},
-        "limits": _limits(hints),
-        "foreign_memory": _foreign_memory(hints),
-        "key_file": _key_file(hints),
-    }
-    report["self_test"] = {
-        name: asyncio.run(_try(name)) for name, reason in availability().items() if reason is None
-    } or {"none": "no provider can be used here"}
-    report["works"] = "ok" in report["self_test"].values()
-    report["hints"] = hints
-    return report
+def examine(host: Host) -> list[Fact]:
+    """Everything that `doctor` prints: what was tried here, and what `host` shows."""
+    here = [versions(), extension(), key(host), memfd(), foreign_memory(), providers(), fabric_library(host)]
+    return [*here, *(look(host) for look in (*_facts_host.ALL, *_facts_devices.ALL)), self_test()]
+
+
+def works(facts: list[Fact]) -> bool:
+    """Whether nothing keeps the library from working."""
+    return all(fact.level != "problem" for fact in facts)
+
+
+def record(facts: list[Fact]) -> dict[str, Any]:
+    """For programs."""
+    return {"works": works(facts), "facts": {fact.name: dataclasses.asdict(fact) for fact in facts}}
+
+
+def text(facts: list[Fact]) -> str:
+    """For a terminal."""
+    lines = []
+    for fact in facts:
+        lines.append(f"{MARKS[fact.level]} {fact.name:<16} {fact.text}")
+        if fact.hint:
+            lines.append(f"{'':<21} -> {fact.hint}")
+    bad = ", ".join(fact.name for fact in facts if fact.level == "problem")
+    lines.append(f"aiotransfer does not work here: {bad}" if bad else "aiotransfer works here")
+    return "\n".join(lines)
+
+
+# ---- what is tried on this machine ----
+
+
+def versions() -> Fact:
+    """This package, Python, the system, and the packages that matter."""
+    packages = {name: _version(name) for name in PACKAGES}
+    shown = ", ".join(f"{name} {version or '-'}" for name, version in packages.items())
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    python, cores = platform.python_version(), os.cpu_count()
+    data = {"aiotransfer": at.__version__, "python": python, "system": system, "cores": cores, "packages": packages}
+    text = f"aiotransfer {at.__version__}, Python {python}, {shown}; {system}, {cores} cores"
+    return Fact("versions", text, data=data)
 
 
 def _version(name: str) -> str | None:
@@ -70,49 +95,95 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _extension(hints: list[str]) -> str:
+def extension() -> Fact:
+    """Whether the native half is there."""
     if native.lib is not None:
-        return f"built, {native.ffi.string(native.lib.at_version()).decode()}"
-    hints.append("install a C compiler and the headers of this Python, then install aiotransfer again")
-    return f"missing: {native.failure}"
+        return Fact("extension", f"built, {native.ffi.string(native.lib.at_version()).decode()}")
+    hint = "install a C compiler and the headers of this Python, then install aiotransfer again"
+    return Fact("extension", f"missing: {native.failure}", "problem", hint)
 
 
-def _limits(hints: list[str]) -> dict[str, Any]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < LEAST_FILES:
-        hints.append(f"only {soft} descriptors are allowed: each peer takes about ten (ulimit -n, at most {hard} here)")
-    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    return {"descriptors": soft, "locked_memory": "unlimited" if locked == resource.RLIM_INFINITY else locked}
-
-
-def _foreign_memory(hints: list[str]) -> str:
-    """Whether registered (not allocated) memory of another process of this user can be written."""
-    try:
-        scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
-    except (OSError, ValueError):
-        return "allowed (no yama)"
-    if scope == 0 or (os.geteuid() == 0 and scope < 3):
-        return f"allowed (ptrace_scope {scope})"
-    hints.append(
-        f"kernel.yama.ptrace_scope is {scope}: memory of other processes that was registered instead of allocated may be out of "
-        "reach; use engine.allocate(), or set it to 0"
-    )
-    return f"restricted (ptrace_scope {scope})"
-
-
-def _key_file(hints: list[str]) -> str:
-    directory = key_directory(os.environ)
+def key(host: Host) -> Fact:
+    """By what engines know each other."""
+    secret = host.environ.get("AIOTRANSFER_KEY")
+    if secret:
+        if len(secret.encode(errors="surrogateescape")) < LEAST_BYTES:
+            return Fact("key", "AIOTRANSFER_KEY is too short", "problem", f"it needs at least {LEAST_BYTES} bytes")
+        return Fact("key", "AIOTRANSFER_KEY: whoever has it may connect")
+    directory = key_directory(host.environ)
+    only = "only processes of this user on this host may connect"
+    advice = "for several hosts, give all of them one AIOTRANSFER_KEY"
     try:
         info = directory.lstat()
     except FileNotFoundError:
-        return f"{directory} (made at the first use)"
+        return Fact("key", f"a file in {directory}, made at the first use: {only}", hint=advice)
     except OSError as error:
-        hints.append(f"the key directory cannot be read: {error}")
-        return f"{directory}: {error}"
+        return Fact("key", f"{directory} cannot be read: {error}", "problem", "set AIOTRANSFER_KEY")
     if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
-        hints.append(f"{directory} belongs to or is open to somebody else: remove it, or set AIOTRANSFER_KEY")
-        return f"{directory}: not trusted"
-    return str(directory)
+        hint = f"remove {directory}, or set AIOTRANSFER_KEY"
+        return Fact("key", f"{directory} belongs to or is open to somebody else", "problem", hint)
+    return Fact("key", f"a file in {directory}: {only}", hint=advice)
+
+
+def memfd() -> Fact:
+    """Whether memory can be shared by a sealed memfd, as `allocate` does it."""
+    try:
+        fd = os.memfd_create("aiotransfer-doctor", os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, mmap.PAGESIZE)
+            mmap.mmap(fd, mmap.PAGESIZE).close()
+        finally:
+            os.close(fd)
+    except (OSError, AttributeError) as error:
+        return Fact("memfd", f"refused: {error}", "problem", "needs Linux, and a seccomp profile that allows memfd_create")
+    return Fact("memfd", "works")
+
+
+def foreign_memory() -> Fact:
+    """Whether the kernel lets this process at another one's memory: asked for an address where nothing is."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).process_vm_readv
+    except (OSError, AttributeError):
+        return Fact("foreign memory", "this system has no process_vm_readv", "note", "use engine.allocate()")
+    byte = ctypes.c_char()
+    mine, theirs = (ctypes.c_size_t * 2)(ctypes.addressof(byte), 1), (ctypes.c_size_t * 2)(NOWHERE, 1)
+    with subprocess.Popen(["sleep", "60"]) as child:
+        call(child.pid, mine, 1, theirs, 1, 0)
+        code = ctypes.get_errno()
+        child.kill()
+    if code == errno.EFAULT:  # the rights were looked at before the address
+        return Fact("foreign memory", "of a child process: within reach", data={"errno": code})
+    hint = "registered memory of other processes is out of reach: use engine.allocate(), or docker --cap-add=SYS_PTRACE"
+    return Fact("foreign memory", f"of a child process: {os.strerror(code)}", "note", hint, {"errno": code})
+
+
+def providers() -> Fact:
+    """Which can be used here, and why the others cannot."""
+    known = availability()
+    text = ", ".join(f"{name} ({reason})" if reason else name for name, reason in known.items())
+    return Fact("providers", text, data={name: reason or "ok" for name, reason in known.items()})
+
+
+def fabric_library(host: Host) -> Fact:
+    """Which libfabric is taken, and why."""
+    found = libfabric.candidates(host.environ)
+    data = {"candidates": [one._asdict() for one in found]}
+    chosen = next((one for one in found if one.reason is None), None)
+    if chosen is None:
+        return Fact("libfabric", libfabric.missing(host.environ) or "none", data=data)  # which says what to do
+    others = "; ".join(f"{one.path}: {one.reason}" for one in found if one.reason not in (None, "no such file"))
+    return Fact("libfabric", f"{chosen.path} ({chosen.source}){f'; {others}' if others else ''}", data=data)
+
+
+def self_test() -> Fact:
+    """One write by each provider that can be used."""
+    results = {name: asyncio.run(_try(name)) for name, reason in availability().items() if reason is None}
+    failed = [name for name, result in results.items() if result != "ok"]
+    text = ", ".join(f"{name} {result}" for name, result in results.items()) or "no provider can be used here"
+    if not results or len(failed) == len(results):
+        return Fact("self test", text, "problem", "see the lines above", results)
+    hint = f"without {', '.join(failed)}: see the lines above" if failed else ""
+    return Fact("self test", text, "note" if failed else "ok", hint, results)
 
 
 async def _try(provider: str) -> str:
@@ -128,16 +199,3 @@ async def _try(provider: str) -> str:
             return "ok" if np.array_equal(source.numpy(), target.numpy()) else "the bytes differ"
     except (at.TransferError, OSError) as error:
         return f"{type(error).__name__}: {error}"
-
-
-def text(report: dict[str, Any]) -> str:
-    """For a terminal."""
-    lines = []
-    for name, value in report.items():
-        if name in ("works", "hints"):
-            continue
-        shown = ", ".join(f"{k} {v if v is not None else '-'}" for k, v in value.items()) if isinstance(value, dict) else value
-        lines.append(f"{name.replace('_', ' '):<16} {shown}")
-    lines += [f"hint             {hint}" for hint in report["hints"]]
-    lines.append("aiotransfer works here" if report["works"] else "aiotransfer does not work here")
-    return "\n".join(lines)

@@ -156,7 +156,28 @@ class PeerGroup:
             raise next(e for e in error.results if e is not None) from error
         if self._failure is not None:  # another member gave up meanwhile
             raise again(self._failure)
-        await counter.wait(len(self) - 1, peers=self._peers)
+        await self._all_signalled(counter)
+
+    async def _all_signalled(self, counter: Counter) -> None:
+        """Every other member has signalled. One that has passed this barrier may close its engine at once, while signals of
+        others, posted before it could pass, are still on their way to us: after a goodbye those get the time of posted work."""
+        loop = self._engine._loop
+        goodbye: PeerLostError | None = None
+        deadline = math.inf
+        while True:
+            staying = [peer for peer in self._peers if peer._state != "closed"]
+            left = None if goodbye is None else max(deadline - loop.time(), 0.0)
+            try:
+                return await counter.wait(len(self) - 1, timeout=left, peers=staying)
+            except PeerLostError as error:
+                if self._failure is not None or any(peer._state == "lost" for peer in self._peers):
+                    raise
+                if goodbye is None:
+                    goodbye, deadline = error, loop.time() + self._engine.config.drain_timeout
+            except TransferTimeout:
+                if goodbye is None:
+                    raise
+                raise goodbye from None
 
     async def _reform(self) -> None:
         heard = max((join.generation for _, join in self._joins.values()), default=0)

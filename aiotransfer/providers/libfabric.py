@@ -94,6 +94,9 @@ def load(environ: Mapping[str, str] = os.environ) -> str:
     chosen = choose(environ)
     if chosen is None:
         raise OSError(missing(environ))
+    # A library beneath Debian's libfabric (libinfinipath) takes SIGINT, SIGTERM and the signals of crashes for itself when it is
+    # loaded, and ends the process with status 1; this variable is how it is told not to.
+    os.environ.setdefault("IPATH_NO_BACKTRACE", "1")
     if native.lib.at_fab_load(chosen.path.encode()) != 0:
         raise OSError(f"{chosen.path} cannot be loaded: {native.ffi.string(native.lib.at_fab_why()).decode()}")
     return chosen.path

@@ -32,8 +32,12 @@ def test_doctor_finds_what_works_and_tries_it() -> None:
     done = run("doctor", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["self_test"] == {"shm": "ok", "loopback": "ok"}
-    assert report["providers"]["verbs"] != "ok"
+    facts = report["facts"]
+    usable = {name for name, state in facts["providers"]["data"].items() if state == "ok"}
+    assert {"shm", "loopback"} <= usable
+    assert facts["self test"]["data"] == dict.fromkeys(usable, "ok")
+    assert facts["providers"]["data"]["verbs"] != "ok"
+    assert facts["foreign memory"]["data"]
     assert "aiotransfer works here" in run("doctor").stdout
 
 
@@ -49,7 +53,7 @@ def test_the_benchmark_measures_ours_beside_its_limit() -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert len(rows) == 3
-    assert all(row["ratio"] > 0 for row in rows)
+    assert [row["ratio"] > 0 for row in rows if "limit" in row] == [True, True]  # the third row has no limit to stand beside
     assert run("bench", "--cases", "nonsense").returncode == 2
 
 

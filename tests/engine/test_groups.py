@@ -13,6 +13,8 @@ import pytest_asyncio
 
 import aiotransfer as at
 from aiotransfer.control.frames import Join
+from aiotransfer.engine.plans import Plan
+from aiotransfer.providers import native
 
 pytestmark = pytest.mark.asyncio
 
@@ -202,6 +204,42 @@ async def test_a_join_with_impossible_numbers_loses_its_sender(four: list[at.Pee
     assert waiting is not None
     await waiting.closed(timeout=5)
     assert waiting.state == "lost"
+
+
+async def test_a_member_that_has_passed_may_close_before_all_signals_have_come() -> None:
+    """The last barrier of a program: rank 0 has passed and is gone while rank 2's signal is still on its way to rank 1."""
+    async with AsyncExitStack() as stack:
+        groups = await open_group(stack, "shm", 3)
+        await everyone(groups)
+        gone, slow = asyncio.Event(), groups[2]
+
+        def signal(rank: int) -> Plan:
+            peer, join = slow._joins[rank]
+            imm = join.imms[slow._rounds % 2]
+            return Plan(
+                slow._engine, 0, (), (peer,), scatter=True,
+                build=lambda status: native.lib.at_plan_signals(slow._engine._p, 1, [peer.path.lane_peer], [imm], status),
+            )  # fmt: skip
+
+        class Late:
+            async def send(self, first: Plan, second: Plan) -> None:
+                await first.post()
+                await gone.wait()
+                await second.post()
+
+            def post(self, timeout: float) -> asyncio.Future[None]:
+                return asyncio.ensure_future(self.send(*plans))
+
+        plans = signal(0), signal(1)
+        slow._plans = (Late(), Late())  # type: ignore[assignment]
+        rest = [asyncio.ensure_future(group.barrier(timeout=5)) for group in groups[1:]]
+        await groups[0].barrier(timeout=5)
+        leaver = groups[1].peers[0]
+        await groups[0]._engine.aclose()
+        assert leaver is not None
+        await leaver.closed(timeout=5)
+        gone.set()
+        await asyncio.gather(*rest)
 
 
 async def test_closing_the_engine_ends_a_barrier(four: list[at.PeerGroup]) -> None:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.demo
 pytest.importorskip("torch", reason="make test-demo installs torch")
 pytest.importorskip("transformers", reason="make test-demo installs transformers")
 

@@ -1,0 +1,118 @@
+"""Ranks started by torchrun, or by anything that sets its variables."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import socket
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from aiotransfer.errors import ConfigurationError, RendezvousError
+from aiotransfer.model.address import Address
+from aiotransfer.rendezvous.meeting import from_list, meet
+from aiotransfer.rendezvous.roster import Launch
+from aiotransfer.rendezvous.store import FIRST_PAUSE, LONGEST_PAUSE, Caller, Store
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.group import PeerGroup
+
+
+async def from_environment(
+    engine: Engine, *, name: str = "", timeout: float | None = None, environ: Mapping[str, str] | None = None
+) -> PeerGroup:
+    """The group of all ranks of this job, connected; `group.rank` is this one's rank.
+
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and meets over torch's TCPStore there: the one of torchrun's agent, or,
+    without an agent, one that rank 0 makes (shared with torch.distributed in the same process). A restart by torchrun gets keys
+    of its own. Ends within `timeout` seconds (None: the engine's).
+
+    Raises `ConfigurationError` for missing variables or a missing torch, else as `over_store` and `from_list`.
+    """
+    launch = Launch.parse(os.environ if environ is None else environ)
+    make = _tcp_store()
+    loop = asyncio.get_running_loop()
+    seconds = engine._seconds(timeout)
+    deadline = loop.time() + seconds
+    if not launch.hosts_store:
+        await _answers(launch, deadline, seconds)
+    caller = Caller(make(launch), deadline, seconds)  # the port is open, or ours to open: this takes no time
+    addresses = await meet(engine, caller, launch.rank, launch.size, launch.prefix)
+    # `caller` holds the store, which on rank 0 serves the others, until the barrier says that everybody has read it.
+    return await from_list(engine, addresses, name=name, timeout=max(caller.left, 0.001))
+
+
+def listen_address(environ: Mapping[str, str] | None = None) -> str:
+    """Where an engine of this rank should listen: `open_engine(listen=listen_address())`.
+
+    Loopback when all ranks are on this host (or the variables say nothing), else the address by which this host reaches
+    MASTER_ADDR, on any free port. Looks a name up, which may block: call it before there is much of an event loop to block.
+    """
+    environ = os.environ if environ is None else environ
+    if not environ.get("MASTER_ADDR"):
+        return "127.0.0.1:0"
+    launch = Launch.parse(environ)
+    if launch.one_host:
+        return "127.0.0.1:0"
+    try:
+        family, _, _, _, target = socket.getaddrinfo(launch.host, launch.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing: the kernel only picks the route
+            return str(Address(probe.getsockname()[0], 0))
+    except OSError as error:
+        raise ConfigurationError(
+            f"no way from here to MASTER_ADDR={launch.host}: {error}",
+            hint="open_engine(listen='ADDRESS:0') with this host's address",
+        ) from error
+
+
+def _tcp_store() -> Any:
+    """A function that opens the store of a launch. Raises `ConfigurationError` without torch."""
+    try:
+        tcp_store = importlib.import_module("torch.distributed").TCPStore
+    except (ImportError, AttributeError) as error:  # torch is also built without torch.distributed
+        raise ConfigurationError(
+            f"torch's TCPStore cannot be had: {error}",
+            hint="install torch, or use rendezvous.over_store with another store, or rendezvous.from_list",
+        ) from error
+
+    def open_store(launch: Launch) -> Store:
+        try:
+            store: Store = tcp_store(
+                launch.host, launch.port, launch.size, launch.hosts_store, timeout=timedelta(seconds=10),
+                wait_for_workers=False, multi_tenant=True,
+            )  # fmt: skip
+        except Exception as error:
+            raise RendezvousError(
+                f"no store at {launch.host}:{launch.port}: {str(error).partition(chr(10))[0]}",
+                hint="is MASTER_PORT free on rank 0?",
+            ) from error
+        return store
+
+    return open_store
+
+
+async def _answers(launch: Launch, deadline: float, seconds: float) -> None:
+    """Wait until somebody listens there: torch would block, and log, for as long."""
+    loop = asyncio.get_running_loop()
+    pause = FIRST_PAUSE
+    reason: BaseException = TimeoutError()
+    while (left := deadline - loop.time()) > 0:
+        try:
+            async with asyncio.timeout(None if left == float("inf") else left):
+                _, writer = await asyncio.open_connection(launch.host, launch.port)
+                writer.close()
+                await writer.wait_closed()
+                return
+        except OSError as error:
+            reason = error
+        await asyncio.sleep(min(pause, max(deadline - loop.time(), 0)))
+        pause = min(2 * pause, LONGEST_PAUSE)
+    raise RendezvousError(
+        f"rank 0 of {launch.size} did not open its store at {launch.host}:{launch.port} within {seconds:g} s"
+        f" ({str(reason) or type(reason).__name__})",
+        hint="did rank 0 start, and can this host reach it?",
+    )

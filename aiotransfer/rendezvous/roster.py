@@ -1,0 +1,175 @@
+"""What ranks write into a shared store, and what they conclude from it. Pure: no store, no clock.
+
+Each rank writes one *entry* (its address and the incarnation of its engine). Whoever has read all entries writes the *digest* of
+what he read, and has arrived when all ranks wrote his own digest. A store that outlives a start (torchrun keeps one over its
+restarts) may hold entries and digests of processes that are gone; an incarnation is new at every start, so nothing that was
+written before this rank's entry can be equal to its digest, and nobody leaves with the address of a process that is gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from aiotransfer.errors import ConfigurationError, RendezvousError
+from aiotransfer.model.address import Address
+
+FORMAT = 1
+MOST_NAMED = 8
+LOOPBACK_NAMES = ("localhost", "localhost.localdomain")
+
+
+class Entry(NamedTuple):
+    """One rank. `place` is equal for ranks that reach each other's loopback addresses."""
+
+    rank: int
+    size: int
+    address: str
+    incarnation: int
+    place: str
+
+    def encode(self) -> bytes:
+        """For the store."""
+        return json.dumps([FORMAT, *self]).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, rank: int) -> Entry:
+        """What the key of `rank` holds. Raises `RendezvousError`."""
+        try:
+            version, *fields = json.loads(data)
+            entry = cls(*fields)
+            Address.parse(entry.address)
+            if version != FORMAT or [*map(type, entry)] != [int, int, str, int, str] or entry.rank != rank:
+                raise ValueError
+        except (ValueError, TypeError):
+            raise RendezvousError(
+                f"what the store holds for rank {rank} is no entry of this version: {data[:80]!r}",
+                hint="do all ranks run the same version of aiotransfer, with a prefix of their own in the store?",
+            ) from None
+        return entry
+
+
+class Keys:
+    """The names of all keys of one meeting."""
+
+    def __init__(self, prefix: str, size: int) -> None:
+        self.entries = [f"{prefix}aiotransfer/entry/{rank}" for rank in range(size)]
+        self.digests = [f"{prefix}aiotransfer/digest/{rank}" for rank in range(size)]
+
+
+def check_place(rank: int, size: int, address: Address) -> None:
+    """Whether this rank can take part. Raises `TypeError`, `ValueError` or `ConfigurationError`."""
+    for what, value in (("rank", rank), ("world_size", size)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{what} must be an int, not {value!r}")
+    if not 0 <= rank < size:
+        raise ValueError(f"rank must be from 0 to world_size - 1, not {rank} of {size}")
+    if _is_wildcard(address.host):
+        raise ConfigurationError(
+            f"{address} is where this engine listens, but no address that others could connect to",
+            hint="open_engine(listen='ADDRESS:0') with this host's own address; rendezvous.listen_address() finds it",
+        )
+
+
+def digest(entries: Sequence[bytes]) -> bytes:
+    """Of everything that was read, in order of rank."""
+    return hashlib.sha256(b"\n".join(entries)).hexdigest().encode()
+
+
+def addresses(own: Entry, found: Sequence[bytes]) -> list[str]:
+    """Of all ranks, from their entries. Raises `RendezvousError` when they cannot be one group."""
+    entries = [Entry.decode(data, rank) for rank, data in enumerate(found)]
+    if entries[own.rank] != own:
+        raise RendezvousError(
+            f"another process ({entries[own.rank].address}) has taken rank {own.rank}, which is this one's ({own.address})",
+            hint="is one rank started twice, or do two jobs share a prefix of the store?",
+        )
+    if odd := [entry.rank for entry in entries if entry.size != own.size]:
+        raise RendezvousError(
+            f"{named(odd)} came for a world of {entries[odd[0]].size}, this one for {own.size}",
+            hint="start all with one world size",
+        )
+    first: dict[str, int] = {}
+    for entry in entries:
+        if (other := first.setdefault(entry.address, entry.rank)) != entry.rank:
+            raise RendezvousError(
+                f"ranks {other} and {entry.rank} both say they are at {entry.address}",
+                hint="each rank needs an engine of its own",
+            )
+    local = [entry.rank for entry in entries if is_loopback(Address.parse(entry.address).host)]
+    if local and len({entry.place for entry in entries}) > 1:
+        raise RendezvousError(
+            f"{named(local)} gave loopback addresses, but the ranks are on several hosts (or in several network namespaces)",
+            hint="open_engine(listen=rendezvous.listen_address()), or listen='ADDRESS:0' with an address the others can reach",
+        )
+    return [entry.address for entry in entries]
+
+
+def named(ranks: Collection[int]) -> str:
+    """`rank 3`, or `ranks 3, 5 and 2 more`."""
+    shown = ", ".join(map(str, sorted(ranks)[:MOST_NAMED]))
+    more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address names the host that it is used on."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in LOOPBACK_NAMES
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+class Launch(NamedTuple):
+    """What the environment of a rank says. `hosts_store`: this rank makes the store, nobody else has."""
+
+    rank: int
+    size: int
+    local_size: int
+    host: str
+    port: int
+    hosts_store: bool
+    prefix: str
+
+    @classmethod
+    def parse(cls, environ: Mapping[str, str]) -> Launch:
+        """torchrun's variables. Raises `ConfigurationError` with those that are missing or make no sense."""
+        wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in wanted if not environ.get(name)]:
+            raise ConfigurationError(
+                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set",
+                hint="start the ranks by torchrun (or set these variables), or use rendezvous.from_list or over_store",
+            )
+        numbers = {}
+        for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+            text = environ.get(name) or "0"
+            if not (text.isascii() and text.isdigit()):
+                raise ConfigurationError(f"{name}={text!r} is no number")
+            numbers[name] = int(text)
+        rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+        if not 0 < numbers["MASTER_PORT"] < 1 << 16:
+            raise ConfigurationError(f"MASTER_PORT={numbers['MASTER_PORT']} is no port", hint="torchrun --standalone picks one")
+        if rank >= size:
+            raise ConfigurationError(f"RANK={rank} is not below WORLD_SIZE={size}")
+        # torchrun's agent keeps one store over all restarts of its workers: each restart gets keys of its own.
+        agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        generation = f"{environ.get('TORCHELASTIC_RUN_ID', '')}/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"
+        return cls(
+            rank, size, numbers["LOCAL_WORLD_SIZE"], environ["MASTER_ADDR"], numbers["MASTER_PORT"],
+            rank == 0 and not agent, generation,
+        )  # fmt: skip
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all ranks are surely on this host."""
+        return self.local_size == self.size or is_loopback(self.host)
