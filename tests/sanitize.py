@@ -3,10 +3,10 @@
     python -m tests.sanitize address [--chaos 10000] [--only tests/native]       (`make sanitize`, `make test-sanitize`)
     python -m tests.sanitize thread
 
-The tree is copied and the extension built there with the sanitizer, so that the plain build is never gone. First come the canaries:
-mistakes made on purpose, in an object of their own and through the extension's own copy routine; each must be caught, and code without
-a mistake must not be, or the run proves nothing. Reports go to files, which processes that are killed or that nobody waits for write
-as well: one report of any process fails the run.
+The tree is copied and the extension built there with the sanitizer, so that the plain build is never gone. First come the
+canaries: mistakes made on purpose, in an object of their own and by the extension's own copy routine; each must be caught, and
+code without a mistake must not be, or the run proves nothing. Reports go to files, which processes that are killed or that nobody
+waits for write as well: one report of any process fails the run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.mutants import ROOT, build, copy
+from tests.mutants import build, copy
 
 SHARE = (  # what `make sanitize` runs, and with it every run of the continuous integration
     "tests/native",
@@ -59,7 +59,11 @@ SANITIZERS = {
         "address,undefined",
         ("libasan.so", "libubsan.so"),
         # leaks are valgrind's (tests/native/test_valgrind.py): the interpreter itself leaves much behind
-        {"ASAN_OPTIONS": "detect_leaks=0:log_path={log}", "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1", "REPORTS": "{log}"},
+        {
+            "ASAN_OPTIONS": "detect_leaks=0:log_path={log}",
+            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+            "REPORTS": "{log}",
+        },
         {
             "overflow": (_object("overflow(8)"), "heap-buffer-overflow"),
             "use after free": (_object("use_after_free(8)"), "heap-use-after-free"),
@@ -70,8 +74,7 @@ SANITIZERS = {
     "thread": Sanitizer(
         "thread",
         ("libtsan.so",),
-        {"TSAN_OPTIONS": "second_deadlock_stack=1:exitcode=66:"
-                         "suppressions={tree}/tests/native/tsan.supp:log_path={log}"},  # fmt: skip
+        {"TSAN_OPTIONS": "second_deadlock_stack=1:exitcode=66:log_path={log}"},
         {
             "race": (_object("race(1000)"), "data race"),
             "race in the extension": (
@@ -80,7 +83,7 @@ SANITIZERS = {
             ),
         },
     ),
-}  # fmt: skip
+}
 # libubsan beside libasan takes no log_path: its function for that is hidden behind libasan's of the same name.
 SITE = """
 import ctypes, os
@@ -102,8 +105,11 @@ class Tree:
         canary = where / "canary.so"
         flags = [f"-fsanitize={sanitizer.flags}", "-g", "-O1", "-shared", "-fPIC", "-pthread"]
         subprocess.run(["cc", *flags, str(where / "tests/native/canary.c"), "-o", str(canary)], check=True)
-        places = {"log": str(self.logs / "report"), "tree": str(where)}
-        found = (subprocess.run(["cc", f"-print-file-name={name}"], capture_output=True, text=True) for name in sanitizer.libraries)
+        places = {"log": str(self.logs / "report")}
+        found = [
+            subprocess.run(["cc", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+            for name in sanitizer.libraries
+        ]
         self.environ = {
             **os.environ,
             **{name: text.format(**places) for name, text in sanitizer.environ.items()},

@@ -12,10 +12,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from aiotransfer.config import Config
-from aiotransfer.errors import BusyError, InternalError, RegistrationError
+from aiotransfer.errors import SHORTAGES, BusyError, InternalError, RegistrationError, shortage
 from aiotransfer.providers import native
 
 ACCESS = {"write": 1, "read": 2, "both": 3}
+_REFUSED = "memfd_create, eventfd and epoll must be permitted here (a seccomp filter?)"
+_OF_MEMORY = {
+    errno.EMFILE: "raise `ulimit -n`: each allocation needs a descriptor",
+    errno.EFBIG: "raise `ulimit -f`: it bounds shared memory as well",
+    errno.EAGAIN: "raise `ulimit -l`: this process locks all its memory (mlockall)",
+}
 THREAD_INLINE = 64 << 10  # progress="thread": what is still copied inside the call
 
 _forks = 0  # how often this process was forked off another: a lane of before belongs to the parent
@@ -57,8 +63,8 @@ class Lane:
         pointer = native.lib.at_lane_new(incarnation, settings)
         if pointer == native.ffi.NULL:
             number = native.ffi.errno
-            raise BusyError(
-                f"no lane: {os.strerror(number)}", code=(number, os.strerror(number)), hint="raise `ulimit -n`"
+            raise shortage(number, "no engine can be opened") or BusyError(
+                f"no engine can be opened: {os.strerror(number)}", code=(number, os.strerror(number)), hint=_REFUSED
             )
         self.pointer: Any = pointer
         self.events: Any = native.lib.at_lane_events(pointer)
@@ -94,7 +100,11 @@ class Lane:
         """Register local memory; the caller keeps it alive until `close_region` says so."""
         region = native.lib.at_region_add(self.pointer, native.ffi.cast("void *", address), nbytes)
         if region < 0:
-            raise RegistrationError(f"cannot register {nbytes} bytes: {native.text(region)}")
+            raise RegistrationError(
+                f"cannot register {nbytes} bytes: {native.text(region)}",
+                code=(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+                hint=SHORTAGES[errno.ENOMEM],
+            )
         return int(region)
 
     def close_region(self, region: int) -> bool:
@@ -168,13 +178,10 @@ class Segment:
         rc = native.lib.at_segment_new(nbytes, base, fd)
         if rc != 0:
             number = -rc
-            hint = "free memory, or raise the memory limit of this container"
-            if number == errno.EMFILE:
-                hint = "raise `ulimit -n`: each allocation needs a descriptor"
             raise RegistrationError(
                 f"cannot allocate {nbytes} bytes of shared memory: {os.strerror(number)}",
                 code=(number, os.strerror(number)),
-                hint=hint,
+                hint={**SHORTAGES, **_OF_MEMORY}.get(number, _REFUSED),
             )
         return cls(int(native.ffi.cast("uintptr_t", base[0])), nbytes, int(fd[0]))
 
@@ -188,7 +195,9 @@ class Segment:
             reason = {errno.EPERM: "it is not sealed", errno.ERANGE: "its size is not the promised one"}.get(
                 number, os.strerror(number)
             )
-            raise RegistrationError(f"cannot map {nbytes} bytes of a peer: {reason}", code=(number, os.strerror(number)))
+            raise RegistrationError(
+                f"cannot map {nbytes} bytes of a peer: {reason}", code=(number, os.strerror(number)), hint=SHORTAGES.get(number)
+            )
         return cls(int(native.ffi.cast("uintptr_t", base[0])), nbytes, -1)
 
     def touch(self) -> None:

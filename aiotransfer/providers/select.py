@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from aiotransfer.errors import ProviderUnavailableError, TransferError
+from aiotransfer.errors import BusyError, ProviderUnavailableError, TransferError, shortage
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import libfabric, native
 from aiotransfer.providers.lane import Lane, Segment
@@ -46,7 +46,8 @@ def open_providers(
     providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None],
     grant_of: Callable[[int, int, int], Grant | None], world: Any,
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
-    """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left.
+    """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left, and `BusyError`
+    rather than do without a provider that this machine has no descriptors or memory for just now.
 
     `world`: its `simulator` is the network of `loopback`, if not that of this process; its `limits` what fabrics do without.
     """
@@ -73,6 +74,11 @@ def open_providers(
                 continue
             except (OSError, TransferError) as error:
                 reason = str(error)
+                short = error if isinstance(error, BusyError) else shortage(getattr(error, "errno", None), f"no {name}")
+                if short is not None:
+                    for other in opened.values():
+                        other.close()
+                    raise short from None
         attempts.append((name, reason))
     if not opened:
         raise ProviderUnavailableError(

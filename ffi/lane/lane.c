@@ -191,8 +191,19 @@ void at_lane_shut(at_lane *lane) {
     at_unlock(lane);
 }
 
-int64_t at_lane_detail(at_lane *lane) { return lane->detail; }
-int at_lane_errno(at_lane *lane) { return lane->oserror; }
+int64_t at_lane_detail(at_lane *lane) {
+    at_lock(lane);
+    int64_t detail = lane->detail;
+    at_unlock(lane);
+    return detail;
+}
+
+int at_lane_errno(at_lane *lane) {
+    at_lock(lane); /* the native thread writes it too */
+    int oserror = lane->oserror;
+    at_unlock(lane);
+    return oserror;
+}
 
 void at_lane_stats_get(at_lane *lane, at_lane_stats *out) {
     at_lock(lane);

@@ -40,12 +40,19 @@ static int channel_new(at_shm_half *half) {
 
 at_shm_half *at_shm_begin(at_lane *lane, uint64_t incarnation, at_shm_offer *out) {
     at_shm_half *half = calloc(1, sizeof *half);
-    if (half == NULL) return NULL;
+    if (half == NULL) {
+        lane->oserror = ENOMEM;
+        return NULL;
+    }
     half->channel_fd = half->doorbell_fd = -1;
     at_lock(lane);
     int started = at_thread_start(lane); /* it answers the peer's pings */
     at_unlock(lane);
-    if (started != AT_OK || channel_new(half) != 0) goto fail;
+    if (started != AT_OK) { /* it has said why */
+        half_free(half);
+        return NULL;
+    }
+    if (channel_new(half) != 0) goto fail;
     half->doorbell_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (half->doorbell_fd < 0 || fill_cookie(half->inbound->cookie) != 0) goto fail;
     if (lane->control->cookie[0] == 0 && fill_cookie(lane->control->cookie) != 0) goto fail;
