@@ -326,7 +326,8 @@ class Engine(Planner):
     async def connect(self, address: str | Address, *, timeout: float | None = None, require: str | None = None) -> Peer:
         """Connect to an engine, retrying until it is up. One `Peer` per remote incarnation, whoever dialed first.
 
-        Raises `TransferTimeout`, `RendezvousError` (wrong key or version) or `ProviderUnavailableError` (no common path).
+        Raises `TransferTimeout`, `RendezvousError` (wrong key or version), `ProviderUnavailableError` (no common path) or
+        `BusyError` (this process has no descriptors left).
         """
         self._check()
         if require is not None:

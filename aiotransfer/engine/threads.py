@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aiotransfer.model.descriptor import RemoteRegion
 
 T = TypeVar("T")
-FOREVER_NS = (1 << 63) - 1
+SLICE_SECONDS = 0.05  # longest native wait: Ctrl-C is heard after it at the latest
 
 
 class ThreadTransfer:
@@ -78,9 +78,10 @@ class ThreadTransfer:
         handle = self._handle
         with handle._inside():
             engine, wait = handle._engine, native.lib.at_thread_wait
-            ns = FOREVER_NS if left == math.inf else int(min(left, 1e9) * 1e9)
-            if wait(engine._p, self._cookie, ns) == 1:
-                return False
+            while wait(engine._p, self._cookie, int(max(0.0, min(left, SLICE_SECONDS)) * 1e9)) == 1:
+                left = deadline - time.monotonic()  # between two slices Python's signal handlers run
+                if left <= 0:
+                    return False
             with handle._guard:  # several threads may have waited: the first of them takes the record away
                 if not self._over:
                     status = wait(engine._p, self._cookie, 0)

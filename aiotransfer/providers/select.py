@@ -51,8 +51,6 @@ def open_providers(
 
     `world`: its `simulator` is the network of `loopback`, if not that of this process; its `limits` what fabrics do without.
     """
-    from aiotransfer.providers.shm import ShmProvider
-
     wanted = KNOWN if providers == "auto" else providers
     known = availability()
     opened: dict[str, Provider] = {}
@@ -62,6 +60,8 @@ def open_providers(
         if reason is None:
             try:
                 if name == "shm":
+                    from aiotransfer.providers.shm import ShmProvider  # in here: reading it takes a descriptor too
+
                     opened[name] = ShmProvider(lane, incarnation, segment_of)
                 elif name in ("tcp", "efa"):
                     from aiotransfer.providers.fabric import FabricProvider

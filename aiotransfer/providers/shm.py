@@ -70,10 +70,13 @@ def _failure(what: str, error: Exception) -> TransferError:
 
 
 def _boot() -> bytes:
+    """Which boot of which machine this is. Raises `OSError` when there is no descriptor to read it with."""
     try:
         with open("/proc/sys/kernel/random/boot_id", "rb") as f:
             return f.read().strip()
-    except OSError:
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         return b""
 
 
@@ -190,13 +193,14 @@ class ShmProvider:
         self._lane = lane
         self._incarnation = incarnation
         self._loop = asyncio.get_running_loop()
+        self._boot = _boot()
         self._listener = fdchannel.FdListener(self._loop)
         self._segment_of = segment_of
         self._paths: weakref.WeakValueDictionary[int, ShmPath] = weakref.WeakValueDictionary()
 
     def terms(self) -> Terms:
         """The socket's name and which boot of which machine this is."""
-        return Terms("shm", True, "", _boot(), self._listener.name.encode())
+        return Terms("shm", True, "", self._boot, self._listener.name.encode())
 
     def _begin(self, incarnation: int) -> tuple[Any, Any]:
         offer = native.ffi.new("at_shm_offer *")
