@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -272,6 +273,7 @@ class EngineThread:
         self._loop = _new_loop()
         self._thread = threading.Thread(target=self._main, name="aiotransfer loop", daemon=True)
         self._closed = False
+        self._process = os.getpid()
         self._thread.start()
 
         async def open_it() -> Engine:
@@ -315,8 +317,8 @@ class EngineThread:
             raise
 
     def close(self) -> None:
-        """Close the engine, stop the loop, join the thread. Twice is silent."""
-        if self._closed:
+        """Close the engine, stop the loop, join the thread. Twice is silent, and so is a forked child: all of it is its parent's."""
+        if self._closed or os.getpid() != self._process:
             return
         try:
             self.run(self.engine.aclose())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import threading
 import time
 
@@ -258,3 +259,19 @@ def test_an_engine_that_cannot_open_leaves_no_thread() -> None:
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+def test_closing_the_thread_of_an_engine_in_a_child_is_left_to_the_parent() -> None:
+    with at.run_in_thread() as owner:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                owner.close()
+                with pytest.raises(at.ClosedError):
+                    owner.run(asyncio.sleep(0))
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        for _ in range(5):
+            owner.run(asyncio.sleep(0), timeout=5)
