@@ -222,9 +222,17 @@ class ThreadHandle:
         return _Inside(self)
 
     def _orphan(self, cookie: int, keep: object) -> None:
-        """Nobody waits for it any more; what it uses must live until it has ended."""
+        """Nobody waits for it any more; what it uses must live until it has ended. Called in whatever thread forgets it."""
         self._orphans.append((cookie, keep))
+        if not self._engine._lane.usable:
+            return
+        with self._guard:
+            if self._closed:  # the lane may be freed at any moment, and frees the record
+                return
+            self._users += 1
         self._sweep()
+        with self._guard:
+            self._users -= 1
 
     def _sweep(self) -> None:
         if self._engine._lane.usable:
@@ -317,7 +325,7 @@ class EngineThread:
             raise
 
     def close(self) -> None:
-        """Close the engine, stop the loop, join the thread. Twice is silent, and so is a forked child: all of it is its parent's."""
+        """Close the engine, stop the loop, join the thread. Twice is silent, as is a forked child: all of it is its parent's."""
         if self._closed or os.getpid() != self._process:
             return
         try:

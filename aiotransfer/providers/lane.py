@@ -6,8 +6,10 @@ frequent goes through the methods here.
 
 from __future__ import annotations
 
+import collections
 import errno
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,7 +49,7 @@ class Event(NamedTuple):
 class Lane:
     """Owns the C lane; `free` once, after all paths are closed."""
 
-    __slots__ = ("events", "fd", "forks", "pointer", "waiting")
+    __slots__ = ("_dropped", "_thread", "events", "fd", "forks", "pointer", "waiting")
 
     def __init__(self, incarnation: int, config: Config, *, progress: str = "auto", threadless: bool = False) -> None:
         native.require()
@@ -71,12 +73,14 @@ class Lane:
         self.fd: int = native.lib.at_lane_fd(pointer)
         self.forks = _forks
         self.waiting: dict[int, Callable[[], None]] = {}  # by peer: for the first sign that bytes get through
+        self._thread = threading.get_ident()
+        self._dropped: collections.deque[int] = collections.deque()  # remote regions whose last user was another thread's
 
     def free(self) -> None:
         """Destroy the lane. Later calls through this object do nothing."""
-        if self.pointer is not None and self.forks == _forks:
-            native.lib.at_lane_free(self.pointer)
-        self.pointer = None
+        pointer, self.pointer = self.pointer, None  # first: nobody begins anything while it is freed
+        if pointer is not None and self.forks == _forks:
+            native.lib.at_lane_free(pointer)
 
     @property
     def usable(self) -> bool:
@@ -138,15 +142,24 @@ class Lane:
 
     def add_remote(self, peer: int, base: Any, va: int, nbytes: int, access: int, slot: int, epoch: int) -> int:
         """A remote region, or a negative status."""
+        self._close_dropped()
         return int(native.lib.at_remote_add(self.pointer, peer, base, va, nbytes, access, slot, epoch))
 
     def close_remote(self, remote: int) -> None:
-        """Forget a remote region; the lane waits for operations that still use it."""
-        if self.usable:
-            native.lib.at_remote_close(self.pointer, remote)
+        """Forget a remote region; the lane waits for operations that still use it.
+
+        In any thread, as the end of an object may be: from another one it is put off, as the lane might be freed meanwhile."""
+        self._dropped.append(remote)
+        if threading.get_ident() == self._thread:
+            self._close_dropped()
+
+    def _close_dropped(self) -> None:
+        while self._dropped and self.usable:
+            native.lib.at_remote_close(self.pointer, self._dropped.popleft())
 
     def statistics(self) -> dict[str, int]:
         """The lane's counters by name."""
+        self._close_dropped()
         out = native.ffi.new("at_lane_stats *")
         native.lib.at_lane_stats_get(self.pointer, out)
         return {name: int(getattr(out, name)) for name, _ in native.ffi.typeof("at_lane_stats").fields}

@@ -138,7 +138,7 @@ at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config) {
     lane->turn_start = at_now();
     lane->control_ref = control_ref_new();
     lane->grant_free = calloc(AT_GRANTS, sizeof *lane->grant_free);
-    if (lane->control_ref == NULL || lane->grant_free == NULL || at_events_open(lane) != 0) {
+    if (lane->control_ref == NULL || lane->grant_free == NULL || at_imm_init(lane) != AT_OK || at_events_open(lane) != 0) {
         int saved = errno ? errno : ENOMEM;
         lane_destroy(lane);
         errno = saved;

@@ -377,6 +377,7 @@ int at_pages_make_sense(uint64_t n, uint64_t page_bytes, uint64_t local_stride, 
 uint64_t at_watch_look(at_lane *lane); /* tell of changes; ns until the next look, 0: nobody watches */
 
 /* imm.c, with the lock */
+int at_imm_init(at_lane *lane); /* AT_OK or AT_ENOMEM */
 void at_imm_arrive(at_peer *peer, uint32_t imm, uint64_t n);
 void at_imm_destroy(at_lane *lane);
 

@@ -275,3 +275,28 @@ def test_closing_the_thread_of_an_engine_in_a_child_is_left_to_the_parent() -> N
         assert os.waitpid(pid, 0)[1] == 0
         for _ in range(5):
             owner.run(asyncio.sleep(0), timeout=5)
+
+
+@pytest.mark.asyncio
+async def test_what_another_thread_forgets_is_closed_by_the_loop(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would enter a lane that is being freed at that moment."""
+    _, remote = await target(pair)
+    source = pair.left.allocate(8)
+    await pair.left.write(source, remote[:8])
+    held = [remote]
+    del remote
+    assert pair.left.statistics().remote_regions == 1
+    closers: list[int] = []
+    lib, main = native.lib, threading.get_ident()
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            if name == "at_remote_close":
+                closers.append(threading.get_ident())
+            return getattr(lib, name)
+
+    monkeypatch.setattr(native, "lib", Watched())
+    await asyncio.to_thread(held.clear)
+    assert closers == []
+    assert pair.left.statistics().remote_regions == 0
+    assert closers == [main]
