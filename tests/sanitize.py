@@ -1,7 +1,7 @@
 """The native code under sanitizers: the contract of the providers, the native tests, the tests of what several threads do, chaos.
 
-    python -m tests.sanitize address [--chaos 10000] [--only tests/native]       (`make sanitize`, `make test-sanitize`)
-    python -m tests.sanitize thread
+    python -m tests.sanitize address [--chaos 300] [--only tests/native]       (and `thread`: `make sanitize`)
+    python -m tests.sanitize thread --whole [--chaos 1000]                     (and `address`: `make test-sanitize`)
 
 The tree is copied and the extension built there with the sanitizer, so that the plain build is never gone. First come the
 canaries: mistakes made on purpose, in an object of their own and by the extension's own copy routine; each must be caught, and
@@ -23,10 +23,11 @@ from pathlib import Path
 
 from tests.mutants import build, copy
 
+THREADED = ("bad_input", "counters", "scatter", "threads", "watch", "leases", "plans", "reads")
 SHARE = (  # what `make sanitize` runs, and with it every run of the continuous integration
     "tests/native",
     "tests/providers",
-    *(f"tests/engine/test_{name}.py" for name in ("counters", "scatter", "threads", "watch", "leases", "plans", "reads")),
+    *(f"tests/engine/test_{name}.py" for name in THREADED),
 )
 WHOLE = (*SHARE, "tests/engine", "tests/control", "tests/testing", "tests/reliability/test_chaos.py")
 EXTENSION = """
