@@ -52,7 +52,10 @@ def open_providers(
     `world`: its `simulator` is the network of `loopback`, if not that of this process; its `limits` what fabrics do without.
     """
     wanted = KNOWN if providers == "auto" else providers
-    known = availability()
+    try:
+        known = availability()
+    except OSError as error:  # looking for files takes descriptors too
+        raise shortage(error.errno, "no engine can be opened") or error from None
     opened: dict[str, Provider] = {}
     attempts: list[tuple[str, str]] = []
     for name in wanted:

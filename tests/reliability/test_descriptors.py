@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 import aiotransfer as at
+from aiotransfer.providers.select import availability
 from aiotransfer.testing import Pair, engine_pair
 from tests.engine.processes import other_process
 
@@ -45,10 +46,10 @@ def is_clear(error: at.TransferError) -> bool:
 
 
 async def works(pair: Pair) -> None:
-    source, target = pair.left.allocate(4096), pair.right.allocate(4096)
-    source.numpy()[:] = 7
+    memory = bytearray(4096)  # `register`, as `allocate` takes a descriptor
+    source, target = pair.left.register(b"7" * 4096), pair.right.register(memory)
     await pair.left.write(source, target.descriptor)
-    assert (target.numpy() == 7).all()
+    assert memory == b"7" * 4096
     await source.aclose()
     await target.aclose()
 
@@ -87,6 +88,26 @@ async def test_connecting_two_engines_of_one_process(pair: Pair) -> None:
                 await pair.left.write(source, target)  # what was open goes on
         assert 4 <= len(failed) < ENOUGH
         assert all("Too many open files" in str(e) or isinstance(e, at.TransferTimeout) for e in failed), failed
+        await works(Pair(third, pair.right, third.peers[0], pair.left_peer))
+
+
+@pytest.mark.skipif(availability()["tcp"] is not None, reason="there is no tcp here")
+async def test_a_path_over_tcp_without_descriptors() -> None:
+    """libfabric has its own words for it; whatever they are, nothing is left behind and it works later."""
+    async with engine_pair("tcp", timeout=20) as pair, at.open_engine(providers="tcp", timeout=1) as third:
+        await works(pair)
+        failed: list[at.TransferError] = []
+        for left in range(ENOUGH):
+            with descriptors_left(left):
+                try:
+                    await third.connect(pair.right.address)
+                except at.TransferError as error:
+                    failed.append(error)
+                else:
+                    break
+                await works(pair)
+        assert 1 <= len(failed) < ENOUGH
+        assert all(error.hint for error in failed), failed
         await works(Pair(third, pair.right, third.peers[0], pair.left_peer))
 
 
