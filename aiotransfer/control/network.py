@@ -43,7 +43,9 @@ class Tcp:
         # SO_REUSEADDR but not SO_REUSEPORT: a restarted engine gets its port back, two engines never share one.
         sock = socket.create_server(place, family=family, backlog=BACKLOG)
         try:
-            server = await loop.create_server(factory, sock=sock, backlog=BACKLOG)
+            # asyncio accepts `backlog` times in a row, and with no descriptor left it fails, logs and sets a timer as often
+            server = await loop.create_server(factory, sock=sock, backlog=1)
+            sock.listen(BACKLOG)
         except BaseException:  # nobody else knows the socket
             sock.close()
             raise
