@@ -90,6 +90,9 @@ SANITIZERS = {
             # how much is done within some ms is asked of the plain build: this one is ten times slower
             "tests/engine/test_one_sided.py::test_bytes_and_counts_land_in_a_blocked_process",
             "tests/engine/test_leases.py::test_nothing_lands_or_counts_after_a_revoke_under_fire",
+            # libfabric is not instrumented: no race is reported, but some connections among several are not made within
+            # peer_timeout when everything around it is ten times slower
+            "tests/providers/test_fabric.py",
         ),
     ),
 }
