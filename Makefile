@@ -9,8 +9,9 @@ NATIVE := $(shell find ffi -name '*.[ch]' -o -name build.py 2>/dev/null)
 ARGS ?=
 MINUTES ?= 20
 RUNS ?= 50000
+CYCLES ?= 10000
 
-.PHONY: help setup hello demo test test-demo test-wheel test-long lint bench docs test-chaos test-matrix soak sanitize mutants clean
+.PHONY: help setup hello demo test test-demo test-wheel test-long lint bench docs test-chaos test-matrix test-cycles test-sanitize soak sanitize mutants clean
 
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
@@ -79,13 +80,21 @@ bench: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) -m aiotransfer bench $(ARGS)
 
-# The native code under the address and undefined-behaviour sanitizers; the plain build comes back afterwards.
+# The native code under the address and undefined-behaviour sanitizers, and under the thread sanitizer: canaries first, then a share of
+# the tests. In a copy of the tree: the plain build stays.
 sanitize: $(STAMPS)/test
-	@AIOTRANSFER_SANITIZE=address,undefined $(PY) ffi/build.py
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		UBSAN_OPTIONS=halt_on_error=1 $(PY) -m pytest -q tests/native tests/providers tests/engine/test_counters.py tests/engine/test_bad_input.py \
-		tests/engine/test_scatter.py tests/engine/test_plans.py tests/engine/test_reads.py tests/engine/test_threads.py tests/engine/test_watch.py tests/engine/test_leases.py $(ARGS); \
-		rc=$$?; $(PY) ffi/build.py; exit $$rc
+	$(PY) -m tests.sanitize address --chaos 300
+	$(PY) -m tests.sanitize thread
+
+# All of it, 10,000 chaos runs included, and the exit under valgrind (half an hour).
+test-sanitize: $(STAMPS)/test
+	$(PY) -m tests.sanitize address --whole --chaos 10000
+	$(PY) -m tests.sanitize thread --whole --chaos 1000
+	LONG_TESTS=1 $(PY) -m pytest -q tests/native/test_valgrind.py
+
+# Engines opened, used and closed or killed CYCLES times; nothing may be left; writes docs/reliability/cycles.md.
+test-cycles: $(STAMPS)/test
+	$(PY) -m tests.reliability.cycles --cycles $(CYCLES) --report $(ARGS)
 
 # Random faults against whole engines on the simulator; writes docs/reliability/chaos.md.
 test-chaos: $(STAMPS)/test

@@ -27,6 +27,8 @@ code and its text) and `.hint`; none holds a live object, so all of them pickle.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
@@ -152,3 +154,20 @@ class RendezvousError(TransferError):
 
 class InternalError(TransferError):
     """An invariant of this library failed: please report it."""
+
+
+SHORTAGES = {
+    errno.EMFILE: "this process has no descriptors left: raise `ulimit -n`, or close what is not needed",
+    errno.ENFILE: "this machine has no descriptors left: raise the sysctl fs.file-max",
+    errno.ENOMEM: "memory is short: free some, or raise the memory limit of this container",
+    errno.ENOBUFS: "the kernel has no buffers left: free memory, or close connections that are not needed",
+    errno.EAGAIN: "this process may have no more threads or locked memory: raise `ulimit -u` or `ulimit -l`",
+}
+
+
+def shortage(number: int | None, what: str, **fields: Any) -> BusyError | None:
+    """What to raise when the operating system had nothing left to give (`number`: its errno); None when it was something else."""
+    if number not in SHORTAGES:
+        return None
+    words = os.strerror(number)
+    return BusyError(f"{what}: {words}", code=(number, words), hint=SHORTAGES[number], **fields)

@@ -112,9 +112,9 @@ def run(where: Path, tests: str) -> int:
         return -1
 
 
-def build(where: Path) -> None:
+def build(where: Path, **changes: str) -> None:
     """The extension in the copy."""
-    environ = {**os.environ, "PYTHONPATH": str(where)}
+    environ = {**os.environ, "PYTHONPATH": str(where), **changes}
     done = subprocess.run([sys.executable, "ffi/build.py"], cwd=where, capture_output=True, text=True, env=environ)
     if done.returncode != 0 or "does not compile" in done.stdout + done.stderr:
         raise SystemExit(done.stdout + done.stderr)

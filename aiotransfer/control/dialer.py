@@ -8,7 +8,7 @@ import math
 from aiotransfer.control.key import Key
 from aiotransfer.control.link import Identity, Link
 from aiotransfer.control.network import Network
-from aiotransfer.errors import BrokenError, RendezvousError, TransferTimeout
+from aiotransfer.errors import BrokenError, RendezvousError, TransferTimeout, shortage
 from aiotransfer.model.address import Address
 
 FIRST_PAUSE = 0.01
@@ -18,7 +18,8 @@ LONGEST_PAUSE = 0.5
 async def dial(address: Address, key: Key, identity: Identity, network: Network, *, deadline: float) -> Link:
     """Connect and authenticate, retrying until `deadline` (loop time) while nobody listens.
 
-    Raises `TransferTimeout` naming the last obstacle, or `RendezvousError` at once: a wrong key does not get better.
+    Raises `TransferTimeout` naming the last obstacle, or at once `RendezvousError`, as a wrong key does not get better, and
+    `BusyError`, when this process has no descriptors left.
     """
     loop = asyncio.get_running_loop()
     pause = FIRST_PAUSE
@@ -31,6 +32,8 @@ async def dial(address: Address, key: Key, identity: Identity, network: Network,
             error.peer = str(address)
             raise
         except (OSError, BrokenError) as error:
+            if short := shortage(getattr(error, "errno", None), f"cannot connect to {address}", peer=str(address)):
+                raise short from error
             late = isinstance(error, TimeoutError) and loop.time() >= deadline
             if not late:
                 obstacle = str(error) or type(error).__name__

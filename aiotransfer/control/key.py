@@ -13,7 +13,7 @@ import stat
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from aiotransfer.errors import ConfigurationError
+from aiotransfer.errors import ConfigurationError, TransferError, shortage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,13 +81,17 @@ def _refuse(path: Path, why: str) -> ConfigurationError:
     )
 
 
+def _unreadable(path: Path, error: OSError) -> TransferError:
+    return shortage(error.errno, f"the key file {path} cannot be read") or _refuse(path, str(error))
+
+
 def _user_key(environ: Mapping[str, str]) -> bytes:
     directory = key_directory(environ)
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
         info = directory.lstat()
     except OSError as error:
-        raise _refuse(directory, str(error)) from error
+        raise _unreadable(directory, error) from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise _refuse(directory, "its directory belongs to or is open to somebody else")
     path = directory / "key"
@@ -109,7 +113,7 @@ def _user_key(environ: Mapping[str, str]) -> bytes:
         finally:
             os.unlink(temporary)
     except OSError as error:
-        raise _refuse(path, str(error)) from error
+        raise _unreadable(path, error) from error
     return _read(path)
 
 
@@ -119,7 +123,7 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise _refuse(path, str(error)) from error
+        raise _unreadable(path, error) from error
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:

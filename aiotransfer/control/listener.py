@@ -14,7 +14,7 @@ from collections.abc import Callable
 from aiotransfer.control.key import Key
 from aiotransfer.control.link import Identity, Link
 from aiotransfer.control.network import Network, Server
-from aiotransfer.errors import ConfigurationError
+from aiotransfer.errors import ConfigurationError, shortage
 from aiotransfer.model.address import Address
 
 MOST_STRANGERS = 64
@@ -38,12 +38,13 @@ class Listener:
         self._logged = 0.0
 
     async def start(self) -> None:
-        """Listen. Raises `ConfigurationError` when the address cannot be had."""
+        """Listen. Raises `ConfigurationError` when the address cannot be had, `BusyError` when a descriptor cannot."""
         try:
             self._server, self.address = await self._network.listen(self.address, self._connected)
         except (OSError, OverflowError) as error:
-            raise ConfigurationError(
-                f"cannot listen on {self.address}: {error}", hint="choose another port (0: any) or address"
+            what = f"cannot listen on {self.address}"
+            raise shortage(getattr(error, "errno", None), what) or ConfigurationError(
+                f"{what}: {error}", hint="choose another port (0: any) or address"
             ) from error
 
     def _connected(self) -> Link:

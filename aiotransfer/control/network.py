@@ -42,7 +42,13 @@ class Tcp:
         family, place = await _place(loop, address)
         # SO_REUSEADDR but not SO_REUSEPORT: a restarted engine gets its port back, two engines never share one.
         sock = socket.create_server(place, family=family, backlog=BACKLOG)
-        server = await loop.create_server(factory, sock=sock, backlog=BACKLOG)
+        try:
+            # asyncio accepts `backlog` times in a row, and with no descriptor left it fails, logs and sets a timer as often
+            server = await loop.create_server(factory, sock=sock, backlog=1)
+            sock.listen(BACKLOG)
+        except BaseException:  # nobody else knows the socket
+            sock.close()
+            raise
         return server, Address(address.host, int(server.sockets[0].getsockname()[1]))
 
     async def connect(self, address: Address, factory: Factory) -> None:

@@ -29,6 +29,7 @@ from aiotransfer.engine.peer import Message, Peer
 from aiotransfer.engine.plans import Planner
 from aiotransfer.engine.progress import Progress
 from aiotransfer.engine.publications import Publications
+from aiotransfer.engine.refusals import lacking
 from aiotransfer.engine.region import ACCESSES, Region
 from aiotransfer.engine.statistics import Statistics
 from aiotransfer.engine.sweeper import Sweeper
@@ -291,7 +292,7 @@ class Engine(Planner):
     def _open_counter(self, value: int) -> Counter:
         record = native.lib.at_imm_open(self._p, value)
         if record < 0:
-            raise BusyError(
+            raise lacking(self, record, f"immediate {value} cannot be counted") or BusyError(
                 f"immediate {value} cannot be counted: {native.text(record)}",
                 hint="open counters before many distinct values arrive, or raise Config.early_values",
             )
@@ -326,7 +327,8 @@ class Engine(Planner):
     async def connect(self, address: str | Address, *, timeout: float | None = None, require: str | None = None) -> Peer:
         """Connect to an engine, retrying until it is up. One `Peer` per remote incarnation, whoever dialed first.
 
-        Raises `TransferTimeout`, `RendezvousError` (wrong key or version) or `ProviderUnavailableError` (no common path).
+        Raises `TransferTimeout`, `RendezvousError` (wrong key or version), `ProviderUnavailableError` (no common path) or
+        `BusyError` (this process has no descriptors left).
         """
         self._check()
         if require is not None:
@@ -438,8 +440,8 @@ class Engine(Planner):
                 provider.close()
             self._progress.close()
             self._state = "closed"
-            self._lane.free()
             self._p = native.ffi.NULL  # which the lane refuses: late calls find nothing freed
+            self._lane.free()
             if self._closed_event is not None and not self._closed_event.done():
                 self._closed_event.set_result(None)
 

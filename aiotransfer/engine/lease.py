@@ -65,10 +65,13 @@ class Lease:
         """Take the right back. Returns when nothing under it can land any more, and nothing of it is counted later.
 
         Raises `QuarantineError` when that cannot be proved within `timeout` seconds (default: the engine's), or when the peer is
-        lost without proof; the memory then stays quarantined until it can. Twice is fine, cancelling it changes nothing.
+        lost without proof; the memory then stays quarantined until it can. Twice is fine, cancelling it changes nothing. In a
+        forked child it is a `ClosedError`.
         """
         engine = self._engine
         seconds = engine._seconds(timeout)
+        if engine._state == "open":
+            engine._check()  # a forked child cannot take back what its parent gave
         self._withdraw("revoked by its owner")
         for _ in range(SPINS):
             if self._settle():

@@ -56,7 +56,7 @@ def open_engine(
     own large writes, never those of others). `timeout` (seconds) is the default deadline of transfers, connect, lookup and ping.
 
     Raises `ProviderUnavailableError` where there is no native extension or no provider, `ConfigurationError`, `TypeError` or
-    `ValueError` for settings that make no sense.
+    `ValueError` for settings that make no sense, `BusyError` when this process has no descriptors or memory left.
     """
     native.require()
     return Opening(

@@ -113,7 +113,8 @@ class Peer:
     async def lookup(self, name: str, *, timeout: float | None = None) -> RemoteRegion:
         """The region published there under `name`, waiting for it to be published.
 
-        Raises `TransferTimeout`, `PeerLostError`, or `RegistrationError` when its memory cannot be reached from here.
+        Raises `TransferTimeout`, `PeerLostError`, `RegistrationError` when its memory cannot be reached from here, or `BusyError`
+        when this process has no descriptors left to map it.
         """
         if not isinstance(name, str):
             raise TypeError(f"a name must be a str, not {name!r}")

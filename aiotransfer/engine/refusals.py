@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.errors import (
@@ -16,6 +17,7 @@ from aiotransfer.errors import (
     StaleRegionError,
     TransferTimeout,
     again,
+    shortage,
 )
 from aiotransfer.providers import native
 
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import RegionView
     from aiotransfer.model.descriptor import Grant, RemoteRegion
+
+
+def lacking(engine: EngineBase, status: int, what: str, **fields: Any) -> BusyError | None:
+    """The error when the lane had no memory, or the operating system nothing left to give it; None when it was something else."""
+    lib = native.lib
+    number = errno.ENOMEM if status == lib.AT_ENOMEM else engine._lane.system_error()[0] if status == lib.AT_EIO else None
+    return shortage(number, what, **fields)
 
 
 def refusal(
@@ -59,7 +68,9 @@ def refusal(
             return RegionError("the source region is closed", **where)
         case lib.AT_ESRC | lib.AT_EDST | lib.AT_EINDEX_SRC | lib.AT_EINDEX_DST | lib.AT_EGRANT:
             return RegionError(text, **where)
-        case lib.AT_EBUSY | lib.AT_ENOMEM:
+        case lib.AT_ENOMEM:
+            return lacking(engine, status, "the operation cannot be queued", **where) or InternalError(text)
+        case lib.AT_EBUSY:
             return BusyError(
                 f"{text}: the bounds are {engine.config.max_queued_operations} operations and "
                 f"{engine.config.max_queued_bytes} bytes per peer",

@@ -476,7 +476,7 @@ class Submitter(EngineBase):
 
     def _cancel(self, transfer: Transfer) -> None:
         cookie = transfer._cookie
-        if not cookie:  # not bound yet: nothing was posted
+        if not cookie or not self._lane.usable:  # not bound yet: nothing was posted; or its owner is the parent of this process
             transfer._end(CANCELLED, 0, None)
             return
         native.lib.at_cancel(self._p, cookie, native.lib.AT_ECANCELED)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from aiotransfer.model.descriptor import RemoteRegion
 
 T = TypeVar("T")
-FOREVER_NS = (1 << 63) - 1
+SLICE_SECONDS = 0.05  # longest native wait: Ctrl-C is heard after it at the latest
 
 
 class ThreadTransfer:
@@ -78,9 +79,10 @@ class ThreadTransfer:
         handle = self._handle
         with handle._inside():
             engine, wait = handle._engine, native.lib.at_thread_wait
-            ns = FOREVER_NS if left == math.inf else int(min(left, 1e9) * 1e9)
-            if wait(engine._p, self._cookie, ns) == 1:
-                return False
+            while wait(engine._p, self._cookie, int(max(0.0, min(left, SLICE_SECONDS)) * 1e9)) == 1:
+                left = deadline - time.monotonic()  # between two slices Python's signal handlers run
+                if left <= 0:
+                    return False
             with handle._guard:  # several threads may have waited: the first of them takes the record away
                 if not self._over:
                     status = wait(engine._p, self._cookie, 0)
@@ -220,9 +222,17 @@ class ThreadHandle:
         return _Inside(self)
 
     def _orphan(self, cookie: int, keep: object) -> None:
-        """Nobody waits for it any more; what it uses must live until it has ended."""
+        """Nobody waits for it any more; what it uses must live until it has ended. Called in whatever thread forgets it."""
         self._orphans.append((cookie, keep))
+        if not self._engine._lane.usable:
+            return
+        with self._guard:
+            if self._closed:  # the lane may be freed at any moment, and frees the record
+                return
+            self._users += 1
         self._sweep()
+        with self._guard:
+            self._users -= 1
 
     def _sweep(self) -> None:
         if self._engine._lane.usable:
@@ -271,6 +281,7 @@ class EngineThread:
         self._loop = _new_loop()
         self._thread = threading.Thread(target=self._main, name="aiotransfer loop", daemon=True)
         self._closed = False
+        self._process = os.getpid()
         self._thread.start()
 
         async def open_it() -> Engine:
@@ -314,8 +325,8 @@ class EngineThread:
             raise
 
     def close(self) -> None:
-        """Close the engine, stop the loop, join the thread. Twice is silent."""
-        if self._closed:
+        """Close the engine, stop the loop, join the thread. Twice is silent, as is a forked child: all of it is its parent's."""
+        if self._closed or os.getpid() != self._process:
             return
         try:
             self.run(self.engine.aclose())

@@ -94,6 +94,8 @@ class Transfer:
             yield  # finished awaits may not starve the loop: give it the turn that is due
             return
         if self._state == PENDING:
+            if not engine._lane.usable:
+                engine._check()  # a forked child: it would never be told
             try:
                 yield from self._next_wait()
             except asyncio.CancelledError:

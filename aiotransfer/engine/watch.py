@@ -10,6 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.engine import memory
+from aiotransfer.engine.refusals import lacking
 from aiotransfer.engine.region import Region, RegionView
 from aiotransfer.errors import ClosedError, InternalError, RegionError, RegistrationError
 from aiotransfer.providers import native
@@ -31,7 +32,7 @@ class Watcher:
         self._out = native.ffi.new("uint64_t *")
         self._id = int(native.lib.at_watch_add(engine._p, native.ffi.cast("void *", address), self._out))
         if self._id < 0:
-            raise InternalError(f"cannot watch: {native.text(self._id)}")
+            raise lacking(engine, self._id, "cannot watch") or InternalError(f"cannot watch: {native.text(self._id)}")
         self._last = int(self._out[0])
         self._waiter: asyncio.Future[int | None] | None = None
         self._closed = False
@@ -53,7 +54,9 @@ class Watcher:
             raise RuntimeError("a watcher is iterated over by one task at a time")
         status = native.lib.at_watch_next(self._engine._p, self._id, self._out)
         if status < 0:
-            raise InternalError(f"the word cannot be watched: {native.text(status)}")
+            raise lacking(self._engine, status, "the word cannot be watched") or InternalError(
+                f"the word cannot be watched: {native.text(status)}"
+            )
         value: int | None = int(self._out[0])
         # Not what the lane has told but what was yielded decides: a look that was cancelled may have been told of a change.
         if value != self._last:

@@ -11,13 +11,14 @@ The local address of a rail is the one that the control connection uses: where t
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
 
-from aiotransfer.errors import BrokenError, RegistrationError, StaleRegionError
+from aiotransfer.errors import BrokenError, RegistrationError, StaleRegionError, shortage
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import libfabric, native
 from aiotransfer.providers.lane import ACCESS, Lane
@@ -116,6 +117,9 @@ def open_rail(lane: Lane, provider: str, host: str, limits: Limits) -> Rail:
             provider, domain = (ffi.string(field).decode() for field in (facts.provider, facts.domain))
             return Rail(out[0], provider, domain, version, int(facts.flags))
         attempts.append(_why() if rc == lib.AT_EIO else native.text(rc))
+        number = lane.system_error()[0] if rc == lib.AT_EIO else errno.ENOMEM if rc == lib.AT_ENOMEM else None
+        if (short := shortage(number, f"no rail: {attempts[-1]}", provider=provider)) is not None:
+            raise short
     raise BrokenError("; ".join(dict.fromkeys(attempts)), provider=provider)
 
 
@@ -134,7 +138,10 @@ class FabricPath(Path):
         self._closed = False
         peer = int(native.lib.at_fab_peer(lane.pointer, rail.pointer))
         if peer < 0:
-            raise BrokenError(f"no room for a peer: {native.text(peer)}", provider=provider)
+            number = errno.ENOMEM if peer == native.lib.AT_ENOMEM else None
+            raise shortage(number, "no room for a peer", provider=provider) or BrokenError(
+                f"no room for a peer: {native.text(peer)}", provider=provider
+            )
         self.lane_peer = peer
 
     # ---- connecting ----
@@ -178,8 +185,9 @@ class FabricPath(Path):
             number = int(native.lib.at_lane_errno(self._lane.pointer))
             words = os.strerror(number)
             code = (number, words)
-        hint = "raise `ulimit -n`: each peer takes some descriptors" if code is not None and code[0] in (23, 24) else None
-        raise BrokenError(f"{doing}: {words}", provider=self.provider, code=code, hint=hint)
+        raise shortage(code and code[0], doing, provider=self.provider) or BrokenError(
+            f"{doing}: {words}", provider=self.provider, code=code
+        )
 
     def offer(self, generation: int) -> _Offer:
         """Open this side. Raises `BrokenError`."""

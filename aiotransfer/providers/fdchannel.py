@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import array
 import asyncio
+import errno
 import os
 import socket
 import struct
 from collections.abc import Callable
+
+from aiotransfer.errors import SHORTAGES
 
 TICKET_BYTES = 16
 MOST_FDS = 4
 MOST_EARLY = 16  # introductions that overtook the question which announces them
 EARLY_SECONDS = 5.0
 MOST_BYTES = 512
+ACCEPT_PAUSE = 0.1  # seconds until a connection that could not be accepted for want of a descriptor is tried again
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -31,6 +35,10 @@ def close_all(fds: list[int]) -> None:
     """Close descriptors that nobody wanted."""
     for fd in fds:
         os.close(fd)
+
+
+def _none_left() -> OSError:
+    return OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def discard(packet: asyncio.Future[tuple[bytes, list[int]]]) -> None:
@@ -55,14 +63,15 @@ class FdChannel:
         self._sock = sock
         self._loop = loop
         self._expected: dict[bytes, asyncio.Future[tuple[bytes, list[int]]]] = {}
-        self._first: Callable[[FdChannel, bytes, bytes, list[int]], None] | None = None
+        self._first: Callable[[FdChannel, bytes, bytes, list[int] | None], None] | None = None
         self._closed = False
         pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         self.pid, self.uid = pid, uid
         loop.add_reader(sock.fileno(), self._readable)
 
-    def on_first(self, callback: Callable[[FdChannel, bytes, bytes, list[int]], None]) -> None:
-        """The accepting side does not know the ticket of a connection before its first packet."""
+    def on_first(self, callback: Callable[[FdChannel, bytes, bytes, list[int] | None], None]) -> None:
+        """The accepting side does not know the ticket of a connection before its first packet: channel, ticket, body, descriptors
+        (None: this process had none left for them). Nothing of it is known (b"") when it is closed before."""
         self._first = callback
 
     def send(self, ticket: bytes, body: bytes, fds: list[int]) -> None:
@@ -73,7 +82,7 @@ class FdChannel:
     async def expect(self, ticket: bytes, timeout: float) -> tuple[bytes, list[int]]:
         """Body and descriptors (the caller's from now on) of the packet with this ticket.
 
-        Raises `TimeoutError` or `ConnectionError`.
+        Raises `TimeoutError`, `ConnectionError`, or `OSError` (EMFILE) when this process had no room for the descriptors.
         """
         if self._closed:
             raise ConnectionError("the descriptor channel is closed")
@@ -97,20 +106,24 @@ class FdChannel:
         except OSError:
             self.close()
             return
-        if len(data) < TICKET_BYTES or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        lacking = bool(flags & socket.MSG_CTRUNC) and len(fds) < MOST_FDS  # the kernel had no number to give some of them
+        if lacking or len(data) < TICKET_BYTES or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             close_all(list(fds))
-            self.close()
-            return
+            if not lacking or len(data) < TICKET_BYTES:
+                self.close()
+                return
         key, body = data[:TICKET_BYTES], data[TICKET_BYTES:]
         first, self._first = self._first, None
         if first is not None:
-            first(self, key, body, list(fds))
+            first(self, key, body, None if lacking else list(fds))
             return
         future = self._expected.get(key)
-        if future is None or future.done():
+        if lacking and future is not None and not future.done():
+            future.set_exception(_none_left())
+        elif future is not None and not future.done():
+            future.set_result((body, list(fds)))
+        elif not lacking:
             close_all(list(fds))
-            return
-        future.set_result((body, list(fds)))
 
     def close(self) -> None:
         """Close, ending every `expect`. Twice is silent."""
@@ -119,6 +132,9 @@ class FdChannel:
         self._closed = True
         self._loop.remove_reader(self._sock.fileno())
         self._sock.close()
+        first, self._first = self._first, None
+        if first is not None:
+            first(self, b"", b"", [])
         for future in self._expected.values():
             if not future.done():
                 future.set_exception(ConnectionError("the descriptor channel was closed"))
@@ -131,17 +147,25 @@ class FdListener:
         self._loop = loop
         self.name = "\0aiotransfer-" + os.urandom(16).hex()
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        self._sock.bind(self.name)
-        self._sock.listen(128)
+        try:
+            self._sock.bind(self.name)
+            self._sock.listen(128)
+        except BaseException:  # nobody else knows the socket
+            self._sock.close()
+            raise
+        self._retry: asyncio.TimerHandle | None = None
         self._waiting: dict[bytes, asyncio.Future[tuple[FdChannel, bytes, list[int]]]] = {}
-        self._early: dict[bytes, tuple[FdChannel, bytes, list[int], asyncio.TimerHandle]] = {}
+        self._early: dict[bytes, tuple[FdChannel, bytes, list[int] | None, asyncio.TimerHandle]] = {}
         self._fresh: set[FdChannel] = set()
         loop.add_reader(self._sock.fileno(), self._acceptable)
 
     def _acceptable(self) -> None:
         try:
             sock, _ = self._sock.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in SHORTAGES and error.errno != errno.EAGAIN:  # it stays in the queue: the loop would spin on it
+                self._loop.remove_reader(self._sock.fileno())
+                self._retry = self._loop.call_later(ACCEPT_PAUSE, self._again)
             return
         if len(self._fresh) >= 64:  # connected, but never said who they are
             sock.close()
@@ -150,38 +174,53 @@ class FdListener:
         self._fresh.add(channel)
         channel.on_first(self._introduced)
 
-    def _introduced(self, channel: FdChannel, key: bytes, body: bytes, fds: list[int]) -> None:
+    def _again(self) -> None:
+        self._retry = None
+        self._loop.add_reader(self._sock.fileno(), self._acceptable)
+
+    def _introduced(self, channel: FdChannel, key: bytes, body: bytes, fds: list[int] | None) -> None:
         self._fresh.discard(channel)
         future = self._waiting.get(key)
+        if not key:
+            return  # closed before it said who it is
         if future is not None and not future.done():
-            future.set_result((channel, body, fds))
+            if fds is None:
+                channel.close()
+                future.set_exception(_none_left())
+            else:
+                future.set_result((channel, body, fds))
         elif len(self._early) < MOST_EARLY and key not in self._early:
             timer = self._loop.call_later(EARLY_SECONDS, self._forget_early, key)
             self._early[key] = (channel, body, fds, timer)
         else:
-            close_all(fds)
+            close_all(fds or [])
             channel.close()
 
     def _forget_early(self, key: bytes) -> None:
         early = self._early.pop(key, None)
         if early is not None:
-            close_all(early[2])
+            close_all(early[2] or [])
             early[0].close()
             early[3].cancel()
 
     async def accept(self, key: bytes, timeout: float) -> tuple[FdChannel, bytes, list[int]]:
-        """The connection whose first packet carries `key`. Raises `TimeoutError`."""
+        """The connection whose first packet carries `key`. Raises `TimeoutError`, or `OSError` (EMFILE) when this process had no
+        room for its descriptors."""
         early = self._early.pop(key, None)
         if early is not None:
-            early[3].cancel()
-            return early[:3]
+            channel, body, fds, timer = early
+            timer.cancel()
+            if fds is None:
+                channel.close()
+                raise _none_left()
+            return channel, body, fds
         future: asyncio.Future[tuple[FdChannel, bytes, list[int]]] = self._loop.create_future()
         self._waiting[key] = future
         try:
             async with asyncio.timeout(timeout):
                 return await future
         except BaseException:  # cancelled while it was on its way: it is ours to close
-            if future.done() and not future.cancelled():
+            if future.done() and not future.cancelled() and future.exception() is None:
                 channel, _, fds = future.result()
                 close_all(fds)
                 channel.close()
@@ -194,6 +233,8 @@ class FdListener:
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
+        if self._retry is not None:
+            self._retry.cancel()
         for channel in list(self._fresh):
             channel.close()
         self._fresh.clear()

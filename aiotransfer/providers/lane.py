@@ -6,16 +6,24 @@ frequent goes through the methods here.
 
 from __future__ import annotations
 
+import collections
 import errno
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from aiotransfer.config import Config
-from aiotransfer.errors import BusyError, InternalError, RegistrationError
+from aiotransfer.errors import SHORTAGES, BusyError, InternalError, RegistrationError, shortage
 from aiotransfer.providers import native
 
 ACCESS = {"write": 1, "read": 2, "both": 3}
+_REFUSED = "memfd_create, eventfd and epoll must be permitted here (a seccomp filter?)"
+_OF_MEMORY = {
+    errno.EMFILE: "raise `ulimit -n`: each allocation needs a descriptor",
+    errno.EFBIG: "raise `ulimit -f`: it bounds shared memory as well",
+    errno.EAGAIN: "raise `ulimit -l`: this process locks all its memory (mlockall)",
+}
 THREAD_INLINE = 64 << 10  # progress="thread": what is still copied inside the call
 
 _forks = 0  # how often this process was forked off another: a lane of before belongs to the parent
@@ -41,7 +49,7 @@ class Event(NamedTuple):
 class Lane:
     """Owns the C lane; `free` once, after all paths are closed."""
 
-    __slots__ = ("events", "fd", "forks", "pointer", "waiting")
+    __slots__ = ("_dropped", "_thread", "events", "fd", "forks", "pointer", "waiting")
 
     def __init__(self, incarnation: int, config: Config, *, progress: str = "auto", threadless: bool = False) -> None:
         native.require()
@@ -57,20 +65,22 @@ class Lane:
         pointer = native.lib.at_lane_new(incarnation, settings)
         if pointer == native.ffi.NULL:
             number = native.ffi.errno
-            raise BusyError(
-                f"no lane: {os.strerror(number)}", code=(number, os.strerror(number)), hint="raise `ulimit -n`"
+            raise shortage(number, "no engine can be opened") or BusyError(
+                f"no engine can be opened: {os.strerror(number)}", code=(number, os.strerror(number)), hint=_REFUSED
             )
         self.pointer: Any = pointer
         self.events: Any = native.lib.at_lane_events(pointer)
         self.fd: int = native.lib.at_lane_fd(pointer)
         self.forks = _forks
         self.waiting: dict[int, Callable[[], None]] = {}  # by peer: for news of its connection
+        self._thread = threading.get_ident()
+        self._dropped: collections.deque[int] = collections.deque()  # remote regions whose last user was another thread's
 
     def free(self) -> None:
         """Destroy the lane. Later calls through this object do nothing."""
-        if self.pointer is not None and self.forks == _forks:
-            native.lib.at_lane_free(self.pointer)
-        self.pointer = None
+        pointer, self.pointer = self.pointer, None  # first: nobody begins anything while it is freed
+        if pointer is not None and self.forks == _forks:
+            native.lib.at_lane_free(pointer)
 
     @property
     def usable(self) -> bool:
@@ -94,7 +104,11 @@ class Lane:
         """Register local memory; the caller keeps it alive until `close_region` says so."""
         region = native.lib.at_region_add(self.pointer, native.ffi.cast("void *", address), nbytes)
         if region < 0:
-            raise RegistrationError(f"cannot register {nbytes} bytes: {native.text(region)}")
+            raise RegistrationError(
+                f"cannot register {nbytes} bytes: {native.text(region)}",
+                code=(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+                hint=SHORTAGES[errno.ENOMEM],
+            )
         return int(region)
 
     def close_region(self, region: int) -> bool:
@@ -128,15 +142,24 @@ class Lane:
 
     def add_remote(self, peer: int, base: Any, va: int, nbytes: int, access: int, slot: int, epoch: int) -> int:
         """A remote region, or a negative status."""
+        self._close_dropped()
         return int(native.lib.at_remote_add(self.pointer, peer, base, va, nbytes, access, slot, epoch))
 
     def close_remote(self, remote: int) -> None:
-        """Forget a remote region; the lane waits for operations that still use it."""
-        if self.usable:
-            native.lib.at_remote_close(self.pointer, remote)
+        """Forget a remote region; the lane waits for operations that still use it.
+
+        In any thread, as the end of an object may be: from another one it is put off, as the lane might be freed meanwhile."""
+        self._dropped.append(remote)
+        if threading.get_ident() == self._thread:
+            self._close_dropped()
+
+    def _close_dropped(self) -> None:
+        while self._dropped and self.usable:
+            native.lib.at_remote_close(self.pointer, self._dropped.popleft())
 
     def statistics(self) -> dict[str, int]:
         """The lane's counters by name."""
+        self._close_dropped()
         out = native.ffi.new("at_lane_stats *")
         native.lib.at_lane_stats_get(self.pointer, out)
         return {name: int(getattr(out, name)) for name, _ in native.ffi.typeof("at_lane_stats").fields}
@@ -168,13 +191,10 @@ class Segment:
         rc = native.lib.at_segment_new(nbytes, base, fd)
         if rc != 0:
             number = -rc
-            hint = "free memory, or raise the memory limit of this container"
-            if number == errno.EMFILE:
-                hint = "raise `ulimit -n`: each allocation needs a descriptor"
             raise RegistrationError(
                 f"cannot allocate {nbytes} bytes of shared memory: {os.strerror(number)}",
                 code=(number, os.strerror(number)),
-                hint=hint,
+                hint={**SHORTAGES, **_OF_MEMORY}.get(number, _REFUSED),
             )
         return cls(int(native.ffi.cast("uintptr_t", base[0])), nbytes, int(fd[0]))
 
@@ -188,7 +208,9 @@ class Segment:
             reason = {errno.EPERM: "it is not sealed", errno.ERANGE: "its size is not the promised one"}.get(
                 number, os.strerror(number)
             )
-            raise RegistrationError(f"cannot map {nbytes} bytes of a peer: {reason}", code=(number, os.strerror(number)))
+            raise RegistrationError(
+                f"cannot map {nbytes} bytes of a peer: {reason}", code=(number, os.strerror(number)), hint=SHORTAGES.get(number)
+            )
         return cls(int(native.ffi.cast("uintptr_t", base[0])), nbytes, -1)
 
     def touch(self) -> None:

@@ -7,17 +7,23 @@ virtual clock and faults are made by `aiotransfer.testing`.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from typing import Any
 
-from aiotransfer.errors import BrokenError, BusyError
+from aiotransfer.errors import BrokenError, TransferError, shortage
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import native
 from aiotransfer.providers.lane import ACCESS, Lane
 from aiotransfer.providers.port import Binding, Conversation, Path, Terms
 
 _PROCESS = os.urandom(16)
+
+
+def _failure(what: str, status: int) -> TransferError:
+    number = errno.ENOMEM if status == native.lib.AT_ENOMEM else None
+    return shortage(number, what, provider="loopback") or BrokenError(f"{what}: {native.text(status)}", provider="loopback")
 
 
 class _Shared:
@@ -33,20 +39,25 @@ class _Shared:
             if self._users == 0:
                 self._net = native.lib.at_net_new(native.ffi.new("at_net_config *"))
             if self._net == native.ffi.NULL:
-                raise BusyError("no memory for the simulator")
-            self._users += 1
-            status = native.lib.at_net_join(self._net, lane.pointer)
+                status = native.lib.AT_ENOMEM
+            else:
+                self._users += 1
+                status = native.lib.at_net_join(self._net, lane.pointer)
+                if status != 0:
+                    self._left()
         if status != 0:
-            self.leave()
-            raise BrokenError(f"cannot join the simulator: {native.text(status)}", provider="loopback")
+            raise _failure("cannot join the simulator", status)
 
     def leave(self) -> None:
         """The lane itself leaves when it is freed."""
         with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                native.lib.at_net_free(self._net)
-                self._net = None
+            self._left()
+
+    def _left(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            native.lib.at_net_free(self._net)
+            self._net = None
 
 
 _shared = _Shared()
@@ -72,7 +83,7 @@ class LoopbackPath(Path):
         self._lane = lane
         peer = int(native.lib.at_sim_connect(lane.pointer, incarnation))
         if peer < 0:
-            raise BrokenError(f"no such engine in this process: {native.text(peer)}", provider="loopback")
+            raise _failure("no path to that engine of this process", peer)
         self.lane_peer = peer
         self._closed = False
 
@@ -82,7 +93,7 @@ class LoopbackPath(Path):
             self.lane_peer, native.ffi.NULL, grant.base, grant.nbytes, ACCESS[grant.access], grant.slot, grant.epoch
         )
         if remote < 0:
-            raise BrokenError(f"cannot bind: {native.text(remote)}", provider="loopback")
+            raise _failure("cannot bind", remote)
         return Binding(self._lane, remote, self, peer, None)
 
     def close(self) -> None:

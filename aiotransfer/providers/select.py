@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from aiotransfer.errors import ProviderUnavailableError, TransferError
+from aiotransfer.errors import BusyError, ProviderUnavailableError, TransferError, shortage
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import libfabric, native
 from aiotransfer.providers.lane import Lane, Segment
@@ -46,14 +46,16 @@ def open_providers(
     providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None],
     grant_of: Callable[[int, int, int], Grant | None], world: Any,
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
-    """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left.
+    """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left, and `BusyError`
+    rather than do without a provider that this machine has no descriptors or memory for just now.
 
     `world`: its `simulator` is the network of `loopback`, if not that of this process; its `limits` what fabrics do without.
     """
-    from aiotransfer.providers.shm import ShmProvider
-
     wanted = KNOWN if providers == "auto" else providers
-    known = availability()
+    try:
+        known = availability()
+    except OSError as error:  # looking for files takes descriptors too
+        raise shortage(error.errno, "no engine can be opened") or error from None
     opened: dict[str, Provider] = {}
     attempts: list[tuple[str, str]] = []
     for name in wanted:
@@ -61,6 +63,8 @@ def open_providers(
         if reason is None:
             try:
                 if name == "shm":
+                    from aiotransfer.providers.shm import ShmProvider  # in here: reading it takes a descriptor too
+
                     opened[name] = ShmProvider(lane, incarnation, segment_of)
                 elif name in ("tcp", "efa"):
                     from aiotransfer.providers.fabric import FabricProvider
@@ -73,6 +77,11 @@ def open_providers(
                 continue
             except (OSError, TransferError) as error:
                 reason = str(error)
+                short = error if isinstance(error, BusyError) else shortage(getattr(error, "errno", None), f"no {name}")
+                if short is not None:
+                    for other in opened.values():
+                        other.close()
+                    raise short from None
         attempts.append((name, reason))
     if not opened:
         raise ProviderUnavailableError(

@@ -12,6 +12,7 @@ presents a live grant. Other memory is written through the kernel (process_vm, o
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import weakref
 from collections.abc import Callable
@@ -19,7 +20,15 @@ from typing import Any
 
 import msgspec
 
-from aiotransfer.errors import BrokenError, ConfigurationError, RegistrationError, StaleRegionError
+from aiotransfer.errors import (
+    SHORTAGES,
+    BrokenError,
+    ConfigurationError,
+    RegistrationError,
+    StaleRegionError,
+    TransferError,
+    shortage,
+)
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import fdchannel, native
 from aiotransfer.providers.lane import ACCESS, Lane, Segment
@@ -54,11 +63,20 @@ _questions = msgspec.msgpack.Decoder(_Hello | _Fetch)
 _offers = msgspec.msgpack.Decoder(_Offer)
 
 
+def _failure(what: str, error: Exception) -> TransferError:
+    """Our own want of descriptors or memory is not the other side's fault, and no reason to fall back on a slower path."""
+    number = error.errno if isinstance(error, OSError) and not isinstance(error, ConnectionError) else None
+    return shortage(number, what, provider="shm") or BrokenError(f"{what}: {error}", provider="shm")
+
+
 def _boot() -> bytes:
+    """Which boot of which machine this is. Raises `OSError` when there is no descriptor to read it with."""
     try:
         with open("/proc/sys/kernel/random/boot_id", "rb") as f:
             return f.read().strip()
-    except OSError:
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         return b""
 
 
@@ -100,7 +118,10 @@ class ShmPath(Path):
             self.lane_peer, base, grant.base, grant.nbytes, ACCESS[grant.access], grant.slot, grant.epoch
         )
         if remote < 0:
-            raise BrokenError(f"cannot bind: {native.text(remote)}", provider="shm")
+            number = errno.ENOMEM if remote == native.lib.AT_ENOMEM else None
+            raise shortage(number, "cannot bind", provider="shm") or BrokenError(
+                f"cannot bind: {native.text(remote)}", provider="shm"
+            )
         return Binding(self._lane, remote, self, peer, segment)
 
     def _check_foreign(self) -> None:
@@ -136,7 +157,7 @@ class ShmPath(Path):
         except BaseException as error:  # also cancellation: what is expected must not arrive unowned
             fdchannel.discard(packet)
             if isinstance(error, (OSError, msgspec.MsgspecError)):
-                raise BrokenError(f"no segment from the peer: {error}", provider="shm") from error
+                raise _failure("no segment from the peer", error) from error
             raise
         try:
             if len(fds) != 1:
@@ -172,25 +193,20 @@ class ShmProvider:
         self._lane = lane
         self._incarnation = incarnation
         self._loop = asyncio.get_running_loop()
+        self._boot = _boot()
         self._listener = fdchannel.FdListener(self._loop)
         self._segment_of = segment_of
         self._paths: weakref.WeakValueDictionary[int, ShmPath] = weakref.WeakValueDictionary()
 
     def terms(self) -> Terms:
         """The socket's name and which boot of which machine this is."""
-        return Terms("shm", True, "", _boot(), self._listener.name.encode())
+        return Terms("shm", True, "", self._boot, self._listener.name.encode())
 
     def _begin(self, incarnation: int) -> tuple[Any, Any]:
         offer = native.ffi.new("at_shm_offer *")
         half = native.lib.at_shm_begin(self._lane.pointer, incarnation, offer)
         if half == native.ffi.NULL:
-            number, words = self._lane.system_error()
-            raise BrokenError(
-                f"cannot prepare shared memory: {words}",
-                provider="shm",
-                code=(number, words),
-                hint="raise `ulimit -n`: each peer takes six descriptors",
-            )
+            raise _failure("cannot prepare shared memory", OSError(*self._lane.system_error()))
         return half, offer
 
     @staticmethod
@@ -206,38 +222,60 @@ class ShmProvider:
                 raise BrokenError("the peer's offer is malformed", provider="shm")
             if who.trusted_user and channel.uid != os.getuid():
                 raise BrokenError(f"the peer runs as uid {channel.uid}, not {os.getuid()}", provider="shm")
-            pidfd = os.pidfd_open(channel.pid) if channel.pid > 0 else -1
+            mem = self._open_memory(channel.pid)
+            try:
+                pidfd = os.pidfd_open(channel.pid) if channel.pid > 0 else -1
+            except OSError:
+                fdchannel.close_all([mem] if mem >= 0 else [])
+                raise
         except (OSError, msgspec.MsgspecError, BrokenError) as error:
             native.lib.at_shm_abort(self._lane.pointer, half)
             fdchannel.close_all(fds)
             channel.close()
             if isinstance(error, BrokenError):
                 raise
-            raise BrokenError(f"the peer's offer cannot be used: {error}", provider="shm") from error
+            raise _failure("the peer's offer cannot be used", error) from error
         offer = native.ffi.new("at_shm_offer *")
         offer.control_fd, offer.channel_fd, offer.doorbell_fd, offer.pulse_fd = fds
         native.ffi.memmove(offer.control_cookie, theirs.control_cookie, 16)
         native.ffi.memmove(offer.channel_cookie, theirs.channel_cookie, 16)
         offer.probe_va = theirs.probe_va & 0xFFFF_FFFF_FFFF_FFFF
-        try:
-            mem = os.open(f"/proc/{channel.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            mem = -1
         peer = native.lib.at_shm_finish(
             self._lane.pointer, half, offer, who.incarnation, pidfd, channel.pid, mem, int(channel.pid > 0)
         )
         if peer < 0:
             channel.close()
-            raise BrokenError(f"the peer's shared memory was refused: {native.text(peer)}", provider="shm")
+            raise self._refused(peer)
         return ShmPath(self._lane, peer, channel, self._segment_of if who.incarnation == self._incarnation else None)
+
+    def _refused(self, status: int) -> TransferError:
+        what = "the peer's shared memory was refused"
+        if status == native.lib.AT_EIO:
+            return _failure(what, OSError(*self._lane.system_error()))
+        number = errno.ENOMEM if status == native.lib.AT_ENOMEM else None
+        return shortage(number, what, provider="shm") or BrokenError(f"{what}: {native.text(status)}", provider="shm")
+
+    @staticmethod
+    def _open_memory(pid: int) -> int:
+        """The peer's memory as a file, if it may be had; -1."""
+        try:
+            return os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in SHORTAGES:
+                raise
+            return -1
 
     async def dial(self, conversation: Conversation, theirs: Terms) -> ShmPath:
         """Offer our memory, take theirs."""
         try:
             channel = fdchannel.connect(theirs.data.decode(), self._loop)
         except (OSError, ValueError) as error:
-            raise BrokenError(f"the peer's socket is not reachable: {error}", provider="shm") from error
-        half, offer = self._begin(conversation.incarnation)
+            raise _failure("the peer's socket is not reachable", error) from error
+        try:
+            half, offer = self._begin(conversation.incarnation)
+        except TransferError:
+            channel.close()
+            raise
         ticket = fdchannel.ticket()
         reply = asyncio.ensure_future(channel.expect(ticket, SETUP_SECONDS))
         try:
@@ -251,7 +289,7 @@ class ShmProvider:
             native.lib.at_shm_abort(self._lane.pointer, half)
             channel.close()
             if isinstance(error, OSError):
-                raise BrokenError(f"shared memory could not be set up: {error}", provider="shm") from error
+                raise _failure("shared memory could not be set up", error) from error
             raise
         path = self._finish(half, channel, conversation, their_body, their_fds)
         self._paths[conversation.incarnation] = path
@@ -269,9 +307,11 @@ class ShmProvider:
             channel, their_body, their_fds = await self._listener.accept(question.ticket, SETUP_SECONDS)
         except TimeoutError as error:
             raise BrokenError("the descriptor channel was not opened", provider="shm") from error
+        except OSError as error:
+            raise _failure("the descriptor channel was not opened", error) from error
         try:
             half, offer = self._begin(conversation.incarnation)
-        except BrokenError:
+        except TransferError:
             fdchannel.close_all(their_fds)
             channel.close()
             raise
@@ -282,7 +322,7 @@ class ShmProvider:
             native.lib.at_shm_abort(self._lane.pointer, half)
             fdchannel.close_all(their_fds)
             channel.close()
-            raise BrokenError(f"the descriptor channel broke: {error}", provider="shm") from error
+            raise _failure("the descriptor channel broke", error) from error
         path = self._finish(half, channel, conversation, their_body, their_fds)
         self._paths[conversation.incarnation] = path
         return b"", path
@@ -295,7 +335,7 @@ class ShmProvider:
         try:
             path.channel.send(question.ticket, b"", [segment.fd])
         except OSError as error:
-            raise BrokenError(f"the descriptor channel broke: {error}", provider="shm") from error
+            raise _failure("the descriptor channel broke", error) from error
         return msgspec.msgpack.encode(_Size(segment.nbytes))
 
     async def settle(self) -> None:

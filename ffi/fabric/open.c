@@ -160,7 +160,12 @@ int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_f
     fab->rail = (at_rail){.lane = lane, .name = "fabric", .progress = at_fab_progress, .leave = leave, .destroy = destroy,
                           .grant_over = at_fab_grant_over, .region_over = at_fab_region_over};
     fab->info = ask(options);
-    int rc = fab->info != NULL ? AT_OK : AT_EIO, code = 0;
+    int rc = fab->info != NULL ? AT_OK : AT_EIO, code = fab->info != NULL ? 0 : -EIO;
+    if (rc == AT_OK && fab->kick_fd < 0) {
+        code = -EMFILE;
+        at_fab_say("%s: no descriptor to wake its thread by: %s", options->provider, at_fab_library.strerror(EMFILE));
+        rc = AT_EIO;
+    }
     if (rc == AT_OK) {
         note_facts(fab, options);
         const char *what = open_objects(fab, is_device(options->provider), &code);
@@ -184,6 +189,9 @@ int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_f
         at_unlock(lane);
     }
     if (rc != AT_OK) {
+        at_lock(lane);
+        if (rc == AT_EIO && code != 0) lane->oserror = -code;
+        at_unlock(lane);
         fab_free(fab);
         return rc;
     }

@@ -253,8 +253,7 @@ int at_fab_offer_make(at_lane *lane, int64_t id, uint32_t generation, at_fab_off
     rc = end == NULL || end->peer->status != AT_OK || end->retired ? AT_EPEER : make(end, generation, out);
     at_unlock(lane);
     (void)pthread_mutex_unlock(&fab->turn);
-    if (rc == AT_OK) at_fab_thread_start(fab);
-    return rc;
+    return rc == AT_OK ? at_fab_thread_start(fab) : rc;
 }
 
 /* The other side says how many of our work requests with immediates it has ever counted: by their order it is known which. Those

@@ -314,8 +314,9 @@ static void *thread_main(void *argument) {
     return NULL;
 }
 
-void at_fab_thread_start(at_fab *fab) {
+int at_fab_thread_start(at_fab *fab) {
     at_lane *lane = fab->rail.lane;
+    int error = 0;
     at_lock(lane);
     if (!fab->started && !(lane->config.flags & AT_LANE_NO_THREAD) && !lane->shut) {
         sigset_t all, before;
@@ -323,11 +324,14 @@ void at_fab_thread_start(at_fab *fab) {
         fab->started = 1;
         atomic_store(&fab->last, at_now());
         pthread_sigmask(SIG_SETMASK, &all, &before); /* signals belong to Python's main thread */
-        if (pthread_create(&fab->thread, NULL, thread_main, fab) != 0) fab->started = 0;
+        error = pthread_create(&fab->thread, NULL, thread_main, fab);
+        if (error != 0) fab->started = 0;
         else (void)pthread_setname_np(fab->thread, "aiotransfer~");
         pthread_sigmask(SIG_SETMASK, &before, NULL);
     }
+    if (error != 0) lane->oserror = error;
     at_unlock(lane);
+    return error == 0 ? AT_OK : AT_EIO;
 }
 
 void at_fab_thread_stop(at_fab *fab) {

@@ -16,17 +16,17 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#define EVENT_SLACK 128u
 #define LAST_PARTS_NS UINT64_C(100000) /* longest wait for an operation that was about to end */
 
 int at_events_open(at_lane *lane) {
 #ifdef __linux__
     lane->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     lane->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (lane->epoll_fd < 0 || lane->wake_fd < 0) return -1;
+    if (lane->epoll_fd < 0 || lane->wake_fd < 0 || at_events_reserve(lane) != AT_OK) return -1;
     return at_watch_fd(lane, lane->wake_fd, AT_TAG(AT_TAG_WAKE, 0), 1);
 #else
-    (void)lane;
-    return 0;
+    return at_events_reserve(lane);
 #endif
 }
 
@@ -70,18 +70,29 @@ void at_event_signal(at_lane *lane) {
 #endif
 }
 
+static int grow(at_lane *lane) {
+    uint32_t next = lane->queue_capacity ? lane->queue_capacity * 2 : 256;
+    at_event *more = malloc(next * sizeof *more);
+    if (more == NULL) return AT_ENOMEM;
+    for (uint32_t i = 0; i < lane->queue_count; i++)
+        more[i] = lane->queue[(lane->queue_head + i) & (lane->queue_capacity - 1)];
+    free(lane->queue);
+    lane->queue = more;
+    lane->queue_capacity = next;
+    lane->queue_head = 0;
+    return AT_OK;
+}
+
+/* Each operation ends in one event at most; the others (counters, peers, regions, words) have the slack. */
+int at_events_reserve(at_lane *lane) {
+    while (lane->queue_count + lane->stats.pending_ops + EVENT_SLACK > lane->queue_capacity)
+        if (grow(lane) != AT_OK) return AT_ENOMEM;
+    return AT_OK;
+}
+
 void at_event_push(at_lane *lane, int kind, uint64_t id, int status, uint64_t count) {
-    if (lane->queue_count == lane->queue_capacity) {
-        uint32_t next = lane->queue_capacity ? lane->queue_capacity * 2 : 256;
-        at_event *more = malloc(next * sizeof *more);
-        if (more == NULL) abort(); /* an event may not be lost: its operation would never end */
-        for (uint32_t i = 0; i < lane->queue_count; i++)
-            more[i] = lane->queue[(lane->queue_head + i) & (lane->queue_capacity - 1)];
-        free(lane->queue);
-        lane->queue = more;
-        lane->queue_capacity = next;
-        lane->queue_head = 0;
-    }
+    /* An event may not be lost, whoever waits for it would wait for ever: room is reserved before an operation is admitted. */
+    if (lane->queue_count == lane->queue_capacity && grow(lane) != AT_OK) abort();
     uint32_t at = (lane->queue_head + lane->queue_count) & (lane->queue_capacity - 1);
     lane->queue[at] = (at_event){.id = id, .count = count, .status = status, .kind = kind};
     lane->queue_count++;

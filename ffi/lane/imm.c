@@ -16,7 +16,6 @@ enum { FRESH = -100 };
 static uint32_t hash(uint32_t imm) { return (uint32_t)((imm * UINT64_C(0x9E3779B97F4A7C15)) >> 32); }
 
 static at_imm_entry *find(const at_lane *lane, uint32_t imm) {
-    if (lane->imm_table == NULL) return NULL;
     uint32_t i = hash(imm) & lane->imm_mask;
     while (lane->imm_table[i].value != AT_IMM_EMPTY && lane->imm_table[i].imm != imm) i = (i + 1) & lane->imm_mask;
     return &lane->imm_table[i];
@@ -36,17 +35,19 @@ static int rehash(at_lane *lane, uint32_t size) {
     return AT_OK;
 }
 
+int at_imm_init(at_lane *lane) { return rehash(lane, 256); }
+
 /* The entry of imm, made when it is not there; NULL when memory is out. */
 static at_imm_entry *entry(at_lane *lane, uint32_t imm) {
-    if (lane->imm_table == NULL || (uint64_t)lane->imm_used * 2 > lane->imm_mask) {
-        uint32_t size = lane->imm_table == NULL ? 256 : (lane->imm_mask + 1) * 2;
-        if (rehash(lane, size) != AT_OK && (lane->imm_table == NULL || lane->imm_used >= lane->imm_mask)) return NULL;
-    }
+    /* Short of memory it fills up more than is good for it, but one entry stays empty, where searches end. */
     at_imm_entry *e = find(lane, imm);
-    if (e->value == AT_IMM_EMPTY) {
-        lane->imm_used++;
-        *e = (at_imm_entry){imm, FRESH}; /* the caller says what it becomes */
+    if (e->value != AT_IMM_EMPTY) return e;
+    if ((uint64_t)lane->imm_used * 2 > lane->imm_mask) {
+        if (rehash(lane, (lane->imm_mask + 1) * 2) != AT_OK && lane->imm_used >= lane->imm_mask) return NULL;
+        e = find(lane, imm);
     }
+    lane->imm_used++;
+    *e = (at_imm_entry){imm, FRESH}; /* the caller says what it becomes */
     return e;
 }
 
@@ -159,7 +160,7 @@ int64_t at_imm_open(at_lane *lane, uint32_t imm) {
     at_lock(lane);
     drain_all(lane);
     at_imm_entry *e = find(lane, imm);
-    int unknown = e == NULL || e->value == AT_IMM_EMPTY;
+    int unknown = e->value == AT_IMM_EMPTY;
     if ((unknown && lane->imm_blind) || (!unknown && e->value == AT_IMM_LOST)) {
         result = AT_EOVERFLOW;
     } else if ((e = entry(lane, imm)) != NULL) {
@@ -188,7 +189,7 @@ int at_imm_known(at_lane *lane, uint32_t imm) {
     at_lock(lane);
     drain_all(lane);
     at_imm_entry *e = find(lane, imm);
-    int known = lane->imm_blind || (e != NULL && e->value != AT_IMM_EMPTY);
+    int known = lane->imm_blind || e->value != AT_IMM_EMPTY;
     at_unlock(lane);
     return known;
 }

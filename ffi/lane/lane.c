@@ -138,7 +138,7 @@ at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config) {
     lane->turn_start = at_now();
     lane->control_ref = control_ref_new();
     lane->grant_free = calloc(AT_GRANTS, sizeof *lane->grant_free);
-    if (lane->control_ref == NULL || lane->grant_free == NULL || at_events_open(lane) != 0) {
+    if (lane->control_ref == NULL || lane->grant_free == NULL || at_imm_init(lane) != AT_OK || at_events_open(lane) != 0) {
         int saved = errno ? errno : ENOMEM;
         lane_destroy(lane);
         errno = saved;
@@ -191,8 +191,19 @@ void at_lane_shut(at_lane *lane) {
     at_unlock(lane);
 }
 
-int64_t at_lane_detail(at_lane *lane) { return lane->detail; }
-int at_lane_errno(at_lane *lane) { return lane->oserror; }
+int64_t at_lane_detail(at_lane *lane) {
+    at_lock(lane);
+    int64_t detail = lane->detail;
+    at_unlock(lane);
+    return detail;
+}
+
+int at_lane_errno(at_lane *lane) {
+    at_lock(lane); /* the native thread writes it too */
+    int oserror = lane->oserror;
+    at_unlock(lane);
+    return oserror;
+}
 
 void at_lane_stats_get(at_lane *lane, at_lane_stats *out) {
     at_lock(lane);

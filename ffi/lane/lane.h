@@ -237,7 +237,7 @@ struct at_lane {
     pthread_mutex_t lock;
     pthread_t owner;
     uint32_t fork_generation;
-    int shut;
+    _Atomic int shut; /* written with the lock; at_check_process looks at it without */
     at_lane_config config;
     uint64_t incarnation;
 
@@ -282,7 +282,7 @@ struct at_lane {
     int moving_here; /* the loop's thread moves an operation now without the lock: its active word is taken */
     uint32_t soon;                   /* large operations whose last parts are being moved */
     uint32_t lingering;              /* peers kept for that */
-    uint32_t stalled;                /* peers whose next post was refused and must be tried again */
+    _Atomic uint32_t stalled;        /* peers whose next post was refused and must be tried again; at_stalled has no lock */
     pthread_cond_t ended; /* a detached operation has ended */
     uint32_t waiters;     /* threads in at_thread_wait */
 
@@ -377,6 +377,7 @@ int at_pages_make_sense(uint64_t n, uint64_t page_bytes, uint64_t local_stride, 
 uint64_t at_watch_look(at_lane *lane); /* tell of changes; ns until the next look, 0: nobody watches */
 
 /* imm.c, with the lock */
+int at_imm_init(at_lane *lane); /* AT_OK or AT_ENOMEM */
 void at_imm_arrive(at_peer *peer, uint32_t imm, uint64_t n);
 void at_imm_destroy(at_lane *lane);
 
@@ -384,6 +385,7 @@ void at_imm_destroy(at_lane *lane);
 int at_events_open(at_lane *lane);
 void at_events_close(at_lane *lane);
 /* with the lock */
+int at_events_reserve(at_lane *lane); /* room for the end of one more operation: AT_OK or AT_ENOMEM */
 void at_event_push(at_lane *lane, int kind, uint64_t id, int status, uint64_t count);
 void at_event_signal(at_lane *lane);
 int at_watch_fd(at_lane *lane, int fd, uint64_t tag, int edge); /* Linux: add to the lane's private epoll */

@@ -136,7 +136,8 @@ void at_op_stop(at_op *op, int status) {
 /* ---- asynchronous ports ---- */
 
 void at_stall(at_peer *peer, int stalled) {
-    peer->lane->stalled += (uint32_t)stalled - (uint32_t)peer->stalled;
+    if (peer->stalled == stalled) return;
+    atomic_fetch_add_explicit(&peer->lane->stalled, stalled ? 1u : UINT32_MAX, memory_order_relaxed);
     peer->stalled = stalled;
 }
 
@@ -164,7 +165,7 @@ void at_refill(at_peer *peer) {
     }
 }
 
-int at_stalled(at_lane *lane) { return lane->stalled != 0; }
+int at_stalled(at_lane *lane) { return atomic_load_explicit(&lane->stalled, memory_order_relaxed) != 0; }
 
 void at_op_unpost(at_op *op) {
     op->posted--;
@@ -205,6 +206,7 @@ int64_t at_op_keep(at_lane *lane, const at_op *template) {
     at_peer *peer = template->peer;
     uint64_t nbytes = template->nbytes * template->units;
     if (peer->queued_ops >= lane->config.max_ops || nbytes > lane->config.max_bytes - peer->queued_bytes) return AT_EBUSY;
+    if (at_events_reserve(lane) != AT_OK) return AT_ENOMEM;
     at_op *op = malloc(sizeof *op);
     if (op == NULL) return AT_ENOMEM;
     *op = *template;
@@ -316,7 +318,7 @@ int64_t at_op_new_batch(at_lane *lane, uint32_t count) {
     at_op *op = calloc(1, sizeof *op);
     size_t results = ((size_t)count * sizeof(int32_t) + 7) & ~(size_t)7;
     at_batch *batch = calloc(1, sizeof *batch + results + (size_t)count * sizeof(int64_t));
-    int64_t cookie = op != NULL && batch != NULL ? AT_OK : AT_ENOMEM;
+    int64_t cookie = op != NULL && batch != NULL && at_events_reserve(lane) == AT_OK ? AT_OK : AT_ENOMEM;
     if (cookie == AT_OK) {
         batch->count = count;
         batch->open = 1;

@@ -109,6 +109,13 @@ static int watch(at_lane *lane, int fd) {
 }
 #endif
 
+static void close_descriptors(at_lane *lane) {
+    if (lane->thread_epoll_fd >= 0) close(lane->thread_epoll_fd);
+    if (lane->thread_wake_fd >= 0) close(lane->thread_wake_fd);
+    if (lane->pulse_fd >= 0) close(lane->pulse_fd);
+    lane->thread_epoll_fd = lane->thread_wake_fd = lane->pulse_fd = -1;
+}
+
 int at_thread_start(at_lane *lane) {
     if (lane->thread_started || (lane->config.flags & AT_LANE_NO_THREAD)) return AT_OK;
 #ifdef __linux__
@@ -119,6 +126,7 @@ int at_thread_start(at_lane *lane) {
         if (lane->thread_epoll_fd < 0 || lane->thread_wake_fd < 0 || lane->pulse_fd < 0 ||
             watch(lane, lane->thread_wake_fd) != 0 || watch(lane, lane->pulse_fd) != 0) {
             lane->oserror = errno;
+            close_descriptors(lane); /* all or none: it is tried again when there are more */
             return AT_EIO;
         }
     }
@@ -157,8 +165,5 @@ void at_thread_stop(at_lane *lane) {
         lane->thread_started = lane->helper_started = 0;
     }
 #endif
-    if (lane->thread_epoll_fd >= 0) close(lane->thread_epoll_fd);
-    if (lane->thread_wake_fd >= 0) close(lane->thread_wake_fd);
-    if (lane->pulse_fd >= 0) close(lane->pulse_fd);
-    lane->thread_epoll_fd = lane->thread_wake_fd = lane->pulse_fd = -1;
+    close_descriptors(lane);
 }

@@ -10,6 +10,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -20,11 +22,29 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
+#define STEP ((uint64_t)32 << 20) /* pages are made so many bytes at a time */
 #define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
 static uint64_t whole_pages(uint64_t nbytes) {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     return nbytes == 0 ? page : (nbytes + page - 1) / page * page;
+}
+
+/* Signals wait between the steps: fallocate gives up at any that is pending and gives back what it had, so that under a fast timer it
+ * would never end. */
+static int reserve(int fd, uint64_t size) {
+    sigset_t all, before;
+    sigfillset(&all);
+    int rc = 0;
+    for (uint64_t at = 0; at < size && rc == 0; at += STEP) {
+        (void)pthread_sigmask(SIG_SETMASK, &all, &before);
+        do rc = fallocate(fd, 0, (off_t)at, (off_t)(size - at < STEP ? size - at : STEP));
+        while (rc != 0 && errno == EINTR); /* stopped and continued */
+        int saved = errno;
+        (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+        errno = saved;
+    }
+    return rc;
 }
 
 int at_segment_new(uint64_t nbytes, void **base, int *fd_out) {
@@ -33,7 +53,7 @@ int at_segment_new(uint64_t nbytes, void **base, int *fd_out) {
     int fd = memfd_create("aiotransfer", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0) return -errno;
     int rc = 0;
-    if (ftruncate(fd, (off_t)size) != 0 || fallocate(fd, 0, 0, (off_t)size) != 0 || fcntl(fd, F_ADD_SEALS, SEALS) != 0) {
+    if (ftruncate(fd, (off_t)size) != 0 || reserve(fd, size) != 0 || fcntl(fd, F_ADD_SEALS, SEALS) != 0) {
         rc = -errno;
     } else {
         void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -58,9 +78,9 @@ int at_segment_map(int fd, uint64_t nbytes, void **base) {
 }
 
 int at_segment_touch(void *base, uint64_t nbytes) {
-    uint64_t size = whole_pages(nbytes), step = (uint64_t)32 << 20;
-    for (uint64_t at = 0; at < size; at += step) {
-        uint64_t n = size - at < step ? size - at : step;
+    uint64_t size = whole_pages(nbytes);
+    for (uint64_t at = 0; at < size; at += STEP) {
+        uint64_t n = size - at < STEP ? size - at : STEP;
         if (madvise((uint8_t *)base + at, n, MADV_POPULATE_WRITE) != 0) return -errno;
     }
     return 0;

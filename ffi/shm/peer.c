@@ -40,12 +40,19 @@ static int channel_new(at_shm_half *half) {
 
 at_shm_half *at_shm_begin(at_lane *lane, uint64_t incarnation, at_shm_offer *out) {
     at_shm_half *half = calloc(1, sizeof *half);
-    if (half == NULL) return NULL;
+    if (half == NULL) {
+        lane->oserror = ENOMEM;
+        return NULL;
+    }
     half->channel_fd = half->doorbell_fd = -1;
     at_lock(lane);
     int started = at_thread_start(lane); /* it answers the peer's pings */
     at_unlock(lane);
-    if (started != AT_OK || channel_new(half) != 0) goto fail;
+    if (started != AT_OK) { /* it has said why */
+        half_free(half);
+        return NULL;
+    }
+    if (channel_new(half) != 0) goto fail;
     half->doorbell_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (half->doorbell_fd < 0 || fill_cookie(half->inbound->cookie) != 0) goto fail;
     if (lane->control->cookie[0] == 0 && fill_cookie(lane->control->cookie) != 0) goto fail;
@@ -69,15 +76,18 @@ void at_shm_abort(at_lane *lane, at_shm_half *half) {
     half_free(half);
 }
 
-/* Map one of their segments: sealed, of exactly this size, carrying the cookie that the authenticated session named. */
+/* Map one of their segments: sealed, of exactly this size, carrying the cookie that the authenticated session named. NULL: errno is
+ * EPROTO when it is not, and the operating system's otherwise. */
 static void *map_theirs(int fd, size_t size, int writable, const uint8_t cookie[16], size_t cookie_at) {
     struct stat info;
     int seals = fcntl(fd, F_GET_SEALS), wanted = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+    errno = EPROTO;
     if (seals < 0 || (seals & wanted) != wanted || fstat(fd, &info) != 0 || (uint64_t)info.st_size != size) return NULL;
     void *at = mmap(NULL, size, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
     if (at == MAP_FAILED) return NULL;
     if (memcmp((uint8_t *)at + cookie_at, cookie, 16) == 0) return at;
     munmap(at, size);
+    errno = EPROTO;
     return NULL;
 }
 
@@ -110,15 +120,18 @@ int64_t at_shm_finish(at_lane *lane, at_shm_half *half, const at_shm_offer *thei
     *shm = (at_shm){.inbound_doorbell = -1, .outbound_doorbell = theirs->doorbell_fd, .outbound_pulse = theirs->pulse_fd,
                     .pidfd = pidfd, .pid = pid, .mem_fd = mem_fd};
     shm->control = map_theirs(theirs->control_fd, sizeof(at_control), 0, theirs->control_cookie, offsetof(at_control, cookie));
+    int refused = shm->control == NULL ? errno : EPROTO;
     shm->outbound = map_theirs(theirs->channel_fd, sizeof(at_channel), 1, theirs->channel_cookie,
                                offsetof(at_channel, cookie));
+    if (shm->control != NULL && shm->outbound == NULL) refused = errno;
     close_fd(theirs->control_fd);
     close_fd(theirs->channel_fd);
     if (shm->control == NULL || shm->outbound == NULL || shm->control->incarnation != incarnation ||
         shm->outbound->owner != incarnation || shm->outbound->writer != lane->incarnation) {
         shm_free(shm);
         half_free(half);
-        return AT_EPROTO;
+        lane->oserror = refused;
+        return refused == EPROTO ? AT_EPROTO : AT_EIO;
     }
     shm->foreign = allow_foreign ? at_shm_probe(shm, theirs->probe_va, theirs->control_cookie) : 0;
     if (!allow_foreign) shm->foreign_why = EPERM;

@@ -156,8 +156,9 @@ void at_shm_drain(at_peer *peer) {
                 uint32_t slot = word * 64 + (uint32_t)__builtin_ctzll(bits);
                 if (take_slot(peer, shm, slot)) continue;
                 atomic_fetch_or(&channel->bitmap[word], bits);
-                atomic_fetch_or(&channel->summary[w], UINT64_C(1) << (word % 64));
+                atomic_fetch_or(&channel->summary[w], words); /* this one and those behind it */
                 atomic_store(&channel->dirty, 1);
+                at_shm_ring(shm->inbound_doorbell); /* the writer will not: it is dirty already */
                 return;
             }
         }

@@ -56,6 +56,12 @@ async def flood(engine: at.Engine, peer: at.Peer, descriptor: str, page_bytes: s
             await peer.send(f"{type(error).__name__}: {error}".encode())
 
 
+async def dial(address: str) -> None:
+    async with at.open_engine(name="dialer") as engine:
+        peer = await engine.connect(address)
+        await peer.closed()
+
+
 async def main(address: str, providers: str, *limits: str) -> None:
     import ctypes
 
@@ -82,6 +88,8 @@ async def main(address: str, providers: str, *limits: str) -> None:
                 await peer.send(str(counter.total).encode())
             elif command == "flood":  # write under a lease until that is refused, standing in a chunk first, pausing after each
                 tasks.append(asyncio.create_task(flood(engine, peer, *argument.split())))
+            elif command == "dial":  # with another engine, closed at the end
+                tasks.append(asyncio.create_task(dial(argument)))
             elif command == "leave":
                 return
 

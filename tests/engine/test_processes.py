@@ -98,7 +98,7 @@ async def test_a_clean_leave_is_a_goodbye() -> None:
 
 
 SCRIPT = """
-import asyncio, sys, threading, os, signal, time
+import asyncio, sys, threading, os, signal, time, uvloop
 import aiotransfer as at
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
@@ -122,7 +122,8 @@ async def main(where):
             if where == "closed": await peer.closed()
         finally:
             await other.aclose()
-asyncio.run(main(sys.argv[1]))
+with asyncio.Runner(loop_factory={"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}[sys.argv[2]]) as runner:
+    runner.run(main(sys.argv[1]))
 """
 
 
@@ -130,8 +131,9 @@ asyncio.run(main(sys.argv[1]))
 async def test_ctrl_c_in_the_middle_of_any_await_leaves_cleanly(where: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
+    loop = "asyncio" if type(asyncio.get_running_loop()).__module__.startswith("asyncio") else "uvloop"
     done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-X", "dev", str(script), where], capture_output=True, text=True, timeout=30
+        subprocess.run, [sys.executable, "-X", "dev", str(script), where, loop], capture_output=True, text=True, timeout=30
     )
     assert done.stderr.strip().endswith("KeyboardInterrupt"), done.stderr
     assert "aiotransfer" not in done.stderr.replace("/aiotransfer/", "")[-200:]
