@@ -164,6 +164,7 @@ struct at_fab {
     int kick_fd;
     _Atomic int started, stop;
     _Atomic uint64_t last; /* when the loop came round last */
+    _Atomic int missed;    /* somebody wanted a turn while another had it, perhaps too late for that one to see what for */
 };
 
 static inline int at_fab_is(const at_fab *fab, uint32_t flag) { return (fab->facts.flags & flag) != 0; }

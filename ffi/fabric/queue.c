@@ -210,6 +210,12 @@ static int progress(at_fab *fab) {
     return 0;
 }
 
+/* Give the turn back. Is the queue armed, and has nobody been turned away meanwhile? */
+static int turn_over(at_fab *fab, int armed) {
+    (void)pthread_mutex_unlock(&fab->turn);
+    return armed && !atomic_exchange(&fab->missed, 0);
+}
+
 static int is_dedicated(const at_fab *fab) { return fab->started && (fab->fd < 0 || (fab->rail.lane->config.flags & AT_LANE_THREAD)); }
 
 void at_fab_progress(at_rail *rail, int from_loop) {
@@ -221,11 +227,13 @@ void at_fab_progress(at_rail *rail, int from_loop) {
     if (from_loop) {
         atomic_store(&fab->last, at_now());
         (void)pthread_mutex_lock(&fab->turn);
-    } else if (pthread_mutex_trylock(&fab->turn) != 0) {
-        return; /* whoever has it is not through before everything is */
+        atomic_store(&fab->missed, 0);
+    } else {
+        atomic_store(&fab->missed, 1); /* before the attempt: whoever has the turn looks at it after giving it back */
+        if (pthread_mutex_trylock(&fab->turn) != 0) return;
+        atomic_store(&fab->missed, 0);
     }
-    int armed = progress(fab);
-    (void)pthread_mutex_unlock(&fab->turn);
+    int armed = turn_over(fab, progress(fab));
     if (from_loop) atomic_store(&fab->last, at_now());
     if (armed) return;
     at_lock(rail->lane);
@@ -262,9 +270,8 @@ static int sleep_on_queue(at_fab *fab, int ms) {
 
 static int turn(at_fab *fab) {
     (void)pthread_mutex_lock(&fab->turn);
-    int armed = progress(fab);
-    (void)pthread_mutex_unlock(&fab->turn);
-    return armed;
+    atomic_store(&fab->missed, 0);
+    return turn_over(fab, progress(fab));
 }
 
 static int is_stalled(at_fab *fab) {
@@ -295,9 +302,7 @@ static void do_all(at_fab *fab) {
     while (!atomic_load(&fab->stop)) {
         (void)pthread_mutex_lock(&fab->turn);
         int came = at_fab_drain(fab);
-        int armed = progress(fab);
-        (void)pthread_mutex_unlock(&fab->turn);
-        if (!armed) continue;
+        if (!turn_over(fab, progress(fab))) continue;
         if (fab->fd >= 0) {
             (void)sleep_on_queue(fab, is_stalled(fab) ? 1 : -1);
             continue;
