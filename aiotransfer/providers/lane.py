@@ -185,9 +185,11 @@ class Segment:
         rc = native.lib.at_segment_map(fd, nbytes, base)
         if rc != 0:
             number = -rc
-            reason = {errno.EPERM: "it is not sealed", errno.ERANGE: "its size is not the promised one"}.get(
-                number, os.strerror(number)
-            )
+            reason = {
+                errno.EPERM: "it is not sealed memory",
+                errno.ERANGE: "its size is not the promised one",
+                errno.ENODATA: "its owner has not allocated it",
+            }.get(number, os.strerror(number))
             raise RegistrationError(f"cannot map {nbytes} bytes of a peer: {reason}", code=(number, os.strerror(number)))
         return cls(int(native.ffi.cast("uintptr_t", base[0])), nbytes, -1)
 
