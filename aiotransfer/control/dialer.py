@@ -31,8 +31,7 @@ async def dial(address: Address, key: Key, identity: Identity, network: Network,
             error.peer = str(address)
             raise
         except (OSError, BrokenError) as error:
-            late = isinstance(error, TimeoutError) and loop.time() >= deadline
-            if not late:
+            if not (isinstance(error, TimeoutError) and error.errno is None):  # our own deadline is no obstacle
                 obstacle = str(error) or type(error).__name__
         left = deadline - loop.time()
         if left <= 0:

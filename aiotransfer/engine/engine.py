@@ -130,7 +130,7 @@ class Engine(Planner):
         self._closed_event: asyncio.Future[None] | None = None
         try:
             self._providers, self.missing = open_providers(
-                self._preference, self._lane, self.incarnation, self._segment_of, self._grant_of, self._world
+                self._preference, self._lane, self.incarnation, self._segment_of, self._grant_of, self._covers, self._world
             )
             self._paths = Paths(self)
             self._connections = Connections(self)
@@ -229,14 +229,23 @@ class Engine(Planner):
         lent = self._lent(slot, epoch, who)
         return None if lent is None else lent[1]
 
+    def _covers(self, grant: Grant) -> bool:
+        """Whether a live grant that somebody presents is as we gave it. One of another epoch is none, as every writer sees."""
+        _, ours = self._granted.get(grant.slot, (None, None))
+        if ours is None or ours.epoch != grant.epoch:
+            return True
+        start, right = grant.base - ours.base, ours.access in (grant.access, "both") and ours.holder == grant.holder
+        return right and 0 <= start <= start + grant.nbytes <= ours.nbytes
+
     def _tell_revoked(self, peer: Peer, grants: Iterable[Grant], reason: str) -> None:
         told = [(grant.slot, grant.epoch) for grant in grants]
         if told and peer._state == "up" and peer.incarnation != self.incarnation:
-            peer._post(Revoked(slots=[slot for slot, _ in told], reason=reason, epochs=[epoch for _, epoch in told]))
+            peer._reply(Revoked(slots=[slot for slot, _ in told], reason=reason, epochs=[epoch for _, epoch in told]))
 
     def _remote_revoked(self, peer: Peer, slots: list[int], epochs: list[int], reason: str) -> None:
         """For the words of errors: the epoch word is what decides."""
-        for slot, epoch in zip(slots, epochs, strict=False):
+        told = list(zip(slots, epochs, strict=False))
+        for slot, epoch in told[-MOST_REASONS:]:
             self._revocations[peer.incarnation, slot, epoch] = reason[:200]
             for path in peer._paths:
                 path.revoked(slot, epoch)

@@ -3,12 +3,16 @@
 A SEQPACKET socket with an abstract, random name that only an authenticated peer has been told. Messages are small and fixed
 in shape: a 16-byte ticket that was agreed on over the control connection, a body, at most four descriptors. Whatever comes
 without an expected ticket is closed at once, so that nobody can make us collect descriptors.
+
+Any process of the host can find the name and connect. Who has not yet been asked for waits for seconds and in bounded numbers;
+when there are too many, the user who has most of them loses his oldest.
 """
 
 from __future__ import annotations
 
 import array
 import asyncio
+import collections
 import os
 import socket
 import struct
@@ -16,7 +20,8 @@ from collections.abc import Callable
 
 TICKET_BYTES = 16
 MOST_FDS = 4
-MOST_EARLY = 16  # introductions that overtook the question which announces them
+MOST_FRESH = 64  # connected, but never said who they are
+MOST_EARLY = 64  # introductions that overtook the question which announces them
 EARLY_SECONDS = 5.0
 MOST_BYTES = 512
 _CREDENTIALS = struct.Struct("3i")
@@ -25,6 +30,13 @@ _CREDENTIALS = struct.Struct("3i")
 def ticket() -> bytes:
     """A fresh ticket."""
     return os.urandom(TICKET_BYTES)
+
+
+def parse(data: bytes, flags: int) -> tuple[bytes, bytes]:
+    """Ticket and body of a packet. Raises `ConnectionError` for what is none, or was cut off."""
+    if not TICKET_BYTES <= len(data) <= MOST_BYTES or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        raise ConnectionError(f"{len(data)} bytes are no packet of a descriptor channel")
+    return data[:TICKET_BYTES], data[TICKET_BYTES:]
 
 
 def close_all(fds: list[int]) -> None:
@@ -97,11 +109,12 @@ class FdChannel:
         except OSError:
             self.close()
             return
-        if len(data) < TICKET_BYTES or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        try:
+            key, body = parse(data, flags)
+        except ConnectionError:
             close_all(list(fds))
             self.close()
             return
-        key, body = data[:TICKET_BYTES], data[TICKET_BYTES:]
         first, self._first = self._first, None
         if first is not None:
             first(self, key, body, list(fds))
@@ -135,7 +148,7 @@ class FdListener:
         self._sock.listen(128)
         self._waiting: dict[bytes, asyncio.Future[tuple[FdChannel, bytes, list[int]]]] = {}
         self._early: dict[bytes, tuple[FdChannel, bytes, list[int], asyncio.TimerHandle]] = {}
-        self._fresh: set[FdChannel] = set()
+        self._fresh: dict[FdChannel, asyncio.TimerHandle] = {}
         loop.add_reader(self._sock.fileno(), self._acceptable)
 
     def _acceptable(self) -> None:
@@ -143,24 +156,33 @@ class FdListener:
             sock, _ = self._sock.accept()
         except OSError:
             return
-        if len(self._fresh) >= 64:  # connected, but never said who they are
-            sock.close()
-            return
+        if len(self._fresh) >= MOST_FRESH:
+            self._silent(_of_the_most(list(self._fresh)))
         channel = FdChannel(sock, self._loop)
-        self._fresh.add(channel)
+        self._fresh[channel] = self._loop.call_later(EARLY_SECONDS, self._silent, channel)
         channel.on_first(self._introduced)
 
+    def _silent(self, channel: FdChannel) -> None:
+        timer = self._fresh.pop(channel, None)
+        if timer is not None:
+            timer.cancel()
+            channel.close()
+
     def _introduced(self, channel: FdChannel, key: bytes, body: bytes, fds: list[int]) -> None:
-        self._fresh.discard(channel)
+        timer = self._fresh.pop(channel, None)
+        if timer is not None:
+            timer.cancel()
         future = self._waiting.get(key)
         if future is not None and not future.done():
             future.set_result((channel, body, fds))
-        elif len(self._early) < MOST_EARLY and key not in self._early:
-            timer = self._loop.call_later(EARLY_SECONDS, self._forget_early, key)
-            self._early[key] = (channel, body, fds, timer)
-        else:
+        elif key in self._early:
             close_all(fds)
             channel.close()
+        else:
+            if len(self._early) >= MOST_EARLY:
+                keys = {entry[0]: early for early, entry in self._early.items()}
+                self._forget_early(keys[_of_the_most(list(keys))])
+            self._early[key] = (channel, body, fds, self._loop.call_later(EARLY_SECONDS, self._forget_early, key))
 
     def _forget_early(self, key: bytes) -> None:
         early = self._early.pop(key, None)
@@ -170,7 +192,9 @@ class FdListener:
             early[3].cancel()
 
     async def accept(self, key: bytes, timeout: float) -> tuple[FdChannel, bytes, list[int]]:
-        """The connection whose first packet carries `key`. Raises `TimeoutError`."""
+        """The connection whose first packet carries `key`. Raises `TimeoutError`, also when it is waited for already."""
+        if key in self._waiting:
+            raise TimeoutError("the ticket is taken")
         early = self._early.pop(key, None)
         if early is not None:
             early[3].cancel()
@@ -195,10 +219,15 @@ class FdListener:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
         for channel in list(self._fresh):
-            channel.close()
-        self._fresh.clear()
+            self._silent(channel)
         for key in list(self._early):
             self._forget_early(key)
+
+
+def _of_the_most(channels: list[FdChannel]) -> FdChannel:
+    """Of the user who has most of them, the first."""
+    users = collections.Counter(channel.uid for channel in channels)
+    return next(channel for channel in channels if users[channel.uid] == max(users.values()))
 
 
 def connect(name: str, loop: asyncio.AbstractEventLoop) -> FdChannel:
