@@ -1,4 +1,4 @@
-"""The shm side of a peer by hand: it owns its end of a real path, maps what an honest peer maps, and writes into it what it likes."""
+"""The shm side of a peer by hand: it owns its end of a real path, maps what an honest peer maps, and writes what it likes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shm peer that owns its end of a real path and scribbles over it: the engine neither crashes nor hangs nor writes elsewhere."""
+"""A shm peer that owns its end of a real path and scribbles over it: nothing crashes, hangs or is written elsewhere."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ async def fetched(shm: RawShm, peer: at.Peer, fd: int, nbytes: int, told: int | 
 async def test_a_segment_that_was_never_allocated_or_has_another_size_is_refused(engine: at.Engine, told: int | None) -> None:
     shm = await RawShm.open(engine)
     fd = sealed(1 << 30, allocate=False)
-    with pytest.raises((at.RegistrationError, at.BrokenError), match="allocated|size|malformed|map"):
+    with pytest.raises((at.RegistrationError, at.BrokenError), match=r"allocated|size|malformed|map"):
         await fetched(shm, engine.peers[0], fd, 1 << 30, told)
     assert os.fstat(fd).st_blocks == 0, "nothing of it was touched"
     os.close(fd)
