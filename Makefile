@@ -84,7 +84,7 @@ sanitize: $(STAMPS)/test
 	@AIOTRANSFER_SANITIZE=address,undefined $(PY) ffi/build.py
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=halt_on_error=1 $(PY) -m pytest -q tests/native tests/providers tests/engine/test_counters.py tests/engine/test_bad_input.py \
-		tests/engine/test_scatter.py tests/engine/test_plans.py tests/engine/test_reads.py tests/engine/test_threads.py tests/engine/test_watch.py tests/engine/test_leases.py $(ARGS); \
+		tests/engine/test_scatter.py tests/engine/test_plans.py tests/engine/test_reads.py tests/engine/test_threads.py tests/engine/test_watch.py tests/engine/test_leases.py tests/control/test_hostile_shm.py $(ARGS); \
 		rc=$$?; $(PY) ffi/build.py; exit $$rc
 
 # Random faults against whole engines on the simulator; writes docs/reliability/chaos.md.
