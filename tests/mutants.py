@@ -98,7 +98,8 @@ MUTANTS = (
     ),
     Mutant(
         "hostile: what a descriptor is", "ffi/shm/peer.c",
-        "!is_eventfd(shm->outbound_doorbell) || !is_eventfd(shm->outbound_pulse)", "0", "tests/control/test_hostile_shm.py",
+        "!is_eventfd(shm->outbound_doorbell) || !is_eventfd(shm->outbound_pulse)", "is_eventfd(-1)",
+        "tests/control/test_hostile_shm.py",
     ),
     Mutant(
         "hostile: memory that is not allocated", "ffi/shm/memory.c",

@@ -217,7 +217,9 @@ class Engine(Planner):
 
     def _lent(self, slot: int, epoch: int, who: int) -> tuple[Region, Grant] | None:
         region, grant = self._granted.get(slot, (None, None))
-        if region is None or grant is None or grant.holder not in (0, who) or not self._lane.grant_valid(slot, epoch):
+        if region is None or grant is None or epoch != grant.epoch or grant.holder not in (0, who):
+            return None
+        if not self._lane.grant_valid(slot, epoch):
             return None
         return region, grant
 
@@ -226,8 +228,7 @@ class Engine(Planner):
         return lent[0]._segment if lent is not None and lent[0]._id == segment else None
 
     def _grant_of(self, slot: int, epoch: int, who: int) -> Grant | None:
-        lent = self._lent(slot, epoch, who)
-        return None if lent is None else lent[1]
+        return (self._lent(slot, epoch, who) or (None, None))[1]
 
     def _covers(self, grant: Grant) -> bool:
         """Whether a live grant that somebody presents is as we gave it. One of another epoch is none, as every writer sees."""
@@ -244,8 +245,7 @@ class Engine(Planner):
 
     def _remote_revoked(self, peer: Peer, slots: list[int], epochs: list[int], reason: str) -> None:
         """For the words of errors: the epoch word is what decides."""
-        told = list(zip(slots, epochs, strict=False))
-        for slot, epoch in told[-MOST_REASONS:]:
+        for slot, epoch in list(zip(slots, epochs, strict=False))[-MOST_REASONS:]:
             self._revocations[peer.incarnation, slot, epoch] = reason[:200]
             for path in peer._paths:
                 path.revoked(slot, epoch)

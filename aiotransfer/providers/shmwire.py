@@ -7,19 +7,18 @@ judged here, once, so that nothing further down has to doubt them.
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from aiotransfer.errors import BrokenError
 from aiotransfer.providers.fdchannel import TICKET_BYTES
+from aiotransfer.providers.port import decode
 
-MOST_BYTES = 512  # of anything said here
 MOST_SEGMENT = 1 << 62
 COOKIE_BYTES = 16
 _U64 = 1 << 64
 _NAME = re.compile(rb"\0aiotransfer-[0-9a-f]{32}")
-T = TypeVar("T")
 
 
 class Offer(msgspec.Struct, array_like=True):
@@ -57,15 +56,6 @@ _sizes = msgspec.msgpack.Decoder(Size)
 encode = msgspec.msgpack.encode
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[T], body: bytes, what: str) -> T:
-    if len(body) > MOST_BYTES:
-        raise BrokenError(f"{len(body)} bytes are no {what}", provider="shm")
-    try:
-        return decoder.decode(body)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
-        raise BrokenError(f"not a {what}: {error}", provider="shm") from None
-
-
 def _require(fits: bool, what: str) -> None:
     if not fits:
         raise BrokenError(f"the {what} is malformed", provider="shm")
@@ -73,7 +63,7 @@ def _require(fits: bool, what: str) -> None:
 
 def question(body: bytes) -> Hello | Fetch:
     """A peer's question."""
-    asked: Any = _decode(_questions, body, "question")
+    asked: Any = decode(_questions, body, "question", "shm")
     numbers = (asked.slot, asked.epoch, asked.segment) if isinstance(asked, Fetch) else ()
     _require(len(asked.ticket) == TICKET_BYTES and all(0 <= n < _U64 for n in numbers), "question")
     return asked  # type: ignore[no-any-return]
@@ -81,7 +71,7 @@ def question(body: bytes) -> Hello | Fetch:
 
 def offer(body: bytes) -> Offer:
     """A peer's offer."""
-    offered = _decode(_offers, body, "offer")
+    offered = decode(_offers, body, "offer", "shm")
     cookies = len(offered.control_cookie) == len(offered.channel_cookie) == COOKIE_BYTES
     _require(cookies and 0 <= offered.probe_va < _U64, "offer")
     return offered
@@ -89,7 +79,7 @@ def offer(body: bytes) -> Offer:
 
 def size(body: bytes) -> int:
     """The answer to Fetch."""
-    nbytes = _decode(_sizes, body, "size").nbytes
+    nbytes = decode(_sizes, body, "size", "shm").nbytes
     _require(0 <= nbytes <= MOST_SEGMENT, "size")
     return nbytes
 

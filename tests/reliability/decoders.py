@@ -19,7 +19,8 @@ from aiotransfer.control.session import Role, Session
 from aiotransfer.errors import BrokenError, DescriptorError, RendezvousError
 from aiotransfer.model import descriptor
 from aiotransfer.model.descriptor import Grant, RemoteRegion
-from aiotransfer.providers import fdchannel, loopback, shmwire
+from aiotransfer.providers import fabric, fdchannel, loopback, shmwire
+from aiotransfer.providers.port import decode
 
 KEY = Key("shared", b"k" * 32)
 INFO = PeerInfo("x", "127.0.0.1:1", 1, [OfferWire("shm", True, "", b"boot", b"\0aiotransfer-" + b"0" * 32)], (256, 1 << 22))
@@ -204,6 +205,12 @@ DECODERS = (
     Decoder("shm size", "the answer to a question for a segment", _broken(shmwire.size),
             lambda: [shmwire.encode(shmwire.Size(1 << 20))]),
     Decoder("shm name", "the name of a peer's socket", _broken(shmwire.socket_name), lambda: [b"\0aiotransfer-" + b"0a" * 16]),
+    Decoder("fabric question", "what a peer asks a fabric provider",
+            _broken(lambda data: decode(fabric._questions, data, "question", "tcp")),
+            lambda: [fabric._encode(q) for q in (fabric._Offer(0, 1, b"a" * 16, 1, 2, 3, 4, 1), fabric._Borrow(1, 2, 3),
+                                                 fabric._Retire(1, 2))]),
+    Decoder("fabric loan", "the answer to a question for a key", _broken(lambda data: decode(fabric._lent, data, "loan", "tcp")),
+            lambda: [fabric._encode(fabric._Lent(1 << 46, 7))]),
     Decoder("loopback question", "what a peer asks the loopback provider", _broken(loopback.question), lambda: [b""]),
     Decoder("fd packet", "packets of the descriptor channel", _packet,
             lambda: [b"\0\0" + b"t" * 16, b"\0\0" + b"t" * 16 + b"body"]),
