@@ -30,6 +30,7 @@ FOUND = ROOT / "build" / "fuzz"  # inputs that failed
 FUZZED = ("aiotransfer.control.frames", "aiotransfer.control.session", "aiotransfer.model.descriptor",
           "aiotransfer.providers.port", "aiotransfer.providers.shmwire", "aiotransfer.providers.fdchannel",
           "aiotransfer.providers.loopback", "aiotransfer.providers.fabric")  # fmt: skip
+CHECKS = "tests.reliability.decoders"
 MOST_SECONDS, MOST_MIB, MOST_BYTES = 0.5, 512, 20_000  # for one input: CPU time, memory of the process, length
 EVERY = 10_000
 
@@ -38,12 +39,12 @@ def fuzz(decoder: Decoder, runs: int, seed: int, folder: Path) -> None:
     """Fuzz one decoder in this process, which ends with it."""
     import atheris
 
-    with atheris.instrument_imports():
-        for name in [name for name in sys.modules if name.startswith(FUZZED)]:
+    with atheris.instrument_imports():  # the checks, too: what parsed is worth keeping, though a decoder in C shows no branch
+        for name in [name for name in sys.modules if name.startswith((*FUZZED, CHECKS))]:
             del sys.modules[name]
         for name in FUZZED:
             importlib.import_module(name)
-    fresh = importlib.reload(sys.modules["tests.reliability.decoders"])
+        fresh = importlib.import_module(CHECKS)
     check = next(d.check for d in fresh.DECODERS if d.name == decoder.name)
     corpus = folder / "corpus"
     corpus.mkdir()
