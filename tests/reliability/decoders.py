@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from aiotransfer.control import frames
 from aiotransfer.control.frames import MAX_FRAME, PREAMBLE, Frame, FrameReader, Greeting, OfferWire, PeerInfo
@@ -52,6 +53,7 @@ FRAMES: tuple[Greeting | Frame, ...] = (
     frames.Join(b"k" * 16, 1, 2, (0xF000_0000, 0xF000_0001)),
 )
 _FLAGS = struct.Struct("<H")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -153,25 +155,25 @@ def _summed(body: bytes) -> bool:
     return _region(head + zlib.crc32(head).to_bytes(4, "little"))
 
 
-def _broken(decode: Callable[[bytes], object]) -> Callable[[bytes], bool]:
+def _broken(decode: Callable[[bytes], T], holds: Callable[[T], bool] = lambda parsed: True) -> Callable[[bytes], bool]:
     def check(data: bytes) -> bool:
         try:
-            decode(data)
+            parsed = decode(data)
         except BrokenError:
             return False
+        assert holds(parsed), f"{parsed} parsed"
         return True
 
     return check
 
 
-def _question(data: bytes) -> bool:
-    try:
-        asked = shmwire.question(data)
-    except BrokenError:
-        return False
-    assert len(asked.ticket) == fdchannel.TICKET_BYTES
-    assert shmwire.question(shmwire.encode(asked)) == asked
-    return True
+def _fits(asked: shmwire.Hello | shmwire.Fetch) -> bool:
+    numbers = (asked.slot, asked.epoch, asked.segment) if isinstance(asked, shmwire.Fetch) else ()
+    return len(asked.ticket) == fdchannel.TICKET_BYTES and all(0 <= n < 1 << 64 for n in numbers)
+
+
+def _fits_offer(offer: shmwire.Offer) -> bool:
+    return len(offer.control_cookie) == len(offer.channel_cookie) == 16 and 0 <= offer.probe_va < 1 << 64
 
 
 def _packet(data: bytes) -> bool:
@@ -198,11 +200,11 @@ DECODERS = (
     Decoder("dialer", "the greeting, on the side that dialed", _session("dialer"), _dialogues("dialer")),
     Decoder("descriptor", "`RemoteRegion.decode`", _region, lambda: [REGION.encode(), REGION[10:20].encode()]),
     Decoder("grant", "the same behind a good checksum", _summed, lambda: [REGION.encode()[5:-4], REGION[10:20].encode()[5:-4]]),
-    Decoder("shm question", "what a peer asks the shm provider", _question,
+    Decoder("shm question", "what a peer asks the shm provider", _broken(shmwire.question, _fits),
             lambda: [shmwire.encode(q) for q in (shmwire.Hello(b"t" * 16), shmwire.Fetch(b"t" * 16, 1, 1, 3))]),
-    Decoder("shm offer", "what comes with a peer's descriptors", _broken(shmwire.offer),
+    Decoder("shm offer", "what comes with a peer's descriptors", _broken(shmwire.offer, _fits_offer),
             lambda: [shmwire.encode(shmwire.Offer(b"c" * 16, b"d" * 16, 1 << 46))]),
-    Decoder("shm size", "the answer to a question for a segment", _broken(shmwire.size),
+    Decoder("shm size", "the answer to a question for a segment", _broken(shmwire.size, lambda size: 0 <= size < 1 << 63),
             lambda: [shmwire.encode(shmwire.Size(1 << 20))]),
     Decoder("shm name", "the name of a peer's socket", _broken(shmwire.socket_name), lambda: [b"\0aiotransfer-" + b"0a" * 16]),
     Decoder("fabric question", "what a peer asks a fabric provider",
