@@ -130,8 +130,9 @@ class Engine(Planner):
         self._closed_event: asyncio.Future[None] | None = None
         try:
             self._providers, self.missing = open_providers(
-                self._preference, self._lane, self.incarnation, self._segment_of, self._grant_of, self._covers, self._world
-            )
+                self._preference, self._lane, self.incarnation, self._segment_of, self._grant_of,
+                lambda grant: memory.is_as_granted(grant, self._granted), self._world,
+            )  # fmt: skip
             self._paths = Paths(self)
             self._connections = Connections(self)
             self._progress = Progress(self)
@@ -229,14 +230,6 @@ class Engine(Planner):
 
     def _grant_of(self, slot: int, epoch: int, who: int) -> Grant | None:
         return (self._lent(slot, epoch, who) or (None, None))[1]
-
-    def _covers(self, grant: Grant) -> bool:
-        """Whether a live grant that somebody presents is as we gave it. One of another epoch is none, as every writer sees."""
-        _, ours = self._granted.get(grant.slot, (None, None))
-        if ours is None or ours.epoch != grant.epoch:
-            return True
-        start, right = grant.base - ours.base, ours.access in (grant.access, "both") and ours.holder == grant.holder
-        return right and 0 <= start <= start + grant.nbytes <= ours.nbytes
 
     def _tell_revoked(self, peer: Peer, grants: Iterable[Grant], reason: str) -> None:
         told = [(grant.slot, grant.epoch) for grant in grants]

@@ -209,7 +209,7 @@ DECODERS = (
     Decoder("shm name", "the name of a peer's socket", _broken(shmwire.socket_name), lambda: [b"\0aiotransfer-" + b"0a" * 16]),
     Decoder("fabric question", "what a peer asks a fabric provider",
             _broken(lambda data: decode(fabric._questions, data, "question", "tcp")),
-            lambda: [fabric._encode(q) for q in (fabric._Offer(0, 1, b"a" * 16, 1, 2, 3, 4, 1), fabric._Borrow(1, 2, 3),
+            lambda: [fabric._encode(q) for q in (fabric._Offer(0, 1, b"a" * 16, 1, 2, 3, 4, 1, 0), fabric._Borrow(1, 2, 3),
                                                  fabric._Retire(1, 2))]),
     Decoder("fabric loan", "the answer to a question for a key", _broken(lambda data: decode(fabric._lent, data, "loan", "tcp")),
             lambda: [fabric._encode(fabric._Lent(1 << 46, 7))]),
