@@ -139,7 +139,7 @@ def describe(buffer: object) -> Plain:
 
 
 def is_as_granted(grant: Grant, granted: dict[int, tuple[Any, Grant]]) -> bool:
-    """Whether a live grant of ours that somebody presents is as we gave it. One of another epoch is none, as every writer sees."""
+    """Whether a live grant of ours that somebody presents is as we gave it. Of another epoch it is none, as writers see."""
     _, ours = granted.get(grant.slot, (None, None))
     if ours is None or ours.epoch != grant.epoch:
         return True
