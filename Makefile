@@ -11,7 +11,7 @@ MINUTES ?= 20
 RUNS ?= 50000
 CYCLES ?= 10000
 
-.PHONY: help setup hello demo test test-demo test-wheel test-long lint bench docs test-chaos test-matrix test-cycles test-sanitize soak sanitize mutants clean
+.PHONY: help setup hello demo test test-demo test-wheel test-long lint bench docs test-chaos test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
 
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
@@ -107,6 +107,12 @@ test-matrix: $(STAMPS)/test
 # Processes killed, stopped and blocked for MINUTES beside one engine that lives on; writes docs/reliability/soak.md.
 soak: $(STAMPS)/test
 	$(PY) -m tests.reliability.soak --minutes $(MINUTES) --report $(ARGS)
+
+# Every decoder under a coverage-guided fuzzer, 1,200,000 inputs unless RUNS says otherwise; writes docs/reliability/fuzz.md.
+fuzz: RUNS = 1200000
+fuzz: $(STAMPS)/test
+	@$(PIP) install --quiet --editable '.[fuzz]'
+	$(PY) -m tests.reliability.fuzz --runs $(RUNS) --report $(ARGS)
 
 # Guards taken out one at a time; each must turn a test red.
 mutants: $(STAMPS)/test

@@ -38,7 +38,7 @@ class Config:
     message_window_bytes: int = 4 << 20
     """Message bytes a peer may have unread here (at least one whole message of 1 MiB)."""
     early_values: int = 65536
-    """Distinct immediates kept per sender before anybody opened a counter for them."""
+    """Distinct immediates kept per sender before anybody opened a counter for them; also for all together who have gone."""
     inline_bytes: int = 1 << 20
     """Largest copy made inside the submitting call; larger ones go to the native thread."""
     turn_seconds: float = 0.001

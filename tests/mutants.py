@@ -84,6 +84,39 @@ MUTANTS = (
         "return hmac.compare_digest(self.mac(role, transcript), mac)", "return True",
         "tests/control/test_handshake.py tests/engine/test_peers.py",
     ),
+    Mutant(
+        "hostile: a ring that cannot block", "ffi/shm/queue.c",
+        "    uint64_t nothing = 0;", "    uint64_t nothing = 1;", "tests/control/test_hostile_shm.py",
+    ),
+    Mutant(
+        "hostile: patience with rings", "ffi/shm/queue.c",
+        "if (--shm->patience < 0)", "if (shm->patience < 0)", "tests/control/test_hostile_shm.py",
+    ),
+    Mutant(
+        "hostile: pulses take a nap", "ffi/lane/thread.c",
+        "if (at_now() - lane->pulse_answered < PULSE_NS) {", "if (0) {", "tests/control/test_hostile_shm.py",
+    ),
+    Mutant(
+        "hostile: what a descriptor is", "ffi/shm/peer.c",
+        "!is_eventfd(shm->outbound_doorbell) || !is_eventfd(shm->outbound_pulse)", "is_eventfd(-1)",
+        "tests/control/test_hostile_shm.py",
+    ),
+    Mutant(
+        "hostile: memory that is not allocated", "ffi/shm/memory.c",
+        "if ((uint64_t)info.st_blocks * 512 < (uint64_t)info.st_size) return -ENODATA;", "", "tests/control/test_hostile_shm.py",
+    ),
+    Mutant(
+        "hostile: forged loopback memory", "aiotransfer/providers/loopback.py",
+        "if owner is not None and not owner.covers(grant):", "if False:", "tests/control/test_hostile_limits.py",
+    ),
+    Mutant(
+        "hostile: values of the departed", "ffi/lane/imm.c",
+        "    if (own == 0) return;", "    return;", "tests/control/test_hostile_limits.py",
+    ),
+    Mutant(
+        "hostile: questions that wait", "aiotransfer/engine/connections.py",
+        "if len(peer._answers) >= MOST_QUESTIONS or", "if", "tests/control/test_hostile_limits.py",
+    ),
 )  # fmt: skip
 
 

@@ -34,8 +34,7 @@ async def dial(address: Address, key: Key, identity: Identity, network: Network,
         except (OSError, BrokenError) as error:
             if short := shortage(getattr(error, "errno", None), f"cannot connect to {address}", peer=str(address)):
                 raise short from error
-            late = isinstance(error, TimeoutError) and loop.time() >= deadline
-            if not late:
+            if not (isinstance(error, TimeoutError) and error.errno is None):  # our own deadline is no obstacle
                 obstacle = str(error) or type(error).__name__
         left = deadline - loop.time()
         if left <= 0:

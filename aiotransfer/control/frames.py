@@ -14,6 +14,7 @@ PREAMBLE = b"aiotransfer/1\r\n\x00"
 VERSION = 1
 MAX_FRAME = (1 << 20) + 4096  # one message of 1 MiB and its frame
 MAX_GREETING = 16384  # before the other side is authenticated
+MAX_TEXT = 1000  # of what a peer says, in our errors and logs
 
 
 class Hello(msgspec.Struct, tag=1, array_like=True):
@@ -212,6 +213,12 @@ def encode(frame: Greeting | Frame) -> bytes:
     if len(body) > MAX_FRAME:
         raise ValueError(f"a control frame holds at most {MAX_FRAME} bytes, not {len(body)}")
     return len(body).to_bytes(4, "little") + body
+
+
+def clip(text: str) -> str:
+    """A peer's words, short enough to be kept and logged, on one line."""
+    text = text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "..."
+    return text if text.isprintable() else repr(text)
 
 
 class FrameReader:

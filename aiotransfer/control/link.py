@@ -13,14 +13,15 @@ import socket
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
-from aiotransfer.control.frames import Frame, Goodbye, PeerInfo, encode
+from aiotransfer.control.frames import Frame, Goodbye, PeerInfo, clip, encode
 from aiotransfer.control.key import Key
 from aiotransfer.control.session import NONCE_BYTES, Role, Session
 from aiotransfer.errors import BrokenError, BusyError, RendezvousError
 from aiotransfer.model.address import Address
 
 MOST_UNSENT = 8 << 20
-MOST_EARLY = 256  # frames kept before start()
+MOST_EARLY = 256  # frames kept before start(), of at most so many bytes in all
+MOST_EARLY_BYTES = 256 << 10
 FLUSH_SECONDS = 1.0
 _logger = logging.getLogger("aiotransfer")
 
@@ -115,15 +116,17 @@ class Link(asyncio.Protocol):
         if self._ended:
             return
         if isinstance(frame, Goodbye):
-            self.goodbye = frame.reason
+            self.goodbye = clip(frame.reason)
             self._finish(None)
         elif not self._started:
             self._early.append(frame)
-            if len(self._early) > MOST_EARLY:
+            if len(self._early) > MOST_EARLY or self.bytes_received > MOST_EARLY_BYTES:
                 self._finish(BrokenError("the peer sent too much before it was known"))
         else:
             try:
                 self.on_frame(frame)
+            except BusyError as error:  # answers that it does not take
+                self._finish(error)
             except Exception as error:  # one bad handler must not take the loop's other work with it
                 _logger.exception("a control frame could not be handled; closing the connection")
                 self._finish(BrokenError(f"a control frame could not be handled: {error!r}"))

@@ -1,7 +1,8 @@
 """Accepting control connections.
 
-Strangers cost little: at most 64 unauthenticated connections at a time, five seconds each, a few KiB of input. What goes wrong
-with them is logged at most once a second and never leaves this module.
+Strangers cost little: at most 64 unauthenticated connections at a time, five seconds each, a few KiB of input. When there are
+more, one that has already taken longer than a handshake needs makes room for the newcomer. What goes wrong with them is logged at
+most once a second and never leaves this module.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from aiotransfer.model.address import Address
 
 MOST_STRANGERS = 64
 HANDSHAKE_SECONDS = 5.0
+USUAL_SECONDS = 0.5  # what an honest handshake takes at most, but for very busy machines
 _logger = logging.getLogger("aiotransfer")
 
 
@@ -34,7 +36,7 @@ class Listener:
         self._network = network
         self._on_link = on_link
         self._server: Server | None = None
-        self._strangers: dict[Link, asyncio.TimerHandle] = {}
+        self._strangers: dict[Link, asyncio.TimerHandle] = {}  # oldest first
         self._logged = 0.0
 
     async def start(self) -> None:
@@ -49,13 +51,22 @@ class Listener:
 
     def _connected(self) -> Link:
         link = Link("acceptor", self._key, self._identity)
-        if len(self._strangers) >= MOST_STRANGERS:
+        if len(self._strangers) >= MOST_STRANGERS and not self._make_room():
             link.abort()  # its transport goes as soon as there is one
             return link
         timer = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self._late, link)
         self._strangers[link] = timer
         link.established.add_done_callback(lambda future: self._known(link, future))
         return link
+
+    def _make_room(self) -> bool:
+        oldest, timer = next(iter(self._strangers.items()))
+        if timer.when() - asyncio.get_running_loop().time() > HANDSHAKE_SECONDS - USUAL_SECONDS:
+            return False
+        del self._strangers[oldest]
+        timer.cancel()
+        oldest.abort()
+        return True
 
     def _late(self, link: Link) -> None:
         self._log(link, f"no handshake within {HANDSHAKE_SECONDS:g} s")

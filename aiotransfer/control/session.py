@@ -30,6 +30,7 @@ from aiotransfer.control.frames import (
     Proof,
     Refused,
     Welcome,
+    clip,
     encode,
 )
 from aiotransfer.control.key import Key
@@ -115,7 +116,7 @@ class Session:
 
     def _greet(self, frame: Greeting | Frame) -> None:
         if isinstance(frame, Refused):
-            raise RendezvousError(f"the other side refused: {frame.text}", hint=_HINTS.get(frame.code))
+            raise RendezvousError(f"the other side refused: {clip(frame.text)}", hint=_HINTS.get(frame.code))
         if type(frame) is not _EXPECTED[self.state]:
             raise self._refuse("protocol", f"{type(frame).__name__} is out of turn", _HINTS["protocol"])
         if isinstance(frame, (Hello, Welcome)):

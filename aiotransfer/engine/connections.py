@@ -6,7 +6,7 @@ dialer of the loser then waits for the peer that the other connection makes. Who
 is given up dials for himself.
 
 An engine may connect to itself. Both ends of the connection then belong to one peer: each frame it posts comes back to it
-through the mirror end, and the two halves of the path are kept together. Mirrors are told apart by the port that dialed them.
+through the mirror end, and the two halves of the path are kept together. Mirrors are told apart by the address that dialed them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
 
 ACCEPT_SECONDS = 10.0  # for a connected peer to bring its path up
+MOST_MIRRORS = 64  # connections from this very engine that nobody has asked for yet
+MOST_UNSEEN = 1024  # arrivals that nobody has looked at, before those that have gone again are forgotten
+MOST_QUESTIONS = 4096  # of one peer to our providers, unanswered
+MOST_QUESTION_BYTES = 1 << 20
 
 
 class _Merged(BrokenError):
@@ -48,7 +52,7 @@ class Connections:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.peers: dict[int, Peer] = {}  # by incarnation: connecting and up
-        self._mirrors: dict[int, Link] = {}  # accepted from this very engine, by the port that dialed
+        self._mirrors: dict[Address, Link] = {}  # accepted from this very engine, by the address that dialed
         self._mirror_known: asyncio.Event = asyncio.Event()
         self._listener: Listener | None = None
         self._tasks: dict[asyncio.Task[Any], None] = {}
@@ -149,8 +153,8 @@ class Connections:
         return receive
 
     async def _join_mirror(self, peer: Peer) -> None:
-        port = peer._link.local_address.port
-        while (link := self._mirrors.pop(port, None)) is None:
+        here = peer._link.local_address
+        while (link := self._mirrors.pop(here, None)) is None:
             self._mirror_known.clear()
             await self._mirror_known.wait()
         self._start(peer, link)
@@ -163,9 +167,12 @@ class Connections:
             link.close("closing")
             return
         if link.incarnation == engine.incarnation:
-            self._mirrors = {port: mirror for port, mirror in self._mirrors.items() if not mirror.ended}
-            self._mirrors[link.remote_address.port] = link
+            self._mirrors = {here: mirror for here, mirror in self._mirrors.items() if not mirror.ended}
+            if len(self._mirrors) >= MOST_MIRRORS:  # impostors: nobody dials himself so often at a time
+                self._mirrors.pop(next(iter(self._mirrors))).abort()
+            self._mirrors[link.remote_address] = link
             self._mirror_known.set()
+            engine._loop.call_later(ACCEPT_SECONDS, self._unclaimed, link)
             return
         known = self.peers.get(link.incarnation)
         mine = engine.incarnation < link.incarnation
@@ -190,9 +197,21 @@ class Connections:
         if peer._state == "connecting":
             peer._lose(f"it did not bring a path up within {ACCEPT_SECONDS:g} s")
 
+    def _unclaimed(self, link: Link) -> None:
+        if self._mirrors.get(link.remote_address) is link:
+            del self._mirrors[link.remote_address]
+            link.abort()
+
     def answer(self, peer: Peer, number: int, provider: str, body: bytes) -> None:
         """A provider's question from the other side."""
-        self.own(self._engine._loop.create_task(self._answer(peer, number, provider, body)))
+        if len(peer._answers) >= MOST_QUESTIONS or peer._answer_bytes + len(body) > MOST_QUESTION_BYTES:
+            peer._reply(frames.Failed(id=number, code="broken", text="too many questions are unanswered"))
+            return
+        task = self._engine._loop.create_task(self._answer(peer, number, provider, body))
+        self.own(task)
+        peer._answers[task] = len(body)
+        peer._answer_bytes += len(body)
+        task.add_done_callback(peer._answered)
 
     def own(self, task: asyncio.Task[Any]) -> None:
         """It ends with the engine."""
@@ -206,7 +225,7 @@ class Connections:
         reply: frames.Frame
         try:
             if ours is None or theirs is None:
-                raise BrokenError(f"{provider!r} is not in use here")
+                raise BrokenError(f"{frames.clip(provider)} is not in use here")
             terms = Terms(provider, theirs.usable, theirs.reason, theirs.host, theirs.data)
             data, path = await ours.answer(peer, terms, body)
             reply = frames.Answer(id=number, body=data)
@@ -219,7 +238,7 @@ class Connections:
         except TransferError as error:
             reply = frames.Failed(id=number, code="broken", text=str(error))
         if peer._state in ("up", "connecting"):
-            peer._post(reply)
+            peer._reply(reply)
 
     def came_up(self, peer: Peer, inbound: bool = True) -> None:
         """Both sides have the path."""
@@ -229,7 +248,14 @@ class Connections:
         peer._state = "up"
         peer._up.set_result(None)
         if inbound and peer.incarnation != engine.incarnation:
-            self.arrivals.put_nowait(peer)
+            self._announce(peer)
+
+    def _announce(self, peer: Peer) -> None:
+        if self.arrivals.qsize() >= MOST_UNSEEN:
+            for seen in [self.arrivals.get_nowait() for _ in range(self.arrivals.qsize())]:
+                if seen is None or seen._state == "up":
+                    self.arrivals.put_nowait(seen)
+        self.arrivals.put_nowait(peer)
 
     # ---- the end ----
 
@@ -250,6 +276,7 @@ class Connections:
         self._engine._paths.gone(peer)
         self._engine._publications.gone(peer)
         self._engine._groups.gone(peer)
+        self._engine._mailbox.departed()
 
     async def close(self) -> None:
         """Goodbye to everybody; no more connections."""

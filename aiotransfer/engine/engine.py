@@ -131,8 +131,9 @@ class Engine(Planner):
         self._closed_event: asyncio.Future[None] | None = None
         try:
             self._providers, self.missing = open_providers(
-                self._preference, self._lane, self.incarnation, self._segment_of, self._grant_of, self._world
-            )
+                self._preference, self._lane, self.incarnation, self._segment_of, self._grant_of,
+                lambda grant: memory.is_as_granted(grant, self._granted), self._world,
+            )  # fmt: skip
             self._paths = Paths(self)
             self._connections = Connections(self)
             self._progress = Progress(self)
@@ -218,7 +219,9 @@ class Engine(Planner):
 
     def _lent(self, slot: int, epoch: int, who: int) -> tuple[Region, Grant] | None:
         region, grant = self._granted.get(slot, (None, None))
-        if region is None or grant is None or grant.holder not in (0, who) or not self._lane.grant_valid(slot, epoch):
+        if region is None or grant is None or epoch != grant.epoch or grant.holder not in (0, who):
+            return None
+        if not self._lane.grant_valid(slot, epoch):
             return None
         return region, grant
 
@@ -227,17 +230,16 @@ class Engine(Planner):
         return lent[0]._segment if lent is not None and lent[0]._id == segment else None
 
     def _grant_of(self, slot: int, epoch: int, who: int) -> Grant | None:
-        lent = self._lent(slot, epoch, who)
-        return None if lent is None else lent[1]
+        return (self._lent(slot, epoch, who) or (None, None))[1]
 
     def _tell_revoked(self, peer: Peer, grants: Iterable[Grant], reason: str) -> None:
         told = [(grant.slot, grant.epoch) for grant in grants]
         if told and peer._state == "up" and peer.incarnation != self.incarnation:
-            peer._post(Revoked(slots=[slot for slot, _ in told], reason=reason, epochs=[epoch for _, epoch in told]))
+            peer._reply(Revoked(slots=[slot for slot, _ in told], reason=reason, epochs=[epoch for _, epoch in told]))
 
     def _remote_revoked(self, peer: Peer, slots: list[int], epochs: list[int], reason: str) -> None:
         """For the words of errors: the epoch word is what decides."""
-        for slot, epoch in zip(slots, epochs, strict=False):
+        for slot, epoch in list(zip(slots, epochs, strict=False))[-MOST_REASONS:]:
             self._revocations[peer.incarnation, slot, epoch] = reason[:200]
             for path in peer._paths:
                 path.revoked(slot, epoch)

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 MOST_UNKNOWN = 1024  # Joins of one peer for groups that nobody has made here yet
 DIALS_AT_ONCE = 32
+KEY_BYTES = 16
+MOST_GENERATION = 1 << 48
 
 
 class PeerGroup:
@@ -265,7 +267,7 @@ class PeerGroup:
         if self._told.get(rank) != (peer, self._generation):
             self._told[rank] = (peer, self._generation)
             imms = (self._counters[0].imm, self._counters[1].imm)
-            peer._post(Join(key=self._key, rank=self.rank, generation=self._generation, imms=imms))
+            peer._reply(Join(key=self._key, rank=self.rank, generation=self._generation, imms=imms))
 
     def _joined(self, peer: Peer, join: Join) -> None:
         """A member's Join. May be of an older or newer generation than ours."""
@@ -305,7 +307,7 @@ class PeerGroup:
             gave_up = Join(key=self._key, rank=self.rank, generation=self._generation + 1, imms=(0, lost + 1))
             for peer, _ in self._joins.values():
                 if peer._state == "up":
-                    peer._post(gave_up)
+                    peer._reply(gave_up)
         for counter in self._counters:
             counter._fail_waits(cause)
         self._forget_generation()
@@ -335,7 +337,7 @@ class Groups:
         if self._engine.address not in addresses:
             raise ValueError(f"this engine ({self._engine.address}) is not among the members of the group")
         text = "\n".join([name, *map(str, addresses)])
-        key = hashlib.sha256(text.encode()).digest()[:16]
+        key = hashlib.sha256(text.encode()).digest()[:KEY_BYTES]
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = PeerGroup(self._engine, addresses, name, key)
@@ -348,8 +350,9 @@ class Groups:
     def joined(self, peer: Peer, join: Join) -> None:
         """A Join came."""
         even, odd = join.imms
-        if not (even == 0 <= odd or RESERVED <= even <= MOST_IMM >= odd >= RESERVED) or join.rank < 0:
-            peer._lose(BrokenError(f"{peer} joined a group with impossible numbers: {join}"))
+        numbers = even == 0 <= odd or RESERVED <= even <= MOST_IMM >= odd >= RESERVED
+        if not numbers or len(join.key) != KEY_BYTES or not 0 <= join.rank < 1 << 32 or not 0 < join.generation < MOST_GENERATION:
+            peer._lose(BrokenError(f"{peer} joined a group with impossible numbers"))
             return
         group = self._groups.get(join.key)
         if group is not None:

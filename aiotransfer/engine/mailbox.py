@@ -1,17 +1,25 @@
 """Messages received from all peers, in order per peer, until the application takes them.
 
-What may pile up here is bounded by the credit each peer was given; taking a message gives its credit back.
+What may pile up here is bounded by the credit each peer was given; taking a message gives its credit back. What peers that have
+gone left unread is kept within one bound for all of them, or anybody could fill our memory by coming again and again; the oldest
+goes first, with a warning.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Message
+
+
+MOST_ORPHANED = 256 << 20
+MESSAGE_BYTES = 4096  # what a message costs, be it empty: it keeps its peer
+_logger = logging.getLogger("aiotransfer")
 
 
 class Mailbox:
@@ -27,6 +35,21 @@ class Mailbox:
         """A message came."""
         self._messages.append(message)
         self._wake()
+
+    def departed(self) -> None:
+        """A peer has gone: is what those who went have left unread still within the bound?"""
+        orphans = [message for message in self._messages if message.peer._state != "up"]
+        excess = sum(len(message.data) + MESSAGE_BYTES for message in orphans) - MOST_ORPHANED
+        if excess <= 0:
+            return
+        dropped: set[int] = set()
+        for message in orphans:
+            if excess <= 0:
+                break
+            dropped.add(id(message))
+            excess -= len(message.data) + MESSAGE_BYTES
+        self._messages = deque(message for message in self._messages if id(message) not in dropped)
+        _logger.warning("%d unread messages of peers that have gone were dropped", len(dropped))
 
     def _wake(self) -> None:
         while self._waiters:

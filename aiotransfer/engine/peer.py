@@ -66,7 +66,7 @@ class Peer:
         self._engine = engine
         self._link = link
         self.incarnation: int = link.incarnation
-        self.name: str = link.info.name
+        self.name: str = frames.clip(link.info.name)
         self.address: Address = link.remote_address if link.dialed else _listening(link)
         self.pid: int = link.info.pid
         self.trusted_user: bool = engine._key.kind == "file"
@@ -86,6 +86,8 @@ class Peer:
         self._waiting_ops = 0
         self._leases: dict[Lease, None] = {}  # of our memory, to this peer
         self._early_joins = 0  # for groups that are not known here yet
+        self._answers: dict[asyncio.Task[None], int] = {}  # to its questions, under way; how long those are
+        self._answer_bytes = 0
 
     # ---- what users see ----
 
@@ -124,7 +126,7 @@ class Peer:
             answer = await self._question(number, frames.Lookup(id=number, name=name), timeout, what)
         except BaseException:  # nobody waits for the answer any more
             if self._state == "up":
-                self._post(frames.LookupCancel(id=number))
+                self._reply(frames.LookupCancel(id=number))
             raise
         region = RemoteRegion.decode(answer)
         if region.incarnation != self.incarnation:
@@ -198,8 +200,8 @@ class Peer:
         self._asked[number] = future
         self._depend(future)
         seconds = self._engine._seconds(timeout)
-        self._post(frame)
         try:
+            self._post(frame)
             async with asyncio.timeout(None if seconds == math.inf else seconds):
                 return await future
         except TimeoutError as error:
@@ -212,6 +214,13 @@ class Peer:
 
     def _post(self, frame: frames.Frame) -> None:
         self._link.post(frame)
+
+    def _reply(self, frame: frames.Frame) -> None:
+        """Send what nobody here would handle a failure of: a peer that takes nothing any more is lost, soon."""
+        try:
+            self._link.post(frame)
+        except BusyError as error:
+            self._engine._loop.call_soon(self._lose, error)
 
     def _receive(self, frame: frames.Frame) -> None:
         """One frame of the peer; called by the link."""
@@ -231,9 +240,9 @@ class Peer:
             case frames.Failed(id=number, code=code, text=text):
                 future = self._asked.get(number)
                 if future is not None and not future.done():
-                    future.set_exception(_FAILURES.get(code, BrokenError)(text, peer=str(self.address)))
+                    future.set_exception(_FAILURES.get(code, BrokenError)(frames.clip(text), peer=str(self.address)))
             case frames.Ping(id=number):
-                self._post(frames.Pong(id=number))
+                self._reply(frames.Pong(id=number))
             case frames.Lookup(id=number, name=name):
                 self._engine._publications.looked_up(self, number, name)
             case frames.LookupCancel(id=number):
@@ -249,6 +258,9 @@ class Peer:
             case _:
                 pass  # a frame of a later minor version
 
+    def _answered(self, task: asyncio.Task[None]) -> None:
+        self._answer_bytes -= self._answers.pop(task)
+
     def _resolve(self, number: int, data: bytes) -> None:
         future = self._asked.get(number)
         if future is not None and not future.done():
@@ -258,7 +270,7 @@ class Peer:
         """The application took one message: give credit back, in lumps."""
         grant = self._receive_credit.consumed(nbytes)
         if grant is not None and self._state == "up":
-            self._post(frames.Credit(messages=grant[0], nbytes=grant[1]))
+            self._reply(frames.Credit(messages=grant[0], nbytes=grant[1]))
 
     def _send_queued(self) -> None:
         """Send what has credit now, in order. A turn that is over before it was sent has been given up."""
@@ -321,6 +333,8 @@ class Peer:
                 future.exception()  # whoever waits raises it; if nobody does any more, that is no news
         self._dependents.clear()
         self._lookups.clear()
+        for task in list(self._answers):
+            task.cancel()
         if goodbye is None:
             self._link.abort()
         else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiotransfer.control import frames
-from aiotransfer.errors import TransferError
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -38,7 +37,7 @@ class Publications:
         self._names[name] = (region, descriptor)
         for peer, number in self._wanted.pop(name, {}):
             if peer._lookups.pop(number, None) is not None:
-                peer._post(frames.Found(id=number, descriptor=descriptor.encode()))
+                peer._reply(frames.Found(id=number, descriptor=descriptor.encode()))
 
     def unpublish(self, name: str) -> None:
         """Forget the name; descriptors that peers hold already stay good. Unknown names are a `KeyError`."""
@@ -55,12 +54,11 @@ class Publications:
         self.forget(peer, number)  # a number asks for one name
         known = self._names.get(name)
         if known is not None:
-            try:
-                peer._post(frames.Found(id=number, descriptor=known[1].encode()))
-            except TransferError as error:
-                peer._lose(error)
+            peer._reply(frames.Found(id=number, descriptor=known[1].encode()))
+        elif len(name) > MOST_NAME:  # of a name that is never published, a part would be kept for nothing
+            peer._reply(frames.Failed(id=number, code="broken", text=f"a name has at most {MOST_NAME} characters"))
         elif len(peer._lookups) >= MOST_LOOKUPS:
-            peer._post(frames.Failed(id=number, code="broken", text=f"more than {MOST_LOOKUPS} lookups are unanswered"))
+            peer._reply(frames.Failed(id=number, code="broken", text=f"more than {MOST_LOOKUPS} lookups are unanswered"))
         else:
             peer._lookups[number] = name
             self._wanted.setdefault(name, {})[peer, number] = None

@@ -22,7 +22,7 @@ from aiotransfer.errors import BrokenError, RegistrationError, StaleRegionError,
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import libfabric, native
 from aiotransfer.providers.lane import ACCESS, Lane
-from aiotransfer.providers.port import Binding, Conversation, Path, Terms
+from aiotransfer.providers.port import Binding, Conversation, Path, Terms, decode
 
 DIAL_SECONDS = 5.0  # for the first sign on a new connection
 HEARD_SECONDS = 1.0  # the same, of one that is opened again
@@ -191,6 +191,8 @@ class FabricPath(Path):
 
     def offer(self, generation: int) -> _Offer:
         """Open this side. Raises `BrokenError`."""
+        if not 0 < generation < 1 << 32:
+            raise BrokenError(f"no connection was opened {generation} times", provider=self.provider)
         out = native.ffi.new("at_fab_offer *")
         status = native.lib.at_fab_offer_make(self._lane.pointer, self.lane_peer, generation, out)
         self._raise(status, "no endpoint can be opened")
@@ -217,10 +219,7 @@ class FabricPath(Path):
         """Both sides fence what was under way, count, and post the rest again. Raises `BrokenError` when it failed this time."""
         generation = self.generation + 1
         body = await conversation.ask(self.provider, _encode(self.offer(generation)))
-        try:
-            theirs = _offers.decode(body)
-        except msgspec.MsgspecError as error:
-            raise BrokenError(f"no offer: {error}", provider=self.provider) from error
+        theirs = decode(_offers, body, "offer", self.provider)
         if generation < theirs.generation < generation + 1000:  # it had to open more often
             self.offer(theirs.generation)
         self.take(theirs)
@@ -230,10 +229,7 @@ class FabricPath(Path):
         """Fence it on both sides, and settle with what each has counted. Raises `BrokenError` where that cannot be told."""
         arrived = self._retire()
         body = await conversation.ask(self.provider, _encode(_Retire(self._to, arrived)))
-        try:
-            self.settle(_retired.decode(body).arrived)
-        except msgspec.MsgspecError as error:
-            raise BrokenError(f"no count: {error}", provider=self.provider) from error
+        self.settle(decode(_retired, body, "count", self.provider).arrived)
 
     def _retire(self) -> int:
         arrived = native.ffi.new("uint64_t *")
@@ -259,13 +255,13 @@ class FabricPath(Path):
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
         """Ask the owner for the key of its memory."""
         body = await conversation.ask(self.provider, _encode(_Borrow(self._to, grant.slot, grant.epoch)))
+        lent = decode(_lent, body, "loan", self.provider)
         try:
-            lent = _lent.decode(body)
             remote = native.lib.at_fab_borrow(
                 self._lane.pointer, self.lane_peer, lent.address, lent.key, grant.nbytes, ACCESS[grant.access],
                 grant.slot, grant.epoch,
             )  # fmt: skip
-        except (msgspec.MsgspecError, OverflowError) as error:
+        except OverflowError as error:
             raise BrokenError(f"the peer's answer is malformed: {error}", provider=self.provider) from error
         if remote == native.lib.AT_ESTALE:
             raise StaleRegionError("the memory was taken back", provider=self.provider)
@@ -354,11 +350,8 @@ class FabricProvider:
         path = await self._path(conversation, first=self._incarnation <= conversation.incarnation)
         try:
             body = await conversation.ask(self.name, _encode(path.offer(1)))
-            path.take(_offers.decode(body))
+            path.take(decode(_offers, body, "offer", self.name))
             await path.heard(DIAL_SECONDS)
-        except msgspec.MsgspecError as error:
-            path.close()
-            raise BrokenError(f"no offer: {error}", provider=self.name) from error
         except BaseException:  # also cancellation
             path.close()
             raise
@@ -366,10 +359,7 @@ class FabricProvider:
 
     async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
         """The other side of `dial`, of opening again, of giving up, and of binding memory."""
-        try:
-            question = _questions.decode(body)
-        except msgspec.MsgspecError as error:
-            raise BrokenError(f"not a question: {error}", provider=self.name) from error
+        question = decode(_questions, body, "question", self.name)
         if isinstance(question, _Offer) and question.to == 0:
             return await self._accept(conversation, question)
         path = self._paths.get(question.to)

@@ -3,12 +3,16 @@
 A SEQPACKET socket with an abstract, random name that only an authenticated peer has been told. Messages are small and fixed
 in shape: a 16-byte ticket that was agreed on over the control connection, a body, at most four descriptors. Whatever comes
 without an expected ticket is closed at once, so that nobody can make us collect descriptors.
+
+Any process of the host can find the name and connect. Who has not yet been asked for waits for seconds and in bounded numbers;
+when there are too many, the user who has most of them loses his oldest.
 """
 
 from __future__ import annotations
 
 import array
 import asyncio
+import collections
 import errno
 import os
 import socket
@@ -19,7 +23,8 @@ from aiotransfer.errors import SHORTAGES
 
 TICKET_BYTES = 16
 MOST_FDS = 4
-MOST_EARLY = 16  # introductions that overtook the question which announces them
+MOST_FRESH = 64  # connected, but never said who they are
+MOST_EARLY = 64  # introductions that overtook the question which announces them
 EARLY_SECONDS = 5.0
 MOST_BYTES = 512
 ACCEPT_PAUSE = 0.1  # seconds until a connection that could not be accepted for want of a descriptor is tried again
@@ -29,6 +34,13 @@ _CREDENTIALS = struct.Struct("3i")
 def ticket() -> bytes:
     """A fresh ticket."""
     return os.urandom(TICKET_BYTES)
+
+
+def parse(data: bytes, flags: int) -> tuple[bytes, bytes]:
+    """Ticket and body of a packet. Raises `ConnectionError` for what is none, or was cut off."""
+    if not TICKET_BYTES <= len(data) <= MOST_BYTES or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        raise ConnectionError(f"{len(data)} bytes are no packet of a descriptor channel")
+    return data[:TICKET_BYTES], data[TICKET_BYTES:]
 
 
 def close_all(fds: list[int]) -> None:
@@ -107,12 +119,14 @@ class FdChannel:
             self.close()
             return
         lacking = bool(flags & socket.MSG_CTRUNC) and len(fds) < MOST_FDS  # the kernel had no number to give some of them
-        if lacking or len(data) < TICKET_BYTES or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        try:
+            key, body = parse(data, flags & ~socket.MSG_CTRUNC if lacking else flags)
+        except ConnectionError:
             close_all(list(fds))
-            if not lacking or len(data) < TICKET_BYTES:
-                self.close()
-                return
-        key, body = data[:TICKET_BYTES], data[TICKET_BYTES:]
+            self.close()
+            return
+        if lacking:
+            close_all(list(fds))
         first, self._first = self._first, None
         if first is not None:
             first(self, key, body, None if lacking else list(fds))
@@ -156,30 +170,38 @@ class FdListener:
         self._retry: asyncio.TimerHandle | None = None
         self._waiting: dict[bytes, asyncio.Future[tuple[FdChannel, bytes, list[int]]]] = {}
         self._early: dict[bytes, tuple[FdChannel, bytes, list[int] | None, asyncio.TimerHandle]] = {}
-        self._fresh: set[FdChannel] = set()
+        self._fresh: dict[FdChannel, asyncio.TimerHandle] = {}
         loop.add_reader(self._sock.fileno(), self._acceptable)
 
     def _acceptable(self) -> None:
-        try:
-            sock, _ = self._sock.accept()
-        except OSError as error:
-            if error.errno in SHORTAGES and error.errno != errno.EAGAIN:  # it stays in the queue: the loop would spin on it
-                self._loop.remove_reader(self._sock.fileno())
-                self._retry = self._loop.call_later(ACCEPT_PAUSE, self._again)
-            return
-        if len(self._fresh) >= 64:  # connected, but never said who they are
-            sock.close()
-            return
-        channel = FdChannel(sock, self._loop)
-        self._fresh.add(channel)
-        channel.on_first(self._introduced)
+        for _ in range(MOST_FRESH // 2):  # those of this turn get to say their first words in the next
+            try:
+                sock, _ = self._sock.accept()
+            except OSError as error:
+                if error.errno in SHORTAGES and error.errno != errno.EAGAIN:  # it stays in the queue: the loop would spin on it
+                    self._loop.remove_reader(self._sock.fileno())
+                    self._retry = self._loop.call_later(ACCEPT_PAUSE, self._again)
+                return
+            if len(self._fresh) >= MOST_FRESH:
+                self._silent(_of_the_most(list(self._fresh)))
+            channel = FdChannel(sock, self._loop)
+            self._fresh[channel] = self._loop.call_later(EARLY_SECONDS, self._silent, channel)
+            channel.on_first(self._introduced)
 
     def _again(self) -> None:
         self._retry = None
         self._loop.add_reader(self._sock.fileno(), self._acceptable)
 
+    def _silent(self, channel: FdChannel) -> None:
+        timer = self._fresh.pop(channel, None)
+        if timer is not None:
+            timer.cancel()
+            channel.close()
+
     def _introduced(self, channel: FdChannel, key: bytes, body: bytes, fds: list[int] | None) -> None:
-        self._fresh.discard(channel)
+        timer = self._fresh.pop(channel, None)
+        if timer is not None:
+            timer.cancel()
         future = self._waiting.get(key)
         if not key:
             return  # closed before it said who it is
@@ -189,12 +211,14 @@ class FdListener:
                 future.set_exception(_none_left())
             else:
                 future.set_result((channel, body, fds))
-        elif len(self._early) < MOST_EARLY and key not in self._early:
-            timer = self._loop.call_later(EARLY_SECONDS, self._forget_early, key)
-            self._early[key] = (channel, body, fds, timer)
-        else:
+        elif key in self._early:
             close_all(fds or [])
             channel.close()
+        else:
+            if len(self._early) >= MOST_EARLY:
+                keys = {entry[0]: early for early, entry in self._early.items()}
+                self._forget_early(keys[_of_the_most(list(keys))])
+            self._early[key] = (channel, body, fds, self._loop.call_later(EARLY_SECONDS, self._forget_early, key))
 
     def _forget_early(self, key: bytes) -> None:
         early = self._early.pop(key, None)
@@ -204,8 +228,10 @@ class FdListener:
             early[3].cancel()
 
     async def accept(self, key: bytes, timeout: float) -> tuple[FdChannel, bytes, list[int]]:
-        """The connection whose first packet carries `key`. Raises `TimeoutError`, or `OSError` (EMFILE) when this process had no
-        room for its descriptors."""
+        """The connection whose first packet carries `key`. Raises `TimeoutError`, also when it is waited for already, and
+        `OSError` (EMFILE) when this process had no room for its descriptors."""
+        if key in self._waiting:
+            raise TimeoutError("the ticket is taken")
         early = self._early.pop(key, None)
         if early is not None:
             channel, body, fds, timer = early
@@ -236,10 +262,15 @@ class FdListener:
         if self._retry is not None:
             self._retry.cancel()
         for channel in list(self._fresh):
-            channel.close()
-        self._fresh.clear()
+            self._silent(channel)
         for key in list(self._early):
             self._forget_early(key)
+
+
+def _of_the_most(channels: list[FdChannel]) -> FdChannel:
+    """Of the user who has most of them, the first."""
+    users = collections.Counter(channel.uid for channel in channels)
+    return next(channel for channel in channels if users[channel.uid] == max(users.values()))
 
 
 def connect(name: str, loop: asyncio.AbstractEventLoop) -> FdChannel:

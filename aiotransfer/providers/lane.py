@@ -205,9 +205,11 @@ class Segment:
         rc = native.lib.at_segment_map(fd, nbytes, base)
         if rc != 0:
             number = -rc
-            reason = {errno.EPERM: "it is not sealed", errno.ERANGE: "its size is not the promised one"}.get(
-                number, os.strerror(number)
-            )
+            reason = {
+                errno.EPERM: "it is not sealed memory",
+                errno.ERANGE: "its size is not the promised one",
+                errno.ENODATA: "its owner has not allocated it",
+            }.get(number, os.strerror(number))
             raise RegistrationError(
                 f"cannot map {nbytes} bytes of a peer: {reason}", code=(number, os.strerror(number)), hint=SHORTAGES.get(number)
             )

@@ -3,6 +3,9 @@
 All engines of a process share one simulated network without delays or faults; a write is delivered inside the call that submits
 it. The network is in C beneath the lane, so that everything above the port is what other fabrics get. Networks with a seed, a
 virtual clock and faults are made by `aiotransfer.testing`.
+
+An address is all that a write needs here, and descriptors come from whoever has the key: before the first write the owner, found
+in this process by its incarnation, is asked whether it ever granted that memory.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import weakref
+from collections.abc import Callable
 from typing import Any
 
-from aiotransfer.errors import BrokenError, TransferError, shortage
+from aiotransfer.errors import BrokenError, RegistrationError, TransferError, shortage
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import native
 from aiotransfer.providers.lane import ACCESS, Lane
@@ -24,6 +29,10 @@ _PROCESS = os.urandom(16)
 def _failure(what: str, status: int) -> TransferError:
     number = errno.ENOMEM if status == native.lib.AT_ENOMEM else None
     return shortage(number, what, provider="loopback") or BrokenError(f"{what}: {native.text(status)}", provider="loopback")
+def question(body: bytes) -> None:
+    """A peer's question, of which there is one. Raises `BrokenError` for any other."""
+    if body:
+        raise BrokenError(f"{len(body)} bytes are no question", provider="loopback")
 
 
 class _Shared:
@@ -61,6 +70,7 @@ class _Shared:
 
 
 _shared = _Shared()
+_owners: weakref.WeakValueDictionary[int, LoopbackProvider] = weakref.WeakValueDictionary()  # by incarnation
 
 
 def _forget() -> None:
@@ -89,6 +99,9 @@ class LoopbackPath(Path):
 
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
         """One address space: the descriptor's address is the memory."""
+        owner = _owners.get(conversation.incarnation)
+        if owner is not None and not owner.covers(grant):
+            raise RegistrationError("the descriptor describes memory that was never granted", provider="loopback")
         remote = self._lane.add_remote(
             self.lane_peer, native.ffi.NULL, grant.base, grant.nbytes, ACCESS[grant.access], grant.slot, grant.epoch
         )
@@ -109,11 +122,13 @@ class LoopbackProvider:
 
     name = "loopback"
 
-    def __init__(self, lane: Lane, incarnation: int, net: Any = None) -> None:
+    def __init__(self, lane: Lane, incarnation: int, covers: Callable[[Grant], bool], net: Any = None) -> None:
         self._lane = lane
+        self.covers = covers
         self._net = _shared if net is None else net
         self._net.join(lane)
         self._closed = False
+        _owners[incarnation] = self
 
     def terms(self) -> Terms:
         """Which process this is."""
@@ -126,6 +141,7 @@ class LoopbackProvider:
 
     async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
         """The other side of `dial`."""
+        question(body)
         if theirs.host != _PROCESS:
             raise BrokenError("loopback connects engines of one process only", provider="loopback")
         return b"", LoopbackPath(self._lane, conversation.incarnation)

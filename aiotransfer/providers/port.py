@@ -9,10 +9,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import msgspec
 
 from aiotransfer.errors import BrokenError
 from aiotransfer.model.descriptor import Grant
+
+MOST_SAID = 4096  # bytes of one question, answer or offer
+T = TypeVar("T")
+
+
+def decode(decoder: msgspec.msgpack.Decoder[T], body: bytes, what: str, provider: str) -> T:
+    """What the other side's provider said: pure, any bytes in, a value or `BrokenError` out. Ranges are judged by who asks."""
+    if len(body) > MOST_SAID:
+        raise BrokenError(f"{len(body)} bytes are no {what}", provider=provider)
+    try:
+        return decoder.decode(body)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
+        raise BrokenError(f"not a {what}: {error}", provider=provider) from None
 
 
 class Terms(NamedTuple):

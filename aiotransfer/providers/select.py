@@ -44,7 +44,7 @@ def check_names(providers: str | Sequence[str]) -> str | tuple[str, ...]:
 
 def open_providers(
     providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None],
-    grant_of: Callable[[int, int, int], Grant | None], world: Any,
+    grant_of: Callable[[int, int, int], Grant | None], covers: Callable[[Grant], bool], world: Any,
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
     """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left, and `BusyError`
     rather than do without a provider that this machine has no descriptors or memory for just now.
@@ -73,7 +73,7 @@ def open_providers(
                 else:
                     from aiotransfer.providers.loopback import LoopbackProvider
 
-                    opened[name] = LoopbackProvider(lane, incarnation, world.simulator)
+                    opened[name] = LoopbackProvider(lane, incarnation, covers, world.simulator)
                 continue
             except (OSError, TransferError) as error:
                 reason = str(error)

@@ -18,8 +18,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 from aiotransfer.errors import (
     SHORTAGES,
     BrokenError,
@@ -30,37 +28,12 @@ from aiotransfer.errors import (
     shortage,
 )
 from aiotransfer.model.descriptor import Grant
-from aiotransfer.providers import fdchannel, native
+from aiotransfer.providers import fdchannel, native, shmwire
 from aiotransfer.providers.lane import ACCESS, Lane, Segment
 from aiotransfer.providers.port import Binding, Conversation, Path, Terms
 
 SETUP_SECONDS = 5.0
 INLINE_TOUCH = 32 << 20
-
-
-class _Offer(msgspec.Struct, array_like=True):
-    control_cookie: bytes
-    channel_cookie: bytes
-    probe_va: int
-
-
-class _Hello(msgspec.Struct, tag="hello"):
-    ticket: bytes
-
-
-class _Fetch(msgspec.Struct, tag="fetch"):
-    ticket: bytes
-    slot: int
-    epoch: int
-    segment: int
-
-
-class _Size(msgspec.Struct):
-    nbytes: int
-
-
-_questions = msgspec.msgpack.Decoder(_Hello | _Fetch)
-_offers = msgspec.msgpack.Decoder(_Offer)
 
 
 def _failure(what: str, error: Exception) -> TransferError:
@@ -147,22 +120,22 @@ class ShmPath(Path):
 
     async def _fetch_once(self, grant: Grant, conversation: Conversation) -> Segment:
         ticket = fdchannel.ticket()
-        question = _Fetch(ticket, grant.slot, grant.epoch, grant.segment)
+        question = shmwire.Fetch(ticket, grant.slot, grant.epoch, grant.segment)
         packet = asyncio.ensure_future(self.channel.expect(ticket, SETUP_SECONDS))
         try:
             await asyncio.sleep(0)  # the expectation stands before the question leaves
-            answer = await conversation.ask("shm", msgspec.msgpack.encode(question))
-            size = msgspec.msgpack.decode(answer, type=_Size)
+            answer = await conversation.ask("shm", shmwire.encode(question))
+            nbytes = shmwire.size(answer)
             _, fds = await packet
         except BaseException as error:  # also cancellation: what is expected must not arrive unowned
             fdchannel.discard(packet)
-            if isinstance(error, (OSError, msgspec.MsgspecError)):
+            if isinstance(error, OSError):
                 raise _failure("no segment from the peer", error) from error
             raise
         try:
             if len(fds) != 1:
                 raise BrokenError(f"the peer sent {len(fds)} descriptors instead of one", provider="shm")
-            segment = Segment.map(fds[0], size.nbytes)
+            segment = Segment.map(fds[0], nbytes)
         finally:
             fdchannel.close_all(fds)
         if segment.nbytes <= INLINE_TOUCH:
@@ -211,24 +184,28 @@ class ShmProvider:
 
     @staticmethod
     def _packet(offer: Any) -> tuple[bytes, list[int]]:
-        body = _Offer(bytes(offer.control_cookie), bytes(offer.channel_cookie), offer.probe_va)
-        return msgspec.msgpack.encode(body), [offer.control_fd, offer.channel_fd, offer.doorbell_fd, offer.pulse_fd]
+        body = shmwire.Offer(bytes(offer.control_cookie), bytes(offer.channel_cookie), offer.probe_va)
+        return shmwire.encode(body), [offer.control_fd, offer.channel_fd, offer.doorbell_fd, offer.pulse_fd]
+
+    @staticmethod
+    def _check_user(channel: fdchannel.FdChannel, who: Conversation) -> None:
+        if who.trusted_user and channel.uid != os.getuid():
+            raise BrokenError(f"the peer runs as uid {channel.uid}, not {os.getuid()}", provider="shm")
 
     def _finish(self, half: Any, channel: fdchannel.FdChannel, who: Conversation, body: bytes, fds: list[int]) -> ShmPath:
         """Verify the other side's packet and make the lane's peer. Takes over `half`, `channel` and `fds`."""
         try:
-            theirs = _offers.decode(body)
-            if len(fds) != 4 or len(theirs.control_cookie) != 16 or len(theirs.channel_cookie) != 16:
+            theirs = shmwire.offer(body)
+            if len(fds) != 4:
                 raise BrokenError("the peer's offer is malformed", provider="shm")
-            if who.trusted_user and channel.uid != os.getuid():
-                raise BrokenError(f"the peer runs as uid {channel.uid}, not {os.getuid()}", provider="shm")
+            self._check_user(channel, who)
             mem = self._open_memory(channel.pid)
             try:
                 pidfd = os.pidfd_open(channel.pid) if channel.pid > 0 else -1
             except OSError:
                 fdchannel.close_all([mem] if mem >= 0 else [])
                 raise
-        except (OSError, msgspec.MsgspecError, BrokenError) as error:
+        except (OSError, BrokenError) as error:
             native.lib.at_shm_abort(self._lane.pointer, half)
             fdchannel.close_all(fds)
             channel.close()
@@ -239,7 +216,7 @@ class ShmProvider:
         offer.control_fd, offer.channel_fd, offer.doorbell_fd, offer.pulse_fd = fds
         native.ffi.memmove(offer.control_cookie, theirs.control_cookie, 16)
         native.ffi.memmove(offer.channel_cookie, theirs.channel_cookie, 16)
-        offer.probe_va = theirs.probe_va & 0xFFFF_FFFF_FFFF_FFFF
+        offer.probe_va = theirs.probe_va
         peer = native.lib.at_shm_finish(
             self._lane.pointer, half, offer, who.incarnation, pidfd, channel.pid, mem, int(channel.pid > 0)
         )
@@ -268,10 +245,11 @@ class ShmProvider:
     async def dial(self, conversation: Conversation, theirs: Terms) -> ShmPath:
         """Offer our memory, take theirs."""
         try:
-            channel = fdchannel.connect(theirs.data.decode(), self._loop)
-        except (OSError, ValueError) as error:
+            channel = fdchannel.connect(shmwire.socket_name(theirs.data), self._loop)
+        except OSError as error:
             raise _failure("the peer's socket is not reachable", error) from error
         try:
+            self._check_user(channel, conversation)  # before it is sent anything
             half, offer = self._begin(conversation.incarnation)
         except TransferError:
             channel.close()
@@ -282,7 +260,7 @@ class ShmProvider:
             await asyncio.sleep(0)
             body, fds = self._packet(offer)
             channel.send(ticket, body, fds)
-            await conversation.ask("shm", msgspec.msgpack.encode(_Hello(ticket)))
+            await conversation.ask("shm", shmwire.encode(shmwire.Hello(ticket)))
             their_body, their_fds = await reply
         except BaseException as error:  # also cancellation: half a channel is of no use to anybody
             fdchannel.discard(reply)
@@ -297,11 +275,8 @@ class ShmProvider:
 
     async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
         """The other side of `dial`, and of binding a segment."""
-        try:
-            question = _questions.decode(body)
-        except msgspec.MsgspecError as error:
-            raise BrokenError(f"not a question: {error}", provider="shm") from error
-        if isinstance(question, _Fetch):
+        question = shmwire.question(body)
+        if isinstance(question, shmwire.Fetch):
             return self._hand_out(conversation, question), None
         try:
             channel, their_body, their_fds = await self._listener.accept(question.ticket, SETUP_SECONDS)
@@ -327,7 +302,7 @@ class ShmProvider:
         self._paths[conversation.incarnation] = path
         return b"", path
 
-    def _hand_out(self, conversation: Conversation, question: _Fetch) -> bytes:
+    def _hand_out(self, conversation: Conversation, question: shmwire.Fetch) -> bytes:
         path = self._paths.get(conversation.incarnation)
         segment = self._segment_of(question.slot, question.epoch, question.segment, conversation.incarnation)
         if path is None or segment is None or segment.fd < 0:
@@ -336,7 +311,7 @@ class ShmProvider:
             path.channel.send(question.ticket, b"", [segment.fd])
         except OSError as error:
             raise _failure("the descriptor channel broke", error) from error
-        return msgspec.msgpack.encode(_Size(segment.nbytes))
+        return shmwire.encode(shmwire.Size(segment.nbytes))
 
     async def settle(self) -> None:
         """Nothing goes on by itself."""

@@ -3,7 +3,8 @@
  * The loop watches one descriptor, a private epoll that holds the lane's own eventfd, every peer's doorbell and every
  * peer's pidfd, all edge-triggered. Nobody ever reads a doorbell: the peer holds the same open file and could have emptied
  * it or switched its flags, and a read could then block the loop. With edges, asking the private epoll is enough: each write
- * to an eventfd is a new edge, whatever its count. */
+ * to an eventfd is a new edge, whatever its count. Doorbells are written a 0 (see at_shm_ring), so they are watched for writability
+ * too: an edge is told only with a state that is looked for, and a count of 0 is not readable. */
 #ifdef __linux__
 #define _GNU_SOURCE
 #include <sys/epoll.h>
@@ -38,7 +39,8 @@ void at_events_close(at_lane *lane) {
 
 int at_watch_fd(at_lane *lane, int fd, uint64_t tag, int edge) {
 #ifdef __linux__
-    struct epoll_event event = {.events = EPOLLIN | (edge ? (uint32_t)EPOLLET : 0u), .data.u64 = tag};
+    uint32_t bell = tag >> 32 == AT_TAG_DOORBELL ? (uint32_t)EPOLLOUT : 0u;
+    struct epoll_event event = {.events = EPOLLIN | bell | (edge ? (uint32_t)EPOLLET : 0u), .data.u64 = tag};
     return epoll_ctl(lane->epoll_fd, EPOLL_CTL_ADD, fd, &event);
 #else
     (void)lane, (void)fd, (void)tag, (void)edge;
@@ -108,6 +110,7 @@ static void heard(at_lane *lane, uint64_t tag) {
     if (peer->freed) return;
     if (tag >> 32 == AT_TAG_DOORBELL) {
         lane->stats.doorbells_heard++;
+        if (peer->port->rung != NULL) peer->port->rung(peer);
         peer->port->drain(peer);
     } else if (tag >> 32 == AT_TAG_DEATH) {
         at_event_push(lane, AT_EV_PEER, (uint64_t)peer->id, AT_EPEER, 0);

@@ -2,16 +2,18 @@
  *
  * A value is unknown, early (arrived before anybody opened it; kept, within a bound per sender), open (a counter exists),
  * retired (its counter was closed: later arrivals are strays) or lost (it arrived early when its sender's bound was
- * exhausted: opening it raises, because its count is not known). Retired and lost values cost eight bytes each.
+ * exhausted: opening it raises, because its count is not known). A retired value costs eight bytes.
  *
- * The table is open addressing with linear probing on a multiplicative hash; entries are never removed (values are at most
- * 2^32, and a retired value must be remembered anyway). */
+ * What peers can make us hold is bounded: `early_values` early values and as many lost ones for each sender, who is given up when he
+ * goes past both, and as many for all senders that have gone: those that went first are forgotten first.
+ *
+ * The table is open addressing with linear probing on a multiplicative hash; retired values stay in it (they are ours). */
 #include "lane.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum { FRESH = -100 };
+enum { FRESH = -100, GONE = -2 /* instead of a sender: one that has left */ };
 
 static uint32_t hash(uint32_t imm) { return (uint32_t)((imm * UINT64_C(0x9E3779B97F4A7C15)) >> 32); }
 
@@ -74,7 +76,53 @@ static int32_t record_new(at_lane *lane, uint32_t imm, int state) {
 static void early_leave(at_lane *lane, at_imm_record *record) {
     at_peer *sender = at_peer_find(lane, record->sender);
     if (sender != NULL && sender->early > 0) sender->early--;
+    lane->imm_orphans -= record->sender == GONE;
     lane->stats.early_values--;
+}
+
+/* As if it had never arrived. Linear probing keeps no tombstones: close the gap behind a removed entry. */
+static void forget(at_lane *lane, at_imm_record *record) {
+    uint32_t mask = lane->imm_mask, hole = (uint32_t)(find(lane, record->imm) - lane->imm_table);
+    for (uint32_t i = (hole + 1) & mask; lane->imm_table[i].value != AT_IMM_EMPTY; i = (i + 1) & mask) {
+        uint32_t home = hash(lane->imm_table[i].imm) & mask;
+        if (((i - home) & mask) < ((i - hole) & mask)) continue;
+        lane->imm_table[hole] = lane->imm_table[i];
+        hole = i;
+    }
+    lane->imm_table[hole].value = AT_IMM_EMPTY;
+    lane->imm_used--;
+    if (record->state == AT_IMM_EARLY) {
+        early_leave(lane, record);
+        lane->stats.overflowed += record->total;
+    } else {
+        lane->imm_orphans -= record->sender == GONE;
+    }
+    record->state = AT_IMM_FREE;
+    uint32_t index = (uint32_t)(record - lane->imm);
+    if (index < lane->imm_free) lane->imm_free = index;
+}
+
+void at_imm_departed(at_peer *peer) {
+    at_lane *lane = peer->lane;
+    uint64_t most = lane->config.early_values, own = (uint64_t)peer->early + peer->overflowed;
+    if (own == 0) return;
+    int full = lane->imm_orphans + own > most;
+    uint64_t lost = full ? most - peer->early : peer->overflowed; /* how many of those are still remembered */
+    for (uint32_t i = 0; i < lane->imm_count; i++) {
+        at_imm_record *record = &lane->imm[i];
+        if (record->state != AT_IMM_EARLY && record->state != AT_IMM_OVERFLOWN) continue;
+        if (record->sender == GONE && full) {
+            forget(lane, record);
+        } else if (record->sender == peer->id) {
+            if (record->state == AT_IMM_OVERFLOWN && lost-- == 0) {
+                lost = 0;
+                forget(lane, record);
+            } else {
+                record->sender = GONE;
+                lane->imm_orphans++;
+            }
+        }
+    }
 }
 
 /* Records are reused, ids are not: an event under way when its counter was closed finds nobody. */
@@ -98,21 +146,19 @@ static void disarm(at_lane *lane, at_imm_record *r) {
 void at_imm_arrive(at_peer *peer, uint32_t imm, uint64_t n) {
     at_lane *lane = peer->lane;
     lane->stats.arrivals += n;
-    at_imm_entry *e = lane->imm_blind ? find(lane, imm) : entry(lane, imm);
-    if (e == NULL || e->value == AT_IMM_EMPTY) { /* out of memory, or past every bound: not kept, and never silently */
-        lane->imm_blind = 1;
-        lane->stats.overflowed += n;
-        return;
-    }
-    if (e->value == FRESH) {
-        if (peer->early >= lane->config.early_values) {
+    at_imm_entry *e = find(lane, imm);
+    if (e == NULL || e->value == AT_IMM_EMPTY) {
+        if (peer->overflowed >= lane->config.early_values) at_peer_broke(peer);
+        if (!peer->broke) e = lane->imm_blind ? NULL : entry(lane, imm);
+        if (peer->broke || e == NULL) { /* past every bound, or out of memory: not kept, and never silently */
+            lane->imm_blind |= !peer->broke;
             lane->stats.overflowed += n;
-            e->value = AT_IMM_LOST;
-            /* Past a second bound not even the fact is kept for each: every unknown value is suspect from then on. */
-            if (++peer->overflowed > lane->config.early_values) lane->imm_blind = 1;
             return;
         }
-        int32_t index = record_new(lane, imm, AT_IMM_EARLY);
+    }
+    if (e->value == FRESH) {
+        int early = peer->early < lane->config.early_values;
+        int32_t index = record_new(lane, imm, early ? AT_IMM_EARLY : AT_IMM_OVERFLOWN);
         if (index < 0) {
             e->value = AT_IMM_LOST;
             lane->stats.overflowed += n;
@@ -120,14 +166,18 @@ void at_imm_arrive(at_peer *peer, uint32_t imm, uint64_t n) {
         }
         e->value = index;
         lane->imm[index].sender = peer->id;
-        peer->early++;
-        lane->stats.early_values++;
+        if (early) {
+            peer->early++;
+            lane->stats.early_values++;
+        } else {
+            peer->overflowed++;
+        }
     }
     if (e->value == AT_IMM_RETIRED) {
         lane->stats.strays += n;
         return;
     }
-    if (e->value == AT_IMM_LOST) {
+    if (e->value == AT_IMM_LOST || lane->imm[e->value].state == AT_IMM_OVERFLOWN) {
         lane->stats.overflowed += n;
         return;
     }
@@ -160,8 +210,8 @@ int64_t at_imm_open(at_lane *lane, uint32_t imm) {
     at_lock(lane);
     drain_all(lane);
     at_imm_entry *e = find(lane, imm);
-    int unknown = e->value == AT_IMM_EMPTY;
-    if ((unknown && lane->imm_blind) || (!unknown && e->value == AT_IMM_LOST)) {
+    int unknown = e == NULL || e->value == AT_IMM_EMPTY;
+    if (unknown ? lane->imm_blind : e->value == AT_IMM_LOST || (e->value >= 0 && lane->imm[e->value].state == AT_IMM_OVERFLOWN)) {
         result = AT_EOVERFLOW;
     } else if ((e = entry(lane, imm)) != NULL) {
         if (e->value < 0) {

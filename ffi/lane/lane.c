@@ -273,6 +273,12 @@ void at_peer_release(at_peer *peer) {
     free(peer);
 }
 
+void at_peer_broke(at_peer *peer) {
+    if (peer->broke) return;
+    peer->broke = 1;
+    at_event_push(peer->lane, AT_EV_PEER, (uint64_t)peer->id, AT_EPROTO, 0);
+}
+
 void at_peers_reap(at_lane *lane) {
     for (uint32_t i = 0; i < lane->peer_count && lane->lingering != 0; i++) {
         at_peer *peer = lane->peers[i];
@@ -302,7 +308,8 @@ int at_peer_free(at_lane *lane, int64_t id) {
     if (peer != NULL) {
         at_peer_end(peer, AT_EPEER);
         peer->port->drain(peer); /* what it had counted before it went is still ours */
-        peer->freed = 1;
+        peer->freed = peer->broke = 1;
+        at_imm_departed(peer);
         if (peer->port->inside != NULL && peer->port->inside(peer)) {
             peer->lingers = 1;
             lane->lingering++;

@@ -169,6 +169,7 @@ typedef struct at_port {
     int64_t (*post)(at_peer *peer, at_op *op);
 
     void (*drain)(at_peer *peer);                    /* hand arrivals to at_imm_arrive */
+    void (*rung)(at_peer *peer);                     /* its doorbell was heard, before the drain. NULL: it has none */
     int (*active)(at_peer *peer, uint32_t slot);     /* may something of that peer still land under this grant of ours? */
     void (*revoke)(at_peer *peer, uint32_t slot);    /* the grant was revoked: tell it. NULL: it sees the epoch word itself */
     void (*expel)(at_peer *peer);                    /* nothing that it has posted can land any more, at any price. NULL: no way */
@@ -191,6 +192,7 @@ struct at_peer {
     int status;                 /* AT_OK, or why it takes nothing more */
     int freed, lingers;         /* lingers: freed while it was inside a write; kept until it has left or died */
     int dead;                   /* its process is gone: nothing of it can land any more */
+    int broke;                  /* it broke the protocol, or was freed: nothing of it is counted any more */
     uint32_t users;             /* operations and remote regions */
     uint32_t posted;            /* work requests at the provider */
     int stalled;                /* the provider refused a post: counted in lane->stalled */
@@ -198,7 +200,7 @@ struct at_peer {
     uint64_t queued_ops, queued_bytes;
     at_op *head, *tail;         /* waiting operations, oldest first */
     uint32_t early;             /* distinct unopened values from this sender */
-    uint32_t overflowed;
+    uint32_t overflowed;        /* and those past that bound */
     uint64_t ping;
     const at_control *control;  /* the peer's control segment, as mapped here */
 };
@@ -212,7 +214,7 @@ typedef struct {
     int armed;          /* counted in lane->armed */
 } at_imm_record;
 
-enum { AT_IMM_FREE, AT_IMM_OPEN, AT_IMM_EARLY };
+enum { AT_IMM_FREE, AT_IMM_OPEN, AT_IMM_EARLY, AT_IMM_OVERFLOWN };
 
 typedef struct {
     uint32_t imm;
@@ -263,6 +265,7 @@ struct at_lane {
     uint32_t imm_count, imm_capacity, imm_free;
     at_imm_entry *imm_table;
     uint32_t imm_used, imm_mask;
+    uint64_t imm_orphans; /* unopened values of peers that have gone */
     uint32_t armed;
     int imm_blind;
 
@@ -291,6 +294,7 @@ struct at_lane {
     uint64_t watch_pause; /* ns between two looks */
     int pulse_heard; /* a ping was answered natively: the loop shall answer too */
     int again;       /* a rail was not through: the loop shall poll once more */
+    uint64_t pulse_answered; /* when the native thread did so last */
 
     uint64_t written;
     struct {
@@ -322,6 +326,7 @@ void at_rail_add(at_lane *lane, at_rail *rail);   /* with the lock; gone with th
 void at_rails_progress(at_rail *first, int from_loop); /* without the lock */
 void at_peer_release(at_peer *peer);              /* drop one use; destroys a freed peer with the last */
 void at_peer_end(at_peer *peer, int status);      /* with the lock: what at_peer_fail does */
+void at_peer_broke(at_peer *peer);                /* with the lock: it broke the protocol, the loop is told once */
 void at_peers_reap(at_lane *lane);                /* with the lock: let go of lingering peers that have left */
 
 /* Room for one more pointer; existing ones never move, so that ids and pointers stay good. */
@@ -379,6 +384,7 @@ uint64_t at_watch_look(at_lane *lane); /* tell of changes; ns until the next loo
 /* imm.c, with the lock */
 int at_imm_init(at_lane *lane); /* AT_OK or AT_ENOMEM */
 void at_imm_arrive(at_peer *peer, uint32_t imm, uint64_t n);
+void at_imm_departed(at_peer *peer); /* it was freed: its unopened values fall under the bound of all who have gone */
 void at_imm_destroy(at_lane *lane);
 
 /* events.c */

@@ -166,7 +166,7 @@ int64_t at_remote_add(at_lane *lane, int64_t peer_id, void *base, uint64_t va, u
     int64_t id = AT_ENOMEM;
     at_lock(lane);
     at_peer *peer = at_peer_find(lane, peer_id);
-    if (peer == NULL || peer->status != AT_OK || slot >= AT_GRANTS) {
+    if (peer == NULL || peer->status != AT_OK || slot >= AT_GRANTS || !(epoch & 1u)) { /* an even epoch is that of a revoked grant */
         id = peer == NULL || peer->status != AT_OK ? AT_EPEER : AT_ESTALE;
         goto out;
     }

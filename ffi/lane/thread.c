@@ -21,6 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#define PULSE_NS UINT64_C(200000)       /* pulses that come faster than this wait: they are no honest peer's */
 #define ROUND_BYTES ((uint64_t)4 << 20) /* one operation is served this long before others are looked at */
 
 #ifdef __linux__
@@ -29,7 +30,19 @@ static void answer_pings(at_lane *lane) {
     for (uint32_t i = 0; i < lane->peer_count; i++)
         if (lane->peers[i] != NULL) lane->peers[i]->port->answer(lane->peers[i], 0);
     lane->pulse_heard = 1;
+    lane->pulse_answered = at_now();
     at_event_signal(lane);
+}
+
+/* A flood of pulses costs us a nap, not a core. With the lock, which it drops. */
+static void pulse(at_lane *lane) {
+    if (at_now() - lane->pulse_answered < PULSE_NS) {
+        at_unlock(lane);
+        struct timespec nap = {0, (long)PULSE_NS};
+        (void)nanosleep(&nap, NULL);
+        at_lock(lane);
+    }
+    answer_pings(lane);
 }
 
 /* Sleep until somebody rings, or for `pause` ns when words are watched (0: none are). */
@@ -84,7 +97,7 @@ static void *thread_main(void *argument) {
         int n = wait_for_news(lane, ready, 4, pause);
         at_lock(lane);
         for (int i = 0; i < n; i++)
-            if (ready[i].data.fd == lane->pulse_fd) answer_pings(lane);
+            if (ready[i].data.fd == lane->pulse_fd) pulse(lane);
         while (!lane->thread_stop && !(lane->config.flags & AT_LANE_LOOP) && at_queued_work(lane, 1)) {
             uint64_t before = lane->stats.thread_chunks;
             call_helper(lane);
@@ -104,7 +117,7 @@ static void *thread_main(void *argument) {
 }
 
 static int watch(at_lane *lane, int fd) {
-    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.fd = fd};
+    struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET, .data.fd = fd}; /* pulses are written a 0: see events.c */
     return epoll_ctl(lane->thread_epoll_fd, EPOLL_CTL_ADD, fd, &event);
 }
 #endif

@@ -2,8 +2,8 @@
 
 /* Sealed, preallocated, zeroed shared memory. Returns 0 or -errno; *base stays mapped until at_segment_unmap. */
 int at_segment_new(uint64_t nbytes, void **base, int *fd);
-/* Maps a segment made by somebody else after verifying its seals and its size against our own fstat: 0, -EPERM (not
- * sealed), -ERANGE (another size), or -errno. fd is not kept. */
+/* Maps a segment made by somebody else after verifying its seals, its size and that it is allocated, by our own fstat: 0, -EPERM (not
+ * sealed), -ERANGE (another size), -ENODATA (its owner has not allocated it), or -errno. fd is not kept. */
 int at_segment_map(int fd, uint64_t nbytes, void **base);
 /* Touch every page of a mapping so that the first write does not fault; no Python lock is held. */
 int at_segment_touch(void *base, uint64_t nbytes);

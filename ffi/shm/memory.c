@@ -16,6 +16,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #ifndef MADV_POPULATE_WRITE
@@ -23,6 +24,7 @@
 #endif
 
 #define STEP ((uint64_t)32 << 20) /* pages are made so many bytes at a time */
+#define TMPFS 0x01021994 /* TMPFS_MAGIC of <linux/magic.h> */
 #define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
 static uint64_t whole_pages(uint64_t nbytes) {
@@ -65,12 +67,18 @@ int at_segment_new(uint64_t nbytes, void **base, int *fd_out) {
     return rc;
 }
 
+int at_shm_is_memory(int fd) {
+    struct statfs system;
+    return fstatfs(fd, &system) == 0 && system.f_type == TMPFS;
+}
+
 int at_segment_map(int fd, uint64_t nbytes, void **base) {
     struct stat info;
     int seals = fcntl(fd, F_GET_SEALS);
-    if (seals < 0 || (seals & SEALS) != SEALS) return -EPERM;
+    if (seals < 0 || (seals & SEALS) != SEALS || !at_shm_is_memory(fd)) return -EPERM;
     if (fstat(fd, &info) != 0) return -errno;
     if (nbytes > (uint64_t)INT64_MAX / 2 || (uint64_t)info.st_size != whole_pages(nbytes)) return -ERANGE;
+    if ((uint64_t)info.st_blocks * 512 < (uint64_t)info.st_size) return -ENODATA; /* touching it would be paid for by us */
     void *at = mmap(NULL, (size_t)info.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (at == MAP_FAILED) return -errno;
     *base = at;

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -82,13 +83,24 @@ static void *map_theirs(int fd, size_t size, int writable, const uint8_t cookie[
     struct stat info;
     int seals = fcntl(fd, F_GET_SEALS), wanted = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
     errno = EPROTO;
-    if (seals < 0 || (seals & wanted) != wanted || fstat(fd, &info) != 0 || (uint64_t)info.st_size != size) return NULL;
+    if (seals < 0 || (seals & wanted) != wanted || !at_shm_is_memory(fd) || fstat(fd, &info) != 0 ||
+        (uint64_t)info.st_size != size)
+        return NULL;
     void *at = mmap(NULL, size, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
     if (at == MAP_FAILED) return NULL;
     if (memcmp((uint8_t *)at + cookie_at, cookie, 16) == 0) return at;
     munmap(at, size);
     errno = EPROTO;
     return NULL;
+}
+
+/* Only an eventfd is written to: other files could take a write for more than a ring, or block it. */
+static int is_eventfd(int fd) {
+    static const char kind[] = "anon_inode:[eventfd]";
+    char path[32], name[sizeof kind];
+    (void)snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(path, name, sizeof name);
+    return n == (ssize_t)sizeof kind - 1 && memcmp(name, kind, sizeof kind - 1) == 0;
 }
 
 static void shm_free(at_shm *shm) {
@@ -118,7 +130,7 @@ int64_t at_shm_finish(at_lane *lane, at_shm_half *half, const at_shm_offer *thei
         return AT_ENOMEM;
     }
     *shm = (at_shm){.inbound_doorbell = -1, .outbound_doorbell = theirs->doorbell_fd, .outbound_pulse = theirs->pulse_fd,
-                    .pidfd = pidfd, .pid = pid, .mem_fd = mem_fd};
+                    .pidfd = pidfd, .pid = pid, .mem_fd = mem_fd, .patience = AT_PATIENCE};
     shm->control = map_theirs(theirs->control_fd, sizeof(at_control), 0, theirs->control_cookie, offsetof(at_control, cookie));
     int refused = shm->control == NULL ? errno : EPROTO;
     shm->outbound = map_theirs(theirs->channel_fd, sizeof(at_channel), 1, theirs->channel_cookie,
@@ -127,7 +139,8 @@ int64_t at_shm_finish(at_lane *lane, at_shm_half *half, const at_shm_offer *thei
     close_fd(theirs->control_fd);
     close_fd(theirs->channel_fd);
     if (shm->control == NULL || shm->outbound == NULL || shm->control->incarnation != incarnation ||
-        shm->outbound->owner != incarnation || shm->outbound->writer != lane->incarnation) {
+        shm->outbound->owner != incarnation || shm->outbound->writer != lane->incarnation ||
+        !is_eventfd(shm->outbound_doorbell) || !is_eventfd(shm->outbound_pulse)) {
         shm_free(shm);
         half_free(half);
         lane->oserror = refused;
@@ -223,6 +236,7 @@ const at_port at_shm_port = {
     .move = at_shm_move,
     .count = at_shm_count,
     .drain = at_shm_drain,
+    .rung = at_shm_rung,
     .active = shm_active,
     .bar = shm_bar,
     .inside = shm_inside,

@@ -83,9 +83,11 @@ static int64_t slot_of(at_shm *shm, uint32_t imm) {
     return slot;
 }
 
+/* An eventfd of the peer's making, of which it may have filled the counter and cleared O_NONBLOCK: a 1 would then wait here for
+ * ever. A 0 always fits, and wakes whoever waits with an edge all the same. */
 void at_shm_ring(int fd) {
-    uint64_t one = 1;
-    ssize_t written = write(fd, &one, sizeof one); /* fails only when full, which is readable too */
+    uint64_t nothing = 0;
+    ssize_t written = write(fd, &nothing, sizeof nothing);
     (void)written;
 }
 
@@ -123,6 +125,14 @@ static int seen_room(at_shm *shm, uint32_t slot) {
     return AT_OK;
 }
 
+/* Marks without arrivals and rings are paid for by arrivals. A peer that keeps to the protocol marks and rings once for each count, and
+ * each count is an arrival, so that it never owes; one that does not is found out after so many. */
+static void useless(at_peer *peer, at_shm *shm) {
+    if (--shm->patience < 0) at_peer_broke(peer);
+}
+
+void at_shm_rung(at_peer *peer) { useless(peer, peer->impl); }
+
 /* Returns 0 when memory is out: the slot stays marked and is looked at again. */
 static int take_slot(at_peer *peer, at_shm *shm, uint32_t slot) {
     at_channel *channel = shm->inbound;
@@ -130,11 +140,15 @@ static int take_slot(at_peer *peer, at_shm *shm, uint32_t slot) {
     uint64_t total = atomic_load_explicit(&channel->count[slot], memory_order_acquire);
     uint32_t imm = atomic_load_explicit(&channel->imm[slot], memory_order_relaxed);
     uint64_t n = total - shm->seen[slot];
-    if (n == 0) return 1;
+    if (n == 0) {
+        useless(peer, shm);
+        return 1;
+    }
+    if (shm->patience < AT_PATIENCE) shm->patience += 3; /* for its mark, its ring, and a look that came between them */
     shm->seen[slot] = total;
     atomic_store_explicit(&channel->drained[slot], total, memory_order_release);
     if (n >= WILD) {
-        if (peer->status == AT_OK) at_event_push(peer->lane, AT_EV_PEER, (uint64_t)peer->id, AT_EPROTO, n);
+        at_peer_broke(peer);
         return 1;
     }
     at_imm_arrive(peer, imm, n);
@@ -144,7 +158,7 @@ static int take_slot(at_peer *peer, at_shm *shm, uint32_t slot) {
 void at_shm_drain(at_peer *peer) {
     at_shm *shm = peer->impl;
     at_channel *channel = shm->inbound;
-    if (atomic_load_explicit(&channel->dirty, memory_order_relaxed) == 0) return;
+    if (atomic_load_explicit(&channel->dirty, memory_order_relaxed) == 0 || peer->broke) return;
     atomic_store(&channel->dirty, 0);
     for (uint32_t w = 0; w < AT_SLOTS / 4096; w++) {
         if (atomic_load_explicit(&channel->summary[w], memory_order_relaxed) == 0) continue;
@@ -152,7 +166,7 @@ void at_shm_drain(at_peer *peer) {
         for (; words != 0; words &= words - 1) {
             uint32_t word = w * 64 + (uint32_t)__builtin_ctzll(words);
             uint64_t bits = atomic_exchange(&channel->bitmap[word], 0);
-            for (; bits != 0; bits &= bits - 1) {
+            for (; bits != 0 && !peer->broke; bits &= bits - 1) {
                 uint32_t slot = word * 64 + (uint32_t)__builtin_ctzll(bits);
                 if (take_slot(peer, shm, slot)) continue;
                 atomic_fetch_or(&channel->bitmap[word], bits);

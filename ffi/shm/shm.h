@@ -19,7 +19,10 @@
  * owner has confirmed in `drained` may be given to another value.
  *
  * Everything in a channel may be scribbled over by its peer. The owner reads each word once and believes nothing but the
- * difference of two totals; indexes come from bit positions, never from memory. */
+ * difference of two totals; indexes come from bit positions, never from memory. Marks and rings that bring no arrivals are counted
+ * (`patience`), and so is what no honest peer does in one step: such a peer is given up. Descriptors are taken from a peer only after
+ * a look at what they are: sealed memory of tmpfs (huge pages could be punched out from under us), eventfds. What cannot be prevented:
+ * whoever shares an eventfd may have the kernel itself fill its counter (aio), and block even a 0. */
 #ifndef AT_SHM_H
 #define AT_SHM_H
 
@@ -27,6 +30,7 @@
 
 #define AT_SLOTS 65536u
 #define AT_COUNTING AT_MOVERS
+#define AT_PATIENCE 65536
 #define AT_CHANNEL_MAGIC UINT64_C(0x41544348414e4e45)
 
 typedef struct {
@@ -80,6 +84,7 @@ typedef struct {
     /* inbound counting */
     uint64_t *seen;
     uint32_t seen_room;
+    int64_t patience; /* how many more marks and rings without an arrival are put up with */
 } at_shm;
 
 extern const at_port at_shm_port;
@@ -99,10 +104,12 @@ static inline int at_shm_enter(const at_shm *shm, at_active *active, const at_re
 /* queue.c */
 int at_shm_count(at_peer *peer, const at_remote *remote, uint32_t imm, uint64_t n);
 void at_shm_drain(at_peer *peer);
+void at_shm_rung(at_peer *peer);
 void at_shm_ring(int fd);
 /* post.c */
 int at_shm_move(at_peer *peer, const at_op *op, uint64_t first, uint64_t n, int mover, uint64_t *moved, int *oserror);
 /* memory.c */
+int at_shm_is_memory(int fd); /* tmpfs, and no other file system that knows seals */
 int at_shm_probe(at_shm *shm, uint64_t va, const uint8_t cookie[16]);
 int at_shm_gone(const at_shm *shm); /* its process has ended: its pid may already be another's */
 /* Copy between local memory and the peer's address space, to it or (read) from it; 0 or an errno. */

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import aiotransfer as at
 from aiotransfer.control import frames
 from aiotransfer.control.frames import OfferWire, PeerInfo
+from aiotransfer.providers import shmwire
 
 from .rawpeer import RawPeer
 
@@ -30,6 +31,10 @@ DROPPED: dict[str, list[frames.Frame | bytes]] = {
     "a body nested too deeply": [(100_000).to_bytes(4, "little") + b"\x91" * 100_000],
     "a goodbye": [frames.Goodbye("x" * 100_000)],
     "a merge": [frames.Merge()],
+    "a group with a giant key": [frames.Join(bytes(1 << 19), 1, 1, (0, 0))],
+    "a generation that nothing can follow": [frames.Join(bytes(16), 1, BIG, (0, 0))],
+    "a rank out of this world": [frames.Join(bytes(16), BIG, 1, (0, 0))],
+    "more groups than anybody makes": [frames.Join(n.to_bytes(16), 1, 1, (0, 0)) for n in range(1025)],
 }
 TOLERATED: dict[str, list[frames.Frame | bytes]] = {
     "up without a path": [frames.Up(), frames.Up()],
@@ -42,6 +47,16 @@ TOLERATED: dict[str, list[frames.Frame | bytes]] = {
     "one number for two lookups": [frames.Lookup(1, "a"), frames.Lookup(1, "b"), frames.LookupCancel(1), frames.LookupCancel(1)],
     "a giant name": [frames.Lookup(-1, "n" * (1 << 20))],
     "revocations of nothing": [frames.Revoked([0, -5, BIG], "x")],
+    "half a million revocations": [frames.Revoked([1] * 500_000, "x" * 1000, [1] * 500_000)],
+    "shm questions out of range": [
+        frames.Ask(1, "shm", shmwire.encode(question))
+        for question in (
+            shmwire.Hello(b""), shmwire.Hello(bytes(1 << 19)), shmwire.Fetch(b"t" * 16, -1, 1, 1),
+            shmwire.Fetch(b"t" * 16, 0, -1, 1), shmwire.Fetch(b"t" * 16, BIG, BIG, BIG),
+        )
+    ],
+    "a loopback question that is none": [frames.Ask(1, "loopback", b"?")],
+    "a giant provider": [frames.Ask(1, "p" * (1 << 20), b"")],
 }
 
 

@@ -1,0 +1,219 @@
+"""Every decoder of bytes that somebody else wrote, each with what it must do with any input.
+
+Used by the properties of `test_decoders` and by the coverage-guided fuzzer (`make fuzz`). A check returns True when the bytes
+parsed, and then whatever they mean holds together; False when they were refused with the one documented error. Anything else is
+a bug.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from aiotransfer.control import frames
+from aiotransfer.control.frames import MAX_FRAME, PREAMBLE, Frame, FrameReader, Greeting, OfferWire, PeerInfo
+from aiotransfer.control.key import Key
+from aiotransfer.control.session import Role, Session
+from aiotransfer.errors import BrokenError, DescriptorError, RendezvousError
+from aiotransfer.model import descriptor
+from aiotransfer.model.descriptor import Grant, RemoteRegion
+from aiotransfer.providers import fabric, fdchannel, loopback, shmwire
+from aiotransfer.providers.port import decode
+
+KEY = Key("shared", b"k" * 32)
+INFO = PeerInfo("x", "127.0.0.1:1", 1, [OfferWire("shm", True, "", b"boot", b"\0aiotransfer-" + b"0" * 32)], (256, 1 << 22))
+NONCES: dict[str, bytes] = {"dialer": b"d" * 32, "acceptor": b"a" * 32}
+NUMBERS = {"dialer": 7, "acceptor": 9}
+GRANT = Grant("127.0.0.1:1", 5, 4096, 100, "write", "cpu", 1, 1, 3, 0, (("efa", b"key"),), 9)
+REGION = RemoteRegion.of(GRANT)
+FRAMES: tuple[Greeting | Frame, ...] = (
+    frames.Hello(1, 7, b"n" * 32, "shared"),
+    frames.Welcome(1, 7, b"n" * 32, "file"),
+    frames.Proof(b"m" * 32),
+    frames.Accepted(b"m" * 32, INFO),
+    frames.Info(INFO),
+    frames.Refused("key", "no"),
+    frames.Lookup(1, "name"),
+    frames.LookupCancel(1),
+    frames.Found(1, REGION.encode()),
+    frames.Failed(1, "stale", "gone"),
+    frames.Ask(1, "shm", shmwire.encode(shmwire.Hello(b"t" * 16))),
+    frames.Answer(1, b""),
+    frames.Message(b"hello"),
+    frames.Credit(64, 1 << 20),
+    frames.Ping(1),
+    frames.Pong(1),
+    frames.Revoked([1, 2], "closed", [3, 5]),
+    frames.Goodbye("bye"),
+    frames.Up(),
+    frames.Merge(),
+    frames.Join(b"k" * 16, 1, 2, (0xF000_0000, 0xF000_0001)),
+)
+_FLAGS = struct.Struct("<H")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """`check` is right for any bytes, and True for each of `seeds`."""
+
+    name: str
+    what: str
+    check: Callable[[bytes], bool]
+    seeds: Callable[[], list[bytes]]
+
+
+def session(role: Role) -> Session:
+    """One side of a handshake that can be repeated byte for byte."""
+    return Session(role, KEY, NUMBERS[role], INFO, NONCES[role])
+
+
+def conversation(role: Role, *more: Frame) -> bytes:
+    """What that side hears in a good handshake, and then these frames."""
+    dialer, acceptor = session("dialer"), session("acceptor")
+    heard = {"dialer": b"", "acceptor": b""}
+    while not (dialer.established and acceptor.established):
+        for side, speaker, listener in (("acceptor", dialer, acceptor), ("dialer", acceptor, dialer)):
+            said = speaker.take_output()
+            heard[side] += said
+            listener.receive(said)
+    return heard[role] + b"".join(map(frames.encode, more))
+
+
+def _stream(data: bytes) -> bool:
+    """Frames of a stream that comes in pieces, whose size is the first byte."""
+    reader = FrameReader()
+    piece, rest, parsed = data[0] + 1 if data else 1, data[1:], False
+    try:
+        for at in range(0, len(rest), piece):
+            reader.feed(rest[at : at + piece])
+            assert len(reader._buffer) <= reader.limit + 4 + len(PREAMBLE) + piece
+            while reader.next() is not None:
+                parsed = True
+    except RendezvousError:
+        assert not reader._buffer, "nothing of a stranger is kept"
+        return False
+    return parsed
+
+
+def _frame(data: bytes) -> bool:
+    """One frame after the handshake: what parses survives being written again."""
+    reader = FrameReader()
+    reader.limit = MAX_FRAME
+    reader.feed(PREAMBLE + len(data).to_bytes(4, "little") + data)
+    try:
+        frame = reader.next()
+    except RendezvousError:
+        return False
+    assert frame is not None
+    again = FrameReader()
+    again.limit = MAX_FRAME
+    again.feed(PREAMBLE + frames.encode(frame))
+    assert again.next() == frame
+    return True
+
+
+def _session(role: Role) -> Callable[[bytes], bool]:
+    other = session("acceptor" if role == "dialer" else "dialer")
+    other._theirs = session(role)._mine
+    proof = KEY.mac(other.role, other._transcript())
+
+    def check(data: bytes) -> bool:
+        mine = session(role)
+        piece, rest = data[0] + 1 if data else 1, data[1:]
+        try:
+            for at in range(0, len(rest), piece):
+                mine.receive(rest[at : at + piece])
+                assert mine.established <= (proof in rest), "opened without the key"
+                assert len(mine.take_output()) < 1024, "a stranger is answered with little"
+        except RendezvousError:
+            assert not mine.established
+            assert len(mine.take_output()) < 1024
+            return False
+        return mine.established
+
+    return check
+
+
+def _region(raw: bytes) -> bool:
+    try:
+        region = RemoteRegion.decode(raw)
+    except DescriptorError:
+        return False
+    assert 0 <= region._start <= region._start + region.nbytes <= region._grant.nbytes < 1 << 63
+    assert 0 <= region.base <= region.base + region.nbytes <= 1 << 64
+    assert RemoteRegion.decode(region.encode()) == region
+    return True
+
+
+def _summed(body: bytes) -> bool:
+    """A descriptor's body with the checksum that it needs."""
+    head = descriptor._HEAD.pack(descriptor.MAGIC, descriptor.VERSION) + body
+    return _region(head + zlib.crc32(head).to_bytes(4, "little"))
+
+
+def _broken(decode: Callable[[bytes], T], holds: Callable[[T], bool] = lambda parsed: True) -> Callable[[bytes], bool]:
+    def check(data: bytes) -> bool:
+        try:
+            parsed = decode(data)
+        except BrokenError:
+            return False
+        assert holds(parsed), f"{parsed} parsed"
+        return True
+
+    return check
+
+
+def _fits(asked: shmwire.Hello | shmwire.Fetch) -> bool:
+    numbers = (asked.slot, asked.epoch, asked.segment) if isinstance(asked, shmwire.Fetch) else ()
+    return len(asked.ticket) == fdchannel.TICKET_BYTES and all(0 <= n < 1 << 64 for n in numbers)
+
+
+def _fits_offer(offer: shmwire.Offer) -> bool:
+    return len(offer.control_cookie) == len(offer.channel_cookie) == 16 and 0 <= offer.probe_va < 1 << 64
+
+
+def _packet(data: bytes) -> bool:
+    """A packet; the first two bytes are the flags that the kernel would report."""
+    flags = _FLAGS.unpack(data[:2])[0] if len(data) >= 2 else 0
+    try:
+        ticket, body = fdchannel.parse(data[2:], flags)
+    except ConnectionError:
+        return False
+    assert len(ticket) == fdchannel.TICKET_BYTES
+    assert ticket + body == data[2:]
+    return True
+
+
+def _dialogues(role: Role) -> Callable[[], list[bytes]]:
+    return lambda: [bytes([n]) + conversation(role, *more) for n in (0, 255) for more in ((), FRAMES[6:12], FRAMES[12:])]
+
+
+DECODERS = (
+    Decoder("stream", "control frames in a stream, cut anywhere", _stream,
+            lambda: [b"\x1f" + PREAMBLE + b"".join(map(frames.encode, FRAMES[i : i + 4])) for i in range(0, len(FRAMES), 4)]),
+    Decoder("frame", "one control frame", _frame, lambda: [frames.encode(frame)[4:] for frame in FRAMES]),
+    Decoder("acceptor", "the greeting, on the side that was dialed", _session("acceptor"), _dialogues("acceptor")),
+    Decoder("dialer", "the greeting, on the side that dialed", _session("dialer"), _dialogues("dialer")),
+    Decoder("descriptor", "`RemoteRegion.decode`", _region, lambda: [REGION.encode(), REGION[10:20].encode()]),
+    Decoder("grant", "the same behind a good checksum", _summed, lambda: [REGION.encode()[5:-4], REGION[10:20].encode()[5:-4]]),
+    Decoder("shm question", "what a peer asks the shm provider", _broken(shmwire.question, _fits),
+            lambda: [shmwire.encode(q) for q in (shmwire.Hello(b"t" * 16), shmwire.Fetch(b"t" * 16, 1, 1, 3))]),
+    Decoder("shm offer", "what comes with a peer's descriptors", _broken(shmwire.offer, _fits_offer),
+            lambda: [shmwire.encode(shmwire.Offer(b"c" * 16, b"d" * 16, 1 << 46))]),
+    Decoder("shm size", "the answer to a question for a segment", _broken(shmwire.size, lambda size: 0 <= size < 1 << 63),
+            lambda: [shmwire.encode(shmwire.Size(1 << 20))]),
+    Decoder("shm name", "the name of a peer's socket", _broken(shmwire.socket_name), lambda: [b"\0aiotransfer-" + b"0a" * 16]),
+    Decoder("fabric question", "what a peer asks a fabric provider",
+            _broken(lambda data: decode(fabric._questions, data, "question", "tcp")),
+            lambda: [fabric._encode(q) for q in (fabric._Offer(0, 1, b"a" * 16, 1, 2, 3, 4, 1, 0), fabric._Borrow(1, 2, 3),
+                                                 fabric._Retire(1, 2))]),
+    Decoder("fabric loan", "the answer to a question for a key", _broken(lambda data: decode(fabric._lent, data, "loan", "tcp")),
+            lambda: [fabric._encode(fabric._Lent(1 << 46, 7))]),
+    Decoder("loopback question", "what a peer asks the loopback provider", _broken(loopback.question), lambda: [b""]),
+    Decoder("fd packet", "packets of the descriptor channel", _packet,
+            lambda: [b"\0\0" + b"t" * 16, b"\0\0" + b"t" * 16 + b"body"]),
+)  # fmt: skip
