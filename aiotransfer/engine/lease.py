@@ -4,6 +4,7 @@ Taking back changes the grant's epoch, which every writer compares around each c
 that moment is seen in that writer's active words: the lease is `revoking` until they name the grant no more, and then `revoked`,
 with nothing left that could land. A writer that was stopped inside a chunk cannot be waited for: past the deadline of `revoke`,
 or when the peer is given up, the lease is `quarantined` and becomes `revoked` by itself when the writer moves on or dies.
+Between hosts there are no such words: the holder confirms that nothing is posted any more, and is fenced when it does not.
 
     active -> revoking -> revoked
                   |           ^
@@ -82,11 +83,17 @@ class Lease:
             async with asyncio.timeout(None if seconds == math.inf else seconds):
                 await waiter
         except TimeoutError:
+            self._fence()
             if not self._settle():
                 self._state = "quarantined"
                 raise self._unproved(f"{self.peer} is still inside a write after {seconds:g} s") from None
         finally:
             self._waiters.pop(waiter, None)
+
+    def _fence(self) -> None:
+        """Whoever has not confirmed that it is over is cut off, where that can be done to him alone."""
+        if self._state != "revoked":
+            self._engine._lane.expel_grant(self._grant.slot)
 
     def _unproved(self, why: str) -> QuarantineError:
         return QuarantineError(
@@ -113,7 +120,7 @@ class Lease:
         if not engine._lane.usable:  # closed: what could not be proved then was reported, and never will be here
             return True
         if engine._lane.grant_active(slot) != 0:
-            engine._unsettled(self)
+            engine._quarantine.add(self)
             return False
         engine._lane.free_grant(slot)
         self._state = "revoked"

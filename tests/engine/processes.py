@@ -10,11 +10,15 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import aiotransfer as at
 from aiotransfer.engine.world import World
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric import Limits
+
+if TYPE_CHECKING:
+    from tests.hosts.net import Host
 
 NBYTES = 64 << 20
 NONE = Limits()
@@ -22,11 +26,11 @@ NONE = Limits()
 
 @contextlib.asynccontextmanager
 async def other_process(
-    engine: at.Engine, providers: str = "auto", limits: Limits = NONE
+    engine: at.Engine, providers: str = "auto", limits: Limits = NONE, host: Host | None = None
 ) -> AsyncIterator[tuple[subprocess.Popen[bytes], at.Peer]]:
-    """Start it, wait until it has connected, kill it at the end."""
+    """Start it, on another host if one is given, wait until it has connected, kill it at the end."""
     command = [sys.executable, str(Path(__file__)), str(engine.address), providers, *map(str, limits)]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command) if host is None else host.popen([*command, host.listen])
     arrivals = engine.arrivals()
     try:
         yield process, await asyncio.wait_for(anext(arrivals), 20)
@@ -56,13 +60,13 @@ async def flood(engine: at.Engine, peer: at.Peer, descriptor: str, page_bytes: s
             await peer.send(f"{type(error).__name__}: {error}".encode())
 
 
-async def main(address: str, providers: str, *limits: str) -> None:
+async def main(address: str, providers: str, without: str, most_bytes: str, most_posted: str, listen: str = "127.0.0.1:0") -> None:
     import ctypes
 
     tasks: list[asyncio.Task[None]] = []
 
-    world = World(limits=Limits(*map(int, limits)))
-    async with at.open_engine(name="other", providers=providers, _world=world) as engine:
+    world = World(limits=Limits(int(without), int(most_bytes), int(most_posted)))
+    async with at.open_engine(name="other", providers=providers, listen=listen, _world=world) as engine:
         allocated, foreign = engine.allocate(NBYTES), engine.register(bytearray(NBYTES))
         engine.publish("allocated", allocated)
         engine.publish("foreign", foreign)
