@@ -26,11 +26,11 @@ NONE = Limits()
 
 @contextlib.asynccontextmanager
 async def other_process(
-    engine: at.Engine, providers: str = "auto", limits: Limits = NONE, host: Host | None = None
+    engine: at.Engine, providers: str = "auto", limits: Limits = NONE, host: Host | None = None, *, contained: bool = False
 ) -> AsyncIterator[tuple[subprocess.Popen[bytes], at.Peer]]:
     """Start it, on another host if one is given, wait until it has connected, kill it at the end."""
     command = [sys.executable, str(Path(__file__)), str(engine.address), providers, *map(str, limits)]
-    process = subprocess.Popen(command) if host is None else host.popen([*command, host.listen])
+    process = subprocess.Popen(command) if host is None else host.popen([*command, host.listen], contained=contained)
     arrivals = engine.arrivals()
     try:
         yield process, await asyncio.wait_for(anext(arrivals), 20)
@@ -70,6 +70,7 @@ async def main(address: str, providers: str, without: str, most_bytes: str, most
         allocated, foreign = engine.allocate(NBYTES), engine.register(bytearray(NBYTES))
         engine.publish("allocated", allocated)
         engine.publish("foreign", foreign)
+        engine.publish("readable", allocated, access="read")
         counter = engine.counter(imm=1)
         peer = await engine.connect(address)
         async for message in engine.messages():
@@ -86,6 +87,15 @@ async def main(address: str, providers: str, without: str, most_bytes: str, most
                 await peer.send(str(counter.total).encode())
             elif command == "flood":  # write under a lease until that is refused, standing in a chunk first, pausing after each
                 tasks.append(asyncio.create_task(flood(engine, peer, *argument.split())))
+            elif command == "write":  # all of what another engine has allocated; the answer says by which path
+                other = await engine.connect(argument)
+                await engine.write(allocated, await other.lookup("allocated"), imm=1)
+                await peer.send(other.path.provider.encode())
+            elif command == "barrier":
+                await engine.group(argument.split()).barrier()
+                await peer.send(b"passed")
+            elif command == "path":
+                await peer.send(f"{peer.path.provider} {peer.path.reasons}".encode())
             elif command == "leave":
                 return
 

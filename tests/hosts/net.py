@@ -116,11 +116,13 @@ class Host:
         """A context: the calling thread lives on this host."""
         return inside(self.namespace)
 
-    def popen(self, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-        """Start a process of this host. It has the common key, and is killed at the end."""
+    def popen(self, command: Sequence[str], *, contained: bool = False, **options: Any) -> subprocess.Popen[bytes]:
+        """Start a process of this host. It has the common key, and is killed at the end. `contained`: the host is no machine
+        but a container on this one."""
         environ = {**os.environ, "AIOTRANSFER_KEY": KEY}
+        identity = [] if contained else ["sh", "-c", _AS_HOST, str(self._boot)]
         process = subprocess.Popen(
-            ["ip", "netns", "exec", self.namespace, "sh", "-c", _AS_HOST, str(self._boot), *command], env=environ, **options
+            ["ip", "netns", "exec", self.namespace, *identity, *command], env=environ, **options
         )
         self._processes.append(process)
         return process
