@@ -71,10 +71,15 @@ class Lease:
         engine = self._engine
         seconds = engine._seconds(timeout)
         self._withdraw("revoked by its owner")
+        await self._until_over(seconds)
+        engine._progress.poll()  # what arrived before is counted before we return
+
+    async def _until_over(self, seconds: float) -> None:
         for _ in range(SPINS):
             if self._settle():
                 return
             await asyncio.sleep(0)
+        engine = self._engine
         if self.peer._state in ("lost", "closed"):
             seconds = min(seconds, DEATH_SECONDS)
         waiter: asyncio.Future[None] = engine._loop.create_future()
