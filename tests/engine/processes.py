@@ -87,9 +87,9 @@ async def main(address: str, providers: str, without: str, most_bytes: str, most
                 await peer.send(str(counter.total).encode())
             elif command == "flood":  # write under a lease until that is refused, standing in a chunk first, pausing after each
                 tasks.append(asyncio.create_task(flood(engine, peer, *argument.split())))
-            elif command == "write":  # all of what another engine has allocated; the answer says by which path
+            elif command == "write":  # into what another engine has allocated; the answer says by which path
                 other = await engine.connect(argument)
-                await engine.write(allocated, await other.lookup("allocated"), imm=1)
+                await engine.write(allocated[: 1 << 20], (await other.lookup("allocated"))[: 1 << 20], imm=1)
                 await peer.send(other.path.provider.encode())
             elif command == "barrier":
                 await engine.group(argument.split()).barrier()
