@@ -29,6 +29,7 @@ from aiotransfer.engine.peer import Message, Peer
 from aiotransfer.engine.plans import Planner
 from aiotransfer.engine.progress import Progress
 from aiotransfer.engine.publications import Publications
+from aiotransfer.engine.quarantine import Quarantine
 from aiotransfer.engine.refusals import lacking
 from aiotransfer.engine.region import ACCESSES, Region
 from aiotransfer.engine.statistics import Statistics
@@ -48,11 +49,9 @@ from aiotransfer.providers.select import check_names, open_providers
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aiotransfer.engine.lease import Lease
     from aiotransfer.model.descriptor import Grant
 
 
-SETTLE_SECONDS = 0.02  # how often quarantined memory is looked at
 MOST_REASONS = 4096  # of revocations, kept for errors
 FIRST_FREE_IMM = RESERVED - 1
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -110,9 +109,8 @@ class Engine(Planner):
         self._regions: dict[int, Region] = {}
         self._closing_regions: dict[int, Region] = {}
         self._granted: dict[int, tuple[Region, Grant]] = {}  # by slot
-        self._quarantine: dict[Region | Lease, None] = {}
+        self._quarantine = Quarantine(self)
         self._revocations: dict[tuple[int, int, int], str] = {}  # reasons, by incarnation, slot and epoch
-        self._quarantine_timer: asyncio.TimerHandle | None = None
         self._counters: dict[int, Counter] = {}
         self._records: dict[int, Counter] = {}
         self._next_imm = FIRST_FREE_IMM
@@ -252,19 +250,6 @@ class Engine(Planner):
             region._native_busy = False
             region._settle()
 
-    def _unsettled(self, region: Region | Lease) -> None:
-        """A peer is inside a write under one of its grants: look again until it has left."""
-        self._quarantine[region] = None
-        if self._quarantine_timer is None and self._state != "closed":
-            self._quarantine_timer = self._loop.call_later(SETTLE_SECONDS, self._look_at_quarantine)
-
-    def _look_at_quarantine(self) -> None:
-        self._quarantine_timer = None
-        if self._lane.usable:
-            waiting, self._quarantine = self._quarantine, {}
-            for region in waiting:
-                region._settle()
-
     # ---- counters, messages, peers ----
 
     def counter(self, imm: int | None = None) -> Counter:
@@ -378,8 +363,7 @@ class Engine(Planner):
             path.close()
         for lease in list(peer._leases):
             lease._peer_gone()
-        for region in list(self._quarantine):
-            region._settle()
+        self._quarantine.look()
 
     # ---- the end ----
 
@@ -436,8 +420,7 @@ class Engine(Planner):
             self._liveness.close()
             self._sweeper.close()
             self._mailbox.close()
-            if self._quarantine_timer is not None:
-                self._quarantine_timer.cancel()
+            self._quarantine.close()
             for provider in self._providers.values():
                 provider.close()
             self._progress.close()

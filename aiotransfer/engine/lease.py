@@ -4,6 +4,7 @@ Taking back changes the grant's epoch, which every writer compares around each c
 that moment is seen in that writer's active words: the lease is `revoking` until they name the grant no more, and then `revoked`,
 with nothing left that could land. A writer that was stopped inside a chunk cannot be waited for: past the deadline of `revoke`,
 or when the peer is given up, the lease is `quarantined` and becomes `revoked` by itself when the writer moves on or dies.
+Between hosts there are no such words: the holder confirms that nothing is posted any more, and is fenced when it does not.
 
     active -> revoking -> revoked
                   |           ^
@@ -73,10 +74,15 @@ class Lease:
         if engine._state == "open":
             engine._check()  # a forked child cannot take back what its parent gave
         self._withdraw("revoked by its owner")
+        await self._until_over(seconds)
+        engine._progress.poll()  # what arrived before is counted before we return
+
+    async def _until_over(self, seconds: float) -> None:
         for _ in range(SPINS):
             if self._settle():
                 return
             await asyncio.sleep(0)
+        engine = self._engine
         if self.peer._state in ("lost", "closed"):
             seconds = min(seconds, DEATH_SECONDS)
         waiter: asyncio.Future[None] = engine._loop.create_future()
@@ -85,11 +91,17 @@ class Lease:
             async with asyncio.timeout(None if seconds == math.inf else seconds):
                 await waiter
         except TimeoutError:
+            self._fence()
             if not self._settle():
                 self._state = "quarantined"
                 raise self._unproved(f"{self.peer} is still inside a write after {seconds:g} s") from None
         finally:
             self._waiters.pop(waiter, None)
+
+    def _fence(self) -> None:
+        """Whoever has not confirmed that it is over is cut off, where that can be done to him alone."""
+        if self._state != "revoked":
+            self._engine._lane.expel_grant(self._grant.slot)
 
     def _unproved(self, why: str) -> QuarantineError:
         return QuarantineError(
@@ -116,7 +128,7 @@ class Lease:
         if not engine._lane.usable:  # closed: what could not be proved then was reported, and never will be here
             return True
         if engine._lane.grant_active(slot) != 0:
-            engine._unsettled(self)
+            engine._quarantine.add(self)
             return False
         engine._lane.free_grant(slot)
         self._state = "revoked"

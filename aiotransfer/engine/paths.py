@@ -88,7 +88,13 @@ class Paths:
                 former.close()
             peer._paths.clear()
             peer._path = path
+            path.reasons = self._passed_over(peer, path.provider)
         self._attach(peer, path)
+
+    def _passed_over(self, peer: Peer, taken: str) -> tuple[tuple[str, str], ...]:
+        ranking = self._ranking(peer)
+        better = ranking.paths[: ranking.paths.index(taken)] if taken in ranking.paths else ()
+        return (*ranking.reasons, *((name, "the other side, which dialed, did not take it") for name in better))
 
     async def _another(self, peer: Peer, but: set[str]) -> Path | None:
         """The best path by none of these providers, set up if need be."""

@@ -68,7 +68,7 @@ class Progress:
             elif kind == lib.AT_EV_UP:
                 lane.news(number)
             elif kind == lib.AT_EV_GRANT:
-                engine._look_at_quarantine()
+                engine._quarantine.look()
             elif kind == lib.AT_EV_REGION:
                 engine._region_free(number)
             elif kind == lib.AT_EV_WATCH:

@@ -256,7 +256,7 @@ class Region(RegionView):
                 engine._granted.pop(grant.slot, None)
                 del self._grants[access]
         if self._grants:
-            engine._unsettled(self)
+            engine._quarantine.add(self)
             return False
         if self._leases:
             return False
@@ -270,8 +270,16 @@ class Region(RegionView):
         self._waiters.clear()
         return True
 
+    def _fence(self) -> None:
+        for lease in list(self._leases):
+            lease._fence()
+            lease._settle()
+        for grant in self._grants.values():
+            self._engine._lane.expel_grant(grant.slot)
+
     async def aclose(self, timeout: float | None = None) -> None:
-        """Revoke every descriptor, also published ones, and wait until nothing can change the memory any more.
+        """Revoke every descriptor, also published ones, and wait until nothing can change the memory any more. A peer that does
+        not confirm this within `drain_timeout` is fenced, where its provider can do that.
 
         Raises `QuarantineError` when that cannot be proved within `timeout` seconds (default: the engine's); the memory then
         stays quarantined until it can.
@@ -289,6 +297,9 @@ class Region(RegionView):
             async with asyncio.timeout(None if seconds == math.inf else seconds):
                 await waiter
         except TimeoutError:
+            self._fence()
+            if self._settle():
+                return
             raise QuarantineError(
                 f"a peer may still be writing into this region of {self.nbytes} bytes",
                 hint="the memory stays quarantined and is released when the peer moves on or dies",

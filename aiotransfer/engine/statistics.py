@@ -55,7 +55,7 @@ class Statistics:
             remote_regions=lane["remote_regions"],
             grants=lane["grants"],
             peers=len(engine.peers),
-            quarantined_bytes=sum(region.nbytes for region in engine._quarantine),
+            quarantined_bytes=engine._quarantine.nbytes,
             doorbells_rung=lane["doorbells_rung"],
             doorbells_heard=lane["doorbells_heard"],
             polls=lane["polls"],

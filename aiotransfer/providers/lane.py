@@ -131,6 +131,10 @@ class Lane:
         """How many writers are inside a write under a revoked grant; 0 is proof that nothing more lands."""
         return int(native.lib.at_grant_active(self.pointer, slot)) if self.usable else 0
 
+    def expel_grant(self, slot: int) -> int:
+        """Cut off who is still inside a write under a revoked grant, where his provider can fence him alone; who is left."""
+        return int(native.lib.at_grant_expel(self.pointer, slot)) if self.usable else 0
+
     def free_grant(self, slot: int) -> None:
         """Let the slot be used again; only after `grant_active` was 0."""
         if self.usable:

@@ -112,6 +112,7 @@ struct at_fab_end {
     int telling;         /* a letter is under way */
     uint64_t ping, answered_native, answered_loop; /* ours, and what came back */
     uint64_t asked, pong_loop;                     /* theirs: the last they asked, and the last our loop has answered */
+    uint64_t signs;      /* what else has come of it, as good as an answer: on a slow link a letter waits behind much data */
     int news;            /* a ping or an answer is to be told */
     uint8_t *hold;       /* by slot: what of ours it holds (AT_HOLD_*) */
     uint32_t hold_room;

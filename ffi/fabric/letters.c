@@ -244,7 +244,7 @@ void at_fab_ping(at_peer *peer, uint64_t seq) {
 
 void at_fab_pong(at_peer *peer, uint64_t *native, uint64_t *loop) {
     const at_fab_end *end = peer->impl;
-    *native = end->answered_native;
+    *native = end->answered_native + end->signs; /* another number means that it is there */
     *loop = end->answered_loop;
 }
 

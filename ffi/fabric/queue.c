@@ -40,6 +40,7 @@ static void arrival(at_fab *fab, uint64_t data) {
         return;
     }
     end->arrived++;
+    if (at_fab_is(fab, AT_FAB_MARKS)) end->signs++;
     at_imm_arrive(end->peer, (uint32_t)data, n);
 }
 
@@ -53,6 +54,7 @@ static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
     fab->posted--;
     at_fab_slot_free(fab, slot);
     peer->users++;
+    end->signs += status == AT_OK; /* delivered: the other side has said so */
     if (status == AT_OK) at_op_complete(op, steps, bytes, counts, AT_OK);
     else at_op_complete(op, 0, 0, 0, op->status != AT_OK ? op->status : status);
     if (end->again.head != NULL) {

@@ -10,11 +10,15 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import aiotransfer as at
 from aiotransfer.engine.world import World
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric import Limits
+
+if TYPE_CHECKING:
+    from tests.hosts.net import Host
 
 NBYTES = 64 << 20
 NONE = Limits()
@@ -22,11 +26,11 @@ NONE = Limits()
 
 @contextlib.asynccontextmanager
 async def other_process(
-    engine: at.Engine, providers: str = "auto", limits: Limits = NONE
+    engine: at.Engine, providers: str = "auto", limits: Limits = NONE, host: Host | None = None, *, contained: bool = False
 ) -> AsyncIterator[tuple[subprocess.Popen[bytes], at.Peer]]:
-    """Start it, wait until it has connected, kill it at the end."""
+    """Start it, on another host if one is given, wait until it has connected, kill it at the end."""
     command = [sys.executable, str(Path(__file__)), str(engine.address), providers, *map(str, limits)]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command) if host is None else host.popen([*command, host.listen], contained=contained)
     arrivals = engine.arrivals()
     try:
         yield process, await asyncio.wait_for(anext(arrivals), 20)
@@ -62,16 +66,17 @@ async def dial(address: str) -> None:
         await peer.closed()
 
 
-async def main(address: str, providers: str, *limits: str) -> None:
+async def main(address: str, providers: str, without: str, most_bytes: str, most_posted: str, listen: str = "127.0.0.1:0") -> None:
     import ctypes
 
     tasks: list[asyncio.Task[None]] = []
 
-    world = World(limits=Limits(*map(int, limits)))
-    async with at.open_engine(name="other", providers=providers, _world=world) as engine:
+    world = World(limits=Limits(int(without), int(most_bytes), int(most_posted)))
+    async with at.open_engine(name="other", providers=providers, listen=listen, _world=world) as engine:
         allocated, foreign = engine.allocate(NBYTES), engine.register(bytearray(NBYTES))
         engine.publish("allocated", allocated)
         engine.publish("foreign", foreign)
+        engine.publish("readable", allocated, access="read")
         counter = engine.counter(imm=1)
         peer = await engine.connect(address)
         async for message in engine.messages():
@@ -90,6 +95,15 @@ async def main(address: str, providers: str, *limits: str) -> None:
                 tasks.append(asyncio.create_task(flood(engine, peer, *argument.split())))
             elif command == "dial":  # with another engine, closed at the end
                 tasks.append(asyncio.create_task(dial(argument)))
+            elif command == "write":  # into what another engine has allocated; the answer says by which path
+                other = await engine.connect(argument)
+                await engine.write(allocated[: 1 << 20], (await other.lookup("allocated"))[: 1 << 20], imm=1)
+                await peer.send(other.path.provider.encode())
+            elif command == "barrier":
+                await engine.group(argument.split()).barrier()
+                await peer.send(b"passed")
+            elif command == "path":
+                await peer.send(f"{peer.path.provider} {peer.path.reasons}".encode())
             elif command == "leave":
                 return
 

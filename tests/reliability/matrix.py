@@ -31,6 +31,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.testing.fabric import Fabric, fabric
+from tests.hosts.net import KEY, Hosts
 from tests.reliability.party import CONFIG, OPERATIONS, POISON, UNITS, Party
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "reliability" / "matrix.md"
@@ -42,9 +43,13 @@ LOCAL = (
 FAULTS = {
     "loopback": ("killed", "stopped", "paused", "restarted", *LOCAL, "path cut", "bad weather"),
     "shm": ("killed", "stopped", "paused", "restarted", *LOCAL, "loop blocked"),
-}
+    "tcp": (
+        "killed", "stopped", "paused", "restarted", *LOCAL, "loop blocked", "cable cut", "one-way cut", "address gone", "path broken",
+    ),
+}  # fmt: skip
+SILENT = ("stopped", "cable cut", "one-way cut", "address gone")  # nothing says that it is gone
 PAUSE, BLOCK, TIMEOUT = 0.2, 0.8, 2.0
-SOON = {"loopback": 0.05, "shm": 0.3}  # seconds within which the news of a death or a goodbye comes
+SOON = {"loopback": 0.05, "shm": 0.3, "tcp": 0.3}  # seconds within which the news of a death or a goodbye comes
 TRANSFERS = ("write", "pages", "scatter", "read")
 
 
@@ -76,7 +81,7 @@ def expected(provider: str, fault: str, operation: str, side: str) -> set[str]:
     """The errors that the survivor may see; empty: it goes on."""
     if fault == "stopped" and provider == "shm" and side == "there" and operation in (*TRANSFERS, "signal"):
         return {"goes on"}  # one-sided: its memory is there, and nothing waits for the process
-    if fault in ("killed", "stopped", "restarted"):
+    if fault in ("killed", "restarted", *SILENT):
         return {"PeerLostError"}
     if fault in ("engine closed", "peer closed", "control cut", "garbage"):
         # Who closes, or gives a peer up, also takes its memory back; a write may meet either first.
@@ -97,7 +102,7 @@ def expected(provider: str, fault: str, operation: str, side: str) -> set[str]:
 
 def bound(provider: str, fault: str) -> float:
     """Seconds until the survivor has to know."""
-    if fault == "stopped":
+    if fault in SILENT:
         return CONFIG["peer_timeout"] + CONFIG["drain_timeout"] + SOON[provider]
     return TIMEOUT + 0.2 if fault in ("cancel", "deadline", "path cut") else SOON[provider]
 
@@ -155,12 +160,16 @@ class Simulated(Struck):
 
 
 class Process(Struck):
-    """Another process of this host."""
+    """Another process of this host, or of another one."""
 
-    def __init__(self, address: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.reliability.party", address], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+    def __init__(self, address: str, hosts: Hosts | None = None, listen: str | None = None) -> None:
+        self.hosts = hosts
+        command = [sys.executable, "-m", "tests.reliability.party", address]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        if hosts is None:
+            self.process = subprocess.Popen(command, **pipes)
+        else:
+            self.process = hosts[1].popen([*command, listen or hosts[1].listen], **pipes)
 
     async def hear(self) -> Any:
         assert self.process.stdout is not None
@@ -181,11 +190,22 @@ class Process(Struck):
             if fault == "paused":
                 await asyncio.sleep(PAUSE)
                 os.kill(self.process.pid, signal.SIGCONT)
+        elif fault in SILENT:
+            assert self.hosts is not None
+            here, there = self.hosts
+            {
+                "cable cut": there.cut, "one-way cut": lambda: there.cut_towards(here), "address gone": lambda: there.move("10.99.0.77"),
+            }[fault]()  # fmt: skip
         else:
             await self.order(do="strike", fault=fault, argument=BLOCK)
 
     async def heal(self, fault: str) -> None:
-        os.kill(self.process.pid, signal.SIGCONT)
+        if fault == "stopped":
+            os.kill(self.process.pid, signal.SIGCONT)
+        elif fault == "cable cut" and self.hosts is not None:
+            self.hosts[1].mend()
+        elif fault == "one-way cut" and self.hosts is not None:
+            self.hosts[1].mend_towards(self.hosts[0])
 
     def close(self) -> None:
         self.process.kill()
@@ -224,7 +244,7 @@ async def fire(
         assert set(outcome.errors) <= may, f"{outcome.errors} seen, {may or 'nothing'} expected: {survivor.error}"
         assert outcome.seconds <= limit, f"seen after {outcome.seconds:.3f} s, {limit:.3f} allowed"
         survivor.region.numpy()[:] = 0x3C
-        if fault == "stopped":
+        if fault in SILENT:
             await struck.heal(fault)
         await asyncio.sleep(0.05)
         assert survivor.lease is not None
@@ -233,7 +253,7 @@ async def fire(
             assert survivor.lease.state == "revoked"
             assert (survivor.region.numpy() == 0x3C).all(), "late: bytes changed after the peer was given up"
         return outcome
-    if fault == "stopped":
+    if fault in SILENT:
         await struck.heal(fault)
     survivor.told = True
     went_on = not expected_to_starve(fault)
@@ -324,28 +344,34 @@ def simulated_cell(fault: str, operation: str, side: str, seed: int) -> Outcome:
     return net.run(scenario)
 
 
-async def process_cell(fault: str, operation: str, side: str, seed: int) -> Outcome:
-    """One cell between two processes by shared memory."""
+async def process_cell(fault: str, operation: str, side: str, seed: int, hosts: Hosts | None = None) -> Outcome:
+    """One cell between two processes: of one host by shared memory, of two by tcp."""
     config = at.Config(**CONFIG)
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
-    async with at.open_engine(config=config, timeout=TIMEOUT, name="survivor") as engine, at.open_engine(name="third") as third:
-        return await struck_process(engine, third, fault, operation, side, random.Random(seed))
+    where: dict[str, Any] = {} if hosts is None else {"listen": hosts[0].listen, "key": KEY.encode()}
+    async with at.open_engine(config=config, timeout=TIMEOUT, name="survivor", **where) as engine:
+        async with at.open_engine(name="third", **where) as third:
+            return await struck_process(engine, third, fault, operation, side, random.Random(seed), hosts)
 
 
 async def struck_process(
-    engine: at.Engine, third: at.Engine, fault: str, operation: str, side: str, rng: random.Random
+    engine: at.Engine, third: at.Engine, fault: str, operation: str, side: str, rng: random.Random, hosts: Hosts | None = None
 ) -> Outcome:
     """Start another process, strike it, and leave `engine` as it was."""
     survivor = Party(engine)
-    struck = Process(str(engine.address))
+    struck = Process(str(engine.address), hosts)
+    again: Process | None = None
     try:
         await survivor.meet(None)
         theirs = await struck.hear()
         survivor.remote = at.RemoteRegion.decode(bytes.fromhex(theirs["lease"]))
         assert survivor.lease is not None
         await struck.order(do="remote", lease=survivor.lease.descriptor.encode().hex())
-        outcome = await fire("shm", fault, operation, side, survivor, struck, rng)
-        if fault == "restarted":
+        outcome = await fire("shm" if hosts is None else "tcp", fault, operation, side, survivor, struck, rng)
+        if fault == "restarted" and hosts is not None:
+            again = Process(str(engine.address), hosts, theirs["address"])
+            await stale(survivor, theirs["address"])
+        elif fault == "restarted":
             async with at.open_engine(listen=theirs["address"], name="again"):
                 await stale(survivor, theirs["address"])
         await afterwards(survivor, third, operation)
@@ -353,6 +379,8 @@ async def struck_process(
         await asyncio.wait([survivor.task])
     finally:
         struck.close()
+        if again is not None:
+            again.close()
         await survivor.leave()
     return outcome
 
@@ -370,6 +398,9 @@ def cell(provider: str, fault: str, operation: str, side: str, seed: int = 0) ->
     try:
         if provider == "loopback":
             return simulated_cell(fault, operation, side, seed)
+        if provider == "tcp":
+            with Hosts(2) as hosts, hosts[0].inside():
+                return asyncio.run(process_cell(fault, operation, side, seed, hosts))
         return asyncio.run(process_cell(fault, operation, side, seed))
     except BaseException as error:
         error.add_note(f"python -m tests.reliability.matrix --cell {provider} '{fault}' {operation} {side}")

@@ -2,7 +2,7 @@
 
 The matrix runs it in its own process beside the simulator, and as another process for the providers that need one:
 
-    python -m tests.reliability.party ADDRESS        commands on stdin, answers on stdout, one JSON value a line
+    python -m tests.reliability.party ADDRESS [LISTEN]       commands on stdin, answers on stdout, one JSON value a line
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import aiotransfer as at
+from aiotransfer.providers import native
 from aiotransfer.testing.faults import block_loop
 
 N = 256 << 10
@@ -174,6 +175,9 @@ class Party:
             self.peer._link.abort()
         elif fault == "garbage":
             self.peer._link._transport.write(b"\xff" * 64)
+        elif fault == "path broken":
+            path = self.peer.path
+            assert native.lib.at_fab_break(self.engine._p, path.lane_peer) == 0
         elif fault == "wrong arguments":
             self._wrong()
         elif fault == "loop blocked":
@@ -211,7 +215,7 @@ class Party:
         }  # fmt: skip
 
 
-async def _main(address: str) -> None:
+async def _main(address: str, listen: str = "127.0.0.1:0") -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -219,7 +223,7 @@ async def _main(address: str) -> None:
     def say(value: Any) -> None:
         print(json.dumps(value), flush=True)
 
-    async with at.open_engine(config=at.Config(**CONFIG), timeout=10, name="struck") as engine:
+    async with at.open_engine(listen=listen, config=at.Config(**CONFIG), timeout=10, name="struck") as engine:
         party = Party(engine)
         await party.meet(address)
         say({"lease": party.lease.descriptor.encode().hex() if party.lease else "", "address": str(engine.address)})
@@ -244,4 +248,4 @@ async def _main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(sys.argv[1]))
+    asyncio.run(_main(*sys.argv[1:]))

@@ -9,6 +9,7 @@ import random
 
 import pytest
 
+from tests.needs import needs_hosts
 from tests.reliability import matrix
 
 
@@ -23,6 +24,20 @@ def test_a_fault_on_the_simulator(fault: str) -> None:
 @pytest.mark.parametrize("fault", matrix.FAULTS["shm"])
 def test_a_fault_between_two_processes(fault: str) -> None:
     matrix.cell("shm", fault, random.choice(matrix.OPERATIONS), random.choice(matrix.SIDES), random.randrange(1 << 31))
+
+
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=needs_hosts()) for fault in matrix.FAULTS["tcp"]])
+def test_a_fault_between_two_hosts(fault: str) -> None:
+    matrix.cell("tcp", fault, random.choice(matrix.OPERATIONS), random.choice(matrix.SIDES), random.randrange(1 << 31))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("operation", matrix.OPERATIONS)
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=needs_hosts()) for fault in matrix.FAULTS["tcp"]])
+def test_every_fault_between_two_hosts(fault: str, operation: str) -> None:
+    for side in matrix.SIDES:
+        matrix.cell("tcp", fault, operation, side, random.randrange(1 << 31))
 
 
 @pytest.mark.long

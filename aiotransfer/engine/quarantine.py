@@ -1,0 +1,61 @@
+"""Memory that a peer may still write into: looked at until nobody can.
+
+What is taken back is over when every holder has left it or confirmed that nothing is posted under it. A holder that has done neither
+within `drain_timeout` is fenced where its provider can do that to one peer alone: its connection is closed, which ends whatever was
+under way, and opened again without the grant. Where there is no such way, the memory waits for the holder to move on or to die.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.lease import Lease
+    from aiotransfer.engine.region import Region
+
+SETTLE_SECONDS = 0.02  # how often it is looked at
+
+
+class Quarantine:
+    """One per engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._held: dict[Region | Lease, float] = {}  # and when their holders are fenced
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is held."""
+        return sum(held.nbytes for held in self._held)
+
+    def add(self, held: Region | Lease) -> None:
+        """A peer may be inside a write under one of its grants: look again until it is not. Again is fine."""
+        engine = self._engine
+        self._held.setdefault(held, engine._loop.time() + engine.config.drain_timeout)
+        if self._timer is None and engine._state != "closed":
+            self._timer = engine._loop.call_later(SETTLE_SECONDS, self._round)
+
+    def _round(self) -> None:
+        self._timer = None
+        self.look()
+
+    def look(self) -> None:
+        """Something may be over now."""
+        if not self._engine._lane.usable:
+            return
+        waiting, self._held = self._held, {}
+        now = self._engine._loop.time()
+        for held, fenced in waiting.items():
+            if now >= fenced:
+                held._fence()
+            if not held._settle() and held in self._held:
+                self._held[held] = fenced
+
+    def close(self) -> None:
+        """No more timers."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

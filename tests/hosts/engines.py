@@ -1,0 +1,29 @@
+"""An engine of this process on one of the hosts, and what others have to say to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiotransfer as at
+from tests.hosts.net import KEY, Host
+
+
+@asynccontextmanager
+async def engine_on(host: Host, **options: Any) -> AsyncIterator[at.Engine]:
+    """This thread lives on that host as long as the engine does."""
+    with host.inside():
+        async with at.open_engine(listen=host.listen, key=KEY.encode(), **{"timeout": 20.0, **options}) as engine:
+            yield engine
+
+
+async def told(engine: at.Engine, peer: at.Peer, command: str, seconds: float = 20) -> str:
+    """Send a command to the other process; its answer."""
+    await peer.send(command.encode())
+    async with asyncio.timeout(seconds):
+        async for message in engine.messages():
+            if message.peer is peer:
+                return message.data.decode()
+    raise AssertionError("the engine was closed")

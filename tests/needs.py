@@ -1,0 +1,30 @@
+"""What some tests need of the machine. They say so and are skipped; with TESTS_REQUIRE=netns,tcp (`.ci/run`) they fail instead."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from aiotransfer.providers import libfabric
+
+REQUIRED = frozenset(filter(None, os.environ.get("TESTS_REQUIRE", "").split(",")))
+
+
+def needs(name: str, missing: str | None) -> pytest.MarkDecorator:
+    """A mark: skipped when `missing` says why this machine lacks `name`, unless it is required to be there."""
+    if missing is not None and name in REQUIRED:
+        raise RuntimeError(f"TESTS_REQUIRE names {name}, and it is missing: {missing}")
+    return pytest.mark.skipif(missing is not None, reason=f"{name}: {missing}")
+
+
+def needs_tcp() -> pytest.MarkDecorator:
+    """libfabric, built in and installed."""
+    return needs("tcp", libfabric.missing())
+
+
+def needs_hosts() -> list[pytest.MarkDecorator]:
+    """Network namespaces, and tcp between them."""
+    from tests.hosts.net import missing
+
+    return [needs("netns", missing()), needs_tcp()]
