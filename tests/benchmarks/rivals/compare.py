@@ -51,22 +51,18 @@ class Broken(Exception):
 
 
 class Contender:
-    """One pair of processes."""
+    """One pair of processes, started by `command`, that obeys lines as worker.py says. `why` it cannot be had; then it has failed."""
 
-    def __init__(self, name: str, region: int = 256 << 20) -> None:
-        environment, module, variables = CONTENDERS[name]
-        self.name, self.how, self.error = name, "", ""
+    def __init__(self, name: str, command: list[str], variables: dict[str, str], why: str = "") -> None:
+        self.name, self.how, self.error = name, "", why
         self.process: subprocess.Popen[bytes] | None = None
-        python = ROOT / ".venv-rivals" / environment / "bin" / "python"
-        if not python.exists():
-            why = python.parent.parent / "why"
-            self.error = f"not installed: {why.read_text().strip() if why.exists() else 'run make rivals'}"
+        if why:
             return
         environ = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # imports as an installation has them
         self.start = time.perf_counter()
         self.process = subprocess.Popen(
-            [str(python), str(HERE / module)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={**environ, **variables, "REGION": str(region)}, start_new_session=True,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**environ, **variables},
+            start_new_session=True,
         )  # fmt: skip
         try:
             self.how = self._hear()["how"]
@@ -122,6 +118,17 @@ class Contender:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+def rival(name: str, region: int = 256 << 20, variables: dict[str, str] | None = None) -> Contender:
+    """One of CONTENDERS, in its own environment."""
+    environment, module, own = CONTENDERS[name]
+    python = ROOT / ".venv-rivals" / environment / "bin" / "python"
+    why = ""
+    if not python.exists():
+        reason = python.parent.parent / "why"
+        why = f"not installed: {reason.read_text().strip() if reason.exists() else 'run make rivals'}"
+    return Contender(name, [str(python), str(HERE / module)], {**own, "REGION": str(region), **(variables or {})}, why)
 
 
 def compare(
@@ -192,7 +199,7 @@ def first_writes(names: list[str], rounds: int) -> Any:
     taken: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-1, rounds):  # the first compiles what is imported
         for name in names:
-            contender = Contender(name, region=1 << 20)
+            contender = rival(name, 1 << 20)
             if turn >= 0 and not contender.error:
                 taken[name].append(contender.first_write)
             contender.close()
@@ -245,7 +252,7 @@ def main() -> None:
     from aiotransfer.cli.bench import machine
 
     rows: list[Any] = []
-    contenders = [Contender(name) for name in names]
+    contenders = [rival(name) for name in names]
     try:
         if "write" in cases:
             rows += [compare(contenders, f"write {size(n)}", "GB/s", n / 1e9, "write", [n], rounds) for n in SIZES]
