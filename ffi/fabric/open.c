@@ -85,9 +85,27 @@ static void note_facts(at_fab *fab, const at_fab_options *options) {
     (void)strncpy(facts->domain, info->domain_attr->name != NULL ? info->domain_attr->name : "", sizeof facts->domain - 1);
 }
 
+/* The fi_trywait of net, before it became the tcp of 2.0, does nothing at all: the signal that a completion sets is never taken back,
+ * and the descriptor of the queue stays readable for ever. With a wait set of our own, fi_wait with no patience does what it should. */
+static int open_queue_with_wait(at_fab *fab) {
+    struct fi_wait_attr how = {.wait_obj = FI_WAIT_FD};
+    int rc = fi_wait_open(fab->fabric, &how, &fab->wait);
+    struct fi_cq_attr attr = {.size = QUEUE, .format = FI_CQ_FORMAT_DATA, .wait_obj = FI_WAIT_SET, .wait_set = fab->wait};
+    if (rc == 0) rc = fi_cq_open(fab->domain, &attr, &fab->cq, NULL);
+    if (rc == 0 && fi_control(&fab->wait->fid, FI_GETWAIT, &fab->fd) == 0) return 0;
+    if (fab->cq != NULL) (void)fi_close(&fab->cq->fid);
+    if (fab->wait != NULL) (void)fi_close(&fab->wait->fid);
+    fab->cq = NULL;
+    fab->wait = NULL;
+    fab->fd = -1;
+    return -1;
+}
+
 static int open_queue(at_fab *fab) {
     struct fi_cq_attr attr = {.size = QUEUE, .format = FI_CQ_FORMAT_DATA, .wait_obj = FI_WAIT_FD};
     fab->fd = -1;
+    int old = strcmp(fab->facts.provider, "net") == 0 || strcmp(fab->facts.provider, "tcp") == 0;
+    if (old && FI_MAJOR(fab->facts.version) < 2 && at_fab_is(fab, AT_FAB_FD) && open_queue_with_wait(fab) == 0) return 0;
     int rc = at_fab_is(fab, AT_FAB_FD) ? fi_cq_open(fab->domain, &attr, &fab->cq, NULL) : -FI_ENOSYS;
     if (rc == 0 && fi_control(&fab->cq->fid, FI_GETWAIT, &fab->fd) == 0) return 0;
     if (rc == 0) (void)fi_close(&fab->cq->fid);
@@ -117,6 +135,7 @@ static void fab_free(at_fab *fab) {
     at_fab_memory_close(fab);
     at_fab_slots_close(fab);
     CLOSE(fab->cq);
+    CLOSE(fab->wait);
     CLOSE(fab->av);
     CLOSE(fab->domain);
     CLOSE(fab->fabric);

@@ -36,6 +36,7 @@
 #include <rdma/fi_cm.h>
 #include <rdma/fi_domain.h>
 #include <rdma/fi_endpoint.h>
+#include <rdma/fi_eq.h>
 #include <rdma/fi_errno.h>
 #include <rdma/fi_rma.h>
 
@@ -63,6 +64,7 @@ typedef struct {
     struct fid_domain *domain;
     struct fid_av *av;
     struct fid_cq *cq;
+    struct fid_wait *wait; /* before 2.0, where fi_trywait does nothing and the descriptor would stay readable for ever */
     struct fid_ep *ep;
     struct fid_mr *mr;
     int fd;
@@ -146,8 +148,14 @@ static void open_side(side *s, const char *file, const char *provider, size_t nb
     struct fi_av_attr av = {.type = FI_AV_TABLE};
     check(fi_av_open(s->domain, &av, &s->av, NULL), "av");
     struct fi_cq_attr cq = {.size = 16384, .format = FI_CQ_FORMAT_DATA, .wait_obj = FI_WAIT_FD};
+    struct fi_wait_attr wait = {.wait_obj = FI_WAIT_FD};
+    if (strcmp(provider, "net") == 0) {
+        check(fi_wait_open(s->fabric, &wait, &s->wait), "wait set");
+        cq.wait_obj = FI_WAIT_SET;
+        cq.wait_set = s->wait;
+    }
     check(fi_cq_open(s->domain, &cq, &s->cq, NULL), "cq");
-    check(fi_control(&s->cq->fid, FI_GETWAIT, &s->fd), "descriptor of the queue");
+    check(fi_control(s->wait != NULL ? &s->wait->fid : &s->cq->fid, FI_GETWAIT, &s->fd), "descriptor of the queue");
     check(fi_endpoint(s->domain, s->info, &s->ep, NULL), "endpoint");
     check(fi_ep_bind(s->ep, &s->av->fid, 0), "bind");
     check(fi_ep_bind(s->ep, &s->cq->fid, FI_TRANSMIT | FI_RECV), "bind");
@@ -181,7 +189,8 @@ static int drain(side *s) {
 static void wait_on(side *s, int other, int ms) {
     struct fid *fids[1] = {&s->cq->fid};
     struct pollfd fds[2] = {{.fd = s->fd, .events = POLLIN}, {.fd = other, .events = POLLIN}};
-    if (fi_trywait(s->fabric, fids, 1) == 0) (void)poll(fds, 2, ms);
+    int armed = s->wait != NULL ? fi_wait(s->wait, 0) == -FI_ETIMEDOUT : fi_trywait(s->fabric, fids, 1) == 0;
+    if (armed) (void)poll(fds, 2, ms);
 }
 
 static void bring_on(side *s) {
