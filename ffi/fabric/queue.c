@@ -1,8 +1,7 @@
 /* Progress: the completion queue, read by the loop, or by a thread that stands in for it.
  *
  * Whoever holds fab->turn reads until nothing is left, posts what that has made room for, reads once more when it has posted anything,
- * and arms the queue last (fi_trywait, which looks once more itself and refuses when something is there): only then may anybody sleep
- * on its descriptor. One turn is bounded; if it was not enough, the
+ * and arms the queue last (fi_trywait): only then may anybody sleep on its descriptor. One turn is bounded; if it was not enough, the
  * loop is told to come again. */
 #define _GNU_SOURCE
 #if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
@@ -109,7 +108,7 @@ static int read_error(at_fab *fab, at_fab_slot **slot) {
     return code != 0 ? code : FI_EOTHER;
 }
 
-/* One batch: how many. Fewer than BATCH: it was empty then. */
+/* One batch: how many, or 0. */
 static int read_batch(at_fab *fab) {
     struct fi_cq_data_entry entries[BATCH];
     at_fab_slot *failed = NULL;
@@ -127,7 +126,7 @@ static int read_batch(at_fab *fab) {
     }
     if (error != 0 && failed != NULL) completed(fab, failed, error);
     at_unlock(lane);
-    return n > 0 ? (int)n : BATCH; /* an error: there may be more behind it */
+    return n > 0 ? (int)n : 1;
 }
 
 /* Everything that is there, or very much of it. Slots that were in limbo before are free once all was read: nothing names them any more. */
@@ -189,23 +188,12 @@ static int post_waiting(at_fab *fab) {
     return posted;
 }
 
-/* With the turn: read, and refill what completions have made room for. Is there reason to read again before arming? Each look at an
- * empty queue is a system call of the software providers, and fi_trywait takes one anyway. */
-static int read_on(at_fab *fab) {
-    at_lock(fab->rail.lane);
-    int limbo = fab->limbo != NULL;
-    at_unlock(fab->rail.lane);
-    if (limbo) return at_fab_drain(fab) != 0;
-    int n = read_batch(fab);
-    return fab->fd < 0 ? n != 0 : n == BATCH;
-}
-
 /* With the turn. 1: the queue is armed, whoever likes may sleep on it. 0: there is more to do. */
 static int progress(at_fab *fab) {
     uint64_t until = at_now() + TURN_NS;
     struct fid *fids[1] = {&fab->cq->fid};
     for (int i = 0; i < ROUNDS; i++) {
-        int busy = read_on(fab);
+        int busy = at_fab_drain(fab);
         at_lock(fab->rail.lane);
         busy |= post_waiting(fab);
         at_unlock(fab->rail.lane);
