@@ -239,11 +239,16 @@ class Bench:
             await at.wait_all(pending)
             yield row
         plan = self.engine.prepare_write(self.source[:4096], self.remote[:4096])
-        await self._more_peers(63, 4096)
+        async for row in self.crowd():
+            yield row
         row = Row("prepared 4-KiB write with 64 peers", "us", lower_is_better=True, note="limit: with one")
         for base in few:
             row.add(await once(), base)
         yield row
+
+    async def crowd(self) -> AsyncIterator[Row]:
+        """Idle, with 64 peers."""
+        await self._more_peers(63, 4096)
         async for row in self.idle():
             row.case += ", 64 peers"
             yield row
@@ -307,6 +312,7 @@ class Bench:
 
 
 CASES = ("write", "pages", "foreign", "rate", "scatter", "wakeup", "blocked", "idle", "scale", "startup")
+MORE = ("crowd",)  # part of another, or on its own when asked for
 
 
 def usage_since(before: resource.struct_rusage) -> tuple[float, float]:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", action="store_true", help="print a markdown table")
     parser.add_argument("--provider", default="shm", help="the provider to measure (default shm)")
-    parser.add_argument("--cases", default=",".join(cases.CASES), help=f"some of {','.join(cases.CASES)}")
+    parser.add_argument("--cases", default=",".join(cases.CASES), help=f"some of {','.join((*cases.CASES, *cases.MORE))}")
     parser.add_argument("--memory", choices=("allocated", "foreign"), default="allocated", help="the target's memory")
     parser.add_argument("--loop", choices=("auto", "uvloop", "asyncio"), default="auto")
     parser.add_argument("--rounds", type=int, default=7, help="rounds per row (at least 5)")
@@ -51,7 +51,7 @@ def _runner(loop: str) -> tuple[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     wanted = [name for name in args.cases.split(",") if name]
-    unknown = sorted(set(wanted) - set(cases.CASES))
+    unknown = sorted(set(wanted) - {*cases.CASES, *cases.MORE})
     if unknown or args.rounds < 5:
         print(f"unknown cases: {unknown}" if unknown else "at least 5 rounds, please", file=sys.stderr)
         return 2

@@ -15,29 +15,23 @@ Invariants, held by the property test:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from aiotransfer.errors import ClosedError
 
 T = TypeVar("T")
 
 
-class Ended(NamedTuple, Generic[T]):
-    """An operation whose last token has retired. `status` is the first that was not 0."""
+class Entry(Generic[T]):
+    """An operation, and once its last token has retired, its end: `status` is the first that was not 0."""
 
-    item: T
-    status: int
-    tokens: int
+    __slots__ = ("item", "posted", "status", "tokens", "waiting")
 
-
-class _Entry(Generic[T]):
-    __slots__ = ("item", "posted", "retired", "status", "waiting")
-
-    def __init__(self, item: T, tokens: int) -> None:
+    def __init__(self, item: T, waiting: int, posted: int) -> None:
         self.item = item
-        self.waiting = tokens
-        self.posted = 0
-        self.retired = 0
+        self.waiting = waiting
+        self.posted = posted
+        self.tokens = 0  # that have retired
         self.status = 0
 
 
@@ -45,7 +39,7 @@ class Ledger(Generic[T]):
     """Operations by key; the keys are the caller's and must not be in use."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, _Entry[T]] = {}
+        self._entries: dict[int, Entry[T]] = {}
         self._shut = False
         self.strays = 0
 
@@ -64,10 +58,7 @@ class Ledger(Generic[T]):
             raise ClosedError("no new operations are accepted")
         if tokens < 1 or key in self._entries:
             raise ValueError(f"operation {key} with {tokens} tokens cannot be admitted")
-        entry = _Entry(item, tokens)
-        if posted:
-            entry.waiting, entry.posted = 0, tokens
-        self._entries[key] = entry
+        self._entries[key] = Entry(item, 0, tokens) if posted else Entry(item, tokens, 0)
 
     def post(self, key: int, n: int = 1) -> None:
         """`n` waiting tokens are at the provider now."""
@@ -80,7 +71,7 @@ class Ledger(Generic[T]):
         entry.waiting -= n
         entry.posted += n
 
-    def retire(self, key: int, status: int = 0, n: int = 1) -> Ended[T] | None:
+    def retire(self, key: int, status: int = 0, n: int = 1) -> Entry[T] | None:
         """`n` posted tokens came back. The operation, when these were its last."""
         entry = self._entries.get(key)
         if entry is None:
@@ -89,26 +80,26 @@ class Ledger(Generic[T]):
         if not 0 < n <= entry.posted:
             raise ValueError(f"{n} of {entry.posted} posted tokens cannot retire")
         entry.posted -= n
-        entry.retired += n
+        entry.tokens += n
         entry.status = entry.status or status
-        return self._ended(key, entry)
+        return None if entry.posted or entry.waiting else self._ended(key, entry)
 
-    def withdraw(self, key: int, status: int) -> Ended[T] | None:
+    def withdraw(self, key: int, status: int) -> Entry[T] | None:
         """Retire what waits, unposted. The operation, when nothing of it is posted."""
         entry = self._entries.get(key)
         if entry is None:
             self.strays += 1
             return None
-        entry.retired += entry.waiting
+        entry.tokens += entry.waiting
         entry.waiting = 0
         entry.status = entry.status or status
         return self._ended(key, entry)
 
-    def _ended(self, key: int, entry: _Entry[T]) -> Ended[T] | None:
+    def _ended(self, key: int, entry: Entry[T]) -> Entry[T] | None:
         if entry.waiting or entry.posted:
             return None
         del self._entries[key]
-        return Ended(entry.item, entry.status, entry.retired)
+        return entry
 
     def item(self, key: int) -> T | None:
         """What was admitted under `key`, while it lasts."""

@@ -33,6 +33,7 @@ class Liveness:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._signs: dict[Peer, _Sign] = {}
+        self.watched = self._signs.keys()
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, peer: Peer) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 RETRY_SECONDS = 0.001
+_COUNT, _OP = (native.lib.AT_EV_COUNT, native.lib.AT_EV_OP) if native.lib is not None else (0, 0)  # the frequent ones
 
 
 class Progress:
@@ -40,25 +41,22 @@ class Progress:
             return
         n: int = native.lib.at_poll(lane.pointer)
         engine._due = False
-        if engine._ledger:
+        events = lane.events
+        if events.stalled:
             self.retry()
         if n <= 0:
             return
-        events = lane.events
         lib = native.lib
         if n == self._batch:
             self._loop.call_soon(self.poll)
         # a later poll overwrites the arrays, and handlers may poll: take the numbers out first
-        if n == 1:
-            taken = [(events.kind[0], events.id[0], events.status[0], events.count[0])]
-        else:
-            taken = [(events.kind[i], events.id[i], events.status[i], events.count[i]) for i in range(n)]
-        for kind, number, status, count in taken:
-            if kind == lib.AT_EV_COUNT:
+        kinds, numbers, statuses, counts = events.kind, events.id, events.status, events.count
+        for kind, number, status, count in [(kinds[i], numbers[i], statuses[i], counts[i]) for i in range(n)]:
+            if kind == _COUNT:
                 counter = engine._records.get(number)
                 if counter is not None:
                     counter._arrived(count)
-            elif kind == lib.AT_EV_OP:
+            elif kind == _OP:
                 engine._ended(number, status, count)
             elif kind == lib.AT_EV_PEER:
                 engine._peer_event(number, status)
@@ -78,7 +76,7 @@ class Progress:
 
     def retry(self) -> None:
         """A post that was refused is tried again soon: its provider may have no event for when it could be taken."""
-        if self._retry is None and native.lib.at_stalled(self._lane.pointer):
+        if self._retry is None:
             self._retry = self._loop.call_later(RETRY_SECONDS, self._again)
 
     def _again(self) -> None:

@@ -299,18 +299,20 @@ class Submitter(EngineBase):
     ) -> Transfer:
         transfer = self._blank(nbytes, peers, keep)
         transfer._targets = targets
-        self._admit(transfer, cookie, self._timeout if timeout is None else self._seconds(timeout))
+        self._admit(transfer, cookie, transfer._started + (self._timeout if timeout is None else self._seconds(timeout)))
         return transfer
 
-    def _admit(self, transfer: Transfer, cookie: int, left: float) -> None:
+    def _admit(self, transfer: Transfer, cookie: int, deadline: float) -> None:
         transfer._cookie = cookie
         self._ledger.admit(cookie, transfer, posted=True)
-        self._progress.retry()
+        if self._lane.events.stalled:
+            self._progress.retry()
         for peer in transfer._peers:
             peer._waiting_ops += 1
-            self._liveness.watch(peer)
-        if left != math.inf:
-            self._sweeper.add(cookie, self._loop.time() + left)
+            if peer not in self._liveness.watched:
+                self._liveness.watch(peer)
+        if deadline != math.inf:
+            self._sweeper.add(cookie, deadline)
 
     def _submit_unbound(
         self,
@@ -361,7 +363,7 @@ class Submitter(EngineBase):
                 transfer._end(FAILED, 0, keep)
             elif result > 1:
                 transfer._keep = keep
-                self._admit(transfer, result, deadline - self._loop.time())
+                self._admit(transfer, result, deadline)
             elif result < 0:
                 transfer._end(FAILED, 0, refuse(result))
             else:

@@ -139,6 +139,7 @@ struct at_fab {
     struct fid_cq *cq;
     struct fid_ep *shared; /* of all peers, where they cannot have one each */
     int fd;                /* of the queue, or -1 */
+    struct fid_wait *wait; /* NULL: fi_trywait does what it says */
     at_fab_facts facts;
     uint64_t next_key;
     uint8_t mailbox[64];

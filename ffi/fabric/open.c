@@ -3,8 +3,6 @@
 
 #include "fabric.h"
 
-#include <inttypes.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -87,32 +85,29 @@ static void note_facts(at_fab *fab, const at_fab_options *options) {
     (void)strncpy(facts->domain, info->domain_attr->name != NULL ? info->domain_attr->name : "", sizeof facts->domain - 1);
 }
 
-/* libfabric 1.17's `net` never takes back what it signals on the descriptor of its queue (its fi_trywait does nothing), so that it is
- * readable for good after the first completion. The descriptor is an epoll of that signal and of all sockets, themselves an epoll: that
- * one is what we sleep on. It is known by what the library had put beside it, the queue. What only the signal would tell us, completions
- * that some call other than reading the queue has brought about, is read by whoever made the call: he makes progress afterwards. */
-static int sockets_within(const at_fab *fab) {
-    char name[40], line[256];
-    (void)snprintf(name, sizeof name, "/proc/self/fdinfo/%d", fab->fd);
-    FILE *file = fopen(name, "re");
-    int found = fab->fd, fd;
-    uint64_t beside;
-    while (file != NULL && fgets(line, sizeof line, file) != NULL)
-        if (sscanf(line, "tfd: %d events: %*x data: %" SCNx64, &fd, &beside) == 2 && beside == (uint64_t)(uintptr_t)fab->cq) found = fd;
-    if (file != NULL) (void)fclose(file);
-    return found;
+/* The fi_trywait of net, before it became the tcp of 2.0, does nothing at all: the signal that a completion sets is never taken back,
+ * and the descriptor of the queue stays readable for ever. With a wait set of our own, fi_wait with no patience does what it should. */
+static int open_queue_with_wait(at_fab *fab) {
+    struct fi_wait_attr how = {.wait_obj = FI_WAIT_FD};
+    int rc = fi_wait_open(fab->fabric, &how, &fab->wait);
+    struct fi_cq_attr attr = {.size = QUEUE, .format = FI_CQ_FORMAT_DATA, .wait_obj = FI_WAIT_SET, .wait_set = fab->wait};
+    if (rc == 0) rc = fi_cq_open(fab->domain, &attr, &fab->cq, NULL);
+    if (rc == 0 && fi_control(&fab->wait->fid, FI_GETWAIT, &fab->fd) == 0) return 0;
+    if (fab->cq != NULL) (void)fi_close(&fab->cq->fid);
+    if (fab->wait != NULL) (void)fi_close(&fab->wait->fid);
+    fab->cq = NULL;
+    fab->wait = NULL;
+    fab->fd = -1;
+    return -1;
 }
-
-static int is_old_net(const at_fab *fab) { return FI_MAJOR(fab->facts.version) < 2 && strcmp(fab->facts.provider, "net") == 0; }
 
 static int open_queue(at_fab *fab) {
     struct fi_cq_attr attr = {.size = QUEUE, .format = FI_CQ_FORMAT_DATA, .wait_obj = FI_WAIT_FD};
     fab->fd = -1;
+    int old = strcmp(fab->facts.provider, "net") == 0 || strcmp(fab->facts.provider, "tcp") == 0;
+    if (old && FI_MAJOR(fab->facts.version) < 2 && at_fab_is(fab, AT_FAB_FD) && open_queue_with_wait(fab) == 0) return 0;
     int rc = at_fab_is(fab, AT_FAB_FD) ? fi_cq_open(fab->domain, &attr, &fab->cq, NULL) : -FI_ENOSYS;
-    if (rc == 0 && fi_control(&fab->cq->fid, FI_GETWAIT, &fab->fd) == 0) {
-        if (is_old_net(fab)) fab->fd = sockets_within(fab);
-        return 0;
-    }
+    if (rc == 0 && fi_control(&fab->cq->fid, FI_GETWAIT, &fab->fd) == 0) return 0;
     if (rc == 0) (void)fi_close(&fab->cq->fid);
     fab->fd = -1;
     fab->facts.flags &= ~(uint32_t)AT_FAB_FD;
@@ -140,6 +135,7 @@ static void fab_free(at_fab *fab) {
     at_fab_memory_close(fab);
     at_fab_slots_close(fab);
     CLOSE(fab->cq);
+    CLOSE(fab->wait);
     CLOSE(fab->av);
     CLOSE(fab->domain);
     CLOSE(fab->fabric);

@@ -205,7 +205,7 @@ static int progress(at_fab *fab) {
         }
         if (fab->fd < 0) return 1;
         (void)pthread_mutex_lock(&fab->lock);
-        int armed = fi_trywait(fab->fabric, fids, 1) == 0;
+        int armed = fab->wait != NULL ? fi_wait(fab->wait, 0) == -FI_ETIMEDOUT : fi_trywait(fab->fabric, fids, 1) == 0;
         (void)pthread_mutex_unlock(&fab->lock);
         if (armed) return 1;
     }

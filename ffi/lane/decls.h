@@ -56,6 +56,7 @@ typedef struct {
     uint64_t count[256];
     int32_t status[256];
     int32_t kind[256];
+    int32_t stalled; /* at any time: a post was refused and nobody knows for how long, poll again within a millisecond */
 } at_events;
 
 typedef struct {
@@ -97,8 +98,6 @@ void at_lane_stats_get(at_lane *lane, at_lane_stats *out);
 
 /* [loop] Up to AT_EVENTS events; more may be waiting when it returns AT_EVENTS. Starts a new loop turn. */
 int at_poll(at_lane *lane);
-/* [loop] A provider refused a post and may never say that it would take it now: poll again in a millisecond. */
-int at_stalled(at_lane *lane);
 /* [loop] A new loop turn began. */
 void at_turn(at_lane *lane);
 

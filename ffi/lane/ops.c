@@ -139,6 +139,7 @@ void at_stall(at_peer *peer, int stalled) {
     if (peer->stalled == stalled) return;
     atomic_fetch_add_explicit(&peer->lane->stalled, stalled ? 1u : UINT32_MAX, memory_order_relaxed);
     peer->stalled = stalled;
+    peer->lane->out.stalled = peer->lane->stalled != 0;
 }
 
 void at_refill(at_peer *peer) {
@@ -150,7 +151,7 @@ void at_refill(at_peer *peer) {
         int64_t rc = port->post(peer, op);
         if (rc == AT_EAGAIN) {
             lane->stats.refused_posts++;
-            at_stall(peer, 1); /* again at the next completion or poll; no event may come of itself, see at_stalled */
+            at_stall(peer, 1); /* again at the next completion or poll; no event may come of itself, see at_events.stalled */
             return;
         }
         if (rc == 0) return; /* full in its own way: a completion will come */
@@ -164,8 +165,6 @@ void at_refill(at_peer *peer) {
         if (op->cursor == op->extent - op->tail) at_op_dequeue(op);
     }
 }
-
-int at_stalled(at_lane *lane) { return atomic_load_explicit(&lane->stalled, memory_order_relaxed) != 0; }
 
 void at_op_unpost(at_op *op) {
     op->posted--;

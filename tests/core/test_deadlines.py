@@ -15,10 +15,10 @@ def test_each_key_is_due_once_and_never_early(history: list[tuple[str, int, int]
     deadlines, model = Deadlines(), dict[int, int]()
     for what, key, when in history:
         if what == "add":
-            deadlines.add(key, when)
+            deadlines[key] = when
             model[key] = when
         elif what == "discard":
-            deadlines.discard(key)
+            deadlines.pop(key, None)
             model.pop(key, None)
         else:
             due = deadlines.due(when)

@@ -10,38 +10,16 @@ from aiotransfer.core.deadlines import Deadlines
 from aiotransfer.core.ledger import Ledger
 from aiotransfer.errors import ClosedError
 
-steps = st.lists(st.tuples(st.sampled_from(["add", "discard", "due"]), st.integers(0, 400), st.integers(0, 10**6)), max_size=50)
-
-
-@given(steps, st.integers(0, 500))
-def test_entries_of_ended_operations_do_not_pile_up(history: list[tuple[str, int, int]], crowd: int) -> None:
-    deadlines = Deadlines()
-    deadlines.add(-1, -5)  # the earliest, so that nothing behind it is cleaned by the way
-    for key in range(crowd):
-        deadlines.add(key, 100 + key)
-    for key in range(crowd):
-        deadlines.discard(key)
-        assert len(deadlines._heap) <= 2 * len(deadlines) + 64
-    for what, key, when in history:
-        if what == "add":
-            deadlines.add(key, when)
-        elif what == "discard":
-            deadlines.discard(key)
-        else:
-            deadlines.due(when % 100)
-        assert len(deadlines._heap) <= 2 * len(deadlines) + 64
-
-
 def test_a_deadline_moved_back_and_forth_is_due_once() -> None:
     deadlines = Deadlines()
     for when in (5, 9, 5, 1, 5):
-        deadlines.add(1, when)
+        deadlines[1] = when
     assert deadlines.due(4) == []
     assert deadlines.due(5) == [1]
     assert deadlines.due(100) == []
-    deadlines.add(1, 5)
-    deadlines.discard(1)
-    deadlines.add(1, 5)
+    deadlines[1] = 5
+    del deadlines[1]
+    deadlines[1] = 5
     assert deadlines.due(5) == [1]
     assert deadlines.next() is None
 

@@ -55,7 +55,7 @@ def test_every_token_is_waiting_posted_or_retired_and_an_operation_ends_once(his
                 entry[0], entry[2] = 0, entry[2] + entry[0]
                 entry[3] = entry[3] or -15
             if entry[0] == entry[1] == 0:
-                assert ended == (f"item {key}", entry[3], entry[2])
+                assert (ended.item, ended.status, ended.tokens) == (f"item {key}", entry[3], entry[2])
                 del model[key]
             else:
                 assert ended is None

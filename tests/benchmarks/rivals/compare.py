@@ -1,10 +1,11 @@
 """The driver: every contender in turn, in every round of every case; medians of rounds and ratios with their spread.
 
-    make bench-rivals [ARGS="--rounds 7 --cases write,pages --contenders ours,nixl --json F --markdown F --plot PREFIX"]
+    make bench-rivals [ARGS="--tcp --rounds 7 --cases write,pages --contenders ours,NIXL --json F --markdown F --plot PREFIX"]
 
 Each contender is two processes in an environment of its own (`make rivals`), stopped (SIGSTOP) while the others are measured, so
 that what polls while idle costs nobody else anything. All have memory of 256 MiB on both sides, touched beforehand, and the same
-random pages. One that does not install or does not run is a row with its error.
+random pages. One that does not install or does not run is a row with its error. `--tcp` keeps those that can to TCP over loopback, as
+between two hosts.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ CONTENDERS: dict[str, tuple[str, str, dict[str, str]]] = {  # name: environment,
     "uvloop streams": ("streams", "run_streams.py", {"UVLOOP": "1"}),
     "asyncio streams": ("streams", "run_streams.py", {}),
 }
+TCP = ("ours", "NIXL", "UCXX", "Mooncake")
+TCP_ONLY = {"PROVIDER": "tcp", "UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
 SIZES = (4 << 10, 64 << 10, 1 << 20, 16 << 20, 256 << 20)
 PAGES = (1 << 10, 4 << 10, 16 << 10, 64 << 10)
 TABLE = 4096
@@ -51,22 +54,18 @@ class Broken(Exception):
 
 
 class Contender:
-    """One pair of processes."""
+    """One pair of processes, started by `command`, that obeys lines as worker.py says. `why` it cannot be had; then it has failed."""
 
-    def __init__(self, name: str, region: int = 256 << 20) -> None:
-        environment, module, variables = CONTENDERS[name]
-        self.name, self.how, self.error = name, "", ""
+    def __init__(self, name: str, command: list[str], variables: dict[str, str], why: str = "") -> None:
+        self.name, self.how, self.error = name, "", why
         self.process: subprocess.Popen[bytes] | None = None
-        python = ROOT / ".venv-rivals" / environment / "bin" / "python"
-        if not python.exists():
-            why = python.parent.parent / "why"
-            self.error = f"not installed: {why.read_text().strip() if why.exists() else 'run make rivals'}"
+        if why:
             return
         environ = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # imports as an installation has them
         self.start = time.perf_counter()
         self.process = subprocess.Popen(
-            [str(python), str(HERE / module)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={**environ, **variables, "REGION": str(region)}, start_new_session=True,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**environ, **variables},
+            start_new_session=True,
         )  # fmt: skip
         try:
             self.how = self._hear()["how"]
@@ -122,6 +121,17 @@ class Contender:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+def rival(name: str, region: int = 256 << 20, variables: dict[str, str] | None = None) -> Contender:
+    """One of CONTENDERS, in its own environment."""
+    environment, module, own = CONTENDERS[name]
+    python = ROOT / ".venv-rivals" / environment / "bin" / "python"
+    why = ""
+    if not python.exists():
+        reason = python.parent.parent / "why"
+        why = f"not installed: {reason.read_text().strip() if reason.exists() else 'run make rivals'}"
+    return Contender(name, [str(python), str(HERE / module)], {**own, "REGION": str(region), **(variables or {})}, why)
 
 
 def compare(
@@ -187,12 +197,12 @@ def line(row: Any, names: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def first_writes(names: list[str], rounds: int) -> Any:
+def first_writes(names: list[str], rounds: int, variables: dict[str, str]) -> Any:
     """From the start of a process to its first write, everything but large memory included, in fresh processes."""
     taken: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-1, rounds):  # the first compiles what is imported
         for name in names:
-            contender = Contender(name, region=1 << 20)
+            contender = rival(name, 1 << 20, variables)
             if turn >= 0 and not contender.error:
                 taken[name].append(contender.first_write)
             contender.close()
@@ -236,16 +246,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="ours beside the others, turn by turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", default="write,pages,ping,first")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS).replace("ours, foreign", "ours; foreign"))
+    parser.add_argument("--contenders", help="some of: " + ", ".join(CONTENDERS))
+    parser.add_argument("--tcp", action="store_true", help=f"by TCP only: {', '.join(TCP)}")
     for kind in ("json", "markdown", "plot"):
         parser.add_argument(f"--{kind}")
     args = parser.parse_args()
-    names = [name.replace(";", ",") for name in args.contenders.split(",")]
+    names = list(TCP if args.tcp else CONTENDERS)
+    if args.contenders:
+        names = args.contenders.replace("ours, foreign", "ours; foreign").split(",")
+        names = [name.strip().replace(";", ",") for name in names]
+    variables = TCP_ONLY if args.tcp else {}
     cases, rounds = args.cases.split(","), max(5, args.rounds)
     from aiotransfer.cli.bench import machine
 
     rows: list[Any] = []
-    contenders = [Contender(name) for name in names]
+    contenders = [rival(name, variables=variables) for name in names]
     try:
         if "write" in cases:
             rows += [compare(contenders, f"write {size(n)}", "GB/s", n / 1e9, "write", [n], rounds) for n in SIZES]
@@ -260,7 +275,7 @@ def main() -> None:
         for contender in contenders:
             contender.close()
     if "first" in cases:
-        rows.append(first_writes([c.name for c in contenders if not c.error], rounds))
+        rows.append(first_writes([c.name for c in contenders if not c.error], rounds, variables))
     result = {
         "machine": machine("uvloop"), "contenders": names, "rows": rows,
         "how": {c.name: c.how for c in contenders if c.how}, "missing": {c.name: c.error for c in contenders if c.error},

@@ -1,6 +1,7 @@
-"""NIXL: UCX backend, requests prepared beforehand, progress thread off. Its completion is polled: it offers nothing to await.
+"""NIXL: UCX backend, requests prepared beforehand. Its completion is polled: it offers nothing to await.
 
-Its target is looked after by a poll every millisecond, which connecting needs.
+Its target is looked after by a poll every millisecond, which connecting needs. The progress thread is off where shared memory does
+without one; by tcp (UCX_TLS) nothing lands while the target does not come round, and it is on.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
 os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
 
 
+THREAD = os.environ.get("UCX_TLS") == "tcp"
+
+
 def new_agent(name: str) -> Any:
     from nixl_cu12._api import nixl_agent, nixl_agent_config
 
-    return nixl_agent(name, nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
+    return nixl_agent(name, nixl_agent_config(enable_prog_thread=THREAD, backends=["UCX"]))
 
 
 class Nixl:
-    how = f"NIXL {version('nixl-cu12')}, UCX, prepared requests, progress thread off, completion polled"
+    how = f"NIXL {version('nixl-cu12')}, UCX, prepared requests, progress thread {'on' if THREAD else 'off'}, completion polled"
 
     async def open(self) -> None:
         self.memory, self.agent = touched(), new_agent("initiator")

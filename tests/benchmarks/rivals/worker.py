@@ -2,7 +2,8 @@
 
 A contender is a module with a class of two halves, both with memory of REGION bytes touched beforehand: the initiator (`open`,
 `write(n, k)`, `pages(page, k)`, `ping(k)`: do it k times, waiting for each) and the target (`serve`), a second process that the
-initiator starts and talks to by lines of JSON as well. Only NumPy and the contender itself are imported here: each runs in an
+initiator starts and talks to by lines of JSON as well. What such a method returns are the units in one of the k (None: 1), or, as a
+float, the seconds that one took. Only NumPy and the contender itself are imported here: each runs in an
 environment of its own.
 """
 
@@ -102,7 +103,8 @@ async def obey(contender: Any, driver: Pipes) -> None:
                 continue
             start = time.perf_counter()
             units = await act(*order["arguments"], order["times"])
-            driver.say(seconds=(time.perf_counter() - start) / order["times"] / (units or 1))
+            took = (time.perf_counter() - start) / order["times"] / (units or 1)
+            driver.say(seconds=units if isinstance(units, float) else took)
     except Exception as error:  # the driver makes a row of it
         driver.say(error=f"{type(error).__name__}: {str(error) or 'no words'}".splitlines()[0])
         os._exit(1)
