@@ -238,6 +238,7 @@ void at_fab_progress(at_rail *rail, int from_loop);
 int at_fab_drain(at_fab *fab); /* with the turn only: hand out all that has completed; how much that was */
 int at_fab_thread_start(at_fab *fab); /* AT_OK or AT_EIO: nobody would answer letters while the loop is blocked */
 void at_fab_thread_stop(at_fab *fab);
+void at_fab_drain_now(at_rail *rail);
 void at_fab_kick(at_fab *fab);
 
 #endif

@@ -176,7 +176,7 @@ int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_f
     (void)pthread_mutex_init(&fab->lock, NULL);
     fab->fd = -1;
     fab->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    fab->rail = (at_rail){.lane = lane, .name = "fabric", .progress = at_fab_progress, .leave = leave, .destroy = destroy,
+    fab->rail = (at_rail){.lane = lane, .name = "fabric", .progress = at_fab_progress, .leave = leave, .destroy = destroy, .drain = at_fab_drain_now,
                           .grant_over = at_fab_grant_over, .region_over = at_fab_region_over};
     fab->info = ask(options);
     int rc = fab->info != NULL ? AT_OK : AT_EIO, code = fab->info != NULL ? 0 : -EIO;

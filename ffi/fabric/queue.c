@@ -157,6 +157,13 @@ int at_fab_drain(at_fab *fab) {
     return count;
 }
 
+void at_fab_drain_now(at_rail *rail) {
+    at_fab *fab = (at_fab *)rail;
+    (void)pthread_mutex_lock(&fab->turn);
+    (void)at_fab_drain(fab);
+    (void)pthread_mutex_unlock(&fab->turn);
+}
+
 int at_fab_flush(at_lane *lane, int64_t peer) {
     int rc = at_check_process(lane);
     if (rc != AT_OK) return rc;
@@ -165,9 +172,7 @@ int at_fab_flush(at_lane *lane, int64_t peer) {
     at_fab *fab = end != NULL ? end->fab : NULL;
     at_unlock(lane);
     if (fab == NULL) return AT_EUNKNOWN;
-    (void)pthread_mutex_lock(&fab->turn);
-    (void)at_fab_drain(fab);
-    (void)pthread_mutex_unlock(&fab->turn);
+    at_fab_drain_now(&fab->rail);
     return AT_OK;
 }
 

@@ -42,6 +42,7 @@ struct at_rail {
     void (*progress)(at_rail *rail, int from_loop); /* retire what has completed, deliver what has arrived. NO LOCK (takes what it needs) */
     void (*leave)(at_rail *rail);   /* from here on it does not reach the lane any more. NO LOCK, once */
     void (*destroy)(at_rail *rail); /* after its last peer; NULL: it goes by itself */
+    void (*drain)(at_rail *rail);   /* hand out all that has arrived. NO LOCK. NULL: nothing lies about */
     void (*grant_over)(at_rail *rail, uint32_t slot);    /* the grant is over and proved to be; NULL: of no interest */
     void (*region_over)(at_rail *rail, uint32_t region); /* nothing uses the local region any more; NULL: of no interest */
 };

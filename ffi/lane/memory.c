@@ -134,6 +134,11 @@ int at_grant_expel(at_lane *lane, int64_t slot) {
         at_peer *peer = lane->peers[i];
         if (peer != NULL && peer->port->expel != NULL && peer->port->active(peer, (uint32_t)slot)) peer->port->expel(peer);
     }
+    at_rail *rails = lane->rails;
+    at_unlock(lane);
+    for (at_rail *rail = rails; rail != NULL; rail = rail->next) /* what they had sent before is counted before this is over */
+        if (rail->drain != NULL) rail->drain(rail);
+    at_lock(lane);
     int count = grant_known(lane, slot) ? grant_active(lane, slot) : AT_EUNKNOWN;
     at_unlock(lane);
     return count;
