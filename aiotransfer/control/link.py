@@ -50,6 +50,7 @@ class Link(asyncio.Protocol):
         self.on_frame: Callable[[Frame], None] = lambda frame: None
         self.on_closed: Callable[[BaseException | None], None] = lambda error: None
         self.goodbye: str | None = None
+        self.given_up = False  # the goodbye said that we are lost to the other side
         self.bytes_sent = 0
         self.bytes_received = 0
         self.local_address = Address("", 0)
@@ -115,7 +116,7 @@ class Link(asyncio.Protocol):
         if self._ended:
             return
         if isinstance(frame, Goodbye):
-            self.goodbye = frame.reason
+            self.goodbye, self.given_up = frame.reason, frame.lost
             self._finish(None)
         elif not self._started:
             self._early.append(frame)
@@ -154,12 +155,19 @@ class Link(asyncio.Protocol):
             raise BusyError("the peer does not read its control connection", peer=str(self.remote_address))
         self._write(encode(frame))
 
-    def close(self, reason: str = "closed") -> None:
+    def give_up(self, reason: str) -> None:
+        """End with a side that was lost; it is told why, in case it still reads or will again, but nothing waits for it."""
+        if self._ended or self._transport is None or self._transport.get_write_buffer_size():
+            self.abort()
+        else:
+            self.close(reason, lost=True)
+
+    def close(self, reason: str = "closed", *, lost: bool = False) -> None:
         """Say goodbye, flush for at most a second, end. In any state; twice is silent."""
         if self._closing or self._transport is None:
             return
         if self._session.established and not self._ended:
-            self._write(encode(Goodbye(reason)))
+            self._write(encode(Goodbye(reason, lost)))
         self._closing = True
         self._transport.close()
         self._flush = self._loop.call_later(FLUSH_SECONDS, self._transport.abort)

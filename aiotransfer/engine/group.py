@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control.frames import Join
+from aiotransfer.control.patience import Patience
 from aiotransfer.engine.arguments import MOST_IMM, RESERVED
 from aiotransfer.engine.plans import Plan
 from aiotransfer.errors import (
@@ -110,7 +111,7 @@ class PeerGroup:
             raise BusyError("another barrier or reform of this group is under way", hint="a member calls one at a time")
         self._busy = True
         try:
-            async with asyncio.timeout(None if left == math.inf else left):
+            async with Patience(left):
                 await work()
         except TimeoutError as error:
             missing = self._missing()

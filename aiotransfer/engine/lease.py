@@ -14,9 +14,9 @@ or when the peer is given up, the lease is `quarantined` and becomes `revoked` b
 from __future__ import annotations
 
 import asyncio
-import math
 from typing import TYPE_CHECKING
 
+from aiotransfer.control.patience import Patience
 from aiotransfer.errors import QuarantineError, RegionError
 from aiotransfer.model.descriptor import Grant, RemoteRegion
 
@@ -79,7 +79,7 @@ class Lease:
         waiter: asyncio.Future[None] = engine._loop.create_future()
         self._waiters[waiter] = None
         try:
-            async with asyncio.timeout(None if seconds == math.inf else seconds):
+            async with Patience(seconds):
                 await waiter
         except TimeoutError:
             if not self._settle():

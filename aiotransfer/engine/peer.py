@@ -14,6 +14,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiotransfer.control import frames
+from aiotransfer.control.patience import Patience
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
 from aiotransfer.errors import (
     BrokenError,
@@ -119,8 +120,10 @@ class Peer:
             raise TypeError(f"a name must be a str, not {name!r}")
         number = next(self._ids)
         what = f"no region {name!r} was published by {self.name or self.address}"
+        seconds = self._engine._seconds(timeout)
+        started = self._engine._loop.time()
         try:
-            answer = await self._question(number, frames.Lookup(id=number, name=name), timeout, what)
+            answer = await self._question(number, frames.Lookup(id=number, name=name), seconds, what)
         except BaseException:  # nobody waits for the answer any more
             if self._state == "up":
                 self._post(frames.LookupCancel(id=number))
@@ -128,7 +131,7 @@ class Peer:
         region = RemoteRegion.decode(answer)
         if region.incarnation != self.incarnation:
             raise DescriptorError("the answer describes memory of somebody else")
-        await self._engine._bind(region, self)
+        await self._engine._bind(region, self, seconds - (self._engine._loop.time() - started))
         return region
 
     async def ping(self, *, timeout: float | None = None) -> float:
@@ -164,11 +167,9 @@ class Peer:
         """Returns when the peer has gone, by goodbye or by loss."""
         seconds = math.inf if timeout is None else self._engine._seconds(timeout)
         try:
-            async with asyncio.timeout(None if seconds == math.inf else seconds):
+            async with Patience(seconds):
                 await asyncio.shield(self._ended)
         except TimeoutError as error:
-            if self._ended.done():
-                return
             raise TransferTimeout(f"{self} is still there after {seconds} s", peer=str(self.address)) from error
 
     async def aclose(self) -> None:
@@ -199,7 +200,7 @@ class Peer:
         seconds = self._engine._seconds(timeout)
         self._post(frame)
         try:
-            async with asyncio.timeout(None if seconds == math.inf else seconds):
+            async with Patience(seconds):
                 return await future
         except TimeoutError as error:
             raise TransferTimeout(
@@ -321,7 +322,7 @@ class Peer:
         self._dependents.clear()
         self._lookups.clear()
         if goodbye is None:
-            self._link.abort()
+            self._link.give_up(str(error.message).rpartition("is lost: ")[2])  # it may only be stopped: it shall know why
         else:
             self._link.close(goodbye)
         if not self._up.done():

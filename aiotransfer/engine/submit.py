@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aiotransfer.control.patience import Patience
 from aiotransfer.engine.arguments import RESERVED, Pages, check_imm
 from aiotransfer.engine.base import EngineBase, seconds
 from aiotransfer.engine.refusals import refusal
@@ -28,7 +29,6 @@ from aiotransfer.errors import (
     RegionError,
     ScatterError,
     StaleRegionError,
-    TransferError,
     TransferTimeout,
     again,
 )
@@ -343,16 +343,11 @@ class Submitter(EngineBase):
 
         async def go() -> None:
             try:
-                async with asyncio.timeout(None if left == math.inf else left):
-                    for region, peer in regions:
-                        await self._bind(region, peer)
+                for region, peer in regions:
+                    await self._bind(region, peer, deadline - self._loop.time())
                 if transfer._state != PENDING:
                     return
                 result, keep = post()
-            except TimeoutError as error:
-                if not isinstance(error, TransferError):
-                    error = TransferTimeout("the owner of the region did not answer in time")
-                result, keep = 0, error
             except Exception as error:  # it belongs to whoever awaits the transfer
                 result, keep = 0, error
             if transfer._state != PENDING:
@@ -392,8 +387,17 @@ class Submitter(EngineBase):
 
     # ---- afterwards ----
 
-    async def _bind(self, region: RemoteRegion, peer: Peer) -> None:
-        await self._paths.bind(region, peer)
+    async def _bind(self, region: RemoteRegion, peer: Peer, left: float) -> None:
+        """Have the owner's answer where its memory is. Raises `TransferTimeout` after `left` seconds."""
+        try:
+            async with Patience(left):
+                await self._paths.bind(region, peer)
+        except TimeoutError as error:
+            if isinstance(error, TransferError):
+                raise
+            raise TransferTimeout(
+                f"{peer} did not say in time where its region is", peer=str(peer.address), hint="is its event loop blocked?"
+            ) from error
 
     def _background(self, work: Coroutine[Any, Any, None], transfer: Transfer) -> None:
         task = self._loop.create_task(work)

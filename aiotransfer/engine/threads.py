@@ -189,7 +189,7 @@ class ThreadHandle:
             return transfer
 
         async def bind_then_post() -> None:
-            await engine._bind(region, peer)
+            await engine._bind(region, peer, engine._timeout)
             fresh = region._box.bound
             transfer._keep = (keep, fresh)
             self._post(transfer, imm, lambda status: build(fresh.remote, status))
