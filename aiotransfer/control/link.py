@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 from aiotransfer.control.frames import Frame, Goodbye, PeerInfo, encode
 from aiotransfer.control.key import Key
+from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.control.session import NONCE_BYTES, Role, Session
 from aiotransfer.errors import BrokenError, BusyError, RendezvousError
 from aiotransfer.model.address import Address
@@ -23,6 +24,7 @@ MOST_UNSENT = 8 << 20
 MOST_EARLY = 256  # frames kept before start()
 FLUSH_SECONDS = 1.0
 _logger = logging.getLogger("aiotransfer")
+_limit = RateLimit()  # of all connections: a peer that comes again and again is one story
 
 
 class Identity(NamedTuple):
@@ -126,7 +128,9 @@ class Link(asyncio.Protocol):
             try:
                 self.on_frame(frame)
             except Exception as error:  # one bad handler must not take the loop's other work with it
-                _logger.exception("a control frame could not be handled; closing the connection")
+                left_out = _limit.admit(type(error).__name__)
+                if left_out is not None:
+                    _logger.exception("a control frame could not be handled; closing the connection%s", more(left_out))
                 self._finish(BrokenError(f"a control frame could not be handled: {error!r}"))
 
     def connection_lost(self, exc: BaseException | None) -> None:

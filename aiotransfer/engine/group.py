@@ -125,6 +125,8 @@ class PeerGroup:
         except BaseException as error:  # also cancellation: the others are somewhere else now
             cause = error if isinstance(error, TransferError) else BrokenError(f"a {what} was given up: {error!r}")
             self._break(cause)
+            if cause is error:
+                error.add_note(f"in the {what} of {self!r}")
             raise
         finally:
             self._busy = False
@@ -199,7 +201,7 @@ class PeerGroup:
         def plan(turn: int) -> Plan:
             imms = [self._joins[rank][1].imms[turn] for rank in others]
             return Plan(
-                engine, 0, (), self._peers, scatter=True,
+                engine, 0, (), self._peers, what="barrier",
                 build=lambda status: native.lib.at_plan_signals(engine._p, len(imms), lane_peers, imms, status),
             )  # fmt: skip
 

@@ -30,6 +30,7 @@ from aiotransfer.errors import (
 )
 from aiotransfer.model.address import Address
 from aiotransfer.model.descriptor import RemoteRegion
+from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
@@ -44,6 +45,11 @@ _FAILURES: dict[str, type[TransferError]] = {
     "registration": RegistrationError,
     "closed": ClosedError,
 }
+
+
+def _where(peer: Peer) -> dict[str, Any]:
+    """The path to it, for errors."""
+    return {} if peer._path is None else {"provider": peer._path.provider, "rail": 0}  # paths of today have one rail
 
 
 def _listening(link: Link) -> Address:
@@ -159,6 +165,9 @@ class Peer:
         self._depend(turn)
         try:
             await turn
+        except TransferError as error:
+            error.add_note(f"while sending a message of {len(body):,} bytes to {self}")
+            raise
         finally:
             self._forget(turn)
             self._send_queued()  # when this one gave up, a smaller one behind it may have its turn
@@ -202,6 +211,9 @@ class Peer:
         try:
             async with Patience(seconds):
                 return await future
+        except TransferError as error:
+            error.add_note(f"while waiting for the answer to {frame!r}"[:300])
+            raise
         except TimeoutError as error:
             raise TransferTimeout(
                 f"{late} within {seconds:g} s", peer=str(self.address), hint="is the other side running the code you expect?"
@@ -301,7 +313,8 @@ class Peer:
         error = PeerLostError(
             f"peer {self.name or self.address} (incarnation {self.incarnation:016x}) is lost: {reason}",
             peer=str(self.address),
-            provider=self._path.provider if self._path is not None else None,
+            **_where(self),
+            code=(native.lib.AT_EPEER, native.text(native.lib.AT_EPEER)),
             hint="connect again when it is back; its memory and descriptors are of an old incarnation then",
         )
         self._finish("lost", error)
