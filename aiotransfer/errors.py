@@ -70,6 +70,8 @@ def again(error: E) -> E:
         return error.with_traceback(None)
     copy = _rebuild(type(error), error.message, error.__dict__.copy())
     copy.__cause__ = error.__cause__
+    if hasattr(error, "__notes__"):
+        copy.__notes__ = list(error.__notes__)  # what is noted on the copy is not said of the original
     return cast("E", copy)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import math
 
 from aiotransfer.control.key import Key
 from aiotransfer.control.link import Identity, Link
 from aiotransfer.control.network import Network
+from aiotransfer.control.patience import Patience
 from aiotransfer.errors import BrokenError, RendezvousError, TransferTimeout, shortage
 from aiotransfer.model.address import Address
 
@@ -26,7 +26,7 @@ async def dial(address: Address, key: Key, identity: Identity, network: Network,
     obstacle = "nothing was tried"
     while True:
         try:
-            async with asyncio.timeout_at(None if deadline == math.inf else deadline):
+            async with Patience(deadline - loop.time()):
                 return await _once(address, key, identity, network)
         except RendezvousError as error:
             error.peer = str(address)

@@ -158,9 +158,10 @@ class Revoked(msgspec.Struct, tag=20, array_like=True):
 
 
 class Goodbye(msgspec.Struct, tag=21, array_like=True):
-    """This connection ends on purpose."""
+    """This connection ends on purpose; `lost` says that the other side was given up, not that its sender leaves."""
 
     reason: str
+    lost: bool = False
 
 
 class Up(msgspec.Struct, tag=22, array_like=True):

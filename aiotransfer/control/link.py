@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 from aiotransfer.control.frames import Frame, Goodbye, PeerInfo, clip, encode
 from aiotransfer.control.key import Key
+from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.control.session import NONCE_BYTES, Role, Session
 from aiotransfer.errors import BrokenError, BusyError, RendezvousError
 from aiotransfer.model.address import Address
@@ -24,6 +25,7 @@ MOST_EARLY = 256  # frames kept before start(), of at most so many bytes in all
 MOST_EARLY_BYTES = 256 << 10
 FLUSH_SECONDS = 1.0
 _logger = logging.getLogger("aiotransfer")
+_limit = RateLimit()  # of all connections: a peer that comes again and again is one story
 
 
 class Identity(NamedTuple):
@@ -51,6 +53,7 @@ class Link(asyncio.Protocol):
         self.on_frame: Callable[[Frame], None] = lambda frame: None
         self.on_closed: Callable[[BaseException | None], None] = lambda error: None
         self.goodbye: str | None = None
+        self.given_up = False  # the goodbye said that we are lost to the other side
         self.bytes_sent = 0
         self.bytes_received = 0
         self.local_address = Address("", 0)
@@ -116,7 +119,7 @@ class Link(asyncio.Protocol):
         if self._ended:
             return
         if isinstance(frame, Goodbye):
-            self.goodbye = clip(frame.reason)
+            self.goodbye, self.given_up = clip(frame.reason), frame.lost
             self._finish(None)
         elif not self._started:
             self._early.append(frame)
@@ -128,7 +131,9 @@ class Link(asyncio.Protocol):
             except BusyError as error:  # answers that it does not take
                 self._finish(error)
             except Exception as error:  # one bad handler must not take the loop's other work with it
-                _logger.exception("a control frame could not be handled; closing the connection")
+                left_out = _limit.admit(type(error).__name__)
+                if left_out is not None:
+                    _logger.exception("a control frame could not be handled; closing the connection%s", more(left_out))
                 self._finish(BrokenError(f"a control frame could not be handled: {error!r}"))
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -157,12 +162,19 @@ class Link(asyncio.Protocol):
             raise BusyError("the peer does not read its control connection", peer=str(self.remote_address))
         self._write(encode(frame))
 
-    def close(self, reason: str = "closed") -> None:
+    def give_up(self, reason: str) -> None:
+        """End with a side that was lost; it is told why, in case it still reads or will again, but nothing waits for it."""
+        if self._ended or self._transport is None or self._transport.get_write_buffer_size():
+            self.abort()
+        else:
+            self.close(reason, lost=True)
+
+    def close(self, reason: str = "closed", *, lost: bool = False) -> None:
         """Say goodbye, flush for at most a second, end. In any state; twice is silent."""
         if self._closing or self._transport is None:
             return
         if self._session.established and not self._ended:
-            self._write(encode(Goodbye(reason)))
+            self._write(encode(Goodbye(reason, lost)))
         self._closing = True
         self._transport.close()
         self._flush = self._loop.call_later(FLUSH_SECONDS, self._transport.abort)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 
 from aiotransfer.control.key import Key
 from aiotransfer.control.link import Identity, Link
 from aiotransfer.control.network import Network, Server
+from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.errors import ConfigurationError, shortage
 from aiotransfer.model.address import Address
 
@@ -37,7 +37,7 @@ class Listener:
         self._on_link = on_link
         self._server: Server | None = None
         self._strangers: dict[Link, asyncio.TimerHandle] = {}  # oldest first
-        self._logged = 0.0
+        self._limit = RateLimit(most=1)
 
     async def start(self) -> None:
         """Listen. Raises `ConfigurationError` when the address cannot be had, `BusyError` when a descriptor cannot."""
@@ -87,10 +87,9 @@ class Listener:
             self._on_link(link)
 
     def _log(self, link: Link, text: str) -> None:
-        now = time.monotonic()
-        if now - self._logged >= 1.0:
-            self._logged = now
-            _logger.warning("a connection from %s was refused: %s", link.remote_address, text)
+        left_out = self._limit.admit("refused")
+        if left_out is not None:
+            _logger.warning("a connection from %s was refused: %s%s", link.remote_address, text, more(left_out))
 
     async def close(self) -> None:
         """Stop listening and drop strangers. Twice is silent."""

@@ -10,6 +10,7 @@ import asyncio
 import math
 from typing import TYPE_CHECKING, Any
 
+from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.errors import ClosedError
 from aiotransfer.providers import native
 
@@ -49,6 +50,7 @@ class EngineBase:
     _progress: Progress
     _sweeper: Sweeper
     _due: bool
+    _limit: RateLimit
     _turn_scheduled: bool
 
     @property
@@ -84,6 +86,22 @@ class EngineBase:
     def peers(self) -> tuple[Peer, ...]:
         """Connected peers in order of arrival, inbound ones included."""
         return tuple(p for p in self._connections.peers.values() if p._state == "up") if self._state != "new" else ()
+
+    # ---- what nobody heard ----
+
+    def _unheard(self, error: BaseException) -> None:
+        """An operation failed and its transfer was dropped without anybody having looked: logged, once. From any thread."""
+        left_out = self._limit.admit((type(error).__name__, getattr(error, "peer", None)))
+        if left_out is not None:
+            self._log_unheard("an aiotransfer operation failed and nobody awaited it" + more(left_out), error)
+
+    def _log_unheard(self, message: str, error: BaseException | None = None) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_exception_handler({"message": message, **({"exception": error} if error is not None else {})})
+
+    def _tell_left_out(self) -> None:
+        for kind, count in self._limit.left_out().items():
+            self._log_unheard(f"{count:,} more aiotransfer operations failed and nobody awaited them: {kind}")
 
     # ---- turns ----
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from aiotransfer.control import frames
 from aiotransfer.control.dialer import dial
 from aiotransfer.control.listener import Listener
+from aiotransfer.control.patience import Patience
 from aiotransfer.engine.peer import Peer
 from aiotransfer.errors import (
     BrokenError,
@@ -74,7 +75,7 @@ class Connections:
         while True:
             link = await self._dial(address, deadline)
             try:
-                async with asyncio.timeout_at(None if seconds == float("inf") else deadline):
+                async with Patience(deadline - loop.time()):
                     if (peer := await self._dialed(link, address, require)) is not None:
                         return peer
             except TimeoutError as error:
@@ -260,7 +261,9 @@ class Connections:
     # ---- the end ----
 
     def _link_closed(self, peer: Peer, link: Link, error: BaseException | None) -> None:
-        if error is None:
+        if error is None and link.given_up:
+            peer._lose(f"it has given this side up ({link.goodbye})")
+        elif error is None:
             reason = getattr(link, "goodbye", None) or "goodbye"
             peer._finish("closed", _goodbye(peer, reason))
         elif isinstance(error, RendezvousError):

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
-from aiotransfer.errors import ClosedError, TransferTimeout, again
+from aiotransfer.errors import ClosedError, TransferError, TransferTimeout, again
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
@@ -75,11 +75,13 @@ class Counter:
         handle = None if seconds == math.inf else engine._loop.call_later(seconds, self._expire, entry)
         try:
             await future
-        except BaseException:  # cancelled, late, or its peers lost
+        except BaseException as error:  # cancelled, late, or its peers lost
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._give(n)  # they had been taken for us, but we were cancelled first
             else:
                 self._withdraw(entry)
+            if isinstance(error, TransferError):
+                error.add_note(f"while waiting for {n} arrivals of immediate {self.imm}")
             raise
         finally:
             if handle is not None:

@@ -14,6 +14,7 @@ from aiotransfer.config import Config
 from aiotransfer.control.frames import OfferWire, PeerInfo, Revoked
 from aiotransfer.control.key import load_key
 from aiotransfer.control.link import Identity
+from aiotransfer.control.ratelimit import RateLimit
 from aiotransfer.core.ledger import Ledger
 from aiotransfer.engine import memory
 from aiotransfer.engine.arguments import MOST_IMM, RESERVED, check_imm
@@ -127,6 +128,7 @@ class Engine(Planner):
         self._publications = Publications(self)
         self._sweeper = Sweeper(self)
         self._closed_event: asyncio.Future[None] | None = None
+        self._limit = RateLimit()
         try:
             self._providers, self.missing = open_providers(
                 self._preference, self._lane, self.incarnation, self._segment_of, self._grant_of,
@@ -419,6 +421,7 @@ class Engine(Planner):
         finally:
             self._liveness.close()
             self._sweeper.close()
+            self._tell_left_out()
             self._mailbox.close()
             self._quarantine.close()
             for provider in self._providers.values():

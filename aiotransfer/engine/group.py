@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control.frames import Join
+from aiotransfer.control.patience import Patience
 from aiotransfer.engine.arguments import MOST_IMM, RESERVED
 from aiotransfer.engine.plans import Plan
 from aiotransfer.errors import (
@@ -112,7 +113,7 @@ class PeerGroup:
             raise BusyError("another barrier or reform of this group is under way", hint="a member calls one at a time")
         self._busy = True
         try:
-            async with asyncio.timeout(None if left == math.inf else left):
+            async with Patience(left):
                 await work()
         except TimeoutError as error:
             missing = self._missing()
@@ -126,6 +127,8 @@ class PeerGroup:
         except BaseException as error:  # also cancellation: the others are somewhere else now
             cause = error if isinstance(error, TransferError) else BrokenError(f"a {what} was given up: {error!r}")
             self._break(cause)
+            if cause is error:
+                error.add_note(f"in the {what} of {self!r}")
             raise
         finally:
             self._busy = False
@@ -221,7 +224,7 @@ class PeerGroup:
         def plan(turn: int) -> Plan:
             imms = [self._joins[rank][1].imms[turn] for rank in others]
             return Plan(
-                engine, 0, (), self._peers, scatter=True,
+                engine, 0, (), self._peers, what="barrier",
                 build=lambda status: native.lib.at_plan_signals(engine._p, len(imms), lane_peers, imms, status),
             )  # fmt: skip
 

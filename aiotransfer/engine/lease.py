@@ -15,9 +15,9 @@ Between hosts there are no such words: the holder confirms that nothing is poste
 from __future__ import annotations
 
 import asyncio
-import math
 from typing import TYPE_CHECKING
 
+from aiotransfer.control.patience import Patience
 from aiotransfer.errors import QuarantineError, RegionError
 from aiotransfer.model.descriptor import Grant, RemoteRegion
 
@@ -88,7 +88,7 @@ class Lease:
         waiter: asyncio.Future[None] = engine._loop.create_future()
         self._waiters[waiter] = None
         try:
-            async with asyncio.timeout(None if seconds == math.inf else seconds):
+            async with Patience(seconds):
                 await waiter
         except TimeoutError:
             self._fence()

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
 
-PINGS_PER_TIMEOUT = 4
+PINGS_PER_TIMEOUT = 8
 
 
 class _Sign:
     __slots__ = ("heard", "loop", "loop_heard", "native")
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, native: int, loop: int) -> None:
         self.heard = self.loop_heard = now  # when the last answers were seen: of the native thread, of the loop
-        self.native = self.loop = 0  # their numbers
+        self.native, self.loop = native, loop  # their numbers
 
 
 class Liveness:
@@ -40,14 +40,23 @@ class Liveness:
         """Something waits on `peer` from now on. Cheap when it is already watched."""
         if peer in self._signs or peer._path is None or peer.incarnation == self._engine.incarnation:
             return
-        now = self._engine._loop.time()
-        self._signs[peer] = _Sign(now)
+        _, native, loop = self._numbers(peer)
+        self._signs[peer] = _Sign(self._engine._loop.time(), native, loop)
         if self._timer is None:
             self._schedule()
 
+    @property
+    def _interval(self) -> float:
+        return self._engine.config.peer_timeout / PINGS_PER_TIMEOUT
+
+    @property
+    def _silence(self) -> float:
+        """How long without an answer is too long. An answer is seen up to one interval after the peer may have stopped, and
+        rounds are an interval apart: a peer that stops is lost within `peer_timeout`, at the round that begins in time."""
+        return self._interval * (PINGS_PER_TIMEOUT - 1.5)
+
     def _schedule(self) -> None:
-        interval = self._engine.config.peer_timeout / PINGS_PER_TIMEOUT
-        self._timer = self._engine._loop.call_later(interval, self._round)
+        self._timer = self._engine._loop.call_later(self._interval, self._round)
 
     def _round(self) -> None:
         self._timer = None
@@ -55,7 +64,7 @@ class Liveness:
         if not engine._lane.usable:
             return
         now = engine._loop.time()
-        blocked = self._last_round is not None and now - self._last_round > engine.config.peer_timeout
+        blocked = self._last_round is not None and now - self._last_round > self._silence
         self._last_round = now
         for peer in list(self._signs):
             if not peer._is_waited_for or peer._path is None or peer._state != "up":
@@ -73,19 +82,24 @@ class Liveness:
         engine = self._engine
         sign = self._signs[peer]
         assert peer._path is not None
-        out = native.ffi.new("uint64_t[3]")
-        native.lib.at_peer_pong(engine._p, peer._path.lane_peer, out, out + 1, out + 2)
-        sent, answered, loop = int(out[0]), int(out[1]), int(out[2])
+        sent, answered, loop = self._numbers(peer)
         if answered != sign.native or blocked:  # our own loop was stuck: the silence may be ours
             sign.native, sign.heard = answered, now
         if loop != sign.loop or blocked:
             sign.loop, sign.loop_heard = loop, now
-        if sent and now - sign.heard > engine.config.peer_timeout:
+        if sent and now - sign.heard > self._silence:
             peer._lose(f"no sign of life for {now - sign.heard:.1f} s (stopped or unreachable)")
             return
         if sent and now - sign.heard > engine.config.peer_timeout / 2:
             engine._paths.suspect(peer)
         native.lib.at_peer_ping(engine._p, peer._path.lane_peer)
+
+    def _numbers(self, peer: Peer) -> tuple[int, int, int]:
+        """Of the last ping, of the last that its native thread answered, of the last that its loop did."""
+        assert peer._path is not None
+        out = native.ffi.new("uint64_t[3]")
+        native.lib.at_peer_pong(self._engine._p, peer._path.lane_peer, out, out + 1, out + 2)
+        return int(out[0]), int(out[1]), int(out[2])
 
     def is_busy(self, peer: Peer) -> bool:
         """Alive by its native thread, while its loop has not come round for half of `peer_timeout`."""

@@ -14,6 +14,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiotransfer.control import frames
+from aiotransfer.control.patience import Patience
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
 from aiotransfer.errors import (
     BrokenError,
@@ -29,6 +30,7 @@ from aiotransfer.errors import (
 )
 from aiotransfer.model.address import Address
 from aiotransfer.model.descriptor import RemoteRegion
+from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
@@ -43,6 +45,11 @@ _FAILURES: dict[str, type[TransferError]] = {
     "registration": RegistrationError,
     "closed": ClosedError,
 }
+
+
+def _where(peer: Peer) -> dict[str, Any]:
+    """The path to it, for errors."""
+    return {} if peer._path is None else {"provider": peer._path.provider, "rail": 0}  # paths of today have one rail
 
 
 def _listening(link: Link) -> Address:
@@ -122,8 +129,10 @@ class Peer:
             raise TypeError(f"a name must be a str, not {name!r}")
         number = next(self._ids)
         what = f"no region {name!r} was published by {self.name or self.address}"
+        seconds = self._engine._seconds(timeout)
+        started = self._engine._loop.time()
         try:
-            answer = await self._question(number, frames.Lookup(id=number, name=name), timeout, what)
+            answer = await self._question(number, frames.Lookup(id=number, name=name), seconds, what)
         except BaseException:  # nobody waits for the answer any more
             if self._state == "up":
                 self._reply(frames.LookupCancel(id=number))
@@ -131,7 +140,7 @@ class Peer:
         region = RemoteRegion.decode(answer)
         if region.incarnation != self.incarnation:
             raise DescriptorError("the answer describes memory of somebody else")
-        await self._engine._bind(region, self)
+        await self._engine._bind(region, self, seconds - (self._engine._loop.time() - started))
         return region
 
     async def ping(self, *, timeout: float | None = None) -> float:
@@ -159,6 +168,9 @@ class Peer:
         self._depend(turn)
         try:
             await turn
+        except TransferError as error:
+            error.add_note(f"while sending a message of {len(body):,} bytes to {self}")
+            raise
         finally:
             self._forget(turn)
             self._send_queued()  # when this one gave up, a smaller one behind it may have its turn
@@ -167,11 +179,9 @@ class Peer:
         """Returns when the peer has gone, by goodbye or by loss."""
         seconds = math.inf if timeout is None else self._engine._seconds(timeout)
         try:
-            async with asyncio.timeout(None if seconds == math.inf else seconds):
+            async with Patience(seconds):
                 await asyncio.shield(self._ended)
         except TimeoutError as error:
-            if self._ended.done():
-                return
             raise TransferTimeout(f"{self} is still there after {seconds} s", peer=str(self.address)) from error
 
     async def aclose(self) -> None:
@@ -202,8 +212,11 @@ class Peer:
         seconds = self._engine._seconds(timeout)
         try:
             self._post(frame)
-            async with asyncio.timeout(None if seconds == math.inf else seconds):
+            async with Patience(seconds):
                 return await future
+        except TransferError as error:
+            error.add_note(f"while waiting for the answer to {frame!r}"[:300])
+            raise
         except TimeoutError as error:
             raise TransferTimeout(
                 f"{late} within {seconds:g} s", peer=str(self.address), hint="is the other side running the code you expect?"
@@ -313,7 +326,8 @@ class Peer:
         error = PeerLostError(
             f"peer {self.name or self.address} (incarnation {self.incarnation:016x}) is lost: {reason}",
             peer=str(self.address),
-            provider=self._path.provider if self._path is not None else None,
+            **_where(self),
+            code=(native.lib.AT_EPEER, native.text(native.lib.AT_EPEER)),
             hint="connect again when it is back; its memory and descriptors are of an old incarnation then",
         )
         self._finish("lost", error)
@@ -336,7 +350,7 @@ class Peer:
         for task in list(self._answers):
             task.cancel()
         if goodbye is None:
-            self._link.abort()
+            self._link.give_up(str(error.message).rpartition("is lost: ")[2])  # it may only be stopped: it shall know why
         else:
             self._link.close(goodbye)
         if not self._up.done():

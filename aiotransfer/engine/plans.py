@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiotransfer.engine.arguments import RESERVED, Pages, check_imm
 from aiotransfer.engine.base import seconds
+from aiotransfer.engine.notes import noted
 from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.scatter import Targets
 from aiotransfer.engine.submit import Submitter
@@ -33,7 +34,9 @@ Build = Callable[[Any], Any]  # (status out) -> native plan or NULL; all regions
 class Plan:
     """A prepared operation. Made by `Engine.prepare_write`, `Engine.prepare_pages` and `PeerGroup.scatter_plan`."""
 
-    __slots__ = ("__weakref__", "_build", "_engine", "_keep", "_native", "_peer", "_peers", "_regions", "_targets", "nbytes")
+    __slots__ = (
+        "__weakref__", "_build", "_engine", "_keep", "_native", "_peer", "_peers", "_regions", "_targets", "_what", "nbytes",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -43,7 +46,7 @@ class Plan:
         targets: Sequence[Peer],
         build: Build,
         *,
-        scatter: bool,
+        what: str,
     ) -> None:
         self._engine = engine
         self.nbytes = nbytes
@@ -51,7 +54,8 @@ class Plan:
         self._build = build
         self._peers: tuple[Peer, ...] = tuple(dict.fromkeys(targets))
         self._peer = self._peers[0] if len(self._peers) == 1 else None
-        self._targets = targets if scatter else None
+        self._what = what
+        self._targets = targets if what in ("scatter", "barrier") else None
         self._native: Any = native.ffi.NULL
         self._keep: list[Binding] = []
         if all(_is_bound(engine, region) for region in regions):
@@ -83,12 +87,12 @@ class Plan:
     def _post_slow(self, result: int, value: int, timeout: float | None) -> Transfer:
         engine = self._engine
         if result > 1:
-            return engine._pending(result, self.nbytes, self._peers, timeout, self, self._targets)
+            return engine._pending(result, self.nbytes, self._peers, timeout, self, (self._what, value), self._targets)
         engine._check()
         if self._native != native.ffi.NULL and not self._moved():
-            raise self._refusal(result)
+            raise noted(self._refusal(result), (self._what, value), self.nbytes, self._peers)
         self._native = native.ffi.NULL
-        transfer = engine._blank(self.nbytes, self._peers, self)
+        transfer = engine._blank(self.nbytes, self._peers, self, (self._what, value))
         transfer._targets = self._targets
 
         def post() -> tuple[int, object]:
@@ -123,7 +127,7 @@ class Plan:
                 peer = engine._owner(region)
             except TransferError as better:
                 return better
-        error = refusal(engine, status, peer, None, region)
+        error = refusal(engine, status, peer, region)
         if self._targets is not None and isinstance(error, TransferError):
             error.message = f"target {index}: {error.message}"
         return error
@@ -152,7 +156,7 @@ class Planner(Submitter):
                 self._p, 0, dst._box.bound.remote, dst._start, src._id, src._start, src.nbytes, status
             )
 
-        return self._plan(src.nbytes, [dst], require, build)
+        return self._plan(src.nbytes, [dst], require, build, "write")
 
     def prepare_pages(
         self,
@@ -182,7 +186,7 @@ class Planner(Submitter):
                 table.to_stride, src._start + table.from_offset, dst._start + table.to_offset, status,
             )  # fmt: skip
 
-        return self._plan(table.count * table.page, [dst], require, build)
+        return self._plan(table.count * table.page, [dst], require, build, "pages")
 
     def scatter(
         self,
@@ -214,14 +218,14 @@ class Planner(Submitter):
                 self._p, src._id, len(remotes), remotes, table.local_offsets, table.remote_offsets, table.sizes, status
             )
 
-        return self._plan(sum(table.sizes), table.regions, require, build, scatter=True)
+        return self._plan(sum(table.sizes), table.regions, require, build, "scatter")
 
     def _plan(
-        self, nbytes: int, regions: Sequence[RemoteRegion], require: str | None, build: Build, *, scatter: bool = False
+        self, nbytes: int, regions: Sequence[RemoteRegion], require: str | None, build: Build, what: str
     ) -> Plan:
         owners = [self._owner(region) for region in regions]
         for peer in dict.fromkeys(owners):
             self._check_required(peer, require)
-        return Plan(self, nbytes, regions, owners, build, scatter=scatter)
+        return Plan(self, nbytes, regions, owners, build, what=what)
 
 

@@ -24,7 +24,6 @@ from aiotransfer.providers import native
 if TYPE_CHECKING:
     from aiotransfer.engine.base import EngineBase
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import RegionView
     from aiotransfer.model.descriptor import Grant, RemoteRegion
 
 
@@ -39,23 +38,28 @@ def refusal(
     engine: EngineBase,
     status: int,
     peer: Peer | None,
-    src: RegionView | None = None,
     dst: RemoteRegion | None = None,
     grant: Grant | None = None,
 ) -> Exception:
-    """The error for a negative status of the lane."""
-    lib = native.lib
-    where: dict[str, Any] = {}
+    """The error for a negative status of the lane: with the peer, the path, the status and what to do next."""
+    lib, text = native.lib, native.text(status)
+    where: dict[str, Any] = {"code": (status, text)}
     if peer is not None:
-        where = {"peer": str(peer.address), "provider": peer._path.provider if peer._path is not None else None}
+        where["peer"] = str(peer.address)
+        if peer._path is not None:
+            where |= {"provider": peer._path.provider, "rail": 0}
         if status in (lib.AT_EPEER, lib.AT_ESHUT) and peer._error is not None:
             return again(peer._error)
-    text = native.text(status)
     match status:
         case lib.AT_ETHREAD:
             return RuntimeError("an engine belongs to the thread of its event loop; this is another thread")
         case lib.AT_EFORK | lib.AT_ESHUT:
-            return ClosedError(f"the engine is {'abandoned in this forked child' if status == lib.AT_EFORK else 'closed'}")
+            forked = status == lib.AT_EFORK
+            return ClosedError(
+                f"the engine is {'abandoned in this forked child' if forked else 'closed'}",
+                hint="open one in the child" if forked else "open another one",
+                **where,
+            )
         case lib.AT_ESTALE:
             grant = dst._grant if dst is not None else grant
             known = grant and engine._revocations.get((grant.incarnation, grant.slot, grant.epoch))
@@ -65,9 +69,9 @@ def refusal(
                 **where,
             )
         case lib.AT_ECLOSED:
-            return RegionError("the source region is closed", **where)
+            return RegionError("the source region is closed", hint="keep it open until its operations have ended", **where)
         case lib.AT_ESRC | lib.AT_EDST | lib.AT_EINDEX_SRC | lib.AT_EINDEX_DST | lib.AT_EGRANT:
-            return RegionError(text, **where)
+            return RegionError(text, hint="compare it with .nbytes and .access of the two regions", **where)
         case lib.AT_ENOMEM:
             return lacking(engine, status, "the operation cannot be queued", **where) or InternalError(text)
         case lib.AT_EBUSY:
@@ -78,20 +82,25 @@ def refusal(
                 **where,
             )
         case lib.AT_EPEER:
-            return PeerLostError(f"{peer} is lost", **where)
+            return PeerLostError(f"{peer} is lost", hint="connect again when it is back", **where)
         case lib.AT_ERAIL:
-            return RailBrokenError(f"the path to {peer} broke", **where)
+            return RailBrokenError(
+                f"the path to {peer} broke", hint="what this operation has landed is not known; connect again", **where
+            )
         case lib.AT_EPROTO:
-            return BrokenError(f"{peer} broke the protocol", **where)
+            return BrokenError(f"{peer} broke the protocol", hint="do both sides run the same version?", **where)
         case lib.AT_EIO:
             number, words = engine._lane.system_error()
             return RemoteAccessError(
                 f"the operating system refused to write into {peer}: {words}",
-                code=(number, words),
                 hint="its memory may have been unmapped, or this process lost the right to write there",
-                **where,
+                **(where | {"code": (number, words)}),
             )
         case lib.AT_ETIMEOUT:
-            return TransferTimeout(f"a transfer to {peer} did not finish in time", **where)
+            return TransferTimeout(
+                f"a transfer to {peer} did not finish in time",
+                hint="nothing is known to be broken: try again, or give it a longer timeout=",
+                **where,
+            )
         case _:
             return InternalError(f"the lane answered {status} ({text})", hint="please report this", **where)

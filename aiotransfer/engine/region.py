@@ -8,10 +8,10 @@ uses it (the lane says so), no peer is inside a write under one of its grants (t
 from __future__ import annotations
 
 import asyncio
-import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from aiotransfer.control.patience import Patience
 from aiotransfer.errors import ClosedError, QuarantineError, RegionError
 from aiotransfer.model.descriptor import Grant, RemoteRegion
 from aiotransfer.providers.lane import Segment
@@ -294,7 +294,7 @@ class Region(RegionView):
         self._waiters.append(waiter)
         seconds = engine._seconds(timeout)
         try:
-            async with asyncio.timeout(None if seconds == math.inf else seconds):
+            async with Patience(seconds):
                 await waiter
         except TimeoutError:
             self._fence()

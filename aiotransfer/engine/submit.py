@@ -16,11 +16,13 @@ import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aiotransfer.control.patience import Patience
 from aiotransfer.engine.arguments import RESERVED, Pages, check_imm
 from aiotransfer.engine.base import EngineBase, seconds
+from aiotransfer.engine.notes import Deed, noted
 from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.region import RegionView
-from aiotransfer.engine.transfer import CANCELLED, DONE, FAILED, PENDING, Transfer
+from aiotransfer.engine.transfer import CANCELLED, DONE, PENDING, Transfer
 from aiotransfer.errors import (
     ClosedError,
     ProviderUnavailableError,
@@ -91,7 +93,7 @@ class Submitter(EngineBase):
                         self._turn_is_due()
                     return done
                 if result > 1:
-                    return self._pending(result, n, (bound.peer,), timeout, (src._root, bound))
+                    return self._pending(result, n, (bound.peer,), timeout, (src._root, bound), ("write", value))
         except AttributeError:
             pass
         return self._write_slow(src, dst, imm, timeout, require)
@@ -105,7 +107,7 @@ class Submitter(EngineBase):
         value = -1 if imm is None else check_imm(imm)
         start, number, offset, n = src._start, src._id, dst._start, src.nbytes
         return self._submit(
-            src, dst, n, timeout, require,
+            src, dst, n, timeout, require, ("write", value),
             lambda remote: native.lib.at_write(self._p, remote, offset, number, start, n, value),
         )  # fmt: skip
 
@@ -160,7 +162,7 @@ class Submitter(EngineBase):
                 table.check_targets(dst.nbytes)
             return result
 
-        return self._submit(src, dst, table.count * table.page, timeout, require, post)
+        return self._submit(src, dst, table.count * table.page, timeout, require, ("pages", value), post)
 
     # ---- read ----
 
@@ -177,8 +179,9 @@ class Submitter(EngineBase):
             raise ValueError(f"the source has {src.nbytes} bytes, the destination {dst.nbytes}")
         start, number, offset, n = dst._start, dst._id, src._start, src.nbytes
         return self._submit(
-            dst, src, n, timeout, require, lambda remote: native.lib.at_read(self._p, remote, offset, number, start, n)
-        )
+            dst, src, n, timeout, require, ("read", -1),
+            lambda remote: native.lib.at_read(self._p, remote, offset, number, start, n),
+        )  # fmt: skip
 
     # ---- signal ----
 
@@ -191,7 +194,7 @@ class Submitter(EngineBase):
         peer = self._addressee(dst)
         self._check_required(peer, require)
         result = native.lib.at_signal(self._p, peer.path.lane_peer, value)
-        return self._outcome(result, 0, peer, timeout, None, None, None)
+        return self._outcome(result, 0, peer, timeout, None, None, None, ("signal", value))
 
     # ---- common ----
 
@@ -241,15 +244,16 @@ class Submitter(EngineBase):
         nbytes: int,
         timeout: float | None,
         require: str | None,
+        deed: Deed,
         post: Callable[[int], int],
     ) -> Transfer:
         peer = self._owner(dst)
         self._check_required(peer, require, dst)
         bound: Binding | None = dst._box.bound
         if bound is None or not bound.good(self, peer):
-            return self._submit_unbound(src, dst, nbytes, timeout, peer, post)
+            return self._submit_unbound(src, dst, nbytes, timeout, peer, deed, post)
         result = post(bound.remote)
-        return self._outcome(result, nbytes, peer, timeout, src, dst, bound)
+        return self._outcome(result, nbytes, peer, timeout, src, dst, bound, deed)
 
     def _outcome(
         self,
@@ -260,22 +264,24 @@ class Submitter(EngineBase):
         src: RegionView | None,
         dst: RemoteRegion | None,
         bound: object,
+        deed: Deed,
     ) -> Transfer:
         if result > 1:
-            return self._pending(result, nbytes, (peer,), timeout, (src, dst, bound))
+            return self._pending(result, nbytes, (peer,), timeout, (src, dst, bound), deed)
         if result < 0:
-            raise refusal(self, result, peer, src, dst)
+            raise noted(refusal(self, result, peer, dst), deed, nbytes, (peer,))
         if result:
             self._turn_is_due()
         done = _new(Transfer)
         done._engine, done._peer, done.nbytes, done._state = self, peer, nbytes, DONE
         return done
 
-    def _blank(self, nbytes: int, peers: tuple[Peer, ...], keep: object) -> Transfer:
+    def _blank(self, nbytes: int, peers: tuple[Peer, ...], keep: object, deed: Deed) -> Transfer:
         transfer = _new(Transfer)
         transfer._engine = self
         transfer._peer = peers[0] if len(peers) == 1 else None
         transfer._peers = peers
+        transfer._deed = deed
         transfer.nbytes = nbytes
         transfer._state = PENDING
         transfer._cookie = 0
@@ -295,9 +301,10 @@ class Submitter(EngineBase):
         peers: tuple[Peer, ...],
         timeout: float | None,
         keep: object,
+        deed: Deed,
         targets: Sequence[Peer] | None = None,
     ) -> Transfer:
-        transfer = self._blank(nbytes, peers, keep)
+        transfer = self._blank(nbytes, peers, keep, deed)
         transfer._targets = targets
         self._admit(transfer, cookie, transfer._started + (self._timeout if timeout is None else self._seconds(timeout)))
         return transfer
@@ -321,14 +328,15 @@ class Submitter(EngineBase):
         nbytes: int,
         timeout: float | None,
         peer: Peer,
+        deed: Deed,
         post: Callable[[int], int],
     ) -> Transfer:
-        transfer = self._blank(nbytes, (peer,), (src, dst))
+        transfer = self._blank(nbytes, (peer,), (src, dst), deed)
 
         def bound() -> tuple[int, object]:
             return post(dst._box.bound.remote), (src, dst, dst._box.bound)
 
-        self._bind_then(transfer, [(dst, peer)], timeout, bound, lambda result: refusal(self, result, peer, src, dst))
+        self._bind_then(transfer, [(dst, peer)], timeout, bound, lambda result: refusal(self, result, peer, dst))
         return transfer
 
     def _bind_then(
@@ -345,27 +353,22 @@ class Submitter(EngineBase):
 
         async def go() -> None:
             try:
-                async with asyncio.timeout(None if left == math.inf else left):
-                    for region, peer in regions:
-                        await self._bind(region, peer)
+                for region, peer in regions:
+                    await self._bind(region, peer, deadline - self._loop.time())
                 if transfer._state != PENDING:
                     return
                 result, keep = post()
-            except TimeoutError as error:
-                if not isinstance(error, TransferError):
-                    error = TransferTimeout("the owner of the region did not answer in time")
-                result, keep = 0, error
             except Exception as error:  # it belongs to whoever awaits the transfer
                 result, keep = 0, error
             if transfer._state != PENDING:
                 return
             if isinstance(keep, Exception):
-                transfer._end(FAILED, 0, keep)
+                transfer._fail(0, keep)
             elif result > 1:
                 transfer._keep = keep
                 self._admit(transfer, result, deadline)
             elif result < 0:
-                transfer._end(FAILED, 0, refuse(result))
+                transfer._fail(0, refuse(result))
             else:
                 transfer._end(DONE, transfer.nbytes, None)
 
@@ -394,8 +397,17 @@ class Submitter(EngineBase):
 
     # ---- afterwards ----
 
-    async def _bind(self, region: RemoteRegion, peer: Peer) -> None:
-        await self._paths.bind(region, peer)
+    async def _bind(self, region: RemoteRegion, peer: Peer, left: float) -> None:
+        """Have the owner's answer where its memory is. Raises `TransferTimeout` after `left` seconds."""
+        try:
+            async with Patience(left):
+                await self._paths.bind(region, peer)
+        except TimeoutError as error:
+            if isinstance(error, TransferError):
+                raise
+            raise TransferTimeout(
+                f"{peer} did not say in time where its region is", peer=str(peer.address), hint="is its event loop blocked?"
+            ) from error
 
     def _background(self, work: Coroutine[Any, Any, None], transfer: Transfer) -> None:
         task = self._loop.create_task(work)
@@ -404,7 +416,7 @@ class Submitter(EngineBase):
         def over(done: asyncio.Task[None]) -> None:
             self._tasks.pop(done, None)
             if transfer._state == PENDING and not transfer._cookie:
-                transfer._end(FAILED, 0, ClosedError("the engine was closed"))
+                transfer._fail(0, ClosedError("the engine was closed", hint="it was closed while this was under way"))
 
         task.add_done_callback(over)
 
@@ -428,7 +440,7 @@ class Submitter(EngineBase):
         elif status == native.lib.AT_ECANCELED:
             transfer._end(CANCELLED, landed, None)
         else:
-            transfer._end(FAILED, landed, self._failure(status, transfer._peers[0], transfer._keep))
+            transfer._fail(landed, self._failure(status, transfer._peers[0], transfer._keep))
 
     def _unproved(self, cookie: int) -> None:
         """What is posted of a withdrawn operation can be neither waited for nor fenced: it keeps its memory until it retires."""
@@ -442,7 +454,7 @@ class Submitter(EngineBase):
             provider=transfer._peers[0].path.provider,
             hint="do not reuse the source: it stays registered until what was posted of it has retired",
         )
-        transfer._end(FAILED, self._bytes_done(transfer), error)
+        transfer._fail(self._bytes_done(transfer), error)
 
     def _failure(self, status: int, peer: Peer, keep: object = None) -> Exception:
         if status == native.lib.AT_EPEER and peer._state == "up":  # the write noticed before the control connection did
@@ -468,13 +480,16 @@ class Submitter(EngineBase):
             None if status == 0 else self._failure(status, peer)
             for status, peer in zip(results, transfer._targets, strict=True)
         ]
+        for i, failed in enumerate(errors):
+            if failed is not None:
+                failed.add_note(f"target {i} of the scatter")
         bad = [error for error in errors if error is not None]
         error = ScatterError(
             f"{len(bad)} of {len(errors)} targets failed, the first with: {str(bad[0]).partition(chr(10))[0]}",
             results=errors,
             hint="the others have landed; .results has the error of each target, or None",
         )
-        transfer._end(FAILED, landed, error)
+        transfer._fail(landed, error)
 
     def _cancel(self, transfer: Transfer) -> None:
         cookie = transfer._cookie

@@ -14,10 +14,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from aiotransfer.engine.arguments import Pages, check_imm
 from aiotransfer.engine.base import seconds
+from aiotransfer.engine.notes import Deed, noted
 from aiotransfer.engine.refusals import refusal
 from aiotransfer.errors import ClosedError, TransferTimeout, again
 from aiotransfer.providers import native
@@ -37,10 +38,12 @@ SLICE_SECONDS = 0.05  # longest native wait: Ctrl-C is heard after it at the lat
 class ThreadTransfer:
     """An operation submitted by a thread. `wait()` returns, or raises what it ended in."""
 
-    __slots__ = ("_bound", "_cookie", "_error", "_handle", "_keep", "_over", "_peer", "nbytes")
+    __slots__ = ("_bound", "_cookie", "_deed", "_error", "_handle", "_heard", "_keep", "_over", "_peer", "nbytes")
 
-    def __init__(self, handle: ThreadHandle, nbytes: int, peer: Peer, keep: object) -> None:
+    def __init__(self, handle: ThreadHandle, nbytes: int, peer: Peer, keep: object, deed: Deed) -> None:
         self._handle = handle
+        self._deed = deed
+        self._heard = False  # somebody was told what it ended in
         self.nbytes = nbytes
         self._peer = peer
         self._keep = keep
@@ -59,6 +62,7 @@ class ThreadTransfer:
         if not self._look(left):
             raise TransferTimeout(f"the operation has not ended within {left:g} s; it goes on")
         if self._error is not None:
+            self._heard = True
             raise again(self._error)
 
     def _look(self, left: float) -> bool:
@@ -91,16 +95,33 @@ class ThreadTransfer:
         return True
 
     def _finish(self, error: BaseException | None) -> None:
-        self._error = error
+        self._error = None if error is None else noted(error, self._deed, self.nbytes, (self._peer,))
         self._over = True
         self._keep = None
 
     def __del__(self) -> None:
-        if not self._over and self._cookie:
-            self._handle._orphan(self._cookie, self._keep)
+        if self._over:
+            if self._error is not None and not self._heard:
+                self._handle._unheard(self._error)
+        elif self._cookie:
+            self._handle._orphan(_Orphan(self._cookie, self._keep, self._deed, self.nbytes, self._peer))
+        elif self._bound is not None and self._bound.done() and not self._bound.cancelled():
+            error = self._bound.exception()
+            if error is not None:
+                self._handle._unheard(noted(error, self._deed, self.nbytes, (self._peer,)))
 
     def __repr__(self) -> str:
         return f"<ThreadTransfer {self.nbytes} bytes, {'ended' if self._over else 'under way'}>"
+
+
+class _Orphan(NamedTuple):
+    """An operation that nobody waits for any more; what it uses must live until it has ended."""
+
+    cookie: int
+    keep: object
+    deed: Deed
+    nbytes: int
+    peer: Peer
 
 
 class ThreadHandle:
@@ -111,7 +132,7 @@ class ThreadHandle:
         self._guard = threading.Condition()
         self._users = 0
         self._closed = False
-        self._orphans: list[tuple[int, object]] = []
+        self._orphans: list[_Orphan] = []
 
     # ---- operations ----
 
@@ -122,7 +143,7 @@ class ThreadHandle:
             engine._check_views(src, dst)
             self._equal(src, dst)
             value = -1 if imm is None else check_imm(imm)
-            return self._submit(dst, src.nbytes, (src, dst), value, lambda remote, status: native.lib.at_plan_copy(
+            return self._submit(dst, src.nbytes, (src, dst), ("write", value), lambda remote, status: native.lib.at_plan_copy(
                 engine._p, 0, remote, dst._start, src._id, src._start, src.nbytes, status))  # fmt: skip
 
     def read(self, src: RemoteRegion, dst: RegionView) -> ThreadTransfer:
@@ -131,7 +152,7 @@ class ThreadHandle:
             engine = self._engine
             engine._check_views(dst, src, "read")
             self._equal(src, dst)
-            return self._submit(src, src.nbytes, (src, dst), -1, lambda remote, status: native.lib.at_plan_copy(
+            return self._submit(src, src.nbytes, (src, dst), ("read", -1), lambda remote, status: native.lib.at_plan_copy(
                 engine._p, 1, remote, src._start, dst._id, dst._start, src.nbytes, status))  # fmt: skip
 
     def write_pages(
@@ -157,7 +178,7 @@ class ThreadHandle:
             table.check_targets(dst.nbytes)
             here, there = (native.ffi.from_buffer("int64_t[]", t.copy()) for t in (table.sources, table.targets))
             value = -1 if imm is None else check_imm(imm)
-            return self._submit(dst, table.count * table.page, (src, dst), value, lambda remote, status:
+            return self._submit(dst, table.count * table.page, (src, dst), ("pages", value), lambda remote, status:
                 native.lib.at_plan_pages(
                     engine._p, remote, src._id, here, there, table.count, table.page, table.from_stride, table.to_stride,
                     src._start + table.from_offset, dst._start + table.to_offset, status))  # fmt: skip
@@ -169,8 +190,8 @@ class ThreadHandle:
             value = check_imm(imm)
             peer = engine._addressee(dst)
             number = peer.path.lane_peer
-            transfer = ThreadTransfer(self, 0, peer, None)
-            self._post(transfer, value, lambda status: native.lib.at_plan_signals(engine._p, 1, [number], [value], status))
+            transfer = ThreadTransfer(self, 0, peer, None, ("signal", value))
+            self._post(transfer, lambda status: native.lib.at_plan_signals(engine._p, 1, [number], [value], status))
             return transfer
 
     @staticmethod
@@ -179,34 +200,34 @@ class ThreadHandle:
             raise ValueError(f"the source has {src.nbytes} bytes, the destination {dst.nbytes}")
 
     def _submit(
-        self, region: RemoteRegion, nbytes: int, keep: object, imm: int, build: Callable[[int, Any], Any]
+        self, region: RemoteRegion, nbytes: int, keep: object, deed: Deed, build: Callable[[int, Any], Any]
     ) -> ThreadTransfer:
         engine = self._engine
         peer = engine._owner(region)
-        transfer = ThreadTransfer(self, nbytes, peer, None)
+        transfer = ThreadTransfer(self, nbytes, peer, None, deed)
         bound = region._box.bound
         if bound is not None and bound.good(engine, peer):
             transfer._keep = (keep, bound)
-            self._post(transfer, imm, lambda status: build(bound.remote, status))
+            self._post(transfer, lambda status: build(bound.remote, status))
             return transfer
 
         async def bind_then_post() -> None:
-            await engine._bind(region, peer)
+            await engine._bind(region, peer, engine._timeout)
             fresh = region._box.bound
             transfer._keep = (keep, fresh)
-            self._post(transfer, imm, lambda status: build(fresh.remote, status))
+            self._post(transfer, lambda status: build(fresh.remote, status))
 
         transfer._bound = asyncio.run_coroutine_threadsafe(bind_then_post(), engine._loop)
         return transfer
 
-    def _post(self, transfer: ThreadTransfer, imm: int, build: Callable[[Any], Any]) -> None:
+    def _post(self, transfer: ThreadTransfer, build: Callable[[Any], Any]) -> None:
         engine = self._engine
         status = native.ffi.new("int *")
         plan = build(status)
         if plan == native.ffi.NULL:
             raise refusal(engine, int(status[0]), transfer._peer)
         try:
-            result = native.lib.at_thread_post(engine._p, plan, imm)
+            result = native.lib.at_thread_post(engine._p, plan, transfer._deed[1])
         finally:
             native.lib.at_plan_free(plan)
         if result < 0:
@@ -221,9 +242,9 @@ class ThreadHandle:
     def _inside(self) -> _Inside:
         return _Inside(self)
 
-    def _orphan(self, cookie: int, keep: object) -> None:
+    def _orphan(self, orphan: _Orphan) -> None:
         """Nobody waits for it any more; what it uses must live until it has ended. Called in whatever thread forgets it."""
-        self._orphans.append((cookie, keep))
+        self._orphans.append(orphan)
         if not self._engine._lane.usable:
             return
         with self._guard:
@@ -235,10 +256,25 @@ class ThreadHandle:
             self._users -= 1
 
     def _sweep(self) -> None:
-        if self._engine._lane.usable:
-            drop = native.lib.at_thread_drop
-            looked_at, self._orphans = self._orphans, []  # others may add to the new list meanwhile
-            self._orphans += [(cookie, keep) for cookie, keep in looked_at if drop(self._engine._p, cookie) == 1]
+        engine, lib = self._engine, native.lib
+        if not engine._lane.usable:
+            return
+        looked_at, self._orphans = self._orphans, []  # others may add to the new list meanwhile
+        for orphan in looked_at:
+            status = lib.at_thread_wait(engine._p, orphan.cookie, 0)
+            if status == 1:
+                self._orphans.append(orphan)
+                continue
+            lib.at_thread_drop(engine._p, orphan.cookie)
+            if status < 0 and status != lib.AT_EUNKNOWN:
+                self._unheard(noted(refusal(engine, status, orphan.peer), orphan.deed, orphan.nbytes, (orphan.peer,)))
+
+    def _unheard(self, error: BaseException) -> None:
+        """Nobody will be told of it any more: the loop logs it."""
+        try:
+            self._engine._loop.call_soon_threadsafe(self._engine._unheard, error)
+        except RuntimeError:
+            pass  # the loop is closed: there is nobody to tell
 
     async def _close(self) -> None:
         """No thread enters any more; returns when none is inside and nothing of theirs is left (the lane is shut)."""

@@ -17,10 +17,13 @@ import sys
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from aiotransfer.engine.notes import noted
 from aiotransfer.errors import QuarantineError, TransferError, again
 from aiotransfer.providers.port import Binding
 
 if TYPE_CHECKING:
+    from aiotransfer.engine.base import EngineBase
+    from aiotransfer.engine.notes import Deed
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.submit import Submitter
     from aiotransfer.providers.port import Path
@@ -30,19 +33,17 @@ _FINISHED = cast("Generator[Any, None, None]", iter(()))  # an exhausted iterato
 
 
 class _Unheard:
-    """Logs once, through the loop's handler, when a failed transfer is dropped without anybody having looked."""
+    """Has it logged once when a failed transfer is dropped without anybody having looked."""
 
-    __slots__ = ("error", "loop")
+    __slots__ = ("engine", "error")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, error: BaseException) -> None:
-        self.loop = loop
+    def __init__(self, engine: EngineBase, error: BaseException) -> None:
+        self.engine = engine
         self.error: BaseException | None = error
 
     def __del__(self) -> None:
-        if self.error is not None and not self.loop.is_closed():
-            self.loop.call_exception_handler(
-                {"message": "an aiotransfer operation failed and nobody awaited it", "exception": self.error}
-            )
+        if self.error is not None:
+            self.engine._unheard(self.error)
 
 
 class Transfer:
@@ -51,6 +52,7 @@ class Transfer:
     __slots__ = (
         "__weakref__",
         "_cookie",
+        "_deed",
         "_elapsed",
         "_engine",
         "_error",
@@ -71,6 +73,7 @@ class Transfer:
     _peer: Peer | None
     _state: int
     _cookie: int
+    _deed: Deed
     _peers: tuple[Peer, ...]
     _targets: Sequence[Peer] | None  # of a scatter, one for each target
     _error: BaseException | None
@@ -116,7 +119,11 @@ class Transfer:
     def _next_wait(self) -> Generator[Any, None, None]:
         waiter: asyncio.Future[None] = self._engine._loop.create_future()
         self._waiters.append(waiter)
-        yield from waiter.__await__()
+        try:
+            yield from waiter.__await__()
+        finally:
+            if not waiter.done():  # this coroutine was closed: it hears of nothing any more
+                waiter.cancel()
 
     def _drain(self) -> Generator[Any, None, None]:
         """Wait, whatever happens to this task, until the operation has ended."""
@@ -152,7 +159,10 @@ class Transfer:
                 waiter.set_result(None)
         self._waiters = []
         if error is not None and not heard:
-            self._guard = _Unheard(engine._loop, error)
+            self._guard = _Unheard(engine, error)
+
+    def _fail(self, landed: int, error: BaseException) -> None:
+        self._end(FAILED, landed, noted(error, self._deed, self.nbytes, self._peers, landed))
 
     def _disarm(self) -> None:
         guard = getattr(self, "_guard", None)

@@ -243,15 +243,19 @@ async def fire(
         outcome = Outcome(survivor.result()["errors"], survivor.ended - begun)
         assert set(outcome.errors) <= may, f"{outcome.errors} seen, {may or 'nothing'} expected: {survivor.error}"
         assert outcome.seconds <= limit, f"seen after {outcome.seconds:.3f} s, {limit:.3f} allowed"
+        assert survivor.lease is not None
+        if fault != "stopped":
+            await settled(survivor.lease, 0.1)  # of who died inside a write, the proof may come a little after the news
+        outcome.quarantined = survivor.lease.state == "quarantined"  # it was stopped inside a write: that memory is not ours yet
         survivor.region.numpy()[:] = 0x3C
         if fault in SILENT:
             await struck.heal(fault)
         await asyncio.sleep(0.05)
-        assert survivor.lease is not None
-        outcome.quarantined = survivor.lease.state == "quarantined"  # it was stopped inside a write: that memory is not ours yet
-        if "PeerLostError" in outcome.errors and not outcome.quarantined:
-            assert survivor.lease.state == "revoked"
-            assert (survivor.region.numpy() == 0x3C).all(), "late: bytes changed after the peer was given up"
+        if "PeerLostError" in outcome.errors:
+            await settled(survivor.lease, 1.0)
+            assert survivor.lease.state == "revoked", f"the lease is {survivor.lease.state}"
+            late = not outcome.quarantined and (survivor.region.numpy() != 0x3C).any()
+            assert not late, "late: bytes changed after the peer was given up"
         return outcome
     if fault in SILENT:
         await struck.heal(fault)
@@ -269,6 +273,14 @@ async def fire(
             f"{total} counted, {result['done']} to {result['begun']} x {units}"
         )
     return Outcome()
+
+
+async def settled(lease: at.Lease, seconds: float) -> None:
+    """Wait until nothing under it can land any more, at most so long."""
+    turns = 0
+    while lease.state != "revoked" and turns * 0.005 < seconds:
+        turns += 1
+        await asyncio.sleep(0.005)
 
 
 def expected_to_starve(fault: str) -> bool:

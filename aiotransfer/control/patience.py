@@ -1,0 +1,45 @@
+"""Deadlines of coroutines that stay right when the loop was blocked.
+
+`asyncio.timeout` judges as soon as its timer is due. After a loop was blocked that may be before the loop has looked at its
+descriptors even once, and what had come long before the deadline is reported as late. Here a due timer first lets the loop
+take what is there and wake whoever waits for it; only what still waits then is late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from types import TracebackType
+
+TURNS = 2  # of the loop, and one more that asyncio.timeout takes itself: descriptors, futures, the tasks that wait for them
+
+
+class Patience:
+    """`async with Patience(seconds):` raises `TimeoutError` like `asyncio.timeout`; None and infinity are none."""
+
+    __slots__ = ("_loop", "_scope", "_seconds", "_timer")
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = math.inf if seconds is None else seconds
+        self._scope = asyncio.timeout(None)
+        self._timer: asyncio.Handle | None = None
+
+    async def __aenter__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._scope.__aenter__()
+        if self._seconds != math.inf:
+            self._timer = self._loop.call_later(max(0.0, self._seconds), self._due, TURNS)
+
+    def _due(self, turns: int) -> None:
+        if turns:
+            self._timer = self._loop.call_soon(self._due, turns - 1)
+        else:
+            self._timer = None
+            self._scope.reschedule(self._loop.time())
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._scope.__aexit__(kind, value, trace)
