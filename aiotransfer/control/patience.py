@@ -11,7 +11,7 @@ import asyncio
 import math
 from types import TracebackType
 
-TURNS = 2  # of the loop, and one more that asyncio.timeout takes itself: descriptors, futures, the tasks that wait for them
+TURNS = 8  # of the loop: one for its descriptors, the others for the tasks that wait for each other for what came
 
 
 class Patience:

@@ -41,6 +41,7 @@ MOST_MIRRORS = 64  # connections from this very engine that nobody has asked for
 MOST_UNSEEN = 1024  # arrivals that nobody has looked at, before those that have gone again are forgotten
 MOST_QUESTIONS = 4096  # of one peer to our providers, unanswered
 MOST_QUESTION_BYTES = 1 << 20
+DEATH_SECONDS = 0.005  # between the end of a dying process's connections and the news of its death
 
 
 class _Merged(BrokenError):
@@ -269,8 +270,13 @@ class Connections:
         elif isinstance(error, RendezvousError):
             peer._lose(error)
         else:
-            self._engine._progress.poll()  # the death of its process is the better reason, where it is one
-            peer._lose(f"its control connection broke ({str(error) or type(error).__name__})")
+            reason = f"its control connection broke ({str(error) or type(error).__name__})"
+            self._engine._progress.poll()
+            if peer._path is not None and peer._path.watches_process:
+                # A dying process closes its connections first: its death, a moment later, is the better reason.
+                self._engine._loop.call_later(DEATH_SECONDS, peer._lose, reason)
+            else:
+                peer._lose(reason)
 
     def gone(self, peer: Peer) -> None:
         """Forget a peer that has ended."""

@@ -210,9 +210,9 @@ class PeerGroup:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for rank in others:
-                    known = self._joins.get(rank)
-                    if known is not None and known[0]._state == "up":
-                        self._tell(rank, known[0])
+                    known = self._known(rank)
+                    if known is not None:
+                        self._tell(rank, known)
                     elif rank > self.rank:
                         tasks.create_task(dial(rank))
                 tasks.create_task(self._all_joined(others))
@@ -252,7 +252,7 @@ class PeerGroup:
             if all(map(self._has_joined, others)):
                 return
             self._waiting = self._engine._loop.create_future()
-            heard = [peer for peer, _ in self._joins.values()]
+            heard = [peer for rank in others if (peer := self._known(rank)) is not None]
             for peer in heard:
                 peer._depend(self._waiting)
             try:
@@ -261,6 +261,13 @@ class PeerGroup:
                 for peer in heard:
                     peer._forget(self._waiting)
                 self._waiting = None
+
+    def _known(self, rank: int) -> Peer | None:
+        """The member, where it is connected: a dial to one that stands still would wait for ever."""
+        joined = self._joins.get(rank)
+        if joined is not None and joined[0]._state == "up":
+            return joined[0]
+        return next((peer for peer in self._engine.peers if peer.address == self.members[rank]), None)
 
     def _has_joined(self, rank: int) -> bool:
         known = self._joins.get(rank)

@@ -140,7 +140,8 @@ class Peer:
         region = RemoteRegion.decode(answer)
         if region.incarnation != self.incarnation:
             raise DescriptorError("the answer describes memory of somebody else")
-        await self._engine._bind(region, self, seconds - (self._engine._loop.time() - started))
+        left = seconds - (self._engine._loop.time() - started)
+        await self._engine._bind(region, self, max(left, self._engine.config.drain_timeout))  # the answer was in time
         return region
 
     async def ping(self, *, timeout: float | None = None) -> float:
@@ -323,8 +324,9 @@ class Peer:
         if self._state in ("lost", "closed"):
             return
         reason = str(cause).partition("\nhint:")[0]
+        who = f"{self.name!r} at {self.address}" if self.name else str(self.address)
         error = PeerLostError(
-            f"peer {self.name or self.address} (incarnation {self.incarnation:016x}) is lost: {reason}",
+            f"peer {who} (incarnation {self.incarnation:016x}) is lost: {reason}",
             peer=str(self.address),
             **_where(self),
             code=(native.lib.AT_EPEER, native.text(native.lib.AT_EPEER)),

@@ -359,7 +359,7 @@ class Submitter(EngineBase):
                     return
                 result, keep = post()
             except Exception as error:  # it belongs to whoever awaits the transfer
-                result, keep = 0, error
+                result, keep = 0, again(error)  # several may have waited for one answer
             if transfer._state != PENDING:
                 return
             if isinstance(keep, Exception):

@@ -95,6 +95,7 @@ class Path:
     provider: str
     rails: tuple[str, ...]
     lane_peer: int
+    watches_process: bool = False  # the lane reports the death of the peer's process
 
     def __init__(self) -> None:
         self.reasons: tuple[tuple[str, str], ...] = ()

@@ -57,6 +57,7 @@ class ShmPath(Path):
     """An established connection to one peer of this host."""
 
     provider = "shm"
+    watches_process = True  # by a pidfd: the death of the peer's process is an event of the lane
 
     def __init__(
         self, lane: Lane, peer: int, channel: fdchannel.FdChannel, own: Callable[[int, int, int, int], Segment | None] | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -66,6 +67,14 @@ async def dial(address: str) -> None:
         await peer.closed()
 
 
+async def tell(peer: at.Peer, whom: at.Peer) -> None:
+    await peer.closed()
+    try:
+        await peer.send(b"")
+    except at.TransferError as error:
+        await whom.send(f"{peer.state} {type(error).__name__}: {error}".encode())
+
+
 async def main(address: str, providers: str, without: str, most_bytes: str, most_posted: str, listen: str = "127.0.0.1:0") -> None:
     import ctypes
 
@@ -76,6 +85,7 @@ async def main(address: str, providers: str, without: str, most_bytes: str, most
         allocated, foreign = engine.allocate(NBYTES), engine.register(bytearray(NBYTES))
         engine.publish("allocated", allocated)
         engine.publish("foreign", foreign)
+        engine.publish("little", engine.allocate(4096))
         engine.publish("readable", allocated, access="read")
         counter = engine.counter(imm=1)
         peer = await engine.connect(address)
@@ -104,6 +114,15 @@ async def main(address: str, providers: str, without: str, most_bytes: str, most
                 await peer.send(b"passed")
             elif command == "path":
                 await peer.send(f"{peer.path.provider} {peer.path.reasons}".encode())
+            elif command == "tell":  # another engine what is seen of this one when it goes
+                tasks.append(asyncio.create_task(tell(peer, await engine.connect(argument))))
+                await peer.send(b"watching")
+            elif command == "fork":  # a child that keeps all descriptors, the control connection among them
+                child = os.fork()
+                if child == 0:
+                    time.sleep(60)
+                    os._exit(0)
+                await peer.send(str(child).encode())
             elif command == "leave":
                 return
 
