@@ -11,6 +11,7 @@ from aiotransfer.errors import (
     ClosedError,
     InternalError,
     PeerLostError,
+    QuarantineError,
     RailBrokenError,
     RegionError,
     RemoteAccessError,
@@ -104,3 +105,13 @@ def refusal(
             )
         case _:
             return InternalError(f"the lane answered {status} ({text})", hint="please report this", **where)
+
+
+def unflushed(peer: Peer) -> QuarantineError:
+    """For a transfer whose fabric cannot be made to forget it."""
+    return QuarantineError(
+        f"a transfer to {peer} was given up, and its fabric cannot tell when it is over",
+        peer=str(peer.address),
+        provider=peer.path.provider,
+        hint="do not reuse the source: it stays registered until what was posted of it has retired",
+    )

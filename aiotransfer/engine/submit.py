@@ -20,13 +20,12 @@ from aiotransfer.control.patience import Patience
 from aiotransfer.engine.arguments import RESERVED, Pages, check_imm
 from aiotransfer.engine.base import EngineBase, seconds
 from aiotransfer.engine.notes import Deed, noted
-from aiotransfer.engine.refusals import refusal
+from aiotransfer.engine.refusals import refusal, unflushed
 from aiotransfer.engine.region import RegionView
 from aiotransfer.engine.transfer import CANCELLED, DONE, PENDING, Transfer
 from aiotransfer.errors import (
     ClosedError,
     ProviderUnavailableError,
-    QuarantineError,
     RegionError,
     ScatterError,
     StaleRegionError,
@@ -448,13 +447,7 @@ class Submitter(EngineBase):
         if transfer is None or transfer._state != PENDING:
             return
         self._quarantined[cookie] = transfer._keep
-        error = QuarantineError(
-            f"a transfer to {transfer._peers[0]} was given up, and its fabric cannot tell when it is over",
-            peer=str(transfer._peers[0].address),
-            provider=transfer._peers[0].path.provider,
-            hint="do not reuse the source: it stays registered until what was posted of it has retired",
-        )
-        transfer._fail(self._bytes_done(transfer), error)
+        transfer._fail(self._bytes_done(transfer), unflushed(transfer._peers[0]))
 
     def _failure(self, status: int, peer: Peer, keep: object = None) -> Exception:
         if status == native.lib.AT_EPEER and peer._state == "up":  # the write noticed before the control connection did
