@@ -217,7 +217,7 @@ async def test_a_member_that_has_passed_may_close_before_all_signals_have_come()
             peer, join = slow._joins[rank]
             imm = join.imms[slow._rounds % 2]
             return Plan(
-                slow._engine, 0, (), (peer,), scatter=True,
+                slow._engine, 0, (), (peer,), what="barrier",
                 build=lambda status: native.lib.at_plan_signals(slow._engine._p, 1, [peer.path.lane_peer], [imm], status),
             )  # fmt: skip
 
