@@ -74,15 +74,10 @@ class Lease:
         if engine._state == "open":
             engine._check()  # a forked child cannot take back what its parent gave
         self._withdraw("revoked by its owner")
-        await self._until_over(seconds)
-        engine._progress.poll()  # what arrived before is counted before we return
-
-    async def _until_over(self, seconds: float) -> None:
         for _ in range(SPINS):
             if self._settle():
                 return
             await asyncio.sleep(0)
-        engine = self._engine
         if self.peer._state in ("lost", "closed"):
             seconds = min(seconds, DEATH_SECONDS)
         waiter: asyncio.Future[None] = engine._loop.create_future()
@@ -100,8 +95,8 @@ class Lease:
 
     def _fence(self) -> None:
         """Whoever has not confirmed that it is over is cut off, where that can be done to him alone."""
-        if self._state != "revoked":
-            self._engine._lane.expel_grant(self._grant.slot)
+        if self._state != "revoked" and self._engine._lane.expel_grant(self._grant.slot):
+            self._engine._progress.poll()  # hands out what had arrived before: then it is over
 
     def _unproved(self, why: str) -> QuarantineError:
         return QuarantineError(

@@ -274,8 +274,9 @@ class Region(RegionView):
         for lease in list(self._leases):
             lease._fence()
             lease._settle()
-        for grant in self._grants.values():
-            self._engine._lane.expel_grant(grant.slot)
+        for grant in list(self._grants.values()):
+            if self._engine._lane.expel_grant(grant.slot):
+                self._engine._progress.poll()  # hands out what had arrived before: then it is over
 
     async def aclose(self, timeout: float | None = None) -> None:
         """Revoke every descriptor, also published ones, and wait until nothing can change the memory any more. A peer that does
