@@ -27,4 +27,4 @@ def needs_hosts() -> list[pytest.MarkDecorator]:
     """Network namespaces, and tcp between them."""
     from tests.hosts.net import missing
 
-    return [needs("netns", missing()), needs_tcp()]
+    return [needs("netns", missing()), needs_tcp(), pytest.mark.one_loop]

@@ -127,6 +127,7 @@ class Lease:
             return False
         engine._lane.free_grant(slot)
         self._state = "revoked"
+        engine._quarantine.discard(self)
         engine._granted.pop(slot, None)
         self._region._leases.pop(self, None)
         self.peer._leases.pop(self, None)

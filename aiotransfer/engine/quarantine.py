@@ -38,6 +38,10 @@ class Quarantine:
         if self._timer is None and engine._state != "closed":
             self._timer = engine._loop.call_later(SETTLE_SECONDS, self._round)
 
+    def discard(self, held: Region | Lease) -> None:
+        """It is over."""
+        self._held.pop(held, None)
+
     def _round(self) -> None:
         self._timer = None
         self.look()

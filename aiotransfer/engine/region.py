@@ -261,6 +261,7 @@ class Region(RegionView):
         if self._leases:
             return False
         self._freed = True
+        engine._quarantine.discard(self)
         self._keep = None
         engine._closing_regions.pop(self._id, None)
         engine._regions.pop(self._id, None)
