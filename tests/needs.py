@@ -1,4 +1,4 @@
-"""What some tests need of the machine. They say so and are skipped; with TESTS_REQUIRE=netns,tcp (`.ci/run`) they fail instead."""
+"""What some tests need of the machine. Without it they are skipped, or fail with TESTS_REQUIRE=netns,tcp (as in `.ci/run`)."""
 
 from __future__ import annotations
 

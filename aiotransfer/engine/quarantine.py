@@ -1,8 +1,8 @@
 """Memory that a peer may still write into: looked at until nobody can.
 
-What is taken back is over when every holder has left it or confirmed that nothing is posted under it. A holder that has done neither
-within `drain_timeout` is fenced where its provider can do that to one peer alone: its connection is closed, which ends whatever was
-under way, and opened again without the grant. Where there is no such way, the memory waits for the holder to move on or to die.
+What is taken back is over when every holder has left it or confirmed that nothing is posted under it. A holder that has done
+neither within `drain_timeout` is fenced where its provider can do that to one peer alone: its connection is closed, which ends
+whatever was under way, and opened again without the grant. Otherwise the memory waits for the holder to move on or to die.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ async def dial(address: str) -> None:
         await peer.closed()
 
 
-async def main(address: str, providers: str, without: str, most_bytes: str, most_posted: str, listen: str = "127.0.0.1:0") -> None:
+async def main(
+    address: str, providers: str, without: str, most_bytes: str, most_posted: str, listen: str = "127.0.0.1:0"
+) -> None:
     import ctypes
 
     tasks: list[asyncio.Task[None]] = []
