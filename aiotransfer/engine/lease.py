@@ -95,8 +95,8 @@ class Lease:
 
     def _fence(self) -> None:
         """Whoever has not confirmed that it is over is cut off, where that can be done to him alone."""
-        if self._state != "revoked" and self._engine._lane.expel_grant(self._grant.slot):
-            self._engine._progress.poll()  # hands out what had arrived before: then it is over
+        if self._state != "revoked":
+            self._engine._lane.expel_grant(self._grant.slot)
 
     def _unproved(self, why: str) -> QuarantineError:
         return QuarantineError(

@@ -276,8 +276,7 @@ class Region(RegionView):
             lease._fence()
             lease._settle()
         for grant in list(self._grants.values()):
-            if self._engine._lane.expel_grant(grant.slot):
-                self._engine._progress.poll()  # hands out what had arrived before: then it is over
+            self._engine._lane.expel_grant(grant.slot)
 
     async def aclose(self, timeout: float | None = None) -> None:
         """Revoke every descriptor, also published ones, and wait until nothing can change the memory any more. A peer that does
