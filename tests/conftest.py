@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
@@ -47,7 +48,10 @@ def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Every asynchronous test runs on both event loops."""
+    """Every asynchronous test runs on both event loops, those of several hosts on one of them unless there is much time."""
+    if item.get_closest_marker("one_loop") and os.environ.get("LONG_TESTS") != "1":
+        uv = zlib.crc32(item.nodeid.encode()) % 2
+        return {"uvloop": uvloop.new_event_loop} if uv else {"asyncio": asyncio.new_event_loop}
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 

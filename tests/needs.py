@@ -1,4 +1,4 @@
-"""What some tests need of the machine. They say so and are skipped; with TESTS_REQUIRE=netns,tcp (`.ci/run`) they fail instead."""
+"""What some tests need of the machine. Without it they are skipped, or fail with TESTS_REQUIRE=netns,tcp (as in `.ci/run`)."""
 
 from __future__ import annotations
 
@@ -27,4 +27,4 @@ def needs_hosts() -> list[pytest.MarkDecorator]:
     """Network namespaces, and tcp between them."""
     from tests.hosts.net import missing
 
-    return [needs("netns", missing()), needs_tcp()]
+    return [needs("netns", missing()), needs_tcp(), pytest.mark.one_loop]

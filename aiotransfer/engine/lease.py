@@ -74,15 +74,10 @@ class Lease:
         if engine._state == "open":
             engine._check()  # a forked child cannot take back what its parent gave
         self._withdraw("revoked by its owner")
-        await self._until_over(seconds)
-        engine._progress.poll()  # what arrived before is counted before we return
-
-    async def _until_over(self, seconds: float) -> None:
         for _ in range(SPINS):
             if self._settle():
                 return
             await asyncio.sleep(0)
-        engine = self._engine
         if self.peer._state in ("lost", "closed"):
             seconds = min(seconds, DEATH_SECONDS)
         waiter: asyncio.Future[None] = engine._loop.create_future()
@@ -132,6 +127,7 @@ class Lease:
             return False
         engine._lane.free_grant(slot)
         self._state = "revoked"
+        engine._quarantine.discard(self)
         engine._granted.pop(slot, None)
         self._region._leases.pop(self, None)
         self.peer._leases.pop(self, None)

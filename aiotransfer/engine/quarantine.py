@@ -1,8 +1,8 @@
 """Memory that a peer may still write into: looked at until nobody can.
 
-What is taken back is over when every holder has left it or confirmed that nothing is posted under it. A holder that has done neither
-within `drain_timeout` is fenced where its provider can do that to one peer alone: its connection is closed, which ends whatever was
-under way, and opened again without the grant. Where there is no such way, the memory waits for the holder to move on or to die.
+What is taken back is over when every holder has left it or confirmed that nothing is posted under it. A holder that has done
+neither within `drain_timeout` is fenced where its provider can do that to one peer alone: its connection is closed, which ends
+whatever was under way, and opened again without the grant. Otherwise the memory waits for the holder to move on or to die.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ class Quarantine:
         self._held.setdefault(held, engine._loop.time() + engine.config.drain_timeout)
         if self._timer is None and engine._state != "closed":
             self._timer = engine._loop.call_later(SETTLE_SECONDS, self._round)
+
+    def discard(self, held: Region | Lease) -> None:
+        """It is over."""
+        self._held.pop(held, None)
 
     def _round(self) -> None:
         self._timer = None

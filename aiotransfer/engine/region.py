@@ -261,6 +261,7 @@ class Region(RegionView):
         if self._leases:
             return False
         self._freed = True
+        engine._quarantine.discard(self)
         self._keep = None
         engine._closing_regions.pop(self._id, None)
         engine._regions.pop(self._id, None)
@@ -274,7 +275,7 @@ class Region(RegionView):
         for lease in list(self._leases):
             lease._fence()
             lease._settle()
-        for grant in self._grants.values():
+        for grant in list(self._grants.values()):
             self._engine._lane.expel_grant(grant.slot)
 
     async def aclose(self, timeout: float | None = None) -> None:

@@ -75,7 +75,9 @@ async def tell(peer: at.Peer, whom: at.Peer) -> None:
         await whom.send(f"{peer.state} {type(error).__name__}: {error}".encode())
 
 
-async def main(address: str, providers: str, without: str, most_bytes: str, most_posted: str, listen: str = "127.0.0.1:0") -> None:
+async def main(
+    address: str, providers: str, without: str, most_bytes: str, most_posted: str, listen: str = "127.0.0.1:0"
+) -> None:
     import ctypes
 
     tasks: list[asyncio.Task[None]] = []

@@ -29,8 +29,9 @@ BYTES_PER_PEER = 320 << 10
 
 TEXT = """# A thousand connections
 
-Written by `python -m tests.hosts.crowd --report`: {peers} engines in {processes} processes connected to one engine by tcp (libfabric) over
-loopback, on {cores} cores; all connections up after {connected:.0f} s. What one peer costs the engine that all of them are connected to:
+Written by `python -m tests.hosts.crowd --report`: {peers} engines in {processes} processes connected to one engine by tcp
+(libfabric) over loopback, on {cores} cores; all connections up after {connected:.0f} s. What one peer costs the engine that all
+of them are connected to:
 
 | | per peer | all |
 |---|--:|--:|
@@ -38,9 +39,9 @@ loopback, on {cores} cores; all connections up after {connected:.0f} s. What one
 | resident memory | {resident:.0f} KiB | {all_resident:.0f} MiB |
 | threads | {threads:.2f} | {all_threads} |
 
-A write of {nbytes} bytes to each of them, all at once, and one back from each, all counted, took {exchanged:.2f} s. When nothing was to do
-for a second, that process used {idle:.1f} ms of processor time. After all had gone {left_fds} descriptors of theirs were left, and a second
-thousand brought the resident memory to {again:.2f} times what it was with the first.
+A write of {nbytes} bytes to each of them, all at once, and one back from each, all counted, took {exchanged:.2f} s. When nothing
+was to do for a second, that process used {idle:.1f} ms of processor time. After all had gone its descriptors had changed by
+{left_fds:+d}, and a second thousand brought the resident memory to {again:.2f} times what it was with the first.
 """
 
 

@@ -36,7 +36,7 @@ _AS_HOST = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
 
 
 class Weather(NamedTuple):
-    """What frames meet on their way through the switch: seconds of delay and of jitter (which reorders), shares lost and doubled."""
+    """What frames meet at the switch: seconds of delay and of jitter (which reorders), shares lost and doubled."""
 
     delay: float = 0.0
     jitter: float = 0.0

@@ -75,7 +75,8 @@ async def test_hosts_reach_each_other_by_tcp_processes_of_one_by_shm() -> None:
             for peer in peers:
                 assert await told(engine, peer, "count") == "4"
             members = [str(engine.address), *(str(peer.address) for peer in peers)]
-            await asyncio.gather(engine.group(members).barrier(), *(peer.send(f"barrier {' '.join(members)}".encode()) for peer in peers))
+            orders = [peer.send(f"barrier {' '.join(members)}".encode()) for peer in peers]
+            await asyncio.gather(engine.group(members).barrier(), *orders)
 
 
 async def test_containers_of_one_machine_say_why_they_share_no_memory(hosts: Hosts) -> None:

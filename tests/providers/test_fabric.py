@@ -20,10 +20,11 @@ from aiotransfer.providers.fabric import Limits
 from aiotransfer.testing import Pair, engine_pair, stopped
 from aiotransfer.testing.contract import ProviderContract
 from tests.engine.processes import NBYTES, other_process
+from tests.needs import needs_tcp
 
 pytestmark = [
     pytest.mark.asyncio,
-    pytest.mark.skipif(libfabric.missing() is not None, reason=str(libfabric.missing())),
+    needs_tcp(),
 ]
 
 lib = native.lib  # None without the extension: then everything here is skipped

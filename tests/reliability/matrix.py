@@ -44,7 +44,8 @@ FAULTS = {
     "loopback": ("killed", "stopped", "paused", "restarted", *LOCAL, "path cut", "bad weather"),
     "shm": ("killed", "stopped", "paused", "restarted", *LOCAL, "loop blocked"),
     "tcp": (
-        "killed", "stopped", "paused", "restarted", *LOCAL, "loop blocked", "cable cut", "one-way cut", "address gone", "path broken",
+        "killed", "stopped", "paused", "restarted", *LOCAL, "loop blocked",
+        "cable cut", "one-way cut", "address gone", "path broken",
     ),
 }  # fmt: skip
 SILENT = ("stopped", "cable cut", "one-way cut", "address gone")  # nothing says that it is gone
@@ -194,8 +195,10 @@ class Process(Struck):
             assert self.hosts is not None
             here, there = self.hosts
             {
-                "cable cut": there.cut, "one-way cut": lambda: there.cut_towards(here), "address gone": lambda: there.move("10.99.0.77"),
-            }[fault]()  # fmt: skip
+                "cable cut": there.cut,
+                "one-way cut": lambda: there.cut_towards(here),
+                "address gone": lambda: there.move("10.99.0.77"),
+            }[fault]()
         else:
             await self.order(do="strike", fault=fault, argument=BLOCK)
 
