@@ -10,6 +10,7 @@ from aiotransfer.core.deadlines import Deadlines
 from aiotransfer.core.ledger import Ledger
 from aiotransfer.errors import ClosedError
 
+
 def test_a_deadline_moved_back_and_forth_is_due_once() -> None:
     deadlines = Deadlines()
     for when in (5, 9, 5, 1, 5):
