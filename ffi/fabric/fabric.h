@@ -165,6 +165,7 @@ struct at_fab {
     pthread_t thread;
     int kick_fd;
     _Atomic int started, stop;
+    _Atomic uint64_t turned; /* when the loop or a post made progress last */
     _Atomic uint64_t last; /* when the loop came round last */
     _Atomic int missed;    /* somebody wanted a turn while another had it, perhaps too late for that one to see what for */
 };

@@ -18,6 +18,7 @@
 #define BATCHES 64              /* read in one go */
 #define ROUNDS 64               /* of reading and posting in one turn */
 #define TURN_NS UINT64_C(300000)
+#define BURST_NS UINT64_C(100000) /* between two turns that posts of one burst make: each costs some system calls */
 #define AWAY_NS UINT64_C(1000000) /* the loop has not come round for so long: the thread stands in */
 #define DOZE_NS UINT64_C(500000)  /* what the loop gets to come by itself when the queue has something */
 #define NAP_LEAST UINT64_C(20000) /* without a descriptor: between two looks, right after something came */
@@ -225,6 +226,19 @@ static int turn_over(at_fab *fab, int armed) {
 
 static int is_dedicated(const at_fab *fab) { return fab->started && (fab->fd < 0 || (fab->rail.lane->config.flags & AT_LANE_THREAD)); }
 
+/* One more was posted while others are under way, right after a turn: the loop is told to come round before it sleeps. */
+static int is_burst(at_fab *fab) {
+    at_lane *lane = fab->rail.lane;
+    at_lock(lane);
+    int burst = fab->posted > 1 && at_now() - atomic_load(&fab->turned) < BURST_NS;
+    if (burst) {
+        lane->again = 1; /* should it be inside a poll and past this rail */
+        at_event_signal(lane);
+    }
+    at_unlock(lane);
+    return burst;
+}
+
 void at_fab_progress(at_rail *rail, int from_loop) {
     at_fab *fab = (at_fab *)rail;
     if (is_dedicated(fab)) {
@@ -235,12 +249,15 @@ void at_fab_progress(at_rail *rail, int from_loop) {
         atomic_store(&fab->last, at_now());
         (void)pthread_mutex_lock(&fab->turn);
         atomic_store(&fab->missed, 0);
+    } else if (is_burst(fab)) {
+        return;
     } else {
         atomic_store(&fab->missed, 1); /* before the attempt: whoever has the turn looks at it after giving it back */
         if (pthread_mutex_trylock(&fab->turn) != 0) return;
         atomic_store(&fab->missed, 0);
     }
     int armed = turn_over(fab, progress(fab));
+    atomic_store(&fab->turned, at_now());
     if (from_loop) atomic_store(&fab->last, at_now());
     if (armed) return;
     at_lock(rail->lane);

@@ -1,12 +1,13 @@
 """tcp beside a C program on the same libfabric provider, turn by turn in one run: `make bench-tcp`.
 
-    make bench-tcp [ARGS="--rounds 7 --library FILE --library FILE --cases stream,pages,latency,pingpong,quiet --json F --markdown F"]
+    make bench-tcp [ARGS="--rounds 7 --library FILE --cases stream,pages,latency,pingpong,quiet --json F --markdown F"]
 
-Ours are two processes on uvloop, provider tcp, memory from `allocate`; the other is tests/native/fabric_reference.c, built here with
-cc. Both write with delivery complete and an immediate each, have at most 64 work requests under way, and sleep on the descriptor of
-the queue; whoever is not measured is stopped (SIGSTOP). Figures are medians of rounds, the ratio the median of the rounds' ratios
-with its spread. `fi_pingpong` (it spins, and sends messages of its own) stands beside the round trip where it is installed. What a
-quiet connection costs, and a write into a process whose loop is blocked, are rows of `python -m aiotransfer bench`.
+Ours are two processes on uvloop, provider tcp, memory from `allocate`; the other is tests/native/fabric_reference.c, built
+here with cc. Both write with delivery complete and an immediate each, have at most 64 work requests under way, and sleep on
+the descriptor of the queue; whoever is not measured is stopped (SIGSTOP). Figures are medians of rounds, the ratio the median
+of the rounds' ratios with its spread. `fi_pingpong` (it spins, and sends messages of its own) stands beside the round trip
+where it is installed. What a quiet connection costs, and a write into a process whose loop is blocked, are rows of `python -m
+aiotransfer bench`.
 """
 
 from __future__ import annotations
@@ -91,8 +92,9 @@ class Match:
 
     def pages(self) -> Iterator[Row]:
         plain, vectors = ("pages", [4096, 1]), ("pages", [4096, 4])
-        yield self.row("4-KiB pages, C: one at a time", "pages/s", TABLE, ("counted", [4096]), [plain])
-        yield self.row("4-KiB pages, C: the better of one and four in a work request", "pages/s", TABLE, ("counted", [4096]), [plain, vectors])
+        ours = ("counted", [4096])
+        yield self.row("4-KiB pages, C: one at a time", "pages/s", TABLE, ours, [plain])
+        yield self.row("4-KiB pages, C: the better of one and four in a work request", "pages/s", TABLE, ours, [plain, vectors])
 
     def latency(self) -> Iterator[Row]:
         yield self.row("round trip of 64 bytes and an immediate, p50", "us", 0, ("latency", []), [("latency", [])])
@@ -136,7 +138,8 @@ def pingpong(program: str, library: str, provider: str) -> float | None:
 
 def quiet(library: str, rounds: int) -> list[dict[str, Any]]:
     """A blocked target and idle connections."""
-    command = [sys.executable, "-m", "aiotransfer", "bench", "--provider", "tcp", "--cases", QUIET, "--rounds", str(rounds), "--json"]
+    options = ["--provider", "tcp", "--cases", QUIET, "--rounds", str(rounds), "--json"]
+    command = [sys.executable, "-m", "aiotransfer", "bench", *options]
     done = subprocess.run(
         command, env={**os.environ, "AIOTRANSFER_LIBFABRIC": library}, stdout=subprocess.PIPE, text=True, check=True
     )  # fmt: skip
@@ -174,7 +177,7 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="at least 5")
-    parser.add_argument("--library", action="append", help="a libfabric.so.1; several for several tables (default: the one that is found)")
+    parser.add_argument("--library", action="append", help="a libfabric.so.1; may be given several times")
     parser.add_argument("--cases", default="stream,pages,latency,pingpong,quiet")
     for kind in ("json", "markdown"):
         parser.add_argument(f"--{kind}", help="also write it there")

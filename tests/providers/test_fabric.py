@@ -88,6 +88,15 @@ async def test_nothing_that_another_fabric_lacks_is_relied_upon(limits: Limits) 
         assert np.array_equal(back.numpy(), source.numpy()[7 : 7 + PAGE * 5])
 
 
+async def test_a_connection_that_has_been_used_costs_nothing_while_nothing_happens() -> None:
+    async with ready() as (pair, _, remote, source):
+        await pair.left.write(source, remote, imm=1)
+        await asyncio.sleep(0.1)
+        before = time.process_time()
+        await asyncio.sleep(0.5)
+        assert time.process_time() - before < 0.05
+
+
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 async def test_a_connection_that_breaks_is_opened_again_with_every_count_exact(side: str) -> None:
     rng = random.Random(side)
@@ -115,9 +124,11 @@ async def test_a_transfer_that_is_cancelled_while_its_connection_is_open_again_e
         for _ in range(50):
             transfer = pair.left.write(source, remote, imm=1)
             broken(pair, True, False)
-            if transfer.cancel():  # else it was faster than the break
+            transfer.cancel()
+            try:
+                await transfer  # faster than the break
+            except asyncio.CancelledError:
                 break
-            await transfer
         with pytest.raises(asyncio.CancelledError):
             await transfer
         source.numpy()[:] = 0x5A

@@ -2,10 +2,10 @@
 
     make bench-rivals [ARGS="--tcp --rounds 7 --cases write,pages --contenders ours,NIXL --json F --markdown F --plot PREFIX"]
 
-Each contender is two processes in an environment of its own (`make rivals`), stopped (SIGSTOP) while the others are measured, so
-that what polls while idle costs nobody else anything. All have memory of 256 MiB on both sides, touched beforehand, and the same
-random pages. One that does not install or does not run is a row with its error. `--tcp` keeps those that can to TCP over loopback, as
-between two hosts.
+Each contender is two processes in an environment of its own (`make rivals`), stopped (SIGSTOP) while the others are measured,
+so that what polls while idle costs nobody else anything. All have memory of 256 MiB on both sides, touched beforehand, and
+the same random pages. One that does not install or does not run is a row with its error. `--tcp` keeps those that can to TCP
+over loopback, as between two hosts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Broken(Exception):
 
 
 class Contender:
-    """One pair of processes, started by `command`, that obeys lines as worker.py says. `why` it cannot be had; then it has failed."""
+    """One pair of processes, started by `command`, that obeys lines as worker.py says, or `why` it cannot be had."""
 
     def __init__(self, name: str, command: list[str], variables: dict[str, str], why: str = "") -> None:
         self.name, self.how, self.error = name, "", why

@@ -1,7 +1,7 @@
 """NIXL: UCX backend, requests prepared beforehand. Its completion is polled: it offers nothing to await.
 
-Its target is looked after by a poll every millisecond, which connecting needs. The progress thread is off where shared memory does
-without one; by tcp (UCX_TLS) nothing lands while the target does not come round, and it is on.
+Its target is looked after by a poll every millisecond, which connecting needs. The progress thread is off where shared memory
+does without one; by tcp (UCX_TLS) nothing lands while the target does not come round, and it is on.
 """
 
 from __future__ import annotations

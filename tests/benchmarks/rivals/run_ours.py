@@ -1,4 +1,4 @@
-"""Ours: prepared operations on uvloop, target memory from `allocate`, or (FOREIGN=1) registered from NumPy, by the best way or PROVIDER."""
+"""Ours: prepared operations on uvloop, by the best way or PROVIDER; target memory from `allocate`, or (FOREIGN=1) NumPy's."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class Ours:
         places = range(min(count, REGION // n))
         for i in places:
             if (2 + i, n) not in self.plans:
-                self.plans[2 + i, n] = self.engine.prepare_write(self.source[i * n : (i + 1) * n], self.remote[i * n : (i + 1) * n])
+                part = slice(i * n, (i + 1) * n)
+                self.plans[2 + i, n] = self.engine.prepare_write(self.source[part], self.remote[part])
         plans = [self.plans[2 + i % len(places), n] for i in range(count)]
         for _ in range(times):
             await at.wait_all([plan.post(imm=3) for plan in plans])

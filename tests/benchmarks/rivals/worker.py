@@ -1,10 +1,10 @@
 """What every contender is to the driver: a process that obeys one JSON line at a time.
 
-A contender is a module with a class of two halves, both with memory of REGION bytes touched beforehand: the initiator (`open`,
-`write(n, k)`, `pages(page, k)`, `ping(k)`: do it k times, waiting for each) and the target (`serve`), a second process that the
-initiator starts and talks to by lines of JSON as well. What such a method returns are the units in one of the k (None: 1), or, as a
-float, the seconds that one took. Only NumPy and the contender itself are imported here: each runs in an
-environment of its own.
+A contender is a module with a class of two halves, both with memory of REGION bytes touched beforehand: the initiator
+(`open`, `write(n, k)`, `pages(page, k)`, `ping(k)`: do it k times, waiting for each) and the target (`serve`), a second
+process that the initiator starts and talks to by lines of JSON as well. What such a method returns are the units in one of
+the k (None: 1), or, as a float, the seconds that one took. Only NumPy and the contender itself are imported here: each runs
+in an environment of its own.
 """
 
 from __future__ import annotations
