@@ -147,7 +147,7 @@ void at_imm_arrive(at_peer *peer, uint32_t imm, uint64_t n) {
     at_lane *lane = peer->lane;
     lane->stats.arrivals += n;
     at_imm_entry *e = find(lane, imm);
-    if (e == NULL || e->value == AT_IMM_EMPTY) {
+    if (e->value == AT_IMM_EMPTY) {
         if (peer->overflowed >= lane->config.early_values) at_peer_broke(peer);
         if (!peer->broke) e = lane->imm_blind ? NULL : entry(lane, imm);
         if (peer->broke || e == NULL) { /* past every bound, or out of memory: not kept, and never silently */
@@ -210,7 +210,7 @@ int64_t at_imm_open(at_lane *lane, uint32_t imm) {
     at_lock(lane);
     drain_all(lane);
     at_imm_entry *e = find(lane, imm);
-    int unknown = e == NULL || e->value == AT_IMM_EMPTY;
+    int unknown = e->value == AT_IMM_EMPTY;
     if (unknown ? lane->imm_blind : e->value == AT_IMM_LOST || (e->value >= 0 && lane->imm[e->value].state == AT_IMM_OVERFLOWN)) {
         result = AT_EOVERFLOW;
     } else if ((e = entry(lane, imm)) != NULL) {
