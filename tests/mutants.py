@@ -61,6 +61,15 @@ MUTANTS = (
         "tests/engine/test_leases.py",
     ),
     Mutant(
+        "fence of who does not confirm", "aiotransfer/engine/quarantine.py",
+        "                held._fence()\n", "                pass\n", "tests/hosts/test_leases.py",
+    ),
+    Mutant(
+        "waiting for a holder on another host", "ffi/fabric/letters.c",
+        "return may_still && slot < end->hold_room", "return 0 && may_still && slot < end->hold_room",
+        "tests/hosts/test_leases.py",
+    ),
+    Mutant(
         "bar on who was given up", "ffi/shm/peer.c",
         "    atomic_store(&shm->inbound->barred, 1);", "    (void)shm;",
         "tests/engine/test_leases.py tests/engine/test_processes.py",

@@ -125,7 +125,7 @@ def main() -> int:
     median, high, most = (one * 1e3 for one in (statistics.median(writes), share(writes, 0.99), max(writes)))
     text += BLOCKED.format(block=BLOCK, count=len(writes), median=median, high=high, most=most)
     print(text)
-    if arguments.report and not bad:
+    if arguments.report:
         REPORT.write_text(text)
     return 1 if bad else 0
 

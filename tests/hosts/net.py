@@ -36,12 +36,14 @@ _AS_HOST = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
 
 
 class Weather(NamedTuple):
-    """What frames meet at the switch: seconds of delay and of jitter (which reorders), shares lost and doubled."""
+    """What frames meet at the switch: seconds of delay and of jitter (which reorders), shares lost and doubled, and how many
+    bytes go out of each port in a second (0: as many as can be)."""
 
     delay: float = 0.0
     jitter: float = 0.0
     lost: float = 0.0
     doubled: float = 0.0
+    rate: float = 0.0
 
 
 def ip(*arguments: str) -> str:

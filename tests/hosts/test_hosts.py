@@ -109,6 +109,19 @@ async def test_frames_that_are_late_lost_doubled_and_out_of_order() -> None:
             await moved(engine, peer, 1 << 20)
 
 
+async def test_a_slow_link_is_no_loss_although_signs_of_life_wait_behind_the_data() -> None:
+    nbytes, rate = 48 << 20, 16e6
+    with Hosts(2, weather=Weather(rate=rate)) as hosts:
+        for host in hosts:
+            host.set_mtu(9000)
+        async with two(hosts, config=at.Config(peer_timeout=1.5)) as (engine, peer):
+            remote, source = await peer.lookup("allocated"), engine.allocate(nbytes)
+            begun = time.monotonic()
+            await engine.write(source, remote[:nbytes], imm=1)
+            assert time.monotonic() - begun > 0.8 * nbytes / rate > 1.5
+            assert peer.state == "up"
+
+
 async def test_a_cable_that_is_put_in_again_in_time_is_nothing_but_a_delay(hosts: Hosts) -> None:
     async with two(hosts, config=at.Config(peer_timeout=10)) as (engine, peer):
         remote, source = await peer.lookup("allocated"), engine.allocate(NBYTES)

@@ -17,6 +17,7 @@ OFFLOADS = (0x17, 0x1F, 0x24)  # checksums, segments of TCP, segments of all
 ETH_P_ALL = 3
 MOST_BYTES = 1 << 16
 ROOM = 8 << 20
+MOST_WAITING = 0.1  # seconds that a frame waits for its turn at a port; others are lost, as in a switch whose queue is full
 
 
 def frames_as_sent(interface: str) -> None:
@@ -34,8 +35,9 @@ def _address(buffer: bytearray) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
-def relay(ports: list[socket.socket], delay: float, jitter: float, lost: float, doubled: float) -> None:
+def relay(ports: list[socket.socket], delay: float, jitter: float, lost: float, doubled: float, rate: float) -> None:
     """For ever."""
+    free = dict.fromkeys(ports, 0.0)  # when all that was taken for that port will have gone out
     due: list[tuple[float, int, socket.socket, bytes]] = []
     number = 0
     while True:
@@ -52,11 +54,15 @@ def relay(ports: list[socket.socket], delay: float, jitter: float, lost: float, 
             if address[2] == socket.PACKET_OUTGOING:
                 continue
             for other in ports:
-                if other is port or random.random() < lost:
+                now = time.monotonic()
+                leaves = max(now, free[other])
+                if other is port or random.random() < lost or leaves - now > MOST_WAITING:
                     continue
+                if rate:
+                    free[other] = leaves = leaves + len(frame) / rate
                 for _ in range(1 + (random.random() < doubled)):
                     number += 1
-                    heapq.heappush(due, (time.monotonic() + delay + random.random() * jitter, number, other, frame))
+                    heapq.heappush(due, (leaves + delay + random.random() * jitter, number, other, frame))
 
 
 def main() -> None:
