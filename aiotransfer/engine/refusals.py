@@ -32,7 +32,7 @@ def lacking(engine: EngineBase, status: int, what: str, **fields: Any) -> BusyEr
     """The error when the lane had no memory, or the operating system nothing left to give it; None when it was something else."""
     lib = native.lib
     number = errno.ENOMEM if status == lib.AT_ENOMEM else engine._lane.system_error()[0] if status == lib.AT_EIO else None
-    return shortage(number, what, **fields)
+    return shortage(number, what, **{name: field for name, field in fields.items() if name != "code"})
 
 
 def refusal(

@@ -94,15 +94,17 @@ def expected(provider: str, fault: str, operation: str, side: str) -> set[str]:
             "BrokenError",
             "TransferTimeout",
         }  # the member that gave up says so; between two barriers it had nothing to give up
-    if fault == "path cut" and side == "there" and operation in (*TRANSFERS, "signal", "barrier"):
-        return {"RailBrokenError", "goes on"}
     if fault == "path cut" and operation == "barrier":
-        return {"TransferTimeout", "RailBrokenError", "goes on"}
+        return {"TransferTimeout", "RailBrokenError", "BrokenError", "goes on"}  # whoever meets it first gives up and says so
+    if fault == "path cut" and side == "there" and operation in (*TRANSFERS, "signal"):
+        return {"RailBrokenError", "goes on"}
     return set()
 
 
-def bound(provider: str, fault: str) -> float:
+def bound(provider: str, fault: str, operation: str) -> float:
     """Seconds until the survivor has to know."""
+    if operation == "barrier" and fault in ("engine closed", "peer closed"):  # signals that it had sent may still be on their way
+        return CONFIG["drain_timeout"] + SOON[provider]
     if fault in SILENT:
         return CONFIG["peer_timeout"] + CONFIG["drain_timeout"] + SOON[provider]
     return TIMEOUT + 0.2 if fault in ("cancel", "deadline", "path cut") else SOON[provider]
@@ -235,7 +237,7 @@ async def fire(
     begun, may = survivor.clock(), expected(provider, fault, operation, side)
     before = survivor.done
     await struck.strike(fault)
-    limit = bound(provider, fault)
+    limit = bound(provider, fault, operation)
     if may:
         await asyncio.wait([survivor.task], timeout=limit + 1)
         if not survivor.task.done() and "goes on" not in may:
