@@ -16,6 +16,7 @@ import ctypes
 import functools
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -62,6 +63,7 @@ def missing() -> str | None:
     if shutil.which("ip") is None:
         return "there is no `ip` (apt-get install iproute2)"
     try:
+        Hosts.sweep()
         with Hosts(1) as hosts:
             hosts[0].popen(["true"]).wait()
     except OSError as error:
@@ -188,6 +190,14 @@ class Hosts:
         self.made: list[str] = []
         self._hosts: list[Host] = []
         self._relay: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def sweep() -> None:
+        """What runs left behind that were killed: their names say which process had made them."""
+        for name in os.listdir("/run/netns") if os.path.isdir("/run/netns") else ():
+            made_by = re.fullmatch(r"at([0-9a-f]+)-[0-9a-f]{6}-(\d+|switch)", name)
+            if made_by and not os.path.exists(f"/proc/{int(made_by[1], 16)}"):
+                subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)  # somebody else may be at it
 
     def __enter__(self) -> Hosts:
         self.folder = Path(tempfile.mkdtemp(prefix=self.token))
