@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import aiotransfer as at
+from aiotransfer.cli._bench_death import death_rows
 from aiotransfer.cli._bench_foreign import foreign_rows
 from aiotransfer.cli._bench_rows import PAGES, PASSES, REGION, SIZES, SPAN, TABLE, Row, size_name
 from aiotransfer.engine.region import RegionView
@@ -197,6 +198,11 @@ class Bench:
         yield landed
         yield seen
 
+    async def death(self) -> AsyncIterator[Row]:
+        """A killed process."""
+        async for row in death_rows(self.engine, self.peer.path.provider):
+            yield row
+
     async def scale(self) -> AsyncIterator[Row]:
         """One prepared 4-KiB write with many regions and many peers; the limit is the same write with few, taken before."""
         count = 20_000
@@ -312,7 +318,7 @@ class Bench:
 
 
 CASES = ("write", "pages", "foreign", "rate", "scatter", "wakeup", "blocked", "idle", "scale", "startup")
-MORE = ("crowd",)  # part of another, or on its own when asked for
+MORE = ("crowd", "death")  # part of another, or on its own when asked for
 
 
 def usage_since(before: resource.struct_rusage) -> tuple[float, float]:
