@@ -55,7 +55,9 @@ class Party:
         self.lease = self.region.lease(self.peer, access="both")
         self.small = self.engine.allocate(64)
         self.engine.publish("counted", self.small)
-        self.group = self.engine.group(sorted([str(self.engine.address), str(self.peer.address)]))
+        # Ports come again in a long run, and with them the group of a process that is gone, broken as that left it.
+        both = sorted(f"{one:x}" for one in (self.engine.incarnation, self.peer.incarnation))
+        self.group = self.engine.group(sorted([str(self.engine.address), str(self.peer.address)]), name="-".join(both))
 
     async def leave(self) -> None:
         """Give back what it has of the engine."""
