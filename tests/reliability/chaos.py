@@ -30,6 +30,7 @@ from typing import Any
 
 import aiotransfer as at
 from aiotransfer.testing.fabric import Fabric, fabric
+from tests.reliability.reports import publish
 
 SLOTS, SLOT = 48, 96
 POISON, TAKEN = 0xFF, 0xFE
@@ -452,10 +453,7 @@ def main() -> int:
     print(f"{arguments.runs} runs from seed {first}", flush=True)
     begun = time.monotonic()
     text = report(first, arguments.runs, runs(first, arguments.runs, os.cpu_count() or 1), time.monotonic() - begun)
-    print(text)
-    if arguments.report:
-        REPORT.parent.mkdir(exist_ok=True)
-        REPORT.write_text(text)
+    publish(REPORT, text, write=arguments.report)
     return 0
 
 

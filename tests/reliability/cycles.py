@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import aiotransfer as at
 from aiotransfer.testing import engine_pair
+from tests.reliability.reports import publish
 from tests.reliability.soak import resources
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "reliability" / "cycles.md"
@@ -240,10 +241,7 @@ def main() -> int:
     print(f"{arguments.cycles} cycles, seed {seed}", flush=True)
     begun = time.monotonic()
     text = report(arguments.cycles, seed, asyncio.run(cycles(arguments.cycles, seed)), time.monotonic() - begun)
-    print(text)
-    if arguments.report:
-        REPORT.parent.mkdir(exist_ok=True)
-        REPORT.write_text(text)
+    publish(REPORT, text, write=arguments.report)
     return 0
 
 

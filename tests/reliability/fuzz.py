@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 from tests.reliability.decoders import DECODERS, Decoder
+from tests.reliability.reports import publish
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "docs" / "reliability" / "fuzz.md"
@@ -134,10 +135,7 @@ def main() -> int:
     print(f"{arguments.runs} inputs over {len(chosen)} decoders, seed {seed}", flush=True)
     begun = time.monotonic()
     text = report(shares(arguments.runs, chosen, seed), arguments.runs, seed, time.monotonic() - begun)
-    print(text)
-    if arguments.report:
-        REPORT.parent.mkdir(exist_ok=True)
-        REPORT.write_text(text)
+    publish(REPORT, text, write=arguments.report)
     return 0
 
 

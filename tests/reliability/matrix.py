@@ -33,6 +33,7 @@ import aiotransfer as at
 from aiotransfer.testing.fabric import Fabric, fabric
 from tests.hosts.net import KEY, Hosts
 from tests.reliability.party import CONFIG, OPERATIONS, POISON, UNITS, Party
+from tests.reliability.reports import publish
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "reliability" / "matrix.md"
 SIDES = ("here", "there")
@@ -461,10 +462,7 @@ def main() -> int:
         print(f"{bad} cells failed")
         return 1
     text = report(results, struck, time.monotonic() - begun)
-    print(text)
-    if arguments.report:
-        REPORT.parent.mkdir(exist_ok=True)
-        REPORT.write_text(text)
+    publish(REPORT, text, write=arguments.report)
     return 0
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import aiotransfer as at
 from tests.reliability import matrix
 from tests.reliability.party import CONFIG, OPERATIONS
+from tests.reliability.reports import publish
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "reliability" / "soak.md"
 WARM_UP = 60.0  # seconds until the memory is what it is
@@ -100,10 +101,7 @@ def main() -> int:
     seed = random.randrange(1 << 31) if arguments.seed is None else arguments.seed
     print(f"{arguments.minutes:g} minutes, seed {seed}", flush=True)
     text = asyncio.run(soak(arguments.minutes, seed))
-    print(text)
-    if arguments.report:
-        REPORT.parent.mkdir(exist_ok=True)
-        REPORT.write_text(text)
+    publish(REPORT, text, write=arguments.report)
     return 0
 
 
