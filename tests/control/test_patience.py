@@ -51,7 +51,7 @@ async def test_what_does_not_come_is_late() -> None:
     with pytest.raises(TimeoutError):
         async with Patience(0.03):
             await loop.create_future()
-    assert loop.time() - start >= 0.03
+    assert loop.time() - start >= 0.029  # uvloop counts whole milliseconds
 
 
 @pytest.mark.parametrize("seconds", [None, math.inf])

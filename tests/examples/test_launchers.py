@@ -75,9 +75,7 @@ def test_a_ring_of_one_is_refused_with_a_status(tmp_path: Path) -> None:
 def test_ranks_that_torchrun_starts_again_meet_again(tmp_path: Path) -> None:
     """Rank 1 dies in its first life, after the meeting; in the second life the agent's store still holds all of the first."""
     script = Path(__file__).with_name("rank_that_dies_once.py")
-    done = torchrun(
-        tmp_path, "--max-restarts", "1", "--monitor-interval", "0.1", "--nproc-per-node", "3", str(script)
-    )
+    done = torchrun(tmp_path, "--max-restarts", "1", "--monitor-interval", "0.1", "--nproc-per-node", "3", str(script))
     assert done.returncode == 0, done.stderr
     lives = re.findall(r"^life (\d) rank (\d) of 3$", done.stdout, re.M)
     assert sorted(lives) == [(life, rank) for life in "01" for rank in "012"]

@@ -17,6 +17,8 @@ NOTEBOOK = HERE.parent.parent / "examples" / "first_steps.ipynb"
 def test_the_notebook_runs(way: str) -> None:
     command = [sys.executable, str(HERE / "notebook_runs.py"), str(NOTEBOOK), way]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    if way == "interrupted" and done.returncode == 77:
+        pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stderr[-3000:]
 
 
