@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 import re
 import traceback
+import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -33,6 +35,10 @@ async def test_every_status_of_the_lane_is_an_error_with_a_peer_a_path_a_code_an
     assert (error.peer, error.provider, error.rail) == (str(pair.right.address), "shm", 0)
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.peer, copy.code, copy.hint, str(copy)) == (error.peer, error.code, error.hint, str(error))
+
+
+class Memory:
+    """In a frame."""
 
 
 class Scene:
@@ -116,6 +122,45 @@ async def test_waits_are_named(pair: Pair) -> None:
         with pytest.raises(at.PeerLostError) as caught:
             await asyncio.wait_for(task, 5)
         assert any(words in note for note in caught.value.__notes__), caught.value.__notes__
+
+
+async def test_a_broken_group_keeps_nothing_of_who_waited(pair: Pair) -> None:
+    """Its error is kept for later calls, but not the frames that it went through, nor those of its causes."""
+    members = [pair.left.address, pair.right.address]
+    groups = [engine.group(members) for engine in (pair.left, pair.right)]
+
+    async def wait(group: at.PeerGroup) -> weakref.ref[Memory]:
+        memory = Memory()
+        with pytest.raises(at.TransferError):
+            while True:
+                await group.barrier()
+        return weakref.ref(memory)
+
+    tasks = [asyncio.ensure_future(wait(group)) for group in groups]
+    await asyncio.sleep(0.02)
+    await pair.right.aclose()
+    kept = [await task for task in tasks]
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None]
+    assert groups[0]._failure is not None
+
+
+async def test_causes_are_kept_without_their_frames() -> None:
+    def stored() -> tuple[at.TransferError, weakref.ref[object]]:
+        memory = Memory()  # in the frame that the cause was raised in
+        try:
+            try:
+                raise ConnectionResetError(104, "reset")
+            except OSError as cause:
+                raise at.BrokenError("it broke") from cause
+        except at.BrokenError as error:
+            return again(error), weakref.ref(memory)
+
+    error, memory = stored()
+    gc.collect()
+    assert memory() is None
+    assert isinstance(error.__cause__, ConnectionResetError)
+    assert error.__cause__.errno == 104
 
 
 async def test_a_copy_of_an_error_has_notes_of_its_own() -> None:
