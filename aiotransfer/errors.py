@@ -30,6 +30,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from copy import copy as copy_object
 from typing import Any, TypeVar, cast
 
 E = TypeVar("E", bound=BaseException)
@@ -69,10 +70,24 @@ def again(error: E) -> E:
     if not isinstance(error, TransferError):
         return error.with_traceback(None)
     copy = _rebuild(type(error), error.message, error.__dict__.copy())
-    copy.__cause__ = error.__cause__
+    copy.__cause__ = _without_frames(error.__cause__)
+    if isinstance(copy, ScatterError):  # whoever raises one of these ties his frames to it
+        copy.results = [None if result is None else again(result) for result in copy.results]
     if hasattr(error, "__notes__"):
         copy.__notes__ = list(error.__notes__)  # what is noted on the copy is not said of the original
     return cast("E", copy)
+
+
+def _without_frames(cause: BaseException | None) -> BaseException | None:
+    """A cause as it is kept: what raised it had frames, too."""
+    if cause is None or isinstance(cause, BaseExceptionGroup):
+        return None
+    if isinstance(cause, TransferError):
+        return again(cause)
+    try:
+        return copy_object(cause)
+    except Exception:  # somebody else's class, which cannot be copied: the message has to do
+        return None
 
 
 def _rebuild(cls: type[TransferError], message: str, state: dict[str, Any]) -> TransferError:

@@ -88,6 +88,19 @@ def test_pure_modules_have_no_clock_no_await_and_no_input_or_output(file: Path) 
         assert not (isinstance(node, ast.Call) and ast.unparse(node.func) in ("open", "print"))
 
 
+@pytest.mark.parametrize("file", [f for f in FILES if "getLogger" in f.read_text()], ids=lambda f: f.name)
+def test_every_line_of_the_log_is_limited(file: Path) -> None:
+    """A line is written where a `RateLimit` admitted it, and says how many it did not."""
+    tree = ast.parse(file.read_text())
+    lines = {node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("_logger.")}
+    limited: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "left_out is not None":
+            limited |= {call for call in ast.walk(node) if call in lines and "more(left_out)" in ast.unparse(call)}
+    assert lines
+    assert lines == limited
+
+
 def test_only_providers_import_the_extension() -> None:
     users = [f for f in FILES if re.search(r"import _native|aiotransfer\._native", f.read_text())]
     assert users == [PACKAGE / "providers" / "native.py"]

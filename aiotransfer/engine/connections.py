@@ -41,7 +41,7 @@ MOST_MIRRORS = 64  # connections from this very engine that nobody has asked for
 MOST_UNSEEN = 1024  # arrivals that nobody has looked at, before those that have gone again are forgotten
 MOST_QUESTIONS = 4096  # of one peer to our providers, unanswered
 MOST_QUESTION_BYTES = 1 << 20
-DEATH_SECONDS = 0.005  # between the end of a dying process's connections and the news of its death
+DEATH_SECONDS = 0.002  # between the end of a dying process's connections and the news of its death
 
 
 class _Merged(BrokenError):

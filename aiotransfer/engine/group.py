@@ -158,7 +158,7 @@ class PeerGroup:
         try:
             await self._plans[turn].post(timeout=math.inf)
         except ScatterError as error:
-            raise next(e for e in error.results if e is not None) from error
+            raise again(next(e for e in error.results if e is not None)) from error
         if self._failure is not None:  # another member gave up meanwhile
             raise again(self._failure)
         await self._all_signalled(counter)

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+from aiotransfer.control.ratelimit import RateLimit, more
+
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Message
 
@@ -30,6 +32,7 @@ class Mailbox:
         self._messages: deque[Message] = deque()
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._closed = False
+        self._limit = RateLimit(most=1)
 
     def put(self, message: Message) -> None:
         """A message came."""
@@ -49,7 +52,9 @@ class Mailbox:
             dropped.add(id(message))
             excess -= len(message.data) + MESSAGE_BYTES
         self._messages = deque(message for message in self._messages if id(message) not in dropped)
-        _logger.warning("%d unread messages of peers that have gone were dropped", len(dropped))
+        left_out = self._limit.admit("dropped")
+        if left_out is not None:
+            _logger.warning("%d unread messages of peers that have gone were dropped%s", len(dropped), more(left_out))
 
     def _wake(self) -> None:
         while self._waiters:

@@ -76,7 +76,7 @@ class ThreadTransfer:
             try:
                 self._bound.result()
             except Exception as error:  # whatever the question to the owner ended in is what the operation ended in
-                self._finish(error)
+                self._finish(again(error))
             if self._over:
                 return True
             left = max(0.0, deadline - time.monotonic())
@@ -108,7 +108,7 @@ class ThreadTransfer:
         elif self._bound is not None and self._bound.done() and not self._bound.cancelled():
             error = self._bound.exception()
             if error is not None:
-                self._handle._unheard(noted(error, self._deed, self.nbytes, (self._peer,)))
+                self._handle._unheard(noted(again(error), self._deed, self.nbytes, (self._peer,)))
 
     def __repr__(self) -> str:
         return f"<ThreadTransfer {self.nbytes} bytes, {'ended' if self._over else 'under way'}>"

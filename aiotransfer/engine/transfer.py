@@ -105,8 +105,8 @@ class Transfer:
                 if self._state == PENDING:
                     engine._cancel(self)
                     yield from self._drain()
+                self._disarm()  # who is cancelled does not want to hear of it
                 if isinstance(self._error, QuarantineError):  # more important than the cancel: the source is not free
-                    self._disarm()
                     raise again(self._error) from None
                 raise
         self._disarm()

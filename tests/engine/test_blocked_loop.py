@@ -31,6 +31,27 @@ async def test_a_transfer_that_completed_meanwhile_succeeds(pair: Pair) -> None:
     assert (target.numpy() == 1).all()
 
 
+@pytest.mark.parametrize("provider", ["loopback", "tcp"])
+async def test_completions_are_taken_before_a_deadline_is_judged(provider: str) -> None:
+    """Nobody but the loop takes them here, and it comes round after the deadline."""
+    try:
+        pair_of = engine_pair(provider, progress="loop")
+        pair = await pair_of.__aenter__()
+    except at.ProviderUnavailableError as error:
+        pytest.skip(str(error))
+    try:
+        source, target = pair.left.allocate(4096), pair.right.allocate(4096)
+        source.numpy()[:] = 1
+        dst = target.descriptor
+        await pair.left.write(source[:1], dst[:1])
+        transfer = pair.left.write(source, dst, timeout=0.05)
+        time.sleep(0.2)
+        await transfer
+        assert (target.numpy() == 1).all()
+    finally:
+        await pair_of.__aexit__(None, None, None)
+
+
 async def test_a_transfer_that_did_not_is_late() -> None:
     async with engine_pair(progress="loop") as pair:  # nothing is copied while the loop is blocked
         source, target = pair.left.allocate(SIZE), pair.right.allocate(SIZE)

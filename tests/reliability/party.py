@@ -61,6 +61,7 @@ class Party:
 
     async def leave(self) -> None:
         """Give back what it has of the engine."""
+        self.group.close()
         self.engine.unpublish("counted")
         counter = self.engine.counter(imm=IMM)
         if counter.value:
