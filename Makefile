@@ -11,8 +11,8 @@ MINUTES ?= 20
 RUNS ?= 50000
 CYCLES ?= 10000
 
-.PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-tcp docs test-chaos test-matrix test-cycles test-sanitize \
-	soak fuzz sanitize mutants clean
+.PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-tcp docs \
+	test-chaos test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
 
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
@@ -81,14 +81,18 @@ bench: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) -m aiotransfer bench $(ARGS)
 
-# The native code under the address and undefined-behaviour sanitizers, and under the thread sanitizer: canaries first, then a share of
-# the tests. In a copy of the tree: the plain build stays.
+# This tree beside an earlier commit, turn by turn.
+bench-earlier: setup
+	@$(PIP) install --quiet uvloop
+	@$(PY) tests/benchmarks/earlier.py $(COMMIT) $(ARGS)
+
 # tcp beside a C program on the same libfabric provider, in one run. Needs libfabric's headers (libfabric-dev).
 bench-tcp: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) tests/benchmarks/tcp.py $(ARGS)
 
-# The native code under the address and undefined-behaviour sanitizers; the plain build comes back afterwards.
+# The native code under the address and undefined-behaviour sanitizers, and under the thread sanitizer: canaries first, then a share of
+# the tests. In a copy of the tree: the plain build stays.
 sanitize: $(STAMPS)/test
 	$(PY) -m tests.sanitize address --chaos 300
 	$(PY) -m tests.sanitize thread
