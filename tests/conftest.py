@@ -22,6 +22,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     loop.close()
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What importing and collecting left behind is not looked at again by the two collections of every test (45 ms)."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("LONG_TESTS") == "1":
         return
