@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 import uvloop
 
-from aiotransfer.testing import Pair, engine_pair, snapshot
+from aiotransfer.testing import Pair, engine_pair, leaks_since, snapshot
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -49,7 +49,7 @@ def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     before = snapshot()
     yield
     gc.collect()
-    leaked = [what for what in snapshot().since(before) if "hypothesis" not in what]
+    leaked = [what for what in leaks_since(before) if "hypothesis" not in what]
     assert not leaked, leaked
 
 

@@ -2,7 +2,8 @@
 
 Nothing here runs while nothing happens: the lane's one descriptor becomes readable when an operation of ours has ended, a
 counter that somebody waits for was reached, or a peer's process has ended. Work per wake-up is bounded by the lane's batch; a
-full batch re-schedules itself behind whatever else is ready.
+full batch re-schedules itself behind whatever else is ready. So does one that the lane handed out before it had looked for more:
+whoever was woken answers first.
 """
 
 from __future__ import annotations
@@ -31,15 +32,20 @@ class Progress:
         self._retry: asyncio.TimerHandle | None = None
         self._batch: int = native.lib.AT_EVENTS
         if self._fd >= 0:
-            self._loop.add_reader(self._fd, self.poll)
+            self._loop.add_reader(self._fd, self._ready)
 
     def poll(self) -> None:
-        """Take what the lane has and hand it on."""
+        """Take all that the lane has and hand it on."""
+        if self._lane.pointer is not None:
+            self._hand_out(native.lib.at_poll(self._lane.pointer))
+
+    def _ready(self) -> None:
+        if self._lane.pointer is not None:
+            self._hand_out(native.lib.at_poll_first(self._lane.pointer))
+
+    def _hand_out(self, n: int) -> None:
         engine = self._engine
         lane = self._lane
-        if lane.pointer is None:
-            return
-        n: int = native.lib.at_poll(lane.pointer)
         engine._due = False
         events = lane.events
         if events.stalled:
@@ -47,8 +53,7 @@ class Progress:
         if n <= 0:
             return
         lib = native.lib
-        if n == self._batch:
-            self._loop.call_soon(self.poll)
+        more = events.more or n == self._batch
         # a later poll overwrites the arrays, and handlers may poll: take the numbers out first
         kinds, numbers, statuses, counts = events.kind, events.id, events.status, events.count
         for kind, number, status, count in [(kinds[i], numbers[i], statuses[i], counts[i]) for i in range(n)]:
@@ -73,6 +78,8 @@ class Progress:
                 watcher = engine._watchers.get(number)
                 if watcher is not None:
                     watcher._changed(count)
+        if more:
+            self._loop.call_soon(self._ready)
 
     def retry(self) -> None:
         """A post that was refused is tried again soon: its provider may have no event for when it could be taken."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiotransfer.testing.fabric import Deadlock, Fabric, fabric
 from aiotransfer.testing.faults import block_loop, stopped
-from aiotransfer.testing.leaks import Leaks, snapshot
+from aiotransfer.testing.leaks import Leaks, leaks_since, snapshot
 from aiotransfer.testing.pairs import Member, Pair, engine_group, engine_pair
 from aiotransfer.testing.payload import payload, where_from
 
@@ -18,6 +18,7 @@ __all__ = [
     "engine_group",
     "engine_pair",
     "fabric",
+    "leaks_since",
     "payload",
     "snapshot",
     "stopped",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from dataclasses import dataclass
 
 from aiotransfer.engine.engine import _engines
+
+JOINED_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,11 @@ def snapshot() -> Leaks:
         pass
     engines = [engine for engine in _engines if engine._state == "open" and engine._lane.usable]
     return Leaks(fds, threads, mappings, len(engines), sum(len(engine._regions) for engine in engines))
+
+
+def leaks_since(before: Leaks) -> list[str]:
+    """What is there now and was not at `before`. A joined thread is listed by the kernel a moment longer: that is waited for."""
+    until = time.monotonic() + JOINED_SECONDS
+    while (left := snapshot()).threads > before.threads and time.monotonic() < until:
+        time.sleep(0.001)
+    return left.since(before)

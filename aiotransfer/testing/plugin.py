@@ -112,12 +112,12 @@ def no_leaks() -> Iterator[None]:
     """Fail when the test leaves engines, regions, descriptors, threads or shared mappings behind."""
     import gc
 
-    from aiotransfer.testing.leaks import snapshot
+    from aiotransfer.testing.leaks import leaks_since, snapshot
 
     gc.collect()
     before = snapshot()
     yield
     gc.collect()
-    left = snapshot().since(before)
+    left = leaks_since(before)
     if left:
         pytest.fail("the test left behind: " + "; ".join(left), pytrace=False)

@@ -167,6 +167,7 @@ struct at_fab {
     _Atomic int started, stop;
     _Atomic uint64_t turned; /* when the loop or a post made progress last */
     _Atomic uint64_t last; /* when the loop came round last */
+    _Atomic int left;      /* the loop has left off before the queue was armed, and comes again: nobody may sleep on it */
     _Atomic int missed;    /* somebody wanted a turn while another had it, perhaps too late for that one to see what for */
 };
 
@@ -235,7 +236,7 @@ void at_fab_pong(at_peer *peer, uint64_t *native, uint64_t *loop);
 void at_fab_answer(at_peer *peer, int from_loop);
 
 /* queue.c */
-void at_fab_progress(at_rail *rail, int from_loop);
+void at_fab_progress(at_rail *rail, int turn); /* AT_TURN_* */
 int at_fab_drain(at_fab *fab); /* with the turn only: hand out all that has completed; how much that was */
 int at_fab_thread_start(at_fab *fab); /* AT_OK or AT_EIO: nobody would answer letters while the loop is blocked */
 void at_fab_thread_stop(at_fab *fab);

@@ -2,7 +2,8 @@
  *
  * Whoever holds fab->turn reads until nothing is left, posts what that has made room for, reads once more when it has posted anything,
  * and arms the queue last (fi_trywait): only then may anybody sleep on its descriptor. One turn is bounded; if it was not enough, the
- * loop is told to come again. */
+ * loop is told to come again. The loop itself leaves off when the first events are there: what they bring about, an answer to whoever
+ * waits on the other side, is worth more than the system calls of one more look, which it takes afterwards. */
 #define _GNU_SOURCE
 #if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
@@ -196,24 +197,41 @@ static int post_waiting(at_fab *fab) {
     return posted;
 }
 
+/* Are there events for the loop, who will come again? */
+static int leaves_off(at_fab *fab) {
+    at_lane *lane = fab->rail.lane;
+    if (lane->queue_count == 0) return 0;
+    lane->more = 1;
+    atomic_store(&fab->left, 1);
+    return 1;
+}
+
 /* With the turn. 1: the queue is armed, whoever likes may sleep on it. 0: there is more to do. */
-static int progress(at_fab *fab) {
+static int progress(at_fab *fab, int turn) {
     uint64_t until = at_now() + TURN_NS;
     struct fid *fids[1] = {&fab->cq->fid};
     for (int i = 0; i < ROUNDS; i++) {
         int busy = at_fab_drain(fab);
         at_lock(fab->rail.lane);
         busy |= post_waiting(fab);
+        int left = turn == AT_TURN_FIRST && leaves_off(fab);
         at_unlock(fab->rail.lane);
+        if (left) return 1;
         if (busy) {
             if (at_now() > until) return 0;
             continue;
         }
-        if (fab->fd < 0) return 1;
+        if (fab->fd < 0) {
+            atomic_store(&fab->left, 0);
+            return 1;
+        }
         (void)pthread_mutex_lock(&fab->lock);
         int armed = fab->wait != NULL ? fi_wait(fab->wait, 0) == -FI_ETIMEDOUT : fi_trywait(fab->fabric, fids, 1) == 0;
         (void)pthread_mutex_unlock(&fab->lock);
-        if (armed) return 1;
+        if (armed) {
+            atomic_store(&fab->left, 0);
+            return 1;
+        }
     }
     return 0;
 }
@@ -226,11 +244,13 @@ static int turn_over(at_fab *fab, int armed) {
 
 static int is_dedicated(const at_fab *fab) { return fab->started && (fab->fd < 0 || (fab->rail.lane->config.flags & AT_LANE_THREAD)); }
 
-/* One more was posted while others are under way, right after a turn: the loop is told to come round before it sleeps. */
+/* Posted right after a turn, and the loop comes anyway; or while others are under way: then it is told to, before it sleeps. */
 static int is_burst(at_fab *fab) {
     at_lane *lane = fab->rail.lane;
+    if (at_now() - atomic_load(&fab->turned) >= BURST_NS) return 0;
+    if (atomic_load(&fab->left)) return 1;
     at_lock(lane);
-    int burst = fab->posted > 1 && at_now() - atomic_load(&fab->turned) < BURST_NS;
+    int burst = fab->posted > 1;
     if (burst) {
         lane->again = 1; /* should it be inside a poll and past this rail */
         at_event_signal(lane);
@@ -239,8 +259,9 @@ static int is_burst(at_fab *fab) {
     return burst;
 }
 
-void at_fab_progress(at_rail *rail, int from_loop) {
+void at_fab_progress(at_rail *rail, int turn) {
     at_fab *fab = (at_fab *)rail;
+    int from_loop = turn != AT_TURN_POST;
     if (is_dedicated(fab)) {
         if (!from_loop) at_fab_kick(fab);
         return;
@@ -256,7 +277,7 @@ void at_fab_progress(at_rail *rail, int from_loop) {
         if (pthread_mutex_trylock(&fab->turn) != 0) return;
         atomic_store(&fab->missed, 0);
     }
-    int armed = turn_over(fab, progress(fab));
+    int armed = turn_over(fab, progress(fab, turn));
     atomic_store(&fab->turned, at_now());
     if (from_loop) atomic_store(&fab->last, at_now());
     if (armed) return;
@@ -295,12 +316,13 @@ static int sleep_on_queue(at_fab *fab, int ms) {
 static int turn(at_fab *fab) {
     (void)pthread_mutex_lock(&fab->turn);
     atomic_store(&fab->missed, 0);
-    return turn_over(fab, progress(fab));
+    return turn_over(fab, progress(fab, AT_TURN_POST));
 }
 
+/* Is there something to do of which the queue's descriptor need not tell? */
 static int is_stalled(at_fab *fab) {
     at_lock(fab->rail.lane);
-    int stalled = fab->rail.lane->stalled != 0 || fab->eager;
+    int stalled = fab->rail.lane->stalled != 0 || fab->eager || fab->left;
     at_unlock(fab->rail.lane);
     return stalled;
 }
@@ -326,7 +348,7 @@ static void do_all(at_fab *fab) {
     while (!atomic_load(&fab->stop)) {
         (void)pthread_mutex_lock(&fab->turn);
         int came = at_fab_drain(fab);
-        if (!turn_over(fab, progress(fab))) continue;
+        if (!turn_over(fab, progress(fab, AT_TURN_POST))) continue;
         if (fab->fd >= 0) {
             (void)sleep_on_queue(fab, is_stalled(fab) ? 1 : -1);
             continue;

@@ -57,6 +57,7 @@ typedef struct {
     int32_t status[256];
     int32_t kind[256];
     int32_t stalled; /* at any time: a post was refused and nobody knows for how long, poll again within a millisecond */
+    int32_t more;    /* of at_poll_first: a rail was left as it was when its first events came, poll again before anybody sleeps */
 } at_events;
 
 typedef struct {
@@ -98,6 +99,8 @@ void at_lane_stats_get(at_lane *lane, at_lane_stats *out);
 
 /* [loop] Up to AT_EVENTS events; more may be waiting when it returns AT_EVENTS. Starts a new loop turn. */
 int at_poll(at_lane *lane);
+/* The same, sooner: what is there first is handed out before a rail has looked for the rest and made its descriptor tell of it. */
+int at_poll_first(at_lane *lane);
 /* [loop] A new loop turn began. */
 void at_turn(at_lane *lane);
 

@@ -144,7 +144,7 @@ static void wait_for_the_last_parts(at_lane *lane) {
     }
 }
 
-int at_poll(at_lane *lane) {
+static int poll_for(at_lane *lane, int turn) {
     int owner = at_check_owner(lane);
     if (owner != AT_OK && owner != AT_ESHUT) return owner;
 #ifdef __linux__
@@ -155,8 +155,9 @@ int at_poll(at_lane *lane) {
     lane->signalled = 1; /* what is pushed from here on is handed out below: it needs no wake-up of its own */
     if (lane->rails != NULL) { /* asynchronous ports retire without the lock */
         at_rail *rails = lane->rails;
+        lane->more = 0;
         at_unlock(lane);
-        at_rails_progress(rails, 1);
+        at_rails_progress(rails, turn);
         at_lock(lane);
     }
     at_turn(lane);
@@ -186,6 +187,10 @@ int at_poll(at_lane *lane) {
     lane->signalled = 0;
     if (lane->queue_count != 0 || lane->again || ((lane->config.flags & AT_LANE_LOOP) && at_queued_work(lane, 0))) at_event_signal(lane);
     lane->again = 0;
+    lane->out.more = lane->more;
     at_unlock(lane);
     return (int)count;
 }
+
+int at_poll(at_lane *lane) { return poll_for(lane, AT_TURN_LOOP); }
+int at_poll_first(at_lane *lane) { return poll_for(lane, AT_TURN_FIRST); }

@@ -253,8 +253,8 @@ void at_rail_add(at_lane *lane, at_rail *rail) {
     lane->rails = rail;
 }
 
-void at_rails_progress(at_rail *first, int from_loop) {
-    for (at_rail *rail = first; rail != NULL; rail = rail->next) rail->progress(rail, from_loop);
+void at_rails_progress(at_rail *first, int turn) {
+    for (at_rail *rail = first; rail != NULL; rail = rail->next) rail->progress(rail, turn);
 }
 
 at_peer *at_peer_find(at_lane *lane, int64_t id) {

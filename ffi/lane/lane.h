@@ -35,11 +35,16 @@ typedef struct at_op at_op;
 
 /* What an asynchronous provider shares between all its peers of a lane: a place in a simulated network, the domain of a NIC. */
 typedef struct at_rail at_rail;
+enum at_turn { /* who lets a rail make progress */
+    AT_TURN_POST,  /* a submitting call, also of another thread */
+    AT_TURN_LOOP,  /* at_poll */
+    AT_TURN_FIRST, /* at_poll_first: the rail may leave off once there are events, when it sets lane->more */
+};
 struct at_rail {
     at_rail *next; /* set once, before it is linked: the list may be walked without the lock from a head read with it */
     at_lane *lane;
     const char *name;
-    void (*progress)(at_rail *rail, int from_loop); /* retire what has completed, deliver what has arrived. NO LOCK (takes what it needs) */
+    void (*progress)(at_rail *rail, int turn); /* AT_TURN_*: retire what has completed, deliver what has arrived. NO LOCK (takes what it needs) */
     void (*leave)(at_rail *rail);   /* from here on it does not reach the lane any more. NO LOCK, once */
     void (*destroy)(at_rail *rail); /* after its last peer; NULL: it goes by itself */
     void (*drain)(at_rail *rail);   /* hand out all that has arrived. NO LOCK. NULL: nothing lies about */
@@ -295,6 +300,7 @@ struct at_lane {
     uint64_t watch_pause; /* ns between two looks */
     int pulse_heard; /* a ping was answered natively: the loop shall answer too */
     int again;       /* a rail was not through: the loop shall poll once more */
+    int more;        /* a rail has left off: the loop polls once more by itself */
     uint64_t pulse_answered; /* when the native thread did so last */
 
     uint64_t written;
@@ -324,7 +330,7 @@ int at_check_process(const at_lane *lane); /* this process, not shut */
 at_peer *at_peer_add(at_lane *lane, const at_port *port, void *impl, const at_control *control);
 at_peer *at_peer_find(at_lane *lane, int64_t id); /* NULL when unknown or freed */
 void at_rail_add(at_lane *lane, at_rail *rail);   /* with the lock; gone with the lane */
-void at_rails_progress(at_rail *first, int from_loop); /* without the lock */
+void at_rails_progress(at_rail *first, int turn); /* without the lock; AT_TURN_* */
 void at_peer_release(at_peer *peer);              /* drop one use; destroys a freed peer with the last */
 void at_peer_end(at_peer *peer, int status);      /* with the lock: what at_peer_fail does */
 void at_peer_broke(at_peer *peer);                /* with the lock: it broke the protocol, the loop is told once */

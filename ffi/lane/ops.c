@@ -368,7 +368,7 @@ static void wait_a_little(at_lane *lane, uint64_t deadline) {
     if (lane->rails != NULL) {
         at_rail *rails = lane->rails;
         at_unlock(lane);
-        at_rails_progress(rails, 0);
+        at_rails_progress(rails, AT_TURN_POST);
         at_lock(lane);
         uint64_t soon = at_now() + 200000;
         deadline = soon < deadline ? soon : deadline;

@@ -166,7 +166,7 @@ int64_t at_submit(at_lane *lane, at_op *op) {
 int64_t at_unlock_and_progress(at_lane *lane, int64_t result) {
     at_rail *rails = result >= AT_FIRST_COOKIE ? lane->rails : NULL;
     at_unlock(lane);
-    if (rails != NULL) at_rails_progress(rails, 0);
+    if (rails != NULL) at_rails_progress(rails, AT_TURN_POST);
     return result;
 }
 

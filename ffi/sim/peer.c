@@ -90,8 +90,8 @@ static int64_t sim_post(at_peer *peer, at_op *op) {
     return rc == AT_OK ? 1 : rc;
 }
 
-void at_sim_progress(at_rail *rail, int from_loop) {
-    (void)from_loop;
+void at_sim_progress(at_rail *rail, int turn) {
+    (void)turn;
     at_member *member = (at_member *)rail;
     at_lane *lane = rail->lane;
     at_lock(lane);

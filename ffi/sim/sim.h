@@ -91,7 +91,7 @@ void at_deliver(at_net *net, at_request *request);    /* without any lock */
 void at_request_end(at_net *net, at_request *request, uint64_t units, int status); /* without any lock */
 
 /* peer.c */
-void at_sim_progress(at_rail *rail, int from_loop);
+void at_sim_progress(at_rail *rail, int turn);
 extern const at_port at_sim_port;
 
 #endif

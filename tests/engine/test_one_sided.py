@@ -12,6 +12,7 @@ import pytest
 import aiotransfer as at
 from aiotransfer.testing import Pair, engine_pair, payload
 from tests.engine.processes import NBYTES, other_process
+from tests.needs import needs_tcp
 
 BLOCK = 1.5
 hold_the_lock = ctypes.PyDLL(None).usleep  # PyDLL: the interpreter's lock is not released
@@ -46,16 +47,17 @@ async def test_bytes_and_counts_land_in_a_blocked_process(memory: str, progress:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("progress", ["auto", "thread"])
-async def test_a_blocked_writer_finishes_what_it_has_submitted(progress: str) -> None:
-    async with at.open_engine(progress=progress) as engine, other_process(engine) as (_, peer):
+@pytest.mark.parametrize("provider", ["shm", pytest.param("tcp", marks=needs_tcp())])
+async def test_a_blocked_writer_finishes_what_it_has_submitted(provider: str, progress: str) -> None:
+    async with at.open_engine(providers=provider, progress=progress) as engine, other_process(engine) as (_, peer):
         remote = await peer.lookup("allocated")
         source = engine.allocate(NBYTES)
         source.numpy()[:] = payload(NBYTES)
         await engine.write(source[:8], remote[:8])
         messages = engine.messages()
-        transfer = engine.write(source, remote, imm=1)  # may be over by the next line where this thread lost its turn
         await peer.send(b"when 1")  # it answers with its clock once one write has been counted
-        await asyncio.sleep(0)
+        await engine.write(source[:8], remote[:8])  # this task was woken just now: the loop has not been back to look for more
+        transfer = engine.write(source, remote, imm=1)  # may be over by the next line where this thread lost its turn
         hold_the_lock(int(BLOCK * 1e6))
         resumed = time.monotonic()
         landed = float((await anext(messages)).data)

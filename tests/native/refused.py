@@ -19,7 +19,7 @@ from typing import Any
 
 import aiotransfer as at
 from aiotransfer.providers import native
-from aiotransfer.testing import Pair, engine_pair, snapshot
+from aiotransfer.testing import Pair, engine_pair, leaks_since, snapshot
 
 library = ctypes.CDLL(None)
 library.failing_arm.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_long]
@@ -160,7 +160,7 @@ async def main(provider: str) -> None:
                 break
             outcomes[outcome] += 1
         gc.collect()
-        assert not snapshot().since(before), snapshot().since(before)
+        assert not leaks_since(before), leaks_since(before)
         print(f"{step.__name__}: {outcomes.total()} {dict(outcomes)}", flush=True)
 
 

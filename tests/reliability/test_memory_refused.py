@@ -16,7 +16,7 @@ import pytest
 SCENARIO = """
 import asyncio, ctypes, pathlib, resource, sys
 import aiotransfer as at
-from aiotransfer.testing import engine_pair, snapshot
+from aiotransfer.testing import engine_pair, leaks_since, snapshot
 libc = ctypes.CDLL(None, use_errno=True)
 BIG, SMALL = 512 << 20, 1 << 20
 
@@ -40,7 +40,7 @@ async def main(limit, code, hint, still_small):
                 assert "cannot allocate" in str(error)
             else:
                 raise AssertionError("it was not refused")
-        assert not snapshot().since(before), snapshot().since(before)
+        assert not leaks_since(before), leaks_since(before)
         await transfer(pair, source, target)
         if still_small:
             more = pair.left.allocate(SMALL)

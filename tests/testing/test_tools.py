@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from aiotransfer.testing import engine_pair, payload, snapshot, where_from
+from aiotransfer.testing import engine_pair, leaks_since, payload, snapshot, where_from
 
 
 def test_every_word_of_a_payload_says_where_it_belongs() -> None:
@@ -25,10 +25,10 @@ def test_a_leaked_descriptor_is_named() -> None:
     before = snapshot()
     fd = os.eventfd(0)
     try:
-        assert any("eventfd" in line for line in snapshot().since(before))
+        assert any("eventfd" in line for line in leaks_since(before))
     finally:
         os.close(fd)
-    assert snapshot().since(before) == []
+    assert leaks_since(before) == []
 
 
 @pytest.mark.asyncio
