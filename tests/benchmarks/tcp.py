@@ -95,6 +95,9 @@ class Match:
         ours = ("counted", [4096])
         yield self.row("4-KiB pages, C: one at a time", "pages/s", TABLE, ours, [plain])
         yield self.row("4-KiB pages, C: the better of one and four in a work request", "pages/s", TABLE, ours, [plain, vectors])
+        large = 64 << 10
+        way = ("pages", [large, 1])
+        yield self.row("64-KiB pages in one call, C: one at a time", "GB/s", TABLE * large / 1e9, ("counted", [large]), [way])
 
     def latency(self) -> Iterator[Row]:
         yield self.row("round trip of 64 bytes and an immediate, p50", "us", 0, ("latency", []), [("latency", [])])
