@@ -28,6 +28,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def not_looked_at_again() -> None:
+    """Nor is what earlier modules' tests left with pytest: after 1,500 tests it was 65 ms a collection."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("LONG_TESTS") == "1":
         return

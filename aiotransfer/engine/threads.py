@@ -332,7 +332,11 @@ class EngineThread:
 
     def _main(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
+        try:
+            self._loop.run_forever()
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            self._loop.close()  # here and not by `close`: its caller may be inside a loop of its own
 
     async def _make_handle(self) -> ThreadHandle:
         return self.engine.from_thread()
@@ -373,8 +377,6 @@ class EngineThread:
         self._closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.close()
 
     def __enter__(self) -> EngineThread:
         return self

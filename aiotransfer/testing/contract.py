@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from aiotransfer.engine.region import Region
 from aiotransfer.engine.scatter import ScatterTarget
 from aiotransfer.errors import PeerLostError, RegionError, StaleRegionError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
-from aiotransfer.testing.pairs import Pair, engine_group, engine_pair
+from aiotransfer.testing.pairs import Member, Pair, engine_group, engine_pair
 from aiotransfer.testing.payload import payload
 
 NBYTES = 1 << 20
@@ -50,10 +51,18 @@ class ProviderContract:
     provider: str = ""
     options: Mapping[str, Any] = {}  # of `open_engine`
 
+    def pair(self) -> AbstractAsyncContextManager[Pair]:
+        """Two connected engines. Override it, and `group`, for engines that do not live side by side."""
+        return engine_pair(self.provider, timeout=10, **self.options)
+
+    def group(self, n: int) -> AbstractAsyncContextManager[list[Member]]:
+        """`n` engines that form a group."""
+        return engine_group(n, self.provider, timeout=10, **self.options)
+
     @pytest.mark.parametrize("foreign", [False, True], ids=["allocated", "registered"])
     @pytest.mark.parametrize(("at", "nbytes"), [(0, 0), (0, 1), (3, 4095), (4097, 300_001), (0, NBYTES)])
     async def test_bytes_land_where_they_should_and_nowhere_else(self, at: int, nbytes: int, foreign: bool) -> None:
-        async with engine_pair(self.provider, timeout=10, **self.options) as pair:
+        async with self.pair() as pair:
             _, remote, view = await _target(pair, foreign=foreign)
             source = _source(pair.left)
             await pair.left.write(source[at : at + nbytes], remote[at : at + nbytes])
@@ -63,7 +72,7 @@ class ProviderContract:
 
     @pytest.mark.parametrize("foreign", [False, True], ids=["allocated", "registered"])
     async def test_pages_land_in_their_places_and_each_counts(self, foreign: bool) -> None:
-        async with engine_pair(self.provider, timeout=10, **self.options) as pair:
+        async with self.pair() as pair:
             _, remote, view = await _target(pair, foreign=foreign)
             source, rng = _source(pair.left), np.random.default_rng(5)
             here, there = (rng.permutation(NBYTES // PAGE)[:100] for _ in range(2))
@@ -74,7 +83,7 @@ class ProviderContract:
             assert np.array_equal(view.reshape(-1, PAGE), expected)
 
     async def test_an_empty_table_counts_nothing_and_ends(self) -> None:
-        async with engine_pair(self.provider, timeout=10, **self.options) as pair:
+        async with self.pair() as pair:
             _, remote, _ = await _target(pair)
             await pair.left.write_pages(_source(pair.left), [], remote, [], page_bytes=PAGE, imm=5)
             await pair.left.signal(pair.right_peer, 6)
@@ -82,7 +91,7 @@ class ProviderContract:
             assert pair.right.counter(imm=5).total == 0
 
     async def test_an_immediate_is_seen_only_after_its_bytes(self) -> None:
-        async with engine_pair(self.provider, timeout=10, **self.options) as pair:
+        async with self.pair() as pair:
             _, remote, view = await _target(pair)
             source, counter = _source(pair.left), pair.right.counter(imm=1)
             for turn in range(50):
@@ -94,7 +103,7 @@ class ProviderContract:
                 await transfer
 
     async def test_early_arrivals_are_kept_and_every_unit_counts_once(self) -> None:
-        async with engine_pair(self.provider, timeout=10, **self.options) as pair:
+        async with self.pair() as pair:
             _, remote, _ = await _target(pair)
             source = _source(pair.left)
             for _ in range(20):
@@ -107,7 +116,7 @@ class ProviderContract:
             assert (counter.total, counter.value) == (100, 0)
 
     async def test_what_is_out_of_bounds_is_refused_and_leaves_no_trace(self) -> None:
-        async with engine_pair(self.provider, timeout=10, **self.options) as pair:
+        async with self.pair() as pair:
             _, remote, view = await _target(pair)
             source = _source(pair.left)
             await pair.left.write(source[:0], remote[:0])
@@ -120,7 +129,7 @@ class ProviderContract:
             assert (view == 0xEE).all()
 
     async def test_a_read_brings_every_byte_and_needs_the_right_to(self) -> None:
-        async with engine_pair(self.provider, timeout=10, **self.options) as pair:
+        async with self.pair() as pair:
             owned = _source(pair.right)
             pair.right.publish("readable", owned, access="read")
             remote = await pair.right_peer.lookup("readable")
@@ -136,7 +145,7 @@ class ProviderContract:
                 pair.left.read(writable, local)
 
     async def test_a_prepared_operation_does_as_the_plain_one_each_time(self) -> None:
-        async with engine_pair(self.provider, timeout=10, **self.options) as pair:
+        async with self.pair() as pair:
             region, remote, view = await _target(pair)
             source = _source(pair.left)
             write = pair.left.prepare_write(source[:PAGE], remote[PAGE : 2 * PAGE])
@@ -154,7 +163,7 @@ class ProviderContract:
                 await write.post()
 
     async def test_a_scatter_lands_everywhere_and_counts_each_target(self) -> None:
-        async with engine_group(4, self.provider, timeout=10, **self.options) as members:
+        async with self.group(4) as members:
             engine = members[0].engine
             source = _source(engine)
             targets, views = [], []
@@ -176,7 +185,7 @@ class ProviderContract:
             del views, view
 
     async def test_a_barrier_waits_for_every_member(self) -> None:
-        async with engine_group(4, self.provider, timeout=10, **self.options) as members:
+        async with self.group(4) as members:
             await asyncio.gather(*(member.group.barrier() for member in members))
             for late in members:
                 early = [asyncio.ensure_future(member.group.barrier()) for member in members if member is not late]
@@ -186,7 +195,7 @@ class ProviderContract:
                 await asyncio.gather(*early)
 
     async def test_nothing_lands_once_the_owner_has_closed_the_region(self) -> None:
-        async with engine_pair(self.provider, timeout=10, **self.options) as pair:
+        async with self.pair() as pair:
             region, remote, view = await _target(pair)
             source = _source(pair.left)
             await pair.left.write(source[:64], remote[:64])
@@ -198,7 +207,7 @@ class ProviderContract:
             assert (view == 0xEE).all()
 
     async def test_a_lease_takes_its_part_from_its_peer_until_it_is_revoked(self) -> None:
-        async with engine_pair(self.provider, timeout=10, **self.options) as pair:
+        async with self.pair() as pair:
             region, _, view = await _target(pair)
             source = _source(pair.left, PAGE)
             lease = region[PAGE : 2 * PAGE].lease(pair.left_peer)
@@ -221,7 +230,7 @@ class ProviderContract:
             assert counter.total == counted
 
     async def test_a_cancelled_write_gives_the_source_back(self) -> None:
-        async with engine_pair(self.provider, timeout=10, **self.options) as pair:
+        async with self.pair() as pair:
             _, remote, view = await _target(pair, 32 << 20)
             source = _source(pair.left, 32 << 20)
             await pair.left.write(source[:64], remote[:64])
@@ -240,7 +249,7 @@ class ProviderContract:
                 source.numpy()[:] = payload(32 << 20)
 
     async def test_work_for_a_peer_that_closes_ends(self) -> None:
-        async with engine_pair(self.provider, timeout=10, **self.options) as pair:
+        async with self.pair() as pair:
             _, remote, _ = await _target(pair)
             source = _source(pair.left)
             await pair.left.write(source, remote)

@@ -16,6 +16,7 @@ import aiotransfer as at
 from aiotransfer.testing import Fabric, fabric, stopped
 
 SIZE = 256
+IMPATIENT = 0.8  # seconds
 
 
 def test_a_scatter_reaches_a_thousand_peers() -> None:
@@ -41,10 +42,13 @@ def test_a_scatter_reaches_a_thousand_peers() -> None:
 
 
 @contextlib.asynccontextmanager
-async def members(n: int) -> AsyncIterator[tuple[list[subprocess.Popen[bytes]], at.PeerGroup]]:
+async def members(
+    n: int, peer_timeout: float = at.Config().peer_timeout
+) -> AsyncIterator[tuple[list[subprocess.Popen[bytes]], at.PeerGroup]]:
     """`n` - 1 processes and this one, formed as a group. Each answers with one signal to the first after every barrier."""
-    async with at.open_engine(timeout=60) as engine:
-        processes = [subprocess.Popen([sys.executable, str(Path(__file__)), str(engine.address)]) for _ in range(n - 1)]
+    command = [sys.executable, str(Path(__file__)), str(peer_timeout)]
+    async with at.open_engine(timeout=60, config=at.Config(peer_timeout=peer_timeout)) as engine:
+        processes = [subprocess.Popen([*command, str(engine.address)]) for _ in range(n - 1)]
         try:
             peers = []
             arrivals = engine.arrivals()
@@ -96,17 +100,17 @@ async def test_a_killed_member_ends_the_barrier_of_all_with_its_loss() -> None:
 
 @pytest.mark.asyncio
 async def test_a_stopped_member_ends_the_barrier_within_the_peer_timeout() -> None:
-    async with members(3) as (processes, group):
+    async with members(3, IMPATIENT) as (processes, group):
         loop = asyncio.get_running_loop()
         with stopped(processes[0]):
             start = loop.time()
             with pytest.raises(at.BrokenError):
                 await group.barrier(timeout=30)
-            assert loop.time() - start < 15
+            assert loop.time() - start < 5 * IMPATIENT
 
 
-async def main(address: str) -> None:
-    async with at.open_engine(timeout=60) as engine:
+async def main(peer_timeout: str, address: str) -> None:
+    async with at.open_engine(timeout=60, config=at.Config(peer_timeout=float(peer_timeout))) as engine:
         engine.publish("memory", engine.allocate(SIZE), access="both")
         first = await engine.connect(address)
         async for message in engine.messages():
@@ -121,4 +125,4 @@ async def main(address: str) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(at.TransferError):
-        asyncio.run(main(sys.argv[1]))
+        asyncio.run(main(*sys.argv[1:]))

@@ -260,6 +260,13 @@ def test_an_engine_that_cannot_open_leaves_no_thread() -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.asyncio
+async def test_the_thread_of_an_engine_can_be_closed_where_another_loop_runs() -> None:
+    with at.run_in_thread() as there:
+        loop = there._loop
+    assert loop.is_closed()
+
+
 def test_closing_the_thread_of_an_engine_in_a_child_is_left_to_the_parent() -> None:
     with at.run_in_thread() as owner:
         pid = os.fork()

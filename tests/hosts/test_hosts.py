@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -86,13 +86,24 @@ async def test_containers_of_one_machine_say_why_they_share_no_memory(hosts: Hos
         assert dict(peer.path.reasons)["shm"] == "the other side, which dialed, did not take it"
 
 
-async def test_without_the_key_a_host_is_refused(hosts: Hosts) -> None:
+async def test_without_the_key_a_host_is_refused(hosts: Hosts, caplog: pytest.LogCaptureFixture) -> None:
+    async def joins(engine: at.Engine) -> None:
+        async with other_process(engine, host=hosts[1]):
+            pass
+
     with hosts[0].inside():
         async with at.open_engine(listen=hosts[0].listen, key=b"another one than they have") as engine:
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(4), other_process(engine, host=hosts[1]):
-                    pass
+            joining = asyncio.ensure_future(joins(engine))
+            async with asyncio.timeout(15):
+                while f"from {hosts[1].address}" not in caplog.text:
+                    await asyncio.sleep(0.02)
+            assert "was refused" in caplog.text
+            await asyncio.sleep(0.5)
+            assert not joining.done()
             assert not engine.peers
+            joining.cancel()
+            with suppress(asyncio.CancelledError):
+                await joining
 
 
 @pytest.mark.parametrize("mtu", [1400, 9000])
