@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,6 +168,7 @@ def zygote_process() -> Any:
 async def cycles(count: int, seed: int) -> Outcome:
     """Do them. Raises AssertionError when something has grown."""
     rng = random.Random(seed)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))  # the loop's own pool grows when it likes
     done: Counter[str] = Counter()
     ended = [0, 0]
     held: list[tuple[int, dict[str, int]]] = []
