@@ -117,7 +117,7 @@ async def killed(
         await peer.send(lease.descriptor.encode())
         waits = [asyncio.ensure_future(host.counter(imm=9).wait(1, peers=[peer])), asyncio.ensure_future(peer.lookup("never"))]
         # The memory of a dead process can be written until its death is known, some ms later: only many are not over by then.
-        transfers = [host.write(source, remote) for _ in range(rng.choice((0, 1, 12, 64)))]
+        transfers = [host.write(source, remote) for _ in range(rng.choice((0, 12, 128)))]
         await asyncio.sleep(rng.random() * 0.003)
         os.kill(pid, signal.SIGKILL)
         ends = await asyncio.wait_for(asyncio.gather(*waits, *transfers, return_exceptions=True), TIMEOUT)
