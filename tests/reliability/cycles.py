@@ -103,7 +103,7 @@ async def guest(provider: str, host: at.Engine, arrivals: AsyncIterator[at.Peer]
 
 
 async def killed(
-    host: at.Engine, arrivals: AsyncIterator[at.Peer], zygote: subprocess.Popen[str], rng: random.Random
+    host: at.Engine, arrivals: AsyncIterator[at.Peer], zygote: subprocess.Popen[str], rng: random.Random, writes: int
 ) -> tuple[int, int]:
     """How many waits and how many transfers its death ended."""
     assert zygote.stdin is not None
@@ -117,7 +117,7 @@ async def killed(
         await peer.send(lease.descriptor.encode())
         waits = [asyncio.ensure_future(host.counter(imm=9).wait(1, peers=[peer])), asyncio.ensure_future(peer.lookup("never"))]
         # The memory of a dead process can be written until its death is known, some ms later: only many are not over by then.
-        transfers = [host.write(source, remote) for _ in range(rng.choice((0, 12, 128)))]
+        transfers = [host.write(source, remote) for _ in range(writes)]
         await asyncio.sleep(rng.random() * 0.003)
         os.kill(pid, signal.SIGKILL)
         ends = await asyncio.wait_for(asyncio.gather(*waits, *transfers, return_exceptions=True), TIMEOUT)
@@ -185,7 +185,7 @@ async def cycles(count: int, seed: int) -> Outcome:
                 elif what == "a guest":
                     await guest(provider, host, arrivals)
                 else:
-                    for i, n in enumerate(await killed(host, arrivals, process, rng)):
+                    for i, n in enumerate(await killed(host, arrivals, process, rng, (128, 0, 12)[done[kind] % 3])):
                         ended[i] += n
                 done[kind] += 1
                 if turn in moments:
