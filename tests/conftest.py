@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -20,6 +21,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     loop = uvloop.new_event_loop()
     loop.run_until_complete(loop.getaddrinfo("localhost", 1))
     loop.close()
+    # A shell starts what it puts in the background with Ctrl-C ignored, and the processes that tests interrupt inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -170,7 +170,7 @@ class PeerGroup:
         goodbye: PeerLostError | None = None
         deadline = math.inf
         while True:
-            staying = [peer for peer in self._peers if peer._state != "closed"]
+            staying = self._peers if goodbye is None else [peer for peer in self._peers if peer._state != "closed"]
             left = None if goodbye is None else max(deadline - loop.time(), 0.0)
             try:
                 return await counter.wait(len(self) - 1, timeout=left, peers=staying)

@@ -242,6 +242,23 @@ async def test_a_member_that_has_passed_may_close_before_all_signals_have_come()
         await asyncio.gather(*rest)
 
 
+async def test_a_member_that_left_before_the_wait_began_ends_the_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its goodbye may come while our own signals are being posted: the wait then names nobody who could still end it."""
+    async with AsyncExitStack() as stack:
+        groups = await open_group(stack, "shm", 2)
+        await everyone(groups)
+        posted = Plan.post
+
+        async def post_and_hear_the_goodbye(plan: Plan, **options: Any) -> None:
+            await posted(plan, **options)
+            await groups[1]._engine.aclose()
+            await groups[0]._peers[0].closed(timeout=5)
+
+        monkeypatch.setattr(Plan, "post", post_and_hear_the_goodbye)
+        with pytest.raises(at.PeerLostError):
+            await asyncio.wait_for(groups[0].barrier(), 5)
+
+
 async def test_closing_the_engine_ends_a_barrier(four: list[at.PeerGroup]) -> None:
     await everyone(four)
     task = asyncio.ensure_future(four[0].barrier(timeout=30))
