@@ -1,4 +1,4 @@
-"""What libfabric is told about memory of a GPU: the arguments of a registration (fi_mr(3)), without a GPU and without the call."""
+"""What libfabric is told about memory of a GPU: the arguments of a registration (fi_mr(3)), without a GPU and without a call."""
 
 from __future__ import annotations
 
