@@ -168,6 +168,8 @@ class Engine(Planner):
         if access != "auto" and access not in ACCESSES:
             raise ValueError(f"access must be 'auto' or one of {ACCESSES}, not {access!r}")
         plain = memory.describe(buffer)
+        if plain.device != "cpu":
+            raise memory.no_path(plain.device)
         region = Region(
             self, plain.address, plain.nbytes, device=plain.device, writable=plain.writable, keep=plain.keep, access=access
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from aiotransfer.engine import devicememory
 from aiotransfer.errors import RegistrationError
 from aiotransfer.providers import lane as native_lane
 
@@ -48,13 +49,15 @@ def _of_array(array: np.ndarray[Any, Any], keep: object) -> Plain:
 def _of_tensor(tensor: Any) -> Plain:
     if str(tensor.layout) != "torch.strided" or not tensor.is_contiguous():
         raise _refuse_strided(tuple(tensor.shape), tuple(tensor.stride()) if hasattr(tensor, "stride") else "none")
-    device = str(tensor.device)
+    device, address = str(tensor.device), int(tensor.data_ptr())
+    nbytes = int(tensor.numel()) * int(tensor.element_size())
     if device != "cpu":
-        raise _no_device(device)
-    return Plain(int(tensor.data_ptr()), int(tensor.numel()) * int(tensor.element_size()), device, True, tensor)
+        return Plain(*devicememory.confirmed(address, nbytes, devicememory.ordinal_of(device), True, tensor))
+    return Plain(address, nbytes, device, True, tensor)
 
 
-def _no_device(device: str) -> RegistrationError:
+def no_path(device: str) -> RegistrationError:
+    """The refusal of memory that is sound, and that nothing of this engine can move."""
     return RegistrationError(
         f"memory on {device!r} is not supported by any provider of this engine yet",
         hint="copy to host memory from engine.allocate() first",
@@ -72,12 +75,12 @@ def _of_triple(triple: tuple[Any, ...]) -> Plain:
             raise ValueError(f"{name} must not be negative: {value}")
     if not isinstance(device, str):
         raise TypeError(f"device must be a str such as 'cpu', not {device!r}")
-    if device.split(":")[0] != "cpu":
-        raise _no_device(device)
     if nbytes > MOST_BYTES or address + nbytes > 1 << 64:
         raise RegistrationError(f"{nbytes} bytes at {address:#x} are more than an address space holds")
     if nbytes and address == 0:
         raise RegistrationError("the null address is no memory")
+    if device.split(":")[0] != "cpu":
+        return Plain(*devicememory.confirmed(address, nbytes, devicememory.ordinal_of(device), True, None))
     writable = True
     if nbytes:
         writable = _protection(address, nbytes)
@@ -114,7 +117,7 @@ def describe(buffer: object) -> Plain:
         return _of_tensor(buffer)
     interface = getattr(buffer, "__cuda_array_interface__", None)
     if interface is not None:
-        raise _no_device("cuda")
+        return Plain(*devicememory.of_interface(buffer, interface, _refuse_strided))
     try:
         view = memoryview(buffer)  # type: ignore[arg-type]
     except (TypeError, BufferError, ValueError):
@@ -128,6 +131,9 @@ def describe(buffer: object) -> Plain:
         flat = np.frombuffer(exporter, np.uint8) if view.nbytes else np.empty(0, np.uint8)
         return Plain(int(flat.__array_interface__["data"][0]), view.nbytes, "cpu", not view.readonly, (buffer, flat))
     if hasattr(buffer, "__dlpack__"):
+        kind, ordinal = buffer.__dlpack_device__() if hasattr(buffer, "__dlpack_device__") else (1, 0)
+        if kind == devicememory.DLPACK_CUDA:
+            return Plain(*devicememory.of_dlpack(buffer, ordinal, _refuse_strided))
         try:
             return _of_array(np.from_dlpack(buffer), buffer)  # type: ignore[arg-type]
         except (RuntimeError, BufferError, TypeError) as error:

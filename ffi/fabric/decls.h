@@ -55,6 +55,15 @@ const char *at_fab_why(void);
 int at_fab_facts_of(int device, uint64_t order, uint64_t data_bytes, int mr_mode, uint64_t most_rma, int emulated, uint32_t without,
                     at_fab_facts *out);
 
+/* Memory to be registered. cuda: the ordinal of its GPU, or -1. dmabuf_fd: what the driver handed out for the range from dmabuf_start, or -1. */
+typedef struct {
+    uint64_t address, nbytes;
+    int cuda, dmabuf_fd;
+    uint64_t dmabuf_start;
+} at_fab_memory;
+/* Tests: flags, pieces, access, key, interface, ordinal, address, length, offset and descriptor that libfabric would be told. */
+int at_fab_attributes_of(const at_fab_memory *memory, uint64_t access, uint64_t key, uint64_t out[10]);
+
 /* A rail of the lane: AT_OK, AT_EIO (see at_fab_why) or AT_E*. It lives as long as the lane. May take half a second; any thread. */
 int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_fab_facts *facts);
 

@@ -129,6 +129,25 @@ typedef struct {
     uint64_t key, base;
 } at_fab_mr;
 
+typedef struct { /* struct fi_mr_dmabuf, which headers before 1.20 lack */
+    int fd;
+    uint64_t offset;
+    size_t len;
+    void *base_addr;
+} at_fab_dmabuf;
+
+typedef struct {
+    union { /* larger than any libfabric's of today: newer ones look at fields that old headers do not have */
+        struct fi_mr_attr attr;
+        uint8_t more[sizeof(struct fi_mr_attr) + 128];
+    } room;
+    struct iovec piece;
+    at_fab_dmabuf dmabuf;
+} at_fab_attr;
+
+/* What a registration says: returns its flags. `out` points into itself, and stays where it is. */
+uint64_t at_fab_attributes(at_fab_attr *out, const at_fab_memory *memory, uint64_t access, uint64_t key);
+
 struct at_fab {
     at_rail rail; /* first */
     pthread_mutex_t turn, lock;

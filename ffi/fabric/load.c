@@ -17,6 +17,7 @@ ABSENT(uint32_t, at_fab_version(void), 0)
 ABSENT(const char *, at_fab_why(void), "built without the headers of libfabric")
 ABSENT(int, at_fab_facts_of(int device, uint64_t order, uint64_t data_bytes, int mr_mode, uint64_t most_rma, int emulated, uint32_t without,
                             at_fab_facts *out), AT_EUNKNOWN)
+ABSENT(int, at_fab_attributes_of(const at_fab_memory *memory, uint64_t access, uint64_t key, uint64_t out[10]), AT_EUNKNOWN)
 ABSENT(int, at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_fab_facts *facts), AT_EUNKNOWN)
 ABSENT(int64_t, at_fab_peer(at_lane *lane, at_fab *fab), AT_EUNKNOWN)
 ABSENT(int, at_fab_offer_make(at_lane *lane, int64_t peer, uint32_t generation, at_fab_offer *out), AT_EUNKNOWN)

@@ -10,23 +10,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Larger than any libfabric's of today: newer ones look at fields that old headers do not have. */
-typedef union {
-    struct fi_mr_attr attr;
-    uint8_t room[sizeof(struct fi_mr_attr) + 128];
-} mr_attr;
-
 int at_fab_register(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, at_fab_mr *out) {
-    struct iovec piece = {base, (size_t)nbytes};
-    if (nbytes == 0) piece = (struct iovec){fab->mailbox, 1}; /* there is no memory to name, and none will be written */
-    mr_attr room;
-    memset(&room, 0, sizeof room);
-    room.attr.mr_iov = &piece;
-    room.attr.iov_count = 1;
-    room.attr.access = access;
-    room.attr.requested_key = at_fab_is(fab, AT_FAB_KEYS) ? 0 : ++fab->next_key;
+    at_fab_memory memory = {(uint64_t)(uintptr_t)base, nbytes, -1, -1, 0};
+    if (nbytes == 0) { /* there is no memory to name, and none will be written */
+        memory.address = (uint64_t)(uintptr_t)fab->mailbox;
+        memory.nbytes = 1;
+    }
+    at_fab_attr filled;
+    uint64_t flags = at_fab_attributes(&filled, &memory, access, at_fab_is(fab, AT_FAB_KEYS) ? 0 : ++fab->next_key);
     (void)pthread_mutex_lock(&fab->lock);
-    int rc = fi_mr_regattr(fab->domain, &room.attr, 0, &out->mr);
+    int rc = fi_mr_regattr(fab->domain, &filled.room.attr, flags, &out->mr);
     (void)pthread_mutex_unlock(&fab->lock);
     if (rc != 0) {
         fab->rail.lane->oserror = -rc;
@@ -34,7 +27,7 @@ int at_fab_register(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, a
         return AT_EIO;
     }
     out->key = fi_mr_key(out->mr);
-    out->base = at_fab_is(fab, AT_FAB_VIRTUAL) ? (uint64_t)(uintptr_t)piece.iov_base : 0;
+    out->base = at_fab_is(fab, AT_FAB_VIRTUAL) ? memory.address : 0;
     return AT_OK;
 }
 

@@ -1,0 +1,118 @@
+"""Memory of a GPU is described and confirmed by the driver (a fake one: tests/native/fake_cuda.c); no real GPU takes part."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import aiotransfer as at
+from aiotransfer.engine import devicememory, memory
+from aiotransfer.testing import Pair
+
+ONE, ZERO, MANAGED, END = 0x500000000000, 0x500000020000, 0x600000000000, 0x500000030000
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("cuda") / "libcuda.so"
+    source = HERE.parent / "native" / "fake_cuda.c"
+    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
+    return target
+
+
+@pytest.fixture
+def driver(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOTRANSFER_LIBCUDA", str(library))
+
+
+def array(address: int, shape: tuple[int, ...], strides: Any = None, readonly: bool = False, typestr: str = "<f4") -> Any:
+    interface = {"shape": shape, "typestr": typestr, "strides": strides, "data": (address, readonly), "version": 3}
+    return SimpleNamespace(__cuda_array_interface__=interface)
+
+
+@pytest.mark.usefixtures("driver")
+def test_an_array_of_a_gpu_is_described_as_the_driver_knows_it() -> None:
+    found = memory.describe(array(ONE, (4, 8), (32, 4), readonly=True))
+    assert found[:4] == (ONE, 128, "cuda:1", False)
+    assert memory.describe((ZERO, 16, "cuda"))[:4] == (ZERO, 16, "cuda:0", True)
+
+
+@pytest.mark.usefixtures("driver")
+def test_memory_may_span_mappings_of_one_device_and_not_of_two() -> None:
+    assert memory.describe((ONE, 0x20000, "cuda:1")).nbytes == 0x20000
+    with pytest.raises(at.RegistrationError, match="is on cuda:0, not on cuda:1"):
+        memory.describe((ONE, 0x20001, "cuda:1"))
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize(
+    ("buffer", "why"),
+    [
+        ((ONE, 8, "cuda:0"), "is on cuda:1"),
+        ((0x1000, 8, "cuda:0"), "cuPointerGetAttribute"),
+        ((END - 8, 9, "cuda:0"), "cuPointerGetAttribute"),
+        ((MANAGED, 8, "cuda:0"), "managed"),
+        ((ONE, 8, "cuda:x"), "not supported"),
+        ((ONE, 8, "xpu:0"), "not supported"),
+        (array(ONE, (4, 8), (64, 4)), "not contiguous"),
+        (array(ONE, (4,), typestr="|O"), "Python objects"),
+    ],
+)
+def test_what_is_no_plain_memory_of_that_device_is_refused(buffer: Any, why: str) -> None:
+    with pytest.raises(at.RegistrationError, match=why):
+        memory.describe(buffer)
+
+
+@pytest.mark.asyncio
+@pytest.mark.usefixtures("driver")
+async def test_sound_memory_that_no_path_reaches_is_refused_by_register(pair: Pair) -> None:
+    with pytest.raises(at.RegistrationError, match="'cuda:1' is not supported by any provider"):
+        pair.left.register((ONE, 8, "cuda:1"))
+
+
+class Exporter:
+    """A DLPack exporter of float32 on CUDA device 1."""
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> None:
+        length = len(shape)
+        self.shape = (ctypes.c_int64 * length)(*shape)
+        self.strides = (ctypes.c_int64 * length)(*strides) if strides else None
+        self.tensor = devicememory._Tensor(ONE, 2, 1, length, 2, 32, 1, self.shape, self.strides, 64)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 1
+
+    def __dlpack__(self, *, stream: int | None = None) -> Any:
+        assert stream == -1
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        return new(ctypes.addressof(self.tensor), b"dltensor", None)
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize("strides", [None, (8, 1), (1, 4)])
+def test_a_dlpack_tensor_of_a_gpu_is_described_from_its_capsule(strides: tuple[int, ...] | None) -> None:
+    assert memory.describe(Exporter((4, 8), strides))[:4] == (ONE + 64, 128, "cuda:1", True)
+    with pytest.raises(at.RegistrationError, match=r"shape \(4, 8\), strides \(16, 1\)"):
+        memory.describe(Exporter((4, 8), (16, 1)))
+
+
+def test_without_a_driver_the_error_names_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOTRANSFER_LIBCUDA", "/nowhere/libcuda.so.1")
+    with pytest.raises(at.RegistrationError, match=r"/nowhere/libcuda\.so\.1 cannot be used"):
+        memory.describe((ONE, 8, "cuda:0"))
+
+
+@pytest.mark.usefixtures("driver")
+def test_what_the_driver_refuses_is_told_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory.describe((ONE, 8, "cuda:1"))
+    monkeypatch.setenv("FAKE_CUDA_FAIL", "cuPointerGetAttribute")
+    with pytest.raises(at.RegistrationError) as caught:
+        memory.describe((ONE, 8, "cuda:1"))
+    assert caught.value.code == (999, "CUDA_ERROR_UNKNOWN")
