@@ -82,7 +82,7 @@ class Transfer:
     _landed: int
     _started: float
     _elapsed: float
-    _waiters: list[asyncio.Future[None]]
+    _waiters: list[asyncio.Future[None] | _Countdown]
 
     # Instances are made by the engine with object.__new__: a finished one carries only _engine, _peer, nbytes and _state.
 
@@ -237,26 +237,65 @@ class Transfer:
 async def wait_all(transfers: Any) -> None:
     """Wait for every transfer, then raise an `ExceptionGroup` of all failures (none: return).
 
-    Cancelling it cancels the transfers that are still under way and waits until their sources are free.
+    It wakes once, when the last has ended. Cancelling it cancels the transfers that are still under way and waits until their
+    sources are free. `TypeError` for what is no `Transfer`, before anything is waited for.
     """
     waiting = list(transfers)
+    for transfer in waiting:
+        if not isinstance(transfer, Transfer):
+            raise TypeError(f"wait_all takes transfers, not {transfer!r}")
     errors: list[Exception] = []
-    for i, transfer in enumerate(waiting):
+    pending = [transfer for transfer in waiting if transfer._state == PENDING]
+    if pending:
+        try:
+            await _all_ended(pending)
+        except asyncio.CancelledError:
+            for transfer in pending:
+                transfer.cancel()
+            for transfer in pending:
+                await _ended(transfer)
+            raise
+    for transfer in waiting:
         try:
             await transfer
         except asyncio.CancelledError:
-            if transfer.done() and not _cancelling():
-                errors.append(TransferError(f"{transfer!r} was cancelled"))
-                continue
-            for other in waiting[i + 1 :]:
-                other.cancel()
-            for other in waiting[i + 1 :]:
-                await _ended(other)
-            raise
+            if _cancelling():
+                raise
+            errors.append(TransferError(f"{transfer!r} was cancelled"))
         except Exception as error:  # all of them are raised together at the end
             errors.append(error)
     if errors:
         raise ExceptionGroup(f"{len(errors)} of {len(waiting)} transfers failed", errors)
+
+
+class _Countdown:
+    """In the place of a waiter of each of many transfers: it wakes one that waits for all of them, once."""
+
+    __slots__ = ("future", "left")
+
+    def __init__(self, future: asyncio.Future[None], left: int) -> None:
+        self.future = future
+        self.left = left
+
+    def done(self) -> bool:
+        """Whether nobody waits any more."""
+        return self.future.done()
+
+    def set_result(self, _: None) -> None:
+        """One of them has ended."""
+        self.left -= 1
+        if self.left == 0:
+            self.future.set_result(None)
+
+
+async def _all_ended(pending: list[Transfer]) -> None:
+    loop = asyncio.get_running_loop()
+    countdown = _Countdown(loop.create_future(), len(pending))
+    for transfer in pending:
+        if not transfer._engine._lane.usable:
+            transfer._engine._check()  # a forked child: it would never be told
+        transfer._waiters.append(countdown)
+    await countdown.future
 
 
 class _ended:  # noqa: N801 - reads as a verb where it is awaited

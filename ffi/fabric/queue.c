@@ -278,8 +278,9 @@ void at_fab_progress(at_rail *rail, int turn) {
         atomic_store(&fab->missed, 0);
     }
     int armed = turn_over(fab, progress(fab, turn));
-    atomic_store(&fab->turned, at_now());
-    if (from_loop) atomic_store(&fab->last, at_now());
+    uint64_t now = at_now();
+    atomic_store(&fab->turned, now);
+    atomic_store(&fab->last, now); /* also for posts: while they take turns, nobody has to stand in */
     if (armed) return;
     at_lock(rail->lane);
     rail->lane->again = 1;

@@ -189,6 +189,34 @@ async def test_wait_all_collects_every_failure() -> None:
         await at.wait_all([])
 
 
+async def test_cancelling_wait_all_frees_every_source(pair: Pair) -> None:
+    source, mine, dst, theirs = memory(pair)
+    await bound(pair, source, dst)
+    transfers = [pair.left.write(source, dst) for _ in range(10)]
+    task = asyncio.ensure_future(at.wait_all(transfers))
+    await asyncio.sleep(0)
+    for _ in range(3):
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert all(transfer.done() for transfer in transfers)
+    mine[:] = POISON
+    await asyncio.sleep(0.01)
+    assert not (theirs == POISON).any()
+
+
+async def test_wait_all_tells_apart_what_others_cancelled() -> None:
+    async with engine_pair(progress="loop") as pair:
+        source, _, dst, _ = memory(pair)
+        await bound(pair, source, dst)
+        transfers = [pair.left.write(source, dst) for _ in range(5)]
+        transfers[2].cancel()
+        with pytest.raises(ExceptionGroup, match="1 of 6 transfers failed"):
+            await at.wait_all([*transfers, transfers[0]])
+        with pytest.raises(TypeError, match="takes transfers"):
+            await at.wait_all([asyncio.sleep])
+
+
 async def test_closing_the_engine_under_way_ends_every_await(pair: Pair) -> None:
     source, mine, dst, theirs = memory(pair)
     await bound(pair, source, dst)
