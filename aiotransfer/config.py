@@ -17,7 +17,8 @@ PREFIX = "AIOTRANSFER_"
 OTHER_NAMES = frozenset({"KEY", "CACHE", "LIBFABRIC", "LIBCUDA", "SKIP_NATIVE", "PROVIDERS", "SANITIZE"})
 _MOST_SECONDS = 1e9
 _MOST_INT = (1 << 63) - 1
-_MOST = {"early_values": (1 << 32) - 1}  # what the lane holds them in
+_MAY_BE_ZERO = frozenset({"spin_seconds"})
+_MOST: dict[str, float] = {"spin_seconds": 1e-3, "early_values": (1 << 32) - 1}  # what the lane holds them in
 _warned: set[str] = set()
 
 
@@ -43,6 +44,8 @@ class Config:
     """Largest copy made inside the submitting call; larger ones go to the native thread."""
     turn_seconds: float = 0.001
     """Finished awaits and inline copies after which the event loop gets a turn."""
+    spin_seconds: float = 50e-6
+    """How long a wait for arrivals looks for them before it sleeps, where peers on this host have answered so soon. 0: never."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -50,7 +53,7 @@ class Config:
             kind = type(field.default)
             if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
                 raise TypeError(f"{field.name} must be {'a number' if kind is float else 'an int'}, not {value!r}")
-            if not (value > 0 and math.isfinite(value)):
+            if not (value > 0 or (value == 0 and field.name in _MAY_BE_ZERO)) or not math.isfinite(value):
                 raise ValueError(f"{field.name} must be positive and finite, not {value!r}")
             if value > (most := _MOST.get(field.name, _MOST_SECONDS if kind is float else _MOST_INT)):
                 raise ValueError(f"{field.name} may be at most {most!r}, not {value!r}")

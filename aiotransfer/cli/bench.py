@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 async def _measure(args: argparse.Namespace, wanted: list[str]) -> list[dict[str, Any]]:
     wake = (os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK))
     rows: list[dict[str, Any]] = []
-    async with at.open_engine(name="bench", providers=args.provider) as engine:
+    async with at.open_engine(name="bench", providers=args.provider, config=at.Config(spin_seconds=0)) as engine:
         process = subprocess.Popen(
             [sys.executable, "-m", "aiotransfer", "bench", "--target", str(engine.address), "--memory", args.memory,
              "--provider", args.provider, "--loop", args.loop, "--wake", f"{wake[0]},{wake[1]}"],

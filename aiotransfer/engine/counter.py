@@ -48,7 +48,7 @@ class Counter:
         if self._closed:
             raise ClosedError(f"the counter of immediate {self.imm} is closed")
         if not self._queue:
-            taken = native.lib.at_imm_take(engine._p, self._record, n, 1)
+            taken = native.lib.at_imm_take_soon(engine._p, self._record, n)
             if taken == 1:
                 return
             if taken == 2:

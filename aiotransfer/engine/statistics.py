@@ -31,6 +31,8 @@ class Statistics:
     doorbells_heard: int
     polls: int
     pulses_answered: int
+    spins: int
+    spins_found: int
     native_chunks: int
     refused_posts: int
     unknown_completions: int
@@ -60,6 +62,8 @@ class Statistics:
             doorbells_heard=lane["doorbells_heard"],
             polls=lane["polls"],
             pulses_answered=lane["pulses_answered"],
+            spins=lane["spins"],
+            spins_found=lane["spins_found"],
             native_chunks=lane["thread_chunks"],
             refused_posts=lane["refused_posts"],
             unknown_completions=lane["unknown_completions"] + engine._ledger.strays,

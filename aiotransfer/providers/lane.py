@@ -57,6 +57,7 @@ class Lane:
         settings = native.ffi.new("at_lane_config *")
         settings.inline_bytes = min(config.inline_bytes, THREAD_INLINE) if progress == "thread" else config.inline_bytes
         settings.turn_ns = int(config.turn_seconds * 1e9)
+        settings.spin_ns = int(config.spin_seconds * 1e9)
         settings.max_ops = config.max_queued_operations
         settings.max_bytes = config.max_queued_bytes
         settings.early_values = config.early_values

@@ -63,6 +63,7 @@ typedef struct {
 typedef struct {
     uint64_t inline_bytes;   /* larger operations go to the native thread */
     uint64_t turn_ns;        /* inline work per loop turn before AT_DUE */
+    uint64_t spin_ns;        /* how long at_imm_take_soon looks before it arms */
     uint64_t max_ops;        /* queued operations per peer before AT_EBUSY */
     uint64_t max_bytes;      /* queued bytes per peer before AT_EBUSY */
     uint32_t early_values;   /* distinct unopened immediates kept per sender */
@@ -79,6 +80,7 @@ typedef struct {
     uint64_t ops_inline, ops_queued, ops_ended, bytes_written, units_written;
     uint64_t arrivals, strays, early_values, overflowed;
     uint64_t doorbells_rung, doorbells_heard, polls, pulses_answered;
+    uint64_t spins, spins_found; /* looks of at_imm_take_soon, and those that found what they were for */
     uint64_t unknown_completions, thread_chunks, refused_posts;
     uint64_t regions, remote_regions, peers, grants, pending_ops;
 } at_lane_stats;
@@ -181,6 +183,8 @@ int at_imm_known(at_lane *lane, uint32_t imm);      /* was ever opened, closed o
 /* 1: n arrivals are taken; 2: the same, and the loop has not had a turn for a while; 0: not so many. With `arm` an AT_EV_COUNT
  * will then come once, with n arrivals taken for whoever waits; a later call replaces the wish. */
 int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm);
+/* The same with `arm`, by the loop: where counts usually come at once, it looks for them for a while before it arms. */
+int at_imm_take_soon(at_lane *lane, int64_t record, uint64_t n);
 int at_imm_give(at_lane *lane, int64_t record, uint64_t n); /* taken, but nobody had them */
 int at_imm_disarm(at_lane *lane, int64_t record);           /* nobody waits; an event may already be under way */
 int at_imm_value(at_lane *lane, int64_t record, uint64_t *total, uint64_t *taken);

@@ -10,8 +10,11 @@
  * The table is open addressing with linear probing on a multiplicative hash; retired values stay in it (they are ours). */
 #include "lane.h"
 
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+
+#define MOST_SKIPPED 63u /* waits between two looks that find nothing */
 
 enum { FRESH = -100, GONE = -2 /* instead of a sender: one that has left */ };
 
@@ -273,6 +276,30 @@ int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm) {
     }
     at_unlock(lane);
     return result;
+}
+
+/* An answer that another process gives at once is here before this one would be asleep, and waking costs ten times as much as looking.
+ * A look that finds nothing makes the next ones rarer, down to one wait in MOST_SKIPPED: who waits for long loses next to nothing, and
+ * who waits for ever does not look again. */
+int at_imm_take_soon(at_lane *lane, int64_t record, uint64_t n) {
+    if (lane->config.spin_ns == 0 || lane->cores < 2 || atomic_load(&lane->neighbours) == 0 || lane->spin_skip != 0) {
+        lane->spin_skip -= lane->spin_skip != 0;
+        return at_imm_take(lane, record, n, 1);
+    }
+    int result = at_imm_take(lane, record, n, 0);
+    if (result != 0) return result;
+    uint64_t until = at_now() + lane->config.spin_ns;
+    do {
+        (void)sched_yield(); /* on a crowded machine, to whoever is about to count */
+        result = at_imm_take(lane, record, n, 0);
+    } while (result == 0 && at_now() < until);
+    at_lock(lane);
+    lane->stats.spins++;
+    lane->stats.spins_found += result != 0;
+    at_unlock(lane);
+    lane->spin_pause = result != 0 ? 0 : lane->spin_pause < MOST_SKIPPED ? 2 * lane->spin_pause + 1 : MOST_SKIPPED;
+    lane->spin_skip = lane->spin_pause;
+    return result != 0 ? result : at_imm_take(lane, record, n, 1);
 }
 
 int at_imm_give(at_lane *lane, int64_t record, uint64_t n) {

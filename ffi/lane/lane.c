@@ -117,6 +117,14 @@ static void lane_destroy(at_lane *lane) {
     free(lane);
 }
 
+static int usable_cores(void) {
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    return (int)sysconf(_SC_NPROCESSORS_ONLN);
+}
+
 at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config) {
     (void)pthread_once(&fork_once, fork_hook);
     at_lane *lane = calloc(1, sizeof *lane);
@@ -136,6 +144,7 @@ at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config) {
     lane->incarnation = incarnation;
     lane->epoll_fd = lane->wake_fd = lane->thread_epoll_fd = lane->thread_wake_fd = lane->pulse_fd = -1;
     lane->turn_start = at_now();
+    lane->cores = usable_cores();
     lane->control_ref = control_ref_new();
     lane->grant_free = calloc(AT_GRANTS, sizeof *lane->grant_free);
     if (lane->control_ref == NULL || lane->grant_free == NULL || at_imm_init(lane) != AT_OK || at_events_open(lane) != 0) {

@@ -271,6 +271,9 @@ struct at_lane {
     uint32_t imm_count, imm_capacity, imm_free;
     at_imm_entry *imm_table;
     uint32_t imm_used, imm_mask;
+    _Atomic uint32_t neighbours; /* peers in other processes whose counts come without a system call of ours */
+    uint32_t spin_skip, spin_pause; /* the loop's: waits until the next look, and how many there were before the last */
+    int cores;
     uint64_t imm_orphans; /* unopened values of peers that have gone */
     uint32_t armed;
     int imm_blind;

@@ -160,6 +160,8 @@ int64_t at_shm_finish(at_lane *lane, at_shm_half *half, const at_shm_offer *thei
         close_fd(half->channel_fd);
         free(half);
         result = peer->id;
+        shm->neighbour = pid != getpid();
+        if (shm->neighbour) atomic_fetch_add(&lane->neighbours, 1);
         if (at_watch_fd(lane, shm->inbound_doorbell, AT_TAG(AT_TAG_DOORBELL, peer->index), 1) != 0 ||
             (pidfd >= 0 && at_watch_fd(lane, pidfd, AT_TAG(AT_TAG_DEATH, peer->index), 1) != 0)) {
             lane->oserror = errno;
@@ -225,6 +227,7 @@ static void shm_answer(at_peer *peer, int from_loop) {
 
 static void shm_destroy(at_peer *peer) {
     at_shm *shm = peer->impl;
+    if (shm->neighbour) atomic_fetch_sub(&peer->lane->neighbours, 1);
     at_unwatch_fd(peer->lane, shm->inbound_doorbell);
     at_unwatch_fd(peer->lane, shm->pidfd);
     shm_free(shm);

@@ -73,6 +73,7 @@ typedef struct {
     int inbound_doorbell;      /* ours: they ring it */
     int outbound_doorbell;     /* theirs */
     int outbound_pulse;        /* theirs */
+    int neighbour; /* its lane is another process's */
     int pidfd, pid, mem_fd;
     int foreign, foreign_why;
     /* outbound counting */
