@@ -296,6 +296,10 @@ int at_imm_take_soon(at_lane *lane, int64_t record, uint64_t n) {
     at_lock(lane);
     lane->stats.spins++;
     lane->stats.spins_found += result != 0;
+    if (result == 1 && at_now() - lane->turn_start > lane->config.turn_ns) { /* looking takes longer than what the turn counts for it */
+        lane->turn_due = 1;
+        result = 2;
+    }
     at_unlock(lane);
     lane->spin_pause = result != 0 ? 0 : lane->spin_pause < MOST_SKIPPED ? 2 * lane->spin_pause + 1 : MOST_SKIPPED;
     lane->spin_skip = lane->spin_pause;
