@@ -279,7 +279,7 @@ int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm) {
 }
 
 /* An answer that another process gives at once is here before this one would be asleep, and waking costs ten times as much as looking.
- * A look that finds nothing makes the next ones rarer, down to one wait in MOST_SKIPPED: who waits for long loses next to nothing, and
+ * A look that finds nothing makes the next ones rarer, MOST_SKIPPED waits apart at last: who waits for long loses next to nothing, and
  * who waits for ever does not look again. */
 int at_imm_take_soon(at_lane *lane, int64_t record, uint64_t n) {
     if (lane->config.spin_ns == 0 || lane->cores < 2 || atomic_load(&lane->neighbours) == 0 || lane->spin_skip != 0) {

@@ -13,7 +13,7 @@ from tests.engine.processes import other_process
 
 pytestmark = pytest.mark.asyncio
 
-alone = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one core nobody can answer meanwhile")
+on_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one core nobody can answer meanwhile")
 
 
 async def wait_in_vain(engine: at.Engine, times: int) -> None:
@@ -29,7 +29,7 @@ async def test_engines_of_one_process_never_look() -> None:
         assert pair.left.statistics().spins == 0
 
 
-@alone
+@on_two_cores
 async def test_vain_looks_become_rare() -> None:
     async with at.open_engine(providers="shm") as engine, other_process(engine, "shm"):
         await wait_in_vain(engine, 256)
@@ -46,7 +46,7 @@ async def test_none_where_the_setting_is_0() -> None:
         assert engine.statistics().spins == 0
 
 
-@alone
+@on_two_cores
 async def test_none_after_the_other_process_has_gone() -> None:
     async with at.open_engine(providers="shm") as engine:
         async with other_process(engine, "shm") as (process, peer):
@@ -56,7 +56,7 @@ async def test_none_after_the_other_process_has_gone() -> None:
         assert engine.statistics().spins == 0
 
 
-@alone
+@on_two_cores
 async def test_what_a_look_finds_is_counted_once_and_others_get_their_turns() -> None:
     turns = 0
 
