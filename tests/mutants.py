@@ -36,10 +36,19 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
-        "drain on cancel", "aiotransfer/engine/submit.py",
+        "drain on cancel", "aiotransfer/engine/outcomes.py",
         "        self._sweeper.draining(cookie)\n        self._progress.poll()\n",
         "        transfer._end(CANCELLED, 0, None)\n",
         "tests/engine/test_cancellation.py tests/engine/test_write.py",
+    ),
+    Mutant(
+        "memory of a GPU: only where it is taken", "ffi/lane/submit.c",
+        "if (region->cuda >= 0 && !remote->peer->device) return AT_EDEVICE;", "", "tests/engine/test_staging.py",
+    ),
+    Mutant(
+        "memory of a GPU: a cancel waits for the copy", "aiotransfer/engine/outcomes.py",
+        "        if stage is not None and stage.moving and self._lane.usable:\n", "        if False:\n",
+        "tests/engine/test_staging.py",
     ),
     Mutant(
         "lease: only its holder", "aiotransfer/engine/submit.py",

@@ -131,7 +131,7 @@ class Engine(Planner):
         self._limit = RateLimit()
         try:
             self._providers, self.missing = open_providers(
-                self._preference, self._lane, self.incarnation, self._segment_of, self._grant_of,
+                self._preference, self._lane, self.incarnation, self._segment_of, self._lent_region,
                 lambda grant: memory.is_as_granted(grant, self._granted), self._world,
             )  # fmt: skip
             self._paths = Paths(self)
@@ -161,19 +161,27 @@ class Engine(Planner):
 
     # ---- memory ----
 
-    def register(self, buffer: object, *, access: str = "auto") -> Region:
+    def register(self, buffer: object, *, access: str = "auto", staging: bool | None = None) -> Region:
         """Register memory of yours: anything with the buffer protocol or `__dlpack__`, a torch tensor, or
-        `(address, nbytes, device)`. It is kept alive while registered. Raises `RegistrationError`."""
+        `(address, nbytes, device)`. It is kept alive while registered. Raises `RegistrationError`.
+
+        Memory of a GPU goes to the NIC directly where an open rail of this engine can do that, or (`staging`) through as much
+        pinned host memory beside it. It must be ready: synchronise with the kernels that fill it first. What peers write there
+        is for kernels to see after `await region.flush()`.
+        """
         self._check()
         if access != "auto" and access not in ACCESSES:
             raise ValueError(f"access must be 'auto' or one of {ACCESSES}, not {access!r}")
         plain = memory.describe(buffer)
         if plain.device != "cpu":
-            raise memory.no_path(plain.device)
-        region = Region(
-            self, plain.address, plain.nbytes, device=plain.device, writable=plain.writable, keep=plain.keep, access=access
-        )
-        self._regions[region._id] = region
+            from aiotransfer.engine.staging import region_of
+
+            region = region_of(self, plain, access, staging)
+        else:
+            region = Region(
+                self, plain.address, plain.nbytes, device=plain.device, writable=plain.writable, keep=plain.keep, access=access
+            )
+        self._regions[region._number] = region
         return region
 
     def allocate(self, shape_or_nbytes: int | Sequence[int], dtype: Any = "uint8") -> Region:
@@ -199,7 +207,7 @@ class Engine(Planner):
             self, segment.address, nbytes, device="cpu", writable=True, keep=segment, access="auto", segment=segment,
             shape=tuple(shape), dtype=kind.name,
         )  # fmt: skip
-        self._regions[region._id] = region
+        self._regions[region._number] = region
         return region
 
     def publish(self, name: str, region: Region, *, access: str = "write") -> None:
@@ -229,10 +237,11 @@ class Engine(Planner):
 
     def _segment_of(self, slot: int, epoch: int, segment: int, who: int) -> Segment | None:
         lent = self._lent(slot, epoch, who)
-        return lent[0]._segment if lent is not None and lent[0]._id == segment else None
+        return lent[0]._segment if lent is not None and lent[0]._number == segment else None
 
-    def _grant_of(self, slot: int, epoch: int, who: int) -> Grant | None:
-        return (self._lent(slot, epoch, who) or (None, None))[1]
+    def _lent_region(self, slot: int, epoch: int, who: int) -> tuple[Grant, int, int] | None:
+        lent = self._lent(slot, epoch, who)
+        return None if lent is None else (lent[1], lent[0]._number, lent[1].base - lent[0]._address)
 
     def _tell_revoked(self, peer: Peer, grants: Iterable[Grant], reason: str) -> None:
         told = [(grant.slot, grant.epoch) for grant in grants]

@@ -56,14 +56,6 @@ def _of_tensor(tensor: Any) -> Plain:
     return Plain(address, nbytes, device, True, tensor)
 
 
-def no_path(device: str) -> RegistrationError:
-    """The refusal of memory that is sound, and that nothing of this engine can move."""
-    return RegistrationError(
-        f"memory on {device!r} is not supported by any provider of this engine yet",
-        hint="copy to host memory from engine.allocate() first",
-    )
-
-
 def _of_triple(triple: tuple[Any, ...]) -> Plain:
     if len(triple) != 3:
         raise TypeError(f"expected (address, nbytes, device), got {len(triple)} values: {triple!r}")

@@ -15,6 +15,7 @@ from aiotransfer.engine.base import seconds
 from aiotransfer.engine.notes import noted
 from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.scatter import Targets
+from aiotransfer.engine.staging import Stager, page_spans, stager
 from aiotransfer.engine.submit import Submitter
 from aiotransfer.engine.transfer import Transfer
 from aiotransfer.errors import TransferError
@@ -35,7 +36,8 @@ class Plan:
     """A prepared operation. Made by `Engine.prepare_write`, `Engine.prepare_pages` and `PeerGroup.scatter_plan`."""
 
     __slots__ = (
-        "__weakref__", "_build", "_engine", "_keep", "_native", "_peer", "_peers", "_regions", "_targets", "_what", "nbytes",
+        "__weakref__", "_build", "_engine", "_keep", "_made", "_native", "_peer", "_peers", "_regions", "_stage", "_targets",
+        "_what", "nbytes",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +49,7 @@ class Plan:
         build: Build,
         *,
         what: str,
+        stage: Stager | None = None,
     ) -> None:
         self._engine = engine
         self.nbytes = nbytes
@@ -56,7 +59,9 @@ class Plan:
         self._peer = self._peers[0] if len(self._peers) == 1 else None
         self._what = what
         self._targets = targets if what in ("scatter", "barrier") else None
-        self._native: Any = native.ffi.NULL
+        self._stage = stage
+        self._made: Any = native.ffi.NULL
+        self._native: Any = native.ffi.NULL  # the same, where nothing has to happen before it is posted
         self._keep: list[Binding] = []
         if all(_is_bound(engine, region) for region in regions):
             self._resolve()
@@ -91,16 +96,17 @@ class Plan:
         engine._check()
         if self._native != native.ffi.NULL and not self._moved():
             raise noted(self._refusal(result), (self._what, value), self.nbytes, self._peers)
-        self._native = native.ffi.NULL
+        if self._stage is None or self._moved():
+            self._native = self._made = native.ffi.NULL
         transfer = engine._blank(self.nbytes, self._peers, self, (self._what, value))
         transfer._targets = self._targets
 
         def post() -> tuple[int, object]:
             self._resolve()
-            return int(_post(engine._p, self._native, value)), self
+            return int(_post(engine._p, self._made, value)), self
 
         pairs = [(region, engine._owner(region)) for region in self._regions]
-        engine._bind_then(transfer, pairs, timeout, post, self._refusal)
+        engine._bind_then(transfer, pairs, timeout, post, self._refusal, self._stage)
         return transfer
 
     def _moved(self) -> bool:
@@ -108,14 +114,16 @@ class Plan:
         return any(bound.path.dead and bound.peer._state == "up" for bound in self._keep)
 
     def _resolve(self) -> None:
-        if self._native != native.ffi.NULL:
+        if self._made != native.ffi.NULL:
             return
         status = native.ffi.new("int *")
         pointer = self._build(status)
         if pointer == native.ffi.NULL:
             raise self._refusal(int(status[0]))
         self._keep = [region._box.bound for region in self._regions]
-        self._native = native.ffi.gc(pointer, native.lib.at_plan_free)
+        self._made = native.ffi.gc(pointer, native.lib.at_plan_free)
+        if self._stage is None:
+            self._native = self._made
 
     def _refusal(self, status: int) -> Exception:
         engine = self._engine
@@ -153,10 +161,10 @@ class Planner(Submitter):
 
         def build(status: Any) -> Any:
             return native.lib.at_plan_copy(
-                self._p, 0, dst._box.bound.remote, dst._start, src._id, src._start, src.nbytes, status
+                self._p, 0, dst._box.bound.remote, dst._start, src._root._number, src._start, src.nbytes, status
             )
 
-        return self._plan(src.nbytes, [dst], require, build, "write")
+        return self._plan(src.nbytes, [dst], require, build, "write", stager(src))
 
     def prepare_pages(
         self,
@@ -182,11 +190,12 @@ class Planner(Submitter):
         def build(status: Any) -> Any:
             here, there = (native.ffi.from_buffer("int64_t[]", t) for t in (sources, targets))
             return native.lib.at_plan_pages(
-                self._p, dst._box.bound.remote, src._id, here, there, table.count, table.page, table.from_stride,
+                self._p, dst._box.bound.remote, src._root._number, here, there, table.count, table.page, table.from_stride,
                 table.to_stride, src._start + table.from_offset, dst._start + table.to_offset, status,
             )  # fmt: skip
 
-        return self._plan(table.count * table.page, [dst], require, build, "pages")
+        stage = stager(src, lambda: page_spans(src, table, sources))
+        return self._plan(table.count * table.page, [dst], require, build, "pages", stage)
 
     def scatter(
         self,
@@ -215,17 +224,18 @@ class Planner(Submitter):
         def build(status: Any) -> Any:
             remotes = [region._box.bound.remote for region in table.regions]
             return native.lib.at_plan_scatter(
-                self._p, src._id, len(remotes), remotes, table.local_offsets, table.remote_offsets, table.sizes, status
+                self._p, src._root._number, len(remotes), remotes, table.local_offsets, table.remote_offsets, table.sizes, status
             )
 
-        return self._plan(sum(table.sizes), table.regions, require, build, "scatter")
+        stage = stager(src, lambda: list(zip(table.local_offsets, table.sizes, strict=True)))
+        return self._plan(sum(table.sizes), table.regions, require, build, "scatter", stage)
 
     def _plan(
-        self, nbytes: int, regions: Sequence[RemoteRegion], require: str | None, build: Build, what: str
+        self, nbytes: int, regions: Sequence[RemoteRegion], require: str | None, build: Build, what: str, stage: Stager | None
     ) -> Plan:
         owners = [self._owner(region) for region in regions]
         for peer in dict.fromkeys(owners):
             self._check_required(peer, require)
-        return Plan(self, nbytes, regions, owners, build, what=what)
+        return Plan(self, nbytes, regions, owners, build, what=what, stage=stage)
 
 

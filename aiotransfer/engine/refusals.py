@@ -14,6 +14,7 @@ from aiotransfer.errors import (
     QuarantineError,
     RailBrokenError,
     RegionError,
+    RegistrationError,
     RemoteAccessError,
     StaleRegionError,
     TransferTimeout,
@@ -73,6 +74,10 @@ def refusal(
             return RegionError("the source region is closed", hint="keep it open until its operations have ended", **where)
         case lib.AT_ESRC | lib.AT_EDST | lib.AT_EINDEX_SRC | lib.AT_EINDEX_DST | lib.AT_EGRANT:
             return RegionError(text, hint="compare it with .nbytes and .access of the two regions", **where)
+        case lib.AT_EDEVICE:
+            return RegistrationError(
+                f"{peer} is reached by a path that does not take memory of a GPU", hint="register it with staging=True", **where
+            )
         case lib.AT_ENOMEM:
             return lacking(engine, status, "the operation cannot be queued", **where) or InternalError(text)
         case lib.AT_EBUSY:

@@ -8,6 +8,7 @@ uses it (the lane says so), no peer is inside a write under one of its grants (t
 from __future__ import annotations
 
 import asyncio
+import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.lease import Lease
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.staging import Staging
 
 ACCESSES = ("write", "read", "both")
+UNSTAGED = 0  # no region of a lane has this number: what names it is refused
 
 
 class RegionView:
@@ -71,8 +74,18 @@ class RegionView:
         """Where the memory is, as torch writes it."""
         return self._root._device
 
+    async def flush(self) -> None:
+        """Have kernels that start from now on see what peers have written here and counters have counted.
+
+        Nothing to do for host memory. Staged memory of a GPU (see `Engine.register`) is copied there from the host memory that
+        peers write into. Raises `ClosedError` (closed region) or `RegistrationError` (refused by the driver).
+        """
+        from aiotransfer.engine.staging import flush
+
+        await flush(self)
+
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.nbytes} bytes at +{self._start} of region {self._id & 0xFFFFFFFF}>"
+        return f"<{type(self).__name__} {self.nbytes} bytes at +{self._start} of region {self._root._number & 0xFFFFFFFF}>"
 
 
 _new_view = object.__new__
@@ -87,6 +100,7 @@ class Region(RegionView):
         "_address",
         "_closed",
         "_device",
+        "_dma_buf",
         "_dtype",
         "_freed",
         "_grants",
@@ -94,8 +108,10 @@ class Region(RegionView):
         "_keepers",
         "_leases",
         "_native_busy",
+        "_number",
         "_segment",
         "_shape",
+        "_staging",
         "_waiters",
         "_writable",
     )
@@ -113,9 +129,13 @@ class Region(RegionView):
         segment: Segment | None = None,
         shape: tuple[int, ...] = (),
         dtype: str = "uint8",
+        staging: Staging | None = None,
     ) -> None:
         self._engine = engine
-        self._id = engine._lane.add_region(address, nbytes)
+        self._number = engine._lane.add_region(address, nbytes)
+        self._id = self._number if staging is None else UNSTAGED
+        self._staging = staging
+        self._dma_buf: tuple[int, int] | None = None  # of memory on a GPU that is not staged: a descriptor, and where it begins
         self._root = self
         self._start = 0
         self.nbytes = nbytes
@@ -160,6 +180,11 @@ class Region(RegionView):
             raise RegionError(f"the region was registered for {self._access!r}, not for {access!r}")
         if access != "read" and not self._writable:
             raise RegionError("read-only memory cannot be granted for writing")
+        if access != "write" and self._staging is not None:
+            raise RegionError(
+                f"memory on {self._device} that is staged through host memory cannot be granted for reading",
+                hint="nobody would fetch it from the GPU: write it to the peer instead",
+            )
 
     def _new_grant(self, access: str, start: int, nbytes: int, holder: int) -> Grant:
         engine = self._engine
@@ -170,10 +195,10 @@ class Region(RegionView):
             base=self._address + start,
             nbytes=nbytes,
             access=access,
-            device=self._device,
+            device=self._device if self._staging is None else "cpu",
             slot=slot,
             epoch=epoch,
-            segment=self._id if self._segment is not None else 0,
+            segment=self._number if self._segment is not None else 0,
             segment_offset=start if self._segment is not None else 0,
             keys=(),
             holder=holder,
@@ -224,9 +249,9 @@ class Region(RegionView):
         engine = self._engine
         if not engine._lane.usable:
             return
-        self._native_busy = not engine._lane.close_region(self._id)
+        self._native_busy = not engine._lane.close_region(self._number)
         if self._native_busy:
-            engine._closing_regions[self._id] = self
+            engine._closing_regions[self._number] = self
         for grant in self._grants.values():
             engine._lane.revoke_grant(grant.slot)
         if self._segment is not None:
@@ -262,9 +287,14 @@ class Region(RegionView):
             return False
         self._freed = True
         engine._quarantine.discard(self)
+        if self._staging is not None:
+            self._staging.close()
+        if self._dma_buf is not None:
+            os.close(self._dma_buf[0])
+            self._dma_buf = None
         self._keep = None
-        engine._closing_regions.pop(self._id, None)
-        engine._regions.pop(self._id, None)
+        engine._closing_regions.pop(self._number, None)
+        engine._regions.pop(self._number, None)
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -328,5 +358,5 @@ class Region(RegionView):
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
-        kind = "allocated" if self._segment is not None else "registered"
+        kind = "staged" if self._staging is not None else "allocated" if self._segment is not None else "registered"
         return f"<Region {self.nbytes} bytes {kind} on {self._device}, {state}>"

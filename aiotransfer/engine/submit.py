@@ -10,24 +10,22 @@ Its operation waits for that in a task of the engine and is then submitted the s
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.engine.arguments import RESERVED, Pages, check_imm
-from aiotransfer.engine.base import EngineBase, seconds
+from aiotransfer.engine.base import seconds
 from aiotransfer.engine.notes import Deed, noted
-from aiotransfer.engine.refusals import refusal, unflushed
+from aiotransfer.engine.outcomes import Outcomes
+from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.region import RegionView
-from aiotransfer.engine.transfer import CANCELLED, DONE, PENDING, Transfer
+from aiotransfer.engine.staging import Stager, page_spans, stager
+from aiotransfer.engine.transfer import DONE, PENDING, Transfer
 from aiotransfer.errors import (
-    ClosedError,
     ProviderUnavailableError,
     RegionError,
-    ScatterError,
     StaleRegionError,
     TransferError,
     TransferTimeout,
@@ -50,7 +48,7 @@ def _peer_class() -> type[Peer]:
     return Peer
 
 
-class Submitter(EngineBase):
+class Submitter(Outcomes):
     """The part of `Engine` that moves bytes."""
 
     # ---- write ----
@@ -104,10 +102,10 @@ class Submitter(EngineBase):
         if src.nbytes != dst.nbytes:
             raise ValueError(f"the source has {src.nbytes} bytes, the destination {dst.nbytes}")
         value = -1 if imm is None else check_imm(imm)
-        start, number, offset, n = src._start, src._id, dst._start, src.nbytes
+        start, number, offset, n = src._start, src._root._number, dst._start, src.nbytes
         return self._submit(
             src, dst, n, timeout, require, ("write", value),
-            lambda remote: native.lib.at_write(self._p, remote, offset, number, start, n, value),
+            lambda remote: native.lib.at_write(self._p, remote, offset, number, start, n, value), stager(src),
         )  # fmt: skip
 
     # ---- pages ----
@@ -138,19 +136,20 @@ class Submitter(EngineBase):
         table = Pages(src_pages, dst_pages, page_bytes, src_stride, dst_stride, src_offset, dst_offset)
         value = -1 if imm is None else check_imm(imm)
         bound = dst._box.bound
-        now = bound is not None and bound.engine is self
+        stage = stager(src, lambda: page_spans(src, table))
+        now = bound is not None and bound.engine is self and stage is None
         # For whole regions the check of the lane is the same and saves four passes over the tables.
         if not (now and src.nbytes == src._root.nbytes and dst.nbytes == dst._grant.nbytes):
             table.check_sources(src.nbytes)
             table.check_targets(dst.nbytes)
         if not now and table.count:  # posted later: the caller may change his tables meanwhile
             table.sources, table.targets = table.sources.copy(), table.targets.copy()
-        from_buffer, lib = native.ffi.from_buffer, native.lib
+        from_buffer, lib, number = native.ffi.from_buffer, native.lib, src._root._number
 
         def post(remote: int) -> int:
             result = int(
                 lib.at_write_pages(
-                    self._p, remote, src._id, from_buffer("int64_t[]", table.sources), from_buffer("int64_t[]", table.targets),
+                    self._p, remote, number, from_buffer("int64_t[]", table.sources), from_buffer("int64_t[]", table.targets),
                     table.count, table.page, table.from_stride, table.to_stride, src._start + table.from_offset,
                     dst._start + table.to_offset, value,
                 )
@@ -161,7 +160,7 @@ class Submitter(EngineBase):
                 table.check_targets(dst.nbytes)
             return result
 
-        return self._submit(src, dst, table.count * table.page, timeout, require, ("pages", value), post)
+        return self._submit(src, dst, table.count * table.page, timeout, require, ("pages", value), post, stage)
 
     # ---- read ----
 
@@ -176,10 +175,10 @@ class Submitter(EngineBase):
         self._check_operands(dst, src, "read")
         if src.nbytes != dst.nbytes:
             raise ValueError(f"the source has {src.nbytes} bytes, the destination {dst.nbytes}")
-        start, number, offset, n = dst._start, dst._id, src._start, src.nbytes
+        start, number, offset, n = dst._start, dst._root._number, src._start, src.nbytes
         return self._submit(
             dst, src, n, timeout, require, ("read", -1),
-            lambda remote: native.lib.at_read(self._p, remote, offset, number, start, n),
+            lambda remote: native.lib.at_read(self._p, remote, offset, number, start, n), stager(dst, lands=True),
         )  # fmt: skip
 
     # ---- signal ----
@@ -245,12 +244,13 @@ class Submitter(EngineBase):
         require: str | None,
         deed: Deed,
         post: Callable[[int], int],
+        stage: Stager | None,
     ) -> Transfer:
         peer = self._owner(dst)
         self._check_required(peer, require, dst)
         bound: Binding | None = dst._box.bound
-        if bound is None or not bound.good(self, peer):
-            return self._submit_unbound(src, dst, nbytes, timeout, peer, deed, post)
+        if bound is None or not bound.good(self, peer) or stage is not None:
+            return self._submit_later(src, dst, nbytes, timeout, peer, deed, post, stage)
         result = post(bound.remote)
         return self._outcome(result, nbytes, peer, timeout, src, dst, bound, deed)
 
@@ -275,52 +275,7 @@ class Submitter(EngineBase):
         done._engine, done._peer, done.nbytes, done._state = self, peer, nbytes, DONE
         return done
 
-    def _blank(self, nbytes: int, peers: tuple[Peer, ...], keep: object, deed: Deed) -> Transfer:
-        transfer = _new(Transfer)
-        transfer._engine = self
-        transfer._peer = peers[0] if len(peers) == 1 else None
-        transfer._peers = peers
-        transfer._deed = deed
-        transfer.nbytes = nbytes
-        transfer._state = PENDING
-        transfer._cookie = 0
-        transfer._waiters = []
-        transfer._error = None
-        transfer._guard = None
-        transfer._keep = keep
-        transfer._landed = 0
-        transfer._started = self._loop.time()
-        transfer._targets = None
-        return transfer
-
-    def _pending(
-        self,
-        cookie: int,
-        nbytes: int,
-        peers: tuple[Peer, ...],
-        timeout: float | None,
-        keep: object,
-        deed: Deed,
-        targets: Sequence[Peer] | None = None,
-    ) -> Transfer:
-        transfer = self._blank(nbytes, peers, keep, deed)
-        transfer._targets = targets
-        self._admit(transfer, cookie, transfer._started + (self._timeout if timeout is None else self._seconds(timeout)))
-        return transfer
-
-    def _admit(self, transfer: Transfer, cookie: int, deadline: float) -> None:
-        transfer._cookie = cookie
-        self._ledger.admit(cookie, transfer, posted=True)
-        if self._lane.events.stalled:
-            self._progress.retry()
-        for peer in transfer._peers:
-            peer._waiting_ops += 1
-            if peer not in self._liveness.watched:
-                self._liveness.watch(peer)
-        if deadline != math.inf:
-            self._sweeper.add(cookie, deadline)
-
-    def _submit_unbound(
+    def _submit_later(
         self,
         src: RegionView,
         dst: RemoteRegion,
@@ -329,13 +284,14 @@ class Submitter(EngineBase):
         peer: Peer,
         deed: Deed,
         post: Callable[[int], int],
+        stage: Stager | None,
     ) -> Transfer:
         transfer = self._blank(nbytes, (peer,), (src, dst), deed)
 
         def bound() -> tuple[int, object]:
             return post(dst._box.bound.remote), (src, dst, dst._box.bound)
 
-        self._bind_then(transfer, [(dst, peer)], timeout, bound, lambda result: refusal(self, result, peer, dst))
+        self._bind_then(transfer, [(dst, peer)], timeout, bound, lambda result: refusal(self, result, peer, dst), stage)
         return transfer
 
     def _bind_then(
@@ -345,15 +301,20 @@ class Submitter(EngineBase):
         timeout: float | None,
         post: Callable[[], tuple[int, object]],
         refuse: Callable[[int], Exception],
+        stager: Stager | None,
     ) -> None:
-        """Ask the owners, then post: its result, and what the operation keeps alive."""
+        """Ask the owners, fetch what is staged, then post: its result, and what the operation keeps alive."""
         left = self._seconds(timeout)
         deadline = self._loop.time() + left
+        if stager is not None:
+            transfer._stage = stager()
 
         async def go() -> None:
             try:
                 for region, peer in regions:
                     await self._bind(region, peer, deadline - self._loop.time())
+                if transfer._state == PENDING and transfer._stage is not None:
+                    await self._fetch(transfer, transfer._stage, deadline)
                 if transfer._state != PENDING:
                     return
                 result, keep = post()
@@ -368,6 +329,8 @@ class Submitter(EngineBase):
                 self._admit(transfer, result, deadline)
             elif result < 0:
                 transfer._fail(0, refuse(result))
+            elif transfer._stage is not None and transfer._stage.lands:
+                await self._land(transfer, transfer._stage)
             else:
                 transfer._end(DONE, transfer.nbytes, None)
 
@@ -407,93 +370,3 @@ class Submitter(EngineBase):
             raise TransferTimeout(
                 f"{peer} did not say in time where its region is", peer=str(peer.address), hint="is its event loop blocked?"
             ) from error
-
-    def _background(self, work: Coroutine[Any, Any, None], transfer: Transfer) -> None:
-        task = self._loop.create_task(work)
-        self._tasks[task] = None
-
-        def over(done: asyncio.Task[None]) -> None:
-            self._tasks.pop(done, None)
-            if transfer._state == PENDING and not transfer._cookie:
-                transfer._fail(0, ClosedError("the engine was closed", hint="it was closed while this was under way"))
-
-        task.add_done_callback(over)
-
-    def _ended(self, cookie: int, status: int, landed: int) -> None:
-        ended = self._ledger.retire(cookie, status)
-        if ended is None:
-            return
-        transfer = ended.item
-        self._sweeper.discard(cookie)
-        for peer in transfer._peers:
-            peer._waiting_ops -= 1
-        if transfer._state != PENDING:  # it was given up without proof, which has come now
-            self._quarantined.pop(cookie, None)
-            return
-        if status == 0:
-            if transfer._targets is not None:
-                self._take_results(transfer, cookie)
-            transfer._end(DONE, transfer.nbytes, None)
-        elif transfer._targets is not None:
-            self._scatter_ended(transfer, landed, self._take_results(transfer, cookie))
-        elif status == native.lib.AT_ECANCELED:
-            transfer._end(CANCELLED, landed, None)
-        else:
-            transfer._fail(landed, self._failure(status, transfer._peers[0], transfer._keep))
-
-    def _unproved(self, cookie: int) -> None:
-        """What is posted of a withdrawn operation can be neither waited for nor fenced: it keeps its memory until it retires."""
-        transfer = self._ledger.item(cookie)
-        if transfer is None or transfer._state != PENDING:
-            return
-        self._quarantined[cookie] = transfer._keep
-        transfer._fail(self._bytes_done(transfer), unflushed(transfer._peers[0]))
-
-    def _failure(self, status: int, peer: Peer, keep: object = None) -> Exception:
-        if status == native.lib.AT_EPEER and peer._state == "up":  # the write noticed before the control connection did
-            peer._lose("its process has ended, or it has given this side up")
-        grants = [one.grant for one in keep if isinstance(one, Binding)] if isinstance(keep, tuple) else []
-        return refusal(self, status, peer, grant=grants[0] if grants else None)
-
-    def _take_results(self, transfer: Transfer, cookie: int) -> list[int]:
-        """The status of each target of a scatter. Taken once, success or not: the lane keeps them until then."""
-        assert transfer._targets is not None
-        n = len(transfer._targets)
-        out = native.ffi.new("int32_t[]", n)
-        native.lib.at_batch_take(self._p, cookie, out, n)
-        return list(out)
-
-    def _scatter_ended(self, transfer: Transfer, landed: int, results: list[int]) -> None:
-        assert transfer._targets is not None
-        lib = native.lib
-        if all(status in (0, lib.AT_ECANCELED) for status in results):
-            transfer._end(CANCELLED, landed, None)
-            return
-        errors: list[BaseException | None] = [
-            None if status == 0 else self._failure(status, peer)
-            for status, peer in zip(results, transfer._targets, strict=True)
-        ]
-        for i, failed in enumerate(errors):
-            if failed is not None:
-                failed.add_note(f"target {i} of the scatter")
-        bad = [error for error in errors if error is not None]
-        error = ScatterError(
-            f"{len(bad)} of {len(errors)} targets failed, the first with: {str(bad[0]).partition(chr(10))[0]}",
-            results=errors,
-            hint="the others have landed; .results has the error of each target, or None",
-        )
-        transfer._fail(landed, error)
-
-    def _cancel(self, transfer: Transfer) -> None:
-        cookie = transfer._cookie
-        if not cookie or not self._lane.usable:  # not bound yet: nothing was posted; or its owner is the parent of this process
-            transfer._end(CANCELLED, 0, None)
-            return
-        native.lib.at_cancel(self._p, cookie, native.lib.AT_ECANCELED)
-        self._sweeper.draining(cookie)
-        self._progress.poll()
-
-    def _bytes_done(self, transfer: Transfer) -> int:
-        if not self._lane.usable or not transfer._cookie:
-            return transfer._landed
-        return max(0, int(native.lib.at_progress(self._p, transfer._cookie)))

@@ -20,7 +20,7 @@ from aiotransfer.engine.arguments import Pages, check_imm
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.notes import Deed, noted
 from aiotransfer.engine.refusals import refusal
-from aiotransfer.errors import ClosedError, TransferTimeout, again
+from aiotransfer.errors import ClosedError, RegistrationError, TransferTimeout, again
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class ThreadHandle:
         """As `Engine.write`, from any thread; returns at once."""
         with self._inside():
             engine = self._engine
-            engine._check_views(src, dst)
+            self._check(src, dst)
             self._equal(src, dst)
             value = -1 if imm is None else check_imm(imm)
             return self._submit(dst, src.nbytes, (src, dst), ("write", value), lambda remote, status: native.lib.at_plan_copy(
@@ -150,7 +150,7 @@ class ThreadHandle:
         """As `Engine.read`, from any thread; returns at once."""
         with self._inside():
             engine = self._engine
-            engine._check_views(dst, src, "read")
+            self._check(dst, src, "read")
             self._equal(src, dst)
             return self._submit(src, src.nbytes, (src, dst), ("read", -1), lambda remote, status: native.lib.at_plan_copy(
                 engine._p, 1, remote, src._start, dst._id, dst._start, src.nbytes, status))  # fmt: skip
@@ -172,7 +172,7 @@ class ThreadHandle:
         """As `Engine.write_pages`, from any thread; returns at once."""
         with self._inside():
             engine = self._engine
-            engine._check_views(src, dst)
+            self._check(src, dst)
             table = Pages(src_pages, dst_pages, page_bytes, src_stride, dst_stride, src_offset, dst_offset)
             table.check_sources(src.nbytes)
             table.check_targets(dst.nbytes)
@@ -193,6 +193,11 @@ class ThreadHandle:
             transfer = ThreadTransfer(self, 0, peer, None, ("signal", value))
             self._post(transfer, lambda status: native.lib.at_plan_signals(engine._p, 1, [number], [value], status))
             return transfer
+
+    def _check(self, local: RegionView, remote: RemoteRegion, access: str = "write") -> None:
+        self._engine._check_views(local, remote, access)
+        if local._root._staging is not None:
+            raise RegistrationError("staged memory of a GPU is copied by the event loop's side: call the engine itself")
 
     @staticmethod
     def _equal(src: Any, dst: Any) -> None:

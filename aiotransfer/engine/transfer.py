@@ -24,8 +24,9 @@ from aiotransfer.providers.port import Binding
 if TYPE_CHECKING:
     from aiotransfer.engine.base import EngineBase
     from aiotransfer.engine.notes import Deed
+    from aiotransfer.engine.outcomes import Outcomes
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.submit import Submitter
+    from aiotransfer.engine.staging import Stage
     from aiotransfer.providers.port import Path
 
 DONE, PENDING, FAILED, CANCELLED = 0, 1, 2, 3
@@ -61,6 +62,7 @@ class Transfer:
         "_landed",
         "_peer",
         "_peers",
+        "_stage",
         "_started",
         "_state",
         "_targets",
@@ -69,7 +71,7 @@ class Transfer:
     )
 
     nbytes: int
-    _engine: Submitter
+    _engine: Outcomes
     _peer: Peer | None
     _state: int
     _cookie: int
@@ -80,6 +82,7 @@ class Transfer:
     _guard: _Unheard | None
     _keep: object
     _landed: int
+    _stage: Stage | None  # what its memory on a GPU adds
     _started: float
     _elapsed: float
     _waiters: list[asyncio.Future[None] | _Countdown]

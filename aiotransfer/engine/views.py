@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 def _buffer(region: Region) -> Any:
+    if region._staging is not None:
+        raise RegionError(f"this region is memory of yours on {region.device}", hint="use the tensor that it was made from")
     if region._segment is None:
         raise RegionError(
             "this region was registered from memory of yours",

@@ -83,6 +83,7 @@ class Limits(NamedTuple):
     without: int = 0
     most_bytes: int = 0
     most_posted: int = 0
+    device_memory: int = 0  # what it is asked for although it is not known to have it
 
 
 def _why() -> str:
@@ -110,7 +111,7 @@ def open_rail(lane: Lane, provider: str, host: str, limits: Limits) -> Rail:
         words = [ffi.NULL if word is None else ffi.new("char[]", word.encode()) for word in (name, fabric, host)]
         options = ffi.new("at_fab_options *")
         options.provider, options.fabric, options.node = words
-        options.without, options.most_bytes, options.most_posted = limits
+        options.without, options.most_bytes, options.most_posted, options.device_memory = limits
         rc = lib.at_fab_open(lane.pointer, options, out, facts)
         if rc == 0:
             version = f"{facts.version >> 16}.{facts.version & 0xFFFF}"
@@ -269,14 +270,17 @@ class FabricPath(Path):
             raise BrokenError(f"cannot bind: {native.text(remote)}", provider=self.provider)
         return Binding(self._lane, int(remote), self, peer, None)
 
-    def lend(self, grant: Grant) -> _Lent:
-        """Register memory of ours for this peer. Raises `StaleRegionError`, `RegistrationError` or `BrokenError`."""
+    def lend(self, grant: Grant, region: int, offset: int) -> _Lent:
+        """Register memory of ours for this peer: of this region of the lane, from `offset` on. Raises `StaleRegionError`,
+        `RegistrationError` or `BrokenError`."""
         lib, ffi = native.lib, native.ffi
         address, key = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-        base = ffi.cast("void *", grant.base)
         status = lib.at_fab_lend(
-            self._lane.pointer, self.lane_peer, grant.slot, grant.epoch, base, grant.nbytes, ACCESS[grant.access], address, key
-        )
+            self._lane.pointer, self.lane_peer, grant.slot, grant.epoch, region, offset, grant.nbytes, ACCESS[grant.access],
+            address, key,
+        )  # fmt: skip
+        if status == lib.AT_EDEVICE:
+            raise RegistrationError(f"{self.provider} cannot reach memory on {grant.device}", provider=self.provider)
         if status == lib.AT_ESTALE:
             raise StaleRegionError("the descriptor names no live region of this engine", provider=self.provider)
         if status == lib.AT_EIO:
@@ -312,18 +316,20 @@ class FabricPath(Path):
 
 
 class FabricProvider:
-    """tcp or efa for one engine. `grant_of` finds the grant behind what a peer presents."""
+    """tcp or efa for one engine. `lent` finds what a peer presents: the grant, the region's number and the
+    offset that it begins at."""
 
     def __init__(
-        self, name: str, lane: Lane, incarnation: int, grant_of: Callable[[int, int, int], Grant | None],
+        self, name: str, lane: Lane, incarnation: int, lent: Callable[[int, int, int], tuple[Grant, int, int] | None],
         limits: Limits | None = None,
     ) -> None:
         self.name = name
         self._lane = lane
         self._incarnation = incarnation
-        self._grant_of = grant_of
+        self._lent = lent
         self._limits = limits or Limits()
         self._rails: dict[str, asyncio.Future[Rail]] = {}
+        self.takes_device = False  # a rail that is open takes memory of GPUs
         self._paths: dict[int, FabricPath] = {}  # by their numbers in the lane
 
     def terms(self) -> Terms:
@@ -336,7 +342,9 @@ class FabricProvider:
             loop = asyncio.get_running_loop()
             future = asyncio.ensure_future(loop.run_in_executor(None, open_rail, self._lane, self.name, host, self._limits))
             self._rails[host] = future
-        return await asyncio.shield(future)
+        rail: Rail = await asyncio.shield(future)
+        self.takes_device = self.takes_device or bool(rail.flags & native.lib.AT_FAB_DEVICE)
+        return rail
 
     async def _path(self, conversation: Conversation, *, first: bool) -> FabricPath:
         rail = await self._rail(conversation.local_host)
@@ -366,10 +374,10 @@ class FabricProvider:
         if path is None or path.closed or path.incarnation != conversation.incarnation:
             raise BrokenError("there is no such connection", provider=self.name)
         if isinstance(question, _Borrow):
-            grant = self._grant_of(question.slot, question.epoch, conversation.incarnation)
-            if grant is None:
+            lent = self._lent(question.slot, question.epoch, conversation.incarnation)
+            if lent is None:
                 raise StaleRegionError("the descriptor names no live region of this engine", provider=self.name)
-            return _encode(path.lend(grant)), None
+            return _encode(path.lend(*lent)), None
         if isinstance(question, _Retire):
             return _encode(path.retired(question)), None
         ours = path.offer(question.generation)

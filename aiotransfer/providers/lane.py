@@ -112,6 +112,10 @@ class Lane:
             )
         return int(region)
 
+    def region_on_device(self, region: int, cuda: int, dma_buf: tuple[int, int] | None) -> None:
+        """It is memory of this GPU; `dma_buf` is a descriptor, which stays the caller's, and where what it stands for begins."""
+        native.lib.at_region_on_device(self.pointer, region, cuda, *(dma_buf or (-1, 0)))
+
     def close_region(self, region: int) -> bool:
         """True when the region is free now; else an AT_EV_REGION event comes."""
         return not self.usable or int(native.lib.at_region_close(self.pointer, region)) <= 0

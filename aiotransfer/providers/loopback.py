@@ -99,6 +99,7 @@ class LoopbackPath(Path):
 
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
         """One address space: the descriptor's address is the memory."""
+        self.refuse_device(grant)
         owner = _owners.get(conversation.incarnation)
         if owner is not None and not owner.covers(grant):
             raise RegistrationError("the descriptor describes memory that was never granted", provider="loopback")

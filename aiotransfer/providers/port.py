@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from aiotransfer.errors import BrokenError
+from aiotransfer.errors import BrokenError, RegistrationError
 from aiotransfer.model.descriptor import Grant
 
 MOST_SAID = 4096  # bytes of one question, answer or offer
@@ -102,6 +102,14 @@ class Path:
         self.dead = False
         self.bindings: weakref.WeakSet[Binding] = weakref.WeakSet()
         self.on_retired: Callable[[], None] = lambda: None
+
+    def refuse_device(self, grant: Grant) -> None:
+        """Raise `RegistrationError` for memory that is not the host's."""
+        if grant.device != "cpu":
+            raise RegistrationError(
+                f"{self.provider} cannot reach memory on {grant.device}", provider=self.provider,
+                hint="its owner can register it with staging=True",
+            )  # fmt: skip
 
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
         """Make `grant` usable by the lane; raises `StaleRegionError`, `RegistrationError` or `BrokenError`."""

@@ -44,7 +44,7 @@ def check_names(providers: str | Sequence[str]) -> str | tuple[str, ...]:
 
 def open_providers(
     providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None],
-    grant_of: Callable[[int, int, int], Grant | None], covers: Callable[[Grant], bool], world: Any,
+    lent: Callable[[int, int, int], tuple[Grant, int, int] | None], covers: Callable[[Grant], bool], world: Any,
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
     """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left, and `BusyError`
     rather than do without a provider that this machine has no descriptors or memory for just now.
@@ -69,7 +69,7 @@ def open_providers(
                 elif name in ("tcp", "efa"):
                     from aiotransfer.providers.fabric import FabricProvider
 
-                    opened[name] = FabricProvider(name, lane, incarnation, grant_of, world.limits)
+                    opened[name] = FabricProvider(name, lane, incarnation, lent, world.limits)
                 else:
                     from aiotransfer.providers.loopback import LoopbackProvider
 

@@ -74,6 +74,7 @@ class ShmPath(Path):
 
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
         """Map the grant's segment, or name its address when it is foreign memory."""
+        self.refuse_device(grant)
         segment: Segment | None = None
         base: Any = native.ffi.NULL
         if grant.segment:

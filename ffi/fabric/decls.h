@@ -12,13 +12,15 @@ enum at_fab_flags {
     AT_FAB_LOCAL_MR = 16, /* local memory must be registered too */
     AT_FAB_VIRTUAL = 32,  /* remote memory is named by its address, not by an offset */
     AT_FAB_KEYS = 64,     /* the provider chooses the keys */
-    AT_FAB_FD = 128       /* the completion queue has a descriptor: no thread needs to poll it */
+    AT_FAB_FD = 128,      /* the completion queue has a descriptor: no thread needs to poll it */
+    AT_FAB_DEVICE = 256   /* memory of a GPU may be registered */
 };
 
 typedef struct {
     const char *provider; /* libfabric's name of it */
     const char *fabric;   /* its fabric of this name, or NULL for whichever comes first */
     const char *node;     /* the local address to be reached at, or NULL for the provider's own choice */
+    int device_memory;    /* ask for AT_FAB_DEVICE first, and do without where that is refused; efa is asked in any case */
     uint32_t without;     /* at_fab_flags to do without although they are there: tests of what other fabrics lack */
     uint64_t most_bytes;  /* of one work request, 0: as many as the provider takes */
     uint32_t most_posted; /* work requests of the rail, 0: no bound but that of each peer */
@@ -85,9 +87,10 @@ int at_fab_settle(at_lane *lane, int64_t peer, uint64_t arrived);
 /* Hand out what has arrived by now: before a peer is failed, whose arrivals count still. */
 int at_fab_flush(at_lane *lane, int64_t peer);
 
-/* Memory of ours for one peer, under a live grant: what its descriptor stands for. AT_ESTALE: the grant is over. */
-int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, void *base, uint64_t nbytes, int access, uint64_t *address,
-                uint64_t *key);
+/* Memory of ours for one peer, under a live grant: what its descriptor stands for. AT_ESTALE: the grant or the region is over.
+ * AT_EDEVICE: it is memory of a GPU, which this rail does not take. */
+int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64_t region, uint64_t offset, uint64_t nbytes, int access,
+                uint64_t *address, uint64_t *key);
 /* Memory of a peer that has lent it: a remote region, or AT_E*. */
 int64_t at_fab_borrow(at_lane *lane, int64_t peer, uint64_t address, uint64_t key, uint64_t nbytes, int access, uint32_t slot,
                       uint64_t epoch);

@@ -211,7 +211,8 @@ void at_fab_device_limits(at_fab_facts *facts, uint64_t most_rma, int emulated);
 uint32_t at_fab_flags_of(int device, uint64_t order, size_t data_bytes, int mr_mode, uint32_t without);
 
 /* memory.c, with the lane's lock */
-int at_fab_register(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, at_fab_mr *out); /* AT_OK, or AT_EIO with at_lane_errno */
+int at_fab_register(at_fab *fab, const at_fab_memory *memory, uint64_t access, at_fab_mr *out); /* AT_OK, or AT_EIO with at_lane_errno */
+int at_fab_register_host(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, at_fab_mr *out);
 void at_fab_unregister(at_fab *fab, at_fab_mr *mr);
 int at_fab_source(at_fab *fab, const at_op *op, void **desc); /* of the operation's local memory */
 void at_fab_grant_over(at_rail *rail, uint32_t slot);

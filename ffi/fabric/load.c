@@ -25,8 +25,8 @@ ABSENT(int, at_fab_offer_take(at_lane *lane, int64_t peer, const at_fab_offer *t
 ABSENT(uint32_t, at_fab_generation(at_lane *lane, int64_t peer, int *up), 0)
 ABSENT(int, at_fab_retire(at_lane *lane, int64_t peer, uint64_t *arrived), AT_EUNKNOWN)
 ABSENT(int, at_fab_settle(at_lane *lane, int64_t peer, uint64_t arrived), AT_EUNKNOWN)
-ABSENT(int, at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, void *base, uint64_t nbytes, int access,
-                        uint64_t *address, uint64_t *key), AT_EUNKNOWN)
+ABSENT(int, at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64_t region, uint64_t offset,
+                        uint64_t nbytes, int access, uint64_t *address, uint64_t *key), AT_EUNKNOWN)
 ABSENT(int64_t, at_fab_borrow(at_lane *lane, int64_t peer, uint64_t address, uint64_t key, uint64_t nbytes, int access, uint32_t slot,
                               uint64_t epoch), AT_EUNKNOWN)
 ABSENT(int, at_fab_revoked(at_lane *lane, int64_t peer, uint32_t slot, uint64_t epoch), AT_EUNKNOWN)

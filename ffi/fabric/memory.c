@@ -10,17 +10,27 @@
 #include <stdlib.h>
 #include <string.h>
 
-int at_fab_register(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, at_fab_mr *out) {
-    at_fab_memory memory = {(uint64_t)(uintptr_t)base, nbytes, -1, -1, 0};
-    if (nbytes == 0) { /* there is no memory to name, and none will be written */
-        memory.address = (uint64_t)(uintptr_t)fab->mailbox;
-        memory.nbytes = 1;
-    }
+#define DMABUF_SINCE (1u << 16 | 20u) /* 1.20: an older library would not look at that flag */
+
+static int call(at_fab *fab, const at_fab_memory *memory, uint64_t access, at_fab_mr *out) {
     at_fab_attr filled;
-    uint64_t flags = at_fab_attributes(&filled, &memory, access, at_fab_is(fab, AT_FAB_KEYS) ? 0 : ++fab->next_key);
+    uint64_t flags = at_fab_attributes(&filled, memory, access, at_fab_is(fab, AT_FAB_KEYS) ? 0 : ++fab->next_key);
     (void)pthread_mutex_lock(&fab->lock);
     int rc = fi_mr_regattr(fab->domain, &filled.room.attr, flags, &out->mr);
     (void)pthread_mutex_unlock(&fab->lock);
+    return rc;
+}
+
+int at_fab_register(at_fab *fab, const at_fab_memory *wanted, uint64_t access, at_fab_mr *out) {
+    at_fab_memory memory = *wanted;
+    if (memory.nbytes == 0) /* there is no memory to name, and none will be written */
+        memory = (at_fab_memory){(uint64_t)(uintptr_t)fab->mailbox, 1, -1, -1, 0};
+    if (fab->facts.version < DMABUF_SINCE) memory.dmabuf_fd = -1;
+    int rc = call(fab, &memory, access, out);
+    if (rc != 0 && memory.dmabuf_fd >= 0) { /* a kernel or a NIC without dma-bufs: the provider may have another way */
+        memory.dmabuf_fd = -1;
+        rc = call(fab, &memory, access, out);
+    }
     if (rc != 0) {
         fab->rail.lane->oserror = -rc;
         out->mr = NULL;
@@ -29,6 +39,15 @@ int at_fab_register(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, a
     out->key = fi_mr_key(out->mr);
     out->base = at_fab_is(fab, AT_FAB_VIRTUAL) ? memory.address : 0;
     return AT_OK;
+}
+
+int at_fab_register_host(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, at_fab_mr *out) {
+    at_fab_memory memory = {(uint64_t)(uintptr_t)base, nbytes, -1, -1, 0};
+    return at_fab_register(fab, &memory, access, out);
+}
+
+static at_fab_memory part_of(const at_region *region, uint64_t offset, uint64_t nbytes) {
+    return (at_fab_memory){(uint64_t)(uintptr_t)region->base + offset, nbytes, region->cuda, region->dmabuf_fd, region->dmabuf_start};
 }
 
 void at_fab_unregister(at_fab *fab, at_fab_mr *mr) {
@@ -49,15 +68,18 @@ static void *grown(void *items, uint32_t *room, uint32_t index, size_t each) {
     return more;
 }
 
-int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, void *base, uint64_t nbytes, int access, uint64_t *address,
-                uint64_t *key) {
+int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64_t region_id, uint64_t offset, uint64_t nbytes, int access,
+                uint64_t *address, uint64_t *key) {
     int rc = AT_EPEER;
     at_lock(lane);
     at_fab_end *end = at_fab_end_of(lane, peer);
     if (end == NULL || end->peer->status != AT_OK) goto out;
     rc = AT_ESTALE;
-    if (!at_grant_valid(lane, slot, epoch)) goto out;
+    const at_region *region = at_region_use(lane, region_id);
+    if (!at_grant_valid(lane, slot, epoch) || region == NULL) goto out;
     at_fab *fab = end->fab;
+    rc = AT_EDEVICE;
+    if (region->cuda >= 0 && !at_fab_is(fab, AT_FAB_DEVICE)) goto out;
     uint32_t index = (uint32_t)slot;
     rc = AT_ENOMEM;
     if (index >= fab->lent_room) {
@@ -72,7 +94,8 @@ int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, void 
     }
     at_fab_mr *mr = &fab->lent[index];
     uint64_t rights = (access & AT_ACCESS_WRITE ? FI_REMOTE_WRITE : 0) | (access & AT_ACCESS_READ ? FI_REMOTE_READ : 0);
-    rc = mr->mr != NULL ? AT_OK : at_fab_register(fab, base, nbytes, rights, mr);
+    at_fab_memory memory = part_of(region, offset, nbytes);
+    rc = mr->mr != NULL ? AT_OK : at_fab_register(fab, &memory, rights, mr);
     if (rc != AT_OK) goto out;
     end->hold[index] = AT_HOLD_LENT;
     *address = mr->base;
@@ -115,7 +138,7 @@ int64_t at_fab_borrow(at_lane *lane, int64_t peer, uint64_t address, uint64_t ke
 
 int at_fab_source(at_fab *fab, const at_op *op, void **desc) {
     *desc = NULL;
-    if (!at_fab_is(fab, AT_FAB_LOCAL_MR) || op->region == NULL || op->region->nbytes == 0) return AT_OK;
+    if (op->region == NULL || op->region->nbytes == 0 || (!at_fab_is(fab, AT_FAB_LOCAL_MR) && op->region->cuda < 0)) return AT_OK;
     uint32_t index = op->region_index;
     if (index >= fab->local_room) {
         void *more = grown(fab->local, &fab->local_room, index, sizeof *fab->local);
@@ -124,7 +147,8 @@ int at_fab_source(at_fab *fab, const at_op *op, void **desc) {
     }
     if (fab->local[index] == NULL) {
         at_fab_mr fresh;
-        int rc = at_fab_register(fab, op->region->base, op->region->nbytes, FI_READ | FI_WRITE, &fresh);
+        at_fab_memory memory = part_of(op->region, 0, op->region->nbytes);
+        int rc = at_fab_register(fab, &memory, FI_READ | FI_WRITE, &fresh);
         if (rc != AT_OK) return rc;
         fab->local[index] = fresh.mr;
     }

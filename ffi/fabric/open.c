@@ -15,7 +15,7 @@
 
 static int is_device(const char *provider) { return strncmp(provider, "efa", 3) == 0; }
 
-static struct fi_info *ask(const at_fab_options *options) {
+static struct fi_info *ask_for(const at_fab_options *options, int device_memory) {
     struct fi_info *hints = at_fab_library.dupinfo(NULL), *found = NULL;
     if (hints == NULL) {
         at_fab_say("no memory");
@@ -26,6 +26,10 @@ static struct fi_info *ask(const at_fab_options *options) {
     hints->mode = FI_CONTEXT | FI_CONTEXT2;
     hints->ep_attr->type = FI_EP_RDM;
     hints->domain_attr->mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY;
+    if (device_memory) {
+        hints->caps |= FI_HMEM;
+        hints->domain_attr->mr_mode |= FI_MR_HMEM;
+    }
     hints->domain_attr->cq_data_size = 4;
     hints->domain_attr->threading = FI_THREAD_DOMAIN; /* fab->lock is around every call */
     if (!device) { /* with MANUAL, 1.17's queue says nothing of connections that come in */
@@ -41,6 +45,13 @@ static struct fi_info *ask(const at_fab_options *options) {
     if (rc != 0) at_fab_say("%s offers nothing fitting%s%s: %s", options->provider, options->node != NULL ? " at " : "",
                             options->node != NULL ? options->node : "", at_fab_library.strerror(-rc));
     return rc == 0 ? found : NULL;
+}
+
+/* With memory of a GPU where it is wanted and to be had. Below API 1.18 efa may not use the GPU's own way to the NIC. */
+static struct fi_info *ask(const at_fab_options *options) {
+    int wanted = (options->device_memory || is_device(options->provider)) && at_fab_library.version() >= FI_VERSION(1, 18);
+    struct fi_info *found = wanted ? ask_for(options, 1) : NULL;
+    return found != NULL ? found : ask_for(options, 0);
 }
 
 static uint32_t least(size_t a, size_t b) { return (uint32_t)(a < b ? a : b); }
@@ -73,6 +84,7 @@ static void note_facts(at_fab *fab, const at_fab_options *options) {
     int device = is_device(options->provider);
     facts->flags = at_fab_flags_of(device, info->tx_attr->msg_order, info->domain_attr->cq_data_size, info->domain_attr->mr_mode,
                                    options->without);
+    if ((info->caps & FI_HMEM) && !(options->without & AT_FAB_DEVICE)) facts->flags |= AT_FAB_DEVICE;
     facts->version = at_fab_library.version();
     facts->iov = least(AT_FAB_IOV, least(info->tx_attr->iov_limit, info->tx_attr->rma_iov_limit));
     if (facts->iov == 0) facts->iov = 1;
@@ -195,7 +207,7 @@ int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_f
     }
     if (rc == AT_OK) {
         at_lock(lane);
-        rc = lane->shut ? AT_ESHUT : at_fab_register(fab, fab->mailbox, sizeof fab->mailbox, FI_REMOTE_WRITE | FI_WRITE, &fab->mailbox_mr);
+        rc = lane->shut ? AT_ESHUT : at_fab_register_host(fab, fab->mailbox, sizeof fab->mailbox, FI_REMOTE_WRITE | FI_WRITE, &fab->mailbox_mr);
         if (rc == AT_EIO) at_fab_say("%s: no memory region: %s", options->provider, at_fab_library.strerror(lane->oserror));
         if (rc == AT_OK) {
             fab->mailbox_desc = at_fab_is(fab, AT_FAB_LOCAL_MR) ? fi_mr_desc(fab->mailbox_mr.mr) : NULL;

@@ -49,6 +49,7 @@ int64_t at_fab_peer(at_lane *lane, at_fab *fab) {
     }
     if (result == AT_OK) {
         end->peer = at_peer_add(lane, &at_fab_port, end, words);
+        if (end->peer != NULL) end->peer->device = at_fab_is(fab, AT_FAB_DEVICE);
         if (end->peer == NULL) {
             fab->ends[end->mark] = NULL;
             result = AT_ENOMEM;

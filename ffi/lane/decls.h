@@ -30,6 +30,7 @@ enum at_status {
     AT_EUNKNOWN = -20,     /* no such peer, record or operation */
     AT_ERAIL = -21,        /* the rail broke and was fenced */
     AT_EAGAIN = -22,       /* a provider could not take more now (never leaves the lane) */
+    AT_EDEVICE = -24,      /* the local region is memory of a GPU, which this path does not take */
     AT_EPROTO = -23        /* the peer broke the protocol of the shared memory */
 };
 
@@ -108,6 +109,8 @@ void at_turn(at_lane *lane);
 
 /* Local memory. base is lent until the AT_EV_REGION event (or until at_region_close returns 0). */
 int64_t at_region_add(at_lane *lane, void *base, uint64_t nbytes);
+/* Before it is used: it is memory of this GPU, and base an address there. dmabuf_fd: of the range from dmabuf_start, or -1; lent as base is. */
+int at_region_on_device(at_lane *lane, int64_t region, int cuda, int dmabuf_fd, uint64_t dmabuf_start);
 int at_region_close(at_lane *lane, int64_t region); /* 0: free now; 1: an AT_EV_REGION event will come */
 
 /* Grants: one epoch word each. *epoch receives the value that makes a descriptor valid. */

@@ -396,6 +396,7 @@ const char *at_strerror(int status) {
     case AT_EOVERFLOW: return "too many early values";
     case AT_EUNKNOWN: return "unknown";
     case AT_ERAIL: return "rail broken";
+    case AT_EDEVICE: return "this path does not take memory of a GPU";
     case AT_EPROTO: return "peer broke the protocol";
     default: return "unknown status";
     }

@@ -75,6 +75,9 @@ typedef struct {
     uint32_t generation; /* odd: in use */
     uint32_t users;      /* operations that read or write it */
     int open;
+    int cuda;            /* the ordinal of the GPU that it is on, or -1: only rails that say `device` may be given it */
+    int dmabuf_fd;       /* what the driver handed out for the range from dmabuf_start, or -1 */
+    uint64_t dmabuf_start;
 } at_region;
 
 typedef struct {
@@ -202,6 +205,7 @@ struct at_peer {
     uint32_t users;             /* operations and remote regions */
     uint32_t posted;            /* work requests at the provider */
     int stalled;                /* the provider refused a post: counted in lane->stalled */
+    int device;                 /* its rail takes memory of a GPU */
     int paused;                 /* its connection is being opened again: nothing is posted until then */
     uint64_t queued_ops, queued_bytes;
     at_op *head, *tail;         /* waiting operations, oldest first */

@@ -23,6 +23,7 @@ int64_t at_region_add(at_lane *lane, void *base, uint64_t nbytes) {
     region->nbytes = nbytes;
     region->users = 0;
     region->open = 1;
+    region->cuda = region->dmabuf_fd = -1;
     lane->stats.regions++;
     id = at_make_id(region->generation, i);
 out:
@@ -66,6 +67,18 @@ void at_region_release(at_lane *lane, uint32_t index) {
         region_free(lane, index);
         at_event_push(lane, AT_EV_REGION, (uint64_t)id, AT_OK, 0);
     }
+}
+
+int at_region_on_device(at_lane *lane, int64_t id, int cuda, int dmabuf_fd, uint64_t dmabuf_start) {
+    at_lock(lane);
+    at_region *region = at_region_use(lane, id);
+    if (region != NULL) {
+        region->cuda = cuda;
+        region->dmabuf_fd = dmabuf_fd;
+        region->dmabuf_start = dmabuf_start;
+    }
+    at_unlock(lane);
+    return region != NULL ? AT_OK : AT_ECLOSED;
 }
 
 at_region *at_region_use(at_lane *lane, int64_t id) {

@@ -55,6 +55,7 @@ int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op) {
     at_remote *remote = at_remote_use(lane, order->remote);
     if (remote == NULL) return AT_ESTALE;
     if (remote->peer->status != AT_OK) return AT_EPEER;
+    if (region->cuda >= 0 && !remote->peer->device) return AT_EDEVICE;
     if (!(remote->access & (order->kind == AT_OP_READ ? AT_ACCESS_READ : AT_ACCESS_WRITE))) return AT_EGRANT;
     if (atomic_load_explicit(remote->word, memory_order_acquire) != remote->epoch) return AT_ESTALE;
     op->peer = remote->peer;

@@ -30,7 +30,7 @@ async def other_process(
     engine: at.Engine, providers: str = "auto", limits: Limits = NONE, host: Host | None = None, *, contained: bool = False
 ) -> AsyncIterator[tuple[subprocess.Popen[bytes], at.Peer]]:
     """Start it, on another host if one is given, wait until it has connected, kill it at the end."""
-    command = [sys.executable, str(Path(__file__)), str(engine.address), providers, *map(str, limits)]
+    command = [sys.executable, str(Path(__file__)), str(engine.address), providers, ",".join(map(str, limits))]
     process = subprocess.Popen(command) if host is None else host.popen([*command, host.listen], contained=contained)
     arrivals = engine.arrivals()
     try:
@@ -75,14 +75,12 @@ async def tell(peer: at.Peer, whom: at.Peer) -> None:
         await whom.send(f"{peer.state} {type(error).__name__}: {error}".encode())
 
 
-async def main(
-    address: str, providers: str, without: str, most_bytes: str, most_posted: str, listen: str = "127.0.0.1:0"
-) -> None:
+async def main(address: str, providers: str, limits: str, listen: str = "127.0.0.1:0") -> None:
     import ctypes
 
     tasks: list[asyncio.Task[None]] = []
 
-    world = World(limits=Limits(int(without), int(most_bytes), int(most_posted)))
+    world = World(limits=Limits(*map(int, limits.split(","))))
     async with at.open_engine(name="other", providers=providers, listen=listen, _world=world) as engine:
         allocated, foreign = engine.allocate(NBYTES), engine.register(bytearray(NBYTES))
         engine.publish("allocated", allocated)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,18 +11,14 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.engine import devicememory, memory
-from aiotransfer.testing import Pair
+from tests.engine.gpu import build
 
 ONE, ZERO, MANAGED, END = 0x500000000000, 0x500000020000, 0x600000000000, 0x500000030000
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("cuda") / "libcuda.so"
-    source = HERE.parent / "native" / "fake_cuda.c"
-    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
-    return target
+    return build("fake_cuda", tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.fixture
@@ -67,13 +62,6 @@ def test_memory_may_span_mappings_of_one_device_and_not_of_two() -> None:
 def test_what_is_no_plain_memory_of_that_device_is_refused(buffer: Any, why: str) -> None:
     with pytest.raises(at.RegistrationError, match=why):
         memory.describe(buffer)
-
-
-@pytest.mark.asyncio
-@pytest.mark.usefixtures("driver")
-async def test_sound_memory_that_no_path_reaches_is_refused_by_register(pair: Pair) -> None:
-    with pytest.raises(at.RegistrationError, match="'cuda:1' is not supported by any provider"):
-        pair.left.register((ONE, 8, "cuda:1"))
 
 
 class Exporter:

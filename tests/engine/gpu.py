@@ -1,0 +1,60 @@
+"""A GPU for tests: a driver of ours (tests/native/fake_cuda.c), and arrays in its memory that NumPy sees from behind."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+SOURCES = Path(__file__).parent.parent / "native"
+START, SIZE, DEVICE = 0x510000000000, 0x400000, "cuda:1"  # as in fake_cuda.c
+
+
+def build(name: str, folder: Path, *flags: str) -> Path:
+    """Compile tests/native/NAME.c as a shared library."""
+    target = folder / f"lib{name}.so"
+    command = ["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", str(SOURCES / f"{name}.c"), "-o", str(target), *flags]
+    subprocess.run(command, check=True)
+    return target
+
+
+class Gpu:
+    """Hands memory out from the beginning, aligned to 256 bytes as CUDA does."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.fake_cuda_backing.restype = ctypes.c_void_p
+        self._library.fake_cuda_backing.argtypes = [ctypes.c_uint64]
+        self._library.fake_cuda_calls.argtypes = [ctypes.c_char_p]
+        self._used = 0
+
+    def array(self, shape: int | tuple[int, ...], typestr: str = "|u1") -> tuple[Any, np.ndarray[Any, Any]]:
+        """What a library of arrays on a GPU would hand over, and its bytes as only the GPU sees them, zeroed."""
+        dims = (shape,) if isinstance(shape, int) else shape
+        nbytes = math.prod(dims) * np.dtype(typestr).itemsize
+        address = START + self._used
+        self._used += -(-nbytes // 256) * 256
+        assert self._used <= SIZE
+        interface = {"shape": dims, "typestr": typestr, "strides": None, "data": (address, False), "version": 3}
+        behind = (ctypes.c_uint8 * nbytes).from_address(self._library.fake_cuda_backing(address))
+        seen = np.frombuffer(behind, np.uint8)
+        seen[:] = 0
+        return SimpleNamespace(__cuda_array_interface__=interface), seen
+
+    def calls(self, name: str) -> int:
+        """How often the driver was called by this name."""
+        return int(self._library.fake_cuda_calls(name.encode()))
+
+    @property
+    def slow_us(self) -> int:
+        """How long each copy takes, in microseconds."""
+        return int(ctypes.c_uint32.in_dll(self._library, "fake_cuda_slow_us").value)
+
+    @slow_us.setter
+    def slow_us(self, value: int) -> None:
+        ctypes.c_uint32.in_dll(self._library, "fake_cuda_slow_us").value = value
