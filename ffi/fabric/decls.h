@@ -13,7 +13,8 @@ enum at_fab_flags {
     AT_FAB_VIRTUAL = 32,  /* remote memory is named by its address, not by an offset */
     AT_FAB_KEYS = 64,     /* the provider chooses the keys */
     AT_FAB_FD = 128,      /* the completion queue has a descriptor: no thread needs to poll it */
-    AT_FAB_DEVICE = 256   /* memory of a GPU may be registered */
+    AT_FAB_DEVICE = 256,  /* memory of a GPU may be registered */
+    AT_FAB_KNOWN = 512    /* a completion says whose arrival it is */
 };
 
 typedef struct {

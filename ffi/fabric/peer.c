@@ -1,6 +1,4 @@
 /* The ends of connections: made, opened, broken, opened again, destroyed. */
-#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
-
 #include "fabric.h"
 
 #include <errno.h>
@@ -44,7 +42,7 @@ int64_t at_fab_peer(at_lane *lane, at_fab *fab) {
     if (result == AT_OK) {
         end->fab = fab;
         end->words = words;
-        end->to = FI_ADDR_UNSPEC;
+        end->to = AT_FAB_NOWHERE;
         result = place(fab, end);
     }
     if (result == AT_OK) {
@@ -101,13 +99,9 @@ static void drop_letters(at_fab_end *end) {
 static void close_endpoint(at_fab_end *end) {
     at_fab *fab = end->fab;
     if (end->ep == NULL) return;
-    (void)pthread_mutex_lock(&fab->lock);
-    if (end->ep != fab->shared && (!end->heard || end->troubled)) at_fab_shut_halfway(fab, end->ep);
-    if (end->ep != fab->shared) (void)fi_close(&end->ep->fid);
-    if (end->to != FI_ADDR_UNSPEC) (void)fi_av_remove(fab->av, &end->to, 1, 0);
-    (void)pthread_mutex_unlock(&fab->lock);
+    fab->hand->close_end(end);
     end->ep = NULL;
-    end->to = FI_ADDR_UNSPEC;
+    end->to = AT_FAB_NOWHERE;
     end->closed_as = ++fab->closings;
 }
 
@@ -185,23 +179,12 @@ static void fab_expel(at_peer *peer) {
 
 static int open_endpoint(at_fab_end *end) {
     at_fab *fab = end->fab;
-    if (fab->shared != NULL) {
-        end->ep = fab->shared;
-        return AT_OK;
-    }
-    struct fid_ep *ep = NULL;
-    (void)pthread_mutex_lock(&fab->lock);
-    int rc = fi_endpoint(fab->domain, fab->info, &ep, NULL);
-    if (rc == 0) rc = fi_ep_bind(ep, &fab->av->fid, 0);
-    if (rc == 0) rc = fi_ep_bind(ep, &fab->cq->fid, FI_TRANSMIT | FI_RECV);
-    if (rc == 0) rc = fi_enable(ep);
-    if (rc != 0 && ep != NULL) (void)fi_close(&ep->fid);
-    (void)pthread_mutex_unlock(&fab->lock);
+    int rc = fab->hand->open_end(end);
     if (rc != 0) {
         fab->rail.lane->oserror = -rc;
+        end->ep = NULL;
         return AT_EIO;
     }
-    end->ep = ep;
     end->troubled = 0;
     return AT_OK;
 }
@@ -210,9 +193,7 @@ static int describe(at_fab_end *end, at_fab_offer *out) {
     at_fab *fab = end->fab;
     memset(out, 0, sizeof *out);
     size_t n = sizeof out->address;
-    (void)pthread_mutex_lock(&fab->lock);
-    int rc = fi_getname(&end->ep->fid, out->address, &n);
-    (void)pthread_mutex_unlock(&fab->lock);
+    int rc = fab->hand->describe(end, out->address, &n);
     if (rc != 0) {
         fab->rail.lane->oserror = -rc;
         return AT_EIO;
@@ -315,13 +296,10 @@ int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int
     if (rc == AT_OK && (theirs->marks != 0) != (at_fab_is(end->fab, AT_FAB_MARKS) != 0)) rc = AT_EPROTO;
     if (rc == AT_OK && (theirs->generation != end->generation || end->ep == NULL)) rc = AT_EAGAIN; /* of a connection that is over */
     if (rc == AT_OK && !end->joined) {
-        at_fab *fab = end->fab;
-        (void)pthread_mutex_lock(&fab->lock);
-        int n = fi_av_insert(fab->av, theirs->address, 1, &end->to, 0, NULL);
-        (void)pthread_mutex_unlock(&fab->lock);
-        if (n != 1) {
-            end->to = FI_ADDR_UNSPEC;
-            lane->oserror = n < 0 ? -n : EINVAL;
+        int joined = end->fab->hand->join(end, theirs->address, theirs->address_bytes);
+        if (joined != 0) {
+            end->to = AT_FAB_NOWHERE;
+            lane->oserror = -joined;
             rc = AT_EIO;
         } else {
             at_peer *peer = end->peer;
@@ -449,5 +427,3 @@ const at_port at_fab_port = {
     .answer = at_fab_answer,
     .destroy = fab_destroy,
 };
-
-#endif
