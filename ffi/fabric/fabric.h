@@ -20,6 +20,9 @@
  * arrived. When a connection breaks, both sides close their endpoints, hand out what has arrived, tell each other how many that were,
  * and post again what was not among them: the order of one connection makes a number enough.
  *
+ * Credits. Where an immediate uses a receive up, one that finds none would have the connection wait or break. So each side tells with
+ * its letters how much it has counted and how many letters it has had, and the other keeps what it sends within what that leaves.
+ *
  * Progress. The loop serves the queue through its descriptor. On software providers nothing moves while nobody calls into the library,
  * so a thread stands in when the loop has not come round for a millisecond; where the queue has no descriptor, it does all the work. */
 #ifndef AT_FABRIC_H
@@ -35,7 +38,7 @@
 #define AT_FAB_BLOCK 64u                        /* slots that are made at once */
 #define AT_FAB_IOV 4u
 #define AT_FAB_PAIRS 16u                        /* of grants in a letter */
-#define AT_FAB_RECEIVES 4u                      /* posted for letters, per end */
+#define AT_FAB_RECEIVES 16u                     /* posted for letters, per end: no more are sent than the other side has had */
 #define AT_FAB_MOST_PEERS (1u << 20)            /* what a mark can name */
 #define AT_FAB_NOWHERE UINT64_MAX
 #define AT_FAB_MOST_COUNT (1u << 12)            /* pages that one mark can count */
@@ -47,6 +50,7 @@ typedef struct at_fab_slot at_fab_slot;
 typedef struct {
     uint32_t mark, generation;
     uint64_t ping, pong_native, pong_loop;
+    uint64_t arrived, letters; /* what has been counted of the receiver's, and how many letters were had of it by this connection */
     uint32_t revoked, over; /* how many of the pairs: grants that are taken back, and then grants that are not used any more */
     struct {
         uint64_t epoch;
@@ -103,6 +107,10 @@ struct at_fab_end {
     uint64_t posted_bytes;
     uint64_t serial, arrived;      /* work requests with immediates: posted (less those that never arrived), counted here */
     uint64_t arrived_before;       /* what of these the offer of this generation says */
+    uint32_t credits;              /* theirs for us; 0: no bound */
+    uint64_t counted, counted_told; /* of ours, as they have said last; of theirs, as we have */
+    uint64_t sent, sent_had;        /* letters by this connection, and how many of them they have said to have had */
+    uint64_t had, had_told;         /* of theirs, and as we have said last */
     at_fab_list posted, unsettled, again, letters;
     at_control *words;   /* the epochs of its grants, as far as they are known here */
 
@@ -246,6 +254,7 @@ void at_fab_post_again(at_fab_end *end); /* what is to be posted again, as far a
 int at_fab_receive(at_fab_end *end);             /* post one more receive: AT_OK or AT_EIO */
 void at_fab_tell(at_fab_end *end);               /* send a letter if there is something to say and none under way */
 void at_fab_read(at_fab *fab, at_fab_slot *slot); /* a letter has come */
+void at_fab_owe_credits(at_fab_end *end);        /* something was counted, or a letter had: should the other side hear of it? */
 void at_fab_retired(at_fab_end *end);            /* something of it is no longer posted: may a grant be confirmed? */
 void at_fab_say_again(at_fab_end *end);          /* after opening again: what may have been lost */
 void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch); /* a grant of theirs is over: so are our operations under it */

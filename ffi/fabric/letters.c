@@ -46,6 +46,8 @@ static void write_letter(at_fab_end *end, at_fab_letter *letter) {
     letter->ping = end->ping;
     letter->pong_native = end->asked;
     letter->pong_loop = end->pong_loop;
+    letter->arrived = end->arrived;
+    letter->letters = end->had;
     for (uint32_t i = 0; i < end->hold_room && letter->revoked < end->to_tell && letter->revoked < AT_FAB_PAIRS; i++) {
         if (end->hold[i] != AT_HOLD_TELL) continue;
         pair_up(letter, i, atomic_load(&lane->control->epoch[i]) - 1);
@@ -62,6 +64,9 @@ static void write_letter(at_fab_end *end, at_fab_letter *letter) {
 static void letter_sent(at_fab_end *end, const at_fab_letter *letter) {
     end->telling = 1;
     end->news = 0;
+    end->sent++;
+    end->counted_told = letter->arrived;
+    end->had_told = letter->letters;
     for (uint32_t i = 0; i < letter->revoked; i++) end->hold[letter->pairs[i].slot] = AT_HOLD_TOLD;
     end->to_tell -= letter->revoked;
     for (uint32_t i = 0; i < letter->over; i++) {
@@ -73,9 +78,14 @@ static void letter_sent(at_fab_end *end, const at_fab_letter *letter) {
     }
 }
 
+/* The last few are kept for saying that theirs were had: two sides that have both used theirs up would wait for each other. */
+static uint64_t letters_allowed(const at_fab_end *end) {
+    return end->had - end->had_told >= AT_FAB_RECEIVES / 2 ? AT_FAB_RECEIVES : AT_FAB_RECEIVES - 4;
+}
+
 void at_fab_tell(at_fab_end *end) {
     at_fab *fab = end->fab;
-    if (end->telling || end->ep == NULL || !end->begun || end->mute || (!end->news && end->to_tell == 0 && end->over_count == 0)) return;
+    if (end->telling || end->ep == NULL || !end->begun || end->mute || end->sent - end->sent_had >= letters_allowed(end) || (!end->news && end->to_tell == 0 && end->over_count == 0)) return;
     at_fab_slot *slot = at_fab_slot_take(fab);
     if (slot == NULL) return;
     write_letter(end, &slot->letter);
@@ -156,6 +166,24 @@ static void confirmed(at_fab_end *end, uint32_t slot, uint64_t epoch) {
     at_event_push(lane, AT_EV_GRANT, slot, AT_OK, 0);
 }
 
+void at_fab_owe_credits(at_fab_end *end) {
+    uint32_t credits = end->fab->facts.credits;
+    int owed = end->had - end->had_told >= AT_FAB_RECEIVES / 2 || (credits != 0 && end->arrived - end->counted_told >= (credits + 3) / 4);
+    if (!owed) return;
+    end->news = 1;
+    at_fab_tell(end);
+}
+
+/* What the other side has counted, and had of letters: more may be posted and told. */
+static void take_credits(at_fab_end *end, const at_fab_letter *letter) {
+    if (letter->letters > end->sent_had && letter->letters <= end->sent) end->sent_had = letter->letters;
+    if (letter->arrived <= end->counted || letter->arrived > end->serial) return;
+    end->counted = letter->arrived;
+    if (end->credits == 0 || end->peer->paused) return;
+    at_fab_post_again(end);
+    if (end->again.head == NULL) at_refill(end->peer);
+}
+
 void at_fab_read(at_fab *fab, at_fab_slot *slot) {
     at_lane *lane = fab->rail.lane;
     const at_fab_letter letter = slot->letter;
@@ -166,6 +194,7 @@ void at_fab_read(at_fab *fab, at_fab_slot *slot) {
         lane->stats.unknown_completions++;
         return;
     }
+    end->had++;
     int news = !end->heard;
     end->heard = 1;
     if (end->joined && news) at_fab_up(end); /* else it is as soon as the offer that the letter overtook is taken */
@@ -184,7 +213,11 @@ void at_fab_read(at_fab *fab, at_fab_slot *slot) {
         owe(end, letter.pairs[i].slot, letter.pairs[i].epoch);
     }
     for (uint32_t i = letter.revoked; i < letter.revoked + letter.over; i++) confirmed(end, letter.pairs[i].slot, letter.pairs[i].epoch);
+    end->peer->users++;
+    take_credits(end, &letter);
+    at_fab_owe_credits(end);
     at_fab_tell(end);
+    at_peer_release(end->peer);
 }
 
 void at_fab_retired(at_fab_end *end) {

@@ -205,6 +205,7 @@ static int describe(at_fab_end *end, at_fab_offer *out) {
     out->arrived = end->arrived_before;
     out->generation = end->generation;
     out->marks = at_fab_is(fab, AT_FAB_MARKS) ? 1 : 0;
+    out->credits = fab->facts.credits;
     return AT_OK;
 }
 
@@ -213,12 +214,14 @@ static int make(at_fab_end *end, uint32_t generation, at_fab_offer *out) {
     if (generation > end->generation) {
         end->generation = generation;
         end->joined = end->begun = end->heard = 0;
-        end->arrived_before = end->arrived;
+        end->sent = end->sent_had = end->had = end->had_told = 0;
+        end->arrived_before = end->counted_told = end->arrived;
     } else if (end->ep != NULL) {
         return describe(end, out); /* asked again, or both sides have asked */
     }
     int rc = open_endpoint(end);
-    for (uint32_t i = 0; rc == AT_OK && i < AT_FAB_RECEIVES; i++) rc = at_fab_receive(end);
+    uint32_t receives = AT_FAB_RECEIVES + (at_fab_is(end->fab, AT_FAB_KNOWN) ? end->fab->facts.credits : 0);
+    for (uint32_t i = 0; rc == AT_OK && i < receives; i++) rc = at_fab_receive(end);
     if (rc == AT_OK) rc = describe(end, out);
     if (rc != AT_OK) {
         close_endpoint(end);
@@ -254,7 +257,7 @@ int at_fab_offer_make(at_lane *lane, int64_t id, uint32_t generation, at_fab_off
  * that it has not counted will be posted with the numbers that follow. */
 static void settle(at_fab_end *end, uint64_t arrived) {
     at_peer *peer = end->peer;
-    end->serial = arrived;
+    end->serial = end->counted = arrived;
     for (at_fab_slot *slot; (slot = end->unsettled.head) != NULL;) {
         at_fab_list_remove(&end->unsettled, slot);
         at_op *op = at_op_find(peer->lane, slot->cookie);
@@ -304,6 +307,7 @@ int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int
         } else {
             at_peer *peer = end->peer;
             end->their_mark = theirs->mark;
+            end->credits = theirs->credits;
             end->mailbox = theirs->mailbox;
             end->mailbox_key = theirs->mailbox_key;
             end->joined = 1;
@@ -334,7 +338,7 @@ int at_fab_retire(at_lane *lane, int64_t id, uint64_t *arrived) {
     at_lock(lane);
     at_fab_end *end = at_fab_end_of(lane, id);
     at_fab *fab = end != NULL ? end->fab : NULL;
-    int possible = fab != NULL && at_fab_is(fab, AT_FAB_PRIVATE) && at_fab_is(fab, AT_FAB_MARKS) && at_fab_is(fab, AT_FAB_ORDERED);
+    int possible = fab != NULL && at_fab_is(fab, AT_FAB_PRIVATE) && at_fab_is(fab, AT_FAB_MARKS | AT_FAB_KNOWN) && at_fab_is(fab, AT_FAB_ORDERED);
     at_unlock(lane);
     if (fab == NULL) return AT_EUNKNOWN;
     if (!possible) return AT_ERAIL;

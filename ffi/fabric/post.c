@@ -90,7 +90,7 @@ static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, u
     return 1;
 }
 
-/* Post it in `slot`. AT_OK, AT_EAGAIN, or AT_ERAIL: the connection is broken now. */
+/* Post it in `slot`. AT_OK, AT_EAGAIN, AT_EBUSY: no credit, or AT_ERAIL: the connection is broken now. */
 static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t first, uint64_t most) {
     at_fab *fab = end->fab;
     void *desc;
@@ -98,6 +98,7 @@ static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
     if (rc != AT_OK) return rc;
     at_fab_vector v = {.count = 0};
     uint64_t counts = 0, data = 0, steps = gather(end, op, first, most, &v, desc, &counts);
+    if (counts != 0 && end->credits != 0 && end->serial - end->counted >= end->credits) return AT_EBUSY; /* a letter will come */
     if (counts != 0) {
         data = (uint64_t)op->imm;
         if (at_fab_is(fab, AT_FAB_MARKS)) data |= (counts - 1) << 32 | (uint64_t)end->their_mark << 44;
@@ -143,7 +144,7 @@ int64_t at_fab_post(at_peer *peer, at_op *op) {
     if (rc == AT_OK) return (int64_t)slot->steps;
     at_fab_slot_free(end->fab, slot);
     if (rc == AT_EAGAIN) at_fab_kick(end->fab); /* tried again by the loop, or by the thread if that does not come */
-    return rc == AT_ERAIL ? 0 : rc; /* broken: it waits until the connection is open again */
+    return rc == AT_ERAIL || rc == AT_EBUSY ? 0 : rc; /* broken: it waits until the connection is open again */
 }
 
 void at_fab_post_again(at_fab_end *end) {

@@ -41,7 +41,9 @@ static void arrival(at_fab *fab, at_fab_end *end, uint64_t data) {
     }
     end->arrived++;
     if (at_fab_is(fab, AT_FAB_MARKS) || at_fab_is(fab, AT_FAB_KNOWN)) end->signs++;
+    if (fab->facts.credits != 0 && end->arrived - end->counted_told > fab->facts.credits) fab->rail.lane->stats.unknown_completions++;
     at_imm_arrive(end->peer, (uint32_t)data, n);
+    at_fab_owe_credits(end);
 }
 
 static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {

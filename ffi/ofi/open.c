@@ -92,6 +92,7 @@ static void note_facts(at_ofi *ofi, const at_fab_options *options) {
     if (options->most_bytes != 0 && options->most_bytes < most) most = options->most_bytes;
     facts->most_bytes = most;
     facts->most_posted = options->most_posted != 0 ? options->most_posted : device ? DEVICE_POSTED : SOFTWARE_POSTED;
+    facts->credits = options->credits;
     (void)strncpy(facts->provider, info->fabric_attr->prov_name, sizeof facts->provider - 1);
     (void)strncpy(facts->fabric, info->fabric_attr->name != NULL ? info->fabric_attr->name : "", sizeof facts->fabric - 1);
     (void)strncpy(facts->domain, info->domain_attr->name != NULL ? info->domain_attr->name : "", sizeof facts->domain - 1);
