@@ -42,7 +42,6 @@ class _Offer(msgspec.Struct, tag="offer", array_like=True):
     arrived: int
     generation: int
     marks: int
-    credits: int
 
 
 class _Borrow(msgspec.Struct, tag="borrow", array_like=True):
@@ -85,7 +84,6 @@ class Limits(NamedTuple):
     most_bytes: int = 0
     most_posted: int = 0
     device_memory: int = 0  # what it is asked for although it is not known to have it
-    credits: int = 0
 
 
 def _why() -> str:
@@ -113,7 +111,7 @@ def open_rail(lane: Lane, provider: str, host: str, limits: Limits) -> Rail:
         words = [ffi.NULL if word is None else ffi.new("char[]", word.encode()) for word in (name, fabric, host)]
         options = ffi.new("at_fab_options *")
         options.provider, options.fabric, options.node = words
-        options.without, options.most_bytes, options.most_posted, options.device_memory, options.credits = limits
+        options.without, options.most_bytes, options.most_posted, options.device_memory = limits
         rc = lib.at_fab_open(lane.pointer, options, out, facts)
         if rc == 0:
             version = f"{facts.version >> 16}.{facts.version & 0xFFFF}"
@@ -201,9 +199,8 @@ class FabricPath(Path):
         self._raise(status, "no endpoint can be opened")
         address = bytes(native.ffi.buffer(out.address, out.address_bytes))
         return _Offer(
-            self._to, self.lane_peer, address, out.mark, out.mailbox, out.mailbox_key, out.arrived, out.generation, out.marks,
-            out.credits,
-        )  # fmt: skip
+            self._to, self.lane_peer, address, out.mark, out.mailbox, out.mailbox_key, out.arrived, out.generation, out.marks
+        )
 
     def take(self, theirs: _Offer) -> None:
         """Connect to the other side's. Raises `BrokenError`."""
@@ -212,7 +209,7 @@ class FabricPath(Path):
             native.ffi.buffer(ours.address)[: len(theirs.address)] = theirs.address
             ours.address_bytes, ours.mark, ours.generation = len(theirs.address), theirs.mark, theirs.generation
             ours.mailbox, ours.mailbox_key, ours.arrived = theirs.mailbox, theirs.mailbox_key, theirs.arrived
-            ours.marks, ours.credits = theirs.marks, theirs.credits
+            ours.marks = theirs.marks
         except (OverflowError, ValueError) as error:
             raise BrokenError(f"the peer's offer is malformed: {error}", provider=self.provider) from error
         status = native.lib.at_fab_offer_take(self._lane.pointer, self.lane_peer, ours, self._first)

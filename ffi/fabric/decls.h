@@ -13,8 +13,7 @@ enum at_fab_flags {
     AT_FAB_VIRTUAL = 32,  /* remote memory is named by its address, not by an offset */
     AT_FAB_KEYS = 64,     /* the provider chooses the keys */
     AT_FAB_FD = 128,      /* the completion queue has a descriptor: no thread needs to poll it */
-    AT_FAB_DEVICE = 256,  /* memory of a GPU may be registered */
-    AT_FAB_KNOWN = 512    /* a completion says whose arrival it is */
+    AT_FAB_DEVICE = 256   /* memory of a GPU may be registered */
 };
 
 typedef struct {
@@ -25,7 +24,6 @@ typedef struct {
     uint32_t without;     /* at_fab_flags to do without although they are there: tests of what other fabrics lack */
     uint64_t most_bytes;  /* of one work request, 0: as many as the provider takes */
     uint32_t most_posted; /* work requests of the rail, 0: no bound but that of each peer */
-    uint32_t credits;     /* tests: as at_fab_facts has it, although this fabric needs none */
 } at_fab_options;
 
 typedef struct {
@@ -33,7 +31,6 @@ typedef struct {
     uint32_t version;     /* of the library: major << 16 | minor */
     uint32_t most_posted; /* work requests of the rail */
     uint32_t iov;         /* pieces of memory that one work request takes */
-    uint32_t credits;     /* immediates of one peer that may be under way or not yet told to be counted; 0: any number */
     uint64_t most_bytes;  /* of one work request */
     char provider[64], fabric[64], domain[64];
 } at_fab_facts;
@@ -47,7 +44,6 @@ typedef struct {
     uint64_t arrived;        /* work requests with immediates that were counted here in the connection before this one */
     uint32_t generation;     /* how often it was opened, this time included */
     uint32_t marks;          /* whether 64 bits travel with a write: both sides must agree */
-    uint32_t credits;        /* how many immediates of the receiver's this side can take before it says that it has counted them; 0: any */
 } at_fab_offer;
 
 int at_fab_built(void); /* the version of libfabric whose headers were there: major << 16 | minor; 0: none */

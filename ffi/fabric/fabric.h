@@ -1,13 +1,11 @@
-/* The fabric provider: peers by work requests and completions, one endpoint for each where the fabric allows it.
+/* The fabric provider: peers by libfabric, one endpoint for each where the fabric allows it.
  *
- * A rail (at_fab) is one domain with one completion queue. An end is this lane's side of the connection to one peer: an endpoint of its
- * own, so that closing it fences that peer and nobody else. A slot is one posted work request; it is the provider's context and
- * therefore never freed before the rail.
- *
- * What is here is the same for every such fabric. The calls themselves are made by a hand (at_hand): ffi/ofi is that of libfabric.
+ * A rail (at_fab) is one domain with one completion queue and one address vector. An end is this lane's side of the connection to one
+ * peer: an endpoint of its own, so that closing it fences that peer and nobody else. A slot is one posted work request; it is the
+ * provider's context and therefore never freed before the rail.
  *
  * Locks, in this order: fab->turn (whoever makes progress: reads the queue and hands out what it read), the lane's lock (everything the
- * lane knows, and ends and slots), then what the hand needs. A fence is called with the lane's lock and closes an endpoint
+ * lane knows, and ends and slots), fab->lock (each call into libfabric). A fence is called with the lane's lock and closes an endpoint
  * while somebody else may hold completions of it that he has read and not handed out: the slots of a closed endpoint go into limbo,
  * and are used again only after a whole turn that began later.
  *
@@ -20,9 +18,6 @@
  * arrived. When a connection breaks, both sides close their endpoints, hand out what has arrived, tell each other how many that were,
  * and post again what was not among them: the order of one connection makes a number enough.
  *
- * Credits. Where an immediate uses a receive up, one that finds none would have the connection wait or break. So each side tells with
- * its letters how much it has counted and how many letters it has had, and the other keeps what it sends within what that leaves.
- *
  * Progress. The loop serves the queue through its descriptor. On software providers nothing moves while nobody calls into the library,
  * so a thread stands in when the loop has not come round for a millisecond; where the queue has no descriptor, it does all the work. */
 #ifndef AT_FABRIC_H
@@ -30,7 +25,13 @@
 
 #include "lane/lane.h"
 
-#include <sys/uio.h>
+#include <rdma/fabric.h>
+#include <rdma/fi_cm.h>
+#include <rdma/fi_domain.h>
+#include <rdma/fi_endpoint.h>
+#include <rdma/fi_eq.h>
+#include <rdma/fi_errno.h>
+#include <rdma/fi_rma.h>
 
 #define AT_FAB_WINDOW 64u                       /* work requests posted per peer */
 #define AT_FAB_MOST_BYTES ((uint64_t)32 << 20)  /* posted per peer, once something is: what a cancel has to wait for */
@@ -38,9 +39,8 @@
 #define AT_FAB_BLOCK 64u                        /* slots that are made at once */
 #define AT_FAB_IOV 4u
 #define AT_FAB_PAIRS 16u                        /* of grants in a letter */
-#define AT_FAB_RECEIVES 16u                     /* posted for letters, per end: no more are sent than the other side has had */
+#define AT_FAB_RECEIVES 4u                      /* posted for letters, per end */
 #define AT_FAB_MOST_PEERS (1u << 20)            /* what a mark can name */
-#define AT_FAB_NOWHERE UINT64_MAX
 #define AT_FAB_MOST_COUNT (1u << 12)            /* pages that one mark can count */
 
 typedef struct at_fab_end at_fab_end;
@@ -50,7 +50,6 @@ typedef struct at_fab_slot at_fab_slot;
 typedef struct {
     uint32_t mark, generation;
     uint64_t ping, pong_native, pong_loop;
-    uint64_t arrived, letters; /* what has been counted of the receiver's, and how many letters were had of it by this connection */
     uint32_t revoked, over; /* how many of the pairs: grants that are taken back, and then grants that are not used any more */
     struct {
         uint64_t epoch;
@@ -69,7 +68,7 @@ enum at_fab_slot_state {
 enum at_fab_slot_kind { AT_SLOT_WORK, AT_SLOT_LETTER_OUT, AT_SLOT_LETTER_IN };
 
 struct at_fab_slot {
-    uint64_t context[8]; /* first: what a completion names; the hand may write here while it is posted */
+    struct fi_context2 context; /* first: what a completion names */
     at_fab_slot *next, *previous;
     at_fab_end *end;
     at_op *op;               /* while posted */
@@ -91,8 +90,8 @@ enum at_fab_hold { AT_HOLD_NONE, AT_HOLD_LENT, AT_HOLD_TELL, AT_HOLD_TOLD };
 struct at_fab_end {
     at_fab *fab;
     at_peer *peer;
-    void *ep;    /* the hand's; NULL: none, or broken */
-    uint64_t to; /* the hand's name of the other side's */
+    struct fid_ep *ep; /* NULL: none, or broken. The rail's own where that is shared */
+    fi_addr_t to;
     uint32_t mark;       /* ours: the index among the rail's ends */
     uint32_t their_mark;  /* theirs for us: what we send carries it */
     uint32_t generation;
@@ -107,10 +106,6 @@ struct at_fab_end {
     uint64_t posted_bytes;
     uint64_t serial, arrived;      /* work requests with immediates: posted (less those that never arrived), counted here */
     uint64_t arrived_before;       /* what of these the offer of this generation says */
-    uint32_t credits;              /* theirs for us; 0: no bound */
-    uint64_t counted, counted_told; /* of ours, as they have said last; of theirs, as we have */
-    uint64_t sent, sent_had;        /* letters by this connection, and how many of them they have said to have had */
-    uint64_t had, had_told;         /* of theirs, and as we have said last */
     at_fab_list posted, unsettled, again, letters;
     at_control *words;   /* the epochs of its grants, as far as they are known here */
 
@@ -130,73 +125,54 @@ struct at_fab_end {
 };
 
 typedef struct {
-    void *handle; /* the hand's; NULL: not registered */
-    void *desc;   /* what local memory is named by in work requests */
+    struct fid_mr *mr;
     uint64_t key, base;
 } at_fab_mr;
 
-enum at_fab_right { AT_RIGHT_WRITE = 1, AT_RIGHT_READ = 2, AT_RIGHT_LOCAL = 4, AT_RIGHT_LETTERS = 8 };
+typedef struct { /* struct fi_mr_dmabuf, which headers before 1.20 lack */
+    int fd;
+    uint64_t offset;
+    size_t len;
+    void *base_addr;
+} at_fab_dmabuf;
 
-/* One work request: pieces of memory here and there. */
 typedef struct {
-    struct iovec here[AT_FAB_IOV];
-    struct {
-        uint64_t address, nbytes, key;
-    } there[AT_FAB_IOV];
-    void *desc[AT_FAB_IOV];
-    size_t count;
-    uint64_t bytes;
-} at_fab_vector;
+    union { /* larger than any libfabric's of today: newer ones look at fields that old headers do not have */
+        struct fi_mr_attr attr;
+        uint8_t more[sizeof(struct fi_mr_attr) + 128];
+    } room;
+    struct iovec piece;
+    at_fab_dmabuf dmabuf;
+} at_fab_attr;
 
-/* One completion. An arrival may use a receive up, which is `slot` then; `end`: whose it is, where the hand knows. */
-typedef struct {
-    at_fab_slot *slot;
-    at_fab_end *end;
-    uint64_t data;
-    int arrival, error;
-} at_fab_done;
-
-/* What a kind of fabric does. Every function that returns int: 0, or a negative errno. */
-typedef struct {
-    const char *name;
-    /* With the lane's lock. Opens end->ep; closes it, and forgets end->to: nothing that was posted on it touches memory afterwards. */
-    int (*open_end)(at_fab_end *end);
-    void (*close_end)(at_fab_end *end);
-    int (*describe)(at_fab_end *end, uint8_t *address, size_t *nbytes); /* what the other side joins by */
-    int (*join)(at_fab_end *end, const uint8_t *address, size_t nbytes);
-    /* With the lane's lock; -EAGAIN: refused for now. Writes confirm that they were delivered where AT_FAB_DELIVERY asks for that. */
-    int (*write)(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *vector, int counts, uint64_t data);
-    int (*read)(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *vector);
-    int (*send)(at_fab_end *end, at_fab_slot *slot);
-    int (*receive)(at_fab_end *end, at_fab_slot *slot);
-    /* With the turn, without the lane's lock. How many completions; 0: none, and then arm says whether one may sleep on fab->fd. */
-    int (*completions)(at_fab *fab, at_fab_done *out, int room);
-    int (*arm)(at_fab *fab);
-    /* With the lane's lock. rights: at_fab_right. key: a fresh number, where AT_FAB_KEYS leaves the choice to us. */
-    int (*enroll)(at_fab *fab, const at_fab_memory *memory, uint32_t rights, uint64_t key, at_fab_mr *out);
-    void (*dismiss)(at_fab *fab, void *handle);
-    void (*silence)(at_fab *fab); /* close what all ends share: nothing that was posted there touches memory afterwards */
-    void (*close)(at_fab *fab);   /* everything that is left: ends and memory are gone */
-} at_hand;
+/* What a registration says: returns its flags. `out` points into itself, and stays where it is. */
+uint64_t at_fab_attributes(at_fab_attr *out, const at_fab_memory *memory, uint64_t access, uint64_t key);
 
 struct at_fab {
     at_rail rail; /* first */
-    pthread_mutex_t turn;
-    const at_hand *hand;
-    int fd; /* of the queue, or -1 */
+    pthread_mutex_t turn, lock;
+    struct fi_info *info;
+    struct fid_fabric *fabric;
+    struct fid_domain *domain;
+    struct fid_av *av;
+    struct fid_cq *cq;
+    struct fid_ep *shared; /* of all peers, where they cannot have one each */
+    int fd;                /* of the queue, or -1 */
+    struct fid_wait *wait; /* NULL: fi_trywait does what it says */
     at_fab_facts facts;
     uint64_t next_key;
     uint8_t mailbox[64];
     at_fab_mr mailbox_mr;
+    void *mailbox_desc;
 
     at_fab_end **ends;
     uint32_t end_count, end_room;
     at_fab_mr *lent; /* by grant */
     uint32_t lent_room;
-    at_fab_mr *local; /* by region */
+    struct fid_mr **local; /* by region */
     uint32_t local_room;
     at_fab_slot **blocks;
-    at_fab_mr *block_mrs;
+    struct fid_mr **block_mrs;
     uint32_t block_count, block_room;
     at_fab_slot *free;
     at_fab_slot *limbo;
@@ -216,14 +192,27 @@ struct at_fab {
 
 static inline int at_fab_is(const at_fab *fab, uint32_t flag) { return (fab->facts.flags & flag) != 0; }
 
-/* rail.c: what hands open their rails by. */
-void at_fab_init(at_fab *fab, at_lane *lane, const at_hand *hand);
-int at_fab_ready(at_fab *fab); /* once the hand has opened everything: AT_OK, and it is the lane's, or AT_E* (AT_EIO: at_lane_errno) */
-void at_fab_free(at_fab *fab);
+/* The library, once loaded. */
+extern struct at_fab_calls {
+    int (*getinfo)(uint32_t, const char *, const char *, uint64_t, const struct fi_info *, struct fi_info **);
+    void (*freeinfo)(struct fi_info *);
+    struct fi_info *(*dupinfo)(const struct fi_info *);
+    int (*fabric)(struct fi_fabric_attr *, struct fid_fabric **, void *);
+    uint32_t (*version)(void);
+    const char *(*strerror)(int);
+} at_fab_library;
+void at_fab_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* device.c */
+void at_fab_device_prepare(struct fid_ep *ep);                     /* before it is enabled */
+void at_fab_device_ask(struct fid_ep *ep, at_fab_facts *facts);    /* afterwards */
+void at_fab_device_limits(at_fab_facts *facts, uint64_t most_rma, int emulated);
+/* open.c */
+uint32_t at_fab_flags_of(int device, uint64_t order, size_t data_bytes, int mr_mode, uint32_t without);
 
 /* memory.c, with the lane's lock */
-int at_fab_register(at_fab *fab, const at_fab_memory *memory, uint32_t rights, at_fab_mr *out); /* AT_OK, or AT_EIO with at_lane_errno */
-int at_fab_register_host(at_fab *fab, void *base, uint64_t nbytes, uint32_t rights, at_fab_mr *out);
+int at_fab_register(at_fab *fab, const at_fab_memory *memory, uint64_t access, at_fab_mr *out); /* AT_OK, or AT_EIO with at_lane_errno */
+int at_fab_register_host(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, at_fab_mr *out);
 void at_fab_unregister(at_fab *fab, at_fab_mr *mr);
 int at_fab_source(at_fab *fab, const at_op *op, void **desc); /* of the operation's local memory */
 void at_fab_grant_over(at_rail *rail, uint32_t slot);
@@ -250,11 +239,13 @@ void at_fab_cut(at_peer *peer, at_op *op);
 int64_t at_fab_post(at_peer *peer, at_op *op);
 void at_fab_post_again(at_fab_end *end); /* what is to be posted again, as far as the window allows */
 
+/* halfway.c, with fab->lock */
+void at_fab_shut_halfway(at_fab *fab, struct fid_ep *ep);
+
 /* letters.c, with the lane's lock */
 int at_fab_receive(at_fab_end *end);             /* post one more receive: AT_OK or AT_EIO */
 void at_fab_tell(at_fab_end *end);               /* send a letter if there is something to say and none under way */
 void at_fab_read(at_fab *fab, at_fab_slot *slot); /* a letter has come */
-void at_fab_owe_credits(at_fab_end *end);        /* something was counted, or a letter had: should the other side hear of it? */
 void at_fab_retired(at_fab_end *end);            /* something of it is no longer posted: may a grant be confirmed? */
 void at_fab_say_again(at_fab_end *end);          /* after opening again: what may have been lost */
 void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch); /* a grant of theirs is over: so are our operations under it */

@@ -2,9 +2,10 @@
  *
  * One letter at a time is under way in each direction, and says whatever there is to say when it is written. What a lost one said is
  * said again once the connection is open again: grants that are taken back stay AT_HOLD_TELL or AT_HOLD_TOLD until they are confirmed. */
+#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
+
 #include "fabric.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -14,11 +15,13 @@ int at_fab_receive(at_fab_end *end) {
     if (slot == NULL) return AT_ENOMEM;
     slot->kind = AT_SLOT_LETTER_IN;
     slot->state = AT_SLOT_POSTED;
-    slot->end = at_fab_is(fab, AT_FAB_PRIVATE) ? end : NULL; /* a shared endpoint's belong to nobody */
-    int rc = fab->hand->receive(end, slot);
+    slot->end = fab->shared != NULL ? NULL : end; /* a shared endpoint's belong to nobody */
+    (void)pthread_mutex_lock(&fab->lock);
+    ssize_t rc = fi_recv(end->ep, &slot->letter, sizeof slot->letter, slot->desc, FI_ADDR_UNSPEC, &slot->context);
+    (void)pthread_mutex_unlock(&fab->lock);
     if (rc != 0) {
         at_fab_slot_free(fab, slot);
-        fab->rail.lane->oserror = -rc;
+        fab->rail.lane->oserror = (int)-rc;
         return AT_EIO;
     }
     if (slot->end != NULL) at_fab_list_add(&end->letters, slot);
@@ -46,8 +49,6 @@ static void write_letter(at_fab_end *end, at_fab_letter *letter) {
     letter->ping = end->ping;
     letter->pong_native = end->asked;
     letter->pong_loop = end->pong_loop;
-    letter->arrived = end->arrived;
-    letter->letters = end->had;
     for (uint32_t i = 0; i < end->hold_room && letter->revoked < end->to_tell && letter->revoked < AT_FAB_PAIRS; i++) {
         if (end->hold[i] != AT_HOLD_TELL) continue;
         pair_up(letter, i, atomic_load(&lane->control->epoch[i]) - 1);
@@ -64,9 +65,6 @@ static void write_letter(at_fab_end *end, at_fab_letter *letter) {
 static void letter_sent(at_fab_end *end, const at_fab_letter *letter) {
     end->telling = 1;
     end->news = 0;
-    end->sent++;
-    end->counted_told = letter->arrived;
-    end->had_told = letter->letters;
     for (uint32_t i = 0; i < letter->revoked; i++) end->hold[letter->pairs[i].slot] = AT_HOLD_TOLD;
     end->to_tell -= letter->revoked;
     for (uint32_t i = 0; i < letter->over; i++) {
@@ -78,14 +76,9 @@ static void letter_sent(at_fab_end *end, const at_fab_letter *letter) {
     }
 }
 
-/* The last few are kept for saying that theirs were had: two sides that have both used theirs up would wait for each other. */
-static uint64_t letters_allowed(const at_fab_end *end) {
-    return end->had - end->had_told >= AT_FAB_RECEIVES / 2 ? AT_FAB_RECEIVES : AT_FAB_RECEIVES - 4;
-}
-
 void at_fab_tell(at_fab_end *end) {
     at_fab *fab = end->fab;
-    if (end->telling || end->ep == NULL || !end->begun || end->mute || end->sent - end->sent_had >= letters_allowed(end) || (!end->news && end->to_tell == 0 && end->over_count == 0)) return;
+    if (end->telling || end->ep == NULL || !end->begun || end->mute || (!end->news && end->to_tell == 0 && end->over_count == 0)) return;
     at_fab_slot *slot = at_fab_slot_take(fab);
     if (slot == NULL) return;
     write_letter(end, &slot->letter);
@@ -93,7 +86,12 @@ void at_fab_tell(at_fab_end *end) {
         at_fab_slot_free(fab, slot);
         return;
     }
-    int rc = fab->hand->send(end, slot);
+    struct iovec piece = {&slot->letter, sizeof slot->letter};
+    struct fi_msg message = {.msg_iov = &piece, .desc = &slot->desc, .iov_count = 1, .addr = end->to, .context = &slot->context};
+    uint64_t flags = FI_COMPLETION | (at_fab_is(fab, AT_FAB_DELIVERY) ? FI_DELIVERY_COMPLETE : 0);
+    (void)pthread_mutex_lock(&fab->lock);
+    ssize_t rc = fi_sendmsg(end->ep, &message, flags);
+    (void)pthread_mutex_unlock(&fab->lock);
     if (rc == 0) {
         slot->kind = AT_SLOT_LETTER_OUT;
         slot->state = AT_SLOT_POSTED;
@@ -103,12 +101,12 @@ void at_fab_tell(at_fab_end *end) {
         return;
     }
     at_fab_slot_free(fab, slot);
-    if (rc == -EAGAIN) {
+    if (rc == -FI_EAGAIN) {
         fab->eager = 1;
         at_stall(end->peer, 1);
         at_fab_kick(fab); /* the thread sees to it if the loop does not */
     } else {
-        at_fab_end_break(end, -rc);
+        at_fab_end_break(end, (int)-rc);
     }
 }
 
@@ -166,24 +164,6 @@ static void confirmed(at_fab_end *end, uint32_t slot, uint64_t epoch) {
     at_event_push(lane, AT_EV_GRANT, slot, AT_OK, 0);
 }
 
-void at_fab_owe_credits(at_fab_end *end) {
-    uint32_t credits = end->fab->facts.credits;
-    int owed = end->had - end->had_told >= AT_FAB_RECEIVES / 2 || (credits != 0 && end->arrived - end->counted_told >= (credits + 3) / 4);
-    if (!owed) return;
-    end->news = 1;
-    at_fab_tell(end);
-}
-
-/* What the other side has counted, and had of letters: more may be posted and told. */
-static void take_credits(at_fab_end *end, const at_fab_letter *letter) {
-    if (letter->letters > end->sent_had && letter->letters <= end->sent) end->sent_had = letter->letters;
-    if (letter->arrived <= end->counted || letter->arrived > end->serial) return;
-    end->counted = letter->arrived;
-    if (end->credits == 0 || end->peer->paused) return;
-    at_fab_post_again(end);
-    if (end->again.head == NULL) at_refill(end->peer);
-}
-
 void at_fab_read(at_fab *fab, at_fab_slot *slot) {
     at_lane *lane = fab->rail.lane;
     const at_fab_letter letter = slot->letter;
@@ -194,7 +174,6 @@ void at_fab_read(at_fab *fab, at_fab_slot *slot) {
         lane->stats.unknown_completions++;
         return;
     }
-    end->had++;
     int news = !end->heard;
     end->heard = 1;
     if (end->joined && news) at_fab_up(end); /* else it is as soon as the offer that the letter overtook is taken */
@@ -213,11 +192,7 @@ void at_fab_read(at_fab *fab, at_fab_slot *slot) {
         owe(end, letter.pairs[i].slot, letter.pairs[i].epoch);
     }
     for (uint32_t i = letter.revoked; i < letter.revoked + letter.over; i++) confirmed(end, letter.pairs[i].slot, letter.pairs[i].epoch);
-    end->peer->users++;
-    take_credits(end, &letter);
-    at_fab_owe_credits(end);
     at_fab_tell(end);
-    at_peer_release(end->peer);
 }
 
 void at_fab_retired(at_fab_end *end) {
@@ -280,3 +255,5 @@ void at_fab_answer(at_peer *peer, int from_loop) {
     end->news = 1;
     at_fab_tell(end);
 }
+
+#endif

@@ -1,39 +1,49 @@
-/* Memory regions of a rail: of what is lent to peers, by grant, and of local memory, where that is asked for, by region.
+/* Memory regions of libfabric: of what is lent to peers, by grant, and of local memory, where that is asked for, by region.
  *
  * A grant's region ends only when the grant has been proved to be over: a write that the other side had posted under a key that is gone
  * would tear the connection down, and others' writes with it. */
+#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
+
 #include "fabric.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
-static int call(at_fab *fab, const at_fab_memory *memory, uint32_t rights, at_fab_mr *out) {
-    return fab->hand->enroll(fab, memory, rights, at_fab_is(fab, AT_FAB_KEYS) ? 0 : ++fab->next_key, out);
+#define DMABUF_SINCE (1u << 16 | 20u) /* 1.20: an older library would not look at that flag */
+
+static int call(at_fab *fab, const at_fab_memory *memory, uint64_t access, at_fab_mr *out) {
+    at_fab_attr filled;
+    uint64_t flags = at_fab_attributes(&filled, memory, access, at_fab_is(fab, AT_FAB_KEYS) ? 0 : ++fab->next_key);
+    (void)pthread_mutex_lock(&fab->lock);
+    int rc = fi_mr_regattr(fab->domain, &filled.room.attr, flags, &out->mr);
+    (void)pthread_mutex_unlock(&fab->lock);
+    return rc;
 }
 
-int at_fab_register(at_fab *fab, const at_fab_memory *wanted, uint32_t rights, at_fab_mr *out) {
+int at_fab_register(at_fab *fab, const at_fab_memory *wanted, uint64_t access, at_fab_mr *out) {
     at_fab_memory memory = *wanted;
     if (memory.nbytes == 0) /* there is no memory to name, and none will be written */
         memory = (at_fab_memory){(uint64_t)(uintptr_t)fab->mailbox, 1, -1, -1, 0};
-    memset(out, 0, sizeof *out);
-    int rc = call(fab, &memory, rights, out);
+    if (fab->facts.version < DMABUF_SINCE) memory.dmabuf_fd = -1;
+    int rc = call(fab, &memory, access, out);
     if (rc != 0 && memory.dmabuf_fd >= 0) { /* a kernel or a NIC without dma-bufs: the provider may have another way */
         memory.dmabuf_fd = -1;
-        rc = call(fab, &memory, rights, out);
+        rc = call(fab, &memory, access, out);
     }
     if (rc != 0) {
         fab->rail.lane->oserror = -rc;
-        out->handle = NULL;
+        out->mr = NULL;
         return AT_EIO;
     }
+    out->key = fi_mr_key(out->mr);
     out->base = at_fab_is(fab, AT_FAB_VIRTUAL) ? memory.address : 0;
     return AT_OK;
 }
 
-int at_fab_register_host(at_fab *fab, void *base, uint64_t nbytes, uint32_t rights, at_fab_mr *out) {
+int at_fab_register_host(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, at_fab_mr *out) {
     at_fab_memory memory = {(uint64_t)(uintptr_t)base, nbytes, -1, -1, 0};
-    return at_fab_register(fab, &memory, rights, out);
+    return at_fab_register(fab, &memory, access, out);
 }
 
 static at_fab_memory part_of(const at_region *region, uint64_t offset, uint64_t nbytes) {
@@ -41,9 +51,11 @@ static at_fab_memory part_of(const at_region *region, uint64_t offset, uint64_t 
 }
 
 void at_fab_unregister(at_fab *fab, at_fab_mr *mr) {
-    if (mr->handle == NULL) return;
-    fab->hand->dismiss(fab, mr->handle);
-    mr->handle = mr->desc = NULL;
+    if (mr->mr == NULL) return;
+    (void)pthread_mutex_lock(&fab->lock);
+    (void)fi_close(&mr->mr->fid);
+    (void)pthread_mutex_unlock(&fab->lock);
+    mr->mr = NULL;
 }
 
 static void *grown(void *items, uint32_t *room, uint32_t index, size_t each) {
@@ -81,9 +93,9 @@ int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64
         end->hold = more;
     }
     at_fab_mr *mr = &fab->lent[index];
-    uint32_t rights = (access & AT_ACCESS_WRITE ? AT_RIGHT_WRITE : 0u) | (access & AT_ACCESS_READ ? AT_RIGHT_READ : 0u);
+    uint64_t rights = (access & AT_ACCESS_WRITE ? FI_REMOTE_WRITE : 0) | (access & AT_ACCESS_READ ? FI_REMOTE_READ : 0);
     at_fab_memory memory = part_of(region, offset, nbytes);
-    rc = mr->handle != NULL ? AT_OK : at_fab_register(fab, &memory, rights, mr);
+    rc = mr->mr != NULL ? AT_OK : at_fab_register(fab, &memory, rights, mr);
     if (rc != AT_OK) goto out;
     end->hold[index] = AT_HOLD_LENT;
     *address = mr->base;
@@ -133,25 +145,32 @@ int at_fab_source(at_fab *fab, const at_op *op, void **desc) {
         if (more == NULL) return AT_EAGAIN;
         fab->local = more;
     }
-    if (fab->local[index].handle == NULL) {
+    if (fab->local[index] == NULL) {
+        at_fab_mr fresh;
         at_fab_memory memory = part_of(op->region, 0, op->region->nbytes);
-        int rc = at_fab_register(fab, &memory, AT_RIGHT_LOCAL, &fab->local[index]);
+        int rc = at_fab_register(fab, &memory, FI_READ | FI_WRITE, &fresh);
         if (rc != AT_OK) return rc;
+        fab->local[index] = fresh.mr;
     }
-    *desc = fab->local[index].desc;
+    *desc = fi_mr_desc(fab->local[index]);
     return AT_OK;
 }
 
 void at_fab_region_over(at_rail *rail, uint32_t region) {
     at_fab *fab = (at_fab *)rail;
     if (region >= fab->local_room) return;
-    at_fab_unregister(fab, &fab->local[region]);
+    at_fab_mr mr = {.mr = fab->local[region]};
+    at_fab_unregister(fab, &mr);
+    fab->local[region] = NULL;
 }
 
 void at_fab_memory_close(at_fab *fab) {
     at_fab_unregister(fab, &fab->mailbox_mr);
     for (uint32_t i = 0; i < fab->lent_room; i++) at_fab_unregister(fab, &fab->lent[i]);
-    for (uint32_t i = 0; i < fab->local_room; i++) at_fab_unregister(fab, &fab->local[i]);
+    for (uint32_t i = 0; i < fab->local_room; i++)
+        if (fab->local[i] != NULL) (void)fi_close(&fab->local[i]->fid);
     free(fab->lent);
     free(fab->local);
 }
+
+#endif

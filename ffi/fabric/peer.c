@@ -1,4 +1,6 @@
 /* The ends of connections: made, opened, broken, opened again, destroyed. */
+#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
+
 #include "fabric.h"
 
 #include <errno.h>
@@ -42,7 +44,7 @@ int64_t at_fab_peer(at_lane *lane, at_fab *fab) {
     if (result == AT_OK) {
         end->fab = fab;
         end->words = words;
-        end->to = AT_FAB_NOWHERE;
+        end->to = FI_ADDR_UNSPEC;
         result = place(fab, end);
     }
     if (result == AT_OK) {
@@ -99,9 +101,13 @@ static void drop_letters(at_fab_end *end) {
 static void close_endpoint(at_fab_end *end) {
     at_fab *fab = end->fab;
     if (end->ep == NULL) return;
-    fab->hand->close_end(end);
+    (void)pthread_mutex_lock(&fab->lock);
+    if (end->ep != fab->shared && (!end->heard || end->troubled)) at_fab_shut_halfway(fab, end->ep);
+    if (end->ep != fab->shared) (void)fi_close(&end->ep->fid);
+    if (end->to != FI_ADDR_UNSPEC) (void)fi_av_remove(fab->av, &end->to, 1, 0);
+    (void)pthread_mutex_unlock(&fab->lock);
     end->ep = NULL;
-    end->to = AT_FAB_NOWHERE;
+    end->to = FI_ADDR_UNSPEC;
     end->closed_as = ++fab->closings;
 }
 
@@ -179,12 +185,23 @@ static void fab_expel(at_peer *peer) {
 
 static int open_endpoint(at_fab_end *end) {
     at_fab *fab = end->fab;
-    int rc = fab->hand->open_end(end);
+    if (fab->shared != NULL) {
+        end->ep = fab->shared;
+        return AT_OK;
+    }
+    struct fid_ep *ep = NULL;
+    (void)pthread_mutex_lock(&fab->lock);
+    int rc = fi_endpoint(fab->domain, fab->info, &ep, NULL);
+    if (rc == 0) rc = fi_ep_bind(ep, &fab->av->fid, 0);
+    if (rc == 0) rc = fi_ep_bind(ep, &fab->cq->fid, FI_TRANSMIT | FI_RECV);
+    if (rc == 0) rc = fi_enable(ep);
+    if (rc != 0 && ep != NULL) (void)fi_close(&ep->fid);
+    (void)pthread_mutex_unlock(&fab->lock);
     if (rc != 0) {
         fab->rail.lane->oserror = -rc;
-        end->ep = NULL;
         return AT_EIO;
     }
+    end->ep = ep;
     end->troubled = 0;
     return AT_OK;
 }
@@ -193,7 +210,9 @@ static int describe(at_fab_end *end, at_fab_offer *out) {
     at_fab *fab = end->fab;
     memset(out, 0, sizeof *out);
     size_t n = sizeof out->address;
-    int rc = fab->hand->describe(end, out->address, &n);
+    (void)pthread_mutex_lock(&fab->lock);
+    int rc = fi_getname(&end->ep->fid, out->address, &n);
+    (void)pthread_mutex_unlock(&fab->lock);
     if (rc != 0) {
         fab->rail.lane->oserror = -rc;
         return AT_EIO;
@@ -205,7 +224,6 @@ static int describe(at_fab_end *end, at_fab_offer *out) {
     out->arrived = end->arrived_before;
     out->generation = end->generation;
     out->marks = at_fab_is(fab, AT_FAB_MARKS) ? 1 : 0;
-    out->credits = fab->facts.credits;
     return AT_OK;
 }
 
@@ -214,14 +232,12 @@ static int make(at_fab_end *end, uint32_t generation, at_fab_offer *out) {
     if (generation > end->generation) {
         end->generation = generation;
         end->joined = end->begun = end->heard = 0;
-        end->sent = end->sent_had = end->had = end->had_told = 0;
-        end->arrived_before = end->counted_told = end->arrived;
+        end->arrived_before = end->arrived;
     } else if (end->ep != NULL) {
         return describe(end, out); /* asked again, or both sides have asked */
     }
     int rc = open_endpoint(end);
-    uint32_t receives = AT_FAB_RECEIVES + (at_fab_is(end->fab, AT_FAB_KNOWN) ? end->fab->facts.credits : 0);
-    for (uint32_t i = 0; rc == AT_OK && i < receives; i++) rc = at_fab_receive(end);
+    for (uint32_t i = 0; rc == AT_OK && i < AT_FAB_RECEIVES; i++) rc = at_fab_receive(end);
     if (rc == AT_OK) rc = describe(end, out);
     if (rc != AT_OK) {
         close_endpoint(end);
@@ -257,7 +273,7 @@ int at_fab_offer_make(at_lane *lane, int64_t id, uint32_t generation, at_fab_off
  * that it has not counted will be posted with the numbers that follow. */
 static void settle(at_fab_end *end, uint64_t arrived) {
     at_peer *peer = end->peer;
-    end->serial = end->counted = arrived;
+    end->serial = arrived;
     for (at_fab_slot *slot; (slot = end->unsettled.head) != NULL;) {
         at_fab_list_remove(&end->unsettled, slot);
         at_op *op = at_op_find(peer->lane, slot->cookie);
@@ -299,15 +315,17 @@ int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int
     if (rc == AT_OK && (theirs->marks != 0) != (at_fab_is(end->fab, AT_FAB_MARKS) != 0)) rc = AT_EPROTO;
     if (rc == AT_OK && (theirs->generation != end->generation || end->ep == NULL)) rc = AT_EAGAIN; /* of a connection that is over */
     if (rc == AT_OK && !end->joined) {
-        int joined = end->fab->hand->join(end, theirs->address, theirs->address_bytes);
-        if (joined != 0) {
-            end->to = AT_FAB_NOWHERE;
-            lane->oserror = -joined;
+        at_fab *fab = end->fab;
+        (void)pthread_mutex_lock(&fab->lock);
+        int n = fi_av_insert(fab->av, theirs->address, 1, &end->to, 0, NULL);
+        (void)pthread_mutex_unlock(&fab->lock);
+        if (n != 1) {
+            end->to = FI_ADDR_UNSPEC;
+            lane->oserror = n < 0 ? -n : EINVAL;
             rc = AT_EIO;
         } else {
             at_peer *peer = end->peer;
             end->their_mark = theirs->mark;
-            end->credits = theirs->credits;
             end->mailbox = theirs->mailbox;
             end->mailbox_key = theirs->mailbox_key;
             end->joined = 1;
@@ -338,7 +356,7 @@ int at_fab_retire(at_lane *lane, int64_t id, uint64_t *arrived) {
     at_lock(lane);
     at_fab_end *end = at_fab_end_of(lane, id);
     at_fab *fab = end != NULL ? end->fab : NULL;
-    int possible = fab != NULL && at_fab_is(fab, AT_FAB_PRIVATE) && at_fab_is(fab, AT_FAB_MARKS | AT_FAB_KNOWN) && at_fab_is(fab, AT_FAB_ORDERED);
+    int possible = fab != NULL && at_fab_is(fab, AT_FAB_PRIVATE) && at_fab_is(fab, AT_FAB_MARKS) && at_fab_is(fab, AT_FAB_ORDERED);
     at_unlock(lane);
     if (fab == NULL) return AT_EUNKNOWN;
     if (!possible) return AT_ERAIL;
@@ -431,3 +449,5 @@ const at_port at_fab_port = {
     .answer = at_fab_answer,
     .destroy = fab_destroy,
 };
+
+#endif

@@ -4,9 +4,9 @@
  * where writes land in order; elsewhere it follows as a write of no bytes once every piece has been confirmed (the operation's tail).
  * Several pages go as one work request: neighbours as one piece of memory, others as pieces of a vector, where the immediate carries
  * how many they are or there is none. */
-#include "fabric.h"
+#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
-#include <errno.h>
+#include "fabric.h"
 
 #define MERGED ((uint64_t)1 << 20) /* bytes of pages in one work request: more gains nothing, and holds the window up */
 
@@ -29,17 +29,23 @@ void at_fab_cut(at_peer *peer, at_op *op) {
     }
 }
 
-static void add(at_fab_vector *v, uint8_t *here, uint64_t there, uint64_t n, uint64_t key, void *desc) {
+typedef struct {
+    struct iovec here[AT_FAB_IOV];
+    struct fi_rma_iov there[AT_FAB_IOV];
+    void *desc[AT_FAB_IOV];
+    size_t count;
+    uint64_t bytes;
+} vector;
+
+static void add(vector *v, uint8_t *here, uint64_t there, uint64_t n, uint64_t key, void *desc) {
     v->here[v->count] = (struct iovec){here, (size_t)n};
-    v->there[v->count].address = there;
-    v->there[v->count].nbytes = n;
-    v->there[v->count].key = key;
+    v->there[v->count] = (struct fi_rma_iov){.addr = there, .len = (size_t)n, .key = key};
     v->desc[v->count++] = desc;
     v->bytes += n;
 }
 
 /* The pages from `first` on that one work request covers, at most `most`: how many. */
-static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t first, uint64_t most, at_fab_vector *v, void *desc) {
+static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t first, uint64_t most, vector *v, void *desc) {
     uint64_t base = op->remote->va + op->remote_offset, n = op->nbytes, taken = 0;
     uint64_t room = MERGED < fab->facts.most_bytes ? MERGED : fab->facts.most_bytes;
     for (; taken < most && (taken == 0 || v->bytes + n <= room); taken++) {
@@ -47,10 +53,10 @@ static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t first,
         uint64_t there = base + (uint64_t)op->remote_pages[first + taken] * op->remote_stride;
         if (v->count != 0) {
             struct iovec *h = &v->here[v->count - 1];
-            uint64_t *length = &v->there[v->count - 1].nbytes;
-            if ((uint8_t *)h->iov_base + h->iov_len == here && v->there[v->count - 1].address + *length == there) { /* neighbours on both sides */
+            struct fi_rma_iov *t = &v->there[v->count - 1];
+            if ((uint8_t *)h->iov_base + h->iov_len == here && t->addr + t->len == there) { /* neighbours on both sides */
                 h->iov_len += (size_t)n;
-                *length += n;
+                t->len += (size_t)n;
                 v->bytes += n;
                 continue;
             }
@@ -62,11 +68,11 @@ static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t first,
 }
 
 /* What the work request from step `first` on looks like: how many steps it covers (at most `most`), and how many units it counts. */
-static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, uint64_t most, at_fab_vector *v, void *desc, uint64_t *counts) {
+static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, uint64_t most, vector *v, void *desc, uint64_t *counts) {
     const at_fab *fab = end->fab;
     uint64_t pieces = pieces_of(fab, op), body = pieces * op->units;
     if (op->remote == NULL || first >= body) { /* a signal, or a tail */
-        add(v, (uint8_t *)(uintptr_t)fab->mailbox, end->mailbox, 0, end->mailbox_key, fab->mailbox_mr.desc);
+        add(v, (uint8_t *)(uintptr_t)fab->mailbox, end->mailbox, 0, end->mailbox_key, fab->mailbox_desc);
         *counts = op->imm >= 0 && (op->remote == NULL ? 0 : first - body) >= op->precounted;
         return 1;
     }
@@ -90,23 +96,28 @@ static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, u
     return 1;
 }
 
-/* Post it in `slot`. AT_OK, AT_EAGAIN, AT_EBUSY: no credit, or AT_ERAIL: the connection is broken now. */
+/* Post it in `slot`. AT_OK, AT_EAGAIN, or AT_ERAIL: the connection is broken now. */
 static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t first, uint64_t most) {
     at_fab *fab = end->fab;
     void *desc;
     int rc = at_fab_source(fab, op, &desc);
     if (rc != AT_OK) return rc;
-    at_fab_vector v = {.count = 0};
+    vector v = {.count = 0};
     uint64_t counts = 0, data = 0, steps = gather(end, op, first, most, &v, desc, &counts);
-    if (counts != 0 && end->credits != 0 && end->serial - end->counted >= end->credits) return AT_EBUSY; /* a letter will come */
+    uint64_t flags = FI_COMPLETION | (at_fab_is(fab, AT_FAB_DELIVERY) && op->kind != AT_OP_READ ? FI_DELIVERY_COMPLETE : 0);
     if (counts != 0) {
         data = (uint64_t)op->imm;
         if (at_fab_is(fab, AT_FAB_MARKS)) data |= (counts - 1) << 32 | (uint64_t)end->their_mark << 44;
+        flags |= FI_REMOTE_CQ_DATA;
     }
-    int done = op->kind == AT_OP_READ ? fab->hand->read(end, slot, &v) : fab->hand->write(end, slot, &v, counts != 0, data);
-    if (done == -EAGAIN) return AT_EAGAIN;
+    struct fi_msg_rma message = {.msg_iov = v.here, .desc = v.desc, .iov_count = v.count, .addr = end->to, .rma_iov = v.there,
+                                 .rma_iov_count = v.count, .context = &slot->context, .data = data};
+    (void)pthread_mutex_lock(&fab->lock);
+    ssize_t done = op->kind == AT_OP_READ ? fi_readmsg(end->ep, &message, FI_COMPLETION) : fi_writemsg(end->ep, &message, flags);
+    (void)pthread_mutex_unlock(&fab->lock);
+    if (done == -FI_EAGAIN) return AT_EAGAIN;
     if (done != 0) {
-        at_fab_end_break(end, -done);
+        at_fab_end_break(end, (int)-done);
         return AT_ERAIL;
     }
     slot->state = AT_SLOT_POSTED;
@@ -144,7 +155,7 @@ int64_t at_fab_post(at_peer *peer, at_op *op) {
     if (rc == AT_OK) return (int64_t)slot->steps;
     at_fab_slot_free(end->fab, slot);
     if (rc == AT_EAGAIN) at_fab_kick(end->fab); /* tried again by the loop, or by the thread if that does not come */
-    return rc == AT_ERAIL || rc == AT_EBUSY ? 0 : rc; /* broken: it waits until the connection is open again */
+    return rc == AT_ERAIL ? 0 : rc; /* broken: it waits until the connection is open again */
 }
 
 void at_fab_post_again(at_fab_end *end) {
@@ -177,3 +188,5 @@ void at_fab_post_again(at_fab_end *end) {
         return;
     }
 }
+
+#endif

@@ -5,6 +5,8 @@
  * loop is told to come again. The loop itself leaves off when the first events are there: what they bring about, an answer to whoever
  * waits on the other side, is worth more than the system calls of one more look, which it takes afterwards. */
 #define _GNU_SOURCE
+#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
+
 #include "fabric.h"
 
 #include <poll.h>
@@ -25,10 +27,10 @@
 
 /* ---- handing out ---- */
 
-static void arrival(at_fab *fab, at_fab_end *end, uint64_t data) {
+static void arrival(at_fab *fab, uint64_t data) {
+    at_fab_end *end = NULL;
     uint64_t n = 1;
-    if (end != NULL) { /* by whichever way it came */
-    } else if (at_fab_is(fab, AT_FAB_MARKS)) {
+    if (at_fab_is(fab, AT_FAB_MARKS)) {
         uint64_t mark = data >> 44;
         n = (data >> 32 & (AT_FAB_MOST_COUNT - 1)) + 1;
         end = mark < fab->end_count ? fab->ends[mark] : NULL;
@@ -40,10 +42,8 @@ static void arrival(at_fab *fab, at_fab_end *end, uint64_t data) {
         return;
     }
     end->arrived++;
-    if (at_fab_is(fab, AT_FAB_MARKS) || at_fab_is(fab, AT_FAB_KNOWN)) end->signs++;
-    if (fab->facts.credits != 0 && end->arrived - end->counted_told > fab->facts.credits) fab->rail.lane->stats.unknown_completions++;
+    if (at_fab_is(fab, AT_FAB_MARKS)) end->signs++;
     at_imm_arrive(end->peer, (uint32_t)data, n);
-    at_fab_owe_credits(end);
 }
 
 static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
@@ -72,7 +72,7 @@ static void letter_in(at_fab *fab, at_fab_slot *slot, int good) {
     if (end != NULL) at_fab_list_remove(&end->letters, slot);
     if (good) at_fab_read(fab, slot);
     at_fab_slot_free(fab, slot);
-    if (end == NULL && !at_fab_is(fab, AT_FAB_PRIVATE)) { /* whichever end: the receive is the shared endpoint's */
+    if (end == NULL && fab->shared != NULL) { /* whichever end: the receive is the shared endpoint's */
         for (uint32_t i = 0; end == NULL && i < fab->end_count; i++) end = fab->ends[i];
     }
     if (good && end != NULL && end->ep != NULL) (void)at_fab_receive(end);
@@ -99,32 +99,38 @@ static void completed(at_fab *fab, at_fab_slot *slot, int error) {
     }
 }
 
-/* A write with an immediate has used a receive up, which no letter came into. */
-static void used_up(at_fab *fab, at_fab_slot *slot) {
-    at_fab_end *end = slot->end;
-    if (slot->state != AT_SLOT_POSTED) return; /* of an endpoint that is closed meanwhile: in limbo */
-    at_fab_list_remove(&end->letters, slot);
-    at_fab_slot_free(fab, slot);
-    if (end->ep != NULL) (void)at_fab_receive(end);
+/* The error queue: a zeroed entry with room to spare, since newer libraries write more. */
+static int read_error(at_fab *fab, at_fab_slot **slot) {
+    union {
+        struct fi_cq_err_entry entry;
+        uint8_t room[sizeof(struct fi_cq_err_entry) + 64];
+    } error;
+    memset(&error, 0, sizeof error);
+    if (fi_cq_readerr(fab->cq, &error.entry, 0) <= 0) return 0;
+    *slot = error.entry.op_context;
+    int code = error.entry.err < 0 ? -error.entry.err : error.entry.err; /* 1.17's shm returns it negative */
+    return code != 0 ? code : FI_EOTHER;
 }
 
 /* One batch: how many, or 0. */
 static int read_batch(at_fab *fab) {
-    at_fab_done done[BATCH];
-    int n = fab->hand->completions(fab, done, BATCH);
-    if (n == 0) return 0;
+    struct fi_cq_data_entry entries[BATCH];
+    at_fab_slot *failed = NULL;
+    int error = 0;
+    (void)pthread_mutex_lock(&fab->lock);
+    ssize_t n = fi_cq_read(fab->cq, entries, BATCH);
+    if (n == -FI_EAVAIL) error = read_error(fab, &failed);
+    (void)pthread_mutex_unlock(&fab->lock);
+    if (n <= 0 && error == 0) return 0;
     at_lane *lane = fab->rail.lane;
     at_lock(lane);
-    for (int i = 0; i < n; i++) {
-        if (done[i].arrival) {
-            arrival(fab, done[i].end, done[i].data);
-            if (done[i].slot != NULL) used_up(fab, done[i].slot);
-        } else if (done[i].slot != NULL) {
-            completed(fab, done[i].slot, done[i].error);
-        }
+    for (ssize_t i = 0; i < n; i++) {
+        if (entries[i].flags & FI_REMOTE_WRITE) arrival(fab, entries[i].data); /* the only flag that says so on every provider */
+        else if (entries[i].op_context != NULL) completed(fab, entries[i].op_context, 0);
     }
+    if (error != 0 && failed != NULL) completed(fab, failed, error);
     at_unlock(lane);
-    return n;
+    return n > 0 ? (int)n : 1;
 }
 
 /* Everything that is there, or very much of it. Slots that were in limbo before are free once all was read: nothing names them any more. */
@@ -203,6 +209,7 @@ static int leaves_off(at_fab *fab) {
 /* With the turn. 1: the queue is armed, whoever likes may sleep on it. 0: there is more to do. */
 static int progress(at_fab *fab, int turn) {
     uint64_t until = at_now() + TURN_NS;
+    struct fid *fids[1] = {&fab->cq->fid};
     for (int i = 0; i < ROUNDS; i++) {
         int busy = at_fab_drain(fab);
         at_lock(fab->rail.lane);
@@ -218,7 +225,10 @@ static int progress(at_fab *fab, int turn) {
             atomic_store(&fab->left, 0);
             return 1;
         }
-        if (fab->hand->arm(fab)) {
+        (void)pthread_mutex_lock(&fab->lock);
+        int armed = fab->wait != NULL ? fi_wait(fab->wait, 0) == -FI_ETIMEDOUT : fi_trywait(fab->fabric, fids, 1) == 0;
+        (void)pthread_mutex_unlock(&fab->lock);
+        if (armed) {
             atomic_store(&fab->left, 0);
             return 1;
         }
@@ -386,3 +396,5 @@ void at_fab_thread_stop(at_fab *fab) {
     kick(fab);
     (void)pthread_join(fab->thread, NULL);
 }
+
+#endif

@@ -1,4 +1,6 @@
 /* Slots: what a completion names. Taken and given back, never freed before the rail: a late completion finds memory that is ours. */
+#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
+
 #include "fabric.h"
 
 #include <stdlib.h>
@@ -10,7 +12,7 @@ static int add_block(at_fab *fab) {
         uint32_t room = fab->block_room ? fab->block_room * 2 : 8;
         at_fab_slot **blocks = realloc(fab->blocks, room * sizeof *blocks);
         if (blocks != NULL) fab->blocks = blocks;
-        at_fab_mr *mrs = realloc(fab->block_mrs, room * sizeof *mrs);
+        struct fid_mr **mrs = realloc(fab->block_mrs, room * sizeof *mrs);
         if (mrs != NULL) fab->block_mrs = mrs;
         if (blocks == NULL || mrs == NULL) return -1;
         fab->block_room = room;
@@ -18,14 +20,14 @@ static int add_block(at_fab *fab) {
     at_fab_slot *block = calloc(BLOCK, sizeof *block);
     if (block == NULL) return -1;
     at_fab_mr mr = {0};
-    if (at_fab_is(fab, AT_FAB_LOCAL_MR) && at_fab_register_host(fab, block, BLOCK * sizeof *block, AT_RIGHT_LETTERS, &mr) != AT_OK) {
+    if (at_fab_is(fab, AT_FAB_LOCAL_MR) && at_fab_register_host(fab, block, BLOCK * sizeof *block, FI_SEND | FI_RECV, &mr) != AT_OK) {
         free(block);
         return -1;
     }
     fab->blocks[fab->block_count] = block;
-    fab->block_mrs[fab->block_count++] = mr;
+    fab->block_mrs[fab->block_count++] = mr.mr;
     for (uint32_t i = 0; i < BLOCK; i++) {
-        block[i].desc = mr.desc;
+        block[i].desc = mr.mr != NULL ? fi_mr_desc(mr.mr) : NULL;
         block[i].next = fab->free;
         fab->free = &block[i];
     }
@@ -51,8 +53,8 @@ void at_fab_slot_free(at_fab *fab, at_fab_slot *slot) {
 void at_fab_slot_retire(at_fab *fab, at_fab_slot *slot) {
     slot->end = NULL;
     slot->op = NULL;
-    slot->state = at_fab_is(fab, AT_FAB_PRIVATE) ? AT_SLOT_LIMBO : AT_SLOT_ORPHAN;
-    if (!at_fab_is(fab, AT_FAB_PRIVATE)) return;
+    slot->state = fab->shared != NULL ? AT_SLOT_ORPHAN : AT_SLOT_LIMBO;
+    if (fab->shared != NULL) return;
     slot->next = fab->limbo;
     fab->limbo = slot;
 }
@@ -75,9 +77,11 @@ void at_fab_list_remove(at_fab_list *list, at_fab_slot *slot) {
 
 void at_fab_slots_close(at_fab *fab) {
     for (uint32_t i = 0; i < fab->block_count; i++) {
-        at_fab_unregister(fab, &fab->block_mrs[i]);
+        if (fab->block_mrs[i] != NULL) (void)fi_close(&fab->block_mrs[i]->fid);
         free(fab->blocks[i]);
     }
     free(fab->blocks);
     free(fab->block_mrs);
 }
+
+#endif

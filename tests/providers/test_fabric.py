@@ -40,8 +40,6 @@ EACH = {
     "shared endpoint": Limits(lib.AT_FAB_PRIVATE),
     "no descriptor": Limits(lib.AT_FAB_FD),
     "local registration": Limits(lib.AT_FAB_LOCAL_MR),
-    "credits": Limits(credits=5),
-    "credits, 4-byte immediates": Limits(lib.AT_FAB_MARKS, credits=5),
     "small work requests": Limits(0, most_bytes=4096, most_posted=16),
 }
 PAGE, PAGES = 4096, 2048
@@ -88,7 +86,6 @@ async def test_nothing_that_another_fabric_lacks_is_relied_upon(limits: Limits) 
         pair.right.publish("readable", target, access="read")
         await pair.left.read((await pair.right_peer.lookup("readable"))[7 : 7 + PAGE * 5], back)
         assert np.array_equal(back.numpy(), source.numpy()[7 : 7 + PAGE * 5])
-        assert pair.right.statistics().unknown_completions == 0, "more came than there was credit for"
 
 
 async def test_a_connection_that_has_been_used_costs_nothing_while_nothing_happens() -> None:
@@ -101,10 +98,9 @@ async def test_a_connection_that_has_been_used_costs_nothing_while_nothing_happe
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-@pytest.mark.parametrize("credits", [0, 5])
-async def test_a_connection_that_breaks_is_opened_again_with_every_count_exact(side: str, credits: int) -> None:
+async def test_a_connection_that_breaks_is_opened_again_with_every_count_exact(side: str) -> None:
     rng = random.Random(side)
-    async with ready(_world=World(limits=Limits(credits=credits))) as (pair, target, remote, source):
+    async with ready() as (pair, target, remote, source):
         there, units = np.random.default_rng(5).permutation(PAGES), 0
         for _ in range(8):
             transfers = [pair.left.write_pages(source, np.arange(PAGES), remote, there, page_bytes=PAGE, imm=1)]

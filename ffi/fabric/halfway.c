@@ -8,7 +8,7 @@
 #define _GNU_SOURCE
 #if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
-#include "ofi.h"
+#include "fabric.h"
 
 #include <dirent.h>
 #include <netinet/in.h>
@@ -48,14 +48,14 @@ static int shut_down_at(in_port_t port) {
     return found;
 }
 
-void at_fab_shut_halfway(at_ofi *ofi, struct fid_ep *ep) {
+void at_fab_shut_halfway(at_fab *fab, struct fid_ep *ep) {
     struct sockaddr_storage address;
     size_t n = sizeof address;
     memset(&address, 0, sizeof address);
     if (fi_getname(&ep->fid, &address, &n) != 0) return;
     in_port_t port = port_of(&address);
     for (int i = 0; port != 0 && i < LOOKS; i++) {
-        (void)fi_cq_read(ofi->cq, NULL, 0); /* accepts, and meets the ends of those that were shut down */
+        (void)fi_cq_read(fab->cq, NULL, 0); /* accepts, and meets the ends of those that were shut down */
         if (!shut_down_at(port)) return;
     }
 }

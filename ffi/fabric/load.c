@@ -19,11 +19,25 @@ ABSENT(int, at_fab_facts_of(int device, uint64_t order, uint64_t data_bytes, int
                             at_fab_facts *out), AT_EUNKNOWN)
 ABSENT(int, at_fab_attributes_of(const at_fab_memory *memory, uint64_t access, uint64_t key, uint64_t out[10]), AT_EUNKNOWN)
 ABSENT(int, at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_fab_facts *facts), AT_EUNKNOWN)
+ABSENT(int64_t, at_fab_peer(at_lane *lane, at_fab *fab), AT_EUNKNOWN)
+ABSENT(int, at_fab_offer_make(at_lane *lane, int64_t peer, uint32_t generation, at_fab_offer *out), AT_EUNKNOWN)
+ABSENT(int, at_fab_offer_take(at_lane *lane, int64_t peer, const at_fab_offer *theirs, int first), AT_EUNKNOWN)
+ABSENT(uint32_t, at_fab_generation(at_lane *lane, int64_t peer, int *up), 0)
+ABSENT(int, at_fab_retire(at_lane *lane, int64_t peer, uint64_t *arrived), AT_EUNKNOWN)
+ABSENT(int, at_fab_settle(at_lane *lane, int64_t peer, uint64_t arrived), AT_EUNKNOWN)
+ABSENT(int, at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64_t region, uint64_t offset,
+                        uint64_t nbytes, int access, uint64_t *address, uint64_t *key), AT_EUNKNOWN)
+ABSENT(int64_t, at_fab_borrow(at_lane *lane, int64_t peer, uint64_t address, uint64_t key, uint64_t nbytes, int access, uint32_t slot,
+                              uint64_t epoch), AT_EUNKNOWN)
+ABSENT(int, at_fab_revoked(at_lane *lane, int64_t peer, uint32_t slot, uint64_t epoch), AT_EUNKNOWN)
+ABSENT(int, at_fab_flush(at_lane *lane, int64_t peer), AT_EUNKNOWN)
+ABSENT(int, at_fab_mute(at_lane *lane, int64_t peer), AT_EUNKNOWN)
+ABSENT(int, at_fab_break(at_lane *lane, int64_t peer), AT_EUNKNOWN)
 #pragma GCC diagnostic pop
 
 #else
 
-#include "ofi.h"
+#include "fabric.h"
 
 #include <dlfcn.h>
 #include <stdarg.h>
