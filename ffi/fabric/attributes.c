@@ -5,7 +5,7 @@
  * (fi_domain.h of 1.20 and later), which older ones lack. */
 #if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
-#include "fabric.h"
+#include "ofi.h"
 
 #include <string.h>
 

@@ -1,6 +1,6 @@
-/* fabric: peers on other hosts, by libfabric (tcp, efa). See fabric.h for how it works.
+/* fabric: peers on other hosts, by libfabric (tcp, efa) or libibverbs (verbs/decls.h). See fabric.h for how it works.
  *
- * libfabric is opened at run time. Where its headers were missing at build time, at_fab_built is 0 and the rest answers AT_EUNKNOWN. */
+ * libfabric is opened at run time. Where its headers were missing at build time, at_fab_built is 0 and at_fab_open answers AT_EUNKNOWN. */
 
 typedef struct at_fab at_fab;
 
@@ -13,7 +13,8 @@ enum at_fab_flags {
     AT_FAB_VIRTUAL = 32,  /* remote memory is named by its address, not by an offset */
     AT_FAB_KEYS = 64,     /* the provider chooses the keys */
     AT_FAB_FD = 128,      /* the completion queue has a descriptor: no thread needs to poll it */
-    AT_FAB_DEVICE = 256   /* memory of a GPU may be registered */
+    AT_FAB_DEVICE = 256,  /* memory of a GPU may be registered */
+    AT_FAB_SENDERS = 512  /* the queue says whose a write is, and a completion stands for all that were posted before */
 };
 
 typedef struct {

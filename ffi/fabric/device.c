@@ -4,7 +4,7 @@
  * options are only ever added at the end. An option that the library does not know is no error: its default is the old behaviour. */
 #if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
-#include "fabric.h"
+#include "ofi.h"
 
 #include <stdbool.h>
 

@@ -1,15 +1,18 @@
-/* The fabric provider: peers by libfabric, one endpoint for each where the fabric allows it.
+/* The fabric provider: peers by completion queues, one endpoint for each where the fabric allows it.
+ *
+ * Everything here is common to what moves the bytes: libfabric (ofi.h) or libibverbs (verbs/verbs.h), each a table of functions
+ * (at_fab_driver) that posts, reads completions, registers and closes, and decides nothing.
  *
  * A rail (at_fab) is one domain with one completion queue and one address vector. An end is this lane's side of the connection to one
  * peer: an endpoint of its own, so that closing it fences that peer and nobody else. A slot is one posted work request; it is the
  * provider's context and therefore never freed before the rail.
  *
  * Locks, in this order: fab->turn (whoever makes progress: reads the queue and hands out what it read), the lane's lock (everything the
- * lane knows, and ends and slots), fab->lock (each call into libfabric). A fence is called with the lane's lock and closes an endpoint
+ * lane knows, and ends and slots), fab->lock (each call into the library). A fence is called with the lane's lock and closes an endpoint
  * while somebody else may hold completions of it that he has read and not handed out: the slots of a closed endpoint go into limbo,
  * and are used again only after a whole turn that began later.
  *
- * Granting. libfabric cannot tell whether a peer is inside a write under some key, and closing a memory region does not stop a write
+ * Granting. A fabric cannot tell whether a peer is inside a write under some key, and closing a memory region does not stop a write
  * whose header was accepted. So memory is lent to one peer after the other on request (at_fab_lend remembers to whom), a revocation is
  * a letter to each of them, and each answers when nothing of it is posted under that grant any more. Both are written and answered by
  * whoever makes progress, without the event loop. What does not answer is fenced by closing its endpoint.
@@ -24,14 +27,6 @@
 #define AT_FABRIC_H
 
 #include "lane/lane.h"
-
-#include <rdma/fabric.h>
-#include <rdma/fi_cm.h>
-#include <rdma/fi_domain.h>
-#include <rdma/fi_endpoint.h>
-#include <rdma/fi_eq.h>
-#include <rdma/fi_errno.h>
-#include <rdma/fi_rma.h>
 
 #define AT_FAB_WINDOW 64u                       /* work requests posted per peer */
 #define AT_FAB_MOST_BYTES ((uint64_t)32 << 20)  /* posted per peer, once something is: what a cancel has to wait for */
@@ -68,7 +63,7 @@ enum at_fab_slot_state {
 enum at_fab_slot_kind { AT_SLOT_WORK, AT_SLOT_LETTER_OUT, AT_SLOT_LETTER_IN };
 
 struct at_fab_slot {
-    struct fi_context2 context; /* first: what a completion names */
+    void *context[8]; /* first: what a completion names, and the library's to use (struct fi_context2) */
     at_fab_slot *next, *previous;
     at_fab_end *end;
     at_op *op;               /* while posted */
@@ -90,8 +85,9 @@ enum at_fab_hold { AT_HOLD_NONE, AT_HOLD_LENT, AT_HOLD_TELL, AT_HOLD_TOLD };
 struct at_fab_end {
     at_fab *fab;
     at_peer *peer;
-    struct fid_ep *ep; /* NULL: none, or broken. The rail's own where that is shared */
-    fi_addr_t to;
+    void *ep;            /* the driver's. NULL: none, or broken. The rail's own where that is shared */
+    uint64_t to;         /* the driver's: where it leads */
+    uint64_t unique;     /* among all ends there ever were: a completion may name one that has gone */
     uint32_t mark;       /* ours: the index among the rail's ends */
     uint32_t their_mark;  /* theirs for us: what we send carries it */
     uint32_t generation;
@@ -125,40 +121,61 @@ struct at_fab_end {
 };
 
 typedef struct {
-    struct fid_mr *mr;
+    void *mr; /* the driver's */
     uint64_t key, base;
 } at_fab_mr;
 
-typedef struct { /* struct fi_mr_dmabuf, which headers before 1.20 lack */
-    int fd;
-    uint64_t offset;
-    size_t len;
-    void *base_addr;
-} at_fab_dmabuf;
+enum at_fab_use { AT_USE_LOCAL = 1, AT_USE_REMOTE_WRITE = 2, AT_USE_REMOTE_READ = 4, AT_USE_LETTERS = 8 }; /* what memory is registered for */
 
+/* The pieces of one work request. */
 typedef struct {
-    union { /* larger than any libfabric's of today: newer ones look at fields that old headers do not have */
-        struct fi_mr_attr attr;
-        uint8_t more[sizeof(struct fi_mr_attr) + 128];
-    } room;
-    struct iovec piece;
-    at_fab_dmabuf dmabuf;
-} at_fab_attr;
+    uint8_t *here[AT_FAB_IOV];
+    uint64_t there[AT_FAB_IOV], nbytes[AT_FAB_IOV];
+    uint64_t key;
+    void *desc;
+    uint32_t count;
+    uint64_t bytes;
+} at_fab_vector;
 
-/* What a registration says: returns its flags. `out` points into itself, and stays where it is. */
-uint64_t at_fab_attributes(at_fab_attr *out, const at_fab_memory *memory, uint64_t access, uint64_t key);
+/* One thing that the queue tells. */
+typedef struct {
+    at_fab_slot *slot; /* what has completed; of an arrival, the receive that it used up, if any */
+    int arrival;       /* a write with an immediate has landed: */
+    uint64_t data;     /* its value, and a mark in the upper half where there are such */
+    int error;         /* errno, 0: it went well */
+    uint32_t mark;     /* AT_FAB_SENDERS: whose it is */
+    uint64_t unique;
+} at_fab_entry;
+
+/* What moves the bytes. With fab->lock unless the line says otherwise; what fails says so by an errno (positive), 0 is success. */
+typedef struct {
+    int (*open)(at_fab_end *end);  /* an endpoint for it: end->ep */
+    void (*close)(at_fab_end *end); /* afterwards nothing of it touches memory, and end->ep is NULL */
+    int (*name)(at_fab_end *end, at_fab_offer *out); /* what the other side joins by */
+    int (*join)(at_fab_end *end, const at_fab_offer *theirs);
+    int (*receive)(at_fab_end *end, at_fab_slot *slot); /* NULL: the driver keeps receives of its own */
+    int (*send)(at_fab_end *end, at_fab_slot *slot);    /* its letter. EAGAIN: later */
+    int (*post)(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int read, int counts, uint64_t data); /* EAGAIN: later */
+    int (*flush)(at_fab_end *end); /* what post has gathered; NULL: it gathers nothing */
+    int (*read)(at_fab *fab, at_fab_entry *entries, int most); /* how many */
+    void (*handed_out)(at_fab *fab); /* with the lane's lock INSTEAD: a batch was. NULL: of no interest */
+    void (*look)(at_fab *fab);       /* with the turn INSTEAD: before the queue is armed. NULL: of no interest */
+    int (*arm)(at_fab *fab);         /* 1: whoever sleeps on its descriptor will be woken; 0: there is more to read */
+    int (*enroll)(at_fab *fab, const at_fab_memory *memory, unsigned use, at_fab_mr *out);
+    void (*dismiss)(at_fab *fab, void *mr);
+    void *(*desc)(void *mr); /* what work requests name local memory by */
+    const char *(*text)(int error);
+    void (*quit)(at_fab *fab); /* NO LOCK: before memory goes, what may still use it. NULL: nothing */
+    void (*free)(at_fab *fab); /* NO LOCK: after all else */
+} at_fab_driver;
 
 struct at_fab {
     at_rail rail; /* first */
     pthread_mutex_t turn, lock;
-    struct fi_info *info;
-    struct fid_fabric *fabric;
-    struct fid_domain *domain;
-    struct fid_av *av;
-    struct fid_cq *cq;
-    struct fid_ep *shared; /* of all peers, where they cannot have one each */
-    int fd;                /* of the queue, or -1 */
-    struct fid_wait *wait; /* NULL: fi_trywait does what it says */
+    const at_fab_driver *driver;
+    void *shared; /* the endpoint of all peers, where they cannot have one each */
+    int fd;       /* of the queue, or -1 */
+    uint64_t uniques;
     at_fab_facts facts;
     uint64_t next_key;
     uint8_t mailbox[64];
@@ -169,10 +186,10 @@ struct at_fab {
     uint32_t end_count, end_room;
     at_fab_mr *lent; /* by grant */
     uint32_t lent_room;
-    struct fid_mr **local; /* by region */
+    void **local; /* by region */
     uint32_t local_room;
     at_fab_slot **blocks;
-    struct fid_mr **block_mrs;
+    void **block_mrs;
     uint32_t block_count, block_room;
     at_fab_slot *free;
     at_fab_slot *limbo;
@@ -192,27 +209,16 @@ struct at_fab {
 
 static inline int at_fab_is(const at_fab *fab, uint32_t flag) { return (fab->facts.flags & flag) != 0; }
 
-/* The library, once loaded. */
-extern struct at_fab_calls {
-    int (*getinfo)(uint32_t, const char *, const char *, uint64_t, const struct fi_info *, struct fi_info **);
-    void (*freeinfo)(struct fi_info *);
-    struct fi_info *(*dupinfo)(const struct fi_info *);
-    int (*fabric)(struct fi_fabric_attr *, struct fid_fabric **, void *);
-    uint32_t (*version)(void);
-    const char *(*strerror)(int);
-} at_fab_library;
-void at_fab_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
-
-/* device.c */
-void at_fab_device_prepare(struct fid_ep *ep);                     /* before it is enabled */
-void at_fab_device_ask(struct fid_ep *ep, at_fab_facts *facts);    /* afterwards */
-void at_fab_device_limits(at_fab_facts *facts, uint64_t most_rma, int emulated);
-/* open.c */
-uint32_t at_fab_flags_of(int device, uint64_t order, size_t data_bytes, int mr_mode, uint32_t without);
+/* rail.c */
+void at_fab_say(const char *format, ...) __attribute__((format(printf, 1, 2))); /* why something failed, in this thread */
+/* Calloc'ed by a driver, which has filled in nothing but its own. Afterwards at_fab_undo gives back what there is. */
+int at_fab_prepare(at_fab *fab, at_lane *lane, const at_fab_driver *driver);
+int at_fab_begin(at_fab *fab, const char *name); /* facts, fd and queue are there: the rail begins. AT_OK or AT_E* */
+void at_fab_undo(at_fab *fab, int oserror);
 
 /* memory.c, with the lane's lock */
-int at_fab_register(at_fab *fab, const at_fab_memory *memory, uint64_t access, at_fab_mr *out); /* AT_OK, or AT_EIO with at_lane_errno */
-int at_fab_register_host(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, at_fab_mr *out);
+int at_fab_register(at_fab *fab, const at_fab_memory *memory, unsigned use, at_fab_mr *out); /* AT_OK, or AT_EIO with at_lane_errno */
+int at_fab_register_host(at_fab *fab, void *base, uint64_t nbytes, unsigned use, at_fab_mr *out);
 void at_fab_unregister(at_fab *fab, at_fab_mr *mr);
 int at_fab_source(at_fab *fab, const at_op *op, void **desc); /* of the operation's local memory */
 void at_fab_grant_over(at_rail *rail, uint32_t slot);
@@ -237,10 +243,8 @@ extern const at_port at_fab_port;
 /* post.c, with the lane's lock */
 void at_fab_cut(at_peer *peer, at_op *op);
 int64_t at_fab_post(at_peer *peer, at_op *op);
+void at_fab_flush_posts(at_peer *peer); /* what was gathered goes out */
 void at_fab_post_again(at_fab_end *end); /* what is to be posted again, as far as the window allows */
-
-/* halfway.c, with fab->lock */
-void at_fab_shut_halfway(at_fab *fab, struct fid_ep *ep);
 
 /* letters.c, with the lane's lock */
 int at_fab_receive(at_fab_end *end);             /* post one more receive: AT_OK or AT_EIO */

@@ -8,7 +8,7 @@
 #define _GNU_SOURCE
 #if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
-#include "fabric.h"
+#include "ofi.h"
 
 #include <dirent.h>
 #include <netinet/in.h>
@@ -55,7 +55,7 @@ void at_fab_shut_halfway(at_fab *fab, struct fid_ep *ep) {
     if (fi_getname(&ep->fid, &address, &n) != 0) return;
     in_port_t port = port_of(&address);
     for (int i = 0; port != 0 && i < LOOKS; i++) {
-        (void)fi_cq_read(fab->cq, NULL, 0); /* accepts, and meets the ends of those that were shut down */
+        (void)fi_cq_read(at_ofi_of(fab)->cq, NULL, 0); /* accepts, and meets the ends of those that were shut down */
         if (!shut_down_at(port)) return;
     }
 }

@@ -2,10 +2,10 @@
  *
  * One letter at a time is under way in each direction, and says whatever there is to say when it is written. What a lost one said is
  * said again once the connection is open again: grants that are taken back stay AT_HOLD_TELL or AT_HOLD_TOLD until they are confirmed. */
-#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
 #include "fabric.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -17,11 +17,11 @@ int at_fab_receive(at_fab_end *end) {
     slot->state = AT_SLOT_POSTED;
     slot->end = fab->shared != NULL ? NULL : end; /* a shared endpoint's belong to nobody */
     (void)pthread_mutex_lock(&fab->lock);
-    ssize_t rc = fi_recv(end->ep, &slot->letter, sizeof slot->letter, slot->desc, FI_ADDR_UNSPEC, &slot->context);
+    int rc = fab->driver->receive(end, slot);
     (void)pthread_mutex_unlock(&fab->lock);
     if (rc != 0) {
         at_fab_slot_free(fab, slot);
-        fab->rail.lane->oserror = (int)-rc;
+        fab->rail.lane->oserror = rc;
         return AT_EIO;
     }
     if (slot->end != NULL) at_fab_list_add(&end->letters, slot);
@@ -86,11 +86,8 @@ void at_fab_tell(at_fab_end *end) {
         at_fab_slot_free(fab, slot);
         return;
     }
-    struct iovec piece = {&slot->letter, sizeof slot->letter};
-    struct fi_msg message = {.msg_iov = &piece, .desc = &slot->desc, .iov_count = 1, .addr = end->to, .context = &slot->context};
-    uint64_t flags = FI_COMPLETION | (at_fab_is(fab, AT_FAB_DELIVERY) ? FI_DELIVERY_COMPLETE : 0);
     (void)pthread_mutex_lock(&fab->lock);
-    ssize_t rc = fi_sendmsg(end->ep, &message, flags);
+    int rc = fab->driver->send(end, slot);
     (void)pthread_mutex_unlock(&fab->lock);
     if (rc == 0) {
         slot->kind = AT_SLOT_LETTER_OUT;
@@ -101,12 +98,12 @@ void at_fab_tell(at_fab_end *end) {
         return;
     }
     at_fab_slot_free(fab, slot);
-    if (rc == -FI_EAGAIN) {
+    if (rc == EAGAIN) {
         fab->eager = 1;
         at_stall(end->peer, 1);
         at_fab_kick(fab); /* the thread sees to it if the loop does not */
     } else {
-        at_fab_end_break(end, (int)-rc);
+        at_fab_end_break(end, rc);
     }
 }
 
@@ -255,5 +252,3 @@ void at_fab_answer(at_peer *peer, int from_loop) {
     end->news = 1;
     at_fab_tell(end);
 }
-
-#endif

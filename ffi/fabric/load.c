@@ -7,58 +7,31 @@
 
 #if !__has_include(<rdma/fabric.h>) || !__has_include(<rdma/fi_rma.h>)
 
-#define ABSENT(type, call, value) \
-    type call { return value; }
+#define     type call { return value; }
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-parameter"
 ABSENT(int, at_fab_built(void), 0)
 ABSENT(int, at_fab_load(const char *path), AT_EUNKNOWN)
 ABSENT(uint32_t, at_fab_version(void), 0)
-ABSENT(const char *, at_fab_why(void), "built without the headers of libfabric")
 ABSENT(int, at_fab_facts_of(int device, uint64_t order, uint64_t data_bytes, int mr_mode, uint64_t most_rma, int emulated, uint32_t without,
                             at_fab_facts *out), AT_EUNKNOWN)
 ABSENT(int, at_fab_attributes_of(const at_fab_memory *memory, uint64_t access, uint64_t key, uint64_t out[10]), AT_EUNKNOWN)
 ABSENT(int, at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_fab_facts *facts), AT_EUNKNOWN)
-ABSENT(int64_t, at_fab_peer(at_lane *lane, at_fab *fab), AT_EUNKNOWN)
-ABSENT(int, at_fab_offer_make(at_lane *lane, int64_t peer, uint32_t generation, at_fab_offer *out), AT_EUNKNOWN)
-ABSENT(int, at_fab_offer_take(at_lane *lane, int64_t peer, const at_fab_offer *theirs, int first), AT_EUNKNOWN)
-ABSENT(uint32_t, at_fab_generation(at_lane *lane, int64_t peer, int *up), 0)
-ABSENT(int, at_fab_retire(at_lane *lane, int64_t peer, uint64_t *arrived), AT_EUNKNOWN)
-ABSENT(int, at_fab_settle(at_lane *lane, int64_t peer, uint64_t arrived), AT_EUNKNOWN)
-ABSENT(int, at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64_t region, uint64_t offset,
-                        uint64_t nbytes, int access, uint64_t *address, uint64_t *key), AT_EUNKNOWN)
-ABSENT(int64_t, at_fab_borrow(at_lane *lane, int64_t peer, uint64_t address, uint64_t key, uint64_t nbytes, int access, uint32_t slot,
-                              uint64_t epoch), AT_EUNKNOWN)
-ABSENT(int, at_fab_revoked(at_lane *lane, int64_t peer, uint32_t slot, uint64_t epoch), AT_EUNKNOWN)
-ABSENT(int, at_fab_flush(at_lane *lane, int64_t peer), AT_EUNKNOWN)
-ABSENT(int, at_fab_mute(at_lane *lane, int64_t peer), AT_EUNKNOWN)
-ABSENT(int, at_fab_break(at_lane *lane, int64_t peer), AT_EUNKNOWN)
 #pragma GCC diagnostic pop
 
 #else
 
-#include "fabric.h"
+#include "ofi.h"
 
 #include <dlfcn.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <string.h>
 
 struct at_fab_calls at_fab_library;
 static pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
 static int loaded;
-static __thread char why[512];
 
 int at_fab_built(void) { return FI_MAJOR_VERSION << 16 | FI_MINOR_VERSION; }
-const char *at_fab_why(void) { return why; }
 uint32_t at_fab_version(void) { return at_fab_library.version != NULL ? at_fab_library.version() : 0; }
-
-void at_fab_say(const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    (void)vsnprintf(why, sizeof why, format, arguments);
-    va_end(arguments);
-}
 
 /* A function of the library; ISO C has no conversion between the two kinds of pointer, POSIX promises that they are alike. */
 static int find(void *library, const char *name, void *where) {

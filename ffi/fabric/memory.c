@@ -1,49 +1,32 @@
-/* Memory regions of libfabric: of what is lent to peers, by grant, and of local memory, where that is asked for, by region.
+/* Memory regions: of what is lent to peers, by grant, and of local memory, where that is asked for, by region.
  *
  * A grant's region ends only when the grant has been proved to be over: a write that the other side had posted under a key that is gone
  * would tear the connection down, and others' writes with it. */
-#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
 #include "fabric.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define DMABUF_SINCE (1u << 16 | 20u) /* 1.20: an older library would not look at that flag */
-
-static int call(at_fab *fab, const at_fab_memory *memory, uint64_t access, at_fab_mr *out) {
-    at_fab_attr filled;
-    uint64_t flags = at_fab_attributes(&filled, memory, access, at_fab_is(fab, AT_FAB_KEYS) ? 0 : ++fab->next_key);
-    (void)pthread_mutex_lock(&fab->lock);
-    int rc = fi_mr_regattr(fab->domain, &filled.room.attr, flags, &out->mr);
-    (void)pthread_mutex_unlock(&fab->lock);
-    return rc;
-}
-
-int at_fab_register(at_fab *fab, const at_fab_memory *wanted, uint64_t access, at_fab_mr *out) {
+int at_fab_register(at_fab *fab, const at_fab_memory *wanted, unsigned use, at_fab_mr *out) {
     at_fab_memory memory = *wanted;
     if (memory.nbytes == 0) /* there is no memory to name, and none will be written */
         memory = (at_fab_memory){(uint64_t)(uintptr_t)fab->mailbox, 1, -1, -1, 0};
-    if (fab->facts.version < DMABUF_SINCE) memory.dmabuf_fd = -1;
-    int rc = call(fab, &memory, access, out);
-    if (rc != 0 && memory.dmabuf_fd >= 0) { /* a kernel or a NIC without dma-bufs: the provider may have another way */
-        memory.dmabuf_fd = -1;
-        rc = call(fab, &memory, access, out);
-    }
+    (void)pthread_mutex_lock(&fab->lock);
+    int rc = fab->driver->enroll(fab, &memory, use, out);
+    (void)pthread_mutex_unlock(&fab->lock);
     if (rc != 0) {
-        fab->rail.lane->oserror = -rc;
+        fab->rail.lane->oserror = rc;
         out->mr = NULL;
         return AT_EIO;
     }
-    out->key = fi_mr_key(out->mr);
     out->base = at_fab_is(fab, AT_FAB_VIRTUAL) ? memory.address : 0;
     return AT_OK;
 }
 
-int at_fab_register_host(at_fab *fab, void *base, uint64_t nbytes, uint64_t access, at_fab_mr *out) {
+int at_fab_register_host(at_fab *fab, void *base, uint64_t nbytes, unsigned use, at_fab_mr *out) {
     at_fab_memory memory = {(uint64_t)(uintptr_t)base, nbytes, -1, -1, 0};
-    return at_fab_register(fab, &memory, access, out);
+    return at_fab_register(fab, &memory, use, out);
 }
 
 static at_fab_memory part_of(const at_region *region, uint64_t offset, uint64_t nbytes) {
@@ -53,7 +36,7 @@ static at_fab_memory part_of(const at_region *region, uint64_t offset, uint64_t 
 void at_fab_unregister(at_fab *fab, at_fab_mr *mr) {
     if (mr->mr == NULL) return;
     (void)pthread_mutex_lock(&fab->lock);
-    (void)fi_close(&mr->mr->fid);
+    fab->driver->dismiss(fab, mr->mr);
     (void)pthread_mutex_unlock(&fab->lock);
     mr->mr = NULL;
 }
@@ -93,7 +76,7 @@ int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64
         end->hold = more;
     }
     at_fab_mr *mr = &fab->lent[index];
-    uint64_t rights = (access & AT_ACCESS_WRITE ? FI_REMOTE_WRITE : 0) | (access & AT_ACCESS_READ ? FI_REMOTE_READ : 0);
+    unsigned rights = (access & AT_ACCESS_WRITE ? AT_USE_REMOTE_WRITE : 0u) | (access & AT_ACCESS_READ ? AT_USE_REMOTE_READ : 0u);
     at_fab_memory memory = part_of(region, offset, nbytes);
     rc = mr->mr != NULL ? AT_OK : at_fab_register(fab, &memory, rights, mr);
     if (rc != AT_OK) goto out;
@@ -148,11 +131,11 @@ int at_fab_source(at_fab *fab, const at_op *op, void **desc) {
     if (fab->local[index] == NULL) {
         at_fab_mr fresh;
         at_fab_memory memory = part_of(op->region, 0, op->region->nbytes);
-        int rc = at_fab_register(fab, &memory, FI_READ | FI_WRITE, &fresh);
+        int rc = at_fab_register(fab, &memory, AT_USE_LOCAL, &fresh);
         if (rc != AT_OK) return rc;
         fab->local[index] = fresh.mr;
     }
-    *desc = fi_mr_desc(fab->local[index]);
+    *desc = fab->driver->desc(fab->local[index]);
     return AT_OK;
 }
 
@@ -168,9 +151,7 @@ void at_fab_memory_close(at_fab *fab) {
     at_fab_unregister(fab, &fab->mailbox_mr);
     for (uint32_t i = 0; i < fab->lent_room; i++) at_fab_unregister(fab, &fab->lent[i]);
     for (uint32_t i = 0; i < fab->local_room; i++)
-        if (fab->local[i] != NULL) (void)fi_close(&fab->local[i]->fid);
+        if (fab->local[i] != NULL) fab->driver->dismiss(fab, fab->local[i]);
     free(fab->lent);
     free(fab->local);
 }
-
-#endif

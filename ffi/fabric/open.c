@@ -1,12 +1,11 @@
 /* A rail: what is asked of libfabric, what it gave, and the objects that all ends share. */
 #if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
-#include "fabric.h"
+#include "ofi.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #define NEWEST FI_VERSION(1, 22)
 #define QUEUE 16384u /* entries: more than the windows of many peers; the software queues grow beyond it */
@@ -79,7 +78,7 @@ int at_fab_facts_of(int device, uint64_t order, uint64_t data_bytes, int mr_mode
 }
 
 static void note_facts(at_fab *fab, const at_fab_options *options) {
-    const struct fi_info *info = fab->info;
+    const struct fi_info *info = at_ofi_of(fab)->info;
     at_fab_facts *facts = &fab->facts;
     int device = is_device(options->provider);
     facts->flags = at_fab_flags_of(device, info->tx_attr->msg_order, info->domain_attr->cq_data_size, info->domain_attr->mr_mode,
@@ -99,41 +98,43 @@ static void note_facts(at_fab *fab, const at_fab_options *options) {
 
 /* The fi_trywait of net, before it became the tcp of 2.0, does nothing at all: the signal that a completion sets is never taken back,
  * and the descriptor of the queue stays readable for ever. With a wait set of our own, fi_wait with no patience does what it should. */
-static int open_queue_with_wait(at_fab *fab) {
+static int open_queue_with_wait(at_ofi *ofi) {
     struct fi_wait_attr how = {.wait_obj = FI_WAIT_FD};
-    int rc = fi_wait_open(fab->fabric, &how, &fab->wait);
-    struct fi_cq_attr attr = {.size = QUEUE, .format = FI_CQ_FORMAT_DATA, .wait_obj = FI_WAIT_SET, .wait_set = fab->wait};
-    if (rc == 0) rc = fi_cq_open(fab->domain, &attr, &fab->cq, NULL);
-    if (rc == 0 && fi_control(&fab->wait->fid, FI_GETWAIT, &fab->fd) == 0) return 0;
-    if (fab->cq != NULL) (void)fi_close(&fab->cq->fid);
-    if (fab->wait != NULL) (void)fi_close(&fab->wait->fid);
-    fab->cq = NULL;
-    fab->wait = NULL;
-    fab->fd = -1;
+    int rc = fi_wait_open(ofi->fabric, &how, &ofi->wait);
+    struct fi_cq_attr attr = {.size = QUEUE, .format = FI_CQ_FORMAT_DATA, .wait_obj = FI_WAIT_SET, .wait_set = ofi->wait};
+    if (rc == 0) rc = fi_cq_open(ofi->domain, &attr, &ofi->cq, NULL);
+    if (rc == 0 && fi_control(&ofi->wait->fid, FI_GETWAIT, &ofi->fab.fd) == 0) return 0;
+    if (ofi->cq != NULL) (void)fi_close(&ofi->cq->fid);
+    if (ofi->wait != NULL) (void)fi_close(&ofi->wait->fid);
+    ofi->cq = NULL;
+    ofi->wait = NULL;
+    ofi->fab.fd = -1;
     return -1;
 }
 
-static int open_queue(at_fab *fab) {
+static int open_queue(at_ofi *ofi) {
     struct fi_cq_attr attr = {.size = QUEUE, .format = FI_CQ_FORMAT_DATA, .wait_obj = FI_WAIT_FD};
-    fab->fd = -1;
-    int old = strcmp(fab->facts.provider, "net") == 0 || strcmp(fab->facts.provider, "tcp") == 0;
-    if (old && FI_MAJOR(fab->facts.version) < 2 && at_fab_is(fab, AT_FAB_FD) && open_queue_with_wait(fab) == 0) return 0;
-    int rc = at_fab_is(fab, AT_FAB_FD) ? fi_cq_open(fab->domain, &attr, &fab->cq, NULL) : -FI_ENOSYS;
-    if (rc == 0 && fi_control(&fab->cq->fid, FI_GETWAIT, &fab->fd) == 0) return 0;
-    if (rc == 0) (void)fi_close(&fab->cq->fid);
-    fab->fd = -1;
-    fab->facts.flags &= ~(uint32_t)AT_FAB_FD;
+    ofi->fab.fd = -1;
+    int old = strcmp(ofi->fab.facts.provider, "net") == 0 || strcmp(ofi->fab.facts.provider, "tcp") == 0;
+    if (old && FI_MAJOR(ofi->fab.facts.version) < 2 && at_fab_is(&ofi->fab, AT_FAB_FD) && open_queue_with_wait(ofi) == 0) return 0;
+    int rc = at_fab_is(&ofi->fab, AT_FAB_FD) ? fi_cq_open(ofi->domain, &attr, &ofi->cq, NULL) : -FI_ENOSYS;
+    if (rc == 0 && fi_control(&ofi->cq->fid, FI_GETWAIT, &ofi->fab.fd) == 0) return 0;
+    if (rc == 0) (void)fi_close(&ofi->cq->fid);
+    ofi->fab.fd = -1;
+    ofi->fab.facts.flags &= ~(uint32_t)AT_FAB_FD;
     attr.wait_obj = FI_WAIT_NONE;
-    return fi_cq_open(fab->domain, &attr, &fab->cq, NULL);
+    return fi_cq_open(ofi->domain, &attr, &ofi->cq, NULL);
 }
 
-static int open_shared(at_fab *fab, int device) {
-    int rc = fi_endpoint(fab->domain, fab->info, &fab->shared, NULL);
-    if (rc == 0 && device) at_fab_device_prepare(fab->shared);
-    if (rc == 0) rc = fi_ep_bind(fab->shared, &fab->av->fid, 0);
-    if (rc == 0) rc = fi_ep_bind(fab->shared, &fab->cq->fid, FI_TRANSMIT | FI_RECV);
-    if (rc == 0) rc = fi_enable(fab->shared);
-    if (rc == 0 && device) at_fab_device_ask(fab->shared, &fab->facts);
+static int open_shared(at_ofi *ofi, int device) {
+    struct fid_ep *ep = NULL;
+    int rc = fi_endpoint(ofi->domain, ofi->info, &ep, NULL);
+    ofi->fab.shared = ep;
+    if (rc == 0 && device) at_fab_device_prepare(ep);
+    if (rc == 0) rc = fi_ep_bind(ep, &ofi->av->fid, 0);
+    if (rc == 0) rc = fi_ep_bind(ep, &ofi->cq->fid, FI_TRANSMIT | FI_RECV);
+    if (rc == 0) rc = fi_enable(ep);
+    if (rc == 0 && device) at_fab_device_ask(ep, &ofi->fab.facts);
     return rc;
 }
 
@@ -142,38 +143,24 @@ static void close_one(struct fid *fid) {
 }
 #define CLOSE(object) close_one((object) != NULL ? &(object)->fid : NULL)
 
-static void fab_free(at_fab *fab) {
-    CLOSE(fab->shared);
-    at_fab_memory_close(fab);
-    at_fab_slots_close(fab);
-    CLOSE(fab->cq);
-    CLOSE(fab->wait);
-    CLOSE(fab->av);
-    CLOSE(fab->domain);
-    CLOSE(fab->fabric);
-    if (fab->info != NULL) at_fab_library.freeinfo(fab->info);
-    if (fab->kick_fd >= 0) close(fab->kick_fd);
-    (void)pthread_mutex_destroy(&fab->turn);
-    (void)pthread_mutex_destroy(&fab->lock);
-    free(fab->ends);
-    free(fab);
+void at_ofi_free(at_fab *fab) {
+    at_ofi *ofi = at_ofi_of(fab);
+    CLOSE(ofi->cq);
+    CLOSE(ofi->wait);
+    CLOSE(ofi->av);
+    CLOSE(ofi->domain);
+    CLOSE(ofi->fabric);
+    if (ofi->info != NULL) at_fab_library.freeinfo(ofi->info);
+    free(ofi);
 }
 
-static void leave(at_rail *rail) {
-    at_fab *fab = (at_fab *)rail;
-    at_fab_thread_stop(fab);
-    if (fab->fd >= 0) at_unwatch_fd(rail->lane, fab->fd);
-}
-
-static void destroy(at_rail *rail) { fab_free((at_fab *)rail); }
-
-static const char *open_objects(at_fab *fab, int device, int *rc) {
+static const char *open_objects(at_ofi *ofi, int device, int *rc) {
     struct fi_av_attr av = {.type = FI_AV_TABLE};
-    if ((*rc = at_fab_library.fabric(fab->info->fabric_attr, &fab->fabric, NULL)) != 0) return "fabric";
-    if ((*rc = fi_domain(fab->fabric, fab->info, &fab->domain, NULL)) != 0) return "domain";
-    if ((*rc = fi_av_open(fab->domain, &av, &fab->av, NULL)) != 0) return "address vector";
-    if ((*rc = open_queue(fab)) != 0) return "completion queue";
-    if (!at_fab_is(fab, AT_FAB_PRIVATE) && (*rc = open_shared(fab, device)) != 0) return "endpoint";
+    if ((*rc = at_fab_library.fabric(ofi->info->fabric_attr, &ofi->fabric, NULL)) != 0) return "fabric";
+    if ((*rc = fi_domain(ofi->fabric, ofi->info, &ofi->domain, NULL)) != 0) return "domain";
+    if ((*rc = fi_av_open(ofi->domain, &av, &ofi->av, NULL)) != 0) return "address vector";
+    if ((*rc = open_queue(ofi)) != 0) return "completion queue";
+    if (!at_fab_is(&ofi->fab, AT_FAB_PRIVATE) && (*rc = open_shared(ofi, device)) != 0) return "endpoint";
     return NULL;
 }
 
@@ -182,48 +169,25 @@ int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_f
         at_fab_say("libfabric is not loaded");
         return AT_EIO;
     }
-    at_fab *fab = calloc(1, sizeof *fab);
-    if (fab == NULL) return AT_ENOMEM;
-    (void)pthread_mutex_init(&fab->turn, NULL);
-    (void)pthread_mutex_init(&fab->lock, NULL);
-    fab->fd = -1;
-    fab->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    fab->rail = (at_rail){.lane = lane, .name = "fabric", .progress = at_fab_progress, .leave = leave, .destroy = destroy, .drain = at_fab_drain_now,
-                          .grant_over = at_fab_grant_over, .region_over = at_fab_region_over};
-    fab->info = ask(options);
-    int rc = fab->info != NULL ? AT_OK : AT_EIO, code = fab->info != NULL ? 0 : -EIO;
-    if (rc == AT_OK && fab->kick_fd < 0) {
-        code = -EMFILE;
-        at_fab_say("%s: no descriptor to wake its thread by: %s", options->provider, at_fab_library.strerror(EMFILE));
+    at_ofi *ofi = calloc(1, sizeof *ofi);
+    if (ofi == NULL) return AT_ENOMEM;
+    at_fab *fab = &ofi->fab;
+    int rc = at_fab_prepare(fab, lane, &at_ofi_driver), code = rc == AT_OK ? 0 : -EMFILE;
+    if (rc == AT_OK && (ofi->info = ask(options)) == NULL) {
+        code = -EIO;
         rc = AT_EIO;
     }
     if (rc == AT_OK) {
         note_facts(fab, options);
-        const char *what = open_objects(fab, is_device(options->provider), &code);
+        const char *what = open_objects(ofi, is_device(options->provider), &code);
         if (what != NULL) {
             at_fab_say("%s: no %s: %s", options->provider, what, at_fab_library.strerror(-code));
             rc = AT_EIO;
         }
     }
-    if (rc == AT_OK) {
-        at_lock(lane);
-        rc = lane->shut ? AT_ESHUT : at_fab_register_host(fab, fab->mailbox, sizeof fab->mailbox, FI_REMOTE_WRITE | FI_WRITE, &fab->mailbox_mr);
-        if (rc == AT_EIO) at_fab_say("%s: no memory region: %s", options->provider, at_fab_library.strerror(lane->oserror));
-        if (rc == AT_OK) {
-            fab->mailbox_desc = at_fab_is(fab, AT_FAB_LOCAL_MR) ? fi_mr_desc(fab->mailbox_mr.mr) : NULL;
-            if (fab->fd >= 0 && at_watch_fd(lane, fab->fd, AT_TAG(AT_TAG_RAIL, 0), 0) != 0) {
-                at_fab_say("the descriptor of the completion queue cannot be watched");
-                rc = AT_EIO;
-            }
-        }
-        if (rc == AT_OK) at_rail_add(lane, &fab->rail);
-        at_unlock(lane);
-    }
+    if (rc == AT_OK) rc = at_fab_begin(fab, options->provider);
     if (rc != AT_OK) {
-        at_lock(lane);
-        if (rc == AT_EIO && code != 0) lane->oserror = -code;
-        at_unlock(lane);
-        fab_free(fab);
+        at_fab_undo(fab, rc == AT_EIO ? -code : 0);
         return rc;
     }
     *facts = fab->facts;

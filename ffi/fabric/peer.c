@@ -1,5 +1,4 @@
 /* The ends of connections: made, opened, broken, opened again, destroyed. */
-#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
 #include "fabric.h"
 
@@ -44,7 +43,8 @@ int64_t at_fab_peer(at_lane *lane, at_fab *fab) {
     if (result == AT_OK) {
         end->fab = fab;
         end->words = words;
-        end->to = FI_ADDR_UNSPEC;
+        end->to = UINT64_MAX; /* nowhere */
+        end->unique = ++fab->uniques;
         result = place(fab, end);
     }
     if (result == AT_OK) {
@@ -102,12 +102,8 @@ static void close_endpoint(at_fab_end *end) {
     at_fab *fab = end->fab;
     if (end->ep == NULL) return;
     (void)pthread_mutex_lock(&fab->lock);
-    if (end->ep != fab->shared && (!end->heard || end->troubled)) at_fab_shut_halfway(fab, end->ep);
-    if (end->ep != fab->shared) (void)fi_close(&end->ep->fid);
-    if (end->to != FI_ADDR_UNSPEC) (void)fi_av_remove(fab->av, &end->to, 1, 0);
+    fab->driver->close(end);
     (void)pthread_mutex_unlock(&fab->lock);
-    end->ep = NULL;
-    end->to = FI_ADDR_UNSPEC;
     end->closed_as = ++fab->closings;
 }
 
@@ -189,19 +185,13 @@ static int open_endpoint(at_fab_end *end) {
         end->ep = fab->shared;
         return AT_OK;
     }
-    struct fid_ep *ep = NULL;
     (void)pthread_mutex_lock(&fab->lock);
-    int rc = fi_endpoint(fab->domain, fab->info, &ep, NULL);
-    if (rc == 0) rc = fi_ep_bind(ep, &fab->av->fid, 0);
-    if (rc == 0) rc = fi_ep_bind(ep, &fab->cq->fid, FI_TRANSMIT | FI_RECV);
-    if (rc == 0) rc = fi_enable(ep);
-    if (rc != 0 && ep != NULL) (void)fi_close(&ep->fid);
+    int rc = fab->driver->open(end);
     (void)pthread_mutex_unlock(&fab->lock);
     if (rc != 0) {
-        fab->rail.lane->oserror = -rc;
+        fab->rail.lane->oserror = rc;
         return AT_EIO;
     }
-    end->ep = ep;
     end->troubled = 0;
     return AT_OK;
 }
@@ -209,15 +199,13 @@ static int open_endpoint(at_fab_end *end) {
 static int describe(at_fab_end *end, at_fab_offer *out) {
     at_fab *fab = end->fab;
     memset(out, 0, sizeof *out);
-    size_t n = sizeof out->address;
     (void)pthread_mutex_lock(&fab->lock);
-    int rc = fi_getname(&end->ep->fid, out->address, &n);
+    int rc = fab->driver->name(end, out);
     (void)pthread_mutex_unlock(&fab->lock);
     if (rc != 0) {
-        fab->rail.lane->oserror = -rc;
+        fab->rail.lane->oserror = rc;
         return AT_EIO;
     }
-    out->address_bytes = (uint32_t)n;
     out->mark = end->mark;
     out->mailbox = fab->mailbox_mr.base;
     out->mailbox_key = fab->mailbox_mr.key;
@@ -237,7 +225,7 @@ static int make(at_fab_end *end, uint32_t generation, at_fab_offer *out) {
         return describe(end, out); /* asked again, or both sides have asked */
     }
     int rc = open_endpoint(end);
-    for (uint32_t i = 0; rc == AT_OK && i < AT_FAB_RECEIVES; i++) rc = at_fab_receive(end);
+    for (uint32_t i = 0; rc == AT_OK && end->fab->driver->receive != NULL && i < AT_FAB_RECEIVES; i++) rc = at_fab_receive(end);
     if (rc == AT_OK) rc = describe(end, out);
     if (rc != AT_OK) {
         close_endpoint(end);
@@ -317,11 +305,10 @@ int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int
     if (rc == AT_OK && !end->joined) {
         at_fab *fab = end->fab;
         (void)pthread_mutex_lock(&fab->lock);
-        int n = fi_av_insert(fab->av, theirs->address, 1, &end->to, 0, NULL);
+        int failed = fab->driver->join(end, theirs);
         (void)pthread_mutex_unlock(&fab->lock);
-        if (n != 1) {
-            end->to = FI_ADDR_UNSPEC;
-            lane->oserror = n < 0 ? -n : EINVAL;
+        if (failed != 0) {
+            lane->oserror = failed;
             rc = AT_EIO;
         } else {
             at_peer *peer = end->peer;
@@ -356,7 +343,7 @@ int at_fab_retire(at_lane *lane, int64_t id, uint64_t *arrived) {
     at_lock(lane);
     at_fab_end *end = at_fab_end_of(lane, id);
     at_fab *fab = end != NULL ? end->fab : NULL;
-    int possible = fab != NULL && at_fab_is(fab, AT_FAB_PRIVATE) && at_fab_is(fab, AT_FAB_MARKS) && at_fab_is(fab, AT_FAB_ORDERED);
+    int possible = fab != NULL && at_fab_is(fab, AT_FAB_PRIVATE) && at_fab_is(fab, AT_FAB_ORDERED) && (at_fab_is(fab, AT_FAB_MARKS) || at_fab_is(fab, AT_FAB_SENDERS));
     at_unlock(lane);
     if (fab == NULL) return AT_EUNKNOWN;
     if (!possible) return AT_ERAIL;
@@ -438,6 +425,7 @@ const at_port at_fab_port = {
     .window = AT_FAB_WINDOW,
     .cut = at_fab_cut,
     .post = at_fab_post,
+    .flush = at_fab_flush_posts,
     .drain = fab_drain,
     .active = at_fab_active,
     .revoke = at_fab_revoke,
@@ -449,5 +437,3 @@ const at_port at_fab_port = {
     .answer = at_fab_answer,
     .destroy = fab_destroy,
 };
-
-#endif

@@ -4,9 +4,10 @@
  * where writes land in order; elsewhere it follows as a write of no bytes once every piece has been confirmed (the operation's tail).
  * Several pages go as one work request: neighbours as one piece of memory, others as pieces of a vector, where the immediate carries
  * how many they are or there is none. */
-#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
 #include "fabric.h"
+
+#include <errno.h>
 
 #define MERGED ((uint64_t)1 << 20) /* bytes of pages in one work request: more gains nothing, and holds the window up */
 
@@ -29,50 +30,42 @@ void at_fab_cut(at_peer *peer, at_op *op) {
     }
 }
 
-typedef struct {
-    struct iovec here[AT_FAB_IOV];
-    struct fi_rma_iov there[AT_FAB_IOV];
-    void *desc[AT_FAB_IOV];
-    size_t count;
-    uint64_t bytes;
-} vector;
-
-static void add(vector *v, uint8_t *here, uint64_t there, uint64_t n, uint64_t key, void *desc) {
-    v->here[v->count] = (struct iovec){here, (size_t)n};
-    v->there[v->count] = (struct fi_rma_iov){.addr = there, .len = (size_t)n, .key = key};
-    v->desc[v->count++] = desc;
+static void add(at_fab_vector *v, uint8_t *here, uint64_t there, uint64_t n) {
+    v->here[v->count] = here;
+    v->there[v->count] = there;
+    v->nbytes[v->count++] = n;
     v->bytes += n;
 }
 
 /* The pages from `first` on that one work request covers, at most `most`: how many. */
-static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t first, uint64_t most, vector *v, void *desc) {
+static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t first, uint64_t most, at_fab_vector *v) {
     uint64_t base = op->remote->va + op->remote_offset, n = op->nbytes, taken = 0;
     uint64_t room = MERGED < fab->facts.most_bytes ? MERGED : fab->facts.most_bytes;
     for (; taken < most && (taken == 0 || v->bytes + n <= room); taken++) {
         uint8_t *here = op->local + (uint64_t)op->local_pages[first + taken] * op->local_stride;
         uint64_t there = base + (uint64_t)op->remote_pages[first + taken] * op->remote_stride;
         if (v->count != 0) {
-            struct iovec *h = &v->here[v->count - 1];
-            struct fi_rma_iov *t = &v->there[v->count - 1];
-            if ((uint8_t *)h->iov_base + h->iov_len == here && t->addr + t->len == there) { /* neighbours on both sides */
-                h->iov_len += (size_t)n;
-                t->len += (size_t)n;
+            uint32_t i = v->count - 1;
+            if (v->here[i] + v->nbytes[i] == here && v->there[i] + v->nbytes[i] == there) { /* neighbours on both sides */
+                v->nbytes[i] += n;
                 v->bytes += n;
                 continue;
             }
             if (v->count == fab->facts.iov) break;
         }
-        add(v, here, there, n, op->remote->key, desc);
+        add(v, here, there, n);
     }
     return taken;
 }
 
 /* What the work request from step `first` on looks like: how many steps it covers (at most `most`), and how many units it counts. */
-static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, uint64_t most, vector *v, void *desc, uint64_t *counts) {
+static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, uint64_t most, at_fab_vector *v, uint64_t *counts) {
     const at_fab *fab = end->fab;
     uint64_t pieces = pieces_of(fab, op), body = pieces * op->units;
     if (op->remote == NULL || first >= body) { /* a signal, or a tail */
-        add(v, (uint8_t *)(uintptr_t)fab->mailbox, end->mailbox, 0, end->mailbox_key, fab->mailbox_desc);
+        add(v, (uint8_t *)(uintptr_t)fab->mailbox, end->mailbox, 0);
+        v->key = end->mailbox_key;
+        v->desc = fab->mailbox_desc;
         *counts = op->imm >= 0 && (op->remote == NULL ? 0 : first - body) >= op->precounted;
         return 1;
     }
@@ -80,7 +73,7 @@ static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, u
         int before = first < op->precounted;
         uint64_t several = op->imm < 0 || before || at_fab_is(fab, AT_FAB_MARKS) ? AT_FAB_MOST_COUNT : 1;
         if (before && several > op->precounted - first) several = op->precounted - first;
-        uint64_t taken = gather_pages(fab, op, first, most < several ? most : several, v, desc);
+        uint64_t taken = gather_pages(fab, op, first, most < several ? most : several, v);
         *counts = op->imm >= 0 && !before ? taken : 0;
         return taken;
     }
@@ -91,7 +84,7 @@ static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, u
         to += (uint64_t)op->remote_pages[unit] * op->remote_stride;
     }
     uint64_t at = k * piece, n = op->nbytes - at < piece ? op->nbytes - at : piece;
-    add(v, op->local + from + at, to + at, n, op->remote->key, desc);
+    add(v, op->local + from + at, to + at, n);
     *counts = op->imm >= 0 && body == op->extent && k == pieces - 1 && unit >= op->precounted; /* else by its last piece, or its tail */
     return 1;
 }
@@ -102,22 +95,18 @@ static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
     void *desc;
     int rc = at_fab_source(fab, op, &desc);
     if (rc != AT_OK) return rc;
-    vector v = {.count = 0};
-    uint64_t counts = 0, data = 0, steps = gather(end, op, first, most, &v, desc, &counts);
-    uint64_t flags = FI_COMPLETION | (at_fab_is(fab, AT_FAB_DELIVERY) && op->kind != AT_OP_READ ? FI_DELIVERY_COMPLETE : 0);
+    at_fab_vector v = {.key = op->remote != NULL ? op->remote->key : 0, .desc = desc};
+    uint64_t counts = 0, data = 0, steps = gather(end, op, first, most, &v, &counts);
     if (counts != 0) {
         data = (uint64_t)op->imm;
         if (at_fab_is(fab, AT_FAB_MARKS)) data |= (counts - 1) << 32 | (uint64_t)end->their_mark << 44;
-        flags |= FI_REMOTE_CQ_DATA;
     }
-    struct fi_msg_rma message = {.msg_iov = v.here, .desc = v.desc, .iov_count = v.count, .addr = end->to, .rma_iov = v.there,
-                                 .rma_iov_count = v.count, .context = &slot->context, .data = data};
     (void)pthread_mutex_lock(&fab->lock);
-    ssize_t done = op->kind == AT_OP_READ ? fi_readmsg(end->ep, &message, FI_COMPLETION) : fi_writemsg(end->ep, &message, flags);
+    int done = fab->driver->post(end, slot, &v, op->kind == AT_OP_READ, counts != 0, data);
     (void)pthread_mutex_unlock(&fab->lock);
-    if (done == -FI_EAGAIN) return AT_EAGAIN;
+    if (done == EAGAIN) return AT_EAGAIN;
     if (done != 0) {
-        at_fab_end_break(end, (int)-done);
+        at_fab_end_break(end, done);
         return AT_ERAIL;
     }
     slot->state = AT_SLOT_POSTED;
@@ -158,7 +147,17 @@ int64_t at_fab_post(at_peer *peer, at_op *op) {
     return rc == AT_ERAIL ? 0 : rc; /* broken: it waits until the connection is open again */
 }
 
-void at_fab_post_again(at_fab_end *end) {
+void at_fab_flush_posts(at_peer *peer) {
+    at_fab_end *end = peer->impl;
+    at_fab *fab = end->fab;
+    if (end->ep == NULL || fab->driver->flush == NULL) return;
+    (void)pthread_mutex_lock(&fab->lock);
+    int rc = fab->driver->flush(end);
+    (void)pthread_mutex_unlock(&fab->lock);
+    if (rc != 0) at_fab_end_break(end, rc);
+}
+
+static void post_again(at_fab_end *end) {
     at_peer *peer = end->peer;
     while (end->again.head != NULL && peer->posted < AT_FAB_WINDOW && has_room(end)) {
         at_fab_slot *slot = end->again.head;
@@ -189,4 +188,8 @@ void at_fab_post_again(at_fab_end *end) {
     }
 }
 
-#endif
+void at_fab_post_again(at_fab_end *end) {
+    if (end->again.head == NULL) return;
+    post_again(end);
+    at_fab_flush_posts(end->peer);
+}

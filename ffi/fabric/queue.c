@@ -1,11 +1,10 @@
 /* Progress: the completion queue, read by the loop, or by a thread that stands in for it.
  *
  * Whoever holds fab->turn reads until nothing is left, posts what that has made room for, reads once more when it has posted anything,
- * and arms the queue last (fi_trywait): only then may anybody sleep on its descriptor. One turn is bounded; if it was not enough, the
+ * and arms the queue last: only then may anybody sleep on its descriptor. One turn is bounded; if it was not enough, the
  * loop is told to come again. The loop itself leaves off when the first events are there: what they bring about, an answer to whoever
  * waits on the other side, is worth more than the system calls of one more look, which it takes afterwards. */
 #define _GNU_SOURCE
-#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
 #include "fabric.h"
 
@@ -27,13 +26,21 @@
 
 /* ---- handing out ---- */
 
-static void arrival(at_fab *fab, uint64_t data) {
+static at_fab_end *sender(at_fab *fab, const at_fab_entry *entry) {
+    at_fab_end *end = entry->mark < fab->end_count ? fab->ends[entry->mark] : NULL;
+    return end != NULL && end->unique == entry->unique ? end : NULL;
+}
+
+static void arrival(at_fab *fab, const at_fab_entry *entry) {
+    uint64_t data = entry->data;
     at_fab_end *end = NULL;
     uint64_t n = 1;
     if (at_fab_is(fab, AT_FAB_MARKS)) {
         uint64_t mark = data >> 44;
         n = (data >> 32 & (AT_FAB_MOST_COUNT - 1)) + 1;
         end = mark < fab->end_count ? fab->ends[mark] : NULL;
+    } else if (at_fab_is(fab, AT_FAB_SENDERS)) {
+        end = sender(fab, entry);
     } else { /* nothing says whose it is: the bounds on early values are those of the rail then */
         for (uint32_t i = 0; end == NULL && i < fab->end_count; i++) end = fab->ends[i];
     }
@@ -42,7 +49,7 @@ static void arrival(at_fab *fab, uint64_t data) {
         return;
     }
     end->arrived++;
-    if (at_fab_is(fab, AT_FAB_MARKS)) end->signs++;
+    if (at_fab_is(fab, AT_FAB_MARKS) || at_fab_is(fab, AT_FAB_SENDERS)) end->signs++;
     at_imm_arrive(end->peer, (uint32_t)data, n);
 }
 
@@ -72,10 +79,10 @@ static void letter_in(at_fab *fab, at_fab_slot *slot, int good) {
     if (end != NULL) at_fab_list_remove(&end->letters, slot);
     if (good) at_fab_read(fab, slot);
     at_fab_slot_free(fab, slot);
-    if (end == NULL && fab->shared != NULL) { /* whichever end: the receive is the shared endpoint's */
+    if (end == NULL && fab->driver->receive != NULL && fab->shared != NULL) { /* whichever end: the receive is the shared endpoint's */
         for (uint32_t i = 0; end == NULL && i < fab->end_count; i++) end = fab->ends[i];
     }
-    if (good && end != NULL && end->ep != NULL) (void)at_fab_receive(end);
+    if (good && end != NULL && end->ep != NULL && fab->driver->receive != NULL) (void)at_fab_receive(end);
 }
 
 static void completed(at_fab *fab, at_fab_slot *slot, int error) {
@@ -99,38 +106,42 @@ static void completed(at_fab *fab, at_fab_slot *slot, int error) {
     }
 }
 
-/* The error queue: a zeroed entry with room to spare, since newer libraries write more. */
-static int read_error(at_fab *fab, at_fab_slot **slot) {
-    union {
-        struct fi_cq_err_entry entry;
-        uint8_t room[sizeof(struct fi_cq_err_entry) + 64];
-    } error;
-    memset(&error, 0, sizeof error);
-    if (fi_cq_readerr(fab->cq, &error.entry, 0) <= 0) return 0;
-    *slot = error.entry.op_context;
-    int code = error.entry.err < 0 ? -error.entry.err : error.entry.err; /* 1.17's shm returns it negative */
-    return code != 0 ? code : FI_EOTHER;
+/* A completion that stands for those before it, which did not ask for one of their own. */
+static void completed_up_to(at_fab *fab, at_fab_slot *slot) {
+    at_fab_end *end = slot->end;
+    at_peer *peer = end->peer;
+    peer->users++;
+    while (slot->state == AT_SLOT_POSTED && slot->end == end && end->posted.head != NULL && end->posted.head != slot) work_done(end, end->posted.head, AT_OK);
+    completed(fab, slot, 0);
+    at_peer_release(peer);
 }
 
 /* One batch: how many, or 0. */
 static int read_batch(at_fab *fab) {
-    struct fi_cq_data_entry entries[BATCH];
-    at_fab_slot *failed = NULL;
-    int error = 0;
+    at_fab_entry entries[BATCH];
     (void)pthread_mutex_lock(&fab->lock);
-    ssize_t n = fi_cq_read(fab->cq, entries, BATCH);
-    if (n == -FI_EAVAIL) error = read_error(fab, &failed);
+    int n = fab->driver->read(fab, entries, BATCH);
     (void)pthread_mutex_unlock(&fab->lock);
-    if (n <= 0 && error == 0) return 0;
+    if (n == 0) return 0;
     at_lane *lane = fab->rail.lane;
     at_lock(lane);
-    for (ssize_t i = 0; i < n; i++) {
-        if (entries[i].flags & FI_REMOTE_WRITE) arrival(fab, entries[i].data); /* the only flag that says so on every provider */
-        else if (entries[i].op_context != NULL) completed(fab, entries[i].op_context, 0);
+    for (int i = 0; i < n; i++) {
+        at_fab_slot *slot = entries[i].slot;
+        if (entries[i].arrival) {
+            arrival(fab, &entries[i]);
+            if (slot != NULL) at_fab_slot_free(fab, slot);
+        } else if (slot == NULL) {
+            continue;
+        } else if (entries[i].error == 0 && slot->kind == AT_SLOT_WORK && slot->state == AT_SLOT_POSTED) {
+            if (at_fab_is(fab, AT_FAB_SENDERS)) completed_up_to(fab, slot);
+            else completed(fab, slot, 0);
+        } else {
+            completed(fab, slot, entries[i].error);
+        }
     }
-    if (error != 0 && failed != NULL) completed(fab, failed, error);
+    if (fab->driver->handed_out != NULL) fab->driver->handed_out(fab);
     at_unlock(lane);
-    return n > 0 ? (int)n : 1;
+    return n;
 }
 
 /* Everything that is there, or very much of it. Slots that were in limbo before are free once all was read: nothing names them any more. */
@@ -209,7 +220,6 @@ static int leaves_off(at_fab *fab) {
 /* With the turn. 1: the queue is armed, whoever likes may sleep on it. 0: there is more to do. */
 static int progress(at_fab *fab, int turn) {
     uint64_t until = at_now() + TURN_NS;
-    struct fid *fids[1] = {&fab->cq->fid};
     for (int i = 0; i < ROUNDS; i++) {
         int busy = at_fab_drain(fab);
         at_lock(fab->rail.lane);
@@ -225,8 +235,9 @@ static int progress(at_fab *fab, int turn) {
             atomic_store(&fab->left, 0);
             return 1;
         }
+        if (fab->driver->look != NULL) fab->driver->look(fab);
         (void)pthread_mutex_lock(&fab->lock);
-        int armed = fab->wait != NULL ? fi_wait(fab->wait, 0) == -FI_ETIMEDOUT : fi_trywait(fab->fabric, fids, 1) == 0;
+        int armed = fab->driver->arm(fab);
         (void)pthread_mutex_unlock(&fab->lock);
         if (armed) {
             atomic_store(&fab->left, 0);
@@ -396,5 +407,3 @@ void at_fab_thread_stop(at_fab *fab) {
     kick(fab);
     (void)pthread_join(fab->thread, NULL);
 }
-
-#endif

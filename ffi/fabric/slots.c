@@ -1,5 +1,4 @@
 /* Slots: what a completion names. Taken and given back, never freed before the rail: a late completion finds memory that is ours. */
-#if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
 #include "fabric.h"
 
@@ -12,7 +11,7 @@ static int add_block(at_fab *fab) {
         uint32_t room = fab->block_room ? fab->block_room * 2 : 8;
         at_fab_slot **blocks = realloc(fab->blocks, room * sizeof *blocks);
         if (blocks != NULL) fab->blocks = blocks;
-        struct fid_mr **mrs = realloc(fab->block_mrs, room * sizeof *mrs);
+        void **mrs = realloc(fab->block_mrs, room * sizeof *mrs);
         if (mrs != NULL) fab->block_mrs = mrs;
         if (blocks == NULL || mrs == NULL) return -1;
         fab->block_room = room;
@@ -20,14 +19,14 @@ static int add_block(at_fab *fab) {
     at_fab_slot *block = calloc(BLOCK, sizeof *block);
     if (block == NULL) return -1;
     at_fab_mr mr = {0};
-    if (at_fab_is(fab, AT_FAB_LOCAL_MR) && at_fab_register_host(fab, block, BLOCK * sizeof *block, FI_SEND | FI_RECV, &mr) != AT_OK) {
+    if (at_fab_is(fab, AT_FAB_LOCAL_MR) && at_fab_register_host(fab, block, BLOCK * sizeof *block, AT_USE_LETTERS, &mr) != AT_OK) {
         free(block);
         return -1;
     }
     fab->blocks[fab->block_count] = block;
     fab->block_mrs[fab->block_count++] = mr.mr;
     for (uint32_t i = 0; i < BLOCK; i++) {
-        block[i].desc = mr.mr != NULL ? fi_mr_desc(mr.mr) : NULL;
+        block[i].desc = mr.mr != NULL ? fab->driver->desc(mr.mr) : NULL;
         block[i].next = fab->free;
         fab->free = &block[i];
     }
@@ -77,11 +76,9 @@ void at_fab_list_remove(at_fab_list *list, at_fab_slot *slot) {
 
 void at_fab_slots_close(at_fab *fab) {
     for (uint32_t i = 0; i < fab->block_count; i++) {
-        if (fab->block_mrs[i] != NULL) (void)fi_close(&fab->block_mrs[i]->fid);
+        if (fab->block_mrs[i] != NULL) fab->driver->dismiss(fab, fab->block_mrs[i]);
         free(fab->blocks[i]);
     }
     free(fab->blocks);
     free(fab->block_mrs);
 }
-
-#endif

@@ -176,6 +176,7 @@ typedef struct at_port {
     /* Asynchronous. Post one work request, from step op->cursor on; how many steps it covers. 0: a completion will come
      * first. AT_EAGAIN: refused, nobody knows for how long. */
     int64_t (*post)(at_peer *peer, at_op *op);
+    void (*flush)(at_peer *peer);                    /* what post has only gathered goes out. NULL: it does not gather */
 
     void (*drain)(at_peer *peer);                    /* hand arrivals to at_imm_arrive */
     void (*rung)(at_peer *peer);                     /* its doorbell was heard, before the drain. NULL: it has none */

@@ -142,7 +142,7 @@ void at_stall(at_peer *peer, int stalled) {
     peer->lane->out.stalled = peer->lane->stalled != 0;
 }
 
-void at_refill(at_peer *peer) {
+static void refill(at_peer *peer) {
     at_lane *lane = peer->lane;
     at_stall(peer, 0);
     const at_port *port = peer->port;
@@ -164,6 +164,11 @@ void at_refill(at_peer *peer) {
         op->cursor += (uint64_t)rc;
         if (op->cursor == op->extent - op->tail) at_op_dequeue(op);
     }
+}
+
+void at_refill(at_peer *peer) {
+    refill(peer);
+    if (peer->port->flush != NULL) peer->port->flush(peer);
 }
 
 void at_op_unpost(at_op *op) {
