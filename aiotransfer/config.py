@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from aiotransfer.errors import ConfigurationError
 
 PREFIX = "AIOTRANSFER_"
-OTHER_NAMES = frozenset({"KEY", "CACHE", "LIBFABRIC", "LIBCUDA", "SKIP_NATIVE", "PROVIDERS", "SANITIZE"})
+OTHER_NAMES = frozenset({"KEY", "CACHE", "LIBFABRIC", "LIBCUDA", "VERBS_DEVICE", "SKIP_NATIVE", "PROVIDERS", "SANITIZE"})
 _MOST_SECONDS = 1e9
 _MOST_INT = (1 << 63) - 1
 _MAY_BE_ZERO = frozenset({"spin_seconds"})

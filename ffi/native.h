@@ -9,6 +9,7 @@
 #include "sim/decls.h"
 #ifdef __linux__
 #include "fabric/decls.h"
+#include "verbs/decls.h"
 #include "shm/decls.h"
 #endif
 #if __has_include("bench/decls.h")

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from aiotransfer.providers import libfabric
+from aiotransfer.providers import libfabric, libibverbs
 
 REQUIRED = frozenset(filter(None, os.environ.get("TESTS_REQUIRE", "").split(",")))
 
@@ -21,6 +21,11 @@ def needs(name: str, missing: str | None) -> pytest.MarkDecorator:
 def needs_tcp() -> pytest.MarkDecorator:
     """libfabric, built in and installed."""
     return needs("tcp", libfabric.missing())
+
+
+def needs_verbs() -> list[pytest.MarkDecorator]:
+    """An RDMA device, such as the guest's of `make test-guest`, where a missing one is a failure."""
+    return [needs("verbs", libibverbs.missing()), pytest.mark.one_loop]
 
 
 def needs_hosts() -> list[pytest.MarkDecorator]:

@@ -1,4 +1,4 @@
-"""tcp and efa: peers on other hosts, by libfabric.
+"""tcp and efa by libfabric, verbs by libibverbs: peers on other hosts.
 
 One question sets a connection up, and up again when it broke: each side opens its endpoint and offers its address, and with it
 how many immediates it has counted so far, so that what was under way is posted again exactly as far as it did not arrive. Another
@@ -20,7 +20,7 @@ import msgspec
 
 from aiotransfer.errors import BrokenError, RegistrationError, StaleRegionError, shortage
 from aiotransfer.model.descriptor import Grant
-from aiotransfer.providers import libfabric, native
+from aiotransfer.providers import libfabric, libibverbs, native
 from aiotransfer.providers.lane import ACCESS, Lane
 from aiotransfer.providers.port import Binding, Conversation, Path, Terms, decode
 
@@ -90,6 +90,22 @@ def _why() -> str:
     return str(native.ffi.string(native.lib.at_fab_why()).decode())
 
 
+def _open_verbs(lane: Lane, host: str, limits: Limits) -> Rail:
+    try:
+        libibverbs.load()
+    except OSError as error:
+        raise BrokenError(str(error), provider="verbs") from error
+    ffi, lib = native.ffi, native.lib
+    out, facts = ffi.new("at_fab **"), ffi.new("at_fab_facts *")
+    rc = libibverbs.open_rail(lane.pointer, host, limits.most_bytes, limits.most_posted, out, facts)
+    if rc != 0:
+        number = lane.system_error()[0] if rc == lib.AT_EIO else errno.ENOMEM if rc == lib.AT_ENOMEM else None
+        words = _why() if rc == lib.AT_EIO else native.text(rc)
+        raise shortage(number, f"no rail: {words}", provider="verbs") or BrokenError(words, provider="verbs")
+    domain, fabric = (ffi.string(field).decode() for field in (facts.domain, facts.fabric))
+    return Rail(out[0], "verbs", f"{domain} ({fabric})", "", int(facts.flags))
+
+
 def libfabric_names(provider: str, version: int) -> tuple[tuple[str, str | None], ...]:
     """What libfabric of this version (major << 16 | minor) calls a provider, and which of its fabrics, best first."""
     if provider == "tcp":
@@ -99,6 +115,8 @@ def libfabric_names(provider: str, version: int) -> tuple[tuple[str, str | None]
 
 def open_rail(lane: Lane, provider: str, host: str, limits: Limits) -> Rail:
     """Load the library and open a rail at a local address. May take half a second; any thread. Raises `BrokenError`."""
+    if provider == "verbs":
+        return _open_verbs(lane, host, limits)
     if provider == "efa":  # its queues have a descriptor only without its own way between processes of a host; ours is shm
         os.environ.setdefault("FI_EFA_ENABLE_SHM_TRANSFER", "0")
     try:
@@ -353,9 +371,15 @@ class FabricProvider:
         self._paths[path.lane_peer] = path
         return path
 
+    def _begins(self, conversation: Conversation, *, dialled: bool) -> bool:
+        """Whether this side is the first to post. A queue pair drops what comes before it is joined: who dialled is joined last."""
+        if self.name == "verbs" or self._incarnation == conversation.incarnation:
+            return dialled
+        return self._incarnation < conversation.incarnation
+
     async def dial(self, conversation: Conversation, theirs: Terms) -> FabricPath:
         """Open an endpoint for the peer, offer its address, take the other side's, and hear from it."""
-        path = await self._path(conversation, first=self._incarnation <= conversation.incarnation)
+        path = await self._path(conversation, first=self._begins(conversation, dialled=True))
         try:
             body = await conversation.ask(self.name, _encode(path.offer(1)))
             path.take(decode(_offers, body, "offer", self.name))
@@ -386,7 +410,7 @@ class FabricProvider:
         return _encode(ours), None
 
     async def _accept(self, conversation: Conversation, question: _Offer) -> tuple[bytes, Path]:
-        path = await self._path(conversation, first=self._incarnation < conversation.incarnation)
+        path = await self._path(conversation, first=self._begins(conversation, dialled=False))
         try:
             ours = path.offer(1)
             path.take(question)

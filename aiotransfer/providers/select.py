@@ -7,19 +7,18 @@ from typing import Any
 
 from aiotransfer.errors import BusyError, ProviderUnavailableError, TransferError, shortage
 from aiotransfer.model.descriptor import Grant
-from aiotransfer.providers import libfabric, native
+from aiotransfer.providers import libfabric, libibverbs, native
 from aiotransfer.providers.lane import Lane, Segment
 from aiotransfer.providers.port import Provider
 
 KNOWN = ("shm", "loopback", "tcp", "efa", "verbs")
-NOT_YET = {"verbs": "not part of this version yet"}
 
 
 def availability() -> dict[str, str | None]:
     """For each known provider None, or why it cannot be used here."""
     if native.lib is None:
         return dict.fromkeys(KNOWN, f"no native extension: {native.failure}")
-    result: dict[str, str | None] = dict(NOT_YET)
+    result: dict[str, str | None] = {"verbs": libibverbs.missing()}
     result["tcp"] = libfabric.missing()
     result["efa"] = libfabric.missing() or libfabric.no_efa()
     result["shm"] = None if native.has_shm else "needs Linux"
@@ -66,7 +65,7 @@ def open_providers(
                     from aiotransfer.providers.shm import ShmProvider  # in here: reading it takes a descriptor too
 
                     opened[name] = ShmProvider(lane, incarnation, segment_of)
-                elif name in ("tcp", "efa"):
+                elif name in ("tcp", "efa", "verbs"):
                     from aiotransfer.providers.fabric import FabricProvider
 
                     opened[name] = FabricProvider(name, lane, incarnation, lent, world.limits)

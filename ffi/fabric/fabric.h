@@ -133,6 +133,7 @@ typedef struct {
     uint64_t there[AT_FAB_IOV], nbytes[AT_FAB_IOV];
     uint64_t key;
     void *desc;
+    int device; /* it is memory of a GPU, which the processor cannot read */
     uint32_t count;
     uint64_t bytes;
 } at_fab_vector;

@@ -86,11 +86,11 @@ void at_fab_tell(at_fab_end *end) {
         at_fab_slot_free(fab, slot);
         return;
     }
+    slot->kind = AT_SLOT_LETTER_OUT; /* first: its completion may be read as soon as it is sent */
     (void)pthread_mutex_lock(&fab->lock);
     int rc = fab->driver->send(end, slot);
     (void)pthread_mutex_unlock(&fab->lock);
     if (rc == 0) {
-        slot->kind = AT_SLOT_LETTER_OUT;
         slot->state = AT_SLOT_POSTED;
         slot->end = end;
         at_fab_list_add(&end->letters, slot);

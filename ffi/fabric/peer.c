@@ -226,6 +226,7 @@ static int make(at_fab_end *end, uint32_t generation, at_fab_offer *out) {
     }
     int rc = open_endpoint(end);
     for (uint32_t i = 0; rc == AT_OK && end->fab->driver->receive != NULL && i < AT_FAB_RECEIVES; i++) rc = at_fab_receive(end);
+    if (rc == AT_OK && end->fab->driver->handed_out != NULL) end->fab->driver->handed_out(end->fab); /* receives for one more */
     if (rc == AT_OK) rc = describe(end, out);
     if (rc != AT_OK) {
         close_endpoint(end);

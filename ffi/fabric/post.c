@@ -95,12 +95,14 @@ static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
     void *desc;
     int rc = at_fab_source(fab, op, &desc);
     if (rc != AT_OK) return rc;
-    at_fab_vector v = {.key = op->remote != NULL ? op->remote->key : 0, .desc = desc};
+    at_fab_vector v = {.key = op->remote != NULL ? op->remote->key : 0, .desc = desc,
+                         .device = op->region != NULL && op->region->cuda >= 0};
     uint64_t counts = 0, data = 0, steps = gather(end, op, first, most, &v, &counts);
     if (counts != 0) {
         data = (uint64_t)op->imm;
         if (at_fab_is(fab, AT_FAB_MARKS)) data |= (counts - 1) << 32 | (uint64_t)end->their_mark << 44;
     }
+    slot->kind = AT_SLOT_WORK;
     (void)pthread_mutex_lock(&fab->lock);
     int done = fab->driver->post(end, slot, &v, op->kind == AT_OP_READ, counts != 0, data);
     (void)pthread_mutex_unlock(&fab->lock);
@@ -110,7 +112,6 @@ static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
         return AT_ERAIL;
     }
     slot->state = AT_SLOT_POSTED;
-    slot->kind = AT_SLOT_WORK;
     slot->end = end;
     slot->op = op;
     slot->cookie = op->cookie;

@@ -131,7 +131,8 @@ static int read_batch(at_fab *fab) {
             arrival(fab, &entries[i]);
             if (slot != NULL) at_fab_slot_free(fab, slot);
         } else if (slot == NULL) {
-            continue;
+            at_fab_end *end = entries[i].error != 0 ? sender(fab, &entries[i]) : NULL;
+            if (end != NULL) at_fab_end_break(end, entries[i].error);
         } else if (entries[i].error == 0 && slot->kind == AT_SLOT_WORK && slot->state == AT_SLOT_POSTED) {
             if (at_fab_is(fab, AT_FAB_SENDERS)) completed_up_to(fab, slot);
             else completed(fab, slot, 0);

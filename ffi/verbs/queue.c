@@ -1,0 +1,161 @@
+/* The completion queue: read, arm, replace what was used up; and what the device says of itself. */
+#if __has_include(<infiniband/verbs.h>)
+
+#include "verbs.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+
+#define BATCH 32
+#define ACKNOWLEDGE 64u /* events in one go: each go takes a mutex */
+
+/* Of an error nothing is certain but the work request and the status. */
+static int errno_of(enum ibv_wc_status status) {
+    switch (status) {
+    case IBV_WC_SUCCESS: return 0;
+    case IBV_WC_RETRY_EXC_ERR: return ETIMEDOUT;        /* no acknowledgement came */
+    case IBV_WC_RNR_RETRY_EXC_ERR: return EBUSY;        /* the other side had no receives */
+    case IBV_WC_WR_FLUSH_ERR: return ECONNRESET;        /* something before it failed */
+    case IBV_WC_REM_ACCESS_ERR: return EACCES;          /* the other side does not lend that memory */
+    case IBV_WC_LOC_PROT_ERR: return EFAULT;
+    case IBV_WC_LOC_QP_OP_ERR: return ENETDOWN;         /* soft-RoCE: no way out of this host */
+    case IBV_WC_REM_OP_ERR: return EREMOTEIO;
+    default: return EIO;
+    }
+}
+
+/* Is there something to hand out? */
+static int translate(at_vrb *vrb, const struct ibv_wc *wc, at_fab_entry *out) {
+    at_vqp *q = at_vrb_qp_find(vrb, wc->qp_num);
+    *out = (at_fab_entry){.error = errno_of(wc->status), .mark = q != NULL ? q->mark : UINT32_MAX, .unique = q != NULL ? q->unique : 0};
+    if (wc->wr_id == AT_VRB_CREDIT) {
+        if (q != NULL) q->telling = 0;
+        return out->error != 0;
+    }
+    if (wc->wr_id == AT_VRB_MARKER) {
+        if (q != NULL) q->drained = 1;
+        return 0;
+    }
+    out->slot = (at_fab_slot *)(uintptr_t)wc->wr_id;
+    if (out->slot->kind != AT_SLOT_LETTER_IN) return 1;
+    vrb->stocked--;
+    if (out->error == 0 && q != NULL) q->used++;
+    out->arrival = out->error == 0 && wc->opcode == IBV_WC_RECV_RDMA_WITH_IMM;
+    if (out->arrival) out->data = ntohl(wc->imm_data);
+    return 1;
+}
+
+void at_vrb_stash_all(at_vrb *vrb) {
+    struct ibv_wc wc[BATCH];
+    for (int n = BATCH; n == BATCH && vrb->stash_room - vrb->stashed >= BATCH;) {
+        n = ibv_poll_cq(vrb->cq, BATCH, wc);
+        for (int i = 0; i < n; i++) {
+            uint32_t at = (vrb->stash_first + vrb->stashed) % vrb->stash_room;
+            if (translate(vrb, &wc[i], &vrb->stash[at])) vrb->stashed++;
+        }
+    }
+}
+
+int at_vrb_read(at_fab *fab, at_fab_entry *entries, int most) {
+    at_vrb *vrb = at_vrb_of(fab);
+    int count = 0;
+    while (vrb->stashed != 0 && count < most) {
+        entries[count++] = vrb->stash[vrb->stash_first];
+        vrb->stash_first = (vrb->stash_first + 1) % vrb->stash_room;
+        vrb->stashed--;
+    }
+    struct ibv_wc wc[BATCH];
+    while (count < most) {
+        int room = most - count < BATCH ? most - count : BATCH, n = ibv_poll_cq(vrb->cq, room, wc);
+        for (int i = 0; i < n; i++) count += translate(vrb, &wc[i], &entries[count]);
+        if (n < room) break;
+    }
+    return count;
+}
+
+static uint32_t how_many_are_missing(at_vrb *vrb, uint32_t wanted) {
+    (void)pthread_mutex_lock(&vrb->fab.lock);
+    uint32_t missing = vrb->stocked < wanted ? wanted - vrb->stocked : 0;
+    (void)pthread_mutex_unlock(&vrb->fab.lock);
+    return missing;
+}
+
+/* As many receives as are missing, in chains. Are all there now? */
+static int stock(at_vrb *vrb) {
+    at_fab *fab = &vrb->fab;
+    struct ibv_recv_wr chain[BATCH], *bad = NULL;
+    struct ibv_sge sges[BATCH];
+    at_fab_slot *slots[BATCH];
+    uint32_t wanted = vrb->connections * AT_VRB_CREDITS;
+    for (uint32_t missing; (missing = how_many_are_missing(vrb, wanted)) != 0;) {
+        uint32_t n = 0;
+        for (; n < BATCH && n < missing && (slots[n] = at_fab_slot_take(fab)) != NULL; n++) {
+            slots[n]->kind = AT_SLOT_LETTER_IN;
+            slots[n]->state = AT_SLOT_POSTED;
+            sges[n] = (struct ibv_sge){.addr = (uint64_t)(uintptr_t)&slots[n]->letter, .length = sizeof slots[n]->letter,
+                                       .lkey = ((const struct ibv_mr *)slots[n]->desc)->lkey};
+            chain[n] = (struct ibv_recv_wr){.wr_id = (uint64_t)(uintptr_t)slots[n], .sg_list = &sges[n], .num_sge = 1};
+            if (n != 0) chain[n - 1].next = &chain[n];
+        }
+        if (n == 0) return 0;
+        (void)pthread_mutex_lock(&fab->lock);
+        int rc = ibv_post_srq_recv(vrb->srq, chain, &bad);
+        uint32_t done = rc == 0 ? n : (uint32_t)(bad - chain);
+        vrb->stocked += done;
+        (void)pthread_mutex_unlock(&fab->lock);
+        for (uint32_t i = done; i < n; i++) at_fab_slot_free(fab, slots[i]);
+        if (rc != 0) return 0;
+    }
+    return 1;
+}
+
+/* Used up receives are replaced, and only then is their number told. */
+void at_vrb_handed_out(at_fab *fab) {
+    at_vrb *vrb = at_vrb_of(fab);
+    if (!stock(vrb)) return;
+    (void)pthread_mutex_lock(&fab->lock);
+    for (uint32_t i = 0; i < fab->end_count; i++)
+        if (fab->ends[i] != NULL && fab->ends[i]->ep != NULL) at_vrb_credit(vrb, at_vqp_of(fab->ends[i]));
+    (void)pthread_mutex_unlock(&fab->lock);
+}
+
+int at_vrb_arm(at_fab *fab) {
+    at_vrb *vrb = at_vrb_of(fab);
+    struct ibv_cq *cq;
+    void *context;
+    if (vrb->stashed != 0) return 0;
+    while (at_vrb_library.get_cq_event(vrb->channel, &cq, &context) == 0) vrb->unacknowledged++;
+    if (vrb->unacknowledged >= ACKNOWLEDGE) {
+        at_vrb_library.ack_cq_events(vrb->cq, vrb->unacknowledged);
+        vrb->unacknowledged = 0;
+    }
+    if (ibv_req_notify_cq(vrb->cq, 0) != 0) return 0;
+    at_vrb_stash_all(vrb);
+    return vrb->stashed == 0;
+}
+
+static void break_all(at_fab *fab, const struct ibv_qp *only, int error) {
+    at_lock(fab->rail.lane);
+    for (uint32_t i = 0; i < fab->end_count; i++) {
+        at_fab_end *end = fab->ends[i];
+        if (end != NULL && end->ep != NULL && (only == NULL || at_vqp_of(end)->qp == only)) at_fab_end_break(end, error);
+    }
+    at_unlock(fab->rail.lane);
+}
+
+/* Told by the device: a port has gone, or the whole of it, or one connection. That a port is back is found out by opening again. */
+void at_vrb_look(at_fab *fab) {
+    at_vrb *vrb = at_vrb_of(fab);
+    struct ibv_async_event event;
+    while (at_vrb_library.get_async_event(vrb->context, &event) == 0) {
+        const struct ibv_qp *qp = event.element.qp;
+        enum ibv_event_type type = event.event_type;
+        int port = event.element.port_num;
+        at_vrb_library.ack_async_event(&event); /* first: destroying what it is about waits for that */
+        if (type == IBV_EVENT_QP_FATAL || type == IBV_EVENT_QP_REQ_ERR || type == IBV_EVENT_QP_ACCESS_ERR) break_all(fab, qp, EIO);
+        else if (type == IBV_EVENT_PORT_ERR && port == vrb->port) break_all(fab, NULL, ENETDOWN);
+        else if (type == IBV_EVENT_DEVICE_FATAL || type == IBV_EVENT_CQ_ERR || type == IBV_EVENT_SRQ_ERR) break_all(fab, NULL, ENODEV);
+    }
+}
+
+#endif
