@@ -12,7 +12,7 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-tcp docs \
-	test-chaos test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
+	test-chaos test-guest test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
 
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
@@ -118,6 +118,10 @@ test-matrix: $(STAMPS)/test
 # Processes killed, stopped and blocked for MINUTES beside one engine that lives on; writes docs/reliability/soak.md.
 soak: $(STAMPS)/test
 	$(PY) -m tests.reliability.soak --minutes $(MINUTES) --report $(ARGS)
+
+# verbs, on soft-RoCE: Debian's kernel under emulation, on this checkout (installs QEMU by apt, fetches 70 MB once). A skip is a failure.
+test-guest: $(STAMPS)/test
+	$(PY) -m tests.guest.run -- $(PY) -m pytest -q -p no:cacheprovider tests/guest $(ARGS)
 
 # Every decoder under a coverage-guided fuzzer, 1,200,000 inputs unless RUNS says otherwise; writes docs/reliability/fuzz.md.
 fuzz: RUNS = 1200000

@@ -84,6 +84,7 @@ class Limits(NamedTuple):
     most_bytes: int = 0
     most_posted: int = 0
     device_memory: int = 0  # what it is asked for although it is not known to have it
+    verbs_device: str = ""  # the one that this engine uses: another than that of another engine of this process
 
 
 def _why() -> str:
@@ -97,7 +98,7 @@ def _open_verbs(lane: Lane, host: str, limits: Limits) -> Rail:
         raise BrokenError(str(error), provider="verbs") from error
     ffi, lib = native.ffi, native.lib
     out, facts = ffi.new("at_fab **"), ffi.new("at_fab_facts *")
-    rc = libibverbs.open_rail(lane.pointer, host, limits.most_bytes, limits.most_posted, out, facts)
+    rc = libibverbs.open_rail(lane.pointer, host, limits, out, facts)
     if rc != 0:
         number = lane.system_error()[0] if rc == lib.AT_EIO else errno.ENOMEM if rc == lib.AT_ENOMEM else None
         words = _why() if rc == lib.AT_EIO else native.text(rc)
@@ -129,7 +130,7 @@ def open_rail(lane: Lane, provider: str, host: str, limits: Limits) -> Rail:
         words = [ffi.NULL if word is None else ffi.new("char[]", word.encode()) for word in (name, fabric, host)]
         options = ffi.new("at_fab_options *")
         options.provider, options.fabric, options.node = words
-        options.without, options.most_bytes, options.most_posted, options.device_memory = limits
+        options.without, options.most_bytes, options.most_posted, options.device_memory = limits[:4]
         rc = lib.at_fab_open(lane.pointer, options, out, facts)
         if rc == 0:
             version = f"{facts.version >> 16}.{facts.version & 0xFFFF}"

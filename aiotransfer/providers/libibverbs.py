@@ -57,8 +57,9 @@ def load(environ: Mapping[str, str] = os.environ) -> None:
         raise OSError(f"{chosen} cannot be loaded: {native.ffi.string(native.lib.at_fab_why()).decode()}")
 
 
-def open_rail(lane: Any, host: str, most_bytes: int, most_posted: int, out: Any, facts: Any) -> int:
+def open_rail(lane: Any, host: str, limits: Any, out: Any, facts: Any) -> int:
     """A status of the lane; `out` and `facts` are filled in by `at_verbs_open`."""
-    ffi, named = native.ffi, os.environ.get(DEVICE)
+    ffi, named = native.ffi, limits.verbs_device or os.environ.get(DEVICE)
     device = ffi.new("char[]", named.encode()) if named else ffi.NULL
-    return int(native.lib.at_verbs_open(lane, device, ffi.new("char[]", host.encode()), most_bytes, most_posted, out, facts))
+    node = ffi.new("char[]", host.encode())
+    return int(native.lib.at_verbs_open(lane, device, node, limits.most_bytes, limits.most_posted, out, facts))

@@ -197,6 +197,7 @@ struct at_fab {
     uint64_t closings, read_up_to; /* endpoints that were closed; those of which everything that had arrived has been handed out */
     uint32_t posted; /* work requests, of the rail */
     int saturated;   /* somebody was refused for that */
+    int gathering;       /* a batch of completions is handed out: what they make room for goes out together */
     int eager;       /* an end has something to post or to tell although nothing has completed */
 
     pthread_t thread;

@@ -151,7 +151,7 @@ int64_t at_fab_post(at_peer *peer, at_op *op) {
 void at_fab_flush_posts(at_peer *peer) {
     at_fab_end *end = peer->impl;
     at_fab *fab = end->fab;
-    if (end->ep == NULL || fab->driver->flush == NULL) return;
+    if (end->ep == NULL || fab->driver->flush == NULL || fab->gathering) return;
     (void)pthread_mutex_lock(&fab->lock);
     int rc = fab->driver->flush(end);
     (void)pthread_mutex_unlock(&fab->lock);

@@ -125,6 +125,7 @@ static int read_batch(at_fab *fab) {
     if (n == 0) return 0;
     at_lane *lane = fab->rail.lane;
     at_lock(lane);
+    fab->gathering = fab->driver->flush != NULL;
     for (int i = 0; i < n; i++) {
         at_fab_slot *slot = entries[i].slot;
         if (entries[i].arrival) {
@@ -139,6 +140,11 @@ static int read_batch(at_fab *fab) {
         } else {
             completed(fab, slot, entries[i].error);
         }
+    }
+    if (fab->gathering) {
+        fab->gathering = 0;
+        for (uint32_t i = 0; i < fab->end_count; i++)
+            if (fab->ends[i] != NULL) at_fab_flush_posts(fab->ends[i]->peer);
     }
     if (fab->driver->handed_out != NULL) fab->driver->handed_out(fab);
     at_unlock(lane);

@@ -30,7 +30,7 @@ async def other_process(
     engine: at.Engine, providers: str = "auto", limits: Limits = NONE, host: Host | None = None, *, contained: bool = False
 ) -> AsyncIterator[tuple[subprocess.Popen[bytes], at.Peer]]:
     """Start it, on another host if one is given, wait until it has connected, kill it at the end."""
-    command = [sys.executable, str(Path(__file__)), str(engine.address), providers, ",".join(map(str, limits))]
+    command = [sys.executable, str(Path(__file__)), str(engine.address), providers, ",".join(map(str, limits[:4]))]
     process = subprocess.Popen(command) if host is None else host.popen([*command, host.listen], contained=contained)
     arrivals = engine.arrivals()
     try:

@@ -1,0 +1,141 @@
+"""verbs beyond the contract, on soft-RoCE: two NICs and a cable between them, in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import aiotransfer as at
+from aiotransfer.engine.world import World
+from aiotransfer.providers import native
+from aiotransfer.providers.fabric import Limits
+from aiotransfer.testing import Pair
+from tests.needs import needs_verbs
+from tests.providers.breaking import PAGE, BreakingConnections, ready
+
+pytestmark = [pytest.mark.asyncio, *needs_verbs()]
+COUNTERS = Path("/sys/class/infiniband")
+
+
+@asynccontextmanager
+async def cable() -> AsyncIterator[Pair]:
+    """Two engines, each on its own NIC: frames go by the cable from a0 to b0."""
+    async with AsyncExitStack() as stack:
+        left, right = [
+            await stack.enter_async_context(
+                at.open_engine(providers="verbs", timeout=30, name=name, _world=World(limits=Limits(verbs_device=device)))
+            )
+            for name, device in (("left", "rxea0"), ("right", "rxeb0"))
+        ]
+        right_peer = await left.connect(right.address)
+        arrivals = right.arrivals()
+        left_peer = await anext(arrivals)
+        await arrivals.aclose()  # type: ignore[attr-defined]
+        yield Pair(left, right, right_peer, left_peer)
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+@contextmanager
+def struck(strike: str, heal: str) -> Iterator[None]:
+    """Something is done to a NIC, and undone."""
+    run(*strike.split())
+    try:
+        yield
+    finally:
+        run(*heal.split())
+
+
+def counted(name: str) -> int:
+    """A counter of soft-RoCE, over all devices."""
+    return sum(int(file.read_text()) for file in COUNTERS.glob(f"rxe*/ports/1/hw_counters/{name}"))
+
+
+class TestBreaking(BreakingConnections):
+    provider = "verbs"
+    pages = 256
+    rounds = 4
+
+    def engines(self) -> AbstractAsyncContextManager[Pair]:
+        return cable()
+
+
+async def test_the_path_names_device_port_and_address() -> None:
+    async with cable() as pair:
+        assert pair.right_peer.path.rails == ("verbs:rxea0/1 ::ffff:10.78.0.1 (RoCE v2, GID 1)",)
+        assert pair.left_peer.path.rails == ("verbs:rxeb0/1 ::ffff:10.78.0.2 (RoCE v2, GID 1)",)
+
+
+async def test_a_stuck_target_never_runs_out_of_receives() -> None:
+    """More immediates than there are receives, while nobody replaces them."""
+    async with ready(cable(), 8) as (pair, _, remote, source):
+        await pair.left.write(source, remote, imm=1)
+        before = counted("send_rnr_err"), counted("rcvd_rnr_err")
+        transfers = [pair.left.signal(pair.right_peer, 1) for _ in range(2000)]
+        time.sleep(0.2)  # both loops are stuck: what moves is moved by the native threads
+        transfers += [pair.left.write(source[:8], remote[:8], imm=1) for _ in range(2000)]
+        await at.wait_all(transfers)
+        await pair.right.counter(imm=1).wait(4001, timeout=10)
+        assert (counted("send_rnr_err"), counted("rcvd_rnr_err")) == before
+        assert pair.right.counter(imm=1).total == 4001
+
+
+async def test_work_requests_are_chained_and_most_ask_for_no_completion() -> None:
+    async with ready(cable(), 512) as (pair, _, remote, source):
+        await pair.left.write(source, remote)
+        posts = native.ffi.new("uint64_t[4]")
+        peer = pair.right_peer.path.lane_peer
+        assert native.lib.at_verbs_posts(pair.left._p, peer, posts) == 0
+        calls, requests, inline, signalled = posts
+        there = np.random.default_rng(1).permutation(512)
+        await pair.left.write_pages(source, np.arange(512), remote, there, page_bytes=64, dst_stride=PAGE, src_stride=PAGE, imm=3)
+        await pair.right.counter(imm=3).wait(512, timeout=10)
+        assert native.lib.at_verbs_posts(pair.left._p, peer, posts) == 0
+        assert posts[1] - requests >= 512
+        assert (posts[1] - requests) / (posts[0] - calls) >= 4
+        assert posts[3] - signalled <= (posts[1] - requests) / 4
+        assert posts[2] - inline == 512, "64 bytes fit into a work request"
+
+
+@pytest.mark.parametrize(
+    ("strike", "heal"),
+    [
+        ("ip link set a0 down", "ip link set a0 up"),
+        ("ip link set b0 down", "ip link set b0 up"),
+        ("tc qdisc add dev a0 root netem loss 100%", "tc qdisc del dev a0 root"),
+    ],
+    ids=["own NIC down", "far NIC down", "silent loss"],
+)
+async def test_a_rail_that_dies_and_heals_loses_nothing_and_counts_nothing_twice(strike: str, heal: str) -> None:
+    async with ready(cable(), 256) as (pair, target, remote, source):
+        there = np.random.default_rng(5).permutation(256)
+        transfers = [pair.left.write_pages(source, np.arange(256), remote, there, page_bytes=PAGE, imm=1) for _ in range(4)]
+        with struck(strike, heal):
+            transfers += [pair.left.signal(pair.right_peer, 1) for _ in range(100)]
+            await asyncio.sleep(1)
+            assert not all(transfer.done() for transfer in transfers)
+            assert pair.right_peer.path.broken
+        await at.wait_all(transfers)
+        await pair.right.counter(imm=1).wait(4 * 256 + 100, timeout=10)
+        await asyncio.sleep(0.1)
+        assert pair.right.counter(imm=1).total == 4 * 256 + 100
+        expected = np.empty((256, PAGE), np.uint8)
+        expected[there] = source.numpy().reshape(256, PAGE)
+        assert np.array_equal(target.numpy().reshape(256, PAGE), expected)
+        assert pair.right_peer.path.generation > 1
+
+
+async def test_memory_that_may_only_be_read_is_a_source() -> None:
+    async with ready(cable(), 1) as (pair, target, remote, _):
+        source = pair.left.register(bytes(range(256)) * 16)
+        await pair.left.write(source, remote)
+        assert bytes(target.numpy()) == bytes(range(256)) * 16
