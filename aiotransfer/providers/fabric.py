@@ -373,7 +373,7 @@ class FabricProvider:
         return path
 
     def _begins(self, conversation: Conversation, *, dialled: bool) -> bool:
-        """Whether this side is the first to post. A queue pair drops what comes before it is joined: who dialled is joined last."""
+        """Whether this side is the first to post. A queue pair drops what comes before it is joined: who dialled joins last."""
         if self.name == "verbs" or self._incarnation == conversation.incarnation:
             return dialled
         return self._incarnation < conversation.incarnation

@@ -1,8 +1,8 @@
 """Builds what the guest boots from, out of Debian's kernel package: nothing of it is installed here.
 
-The kernel goes in as an ELF (unpacking it under emulation would cost seconds), with the modules for RDMA in software, for the shared
-file systems and for virtual NICs in a small initial file system. Kept in the user's cache folder; made again when the package or this
-folder changes.
+The kernel goes in as an ELF (unpacking it under emulation would cost seconds), with the modules for RDMA in software, for the
+shared file systems and for virtual NICs in a small initial file system. Kept in the user's cache folder; made again when the
+package or this folder changes.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def build() -> Path:
         initial_files(root, version, files)
         with open(cache / "initramfs.cpio", "wb") as archive:
             names = subprocess.run(["find", "."], cwd=files, check=True, capture_output=True).stdout
-            subprocess.run(["cpio", "--quiet", "-o", "-H", "newc", "-R", "0:0"], cwd=files, input=names, stdout=archive, check=True)
+            pack = ["cpio", "--quiet", "-o", "-H", "newc", "-R", "0:0"]
+            subprocess.run(pack, cwd=files, input=names, stdout=archive, check=True)
     (cache / "stamp").write_text(stamp)
     return cache
 

@@ -2,8 +2,8 @@
 
     python -m tests.guest.run [--seconds 240] [--rails 2] -- .venv/bin/python -m pytest tests/guest
 
-The guest sees this machine's files read-only, and what it writes is gone afterwards. Its output comes out here. The exit code is the
-command's; 124: it took too long; 125: there was no guest, and why is said.
+The guest sees this machine's files read-only, and what it writes is gone afterwards. Its output comes out here. The exit code is
+the command's; 124: it took too long; 125: there was no guest, and why is said.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RDTSC = b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0\xc3"  # rdtsc; shl rdx, 32; or ra
 
 
 def tsc_khz() -> int:
-    """How fast this machine's time stamps count. The guest would find out by an emulated timer, wrongly when the machine is busy."""
+    """How fast this machine's time stamps count. The guest would ask an emulated timer, which errs when the machine is busy."""
     code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     code.write(RDTSC)
     read = ctypes.CFUNCTYPE(ctypes.c_uint64)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
@@ -47,7 +47,8 @@ def tsc_khz() -> int:
 
 def machine(cache: Path, exchange: Path, out: int) -> list[str]:
     """QEMU's command line. Emulated: what virtualisation there is here does not start this kernel."""
-    words = f"console=ttyS0 quiet panic=-1 tsc=reliable tsc_early_khz={tsc_khz()} nokaslr mitigations=off random.trust_cpu=on net.ifnames=0"
+    words = f"console=ttyS0 quiet panic=-1 tsc=reliable tsc_early_khz={tsc_khz()} "
+    words += "nokaslr mitigations=off random.trust_cpu=on net.ifnames=0"
     return [
         "qemu-system-x86_64", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-m", "2G", "-smp", "2",
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",

@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +14,7 @@ import aiotransfer as at
 from aiotransfer.engine.world import World
 from aiotransfer.providers import libfabric, native
 from aiotransfer.providers.fabric import Limits
-from aiotransfer.testing import Pair, engine_pair, stopped
+from aiotransfer.testing import engine_pair, stopped
 from aiotransfer.testing.contract import ProviderContract
 from tests.engine.processes import NBYTES, other_process
 from tests.needs import needs_tcp
