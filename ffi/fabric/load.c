@@ -7,7 +7,8 @@
 
 #if !__has_include(<rdma/fabric.h>) || !__has_include(<rdma/fi_rma.h>)
 
-#define     type call { return value; }
+#define ABSENT(type, call, value) \
+    type call { return value; }
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-parameter"
 ABSENT(int, at_fab_built(void), 0)
