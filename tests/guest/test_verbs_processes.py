@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,30 @@ from tests.needs import needs_verbs
 
 pytestmark = [pytest.mark.asyncio, *needs_verbs()]
 BLOCK = 2.0
+COUNTERS = Path("/sys/class/infiniband")
+
+
+def not_ready() -> int:
+    """How often any device has told a sender that there was no receive."""
+    return sum(int(file.read_text()) for file in COUNTERS.glob("rxe*/ports/1/hw_counters/*_rnr_err"))
+
+
+async def test_a_stopped_target_never_runs_out_of_receives() -> None:
+    """Many more immediates than there are receives, while nobody replaces them."""
+    config = at.Config(peer_timeout=60)
+    opened = at.open_engine(providers="verbs", timeout=30, config=config)
+    async with opened as engine, other_process(engine, "verbs") as (process, peer):
+        await engine.signal(peer, 1)
+        before, messages = not_ready(), engine.messages()
+        with stopped(process):
+            transfers = [engine.signal(peer, 1) for _ in range(1000)]
+            await asyncio.sleep(0.5)
+            assert 32 < sum(transfer.done() for transfer in transfers) < 128, "what was given credit for, and no more"
+        await at.wait_all(transfers)
+        assert not_ready() == before
+        await peer.send(b"count")
+        assert int((await anext(messages)).data) == 1001
+        await messages.aclose()  # type: ignore[attr-defined]
 
 
 async def test_a_stuck_process_is_written_to_and_counts() -> None:
