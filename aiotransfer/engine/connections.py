@@ -1,7 +1,9 @@
 """Connections: dialing, accepting, choosing a path, and merging two dials that cross.
 
 Two engines may dial each other at the same moment; both connections authenticate, and exactly one may stay. The rule needs no
-conversation: the connection dialed by the smaller incarnation wins. The side that finds a loser says Merge and closes it; the
+conversation: the connection dialed by the smaller incarnation wins, unless the other one is up already. Only its dialer knows
+that, who is up first: so the greater incarnation decides between its own dial and one that it accepts, and the smaller one, where
+it has begun to answer the other's dial, waits for what becomes of that. The side that finds a loser says Merge and closes it; the
 dialer of the loser then waits for the peer that the other connection makes. Whoever waits for an attempt of somebody else that
 is given up dials for himself.
 
@@ -95,16 +97,18 @@ class Connections:
     async def _dialed(self, link: Link, address: Address, require: str | None) -> Peer | None:
         """The peer at the other end; None when it must be dialed again."""
         engine = self._engine
-        known = self.peers.get(link.incarnation)
-        mine = engine.incarnation < link.incarnation
-        if known is not None and (known._state == "up" or (not known._link.dialed and not mine)):
-            link.close("duplicate")  # the peer that exists, or theirs that is about to
-            return await self._join(known, require)
-        if known is not None and known._link.dialed:
-            link.close("duplicate")  # another connect() of ours is at it
-            return await self._join(known, require)
-        if known is not None:
-            self._merge(known)
+        while (known := self.peers.get(link.incarnation)) is not None:
+            waits = known._state == "connecting" and not known._link.dialed and engine.incarnation < link.incarnation
+            if not waits:  # the peer that exists, or one that another connect() of ours or theirs is about to make
+                link.close("duplicate")
+                return await self._join(known, require)
+            try:
+                await self._join(known, None)  # their dial, which gives way to this one unless it is up there already
+            except BaseException:  # cancelled, or the engine closes
+                link.close("given up")
+                raise
+        if link.ended:
+            return None
         peer = Peer(engine, link)
         peer.address = address
         self.peers[link.incarnation] = peer
@@ -190,10 +194,6 @@ class Connections:
         self._start(peer, link)
         timer = engine._loop.call_later(ACCEPT_SECONDS, self._overdue, peer)
         peer._up.add_done_callback(lambda _: timer.cancel())
-
-    def _merge(self, loser: Peer) -> None:
-        loser._post(frames.Merge())
-        loser._finish("closed", _Merged("merged with the connection dialed by this side"), "merged")
 
     def _overdue(self, peer: Peer) -> None:
         if peer._state == "connecting":

@@ -94,11 +94,15 @@ class Caller:
                 else:
                     done.set_exception(error)
 
+        asked: list[Callable[[], T]] = [work]
+        del work
+
         def run() -> None:
             try:
-                answer: tuple[T | None, BaseException | None] = (work(), None)
+                answer: tuple[T | None, BaseException | None] = (asked.pop()(), None)
             except BaseException as error:  # handed to whoever waits, in his own thread
                 answer = (None, error)
+            # From here on this thread holds nothing of the store, which may be destroyed in the thread of whoever waited.
             try:
                 loop.call_soon_threadsafe(settle, *answer)
             except RuntimeError:  # the loop was closed: nobody waits any more

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from aiotransfer.engine.engine import _engines
 
-JOINED_SECONDS = 0.1
+JOINED_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def snapshot() -> Leaks:
 
 
 def leaks_since(before: Leaks) -> list[str]:
-    """What is there now and was not at `before`. A joined thread is listed by the kernel a moment longer: that is waited for."""
+    """What is there now and was not at `before`. Threads that are ending (the kernel lists one a bit longer) are waited for."""
     until = time.monotonic() + JOINED_SECONDS
     while (left := snapshot()).threads > before.threads and time.monotonic() < until:
         time.sleep(0.001)

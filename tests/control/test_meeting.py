@@ -117,3 +117,21 @@ async def test_senders_that_give_up_in_the_queue_hold_nobody_up() -> None:
                     break
         await asyncio.gather(*sends, return_exceptions=True)
         assert seen == kept
+
+
+async def test_a_dial_that_is_up_on_its_own_side_only_is_not_given_up_for_a_crossing_one() -> None:
+    async with at.open_engine() as a, at.open_engine() as b:
+        small, great = sorted((a, b), key=lambda engine: engine.incarnation)
+        connections = small._connections
+        came_up = connections.came_up
+        connections.came_up = lambda peer, inbound=True: None if inbound else came_up(peer, inbound)  # type: ignore[method-assign]
+        there = await great.connect(small.address, timeout=10)
+        crossing = asyncio.create_task(small.connect(great.address, timeout=10))
+        await asyncio.sleep(0.05)
+        (known,) = connections.peers.values()
+        assert (known._state, there.state) == ("connecting", "up")
+        connections.came_up = came_up  # type: ignore[method-assign]
+        came_up(known)
+        assert await crossing is known
+        assert (there.state, great.peers) == ("up", (there,))
+        await asyncio.gather(known.ping(timeout=10), there.ping(timeout=10))
