@@ -91,10 +91,10 @@ def _nics(root: Path, only: int | None) -> Iterator[Nic]:
     for name in _names(root / RDMA):
         where = root / RDMA / name
         over = _text(where / "parent")  # a software device names the interface that it runs over
-        inside = _names(where / "device" / "net")
-        interfaces = tuple(interface for interface in places if interface == over or interface in inside)
+        own = _place(root, where / "device", only)
+        place = own or (places.get(over) if over else None)
+        interfaces = tuple(i for i, at in places.items() if i == over or (own and at and own.address == at.address))
         taken.update(interfaces)
-        place = _place(root, where / "device", only) or (places.get(over) if over else None)
         rate = (_text(where / "ports" / "1" / "rate") or "").partition(" (")[0]
         yield Nic(name, place, interfaces, True, _driver(where / "device"), rate or None)
     for name, at in places.items():
