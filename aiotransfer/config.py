@@ -19,6 +19,7 @@ _MOST_SECONDS = 1e9
 _MOST_INT = (1 << 63) - 1
 _MAY_BE_ZERO = frozenset({"spin_seconds"})
 _MOST: dict[str, float] = {"spin_seconds": 1e-3, "early_values": (1 << 32) - 1}  # what the lane holds them in
+_SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _warned: set[str] = set()
 
 
@@ -46,11 +47,17 @@ class Config:
     """Finished awaits and inline copies after which the event loop gets a turn."""
     spin_seconds: float = 50e-6
     """How long a wait for arrivals looks for them before it sleeps, where peers on this host have answered so soon. 0: never."""
+    pin_threads: bool = True
+    """Whether the native threads run on the CPUs of the NUMA node of the NIC in use, as far as this process may use them."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            kind = type(field.default)
+            kind: type[object] = type(field.default)
+            if kind is bool:
+                if not isinstance(value, bool):
+                    raise TypeError(f"{field.name} must be True or False, not {value!r}")
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
                 raise TypeError(f"{field.name} must be {'a number' if kind is float else 'an int'}, not {value!r}")
             if not (value > 0 or (value == 0 and field.name in _MAY_BE_ZERO)) or not math.isfinite(value):
@@ -70,8 +77,8 @@ class Config:
             key = name[len(PREFIX) :].lower()
             if key in kinds:
                 try:
-                    changes[key] = kinds[key](text)
-                except ValueError:
+                    changes[key] = _SWITCH[text.strip().lower()] if kinds[key] is bool else kinds[key](text)
+                except (ValueError, KeyError):
                     raise ConfigurationError(f"{name}={text!r} is no {kinds[key].__name__}") from None
             elif name[len(PREFIX) :] not in OTHER_NAMES and name not in _warned:
                 _warned.add(name)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from aiotransfer.control.network import Network, Tcp
 
 
 class World(NamedTuple):
-    """Randomness, control connections, native threads, the network beneath `loopback` (None: that of this process), and what the
-    rails of libfabric do without (`providers.fabric.Limits`)."""
+    """Randomness, control connections, native threads, the network beneath `loopback` (None: that of this process), what the
+    rails of libfabric do without (`providers.fabric.Limits`), and where the machine's /sys is."""
 
     entropy: Callable[[int], bytes] = os.urandom
     network: Network = Tcp()
     threads: bool = True
     simulator: Any = None
     limits: Any = None
+    machine: Path = Path("/")
 
 
 REAL = World()

@@ -114,6 +114,11 @@ def libfabric_names(provider: str, version: int) -> tuple[tuple[str, str | None]
     return (("efa", "efa-direct"), ("efa", "efa"), ("efa", None))
 
 
+def nic_of(domain: str) -> str:
+    """The NIC or interface that a rail's domain is on: `mlx5_0/1 ::ffff:10.0.0.5 (RoCE v2, GID 3)`, `rdmap79s0-rdm`, `eth0`."""
+    return domain.partition("/")[0].removesuffix("-rdm").removesuffix("-dgrm")
+
+
 def open_rail(lane: Lane, provider: str, host: str, limits: Limits) -> Rail:
     """Load the library and open a rail at a local address. May take half a second; any thread. Raises `BrokenError`."""
     if provider == "verbs":
@@ -355,11 +360,17 @@ class FabricProvider:
         """Nothing but that it is there: addresses are exchanged when a path is set up."""
         return Terms(self.name, True, "", b"", b"")
 
+    def _open(self, host: str) -> Rail:
+        """In a thread of the executor."""
+        rail = open_rail(self._lane, self.name, host, self._limits)
+        self._lane.place(rail.pointer, nic_of(rail.domain))
+        return rail
+
     async def _rail(self, host: str) -> Rail:
         future = self._rails.get(host)
         if future is None or (future.done() and (future.cancelled() or future.exception() is not None)):
             loop = asyncio.get_running_loop()
-            future = asyncio.ensure_future(loop.run_in_executor(None, open_rail, self._lane, self.name, host, self._limits))
+            future = asyncio.ensure_future(loop.run_in_executor(None, self._open, host))
             self._rails[host] = future
         rail: Rail = await asyncio.shield(future)
         self.takes_device = self.takes_device or bool(rail.flags & native.lib.AT_FAB_DEVICE)

@@ -10,7 +10,7 @@ import collections
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from aiotransfer.config import Config
@@ -49,7 +49,7 @@ class Event(NamedTuple):
 class Lane:
     """Owns the C lane; `free` once, after all paths are closed."""
 
-    __slots__ = ("_dropped", "_thread", "events", "fd", "forks", "pointer", "waiting")
+    __slots__ = ("_dropped", "_thread", "cpus_for", "events", "fd", "forks", "pointer", "waiting")
 
     def __init__(self, incarnation: int, config: Config, *, progress: str = "auto", threadless: bool = False) -> None:
         native.require()
@@ -74,6 +74,7 @@ class Lane:
         self.fd: int = native.lib.at_lane_fd(pointer)
         self.forks = _forks
         self.waiting: dict[int, Callable[[], None]] = {}  # by peer: for news of its connection
+        self.cpus_for: Callable[[str], Sequence[int]] | None = None  # by the name of a NIC; empty: any
         self._thread = threading.get_ident()
         self._dropped: collections.deque[int] = collections.deque()  # remote regions whose last user was another thread's
 
@@ -100,6 +101,11 @@ class Lane:
         """Bytes get through to a peer, or its connection broke."""
         if (call := self.waiting.pop(peer, None)) is not None:
             call()
+
+    def place(self, rail: Any, nic: str) -> None:
+        """Have the threads that serve a rail run near its NIC, where `cpus_for` says so. Reads files; any thread."""
+        if self.cpus_for is not None and (cpus := self.cpus_for(nic)):
+            native.lib.at_fab_pin(self.pointer, rail, cpus, len(cpus))
 
     def add_region(self, address: int, nbytes: int) -> int:
         """Register local memory; the caller keeps it alive until `close_region` says so."""

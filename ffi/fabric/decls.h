@@ -70,6 +70,9 @@ int at_fab_attributes_of(const at_fab_memory *memory, uint64_t access, uint64_t 
 /* A rail of the lane: AT_OK, AT_EIO (see at_fab_why) or AT_E*. It lives as long as the lane. May take half a second; any thread. */
 int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_fab_facts *facts);
 
+/* The rail's own thread runs on these CPUs from here on, and the threads of the lane as at_lane_pin says. Any thread. */
+int at_fab_pin(at_lane *lane, at_fab *fab, const int32_t *cpus, uint32_t count);
+
 /* A peer on this rail, without a connection yet: its id, or AT_E*. Freed by at_peer_free. */
 int64_t at_fab_peer(at_lane *lane, at_fab *fab);
 /* Open this side of the connection, for the first time or again. Again: what was posted is fenced first, what has arrived is counted.

@@ -201,6 +201,7 @@ struct at_fab {
     int eager;       /* an end has something to post or to tell although nothing has completed */
 
     pthread_t thread;
+    at_cpus cpus; /* of the thread */
     int kick_fd;
     _Atomic int started, stop;
     _Atomic uint64_t turned; /* when the loop or a post made progress last */

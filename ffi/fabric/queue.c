@@ -397,11 +397,22 @@ int at_fab_thread_start(at_fab *fab) {
         error = pthread_create(&fab->thread, NULL, thread_main, fab);
         if (error != 0) fab->started = 0;
         else (void)pthread_setname_np(fab->thread, "aiotransfer~");
+        if (error == 0) at_cpus_give(&fab->cpus, fab->thread);
         pthread_sigmask(SIG_SETMASK, &before, NULL);
     }
     if (error != 0) lane->oserror = error;
     at_unlock(lane);
     return error == 0 ? AT_OK : AT_EIO;
+}
+
+int at_fab_pin(at_lane *lane, at_fab *fab, const int32_t *cpus, uint32_t count) {
+    int rc = at_lane_pin(lane, cpus, count);
+    if (rc != AT_OK) return rc;
+    at_lock(lane);
+    at_cpus_add(&fab->cpus, cpus, count);
+    if (fab->started) at_cpus_give(&fab->cpus, fab->thread);
+    at_unlock(lane);
+    return AT_OK;
 }
 
 void at_fab_thread_stop(at_fab *fab) {

@@ -100,6 +100,10 @@ int64_t at_lane_detail(at_lane *lane);
 int at_lane_errno(at_lane *lane);
 void at_lane_stats_get(at_lane *lane, at_lane_stats *out);
 
+/* The native thread and its helper, running already or not, run on these CPUs from here on, and on those of earlier calls. CPUs past
+ * 1023 are passed over; what the system refuses leaves the threads where they are. Any thread. */
+int at_lane_pin(at_lane *lane, const int32_t *cpus, uint32_t count);
+
 /* [loop] Up to AT_EVENTS events; more may be waiting when it returns AT_EVENTS. Starts a new loop turn. */
 int at_poll(at_lane *lane);
 /* The same, sooner: what is there first is handed out before a rail has looked for the rest and made its descriptor tell of it. */

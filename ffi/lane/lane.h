@@ -29,9 +29,15 @@
 #define AT_RECENT 8u                   /* destinations remembered to tell fresh memory from what is written again and again */
 #define AT_GRANTS 65536u               /* epoch words per lane */
 #define AT_DETACHED 1
+#define AT_MOST_CPUS 1024
 
 typedef struct at_peer at_peer;
 typedef struct at_op at_op;
+
+/* A set of CPUs. Empty: any. */
+typedef struct {
+    uint64_t bits[AT_MOST_CPUS / 64];
+} at_cpus;
 
 /* What an asynchronous provider shares between all its peers of a lane: a place in a simulated network, the domain of a NIC. */
 typedef struct at_rail at_rail;
@@ -292,6 +298,7 @@ struct at_lane {
 
     pthread_t thread, helper;
     int thread_started, thread_stop, helper_started;
+    at_cpus cpus; /* of both */
     pthread_cond_t help; /* the native thread has found more than it should move alone */
     int thread_epoll_fd, thread_wake_fd, pulse_fd;
     uint32_t thread_turn;
@@ -419,5 +426,7 @@ enum { AT_TAG_WAKE = 1, AT_TAG_DOORBELL = 2, AT_TAG_DEATH = 3, AT_TAG_RAIL = 4 }
 int at_thread_start(at_lane *lane); /* with the lock; idempotent */
 void at_thread_kick(at_lane *lane); /* with the lock: there is queued work */
 void at_thread_stop(at_lane *lane); /* without the lock */
+void at_cpus_add(at_cpus *cpus, const int32_t *more, uint32_t count);
+void at_cpus_give(const at_cpus *cpus, pthread_t thread); /* it runs on these; none: nothing changes */
 
 #endif

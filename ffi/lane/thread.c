@@ -65,6 +65,19 @@ static void *helper_main(void *argument) {
     return NULL;
 }
 
+void at_cpus_add(at_cpus *cpus, const int32_t *more, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++)
+        if (more[i] >= 0 && more[i] < AT_MOST_CPUS) cpus->bits[more[i] / 64] |= UINT64_C(1) << (more[i] % 64);
+}
+
+void at_cpus_give(const at_cpus *cpus, pthread_t thread) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (int i = 0; i < AT_MOST_CPUS; i++)
+        if (cpus->bits[i / 64] >> (i % 64) & 1) CPU_SET((size_t)i, &set);
+    if (CPU_COUNT(&set) != 0) (void)pthread_setaffinity_np(thread, sizeof set, &set); /* a cpuset may have changed: then it stays where it is */
+}
+
 static int start(pthread_t *thread, void *(*body)(void *), at_lane *lane, const char *name) {
     sigset_t all, before;
     sigfillset(&all);
@@ -72,6 +85,7 @@ static int start(pthread_t *thread, void *(*body)(void *), at_lane *lane, const 
     int rc = pthread_create(thread, NULL, body, lane);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (rc == 0) (void)pthread_setname_np(*thread, name);
+    if (rc == 0) at_cpus_give(&lane->cpus, *thread);
     return rc;
 }
 
@@ -149,6 +163,21 @@ int at_thread_start(at_lane *lane) {
         return AT_EIO;
     }
     lane->thread_started = 1;
+#endif
+    return AT_OK;
+}
+
+int at_lane_pin(at_lane *lane, const int32_t *cpus, uint32_t count) {
+    int rc = at_check_process(lane);
+    if (rc != AT_OK) return rc;
+#ifdef __linux__
+    at_lock(lane);
+    at_cpus_add(&lane->cpus, cpus, count);
+    if (lane->thread_started) at_cpus_give(&lane->cpus, lane->thread);
+    if (lane->helper_started == 1) at_cpus_give(&lane->cpus, lane->helper);
+    at_unlock(lane);
+#else
+    (void)cpus, (void)count;
 #endif
     return AT_OK;
 }

@@ -97,8 +97,8 @@ int at_vrb_choose(at_vrb *vrb, const char *device) {
     char gid[INET6_ADDRSTRLEN] = "";
     if (best > 0) {
         (void)inet_ntop(AF_INET6, vrb->gid.raw, gid, sizeof gid);
-        (void)snprintf(facts->domain, sizeof facts->domain, "%.12s/%u %.39s", at_vrb_library.get_device_name(vrb->context->device),
-                       (unsigned)vrb->port, gid);
+        (void)snprintf(facts->domain, sizeof facts->domain, "%.19s/%hhu %.39s", at_vrb_library.get_device_name(vrb->context->device),
+                       vrb->port, gid);
         (void)snprintf(facts->fabric, sizeof facts->fabric, "%s, GID %u", vrb->ethernet ? "RoCE v2" : "InfiniBand", (unsigned)vrb->gid_index);
     } else {
         at_fab_say(!named && device != NULL ? "there is no device %s" : count == 0 ? "no RDMA device is to be seen" :
