@@ -17,16 +17,18 @@ import os
 import platform
 import stat
 import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 
 import aiotransfer as at
-from aiotransfer.cli import _facts_devices, _facts_host
+from aiotransfer.cli import _facts_devices, _facts_host, _topology
 from aiotransfer.cli._facts import Fact, Host
 from aiotransfer.control.key import LEAST_BYTES, key_directory
 from aiotransfer.providers import libfabric, native
 from aiotransfer.providers.select import availability
+from aiotransfer.providers.sysfs import read_topology
 
 PACKAGES = ("numpy", "cffi", "msgspec", "anyio", "uvloop", "torch")
 TEST_BYTES = 1 << 20
@@ -37,10 +39,14 @@ MARKS = {"ok": "    ", "note": "note", "problem": "BAD "}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--topology", action="store_true", help="only draw where NICs, GPUs and memory are")
 
 
 def run(args: argparse.Namespace) -> int:
     """Look, try, print."""
+    if args.topology:
+        print(topology(Host(), as_json=args.json, encoding=sys.stdout.encoding))
+        return 0
     facts = examine(Host())
     print(json.dumps(record(facts)) if args.json else text(facts))
     return 0 if works(facts) else 1
@@ -72,6 +78,16 @@ def text(facts: list[Fact]) -> str:
     bad = ", ".join(fact.name for fact in facts if fact.level == "problem")
     lines.append(f"aiotransfer does not work here: {bad}" if bad else "aiotransfer works here")
     return "\n".join(lines)
+
+
+def topology(host: Host, *, as_json: bool, encoding: str | None) -> str:
+    """Where NICs, GPUs and memory are: a tree, of letters that the terminal has."""
+    found = read_topology(host.root)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else frozenset[int]()
+    if as_json:
+        return json.dumps(_topology.record(found, allowed))
+    pen = _topology.LINES if (encoding or "").lower().replace("-", "") == "utf8" else _topology.ASCII
+    return _topology.draw(found, allowed, pen)
 
 
 # ---- what is tried on this machine ----
