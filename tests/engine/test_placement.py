@@ -11,20 +11,24 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.core import pinning
-from aiotransfer.engine.placement import cpus_for
+from aiotransfer.core.rails import rank_nics
+from aiotransfer.engine.placement import cpus_for, machine, whereabouts
 from aiotransfer.engine.world import World
-from aiotransfer.providers import native
+from aiotransfer.model.topology import GpuMemory, HostMemory
+from aiotransfer.providers import cuda, native
 from aiotransfer.providers.fabric import nic_of
 from aiotransfer.providers.lane import Lane
+from aiotransfer.providers.sysfs import read_topology
 from aiotransfer.testing import engine_pair
 from tests import topologies
+from tests.engine.gpu import build
 from tests.needs import needs_tcp
 
 HERE = sorted(os.sched_getaffinity(0))
 two_cpus = pytest.mark.skipif(len(HERE) < 2, reason="needs two CPUs")
 
 
-def machine(root: Path, *, cpus: str) -> World:
+def with_lo(root: Path, *, cpus: str) -> World:
     """Its `lo` is a NIC of node 1, which has these CPUs; node 0 has all that it may."""
     topologies.write(root / "sys/devices/system/node/node0/cpulist", "0-1023")
     topologies.write(root / "sys/devices/system/node/node1/cpulist", cpus)
@@ -60,7 +64,7 @@ async def written(**options: Any) -> dict[str, list[set[int]]]:
 @pytest.mark.asyncio
 async def test_threads_run_near_the_nic_and_the_loop_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinning, "FEWEST", 1)
-    found = await written(_world=machine(tmp_path, cpus=f"{HERE[-1]}"))
+    found = await written(_world=with_lo(tmp_path, cpus=f"{HERE[-1]}"))
     assert found["aiotransfer~"] == [{HERE[-1]}] * 2
     assert all(cpus == {HERE[-1]} for several in found.values() for cpus in several)
     assert sorted(os.sched_getaffinity(0)) == HERE
@@ -71,7 +75,7 @@ async def test_threads_run_near_the_nic_and_the_loop_where_it_was(tmp_path: Path
 @pytest.mark.asyncio
 @pytest.mark.parametrize("cpus", ["0-1023", "900-1000", "", "nonsense"])
 async def test_threads_stay_free_where_the_node_offers_nothing(tmp_path: Path, cpus: str) -> None:
-    found = await written(_world=machine(tmp_path, cpus=cpus))
+    found = await written(_world=with_lo(tmp_path, cpus=cpus))
     assert found["aiotransfer~"] == [set(HERE)] * 2
 
 
@@ -80,7 +84,7 @@ async def test_threads_stay_free_where_the_node_offers_nothing(tmp_path: Path, c
 @pytest.mark.asyncio
 async def test_pinning_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinning, "FEWEST", 1)
-    world = machine(tmp_path, cpus=f"{HERE[-1]}")
+    world = with_lo(tmp_path, cpus=f"{HERE[-1]}")
     found = await written(_world=world, config=at.Config(pin_threads=False))
     assert found["aiotransfer~"] == [set(HERE)] * 2
     monkeypatch.setenv("AIOTRANSFER_PIN_THREADS", "off")
@@ -93,7 +97,7 @@ async def test_pinning_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.asyncio
 async def test_a_restricted_thread_restricts_those_that_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinning, "FEWEST", 1)
-    world = machine(tmp_path, cpus=f"{HERE[-1]}")
+    world = with_lo(tmp_path, cpus=f"{HERE[-1]}")
     os.sched_setaffinity(0, {HERE[0]})
     try:
         found = await written(_world=world)
@@ -130,3 +134,21 @@ def test_the_native_call_adds_up_and_survives_what_cannot_be() -> None:
 )  # fmt: skip
 def test_the_nic_of_a_rail_is_told_by_its_domain(domain: str, nic: str) -> None:
     assert nic_of(domain) == nic
+
+
+def test_host_memory_is_on_its_node_and_that_of_a_gpu_at_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = machine(World(machine=topologies.build(tmp_path / "machine", "one_nic")))
+    monkeypatch.setenv(cuda.VARIABLE, str(build("fake_cuda", tmp_path)))
+    gpu = whereabouts(0x510000000000, "cuda:1")
+    assert gpu == GpuMemory("0000:82:00.0")
+    assert [r.name for r in rank_nics(where, ["eno1", "mlx5_0"], gpu)] == ["mlx5_0", "eno1"]
+    host = whereabouts(np.ones(1 << 16).ctypes.data, "cpu")
+    assert isinstance(host, HostMemory)
+    assert host.node in (None, *(node.number for node in read_topology().nodes))
+
+
+def test_a_gpu_that_the_driver_does_not_know_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cuda.VARIABLE, str(build("fake_cuda", tmp_path)))
+    monkeypatch.setenv("FAKE_CUDA_FAIL", "cuDeviceGetPCIBusId")
+    with pytest.raises(at.RegistrationError, match="cuDeviceGetPCIBusId"):
+        whereabouts(0x510000000000, "cuda:1")

@@ -5,6 +5,7 @@
  * is refused with CUDA_ERROR_UNKNOWN. fake_cuda_calls counts the others by name; fake_cuda_slow_us makes every copy take so long. */
 #define _GNU_SOURCE
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -93,6 +94,12 @@ int cuPointerSetAttribute(const void *value, int attribute, uint64_t pointer) {
 int cuDeviceGet(int *device, int ordinal) {
     *device = ordinal + 100; /* a handle, not the ordinal */
     return called("cuDeviceGet");
+}
+
+int cuDeviceGetPCIBusId(char *text, int size, int device) {
+    if (device < 100) return 101;
+    (void)snprintf(text, (size_t)size, "0000:%02X:00.0", (unsigned)(device - 100 + 0x81)); /* as the real one: capitals */
+    return called("cuDeviceGetPCIBusId");
 }
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
