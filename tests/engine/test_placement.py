@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import aiotransfer as at
 from aiotransfer.core import pinning
 from aiotransfer.core.rails import rank_nics
-from aiotransfer.engine.placement import cpus_for, machine, whereabouts
+from aiotransfer.engine.machine import machine, whereabouts
+from aiotransfer.engine.placement import cpus_for
 from aiotransfer.engine.world import World
 from aiotransfer.model.topology import GpuMemory, HostMemory
 from aiotransfer.providers import cuda, native
@@ -107,6 +109,13 @@ async def test_a_restricted_thread_restricts_those_that_it_starts(tmp_path: Path
     assert {HERE[-1]} not in found["aiotransfer~"]
 
 
+def test_a_rail_comes_up_although_the_machine_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiotransfer.engine.machine", None)
+    ask = cpus_for(at.Config(), World())
+    assert ask is not None
+    assert ask("eth0") == ()
+
+
 def test_a_machine_of_one_node_and_a_world_without_threads_ask_for_nothing(tmp_path: Path) -> None:
     ask = cpus_for(at.Config(), World(machine=topologies.build(tmp_path, "no_nic")))
     assert ask is not None
@@ -137,7 +146,7 @@ def test_the_nic_of_a_rail_is_told_by_its_domain(domain: str, nic: str) -> None:
 
 
 def test_host_memory_is_on_its_node_and_that_of_a_gpu_at_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    where = machine(World(machine=topologies.build(tmp_path / "machine", "one_nic")))
+    where = machine(topologies.build(tmp_path / "machine", "one_nic"))
     monkeypatch.setenv(cuda.VARIABLE, str(build("fake_cuda", tmp_path)))
     gpu = whereabouts(0x510000000000, "cuda:1")
     assert gpu == GpuMemory("0000:82:00.0")
