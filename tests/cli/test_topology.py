@@ -58,6 +58,10 @@ def test_a_machine_with_one_nic_is_drawn_as_it_is(tmp_path: Path) -> None:
     assert draw(machine(tmp_path, "one_nic"), EVERY) == ONE_NIC
 
 
+def test_the_guide_shows_that_machine() -> None:
+    assert ONE_NIC in (Path(__file__).parents[2] / "docs/guide/doctor.md").read_text()
+
+
 def test_software_devices_and_nodes_without_cpus_are_drawn_too(tmp_path: Path) -> None:
     assert draw(machine(tmp_path, "soft"), EVERY, ASCII) == SOFT
 
