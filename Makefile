@@ -122,6 +122,7 @@ soak: $(STAMPS)/test
 # verbs, on soft-RoCE: Debian's kernel under emulation, on this checkout (installs QEMU by apt, fetches 70 MB once). A skip is a failure.
 test-guest: $(STAMPS)/test
 	$(PY) -m tests.guest.run -- $(PY) -m pytest -q -p no:cacheprovider tests/guest $(ARGS)
+	$(PY) -m tests.guest.run --nodes 2 -- $(PY) -m pytest -q -p no:cacheprovider tests/guest/test_topology.py
 
 # Every decoder under a coverage-guided fuzzer, 1,200,000 inputs unless RUNS says otherwise; writes docs/reliability/fuzz.md.
 fuzz: RUNS = 1200000

@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 META = "linux-image-amd64"  # the cloud flavour has no rdma_rxe and no 9p
 BOOT = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay")
 MODULES = (
-    *BOOT, "virtio_rng", "dummy", "veth", "ib_core", "ib_uverbs", "rdma_cm", "rdma_ucm", "rdma_rxe", "sch_netem", "sch_tbf",
-    "crc32c_generic", "crc32_generic",
+    *BOOT, "virtio_net", "virtio_rng", "dummy", "veth", "ib_core", "ib_uverbs", "rdma_cm", "rdma_ucm", "rdma_rxe", "sch_netem",
+    "sch_tbf", "crc32c_generic", "crc32_generic",
 )  # fmt: skip
 TOOLS = ("apt-get", "apt-cache", "dpkg-deb", "busybox", "cpio", "modprobe", "depmod", "qemu-system-x86_64", "ip", "rdma")
 PACKAGES = ("qemu-system-x86", "busybox-static", "cpio", "kmod", "iproute2", "ibverbs-providers", "libibverbs-dev")

@@ -1,6 +1,6 @@
 """Runs one command in a guest that has soft-RoCE, on this machine's own Python and checkout.
 
-    python -m tests.guest.run [--seconds 240] [--rails 2] -- .venv/bin/python -m pytest tests/guest
+    python -m tests.guest.run [--seconds 240] [--rails 2] [--nodes 2] -- .venv/bin/python -m pytest tests/guest
 
 The guest sees this machine's files read-only, and what it writes is gone afterwards. Its output comes out here. The exit code is
 the command's; 124: it took too long; 125: there was no guest, and why is said.
@@ -45,12 +45,26 @@ def tsc_khz() -> int:
     return round((last - first) / (end - start) * 1e6)
 
 
-def machine(cache: Path, exchange: Path, out: int) -> list[str]:
+def two_nodes() -> list[str]:
+    """A machine of two NUMA nodes with two CPUs each; on the second, behind a PCIe switch, two NICs and a cable between them."""
+    words = ["-machine", "q35", "-smp", "4"]
+    for node, cpus in enumerate(("0-1", "2-3")):
+        words += ["-object", f"memory-backend-ram,id=m{node},size=1G", "-numa", f"node,nodeid={node},cpus={cpus},memdev=m{node}"]
+    devices = ["pxb-pcie,id=far,bus=pcie.0,bus_nr=128,numa_node=1", "pcie-root-port,id=top,bus=far,chassis=1"]
+    devices.append("x3130-upstream,id=switch,bus=top")
+    for nic in range(2):
+        words += ["-netdev", f"hubport,id=cable{nic},hubid=0"]
+        devices.append(f"xio3130-downstream,id=down{nic},bus=switch,chassis={nic + 2},slot={nic}")
+        devices.append(f"virtio-net-pci,netdev=cable{nic},bus=down{nic},romfile=")
+    return [*words, *(word for device in devices for word in ("-device", device))]
+
+
+def machine(cache: Path, exchange: Path, out: int, nodes: int) -> list[str]:
     """QEMU's command line. Emulated: what virtualisation there is here does not start this kernel."""
     words = f"console=ttyS0 quiet panic=-1 tsc=reliable tsc_early_khz={tsc_khz()} "
     words += "nokaslr mitigations=off random.trust_cpu=on net.ifnames=0"
     return [
-        "qemu-system-x86_64", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-m", "2G", "-smp", "2",
+        "qemu-system-x86_64", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-m", "2G",
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-kernel", str(cache / "vmlinux"), "-initrd", str(cache / "initramfs.cpio"), "-append", words,
         "-chardev", f"file,id=console,path={exchange}/console.txt", "-serial", "chardev:console",
@@ -60,6 +74,7 @@ def machine(cache: Path, exchange: Path, out: int) -> list[str]:
         "-device", "virtio-9p-pci,fsdev=host,mount_tag=host",
         "-fsdev", f"local,id=exchange,path={exchange},security_model=none,multidevs=remap",
         "-device", "virtio-9p-pci,fsdev=exchange,mount_tag=exchange",
+        *(two_nodes() if nodes == 2 else ["-smp", "2"]),  # last: what came before is on the first bus
     ]  # fmt: skip
 
 
@@ -85,7 +100,7 @@ def wait(process: subprocess.Popen[bytes], exchange: Path, seconds: float) -> st
     return None
 
 
-def run(command: list[str], seconds: float, rails: int) -> int:
+def run(command: list[str], seconds: float, rails: int, nodes: int) -> int:
     """Boot, run, power off: the exit code."""
     cache = kernel.build()
     exchange = Path(tempfile.mkdtemp(prefix="guest-"))
@@ -97,7 +112,7 @@ def run(command: list[str], seconds: float, rails: int) -> int:
         (exchange / "command.sh").write_text("\n".join([*lines, f"exec {shlex.join(command)}"]) + "\n")
         (exchange / "settings.sh").write_text(f"FOLDER={shlex.quote(os.getcwd())}\nSECONDS_ALLOWED={seconds:g}\nRAILS={rails}\n")
         reader, writer = os.pipe()  # a character device on our own output would close with our input
-        process = subprocess.Popen(machine(cache, exchange, writer), stdin=subprocess.DEVNULL, pass_fds=(writer,))
+        process = subprocess.Popen(machine(cache, exchange, writer, nodes), stdin=subprocess.DEVNULL, pass_fds=(writer,))
         os.close(writer)
         pump = threading.Thread(target=echo, args=(reader,), daemon=True)
         pump.start()
@@ -123,6 +138,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--rails", type=int, default=2)
+    parser.add_argument("--nodes", type=int, choices=(1, 2), default=1)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
-    sys.exit(run(given.command[1:] if given.command[:1] == ["--"] else given.command, given.seconds, given.rails))
+    sys.exit(run(given.command[1:] if given.command[:1] == ["--"] else given.command, given.seconds, given.rails, given.nodes))

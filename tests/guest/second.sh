@@ -2,7 +2,8 @@
 # Second stage, on the host's user land: NICs with soft-RoCE, then the command; its exit code goes into the exchange folder.
 #
 # Two hosts of RAILS rails each in one network namespace (soft-RoCE of 6.1 looks its routes up in the first one only): NICs a0.. and
-# b0.. are the two ends of cables, rxea0.. and rxeb0.. the RDMA devices on them. Pulling one, `ip link set a0 down`, works as on a cable.
+# b0.. are the two ends of cables (the first is between the machine's own NICs, where it has two), rxea0.. and rxeb0.. the RDMA devices
+# on them. Pulling one, `ip link set a0 down`, works as on a cable.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 exchange=/run/guest
 mkdir -p /dev/pts /dev/shm /dev/infiniband
@@ -17,11 +18,16 @@ done
 
 rails() {
     set -e
-    for module in ib_uverbs rdma_ucm rdma_rxe dummy veth; do modprobe $module; done
+    for module in virtio_net ib_uverbs rdma_ucm rdma_rxe dummy veth; do modprobe $module; done
     sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0 net.ipv4.conf.all.accept_local=1 \
         net.ipv4.conf.default.accept_local=1 net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf.all.arp_announce=2
     for ((i = 0; i < RAILS; i++)); do
-        ip link add a$i mtu 9000 type veth peer name b$i mtu 9000
+        if [ $i = 0 ] && [ -e /sys/class/net/eth1 ]; then
+            ip link set eth0 name a0
+            ip link set eth1 name b0
+        else
+            ip link add a$i mtu 9000 type veth peer name b$i mtu 9000
+        fi
         ip addr add 10.78.$i.1/24 dev a$i
         ip addr add 10.78.$i.2/24 dev b$i
         ip link set a$i up
