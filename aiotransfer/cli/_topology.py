@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from aiotransfer.core.pinning import pinning
-from aiotransfer.core.rails import WORDS, Ranked, rank_nics
+from aiotransfer.core.nearest import WORDS, Ranked, rank_nics
 from aiotransfer.model.topology import Gpu, GpuMemory, HostMemory, Nic, Place, Topology, cpus_text
 
 

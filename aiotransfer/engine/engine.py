@@ -27,7 +27,6 @@ from aiotransfer.engine.liveness import Liveness
 from aiotransfer.engine.mailbox import Mailbox
 from aiotransfer.engine.paths import Paths
 from aiotransfer.engine.peer import Message, Peer
-from aiotransfer.engine.placement import cpus_for
 from aiotransfer.engine.plans import Planner
 from aiotransfer.engine.progress import Progress
 from aiotransfer.engine.publications import Publications
@@ -102,7 +101,6 @@ class Engine(Planner):
             raise ClosedError("an engine is opened once")
         self._loop = asyncio.get_running_loop()
         self._lane = Lane(self.incarnation, self.config, progress=self.progress, threadless=not self._world.threads)
-        self._lane.cpus_for = cpus_for(self.config, self._world)
         self._state = "open"
         self._p: Any = self._lane.pointer
         self._due = False

@@ -25,7 +25,7 @@ def cpus_near(root: Path, nic: str, allowed: Collection[int]) -> tuple[int, ...]
 
 
 def whereabouts(address: int, device: str) -> HostMemory | GpuMemory:
-    """Of memory at this address (`device`: `cpu` or `cuda:N`), as `core.rails.rank_nics` takes it. Raises `RegistrationError`
+    """Of memory at this address (`device`: `cpu` or `cuda:N`), as `core.nearest.rank_nics` takes it. Raises `RegistrationError`
     when the CUDA driver does not know the GPU.
     """
     if device == "cpu":

@@ -13,6 +13,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from aiotransfer.core.paths import AUTOMATIC, Offer, Ranking, rank
+from aiotransfer.engine.placement import cpus_for
 from aiotransfer.errors import BrokenError, ProviderUnavailableError, RegistrationError, TransferError, again
 from aiotransfer.providers import native
 from aiotransfer.providers.port import Binding, Terms
@@ -32,6 +33,7 @@ class Paths:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        engine._lane.cpus_for = cpus_for(engine.config, engine._world)
         self._mending: dict[Path, None] = {}
         self._dialing: dict[tuple[Peer, str], asyncio.Future[Path]] = {}
         self._companions: list[Path] = []  # the other halves of a connection to ourselves

@@ -12,7 +12,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.core import pinning
-from aiotransfer.core.rails import rank_nics
+from aiotransfer.core.nearest import rank_nics
 from aiotransfer.engine.machine import machine, whereabouts
 from aiotransfer.engine.placement import cpus_for
 from aiotransfer.engine.world import World

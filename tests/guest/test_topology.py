@@ -9,16 +9,16 @@ import sys
 import numpy as np
 import pytest
 
-from aiotransfer.core.rails import Distance, distance, rank_nics
+from aiotransfer.core.nearest import Distance, distance, rank_nics
 from aiotransfer.model.topology import HostMemory
 from aiotransfer.providers.numa import node_of
 from aiotransfer.providers.sysfs import read_topology
 from tests.engine.test_placement import threads
 from tests.guest.test_verbs import cable
-from tests.needs import needs_verbs
+from tests.needs import needs, needs_verbs
 
 HERE = read_topology()
-pytestmark = [*needs_verbs(), pytest.mark.skipif(len(HERE.nodes) < 2, reason="one NUMA node: see `make test-guest`")]
+pytestmark = [*needs_verbs(), needs("nodes", None if len(HERE.nodes) > 1 else "this machine has one NUMA node")]
 NEAR, FAR = frozenset({0, 1}), frozenset({2, 3})
 
 

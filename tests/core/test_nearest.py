@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aiotransfer.core.rails import Distance, Ranked, distance, rank_nics
+from aiotransfer.core.nearest import Distance, Ranked, distance, rank_nics
 from aiotransfer.model.topology import Gpu, GpuMemory, HostMemory, Nic, Node, Place, Topology
 from aiotransfer.providers.sysfs import read_topology
 from tests import topologies
