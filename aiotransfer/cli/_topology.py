@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from aiotransfer.core.pinning import pinning
 from aiotransfer.core.nearest import WORDS, Ranked, rank_nics
+from aiotransfer.core.pinning import pinning
 from aiotransfer.model.topology import Gpu, GpuMemory, HostMemory, Nic, Place, Topology, cpus_text
 
 
