@@ -129,5 +129,19 @@ def test_settings_come_from_the_environment_and_mistakes_are_told() -> None:
         Config(peer_timeout=-1.0)
 
 
+@pytest.mark.parametrize(("text", "value"), [("off", False), ("0", False), ("No", False), (" on ", True), ("1", True)])
+def test_switches_come_from_the_environment_in_the_usual_words(text: str, value: bool) -> None:
+    assert Config(pin_threads=not value).with_environment({"AIOTRANSFER_PIN_THREADS": text}).pin_threads is value
+
+
+def test_a_switch_is_no_number_and_a_number_no_switch() -> None:
+    with pytest.raises(at.ConfigurationError, match="'maybe' is no bool"):
+        Config().with_environment({"AIOTRANSFER_PIN_THREADS": "maybe"})
+    with pytest.raises(TypeError, match="pin_threads must be True or False, not 1"):
+        Config(pin_threads=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="peer_timeout must be a number"):
+        Config(peer_timeout=True)
+
+
 def test_the_package_is_marked_as_typed() -> None:
     assert (Path(at.__file__).parent / "py.typed").exists()
