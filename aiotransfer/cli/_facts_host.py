@@ -115,7 +115,7 @@ def numa(host: Host) -> Fact:
     folder = "/sys/devices/system/node"
     nodes = {name: host.read(f"{folder}/{name}/cpulist") or "" for name in host.names(folder) if _node(name)}
     text = "; ".join(f"{name}: cores {cores or 'none'}" for name, cores in nodes.items()) or "one node"
-    hint = "run each process on the node of its NIC (see --topology): numactl --cpunodebind=N --membind=N" if len(nodes) > 1 else ""
+    hint = "run each process on the node of its NIC (--topology): numactl --cpunodebind=N --membind=N" if len(nodes) > 1 else ""
     return Fact("numa", text, hint=hint, data={"nodes": nodes})
 
 

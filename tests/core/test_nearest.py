@@ -72,7 +72,7 @@ def test_where_only_nodes_are_known_the_gpus_of_one_spread_over_its_nics() -> No
     """As in a virtual machine that gives each device a root complex of its own."""
     places = [Place(f"{n:04x}:00:00.0", f"pci{n:04x}:00", (), n // 4) for n in range(8)]
     gpus = tuple(Gpu(n, place) for n, place in enumerate(places))
-    nics = tuple(Nic(f"n{n}", Place(f"1{place.address}", f"pci1{place.root[3:]}", (), place.node)) for n, place in enumerate(places))
+    nics = tuple(Nic(f"n{n}", Place(f"1{at.address}", f"pci1{at.root[3:]}", (), at.node)) for n, at in enumerate(places))
     where = Topology(nics=nics, gpus=gpus)
     assert [to_gpu(where, n)[0].name for n in range(8)] == [nic.name for nic in nics]
     assert {to_gpu(where, n)[0].distance for n in range(8)} == {Distance.NODE}
