@@ -1,9 +1,10 @@
 """Where a rank keeps which part of the KV cache.
 
-A cache has, for each layer, token and head, one vector of keys and one of values (MLA: one latent vector). A rank holds some of the
-layers (pipeline parallel) and some of the heads (tensor parallel), in pages of some number of tokens, and an engine lays these out as
-it likes. All layouts that serving engines use are strided: the place of a vector is a sum of one product for each of layer, key or
-value, page, token and head. `KVLayout` says what a rank holds and how; everything else here is derived from that.
+A cache has, for each layer, token and head, one vector of keys and one of values (MLA: one latent vector). A rank holds some of
+the layers (pipeline parallel) and some of the heads (tensor parallel), in pages of some number of tokens, and an engine lays
+these out as it likes. All layouts that serving engines use are strided: the place of a vector is a sum of one product for each
+of layer, key or value, page, token and head. `KVLayout` says what a rank holds and how; everything else here is derived from
+that.
 """
 
 from __future__ import annotations
@@ -54,16 +55,18 @@ class Strides(NamedTuple):
 class KVLayout:
     """One rank's part of a KV cache, in one region of memory.
 
-    Of the model: `layers`, `kv_heads` (before they are divided among ranks; 1 for MLA), `head_dim` (MLA: of the latent), `dtype` as
-    torch names it, `windows` (a sliding window in tokens for each layer, None for full attention; empty: no layer has one).
+    Of the model: `layers`, `kv_heads` (before they are divided among ranks; 1 for MLA), `head_dim` (MLA: of the latent),
+    `dtype` as torch names it, `windows` (a sliding window in tokens for each layer, None for full attention; empty: no layer
+    has one).
 
-    Of its pages: `page_tokens` in each, `num_pages` in the pool, `order` within a page ("NHD": all heads of a token together, "HND": all
-    tokens of a head), `kind` ("apart": all pages of keys, then all of values, as vLLM's [2, pages, ...]; "together": keys and values
-    of a page side by side, as FlashInfer's [pages, 2, ...]; "mla": one latent), `outermost` ("layers": one tensor for each layer, one
-    after the other; "pages": all layers of a page together), `offset`: bytes before the pool in its region.
+    Of its pages: `page_tokens` in each, `num_pages` in the pool, `order` within a page ("NHD": all heads of a token together,
+    "HND": all tokens of a head), `kind` ("apart": all pages of keys, then all of values, as vLLM's [2, pages, ...]; "together":
+    keys and values of a page side by side, as FlashInfer's [pages, 2, ...]; "mla": one latent), `outermost` ("layers": one
+    tensor for each layer, one after the other; "pages": all layers of a page together), `offset`: bytes before the pool in its
+    region.
 
-    Of this rank: `tp`, `tp_rank`, `pp`, `pp_rank`, and `layer_range` (first, past the last) where layers are not divided evenly, the
-    earlier ranks having one more.
+    Of this rank: `tp`, `tp_rank`, `pp`, `pp_rank`, and `layer_range` (first, past the last) where layers are not divided
+    evenly, the earlier ranks having one more.
 
     Raises `TypeError` or `ValueError`, each naming the field.
     """
@@ -202,7 +205,7 @@ class KVLayout:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KVLayout:
-        """The other way round. Raises `ValueError` or `TypeError` for anything else than what `to_dict` gives, naming the field."""
+        """The other way round. Raises `ValueError` or `TypeError`, naming the field, for what `to_dict` does not give."""
         if not isinstance(values, Mapping):
             raise TypeError(f"a layout is a mapping, not {type(values).__name__}")
         known = {field.name for field in fields(cls)}

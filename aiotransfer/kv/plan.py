@@ -1,10 +1,10 @@
 """From two layouts to page tables: which bytes of a prefill rank go where at a decode rank.
 
-Both layouts are strided (see `layout`), so one grain serves a whole table: the largest block of tokens and heads that is contiguous on
-both sides and that every boundary (pages, heads, the first token) is a multiple of. Its place is a whole number of grains from the
-beginning of the layer on either side; a table is those numbers, and one call of `write_pages` moves a layer. The last grain of a
-request may hold tokens past its last one: those of the same page on either side, which is the request's own.
-Tables of different layers differ by an offset alone, and are made once.
+Both layouts are strided (see `layout`), so one grain serves a whole table: the largest block of tokens and heads that is
+contiguous on both sides and that every boundary (pages, heads, the first token) is a multiple of. Its place is a whole number
+of grains from the beginning of the layer on either side; a table is those numbers, and one call of `write_pages` moves a layer.
+The last grain of a request may hold tokens past its last one: those of the same page on either side, which is the request's
+own. Tables of different layers differ by an offset alone, and are made once.
 
 Pure: NumPy, no clock, no engine.
 """
@@ -69,8 +69,8 @@ class _Side:
 def pairs(prefill: KVLayout, decode: KVLayout) -> list[tuple[Place, Place]]:
     """Every (prefill rank, decode rank) of two instances that have something to say to each other, in order of the decode rank.
 
-    Each head and layer of a decode rank comes from exactly one prefill rank; of several that hold the same one, decode ranks take them in
-    turn. The ranks named in the two layouts do not matter. `layer_range` must not be set. Raises `LayoutMismatch`.
+    Each head and layer of a decode rank comes from exactly one prefill rank; of several that hold the same one, decode ranks
+    take them in turn. The ranks named in the two layouts do not matter. `layer_range` must not be set. Raises `LayoutMismatch`.
     """
     check_match(prefill, decode)
     if prefill.layer_range is not None or decode.layer_range is not None:
@@ -132,14 +132,14 @@ class TransferPlan:
     ) -> PageTable:
         """The blocks of one layer for tokens [`skip_tokens`, `tokens`) of a request, or for a chunk of them.
 
-        `src_pages`, `dst_pages`: the request's pages on either side, in order from its first token on (also of tokens that are not
-        sent). `tokens`: past the last one; None: as many as both lists hold. `chunk`: the part [first, past the last) that is ready; its
-        ends are multiples of `unit(skip_tokens)`, or those of the request, so that all chunks together count what `count` says.
-        Nothing before `skip_tokens` is written and nothing past the page of the last token; of a layer with a sliding window, what the
-        window reaches from `tokens`.
+        `src_pages`, `dst_pages`: the request's pages on either side, in order from its first token on (also of tokens that are
+        not sent). `tokens`: past the last one; None: as many as both lists hold. `chunk`: the part [first, past the last) that
+        is ready; its ends are multiples of `unit(skip_tokens)`, or those of the request, so that all chunks together count what
+        `count` says. Nothing before `skip_tokens` is written and nothing past the page of the last token; of a layer with a
+        sliding window, what the window reaches from `tokens`.
 
-        Raises `IndexError` (a layer or page that is not there), `ValueError` (too few pages, a destination page twice, a range that
-        makes no sense) or `TypeError`.
+        Raises `IndexError` (a layer or page that is not there), `ValueError` (too few pages, a destination page twice, a range
+        that makes no sense) or `TypeError`.
         """
         if layer not in self.layers:
             raise IndexError(f"layer {layer} does not go from this prefill rank to this decode rank: {self.layers} do")
@@ -173,15 +173,25 @@ class TransferPlan:
         return self._grain(skip_tokens).tokens
 
     def count(self, tokens: int, skip_tokens: int = 0) -> int:
-        """How many blocks all layers of this pair have for these tokens: what the decode side counts, in whatever chunks they come.
-        Tables are not made."""
-        counted = 0
+        """How many blocks all layers have for these tokens: what the decode side counts, in whatever chunks they come."""
         grain = self._grain(skip_tokens)
+        rows = 0
         for layer in self.layers:
             start, end = self._range(layer, skip_tokens, tokens)
-            if end > start:
-                counted += -(-(end - start) // grain.tokens) * (len(self._heads) // grain.heads) * (self.decode.planes // grain.planes)
-        return counted
+            rows += -(-max(0, end - start) // grain.tokens)
+        return rows * (len(self._heads) // grain.heads) * (self.decode.planes // grain.planes)
+
+    def nbytes(self, tokens: int, skip_tokens: int = 0) -> int:
+        """How many bytes that is."""
+        return self.count(tokens, skip_tokens) * self._grain(skip_tokens).nbytes
+
+    def pages_of_blocks(self, layer: int, *, tokens: int, skip_tokens: int = 0) -> Indices:
+        """For each block of `table(layer, ...)`, which of the request's decode pages it lies in: an index into `dst_pages`."""
+        start, end = self._range(layer, skip_tokens, tokens)
+        grain = self._grain(skip_tokens)
+        token = np.arange(start, max(start, end), grain.tokens, dtype=np.int64) // self.decode.page_tokens
+        shape = (self.decode.planes // grain.planes, len(token), len(self._heads) // grain.heads)
+        return np.ascontiguousarray(np.broadcast_to(token[None, :, None], shape).reshape(-1))
 
     # ---- how ----
 

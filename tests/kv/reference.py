@@ -23,9 +23,10 @@ def view(layout: KVLayout, region: Bytes) -> Bytes:
     within = (layout.page_tokens, heads) if layout.order == "NHD" else (heads, layout.page_tokens)
     planes, pages, vector = layout.planes, layout.num_pages, layout.vector_bytes
     if layout.kind == "apart":
-        outer, axes = ((layers, planes, pages), (0, 1, 2)) if layout.outermost == "layers" else ((planes, pages, layers), (2, 0, 1))
+        shapes = {"layers": ((layers, planes, pages), (0, 1, 2)), "pages": ((planes, pages, layers), (2, 0, 1))}
     else:
-        outer, axes = ((layers, pages, planes), (0, 2, 1)) if layout.outermost == "layers" else ((pages, layers, planes), (1, 2, 0))
+        shapes = {"layers": ((layers, pages, planes), (0, 2, 1)), "pages": ((pages, layers, planes), (1, 2, 0))}
+    outer, axes = shapes[layout.outermost]
     whole = pool.reshape(*outer, *within, vector).transpose(*axes, 3, 4, 5)
     return whole if layout.order == "NHD" else whole.swapaxes(3, 4)
 
@@ -35,9 +36,9 @@ def fill(
     layers: range | None = None, heads: range | None = None,
 ) -> None:  # fmt: skip
     """Put the vectors of tokens [start, end) where this rank keeps them, of its own layers and heads or of some of them."""
-    seen = view(layout, region)
+    seen, first_layer, first_head = view(layout, region), layout.own_layers.start, layout.own_heads.start
     for token in range(start, end):
         page, place = pages[token // layout.page_tokens], token % layout.page_tokens
         for layer in layers or layout.own_layers:
             for head in heads or layout.own_heads:
-                seen[layer - layout.own_layers.start, :, page, place, head - layout.own_heads.start] = cache[layer, :, token, head]
+                seen[layer - first_layer, :, page, place, head - first_head] = cache[layer, :, token, head]

@@ -43,10 +43,11 @@ def test_plain_values_make_it_again() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("layers", 0), ("layers", True), ("kv_heads", -1), ("head_dim", 1.5), ("dtype", "float17"), ("dtype", 3), ("page_tokens", 0),
-        ("num_pages", 1 << 60), ("order", "DNH"), ("kind", "both"), ("outermost", "heads"), ("tp", 3), ("tp_rank", 1), ("pp", 11),
-        ("pp_rank", 1), ("layer_range", (3, 3)), ("layer_range", (0, 11)), ("layer_range", 5), ("windows", (4,)), ("windows", (0,) * 10),
-        ("windows", 7), ("offset", -1), ("nonsense", 1),
+        ("layers", 0), ("layers", True), ("kv_heads", -1), ("head_dim", 1.5), ("dtype", "float17"), ("dtype", 3),
+        ("page_tokens", 0), ("num_pages", 1 << 60), ("order", "DNH"), ("kind", "both"), ("outermost", "heads"), ("tp", 3),
+        ("tp_rank", 1), ("pp", 11),
+        ("pp_rank", 1), ("layer_range", (3, 3)), ("layer_range", (0, 11)), ("layer_range", 5), ("windows", (4,)),
+        ("windows", (0,) * 10), ("windows", 7), ("offset", -1), ("nonsense", 1),
     ],
 )  # fmt: skip
 def test_what_is_no_layout_is_refused_by_the_name_of_the_field(field: str, value: object) -> None:

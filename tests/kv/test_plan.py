@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiotransfer.kv import KVLayout, LayoutMismatch, PageTable, Place, pairs, plan_transfer, sources
+from aiotransfer.kv import KVLayout, LayoutMismatch, PageTable, Place, pairs, plan_transfer
 from tests.kv.reference import fill, logical
 
 MODEL: dict[str, Any] = {"layers": 4, "kv_heads": 4, "head_dim": 2, "dtype": "float16"}
@@ -43,8 +43,8 @@ def cases(draw: st.DrawFn) -> Case:
         return KVLayout(
             **model, page_tokens=draw(st.sampled_from([1, 2, 3, 4, 8])), num_pages=draw(st.integers(24, 30)),
             order=draw(st.sampled_from(["NHD", "HND"])), kind="mla" if mla else draw(st.sampled_from(["apart", "together"])),
-            outermost=draw(st.sampled_from(["layers", "pages"])), tp=draw(st.sampled_from(degrees)), pp=draw(st.integers(1, layers)),
-            offset=draw(st.sampled_from([0, 5, 64])),
+            outermost=draw(st.sampled_from(["layers", "pages"])), tp=draw(st.sampled_from(degrees)),
+            pp=draw(st.integers(1, layers)), offset=draw(st.sampled_from([0, 5, 64])),
         )  # fmt: skip
 
     end = draw(st.integers(0, 20))
@@ -52,9 +52,8 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def ranks(layout: KVLayout) -> list[KVLayout]:
-    return [
-        KVLayout.from_dict(layout.to_dict() | {"pp_rank": pp, "tp_rank": tp}) for pp in range(layout.pp) for tp in range(layout.tp)
-    ]
+    places = [(pp, tp) for pp in range(layout.pp) for tp in range(layout.tp)]
+    return [KVLayout.from_dict(layout.to_dict() | {"pp_rank": pp, "tp_rank": tp}) for pp, tp in places]
 
 
 def carry(table: PageTable, source: np.ndarray[Any, Any], target: np.ndarray[Any, Any], written: np.ndarray[Any, Any]) -> None:
