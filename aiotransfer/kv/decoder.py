@@ -91,7 +91,7 @@ class Decoder:
         `ClosedError`; entering the block raises what came of asking: `LayoutMismatch`, `RequestRefused`, `TransferTimeout`,
         `PeerLostError`.
         """
-        peers = tuple(peer) if isinstance(peer, Iterable) else (peer,)
+        peers = tuple(peer) if isinstance(peer, list | tuple) else (peer,)
         if not peers or len(set(peers)) != len(peers):
             raise ValueError(f"a request names each of its prefill ranks once, and at least one: {peers}")
         self.check()

@@ -198,6 +198,8 @@ class Handle:
             case wire.Refused():
                 text = f"{peer} refused request {self.id!r}: {message.text}"
                 self._end("refused", RequestRefused(text, id=self.id, reason=message.reason, peer=str(peer.address)))
+            case wire.Failed(late=True):
+                self._late()
             case wire.Failed():
                 text = f"{peer} gave request {self.id!r} up: {message.text}"
                 self._end("failed", RequestFailed(text, id=self.id, peer=str(peer.address)))
@@ -301,8 +303,6 @@ class Handle:
     # ---- failures ----
 
     def _late(self) -> None:
-        if self._saga.state not in ("reserving", "streaming"):
-            return
         text = f"request {self.id!r} was not filled within {self._seconds:g} s: {self._progress()}"
         self._end("late", TransferTimeout(text))
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from aiotransfer.kv.prefiller import Prefiller
     from aiotransfer.model.descriptor import RemoteRegion
 
+TELL_SECONDS = 5.0  # that a decode side may take to make room for the news that a request has failed
+
 
 @dataclass(slots=True, eq=False)
 class Target:
@@ -365,7 +367,7 @@ class PrefillRequest:
         why = str(self._error).partition("\n")[0]
         for target in self.targets:
             if target.peer is not self._origin and target.peer.state in ("up", "busy"):
-                self._prefiller.room.tell(target.peer, wire.Failed(target.number, why), 5.0)
+                self._prefiller.room.tell(target.peer, wire.Failed(target.number, why, self._outcome == "late"), TELL_SECONDS)
 
     def _record(self) -> None:
         if self._timer is not None:

@@ -75,6 +75,7 @@ class Failed(_Message, frozen=True, tag=5):
     """Given up by the prefill side."""
 
     text: str
+    late: bool = False  # because the time was over, which may be seen there first
 
 
 ToPrefiller: TypeAlias = Reserve | Cancel
