@@ -87,7 +87,7 @@ class Decoder:
         `data`: for the prefill application (the prompt, say; with it at most about 1 MiB). All of it, until the last page,
         within `timeout` seconds (None: the engine's).
 
-        Raises `TypeError`, `ValueError`, `IndexError`, `BusyError` (a page that another request holds, too many requests) or
+        Raises `TypeError`, `ValueError`, `IndexError`, `BusyError` (a page that another request holds, too many requests), `PeerLostError` or
         `ClosedError`; entering the block raises what came of asking: `LayoutMismatch`, `RequestRefused`, `TransferTimeout`,
         `PeerLostError`.
         """
@@ -95,8 +95,6 @@ class Decoder:
         if not peers or len(set(peers)) != len(peers):
             raise ValueError(f"a request names each of its prefill ranks once, and at least one: {peers}")
         self.check()
-        for one in peers:
-            self.room.check(one)
         if not isinstance(id, str) or not 0 < len(id) <= wire.MOST_ID:
             raise ValueError(f"id must be a str of 1 to {wire.MOST_ID} characters, not {id!r}")
         skip = whole("skip_tokens", skip_tokens)
@@ -112,6 +110,8 @@ class Decoder:
             raise ValueError("page_ids names a page twice")
         order = Order(peers, id, ids[: self.layout.pages_of(count)], written, count, skip, priority, bytes(data), timeout)
         self.check_free(order)
+        for one in peers:
+            self.room.check(one)
         return Handle(self, order)
 
     # ---- pages ----

@@ -9,11 +9,10 @@ import asyncio
 import itertools
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakKeyDictionary
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.control.ratelimit import RateLimit, more
-from aiotransfer.errors import ClosedError, DescriptorError, TransferError
+from aiotransfer.errors import ClosedError, DescriptorError, TransferError, again
 from aiotransfer.kv import wire
 
 if TYPE_CHECKING:
@@ -22,10 +21,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()
-_rooms: dict[bytes, WeakKeyDictionary[Engine, Room]] = {
-    wire.TO_DECODER: WeakKeyDictionary(),
-    wire.TO_PREFILLER: WeakKeyDictionary(),
-}
+_rooms: dict[tuple[Engine, bytes], Room] = {}  # that somebody is in, of engines that are open
 numbers = itertools.count(1)  # of this process: an answer names its request whatever the engine
 
 
@@ -55,12 +51,10 @@ class Room:
     @classmethod
     def enter(cls, engine: Engine, mark: bytes, member: Member) -> Room:
         """The room of this engine; the first one in opens it. Raises `ClosedError`."""
-        rooms = _rooms[mark]
-        room = rooms.get(engine)
+        room = _rooms.get((engine, mark))
         if room is None:
-            room = rooms[engine] = cls(engine, mark)
-        if room._reader is None:
             messages = engine.messages(mark)  # raises
+            room = _rooms[engine, mark] = cls(engine, mark)
             room._reader = asyncio.get_running_loop().create_task(room._read(messages))
         room._members[member] = None
         return room
@@ -69,15 +63,20 @@ class Room:
         """The last one out closes it."""
         self._members.pop(member, None)
         if not self._members and self._reader is not None:
-            reader, self._reader = self._reader, None
-            reader.cancel()
-            await asyncio.wait([reader])
+            self._close()
+            self._reader.cancel()
+            await asyncio.wait([self._reader])
+
+    def _close(self) -> None:
+        if _rooms.get((self._engine, self._mark)) is self:
+            del _rooms[self._engine, self._mark]
 
     async def _read(self, messages: Any) -> None:
         try:
             async for peer, data in messages:
                 self._receive(peer, data)
         finally:
+            self._close()
             await messages.aclose()
 
     def _receive(self, peer: Peer, data: bytes) -> None:
@@ -131,5 +130,7 @@ class Room:
 
         if not isinstance(peer, Peer):
             raise TypeError(f"a Peer is asked, not {type(peer).__name__}")
+        if peer._error is not None:
+            raise again(peer._error)
         if peer not in self._engine.peers:
-            raise ClosedError(f"{peer} is no peer of this engine any more, or never was", peer=str(peer.address))
+            raise ClosedError(f"{peer} is no peer of this engine", peer=str(peer.address))

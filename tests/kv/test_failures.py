@@ -38,7 +38,7 @@ async def all_is_free(both: Party) -> None:
     ("field", "prefill"),
     [("layers", {"layers": 5}), ("kv_heads", {"kv_heads": 4}), ("head_dim", {"head_dim": 4}), ("dtype", {"dtype": "float16"})],
 )
-async def test_caches_that_do_not_match_are_refused_at_the_handshake_with_both_values(field: str, prefill: dict[str, Any]) -> None:
+async def test_caches_that_do_not_match_are_refused_with_both_values(field: str, prefill: dict[str, Any]) -> None:
     async with party(small(**prefill)) as both:
         with pytest.raises(kv.LayoutMismatch, match=f"differ in {field}") as caught:
             async with both.decoder.request(both.peer, "a", [1]):
@@ -280,8 +280,8 @@ async def test_a_forged_reservation_is_refused() -> None:
             part = handle._parts[0]
             pool, tail = (lease.descriptor for lease in part.leases)
             good = wire.Reserve(
-                1 << 40, "b", both.decode.layout.to_dict(), pool.encode(), tail.encode(), np.arange(3).tobytes(), 12, 0, 5, 0, 5.0,
-                False, b"",
+                1 << 40, "b", both.decode.layout.to_dict(), pool.encode(), tail.encode(), np.arange(3).tobytes(), 12, 0, 5, 0,
+                5.0, False, b"",
             )  # fmt: skip
             import msgspec
 

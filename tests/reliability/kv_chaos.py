@@ -3,9 +3,9 @@
     python -m tests.reliability.kv_chaos --requests 10000            (`make test-chaos-kv`)
     python -m tests.reliability.kv_chaos --seed 1234                 one run again, as it was
 
-A run has one or two prefill ranks and two decoders that send one request after another, several at a time. Meanwhile clients go away
-(some twice), models fail, deadlines are short, prefill ranks and decoders are killed and come back, engines are held as by SIGSTOP and
-connections are cut. What must hold:
+A run has one or two prefill ranks and two decoders that send one request after another, several at a time. Meanwhile clients go
+away (some twice), models fail, deadlines are short, prefill ranks and decoders are killed and come back, engines are held as by
+SIGSTOP and connections are cut. What must hold:
 
 - *right*: what `arrived()` returned is there, byte for byte, tail included.
 - *free*: pages whose request has ended are poisoned at once and stay so: nobody writes there any more. Sources are poisoned when
