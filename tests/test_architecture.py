@@ -20,7 +20,7 @@ MOST_LINES = 500
 LEAVES = {"errors", "config"}
 MAY_IMPORT = {  # folder: the folders beneath it
     "model": set(),
-    "kv": {"model", "control"},
+    "kv": {"model", "control", "engine"},
     "core": {"model"},
     "providers": {"model"},
     "control": {"model"},

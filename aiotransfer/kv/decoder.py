@@ -87,9 +87,9 @@ class Decoder:
         `data`: for the prefill application (the prompt, say; with it at most about 1 MiB). All of it, until the last page,
         within `timeout` seconds (None: the engine's).
 
-        Raises `TypeError`, `ValueError`, `IndexError`, `BusyError` (a page that another request holds, too many requests), `PeerLostError` or
-        `ClosedError`; entering the block raises what came of asking: `LayoutMismatch`, `RequestRefused`, `TransferTimeout`,
-        `PeerLostError`.
+        Raises `TypeError`, `ValueError`, `IndexError`, `BusyError` (a page that another request holds, too many requests),
+        `PeerLostError` or `ClosedError`; entering the block raises what came of asking: `LayoutMismatch`, `RequestRefused`,
+        `TransferTimeout`, `PeerLostError`.
         """
         peers = tuple(peer) if isinstance(peer, list | tuple) else (peer,)
         if not peers or len(set(peers)) != len(peers):
