@@ -14,7 +14,7 @@ from aiotransfer.kv.layout import KVLayout, LayoutMismatch, Place
 from aiotransfer.kv.plan import PageTable, TransferPlan, pairs, plan_transfer, sources
 from aiotransfer.kv.prefiller import Prefiller
 from aiotransfer.kv.record import RequestRecord
-from aiotransfer.kv.request import PrefillRequest
+from aiotransfer.kv.request import LayerWrite, PrefillRequest
 
 __all__ = [
     "Arrival",
@@ -22,6 +22,7 @@ __all__ = [
     "Handle",
     "KVLayout",
     "KVRequestError",
+    "LayerWrite",
     "LayoutMismatch",
     "PageTable",
     "Place",

@@ -65,8 +65,9 @@ class KVLayout:
     tensor for each layer, one after the other; "pages": all layers of a page together), `offset`: bytes before the pool in its
     region.
 
-    Of this rank: `tp`, `tp_rank`, `pp`, `pp_rank`, and `layer_range` (first, past the last) where layers are not divided
-    evenly, the earlier ranks having one more.
+    Of this rank: `tp`, `tp_rank`, `pp`, `pp_rank`. Layers are divided evenly, the earlier ranks having one more, heads evenly
+    or each held by several ranks; where that is otherwise, `layer_range` and `head_range` (first, past the last) say what this
+    rank has.
 
     Raises `TypeError` or `ValueError`, each naming the field.
     """
@@ -85,6 +86,7 @@ class KVLayout:
     pp: int = 1
     pp_rank: int = 0
     layer_range: tuple[int, int] | None = None
+    head_range: tuple[int, int] | None = None
     windows: tuple[int | None, ...] = ()
     offset: int = 0
 
@@ -105,13 +107,12 @@ class KVLayout:
             )
         if self.kind == "mla" and self.kv_heads != 1:
             raise ValueError(f"kv_heads must be 1 for MLA, not {self.kv_heads}")
-        if self.kind != "mla" and max(self.tp, self.kv_heads) % min(self.tp, self.kv_heads):
+        if self.head_range is not None:
+            object.__setattr__(self, "head_range", _range("head_range", self.head_range, self.kv_heads))
+        elif self.kind != "mla" and max(self.tp, self.kv_heads) % min(self.tp, self.kv_heads):
             raise ValueError(f"tp must divide kv_heads or be a multiple of it: {self.kv_heads} heads among {self.tp} ranks")
         if self.layer_range is not None:
-            low, high = _pair("layer_range", self.layer_range)
-            if not 0 <= low < high <= self.layers:
-                raise ValueError(f"layer_range must lie in [0, {self.layers}) and hold a layer, not {self.layer_range!r}")
-            object.__setattr__(self, "layer_range", (low, high))
+            object.__setattr__(self, "layer_range", _range("layer_range", self.layer_range, self.layers))
         elif self.pp > self.layers:
             raise ValueError(f"pp must not exceed the number of layers: {self.pp} ranks for {self.layers}")
         if not isinstance(self.windows, tuple | list) or len(self.windows) not in (0, self.layers):
@@ -145,6 +146,8 @@ class KVLayout:
     @property
     def own_heads(self) -> range:
         """The model's heads that this rank holds. With more ranks than heads several hold the same one."""
+        if self.head_range is not None:
+            return range(*self.head_range)
         if self.replicas > 1 or self.kind == "mla":
             return range(self.tp_rank // self.replicas, self.tp_rank // self.replicas + 1)
         each = self.kv_heads // self.tp
@@ -153,7 +156,14 @@ class KVLayout:
     @property
     def replicas(self) -> int:
         """How many ranks hold the same heads."""
+        if self.head_range is not None:
+            return 1
         return self.tp if self.kind == "mla" else max(1, self.tp // self.kv_heads)
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether what other ranks of the instance hold follows from `tp` and `pp`."""
+        return self.layer_range is None and self.head_range is None
 
     # ---- how ----
 
@@ -214,8 +224,6 @@ class KVLayout:
                 raise ValueError(f"a layout has no field {name!r}")
         try:
             given = dict(values)
-            if given.get("layer_range") is not None:
-                given["layer_range"] = _pair("layer_range", given["layer_range"])
             return cls(**given)
         except TypeError as error:
             raise TypeError(f"this is no layout: {error}") from None
@@ -233,6 +241,13 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"{name} must be two ints, not {value!r}")
     return _whole(name, value[0], 0), _whole(name, value[1], 0)
+
+
+def _range(name: str, value: Any, most: int) -> tuple[int, int]:
+    low, high = _pair(name, value)
+    if not 0 <= low < high <= most:
+        raise ValueError(f"{name} must lie in [0, {most}] and not be empty, not {value!r}")
+    return low, high
 
 
 def check_match(prefill: KVLayout, decode: KVLayout) -> None:

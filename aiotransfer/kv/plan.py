@@ -70,11 +70,12 @@ def pairs(prefill: KVLayout, decode: KVLayout) -> list[tuple[Place, Place]]:
     """Every (prefill rank, decode rank) of two instances that have something to say to each other, in order of the decode rank.
 
     Each head and layer of a decode rank comes from exactly one prefill rank; of several that hold the same one, decode ranks
-    take them in turn. The ranks named in the two layouts do not matter. `layer_range` must not be set. Raises `LayoutMismatch`.
+    take them in turn. The ranks named in the two layouts do not matter. Raises `LayoutMismatch`, or `ValueError`
+    where a layout says by a range what its rank has: then that of others is not known.
     """
     check_match(prefill, decode)
-    if prefill.layer_range is not None or decode.layer_range is not None:
-        raise ValueError("with layer_range the layers of other ranks are not known: ask plan_transfer for each pair")
+    if not (prefill.is_regular and decode.is_regular):
+        raise ValueError("with layer_range or head_range it is not known what other ranks hold: ask plan_transfer for each pair")
     found = []
     for pp, tp in np.ndindex(decode.pp, decode.tp):
         there = _at(decode, pp, tp)

@@ -17,6 +17,7 @@ import asyncio
 import heapq
 import itertools
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -171,7 +172,7 @@ class Prefiller:
             if known is not None:
                 return known
             plan = plan_transfer(self.layout, layout)
-            if plan.layers and self.layout.layer_range is None and layout.layer_range is None:
+            if plan.layers and self.layout.is_regular and layout.is_regular:
                 places = frozenset(there for here, there in pairs(self.layout, layout) if here == self.layout.place)
             else:
                 places = frozenset({layout.place})
@@ -240,6 +241,7 @@ class Prefiller:
 
     def _post(self, job: Job[Write]) -> None:
         write = job.work
+        write.posted = time.time()
         try:
             transfer = write.post()
         except BusyError:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,10 +56,25 @@ class Write:
     """One write of a request, which `post` begins."""
 
     request: PrefillRequest
+    peer: Peer
     post: Callable[[], Transfer]
     blocks: int
     nbytes: int
+    layer: int = -1
+    ready: float = 0.0
+    posted: float = 0.0
     transfer: Transfer | None = None
+
+
+class LayerWrite(NamedTuple):
+    """One write of a layer to a decode rank, with times of `time.time()`: called ready, begun, acknowledged."""
+
+    layer: int
+    peer: str
+    nbytes: int
+    ready: float
+    posted: float
+    landed: float
 
 
 class PrefillRequest:
@@ -85,6 +100,7 @@ class PrefillRequest:
         self._outcome = ""
         self._origin: Peer | None = None  # who need not be told
         self._tails: list[Region] = []
+        self._timeline: list[LayerWrite] = []
         self._over: asyncio.Future[None] = prefiller.loop.create_future()
         self._idle: asyncio.Future[None] | None = None
         self._deadline = prefiller.loop.time() + message.seconds
@@ -148,6 +164,11 @@ class PrefillRequest:
     def cancelled(self) -> bool:
         """Whether it is of no use to go on computing: the decode side has gone, or it is too late."""
         return self._saga.state in ("draining", "over") and self._outcome != "delivered"
+
+    @property
+    def timeline(self) -> tuple[LayerWrite, ...]:
+        """What has been written and acknowledged so far, in order of acknowledgement; tails are not in it."""
+        return tuple(self._timeline)
 
     @property
     def layers(self) -> range:
@@ -281,7 +302,7 @@ class PrefillRequest:
                 timeout=self._left(),
             )  # fmt: skip
 
-        self._add(target, Write(self, post, len(table), table.nbytes))
+        self._add(target, Write(self, target.peer, post, len(table), table.nbytes, layer, time.time()))
 
     def _cut(self, tokens: int, unit: int) -> int:
         return tokens if tokens == self.tokens else tokens // unit * unit
@@ -307,16 +328,20 @@ class PrefillRequest:
         def post() -> Transfer:
             return engine.write(slot[:nbytes], target.tail[:nbytes], imm=target.imm, timeout=self._left())
 
-        return Write(self, post, 0, nbytes)
+        return Write(self, target.peer, post, 0, nbytes)
 
     def ended(self, write: Write, error: BaseException | None = None) -> None:
         """A write is over, or was never begun."""
         del self._writes[write]
         if error is None and write.transfer is not None:
-            self._blocks += write.blocks
-            self._nbytes += write.nbytes if write.blocks else 0
+            now = time.time()
             if write.blocks:
-                self._times["last_page"] = time.time()
+                self._blocks += write.blocks
+                self._nbytes += write.nbytes
+                self._times["last_page"] = now
+                self._timeline.append(
+                    LayerWrite(write.layer, str(write.peer.address), write.nbytes, write.ready, write.posted, now)
+                )
         if isinstance(error, StaleRegionError):
             self._end("cancelled", RequestCancelled(f"request {self.id!r} was taken back by the decode side", id=self.id))
         elif isinstance(error, PeerLostError):

@@ -200,3 +200,22 @@ def test_tables_of_all_layers_are_made_once() -> None:
     tables = [plan.table(layer, [0, 1], [2, 3]) for layer in plan.layers]
     assert all(table.src_pages is tables[0].src_pages for table in tables)
     assert len({table.dst_offset for table in tables}) == 4
+
+
+def test_heads_that_are_not_divided_evenly_are_named_by_a_range() -> None:
+    model = {"layers": 2, "kv_heads": 3, "head_dim": 4, "dtype": "bfloat16", "page_tokens": 4, "num_pages": 8, "order": "HND"}
+    decode = KVLayout(**model)
+    ranks = [KVLayout(**model, tp=2, tp_rank=i, head_range=part) for i, part in enumerate([(0, 2), (2, 3)])]
+    target, expected = np.zeros(decode.pool_bytes, np.uint8), np.zeros(decode.pool_bytes, np.uint8)
+    written = np.zeros_like(target)
+    cache = logical(decode, 8, 0)
+    fill(decode, expected, [5, 2], cache, 0, 8)
+    for prefill in ranks:
+        source = np.zeros(prefill.pool_bytes, np.uint8)
+        fill(prefill, source, [1, 7], cache, 0, 8)
+        for layer in (0, 1):
+            carry(plan_transfer(prefill, decode).table(layer, [1, 7], [5, 2]), source, target, written)
+    assert np.array_equal(target, expected)
+    assert written.max() == 1
+    with pytest.raises(ValueError, match="not known what other ranks hold"):
+        pairs(ranks[0], decode)
