@@ -53,7 +53,7 @@ def load_model(name: str, directory: str) -> Any:
 
 
 def layout_of(config: Any, dtype: torch.dtype, rank: int | None = None) -> kv.KVLayout:
-    """How a worker keeps its pages: [layer, page, keys or values, head, token, dim]. `rank`: of prefill; None: the decode rank."""
+    """How a worker keeps its pages: [layer, page, keys or values, head, token, dim]. `rank`: of prefill; None: decode."""
     heads = config.num_key_value_heads
     cut = -(-heads // RANKS)  # three heads are two and one
     part: dict[str, Any] = {}
