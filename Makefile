@@ -12,7 +12,7 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-tcp docs \
-	test-chaos test-guest test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
+	test-chaos test-chaos-kv test-guest test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
 
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
@@ -106,6 +106,10 @@ test-sanitize: $(STAMPS)/test
 # Engines opened, used and closed or killed CYCLES times; nothing may be left; writes docs/reliability/cycles.md.
 test-cycles: $(STAMPS)/test
 	$(PY) -m tests.reliability.cycles --cycles $(CYCLES) --report $(ARGS)
+
+# KV-cache requests under random aborts and kills on the simulator; writes docs/reliability/kv-chaos.md.
+test-chaos-kv: $(STAMPS)/test
+	$(PY) -m tests.reliability.kv_chaos --requests 10000 --report $(ARGS)
 
 # Random faults against whole engines on the simulator; writes docs/reliability/chaos.md.
 test-chaos: $(STAMPS)/test

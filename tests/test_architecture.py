@@ -20,6 +20,7 @@ MOST_LINES = 500
 LEAVES = {"errors", "config"}
 MAY_IMPORT = {  # folder: the folders beneath it
     "model": set(),
+    "kv": {"model", "control", "engine"},
     "core": {"model"},
     "providers": {"model"},
     "control": {"model"},
@@ -28,7 +29,10 @@ MAY_IMPORT = {  # folder: the folders beneath it
     "testing": {"model", "core", "providers", "control", "engine"},
     "cli": {"model", "core", "providers", "control", "engine", "testing"},
 }
-PURE = ("model/", "core/", "control/frames.py", "control/session.py", "rendezvous/roster.py", "errors.py")
+PURE = (
+    "model/", "core/", "control/frames.py", "control/session.py", "rendezvous/roster.py", "errors.py",
+    "kv/layout.py", "kv/plan.py", "kv/checksum.py", "kv/wire.py", "kv/saga.py", "kv/schedule.py",
+)  # fmt: skip
 IMPURE = {"asyncio", "time", "socket", "logging", "select", "threading", "subprocess", "random", "anyio", "pathlib"}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from types import TracebackType
+from typing import Any
 
 TURNS = 8  # of the loop: one for its descriptors, the others for the tasks that wait for each other for what came
 
@@ -43,3 +44,15 @@ class Patience:
         if self._timer is not None:
             self._timer.cancel()
         await self._scope.__aexit__(kind, value, trace)
+
+
+async def despite_cancels(future: asyncio.Future[Any]) -> None:
+    """Wait until it is done, whatever cancels come; they change nothing, here or there. Its result is not looked at."""
+    import anyio
+
+    with anyio.CancelScope(shield=True):
+        while not future.done():
+            try:
+                await asyncio.wait([future])
+            except asyncio.CancelledError:
+                continue

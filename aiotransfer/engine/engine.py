@@ -14,6 +14,7 @@ from aiotransfer.config import Config
 from aiotransfer.control.frames import OfferWire, PeerInfo, Revoked
 from aiotransfer.control.key import load_key
 from aiotransfer.control.link import Identity
+from aiotransfer.control.patience import despite_cancels
 from aiotransfer.control.ratelimit import RateLimit
 from aiotransfer.core.ledger import Ledger
 from aiotransfer.engine import memory
@@ -342,10 +343,13 @@ class Engine(Planner):
             yield peer
         self._connections.arrivals.put_nowait(None)
 
-    def messages(self) -> AsyncIterator[Message]:
-        """Messages of all peers: `.peer`, `.data`. Ends when the engine closes."""
+    def messages(self, prefix: bytes = b"") -> AsyncIterator[Message]:
+        """Messages of all peers: `.peer`, `.data`. Ends when the engine closes.
+
+        With a `prefix` those that begin with it, which nobody else then sees: for components that share the engine with others.
+        """
         self._check()
-        return self._mailbox.messages()
+        return self._mailbox.messages(bytes(prefix))
 
     def statistics(self) -> Statistics:
         """A frozen record of everything counted so far."""
@@ -400,7 +404,7 @@ class Engine(Planner):
         try:
             await asyncio.shield(closer)
         except asyncio.CancelledError:
-            await _finish_despite_cancels(closer)
+            await despite_cancels(closer)
             raise
 
     async def _close(self) -> None:
@@ -482,15 +486,3 @@ class Engine(Planner):
 
     def _repr_html_(self) -> str:
         return engine_html(self)
-
-
-async def _finish_despite_cancels(task: asyncio.Task[None]) -> None:
-    """Closing goes on when its caller is cancelled; further cancels change nothing."""
-    import anyio
-
-    with anyio.CancelScope(shield=True):
-        while not task.done():
-            try:
-                await asyncio.shield(task)
-            except asyncio.CancelledError:
-                continue

@@ -3,6 +3,9 @@
 What may pile up here is bounded by the credit each peer was given; taking a message gives its credit back. What peers that have
 gone left unread is kept within one bound for all of them, or anybody could fill our memory by coming again and again; the oldest
 goes first, with a warning.
+
+Components that talk over the same engine as the application have boxes of their own: messages that begin with a prefix which
+somebody reads by are his, what is nobody's is the application's.
 """
 
 from __future__ import annotations
@@ -24,24 +27,47 @@ MESSAGE_BYTES = 4096  # what a message costs, be it empty: it keeps its peer
 _logger = logging.getLogger("aiotransfer")
 
 
+class _Box:
+    """Messages of one reader, or of several who share them."""
+
+    def __init__(self) -> None:
+        self.messages: deque[Message] = deque()
+        self.waiters: deque[asyncio.Future[None]] = deque()
+        self.readers = 0
+
+    def wake(self) -> None:
+        """Somebody has something to take, or to know."""
+        while self.waiters:
+            waiter = self.waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+
 class Mailbox:
     """One per engine."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._messages: deque[Message] = deque()
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._boxes: dict[bytes, _Box] = {b"": _Box()}  # by prefix
         self._closed = False
         self._limit = RateLimit(most=1)
 
     def put(self, message: Message) -> None:
         """A message came."""
-        self._messages.append(message)
-        self._wake()
+        box = self._boxes[self._prefix(message.data)]
+        box.messages.append(message)
+        box.wake()
+
+    def _prefix(self, data: bytes) -> bytes:
+        """The longest one somebody reads by."""
+        if len(self._boxes) == 1:
+            return b""
+        return max((prefix for prefix in self._boxes if data.startswith(prefix)), key=len)
 
     def departed(self) -> None:
         """A peer has gone: is what those who went have left unread still within the bound?"""
-        orphans = [message for message in self._messages if message.peer._state != "up"]
+        orphans = [m for box in self._boxes.values() for m in box.messages if m.peer._state != "up"]
         excess = sum(len(message.data) + MESSAGE_BYTES for message in orphans) - MOST_ORPHANED
         if excess <= 0:
             return
@@ -51,46 +77,68 @@ class Mailbox:
                 break
             dropped.add(id(message))
             excess -= len(message.data) + MESSAGE_BYTES
-        self._messages = deque(message for message in self._messages if id(message) not in dropped)
+        for box in self._boxes.values():
+            box.messages = deque(message for message in box.messages if id(message) not in dropped)
         left_out = self._limit.admit("dropped")
         if left_out is not None:
             _logger.warning("%d unread messages of peers that have gone were dropped%s", len(dropped), more(left_out))
 
-    def _wake(self) -> None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
-
-    async def take(self) -> Message | None:
-        """The next message; None when the engine is closed and all were taken."""
-        while not self._messages:
+    async def _take(self, box: _Box) -> Message | None:
+        while not box.messages:
             if self._closed:
                 return None
             waiter = self._loop.create_future()
-            self._waiters.append(waiter)
+            box.waiters.append(waiter)
             try:
                 await waiter
             except BaseException:  # cancelled: the message is not lost
                 if waiter.done() and not waiter.cancelled():
-                    self._wake()  # the message that woke us is somebody else's now
+                    box.wake()  # the message that woke us is somebody else's now
                 raise
-        message = self._messages.popleft()
-        if self._messages:
-            self._wake()
+        message = box.messages.popleft()
+        if box.messages:
+            box.wake()
         message.peer._consumed(len(message.data))
         return message
 
-    async def messages(self) -> AsyncIterator[Message]:
-        """Every message, until the engine closes."""
-        while (message := await self.take()) is not None:
-            yield message
+    async def messages(self, prefix: bytes) -> AsyncIterator[Message]:
+        """Every message that begins with `prefix`, or with no prefix that somebody reads by, until the engine closes."""
+        box = self._open(prefix)
+        try:
+            while (message := await self._take(box)) is not None:
+                yield message
+        finally:
+            self._leave(prefix, box)
+
+    def _open(self, prefix: bytes) -> _Box:
+        box = self._boxes.get(prefix)
+        if box is None:
+            box = self._boxes[prefix] = _Box()
+            self._deal()
+        box.readers += 1
+        return box
+
+    def _leave(self, prefix: bytes, box: _Box) -> None:
+        box.readers -= 1
+        if not box.readers and prefix:
+            del self._boxes[prefix]
+            if box.messages:
+                rest = self._boxes[self._prefix(prefix)]
+                rest.messages.extend(box.messages)
+                rest.wake()
+
+    def _deal(self) -> None:
+        """What came before there was a reader for it is his."""
+        for box in list(self._boxes.values()):
+            unread, box.messages = box.messages, deque()
+            for message in unread:
+                self.put(message)
 
     def close(self) -> None:
         """Readers end when they have taken what is there."""
         self._closed = True
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
+        for box in self._boxes.values():
+            for waiter in box.waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+            box.waiters.clear()

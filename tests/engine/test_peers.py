@@ -183,3 +183,19 @@ async def test_both_forms_of_opening_and_a_repr() -> None:
     assert "closed" in repr(engine)
     async with at.open_engine() as other:
         assert other.statistics().peers == 0
+
+
+async def test_a_component_reads_its_own_messages_and_leaves_the_application_its(pair: Pair) -> None:
+    await pair.right_peer.send(b"kv 1")
+    await pair.right_peer.send(b"mine")
+    await pair.right_peer.ping(timeout=10)
+    component = pair.right.messages(b"kv")
+    assert (await anext(component)).data == b"kv 1"  # it came before anybody read by the prefix
+    await pair.right_peer.send(b"kv 2")
+    await pair.right_peer.send(b"kv 3")
+    application = pair.right.messages()
+    assert (await anext(application)).data == b"mine"
+    assert (await anext(component)).data == b"kv 2"
+    await component.aclose()  # type: ignore[attr-defined]
+    assert (await anext(application)).data == b"kv 3", "what a reader leaves is the application's"
+    await application.aclose()  # type: ignore[attr-defined]

@@ -18,15 +18,25 @@ def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=110)
 
 
-def test_the_handed_over_cache_continues_the_same_text() -> None:
-    done = demo("--tokens", "16", "--json")
+def test_the_handed_over_caches_continue_the_same_texts() -> None:
+    done = demo("--tokens", "16", "--json", "--checksums")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["tokens_equal"] is True
-    assert figures["pages"] == 4 * -(-figures["prompt_tokens"] // 16)
-    assert figures["bytes"] == figures["pages"] * 2 * 2 * 16 * 32 * 4
-    assert len(figures["layer_transfer_seconds"]) == 4
-    assert 0 <= figures["hidden_share"] <= 1
+    assert len(figures["prompts"]) == 3
+    for prompt in figures["prompts"]:
+        assert prompt["attempts"] == 1
+        assert prompt["writes"] == 2 * 4  # one for each rank and layer
+        assert prompt["bytes"] == 4 * -(-prompt["prompt_tokens"] // 16) * 2 * 2 * 16 * 32 * 4
+        assert 0 <= prompt["hidden_share"] <= 1
+
+
+def test_a_prefill_rank_that_is_killed_in_the_middle_is_replaced_and_the_texts_are_the_same() -> None:
+    done = demo("--tokens", "8", "--json", "--chaos")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["tokens_equal"] is True
+    assert figures["prompts"][-1]["attempts"] >= 2
 
 
 def test_one_flipped_byte_of_one_page_is_noticed() -> None:

@@ -1,0 +1,227 @@
+"""The decode side: pages that wait for the cache of a request.
+
+    decoder = kv.Decoder(engine, layout, pages)
+    async with decoder.request(peer, "request 7", page_ids, tokens=513) as handle:
+        arrival = await handle.arrived()
+        ...                                      # the pages are full; decode from arrival.tail on
+    # here the pages are provably nobody else's, however the block ended
+
+Pages belong to the caller, who says which of them a request may fill. From then on until the block ends they are *held*: no other
+request may name them. Their right to be written is leased to the prefill ranks of that request alone, and taken back at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiotransfer.errors import BusyError, ClosedError, QuarantineError
+from aiotransfer.kv import wire
+from aiotransfer.kv.handle import Handle, Order
+from aiotransfer.kv.layout import KVLayout
+from aiotransfer.kv.record import RequestRecord
+from aiotransfer.kv.room import Room
+from aiotransfer.kv.slots import Slots, check_pool, page_ids_of, whole
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import Region
+    from aiotransfer.errors import DescriptorError
+
+MOST_RECORDS = 1000
+
+
+class Decoder:
+    """Receives KV caches into `pages`, a region that holds the pool of `layout`.
+
+    `tail_bytes`: most of a tail (what a prefill rank sends last: logits, a hidden state). `checksums`: have every page checked.
+    `most_requests` at a time, beyond which `request` raises `BusyError`. `revoke_timeout`: seconds in which the end of a
+    request must be proved before its pages are quarantined. `on_record` is called with the `RequestRecord` of each request that
+    is over; the last 1,000 are in `records`.
+
+    Raises `RegionError` when the pool does not lie in the region, `ConfigurationError`, `ClosedError`, `TypeError`. Call it
+    where the engine's event loop runs.
+    """
+
+    def __init__(
+        self, engine: Engine, layout: KVLayout, pages: Region, *, tail_bytes: int = 64 << 10, checksums: bool = False,
+        most_requests: int = 4096, revoke_timeout: float = 5.0, on_record: Callable[[RequestRecord], object] | None = None,
+    ) -> None:  # fmt: skip
+        if not isinstance(layout, KVLayout):
+            raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
+        check_pool(pages, layout, checksums)
+        self.engine = engine
+        self.layout = layout
+        self.pages = pages
+        self.tail_bytes = whole("tail_bytes", tail_bytes)
+        self.checksums = checksums
+        self.most_requests = most_requests
+        self.revoke_timeout = revoke_timeout
+        self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
+        self.on_record = on_record
+        self.slots = Slots(engine)
+        self.room = Room.enter(engine, wire.TO_DECODER, self)
+        self._closed = False
+        self._requests: dict[Handle, None] = {}
+        self._by_number: dict[int, Handle] = {}
+        self._held = np.zeros(layout.num_pages, bool)
+        self._freed: dict[asyncio.Future[None], None] = {}
+
+    def request(
+        self, peer: Peer | Sequence[Peer], id: str, page_ids: Any, *, tokens: int | None = None, skip_tokens: int = 0,
+        priority: int = 0, data: bytes = b"", timeout: float | None = None,
+    ) -> Handle:  # fmt: skip
+        """Pages for one request: `async with` it.
+
+        `peer`: the prefill rank, or all those that this decode rank gets something of (`kv.sources`). `id`: the same at all
+        decode ranks of a request. `page_ids`: from the first token on; of them those before `skip_tokens` (a cached prefix) are
+        neither written nor held. `tokens`: of the prompt; None: as many as the pages hold. `priority`: higher goes first.
+        `data`: for the prefill application (the prompt, say; with it at most about 1 MiB). All of it, until the last page,
+        within `timeout` seconds (None: the engine's).
+
+        Raises `TypeError`, `ValueError`, `IndexError`, `BusyError` (a page that another request holds, too many requests),
+        `PeerLostError` or `ClosedError`; entering the block raises what came of asking: `LayoutMismatch`, `RequestRefused`,
+        `TransferTimeout`, `PeerLostError`.
+        """
+        peers = tuple(peer) if isinstance(peer, list | tuple) else (peer,)
+        if not peers or len(set(peers)) != len(peers):
+            raise ValueError(f"a request names each of its prefill ranks once, and at least one: {peers}")
+        self.check()
+        if not isinstance(id, str) or not 0 < len(id) <= wire.MOST_ID:
+            raise ValueError(f"id must be a str of 1 to {wire.MOST_ID} characters, not {id!r}")
+        skip = whole("skip_tokens", skip_tokens)
+        ids = page_ids_of(page_ids, self.layout, 0)
+        most = len(ids) * self.layout.page_tokens
+        count = most if tokens is None else whole("tokens", tokens)
+        if not skip <= count <= most:
+            raise ValueError(f"skip_tokens <= tokens <= {most} (what {len(ids)} pages hold) must be: {skip}, {count}")
+        if isinstance(priority, bool) or not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
+            raise TypeError(f"priority must be an int of 32 bits, not {priority!r}")
+        written = ids[skip // self.layout.page_tokens : self.layout.pages_of(count)]
+        if len(np.unique(written)) != len(written):
+            raise ValueError("page_ids names a page twice")
+        order = Order(peers, id, ids[: self.layout.pages_of(count)], written, count, skip, priority, bytes(data), timeout)
+        self.check_free(order)
+        for one in peers:
+            self.room.check(one)
+        return Handle(self, order)
+
+    # ---- pages ----
+
+    @property
+    def held(self) -> frozenset[int]:
+        """Pages that requests hold, those in quarantine included."""
+        return frozenset(np.flatnonzero(self._held).tolist())
+
+    async def freed(self, page_ids: Iterable[int]) -> None:
+        """Returns when no request holds any of these pages any more: also the end of their quarantine. Raises `ClosedError`."""
+        wanted = np.asarray(list(page_ids), np.int64)
+        while self._held[wanted].any():
+            self.check()
+            waiter = asyncio.get_running_loop().create_future()
+            self._freed[waiter] = None
+            try:
+                await waiter
+            finally:
+                del self._freed[waiter]
+
+    def check(self) -> None:
+        """Raise `ClosedError` when it is closed."""
+        if self._closed:
+            raise ClosedError("the decoder is closed")
+
+    def check_free(self, order: Order) -> None:
+        """Raise `BusyError` unless the request could begin now."""
+        self.check()
+        if len(self._requests) >= self.most_requests:
+            raise BusyError(f"{len(self._requests)} requests are under way", hint="most_requests is the bound")
+        taken = order.written[self._held[order.written]]
+        if len(taken):
+            raise BusyError(
+                f"page {taken[0]} is held by another request",
+                hint="its block has not ended, or its end is not proved: Decoder.freed",
+            )
+
+    def claim(self, handle: Handle) -> None:
+        """Its pages are its own from now on. Raises `BusyError`."""
+        self.check_free(handle.order)
+        self._held[handle.order.written] = True
+        self._requests[handle] = None
+
+    def release(self, handle: Handle) -> None:
+        """Its pages are free."""
+        self._held[handle.order.written] = False
+        self._requests.pop(handle, None)
+        for waiter in self._freed:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # ---- messages ----
+
+    def expect(self, number: int, handle: Handle) -> None:
+        """Answers with this number are for it."""
+        self._by_number[number] = handle
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """What comes for these is late."""
+        for number in numbers:
+            self._by_number.pop(number, None)
+
+    def receive(self, peer: Peer, message: wire.ToDecoder) -> bool:
+        """See `Room`."""
+        handle = self._by_number.get(message.number)
+        if handle is not None:
+            handle.receive(peer, message)
+        return handle is not None
+
+    def unreadable(self, peer: Peer, number: int, error: DescriptorError) -> bool:
+        """See `Room`."""
+        handle = self._by_number.get(number)
+        if handle is not None:
+            handle.receive(peer, wire.Failed(number, str(error)))
+        return handle is not None
+
+    # ---- the end ----
+
+    def recorded(self, record: RequestRecord) -> None:
+        """A request is over."""
+        from aiotransfer.kv.tracing import trace
+
+        self.records.append(record)
+        trace(record)
+        if self.on_record is not None:
+            self.on_record(record)
+
+    async def aclose(self) -> None:
+        """Cancel what is under way, wait for its end (bounded by `revoke_timeout`), free all. Twice is silent.
+
+        Raises `QuarantineError` when pages stay quarantined: their memory must not be reused.
+        """
+        self._closed = True
+        for handle in list(self._requests):
+            await handle.abandon()
+        for waiter in self._freed:
+            if not waiter.done():
+                waiter.set_result(None)
+        self.slots.close()
+        await self.room.leave(self)
+        if self._requests:
+            stuck = list(itertools.chain.from_iterable(handle.order.written.tolist() for handle in self._requests))
+            raise QuarantineError(f"{len(stuck)} pages stay quarantined: {stuck[:8]}", hint="do not reuse them")
+
+    async def __aenter__(self) -> Decoder:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<Decoder of {self.engine.address}: {len(self._requests)} requests, {int(self._held.sum())} pages held>"

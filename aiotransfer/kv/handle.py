@@ -1,0 +1,399 @@
+"""One request on the decode side, from the reservation to the proof that its pages are free again (`saga.DECODE`)."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aiotransfer.control.patience import Patience, despite_cancels
+from aiotransfer.errors import ClosedError, PeerLostError, QuarantineError, TransferError, TransferTimeout, again
+from aiotransfer.kv import wire
+from aiotransfer.kv.errors import KVRequestError, RequestCancelled, RequestFailed, RequestRefused
+from aiotransfer.kv.layout import KVLayout, LayoutMismatch
+from aiotransfer.kv.plan import TransferPlan, plan_transfer
+from aiotransfer.kv.record import RequestRecord
+from aiotransfer.kv.room import numbers
+from aiotransfer.kv.saga import DECODE, Saga
+from aiotransfer.kv.slots import HEADER_BYTES, memory_of
+from aiotransfer.kv.verify import check_sums
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from aiotransfer.engine.counter import Counter
+    from aiotransfer.engine.lease import Lease
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import Region
+    from aiotransfer.kv.decoder import Decoder
+
+LOOK_SECONDS = 0.05  # between two looks whether a quarantine is over
+
+
+class Order(NamedTuple):
+    """What was asked for. `written`: those of the pages that are filled."""
+
+    peers: tuple[Peer, ...]
+    id: str
+    page_ids: NDArray[np.int64]
+    written: NDArray[np.int64]
+    tokens: int
+    skip_tokens: int
+    priority: int
+    data: bytes
+    timeout: float | None
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """Of one prefill rank."""
+
+    peer: Peer
+    number: int
+    tail: Region
+    leases: list[Lease] = field(default_factory=list)
+    plan: TransferPlan | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What has arrived. `tail`: of the first prefill rank that sent one; `tails`: of all, in the order they were asked in."""
+
+    tail: bytes
+    tails: tuple[bytes, ...]
+    tokens: int
+    skip_tokens: int
+
+
+class Handle:
+    """A request. Made by `Decoder.request`; enter it once."""
+
+    def __init__(self, decoder: Decoder, order: Order) -> None:
+        self.order = order
+        self._decoder = decoder
+        self._saga = Saga(DECODE, "new")
+        self._parts: list[Part] = []
+        self._counter: Counter | None = None
+        self._counting: asyncio.Task[None] | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._outcome = ""
+        self._error: Exception | None = None
+        self._times: dict[str, float] = {"queued": time.time()}
+        self._do: dict[str, Callable[[], None]] = {
+            "claim pages": self._claim, "lease": self._lease, "ask": self._ask, "count": self._count, "open block": self._open,
+            "check": self._check, "deliver": self._deliver, "revoke": self._revoke, "tell": self._tell, "tell others": self._tell,
+            "free pages": self._free, "record": self._record, "watch": self._watch,
+        }  # fmt: skip
+
+    @property
+    def id(self) -> str:
+        """The request's."""
+        return self.order.id
+
+    @property
+    def state(self) -> str:
+        """Of the saga: `new`, `reserving`, `streaming`, `checking`, `delivered`, `releasing`, `quarantined` or `free`."""
+        return self._saga.state
+
+    def _feed(self, event: str, error: Exception | None = None) -> bool:
+        """Go on with an event; False when it was late."""
+        actions = self._saga.feed(event)
+        if actions is None:
+            return False
+        if error is not None and self._error is None:
+            self._error = error
+        if self._saga.state == "releasing" and not self._outcome:
+            self._outcome = "delivered" if event == "leave" else event
+        for action in actions:
+            self._do[action]()
+        return True
+
+    # ---- reserve ----
+
+    async def __aenter__(self) -> Handle:
+        if self._saga.state != "new":
+            raise ClosedError(f"request {self.id!r} has been entered before")
+        loop = asyncio.get_running_loop()
+        self._taken: asyncio.Future[None] = loop.create_future()
+        self._arrived: asyncio.Future[Arrival] = loop.create_future()
+        self._over: asyncio.Future[None] = loop.create_future()  # released or quarantined
+        for future in (self._taken, self._arrived):
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # not everybody waits for both
+        self._seconds = self._decoder.engine._seconds(self.order.timeout)
+        self._ends = loop.time() + self._seconds
+        try:
+            self._feed("enter")
+        except BaseException:
+            self._feed("refused here")
+            raise
+        try:
+            self._feed("claimed")
+            if self._seconds != math.inf:
+                self._deadline = loop.call_later(self._seconds, self._late)
+            await asyncio.shield(self._taken)
+        except BaseException as error:
+            self._leave("the request was given up before it was taken")
+            await self._ended(error)
+            raise
+        return self
+
+    def _claim(self) -> None:
+        self._decoder.claim(self)
+
+    def _lease(self) -> None:
+        decoder, order = self._decoder, self.order
+        sums = 8 * len(order.page_ids) * len(decoder.layout.own_layers) if decoder.checksums else 0
+        self._counter = decoder.engine.counter()
+        for peer in order.peers:
+            part = Part(peer, next(numbers), decoder.slots.take(HEADER_BYTES + sums + decoder.tail_bytes))
+            self._parts.append(part)
+            for memory in (decoder.pages, part.tail):
+                part.leases.append(memory.lease(peer))
+
+    def _ask(self) -> None:
+        decoder, order, counter = self._decoder, self.order, self._counter
+        assert counter is not None
+        for part in self._parts:
+            pool, tail = part.leases
+            decoder.expect(part.number, self)
+            message = wire.Reserve(
+                part.number, order.id, decoder.layout.to_dict(), pool.descriptor.encode(), tail.descriptor.encode(),
+                order.page_ids.tobytes(), order.tokens, order.skip_tokens, counter.imm, order.priority, self._left(),
+                decoder.checksums, order.data,
+            )  # fmt: skip
+            decoder.room.own(self._send(part.peer, wire.encode(message)))
+
+    async def _send(self, peer: Peer, data: bytes) -> None:
+        try:
+            async with Patience(self._left()):
+                await peer.send(data)
+        except TimeoutError:
+            self._late()
+        except PeerLostError as error:
+            self._end("lost", error)
+        except (TransferError, ValueError) as error:  # too much data for one message
+            self._end("failed", error)
+
+    def _left(self) -> float:
+        return max(0.0, self._ends - asyncio.get_running_loop().time())
+
+    # ---- what the other side says ----
+
+    def receive(self, peer: Peer, message: wire.ToDecoder) -> None:
+        """An answer."""
+        part = next((p for p in self._parts if p.number == message.number), None)
+        if part is None or part.peer is not peer:
+            return
+        match message:
+            case wire.Reserved():
+                self._reserved(part, message)
+            case wire.Refused(reason="layout"):
+                self._end("refused", LayoutMismatch(message.field, message.prefill, message.decode))
+            case wire.Refused():
+                text = f"{peer} refused request {self.id!r}: {message.text}"
+                self._end("refused", RequestRefused(text, id=self.id, reason=message.reason, peer=str(peer.address)))
+            case wire.Failed(late=True):
+                self._late()
+            case wire.Failed():
+                text = f"{peer} gave request {self.id!r} up: {message.text}"
+                self._end("failed", RequestFailed(text, id=self.id, peer=str(peer.address)))
+
+    def _reserved(self, part: Part, message: wire.Reserved) -> None:
+        try:
+            part.plan = plan_transfer(KVLayout.from_dict(message.layout), self._decoder.layout)
+        except (TypeError, ValueError) as error:
+            self._end("failed", RequestFailed(f"the layout of {part.peer} makes no sense here: {error}", id=self.id))
+            return
+        if all(p.plan is not None for p in self._parts):
+            self._feed("taken")
+
+    # ---- stream ----
+
+    def _open(self) -> None:
+        self._times["reserved"] = time.time()
+        self._taken.set_result(None)
+
+    def _count(self) -> None:
+        """From before anybody has answered: whoever is counted on is also noticed to be lost."""
+        self._counting = self._decoder.room.own(self._count_all())
+
+    def _blocks(self) -> int:
+        return sum(part.plan.count(self.order.tokens, self.order.skip_tokens) for part in self._parts if part.plan is not None)
+
+    async def _count_all(self) -> None:
+        counter = self._counter
+        assert counter is not None
+        try:
+            await counter.wait(1, peers=self.order.peers)
+            self._times["first_page"] = time.time()
+            await asyncio.shield(self._taken)
+            await counter.wait(self._blocks() + len(self._parts) - 1, peers=self.order.peers)
+            self._times["last_page"] = time.time()
+        except PeerLostError as error:
+            self._end("lost", error)
+        except (TransferError, LayoutMismatch) as error:
+            self._end("failed", error)
+        else:
+            self._feed("counted")
+
+    def _check(self) -> None:
+        if self._decoder.checksums:
+            self._counting = self._decoder.room.own(self._check_all())
+        else:
+            self._feed("right")
+
+    async def _check_all(self) -> None:
+        try:
+            await asyncio.to_thread(self._check_now)
+        except KVRequestError as error:
+            self._end("wrong", error)
+        else:
+            self._feed("right")
+
+    def _check_now(self) -> None:
+        memory = memory_of(self._decoder.pages)
+        for part in self._parts:
+            assert part.plan is not None
+            check_sums(part.plan, memory, memory_of(part.tail), self.order.page_ids, self.order, part.peer)
+
+    def _deliver(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        tails = tuple(self._tail(part) for part in self._parts)
+        found = Arrival(next((tail for tail in tails if tail), b""), tails, self.order.tokens, self.order.skip_tokens)
+        self._arrived.set_result(found)
+
+    def _tail(self, part: Part) -> bytes:
+        memory = memory_of(part.tail)
+        length, sums = memory[:HEADER_BYTES].view(np.uint64).tolist()
+        start = HEADER_BYTES + 8 * sums
+        return memory[start : start + length].tobytes()
+
+    async def arrived(self, *, timeout: float | None = None) -> Arrival:
+        """Wait until every page and the tail of every rank have landed. May be awaited many times, and from several tasks.
+
+        Raises `TransferTimeout` after `timeout` seconds, with the request still under way; else what ended the request:
+        `TransferTimeout` (its own deadline), `PeerLostError`, `RequestFailed`, `WrongPageError`, `RequestCancelled`.
+        """
+        seconds = math.inf if timeout is None else self._decoder.engine._seconds(timeout)
+        if self._saga.state == "new":
+            raise ClosedError(f"request {self.id!r} has not been entered")
+        try:
+            async with Patience(seconds):
+                return await asyncio.shield(self._arrived)
+        except TransferError as error:
+            raise again(error) from None
+        except TimeoutError:
+            raise TransferTimeout(f"request {self.id!r} has not arrived after {seconds:g} s: {self._progress()}") from None
+
+    def _progress(self) -> str:
+        if self._saga.state == "reserving":
+            waiting = [str(part.peer.address) for part in self._parts if part.plan is None]
+            return f"no answer of {', '.join(waiting)}"
+        taken = int("first_page" in self._times)
+        here = (self._counter.value if self._counter is not None else 0) + taken
+        return f"{here} of {self._blocks() + len(self._parts)} writes have landed"
+
+    # ---- failures ----
+
+    def _late(self) -> None:
+        text = f"request {self.id!r} was not filled within {self._seconds:g} s: {self._progress()}"
+        self._end("late", TransferTimeout(text))
+
+    def _leave(self, why: str) -> None:
+        """Commit what was delivered, end what was not; what has ended by itself is not touched."""
+        if not self._feed("leave"):
+            self._end("cancelled", RequestCancelled(f"request {self.id!r} is over on the decode side: {why}", id=self.id))
+
+    def _end(self, event: str, error: Exception) -> None:
+        if not self._feed(event, error):
+            return
+        for future in (self._taken, self._arrived):
+            if not future.done():
+                future.set_exception(again(error))
+
+    def _tell(self) -> None:
+        for part in self._parts:
+            if part.peer.state in ("up", "busy"):
+                self._decoder.room.tell(part.peer, wire.Cancel(part.number, self._outcome), self._decoder.revoke_timeout)
+
+    # ---- release ----
+
+    def _revoke(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._decoder.forget(part.number for part in self._parts)
+        self._decoder.room.own(self._release())
+
+    async def _release(self) -> None:
+        seconds = self._decoder.revoke_timeout
+        leases = [lease for part in self._parts for lease in part.leases]
+        results = await asyncio.gather(*(lease.revoke(timeout=seconds) for lease in leases), return_exceptions=True)
+        if self._counting is not None:
+            self._counting.cancel()
+        self._feed("proved" if all(lease.state == "revoked" for lease in leases) else "unproved")
+        del results
+        if not self._over.done():
+            self._over.set_result(None)
+
+    def _free(self) -> None:
+        if self._counter is not None:
+            self._counter.close()
+        for part in self._parts:
+            self._decoder.slots.give(part.tail)
+        self._decoder.release(self)
+
+    def _watch(self) -> None:
+        self._decoder.room.own(self._wait_for_proof())
+
+    async def _wait_for_proof(self) -> None:
+        leases = [lease for part in self._parts for lease in part.leases]
+        while any(lease.state != "revoked" for lease in leases):
+            await asyncio.sleep(LOOK_SECONDS)
+        self._feed("proved")
+
+    def _record(self) -> None:
+        order, times = self.order, self._times
+        plans = [part.plan for part in self._parts if part.plan is not None]
+        delivered = self._outcome == "delivered"
+        outcome = "quarantined" if self._saga.state == "quarantined" else self._outcome
+        path = next((part.peer.path.provider for part in self._parts if part.peer._path is not None), "")
+        self._decoder.recorded(
+            RequestRecord(
+                order.id, "decode", tuple(str(peer.address) for peer in order.peers), path, order.priority, order.tokens,
+                order.skip_tokens, self._blocks() if delivered else 0,
+                sum(plan.nbytes(order.tokens, order.skip_tokens) for plan in plans) if delivered else 0,
+                times["queued"], times.get("reserved"), times.get("first_page"), times.get("last_page"), time.time(), 0,
+                outcome, "" if self._error is None else str(self._error),
+            )
+        )  # fmt: skip
+
+    async def abandon(self) -> None:
+        """End it, whatever it is doing, and wait until it has ended."""
+        self._leave("its decoder was closed")
+        if self._saga.state != "new":
+            await despite_cancels(self._over)
+
+    async def _ended(self, error: BaseException | None) -> None:
+        await despite_cancels(self._over)
+        if self._saga.state == "quarantined":
+            proof = QuarantineError(
+                f"pages of request {self.id!r} may still be written",
+                hint="do not use them: they are free when Decoder.freed says so",
+            )
+            if error is None:
+                raise proof
+            error.add_note(str(proof))
+
+    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._leave("its block was left before it had arrived")
+        await self._ended(value)
+
+    def __repr__(self) -> str:
+        return f"<Handle {self.id!r} {self.state}>"

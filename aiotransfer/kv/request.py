@@ -1,0 +1,438 @@
+"""One request on the prefill side, from the first reservation until nothing of it is being written (`saga.PREFILL`)."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aiotransfer.control.patience import Patience, despite_cancels
+from aiotransfer.errors import PeerLostError, StaleRegionError, TransferTimeout, again
+from aiotransfer.kv import wire
+from aiotransfer.kv.errors import RequestCancelled, RequestFailed
+from aiotransfer.kv.layout import Place
+from aiotransfer.kv.record import RequestRecord
+from aiotransfer.kv.saga import PREFILL, Saga
+from aiotransfer.kv.schedule import Job
+from aiotransfer.kv.slots import HEADER_BYTES, memory_of, page_ids_of, whole
+from aiotransfer.kv.verify import sums_of_layer
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.transfer import Transfer
+    from aiotransfer.kv.plan import TransferPlan
+    from aiotransfer.kv.prefiller import Prefiller
+    from aiotransfer.model.descriptor import RemoteRegion
+
+TELL_SECONDS = 5.0  # that a decode side may take to make room for the news that a request has failed
+
+
+@dataclass(slots=True, eq=False)
+class Target:
+    """A decode rank of a request."""
+
+    peer: Peer
+    number: int
+    plan: TransferPlan
+    pool: RemoteRegion
+    tail: RemoteRegion
+    page_ids: NDArray[np.int64]
+    imm: int
+    sums: dict[int, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Write:
+    """One write of a request, which `post` begins."""
+
+    request: PrefillRequest
+    peer: Peer
+    post: Callable[[], Transfer]
+    blocks: int
+    nbytes: int
+    layer: int = -1
+    ready: float = 0.0
+    posted: float = 0.0
+    transfer: Transfer | None = None
+
+
+class LayerWrite(NamedTuple):
+    """One write of a layer to a decode rank, with times of `time.time()`: called ready, begun, acknowledged."""
+
+    layer: int
+    peer: str
+    nbytes: int
+    ready: float
+    posted: float
+    landed: float
+
+
+class PrefillRequest:
+    """A request that was accepted. Made by `Prefiller.accept`; `async with` it: the decode side is told of whatever ends it."""
+
+    def __init__(self, prefiller: Prefiller, message: wire.Reserve, places: frozenset[Place]) -> None:
+        self.id: str = message.id
+        self.tokens: int = message.tokens
+        self.skip_tokens: int = message.skip_tokens
+        self.priority: int = message.priority
+        self.data: bytes = message.data
+        self.targets: list[Target] = []
+        self.retries = 0
+        self._prefiller = prefiller
+        self._places = places
+        self._checksums = message.checksums
+        self._saga = Saga(PREFILL, "gathering")
+        self._page_ids: NDArray[np.int64] | None = None
+        self._ready: dict[int, int] = {}  # by layer: tokens that are on their way
+        self._writes: dict[Write, None] = {}
+        self._blocks = self._nbytes = 0
+        self._times: dict[str, float] = {"queued": time.time()}
+        self._outcome = ""
+        self._origin: Peer | None = None  # who need not be told
+        self._tails: list[Region] = []
+        self._timeline: list[LayerWrite] = []
+        self._over: asyncio.Future[None] = prefiller.loop.create_future()
+        self._idle: asyncio.Future[None] | None = None
+        self._deadline = prefiller.loop.time() + message.seconds
+        self._seconds = message.seconds
+        self._timer = None if message.seconds == math.inf else prefiller.loop.call_later(message.seconds, self._late)
+        self._thread = threading.get_ident()
+        self._error: Exception | None = None
+        self._do: dict[str, Callable[[], None]] = {
+            "answer": self._answer, "offer": self._offer, "tell": self._tell, "record": self._record, "withdraw": self._withdraw,
+            "post": lambda: None, "drain": lambda: None, "post tail": lambda: None, "stop": self._stop,
+        }  # fmt: skip
+
+    def _feed(self, event: str, error: Exception | None = None) -> bool:
+        actions = self._saga.feed(event)
+        if actions is None:
+            return False
+        if error is not None and self._error is None:
+            self._error = error
+        if not self._outcome and self._saga.state in ("draining", "over"):
+            self._outcome = "delivered" if event == "committed" else event
+        for action in actions:
+            self._do[action]()
+        return True
+
+    # ---- reservations ----
+
+    def joins(self, place: Place, message: wire.Reserve) -> bool:
+        """Whether this reservation is that of a further decode rank of this request."""
+        same = (message.tokens, message.skip_tokens, message.checksums) == (self.tokens, self.skip_tokens, self._checksums)
+        known = {target.plan.decode.place for target in self.targets}
+        return self._saga.state == "gathering" and same and place in self._places - known
+
+    def add(self, target: Target) -> None:
+        """A decode rank has asked."""
+        self.targets.append(target)
+        self._feed("complete" if len(self.targets) == len(self._places) else "reserved")
+
+    def _answer(self) -> None:
+        target, prefiller = self.targets[-1], self._prefiller
+        prefiller.room.tell(target.peer, wire.Reserved(target.number, prefiller.layout.to_dict()), self._left())
+
+    def _offer(self) -> None:
+        self._prefiller.offer(self)
+
+    def accept(self) -> bool:
+        """The application takes it; False when it is over."""
+        self._times["reserved"] = time.time()
+        return self._feed("accepted")
+
+    def _left(self) -> float:
+        return max(0.0, self._deadline - self._prefiller.loop.time())
+
+    # ---- what the application does ----
+
+    @property
+    def state(self) -> str:
+        """Of the saga: `gathering`, `offered`, `streaming`, `committing`, `draining` or `over`."""
+        return self._saga.state
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it is of no use to go on computing: the decode side has gone, or it is too late."""
+        return self._saga.state in ("draining", "over") and self._outcome != "delivered"
+
+    @property
+    def timeline(self) -> tuple[LayerWrite, ...]:
+        """What has been written and acknowledged so far, in order of acknowledgement; tails are not in it."""
+        return tuple(self._timeline)
+
+    @property
+    def layers(self) -> range:
+        """The model's layers that this rank sends."""
+        return self._prefiller.layout.own_layers
+
+    def use(self, page_ids: Any) -> None:
+        """The pages of this side's pool where the cache is (or will be), from the first token on.
+
+        Raises `TypeError`, `IndexError` or `ValueError` (too few of them; called after a layer was ready).
+        """
+        if self._ready:
+            raise ValueError("pages are named before the first layer is ready")
+        self._page_ids = page_ids_of(page_ids, self._prefiller.layout, self.tokens)
+
+    def layer_ready(self, layer: int, *, upto: int | None = None) -> None:
+        """The cache of this layer is in its pages for all tokens before `upto` (None: for all): send what has not been sent.
+
+        Returns at once; may be called from any thread, once for each chunk of a prompt. Tokens past the last whole block go
+        with the next chunk. After the request has been cancelled nothing is sent, and nothing raised: see `cancelled`.
+
+        Raises `IndexError` (a layer that is not this rank's), `TypeError` or `ValueError`.
+        """
+        if layer not in self.layers:
+            raise IndexError(f"layer {layer!r} is not one of this rank's: {self.layers}")
+        if self._page_ids is None:
+            raise ValueError("the request's pages are not known: call use(page_ids) first")
+        end = self.tokens if upto is None else whole("upto", upto)
+        if end > self.tokens:
+            raise ValueError(f"upto must not exceed the request's {self.tokens} tokens: {end}")
+        if threading.get_ident() == self._thread:
+            self._send(layer, end)
+        else:
+            self._prefiller.loop.call_soon_threadsafe(self._send, layer, end)
+
+    async def follow(self, word: Any) -> None:
+        """Take the layers that a kernel, or another process, counts in a 64-bit word (`Engine.watch`) as ready, first to last.
+
+        `word` holds how many of this rank's layers are ready; returns when all are, or the request is over.
+        """
+        layers, done = self.layers, 0
+        watcher = self._prefiller.engine.watch(word)
+        values = aiter(watcher)
+        while done < len(layers) and not self.cancelled:
+            following = asyncio.ensure_future(anext(values))
+            waited: list[asyncio.Future[Any]] = [following, self._over]
+            try:
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if not following.done():
+                    following.cancel()
+                    await asyncio.wait([following])
+            if following.cancelled():
+                break
+            new = min(following.result()[1], len(layers))
+            for layer in layers[done:new]:
+                self.layer_ready(layer)
+            done = max(done, new)
+        watcher.close()
+
+    def fail(self, reason: str) -> None:
+        """Give it up, and tell the decode side why. Late calls change nothing."""
+        self._end("failed", RequestFailed(f"request {self.id!r} was given up: {reason}", id=self.id))
+
+    async def finish(self, tail: Any = b"") -> None:
+        """Send the tail (bytes, at most what the decoder has room for) and return when everything has arrived there.
+
+        Raises `ValueError` (a layer is not ready, a tail too long), `RequestCancelled`, `PeerLostError`, `TransferTimeout` (the
+        decode side's deadline).
+        """
+        body = np.frombuffer(tail, np.uint8) if isinstance(tail, bytes) else np.ascontiguousarray(tail).reshape(-1).view(np.uint8)
+        await asyncio.sleep(0)  # what other threads have said is ready comes first
+        self._check()
+        missing = [layer for layer in self.layers if self._ready.get(layer, -1) < self.tokens and self._is_sent(layer)]
+        if missing:
+            raise ValueError(f"request {self.id!r} cannot be finished: layers {missing} are not ready")
+        writes = [self._tail_write(target, body) for target in self.targets]
+        self._feed("finish")
+        for target, write in zip(self.targets, writes, strict=True):
+            self._add(target, write)
+        if self._writes:
+            self._idle = self._prefiller.loop.create_future()
+            await asyncio.shield(self._idle)
+        self._feed("committed")
+        await asyncio.shield(self._over)
+        self._check()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise again(self._error)
+        if self._saga.state == "over" and self._outcome == "delivered":
+            return
+        if self._saga.state not in ("streaming", "committing"):
+            raise RequestCancelled(f"request {self.id!r} is over: {self._outcome}", id=self.id)
+
+    # ---- writing ----
+
+    def _is_sent(self, layer: int) -> bool:
+        return any(layer in target.plan.layers for target in self.targets)
+
+    def _send(self, layer: int, end: int) -> None:
+        if self._saga.state != "streaming":
+            return
+        for target in self.targets:
+            if layer in target.plan.layers:
+                self._send_to(target, layer, end)
+        self._ready[layer] = max(end, self._ready.get(layer, 0))
+
+    def _send_to(self, target: Target, layer: int, end: int) -> None:
+        plan, skip, tokens = target.plan, self.skip_tokens, self.tokens
+        ours, theirs = self._page_ids, target.page_ids
+        assert ours is not None
+        if self._checksums and end == tokens and layer not in target.sums:
+            memory = memory_of(self._prefiller.pages)
+            target.sums[layer] = sums_of_layer(plan, layer, memory, (ours, theirs), tokens, skip, here=True)
+        unit = plan.unit(skip)
+        first = max(skip, self._cut(self._ready.get(layer, 0), unit))
+        past = self._cut(end, unit)
+        if past <= first:
+            return
+        table = plan.table(layer, ours, theirs, skip_tokens=skip, tokens=tokens, chunk=(first, past))
+        if not len(table):
+            return
+        engine, pages = self._prefiller.engine, self._prefiller.pages
+
+        def post() -> Transfer:
+            self._times.setdefault("first_page", time.time())
+            return engine.write_pages(
+                pages, table.src_pages, target.pool, table.dst_pages, page_bytes=table.page_bytes, src_stride=table.src_stride,
+                dst_stride=table.dst_stride, src_offset=table.src_offset, dst_offset=table.dst_offset, imm=target.imm,
+                timeout=self._left(),
+            )  # fmt: skip
+
+        self._add(target, Write(self, target.peer, post, len(table), table.nbytes, layer, time.time()))
+
+    def _cut(self, tokens: int, unit: int) -> int:
+        return tokens if tokens == self.tokens else tokens // unit * unit
+
+    def _add(self, target: Target, write: Write) -> None:
+        self._writes[write] = None
+        self._prefiller.submit(Job(self, target.peer, self.priority, write.nbytes, write))
+
+    def _tail_write(self, target: Target, body: NDArray[np.uint8]) -> Write:
+        sums = np.concatenate([target.sums[layer] for layer in target.plan.layers]) if self._checksums else np.empty(0, np.uint64)
+        nbytes = HEADER_BYTES + sums.nbytes + len(body)
+        if nbytes > target.tail.nbytes:
+            room = target.tail.nbytes - HEADER_BYTES - sums.nbytes
+            raise ValueError(f"a tail of {len(body)} bytes is too long: the decoder has room for {room} (its tail_bytes)")
+        slot = self._prefiller.slots.take(nbytes)
+        self._tails.append(slot)
+        memory = memory_of(slot)
+        memory[:HEADER_BYTES] = np.array([len(body), len(sums)], np.uint64).view(np.uint8)
+        memory[HEADER_BYTES : HEADER_BYTES + sums.nbytes] = sums.view(np.uint8)
+        memory[HEADER_BYTES + sums.nbytes : nbytes] = body
+        engine = self._prefiller.engine
+
+        def post() -> Transfer:
+            return engine.write(slot[:nbytes], target.tail[:nbytes], imm=target.imm, timeout=self._left())
+
+        return Write(self, target.peer, post, 0, nbytes)
+
+    def ended(self, write: Write, error: BaseException | None = None) -> None:
+        """A write is over, or was never begun."""
+        del self._writes[write]
+        if error is None and write.transfer is not None:
+            now = time.time()
+            if write.blocks:
+                self._blocks += write.blocks
+                self._nbytes += write.nbytes
+                self._times["last_page"] = now
+                self._timeline.append(
+                    LayerWrite(write.layer, str(write.peer.address), write.nbytes, write.ready, write.posted, now)
+                )
+        if isinstance(error, StaleRegionError):
+            self._end("cancelled", RequestCancelled(f"request {self.id!r} was taken back by the decode side", id=self.id))
+        elif isinstance(error, PeerLostError):
+            self._end("lost", error)
+        elif isinstance(error, TransferTimeout):
+            self._end("late", error)
+        elif isinstance(error, Exception):
+            self._end("failed", error)
+        if not self._writes:
+            if self._idle is not None and not self._idle.done():
+                self._idle.set_result(None)
+            self._feed("drained")
+
+    # ---- what ends it ----
+
+    def cancelled_by(self, peer: Peer, message: wire.Cancel) -> None:
+        """A decode rank does not want it any more."""
+        if any(target.peer is peer and target.number == message.number for target in self.targets):
+            self._origin = peer
+            text = f"request {self.id!r} is not wanted any more by {peer} ({message.reason[:80]})"
+            self._end("cancelled", RequestCancelled(text, id=self.id, peer=str(peer.address)))
+
+    def lost(self, peer: Peer) -> None:
+        """A peer has gone."""
+        if any(target.peer is peer for target in self.targets):
+            self._origin = peer
+            text = f"request {self.id!r}: its decode rank {peer} has gone"
+            self._end("lost", PeerLostError(text, peer=str(peer.address)))
+
+    def _late(self) -> None:
+        waits = f": {len(self.targets)} of {len(self._places)} decode ranks have asked" if self._saga.state == "gathering" else ""
+        self._end("late", TransferTimeout(f"request {self.id!r} was not sent within the {self._seconds:g} s that it had{waits}"))
+
+    def _end(self, event: str, error: Exception) -> None:
+        if self._feed(event, error) and not self._writes:
+            self._feed("drained")
+
+    def _stop(self) -> None:
+        self._prefiller.drop(self)
+        for write in list(self._writes):
+            if write.transfer is not None:
+                write.transfer.cancel()
+
+    def _withdraw(self) -> None:
+        pass  # `_record` forgets it, wherever it waits
+
+    def _tell(self) -> None:
+        why = str(self._error).partition("\n")[0]
+        for target in self.targets:
+            if target.peer is not self._origin and target.peer.state in ("up", "busy"):
+                self._prefiller.room.tell(target.peer, wire.Failed(target.number, why, self._outcome == "late"), TELL_SECONDS)
+
+    def _record(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._prefiller.forget(self)
+        for slot in self._tails:
+            self._prefiller.slots.give(slot)
+        times = self._times
+        path = next((target.peer.path.provider for target in self.targets if target.peer._path is not None), "")
+        self._prefiller.recorded(
+            RequestRecord(
+                self.id, "prefill", tuple(str(target.peer.address) for target in self.targets), path, self.priority, self.tokens,
+                self.skip_tokens, self._blocks, self._nbytes, times["queued"], times.get("reserved"), times.get("first_page"),
+                times.get("last_page"), time.time(), self.retries, self._outcome, "" if self._error is None else str(self._error),
+            )
+        )  # fmt: skip
+        if not self._over.done():
+            self._over.set_result(None)
+
+    async def abandon(self, why: str) -> None:
+        """Give it up, and wait until nothing of it is being written."""
+        for event in ("failed", "late"):  # before it was accepted nobody could fail
+            self._end(event, RequestFailed(f"request {self.id!r} was given up: {why}", id=self.id))
+        await despite_cancels(self._over)
+
+    async def ended_there(self, *, timeout: float | None = None) -> None:
+        """Returns when the request is over: to stop computing for somebody who has gone. Raises `TransferTimeout`."""
+        seconds = math.inf if timeout is None else self._prefiller.engine._seconds(timeout)
+        try:
+            async with Patience(seconds):
+                await asyncio.shield(self._over)
+        except TimeoutError:
+            raise TransferTimeout(f"request {self.id!r} is still under way after {seconds:g} s") from None
+
+    async def __aenter__(self) -> PrefillRequest:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._saga.state != "over":
+            await self.abandon(f"{kind.__name__}: {value}" if kind is not None else "it was left unfinished")
+
+    def __repr__(self) -> str:
+        return f"<PrefillRequest {self.id!r} {self.state}>"

@@ -1,0 +1,136 @@
+"""The mail of one side of one engine: reads the messages that are for it, and sends without making anybody wait.
+
+All decoders of an engine share one room, as do its prefillers, so that each message finds its request whoever made it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aiotransfer.control.patience import Patience
+from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.errors import ClosedError, DescriptorError, TransferError, again
+from aiotransfer.kv import wire
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.peer import Peer
+
+_logger = logging.getLogger("aiotransfer")
+_limit = RateLimit()
+_rooms: dict[tuple[Engine, bytes], Room] = {}  # that somebody is in, of engines that are open
+numbers = itertools.count(1)  # of this process: an answer names its request whatever the engine
+
+
+class Member(Protocol):
+    """Who gets messages."""
+
+    def receive(self, peer: Peer, message: Any) -> bool:
+        """Whether the message was for this one."""
+        ...
+
+    def unreadable(self, peer: Peer, number: int, error: DescriptorError) -> bool:
+        """The same for one that cannot be read."""
+        ...
+
+
+class Room:
+    """Of one engine and side. `enter` and `leave` it."""
+
+    def __init__(self, engine: Engine, mark: bytes) -> None:
+        self._engine = engine
+        self._mark = mark
+        self._members: dict[Member, None] = {}
+        self._tasks: dict[asyncio.Task[Any], None] = {}
+        self._telling: dict[asyncio.Task[Any], None] = {}
+        self._reader: asyncio.Task[None] | None = None
+
+    @classmethod
+    def enter(cls, engine: Engine, mark: bytes, member: Member) -> Room:
+        """The room of this engine; the first one in opens it. Raises `ClosedError`."""
+        room = _rooms.get((engine, mark))
+        if room is None:
+            messages = engine.messages(mark)  # raises
+            room = _rooms[engine, mark] = cls(engine, mark)
+            room._reader = asyncio.get_running_loop().create_task(room._read(messages))
+        room._members[member] = None
+        return room
+
+    async def leave(self, member: Member) -> None:
+        """The last one out closes it."""
+        self._members.pop(member, None)
+        if not self._members and self._reader is not None:
+            self._close()
+            self._reader.cancel()
+            await asyncio.wait([self._reader])
+
+    def _close(self) -> None:
+        if _rooms.get((self._engine, self._mark)) is self:
+            del _rooms[self._engine, self._mark]
+
+    async def _read(self, messages: Any) -> None:
+        try:
+            async for peer, data in messages:
+                self._receive(peer, data)
+        finally:
+            self._close()
+            await messages.aclose()
+
+    def _receive(self, peer: Peer, data: bytes) -> None:
+        try:
+            message = wire.decode(data)
+        except DescriptorError as error:
+            number = wire.number(data)
+            if number is None or not any(member.unreadable(peer, number, error) for member in list(self._members)):
+                self._complain(peer, error)
+            return
+        for member in list(self._members):
+            if member.receive(peer, message):
+                return
+
+    def _complain(self, peer: Peer, error: Exception) -> None:
+        left_out = _limit.admit(type(error).__name__)
+        if left_out is not None:
+            _logger.warning("a message of %s cannot be read: %s%s", peer, error, more(left_out))
+
+    # ---- sending ----
+
+    def tell(self, peer: Peer, message: wire.ToPrefiller | wire.ToDecoder, seconds: float) -> None:
+        """Send as soon as the peer has room, for at most so long. Whoever is gone is not told."""
+        task = self.own(self._send(peer, wire.encode(message), seconds))
+        self._telling[task] = None
+        task.add_done_callback(self._telling.pop)
+
+    async def _send(self, peer: Peer, data: bytes, seconds: float) -> None:
+        try:
+            async with Patience(seconds):
+                await peer.send(data)
+        except (TransferError, TimeoutError):
+            pass  # that it is gone, or does not read, is learned where something waits for it
+
+    async def flush(self) -> None:
+        """Wait until what was told is sent, or its time is over."""
+        sending = list(self._telling)
+        if sending:
+            await asyncio.wait(sending)
+
+    def own(self, work: Any) -> asyncio.Task[Any]:
+        """Run it; nobody else keeps it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.pop)
+        return task
+
+    def check(self, peer: object) -> None:
+        """Raise unless this is a peer of the engine that is up."""
+        from aiotransfer.engine.peer import Peer
+
+        if not isinstance(peer, Peer):
+            raise TypeError(f"a Peer is asked, not {type(peer).__name__}")
+        if peer._error is not None:
+            raise again(peer._error)
+        if peer not in self._engine.peers:
+            raise ClosedError(f"{peer} is no peer of this engine", peer=str(peer.address))
