@@ -81,6 +81,10 @@ bench: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) -m aiotransfer bench $(ARGS)
 
+# What streaming a language model's KV cache adds to the first token; --report writes the plot of the documentation.
+bench-kv-stream: $(STAMPS)/demo $(STAMPS)/test
+	@$(PY) tests/benchmarks/kv_stream.py $(ARGS)
+
 # This tree beside an earlier commit, turn by turn.
 bench-earlier: setup
 	@$(PIP) install --quiet uvloop

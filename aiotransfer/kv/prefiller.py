@@ -63,7 +63,8 @@ class Prefiller:
     `most_requests`: how many may be known at a time; more are refused. `peer_bytes`: written to one decode rank at a time, over
     all requests; `class_bytes`: the same for a priority over all decode ranks. `on_record` and `records` as with `Decoder`.
 
-    Raises `RegionError` when the pool does not lie in the region, `ClosedError`, `TypeError`.
+    Raises `RegionError` when the pool does not lie in the region, `ConfigurationError` (a second one), `ClosedError`,
+    `TypeError`.
     """
 
     def __init__(
@@ -91,6 +92,11 @@ class Prefiller:
         self._held_back: Job[Write] | None = None  # the engine had no room for it
         self._closed = False
         self.room = Room.enter(engine, wire.TO_PREFILLER, self)
+
+    @property
+    def requests(self) -> dict[str, PrefillRequest]:
+        """Those that are under way, by id."""
+        return dict(self._requests)
 
     async def accept(self, *, timeout: float | None = None) -> PrefillRequest:
         """The next request: of those that wait, the one with the highest priority, the oldest first.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.control.ratelimit import RateLimit, more
-from aiotransfer.errors import ClosedError, DescriptorError, TransferError, again
+from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, again
 from aiotransfer.kv import wire
 
 if TYPE_CHECKING:
@@ -50,8 +50,10 @@ class Room:
 
     @classmethod
     def enter(cls, engine: Engine, mark: bytes, member: Member) -> Room:
-        """The room of this engine; the first one in opens it. Raises `ClosedError`."""
+        """The room of this engine; the first one in opens it. Raises `ClosedError`, `ConfigurationError` (a second prefiller)."""
         room = _rooms.get((engine, mark))
+        if room is not None and mark == wire.TO_PREFILLER:
+            raise ConfigurationError("this engine has a Prefiller already", hint="close that one first, or open another engine")
         if room is None:
             messages = engine.messages(mark)  # raises
             room = _rooms[engine, mark] = cls(engine, mark)

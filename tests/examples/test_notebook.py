@@ -10,19 +10,23 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-NOTEBOOK = HERE.parent.parent / "examples" / "first_steps.ipynb"
+EXAMPLES = HERE.parent.parent / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("way", ["once", "again", "interrupted"])
-def test_the_notebook_runs(way: str) -> None:
-    command = [sys.executable, str(HERE / "notebook_runs.py"), str(NOTEBOOK), way]
+@pytest.mark.parametrize(
+    ("name", "way"), [(book.stem, way) for book in NOTEBOOKS for way in ("once", "again")] + [("first_steps", "interrupted")]
+)
+def test_the_notebook_runs(name: str, way: str) -> None:
+    command = [sys.executable, str(HERE / "notebook_runs.py"), str(EXAMPLES / f"{name}.ipynb"), way]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     if way == "interrupted" and done.returncode == 77:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_it_is_kept_without_outputs() -> None:
-    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+@pytest.mark.parametrize("book", NOTEBOOKS, ids=lambda book: book.stem)
+def test_it_is_kept_without_outputs(book: Path) -> None:
+    for cell in json.loads(book.read_text())["cells"]:
         assert not cell.get("outputs")
         assert not cell.get("execution_count")

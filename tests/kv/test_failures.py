@@ -253,6 +253,17 @@ async def test_closing_either_side_ends_its_requests() -> None:
                     pass
 
 
+async def test_an_engine_has_one_prefiller_at_a_time_and_roles_close_after_their_engine() -> None:
+    async with at.open_engine() as left, at.open_engine() as right:
+        async with party(engines=(left, right)) as both:
+            with pytest.raises(at.ConfigurationError, match="has a Prefiller already"):
+                kv.Prefiller(left, both.prefill.layout, both.prefill.region)
+            await both.prefiller.aclose()
+            kv.Prefiller(left, both.prefill.layout, both.prefill.region)
+            await left.aclose()
+            await right.aclose()
+
+
 async def test_an_engine_that_closes_takes_its_requests_along() -> None:
     async with at.open_engine() as left, at.open_engine() as right:
         async with party(engines=(left, right)) as both:
