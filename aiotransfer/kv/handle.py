@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.region import Region
     from aiotransfer.kv.decoder import Decoder
 
-LOOK_SECONDS = 0.05  # between two looks whether a quarantine is over
+LOOK_SECONDS = 1.0  # between two looks whether a quarantine is over; that it is over is heard at once
 
 
 class Order(NamedTuple):
@@ -337,8 +337,7 @@ class Handle:
         results = await asyncio.gather(*(lease.revoke(timeout=seconds) for lease in leases), return_exceptions=True)
         if self._counting is not None:
             self._counting.cancel()
-        self._feed("proved" if all(lease.state == "revoked" for lease in leases) else "unproved")
-        del results
+        self._feed("unproved" if any(isinstance(result, BaseException) for result in results) else "proved")
         if not self._over.done():
             self._over.set_result(None)
 
@@ -353,9 +352,13 @@ class Handle:
         self._decoder.room.own(self._wait_for_proof())
 
     async def _wait_for_proof(self) -> None:
-        leases = [lease for part in self._parts for lease in part.leases]
-        while any(lease.state != "revoked" for lease in leases):
-            await asyncio.sleep(LOOK_SECONDS)
+        for lease in [lease for part in self._parts for lease in part.leases]:
+            while True:
+                try:
+                    await lease.revoke(timeout=LOOK_SECONDS)
+                    break
+                except QuarantineError:
+                    continue
         self._feed("proved")
 
     def _record(self) -> None:

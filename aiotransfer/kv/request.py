@@ -202,7 +202,7 @@ class PrefillRequest:
         if threading.get_ident() == self._thread:
             self._send(layer, end)
         else:
-            self._prefiller.loop.call_soon_threadsafe(self._send, layer, end)
+            self._prefiller.loop.call_soon_threadsafe(self._send_for_thread, layer, end)
 
     async def follow(self, word: Any) -> None:
         """Take the layers that a kernel, or another process, counts in a 64-bit word (`Engine.watch`) as ready, first to last.
@@ -236,12 +236,14 @@ class PrefillRequest:
     async def finish(self, tail: Any = b"") -> None:
         """Send the tail (bytes, at most what the decoder has room for) and return when everything has arrived there.
 
-        Raises `ValueError` (a layer is not ready, a tail too long), `RequestCancelled`, `PeerLostError`, `TransferTimeout` (the
-        decode side's deadline).
+        Raises `ValueError` (a layer is not ready, a tail too long, a second time), `RequestCancelled`, `PeerLostError`,
+        `TransferTimeout` (the decode side's deadline).
         """
         body = np.frombuffer(tail, np.uint8) if isinstance(tail, bytes) else np.ascontiguousarray(tail).reshape(-1).view(np.uint8)
         await asyncio.sleep(0)  # what other threads have said is ready comes first
         self._check()
+        if self._saga.state != "streaming":
+            raise ValueError(f"request {self.id!r} has been finished before")
         missing = [layer for layer in self.layers if self._ready.get(layer, -1) < self.tokens and self._is_sent(layer)]
         if missing:
             raise ValueError(f"request {self.id!r} cannot be finished: layers {missing} are not ready")
@@ -268,6 +270,12 @@ class PrefillRequest:
 
     def _is_sent(self, layer: int) -> bool:
         return any(layer in target.plan.layers for target in self.targets)
+
+    def _send_for_thread(self, layer: int, end: int) -> None:
+        try:
+            self._send(layer, end)
+        except Exception as error:  # nobody is there to raise it to
+            self.fail(f"layer {layer} could not be sent: {error!r}")
 
     def _send(self, layer: int, end: int) -> None:
         if self._saga.state != "streaming":

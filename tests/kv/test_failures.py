@@ -191,6 +191,8 @@ async def test_finishing_before_all_layers_are_ready_is_refused_and_the_request_
                 with pytest.raises(ValueError, match="must not exceed"):
                     request.layer_ready(0, upto=13)
                 await request.finish(np.arange(3, dtype=np.float32))
+                with pytest.raises(ValueError, match="has been finished before"):
+                    await request.finish()
             assert (await handle.arrived(timeout=10)).tail == np.arange(3, dtype=np.float32).tobytes()
 
 
@@ -251,6 +253,31 @@ async def test_closing_either_side_ends_its_requests() -> None:
             with pytest.raises(at.TransferTimeout, match="no answer of"):
                 async with both.decoder.request(both.peer, "b", [5], timeout=0.3):
                     pass
+
+
+async def test_a_decode_engine_that_closes_ends_its_requests_and_nothing_goes_on() -> None:
+    async with at.open_engine() as left, at.open_engine() as right:
+        async with party(engines=(left, right)) as both:
+            with pytest.raises(at.ClosedError):
+                async with both.decoder.request(both.peer, "a", [1, 2, 3]) as handle:
+                    waiting = asyncio.create_task(handle.arrived(timeout=10))
+                    await asyncio.sleep(0.01)
+                    await right.aclose()
+                    await waiting
+            assert handle.state == "free"
+            await until(lambda: not both.prefiller._requests)
+
+
+async def test_a_layer_that_cannot_be_sent_for_a_thread_fails_the_request() -> None:
+    async with party() as both:
+        async with both.decoder.request(both.peer, "a", [1, 2, 3]) as handle:
+            request = await both.prefiller.accept(timeout=10)
+            request.use([0, 1, 2])
+            request.targets[0].page_ids = np.array([1, 1, 1])  # what would be a mistake of ours
+            await asyncio.to_thread(request.layer_ready, 0)
+            with pytest.raises(kv.RequestFailed, match="layer 0 could not be sent"):
+                await handle.arrived(timeout=10)
+        await all_is_free(both)
 
 
 async def test_an_engine_has_one_prefiller_at_a_time_and_roles_close_after_their_engine() -> None:
