@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.counter import Counter
     from aiotransfer.engine.lease import Lease
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.region import RegionView
     from aiotransfer.kv.decoder import Decoder
 
 LOOK_SECONDS = 0.05  # between two looks whether a quarantine is over
@@ -56,7 +56,7 @@ class Part:
 
     peer: Peer
     number: int
-    tail: Region
+    tail: RegionView
     leases: list[Lease] = field(default_factory=list)
     plan: TransferPlan | None = None
 
@@ -85,11 +85,6 @@ class Handle:
         self._outcome = ""
         self._error: Exception | None = None
         self._times: dict[str, float] = {"queued": time.time()}
-        self._do: dict[str, Callable[[], None]] = {
-            "claim pages": self._claim, "lease": self._lease, "ask": self._ask, "count": self._count, "open block": self._open,
-            "check": self._check, "deliver": self._deliver, "revoke": self._revoke, "tell": self._tell, "tell others": self._tell,
-            "free pages": self._free, "record": self._record, "watch": self._watch,
-        }  # fmt: skip
 
     @property
     def id(self) -> str:
@@ -111,7 +106,7 @@ class Handle:
         if self._saga.state == "releasing" and not self._outcome:
             self._outcome = "delivered" if event == "leave" else event
         for action in actions:
-            self._do[action]()
+            ACTIONS[action](self)
         return True
 
     # ---- reserve ----
@@ -397,3 +392,11 @@ class Handle:
 
     def __repr__(self) -> str:
         return f"<Handle {self.id!r} {self.state}>"
+
+
+ACTIONS: dict[str, Callable[[Handle], None]] = {
+    "claim pages": Handle._claim, "lease": Handle._lease, "ask": Handle._ask, "count": Handle._count,
+    "open block": Handle._open, "check": Handle._check, "deliver": Handle._deliver, "revoke": Handle._revoke,
+    "tell": Handle._tell, "tell others": Handle._tell, "free pages": Handle._free, "record": Handle._record,
+    "watch": Handle._watch,
+}  # fmt: skip

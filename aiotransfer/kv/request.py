@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.region import RegionView
     from aiotransfer.engine.transfer import Transfer
     from aiotransfer.kv.plan import TransferPlan
     from aiotransfer.kv.prefiller import Prefiller
@@ -84,7 +84,7 @@ class PrefillRequest:
         self._times: dict[str, float] = {"queued": time.time()}
         self._outcome = ""
         self._origin: Peer | None = None  # who need not be told
-        self._tails: list[Region] = []
+        self._tails: list[RegionView] = []
         self._over: asyncio.Future[None] = prefiller.loop.create_future()
         self._idle: asyncio.Future[None] | None = None
         self._deadline = prefiller.loop.time() + message.seconds
@@ -92,10 +92,6 @@ class PrefillRequest:
         self._timer = None if message.seconds == math.inf else prefiller.loop.call_later(message.seconds, self._late)
         self._thread = threading.get_ident()
         self._error: Exception | None = None
-        self._do: dict[str, Callable[[], None]] = {
-            "answer": self._answer, "offer": self._offer, "tell": self._tell, "record": self._record, "withdraw": self._withdraw,
-            "post": lambda: None, "drain": lambda: None, "post tail": lambda: None, "stop": self._stop,
-        }  # fmt: skip
 
     def _feed(self, event: str, error: Exception | None = None) -> bool:
         actions = self._saga.feed(event)
@@ -106,7 +102,7 @@ class PrefillRequest:
         if not self._outcome and self._saga.state in ("draining", "over"):
             self._outcome = "delivered" if event == "committed" else event
         for action in actions:
-            self._do[action]()
+            ACTIONS[action](self)
         return True
 
     # ---- reservations ----
@@ -148,6 +144,11 @@ class PrefillRequest:
     def cancelled(self) -> bool:
         """Whether it is of no use to go on computing: the decode side has gone, or it is too late."""
         return self._saga.state in ("draining", "over") and self._outcome != "delivered"
+
+    @property
+    def delivered(self) -> bool:
+        """Whether everything has arrived."""
+        return self._outcome == "delivered"
 
     @property
     def layers(self) -> range:
@@ -361,7 +362,7 @@ class PrefillRequest:
                 write.transfer.cancel()
 
     def _withdraw(self) -> None:
-        pass  # `_record` forgets it, wherever it waits
+        self._prefiller.withdraw()
 
     def _tell(self) -> None:
         why = str(self._error).partition("\n")[0]
@@ -411,3 +412,10 @@ class PrefillRequest:
 
     def __repr__(self) -> str:
         return f"<PrefillRequest {self.id!r} {self.state}>"
+
+
+ACTIONS: dict[str, Callable[[PrefillRequest], None]] = {
+    "answer": PrefillRequest._answer, "offer": PrefillRequest._offer, "tell": PrefillRequest._tell,
+    "record": PrefillRequest._record, "withdraw": PrefillRequest._withdraw, "stop": PrefillRequest._stop,
+    "post": lambda _: None, "drain": lambda _: None, "post tail": lambda _: None,
+}  # fmt: skip

@@ -29,6 +29,7 @@ from aiotransfer import kv
 ROOT = Path(__file__).parents[2]
 PAGES = 4096
 LAYOUT = kv.KVLayout(layers=4, kv_heads=2, head_dim=64, dtype="bfloat16", page_tokens=16, num_pages=PAGES)
+CONFIG = at.Config(peer_timeout=30)  # 1,000 tasks that begin at once keep a loop busy for a while
 TICK = os.sysconf("SC_CLK_TCK")
 PAGE_KIB = os.sysconf("SC_PAGE_SIZE") // 1024
 
@@ -48,8 +49,9 @@ class Usage(NamedTuple):
 
 async def prefill() -> None:
     """Fill every request, each from a page of its own."""
-    async with at.open_engine(name="prefill") as engine:
+    async with at.open_engine(name="prefill", config=CONFIG) as engine:
         pages = engine.allocate(LAYOUT.pool_bytes)
+        pages.numpy()[:] = 1  # all of its memory is resident from the beginning
         async with kv.Prefiller(engine, LAYOUT, pages) as prefiller:
             print(engine.address, flush=True)
             async with asyncio.TaskGroup() as group:
@@ -83,13 +85,14 @@ async def decode(address: str, child: int, counts: list[int], requests: int, rou
     """Measure, and print."""
     costs: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
     pids = (os.getpid(), child)
-    async with at.open_engine(name="decode") as engine:
+    async with at.open_engine(name="decode", config=CONFIG) as engine:
         pages = engine.allocate(LAYOUT.pool_bytes)
+        pages.numpy()[:] = 0
         peer = await engine.connect(address)
         async with kv.Decoder(engine, LAYOUT, pages) as decoder:
             numbers = iter(range(1 << 62))
             for count in counts:  # what the first ones need once is not a cost of the later ones
-                await round_of(decoder, peer, count, count * 2, numbers)
+                await round_of(decoder, peer, count, max(500, 2 * count), numbers)
             before = [Usage.of(pid) for pid in pids]
             for turn in range(rounds):
                 for count in counts if turn % 2 == 0 else counts[::-1]:
