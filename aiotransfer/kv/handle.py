@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.errors import ClosedError, PeerLostError, QuarantineError, TransferError, TransferTimeout, again
-from aiotransfer.kv import wire
+from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.errors import KVRequestError, RequestCancelled, RequestFailed, RequestRefused
 from aiotransfer.kv.layout import KVLayout, LayoutMismatch
 from aiotransfer.kv.plan import TransferPlan, plan_transfer
@@ -85,6 +85,7 @@ class Handle:
         self._outcome = ""
         self._error: Exception | None = None
         self._times: dict[str, float] = {"queued": time.time()}
+        self._context = tracing.current()
 
     @property
     def id(self) -> str:
@@ -366,7 +367,8 @@ class Handle:
                 sum(plan.nbytes(order.tokens, order.skip_tokens) for plan in plans) if delivered else 0,
                 times["queued"], times.get("reserved"), times.get("first_page"), times.get("last_page"), time.time(), 0,
                 outcome, "" if self._error is None else str(self._error),
-            )
+            ),
+            self._context,
         )  # fmt: skip
 
     async def abandon(self) -> None:

@@ -33,6 +33,7 @@ from aiotransfer.kv.request import PrefillRequest, Target, Write
 from aiotransfer.kv.room import Room
 from aiotransfer.kv.schedule import Job, Schedule
 from aiotransfer.kv.slots import Slots, check_pool, page_ids_of
+from aiotransfer.kv.tracing import trace
 from aiotransfer.model.descriptor import RemoteRegion
 
 if TYPE_CHECKING:
@@ -302,12 +303,10 @@ class Prefiller:
 
     # ---- the end ----
 
-    def recorded(self, record: RequestRecord) -> None:
-        """A request is over."""
-        from aiotransfer.kv.tracing import trace
-
+    def recorded(self, record: RequestRecord, context: Any) -> None:
+        """A request is over; its span belongs to `context`."""
         self.records.append(record)
-        trace(record)
+        trace(record, context)
         if self.on_record is not None:
             self.on_record(record)
 

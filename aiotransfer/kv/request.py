@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.errors import PeerLostError, StaleRegionError, TransferTimeout, again
-from aiotransfer.kv import wire
+from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.errors import RequestCancelled, RequestFailed
 from aiotransfer.kv.layout import Place
 from aiotransfer.kv.record import RequestRecord
@@ -82,6 +82,7 @@ class PrefillRequest:
         self._writes: dict[Write, None] = {}
         self._blocks = self._nbytes = 0
         self._times: dict[str, float] = {"queued": time.time()}
+        self._context: Any = None  # of the application's task that accepts it
         self._outcome = ""
         self._origin: Peer | None = None  # who need not be told
         self._tails: list[RegionView] = []
@@ -123,11 +124,13 @@ class PrefillRequest:
         prefiller.room.tell(target.peer, wire.Reserved(target.number, prefiller.layout.to_dict()), self._left())
 
     def _offer(self) -> None:
+        self._times["queued"] = time.time()
         self._prefiller.offer(self)
 
     def accept(self) -> bool:
         """The application takes it; False when it is over."""
         self._times["reserved"] = time.time()
+        self._context = tracing.current()
         return self._feed("accepted")
 
     def _left(self) -> float:
@@ -383,7 +386,8 @@ class PrefillRequest:
                 self.id, "prefill", tuple(str(target.peer.address) for target in self.targets), path, self.priority, self.tokens,
                 self.skip_tokens, self._blocks, self._nbytes, times["queued"], times.get("reserved"), times.get("first_page"),
                 times.get("last_page"), time.time(), self.retries, self._outcome, "" if self._error is None else str(self._error),
-            )
+            ),
+            self._context,
         )  # fmt: skip
         if not self._over.done():
             self._over.set_result(None)
