@@ -27,6 +27,7 @@ from aiotransfer.kv.layout import KVLayout
 from aiotransfer.kv.record import RequestRecord
 from aiotransfer.kv.room import Room
 from aiotransfer.kv.slots import Slots, check_pool, page_ids_of, whole
+from aiotransfer.kv.tracing import trace
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -191,12 +192,10 @@ class Decoder:
 
     # ---- the end ----
 
-    def recorded(self, record: RequestRecord) -> None:
-        """A request is over."""
-        from aiotransfer.kv.tracing import trace
-
+    def recorded(self, record: RequestRecord, context: Any) -> None:
+        """A request is over; its span belongs to `context`."""
         self.records.append(record)
-        trace(record)
+        trace(record, context)
         if self.on_record is not None:
             self.on_record(record)
 

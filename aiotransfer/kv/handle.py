@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.errors import ClosedError, PeerLostError, QuarantineError, TransferError, TransferTimeout, again
-from aiotransfer.kv import wire
+from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.errors import KVRequestError, RequestCancelled, RequestFailed, RequestRefused
 from aiotransfer.kv.layout import KVLayout, LayoutMismatch
 from aiotransfer.kv.plan import TransferPlan, plan_transfer
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.counter import Counter
     from aiotransfer.engine.lease import Lease
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.region import RegionView
     from aiotransfer.kv.decoder import Decoder
 
 LOOK_SECONDS = 1.0  # between two looks whether a quarantine is over; that it is over is heard at once
@@ -56,7 +56,7 @@ class Part:
 
     peer: Peer
     number: int
-    tail: Region
+    tail: RegionView
     leases: list[Lease] = field(default_factory=list)
     plan: TransferPlan | None = None
 
@@ -85,11 +85,7 @@ class Handle:
         self._outcome = ""
         self._error: Exception | None = None
         self._times: dict[str, float] = {"queued": time.time()}
-        self._do: dict[str, Callable[[], None]] = {
-            "claim pages": self._claim, "lease": self._lease, "ask": self._ask, "count": self._count, "open block": self._open,
-            "check": self._check, "deliver": self._deliver, "revoke": self._revoke, "tell": self._tell, "tell others": self._tell,
-            "free pages": self._free, "record": self._record, "watch": self._watch,
-        }  # fmt: skip
+        self._context = tracing.current()
 
     @property
     def id(self) -> str:
@@ -111,7 +107,7 @@ class Handle:
         if self._saga.state == "releasing" and not self._outcome:
             self._outcome = "delivered" if event == "leave" else event
         for action in actions:
-            self._do[action]()
+            ACTIONS[action](self)
         return True
 
     # ---- reserve ----
@@ -374,7 +370,8 @@ class Handle:
                 sum(plan.nbytes(order.tokens, order.skip_tokens) for plan in plans) if delivered else 0,
                 times["queued"], times.get("reserved"), times.get("first_page"), times.get("last_page"), time.time(), 0,
                 outcome, "" if self._error is None else str(self._error),
-            )
+            ),
+            self._context,
         )  # fmt: skip
 
     async def abandon(self) -> None:
@@ -400,3 +397,11 @@ class Handle:
 
     def __repr__(self) -> str:
         return f"<Handle {self.id!r} {self.state}>"
+
+
+ACTIONS: dict[str, Callable[[Handle], None]] = {
+    "claim pages": Handle._claim, "lease": Handle._lease, "ask": Handle._ask, "count": Handle._count,
+    "open block": Handle._open, "check": Handle._check, "deliver": Handle._deliver, "revoke": Handle._revoke,
+    "tell": Handle._tell, "tell others": Handle._tell, "free pages": Handle._free, "record": Handle._record,
+    "watch": Handle._watch,
+}  # fmt: skip

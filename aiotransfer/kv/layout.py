@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from aiotransfer.model.dtypes import lookup
@@ -211,22 +211,24 @@ class KVLayout:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON and msgpack take."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in _FIELDS}  # all are plain, or tuples of what is
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KVLayout:
         """The other way round. Raises `ValueError` or `TypeError`, naming the field, for what `to_dict` does not give."""
         if not isinstance(values, Mapping):
             raise TypeError(f"a layout is a mapping, not {type(values).__name__}")
-        known = {field.name for field in fields(cls)}
         for name in values:
-            if name not in known:
+            if name not in _FIELDS:
                 raise ValueError(f"a layout has no field {name!r}")
         try:
             given = dict(values)
             return cls(**given)
         except TypeError as error:
             raise TypeError(f"this is no layout: {error}") from None
+
+
+_FIELDS = tuple(field.name for field in fields(KVLayout))
 
 
 def _whole(name: str, value: object, least: int) -> int:

@@ -114,6 +114,7 @@ class TransferPlan:
         self._heads = heads
         self._here = _Side(prefill, prefill.strides, heads.start - prefill.own_heads.start)
         self._there = _Side(decode, decode.strides, heads.start - decode.own_heads.start)
+        self._grains: dict[int, _Grain] = {}
         self._made: dict[tuple[bytes, bytes, int, int, int], tuple[Indices, Indices]] = {}
 
     @property
@@ -180,6 +181,9 @@ class TransferPlan:
         for layer in self.layers:
             start, end = self._range(layer, skip_tokens, tokens)
             rows += -(-max(0, end - start) // grain.tokens)
+            if not self.decode.windows:  # all layers are alike
+                rows *= len(self.layers)
+                break
         return rows * (len(self._heads) // grain.heads) * (self.decode.planes // grain.planes)
 
     def nbytes(self, tokens: int, skip_tokens: int = 0) -> int:
@@ -219,9 +223,16 @@ class TransferPlan:
         return max(first, start), past
 
     def _grain(self, start: int) -> _Grain:
+        most_tokens = math.gcd(self.prefill.page_tokens, self.decode.page_tokens, start)
+        found = self._grains.get(most_tokens)
+        if found is None:
+            found = self._grains[most_tokens] = self._largest(most_tokens)
+        return found
+
+    def _largest(self, most_tokens: int) -> _Grain:
         here, there, heads = self.prefill, self.decode, max(1, len(self._heads))
         n, m = len(here.own_heads), len(there.own_heads)
-        most_tokens, most_heads = math.gcd(here.page_tokens, there.page_tokens, start), math.gcd(heads, n, m)
+        most_heads = math.gcd(heads, n, m)
         blocks = [(1, 1)]
         if all(side.strides.head == here.vector_bytes for side in (self._here, self._there)):
             blocks.append((1, most_heads))

@@ -20,6 +20,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from aiotransfer.kv.request import PrefillRequest, Target, Write
 from aiotransfer.kv.room import Room
 from aiotransfer.kv.schedule import Job, Schedule
 from aiotransfer.kv.slots import Slots, check_pool, page_ids_of
+from aiotransfer.kv.tracing import trace
 from aiotransfer.model.descriptor import RemoteRegion
 
 if TYPE_CHECKING:
@@ -55,6 +57,15 @@ class _Refusal(Exception):
         super().__init__(text)
         self.reason = reason
         self.fields = fields
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """What is known of one decode rank."""
+
+    watch: asyncio.Task[Any] | None = None
+    requests: dict[int, PrefillRequest] = field(default_factory=dict)  # by its number for them
+    kept: tuple[RemoteRegion, ...] = ()  # of the latest that was filled: meanwhile what was mapped for them stays so
 
 
 class Prefiller:
@@ -88,7 +99,8 @@ class Prefiller:
         self._order = itertools.count()
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._plans: dict[KVLayout, tuple[TransferPlan, frozenset[Place]]] = {}
-        self._watched: dict[Peer, asyncio.Task[Any]] = {}
+        self._withdrawn = 0  # of what is offered: nobody can take it any more
+        self._asked: dict[Peer, _Asked] = {}  # until the peer goes
         self._held_back: Job[Write] | None = None  # the engine had no room for it
         self._closed = False
         self.room = Room.enter(engine, wire.TO_PREFILLER, self)
@@ -118,6 +130,7 @@ class Prefiller:
                 request = heapq.heappop(self._offered)[2]
                 if request.accept():
                     return request
+                self._withdrawn -= 1
             if self._closed:
                 raise ClosedError("the prefiller is closed")
             waiter: asyncio.Future[None] = self.loop.create_future()
@@ -141,8 +154,10 @@ class Prefiller:
     def receive(self, peer: Peer, message: wire.ToPrefiller) -> bool:
         """See `Room`."""
         if isinstance(message, wire.Cancel):
-            for request in list(self._requests.values()):
-                request.cancelled_by(peer, message)
+            asked = self._asked.get(peer)
+            wanted = asked.requests.get(message.number) if asked is not None else None
+            if wanted is not None:
+                wanted.cancelled_by(peer, message)
             return True
         try:
             self._reserve(peer, message)
@@ -164,12 +179,17 @@ class Prefiller:
             raise _Refusal("busy", f"{len(self._requests)} requests are under way, which is the most this prefill rank takes")
         if request is not None and not request.joins(plan.decode.place, message):
             raise _Refusal("duplicate", f"request {message.id!r} is under way already")
+        asked = self._asked.get(peer)
+        if asked is not None and message.number in asked.requests:
+            raise _Refusal("protocol", f"number {message.number} is that of a request which is under way")
         target = self._target(peer, message, plan)
         if request is None:
             request = self._requests[message.id] = PrefillRequest(self, message, places)
+        if asked is None:
+            asked = self._asked[peer] = _Asked()
+            asked.watch = self.room.own(self._await_loss(peer))
+        asked.requests[message.number] = request
         request.add(target)
-        if peer not in self._watched:
-            self._watched[peer] = self.room.own(self._await_loss(peer))
 
     def _plan(self, values: dict[str, Any]) -> tuple[TransferPlan, frozenset[Place]]:
         try:
@@ -213,15 +233,24 @@ class Prefiller:
         """It is over."""
         if self._requests.get(request.id) is request:
             del self._requests[request.id]
-        self._offered = [entry for entry in self._offered if entry[2] is not request]
-        heapq.heapify(self._offered)
-        busy = {target.peer for other in self._requests.values() for target in other.targets}
-        for peer in [peer for peer in self._watched if peer not in busy]:
-            self._watched.pop(peer).cancel()
+        for target in request.targets:
+            asked = self._asked.get(target.peer)
+            if asked is not None:
+                asked.requests.pop(target.number, None)
+                asked.kept = (target.pool, target.tail) if request.delivered else asked.kept
+
+    def withdraw(self) -> None:
+        """One of the offered requests is over. They are taken out when they are the most of those that wait."""
+        self._withdrawn += 1
+        if 2 * self._withdrawn > len(self._offered):
+            self._offered = [entry for entry in self._offered if entry[2].state == "offered"]
+            heapq.heapify(self._offered)
+            self._withdrawn = 0
 
     async def _await_loss(self, peer: Peer) -> None:
         await peer.closed()
-        for request in list(self._requests.values()):
+        asked = self._asked.pop(peer, _Asked())
+        for request in list(asked.requests.values()):
             request.lost(peer)
 
     # ---- writing ----
@@ -282,12 +311,10 @@ class Prefiller:
 
     # ---- the end ----
 
-    def recorded(self, record: RequestRecord) -> None:
-        """A request is over."""
-        from aiotransfer.kv.tracing import trace
-
+    def recorded(self, record: RequestRecord, context: Any) -> None:
+        """A request is over; its span belongs to `context`."""
         self.records.append(record)
-        trace(record)
+        trace(record, context)
         if self.on_record is not None:
             self.on_record(record)
 
@@ -300,9 +327,10 @@ class Prefiller:
             if not waiter.done():
                 waiter.set_result(None)
         await self.room.flush()
-        for task in self._watched.values():
-            task.cancel()
-        self._watched.clear()
+        for asked in self._asked.values():
+            if asked.watch is not None:
+                asked.watch.cancel()
+        self._asked.clear()
         self.slots.close()
         await self.room.leave(self)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.errors import PeerLostError, StaleRegionError, TransferTimeout, again
-from aiotransfer.kv import wire
+from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.errors import RequestCancelled, RequestFailed
 from aiotransfer.kv.layout import Place
 from aiotransfer.kv.record import RequestRecord
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.region import RegionView
     from aiotransfer.engine.transfer import Transfer
     from aiotransfer.kv.plan import TransferPlan
     from aiotransfer.kv.prefiller import Prefiller
@@ -97,9 +97,10 @@ class PrefillRequest:
         self._writes: dict[Write, None] = {}
         self._blocks = self._nbytes = 0
         self._times: dict[str, float] = {"queued": time.time()}
+        self._context: Any = None  # of the application's task that accepts it
         self._outcome = ""
         self._origin: Peer | None = None  # who need not be told
-        self._tails: list[Region] = []
+        self._tails: list[RegionView] = []
         self._timeline: list[LayerWrite] = []
         self._over: asyncio.Future[None] = prefiller.loop.create_future()
         self._idle: asyncio.Future[None] | None = None
@@ -108,10 +109,6 @@ class PrefillRequest:
         self._timer = None if message.seconds == math.inf else prefiller.loop.call_later(message.seconds, self._late)
         self._thread = threading.get_ident()
         self._error: Exception | None = None
-        self._do: dict[str, Callable[[], None]] = {
-            "answer": self._answer, "offer": self._offer, "tell": self._tell, "record": self._record, "withdraw": self._withdraw,
-            "post": lambda: None, "drain": lambda: None, "post tail": lambda: None, "stop": self._stop,
-        }  # fmt: skip
 
     def _feed(self, event: str, error: Exception | None = None) -> bool:
         actions = self._saga.feed(event)
@@ -122,7 +119,7 @@ class PrefillRequest:
         if not self._outcome and self._saga.state in ("draining", "over"):
             self._outcome = "delivered" if event == "committed" else event
         for action in actions:
-            self._do[action]()
+            ACTIONS[action](self)
         return True
 
     # ---- reservations ----
@@ -143,11 +140,13 @@ class PrefillRequest:
         prefiller.room.tell(target.peer, wire.Reserved(target.number, prefiller.layout.to_dict()), self._left())
 
     def _offer(self) -> None:
+        self._times["queued"] = time.time()
         self._prefiller.offer(self)
 
     def accept(self) -> bool:
         """The application takes it; False when it is over."""
         self._times["reserved"] = time.time()
+        self._context = tracing.current()
         return self._feed("accepted")
 
     def _left(self) -> float:
@@ -169,6 +168,11 @@ class PrefillRequest:
     def timeline(self) -> tuple[LayerWrite, ...]:
         """What has been written and acknowledged so far, in order of acknowledgement; tails are not in it."""
         return tuple(self._timeline)
+
+    @property
+    def delivered(self) -> bool:
+        """Whether everything has arrived."""
+        return self._outcome == "delivered"
 
     @property
     def layers(self) -> range:
@@ -394,7 +398,7 @@ class PrefillRequest:
                 write.transfer.cancel()
 
     def _withdraw(self) -> None:
-        pass  # `_record` forgets it, wherever it waits
+        self._prefiller.withdraw()
 
     def _tell(self) -> None:
         why = str(self._error).partition("\n")[0]
@@ -415,7 +419,8 @@ class PrefillRequest:
                 self.id, "prefill", tuple(str(target.peer.address) for target in self.targets), path, self.priority, self.tokens,
                 self.skip_tokens, self._blocks, self._nbytes, times["queued"], times.get("reserved"), times.get("first_page"),
                 times.get("last_page"), time.time(), self.retries, self._outcome, "" if self._error is None else str(self._error),
-            )
+            ),
+            self._context,
         )  # fmt: skip
         if not self._over.done():
             self._over.set_result(None)
@@ -444,3 +449,10 @@ class PrefillRequest:
 
     def __repr__(self) -> str:
         return f"<PrefillRequest {self.id!r} {self.state}>"
+
+
+ACTIONS: dict[str, Callable[[PrefillRequest], None]] = {
+    "answer": PrefillRequest._answer, "offer": PrefillRequest._offer, "tell": PrefillRequest._tell,
+    "record": PrefillRequest._record, "withdraw": PrefillRequest._withdraw, "stop": PrefillRequest._stop,
+    "post": lambda _: None, "drain": lambda _: None, "post tail": lambda _: None,
+}  # fmt: skip

@@ -1,4 +1,8 @@
-"""Memory for tails: small regions of an engine, kept for the next request of the same size."""
+"""Memory for tails: parts of a few regions of an engine, used again by the next request.
+
+A region of their own for each would cost a descriptor, a registration and a mapping by the other side, for each request. They
+share regions instead, each as large as all before it together (within bounds); those that nobody uses any more are given back.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,23 @@ from aiotransfer.errors import ConfigurationError, RegionError
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.region import Region, RegionView
     from aiotransfer.kv.layout import KVLayout
 
 HEADER_BYTES = 16  # two 64-bit numbers: the length of the tail, how many checksums stand before it
-MOST_KEPT = 64  # of one size
+LEAST_BYTES, MOST_BYTES = 1 << 18, 1 << 24  # of a region, if a slot is not larger
+MOST_KEPT = 64  # free slots of one size, past which a region that nobody uses is given back
+
+
+class _Shelf:
+    """The slots of one region."""
+
+    __slots__ = ("count", "free", "region")
+
+    def __init__(self, region: Region, size: int) -> None:
+        self.region = region
+        self.count = region.nbytes // size
+        self.free = [region[k * size : (k + 1) * size] for k in range(self.count)]
 
 
 class Slots:
@@ -23,36 +39,48 @@ class Slots:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._kept: dict[int, list[Region]] = {}
+        self._shelves: dict[int, dict[Region, _Shelf]] = {}  # by the size of a slot, the oldest first
+        self._closed = False
 
-    def take(self, nbytes: int) -> Region:
-        """A region of at least so many bytes whose header is zero. Raises `RegistrationError` when there is no memory."""
+    def take(self, nbytes: int) -> RegionView:
+        """At least so many bytes whose header is zero. Raises `RegistrationError` when there is no memory."""
         size = max(4096, 1 << (nbytes - 1).bit_length())
-        kept = self._kept.get(size)
-        region = kept.pop() if kept else self._engine.allocate(size)
-        memory_of(region)[:HEADER_BYTES] = 0
-        return region
+        shelves = self._shelves.setdefault(size, {})
+        shelf = next((shelf for shelf in shelves.values() if shelf.free), None)
+        if shelf is None:
+            wanted = min(MOST_BYTES, max(LEAST_BYTES, sum(region.nbytes for region in shelves)))
+            region = self._engine.allocate(max(1, wanted // size) * size)
+            shelf = shelves[region] = _Shelf(region, size)
+        slot = shelf.free.pop()
+        memory_of(slot)[:HEADER_BYTES] = 0
+        return slot
 
-    def give(self, region: Region) -> None:
+    def give(self, slot: RegionView) -> None:
         """Nobody writes there any more."""
-        kept = self._kept.setdefault(region.nbytes, [])
-        if len(kept) < MOST_KEPT and not region.closed:
-            kept.append(region)
-        else:
-            region.close()
+        shelves = self._shelves[slot.nbytes]
+        shelf = shelves[slot._root]
+        shelf.free.append(slot)
+        if len(shelf.free) < shelf.count:
+            return
+        others = sum(len(other.free) for other in shelves.values() if other is not shelf)
+        if self._closed or others >= MOST_KEPT:
+            del shelves[shelf.region]
+            shelf.region.close()
 
     def close(self) -> None:
-        """Give the memory back."""
-        for regions in self._kept.values():
-            for region in regions:
-                region.close()
-        self._kept.clear()
+        """Give the memory back; what is still taken, when it is given."""
+        self._closed = True
+        for shelves in self._shelves.values():
+            for region, shelf in list(shelves.items()):
+                if len(shelf.free) == shelf.count:
+                    del shelves[region]
+                    region.close()
 
 
-def memory_of(region: Region) -> NDArray[np.uint8]:
+def memory_of(view: RegionView) -> NDArray[np.uint8]:
     """Its bytes."""
-    array: NDArray[Any] = np.asarray(region.numpy())
-    return array.reshape(-1).view(np.uint8)
+    array: NDArray[Any] = np.asarray(view._root.numpy())
+    return array.reshape(-1).view(np.uint8)[view._start : view._start + view.nbytes]
 
 
 def check_pool(pages: Region, layout: KVLayout, checksums: bool) -> None:

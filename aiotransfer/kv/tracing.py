@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aiotransfer.kv.record import RequestRecord
 
 
-def trace(record: RequestRecord) -> None:
-    """One span for a request that is over, with its own times."""
-    api = sys.modules.get("opentelemetry.trace")  # a host that traces has imported it
-    if api is None:
+def current() -> Any:
+    """The host's context as it is now, for `trace`; None where nobody traces."""
+    api = sys.modules.get("opentelemetry.context")  # a host that traces has imported it
+    return None if api is None else api.get_current()
+
+
+def trace(record: RequestRecord, context: Any = None) -> None:
+    """One span for a request that is over, with its own times. It is a child of the span of `context`, or a root."""
+    api, contexts = sys.modules.get("opentelemetry.trace"), sys.modules.get("opentelemetry.context")
+    if api is None or contexts is None:
         return
-    span = api.get_tracer("aiotransfer.kv").start_span(f"kv.{record.role}", start_time=_ns(record.queued))
+    parent = contexts.Context() if context is None else context  # what is current now is that of whoever ended the request
+    tracer = api.get_tracer("aiotransfer.kv")
+    span = tracer.start_span(f"kv.{record.role}", context=parent, start_time=_ns(record.queued))
     if span.is_recording():
         for name in ("id", "path", "priority", "tokens", "skip_tokens", "pages", "nbytes", "retries", "outcome"):
             span.set_attribute(f"aiotransfer.kv.{name}", getattr(record, name))

@@ -1,0 +1,89 @@
+"""Prometheus metrics of requests that are over.
+
+    observe = on_record(registry=my_registry)
+    decoder = kv.Decoder(engine, layout, pages, on_record=observe)
+
+Needs the extra `metrics`. One call may serve any number of decoders and prefillers, and has to: names are registered once in a
+registry. Labels are `role`, `outcome` and `path` (the provider), all with few values; ids, peers and priorities are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aiotransfer.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from aiotransfer.kv.record import RequestRecord
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+BYTES = tuple(float(1 << power) for power in range(12, 36, 2))  # 4 KiB to 16 GiB
+TOKENS = tuple(float(1 << power) for power in range(4, 20))  # 16 to 524,288
+
+
+def on_record(
+    *, registry: Any = None, seconds: Sequence[float] = SECONDS, sizes: Sequence[float] = BYTES
+) -> Callable[[RequestRecord], None]:
+    """What `Decoder` and `Prefiller` take as `on_record`. `registry`: a `CollectorRegistry`; None: Prometheus's own.
+
+    `seconds` and `sizes` are the upper bounds of the buckets. Raises `ConfigurationError` without the extra `metrics`, and
+    `ValueError` when the registry has these metrics already: keep what the first call returned.
+    """
+    try:
+        import prometheus_client as prometheus
+    except ImportError as error:
+        raise ConfigurationError(
+            f"metrics need prometheus_client: {error}", hint="pip install 'aiotransfer[metrics]'"
+        ) from error
+    return _Metrics(prometheus, prometheus.REGISTRY if registry is None else registry, seconds, sizes).observe
+
+
+class _Metrics:
+    """The metrics of one registry."""
+
+    def __init__(self, prometheus: Any, registry: Any, seconds: Sequence[float], sizes: Sequence[float]) -> None:
+        def histogram(name: str, text: str, labels: tuple[str, ...], buckets: Sequence[float]) -> Any:
+            return prometheus.Histogram(f"aiotransfer_kv_{name}", text, labels, registry=registry, buckets=buckets)
+
+        def counter(name: str, text: str, labels: tuple[str, ...]) -> Any:
+            return prometheus.Counter(f"aiotransfer_kv_{name}", text, labels, registry=registry)
+
+        self._requests = counter("requests_total", "Requests that are over.", ("role", "outcome"))
+        self._request = histogram("request_seconds", "From the beginning of a request to its end.", ("role", "outcome"), seconds)
+        self._queue = histogram(
+            "queue_seconds", "Prefill side: from the last reservation until the application accepted the request.", ("role",),
+            seconds,
+        )  # fmt: skip
+        self._reserve = histogram(
+            "reserve_seconds", "Decode side: from asking for a request until every prefill rank had taken it.", ("role",), seconds
+        )
+        self._wait = histogram(
+            "first_page_seconds", "From then until the first page: the model's work, and waiting for a turn.", ("role",), seconds
+        )
+        self._transfer = histogram("transfer_seconds", "From the first page to the last.", ("role",), seconds)
+        self._release = histogram("release_seconds", "From the last page to the end of the request.", ("role",), seconds)
+        self._bytes = counter("bytes_total", "Bytes of pages that have arrived.", ("role", "path"))
+        self._size = histogram("request_bytes", "Bytes of the pages of a delivered request.", ("role",), sizes)
+        self._tokens = histogram("request_tokens", "Tokens of a delivered request that were sent.", ("role",), TOKENS)
+        self._blocks = counter("blocks_total", "Blocks that were written.", ("role", "path"))
+        self._retries = counter("retries_total", "Writes that waited for room in the engine.", ("role",))
+
+    def observe(self, record: RequestRecord) -> None:
+        """Take one request into account."""
+        role, path = record.role, record.path or "none"
+        self._requests.labels(role, record.outcome).inc()
+        self._request.labels(role, record.outcome).observe(max(0.0, record.seconds))
+        reserve = self._reserve if role == "decode" else self._queue
+        steps = (record.queued, record.reserved, record.first_page, record.last_page, record.finished)
+        for phase, begin, end in zip((reserve, self._wait, self._transfer, self._release), steps, steps[1:], strict=False):
+            if begin is not None and end is not None:
+                phase.labels(role).observe(max(0.0, end - begin))  # the clock may be set back
+        if record.nbytes:
+            self._bytes.labels(role, path).inc(record.nbytes)
+            self._blocks.labels(role, path).inc(record.pages)
+        if record.retries:
+            self._retries.labels(role).inc(record.retries)
+        if record.outcome == "delivered":
+            self._size.labels(role).observe(record.nbytes)
+            self._tokens.labels(role).observe(record.tokens - record.skip_tokens)
