@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from aiotransfer.errors import ConfigurationError
+from aiotransfer.errors import BrokenError, ConfigurationError
 from aiotransfer.kv.registry.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+T = TypeVar("T")
 
 CALL_SECONDS = 2.0
 
@@ -25,7 +27,7 @@ class EtcdBackend:
     `options` go to `etcd3gw.Etcd3Client` (`protocol="https"`, `ca_cert`, `cert_cert`, `cert_key`, `session`). A request takes
     at most `timeout` seconds. A lease has whole seconds, and a server grants no less than about two.
 
-    Raises `ConfigurationError` when the client is not installed, `ValueError`.
+    Raises `ConfigurationError` when the client is not installed, `ValueError`; its calls raise `BrokenError`.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class EtcdBackend:
             client.put(self.prefix + key, value, lease=lease)
             self._leases[key] = lease
 
-        await self._worker.call(put)
+        await self._call(put)
 
     async def keep_alive(self, key: str, ttl: float) -> bool:
         """See `Backend`. The seconds are those of `put`."""
@@ -66,7 +68,7 @@ class EtcdBackend:
             # A key that somebody deleted leaves its lease behind, so both are asked for.
             return lease is not None and lease.refresh() > 0 and bool(client.get(self.prefix + key, keys_only=True))
 
-        return await self._worker.call(refresh)
+        return await self._call(refresh)
 
     async def delete(self, key: str) -> None:
         """See `Backend`."""
@@ -77,7 +79,7 @@ class EtcdBackend:
             if lease is not None:
                 lease.revoke()
 
-        await self._worker.call(delete)
+        await self._call(delete)
 
     async def entries(self) -> dict[str, bytes]:
         """See `Backend`."""
@@ -86,7 +88,7 @@ class EtcdBackend:
             found = self._connected().get_prefix(self.prefix)
             return {bytes(about["key"]).decode("utf-8", "replace").removeprefix(self.prefix): value for value, about in found}
 
-        return await self._worker.call(get)
+        return await self._call(get)
 
     async def changed(self, seconds: float) -> None:
         """See `Backend`."""
@@ -98,6 +100,17 @@ class EtcdBackend:
         if client is not None:
             await self._worker.call(client.session.close)
         await self._worker.aclose()
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        def translated() -> T:
+            try:
+                return work()
+            except Exception as error:
+                text = str(getattr(error, "detail_text", None) or error)[:200]
+                words = f"etcd: {type(error).__name__}: {text}"
+            raise BrokenError(words)  # here: what was caught holds the frames of the client, and with them its sockets
+
+        return await self._worker.call(translated)
 
     def _connected(self) -> Any:
         if self._client is None:

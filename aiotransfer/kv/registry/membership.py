@@ -61,7 +61,7 @@ class Membership:
             except Exception as error:
                 if loop.time() + pause >= deadline:
                     raise TransferTimeout(
-                        f"the registry did not take {self.member} within {timeout:g} s: {_words(error)}",
+                        f"the registry did not take {self.member} within {timeout:g} s: {words_of(error)}",
                         hint="is it there, and may this process write to it?",
                     ) from error
             await asyncio.sleep(pause)
@@ -112,7 +112,7 @@ class Membership:
     def _complain(self, what: str, error: Exception) -> None:
         left_out = _limit.admit(what)
         if left_out is not None:
-            _logger.warning("%s %s: %s%s", self.member, what, _words(error), more(left_out))
+            _logger.warning("%s %s: %s%s", self.member, what, words_of(error), more(left_out))
 
 
 async def within(seconds: float, call: Callable[[], Awaitable[T]]) -> T:
@@ -121,5 +121,6 @@ async def within(seconds: float, call: Callable[[], Awaitable[T]]) -> T:
         return await call()
 
 
-def _words(error: BaseException) -> str:
+def words_of(error: BaseException) -> str:
+    """An error in one line; the error itself holds frames, and is not kept."""
     return f"{type(error).__name__}: {str(error)[:200]}" if str(error) else type(error).__name__

@@ -15,7 +15,7 @@ from aiotransfer.errors import BusyError, ClosedError, TransferError, TransferTi
 from aiotransfer.kv.registry.cache import Cache
 from aiotransfer.kv.registry.changes import Change, differences
 from aiotransfer.kv.registry.member import ROLES, Member
-from aiotransfer.kv.registry.membership import LONGEST_PAUSE, Membership, within
+from aiotransfer.kv.registry.membership import LONGEST_PAUSE, Membership, within, words_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -45,7 +45,7 @@ class Registry:
         self._call_timeout = _seconds("call_timeout", call_timeout)
         self._cache = Cache(0.0 if grace == 0 else _seconds("grace", grace))
         self._state = "new"
-        self._error: Exception | None = None
+        self._error: str | None = None
         self._looking = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
         self._memberships: dict[str, Membership] = {}
@@ -65,8 +65,8 @@ class Registry:
         return math.inf if seen is None else max(0.0, self._loop.time() - seen)
 
     @property
-    def error(self) -> Exception | None:
-        """What the last look at the registry ended in; None: it answered."""
+    def error(self) -> str | None:
+        """What the last look at the registry ended in, in words; None: it answered."""
         return self._error
 
     async def changes(self) -> AsyncGenerator[Change, None]:
@@ -96,7 +96,7 @@ class Registry:
                     self._check()
                 return found
         except TimeoutError:
-            what = "" if self._error is None else f"; the registry does not answer: {self._error!r:.200}"
+            what = "" if self._error is None else f"; the registry does not answer: {self._error}"
             raise TransferTimeout(
                 f"{len(self.members(role))} of {count} {role or ''} members were there within {seconds:g} s{what}"
             ) from None
@@ -177,11 +177,11 @@ class Registry:
         return True
 
     def _failed(self, error: Exception) -> None:
-        first, self._error = self._error is None, error
+        first, self._error = self._error is None, words_of(error)
         self._cache.failed()
         left_out = _limit.admit("outage") if first else None
         if left_out is not None:
-            _logger.warning("the registry does not answer: %r; the members stay as they were%s", error, more(left_out))
+            _logger.warning("the registry does not answer: %s; the members stay as they were%s", self._error, more(left_out))
 
     # ---- waiting ----
 
