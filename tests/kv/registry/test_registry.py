@@ -60,6 +60,7 @@ async def test_changes_tell_of_those_who_are_there_and_of_each_who_comes_or_goes
                 await until(lambda: seen == [("joined", "a")])
                 async with here.join(other):
                     await until(lambda: len(seen) == 2)
+                await until(lambda: len(seen) == 3)
                 changed = member("a", incarnation=one.incarnation, address=one.address, labels={"zone": "c"})
                 await backend.put(one.key, changed.encode(), 10)
                 await until(lambda: len(seen) == 4)
