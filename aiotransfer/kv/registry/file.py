@@ -8,6 +8,7 @@ Files belong to the user who wrote them and are read by him alone.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import tempfile
@@ -141,8 +142,9 @@ class FileBackend:
                 return None
             status = entry.stat(follow_symlinks=False)
             signature = status.st_mtime_ns, status.st_ino, status.st_size
-            if known is not None and known.signature == signature:
-                return known
+            ours = known is not None and known.seen.stamp.boot == self._boot
+            if known is not None and known.signature == signature and ours:
+                return known  # of another host's file only opening it tells: network file systems keep what `stat` says for a while
             if self._unreadable.get(entry.name) == signature:
                 return known
             stamp, value = unpack(_read(self.directory / entry.name))
@@ -155,6 +157,10 @@ class FileBackend:
             left_out = _limit.admit("unreadable")
             if left_out is not None:
                 _logger.warning("%s cannot be read: %s%s", self.directory / entry.name, error, more(left_out))
+            return known
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # replaced under our hands, on a network file system
+                raise
             return known
         return _Found(signature, value, sight(None if known is None else known.seen, stamp, now))
 

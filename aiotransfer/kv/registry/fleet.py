@@ -11,7 +11,8 @@ from aiotransfer.control.patience import Patience
 from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.errors import ClosedError, TransferError, TransferTimeout
 from aiotransfer.kv.registry.connect import connect
-from aiotransfer.kv.registry.registry import _seconds
+from aiotransfer.kv.registry.membership import words_of
+from aiotransfer.kv.registry.registry import seconds
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -41,7 +42,7 @@ class Fleet:
         self._registry = registry
         self._engine = engine
         self._role = role
-        self._timeout = _seconds("timeout", timeout)
+        self._timeout = seconds("timeout", timeout)
         self._peers: dict[Member, Peer] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
@@ -56,9 +57,9 @@ class Fleet:
 
     async def wait_for(self, count: int = 1, *, timeout: float = 30.0) -> dict[Member, Peer]:
         """`peers`, as soon as there are `count` or more. Raises `TransferTimeout`, `ClosedError`."""
-        seconds = _seconds("timeout", timeout)
+        patience = seconds("timeout", timeout)
         try:
-            async with Patience(seconds):
+            async with Patience(patience):
                 while len(self.peers) < count:
                     if self._task is None or self._task.done():
                         raise ClosedError("the fleet is not open, or its registry is closed")
@@ -72,7 +73,7 @@ class Fleet:
         except TimeoutError:
             known = len(self._registry.members(self._role))
             raise TransferTimeout(
-                f"{len(self.peers)} of {count} {self._role} ranks were connected within {seconds:g} s; the registry has {known}"
+                f"{len(self.peers)} of {count} {self._role} ranks were connected within {patience:g} s; the registry has {known}"
             ) from None
 
     # ---- following the registry ----
@@ -108,10 +109,11 @@ class Fleet:
             except ClosedError:  # the engine is closed, or the member is closing
                 if self._engine._state != "open":
                     return
-            except TransferError as error:
+            except (TransferError, OSError, ValueError) as error:  # ValueError: a host that is no name at all
                 left_out = _limit.admit(type(error).__name__)
                 if left_out is not None:
-                    _logger.warning("%s is in the registry and cannot be connected: %s%s", member, error.message, more(left_out))
+                    words = words_of(error)
+                    _logger.warning("%s is in the registry and cannot be connected: %s%s", member, words, more(left_out))
             else:
                 pause = FIRST_PAUSE
                 self._peers[member] = peer

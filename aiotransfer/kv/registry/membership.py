@@ -123,4 +123,5 @@ async def within(seconds: float, call: Callable[[], Awaitable[T]]) -> T:
 
 def words_of(error: BaseException) -> str:
     """An error in one line; the error itself holds frames, and is not kept."""
-    return f"{type(error).__name__}: {str(error)[:200]}" if str(error) else type(error).__name__
+    text = str(error).partition("\n")[0][:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

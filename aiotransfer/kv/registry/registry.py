@@ -41,9 +41,9 @@ class Registry:
 
     def __init__(self, backend: Backend, *, poll: float = 0.5, call_timeout: float = 5.0, grace: float = 5.0) -> None:
         self._backend = backend
-        self._poll = _seconds("poll", poll, BREATH)
-        self._call_timeout = _seconds("call_timeout", call_timeout)
-        self._cache = Cache(0.0 if grace == 0 else _seconds("grace", grace))
+        self._poll = seconds("poll", poll, BREATH)
+        self._call_timeout = seconds("call_timeout", call_timeout)
+        self._cache = Cache(0.0 if grace == 0 else seconds("grace", grace))
         self._state = "new"
         self._error: str | None = None
         self._looking = asyncio.Lock()
@@ -87,10 +87,10 @@ class Registry:
 
     async def wait_for(self, role: str | None, count: int = 1, *, timeout: float = 30.0) -> tuple[Member, ...]:
         """The members of a role, as soon as there are `count` or more. Raises `TransferTimeout`, `ClosedError`, `ValueError`."""
-        seconds = _seconds("timeout", timeout)
+        patience = seconds("timeout", timeout)
         self._check()
         try:
-            async with Patience(seconds):
+            async with Patience(patience):
                 while len(found := self.members(role)) < count:
                     await self._next()
                     self._check()
@@ -98,7 +98,7 @@ class Registry:
         except TimeoutError:
             what = "" if self._error is None else f"; the registry does not answer: {self._error}"
             raise TransferTimeout(
-                f"{len(self.members(role))} of {count} {role or ''} members were there within {seconds:g} s{what}"
+                f"{len(self.members(role))} of {count} {role or ''} members were there within {patience:g} s{what}"
             ) from None
 
     # ---- joining ----
@@ -114,7 +114,7 @@ class Registry:
         Raises `TransferTimeout` when the registry does not take it within `timeout`, `BusyError` when it is a member already,
         `ClosedError`, `ValueError`.
         """
-        ttl, patience = _seconds("ttl", ttl), _seconds("timeout", timeout)
+        ttl, patience = seconds("ttl", ttl), seconds("timeout", timeout)
         self._check()
         if member.key in self._memberships:
             raise BusyError(f"{member} is a member already")
@@ -245,7 +245,8 @@ class Registry:
         return f"<Registry by {type(self._backend).__name__}: {len(self._cache.members)} members>"
 
 
-def _seconds(name: str, value: object, least: float = 0.0) -> float:
+def seconds(name: str, value: object, least: float = 0.0) -> float:
+    """A number of seconds that makes sense. Raises `TypeError` or `ValueError`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number of seconds, not {value!r}")
     if not least <= value <= MOST_SECONDS or value == 0:

@@ -151,6 +151,20 @@ async def test_entries_of_another_host_go_by_the_readers_own_clock(tmp_path: Pat
     await backend.aclose()
 
 
+async def test_a_renewal_on_another_host_is_seen_though_the_file_looks_the_same(tmp_path: Path) -> None:
+    backend, path = FileBackend(tmp_path), tmp_path / "prefill-1.member"
+    times = set()
+    for turn in range(4):
+        stamp = Stamp(1, 0.4, backend.clocks().wall + 1e6, float(turn), "another boot")
+        path.write_bytes(pack(stamp, b"far").replace(str(stamp.wall).encode(), f"{stamp.wall:.1f}".encode()))
+        os.utime(path, (0, 0))
+        times.add((path.stat().st_mtime_ns, path.stat().st_ino, path.stat().st_size))
+        assert await backend.entries() == {"prefill-1": b"far"}
+        await asyncio.sleep(0.25)
+    assert len(times) == 1
+    await backend.aclose()
+
+
 async def test_files_can_be_read_by_people_and_by_nobody_else(tmp_path: Path) -> None:
     async with Registry(FileBackend(tmp_path)) as registry, registry.join(one := member("prefill 7")):
         (path,) = tmp_path.iterdir()

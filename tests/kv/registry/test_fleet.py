@@ -128,8 +128,8 @@ async def test_a_connection_that_breaks_is_made_again_while_the_member_is_there(
 
 async def test_members_that_cannot_be_reached_hold_nobody_up_and_waiting_ends() -> None:
     backend = Frail()
-    for port in range(1, 6):
-        await backend.put((dead := member(address=f"127.0.0.1:{port}")).key, dead.encode(), 60)
+    for address in ("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", "no-such-host.invalid:4", "a..b:5"):
+        await backend.put((dead := member(address=address)).key, dead.encode(), 60)
     async with Registry(backend) as registry, at.open_engine() as engine:
         async with Fleet(registry, engine, "prefill", timeout=0.3) as fleet:
             with pytest.raises(at.TransferTimeout, match=r"0 of 1 prefill ranks.*the registry has 5"):
