@@ -1,0 +1,51 @@
+"""The local view of the members, which outlives the registry's outages. Pure: entries and times go in.
+
+Nobody is dropped because the registry does not answer. When it is back it may know less than before, because leases could not
+be kept alive meanwhile: those who are missing then have `grace` seconds to come back before they are dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from aiotransfer.errors import DescriptorError
+from aiotransfer.kv.registry.member import Member
+
+
+class Cache:
+    """`members`, by key, as of `seen` (None: never)."""
+
+    def __init__(self, grace: float) -> None:
+        self.members: dict[str, Member] = {}
+        self.seen: float | None = None
+        self._grace = grace
+        self._settled = -math.inf  # from when on those who are missing have left
+        self._failing = False
+        self._bytes: dict[str, bytes] = {}  # that were looked at, good or bad
+
+    def failed(self) -> None:
+        """The registry did not answer."""
+        self._failing = self.seen is not None
+
+    def take(self, entries: Mapping[str, bytes], now: float) -> list[str]:
+        """The registry has answered. Returns why entries that were not seen before cannot be read; they change nothing."""
+        if self._failing:
+            self._failing = False
+            self._settled = now + self._grace
+        self.seen = now
+        unreadable = []
+        members = dict(self.members) if now < self._settled else {k: m for k, m in self.members.items() if k in entries}
+        for key, data in entries.items():
+            if self._bytes.get(key) == data:
+                continue
+            try:
+                member = Member.decode(data)
+                if member.key != key:
+                    raise DescriptorError(f"no member: it is one of {member.key}")
+                members[key] = member
+            except DescriptorError as error:
+                unreadable.append(f"{key[:64]!r}: {error.message}")
+        self._bytes = dict(entries)
+        self.members = dict(sorted(members.items()))
+        return unreadable

@@ -1,0 +1,189 @@
+"""A registry in a directory that all ranks see: of one host, or of several over a network file system.
+
+An entry is a file; it is written beside its place and renamed onto it, so that nobody reads half of one, and it holds the end
+of its lease (`stamp`). Entries that ended a while ago and what a killed writer left half written are removed by whoever looks.
+Files belong to the user who wrote them and are read by him alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.errors import DescriptorError
+from aiotransfer.kv.registry.member import MOST_BYTES
+from aiotransfer.kv.registry.stamp import Clocks, Sighting, Stamp, is_good, pack, sight, unpack
+from aiotransfer.kv.registry.worker import Worker
+
+_logger = logging.getLogger("aiotransfer")
+_limit = RateLimit()
+
+SUFFIX = ".member"
+HALF_WRITTEN = ".writing-"
+MOST_FILE_BYTES = MOST_BYTES + 4096
+MOST_UNREADABLE = 1024  # remembered
+REMOVE_SECONDS = 10.0  # an entry that has ended stays for so long: its writer may only have been late
+HALF_WRITTEN_SECONDS = 60.0
+
+
+class _Found(NamedTuple):
+    """A file as it was read last."""
+
+    signature: tuple[int, int, int]
+    value: bytes
+    seen: Sighting
+
+
+class FileBackend:
+    """Entries in files of `directory`, which is made when it is not there. See `Backend`.
+
+    It is looked at as often as the `Registry` says (`poll`). Errors of the file system are outages.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory).absolute()
+        self._worker = Worker("aiotransfer-registry")
+        self._found: dict[str, _Found] = {}
+        self._unreadable: dict[str, tuple[int, int, int]] = {}  # what was complained about
+        self._ended: dict[str, float] = {}  # files that may be removed, and since when
+        self._boot = _boot()
+        self._made = False
+
+    async def put(self, key: str, value: bytes, ttl: float) -> None:
+        """See `Backend`."""
+        await self._worker.call(lambda: self._write(key, value, ttl))
+
+    async def keep_alive(self, key: str, ttl: float) -> bool:
+        """See `Backend`."""
+
+        def renew() -> bool:
+            try:
+                stamp, value = unpack(_read(self._path(key)))
+            except (FileNotFoundError, DescriptorError):
+                return False
+            now = self.clocks()
+            if not is_good(sight(None, stamp, now), now):
+                return False
+            self._write(key, value, ttl)
+            return True
+
+        return await self._worker.call(renew)
+
+    async def delete(self, key: str) -> None:
+        """See `Backend`."""
+        await self._worker.call(lambda: self._path(key).unlink(missing_ok=True))
+
+    async def entries(self) -> dict[str, bytes]:
+        """See `Backend`."""
+        return await self._worker.call(self._list)
+
+    async def changed(self, seconds: float) -> None:
+        """See `Backend`: files tell nobody."""
+        await asyncio.sleep(seconds)
+
+    async def aclose(self) -> None:
+        """See `Backend`."""
+        await self._worker.aclose()
+
+    def clocks(self) -> Clocks:
+        """The clocks of this host, now."""
+        return Clocks(time.time(), time.clock_gettime(time.CLOCK_BOOTTIME), self._boot)
+
+    # ---- in the thread ----
+
+    def _path(self, key: str) -> Path:
+        if not key or not all(letter.isascii() and (letter.isalnum() or letter == "-") for letter in key):
+            raise ValueError(f"a key is made of letters, digits and hyphens, not {key!r}")
+        return self.directory / f"{key}{SUFFIX}"
+
+    def _write(self, key: str, value: bytes, ttl: float) -> None:
+        path = self._path(key)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=HALF_WRITTEN, dir=self.directory)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(pack(Stamp.until(ttl, self.clocks()), value))
+            os.replace(name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+
+    def _list(self) -> dict[str, bytes]:
+        if not self._made:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._made = True  # a directory that goes away later is an outage, not an empty registry
+        now = self.clocks()
+        found: dict[str, _Found] = {}
+        ended: set[str] = set()
+        with os.scandir(self.directory) as files:
+            for entry in files:
+                if entry.name.startswith(HALF_WRITTEN):
+                    ended.add(entry.name)
+                elif entry.name.endswith(SUFFIX) and (one := self._look(entry, now)) is not None:
+                    found[entry.name] = one
+        self._found = found
+        good = {name: one.value for name, one in found.items() if is_good(one.seen, now)}
+        self._remove(ended | (found.keys() - good.keys()), now)
+        return {name.removesuffix(SUFFIX): value for name, value in good.items()}
+
+    def _look(self, entry: os.DirEntry[str], now: Clocks) -> _Found | None:
+        known = self._found.get(entry.name)
+        try:
+            if not entry.is_file(follow_symlinks=False):
+                return None
+            status = entry.stat(follow_symlinks=False)
+            signature = status.st_mtime_ns, status.st_ino, status.st_size
+            ours = known is not None and known.seen.stamp.boot == self._boot
+            if known is not None and known.signature == signature and ours:
+                return known  # of another host's file only opening it tells: network file systems keep what `stat` says for a while
+            if self._unreadable.get(entry.name) == signature:
+                return known
+            stamp, value = unpack(_read(self.directory / entry.name))
+        except FileNotFoundError:  # it has just gone
+            return None
+        except (DescriptorError, PermissionError) as error:  # also of a later version, whose file is not ours to remove
+            if len(self._unreadable) >= MOST_UNREADABLE:
+                self._unreadable.clear()
+            self._unreadable[entry.name] = signature
+            left_out = _limit.admit("unreadable")
+            if left_out is not None:
+                _logger.warning("%s cannot be read: %s%s", self.directory / entry.name, error, more(left_out))
+            return known
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # replaced under our hands, on a network file system
+                raise
+            return known
+        return _Found(signature, value, sight(None if known is None else known.seen, stamp, now))
+
+    def _remove(self, ended: set[str], now: Clocks) -> None:
+        self._ended = {name: self._ended.get(name, now.up) for name in ended}
+        for name, since in list(self._ended.items()):
+            if now.up - since >= (HALF_WRITTEN_SECONDS if name.startswith(HALF_WRITTEN) else REMOVE_SECONDS):
+                with suppress(OSError):
+                    os.unlink(self.directory / name)
+                del self._ended[name]
+
+
+def _read(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        data = file.read(MOST_FILE_BYTES + 1)
+    if data is None or len(data) > MOST_FILE_BYTES:
+        raise DescriptorError(f"no entry of a registry: more than {MOST_FILE_BYTES} bytes")
+    return data
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
