@@ -50,6 +50,7 @@ static const at_fab_driver driver = {
     .text = vrb_text,
     .quit = vrb_quit,
     .free = vrb_free,
+    .by_itself = 1,
 };
 
 static int unblock(int fd) {
@@ -78,6 +79,7 @@ static const char *open_objects(at_vrb *vrb) {
     vrb->reads = reads < READS ? reads : READS;
     vrb->inline_bytes = INLINE;
     vrb->fab.fd = vrb->channel->fd;
+    vrb->fab.news_fd = vrb->context->async_fd;
     return NULL;
 }
 

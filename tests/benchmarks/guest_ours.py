@@ -26,7 +26,7 @@ class Ours:
     uvloop = True
 
     async def open(self) -> None:
-        self.target = start_target(__file__)
+        self.target = start_target(os.path.join(os.path.dirname(os.path.abspath(__file__)), "guest_ours.py"))
         self.engine = await engine("rxea0").__aenter__()
         self.source = self.engine.allocate(REGION)
         self.source.numpy()[:] = 1
