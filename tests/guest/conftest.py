@@ -1,0 +1,21 @@
+"""Where there is no RDMA device these tests are left out rather than skipped one by one, unless they were asked for by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aiotransfer.providers import libibverbs
+from tests.needs import REQUIRED
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    named = any(HERE.name in argument.replace("\\", "/").split("::")[0].split("/") for argument in config.args)
+    if named or "verbs" in REQUIRED or libibverbs.missing() is None:
+        return
+    elsewhere = [item for item in items if HERE not in item.path.parents]
+    config.hook.pytest_deselected(items=[item for item in items if HERE in item.path.parents])
+    items[:] = elsewhere
