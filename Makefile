@@ -11,7 +11,7 @@ MINUTES ?= 20
 RUNS ?= 50000
 CYCLES ?= 10000
 
-.PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-tcp docs \
+.PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest docs \
 	test-chaos test-guest test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
 
 help:
@@ -90,6 +90,15 @@ bench-earlier: setup
 bench-tcp: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) tests/benchmarks/tcp.py $(ARGS)
+
+# What the native code costs for each work request over verbs, on a device that does nothing. Needs libibverbs-dev.
+bench-verbs: setup
+	@$(PY) tests/benchmarks/verbs.py $(ARGS)
+
+# verbs beside a C program on libibverbs, in one run of the guest.
+bench-guest: setup
+	@$(PIP) install --quiet uvloop
+	@$(PY) tests/benchmarks/guest.py $(ARGS)
 
 # The native code under the address and undefined-behaviour sanitizers, and under the thread sanitizer: canaries first, then a share of
 # the tests. In a copy of the tree: the plain build stays.

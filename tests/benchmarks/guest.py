@@ -2,10 +2,10 @@
 
     make bench-guest [ARGS="--rounds 15 --batch 256"]
 
-Ours are two processes on uvloop, one on each end of a cable of soft-RoCE; the other is tests/native/verbs_reference.c, built here.
-RDMA writes of 4 KiB with an immediate each; whoever is not measured is stopped (SIGSTOP). Medians of rounds, the ratio (of the times,
-ours to C's) the median of the rounds' ratios with its spread; beside it that of the best rounds, which others on the machine have
-disturbed least. The guest is emulated: the figures say nothing about NICs, the ratios
+Ours are two processes on uvloop, one on each end of a cable of soft-RoCE; the other is tests/native/verbs_reference.c, built
+here. RDMA writes of 4 KiB with an immediate each; whoever is not measured is stopped (SIGSTOP). Medians of rounds, the ratio (of
+the times, ours to C's) the median of the rounds' ratios with its spread; beside it that of the best rounds, which others on the
+machine have disturbed least. The guest is emulated: the figures say nothing about NICs, the ratios
 something about what is done for a work request beside what the kernel does.
 """
 

@@ -1,4 +1,4 @@
-"""Ours over verbs in the guest, as bench-guest measures it beside C: the initiator on one NIC, the target on the other end of the cable."""
+"""Ours over verbs in the guest, as bench-guest measures it beside C: two processes, one on each end of a cable."""
 
 from __future__ import annotations
 

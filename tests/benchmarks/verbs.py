@@ -48,8 +48,8 @@ def build() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     objects = hook.compile_own(WORK, ["cc"], ["-g"])
     own = [str(NATIVE / name) for name in ("verbs_cost.c", "stub_verbs.c")]
-    flags = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-pthread", f"-I{ROOT / 'ffi'}", "-rdynamic"]
-    subprocess.run(["cc", *flags, *own, *objects, "-o", str(PROGRAM), "-ldl"], check=True)
+    flags = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-pthread", "-rdynamic"]
+    subprocess.run(["cc", *flags, f"-I{ROOT / 'ffi'}", *own, *objects, "-o", str(PROGRAM), "-ldl"], check=True)
 
 
 def run(case: str, times: int, *before: str) -> dict[str, Any]:
@@ -101,9 +101,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     text = ["| CPU for each | ns (spread) | instructions | M/s and core |", "|---|--:|--:|--:|"]
     for row in rows:
         counted = f"{row['instructions']:.0f}" if "instructions" in row else ""
-        text.append(
-            f"| {NAMES[row['case']]} | {row['ns']:.0f} ({row['least']:.0f}-{row['most']:.0f}) | {counted} | {1e3 / row['ns']:.1f} |"
-        )
+        spread = f"{row['least']:.0f}-{row['most']:.0f}"
+        text.append(f"| {NAMES[row['case']]} | {row['ns']:.0f} ({spread}) | {counted} | {1e3 / row['ns']:.1f} |")
     for row in rows:
         if "span_us" in row:
             text += ["", f"A scatter to 56 peers: the driver has the last of them after {row['span_us']:.1f} us."]

@@ -92,7 +92,7 @@ def run(command: list[str], seconds: float, rails: int) -> int:
     try:
         shutil.copy(kernel.HERE / "second.sh", exchange)
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-        environment |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "TESTS_REQUIRE": "verbs"}
+        environment |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "TESTS_REQUIRE": "verbs", "TESTS_SLOWNESS": "4"}
         lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
         (exchange / "command.sh").write_text("\n".join([*lines, f"exec {shlex.join(command)}"]) + "\n")
         (exchange / "settings.sh").write_text(f"FOLDER={shlex.quote(os.getcwd())}\nSECONDS_ALLOWED={seconds:g}\nRAILS={rails}\n")
