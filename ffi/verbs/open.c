@@ -53,6 +53,10 @@ static const at_fab_driver driver = {
     .by_itself = 1,
 };
 
+uint32_t at_verbs_flags(void) {
+    return AT_FAB_ORDERED | AT_FAB_PRIVATE | AT_FAB_LOCAL_MR | AT_FAB_VIRTUAL | AT_FAB_KEYS | AT_FAB_FD | AT_FAB_SENDERS;
+}
+
 static int unblock(int fd) {
     int flags = fcntl(fd, F_GETFL);
     return flags < 0 ? -1 : fcntl(fd, F_SETFL, flags | O_NONBLOCK);
@@ -104,8 +108,7 @@ int at_verbs_open(at_lane *lane, const char *device, const char *node, uint64_t 
         }
     }
     if (rc == AT_OK) {
-        fab->facts.flags = AT_FAB_ORDERED | AT_FAB_PRIVATE | AT_FAB_LOCAL_MR | AT_FAB_VIRTUAL | AT_FAB_KEYS | AT_FAB_FD | AT_FAB_SENDERS |
-                           (at_vrb_takes_dmabufs(vrb) ? AT_FAB_DEVICE : 0u);
+        fab->facts.flags = at_verbs_flags() | (at_vrb_takes_dmabufs(vrb) ? AT_FAB_DEVICE : 0u);
         fab->facts.iov = 1;
         fab->facts.most_bytes = most_bytes != 0 && most_bytes < MOST_BYTES ? most_bytes : MOST_BYTES;
         fab->facts.most_posted = most_posted != 0 ? most_posted : vrb->most_connections * AT_FAB_WINDOW;

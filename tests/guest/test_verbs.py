@@ -19,6 +19,7 @@ from tests.needs import needs_verbs
 from tests.providers.breaking import PAGE, BreakingConnections, ready
 
 pytestmark = [pytest.mark.asyncio, *needs_verbs()]
+PATIENT = at.Config(peer_timeout=30)  # emulated, beside others: nobody is lost for being slow
 
 
 @asynccontextmanager
@@ -27,7 +28,7 @@ async def cable() -> AsyncIterator[Pair]:
     async with AsyncExitStack() as stack:
         left, right = [
             await stack.enter_async_context(
-                at.open_engine(providers="verbs", timeout=30, name=name, _world=World(limits=Limits(verbs_device=device)))
+                at.open_engine(providers="verbs", timeout=30, name=name, config=PATIENT, _world=World(limits=Limits(verbs_device=device)))
             )
             for name, device in (("left", "rxea0"), ("right", "rxeb0"))
         ]
