@@ -22,8 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tests" / "native"
-WORK = ROOT / "build" / "verbs_cost"
-PROGRAM = WORK / "verbs_cost"
+PROGRAM = ROOT / "build" / "verbs_cost" / "verbs_cost"
 CASES = {  # so many times in a round: about 0.1 s
     "pages": 300, "plain": 300, "writes": 5000, "arrivals": 600, "peers": 5000, "stub": 3000,
 }  # fmt: skip
@@ -38,23 +37,23 @@ NAMES = {
 COUNTED = 20  # rounds under callgrind
 
 
-def build() -> None:
-    """The program, out of our C as the extension has it."""
+def build(program: Path, *extra: str) -> None:
+    """The program, out of our C as the extension has it; `extra` for the compiler."""
     spec = importlib.util.spec_from_file_location("native_build", ROOT / "ffi" / "build.py")
     assert spec is not None
     assert spec.loader is not None
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
-    WORK.mkdir(parents=True, exist_ok=True)
-    objects = hook.compile_own(WORK, ["cc"], ["-g"])
+    program.parent.mkdir(parents=True, exist_ok=True)
+    objects = hook.compile_own(program.parent, ["cc"], ["-g", *extra])
     own = [str(NATIVE / name) for name in ("verbs_cost.c", "stub_verbs.c")]
     flags = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-pthread", "-rdynamic"]
-    subprocess.run(["cc", *flags, f"-I{ROOT / 'ffi'}", *own, *objects, "-o", str(PROGRAM), "-ldl"], check=True)
+    subprocess.run(["cc", *flags, f"-I{ROOT / 'ffi'}", *own, *objects, "-o", str(program), "-ldl"], check=True)
 
 
-def run(case: str, times: int, *before: str) -> dict[str, Any]:
+def run(case: str, times: int, *before: str, program: Path = PROGRAM) -> dict[str, Any]:
     """One round."""
-    done = subprocess.run([*before, str(PROGRAM), case, str(times)], capture_output=True, text=True, check=True)
+    done = subprocess.run([*before, str(program), case, str(times)], capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -120,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.callgrind and shutil.which("valgrind") is None:
         raise SystemExit("valgrind is not installed (apt-get install valgrind)")
-    build()
+    build(PROGRAM)
     rows = measure(args.cases.split(","), max(1, args.rounds), args.callgrind)
     text = f"{machine()}\n\n{markdown(rows)}"
     if args.json:

@@ -14,4 +14,4 @@ pytestmark = needs_verbs()
 
 class TestVerbs(ProviderContract):
     provider = "verbs"
-    options: ClassVar[Mapping[str, Any]] = {"config": at.Config(peer_timeout=30)}  # emulated, beside others: nobody is lost for being slow
+    options: ClassVar[Mapping[str, Any]] = {"config": at.Config(peer_timeout=30)}  # nobody is lost for being slow

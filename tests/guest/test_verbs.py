@@ -28,7 +28,9 @@ async def cable() -> AsyncIterator[Pair]:
     async with AsyncExitStack() as stack:
         left, right = [
             await stack.enter_async_context(
-                at.open_engine(providers="verbs", timeout=30, name=name, config=PATIENT, _world=World(limits=Limits(verbs_device=device)))
+                at.open_engine(
+                    providers="verbs", timeout=30, name=name, config=PATIENT, _world=World(limits=Limits(verbs_device=device))
+                )
             )
             for name, device in (("left", "rxea0"), ("right", "rxeb0"))
         ]
