@@ -1,4 +1,7 @@
-"""Where there is no RDMA device these tests are left out rather than skipped one by one, unless they were asked for by name."""
+"""Where there is no RDMA device these tests are left out rather than skipped one by one, unless they were asked for by name.
+
+A failure is told at once: a run that its time cuts off has no summary.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,22 @@ from aiotransfer.providers import libibverbs
 from tests.needs import REQUIRED
 
 HERE = Path(__file__).parent
+
+
+class Told:
+    """Writes failures."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.terminal = config.get_terminal_writer()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and HERE.name in report.nodeid.split("/"):
+            self.terminal.line(f"\n{report.nodeid} ({report.when}):\n{report.longreprtext[-3000:]}")
+            self.terminal.flush()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.pluginmanager.register(Told(session.config))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
