@@ -177,7 +177,7 @@ struct at_fab {
     const at_fab_driver *driver;
     void *shared; /* the endpoint of all peers, where they cannot have one each */
     int fd;       /* of the queue, or -1 */
-    int news_fd;  /* of what the device says of itself (look), or -1 */
+    _Atomic int news_fd; /* of what the device says of itself (look), or -1 */
     uint64_t uniques;
     at_fab_facts facts;
     uint64_t next_key;

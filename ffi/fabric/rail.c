@@ -44,7 +44,8 @@ int at_fab_prepare(at_fab *fab, at_lane *lane, const at_fab_driver *driver) {
     fab->driver = driver;
     (void)pthread_mutex_init(&fab->turn, NULL);
     (void)pthread_mutex_init(&fab->lock, NULL);
-    fab->fd = fab->news_fd = -1;
+    fab->fd = -1;
+    fab->news_fd = -1;
     fab->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     fab->rail = (at_rail){.lane = lane, .name = "fabric", .progress = at_fab_progress, .leave = leave, .destroy = destroy,
                           .drain = at_fab_drain_now, .grant_over = at_fab_grant_over, .region_over = at_fab_region_over};

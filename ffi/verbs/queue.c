@@ -163,7 +163,7 @@ void at_vrb_look(at_fab *fab) {
     uint64_t now = at_now();
     if (now - vrb->looked < LOOK_NS) return;
     vrb->looked = now;
-    while (at_vrb_library.get_async_event(vrb->context, &event) == 0) {
+    for (errno = 0; at_vrb_library.get_async_event(vrb->context, &event) == 0; errno = 0) {
         const struct ibv_qp *qp = event.element.qp;
         enum ibv_event_type type = event.event_type;
         int port = event.element.port_num;
@@ -173,6 +173,10 @@ void at_vrb_look(at_fab *fab) {
         else if (type == IBV_EVENT_PORT_ACTIVE && port == vrb->port) hurry(fab);
         else if (type == IBV_EVENT_DEVICE_FATAL || type == IBV_EVENT_CQ_ERR || type == IBV_EVENT_SRQ_ERR) break_all(fab, NULL, ENODEV);
     }
+    if (errno == EAGAIN || errno == EINTR || fab->news_fd < 0) return;
+    at_unwatch_fd(fab->rail.lane, fab->news_fd); /* it would stay readable for ever: the device has been taken out */
+    fab->news_fd = -1;
+    break_all(fab, NULL, ENODEV);
 }
 
 #endif
