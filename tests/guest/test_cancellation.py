@@ -16,7 +16,7 @@ from tests.needs import needs_verbs
 
 pytestmark = [pytest.mark.asyncio, *needs_verbs()]
 N, PAGE, IMM, POISON = 2 << 20, 4096, 7, 0xA5
-ROUNDS = 6
+ROUNDS = 4
 PAGES = list(range(N // PAGE))
 Operation = Callable[[at.Engine, at.Region, at.RemoteRegion, float | None], at.Transfer]
 OPERATIONS: dict[str, tuple[Operation, int]] = {  # and how many it counts
