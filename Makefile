@@ -11,8 +11,8 @@ MINUTES ?= 20
 RUNS ?= 50000
 CYCLES ?= 10000
 
-.PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-tcp docs \
-	test-chaos test-chaos-kv test-guest test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
+.PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
+	bench-kv-stream docs test-chaos test-chaos-kv test-guest test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
 
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
@@ -94,6 +94,15 @@ bench-earlier: setup
 bench-tcp: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) tests/benchmarks/tcp.py $(ARGS)
+
+# What the native code costs for each work request over verbs, on a device that does nothing. Needs libibverbs-dev.
+bench-verbs: setup
+	@$(PY) tests/benchmarks/verbs.py $(ARGS)
+
+# verbs beside a C program on libibverbs, in one run of the guest.
+bench-guest: setup
+	@$(PIP) install --quiet uvloop
+	@$(PY) tests/benchmarks/guest.py $(ARGS)
 
 # The native code under the address and undefined-behaviour sanitizers, and under the thread sanitizer: canaries first, then a share of
 # the tests. In a copy of the tree: the plain build stays.

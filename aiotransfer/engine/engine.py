@@ -361,9 +361,9 @@ class Engine(Planner):
         if (peer := self._by_lane_peer.get(number)) is not None:
             peer._lose("its process has ended" if status == native.lib.AT_EPEER else native.text(status))
 
-    def _rail_event(self, number: int) -> None:
+    def _rail_event(self, number: int, error: int) -> None:
         if (peer := self._by_lane_peer.get(number)) is not None:
-            self._paths.broke(peer, number)
+            self._paths.broke(peer, number, error)
 
     def _fail_peer(self, peer: Peer) -> None:
         """The peer has ended: so do its operations."""

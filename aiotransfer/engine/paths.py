@@ -9,6 +9,7 @@ was not finished begins again on the other path, its counts exact. Operations no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import warnings
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ class Paths:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         engine._lane.cpus_for = cpus_for(engine.config, engine._world)
-        self._mending: dict[Path, None] = {}
+        self._mending: dict[Path, asyncio.Event] = {}  # set: there is reason to try again at once
         self._dialing: dict[tuple[Peer, str], asyncio.Future[Path]] = {}
         self._companions: list[Path] = []  # the other halves of a connection to ourselves
         self._warned: set[tuple[str, str]] = set()
@@ -170,12 +171,15 @@ class Paths:
 
     # ---- a path that breaks ----
 
-    def broke(self, peer: Peer, number: int) -> None:
-        """The connection of one of its paths went, not the peer: open it again. What was posted waits, within its deadlines."""
+    def broke(self, peer: Peer, number: int, error: int) -> None:
+        """The connection of one of its paths went, not the peer: open it again. What was posted waits, within its deadlines.
+        Without an error: its port is back."""
         path = next((path for path in peer._paths if path.lane_peer == number), None)
+        if path is not None and path in self._mending and not error:
+            self._mending[path].set()
         if path is None or path in self._mending or peer._state != "up":
             return
-        self._mending[path] = None
+        self._mending[path] = asyncio.Event()
         self._start(peer, self._mend(peer, path))
 
     def _start(self, peer: Peer, work: object) -> None:
@@ -191,19 +195,27 @@ class Paths:
                     async with asyncio.timeout_at(max(patience, loop.time() + pause)):
                         await path.reopen(peer)
                 except (TransferError, TimeoutError):
-                    await asyncio.sleep(pause)  # the peer itself is lost when it is silent for long enough
+                    await self._pause(path, pause)  # the peer itself is lost when it is silent for long enough
                     pause = min(2 * pause, 32 * MEND_SECONDS)
                 if path.broken and loop.time() >= patience and not await self._give_up(peer, path):
                     patience = loop.time() + PATIENCE * self._engine.config.peer_timeout
         finally:
             del self._mending[path]  # in the same turn as the last look: what breaks from here on begins anew
 
+    async def _pause(self, path: Path, seconds: float) -> None:
+        """Before the next attempt, unless there is news."""
+        news = self._mending[path]
+        news.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await news.wait()
+
     def suspect(self, peer: Peer) -> None:
         """It has been silent on its default path for a while. Does the process answer otherwise, and is there another path?"""
         path = peer._path
         if path is None or path in self._mending or len(self._ranking(peer).paths) < 2:
             return
-        self._mending[path] = None
+        self._mending[path] = asyncio.Event()
         self._start(peer, self._find_out(peer, path))
 
     async def _find_out(self, peer: Peer, path: Path) -> None:

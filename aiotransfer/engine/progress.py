@@ -66,8 +66,9 @@ class Progress:
             elif kind == lib.AT_EV_PEER:
                 engine._peer_event(number, status)
             elif kind == lib.AT_EV_RAIL:
-                lane.news(number)
-                engine._rail_event(number)
+                if count:
+                    lane.news(number)
+                engine._rail_event(number, count)
             elif kind == lib.AT_EV_UP:
                 lane.news(number)
             elif kind == lib.AT_EV_GRANT:

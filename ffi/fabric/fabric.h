@@ -168,6 +168,7 @@ typedef struct {
     const char *(*text)(int error);
     void (*quit)(at_fab *fab); /* NO LOCK: before memory goes, what may still use it. NULL: nothing */
     void (*free)(at_fab *fab); /* NO LOCK: after all else */
+    int by_itself;             /* what is posted moves without a call, and an armed descriptor tells of its end: a post needs no turn */
 } at_fab_driver;
 
 struct at_fab {
@@ -176,6 +177,7 @@ struct at_fab {
     const at_fab_driver *driver;
     void *shared; /* the endpoint of all peers, where they cannot have one each */
     int fd;       /* of the queue, or -1 */
+    _Atomic int news_fd; /* of what the device says of itself (look), or -1 */
     uint64_t uniques;
     at_fab_facts facts;
     uint64_t next_key;

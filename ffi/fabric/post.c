@@ -16,7 +16,7 @@ static uint64_t piece_bytes(const at_fab *fab) { return fab->facts.most_bytes < 
 /* How many pieces one unit of the operation (a write, a page) is cut into. */
 static uint64_t pieces_of(const at_fab *fab, const at_op *op) {
     uint64_t piece = op->kind == AT_OP_PAGES ? fab->facts.most_bytes : piece_bytes(fab);
-    return op->nbytes == 0 ? 1 : (op->nbytes - 1) / piece + 1;
+    return op->nbytes <= piece ? 1 : (op->nbytes - 1) / piece + 1; /* hardly ever a division, which costs as much as all else here */
 }
 
 void at_fab_cut(at_peer *peer, at_op *op) {
@@ -95,8 +95,12 @@ static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
     void *desc;
     int rc = at_fab_source(fab, op, &desc);
     if (rc != AT_OK) return rc;
-    at_fab_vector v = {.key = op->remote != NULL ? op->remote->key : 0, .desc = desc,
-                         .device = op->region != NULL && op->region->cuda >= 0};
+    at_fab_vector v; /* its pieces are filled in as they come: zeroing them for each work request shows */
+    v.key = op->remote != NULL ? op->remote->key : 0;
+    v.desc = desc;
+    v.device = op->region != NULL && op->region->cuda >= 0;
+    v.count = 0;
+    v.bytes = 0;
     uint64_t counts = 0, data = 0, steps = gather(end, op, first, most, &v, &counts);
     if (counts != 0) {
         data = (uint64_t)op->imm;

@@ -262,10 +262,18 @@ static int turn_over(at_fab *fab, int armed) {
 
 static int is_dedicated(const at_fab *fab) { return fab->started && (fab->fd < 0 || (fab->rail.lane->config.flags & AT_LANE_THREAD)); }
 
-/* Posted right after a turn, and the loop comes anyway; or while others are under way: then it is told to, before it sleeps. */
+/* Posted right after a turn, and the loop comes anyway; or while others are under way: then it is told to, before it sleeps. Where
+ * everything moves by itself, a turn is worth its system calls only once posts may have to wait for room. */
 static int is_burst(at_fab *fab) {
     at_lane *lane = fab->rail.lane;
-    if (at_now() - atomic_load(&fab->turned) >= BURST_NS) return 0;
+    int recent = at_now() - atomic_load(&fab->turned) < BURST_NS;
+    if (fab->driver->by_itself) { /* but so often that nobody has to stand in for whoever posts without a pause */
+        at_lock(lane);
+        int room = fab->posted < AT_FAB_WINDOW / 2;
+        at_unlock(lane);
+        return recent || (room && at_now() - atomic_load(&fab->turned) < AWAY_NS / 2);
+    }
+    if (!recent) return 0;
     if (atomic_load(&fab->left)) return 1;
     at_lock(lane);
     int burst = fab->posted > 1;
@@ -325,11 +333,11 @@ void at_fab_kick(at_fab *fab) {
 
 /* Sleep until the queue has something, or somebody kicks. Was it the queue? */
 static int sleep_on_queue(at_fab *fab, int ms) {
-    struct pollfd fds[2] = {{.fd = fab->kick_fd, .events = POLLIN}, {.fd = fab->fd, .events = POLLIN}};
-    int n = poll(fds, fab->fd >= 0 ? 2 : 1, ms);
+    struct pollfd fds[3] = {{.fd = fab->kick_fd, .events = POLLIN}, {.fd = fab->fd, .events = POLLIN}, {.fd = fab->news_fd, .events = POLLIN}};
+    int n = poll(fds, 3, ms); /* those that there are not are passed over */
     uint64_t kicks;
     if (n > 0 && fds[0].revents != 0 && read(fab->kick_fd, &kicks, sizeof kicks) < 0) return 0;
-    return n > 0 && fab->fd >= 0 && fds[1].revents != 0;
+    return n > 0 && (fds[1].revents | fds[2].revents) != 0;
 }
 
 static int turn(at_fab *fab) {

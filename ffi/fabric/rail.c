@@ -35,6 +35,7 @@ static void leave(at_rail *rail) {
     at_fab *fab = (at_fab *)rail;
     at_fab_thread_stop(fab);
     if (fab->fd >= 0) at_unwatch_fd(rail->lane, fab->fd);
+    if (fab->news_fd >= 0) at_unwatch_fd(rail->lane, fab->news_fd);
 }
 
 static void destroy(at_rail *rail) { fab_free((at_fab *)rail); }
@@ -44,6 +45,7 @@ int at_fab_prepare(at_fab *fab, at_lane *lane, const at_fab_driver *driver) {
     (void)pthread_mutex_init(&fab->turn, NULL);
     (void)pthread_mutex_init(&fab->lock, NULL);
     fab->fd = -1;
+    fab->news_fd = -1;
     fab->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     fab->rail = (at_rail){.lane = lane, .name = "fabric", .progress = at_fab_progress, .leave = leave, .destroy = destroy,
                           .drain = at_fab_drain_now, .grant_over = at_fab_grant_over, .region_over = at_fab_region_over};
@@ -59,8 +61,10 @@ int at_fab_begin(at_fab *fab, const char *name) {
     if (rc == AT_EIO) at_fab_say("%s: no memory region: %s", name, fab->driver->text(lane->oserror));
     if (rc == AT_OK) {
         fab->mailbox_desc = at_fab_is(fab, AT_FAB_LOCAL_MR) ? fab->driver->desc(fab->mailbox_mr.mr) : NULL;
-        if (fab->fd >= 0 && at_watch_fd(lane, fab->fd, AT_TAG(AT_TAG_RAIL, 0), 0) != 0) {
-            at_fab_say("the descriptor of the completion queue cannot be watched");
+        int watched = fab->fd < 0 || at_watch_fd(lane, fab->fd, AT_TAG(AT_TAG_RAIL, 0), 0) == 0;
+        if (fab->news_fd >= 0 && at_watch_fd(lane, fab->news_fd, AT_TAG(AT_TAG_RAIL, 0), 0) != 0) watched = 0;
+        if (!watched) {
+            at_fab_say("the descriptors of the completion queue and the device cannot be watched");
             rc = AT_EIO;
         }
     }

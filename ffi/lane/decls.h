@@ -42,7 +42,7 @@ enum at_event_kind {
     AT_EV_WATCH = 5,   /* id: watch, count: the word's new value */
     AT_EV_GRANT = 7,   /* id: grant that was revoked; a peer has confirmed it */
     AT_EV_UP = 8,      /* id: peer: the first sign that bytes get through to it */
-    AT_EV_RAIL = 6     /* id: peer, count: errno: its connection broke and wants to be opened again */
+    AT_EV_RAIL = 6     /* id: peer, count: errno: its connection broke and wants to be opened again; 0: now that may be possible */
 };
 
 enum at_access { AT_ACCESS_WRITE = 1, AT_ACCESS_READ = 2 };

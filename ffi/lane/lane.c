@@ -106,6 +106,7 @@ static void lane_destroy(at_lane *lane) {
     free(lane->peers);
     free(lane->ops);
     free(lane->op_generation);
+    at_ops_close(lane);
     free(lane->op_free);
     free(lane->grant_free);
     free(lane->queue);

@@ -275,6 +275,8 @@ struct at_lane {
     at_op **ops;
     uint32_t *op_generation;
     uint32_t op_count, op_capacity;
+    at_op *op_spare; /* memory of operations that have ended, for the next ones: allocating it costs as much as all else of a short one */
+    uint32_t op_spare_count;
     uint32_t *op_free;
     uint32_t op_free_count;
 
@@ -371,6 +373,7 @@ void at_batch_ended(at_lane *lane, int64_t parent, uint32_t child, int status, u
 void at_op_stop(at_op *op, int status);
 void at_op_enqueue(at_op *op);                               /* behind the others of its peer */
 void at_op_dequeue(at_op *op);
+void at_ops_close(at_lane *lane);
 void at_op_end(at_op *op);                                   /* everything is retired: tell whoever asked */
 void at_stall(at_peer *peer, int stalled);
 /* One posted work request retired: what of it has landed. */

@@ -12,6 +12,11 @@
 #include <string.h>
 #include <time.h>
 
+#ifdef __SANITIZE_ADDRESS__
+#define MOST_SPARE 0u /* it is to see what is used after its end */
+#else
+#define MOST_SPARE 256u
+#endif
 #define COOKIE_BITS 20
 #define COOKIE_MASK ((1u << COOKIE_BITS) - 1u)
 
@@ -57,12 +62,34 @@ static int64_t op_admit(at_lane *lane, at_op *op) {
     return op->cookie;
 }
 
+static at_op *op_new(at_lane *lane) {
+    at_op *op = lane->op_spare;
+    if (op == NULL) return malloc(sizeof *op);
+    lane->op_spare = op->next;
+    lane->op_spare_count--;
+    return op;
+}
+
+static void op_free(at_lane *lane, at_op *op) {
+    if (lane->op_spare_count >= MOST_SPARE) {
+        free(op);
+        return;
+    }
+    op->next = lane->op_spare;
+    lane->op_spare = op;
+    lane->op_spare_count++;
+}
+
+void at_ops_close(at_lane *lane) {
+    for (at_op *op; (op = lane->op_spare) != NULL; free(op)) lane->op_spare = op->next;
+}
+
 static void op_forget(at_lane *lane, at_op *op) {
     uint32_t index = (uint32_t)op->cookie & COOKIE_MASK;
     lane->ops[index] = NULL;
     lane->op_free[lane->op_free_count++] = index;
     free(op->batch);
-    free(op);
+    op_free(lane, op);
 }
 
 /* Everything is retired: give back what was lent and tell whoever asked: the loop, a batch, or another thread. */
@@ -211,13 +238,13 @@ int64_t at_op_keep(at_lane *lane, const at_op *template) {
     uint64_t nbytes = template->nbytes * template->units;
     if (peer->queued_ops >= lane->config.max_ops || nbytes > lane->config.max_bytes - peer->queued_bytes) return AT_EBUSY;
     if (at_events_reserve(lane) != AT_OK) return AT_ENOMEM;
-    at_op *op = malloc(sizeof *op);
+    at_op *op = op_new(lane);
     if (op == NULL) return AT_ENOMEM;
     *op = *template;
     if (op->kind == AT_OP_PAGES) {
         op->table = malloc((size_t)op->units * 2 * sizeof *op->table);
         if (op->table == NULL) {
-            free(op);
+            op_free(lane, op);
             return AT_ENOMEM;
         }
         memcpy(op->table, template->local_pages, (size_t)op->units * sizeof *op->table);
@@ -228,7 +255,7 @@ int64_t at_op_keep(at_lane *lane, const at_op *template) {
     int64_t cookie = op_admit(lane, op);
     if (cookie < 0) {
         free(op->table);
-        free(op);
+        op_free(lane, op);
         return cookie;
     }
     if (peer->port->window != 0) op->extent = op->units;

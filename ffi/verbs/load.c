@@ -13,6 +13,7 @@ int at_verbs_load(const char *path) { return AT_EUNKNOWN; }
 int at_verbs_open(at_lane *lane, const char *device, const char *node, uint64_t most_bytes, uint32_t most_posted, at_fab **out, at_fab_facts *facts) {
     return AT_EUNKNOWN;
 }
+uint32_t at_verbs_flags(void) { return 0; }
 int at_verbs_posts(at_lane *lane, int64_t peer, uint64_t out[4]) { return AT_EUNKNOWN; }
 #pragma GCC diagnostic pop
 

@@ -50,7 +50,12 @@ static const at_fab_driver driver = {
     .text = vrb_text,
     .quit = vrb_quit,
     .free = vrb_free,
+    .by_itself = 1,
 };
+
+uint32_t at_verbs_flags(void) {
+    return AT_FAB_ORDERED | AT_FAB_PRIVATE | AT_FAB_LOCAL_MR | AT_FAB_VIRTUAL | AT_FAB_KEYS | AT_FAB_FD | AT_FAB_SENDERS;
+}
 
 static int unblock(int fd) {
     int flags = fcntl(fd, F_GETFL);
@@ -78,6 +83,7 @@ static const char *open_objects(at_vrb *vrb) {
     vrb->reads = reads < READS ? reads : READS;
     vrb->inline_bytes = INLINE;
     vrb->fab.fd = vrb->channel->fd;
+    vrb->fab.news_fd = vrb->context->async_fd;
     return NULL;
 }
 
@@ -102,8 +108,7 @@ int at_verbs_open(at_lane *lane, const char *device, const char *node, uint64_t 
         }
     }
     if (rc == AT_OK) {
-        fab->facts.flags = AT_FAB_ORDERED | AT_FAB_PRIVATE | AT_FAB_LOCAL_MR | AT_FAB_VIRTUAL | AT_FAB_KEYS | AT_FAB_FD | AT_FAB_SENDERS |
-                           (at_vrb_takes_dmabufs(vrb) ? AT_FAB_DEVICE : 0u);
+        fab->facts.flags = at_verbs_flags() | (at_vrb_takes_dmabufs(vrb) ? AT_FAB_DEVICE : 0u);
         fab->facts.iov = 1;
         fab->facts.most_bytes = most_bytes != 0 && most_bytes < MOST_BYTES ? most_bytes : MOST_BYTES;
         fab->facts.most_posted = most_posted != 0 ? most_posted : vrb->most_connections * AT_FAB_WINDOW;

@@ -8,6 +8,7 @@
 
 #define BATCH 32
 #define ACKNOWLEDGE 64u /* events in one go: each go takes a mutex */
+#define LOOK_NS UINT64_C(1000000) /* between two looks for events of the device: each is a system call, and its descriptor is watched as well */
 
 /* Of an error nothing is certain but the work request and the status. */
 static int errno_of(enum ibv_wc_status status) {
@@ -143,19 +144,39 @@ static void break_all(at_fab *fab, const struct ibv_qp *only, int error) {
     at_unlock(fab->rail.lane);
 }
 
-/* Told by the device: a port has gone, or the whole of it, or one connection. That a port is back is found out by opening again. */
+/* The port is back: what broke may be opened again now, rather than when its pause is over. */
+static void hurry(at_fab *fab) {
+    at_lane *lane = fab->rail.lane;
+    at_lock(lane);
+    for (uint32_t i = 0; i < fab->end_count; i++) {
+        const at_fab_end *end = fab->ends[i];
+        if (end != NULL && end->ep == NULL && !end->retired && end->generation != 0 && end->peer->status == AT_OK)
+            at_event_push(lane, AT_EV_RAIL, (uint64_t)end->peer->id, AT_OK, 0);
+    }
+    at_unlock(lane);
+}
+
+/* Told by the device: a port has gone or is back, or the whole of it has gone, or one connection. */
 void at_vrb_look(at_fab *fab) {
     at_vrb *vrb = at_vrb_of(fab);
     struct ibv_async_event event;
-    while (at_vrb_library.get_async_event(vrb->context, &event) == 0) {
+    uint64_t now = at_now();
+    if (now - vrb->looked < LOOK_NS) return;
+    vrb->looked = now;
+    for (errno = 0; at_vrb_library.get_async_event(vrb->context, &event) == 0; errno = 0) {
         const struct ibv_qp *qp = event.element.qp;
         enum ibv_event_type type = event.event_type;
         int port = event.element.port_num;
         at_vrb_library.ack_async_event(&event); /* first: destroying what it is about waits for that */
         if (type == IBV_EVENT_QP_FATAL || type == IBV_EVENT_QP_REQ_ERR || type == IBV_EVENT_QP_ACCESS_ERR) break_all(fab, qp, EIO);
         else if (type == IBV_EVENT_PORT_ERR && port == vrb->port) break_all(fab, NULL, ENETDOWN);
+        else if (type == IBV_EVENT_PORT_ACTIVE && port == vrb->port) hurry(fab);
         else if (type == IBV_EVENT_DEVICE_FATAL || type == IBV_EVENT_CQ_ERR || type == IBV_EVENT_SRQ_ERR) break_all(fab, NULL, ENODEV);
     }
+    if (errno == EAGAIN || errno == EINTR || fab->news_fd < 0) return;
+    at_unwatch_fd(fab->rail.lane, fab->news_fd); /* it would stay readable for ever: the device has been taken out */
+    fab->news_fd = -1;
+    break_all(fab, NULL, ENODEV);
 }
 
 #endif

@@ -76,6 +76,7 @@ typedef struct {
     at_fab_entry *stash;
     uint32_t stashed, stash_first, stash_room;
     unsigned unacknowledged; /* events of the queue */
+    uint64_t looked;         /* for events of the device, when */
 } at_vrb;
 
 static inline at_vrb *at_vrb_of(at_fab *fab) { return (at_vrb *)fab; }

@@ -1,6 +1,6 @@
 """Runs one command in a guest that has soft-RoCE, on this machine's own Python and checkout.
 
-    python -m tests.guest.run [--seconds 240] [--rails 2] [--nodes 2] -- .venv/bin/python -m pytest tests/guest
+    python -m tests.guest.run [--seconds 600] [--rails 2] [--nodes 2] -- .venv/bin/python -m pytest tests/guest
 
 The guest sees this machine's files read-only, and what it writes is gone afterwards. Its output comes out here. The exit code is
 the command's; 124: it took too long; 125: there was no guest, and why is said.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tests.guest import kernel
 
-PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "VIRTUAL_ENV")
+PASSED_ON = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "VIRTUAL_ENV")
 BOOT_SECONDS = 120.0
 RDTSC = b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0\xc3"  # rdtsc; shl rdx, 32; or rax, rdx; ret
 
@@ -107,7 +107,7 @@ def run(command: list[str], seconds: float, rails: int, nodes: int) -> int:
     try:
         shutil.copy(kernel.HERE / "second.sh", exchange)
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-        environment |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "TESTS_SLOWNESS": "4"}
         environment["TESTS_REQUIRE"] = "verbs,nodes" if nodes == 2 else "verbs"
         lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
         (exchange / "command.sh").write_text("\n".join([*lines, f"exec {shlex.join(command)}"]) + "\n")
@@ -137,7 +137,7 @@ def run(command: list[str], seconds: float, rails: int, nodes: int) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--seconds", type=float, default=600, help="an emulated machine beside others may need that")
     parser.add_argument("--rails", type=int, default=2)
     parser.add_argument("--nodes", type=int, choices=(1, 2), default=1)
     parser.add_argument("command", nargs=argparse.REMAINDER)

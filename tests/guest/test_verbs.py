@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
+from aiotransfer.engine.paths import Paths
 from aiotransfer.engine.world import World
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric import Limits
@@ -19,6 +21,7 @@ from tests.needs import needs_verbs
 from tests.providers.breaking import PAGE, BreakingConnections, ready
 
 pytestmark = [pytest.mark.asyncio, *needs_verbs()]
+PATIENT = at.Config(peer_timeout=30)  # emulated, beside others: nobody is lost for being slow
 
 
 @asynccontextmanager
@@ -27,7 +30,9 @@ async def cable() -> AsyncIterator[Pair]:
     async with AsyncExitStack() as stack:
         left, right = [
             await stack.enter_async_context(
-                at.open_engine(providers="verbs", timeout=30, name=name, _world=World(limits=Limits(verbs_device=device)))
+                at.open_engine(
+                    providers="verbs", timeout=30, name=name, config=PATIENT, _world=World(limits=Limits(verbs_device=device))
+                )
             )
             for name, device in (("left", "rxea0"), ("right", "rxeb0"))
         ]
@@ -110,6 +115,28 @@ async def test_a_rail_that_dies_and_heals_loses_nothing_and_counts_nothing_twice
         expected[there] = source.numpy().reshape(256, PAGE)
         assert np.array_equal(target.numpy().reshape(256, PAGE), expected)
         assert pair.right_peer.path.generation > 1
+
+
+async def test_a_port_that_goes_and_comes_back_is_news_to_an_idle_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    broke = Paths.broke
+
+    def heard(self: Paths, peer: at.Peer, number: int, error: int) -> None:
+        seen.append(error)
+        broke(self, peer, number, error)
+
+    monkeypatch.setattr(Paths, "broke", heard)
+    async with ready(cable(), 1) as (pair, target, remote, source):
+        async with asyncio.timeout(20):
+            with struck("ip link set a0 down", "ip link set a0 up"):
+                while errno.ENETDOWN not in seen or not pair.right_peer.path.broken:
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.2)
+                assert 0 not in seen
+            while 0 not in seen:
+                await asyncio.sleep(0.01)
+        await pair.left.write(source, remote)
+        assert np.array_equal(target.numpy(), source.numpy())
 
 
 async def test_memory_that_may_only_be_read_is_a_source() -> None:

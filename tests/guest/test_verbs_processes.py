@@ -15,6 +15,7 @@ from tests.needs import needs_verbs
 
 pytestmark = [pytest.mark.asyncio, *needs_verbs()]
 BLOCK = 2.0
+PATIENT = at.Config(peer_timeout=30)  # emulated, beside others: nobody is lost for being slow
 COUNTERS = Path("/sys/class/infiniband")
 
 
@@ -42,7 +43,7 @@ async def test_a_stopped_target_never_runs_out_of_receives() -> None:
 
 
 async def test_a_stuck_process_is_written_to_and_counts() -> None:
-    async with at.open_engine(providers="verbs") as engine, other_process(engine, "verbs") as (_, peer):
+    async with at.open_engine(providers="verbs", config=PATIENT) as engine, other_process(engine, "verbs") as (_, peer):
         remote, source = await peer.lookup("allocated"), engine.allocate(NBYTES)
         await engine.write(source[:8], remote[:8])
         messages = engine.messages()
@@ -57,7 +58,8 @@ async def test_a_stuck_process_is_written_to_and_counts() -> None:
 
 
 async def test_a_lease_is_taken_back_from_a_holder_that_writes_without_pause() -> None:
-    async with at.open_engine(providers="verbs", timeout=20) as engine, other_process(engine, "verbs") as (_, peer):
+    opened = at.open_engine(providers="verbs", timeout=30, config=PATIENT)
+    async with opened as engine, other_process(engine, "verbs") as (_, peer):
         region = engine.allocate(64 << 10)
         counter = engine.counter(imm=7)
         for _ in range(3):

@@ -32,7 +32,8 @@ import pytest
 import aiotransfer as at
 from aiotransfer.testing.fabric import Fabric, fabric
 from tests.hosts.net import KEY, Hosts
-from tests.reliability.party import CONFIG, OPERATIONS, POISON, UNITS, Party
+from tests.reliability import verbs
+from tests.reliability.party import CONFIG, OPERATIONS, POISON, SLOWNESS, UNITS, Party
 from tests.reliability.reports import publish
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "reliability" / "matrix.md"
@@ -48,10 +49,13 @@ FAULTS = {
         "killed", "stopped", "paused", "restarted", *LOCAL, "loop blocked",
         "cable cut", "one-way cut", "address gone", "path broken",
     ),
+    "verbs": ("killed", "stopped", "paused", "restarted", *LOCAL, "loop blocked", "port down", "path broken"),
 }  # fmt: skip
-SILENT = ("stopped", "cable cut", "one-way cut", "address gone")  # nothing says that it is gone
-PAUSE, BLOCK, TIMEOUT = 0.2, 0.8, 2.0
-SOON = {"loopback": 0.05, "shm": 0.3, "tcp": 0.3}  # seconds within which the news of a death or a goodbye comes
+HERE = ("loopback", "shm", "tcp")  # what any machine has: verbs are tested in the guest
+SILENT = ("stopped", "cable cut", "one-way cut", "address gone", "port down")  # nothing says that it is gone
+PAUSE, BLOCK, TIMEOUT = 0.2 * SLOWNESS, 0.8 * SLOWNESS, 2.0 * SLOWNESS
+# Seconds within which the news of a death or a goodbye comes.
+SOON = {"loopback": 0.05, "shm": 0.3, "tcp": 0.3, "verbs": 0.5 * SLOWNESS}
 TRANSFERS = ("write", "pages", "scatter", "read")
 
 
@@ -83,6 +87,8 @@ def expected(provider: str, fault: str, operation: str, side: str) -> set[str]:
     """The errors that the survivor may see; empty: it goes on."""
     if fault == "stopped" and provider == "shm" and side == "there" and operation in (*TRANSFERS, "signal"):
         return {"goes on"}  # one-sided: its memory is there, and nothing waits for the process
+    if fault == "port down" and operation in ("message", "lookup"):
+        return {"PeerLostError", "goes on"}  # the control connection has another way
     if fault in ("killed", "restarted", *SILENT):
         return {"PeerLostError"}
     if fault in ("engine closed", "peer closed", "control cut", "garbage"):
@@ -166,12 +172,14 @@ class Simulated(Struck):
 class Process(Struck):
     """Another process of this host, or of another one."""
 
-    def __init__(self, address: str, hosts: Hosts | None = None, listen: str | None = None) -> None:
+    def __init__(
+        self, address: str, hosts: Hosts | None = None, listen: str | None = None, environ: dict[str, str] | None = None
+    ) -> None:
         self.hosts = hosts
         command = [sys.executable, "-m", "tests.reliability.party", address]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         if hosts is None:
-            self.process = subprocess.Popen(command, **pipes)
+            self.process = subprocess.Popen(command, **pipes, env={**os.environ, **(environ or {})})
         else:
             self.process = hosts[1].popen([*command, listen or hosts[1].listen], **pipes)
 
@@ -194,6 +202,8 @@ class Process(Struck):
             if fault == "paused":
                 await asyncio.sleep(PAUSE)
                 os.kill(self.process.pid, signal.SIGCONT)
+        elif fault == "port down":
+            verbs.pull()
         elif fault in SILENT:
             assert self.hosts is not None
             here, there = self.hosts
@@ -208,6 +218,8 @@ class Process(Struck):
     async def heal(self, fault: str) -> None:
         if fault == "stopped":
             os.kill(self.process.pid, signal.SIGCONT)
+        elif fault == "port down":
+            await verbs.plug()
         elif fault == "cable cut" and self.hosts is not None:
             self.hosts[1].mend()
         elif fault == "one-way cut" and self.hosts is not None:
@@ -233,7 +245,7 @@ async def fire(
     await struck.order(do="begin", operation=operation, role=side)
     if role == "here":
         survivor.begin(operation, role)
-    await asyncio.sleep(rng.uniform(0.001, 0.003) if provider == "loopback" else rng.uniform(0.01, 0.03))
+    await asyncio.sleep(rng.uniform(0.001, 0.003) if provider == "loopback" else rng.uniform(0.01, 0.03) * SLOWNESS)
     assert not survivor.task.done(), f"it failed before the fault: {survivor.error!r}"
     begun, may = survivor.clock(), expected(provider, fault, operation, side)
     before = survivor.done
@@ -244,7 +256,7 @@ async def fire(
         if not survivor.task.done() and "goes on" not in may:
             raise AssertionError(f"hang: nothing was seen within {limit + 1:.1f} s")
     else:
-        await asyncio.sleep(0.03 if provider == "loopback" else 0.1 + BLOCK * (fault == "loop blocked"))
+        await asyncio.sleep(0.03 if provider == "loopback" else 0.1 * SLOWNESS + BLOCK * (fault == "loop blocked"))
     if survivor.task.done() and survivor.error is not None:
         outcome = Outcome(survivor.result()["errors"], survivor.ended - begun)
         assert set(outcome.errors) <= may, f"{outcome.errors} seen, {may or 'nothing'} expected: {survivor.error}"
@@ -362,22 +374,25 @@ def simulated_cell(fault: str, operation: str, side: str, seed: int) -> Outcome:
     return net.run(scenario)
 
 
-async def process_cell(fault: str, operation: str, side: str, seed: int, hosts: Hosts | None = None) -> Outcome:
-    """One cell between two processes: of one host by shared memory, of two by tcp."""
+async def process_cell(provider: str, fault: str, operation: str, side: str, seed: int, hosts: Hosts | None = None) -> Outcome:
+    """One cell between two processes: of one host by shared memory, of two by tcp, of two NICs by verbs."""
     config = at.Config(**CONFIG)
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
-    where: dict[str, Any] = {} if hosts is None else {"listen": hosts[0].listen, "key": KEY.encode()}
+    where: dict[str, Any] = verbs.ENGINE if provider == "verbs" else {}
+    if hosts is not None:
+        where = {"listen": hosts[0].listen, "key": KEY.encode()}
     async with at.open_engine(config=config, timeout=TIMEOUT, name="survivor", **where) as engine:
         async with at.open_engine(name="third", **where) as third:
-            return await struck_process(engine, third, fault, operation, side, random.Random(seed), hosts)
+            return await struck_process(provider, engine, third, fault, operation, side, random.Random(seed), hosts)
 
 
 async def struck_process(
-    engine: at.Engine, third: at.Engine, fault: str, operation: str, side: str, rng: random.Random, hosts: Hosts | None = None
-) -> Outcome:
+    provider: str, engine: at.Engine, third: at.Engine, fault: str, operation: str, side: str, rng: random.Random,
+    hosts: Hosts | None = None,
+) -> Outcome:  # fmt: skip
     """Start another process, strike it, and leave `engine` as it was."""
     survivor = Party(engine)
-    struck = Process(str(engine.address), hosts)
+    struck = Process(str(engine.address), hosts, environ=verbs.ENVIRON if provider == "verbs" else None)
     again: Process | None = None
     try:
         await survivor.meet(None)
@@ -385,12 +400,13 @@ async def struck_process(
         survivor.remote = at.RemoteRegion.decode(bytes.fromhex(theirs["lease"]))
         assert survivor.lease is not None
         await struck.order(do="remote", lease=survivor.lease.descriptor.encode().hex())
-        outcome = await fire("shm" if hosts is None else "tcp", fault, operation, side, survivor, struck, rng)
+        outcome = await fire(provider, fault, operation, side, survivor, struck, rng)
         if fault == "restarted" and hosts is not None:
             again = Process(str(engine.address), hosts, theirs["address"])
             await stale(survivor, theirs["address"])
         elif fault == "restarted":
-            async with at.open_engine(listen=theirs["address"], name="again"):
+            again_here: dict[str, Any] = verbs.ENGINE if provider == "verbs" else {}
+            async with at.open_engine(listen=theirs["address"], name="again", **again_here):
                 await stale(survivor, theirs["address"])
         await afterwards(survivor, third, operation)
         survivor.task.cancel()
@@ -418,8 +434,8 @@ def cell(provider: str, fault: str, operation: str, side: str, seed: int = 0) ->
             return simulated_cell(fault, operation, side, seed)
         if provider == "tcp":
             with Hosts(2) as hosts, hosts[0].inside():
-                return asyncio.run(process_cell(fault, operation, side, seed, hosts))
-        return asyncio.run(process_cell(fault, operation, side, seed))
+                return asyncio.run(process_cell(provider, fault, operation, side, seed, hosts))
+        return asyncio.run(process_cell(provider, fault, operation, side, seed))
     except BaseException as error:
         error.add_note(f"python -m tests.reliability.matrix --cell {provider} '{fault}' {operation} {side}")
         raise
@@ -441,7 +457,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="tests.reliability.matrix")
     parser.add_argument("--cell", nargs=4, metavar=("PROVIDER", "FAULT", "OPERATION", "SIDE"))
-    parser.add_argument("--providers", default=",".join(FAULTS))
+    parser.add_argument("--providers", default=",".join(HERE))
     parser.add_argument("--report", action="store_true", help=f"write {REPORT.name} into the documentation")
     arguments = parser.parse_args()
     if arguments.cell:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +26,8 @@ IMM = 1
 POISON = 0xA5
 UNITS = {"write": 1, "pages": N // PAGE, "scatter": 2, "signal": 1}
 OPERATIONS = (*UNITS, "read", "message", "lookup", "barrier")
-CONFIG = {"peer_timeout": 0.5, "drain_timeout": 0.1}
+SLOWNESS = float(os.environ.get("TESTS_SLOWNESS", "1"))  # of an emulated machine
+CONFIG = {"peer_timeout": 0.5 * SLOWNESS, "drain_timeout": 0.1 * SLOWNESS}
 
 
 class Party:

@@ -67,7 +67,7 @@ async def soak(minutes: float, seed: int) -> str:
         while time.monotonic() - begun < minutes * 60:
             fault, operation, side = rng.choice(matrix.FAULTS["shm"]), rng.choice(OPERATIONS), rng.choice(matrix.SIDES)
             try:
-                outcome = await matrix.struck_process(engine, third, fault, operation, side, rng)
+                outcome = await matrix.struck_process("shm", engine, third, fault, operation, side, rng)
             except BaseException as error:
                 error.add_note(f"turn {struck.total()}, seed {seed}: {fault}, {operation}, struck side {side}")
                 raise
