@@ -11,7 +11,7 @@ MINUTES ?= 20
 RUNS ?= 50000
 CYCLES ?= 10000
 
-.PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-tcp docs \
+.PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-kv bench-tcp docs \
 	test-chaos test-chaos-kv test-guest test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
 
 help:
@@ -85,6 +85,11 @@ bench: setup
 bench-earlier: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) tests/benchmarks/earlier.py $(COMMIT) $(ARGS)
+
+# KV caches: the planner on a long prompt, and many small requests at a time between two processes.
+bench-kv: setup
+	@$(PY) tests/benchmarks/kv_plan.py
+	@$(PY) tests/benchmarks/kv_requests.py $(ARGS)
 
 # tcp beside a C program on the same libfabric provider, in one run. Needs libfabric's headers (libfabric-dev).
 bench-tcp: setup

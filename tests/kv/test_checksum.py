@@ -150,4 +150,4 @@ def test_factors_are_odd_and_those_of_a_longer_block_begin_with_those_of_a_short
     assert factors[0] == FIRST_FACTOR, "both sides compute the same, of whatever version"
 
 
-FIRST_FACTOR = 0xde695cca8a9b52a5
+FIRST_FACTOR = 0xDE695CCA8A9B52A5

@@ -81,7 +81,7 @@ def test_every_state_can_be_reached_and_reaches_an_end(role: str) -> None:
 
 
 @pytest.mark.parametrize(("role", "actions"), [("decode", DECODE_ACTIONS), ("prefill", PREFILL_ACTIONS)])
-def test_every_action_of_a_table_is_one_that_the_code_knows_and_the_other_way_round(role: str, actions: dict[str, object]) -> None:
+def test_every_action_of_a_table_is_known_to_the_code_and_the_other_way_round(role: str, actions: dict[str, object]) -> None:
     assert {action for step in TABLES[role].values() for action in step.actions} == set(actions)
 
 
