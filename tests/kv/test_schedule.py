@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from aiotransfer.kv.schedule import QUANTUM, Job, Schedule
+from aiotransfer.kv.schedule import Job, Schedule
 
+QUANTUM = 1 << 20
 REQUESTS, PEERS, PRIORITIES = range(5), ("a", "b", "c"), (-1, 0, 7)
 SIZES = st.sampled_from([0, 1, 999, QUANTUM // 3, QUANTUM, QUANTUM + 1, 5 * QUANTUM])
 
@@ -53,12 +54,12 @@ class Model(RuleBasedStateMachine):
         for _ in range(most):
             one = self.schedule.next()
             if one is None:
-                assert not [first for first in self.firsts() if self.fits(first)], "nothing began although something could"
+                assert all(map(self.must_wait, self.firsts())), "nothing began although something could"
                 return
             assert one in self.firsts(), "in order within its request"
             assert self.fits(one)
-            higher = [first for first in self.firsts() if first.priority > one.priority and self.fits(first)]
-            assert not higher, "the highest class that has something to send goes first"
+            higher = [first for first in self.firsts() if first.priority > one.priority]
+            assert all(map(self.must_wait, higher)), "the highest class that has something to send goes first"
             self.waiting.remove(one)
             self.running.append(one)
 
@@ -84,6 +85,11 @@ class Model(RuleBasedStateMachine):
     def fits(self, one: Job[int]) -> bool:
         bounds = ((self.flying(peer=one.peer), self.peer_bytes), (self.flying(priority=one.priority), self.most(one.priority)))
         return all(most is None or flying == 0 or flying + one.nbytes <= most for flying, most in bounds)
+
+    def must_wait(self, one: Job[int]) -> bool:
+        """There is no room, or somebody waits for it whose turn it is."""
+        beside = [first for first in self.firsts() if first.peer == one.peer or first.priority == one.priority]
+        return any(not self.fits(first) for first in beside if first.priority >= one.priority)
 
     def most(self, priority: int) -> int | None:
         return self.class_bytes.get(priority)
@@ -189,6 +195,52 @@ def test_a_write_larger_than_the_bound_goes_alone() -> None:
     assert schedule.next() is None
     schedule.done(huge)
     assert schedule.next() is not None
+
+
+@pytest.mark.parametrize("priority", [0, 5])
+def test_a_large_write_comes_to_its_turn_among_small_ones_that_never_end(priority: int) -> None:
+    schedule: Schedule[None] = Schedule(100)
+    for request in range(12):
+        schedule.add(job(request, 10))
+    under_way = everything(schedule, finish=False)
+    schedule.add(job("large", 95, priority=priority))
+    for turn in range(40):
+        schedule.done(under_way.pop(0))
+        schedule.add(job(f"small {turn}", 10))
+        under_way += everything(schedule, finish=False)
+        if any(one.request == "large" for one in under_way):
+            return
+    pytest.fail("small writes went past it for ever")
+
+
+def test_a_request_that_adds_one_write_after_the_other_gets_no_more_than_one_that_added_all_at_once() -> None:
+    schedule: Schedule[None] = Schedule(QUANTUM)
+    for _ in range(100):
+        schedule.add(job("all", QUANTUM))
+    sent = Counter[Any]()
+    schedule.add(job("bit by bit", QUANTUM))
+    for _ in range(60):
+        one = schedule.next()
+        assert one is not None
+        schedule.done(one)
+        sent[one.request] += 1
+        if one.request == "bit by bit":
+            schedule.add(job("bit by bit", QUANTUM))
+    assert abs(sent["all"] - sent["bit by bit"]) <= 2
+
+
+def test_nothing_is_kept_of_requests_that_are_over() -> None:
+    schedule: Schedule[None] = Schedule(QUANTUM)
+    schedule.add(job("long", 100))
+    for number in range(2000):
+        schedule.add(job("long", 100))
+        schedule.add(job(number, 100))
+        for _ in range(2):
+            one = schedule.next()
+            assert one is not None
+            schedule.done(one)
+    among = schedule._classes[0]
+    assert len(among._ends) + len(among._past) + sum(map(len, among.lanes.values())) < 20
 
 
 def test_a_higher_priority_goes_first_and_a_class_that_is_full_lets_others_pass() -> None:
