@@ -200,3 +200,18 @@ def test_tables_of_all_layers_are_made_once() -> None:
     tables = [plan.table(layer, [0, 1], [2, 3]) for layer in plan.layers]
     assert all(table.src_pages is tables[0].src_pages for table in tables)
     assert len({table.dst_offset for table in tables}) == 4
+
+
+@pytest.mark.parametrize(("tables", "rows", "kept"), [(3, 1 << 20, 3), (100, 10, 2), (100, 1, 1)])
+def test_tables_that_are_kept_are_bounded_in_number_and_size(
+    monkeypatch: pytest.MonkeyPatch, tables: int, rows: int, kept: int
+) -> None:
+    monkeypatch.setattr("aiotransfer.kv.plan.MOST_CACHED", tables)
+    monkeypatch.setattr("aiotransfer.kv.plan.MOST_ROWS", rows)
+    layout = KVLayout(**MODEL, page_tokens=4, num_pages=8)
+    plan = plan_transfer(layout, layout)
+    for page in range(7):  # of 4 rows each
+        made = plan.table(0, [page, page + 1], [page, page + 1])
+        assert plan.table(1, [page, page + 1], [page, page + 1]).src_pages is made.src_pages
+    assert len(plan._made) == kept
+    assert plan._rows == 4 * kept
