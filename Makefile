@@ -12,7 +12,8 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
-	bench-kv-stream docs test-chaos test-chaos-kv test-guest test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
+	bench-kv bench-kv-stream docs test-chaos test-chaos-kv test-guest test-matrix test-cycles test-sanitize soak fuzz sanitize mutants \
+	clean
 
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
@@ -89,6 +90,11 @@ bench-kv-stream: $(STAMPS)/demo $(STAMPS)/test
 bench-earlier: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) tests/benchmarks/earlier.py $(COMMIT) $(ARGS)
+
+# KV caches: the planner on a long prompt, and many small requests at a time between two processes.
+bench-kv: setup
+	@$(PY) tests/benchmarks/kv_plan.py
+	@$(PY) tests/benchmarks/kv_requests.py $(ARGS)
 
 # tcp beside a C program on the same libfabric provider, in one run. Needs libfabric's headers (libfabric-dev).
 bench-tcp: setup

@@ -135,6 +135,36 @@ MUTANTS = (
         "hostile: questions that wait", "aiotransfer/engine/connections.py",
         "if len(peer._answers) >= MOST_QUESTIONS or", "if", "tests/control/test_hostile_limits.py",
     ),
+    Mutant(
+        "kv: whose turn it is is not passed", "aiotransfer/kv/schedule.py", "full.add(job.peer)", "pass",
+        "tests/kv/test_schedule.py",
+    ),
+    Mutant(
+        "kv: who has had more than others waits", "aiotransfer/kv/schedule.py",
+        "max(self._clock, self._ends.pop(job.request, 0))", "self._clock", "tests/kv/test_schedule.py",
+    ),
+    Mutant(
+        "kv: blocks that changed places", "aiotransfer/kv/checksum.py", "blocks * weights[place]", "blocks",
+        "tests/kv/test_checksum.py",
+    ),
+    Mutant("kv: another version", "aiotransfer/kv/wire.py", "if version != VERSION:", "if False:", "tests/kv/test_wire.py"),
+    Mutant(
+        "kv: what was mapped stays so", "aiotransfer/kv/prefiller.py", "if request.delivered else asked.kept",
+        "if False else asked.kept", "tests/kv/test_many.py",
+    ),
+    Mutant(
+        "kv: withdrawn requests are taken out", "aiotransfer/kv/prefiller.py",
+        "if 2 * self._withdrawn > len(self._offered):", "if False:", "tests/kv/test_many.py",
+    ),
+    Mutant(
+        "kv: a span's parent", "aiotransfer/kv/tracing.py", "contexts.Context() if context is None else context", "None",
+        "tests/kv/test_tracing.py",
+    ),
+    Mutant(
+        "unsent descriptors are closed", "aiotransfer/providers/fdchannel.py",
+        "            close_all(self._unsent.popleft()[1])\n        self._sock.close()",
+        "            self._unsent.popleft()\n        self._sock.close()", "tests/providers/test_fdchannel.py",
+    ),
 )  # fmt: skip
 
 

@@ -33,9 +33,7 @@ def on_record(
     try:
         import prometheus_client as prometheus
     except ImportError as error:
-        raise ConfigurationError(
-            f"metrics need prometheus_client: {error}", hint="pip install 'aiotransfer[metrics]'"
-        ) from error
+        raise ConfigurationError(f"metrics need prometheus_client: {error}", hint="pip install 'aiotransfer[metrics]'") from error
     return _Metrics(prometheus, prometheus.REGISTRY if registry is None else registry, seconds, sizes).observe
 
 

@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 from aiotransfer.kv.layout import KVLayout, Place, Strides, check_match
 
 Indices = NDArray[np.int64]
-MOST_CACHED = 64  # tables: as many requests may be under way at a time by one plan without their tables being made again
+MOST_CACHED = 4096  # tables: as many requests may be under way at a time by one plan without their tables being made again
+MOST_ROWS = 1 << 21  # of all of these: 32 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ class TransferPlan:
         self._here = _Side(prefill, prefill.strides, heads.start - prefill.own_heads.start)
         self._there = _Side(decode, decode.strides, heads.start - decode.own_heads.start)
         self._grains: dict[int, _Grain] = {}
+        self._rows = 0
         self._made: dict[tuple[bytes, bytes, int, int, int], tuple[Indices, Indices]] = {}
 
     @property
@@ -159,9 +161,10 @@ class TransferPlan:
         key = here.tobytes(), there.tobytes(), start, end, grain.tokens
         made = self._made.get(key)
         if made is None:
-            if len(self._made) >= MOST_CACHED:
-                self._made.pop(next(iter(self._made)))
             made = self._made[key] = self._blocks(here, there, start, end, grain)
+            self._rows += len(made[0])
+            while len(self._made) > MOST_CACHED or (self._rows > MOST_ROWS and len(self._made) > 1):
+                self._rows -= len(self._made.pop(next(iter(self._made)))[0])
         ours, theirs = made
         return PageTable(
             ours, theirs, grain.nbytes, grain.nbytes, grain.nbytes,

@@ -3,20 +3,23 @@
 Writes wait here, not in the engine's queue, so that one long prompt does not stand before a hundred short ones. For each peer,
 and for each class (priority) over all peers, so many bytes may be under way; a single write that is larger than a bound goes
 alone. Of the classes that have something to send, the one with the highest priority goes first; within a class requests take
-turns by bytes (deficit round robin, Shreedhar and Varghese 1995): whoever has sent much waits until the others have sent as
-much.
+turns by bytes (start-time fair queueing, Goyal, Vin and Cheng 1996): whoever has sent much waits until the others have sent as
+much. Whose turn it is and has no room yet is not passed by others to the same peer, so that a large write comes to its turn
+among many small ones.
+
+How many requests wait does not matter to what `next` costs, but for the logarithm in a heap.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-
-QUANTUM = 1 << 20  # bytes a request gets each time it is its turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +38,78 @@ class Job(Generic[T]):
         return self is other
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Queue(Generic[T]):
     """Of one request, within its class."""
 
+    request: Hashable
+    begin: int  # when its first job would have begun if all requests of the class were served bit by bit, in bytes
     jobs: deque[Job[T]] = field(default_factory=deque)
-    deficit: int = 0
+    entry: int = -1  # of the lane that it stands in; any other is an old one
+
+
+class _Class(Generic[T]):
+    """All requests of one priority, by the peer that the first job of each goes to."""
+
+    def __init__(self) -> None:
+        self.queues: dict[Hashable, _Queue[T]] = {}
+        self.lanes: dict[Hashable, list[tuple[int, int, _Queue[T]]]] = {}  # heaps
+        self._numbers = itertools.count()
+        self._clock = 0
+        self._ends: dict[Hashable, int] = {}  # of requests that have nothing waiting but have had more than others
+        self._past: list[tuple[int, int, Hashable]] = []  # a heap: when these are forgotten
+
+    def add(self, job: Job[T]) -> None:
+        queue = self.queues.get(job.request)
+        if queue is None:
+            begin = max(self._clock, self._ends.pop(job.request, 0))
+            queue = self.queues[job.request] = _Queue(job.request, begin)
+        queue.jobs.append(job)
+        if len(queue.jobs) == 1:
+            self._stand(queue)
+
+    def _stand(self, queue: _Queue[T]) -> None:
+        queue.entry = next(self._numbers)
+        heapq.heappush(self.lanes.setdefault(queue.jobs[0].peer, []), (queue.begin, queue.entry, queue))
+
+    def firsts(self) -> list[_Queue[T]]:
+        """Of each peer whose turn it is, the earliest first."""
+        found = []
+        for peer, lane in list(self.lanes.items()):
+            while lane and lane[0][1] != lane[0][2].entry:
+                heapq.heappop(lane)
+            if lane:
+                found.append(lane[0])
+            else:
+                del self.lanes[peer]
+        return [queue for _, _, queue in sorted(found)]
+
+    def take(self, queue: _Queue[T]) -> Job[T]:
+        """Its first job begins."""
+        job = queue.jobs.popleft()
+        heapq.heappop(self.lanes[job.peer])
+        self._clock = max(self._clock, queue.begin)
+        queue.begin += job.nbytes
+        if queue.jobs:
+            self._stand(queue)
+        else:
+            del self.queues[queue.request]
+            self._ends[queue.request] = queue.begin
+            heapq.heappush(self._past, (queue.begin, next(self._numbers), queue.request))
+        while self._past and self._past[0][0] <= self._clock:
+            end, _, request = heapq.heappop(self._past)
+            if self._ends.get(request) == end:
+                del self._ends[request]
+        return job
+
+    def drop(self, request: Hashable) -> list[Job[T]]:
+        self._ends.pop(request, None)
+        queue = self.queues.pop(request, None)
+        if queue is None:
+            return []
+        queue.entry, jobs = -1, list(queue.jobs)
+        queue.jobs.clear()
+        return jobs
 
 
 class Schedule(Generic[T]):
@@ -49,14 +118,15 @@ class Schedule(Generic[T]):
     def __init__(self, peer_bytes: int, class_bytes: Mapping[int, int] | None = None) -> None:
         self._peer_bytes = peer_bytes
         self._class_bytes = dict(class_bytes or {})
-        self._classes: dict[int, dict[Hashable, _Queue[T]]] = {}  # in order of turns: who is first in a dict is next
+        self._classes: dict[int, _Class[T]] = {}
         self._peer: defaultdict[Hashable, int] = defaultdict(int)
         self._class: defaultdict[int, int] = defaultdict(int)
         self._running: set[Job[T]] = set()
+        self._waiting = 0
 
     def __len__(self) -> int:
         """Jobs that wait."""
-        return sum(len(queue.jobs) for queues in self._classes.values() for queue in queues.values())
+        return self._waiting
 
     def in_flight(self, peer: Hashable) -> int:
         """Bytes under way to a peer."""
@@ -64,42 +134,37 @@ class Schedule(Generic[T]):
 
     def add(self, job: Job[T]) -> None:
         """It waits behind what its request has added before."""
-        self._classes.setdefault(job.priority, {}).setdefault(job.request, _Queue()).jobs.append(job)
+        if job.priority not in self._classes:
+            self._classes[job.priority] = _Class()
+        self._classes[job.priority].add(job)
+        self._waiting += 1
 
     def next(self) -> Job[T] | None:
         """The next job, now under way; None: nothing waits, or nothing may begin before something ends."""
+        full: set[Hashable] = set()  # peers that a higher class, or an earlier turn, waits for
         for priority in sorted(self._classes, reverse=True):
-            job = self._turn(priority)
-            if job is not None:
-                self._running.add(job)
-                self._peer[job.peer] += job.nbytes
-                self._class[priority] += job.nbytes
+            among = self._classes[priority]
+            if not among.queues:
+                del self._classes[priority]
+                continue
+            for queue in among.firsts():
+                job = queue.jobs[0]
+                if job.peer in full:
+                    continue
+                if not _fits(self._class.get(priority, 0), job.nbytes, self._class_bytes.get(priority)):
+                    break
+                if not _fits(self._peer.get(job.peer, 0), job.nbytes, self._peer_bytes):
+                    full.add(job.peer)
+                    continue
+                self._begin(among.take(queue))
                 return job
         return None
 
-    def _turn(self, priority: int) -> Job[T] | None:
-        queues = self._classes[priority]
-        ready = [request for request, queue in queues.items() if self._may(queue.jobs[0])]
-        if not ready:
-            return None
-        least = min(max(0, queues[request].jobs[0].nbytes - queues[request].deficit) for request in ready)
-        rounds = -(-least // QUANTUM)  # as many as it takes until somebody has enough: at once, not one by one
-        for request in ready:
-            queues[request].deficit += rounds * QUANTUM
-        request = next(r for r in ready if queues[r].deficit >= queues[r].jobs[0].nbytes)
-        queue = queues.pop(request)
-        job = queue.jobs.popleft()
-        queue.deficit -= job.nbytes
-        if queue.jobs:
-            queues[request] = queue  # behind all others
-        elif not queues:
-            del self._classes[priority]
-        return job
-
-    def _may(self, job: Job[T]) -> bool:
-        return _fits(self._peer.get(job.peer, 0), job.nbytes, self._peer_bytes) and _fits(
-            self._class.get(job.priority, 0), job.nbytes, self._class_bytes.get(job.priority)
-        )
+    def _begin(self, job: Job[T]) -> None:
+        self._waiting -= 1
+        self._running.add(job)
+        self._peer[job.peer] += job.nbytes
+        self._class[job.priority] += job.nbytes
 
     def done(self, job: Job[T]) -> None:
         """It is over, in whichever way."""
@@ -113,12 +178,8 @@ class Schedule(Generic[T]):
 
     def drop(self, request: Hashable) -> list[Job[T]]:
         """Forget what a request has waiting; what is under way stays so until it is `done`."""
-        dropped: list[Job[T]] = []
-        for priority, queues in list(self._classes.items()):
-            queue = queues.pop(request, None)
-            dropped += queue.jobs if queue else ()
-            if not queues:
-                del self._classes[priority]
+        dropped = [job for among in self._classes.values() for job in among.drop(request)]
+        self._waiting -= len(dropped)
         return dropped
 
 

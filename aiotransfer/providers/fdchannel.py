@@ -27,6 +27,7 @@ MOST_FRESH = 64  # connected, but never said who they are
 MOST_EARLY = 64  # introductions that overtook the question which announces them
 EARLY_SECONDS = 5.0
 MOST_BYTES = 512
+MOST_UNSENT = 512  # packets for a peer that is slow to read
 ACCEPT_PAUSE = 0.1  # seconds until a connection that could not be accepted for want of a descriptor is tried again
 _CREDENTIALS = struct.Struct("3i")
 
@@ -68,7 +69,7 @@ def discard(packet: asyncio.Future[tuple[bytes, list[int]]]) -> None:
 
 
 class FdChannel:
-    """One connected socket. `send` never blocks; `expect` waits for the packet with a ticket."""
+    """One connected socket. `send` never blocks, but may put a packet off; `expect` waits for the packet with a ticket."""
 
     def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
         sock.setblocking(False)
@@ -76,6 +77,7 @@ class FdChannel:
         self._loop = loop
         self._expected: dict[bytes, asyncio.Future[tuple[bytes, list[int]]]] = {}
         self._first: Callable[[FdChannel, bytes, bytes, list[int] | None], None] | None = None
+        self._unsent: collections.deque[tuple[bytes, list[int]]] = collections.deque()  # with descriptors of their own
         self._closed = False
         pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         self.pid, self.uid = pid, uid
@@ -87,9 +89,39 @@ class FdChannel:
         self._first = callback
 
     def send(self, ticket: bytes, body: bytes, fds: list[int]) -> None:
-        """One packet. `OSError` when the other side is gone or does not read."""
+        """One packet, now or when there is room for it. `OSError` when the other side is gone or does not read."""
+        if not self._unsent:
+            try:
+                return self._send_now(ticket + body, fds)
+            except BlockingIOError:
+                pass
+        if len(self._unsent) >= MOST_UNSENT:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        own: list[int] = []
+        try:
+            own += (os.dup(fd) for fd in fds)
+        except OSError:
+            close_all(own)
+            raise
+        self._unsent.append((ticket + body, own))
+        if len(self._unsent) == 1:
+            self._loop.add_writer(self._sock.fileno(), self._writable)
+
+    def _send_now(self, packet: bytes, fds: list[int]) -> None:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        self._sock.sendmsg([ticket + body], ancillary)
+        self._sock.sendmsg([packet], ancillary)
+
+    def _writable(self) -> None:
+        while self._unsent:
+            try:
+                self._send_now(*self._unsent[0])
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                self.close()
+                return
+            close_all(self._unsent.popleft()[1])
+        self._loop.remove_writer(self._sock.fileno())
 
     async def expect(self, ticket: bytes, timeout: float) -> tuple[bytes, list[int]]:
         """Body and descriptors (the caller's from now on) of the packet with this ticket.
@@ -145,6 +177,9 @@ class FdChannel:
             return
         self._closed = True
         self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        while self._unsent:
+            close_all(self._unsent.popleft()[1])
         self._sock.close()
         first, self._first = self._first, None
         if first is not None:

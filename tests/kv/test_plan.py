@@ -219,3 +219,18 @@ def test_heads_that_are_not_divided_evenly_are_named_by_a_range() -> None:
     assert written.max() == 1
     with pytest.raises(ValueError, match="not known what other ranks hold"):
         pairs(ranks[0], decode)
+
+
+@pytest.mark.parametrize(("tables", "rows", "kept"), [(3, 1 << 20, 3), (100, 10, 2), (100, 1, 1)])
+def test_tables_that_are_kept_are_bounded_in_number_and_size(
+    monkeypatch: pytest.MonkeyPatch, tables: int, rows: int, kept: int
+) -> None:
+    monkeypatch.setattr("aiotransfer.kv.plan.MOST_CACHED", tables)
+    monkeypatch.setattr("aiotransfer.kv.plan.MOST_ROWS", rows)
+    layout = KVLayout(**MODEL, page_tokens=4, num_pages=8)
+    plan = plan_transfer(layout, layout)
+    for page in range(7):  # of 4 rows each
+        made = plan.table(0, [page, page + 1], [page, page + 1])
+        assert plan.table(1, [page, page + 1], [page, page + 1]).src_pages is made.src_pages
+    assert len(plan._made) == kept
+    assert plan._rows == 4 * kept

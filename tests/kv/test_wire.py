@@ -1,0 +1,154 @@
+"""The messages of decoders and prefillers: there and back, and whatever else the bytes are."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from aiotransfer.errors import DescriptorError
+from aiotransfer.kv import wire
+
+NUMBERS = st.integers(0, 2**64 - 1)
+TEXT = st.text(max_size=40)
+VALUES = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | TEXT | st.lists(st.none() | st.integers(0, 99), max_size=4)
+LAYOUTS = st.dictionaries(st.text(max_size=12), VALUES, max_size=6)
+
+
+@st.composite
+def reservations(draw: st.DrawFn) -> wire.Reserve:
+    tokens = draw(st.integers(0, 2**48 - 1))
+    return wire.Reserve(
+        draw(NUMBERS), draw(st.text(max_size=wire.MOST_ID)), draw(LAYOUTS), draw(st.binary(max_size=80)),
+        draw(st.binary(max_size=80)), bytes(8 * draw(st.integers(0, 20))), tokens, draw(st.integers(0, tokens)),
+        draw(st.integers(0, 2**32 - 1)), draw(st.integers(-(2**31), 2**31 - 1)),
+        draw(st.floats(0, 1e9) | st.just(math.inf)), draw(st.booleans()), draw(st.binary(max_size=100)),
+    )  # fmt: skip
+
+
+MESSAGES = st.one_of(
+    reservations(),
+    st.builds(wire.Reserved, NUMBERS, LAYOUTS),
+    st.builds(wire.Refused, NUMBERS, TEXT, TEXT, TEXT, VALUES, VALUES),
+    st.builds(wire.Cancel, NUMBERS, TEXT),
+    st.builds(wire.Failed, NUMBERS, TEXT, st.booleans()),
+)
+RESERVE = wire.Reserve(7, "a", {"layers": 1}, b"pool", b"tail", bytes(16), 20, 4, 9, 0, 1.5, False, b"prompt")
+
+
+def parse(data: bytes) -> Any:
+    """Anything is a message or a `DescriptorError`; and whoever sent it can be answered if it has a header."""
+    number = wire.number(data)
+    assert (number is None) == (len(data) < 13)
+    try:
+        message = wire.decode(data)
+    except DescriptorError:
+        return None
+    assert message.number == number
+    return message
+
+
+def replaced(message: wire.Reserve, **other: Any) -> bytes:
+    return wire.encode(msgspec.structs.replace(message, **other))
+
+
+@settings(max_examples=200, deadline=None)
+@given(MESSAGES)
+def test_what_is_encoded_is_decoded(message: Any) -> None:
+    data = wire.encode(message)
+    assert wire.decode(data) == message
+    assert type(wire.decode(data)) is type(message)
+    assert wire.number(data) == message.number
+    assert data[:4] == (wire.TO_PREFILLER if isinstance(message, wire.Reserve | wire.Cancel) else wire.TO_DECODER)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+@example(b"")
+@example(wire.TO_PREFILLER)
+def test_any_bytes_are_a_message_or_a_descriptor_error(data: bytes) -> None:
+    parse(data)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([wire.TO_PREFILLER, wire.TO_DECODER]), NUMBERS, st.binary(max_size=200))
+@example(wire.TO_DECODER, 0, b"\xdd\xff\xff\xff\xff")  # an array of four billion
+@example(wire.TO_PREFILLER, 0, b"\x91" * 190)
+def test_any_body_behind_a_header_is_a_message_or_a_descriptor_error(mark: bytes, number: int, body: bytes) -> None:
+    parse(struct.pack("<4sBQ", mark, wire.VERSION, number) + body)
+
+
+@settings(max_examples=300, deadline=None)
+@given(MESSAGES, st.data())
+def test_a_damaged_message_is_a_message_or_a_descriptor_error(message: Any, data: st.DataObject) -> None:
+    whole = bytearray(wire.encode(message))
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    parse(bytes(whole))
+    parse(bytes(whole[: data.draw(st.integers(0, len(whole)))]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([wire.TO_PREFILLER, wire.TO_DECODER]), st.integers(0, 9), st.lists(VALUES | st.floats(), max_size=14))
+def test_values_of_any_types_in_the_place_of_fields_are_a_message_or_a_descriptor_error(
+    mark: bytes, tag: int, values: list[Any]
+) -> None:
+    parse(struct.pack("<4sBQ", mark, wire.VERSION, 1) + msgspec.msgpack.encode([tag, 1, *values]))
+
+
+@given(MESSAGES)
+def test_a_message_cut_short_is_none(message: Any) -> None:
+    data = wire.encode(message)
+    for length in range(0, len(data), max(1, len(data) // 20)):
+        assert parse(data[:length]) is None
+    assert parse(data + b"\x00") is None
+
+
+@given(MESSAGES)
+def test_a_message_for_one_side_is_none_for_the_other(message: Any) -> None:
+    data = wire.encode(message)
+    other = wire.TO_DECODER if data[:4] == wire.TO_PREFILLER else wire.TO_PREFILLER
+    assert parse(other + data[4:]) is None
+
+
+@given(MESSAGES, st.integers(0, 255).filter(lambda version: version != wire.VERSION))
+def test_another_version_is_refused_by_name_and_can_be_answered(message: Any, version: int) -> None:
+    data = wire.encode(message)
+    data = data[:4] + bytes([version]) + data[5:]
+    with pytest.raises(DescriptorError, match=f"version {version} .* not {wire.VERSION}"):
+        wire.decode(data)
+    assert wire.number(data) == message.number
+
+
+def test_two_numbers_are_refused() -> None:
+    data = wire.encode(RESERVE)
+    with pytest.raises(DescriptorError, match="two numbers"):
+        wire.decode(data[:5] + struct.pack("<Q", 8) + data[13:])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"id": "x" * (wire.MOST_ID + 1)}, {"page_ids": bytes(7)}, {"page_ids": bytes(8 * wire.MOST_PAGES + 8)}, {"tokens": -1},
+        {"tokens": 1 << 48}, {"skip_tokens": -1}, {"skip_tokens": 21}, {"imm": -1}, {"imm": 1 << 32}, {"seconds": -0.5},
+        {"seconds": math.nan}, {"seconds": -math.inf},
+    ],
+    ids=lambda other: next(iter(other)),
+)  # fmt: skip
+def test_a_reservation_that_makes_no_sense_is_refused(other: dict[str, Any]) -> None:
+    with pytest.raises(DescriptorError, match="makes no sense"):
+        wire.decode(replaced(RESERVE, **other))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"page_ids": bytes(8 * wire.MOST_PAGES)}, {"seconds": math.inf}, {"tokens": (1 << 48) - 1}],
+    ids=["pages", "seconds", "tokens"],
+)
+def test_the_bounds_of_a_reservation_lie_within(other: dict[str, Any]) -> None:
+    assert wire.decode(replaced(RESERVE, **other)) == msgspec.structs.replace(RESERVE, **other)
