@@ -150,6 +150,7 @@ async def test_a_registry_that_forgot_everything_is_told_again() -> None:
         await registry.wait_for("prefill", timeout=5)
 
 
+@pytest.mark.one_loop
 async def test_a_lease_is_kept_alive_for_longer_than_it_lasts() -> None:
     backend = Frail()
     async with Registry(backend, **QUICK) as registry, registry.join(one := member(), ttl=2):
@@ -171,6 +172,23 @@ async def test_joining_a_registry_that_is_not_there_ends_in_time_and_names_the_r
         asyncio.get_running_loop().call_later(0.1, setattr, backend, "down", False)
         async with registry.join(member(), timeout=5):
             await registry.wait_for("prefill", timeout=5)
+
+
+async def test_joining_and_leaving_are_bounded_however_many_wait_for_a_registry_that_hangs() -> None:
+    class Mute(Frail):
+        async def entries(self) -> dict[str, bytes]:
+            await asyncio.sleep(1000)
+            return {}
+
+    async with Registry(Mute(), **QUICK) as registry:
+
+        async def pass_by() -> None:
+            async with registry.join(member()):
+                pass
+
+        start = asyncio.get_running_loop().time()
+        await asyncio.gather(*(pass_by() for _ in range(20)))
+        assert asyncio.get_running_loop().time() - start < 3
 
 
 async def test_leaving_during_an_outage_takes_no_longer_than_one_call() -> None:
@@ -274,6 +292,7 @@ async def test_a_backend_that_gives_nonsense_is_an_outage() -> None:
         assert registry.members() == ()
 
 
+@pytest.mark.one_loop
 async def test_an_idle_registry_asks_no_more_often_than_it_was_told() -> None:
     backend = Frail()
     async with Registry(backend, poll=0.2):
