@@ -138,6 +138,18 @@ async def test_a_directory_that_goes_away_is_an_outage_and_no_empty_registry(tmp
             assert registry.members() == (one,)
 
 
+async def test_a_directory_is_made_at_first_and_after_that_by_whoever_puts_something_there(tmp_path: Path) -> None:
+    backend = FileBackend(tmp_path / "ranks")
+    assert await backend.entries() == {}
+    (tmp_path / "ranks").rmdir()
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            await backend.entries()
+    await backend.put("prefill-1", b"one", 60)
+    assert await backend.entries() == {"prefill-1": b"one"}
+    await backend.aclose()
+
+
 async def test_entries_of_another_host_go_by_the_readers_own_clock(tmp_path: Path) -> None:
     """Its wall clock is a day late: the first sight says nothing good, the second that it lives."""
     backend = FileBackend(tmp_path)

@@ -160,6 +160,18 @@ async def test_a_lease_is_kept_alive_for_longer_than_it_lasts() -> None:
         assert 3 <= backend.calls.count("keep_alive") <= 8
 
 
+async def test_who_has_left_is_not_kept_alive_nor_put_again() -> None:
+    backend = Frail()
+    async with Registry(backend, **QUICK) as registry:
+        async with registry.join(member(), ttl=0.1):
+            await asyncio.sleep(0.1)
+            assert "keep_alive" in backend.calls
+        backend.calls.clear()
+        await asyncio.sleep(0.3)
+        assert not {"keep_alive", "put"} & set(backend.calls)
+        assert not await backend.entries()
+
+
 async def test_joining_a_registry_that_is_not_there_ends_in_time_and_names_the_reason() -> None:
     backend = Frail()
     backend.down = True
