@@ -144,7 +144,7 @@ class FileBackend:
             signature = status.st_mtime_ns, status.st_ino, status.st_size
             ours = known is not None and known.seen.stamp.boot == self._boot
             if known is not None and known.signature == signature and ours:
-                return known  # of another host's file only opening it tells: network file systems remember what `stat` says
+                return known  # not of other hosts: network file systems keep for a while what `stat` says, and open anew
             if self._unreadable.get(entry.name) == signature:
                 return known
             stamp, value = unpack(_read(self.directory / entry.name))

@@ -35,6 +35,8 @@ class Fleet:
     A member is dialed when it joins, and again (with pauses) while it is in the registry and not connected; one that left or was
     lost is no longer in `peers`. Peers are not closed: what is under way with one that left goes on. The engine itself is not
     among them. `timeout`: seconds for one attempt.
+
+    Raises `TypeError` or `ValueError`.
     """
 
     def __init__(self, registry: Registry, engine: Engine, role: str, *, timeout: float = 5.0) -> None:

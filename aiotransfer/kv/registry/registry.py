@@ -132,14 +132,13 @@ class Registry:
 
     async def _replace(self, member: Member) -> None:
         """Whoever had this address before is gone: only one engine listens there, and it is this one."""
-        if not await self._look():
-            return
-        for other in self.members():
-            if other.address == member.address and other.incarnation != member.incarnation:
-                try:
+        try:
+            await within(self._call_timeout, self._look)  # others may be looking: in time, or not at all
+            for other in self.members():
+                if other.address == member.address and other.incarnation != member.incarnation:
                     await within(self._call_timeout, lambda key=other.key: self._backend.delete(key))  # type: ignore[misc]
-                except Exception:  # then its lease ends it
-                    return
+        except Exception:  # then its lease ends it
+            pass
 
     # ---- looking ----
 

@@ -59,16 +59,17 @@ async def test_others_see_what_is_put_and_deleted(another: Another) -> None:
     assert await there.entries() == {}
 
 
+@pytest.mark.one_loop
 async def test_an_entry_ends_when_it_is_not_kept_alive_and_not_before(another: Another) -> None:
     here, there = another(), another()
     await here.put("dies", b"1", 1)
-    await here.put("lives", b"2", 1)
-    for _ in range(10):
-        assert await here.keep_alive("lives", 1)
+    await here.put("lives", b"2", 3)
+    for _ in range(16):
+        assert await here.keep_alive("lives", 3)
         await asyncio.sleep(0.2)
 
     async def dead() -> bool:
-        assert await here.keep_alive("lives", 1)
+        assert await here.keep_alive("lives", 3)
         return await there.entries() == {"lives": b"2"}
 
     await eventually(dead)

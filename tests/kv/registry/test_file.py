@@ -29,9 +29,10 @@ async def main(directory, index, rounds):
     registry = Registry(FileBackend(directory), poll=0.02)
     async with registry:
         for turn in range(rounds):
-            async with registry.join(member(f"{index}.{turn}", incarnation=1000 * index + turn + 1), ttl=1):
+            address = f"10.0.{index}.1:{turn + 2}"
+            async with registry.join(member(f"{index}.{turn}", incarnation=1000 * index + turn + 1, address=address), ttl=1):
                 await registry.wait_for(None, 1, timeout=20)
-        async with registry.join(member(f"{index}", incarnation=1000 * index), ttl=1):
+        async with registry.join(member(f"{index}", incarnation=1000 * index, address=f"10.0.{index}.1:1"), ttl=2):
             print("here", flush=True)
             await asyncio.to_thread(sys.stdin.readline)
 
@@ -112,12 +113,12 @@ async def test_junk_in_the_directory_is_left_out_with_one_warning(tmp_path: Path
 
 async def test_an_entry_that_becomes_unreadable_stays_as_long_as_its_lease(tmp_path: Path) -> None:
     backend = FileBackend(tmp_path)
-    await backend.put("prefill-1", b"good", 0.3)
+    await backend.put("prefill-1", b"good", 1.0)
     assert await backend.entries() == {"prefill-1": b"good"}
     (tmp_path / "prefill-1.member").write_bytes(b"junk")
     assert await backend.entries() == {"prefill-1": b"good"}
     assert await backend.keep_alive("prefill-1", 1) is False
-    await asyncio.sleep(0.35)
+    await asyncio.sleep(1.05)
     assert await backend.entries() == {}
     await backend.aclose()
 
@@ -135,6 +136,18 @@ async def test_a_directory_that_goes_away_is_an_outage_and_no_empty_registry(tmp
             (tmp_path / "deep").unlink()
             await until(lambda: registry.error is None and membership.registered)
             assert registry.members() == (one,)
+
+
+async def test_a_directory_is_made_at_first_and_after_that_by_whoever_puts_something_there(tmp_path: Path) -> None:
+    backend = FileBackend(tmp_path / "ranks")
+    assert await backend.entries() == {}
+    (tmp_path / "ranks").rmdir()
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            await backend.entries()
+    await backend.put("prefill-1", b"one", 60)
+    assert await backend.entries() == {"prefill-1": b"one"}
+    await backend.aclose()
 
 
 async def test_entries_of_another_host_go_by_the_readers_own_clock(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ async def test_a_connection_that_breaks_is_made_again_while_the_member_is_there(
             await until(lambda: one in fleet.peers and fleet.peers[one] is not first)
 
 
-async def test_members_that_cannot_be_reached_hold_nobody_up_and_waiting_ends() -> None:
+async def test_members_that_cannot_be_reached_hold_nobody_up_and_waiting_ends(caplog: pytest.LogCaptureFixture) -> None:
     backend = Frail()
     for address in ("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", "no-such-host.invalid:4", "a..b:5"):
         await backend.put((dead := member(address=address)).key, dead.encode(), 60)
@@ -143,6 +143,8 @@ async def test_members_that_cannot_be_reached_hold_nobody_up_and_waiting_ends() 
         with pytest.raises(at.ClosedError):
             await fleet.wait_for(1)
         await fleet.aclose()
+    for address in ("127.0.0.1:1", "a..b:5"):
+        assert any(address in line and "cannot be connected" in line for line in caplog.messages)
 
 
 async def test_a_fleet_ends_with_its_registry_and_with_its_engine() -> None:

@@ -17,7 +17,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_example(tmp_path: Path) -> None:
     (text,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     (tmp_path / "example.py").write_text(text)
-    done = python("-X", "dev", "-W", "error", str(tmp_path / "example.py"))
+    done = python("-W", "error", str(tmp_path / "example.py"))
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(done.stdout.splitlines()) == ["small: served by prefill-0", "small: served by prefill-1"]
 
