@@ -37,9 +37,7 @@ class EtcdBackend:
         try:
             from etcd3gw.client import Etcd3Client
         except ImportError as error:
-            raise ConfigurationError(
-                f"etcd cannot be spoken to: {error}", hint="pip install 'aiotransfer[etcd]'"
-            ) from error
+            raise ConfigurationError(f"etcd cannot be spoken to: {error}", hint="pip install 'aiotransfer[etcd]'") from error
         if not prefix or not prefix.isascii() or not prefix.isprintable():
             raise ValueError(f"prefix must be printable ASCII characters, not {prefix!r}")
         self.prefix = prefix

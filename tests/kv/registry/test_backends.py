@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable
 from itertools import count
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TypeAlias
 import pytest
 import pytest_asyncio
 
+import aiotransfer as at
 from aiotransfer.kv.registry import Backend, EtcdBackend, FileBackend, MemoryBackend
 from tests.kv.registry.etcd import missing
 from tests.needs import needs
@@ -110,3 +112,9 @@ async def test_a_call_that_is_cancelled_at_any_time_leaves_the_backend_usable(an
         await asyncio.wait([task])
         await here.delete("a-1")  # takes effect after whatever was begun
         assert await here.entries() == {}
+
+
+async def test_without_its_client_etcd_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "etcd3gw.client", None)
+    with pytest.raises(at.ConfigurationError, match=r"aiotransfer\[etcd\]"):
+        EtcdBackend()
