@@ -47,12 +47,15 @@ class Patience:
 
 
 async def despite_cancels(future: asyncio.Future[Any]) -> None:
-    """Wait until it is done, whatever cancels come; they change nothing, here or there. Its result is not looked at."""
+    """Wait until it is done, whatever cancels come: the first is raised then. Its result is not looked at."""
     import anyio
 
+    cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
         while not future.done():
             try:
                 await asyncio.wait([future])
-            except asyncio.CancelledError:
-                continue
+            except asyncio.CancelledError as error:
+                cancelled = cancelled or error
+    if cancelled is not None:
+        raise cancelled

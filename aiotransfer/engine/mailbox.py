@@ -5,7 +5,8 @@ gone left unread is kept within one bound for all of them, or anybody could fill
 goes first, with a warning.
 
 Components that talk over the same engine as the application have boxes of their own: messages that begin with a prefix which
-somebody reads by are his, what is nobody's is the application's.
+somebody reads by are his, what is nobody's is the application's. What begins as only the library's own components begin is
+never the application's: where none of them is there (yet, or any more) the latest of it is kept for them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 MOST_ORPHANED = 256 << 20
 MESSAGE_BYTES = 4096  # what a message costs, be it empty: it keeps its peer
+LIBRARY = b"\x93KV"  # how messages of our own components begin
+MOST_UNCLAIMED, MOST_UNCLAIMED_BYTES = 64, 1 << 20  # of those, where no component is there: less than a peer's window
 _logger = logging.getLogger("aiotransfer")
 
 
@@ -49,19 +52,29 @@ class Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._boxes: dict[bytes, _Box] = {b"": _Box()}  # by prefix
+        self._boxes: dict[bytes, _Box] = {b"": _Box(), LIBRARY: _Box()}  # by prefix
         self._closed = False
         self._limit = RateLimit(most=1)
 
     def put(self, message: Message) -> None:
         """A message came."""
-        box = self._boxes[self._prefix(message.data)]
+        prefix = self._prefix(message.data)
+        box = self._boxes[prefix]
         box.messages.append(message)
         box.wake()
+        if prefix == LIBRARY:
+            self._forget_unclaimed(box.messages)
+
+    def _forget_unclaimed(self, messages: deque[Message]) -> None:
+        size = sum(len(message.data) for message in messages)
+        while len(messages) > 1 and (len(messages) > MOST_UNCLAIMED or size > MOST_UNCLAIMED_BYTES):
+            oldest = messages.popleft()
+            size -= len(oldest.data)
+            oldest.peer._consumed(len(oldest.data))
 
     def _prefix(self, data: bytes) -> bytes:
         """The longest one somebody reads by."""
-        if len(self._boxes) == 1:
+        if data[:1] != LIBRARY[:1] and len(self._boxes) == 2:
             return b""
         return max((prefix for prefix in self._boxes if data.startswith(prefix)), key=len)
 
@@ -120,7 +133,7 @@ class Mailbox:
 
     def _leave(self, prefix: bytes, box: _Box) -> None:
         box.readers -= 1
-        if not box.readers and prefix:
+        if not box.readers and prefix not in (b"", LIBRARY):
             del self._boxes[prefix]
             if box.messages:
                 rest = self._boxes[self._prefix(prefix)]

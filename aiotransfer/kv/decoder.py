@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aiotransfer.control.patience import despite_cancels
 from aiotransfer.errors import BusyError, ClosedError, QuarantineError
 from aiotransfer.kv import wire
 from aiotransfer.kv.handle import Handle, Order
@@ -82,11 +83,11 @@ class Decoder:
     ) -> Handle:  # fmt: skip
         """Pages for one request: `async with` it.
 
-        `peer`: the prefill rank, or all those that this decode rank gets something of (`kv.sources`). `id`: the same at all
-        decode ranks of a request. `page_ids`: from the first token on; of them those before `skip_tokens` (a cached prefix) are
-        neither written nor held. `tokens`: of the prompt; None: as many as the pages hold. `priority`: higher goes first.
-        `data`: for the prefill application (the prompt, say; with it at most about 1 MiB). All of it, until the last page,
-        within `timeout` seconds (None: the engine's).
+        `peer`: the prefill rank, or all those that this decode rank gets something of (`kv.sources`). `id`: one of its own, and
+        the same at all decode ranks of a request. `page_ids`: from the first token on; of them those before `skip_tokens` (a
+        cached prefix) are neither written nor held. `tokens`: of the prompt; None: as many as the pages hold. `priority`:
+        higher goes first. `data`: for the prefill application (the prompt, say; with it at most about 1 MiB). All of it, until
+        the last page, within `timeout` seconds (None: the engine's).
 
         Raises `TypeError`, `ValueError`, `IndexError`, `BusyError` (a page that another request holds, too many requests),
         `PeerLostError` or `ClosedError`; entering the block raises what came of asking: `LayoutMismatch`, `RequestRefused`,
@@ -205,13 +206,16 @@ class Decoder:
         Raises `QuarantineError` when pages stay quarantined: their memory must not be reused.
         """
         self._closed = True
-        for handle in list(self._requests):
-            await handle.abandon()
+        ending = [handle.abandon() for handle in self._requests]
         for waiter in self._freed:
             if not waiter.done():
                 waiter.set_result(None)
-        self.slots.close()
-        await self.room.leave(self)
+        try:
+            if ending:
+                await despite_cancels(asyncio.ensure_future(asyncio.wait(ending)))
+        finally:
+            self.slots.close()
+            await self.room.leave(self)
         if self._requests:
             stuck = list(itertools.chain.from_iterable(handle.order.written.tolist() for handle in self._requests))
             raise QuarantineError(f"{len(stuck)} pages stay quarantined: {stuck[:8]}", hint="do not reuse them")

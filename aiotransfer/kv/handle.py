@@ -249,6 +249,8 @@ class Handle:
             await asyncio.to_thread(self._check_now)
         except KVRequestError as error:
             self._end("wrong", error)
+        except Exception as error:
+            self._end("wrong", RequestFailed(f"the checksums of {self.id!r} could not be compared: {error!r}", id=self.id))
         else:
             self._feed("right")
 
@@ -374,11 +376,10 @@ class Handle:
             self._context,
         )  # fmt: skip
 
-    async def abandon(self) -> None:
-        """End it, whatever it is doing, and wait until it has ended."""
+    def abandon(self) -> asyncio.Future[None]:
+        """End it, whatever it is doing; done when it has ended."""
         self._leave("its decoder was closed")
-        if self._saga.state != "new":
-            await despite_cancels(self._over)
+        return self._over
 
     async def _ended(self, error: BaseException | None) -> None:
         await despite_cancels(self._over)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.control.patience import Patience
+from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.errors import BusyError, ClosedError, DescriptorError, TransferError, TransferTimeout
 from aiotransfer.kv import wire
 from aiotransfer.kv.layout import KVLayout, LayoutMismatch, Place
@@ -321,18 +321,21 @@ class Prefiller:
     async def aclose(self) -> None:
         """Give up what is under way, tell its decoders, wait until nothing is being written. Twice is silent."""
         self._closed = True
-        for request in list(self._requests.values()):
-            await request.abandon("its prefiller was closed")
+        ending = [request.abandon("its prefiller was closed") for request in list(self._requests.values())]
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
-        await self.room.flush()
-        for asked in self._asked.values():
-            if asked.watch is not None:
-                asked.watch.cancel()
-        self._asked.clear()
-        self.slots.close()
-        await self.room.leave(self)
+        try:
+            if ending:
+                await despite_cancels(asyncio.ensure_future(asyncio.wait(ending)))
+            await self.room.flush()
+        finally:
+            for asked in self._asked.values():
+                if asked.watch is not None:
+                    asked.watch.cancel()
+            self._asked.clear()
+            self.slots.close()
+            await self.room.leave(self)
 
     async def __aenter__(self) -> Prefiller:
         return self

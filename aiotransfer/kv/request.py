@@ -425,11 +425,11 @@ class PrefillRequest:
         if not self._over.done():
             self._over.set_result(None)
 
-    async def abandon(self, why: str) -> None:
-        """Give it up, and wait until nothing of it is being written."""
+    def abandon(self, why: str) -> asyncio.Future[None]:
+        """Give it up; done when nothing of it is being written any more."""
         for event in ("failed", "late"):  # before it was accepted nobody could fail
             self._end(event, RequestFailed(f"request {self.id!r} was given up: {why}", id=self.id))
-        await despite_cancels(self._over)
+        return self._over
 
     async def ended_there(self, *, timeout: float | None = None) -> None:
         """Returns when the request is over: to stop computing for somebody who has gone. Raises `TransferTimeout`."""
@@ -445,7 +445,7 @@ class PrefillRequest:
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self._saga.state != "over":
-            await self.abandon(f"{kind.__name__}: {value}" if kind is not None else "it was left unfinished")
+            await despite_cancels(self.abandon(f"{kind.__name__}: {value}" if kind is not None else "it was left unfinished"))
 
     def __repr__(self) -> str:
         return f"<PrefillRequest {self.id!r} {self.state}>"

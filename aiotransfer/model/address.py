@@ -26,6 +26,12 @@ class Address:
             raise ValueError(f"an IPv6 host needs brackets: {text!r}")
         if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"an address is 'host:port' with a port of 0 to 65535, not {text!r}")
+        try:
+            host.encode("idna")
+        except UnicodeError:
+            raise ValueError(f"no host can be called {host!r}: {text!r}") from None
+        if "\0" in host:
+            raise ValueError(f"no host can be called {host!r}: {text!r}")
         return cls(host, int(port))
 
     def __str__(self) -> str:

@@ -199,3 +199,15 @@ async def test_a_component_reads_its_own_messages_and_leaves_the_application_its
     await component.aclose()  # type: ignore[attr-defined]
     assert (await anext(application)).data == b"kv 3", "what a reader leaves is the application's"
     await application.aclose()  # type: ignore[attr-defined]
+
+
+async def test_messages_of_our_components_never_reach_the_application_and_do_not_use_up_its_credit(pair: Pair) -> None:
+    for i in range(1500):
+        await pair.right_peer.send(b"\x93KVp" + i.to_bytes(4, "little"))
+    await pair.right_peer.send(b"mine")
+    async for message in pair.right.messages():
+        assert message.data == b"mine"
+        break
+    component = pair.right.messages(b"\x93KVp")
+    assert (await anext(component)).data[4:] == (1500 - 64).to_bytes(4, "little"), "the latest are kept"
+    await component.aclose()  # type: ignore[attr-defined]

@@ -280,6 +280,22 @@ async def test_a_layer_that_cannot_be_sent_for_a_thread_fails_the_request() -> N
         await all_is_free(both)
 
 
+async def test_a_cancel_that_comes_while_a_block_ends_is_not_lost() -> None:
+    async with party() as both:
+        ended = asyncio.Event()
+
+        async def ask() -> None:
+            async with both.decoder.request(both.peer, "a", [1, 2, 3]):
+                ended.set()
+
+        asking = asyncio.create_task(ask())
+        await ended.wait()
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert asking.cancelled()
+        await all_is_free(both)
+
+
 async def test_an_engine_has_one_prefiller_at_a_time_and_roles_close_after_their_engine() -> None:
     async with at.open_engine() as left, at.open_engine() as right:
         async with party(engines=(left, right)) as both:
