@@ -78,6 +78,11 @@ class Mailbox:
             return b""
         return max((prefix for prefix in self._boxes if data.startswith(prefix)), key=len)
 
+    @property
+    def unread(self) -> list[Message]:
+        """What nobody has taken yet, of the application's."""
+        return list(self._boxes[b""].messages)
+
     def departed(self) -> None:
         """A peer has gone: is what those who went have left unread still within the bound?"""
         orphans = [m for box in self._boxes.values() for m in box.messages if m.peer._state != "up"]

@@ -65,7 +65,7 @@ async def test_who_reads_nothing_is_lost_and_nobody_elses_call_fails(engine: at.
     peer = engine.peers[0]
     await until(lambda: len(peer._lookups) == 4000)
     await deaf.raw.say(frames.Message(b"x"))
-    await until(lambda: engine._mailbox._messages)
+    await until(lambda: engine._mailbox.unread)
     monkeypatch.setattr(peer._link, "_transport", _Full(peer._link._transport))
     engine.publish("wanted", region)
     await lease.revoke(timeout=5)
@@ -139,7 +139,7 @@ async def test_unread_messages_of_peers_that_come_and_go_are_bounded(
         await raw.hear(frames.Pong)
         await raw.close()
         await until(lambda: not engine._connections.peers)
-    held = [message.data[0] for message in engine._mailbox._messages]
+    held = [message.data[0] for message in engine._mailbox.unread]
     assert held == [6, 7, 7, 7]
     assert "were dropped" in caplog.text
     caplog.clear()
