@@ -12,11 +12,7 @@
 #include <string.h>
 #include <time.h>
 
-#ifdef __SANITIZE_ADDRESS__
-#define MOST_SPARE 0u /* it is to see what is used after its end */
-#else
 #define MOST_SPARE 256u
-#endif
 #define COOKIE_BITS 20
 #define COOKIE_MASK ((1u << COOKIE_BITS) - 1u)
 
@@ -71,13 +67,16 @@ static at_op *op_new(at_lane *lane) {
 }
 
 static void op_free(at_lane *lane, at_op *op) {
-    if (lane->op_spare_count >= MOST_SPARE) {
-        free(op);
+#ifndef __SANITIZE_ADDRESS__ /* which is to see what is used after its end */
+    if (lane->op_spare_count < MOST_SPARE) {
+        op->next = lane->op_spare;
+        lane->op_spare = op;
+        lane->op_spare_count++;
         return;
     }
-    op->next = lane->op_spare;
-    lane->op_spare = op;
-    lane->op_spare_count++;
+#endif
+    (void)lane;
+    free(op);
 }
 
 void at_ops_close(at_lane *lane) {
