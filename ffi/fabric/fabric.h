@@ -37,9 +37,11 @@
 #define AT_FAB_RECEIVES 4u                      /* posted for letters, per end */
 #define AT_FAB_MOST_PEERS (1u << 20)            /* what a mark can name */
 #define AT_FAB_MOST_COUNT (1u << 12)            /* pages that one mark can count */
+#define AT_FAB_MOST_RAILS 16u                   /* connections to one peer that are taken as one */
 
 typedef struct at_fab_end at_fab_end;
 typedef struct at_fab_slot at_fab_slot;
+typedef struct at_fab_bundle at_fab_bundle;
 
 /* One message between two ends. At most one is under way in each direction. */
 typedef struct {
@@ -85,6 +87,9 @@ enum at_fab_hold { AT_HOLD_NONE, AT_HOLD_LENT, AT_HOLD_TELL, AT_HOLD_TOLD };
 struct at_fab_end {
     at_fab *fab;
     at_peer *peer;
+    at_fab_bundle *bundle; /* that it is one of, or NULL */
+    uint32_t place;        /* in it */
+    uint32_t out;          /* work requests posted */
     void *ep;            /* the driver's. NULL: none, or broken. The rail's own where that is shared */
     uint64_t to;         /* the driver's: where it leads */
     uint64_t unique;     /* among all ends there ever were: a completion may name one that has gone */
@@ -118,6 +123,19 @@ struct at_fab_end {
         uint32_t slot;
     } *over;             /* grants of theirs that they took back: to be confirmed when nothing is posted under them */
     uint32_t over_count, over_room;
+};
+
+/* Several connections to one peer, by as many rails, taken as one: a peer of the lane whose operations are shared out over them, run by
+ * run. Each connection is a peer of the lane too, with letters, counts and fences of its own; operations name the bundle. When one breaks,
+ * both sides fence it and tell each other what they have counted by it (at_fab_part), and the rest goes out by the others. */
+struct at_fab_bundle {
+    at_peer *peer;     /* NULL: gone, and kept for the connections that are left */
+    at_control *words; /* of all of them */
+    at_fab_end *members[AT_FAB_MOST_RAILS]; /* NULL: gone */
+    uint32_t count, users;
+    uint32_t turn;
+    int retired;       /* given up: nothing is posted any more */
+    at_fab_list again; /* notes of what is to be posted again, by whichever */
 };
 
 typedef struct {
@@ -211,6 +229,11 @@ struct at_fab {
 
 static inline int at_fab_is(const at_fab *fab, uint32_t flag) { return (fab->facts.flags & flag) != 0; }
 
+/* The peer whose operations it carries and whose arrivals it counts. */
+static inline at_peer *at_fab_owner(const at_fab_end *end) {
+    return end->bundle != NULL && end->bundle->peer != NULL ? end->bundle->peer : end->peer;
+}
+
 /* rail.c */
 void at_fab_say(const char *format, ...) __attribute__((format(printf, 1, 2))); /* why something failed, in this thread */
 /* Calloc'ed by a driver, which has filled in nothing but its own. Afterwards at_fab_undo gives back what there is. */
@@ -235,7 +258,18 @@ void at_fab_list_add(at_fab_list *list, at_fab_slot *slot);
 void at_fab_list_remove(at_fab_list *list, at_fab_slot *slot);
 void at_fab_slots_close(at_fab *fab);
 
+/* bundle.c, with the lane's lock */
+extern const at_port at_fab_bundle_port;
+void at_fab_bundle_leave(at_fab_end *end);        /* it is destroyed */
+void at_fab_bundle_refill(at_fab_bundle *bundle); /* there may be room for more */
+
 /* peer.c, with the lane's lock */
+int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_bundle *bundle, at_control *words); /* its id, or AT_E*; NO LOCK */
+at_control *at_fab_words_new(void);
+void at_fab_words_free(at_control *words);
+void at_fab_settle_with(at_fab_end *end, uint64_t arrived);
+void at_fab_end_unsettled(at_peer *peer, at_fab_list *list); /* what of it is over, or is of a peer that has ended */
+void at_fab_notes_free(at_fab_list *list);
 void at_fab_end_break(at_fab_end *end, int error); /* close its endpoint; what was posted is unsettled, or over when it was withdrawn */
 void at_fab_end_refill(at_fab_end *end);
 void at_fab_up(at_fab_end *end); /* both sides have joined, and a letter has come */
@@ -243,6 +277,8 @@ at_fab_end *at_fab_end_of(at_lane *lane, int64_t peer); /* NULL: no such peer of
 extern const at_port at_fab_port;
 
 /* post.c, with the lane's lock */
+int at_fab_has_room(at_fab_end *end); /* may one more be posted? Otherwise a completion will ask again */
+int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t first, uint64_t most); /* AT_OK, AT_EAGAIN, or AT_ERAIL: broken now */
 void at_fab_cut(at_peer *peer, at_op *op);
 int64_t at_fab_post(at_peer *peer, at_op *op);
 void at_fab_flush_posts(at_peer *peer); /* what was gathered goes out */

@@ -124,7 +124,7 @@ void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch) {
     if (slot >= AT_GRANTS || (epoch & 1u) == 0) return;
     _Atomic uint64_t *word = &end->words->epoch[slot];
     if (atomic_load(word) <= epoch) atomic_store(word, epoch + 1);
-    at_peer *peer = end->peer;
+    at_peer *peer = at_fab_owner(end);
     for (at_op *op = peer->head; op != NULL;) { /* the queue changes with each that is stopped */
         int stop = under(op, slot, epoch);
         if (stop) at_op_stop(op, AT_ESTALE);
@@ -134,6 +134,10 @@ void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch) {
         if (under(posted->op, slot, epoch)) at_op_stop(posted->op, AT_ESTALE); /* ends when its last work request retires */
     stop_noted(end, &end->unsettled, slot, epoch);
     stop_noted(end, &end->again, slot, epoch);
+    if (end->bundle == NULL) return;
+    stop_noted(end, &end->bundle->again, slot, epoch);
+    for (uint32_t i = 0; i < end->bundle->count; i++) /* what broke with another connection */
+        if (end->bundle->members[i] != NULL && end->bundle->members[i] != end) stop_noted(end, &end->bundle->members[i]->unsettled, slot, epoch);
 }
 
 /* To be confirmed once nothing of it is posted. The bound is that of all grants there are: a peer cannot make us hold more. */
