@@ -257,6 +257,8 @@ int at_fab_bundle_retire(at_lane *lane, int64_t id) {
     at_lock(lane);
     at_fab_bundle *bundle = bundle_of(lane, id);
     if (bundle != NULL) bundle->retired = 1;
+    for (uint32_t i = 0; bundle != NULL && i < bundle->count; i++)
+        if (bundle->members[i] != NULL) bundle->members[i]->retired = 1; /* none of them is opened again */
     at_unlock(lane);
     return bundle != NULL ? AT_OK : AT_EUNKNOWN;
 }
