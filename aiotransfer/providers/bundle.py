@@ -122,6 +122,11 @@ class BundlePath(Path):
         """Whether nothing gets through by any of them."""
         return not self._closed and not self._up()
 
+    @property
+    def generation(self) -> int:
+        """How often the one was opened that was opened most often."""
+        return max((one.generation for one in self._members), default=0)
+
     def silent(self, now: float, seconds: float, blocked: bool) -> list[Path]:
         """Those that have been up and silent for so long, while something came by others."""
         quiet: list[Path] = []

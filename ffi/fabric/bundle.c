@@ -38,9 +38,6 @@ int64_t at_fab_bundle_new(at_lane *lane) {
 }
 
 int64_t at_fab_bundle_add(at_lane *lane, int64_t id, at_fab *fab) {
-    uint32_t needed = AT_FAB_PRIVATE | AT_FAB_ORDERED;
-    if (!at_fab_is(fab, AT_FAB_MARKS) && !at_fab_is(fab, AT_FAB_SENDERS)) return AT_ERAIL;
-    if ((fab->facts.flags & needed) != needed) return AT_ERAIL; /* what breaks there could be neither fenced nor told */
     at_lock(lane);
     at_fab_bundle *bundle = bundle_of(lane, id);
     at_unlock(lane);
@@ -285,7 +282,7 @@ static void fence(at_peer *peer) {
         at_fab_end *end = bundle->members[i];
         if (end == NULL) continue;
         if (peer->status != AT_OK) at_peer_end(end->peer, peer->status);
-        else if (is_withdrawn(end)) at_fab_end_break(end, ECANCELED);
+        else if (at_fab_is(end->fab, AT_FAB_PRIVATE) && is_withdrawn(end)) at_fab_end_break(end, ECANCELED);
         at_fab_end_unsettled(peer, &end->unsettled);
     }
     at_fab_end_unsettled(peer, &bundle->again);

@@ -86,8 +86,8 @@ int at_fab_retire(at_lane *lane, int64_t peer, uint64_t *arrived);
 int at_fab_settle(at_lane *lane, int64_t peer, uint64_t arrived);
 
 /* Several connections to one peer, by as many rails, taken as one: a peer of the lane without rails yet, and one more connection of it by
- * this rail, which is opened, lends memory and breaks as any other does. AT_ERAIL: this fabric cannot tell what was counted. All are there
- * before the first operation. To end it: at_peer_fail, then at_peer_free for each connection, then for itself. */
+ * this rail, which is opened, lends memory and breaks as any other does. Where a fabric cannot tell what was counted, what breaks ends with
+ * AT_ERAIL. All are there before the first operation. To end it: at_peer_fail, then at_peer_free for each connection, then for itself. */
 int64_t at_fab_bundle_new(at_lane *lane);
 int64_t at_fab_bundle_add(at_lane *lane, int64_t bundle, at_fab *fab);
 /* Memory that the peer has lent to each of its connections: address and key by peers[i]. A remote region, or AT_E*. */

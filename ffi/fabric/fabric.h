@@ -229,6 +229,11 @@ struct at_fab {
 
 static inline int at_fab_is(const at_fab *fab, uint32_t flag) { return (fab->facts.flags & flag) != 0; }
 
+/* Does the number of arrivals tell which have arrived, and of whom? */
+static inline int at_fab_tells(const at_fab *fab) {
+    return at_fab_is(fab, AT_FAB_ORDERED) && (at_fab_is(fab, AT_FAB_MARKS) || at_fab_is(fab, AT_FAB_SENDERS));
+}
+
 /* The peer whose operations it carries and whose arrivals it counts. */
 static inline at_peer *at_fab_owner(const at_fab_end *end) {
     return end->bundle != NULL && end->bundle->peer != NULL ? end->bundle->peer : end->peer;

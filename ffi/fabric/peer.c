@@ -90,6 +90,7 @@ static void unsettle(at_fab_end *end, at_fab_slot *slot) {
     at_fab_slot *note = at_fab_slot_take(fab); /* remembers what is to be found out; the slot itself stays the provider's for a while */
     at_fab_slot_retire(fab, slot);
     int over = op->peer->status;
+    if (over == AT_OK && end->bundle != NULL && !at_fab_tells(fab)) over = AT_ERAIL; /* nobody will know whether it was counted */
     if (atomic_load(&op->withdrawn) || over != AT_OK || note == NULL) {
         if (note != NULL) at_fab_slot_free(fab, note);
         at_op_complete(op, 0, 0, 0, op->status != AT_OK ? op->status : over != AT_OK ? over : AT_ERAIL);
@@ -302,6 +303,7 @@ static void begin(at_fab_end *end) {
 void at_fab_up(at_fab_end *end) {
     at_event_push(end->peer->lane, AT_EV_UP, (uint64_t)end->peer->id, AT_OK, 0);
     if (!end->begun) begin(end);
+    else if (end->bundle != NULL) at_fab_end_refill(end); /* which posts nothing by a connection that has not been heard of */
 }
 
 int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int first) {
@@ -354,7 +356,7 @@ int at_fab_retire(at_lane *lane, int64_t id, uint64_t *arrived) {
     at_lock(lane);
     at_fab_end *end = at_fab_end_of(lane, id);
     at_fab *fab = end != NULL ? end->fab : NULL;
-    int possible = fab != NULL && at_fab_is(fab, AT_FAB_PRIVATE) && at_fab_is(fab, AT_FAB_ORDERED) && (at_fab_is(fab, AT_FAB_MARKS) || at_fab_is(fab, AT_FAB_SENDERS));
+    int possible = fab != NULL && at_fab_is(fab, AT_FAB_PRIVATE) && at_fab_tells(fab);
     at_unlock(lane);
     if (fab == NULL) return AT_EUNKNOWN;
     if (!possible) return AT_ERAIL;
