@@ -30,6 +30,7 @@
 
 #define AT_FAB_WINDOW 64u                       /* work requests posted per peer */
 #define AT_FAB_MOST_BYTES ((uint64_t)32 << 20)  /* posted per peer, once something is: what a cancel has to wait for */
+#define AT_FAB_RAIL_BYTES ((uint64_t)8 << 20)  /* the same, of each of several: a slow one shall not hold up what others could carry */
 #define AT_FAB_PIECE ((uint64_t)4 << 20)        /* of a larger write */
 #define AT_FAB_BLOCK 64u                        /* slots that are made at once */
 #define AT_FAB_IOV 4u

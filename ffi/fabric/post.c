@@ -134,7 +134,8 @@ int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
 int at_fab_has_room(at_fab_end *end) {
     at_fab *fab = end->fab;
     if (end->bundle != NULL && (!end->heard || end->out >= AT_FAB_WINDOW)) return 0; /* what is silent yet may stay so */
-    if (end->ep == NULL || !end->begun || end->mute || (end->posted.head != NULL && end->posted_bytes >= AT_FAB_MOST_BYTES)) return 0;
+    if (end->ep == NULL || !end->begun || end->mute) return 0;
+    if (end->posted.head != NULL && end->posted_bytes >= (end->bundle != NULL ? AT_FAB_RAIL_BYTES : AT_FAB_MOST_BYTES)) return 0;
     if (fab->posted < fab->facts.most_posted) return 1;
     fab->saturated = 1;
     return 0;
