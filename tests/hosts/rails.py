@@ -107,7 +107,7 @@ async def _awaited(transfer: at.Transfer) -> None:
 
 
 class Loss(NamedTuple):
-    """One run, in ms: until the strike was noticed; from then until the rest was posted, and all had finished; until it was back."""
+    """One run, in ms: until noticed; from then until the rest was posted, and all had finished; until the rail was back."""
 
     noticed: float
     posted: float
@@ -116,22 +116,26 @@ class Loss(NamedTuple):
 
 
 class Clock:
-    """When the left engine noticed that a rail broke, and when what had not arrived was posted again."""
+    """When one of these engines noticed that a rail broke, and when what had not arrived was posted again."""
 
-    def __init__(self, engine: at.Engine) -> None:
+    def __init__(self, *engines: at.Engine) -> None:
         self.noticed = self.posted = 0.0
-        event, parted, clock = engine._rail_event, FabricPath._parted, self
-
-        def heard(number: int) -> None:
-            clock.noticed = clock.noticed or time.perf_counter()
-            event(number)
+        parted, clock = FabricPath._parted, self
+        for engine in engines:
+            engine._rail_event = self._hearing(engine._rail_event)  # type: ignore[method-assign]
 
         def settled(path: FabricPath, generation: int, arrived: int) -> None:
             parted(path, generation, arrived)
             clock.posted = clock.posted or time.perf_counter()
 
-        engine._rail_event = heard  # type: ignore[method-assign]
         FabricPath._parted = settled  # type: ignore[method-assign]
+
+    def _hearing(self, event: Callable[[int], None]) -> Callable[[int], None]:
+        def heard(number: int) -> None:
+            self.noticed = self.noticed or time.perf_counter()
+            event(number)
+
+        return heard
 
 
 async def once(cables: Cables, engine: at.Engine, peer: at.Peer, clock: Clock, strike: str, seed: int) -> Loss:
