@@ -210,7 +210,8 @@ static int wire_enroll(at_fab *fab, const at_fab_memory *wanted, unsigned use, a
     if (at_grow((void ***)&r->memories, &r->memory_room, r->memory_count) != 0) return ENOMEM;
     memory *m = calloc(1, sizeof *m);
     if (m == NULL) return ENOMEM;
-    *m = (memory){r->memory_count + 1, wanted->address, wanted->nbytes, 1};
+    uint64_t key = (uint64_t)(r->cable + 1) << 32 | (r->memory_count + 1); /* of another rail it is good for nothing */
+    *m = (memory){key, wanted->address, wanted->nbytes, 1};
     r->memories[r->memory_count++] = m;
     *out = (at_fab_mr){.mr = m, .key = m->key};
     return 0;
@@ -258,8 +259,9 @@ int at_wire_rail(at_lane *lane, at_wire *wire, uint32_t cable, uint32_t flags, u
 /* ---- what happens ---- */
 
 static int is_lent(at_wire *wire, const rail *r, uint64_t key, uint64_t address, uint64_t nbytes) {
-    const memory *m = key != 0 && key <= r->memory_count ? r->memories[key - 1] : NULL;
-    if (m != NULL && m->live && address >= m->address && nbytes <= m->nbytes - (address - m->address)) return 1;
+    uint32_t n = (uint32_t)key;
+    const memory *m = n != 0 && n <= r->memory_count ? r->memories[n - 1] : NULL;
+    if (m != NULL && m->key == key && m->live && address >= m->address && nbytes <= m->nbytes - (address - m->address)) return 1;
     wire->violations++;
     return 0;
 }

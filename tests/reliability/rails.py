@@ -3,10 +3,10 @@
     python -m tests.reliability.rails --runs 50000 [--seed N]
 
 Each run has two lanes with 1 to 8 rails each, operations both ways, and a seed that decides everything: what lands when, what is
-confirmed, which cable dies and heals, which connection breaks and who notices, what is cancelled or fenced, and how late the two
-sides' questions to each other are answered. At the end every operation has ended; the bytes of those that succeeded are where they
-belong, and each of their units was counted once; nothing was read from memory that its operation had given back, or written into
-memory that was not lent. A failing seed is printed.
+confirmed, which cable dies and heals, which connection breaks and who notices, what is cancelled or fenced, and how late the
+two sides answer each other. At the end every operation has ended; the bytes of those that succeeded are where they belong, were
+there when they were counted, and each of their units was counted once; nothing was read from memory that its operation had given
+back, or written into memory that was not lent. A failing seed is printed.
 """
 
 from __future__ import annotations
@@ -86,12 +86,13 @@ class Side:
         """The other side's memory."""
         addresses, keys = (ffi.new("uint64_t[]", len(self.members)) for _ in range(2))
         for i, member in enumerate(self.other.members):
+            there = self.other
             status = lib.at_fab_lend(
-                self.other.pointer, member, self.other.slot, self.other.epoch, self.other.region, 0, MEMORY, 3, addresses + i, keys + i
+                there.pointer, member, there.slot, there.epoch, there.region, 0, MEMORY, 3, addresses + i, keys + i
             )
             assert status == 0, native.text(status)
         self.remote = lib.at_fab_bundle_borrow(
-            self.pointer, self.bundle, len(self.members), self.members, addresses, keys, MEMORY, 3, self.other.slot, self.other.epoch
+            self.pointer, self.bundle, len(self.members), self.members, addresses, keys, MEMORY, 3, there.slot, there.epoch
         )
         assert self.remote >= 0, native.text(self.remote)
 
@@ -183,6 +184,18 @@ class Side:
             elif kind == lib.AT_EV_RAIL and number in self.members:
                 self.mending.setdefault(self.members.index(number), self.mend(self.members.index(number)))
 
+    def look(self) -> None:
+        """Whatever was counted here is here already."""
+        for cookie, op in self.other.ops.items():
+            if op.kind == "write" and op.units and cookie not in self.other.ended and self.counted(op.imm):
+                landed = self.memory[slice(*op.target)]
+                assert np.array_equal(landed, op.expected), f"a write of {len(landed)} bytes was counted before it had landed"
+
+    def counted(self, imm: int) -> int:
+        total, taken = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        lib.at_imm_value(self.pointer, lib.at_imm_open(self.pointer, imm), total, taken)
+        return int(total[0])
+
     # ---- operations ----
 
     def over(self, cookie: int, status: int) -> None:
@@ -250,15 +263,13 @@ class Side:
         for cookie, op in self.ops.items():
             status, there = self.ended[cookie], self if op.kind == "read" else self.other
             landed = there.memory[slice(*op.target)]
-            record = lib.at_imm_open(self.other.pointer, op.imm)
-            total, taken = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-            lib.at_imm_value(self.other.pointer, record, total, taken)
+            total = self.other.counted(op.imm)
             if status == lib.AT_OK:
                 assert np.array_equal(landed, op.expected), f"{op.kind} of {len(landed)} bytes is not where it belongs"
-                assert total[0] == op.units, f"{op.kind} of {op.units} units was counted {total[0]} times"
+                assert total == op.units, f"{op.kind} of {op.units} units was counted {total} times"
             else:
                 assert status == lib.AT_ECANCELED, native.text(status)
-                assert total[0] <= op.units, f"{op.kind} of {op.units} units was counted {total[0]} times"
+                assert total <= op.units, f"{op.kind} of {op.units} units was counted {total} times"
                 good = (landed == op.expected) | (landed == 0)
                 assert good.all(), f"what was read after the end of a {op.kind} has landed"
         unknown = self.lane.statistics()["unknown_completions"]
@@ -305,6 +316,7 @@ class Run:
             lib.at_wire_step(self.wire, rng.randrange(1, 40))
         elif what < 0.65:
             side.poll()
+            side.look()
         elif what < 0.75:
             side.answer()
         elif what < 0.85 or calm:
