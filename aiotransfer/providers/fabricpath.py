@@ -143,7 +143,10 @@ class FabricPath(Path):
 
     def joins(self, number: int) -> None:
         """The other side's number of it."""
+        if not 0 < number < 1 << 63:
+            raise BrokenError(f"no connection has the number {number}", provider=self.provider)
         self._to = number
+        native.lib.at_fab_bundle_joins(self._lane.pointer, self.lane_peer, number)
 
     @property
     def to(self) -> int:

@@ -175,6 +175,14 @@ static int64_t post(at_peer *peer, at_op *op) {
 
 /* ---- memory ---- */
 
+int at_fab_bundle_joins(at_lane *lane, int64_t id, int64_t theirs) {
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, id);
+    if (end != NULL) end->their_peer = theirs;
+    at_unlock(lane);
+    return end != NULL ? AT_OK : AT_EUNKNOWN;
+}
+
 int64_t at_fab_bundle_borrow(at_lane *lane, int64_t id, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
                              uint64_t nbytes, int access, uint32_t slot, uint64_t epoch) {
     at_remote_part *parts = calloc(AT_FAB_MOST_RAILS, sizeof *parts);

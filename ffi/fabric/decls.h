@@ -90,6 +90,8 @@ int at_fab_settle(at_lane *lane, int64_t peer, uint64_t arrived);
  * AT_ERAIL. All are there before the first operation. To end it: at_peer_fail, then at_peer_free for each connection, then for itself. */
 int64_t at_fab_bundle_new(at_lane *lane);
 int64_t at_fab_bundle_add(at_lane *lane, int64_t bundle, at_fab *fab);
+/* What the other side calls one of its connections: its peer's id there. */
+int at_fab_bundle_joins(at_lane *lane, int64_t peer, int64_t theirs);
 /* Memory that the peer has lent to each of its connections: address and key by peers[i]. A remote region, or AT_E*. */
 int64_t at_fab_bundle_borrow(at_lane *lane, int64_t bundle, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
                              uint64_t nbytes, int access, uint32_t slot, uint64_t epoch);

@@ -35,6 +35,7 @@
 #define AT_FAB_BLOCK 64u                        /* slots that are made at once */
 #define AT_FAB_IOV 4u
 #define AT_FAB_PAIRS 16u                        /* of grants in a letter */
+#define AT_FAB_PARTS 4u                         /* broken connections in a letter */
 #define AT_FAB_RECEIVES 4u                      /* posted for letters, per end */
 #define AT_FAB_MOST_PEERS (1u << 20)            /* what a mark can name */
 #define AT_FAB_MOST_COUNT (1u << 12)            /* pages that one mark can count */
@@ -53,6 +54,11 @@ typedef struct {
         uint64_t epoch;
         uint32_t slot, unused;
     } pairs[AT_FAB_PAIRS];
+    uint32_t parts, unused; /* how many of these: other connections that have broken, by their peers in the lane that reads this */
+    struct {
+        int64_t peer;
+        uint64_t generation, arrived;
+    } part[AT_FAB_PARTS];
 } at_fab_letter;
 
 enum at_fab_slot_state {
@@ -91,6 +97,8 @@ struct at_fab_end {
     at_fab_bundle *bundle; /* that it is one of, or NULL */
     uint32_t place;        /* in it */
     uint32_t out;          /* work requests posted */
+    int64_t their_peer;    /* the other side's number of it, 0: not known */
+    int owes;              /* it has broken, and the other side may not know yet what was counted by it */
     void *ep;            /* the driver's. NULL: none, or broken. The rail's own where that is shared */
     uint64_t to;         /* the driver's: where it leads */
     uint64_t unique;     /* among all ends there ever were: a completion may name one that has gone */
@@ -268,6 +276,14 @@ void at_fab_slots_close(at_fab *fab);
 extern const at_port at_fab_bundle_port;
 void at_fab_bundle_leave(at_fab_end *end);        /* it is destroyed */
 void at_fab_bundle_refill(at_fab_bundle *bundle); /* there may be room for more */
+
+/* part.c, with the lane's lock */
+uint32_t at_fab_owed_parts(const at_fab_end *carrier); /* how many broken connections there are to tell of */
+void at_fab_write_parts(at_fab_end *carrier, at_fab_letter *letter);
+void at_fab_parts_sent(at_fab_end *carrier, const at_fab_letter *letter);
+void at_fab_read_parts(at_fab_end *carrier, const at_fab_letter *letter);
+void at_fab_owe_parts(at_fab_bundle *bundle); /* one has broken or come up: whatever is broken is to be told, also again */
+void at_fab_tell_parts(at_fab_bundle *bundle); /* by one that is up, as far as the numbers are final */
 
 /* peer.c, with the lane's lock */
 int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_bundle *bundle, at_control *words); /* its id, or AT_E*; NO LOCK */

@@ -59,6 +59,7 @@ static void write_letter(at_fab_end *end, at_fab_letter *letter) {
         pair_up(letter, end->over[i].slot, end->over[i].epoch);
         letter->over++;
     }
+    at_fab_write_parts(end, letter);
 }
 
 /* It is under way: what it says need not be said again, unless the connection breaks. */
@@ -74,15 +75,17 @@ static void letter_sent(at_fab_end *end, const at_fab_letter *letter) {
             break;
         }
     }
+    at_fab_parts_sent(end, letter);
 }
 
 void at_fab_tell(at_fab_end *end) {
     at_fab *fab = end->fab;
-    if (end->telling || end->ep == NULL || !end->begun || end->mute || (!end->news && end->to_tell == 0 && end->over_count == 0)) return;
+    if (end->telling || end->ep == NULL || !end->begun || end->mute) return;
+    if (!end->news && end->to_tell == 0 && end->over_count == 0 && at_fab_owed_parts(end) == 0) return;
     at_fab_slot *slot = at_fab_slot_take(fab);
     if (slot == NULL) return;
     write_letter(end, &slot->letter);
-    if (!end->news && slot->letter.revoked + slot->letter.over == 0) { /* only confirmations that have to wait */
+    if (!end->news && slot->letter.revoked + slot->letter.over + slot->letter.parts == 0) { /* only confirmations that have to wait */
         at_fab_slot_free(fab, slot);
         return;
     }
@@ -193,6 +196,7 @@ void at_fab_read(at_fab *fab, at_fab_slot *slot) {
         owe(end, letter.pairs[i].slot, letter.pairs[i].epoch);
     }
     for (uint32_t i = letter.revoked; i < letter.revoked + letter.over; i++) confirmed(end, letter.pairs[i].slot, letter.pairs[i].epoch);
+    at_fab_read_parts(end, &letter);
     at_fab_tell(end);
 }
 

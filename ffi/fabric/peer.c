@@ -136,6 +136,7 @@ void at_fab_end_break(at_fab_end *end, int error) {
     }
     while (end->posted.head != NULL) unsettle(end, end->posted.head);
     at_fab_retired(end);
+    if (end->bundle != NULL && peer->status == AT_OK) at_fab_owe_parts(end->bundle);
     if (peer->status == AT_OK && error != 0) at_event_push(peer->lane, AT_EV_RAIL, (uint64_t)peer->id, AT_ERAIL, (uint64_t)error);
     at_peer_release(peer);
 }
@@ -226,6 +227,8 @@ static int describe(at_fab_end *end, at_fab_offer *out) {
 
 /* With the turn and the lock: the endpoint of this generation. */
 static int make(at_fab_end *end, uint32_t generation, at_fab_offer *out) {
+    /* What was said of one of several is said of a generation, and may come late: none is opened twice. */
+    if (end->bundle != NULL && end->ep == NULL && generation <= end->generation) generation = end->generation + 1;
     if (generation > end->generation) {
         end->generation = generation;
         end->joined = end->begun = end->heard = 0;
@@ -304,6 +307,7 @@ void at_fab_up(at_fab_end *end) {
     at_event_push(end->peer->lane, AT_EV_UP, (uint64_t)end->peer->id, AT_OK, 0);
     if (!end->begun) begin(end);
     else if (end->bundle != NULL) at_fab_end_refill(end); /* which posts nothing by a connection that has not been heard of */
+    if (end->bundle != NULL) at_fab_owe_parts(end->bundle);
 }
 
 int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int first) {

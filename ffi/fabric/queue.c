@@ -165,7 +165,11 @@ int at_fab_drain(at_fab *fab) {
     for (int batch = 0; batch < BATCHES && last != 0; batch++) count += last = read_batch(fab);
     if (limbo == NULL && closings == fab->read_up_to) return count;
     at_lock(lane);
-    if (last == 0) fab->read_up_to = closings;
+    if (last == 0 && fab->read_up_to != closings) {
+        fab->read_up_to = closings;
+        for (uint32_t i = 0; i < fab->end_count; i++) /* what was counted by those that broke is final now */
+            if (fab->ends[i] != NULL && fab->ends[i]->owes) at_fab_tell_parts(fab->ends[i]->bundle);
+    }
     for (at_fab_slot *next; limbo != NULL; limbo = next) {
         next = limbo->next;
         if (last == 0) {

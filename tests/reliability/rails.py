@@ -16,7 +16,7 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,9 +130,9 @@ class Side:
                 lib.at_fab_parted(self.pointer, self.members[i], generation, theirs)
             generation = self.generation(i) + 1
             offer = self.offer(i, generation)
-            theirs = None if offer is None else (yield from self.ask("offer", i, generation, offer))
+            theirs = None if offer is None else (yield from self.ask("offer", i, offer.generation, offer))
             if theirs is not None:
-                if generation < theirs.generation:
+                if offer.generation < theirs.generation:
                     self.offer(i, theirs.generation)
                 self.take(i, theirs)
             for _ in range(self.run.rng.randrange(1, 60)):
@@ -254,7 +254,7 @@ class Side:
         if running:
             cookie = self.run.rng.choice(running)
             lib.at_cancel(self.pointer, cookie, lib.AT_ECANCELED)
-            if self.run.rng.random() < 0.5:
+            if not self.run.silent and self.run.rng.random() < 0.5:
                 lib.at_fence(self.pointer, cookie)
 
     # ---- the end ----
@@ -293,12 +293,16 @@ class Run:
         for mine, theirs in pair(*ends):
             self.sides[0].join(int(mine))
             self.sides[1].join(int(theirs))
+            for side in self.sides:
+                lib.at_fab_bundle_joins(side.pointer, side.members[-1], side.other.members[-1])
         for side in self.sides:
             side.borrow()
         for i in range(len(self.sides[0].members)):
             self.sides[0].mending[i] = self.sides[0].mend(i)
         self.cables = [*range(here), *range(8, 8 + there)]
         self.dead: set[int] = set()
+        self.silent = len(self.sides[0].members) > 1 and rng.random() < 0.3  # the control connection says nothing once all are up
+        self.spared = 1 if self.silent else 0  # so many connections stay whole
 
     def bytes_(self, nbytes: int) -> np.ndarray:
         """None of them is zero or poison."""
@@ -316,19 +320,22 @@ class Run:
             lib.at_wire_step(self.wire, rng.randrange(1, 40))
         elif what < 0.65:
             side.poll()
-            side.look()
+            if rng.random() < 0.3:
+                side.look()
         elif what < 0.75:
-            side.answer()
+            if not self.silent:
+                side.answer()
         elif what < 0.85 or calm:
-            side.go_on()
+            if not self.silent:
+                side.go_on()
         elif what < 0.93:
             side.submit()
         elif what < 0.95:
             side.withdraw()
         elif what < 0.97:
             self.breaks += 1
-            lib.at_fab_break(side.pointer, rng.choice(side.members))
-        else:
+            lib.at_fab_break(side.pointer, rng.choice(side.members[self.spared :]))
+        elif not self.silent:
             cable = rng.choice(self.cables)
             self.breaks += 1
             self.dead ^= {cable}
@@ -336,24 +343,34 @@ class Run:
 
     def go(self) -> None:
         """Raises AssertionError when a promise was broken."""
+        if self.silent:
+            self.silent = False
+            self.until(self.all_are_up)
+            self.silent = True
         for _ in range(self.rng.randrange(50, 400)):
             self.turn(False)
         for cable in self.cables:
             lib.at_wire_cut(self.wire, cable, 0)
-        turns = 0
-        while not self.is_quiet():
-            self.turn(True)
-            turns += 1
-            assert turns < MOST_TURNS, self.stuck()
+        self.until(self.all_have_ended)
+        self.silent = False
+        self.until(self.all_are_up)
         for _ in range(200):  # what is late
             self.turn(True)
         for side in self.sides:
             side.check()
         assert lib.at_wire_violations(self.wire) == 0, "memory that is not lent was written"
 
-    def is_quiet(self) -> bool:
-        if any(len(side.ended) < len(side.ops) for side in self.sides):
-            return False
+    def until(self, done: Callable[[], bool]) -> None:
+        for _ in range(MOST_TURNS):
+            if done():
+                return
+            self.turn(True)
+        raise AssertionError(self.stuck())
+
+    def all_have_ended(self) -> bool:
+        return all(len(side.ended) == len(side.ops) for side in self.sides)
+
+    def all_are_up(self) -> bool:
         return all(side.is_up(i) for side in self.sides for i in range(len(side.members)))
 
     def stuck(self) -> str:
