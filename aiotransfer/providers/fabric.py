@@ -8,6 +8,7 @@ every question after that names the connection that it is about.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -37,7 +38,7 @@ from aiotransfer.providers.port import Conversation, Pairing, Path, Terms, decod
 
 __all__ = ["FabricPath", "FabricProvider", "Limits", "Rail", "libfabric_names", "open_rail"]
 
-LOOK_SECONDS = 1.0  # how long what was seen of this host's interfaces is believed
+LOOK_SECONDS = 5.0  # how long what was seen of this host's interfaces is believed
 
 
 class FabricProvider:
@@ -55,7 +56,7 @@ class FabricProvider:
         self._limits = limits or Limits()
         self._chosen = nics.named(name, chosen)
         self._pairing = pairing
-        self._seen: tuple[float, dict[str, nics.Nic]] = (0.0, {})
+        self._seen: tuple[float, dict[str, nics.Nic]] = (-math.inf, {})
         self._rails: dict[tuple[str, str], asyncio.Future[Rail]] = {}
         self.takes_device = False  # a rail that is open takes memory of GPUs
         self._paths: dict[int, FabricPath | BundlePath] = {}  # by their numbers in the lane
@@ -78,7 +79,7 @@ class FabricProvider:
         if self.name == "verbs" and (self._limits.verbs_device or named_device()):
             return {}  # that one, and no other
         now = time.monotonic()
-        if not self._seen[1] or now - self._seen[0] > LOOK_SECONDS:
+        if now - self._seen[0] > LOOK_SECONDS:
             self._seen = now, dict(list(nics.automatic(self.name).items())[:MOST_ENDS])
         return self._seen[1]
 

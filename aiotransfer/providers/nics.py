@@ -18,6 +18,7 @@ SIOCGIFCONF, SIOCGIFFLAGS, SIOCGIFNETMASK = 0x8912, 0x8913, 0x891B
 IFF_UP, IFF_LOOPBACK = 1, 8
 IFREQ = 40
 MOST_INTERFACES = 256
+MOST_GIDS = 16  # of a port: its table may have a thousand places, each of them a file, and the first ones are those in use
 
 
 class Nic(NamedTuple):
@@ -71,13 +72,16 @@ def devices(root: Path = Path("/")) -> list[Nic]:
 
 
 def _of_device(where: Path, networks: dict[str, int]) -> Iterable[Nic]:
-    for gid in sorted((where / "ports").glob("*/gids/*"), key=lambda path: int(path.name)):
+    ports = (where / "ports").iterdir() if (where / "ports").is_dir() else ()
+    for gid in (port / "gids" / str(i) for port in sorted(ports) for i in range(MOST_GIDS)):
         try:
             address = ipaddress.IPv6Address(gid.read_text().strip())
+            if int(address) == 0:
+                continue
             kind = (gid.parents[1] / "gid_attrs/types" / gid.name).read_text().strip()
         except (OSError, ValueError):  # an unused place
             continue
-        if int(address) == 0 or (address.is_link_local and kind == "RoCE v2") or kind not in ("RoCE v2", "IB/RoCE v1"):
+        if (address.is_link_local and kind == "RoCE v2") or kind not in ("RoCE v2", "IB/RoCE v1"):
             continue
         if kind != "RoCE v2" and (where / "ports" / gid.parents[1].name / "link_layer").read_text().strip() == "Ethernet":
             continue

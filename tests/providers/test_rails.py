@@ -13,6 +13,7 @@ import pytest
 import aiotransfer as at
 from aiotransfer.engine.world import World
 from aiotransfer.providers import native
+from aiotransfer.providers.fabric import FabricPath
 from aiotransfer.testing import Pair, engine_pair
 from aiotransfer.testing.contract import ProviderContract
 from tests.needs import needs_tcp
@@ -168,3 +169,26 @@ async def test_an_operation_that_a_fabric_cannot_settle_says_that_its_rail_broke
         await all_up(pair)
         await pair.left.write(source, remote, imm=2)
         await pair.right.counter(imm=2).wait(1, timeout=5)
+
+
+async def test_what_is_left_takes_over_without_the_control_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so without either event loop: letters say what was counted."""
+
+    async def never(*_: object) -> None:
+        await asyncio.sleep(3600)
+
+    async with ready(joined(loopbacks(3), loopbacks(3))) as (pair, target, remote, source):
+        await all_up(pair)
+        monkeypatch.setattr(FabricPath, "reopen", never)
+        for side, rail in (("left", 0), ("right", 1)):
+            transfers = [
+                pair.left.write_pages(source, np.arange(PAGES), remote, np.arange(PAGES), page_bytes=PAGE, imm=1),
+                pair.left.write(source, remote, imm=1),
+            ]
+            await asyncio.sleep(0.002)
+            (pair.right_peer if side == "left" else pair.left_peer).path.members[rail].strike()
+            await at.wait_all(transfers)
+        await asyncio.sleep(0.02)
+        assert pair.right.counter(imm=1).total == 2 * (PAGES + 1)
+        assert np.array_equal(target.numpy(), source.numpy())
+        assert [one.broken for one in pair.right_peer.path.members] == [True, True, False]
