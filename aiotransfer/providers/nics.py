@@ -91,8 +91,8 @@ def _of_device(where: Path, networks: dict[str, int]) -> Iterable[Nic]:
 
 def named(provider: str, names: Iterable[str]) -> dict[str, Nic]:
     """What these names of interfaces, devices or addresses stand for with this provider; the others are left out."""
-    there = {"tcp": interfaces, "verbs": devices}.get(provider, list)()
     chosen: dict[str, Nic] = {}
+    there = {"tcp": interfaces, "verbs": devices}.get(provider, list)() if (names := tuple(names)) else []
     for name in names:
         nic = next((nic for nic in there if name in (nic.name, nic.address)), None)
         if nic is None and provider == "tcp":

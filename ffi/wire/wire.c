@@ -79,7 +79,7 @@ static endpoint *find(const at_wire *wire, uint64_t id) {
 
 static void tell(rail *r, at_fab_entry entry) {
     if (r->first + r->count == r->room) {
-        memmove(r->entries, r->entries + r->first, r->count * sizeof *r->entries);
+        if (r->first != 0) memmove(r->entries, r->entries + r->first, r->count * sizeof *r->entries);
         r->first = 0;
         if (r->count == r->room) {
             r->room = r->room ? r->room * 2 : 256;
