@@ -8,6 +8,7 @@ from typing import Any
 from aiotransfer.errors import BusyError, ConfigurationError, ProviderUnavailableError, TransferError, shortage
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import libfabric, libibverbs, native, nics
+from aiotransfer.providers.fabric import FabricProvider
 from aiotransfer.providers.lane import Lane, Segment
 from aiotransfer.providers.port import Pairing, Provider
 
@@ -68,8 +69,6 @@ def open_providers(
 
                     opened[name] = ShmProvider(lane, incarnation, segment_of)
                 elif name in ("tcp", "efa", "verbs"):
-                    from aiotransfer.providers.fabric import FabricProvider
-
                     opened[name] = FabricProvider(name, lane, incarnation, lent, world.limits, rails, pairing)
                 else:
                     from aiotransfer.providers.loopback import LoopbackProvider

@@ -34,7 +34,7 @@ async def other_process(
     process = subprocess.Popen(command) if host is None else host.popen([*command, host.listen], contained=contained)
     arrivals = engine.arrivals()
     try:
-        yield process, await asyncio.wait_for(anext(arrivals), 20)
+        yield process, await asyncio.wait_for(anext(arrivals), 60)
     finally:
         process.kill()
         process.wait()
