@@ -31,9 +31,10 @@ def loopbacks(n: int, first: int = 1) -> list[str]:
 async def joined(left: Sequence[str], right: Sequence[str], **options: Any) -> AsyncIterator[Pair]:
     """Two engines by these rails."""
     options = {"timeout": 20, **options}
+    options = {"providers": "tcp", **options}
     async with (
-        at.open_engine(providers="tcp", name="left", rails=left, **options) as one,
-        at.open_engine(providers="tcp", name="right", rails=right, **options) as other,
+        at.open_engine(name="left", rails=left, **options) as one,
+        at.open_engine(name="right", rails=right, **options) as other,
     ):
         right_peer = await one.connect(other.address)
         arrivals = other.arrivals()
@@ -192,3 +193,41 @@ async def test_what_is_left_takes_over_without_the_control_connection(monkeypatc
         assert pair.right.counter(imm=1).total == 2 * (PAGES + 1)
         assert np.array_equal(target.numpy(), source.numpy())
         assert [one.broken for one in pair.right_peer.path.members] == [True, True, False]
+
+
+@pytest.mark.parametrize("dying", ["reset", "silent"])
+async def test_where_all_are_lost_another_provider_takes_over_with_every_count_exact(
+    monkeypatch: pytest.MonkeyPatch, dying: str
+) -> None:
+    async def never(*_: object) -> None:
+        raise at.BrokenError("it does not heal")
+
+    options = {"providers": ["tcp", "shm"], "config": at.Config(peer_timeout=0.8)}
+    async with ready(joined(loopbacks(2), loopbacks(2), **options)) as (pair, target, remote, source):
+        await all_up(pair)
+        assert pair.right_peer.path.provider == "tcp"
+        monkeypatch.setattr(FabricPath, "reopen", never)
+        transfers = [pair.left.write_pages(source, np.arange(PAGES), remote, np.arange(PAGES), page_bytes=PAGE, imm=1)]
+        transfers += [pair.left.write(source, remote, imm=1), *(pair.left.signal(pair.right_peer, 1) for _ in range(100))]
+        for one in pair.right_peer.path.members:
+            if dying == "reset":
+                one.strike()
+            else:
+                native.lib.at_fab_mute(pair.left._p, one.lane_peer)
+        await at.wait_all(transfers)
+        assert (pair.right_peer.path.provider, pair.left_peer.path.provider) == ("shm", "shm")
+        await asyncio.sleep(0.05)
+        assert pair.right.counter(imm=1).total == PAGES + 101
+        assert np.array_equal(target.numpy(), source.numpy())
+
+
+async def test_an_engine_reaches_itself_by_several_rails() -> None:
+    async with at.open_engine(providers="tcp", rails=loopbacks(2), timeout=10) as engine:
+        me = await engine.connect(engine.address)
+        assert len(me.path.rails) == 2
+        region, source = engine.allocate(1 << 20), engine.allocate(1 << 20)
+        source.numpy()[:] = 7
+        engine.publish("mine", region)
+        await engine.write(source, await me.lookup("mine"), imm=1)
+        await engine.counter(imm=1).wait(1, timeout=5)
+        assert (region.numpy() == 7).all()
