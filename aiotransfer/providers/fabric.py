@@ -236,7 +236,11 @@ class FabricProvider:
             raise BrokenError(f"{len(question.members)} rails are no bundle", provider=self.name)
         names = [(ours, ours) for _, ours in question.members]
         path, joined = await self._bundle(conversation, names, dialled=False)
-        return encode(path.answer(question, joined)), path
+        try:
+            return encode(path.answer(question, joined)), path
+        except BaseException:
+            path.close()
+            raise
 
     async def settle(self) -> None:
         """Rails that are being opened: their threads use the lane."""
