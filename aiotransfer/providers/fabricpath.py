@@ -56,14 +56,18 @@ class FabricPath(Path):
     @property
     def generation(self) -> int:
         """How often its connection was opened."""
-        return int(native.lib.at_fab_generation(self._lane.pointer, self.lane_peer, native.ffi.new("int *")))
+        return self._state()[0]
+
+    def _state(self) -> tuple[int, int]:
+        """And 1: it is up; -1: joined, but nothing has come yet; 0: neither."""
+        up = native.ffi.new("int *")
+        return int(native.lib.at_fab_generation(self._lane.pointer, self.lane_peer, up)), int(up[0])
 
     @property
     def broken(self) -> bool:
         """Whether nothing gets through now: its connection waits to be opened again, or for a sign of the other side."""
-        up = native.ffi.new("int *")
-        opened = native.lib.at_fab_generation(self._lane.pointer, self.lane_peer, up) > 0
-        return not self._closed and (opened or self._member) and not up[0]
+        generation, up = self._state()
+        return not self._closed and (generation > 0 or self._member) and up != 1
 
     async def heard(self, seconds: float) -> None:
         """Wait for the first sign that bytes get through. Raises `BrokenError`."""
@@ -126,6 +130,12 @@ class FabricPath(Path):
     async def reopen(self, conversation: Conversation) -> None:
         """Both sides fence what was under way, count, and post the rest again. Raises `BrokenError` when it failed this time."""
         if self._member and self.generation > 0:
+            if self._state()[1] == -1:  # by a question of the other side, who mends it too: not both at once
+                try:
+                    await self.heard(HEARD_SECONDS)
+                    return
+                except BrokenError:
+                    pass
             await self.part(conversation)
         await self.open(conversation, HEARD_SECONDS)
 

@@ -78,7 +78,8 @@ int at_fab_offer_make(at_lane *lane, int64_t peer, uint32_t generation, at_fab_o
 /* Take the other side's offer of the same generation: work requests that it has counted are over, the others are posted again. Exactly
  * one of the two sides is `first`: it begins to post, and the other once it has heard of it. */
 int at_fab_offer_take(at_lane *lane, int64_t peer, const at_fab_offer *theirs, int first);
-/* The generation that is open or being opened; 0: none yet. *up: something of the other side has come by it. */
+/* The generation that is open or being opened; 0: none yet. *up: 1: something of the other side has come by it; -1: both sides have
+ * joined, and nothing has come yet; 0: neither. */
 uint32_t at_fab_generation(at_lane *lane, int64_t peer, int *up);
 /* Give the connection up: fence it, and count what has arrived. Then settle with what the other side has counted; what is left goes to
  * another path (at_reroute). AT_ERAIL: this fabric cannot tell. */

@@ -349,7 +349,7 @@ uint32_t at_fab_generation(at_lane *lane, int64_t id, int *up) {
     at_lock(lane);
     const at_fab_end *end = at_fab_end_of(lane, id);
     uint32_t generation = end != NULL ? end->generation : 0;
-    *up = end != NULL && end->ep != NULL && end->joined && end->heard;
+    *up = end == NULL || end->ep == NULL || !end->joined ? 0 : end->heard ? 1 : -1;
     at_unlock(lane);
     return generation;
 }

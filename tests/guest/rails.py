@@ -57,9 +57,13 @@ async def joined(rails: int) -> AsyncIterator[Pair]:
 
 async def all_up(pair: Pair, seconds: float = 30) -> None:
     """Until every rail is."""
-    async with asyncio.timeout(seconds):
-        while any(one.broken for peer in (pair.left_peer, pair.right_peer) for one in peer.path.members):
-            await asyncio.sleep(0.01)
+    ends = [one for peer in (pair.left_peer, pair.right_peer) for one in peer.path.members]
+    try:
+        async with asyncio.timeout(seconds):
+            while any(one.broken for one in ends):
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        raise AssertionError(f"not up: {[(one.rails, one.generation, one.broken) for one in ends]}") from None  # type: ignore[attr-defined]
 
 
 async def rate(rails: int, nbytes: int) -> float:
@@ -78,7 +82,8 @@ async def rate(rails: int, nbytes: int) -> float:
 async def once(pair: Pair, clock: Clock, strike: str, seed: int) -> Loss:
     """Raises AssertionError when anything is missing or counted twice."""
     rng, counter = random.Random(seed), pair.right.counter(imm=1)
-    hit, heal = (command.format(rng.randrange(2)) for command in STRIKES[strike])
+    rail = rng.randrange(2)
+    hit, heal = (command.format(rail) for command in STRIKES[strike])
     target, source = pair.right.allocate(PAGE * PAGES), pair.left.allocate(PAGE * PAGES)
     source.numpy()[:] = np.random.default_rng(seed).integers(0, 256, PAGE * PAGES, np.uint8)
     pair.right.publish(f"target {seed}", target)

@@ -101,7 +101,7 @@ class Side:
     def is_up(self, i: int) -> bool:
         up = ffi.new("int *")
         lib.at_fab_generation(self.pointer, self.members[i], up)
-        return bool(up[0])
+        return int(up[0]) == 1
 
     def generation(self, i: int) -> int:
         return int(lib.at_fab_generation(self.pointer, self.members[i], ffi.new("int *")))
