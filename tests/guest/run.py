@@ -1,6 +1,6 @@
 """Runs one command in a guest that has soft-RoCE, on this machine's own Python and checkout.
 
-    python -m tests.guest.run [--seconds 240] [--rails 2] -- .venv/bin/python -m pytest tests/guest
+    python -m tests.guest.run [--seconds 480] [--rails 2] -- .venv/bin/python -m pytest tests/guest
 
 The guest sees this machine's files read-only, and what it writes is gone afterwards. Its output comes out here. The exit code is
 the command's; 124: it took too long; 125: there was no guest, and why is said.
@@ -121,7 +121,7 @@ def run(command: list[str], seconds: float, rails: int) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--rails", type=int, default=2)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
