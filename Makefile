@@ -12,8 +12,8 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
-	bench-kv bench-kv-stream docs test-chaos test-chaos-kv test-guest test-matrix test-cycles test-sanitize soak fuzz sanitize mutants \
-	clean
+	bench-kv bench-kv-stream docs test-rails test-chaos test-chaos-kv test-guest test-matrix test-cycles test-sanitize soak fuzz \
+	sanitize mutants clean
 
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
@@ -133,6 +133,12 @@ test-chaos-kv: $(STAMPS)/test
 # Random faults against whole engines on the simulator; writes docs/reliability/chaos.md.
 test-chaos: $(STAMPS)/test
 	$(PY) -m tests.reliability.chaos --runs $(RUNS) --report $(ARGS)
+
+# Several rails: RUNS random runs on a simulated network, then two tcp rails between namespaces: how fast, and each loss 100 times.
+test-rails: $(STAMPS)/test
+	$(PY) -m tests.reliability.rails --runs $(RUNS)
+	$(PY) -m tests.hosts.rails speed
+	for strike in socket cable silence address; do $(PY) -m tests.hosts.rails loss --strike $$strike $(ARGS) || exit 1; done
 
 # Every fault x operation x side on every provider; writes docs/reliability/matrix.md.
 test-matrix: $(STAMPS)/test

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PACKAGE = ROOT / "aiotransfer"
 FACTS = PACKAGE / "_build_facts.json"
-FOLDERS = ("lane", "sim", "fabric", "verbs", "shm", "bench") if sys.platform.startswith("linux") else ("lane", "sim")
+FOLDERS = ("lane", "sim", "fabric", "wire", "verbs", "shm", "bench") if sys.platform.startswith("linux") else ("lane", "sim")
 STRICT = ["-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
 
 

@@ -9,6 +9,7 @@
 #include "sim/decls.h"
 #ifdef __linux__
 #include "fabric/decls.h"
+#include "wire/decls.h"
 #include "verbs/decls.h"
 #include "shm/decls.h"
 #endif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -110,3 +111,16 @@ def _check_bounds(name: str, pages: Any, nbytes: int, offset: int, page: int, st
             f"for indices 0 to {last}" if last >= 0 else
             f"{name}: not one page of {page} bytes at offset {offset} fits {nbytes} bytes"
         )  # fmt: skip
+
+
+def check_rails(rails: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names; none: all there are. Raises `TypeError` or `ValueError`."""
+    names = (rails,) if isinstance(rails, str) else tuple(rails or ())
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"a rail is the name of an interface or device, or an address, not {name!r}")
+    if rails is not None and not names:
+        raise ValueError("rails must name at least one, or be None")
+    if len(set(names)) != len(names):
+        raise ValueError(f"a rail is named twice: {names}")
+    return names

@@ -17,8 +17,9 @@ from aiotransfer.control.link import Identity
 from aiotransfer.control.patience import despite_cancels
 from aiotransfer.control.ratelimit import RateLimit
 from aiotransfer.core.ledger import Ledger
+from aiotransfer.core.rails import pairing
 from aiotransfer.engine import memory
-from aiotransfer.engine.arguments import MOST_IMM, RESERVED, check_imm
+from aiotransfer.engine.arguments import MOST_IMM, RESERVED, check_imm, check_rails
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.connections import Connections
 from aiotransfer.engine.counter import Counter
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
 
     from aiotransfer.model.descriptor import Grant
 
-
 MOST_REASONS = 4096  # of revocations, kept for errors
 FIRST_FREE_IMM = RESERVED - 1
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -68,7 +68,7 @@ class Engine(Planner):
         *,
         listen: str | Address,
         providers: str | Sequence[str],
-        rails: Sequence[str] | None,
+        rails: str | Sequence[str] | None,
         name: str | None,
         key: bytes | None,
         progress: str,
@@ -90,7 +90,7 @@ class Engine(Planner):
         self._key = load_key(key, environ)
         self._timeout = seconds(timeout)
         self.name = f"{os.getpid()}" if name is None else str(name)
-        self.rails: tuple[str, ...] = tuple(rails or ())
+        self._chosen_rails = check_rails(rails)
         self.progress = progress
         self._world = world
         self.incarnation: int = int.from_bytes(world.entropy(8))
@@ -133,7 +133,7 @@ class Engine(Planner):
         try:
             self._providers, self.missing = open_providers(
                 self._preference, self._lane, self.incarnation, self._segment_of, self._lent_region,
-                lambda grant: memory.is_as_granted(grant, self._granted), self._world,
+                lambda grant: memory.is_as_granted(grant, self._granted), self._world, self._chosen_rails, pairing,
             )  # fmt: skip
             self._paths = Paths(self)
             self._connections = Connections(self)
@@ -156,6 +156,11 @@ class Engine(Planner):
         offers = [OfferWire(t.provider, t.usable, t.reason, t.host, t.data) for t in self._terms()]
         window = self.config.message_window_count, self.config.message_window_bytes
         return PeerInfo(self.name, str(self.address), os.getpid(), offers, window)
+
+    @property
+    def rails(self) -> tuple[str, ...]:
+        """Those that this engine may use: the ones that were named, or all that lead out of this host."""
+        return tuple(rail for provider in getattr(self, "_providers", {}).values() for rail in provider.rails)
 
     def _terms(self) -> list[Terms]:
         return [provider.terms() for provider in self._providers.values()]
@@ -376,8 +381,7 @@ class Engine(Planner):
             native.lib.at_peer_fail(self._p, path.lane_peer, native.lib.AT_EPEER)
         self._progress.poll()
         for path in peer._paths:
-            self._by_lane_peer.pop(path.lane_peer, None)
-            path.close()
+            self._paths.detach(path)
         for lease in list(peer._leases):
             lease._peer_gone()
         self._quarantine.look()

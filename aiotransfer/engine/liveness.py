@@ -92,6 +92,7 @@ class Liveness:
             return
         if sent and now - sign.heard > engine.config.peer_timeout / 2:
             engine._paths.suspect(peer)
+        engine._paths.look(peer, now, blocked)
         native.lib.at_peer_ping(engine._p, peer._path.lane_peer)
 
     def _numbers(self, peer: Peer) -> tuple[int, int, int]:

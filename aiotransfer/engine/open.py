@@ -39,7 +39,7 @@ def open_engine(
     *,
     listen: str | Address = "127.0.0.1:0",
     providers: str | Sequence[str] = "auto",
-    rails: Sequence[str] | None = None,
+    rails: str | Sequence[str] | None = None,
     name: str | None = None,
     key: bytes | None = None,
     progress: str = "auto",
@@ -51,9 +51,11 @@ def open_engine(
 
     `listen` is the control address (port 0: any). `providers` is "auto", a name, or names in order of preference. `key` is a
     shared secret of at least 16 bytes (or `AIOTRANSFER_KEY`); without one only processes of the same user on this host are
-    accepted. `progress` says who makes copies too large for the submitting call: "auto", a native thread, the caller beginning;
-    "thread", the thread alone and also of smaller ones; "loop", the event loop in its own turns (a blocked loop then delays its
-    own large writes, never those of others). `timeout` (seconds) is the default deadline of transfers, connect, lookup and ping.
+    accepted. `rails` names the interfaces, RDMA devices or local addresses by which peers are reached, one or several; None:
+    all that lead to the peer. `progress` says who makes copies too large for the submitting call: "auto", a native thread,
+    the caller beginning; "thread", the thread alone and also of smaller ones; "loop", the event loop in its own turns (a
+    blocked loop then delays its own large writes, never those of others). `timeout` (seconds) is the default deadline of
+    transfers, connect, lookup and ping.
 
     Raises `ProviderUnavailableError` where there is no native extension or no provider, `ConfigurationError`, `TypeError` or
     `ValueError` for settings that make no sense, `BusyError` when this process has no descriptors or memory left.

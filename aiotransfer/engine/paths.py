@@ -73,13 +73,24 @@ class Paths:
         offer = next(o for o in peer._link.info.offers if o.provider == name)
         terms = Terms(name, offer.usable, offer.reason, offer.host, offer.data)
         path = await self._engine._providers[name].dial(peer, terms)
-        self._attach(peer, path)
+        self._attach(peer, path, dialled=True)
         return path
 
-    def _attach(self, peer: Peer, path: Path) -> None:
+    def _attach(self, peer: Peer, path: Path, *, dialled: bool = False) -> None:
         peer._paths.append(path)
         path.on_retired = lambda: self._retired(peer, path)
-        self._engine._by_lane_peer[path.lane_peer] = peer
+        for one in (path, *path.members):
+            self._engine._by_lane_peer[one.lane_peer] = peer
+        if path.members != (path,):
+            for one in path.members:  # what was not up with the first joins when it is
+                if one.broken and dialled:
+                    self.broke(peer, one.lane_peer)
+
+    def detach(self, path: Path) -> None:
+        """Nothing comes of it any more."""
+        for one in (path, *path.members):
+            self._engine._by_lane_peer.pop(one.lane_peer, None)
+        path.close()
 
     def take(self, peer: Peer, path: Path) -> None:
         """The other side has set one up."""
@@ -171,33 +182,39 @@ class Paths:
 
     # ---- a path that breaks ----
 
-    def broke(self, peer: Peer, number: int, error: int) -> None:
+    def broke(self, peer: Peer, number: int, error: int = -1) -> None:
         """The connection of one of its paths went, not the peer: open it again. What was posted waits, within its deadlines.
-        Without an error: its port is back."""
-        path = next((path for path in peer._paths if path.lane_peer == number), None)
+        Without an error (0): its port is back."""
+        found = ((whole, one) for whole in peer._paths for one in whole.members if one.lane_peer == number)
+        whole, path = next(found, (None, None))
         if path is not None and path in self._mending and not error:
             self._mending[path].set()
-        if path is None or path in self._mending or peer._state != "up":
+        if whole is None or path is None or path in self._mending or not self._is_to_be_mended(peer, whole, path):
             return
         self._mending[path] = asyncio.Event()
-        self._start(peer, self._mend(peer, path))
+        self._start(peer, self._mend(peer, whole, path))
+
+    def _is_to_be_mended(self, peer: Peer, whole: Path, path: Path) -> bool:
+        """One of several may break, or be late, before the peer is up; what fails alone then is its dialer's to judge."""
+        return not whole.dead and (peer._state == "up" or (peer._state == "connecting" and whole is not path))
 
     def _start(self, peer: Peer, work: object) -> None:
         task = self._engine._loop.create_task(work)  # type: ignore[arg-type,var-annotated]
         self._engine._connections.own(task)
 
-    async def _mend(self, peer: Peer, path: Path) -> None:
+    async def _mend(self, peer: Peer, whole: Path, path: Path) -> None:
         loop, pause = self._engine._loop, MEND_SECONDS
         patience = loop.time() + PATIENCE * self._engine.config.peer_timeout
         try:
-            while peer._state == "up" and path.broken and not path.dead:
+            while self._is_to_be_mended(peer, whole, path) and path.broken:
                 try:
                     async with asyncio.timeout_at(max(patience, loop.time() + pause)):
                         await path.reopen(peer)
                 except (TransferError, TimeoutError):
                     await self._pause(path, pause)  # the peer itself is lost when it is silent for long enough
                     pause = min(2 * pause, 32 * MEND_SECONDS)
-                if path.broken and loop.time() >= patience and not await self._give_up(peer, path):
+                late = path.broken and whole.broken and loop.time() >= patience
+                if late and not await self._give_up(peer, whole):
                     patience = loop.time() + PATIENCE * self._engine.config.peer_timeout
         finally:
             del self._mending[path]  # in the same turn as the last look: what breaks from here on begins anew
@@ -217,6 +234,12 @@ class Paths:
             return
         self._mending[path] = asyncio.Event()
         self._start(peer, self._find_out(peer, path))
+
+    def look(self, peer: Peer, now: float, blocked: bool) -> None:
+        """Rails of which nothing comes any more, while something comes by others, are broken: nobody else would say so."""
+        for path in peer._paths:
+            for one in path.silent(now, self._engine.config.peer_timeout / 2, blocked):
+                one.strike()
 
     async def _find_out(self, peer: Peer, path: Path) -> None:
         try:
@@ -271,8 +294,7 @@ class Paths:
         if engine._lane.usable:
             olds, news = [b.remote for b, _ in pairs], [b.remote for _, b in pairs]
             lib.at_reroute(engine._p, old.lane_peer, new.lane_peer, len(pairs), olds, news)
-            engine._by_lane_peer.pop(old.lane_peer, None)
-            old.close()
+            self.detach(old)
             engine._progress.poll()
         peer._paths.remove(old)
         self._warn(peer, new)

@@ -49,7 +49,9 @@ _FAILURES: dict[str, type[TransferError]] = {
 
 def _where(peer: Peer) -> dict[str, Any]:
     """The path to it, for errors."""
-    return {} if peer._path is None else {"provider": peer._path.provider, "rail": 0}  # paths of today have one rail
+    if peer._path is None:
+        return {}
+    return {"provider": peer._path.provider, "rail": 0 if len(peer._path.rails) == 1 else None}
 
 
 def _listening(link: Link) -> Address:
@@ -195,6 +197,11 @@ class Peer:
     def local_host(self) -> str:
         """The address of this host that the control connection uses."""
         return self._link.local_address.host
+
+    @property
+    def remote_host(self) -> str:
+        """The address of the other host that it uses."""
+        return self._link.remote_address.host
 
     async def ask(self, provider: str, body: bytes) -> bytes:
         """Ask a provider of the other side."""

@@ -34,6 +34,11 @@ def devices(root: Path = Path("/")) -> list[str]:
     return sorted(name for name, link in drivers.items() if not (link.is_symlink() and link.readlink().name == "efa"))
 
 
+def named_device() -> str | None:
+    """The one device that the environment names."""
+    return os.environ.get(DEVICE)
+
+
 def missing(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> str | None:
     """Why verbs cannot be used here; None: it can."""
     if not native.has_verbs:

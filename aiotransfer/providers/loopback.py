@@ -14,7 +14,8 @@ import errno
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from aiotransfer.errors import BrokenError, RegistrationError, TransferError, shortage
@@ -130,6 +131,9 @@ class LoopbackProvider:
         self._net.join(lane)
         self._closed = False
         _owners[incarnation] = self
+
+    rails = ("loopback",)
+    chosen: Mapping[str, Any] = MappingProxyType({})
 
     def terms(self) -> Terms:
         """Which process this is."""

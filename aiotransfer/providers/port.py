@@ -8,7 +8,7 @@ the provider.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -16,6 +16,8 @@ import msgspec
 from aiotransfer.errors import BrokenError, RegistrationError
 from aiotransfer.model.descriptor import Grant
 
+Ends = Sequence[tuple[str, str, int]]  # of the rails of one side: names, addresses, bits of the network
+Pairing = Callable[[Ends, Ends, bool, tuple[str, str] | None], tuple[tuple[str, str], ...]]
 MOST_SAID = 4096  # bytes of one question, answer or offer
 T = TypeVar("T")
 
@@ -53,6 +55,11 @@ class Conversation(Protocol):
     @property
     def local_host(self) -> str:
         """The address of this host that the control connection uses."""
+        ...
+
+    @property
+    def remote_host(self) -> str:
+        """The address of the other host that it uses."""
         ...
 
     async def ask(self, provider: str, body: bytes) -> bytes:
@@ -103,6 +110,18 @@ class Path:
         self.bindings: weakref.WeakSet[Binding] = weakref.WeakSet()
         self.on_retired: Callable[[], None] = lambda: None
 
+    @property
+    def members(self) -> tuple[Path, ...]:
+        """The connections it consists of: itself, or several that break and heal one by one."""
+        return (self,)
+
+    def silent(self, now: float, seconds: float, blocked: bool) -> list[Path]:
+        """Connections of which nothing has come for so long, while something came by others. `blocked`: we did not listen."""
+        return []
+
+    def strike(self) -> None:
+        """Break it, as the network would."""
+
     def refuse_device(self, grant: Grant) -> None:
         """Raise `RegistrationError` for memory that is not the host's."""
         if grant.device != "cpu":
@@ -143,6 +162,16 @@ class Provider(Protocol):
     """One kind of fabric for one engine."""
 
     name: str
+
+    @property
+    def rails(self) -> tuple[str, ...]:
+        """Those that may be used, by name."""
+        ...
+
+    @property
+    def chosen(self) -> Mapping[str, Any]:
+        """Of the names of rails that were given, those that stand for something here."""
+        ...
 
     def terms(self) -> Terms:
         """What to tell peers."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from aiotransfer.errors import BusyError, ProviderUnavailableError, TransferError, shortage
+from aiotransfer.errors import BusyError, ConfigurationError, ProviderUnavailableError, TransferError, shortage
 from aiotransfer.model.descriptor import Grant
-from aiotransfer.providers import libfabric, libibverbs, native
+from aiotransfer.providers import libfabric, libibverbs, native, nics
+from aiotransfer.providers.fabric import FabricProvider
 from aiotransfer.providers.lane import Lane, Segment
-from aiotransfer.providers.port import Provider
+from aiotransfer.providers.port import Pairing, Provider
 
 KNOWN = ("shm", "loopback", "tcp", "efa", "verbs")
 
@@ -44,9 +45,11 @@ def check_names(providers: str | Sequence[str]) -> str | tuple[str, ...]:
 def open_providers(
     providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None],
     lent: Callable[[int, int, int], tuple[Grant, int, int] | None], covers: Callable[[Grant], bool], world: Any,
+    rails: Sequence[str], pairing: Pairing,
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
     """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left, and `BusyError`
-    rather than do without a provider that this machine has no descriptors or memory for just now.
+    rather than do without a provider that this machine has no descriptors or memory for just now. A rail
+    that no provider has is a `ConfigurationError`.
 
     `world`: its `simulator` is the network of `loopback`, if not that of this process; its `limits` what fabrics do without.
     """
@@ -66,9 +69,7 @@ def open_providers(
 
                     opened[name] = ShmProvider(lane, incarnation, segment_of)
                 elif name in ("tcp", "efa", "verbs"):
-                    from aiotransfer.providers.fabric import FabricProvider
-
-                    opened[name] = FabricProvider(name, lane, incarnation, lent, world.limits)
+                    opened[name] = FabricProvider(name, lane, incarnation, lent, world.limits, rails, pairing)
                 else:
                     from aiotransfer.providers.loopback import LoopbackProvider
 
@@ -88,4 +89,10 @@ def open_providers(
             attempts=attempts,
             hint="; ".join(f"{name}: {why}" for name, why in attempts),
         )
+    try:
+        nics.check(rails, [provider.chosen for provider in opened.values()])
+    except ConfigurationError:
+        for other in opened.values():
+            other.close()
+        raise
     return opened, attempts

@@ -15,7 +15,8 @@ import asyncio
 import errno
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from aiotransfer.errors import (
@@ -172,6 +173,9 @@ class ShmProvider:
         self._listener = fdchannel.FdListener(self._loop)
         self._segment_of = segment_of
         self._paths: weakref.WeakValueDictionary[int, ShmPath] = weakref.WeakValueDictionary()
+
+    rails = ("shm",)
+    chosen: Mapping[str, Any] = MappingProxyType({})
 
     def terms(self) -> Terms:
         """The socket's name and which boot of which machine this is."""

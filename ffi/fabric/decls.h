@@ -81,12 +81,30 @@ int at_fab_offer_make(at_lane *lane, int64_t peer, uint32_t generation, at_fab_o
 /* Take the other side's offer of the same generation: work requests that it has counted are over, the others are posted again. Exactly
  * one of the two sides is `first`: it begins to post, and the other once it has heard of it. */
 int at_fab_offer_take(at_lane *lane, int64_t peer, const at_fab_offer *theirs, int first);
-/* The generation that is open or being opened; 0: none yet. *up: something of the other side has come by it. */
+/* The generation that is open or being opened; 0: none yet. *up: 1: something of the other side has come by it; -1: both sides have
+ * joined, and nothing has come yet; 0: neither. */
 uint32_t at_fab_generation(at_lane *lane, int64_t peer, int *up);
 /* Give the connection up: fence it, and count what has arrived. Then settle with what the other side has counted; what is left goes to
  * another path (at_reroute). AT_ERAIL: this fabric cannot tell. */
 int at_fab_retire(at_lane *lane, int64_t peer, uint64_t *arrived);
 int at_fab_settle(at_lane *lane, int64_t peer, uint64_t arrived);
+
+/* Several connections to one peer, by as many rails, taken as one: a peer of the lane without rails yet, and one more connection of it by
+ * this rail, which is opened, lends memory and breaks as any other does. Where a fabric cannot tell what was counted, what breaks ends with
+ * AT_ERAIL. All are there before the first operation. To end it: at_peer_fail, then at_peer_free for each connection, then for itself. */
+int64_t at_fab_bundle_new(at_lane *lane);
+int64_t at_fab_bundle_add(at_lane *lane, int64_t bundle, at_fab *fab);
+/* What the other side calls one of its connections: its peer's id there. */
+int at_fab_bundle_joins(at_lane *lane, int64_t peer, int64_t theirs);
+/* Memory that the peer has lent to each of its connections: address and key by peers[i]. A remote region, or AT_E*. */
+int64_t at_fab_bundle_borrow(at_lane *lane, int64_t bundle, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
+                             uint64_t nbytes, int access, uint32_t slot, uint64_t epoch);
+/* One of them has broken: fence what is open up to this generation, and count what has arrived. Then at_fab_parted, with what the other
+ * side has counted: what is left goes out by the others. AT_EAGAIN: a later connection is open. */
+int at_fab_part(at_lane *lane, int64_t peer, uint32_t generation, uint64_t *arrived);
+int at_fab_parted(at_lane *lane, int64_t peer, uint32_t generation, uint64_t arrived);
+/* Nothing is posted by it any more: before its connections are given up one after the other. */
+int at_fab_bundle_retire(at_lane *lane, int64_t bundle);
 
 /* Hand out what has arrived by now: before a peer is failed, whose arrivals count still. */
 int at_fab_flush(at_lane *lane, int64_t peer);

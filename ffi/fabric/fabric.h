@@ -30,16 +30,20 @@
 
 #define AT_FAB_WINDOW 64u                       /* work requests posted per peer */
 #define AT_FAB_MOST_BYTES ((uint64_t)32 << 20)  /* posted per peer, once something is: what a cancel has to wait for */
+#define AT_FAB_RAIL_BYTES ((uint64_t)8 << 20)  /* the same, of each of several: a slow one shall not hold up what others could carry */
 #define AT_FAB_PIECE ((uint64_t)4 << 20)        /* of a larger write */
 #define AT_FAB_BLOCK 64u                        /* slots that are made at once */
 #define AT_FAB_IOV 4u
 #define AT_FAB_PAIRS 16u                        /* of grants in a letter */
+#define AT_FAB_PARTS 4u                         /* broken connections in a letter */
 #define AT_FAB_RECEIVES 4u                      /* posted for letters, per end */
 #define AT_FAB_MOST_PEERS (1u << 20)            /* what a mark can name */
 #define AT_FAB_MOST_COUNT (1u << 12)            /* pages that one mark can count */
+#define AT_FAB_MOST_RAILS 16u                   /* connections to one peer that are taken as one */
 
 typedef struct at_fab_end at_fab_end;
 typedef struct at_fab_slot at_fab_slot;
+typedef struct at_fab_bundle at_fab_bundle;
 
 /* One message between two ends. At most one is under way in each direction. */
 typedef struct {
@@ -50,6 +54,11 @@ typedef struct {
         uint64_t epoch;
         uint32_t slot, unused;
     } pairs[AT_FAB_PAIRS];
+    uint32_t parts, unused; /* how many of these: other connections that have broken, by their peers in the lane that reads this */
+    struct {
+        int64_t peer;
+        uint64_t generation, arrived;
+    } part[AT_FAB_PARTS];
 } at_fab_letter;
 
 enum at_fab_slot_state {
@@ -85,6 +94,11 @@ enum at_fab_hold { AT_HOLD_NONE, AT_HOLD_LENT, AT_HOLD_TELL, AT_HOLD_TOLD };
 struct at_fab_end {
     at_fab *fab;
     at_peer *peer;
+    at_fab_bundle *bundle; /* that it is one of, or NULL */
+    uint32_t place;        /* in it */
+    uint32_t out;          /* work requests posted */
+    int64_t their_peer;    /* the other side's number of it, 0: not known */
+    int owes;              /* it has broken, and the other side may not know yet what was counted by it */
     void *ep;            /* the driver's. NULL: none, or broken. The rail's own where that is shared */
     uint64_t to;         /* the driver's: where it leads */
     uint64_t unique;     /* among all ends there ever were: a completion may name one that has gone */
@@ -118,6 +132,19 @@ struct at_fab_end {
         uint32_t slot;
     } *over;             /* grants of theirs that they took back: to be confirmed when nothing is posted under them */
     uint32_t over_count, over_room;
+};
+
+/* Several connections to one peer, by as many rails, taken as one: a peer of the lane whose operations are shared out over them, run by
+ * run. Each connection is a peer of the lane too, with letters, counts and fences of its own; operations name the bundle. When one breaks,
+ * both sides fence it and tell each other what they have counted by it (at_fab_part), and the rest goes out by the others. */
+struct at_fab_bundle {
+    at_peer *peer;     /* NULL: gone, and kept for the connections that are left */
+    at_control *words; /* of all of them */
+    at_fab_end *members[AT_FAB_MOST_RAILS]; /* NULL: gone */
+    uint32_t count, users;
+    uint32_t turn;
+    int retired;       /* given up: nothing is posted any more */
+    at_fab_list again; /* notes of what is to be posted again, by whichever */
 };
 
 typedef struct {
@@ -214,6 +241,16 @@ struct at_fab {
 
 static inline int at_fab_is(const at_fab *fab, uint32_t flag) { return (fab->facts.flags & flag) != 0; }
 
+/* Does the number of arrivals tell which have arrived, and of whom? */
+static inline int at_fab_tells(const at_fab *fab) {
+    return at_fab_is(fab, AT_FAB_ORDERED) && (at_fab_is(fab, AT_FAB_MARKS) || at_fab_is(fab, AT_FAB_SENDERS));
+}
+
+/* The peer whose operations it carries and whose arrivals it counts. */
+static inline at_peer *at_fab_owner(const at_fab_end *end) {
+    return end->bundle != NULL && end->bundle->peer != NULL ? end->bundle->peer : end->peer;
+}
+
 /* rail.c */
 void at_fab_say(const char *format, ...) __attribute__((format(printf, 1, 2))); /* why something failed, in this thread */
 /* Calloc'ed by a driver, which has filled in nothing but its own. Afterwards at_fab_undo gives back what there is. */
@@ -238,7 +275,26 @@ void at_fab_list_add(at_fab_list *list, at_fab_slot *slot);
 void at_fab_list_remove(at_fab_list *list, at_fab_slot *slot);
 void at_fab_slots_close(at_fab *fab);
 
+/* bundle.c, with the lane's lock */
+extern const at_port at_fab_bundle_port;
+void at_fab_bundle_leave(at_fab_end *end);        /* it is destroyed */
+void at_fab_bundle_refill(at_fab_bundle *bundle); /* there may be room for more */
+
+/* part.c, with the lane's lock */
+uint32_t at_fab_owed_parts(const at_fab_end *carrier); /* how many broken connections there are to tell of */
+void at_fab_write_parts(at_fab_end *carrier, at_fab_letter *letter);
+void at_fab_parts_sent(at_fab_end *carrier, const at_fab_letter *letter);
+void at_fab_read_parts(at_fab_end *carrier, const at_fab_letter *letter);
+void at_fab_owe_parts(at_fab_bundle *bundle); /* one has broken or come up: whatever is broken is to be told, also again */
+void at_fab_tell_parts(at_fab_bundle *bundle); /* by one that is up, as far as the numbers are final */
+
 /* peer.c, with the lane's lock */
+int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_bundle *bundle, at_control *words); /* its id, or AT_E*; NO LOCK */
+at_control *at_fab_words_new(void);
+void at_fab_words_free(at_control *words);
+void at_fab_settle_with(at_fab_end *end, uint64_t arrived);
+void at_fab_end_unsettled(at_peer *peer, at_fab_list *list); /* what of it is over, or is of a peer that has ended */
+void at_fab_notes_free(at_fab_list *list);
 void at_fab_end_break(at_fab_end *end, int error); /* close its endpoint; what was posted is unsettled, or over when it was withdrawn */
 void at_fab_end_refill(at_fab_end *end);
 void at_fab_up(at_fab_end *end); /* both sides have joined, and a letter has come */
@@ -246,6 +302,8 @@ at_fab_end *at_fab_end_of(at_lane *lane, int64_t peer); /* NULL: no such peer of
 extern const at_port at_fab_port;
 
 /* post.c, with the lane's lock */
+int at_fab_has_room(at_fab_end *end); /* may one more be posted? Otherwise a completion will ask again */
+int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t first, uint64_t most); /* AT_OK, AT_EAGAIN, or AT_ERAIL: broken now */
 void at_fab_cut(at_peer *peer, at_op *op);
 int64_t at_fab_post(at_peer *peer, at_op *op);
 void at_fab_flush_posts(at_peer *peer); /* what was gathered goes out */

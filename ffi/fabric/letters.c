@@ -59,6 +59,7 @@ static void write_letter(at_fab_end *end, at_fab_letter *letter) {
         pair_up(letter, end->over[i].slot, end->over[i].epoch);
         letter->over++;
     }
+    at_fab_write_parts(end, letter);
 }
 
 /* It is under way: what it says need not be said again, unless the connection breaks. */
@@ -74,15 +75,17 @@ static void letter_sent(at_fab_end *end, const at_fab_letter *letter) {
             break;
         }
     }
+    at_fab_parts_sent(end, letter);
 }
 
 void at_fab_tell(at_fab_end *end) {
     at_fab *fab = end->fab;
-    if (end->telling || end->ep == NULL || !end->begun || end->mute || (!end->news && end->to_tell == 0 && end->over_count == 0)) return;
+    if (end->telling || end->ep == NULL || !end->begun || end->mute) return;
+    if (!end->news && end->to_tell == 0 && end->over_count == 0 && at_fab_owed_parts(end) == 0) return;
     at_fab_slot *slot = at_fab_slot_take(fab);
     if (slot == NULL) return;
     write_letter(end, &slot->letter);
-    if (!end->news && slot->letter.revoked + slot->letter.over == 0) { /* only confirmations that have to wait */
+    if (!end->news && slot->letter.revoked + slot->letter.over + slot->letter.parts == 0) { /* only confirmations that have to wait */
         at_fab_slot_free(fab, slot);
         return;
     }
@@ -124,7 +127,7 @@ void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch) {
     if (slot >= AT_GRANTS || (epoch & 1u) == 0) return;
     _Atomic uint64_t *word = &end->words->epoch[slot];
     if (atomic_load(word) <= epoch) atomic_store(word, epoch + 1);
-    at_peer *peer = end->peer;
+    at_peer *peer = at_fab_owner(end);
     for (at_op *op = peer->head; op != NULL;) { /* the queue changes with each that is stopped */
         int stop = under(op, slot, epoch);
         if (stop) at_op_stop(op, AT_ESTALE);
@@ -134,6 +137,10 @@ void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch) {
         if (under(posted->op, slot, epoch)) at_op_stop(posted->op, AT_ESTALE); /* ends when its last work request retires */
     stop_noted(end, &end->unsettled, slot, epoch);
     stop_noted(end, &end->again, slot, epoch);
+    if (end->bundle == NULL) return;
+    stop_noted(end, &end->bundle->again, slot, epoch);
+    for (uint32_t i = 0; i < end->bundle->count; i++) /* what broke with another connection */
+        if (end->bundle->members[i] != NULL && end->bundle->members[i] != end) stop_noted(end, &end->bundle->members[i]->unsettled, slot, epoch);
 }
 
 /* To be confirmed once nothing of it is posted. The bound is that of all grants there are: a peer cannot make us hold more. */
@@ -189,6 +196,7 @@ void at_fab_read(at_fab *fab, at_fab_slot *slot) {
         owe(end, letter.pairs[i].slot, letter.pairs[i].epoch);
     }
     for (uint32_t i = letter.revoked; i < letter.revoked + letter.over; i++) confirmed(end, letter.pairs[i].slot, letter.pairs[i].epoch);
+    at_fab_read_parts(end, &letter);
     at_fab_tell(end);
 }
 

@@ -25,21 +25,28 @@ static int place(at_fab *fab, at_fab_end *end) {
 
 /* As large as all grants; pages of it come into being where grants are used. Not by calloc: once one of them has been freed, the next
  * comes from the heap and is zeroed, half a megabyte for each peer. */
-static at_control *new_words(void) {
+at_control *at_fab_words_new(void) {
     void *words = mmap(NULL, sizeof(at_control), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return words != MAP_FAILED ? words : NULL;
 }
 
-static void free_words(at_control *words) {
+void at_fab_words_free(at_control *words) {
     if (words != NULL) (void)munmap(words, sizeof *words);
 }
 
 int64_t at_fab_peer(at_lane *lane, at_fab *fab) {
+    at_control *words = at_fab_words_new();
+    int64_t result = words != NULL ? at_fab_end_add(lane, fab, NULL, words) : AT_ENOMEM;
+    if (result < 0) at_fab_words_free(words);
+    return result;
+}
+
+int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_bundle *bundle, at_control *words) {
     at_fab_end *end = calloc(1, sizeof *end);
-    at_control *words = new_words();
-    int64_t result = end != NULL && words != NULL ? AT_OK : AT_ENOMEM;
+    int64_t result = end != NULL ? AT_OK : AT_ENOMEM;
     at_lock(lane);
     if (result == AT_OK && lane->shut) result = AT_ESHUT;
+    if (result == AT_OK && bundle != NULL && (bundle->peer == NULL || bundle->count == AT_FAB_MOST_RAILS)) result = AT_EBUSY;
     if (result == AT_OK) {
         end->fab = fab;
         end->words = words;
@@ -56,13 +63,16 @@ int64_t at_fab_peer(at_lane *lane, at_fab *fab) {
         } else {
             end->peer->paused = 1;
             result = end->peer->id;
+            if ((end->bundle = bundle) != NULL) {
+                end->place = bundle->count;
+                bundle->members[bundle->count++] = end;
+                bundle->users++;
+                bundle->peer->device &= end->peer->device;
+            }
         }
     }
     at_unlock(lane);
-    if (result < 0) {
-        free(end);
-        free_words(words);
-    }
+    if (result < 0) free(end);
     return result;
 }
 
@@ -74,14 +84,16 @@ static void unsettle(at_fab_end *end, at_fab_slot *slot) {
     at_op *op = slot->op;
     at_fab_list_remove(&end->posted, slot);
     end->posted_bytes -= slot->bytes;
+    end->out--;
     fab->posted--;
     slot->op = NULL;
     at_fab_slot *note = at_fab_slot_take(fab); /* remembers what is to be found out; the slot itself stays the provider's for a while */
     at_fab_slot_retire(fab, slot);
-    int ends = atomic_load(&op->withdrawn) || end->peer->status != AT_OK || note == NULL;
-    if (ends) {
+    int over = op->peer->status;
+    if (over == AT_OK && end->bundle != NULL && !at_fab_tells(fab)) over = AT_ERAIL; /* nobody will know whether it was counted */
+    if (atomic_load(&op->withdrawn) || over != AT_OK || note == NULL) {
         if (note != NULL) at_fab_slot_free(fab, note);
-        at_op_complete(op, 0, 0, 0, op->status != AT_OK ? op->status : end->peer->status != AT_OK ? end->peer->status : AT_ERAIL);
+        at_op_complete(op, 0, 0, 0, op->status != AT_OK ? op->status : over != AT_OK ? over : AT_ERAIL);
         return;
     }
     *note = (at_fab_slot){.end = end, .cookie = slot->cookie, .first = slot->first, .steps = slot->steps, .bytes = slot->bytes,
@@ -124,6 +136,7 @@ void at_fab_end_break(at_fab_end *end, int error) {
     }
     while (end->posted.head != NULL) unsettle(end, end->posted.head);
     at_fab_retired(end);
+    if (end->bundle != NULL && peer->status == AT_OK) at_fab_owe_parts(end->bundle);
     if (peer->status == AT_OK && error != 0) at_event_push(peer->lane, AT_EV_RAIL, (uint64_t)peer->id, AT_ERAIL, (uint64_t)error);
     at_peer_release(peer);
 }
@@ -149,19 +162,15 @@ int at_fab_mute(at_lane *lane, int64_t peer) {
 }
 
 /* Withdrawn operations that only wait to be found out are over: their memory is not read any more. Of a peer that has ended, all are. */
-static void end_unsettled(at_fab_end *end) {
-    at_peer *peer = end->peer;
-    at_fab_list *lists[] = {&end->unsettled, &end->again};
-    for (int i = 0; i < 2; i++) {
-        for (at_fab_slot *slot = lists[i]->head, *next; slot != NULL; slot = next) {
-            next = slot->next;
-            at_op *op = at_op_find(peer->lane, slot->cookie);
-            int over = op == NULL || op->over;
-            if (!over && peer->status == AT_OK) continue;
-            at_fab_list_remove(lists[i], slot);
-            at_fab_slot_free(end->fab, slot);
-            if (!over) at_op_stop(op, peer->status);
-        }
+void at_fab_end_unsettled(at_peer *peer, at_fab_list *list) {
+    for (at_fab_slot *slot = list->head, *next; slot != NULL; slot = next) {
+        next = slot->next;
+        at_op *op = at_op_find(peer->lane, slot->cookie);
+        int over = op == NULL || op->over;
+        if (!over && peer->status == AT_OK) continue;
+        at_fab_list_remove(list, slot);
+        at_fab_slot_free(slot->end->fab, slot);
+        if (!over) at_op_stop(op, peer->status);
     }
 }
 
@@ -169,7 +178,8 @@ static void end_unsettled(at_fab_end *end) {
 static void fab_fence(at_peer *peer) {
     at_fab_end *end = peer->impl;
     if (at_fab_is(end->fab, AT_FAB_PRIVATE)) at_fab_end_break(end, ECANCELED);
-    end_unsettled(end);
+    at_fab_end_unsettled(at_fab_owner(end), &end->unsettled);
+    at_fab_end_unsettled(at_fab_owner(end), &end->again);
 }
 
 static void fab_expel(at_peer *peer) {
@@ -217,6 +227,8 @@ static int describe(at_fab_end *end, at_fab_offer *out) {
 
 /* With the turn and the lock: the endpoint of this generation. */
 static int make(at_fab_end *end, uint32_t generation, at_fab_offer *out) {
+    /* What was said of one of several is said of a generation, and may come late: none is opened twice. */
+    if (end->bundle != NULL && end->ep == NULL && generation <= end->generation) generation = end->generation + 1;
     if (generation > end->generation) {
         end->generation = generation;
         end->joined = end->begun = end->heard = 0;
@@ -260,8 +272,9 @@ int at_fab_offer_make(at_lane *lane, int64_t id, uint32_t generation, at_fab_off
 
 /* The other side says how many of our work requests with immediates it has ever counted: by their order it is known which. Those
  * that it has not counted will be posted with the numbers that follow. */
-static void settle(at_fab_end *end, uint64_t arrived) {
-    at_peer *peer = end->peer;
+void at_fab_settle_with(at_fab_end *end, uint64_t arrived) {
+    at_peer *peer = at_fab_owner(end);
+    at_fab_list *again = end->bundle != NULL ? &end->bundle->again : &end->again;
     end->serial = arrived;
     for (at_fab_slot *slot; (slot = end->unsettled.head) != NULL;) {
         at_fab_list_remove(&end->unsettled, slot);
@@ -276,9 +289,10 @@ static void settle(at_fab_end *end, uint64_t arrived) {
             at_op_complete(op, steps, bytes, counts, AT_OK);
         } else {
             slot->state = AT_SLOT_AGAIN;
-            at_fab_list_add(&end->again, slot);
+            at_fab_list_add(again, slot);
         }
     }
+    if (end->bundle != NULL) at_fab_bundle_refill(end->bundle);
 }
 
 /* Two connections that are made from both sides at once crossed badly in libfabric 1.17 (the address sanitizer found it using freed
@@ -292,6 +306,8 @@ static void begin(at_fab_end *end) {
 void at_fab_up(at_fab_end *end) {
     at_event_push(end->peer->lane, AT_EV_UP, (uint64_t)end->peer->id, AT_OK, 0);
     if (!end->begun) begin(end);
+    else if (end->bundle != NULL) at_fab_end_refill(end); /* which posts nothing by a connection that has not been heard of */
+    if (end->bundle != NULL) at_fab_owe_parts(end->bundle);
 }
 
 int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int first) {
@@ -318,7 +334,7 @@ int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int
             end->mailbox_key = theirs->mailbox_key;
             end->joined = 1;
             peer->users++;
-            settle(end, theirs->arrived);
+            at_fab_settle_with(end, theirs->arrived);
             at_fab_say_again(end);
             if (first) begin(end);
             if (end->heard) at_fab_up(end);
@@ -333,7 +349,7 @@ uint32_t at_fab_generation(at_lane *lane, int64_t id, int *up) {
     at_lock(lane);
     const at_fab_end *end = at_fab_end_of(lane, id);
     uint32_t generation = end != NULL ? end->generation : 0;
-    *up = end != NULL && end->ep != NULL && end->joined && end->heard;
+    *up = end == NULL || end->ep == NULL || !end->joined ? 0 : end->heard ? 1 : -1;
     at_unlock(lane);
     return generation;
 }
@@ -344,7 +360,7 @@ int at_fab_retire(at_lane *lane, int64_t id, uint64_t *arrived) {
     at_lock(lane);
     at_fab_end *end = at_fab_end_of(lane, id);
     at_fab *fab = end != NULL ? end->fab : NULL;
-    int possible = fab != NULL && at_fab_is(fab, AT_FAB_PRIVATE) && at_fab_is(fab, AT_FAB_ORDERED) && (at_fab_is(fab, AT_FAB_MARKS) || at_fab_is(fab, AT_FAB_SENDERS));
+    int possible = fab != NULL && at_fab_is(fab, AT_FAB_PRIVATE) && at_fab_tells(fab);
     at_unlock(lane);
     if (fab == NULL) return AT_EUNKNOWN;
     if (!possible) return AT_ERAIL;
@@ -370,7 +386,7 @@ int at_fab_settle(at_lane *lane, int64_t id, uint64_t arrived) {
     int rc = end == NULL || !end->retired ? AT_EUNKNOWN : AT_OK;
     if (rc == AT_OK) {
         end->peer->users++;
-        settle(end, arrived);
+        at_fab_settle_with(end, arrived);
         at_peer_release(end->peer);
     }
     at_unlock(lane);
@@ -383,6 +399,7 @@ void at_fab_end_refill(at_fab_end *end) {
     if (peer->stalled) at_stall(peer, 0);
     at_fab_post_again(end);
     at_refill(peer);
+    if (end->bundle != NULL) at_fab_bundle_refill(end->bundle);
     at_fab_tell(end);
     at_peer_release(peer);
 }
@@ -391,15 +408,17 @@ void at_fab_end_refill(at_fab_end *end) {
 
 static void fab_drain(at_peer *peer) { (void)peer; } /* arrivals are handed over as they are read */
 
+void at_fab_notes_free(at_fab_list *list) {
+    for (at_fab_slot *slot; (slot = list->head) != NULL;) {
+        at_fab_list_remove(list, slot);
+        at_fab_slot_free(slot->end->fab, slot);
+    }
+}
+
 static void fab_forget(at_peer *peer) {
     at_fab_end *end = peer->impl;
-    at_fab_list *lists[] = {&end->unsettled, &end->again};
-    for (int i = 0; i < 2; i++) {
-        for (at_fab_slot *slot; (slot = lists[i]->head) != NULL;) {
-            at_fab_list_remove(lists[i], slot);
-            at_fab_slot_free(end->fab, slot);
-        }
-    }
+    at_fab_notes_free(&end->unsettled);
+    at_fab_notes_free(&end->again);
 }
 
 static void fab_destroy(at_peer *peer) {
@@ -415,9 +434,10 @@ static void fab_destroy(at_peer *peer) {
         fab->posted--;
     }
     fab->ends[end->mark] = NULL;
+    if (end->bundle != NULL) at_fab_bundle_leave(end);
+    else at_fab_words_free(end->words);
     free(end->hold);
     free(end->over);
-    free_words(end->words);
     free(end);
 }
 

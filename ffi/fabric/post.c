@@ -14,14 +14,14 @@
 static uint64_t piece_bytes(const at_fab *fab) { return fab->facts.most_bytes < AT_FAB_PIECE ? fab->facts.most_bytes : AT_FAB_PIECE; }
 
 /* How many pieces one unit of the operation (a write, a page) is cut into. */
-static uint64_t pieces_of(const at_fab *fab, const at_op *op) {
-    uint64_t piece = op->kind == AT_OP_PAGES ? fab->facts.most_bytes : piece_bytes(fab);
-    return op->nbytes <= piece ? 1 : (op->nbytes - 1) / piece + 1; /* hardly ever a division, which costs as much as all else here */
+static uint64_t pieces_of(const at_op *op) {
+    return op->nbytes <= op->piece ? 1 : (op->nbytes - 1) / op->piece + 1; /* hardly ever a division, which costs as much as all else here */
 }
 
 void at_fab_cut(at_peer *peer, at_op *op) {
     const at_fab_end *end = peer->impl;
-    uint64_t pieces = pieces_of(end->fab, op);
+    op->piece = op->kind == AT_OP_PAGES ? end->fab->facts.most_bytes : piece_bytes(end->fab);
+    uint64_t pieces = pieces_of(op);
     op->extent = pieces * op->units;
     int last_may_count = op->kind != AT_OP_PAGES && at_fab_is(end->fab, AT_FAB_ORDERED);
     if (pieces > 1 && op->imm >= 0 && !last_may_count) { /* one write of no bytes for each unit */
@@ -38,8 +38,8 @@ static void add(at_fab_vector *v, uint8_t *here, uint64_t there, uint64_t n) {
 }
 
 /* The pages from `first` on that one work request covers, at most `most`: how many. */
-static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t first, uint64_t most, at_fab_vector *v) {
-    uint64_t base = op->remote->va + op->remote_offset, n = op->nbytes, taken = 0;
+static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t va, uint64_t first, uint64_t most, at_fab_vector *v) {
+    uint64_t base = va + op->remote_offset, n = op->nbytes, taken = 0;
     uint64_t room = MERGED < fab->facts.most_bytes ? MERGED : fab->facts.most_bytes;
     for (; taken < most && (taken == 0 || v->bytes + n <= room); taken++) {
         uint8_t *here = op->local + (uint64_t)op->local_pages[first + taken] * op->local_stride;
@@ -59,9 +59,10 @@ static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t first,
 }
 
 /* What the work request from step `first` on looks like: how many steps it covers (at most `most`), and how many units it counts. */
-static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, uint64_t most, at_fab_vector *v, uint64_t *counts) {
+static uint64_t gather(const at_fab_end *end, const at_op *op, const at_remote_part *there, uint64_t first, uint64_t most, at_fab_vector *v,
+                       uint64_t *counts) {
     const at_fab *fab = end->fab;
-    uint64_t pieces = pieces_of(fab, op), body = pieces * op->units;
+    uint64_t pieces = pieces_of(op), body = pieces * op->units;
     if (op->remote == NULL || first >= body) { /* a signal, or a tail */
         add(v, (uint8_t *)(uintptr_t)fab->mailbox, end->mailbox, 0);
         v->key = end->mailbox_key;
@@ -73,12 +74,11 @@ static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, u
         int before = first < op->precounted;
         uint64_t several = op->imm < 0 || before || at_fab_is(fab, AT_FAB_MARKS) ? AT_FAB_MOST_COUNT : 1;
         if (before && several > op->precounted - first) several = op->precounted - first;
-        uint64_t taken = gather_pages(fab, op, first, most < several ? most : several, v);
+        uint64_t taken = gather_pages(fab, op, there->va, first, most < several ? most : several, v);
         *counts = op->imm >= 0 && !before ? taken : 0;
         return taken;
     }
-    uint64_t unit = first / pieces, k = first % pieces, from = 0, to = op->remote->va + op->remote_offset;
-    uint64_t piece = op->kind == AT_OP_PAGES ? fab->facts.most_bytes : piece_bytes(fab);
+    uint64_t unit = first / pieces, k = first % pieces, from = 0, to = there->va + op->remote_offset, piece = op->piece;
     if (op->kind == AT_OP_PAGES) {
         from = (uint64_t)op->local_pages[unit] * op->local_stride;
         to += (uint64_t)op->remote_pages[unit] * op->remote_stride;
@@ -89,19 +89,26 @@ static uint64_t gather(const at_fab_end *end, const at_op *op, uint64_t first, u
     return 1;
 }
 
-/* Post it in `slot`. AT_OK, AT_EAGAIN, or AT_ERAIL: the connection is broken now. */
-static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t first, uint64_t most) {
+/* Where the operation's memory is, seen by this connection. */
+static at_remote_part part_for(const at_fab_end *end, const at_op *op) {
+    const at_remote *remote = op->remote;
+    if (remote == NULL) return (at_remote_part){0, 0};
+    return remote->parts != NULL && end->bundle != NULL ? remote->parts[end->place] : (at_remote_part){remote->va, remote->key};
+}
+
+int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t first, uint64_t most) {
     at_fab *fab = end->fab;
     void *desc;
     int rc = at_fab_source(fab, op, &desc);
     if (rc != AT_OK) return rc;
+    at_remote_part there = part_for(end, op);
     at_fab_vector v; /* its pieces are filled in as they come: zeroing them for each work request shows */
-    v.key = op->remote != NULL ? op->remote->key : 0;
+    v.key = there.key;
     v.desc = desc;
     v.device = op->region != NULL && op->region->cuda >= 0;
     v.count = 0;
     v.bytes = 0;
-    uint64_t counts = 0, data = 0, steps = gather(end, op, first, most, &v, &counts);
+    uint64_t counts = 0, data = 0, steps = gather(end, op, &there, first, most, &v, &counts);
     if (counts != 0) {
         data = (uint64_t)op->imm;
         if (at_fab_is(fab, AT_FAB_MARKS)) data |= (counts - 1) << 32 | (uint64_t)end->their_mark << 44;
@@ -126,14 +133,16 @@ static int post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
     slot->serial = counts != 0 ? ++end->serial : 0;
     at_fab_list_add(&end->posted, slot);
     end->posted_bytes += v.bytes;
+    end->out++;
     fab->posted++;
     return AT_OK;
 }
 
-/* May one more be posted? Otherwise a completion will ask again. */
-static int has_room(at_fab_end *end) {
+int at_fab_has_room(at_fab_end *end) {
     at_fab *fab = end->fab;
-    if (end->ep == NULL || !end->begun || end->mute || (end->posted.head != NULL && end->posted_bytes >= AT_FAB_MOST_BYTES)) return 0;
+    if (end->bundle != NULL && (!end->heard || end->out >= AT_FAB_WINDOW)) return 0; /* what is silent yet may stay so */
+    if (end->ep == NULL || !end->begun || end->mute) return 0;
+    if (end->posted.head != NULL && end->posted_bytes >= (end->bundle != NULL ? AT_FAB_RAIL_BYTES : AT_FAB_MOST_BYTES)) return 0;
     if (fab->posted < fab->facts.most_posted) return 1;
     fab->saturated = 1;
     return 0;
@@ -141,11 +150,11 @@ static int has_room(at_fab_end *end) {
 
 int64_t at_fab_post(at_peer *peer, at_op *op) {
     at_fab_end *end = peer->impl;
-    if (end->again.head != NULL || !has_room(end)) return 0;
+    if (end->again.head != NULL || !at_fab_has_room(end)) return 0;
     if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) return AT_ESTALE;
     at_fab_slot *slot = at_fab_slot_take(end->fab);
     if (slot == NULL) return AT_EAGAIN;
-    int rc = post_slot(end, op, slot, op->cursor, op->extent - op->cursor);
+    int rc = at_fab_post_slot(end, op, slot, op->cursor, op->extent - op->cursor);
     if (rc == AT_OK) return (int64_t)slot->steps;
     at_fab_slot_free(end->fab, slot);
     if (rc == AT_EAGAIN) at_fab_kick(end->fab); /* tried again by the loop, or by the thread if that does not come */
@@ -164,7 +173,7 @@ void at_fab_flush_posts(at_peer *peer) {
 
 static void post_again(at_fab_end *end) {
     at_peer *peer = end->peer;
-    while (end->again.head != NULL && peer->posted < AT_FAB_WINDOW && has_room(end)) {
+    while (end->again.head != NULL && peer->posted < AT_FAB_WINDOW && at_fab_has_room(end)) {
         at_fab_slot *slot = end->again.head;
         at_op *op = at_op_find(peer->lane, slot->cookie);
         at_fab_list_remove(&end->again, slot);
@@ -177,7 +186,7 @@ static void post_again(at_fab_end *end) {
             at_op_stop(op, AT_ESTALE);
             continue;
         }
-        int rc = post_slot(end, op, slot, slot->first, slot->steps);
+        int rc = at_fab_post_slot(end, op, slot, slot->first, slot->steps);
         if (rc == AT_OK) {
             op->posted++;
             peer->posted++;

@@ -50,7 +50,7 @@ static void arrival(at_fab *fab, const at_fab_entry *entry) {
     }
     end->arrived++;
     if (at_fab_is(fab, AT_FAB_MARKS) || at_fab_is(fab, AT_FAB_SENDERS)) end->signs++;
-    at_imm_arrive(end->peer, (uint32_t)data, n);
+    at_imm_arrive(at_fab_owner(end), (uint32_t)data, n);
 }
 
 static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
@@ -60,6 +60,7 @@ static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
     uint64_t steps = slot->steps, bytes = slot->bytes, counts = slot->counts;
     at_fab_list_remove(&end->posted, slot);
     end->posted_bytes -= bytes;
+    end->out--;
     fab->posted--;
     at_fab_slot_free(fab, slot);
     peer->users++;
@@ -70,6 +71,7 @@ static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
         at_fab_post_again(end);
         if (end->again.head == NULL) at_refill(peer); /* what had to wait behind it */
     }
+    if (end->bundle != NULL && end->bundle->again.head != NULL) at_fab_bundle_refill(end->bundle);
     at_fab_retired(end);
     at_peer_release(peer);
 }
@@ -163,7 +165,11 @@ int at_fab_drain(at_fab *fab) {
     for (int batch = 0; batch < BATCHES && last != 0; batch++) count += last = read_batch(fab);
     if (limbo == NULL && closings == fab->read_up_to) return count;
     at_lock(lane);
-    if (last == 0) fab->read_up_to = closings;
+    if (last == 0 && fab->read_up_to != closings) {
+        fab->read_up_to = closings;
+        for (uint32_t i = 0; i < fab->end_count; i++) /* what was counted by those that broke is final now */
+            if (fab->ends[i] != NULL && fab->ends[i]->owes) at_fab_tell_parts(fab->ends[i]->bundle);
+    }
     for (at_fab_slot *next; limbo != NULL; limbo = next) {
         next = limbo->next;
         if (last == 0) {
@@ -206,11 +212,11 @@ static int post_waiting(at_fab *fab) {
     if (all) fab->saturated = 0;
     for (uint32_t i = 0; i < fab->end_count; i++) {
         at_fab_end *end = fab->ends[i];
-        if (end == NULL || (!all && !end->peer->stalled)) continue;
-        uint32_t before = end->peer->posted;
+        if (end == NULL || (!all && !end->peer->stalled && !at_fab_owner(end)->stalled)) continue;
+        uint32_t before = end->out;
         int told = end->telling;
         at_fab_end_refill(end);
-        posted |= end->peer->posted != before || end->telling != told;
+        posted |= end->out != before || end->telling != told;
     }
     return posted;
 }

@@ -204,6 +204,13 @@ int64_t at_remote_uses(at_lane *lane, int64_t remote);
  * went; those that could not end with AT_ERAIL. */
 int64_t at_reroute(at_lane *lane, int64_t from, int64_t to, uint64_t n, const int64_t *olds, const int64_t *news);
 
+/* Sharing out, where a peer has several rails; see share.c. A write of more than AT_STRIPE_LEAST bytes is striped. */
+enum at_share { AT_STRIPE_LEAST = 131072, AT_STRIPE_STEP = 65536, AT_STRIPE_MOST = 1048576, AT_STRIPES_EACH = 4 };
+/* The rail of n that the next run goes to: open[i] and the least load[i]; of equals the first from `turn` on. -1: none is open. */
+int32_t at_share_pick(const uint64_t *load, const int32_t *open, uint32_t n, uint32_t turn);
+/* Bytes of one piece of a write of so many, over so many rails, of which the smallest takes `most` at once. */
+uint64_t at_share_piece(uint64_t nbytes, uint32_t rails, uint64_t most);
+
 /* Peers (made by a provider). */
 int at_peer_fail(at_lane *lane, int64_t peer, int status); /* its operations end with status, later ones are refused */
 int at_peer_free(at_lane *lane, int64_t peer);             /* fails it; memory goes when the last operation has */

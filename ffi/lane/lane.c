@@ -94,7 +94,10 @@ static void lane_destroy(at_lane *lane) {
     at_control_release(lane->control_ref);
     at_imm_destroy(lane);
     for (uint32_t i = 0; i < lane->region_count; i++) free(lane->regions[i]);
-    for (uint32_t i = 0; i < lane->remote_count; i++) free(lane->remotes[i]);
+    for (uint32_t i = 0; i < lane->remote_count; i++) {
+        free(lane->remotes[i]->parts);
+        free(lane->remotes[i]);
+    }
     for (uint32_t i = 0; i < lane->op_count; i++) {
         if (lane->ops[i] == NULL) continue;
         free(lane->ops[i]->table);

@@ -87,10 +87,15 @@ typedef struct {
 } at_region;
 
 typedef struct {
+    uint64_t va, key;
+} at_remote_part;
+
+typedef struct {
     at_peer *peer;
     uint8_t *base;                   /* mapping, or NULL for foreign memory */
     uint64_t va;                     /* address in the peer, or what its provider names it by */
     uint64_t key;                    /* for providers that need one */
+    at_remote_part *parts;           /* by each connection of a peer that has several, owned; NULL: va and key are all */
     uint64_t nbytes;
     const _Atomic uint64_t *word;    /* the grant's epoch word in the peer's control segment */
     uint64_t epoch;                  /* the value that makes it valid */
@@ -139,6 +144,7 @@ struct at_op {
     int64_t *table;
     uint64_t footprint;     /* bytes written lately to different places, this operation included: too many for a cache? */
     uint64_t units;         /* 1, or the number of pages */
+    uint64_t piece;         /* asynchronous: bytes of one step, where the port cuts units into several */
     uint64_t extent;        /* what it is moved in. Synchronous: pages, or bytes (1 where there are none); else the port's steps */
     uint64_t cursor;        /* first of `extent` that is not posted, or that nobody has claimed */
     uint64_t moved;         /* how many of `extent` have landed: in any order */

@@ -230,6 +230,8 @@ static void remote_free(at_lane *lane, uint32_t index) {
     remote->generation++;
     remote->peer = NULL;
     remote->base = NULL;
+    free(remote->parts);
+    remote->parts = NULL;
     if (index < lane->remote_hint) lane->remote_hint = index;
     lane->stats.remote_regions--;
     at_peer_release(peer);

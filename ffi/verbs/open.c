@@ -114,6 +114,9 @@ int at_verbs_open(at_lane *lane, const char *device, const char *node, uint64_t 
         fab->facts.most_posted = most_posted != 0 ? most_posted : vrb->most_connections * AT_FAB_WINDOW;
         (void)strncpy(fab->facts.provider, "verbs", sizeof fab->facts.provider - 1);
         rc = at_fab_begin(fab, fab->facts.domain);
+        at_lock(lane); /* news of the device wake the loop as well, once each; without that they are found with the next completion */
+        if (rc == AT_OK) (void)at_watch_fd(lane, vrb->context->async_fd, AT_TAG(AT_TAG_RAIL, 0), 1);
+        at_unlock(lane);
     }
     if (rc != AT_OK) {
         at_fab_undo(fab, rc == AT_EIO ? code : 0);

@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiotransfer as at
-from tests.hosts.net import KEY, Host
+from tests.hosts.net import KEY, Place
 
 
 @asynccontextmanager
-async def engine_on(host: Host, **options: Any) -> AsyncIterator[at.Engine]:
+async def engine_on(host: Place, **options: Any) -> AsyncIterator[at.Engine]:
     """This thread lives on that host as long as the engine does."""
     with host.inside():
         async with at.open_engine(listen=host.listen, key=KEY.encode(), **{"timeout": 20.0, **options}) as engine:

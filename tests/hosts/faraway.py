@@ -15,7 +15,7 @@ import aiotransfer as at
 from aiotransfer.engine.region import RegionView
 from aiotransfer.testing.pairs import Member, Pair
 from tests.hosts.engines import engine_on
-from tests.hosts.net import KEY, Host, Hosts
+from tests.hosts.net import KEY, Host, Hosts, Place
 
 OF_ITS_LOOP = (at.Engine, at.Peer, at.PeerGroup, RegionView, at.Lease, at.Counter)
 
@@ -62,7 +62,7 @@ async def _next_arrival(engine: at.Engine) -> at.Peer:
 
 
 @contextmanager
-def thread_on(host: Host, **options: Any) -> Iterator[at.EngineThread]:
+def thread_on(host: Place, **options: Any) -> Iterator[at.EngineThread]:
     """An engine in a thread that lives on that host."""
     with host.inside():  # a new thread begins where the one that starts it is
         thread = at.run_in_thread(listen=host.listen, key=KEY.encode(), **options)

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 KEY = "a secret that all hosts have"
 CLONE_NEWNET = 0x40000000
@@ -89,6 +89,19 @@ def inside(namespace: str) -> Iterator[None]:
         setns(before)
         os.close(there)
         os.close(before)
+
+
+class Place(Protocol):
+    """Where an engine may live."""
+
+    @property
+    def listen(self) -> str:
+        """For `open_engine`: an address of it, any port."""
+        ...
+
+    def inside(self) -> Any:
+        """A context: the calling thread lives there."""
+        ...
 
 
 class Host:

@@ -32,11 +32,10 @@ async def ready(
 
 
 def broken(pair: Pair, left: bool, right: bool) -> None:
-    """As if the network had reset the connection."""
-    if left:
-        assert native.lib.at_fab_break(pair.left._p, pair.right_peer.path.lane_peer) == 0
-    if right:
-        assert native.lib.at_fab_break(pair.right._p, pair.left_peer.path.lane_peer) == 0
+    """As if the network had reset the connection; of several, one of them."""
+    for breaks, engine, peer in ((left, pair.left, pair.right_peer), (right, pair.right, pair.left_peer)):
+        if breaks:
+            assert native.lib.at_fab_break(engine._p, random.choice(peer.path.members).lane_peer) == 0
 
 
 class BreakingConnections:

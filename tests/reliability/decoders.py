@@ -20,7 +20,7 @@ from aiotransfer.control.session import Role, Session
 from aiotransfer.errors import BrokenError, DescriptorError, RendezvousError
 from aiotransfer.model import descriptor
 from aiotransfer.model.descriptor import Grant, RemoteRegion
-from aiotransfer.providers import fabric, fdchannel, loopback, shmwire
+from aiotransfer.providers import fabricwire, fdchannel, loopback, shmwire
 from aiotransfer.providers.port import decode
 
 KEY = Key("shared", b"k" * 32)
@@ -208,11 +208,19 @@ DECODERS = (
             lambda: [shmwire.encode(shmwire.Size(1 << 20))]),
     Decoder("shm name", "the name of a peer's socket", _broken(shmwire.socket_name), lambda: [b"\0aiotransfer-" + b"0a" * 16]),
     Decoder("fabric question", "what a peer asks a fabric provider",
-            _broken(lambda data: decode(fabric._questions, data, "question", "tcp")),
-            lambda: [fabric._encode(q) for q in (fabric._Offer(0, 1, b"a" * 16, 1, 2, 3, 4, 1, 0), fabric._Borrow(1, 2, 3),
-                                                 fabric._Retire(1, 2))]),
-    Decoder("fabric loan", "the answer to a question for a key", _broken(lambda data: decode(fabric._lent, data, "loan", "tcp")),
-            lambda: [fabric._encode(fabric._Lent(1 << 46, 7))]),
+            _broken(lambda data: decode(fabricwire.questions, data, "question", "tcp")),
+            lambda: [fabricwire.encode(q) for q in (
+                fabricwire.Offer(0, 1, b"a" * 16, 1, 2, 3, 4, 1, 0, "eth0"), fabricwire.Borrow(1, 2, 3), fabricwire.Retire(1, 2),
+                fabricwire.Gather(1, [(2, "eth0"), (3, "eth1")]), fabricwire.Part(2, 1, 70),
+                fabricwire.RetireEach(1, [(2, 70), (3, 0)]))]),
+    Decoder("fabric loan", "the answer to a question for a key",
+            _broken(lambda data: decode(fabricwire.lents, data, "loan", "tcp")),
+            lambda: [fabricwire.encode(fabricwire.Lent(1 << 46, 7))]),
+    Decoder("fabric loans", "the same, for several rails",
+            _broken(lambda data: decode(fabricwire.lents_each, data, "loan", "tcp")),
+            lambda: [fabricwire.encode(fabricwire.LentEach([(2, 1 << 46, 7), (3, 0, 8)]))]),
+    Decoder("fabric rails", "what a peer says of its rails", _broken(fabricwire.side),
+            lambda: [fabricwire.encode(fabricwire.Side([("eth0", "10.0.0.1", 24), ("eth1", "fd00::1", 64)], True))]),
     Decoder("loopback question", "what a peer asks the loopback provider", _broken(loopback.question), lambda: [b""]),
     Decoder("fd packet", "packets of the descriptor channel", _packet,
             lambda: [b"\0\0" + b"t" * 16, b"\0\0" + b"t" * 16 + b"body"]),

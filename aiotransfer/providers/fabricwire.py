@@ -1,0 +1,120 @@
+"""What the two sides' fabric providers ask each other, and the answers. Ranges are judged by who asks.
+
+Two engines may have several connections, also by one provider: a question names the asked side's end, by the number it gave
+it. Rails are named as their own side names them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+
+import msgspec
+
+from aiotransfer.errors import BrokenError
+from aiotransfer.providers.port import decode
+
+MOST_ENDS = 32  # of one side
+
+
+class Offer(msgspec.Struct, tag="offer", array_like=True):
+    """Open the connection, and this is our side of it. `to` 0: a new one, by the asked side's `rail`."""
+
+    to: int
+    name: int
+    address: bytes
+    mark: int
+    mailbox: int
+    mailbox_key: int
+    arrived: int
+    generation: int
+    marks: int
+    rail: str = ""
+
+
+class Gather(msgspec.Struct, tag="gather", array_like=True):
+    """Make a bundle: for each connection our number, and the rail of the asked side that it leads to."""
+
+    name: int
+    members: list[tuple[int, str]]
+
+
+class Gathered(msgspec.Struct, array_like=True):
+    """The asked side's numbers of the bundle and of its connections, in the order of the question; 0: not by that rail."""
+
+    name: int
+    members: list[int]
+
+
+class Borrow(msgspec.Struct, tag="borrow", array_like=True):
+    """Lend us what we present this grant for."""
+
+    to: int
+    slot: int
+    epoch: int
+
+
+class Lent(msgspec.Struct, array_like=True):
+    """It can be reached by this key."""
+
+    address: int
+    key: int
+
+
+class LentEach(msgspec.Struct, array_like=True):
+    """The same, for each connection of a bundle: the asker's number, address and key."""
+
+    each: list[tuple[int, int, int]]
+
+
+class Retire(msgspec.Struct, tag="retire", array_like=True):
+    """The connection is given up; so many of yours have arrived."""
+
+    to: int
+    arrived: int
+
+
+class Part(msgspec.Struct, tag="part", array_like=True):
+    """The connection of this generation has broken; so many of yours have arrived by it."""
+
+    to: int
+    generation: int
+    arrived: int
+
+
+class RetireEach(msgspec.Struct, tag="retire each", array_like=True):
+    """A bundle is given up; how many of yours have arrived, by the asked side's numbers of its connections."""
+
+    to: int
+    arrived: list[tuple[int, int]]
+
+
+class Side(msgspec.Struct, array_like=True):
+    """What a side says of its rails beforehand: names, addresses and prefixes; whether somebody chose them."""
+
+    ends: list[tuple[str, str, int]]
+    named: bool
+
+
+questions = msgspec.msgpack.Decoder(Offer | Gather | Borrow | Retire | Part | RetireEach)
+offers = msgspec.msgpack.Decoder(Offer)
+gathereds = msgspec.msgpack.Decoder(Gathered)
+lents = msgspec.msgpack.Decoder(Lent)
+lents_each = msgspec.msgpack.Decoder(LentEach)
+retireds = msgspec.msgpack.Decoder(Retire)
+parteds = msgspec.msgpack.Decoder(Part)
+retireds_each = msgspec.msgpack.Decoder(RetireEach)
+sides = msgspec.msgpack.Decoder(Side)
+encode = msgspec.msgpack.encode
+
+
+def side(data: bytes, provider: str = "fabric") -> Side:
+    """A side whose ends have addresses. Raises `BrokenError`."""
+    said = decode(sides, data, "side", provider)
+    try:
+        for _, address, prefix in said.ends:
+            ipaddress.ip_network(f"{ipaddress.ip_address(address)}/{prefix}", strict=False)
+    except ValueError as error:
+        raise BrokenError(f"the peer's rails are malformed: {error}"[:200], provider=provider) from None
+    if len(said.ends) > MOST_ENDS or len({end[0] for end in said.ends}) != len(said.ends):
+        raise BrokenError(f"{len(said.ends)} rails, or two of one name, are too many", provider=provider)
+    return said

@@ -1,0 +1,351 @@
+/* Bundles: several connections to one peer, taken as one. What is posted goes to whichever has the least under way; what broke with one
+ * is counted by both sides and goes out by the others. */
+
+#include "fabric.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SMALL UINT64_C(4096) /* what a work request weighs beside its bytes */
+
+static at_fab_bundle *bundle_of(at_lane *lane, int64_t id) {
+    at_peer *peer = at_peer_find(lane, id);
+    return peer != NULL && peer->port == &at_fab_bundle_port ? peer->impl : NULL;
+}
+
+/* ---- made, and destroyed with its last connection ---- */
+
+int64_t at_fab_bundle_new(at_lane *lane) {
+    at_fab_bundle *bundle = calloc(1, sizeof *bundle);
+    at_control *words = at_fab_words_new();
+    int64_t result = bundle != NULL && words != NULL ? AT_OK : AT_ENOMEM;
+    at_lock(lane);
+    if (result == AT_OK && lane->shut) result = AT_ESHUT;
+    if (result == AT_OK) {
+        bundle->words = words;
+        bundle->users = 1;
+        bundle->peer = at_peer_add(lane, &at_fab_bundle_port, bundle, words);
+        if (bundle->peer != NULL) bundle->peer->device = 1; /* as far as all of them are */
+        result = bundle->peer != NULL ? bundle->peer->id : AT_ENOMEM;
+    }
+    at_unlock(lane);
+    if (result < 0) {
+        at_fab_words_free(words);
+        free(bundle);
+    }
+    return result;
+}
+
+int64_t at_fab_bundle_add(at_lane *lane, int64_t id, at_fab *fab) {
+    at_lock(lane);
+    at_fab_bundle *bundle = bundle_of(lane, id);
+    at_unlock(lane);
+    return bundle != NULL ? at_fab_end_add(lane, fab, bundle, bundle->words) : AT_EUNKNOWN;
+}
+
+static void release(at_fab_bundle *bundle) {
+    if (--bundle->users != 0) return;
+    at_fab_words_free(bundle->words);
+    free(bundle);
+}
+
+void at_fab_bundle_leave(at_fab_end *end) {
+    end->bundle->members[end->place] = NULL;
+    release(end->bundle);
+}
+
+/* ---- posting ---- */
+
+/* The connection that the next work request goes by, none of `refused`; NULL: all are full, silent or broken. */
+static at_fab_end *pick(at_fab_bundle *bundle, const int32_t *refused) {
+    uint64_t load[AT_FAB_MOST_RAILS];
+    int32_t open[AT_FAB_MOST_RAILS];
+    for (uint32_t i = 0; i < bundle->count; i++) {
+        at_fab_end *end = bundle->members[i];
+        open[i] = !refused[i] && end != NULL && end->peer->status == AT_OK && at_fab_has_room(end);
+        load[i] = open[i] ? end->posted_bytes + SMALL * end->out : 0;
+    }
+    int32_t best = bundle->count != 0 ? at_share_pick(load, open, bundle->count, bundle->turn) : -1;
+    return best >= 0 ? bundle->members[best] : NULL;
+}
+
+/* Post it by one of them: the slot, or NULL and *rc. AT_OK: a completion, or a connection that comes up, will ask again. */
+static at_fab_slot *post_somewhere(at_fab_bundle *bundle, at_op *op, uint64_t first, uint64_t most, int *rc) {
+    int32_t refused[AT_FAB_MOST_RAILS] = {0};
+    *rc = bundle->retired ? AT_ERAIL : AT_OK;
+    if (bundle->retired) return NULL;
+    for (at_fab_end *end; (end = pick(bundle, refused)) != NULL;) {
+        at_fab_slot *slot = at_fab_slot_take(end->fab);
+        int done = slot != NULL ? at_fab_post_slot(end, op, slot, first, most) : AT_EAGAIN;
+        if (done == AT_OK) {
+            bundle->turn = (end->place + 1) % bundle->count;
+            return slot;
+        }
+        if (slot != NULL) at_fab_slot_free(end->fab, slot);
+        if (done != AT_EAGAIN && done != AT_ERAIL) {
+            *rc = done;
+            return NULL;
+        }
+        refused[end->place] = 1;
+        if (done == AT_EAGAIN) {
+            *rc = AT_EAGAIN;
+            at_fab_kick(end->fab); /* tried again by the loop, or by the thread if that does not come */
+        }
+    }
+    return NULL;
+}
+
+static void cut(at_peer *peer, at_op *op) {
+    const at_fab_bundle *bundle = peer->impl;
+    uint64_t most = UINT64_MAX;
+    uint32_t rails = 0;
+    for (uint32_t i = 0; i < bundle->count; i++) {
+        if (bundle->members[i] == NULL) continue;
+        uint64_t takes = bundle->members[i]->fab->facts.most_bytes;
+        if (takes < most) most = takes;
+        rails++;
+    }
+    if (op->kind == AT_OP_PAGES) op->piece = most;
+    else op->piece = at_share_piece(op->nbytes, rails, most < AT_FAB_PIECE ? most : AT_FAB_PIECE);
+    uint64_t pieces = op->nbytes == 0 ? 1 : (op->nbytes - 1) / op->piece + 1;
+    op->extent = pieces * op->units;
+    if (pieces > 1 && op->imm >= 0) { /* no order between rails: each unit counts by a write of no bytes, once all of them have landed */
+        op->tail = op->units;
+        op->extent += op->units;
+    }
+}
+
+static void post_again(at_fab_bundle *bundle) {
+    at_peer *peer = bundle->peer;
+    for (at_fab_slot *note; !bundle->retired && (note = bundle->again.head) != NULL;) {
+        at_op *op = at_op_find(peer->lane, note->cookie);
+        int over = op == NULL || op->over || atomic_load(&op->withdrawn), rc = AT_OK;
+        int stale = !over && op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch;
+        uint64_t first = note->first, steps = note->steps;
+        if (!over && !stale) {
+            at_fab_slot *slot = post_somewhere(bundle, op, first, steps, &rc);
+            if (slot == NULL) {
+                if (rc == AT_EAGAIN) at_stall(peer, 1);
+                if (rc == AT_OK || rc == AT_EAGAIN) return;
+                stale = 1;
+            } else {
+                op->posted++;
+                peer->posted++;
+                if (slot->steps < steps) { /* another rail takes less at once */
+                    note->first = first + slot->steps;
+                    note->steps = steps - slot->steps;
+                    continue;
+                }
+            }
+        }
+        at_fab_list_remove(&bundle->again, note);
+        at_fab_slot_free(note->end->fab, note);
+        if (stale) at_op_stop(op, rc != AT_OK ? rc : AT_ESTALE);
+    }
+}
+
+static void flush(at_peer *peer) {
+    at_fab_bundle *bundle = peer->impl;
+    for (uint32_t i = 0; i < bundle->count; i++)
+        if (bundle->members[i] != NULL) at_fab_flush_posts(bundle->members[i]->peer);
+}
+
+void at_fab_bundle_refill(at_fab_bundle *bundle) {
+    at_peer *peer = bundle->peer;
+    if (peer == NULL || bundle->retired) return;
+    peer->users++;
+    at_stall(peer, 0);
+    if (bundle->again.head != NULL) {
+        post_again(bundle);
+        flush(peer);
+    }
+    if (bundle->again.head == NULL) at_refill(peer);
+    at_peer_release(peer);
+}
+
+static int64_t post(at_peer *peer, at_op *op) {
+    at_fab_bundle *bundle = peer->impl;
+    if (bundle->again.head != NULL || bundle->retired) return 0;
+    if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) return AT_ESTALE;
+    int rc;
+    at_fab_slot *slot = post_somewhere(bundle, op, op->cursor, op->extent - op->tail - op->cursor, &rc);
+    return slot != NULL ? (int64_t)slot->steps : rc;
+}
+
+/* ---- memory ---- */
+
+int at_fab_bundle_joins(at_lane *lane, int64_t id, int64_t theirs) {
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, id);
+    if (end != NULL) end->their_peer = theirs;
+    at_unlock(lane);
+    return end != NULL ? AT_OK : AT_EUNKNOWN;
+}
+
+int64_t at_fab_bundle_borrow(at_lane *lane, int64_t id, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
+                             uint64_t nbytes, int access, uint32_t slot, uint64_t epoch) {
+    at_remote_part *parts = calloc(AT_FAB_MOST_RAILS, sizeof *parts);
+    if (parts == NULL) return AT_ENOMEM;
+    at_lock(lane);
+    at_fab_bundle *bundle = bundle_of(lane, id);
+    int rc = bundle == NULL || bundle->peer->status != AT_OK ? AT_EPEER : slot >= AT_GRANTS || (epoch & 1u) == 0 ? AT_EPROTO : AT_OK;
+    uint32_t known = 0;
+    for (uint32_t i = 0; rc == AT_OK && i < n; i++) {
+        const at_fab_end *end = at_fab_end_of(lane, peers[i]);
+        if (end == NULL || end->bundle != bundle) continue;
+        parts[end->place] = (at_remote_part){addresses[i], keys[i]};
+        known |= 1u << end->place;
+    }
+    for (uint32_t i = 0; rc == AT_OK && i < bundle->count; i++)
+        if (bundle->members[i] != NULL && !(known & 1u << i)) rc = AT_EPROTO;
+    if (rc == AT_OK) {
+        _Atomic uint64_t *word = &bundle->words->epoch[slot]; /* epochs of a slot only rise: a letter may have come before this */
+        uint64_t before = atomic_load(word);
+        if (before < epoch) atomic_store(word, epoch);
+        else if (before > epoch) rc = AT_ESTALE;
+    }
+    at_unlock(lane);
+    int64_t remote = rc == AT_OK ? at_remote_add(lane, id, NULL, parts[0].va, nbytes, access, slot, epoch) : rc;
+    at_lock(lane);
+    at_remote *borrowed = remote >= 0 ? at_remote_use(lane, remote) : NULL;
+    if (borrowed != NULL) {
+        borrowed->parts = parts;
+        parts = NULL;
+    }
+    at_unlock(lane);
+    free(parts);
+    return remote;
+}
+
+/* ---- one of them has broken ---- */
+
+int at_fab_part(at_lane *lane, int64_t id, uint32_t generation, uint64_t *arrived) {
+    int rc = at_check_process(lane);
+    if (rc != AT_OK) return rc;
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, id);
+    at_fab *fab = end != NULL && end->bundle != NULL ? end->fab : NULL;
+    at_unlock(lane);
+    if (fab == NULL) return AT_EUNKNOWN;
+    (void)pthread_mutex_lock(&fab->turn);
+    (void)at_fab_drain(fab); /* what has arrived is counted before the endpoint goes, and what that brings out afterwards */
+    at_lock(lane);
+    end = at_fab_end_of(lane, id);
+    rc = end == NULL ? AT_EUNKNOWN : end->generation > generation ? AT_EAGAIN : AT_OK;
+    if (rc == AT_OK) at_fab_end_break(end, 0);
+    at_unlock(lane);
+    (void)at_fab_drain(fab);
+    at_lock(lane);
+    if ((end = at_fab_end_of(lane, id)) == NULL) rc = AT_EUNKNOWN;
+    if (rc == AT_OK) *arrived = end->arrived;
+    at_unlock(lane);
+    (void)pthread_mutex_unlock(&fab->turn);
+    return rc;
+}
+
+int at_fab_parted(at_lane *lane, int64_t id, uint32_t generation, uint64_t arrived) {
+    at_lock(lane);
+    at_fab_end *end = at_fab_end_of(lane, id);
+    int rc = end == NULL || end->bundle == NULL ? AT_EUNKNOWN : end->ep != NULL || end->generation > generation ? AT_EAGAIN : AT_OK;
+    if (rc == AT_OK) {
+        at_peer *peer = end->peer;
+        peer->users++;
+        at_fab_settle_with(end, arrived);
+        at_peer_release(peer);
+    }
+    at_unlock(lane);
+    return rc;
+}
+
+int at_fab_bundle_retire(at_lane *lane, int64_t id) {
+    at_lock(lane);
+    at_fab_bundle *bundle = bundle_of(lane, id);
+    if (bundle != NULL) bundle->retired = 1;
+    for (uint32_t i = 0; bundle != NULL && i < bundle->count; i++)
+        if (bundle->members[i] != NULL) bundle->members[i]->retired = 1; /* none of them is opened again */
+    at_unlock(lane);
+    return bundle != NULL ? AT_OK : AT_EUNKNOWN;
+}
+
+/* ---- the rest of the port ---- */
+
+static void drain(at_peer *peer) { (void)peer; } /* its connections hand over what they read */
+
+static int active(at_peer *peer, uint32_t slot) {
+    (void)peer;
+    (void)slot;
+    return 0; /* each of its connections answers for itself */
+}
+
+static int is_withdrawn(const at_fab_end *end) {
+    for (const at_fab_slot *slot = end->posted.head; slot != NULL; slot = slot->next)
+        if (atomic_load(&slot->op->withdrawn)) return 1;
+    return 0;
+}
+
+static void fence(at_peer *peer) {
+    at_fab_bundle *bundle = peer->impl;
+    for (uint32_t i = 0; i < bundle->count; i++) {
+        at_fab_end *end = bundle->members[i];
+        if (end == NULL) continue;
+        if (peer->status != AT_OK) at_peer_end(end->peer, peer->status);
+        else if (at_fab_is(end->fab, AT_FAB_PRIVATE) && is_withdrawn(end)) at_fab_end_break(end, ECANCELED);
+        at_fab_end_unsettled(peer, &end->unsettled);
+    }
+    at_fab_end_unsettled(peer, &bundle->again);
+}
+
+static void forget(at_peer *peer) {
+    at_fab_bundle *bundle = peer->impl;
+    for (uint32_t i = 0; i < bundle->count; i++)
+        if (bundle->members[i] != NULL) at_fab_notes_free(&bundle->members[i]->unsettled);
+    at_fab_notes_free(&bundle->again);
+}
+
+static void ping(at_peer *peer, uint64_t seq) {
+    at_fab_bundle *bundle = peer->impl;
+    for (uint32_t i = 0; i < bundle->count; i++)
+        if (bundle->members[i] != NULL) at_fab_ping(bundle->members[i]->peer, seq);
+}
+
+/* Sums: another number means that it is there. */
+static void pong(at_peer *peer, uint64_t *native, uint64_t *loop) {
+    at_fab_bundle *bundle = peer->impl;
+    *native = *loop = 0;
+    for (uint32_t i = 0; i < bundle->count; i++) {
+        uint64_t one_native, one_loop;
+        if (bundle->members[i] == NULL) continue;
+        at_fab_pong(bundle->members[i]->peer, &one_native, &one_loop);
+        *native += one_native;
+        *loop += one_loop;
+    }
+}
+
+static void answer(at_peer *peer, int from_loop) {
+    (void)peer;
+    (void)from_loop;
+}
+
+static void destroy(at_peer *peer) {
+    at_fab_bundle *bundle = peer->impl;
+    forget(peer);
+    bundle->peer = NULL;
+    release(bundle);
+}
+
+const at_port at_fab_bundle_port = {
+    .name = "rails",
+    .window = AT_FAB_WINDOW * AT_FAB_MOST_RAILS,
+    .cut = cut,
+    .post = post,
+    .flush = flush,
+    .drain = drain,
+    .active = active,
+    .fence = fence,
+    .forget = forget,
+    .ping = ping,
+    .pong = pong,
+    .answer = answer,
+    .destroy = destroy,
+};

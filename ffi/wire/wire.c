@@ -1,0 +1,360 @@
+/* A simulated network beneath rails: endpoints with queues in order, which lose what is under way when a cable is cut.
+ *
+ * What an endpoint has sent is on its way even after that endpoint was closed, until the other side closes its own: as bytes in a socket's
+ * buffers are. Memory is read when something lands, as a NIC does, and copied when the endpoint is closed before that. */
+#include "fabric/fabric.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define REFUSED 20u /* one post in so many, for now */
+#define NOTICED 4u  /* one look at what is lost in so many notices */
+
+enum { WIRE_WRITE, WIRE_READ, WIRE_LETTER };
+
+typedef struct message message;
+struct message {
+    message *next;
+    at_fab_slot *slot;
+    int kind, landed, counts;
+    uint64_t data;
+    at_fab_vector v;
+    uint8_t *copy; /* of what is written, once its memory may change */
+    at_fab_letter letter;
+};
+
+typedef struct rail rail;
+typedef struct endpoint endpoint;
+struct endpoint {
+    uint64_t id, to;
+    rail *rail;
+    at_fab_end *end; /* NULL: closed */
+    uint32_t mark;
+    uint64_t unique;
+    int failed;
+    message *head, *tail;
+    at_fab_slot *receives[AT_FAB_RECEIVES * 2];
+    uint32_t receive_count;
+};
+
+typedef struct {
+    uint64_t key, address, nbytes;
+    int live;
+} memory;
+
+struct rail {
+    at_fab fab; /* first */
+    at_wire *wire;
+    uint32_t cable;
+    at_fab_entry *entries;
+    size_t first, count, room;
+    memory **memories;
+    uint32_t memory_count, memory_room;
+};
+
+struct at_wire {
+    uint64_t state;
+    endpoint **endpoints;
+    uint32_t count, room;
+    uint64_t ids;
+    uint64_t dead; /* by cable */
+    int violations;
+};
+
+static uint32_t chance(at_wire *wire, uint32_t n) { /* splitmix64 */
+    uint64_t z = (wire->state += UINT64_C(0x9e3779b97f4a7c15));
+    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return (uint32_t)((z ^ (z >> 31)) % n);
+}
+
+static int is_dead(const at_wire *wire, uint32_t cable) { return (wire->dead >> cable & 1u) != 0; }
+
+static endpoint *find(const at_wire *wire, uint64_t id) {
+    for (uint32_t i = 0; i < wire->count; i++)
+        if (wire->endpoints[i]->id == id) return wire->endpoints[i];
+    return NULL;
+}
+
+static void tell(rail *r, at_fab_entry entry) {
+    if (r->first + r->count == r->room) {
+        if (r->first != 0) memmove(r->entries, r->entries + r->first, r->count * sizeof *r->entries);
+        r->first = 0;
+        if (r->count == r->room) {
+            r->room = r->room ? r->room * 2 : 256;
+            r->entries = realloc(r->entries, r->room * sizeof *r->entries);
+            if (r->entries == NULL) abort();
+        }
+    }
+    r->entries[r->first + r->count++] = entry;
+}
+
+/* ---- the driver ---- */
+
+static int wire_open(at_fab_end *end) {
+    rail *r = (rail *)end->fab;
+    at_wire *wire = r->wire;
+    if (is_dead(wire, r->cable) && chance(wire, 2)) return ENETDOWN; /* or it opens, and nothing gets through */
+    if (at_grow((void ***)&wire->endpoints, &wire->room, wire->count) != 0) return ENOMEM;
+    endpoint *e = calloc(1, sizeof *e);
+    if (e == NULL) return ENOMEM;
+    *e = (endpoint){.id = ++wire->ids, .rail = r, .end = end, .mark = end->mark, .unique = end->unique};
+    wire->endpoints[wire->count++] = e;
+    end->ep = e;
+    return 0;
+}
+
+static void message_free(message *m) {
+    free(m->copy);
+    free(m);
+}
+
+static message *pop(endpoint *e) {
+    message *m = e->head;
+    e->head = m->next;
+    if (e->head == NULL) e->tail = NULL;
+    return m;
+}
+
+static void keep_copy(message *m) {
+    if (m->copy != NULL || m->v.bytes == 0) return;
+    m->copy = malloc(m->v.bytes);
+    if (m->copy == NULL) abort();
+    uint8_t *at = m->copy;
+    for (uint32_t i = 0; i < m->v.count; i++) {
+        memcpy(at, m->v.here[i], m->v.nbytes[i]);
+        at += m->v.nbytes[i];
+    }
+}
+
+static void wire_close(at_fab_end *end) {
+    endpoint *e = end->ep;
+    while (e->head != NULL && e->head->landed) message_free(pop(e));
+    message **at = &e->head;
+    e->tail = NULL;
+    while (*at != NULL) {
+        message *m = *at;
+        if (m->kind == WIRE_READ) { /* its answer finds nobody */
+            *at = m->next;
+            message_free(m);
+            continue;
+        }
+        if (m->kind == WIRE_WRITE) keep_copy(m);
+        m->slot = NULL;
+        e->tail = m;
+        at = &m->next;
+    }
+    e->end = NULL;
+    e->receive_count = 0;
+    end->ep = NULL;
+}
+
+static int wire_name(at_fab_end *end, at_fab_offer *out) {
+    const endpoint *e = end->ep;
+    memcpy(out->address, &e->id, sizeof e->id);
+    out->address_bytes = sizeof e->id;
+    return 0;
+}
+
+static int wire_join(at_fab_end *end, const at_fab_offer *theirs) {
+    memcpy(&((endpoint *)end->ep)->to, theirs->address, sizeof(uint64_t));
+    return 0;
+}
+
+static int wire_receive(at_fab_end *end, at_fab_slot *slot) {
+    endpoint *e = end->ep;
+    if (e->receive_count == AT_FAB_RECEIVES * 2) return ENOBUFS;
+    e->receives[e->receive_count++] = slot;
+    return 0;
+}
+
+static int enqueue(at_fab_end *end, const message *what) {
+    message *m = malloc(sizeof *m);
+    if (m == NULL) return ENOMEM;
+    *m = *what;
+    endpoint *e = end->ep;
+    if (e->tail != NULL) e->tail->next = m;
+    else e->head = m;
+    e->tail = m;
+    return 0;
+}
+
+static int wire_send(at_fab_end *end, at_fab_slot *slot) {
+    if (chance(((rail *)end->fab)->wire, REFUSED) == 0) return EAGAIN;
+    message m = {.slot = slot, .kind = WIRE_LETTER, .letter = slot->letter};
+    return enqueue(end, &m);
+}
+
+static int wire_post(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int read, int counts, uint64_t data) {
+    if (chance(((rail *)end->fab)->wire, REFUSED) == 0) return EAGAIN;
+    message m = {.slot = slot, .kind = read ? WIRE_READ : WIRE_WRITE, .counts = counts, .data = data, .v = *v};
+    return enqueue(end, &m);
+}
+
+static int wire_read(at_fab *fab, at_fab_entry *out, int most) {
+    rail *r = (rail *)fab;
+    int n = 0;
+    for (; n < most && r->count != 0; r->count--) out[n++] = r->entries[r->first++];
+    return n;
+}
+
+static int wire_arm(at_fab *fab) {
+    (void)fab;
+    return 1;
+}
+
+static int wire_enroll(at_fab *fab, const at_fab_memory *wanted, unsigned use, at_fab_mr *out) {
+    (void)use;
+    rail *r = (rail *)fab;
+    if (at_grow((void ***)&r->memories, &r->memory_room, r->memory_count) != 0) return ENOMEM;
+    memory *m = calloc(1, sizeof *m);
+    if (m == NULL) return ENOMEM;
+    uint64_t key = (uint64_t)(r->cable + 1) << 32 | (r->memory_count + 1); /* of another rail it is good for nothing */
+    *m = (memory){key, wanted->address, wanted->nbytes, 1};
+    r->memories[r->memory_count++] = m;
+    *out = (at_fab_mr){.mr = m, .key = m->key};
+    return 0;
+}
+
+static void wire_dismiss(at_fab *fab, void *mr) {
+    (void)fab;
+    ((memory *)mr)->live = 0;
+}
+
+static void *wire_desc(void *mr) { return mr; }
+static const char *wire_text(int error) { return strerror(error); }
+
+static void wire_free(at_fab *fab) {
+    rail *r = (rail *)fab;
+    for (uint32_t i = 0; i < r->memory_count; i++) free(r->memories[i]);
+    free(r->memories);
+    free(r->entries);
+    free(r);
+}
+
+static const at_fab_driver driver = {
+    .open = wire_open, .close = wire_close, .name = wire_name, .join = wire_join, .receive = wire_receive, .send = wire_send,
+    .post = wire_post, .read = wire_read, .arm = wire_arm, .enroll = wire_enroll, .dismiss = wire_dismiss, .desc = wire_desc,
+    .text = wire_text, .free = wire_free,
+};
+
+int at_wire_rail(at_lane *lane, at_wire *wire, uint32_t cable, uint32_t flags, uint64_t most_bytes, uint32_t iov, at_fab **out) {
+    rail *r = calloc(1, sizeof *r);
+    if (r == NULL) return AT_ENOMEM;
+    r->wire = wire;
+    r->cable = cable;
+    at_fab *fab = &r->fab;
+    int rc = at_fab_prepare(fab, lane, &driver);
+    fab->facts.flags = flags | AT_FAB_PRIVATE | AT_FAB_VIRTUAL | AT_FAB_KEYS;
+    fab->facts.iov = iov;
+    fab->facts.most_bytes = most_bytes;
+    fab->facts.most_posted = 4096;
+    if (rc == AT_OK) rc = at_fab_begin(fab, "wire");
+    if (rc != AT_OK) at_fab_undo(fab, 0);
+    else *out = fab;
+    return rc;
+}
+
+/* ---- what happens ---- */
+
+static int is_lent(at_wire *wire, const rail *r, uint64_t key, uint64_t address, uint64_t nbytes) {
+    uint32_t n = (uint32_t)key;
+    const memory *m = n != 0 && n <= r->memory_count ? r->memories[n - 1] : NULL;
+    if (m != NULL && m->key == key && m->live && address >= m->address && nbytes <= m->nbytes - (address - m->address)) return 1;
+    wire->violations++;
+    return 0;
+}
+
+static int land(at_wire *wire, message *m, endpoint *there) {
+    rail *r = there->rail;
+    if (m->kind == WIRE_LETTER) {
+        if (there->receive_count == 0) return 0;
+        at_fab_slot *slot = there->receives[--there->receive_count];
+        slot->letter = m->letter;
+        tell(r, (at_fab_entry){.slot = slot});
+        return 1;
+    }
+    const uint8_t *from = m->copy;
+    for (uint32_t i = 0; i < m->v.count; i++) {
+        uint64_t n = m->v.nbytes[i];
+        if (n == 0 || !is_lent(wire, r, m->v.key, m->v.there[i], n)) continue;
+        uint8_t *far = (uint8_t *)(uintptr_t)m->v.there[i];
+        if (m->kind == WIRE_READ) memcpy(m->v.here[i], far, n);
+        else memcpy(far, from != NULL ? from : m->v.here[i], n);
+        if (from != NULL) from += n;
+    }
+    if (m->counts) tell(r, (at_fab_entry){.arrival = 1, .data = m->data, .mark = there->mark, .unique = there->unique});
+    return 1;
+}
+
+static int lost(at_wire *wire, endpoint *e, int error) {
+    if (e->end == NULL) { /* nobody is there to notice */
+        while (e->head != NULL) message_free(pop(e));
+        return 1;
+    }
+    if (e->failed || chance(wire, NOTICED) != 0) return 0;
+    e->failed = 1;
+    tell(e->rail, (at_fab_entry){.slot = e->head->slot, .error = error});
+    return 1;
+}
+
+static int step(at_wire *wire) {
+    if (wire->count == 0) return 0;
+    endpoint *e = wire->endpoints[chance(wire, wire->count)];
+    if (e->head == NULL) return 0;
+    endpoint *there = find(wire, e->to);
+    if (is_dead(wire, e->rail->cable) || (there != NULL && is_dead(wire, there->rail->cable))) return e->end != NULL && lost(wire, e, ETIMEDOUT);
+    if (there == NULL || there->end == NULL) return lost(wire, e, ECONNRESET);
+    message *m = e->head;
+    if (m->landed && chance(wire, 2)) {
+        if (e->end != NULL) tell(e->rail, (at_fab_entry){.slot = m->slot});
+        message_free(pop(e));
+        return 1;
+    }
+    while (m != NULL && m->landed) m = m->next;
+    if (m == NULL || !land(wire, m, there)) return 0;
+    m->landed = 1;
+    if (e->end == NULL) { /* its sender has gone: nothing confirms it */
+        while (e->head != NULL && e->head->landed) message_free(pop(e));
+    }
+    return 1;
+}
+
+static void sweep(at_wire *wire) {
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < wire->count; i++) {
+        endpoint *e = wire->endpoints[i];
+        if (e->end == NULL && e->head == NULL) free(e);
+        else wire->endpoints[kept++] = e;
+    }
+    wire->count = kept;
+}
+
+int at_wire_step(at_wire *wire, uint32_t steps) {
+    int done = 0;
+    sweep(wire);
+    for (uint32_t i = 0; i < steps; i++) done += step(wire);
+    return done;
+}
+
+void at_wire_cut(at_wire *wire, uint32_t cable, int dead) {
+    wire->dead = dead ? wire->dead | UINT64_C(1) << cable : wire->dead & ~(UINT64_C(1) << cable);
+}
+
+int at_wire_violations(const at_wire *wire) { return wire->violations; }
+
+at_wire *at_wire_new(uint64_t seed) {
+    at_wire *wire = calloc(1, sizeof *wire);
+    if (wire != NULL) wire->state = seed;
+    return wire;
+}
+
+void at_wire_free(at_wire *wire) {
+    for (uint32_t i = 0; wire != NULL && i < wire->count; i++) {
+        while (wire->endpoints[i]->head != NULL) message_free(pop(wire->endpoints[i]));
+        free(wire->endpoints[i]);
+    }
+    if (wire != NULL) free(wire->endpoints);
+    free(wire);
+}
