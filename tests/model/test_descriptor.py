@@ -80,9 +80,11 @@ def test_slices_of_slices_add_up_and_nothing_can_be_changed() -> None:
         part.nbytes = 50  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("text", ["", "host", "host:", ":80", "host:65536", "host:-1", "a:b:1", "host:8o", "host:٣"])
+@pytest.mark.parametrize(
+    "text", ["", "host", "host:", ":80", "host:65536", "host:-1", "a:b:1", "host:8o", "host:٣", "a..b:5", "a\0b:5"]
+)
 def test_bad_addresses_are_refused_with_their_text(text: str) -> None:
-    with pytest.raises(ValueError, match=r"address|brackets"):
+    with pytest.raises(ValueError, match=r"address|brackets|no host"):
         Address.parse(text)
 
 

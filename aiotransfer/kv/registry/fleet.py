@@ -111,7 +111,7 @@ class Fleet:
             except ClosedError:  # the engine is closed, or the member is closing
                 if self._engine._state != "open":
                     return
-            except (TransferError, OSError, ValueError) as error:  # ValueError: a host that is no name at all
+            except (TransferError, OSError) as error:
                 left_out = _limit.admit(type(error).__name__)
                 if left_out is not None:
                     words = words_of(error)
