@@ -130,10 +130,11 @@ class Clock:
 
         FabricPath._parted = settled  # type: ignore[method-assign]
 
-    def _hearing(self, event: Callable[[int], None]) -> Callable[[int], None]:
-        def heard(number: int) -> None:
-            self.noticed = self.noticed or time.perf_counter()
-            event(number)
+    def _hearing(self, event: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        def heard(number: int, error: int) -> None:
+            if error:  # without one: a port is back
+                self.noticed = self.noticed or time.perf_counter()
+            event(number, error)
 
         return heard
 
