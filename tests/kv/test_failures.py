@@ -110,6 +110,25 @@ async def test_what_makes_no_sense_is_refused_before_anything_happens(arguments:
         assert not both.prefiller._requests
 
 
+@pytest.mark.parametrize("what", ["memory", "counters"])
+async def test_a_shortage_on_the_decode_side_ends_the_request_before_anything_is_asked(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with party() as both:
+
+        def refuse(*_: object) -> None:
+            raise at.RegistrationError("no memory") if what == "memory" else at.BusyError("no counters")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*((both.decoder.slots, "take") if what == "memory" else (at.Engine, "counter")), refuse)
+            with pytest.raises((at.RegistrationError, at.BusyError), match="no "):
+                async with both.decoder.request(both.peer, "a", [1, 2, 3]):
+                    pass
+        assert not both.decoder.held
+        assert not both.prefiller.requests
+        await all_is_free(both)
+
+
 async def test_too_much_data_for_a_message_is_an_error_and_not_a_wait() -> None:
     async with party() as both:
         with pytest.raises(ValueError, match="at most 1048576 bytes"):

@@ -11,6 +11,7 @@ import pytest
 import aiotransfer as at
 from aiotransfer import kv
 from tests.kv.party import cache_of, party, rank, small
+from tests.needs import needs_tcp
 
 pytestmark = pytest.mark.asyncio
 
@@ -219,3 +220,34 @@ async def test_the_record_of_a_request_says_what_happened_when() -> None:
             assert record.first_page is not None
             assert record.last_page is not None
             assert record.queued <= record.reserved <= record.first_page <= record.last_page <= record.finished
+
+
+@pytest.mark.parametrize("provider", ["loopback", pytest.param("tcp", marks=needs_tcp())])
+async def test_it_is_the_same_by_other_paths(provider: str) -> None:
+    async with at.open_engine(providers=provider) as left, at.open_engine(providers=provider) as right:
+        async with party(engines=(left, right), options={"checksums": True}) as both:
+            for tokens in (5, 60):
+                cache = cache_of(both.prefill.layout, tokens)
+                mine, theirs = list(range(15)), list(range(40, 55))
+                serving = asyncio.create_task(both.serve(cache, mine, chunk=7))
+                async with both.decoder.request(both.peer, str(tokens), theirs, tokens=tokens) as handle:
+                    await handle.arrived(timeout=20)
+                    assert both.decode.holds(theirs, cache, 0, tokens)
+                await serving
+            assert both.decoder.records[-1].path == provider
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05), both.decoder.request(both.peer, "left", [1, 2]) as handle:
+                    await handle.arrived()
+            assert not both.decoder.held
+
+
+async def test_the_more_urgent_request_is_accepted_first() -> None:
+    async with party() as both:
+        async with (
+            both.decoder.request(both.peer, "low", [1], priority=-1),
+            both.decoder.request(both.peer, "first", [2]),
+            both.decoder.request(both.peer, "second", [3]),
+            both.decoder.request(both.peer, "high", [4], priority=5),
+        ):
+            order = [await both.prefiller.accept(timeout=10) for _ in range(4)]
+            assert [request.id for request in order] == ["high", "first", "second", "low"]
