@@ -40,6 +40,7 @@ source_p, target_p = ffi.cast("void *", source.ctypes.data), ffi.cast("void *", 
 def copy(times, n):
     for _ in range(times): lib.at_bench_once(target_p, source_p, n, 0)
 """
+SUPPRESSED = Path(__file__).resolve().parent / "native" / "thread_sanitizer.supp"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ SANITIZERS = {
     "thread": Sanitizer(
         "thread",
         ("libtsan.so",),
-        {"TSAN_OPTIONS": "second_deadlock_stack=1:exitcode=66:log_path={log}"},
+        {"TSAN_OPTIONS": f"second_deadlock_stack=1:exitcode=66:suppressions={SUPPRESSED}:print_suppressions=0:log_path={{log}}"},
         {
             "race": (_object("race(1000)"), "data race"),
             "race in the extension": (
