@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def test_memory_is_on_the_node_of_who_touched_it_first(node: int) -> None:
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, (NEAR, FAR)[node])
     try:
-        memory = np.empty(8 << 20, np.uint8)
+        memory = np.frombuffer(mmap.mmap(-1, 8 << 20), np.uint8)  # fresh: what was freed on the other node may come again
         memory[:] = 1
         assert node_of(memory.ctypes.data + (4 << 20)) == node
     finally:
