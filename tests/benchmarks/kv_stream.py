@@ -29,7 +29,6 @@ ROUNDS = 5
 async def prefill(model: Any, job: dict[str, Any]) -> None:
     """Forward pass alone, then the same for a request, and so on."""
     import torch
-    from transformers import DynamicCache
 
     import aiotransfer as at
     from aiotransfer import kv
@@ -55,11 +54,15 @@ async def prefill(model: Any, job: dict[str, Any]) -> None:
                     table, pool = torch.tensor(pages), region.torch()
                     request.use(pages)
 
-                    def ready(layer: int, keys: Any, values: Any, to: Any = (pool, table, request)) -> None:
+                    def write(layer: int, keys: Any, values: Any, to: Any = (pool, table)) -> None:
                         example.PagedLayer(to[0][layer], to[1]).put(keys, values)
-                        to[2].layer_ready(layer)
 
-                    _, plain, plain_end = await asyncio.to_thread(forward, prompt, DynamicCache(config=model.config))
+                    def ready(layer: int, keys: Any, values: Any, write: Any = write, to: Any = request) -> None:
+                        write(layer, keys, values)
+                        to.layer_ready(layer)
+
+                    paged = example.StreamingCache(model.config, write)  # what an engine without hand-off does as well
+                    _, plain, plain_end = await asyncio.to_thread(forward, prompt, paged)
                     streaming = example.StreamingCache(model.config, ready)
                     token, began, ended = await asyncio.to_thread(forward, prompt, streaming)
                     await request.finish(token.to_bytes(4, "little"))
