@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,23 +24,20 @@ from aiotransfer.errors import BusyError, ClosedError, QuarantineError
 from aiotransfer.kv import wire
 from aiotransfer.kv.handle import Handle, Order
 from aiotransfer.kv.layout import KVLayout
-from aiotransfer.kv.record import RequestRecord
+from aiotransfer.kv.role import Role
 from aiotransfer.kv.room import Room
 from aiotransfer.kv.slots import Slots, check_pool, page_ids_of, whole
-from aiotransfer.kv.tracing import trace
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import Region
     from aiotransfer.errors import DescriptorError
+    from aiotransfer.kv.record import RequestRecord
 
-MOST_RECORDS = 1000
 
 
-class Decoder:
+class Decoder(Role):
     """Receives KV caches into `pages`, a region that holds the pool of `layout`.
 
     `tail_bytes`: most of a tail (what a prefill rank sends last: logits, a hidden state). `checksums`: have every page checked.
@@ -59,6 +55,7 @@ class Decoder:
     ) -> None:  # fmt: skip
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
+        super().__init__(on_record)
         check_pool(pages, layout, checksums)
         self.engine = engine
         self.layout = layout
@@ -67,8 +64,6 @@ class Decoder:
         self.checksums = checksums
         self.most_requests = most_requests
         self.revoke_timeout = revoke_timeout
-        self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
-        self.on_record = on_record
         self.slots = Slots(engine)
         self.room = Room.enter(engine, wire.TO_DECODER, self)
         self._closed = False
@@ -193,13 +188,6 @@ class Decoder:
 
     # ---- the end ----
 
-    def recorded(self, record: RequestRecord, context: Any) -> None:
-        """A request is over; its span belongs to `context`."""
-        self.records.append(record)
-        trace(record, context)
-        if self.on_record is not None:
-            self.on_record(record)
-
     async def aclose(self) -> None:
         """Cancel what is under way, wait for its end (bounded by `revoke_timeout`), free all. Twice is silent.
 
@@ -219,12 +207,6 @@ class Decoder:
         if self._requests:
             stuck = list(itertools.chain.from_iterable(handle.order.written.tolist() for handle in self._requests))
             raise QuarantineError(f"{len(stuck)} pages stay quarantined: {stuck[:8]}", hint="do not reuse them")
-
-    async def __aenter__(self) -> Decoder:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        await self.aclose()
 
     def __repr__(self) -> str:
         return f"<Decoder of {self.engine.address}: {len(self._requests)} requests, {int(self._held.sum())} pages held>"

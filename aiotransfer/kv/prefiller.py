@@ -31,21 +31,18 @@ from aiotransfer.kv import wire
 from aiotransfer.kv.layout import KVLayout, LayoutMismatch, Place
 from aiotransfer.kv.plan import TransferPlan, pairs, plan_transfer
 from aiotransfer.kv.request import PrefillRequest, Target, Write
+from aiotransfer.kv.role import Role
 from aiotransfer.kv.room import Room
 from aiotransfer.kv.schedule import Job, Schedule
 from aiotransfer.kv.slots import Slots, check_pool, page_ids_of
-from aiotransfer.kv.tracing import trace
 from aiotransfer.model.descriptor import RemoteRegion
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import Region
     from aiotransfer.kv.record import RequestRecord
 
-MOST_RECORDS = 1000
 MOST_PLANS = 256  # layouts of decode ranks that are remembered
 BUSY_SECONDS = 0.001  # before a write that the engine had no room for is tried again
 
@@ -68,7 +65,7 @@ class _Asked:
     kept: tuple[RemoteRegion, ...] = ()  # of the latest that was filled: meanwhile what was mapped for them stays so
 
 
-class Prefiller:
+class Prefiller(Role):
     """Sends KV caches out of `pages`, a region that holds the pool of `layout`. One of an engine.
 
     `most_requests`: how many may be known at a time; more are refused. `peer_bytes`: written to one decode rank at a time, over
@@ -84,13 +81,12 @@ class Prefiller:
     ) -> None:  # fmt: skip
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
+        super().__init__(on_record)
         check_pool(pages, layout, False)
         self.engine = engine
         self.layout = layout
         self.pages = pages
         self.most_requests = most_requests
-        self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
-        self.on_record = on_record
         self.slots = Slots(engine)
         self.loop = asyncio.get_running_loop()
         self._schedule: Schedule[Write] = Schedule(peer_bytes, class_bytes)
@@ -311,13 +307,6 @@ class Prefiller:
 
     # ---- the end ----
 
-    def recorded(self, record: RequestRecord, context: Any) -> None:
-        """A request is over; its span belongs to `context`."""
-        self.records.append(record)
-        trace(record, context)
-        if self.on_record is not None:
-            self.on_record(record)
-
     async def aclose(self) -> None:
         """Give up what is under way, tell its decoders, wait until nothing is being written. Twice is silent."""
         self._closed = True
@@ -336,12 +325,6 @@ class Prefiller:
             self._asked.clear()
             self.slots.close()
             await self.room.leave(self)
-
-    async def __aenter__(self) -> Prefiller:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        await self.aclose()
 
     def __repr__(self) -> str:
         return f"<Prefiller of {self.engine.address}: {len(self._requests)} requests, {len(self._schedule)} writes wait>"
