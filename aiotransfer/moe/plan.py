@@ -1,0 +1,138 @@
+"""Which row goes where: routing to writes, and back. Pure, and vectorised: no loop over tokens, rows or experts.
+
+A *row* is one (token, choice). The source sorts its rows by expert, choices of one expert by token (a stable sort): row j of that
+order has the number j from here on. Rows for one rank are a range of numbers, and results come back to row j of the source's
+results. `Route` is what a source knows by itself; `Ranges` is what follows from the counts of all sources, the same on every rank
+(section 1.7 of the protocol in arXiv 2510.27656: route exchange, private buffers, contiguous ranges).
+
+In a group of `dp_size` ranks all have the same tokens, hence the same counts; the member with index r mod dp_size sends the rows
+for rank r, and results go to all members.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from aiotransfer.moe.shape import Shape
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def exclusive(counts: Ints, axis: int = -1) -> Ints:
+    """Sums of what lies before each."""
+    return np.cumsum(counts, axis=axis) - counts
+
+
+class Route:
+    """One source's rows in order.
+
+    `counts[e]`: rows for expert e; `begins[e]`: number of the first of them; `tokens[j]`: the token of row j;
+    `places[t, k]`: the row of a choice, -1 where there is none; `first[r]`, `n[r]`: the range of rows for rank r.
+    """
+
+    __slots__ = ("begins", "counts", "first", "n", "places", "sent", "tokens")
+
+    def __init__(self, shape: Shape, rank: int, topk_idx: Any) -> None:
+        """`topk_idx`: integers of shape [tokens, topk] in [-1, num_experts), -1 meaning no expert; checked by the caller."""
+        experts, topk = shape.num_experts, shape.topk
+        flat = topk_idx.reshape(-1)
+        # Sixteen bits are sorted by radix. As unsigned ones, -1 comes last.
+        order = np.argsort(flat.astype(np.uint16), kind="stable")
+        self.counts: Ints = np.bincount(flat.astype(np.uint16), minlength=experts)[:experts]
+        self.begins = exclusive(self.counts)
+        total = int(self.counts.sum())
+        by_rank = self.counts.reshape(shape.ranks, shape.local_experts)
+        self.n: Ints = by_rank.sum(axis=1)
+        self.first = exclusive(self.n)
+        self.tokens: Ints = order[:total] // topk
+        places = np.full(flat.size, -1, np.int64)
+        places[order[:total]] = np.arange(total)
+        self.places: Ints = places.reshape(topk_idx.shape)
+        self.sent: Ints = np.where(np.arange(shape.ranks) % shape.dp_size == rank % shape.dp_size, self.n, 0)
+
+    def rows_of(self, rank: int) -> slice:
+        """The rows for `rank`."""
+        first = int(self.first[rank])
+        return slice(first, first + int(self.n[rank]))
+
+
+class Ranges:
+    """What `rank` derives from `counts[source, expert]`, the same for all (zero rows for ranks that take no part).
+
+    `base[e]`: where at its rank expert e begins; `below[e]`: how many rows of earlier sources lie there before this rank's;
+    `totals[r]`: rows at r, padding included.
+    """
+
+    __slots__ = ("base", "below", "counts", "rank", "shape", "totals", "used")
+
+    def __init__(self, shape: Shape, rank: int, counts: Any) -> None:
+        self.shape, self.rank = shape, rank
+        self.counts: Ints = np.asarray(counts)
+        self.used = self._sum(shape.ranks)
+        self.below = self._sum(rank)
+        by_rank = self.used.reshape(shape.ranks, shape.local_experts)
+        padded = by_rank if shape.padding == 1 else -(-by_rank // shape.padding) * shape.padding
+        self.base: Ints = exclusive(padded).reshape(-1)
+        self.totals: Ints = padded.sum(axis=1)
+
+    def _sum(self, sources: int) -> Ints:
+        """Rows of each expert from the first `sources` ranks, as far as those send them (see the top)."""
+        dp, counts = self.shape.dp_size, self.counts[:sources]
+        if dp == 1:
+            return counts.sum(axis=0, dtype=np.int64)
+        total = np.empty((self.shape.ranks, self.shape.local_experts), np.int64)
+        for index in range(dp):
+            total[index::dp] = counts[index::dp].sum(axis=0, dtype=np.int64).reshape(total.shape)[index::dp]
+        return total.reshape(-1)
+
+    def moved(self, rank: int) -> Ints:
+        """For each local expert of `rank`, by source: the rows that are sent there; shape [ranks, local experts]."""
+        local, dp = self.shape.local_experts, self.shape.dp_size
+        mine = self.counts[:, rank * local : (rank + 1) * local].astype(np.int64)
+        if dp > 1:
+            mine[np.arange(self.shape.ranks) % dp != rank % dp] = 0
+        return mine
+
+    def staged(self) -> Ints:
+        """For each rank: where in its staging area this rank's rows begin, those that are not in its first write."""
+        shape, dp = self.shape, self.shape.dp_size
+        sources = np.arange(self.rank % dp, self.rank, dp)
+        rows = np.add.reduceat(self.counts[sources], np.arange(0, shape.num_experts, shape.local_experts), axis=1, dtype=np.int64)
+        return np.maximum(rows - shape.private_tokens, 0).sum(axis=0)
+
+    def overfull(self) -> list[int]:
+        """Ranks that would get more rows than they take."""
+        return [int(r) for r in np.flatnonzero(self.totals > self.shape.recv_rows)]
+
+    def destinations(self, route: Route) -> Ints:
+        """For each row of this rank's `route`: its place at its destination."""
+        shift = self.base + self.below - route.begins
+        return np.repeat(shift, route.counts) + np.arange(len(route.tokens))
+
+
+class Arrivals:
+    """What arrives at one rank: `rows[i]`, the places of the rows of all sources, one source after the other, each in its order;
+    `first[s]`, `n[s]`: the range of i of source s; `counts[e]`: rows of each local expert; `results[s]`: the row of s's results at
+    which those of this rank begin."""
+
+    __slots__ = ("counts", "first", "n", "results", "rows", "total")
+
+    def __init__(self, ranges: Ranges) -> None:
+        shape, rank = ranges.shape, ranges.rank
+        here = slice(rank * shape.local_experts, (rank + 1) * shape.local_experts)
+        mine = ranges.moved(rank)
+        self.n: Ints = mine.sum(axis=1)
+        self.first = exclusive(self.n)
+        flat = mine.reshape(-1)
+        starts = (ranges.base[here] + exclusive(mine, axis=0)).reshape(-1)
+        self.rows: Ints = np.repeat(starts - exclusive(flat), flat) + np.arange(int(flat.sum()))
+        self.counts = ranges.used[here]
+        self.total = int(ranges.totals[rank])
+        self.results: Ints = ranges.counts[:, : here.start].sum(axis=1, dtype=np.int64)
+
+    def rows_of(self, source: int) -> Ints:
+        """Places of the rows of `source`, in its order."""
+        first = int(self.first[source])
+        return self.rows[first : first + int(self.n[source])]
