@@ -35,8 +35,8 @@ class Route:
     __slots__ = ("begins", "counts", "first", "n", "places", "sent", "tokens")
 
     def __init__(self, shape: Shape, rank: int, topk_idx: Any) -> None:
-        """`topk_idx`: integers of shape [tokens, topk] in [-1, num_experts), -1 meaning no expert; checked by the caller."""
-        experts, topk = shape.num_experts, shape.topk
+        """`topk_idx`: integers of shape [tokens, choices] in [-1, num_experts), -1 meaning no expert; checked by the caller."""
+        experts, choices = shape.num_experts, topk_idx.shape[1]
         flat = topk_idx.reshape(-1)
         # Sixteen bits are sorted by radix. As unsigned ones, -1 comes last.
         order = np.argsort(flat.astype(np.uint16), kind="stable")
@@ -46,7 +46,7 @@ class Route:
         by_rank = self.counts.reshape(shape.ranks, shape.local_experts)
         self.n: Ints = by_rank.sum(axis=1)
         self.first = exclusive(self.n)
-        self.tokens: Ints = order[:total] // topk
+        self.tokens: Ints = order[:total] // choices
         places = np.full(flat.size, -1, np.int64)
         places[order[:total]] = np.arange(total)
         self.places: Ints = places.reshape(topk_idx.shape)

@@ -1,0 +1,324 @@
+"""The all-to-all of expert parallelism: `dispatch` tokens to the ranks that hold their experts, `combine` what those made of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiotransfer.errors import BusyError, ClosedError
+from aiotransfer.model.dtypes import lookup
+from aiotransfer.moe import tensors
+from aiotransfer.moe.errors import StepRefused
+from aiotransfer.moe.handle import CombineHalf, Dispatched, DispatchHalf, Handle, check_results
+from aiotransfer.moe.kernels import kernels_for
+from aiotransfer.moe.party import Party
+from aiotransfer.moe.plan import Route
+from aiotransfer.moe.shape import Shape
+from aiotransfer.moe.step import Step
+from aiotransfer.moe.tensors import Array
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from types import TracebackType
+
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.group import PeerGroup
+
+SCALED_ELEMENTS = 128  # elements of float8 that share a scale, usually
+
+
+class AllToAll:
+    """One rank's side. Awaitable and an async context manager: both return when all ranks have met.
+
+    `group`: the ranks in order, rank r holding experts [r * E / ranks, (r + 1) * E / ranks) of E = `num_experts`. All sizes
+    are the same on every rank (`ShapeMismatch` on all of them otherwise):
+
+    - `hidden`, `dtype`: of a token; float32, bfloat16, float16 or a float8. `scales`: fp32 numbers that may travel with each token
+      (default: hidden / 128 for float8, else 0).
+    - `max_tokens`: tokens of a rank in one step, at most. `topk`: experts of a token, at most.
+    - `combine_dtype`: of results and sums (default: `dtype`, bfloat16 for float8).
+    - `expert_alignment`: each expert's rows are padded (with zeros) to a multiple of it.
+    - `max_recv_tokens`: rows that a rank takes in one step, padding included (default: as many as can be sent to it, which is
+      `ranks * max_tokens * topk`; memory is held for it `slots` times). A step that needs more is `RoutingOverflow` on all ranks.
+    - `private_tokens`: rows that go to each rank before the counts of all are known (32 in arXiv 2510.27656).
+    - `dp_size`: so many neighbouring ranks have the same tokens.
+    - `slots`: steps in flight at a time. `align`: a rank that comes back begins at a step that divides by it (steps of a forward pass).
+
+    `name` tells several all-to-alls of one group apart. `direct`: whether others put rows at their places one by one; "auto" does
+    on the same host. Not here: `timeout` (seconds, default the engine's) is that of every call that has none of its own.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        group: PeerGroup,
+        *,
+        num_experts: int,
+        hidden: int,
+        dtype: Any,
+        max_tokens: int,
+        topk: int | None = None,
+        combine_dtype: Any = None,
+        scales: int | None = None,
+        private_tokens: int = 32,
+        expert_alignment: int = 1,
+        max_recv_tokens: int | None = None,
+        dp_size: int = 1,
+        slots: int = 2,
+        align: int = 1,
+        direct: bool | str = "auto",
+        device: str = "cpu",
+        name: str = "",
+        timeout: float | None = None,
+    ) -> None:
+        kind = lookup(dtype).name
+        eight = kind.startswith("float8")
+        shape = Shape(
+            ranks=len(group), num_experts=num_experts, hidden=hidden, dtype=kind, max_tokens=max_tokens,
+            topk=min(8, num_experts) if topk is None else topk,
+            combine_dtype=("bfloat16" if eight else kind) if combine_dtype is None else lookup(combine_dtype).name,
+            scales=(-(-hidden // SCALED_ELEMENTS) if eight else 0) if scales is None else scales,
+            private_tokens=private_tokens, padding=expert_alignment, dp_size=dp_size, max_recv=max_recv_tokens or 0, slots=slots,
+            align=align,
+        )  # fmt: skip
+        if direct not in ("auto", True, False):
+            raise ValueError(f"direct is 'auto', True or False, not {direct!r}")
+        if timeout is not None:
+            engine._seconds(timeout)
+        self._kernels = kernels_for(device)
+        self._party = Party(engine, group, shape, name, None if direct == "auto" else bool(direct))
+        self._timeout = timeout
+        self._turn = asyncio.Lock()  # steps are sent in the order of their numbers
+        self._meeting: asyncio.Task[None] | None = None
+        self._met = False
+        self._claimed = 0
+
+    # ---- meeting ----
+
+    async def ready(self, *, timeout: float | None = None) -> AllToAll:
+        """Returns when all ranks have met; the first dispatch does it, too.
+
+        Raises `ShapeMismatch` (on all ranks), `TransferTimeout` that names who is missing, or `PeerLostError`.
+        """
+        if not self._met:
+            if self._meeting is None:
+                limit = self._timeout if timeout is None else timeout
+                self._meeting = self._party.engine._loop.create_task(self._party.meet(limit))
+            try:
+                await asyncio.shield(self._meeting)
+            except asyncio.CancelledError:
+                raise
+            except BaseException:
+                self._meeting = None
+                raise
+            self._met = True
+        return self
+
+    def __await__(self) -> Generator[Any, None, AllToAll]:
+        return self.ready().__await__()
+
+    async def __aenter__(self) -> AllToAll:
+        try:
+            return await self.ready()
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Leave: the others go on without this rank. Twice is silent."""
+        if self._meeting is not None:
+            self._meeting.cancel()
+        await self._party.close()
+
+    # ---- dispatch ----
+
+    async def dispatch(
+        self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, timeout: float | None = None
+    ) -> Dispatched:
+        """Send each token to the ranks of its experts, and get those for the experts of this rank. Every rank calls it, also with no tokens.
+
+        `x`: [tokens, hidden] of `dtype`; `topk_idx`: integers [tokens, choices], -1 for no expert; `topk_weights`: fp32 of the same
+        shape, used by the combine; `x_scales`: fp32 [tokens, scales]. NumPy or torch; results are of the same kind. All of it is
+        copied or at rest when this returns.
+
+        Raises `TypeError` or `ValueError` for arguments of this rank (the step then is `StepRefused` on all others, and the next may
+        be called), `RoutingOverflow`, `BusyError` when `slots` steps are in flight, `TransferTimeout` (see `in_flight`), `EvictedError`.
+        """
+        half = await self._send(x, topk_idx, topk_weights, x_scales, timeout, ahead=False)
+        return await half.receive(timeout=timeout)
+
+    async def dispatch_send(
+        self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, timeout: float | None = None
+    ) -> DispatchHalf:
+        """The first half of `dispatch`: returns when the first rows are sent. The rest follows while the caller does something else."""
+        return await self._send(x, topk_idx, topk_weights, x_scales, timeout, ahead=True)
+
+    async def _send(
+        self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None, timeout: float | None, *, ahead: bool
+    ) -> DispatchHalf:
+        await self.ready(timeout=timeout)
+        party, shape = self._party, self._party.shape
+        async with self._turn:
+            party.check()
+            number = party.next_step
+            if (busy := party.steps.get(number - shape.slots)) is not None:
+                raise BusyError(
+                    f"step {busy.number} is still in flight, and there are {shape.slots} slots",
+                    hint="combine it first; a dispatch or combine that was cut off goes on by receive(), see in_flight",
+                )
+            refusal: Exception | None = None
+            try:
+                arguments = self._check(x, topk_idx, topk_weights, x_scales)
+            except (TypeError, ValueError) as error:
+                refusal = error
+                arguments = _NOTHING(shape)
+            idx, weights, tokens, stride, scale_rows, scales, kind = arguments
+            route = Route(shape, party.rank, idx)
+            step = Step(party, self._kernels, number, route, scales, "" if refusal is None else str(refusal) or "refused")
+            await self._may_send(number)
+            await step.send(tokens, stride, scale_rows)
+        handle = Handle(self, step, weights, kind)
+        party.handles[number] = handle
+        if refusal is not None:
+            with contextlib.suppress(StepRefused):  # it is over everywhere
+                await DispatchHalf(handle, timeout).receive()
+            raise refusal
+        task = party.spawn(step.exchange()) if ahead else None
+        return DispatchHalf(handle, timeout, task)
+
+    async def _may_send(self, number: int) -> None:
+        """A rank that comes back is waited for before the step with which it may begin; whoever takes part must be known here."""
+        party = self._party
+        members = party.members
+        assert members is not None
+        while True:
+            party.check()
+            limit = members.limit()
+            strangers = [
+                rank for rank in party.others()
+                if rank not in members.gone and members.takes_part(number, rank) is True
+                and ((known := party.ranks[rank]) is None or known.remote is None)
+            ]  # fmt: skip
+            if (limit is None or number <= limit) and not strangers:
+                return
+            await party.changed()
+
+    def _check(self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None) -> Any:
+        """All arguments as memory. Raises `TypeError` or `ValueError` with the name and the value."""
+        shape = self._party.shape
+        kind = tensors.kind_of(x)
+        tensors.check("x", x, (None, shape.hidden), shape.dtype)
+        n = int(x.shape[0])
+        if n > shape.max_tokens:
+            raise ValueError(f"x has {n} tokens, and max_tokens is {shape.max_tokens}")
+        idx = tensors.integers("topk_idx", topk_idx)
+        if idx.shape[0] != n or not 1 <= idx.shape[1] <= shape.topk:
+            raise ValueError(f"topk_idx must have the shape ({n}, up to {shape.topk}), not {idx.shape}")
+        if idx.size and (idx.min() < -1 or idx.max() >= shape.num_experts):
+            t, k = np.argwhere((idx < -1) | (idx >= shape.num_experts))[0]
+            raise ValueError(f"topk_idx[{t}, {k}] is {idx[t, k]}; experts are 0 to {shape.num_experts - 1}, and -1 is none")
+        weights = tensors.weights("topk_weights", topk_weights)
+        if weights.shape != idx.shape:
+            raise ValueError(f"topk_weights must have the shape of topk_idx, {idx.shape}, not {weights.shape}")
+        memory, stride = tensors.rows("x", x)
+        scale_rows, scales = None, 0
+        if x_scales is not None:
+            tensors.check("x_scales", x_scales, (n, None), "float32")
+            scales = int(x_scales.shape[1])
+            if not 1 <= scales <= shape.scales:
+                raise ValueError(f"x_scales has {scales} scales for each token, and the all-to-all was made for up to {shape.scales}")
+            scale_rows = tensors.rows("x_scales", x_scales)
+        return idx, weights, memory, stride, scale_rows, scales, kind
+
+    # ---- combine ----
+
+    async def combine(self, y: Array, handle: Handle, *, timeout: float | None = None) -> Array:
+        """Send the results of a step back, and sum those of this rank's tokens: `sum over k of topk_weights[t, k] * result[t, k]`.
+
+        `y`: [rows of the dispatch, hidden] of `combine_dtype`, in the order of `Dispatched.x`; not to be changed until this returns.
+        Returns [tokens, hidden]. The sum is in fp32, choice after choice, so it is the same bits whoever was faster. Choices whose
+        expert is on a lost rank are left out and marked in `handle.dropped`.
+
+        Raises `TypeError` or `ValueError`, after which the right `y` may be given; `TransferTimeout` (see `in_flight`), `EvictedError`.
+        """
+        half = await self.combine_send(y, handle, timeout=timeout)
+        return await half.receive(timeout=timeout)
+
+    async def combine_send(self, y: Array, handle: Handle, *, timeout: float | None = None) -> CombineHalf:
+        """The first half of `combine`: `y` may not be changed until the second is over."""
+        if not isinstance(handle, Handle) or handle._a2a is not self:
+            raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {handle!r}")
+        if handle._state != "dispatched" and handle._state != "returning":
+            raise ClosedError(f"step {handle.step} is {'not received yet' if handle._state == 'sent' else 'over'}")
+        party, step = self._party, handle._step
+        party.check()
+        memory, stride = check_results(handle, y)
+        if handle._state == "dispatched" and memory.size and party.any_direct():
+            handle._region = party.engine.register(memory)
+        handle._state = "returning"
+        await step.send_results(memory, stride, handle._region)
+        return CombineHalf(handle, timeout)
+
+    # ---- ranks ----
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self._party.rank
+
+    @property
+    def group_size(self) -> int:
+        """Number of ranks, lost ones included."""
+        return self._party.shape.ranks
+
+    @property
+    def mask(self) -> tuple[bool, ...]:
+        """Which ranks take part, as far as this one knows."""
+        members = self._party.members
+        return tuple(members is None or r not in members.gone for r in range(self.group_size))
+
+    @property
+    def lost(self) -> dict[int, Exception]:
+        """Why each rank that is missing is."""
+        return dict(self._party.losses)
+
+    @property
+    def next_step(self) -> int:
+        """The number of the step that the next dispatch will be; where this rank came back, the one that it begins with."""
+        return self._party.next_step
+
+    @property
+    def in_flight(self) -> tuple[Handle, ...]:
+        """Steps that were begun and are not over."""
+        return tuple(handle for number, handle in sorted(self._party.handles.items()) if number in self._party.steps)
+
+    def resume(self, handle: Handle) -> DispatchHalf | CombineHalf:
+        """The half of a step that was cut off by a deadline or a cancellation, to `receive()`."""
+        half = CombineHalf if handle._state == "returning" else DispatchHalf
+        return half(handle, self._timeout)
+
+    def evict(self, rank: int, reason: str = "evicted") -> None:
+        """Give a rank up, on all ranks, as if it were lost: one that hangs, say. It may come back by a new AllToAll."""
+        if type(rank) is not int or not 0 <= rank < self.group_size or rank == self.rank:
+            raise ValueError(f"another rank of {self.group_size} is evicted, not {rank!r}")
+        self._party.evict(rank, reason)
+
+    def __repr__(self) -> str:
+        lost = sum(not here for here in self.mask)
+        return f"{self._party!r}"[:-1] + (f", {lost} lost>" if lost else ">")
+
+
+def _NOTHING(shape: Shape) -> Any:  # noqa: N802
+    """The arguments of a rank whose own were refused."""
+    kind = tensors.Kind(None)
+    return np.empty((0, shape.topk), np.int64), np.empty((0, shape.topk), np.float32), np.empty(0, np.uint8), 0, None, 0, kind
+
+

@@ -1,0 +1,134 @@
+"""The memory of one rank: what the others write into, and what it sends from. Offsets are those of `Shape`.
+
+    received   one region, under a lease of its own for each other rank
+    sent       per slot: a first message for each rank, the tokens as rows, and (where somebody is reached by a network) packed rows
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiotransfer.moe.shape import HEAD, ROW_ALIGN, TEXT_BYTES, Shape
+from aiotransfer.providers.rows import Rows
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.region import RegionView
+
+class Header:
+    """What a source says first: of which step it is, how many tokens it has and for which experts, or why there are none."""
+
+    __slots__ = ("counts", "incarnation", "scales", "step", "text", "tokens")
+
+    def __init__(self, shape: Shape, data: Any) -> None:
+        self.step, packed, size, self.incarnation = HEAD.unpack_from(data)
+        self.tokens, self.scales = packed & 0xFFFFFF, packed >> 24
+        begin = HEAD.size + 4 * shape.num_experts
+        self.counts = np.frombuffer(data, np.uint32, shape.num_experts, HEAD.size).copy()
+        self.text = bytes(data[begin : begin + min(size, TEXT_BYTES)]).decode("utf-8", "replace")
+
+
+def header(shape: Shape, step: int, incarnation: int, tokens: int, scales: int, counts: Any, text: str = "") -> Any:
+    """A header as uint8."""
+    words = text.encode()[:TEXT_BYTES]
+    data = np.zeros(shape.header_bytes, np.uint8)
+    HEAD.pack_into(data, 0, step, tokens | scales << 24, len(words), incarnation)
+    if counts is not None:
+        data[HEAD.size : HEAD.size + 4 * shape.num_experts].view(np.uint32)[:] = counts
+    begin = HEAD.size + 4 * shape.num_experts
+    data[begin : begin + len(words)] = np.frombuffer(words, np.uint8)
+    return data
+
+
+class Buffers:
+    """All memory of an all-to-all on this rank."""
+
+    def __init__(self, engine: Engine, shape: Shape, *, staged: bool) -> None:
+        self.shape = shape
+        self.staged = staged
+        self.received = engine.allocate(shape.nbytes(staged=staged))
+        self._first = shape.ranks * shape.first_bytes
+        self._tokens = shape.max_tokens * shape.row_bytes
+        packed = shape.max_tokens * shape.topk * shape.row_bytes if staged else 0
+        self._results = self._first + self._tokens + packed  # apart: rows may still be on their way when results are packed
+        self._slot = -(-(self._results + (shape.recv_rows * shape.result_bytes if staged else 0)) // 4096) * 4096
+        self.sent = engine.allocate(shape.slots * self._slot)
+        self.here: Any = self.received.numpy()
+        self.out: Any = self.sent.numpy()
+
+    # ---- what is sent ----
+
+    def firsts(self, slot: int) -> Any:
+        """The first messages: one row of bytes for each rank."""
+        begin = slot * self._slot
+        return self.out[begin : begin + self._first].reshape(self.shape.ranks, self.shape.first_bytes)
+
+    def first_rows(self, slot: int) -> Rows:
+        """Rows inside first messages, counted in units of `ROW_ALIGN` bytes from the beginning of the messages."""
+        return Rows(self.out, slot * self._slot, ROW_ALIGN, self.shape.row_bytes)
+
+    def tokens(self, slot: int, nbytes: int = 0, offset: int = 0) -> Rows:
+        """The tokens of this rank as rows, or `nbytes` of each at `offset`."""
+        begin = slot * self._slot + self._first + offset
+        return Rows(self.out, begin, self.shape.row_bytes, nbytes or self.shape.row_bytes)
+
+    def packed(self, slot: int) -> Rows:
+        """Tokens in the order in which they are sent over a network."""
+        return Rows(self.out, slot * self._slot + self._first + self._tokens, self.shape.row_bytes, self.shape.row_bytes)
+
+    def packed_results(self, slot: int) -> Rows:
+        """Results in the order in which they are sent over a network."""
+        return Rows(self.out, slot * self._slot + self._results, self.shape.result_bytes, self.shape.result_bytes)
+
+    def first_view(self, slot: int) -> RegionView:
+        """The source of first writes."""
+        begin = slot * self._slot
+        return self.sent[begin : begin + self._first]
+
+    def tokens_view(self, slot: int) -> RegionView:
+        """The source of rows that are sent one by one."""
+        begin = slot * self._slot + self._first
+        return self.sent[begin : begin + self._tokens]
+
+    def packed_view(self, slot: int) -> RegionView:
+        """The source of packed tokens."""
+        return self.sent[slot * self._slot + self._first + self._tokens : slot * self._slot + self._results]
+
+    def packed_results_view(self, slot: int) -> RegionView:
+        """The source of packed results."""
+        return self.sent[slot * self._slot + self._results : (slot + 1) * self._slot]
+
+    # ---- what is received ----
+
+    def header(self, slot: int, source: int) -> bytes:
+        """The header that lies there."""
+        begin = self.shape.first(slot, source)
+        return self.here[begin : begin + self.shape.header_bytes].tobytes()
+
+    def arrived_first(self, slot: int) -> Rows:
+        """Rows inside first messages, in units of `ROW_ALIGN` bytes from the first message of rank 0."""
+        return Rows(self.here, self.shape.first(slot, 0), ROW_ALIGN, self.shape.row_bytes)
+
+    def rows(self, slot: int) -> Rows:
+        """The rows for the experts."""
+        return Rows(self.here, self.shape.rows(slot), self.shape.row_bytes, self.shape.row_bytes)
+
+    def staging(self, slot: int) -> Rows:
+        """Rows that came packed."""
+        return Rows(self.here, self.shape.staging(slot), self.shape.row_bytes, self.shape.row_bytes)
+
+    def results(self, slot: int) -> Rows:
+        """Rows that came back."""
+        return Rows(self.here, self.shape.results(slot), self.shape.result_bytes, self.shape.result_bytes)
+
+    def bytes_of_rows(self, slot: int) -> Any:
+        """The rows for the experts as flat uint8."""
+        begin = self.shape.rows(slot)
+        return self.here[begin : begin + self.shape.recv_rows * self.shape.row_bytes]
+
+    def close(self) -> None:
+        """Give the memory back as soon as nobody uses it."""
+        self.received.close()
+        self.sent.close()

@@ -1,0 +1,194 @@
+"""What dispatch and combine give back, whole and by halves."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiotransfer.control.patience import Patience
+from aiotransfer.errors import ClosedError, TransferTimeout
+from aiotransfer.moe.errors import StepRefused
+from aiotransfer.moe.tensors import Array, Kind, check, rows
+
+if TYPE_CHECKING:
+    from aiotransfer.moe.alltoall import AllToAll
+    from aiotransfer.moe.step import Step
+
+
+class Handle:
+    """One step, between its dispatch and the end of its combine.
+
+    `step`: its number. `lost`: ranks that were lost while it was under way, or before; rows from them are zero. `dropped`, after the combine:
+    bool [tokens, choices], choices whose result is missing in the sum (also None before).
+    """
+
+    __slots__ = ("_a2a", "_kind", "_region", "_state", "_step", "_weights", "dropped")
+
+    def __init__(self, a2a: AllToAll, step: Step, weights: Any, kind: Kind) -> None:
+        self._a2a = a2a
+        self._step = step
+        self._weights = weights
+        self._kind = kind
+        self._region: Any = None
+        self._state = "sent"  # dispatched, returning, over
+        self.dropped: Array = None
+
+    @property
+    def step(self) -> int:
+        """Its number, the same on every rank."""
+        return self._step.number
+
+    @property
+    def lost(self) -> tuple[int, ...]:
+        """Ranks that took no part in it, or not to its end."""
+        step, ranks = self._step, self._a2a.group_size
+        return tuple(r for r in range(ranks) if r in step.lost or (r not in step.joined and r != step.party.rank))
+
+    def __repr__(self) -> str:
+        return f"<Handle step {self.step}, {self._state}>"
+
+
+class Dispatched:
+    """The tokens for the experts of this rank.
+
+    `x`: [rows, hidden] in the type of the tokens, expert after expert, in the all-to-all's own memory: valid until the combine of this step
+    is over. `x_scales`: [rows, scales] of fp32, or None. `counts`: int64 [local experts], the rows of each that are filled;
+    each expert's rows begin where those of the one before end, rounded up to `expert_alignment` (`offsets`).
+    """
+
+    __slots__ = ("counts", "handle", "offsets", "x", "x_scales")
+
+    def __init__(self, x: Array, x_scales: Array, counts: Array, offsets: Array, handle: Handle) -> None:
+        self.x = x
+        self.x_scales = x_scales
+        self.counts = counts
+        self.offsets = offsets
+        self.handle = handle
+
+    def __repr__(self) -> str:
+        return f"<Dispatched {tuple(self.x.shape)} rows, step {self.handle.step}>"
+
+
+class _Half:
+    """What was sent and is to be received."""
+
+    __slots__ = ("_handle", "_task", "_timeout")
+
+    def __init__(self, handle: Handle, timeout: float | None, task: asyncio.Task[None] | None = None) -> None:
+        self._handle = handle
+        self._timeout = timeout
+        self._task = task
+
+    @property
+    def handle(self) -> Handle:
+        """Of the step."""
+        return self._handle
+
+    async def _within(self, what: str, timeout: float | None, work: Any) -> Any:
+        step = self._handle._step
+        engine = step.party.engine
+        seconds = engine._seconds(self._timeout if timeout is None else timeout)
+        try:
+            async with Patience(seconds):
+                return await work()
+        except TimeoutError as error:
+            if isinstance(error, TransferTimeout):
+                raise
+            missing = ", ".join(step.party.who(rank) for rank in step.missing())
+            raise TransferTimeout(
+                f"the {what} of step {step.number} did not end within {seconds:g} s; not heard of: {missing or 'nobody in particular'}",
+                hint="the step is still in flight: receive() again, or give the missing rank up with evict()",
+            ) from None
+
+
+class DispatchHalf(_Half):
+    """A dispatch that was sent. `await receive()`; after a deadline or a cancellation it may be called again."""
+
+    __slots__ = ()
+
+    async def receive(self, *, timeout: float | None = None) -> Dispatched:
+        """The other half. Raises `StepRefused` (also on all other ranks), `TransferTimeout`, `EvictedError`."""
+        handle = self._handle
+        if handle._state != "sent":
+            raise ClosedError(f"step {handle.step} was received already")
+        try:
+            await self._within("dispatch", timeout, self._receive)
+        except StepRefused:
+            handle._state = "over"
+            raise
+        handle._state = "dispatched"
+        step = handle._step
+        shape, arrivals = step.party.shape, step.arrivals
+        memory, kind = step.party.buffers.bytes_of_rows(step.slot), handle._kind
+        x = kind.of_bytes(memory, (arrivals.total, shape.hidden), shape.row_bytes, shape.dtype)
+        scales = None
+        if step.scales:
+            scales = kind.of_bytes(memory[shape.token_bytes :], (arrivals.total, step.scales), shape.row_bytes, "float32")
+        local = slice(step.party.rank * shape.local_experts, (step.party.rank + 1) * shape.local_experts)
+        counts, offsets = arrivals.counts.copy(), step.ranges.base[local].copy()
+        return Dispatched(x, scales, kind.of_ints(counts), kind.of_ints(offsets), handle)
+
+    async def _receive(self) -> None:
+        if self._task is not None:  # it has been at work since the other half; what cancels us does not cancel it
+            await asyncio.shield(self._task)
+        await self._handle._step.receive()
+
+
+class CombineHalf(_Half):
+    """A combine that was sent. `await receive()`; after a deadline or a cancellation it may be called again."""
+
+    __slots__ = ()
+
+    async def receive(self, *, timeout: float | None = None) -> Array:
+        """The other half: [tokens, hidden] in the combine's type. Raises `TransferTimeout` or `EvictedError`."""
+        handle = self._handle
+        if handle._state != "returning":
+            raise ClosedError(f"step {handle.step} is over")
+        out = await self._within("combine", timeout, self._receive)
+        handle._state = "over"
+        return out
+
+    async def _receive(self) -> Array:
+        handle = self._handle
+        step, shape = handle._step, handle._step.party.shape
+        there = await step.receive_results()
+        places, tokens = step.route.places, len(step.route.places)
+        if not there.all():
+            missing = (places >= 0) & ~np.repeat(there, step.route.n)[np.maximum(places, 0)] if len(step.route.tokens) else places >= 0
+            places = np.where(missing, -1, places)
+        else:
+            missing = np.zeros(places.shape, bool)
+        out = handle._kind.empty((tokens, shape.hidden), shape.combine_dtype)
+        await self._weigh(out, places)
+        await step.kernels.settle()
+        await step.finish()
+        if handle._region is not None:
+            handle._region.close()
+            handle._region = None
+        handle.dropped = handle._kind.of_ints(missing)
+        return out
+
+    async def _weigh(self, out: Array, places: Any) -> None:
+        """Token by token, with turns for the event loop in between."""
+        step, shape = self._handle._step, self._handle._step.party.shape
+        buffers = step.party.buffers
+        source = buffers.results(step.slot)
+        memory, stride = rows("out", out)
+        most = max(1, (4 << 20) // (shape.result_bytes * max(1, places.shape[1])))
+        for begin in range(0, len(places), most):
+            part = slice(begin, begin + most)
+            target = type(source)(memory, begin * stride, stride, shape.result_bytes)
+            step.kernels.weigh(
+                target, source, places[part], self._handle._weights[part], dtype=shape.combine_dtype, out_dtype=shape.combine_dtype
+            )
+            if begin + most < len(places):
+                await asyncio.sleep(0)
+
+
+def check_results(handle: Handle, y: Array) -> tuple[Any, int]:
+    """`y` as memory and stride. Raises `TypeError` or `ValueError`."""
+    shape = handle._step.party.shape
+    check("y", y, (handle._step.arrivals.total, shape.hidden), shape.combine_dtype)
+    return rows("y", y)

@@ -1,0 +1,111 @@
+"""Arguments and results: NumPy arrays and torch tensors alike, as rows of memory. torch is imported only by those who use it.
+
+Types that NumPy does not know (bfloat16, float8) are taken from NumPy users as unsigned integers of the same size, and given back so.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aiotransfer.model.dtypes import lookup
+
+Array = Any  # a NumPy array or a torch tensor
+
+
+class Kind(NamedTuple):
+    """Which library an argument is of; results are of the same."""
+
+    torch: Any  # the module, or None for NumPy
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Fresh host memory."""
+        if self.torch is not None:
+            return self.torch.empty(shape, dtype=getattr(self.torch, dtype))
+        return np.empty(shape, numpy_type(dtype))
+
+    def of_bytes(self, memory: Any, shape: tuple[int, int], stride: int, dtype: str) -> Array:
+        """A view of rows in `memory` (uint8): `shape` elements of `dtype`, rows `stride` bytes apart."""
+        size = lookup(dtype).itemsize
+        if self.torch is not None:
+            flat = (self.torch.from_numpy(memory) if isinstance(memory, np.ndarray) else memory)[: memory.size // size * size]
+            return flat.view(getattr(self.torch, dtype)).as_strided(shape, (stride // size, 1))
+        kind = numpy_type(dtype)
+        flat = memory[: memory.size // size * size].view(kind)
+        return np.lib.stride_tricks.as_strided(flat, shape, (stride, kind.itemsize))
+
+    def of_ints(self, values: Any) -> Array:
+        """An int64 NumPy array, as this kind."""
+        return self.torch.from_numpy(values) if self.torch is not None else values
+
+
+def numpy_type(dtype: str) -> np.dtype[Any]:
+    """NumPy's type for a name; unsigned integers for what NumPy does not know."""
+    found = lookup(dtype)
+    return found.numpy if found.numpy is not None else np.dtype(f"u{found.itemsize}")
+
+
+def kind_of(array: Array) -> Kind:
+    """Raises `TypeError` for what is neither."""
+    if isinstance(array, np.ndarray):
+        return Kind(None)
+    if type(array).__module__.partition(".")[0] == "torch" or hasattr(array, "data_ptr"):
+        import torch
+
+        return Kind(torch)
+    raise TypeError(f"expected a NumPy array or a torch tensor, not {type(array).__name__}")
+
+
+def check(name: str, array: Array, shape: tuple[int | None, ...], dtype: str) -> None:
+    """Raises `TypeError` or `ValueError` that names the argument. A None in `shape` may be any size."""
+    kind = kind_of(array)
+    found = str(array.dtype).removeprefix("torch.")
+    if found != (dtype if kind.torch is not None else str(numpy_type(dtype))):
+        raise TypeError(f"{name} must be of {dtype}, not {found}")
+    got = tuple(int(n) for n in array.shape)
+    if len(got) != len(shape) or any(want is not None and want != n for want, n in zip(shape, got, strict=True)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} must have the shape ({wanted}), not {got}")
+
+
+def rows(name: str, array: Array) -> tuple[Any, int]:
+    """The memory of a matrix in host memory as flat uint8, and the bytes from row to row. Elements of a row must be neighbours."""
+    if kind_of(array).torch is None:
+        size, strides = array.itemsize, array.strides
+    else:
+        size = int(array.element_size())
+        strides = tuple(int(n) * size for n in array.stride())
+    n, width = int(array.shape[0]), int(array.shape[1])
+    if not n or not width:
+        return np.empty(0, np.uint8), width * size
+    if (width > 1 and strides[1] != size) or (n > 1 and strides[0] < width * size):
+        raise ValueError(f"the elements of a row of {name} must lie next to each other: its strides are {strides} bytes")
+    stride = strides[0] if n > 1 else width * size
+    span = (n - 1) * stride + width * size
+    if isinstance(array, np.ndarray):
+        flat = np.lib.stride_tricks.as_strided(array.view(np.uint8)[:1].reshape(-1)[:1], (span,), (1,))
+        return flat, stride
+    import torch
+
+    flat = array.detach().view(torch.uint8).as_strided((span,), (1,))
+    return flat.numpy() if array.device.type == "cpu" else flat, stride
+
+
+def integers(name: str, array: Array) -> Any:
+    """Two-dimensional integers as an int64 NumPy array. Raises `TypeError` or `ValueError`."""
+    if kind_of(array).torch is not None:
+        if array.dtype.is_floating_point or array.dtype.is_complex:
+            raise TypeError(f"{name} must hold integers, not {array.dtype}")
+        array = array.detach().cpu().numpy()
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold integers, not {array.dtype}")
+    if array.ndim != 2:
+        raise ValueError(f"{name} must have two dimensions (tokens, choices), not the shape {array.shape}")
+    return array.astype(np.int64, copy=False)
+
+
+def weights(name: str, array: Array) -> Any:
+    """A copy of two-dimensional fp32 as a contiguous NumPy array."""
+    check(name, array, (None, None), "float32")
+    return np.array(array if isinstance(array, np.ndarray) else array.detach().cpu().numpy(), order="C")

@@ -1,0 +1,80 @@
+"""Messages between the ranks of an all-to-all: set-up, and what happens when one is lost. Steps need none. Pure: values and bytes.
+
+A message begins with a mark that tells it from the application's own, then the all-to-all's key (its name and its members). What
+cannot be read raises `DescriptorError` and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, TypeAlias
+
+import msgspec
+
+from aiotransfer.errors import DescriptorError
+from aiotransfer.moe.members import View
+
+MARK = b"\x93ME\x01"  # the last byte is the version
+KEY_BYTES = 12
+MOST_TEXT = 1000
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
+    rank: int  # the sender's
+    incarnation: int
+
+
+class Hello(_Message, frozen=True, tag=1):
+    """Here I am: my shape, and where to write to me."""
+
+    shape: dict[str, int | str]
+    region: bytes  # descriptor, for the receiver alone
+    direct: bool  # rows may be put at their final places one by one; otherwise they come in one piece into my staging area
+    running: bool  # steps are being made already: the receiver joins
+    ask: bool  # the receiver is to answer with a Hello of its own: an earlier one may have come before anybody read them
+    present: list[tuple[int, int]]  # ranks I know of, and their incarnations (when running)
+
+
+class Ready(_Message, frozen=True, tag=2):
+    """I have everyone's Hello; these are the incarnations."""
+
+    incarnations: list[int]
+
+
+class Told(_Message, frozen=True, tag=3):
+    """A view of who takes part."""
+
+    view: View
+
+
+class Leave(_Message, frozen=True, tag=4):
+    """I take no part any more, or (of another rank) you do not."""
+
+    who: int
+    reason: str
+
+
+Message: TypeAlias = Hello | Ready | Told | Leave
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
+
+
+def prefix(name: str, members: str) -> bytes:
+    """How all messages of one all-to-all begin."""
+    return MARK + hashlib.blake2b(f"{name}\0{members}".encode(), digest_size=KEY_BYTES).digest()
+
+
+def encode(key: bytes, message: Message) -> bytes:
+    """`message` as bytes, to be read by `decode`."""
+    return key + _encoder.encode(message)
+
+
+def decode(key: bytes, data: bytes) -> Message:
+    """The message that `data` holds. Raises `DescriptorError`."""
+    if data[: len(key)] != key:
+        raise DescriptorError("this is no message of this all-to-all")
+    try:
+        message: Message = _decoder.decode(data[len(key) :])
+    except (msgspec.DecodeError, msgspec.ValidationError, ValueError, OverflowError, RecursionError) as error:
+        raise DescriptorError(f"a message of an all-to-all cannot be read: {error}") from None
+    return message
