@@ -78,7 +78,7 @@ class Shape:
     def _check(self) -> None:
         for name, least, most in (
             ("ranks", 1, MOST_RANKS), ("num_experts", 1, MOST_EXPERTS), ("hidden", 1, 1 << 20), ("topk", 1, 256),
-            ("max_tokens", 1, 1 << 24), ("scales", 0, 255), ("private_tokens", 0, 1 << 24), ("padding", 1, 1 << 16),
+            ("max_tokens", 1, (1 << 24) - 1), ("scales", 0, 255), ("private_tokens", 0, 1 << 24), ("padding", 1, 1 << 16),
             ("dp_size", 1, self.ranks), ("max_recv", 0, 1 << 40), ("slots", 1, 16), ("align", 1, 1 << 32),
         ):  # fmt: skip
             value = getattr(self, name)
