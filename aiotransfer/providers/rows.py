@@ -40,6 +40,8 @@ def move(dst: Rows, dst_rows: Any, src: Rows, src_rows: Any, n: int) -> None:
     to, from_ = _pointer("dst", dst, writable=True), _pointer("src", src)
     if dst.nbytes != src.nbytes:
         raise ValueError(f"rows of dst have {dst.nbytes} bytes, those of src {src.nbytes}")
+    if dst_rows is None:  # with a table the stride may be a unit in which places are counted
+        _apart("dst", dst)
     targets, sources = _table("dst_rows", dst_rows, n, dst), _table("src_rows", src_rows, n, src)
     if n:
         native.lib.at_rows_move(to, dst.stride, targets, from_, src.stride, sources, n, dst.nbytes)
@@ -58,6 +60,7 @@ def weigh(out: Rows, src: Rows, index: Any, weights: Any, *, dtype: Any, out_dty
         raise ValueError(f"rows of out have {hidden} elements, those of src {given}")
     if not _is_array(index, np.int64, 2) or not _is_array(weights, np.float32, 2):
         raise TypeError("index and weights must be contiguous arrays of [tokens, choices], int64 and float32")
+    _apart("out", out)
     tokens, choices = index.shape
     if weights.shape != index.shape:
         raise ValueError(f"index has the shape {index.shape}, weights {weights.shape}")
@@ -88,9 +91,12 @@ def _pointer(name: str, rows: Rows, *, writable: bool = False) -> Any:
         raise ValueError(f"{name}: no rows of {rows.nbytes} bytes at {rows.offset} + row * {rows.stride} in {memory.size} bytes")
     if writable and not memory.flags.writeable:
         raise ValueError(f"the memory of {name} is read-only")
-    if writable and rows.stride < rows.nbytes:
-        raise ValueError(f"{name}: rows of {rows.nbytes} bytes overlap at a stride of {rows.stride}")
     return native.ffi.from_buffer("uint8_t[]", memory) + rows.offset
+
+
+def _apart(name: str, rows: Rows) -> None:
+    if rows.stride < rows.nbytes:
+        raise ValueError(f"{name}: rows of {rows.nbytes} bytes overlap at a stride of {rows.stride}")
 
 
 def _table(name: str, rows: Any, n: int, memory: Rows) -> Any:

@@ -1,7 +1,22 @@
-"""Stub."""
+"""Host memory: C does it at once (`providers/rows`), so there is nothing to wait for."""
+
+from __future__ import annotations
+
+from typing import Any
+
 from aiotransfer.providers import rows
+
+
 class CpuKernels:
-    device="cpu"
-    move=staticmethod(rows.move); weigh=staticmethod(rows.weigh)
-    def place(self,a): return a
-    async def settle(self,timeout=None): pass
+    """See `Kernels`."""
+
+    device = "cpu"
+    move = staticmethod(rows.move)
+    weigh = staticmethod(rows.weigh)
+
+    def place(self, array: Any) -> Any:
+        """It is there."""
+        return array
+
+    async def settle(self, timeout: float | None = None) -> None:
+        """It is done."""
