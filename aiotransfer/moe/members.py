@@ -34,9 +34,9 @@ that decided its start; the others, overtaken by another loss, would decide agai
 
 **Starts.** Whoever has told its `next` while a join is open sends no header of `next + slots` or later (`limit`), and this limit
 stays where the *first* of these views has put it, however often another loss makes it tell again: anybody may have decided from
-that one. So nobody has sent a header of the step with which a rank begins before it knows about that rank. Headers of an earlier
-incarnation are of earlier steps (a source is never more than `slots` ahead of a rank that it has combined with), so step and
-rank name a header.
+that one. So nobody has sent a header of the step with which a rank begins before it knows about that rank. `next` also lies less
+than `slots` before the headers that are known of gone ranks (one that had just joined may have been ahead of all), so a rank
+begins after the last header of its earlier incarnation, and step and rank name a header.
 
 **What a buffer needs.** A rank that is lost later may have decided otherwise, if no survivor had all views for that state, and
 written rows to places that mean something else. This does no harm if
@@ -82,7 +82,7 @@ class View(msgspec.Struct, frozen=True, array_like=True):
     incarnation: int  # its sender's
     gone: tuple[Member, ...]
     joining: tuple[Member, ...]  # present, and their first step is not known to the sender
-    next: int  # the first step whose header the sender had not begun to send (it knows no header of `next + slots` or later)
+    next: int  # the sender has begun to send no header of this step or later, and has none of gone ranks of next + slots or later
     headers: tuple[tuple[int, int, bytes], ...]  # step, rank, header: of gone ranks, as far as they may matter to anybody
     decided: tuple[tuple[int, int, bytes], ...]  # the same, decided in smaller states
     starts: tuple[tuple[int, int, int], ...]  # rank, incarnation, first step: of all present ones whose step is decided
@@ -178,18 +178,14 @@ class Members:
         """
         if not self._owes:
             raise RuntimeError("a view is told once for each change")
-        upcoming = next_step
-        if self.start is None:  # if only such ranks remain, they begin after whatever any of them has heard of
-            upcoming = max([0, *(step + 1 - self._slots for step, _ in headers)])
+        begun = 0 if self.start is None else next_step
         fresh = {rank for rank, _ in self._gone - self._fixed}
         self._fixed |= self._gone
-        for (step, rank), data in headers.items():
-            if rank in fresh and step < upcoming + self._slots:  # later ones are of an incarnation that has come since
-                self._held.setdefault((step, rank), data)
-        oldest = upcoming - self._slots  # what lies before is over for all
+        self._held |= {key: data for key, data in headers.items() if key[1] in fresh}
         for kept in (self._held, self._decided):
-            for key in [key for key in kept if key[0] < oldest]:
-                del kept[key]
+            for key in [key for key in kept if key[0] < begun - self._slots]:
+                del kept[key]  # it is over for all
+        upcoming = max([begun, *(step + 1 - self._slots for step, _ in (*self._held, *self._decided))])
         if self._limit is None and len(self._starts) < len(self._present):
             self._limit = upcoming + self._slots - 1
         self._owes = False

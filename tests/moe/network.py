@@ -1,8 +1,8 @@
 """Ranks on a simulated network, each with `Members` and a model of the steps: what may happen in any order, does.
 
-A channel keeps the order of what one rank sends to another; everything else is up to the seed: when a message arrives, when a rank
-does what it could do, when it sends the next of the messages it has to send (a rank that crashes between two of them has reached some
-only), and how late each notices that another is gone. From then on nothing is taken from that one.
+A channel keeps the order of what one rank sends to another; everything else is up to the seed: when a message arrives, when a
+rank does what it could do, when it sends the next of the messages it has to send (a rank that crashes between two of them has
+reached some only), and how late each notices that another is gone. From then on nothing is taken from that one.
 
 What is checked while it runs and by `check`: see `Node.complete`, `Node.start_step` and `Network.check`.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from aiotransfer.moe.members import UNDECIDED, Member, Members
@@ -98,8 +99,9 @@ class Node:
     def act(self) -> bool:
         if self.members is None or self.members.evicted:
             return False
-        deeds = [self.tell, self.start_step, self.give_up, *(lambda n=n: self.write(n) for n in self.open()),
-                 *(lambda n=n: self.complete(n) for n in self.open()), *(lambda n=n: self.finish(n) for n in self.open())]  # fmt: skip
+        deeds: list[Callable[[], bool]] = [self.tell, self.start_step, self.give_up]
+        for deed in (self.write, self.complete, self.finish):
+            deeds += [partial(deed, step) for step in self.open()]
         self.net.random.shuffle(deeds)
         return any(deed() for deed in deeds)
 
@@ -186,7 +188,7 @@ class Node:
         return True
 
     def complete(self, step: int) -> bool:
-        """The dispatch is complete when the rows of all that are present are in. What the buffer of this step needs, is checked."""
+        """The dispatch is complete when the rows of all that are present are in. Checks what the buffer needs."""
         members = self.members
         assert members is not None
         if step in self.done or step not in self.written or (layout := self.layout(step)) is None:
@@ -416,7 +418,7 @@ class Network:
                 other = by_me[rank, members.incarnation(rank)]
                 assert other.members is not None
                 assert other.members.incarnation(node.rank) == node.incarnation, "being together is mutual"
-                assert other.members.audience != () and {*other.members.audience, rank} == {*members.audience, node.rank}
+                assert {*other.members.audience, rank} == {*members.audience, node.rank}
                 for step in node.done.keys() & other.done.keys():
                     assert node.done[step] == other.done[step], f"{node.me} and {other.me} differ on {step}"
                 for step in node.sent:
