@@ -21,6 +21,7 @@ LEAVES = {"errors", "config"}
 MAY_IMPORT = {  # folder: the folders beneath it
     "model": set(),
     "kv": {"model", "control", "engine"},
+    "moe": {"model", "control", "engine", "providers"},
     "core": {"model"},
     "providers": {"model"},
     "control": {"model"},
@@ -33,6 +34,7 @@ PURE = (
     "model/", "core/", "control/frames.py", "control/session.py", "rendezvous/roster.py", "errors.py",
     "kv/layout.py", "kv/plan.py", "kv/checksum.py", "kv/wire.py", "kv/saga.py", "kv/schedule.py",
     "kv/registry/member.py", "kv/registry/changes.py", "kv/registry/cache.py", "kv/registry/stamp.py",
+    "moe/members.py",
 )  # fmt: skip
 IMPURE = {"asyncio", "time", "socket", "logging", "select", "threading", "subprocess", "random", "anyio", "pathlib"}
 
