@@ -24,8 +24,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PACKAGE = ROOT / "aiotransfer"
 FACTS = PACKAGE / "_build_facts.json"
-FOLDERS = ("lane", "sim", "fabric", "wire", "verbs", "shm", "bench") if sys.platform.startswith("linux") else ("lane", "sim")
+EVERYWHERE = ("lane", "sim", "rows")
+FOLDERS = (*EVERYWHERE, "fabric", "wire", "verbs", "shm", "bench") if sys.platform.startswith("linux") else EVERYWHERE
 STRICT = ["-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
+STRICT.append("-ffp-contract=off")  # a product and a sum that one processor fuses and another does not give other bits (ffi/rows)
 
 
 def version() -> str:

@@ -7,6 +7,7 @@
 
 #include "lane/decls.h"
 #include "sim/decls.h"
+#include "rows/decls.h"
 #ifdef __linux__
 #include "fabric/decls.h"
 #include "wire/decls.h"

@@ -9,7 +9,7 @@
 #include <unistd.h>
 #endif
 
-#include "shm/copy.h"
+#include "rows/copy.h"
 
 static double now(void) {
     struct timespec t;

@@ -8,7 +8,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include "shm/copy.h"
+#include "rows/copy.h"
 
 #define FOREIGN_CHUNK ((uint64_t)1 << 20) /* a system call each: larger chunks than plain stores */
 #define BATCH 512u                        /* iovecs per process_vm_writev (the kernel takes up to 1024) */

@@ -6,7 +6,7 @@
  * guest, streaming stores give 1.6-2 times the C library from 4 MiB up and 1.2-2.4 times on random cold pages.
  *
  * Streaming stores are weakly ordered: each routine ends with a store fence, so that whoever is told afterwards sees the bytes. */
-#include "shm/copy.h"
+#include "rows/copy.h"
 
 #include <pthread.h>
 #include <string.h>
@@ -90,24 +90,30 @@ static void stream_copy(uint8_t *dst, const uint8_t *src, size_t n) {
     if (tail != 0) memcpy(dst + head + body, src + head + body, tail);
 }
 
-void at_copy_cold(void *dst, const void *src, size_t n) {
+void at_copy_part(void *dst, const void *src, size_t n) {
     (void)pthread_once(&chosen, choose);
     stream_copy(dst, src, n);
-    _mm_sfence();
 }
 
-static void prefetch(const uint8_t *at, size_t n) {
-    for (size_t i = 0; i < n && i < 512; i += 64) _mm_prefetch((const char *)(at + i), _MM_HINT_NTA);
+void at_copy_end(void) { _mm_sfence(); }
+
+void at_copy_ahead(const void *at, size_t n) {
+    for (size_t i = 0; i < n && i < 512; i += 64) _mm_prefetch((const char *)at + i, _MM_HINT_NTA);
 }
 
 #else
 
 const char *at_copy_name(void) { return "memcpy"; }
-static void stream_copy(uint8_t *dst, const uint8_t *src, size_t n) { memcpy(dst, src, n); }
-void at_copy_cold(void *dst, const void *src, size_t n) { memcpy(dst, src, n); }
-static void prefetch(const uint8_t *at, size_t n) { (void)at, (void)n; }
+void at_copy_part(void *dst, const void *src, size_t n) { memcpy(dst, src, n); }
+void at_copy_end(void) {}
+void at_copy_ahead(const void *at, size_t n) { (void)at, (void)n; }
 
 #endif
+
+void at_copy_cold(void *dst, const void *src, size_t n) {
+    at_copy_part(dst, src, n);
+    at_copy_end();
+}
 
 void at_copy(void *dst, const void *src, size_t n) {
     if (at_copy_prefers_cold(n)) at_copy_cold(dst, src, n);
@@ -121,12 +127,9 @@ void at_copy_pages(uint8_t *dst, const uint8_t *src, const int64_t *dst_idx, con
             memcpy(dst + (size_t)dst_idx[i] * dst_stride, src + (size_t)src_idx[i] * src_stride, page);
         return;
     }
-    (void)at_copy_name();
     for (size_t i = 0; i < n; i++) {
-        if (i + 1 < n) prefetch(src + (size_t)src_idx[i + 1] * src_stride, page);
-        stream_copy(dst + (size_t)dst_idx[i] * dst_stride, src + (size_t)src_idx[i] * src_stride, page);
+        if (i + 1 < n) at_copy_ahead(src + (size_t)src_idx[i + 1] * src_stride, page);
+        at_copy_part(dst + (size_t)dst_idx[i] * dst_stride, src + (size_t)src_idx[i] * src_stride, page);
     }
-#if defined(__x86_64__)
-    _mm_sfence();
-#endif
+    at_copy_end();
 }

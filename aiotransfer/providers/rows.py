@@ -1,0 +1,126 @@
+"""Rows of token memory: moved by tables of row numbers, and summed with weights (`ffi/rows`).
+
+Everything that can be refused is refused before a byte moves. That the memory of source and destination do not overlap is the
+caller's business, and so is that nobody else writes there meanwhile: the interpreter's lock is not held.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aiotransfer.model.dtypes import lookup
+from aiotransfer.providers import native
+
+_KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+class Rows(NamedTuple):
+    """Row r is the `nbytes` bytes at `offset + r * stride` of `memory`, a contiguous uint8 array."""
+
+    memory: np.ndarray[Any, np.dtype[np.uint8]]
+    offset: int
+    stride: int
+    nbytes: int
+
+    @property
+    def held(self) -> int:
+        """How many whole rows the memory holds."""
+        room = self.memory.size - self.offset - self.nbytes
+        return 0 if room < 0 else room // self.stride + 1
+
+
+def move(dst: Rows, dst_rows: Any, src: Rows, src_rows: Any, n: int) -> None:
+    """Copy row `src_rows[i]` of `src` to row `dst_rows[i]` of `dst` for i below n; None as a table: row i itself.
+
+    Tables are one-dimensional contiguous int64 arrays of n rows. Raises `TypeError`, or `ValueError` with the row that does not
+    fit.
+    """
+    to, from_ = _pointer("dst", dst, writable=True), _pointer("src", src)
+    if dst.nbytes != src.nbytes:
+        raise ValueError(f"rows of dst have {dst.nbytes} bytes, those of src {src.nbytes}")
+    targets, sources = _table("dst_rows", dst_rows, n, dst), _table("src_rows", src_rows, n, src)
+    if n:
+        native.lib.at_rows_move(to, dst.stride, targets, from_, src.stride, sources, n, dst.nbytes)
+
+
+def weigh(out: Rows, src: Rows, index: Any, weights: Any, *, dtype: Any, out_dtype: Any) -> None:
+    """Row t of `out` becomes the sum over k of `weights[t, k]` times row `index[t, k]` of `src`; an index below 0 is left out.
+
+    The sum is made in float32, in the order of k, and its bits are the same on every processor; a NaN becomes the quiet one.
+    Elements are float32, bfloat16 or float16. `index` is int64 and `weights` float32, both contiguous of [tokens, choices].
+    Raises `TypeError` or `ValueError`.
+    """
+    to, from_ = _pointer("out", out, writable=True), _pointer("src", src)
+    (out_kind, hidden), (kind, given) = _elements("out", out, out_dtype), _elements("src", src, dtype)
+    if hidden != given:
+        raise ValueError(f"rows of out have {hidden} elements, those of src {given}")
+    if not _is_array(index, np.int64, 2) or not _is_array(weights, np.float32, 2):
+        raise TypeError("index and weights must be contiguous arrays of [tokens, choices], int64 and float32")
+    tokens, choices = index.shape
+    if weights.shape != index.shape:
+        raise ValueError(f"index has the shape {index.shape}, weights {weights.shape}")
+    _fits("out", tokens - 1, out)
+    if index.size:
+        _fits("index", int(index.max()), src)
+    if tokens:
+        native.lib.at_rows_weigh(
+            to, out.stride, out_kind, from_, src.stride, kind,
+            native.ffi.from_buffer("int64_t[]", index), native.ffi.from_buffer("float[]", weights), tokens, choices, hidden,
+        )  # fmt: skip
+
+
+def limit(level: int) -> int:
+    """Tests: sum with plain C (0), at most AVX2 (1), or AVX-512 (2), as far as this processor has them. Returns which it is."""
+    return int(native.lib.at_rows_limit(level))
+
+
+def _is_array(value: Any, dtype: type[np.generic], ndim: int) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype == dtype and value.ndim == ndim and bool(value.flags.c_contiguous)
+
+
+def _pointer(name: str, rows: Rows, *, writable: bool = False) -> Any:
+    memory = rows.memory
+    if not _is_array(memory, np.uint8, 1):
+        raise TypeError(f"the memory of {name} must be a contiguous one-dimensional array of uint8")
+    if not 0 <= rows.offset <= memory.size or rows.stride < 1 or rows.nbytes < 0:
+        raise ValueError(f"{name}: no rows of {rows.nbytes} bytes at {rows.offset} + row * {rows.stride} in {memory.size} bytes")
+    if writable and not memory.flags.writeable:
+        raise ValueError(f"the memory of {name} is read-only")
+    if writable and rows.stride < rows.nbytes:
+        raise ValueError(f"{name}: rows of {rows.nbytes} bytes overlap at a stride of {rows.stride}")
+    return native.ffi.from_buffer("uint8_t[]", memory) + rows.offset
+
+
+def _table(name: str, rows: Any, n: int, memory: Rows) -> Any:
+    if rows is None:
+        _fits(name, n - 1, memory)
+        return native.ffi.NULL
+    if not _is_array(rows, np.int64, 1):
+        raise TypeError(f"{name} must be a contiguous one-dimensional array of int64, or None")
+    if len(rows) != n:
+        raise ValueError(f"{name} has {len(rows)} rows, not {n}")
+    if n:
+        if (low := int(rows.min())) < 0:
+            raise ValueError(f"{name} holds row {low}")
+        _fits(name, int(rows.max()), memory)
+    return native.ffi.from_buffer("int64_t[]", rows)
+
+
+def _fits(name: str, last: int, rows: Rows) -> None:
+    if last >= rows.held:
+        raise ValueError(
+            f"{name} holds row {last}; {rows.memory.size} bytes hold {rows.held} rows of {rows.nbytes} bytes "
+            f"at {rows.offset} + row * {rows.stride}"
+        )
+
+
+def _elements(name: str, rows: Rows, dtype: Any) -> tuple[int, int]:
+    element = lookup(dtype)
+    if element.name not in _KINDS:
+        raise TypeError(f"rows of {name} are summed as {', '.join(_KINDS)}, not as {element.name}")
+    hidden, rest = divmod(rows.nbytes, element.itemsize)
+    if rest:
+        raise ValueError(f"rows of {name} have {rows.nbytes} bytes, which is no number of {element.name} elements")
+    return _KINDS[element.name], hidden

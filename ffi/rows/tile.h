@@ -1,0 +1,89 @@
+/* The sum of one token by vectors: included once for each instruction set, which defines
+ *
+ *   NAME(x)            a name of its own        V                  a vector of LANES floats
+ *   TARGET             the function attribute   ZERO SPLAT(f)      vectors
+ *   ADD(a, b) MUL(a, b) CANON(a)                CANON makes every NaN the quiet one: whose payload survives an addition of two
+ *                                               depends on which the compiler put first
+ *   LOAD_F32 LOAD_BF16 LOAD_F16(at)             STORE_F32 STORE_BF16 STORE_F16(at, a)
+ *
+ * ADD and MUL are never fused: the flag -ffp-contract=off of the build sees to it. */
+
+#define AHEAD 512u /* bytes, on into the rows of the next token: with so many rows at once the processor itself sees too late where
+                    * they go on (a quarter of the speed from memory) */
+
+#ifndef UNROLLED /* left alone, gcc keeps the sums of bfloat16 in memory: half as fast */
+#if defined(__clang__)
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 8")
+#endif
+#endif
+
+TARGET static inline __attribute__((always_inline)) V NAME(load)(int kind, const uint8_t *at) {
+    return kind == AT_ROW_F32 ? LOAD_F32(at) : kind == AT_ROW_BF16 ? LOAD_BF16(at) : LOAD_F16(at);
+}
+
+TARGET static inline __attribute__((always_inline)) void NAME(store)(int kind, uint8_t *out, const V *acc, size_t n) {
+    UNROLLED for (size_t j = 0; j < n; j++) {
+        if (kind == AT_ROW_F32) STORE_F32(out + j * LANES * 4, CANON(acc[j]));
+        else if (kind == AT_ROW_BF16) STORE_BF16(out + j * LANES * 2, CANON(acc[j]));
+        else STORE_F16(out + j * LANES * 2, CANON(acc[j]));
+    }
+}
+
+TARGET static inline __attribute__((always_inline)) void NAME(ahead)(const uint8_t *at, size_t n) {
+    for (size_t j = 0; j < n; j += 64) __builtin_prefetch(at + j);
+}
+
+/* n vectors of columns, kept in registers while all rows are added; kind and n are constants. */
+TARGET static inline __attribute__((always_inline)) void NAME(tile)(const at_sum *s, uint64_t column, int kind, size_t n) {
+    size_t width = kind == AT_ROW_F32 ? 4 : 2;
+    const uint8_t *src = s->src + column * width;
+    uint64_t then = column + AHEAD / width;
+    const int64_t *soon = then < s->hidden ? s->index : s->next;
+    const uint8_t *later = s->src + (then < s->hidden ? then : then - s->hidden) * width;
+    V acc[TILE];
+    UNROLLED for (size_t j = 0; j < n; j++) acc[j] = ZERO;
+    for (uint64_t k = 0; k < s->choices; k++) {
+        if (s->index[k] < 0) continue;
+        const uint8_t *row = src + (uint64_t)s->index[k] * s->src_stride;
+        V weight = SPLAT(s->weights[k]);
+        if (soon[k] >= 0) NAME(ahead)(later + (uint64_t)soon[k] * s->src_stride, n * LANES * width);
+        UNROLLED for (size_t j = 0; j < n; j++) acc[j] = ADD(acc[j], MUL(weight, NAME(load)(kind, row + j * LANES * width)));
+    }
+    uint8_t *out = s->out + column * at_row_width(s->out_kind);
+    if (s->out_kind == AT_ROW_F32) NAME(store)(AT_ROW_F32, out, acc, n);
+    else if (s->out_kind == AT_ROW_BF16) NAME(store)(AT_ROW_BF16, out, acc, n);
+    else NAME(store)(AT_ROW_F16, out, acc, n);
+}
+
+TARGET static inline __attribute__((always_inline)) uint64_t NAME(token)(const at_sum *s, int kind) {
+    uint64_t column = 0;
+    for (; column + TILE * LANES <= s->hidden; column += TILE * LANES) NAME(tile)(s, column, kind, TILE);
+    for (; column + LANES <= s->hidden; column += LANES) NAME(tile)(s, column, kind, 1);
+    return column;
+}
+
+TARGET uint64_t NAME(at_sum)(const at_sum *sum) {
+    if (sum->src_kind == AT_ROW_F32) return NAME(token)(sum, AT_ROW_F32);
+    if (sum->src_kind == AT_ROW_BF16) return NAME(token)(sum, AT_ROW_BF16);
+    return NAME(token)(sum, AT_ROW_F16);
+}
+
+#undef AHEAD
+#undef NAME
+#undef TARGET
+#undef V
+#undef LANES
+#undef TILE
+#undef ZERO
+#undef SPLAT
+#undef ADD
+#undef MUL
+#undef CANON
+#undef LOAD_F32
+#undef LOAD_BF16
+#undef LOAD_F16
+#undef STORE_F32
+#undef STORE_BF16
+#undef STORE_F16

@@ -1,0 +1,61 @@
+/* The sums by AVX2 and by AVX-512, see tile.h. Conversions as in weigh.c, bit by bit: bfloat16 by integers (the processor's own
+ * instruction makes subnormal numbers zero), float16 by the processor's. */
+#include "rows/rows.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define NAME(x) x##_avx512
+#define TARGET __attribute__((target("avx512f")))
+#define V __m512
+#define LANES 16u
+#define TILE 8u
+#define ZERO _mm512_setzero_ps()
+#define SPLAT _mm512_set1_ps
+#define ADD _mm512_add_ps
+#define MUL _mm512_mul_ps
+#define CANON(a) _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_ps(__builtin_nanf("")))
+#define LOAD_F32(at) _mm512_loadu_ps(at)
+#define LOAD_BF16(at) \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(at))), 16))
+#define LOAD_F16(at) _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(at)))
+#define STORE_F32(at, a) _mm512_storeu_ps(at, a)
+#define STORE_BF16(at, a) _mm256_storeu_si256((void *)(at), narrow_avx512(_mm512_castps_si512(a)))
+/* All lanes by mask: gcc's macro for all lanes passes -1 for unsigned at -O0, which -Wconversion is told of. */
+#define STORE_F16(at, a) \
+    _mm256_storeu_si256((void *)(at), _mm512_maskz_cvtps_ph(0xFFFF, a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+
+TARGET static inline __m256i narrow_avx512(__m512i bits) {
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+}
+
+#include "rows/tile.h"
+
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2,f16c")))
+#define V __m256
+#define LANES 8u
+#define TILE 8u
+#define ZERO _mm256_setzero_ps()
+#define SPLAT _mm256_set1_ps
+#define ADD _mm256_add_ps
+#define MUL _mm256_mul_ps
+#define CANON(a) _mm256_blendv_ps(a, _mm256_set1_ps(__builtin_nanf("")), _mm256_cmp_ps(a, a, _CMP_UNORD_Q))
+#define LOAD_F32(at) _mm256_loadu_ps((const void *)(at))
+#define LOAD_BF16(at) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)(at))), 16))
+#define LOAD_F16(at) _mm256_cvtph_ps(_mm_loadu_si128((const void *)(at)))
+#define STORE_F32(at, a) _mm256_storeu_ps((void *)(at), a)
+#define STORE_BF16(at, a) _mm_storeu_si128((void *)(at), narrow_avx2(_mm256_castps_si256(a)))
+#define STORE_F16(at, a) _mm_storeu_si128((void *)(at), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+
+TARGET static inline __m128i narrow_avx2(__m256i bits) {
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i up = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1));
+}
+
+#include "rows/tile.h"
+
+#endif
