@@ -11,8 +11,8 @@ MINUTES ?= 20
 RUNS ?= 50000
 CYCLES ?= 10000
 
-.PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
-	bench-kv bench-kv-stream docs test-rails test-chaos test-chaos-kv test-guest test-matrix test-cycles test-sanitize soak fuzz \
+.PHONY: help setup hello demo test test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
+	bench-kv bench-kv-stream bench-moe-kernels docs test-rails test-chaos test-chaos-kv test-guest test-matrix test-cycles test-sanitize soak fuzz \
 	sanitize mutants clean
 
 help:
@@ -65,6 +65,17 @@ $(STAMPS)/ray: $(STAMPS)/package
 test-demo: $(STAMPS)/demo $(STAMPS)/ray $(STAMPS)/test
 	$(PY) -m pytest -m demo $(ARGS)
 
+$(STAMPS)/triton: $(STAMPS)/demo
+	@echo "installing Triton (about 200 MB, 690 MB unpacked) into $(VENV)"
+	@$(PIP) install --quiet --editable '.[triton]' 'triton==3.7.1'
+	@touch $@
+
+# The kernels for a GPU's memory under Triton's interpreter, on the CPU, and compiled but not run; then on a GPU, where there is one.
+# Triton is of the version that torch 2.13 asks for in its builds for CUDA; its CPU builds bring none.
+test-triton: $(STAMPS)/triton $(STAMPS)/test
+	TESTS_REQUIRE=triton TRITON_INTERPRET=1 $(PY) -m pytest tests/moe/kernels $(ARGS)
+	$(PY) -m pytest tests/moe/kernels -m gpu $(ARGS)
+
 # The network provider once more, with the newer libfabric that a wheel carries (make test takes the first one that it finds).
 test-wheel: $(STAMPS)/test
 	@$(PIP) install --quiet --editable '.[tcp]'
@@ -100,6 +111,10 @@ bench-kv: setup
 bench-tcp: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) tests/benchmarks/tcp.py $(ARGS)
+
+# Packing, unpacking and summing rows, on the host; on a GPU with ARGS=--device=cuda.
+bench-moe-kernels: setup
+	@$(PY) tests/benchmarks/moe_kernels.py $(ARGS)
 
 # What the native code costs for each work request over verbs, on a device that does nothing. Needs libibverbs-dev.
 bench-verbs: setup

@@ -27,6 +27,7 @@ MAY_IMPORT = {  # folder: the folders beneath it
     "control": {"model"},
     "engine": {"model", "core", "providers", "control"},
     "rendezvous": {"model", "engine"},
+    "moe": {"model", "control", "engine", "providers"},
     "testing": {"model", "core", "providers", "control", "engine"},
     "cli": {"model", "core", "providers", "control", "engine", "testing"},
 }

@@ -17,9 +17,12 @@ _KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
 class Rows(NamedTuple):
-    """Row r is the `nbytes` bytes at `offset + r * stride` of `memory`, a contiguous uint8 array."""
+    """Row r is the `nbytes` bytes at `offset + r * stride` of `memory`, a contiguous uint8 array.
 
-    memory: np.ndarray[Any, np.dtype[np.uint8]]
+    A NumPy array for what is done here; kernels for other memory (`moe.kernels`) take theirs in the same record.
+    """
+
+    memory: Any
     offset: int
     stride: int
     nbytes: int
@@ -27,7 +30,7 @@ class Rows(NamedTuple):
     @property
     def held(self) -> int:
         """How many whole rows the memory holds."""
-        room = self.memory.size - self.offset - self.nbytes
+        room = self.memory.nbytes - self.offset - self.nbytes
         return 0 if room < 0 else room // self.stride + 1
 
 

@@ -8,18 +8,12 @@ first, each product rounded before it is added. (What a NaN's bits are is not pr
 from __future__ import annotations
 
 import importlib
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from aiotransfer.errors import ConfigurationError
+from aiotransfer.providers.rows import Rows
 
-
-class Rows(NamedTuple):
-    """Row i is the `nbytes` bytes at `offset + i * stride` of `memory`."""
-
-    memory: Any
-    offset: int
-    stride: int
-    nbytes: int
+__all__ = ["Kernels", "Rows", "kernels_for"]
 
 
 class Kernels(Protocol):

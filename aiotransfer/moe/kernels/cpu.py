@@ -1,22 +1,42 @@
-"""Host memory: C does it at once (`providers/rows`), so there is nothing to wait for."""
+"""The kernels for memory of the host: C (`providers.rows`), behind the same interface as those for a GPU's.
+
+They are done when they return. They hold the event loop that long, which is right for the rows of a step and wrong for gigabytes.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from aiotransfer.providers import rows
+from aiotransfer.providers.rows import Rows
 
 
 class CpuKernels:
-    """See `Kernels`."""
+    """Implements `Kernels` for NumPy arrays (see `kernels_for`)."""
 
     device = "cpu"
-    move = staticmethod(rows.move)
-    weigh = staticmethod(rows.weigh)
 
     def place(self, array: Any) -> Any:
-        """It is there."""
-        return array
+        """It is where it has to be; contiguous."""
+        return np.ascontiguousarray(array)
+
+    def move(self, dst: Rows, dst_rows: Any, src: Rows, src_rows: Any, n: int) -> None:
+        """Copy n rows; see `Kernels.move`. A row outside of its memory is refused, before any is copied."""
+        rows.move(dst, dst_rows, src, src_rows, n)
+
+    def weigh(self, out: Rows, src: Rows, index: Any, weights: Any, *, dtype: Any, out_dtype: Any) -> None:
+        """Sum rows by weight; see `Kernels.weigh`. A row beyond its memory is refused, before any is summed."""
+        rows.weigh(out, src, index, weights, dtype=dtype, out_dtype=out_dtype)
+
+    def word(self) -> Any:
+        """Eight bytes, zero."""
+        return np.zeros(1, np.int64)
+
+    def bump(self, word: Any) -> None:
+        """Add one."""
+        word[0] += 1
 
     async def settle(self, timeout: float | None = None) -> None:
-        """It is done."""
+        """Nothing is ever under way."""

@@ -1,9 +1,9 @@
 """How a coroutine learns how far a GPU is, without the event loop ever waiting for one.
 
-An event is asked whether it has passed, first on every turn of the loop, because kernels take microseconds, then ever more rarely.
-That needs somebody who records the event at the right place, and inside a captured CUDA graph nobody does: the graph is one launch,
-and what was captured runs without the host. There a kernel of the graph adds one to a word in pinned host memory, and the native
-thread that serves the engine looks at it (`engine.watch`): each replay of the graph wakes the coroutine that posts its writes.
+An event is asked whether it has passed, first on every turn of the loop, because kernels take microseconds, then ever more
+rarely. That needs somebody who records the event at the right place, and inside a captured CUDA graph nobody does: the graph is
+one launch, and what was captured runs without the host. There a kernel of the graph adds one to a word in pinned host memory, and
+the native thread that serves the engine looks at it (`engine.watch`): each replay wakes the coroutine that posts its writes.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class GraphWord:
         return self._watcher.value
 
     def bump(self) -> None:
-        """Add one when everything launched before on the stream is done; to be called while a graph is captured, or at any time."""
+        """Add one when everything launched before on the stream is done; while a graph is captured, or at any time."""
         self._kernels.bump(self._memory)
 
     async def reached(self, value: int, timeout: float | None = None) -> int:
