@@ -21,7 +21,6 @@ LEAVES = {"errors", "config"}
 MAY_IMPORT = {  # folder: the folders beneath it
     "model": set(),
     "kv": {"model", "control", "engine"},
-    "moe": {"model", "control", "engine", "providers"},
     "core": {"model"},
     "providers": {"model"},
     "control": {"model"},

@@ -204,7 +204,7 @@ class AllToAll:
             limit = members.limit()
             strangers = [
                 rank for rank in party.others()
-                if rank not in members.gone and members.takes_part(number, rank) is True
+                if members.present(number, rank)
                 and ((known := party.ranks[rank]) is None or known.remote is None)
             ]  # fmt: skip
             if (limit is None or number <= limit) and not strangers:

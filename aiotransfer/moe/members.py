@@ -11,7 +11,7 @@ afterwards, and tells it to all that are present. Hearing of something new means
 the views of *all* that are present in a state are in, for exactly this state, everything open is decided from them:
 
 - a header of a gone rank: what a view says was decided before; else what any view holds; else it takes no part;
-- the first step of a rank that joins: what a view says was decided before; else max(next) + slots.
+- the first step of a rank that joins: what a view says was decided before; else max(next) + slots, rounded up to `align`.
 
 **Why those that remain decide alike.** Let p and q both decide, p in state S and q in state T, p present in T and q in S. (If one
 has marked the other as gone, they have parted; see below.)
@@ -103,7 +103,7 @@ class Members:
     (`told`).
     """
 
-    def __init__(self, rank: int, incarnations: Sequence[int], *, slots: int, start: int | None = 0) -> None:
+    def __init__(self, rank: int, incarnations: Sequence[int], *, slots: int, start: int | None = 0, align: int = 1) -> None:
         if not incarnations[rank]:
             raise ValueError("this rank needs an incarnation other than 0")
         self.rank = rank
@@ -112,6 +112,7 @@ class Members:
         self.told: View | None = None
         self._size = len(incarnations)
         self._slots = slots
+        self._align = align
         self._me: Member = (rank, incarnations[rank])
         self._present = {rank: number for rank, number in enumerate(incarnations) if number}
         self._gone: set[Member] = set()
@@ -320,7 +321,7 @@ class Members:
             for step, rank, data in (item for items in part for item in items):
                 self._decided.setdefault((step, rank), data)
         begun = {(rank, number): step for view in views for rank, number, step in view.starts}
-        first = max(view.next for view in views) + self._slots
+        first = -(-(max(view.next for view in views) + self._slots) // self._align) * self._align
         for member in self._present.items():
             self._starts.setdefault(member, begun.get(member, first))
         self._open.clear()

@@ -29,7 +29,7 @@ from aiotransfer.errors import (
 )
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.moe import wire
-from aiotransfer.moe.buffers import Buffers
+from aiotransfer.moe.buffers import Buffers, Header
 from aiotransfer.moe.errors import EvictedError, ShapeMismatch
 from aiotransfer.moe.members import Members
 from aiotransfer.moe.shape import Shape, immediates
@@ -45,13 +45,14 @@ if TYPE_CHECKING:
 
 FIRST, REST, RESULTS = range(3)  # what immediates tell of
 DIALS_AT_ONCE = 32
+DIAL_AFTER, LOOK_AGAIN = 1.0, 0.02  # seconds
 _logger = logging.getLogger("aiotransfer")
 
 
 class Rank:
     """Another rank, as it is now."""
 
-    __slots__ = ("direct", "hello", "lease", "peer", "remote")
+    __slots__ = ("direct", "hello", "lease", "lost", "peer", "remote")
 
     def __init__(self, peer: Peer, lease: Lease, *, direct: bool) -> None:
         self.peer = peer
@@ -59,6 +60,7 @@ class Rank:
         self.direct = direct  # it writes to us row by row
         self.hello: wire.Hello | None = None
         self.remote: RemoteRegion | None = None
+        self.lost = False
 
 
 class Party:
@@ -88,7 +90,10 @@ class Party:
         self._running = False
         self._changed: set[asyncio.Future[None]] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._fences: dict[int, asyncio.Task[None]] = {}
+        self._fences: dict[int, asyncio.Task[None]] = {}  # by rank, the last
+        self._held: dict[tuple[int, int], bytes] = {}  # headers of gone ranks, of steps that had not begun here
+        self._telling: asyncio.Task[None] | None = None
+        self._early: list[tuple[int, wire.Told]] = []  # views that came before this rank knew of whom
         self._limit = RateLimit(most=1)
 
     # ---- counting ----
@@ -126,6 +131,8 @@ class Party:
         limit = asyncio.Semaphore(DIALS_AT_ONCE)
 
         async def dial(rank: int) -> None:
+            if rank < self.rank:  # it dials; if it does not (it runs already), we do
+                await asyncio.sleep(DIAL_AFTER)
             async with limit:
                 found[rank] = await self.engine.connect(self.addresses[rank], timeout=math.inf)
 
@@ -134,6 +141,11 @@ class Party:
         staged: bool | None = None
         try:
             while True:
+                for rank, (peer, _) in self._hellos.items():
+                    found.setdefault(rank, peer)
+                for peer in self.engine.peers:
+                    if peer.address in self.addresses and (rank := self.addresses.index(peer.address)) != self.rank:
+                        found.setdefault(rank, peer)
                 missing = [rank for rank in self.others() if rank not in found]
                 if self._joining():
                     missing = [rank for rank in missing if rank in self._present()]
@@ -168,13 +180,16 @@ class Party:
         change = self.engine._loop.create_future()
         self._changed.add(change)
         pending = [task for task in dials if not task.done()]
+        # A peer that has dialed this engine is only known by looking again.
+        pending += [self.spawn(asyncio.sleep(LOOK_AGAIN))] if pending else []
         ends = [self.spawn(peer.closed()) for peer in peers]
         try:
             await asyncio.wait([change, *pending, *ends], return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._changed.discard(change)
-            for task in ends:
-                task.cancel()
+            for task in (*ends, *pending[-1:]):
+                if task not in dials:
+                    task.cancel()
 
     def _is_direct(self, peer: Peer) -> bool:
         return peer.path.provider == "shm" if self._direct is None else self._direct
@@ -227,7 +242,7 @@ class Party:
 
     async def _start(self) -> None:
         incarnations = [self._incarnations().get(rank, 0) for rank in range(self.shape.ranks)]
-        self.members = Members(self.rank, incarnations, slots=self.shape.slots)
+        self._know(Members(self.rank, incarnations, slots=self.shape.slots, align=self.shape.align))
         for rank in self.others():
             self._send(rank, wire.Ready(rank=self.rank, incarnation=self.engine.incarnation, incarnations=incarnations))
         while not self._running:
@@ -242,15 +257,23 @@ class Party:
 
     async def _join(self) -> None:
         incarnations = [self._incarnations().get(rank, 0) for rank in range(self.shape.ranks)]
-        self.members = Members(self.rank, incarnations, slots=self.shape.slots)
-        self.members.join(self.rank, self.engine.incarnation)
         self._open_counters(self.others())
         self._running = True
-        while self.members.start is None:
-            if self.members.evicted:
+        members = Members(self.rank, incarnations, slots=self.shape.slots, start=None, align=self.shape.align)
+        self._know(members)
+        while members.start is None:
+            if members.evicted:
                 raise EvictedError(f"{self!r} could not join: the others lost this rank meanwhile")
             await self.changed()
-        self.next_step = self.members.start
+        self.next_step = members.start
+
+    def _know(self, members: Members) -> None:
+        """From now on views count, also those that came already."""
+        self.members = members
+        early, self._early = self._early, []
+        for rank, told in early:
+            members.hear(rank, told.view)
+        self._follow()
 
     def _open_counters(self, ranks: list[int]) -> None:
         for source in ranks:
@@ -303,7 +326,7 @@ class Party:
         elif isinstance(content, wire.Told):
             self._told(rank, content)
         elif isinstance(content, wire.Leave):
-            self._left(rank, content)
+            self._left(rank, message, content)
 
     def _hello(self, rank: int, peer: Peer, hello: wire.Hello) -> None:
         self._hellos[rank] = (peer, hello)
@@ -317,29 +340,43 @@ class Party:
         if self.shape.difference(hello.shape):
             self._greet(rank, peer, ask=False)  # it will see that they differ
             return
-        if known is not None and rank not in self.members.gone:
-            self.lose(rank, PeerLostError(f"{self.who(rank)} has started anew", peer=str(peer.address)))
+        if not self.members.join(rank, hello.incarnation):
+            return
+        if known is not None:
+            self._forget(rank, PeerLostError(f"{self.who(rank)} has started anew", peer=str(peer.address)))
         self._greet(rank, peer, ask=False)
         self._hello_of(rank)
         self.losses.pop(rank, None)
         self._open_counters([rank])
-        self.members.join(rank, hello.incarnation)
-        self._exchange()
+        if self.members.told is not None and not self.members.owes():
+            self._send(rank, wire.Told(rank=self.rank, incarnation=self.engine.incarnation, view=self.members.told))
+        self._follow()
 
     def _told(self, rank: int, told: wire.Told) -> None:
         if self.members is None:
+            self._early.append((rank, told))
             return
         self._running = True  # whoever tells views has everyone's Ready
         self.members.hear(rank, told.view)
         self._follow()
 
-    def _left(self, rank: int, leave: wire.Leave) -> None:
+    def _left(self, rank: int, message: Message, leave: wire.Leave) -> None:
         if self.members is None or rank in self.members.gone:
             return
         if leave.who == self.rank:
             self.end(EvictedError(f"{self.who(rank)} gave this rank up: {leave.reason}", peer=str(self.addresses[rank]), ranks=(rank,)))
-        elif leave.who == rank:
-            self.lose(rank, PeerLostError(f"{self.who(rank)} has left: {leave.reason}", peer=str(self.addresses[rank])))
+        elif leave.who == rank and message.peer is getattr(self.ranks[rank], "peer", None):
+            self.spawn(self._part(rank, leave))
+
+    async def _part(self, rank: int, leave: wire.Leave) -> None:
+        """A rank has left: what it had sent before has landed, and only has to be counted still."""
+        try:
+            async with Patience(self.engine.config.drain_timeout):
+                while any(number < leave.upto for number in self.steps):
+                    await self.changed()
+        except TimeoutError:
+            pass
+        self.lose(rank, PeerLostError(f"{self.who(rank)} has left: {leave.reason}", peer=str(self.addresses[rank])))
 
     # ---- missing ----
 
@@ -349,24 +386,43 @@ class Party:
         if members is None or not members.lose(rank):
             return
         self._forget(rank, error)
-        self._exchange()
+        self._follow()
 
     def _forget(self, rank: int, error: TransferError) -> None:
-        """Nothing of it is heard any more."""
+        """Nothing of what it has been so far is heard any more."""
+        known = self.ranks[rank]
         self.losses[rank] = error
+        if known is None or known.lost:
+            return
+        known.lost = True
         for step in self.steps.values():
             step.gone(rank)
+        self._keep_early(rank)
         for kind in range(3):
             for slot in range(self.shape.slots):
                 counter = self._counters.pop(self.imm(kind, slot, rank), None)
                 if counter is not None:
                     counter.close()
-        known = self.ranks[rank]
-        if known is not None:
-            self._send(rank, wire.Leave(rank=self.rank, incarnation=self.engine.incarnation, who=rank, reason=error.message[: wire.MOST_TEXT]))
-            self._fences[rank] = self.spawn(self._fence(rank, known.lease))
+        self._send(rank, self._leave(rank, error.message))
+        self._fences[rank] = self.spawn(self._fence(rank, known.lease, self._fences.get(rank)))
 
-    async def _fence(self, rank: int, lease: Lease) -> None:
+    def _keep_early(self, rank: int) -> None:
+        """Its header may have come of a step that has not begun here."""
+        begun = {step.slot for step in self.steps.values()}
+        for slot in set(range(self.shape.slots)) - begun:
+            if self.counter(FIRST, slot, rank).value:
+                data = self.buffers.header(slot, rank)
+                self._held[Header(self.shape, data).step, rank] = data
+        for step, old in [key for key in self._held if key[0] + self.shape.slots < self.next_step]:
+            del self._held[step, old]
+
+    def _leave(self, who: int, reason: str) -> wire.Leave:
+        upto = min(self.steps, default=self.next_step)
+        return wire.Leave(rank=self.rank, incarnation=self.engine.incarnation, who=who, upto=upto, reason=reason[: wire.MOST_TEXT])
+
+    async def _fence(self, rank: int, lease: Lease, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await before
         try:
             await lease.revoke(timeout=self.engine.config.drain_timeout)
         except QuarantineError as error:
@@ -388,36 +444,48 @@ class Party:
         """Whether any rank takes rows one by one."""
         return any(known is not None and known.hello is not None and known.hello.direct for known in self.ranks)
 
-    def _exchange(self) -> None:
-        """Tell all others what is owed to them, as often as there is something."""
-        members = self.members
-        while members is not None and not members.evicted and members.owes():
-            headers = {key: data for step in self.steps.values() for key, data in step.headers_of_gone().items()}
-            view = members.tell(self.next_step, headers)
-            for rank in members.audience:
-                self._send(rank, wire.Told(rank=self.rank, incarnation=self.engine.incarnation, view=view))
-        self._wake()
-
     def _follow(self) -> None:
-        """Whom others have lost is lost here, too."""
+        """Whoever is gone, by one's own finding or another's, is forgotten; what is owed to the others is told."""
         members = self.members
         assert members is not None
         if members.evicted:
             self.end(EvictedError("the other ranks have lost this one", ranks=(self.rank,)))
             return
-        for rank in members.gone:
-            if rank not in self.losses:
+        for rank in self.others():
+            known = self.ranks[rank]
+            if (known is None and rank in members.gone and rank not in self.losses) or (
+                known is not None and not known.lost and members.incarnation(rank) != known.peer.incarnation
+            ):
                 where = str(self.addresses[rank])
                 self._forget(rank, PeerLostError(f"{self.who(rank)} was lost, as another rank says", peer=where))
-        self._exchange()
+        if members.owes() and self._telling is None:
+            self._telling = self.spawn(self._tell())
+        self._wake()
+
+    async def _tell(self) -> None:
+        """Tell all others what is owed to them, as often as there is something, when those who are gone can write no more."""
+        members = self.members
+        assert members is not None
+        try:
+            while members.owes() and self.over is None:
+                pending = [task for task in self._fences.values() if not task.done()]
+                if pending:
+                    await asyncio.wait(pending)
+                    continue
+                headers = self._held | {key: data for step in self.steps.values() for key, data in step.headers().items()}
+                view = members.tell(self.next_step, headers)
+                for rank in members.audience:
+                    self._send(rank, wire.Told(rank=self.rank, incarnation=self.engine.incarnation, view=view))
+        finally:
+            self._telling = None
+            self._wake()
 
     def end(self, error: TransferError) -> None:
         """This rank takes no part any more."""
         if self.over is None:
             self.over = again(error)
-            reason = error.message[: wire.MOST_TEXT]
             for rank in self.members.audience if self.members is not None else ():
-                self._send(rank, wire.Leave(rank=self.rank, incarnation=self.engine.incarnation, who=self.rank, reason=reason))
+                self._send(rank, self._leave(self.rank, error.message))
             for counter in self._counters.values():
                 counter.close()
             self._counters.clear()

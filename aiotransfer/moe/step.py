@@ -17,6 +17,7 @@ from aiotransfer.engine.scatter import ScatterTarget
 from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, ScatterError, TransferError
 from aiotransfer.moe.buffers import Header, header
 from aiotransfer.moe.errors import RoutingOverflow, StepRefused
+from aiotransfer.moe.members import UNDECIDED, Members
 from aiotransfer.moe.party import FIRST, REST, RESULTS, Party
 from aiotransfer.moe.plan import Arrivals, Ranges, Route
 from aiotransfer.moe.shape import ROW_ALIGN
@@ -46,7 +47,8 @@ class Step:
         self.error: StepRefused | None = None  # it does not take place
         self.over = False
         self.lost: set[int] = set()  # while it was under way: part of it is missing
-        self.joined: set[int] = set()  # other ranks that take part
+        self.joined: set[int] = set()  # other ranks that were there when it began
+        self._directly: set[int] = set()  # those of them that write row by row
         self._data: dict[int, bytes] = {}  # headers, by source
         self._heard: dict[int, set[int]] = {kind: set() for kind in (FIRST, REST, RESULTS)}
         self._waits: dict[int, dict[int, int]] = {}  # by kind: how many arrivals of each rank
@@ -79,7 +81,8 @@ class Step:
         if self.refusal:
             sizes[:] = 0
         self._data[party.rank] = own.tobytes()
-        self.joined = set(self._who_takes_part())
+        self.joined = set(self._who_is_there())
+        self._directly = {rank for rank in self.joined if (known := party.ranks[rank]) is not None and known.direct}
         party.steps[self.number] = self
         party.next_step = self.number + 1
         there = sorted(self.joined)
@@ -88,11 +91,8 @@ class Step:
             shape.header_bytes + sizes[there] * shape.row_bytes, np.full(len(there), shape.first(slot, party.rank)), FIRST,
         )  # fmt: skip
 
-    def _who_takes_part(self) -> list[int]:
-        members = self.party.members
-        assert members is not None
-        others = [rank for rank in range(self.party.shape.ranks) if rank != self.party.rank and rank not in members.gone]
-        return [rank for rank in others if members.takes_part(self.number, rank) is True]
+    def _who_is_there(self) -> list[int]:
+        return [rank for rank in self.party.others() if self._members.present(self.number, rank)]
 
     async def _rows_in(self, tokens: Any, stride: int, scale_rows: Any) -> None:
         shape, buffers, n = self.party.shape, self.party.buffers, len(self.route.places)
@@ -125,32 +125,22 @@ class Step:
     async def _agree(self) -> None:
         """Of every rank that is lost, all others know whether its header counts."""
         party = self.party
-        members = party.members
-        assert members is not None
-        while True:
-            party.check()
-            open_ranks = [r for r in self.joined if r in members.gone and isinstance(self._agreed(r), str)]
-            if not open_ranks:
-                return
+        while any(self._members.header(self.number, rank) is UNDECIDED for rank in self._unheard()):
             await party.changed()
+        party.check()
 
-    def _agreed(self, rank: int) -> bytes | None | str:
-        """The header that counts for a lost rank: none, or not known yet (any text)."""
-        members = self.party.members
-        assert members is not None
-        found = members.header(self.number, rank)
-        return found if found is None or isinstance(found, bytes) else "not yet"
+    def _unheard(self) -> list[int]:
+        """Ranks whose header has not come to this one (and of those that were there all are lost by now)."""
+        return [rank for rank in self.party.others() if rank not in self._heard[FIRST]]
 
     def _derive(self) -> None:
         party, shape = self.party, self.party.shape
-        members = party.members
-        assert members is not None
         counts = np.zeros((shape.ranks, shape.num_experts), np.uint32)
         refused: dict[int, str] = {}
         heads: dict[int, Header] = {}
-        for rank in (party.rank, *self.joined):
-            data = self._agreed(rank) if rank in members.gone else self._data[rank]
-            if data is None or isinstance(data, str):
+        for rank in range(shape.ranks):
+            data = self._data.get(rank) or self._members.header(self.number, rank)
+            if not isinstance(data, bytes):
                 continue
             head = heads[rank] = Header(shape, data)
             if head.step != self.number:
@@ -252,7 +242,7 @@ class Step:
                 expected[source] = rest if self._comes_directly(source) else 1
         await self._wait(REST, expected)
         await self._unstage([s for s in expected if not self._comes_directly(s) and s in self._heard[REST]])
-        missing = [s for s in self.joined if s in self.lost and arrivals.n[s] and not self._complete(s, expected)]
+        missing = [s for s in party.others() if arrivals.n[s] and not self._complete(s, expected)]
         rows = party.buffers.bytes_of_rows(slot)[: arrivals.total * shape.row_bytes].reshape(arrivals.total, shape.row_bytes)
         for source in missing:
             await party.fenced(source)
@@ -264,15 +254,13 @@ class Step:
             rows[~filled] = 0
 
     def _complete(self, source: int, expected: dict[int, int]) -> bool:
-        """Whether everything of a rank that was lost had come before: its first message, and the rest where there was one."""
+        """Whether everything of a rank has come: its first message, and the rest where there was one."""
         return source in self._heard[FIRST] and (source not in expected or source in self._heard[REST])
 
     async def _known_to_all(self, rank: int) -> None:
         """Whoever gets results of rows that are zero here must know that they are not worth anything."""
         party = self.party
-        members = party.members
-        assert members is not None
-        while rank in members.gone and not members.settled:
+        while rank in self.lost and not self._members.settled:
             await party.changed()
 
     async def _unstage(self, sources: list[int]) -> None:
@@ -385,7 +373,7 @@ class Step:
 
     def gone(self, rank: int) -> None:
         """`rank` takes no part any more. Its counters are still open: what had come by now counts."""
-        if rank not in self.joined:
+        if rank not in self.joined or rank in self.lost:
             return
         self.lost.add(rank)
         for kind, expected in self._waits.items():
@@ -395,11 +383,9 @@ class Step:
         if rank not in self._data and self.party.counter(FIRST, self.slot, rank).value:
             self._data[rank] = self.party.buffers.header(self.slot, rank)
 
-    def headers_of_gone(self) -> dict[tuple[int, int], bytes]:
-        """What this step knows of ranks that are lost."""
-        members = self.party.members
-        assert members is not None
-        return {(self.number, rank): self._data[rank] for rank in members.gone if rank in self._data}
+    def headers(self) -> dict[tuple[int, int], bytes]:
+        """What this step knows of all ranks."""
+        return {(self.number, rank): data for rank, data in self._data.items()}
 
     def _failed(self, error: TransferError) -> None:
         """A write of ours failed, so whoever it was for has to be missed."""
@@ -411,10 +397,14 @@ class Step:
 
     # ---- common ----
 
-    def _alive(self) -> list[int]:
+    @property
+    def _members(self) -> Members:
         members = self.party.members
-        assert members is not None
-        return [rank for rank in sorted(self.joined) if rank not in members.gone]
+        assert members is not None, "steps begin when all have met"
+        return members
+
+    def _alive(self) -> list[int]:
+        return [rank for rank in sorted(self.joined) if rank not in self.lost]
 
     def _once(self, stage: str) -> bool:
         """Whether this has not been done yet; from now on it has."""
@@ -433,8 +423,7 @@ class Step:
         return known is not None and known.hello is not None and known.hello.direct
 
     def _comes_directly(self, rank: int) -> bool:
-        known = self.party.ranks[rank]
-        return known is not None and known.direct
+        return rank in self._directly
 
     def _post(self, rank: int, write: Any) -> None:
         try:
@@ -454,10 +443,8 @@ class Step:
         """One write to each of `ranks`; those that are found lost are left out."""
         party = self.party
         imm = party.imm(kind, self.slot, party.rank)
-        members = party.members
-        assert members is not None
         while ranks:
-            keep = [i for i, rank in enumerate(ranks) if rank not in members.gone]
+            keep = [i for i, rank in enumerate(ranks) if rank not in self.lost]
             ranks, offsets, sizes, there = [ranks[i] for i in keep], offsets[keep], sizes[keep], there[keep]
             if not ranks:
                 return
@@ -469,7 +456,7 @@ class Step:
                 return
             except BrokenError as error:
                 self._failed(error)
-                if not any(rank in members.gone for rank in ranks):
+                if not any(rank in self.lost for rank in ranks):
                     raise
 
     async def _move(self, to: Any, to_rows: Any, source: Any, source_rows: Any, n: int) -> None:
@@ -491,10 +478,8 @@ class Step:
 
     def missing(self) -> list[int]:
         """Whom this step waits for."""
-        members = self.party.members
-        assert members is not None
         for kind, expected in self._waits.items():
-            found = [r for r in expected if r not in self._heard[kind] and r not in members.gone]
+            found = [r for r in expected if r not in self._heard[kind] and r not in self.lost]
             if found:
                 return found
         return []
@@ -507,12 +492,10 @@ class Step:
     async def _wait(self, kind: int, expected: dict[int, int]) -> None:
         """Take what `expected` says from each rank that is not lost."""
         party, heard = self.party, self._heard[kind]
-        members = party.members
-        assert members is not None
         self._waits[kind] = expected
         peers = self._peers(kind)
         for rank, n in expected.items():
-            while rank not in heard and rank not in members.gone:
+            while rank not in heard and rank not in self.lost:
                 try:
                     await party.counter(kind, self.slot, rank).wait(n, peers=peers)
                     self._took(kind, rank)
@@ -524,13 +507,11 @@ class Step:
                     peers = self._peers(kind)
                 except ClosedError:
                     party.check()
-                    if rank not in members.gone:
+                    if rank not in self.lost:
                         raise
         party.check()
 
     def _peers(self, kind: int) -> list[Peer]:
         """Whose loss ends a wait."""
-        members = self.party.members
-        assert members is not None
-        waited = [self.party.ranks[r] for r in self._waits[kind] if r not in self._heard[kind] and r not in members.gone]
+        waited = [self.party.ranks[r] for r in self._waits[kind] if r not in self._heard[kind] and r not in self.lost]
         return [known.peer for known in waited if known is not None]

@@ -51,6 +51,7 @@ class Leave(_Message, frozen=True, tag=4):
     """I take no part any more, or (of another rank) you do not."""
 
     who: int
+    upto: int  # of the sender itself: all its steps before this one are over, and everything of them has landed
     reason: str
 
 
