@@ -380,6 +380,10 @@ class Party:
 
     # ---- missing ----
 
+    def missed(self, rank: int, error: TransferError) -> None:
+        """Whoever waited for it was told that it is lost, or what was written to it failed."""
+        self.lose(rank, PeerLostError(f"{self.who(rank)} was lost: {error.message}", peer=str(self.addresses[rank])))
+
     def lose(self, rank: int, error: TransferError) -> None:
         """It takes no part any more. Twice is silent."""
         members = self.members

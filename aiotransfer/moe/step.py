@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.engine.scatter import ScatterTarget
-from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, ScatterError, TransferError
+from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, ScatterError, StaleRegionError, TransferError
 from aiotransfer.moe.buffers import Header, header
 from aiotransfer.moe.errors import RoutingOverflow, StepRefused
 from aiotransfer.moe.members import UNDECIDED, Members
@@ -392,7 +392,7 @@ class Step:
         for rank in self.joined:
             known = self.party.ranks[rank]
             if known is not None and error.peer in (str(known.peer.address), known.peer.name):
-                self.party.lose(rank, error)
+                self.party.missed(rank, error)
                 return
 
     # ---- common ----
@@ -428,10 +428,8 @@ class Step:
     def _post(self, rank: int, write: Any) -> None:
         try:
             self._transfers.append(write())
-        except (BrokenError, ClosedError) as error:
-            if isinstance(error, ClosedError):
-                self.party.check()
-            self.party.lose(rank, error)
+        except (BrokenError, StaleRegionError) as error:
+            self.party.missed(rank, error)
 
     def _signal(self, rank: int) -> None:
         known = self.party.ranks[rank]
@@ -454,7 +452,7 @@ class Step:
                     party.engine.scatter(source, ScatterTarget(offsets, sizes, remotes, there), imm=imm, timeout=math.inf)
                 )
                 return
-            except BrokenError as error:
+            except (BrokenError, StaleRegionError) as error:
                 self._failed(error)
                 if not any(rank in self.lost for rank in ranks):
                     raise
@@ -503,7 +501,7 @@ class Step:
                     for r in expected:
                         known = party.ranks[r]
                         if known is not None and known.peer.state in ("lost", "closed"):
-                            party.lose(r, error)
+                            party.missed(r, error)
                     peers = self._peers(kind)
                 except ClosedError:
                     party.check()
