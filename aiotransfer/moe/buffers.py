@@ -1,7 +1,8 @@
 """The memory of one rank: what the others write into, and what it sends from. Offsets are those of `Shape`.
 
     received   one region, under a lease of its own for each other rank
-    sent       per slot: a first message for each rank, the tokens as rows, and (where somebody is reached by a network) packed rows
+    sent       per slot: a first message for each rank, the tokens as rows, and (where somebody is reached by a network) packed
+    rows
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Header:
 def header(shape: Shape, step: int, incarnation: int, tokens: int, scales: int, counts: Any, text: str = "") -> Any:
     """A header as uint8."""
     words = text.encode()[:TEXT_BYTES]
-    data = np.zeros(shape.header_bytes, np.uint8)
+    data: Any = np.zeros(shape.header_bytes, np.uint8)
     HEAD.pack_into(data, 0, step, tokens | scales << 24, len(words), incarnation)
     if counts is not None:
         data[HEAD.size : HEAD.size + 4 * shape.num_experts].view(np.uint32)[:] = counts
@@ -105,7 +106,7 @@ class Buffers:
     def header(self, slot: int, source: int) -> bytes:
         """The header that lies there."""
         begin = self.shape.first(slot, source)
-        return self.here[begin : begin + self.shape.header_bytes].tobytes()
+        return bytes(self.here[begin : begin + self.shape.header_bytes])
 
     def arrived_first(self, slot: int) -> Rows:
         """Rows inside first messages, in units of `ROW_ALIGN` bytes from the first message of rank 0."""

@@ -1,6 +1,7 @@
 """Arguments and results: NumPy arrays and torch tensors alike, as rows of memory. torch is imported only by those who use it.
 
-Types that NumPy does not know (bfloat16, float8) are taken from NumPy users as unsigned integers of the same size, and given back so.
+Types that NumPy does not know (bfloat16, float8) are taken from NumPy users as unsigned integers of the same size, and given
+back so.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def check(name: str, array: Array, shape: tuple[int | None, ...], dtype: str) ->
 
 
 def rows(name: str, array: Array) -> tuple[Any, int]:
-    """The memory of a matrix in host memory as flat uint8, and the bytes from row to row. Elements of a row must be neighbours."""
+    """The memory of a matrix in host memory as flat uint8, and the bytes from row to row. Elements of a row must be
+    neighbours."""
     if kind_of(array).torch is None:
         size, strides = array.itemsize, array.strides
     else:
