@@ -94,6 +94,19 @@ MUTANTS = (
         "tests/native tests/engine/test_bad_input.py",
     ),
     Mutant(
+        "bounds of a scatter of arrays", "ffi/lane/plan.c",
+        "if (!lies_in(from, n, src->nbytes)) return AT_ESRC;", "", "tests/engine/test_scatter.py",
+    ),
+    Mutant(
+        "bounds of a scatter of arrays, there", "ffi/lane/plan.c",
+        "if (!lies_in(at, n, to->limits[i]) || (to->remote_offsets == NULL && (uint64_t)n != to->limits[i])) return AT_EDST;", "",
+        "tests/engine/test_scatter.py",
+    ),
+    Mutant(
+        "a sum of rows by another way", "ffi/rows/tile.h",
+        "if (s->index[k] < 0) continue;", "if (s->index[k] < -1) continue;", "tests/providers/test_rows.py",
+    ),
+    Mutant(
         "early arrivals", "ffi/lane/imm.c",
         "int early = peer->early < lane->config.early_values;", "int early = 0;", "tests/engine/test_counters.py",
     ),
