@@ -36,7 +36,7 @@ class Party(Meeting):
             try:
                 self._heard(message, wire.decode(self._key, message.data))
             except DescriptorError as error:
-                left_out = self._limit.admit(self.engine._loop.time())
+                left_out = self._limit.admit("unreadable")
                 if left_out is not None:
                     _logger.warning("%r: from %s: %s%s", self, message.peer, error, more(left_out))
             self._wake()
