@@ -44,8 +44,11 @@ written rows to places that mean something else. This does no harm if
 
 - a rank makes its view that names another one gone only after that one can write no more into its memory (`tell` after the
   revocation is proved): those that remain write only when they have this view, so theirs are the later bytes;
-- what a gone rank wrote to places that follow from headers is used only if the dispatch was complete before it was marked as
-  gone; otherwise its rows are zero.
+- what a gone rank wrote to places that follow from headers is used only if these places were known here before it was marked as
+  gone; otherwise its rows are zero. (Present ranks agree, so then it had used the same.)
+
+A rank that comes back is held back by nobody at first: its headers of `start` to `start + slots - 1` may come while a step of its
+earlier incarnation is under way here. What is still needed of that one has to be out of the way before `join`.
 
 **Parted.** Without a majority rule, false alarms can part the ranks: each side decides alone and never hears the other again.
 A rank that learns that others have marked it as gone says so (`evicted`), decides nothing any more and has to leave. Who sees

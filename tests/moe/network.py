@@ -48,6 +48,7 @@ class Node:
         self.written: dict[int, Layout] = {}
         self.rows: dict[int, list[tuple[Member, Layout]]] = defaultdict(list)  # as they landed
         self.results: set[tuple[int, Member]] = set()
+        self.in_time: set[tuple[int, Member]] = set()  # places were known before that one was gone
         self.done: dict[int, Layout] = {}  # dispatches that are complete
         self.over: set[int] = set()
 
@@ -82,6 +83,7 @@ class Node:
         for rank, other in list(self.linked.items()):
             if self.members.incarnation(rank) != other.incarnation:
                 del self.linked[rank]
+                self.in_time |= {(step, other.me) for step in self.written}
                 self.net.part(self, other)
 
     def meet(self, other: Node) -> None:
@@ -183,6 +185,7 @@ class Node:
         assert layout == self.written[step], "a layout is final once it was used"
         foreign = [i for i, (_, theirs) in enumerate(landed) if theirs != layout]
         assert all(landed[i][0] not in there for i in foreign), "all that are present use one layout"
+        assert all((step, landed[i][0]) not in self.in_time for i in foreign), "so did those that were, then"
         mine = [i for i, (who, _) in enumerate(landed) if who in there]
         assert not foreign or not mine or max(foreign) < min(mine), "rows of a gone rank may not overwrite others"
         self.net.foreign += bool(foreign)
@@ -225,10 +228,16 @@ class Network:
         for node in self.nodes:
             node.linked = {other.rank: other for other in self.nodes if other is not node}
             node.begin(make(node.rank, numbers, slots=slots), 0)
-        self.slow = {(a, b) for a in range(ranks) for b in range(ranks) if self.random.random() < 0.2}
-        self.idle = [self.random.random() < 0.15 for _ in range(ranks)]
+        self.weather()
 
     # The world.
+
+    def weather(self) -> None:
+        """For some time, some channels are slow and some ranks do next to nothing."""
+        r = self.random
+        bad = r.choice([0.1, 0.4])
+        self.slow = {(a, b) for a in range(self.ranks) for b in range(self.ranks) if r.random() < bad}
+        self.idle = [r.random() < 0.15 for _ in range(self.ranks)]
 
     def part(self, one: Node, other: Node) -> None:
         """`one` takes nothing from the other any more, which notices some time."""
@@ -313,7 +322,7 @@ class Network:
         if what < 0.4:
             if self.channels:
                 key = r.choice(list(self.channels))
-                if (key[0][0], key[1][0]) not in self.slow or r.random() < 0.1:
+                if (key[0][0], key[1][0]) not in self.slow or r.random() < 0.03:
                     self.deliver(key)
         elif what < 0.65:
             self.post(node)
@@ -322,7 +331,7 @@ class Network:
                 self.set_up(node)
             elif node.members.evicted:
                 self.crash(node)
-            elif not self.idle[node.rank] or r.random() < 0.2:
+            elif not self.idle[node.rank] or r.random() < 0.1:
                 node.act()
         elif what < 0.98:
             self.notice()
@@ -332,7 +341,8 @@ class Network:
         kind = r.choice([name for name, left in self.left.items() if left] or ["none"])
         living = [node for node in self.nodes if node.alive]
         if kind == "crashes" and len(living) > 1:
-            self.crash(r.choice(living))
+            halfway = [node for node in living if node.outbox]
+            self.crash(r.choice(halfway if halfway and r.random() < 0.6 else living))
         elif kind == "alarms":
             node = r.choice(living)
             if node.members is None or not node.linked:
@@ -350,10 +360,12 @@ class Network:
 
     def run(self, turns: int) -> None:
         """So many turns with faults, then until nothing is left to be done."""
-        rate = (1 + sum(self.left.values())) * 3 / turns
-        for _ in range(turns):
+        rate = (1 + sum(self.left.values())) * 6 / turns
+        for n in range(turns):
+            if n % 64 == 0:
+                self.weather()
             self.turn()
-            if self.random.random() < rate and (self.unsettled() or self.random.random() < 0.3):
+            if self.random.random() < rate and (self.divided() or self.random.random() < 0.2):
                 self.fault()
         self.goal = max([node.next or 0 for node in self.nodes]) + 3 * self.slots
         for _ in range(100_000):
@@ -363,8 +375,10 @@ class Network:
             raise AssertionError("it goes on and on")
         self.check()
 
-    def unsettled(self) -> bool:
-        return any(node.alive and (node.members is None or not node.members.settled) for node in self.nodes)
+    def divided(self) -> bool:
+        """Some have decided what others have not: then a fault may do most."""
+        known = {node.members is not None and node.members.settled for node in self.nodes if node.alive}
+        return len(known) == 2
 
     def settle(self) -> bool:
         """Everything that can happen, once, in some order; whether anything did."""

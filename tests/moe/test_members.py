@@ -127,6 +127,42 @@ def test_a_decision_outlives_whoever_held_the_header() -> None:
     assert a.header(0, 3) == b"x"
 
 
+def test_a_decision_reaches_those_that_had_not_all_views() -> None:
+    a, b, c, _ = group(4)
+    for one in (a, b, c):
+        one.lose(3)
+    views = [one.tell(0, {(0, 3): b"x"} if one is c else {}) for one in (a, b, c)]
+    a.hear(1, views[1])
+    a.hear(2, views[2])
+    b.hear(0, views[0])  # and that of c is lost with it
+    assert a.header(0, 3) == b"x"
+    b.lose(2)
+    exchange(b, a)
+    assert b.settled
+    assert b.header(0, 3) == b"x"
+
+
+def test_a_start_outlives_whoever_decided_it_and_the_joiner_is_waited_for() -> None:
+    a, b, _ = group(3)
+    for one in (a, b):
+        one.lose(2)
+    exchange(a, b)
+    c = joiner(2, 9, [a, b])
+    views = [a.tell(4, {}), b.tell(3, {})]
+    a.hear(1, views[1])
+    assert not a.settled, "the joiner must be one of those that know what was decided"
+    c.hear(0, views[0])
+    c.hear(1, views[1])
+    a.hear(2, c.tell(0, {}))
+    assert a.takes_part(6, 2) is True
+    assert c.start == 6
+    b.lose(0)  # before it had heard the joiner
+    exchange(b, c, next_steps={1: 4, 2: 6})
+    assert b.settled
+    assert b.takes_part(5, 2) is False
+    assert b.takes_part(6, 2) is True
+
+
 def test_a_header_that_comes_after_the_view_does_not_count() -> None:
     a, b, _ = group(3)
     a.lose(2)
