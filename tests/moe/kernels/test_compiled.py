@@ -72,7 +72,8 @@ def test_numbers_are_read_and_written_16_bytes_at_once(compiled: dict[str, Any])
 
 
 def test_the_word_is_counted_up_for_the_whole_system_to_see(compiled: dict[str, Any]) -> None:
-    assert re.findall(r"\b(?:atom|red)\S*", compiled["bump"]) == ["atom.global.sys.release.add.u64"]
+    (found,) = re.findall(r"\b(?:atom|red)\.\S*", compiled["bump"])  # newer versions of Triton do not ask for the old value
+    assert found.partition(".")[2] == "global.sys.release.add.u64"
 
 
 def test_another_step_needs_no_other_kernel(compiled: dict[str, Any]) -> None:
