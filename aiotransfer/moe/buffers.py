@@ -88,11 +88,6 @@ class Buffers:
         begin = slot * self._slot
         return self.sent[begin : begin + self._first]
 
-    def tokens_view(self, slot: int) -> RegionView:
-        """The source of rows that are sent one by one."""
-        begin = slot * self._slot + self._first
-        return self.sent[begin : begin + self._tokens]
-
     def packed_view(self, slot: int) -> RegionView:
         """The source of packed tokens."""
         return self.sent[slot * self._slot + self._first + self._tokens : slot * self._slot + self._results]

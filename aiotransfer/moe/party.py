@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.control.ratelimit import more
-from aiotransfer.errors import BrokenError, ClosedError, DescriptorError, PeerLostError, QuarantineError, TransferError
+from aiotransfer.errors import (
+    BrokenError,
+    ClosedError,
+    DescriptorError,
+    InternalError,
+    PeerLostError,
+    QuarantineError,
+    TransferError,
+)
 from aiotransfer.moe import wire
 from aiotransfer.moe.buffers import Header
 from aiotransfer.moe.errors import EvictedError
@@ -39,6 +47,9 @@ class Party(Meeting):
                 left_out = self._limit.admit("unreadable")
                 if left_out is not None:
                     _logger.warning("%r: from %s: %s%s", self, message.peer, error, more(left_out))
+            except Exception as error:
+                self.end(InternalError(f"a message of {message.peer} could not be dealt with: {error!r}"))
+                raise
             self._wake()
 
     def _heard(self, message: Message, content: wire.Message) -> None:
@@ -74,8 +85,6 @@ class Party(Meeting):
         self._hello_of(rank)
         self.losses.pop(rank, None)
         self._open_counters([rank])
-        if self.members.told is not None and not self.members.owes():
-            self._send(rank, wire.Told(rank=self.rank, incarnation=self.engine.incarnation, view=self.members.told))
         self._follow()
 
     def _told(self, rank: int, told: wire.Told) -> None:

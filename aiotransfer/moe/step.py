@@ -167,8 +167,9 @@ class Step(Traffic):
                 continue
             if self._once(f"rest {rank}"):
                 self._post(rank, lambda rank=rank, rest=rest: party.engine.write_pages(
-                    buffers.tokens_view(slot), route.tokens[rest], self._remote(rank), places[rest], page_bytes=shape.row_bytes,
-                    dst_offset=shape.rows(slot), imm=party.imm(REST, slot, party.rank), timeout=math.inf,
+                    buffers.sent, route.tokens[rest], self._remote(rank), places[rest], page_bytes=shape.row_bytes,
+                    src_offset=buffers.tokens(slot).offset, dst_offset=shape.rows(slot), imm=party.imm(REST, slot, party.rank),
+                    timeout=math.inf,
                 ))  # fmt: skip
         if packed:
             spans = [route.rows_of(rank) for rank in packed]
@@ -229,7 +230,8 @@ class Step(Traffic):
 
     def _complete(self, source: int, expected: dict[int, int]) -> bool:
         """Whether everything of a rank has come: its first message, and the rest where there was one."""
-        return source in self._heard[FIRST] and (source not in expected or source in self._heard[REST])
+        first = source in self._heard[FIRST] and source not in self.spoiled
+        return first and (source not in expected or source in self._heard[REST])
 
     async def _known_to_all(self, rank: int) -> None:
         """Whoever gets results of rows that are zero here must know that they are not worth anything."""

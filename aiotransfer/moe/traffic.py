@@ -41,6 +41,7 @@ class Traffic:
         self.lost: set[int] = set()  # while it was under way: part of it is missing
         self.joined: set[int] = set()  # other ranks that were there when it began
         self._directly: set[int] = set()  # those of them that write row by row
+        self.spoiled: set[int] = set()  # lost ranks whose rows are not to be read any more
         self._data: dict[int, bytes] = {}  # headers, by source
         self._heard: dict[int, set[int]] = {kind: set() for kind in (FIRST, REST, RESULTS)}
         self._waits: dict[int, dict[int, int]] = {}  # by kind: how many arrivals of each rank
@@ -54,6 +55,8 @@ class Traffic:
         if rank not in self.joined or rank in self.lost:
             return
         self.lost.add(rank)
+        if "placed" not in self._stages:
+            self.spoiled.add(rank)  # when it comes back, its next first message may overwrite this one
         for kind, expected in self._waits.items():
             waited = rank in expected and rank not in self._heard[kind]
             if waited and self.party.counter(kind, self.slot, rank).value >= expected[rank]:
