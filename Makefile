@@ -12,8 +12,8 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
-	bench-kv bench-kv-stream docs test-rails test-chaos test-chaos-kv test-guest test-matrix test-cycles test-sanitize soak fuzz \
-	sanitize mutants clean
+	bench-kv bench-kv-stream bench-moe-host docs test-rails test-chaos test-chaos-kv test-guest test-matrix test-cycles \
+	test-sanitize soak fuzz sanitize mutants clean
 
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
@@ -100,6 +100,10 @@ bench-kv: setup
 bench-tcp: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) tests/benchmarks/tcp.py $(ARGS)
+
+# What Python costs the host in a step of MoE dispatch.
+bench-moe-host: setup
+	@$(PY) tests/benchmarks/moe_host.py $(ARGS)
 
 # What the native code costs for each work request over verbs, on a device that does nothing. Needs libibverbs-dev.
 bench-verbs: setup
