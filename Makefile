@@ -12,7 +12,7 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo test test-demo test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
-	bench-kv bench-kv-stream bench-moe-host docs test-rails test-chaos test-chaos-kv test-guest test-matrix test-cycles \
+	bench-kv bench-kv-stream bench-moe-host bench-scale docs test-rails test-chaos test-chaos-kv test-guest test-matrix test-cycles \
 	test-sanitize soak fuzz sanitize mutants clean
 
 help:
@@ -104,6 +104,10 @@ bench-tcp: setup
 # What Python costs the host in a step of MoE dispatch.
 bench-moe-host: setup
 	@$(PY) tests/benchmarks/moe_host.py $(ARGS)
+
+# Dispatch and combine for EP8 to EP512 by a model, beside published tables; --report writes docs/design/moe-scale.md.
+bench-scale: $(STAMPS)/test
+	@$(PY) -m tests.benchmarks.scale $(ARGS)
 
 # What the native code costs for each work request over verbs, on a device that does nothing. Needs libibverbs-dev.
 bench-verbs: setup
