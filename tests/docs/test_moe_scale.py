@@ -26,6 +26,21 @@ def test_what_is_planned_arrives_once(ranks: int, fabric: str, host: c.Host, pri
     assert min(out.done + back.done) > 0
 
 
+@pytest.mark.parametrize("ranks", [8, 16, 24, 64])
+def test_targets_are_taken_in_turns(ranks: int) -> None:
+    step = Dispatch(route(ranks, 128, 0), Setup("efa"))
+    for near in (True, False):
+        orders = [step.others(rank, near) for rank in range(ranks)]
+        assert all(len(set(order)) == len(order) == (7 if near else ranks - 8) for order in orders)
+        assert not any(rank in order for rank, order in enumerate(orders))
+        assert all(len(set(turn)) == ranks for turn in zip(*orders, strict=True)), "two sources write to one target at once"
+    everything = {target: 1 for target in range(ranks)}
+    taken = [message for rank in range(ranks) for message in step.messages(rank, False, everything)]
+    for target in range(ranks):
+        nics = [message.nic for message in taken if message.target == target]
+        assert nics.count(0) == nics.count(1)
+
+
 def test_every_token_has_its_experts() -> None:
     for ranks in (8, 24, 512):
         assert all(sum(row) == 128 * c.TOP.value for row in route(ranks, 128, 0))

@@ -115,9 +115,13 @@ class Step:
         self.writes = 0
 
     def others(self, rank: int, near: bool) -> list[int]:
-        """The other ranks on the same host, or on other hosts, beginning with the next one."""
-        node, order = self.setup.node, [(rank + k) % self.ranks for k in range(1, self.ranks)]
-        return [other for other in order if (other // node == rank // node) == near]
+        """The other ranks on the same host, or on other hosts, so that no two ranks of a host begin with the same one."""
+        node = self.setup.node
+        begin = rank // node * node
+        if near:
+            return [begin + (rank + k) % node for k in range(1, node) if begin + (rank + k) % node < self.ranks]
+        order = [(rank + node + k) % self.ranks for k in range(self.ranks)]
+        return [other for other in order if other // node != rank // node]
 
     def at(self, time: float, event: Callable[..., None], *about: Any) -> None:
         """Something will happen."""
