@@ -34,7 +34,7 @@ def test_targets_are_taken_in_turns(ranks: int) -> None:
         assert all(len(set(order)) == len(order) == (7 if near else ranks - 8) for order in orders)
         assert not any(rank in order for rank, order in enumerate(orders))
         assert all(len(set(turn)) == ranks for turn in zip(*orders, strict=True)), "two sources write to one target at once"
-    everything = {target: 1 for target in range(ranks)}
+    everything = dict.fromkeys(range(ranks), 1)
     taken = [message for rank in range(ranks) for message in step.messages(rank, False, everything)]
     for target in range(ranks):
         nics = [message.nic for message in taken if message.target == target]
