@@ -60,7 +60,6 @@ Points = dict[Job, Point]
 
 def simulate(job: Job) -> Point:
     """As many repeats as make 64 ranks."""
-    gc.disable()  # a third of the time; nothing here goes round in circles
     out, back, first = [], [], []
     for seed in range(max(1, 64 // job.ranks)):
         rows = route(job.ranks, job.setup.tokens, seed)
@@ -262,7 +261,7 @@ def main() -> None:
     sizes = tuple(n for n in SIZES if n <= args.most)
     print("\n".join(constants()), flush=True)
     todo = sorted(dict.fromkeys(jobs(args.most)), key=lambda job: -job.ranks)
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(initializer=gc.disable) as pool:  # collecting takes a third of the time, and finds nothing
         points = dict(zip(todo, pool.map(simulate, todo), strict=True))
     cells = compare(points)
     made = [

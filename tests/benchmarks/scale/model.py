@@ -19,6 +19,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,7 +90,7 @@ class Message(NamedTuple):
     target: int
     nbytes: int
     second: bool
-    nic: int  # of both sides; -1: NVLink
+    nic: int  # on both sides; -1: NVLink
 
 
 class Step:
@@ -101,14 +102,15 @@ class Step:
     def __init__(self, rows: Rows, setup: Setup) -> None:
         self.rows, self.setup, self.ranks = rows, setup, len(rows)
         nic, ranks = setup.nic, range(self.ranks)
-        self.latency, self.rate, self.least = nic.latency.value, nic.rate.value, nic.message.value
+        self.rate, self.least = nic.rate.value, nic.message.value
+        self.latency = nic.latency.value, c.NVLINK_LATENCY.value
         self.nvlink, self.memory = setup.gpu.nvlink.value, setup.gpu.memory.value
         self.post_cost, self.count_cost = setup.host.post[setup.fabric].value, setup.host.arrival.value
         self.host, self.gpu = [Line() for _ in ranks], [Line() for _ in ranks]
         self.out = [[Line() for _ in range(nic.nics + 1)] for _ in ranks]  # the last one is NVLink
         self.into = [[Line() for _ in range(nic.nics + 1)] for _ in ranks]
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self.number = 0
+        self.number = count()  # events of one time in the order in which they were found
         self.done = [0.0] * self.ranks
         self.first_post = [float("inf")] * self.ranks
         self.delivered: dict[tuple[int, int], int] = {}
@@ -125,8 +127,7 @@ class Step:
 
     def at(self, time: float, event: Callable[..., None], *about: Any) -> None:
         """Something will happen."""
-        self.number += 1
-        heapq.heappush(self.events, (time, self.number, event, about))
+        heapq.heappush(self.events, (time, next(self.number), event, about))
 
     def run(self) -> Outcome:
         """Until nothing happens any more."""
@@ -177,7 +178,7 @@ class Step:
         """It leaves when its turn has come."""
         begin = self.out[message.source][message.nic].take(now, self.span(message))
         self.writes += 1
-        self.at(begin + (self.latency if message.nic >= 0 else c.NVLINK_LATENCY.value), self.head, message)
+        self.at(begin + self.latency[message.nic < 0], self.head, message)
 
     def span(self, message: Message) -> float:
         """How long it occupies either end."""
@@ -185,8 +186,7 @@ class Step:
 
     def head(self, now: float, message: Message) -> None:
         """The first byte reaches its target."""
-        span = self.span(message)
-        end = self.into[message.target][message.nic].take(now, span) + span
+        end = self.into[message.target][message.nic].take(now, self.span(message)) + self.span(message)
         self.at(end if message.nic >= 0 else end + c.CROSSING.value, self.landed, message)
 
     def landed(self, now: float, message: Message) -> None:
@@ -202,8 +202,8 @@ class Step:
     def messages(self, rank: int, near: bool, sizes: dict[int, int], second: bool = False) -> list[Message]:
         """A scatter. A write stays on one NIC, the next one takes the next."""
         there = [target for target in self.others(rank, near) if target in sizes]
-        nics = self.setup.nic.nics
-        return [Message(rank, target, sizes[target], second, -1 if near else k % nics) for k, target in enumerate(there)]
+        nics = [-1] if near else range(self.setup.nic.nics)
+        return [Message(rank, to, sizes[to], second, nics[k % len(nics)]) for k, to in enumerate(there)]
 
 
 class Dispatch(Step):
@@ -253,8 +253,7 @@ class Dispatch(Step):
         """All headers are here and the rest is packed: the ranges, and the second writes."""
         self.waits[rank] -= 1
         if not self.waits[rank]:
-            host = self.setup.host
-            cost = host.ranges_call.value + host.ranges_entry.value * self.ranks * self.experts
+            cost = self.setup.host.ranges_call.value + self.setup.host.ranges_entry.value * self.ranks * self.experts
             self.at(self.work(rank, now, cost), self.ranges, rank)
 
     def ranges(self, now: float, rank: int) -> None:
@@ -269,8 +268,7 @@ class Dispatch(Step):
         """When everything is here: the rows that do not lie at their places yet are moved there."""
         if self.ranged[rank] and not self.seconds[rank]:
             self.ranged[rank] = False
-            near = self.others(rank, near=True)
-            rows = sum(row[rank] for row in self.rows) - sum(self.rest(s, rank) for s in near)
+            rows = sum(row[rank] for row in self.rows) - sum(self.rest(s, rank) for s in self.others(rank, near=True))
             now = self.work(rank, now, self.setup.host.wake.value)
             self.at(now + c.CROSSING.value, self.shown, rank, 2 * self.row * rows)
 
