@@ -7,6 +7,7 @@ import statistics
 import pytest
 
 from tests.benchmarks.scale import constants as c
+from tests.benchmarks.scale.__main__ import PAGE, Job, simulate
 from tests.benchmarks.scale.model import Combine, Dispatch, Rows, Setup, route
 
 OUT, BACK = int(c.DISPATCH_ROW.value), int(c.COMBINE_ROW.value)
@@ -65,6 +66,13 @@ def test_more_bandwidth_is_never_slower(step: type[Dispatch] | type[Combine], mo
     assert seen == sorted(seen, reverse=True)
     assert seen[0] > 1.5 * seen[1]
     assert seen[-1] > 15  # what bandwidth does not change
+
+
+def test_the_page_is_of_this_model() -> None:
+    point = simulate(Job(16, "cx7", c.H100, c.NATIVE.name, 128))
+    row = f"| dispatch EP16 | 110.2 | 116 (+5 %) | {point.dispatch:.0f} ("
+    assert row in PAGE.read_text()
+    assert all(f"{k.what} | " in PAGE.read_text() for k in c.table())
 
 
 def test_two_ranks_on_two_hosts_by_hand() -> None:
