@@ -15,6 +15,7 @@ from aiotransfer.moe import tensors
 from aiotransfer.moe.errors import StepRefused
 from aiotransfer.moe.handle import CombineHalf, Dispatched, DispatchHalf, Handle, check_results
 from aiotransfer.moe.kernels import kernels_for
+from aiotransfer.moe.kernels.cpu import CpuKernels
 from aiotransfer.moe.party import Party
 from aiotransfer.moe.plan import Route
 from aiotransfer.moe.shape import Shape
@@ -91,7 +92,8 @@ class AllToAll:
         if timeout is not None:
             engine._seconds(timeout)
         self._kernels = kernels_for(device)
-        self._party = Party(engine, group, shape, name, None if direct == "auto" else bool(direct))
+        gpu = not isinstance(self._kernels, CpuKernels)
+        self._party = Party(engine, group, shape, name, None if direct == "auto" else bool(direct), gpu)
         self._timeout = timeout
         self._turn = asyncio.Lock()  # steps are sent in the order of their numbers
         self._meeting: asyncio.Task[None] | None = None
@@ -232,14 +234,14 @@ class AllToAll:
         weights = tensors.weights("topk_weights", topk_weights)
         if weights.shape != idx.shape:
             raise ValueError(f"topk_weights must have the shape of topk_idx, {idx.shape}, not {weights.shape}")
-        memory, stride = tensors.rows("x", x)
+        memory, stride = tensors.rows("x", x, gpu=self._party._gpu)
         scale_rows, scales = None, 0
         if x_scales is not None:
             tensors.check("x_scales", x_scales, (n, None), "float32")
             scales = int(x_scales.shape[1])
             if not 1 <= scales <= shape.scales:
                 raise ValueError(f"x_scales has {scales} scales for each token; the all-to-all was made for up to {shape.scales}")
-            scale_rows = tensors.rows("x_scales", x_scales)
+            scale_rows = tensors.rows("x_scales", x_scales, gpu=self._party._gpu)
         return idx, weights, memory, stride, scale_rows, scales, kind
 
     # ---- combine ----
@@ -266,10 +268,14 @@ class AllToAll:
         party, step = self._party, handle._step
         party.check()
         memory, stride = check_results(handle, y)
-        if handle._state == "dispatched" and memory.size and party.any_direct():
-            handle._region = party.engine.register(memory)
+        first = handle._state == "dispatched"
         handle._state = "returning"
-        await step.send_results(memory, stride, handle._region)
+        if party.buffers.gpu:
+            await step.send_results(*await step.to_host(memory, stride))
+        else:
+            if first and memory.size and party.any_direct():
+                handle._region = party.engine.register(memory)
+            await step.send_results(memory, stride, handle._region, 0)
         return CombineHalf(handle, timeout)
 
     # ---- ranks ----

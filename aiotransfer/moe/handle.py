@@ -122,7 +122,7 @@ class DispatchHalf(_Half):
         handle._state = "dispatched"
         step = handle._step
         shape, arrivals = step.party.shape, step.arrivals
-        memory, kind = step.party.buffers.bytes_of_rows(step.slot), handle._kind
+        memory, kind = await step.rows_for_experts(), handle._kind
         x = kind.of_bytes(memory, (arrivals.total, shape.hidden), shape.row_bytes, shape.dtype)
         scales = None
         if step.scales:
@@ -163,7 +163,7 @@ class CombineHalf(_Half):
             places = np.where(missing, -1, places)
         else:
             missing = np.zeros(places.shape, bool)
-        out = handle._kind.empty((tokens, shape.hidden), shape.combine_dtype)
+        out = handle._kind.empty((tokens, shape.hidden), shape.combine_dtype, step.kernels.device)
         await self._weigh(out, places)
         await step.kernels.settle()
         await step.finish()
@@ -178,7 +178,7 @@ class CombineHalf(_Half):
         step, shape = self._handle._step, self._handle._step.party.shape
         buffers = step.party.buffers
         source = buffers.results(step.slot)
-        memory, stride = rows("out", out)
+        memory, stride = rows("out", out, gpu=buffers.gpu)
         most = max(1, (4 << 20) // (shape.result_bytes * max(1, places.shape[1])))
         for begin in range(0, len(places), most):
             part = slice(begin, begin + most)
@@ -195,4 +195,4 @@ def check_results(handle: Handle, y: Array) -> tuple[Any, int]:
     """`y` as memory and stride. Raises `TypeError` or `ValueError`."""
     shape = handle._step.party.shape
     check("y", y, (handle._step.arrivals.total, shape.hidden), shape.combine_dtype)
-    return rows("y", y)
+    return rows("y", y, gpu=handle._step.party.buffers.gpu)

@@ -69,7 +69,7 @@ class Meeting(Ranks):
                     missing = [rank for rank in missing if rank in self._present()]
                 if not missing and staged is None:
                     staged = any(not self._is_direct(peer) for peer in found.values())
-                    self.buffers = Buffers(self.engine, self.shape, staged=staged)
+                    self.buffers = Buffers(self.engine, self.shape, staged=staged, gpu=self._gpu)
                 if staged is not None:
                     for rank, peer in found.items():
                         if rank not in greeted:

@@ -42,7 +42,7 @@ class Rank:
 class Ranks:
     """All ranks. `Party` is the whole of it."""
 
-    def __init__(self, engine: Engine, group: PeerGroup, shape: Shape, name: str, direct: bool | None) -> None:
+    def __init__(self, engine: Engine, group: PeerGroup, shape: Shape, name: str, direct: bool | None, gpu: bool) -> None:
         self.engine = engine
         self.addresses = group.members
         self.rank = group.rank
@@ -52,6 +52,7 @@ class Ranks:
         self._key = wire.prefix(name, members)
         self._base = immediates(name, members, shape)
         self._direct = direct
+        self._gpu = gpu
         self.ranks: list[Rank | None] = [None] * shape.ranks
         self.members: Members | None = None
         self.buffers: Buffers

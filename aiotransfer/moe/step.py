@@ -217,6 +217,7 @@ class Step(Traffic):
                 expected[source] = rest if self._comes_directly(source) else 1
         await self._wait(REST, expected)
         await self._unstage([s for s in expected if not self._comes_directly(s) and s in self._heard[REST]])
+        await self.kernels.settle()
         missing = [s for s in party.others() if arrivals.n[s] and not self._complete(s, expected)]
         rows = party.buffers.bytes_of_rows(slot)[: arrivals.total * shape.row_bytes].reshape(arrivals.total, shape.row_bytes)
         for source in missing:
@@ -254,8 +255,28 @@ class Step(Traffic):
 
     # ---- results ----
 
-    async def send_results(self, memory: Any, stride: int, region: RegionView | None) -> None:
-        """Send each source the results of its rows: `memory` holds them, row by row as the experts got theirs."""
+    async def rows_for_experts(self) -> Any:
+        """The rows as flat uint8, where the experts compute."""
+        shape, buffers, total = self.party.shape, self.party.buffers, self.arrivals.total
+        if not buffers.gpu:
+            return buffers.bytes_of_rows(self.slot)
+        import torch
+
+        there = torch.empty(total * shape.row_bytes, dtype=torch.uint8, device=self.kernels.device)
+        rows = buffers.rows(self.slot)
+        await self._move(rows._replace(memory=there, offset=0), None, rows, None, total)
+        return there
+
+    async def to_host(self, memory: Any, stride: int) -> tuple[Any, int, RegionView, int]:
+        """Results that a GPU has computed, as `send_results` takes them: in pinned memory of the host."""
+        buffers = self.party.buffers
+        here = buffers.packed_results(self.slot)
+        await self._move(here, None, here._replace(memory=memory, offset=0, stride=stride), None, self.arrivals.total)
+        return here.memory[here.offset :], here.stride, buffers.sent, here.offset
+
+    async def send_results(self, memory: Any, stride: int, region: RegionView | None, offset: int) -> None:
+        """Send each source the results of its rows: `memory` holds them, row by row as the experts got theirs. They lie at `offset`
+        of `region`, from which they can be sent one by one."""
         party, shape, arrivals, slot = self.party, self.party.shape, self.arrivals, self.slot
         buffers = party.buffers
         results = type(buffers.rows(0))(memory, 0, stride, shape.result_bytes)
@@ -279,7 +300,7 @@ class Step(Traffic):
                 assert region is not None
                 self._post(rank, lambda rank=rank, source=source, n=n, first=first: party.engine.write_pages(
                     region, arrivals.rows_of(source), self._remote(rank), np.arange(first, first + n),
-                    page_bytes=shape.result_bytes, src_stride=stride, dst_offset=shape.results(slot),
+                    page_bytes=shape.result_bytes, src_stride=stride, src_offset=offset, dst_offset=shape.results(slot),
                     imm=party.imm(RESULTS, slot, party.rank), timeout=math.inf,
                 ))  # fmt: skip
         if packed and "packed results" not in self._stages:
