@@ -275,8 +275,8 @@ class Step(Traffic):
         return here.memory[here.offset :], here.stride, buffers.sent, here.offset
 
     async def send_results(self, memory: Any, stride: int, region: RegionView | None, offset: int) -> None:
-        """Send each source the results of its rows: `memory` holds them, row by row as the experts got theirs. They lie at `offset`
-        of `region`, from which they can be sent one by one."""
+        """Send each source the results of its rows: `memory` holds them, row by row as the experts got theirs. Where `region`
+        holds them, too, at `offset`, they can be sent from there one by one."""
         party, shape, arrivals, slot = self.party, self.party.shape, self.arrivals, self.slot
         buffers = party.buffers
         results = type(buffers.rows(0))(memory, 0, stride, shape.result_bytes)

@@ -72,8 +72,8 @@ def check(name: str, array: Array, shape: tuple[int | None, ...], dtype: str) ->
 
 
 def rows(name: str, array: Array, *, gpu: bool = False) -> tuple[Any, int]:
-    """The memory of a matrix as flat uint8, and the bytes from row to row. Elements of a row must be neighbours. It is an array of
-    NumPy or, for the kernels of a GPU, a tensor."""
+    """The memory of a matrix as flat uint8, and the bytes from row to row. Elements of a row must be neighbours. The memory is
+    an array of NumPy or, for the kernels of a GPU, a tensor."""
     if kind_of(array).torch is None:
         size, strides = array.itemsize, array.strides
     else:
