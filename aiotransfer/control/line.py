@@ -19,6 +19,7 @@ from aiotransfer.model.address import Address
 
 ACK_SECONDS = 0.05  # for which an acknowledgement waits for others
 LOOKS = 4  # while the silence becomes too long
+SUSPECTED = 3  # times as soon, where a NIC is known to have died
 
 
 class Line:
@@ -30,10 +31,12 @@ class Line:
         here, self.there = ways(link.told, link.info) if may_resume else ([], [])
         self._ledger = Ledger(link.tag("session")) if here or self.there else None
         self._seconds = silence
-        self._silence = Silence(silence)
+        self._silence = Silence()
+        self._suspected = False
         self._owed: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
         self.silent = False
+        self._muted = False
         self._closed = False
         self.on_silence: Callable[[], None] = lambda: None
         if self._ledger is not None:
@@ -43,6 +46,11 @@ class Line:
     def resumable(self) -> bool:
         """There is, or may be, another way."""
         return self._ledger is not None
+
+    @property
+    def down(self) -> bool:
+        """Nothing that is said gets through, or is heard, until there is another link."""
+        return self.link.ended or self.silent or self._muted
 
     def ways(self, first: Address) -> list[Address]:
         """Where the other side can be dialled: where the link did not lead to before where it did."""
@@ -90,17 +98,27 @@ class Line:
 
     def suspect(self) -> None:
         """A NIC died, perhaps this one's: have something confirmed."""
-        if self._ledger is not None and not self.link.ended:
-            self.link.write(encode(self._ledger.acknowledge()))
-            self._look_later()
+        if self._ledger is None or self.link.ended or self._closed:
+            return
+        self._suspected = True
+        self.link.write(encode(self._ledger.acknowledge()))
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        self._look_later()
+
+    @property
+    def _patience(self) -> float:
+        return self._seconds / SUSPECTED if self._suspected else self._seconds
 
     def _look_later(self) -> None:
         if self._watch is None and not self.link.ended and not self._closed:
-            self._watch = self._loop.call_later(self._seconds / LOOKS, self._look)
+            self._watch = self._loop.call_later(self._patience / LOOKS, self._look)
 
     def _look(self) -> None:
         self._watch = None
         self.look()
+        self._suspected = self._suspected and self._silence.doubtful
         if self._ledger is not None and (self._ledger.keeps or self._silence.doubtful):
             self._look_later()
 
@@ -108,7 +126,7 @@ class Line:
         """Has the other kernel been silent for too long?"""
         if self._ledger is None or (seen := self.link.heard()) is None:
             return
-        silent = self._silence.look(self._loop.time(), *seen)
+        silent = self._silence.look(self._loop.time(), *seen, self._patience)
         before, self.silent = self.silent, silent
         if silent and not before:
             self.on_silence()
@@ -116,9 +134,11 @@ class Line:
     # ---- from one link to the next ----
 
     def resume(self, link: Link) -> Resume:
-        """Dialer: what to say first on a new link. The old one is not heard any more."""
+        """Dialer: what to say first on a new link. The old one is not heard any more, but stays until that one has its place:
+        its end, seen first, would look like our death."""
         assert self._ledger is not None
-        self.link.drop()
+        self.link.mute()
+        self._muted = True
         return self._ledger.resume(link.tag("resume"))
 
     def go_on(self, link: Link, answer: Resumed) -> None:
@@ -131,13 +151,14 @@ class Line:
         if self._ledger is None:
             raise RendezvousError("there is nothing to resume")
         answer, unheard = self._ledger.resumed(offer, link.tag("resume"))
-        self.link.drop()
         link.post(answer)
         self._attach(link, unheard)
 
     def _attach(self, link: Link, unheard: list[bytes]) -> None:
-        self.link = link
-        self._silence = Silence(self._seconds)
+        self.link.drop()
+        self.link, self._muted = link, False
+        self._silence = Silence()
+        self._suspected = False
         self.silent = False
         link.keep_alive(QUICK_KEEPALIVE)
         for data in unheard:

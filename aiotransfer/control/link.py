@@ -194,10 +194,14 @@ class Link(asyncio.Protocol):
         if self._transport is not None and not self._ended and self._transport.get_write_buffer_size() > MOST_UNSENT:
             raise BusyError("the peer does not read its control connection", peer=str(self.remote_address))
 
-    def drop(self) -> None:
-        """End at once, unheard: another link has its place."""
+    def mute(self) -> None:
+        """What comes by it, its end too, is nobody's from now on."""
         self.on_frame = lambda frame: None
         self.on_closed = lambda error: None
+
+    def drop(self) -> None:
+        """End at once, unheard: another link has its place."""
+        self.mute()
         self.abort()
 
     # ---- the network beneath ----

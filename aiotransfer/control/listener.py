@@ -49,7 +49,11 @@ class Listener:
     async def start_further(self, hosts: Iterable[str]) -> list[Address]:
         """Listen on these, by the same port where it is free; which of them there are. Raises `BusyError`."""
         found: list[Address] = []
-        for host in await self._network.further(self.address, hosts):
+        try:
+            others = await self._network.further(self.address, hosts)
+        except OSError as error:
+            raise shortage(error.errno, "cannot look at this host's addresses") or error from None
+        for host in others:
             if len(found) == MOST_FURTHER:
                 break
             if self.address.host == ("::" if ":" in host else "0.0.0.0"):  # which is all of them

@@ -150,17 +150,16 @@ class Ledger:
 class Silence:
     """Whether the host at the other end confirms what is sent to it: its kernel does, also for a process that is stuck."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self) -> None:
         self._since: float | None = None  # since when something was seen to be unconfirmed
         self._last = 0.0
 
-    def look(self, now: float, outstanding: bool, heard: float) -> bool:
-        """`heard`: when the other kernel was last heard of. True: nothing for too long, though something was waiting for it."""
+    def look(self, now: float, outstanding: bool, heard: float, seconds: float) -> bool:
+        """`heard`: when the other kernel was last heard of. True: not for so many seconds, though something waited for it."""
         if not outstanding or self._since is None or heard > self._last + ROUGHLY:
             self._since, self._last = (now if outstanding else None), heard
             return False
-        return now - self._since >= self._seconds
+        return now - self._since >= seconds
 
     @property
     def doubtful(self) -> bool:

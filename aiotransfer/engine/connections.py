@@ -71,7 +71,7 @@ class Connections:
         self._listener = Listener(address, engine._key, engine._identity, engine._world.network, self._accepted)
         try:
             await self._listener.start()
-            hosts = dict.fromkeys(host for provider in engine._providers.values() for host in provider.hosts)
+            hosts = (host for provider in engine._providers.values() for host in provider.hosts)  # asked only if need be
             self.further = [str(place) for place in await self._listener.start_further(hosts)]
         except BaseException:  # also cancellation
             await self._listener.close()

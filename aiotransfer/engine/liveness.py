@@ -103,16 +103,12 @@ class Liveness:
         native.lib.at_peer_pong(self._engine._p, peer._path.lane_peer, out, out + 1, out + 2)
         return int(out[0]), int(out[1]), int(out[2])
 
-    def ask(self, peer: Peer) -> int:
-        """For a sign of life now, whoever waits; the number of the question. 0: there is no way to ask."""
-        if peer._path is None or not self._engine._lane.usable:
-            return 0
+    def ask(self, peer: Peer) -> int | None:
+        """For a sign of life, whoever waits. Another number than before: one has come. None: there is no way to ask."""
+        if peer._path is None or not self._engine._lane.usable or peer._state not in ("up", "connecting"):
+            return None
         native.lib.at_peer_ping(self._engine._p, peer._path.lane_peer)
-        return self._numbers(peer)[0]
-
-    def has_answered(self, peer: Peer, number: int) -> bool:
-        """Whether that question, or a later one, was answered by its native thread."""
-        return number > 0 and peer._path is not None and self._engine._lane.usable and self._numbers(peer)[1] >= number
+        return self._numbers(peer)[1]
 
     def is_busy(self, peer: Peer) -> bool:
         """Alive by its native thread, while its loop has not come round for half of `peer_timeout`."""

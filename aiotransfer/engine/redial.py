@@ -4,7 +4,7 @@ Who dialled first dials again, and tries all addresses of the peer; the other si
 what is said to it is kept. When there is no connection again within `peer_timeout`, the peer is lost.
 
 A connection that the other kernel ended (a reset, an end) is most often that of a process that has died. So such a peer has to
-show by its native thread, within `LIFE_SECONDS`, that it is there; otherwise it is lost almost as soon as without any of this.
+show by its native thread, within `LIFE_SECONDS`, that it is there; and where its paths have broken too, it is lost at once.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
 
-LIFE_SECONDS = 0.04
-LIFE_LOOKS = 10
+LIFE_SECONDS = 0.1
+LIFE_LOOKS = 20
 NOTICE_SECONDS = 4.0  # that the side which dials may need to notice, at most: see `link.QUICK_KEEPALIVE`
 HEAL_SECONDS = 0.1  # between two looks whether a silent connection speaks again
 TRY_SECONDS = 1.0  # for the addresses together, before all are tried anew
@@ -44,14 +44,14 @@ class _Outage:
         self.peer = peer
         self.begun = begun
         self.cause = cause
+        self.spent = 0.0  # seconds without; those for which our own loop was stuck are no attempts, and do not count in full
         self.news = asyncio.Event()  # there is a connection again
         self.over = False
 
     @property
     def lasts(self) -> bool:
         """The peer is there as far as anybody knows, and there is no connection to it."""
-        line = self.peer._line
-        return self.peer._state in ("up", "connecting") and (line.link.ended or line.silent)
+        return self.peer._state in ("up", "connecting") and self.peer._line.down
 
 
 class Redial:
@@ -85,7 +85,7 @@ class Redial:
             outage = self._outages[peer] = _Outage(peer, now, cause)
             self._engine._connections.own(self._engine._loop.create_task(self._mend(outage, sure)))
         elif outage.over:  # and its task has not seen that yet
-            outage.over, outage.begun, outage.cause = False, now, cause
+            outage.over, outage.begun, outage.spent, outage.cause = False, now, 0.0, cause
 
     async def _mend(self, outage: _Outage, sure: bool) -> None:
         loop, peer = self._engine._loop, outage.peer
@@ -94,24 +94,31 @@ class Redial:
             if not sure and not await self._lives(outage) and outage.lasts:
                 peer._lose(f"its control connection broke ({outage.cause})")
             pause = FIRST_PAUSE
-            while outage.lasts and (left := outage.begun + seconds - loop.time()) > 0:
+            while outage.lasts and outage.spent < seconds:
+                begun, most = loop.time(), min(TRY_SECONDS, seconds - outage.spent)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(TRY_SECONDS, left)):
+                    async with asyncio.timeout(most):
                         if peer._link.dialed:
                             pause = await self._try(peer, pause)
                         else:
                             await self._news(outage)
+                outage.spent += min(loop.time() - begun, 2 * most)
             if outage.lasts:
                 peer._lose(f"its control connection broke ({outage.cause}), and was not resumed within {seconds:g} s")
         finally:
             del self._outages[peer]  # in the same turn as the last look: what breaks from here on begins anew
 
     async def _lives(self, outage: _Outage) -> bool:
-        """Whether its native thread answers."""
+        """Whether its native thread answers. Not when all that led to it has gone."""
+        engine, peer = self._engine, outage.peer
+        await asyncio.sleep(LIFE_SECONDS / LIFE_LOOKS)  # for what it said before it died, if it did
+        engine._progress.poll()
+        before = engine._liveness.ask(peer)
         for _ in range(LIFE_LOOKS):
-            asked = self._engine._liveness.ask(outage.peer)
+            if not outage.lasts or before is None or all(one.broken for path in peer._paths for one in path.members):
+                break
             await asyncio.sleep(LIFE_SECONDS / LIFE_LOOKS)
-            if not outage.lasts or self._engine._liveness.has_answered(outage.peer, asked):
+            if engine._liveness.ask(peer) != before:
                 return True
         return False
 

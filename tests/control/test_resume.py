@@ -231,13 +231,13 @@ def test_addresses_that_lead_nowhere_are_no_ways() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.01, 0.5), st.booleans(), st.booleans()), max_size=50))
 def test_silence_is_only_what_is_unconfirmed_for_long_enough(looks: list[tuple[float, bool, bool]]) -> None:
-    silence, now, heard = Silence(1.0), 10.0, 10.0
+    silence, now, heard = Silence(), 10.0, 10.0
     unconfirmed_since: float | None = None
     for step, outstanding, answered in looks:
         now += step
         if answered:
             heard = now
-        told = silence.look(now, outstanding, heard)
+        told = silence.look(now, outstanding, heard, 1.0)
         if not outstanding:
             unconfirmed_since = None
         elif unconfirmed_since is None or heard > unconfirmed_since:
