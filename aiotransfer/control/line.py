@@ -14,7 +14,7 @@ from collections.abc import Callable
 from aiotransfer.control.frames import Acknowledge, Frame, Resume, Resumed, encode
 from aiotransfer.control.link import QUICK_KEEPALIVE, Link
 from aiotransfer.control.resume import Ledger, Silence, counted, ways
-from aiotransfer.errors import RendezvousError
+from aiotransfer.errors import BusyError, RendezvousError
 from aiotransfer.model.address import Address
 
 ACK_SECONDS = 0.05  # for which an acknowledgement waits for others
@@ -69,7 +69,11 @@ class Line:
             return
         self.link.has_room()
         data = encode(frame)
-        self._ledger.send(data)
+        try:
+            self._ledger.send(data)
+        except BusyError as error:
+            error.peer = str(self.link.remote_address)
+            raise
         self.link.write(data)
         self._look_later()
 

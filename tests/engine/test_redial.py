@@ -80,6 +80,10 @@ def test_messages_lookups_and_revocations_go_on_whenever_the_connection_is_cut(s
                 nonlocal cuts
                 for _ in range(12):
                     await asyncio.sleep(rng.random() * 0.03)
+                    for address in net.control_ways(other):
+                        if rng.random() < 0.3:
+                            net.reach(address, False)
+                            net.loop.call_later(rng.random() * 0.3, net.reach, address, True)
                     cuts += net.cut_control(one, other)
 
             await asyncio.gather(talk(peer, sent[0]), talk(back, sent[1]), look_up(), strike())
@@ -263,3 +267,32 @@ def test_closing_in_an_outage_leaves_nothing() -> None:
         await until(lambda: back.state == "lost")
 
     fabric(10).run(scenario)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_false_alarm_costs_nothing(seed: int) -> None:
+    """The old connection works all the while, and goes on to deliver what was under way."""
+
+    async def scenario(net: Fabric) -> None:
+        one, other, peer, back = await two(net)
+        with collected(one) as by_one, collected(other) as by_other:
+            sent = [b"%d" % n for n in range(200)]
+
+            async def talk(way: at.Peer) -> None:
+                for data in sent:
+                    await way.send(data)
+                    await asyncio.sleep(0.0005)
+
+            async def alarm() -> None:
+                for _ in range(5):
+                    await asyncio.sleep(net.random.random() * 0.02)
+                    peer._line.silent = True
+                    one._connections.redial.silent(peer)
+
+            await asyncio.gather(talk(peer), talk(back), alarm())
+            await until(lambda: len(by_one) >= 200 and len(by_other) >= 200)
+            assert by_one == by_other == sent
+            assert one.statistics().control_resumed == other.statistics().control_resumed > 0
+            assert (peer.state, back.state) == ("up", "up")
+
+    fabric(seed, delay=(1e-4, 5e-3)).run(scenario)
