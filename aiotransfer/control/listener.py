@@ -47,7 +47,8 @@ class Listener:
         self.address = await self._listen(self.address)
 
     async def start_further(self, hosts: Iterable[str]) -> list[Address]:
-        """Listen on these, by the same port where it is free; which of them there are. Raises `BusyError`."""
+        """Listen on these too; where. Raises `BusyError`. By any port: the one that was asked for may be wanted there by somebody
+        else, an engine for each NIC, say."""
         found: list[Address] = []
         try:
             others = await self._network.further(self.address, hosts)
@@ -59,12 +60,10 @@ class Listener:
             if self.address.host == ("::" if ":" in host else "0.0.0.0"):  # which is all of them
                 found.append(Address(host, self.address.port))
                 continue
-            for port in (self.address.port, 0):
-                try:
-                    found.append(await self._listen(Address(host, port)))
-                    break
-                except ConfigurationError:  # the port is taken, or the address has gone
-                    continue
+            try:
+                found.append(await self._listen(Address(host, 0)))
+            except ConfigurationError:  # the address has gone
+                continue
         return found
 
     async def _listen(self, address: Address) -> Address:

@@ -157,7 +157,7 @@ class _Wire:
 
     async def listen(self, address: Address, factory: Factory) -> tuple[Server, Address]:
         if address.port == 0:
-            address = self._net._fresh_address()
+            address = Address(address.host, self._net._fresh_address().port)
         if address in self._net._listening:
             raise OSError(98, f"{address} is in use")
         self._net._listening[address] = self

@@ -14,6 +14,7 @@ import aiotransfer as at
 from aiotransfer.control.dialer import dial_first
 from aiotransfer.control.frames import Acknowledge, Resume
 from aiotransfer.control.link import Identity
+from aiotransfer.control.resume import MOST_KEPT
 from aiotransfer.errors import RendezvousError
 from aiotransfer.testing.fabric import KEY, Fabric, fabric
 
@@ -296,3 +297,17 @@ def test_a_false_alarm_costs_nothing(seed: int) -> None:
             assert (peer.state, back.state) == ("up", "up")
 
     fabric(seed, delay=(1e-4, 5e-3)).run(scenario)
+
+
+def test_a_peer_that_acknowledges_nothing_is_held_against_a_bound() -> None:
+    async def scenario(net: Fabric) -> None:
+        _, other, peer, back = await two(net)
+        back._line._acknowledge = lambda: None  # type: ignore[method-assign]
+        with collected(other):
+            with pytest.raises(at.BusyError, match="acknowledges nothing"):
+                while True:
+                    await peer.send(bytes(1 << 20))
+            assert peer._line._ledger is not None
+            assert (15 << 20) < peer._line._ledger.kept_bytes <= MOST_KEPT
+
+    fabric(11).run(scenario)

@@ -95,7 +95,10 @@ async def test_who_listens_everywhere_tells_where() -> None:
             assert engine._connections.further == [f"{cables.right.address}:{port}", f"{cables.right.rails[0]}:{port}"]
         async with at.open_engine(listen="127.0.0.1:0", **outage.OPTIONS) as engine:
             assert not engine._connections.further
-        async with at.open_engine(listen=cables.right.listen, **outage.OPTIONS) as engine:
-            assert engine._connections.further == [f"{cables.right.rails[0]}:{engine.address.port}"]
-        async with at.open_engine(listen=cables.right.listen, rails=cables.right.rails[0], **outage.OPTIONS) as engine:
-            assert engine._connections.further == [f"{cables.right.rails[0]}:{engine.address.port}"]
+        for rails in (None, cables.right.rails[0]):
+            async with at.open_engine(listen=cables.right.listen, rails=rails, **outage.OPTIONS) as engine:
+                (further,) = map(at.Address.parse, engine._connections.further)
+                assert further.host == cables.right.rails[0]
+                beside = f"{further.host}:{engine.address.port}"  # an engine for each NIC, all by one port
+                async with at.open_engine(listen=beside, **outage.OPTIONS) as other:
+                    assert str(other.address) == beside
