@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
 
 DIALS_AT_ONCE = 32
-DIAL_AFTER, LOOK_AGAIN = 1.0, 0.02  # seconds
+DIAL_AFTER, LOOK_AGAIN = 0.3, 0.02  # seconds
 
 
 class Meeting(Ranks):
