@@ -1,7 +1,8 @@
 """The memory of one rank: what the others write into, and what it sends from. Offsets are those of `Shape`.
 
     received   one region, under a lease of its own for each other rank
-    sent       per slot: a first message for each rank, the tokens as rows, and (where somebody is reached by a network) packed rows
+    sent       per slot: a first message for each rank, and the tokens as rows
+    packing    per slot, where somebody is reached by a network: packed rows and packed results
 """
 
 from __future__ import annotations
@@ -51,12 +52,20 @@ class Buffers:
         self.received = engine.allocate(shape.nbytes(staged=staged))
         self._first = shape.ranks * shape.first_bytes
         self._tokens = shape.max_tokens * shape.row_bytes
-        packed = shape.max_tokens * shape.topk * shape.row_bytes if staged else 0
-        self._results = self._first + self._tokens + packed  # apart: rows may still be on their way when results are packed
-        self._slot = -(-(self._results + (shape.recv_rows * shape.result_bytes if staged else 0)) // 4096) * 4096
+        self._slot = -(-(self._first + self._tokens) // 4096) * 4096
         self.sent = engine.allocate(shape.slots * self._slot)
         self.here: Any = self.received.numpy()
         self.out: Any = self.sent.numpy()
+        self._engine = engine
+        self._packs = shape.max_tokens * shape.topk * shape.row_bytes
+        self._packing: Any = None  # its region and memory
+
+    def pack(self) -> None:
+        """Somebody takes rows in one piece: have room to pack them, and results (apart: rows may still be on their way then)."""
+        if self._packing is None:
+            self._pack = -(-(self._packs + self.shape.recv_rows * self.shape.result_bytes) // 4096) * 4096
+            region = self._engine.allocate(self.shape.slots * self._pack)
+            self._packing = region, region.numpy()
 
     # ---- what is sent ----
 
@@ -76,11 +85,11 @@ class Buffers:
 
     def packed(self, slot: int) -> Rows:
         """Tokens in the order in which they are sent over a network."""
-        return Rows(self.out, slot * self._slot + self._first + self._tokens, self.shape.row_bytes, self.shape.row_bytes)
+        return Rows(self._packing[1], slot * self._pack, self.shape.row_bytes, self.shape.row_bytes)
 
     def packed_results(self, slot: int) -> Rows:
         """Results in the order in which they are sent over a network."""
-        return Rows(self.out, slot * self._slot + self._results, self.shape.result_bytes, self.shape.result_bytes)
+        return Rows(self._packing[1], slot * self._pack + self._packs, self.shape.result_bytes, self.shape.result_bytes)
 
     def first_view(self, slot: int) -> RegionView:
         """The source of first writes."""
@@ -94,11 +103,13 @@ class Buffers:
 
     def packed_view(self, slot: int) -> RegionView:
         """The source of packed tokens."""
-        return self.sent[slot * self._slot + self._first + self._tokens : slot * self._slot + self._results]
+        view: RegionView = self._packing[0][slot * self._pack : slot * self._pack + self._packs]
+        return view
 
     def packed_results_view(self, slot: int) -> RegionView:
         """The source of packed results."""
-        return self.sent[slot * self._slot + self._results : (slot + 1) * self._slot]
+        view: RegionView = self._packing[0][slot * self._pack + self._packs : (slot + 1) * self._pack]
+        return view
 
     # ---- what is received ----
 
@@ -132,3 +143,5 @@ class Buffers:
         """Give the memory back as soon as nobody uses it."""
         self.received.close()
         self.sent.close()
+        if self._packing is not None:
+            self._packing[0].close()

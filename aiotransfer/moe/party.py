@@ -220,6 +220,8 @@ class Party:
             peer, hello = self._hellos[rank]
             if peer is known.peer:
                 known.hello, known.remote = hello, RemoteRegion.decode(hello.region)
+                if not hello.direct:
+                    self.buffers.pack()
         return known.hello if known is not None else None
 
     def _joining(self) -> bool:
@@ -536,6 +538,8 @@ class Party:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for handle in self.handles.values():
+            handle.forget()
         if getattr(self, "buffers", None) is not None:
             self.buffers.close()
 

@@ -100,7 +100,7 @@ class Life:
         self.a2a = moe.AllToAll(engine, engine.group(run.addresses), direct=direct, timeout=BOUND, **run.sizes)
         self.state = "meeting"  # running, ended, killed
         self.why: BaseException | None = None
-        self.leaving = False
+        self.leaving = self.hurried = False
         self.since = 0.0  # running since then
         self.batches: dict[int, Batch] = {}
         self.steps: list[Step] = []
@@ -123,14 +123,14 @@ class Life:
         except at.ClosedError as error:
             assert self.leaving, f"{self}: closed without a reason: {error}"
         except at.TransferTimeout as error:
-            raise AssertionError(f"hang: {self}: {error}") from error
+            raise AssertionError(f"hang: {self}: {error}\n{self.waits()}") from error
         if self.state != "killed":
             await self.leave()
 
     async def meet(self) -> None:
         while True:
             try:
-                await self.cut_short(lambda limit: self.a2a.ready(timeout=limit or MEET))
+                await self.cut_short(lambda limit: self.a2a.ready(timeout=MEET if limit == BOUND else limit))
                 return
             except asyncio.CancelledError:
                 if self.state == "killed" or not self.shaken:
@@ -152,7 +152,7 @@ class Life:
         await asyncio.sleep(0.1)
         party = self.a2a._party
         assert not party._tasks, f"leak: {self}: {party._tasks}"
-        assert not party.steps or self.why or self.run.hurried(self), f"leak: {self}: {party.steps}"
+        assert not party.steps or self.why or self.hurried or self.steps, f"leak: {self}: {party.steps}"
         if not isinstance(self.why, at.QuarantineError):
             assert not self.engine._regions, f"leak: {self}: {self.engine._regions} with {self.why!r}"
         assert not self.engine._counters, f"leak: {self}: {self.engine._counters}"
@@ -161,7 +161,7 @@ class Life:
     async def within(self, work: Any, what: str) -> Any:
         task = asyncio.ensure_future(work)
         try:
-            done, _ = await asyncio.wait([task], timeout=2 * BOUND)
+            done, _ = await asyncio.wait([task], timeout=2 * MEET)
         finally:
             if not task.done():
                 task.cancel()
@@ -203,7 +203,7 @@ class Life:
         rng, self.shaken = self.rng, False
         what = rng.random()
         if what >= self.nervous:
-            return await self.within(call(None), "a call")
+            return await self.within(call(BOUND), "a call")
         self.shaken = True
         if what < self.nervous / 2:
             try:
@@ -211,7 +211,7 @@ class Life:
             except at.TransferTimeout:
                 self.run.struck["deadline"] += 1
                 raise
-        task = asyncio.ensure_future(call(None))
+        task = asyncio.ensure_future(call(BOUND))
         if rng.random() < 0.5:
             await asyncio.wait([task], timeout=rng.choice([1e-5, 1e-3, 1e-2]))
         else:
@@ -527,10 +527,6 @@ class Run:
     def running(self, but: Life | None = None) -> list[Life]:
         return [life for lives in self.lives for life in lives if life.state == "running" and life is not but]
 
-    def hurried(self, life: Life) -> bool:
-        """It left in the middle of its steps."""
-        return bool(life.steps)
-
     def done(self, life: Life, step: Step) -> None:
         self.numbers.add(step.number)
         lost = set(step.handle.lost)
@@ -638,7 +634,7 @@ class Run:
                 self.blame(what, life)
                 life.leaving = True
                 if what == "left in a step":
-                    life.state = "ended"
+                    life.state, life.hurried = "ended", True
                     self.background.append(asyncio.ensure_future(life.a2a.aclose()))
         else:
             await self.come_back(1 if what == "came back" else 2)
@@ -687,6 +683,9 @@ class Run:
         while True:
             tasks = [life.task for lives in self.lives for life in lives] + self.background
             open_tasks = [task for task in tasks if not task.done()]
+            for lives in self.lives:
+                for life in lives:
+                    assert life.state == "killed" or not life.task.cancelled(), f"{life}: cancelled, and nobody asked for it"
             for task in tasks:
                 if task.done() and not task.cancelled():
                     task.result()
