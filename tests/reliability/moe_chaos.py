@@ -769,7 +769,7 @@ def run(seed: int, struck: Counter[str] | None = None) -> tuple[int, int]:
         return len(this.numbers), counts["trace"]
 
     try:
-        with mock.patch.object(moe.party, "DIAL_AFTER", rng.choice([0.01, 0.01, 0.1, 1.0])):
+        with mock.patch.object(moe.meeting, "DIAL_AFTER", rng.choice([0.01, 0.01, 0.1, 1.0])):
             result = net.run(scenario)
         del net, scenario
         gc.collect()
