@@ -138,6 +138,8 @@ class Meeting(Ranks):
             peer, hello = self._hellos[rank]
             if peer is known.peer:
                 known.hello, known.remote = hello, RemoteRegion.decode(hello.region)
+                if not hello.direct:
+                    self.buffers.pack()
         return known.hello if known is not None else None
 
     def _joining(self) -> bool:

@@ -224,5 +224,7 @@ class Party(Meeting):
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for handle in self.handles.values():
+            handle.forget()
         if getattr(self, "buffers", None) is not None:
             self.buffers.close()

@@ -281,7 +281,8 @@ class Step(Traffic):
         buffers = self.party.buffers
         here = buffers.packed_results(self.slot)
         await self._move(here, None, here._replace(memory=memory, offset=0, stride=stride), None, self.arrivals.total)
-        return here.memory[here.offset :], here.stride, buffers.sent, here.offset
+        assert buffers.packing is not None
+        return here.memory[here.offset :], here.stride, buffers.packing, here.offset
 
     async def send_results(self, memory: Any, stride: int, region: RegionView | None, offset: int) -> None:
         """Send each source the results of its rows: `memory` holds them, row by row as the experts got theirs. Where `region`

@@ -38,6 +38,7 @@ class Traffic:
         self.arrivals: Arrivals
         self.error: StepRefused | None = None  # it does not take place
         self.over = False
+        self.ahead: asyncio.Task[None] | None = None  # `exchange`, begun by the first half: two would take each other's arrivals
         self.lost: set[int] = set()  # while it was under way: part of it is missing
         self.joined: set[int] = set()  # other ranks that were there when it began
         self._directly: set[int] = set()  # those of them that write row by row
