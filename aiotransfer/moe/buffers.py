@@ -146,9 +146,9 @@ class Buffers:
         begin = self.shape.rows(slot)
         return self.here[begin : begin + self.shape.recv_rows * self.shape.row_bytes]
 
-    def close(self) -> None:
-        """Give the memory back as soon as nobody uses it."""
-        self.received.close()
+    async def aclose(self, timeout: float) -> None:
+        """Take back every right to write here, and give the memory back. Raises `QuarantineError`, see `Region.aclose`."""
         self.sent.close()
         if self.packing is not None:
             self.packing.close()
+        await self.received.aclose(timeout)

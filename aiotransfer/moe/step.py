@@ -35,7 +35,7 @@ class Step(Traffic):
         party, shape, route, slot = self.party, self.party.shape, self.route, self.slot
         buffers = party.buffers
         own = header(
-            shape, self.number, party.engine.incarnation, len(route.places), self.scales, route.counts, self.refusal
+            shape, self.number, party.incarnation, len(route.places), self.scales, route.counts, self.refusal
         )  # fmt: skip
         if not self.refusal:
             await self._rows_in(tokens, stride, scale_rows)
@@ -68,8 +68,8 @@ class Step(Traffic):
         return [rank for rank in self.party.others() if self._members.present(self.number, rank)]
 
     def _early(self, n: Any, directly: set[int]) -> Any:
-        """How many of `n` rows (to or from each rank) travel with the first message, `directly` being those ranks where rows can be
-        put at their places one by one. There it is all or none: a row of a first message is copied twice more."""
+        """How many of `n` rows (to or from each rank) travel with the first message. Between ranks that put rows at their places
+        one by one (`directly`) it is all or none: a row of a first message is copied twice more."""
         private = self.party.shape.private_tokens
         sizes = np.minimum(n, private)
         sizes[[rank for rank in directly if n[rank] > private]] = 0
