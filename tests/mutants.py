@@ -160,6 +160,30 @@ MUTANTS = (
         "kv: blocks that changed places", "aiotransfer/kv/checksum.py", "blocks * weights[place]", "blocks",
         "tests/kv/test_checksum.py",
     ),
+    Mutant(
+        "resume: only with the session's secret", "aiotransfer/control/resume.py",
+        '        self._verify("dialer", tag, frame.attempt, frame.received, frame.mac)\n', "", "tests/control/test_resume.py",
+    ),
+    Mutant(
+        "resume: only the acceptor's own answer", "aiotransfer/control/resume.py",
+        '        self._verify("acceptor", tag, self._attempt, frame.received, frame.mac)\n', "", "tests/control/test_resume.py",
+    ),
+    Mutant(
+        "resume: not an attempt that was overtaken", "aiotransfer/control/resume.py", "if frame.attempt <= self._attempt:",
+        "if False:", "tests/control/test_resume.py",
+    ),
+    Mutant(
+        "resume: what had come is not sent again", "aiotransfer/control/resume.py", "for _ in range(received - least):",
+        "for _ in range(received - least - 1):", "tests/control/test_resume.py",
+    ),
+    Mutant(
+        "resume: the old connection is not heard", "aiotransfer/control/line.py", "        self.link.mute()\n", "",
+        "tests/engine/test_redial.py",
+    ),
+    Mutant(
+        "resume: not by another incarnation", "aiotransfer/control/dialer.py", "if incarnation not in (None, link.incarnation):",
+        "if False:", "tests/engine/test_redial.py",
+    ),
     Mutant("kv: another version", "aiotransfer/kv/wire.py", "if version != VERSION:", "if False:", "tests/kv/test_wire.py"),
     Mutant(
         "kv: what was mapped stays so", "aiotransfer/kv/prefiller.py", "if request.delivered else asked.kept",
