@@ -43,7 +43,7 @@ EXPERTS, TOPK, LAYERS, HIDDEN, WORDS = 8, 2, 4, 256, 1000
 PAD, MASK = 0, WORDS - 1  # MASK: a position of a block that is not decided yet
 BLOCK, DENOISING = 16, 4  # positions of a block; passes that decide them
 TOLERANCE = 1e-4
-DEADLINE = 120.0  # seconds, of one call
+DEADLINE = 60.0  # seconds, of one call
 # The name under which the model takes its cache was changed by the library.
 CACHE = "cache" if "cache" in inspect.signature(Qwen3MoeForCausalLM.forward).parameters else "past_key_values"
 
@@ -76,14 +76,14 @@ class Call(NamedTuple):
 
 
 class ExpertParallel:
-    """Stands where the experts of a layer are: `forward(experts, hidden, top_k_index, top_k_weights)`, as the library calls it."""
+    """What the library calls where the experts of a layer would compute: `forward(experts, hidden, top_k_index, top_k_weights)`."""
 
     def __init__(self, thread: at.EngineThread, a2a: moe.AllToAll) -> None:
         self.thread, self.a2a = thread, a2a
         self.local = EXPERTS // a2a.group_size
         self.real: torch.Tensor | None = None  # which of the tokens are no padding
         self.calls: list[Call] = []
-        self.between: Callable[[], None] = lambda: None  # dispatch and combine
+        self.between: Callable[[torch.Tensor], object] = lambda _: None  # with the results, before they are sent
 
     def shard(self, model: Any) -> None:
         """Drop the experts of the other ranks, and have the library call `forward`."""
@@ -103,17 +103,15 @@ class ExpertParallel:
         got = self.thread.run(self.a2a.dispatch(hidden, idx, weights.float()))
         there = time.perf_counter()
         results = self.compute(experts, got)
-        self.between()
+        self.between(results)
         ready = time.perf_counter()
         out = self.thread.run(self.a2a.combine(results, got.handle))
         back = time.perf_counter()
-        rows = int(((idx >= 0) & (idx // self.local != self.a2a.rank)).sum())
-        kept = int(((idx >= 0) & (idx // self.local == self.a2a.rank)).sum())
-        handle = got.handle
+        handle, kept = got.handle, int((idx // self.local == self.a2a.rank).sum())
         self.calls.append(
             Call(
-                handle.step, there - began, back - ready, rows, int(got.counts.sum()) - kept, handle.lost,
-                int(handle.dropped.sum())
+                handle.step, there - began, back - ready, int((idx >= 0).sum()) - kept, int(got.counts.sum()) - kept, handle.lost,
+                int(handle.dropped.sum()),
             )
         )  # fmt: skip
         return out.to(hidden.dtype)
@@ -217,8 +215,8 @@ def generate(model: Any, prompts: list[list[int]], new: int) -> Decoded:
 
 
 def blocks(model: Any, prompts: list[list[int]], new: int) -> Decoded:
-    """Blocks of `BLOCK` positions, each begun as nothing but masks. A pass sees the whole block and all before it, and decides the
-    positions of which it is surest; when all are decided, another pass puts the block into the cache."""
+    """Block diffusion: each block of `BLOCK` positions begins as nothing but masks. A pass sees all of the block and what is before
+    it, and decides the positions of which it is surest; when all are decided, another one puts the block into the cache."""
     ids, filled = padded(prompts)
     n, cache = len(prompts), DynamicCache(config=model.config)
     logits = model(ids, attention_mask=filled, position_ids=positions(filled), **{CACHE: cache}).logits
@@ -267,7 +265,7 @@ def rank_main(rank: int, job: dict[str, Any], main: Connection) -> None:
         addresses = main.recv()
         a2a = thread.run(meet(thread.engine, addresses, job["max_tokens"]))
         try:
-            main.send(decode(rank, job, model, thread, a2a, thread.run(Turns(thread.engine, addresses).open())))
+            main.send(decode(job, model, thread, a2a, thread.run(Turns(thread.engine, addresses).open())))
             main.recv()  # all are done: nobody is missed any more
         finally:
             thread.run(a2a.aclose())
@@ -281,9 +279,9 @@ async def meet(engine: at.Engine, addresses: list[str], max_tokens: int) -> moe.
     )  # fmt: skip
 
 
-def decode(rank: int, job: dict[str, Any], model: Any, thread: at.EngineThread, a2a: moe.AllToAll, turns: Turns) -> dict[str, Any]:
+def decode(job: dict[str, Any], model: Any, thread: at.EngineThread, a2a: moe.AllToAll, turns: Turns) -> dict[str, Any]:
     """This rank's prompts, then the passes of the others."""
-    parallel = ExpertParallel(thread, a2a)
+    rank, parallel = a2a.rank, ExpertParallel(thread, a2a)
     parallel.shard(model)
     own: int = job["new"][rank]
 
@@ -295,7 +293,9 @@ def decode(rank: int, job: dict[str, Any], model: Any, thread: at.EngineThread, 
     model.register_forward_pre_hook(before, with_kwargs=True)
     if rank == job["kill"]:
         half = passes(job["mode"], own) // 2 * LAYERS + LAYERS // 2
-        parallel.between = lambda: os.kill(os.getpid(), signal.SIGKILL) if len(parallel.calls) == half else None
+        parallel.between = lambda _: os.kill(os.getpid(), signal.SIGKILL) if len(parallel.calls) == half else None
+    elif rank == job["spoil"]:
+        parallel.between = lambda results: results.neg_()
     with torch.inference_mode():
         decoded = MODES[job["mode"]](model, job["prompts"][rank], own)
         thread.run(turns.finish())
@@ -324,7 +324,7 @@ class RankFailed(Exception):
 
 
 class World:
-    """The processes of all ranks."""
+    """The processes of all ranks. Whatever still runs at the end of the block is killed; if all went well, after a while."""
 
     def __init__(self, ranks: int, job: dict[str, Any]) -> None:
         context = multiprocessing.get_context("forkserver")  # imports torch once
@@ -346,6 +346,8 @@ class World:
         self.tell(everyone, addresses)
         results = self.gather(everyone)
         self.tell(results, None)
+        for result in results.values():
+            result["calls"] = [Call(*call) for call in result["calls"]]
         return results
 
     def gather(self, ranks: Any) -> dict[int, Any]:
@@ -353,7 +355,7 @@ class World:
         waiting, found = {self.pipes[rank]: rank for rank in ranks}, {}
         while waiting:
             for pipe in wait(list(waiting)):
-                rank = waiting.pop(pipe)  # type: ignore[arg-type]
+                rank = waiting.pop(pipe)
                 try:
                     found[rank] = self.pipes[rank].recv()
                 except EOFError:
@@ -366,9 +368,12 @@ class World:
         for rank in ranks:
             self.pipes[rank].send(what)
 
-    def close(self) -> None:
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for process, pipe in zip(self.processes, self.pipes, strict=True):
-            process.join(10)
+            process.join(10 if kind is None else 0)
             process.kill()
             process.join()
             pipe.close()
@@ -380,21 +385,21 @@ def without(ranks: int, lost: int, step: int) -> Callable[..., torch.Tensor]:
 
     def forward(experts: Any, hidden: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         gone = (idx // (EXPERTS // ranks) == lost) & (next(count) >= step)
-        result: torch.Tensor = ALL_EXPERTS_FUNCTIONS["batched_mm"](experts, hidden, idx, weights.masked_fill(gone, 0))
+        result: torch.Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden, idx, weights.masked_fill(gone, 0))
         return result
 
     return forward
 
 
-def compare(args: argparse.Namespace, job: dict[str, Any], results: dict[int, Any], loss: dict[str, Any] | None) -> dict[str, Any]:
+def compare(job: dict[str, Any], results: dict[int, Any], loss: dict[str, Any] | None) -> dict[str, Any]:
     """Each rank's prompts in this process, by the whole model."""
     model, worst, equal = load_model(), 0.0, True
     for rank, result in sorted(results.items()):
         if loss is not None:
-            ALL_EXPERTS_FUNCTIONS.register("without", without(args.ranks, loss["rank"], loss["step"]))
+            ALL_EXPERTS_FUNCTIONS.register("without", without(len(job["prompts"]), loss["rank"], loss["step"]))
             model.set_experts_implementation("without")
         with torch.inference_mode():
-            expected = MODES[args.mode](model, job["prompts"][rank], job["new"][rank])
+            expected = MODES[job["mode"]](model, job["prompts"][rank], job["new"][rank])
         for ours, theirs in zip(result["logits"], expected.logits, strict=True):
             worst = max(worst, float(abs(ours - theirs).max()))
         equal &= result["tokens"] == expected.tokens
@@ -405,7 +410,7 @@ def layers(results: dict[int, Any]) -> list[dict[str, float]]:
     """What a layer takes: median milliseconds of a call, and bytes that left all ranks in a pass, on average."""
     found = []
     for layer in range(LAYERS):
-        calls = [Call(*call) for result in results.values() for call in result["calls"] if call[0] % LAYERS == layer]
+        calls = [call for result in results.values() for call in result["calls"] if call.step % LAYERS == layer]
         steps = len({call.step for call in calls})
         found.append(
             {
@@ -420,15 +425,15 @@ def layers(results: dict[int, Any]) -> list[dict[str, float]]:
 
 def loss_of(kill: int | None, results: dict[int, Any]) -> dict[str, Any] | None:
     """What the others say of the rank that was killed. Raises `RankFailed` where they differ, or miss another."""
-    lost = {r for result in results.values() for call in result["calls"] for r in Call(*call).lost}
+    lost = {r for result in results.values() for call in result["calls"] for r in call.lost}
     if lost != (set() if kill is None else {kill}):
         raise RankFailed(f"ranks {sorted(lost)} were lost, and {kill} was killed")
     if kill is None:
         return None
-    first = {min(c.step for c in map(Call._make, result["calls"]) if c.lost) for result in results.values()}
+    first = {min(call.step for call in result["calls"] if call.lost) for result in results.values()}
     if len(first) != 1:
         raise RankFailed(f"rank {kill} was lost in step {sorted(first)}, as different ranks say")
-    dropped = sum(Call(*call).dropped for result in results.values() for call in result["calls"])
+    dropped = sum(call.dropped for result in results.values() for call in result["calls"])
     return {"rank": kill, "step": first.pop(), "dropped": dropped, "reports": [r["lost"][kill] for r in results.values()]}
 
 
@@ -444,7 +449,7 @@ def make_job(args: argparse.Namespace) -> dict[str, Any]:
     if args.mode == "blocks":
         new = [BLOCK * (-(-args.tokens // BLOCK) + rank % 2) for rank in range(args.ranks)]
     widest = max(len(some) * max(BLOCK, *map(len, some)) for some in prompts)
-    return {"mode": args.mode, "prompts": prompts, "new": new, "max_tokens": widest, "kill": args.kill}
+    return {"mode": args.mode, "prompts": prompts, "new": new, "max_tokens": widest, "kill": args.kill, "spoil": args.spoil}
 
 
 def main() -> int:
@@ -455,6 +460,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=16, help="to add to each sequence of rank 0 (default 16)")
     parser.add_argument("--kill", type=int, metavar="RANK", help="this rank is killed in the middle")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--spoil", type=int, help=argparse.SUPPRESS)  # this rank's results are wrong
     args = parser.parse_args()
     if not 1 <= args.tokens <= 500:
         parser.error(f"--tokens must lie in 1 to 500, not {args.tokens}")
@@ -463,15 +469,13 @@ def main() -> int:
     job = make_job(args)
     say: Callable[..., None] = (lambda *_: None) if args.json else print
     say(f"{args.ranks} ranks with {EXPERTS // args.ranks} of {EXPERTS} experts each, {LAYERS} layers, mode {args.mode}")
-    world = World(args.ranks, job)
     try:
-        results = world.run()
-        loss = loss_of(args.kill, results)
+        with World(args.ranks, job) as world:
+            results = world.run()
+            loss = loss_of(args.kill, results)
     except RankFailed as error:
         print(error, file=sys.stderr)
         return 1
-    finally:
-        world.close()
     for rank, result in sorted(results.items()):
         sizes = ", ".join(str(len(prompt)) for prompt in job["prompts"][rank])
         say(f"rank {rank}: prompts of {sizes} tokens, {job['new'][rank]} more each; {result['idle']} passes without tokens")
@@ -485,7 +489,7 @@ def main() -> int:
             f"{layer:5} {one['dispatch_ms']:6.2f} ms {one['combine_ms']:6.2f} ms {one['dispatch_bytes']:13,.0f} "
             f"{one['combine_bytes']:13,.0f}"
         )
-    outcome = compare(args, job, results, loss)
+    outcome = compare(job, results, loss)
     if args.json:
         tokens = {rank: result["tokens"] for rank, result in sorted(results.items())}
         idle = {rank: result["idle"] for rank, result in sorted(results.items())}
