@@ -76,7 +76,7 @@ class Call(NamedTuple):
 
 
 class ExpertParallel:
-    """What the library calls where the experts of a layer would compute: `forward(experts, hidden, top_k_index, top_k_weights)`."""
+    """What the library calls instead of a layer's experts: `forward(experts, hidden, top_k_index, top_k_weights)`."""
 
     def __init__(self, thread: at.EngineThread, a2a: moe.AllToAll) -> None:
         self.thread, self.a2a = thread, a2a
@@ -215,8 +215,8 @@ def generate(model: Any, prompts: list[list[int]], new: int) -> Decoded:
 
 
 def blocks(model: Any, prompts: list[list[int]], new: int) -> Decoded:
-    """Block diffusion: each block of `BLOCK` positions begins as nothing but masks. A pass sees all of the block and what is before
-    it, and decides the positions of which it is surest; when all are decided, another one puts the block into the cache."""
+    """Block diffusion: a block of `BLOCK` positions begins as nothing but masks. A pass sees all of it and what is before it, and
+    decides the positions of which it is surest; when all are decided, one more puts the block into the cache."""
     ids, filled = padded(prompts)
     n, cache = len(prompts), DynamicCache(config=model.config)
     logits = model(ids, attention_mask=filled, position_ids=positions(filled), **{CACHE: cache}).logits
