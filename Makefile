@@ -12,8 +12,8 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo test test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
-	bench-kv bench-kv-stream bench-moe-kernels docs test-rails test-chaos test-chaos-kv test-guest test-matrix test-cycles test-sanitize soak fuzz \
-	sanitize mutants clean
+	bench-kv bench-kv-stream bench-moe-kernels bench-moe-host bench-scale docs test-rails test-chaos test-chaos-kv test-guest \
+	test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
 
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
@@ -115,6 +115,14 @@ bench-tcp: setup
 # Packing, unpacking and summing rows, on the host; on a GPU with ARGS=--device=cuda.
 bench-moe-kernels: setup
 	@$(PY) tests/benchmarks/moe_kernels.py $(ARGS)
+
+# What Python costs the host in a step of MoE dispatch.
+bench-moe-host: setup
+	@$(PY) tests/benchmarks/moe_host.py $(ARGS)
+
+# Dispatch and combine for EP8 to EP512 by a model, beside published tables; --report writes docs/design/moe-scale.md.
+bench-scale: $(STAMPS)/test
+	@$(PY) -m tests.benchmarks.scale $(ARGS)
 
 # What the native code costs for each work request over verbs, on a device that does nothing. Needs libibverbs-dev.
 bench-verbs: setup

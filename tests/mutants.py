@@ -94,6 +94,19 @@ MUTANTS = (
         "tests/native tests/engine/test_bad_input.py",
     ),
     Mutant(
+        "bounds of a scatter of arrays", "ffi/lane/plan.c",
+        "if (!lies_in(from, n, src->nbytes)) return AT_ESRC;", "", "tests/engine/test_scatter.py",
+    ),
+    Mutant(
+        "bounds of a scatter of arrays, there", "ffi/lane/plan.c",
+        "if (!lies_in(at, n, to->limits[i]) || (to->remote_offsets == NULL && (uint64_t)n != to->limits[i])) return AT_EDST;", "",
+        "tests/engine/test_scatter.py",
+    ),
+    Mutant(
+        "a sum of rows by another way", "ffi/rows/tile.h",
+        "if (s->index[k] < 0) continue;", "if (s->index[k] < -1) continue;", "tests/providers/test_rows.py",
+    ),
+    Mutant(
         "early arrivals", "ffi/lane/imm.c",
         "int early = peer->early < lane->config.early_values;", "int early = 0;", "tests/engine/test_counters.py",
     ),
@@ -146,6 +159,30 @@ MUTANTS = (
     Mutant(
         "kv: blocks that changed places", "aiotransfer/kv/checksum.py", "blocks * weights[place]", "blocks",
         "tests/kv/test_checksum.py",
+    ),
+    Mutant(
+        "resume: only with the session's secret", "aiotransfer/control/resume.py",
+        '        self._verify("dialer", tag, frame.attempt, frame.received, frame.mac)\n', "", "tests/control/test_resume.py",
+    ),
+    Mutant(
+        "resume: only the acceptor's own answer", "aiotransfer/control/resume.py",
+        '        self._verify("acceptor", tag, self._attempt, frame.received, frame.mac)\n', "", "tests/control/test_resume.py",
+    ),
+    Mutant(
+        "resume: not an attempt that was overtaken", "aiotransfer/control/resume.py", "if frame.attempt <= self._attempt:",
+        "if False:", "tests/control/test_resume.py",
+    ),
+    Mutant(
+        "resume: what had come is not sent again", "aiotransfer/control/resume.py", "for _ in range(received - least):",
+        "for _ in range(received - least - 1):", "tests/control/test_resume.py",
+    ),
+    Mutant(
+        "resume: the old connection is not heard", "aiotransfer/control/line.py", "        self.link.mute()\n", "",
+        "tests/engine/test_redial.py",
+    ),
+    Mutant(
+        "resume: not by another incarnation", "aiotransfer/control/dialer.py", "if incarnation not in (None, link.incarnation):",
+        "if False:", "tests/engine/test_redial.py",
     ),
     Mutant("kv: another version", "aiotransfer/kv/wire.py", "if version != VERSION:", "if False:", "tests/kv/test_wire.py"),
     Mutant(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from aiotransfer.control.key import Key
 from aiotransfer.control.link import Identity, Link
@@ -13,6 +14,7 @@ from aiotransfer.model.address import Address
 
 FIRST_PAUSE = 0.01
 LONGEST_PAUSE = 0.5
+STAGGER = 0.05  # before the next of several addresses is tried beside those that have not answered
 
 
 async def dial(address: Address, key: Key, identity: Identity, network: Network, *, deadline: float) -> Link:
@@ -47,11 +49,47 @@ async def dial(address: Address, key: Key, identity: Identity, network: Network,
         pause = min(pause * 2, LONGEST_PAUSE)
 
 
-async def _once(address: Address, key: Key, identity: Identity, network: Network) -> Link:
-    link = Link("dialer", key, identity)
+async def dial_first(addresses: Sequence[Address], key: Key, identity: Identity, network: Network, incarnation: int) -> Link:
+    """A link that resumes, to the engine of this incarnation, by the first of these addresses that leads to it.
+
+    Raises the last obstacle, once none is left: `OSError`, `BrokenError`, or `RendezvousError`, also for another engine there.
+    """
+    left, running = list(addresses), set[asyncio.Task[Link]]()
+    obstacle: BaseException = BrokenError("the peer has no address")
+    try:
+        while left or running:
+            if left:
+                running.add(asyncio.create_task(_once(left.pop(0), key, identity, network, incarnation)))
+            over, running = await asyncio.wait(
+                running, timeout=STAGGER if left else None, return_when=asyncio.FIRST_COMPLETED
+            )
+            links = [task.result() for task in over if task.exception() is None]
+            for link in links[1:]:
+                link.abort()
+            if links:
+                return links[0]
+            for task in over:
+                obstacle = task.exception() or obstacle
+    finally:
+        for task in running:
+            task.cancel()
+            task.add_done_callback(_abort)
+    raise obstacle
+
+
+def _abort(late: asyncio.Task[Link]) -> None:
+    """It was not cancelled in time."""
+    if not late.cancelled() and late.exception() is None:
+        late.result().abort()
+
+
+async def _once(address: Address, key: Key, identity: Identity, network: Network, incarnation: int | None = None) -> Link:
+    link = Link("dialer", key, identity, resumes=incarnation is not None)
     try:
         await network.connect(address, lambda: link)
         await asyncio.shield(link.established)
+        if incarnation not in (None, link.incarnation):
+            raise RendezvousError(f"at {address} there is another engine")
     except BaseException:  # also cancellation: a link half made is nobody's
         link.abort()
         raise

@@ -11,19 +11,21 @@ import msgspec
 from aiotransfer.errors import RendezvousError
 
 PREAMBLE = b"aiotransfer/1\r\n\x00"
-VERSION = 1
+VERSION = 2
 MAX_FRAME = (1 << 20) + 4096  # one message of 1 MiB and its frame
 MAX_GREETING = 16384  # before the other side is authenticated
 MAX_TEXT = 1000  # of what a peer says, in our errors and logs
+MOST_FURTHER = 8  # control addresses beside the first that one side tells the other
 
 
 class Hello(msgspec.Struct, tag=1, array_like=True):
-    """Dialer: who I am."""
+    """Dialer: who I am, and whether this connection goes on with a conversation that lost its own."""
 
     version: int
     incarnation: int
     nonce: bytes
     key_kind: str
+    resumes: bool = False
 
 
 class Welcome(msgspec.Struct, tag=2, array_like=True):
@@ -59,6 +61,7 @@ class PeerInfo(msgspec.Struct, array_like=True, frozen=True):
     pid: int
     offers: list[OfferWire]
     window: tuple[int, int] = (0, 0)  # messages and bytes that it takes unread
+    further: list[str] = []  # control addresses beside the one that was dialled: one for each rail
 
 
 class Accepted(msgspec.Struct, tag=4, array_like=True):
@@ -185,6 +188,27 @@ class Join(msgspec.Struct, tag=24, array_like=True, frozen=True):
     imms: tuple[int, int]
 
 
+class Resume(msgspec.Struct, tag=25, array_like=True):
+    """Dialer, first on a connection that resumes: how often it has tried, how many frames it has had, and a proof."""
+
+    attempt: int
+    received: int
+    mac: bytes
+
+
+class Resumed(msgspec.Struct, tag=26, array_like=True):
+    """Acceptor: so be it; how many it has had, and a proof. What the other side lacks follows."""
+
+    received: int
+    mac: bytes
+
+
+class Acknowledge(msgspec.Struct, tag=27, array_like=True):
+    """So many frames of this conversation have come: they need not be kept any more."""
+
+    received: int
+
+
 Greeting = Hello | Welcome | Proof | Accepted | Info | Refused
 Frame = (
     Lookup
@@ -202,6 +226,9 @@ Frame = (
     | Up
     | Merge
     | Join
+    | Resume
+    | Resumed
+    | Acknowledge
 )
 
 _encoder = msgspec.msgpack.Encoder()

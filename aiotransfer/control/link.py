@@ -2,6 +2,7 @@
 
 The pure session decides; this class moves its bytes, bounds what may pile up and guarantees one end: `on_closed` is called
 exactly once, with None for a goodbye of either side and with the cause otherwise. Writing never blocks and never awaits.
+A conversation may outlive its connection (see `line`): then the link is dropped, and ends without a word to anybody.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import asyncio
 import logging
 import os
 import socket
+import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from aiotransfer.control.frames import Frame, Goodbye, PeerInfo, clip, encode
 from aiotransfer.control.key import Key
@@ -24,6 +26,9 @@ MOST_UNSENT = 8 << 20
 MOST_EARLY = 256  # frames kept before start(), of at most so many bytes in all
 MOST_EARLY_BYTES = 256 << 10
 FLUSH_SECONDS = 1.0
+PLAIN_KEEPALIVE = (5, 2, 3)  # seconds of silence, seconds between probes, and how many stay unanswered before the end
+QUICK_KEEPALIVE = (1, 1, 3)  # where there is another way to go on by: what notices a dead NIC while nothing is sent
+_TCP_INFO = struct.Struct("=3xB20xI28xI")  # of struct tcp_info: probes, unacked, last_ack_recv
 _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()  # of all connections: a peer that comes again and again is one story
 
@@ -39,10 +44,11 @@ class Identity(NamedTuple):
 class Link(asyncio.Protocol):
     """A connection to another engine. `established` resolves when both sides are authenticated."""
 
-    def __init__(self, role: Role, key: Key, identity: Identity) -> None:
+    def __init__(self, role: Role, key: Key, identity: Identity, *, resumes: bool = False) -> None:
         self._loop = asyncio.get_running_loop()
         self.dialed = role == "dialer"
-        self._session = Session(role, key, identity.incarnation, identity.info(), identity.entropy(NONCE_BYTES))
+        nonce = identity.entropy(NONCE_BYTES)
+        self._session = Session(role, key, identity.incarnation, identity.info(), nonce, resumes=resumes)
         self.established: asyncio.Future[None] = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
         self._started = False
@@ -54,11 +60,13 @@ class Link(asyncio.Protocol):
         self.on_closed: Callable[[BaseException | None], None] = lambda error: None
         self.goodbye: str | None = None
         self.given_up = False  # the goodbye said that we are lost to the other side
+        self.broke = False  # it ended by the network's doing, or with the other process
         self.bytes_sent = 0
         self.bytes_received = 0
         self.local_address = Address("", 0)
         self.remote_address = Address("", 0)
         self._flush: asyncio.TimerHandle | None = None
+        self._socket: Any = None
 
     @property
     def incarnation(self) -> int:
@@ -70,6 +78,20 @@ class Link(asyncio.Protocol):
         """What the other engine says of itself."""
         assert self._session.peer_info is not None
         return self._session.peer_info
+
+    @property
+    def told(self) -> PeerInfo:
+        """What this one said of itself."""
+        return self._session.info
+
+    @property
+    def resumes(self) -> bool:
+        """Its dialer means to go on with a conversation that lost its connection."""
+        return self._session.resumes
+
+    def tag(self, use: Literal["session", "resume"]) -> bytes:
+        """What only the two ends know."""
+        return self._session.tag(use)
 
     @property
     def ended(self) -> bool:
@@ -90,9 +112,8 @@ class Link(asyncio.Protocol):
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
-                if hasattr(socket, option):
-                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+            self._socket = sock
+            self.keep_alive(PLAIN_KEEPALIVE)
         self.local_address = _address(transport.get_extra_info("sockname"))
         self.remote_address = _address(transport.get_extra_info("peername"))
         self._write(self._session.take_output())
@@ -128,7 +149,7 @@ class Link(asyncio.Protocol):
         else:
             try:
                 self.on_frame(frame)
-            except BusyError as error:  # answers that it does not take
+            except (BusyError, RendezvousError) as error:  # answers that it does not take; what it may not say
                 self._finish(error)
             except Exception as error:  # one bad handler must not take the loop's other work with it
                 left_out = _limit.admit(type(error).__name__)
@@ -140,6 +161,8 @@ class Link(asyncio.Protocol):
         """The TCP connection has ended."""
         if self._flush is not None:
             self._flush.cancel()
+        self.broke = not self._ended
+        self._socket = None
         self._finish(exc or BrokenError("the connection ended without a goodbye"))
 
     # ---- for the engine ----
@@ -158,9 +181,48 @@ class Link(asyncio.Protocol):
         """Send; nothing happens on a link that has ended. Raises `BusyError` when 8 MiB are unsent."""
         if self._ended or self._closing or self._transport is None:
             return
-        if self._transport.get_write_buffer_size() > MOST_UNSENT:
-            raise BusyError("the peer does not read its control connection", peer=str(self.remote_address))
+        self.has_room()
         self._write(encode(frame))
+
+    def write(self, data: bytes) -> None:
+        """As `post`, for a frame that is encoded."""
+        if not (self._ended or self._closing):
+            self._write(data)
+
+    def has_room(self) -> None:
+        """Raise `BusyError` when 8 MiB are unsent."""
+        if self._transport is not None and not self._ended and self._transport.get_write_buffer_size() > MOST_UNSENT:
+            raise BusyError("the peer does not read its control connection", peer=str(self.remote_address))
+
+    def mute(self) -> None:
+        """What comes by it, its end too, is nobody's from now on."""
+        self.on_frame = lambda frame: None
+        self.on_closed = lambda error: None
+
+    def drop(self) -> None:
+        """End at once, unheard: another link has its place."""
+        self.mute()
+        self.abort()
+
+    # ---- the network beneath ----
+
+    def keep_alive(self, how: tuple[int, int, int]) -> None:
+        """When the kernel looks whether the other one is there, while nothing is sent."""
+        if self._socket is not None:
+            for option, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), how, strict=True):
+                if hasattr(socket, option):
+                    self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+    def heard(self) -> tuple[bool, float] | None:
+        """Whether the other kernel has yet to confirm something, and when (loop time) it was heard of last."""
+        if self._socket is None or self._ended or not hasattr(socket, "TCP_INFO"):
+            return None
+        try:
+            said = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        except OSError:  # about to end
+            return None
+        probes, unacked, age = _TCP_INFO.unpack(said)
+        return bool(probes or unacked), self._loop.time() - age / 1000
 
     def give_up(self, reason: str) -> None:
         """End with a side that was lost; it is told why, in case it still reads or will again, but nothing waits for it."""

@@ -3,14 +3,17 @@
 Strangers cost little: at most 64 unauthenticated connections at a time, five seconds each, a few KiB of input. When there are
 more, one that has already taken longer than a handshake needs makes room for the newcomer. What goes wrong with them is logged at
 most once a second and never leaves this module.
+
+An engine that is reached by several NICs listens on an address of each, so that peers find another way when one dies.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from aiotransfer.control.frames import MOST_FURTHER
 from aiotransfer.control.key import Key
 from aiotransfer.control.link import Identity, Link
 from aiotransfer.control.network import Network, Server
@@ -35,19 +38,44 @@ class Listener:
         self._identity = identity
         self._network = network
         self._on_link = on_link
-        self._server: Server | None = None
+        self._servers: list[Server] = []
         self._strangers: dict[Link, asyncio.TimerHandle] = {}  # oldest first
         self._limit = RateLimit(most=1)
 
     async def start(self) -> None:
         """Listen. Raises `ConfigurationError` when the address cannot be had, `BusyError` when a descriptor cannot."""
+        self.address = await self._listen(self.address)
+
+    async def start_further(self, hosts: Iterable[str]) -> list[Address]:
+        """Listen on these too; where. Raises `BusyError`. By any port: the one that was asked for may be wanted there by somebody
+        else, an engine for each NIC, say."""
+        found: list[Address] = []
         try:
-            self._server, self.address = await self._network.listen(self.address, self._connected)
+            others = await self._network.further(self.address, hosts)
+        except OSError as error:
+            raise shortage(error.errno, "cannot look at this host's addresses") or error from None
+        for host in others:
+            if len(found) == MOST_FURTHER:
+                break
+            if self.address.host == ("::" if ":" in host else "0.0.0.0"):  # which is all of them
+                found.append(Address(host, self.address.port))
+                continue
+            try:
+                found.append(await self._listen(Address(host, 0)))
+            except ConfigurationError:  # the address has gone
+                continue
+        return found
+
+    async def _listen(self, address: Address) -> Address:
+        try:
+            server, there = await self._network.listen(address, self._connected)
         except (OSError, OverflowError) as error:
-            what = f"cannot listen on {self.address}"
+            what = f"cannot listen on {address}"
             raise shortage(getattr(error, "errno", None), what) or ConfigurationError(
                 f"{what}: {error}", hint="choose another port (0: any) or address"
             ) from error
+        self._servers.append(server)
+        return there
 
     def _connected(self) -> Link:
         link = Link("acceptor", self._key, self._identity)
@@ -81,7 +109,7 @@ class Listener:
         error = future.exception()
         if error is not None:
             self._log(link, str(error).partition("\n")[0])
-        elif self._server is None:
+        elif not self._servers:
             link.abort()
         else:
             self._on_link(link)
@@ -93,8 +121,8 @@ class Listener:
 
     async def close(self) -> None:
         """Stop listening and drop strangers. Twice is silent."""
-        server, self._server = self._server, None
-        if server is not None:
+        servers, self._servers = self._servers, []
+        for server in servers:
             server.close()
         for link in list(self._strangers):
             link.abort()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from aiotransfer.model.address import Address
@@ -32,6 +33,10 @@ class Network(Protocol):
         """Open one stream. Raises `OSError`."""
         ...
 
+    async def further(self, address: Address, hosts: Iterable[str]) -> list[str]:
+        """Which of these addresses of this host may be listened on beside that one."""
+        ...
+
 
 class Tcp:
     """TCP over the running event loop."""
@@ -54,6 +59,15 @@ class Tcp:
     async def connect(self, address: Address, factory: Factory) -> None:
         """See `Network`."""
         await asyncio.get_running_loop().create_connection(factory, address.host, address.port)
+
+
+    async def further(self, address: Address, hosts: Iterable[str]) -> list[str]:
+        """See `Network`. None beside a loopback address: who listens there means to be reached from this host alone."""
+        first = ipaddress.ip_address((await _place(asyncio.get_running_loop(), address))[1][0])
+        if first.is_loopback:
+            return []
+        others = {host: ipaddress.ip_address(host) for host in hosts}
+        return [host for host, other in others.items() if other != first and not (other.is_loopback or other.is_link_local)]
 
 
 async def _place(loop: asyncio.AbstractEventLoop, address: Address) -> tuple[socket.AddressFamily, tuple[str, int]]:

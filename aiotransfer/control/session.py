@@ -7,9 +7,9 @@
                             <-       Accepted(mac, info)
     checks it, Info(info)   ->
 
-Both proofs cover both nonces, both incarnations, the version and the prover's role, so that a proof can neither be replayed nor
-reflected. What each state accepts stands in one table; anything else is the peer's fault and ends the session, and nothing a
-stranger sends is kept beyond one small frame.
+Both proofs cover both nonces, both incarnations, the version, whether a conversation is resumed, and the prover's role, so that
+a proof can neither be replayed nor reflected. What each state accepts stands in one table; anything else is the peer's fault and
+ends the session, and nothing a stranger sends is kept beyond one small frame.
 """
 
 from __future__ import annotations
@@ -51,14 +51,18 @@ _EXPECTED: dict[str, type[Greeting]] = {
 class Session:
     """One side of a handshake. `take_output` after construction and after every `receive`."""
 
-    def __init__(self, role: Role, key: Key, incarnation: int, info: PeerInfo, nonce: bytes, version: int = VERSION) -> None:
+    def __init__(
+        self, role: Role, key: Key, incarnation: int, info: PeerInfo, nonce: bytes, version: int = VERSION, *,
+        resumes: bool = False,
+    ) -> None:  # fmt: skip
         if len(nonce) != NONCE_BYTES:
             raise ValueError(f"a nonce has {NONCE_BYTES} bytes, not {len(nonce)}")
         self.role: Role = role
         self._key = key
         self._mine = (version, incarnation, nonce)
         self._theirs = (0, 0, b"")
-        self._info = info
+        self.info = info
+        self.resumes = resumes  # a conversation between these two, which has lost its connection; what the dialer says
         self._reader = FrameReader()
         self._output = bytearray(PREAMBLE)
         self.state = "await hello" if role == "acceptor" else "await welcome"
@@ -66,7 +70,7 @@ class Session:
         self.peer_info: PeerInfo | None = None
         self.error: RendezvousError | None = None
         if role == "dialer":
-            self._send(Hello(version, incarnation, nonce, key.kind))
+            self._send(Hello(version, incarnation, nonce, key.kind, resumes))
 
     @property
     def established(self) -> bool:
@@ -112,7 +116,11 @@ class Session:
     def _transcript(self) -> bytes:
         dialer, acceptor = (self._mine, self._theirs) if self.role == "dialer" else (self._theirs, self._mine)
         parts = [n.to_bytes(8, "little") + i.to_bytes(8, "little") + nonce for n, i, nonce in (dialer, acceptor)]
-        return b"".join(parts)
+        return b"".join(parts) + (b"resumes" if self.resumes else b"")
+
+    def tag(self, use: Literal["session", "resume"]) -> bytes:
+        """What only these two sides of this very handshake, and who has the key and heard them, can know."""
+        return self._key.mac(use, self._transcript())
 
     def _greet(self, frame: Greeting | Frame) -> None:
         if isinstance(frame, Refused):
@@ -123,11 +131,11 @@ class Session:
             self._introduce(frame)
         elif isinstance(frame, Proof):
             self._check("dialer", frame.mac)
-            self._send(Accepted(self._key.mac("acceptor", self._transcript()), self._info))
+            self._send(Accepted(self._key.mac("acceptor", self._transcript()), self.info))
             self.state = "await info"
         elif isinstance(frame, Accepted):
             self._check("acceptor", frame.mac)
-            self._send(Info(self._info))
+            self._send(Info(self.info))
             self._establish(frame.info)
         elif isinstance(frame, Info):
             self._establish(frame.info)
@@ -147,6 +155,7 @@ class Session:
         self._theirs = (frame.version, frame.incarnation, frame.nonce)
         self.peer_incarnation = frame.incarnation
         if isinstance(frame, Hello):
+            self.resumes = frame.resumes
             self._send(Welcome(version, incarnation, self._mine[2], self._key.kind))
             self.state = "await proof"
         else:

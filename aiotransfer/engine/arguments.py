@@ -51,6 +51,8 @@ def page_table(name: str, pages: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 def size(name: str, value: object, least: int) -> int:
     """A number of bytes. Raises `TypeError` or `ValueError` with the value."""
+    if type(value) is int and least <= value <= MOST:
+        return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, not {value!r}")
     number = int(value.__index__())
@@ -101,10 +103,10 @@ class Pages:
 def _check_bounds(name: str, pages: Any, nbytes: int, offset: int, page: int, stride: int) -> None:
     if not len(pages):
         return
-    low, high = int(pages.min()), int(pages.max())
     room = nbytes - offset - page
     last = -1 if room < 0 else MOST if stride == 0 else room // stride
-    if low < 0 or high > last:
+    if last < 0 or int(pages.view(np.uint64).max()) > last:  # in one pass: what is negative is large there
+        low, high = int(pages.min()), int(pages.max())
         bad = low if low < 0 else high
         raise RegionError(
             f"{name} holds the index {bad}; pages of {page} bytes at {offset} + index * {stride} fit {nbytes} bytes "

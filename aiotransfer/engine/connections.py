@@ -21,6 +21,7 @@ from aiotransfer.control.dialer import dial
 from aiotransfer.control.listener import Listener
 from aiotransfer.control.patience import Patience
 from aiotransfer.engine.peer import Peer
+from aiotransfer.engine.redial import Redial
 from aiotransfer.errors import (
     BrokenError,
     ClosedError,
@@ -61,12 +62,20 @@ class Connections:
         self._listener: Listener | None = None
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self.arrivals: asyncio.Queue[Peer | None] = asyncio.Queue()
+        self.further: list[str] = []  # addresses of ours, beside the one that was asked for
+        self.redial = Redial(engine)
 
     async def listen(self, address: Address) -> Address:
-        """Open the control port; the address with its real port."""
+        """Open the control port, also on the NICs of the rails; the address with its real port."""
         engine = self._engine
         self._listener = Listener(address, engine._key, engine._identity, engine._world.network, self._accepted)
-        await self._listener.start()
+        try:
+            await self._listener.start()
+            hosts = (host for provider in engine._providers.values() for host in provider.hosts)  # asked only if need be
+            self.further = [str(place) for place in await self._listener.start_further(hosts)]
+        except BaseException:  # also cancellation
+            await self._listener.close()
+            raise
         return self._listener.address
 
     # ---- dialing ----
@@ -145,15 +154,19 @@ class Connections:
         return peer
 
     def _start(self, peer: Peer, link: Link) -> None:
+        self.listen_to(peer, link)
+        link.start()
+
+    def listen_to(self, peer: Peer, link: Link) -> None:
+        """What comes by it is the peer's."""
         link.on_frame = self._framed(peer)
         link.on_closed = lambda error: self._link_closed(peer, link, error)
-        link.start()
 
     def _framed(self, peer: Peer) -> Any:
         def receive(frame: frames.Frame) -> None:
             if isinstance(frame, frames.Merge):
                 peer._finish("closed", _Merged("merged with the connection that the other side dialed"), "merged")
-            else:
+            elif peer._line.heard(frame):
                 peer._receive(frame)
 
         return receive
@@ -171,6 +184,9 @@ class Connections:
         engine = self._engine
         if engine._closing:
             link.close("closing")
+            return
+        if link.resumes:
+            self.redial.accepted(link)
             return
         if link.incarnation == engine.incarnation:
             self._mirrors = {here: mirror for here, mirror in self._mirrors.items() if not mirror.ended}
@@ -269,7 +285,7 @@ class Connections:
             peer._finish("closed", _goodbye(peer, reason))
         elif isinstance(error, RendezvousError):
             peer._lose(error)
-        else:
+        elif not (link.broke and self.redial.broke(peer, error)):
             reason = f"its control connection broke ({str(error) or type(error).__name__})"
             self._engine._progress.poll()
             if peer._path is not None and peer._path.watches_process:
@@ -293,6 +309,7 @@ class Connections:
             task.cancel()
         if self._listener is not None:
             await self._listener.close()
+        self.redial.close()
         for peer in list(self.peers.values()):
             peer._finish("closed", ClosedError("the engine is closed"), goodbye="engine closed")
         for mirror in self._mirrors.values():

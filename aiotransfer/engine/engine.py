@@ -155,7 +155,7 @@ class Engine(Planner):
     def _info(self) -> PeerInfo:
         offers = [OfferWire(t.provider, t.usable, t.reason, t.host, t.data) for t in self._terms()]
         window = self.config.message_window_count, self.config.message_window_bytes
-        return PeerInfo(self.name, str(self.address), os.getpid(), offers, window)
+        return PeerInfo(self.name, str(self.address), os.getpid(), offers, window, self._connections.further)
 
     @property
     def rails(self) -> tuple[str, ...]:
@@ -369,6 +369,8 @@ class Engine(Planner):
     def _rail_event(self, number: int, error: int) -> None:
         if (peer := self._by_lane_peer.get(number)) is not None:
             self._paths.broke(peer, number, error)
+            if error:
+                peer._line.suspect()  # it may have been the NIC of the control connection
 
     def _fail_peer(self, peer: Peer) -> None:
         """The peer has ended: so do its operations."""

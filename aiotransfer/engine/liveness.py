@@ -93,6 +93,7 @@ class Liveness:
         if sent and now - sign.heard > engine.config.peer_timeout / 2:
             engine._paths.suspect(peer)
         engine._paths.look(peer, now, blocked)
+        peer._line.look()
         native.lib.at_peer_ping(engine._p, peer._path.lane_peer)
 
     def _numbers(self, peer: Peer) -> tuple[int, int, int]:
@@ -101,6 +102,13 @@ class Liveness:
         out = native.ffi.new("uint64_t[3]")
         native.lib.at_peer_pong(self._engine._p, peer._path.lane_peer, out, out + 1, out + 2)
         return int(out[0]), int(out[1]), int(out[2])
+
+    def ask(self, peer: Peer) -> int | None:
+        """For a sign of life, whoever waits. Another number than before: one has come. None: there is no way to ask."""
+        if peer._path is None or not self._engine._lane.usable or peer._state not in ("up", "connecting"):
+            return None
+        native.lib.at_peer_ping(self._engine._p, peer._path.lane_peer)
+        return self._numbers(peer)[1]
 
     def is_busy(self, peer: Peer) -> bool:
         """Alive by its native thread, while its loop has not come round for half of `peer_timeout`."""

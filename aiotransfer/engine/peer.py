@@ -1,8 +1,8 @@
 """Peers: another engine, seen from this one, for the life of one incarnation of it.
 
-A peer is up from the moment both sides have a path; it is lost when its process ends, its control connection breaks or it
-gives no sign of life while something waits on it; it is closed when either side said goodbye. It never heals. Everything that
-names it registers a future here (`_depend`), so that its end wakes them all.
+A peer is up from the moment both sides have a path; it is lost when its process ends, its control connection breaks and cannot
+be resumed (see `redial`), or it gives no sign of life while something waits on it; it is closed when either side said goodbye.
+It never heals. Everything that names it registers a future here (`_depend`), so that its end wakes them all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiotransfer.control import frames
+from aiotransfer.control.line import Line
 from aiotransfer.control.patience import Patience
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
 from aiotransfer.errors import (
@@ -73,7 +74,8 @@ class Peer:
 
     def __init__(self, engine: Engine, link: Link) -> None:
         self._engine = engine
-        self._link = link
+        self._line = Line(link, engine.config.peer_timeout / 4, may_resume=link.incarnation != engine.incarnation)
+        self._line.on_silence = lambda: engine._connections.redial.silent(self)
         self.incarnation: int = link.incarnation
         self.name: str = frames.clip(link.info.name)
         self.address: Address = link.remote_address if link.dialed else _listening(link)
@@ -97,6 +99,10 @@ class Peer:
         self._early_joins = 0  # for groups that are not known here yet
         self._answers: dict[asyncio.Task[None], int] = {}  # to its questions, under way; how long those are
         self._answer_bytes = 0
+
+    @property
+    def _link(self) -> Link:
+        return self._line.link
 
     # ---- what users see ----
 
@@ -234,12 +240,12 @@ class Peer:
             self._forget(future)
 
     def _post(self, frame: frames.Frame) -> None:
-        self._link.post(frame)
+        self._line.post(frame)
 
     def _reply(self, frame: frames.Frame) -> None:
         """Send what nobody here would handle a failure of: a peer that takes nothing any more is lost, soon."""
         try:
-            self._link.post(frame)
+            self._line.post(frame)
         except BusyError as error:
             self._engine._loop.call_soon(self._lose, error)
 
@@ -358,6 +364,7 @@ class Peer:
         self._lookups.clear()
         for task in list(self._answers):
             task.cancel()
+        self._line.close()
         if goodbye is None:
             self._link.give_up(str(error.message).rpartition("is lost: ")[2])  # it may only be stopped: it shall know why
         else:

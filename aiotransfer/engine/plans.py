@@ -14,10 +14,10 @@ from aiotransfer.engine.arguments import RESERVED, Pages, check_imm
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.notes import noted
 from aiotransfer.engine.refusals import refusal
-from aiotransfer.engine.scatter import Targets
+from aiotransfer.engine.scatter import Posted, Targets, post_table
 from aiotransfer.engine.staging import Stager, page_spans, stager
 from aiotransfer.engine.submit import Submitter
-from aiotransfer.engine.transfer import Transfer
+from aiotransfer.engine.transfer import DONE, Transfer
 from aiotransfer.errors import TransferError
 from aiotransfer.providers import native
 from aiotransfer.providers.port import Binding
@@ -136,13 +136,18 @@ class Plan:
             except TransferError as better:
                 return better
         error = refusal(engine, status, peer, region)
-        if self._targets is not None and isinstance(error, TransferError):
-            error.message = f"target {index}: {error.message}"
-        return error
+        return error if self._targets is None else at_target(index, error)
 
     def __repr__(self) -> str:
         who = "several peers" if self._peer is None else self._peer.name or self._peer.address
         return f"<Plan {self.nbytes} bytes, {who}>"
+
+
+def at_target(index: int, error: Exception) -> Exception:
+    """The error, naming the target of a scatter that it is about."""
+    if isinstance(error, TransferError):
+        error.message = f"target {index}: {error.message}"
+    return error
 
 
 def _is_bound(engine: object, region: RemoteRegion) -> bool:
@@ -212,9 +217,28 @@ class Planner(Submitter):
         target has: failures raise one `ScatterError` whose `.results` holds each target's error or None. What is wrong
         beforehand with any target is raised at once, as for `write`, and nothing is posted.
         """
-        if imm is not None:
-            check_imm(imm)
-        return self._scatter_plan(src, targets, require).post(imm=imm, timeout=timeout)
+        value = -1 if imm is None else check_imm(imm)
+        if timeout is not None:
+            seconds(timeout)
+        posted = post_table(self, src, targets, value) if require is None else None
+        if posted is None:
+            return self._scatter_plan(src, targets, require).post(imm=imm, timeout=timeout)
+        return self._scattered(src, posted, value, timeout)
+
+    def _scattered(self, src: RegionView, posted: Posted, imm: int, timeout: float | None) -> Transfer:
+        result, nbytes, bounds = posted
+        if 0 <= result <= 1:
+            several = not bounds or bounds[0].peer is not bounds[-1].peer or len({bound.peer for bound in bounds}) > 1
+            done = _new(Transfer)
+            done._engine, done._peer, done.nbytes, done._state = self, None if several else bounds[0].peer, nbytes, DONE
+            if result:
+                self._turn_is_due()
+            return done
+        peers, deed = tuple(dict.fromkeys(bound.peer for bound in bounds)), ("scatter", imm)
+        if result < 0:
+            index = int(native.lib.at_lane_detail(self._p))
+            raise noted(at_target(index, refusal(self, result, bounds[index].peer)), deed, nbytes, peers)
+        return self._pending(result, nbytes, peers, timeout, (src._root, *bounds), deed, [bound.peer for bound in bounds])
 
     def _scatter_plan(self, src: RegionView, targets: Any, require: str | None) -> Plan:
         self._check()

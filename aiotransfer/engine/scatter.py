@@ -1,4 +1,8 @@
-"""Targets of a scatter, from whatever the caller has them in."""
+"""Targets of a scatter, from whatever the caller has them in.
+
+Arrays of int64 with regions that are bound go straight to one native call (`post_table`), which checks them all before it posts
+any. It only says that something is wrong: what that is, `Targets` finds out, as for targets in any other form.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,15 @@ import numpy as np
 from aiotransfer.engine.arguments import size
 from aiotransfer.errors import RegionError
 from aiotransfer.model.descriptor import RemoteRegion
+from aiotransfer.providers import native
 
 if TYPE_CHECKING:
+    from aiotransfer.engine.base import EngineBase
     from aiotransfer.engine.region import RegionView
+    from aiotransfer.providers.port import Binding
+
+_INT64 = np.dtype(np.int64)
+_from_buffer: Any = getattr(native.ffi, "from_buffer", None)
 
 
 class ScatterTarget(NamedTuple):
@@ -26,6 +36,46 @@ class ScatterTarget(NamedTuple):
     nbytes: Any
     dst: Any
     dst_offset: Any = None
+
+
+class Posted(NamedTuple):
+    """What the native call said of targets in arrays: its result, the bytes of all, and each target's binding."""
+
+    result: int
+    nbytes: int
+    bounds: list[Binding]
+
+
+def post_table(engine: EngineBase, src: RegionView, targets: Any, imm: int) -> Posted | None:
+    """Post targets in one native call; None, and nothing was posted, where they come in another form or are not to be had so."""
+    if not isinstance(targets, tuple) or len(targets) not in (3, 4):
+        return None
+    starts, sizes, regions = targets[:3]
+    places = targets[3] if len(targets) == 4 else None
+    try:
+        n = len(starts)
+        for column in (starts, sizes) if places is None else (starts, sizes, places):
+            if column.dtype != _INT64 or column.shape != (n,):
+                return None
+        if type(regions) is RemoteRegion and places is not None:
+            regions = (regions,) * n
+        if len(regions) != n or src._engine is not engine:
+            return None
+        bounds = [region._box.bound for region in regions]
+        if [bound for bound in bounds if bound.engine is not engine]:
+            return None
+        total = native.ffi.new("uint64_t *")
+        result = native.lib.at_scatter(
+            engine._p, src._id, src._start, src.nbytes, n,
+            [bound.remote for bound in bounds], [region._start for region in regions], [region.nbytes for region in regions],
+            _from_buffer("int64_t[]", starts), _from_buffer("int64_t[]", sizes),
+            native.ffi.NULL if places is None else _from_buffer("int64_t[]", places), imm, total,
+        )  # fmt: skip
+    except (AttributeError, TypeError, ValueError, BufferError):
+        return None
+    if result < 0 and result != native.lib.AT_ENOMEM and result != native.lib.AT_EBUSY:  # of these, some may have landed
+        return None
+    return Posted(result, total[0], bounds)
 
 
 class Targets:

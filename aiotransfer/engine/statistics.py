@@ -36,6 +36,7 @@ class Statistics:
     native_chunks: int
     refused_posts: int
     unknown_completions: int
+    control_resumed: int
 
     @classmethod
     def of(cls, engine: Engine) -> Statistics:
@@ -67,4 +68,5 @@ class Statistics:
             native_chunks=lane["thread_chunks"],
             refused_posts=lane["refused_posts"],
             unknown_completions=lane["unknown_completions"] + engine._ledger.strays,
+            control_resumed=engine._connections.redial.resumed,
         )

@@ -1,4 +1,5 @@
-"""The all-to-all of expert parallelism: `dispatch` tokens to the ranks that hold their experts, `combine` what those made of them."""
+"""The all-to-all of expert parallelism: `dispatch` tokens to the ranks that hold their experts, `combine` what those made of
+them."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from aiotransfer.moe import tensors
 from aiotransfer.moe.errors import StepRefused
 from aiotransfer.moe.handle import CombineHalf, Dispatched, DispatchHalf, Handle, check_results
 from aiotransfer.moe.kernels import kernels_for
+from aiotransfer.moe.kernels.cpu import CpuKernels
 from aiotransfer.moe.party import Party
 from aiotransfer.moe.plan import Route
 from aiotransfer.moe.shape import Shape
@@ -36,8 +38,8 @@ class AllToAll:
     `group`: the ranks in order, rank r holding experts [r * E / ranks, (r + 1) * E / ranks) of E = `num_experts`. All sizes
     are the same on every rank (`ShapeMismatch` on all of them otherwise):
 
-    - `hidden`, `dtype`: of a token; float32, bfloat16, float16 or a float8. `scales`: fp32 numbers that may travel with each token
-      (default: hidden / 128 for float8, else 0).
+    - `hidden`, `dtype`: of a token; float32, bfloat16, float16 or a float8. `scales`: fp32 numbers that may travel with each
+      token (default: hidden / 128 for float8, else 0).
     - `max_tokens`: tokens of a rank in one step, at most. `topk`: experts of a token, at most.
     - `combine_dtype`: of results and sums (default: `dtype`, bfloat16 for float8).
     - `expert_alignment`: each expert's rows are padded (with zeros) to a multiple of it.
@@ -45,7 +47,8 @@ class AllToAll:
       `ranks * max_tokens * topk`; memory is held for it `slots` times). A step that needs more is `RoutingOverflow` on all ranks.
     - `private_tokens`: rows that go to each rank before the counts of all are known (32 in arXiv 2510.27656).
     - `dp_size`: so many neighbouring ranks have the same tokens.
-    - `slots`: steps in flight at a time. `align`: a rank that comes back begins at a step that divides by it (steps of a forward pass).
+    - `slots`: steps in flight at a time. `align`: a rank that comes back begins at a step that divides by it (steps of a
+      forward pass).
 
     `name` tells several all-to-alls of one group apart. `direct`: whether others put rows at their places one by one; "auto" does
     on the same host. Not here: `timeout` (seconds, default the engine's) is that of every call that has none of its own.
@@ -89,7 +92,8 @@ class AllToAll:
         if timeout is not None:
             engine._seconds(timeout)
         self._kernels = kernels_for(device)
-        self._party = Party(engine, group, shape, name, None if direct == "auto" else bool(direct))
+        gpu = not isinstance(self._kernels, CpuKernels)
+        self._party = Party(engine, group, shape, name, None if direct == "auto" else bool(direct), gpu)
         self._timeout = timeout
         self._turn = asyncio.Lock()  # steps are sent in the order of their numbers
         self._meeting: asyncio.Task[None] | None = None
@@ -143,14 +147,15 @@ class AllToAll:
     async def dispatch(
         self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, timeout: float | None = None
     ) -> Dispatched:
-        """Send each token to the ranks of its experts, and get those for the experts of this rank. Every rank calls it, also with no tokens.
+        """Send each token to the ranks of its experts, and get those for the experts of this rank. Every rank calls it.
 
-        `x`: [tokens, hidden] of `dtype`; `topk_idx`: integers [tokens, choices], -1 for no expert; `topk_weights`: fp32 of the same
-        shape, used by the combine; `x_scales`: fp32 [tokens, scales]. NumPy or torch; results are of the same kind. All of it is
-        copied or at rest when this returns.
+        `x`: [tokens, hidden] of `dtype`; `topk_idx`: integers [tokens, choices], -1 for no expert; `topk_weights`: fp32 of the
+        same shape, used by the combine; `x_scales`: fp32 [tokens, scales]. NumPy or torch; results are of the same kind. All of
+        it is copied or at rest when this returns.
 
-        Raises `TypeError` or `ValueError` for arguments of this rank (the step then is `StepRefused` on all others, and the next may
-        be called), `RoutingOverflow`, `BusyError` when `slots` steps are in flight, `TransferTimeout` (see `in_flight`), `EvictedError`.
+        Raises `TypeError` or `ValueError` for arguments of this rank (the step then is `StepRefused` on all others, and the
+        next may be called), `RoutingOverflow`, `BusyError` when `slots` steps are in flight, `TransferTimeout` (see
+        `in_flight`), `EvictedError`.
         """
         half = await self._send(x, topk_idx, topk_weights, x_scales, timeout, ahead=False)
         return await half.receive(timeout=timeout)
@@ -158,7 +163,8 @@ class AllToAll:
     async def dispatch_send(
         self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, timeout: float | None = None
     ) -> DispatchHalf:
-        """The first half of `dispatch`: returns when the first rows are sent. The rest follows while the caller does something else."""
+        """The first half of `dispatch`: returns when the first rows are sent. The rest follows while the caller does
+        something else."""
         return await self._send(x, topk_idx, topk_weights, x_scales, timeout, ahead=True)
 
     async def _send(
@@ -228,26 +234,27 @@ class AllToAll:
         weights = tensors.weights("topk_weights", topk_weights)
         if weights.shape != idx.shape:
             raise ValueError(f"topk_weights must have the shape of topk_idx, {idx.shape}, not {weights.shape}")
-        memory, stride = tensors.rows("x", x)
+        memory, stride = tensors.rows("x", x, gpu=self._party._gpu)
         scale_rows, scales = None, 0
         if x_scales is not None:
             tensors.check("x_scales", x_scales, (n, None), "float32")
             scales = int(x_scales.shape[1])
             if not 1 <= scales <= shape.scales:
-                raise ValueError(f"x_scales has {scales} scales for each token, and the all-to-all was made for up to {shape.scales}")
-            scale_rows = tensors.rows("x_scales", x_scales)
+                raise ValueError(f"x_scales has {scales} scales for each token; the all-to-all was made for up to {shape.scales}")
+            scale_rows = tensors.rows("x_scales", x_scales, gpu=self._party._gpu)
         return idx, weights, memory, stride, scale_rows, scales, kind
 
     # ---- combine ----
 
     async def combine(self, y: Array, handle: Handle, *, timeout: float | None = None) -> Array:
-        """Send the results of a step back, and sum those of this rank's tokens: `sum over k of topk_weights[t, k] * result[t, k]`.
+        """Send the results of a step back, and sum those of this rank's tokens: over k, `topk_weights[t, k] * result[t, k]`.
 
-        `y`: [rows of the dispatch, hidden] of `combine_dtype`, in the order of `Dispatched.x`; not to be changed until this returns.
-        Returns [tokens, hidden]. The sum is in fp32, choice after choice, so it is the same bits whoever was faster. Choices whose
-        expert is on a lost rank are left out and marked in `handle.dropped`.
+        `y`: [rows of the dispatch, hidden] of `combine_dtype`, in the order of `Dispatched.x`; not to be changed until this
+        returns. Returns [tokens, hidden]. The sum is in fp32, choice after choice, so it is the same bits whoever was faster.
+        Choices whose expert is on a lost rank are left out and marked in `handle.dropped`.
 
-        Raises `TypeError` or `ValueError`, after which the right `y` may be given; `TransferTimeout` (see `in_flight`), `EvictedError`.
+        Raises `TypeError` or `ValueError`, after which the right `y` may be given; `TransferTimeout` (see `in_flight`),
+        `EvictedError`.
         """
         half = await self.combine_send(y, handle, timeout=timeout)
         return await half.receive(timeout=timeout)
@@ -261,10 +268,14 @@ class AllToAll:
         party, step = self._party, handle._step
         party.check()
         memory, stride = check_results(handle, y)
-        if handle._state == "dispatched" and memory.size and party.any_direct():
-            handle._region = party.engine.register(memory)
+        first = handle._state == "dispatched"
         handle._state = "returning"
-        await step.send_results(memory, stride, handle._region)
+        if party.buffers.gpu:
+            await step.send_results(*await step.to_host(memory, stride))
+        else:
+            if first and memory.size and party.any_direct():
+                handle._region = party.engine.register(memory)
+            await step.send_results(memory, stride, handle._region, 0)
         return CombineHalf(handle, timeout)
 
     # ---- ranks ----

@@ -1,7 +1,8 @@
 """The memory of one rank: what the others write into, and what it sends from. Offsets are those of `Shape`.
 
     received   one region, under a lease of its own for each other rank
-    sent       per slot: a first message for each rank, the tokens as rows, and (where somebody is reached by a network) packed rows
+    sent       per slot: a first message for each rank, the tokens as rows, and (where somebody is reached by a network) packed
+    rows
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from aiotransfer.providers.rows import Rows
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import RegionView
+    from aiotransfer.engine.region import Region, RegionView
 
 class Header:
     """What a source says first: of which step it is, how many tokens it has and for which experts, or why there are none."""
@@ -33,7 +34,7 @@ class Header:
 def header(shape: Shape, step: int, incarnation: int, tokens: int, scales: int, counts: Any, text: str = "") -> Any:
     """A header as uint8."""
     words = text.encode()[:TEXT_BYTES]
-    data = np.zeros(shape.header_bytes, np.uint8)
+    data: Any = np.zeros(shape.header_bytes, np.uint8)
     HEAD.pack_into(data, 0, step, tokens | scales << 24, len(words), incarnation)
     if counts is not None:
         data[HEAD.size : HEAD.size + 4 * shape.num_experts].view(np.uint32)[:] = counts
@@ -42,21 +43,33 @@ def header(shape: Shape, step: int, incarnation: int, tokens: int, scales: int, 
     return data
 
 
-class Buffers:
-    """All memory of an all-to-all on this rank."""
+def _allocate(engine: Engine, nbytes: int, gpu: bool) -> tuple[Region, Any, Any]:
+    """A region of host memory, as an array, and as the kernels take it."""
+    if not gpu:
+        region = engine.allocate(nbytes)
+        array = region.numpy()
+        return region, array, array
+    import torch
 
-    def __init__(self, engine: Engine, shape: Shape, *, staged: bool) -> None:
+    tensor = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    return engine.register(tensor), tensor.numpy(), tensor
+
+
+class Buffers:
+    """All memory of an all-to-all on this rank: the host's. A GPU's kernels reach it where it is pinned."""
+
+    def __init__(self, engine: Engine, shape: Shape, *, staged: bool, gpu: bool = False) -> None:
         self.shape = shape
         self.staged = staged
-        self.received = engine.allocate(shape.nbytes(staged=staged))
+        self.gpu = gpu
+        self.received, self.here, self._here = _allocate(engine, shape.nbytes(staged=staged), gpu)
         self._first = shape.ranks * shape.first_bytes
         self._tokens = shape.max_tokens * shape.row_bytes
         packed = shape.max_tokens * shape.topk * shape.row_bytes if staged else 0
         self._results = self._first + self._tokens + packed  # apart: rows may still be on their way when results are packed
-        self._slot = -(-(self._results + (shape.recv_rows * shape.result_bytes if staged else 0)) // 4096) * 4096
-        self.sent = engine.allocate(shape.slots * self._slot)
-        self.here: Any = self.received.numpy()
-        self.out: Any = self.sent.numpy()
+        results = shape.recv_rows * shape.result_bytes if staged or gpu else 0
+        self._slot = -(-(self._results + results) // 4096) * 4096
+        self.sent, self.out, self._out = _allocate(engine, shape.slots * self._slot, gpu)
 
     # ---- what is sent ----
 
@@ -67,30 +80,25 @@ class Buffers:
 
     def first_rows(self, slot: int) -> Rows:
         """Rows inside first messages, counted in units of `ROW_ALIGN` bytes from the beginning of the messages."""
-        return Rows(self.out, slot * self._slot, ROW_ALIGN, self.shape.row_bytes)
+        return Rows(self._out, slot * self._slot, ROW_ALIGN, self.shape.row_bytes)
 
     def tokens(self, slot: int, nbytes: int = 0, offset: int = 0) -> Rows:
         """The tokens of this rank as rows, or `nbytes` of each at `offset`."""
         begin = slot * self._slot + self._first + offset
-        return Rows(self.out, begin, self.shape.row_bytes, nbytes or self.shape.row_bytes)
+        return Rows(self._out, begin, self.shape.row_bytes, nbytes or self.shape.row_bytes)
 
     def packed(self, slot: int) -> Rows:
         """Tokens in the order in which they are sent over a network."""
-        return Rows(self.out, slot * self._slot + self._first + self._tokens, self.shape.row_bytes, self.shape.row_bytes)
+        return Rows(self._out, slot * self._slot + self._first + self._tokens, self.shape.row_bytes, self.shape.row_bytes)
 
     def packed_results(self, slot: int) -> Rows:
         """Results in the order in which they are sent over a network."""
-        return Rows(self.out, slot * self._slot + self._results, self.shape.result_bytes, self.shape.result_bytes)
+        return Rows(self._out, slot * self._slot + self._results, self.shape.result_bytes, self.shape.result_bytes)
 
     def first_view(self, slot: int) -> RegionView:
         """The source of first writes."""
         begin = slot * self._slot
         return self.sent[begin : begin + self._first]
-
-    def tokens_view(self, slot: int) -> RegionView:
-        """The source of rows that are sent one by one."""
-        begin = slot * self._slot + self._first
-        return self.sent[begin : begin + self._tokens]
 
     def packed_view(self, slot: int) -> RegionView:
         """The source of packed tokens."""
@@ -105,23 +113,23 @@ class Buffers:
     def header(self, slot: int, source: int) -> bytes:
         """The header that lies there."""
         begin = self.shape.first(slot, source)
-        return self.here[begin : begin + self.shape.header_bytes].tobytes()
+        return bytes(self.here[begin : begin + self.shape.header_bytes])
 
     def arrived_first(self, slot: int) -> Rows:
         """Rows inside first messages, in units of `ROW_ALIGN` bytes from the first message of rank 0."""
-        return Rows(self.here, self.shape.first(slot, 0), ROW_ALIGN, self.shape.row_bytes)
+        return Rows(self._here, self.shape.first(slot, 0), ROW_ALIGN, self.shape.row_bytes)
 
     def rows(self, slot: int) -> Rows:
         """The rows for the experts."""
-        return Rows(self.here, self.shape.rows(slot), self.shape.row_bytes, self.shape.row_bytes)
+        return Rows(self._here, self.shape.rows(slot), self.shape.row_bytes, self.shape.row_bytes)
 
     def staging(self, slot: int) -> Rows:
         """Rows that came packed."""
-        return Rows(self.here, self.shape.staging(slot), self.shape.row_bytes, self.shape.row_bytes)
+        return Rows(self._here, self.shape.staging(slot), self.shape.row_bytes, self.shape.row_bytes)
 
     def results(self, slot: int) -> Rows:
         """Rows that came back."""
-        return Rows(self.here, self.shape.results(slot), self.shape.result_bytes, self.shape.result_bytes)
+        return Rows(self._here, self.shape.results(slot), self.shape.result_bytes, self.shape.result_bytes)
 
     def bytes_of_rows(self, slot: int) -> Any:
         """The rows for the experts as flat uint8."""

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Handle:
     """One step, between its dispatch and the end of its combine.
 
-    `step`: its number. `lost`: ranks that were lost while it was under way, or before; rows from them are zero. `dropped`, after the combine:
-    bool [tokens, choices], choices whose result is missing in the sum (also None before).
+    `step`: its number. `lost`: ranks that were lost while it was under way, or before; rows from them are zero. `dropped`,
+    after the combine: bool [tokens, choices], choices whose result is missing in the sum (also None before).
     """
 
     __slots__ = ("_a2a", "_kind", "_region", "_state", "_step", "_weights", "dropped")
@@ -53,9 +53,9 @@ class Handle:
 class Dispatched:
     """The tokens for the experts of this rank.
 
-    `x`: [rows, hidden] in the type of the tokens, expert after expert, in the all-to-all's own memory: valid until the combine of this step
-    is over. `x_scales`: [rows, scales] of fp32, or None. `counts`: int64 [local experts], the rows of each that are filled;
-    each expert's rows begin where those of the one before end, rounded up to `expert_alignment` (`offsets`).
+    `x`: [rows, hidden] in the type of the tokens, expert after expert, in the all-to-all's own memory: valid until the combine
+    of this step is over. `x_scales`: [rows, scales] of fp32, or None. `counts`: int64 [local experts], the rows of each that
+    are filled; each expert's rows begin where those of the one before end, rounded up to `expert_alignment` (`offsets`).
     """
 
     __slots__ = ("counts", "handle", "offsets", "x", "x_scales")
@@ -98,7 +98,8 @@ class _Half:
                 raise
             missing = ", ".join(step.party.who(rank) for rank in step.missing())
             raise TransferTimeout(
-                f"the {what} of step {step.number} did not end within {seconds:g} s; not heard of: {missing or 'nobody in particular'}",
+                f"the {what} of step {step.number} did not end within {seconds:g} s; "
+                f"not heard of: {missing or 'nobody in particular'}",
                 hint="the step is still in flight: receive() again, or give the missing rank up with evict()",
             ) from None
 
@@ -121,7 +122,7 @@ class DispatchHalf(_Half):
         handle._state = "dispatched"
         step = handle._step
         shape, arrivals = step.party.shape, step.arrivals
-        memory, kind = step.party.buffers.bytes_of_rows(step.slot), handle._kind
+        memory, kind = await step.rows_for_experts(), handle._kind
         x = kind.of_bytes(memory, (arrivals.total, shape.hidden), shape.row_bytes, shape.dtype)
         scales = None
         if step.scales:
@@ -156,11 +157,13 @@ class CombineHalf(_Half):
         there = await step.receive_results()
         places, tokens = step.route.places, len(step.route.places)
         if not there.all():
-            missing = (places >= 0) & ~np.repeat(there, step.route.n)[np.maximum(places, 0)] if len(step.route.tokens) else places >= 0
+            rank_of = np.repeat(np.arange(shape.ranks), step.route.n)  # by row
+            missing = places >= 0
+            missing[missing] = ~there[rank_of[places[missing]]]
             places = np.where(missing, -1, places)
         else:
             missing = np.zeros(places.shape, bool)
-        out = handle._kind.empty((tokens, shape.hidden), shape.combine_dtype)
+        out = handle._kind.empty((tokens, shape.hidden), shape.combine_dtype, step.kernels.device)
         await self._weigh(out, places)
         await step.kernels.settle()
         await step.finish()
@@ -175,13 +178,14 @@ class CombineHalf(_Half):
         step, shape = self._handle._step, self._handle._step.party.shape
         buffers = step.party.buffers
         source = buffers.results(step.slot)
-        memory, stride = rows("out", out)
+        memory, stride = rows("out", out, gpu=buffers.gpu)
         most = max(1, (4 << 20) // (shape.result_bytes * max(1, places.shape[1])))
         for begin in range(0, len(places), most):
             part = slice(begin, begin + most)
             target = type(source)(memory, begin * stride, stride, shape.result_bytes)
             step.kernels.weigh(
-                target, source, places[part], self._handle._weights[part], dtype=shape.combine_dtype, out_dtype=shape.combine_dtype
+                target, source, places[part], self._handle._weights[part], dtype=shape.combine_dtype,
+                out_dtype=shape.combine_dtype
             )
             if begin + most < len(places):
                 await asyncio.sleep(0)
@@ -191,4 +195,4 @@ def check_results(handle: Handle, y: Array) -> tuple[Any, int]:
     """`y` as memory and stride. Raises `TypeError` or `ValueError`."""
     shape = handle._step.party.shape
     check("y", y, (handle._step.arrivals.total, shape.hidden), shape.combine_dtype)
-    return rows("y", y)
+    return rows("y", y, gpu=handle._step.party.buffers.gpu)

@@ -5,10 +5,11 @@ lost rank counts, which may have reached some and not others, and with which ste
 
     lose, join  ->  owes()  ->  tell() to all of `audience`  ->  hear() from all of them  ->  settled
 
-A rank is known by its number and its *incarnation*. What a rank knows are two sets that only grow: who is gone, and who is or was
-there (`_State`: the gone, and those present). Whoever learns something new makes a `View`, once for each state and never changed
-afterwards, and tells it to all that are present. Hearing of something new means taking it over, and a view of one's own. When
-the views of *all* that are present in a state are in, for exactly this state, everything open is decided from them:
+A rank is known by its number and its *incarnation*. What a rank knows, its *state*, are two sets: who is gone and who is present.
+It only grows: who is gone never returns (another incarnation may), and who was present still is or is gone. Each new state is
+told to all that are present, by a `View` that is made once and never changed. Whom a view calls gone is gone here, too; but who
+joins is present only when it has set up with this rank, which it does with every one. When the views of *all* that are present
+are in, for exactly this state, everything open is decided from them:
 
 - a header of a gone rank: what a view says was decided before; else what any view holds; else it takes no part;
 - the first step of a rank that joins: what a view says was decided before; else max(next) + slots, rounded up to `align`.
@@ -26,8 +27,8 @@ has marked the other as gone, they have parted; see below.)
 5. Who used a header before anybody was lost, holds it, and says so in its view: so it counts. It may leave out a step that is
    over for it, because then all that are present have completed the dispatch of that step, and need no decision.
 
-(A rank q that is not in S because it joined later had to set up with p, so p was in its state from the beginning, and the same
-chain of p's states orders S and T.)
+(If q is not in S because it joined later: it has set up with p first, so p is in its states from the beginning, and told its view
+for T. So p's chain orders S and T.)
 
 The joiner's view is waited for, too, although it holds nothing. If it only listened, it could be the one that remains of those
 that decided its start; the others, overtaken by another loss, would decide again without it: another start than it uses.
@@ -43,8 +44,11 @@ written rows to places that mean something else. This does no harm if
 
 - a rank makes its view that names another one gone only after that one can write no more into its memory (`tell` after the
   revocation is proved): those that remain write only when they have this view, so theirs are the later bytes;
-- what a gone rank wrote to places that follow from headers is used only if the dispatch was complete before it was marked as
-  gone; otherwise its rows are zero.
+- what a gone rank wrote to places that follow from headers is used only if these places were known here before it was marked as
+  gone; otherwise its rows are zero. (Present ranks agree, so then it had used the same.)
+
+A rank that comes back is held back by nobody at first: its headers of `start` to `start + slots - 1` may come while a step of its
+earlier incarnation is under way here. What is still needed of that one has to be out of the way before `join`.
 
 **Parted.** Without a majority rule, false alarms can part the ranks: each side decides alone and never hears the other again.
 A rank that learns that others have marked it as gone says so (`evicted`), decides nothing any more and has to leave. Who sees
@@ -53,13 +57,11 @@ all others gone and was not told cannot know whether it is the last one or alone
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Final, TypeAlias
 
 import msgspec
-
-from aiotransfer.errors import DescriptorError
 
 Member: TypeAlias = tuple[int, int]  # rank and incarnation
 
@@ -99,8 +101,7 @@ class Members:
     same `start`. A rank that comes later gives its own fresh incarnation, those of the ranks that have set up with it, and None:
     it learns its `start` from their views.
 
-    The owner looks at `owes()` after every call. For a joiner that has not set up with this rank yet, the last view is kept
-    (`told`).
+    The owner looks at `owes()` after every call.
     """
 
     def __init__(self, rank: int, incarnations: Sequence[int], *, slots: int, start: int | None = 0, align: int = 1) -> None:
@@ -109,7 +110,6 @@ class Members:
         self.rank = rank
         self.evicted = False
         self.settled = start is not None
-        self.told: View | None = None
         self._size = len(incarnations)
         self._slots = slots
         self._align = align
@@ -145,12 +145,12 @@ class Members:
         if (known := self._present.get(rank)) != incarnation:
             if known is not None:
                 self._bury((rank, known))
-            self._admit((rank, incarnation))
+            self._present[rank] = incarnation
+            self._changed()
         return True
 
     def hear(self, rank: int, view: View) -> None:
-        """A view of another rank. Without effect if that incarnation is gone or unknown. Raises `DescriptorError`."""
-        self._check(view)
+        """A view of another rank. Without effect if that incarnation is gone or unknown."""
         if self.evicted or rank == self.rank or self._present.get(rank) != view.incarnation:
             return
         if self._me in view.gone:
@@ -160,10 +160,6 @@ class Members:
         for member in view.gone:
             if member not in self._gone:
                 self._bury(member)
-        for joining in view.joining:
-            self._meet(joining, begun=False)
-        for number, incarnation, _ in view.starts:
-            self._meet((number, incarnation), begun=True)
         self._compare(rank)
         self._conclude()
 
@@ -190,7 +186,7 @@ class Members:
         if self._limit is None and len(self._starts) < len(self._present):
             self._limit = upcoming + self._slots - 1
         self._owes = False
-        self.told = View(
+        view = self._views[self.rank] = View(
             self._me[1],
             tuple(sorted(self._gone)),
             tuple(sorted(set(self._present.items()) - self._starts.keys())),
@@ -199,11 +195,10 @@ class Members:
             tuple((step, rank, data) for (step, rank), data in sorted(self._decided.items())),
             tuple((*member, step) for member, step in sorted(self._starts.items())),
         )
-        self._views[self.rank] = self.told
         for rank in self._views:
             self._compare(rank)
         self._conclude()
-        return self.told
+        return view
 
     # What this rank may ask.
 
@@ -262,11 +257,6 @@ class Members:
         if rank == self.rank or not 0 <= rank < self._size:
             raise ValueError(f"{rank} is not another rank")
 
-    def _check(self, view: View) -> None:
-        ranks: Iterator[int] = (item[0] for part in (view.gone, view.joining, view.starts) for item in part)
-        if not all(0 <= rank < self._size for rank in ranks):
-            raise DescriptorError("a view of another group of ranks")
-
     def _bury(self, member: Member) -> None:
         rank, number = member
         self._gone.add(member)
@@ -279,33 +269,10 @@ class Members:
         if member == self._me:
             self.evicted, self._owes = True, False
 
-    def _admit(self, member: Member) -> None:
-        self._present[member[0]] = member[1]
-        self._changed()
-
     def _changed(self) -> None:
         self._agree.clear()
         self.settled = False
         self._owes = not self.evicted
-
-    def _meet(self, member: Member, *, begun: bool) -> None:
-        """A view calls it present. Of two incarnations of one rank that nobody calls gone, the one that has begun is the older
-        one; if that does not tell them apart, both are gone (the living one can come back)."""
-        rank, number = member
-        known = self._present.get(rank)
-        if member in self._gone or known == number:
-            return
-        if known is None:
-            self._admit(member)
-            return
-        old = (rank, known)
-        if begun or old not in self._starts:
-            self._bury(member)
-        if begun == (old in self._starts):
-            self._bury(old)
-        elif not begun:
-            self._bury(old)
-            self._admit(member)
 
     def _compare(self, rank: int) -> None:
         view = self._views.get(rank)

@@ -81,7 +81,8 @@ class Ranges:
         """Rows of each expert from the first `sources` ranks, as far as those send them (see the top)."""
         dp, counts = self.shape.dp_size, self.counts[:sources]
         if dp == 1:
-            return counts.sum(axis=0, dtype=np.int64)
+            whole: Ints = counts.sum(axis=0, dtype=np.int64)
+            return whole
         total = np.empty((self.shape.ranks, self.shape.local_experts), np.int64)
         for index in range(dp):
             total[index::dp] = counts[index::dp].sum(axis=0, dtype=np.int64).reshape(total.shape)[index::dp]
@@ -100,7 +101,8 @@ class Ranges:
         shape, dp = self.shape, self.shape.dp_size
         sources = np.arange(self.rank % dp, self.rank, dp)
         rows = np.add.reduceat(self.counts[sources], np.arange(0, shape.num_experts, shape.local_experts), axis=1, dtype=np.int64)
-        return np.maximum(rows - shape.private_tokens, 0).sum(axis=0)
+        before: Ints = np.maximum(rows - shape.private_tokens, 0).sum(axis=0)
+        return before
 
     def overfull(self) -> list[int]:
         """Ranks that would get more rows than they take."""
@@ -114,8 +116,8 @@ class Ranges:
 
 class Arrivals:
     """What arrives at one rank: `rows[i]`, the places of the rows of all sources, one source after the other, each in its order;
-    `first[s]`, `n[s]`: the range of i of source s; `counts[e]`: rows of each local expert; `results[s]`: the row of s's results at
-    which those of this rank begin."""
+    `first[s]`, `n[s]`: the range of i of source s; `counts[e]`: rows of each local expert; `results[s]`: the row of s's results
+    at which those of this rank begin."""
 
     __slots__ = ("counts", "first", "n", "results", "rows", "total")
 

@@ -1,59 +1,32 @@
 """One step of an all-to-all on one rank, from its first write to the last result.
 
-Each part may be begun again after a deadline or a cancellation: what has been done is remembered (`_heard`, `_rest_sent`, ...), what
+Each part may be begun again after a deadline or a cancellation: what has been done is remembered (`_heard`, `_stages`), what
 only moves rows inside this rank is done again. Nothing here waits for one rank alone: every wait names all that are missing, so
 that the loss of any ends it, and then goes on without.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.engine.scatter import ScatterTarget
-from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, ScatterError, TransferError
+from aiotransfer.errors import ScatterError, TransferError
 from aiotransfer.moe.buffers import Header, header
 from aiotransfer.moe.errors import RoutingOverflow, StepRefused
-from aiotransfer.moe.members import UNDECIDED, Members
-from aiotransfer.moe.party import FIRST, REST, RESULTS, Party
-from aiotransfer.moe.plan import Arrivals, Ranges, Route
+from aiotransfer.moe.members import UNDECIDED
+from aiotransfer.moe.plan import Arrivals, Ranges
+from aiotransfer.moe.ranks import FIRST, REST, RESULTS
 from aiotransfer.moe.shape import ROW_ALIGN
+from aiotransfer.moe.traffic import Traffic
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import RegionView
-    from aiotransfer.engine.transfer import Transfer
-
-MOVED_AT_ONCE = 4 << 20  # bytes between two turns of the event loop
 
 
-class Step:
+class Step(Traffic):
     """A step in flight."""
-
-    def __init__(self, party: Party, kernels: Any, number: int, route: Route, scales: int, refusal: str) -> None:
-        shape = party.shape
-        self.party = party
-        self.kernels = kernels
-        self.number = number
-        self.slot = number % shape.slots
-        self.route = route
-        self.scales = scales
-        self.refusal = refusal
-        self.ranges: Ranges
-        self.arrivals: Arrivals
-        self.error: StepRefused | None = None  # it does not take place
-        self.over = False
-        self.lost: set[int] = set()  # while it was under way: part of it is missing
-        self.joined: set[int] = set()  # other ranks that were there when it began
-        self._directly: set[int] = set()  # those of them that write row by row
-        self._data: dict[int, bytes] = {}  # headers, by source
-        self._heard: dict[int, set[int]] = {kind: set() for kind in (FIRST, REST, RESULTS)}
-        self._waits: dict[int, dict[int, int]] = {}  # by kind: how many arrivals of each rank
-        self._stages: set[str] = set()
-        self._transfers: list[Transfer] = []
 
     # ---- first write ----
 
@@ -103,7 +76,8 @@ class Step:
         if n and scale_rows is not None:
             memory, step = scale_rows
             await self._move(
-                buffers.tokens(self.slot, 4 * self.scales, shape.token_bytes), None, rows(memory, 0, step, 4 * self.scales), None, n
+                buffers.tokens(self.slot, 4 * self.scales, shape.token_bytes), None, rows(memory, 0, step, 4 * self.scales),
+                None, n
             )
 
     # ---- ranges, second write ----
@@ -193,8 +167,9 @@ class Step:
                 continue
             if self._once(f"rest {rank}"):
                 self._post(rank, lambda rank=rank, rest=rest: party.engine.write_pages(
-                    buffers.tokens_view(slot), route.tokens[rest], self._remote(rank), places[rest], page_bytes=shape.row_bytes,
-                    dst_offset=shape.rows(slot), imm=party.imm(REST, slot, party.rank), timeout=math.inf,
+                    buffers.sent, route.tokens[rest], self._remote(rank), places[rest], page_bytes=shape.row_bytes,
+                    src_offset=buffers.tokens(slot).offset, dst_offset=shape.rows(slot), imm=party.imm(REST, slot, party.rank),
+                    timeout=math.inf,
                 ))  # fmt: skip
         if packed:
             spans = [route.rows_of(rank) for rank in packed]
@@ -242,6 +217,7 @@ class Step:
                 expected[source] = rest if self._comes_directly(source) else 1
         await self._wait(REST, expected)
         await self._unstage([s for s in expected if not self._comes_directly(s) and s in self._heard[REST]])
+        await self.kernels.settle()
         missing = [s for s in party.others() if arrivals.n[s] and not self._complete(s, expected)]
         rows = party.buffers.bytes_of_rows(slot)[: arrivals.total * shape.row_bytes].reshape(arrivals.total, shape.row_bytes)
         for source in missing:
@@ -255,7 +231,8 @@ class Step:
 
     def _complete(self, source: int, expected: dict[int, int]) -> bool:
         """Whether everything of a rank has come: its first message, and the rest where there was one."""
-        return source in self._heard[FIRST] and (source not in expected or source in self._heard[REST])
+        first = source in self._heard[FIRST] and source not in self.spoiled
+        return first and (source not in expected or source in self._heard[REST])
 
     async def _known_to_all(self, rank: int) -> None:
         """Whoever gets results of rows that are zero here must know that they are not worth anything."""
@@ -278,8 +255,28 @@ class Step:
 
     # ---- results ----
 
-    async def send_results(self, memory: Any, stride: int, region: RegionView | None) -> None:
-        """Send each source the results of its rows: `memory` holds them, row by row as the experts got theirs."""
+    async def rows_for_experts(self) -> Any:
+        """The rows as flat uint8, where the experts compute."""
+        shape, buffers, total = self.party.shape, self.party.buffers, self.arrivals.total
+        if not buffers.gpu:
+            return buffers.bytes_of_rows(self.slot)
+        import torch
+
+        there = torch.empty(total * shape.row_bytes, dtype=torch.uint8, device=self.kernels.device)
+        rows = buffers.rows(self.slot)
+        await self._move(rows._replace(memory=there, offset=0), None, rows, None, total)
+        return there
+
+    async def to_host(self, memory: Any, stride: int) -> tuple[Any, int, RegionView, int]:
+        """Results that a GPU has computed, as `send_results` takes them: in pinned memory of the host."""
+        buffers = self.party.buffers
+        here = buffers.packed_results(self.slot)
+        await self._move(here, None, here._replace(memory=memory, offset=0, stride=stride), None, self.arrivals.total)
+        return here.memory[here.offset :], here.stride, buffers.sent, here.offset
+
+    async def send_results(self, memory: Any, stride: int, region: RegionView | None, offset: int) -> None:
+        """Send each source the results of its rows: `memory` holds them, row by row as the experts got theirs. Where `region`
+        holds them, too, at `offset`, they can be sent from there one by one."""
         party, shape, arrivals, slot = self.party, self.party.shape, self.arrivals, self.slot
         buffers = party.buffers
         results = type(buffers.rows(0))(memory, 0, stride, shape.result_bytes)
@@ -303,7 +300,7 @@ class Step:
                 assert region is not None
                 self._post(rank, lambda rank=rank, source=source, n=n, first=first: party.engine.write_pages(
                     region, arrivals.rows_of(source), self._remote(rank), np.arange(first, first + n),
-                    page_bytes=shape.result_bytes, src_stride=stride, dst_offset=shape.results(slot),
+                    page_bytes=shape.result_bytes, src_stride=stride, src_offset=offset, dst_offset=shape.results(slot),
                     imm=party.imm(RESULTS, slot, party.rank), timeout=math.inf,
                 ))  # fmt: skip
         if packed and "packed results" not in self._stages:
@@ -351,8 +348,9 @@ class Step:
             try:
                 await transfer
             except ScatterError as error:
-                for one in filter(None, error.results):
-                    self._failed(one)
+                for one in error.results:
+                    if isinstance(one, TransferError):
+                        self._failed(one)
             except TransferError as error:
                 self._failed(error)
             self._transfers.pop()
@@ -368,150 +366,3 @@ class Step:
                 self._signal(rank)
         await self._wait(RESULTS, dict.fromkeys(self.joined, 1))
         await self.finish()
-
-    # ---- ranks that are lost ----
-
-    def gone(self, rank: int) -> None:
-        """`rank` takes no part any more. Its counters are still open: what had come by now counts."""
-        if rank not in self.joined or rank in self.lost:
-            return
-        self.lost.add(rank)
-        for kind, expected in self._waits.items():
-            if rank in expected and rank not in self._heard[kind]:
-                if self.party.counter(kind, self.slot, rank).value >= expected[rank]:
-                    self._took(kind, rank)
-        if rank not in self._data and self.party.counter(FIRST, self.slot, rank).value:
-            self._data[rank] = self.party.buffers.header(self.slot, rank)
-
-    def headers(self) -> dict[tuple[int, int], bytes]:
-        """What this step knows of all ranks."""
-        return {(self.number, rank): data for rank, data in self._data.items()}
-
-    def _failed(self, error: TransferError) -> None:
-        """A write of ours failed, so whoever it was for has to be missed."""
-        for rank in self.joined:
-            known = self.party.ranks[rank]
-            if known is not None and error.peer in (str(known.peer.address), known.peer.name):
-                self.party.lose(rank, error)
-                return
-
-    # ---- common ----
-
-    @property
-    def _members(self) -> Members:
-        members = self.party.members
-        assert members is not None, "steps begin when all have met"
-        return members
-
-    def _alive(self) -> list[int]:
-        return [rank for rank in sorted(self.joined) if rank not in self.lost]
-
-    def _once(self, stage: str) -> bool:
-        """Whether this has not been done yet; from now on it has."""
-        if stage in self._stages:
-            return False
-        self._stages.add(stage)
-        return True
-
-    def _remote(self, rank: int) -> Any:
-        known = self.party.ranks[rank]
-        assert known is not None
-        return known.remote
-
-    def _reaches_directly(self, rank: int) -> bool:
-        known = self.party.ranks[rank]
-        return known is not None and known.hello is not None and known.hello.direct
-
-    def _comes_directly(self, rank: int) -> bool:
-        return rank in self._directly
-
-    def _post(self, rank: int, write: Any) -> None:
-        try:
-            self._transfers.append(write())
-        except (BrokenError, ClosedError) as error:
-            if isinstance(error, ClosedError):
-                self.party.check()
-            self.party.lose(rank, error)
-
-    def _signal(self, rank: int) -> None:
-        known = self.party.ranks[rank]
-        assert known is not None
-        imm = self.party.imm(RESULTS, self.slot, self.party.rank)
-        self._post(rank, lambda: self.party.engine.signal(known.peer, imm, timeout=math.inf))
-
-    def _scatter(self, source: RegionView, ranks: list[int], offsets: Any, sizes: Any, there: Any, kind: int) -> None:
-        """One write to each of `ranks`; those that are found lost are left out."""
-        party = self.party
-        imm = party.imm(kind, self.slot, party.rank)
-        while ranks:
-            keep = [i for i, rank in enumerate(ranks) if rank not in self.lost]
-            ranks, offsets, sizes, there = [ranks[i] for i in keep], offsets[keep], sizes[keep], there[keep]
-            if not ranks:
-                return
-            remotes = tuple(self._remote(rank) for rank in ranks)
-            try:
-                self._transfers.append(
-                    party.engine.scatter(source, ScatterTarget(offsets, sizes, remotes, there), imm=imm, timeout=math.inf)
-                )
-                return
-            except BrokenError as error:
-                self._failed(error)
-                if not any(rank in self.lost for rank in ranks):
-                    raise
-
-    async def _move(self, to: Any, to_rows: Any, source: Any, source_rows: Any, n: int) -> None:
-        """Rows inside this process, with turns for the event loop in between."""
-        most = max(1, MOVED_AT_ONCE // max(1, to.nbytes))
-        if n <= most:
-            self.kernels.move(to, to_rows, source, source_rows, n)
-            return
-        for begin in range(0, n, most):
-            k = min(most, n - begin)
-            part = slice(begin, begin + k)
-            self.kernels.move(
-                to if to_rows is not None else to._replace(offset=to.offset + begin * to.stride),
-                to_rows[part] if to_rows is not None else None,
-                source if source_rows is not None else source._replace(offset=source.offset + begin * source.stride),
-                source_rows[part] if source_rows is not None else None, k,
-            )  # fmt: skip
-            await asyncio.sleep(0)
-
-    def missing(self) -> list[int]:
-        """Whom this step waits for."""
-        for kind, expected in self._waits.items():
-            found = [r for r in expected if r not in self._heard[kind] and r not in self.lost]
-            if found:
-                return found
-        return []
-
-    def _took(self, kind: int, rank: int) -> None:
-        self._heard[kind].add(rank)
-        if kind == FIRST:
-            self._data[rank] = self.party.buffers.header(self.slot, rank)
-
-    async def _wait(self, kind: int, expected: dict[int, int]) -> None:
-        """Take what `expected` says from each rank that is not lost."""
-        party, heard = self.party, self._heard[kind]
-        self._waits[kind] = expected
-        peers = self._peers(kind)
-        for rank, n in expected.items():
-            while rank not in heard and rank not in self.lost:
-                try:
-                    await party.counter(kind, self.slot, rank).wait(n, peers=peers)
-                    self._took(kind, rank)
-                except PeerLostError as error:
-                    for r in expected:
-                        known = party.ranks[r]
-                        if known is not None and known.peer.state in ("lost", "closed"):
-                            party.lose(r, error)
-                    peers = self._peers(kind)
-                except ClosedError:
-                    party.check()
-                    if rank not in self.lost:
-                        raise
-        party.check()
-
-    def _peers(self, kind: int) -> list[Peer]:
-        """Whose loss ends a wait."""
-        waited = [self.party.ranks[r] for r in self._waits[kind] if r not in self._heard[kind] and r not in self.lost]
-        return [known.peer for known in waited if known is not None]

@@ -1,6 +1,7 @@
 """Arguments and results: NumPy arrays and torch tensors alike, as rows of memory. torch is imported only by those who use it.
 
-Types that NumPy does not know (bfloat16, float8) are taken from NumPy users as unsigned integers of the same size, and given back so.
+Types that NumPy does not know (bfloat16, float8) are taken from NumPy users as unsigned integers of the same size, and given
+back so.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ class Kind(NamedTuple):
 
     torch: Any  # the module, or None for NumPy
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """Fresh host memory."""
+    def empty(self, shape: tuple[int, ...], dtype: str, device: str = "cpu") -> Array:
+        """Fresh memory."""
         if self.torch is not None:
-            return self.torch.empty(shape, dtype=getattr(self.torch, dtype))
+            return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=device)
         return np.empty(shape, numpy_type(dtype))
 
     def of_bytes(self, memory: Any, shape: tuple[int, int], stride: int, dtype: str) -> Array:
         """A view of rows in `memory` (uint8): `shape` elements of `dtype`, rows `stride` bytes apart."""
         size = lookup(dtype).itemsize
         if self.torch is not None:
-            flat = (self.torch.from_numpy(memory) if isinstance(memory, np.ndarray) else memory)[: memory.size // size * size]
+            flat = self.torch.from_numpy(memory) if isinstance(memory, np.ndarray) else memory
+            flat = flat[: flat.numel() // size * size]
             return flat.view(getattr(self.torch, dtype)).as_strided(shape, (stride // size, 1))
         kind = numpy_type(dtype)
         flat = memory[: memory.size // size * size].view(kind)
@@ -69,8 +71,9 @@ def check(name: str, array: Array, shape: tuple[int | None, ...], dtype: str) ->
         raise ValueError(f"{name} must have the shape ({wanted}), not {got}")
 
 
-def rows(name: str, array: Array) -> tuple[Any, int]:
-    """The memory of a matrix in host memory as flat uint8, and the bytes from row to row. Elements of a row must be neighbours."""
+def rows(name: str, array: Array, *, gpu: bool = False) -> tuple[Any, int]:
+    """The memory of a matrix as flat uint8, and the bytes from row to row. Elements of a row must be neighbours. The memory is
+    an array of NumPy or, for the kernels of a GPU, a tensor."""
     if kind_of(array).torch is None:
         size, strides = array.itemsize, array.strides
     else:
@@ -78,18 +81,22 @@ def rows(name: str, array: Array) -> tuple[Any, int]:
         strides = tuple(int(n) * size for n in array.stride())
     n, width = int(array.shape[0]), int(array.shape[1])
     if not n or not width:
-        return np.empty(0, np.uint8), width * size
+        return kind_of(array).empty((0,), "uint8") if gpu else np.empty(0, np.uint8), width * size
     if (width > 1 and strides[1] != size) or (n > 1 and strides[0] < width * size):
         raise ValueError(f"the elements of a row of {name} must lie next to each other: its strides are {strides} bytes")
     stride = strides[0] if n > 1 else width * size
     span = (n - 1) * stride + width * size
     if isinstance(array, np.ndarray):
+        if gpu:
+            raise TypeError(f"{name} must be a torch tensor where a GPU's kernels are used, not a NumPy array")
         flat = np.lib.stride_tricks.as_strided(array.view(np.uint8)[:1].reshape(-1)[:1], (span,), (1,))
         return flat, stride
+    if not gpu and array.device.type != "cpu":
+        raise TypeError(f"{name} is on {array.device}, and the all-to-all was made for host memory (device='cpu')")
     import torch
 
     flat = array.detach().view(torch.uint8).as_strided((span,), (1,))
-    return flat.numpy() if array.device.type == "cpu" else flat, stride
+    return flat if gpu else flat.numpy(), stride
 
 
 def integers(name: str, array: Array) -> Any:

@@ -1,4 +1,4 @@
-"""Messages between the ranks of an all-to-all: set-up, and what happens when one is lost. Steps need none. Pure: values and bytes.
+"""Messages between the ranks of an all-to-all: set-up, and when one is lost. Steps need none. Pure: values and bytes.
 
 A message begins with a mark that tells it from the application's own, then the all-to-all's key (its name and its members). What
 cannot be read raises `DescriptorError` and nothing else.

@@ -73,6 +73,11 @@ class FabricProvider:
         """Those that may be used, by name."""
         return tuple(f"{self.name}:{name} {nic.address}" for name, nic in self._ends().items())
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The addresses of their NICs."""
+        return tuple(nic.address for nic in self._ends().values())
+
     def _ends(self) -> dict[str, nics.Nic]:
         if self._chosen:
             return self._chosen

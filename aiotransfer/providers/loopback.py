@@ -133,6 +133,7 @@ class LoopbackProvider:
         _owners[incarnation] = self
 
     rails = ("loopback",)
+    hosts: tuple[str, ...] = ()
     chosen: Mapping[str, Any] = MappingProxyType({})
 
     def terms(self) -> Terms:

@@ -169,6 +169,11 @@ class Provider(Protocol):
         ...
 
     @property
+    def hosts(self) -> Sequence[str]:
+        """The addresses of their NICs, as far as they have some of IP."""
+        ...
+
+    @property
     def chosen(self) -> Mapping[str, Any]:
         """Of the names of rails that were given, those that stand for something here."""
         ...

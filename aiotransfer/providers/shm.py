@@ -175,6 +175,7 @@ class ShmProvider:
         self._paths: weakref.WeakValueDictionary[int, ShmPath] = weakref.WeakValueDictionary()
 
     rails = ("shm",)
+    hosts: tuple[str, ...] = ()
     chosen: Mapping[str, Any] = MappingProxyType({})
 
     def terms(self) -> Terms:

@@ -16,9 +16,11 @@ seed everything is decided in the same order, so a failure is repeated by its se
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import selectors
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -127,10 +129,10 @@ class _Pipe(asyncio.Transport):
             self._over = self._closing = True
             self._protocol.connection_lost(error)  # type: ignore[arg-type]
 
-    def cut(self) -> None:
-        """The other side has gone without a word."""
+    def cut(self, error: OSError | None = None) -> None:
+        """The other side has gone without a word. With an error: it may be there, but nothing reaches it by this connection."""
         self._closing = True
-        self._net.loop.call_soon(self._lost, ConnectionResetError("connection reset by peer"))
+        self._net.loop.call_soon(self._lost, error or ConnectionResetError("connection reset by peer"))
 
     def is_closing(self) -> bool:
         return self._closing
@@ -145,25 +147,32 @@ class _Pipe(asyncio.Transport):
 class _Wire:
     """The control network as one engine sees it (see `control.network.Network`); also what it listens with."""
 
-    def __init__(self, net: Fabric) -> None:
+    def __init__(self, net: Fabric, hosts: list[str]) -> None:
         self._net = net
-        self._address: Address | None = None
+        self._hosts = hosts  # beside the one that all engines share
+        self.addresses: list[Address] = []
         self.factory: Factory
         self.pipes: list[_Pipe] = []
         self.backlog: list[Callable[[], None]] | None = None  # while its engine is held: what would have happened
 
     async def listen(self, address: Address, factory: Factory) -> tuple[Server, Address]:
         if address.port == 0:
-            address = self._net._fresh_address()
+            address = Address(address.host, self._net._fresh_address().port)
         if address in self._net._listening:
             raise OSError(98, f"{address} is in use")
         self._net._listening[address] = self
-        self._address, self.factory = address, factory
+        self.addresses.append(address)
+        self.factory = factory
         return self, address
+
+    async def further(self, address: Address, hosts: Iterable[str]) -> list[str]:
+        return self._hosts
 
     async def connect(self, address: Address, factory: Factory) -> None:
         await asyncio.sleep(self._net._control_delay())
         server = self._net._listening.get(address)
+        if address in self._net._unreachable:
+            raise OSError(113, "No route to host")
         if server is None:
             raise ConnectionRefusedError(111, f"nobody listens on {address}")
         here, there, place = factory(), server.factory(), self._net._fresh_address()
@@ -175,8 +184,9 @@ class _Wire:
         here.connection_made(near)
 
     def close(self) -> None:
-        if self._address is not None and self._net._listening.get(self._address) is self:
-            del self._net._listening[self._address]
+        for address in self.addresses:
+            if self._net._listening.get(address) is self:
+                del self._net._listening[address]
 
     def cut(self) -> None:
         """Every connection ends without a word, and nobody gets a new one."""
@@ -198,6 +208,7 @@ class Fabric:
         if self._pointer == native.ffi.NULL:
             raise BusyError("no memory for the simulator")
         self._listening: dict[Address, _Wire] = {}
+        self._unreachable: set[Address] = set()
         self._wires: dict[Engine, _Wire] = {}
         self._next_port = FIRST_PORT
         self.engines: list[Engine] = []
@@ -267,9 +278,10 @@ class Fabric:
 
     # ---- engines ----
 
-    async def open_engine(self, **options: Any) -> Engine:
-        """An engine on this fabric; `options` are those of `open_engine`, but for providers and key."""
-        wire = _Wire(self)
+    async def open_engine(self, *, ways: int = 1, **options: Any) -> Engine:
+        """An engine on this fabric; `options` are those of `open_engine`, but for providers and key. `ways`: how many NICs its
+        control connections may run by."""
+        wire = _Wire(self, [f"10.0.{way}.{len(self.engines) + 1}" for way in range(1, ways)])
         world = World(entropy=self.random.randbytes, network=wire, threads=False, simulator=self)
         engine: Engine = await open_engine(providers="loopback", key=KEY, _world=world, **{"name": "", **options})
         self.engines.append(engine)
@@ -329,6 +341,23 @@ class Fabric:
     def cut(self, source: Engine, target: Engine) -> int:
         """Break the connection: what is under way has landed wholly, by half or not at all, and fails. How many requests."""
         return int(native.lib.at_net_break(self._pointer, source.incarnation, target.incarnation))
+
+    def cut_control(self, one: Engine, other: Engine) -> int:
+        """Break the control connections between them, as when a NIC dies: what is under way is lost. How many there were."""
+        near, far = self._wires[one], self._wires[other]
+        pipes = [pipe for pipe in near.pipes if pipe.other in far.pipes and not pipe._closing]
+        for pipe in pipes:
+            for end in (pipe, pipe.other):
+                end.cut(TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+        return len(pipes)
+
+    def control_ways(self, engine: Engine) -> list[Address]:
+        """Where it listens."""
+        return list(self._wires[engine].addresses)
+
+    def reach(self, address: Address, on: bool) -> None:
+        """Whether control connections can be made to there."""
+        (self._unreachable.discard if on else self._unreachable.add)(address)
 
     def kill(self, engine: Engine) -> None:
         """The engine's process ends without a word: its peers find out as they would from the operating system."""

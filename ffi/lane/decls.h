@@ -162,6 +162,13 @@ void at_plan_free(at_plan *plan);
 /* [loop] Results as of at_write; AT_EUNKNOWN for NULL. Those of a scatter: AT_OK or AT_DUE when every target has landed, AT_E* when one was refused and
  * nothing was posted, else a cookie; its event's status is the first that was not AT_OK, and each target's waits for at_batch_take. */
 int64_t at_plan_post(at_lane *lane, const at_plan *plan, int64_t imm);
+/* [loop] A scatter without a plan, of at most 1024 targets (more: AT_ESIZE): sizes[i] bytes from local_offsets[i] in the `nbytes` bytes
+ * at `offset` of the region, to remote_offsets[i] in the limits[i] bytes at bases[i] of the remote region (NULL: to all of them).
+ * Arrays are lent until return. Results as of at_plan_post, but AT_ENOMEM and AT_EBUSY may come after targets before
+ * at_lane_detail have landed. *total: bytes of all targets, when none was refused. */
+int64_t at_scatter(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbytes, uint64_t n, const int64_t *remotes,
+                   const uint64_t *bases, const uint64_t *limits, const int64_t *local_offsets, const int64_t *sizes,
+                   const int64_t *remote_offsets, int64_t imm, uint64_t *total);
 int at_batch_take(at_lane *lane, int64_t cookie, int32_t *results, uint64_t n); /* once, after the event */
 
 /* The same from any thread, for plans that are no scatters: AT_OK, AT_E*, or a cookie for at_thread_wait; no event comes. */

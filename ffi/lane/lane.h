@@ -283,6 +283,8 @@ struct at_lane {
     uint32_t op_count, op_capacity;
     at_op *op_spare; /* memory of operations that have ended, for the next ones: allocating it costs as much as all else of a short one */
     uint32_t op_spare_count;
+    at_op *kept; /* of the scatter that is being posted, see plan.c */
+    uint32_t kept_capacity;
     uint32_t *op_free;
     uint32_t op_free_count;
 

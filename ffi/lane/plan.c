@@ -16,6 +16,19 @@ struct at_plan {
     at_order orders[];
 };
 
+/* Some bytes of a local region, and where parts of it go: the arguments of at_scatter. */
+typedef struct {
+    int64_t region;
+    uint64_t offset, nbytes;
+} at_source;
+
+typedef struct {
+    uint64_t count;
+    const int64_t *remotes;
+    const uint64_t *bases, *limits;
+    const int64_t *local_offsets, *nbytes, *remote_offsets;
+} at_targets;
+
 static at_plan *plan_new(uint64_t count, int scatter) {
     if (count > UINT32_MAX) return NULL;
     at_plan *plan = calloc(1, sizeof *plan + (size_t)count * sizeof plan->orders[0]);
@@ -100,8 +113,11 @@ void at_plan_free(at_plan *plan) {
 /* ---- posting ---- */
 
 /* One target that could not be moved at once, or failed: the batch knows of it from now on. Returns the batch's cookie, or AT_E*. */
-static int64_t join_batch(at_lane *lane, int64_t parent, const at_plan *plan, uint32_t child, at_op *op, int rc) {
-    if (parent == 0 && (parent = at_op_new_batch(lane, (uint32_t)plan->count)) < 0) return parent;
+static int64_t join_batch(at_lane *lane, int64_t parent, uint64_t count, uint32_t child, at_op *op, int rc) {
+    if (parent == 0 && (parent = at_op_new_batch(lane, (uint32_t)count)) < 0) {
+        lane->detail = (int64_t)child;
+        return parent;
+    }
     at_batch *batch = at_op_find(lane, parent)->batch;
     batch->open++;
     if (rc == AT_EAGAIN) {
@@ -119,36 +135,99 @@ static int64_t join_batch(at_lane *lane, int64_t parent, const at_plan *plan, ui
     return parent;
 }
 
-#define KEPT 16u /* targets that are resolved once; of more, none is kept */
+#define MOST_KEPT 1024u /* targets that are resolved once; of more, none is kept */
 
-static int64_t post_scatter(at_lane *lane, const at_plan *plan, int64_t imm) {
-    at_op ops[KEPT];
-    for (uint64_t i = 0; i < plan->count; i++) { /* all or nothing, as far as can be known beforehand */
-        int rc = at_resolve(lane, &plan->orders[i], imm, &ops[i % KEPT]);
-        if (rc != AT_OK) {
-            lane->detail = (int64_t)i;
-            return rc;
-        }
+/* Room for the operations of a scatter while it is posted. It stays the lane's: the next step's scatter is as large. */
+static at_op *kept_for(at_lane *lane, uint64_t count) {
+    uint32_t need = count < MOST_KEPT ? (uint32_t)count : MOST_KEPT;
+    if (need > lane->kept_capacity) {
+        at_op *more = realloc(lane->kept, need * sizeof *more);
+        if (more == NULL) return NULL;
+        lane->kept = more;
+        lane->kept_capacity = need;
     }
+    return lane->kept;
+}
+
+/* Post what has been resolved: the op of target i is ops[i % MOST_KEPT], and where there are more than those, orders says it again. */
+static int64_t post_targets(at_lane *lane, at_op *ops, uint64_t count, const at_order *orders, int64_t imm) {
     int64_t parent = 0;
     int queued = 0;
     uint64_t landed = 0;
-    for (uint64_t i = 0; i < plan->count; i++) {
-        at_op *op = &ops[i % KEPT];
-        int rc = plan->count <= KEPT ? AT_OK : at_resolve(lane, &plan->orders[i], imm, op); /* the lock is still ours */
+    for (uint64_t i = 0; i < count; i++) {
+        at_op *op = &ops[i % MOST_KEPT];
+        int rc = count <= MOST_KEPT ? AT_OK : at_resolve(lane, &orders[i], imm, op); /* the lock is still ours */
         if (rc == AT_OK) rc = at_submit_here(lane, op);
         if (rc == AT_OK) {
             landed += op->nbytes;
             continue;
         }
         queued |= rc == AT_EAGAIN && op->peer->port->window == 0;
-        parent = join_batch(lane, parent, plan, (uint32_t)i, op, rc);
+        parent = join_batch(lane, parent, count, (uint32_t)i, op, rc);
         if (parent < 0) return parent; /* no memory for the first that did not land: the targets before it have */
     }
     if (parent == 0) return lane->turn_due ? AT_DUE : AT_OK;
     if (queued) at_wake_mover(lane, 0);
-    at_batch_ended(lane, parent, (uint32_t)plan->count, AT_OK, landed);
+    at_batch_ended(lane, parent, (uint32_t)count, AT_OK, landed);
     return parent;
+}
+
+static int64_t post_scatter(at_lane *lane, const at_plan *plan, int64_t imm) {
+    at_op *ops = kept_for(lane, plan->count);
+    if (ops == NULL && plan->count != 0) return AT_ENOMEM;
+    for (uint64_t i = 0; i < plan->count; i++) { /* all or nothing, as far as can be known beforehand */
+        int rc = at_resolve(lane, &plan->orders[i], imm, &ops[i % MOST_KEPT]);
+        if (rc != AT_OK) {
+            lane->detail = (int64_t)i;
+            return rc;
+        }
+    }
+    return post_targets(lane, ops, plan->count, plan->orders, imm);
+}
+
+/* Whether [offset, offset + n) lies in `nbytes`; what is negative is too large here. */
+static int lies_in(int64_t offset, int64_t n, uint64_t nbytes) {
+    return (uint64_t)n <= nbytes && (uint64_t)offset <= nbytes - (uint64_t)n;
+}
+
+static int resolve_target(at_lane *lane, const at_source *src, const at_targets *to, uint64_t i, int64_t imm, at_op *op) {
+    int64_t from = to->local_offsets[i], n = to->nbytes[i], at = to->remote_offsets == NULL ? 0 : to->remote_offsets[i];
+    if (!lies_in(from, n, src->nbytes)) return AT_ESRC;
+    if (!lies_in(at, n, to->limits[i]) || (to->remote_offsets == NULL && (uint64_t)n != to->limits[i])) return AT_EDST;
+    at_order order = {.kind = AT_OP_WRITE, .remote = to->remotes[i], .region = src->region,
+                      .local_offset = src->offset + (uint64_t)from, .remote_offset = to->bases[i] + (uint64_t)at,
+                      .nbytes = (uint64_t)n, .units = 1, .imm = -1};
+    int rc = at_resolve(lane, &order, imm, op);
+    return rc == AT_OK ? at_check(lane, &order, op) : rc;
+}
+
+static int64_t scatter(at_lane *lane, const at_source *src, const at_targets *to, int64_t imm, uint64_t *total) {
+    at_op *ops = kept_for(lane, to->count);
+    if (ops == NULL && to->count != 0) return AT_ENOMEM;
+    for (uint64_t i = 0; i < to->count; i++) {
+        int rc = resolve_target(lane, src, to, i, imm, &ops[i]);
+        if (rc != AT_OK) {
+            lane->detail = (int64_t)i;
+            return rc;
+        }
+        *total += (uint64_t)to->nbytes[i];
+    }
+    return post_targets(lane, ops, to->count, NULL, imm);
+}
+
+int64_t at_scatter(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbytes, uint64_t n, const int64_t *remotes,
+                   const uint64_t *bases, const uint64_t *limits, const int64_t *local_offsets, const int64_t *sizes,
+                   const int64_t *remote_offsets, int64_t imm, uint64_t *total) {
+    *total = 0;
+    int64_t result = at_check_owner(lane);
+    if (result != AT_OK) return result;
+    if (n > MOST_KEPT) return AT_ESIZE;
+    at_source src = {.region = region, .offset = offset, .nbytes = nbytes};
+    at_targets to = {.count = n, .remotes = remotes, .bases = bases, .limits = limits, .local_offsets = local_offsets,
+                     .nbytes = sizes, .remote_offsets = remote_offsets};
+    at_lock(lane);
+    result = scatter(lane, &src, &to, imm, total);
+    return at_unlock_and_progress(lane, result);
 }
 
 int64_t at_plan_post(at_lane *lane, const at_plan *plan, int64_t imm) {

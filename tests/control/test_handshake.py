@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aiotransfer.control import frames
-from aiotransfer.control.frames import PREAMBLE, FrameReader, PeerInfo, Proof, encode
+from aiotransfer.control.frames import PREAMBLE, VERSION, FrameReader, PeerInfo, Proof, encode
 from aiotransfer.control.key import Key, load_key
 from aiotransfer.control.session import Session
 from aiotransfer.errors import ConfigurationError, RendezvousError
@@ -20,7 +21,7 @@ KEY = Key("shared", b"k" * 32)
 INFO = PeerInfo("x", "127.0.0.1:1", 1, [])
 
 
-def session(role: str, key: Key = KEY, number: int = 1, **more: int) -> Session:
+def session(role: str, key: Key = KEY, number: int = 1, **more: Any) -> Session:
     return Session(role, key, number, INFO, os.urandom(32), **more)  # type: ignore[arg-type]
 
 
@@ -41,9 +42,9 @@ def test_two_sides_with_one_key_meet() -> None:
 @pytest.mark.parametrize(
     ("mine", "version", "words"),
     [
-        (Key("shared", b"x" * 32), 1, "different keys"),
-        (Key("file", b"k" * 32), 1, "key file"),
-        (KEY, 2, "version"),
+        (Key("shared", b"x" * 32), VERSION, "different keys"),
+        (Key("file", b"k" * 32), VERSION, "key file"),
+        (KEY, VERSION - 1, "version"),
     ],
 )
 def test_wrong_keys_and_versions_are_told_to_both_sides(mine: Key, version: int, words: str) -> None:
@@ -57,9 +58,28 @@ def test_wrong_keys_and_versions_are_told_to_both_sides(mine: Key, version: int,
     assert not acceptor.established
 
 
+def test_who_resumes_says_so_and_cannot_be_made_to() -> None:
+    """The proofs cover it: whoever changes it on the way ends the handshake."""
+    dialer, acceptor = session("dialer", resumes=True), session("acceptor", number=2)
+    talk(dialer, acceptor)
+    assert acceptor.established
+    assert acceptor.resumes
+    assert dialer.tag("resume") == acceptor.tag("resume") != dialer.tag("session") == acceptor.tag("session")
+    again, other = session("dialer", resumes=True), session("acceptor", number=2)
+    talk(again, other)
+    assert again.tag("resume") != dialer.tag("resume"), "each connection has its own"
+    for truth in (True, False):
+        dialer, acceptor = session("dialer", resumes=truth), session("acceptor", number=2)
+        dialer.take_output()
+        acceptor.receive(PREAMBLE + encode(frames.Hello(VERSION, 1, dialer._mine[2], "shared", not truth)))
+        dialer.receive(acceptor.take_output())
+        with pytest.raises(RendezvousError, match="keys"):
+            acceptor.receive(dialer.take_output())
+
+
 def test_a_stranger_learns_nothing_before_its_proof() -> None:
     acceptor = session("acceptor")
-    acceptor.receive(PREAMBLE + encode(frames.Hello(1, 9, b"n" * 32, "shared")))
+    acceptor.receive(PREAMBLE + encode(frames.Hello(VERSION, 9, b"n" * 32, "shared")))
     assert INFO.address.encode() not in acceptor.take_output()
 
 
@@ -69,11 +89,11 @@ def test_a_proof_can_neither_be_replayed_nor_reflected() -> None:
     dialer.receive(acceptor.take_output())
     proof = dialer.take_output()
     other = session("acceptor", number=3)
-    other.receive(PREAMBLE + encode(frames.Hello(1, 1, b"n" * 32, "shared")))
+    other.receive(PREAMBLE + encode(frames.Hello(VERSION, 1, b"n" * 32, "shared")))
     with pytest.raises(RendezvousError):
         other.receive(proof)
     mirror = session("dialer", number=2)
-    mirror.receive(PREAMBLE + encode(frames.Welcome(1, 1, b"n" * 32, "shared")))
+    mirror.receive(PREAMBLE + encode(frames.Welcome(VERSION, 1, b"n" * 32, "shared")))
     mac = proof[-32:]
     with pytest.raises(RendezvousError):
         mirror.receive(encode(frames.Accepted(mac, INFO)))

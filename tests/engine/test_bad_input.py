@@ -20,8 +20,13 @@ Act = Callable[[at.Engine, at.Region, at.RemoteRegion], Any]
 
 
 def pages(**changes: Any) -> Act:
-    def act(engine: at.Engine, src: at.Region, dst: at.RemoteRegion) -> Any:
+    """Tables as they are given; with `arrays`, lists of what fits as int64."""
+
+    def act(engine: at.Engine, src: at.Region, dst: at.RemoteRegion, arrays: bool = False) -> Any:
         options: dict[str, Any] = {"src_pages": [0], "dst_pages": [0], "page_bytes": 64} | changes
+        for name in ("src_pages", "dst_pages") if arrays else ():
+            if type(options[name]) is list and all(type(n) is int and n < 1 << 63 for n in options[name]):
+                options[name] = np.array(options[name])
         return engine.write_pages(src, options.pop("src_pages"), dst, options.pop("dst_pages"), **options)
 
     return act
@@ -58,6 +63,12 @@ CASES: dict[str, tuple[Act, type[BaseException]]] = {
     "negative page_bytes": (pages(page_bytes=-1), ValueError),
     "page_bytes of 2**63": (pages(page_bytes=1 << 63), ValueError),
     "float page_bytes": (pages(page_bytes=64.0), TypeError),
+    "boolean page_bytes": (pages(page_bytes=True), TypeError),
+    "a boolean stride": (pages(src_stride=False), TypeError),
+    "pages of a reserved immediate": (pages(imm=0xF000_0000), ValueError),
+    "pages in negative time": (pages(timeout=-1), ValueError),
+    "pages of no region": (lambda e, s, d, arrays=False: pages()(e, d, d, arrays), TypeError),
+    "pages by an unknown provider": (pages(require="verbs"), at.ProviderUnavailableError),
     "an offset past the source": (pages(src_offset=N), at.RegionError),
     "a negative page offset": (pages(dst_offset=-1), ValueError),
     "a page offset of 2**63": (pages(dst_offset=1 << 63), ValueError),
@@ -67,6 +78,7 @@ CASES: dict[str, tuple[Act, type[BaseException]]] = {
     "a float immediate": (write(imm=1.0), TypeError),
     "a boolean immediate": (write(imm=True), TypeError),
     "a negative timeout": (lambda e, s, d: e.counter(1).wait(1, timeout=-1), ValueError),
+    "a signal in negative time": (lambda e, s, d: e.signal(d, 1, timeout=-1), ValueError),
     "an array as the source": (lambda e, s, d: e.write(np.zeros(N, np.uint8), d), TypeError),
     "a region as the destination": (lambda e, s, d: e.write(s, s), TypeError),
     "an unknown provider required": (write(require="verbs"), at.ProviderUnavailableError),
@@ -97,6 +109,20 @@ async def test_it_is_refused_and_leaves_no_trace(pair: Pair, case: str) -> None:
     assert pair.right.statistics().arrivals == 0
     await pair.left.write(source, dst)  # and the next good one works
     assert np.array_equal(target.numpy(), payload(N))
+
+
+@pytest.mark.parametrize("case", [name for name, (act, _) in CASES.items() if act.__qualname__ == "pages.<locals>.act"])
+async def test_tables_in_arrays_are_refused_in_the_same_words(pair: Pair, case: str) -> None:
+    act: Any = CASES[case][0]
+    target, source = pair.right.allocate(N), pair.left.register(payload(N))
+    dst = target.descriptor
+    await pair.left.write(source, dst)  # from here on arrays take the short way
+    told = []
+    for arrays in (False, True):
+        with pytest.raises((at.TransferError, TypeError, ValueError)) as caught:
+            act(pair.left, source, dst, arrays)
+        told.append((type(caught.value), str(caught.value)))
+    assert told[0] == told[1]
 
 
 async def test_a_read_grant_cannot_be_written(pair: Pair) -> None:

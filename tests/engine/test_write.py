@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -56,11 +58,13 @@ async def test_pages_land_where_the_tables_say(pair: Pair, kind: str, page: int,
     assert arrived.value == 0
 
 
-async def test_strides_and_offsets_address_interleaved_pages(pair: Pair) -> None:
+@pytest.mark.parametrize("table", [list, np.array])
+async def test_strides_and_offsets_address_interleaved_pages(pair: Pair, table: Any) -> None:
     region, view = target(pair, "allocated", 4096)
-    source = payload(1024)
+    source, dst = payload(1024), region.descriptor
+    await pair.left.write(pair.left.allocate(0), dst[:0])
     await pair.left.write_pages(
-        pair.left.register(source), [0, 1, 2], region.descriptor, [2, 0, 1],
+        pair.left.register(source), table([0, 1, 2]), dst, table([2, 0, 1]),
         page_bytes=16, src_stride=32, dst_stride=100, src_offset=8, dst_offset=50,
     )  # fmt: skip
     for src, dst in ((0, 2), (1, 0), (2, 1)):
@@ -71,16 +75,20 @@ async def test_strides_and_offsets_address_interleaved_pages(pair: Pair) -> None
 async def test_a_source_stride_of_zero_repeats_one_page(pair: Pair) -> None:
     region, view = target(pair, "allocated", 64)
     source = payload(16)
-    await pair.left.write_pages(
-        pair.left.register(source), [0, 5, 9], region.descriptor, [0, 1, 2], page_bytes=16, src_stride=0
-    )
-    assert np.array_equal(view[:48], np.tile(source, 3))
+    dst = region.descriptor
+    for table in (list, np.array):
+        view[:] = 0
+        await pair.left.write_pages(
+            pair.left.register(source), table([0, 5, 9]), dst, table([0, 1, 2]), page_bytes=16, src_stride=0
+        )
+        assert np.array_equal(view[:48], np.tile(source, 3))
 
 
 async def test_an_empty_table_is_a_finished_transfer(pair: Pair) -> None:
     region, _ = target(pair, "allocated", 64)
-    counter = pair.right.counter(imm=1)
-    await pair.left.write_pages(pair.left.allocate(64), [], region.descriptor, [], page_bytes=16, imm=1)
+    counter, dst, none = pair.right.counter(imm=1), region.descriptor, np.empty(0, np.int64)
+    await pair.left.write_pages(pair.left.allocate(64), [], dst, [], page_bytes=16, imm=1)
+    await pair.left.write_pages(pair.left.allocate(64), none, dst, none, page_bytes=16, imm=1)
     assert counter.total == 0
 
 

@@ -38,6 +38,11 @@ class End:
         self._processes.append(process)
         return process
 
+    def signal(self, number: int) -> None:
+        """To all its processes."""
+        for process in self._processes:
+            process.send_signal(number)
+
     def close(self) -> None:
         """Its processes die, and it goes."""
         for process in self._processes:

@@ -48,6 +48,7 @@ class Node:
         self.written: dict[int, Layout] = {}
         self.rows: dict[int, list[tuple[Member, Layout]]] = defaultdict(list)  # as they landed
         self.results: set[tuple[int, Member]] = set()
+        self.in_time: set[tuple[int, Member]] = set()  # places were known before that one was gone
         self.done: dict[int, Layout] = {}  # dispatches that are complete
         self.over: set[int] = set()
 
@@ -82,6 +83,7 @@ class Node:
         for rank, other in list(self.linked.items()):
             if self.members.incarnation(rank) != other.incarnation:
                 del self.linked[rank]
+                self.in_time |= {(step, other.me) for step in self.written}
                 self.net.part(self, other)
 
     def meet(self, other: Node) -> None:
@@ -89,17 +91,14 @@ class Node:
         self.linked[other.rank] = other
         if self.members is not None:
             self.members.join(other.rank, other.incarnation)
-            told = self.members.told
             self.follow()
-            if told is not None and other.me in told.present() and not self.members.owes():
-                self.outbox.append((other, ("view", 0, told)))
 
     # What it does. Each is done if it can be, and says whether.
 
     def act(self) -> bool:
         if self.members is None or self.members.evicted:
             return False
-        deeds: list[Callable[[], bool]] = [self.tell, self.start_step, self.give_up]
+        deeds: list[Callable[[], bool]] = [self.tell, self.start_step]
         for deed in (self.write, self.complete, self.finish):
             deeds += [partial(deed, step) for step in self.open()]
         self.net.random.shuffle(deeds)
@@ -119,20 +118,8 @@ class Node:
         view = members.tell(self.next or 0, held)
         self.net.views += 1
         for rank in members.audience:
-            if rank in self.linked:
-                self.outbox.append((self.linked[rank], ("view", 0, view)))
+            self.outbox.append((self.linked[rank], ("view", 0, view)))
         return True
-
-    def give_up(self) -> bool:
-        """Whoever is known by hearsay and will not set up with this rank any more, is missed by those that wait for it."""
-        assert self.members is not None
-        for rank in self.members.audience:
-            other = self.net.find(rank, self.members.incarnation(rank))
-            if rank not in self.linked and not (other.alive and (self in other.to_meet or other in self.to_meet)):
-                self.members.lose(rank)
-                self.follow()
-                return True
-        return False
 
     def start_step(self) -> bool:
         """Send the next header to all that take part in the step."""
@@ -147,8 +134,6 @@ class Node:
         if limit is not None and step > limit:
             return False
         there = [rank for rank in members.audience if members.present(step, rank)]
-        if not all(rank in self.linked for rank in there):
-            return False  # it has still to set up with this rank
         for rank in members.audience:
             assert members.takes_part(step, rank) is not UNDECIDED or members.incarnation(rank), "who is present is known"
         data = f"{self.rank}.{self.incarnation}.{step}".encode()
@@ -200,6 +185,7 @@ class Node:
         assert layout == self.written[step], "a layout is final once it was used"
         foreign = [i for i, (_, theirs) in enumerate(landed) if theirs != layout]
         assert all(landed[i][0] not in there for i in foreign), "all that are present use one layout"
+        assert all((step, landed[i][0]) not in self.in_time for i in foreign), "so did those that were, then"
         mine = [i for i, (who, _) in enumerate(landed) if who in there]
         assert not foreign or not mine or max(foreign) < min(mine), "rows of a gone rank may not overwrite others"
         self.net.foreign += bool(foreign)
@@ -227,7 +213,7 @@ class Network:
     ) -> None:
         self.random = random.Random(seed)
         self.ranks, self.slots, self.make = ranks, slots, make
-        self.deaf = deaf  # nothing is taken from gone ranks
+        self.deaf = deaf  # else headers and views of gone ranks still come, which must make no difference
         self.goal = 1 << 30
         self.views = self.foreign = 0
         self.left = faults._asdict()
@@ -242,13 +228,16 @@ class Network:
         for node in self.nodes:
             node.linked = {other.rank: other for other in self.nodes if other is not node}
             node.begin(make(node.rank, numbers, slots=slots), 0)
-        self.slow = {(a, b) for a in range(ranks) for b in range(ranks) if self.random.random() < 0.2}
-        self.idle = [self.random.random() < 0.15 for _ in range(ranks)]
-
-    def find(self, rank: int, incarnation: int) -> Node:
-        return next(node for node in self.nodes if node.me == (rank, incarnation))
+        self.weather()
 
     # The world.
+
+    def weather(self) -> None:
+        """For some time, some channels are slow and some ranks do next to nothing."""
+        r = self.random
+        bad = r.choice([0.1, 0.4])
+        self.slow = {(a, b) for a in range(self.ranks) for b in range(self.ranks) if r.random() < bad}
+        self.idle = [r.random() < 0.15 for _ in range(self.ranks)]
 
     def part(self, one: Node, other: Node) -> None:
         """`one` takes nothing from the other any more, which notices some time."""
@@ -288,7 +277,7 @@ class Network:
         queue.popleft()
         if not queue:
             del self.channels[key]
-        if target.alive and (target.linked.get(source.rank) is source or not self.deaf):
+        if target.alive and (target.linked.get(source.rank) is source or (not self.deaf and message[0] in ("header", "view"))):
             target.take(source, message)
         return True
 
@@ -333,7 +322,7 @@ class Network:
         if what < 0.4:
             if self.channels:
                 key = r.choice(list(self.channels))
-                if (key[0][0], key[1][0]) not in self.slow or r.random() < 0.1:
+                if (key[0][0], key[1][0]) not in self.slow or r.random() < 0.03:
                     self.deliver(key)
         elif what < 0.65:
             self.post(node)
@@ -342,7 +331,7 @@ class Network:
                 self.set_up(node)
             elif node.members.evicted:
                 self.crash(node)
-            elif not self.idle[node.rank] or r.random() < 0.2:
+            elif not self.idle[node.rank] or r.random() < 0.1:
                 node.act()
         elif what < 0.98:
             self.notice()
@@ -352,7 +341,8 @@ class Network:
         kind = r.choice([name for name, left in self.left.items() if left] or ["none"])
         living = [node for node in self.nodes if node.alive]
         if kind == "crashes" and len(living) > 1:
-            self.crash(r.choice(living))
+            halfway = [node for node in living if node.outbox]
+            self.crash(r.choice(halfway if halfway and r.random() < 0.6 else living))
         elif kind == "alarms":
             node = r.choice(living)
             if node.members is None or not node.linked:
@@ -370,10 +360,12 @@ class Network:
 
     def run(self, turns: int) -> None:
         """So many turns with faults, then until nothing is left to be done."""
-        rate = (1 + sum(self.left.values())) * 1.5 / turns
-        for _ in range(turns):
+        rate = (1 + sum(self.left.values())) * 6 / turns
+        for n in range(turns):
+            if n % 64 == 0:
+                self.weather()
             self.turn()
-            if self.random.random() < rate:
+            if self.random.random() < rate and (self.divided() or self.random.random() < 0.2):
                 self.fault()
         self.goal = max([node.next or 0 for node in self.nodes]) + 3 * self.slots
         for _ in range(100_000):
@@ -382,6 +374,11 @@ class Network:
         else:
             raise AssertionError("it goes on and on")
         self.check()
+
+    def divided(self) -> bool:
+        """Some have decided what others have not: then a fault may do most."""
+        known = {node.members is not None and node.members.settled for node in self.nodes if node.alive}
+        return len(known) == 2
 
     def settle(self) -> bool:
         """Everything that can happen, once, in some order; whether anything did."""

@@ -1,6 +1,7 @@
 """Ranks of an all-to-all in one simulated world, and what each must get, worked out row by row.
 
-Expert e turns a row into `row * (e + 1)`, which is exact for small integers in every type used here, so sums are compared bit by bit.
+Expert e turns a row into `row * (e + 1)`, which is exact for small integers in every type used here, so sums are compared bit
+by bit.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ a bug.
 
 from __future__ import annotations
 
+import ipaddress
 import struct
 import zlib
 from collections.abc import Callable
@@ -14,8 +15,21 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from aiotransfer.control import frames
-from aiotransfer.control.frames import MAX_FRAME, PREAMBLE, Frame, FrameReader, Greeting, OfferWire, PeerInfo
+from aiotransfer.control.frames import (
+    MAX_FRAME,
+    PREAMBLE,
+    VERSION,
+    Acknowledge,
+    Frame,
+    FrameReader,
+    Greeting,
+    OfferWire,
+    PeerInfo,
+    Resume,
+    Resumed,
+)
 from aiotransfer.control.key import Key
+from aiotransfer.control.resume import Ledger, further
 from aiotransfer.control.session import Role, Session
 from aiotransfer.errors import BrokenError, DescriptorError, RendezvousError
 from aiotransfer.model import descriptor
@@ -24,14 +38,16 @@ from aiotransfer.providers import fabricwire, fdchannel, loopback, shmwire
 from aiotransfer.providers.port import decode
 
 KEY = Key("shared", b"k" * 32)
-INFO = PeerInfo("x", "127.0.0.1:1", 1, [OfferWire("shm", True, "", b"boot", b"\0aiotransfer-" + b"0" * 32)], (256, 1 << 22))
+INFO = PeerInfo("x", "127.0.0.1:1", 1, [OfferWire("shm", True, "", b"boot", b"\0aiotransfer-" + b"0" * 32)], (256, 1 << 22),
+                ["10.0.0.1:1", "[fd00::1]:2"])  # fmt: skip
 NONCES: dict[str, bytes] = {"dialer": b"d" * 32, "acceptor": b"a" * 32}
 NUMBERS = {"dialer": 7, "acceptor": 9}
 GRANT = Grant("127.0.0.1:1", 5, 4096, 100, "write", "cpu", 1, 1, 3, 0, (("efa", b"key"),), 9)
 REGION = RemoteRegion.of(GRANT)
 FRAMES: tuple[Greeting | Frame, ...] = (
-    frames.Hello(1, 7, b"n" * 32, "shared"),
-    frames.Welcome(1, 7, b"n" * 32, "file"),
+    frames.Hello(VERSION, 7, b"n" * 32, "shared"),
+    frames.Hello(VERSION, 7, b"n" * 32, "shared", True),
+    frames.Welcome(VERSION, 7, b"n" * 32, "file"),
     frames.Proof(b"m" * 32),
     frames.Accepted(b"m" * 32, INFO),
     frames.Info(INFO),
@@ -51,6 +67,9 @@ FRAMES: tuple[Greeting | Frame, ...] = (
     frames.Up(),
     frames.Merge(),
     frames.Join(b"k" * 16, 1, 2, (0xF000_0000, 0xF000_0001)),
+    frames.Resume(1, 3, b"m" * 32),
+    frames.Resumed(4, b"m" * 32),
+    frames.Acknowledge(5),
 )
 _FLAGS = struct.Struct("<H")
 T = TypeVar("T")
@@ -138,6 +157,56 @@ def _session(role: Role) -> Callable[[bytes], bool]:
     return check
 
 
+def _resumption(data: bytes) -> bool:
+    """Frames of a connection that resumes, for either side: nothing changes what a ledger keeps without the proof."""
+    dialer, acceptor = Ledger(b"s" * 32), Ledger(b"s" * 32)
+    for ledger in (dialer, acceptor):
+        for _ in range(4):
+            ledger.send(b"kept")
+            ledger.receive(4)
+    offer = dialer.resume(b"tag")
+    good = Resumed(4, dialer._mac("acceptor", b"tag", 1, 4))
+    reader, parsed = FrameReader(), False
+    reader.limit = MAX_FRAME
+    reader.feed(PREAMBLE + data)
+    try:
+        while (frame := reader.next()) is not None:
+            if isinstance(frame, Resume):
+                assert acceptor.resumed(frame, b"tag")[0].received == 4
+                assert frame == offer, "resumed without the secret"
+            elif isinstance(frame, Resumed):
+                dialer.go_on(frame, b"tag")
+                assert frame == good, "went on without the secret"
+            elif isinstance(frame, Acknowledge):
+                dialer.acknowledged(frame.received)
+            parsed = True
+    except RendezvousError:
+        parsed = False
+    for ledger in (dialer, acceptor):
+        assert ledger.kept_bytes == 4 * len(ledger._kept) <= 16
+    return parsed
+
+
+def _resumptions() -> list[bytes]:
+    dialer = Ledger(b"s" * 32)
+    for _ in range(4):
+        dialer.send(b"kept")
+        dialer.receive(4)
+    offer, answer = dialer.resume(b"tag"), Resumed(4, dialer._mac("acceptor", b"tag", 1, 4))
+    return [frames.encode(offer), frames.encode(answer), frames.encode(Acknowledge(4)), frames.encode(Acknowledge(1)) * 2]
+
+
+def _addresses(data: bytes) -> bool:
+    """What a peer says of its further addresses: some text, of which only addresses that may lead to another host are taken."""
+    told = INFO.__class__("x", "", 1, [], further=data.decode("latin-1").split(","))
+    found = further(told)
+    assert len(found) <= frames.MOST_FURTHER
+    for address in found:
+        assert 0 < address.port < 1 << 16
+        assert not ipaddress.ip_address(address.host).is_loopback
+    return bool(found)
+
+
 def _region(raw: bytes) -> bool:
     try:
         region = RemoteRegion.decode(raw)
@@ -189,7 +258,7 @@ def _packet(data: bytes) -> bool:
 
 
 def _dialogues(role: Role) -> Callable[[], list[bytes]]:
-    return lambda: [bytes([n]) + conversation(role, *more) for n in (0, 255) for more in ((), FRAMES[6:12], FRAMES[12:])]
+    return lambda: [bytes([n]) + conversation(role, *more) for n in (0, 255) for more in ((), FRAMES[7:13], FRAMES[13:])]
 
 
 DECODERS = (
@@ -198,6 +267,9 @@ DECODERS = (
     Decoder("frame", "one control frame", _frame, lambda: [frames.encode(frame)[4:] for frame in FRAMES]),
     Decoder("acceptor", "the greeting, on the side that was dialed", _session("acceptor"), _dialogues("acceptor")),
     Decoder("dialer", "the greeting, on the side that dialed", _session("dialer"), _dialogues("dialer")),
+    Decoder("resumption", "the first frames of a connection that resumes, and acknowledgements", _resumption, _resumptions),
+    Decoder("addresses", "a peer's further control addresses", _addresses,
+            lambda: [b"10.0.0.1:1", b"[fd00::1]:2,127.0.0.1:3,10.0.0.2:4"]),
     Decoder("descriptor", "`RemoteRegion.decode`", _region, lambda: [REGION.encode(), REGION[10:20].encode()]),
     Decoder("grant", "the same behind a good checksum", _summed, lambda: [REGION.encode()[5:-4], REGION[10:20].encode()[5:-4]]),
     Decoder("shm question", "what a peer asks the shm provider", _broken(shmwire.question, _fits),

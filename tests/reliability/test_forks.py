@@ -64,7 +64,8 @@ SILENT: dict[str, Callable[[dict[str, Any]], Any]] = {  # ending and looking are
 }
 
 
-DOORS = {"at_write", "at_read", "at_write_pages", "at_signal", "at_plan_post"}  # look who calls before they touch anything
+# These look who calls before they touch anything.
+DOORS = {"at_write", "at_read", "at_write_pages", "at_signal", "at_plan_post", "at_scatter"}
 
 
 class Trap:

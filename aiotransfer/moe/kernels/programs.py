@@ -31,22 +31,22 @@ def move_kernel(
         to = tl.load(dst_rows + i)
     if src_rows is not None:
         of = tl.load(src_rows + i)
-    inside = (to >= 0) & (to < dst_end) & (of >= 0) & (of < src_end)
+    nbytes = tl.where((to >= 0) & (to < dst_end) & (of >= 0) & (of < src_end), nbytes, 0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if WIDE:
         # Times 4 in the kernel, not before: so the compiler knows that every row begins at a multiple of 16 bytes.
         target = dst.to(tl.pointer_type(tl.int32)) + to * dst_stride * 4
         source = src.to(tl.pointer_type(tl.int32)) + of * src_stride * 4
         words = nbytes // 16 * 4
-        here = (at < words) & inside
+        here = at < words
         tl.store(target + at, tl.load(source + at, mask=here), mask=here)
         if TAIL:
             left = words * 4 + tl.arange(0, 16)
-            there = (left < nbytes) & inside & (tl.program_id(1) == 0)
+            there = left < tl.where(tl.program_id(1) == 0, nbytes, 0)
             value = tl.load(src + of * src_stride * 16 + left, mask=there)
             tl.store(dst + to * dst_stride * 16 + left, value, mask=there)
     else:
-        here = (at < nbytes) & inside
+        here = at < nbytes
         tl.store(dst + to * dst_stride + at, tl.load(src + of * src_stride + at, mask=here), mask=here)
 
 
@@ -64,7 +64,7 @@ def weigh_kernel(
         row = tl.load(index + t * CHOICES + k)
         weight = tl.load(weights + t * CHOICES + k)
         known = (row >= 0) & (row < src_end)
-        value = tl.load(src + row * src_stride + at, mask=here & known, other=0)
+        value = tl.load(src + row * src_stride + at, mask=at < tl.where(known, columns, 0), other=0)
         if SRC == "bfloat16":
             number = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
         else:

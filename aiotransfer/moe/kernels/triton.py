@@ -82,23 +82,24 @@ class TritonKernels:
             raise ValueError(f"{what} must be contiguous, {dtype} of {shape}; it is {tensor.dtype} of {tuple(tensor.shape)}")
         return tensor
 
-    def _memory(self, what: str, rows: Rows, *, written: bool = False) -> tuple[Any, int]:
+    def _memory(self, what: str, rows: Rows, *, apart: bool = False) -> tuple[Any, int]:
         """From its first row on, and how many rows it holds."""
         memory = rows.memory
         if not isinstance(memory, torch.Tensor) or memory.dtype is not torch.uint8 or memory.dim() != 1:
             raise TypeError(f"the memory of {what} must be a one-dimensional torch tensor of uint8")
-        if str(memory.device) != self._device or not memory.is_contiguous():
-            raise ValueError(f"the memory of {what} must be contiguous and on {self._device}; it is on {memory.device}")
+        here = str(memory.device) == self._device or (not self._host and memory.is_pinned())
+        if not here or not memory.is_contiguous():
+            raise ValueError(f"the memory of {what} must be contiguous, on {self._device} or pinned; it is on {memory.device}")
         nbytes = memory.numel()
         if not 0 <= rows.offset <= nbytes or rows.stride < 1 or rows.nbytes < 0:
             raise ValueError(f"{what}: no rows of {rows.nbytes} bytes at {rows.offset} + row * {rows.stride} in {nbytes} bytes")
-        if written and rows.stride < rows.nbytes:
+        if apart and rows.stride < rows.nbytes:
             raise ValueError(f"{what}: rows of {rows.nbytes} bytes overlap at a stride of {rows.stride}")
         return memory[rows.offset :], rows.held
 
     def move(self, dst: Rows, dst_rows: Any, src: Rows, src_rows: Any, n: int) -> None:
         """Copy n rows; see `Kernels.move`. A row outside of its memory is left out."""
-        (to, to_end), (of, of_end) = self._memory("dst", dst, written=True), self._memory("src", src)
+        (to, to_end), (of, of_end) = self._memory("dst", dst, apart=dst_rows is None), self._memory("src", src)
         if dst.nbytes != src.nbytes:
             raise ValueError(f"rows of dst have {dst.nbytes} bytes, those of src {src.nbytes}")
         tables = []
@@ -125,7 +126,7 @@ class TritonKernels:
             element = lookup(given)
             if element.name not in TYPES:
                 raise TypeError(f"rows of {what} are summed as {', '.join(TYPES)}, not as {element.name}")
-            memory, end = self._memory(what, rows, written=what == "out")
+            memory, end = self._memory(what, rows, apart=what == "out")
             size = element.itemsize
             if memory.data_ptr() % size or rows.stride % size or rows.nbytes % size:
                 raise ValueError(f"rows of {what} must begin at multiples of {size} bytes and consist of whole {element.name}")

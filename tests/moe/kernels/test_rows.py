@@ -76,6 +76,15 @@ def test_rows_outside_of_the_memory_are_left_out_and_so_a_graph_serves_for_fewer
     dst, src = Rows(noise(4 * 64, 1), 0, 64, 64), Rows(noise(6 * 64 - 1, 2), 0, 64, 64)  # src has room for five
     to, of = np.array([3, -1, 4, 0, 1], np.int64), np.array([4, 2, 2, 5, -3], np.int64)
     move_and_compare(on, dst, to, src, of, 5, moved(dst, to[:1], src, of[:1], 1))
+    weights = np.ones((2, 3), np.float32)
+    index, known = np.array([[5, 1, -9], [1 << 40, 4, 5]], np.int64), np.array([[-1, 1, -1], [-1, 4, -1]], np.int64)
+    found, expected = (on.put(dst.memory) for _ in range(2))
+    for result, rows in ((found, index), (expected, known)):
+        placed = on.kernels.place(rows), on.kernels.place(weights)
+        on.kernels.weigh(
+            dst._replace(memory=result), src._replace(memory=on.put(src.memory)), *placed, dtype="bfloat16", out_dtype="bfloat16"
+        )  # fmt: skip
+    assert np.array_equal(on.get(found), on.get(expected))
 
 
 @on_triton

@@ -1,0 +1,197 @@
+"""How the ranks of an all-to-all meet.
+
+Every rank connects to every other, gives it a lease of its memory and says `Hello`. When it has everyone's, it says `Ready`;
+when everyone is, the first step may begin. One that finds the others at work (their Hello says so) joins: they take it into
+their views (`moe.members`), and it begins at the step that follows from them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING, Any
+
+from aiotransfer.control.patience import Patience
+from aiotransfer.errors import PeerLostError, TransferTimeout
+from aiotransfer.model.descriptor import RemoteRegion
+from aiotransfer.moe import wire
+from aiotransfer.moe.buffers import Buffers
+from aiotransfer.moe.errors import EvictedError, ShapeMismatch
+from aiotransfer.moe.members import Members
+from aiotransfer.moe.ranks import Rank, Ranks
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.peer import Peer
+
+DIALS_AT_ONCE = 32
+DIAL_AFTER, LOOK_AGAIN = 1.0, 0.02  # seconds
+
+
+class Meeting(Ranks):
+    """The part of `Party` that brings the ranks together."""
+
+    async def meet(self, timeout: float | None) -> None:
+        """Returns when all are there. Raises `ShapeMismatch`, `TransferTimeout` (naming who is not), `PeerLostError`."""
+        seconds = self.engine._seconds(timeout)
+        self.spawn(self._listen())
+        try:
+            async with Patience(seconds):
+                await self._meet()
+        except TimeoutError:
+            missing = [self.who(r) for r in self.others() if r not in self._hellos]
+            raise TransferTimeout(
+                f"the ranks of {self!r} did not meet within {seconds:g} s; not heard of: {', '.join(missing) or 'nobody'}",
+                hint="does every rank make an AllToAll of this name over the same group?",
+            ) from None
+
+    async def _meet(self) -> None:
+        found: dict[int, Peer] = {}
+        limit = asyncio.Semaphore(DIALS_AT_ONCE)
+
+        async def dial(rank: int) -> None:
+            if rank < self.rank:  # it dials; if it does not (it runs already), we do
+                await asyncio.sleep(DIAL_AFTER)
+            async with limit:
+                found[rank] = await self.engine.connect(self.addresses[rank], timeout=math.inf)
+
+        dials = [self.spawn(dial(rank)) for rank in self.others()]
+        greeted: set[int] = set()
+        staged: bool | None = None
+        try:
+            while True:
+                for rank, (peer, _) in self._hellos.items():
+                    found.setdefault(rank, peer)
+                for peer in self.engine.peers:
+                    if peer.address in self.addresses and (rank := self.addresses.index(peer.address)) != self.rank:
+                        found.setdefault(rank, peer)
+                missing = [rank for rank in self.others() if rank not in found]
+                if self._joining():
+                    missing = [rank for rank in missing if rank in self._present()]
+                if not missing and staged is None:
+                    staged = any(not self._is_direct(peer) for peer in found.values())
+                    self.buffers = Buffers(self.engine, self.shape, staged=staged, gpu=self._gpu)
+                if staged is not None:
+                    for rank, peer in found.items():
+                        if rank not in greeted:
+                            greeted.add(rank)
+                            self._greet(rank, peer, ask=True)
+                    if self._all_hello():
+                        break
+                for rank, peer in found.items():
+                    if peer.state in ("lost", "closed"):
+                        raise PeerLostError(f"{self.who(rank)} was lost while the ranks met", peer=str(peer.address))
+                for task in dials:
+                    if task.done() and task.exception() is not None:
+                        raise task.exception()  # type: ignore[misc]
+                await self._soon(list(found.values()), dials)
+        finally:
+            for task in dials:
+                task.cancel()
+        self._check_shapes()
+        if self._joining():
+            await self._join()
+        else:
+            await self._start()
+
+    async def _soon(self, peers: list[Peer], dials: list[asyncio.Task[Any]]) -> None:
+        """Until something has happened."""
+        change = self.engine._loop.create_future()
+        self._changed.add(change)
+        pending = [task for task in dials if not task.done()]
+        # A peer that has dialed this engine is only known by looking again.
+        pending += [self.spawn(asyncio.sleep(LOOK_AGAIN))] if pending else []
+        ends = [self.spawn(peer.closed()) for peer in peers]
+        try:
+            await asyncio.wait([change, *pending, *ends], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._changed.discard(change)
+            for task in (*ends, *pending[-1:]):
+                if task not in dials:
+                    task.cancel()
+
+    def _is_direct(self, peer: Peer) -> bool:
+        return peer.path.provider == "shm" if self._direct is None else self._direct
+
+    def _greet(self, rank: int, peer: Peer, *, ask: bool) -> None:
+        known = self.ranks[rank]
+        if known is None or known.peer is not peer:
+            direct = self._is_direct(peer) or not self.buffers.staged
+            known = self.ranks[rank] = Rank(peer, self.buffers.received.lease(peer), direct=direct)
+        hello = wire.Hello(
+            rank=self.rank, incarnation=self.engine.incarnation, shape=self.shape.agreed(),
+            region=known.lease.descriptor.encode(), direct=known.direct, running=self._running, ask=ask,
+            present=[(r, i) for r, i in self._incarnations().items() if r != rank],
+        )  # fmt: skip
+        self._send(rank, hello)
+
+    def _incarnations(self) -> dict[int, int]:
+        mine = {self.rank: self.engine.incarnation}
+        return mine | {r: known.hello.incarnation for r, known in enumerate(self.ranks) if known is not None and known.hello}
+
+    def _all_hello(self) -> bool:
+        needed = self._present() if self._joining() else set(self.others())
+        return all(self._hello_of(rank) is not None for rank in needed - {self.rank})
+
+    def _hello_of(self, rank: int) -> wire.Hello | None:
+        known = self.ranks[rank]
+        if known is not None and known.hello is None and rank in self._hellos:
+            peer, hello = self._hellos[rank]
+            if peer is known.peer:
+                known.hello, known.remote = hello, RemoteRegion.decode(hello.region)
+        return known.hello if known is not None else None
+
+    def _joining(self) -> bool:
+        return any(hello.running for _, hello in self._hellos.values())
+
+    def _present(self) -> set[int]:
+        """Whom those who run already know of."""
+        running = [hello for _, hello in self._hellos.values() if hello.running]
+        return {rank for hello in running for rank, _ in hello.present} | {hello.rank for hello in running}
+
+    def _check_shapes(self) -> None:
+        wrong = {
+            rank: text for rank, (_, hello) in sorted(self._hellos.items()) if (text := self.shape.difference(hello.shape))
+        }
+        if wrong:
+            raise ShapeMismatch(
+                f"the ranks of {self!r} do not agree: " + "; ".join(f"{self.who(r)} has {text}" for r, text in wrong.items()),
+                ranks=tuple(wrong), hint="make every AllToAll of a group with the same sizes",
+            )  # fmt: skip
+
+    async def _start(self) -> None:
+        incarnations = [self._incarnations().get(rank, 0) for rank in range(self.shape.ranks)]
+        self._know(Members(self.rank, incarnations, slots=self.shape.slots, align=self.shape.align))
+        for rank in self.others():
+            self._send(rank, wire.Ready(rank=self.rank, incarnation=self.engine.incarnation, incarnations=incarnations))
+        while not self._running:
+            if all(self._ready.get(rank) == incarnations for rank in self.others()):
+                break
+            for rank in self.others():
+                if (known := self.ranks[rank]) is not None and known.peer.state in ("lost", "closed"):
+                    raise PeerLostError(f"{self.who(rank)} was lost while the ranks met", peer=str(known.peer.address))
+            await self._soon([known.peer for known in self.ranks if known is not None], [])
+        self._running = True
+        self._open_counters(self.others())
+
+    async def _join(self) -> None:
+        incarnations = [self._incarnations().get(rank, 0) for rank in range(self.shape.ranks)]
+        self._open_counters(self.others())
+        self._running = True
+        members = Members(self.rank, incarnations, slots=self.shape.slots, start=None, align=self.shape.align)
+        self._know(members)
+        while members.start is None:
+            if members.evicted:
+                raise EvictedError(f"{self!r} could not join: the others lost this rank meanwhile")
+            await self.changed()
+        self.next_step = members.start
+
+    def _know(self, members: Members) -> None:
+        """From now on views count, also those that came already."""
+        self.members = members
+        early, self._early = self._early, []
+        for rank, told in early:
+            members.hear(rank, told.view)
+        self._follow()
+
+    async def _listen(self) -> None:
+        raise AssertionError("a party has its own")

@@ -1,0 +1,180 @@
+"""The ranks of an all-to-all as one of them sees them: what is counted of each, what is sent to each, and who is who."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from aiotransfer.control.ratelimit import RateLimit
+from aiotransfer.errors import BrokenError, ClosedError, TransferError, again
+from aiotransfer.model.descriptor import RemoteRegion
+from aiotransfer.moe import wire
+from aiotransfer.moe.buffers import Buffers
+from aiotransfer.moe.members import Members
+from aiotransfer.moe.shape import Shape, immediates
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.counter import Counter
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.group import PeerGroup
+    from aiotransfer.engine.lease import Lease
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.moe.handle import Handle
+    from aiotransfer.moe.step import Step
+
+FIRST, REST, RESULTS = range(3)  # what immediates tell of
+
+
+class Rank:
+    """Another rank, as it is now."""
+
+    __slots__ = ("direct", "hello", "lease", "lost", "peer", "remote")
+
+    def __init__(self, peer: Peer, lease: Lease, *, direct: bool) -> None:
+        self.peer = peer
+        self.lease = lease
+        self.direct = direct  # it writes to us row by row
+        self.hello: wire.Hello | None = None
+        self.remote: RemoteRegion | None = None
+        self.lost = False
+
+
+class Ranks:
+    """All ranks. `Party` is the whole of it."""
+
+    def __init__(self, engine: Engine, group: PeerGroup, shape: Shape, name: str, direct: bool | None, gpu: bool) -> None:
+        self.engine = engine
+        self.addresses = group.members
+        self.rank = group.rank
+        self.shape = shape
+        self.name = name
+        members = ",".join(str(address) for address in group.members)
+        self._key = wire.prefix(name, members)
+        self._base = immediates(name, members, shape)
+        self._direct = direct
+        self._gpu = gpu
+        self.ranks: list[Rank | None] = [None] * shape.ranks
+        self.members: Members | None = None
+        self.buffers: Buffers
+        self.steps: dict[int, Step] = {}  # in flight
+        self.handles: dict[int, Handle] = {}  # of those
+        self.next_step = 0  # whose header has not been sent
+        self.losses: dict[int, TransferError] = {}
+        self.over: TransferError | None = None
+        self._counters: dict[int, Counter] = {}
+        self._hellos: dict[int, tuple[Peer, wire.Hello]] = {}
+        self._ready: dict[int, list[int]] = {}
+        self._running = False
+        self._changed: set[asyncio.Future[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._posts: set[asyncio.Task[Any]] = set()  # of those: messages that wait for room
+        self._fences: dict[int, asyncio.Task[None]] = {}  # by rank, the last
+        self._held: dict[tuple[int, int], bytes] = {}  # headers of gone ranks, of steps that had not begun here
+        self._telling: asyncio.Task[None] | None = None
+        self._early: list[tuple[int, wire.Told]] = []  # views that came before this rank knew of whom
+        self._limit = RateLimit(most=1)
+
+    # ---- counting ----
+
+    def imm(self, kind: int, slot: int, source: int) -> int:
+        """The immediate of what `source` sends to anybody."""
+        return self._base + (kind * self.shape.slots + slot) * self.shape.ranks + source
+
+    def counter(self, kind: int, slot: int, source: int) -> Counter:
+        """Arrivals from `source`."""
+        imm = self.imm(kind, slot, source)
+        found = self._counters.get(imm)
+        if found is None:
+            found = self._counters[imm] = self.engine.counter(imm)
+        return found
+
+    def _open_counters(self, ranks: list[int]) -> None:
+        for source in ranks:
+            for kind in range(3):
+                for slot in range(self.shape.slots):
+                    self.counter(kind, slot, source)
+
+    # ---- sending ----
+
+    def spawn(self, work: Any) -> asyncio.Task[Any]:
+        """A task that ends with this all-to-all."""
+        task: asyncio.Task[Any] = self.engine._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waits for it is told; where nobody does, nobody has to be
+
+    def _send(self, rank: int, message: wire.Message) -> None:
+        known = self.ranks[rank]
+        if known is not None and known.peer.state in ("up", "busy"):
+            task = self.spawn(self._post(known.peer, wire.encode(self._key, message)))
+            self._posts.add(task)
+            task.add_done_callback(self._posts.discard)
+
+    async def _post(self, peer: Peer, data: bytes) -> None:
+        try:
+            await peer.send(data)
+        except (BrokenError, ClosedError):
+            pass  # whoever waits for it will miss it
+
+    def _leave(self, who: int, reason: str) -> wire.Leave:
+        upto = min(self.steps, default=self.next_step)
+        text = reason[: wire.MOST_TEXT]
+        return wire.Leave(rank=self.rank, incarnation=self.engine.incarnation, who=who, upto=upto, reason=text)
+
+    # ---- what happens ----
+
+    def end(self, error: TransferError) -> None:
+        """This rank takes no part any more."""
+        if self.over is None:
+            self.over = again(error)
+            for rank in self.members.audience if self.members is not None else ():
+                self._send(rank, self._leave(self.rank, error.message))
+            for counter in self._counters.values():
+                counter.close()
+            self._counters.clear()
+            self._wake()
+
+    def check(self) -> None:
+        """Raises what ended it, if anything has."""
+        if self.over is not None:
+            raise again(self.over)
+
+    async def changed(self) -> None:
+        """Returns when something has happened to the ranks. Raises what ended this one."""
+        self.check()
+        change: asyncio.Future[None] = self.engine._loop.create_future()
+        self._changed.add(change)
+        try:
+            await change
+        finally:
+            self._changed.discard(change)
+        self.check()
+
+    def _wake(self) -> None:
+        for change in self._changed:
+            if not change.done():
+                change.set_result(None)
+
+    def _follow(self) -> None:
+        """Draw the consequences of what became known about who is there."""
+        raise AssertionError("a party has its own")
+
+    # ---- the rest ----
+
+    def others(self) -> list[int]:
+        """All ranks but this one."""
+        return [rank for rank in range(self.shape.ranks) if rank != self.rank]
+
+    def who(self, rank: int) -> str:
+        """A rank by name."""
+        known = self.ranks[rank]
+        name = (known.peer.name if known is not None else "") or str(self.addresses[rank])
+        return f"rank {rank} ({name})"
+
+    def __repr__(self) -> str:
+        return f"<AllToAll {self.name!r} rank {self.rank} of {self.shape.ranks}>"

@@ -1,0 +1,196 @@
+"""What a step sends, waits for and moves, whatever it is for; and what becomes of it when a rank is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING, Any
+
+from aiotransfer.engine.scatter import ScatterTarget
+from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, StaleRegionError, TransferError
+from aiotransfer.moe.errors import StepRefused
+from aiotransfer.moe.members import Members
+from aiotransfer.moe.party import Party
+from aiotransfer.moe.plan import Arrivals, Ranges, Route
+from aiotransfer.moe.ranks import FIRST, REST, RESULTS
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import RegionView
+    from aiotransfer.engine.transfer import Transfer
+
+MOVED_AT_ONCE = 4 << 20  # bytes between two turns of the event loop
+
+
+class Traffic:
+    """A step in flight; `Step` is the whole of it."""
+
+    def __init__(self, party: Party, kernels: Any, number: int, route: Route, scales: int, refusal: str) -> None:
+        shape = party.shape
+        self.party = party
+        self.kernels = kernels
+        self.number = number
+        self.slot = number % shape.slots
+        self.route = route
+        self.scales = scales
+        self.refusal = refusal
+        self.ranges: Ranges
+        self.arrivals: Arrivals
+        self.error: StepRefused | None = None  # it does not take place
+        self.over = False
+        self.lost: set[int] = set()  # while it was under way: part of it is missing
+        self.joined: set[int] = set()  # other ranks that were there when it began
+        self._directly: set[int] = set()  # those of them that write row by row
+        self.spoiled: set[int] = set()  # lost ranks whose rows are not to be read any more
+        self._data: dict[int, bytes] = {}  # headers, by source
+        self._heard: dict[int, set[int]] = {kind: set() for kind in (FIRST, REST, RESULTS)}
+        self._waits: dict[int, dict[int, int]] = {}  # by kind: how many arrivals of each rank
+        self._stages: set[str] = set()
+        self._transfers: list[Transfer] = []
+
+    # ---- ranks that are lost ----
+
+    def gone(self, rank: int) -> None:
+        """`rank` takes no part any more. Its counters are still open: what had come by now counts."""
+        if rank not in self.joined or rank in self.lost:
+            return
+        self.lost.add(rank)
+        if "placed" not in self._stages:
+            self.spoiled.add(rank)  # when it comes back, its next first message may overwrite this one
+        for kind, expected in self._waits.items():
+            waited = rank in expected and rank not in self._heard[kind]
+            if waited and self.party.counter(kind, self.slot, rank).value >= expected[rank]:
+                self._took(kind, rank)
+        if rank not in self._data and self.party.counter(FIRST, self.slot, rank).value:
+            self._data[rank] = self.party.buffers.header(self.slot, rank)
+
+    def headers(self) -> dict[tuple[int, int], bytes]:
+        """What this step knows of all ranks."""
+        return {(self.number, rank): data for rank, data in self._data.items()}
+
+    def _failed(self, error: TransferError) -> None:
+        """A write of ours failed, so whoever it was for has to be missed."""
+        for rank in self.joined:
+            known = self.party.ranks[rank]
+            if known is not None and error.peer in (str(known.peer.address), known.peer.name):
+                self.party.missed(rank, error)
+                return
+
+    # ---- common ----
+
+    @property
+    def _members(self) -> Members:
+        members = self.party.members
+        assert members is not None, "steps begin when all have met"
+        return members
+
+    def _alive(self) -> list[int]:
+        return [rank for rank in sorted(self.joined) if rank not in self.lost]
+
+    def _once(self, stage: str) -> bool:
+        """Whether this has not been done yet; from now on it has."""
+        if stage in self._stages:
+            return False
+        self._stages.add(stage)
+        return True
+
+    def _remote(self, rank: int) -> Any:
+        known = self.party.ranks[rank]
+        assert known is not None
+        return known.remote
+
+    def _reaches_directly(self, rank: int) -> bool:
+        known = self.party.ranks[rank]
+        return known is not None and known.hello is not None and known.hello.direct
+
+    def _comes_directly(self, rank: int) -> bool:
+        return rank in self._directly
+
+    def _post(self, rank: int, write: Any) -> None:
+        try:
+            self._transfers.append(write())
+        except (BrokenError, StaleRegionError) as error:
+            self.party.missed(rank, error)
+
+    def _signal(self, rank: int) -> None:
+        known = self.party.ranks[rank]
+        assert known is not None
+        imm = self.party.imm(RESULTS, self.slot, self.party.rank)
+        self._post(rank, lambda: self.party.engine.signal(known.peer, imm, timeout=math.inf))
+
+    def _scatter(self, source: RegionView, ranks: list[int], offsets: Any, sizes: Any, there: Any, kind: int) -> None:
+        """One write to each of `ranks`; those that are found lost are left out."""
+        party = self.party
+        imm = party.imm(kind, self.slot, party.rank)
+        while ranks:
+            keep = [i for i, rank in enumerate(ranks) if rank not in self.lost]
+            ranks, offsets, sizes, there = [ranks[i] for i in keep], offsets[keep], sizes[keep], there[keep]
+            if not ranks:
+                return
+            remotes = tuple(self._remote(rank) for rank in ranks)
+            try:
+                self._transfers.append(
+                    party.engine.scatter(source, ScatterTarget(offsets, sizes, remotes, there), imm=imm, timeout=math.inf)
+                )
+                return
+            except (BrokenError, StaleRegionError) as error:
+                self._failed(error)
+                if not any(rank in self.lost for rank in ranks):
+                    raise
+
+    async def _move(self, to: Any, to_rows: Any, source: Any, source_rows: Any, n: int) -> None:
+        """Rows inside this process, with turns for the event loop in between."""
+        most = max(1, MOVED_AT_ONCE // max(1, to.nbytes))
+        if n <= most:
+            self.kernels.move(to, to_rows, source, source_rows, n)
+            return
+        for begin in range(0, n, most):
+            k = min(most, n - begin)
+            part = slice(begin, begin + k)
+            self.kernels.move(
+                to if to_rows is not None else to._replace(offset=to.offset + begin * to.stride),
+                to_rows[part] if to_rows is not None else None,
+                source if source_rows is not None else source._replace(offset=source.offset + begin * source.stride),
+                source_rows[part] if source_rows is not None else None, k,
+            )  # fmt: skip
+            await asyncio.sleep(0)
+
+    def missing(self) -> list[int]:
+        """Whom this step waits for."""
+        for kind, expected in self._waits.items():
+            found = [r for r in expected if r not in self._heard[kind] and r not in self.lost]
+            if found:
+                return found
+        return []
+
+    def _took(self, kind: int, rank: int) -> None:
+        self._heard[kind].add(rank)
+        if kind == FIRST:
+            self._data[rank] = self.party.buffers.header(self.slot, rank)
+
+    async def _wait(self, kind: int, expected: dict[int, int]) -> None:
+        """Take what `expected` says from each rank that is not lost."""
+        party, heard = self.party, self._heard[kind]
+        self._waits[kind] = expected
+        peers = self._peers(kind)
+        for rank, n in expected.items():
+            while rank not in heard and rank not in self.lost:
+                try:
+                    await party.counter(kind, self.slot, rank).wait(n, peers=peers)
+                    self._took(kind, rank)
+                except PeerLostError as error:
+                    for r in expected:
+                        known = party.ranks[r]
+                        if known is not None and known.peer.state in ("lost", "closed"):
+                            party.missed(r, error)
+                    peers = self._peers(kind)
+                except ClosedError:
+                    party.check()
+                    if rank not in self.lost:
+                        raise
+        party.check()
+
+    def _peers(self, kind: int) -> list[Peer]:
+        """Whose loss ends a wait."""
+        waited = [self.party.ranks[r] for r in self._waits[kind] if r not in self._heard[kind] and r not in self.lost]
+        return [known.peer for known in waited if known is not None]

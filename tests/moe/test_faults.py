@@ -1,0 +1,216 @@
+"""Ranks that die, hang, leave and come back: named everywhere, left out by all alike, and taken in again at one step."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+import aiotransfer as at
+from aiotransfer import moe
+from tests.moe.world import EXPERTS, Batch, World, batch, combined, compute, step, world
+
+MESSY = {"delay": (1e-6, 1e-3), "split": 0.3}
+RANKS = 4
+LOCAL = EXPERTS // RANKS
+
+
+def data(step_number: int, rank: int) -> Batch:
+    return batch(np.random.default_rng(1000 * step_number + rank), 4)
+
+
+def check(b: Batch, out: Any, dropped: Any, lost: tuple[int, ...]) -> None:
+    """The sum of what was not dropped is exact, and only choices of lost ranks were dropped."""
+    assert np.array_equal(out, combined(b, dropped))
+    for t, k in np.argwhere(dropped):
+        assert b.idx[t, k] // LOCAL in lost
+
+
+async def run_steps(a2a: moe.AllToAll, first: int, last: int, reports: dict[Any, Any], pause: float = 0.0) -> None:
+    """Steps first to last - 1, each checked; what was lost is reported."""
+    for number in range(first, last):
+        await asyncio.sleep(pause)
+        b = data(number, a2a.rank)
+        d = await a2a.dispatch(*b)
+        assert d.handle.step == number
+        out = await a2a.combine(compute(d, a2a.rank), d.handle)
+        check(b, out, d.handle.dropped, d.handle.lost)
+        reports[a2a.rank, number] = d.handle.lost
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("when", [x * 2e-4 for x in range(12)])
+def test_a_killed_rank_is_left_out_by_all_and_named(when: float, direct: bool) -> None:
+    reports: dict[Any, Any] = {}
+
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+        tasks = [asyncio.create_task(run_steps(w.a2a[r], 0, 12, reports)) for r in range(RANKS)]
+        await asyncio.sleep(0.005 + when)
+        w.net.kill(w.engines[2])
+        tasks[2].cancel()
+        await asyncio.gather(*(tasks[r] for r in (0, 1, 3)))
+        for r in (0, 1, 3):
+            assert w.a2a[r].mask == (True, True, False, True)
+            assert isinstance(w.a2a[r].lost[2], at.PeerLostError)
+            assert "rank 2 (r2)" in str(w.a2a[r].lost[2])
+            assert reports[r, 11] == (2,)
+            await w.a2a[r].aclose()
+
+    world(RANKS, script, net=MESSY, direct=direct)
+
+
+def test_a_choice_of_a_lost_rank_is_dropped_and_reported() -> None:
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+        w.net.kill(w.engines[3])
+
+        async def rank(a2a: moe.AllToAll) -> None:
+            b = Batch(np.ones((2, 16), np.float32), np.array([[0, 6, 7], [1, 2, -1]]), np.ones((2, 3), np.float32))
+            began = asyncio.get_running_loop().time()
+            d, out = await step(a2a, b)
+            assert asyncio.get_running_loop().time() - began < 3 * w.config.peer_timeout
+            assert d.handle.lost == (3,)
+            assert d.handle.dropped.tolist() == [[False, True, True], [False, False, False]]
+            assert out[:, 0].tolist() == [1, 2 + 3]
+
+        await w.every(rank, ranks=range(3))
+        for a2a in w.a2a[:3]:
+            await a2a.aclose()
+
+    world(RANKS, script)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_two_ranks_may_die_and_one_may_be_left(seed: int) -> None:
+    reports: dict[Any, Any] = {}
+
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+        tasks = [asyncio.create_task(run_steps(w.a2a[r], 0, 30, reports)) for r in range(RANKS)]
+        for dead in (1, 3, 0):
+            await asyncio.sleep(0.004 + 0.0007 * seed)
+            w.net.kill(w.engines[dead])
+            tasks[dead].cancel()
+        await tasks[2]
+        assert reports[2, 29] == (0, 1, 3)
+        await w.a2a[2].aclose()
+
+    world(RANKS, script, net=MESSY, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_rank_comes_back_at_one_step_for_all(seed: int) -> None:
+    reports: dict[Any, Any] = {}
+    last = 60
+
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+        tasks = [asyncio.create_task(run_steps(w.a2a[r], 0, last, reports, pause=0.05)) for r in range(RANKS)]
+        await asyncio.sleep(0.2 + 0.01 * seed)
+        w.net.kill(w.engines[2])
+        tasks[2].cancel()
+        await asyncio.sleep(0.001 * seed)
+        again = await w.again(2)
+        await again.ready()
+        first = again.next_step
+        assert first % 4 == 0
+        tasks[2] = asyncio.create_task(run_steps(again, first, last, reports, pause=0.05))
+        await asyncio.gather(*tasks)
+        for r in (0, 1, 3):
+            assert {n for n in range(last) if reports[r, n]} == set(range(min(n for n in range(last) if reports[r, n]), first))
+            assert w.a2a[r].mask == (True,) * RANKS
+        for a2a in w.a2a:
+            await a2a.aclose()
+
+    world(RANKS, script, net=MESSY, seed=seed, align=4)
+
+
+def test_a_rank_that_hangs_can_be_given_up_and_is_told() -> None:
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+
+        async def rank(a2a: moe.AllToAll) -> None:
+            b = data(0, a2a.rank)
+            if a2a.rank == 3:
+                await asyncio.sleep(0.5)
+                with pytest.raises(moe.EvictedError, match=r"rank \d \(r\d\) gave this rank up|have lost this one"):
+                    await step(a2a, b)
+                return
+            half = await a2a.dispatch_send(*b)
+            with pytest.raises(at.TransferTimeout, match="rank 3"):
+                await half.receive(timeout=0.2)
+            if a2a.rank == 1:
+                a2a.evict(3, "too slow")
+            d = await half.receive(timeout=1)
+            check(b, await a2a.combine(compute(d, a2a.rank), d.handle), d.handle.dropped, (3,))
+            assert "too slow" in str(a2a.lost[3]) or "another rank" in str(a2a.lost[3])
+
+        await w.every(rank)
+        for a2a in w.a2a:
+            await a2a.aclose()
+
+    world(RANKS, script)
+
+
+def test_a_rank_that_leaves_after_its_last_step_spoils_nothing() -> None:
+    async def script(w: World) -> None:
+        async def rank(a2a: moe.AllToAll) -> None:
+            async with a2a:
+                for number in range(3):
+                    b = data(number, a2a.rank)
+                    d, out = await step(a2a, b)
+                    assert np.array_equal(out, combined(b))
+                    assert d.handle.lost == ()
+
+        await w.every(rank)
+
+    for seed in range(5):
+        world(RANKS, script, net=MESSY, seed=seed)
+
+
+@pytest.mark.parametrize("dp", [2])
+@pytest.mark.parametrize("seed", range(6))
+def test_in_a_dp_group_what_a_lost_member_sent_is_dropped_on_the_others(dp: int, seed: int) -> None:
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+
+        async def rank(a2a: moe.AllToAll) -> None:
+            for number in range(12):
+                b = data(number, a2a.rank // dp)
+                d = await a2a.dispatch(*b)
+                out = await a2a.combine(compute(d, a2a.rank), d.handle)
+                assert np.array_equal(out, combined(b, d.handle.dropped))
+
+        tasks = [asyncio.create_task(rank(a2a)) for a2a in w.a2a]
+        await asyncio.sleep(0.004 + 0.0005 * seed)
+        w.net.kill(w.engines[1])
+        tasks[1].cancel()
+        await asyncio.gather(*(tasks[r] for r in (0, 2, 3)))
+        for r in (0, 2, 3):
+            await w.a2a[r].aclose()
+
+    world(RANKS, script, net=MESSY, seed=seed, dp_size=dp)
+
+
+def test_a_rank_that_dies_while_they_meet_is_named() -> None:
+    async def script(w: World) -> None:
+        async def rank(a2a: moe.AllToAll) -> None:
+            with pytest.raises((at.PeerLostError, at.TransferTimeout), match=r"rank 3"):
+                await a2a.ready(timeout=3)
+            await a2a.aclose()
+
+        waiting = [asyncio.create_task(rank(w.a2a[r])) for r in range(3)]
+        joining = asyncio.create_task(w.a2a[3].ready())
+        await asyncio.sleep(0.0005)
+        w.net.kill(w.engines[3])
+        joining.cancel()
+        with contextlib.suppress(asyncio.CancelledError, at.TransferError):
+            await joining
+        await w.a2a[3].aclose()
+        await asyncio.gather(*waiting)
+
+    world(RANKS, script)
