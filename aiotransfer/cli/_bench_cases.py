@@ -19,6 +19,7 @@ import numpy as np
 import aiotransfer as at
 from aiotransfer.cli._bench_death import death_rows
 from aiotransfer.cli._bench_foreign import foreign_rows
+from aiotransfer.cli._bench_moe import moe_rows
 from aiotransfer.cli._bench_rows import PAGES, PASSES, REGION, SIZES, SPAN, TABLE, Row, size_name
 from aiotransfer.engine.region import RegionView
 from aiotransfer.providers.limits import Limits
@@ -39,6 +40,7 @@ class Bench:
     limits: Limits
     rounds: int
     wake: tuple[int, int]  # eventfds to and from the target
+    loop: str = "auto"
 
     async def ask(self, text: str) -> str:
         """One command to the target and its answer."""
@@ -203,6 +205,11 @@ class Bench:
         async for row in death_rows(self.engine, self.peer.path.provider):
             yield row
 
+    async def moe(self) -> AsyncIterator[Row]:
+        """Dispatch and combine among several processes."""
+        async for row in moe_rows(self.rounds, self.peer.path.provider, self.loop):
+            yield row
+
     async def scale(self) -> AsyncIterator[Row]:
         """One prepared 4-KiB write with many regions and many peers; the limit is the same write with few, taken before."""
         count = 20_000
@@ -333,7 +340,7 @@ class Bench:
 
 
 CASES = ("write", "pages", "foreign", "rate", "scatter", "wakeup", "blocked", "idle", "scale", "startup")
-MORE = ("crowd", "death")  # part of another, or on its own when asked for
+MORE = ("crowd", "death", "moe")  # part of another, or on its own when asked for
 
 
 def usage_since(before: resource.struct_rusage) -> tuple[float, float]:

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds per row (at least 5)")
     parser.add_argument("--target", help=argparse.SUPPRESS)
     parser.add_argument("--wake", help=argparse.SUPPRESS)
+    parser.add_argument("--moe-rank", help=argparse.SUPPRESS)
 
 
 def _runner(loop: str) -> tuple[str, Any]:
@@ -56,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"unknown cases: {unknown}" if unknown else "at least 5 rounds, please", file=sys.stderr)
         return 2
     name, runner = _runner(args.loop)
+    if args.moe_rank:
+        from aiotransfer.cli._bench_moe_rank import serve
+
+        runner(serve(args.moe_rank))
+        return 0
     if args.target:
         first, second = (int(x) for x in args.wake.split(","))
         runner(cases.serve(args.target, args.memory, args.provider, (first, second)))
@@ -83,7 +89,7 @@ async def _measure(args: argparse.Namespace, wanted: list[str]) -> list[dict[str
             source = engine.allocate(REGION)
             source.numpy()[:] = 1
             remote = await peer.lookup("target")
-            bench = cases.Bench(engine, peer, remote, source, Limits(REGION), args.rounds, wake)
+            bench = cases.Bench(engine, peer, remote, source, Limits(REGION), args.rounds, wake, args.loop)
             await engine.write(source, remote)  # touch everything once
             for case in wanted:
                 async for row in getattr(bench, case)():

@@ -128,6 +128,8 @@ class Connections:
             await engine._paths.set_up(peer, require)
             peer._post(frames.Up())
             self.came_up(peer, inbound=False)
+            if peer._error is not None:  # it gave way to their dial while its path came up
+                raise peer._error
         except BaseException as error:  # also cancellation: half a peer is taken apart
             other = self.peers.get(link.incarnation)
             if other is not None and other is not peer and not isinstance(error, asyncio.CancelledError):
