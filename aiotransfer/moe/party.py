@@ -169,7 +169,7 @@ class Party(Meeting):
     async def fenced(self, rank: int) -> None:
         """Returns when nothing of a rank that was lost can land any more."""
         if (task := self._fences.get(rank)) is not None:
-            await asyncio.shield(task)
+            await asyncio.wait([task])
         self.check()
 
     def evict(self, rank: int, reason: str) -> None:
