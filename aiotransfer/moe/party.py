@@ -41,6 +41,8 @@ class Party(Meeting):
 
     async def _listen(self) -> None:
         async for message in self.engine.messages(self._key):
+            if self.over is not None:
+                continue
             try:
                 self._heard(message, wire.decode(self._key, message.data))
             except DescriptorError as error:
@@ -123,7 +125,7 @@ class Party(Meeting):
     def lose(self, rank: int, error: TransferError) -> None:
         """It takes no part any more. Twice is silent."""
         members = self.members
-        if members is None or not members.lose(rank):
+        if members is None or self.over is not None or not members.lose(rank):
             return
         self._forget(rank, error)
         self._follow()
