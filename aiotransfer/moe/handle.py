@@ -139,7 +139,7 @@ class DispatchHalf(_Half):
     async def _receive(self) -> None:
         step = self._handle._step
         if step.ahead is not None:  # at work since the other half; what cancels us does not cancel it
-            await asyncio.shield(step.ahead)
+            await asyncio.wait([step.ahead])
         await step.receive()
 
 

@@ -177,6 +177,7 @@ class Traffic:
         peers = self._peers(kind)
         for rank, n in expected.items():
             while rank not in heard and rank not in self.lost:
+                party.check()  # whose counters are closed: it would open new ones
                 try:
                     await party.counter(kind, self.slot, rank).wait(n, peers=peers)
                     self._took(kind, rank)
