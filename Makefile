@@ -11,7 +11,7 @@ MINUTES ?= 20
 RUNS ?= 50000
 CYCLES ?= 10000
 
-.PHONY: help setup hello demo test test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
+.PHONY: help setup hello demo demo-moe test test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
 	bench-kv bench-kv-stream bench-moe-kernels bench-moe-host bench-scale docs test-rails test-chaos test-chaos-kv test-guest \
 	test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
 
@@ -52,6 +52,10 @@ hello: setup
 
 demo: $(STAMPS)/demo
 	@$(PY) -m aiotransfer demo $(ARGS)
+
+# Qwen3-MoE with random weights, its experts on four ranks; ARGS="--mode blocks" or --kill=2 for more.
+demo-moe: $(STAMPS)/demo
+	@$(PY) examples/moe_expert_parallel.py $(ARGS)
 
 test: $(STAMPS)/test
 	$(PY) -m pytest $(ARGS)
