@@ -197,8 +197,9 @@ class AllToAll:
             with contextlib.suppress(StepRefused):  # it is over everywhere
                 await DispatchHalf(handle, timeout).receive()
             raise refusal
-        task = party.spawn(step.exchange()) if ahead else None
-        return DispatchHalf(handle, timeout, task)
+        if ahead:
+            step.ahead = party.spawn(step.exchange())
+        return DispatchHalf(handle, timeout)
 
     async def _may_send(self, number: int) -> None:
         """A rank that comes back is waited for before the step with which it may begin; whoever takes part must be known here."""

@@ -1,8 +1,8 @@
 """The memory of one rank: what the others write into, and what it sends from. Offsets are those of `Shape`.
 
     received   one region, under a lease of its own for each other rank
-    sent       per slot: a first message for each rank, the tokens as rows, and (where somebody is reached by a network) packed
-    rows
+    sent       per slot: a first message for each rank, and the tokens as rows
+    packing    per slot, where somebody is reached by a network: packed rows and packed results
 """
 
 from __future__ import annotations
@@ -65,11 +65,19 @@ class Buffers:
         self.received, self.here, self._here = _allocate(engine, shape.nbytes(staged=staged), gpu)
         self._first = shape.ranks * shape.first_bytes
         self._tokens = shape.max_tokens * shape.row_bytes
-        packed = shape.max_tokens * shape.topk * shape.row_bytes if staged else 0
-        self._results = self._first + self._tokens + packed  # apart: rows may still be on their way when results are packed
-        results = shape.recv_rows * shape.result_bytes if staged or gpu else 0
-        self._slot = -(-(self._results + results) // 4096) * 4096
+        self._slot = -(-(self._first + self._tokens) // 4096) * 4096
         self.sent, self.out, self._out = _allocate(engine, shape.slots * self._slot, gpu)
+        self._engine = engine
+        self._results = shape.max_tokens * shape.topk * shape.row_bytes  # apart: rows may be on their way when results are packed
+        self.packing: Region | None = None
+        if gpu:
+            self.pack()
+
+    def pack(self) -> None:
+        """Somebody takes rows in one piece: have room to pack them, and results."""
+        if self.packing is None:
+            self._pack = -(-(self._results + self.shape.recv_rows * self.shape.result_bytes) // 4096) * 4096
+            self.packing, _, self._packed = _allocate(self._engine, self.shape.slots * self._pack, self.gpu)
 
     # ---- what is sent ----
 
@@ -89,11 +97,11 @@ class Buffers:
 
     def packed(self, slot: int) -> Rows:
         """Tokens in the order in which they are sent over a network."""
-        return Rows(self._out, slot * self._slot + self._first + self._tokens, self.shape.row_bytes, self.shape.row_bytes)
+        return Rows(self._packed, slot * self._pack, self.shape.row_bytes, self.shape.row_bytes)
 
     def packed_results(self, slot: int) -> Rows:
         """Results in the order in which they are sent over a network."""
-        return Rows(self._out, slot * self._slot + self._results, self.shape.result_bytes, self.shape.result_bytes)
+        return Rows(self._packed, slot * self._pack + self._results, self.shape.result_bytes, self.shape.result_bytes)
 
     def first_view(self, slot: int) -> RegionView:
         """The source of first writes."""
@@ -102,11 +110,13 @@ class Buffers:
 
     def packed_view(self, slot: int) -> RegionView:
         """The source of packed tokens."""
-        return self.sent[slot * self._slot + self._first + self._tokens : slot * self._slot + self._results]
+        assert self.packing is not None
+        return self.packing[slot * self._pack : slot * self._pack + self._results]
 
     def packed_results_view(self, slot: int) -> RegionView:
         """The source of packed results."""
-        return self.sent[slot * self._slot + self._results : (slot + 1) * self._slot]
+        assert self.packing is not None
+        return self.packing[slot * self._pack + self._results : (slot + 1) * self._pack]
 
     # ---- what is received ----
 
@@ -136,7 +146,9 @@ class Buffers:
         begin = self.shape.rows(slot)
         return self.here[begin : begin + self.shape.recv_rows * self.shape.row_bytes]
 
-    def close(self) -> None:
-        """Give the memory back as soon as nobody uses it."""
-        self.received.close()
+    async def aclose(self, timeout: float) -> None:
+        """Take back every right to write here, and give the memory back. Raises `QuarantineError`, see `Region.aclose`."""
         self.sent.close()
+        if self.packing is not None:
+            self.packing.close()
+        await self.received.aclose(timeout)

@@ -47,6 +47,12 @@ class Handle:
         step, ranks = self._step, self._a2a.group_size
         return tuple(r for r in range(ranks) if r in step.lost or (r not in step.joined and r != step.party.rank))
 
+    def forget(self) -> None:
+        """The memory of the results is the caller's alone again."""
+        if self._region is not None:
+            self._region.close()
+            self._region = None
+
     def __repr__(self) -> str:
         return f"<Handle step {self.step}, {self._state}>"
 
@@ -75,12 +81,11 @@ class Dispatched:
 class _Half:
     """What was sent and is to be received."""
 
-    __slots__ = ("_handle", "_task", "_timeout")
+    __slots__ = ("_handle", "_timeout")
 
-    def __init__(self, handle: Handle, timeout: float | None, task: asyncio.Task[None] | None = None) -> None:
+    def __init__(self, handle: Handle, timeout: float | None) -> None:
         self._handle = handle
         self._timeout = timeout
-        self._task = task
 
     @property
     def handle(self) -> Handle:
@@ -133,9 +138,10 @@ class DispatchHalf(_Half):
         return Dispatched(x, scales, kind.of_ints(counts), kind.of_ints(offsets), handle)
 
     async def _receive(self) -> None:
-        if self._task is not None:  # it has been at work since the other half; what cancels us does not cancel it
-            await asyncio.shield(self._task)
-        await self._handle._step.receive()
+        step = self._handle._step
+        if step.ahead is not None:  # at work since the other half; what cancels us does not cancel it
+            await asyncio.shield(step.ahead)
+        await step.receive()
 
 
 class CombineHalf(_Half):
@@ -168,9 +174,7 @@ class CombineHalf(_Half):
         await self._weigh(out, places)
         await step.kernels.settle()
         await step.finish()
-        if handle._region is not None:
-            handle._region.close()
-            handle._region = None
+        handle.forget()
         handle.dropped = handle._kind.of_ints(missing)
         return out
 

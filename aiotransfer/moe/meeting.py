@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
 
 DIALS_AT_ONCE = 32
-DIAL_AFTER, LOOK_AGAIN = 1.0, 0.02  # seconds
+DIAL_AFTER, LOOK_AGAIN = 0.3, 0.02  # seconds
 
 
 class Meeting(Ranks):
@@ -118,14 +118,14 @@ class Meeting(Ranks):
             direct = self._is_direct(peer) or not self.buffers.staged
             known = self.ranks[rank] = Rank(peer, self.buffers.received.lease(peer), direct=direct)
         hello = wire.Hello(
-            rank=self.rank, incarnation=self.engine.incarnation, shape=self.shape.agreed(),
+            rank=self.rank, incarnation=self.incarnation, shape=self.shape.agreed(),
             region=known.lease.descriptor.encode(), direct=known.direct, running=self._running, ask=ask,
             present=[(r, i) for r, i in self._incarnations().items() if r != rank],
         )  # fmt: skip
         self._send(rank, hello)
 
     def _incarnations(self) -> dict[int, int]:
-        mine = {self.rank: self.engine.incarnation}
+        mine = {self.rank: self.incarnation}
         return mine | {r: known.hello.incarnation for r, known in enumerate(self.ranks) if known is not None and known.hello}
 
     def _all_hello(self) -> bool:
@@ -138,6 +138,8 @@ class Meeting(Ranks):
             peer, hello = self._hellos[rank]
             if peer is known.peer:
                 known.hello, known.remote = hello, RemoteRegion.decode(hello.region)
+                if not hello.direct:
+                    self.buffers.pack()
         return known.hello if known is not None else None
 
     def _joining(self) -> bool:
@@ -162,7 +164,7 @@ class Meeting(Ranks):
         incarnations = [self._incarnations().get(rank, 0) for rank in range(self.shape.ranks)]
         self._know(Members(self.rank, incarnations, slots=self.shape.slots, align=self.shape.align))
         for rank in self.others():
-            self._send(rank, wire.Ready(rank=self.rank, incarnation=self.engine.incarnation, incarnations=incarnations))
+            self._send(rank, wire.Ready(rank=self.rank, incarnation=self.incarnation, incarnations=incarnations))
         while not self._running:
             if all(self._ready.get(rank) == incarnations for rank in self.others()):
                 break
@@ -174,6 +176,8 @@ class Meeting(Ranks):
         self._open_counters(self.others())
 
     async def _join(self) -> None:
+        for rank in self._hellos:
+            self._hello_of(rank)
         incarnations = [self._incarnations().get(rank, 0) for rank in range(self.shape.ranks)]
         self._open_counters(self.others())
         self._running = True
@@ -191,7 +195,12 @@ class Meeting(Ranks):
         early, self._early = self._early, []
         for rank, told in early:
             members.hear(rank, told.view)
+        for rank, (peer, hello) in list(self._hellos.items()) if self._running else ():
+            self._hello(rank, peer, hello)  # whoever came in between
         self._follow()
+
+    def _hello(self, rank: int, peer: Peer, hello: wire.Hello) -> None:
+        raise AssertionError("a party has its own")
 
     async def _listen(self) -> None:
         raise AssertionError("a party has its own")

@@ -171,7 +171,8 @@ class Members:
 
     def tell(self, next_step: int, headers: Mapping[tuple[int, int], bytes]) -> View:
         """The view for `audience`. `next_step`: the first whose header this rank has not begun to send (any, while it has no
-        start); `headers`: by step and rank, of all steps that are not over; only those of gone ranks matter.
+        start); `headers`: by step and rank, of all steps that are not over, none that came when its rank was gone; only those of
+        gone ranks matter.
         """
         if not self._owes:
             raise RuntimeError("a view is told once for each change")

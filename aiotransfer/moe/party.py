@@ -7,6 +7,7 @@ closed, its lease is revoked, and views are exchanged. `changed()` wakes whoever
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -54,8 +55,8 @@ class Party(Meeting):
 
     def _heard(self, message: Message, content: wire.Message) -> None:
         rank = content.rank
-        if not 0 <= rank < self.shape.ranks or rank == self.rank or content.incarnation != message.peer.incarnation:
-            raise DescriptorError(f"rank {rank} of incarnation {content.incarnation:#x} it is not")
+        if not 0 <= rank < self.shape.ranks or message.peer.address != self.addresses[rank]:
+            raise DescriptorError(f"it is not rank {rank}")
         if isinstance(content, wire.Hello):
             self._hello(rank, message.peer, content)
         elif isinstance(content, wire.Ready):
@@ -63,7 +64,7 @@ class Party(Meeting):
         elif isinstance(content, wire.Told):
             self._told(rank, content)
         elif isinstance(content, wire.Leave):
-            self._left(rank, message, content)
+            self._left(rank, content)
 
     def _hello(self, rank: int, peer: Peer, hello: wire.Hello) -> None:
         self._hellos[rank] = (peer, hello)
@@ -72,7 +73,7 @@ class Party(Meeting):
                 self._greet(rank, peer, ask=False)
             return
         known = self.ranks[rank]
-        if known is not None and known.peer is peer:
+        if known is not None and known.incarnation == hello.incarnation:
             return  # said twice
         if self.shape.difference(hello.shape):
             self._greet(rank, peer, ask=False)  # it will see that they differ
@@ -81,6 +82,7 @@ class Party(Meeting):
             return
         if known is not None:
             self._forget(rank, PeerLostError(f"{self.who(rank)} has started anew", peer=str(peer.address)))
+            self.ranks[rank] = None
         self._greet(rank, peer, ask=False)
         self._hello_of(rank)
         self.losses.pop(rank, None)
@@ -95,13 +97,13 @@ class Party(Meeting):
         self.members.hear(rank, told.view)
         self._follow()
 
-    def _left(self, rank: int, message: Message, leave: wire.Leave) -> None:
+    def _left(self, rank: int, leave: wire.Leave) -> None:
         if self.members is None or rank in self.members.gone:
             return
-        if leave.who == self.rank:
+        if leave.who == self.rank and leave.of == self.incarnation:
             who, where = self.who(rank), str(self.addresses[rank])
             self.end(EvictedError(f"{who} gave this rank up: {leave.reason}", peer=where, ranks=(rank,)))
-        elif leave.who == rank and message.peer is getattr(self.ranks[rank], "peer", None):
+        elif leave.who == rank and leave.of == self.members.incarnation(rank):
             self.spawn(self._part(rank, leave))
 
     async def _part(self, rank: int, leave: wire.Leave) -> None:
@@ -189,9 +191,8 @@ class Party(Meeting):
             return
         for rank in self.others():
             known = self.ranks[rank]
-            if (known is None and rank in members.gone and rank not in self.losses) or (
-                known is not None and not known.lost and members.incarnation(rank) != known.peer.incarnation
-            ):
+            never = known is None and rank in members.gone and rank not in self.losses
+            if never or (known is not None and not known.lost and known.incarnation != members.incarnation(rank)):
                 where = str(self.addresses[rank])
                 self._forget(rank, PeerLostError(f"{self.who(rank)} was lost, as another rank says", peer=where))
         if members.owes() and self._telling is None:
@@ -211,7 +212,7 @@ class Party(Meeting):
                 headers = self._held | {key: data for step in self.steps.values() for key, data in step.headers().items()}
                 view = members.tell(self.next_step, headers)
                 for rank in members.audience:
-                    self._send(rank, wire.Told(rank=self.rank, incarnation=self.engine.incarnation, view=view))
+                    self._send(rank, wire.Told(rank=self.rank, incarnation=self.incarnation, view=view))
         finally:
             self._telling = None
             self._wake()
@@ -224,5 +225,8 @@ class Party(Meeting):
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for handle in self.handles.values():
+            handle.forget()
         if getattr(self, "buffers", None) is not None:
-            self.buffers.close()
+            with contextlib.suppress(QuarantineError):  # the engine keeps that memory until nobody can write there any more
+                await self.buffers.aclose(self.engine.config.drain_timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from aiotransfer.control.ratelimit import RateLimit
 from aiotransfer.errors import BrokenError, ClosedError, TransferError, again
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 FIRST, REST, RESULTS = range(3)  # what immediates tell of
 
 
+_made: WeakKeyDictionary[Engine, int] = WeakKeyDictionary()  # all-to-alls of each engine
+
+
+def _incarnation(engine: Engine) -> int:
+    """A number that no other all-to-all has, of this engine or another."""
+    number = _made[engine] = _made.get(engine, 0) + 1
+    return (engine.incarnation + number * 0x9E37_79B9_7F4A_7C15) & ((1 << 63) - 1) | 1
+
+
 class Rank:
     """Another rank, as it is now."""
 
@@ -38,6 +48,11 @@ class Rank:
         self.remote: RemoteRegion | None = None
         self.lost = False
 
+    @property
+    def incarnation(self) -> int:
+        """Of its all-to-all; 0 before it has said Hello."""
+        return 0 if self.hello is None else self.hello.incarnation
+
 
 class Ranks:
     """All ranks. `Party` is the whole of it."""
@@ -46,6 +61,7 @@ class Ranks:
         self.engine = engine
         self.addresses = group.members
         self.rank = group.rank
+        self.incarnation = _incarnation(engine)
         self.shape = shape
         self.name = name
         members = ",".join(str(address) for address in group.members)
@@ -124,7 +140,9 @@ class Ranks:
     def _leave(self, who: int, reason: str) -> wire.Leave:
         upto = min(self.steps, default=self.next_step)
         text = reason[: wire.MOST_TEXT]
-        return wire.Leave(rank=self.rank, incarnation=self.engine.incarnation, who=who, upto=upto, reason=text)
+        known = self.ranks[who]
+        of = self.incarnation if known is None else known.incarnation
+        return wire.Leave(rank=self.rank, incarnation=self.incarnation, who=who, of=of, upto=upto, reason=text)
 
     # ---- what happens ----
 

@@ -35,14 +35,14 @@ class Step(Traffic):
         party, shape, route, slot = self.party, self.party.shape, self.route, self.slot
         buffers = party.buffers
         own = header(
-            shape, self.number, party.engine.incarnation, len(route.places), self.scales, route.counts, self.refusal
+            shape, self.number, party.incarnation, len(route.places), self.scales, route.counts, self.refusal
         )  # fmt: skip
         if not self.refusal:
             await self._rows_in(tokens, stride, scale_rows)
         firsts = buffers.firsts(slot)
         firsts[:, : shape.header_bytes] = own
-        sizes = np.minimum(route.sent, shape.private_tokens)
-        sizes[party.rank] = 0
+        sizes = self._early(route.sent, {rank for rank in party.others() if self._reaches_directly(rank)})
+        self._ahead = sizes.copy()
         total = int(sizes.sum())
         if total and not self.refusal:
             to = np.repeat(np.arange(shape.ranks), sizes)
@@ -66,6 +66,15 @@ class Step(Traffic):
 
     def _who_is_there(self) -> list[int]:
         return [rank for rank in self.party.others() if self._members.present(self.number, rank)]
+
+    def _early(self, n: Any, directly: set[int]) -> Any:
+        """How many of `n` rows (to or from each rank) travel with the first message. Between ranks that put rows at their places
+        one by one (`directly`) it is all or none: a row of a first message is copied twice more."""
+        private = self.party.shape.private_tokens
+        sizes = np.minimum(n, private)
+        sizes[[rank for rank in directly if n[rank] > private]] = 0
+        sizes[self.party.rank] = 0
+        return sizes
 
     async def _rows_in(self, tokens: Any, stride: int, scale_rows: Any) -> None:
         shape, buffers, n = self.party.shape, self.party.buffers, len(self.route.places)
@@ -154,14 +163,14 @@ class Step(Traffic):
 
     async def _send_rest(self) -> None:
         party, shape, route, slot = self.party, self.party.shape, self.route, self.slot
-        buffers, private = party.buffers, shape.private_tokens
+        buffers, ahead = party.buffers, self._ahead
         places = self.ranges.destinations(route)
         packed: list[int] = []
         for rank in self._alive():
-            if route.sent[rank] <= private:
+            if route.sent[rank] <= ahead[rank]:
                 continue
             span = route.rows_of(rank)
-            rest = slice(span.start + private, span.stop)
+            rest = slice(span.start + int(ahead[rank]), span.stop)
             if not self._reaches_directly(rank):
                 packed.append(rank)
                 continue
@@ -173,6 +182,7 @@ class Step(Traffic):
                 ))  # fmt: skip
         if packed:
             spans = [route.rows_of(rank) for rank in packed]
+            private = shape.private_tokens
             rows = np.concatenate([np.arange(span.start + private, span.stop) for span in spans])
             sizes = np.array([span.stop - span.start - private for span in spans])
             await self._move(buffers.packed(slot), None, buffers.tokens(slot), route.tokens[rows], len(rows))
@@ -186,13 +196,12 @@ class Step(Traffic):
     async def _place_early(self) -> None:
         """Rows from first messages, and those that stay on this rank."""
         party, shape, route, arrivals, slot = self.party, self.party.shape, self.route, self.arrivals, self.slot
-        buffers, private, rank = party.buffers, shape.private_tokens, party.rank
+        buffers, rank = party.buffers, party.rank
         rows = buffers.rows(slot)
         if arrivals.n[rank]:
             span = route.rows_of(rank)
             await self._move(rows, arrivals.rows_of(rank), buffers.tokens(slot), route.tokens[span], span.stop - span.start)
-        sizes = np.minimum(arrivals.n, private)
-        sizes[rank] = 0
+        sizes = self._early(arrivals.n, self._directly)
         total = int(sizes.sum())
         if total:
             source = np.repeat(np.arange(shape.ranks), sizes)
@@ -209,10 +218,10 @@ class Step(Traffic):
             await self._give_up()
             raise self.error
         party, shape, arrivals, slot = self.party, self.party.shape, self.arrivals, self.slot
-        private = shape.private_tokens
+        early = self._early(arrivals.n, self._directly)
         expected = {}
         for source in self.joined:
-            rest = int(arrivals.n[source]) - private
+            rest = int(arrivals.n[source] - early[source])
             if rest > 0:
                 expected[source] = rest if self._comes_directly(source) else 1
         await self._wait(REST, expected)
@@ -272,7 +281,8 @@ class Step(Traffic):
         buffers = self.party.buffers
         here = buffers.packed_results(self.slot)
         await self._move(here, None, here._replace(memory=memory, offset=0, stride=stride), None, self.arrivals.total)
-        return here.memory[here.offset :], here.stride, buffers.sent, here.offset
+        assert buffers.packing is not None
+        return here.memory[here.offset :], here.stride, buffers.packing, here.offset
 
     async def send_results(self, memory: Any, stride: int, region: RegionView | None, offset: int) -> None:
         """Send each source the results of its rows: `memory` holds them, row by row as the experts got theirs. Where `region`

@@ -38,9 +38,11 @@ class Traffic:
         self.arrivals: Arrivals
         self.error: StepRefused | None = None  # it does not take place
         self.over = False
+        self.ahead: asyncio.Task[None] | None = None  # `exchange`, begun by the first half: two would take each other's arrivals
         self.lost: set[int] = set()  # while it was under way: part of it is missing
         self.joined: set[int] = set()  # other ranks that were there when it began
         self._directly: set[int] = set()  # those of them that write row by row
+        self._ahead: Any  # rows that went to each rank with its first message
         self.spoiled: set[int] = set()  # lost ranks whose rows are not to be read any more
         self._data: dict[int, bytes] = {}  # headers, by source
         self._heard: dict[int, set[int]] = {kind: set() for kind in (FIRST, REST, RESULTS)}

@@ -21,7 +21,7 @@ MOST_TEXT = 1000
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
     rank: int  # the sender's
-    incarnation: int
+    incarnation: int  # of this all-to-all on its sender: one engine may make it again
 
 
 class Hello(_Message, frozen=True, tag=1):
@@ -51,6 +51,7 @@ class Leave(_Message, frozen=True, tag=4):
     """I take no part any more, or (of another rank) you do not."""
 
     who: int
+    of: int  # its incarnation
     upto: int  # of the sender itself: all its steps before this one are over, and everything of them has landed
     reason: str
 

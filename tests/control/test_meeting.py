@@ -135,3 +135,26 @@ async def test_a_dial_that_is_up_on_its_own_side_only_is_not_given_up_for_a_cros
         assert await crossing is known
         assert (there.state, great.peers) == ("up", (there,))
         await asyncio.gather(known.ping(timeout=10), there.ping(timeout=10))
+
+
+async def test_a_dial_that_gave_way_while_its_path_came_up_returns_the_peer_that_won() -> None:
+    async with at.open_engine() as a, at.open_engine() as b:
+        small, great = sorted((a, b), key=lambda engine: engine.incarnation)
+        set_up, won = great._paths.set_up, asyncio.Event()
+
+        async def late(peer: at.Peer, require: str | None) -> None:
+            path = await set_up(peer, require)
+            if peer._link.dialed:
+                winner = asyncio.create_task(small.connect(great.address, timeout=10))
+                while great._connections.peers[small.incarnation] is peer:
+                    await asyncio.sleep(0)
+                won.set()
+                await winner
+            return path
+
+        great._paths.set_up = late  # type: ignore[method-assign,assignment]
+        there = await great.connect(small.address, timeout=10)
+        assert there.state == "up"
+        assert won.is_set()
+        (known,) = great.peers
+        assert there is known

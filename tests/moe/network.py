@@ -44,6 +44,7 @@ class Node:
         self.next: int | None = None
         self.first = 0
         self.headers: dict[tuple[int, int], bytes] = {}
+        self.late: set[tuple[int, int]] = set()  # those of them that came when their sender was gone
         self.sent: dict[int, set[Member]] = {}  # whom a header went to
         self.written: dict[int, Layout] = {}
         self.rows: dict[int, list[tuple[Member, Layout]]] = defaultdict(list)  # as they landed
@@ -70,6 +71,8 @@ class Node:
             self.members.hear(source.rank, content)
             self.follow()
         elif kind == "header":
+            if self.linked.get(source.rank) is not source:
+                self.late.add((step, source.rank))
             assert (step, source.rank) not in self.headers, "step and rank name a header"
             self.headers[step, source.rank] = content
         elif kind == "rows":
@@ -90,6 +93,9 @@ class Node:
         """Set up with another one, which begins."""
         self.linked[other.rank] = other
         if self.members is not None:
+            for key in [key for key in self.late if key[1] == other.rank]:  # of another incarnation
+                self.late.remove(key)
+                del self.headers[key]
             self.members.join(other.rank, other.incarnation)
             self.follow()
 
@@ -277,7 +283,10 @@ class Network:
         queue.popleft()
         if not queue:
             del self.channels[key]
-        if target.alive and (target.linked.get(source.rank) is source or (not self.deaf and message[0] in ("header", "view"))):
+        late = target.linked.get(source.rank) is not source
+        if late and (self.deaf or message[0] not in ("header", "view") or source.rank in target.linked):
+            return True
+        if target.alive:
             target.take(source, message)
         return True
 

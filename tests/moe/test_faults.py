@@ -214,3 +214,25 @@ def test_a_rank_that_dies_while_they_meet_is_named() -> None:
         await asyncio.gather(*waiting)
 
     world(RANKS, script)
+
+
+def test_a_rank_that_left_comes_back_on_the_same_engine() -> None:
+    reports: dict[Any, Any] = {}
+
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+        others = [asyncio.create_task(run_steps(w.a2a[r], 0, 40, reports, pause=0.02)) for r in range(3)]
+        mine = asyncio.create_task(run_steps(w.a2a[3], 0, 5, reports, pause=0.02))
+        await mine
+        await w.a2a[3].aclose()
+        engine = w.engines[3]
+        again = w.a2a[3] = moe.AllToAll(engine, engine.group(w.addresses), **w.sizes)
+        await again.ready()
+        assert 5 < again.next_step < 40
+        await run_steps(again, again.next_step, 40, reports, pause=0.02)
+        await asyncio.gather(*others)
+        for a2a in w.a2a:
+            assert a2a.mask == (True,) * RANKS
+            await a2a.aclose()
+
+    world(RANKS, script, net=MESSY)

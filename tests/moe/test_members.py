@@ -238,13 +238,15 @@ def test_a_rank_begins_where_all_know_of_it() -> None:
 
 
 def test_the_limit_stays_where_the_first_view_has_put_it() -> None:
-    a, b, _, _ = group(4)
-    for one in (a, b):
-        one.lose(3)
-    exchange(a, b)
+    a, b, c, _ = group(4)
+    a.lose(3)
+    exchange(a, b, c)
     a.join(3, 9)
+    assert a.takes_part(9, 3) is UNDECIDED
     a.tell(4, {})
     assert a.limit() == 5
+    assert a.takes_part(5, 3) is False
+    assert a.takes_part(6, 3) is UNDECIDED
     a.lose(2)
     a.tell(6, {})
     assert a.limit() == 5
