@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.region import RegionView
     from aiotransfer.engine.transfer import Transfer
 
-MOVED_AT_ONCE = 4 << 20  # bytes between two turns of the event loop
+MOVED_AT_ONCE = 16 << 20  # bytes between two turns of the event loop: a millisecond, at most
 
 
 class Traffic:
