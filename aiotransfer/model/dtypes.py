@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,17 @@ class DType(NamedTuple):
 
 def lookup(dtype: Any) -> DType:
     """By NumPy dtype or type, torch dtype, or name (`"bfloat16"`). Raises `TypeError` for what is no plain element type."""
-    text = dtype if isinstance(dtype, str) else str(dtype) if type(dtype).__module__ == "torch" else None
+    if isinstance(dtype, str):
+        return _named(dtype)
+    return _named(str(dtype)) if type(dtype).__module__ == "torch" else _lookup(dtype, None)
+
+
+@functools.lru_cache(maxsize=64)
+def _named(text: str) -> DType:
+    return _lookup(text, text)
+
+
+def _lookup(dtype: Any, text: str | None) -> DType:
     if text is not None:
         name = text.removeprefix("torch.")
         if name != text:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.errors import BusyError, ClosedError
+from aiotransfer.control.patience import Patience
+from aiotransfer.errors import BusyError, ClosedError, TransferTimeout
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe import tensors
 from aiotransfer.moe.errors import StepRefused
@@ -108,16 +109,21 @@ class AllToAll:
         Raises `ShapeMismatch` (on all ranks), `TransferTimeout` that names who is missing, or `PeerLostError`.
         """
         if not self._met:
+            party = self._party
             if self._meeting is None:
-                limit = self._timeout if timeout is None else timeout
-                self._meeting = self._party.engine._loop.create_task(self._party.meet(limit))
+                party.check()
+                self._meeting = party.engine._loop.create_task(party.meet())
+            meeting = self._meeting
             try:
-                await asyncio.shield(self._meeting)
-            except asyncio.CancelledError:
-                raise
-            except BaseException:
+                async with Patience(self._seconds(timeout)):
+                    await asyncio.wait([meeting])
+            except TimeoutError:
+                raise party.not_met(self._seconds(timeout)) from None
+            if meeting.cancelled():
+                party.check()
+            elif meeting.exception() is not None:
                 self._meeting = None
-                raise
+            meeting.result()
             self._met = True
         return self
 
@@ -189,7 +195,8 @@ class AllToAll:
             idx, weights, tokens, stride, scale_rows, scales, kind = arguments
             route = Route(shape, party.rank, idx)
             step = Step(party, self._kernels, number, route, scales, "" if refusal is None else str(refusal) or "refused")
-            await self._may_send(number)
+            if not self._may_send(number):
+                await self._until_it_may(number, self._seconds(timeout))
             await step.send(tokens, stride, scale_rows)
         handle = Handle(self, step, weights, kind)
         party.handles[number] = handle
@@ -201,22 +208,35 @@ class AllToAll:
             step.ahead = party.spawn(step.exchange())
         return DispatchHalf(handle, timeout)
 
-    async def _may_send(self, number: int) -> None:
+    def _seconds(self, timeout: float | None) -> float:
+        return self._party.engine._seconds(self._timeout if timeout is None else timeout)
+
+    def _may_send(self, number: int) -> bool:
         """A rank that comes back is waited for before the step with which it may begin; whoever takes part must be known here."""
         party = self._party
         members = party.members
         assert members is not None
-        while True:
-            party.check()
-            limit = members.limit()
-            strangers = [
-                rank for rank in party.others()
-                if members.present(number, rank)
-                and ((known := party.ranks[rank]) is None or known.remote is None)
-            ]  # fmt: skip
-            if (limit is None or number <= limit) and not strangers:
-                return
-            await party.changed()
+        limit = members.limit()
+        strangers = [
+            rank for rank in party.others()
+            if members.present(number, rank)
+            and ((known := party.ranks[rank]) is None or known.remote is None)
+        ]  # fmt: skip
+        return (limit is None or number <= limit) and not strangers
+
+    async def _until_it_may(self, number: int, seconds: float) -> None:
+        party, members = self._party, self._party.members
+        assert members is not None
+        try:
+            async with Patience(seconds):
+                while not self._may_send(number):
+                    await party.views()
+        except TimeoutError:
+            who = ", ".join(party.who(rank) for rank in members.awaited)
+            raise TransferTimeout(
+                f"step {number} could not begin within {seconds:g} s: a rank comes back, and not all have agreed on when; "
+                f"not heard of: {who}", hint="nothing was sent: dispatch again, or give the missing rank up with evict()",
+            ) from None
 
     def _check(self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None) -> Any:
         """All arguments as memory. Raises `TypeError` or `ValueError` with the name and the value."""

@@ -11,6 +11,7 @@ from aiotransfer.control.patience import Patience
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.moe.errors import StepRefused
 from aiotransfer.moe.tensors import Array, Kind, check, rows
+from aiotransfer.moe.traffic import MOVED_AT_ONCE
 
 if TYPE_CHECKING:
     from aiotransfer.moe.alltoall import AllToAll
@@ -141,7 +142,7 @@ class DispatchHalf(_Half):
     async def _receive(self) -> None:
         step = self._handle._step
         if step.ahead is not None:  # at work since the other half; what cancels us does not cancel it
-            await asyncio.shield(step.ahead)
+            await asyncio.wait([step.ahead])
         await step.receive()
 
 
@@ -201,7 +202,7 @@ class CombineHalf(_Half):
         buffers = step.party.buffers
         source = buffers.results(step.slot)
         memory, stride = rows("out", out, gpu=buffers.gpu)
-        most = max(1, (4 << 20) // (shape.result_bytes * max(1, places.shape[1])))
+        most = max(1, MOVED_AT_ONCE // (shape.result_bytes * max(1, places.shape[1])))
         for begin in range(0, len(places), most):
             part = slice(begin, begin + most)
             target = type(source)(memory, begin * stride, stride, shape.result_bytes)

@@ -11,7 +11,6 @@ import asyncio
 import math
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.control.patience import Patience
 from aiotransfer.errors import PeerLostError, TransferTimeout
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.moe import wire
@@ -30,21 +29,19 @@ DIAL_AFTER, LOOK_AGAIN = 0.3, 0.02  # seconds
 class Meeting(Ranks):
     """The part of `Party` that brings the ranks together."""
 
-    async def meet(self, timeout: float | None) -> None:
-        """Returns when all are there. Raises `ShapeMismatch`, `TransferTimeout` (naming who is not), `PeerLostError`."""
-        seconds = self.engine._seconds(timeout)
-        self.spawn(self._listen())
-        try:
-            async with Patience(seconds):
-                await self._meet()
-        except TimeoutError:
-            missing = [self.who(r) for r in self.others() if r not in self._hellos]
-            raise TransferTimeout(
-                f"the ranks of {self!r} did not meet within {seconds:g} s; not heard of: {', '.join(missing) or 'nobody'}",
-                hint="does every rank make an AllToAll of this name over the same group?",
-            ) from None
+    def not_met(self, seconds: float) -> TransferTimeout:
+        """What to raise when it takes too long."""
+        missing = [self.who(r) for r in self.others() if r not in self._hellos]
+        return TransferTimeout(
+            f"the ranks of {self!r} did not meet within {seconds:g} s; not heard of: {', '.join(missing) or 'nobody'}",
+            hint="does every rank make an AllToAll of this name over the same group?",
+        )
 
-    async def _meet(self) -> None:
+    async def meet(self) -> None:
+        """Returns when all are there. Raises `ShapeMismatch` or `PeerLostError`."""
+        if not self._listens:
+            self._listens = True
+            self.spawn(self._listen())
         found: dict[int, Peer] = {}
         limit = asyncio.Semaphore(DIALS_AT_ONCE)
 
@@ -96,7 +93,7 @@ class Meeting(Ranks):
     async def _soon(self, peers: list[Peer], dials: list[asyncio.Task[Any]]) -> None:
         """Until something has happened."""
         change = self.engine._loop.create_future()
-        self._changed.add(change)
+        self._changed[change] = None
         pending = [task for task in dials if not task.done()]
         # A peer that has dialed this engine is only known by looking again.
         pending += [self.spawn(asyncio.sleep(LOOK_AGAIN))] if pending else []
@@ -104,7 +101,7 @@ class Meeting(Ranks):
         try:
             await asyncio.wait([change, *pending, *ends], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._changed.discard(change)
+            self._changed.pop(change, None)
             for task in (*ends, *pending[-1:]):
                 if task not in dials:
                     task.cancel()
@@ -186,7 +183,7 @@ class Meeting(Ranks):
         while members.start is None:
             if members.evicted:
                 raise EvictedError(f"{self!r} could not join: the others lost this rank meanwhile")
-            await self.changed()
+            await self.views()
         self.next_step = members.start
 
     def _know(self, members: Members) -> None:

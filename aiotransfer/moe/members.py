@@ -218,6 +218,11 @@ class Members:
         """The first step of this rank."""
         return self._starts.get(self._me)
 
+    @property
+    def awaited(self) -> tuple[int, ...]:
+        """The other present ranks whose view for this state is not here."""
+        return tuple(sorted(self._present.keys() - self._agree - {self.rank})) if not self.settled else ()
+
     def incarnation(self, rank: int) -> int:
         """Of a present rank, else 0."""
         return self._present.get(rank, 0)

@@ -42,6 +42,8 @@ class Party(Meeting):
 
     async def _listen(self) -> None:
         async for message in self.engine.messages(self._key):
+            if self.over is not None:
+                continue
             try:
                 self._heard(message, wire.decode(self._key, message.data))
             except DescriptorError as error:
@@ -125,7 +127,7 @@ class Party(Meeting):
     def lose(self, rank: int, error: TransferError) -> None:
         """It takes no part any more. Twice is silent."""
         members = self.members
-        if members is None or not members.lose(rank):
+        if members is None or self.over is not None or not members.lose(rank):
             return
         self._forget(rank, error)
         self._follow()
@@ -171,7 +173,7 @@ class Party(Meeting):
     async def fenced(self, rank: int) -> None:
         """Returns when nothing of a rank that was lost can land any more."""
         if (task := self._fences.get(rank)) is not None:
-            await asyncio.shield(task)
+            await asyncio.wait([task])
         self.check()
 
     def evict(self, rank: int, reason: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from aiotransfer.control.ratelimit import RateLimit
-from aiotransfer.errors import BrokenError, ClosedError, TransferError, again
+from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, TransferError, again
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.moe import wire
 from aiotransfer.moe.buffers import Buffers
@@ -80,9 +80,9 @@ class Ranks:
         self._counters: dict[int, Counter] = {}
         self._hellos: dict[int, tuple[Peer, wire.Hello]] = {}
         self._ready: dict[int, list[int]] = {}
-        self._running = False
-        self._changed: set[asyncio.Future[None]] = set()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._listens = self._running = False
+        self._changed: dict[asyncio.Future[None], None] = {}  # in this order, for a seed's sake
+        self._tasks: dict[asyncio.Task[Any], None] = {}
         self._posts: set[asyncio.Task[Any]] = set()  # of those: messages that wait for room
         self._fences: dict[int, asyncio.Task[None]] = {}  # by rank, the last
         self._held: dict[tuple[int, int], bytes] = {}  # headers of gone ranks, of steps that had not begun here
@@ -115,12 +115,12 @@ class Ranks:
     def spawn(self, work: Any) -> asyncio.Task[Any]:
         """A task that ends with this all-to-all."""
         task: asyncio.Task[Any] = self.engine._loop.create_task(work)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._done)
         return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not task.cancelled():
             task.exception()  # whoever waits for it is told; where nobody does, nobody has to be
 
@@ -150,7 +150,7 @@ class Ranks:
         """This rank takes no part any more."""
         if self.over is None:
             self.over = again(error)
-            for rank in self.members.audience if self.members is not None else ():
+            for rank in self.members.audience if self.members is not None else self.others():
                 self._send(rank, self._leave(self.rank, error.message))
             for counter in self._counters.values():
                 counter.close()
@@ -166,12 +166,44 @@ class Ranks:
         """Returns when something has happened to the ranks. Raises what ended this one."""
         self.check()
         change: asyncio.Future[None] = self.engine._loop.create_future()
-        self._changed.add(change)
+        self._changed[change] = None
         try:
             await change
         finally:
-            self._changed.discard(change)
+            self._changed.pop(change, None)
         self.check()
+
+    async def views(self) -> None:
+        """As `changed`, for whoever waits for the views of others: a rank that is lost before it tells its own is missed."""
+        self.check()
+        members = self.members
+        assert members is not None
+        awaited = [(rank, known.peer) for rank in members.awaited if (known := self.ranks[rank]) is not None]
+        if any(peer.state in ("lost", "closed") for _, peer in awaited):
+            self._miss(awaited)
+            return
+        change: asyncio.Future[None] = self.engine._loop.create_future()
+        self._changed[change] = None
+        for _, peer in awaited:
+            peer._depend(change)
+        try:
+            await change
+        except PeerLostError:
+            self._miss(awaited)
+        finally:
+            self._changed.pop(change, None)
+            for _, peer in awaited:
+                peer._forget(change)
+        self.check()
+
+    def _miss(self, waited: list[tuple[int, Peer]]) -> None:
+        for rank, peer in waited:
+            if peer.state in ("lost", "closed") and peer._error is not None:
+                self.missed(rank, peer._error)
+
+    def missed(self, rank: int, error: TransferError) -> None:
+        """Whoever waited for it was told that it is lost."""
+        raise AssertionError("a party has its own")
 
     def _wake(self) -> None:
         for change in self._changed:

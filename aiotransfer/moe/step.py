@@ -109,7 +109,7 @@ class Step(Traffic):
         """Of every rank that is lost, all others know whether its header counts."""
         party = self.party
         while any(self._members.header(self.number, rank) is UNDECIDED for rank in self._unheard()):
-            await party.changed()
+            await party.views()
         party.check()
 
     def _unheard(self) -> list[int]:
@@ -247,7 +247,7 @@ class Step(Traffic):
         """Whoever gets results of rows that are zero here must know that they are not worth anything."""
         party = self.party
         while rank in self.lost and not self._members.settled:
-            await party.changed()
+            await party.views()
 
     async def _unstage(self, sources: list[int]) -> None:
         shape, arrivals = self.party.shape, self.arrivals

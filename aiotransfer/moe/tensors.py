@@ -6,6 +6,7 @@ back so.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,7 @@ class Kind(NamedTuple):
         return self.torch.from_numpy(values) if self.torch is not None else values
 
 
+@functools.lru_cache(maxsize=64)
 def numpy_type(dtype: str) -> np.dtype[Any]:
     """NumPy's type for a name; unsigned integers for what NumPy does not know."""
     found = lookup(dtype)
@@ -61,11 +63,12 @@ def kind_of(array: Array) -> Kind:
 
 def check(name: str, array: Array, shape: tuple[int | None, ...], dtype: str) -> None:
     """Raises `TypeError` or `ValueError` that names the argument. A None in `shape` may be any size."""
-    kind = kind_of(array)
-    found = str(array.dtype).removeprefix("torch.")
-    if found != (dtype if kind.torch is not None else str(numpy_type(dtype))):
-        raise TypeError(f"{name} must be of {dtype}, not {found}")
-    got = tuple(int(n) for n in array.shape)
+    if isinstance(array, np.ndarray):
+        right, got = array.dtype == numpy_type(dtype), array.shape
+    else:
+        right, got = array.dtype == getattr(kind_of(array).torch, dtype), tuple(array.shape)
+    if not right:
+        raise TypeError(f"{name} must be of {dtype}, not {str(array.dtype).removeprefix('torch.')}")
     if len(got) != len(shape) or any(want is not None and want != n for want, n in zip(shape, got, strict=True)):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name} must have the shape ({wanted}), not {got}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.region import RegionView
     from aiotransfer.engine.transfer import Transfer
 
-MOVED_AT_ONCE = 4 << 20  # bytes between two turns of the event loop
+MOVED_AT_ONCE = 16 << 20  # bytes between two turns of the event loop: a millisecond, at most
 
 
 class Traffic:
@@ -177,6 +177,7 @@ class Traffic:
         peers = self._peers(kind)
         for rank, n in expected.items():
             while rank not in heard and rank not in self.lost:
+                party.check()  # whose counters are closed: it would open new ones
                 try:
                     await party.counter(kind, self.slot, rank).wait(n, peers=peers)
                     self._took(kind, rank)

@@ -110,7 +110,7 @@ def _table(name: str, rows: Any, n: int, memory: Rows) -> Any:
         raise TypeError(f"{name} must be a contiguous one-dimensional array of int64, or None")
     if len(rows) != n:
         raise ValueError(f"{name} has {len(rows)} rows, not {n}")
-    if n:
+    if n and int(rows.view(np.uint64).max()) >= memory.held:  # what is negative is huge: one pass tells
         if (low := int(rows.min())) < 0:
             raise ValueError(f"{name} holds row {low}")
         _fits(name, int(rows.max()), memory)

@@ -432,7 +432,9 @@ class Life:
             f"present {members._present} start {members.start}"
         )  # fmt: skip
         others = "\n".join(f"  {life}" for life in itertools.chain(*self.run.lives))
-        return f"next {party.next_step}, {steps}\n{about}\n{others}"
+        peers = [known and (known.peer.state, known.lease.state, known.lost) for known in party.ranks]
+        fences = {rank: task for rank, task in party._fences.items() if not task.done()}
+        return f"next {party.next_step}, {steps}\n{about}\n{peers} {fences} {party.over!r}\n{others}"
 
     def __repr__(self) -> str:
         return f"<rank {self.rank} life {self.number}, {self.state}, step {self.a2a.next_step}, mask {self.a2a.mask}>"
