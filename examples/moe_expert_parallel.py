@@ -307,7 +307,7 @@ def decode(job: dict[str, Any], model: Any, thread: at.EngineThread, a2a: moe.Al
                 layer.mlp.experts(*nothing)
     return {
         "logits": decoded.logits, "tokens": decoded.tokens, "calls": [tuple(call) for call in parallel.calls], "idle": idle,
-        "lost": {r: str(error) for r, error in a2a.lost.items()},
+        "lost": {r: str(error) for r, error in a2a.lost.items()}, "paths": [peer.path.provider for peer in turns.peers],
     }  # fmt: skip
 
 
@@ -479,6 +479,8 @@ def main() -> int:
     for rank, result in sorted(results.items()):
         sizes = ", ".join(str(len(prompt)) for prompt in job["prompts"][rank])
         say(f"rank {rank}: prompts of {sizes} tokens, {job['new'][rank]} more each; {result['idle']} passes without tokens")
+    paths = sorted({path for result in results.values() for path in result["paths"]})
+    say(f"paths between ranks: {', '.join(paths) or 'none'}")
     if loss is not None:
         say("\n".join(loss["reports"]))
         say(f"rank {loss['rank']} was lost in step {loss['step']}; {loss['dropped']:,} choices dropped")
@@ -493,7 +495,8 @@ def main() -> int:
     if args.json:
         tokens = {rank: result["tokens"] for rank, result in sorted(results.items())}
         idle = {rank: result["idle"] for rank, result in sorted(results.items())}
-        print(json.dumps({"mode": args.mode, **outcome, "layers": figures, "loss": loss, "idle": idle, "tokens": tokens}))
+        more = {"mode": args.mode, "paths": paths, "layers": figures, "loss": loss, "idle": idle, "tokens": tokens}
+        print(json.dumps(more | outcome))
     else:
         print(f"logits equal: {'yes' if outcome['logits_equal'] else 'no'} (max difference {outcome['logits_difference']:.1e})")
         print(f"tokens equal: {'yes' if outcome['tokens_equal'] else 'no'}" + (", without its experts" if loss else ""))

@@ -286,18 +286,13 @@ class AllToAll:
             raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {handle!r}")
         if handle._state != "dispatched" and handle._state != "returning":
             raise ClosedError(f"step {handle.step} is {'not received yet' if handle._state == 'sent' else 'over'}")
-        party, step = self._party, handle._step
-        party.check()
-        memory, stride = check_results(handle, y)
-        first = handle._state == "dispatched"
-        handle._state = "returning"
-        if party.buffers.gpu:
-            await step.send_results(*await step.to_host(memory, stride))
-        else:
-            if first and memory.size and party.any_direct():
-                handle._region = party.engine.register(memory)
-            await step.send_results(memory, stride, handle._region, 0)
-        return CombineHalf(handle, timeout)
+        self._party.check()
+        check_results(handle, y)
+        if handle._state == "dispatched":
+            handle._state, handle._y = "returning", y
+        half = CombineHalf(handle, timeout)
+        await half._send()
+        return half
 
     # ---- ranks ----
 

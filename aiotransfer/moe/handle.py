@@ -25,7 +25,7 @@ class Handle:
     after the combine: bool [tokens, choices], choices whose result is missing in the sum (also None before).
     """
 
-    __slots__ = ("_a2a", "_kind", "_region", "_state", "_step", "_weights", "dropped")
+    __slots__ = ("_a2a", "_kind", "_region", "_state", "_step", "_weights", "_y", "dropped")
 
     def __init__(self, a2a: AllToAll, step: Step, weights: Any, kind: Kind) -> None:
         self._a2a = a2a
@@ -33,6 +33,7 @@ class Handle:
         self._weights = weights
         self._kind = kind
         self._region: Any = None
+        self._y: Array = None  # results that are not all sent yet
         self._state = "sent"  # dispatched, returning, over
         self.dropped: Array = None
 
@@ -49,6 +50,7 @@ class Handle:
 
     def forget(self) -> None:
         """The memory of the results is the caller's alone again."""
+        self._y = None
         if self._region is not None:
             self._region.close()
             self._region = None
@@ -125,10 +127,10 @@ class DispatchHalf(_Half):
         except StepRefused:
             handle._state = "over"
             raise
-        handle._state = "dispatched"
         step = handle._step
         shape, arrivals = step.party.shape, step.arrivals
         memory, kind = await step.rows_for_experts(), handle._kind
+        handle._state = "dispatched"
         x = kind.of_bytes(memory, (arrivals.total, shape.hidden), shape.row_bytes, shape.dtype)
         scales = None
         if step.scales:
@@ -149,6 +151,21 @@ class CombineHalf(_Half):
 
     __slots__ = ()
 
+    async def _send(self) -> None:
+        """What of the results is not sent yet: a cancellation may have come while they were packed."""
+        handle = self._handle
+        if handle._y is None:
+            return
+        party, step = handle._a2a._party, handle._step
+        memory, stride = check_results(handle, handle._y)
+        if party.buffers.gpu:
+            await step.send_results(*await step.to_host(memory, stride))
+        else:
+            if handle._region is None and memory.size and party.any_direct():
+                handle._region = party.engine.register(memory)
+            await step.send_results(memory, stride, handle._region, 0)
+        handle._y = None
+
     async def receive(self, *, timeout: float | None = None) -> Array:
         """The other half: [tokens, hidden] in the combine's type. Raises `TransferTimeout` or `EvictedError`."""
         handle = self._handle
@@ -161,6 +178,7 @@ class CombineHalf(_Half):
     async def _receive(self) -> Array:
         handle = self._handle
         step, shape = handle._step, handle._step.party.shape
+        await self._send()
         there = await step.receive_results()
         places, tokens = step.route.places, len(step.route.places)
         if not there.all():

@@ -184,6 +184,32 @@ class Traffic:
                 if not any(rank in self.lost for rank in ranks):
                     raise
 
+    def _put(
+        self, kind: int, ranks: list[int], begins: Any, counts: Any, source: RegionView, rows: Any, places: Any, nbytes: int,
+        stride: int, offset: int, there: int,
+    ) -> None:  # fmt: skip
+        """Rows to their places at each of `ranks`, of the tables `rows` and `places` those from `begins` on: one call for all of
+        them or, where one of them is not to be had so, one for each."""
+        party = self.party
+        left = [i for i, rank in enumerate(ranks) if self._once(f"put {kind} {rank}")]
+        if not left:
+            return
+        ranks, begins, counts = [ranks[i] for i in left], begins[left], counts[left]
+        imm, remotes = party.imm(kind, self.slot, party.rank), [self._remote(rank) for rank in ranks]
+        transfer = party.engine._scatter_pages(
+            source, remotes, begins, counts, rows, places, page_bytes=nbytes, src_stride=stride, src_offset=offset,
+            dst_offset=there, imm=imm,
+        )  # fmt: skip
+        if transfer is not None:
+            self._transfers.append(transfer)
+            return
+        for rank, remote, begin, n in zip(ranks, remotes, begins.tolist(), counts.tolist(), strict=True):
+            part = slice(begin, begin + n)
+            self._post(rank, lambda remote=remote, part=part: party.engine.write_pages(
+                source, rows[part], remote, places[part], page_bytes=nbytes, src_stride=stride, src_offset=offset,
+                dst_offset=there, imm=imm, timeout=math.inf,
+            ))  # fmt: skip
+
     async def _move(self, to: Any, to_rows: Any, source: Any, source_rows: Any, n: int) -> None:
         """Rows inside this process, with turns for the event loop in between."""
         most = max(1, MOVED_AT_ONCE // max(1, to.nbytes))

@@ -14,7 +14,7 @@ import msgspec
 from aiotransfer.errors import DescriptorError
 from aiotransfer.moe.members import View
 
-MARK = b"\x93ME\x01"  # the last byte is the version
+MARK = b"\x93ATm\x01"  # the last byte is the version
 KEY_BYTES = 12
 MOST_TEXT = 1000
 

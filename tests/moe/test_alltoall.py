@@ -313,6 +313,34 @@ def test_a_cancelled_step_stays_in_flight_and_goes_on(turns: int) -> None:
     world(4, script, net=MESSY)
 
 
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("turns", range(1, 12))
+def test_a_combine_that_is_cancelled_while_it_packs_sends_the_rest_when_it_is_resumed(
+    turns: int, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiotransfer.moe.traffic.MOVED_AT_ONCE", 1)  # a turn of the loop after each row
+    data = batches(2, 1)[0]
+
+    async def script(w: World) -> None:
+        async def rank(a2a: moe.AllToAll) -> None:
+            mine = data[a2a.rank]
+            d = await a2a.dispatch(*mine)
+            task = asyncio.ensure_future(a2a.combine(compute(d, a2a.rank), d.handle))
+            for _ in range(turns if a2a.rank else 0):
+                await asyncio.sleep(0)
+            if a2a.rank and task.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                task = asyncio.ensure_future(a2a.resume(d.handle).receive())
+            assert np.array_equal(await task, combined(mine))
+
+        await w.every(rank)
+        for a2a in w.a2a:
+            await a2a.aclose()
+
+    world(2, script, direct=direct)
+
+
 def test_two_all_to_alls_of_one_group_do_not_mix() -> None:
     async def script(w: World) -> None:
         others = [moe.AllToAll(e, e.group(w.addresses), **(w.sizes | {"name": "second"})) for e in w.engines]
