@@ -156,14 +156,17 @@ class Meeting(Ranks):
 
     def _forget_lost(self, found: dict[int, Peer]) -> list[int]:
         """Whoever was lost while the ranks met may come back, or was not needed."""
-        ended = {rank for rank, peer in found.items() if peer.state in ("lost", "closed")}
-        ended |= {rank for rank, (peer, _) in self._hellos.items() if peer.state in ("lost", "closed")}
-        for rank in ended:
+        ended = {"lost", "closed"}
+        lost = {rank for rank, peer in found.items() if peer.state in ended}
+        lost |= {rank for rank, (peer, _) in self._hellos.items() if peer.state in ended}
+        for rank in lost:
             found.pop(rank, None)
-            self._seen.pop(rank, None)
-            self._hellos.pop(rank, None)
-            self.ranks[rank] = None
-        return sorted(ended)
+            if rank not in self._hellos or self._hellos[rank][0].state in ended:
+                self._hellos.pop(rank, None)
+                self._seen.pop(rank, None)
+            if (known := self.ranks[rank]) is not None and known.peer.state in ended:
+                self.ranks[rank] = None
+        return sorted(lost - self._hellos.keys())
 
     def _check_shapes(self) -> None:
         wrong = {

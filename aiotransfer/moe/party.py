@@ -89,7 +89,7 @@ class Party(Meeting):
             return
         if not self.members.join(rank, hello.incarnation):
             return
-        if known is not None:
+        if known is not None and known.hello is not None:  # otherwise it may have our Hello, which stands
             self._forget(rank, PeerLostError(f"{self.who(rank)} has started anew", peer=str(peer.address)))
             self.ranks[rank] = None
         self._greet(rank, peer, ask=False)

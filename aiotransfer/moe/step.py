@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.errors import ScatterError, TransferError
 from aiotransfer.moe.buffers import Header, header
 from aiotransfer.moe.errors import RoutingOverflow, StepRefused
 from aiotransfer.moe.members import UNDECIDED
@@ -344,17 +343,7 @@ class Step(Traffic):
 
     async def finish(self) -> None:
         """Returns when nothing of this step is under way any more: its slot is free."""
-        while self._transfers:
-            transfer = self._transfers[-1]
-            try:
-                await transfer
-            except ScatterError as error:
-                for one in error.results:
-                    if isinstance(one, TransferError):
-                        self._failed(one)
-            except TransferError as error:
-                self._failed(error)
-            self._transfers.pop()
+        await self._retired()
         self.over = True
         self.party.steps.pop(self.number, None)
         self.party.handles.pop(self.number, None)

@@ -103,6 +103,7 @@ class Life:
         self.why: BaseException | None = None
         self.leaving = self.hurried = False
         self.since = 0.0  # running since then
+        self.doing, self.at = "meet", run.net.now
         self.batches: dict[int, Batch] = {}
         self.steps: list[Step] = []
         self.halves = self.rng.random() < 0.6
@@ -190,6 +191,7 @@ class Life:
             await asyncio.sleep(THINK)
             return
         step = rng.choice(calls)
+        self.doing, self.at = "begin" if step is None else f"{step.state} {step.number}", run.net.now
         if step is None:
             await self.begin(alone=sent is None)
         elif step.state == "sent":
@@ -432,7 +434,11 @@ class Life:
             f"gone {members.gone} limit {members.limit()} settled {members.settled} agree {members._agree} owes {members._owes} "
             f"present {members._present} start {members.start}"
         )  # fmt: skip
-        others = "\n".join(f"  {life}" for life in itertools.chain(*self.run.lives))
+        others = "\n".join(
+            f"  {life} does {life.doing} since {self.run.net.now - life.at:.3f} s, steps {[(s.number, s.state) for s in life.steps]} "
+            f"{[(n, sorted(step._stages), step._heard, step.lost, step.joined, step._transfers) for n, step in life.a2a._party.steps.items()]}"
+            for life in itertools.chain(*self.run.lives)
+        )
         peers = [known and (known.peer.state, known.lease.state, known.lost) for known in party.ranks]
         fences = {rank: task for rank, task in party._fences.items() if not task.done()}
         return f"next {party.next_step}, {steps}\n{about}\n{peers} {fences} {party.over!r}\n{others}"
