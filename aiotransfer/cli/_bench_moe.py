@@ -1,7 +1,7 @@
 """`bench --cases moe`: dispatch and combine in the shape of DeepSeek-V3, beside bare copies of the same bytes and beside gloo.
 
-A step's time runs from when the first rank has called to when the last has its result, after a barrier of all. Copies are timed the
-same way, on all ranks at once, many in a row. Rounds alternate between ours, copies and gloo.
+A step's time runs from when the first rank has called to when the last has its result, after a barrier of all. Copies are
+timed the same way, on all ranks at once, many in a row. Rounds alternate between ours, copies and gloo.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aiotransfer.cli import _bench_moe_gloo
 from aiotransfer.cli._bench_moe_rank import RESULT, ROW, Setup, copies
 from aiotransfer.cli._bench_rows import Row
 
-SIZES = ((4, 128), (8, 128), (4, 4096), (8, 4096))  # ranks, tokens of each
+SIZES: tuple[tuple[int, int], ...] = ((4, 128), (8, 128), (4, 4096), (8, 4096))  # ranks, tokens of each
 STEPS = {128: 20, 4096: 2}  # in a round
 MOST_SECONDS = 900
 
@@ -36,7 +36,7 @@ async def moe_rows(rounds: int, provider: str, loop: str) -> AsyncIterator[Row]:
     for ranks, tokens in sizes:
         setup = Setup(0, ranks, tokens, rounds, STEPS.get(tokens, 5), 1 if tokens > 1024 else 2, provider, "")
         if setup.nbytes > (free := _free()):
-            print(f"moe, {ranks} x {tokens:,} tokens: left out, it takes {setup.nbytes >> 20:,} MiB of {free >> 20:,}", file=sys.stderr)
+            print(f"moe, {ranks} x {tokens:,}: left out, it takes {setup.nbytes >> 20:,} MiB of {free >> 20:,}", file=sys.stderr)
             continue
         for row in _rows(setup, await _run(setup, loop)):
             yield row

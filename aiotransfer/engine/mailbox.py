@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MOST_ORPHANED = 256 << 20
 MESSAGE_BYTES = 4096  # what a message costs, be it empty: it keeps its peer
-LIBRARY = b"\x93"  # how messages of our own components begin
+LIBRARY = b"\x93AT"  # how messages of our own components begin
 MOST_UNCLAIMED, MOST_UNCLAIMED_BYTES = 64, 1 << 20  # of those, where no component is there: less than a peer's window
 _logger = logging.getLogger("aiotransfer")
 

@@ -7,6 +7,7 @@ when it is made: its first post asks, in a task of the engine, and makes the nat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from aiotransfer.engine.arguments import RESERVED, Pages, check_imm
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.notes import noted
 from aiotransfer.engine.refusals import refusal
-from aiotransfer.engine.scatter import Posted, Targets, post_table
+from aiotransfer.engine.scatter import Posted, Targets, post_pages, post_table
 from aiotransfer.engine.staging import Stager, page_spans, stager
 from aiotransfer.engine.submit import Submitter
 from aiotransfer.engine.transfer import DONE, Transfer
@@ -224,6 +225,29 @@ class Planner(Submitter):
         if posted is None:
             return self._scatter_plan(src, targets, require).post(imm=imm, timeout=timeout)
         return self._scattered(src, posted, value, timeout)
+
+    def _scatter_pages(
+        self,
+        src: RegionView,
+        regions: Sequence[RemoteRegion],
+        begins: Any,
+        counts: Any,
+        src_pages: Any,
+        dst_pages: Any,
+        *,
+        page_bytes: int,
+        src_stride: int,
+        src_offset: int = 0,
+        dst_offset: int = 0,
+        imm: int,
+    ) -> Transfer | None:
+        """What `write_pages` to each of `regions` would do, without a deadline, in one native call and as one transfer, ending
+        as that of a scatter: region i gets pages `begins[i]` to `begins[i] + counts[i]` of the tables. All tables are contiguous
+        int64. None, and nothing was posted, where that is impossible for any of them, for whatever reason."""
+        posted = post_pages(
+            self, src, regions, begins, counts, src_pages, dst_pages, page_bytes, src_stride, src_offset, dst_offset, imm
+        )
+        return None if posted is None else self._scattered(src, posted, imm, math.inf)
 
     def _scattered(self, src: RegionView, posted: Posted, imm: int, timeout: float | None) -> Transfer:
         result, nbytes, bounds = posted

@@ -22,7 +22,7 @@ import msgspec
 from aiotransfer.errors import DescriptorError
 
 VERSION = 1
-TO_PREFILLER, TO_DECODER = b"\x93KVp", b"\x93KVd"
+TO_PREFILLER, TO_DECODER = b"\x93ATp", b"\x93ATd"
 _HEADER = struct.Struct("<4sBQ")
 MOST_PAGES = 1 << 18  # of one request: what a message of 1 MiB holds
 MOST_ID = 512

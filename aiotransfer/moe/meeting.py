@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
 
 DIALS_AT_ONCE = 32
-DIAL_AFTER, LOOK_AGAIN = 0.3, 0.02  # seconds
+DIAL_AFTER, LOOK_AGAIN, ASK_AGAIN = 0.3, 0.02, 0.25  # seconds
 
 
 class Meeting(Ranks):
@@ -51,6 +51,8 @@ class Meeting(Ranks):
             async with limit:
                 found[rank] = await self.engine.connect(self.addresses[rank], timeout=math.inf)
 
+        self._forget_lost(found)
+        asked = self.engine._loop.time()
         dials = [self.spawn(dial(rank)) for rank in self.others()]
         greeted: set[int] = set()
         staged: bool | None = None
@@ -62,8 +64,12 @@ class Meeting(Ranks):
                     if peer.address in self.addresses and (rank := self.addresses.index(peer.address)) != self.rank:
                         found.setdefault(rank, peer)
                 missing = [rank for rank in self.others() if rank not in found]
-                if self._joining():
+                if self._seen:
                     missing = [rank for rank in missing if rank in self._present()]
+                if missing and self.engine._loop.time() > asked + ASK_AGAIN:
+                    asked = self.engine._loop.time()
+                    for peer in found.values():  # those who are at work know who is not missing at all
+                        self._send_to(peer, wire.Who(rank=self.rank, incarnation=self.incarnation, present=None))
                 if not missing and staged is None:
                     staged = any(not self._is_direct(peer) for peer in found.values())
                     self.buffers = Buffers(self.engine, self.shape, staged=staged, gpu=self._gpu)
@@ -74,9 +80,10 @@ class Meeting(Ranks):
                             self._greet(rank, peer, ask=True)
                     if self._all_hello():
                         break
-                for rank, peer in found.items():
-                    if peer.state in ("lost", "closed"):
-                        raise PeerLostError(f"{self.who(rank)} was lost while the ranks met", peer=str(peer.address))
+                for rank in self._forget_lost(found):
+                    greeted.discard(rank)
+                    if not self._seen or rank in self._present():
+                        raise PeerLostError(f"{self.who(rank)} was lost while the ranks met", peer=str(self.addresses[rank]))
                 for task in dials:
                     if task.done() and task.exception() is not None:
                         raise task.exception()  # type: ignore[misc]
@@ -85,7 +92,7 @@ class Meeting(Ranks):
             for task in dials:
                 task.cancel()
         self._check_shapes()
-        if self._joining():
+        if self._seen:
             await self._join()
         else:
             await self._start()
@@ -117,7 +124,7 @@ class Meeting(Ranks):
         hello = wire.Hello(
             rank=self.rank, incarnation=self.incarnation, shape=self.shape.agreed(),
             region=known.lease.descriptor.encode(), direct=known.direct, running=self._running, ask=ask,
-            present=[(r, i) for r, i in self._incarnations().items() if r != rank],
+            present=self._taking_part() if self._running else [],
         )  # fmt: skip
         self._send(rank, hello)
 
@@ -126,7 +133,7 @@ class Meeting(Ranks):
         return mine | {r: known.hello.incarnation for r, known in enumerate(self.ranks) if known is not None and known.hello}
 
     def _all_hello(self) -> bool:
-        needed = self._present() if self._joining() else set(self.others())
+        needed = self._present() if self._seen else set(self.others())
         return all(self._hello_of(rank) is not None for rank in needed - {self.rank})
 
     def _hello_of(self, rank: int) -> wire.Hello | None:
@@ -139,13 +146,27 @@ class Meeting(Ranks):
                     self.buffers.pack()
         return known.hello if known is not None else None
 
-    def _joining(self) -> bool:
-        return any(hello.running for _, hello in self._hellos.values())
-
     def _present(self) -> set[int]:
-        """Whom those who run already know of."""
-        running = [hello for _, hello in self._hellos.values() if hello.running]
-        return {rank for hello in running for rank, _ in hello.present} | {hello.rank for hello in running}
+        """Whom those who are at work know of."""
+        return set().union(*self._seen.values()) - {self.rank}
+
+    def _taking_part(self) -> list[int]:
+        assert self.members is not None
+        return [self.rank, *self.members.audience]
+
+    def _forget_lost(self, found: dict[int, Peer]) -> list[int]:
+        """Whoever was lost while the ranks met may come back, or was not needed."""
+        ended = {"lost", "closed"}
+        lost = {rank for rank, peer in found.items() if peer.state in ended}
+        lost |= {rank for rank, (peer, _) in self._hellos.items() if peer.state in ended}
+        for rank in lost:
+            found.pop(rank, None)
+            if rank not in self._hellos or self._hellos[rank][0].state in ended:
+                self._hellos.pop(rank, None)
+                self._seen.pop(rank, None)
+            if (known := self.ranks[rank]) is not None and known.peer.state in ended:
+                self.ranks[rank] = None
+        return sorted(lost - self._hellos.keys())
 
     def _check_shapes(self) -> None:
         wrong = {

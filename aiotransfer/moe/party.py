@@ -67,9 +67,16 @@ class Party(Meeting):
             self._told(rank, content)
         elif isinstance(content, wire.Leave):
             self._left(rank, content)
+        elif content.present is not None:
+            self._seen[rank] = set(content.present)
+        elif self._running:
+            answer = wire.Who(rank=self.rank, incarnation=self.incarnation, present=self._taking_part())
+            self._send_to(message.peer, answer)
 
     def _hello(self, rank: int, peer: Peer, hello: wire.Hello) -> None:
         self._hellos[rank] = (peer, hello)
+        if hello.running:
+            self._seen[rank] = set(hello.present)
         if not self._running or self.members is None:
             if hello.ask and getattr(self, "buffers", None) is not None:
                 self._greet(rank, peer, ask=False)
@@ -82,7 +89,7 @@ class Party(Meeting):
             return
         if not self.members.join(rank, hello.incarnation):
             return
-        if known is not None:
+        if known is not None and known.hello is not None:  # otherwise it may have our Hello, which stands
             self._forget(rank, PeerLostError(f"{self.who(rank)} has started anew", peer=str(peer.address)))
             self.ranks[rank] = None
         self._greet(rank, peer, ask=False)

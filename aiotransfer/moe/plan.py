@@ -134,6 +134,10 @@ class Arrivals:
         self.total = int(ranges.totals[rank])
         self.results: Ints = ranges.counts[:, : here.start].sum(axis=1, dtype=np.int64)
 
+    def back(self) -> Ints:
+        """For each of `rows`: its row among the results of its source."""
+        return np.repeat(self.results - self.first, self.n) + np.arange(len(self.rows))
+
     def rows_of(self, source: int) -> Ints:
         """Places of the rows of `source`, in its order."""
         first = int(self.first[source])

@@ -79,6 +79,7 @@ class Ranks:
         self.over: TransferError | None = None
         self._counters: dict[int, Counter] = {}
         self._hellos: dict[int, tuple[Peer, wire.Hello]] = {}
+        self._seen: dict[int, set[int]] = {}  # by those that are at work: who takes part
         self._ready: dict[int, list[int]] = {}
         self._listens = self._running = False
         self._changed: dict[asyncio.Future[None], None] = {}  # in this order, for a seed's sake
@@ -126,8 +127,12 @@ class Ranks:
 
     def _send(self, rank: int, message: wire.Message) -> None:
         known = self.ranks[rank]
-        if known is not None and known.peer.state in ("up", "busy"):
-            task = self.spawn(self._post(known.peer, wire.encode(self._key, message)))
+        if known is not None:
+            self._send_to(known.peer, message)
+
+    def _send_to(self, peer: Peer, message: wire.Message) -> None:
+        if peer.state in ("up", "busy"):
+            task = self.spawn(self._post(peer, wire.encode(self._key, message)))
             self._posts.add(task)
             task.add_done_callback(self._posts.discard)
 

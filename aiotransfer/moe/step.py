@@ -7,12 +7,10 @@ that the loss of any ends it, and then goes on without.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.errors import ScatterError, TransferError
 from aiotransfer.moe.buffers import Header, header
 from aiotransfer.moe.errors import RoutingOverflow, StepRefused
 from aiotransfer.moe.members import UNDECIDED
@@ -164,22 +162,14 @@ class Step(Traffic):
     async def _send_rest(self) -> None:
         party, shape, route, slot = self.party, self.party.shape, self.route, self.slot
         buffers, ahead = party.buffers, self._ahead
-        places = self.ranges.destinations(route)
-        packed: list[int] = []
-        for rank in self._alive():
-            if route.sent[rank] <= ahead[rank]:
-                continue
-            span = route.rows_of(rank)
-            rest = slice(span.start + int(ahead[rank]), span.stop)
-            if not self._reaches_directly(rank):
-                packed.append(rank)
-                continue
-            if self._once(f"rest {rank}"):
-                self._post(rank, lambda rank=rank, rest=rest: party.engine.write_pages(
-                    buffers.sent, route.tokens[rest], self._remote(rank), places[rest], page_bytes=shape.row_bytes,
-                    src_offset=buffers.tokens(slot).offset, dst_offset=shape.rows(slot), imm=party.imm(REST, slot, party.rank),
-                    timeout=math.inf,
-                ))  # fmt: skip
+        ranks = [rank for rank in self._alive() if route.sent[rank] > ahead[rank]]
+        directly = [rank for rank in ranks if self._reaches_directly(rank)]
+        packed = [rank for rank in ranks if rank not in directly]
+        if directly:
+            self._put(
+                REST, directly, (route.first + ahead)[directly], (route.sent - ahead)[directly], buffers.sent, route.tokens,
+                self.ranges.destinations(route), shape.row_bytes, shape.row_bytes, buffers.tokens(slot).offset, shape.rows(slot),
+            )  # fmt: skip
         if packed:
             spans = [route.rows_of(rank) for rank in packed]
             private = shape.private_tokens
@@ -296,23 +286,23 @@ class Step(Traffic):
             await self._move(buffers.results(slot), np.arange(first, first + n), results, arrivals.rows_of(source), n)
         self._stages.add("kept")
         await self.kernels.settle()
+        directly: list[int] = []
         packed: list[int] = []
         for rank in self._alive():
-            source = self._sender_for(rank)
-            n, first = int(arrivals.n[source]), int(arrivals.results[source])
-            if n and (region is None or not self._reaches_directly(rank)):
+            if not arrivals.n[self._sender_for(rank)]:
+                if self._once(f"nothing for {rank}"):
+                    self._signal(rank)
+            elif region is None or not self._reaches_directly(rank):
                 packed.append(rank)
-            elif not self._once(f"results {rank}"):
-                continue
-            elif not n:
-                self._signal(rank)
             else:
-                assert region is not None
-                self._post(rank, lambda rank=rank, source=source, n=n, first=first: party.engine.write_pages(
-                    region, arrivals.rows_of(source), self._remote(rank), np.arange(first, first + n),
-                    page_bytes=shape.result_bytes, src_stride=stride, src_offset=offset, dst_offset=shape.results(slot),
-                    imm=party.imm(RESULTS, slot, party.rank), timeout=math.inf,
-                ))  # fmt: skip
+                directly.append(rank)
+        if directly:
+            assert region is not None
+            sources = [self._sender_for(rank) for rank in directly]
+            self._put(
+                RESULTS, directly, arrivals.first[sources], arrivals.n[sources], region, arrivals.rows, arrivals.back(),
+                shape.result_bytes, stride, offset, shape.results(slot),
+            )  # fmt: skip
         if packed and "packed results" not in self._stages:
             sources = sorted({self._sender_for(rank) for rank in packed})
             rows = np.concatenate([arrivals.rows_of(source) for source in sources])
@@ -353,17 +343,7 @@ class Step(Traffic):
 
     async def finish(self) -> None:
         """Returns when nothing of this step is under way any more: its slot is free."""
-        while self._transfers:
-            transfer = self._transfers[-1]
-            try:
-                await transfer
-            except ScatterError as error:
-                for one in error.results:
-                    if isinstance(one, TransferError):
-                        self._failed(one)
-            except TransferError as error:
-                self._failed(error)
-            self._transfers.pop()
+        await self._retired()
         self.over = True
         self.party.steps.pop(self.number, None)
         self.party.handles.pop(self.number, None)

@@ -7,7 +7,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.engine.scatter import ScatterTarget
-from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, StaleRegionError, TransferError
+from aiotransfer.engine.transfer import CANCELLED, PENDING
+from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, ScatterError, StaleRegionError, TransferError
 from aiotransfer.moe.errors import StepRefused
 from aiotransfer.moe.members import Members
 from aiotransfer.moe.party import Party
@@ -20,6 +21,21 @@ if TYPE_CHECKING:
     from aiotransfer.engine.transfer import Transfer
 
 MOVED_AT_ONCE = 16 << 20  # bytes between two turns of the event loop: a millisecond, at most
+
+
+class _Ended:
+    """In the place of a waiter of a transfer: tells its step."""
+
+    __slots__ = ("_step", "_transfer")
+
+    def __init__(self, step: Traffic, transfer: Transfer) -> None:
+        self._step, self._transfer = step, transfer
+
+    def done(self) -> bool:
+        return False
+
+    def set_result(self, _: None) -> None:
+        self._step.ended(self._transfer)
 
 
 class Traffic:
@@ -49,6 +65,7 @@ class Traffic:
         self._waits: dict[int, dict[int, int]] = {}  # by kind: how many arrivals of each rank
         self._stages: set[str] = set()
         self._transfers: list[Transfer] = []
+        self._quiet: asyncio.Future[None] | None = None
 
     # ---- ranks that are lost ----
 
@@ -66,13 +83,42 @@ class Traffic:
         if rank not in self._data and self.party.counter(FIRST, self.slot, rank).value:
             self._data[rank] = self.party.buffers.header(self.slot, rank)
 
+    def _watch(self, transfer: Transfer) -> None:
+        """Nobody awaits it before the end of the step, and a failure must be known before."""
+        self._transfers.append(transfer)
+        if not transfer.done():
+            transfer._waiters.append(_Ended(self, transfer))
+        elif transfer.exception() is not None:
+            self.ended(transfer)
+
+    def ended(self, transfer: Transfer) -> None:
+        """One of ours."""
+        error = None if transfer._state == CANCELLED else transfer.exception()
+        for one in error.results if isinstance(error, ScatterError) else (error,):
+            if isinstance(one, TransferError):
+                self._failed(one)
+        if not self._pending() and self._quiet is not None and not self._quiet.done():
+            self._quiet.set_result(None)
+
+    def _pending(self) -> bool:
+        return any(transfer._state == PENDING for transfer in self._transfers)
+
+    async def _retired(self) -> None:
+        """Returns when nothing of ours is under way. Cancelling it withdraws nothing, unlike that of a transfer."""
+        while self._pending():
+            if not self.party.engine._lane.usable:
+                self.party.engine._check()
+            self._quiet = self.party.engine._loop.create_future()
+            await self._quiet
+        self._transfers.clear()
+
     def headers(self) -> dict[tuple[int, int], bytes]:
         """What this step knows of all ranks."""
         return {(self.number, rank): data for rank, data in self._data.items()}
 
     def _failed(self, error: TransferError) -> None:
         """A write of ours failed, so whoever it was for has to be missed."""
-        for rank in self.joined:
+        for rank in self._alive():
             known = self.party.ranks[rank]
             if known is not None and error.peer in (str(known.peer.address), known.peer.name):
                 self.party.missed(rank, error)
@@ -110,7 +156,7 @@ class Traffic:
 
     def _post(self, rank: int, write: Any) -> None:
         try:
-            self._transfers.append(write())
+            self._watch(write())
         except (BrokenError, StaleRegionError) as error:
             self.party.missed(rank, error)
 
@@ -131,14 +177,38 @@ class Traffic:
                 return
             remotes = tuple(self._remote(rank) for rank in ranks)
             try:
-                self._transfers.append(
-                    party.engine.scatter(source, ScatterTarget(offsets, sizes, remotes, there), imm=imm, timeout=math.inf)
-                )
+                self._watch(party.engine.scatter(source, ScatterTarget(offsets, sizes, remotes, there), imm=imm, timeout=math.inf))
                 return
             except (BrokenError, StaleRegionError) as error:
                 self._failed(error)
                 if not any(rank in self.lost for rank in ranks):
                     raise
+
+    def _put(
+        self, kind: int, ranks: list[int], begins: Any, counts: Any, source: RegionView, rows: Any, places: Any, nbytes: int,
+        stride: int, offset: int, there: int,
+    ) -> None:  # fmt: skip
+        """Rows to their places at each of `ranks`, of the tables `rows` and `places` those from `begins` on: one call for all of
+        them or, where one of them is not to be had so, one for each."""
+        party = self.party
+        left = [i for i, rank in enumerate(ranks) if self._once(f"put {kind} {rank}")]
+        if not left:
+            return
+        ranks, begins, counts = [ranks[i] for i in left], begins[left], counts[left]
+        imm, remotes = party.imm(kind, self.slot, party.rank), [self._remote(rank) for rank in ranks]
+        transfer = party.engine._scatter_pages(
+            source, remotes, begins, counts, rows, places, page_bytes=nbytes, src_stride=stride, src_offset=offset,
+            dst_offset=there, imm=imm,
+        )  # fmt: skip
+        if transfer is not None:
+            self._transfers.append(transfer)
+            return
+        for rank, remote, begin, n in zip(ranks, remotes, begins.tolist(), counts.tolist(), strict=True):
+            part = slice(begin, begin + n)
+            self._post(rank, lambda remote=remote, part=part: party.engine.write_pages(
+                source, rows[part], remote, places[part], page_bytes=nbytes, src_stride=stride, src_offset=offset,
+                dst_offset=there, imm=imm, timeout=math.inf,
+            ))  # fmt: skip
 
     async def _move(self, to: Any, to_rows: Any, source: Any, source_rows: Any, n: int) -> None:
         """Rows inside this process, with turns for the event loop in between."""

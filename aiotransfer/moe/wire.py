@@ -14,7 +14,7 @@ import msgspec
 from aiotransfer.errors import DescriptorError
 from aiotransfer.moe.members import View
 
-MARK = b"\x93ME\x01"  # the last byte is the version
+MARK = b"\x93ATm\x01"  # the last byte is the version
 KEY_BYTES = 12
 MOST_TEXT = 1000
 
@@ -32,7 +32,7 @@ class Hello(_Message, frozen=True, tag=1):
     direct: bool  # rows may be put at their final places one by one; otherwise they come in one piece into my staging area
     running: bool  # steps are being made already: the receiver joins
     ask: bool  # the receiver is to answer with a Hello of its own: an earlier one may have come before anybody read them
-    present: list[tuple[int, int]]  # ranks I know of, and their incarnations (when running)
+    present: list[int]  # when running: ranks that take part, the sender too
 
 
 class Ready(_Message, frozen=True, tag=2):
@@ -56,7 +56,13 @@ class Leave(_Message, frozen=True, tag=4):
     reason: str
 
 
-Message: TypeAlias = Hello | Ready | Told | Leave
+class Who(_Message, frozen=True, tag=5):
+    """A question of one who cannot find all, and the answer of one who is at work."""
+
+    present: list[int] | None  # ranks that take part, the sender too; None: tell me
+
+
+Message: TypeAlias = Hello | Ready | Told | Leave | Who
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
 

@@ -169,6 +169,12 @@ int64_t at_plan_post(at_lane *lane, const at_plan *plan, int64_t imm);
 int64_t at_scatter(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbytes, uint64_t n, const int64_t *remotes,
                    const uint64_t *bases, const uint64_t *limits, const int64_t *local_offsets, const int64_t *sizes,
                    const int64_t *remote_offsets, int64_t imm, uint64_t *total);
+/* [loop] The same for pages: target i gets counts[i] pages, those from begins[i] on in tables of `rows` pages, its own beginning at
+ * remote_offsets[i]. Strides, tables and immediates are as for at_write_pages, results and targets as for at_scatter. */
+int64_t at_scatter_pages(at_lane *lane, int64_t region, uint64_t n, const int64_t *remotes, const uint64_t *remote_offsets,
+                         const int64_t *begins, const int64_t *counts, const int64_t *local_pages, const int64_t *remote_pages,
+                         uint64_t rows, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride, uint64_t local_offset,
+                         int64_t imm, uint64_t *total);
 int at_batch_take(at_lane *lane, int64_t cookie, int32_t *results, uint64_t n); /* once, after the event */
 
 /* The same from any thread, for plans that are no scatters: AT_OK, AT_E*, or a cookie for at_thread_wait; no event comes. */

@@ -29,6 +29,14 @@ typedef struct {
     const int64_t *local_offsets, *nbytes, *remote_offsets;
 } at_targets;
 
+/* Parts of two tables of pages, and where each goes: the arguments of at_scatter_pages. */
+typedef struct {
+    uint64_t count, rows;
+    const int64_t *remotes;
+    const uint64_t *offsets;
+    const int64_t *begins, *counts;
+} at_rows;
+
 static at_plan *plan_new(uint64_t count, int scatter) {
     if (count > UINT32_MAX) return NULL;
     at_plan *plan = calloc(1, sizeof *plan + (size_t)count * sizeof plan->orders[0]);
@@ -159,7 +167,7 @@ static int64_t post_targets(at_lane *lane, at_op *ops, uint64_t count, const at_
         int rc = count <= MOST_KEPT ? AT_OK : at_resolve(lane, &orders[i], imm, op); /* the lock is still ours */
         if (rc == AT_OK) rc = at_submit_here(lane, op);
         if (rc == AT_OK) {
-            landed += op->nbytes;
+            landed += op->nbytes * op->units;
             continue;
         }
         queued |= rc == AT_EAGAIN && op->peer->port->window == 0;
@@ -227,6 +235,47 @@ int64_t at_scatter(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbyt
                      .nbytes = sizes, .remote_offsets = remote_offsets};
     at_lock(lane);
     result = scatter(lane, &src, &to, imm, total);
+    return at_unlock_and_progress(lane, result);
+}
+
+static int64_t scatter_pages(at_lane *lane, at_order *order, const at_rows *to, int64_t imm, uint64_t *total) {
+    at_op *ops = kept_for(lane, to->count);
+    const int64_t *local_pages = order->local_pages, *remote_pages = order->remote_pages;
+    if (ops == NULL && to->count != 0) return AT_ENOMEM;
+    for (uint64_t i = 0; i < to->count; i++) {
+        int rc = lies_in(to->begins[i], to->counts[i], to->rows) ? AT_OK : AT_ESIZE;
+        if (rc == AT_OK) {
+            order->remote = to->remotes[i];
+            order->remote_offset = to->offsets[i];
+            order->units = (uint64_t)to->counts[i];
+            order->local_pages = local_pages + to->begins[i];
+            order->remote_pages = remote_pages + to->begins[i];
+            rc = at_resolve(lane, order, imm, &ops[i]);
+        }
+        if (rc == AT_OK) rc = at_check(lane, order, &ops[i]);
+        if (rc != AT_OK) {
+            lane->detail = (int64_t)i;
+            return rc;
+        }
+        *total += order->nbytes * order->units;
+    }
+    return post_targets(lane, ops, to->count, NULL, imm);
+}
+
+int64_t at_scatter_pages(at_lane *lane, int64_t region, uint64_t n, const int64_t *remotes, const uint64_t *remote_offsets,
+                         const int64_t *begins, const int64_t *counts, const int64_t *local_pages, const int64_t *remote_pages,
+                         uint64_t rows, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride, uint64_t local_offset,
+                         int64_t imm, uint64_t *total) {
+    *total = 0;
+    int64_t result = at_check_owner(lane);
+    if (result != AT_OK) return result;
+    if (n > MOST_KEPT || !at_pages_make_sense(rows, page_bytes, local_stride, remote_stride)) return AT_ESIZE;
+    at_order order = {.kind = AT_OP_PAGES, .region = region, .local_offset = local_offset, .nbytes = page_bytes,
+                      .local_stride = local_stride, .remote_stride = remote_stride, .local_pages = local_pages,
+                      .remote_pages = remote_pages, .imm = -1};
+    at_rows to = {.count = n, .rows = rows, .remotes = remotes, .offsets = remote_offsets, .begins = begins, .counts = counts};
+    at_lock(lane);
+    result = scatter_pages(lane, &order, &to, imm, total);
     return at_unlock_and_progress(lane, result);
 }
 

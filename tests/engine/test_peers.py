@@ -203,11 +203,11 @@ async def test_a_component_reads_its_own_messages_and_leaves_the_application_its
 
 async def test_messages_of_our_components_never_reach_the_application_and_do_not_use_up_its_credit(pair: Pair) -> None:
     for i in range(1500):
-        await pair.right_peer.send(b"\x93KVp" + i.to_bytes(4, "little"))
+        await pair.right_peer.send(b"\x93ATp" + i.to_bytes(4, "little"))
     await pair.right_peer.send(b"mine")
     async for message in pair.right.messages():
         assert message.data == b"mine"
         break
-    component = pair.right.messages(b"\x93KVp")
+    component = pair.right.messages(b"\x93ATp")
     assert (await anext(component)).data[4:] == (1500 - 64).to_bytes(4, "little"), "the latest are kept"
     await component.aclose()  # type: ignore[attr-defined]

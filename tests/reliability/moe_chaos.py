@@ -98,10 +98,12 @@ class Life:
         self.rng = random.Random(f"{run.seed} {rank} {number}")
         direct = run.direct if run.direct is not None else self.rng.random() < 0.5
         self.a2a = moe.AllToAll(engine, engine.group(run.addresses), direct=direct, timeout=BOUND, **run.sizes)
+        self.incarnation = self.a2a._party.incarnation
         self.state = "meeting"  # running, ended, killed
         self.why: BaseException | None = None
         self.leaving = self.hurried = False
         self.since = 0.0  # running since then
+        self.doing, self.at = "meet", run.net.now
         self.batches: dict[int, Batch] = {}
         self.steps: list[Step] = []
         self.halves = self.rng.random() < 0.6
@@ -189,6 +191,7 @@ class Life:
             await asyncio.sleep(THINK)
             return
         step = rng.choice(calls)
+        self.doing, self.at = "begin" if step is None else f"{step.state} {step.number}", run.net.now
         if step is None:
             await self.begin(alone=sent is None)
         elif step.state == "sent":
@@ -431,7 +434,11 @@ class Life:
             f"gone {members.gone} limit {members.limit()} settled {members.settled} agree {members._agree} owes {members._owes} "
             f"present {members._present} start {members.start}"
         )  # fmt: skip
-        others = "\n".join(f"  {life}" for life in itertools.chain(*self.run.lives))
+        others = "\n".join(
+            f"  {life} does {life.doing} since {self.run.net.now - life.at:.3f} s, steps {[(s.number, s.state) for s in life.steps]} "
+            f"{[(n, sorted(step._stages), step._heard, step.lost, step.joined, step._transfers) for n, step in life.a2a._party.steps.items()]}"
+            for life in itertools.chain(*self.run.lives)
+        )
         peers = [known and (known.peer.state, known.lease.state, known.lost) for known in party.ranks]
         fences = {rank: task for rank, task in party._fences.items() if not task.done()}
         return f"next {party.next_step}, {steps}\n{about}\n{peers} {fences} {party.over!r}\n{others}"
@@ -519,7 +526,7 @@ class Run:
         """Whom this one knows as `rank`."""
         known = life.a2a._party.ranks[rank]
         assert known is not None, f"{life} does not know rank {rank}"
-        return self.by_incarnation[known.peer.incarnation]
+        return self.by_incarnation[known.incarnation]
 
     def told(self, step: int) -> str:
         return "\n".join(
@@ -565,7 +572,7 @@ class Run:
     async def start(self, rank: int, engine: at.Engine) -> Life:
         life = Life(self, rank, len(self.lives[rank]), engine)
         self.lives[rank].append(life)
-        self.by_incarnation[engine.incarnation] = life
+        self.by_incarnation[life.incarnation] = life
         return life
 
     def pick(self, most: int = 1) -> list[Life]:
@@ -593,7 +600,7 @@ class Run:
             members = life.a2a._party.members
             if life.state == "running" and not life.leaving and members is not None:
                 known = members.incarnation(dead.rank)
-                assert known != dead.engine.incarnation, f"lost: {life} has not noticed that {dead} is\n{life.waits()}"
+                assert known != dead.incarnation, f"lost: {life} has not noticed that {dead} is\n{life.waits()}"
                 if not known:
                     assert dead.rank in life.a2a.lost, f"lost: {life} does not name {dead}"
 
@@ -725,7 +732,7 @@ class Run:
         """Being together is mutual, and those that are together see the same ranks."""
         there = self.running()
         for one, other in itertools.combinations(there, 2):
-            sees = [life.a2a._party.members.incarnation(who.rank) == who.engine.incarnation for life, who in ((one, other), (other, one))]
+            sees = [life.a2a._party.members.incarnation(who.rank) == who.incarnation for life, who in ((one, other), (other, one))]
             assert sees[0] == sees[1], f"lost: {one} and {other} are not together alike"
             if sees[0]:
                 assert one.a2a.mask == other.a2a.mask, f"lost: {one} and {other} see other ranks"

@@ -65,7 +65,7 @@ SILENT: dict[str, Callable[[dict[str, Any]], Any]] = {  # ending and looking are
 
 
 # These look who calls before they touch anything.
-DOORS = {"at_write", "at_read", "at_write_pages", "at_signal", "at_plan_post", "at_scatter"}
+DOORS = {"at_write", "at_read", "at_write_pages", "at_signal", "at_plan_post", "at_scatter", "at_scatter_pages"}
 
 
 class Trap:
