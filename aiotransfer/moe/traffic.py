@@ -201,7 +201,7 @@ class Traffic:
             dst_offset=there, imm=imm,
         )  # fmt: skip
         if transfer is not None:
-            self._transfers.append(transfer)
+            self._watch(transfer)
             return
         for rank, remote, begin, n in zip(ranks, remotes, begins.tolist(), counts.tolist(), strict=True):
             part = slice(begin, begin + n)
