@@ -18,6 +18,7 @@ CYCLES ?= 10000
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
 	@echo "make demo    a language model: prefill in one process, decode in another (downloads about 350 MB)"
+	@echo "make demo-moe  a mixture of experts over four processes (the same download of torch, no model)"
 	@echo "make test    the tests        make lint    ruff, mypy, C warnings"
 	@echo "make bench   the benchmark    make docs    the documentation site"
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.needs import needs_tcp
+
 pytestmark = pytest.mark.demo
 pytest.importorskip("torch", reason="make test-demo installs torch")
 pytest.importorskip("transformers", reason="make test-demo installs transformers")
@@ -35,6 +37,14 @@ def test_generated_text_is_that_of_the_single_process_though_ranks_end_one_after
     assert [len(some) for some in found["tokens"].values()] == [2, 4, 2, 4]
     assert all(layer["dispatch_bytes"] == layer["combine_bytes"] > 0 for layer in found["layers"])
     assert found["loss"] is None
+    assert found["paths"] == ["shm"]
+
+
+@pytest.mark.parametrize("chaos", [(), ("--kill", "1")])
+@needs_tcp()
+def test_over_a_network(chaos: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOTRANSFER_PROVIDERS", "tcp")
+    assert figures("--tokens", "4", "--ranks", "2", *chaos)["paths"] == ["tcp"]
 
 
 def test_blocks_are_decided_alike() -> None:
