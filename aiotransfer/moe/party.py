@@ -88,6 +88,8 @@ class Party(Meeting):
             self._greet(rank, peer, ask=False)  # it will see that they differ
             return
         if not self.members.join(rank, hello.incarnation):
+            # Others have parted from it, and it does not know: it must not wait for us.
+            self._send_to(peer, self._leave(rank, "others have lost it", hello.incarnation))
             return
         if known is not None and known.hello is not None:  # otherwise it may have our Hello, which stands
             self._forget(rank, PeerLostError(f"{self.who(rank)} has started anew", peer=str(peer.address)))

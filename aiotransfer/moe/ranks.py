@@ -142,11 +142,11 @@ class Ranks:
         except (BrokenError, ClosedError):
             pass  # whoever waits for it will miss it
 
-    def _leave(self, who: int, reason: str) -> wire.Leave:
+    def _leave(self, who: int, reason: str, of: int = 0) -> wire.Leave:
         upto = min(self.steps, default=self.next_step)
         text = reason[: wire.MOST_TEXT]
         known = self.ranks[who]
-        of = self.incarnation if known is None else known.incarnation
+        of = of or (self.incarnation if known is None else known.incarnation)
         return wire.Leave(rank=self.rank, incarnation=self.incarnation, who=who, of=of, upto=upto, reason=text)
 
     # ---- what happens ----

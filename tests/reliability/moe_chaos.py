@@ -53,9 +53,10 @@ ROUTINGS = ("uniform", "one expert", "hot rank", "sparse", "nothing")
 ALARMS = ("held long", "cut")  # after which anybody may be lost
 STRIKES = (
     "killed", "two killed", "held briefly", "held long", "cut", "evicted", "left", "left in a step", "came back", "two came back",
+    "came back by the same engine",
 )  # fmt: skip
 CALLS = ("deadline", "cancelled", "bad call", "overflow", "too many steps", "wrong results", "halves")
-OUTCOMES = ("whole", "with loss", "refused")
+OUTCOMES = ("whole", "with loss", "not done")
 WEATHER = ("refused", "delayed", "reordered", "split")
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "reliability" / "moe-chaos.md"
 
@@ -142,10 +143,12 @@ class Life:
                     assert not self.run.running(but=self), f"hang: {self} does not come in: {error}"
                     self.why, self.leaving = error, True
                     return
-            except (at.PeerLostError, moe.EvictedError, at.RendezvousError, at.BrokenError) as error:
+            except at.PeerLostError as error:
                 assert self.run.struck_at > self.run.net.now - 2 * MEET, f"{self} could not meet the others: {error}"
-                self.why, self.leaving = error, True
-                return
+                self.run.struck["lost while they met"] += 1
+                if self.rng.random() < 0.3:
+                    self.why, self.leaving = error, True
+                    return
 
     async def leave(self) -> None:
         self.state = "ended"
@@ -155,10 +158,15 @@ class Life:
         party = self.a2a._party
         assert not party._tasks, f"leak: {self}: {party._tasks}"
         assert not party.steps or self.why or self.hurried or self.steps, f"leak: {self}: {party.steps}"
-        if not isinstance(self.why, at.QuarantineError):
+        if self.run.lives[self.rank][-1] is self and not isinstance(self.why, at.QuarantineError):
             assert not self.engine._regions, f"leak: {self}: {self.engine._regions} with {self.why!r}"
         assert not self.engine._counters, f"leak: {self}: {self.engine._counters}"
-        await self.within(self.engine.aclose(), "aclose of the engine")
+        again = self.rng.random() < 0.3 and self.state == "ended" and self.run.may_come and self.run.running()
+        if again and not isinstance(self.why, at.QuarantineError):
+            self.run.blame("came back by the same engine", self)
+            await self.run.start(self.rank, self.engine)
+        else:
+            await self.within(self.engine.aclose(), "aclose of the engine")
 
     async def within(self, work: Any, what: str) -> Any:
         task = asyncio.ensure_future(work)
@@ -478,6 +486,7 @@ class Run:
         self.alarmed = False
         self.struck_at = -1e9
         self.goal: int | None = None
+        self.may_come = True
         self.parked: set[Life] = set()
         self.decided: dict[int, dict[Life, Any]] = {}  # by step, what each has seen
         self.numbers: set[int] = set()  # of steps that were made
@@ -545,7 +554,7 @@ class Run:
 
     def refused(self, life: Life, batch: Batch, error: moe.StepRefused) -> None:
         self.numbers.add(batch.step)
-        self.struck["refused"] += 1
+        self.struck["not done"] += 1
         where = f"{life}, step {batch.step}: {error}"
         all_there = [other for lives in self.lives for other in lives if batch.step in other.batches]
         if isinstance(error, moe.RoutingOverflow):
@@ -681,6 +690,7 @@ class Run:
                 await self.look(rng.random() * 0.2)
                 if rng.random() < 0.3:
                     await self.come_back(rng.choice([1, 1, 2]))
+        self.may_come = False
         await self.look(2 * LONG[1])
         while any(life.state == "meeting" for lives in self.lives for life in lives):
             await self.look(0.02)
@@ -778,7 +788,11 @@ def run(seed: int, struck: Counter[str] | None = None) -> tuple[int, int]:
         return len(this.numbers), counts["trace"]
 
     try:
-        with mock.patch.object(moe.meeting, "DIAL_AFTER", rng.choice([0.01, 0.01, 0.1, 1.0])):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(moe.meeting, "DIAL_AFTER", rng.choice([0.01, 0.01, 0.1, 1.0])))
+            at_once = rng.choice([4 << 20, 4 << 20, 64])  # turns of the loop between rows
+            for module in (moe.traffic, moe.handle):
+                stack.enter_context(mock.patch.object(module, "MOVED_AT_ONCE", at_once))
             result = net.run(scenario)
         del net, scenario
         gc.collect()
