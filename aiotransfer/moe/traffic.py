@@ -16,6 +16,8 @@ from aiotransfer.moe.plan import Arrivals, Ranges, Route
 from aiotransfer.moe.ranks import FIRST, REST, RESULTS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import RegionView
     from aiotransfer.engine.transfer import Transfer
@@ -26,16 +28,16 @@ MOVED_AT_ONCE = 16 << 20  # bytes between two turns of the event loop: a millise
 class _Ended:
     """In the place of a waiter of a transfer: tells its step."""
 
-    __slots__ = ("_step", "_transfer")
+    __slots__ = ("_step", "_transfer", "_without")
 
-    def __init__(self, step: Traffic, transfer: Transfer) -> None:
-        self._step, self._transfer = step, transfer
+    def __init__(self, step: Traffic, transfer: Transfer, without: Callable[[], None] | None) -> None:
+        self._step, self._transfer, self._without = step, transfer, without
 
     def done(self) -> bool:
         return False
 
     def set_result(self, _: None) -> None:
-        self._step.ended(self._transfer)
+        self._step.ended(self._transfer, self._without)
 
 
 class Traffic:
@@ -83,20 +85,25 @@ class Traffic:
         if rank not in self._data and self.party.counter(FIRST, self.slot, rank).value:
             self._data[rank] = self.party.buffers.header(self.slot, rank)
 
-    def _watch(self, transfer: Transfer) -> None:
-        """Nobody awaits it before the end of the step, and a failure must be known before."""
+    def _watch(self, transfer: Transfer, without: Callable[[], None] | None = None) -> None:
+        """Nobody awaits it before the end of the step, and a failure must be known before. `without` posts it once more, without
+        those that are lost by then."""
         self._transfers.append(transfer)
         if not transfer.done():
-            transfer._waiters.append(_Ended(self, transfer))
+            transfer._waiters.append(_Ended(self, transfer, without))
         elif transfer.exception() is not None:
-            self.ended(transfer)
+            self.ended(transfer, without)
 
-    def ended(self, transfer: Transfer) -> None:
+    def ended(self, transfer: Transfer, without: Callable[[], None] | None) -> None:
         """One of ours."""
         error = None if transfer._state == CANCELLED else transfer.exception()
+        alive = self._alive()
         for one in error.results if isinstance(error, ScatterError) else (error,):
             if isinstance(one, TransferError):
                 self._failed(one)
+        # What turned out to be impossible when the owner of a target had been asked was posted to nobody.
+        if without is not None and isinstance(error, BrokenError | StaleRegionError) and self._alive() != alive:
+            without()
         if not self._pending() and self._quiet is not None and not self._quiet.done():
             self._quiet.set_result(None)
 
@@ -177,7 +184,9 @@ class Traffic:
                 return
             remotes = tuple(self._remote(rank) for rank in ranks)
             try:
-                self._watch(party.engine.scatter(source, ScatterTarget(offsets, sizes, remotes, there), imm=imm, timeout=math.inf))
+                target = ScatterTarget(offsets, sizes, remotes, there)
+                transfer = party.engine.scatter(source, target, imm=imm, timeout=math.inf)
+                self._watch(transfer, lambda: self._scatter(source, ranks, offsets, sizes, there, kind))
                 return
             except (BrokenError, StaleRegionError) as error:
                 self._failed(error)

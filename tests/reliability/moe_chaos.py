@@ -194,6 +194,8 @@ class Life:
         room = all(s.number != self.a2a.next_step - run.slots for s in self.steps)
         if goes_on and room and (sent is None or self.halves):
             calls.append(None)
+        if unsent := [s for s in self.steps if s.state == "returning" and s.handle._y is not None]:
+            calls = unsent  # a combine that was cut off before it had sent everything: others wait for it
         if not calls:
             run.parked.add(self)
             await asyncio.sleep(THINK)
