@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +187,7 @@ class Traffic:
             try:
                 target = ScatterTarget(offsets, sizes, remotes, there)
                 transfer = party.engine.scatter(source, target, imm=imm, timeout=math.inf)
-                self._watch(transfer, lambda: self._scatter(source, ranks, offsets, sizes, there, kind))
+                self._watch(transfer, functools.partial(self._scatter, source, ranks, offsets, sizes, there, kind))
                 return
             except (BrokenError, StaleRegionError) as error:
                 self._failed(error)
