@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.engine.scatter import ScatterTarget
@@ -186,7 +187,7 @@ class Traffic:
             try:
                 target = ScatterTarget(offsets, sizes, remotes, there)
                 transfer = party.engine.scatter(source, target, imm=imm, timeout=math.inf)
-                self._watch(transfer, lambda: self._scatter(source, ranks, offsets, sizes, there, kind))
+                self._watch(transfer, partial(self._scatter, source, ranks, offsets, sizes, there, kind))
                 return
             except (BrokenError, StaleRegionError) as error:
                 self._failed(error)
