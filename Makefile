@@ -12,7 +12,7 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo demo-moe test test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
-	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-scale docs test-rails test-chaos test-chaos-kv test-guest \
+	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-scale docs test-rails test-chaos test-chaos-kv test-chaos-moe test-guest \
 	test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
 
 help:
@@ -163,6 +163,10 @@ test-cycles: $(STAMPS)/test
 # KV-cache requests under random aborts and kills on the simulator; writes docs/reliability/kv-chaos.md.
 test-chaos-kv: $(STAMPS)/test
 	$(PY) -m tests.reliability.kv_chaos --requests 10000 --report $(ARGS)
+
+# Steps of the MoE all-to-all under random routing and faults on the simulator; writes docs/reliability/moe-chaos.md.
+test-chaos-moe: $(STAMPS)/test
+	$(PY) -m tests.reliability.moe_chaos --steps 200000 --jobs 2 --report $(ARGS)
 
 # Random faults against whole engines on the simulator; writes docs/reliability/chaos.md.
 test-chaos: $(STAMPS)/test

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.engine.scatter import ScatterTarget
@@ -187,7 +187,7 @@ class Traffic:
             try:
                 target = ScatterTarget(offsets, sizes, remotes, there)
                 transfer = party.engine.scatter(source, target, imm=imm, timeout=math.inf)
-                self._watch(transfer, functools.partial(self._scatter, source, ranks, offsets, sizes, there, kind))
+                self._watch(transfer, partial(self._scatter, source, ranks, offsets, sizes, there, kind))
                 return
             except (BrokenError, StaleRegionError) as error:
                 self._failed(error)

@@ -3,15 +3,17 @@
     python -m tests.reliability.moe_chaos --steps 200000 --jobs 2    (`make test-chaos-moe`)
     python -m tests.reliability.moe_chaos --seed 1234                one run again, as it was
 
-A run has 2 to 6 ranks of a random shape, which make step after step, whole or by halves, each at its own pace. Meanwhile deadlines
-pass and calls are cancelled (and go on), arguments are wrong, ranks take too little, connections are cut, ranks are killed, held as
-by SIGSTOP, given up, leave, and come back, two at a time, too. A life is what a rank is from one start of its engine to the end of
-it. Every row carries its rank, life, step and token. What must hold:
+A run has 2 to 6 ranks of a random shape, which make step after step, whole or by halves, each at its own pace. Meanwhile
+deadlines pass and calls are cancelled (and go on), arguments are wrong, ranks take too little, connections are cut, ranks are
+killed, held as by SIGSTOP, given up, leave, and come back, two at a time, too. A life is what a rank is from one start of its
+all-to-all to the end of it. Every row carries its rank, life, step and token. What must hold:
 
-- *rows*: an expert gets, source by source, exactly that source's rows for it, in order. Of a source that is lost (`handle.lost`) it gets
-  them, zeros, or nothing, and all ranks that are together have decided alike. Padding is zero. Nothing changes until the combine.
-- *sums*: exact over the choices that were not dropped; dropped is only what a lost rank held, or a lost member of the DP group sent.
-- *lost*: only who was struck, or everybody may have been after a false alarm; and who was struck is lost everywhere, soon.
+- *rows*: an expert gets, source by source, exactly that source's rows for it, in order. Of a source that is lost
+  (`handle.lost`) it gets them, zeros, or nothing, and all ranks that are together have decided alike. Padding is zero. Nothing
+  changes until the combine.
+- *sums*: exact over the choices that were not dropped; dropped is only what a lost rank held, or a lost member of the DP group
+  sent.
+- *lost*: only who was struck, or anybody after a false alarm; and who was struck is lost everywhere, soon.
 - *hang*: every call ends within a bound of virtual time, every end is one that the documentation names.
 - *leak*: in the end no memory, counter, task or step is left, and those that remain agree on who they are.
 """
@@ -124,7 +126,8 @@ class Life:
             self.why = error
             self.run.evicted(self, error)
         except at.ClosedError as error:
-            assert self.leaving, f"{self}: closed without a reason: {error}"
+            if not self.leaving:
+                raise AssertionError(f"{self}: closed without a reason: {error}") from error
         except at.TransferTimeout as error:
             raise AssertionError(f"hang: {self}: {error}\n{self.waits()}") from error
         if self.state != "killed":
@@ -140,11 +143,13 @@ class Life:
                     raise
             except at.TransferTimeout as error:
                 if not self.shaken:
-                    assert not self.run.running(but=self), f"hang: {self} does not come in: {error}"
+                    if self.run.running(but=self):
+                        raise AssertionError(f"hang: {self} does not come in: {error}") from error
                     self.why, self.leaving = error, True
                     return
             except at.PeerLostError as error:
-                assert self.run.struck_at > self.run.net.now - 2 * MEET, f"{self} could not meet the others: {error}"
+                if self.run.struck_at < self.run.net.now - 2 * MEET:
+                    raise AssertionError(f"{self} could not meet the others: {error}") from error
                 self.run.struck["lost while they met"] += 1
                 if self.rng.random() < 0.3:
                     self.why, self.leaving = error, True
@@ -269,8 +274,9 @@ class Life:
             if a2a.next_step == number:
                 return  # nothing was sent
             step.handle = next(handle for handle in a2a.in_flight if handle.step == number)
-        except (TypeError, ValueError) as error:
-            assert bad, f"{self}: {error!r}"
+        except (TypeError, ValueError):
+            if not bad:
+                raise
             run.refused(self, batch, moe.StepRefused("", ranks=(self.rank,)))
             return
         except moe.StepRefused as error:
@@ -435,23 +441,29 @@ class Life:
         assert np.array_equal(out, out_wanted), f"sums: {where}:\n{out}\n{out_wanted}\n{dropped}\n{batch.idx}"
         run.done(self, step)
 
+    def sees(self, other: Life) -> bool:
+        """It takes the other for one of its all-to-all."""
+        members = self.a2a._party.members
+        return members is not None and members.incarnation(other.rank) == other.incarnation
+
     def waits(self) -> str:
-        """For the report of a hang."""
-        party = self.a2a._party
-        members = party.members
-        steps = {n: (step._stages, {k: sorted(v) for k, v in step._heard.items()}, step.lost) for n, step in party.steps.items()}
-        about = "" if members is None else (
-            f"gone {members.gone} limit {members.limit()} settled {members.settled} agree {members._agree} owes {members._owes} "
-            f"present {members._present} start {members.start}"
+        """For the report of a hang: what everybody does."""
+        return "\n".join(
+            f"{life} {life.doing} since {self.run.net.now - life.at:.3f} s, {[(s.number, s.state) for s in life.steps]}\n"
+            + life.knows() for life in itertools.chain(*self.run.lives) if life.state != "killed"
         )  # fmt: skip
-        others = "\n".join(
-            f"  {life} does {life.doing} since {self.run.net.now - life.at:.3f} s, steps {[(s.number, s.state) for s in life.steps]} "
-            f"{[(n, sorted(step._stages), step._heard, step.lost, step.joined, step._transfers) for n, step in life.a2a._party.steps.items()]}"
-            for life in itertools.chain(*self.run.lives)
-        )
-        peers = [known and (known.peer.state, known.lease.state, known.lost) for known in party.ranks]
-        fences = {rank: task for rank, task in party._fences.items() if not task.done()}
-        return f"next {party.next_step}, {steps}\n{about}\n{peers} {fences} {party.over!r}\n{others}"
+
+    def knows(self) -> str:
+        party, members = self.a2a._party, self.a2a._party.members
+        lines = [
+            f"step {n}: {sorted(step._stages)}, heard {step._heard}, lost {step.lost}, joined {step.joined}, {step._transfers}"
+            for n, step in party.steps.items()
+        ]
+        if members is not None:
+            awaited, limit = members.awaited, members.limit()
+            lines.append(f"present {members.audience}, awaited {awaited}, limit {limit}, start {members.start}, {party.over!r}")
+        lines.append(str([known and (known.peer.state, known.lease.state, known.lost) for known in party.ranks]))
+        return "\n".join("    " + line for line in lines)
 
     def __repr__(self) -> str:
         return f"<rank {self.rank} life {self.number}, {self.state}, step {self.a2a.next_step}, mask {self.a2a.mask}>"
@@ -598,7 +610,7 @@ class Run:
         self.alarmed |= what in ALARMS
 
     def kill(self, life: Life) -> None:
-        watch = [other for other in self.running(but=life)]
+        watch = self.running(but=life)
         life.state = "killed"
         self.net.kill(life.engine)
         life.task.cancel()
@@ -730,7 +742,7 @@ class Run:
         await self.look(NAMED)
         for life in self.running():
             life.leaving = True
-        while any(life.state == "running" or not (life.task.done() or life.state == "killed") for ls in self.lives for life in ls):
+        while any(life.state != "killed" and not life.task.done() for lives in self.lives for life in lives):
             assert self.net.now < end + NAMED + LAST, f"hang: somebody does not leave: {self.lives}"
             await self.look(0.05)
         for lives in self.lives:
@@ -744,9 +756,9 @@ class Run:
         """Being together is mutual, and those that are together see the same ranks."""
         there = self.running()
         for one, other in itertools.combinations(there, 2):
-            sees = [life.a2a._party.members.incarnation(who.rank) == who.incarnation for life, who in ((one, other), (other, one))]
-            assert sees[0] == sees[1], f"lost: {one} and {other} are not together alike"
-            if sees[0]:
+            sees = one.sees(other)
+            assert sees == other.sees(one), f"lost: {one} and {other} are not together alike"
+            if sees:
                 assert one.a2a.mask == other.a2a.mask, f"lost: {one} and {other} see other ranks"
                 assert one.a2a.next_step == other.a2a.next_step, f"{one} and {other} are not at one step"
         if not self.alarmed and "evicted" not in self.kinds:
@@ -764,7 +776,9 @@ class Run:
                 if self.life_of(p, q.rank) is not q or self.life_of(q, p.rank) is not p:
                     continue
                 same = type(a) is type(b) and (
-                    all(found[s] == other[s] for s in found.keys() & other.keys()) if isinstance(found, dict) else found is other
+                    all(found[s] == other[s] for s in found.keys() & other.keys())
+                    if isinstance(found, dict)
+                    else found is other
                 )
                 assert same, f"decided: step {number}: {p} {a} {found}, {q} {b} {other}"
 
@@ -840,8 +854,8 @@ def report(first: int, steps: int, made: int, struck: Counter[str], seconds: flo
 
 Written by `make test-chaos-moe` (`python -m tests.reliability.moe_chaos --steps {steps} --first {first} --report`).
 
-{made:,} steps of {struck["runs"]:,} all-to-alls of 2 to 6 ranks on the simulator, with random shapes, routing, reordering and faults, seeds
-from {first} on: 0 rows in a wrong place, 0 wrong sums, 0 losses without a reason or without a name, 0 hangs, 0 leaks;
+{made:,} steps of {struck["runs"]:,} all-to-alls of 2 to 6 ranks on the simulator, with random shapes, routing, reordering and
+faults, seeds from {first} on: 0 rows in a wrong place, 0 wrong sums, 0 losses without a reason or a name, 0 hangs, 0 leaks;
 {seconds:,.0f} s on {os.cpu_count()} cores. A single run again: `python -m tests.reliability.moe_chaos --seed N`.
 
 How steps ended (for each rank), and how often each fault struck (one that never did fails the run):
