@@ -90,6 +90,7 @@ class Rank:
         room = max(max(self.sent, self.received) * RESULT, COLD)
         self.one, self.two = (np.empty(room, np.uint8) for _ in range(2))
         self.one[:] = self.two[:] = 0x3A
+        self.out = np.zeros((setup.tokens, HIDDEN), np.uint16)
         self.y = self.two[: self.received * RESULT].view(np.uint16).reshape(self.received, HIDDEN)
         self.gloo = Gloo(setup, self.rows, self.idx, self.weights, self.one, self.two) if setup.store else None
 
@@ -108,7 +109,7 @@ class Rank:
     async def step(self) -> None:
         """Both halves of ours."""
         d = await self.dispatch()
-        await self.a2a.combine(self.y, d.handle)
+        await self.a2a.combine(self.y, d.handle, out=self.out)
 
     async def stream(self) -> None:
         """Steps without a barrier between them."""
@@ -119,7 +120,7 @@ class Rank:
         """One round."""
         for _ in range(self.setup.steps):
             d = await self.timed("dispatch", self.dispatch())
-            await self.timed("combine", self.a2a.combine(self.y, d.handle))
+            await self.timed("combine", self.a2a.combine(self.y, d.handle, out=self.out))
         for _ in range(self.setup.steps):
             await self.timed("step", self.step())
         await self.timed("stream", self.stream())

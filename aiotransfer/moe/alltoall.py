@@ -14,7 +14,7 @@ from aiotransfer.errors import BusyError, ClosedError, TransferTimeout
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe import tensors
 from aiotransfer.moe.errors import StepRefused
-from aiotransfer.moe.handle import CombineHalf, Dispatched, DispatchHalf, Handle, check_results
+from aiotransfer.moe.handle import CombineHalf, Dispatched, DispatchHalf, Handle, check_results, check_sums
 from aiotransfer.moe.kernels import kernels_for
 from aiotransfer.moe.kernels.cpu import CpuKernels
 from aiotransfer.moe.party import Party
@@ -267,27 +267,33 @@ class AllToAll:
 
     # ---- combine ----
 
-    async def combine(self, y: Array, handle: Handle, *, timeout: float | None = None) -> Array:
+    async def combine(self, y: Array, handle: Handle, *, out: Array = None, timeout: float | None = None) -> Array:
         """Send the results of a step back, and sum those of this rank's tokens: over k, `topk_weights[t, k] * result[t, k]`.
 
         `y`: [rows of the dispatch, hidden] of `combine_dtype`, in the order of `Dispatched.x`; not to be changed until this
-        returns. Returns [tokens, hidden]. The sum is in fp32, choice after choice, so it is the same bits whoever was faster.
-        Choices whose expert is on a lost rank are left out and marked in `handle.dropped`.
+        returns. Returns [tokens, hidden]: `out`, where that is given (fresh memory costs the system more than the sums of many
+        tokens). The sum is in fp32, choice after choice, so it is the same bits whoever was faster. Choices whose expert is on
+        a lost rank are left out and marked in `handle.dropped`.
 
         Raises `TypeError` or `ValueError`, after which the right `y` may be given; `TransferTimeout` (see `in_flight`),
         `EvictedError`.
         """
-        half = await self.combine_send(y, handle, timeout=timeout)
+        half = await self.combine_send(y, handle, out=out, timeout=timeout)
         return await half.receive(timeout=timeout)
 
-    async def combine_send(self, y: Array, handle: Handle, *, timeout: float | None = None) -> CombineHalf:
-        """The first half of `combine`: `y` may not be changed until the second is over."""
+    async def combine_send(
+        self, y: Array, handle: Handle, *, out: Array = None, timeout: float | None = None
+    ) -> CombineHalf:
+        """The first half of `combine`: `y` may not be changed, nor `out` be read, until the second is over."""
         if not isinstance(handle, Handle) or handle._a2a is not self:
             raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {handle!r}")
         if handle._state != "dispatched" and handle._state != "returning":
             raise ClosedError(f"step {handle.step} is {'not received yet' if handle._state == 'sent' else 'over'}")
         self._party.check()
         check_results(handle, y)
+        if out is not None:
+            check_sums(handle, out)
+            handle._out = out
         if handle._state == "dispatched":
             handle._state, handle._y = "returning", y
         half = CombineHalf(handle, timeout)

@@ -25,7 +25,7 @@ class Handle:
     after the combine: bool [tokens, choices], choices whose result is missing in the sum (also None before).
     """
 
-    __slots__ = ("_a2a", "_kind", "_region", "_state", "_step", "_weights", "_y", "dropped")
+    __slots__ = ("_a2a", "_kind", "_out", "_region", "_state", "_step", "_weights", "_y", "dropped")
 
     def __init__(self, a2a: AllToAll, step: Step, weights: Any, kind: Kind) -> None:
         self._a2a = a2a
@@ -34,6 +34,7 @@ class Handle:
         self._kind = kind
         self._region: Any = None
         self._y: Array = None  # results that are not all sent yet
+        self._out: Array = None  # where the sums go, if the caller has said so
         self._state = "sent"  # dispatched, returning, over
         self.dropped: Array = None
 
@@ -49,8 +50,8 @@ class Handle:
         return tuple(r for r in range(ranks) if r in step.lost or (r not in step.joined and r != step.party.rank))
 
     def forget(self) -> None:
-        """The memory of the results is the caller's alone again."""
-        self._y = None
+        """The memory of results and sums is the caller's alone again."""
+        self._y = self._out = None
         if self._region is not None:
             self._region.close()
             self._region = None
@@ -188,7 +189,9 @@ class CombineHalf(_Half):
             places = np.where(missing, -1, places)
         else:
             missing = np.zeros(places.shape, bool)
-        out = handle._kind.empty((tokens, shape.hidden), shape.combine_dtype, step.kernels.device)
+        out = handle._out
+        if out is None:
+            out = handle._kind.empty((tokens, shape.hidden), shape.combine_dtype, step.kernels.device)
         await self._weigh(out, places)
         await step.kernels.settle()
         await step.finish()
@@ -212,6 +215,15 @@ class CombineHalf(_Half):
             )
             if begin + most < len(places):
                 await asyncio.sleep(0)
+
+
+def check_sums(handle: Handle, out: Array) -> None:
+    """`out` can take the sums. Raises `TypeError` or `ValueError`."""
+    step = handle._step
+    check("out", out, (len(step.route.places), step.party.shape.hidden), step.party.shape.combine_dtype)
+    memory, _ = rows("out", out, gpu=step.party.buffers.gpu)
+    if memory.size and isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError("out is read-only")
 
 
 def check_results(handle: Handle, y: Array) -> tuple[Any, int]:

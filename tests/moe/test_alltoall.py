@@ -204,6 +204,31 @@ def test_wrong_results_are_refused_and_the_right_ones_may_follow() -> None:
     world(2, script)
 
 
+def test_sums_go_where_the_caller_says_and_to_nothing_that_cannot_hold_them() -> None:
+    steps = batches(2, 2, n=TOKENS)
+
+    async def script(w: World) -> None:
+        async def rank(a2a: moe.AllToAll) -> None:
+            async with a2a:
+                wide = np.full((TOKENS, HIDDEN + 3), 9, np.float32)
+                for all_ranks in steps:
+                    mine = all_ranks[a2a.rank]
+                    d = await a2a.dispatch(*mine)
+                    y, out = compute(d, a2a.rank), wide[:, :HIDDEN]
+                    fixed = np.zeros((TOKENS, HIDDEN), np.float32)
+                    fixed.flags.writeable = False
+                    for wrong in (wide, out[1:], out.astype(np.float64), out[:, ::-1], fixed):
+                        with pytest.raises((TypeError, ValueError), match="out"):
+                            await a2a.combine(y, d.handle, out=wrong)
+                    assert await a2a.combine(y, d.handle, out=out) is out
+                    assert np.array_equal(out, combined(mine))
+                    assert np.all(wide[:, HIDDEN:] == 9)
+
+        await w.every(rank)
+
+    world(2, script)
+
+
 def test_more_rows_than_a_rank_takes_are_refused_everywhere_and_by_name() -> None:
     async def script(w: World) -> None:
         async def rank(a2a: moe.AllToAll) -> None:
