@@ -12,7 +12,7 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo demo-moe test test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
-	bench-kv bench-kv-stream bench-moe-kernels bench-moe-host bench-scale docs test-rails test-chaos test-chaos-kv test-chaos-moe test-guest \
+	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-scale docs test-rails test-chaos test-chaos-kv test-chaos-moe test-guest \
 	test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
 
 help:
@@ -116,6 +116,12 @@ bench-kv: setup
 bench-tcp: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) tests/benchmarks/tcp.py $(ARGS)
+
+# Experts: the plan of a step, then dispatch and combine among 4 and 8 processes, beside gloo where there is torch (about 10 minutes).
+bench-moe: setup
+	@$(PIP) install --quiet uvloop
+	@$(PY) tests/benchmarks/moe_plan.py
+	@$(PY) -m aiotransfer bench --cases moe $(ARGS)
 
 # Packing, unpacking and summing rows, on the host; on a GPU with ARGS=--device=cuda.
 bench-moe-kernels: setup

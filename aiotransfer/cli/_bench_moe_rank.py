@@ -25,6 +25,7 @@ from aiotransfer.providers import native
 EXPERTS, TOPK, HIDDEN, SCALES = 256, 8, 7168, 56
 ROW, RESULT = HIDDEN + 4 * SCALES, 2 * HIDDEN  # bytes: float8 with a scale for each 128 elements, and bfloat16
 ROOM = 1.3  # rows that a rank takes, beside those that it gets on average
+COLD = 128 << 20  # bytes that no cache holds
 SPAN = 0.03  # seconds of copies in a round, at least
 
 
@@ -61,7 +62,7 @@ class Setup:
         """Memory that all ranks need, roughly."""
         rows, sent = self.max_recv or self.ranks * self.tokens * TOPK, self.tokens * TOPK
         ours = self.slots * (rows * ROW + sent * RESULT + self.tokens * ROW)
-        return self.ranks * (ours + 2 * int(1.1 * sent) * RESULT + 4 * self.tokens * RESULT + (300 << 20))
+        return self.ranks * (ours + 2 * max(int(1.1 * sent) * RESULT, COLD) + 4 * self.tokens * RESULT + (300 << 20))
 
 
 def routing(rank: int, tokens: int) -> Any:
@@ -86,7 +87,8 @@ class Rank:
         local = EXPERTS // setup.ranks
         here = [np.count_nonzero(routing(r, setup.tokens) // local == setup.rank) for r in range(setup.ranks)]
         self.received = int(sum(here))
-        self.one, self.two = (np.empty(max(self.sent, self.received) * RESULT, np.uint8) for _ in range(2))
+        room = max(max(self.sent, self.received) * RESULT, COLD)
+        self.one, self.two = (np.empty(room, np.uint8) for _ in range(2))
         self.one[:] = self.two[:] = 0x3A
         self.y = self.two[: self.received * RESULT].view(np.uint16).reshape(self.received, HIDDEN)
         self.gloo = Gloo(setup, self.rows, self.idx, self.weights, self.one, self.two) if setup.store else None
@@ -123,9 +125,9 @@ class Rank:
         await self.timed("stream", self.stream())
 
     def copy(self, n: int, repeats: int, cold: int) -> None:
-        """Bare copies of n bytes, one way or the other."""
+        """Bare copies of n bytes, one way or the other, from place to place so that nothing is in a cache still."""
         to, source = (native.ffi.from_buffer("uint8_t[]", memory) for memory in (self.one, self.two))
-        native.lib.at_bench_copy(to, source, n, repeats, 0, n, cold)
+        native.lib.at_bench_copy(to, source, n, repeats, n, len(self.one) // n * n, cold)
 
     async def bound(self) -> None:
         """The same number of bytes, copied."""

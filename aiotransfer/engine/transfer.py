@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from aiotransfer.engine.notes import noted
 from aiotransfer.errors import QuarantineError, TransferError, again
@@ -85,7 +85,7 @@ class Transfer:
     _stage: Stage | None  # what its memory on a GPU adds
     _started: float
     _elapsed: float
-    _waiters: list[asyncio.Future[None] | _Countdown]
+    _waiters: list[Waiter]
 
     # Instances are made by the engine with object.__new__: a finished one carries only _engine, _peer, nbytes and _state.
 
@@ -269,6 +269,16 @@ async def wait_all(transfers: Any) -> None:
             errors.append(error)
     if errors:
         raise ExceptionGroup(f"{len(errors)} of {len(waiting)} transfers failed", errors)
+
+
+class Waiter(Protocol):
+    """Who is told that a transfer has ended: a future, or something in its place."""
+
+    def done(self) -> bool:
+        """Whether it need not be told any more."""
+
+    def set_result(self, result: None, /) -> object:
+        """It has."""
 
 
 class _Countdown:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from aiotransfer.errors import PeerLostError, TransferTimeout
+from aiotransfer.errors import BrokenError, PeerLostError, TransferTimeout, again
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.moe import wire
 from aiotransfer.moe.buffers import Buffers
@@ -43,6 +43,7 @@ class Meeting(Ranks):
             self._listens = True
             self.spawn(self._listen())
         found: dict[int, Peer] = {}
+        by_address = {address: rank for rank, address in enumerate(self.addresses)}
         limit = asyncio.Semaphore(DIALS_AT_ONCE)
 
         async def dial(rank: int) -> None:
@@ -50,6 +51,7 @@ class Meeting(Ranks):
                 await asyncio.sleep(DIAL_AFTER)
             async with limit:
                 found[rank] = await self.engine.connect(self.addresses[rank], timeout=math.inf)
+            self._wake()
 
         self._forget_lost(found)
         asked = self.engine._loop.time()
@@ -63,8 +65,8 @@ class Meeting(Ranks):
                 for rank, (peer, _) in self._hellos.items():
                     found.setdefault(rank, peer)
                 for peer in self.engine.peers:
-                    if peer.address in self.addresses and (rank := self.addresses.index(peer.address)) != self.rank:
-                        found.setdefault(rank, peer)
+                    if (known := by_address.get(peer.address, self.rank)) != self.rank:
+                        found.setdefault(known, peer)
                 missing = [rank for rank in self.others() if rank not in found]
                 if self._seen:
                     missing = [rank for rank in missing if rank in self._present()]
@@ -87,9 +89,11 @@ class Meeting(Ranks):
                     if not self._seen or rank in self._present():
                         raise PeerLostError(f"{self.who(rank)} was lost while the ranks met", peer=str(self.addresses[rank]))
                 for task in dials:
-                    if task.done() and task.exception() is not None:
-                        raise task.exception()  # type: ignore[misc]
-                await self._soon(list(found.values()), dials)
+                    if task.done() and (error := task.exception()) is not None:
+                        raise error
+                await self._soon()
+        except BrokenError as error:
+            raise self._named(error) from error
         finally:
             for task in dials:
                 task.cancel()
@@ -99,21 +103,23 @@ class Meeting(Ranks):
         else:
             await self._start()
 
-    async def _soon(self, peers: list[Peer], dials: list[asyncio.Task[Any]]) -> None:
-        """Until something has happened."""
-        change = self.engine._loop.create_future()
+    def _named(self, error: BrokenError) -> BrokenError:
+        """The loss of a peer as that of a rank."""
+        rank = next((r for r in self.others() if error.peer == str(self.addresses[r])), None)
+        if rank is None or f"rank {rank}" in error.message:
+            return again(error)
+        return PeerLostError(f"{self.who(rank)} was lost while the ranks met: {error.message}", peer=error.peer)
+
+    async def _soon(self) -> None:
+        """Until something has happened, or may have: a peer that dialed this engine, or was lost, is only known by looking."""
+        change: asyncio.Future[None] = self.engine._loop.create_future()
         self._changed[change] = None
-        pending = [task for task in dials if not task.done()]
-        # A peer that has dialed this engine is only known by looking again.
-        pending += [self.spawn(asyncio.sleep(LOOK_AGAIN))] if pending else []
-        ends = [self.spawn(peer.closed()) for peer in peers]
+        look = self.engine._loop.call_later(LOOK_AGAIN, self._wake)
         try:
-            await asyncio.wait([change, *pending, *ends], return_when=asyncio.FIRST_COMPLETED)
+            await change
         finally:
+            look.cancel()
             self._changed.pop(change, None)
-            for task in (*ends, *pending[-1:]):
-                if task not in dials:
-                    task.cancel()
 
     def _is_direct(self, peer: Peer) -> bool:
         return peer.path.provider == "shm" if self._direct is None else self._direct
@@ -191,7 +197,7 @@ class Meeting(Ranks):
             for rank in self.others():
                 if (known := self.ranks[rank]) is not None and known.peer.state in ("lost", "closed"):
                     raise PeerLostError(f"{self.who(rank)} was lost while the ranks met", peer=str(known.peer.address))
-            await self._soon([known.peer for known in self.ranks if known is not None], [])
+            await self._soon()
         self._running = True
         self._open_counters(self.others())
 

@@ -355,3 +355,20 @@ def test_two_all_to_alls_of_one_group_do_not_mix() -> None:
         await w.every(rank)
 
     world(4, script, net=MESSY)
+
+
+@pytest.mark.parametrize("ranks", [16, pytest.param(64, marks=pytest.mark.long)])
+def test_many_ranks(ranks: int) -> None:
+    async def script(w: World) -> None:
+        async def rank(a2a: moe.AllToAll) -> None:
+            async with a2a:
+                for number in range(2):
+                    everyone = [batch(np.random.default_rng(100 * number + r), 3, experts=ranks) for r in range(ranks)]
+                    mine = everyone[a2a.rank]
+                    d = await a2a.dispatch(*mine)
+                    check_rows(d, received(list(everyone), a2a.rank, ranks))
+                    assert np.array_equal(await a2a.combine(compute(d, a2a.rank), d.handle), combined(mine))
+
+        await w.every(rank)
+
+    world(ranks, script, num_experts=ranks, private_tokens=1)
