@@ -57,7 +57,9 @@ class Meeting(Ranks):
         asked = self.engine._loop.time()
         dials = [self.spawn(dial(rank)) for rank in self.others()]
         greeted: set[int] = set()
-        staged: bool | None = None
+        # A meeting that failed may be tried again: others may know the memory of the first.
+        buffers: Buffers | None = getattr(self, "buffers", None)
+        staged = None if buffers is None else buffers.staged
         try:
             while True:
                 for rank, (peer, _) in self._hellos.items():

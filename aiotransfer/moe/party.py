@@ -133,6 +133,18 @@ class Party(Meeting):
         """Whoever waited for it was told that it is lost, or what was written to it failed."""
         self.lose(rank, PeerLostError(f"{self.who(rank)} was lost: {error.message}", peer=str(self.addresses[rank])))
 
+    async def shut_out(self, rank: int, error: TransferError) -> None:
+        """It has taken back the right to write there: it has left or has lost this rank, and a message says which. Whoever took
+        it for lost here would give up, by its own view, all others that are well; it is missed only if no message comes."""
+        known = self.ranks[rank]
+        try:
+            async with Patience(self.engine.config.peer_timeout):
+                while known is self.ranks[rank] and known is not None and not known.lost:
+                    await self.changed()
+        except TimeoutError:
+            if known is self.ranks[rank]:
+                self.missed(rank, error)
+
     def lose(self, rank: int, error: TransferError) -> None:
         """It takes no part any more. Twice is silent."""
         members = self.members

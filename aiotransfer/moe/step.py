@@ -93,8 +93,9 @@ class Step(Traffic):
         """Returns when what this rank sends is on its way and what it has by then lies in its place."""
         await self._wait(FIRST, dict.fromkeys(self.joined, 1))
         await self._agree()
-        if self._once("ranges"):
+        if "ranges" not in self._stages:
             self._derive()
+            self._stages.add("ranges")
         if self.error is not None:
             return
         if "rest" not in self._stages:

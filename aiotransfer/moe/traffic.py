@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from aiotransfer.engine.scatter import ScatterTarget
 from aiotransfer.engine.transfer import CANCELLED, PENDING
-from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, ScatterError, StaleRegionError, TransferError
+from aiotransfer.errors import (
+    BrokenError,
+    ClosedError,
+    PeerLostError,
+    RemoteAccessError,
+    ScatterError,
+    StaleRegionError,
+    TransferError,
+)
 from aiotransfer.moe.errors import StepRefused
 from aiotransfer.moe.members import Members
 from aiotransfer.moe.party import Party
@@ -62,6 +70,7 @@ class Traffic:
         self.joined: set[int] = set()  # other ranks that were there when it began
         self._directly: set[int] = set()  # those of them that write row by row
         self._ahead: Any  # rows that went to each rank with its first message
+        self._shut: set[int] = set()  # ranks that take nothing from this one any more; they have lost it, or are about to say why
         self.spoiled: set[int] = set()  # lost ranks whose rows are not to be read any more
         self._data: dict[int, bytes] = {}  # headers, by source
         self._heard: dict[int, set[int]] = {kind: set() for kind in (FIRST, REST, RESULTS)}
@@ -129,8 +138,15 @@ class Traffic:
         for rank in self._alive():
             known = self.party.ranks[rank]
             if known is not None and error.peer in (str(known.peer.address), known.peer.name):
-                self.party.missed(rank, error)
+                self._refused(rank, error)
                 return
+
+    def _refused(self, rank: int, error: TransferError) -> None:
+        if isinstance(error, StaleRegionError | RemoteAccessError):
+            self._shut.add(rank)
+            self.party.spawn(self.party.shut_out(rank, error))
+        else:
+            self.party.missed(rank, error)
 
     # ---- common ----
 
@@ -141,7 +157,7 @@ class Traffic:
         return members
 
     def _alive(self) -> list[int]:
-        return [rank for rank in sorted(self.joined) if rank not in self.lost]
+        return [rank for rank in sorted(self.joined) if rank not in self.lost and rank not in self._shut]
 
     def _once(self, stage: str) -> bool:
         """Whether this has not been done yet; from now on it has."""
@@ -166,7 +182,7 @@ class Traffic:
         try:
             self._watch(write())
         except (BrokenError, StaleRegionError) as error:
-            self.party.missed(rank, error)
+            self._refused(rank, error)
 
     def _signal(self, rank: int) -> None:
         known = self.party.ranks[rank]
@@ -179,7 +195,7 @@ class Traffic:
         party = self.party
         imm = party.imm(kind, self.slot, party.rank)
         while ranks:
-            keep = [i for i, rank in enumerate(ranks) if rank not in self.lost]
+            keep = [i for i, rank in enumerate(ranks) if rank not in self.lost and rank not in self._shut]
             ranks, offsets, sizes, there = [ranks[i] for i in keep], offsets[keep], sizes[keep], there[keep]
             if not ranks:
                 return
@@ -191,7 +207,7 @@ class Traffic:
                 return
             except (BrokenError, StaleRegionError) as error:
                 self._failed(error)
-                if not any(rank in self.lost for rank in ranks):
+                if not any(rank in self.lost or rank in self._shut for rank in ranks):
                     raise
 
     def _put(

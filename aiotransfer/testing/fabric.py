@@ -207,6 +207,7 @@ class Fabric:
         self._pointer: Any = native.lib.at_net_new(self._settings())
         if self._pointer == native.ffi.NULL:
             raise BusyError("no memory for the simulator")
+        self._counts: Any = native.ffi.new("at_net_counts *")
         self._listening: dict[Address, _Wire] = {}
         self._unreachable: set[Address] = set()
         self._wires: dict[Engine, _Wire] = {}
@@ -249,7 +250,8 @@ class Fabric:
     @property
     def now(self) -> float:
         """Virtual seconds since the start."""
-        return self.counts()["now"] / _SECOND
+        native.lib.at_net_counts_get(self._pointer, self._counts)
+        return int(self._counts.now) / _SECOND
 
     def _pass_time(self, timeout: float | None) -> bool:
         """Move the clock to the next delivery or by `timeout`, whichever comes first. False: there is nothing to wait for."""

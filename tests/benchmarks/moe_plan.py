@@ -3,7 +3,8 @@
     make bench-moe
 
 Planning is `Route`, `Ranges`, the destinations of all rows, and `Arrivals`: everything between the routing of a rank and its
-writes but the bytes themselves. 256 experts, 8 choices for each token, all ranks alike. Medians of the rounds (spread).
+writes but the bytes themselves. 256 experts, 8 choices for each token, all ranks with as many tokens. Medians of the rounds
+(spread).
 
 Native calls are counted for whole steps (dispatch and combine) on the simulator, all ranks in one process: rows packed as for a
 network, and direct as on one host. What a rank moves inside itself is one call for each 16 MiB; here it is less. Calls that wait

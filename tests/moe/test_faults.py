@@ -236,3 +236,23 @@ def test_a_rank_that_left_comes_back_on_the_same_engine() -> None:
             await a2a.aclose()
 
     world(RANKS, script, net=MESSY)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_evicted_rank_takes_nobody_with_it(seed: int) -> None:
+    """Whose writes are refused before it hears why does not give up those that refuse them: others would believe it."""
+    reports: dict[Any, Any] = {}
+
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+        tasks = [asyncio.create_task(run_steps(w.a2a[r], 0, 20, reports)) for r in range(RANKS)]
+        await asyncio.sleep(0.004 + 0.0006 * seed)
+        w.a2a[0].evict(1, "too slow")
+        with pytest.raises(moe.EvictedError):
+            await tasks[1]
+        await asyncio.gather(*(tasks[r] for r in (0, 2, 3)))
+        assert [reports[r, 19] for r in (0, 2, 3)] == [(1,)] * 3
+        for a2a in w.a2a:
+            await a2a.aclose()
+
+    world(RANKS, script, net=MESSY, seed=seed, private_tokens=0)
