@@ -455,3 +455,28 @@ def test_memory_of_results_is_the_callers_again_when_a_rank_leaves_in_a_step() -
         await w.a2a[1].aclose()
 
     world(2, script, direct=True)
+
+
+def test_a_bad_first_half_is_refused_at_once_also_while_others_wait_for_an_earlier_step() -> None:
+    async def script(w: World) -> None:
+        data = batches(2, 3)
+
+        async def rank(a2a: moe.AllToAll) -> None:
+            async with a2a:
+                if a2a.rank == 1:
+                    assert np.array_equal((await step(a2a, data[0][1]))[1], combined(data[0][1]))
+                    with pytest.raises(moe.StepRefused, match="hidden|shape"):
+                        await a2a.dispatch(*data[1][1])
+                else:
+                    half = await a2a.dispatch_send(*data[0][0])
+                    with pytest.raises(ValueError, match="shape"):
+                        await a2a.dispatch_send(np.zeros((1, HIDDEN + 1), np.float32), *data[1][0][1:])
+                    d = await half.receive()
+                    assert np.array_equal(await a2a.combine(compute(d, 0), d.handle), combined(data[0][0]))
+                mine = data[2][a2a.rank]
+                assert np.array_equal((await step(a2a, mine))[1], combined(mine))
+
+        await w.every(rank)
+
+    for slots in (2, 3):
+        world(2, script, slots=slots)
