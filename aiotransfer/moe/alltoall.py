@@ -181,7 +181,11 @@ class AllToAll:
         async with self._turn:
             party.check()
             number = party.next_step
-            if (busy := party.steps.get(number - shape.slots)) is not None:
+            busy = party.steps.get(number - shape.slots)
+            if busy is not None and busy.refusal:  # it goes on by itself
+                with contextlib.suppress(StepRefused):
+                    await DispatchHalf(party.handles[busy.number], timeout).receive()
+            elif busy is not None:
                 raise BusyError(
                     f"step {busy.number} is still in flight, and there are {shape.slots} slots",
                     hint="combine it first; a dispatch or combine that was cut off goes on by receive(), see in_flight",
@@ -201,8 +205,10 @@ class AllToAll:
         handle = Handle(self, step, weights, kind)
         party.handles[number] = handle
         if refusal is not None:
-            with contextlib.suppress(StepRefused):  # it is over everywhere
-                await DispatchHalf(handle, timeout).receive()
+            step.ahead = party.spawn(step.receive())
+            if not ahead:  # otherwise others may wait for the combine of an earlier step first
+                with contextlib.suppress(StepRefused):  # it is over everywhere
+                    await DispatchHalf(handle, timeout).receive()
             raise refusal
         if ahead:
             step.ahead = party.spawn(step.exchange())

@@ -397,3 +397,86 @@ def test_many_ranks(ranks: int) -> None:
         await w.every(rank)
 
     world(ranks, script, num_experts=ranks, private_tokens=1)
+
+
+def test_a_first_half_goes_on_by_resume_while_it_is_at_work() -> None:
+    """Both receive what they wait for: they would take each other's arrivals."""
+
+    async def script(w: World) -> None:
+        data = batches(2, 1)[0]
+
+        async def rank(a2a: moe.AllToAll) -> None:
+            async with a2a:
+                mine = data[a2a.rank]
+                if a2a.rank == 1:
+                    await asyncio.sleep(0.5)
+                half = await a2a.dispatch_send(*mine)
+                if a2a.rank == 0:
+                    with pytest.raises(at.TransferTimeout):
+                        await half.receive(timeout=0.1)
+                    d = await a2a.resume(a2a.in_flight[0]).receive(timeout=2)
+                else:
+                    d = await half.receive()
+                assert np.array_equal(await a2a.combine(compute(d, a2a.rank), d.handle), combined(mine))
+
+        await w.every(rank)
+
+    world(2, script)
+
+
+def test_some_ranks_may_take_rows_directly_and_others_in_one_piece() -> None:
+    steps = batches(4, 3)
+
+    async def script(w: World) -> None:
+        w.a2a = [moe.AllToAll(e, e.group(w.addresses), **(w.sizes | {"direct": r % 2 == 0})) for r, e in enumerate(w.engines)]
+
+        async def rank(a2a: moe.AllToAll) -> None:
+            async with a2a:
+                for all_ranks in steps:
+                    mine = all_ranks[a2a.rank]
+                    d = await a2a.dispatch(*mine)
+                    check_rows(d, received(list(all_ranks), a2a.rank))
+                    assert np.array_equal(await a2a.combine(compute(d, a2a.rank), d.handle), combined(mine))
+
+        await w.every(rank)
+
+    world(4, script, net=MESSY, private_tokens=1)
+
+
+def test_memory_of_results_is_the_callers_again_when_a_rank_leaves_in_a_step() -> None:
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+        half, _ = [await a2a.dispatch_send(*batch(np.random.default_rng(3), 4)) for a2a in w.a2a]
+        d = await half.receive()
+        await w.a2a[0].combine_send(compute(d, 0), d.handle)
+        await w.a2a[0].aclose()
+        await asyncio.sleep(0.1)  # what is under way still reads it
+        assert not w.engines[0]._regions
+        await w.a2a[1].aclose()
+
+    world(2, script, direct=True)
+
+
+def test_a_bad_first_half_is_refused_at_once_also_while_others_wait_for_an_earlier_step() -> None:
+    async def script(w: World) -> None:
+        data = batches(2, 3)
+
+        async def rank(a2a: moe.AllToAll) -> None:
+            async with a2a:
+                if a2a.rank == 1:
+                    assert np.array_equal((await step(a2a, data[0][1]))[1], combined(data[0][1]))
+                    with pytest.raises(moe.StepRefused, match="hidden|shape"):
+                        await a2a.dispatch(*data[1][1])
+                else:
+                    half = await a2a.dispatch_send(*data[0][0])
+                    with pytest.raises(ValueError, match="shape"):
+                        await a2a.dispatch_send(np.zeros((1, HIDDEN + 1), np.float32), *data[1][0][1:])
+                    d = await half.receive()
+                    assert np.array_equal(await a2a.combine(compute(d, 0), d.handle), combined(data[0][0]))
+                mine = data[2][a2a.rank]
+                assert np.array_equal((await step(a2a, mine))[1], combined(mine))
+
+        await w.every(rank)
+
+    for slots in (2, 3):
+        world(2, script, slots=slots)

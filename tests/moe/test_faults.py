@@ -256,3 +256,75 @@ def test_an_evicted_rank_takes_nobody_with_it(seed: int) -> None:
             await a2a.aclose()
 
     world(RANKS, script, net=MESSY, seed=seed, private_tokens=0)
+
+
+@pytest.mark.parametrize("when", [x * 1.5e-4 for x in range(10)])
+def test_a_rank_that_dies_while_it_comes_back_holds_nobody_up(when: float) -> None:
+    """The others wait for its view, and for nothing else of it."""
+    reports: dict[Any, Any] = {}
+
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+        tasks = [asyncio.create_task(run_steps(w.a2a[r], 0, 60, reports, pause=0.01)) for r in range(RANKS)]
+        await asyncio.sleep(0.05)
+        w.net.kill(w.engines[3])
+        tasks[3].cancel()
+        again = await w.again(3)
+        coming = asyncio.create_task(again.ready())
+        while again._party.members is None and not coming.done():
+            await asyncio.sleep(1e-5)
+        await asyncio.sleep(when)
+        w.net.kill(w.engines[3])
+        coming.cancel()
+        await asyncio.wait_for(asyncio.gather(*tasks[:3]), 5)
+        assert [reports[r, 59] for r in range(3)] == [(3,)] * 3
+        for a2a in w.a2a[:3]:
+            await a2a.aclose()
+
+    world(RANKS, script, net=MESSY)
+
+
+def test_a_rank_comes_back_where_another_is_lost_for_good() -> None:
+    reports: dict[Any, Any] = {}
+
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+        tasks = [asyncio.create_task(run_steps(w.a2a[r], 0, 60, reports, pause=0.05)) for r in range(RANKS)]
+        await asyncio.sleep(0.1)
+        for dead in (1, 2):
+            w.net.kill(w.engines[dead])
+            tasks[dead].cancel()
+        await asyncio.sleep(0.3)
+        again = await w.again(2)
+        await again.ready(timeout=2)
+        tasks[2] = asyncio.create_task(run_steps(again, again.next_step, 60, reports, pause=0.05))
+        await asyncio.gather(*(tasks[r] for r in (0, 2, 3)))
+        assert [reports[r, 59] for r in (0, 2, 3)] == [(1,)] * 3
+        for r in (0, 2, 3):
+            await w.a2a[r].aclose()
+
+    world(RANKS, script, net=MESSY)
+
+
+def test_a_rank_that_hangs_while_it_comes_back_is_named_by_the_deadline_of_a_dispatch() -> None:
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+        w.net.kill(w.engines[1])
+        d, _ = await step(w.a2a[0], data(0, 0))
+        assert d.handle.lost == (1,)
+        again = await w.again(1)
+        again._party._tell = lambda: asyncio.sleep(3600)  # it says Hello, and then no more
+        coming = asyncio.create_task(again.ready())
+        while w.a2a[0]._party.members.limit() is None:
+            await asyncio.sleep(0.01)
+        with pytest.raises(at.TransferTimeout, match=r"not heard of: rank 1 \(r1\)"):
+            for number in range(1, 5):
+                d = await w.a2a[0].dispatch(*data(number, 0), timeout=0.5)
+                await w.a2a[0].combine(compute(d, 0), d.handle)
+        w.a2a[0].evict(1, "it hangs")
+        await step(w.a2a[0], data(9, 0))
+        coming.cancel()
+        for a2a in w.a2a:
+            await a2a.aclose()
+
+    world(2, script, private_tokens=2)

@@ -250,7 +250,7 @@ class Life:
         run, rng, a2a = self.run, self.rng, self.a2a
         number = a2a.next_step
         known = self.batches.get(number)
-        bad = alone and run.bad and rng.random() < 0.02 if known is None else known.bad
+        bad = run.bad and rng.random() < 0.02 if known is None else known.bad
         self.batches[number] = batch = Batch(run, self, number, bad=bad)
         step = Step(number, batch)
         x, idx, weights, scales = batch.x.copy(), batch.idx.copy(), batch.weights.copy(), batch.scales
