@@ -465,7 +465,7 @@ def test_a_bad_first_half_is_refused_at_once_also_while_others_wait_for_an_earli
             async with a2a:
                 if a2a.rank == 1:
                     assert np.array_equal((await step(a2a, data[0][1]))[1], combined(data[0][1]))
-                    with pytest.raises(moe.StepRefused, match="hidden|shape"):
+                    with pytest.raises(moe.StepRefused, match=r"hidden|shape"):
                         await a2a.dispatch(*data[1][1])
                 else:
                     half = await a2a.dispatch_send(*data[0][0])
