@@ -11,7 +11,7 @@ import asyncio
 import math
 from typing import TYPE_CHECKING
 
-from aiotransfer.errors import BrokenError, PeerLostError, TransferTimeout, again
+from aiotransfer.errors import BrokenError, PeerLostError, ProviderUnavailableError, TransferTimeout, again
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.moe import wire
 from aiotransfer.moe.buffers import Buffers
@@ -22,7 +22,7 @@ from aiotransfer.moe.ranks import Rank, Ranks
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
 
-DIALS_AT_ONCE = 32
+DIALS_AT_ONCE, TRIES = 32, 3
 DIAL_AFTER, LOOK_AGAIN, ASK_AGAIN = 0.3, 0.02, 0.25  # seconds
 
 
@@ -49,8 +49,15 @@ class Meeting(Ranks):
         async def dial(rank: int) -> None:
             if rank < self.rank:  # it dials; if it does not (it runs already), we do
                 await asyncio.sleep(DIAL_AFTER)
-            async with limit:
-                found[rank] = await self.engine.connect(self.addresses[rank], timeout=math.inf)
+            for tries in range(TRIES):
+                try:
+                    async with limit:
+                        found[rank] = await self.engine.connect(self.addresses[rank], timeout=math.inf)
+                    break
+                except (BrokenError, ProviderUnavailableError):  # also where the other one dies meanwhile
+                    if tries == TRIES - 1:
+                        raise
+                await asyncio.sleep(LOOK_AGAIN)
             self._wake()
 
         self._forget_lost(found)

@@ -475,8 +475,8 @@ class Run:
 
     def __init__(self, net: Fabric, seed: int, struck: Counter[str]) -> None:
         self.net, self.seed, self.struck = net, seed, struck
-        rng = self.rng = random.Random(seed)
-        self.dp = rng.choice([1, 1, 2])
+        rng = self.rng = random.Random(f"run {seed}")
+        self.dp = rng.choice([1, 2])
         self.ranks = rng.choice([2, 4, 6]) if self.dp == 2 else rng.randint(2, 6)
         self.local, self.topk, self.tokens = rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 6)
         self.experts = self.local * self.ranks
@@ -667,7 +667,11 @@ class Run:
         elif what == "evicted":
             for life in self.pick():
                 self.blame(what, life)
-                rng.choice(self.running(but=life)).a2a.evict(life.rank, "chaos")
+                other = rng.choice(self.running(but=life))
+                other.a2a.evict(life.rank, "chaos")
+                if rng.random() < 0.3 and (dead := [third for third in self.running(but=life) if third is not other]):
+                    self.blame("killed", dead[0])  # what only that one and the evicted one knew, nobody may know now
+                    self.kill(dead[0])
         elif what in ("left", "left in a step"):
             for life in self.pick():
                 self.blame(what, life)
@@ -797,7 +801,7 @@ def run(seed: int, struck: Counter[str] | None = None) -> tuple[int, int]:
     gc.collect()
     before = snapshot()
     net = fabric(
-        seed, delay=(0, rng.choice([1e-6, 1e-5, 1e-4, 1e-3])), refuse=rng.choice([0, 0.2]), split=rng.choice([0, 0.3])
+        seed, delay=(0, rng.choice([1e-6, 1e-5, 1e-4, 1e-3, 1e-3])), refuse=rng.choice([0, 0.2]), split=rng.choice([0, 0.3])
     )  # fmt: skip
 
     async def scenario(net: Fabric) -> tuple[int, int]:
