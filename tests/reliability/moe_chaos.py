@@ -160,14 +160,15 @@ class Life:
         self.leaving = True
         await self.within(self.a2a.aclose(), "aclose of the all-to-all")
         await asyncio.sleep(0.1)
+        if isinstance(self.why, at.QuarantineError):
+            await asyncio.sleep(2 * LONG[1])  # whoever was held goes on: now it can be proved that nothing lands any more
         party = self.a2a._party
         assert not party._tasks, f"leak: {self}: {party._tasks}"
         assert not party.steps or self.why or self.hurried or self.steps, f"leak: {self}: {party.steps}"
-        if self.run.lives[self.rank][-1] is self and not isinstance(self.why, at.QuarantineError):
+        if self.run.lives[self.rank][-1] is self:
             assert not self.engine._regions, f"leak: {self}: {self.engine._regions} with {self.why!r}"
         assert not self.engine._counters, f"leak: {self}: {self.engine._counters}"
-        again = self.rng.random() < 0.3 and self.state == "ended" and self.run.may_come and self.run.running()
-        if again and not isinstance(self.why, at.QuarantineError):
+        if self.rng.random() < 0.3 and self.run.may_come and self.run.running():
             self.run.blame("came back by the same engine", self)
             await self.run.start(self.rank, self.engine)
         else:
@@ -290,16 +291,14 @@ class Life:
         assert step.handle.step == number, f"{self}: step {step.handle.step} where {number} was due"
         if step.state == "got":
             self.check_rows(step)
-        if number + 1 - run.slots in self.numbers() and rng.random() < 0.05:
+        oldest = next((s for s in self.steps if s.number == number + 1 - run.slots), None)
+        if oldest is not None and not oldest.batch.bad and rng.random() < 0.05:
             run.struck["too many steps"] += 1
             try:
                 await a2a.dispatch(batch.x, batch.idx, batch.weights)
                 raise AssertionError(f"{self}: more than {run.slots} steps")
             except at.BusyError:
                 pass
-
-    def numbers(self) -> list[int]:
-        return [step.number for step in self.steps]
 
     async def receive(self, step: Step) -> None:
         half = step.half if step.half is not None and self.rng.random() < 0.5 else self.a2a.resume(step.handle)
