@@ -119,6 +119,9 @@ class Life:
         try:
             await self.meet()
             if self.state == "meeting":
+                if self.number and not self.leaving:
+                    align = self.run.sizes["align"]
+                    assert self.a2a.next_step % align == 0, f"{self} begins at a step that does not divide by {align}"
                 self.state, self.since = "running", self.run.net.now
                 while not self.leaving:
                     await self.turn()
@@ -160,11 +163,12 @@ class Life:
         self.leaving = True
         await self.within(self.a2a.aclose(), "aclose of the all-to-all")
         await asyncio.sleep(0.1)
-        if isinstance(self.why, at.QuarantineError):
-            await asyncio.sleep(2 * LONG[1])  # whoever was held goes on: now it can be proved that nothing lands any more
+        if self.engine._regions:  # somebody who is held has not taken what was sent, or may write here still
+            await asyncio.sleep(2 * LONG[1])
         party = self.a2a._party
         assert not party._tasks, f"leak: {self}: {party._tasks}"
-        assert not party.steps or self.why or self.hurried or self.steps, f"leak: {self}: {party.steps}"
+        left = [step for step in party.steps.values() if not step.refusal]  # those end by themselves, or not
+        assert not left or self.why or self.hurried or self.steps, f"leak: {self}: {left}"
         if self.run.lives[self.rank][-1] is self:
             assert not self.engine._regions, f"leak: {self}: {self.engine._regions} with {self.why!r}"
         assert not self.engine._counters, f"leak: {self}: {self.engine._counters}"
@@ -190,7 +194,7 @@ class Life:
         """One of the calls that may be made now."""
         run, rng = self.run, self.rng
         if rng.random() < 0.3:
-            await asyncio.sleep(rng.random() * THINK)
+            await asyncio.sleep(rng.random() * run.think)
         if self.leaving:
             return
         sent = next((s for s in self.steps if s.state != "returning"), None)
@@ -204,7 +208,7 @@ class Life:
             calls = unsent  # a combine that was cut off before it had sent everything: others wait for it
         if not calls:
             run.parked.add(self)
-            await asyncio.sleep(THINK)
+            await asyncio.sleep(run.think)
             return
         step = rng.choice(calls)
         self.doing, self.at = "begin" if step is None else f"{step.state} {step.number}", run.net.now
@@ -274,7 +278,11 @@ class Life:
             self.cut_off(error)
             if a2a.next_step == number:
                 return  # nothing was sent
-            step.handle = next(handle for handle in a2a.in_flight if handle.step == number)
+            found = [handle for handle in a2a.in_flight if handle.step == number]
+            if not found:
+                assert bad, f"{self}: step {number} was sent, and is not in flight"
+                return  # it was over everywhere just then
+            (step.handle,) = found
         except (TypeError, ValueError):
             if not bad:
                 raise
@@ -387,12 +395,13 @@ class Life:
                 ways[-1] += [(s, batch, zeros) for batch in old for zeros in (False, True) if not batch.bad]
         bad = [s for ((s, batch, _),) in (w for w in ways if len(w) == 1) if batch is not None and batch.bad]
         assert not bad, f"{where}: {bad} gave bad arguments"
-        for way in itertools.product(*ways):
-            if self.fits(step, way, experts):
-                break
-        else:
-            raise AssertionError(f"rows: {where}: not what was sent:\n{d.x}\n{d.counts}\n{run.told(step.number)}")
-        counted = {s: batch is not None for s, batch, _ in way if s in lost and run.rows_for(step.number, s, experts)}
+        fitting = [way for way in itertools.product(*ways) if self.fits(step, way, experts)]
+        assert fitting, f"rows: {where}: not what was sent:\n{d.x}\n{d.counts}\n{run.told(step.number)}"
+        counted: dict[int, bool] = {}  # whether the header of a lost rank counts, where that can be seen
+        for i, s in enumerate(sources):
+            found = {way[i][1] is not None for way in fitting}
+            if s in lost and len(found) == 1 and run.rows_for(step.number, s, experts):
+                counted[s] = found.pop()
         run.decided.setdefault(step.number, {})[self] = (step, counted)
         if run.tight:
             totals = run.totals(step.number, {s for s in range(run.ranks) if s not in lost})
@@ -493,6 +502,8 @@ class Run:
         self.direct = rng.choice([True, False, None])
         self.bad = rng.random() < 0.3
         self.kinds = rng.sample(STRIKES, rng.randint(0, 4))
+        slow = net._faults["delay"][1] >= 1e-3  # a step takes a while by itself
+        self.think = rng.choice([2e-3, THINK]) if slow else THINK
         self.routed: dict[tuple[int, int], tuple[Any, Any]] = {}
         self.addresses: list[str] = []
         self.lives: list[list[Life]] = [[] for _ in range(self.ranks)]
@@ -638,12 +649,24 @@ class Run:
         await asyncio.sleep(seconds)
         self.net.hold(life.engine, False)
 
+    async def in_the_act(self, life: Life) -> None:
+        """Mostly a rank is struck when its first messages of a step are under way: some may have them and others not."""
+        if self.rng.random() < 0.3:
+            return
+        number, until, delay = life.a2a.next_step, self.net.now + 0.1, self.net._faults["delay"][1]
+        while life.state == "running" and life.a2a.next_step == number and self.net.now < until:
+            await asyncio.sleep(max(delay / 5, 2e-5))
+        await asyncio.sleep(self.rng.random() * 1.5 * delay)
+
     async def strike(self, what: str) -> None:
         """One of `STRIKES`."""
         rng = self.rng
         if what in ("killed", "two killed"):
             dead = self.pick(1 if what == "killed" else 2)
-            if dead and len(dead) == (1 if what == "killed" else 2):
+            if dead:
+                await self.in_the_act(dead[0])
+            dead = [life for life in dead if life.state == "running"]
+            if dead and len(self.running()) > len(dead) and len(dead) == (1 if what == "killed" else 2):
                 self.blame(what, *dead)
                 for life in dead:
                     self.kill(life)
@@ -651,6 +674,9 @@ class Run:
                         await asyncio.sleep(rng.random() * 0.01)
         elif what in ("held briefly", "held long"):
             for life in self.pick():
+                await self.in_the_act(life)
+                if life.state != "running":
+                    break
                 if what == "held long":
                     self.blame(what, life)
                 else:
@@ -661,10 +687,14 @@ class Run:
             there = self.running()
             if len(there) > 1:
                 one, other = rng.sample(there, 2)
+                await self.in_the_act(one)
                 self.blame(what, one, other)
                 self.net.cut(one.engine, other.engine)
         elif what == "evicted":
             for life in self.pick():
+                await self.in_the_act(life)
+                if life.state != "running" or len(self.running()) < 2:
+                    break
                 self.blame(what, life)
                 other = rng.choice(self.running(but=life))
                 other.a2a.evict(life.rank, "chaos")
@@ -673,6 +703,9 @@ class Run:
                     self.kill(dead[0])
         elif what in ("left", "left in a step"):
             for life in self.pick():
+                await self.in_the_act(life)
+                if life.state != "running" or len(self.running()) < 2:
+                    break
                 self.blame(what, life)
                 life.leaving = True
                 if what == "left in a step":
