@@ -214,10 +214,11 @@ class Party(Meeting):
             return
         for rank in self.others():
             known = self.ranks[rank]
-            never = known is None and rank in members.gone and rank not in self.losses
-            if never or (known is not None and not known.lost and known.incarnation != members.incarnation(rank)):
-                where = str(self.addresses[rank])
-                self._forget(rank, PeerLostError(f"{self.who(rank)} was lost, as another rank says", peer=where))
+            error = PeerLostError(f"{self.who(rank)} was lost, as another rank says", peer=str(self.addresses[rank]))
+            if rank in members.gone and (known is None or known.hello is None):
+                self.losses.setdefault(rank, error)  # it never took part here, but it may come
+            elif known is not None and not known.lost and known.incarnation != members.incarnation(rank):
+                self._forget(rank, error)
         if members.owes() and self._telling is None:
             self._telling = self.spawn(self._tell())
         self._wake()
