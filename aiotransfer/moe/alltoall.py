@@ -51,8 +51,9 @@ class AllToAll:
     - `slots`: steps in flight at a time. `align`: a rank that comes back begins at a step that divides by it (steps of a
       forward pass).
 
-    `name` tells several all-to-alls of one group apart. `direct`: whether others put rows at their places one by one; "auto" does
-    on the same host. Not here: `timeout` (seconds, default the engine's) is that of every call that has none of its own.
+    `name` tells several all-to-alls of one group apart; one that is open is taken (`ValueError`). `direct`: whether others put
+    rows at their places one by one; "auto" does on the same host. `device`: of tokens and results. `timeout` (seconds, default
+    the engine's) is that of every call that has none of its own, and of all that a call does.
     """
 
     def __init__(
@@ -99,14 +100,14 @@ class AllToAll:
         self._turn = asyncio.Lock()  # steps are sent in the order of their numbers
         self._meeting: asyncio.Task[None] | None = None
         self._met = False
-        self._claimed = 0
 
     # ---- meeting ----
 
     async def ready(self, *, timeout: float | None = None) -> AllToAll:
         """Returns when all ranks have met; the first dispatch does it, too.
 
-        Raises `ShapeMismatch` (on all ranks), `TransferTimeout` that names who is missing, or `PeerLostError`.
+        Raises `ShapeMismatch` (on all ranks), `TransferTimeout` that names who is missing, `PeerLostError`, or `ValueError` where
+        the engine has an open one of this name.
         """
         if not self._met:
             party = self._party
@@ -163,28 +164,31 @@ class AllToAll:
         next may be called), `RoutingOverflow`, `BusyError` when `slots` steps are in flight, `TransferTimeout` (see
         `in_flight`), `EvictedError`.
         """
-        half = await self._send(x, topk_idx, topk_weights, x_scales, timeout, ahead=False)
-        return await half.receive(timeout=timeout)
+        deadline = self._deadline(timeout)
+        half = await self._send(x, topk_idx, topk_weights, x_scales, timeout, deadline, ahead=False)
+        return await half.receive(timeout=self._left(deadline))
 
     async def dispatch_send(
         self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, timeout: float | None = None
     ) -> DispatchHalf:
         """The first half of `dispatch`: returns when the first rows are sent. The rest follows while the caller does
         something else."""
-        return await self._send(x, topk_idx, topk_weights, x_scales, timeout, ahead=True)
+        return await self._send(x, topk_idx, topk_weights, x_scales, timeout, self._deadline(timeout), ahead=True)
 
     async def _send(
-        self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None, timeout: float | None, *, ahead: bool
-    ) -> DispatchHalf:
-        await self.ready(timeout=timeout)
+        self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None, timeout: float | None, deadline: float,
+        *, ahead: bool,
+    ) -> DispatchHalf:  # fmt: skip
+        await self.ready(timeout=self._left(deadline))
         party, shape = self._party, self._party.shape
-        async with self._turn:
+        await self._take_turn(deadline)
+        try:
             party.check()
             number = party.next_step
             busy = party.steps.get(number - shape.slots)
             if busy is not None and busy.refusal:  # it goes on by itself
                 with contextlib.suppress(StepRefused):
-                    await DispatchHalf(party.handles[busy.number], timeout).receive()
+                    await DispatchHalf(party.handles[busy.number], timeout).receive(timeout=self._left(deadline))
             elif busy is not None:
                 raise BusyError(
                     f"step {busy.number} is still in flight, and there are {shape.slots} slots",
@@ -200,15 +204,17 @@ class AllToAll:
             route = Route(shape, party.rank, idx)
             step = Step(party, self._kernels, number, route, scales, "" if refusal is None else str(refusal) or "refused")
             if not self._may_send(number):
-                await self._until_it_may(number, self._seconds(timeout))
+                await self._until_it_may(number, self._left(deadline))
             await step.send(tokens, stride, scale_rows)
+        finally:
+            self._turn.release()
         handle = Handle(self, step, weights, kind)
         party.handles[number] = handle
         if refusal is not None:
             step.ahead = party.spawn(step.receive())
             if not ahead:  # otherwise others may wait for the combine of an earlier step first
                 with contextlib.suppress(StepRefused):  # it is over everywhere
-                    await DispatchHalf(handle, timeout).receive()
+                    await DispatchHalf(handle, timeout).receive(timeout=self._left(deadline))
             raise refusal
         if ahead:
             step.ahead = party.spawn(step.exchange())
@@ -216,6 +222,21 @@ class AllToAll:
 
     def _seconds(self, timeout: float | None) -> float:
         return self._party.engine._seconds(self._timeout if timeout is None else timeout)
+
+    def _deadline(self, timeout: float | None) -> float:
+        """On the loop's clock: one for everything that a call does."""
+        return self._party.engine._loop.time() + self._seconds(timeout)
+
+    def _left(self, deadline: float) -> float:
+        return max(deadline - self._party.engine._loop.time(), 0.0)
+
+    async def _take_turn(self, deadline: float) -> None:
+        try:
+            async with Patience(self._left(deadline)):
+                await self._turn.acquire()
+        except TimeoutError:
+            text = "another dispatch of this rank has not been sent yet"
+            raise TransferTimeout(text, hint="nothing was sent: dispatch again") from None
 
     def _may_send(self, number: int) -> bool:
         """A rank that comes back is waited for before the step with which it may begin; whoever takes part must be known here."""
@@ -284,8 +305,9 @@ class AllToAll:
         Raises `TypeError` or `ValueError`, after which the right `y` may be given; `TransferTimeout` (see `in_flight`),
         `EvictedError`.
         """
+        deadline = self._deadline(timeout)
         half = await self.combine_send(y, handle, out=out, timeout=timeout)
-        return await half.receive(timeout=timeout)
+        return await half.receive(timeout=self._left(deadline))
 
     async def combine_send(
         self, y: Array, handle: Handle, *, out: Array = None, timeout: float | None = None

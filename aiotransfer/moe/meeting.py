@@ -38,7 +38,8 @@ class Meeting(Ranks):
         )
 
     async def meet(self) -> None:
-        """Returns when all are there. Raises `ShapeMismatch` or `PeerLostError`."""
+        """Returns when all are there. Raises `ShapeMismatch`, `PeerLostError`, or `ValueError` for a name that is taken."""
+        self.take_name()
         if not self._listens:
             self._listens = True
             self.spawn(self._listen())

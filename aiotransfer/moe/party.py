@@ -23,10 +23,8 @@ from aiotransfer.errors import (
     TransferError,
 )
 from aiotransfer.moe import wire
-from aiotransfer.moe.buffers import Header
 from aiotransfer.moe.errors import EvictedError
 from aiotransfer.moe.meeting import Meeting
-from aiotransfer.moe.ranks import FIRST
 
 if TYPE_CHECKING:
     from aiotransfer.engine.lease import Lease
@@ -125,7 +123,8 @@ class Party(Meeting):
                     await self.changed()
         except TimeoutError:
             pass
-        self.lose(rank, PeerLostError(f"{self.who(rank)} has left: {leave.reason}", peer=str(self.addresses[rank])))
+        if self.members is not None and self.members.incarnation(rank) == leave.of:  # it may be back already
+            self.lose(rank, PeerLostError(f"{self.who(rank)} has left: {leave.reason}", peer=str(self.addresses[rank])))
 
     # ---- missing ----
 
@@ -162,7 +161,6 @@ class Party(Meeting):
         known.lost = True
         for step in self.steps.values():
             step.gone(rank)
-        self._keep_early(rank)
         for kind in range(3):
             for slot in range(self.shape.slots):
                 counter = self._counters.pop(self.imm(kind, slot, rank), None)
@@ -170,16 +168,6 @@ class Party(Meeting):
                     counter.close()
         self._send(rank, self._leave(rank, error.message))
         self._fences[rank] = self.spawn(self._fence(rank, known.lease, self._fences.get(rank)))
-
-    def _keep_early(self, rank: int) -> None:
-        """Its header may have come of a step that has not begun here."""
-        begun = {step.slot for step in self.steps.values()}
-        for slot in set(range(self.shape.slots)) - begun:
-            if self.counter(FIRST, slot, rank).value:
-                data = self.buffers.header(slot, rank)
-                self._held[Header(self.shape, data).step, rank] = data
-        for step, old in [key for key in self._held if key[0] + self.shape.slots < self.next_step]:
-            del self._held[step, old]
 
     async def _fence(self, rank: int, lease: Lease, before: asyncio.Task[None] | None) -> None:
         if before is not None:
@@ -233,7 +221,7 @@ class Party(Meeting):
                 if pending:
                     await asyncio.wait(pending)
                     continue
-                headers = self._held | {key: data for step in self.steps.values() for key, data in step.headers().items()}
+                headers = {key: data for step in self.steps.values() for key, data in step.headers().items()}
                 view = members.tell(self.next_step, headers)
                 for rank in members.audience:
                     self._send(rank, wire.Told(rank=self.rank, incarnation=self.incarnation, view=view))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from aiotransfer.control.ratelimit import RateLimit
 from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, TransferError, again
@@ -27,6 +27,7 @@ FIRST, REST, RESULTS = range(3)  # what immediates tell of
 
 
 _made: WeakKeyDictionary[Engine, int] = WeakKeyDictionary()  # all-to-alls of each engine
+_open: WeakKeyDictionary[Engine, WeakSet[Ranks]] = WeakKeyDictionary()  # those of them that use their immediates
 
 
 def _incarnation(engine: Engine) -> int:
@@ -86,10 +87,21 @@ class Ranks:
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._posts: set[asyncio.Task[Any]] = set()  # of those: messages that wait for room
         self._fences: dict[int, asyncio.Task[None]] = {}  # by rank, the last
-        self._held: dict[tuple[int, int], bytes] = {}  # headers of gone ranks, of steps that had not begun here
         self._telling: asyncio.Task[None] | None = None
         self._early: list[tuple[int, wire.Told]] = []  # views that came before this rank knew of whom
         self._limit = RateLimit(most=1)
+
+    def take_name(self) -> None:
+        """From now on the immediates of this name are its own. Raises `ValueError` where another one of this engine has them."""
+        mine = self._immediates()
+        for other in _open.setdefault(self.engine, WeakSet()):
+            theirs = other._immediates()
+            if other is not self and other.over is None and mine.start < theirs.stop and theirs.start < mine.stop:
+                raise ValueError(f"{other!r} is open on this engine: give this all-to-all a name= of its own, or close that one")
+        _open[self.engine].add(self)
+
+    def _immediates(self) -> range:
+        return range(self._base, self.imm(2, self.shape.slots - 1, self.shape.ranks - 1) + 1)
 
     # ---- counting ----
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aiotransfer.errors import InternalError
 from aiotransfer.moe.buffers import Header, header
 from aiotransfer.moe.errors import RoutingOverflow, StepRefused
 from aiotransfer.moe.members import UNDECIDED
@@ -125,8 +126,10 @@ class Step(Traffic):
             if not isinstance(data, bytes):
                 continue
             head = heads[rank] = Header(shape, data)
-            if head.step != self.number:
-                raise RuntimeError(f"{party.who(rank)} has sent step {head.step} where {self.number} was due")
+            known = party.ranks[rank]
+            other = rank in self._alive() and known is not None and known.incarnation != head.incarnation
+            if head.step != self.number or other:
+                raise InternalError(f"{party.who(rank)} has sent step {head.step} of {head.incarnation:#x} in step {self.number}")
             counts[rank] = head.counts
             if head.text:
                 refused[rank] = head.text

@@ -480,3 +480,45 @@ def test_a_bad_first_half_is_refused_at_once_also_while_others_wait_for_an_earli
 
     for slots in (2, 3):
         world(2, script, slots=slots)
+
+
+def test_an_open_name_is_taken_and_free_again_when_it_is_closed() -> None:
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+        engine = w.engines[0]
+        twice = moe.AllToAll(engine, engine.group(w.addresses), **w.sizes)
+        with pytest.raises(ValueError, match="name="):
+            await twice.ready()
+        data = batches(2, 1)[0]
+
+        async def rank(a2a: moe.AllToAll) -> None:
+            assert np.array_equal((await step(a2a, data[a2a.rank]))[1], combined(data[a2a.rank]))
+            await a2a.aclose()
+
+        await w.every(rank)
+        for r, one in enumerate(w.engines):
+            w.a2a[r] = moe.AllToAll(one, one.group(w.addresses), **w.sizes)
+        await w.every(rank)
+
+    world(2, script)
+
+
+def test_one_deadline_covers_all_that_a_dispatch_waits_for() -> None:
+    async def script(w: World) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def rank(a2a: moe.AllToAll) -> None:
+            if a2a.rank == 0:
+                began = loop.time()
+                with pytest.raises(at.TransferTimeout):
+                    await a2a.dispatch(*batch(np.random.default_rng(0), 2), timeout=0.5)
+                assert loop.time() - began < 0.55
+            else:
+                await asyncio.sleep(0.3)
+                await a2a.ready()
+                await asyncio.sleep(1)
+            await a2a.aclose()
+
+        await w.every(rank)
+
+    world(2, script)
