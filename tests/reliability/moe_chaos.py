@@ -510,6 +510,7 @@ class Run:
         self.by_incarnation: dict[int, Life] = {}
         self.blamed: set[int] = set()  # ranks that were struck
         self.alarmed = False
+        self.rested: dict[int, float] = {}  # by rank: when it may be stopped again
         self.struck_at = -1e9
         self.goal: int | None = None
         self.may_come = True
@@ -675,13 +676,14 @@ class Run:
         elif what in ("held briefly", "held long"):
             for life in self.pick():
                 await self.in_the_act(life)
-                if life.state != "running":
-                    break
+                if life.state != "running" or self.net.now < self.rested.get(life.rank, 0.0):
+                    break  # two stops in a row are as good as a long one
                 if what == "held long":
                     self.blame(what, life)
                 else:
                     self.struck[what] += 1
                 seconds = rng.uniform(*(LONG if what == "held long" else BRIEF))
+                self.rested[life.rank] = self.net.now + seconds + PEER_TIMEOUT
                 self.background.append(asyncio.ensure_future(self.hold(life, seconds)))
         elif what == "cut":
             there = self.running()
