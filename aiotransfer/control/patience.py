@@ -46,6 +46,21 @@ class Patience:
         await self._scope.__aexit__(kind, value, trace)
 
 
+class Until:
+    """One deadline for all that a call awaits: `seconds` as they were asked for (for messages), `left()` as of now."""
+
+    __slots__ = ("_end", "_loop", "seconds")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._loop = loop
+        self._end = loop.time() + seconds
+        self.seconds = seconds
+
+    def left(self) -> float:
+        """Seconds, 0 when it is over."""
+        return max(self._end - self._loop.time(), 0.0)
+
+
 async def despite_cancels(future: asyncio.Future[Any]) -> None:
     """Wait until it is done, whatever cancels come: the first is raised then. Its result is not looked at."""
     import anyio

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.control.patience import Patience
+from aiotransfer.control.patience import Patience, Until
 from aiotransfer.errors import BusyError, ClosedError, TransferTimeout
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe import tensors
@@ -109,6 +109,10 @@ class AllToAll:
         Raises `ShapeMismatch` (on all ranks), `TransferTimeout` that names who is missing, `PeerLostError`, or `ValueError` where
         the engine has an open one of this name.
         """
+        await self._ready(self._until(timeout))
+        return self
+
+    async def _ready(self, until: Until) -> None:
         if not self._met:
             party = self._party
             if self._meeting is None:
@@ -116,17 +120,16 @@ class AllToAll:
                 self._meeting = party.engine._loop.create_task(party.meet())
             meeting = self._meeting
             try:
-                async with Patience(self._seconds(timeout)):
+                async with Patience(until.left()):
                     await asyncio.wait([meeting])
             except TimeoutError:
-                raise party.not_met(self._seconds(timeout)) from None
+                raise party.not_met(until.seconds) from None
             if meeting.cancelled():
                 party.check()
             elif meeting.exception() is not None:
                 self._meeting = None
             meeting.result()
             self._met = True
-        return self
 
     def __await__(self) -> Generator[Any, None, AllToAll]:
         return self.ready().__await__()
@@ -164,31 +167,31 @@ class AllToAll:
         next may be called), `RoutingOverflow`, `BusyError` when `slots` steps are in flight, `TransferTimeout` (see
         `in_flight`), `EvictedError`.
         """
-        deadline = self._deadline(timeout)
-        half = await self._send(x, topk_idx, topk_weights, x_scales, timeout, deadline, ahead=False)
-        return await half.receive(timeout=self._left(deadline))
+        until = self._until(timeout)
+        half = await self._send(x, topk_idx, topk_weights, x_scales, timeout, until, ahead=False)
+        return await half.receive_until(until)
 
     async def dispatch_send(
         self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, timeout: float | None = None
     ) -> DispatchHalf:
         """The first half of `dispatch`: returns when the first rows are sent. The rest follows while the caller does
         something else."""
-        return await self._send(x, topk_idx, topk_weights, x_scales, timeout, self._deadline(timeout), ahead=True)
+        return await self._send(x, topk_idx, topk_weights, x_scales, timeout, self._until(timeout), ahead=True)
 
     async def _send(
-        self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None, timeout: float | None, deadline: float,
+        self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None, timeout: float | None, until: Until,
         *, ahead: bool,
     ) -> DispatchHalf:  # fmt: skip
-        await self.ready(timeout=self._left(deadline))
+        await self._ready(until)
         party, shape = self._party, self._party.shape
-        await self._take_turn(deadline)
+        await self._take_turn(until)
         try:
             party.check()
             number = party.next_step
             busy = party.steps.get(number - shape.slots)
             if busy is not None and busy.refusal:  # it goes on by itself
                 with contextlib.suppress(StepRefused):
-                    await DispatchHalf(party.handles[busy.number], timeout).receive(timeout=self._left(deadline))
+                    await DispatchHalf(party.handles[busy.number], timeout).receive_until(until)
             elif busy is not None:
                 raise BusyError(
                     f"step {busy.number} is still in flight, and there are {shape.slots} slots",
@@ -204,7 +207,7 @@ class AllToAll:
             route = Route(shape, party.rank, idx)
             step = Step(party, self._kernels, number, route, scales, "" if refusal is None else str(refusal) or "refused")
             if not self._may_send(number):
-                await self._until_it_may(number, self._left(deadline))
+                await self._until_it_may(number, until)
             await step.send(tokens, stride, scale_rows)
         finally:
             self._turn.release()
@@ -214,25 +217,19 @@ class AllToAll:
             step.ahead = party.spawn(step.receive())
             if not ahead:  # otherwise others may wait for the combine of an earlier step first
                 with contextlib.suppress(StepRefused):  # it is over everywhere
-                    await DispatchHalf(handle, timeout).receive(timeout=self._left(deadline))
+                    await DispatchHalf(handle, timeout).receive_until(until)
             raise refusal
         if ahead:
             step.ahead = party.spawn(step.exchange())
         return DispatchHalf(handle, timeout)
 
-    def _seconds(self, timeout: float | None) -> float:
-        return self._party.engine._seconds(self._timeout if timeout is None else timeout)
+    def _until(self, timeout: float | None) -> Until:
+        engine = self._party.engine
+        return Until(engine._loop, engine._seconds(self._timeout if timeout is None else timeout))
 
-    def _deadline(self, timeout: float | None) -> float:
-        """On the loop's clock: one for everything that a call does."""
-        return self._party.engine._loop.time() + self._seconds(timeout)
-
-    def _left(self, deadline: float) -> float:
-        return max(deadline - self._party.engine._loop.time(), 0.0)
-
-    async def _take_turn(self, deadline: float) -> None:
+    async def _take_turn(self, until: Until) -> None:
         try:
-            async with Patience(self._left(deadline)):
+            async with Patience(until.left()):
                 await self._turn.acquire()
         except TimeoutError:
             text = "another dispatch of this rank has not been sent yet"
@@ -251,17 +248,17 @@ class AllToAll:
         ]  # fmt: skip
         return (limit is None or number <= limit) and not strangers
 
-    async def _until_it_may(self, number: int, seconds: float) -> None:
+    async def _until_it_may(self, number: int, until: Until) -> None:
         party, members = self._party, self._party.members
         assert members is not None
         try:
-            async with Patience(seconds):
+            async with Patience(until.left()):
                 while not self._may_send(number):
                     await party.views()
         except TimeoutError:
             who = ", ".join(party.who(rank) for rank in members.awaited)
             raise TransferTimeout(
-                f"step {number} could not begin within {seconds:g} s: a rank comes back, and not all have agreed on when; "
+                f"step {number} could not begin within {until.seconds:g} s: a rank comes back, and not all have agreed on when; "
                 f"not heard of: {who}", hint="nothing was sent: dispatch again, or give the missing rank up with evict()",
             ) from None
 
@@ -305,9 +302,9 @@ class AllToAll:
         Raises `TypeError` or `ValueError`, after which the right `y` may be given; `TransferTimeout` (see `in_flight`),
         `EvictedError`.
         """
-        deadline = self._deadline(timeout)
+        until = self._until(timeout)
         half = await self.combine_send(y, handle, out=out, timeout=timeout)
-        return await half.receive(timeout=self._left(deadline))
+        return await half.receive_until(until)
 
     async def combine_send(
         self, y: Array, handle: Handle, *, out: Array = None, timeout: float | None = None

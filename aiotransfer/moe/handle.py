@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.control.patience import Patience
+from aiotransfer.control.patience import Patience, Until
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.moe.errors import StepRefused
 from aiotransfer.moe.tensors import Array, Kind, check, rows
@@ -95,19 +95,21 @@ class _Half:
         """Of the step."""
         return self._handle
 
-    async def _within(self, what: str, timeout: float | None, work: Any) -> Any:
+    def _until(self, timeout: float | None) -> Until:
+        engine = self._handle._step.party.engine
+        return Until(engine._loop, engine._seconds(self._timeout if timeout is None else timeout))
+
+    async def _within(self, what: str, until: Until, work: Any) -> Any:
         step = self._handle._step
-        engine = step.party.engine
-        seconds = engine._seconds(self._timeout if timeout is None else timeout)
         try:
-            async with Patience(seconds):
+            async with Patience(until.left()):
                 return await work()
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
                 raise
             missing = ", ".join(step.party.who(rank) for rank in step.missing())
             raise TransferTimeout(
-                f"the {what} of step {step.number} did not end within {seconds:g} s; "
+                f"the {what} of step {step.number} did not end within {until.seconds:g} s; "
                 f"not heard of: {missing or 'nobody in particular'}",
                 hint="the step is still in flight: receive() again, or give the missing rank up with evict()",
             ) from None
@@ -120,11 +122,15 @@ class DispatchHalf(_Half):
 
     async def receive(self, *, timeout: float | None = None) -> Dispatched:
         """The other half. Raises `StepRefused` (also on all other ranks), `TransferTimeout`, `EvictedError`."""
+        return await self.receive_until(self._until(timeout))
+
+    async def receive_until(self, until: Until) -> Dispatched:
+        """`receive` by a deadline that holds for more than this half."""
         handle = self._handle
         if handle._state != "sent":
             raise ClosedError(f"step {handle.step} was received already")
         try:
-            await self._within("dispatch", timeout, self._receive)
+            await self._within("dispatch", until, self._receive)
         except StepRefused:
             handle._state = "over"
             raise
@@ -169,10 +175,14 @@ class CombineHalf(_Half):
 
     async def receive(self, *, timeout: float | None = None) -> Array:
         """The other half: [tokens, hidden] in the combine's type. Raises `TransferTimeout` or `EvictedError`."""
+        return await self.receive_until(self._until(timeout))
+
+    async def receive_until(self, until: Until) -> Array:
+        """`receive` by a deadline that holds for more than this half."""
         handle = self._handle
         if handle._state != "returning":
             raise ClosedError(f"step {handle.step} is over")
-        out = await self._within("combine", timeout, self._receive)
+        out = await self._within("combine", until, self._receive)
         handle._state = "over"
         return out
 
