@@ -61,9 +61,11 @@ class ShmPath(Path):
     watches_process = True  # by a pidfd: the death of the peer's process is an event of the lane
 
     def __init__(
-        self, lane: Lane, peer: int, channel: fdchannel.FdChannel, own: Callable[[int, int, int, int], Segment | None] | None
-    ) -> None:
+        self, lane: Lane, peer: int, channel: fdchannel.FdChannel, ticket: bytes,
+        own: Callable[[int, int, int, int], Segment | None] | None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self._ticket = ticket  # names the channel: two that dial each other at once have two of them
         self._own = own  # finds segments without asking, when the peer is this very engine
         self.rails = ("shm",)
         self.lane_peer = peer
@@ -123,7 +125,7 @@ class ShmPath(Path):
 
     async def _fetch_once(self, grant: Grant, conversation: Conversation) -> Segment:
         ticket = fdchannel.ticket()
-        question = shmwire.Fetch(ticket, grant.slot, grant.epoch, grant.segment)
+        question = shmwire.Fetch(ticket, self._ticket, grant.slot, grant.epoch, grant.segment)
         packet = asyncio.ensure_future(self.channel.expect(ticket, SETUP_SECONDS))
         try:
             await asyncio.sleep(0)  # the expectation stands before the question leaves
@@ -172,7 +174,7 @@ class ShmProvider:
         self._boot = _boot()
         self._listener = fdchannel.FdListener(self._loop)
         self._segment_of = segment_of
-        self._paths: weakref.WeakValueDictionary[int, ShmPath] = weakref.WeakValueDictionary()
+        self._paths: weakref.WeakValueDictionary[tuple[int, bytes], ShmPath] = weakref.WeakValueDictionary()
 
     rails = ("shm",)
     hosts: tuple[str, ...] = ()
@@ -199,7 +201,9 @@ class ShmProvider:
         if who.trusted_user and channel.uid != os.getuid():
             raise BrokenError(f"the peer runs as uid {channel.uid}, not {os.getuid()}", provider="shm")
 
-    def _finish(self, half: Any, channel: fdchannel.FdChannel, who: Conversation, body: bytes, fds: list[int]) -> ShmPath:
+    def _finish(
+        self, half: Any, channel: fdchannel.FdChannel, ticket: bytes, who: Conversation, body: bytes, fds: list[int]
+    ) -> ShmPath:
         """Verify the other side's packet and make the lane's peer. Takes over `half`, `channel` and `fds`."""
         try:
             theirs = shmwire.offer(body)
@@ -230,7 +234,9 @@ class ShmProvider:
         if peer < 0:
             channel.close()
             raise self._refused(peer)
-        return ShmPath(self._lane, peer, channel, self._segment_of if who.incarnation == self._incarnation else None)
+        own = self._segment_of if who.incarnation == self._incarnation else None
+        path = self._paths[who.incarnation, ticket] = ShmPath(self._lane, peer, channel, ticket, own)
+        return path
 
     def _refused(self, status: int) -> TransferError:
         what = "the peer's shared memory was refused"
@@ -276,9 +282,7 @@ class ShmProvider:
             if isinstance(error, OSError):
                 raise _failure("shared memory could not be set up", error) from error
             raise
-        path = self._finish(half, channel, conversation, their_body, their_fds)
-        self._paths[conversation.incarnation] = path
-        return path
+        return self._finish(half, channel, ticket, conversation, their_body, their_fds)
 
     async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
         """The other side of `dial`, and of binding a segment."""
@@ -305,14 +309,14 @@ class ShmProvider:
             fdchannel.close_all(their_fds)
             channel.close()
             raise _failure("the descriptor channel broke", error) from error
-        path = self._finish(half, channel, conversation, their_body, their_fds)
-        self._paths[conversation.incarnation] = path
-        return b"", path
+        return b"", self._finish(half, channel, question.ticket, conversation, their_body, their_fds)
 
     def _hand_out(self, conversation: Conversation, question: shmwire.Fetch) -> bytes:
-        path = self._paths.get(conversation.incarnation)
+        path = self._paths.get((conversation.incarnation, question.channel))
         segment = self._segment_of(question.slot, question.epoch, question.segment, conversation.incarnation)
-        if path is None or segment is None or segment.fd < 0:
+        if path is None:
+            raise BrokenError("that descriptor channel is closed", provider="shm")
+        if segment is None or segment.fd < 0:
             raise StaleRegionError("the descriptor names no live region of this engine", provider="shm")
         try:
             path.channel.send(question.ticket, b"", [segment.fd])

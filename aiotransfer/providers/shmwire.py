@@ -36,9 +36,10 @@ class Hello(msgspec.Struct, tag="hello"):
 
 
 class Fetch(msgspec.Struct, tag="fetch"):
-    """Send me the segment behind this grant."""
+    """Send me the segment behind this grant, by the channel whose first packet had the ticket `channel`."""
 
     ticket: bytes
+    channel: bytes
     slot: int
     epoch: int
     segment: int
@@ -65,7 +66,8 @@ def question(body: bytes) -> Hello | Fetch:
     """A peer's question."""
     asked: Any = decode(_questions, body, "question", "shm")
     numbers = (asked.slot, asked.epoch, asked.segment) if isinstance(asked, Fetch) else ()
-    _require(len(asked.ticket) == TICKET_BYTES and all(0 <= n < _U64 for n in numbers), "question")
+    tickets = (asked.ticket, asked.channel) if isinstance(asked, Fetch) else (asked.ticket,)
+    _require(all(len(t) == TICKET_BYTES for t in tickets) and all(0 <= n < _U64 for n in numbers), "question")
     return asked  # type: ignore[no-any-return]
 
 

@@ -51,8 +51,8 @@ TOLERATED: dict[str, list[frames.Frame | bytes]] = {
     "shm questions out of range": [
         frames.Ask(1, "shm", shmwire.encode(question))
         for question in (
-            shmwire.Hello(b""), shmwire.Hello(bytes(1 << 19)), shmwire.Fetch(b"t" * 16, -1, 1, 1),
-            shmwire.Fetch(b"t" * 16, 0, -1, 1), shmwire.Fetch(b"t" * 16, BIG, BIG, BIG),
+            shmwire.Hello(b""), shmwire.Hello(bytes(1 << 19)), shmwire.Fetch(b"t" * 16, b"c" * 16, -1, 1, 1),
+            shmwire.Fetch(b"t" * 16, b"c" * 16, 0, -1, 1), shmwire.Fetch(b"t" * 16, b"c" * 16, BIG, BIG, BIG),
         )
     ],
     "a loopback question that is none": [frames.Ask(1, "loopback", b"?")],

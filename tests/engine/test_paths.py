@@ -116,6 +116,22 @@ async def test_two_engines_that_need_another_way_at_once_both_get_it(monkeypatch
         assert np.array_equal(memories[1], source.numpy()[:PAGE])
 
 
+async def test_of_two_ways_that_were_set_up_at_once_each_brings_segments_by_its_own_channel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("aiotransfer.providers.shm.SETUP_SECONDS", 0.5)
+    async with ready(["tcp", "shm"]) as (pair, _, remote, _):
+        back = pair.left.allocate(PAGE)
+        pair.left.publish("back", back)
+        ours = await pair.left_peer.lookup("back")
+        await asyncio.gather(pair.left._paths._dial(pair.right_peer, "shm"), pair.right._paths._dial(pair.left_peer, "shm"))
+        for peer, region in ((pair.right_peer, remote), (pair.left_peer, ours)):
+            ways = [path for path in peer._paths if path.provider == "shm"]
+            assert len(ways) == 2
+            for way in ways:
+                await way.bind(region._grant, peer, peer)
+
+
 @pytest.mark.parametrize("dying", ["reset", "silent"])
 async def test_a_path_that_dies_gives_way_to_the_next_with_every_count_exact(
     monkeypatch: pytest.MonkeyPatch, dying: str

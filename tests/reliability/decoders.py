@@ -238,7 +238,8 @@ def _broken(decode: Callable[[bytes], T], holds: Callable[[T], bool] = lambda pa
 
 def _fits(asked: shmwire.Hello | shmwire.Fetch) -> bool:
     numbers = (asked.slot, asked.epoch, asked.segment) if isinstance(asked, shmwire.Fetch) else ()
-    return len(asked.ticket) == fdchannel.TICKET_BYTES and all(0 <= n < 1 << 64 for n in numbers)
+    tickets = (asked.ticket, asked.channel) if isinstance(asked, shmwire.Fetch) else (asked.ticket,)
+    return all(len(t) == fdchannel.TICKET_BYTES for t in tickets) and all(0 <= n < 1 << 64 for n in numbers)
 
 
 def _fits_offer(offer: shmwire.Offer) -> bool:
@@ -273,7 +274,7 @@ DECODERS = (
     Decoder("descriptor", "`RemoteRegion.decode`", _region, lambda: [REGION.encode(), REGION[10:20].encode()]),
     Decoder("grant", "the same behind a good checksum", _summed, lambda: [REGION.encode()[5:-4], REGION[10:20].encode()[5:-4]]),
     Decoder("shm question", "what a peer asks the shm provider", _broken(shmwire.question, _fits),
-            lambda: [shmwire.encode(q) for q in (shmwire.Hello(b"t" * 16), shmwire.Fetch(b"t" * 16, 1, 1, 3))]),
+            lambda: [shmwire.encode(q) for q in (shmwire.Hello(b"t" * 16), shmwire.Fetch(b"t" * 16, b"c" * 16, 1, 1, 3))]),
     Decoder("shm offer", "what comes with a peer's descriptors", _broken(shmwire.offer, _fits_offer),
             lambda: [shmwire.encode(shmwire.Offer(b"c" * 16, b"d" * 16, 1 << 46))]),
     Decoder("shm size", "the answer to a question for a segment", _broken(shmwire.size, lambda size: 0 <= size < 1 << 63),
