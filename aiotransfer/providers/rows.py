@@ -57,23 +57,53 @@ def weigh(out: Rows, src: Rows, index: Any, weights: Any, *, dtype: Any, out_dty
     Elements are float32, bfloat16 or float16. `index` is int64 and `weights` float32, both contiguous of [tokens, choices].
     Raises `TypeError` or `ValueError`.
     """
-    to, from_ = _pointer("out", out, writable=True), _pointer("src", src)
-    (out_kind, hidden), (kind, given) = _elements("out", out, out_dtype), _elements("src", src, dtype)
-    if hidden != given:
-        raise ValueError(f"rows of out have {hidden} elements, those of src {given}")
     if not _is_array(index, np.int64, 2) or not _is_array(weights, np.float32, 2):
         raise TypeError("index and weights must be contiguous arrays of [tokens, choices], int64 and float32")
-    _apart("out", out)
-    tokens, choices = index.shape
     if weights.shape != index.shape:
         raise ValueError(f"index has the shape {index.shape}, weights {weights.shape}")
-    _fits("out", tokens - 1, out)
     if index.size:
         _fits("index", int(index.max()), src)
+    weigh_at(out, np.where(index < 0, 0, addresses(src, index)), weights, src.nbytes, dtype=dtype, out_dtype=out_dtype)
+
+
+def addresses(rows: Rows, index: Any) -> Any:
+    """Where rows begin, for `weigh_at`: uint64 of the shape of `index`."""
+    return (np.asarray(index, np.int64) * rows.stride + address_of(rows)).astype(np.uint64)
+
+
+def address_of(rows: Rows) -> int:
+    """Where row 0 begins."""
+    return int(native.ffi.cast("uintptr_t", _pointer("rows", rows)))
+
+
+def same_rows(one: Rows, other: Rows, n: int) -> bool:
+    """Whether their first n rows are the same memory. Raises `ValueError` where they only overlap."""
+    first, second = address_of(one), address_of(other)
+    if first == second and one.stride == other.stride:
+        return True
+    if n and first < second + (n - 1) * other.stride + other.nbytes and second < first + (n - 1) * one.stride + one.nbytes:
+        raise ValueError("rows overlap with those that they are to become")
+    return False
+
+
+def weigh_at(out: Rows, at: Any, weights: Any, nbytes: int, *, dtype: Any, out_dtype: Any) -> None:
+    """As `weigh`, with rows of `nbytes` at any addresses: uint64 [tokens, choices], 0 is left out. That those are memory which
+    may be read until this returns is the caller's business."""
+    to = _pointer("out", out, writable=True)
+    (out_kind, hidden), (kind, given) = _elements("out", out.nbytes, out_dtype), _elements("src", nbytes, dtype)
+    if hidden != given:
+        raise ValueError(f"rows of out have {hidden} elements, those of src {given}")
+    if not _is_array(at, np.uint64, 2) or not _is_array(weights, np.float32, 2):
+        raise TypeError("rows and weights must be contiguous arrays of [tokens, choices], uint64 and float32")
+    _apart("out", out)
+    tokens, choices = at.shape
+    if weights.shape != at.shape:
+        raise ValueError(f"rows have the shape {at.shape}, weights {weights.shape}")
+    _fits("out", tokens - 1, out)
     if tokens:
         native.lib.at_rows_weigh(
-            to, out.stride, out_kind, from_, src.stride, kind,
-            native.ffi.from_buffer("int64_t[]", index), native.ffi.from_buffer("float[]", weights), tokens, choices, hidden,
+            to, out.stride, out_kind, native.ffi.from_buffer("uint64_t[]", at), kind,
+            native.ffi.from_buffer("float[]", weights), tokens, choices, hidden,
         )  # fmt: skip
 
 
@@ -125,11 +155,11 @@ def _fits(name: str, last: int, rows: Rows) -> None:
         )
 
 
-def _elements(name: str, rows: Rows, dtype: Any) -> tuple[int, int]:
+def _elements(name: str, nbytes: int, dtype: Any) -> tuple[int, int]:
     element = lookup(dtype)
     if element.name not in _KINDS:
         raise TypeError(f"rows of {name} are summed as {', '.join(_KINDS)}, not as {element.name}")
-    hidden, rest = divmod(rows.nbytes, element.itemsize)
+    hidden, rest = divmod(nbytes, element.itemsize)
     if rest:
-        raise ValueError(f"rows of {name} have {rows.nbytes} bytes, which is no number of {element.name} elements")
+        raise ValueError(f"rows of {name} have {nbytes} bytes, which is no number of {element.name} elements")
     return _KINDS[element.name], hidden

@@ -10,13 +10,13 @@
 /* One token: the rows that it sums and where the sum goes. */
 typedef struct {
     uint8_t *out;
-    const uint8_t *src;
-    const int64_t *index, *next; /* next: the rows that are summed afterwards */
+    const uint64_t *rows, *next; /* addresses, 0: left out; next: those that are summed afterwards */
     const float *weights;
-    uint64_t src_stride, choices, hidden;
+    uint64_t choices, hidden;
     int src_kind, out_kind;
 } at_sum;
 
+static inline const uint8_t *at_row_at(uint64_t address) { return (const uint8_t *)(uintptr_t)address; }
 static inline size_t at_row_width(int kind) { return kind == AT_ROW_F32 ? 4 : 2; }
 
 /* Sums the columns from `column` on, with the instructions that every processor has. */

@@ -25,10 +25,25 @@
 #define STORE_F16(at, a) \
     _mm256_storeu_si256((void *)(at), _mm512_maskz_cvtps_ph(0xFFFF, a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
 
-TARGET static inline __m256i narrow_avx512(__m512i bits) {
+#define RAW __m512i
+#define LOAD_RAW(at) _mm512_loadu_si512(at)
+#define EVEN(r) _mm512_castsi512_ps(_mm512_slli_epi32(r, 16))
+#define ODD(r) _mm512_castsi512_ps(_mm512_and_si512(r, _mm512_set1_epi32((int)0xFFFF0000)))
+#define STORE_RAW(at, even, odd) \
+    _mm512_storeu_si512(at, _mm512_or_si512(_mm512_srli_epi32(rounded_avx512(_mm512_castps_si512(even)), 16), \
+                                            _mm512_and_si512(rounded_avx512(_mm512_castps_si512(odd)), _mm512_set1_epi32((int)0xFFFF0000))))
+#define FIRST(even, odd) _mm512_permutex2var_ps(even, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), odd)
+#define SECOND(even, odd) \
+    _mm512_permutex2var_ps(even, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), odd)
+
+/* To nearest, ties to even: what counts are the upper 16 bits. */
+TARGET static inline __m512i rounded_avx512(__m512i bits) {
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+}
+
+TARGET static inline __m256i narrow_avx512(__m512i bits) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_avx512(bits), 16));
 }
 
 #include "rows/tile.h"
@@ -50,9 +65,23 @@ TARGET static inline __m256i narrow_avx512(__m512i bits) {
 #define STORE_BF16(at, a) _mm_storeu_si128((void *)(at), narrow_avx2(_mm256_castps_si256(a)))
 #define STORE_F16(at, a) _mm_storeu_si128((void *)(at), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
 
-TARGET static inline __m128i narrow_avx2(__m256i bits) {
+#define RAW __m256i
+#define LOAD_RAW(at) _mm256_loadu_si256((const void *)(at))
+#define EVEN(r) _mm256_castsi256_ps(_mm256_slli_epi32(r, 16))
+#define ODD(r) _mm256_castsi256_ps(_mm256_and_si256(r, _mm256_set1_epi32((int)0xFFFF0000)))
+#define STORE_RAW(at, even, odd) \
+    _mm256_storeu_si256((void *)(at), _mm256_blend_epi16(_mm256_srli_epi32(rounded_avx2(_mm256_castps_si256(even)), 16), \
+                                                         rounded_avx2(_mm256_castps_si256(odd)), 0xAA))
+#define FIRST(even, odd) _mm256_permute2f128_ps(_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd), 0x20)
+#define SECOND(even, odd) _mm256_permute2f128_ps(_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd), 0x31)
+
+TARGET static inline __m256i rounded_avx2(__m256i bits) {
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i up = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+}
+
+TARGET static inline __m128i narrow_avx2(__m256i bits) {
+    __m256i up = _mm256_srli_epi32(rounded_avx2(bits), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1));
 }
 

@@ -83,9 +83,9 @@ void at_sum_plain(const at_sum *sum, uint64_t column) {
     for (size_t n; column < sum->hidden; column += n) {
         n = sum->hidden - column < BLOCK ? (size_t)(sum->hidden - column) : BLOCK;
         float acc[BLOCK] = {0};
-        const uint8_t *src = sum->src + column * at_row_width(sum->src_kind);
+        uint64_t begin = column * at_row_width(sum->src_kind);
         for (uint64_t k = 0; k < sum->choices; k++)
-            if (sum->index[k] >= 0) add_row(acc, src + (uint64_t)sum->index[k] * sum->src_stride, sum->weights[k], sum->src_kind, n);
+            if (sum->rows[k] != 0) add_row(acc, at_row_at(sum->rows[k]) + begin, sum->weights[k], sum->src_kind, n);
         store(sum->out + column * at_row_width(sum->out_kind), acc, sum->out_kind, n);
     }
 }
@@ -117,14 +117,14 @@ static void sum_token(const at_sum *sum) {
     at_sum_plain(sum, column);
 }
 
-void at_rows_weigh(uint8_t *out, uint64_t out_stride, int out_kind, const uint8_t *src, uint64_t src_stride, int src_kind,
-                   const int64_t *index, const float *weights, uint64_t tokens, uint64_t choices, uint64_t hidden) {
+void at_rows_weigh(uint8_t *out, uint64_t out_stride, int out_kind, const uint64_t *rows, int kind, const float *weights,
+                   uint64_t tokens, uint64_t choices, uint64_t hidden) {
     (void)pthread_once(&chosen, choose);
     for (uint64_t t = 0; t < tokens; t++) {
-        const int64_t *rows = index + t * choices;
-        at_sum sum = {.out = out + t * out_stride, .src = src, .index = rows, .next = t + 1 < tokens ? rows + choices : rows,
-                      .weights = weights + t * choices, .src_stride = src_stride, .choices = choices, .hidden = hidden,
-                      .src_kind = src_kind, .out_kind = out_kind};
+        const uint64_t *now = rows + t * choices;
+        at_sum sum = {.out = out + t * out_stride, .rows = now, .next = t + 1 < tokens ? now + choices : now,
+                      .weights = weights + t * choices, .choices = choices, .hidden = hidden, .src_kind = kind,
+                      .out_kind = out_kind};
         sum_token(&sum);
     }
 }
