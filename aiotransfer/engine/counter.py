@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from aiotransfer.errors import ClosedError, TransferError, TransferTimeout, again
@@ -203,6 +203,18 @@ class Counter:
             return f"<Counter imm={self.imm} closed>"
         total, taken = self._numbers()
         return f"<Counter imm={self.imm} value={total - taken} total={total} waiting={len(self._queue)}>"
+
+
+def take_each(counters: Sequence[Counter], wanted: Sequence[int]) -> list[bool]:
+    """Take from each counter what is wanted of it, where so many arrivals are there and nobody waits for them, in one call."""
+    n = len(counters)
+    if not n:
+        return []
+    taken = native.ffi.new("int32_t[]", n)
+    engine = counters[0]._engine
+    engine._check()
+    native.lib.at_imm_take_each(engine._p, n, [counter._record for counter in counters], wanted, taken)
+    return [bool(one) for one in taken]
 
 
 def _count(n: object) -> int:

@@ -51,6 +51,9 @@ class AllToAll:
     - `slots`: steps in flight at a time. `align`: a rank that comes back begins at a step that divides by it (steps of a
       forward pass).
 
+    - `results_in_place`: hold room for results, `Dispatched.y`, from which ranks of this host sum them without their being sent
+      (`slots` times rows * result bytes more). Each rank decides for itself.
+
     `name` tells several all-to-alls of one group apart; one that is open is taken (`ValueError`). `direct`: whether others put
     rows at their places one by one; "auto" does on the same host. `device`: of tokens and results. `timeout` (seconds, default
     the engine's) is that of every call that has none of its own, and of all that a call does.
@@ -75,6 +78,7 @@ class AllToAll:
         slots: int = 2,
         align: int = 1,
         direct: bool | str = "auto",
+        results_in_place: bool = False,
         device: str = "cpu",
         name: str = "",
         timeout: float | None = None,
@@ -93,9 +97,13 @@ class AllToAll:
             raise ValueError(f"direct is 'auto', True or False, not {direct!r}")
         if timeout is not None:
             engine._seconds(timeout)
+        if type(results_in_place) is not bool:
+            raise TypeError(f"results_in_place is True or False, not {results_in_place!r}")
         self._kernels = kernels_for(device)
         gpu = not isinstance(self._kernels, CpuKernels)
-        self._party = Party(engine, group, shape, name, None if direct == "auto" else bool(direct), gpu)
+        if gpu and results_in_place:
+            raise ValueError("results_in_place is for host memory (device='cpu')")
+        self._party = Party(engine, group, shape, name, None if direct == "auto" else bool(direct), gpu, results_in_place)
         self._timeout = timeout
         self._turn = asyncio.Lock()  # steps are sent in the order of their numbers
         self._meeting: asyncio.Task[None] | None = None

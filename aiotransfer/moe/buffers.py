@@ -1,6 +1,6 @@
 """The memory of one rank: what the others write into, and what it sends from. Offsets are those of `Shape`.
 
-    received   one region, under a lease of its own for each other rank
+    received   one region, under a lease of its own for each other rank; results that they fetch lie in it, too
     sent       per slot: a first message for each rank, and the tokens as rows
     packing    per slot, where somebody is reached by a network: packed rows and packed results
 """
@@ -58,11 +58,12 @@ def _allocate(engine: Engine, nbytes: int, gpu: bool) -> tuple[Region, Any, Any]
 class Buffers:
     """All memory of an all-to-all on this rank: the host's. A GPU's kernels reach it where it is pinned."""
 
-    def __init__(self, engine: Engine, shape: Shape, *, staged: bool, gpu: bool = False) -> None:
+    def __init__(self, engine: Engine, shape: Shape, *, staged: bool, gpu: bool = False, in_place: bool = False) -> None:
         self.shape = shape
         self.staged = staged
         self.gpu = gpu
-        self.received, self.here, self._here = _allocate(engine, shape.nbytes(staged=staged), gpu)
+        self.computed_at = shape.computed_at(staged=staged) if in_place else 0  # where results that others fetch begin
+        self.received, self.here, self._here = _allocate(engine, shape.nbytes(staged=staged, computed=in_place), gpu)
         self._first = shape.ranks * shape.first_bytes
         self._tokens = shape.max_tokens * shape.row_bytes
         self._slot = -(-(self._first + self._tokens) // 4096) * 4096
@@ -140,6 +141,16 @@ class Buffers:
     def results(self, slot: int) -> Rows:
         """Rows that came back."""
         return Rows(self._here, self.shape.results(slot), self.shape.result_bytes, self.shape.result_bytes)
+
+    def computed(self, slot: int) -> Rows:
+        """Results of the experts of this rank, where others fetch them."""
+        begin = self.computed_at + slot * self.shape.computed_bytes
+        return Rows(self._here, begin, self.shape.result_bytes, self.shape.result_bytes)
+
+    def bytes_of_computed(self, slot: int) -> Any:
+        """The same as flat uint8."""
+        begin = self.computed(slot).offset
+        return self.here[begin : begin + self.shape.recv_rows * self.shape.result_bytes]
 
     def bytes_of_rows(self, slot: int) -> Any:
         """The rows for the experts as flat uint8."""

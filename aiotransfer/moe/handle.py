@@ -11,7 +11,8 @@ from aiotransfer.control.patience import Patience, Until
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.moe.errors import StepRefused
 from aiotransfer.moe.tensors import Array, Kind, check, rows
-from aiotransfer.moe.traffic import MOVED_AT_ONCE
+from aiotransfer.moe.traffic import MOVED_AT_ONCE, turn
+from aiotransfer.providers.rows import Rows, same_rows
 
 if TYPE_CHECKING:
     from aiotransfer.moe.alltoall import AllToAll
@@ -66,13 +67,16 @@ class Dispatched:
     `x`: [rows, hidden] in the type of the tokens, expert after expert, in the all-to-all's own memory: valid until the combine
     of this step is over. `x_scales`: [rows, scales] of fp32, or None. `counts`: int64 [local experts], the rows of each that
     are filled; each expert's rows begin where those of the one before end, rounded up to `expert_alignment` (`offsets`).
+    `y`: [rows, hidden] of `combine_dtype`, where the experts may write what the combine is to be given, until that is called;
+    None without `results_in_place`.
     """
 
-    __slots__ = ("counts", "handle", "offsets", "x", "x_scales")
+    __slots__ = ("counts", "handle", "offsets", "x", "x_scales", "y")
 
-    def __init__(self, x: Array, x_scales: Array, counts: Array, offsets: Array, handle: Handle) -> None:
+    def __init__(self, x: Array, x_scales: Array, y: Array, counts: Array, offsets: Array, handle: Handle) -> None:
         self.x = x
         self.x_scales = x_scales
+        self.y = y
         self.counts = counts
         self.offsets = offsets
         self.handle = handle
@@ -144,7 +148,11 @@ class DispatchHalf(_Half):
             scales = kind.of_bytes(memory[shape.token_bytes :], (arrivals.total, step.scales), shape.row_bytes, "float32")
         local = slice(step.party.rank * shape.local_experts, (step.party.rank + 1) * shape.local_experts)
         counts, offsets = arrivals.counts.copy(), step.ranges.base[local].copy()
-        return Dispatched(x, scales, kind.of_ints(counts), kind.of_ints(offsets), handle)
+        y = None
+        if step.party.buffers.computed_at:
+            computed = step.party.buffers.bytes_of_computed(step.slot)
+            y = kind.of_bytes(computed, (arrivals.total, shape.hidden), shape.result_bytes, shape.combine_dtype)
+        return Dispatched(x, scales, y, kind.of_ints(counts), kind.of_ints(offsets), handle)
 
     async def _receive(self) -> None:
         step = self._handle._step
@@ -168,7 +176,7 @@ class CombineHalf(_Half):
         if party.buffers.gpu:
             await step.send_results(*await step.to_host(memory, stride))
         else:
-            if handle._region is None and memory.size and party.any_direct():
+            if handle._region is None and memory.size and not party.buffers.computed_at and party.any_direct():
                 handle._region = party.engine.register(memory)
             await step.send_results(memory, stride, handle._region, 0)
         handle._y = None
@@ -191,40 +199,52 @@ class CombineHalf(_Half):
         step, shape = handle._step, handle._step.party.shape
         await self._send()
         there = await step.receive_results()
-        places, tokens = step.route.places, len(step.route.places)
-        if not there.all():
-            rank_of = np.repeat(np.arange(shape.ranks), step.route.n)  # by row
-            missing = places >= 0
-            missing[missing] = ~there[rank_of[places[missing]]]
-            places = np.where(missing, -1, places)
-        else:
-            missing = np.zeros(places.shape, bool)
         out = handle._out
         if out is None:
-            out = handle._kind.empty((tokens, shape.hidden), shape.combine_dtype, step.kernels.device)
-        await self._weigh(out, places)
-        await step.kernels.settle()
+            out = handle._kind.empty((len(step.route.places), shape.hidden), shape.combine_dtype, step.kernels.device)
+        while True:
+            places, missing = self._to_be_summed(there)
+            await self._weigh(out, places, there)
+            await step.kernels.settle()
+            spoiled = step.in_place.spoiled(there)
+            if not spoiled:
+                break
+            there[spoiled] = False
+            step.taken_back(spoiled)
         await step.finish()
         handle.forget()
         handle.dropped = handle._kind.of_ints(missing)
         return out
 
-    async def _weigh(self, out: Array, places: Any) -> None:
+    def _to_be_summed(self, there: Any) -> tuple[Any, Any]:
+        """The rows of the choices, -1 where a result is not there, and which those are."""
+        step = self._handle._step
+        places = step.route.places
+        if there.all():
+            return places, np.zeros(places.shape, bool)
+        rank_of = np.repeat(np.arange(len(there)), step.route.n)  # by row
+        missing = places >= 0
+        missing[missing] = ~there[rank_of[places[missing]]]
+        return np.where(missing, -1, places), missing
+
+    async def _weigh(self, out: Array, places: Any, there: Any) -> None:
         """Token by token, with turns for the event loop in between."""
         step, shape = self._handle._step, self._handle._step.party.shape
         buffers = step.party.buffers
         source = buffers.results(step.slot)
         memory, stride = rows("out", out, gpu=buffers.gpu)
+        at = step.in_place.addresses(step.route, step.ranges, places, there) if step.in_place else None
         most = max(1, MOVED_AT_ONCE // (shape.result_bytes * max(1, places.shape[1])))
         for begin in range(0, len(places), most):
             part = slice(begin, begin + most)
             target = type(source)(memory, begin * stride, stride, shape.result_bytes)
-            step.kernels.weigh(
-                target, source, places[part], self._handle._weights[part], dtype=shape.combine_dtype,
-                out_dtype=shape.combine_dtype
-            )
+            types = {"dtype": shape.combine_dtype, "out_dtype": shape.combine_dtype}
+            if at is not None:
+                step.kernels.weigh_at(target, at[part], self._handle._weights[part], shape.result_bytes, **types)
+            else:
+                step.kernels.weigh(target, source, places[part], self._handle._weights[part], **types)
             if begin + most < len(places):
-                await asyncio.sleep(0)
+                await turn()
 
 
 def check_sums(handle: Handle, out: Array) -> None:
@@ -238,6 +258,10 @@ def check_sums(handle: Handle, out: Array) -> None:
 
 def check_results(handle: Handle, y: Array) -> tuple[Any, int]:
     """`y` as memory and stride. Raises `TypeError` or `ValueError`."""
-    shape = handle._step.party.shape
-    check("y", y, (handle._step.arrivals.total, shape.hidden), shape.combine_dtype)
-    return rows("y", y, gpu=handle._step.party.buffers.gpu)
+    step, shape = handle._step, handle._step.party.shape
+    buffers, total = step.party.buffers, step.arrivals.total
+    check("y", y, (total, shape.hidden), shape.combine_dtype)
+    memory, stride = rows("y", y, gpu=buffers.gpu)
+    if buffers.computed_at:
+        same_rows(Rows(memory, 0, stride, shape.result_bytes), buffers.computed(step.slot), total)  # or they do not overlap
+    return memory, stride

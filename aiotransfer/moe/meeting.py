@@ -84,7 +84,7 @@ class Meeting(Ranks):
                         self._send_to(peer, wire.Who(rank=self.rank, incarnation=self.incarnation, present=None))
                 if not missing and staged is None:
                     staged = any(not self._is_direct(peer) for peer in found.values())
-                    self.buffers = Buffers(self.engine, self.shape, staged=staged, gpu=self._gpu)
+                    self.buffers = Buffers(self.engine, self.shape, staged=staged, gpu=self._gpu, in_place=self._in_place)
                 if staged is not None:
                     for rank, peer in found.items():
                         if rank not in greeted:
@@ -132,14 +132,21 @@ class Meeting(Ranks):
     def _is_direct(self, peer: Peer) -> bool:
         return peer.path.provider == "shm" if self._direct is None else self._direct
 
+    def _can_read(self, peer: Peer) -> bool:
+        """Whether results can be fetched from its memory. In a DP group rows were placed by somebody else's plan."""
+        mapped = peer.path.provider in ("shm", "loopback")
+        return mapped and self._is_direct(peer) and self.shape.dp_size == 1 and not self._gpu
+
     def _greet(self, rank: int, peer: Peer, *, ask: bool) -> None:
         known = self.ranks[rank]
         if known is None or known.peer is not peer:
+            lease = self.buffers.received.lease(peer, access="both" if self.buffers.computed_at else "write")
             direct = self._is_direct(peer) or not self.buffers.staged
-            known = self.ranks[rank] = Rank(peer, self.buffers.received.lease(peer), direct=direct)
+            known = self.ranks[rank] = Rank(peer, lease, direct=direct, reads=self._can_read(peer))
         hello = wire.Hello(
             rank=self.rank, incarnation=self.incarnation, shape=self.shape.agreed(),
-            region=known.lease.descriptor.encode(), direct=known.direct, running=self._running, ask=ask,
+            region=known.lease.descriptor.encode(), direct=known.direct, reads=known.reads,
+            computed=self.buffers.computed_at, running=self._running, ask=ask,
             present=self._taking_part() if self._running else [],
         )  # fmt: skip
         self._send(rank, hello)

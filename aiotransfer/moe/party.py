@@ -29,6 +29,7 @@ from aiotransfer.moe.meeting import Meeting
 if TYPE_CHECKING:
     from aiotransfer.engine.lease import Lease
     from aiotransfer.engine.peer import Message, Peer
+    from aiotransfer.moe.ranks import Rank
 
 _logger = logging.getLogger("aiotransfer")
 
@@ -40,8 +41,6 @@ class Party(Meeting):
 
     async def _listen(self) -> None:
         async for message in self.engine.messages(self._key):
-            if self.over is not None:
-                continue
             try:
                 self._heard(message, wire.decode(self._key, message.data))
             except DescriptorError as error:
@@ -57,6 +56,10 @@ class Party(Meeting):
         rank = content.rank
         if not 0 <= rank < self.shape.ranks or message.peer.address != self.addresses[rank]:
             raise DescriptorError(f"it is not rank {rank}")
+        if isinstance(content, wire.Leave) and content.who in (rank, self.rank):
+            self._parted[rank] = content.incarnation
+        if self.over is not None:
+            return
         if isinstance(content, wire.Hello):
             self._hello(rank, message.peer, content)
         elif isinstance(content, wire.Ready):
@@ -229,11 +232,27 @@ class Party(Meeting):
             self._telling = None
             self._wake()
 
+    def _readers(self) -> list[tuple[int, Rank]]:
+        """Who may not have read all results yet that lie here: it answers a goodbye when it has."""
+        members = self.members
+        if self.over is not None or members is None or not self.buffers.computed_at:
+            return []
+        readers = [(rank, known) for rank in members.audience if (known := self.ranks[rank]) is not None]
+        return [(rank, known) for rank, known in readers if known.hello is not None and known.hello.reads and not known.lost]
+
+    def _reads_on(self, rank: int, known: Rank) -> bool:
+        return self._parted.get(rank) != known.incarnation and known.peer.state not in ("lost", "closed")
+
     async def close(self) -> None:
         """Say goodbye and give everything back."""
+        readers = self._readers()
         self.end(ClosedError(f"{self!r} was closed"))
         if self._posts:
             await asyncio.wait(self._posts, timeout=self.engine.config.drain_timeout)
+        with contextlib.suppress(TimeoutError):  # what they have not read by then is missing there, and they see it
+            async with Patience(self.engine.config.drain_timeout):
+                while any(self._reads_on(rank, known) for rank, known in readers):
+                    await self._soon()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

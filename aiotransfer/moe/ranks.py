@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.group import PeerGroup
     from aiotransfer.engine.lease import Lease
+    from aiotransfer.engine.mapped import Mapped
     from aiotransfer.engine.peer import Peer
     from aiotransfer.moe.handle import Handle
     from aiotransfer.moe.step import Step
@@ -39,12 +40,14 @@ def _incarnation(engine: Engine) -> int:
 class Rank:
     """Another rank, as it is now."""
 
-    __slots__ = ("direct", "hello", "lease", "lost", "peer", "remote")
+    __slots__ = ("direct", "hello", "lease", "lost", "mapped", "peer", "reads", "remote")
 
-    def __init__(self, peer: Peer, lease: Lease, *, direct: bool) -> None:
+    def __init__(self, peer: Peer, lease: Lease, *, direct: bool, reads: bool) -> None:
         self.peer = peer
         self.lease = lease
         self.direct = direct  # it writes to us row by row
+        self.reads = reads  # its results are fetched from where they lie, if it lets us
+        self.mapped: Mapped | None = None  # its memory as it lies in this process, once it was needed
         self.hello: wire.Hello | None = None
         self.remote: RemoteRegion | None = None
         self.lost = False
@@ -58,7 +61,9 @@ class Rank:
 class Ranks:
     """All ranks. `Party` is the whole of it."""
 
-    def __init__(self, engine: Engine, group: PeerGroup, shape: Shape, name: str, direct: bool | None, gpu: bool) -> None:
+    def __init__(
+        self, engine: Engine, group: PeerGroup, shape: Shape, name: str, direct: bool | None, gpu: bool, in_place: bool
+    ) -> None:
         self.engine = engine
         self.addresses = group.members
         self.rank = group.rank
@@ -70,6 +75,7 @@ class Ranks:
         self._base = immediates(name, members, shape)
         self._direct = direct
         self._gpu = gpu
+        self._in_place = in_place
         self.ranks: list[Rank | None] = [None] * shape.ranks
         self.members: Members | None = None
         self.buffers: Buffers
@@ -86,6 +92,7 @@ class Ranks:
         self._changed: dict[asyncio.Future[None], None] = {}  # in this order, for a seed's sake
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._posts: set[asyncio.Task[Any]] = set()  # of those: messages that wait for room
+        self._parted: dict[int, int] = {}  # who has said that it has left, or has lost this rank, by its incarnation
         self._fences: dict[int, asyncio.Task[None]] = {}  # by rank, the last
         self._telling: asyncio.Task[None] | None = None
         self._early: list[tuple[int, wire.Told]] = []  # views that came before this rank knew of whom

@@ -6,7 +6,8 @@ Each rank has one region that the others write into, cut into `slots` equal sets
     rows              what the experts get: grouped by expert, R rows
     results           what comes back: one row for each (token, choice), in the order of the plan
 
-and, where a source is reached by a network, behind all sets a staging area of R rows for each. A row on the wire is the
+and, where a source is reached by a network, behind all sets a staging area of R rows for each; behind those, where a rank lets
+others fetch what its experts compute (`results_in_place`), R rows of results for each set. A row on the wire is the
 token's `hidden` elements, its scales behind them, filled up to 16 bytes. Offsets follow from the shape alone, so a writer knows
 where things lie at every other rank.
 """
@@ -121,9 +122,18 @@ class Shape:
         """Byte at which the staging area begins."""
         return self.slots * self.slot_bytes + slot * self.staging_bytes
 
-    def nbytes(self, *, staged: bool) -> int:
-        """Bytes that others may write into, of one rank."""
+    @property
+    def computed_bytes(self) -> int:
+        """Bytes of one area of results that others fetch."""
+        return _up(self.recv_rows * self.result_bytes, AREA_ALIGN)
+
+    def computed_at(self, *, staged: bool) -> int:
+        """Byte at which results begin that others fetch, behind all else, slot after slot; never 0."""
         return self.slots * (self.slot_bytes + (self.staging_bytes if staged else 0))
+
+    def nbytes(self, *, staged: bool, computed: bool = False) -> int:
+        """Bytes that others may write into or read, of one rank."""
+        return self.computed_at(staged=staged) + (self.slots * self.computed_bytes if computed else 0)
 
     def agreed(self) -> dict[str, int | str]:
         """What is compared at set-up, by name."""

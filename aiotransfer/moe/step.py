@@ -14,11 +14,13 @@ import numpy as np
 from aiotransfer.errors import InternalError
 from aiotransfer.moe.buffers import Header, header
 from aiotransfer.moe.errors import RoutingOverflow, StepRefused
+from aiotransfer.moe.inplace import InPlace
 from aiotransfer.moe.members import UNDECIDED
 from aiotransfer.moe.plan import Arrivals, Ranges
 from aiotransfer.moe.ranks import FIRST, REST, RESULTS
 from aiotransfer.moe.shape import ROW_ALIGN
 from aiotransfer.moe.traffic import Traffic
+from aiotransfer.providers.rows import same_rows
 
 if TYPE_CHECKING:
     from aiotransfer.engine.region import RegionView
@@ -54,6 +56,7 @@ class Step(Traffic):
             sizes[:] = 0
         self._data[party.rank] = own.tobytes()
         self.joined = set(self._who_is_there())
+        self.in_place = InPlace(party, slot, self.joined)
         self._directly = {rank for rank in self.joined if (known := party.ranks[rank]) is not None and known.direct}
         party.steps[self.number] = self
         party.next_step = self.number + 1
@@ -280,10 +283,21 @@ class Step(Traffic):
 
     async def send_results(self, memory: Any, stride: int, region: RegionView | None, offset: int) -> None:
         """Send each source the results of its rows: `memory` holds them, row by row as the experts got theirs. Where `region`
-        holds them, too, at `offset`, they can be sent from there one by one."""
+        holds them, too, at `offset`, they can be sent from there one by one. Those who fetch them are only told."""
         party, shape, arrivals, slot = self.party, self.party.shape, self.arrivals, self.slot
         buffers = party.buffers
         results = type(buffers.rows(0))(memory, 0, stride, shape.result_bytes)
+        fetching: set[int] = set()
+        if buffers.computed_at:
+            computed = buffers.computed(slot)
+            if "computed" not in self._stages and not same_rows(results, computed, arrivals.total):  # written elsewhere
+                await self._move(computed, None, results, None, arrivals.total)
+            self._stages |= {"computed", "kept"}
+            results, stride, region, offset = computed, computed.stride, buffers.received, computed.offset
+            fetching = {rank for rank in self._alive() if self._is_read_by(rank)}
+            if told := [rank for rank in fetching if self._once(f"told {rank}")]:
+                none = np.zeros(len(told), np.int64)
+                self._scatter(buffers.first_view(slot), sorted(told), none, none, none, RESULTS)
         if arrivals.n[self._sender_for(party.rank)] and "kept" not in self._stages:
             source = self._sender_for(party.rank)
             n, first = int(arrivals.n[source]), int(arrivals.results[source])
@@ -293,6 +307,8 @@ class Step(Traffic):
         directly: list[int] = []
         packed: list[int] = []
         for rank in self._alive():
+            if rank in fetching:
+                continue
             if not arrivals.n[self._sender_for(rank)]:
                 if self._once(f"nothing for {rank}"):
                     self._signal(rank)
@@ -334,7 +350,7 @@ class Step(Traffic):
         for rank in self.joined:
             sender = group + rank % dp
             n = int(ranges.counts[sender, rank * local : (rank + 1) * local].sum())
-            expected[rank] = max(n, 1) if self._comes_directly(rank) else 1
+            expected[rank] = max(n, 1) if self._comes_directly(rank) and rank not in self.in_place else 1
         await self._wait(RESULTS, expected)
         there = np.zeros(shape.ranks, bool)
         there[party.rank] = True

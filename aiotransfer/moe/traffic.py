@@ -7,6 +7,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from aiotransfer.engine.counter import take_each
 from aiotransfer.engine.scatter import ScatterTarget
 from aiotransfer.engine.transfer import CANCELLED, PENDING
 from aiotransfer.errors import (
@@ -19,6 +20,7 @@ from aiotransfer.errors import (
     TransferError,
 )
 from aiotransfer.moe.errors import StepRefused
+from aiotransfer.moe.inplace import InPlace
 from aiotransfer.moe.members import Members
 from aiotransfer.moe.party import Party
 from aiotransfer.moe.plan import Arrivals, Ranges, Route
@@ -32,6 +34,11 @@ if TYPE_CHECKING:
     from aiotransfer.engine.transfer import Transfer
 
 MOVED_AT_ONCE = 16 << 20  # bytes between two turns of the event loop: a millisecond, at most
+
+
+async def turn() -> None:
+    """Between two parts of what takes long: others may run."""
+    await asyncio.sleep(0)
 
 
 class _Ended:
@@ -63,6 +70,7 @@ class Traffic:
         self.refusal = refusal
         self.ranges: Ranges
         self.arrivals: Arrivals
+        self.in_place: InPlace
         self.error: StepRefused | None = None  # it does not take place
         self.over = False
         self.ahead: asyncio.Task[None] | None = None  # `exchange`, begun by the first half: two would take each other's arrivals
@@ -148,6 +156,13 @@ class Traffic:
         else:
             self.party.missed(rank, error)
 
+    def taken_back(self, ranks: list[int]) -> None:
+        """They do not let us read their results any more: they have lost this rank, or have left."""
+        for rank in ranks:
+            if rank not in self.lost:
+                self.lost.add(rank)
+                self._refused(rank, StaleRegionError(f"{self.party.who(rank)} has taken its results back"))
+
     # ---- common ----
 
     @property
@@ -177,6 +192,10 @@ class Traffic:
 
     def _comes_directly(self, rank: int) -> bool:
         return rank in self._directly
+
+    def _is_read_by(self, rank: int) -> bool:
+        known = self.party.ranks[rank]
+        return known is not None and known.hello is not None and known.hello.reads
 
     def _post(self, rank: int, write: Any) -> None:
         try:
@@ -251,7 +270,7 @@ class Traffic:
                 source if source_rows is not None else source._replace(offset=source.offset + begin * source.stride),
                 source_rows[part] if source_rows is not None else None, k,
             )  # fmt: skip
-            await asyncio.sleep(0)
+            await turn()
 
     def missing(self) -> list[int]:
         """Whom this step waits for."""
@@ -270,6 +289,7 @@ class Traffic:
         """Take what `expected` says from each rank that is not lost."""
         party, heard = self.party, self._heard[kind]
         self._waits[kind] = expected
+        self._take_ready(kind)
         peers = self._peers(kind)
         for rank, n in expected.items():
             while rank not in heard and rank not in self.lost:
@@ -277,6 +297,7 @@ class Traffic:
                 try:
                     await party.counter(kind, self.slot, rank).wait(n, peers=peers)
                     self._took(kind, rank)
+                    self._take_ready(kind)
                 except PeerLostError as error:
                     for r in expected:
                         known = party.ranks[r]
@@ -288,6 +309,16 @@ class Traffic:
                     if rank not in self.lost:
                         raise
         party.check()
+
+    def _take_ready(self, kind: int) -> None:
+        """What has come of all that is waited for: who waits for the slowest finds the others there."""
+        self.party.check()
+        heard, expected = self._heard[kind], self._waits[kind]
+        ranks = [rank for rank in expected if rank not in heard and rank not in self.lost]
+        taken = take_each([self.party.counter(kind, self.slot, rank) for rank in ranks], [expected[rank] for rank in ranks])
+        for rank, there in zip(ranks, taken, strict=True):
+            if there:
+                self._took(kind, rank)
 
     def _peers(self, kind: int) -> list[Peer]:
         """Whose loss ends a wait."""

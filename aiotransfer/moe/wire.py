@@ -30,6 +30,8 @@ class Hello(_Message, frozen=True, tag=1):
     shape: dict[str, int | str]
     region: bytes  # descriptor, for the receiver alone
     direct: bool  # rows may be put at their final places one by one; otherwise they come in one piece into my staging area
+    reads: bool  # I fetch results from where they lie in your region, where you let me
+    computed: int  # the byte of my region at which they begin; 0: I send them
     running: bool  # steps are being made already: the receiver joins
     ask: bool  # the receiver is to answer with a Hello of its own: an earlier one may have come before anybody read them
     present: list[int]  # when running: ranks that take part, the sender too

@@ -21,7 +21,7 @@ from typing import Any
 from aiotransfer.errors import BrokenError, RegistrationError, TransferError, shortage
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import native
-from aiotransfer.providers.lane import ACCESS, Lane
+from aiotransfer.providers.lane import ACCESS, Lane, Segment
 from aiotransfer.providers.port import Binding, Conversation, Path, Terms
 
 _PROCESS = os.urandom(16)
@@ -88,10 +88,11 @@ class LoopbackPath(Path):
 
     provider = "loopback"
 
-    def __init__(self, lane: Lane, incarnation: int) -> None:
+    def __init__(self, lane: Lane, incarnation: int, mine: int) -> None:
         super().__init__()
         self.rails = ("loopback",)
         self._lane = lane
+        self._mine = mine
         peer = int(native.lib.at_sim_connect(lane.pointer, incarnation))
         if peer < 0:
             raise _failure("no path to that engine of this process", peer)
@@ -102,14 +103,17 @@ class LoopbackPath(Path):
         """One address space: the descriptor's address is the memory."""
         self.refuse_device(grant)
         owner = _owners.get(conversation.incarnation)
-        if owner is not None and not owner.covers(grant):
-            raise RegistrationError("the descriptor describes memory that was never granted", provider="loopback")
+        segment: Segment | None = None
+        if owner is not None:
+            if not owner.covers(grant):
+                raise RegistrationError("the descriptor describes memory that was never granted", provider="loopback")
+            segment = owner.segment_of(grant.slot, grant.epoch, grant.segment, self._mine) if grant.segment else None
         remote = self._lane.add_remote(
             self.lane_peer, native.ffi.NULL, grant.base, grant.nbytes, ACCESS[grant.access], grant.slot, grant.epoch
         )
         if remote < 0:
             raise _failure("cannot bind", remote)
-        return Binding(self._lane, remote, self, peer, None)
+        return Binding(self._lane, remote, self, peer, segment, 0 if segment is None else grant.base)
 
     def close(self) -> None:
         """Free the lane's peer."""
@@ -124,9 +128,14 @@ class LoopbackProvider:
 
     name = "loopback"
 
-    def __init__(self, lane: Lane, incarnation: int, covers: Callable[[Grant], bool], net: Any = None) -> None:
+    def __init__(
+        self, lane: Lane, incarnation: int, covers: Callable[[Grant], bool],
+        segment_of: Callable[[int, int, int, int], Segment | None], net: Any = None,
+    ) -> None:  # fmt: skip
         self._lane = lane
+        self._incarnation = incarnation
         self.covers = covers
+        self.segment_of = segment_of
         self._net = _shared if net is None else net
         self._net.join(lane)
         self._closed = False
@@ -143,14 +152,14 @@ class LoopbackProvider:
     async def dial(self, conversation: Conversation, theirs: Terms) -> LoopbackPath:
         """The other side connects first, so that nothing is sent to where nobody is."""
         await conversation.ask("loopback", b"")
-        return LoopbackPath(self._lane, conversation.incarnation)
+        return LoopbackPath(self._lane, conversation.incarnation, self._incarnation)
 
     async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
         """The other side of `dial`."""
         question(body)
         if theirs.host != _PROCESS:
             raise BrokenError("loopback connects engines of one process only", provider="loopback")
-        return b"", LoopbackPath(self._lane, conversation.incarnation)
+        return b"", LoopbackPath(self._lane, conversation.incarnation, self._incarnation)
 
     async def settle(self) -> None:
         """Nothing goes on by itself."""

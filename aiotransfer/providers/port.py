@@ -70,9 +70,9 @@ class Conversation(Protocol):
 class Binding:
     """Remote memory resolved for one lane: what a write names. Ends with its last user."""
 
-    __slots__ = ("__weakref__", "_keep", "_lane", "engine", "grant", "path", "peer", "remote")
+    __slots__ = ("__weakref__", "_keep", "_lane", "address", "engine", "grant", "path", "peer", "remote")
 
-    def __init__(self, lane: Any, remote: int, path: Path, peer: Any, keep: object) -> None:
+    def __init__(self, lane: Any, remote: int, path: Path, peer: Any, keep: object, address: int = 0) -> None:
         self._lane = lane
         self.remote = remote
         self.path = path
@@ -80,6 +80,7 @@ class Binding:
         self.engine: object = None
         self.grant: Any = None
         self._keep = keep  # the mapping beneath it
+        self.address = address  # where the memory is mapped in this process; 0: it is not
         path.bindings.add(self)
 
     def good(self, engine: object, peer: object) -> bool:

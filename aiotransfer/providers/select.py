@@ -73,7 +73,7 @@ def open_providers(
                 else:
                     from aiotransfer.providers.loopback import LoopbackProvider
 
-                    opened[name] = LoopbackProvider(lane, incarnation, covers, world.simulator)
+                    opened[name] = LoopbackProvider(lane, incarnation, covers, segment_of, world.simulator)
                 continue
             except (OSError, TransferError) as error:
                 reason = str(error)

@@ -79,7 +79,7 @@ class ShmPath(Path):
         """Map the grant's segment, or name its address when it is foreign memory."""
         self.refuse_device(grant)
         segment: Segment | None = None
-        base: Any = native.ffi.NULL
+        address = 0
         if grant.segment:
             if self._own is not None:
                 segment = self._own(grant.slot, grant.epoch, grant.segment, conversation.incarnation)
@@ -89,18 +89,19 @@ class ShmPath(Path):
                 segment = self._maps.get(grant.segment) or await self._fetch(grant, conversation)
             if grant.segment_offset + grant.nbytes > segment.nbytes:
                 raise RegistrationError("the descriptor reaches past its segment")
-            base = native.ffi.cast("void *", segment.address + grant.segment_offset)
+            address = segment.address + grant.segment_offset
         else:
             self._check_foreign()
         remote = self._lane.add_remote(
-            self.lane_peer, base, grant.base, grant.nbytes, ACCESS[grant.access], grant.slot, grant.epoch
-        )
+            self.lane_peer, native.ffi.cast("void *", address), grant.base, grant.nbytes, ACCESS[grant.access], grant.slot,
+            grant.epoch,
+        )  # fmt: skip
         if remote < 0:
             number = errno.ENOMEM if remote == native.lib.AT_ENOMEM else None
             raise shortage(number, "cannot bind", provider="shm") or BrokenError(
                 f"cannot bind: {native.text(remote)}", provider="shm"
             )
-        return Binding(self._lane, remote, self, peer, segment)
+        return Binding(self._lane, remote, self, peer, segment, address)
 
     def _check_foreign(self) -> None:
         why = native.ffi.new("int *")

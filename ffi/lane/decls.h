@@ -133,6 +133,9 @@ int at_grant_valid(at_lane *lane, int64_t slot, uint64_t epoch);
  * bound every later use. */
 int64_t at_remote_add(at_lane *lane, int64_t peer, void *base, uint64_t va, uint64_t nbytes, int access, uint32_t slot,
                       uint64_t epoch);
+/* For who has read there by a mapping of its own: AT_OK when all that was read before this call was the owner's to give, AT_ESTALE
+ * when it may be of the memory's next user. */
+int at_remote_valid(at_lane *lane, int64_t remote);
 /* 0 when freed, 1 when operations still use it (freed with the last one). */
 int at_remote_close(at_lane *lane, int64_t remote);
 
@@ -205,6 +208,8 @@ int at_imm_known(at_lane *lane, uint32_t imm);      /* was ever opened, closed o
 int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm);
 /* The same with `arm`, by the loop: where counts usually come at once, it looks for them for a while before it arms. */
 int at_imm_take_soon(at_lane *lane, int64_t record, uint64_t n);
+/* wanted[i] arrivals of each of n records, where they are there and no wish is armed; taken[i]: whether they were. How many were. */
+int at_imm_take_each(at_lane *lane, uint32_t n, const int64_t *records, const uint64_t *wanted, int32_t *taken);
 int at_imm_give(at_lane *lane, int64_t record, uint64_t n); /* taken, but nobody had them */
 int at_imm_disarm(at_lane *lane, int64_t record);           /* nobody waits; an event may already be under way */
 int at_imm_value(at_lane *lane, int64_t record, uint64_t *total, uint64_t *taken);

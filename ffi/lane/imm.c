@@ -306,6 +306,21 @@ int at_imm_take_soon(at_lane *lane, int64_t record, uint64_t n) {
     return result != 0 ? result : at_imm_take(lane, record, n, 1);
 }
 
+int at_imm_take_each(at_lane *lane, uint32_t n, const int64_t *records, const uint64_t *wanted, int32_t *taken) {
+    int found = 0;
+    at_lock(lane);
+    drain_all(lane);
+    for (uint32_t i = 0; i < n; i++) {
+        at_imm_record *r = record_of(lane, records[i]);
+        taken[i] = r != NULL && r->want == 0 && r->total - r->taken >= wanted[i];
+        if (taken[i]) r->taken += wanted[i];
+        found += taken[i];
+    }
+    if (found != 0) at_count_turn(lane, 0);
+    at_unlock(lane);
+    return found;
+}
+
 int at_imm_give(at_lane *lane, int64_t record, uint64_t n) {
     at_lock(lane);
     at_imm_record *r = record_of(lane, record);

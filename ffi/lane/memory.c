@@ -242,6 +242,15 @@ void at_remote_release(at_lane *lane, uint32_t index) {
     if (--remote->users == 0 && !remote->open) remote_free(lane, index);
 }
 
+int at_remote_valid(at_lane *lane, int64_t id) {
+    atomic_thread_fence(memory_order_acquire); /* what was read, before the look at the word */
+    at_lock(lane);
+    at_remote *remote = at_remote_use(lane, id);
+    int result = remote != NULL && atomic_load(remote->word) == remote->epoch ? AT_OK : AT_ESTALE;
+    at_unlock(lane);
+    return result;
+}
+
 int at_remote_close(at_lane *lane, int64_t id) {
     int result = AT_ESTALE;
     at_lock(lane);

@@ -74,3 +74,14 @@ def test_every_public_name_is_in_the_reference() -> None:
     text = (ROOT / "docs" / "reference.md").read_text()
     for name in moe.__all__:
         assert f"`{name}`" in text, name
+
+
+def test_results_in_place_take_what_it_says() -> None:
+    shape = Shape(ranks=8, num_experts=256, hidden=7168, dtype="float8_e4m3fn", combine_dtype="bfloat16", max_tokens=128, topk=8)
+    totals = []
+    for in_place in (False, True):
+        engine: Any = Allocated()
+        Buffers(engine, shape, staged=True, in_place=in_place)
+        totals.append(engine.total)
+    assert "| and with `results_in_place` | R · result |" in PAGE
+    assert 0 <= totals[1] - totals[0] - 2 * (8 * 128 * 8 * 2 * 7168) < 4096

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
+from aiotransfer.engine.counter import take_each
 from aiotransfer.providers import native
 from aiotransfer.testing import Pair, engine_pair
 
@@ -51,6 +52,21 @@ async def test_waits_are_served_first_come_first_served(pair: Pair) -> None:
             await pair.left.signal(pair.right_peer, 1)
     assert order == ["many", "one"]
     assert counter.value == 0
+
+
+async def test_many_counters_are_taken_from_at_once_but_from_none_that_somebody_waits_for(pair: Pair) -> None:
+    counters = [pair.right.counter(imm=i) for i in range(4)]
+    for imm, n in ((0, 3), (1, 1), (3, 1)):
+        for _ in range(n):
+            await pair.left.signal(pair.right_peer, imm)
+    await counters[1].wait(1)
+    waiting = asyncio.create_task(counters[3].wait(2))
+    await asyncio.sleep(0.01)
+    assert take_each(counters, [2, 1, 0, 1]) == [True, False, True, False]
+    assert [counter.value for counter in counters] == [1, 0, 0, 1]
+    await pair.left.signal(pair.right_peer, 3)
+    await waiting
+    assert take_each([], []) == []
 
 
 async def test_a_cancelled_wait_loses_no_arrival(pair: Pair) -> None:

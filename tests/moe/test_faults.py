@@ -58,6 +58,7 @@ def test_a_killed_rank_is_left_out_by_all_and_named(when: float, direct: bool) -
             assert isinstance(w.a2a[r].lost[2], at.PeerLostError)
             assert "rank 2 (r2)" in str(w.a2a[r].lost[2])
             assert reports[r, 11] == (2,)
+        for r in (0, 1, 3):
             await w.a2a[r].aclose()
 
     world(RANKS, script, net=MESSY, direct=direct)

@@ -37,6 +37,24 @@ async def rank(a2a: moe.AllToAll, torch: Any, dtype: Any) -> None:
             assert not d.handle.dropped.any()
 
 
+def test_results_in_place_are_a_tensor() -> None:
+    torch = torch_or_skip()
+
+    async def rank_in_place(a2a: moe.AllToAll) -> None:
+        async with a2a:
+            x = torch.ones((3, HIDDEN), dtype=torch.bfloat16)
+            d = await a2a.dispatch(x, torch.tensor([[0], [3], [7]]), torch.full((3, 1), 0.5))
+            assert d.y.shape == d.x.shape
+            assert d.y.dtype == torch.bfloat16
+            torch.mul(d.x, 4, out=d.y)
+            assert (await a2a.combine(d.y, d.handle) == 2).all()
+
+    async def script(w: World) -> None:
+        await w.every(rank_in_place)
+
+    world(4, script, dtype="bfloat16", direct=True, results_in_place=True)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
 def test_torch_tensors_of_every_type(dtype: str) -> None:
     torch = torch_or_skip()

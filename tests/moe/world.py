@@ -58,6 +58,9 @@ def received(batches: list[Batch | None], rank: int, experts: int = EXPERTS) -> 
 def compute(d: moe.Dispatched, rank: int) -> Any:
     """What the experts of `rank` make of it."""
     y = np.array(d.x)
+    if d.y is not None and d.handle.step % 3:  # the other third has results elsewhere
+        d.y[:] = y
+        y = d.y
     for e, (count, offset) in enumerate(zip(d.counts, d.offsets, strict=True)):
         y[offset : offset + count] *= rank * len(d.counts) + e + 1
     return y

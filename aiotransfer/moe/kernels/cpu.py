@@ -30,6 +30,10 @@ class CpuKernels:
         """Sum rows by weight; see `Kernels.weigh`. A row beyond its memory is refused, before any is summed."""
         rows.weigh(out, src, index, weights, dtype=dtype, out_dtype=out_dtype)
 
+    def weigh_at(self, out: Rows, at: Any, weights: Any, nbytes: int, *, dtype: Any, out_dtype: Any) -> None:
+        """Sum rows of `nbytes` at addresses by weight; see `providers.rows.weigh_at`."""
+        rows.weigh_at(out, at, weights, nbytes, dtype=dtype, out_dtype=out_dtype)
+
     def word(self) -> Any:
         """Eight bytes, zero."""
         return np.zeros(1, np.int64)
