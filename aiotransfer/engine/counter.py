@@ -205,16 +205,20 @@ class Counter:
         return f"<Counter imm={self.imm} value={total - taken} total={total} waiting={len(self._queue)}>"
 
 
-def take_each(counters: Sequence[Counter], wanted: Sequence[int]) -> list[bool]:
-    """Take from each counter what is wanted of it, where so many arrivals are there and nobody waits for them, in one call."""
+def take_each(counters: Sequence[Counter], wanted: Sequence[int]) -> tuple[list[bool], bool]:
+    """Take from each counter what is wanted of it, where so many arrivals are there and nobody waits for them, in one call.
+
+    Returns which were taken from, and whether the caller should give the event loop a turn."""
     n = len(counters)
     if not n:
-        return []
+        return [], False
     taken = native.ffi.new("int32_t[]", n)
     engine = counters[0]._engine
     engine._check()
-    native.lib.at_imm_take_each(engine._p, n, [counter._record for counter in counters], wanted, taken)
-    return [bool(one) for one in taken]
+    due = native.lib.at_imm_take_each(engine._p, n, [counter._record for counter in counters], wanted, taken) == 2
+    if due:
+        engine._turn_is_due()
+    return [bool(one) for one in taken], due
 
 
 def _count(n: object) -> int:

@@ -303,9 +303,9 @@ class AllToAll:
         """Send the results of a step back, and sum those of this rank's tokens: over k, `topk_weights[t, k] * result[t, k]`.
 
         `y`: [rows of the dispatch, hidden] of `combine_dtype`, in the order of `Dispatched.x`; not to be changed until this
-        returns. Returns [tokens, hidden]: `out`, where that is given (fresh memory costs the system more than the sums of many
-        tokens). The sum is in fp32, choice after choice, so it is the same bits whoever was faster. Choices whose expert is on
-        a lost rank are left out and marked in `handle.dropped`.
+        returns (`Dispatched.y`: until a later dispatch gives it). Returns [tokens, hidden]: `out`, where that is given (fresh
+        memory costs the system more than the sums of many tokens). The sum is in fp32, choice after choice, so it is the same
+        bits whoever was faster. Choices whose expert is on a lost rank are left out and marked in `handle.dropped`.
 
         Raises `TypeError` or `ValueError`, after which the right `y` may be given; `TransferTimeout` (see `in_flight`),
         `EvictedError`.

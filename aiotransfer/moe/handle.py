@@ -254,6 +254,9 @@ def check_sums(handle: Handle, out: Array) -> None:
     memory, _ = rows("out", out, gpu=step.party.buffers.gpu)
     if memory.size and isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
+    buffers = step.party.buffers
+    if memory.size and buffers.computed_at and np.may_share_memory(memory, buffers.here[buffers.computed_at :]):
+        raise ValueError("out lies where other ranks read results")
 
 
 def check_results(handle: Handle, y: Array) -> tuple[Any, int]:

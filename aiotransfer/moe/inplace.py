@@ -8,7 +8,8 @@ the rows there while they sum. So the bytes of a combine are moved once less, an
   which is after its right to read has been taken back (`Party._tell`).
 - A reader asks after its sum whether the right was still there. If not, what it has read may be of a later step: then those
   results are missing, like those of any rank that is lost, and the sum is made again without them.
-- A rank that leaves says so, and keeps its memory until everyone has answered that its steps are over (`Party.close`).
+- A rank that leaves says so, and keeps its memory until everyone has answered that its steps are over, but not for longer than
+  `drain_timeout` (`Party.close`). One that the others have lost keeps it for nobody.
 
 A reader that dies owes nothing; an owner that dies leaves its memory mapped, and what it told of was whole.
 """
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.engine.mapped import mapped
-from aiotransfer.errors import InternalError
+from aiotransfer.errors import InternalError, RegistrationError
 from aiotransfer.providers.rows import address_of
 
 if TYPE_CHECKING:
@@ -68,8 +69,13 @@ class InPlace:
         shape, hello = party.shape, known.hello
         if known.mapped is None and known.remote is not None:
             known.mapped = mapped(party.engine, known.remote)
-        if known.mapped is None or hello is None or hello.computed + shape.slots * shape.computed_bytes > known.mapped.nbytes:
-            raise InternalError(f"{party.who(rank)} tells of results in memory that is not mapped here")
+        if known.mapped is None:
+            raise RegistrationError(
+                f"results of {party.who(rank)} lie in memory that could not be mapped here", peer=str(known.peer.address),
+                hint="make it an all-to-all without results_in_place",
+            )  # fmt: skip
+        if hello is None or hello.computed + shape.slots * shape.computed_bytes > known.mapped.nbytes:
+            raise InternalError(f"{party.who(rank)} tells of results beyond the end of its memory")
         return known.mapped.address + hello.computed + self._slot * shape.computed_bytes
 
     def spoiled(self, there: Any) -> list[int]:

@@ -39,7 +39,7 @@ class Meeting(Ranks):
 
     async def meet(self) -> None:
         """Returns when all are there. Raises `ShapeMismatch`, `PeerLostError`, or `ValueError` for a name that is taken."""
-        self.take_name()
+        await self.take_name()
         if not self._listens:
             self._listens = True
             self.spawn(self._listen())
@@ -204,6 +204,7 @@ class Meeting(Ranks):
     async def _start(self) -> None:
         incarnations = [self._incarnations().get(rank, 0) for rank in range(self.shape.ranks)]
         self._know(Members(self.rank, incarnations, slots=self.shape.slots, align=self.shape.align))
+        self._open_counters(self.others())  # whoever has our Ready may write, and an earlier all-to-all may have retired the values
         for rank in self.others():
             self._send(rank, wire.Ready(rank=self.rank, incarnation=self.incarnation, incarnations=incarnations))
         while not self._running:
@@ -214,7 +215,6 @@ class Meeting(Ranks):
                     raise PeerLostError(f"{self.who(rank)} was lost while the ranks met", peer=str(known.peer.address))
             await self._soon()
         self._running = True
-        self._open_counters(self.others())
 
     async def _join(self) -> None:
         for rank in self._hellos:

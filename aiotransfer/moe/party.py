@@ -56,7 +56,7 @@ class Party(Meeting):
         rank = content.rank
         if not 0 <= rank < self.shape.ranks or message.peer.address != self.addresses[rank]:
             raise DescriptorError(f"it is not rank {rank}")
-        if isinstance(content, wire.Leave) and content.who in (rank, self.rank):
+        if isinstance(content, wire.Leave) and (content.who == rank or content.of == self.incarnation):
             self._parted[rank] = content.incarnation
         if self.over is not None:
             return
@@ -235,7 +235,7 @@ class Party(Meeting):
     def _readers(self) -> list[tuple[int, Rank]]:
         """Who may not have read all results yet that lie here: it answers a goodbye when it has."""
         members = self.members
-        if self.over is not None or members is None or not self.buffers.computed_at:
+        if self.over is not None or members is None or not self.told:
             return []
         readers = [(rank, known) for rank in members.audience if (known := self.ranks[rank]) is not None]
         return [(rank, known) for rank, known in readers if known.hello is not None and known.hello.reads and not known.lost]
@@ -244,15 +244,27 @@ class Party(Meeting):
         return self._parted.get(rank) != known.incarnation and known.peer.state not in ("lost", "closed")
 
     async def close(self) -> None:
-        """Say goodbye and give everything back."""
+        """Say goodbye and give everything back. Cancelled, it waits for nobody any more."""
+        if self._closing is not None:
+            await asyncio.wait([self._closing])
+            return
+        self._closing = self.engine._loop.create_future()
         readers = self._readers()
         self.end(ClosedError(f"{self!r} was closed"))
-        if self._posts:
-            await asyncio.wait(self._posts, timeout=self.engine.config.drain_timeout)
-        with contextlib.suppress(TimeoutError):  # what they have not read by then is missing there, and they see it
-            async with Patience(self.engine.config.drain_timeout):
-                while any(self._reads_on(rank, known) for rank, known in readers):
-                    await self._soon()
+        try:
+            if self._posts:
+                await asyncio.wait(self._posts, timeout=self.engine.config.drain_timeout)
+            with contextlib.suppress(TimeoutError):  # what they have not read by then is missing there, and they see it
+                async with Patience(self.engine.config.drain_timeout):
+                    while any(self._reads_on(rank, known) for rank, known in readers):
+                        await self._soon()
+        finally:
+            try:
+                await self._give_back()
+            finally:
+                self._closing.set_result(None)
+
+    async def _give_back(self) -> None:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

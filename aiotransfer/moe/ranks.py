@@ -92,20 +92,30 @@ class Ranks:
         self._changed: dict[asyncio.Future[None], None] = {}  # in this order, for a seed's sake
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._posts: set[asyncio.Task[Any]] = set()  # of those: messages that wait for room
+        self.told = False  # somebody reads results that lie here
         self._parted: dict[int, int] = {}  # who has said that it has left, or has lost this rank, by its incarnation
+        self._closing: asyncio.Future[None] | None = None
         self._fences: dict[int, asyncio.Task[None]] = {}  # by rank, the last
         self._telling: asyncio.Task[None] | None = None
         self._early: list[tuple[int, wire.Told]] = []  # views that came before this rank knew of whom
         self._limit = RateLimit(most=1)
 
-    def take_name(self) -> None:
-        """From now on the immediates of this name are its own. Raises `ValueError` where another one of this engine has them."""
+    async def take_name(self) -> None:
+        """From now on the immediates and messages of this name are its own. Raises `ValueError` where another one of this engine
+        has them; returns when one that is over has given them back."""
         mine = self._immediates()
-        for other in _open.setdefault(self.engine, WeakSet()):
+        for other in list(_open.setdefault(self.engine, WeakSet())):
             theirs = other._immediates()
-            if other is not self and other.over is None and mine.start < theirs.stop and theirs.start < mine.stop:
+            if other is self or mine.stop <= theirs.start or theirs.stop <= mine.start:
+                continue
+            if other.over is None:
                 raise ValueError(f"{other!r} is open on this engine: give this all-to-all a name= of its own, or close that one")
+            await other.close()
         _open[self.engine].add(self)
+
+    async def close(self) -> None:
+        """Say goodbye and give everything back."""
+        raise AssertionError("a party has its own")
 
     def _immediates(self) -> range:
         return range(self._base, self.imm(2, self.shape.slots - 1, self.shape.ranks - 1) + 1)

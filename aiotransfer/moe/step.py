@@ -296,6 +296,7 @@ class Step(Traffic):
             results, stride, region, offset = computed, computed.stride, buffers.received, computed.offset
             fetching = {rank for rank in self._alive() if self._is_read_by(rank)}
             if told := [rank for rank in fetching if self._once(f"told {rank}")]:
+                party.told = True
                 none = np.zeros(len(told), np.int64)
                 self._scatter(buffers.first_view(slot), sorted(told), none, none, none, RESULTS)
         if arrivals.n[self._sender_for(party.rank)] and "kept" not in self._stages:

@@ -289,7 +289,7 @@ class Traffic:
         """Take what `expected` says from each rank that is not lost."""
         party, heard = self.party, self._heard[kind]
         self._waits[kind] = expected
-        self._take_ready(kind)
+        await self._take_ready(kind)
         peers = self._peers(kind)
         for rank, n in expected.items():
             while rank not in heard and rank not in self.lost:
@@ -297,7 +297,7 @@ class Traffic:
                 try:
                     await party.counter(kind, self.slot, rank).wait(n, peers=peers)
                     self._took(kind, rank)
-                    self._take_ready(kind)
+                    await self._take_ready(kind)
                 except PeerLostError as error:
                     for r in expected:
                         known = party.ranks[r]
@@ -310,15 +310,17 @@ class Traffic:
                         raise
         party.check()
 
-    def _take_ready(self, kind: int) -> None:
+    async def _take_ready(self, kind: int) -> None:
         """What has come of all that is waited for: who waits for the slowest finds the others there."""
         self.party.check()
         heard, expected = self._heard[kind], self._waits[kind]
         ranks = [rank for rank in expected if rank not in heard and rank not in self.lost]
-        taken = take_each([self.party.counter(kind, self.slot, rank) for rank in ranks], [expected[rank] for rank in ranks])
+        taken, due = take_each([self.party.counter(kind, self.slot, rank) for rank in ranks], [expected[rank] for rank in ranks])
         for rank, there in zip(ranks, taken, strict=True):
             if there:
                 self._took(kind, rank)
+        if due:
+            await asyncio.sleep(0)
 
     def _peers(self, kind: int) -> list[Peer]:
         """Whose loss ends a wait."""

@@ -7,7 +7,7 @@ cannot be read raises `DescriptorError` and nothing else.
 from __future__ import annotations
 
 import hashlib
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
@@ -31,7 +31,7 @@ class Hello(_Message, frozen=True, tag=1):
     region: bytes  # descriptor, for the receiver alone
     direct: bool  # rows may be put at their final places one by one; otherwise they come in one piece into my staging area
     reads: bool  # I fetch results from where they lie in your region, where you let me
-    computed: int  # the byte of my region at which they begin; 0: I send them
+    computed: Annotated[int, msgspec.Meta(ge=0)]  # the byte of my region at which they begin; 0: I send them
     running: bool  # steps are being made already: the receiver joins
     ask: bool  # the receiver is to answer with a Hello of its own: an earlier one may have come before anybody read them
     present: list[int]  # when running: ranks that take part, the sender too

@@ -208,7 +208,8 @@ int at_imm_known(at_lane *lane, uint32_t imm);      /* was ever opened, closed o
 int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm);
 /* The same with `arm`, by the loop: where counts usually come at once, it looks for them for a while before it arms. */
 int at_imm_take_soon(at_lane *lane, int64_t record, uint64_t n);
-/* wanted[i] arrivals of each of n records, where they are there and no wish is armed; taken[i]: whether they were. How many were. */
+/* wanted[i] arrivals of each of n records, where they are there and no wish is armed; taken[i]: whether they were. 1: some; 2: the same,
+ * and the loop has not had a turn for a while; 0: none. */
 int at_imm_take_each(at_lane *lane, uint32_t n, const int64_t *records, const uint64_t *wanted, int32_t *taken);
 int at_imm_give(at_lane *lane, int64_t record, uint64_t n); /* taken, but nobody had them */
 int at_imm_disarm(at_lane *lane, int64_t record);           /* nobody waits; an event may already be under way */

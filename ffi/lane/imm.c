@@ -317,8 +317,9 @@ int at_imm_take_each(at_lane *lane, uint32_t n, const int64_t *records, const ui
         found += taken[i];
     }
     if (found != 0) at_count_turn(lane, 0);
+    int result = found == 0 ? 0 : lane->turn_due ? 2 : 1;
     at_unlock(lane);
-    return found;
+    return result;
 }
 
 int at_imm_give(at_lane *lane, int64_t record, uint64_t n) {

@@ -62,11 +62,11 @@ async def test_many_counters_are_taken_from_at_once_but_from_none_that_somebody_
     await counters[1].wait(1)
     waiting = asyncio.create_task(counters[3].wait(2))
     await asyncio.sleep(0.01)
-    assert take_each(counters, [2, 1, 0, 1]) == [True, False, True, False]
+    assert take_each(counters, [2, 1, 0, 1]) == ([True, False, True, False], False)
     assert [counter.value for counter in counters] == [1, 0, 0, 1]
     await pair.left.signal(pair.right_peer, 3)
     await waiting
-    assert take_each([], []) == []
+    assert take_each([], []) == ([], False)
 
 
 async def test_a_cancelled_wait_loses_no_arrival(pair: Pair) -> None:

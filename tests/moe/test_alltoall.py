@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import numpy as np
@@ -482,7 +483,10 @@ def test_a_bad_first_half_is_refused_at_once_also_while_others_wait_for_an_earli
         world(2, script, slots=slots)
 
 
-def test_an_open_name_is_taken_and_free_again_when_it_is_closed() -> None:
+@pytest.mark.parametrize("kept", [(), (0,), (1,), (0, 1)], ids=str)
+def test_an_open_name_is_taken_and_free_again_when_it_is_closed(kept: tuple[int, ...]) -> None:
+    """`kept`: ranks whose closed one is still referred to, so that one of them is a turn later than the other the next time."""
+
     async def script(w: World) -> None:
         await w.every(lambda a2a: a2a.ready())
         engine = w.engines[0]
@@ -496,9 +500,12 @@ def test_an_open_name_is_taken_and_free_again_when_it_is_closed() -> None:
             await a2a.aclose()
 
         await w.every(rank)
+        old = [w.a2a[r] for r in kept]
         for r, one in enumerate(w.engines):
             w.a2a[r] = moe.AllToAll(one, one.group(w.addresses), **w.sizes)
+        gc.collect()
         await w.every(rank)
+        assert [repr(one) for one in old] == [repr(w.a2a[r]) for r in kept]
 
     world(2, script)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import moe
+from aiotransfer.moe import wire
 from aiotransfer.moe.party import Party
 from tests.moe.world import EXPERTS, HIDDEN, SIZES, Batch, World, batch, combined, compute, world
 
@@ -243,6 +245,102 @@ def test_a_combine_that_was_cut_off_goes_on() -> None:
     world(2, script, **IN_PLACE)
 
 
+def test_a_goodbye_to_an_earlier_one_of_this_rank_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    slowly(monkeypatch, 1, 0.005)
+
+    async def rank(a2a: moe.AllToAll) -> None:
+        async with a2a:
+            party = a2a._party
+            if a2a.rank == 1:
+                mine, of = party.incarnation, party.ranks[0].incarnation + 2
+                late = wire.Leave(rank=1, incarnation=mine, who=0, of=of, upto=0, reason="late")
+                party._send(0, late)
+            d = await a2a.dispatch(*FULL)
+            d.y[:] = d.x * 3
+            assert (await a2a.combine(d.y, d.handle) == 3).all()
+            assert not d.handle.dropped.any()
+
+    async def script(w: World) -> None:
+        await w.every(rank)
+
+    world(2, script, **IN_PLACE)
+
+
+def test_an_aclose_that_is_cancelled_leaves_the_name_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    slowly(monkeypatch, 1, 0.3)
+
+    async def script(w: World) -> None:
+        async def last(a2a: moe.AllToAll) -> None:
+            d = await a2a.dispatch(*FULL)
+            await a2a.combine(d.y, d.handle)
+
+        reading = asyncio.create_task(last(w.a2a[1]))
+        await last(w.a2a[0])
+        closing = asyncio.create_task(w.a2a[0].aclose())
+        second = asyncio.create_task(w.a2a[0].aclose())
+        await asyncio.sleep(0.001)
+        assert not closing.done()
+        closing.cancel()
+        await asyncio.wait([closing, second])
+        assert closing.cancelled()
+        assert second.exception() is None
+        await reading
+        await w.a2a[1].aclose()
+        w.a2a = [moe.AllToAll(engine, engine.group(w.addresses), **w.sizes) for engine in w.engines]
+        await w.every(lambda a2a: a2a.ready(timeout=0.5))
+
+    world(2, script, **IN_PLACE)
+
+
+def test_who_was_never_read_leaves_at_once() -> None:
+    async def script(w: World) -> None:
+        with pytest.raises(at.TransferTimeout):
+            await w.a2a[0].ready(timeout=0.01)
+        before = w.net.now
+        await w.a2a[0].aclose()
+        assert w.net.now - before < 0.001
+
+    world(2, script, **IN_PLACE)
+
+
+@pytest.mark.asyncio
+async def test_whoever_finds_everything_there_gives_the_loop_its_turns() -> None:
+    """Rank 1 computes in its loop, so the other one, in a thread, waits for it, and it for nobody."""
+    ended: list[float] = []
+
+    async def rank(engine: at.Engine, addresses: list[str], seconds: float) -> None:
+        async with moe.AllToAll(engine, engine.group(addresses), **SIZES) as a2a:
+            for _ in range(100):
+                time.sleep(seconds)
+                d = await a2a.dispatch(*FULL)
+                time.sleep(seconds)
+                await a2a.combine(d.x, d.handle)
+
+    async def count() -> None:
+        while True:
+            await asyncio.sleep(0)
+            ended.append(time.monotonic())
+
+    async with at.open_engine(providers="shm") as engine:
+        with at.run_in_thread(providers="shm") as thread:
+            addresses = [str(thread.engine.address), str(engine.address)]
+            other = asyncio.create_task(asyncio.to_thread(thread.run, rank(thread.engine, addresses, 0)))
+            counting = asyncio.create_task(count())
+            began = time.monotonic()
+            await rank(engine, addresses, 0.005)
+            counting.cancel()
+            await other
+    pauses = np.diff([began, *ended])
+    assert pauses.max() < pauses.sum() / 2  # without them it is all but the whole
+
+
+def test_where_results_lie_is_no_negative_number() -> None:
+    hello = wire.Hello(1, 1, {}, b"", direct=True, reads=True, computed=-4096, running=False, ask=False, present=[])
+    key = wire.prefix("", "")
+    with pytest.raises(at.DescriptorError):
+        wire.decode(key, wire.encode(key, hello))
+
+
 def test_what_is_wrong_is_refused() -> None:
     async def script(w: World) -> None:
         with pytest.raises(TypeError, match="results_in_place is True or False, not 1"):
@@ -253,6 +351,8 @@ def test_what_is_wrong_is_refused() -> None:
         shifted = np.lib.stride_tricks.as_strided(d.y[1:], d.y.shape, d.y.strides)
         with pytest.raises(ValueError, match="overlap"):
             await a2a.combine(shifted, d.handle)
+        with pytest.raises(ValueError, match="out lies where other ranks read"):
+            await a2a.combine(d.y, d.handle, out=d.y)
         d.y[:] = d.x
         assert (await a2a.combine(d.y, d.handle) == 1).all()
 
