@@ -204,7 +204,7 @@ class Meeting(Ranks):
     async def _start(self) -> None:
         incarnations = [self._incarnations().get(rank, 0) for rank in range(self.shape.ranks)]
         self._know(Members(self.rank, incarnations, slots=self.shape.slots, align=self.shape.align))
-        self._open_counters(self.others())  # whoever has our Ready may write, and an earlier all-to-all may have retired the values
+        self._open_counters(self.others())  # before Ready: then they write, and an earlier one may have retired the values
         for rank in self.others():
             self._send(rank, wire.Ready(rank=self.rank, incarnation=self.incarnation, incarnations=incarnations))
         while not self._running:
