@@ -37,20 +37,22 @@ class Route:
     def __init__(self, shape: Shape, rank: int, topk_idx: Any) -> None:
         """`topk_idx`: integers of shape [tokens, choices] in [-1, num_experts), -1 meaning no expert; checked by the caller."""
         experts, choices = shape.num_experts, topk_idx.shape[1]
-        flat = topk_idx.reshape(-1)
-        # Sixteen bits are sorted by radix. As unsigned ones, -1 comes last.
-        order = np.argsort(flat.astype(np.uint16), kind="stable")
-        self.counts: Ints = np.bincount(flat.astype(np.uint16), minlength=experts)[:experts]
-        self.begins = exclusive(self.counts)
-        total = int(self.counts.sum())
-        by_rank = self.counts.reshape(shape.ranks, shape.local_experts)
-        self.n: Ints = by_rank.sum(axis=1)
-        self.first = exclusive(self.n)
+        flat = topk_idx.reshape(-1).astype(np.uint16)  # sixteen bits are sorted by radix; as unsigned ones, -1 comes last
+        order = flat.argsort(kind="stable")
+        self.counts: Ints = np.bincount(flat, minlength=experts)[:experts]
+        edges = np.zeros(experts + 1, np.int64)
+        np.add.accumulate(self.counts, out=edges[1:])
+        self.begins: Ints = edges[:-1]
+        by_rank, total = edges[:: shape.local_experts], int(edges[-1])
+        self.first: Ints = by_rank[:-1]
+        self.n: Ints = by_rank[1:] - self.first
         self.tokens: Ints = order[:total] // choices
-        places = np.full(flat.size, -1, np.int64)
-        places[order[:total]] = np.arange(total)
+        places = np.empty(flat.size, np.int64)
+        places[order] = np.arange(flat.size)
+        places[order[total:]] = -1
         self.places: Ints = places.reshape(topk_idx.shape)
-        self.sent: Ints = np.where(np.arange(shape.ranks) % shape.dp_size == rank % shape.dp_size, self.n, 0)
+        dp = shape.dp_size
+        self.sent: Ints = self.n if dp == 1 else np.where(np.arange(shape.ranks) % dp == rank % dp, self.n, 0)
 
     def rows_of(self, rank: int) -> slice:
         """The rows for `rank`."""
@@ -65,27 +67,30 @@ class Ranges:
     `totals[r]`: rows at r, padding included.
     """
 
-    __slots__ = ("base", "below", "counts", "rank", "shape", "totals", "used")
+    __slots__ = ("_wide", "base", "below", "counts", "rank", "shape", "totals", "used")
 
     def __init__(self, shape: Shape, rank: int, counts: Any) -> None:
         self.shape, self.rank = shape, rank
         self.counts: Ints = np.asarray(counts)
-        self.used = self._sum(shape.ranks)
-        self.below = self._sum(rank)
+        # Without a cast a sum takes a third of the time; no sum overflows where all rows of all ranks can be counted so.
+        self._wide = np.int64 if shape.ranks * shape.max_tokens * shape.topk >> 32 else self.counts.dtype
+        self.below = self._sum(0, rank)
+        self.used: Ints = self.below + self._sum(rank, shape.ranks)
         by_rank = self.used.reshape(shape.ranks, shape.local_experts)
         padded = by_rank if shape.padding == 1 else -(-by_rank // shape.padding) * shape.padding
         self.base: Ints = exclusive(padded).reshape(-1)
         self.totals: Ints = padded.sum(axis=1)
 
-    def _sum(self, sources: int) -> Ints:
-        """Rows of each expert from the first `sources` ranks, as far as those send them (see the top)."""
-        dp, counts = self.shape.dp_size, self.counts[:sources]
+    def _sum(self, begin: int, end: int) -> Ints:
+        """Rows of each expert from the ranks `begin` to `end`, as far as those send them (see the top)."""
+        dp = self.shape.dp_size
         if dp == 1:
-            whole: Ints = counts.sum(axis=0, dtype=np.int64)
+            whole: Ints = np.add.reduce(self.counts[begin:end], axis=0, dtype=self._wide).astype(np.int64)
             return whole
         total = np.empty((self.shape.ranks, self.shape.local_experts), np.int64)
         for index in range(dp):
-            total[index::dp] = counts[index::dp].sum(axis=0, dtype=np.int64).reshape(total.shape)[index::dp]
+            of = self.counts[begin + (index - begin) % dp : end : dp]
+            total[index::dp] = of.sum(axis=0, dtype=np.int64).reshape(total.shape)[index::dp]
         return total.reshape(-1)
 
     def moved(self, rank: int) -> Ints:
@@ -132,7 +137,7 @@ class Arrivals:
         self.rows: Ints = np.repeat(starts - exclusive(flat), flat) + np.arange(int(flat.sum()))
         self.counts = ranges.used[here]
         self.total = int(ranges.totals[rank])
-        self.results: Ints = ranges.counts[:, : here.start].sum(axis=1, dtype=np.int64)
+        self.results: Ints = np.add.reduce(ranges.counts[:, : here.start], axis=1, dtype=ranges._wide).astype(np.int64)
 
     def back(self) -> Ints:
         """For each of `rows`: its row among the results of its source."""
