@@ -334,6 +334,20 @@ async def test_whoever_finds_everything_there_gives_the_loop_its_turns() -> None
     assert pauses.max() < pauses.sum() / 2  # without them it is all but the whole
 
 
+def test_results_in_memory_that_could_not_be_mapped_are_an_error_and_not_just_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiotransfer.moe.inplace.mapped", lambda engine, region: None)
+
+    async def rank(a2a: moe.AllToAll) -> None:
+        d = await a2a.dispatch(*FULL)
+        with pytest.raises(at.RegistrationError, match=r"results of rank \d .* could not be mapped"):
+            await a2a.combine(d.y, d.handle)
+
+    async def script(w: World) -> None:
+        await w.every(rank)
+
+    world(2, script, **IN_PLACE)
+
+
 def test_where_results_lie_is_no_negative_number() -> None:
     hello = wire.Hello(1, 1, {}, b"", direct=True, reads=True, computed=-4096, running=False, ask=False, present=[])
     key = wire.prefix("", "")
