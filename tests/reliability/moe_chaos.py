@@ -451,7 +451,7 @@ class Life:
             if dropped[t, k]:
                 assert there in lost or sender in lost, f"sums: {where}: [{t}, {k}] for rank {there} was dropped"
                 continue
-            row = (batch if sender == self.rank else run.life_of(self, sender).batches[step.number]).x[t]
+            row = (batch if sender == self.rank else run.batch_of(self, sender, step.number)).x[t]
             out_wanted[t] += batch.weights[t, k] * (row * np.float32(e + 1))
         assert np.array_equal(out, out_wanted), f"sums: {where}:\n{out}\n{out_wanted}\n{dropped}\n{batch.idx}"
         run.done(self, step)
@@ -575,6 +575,14 @@ class Run:
         known = life.a2a._party.ranks[rank]
         assert known is not None, f"{life} does not know rank {rank}"
         return self.by_incarnation[known.incarnation]
+
+    def batch_of(self, life: Life, rank: int, step: int) -> Batch:
+        """What `rank` gave in a step that `life` was part of, be it in a life that is over: the sum may have taken long."""
+        known = self.life_of(life, rank)
+        if step in known.batches:
+            return known.batches[step]
+        (batch,) = [earlier.batches[step] for earlier in self.lives[rank] if step in earlier.batches]
+        return batch
 
     def told(self, step: int) -> str:
         return "\n".join(
