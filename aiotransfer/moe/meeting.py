@@ -208,6 +208,10 @@ class Meeting(Ranks):
         for rank in self.others():
             self._send(rank, wire.Ready(rank=self.rank, incarnation=self.incarnation, incarnations=incarnations))
         while not self._running:
+            if self._to_join:
+                self.members = None
+                await self._join()
+                return
             if all(self._ready.get(rank) == incarnations for rank in self.others()):
                 break
             for rank in self.others():
@@ -217,6 +221,7 @@ class Meeting(Ranks):
         self._running = True
 
     async def _join(self) -> None:
+        self._to_join = False
         for rank in self._hellos:
             self._hello_of(rank)
         incarnations = [self._incarnations().get(rank, 0) for rank in range(self.shape.ranks)]

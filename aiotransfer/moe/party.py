@@ -102,7 +102,9 @@ class Party(Meeting):
         self._follow()
 
     def _told(self, rank: int, told: wire.Told) -> None:
-        if self.members is None:
+        if not self._running and (self.rank, self.incarnation) in told.view.joining:
+            self._to_join = True  # its Hello was of before it was at work: nobody starts with us, we are taken in
+        if self.members is None or self._to_join:
             self._early.append((rank, told))
             return
         self._running = True  # whoever tells views has everyone's Ready

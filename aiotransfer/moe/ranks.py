@@ -88,7 +88,7 @@ class Ranks:
         self._hellos: dict[int, tuple[Peer, wire.Hello]] = {}
         self._seen: dict[int, set[int]] = {}  # by those that are at work: who takes part
         self._ready: dict[int, list[int]] = {}
-        self._listens = self._running = False
+        self._listens = self._running = self._to_join = False
         self._changed: dict[asyncio.Future[None], None] = {}  # in this order, for a seed's sake
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._posts: set[asyncio.Task[Any]] = set()  # of those: messages that wait for room
