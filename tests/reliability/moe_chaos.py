@@ -853,10 +853,13 @@ def run(seed: int, struck: Counter[str] | None = None) -> tuple[int, int]:
         seed, delay=(0, rng.choice([1e-6, 1e-5, 1e-4, 1e-3, 1e-3])), refuse=rng.choice([0, 0.2]), split=rng.choice([0, 0.3])
     )  # fmt: skip
 
+    started: list[Run] = []
+
     async def scenario(net: Fabric) -> tuple[int, int]:
         found: list[str] = []
         net.loop.set_exception_handler(lambda loop, context: found.append(f"{context['message']}: {context.get('exception')!r}"))
         this = Run(net, seed, struck)
+        started.append(this)
         await this.scenario()
         counts = net.counts()
         struck.update({name: counts[name] for name in WEATHER})
@@ -871,12 +874,15 @@ def run(seed: int, struck: Counter[str] | None = None) -> tuple[int, int]:
                 stack.enter_context(mock.patch.object(module, "MOVED_AT_ONCE", at_once))
             slow = random.Random(seed)
 
-            async def turn() -> None:  # somebody who takes long to sum what others hold for him
+            async def turn() -> None:  # somebody who takes long to sum what others hold for him, but not in the end
+                if started and started[0].goal is not None:
+                    return
                 await asyncio.sleep(slow.choice([0] * 6 + [slow.uniform(0, PEER_TIMEOUT), slow.uniform(0, 6 * PEER_TIMEOUT)]))
 
             if rng.random() < 0.5:
                 stack.enter_context(mock.patch.object(moe.handle, "turn", turn))
             result = net.run(scenario)
+        started.clear()
         del net, scenario
         gc.collect()
         leaked = leaks_since(before)
