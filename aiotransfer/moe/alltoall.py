@@ -317,7 +317,8 @@ class AllToAll:
     async def combine_send(
         self, y: Array, handle: Handle, *, out: Array = None, timeout: float | None = None
     ) -> CombineHalf:
-        """The first half of `combine`: `y` may not be changed, nor `out` be read, until the second is over."""
+        """The first half of `combine`: `y` may not be changed, nor `out` be read, until the second is over (of `Dispatched.y` see
+        there)."""
         if not isinstance(handle, Handle) or handle._a2a is not self:
             raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {handle!r}")
         if handle._state != "dispatched" and handle._state != "returning":
