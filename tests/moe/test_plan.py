@@ -108,6 +108,8 @@ def test_who_gets_too_many_rows_is_known_to_all() -> None:
     shape = Shape(2, 2, 8, "float32", 1, 4, "float32", max_recv=5)
     counts = [[0, 4], [1, 3]]
     assert Ranges(shape, 0, counts).overfull() == [1]
+    absurd = np.array([[0, 1 << 31], [1, (1 << 31) + 3]], np.uint32)  # what some rank says: together 3, if they overflowed
+    assert Ranges(shape, 0, absurd).overfull() == [1]
 
 
 @pytest.mark.parametrize(
