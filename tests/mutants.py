@@ -42,6 +42,22 @@ MUTANTS = (
         "tests/engine/test_cancellation.py tests/engine/test_write.py",
     ),
     Mutant(
+        "registered: the storage of a tensor", "aiotransfer/engine/hold.py", "            owner = owner.untyped_storage()\n",
+        "            break\n", "tests/engine/test_registered_memory.py",
+    ),
+    Mutant(
+        "registered: no resize of an array", "aiotransfer/engine/hold.py", "            held.append(weakref.ref(owner))\n", "",
+        "tests/engine/test_registered_memory.py",
+    ),
+    Mutant(
+        "registered: no resize of a storage", "aiotransfer/engine/hold.py",
+        "            held.append(_view_of(owner, torch))\n", "", "tests/engine/test_registered_memory.py",
+    ),
+    Mutant(
+        "registered: dense memory only", "aiotransfer/core/dense.py", "        if stride != expected:\n",
+        "        if stride < expected:\n", "tests/core/test_dense.py",
+    ),
+    Mutant(
         "memory of a GPU: only where it is taken", "ffi/lane/submit.c",
         "if (region->cuda >= 0 && !remote->peer->device) return AT_EDEVICE;", "", "tests/engine/test_staging.py",
     ),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aiotransfer.core.dense import is_dense
 from aiotransfer.errors import RegistrationError
 from aiotransfer.providers import cuda
 
@@ -18,7 +19,7 @@ DLPACK_CUDA = 2
 
 
 class DeviceMemory(NamedTuple):
-    """Contiguous memory of one GPU."""
+    """Dense memory of one GPU."""
 
     address: int
     nbytes: int
@@ -51,32 +52,27 @@ def confirmed(address: int, nbytes: int, ordinal: int | None, writable: bool, ke
     return DeviceMemory(address, nbytes, f"cuda:{found}", writable, keep)
 
 
-def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None, item: int) -> bool:
-    """Whether these strides (units as `item`) are those of C or Fortran order. Dimensions of one element may have any."""
-    if strides is None or 0 in shape:
-        return True
-    inwards = list(zip(shape, strides, strict=True))
-    return _is_dense(inwards, item) or _is_dense(inwards[::-1], item)
-
-
-def _is_dense(outwards: list[tuple[int, int]], expected: int) -> bool:
-    for n, stride in outwards:
-        if n != 1 and stride != expected:
-            return False
-        expected *= n
-    return True
-
-
 def of_interface(buffer: object, interface: dict[str, Any], refuse: Any) -> DeviceMemory:
     """What `__cuda_array_interface__` describes; `refuse(shape, strides)` makes the error for what is not contiguous."""
     shape, strides = tuple(interface["shape"]), interface.get("strides")
     kind = np.dtype(interface["typestr"])
     if kind.hasobject:
         raise RegistrationError(f"an array of Python objects (dtype {kind}) is no plain memory")
-    if not is_contiguous(shape, strides, kind.itemsize):
+    if not is_dense(shape, strides, kind.itemsize):
         raise refuse(shape, strides)
     address, readonly = interface["data"]
-    return confirmed(int(address or 0), math.prod(shape) * kind.itemsize, None, not readonly, buffer)
+    keep = buffer, interface, _share(buffer)
+    return confirmed(int(address or 0), math.prod(shape) * kind.itemsize, None, not readonly, keep)
+
+
+def _share(buffer: Any) -> object:
+    """A share of the memory itself, where its owner gives one: the object may be pointed to other memory later."""
+    if not hasattr(buffer, "__dlpack__"):
+        return None
+    try:
+        return buffer.__dlpack__(stream=-1)
+    except Exception:  # whatever a foreign exporter raises: the object is all there is to keep then
+        return None
 
 
 def of_dlpack(buffer: Any, ordinal: int, refuse: Any) -> DeviceMemory:
@@ -89,7 +85,7 @@ def of_dlpack(buffer: Any, ordinal: int, refuse: Any) -> DeviceMemory:
         raise RegistrationError(f"this DLPack tensor is on a device of type {tensor.device_type}, not on CUDA")
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     strides = tuple(tensor.strides[i] for i in range(tensor.ndim)) if tensor.strides else None
-    if not is_contiguous(shape, strides, 1):
+    if not is_dense(shape, strides, 1):
         raise refuse(shape, strides)
     nbytes = (math.prod(shape) * tensor.bits * tensor.lanes + 7) // 8
     return confirmed((tensor.data or 0) + tensor.byte_offset, nbytes, ordinal, True, (buffer, capsule))

@@ -168,8 +168,9 @@ class Engine(Planner):
     # ---- memory ----
 
     def register(self, buffer: object, *, access: str = "auto", staging: bool | None = None) -> Region:
-        """Register memory of yours: anything with the buffer protocol or `__dlpack__`, a torch tensor, or
-        `(address, nbytes, device)`. It is kept alive while registered. Raises `RegistrationError`.
+        """Register memory of yours: anything with the buffer protocol or `__dlpack__`, a torch tensor or storage, or
+        `(address, nbytes, device)`. The object and the storage that it has now are kept alive while registered, whatever the
+        object is made to point to later. Any dense order of dimensions is taken. Raises `RegistrationError`.
 
         Memory of a GPU goes to the NIC directly where an open rail of this engine can do that, or (`staging`) through as much
         pinned host memory beside it. It must be ready: synchronise with the kernels that fill it first. What peers write there

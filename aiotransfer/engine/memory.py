@@ -1,7 +1,7 @@
 """What may be registered: finding address, length and device of whatever a user hands in.
 
 Every kind of buffer is reduced to a `Plain` record or refused with `RegistrationError` before anything native is called. The
-record keeps the exporting object alive, since the lane knows only an address.
+record keeps the exporting object and its storage alive and in place (hold.py), since the lane knows only an address.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from aiotransfer.core.dense import is_dense
 from aiotransfer.engine import devicememory
+from aiotransfer.engine.hold import hold
 from aiotransfer.errors import RegistrationError
 from aiotransfer.providers import lane as native_lane
 
@@ -19,10 +21,11 @@ if TYPE_CHECKING:
     from aiotransfer.model.descriptor import Grant
 
 MOST_BYTES = (1 << 63) - 1
+PARTS = "register the tensors that it is made of"
 
 
 class Plain(NamedTuple):
-    """Contiguous memory: where, how much, on what, whether it may be written into, and what keeps it alive."""
+    """Dense memory: where, how much, on what, whether it may be written into, and what keeps it alive."""
 
     address: int
     nbytes: int
@@ -33,27 +36,45 @@ class Plain(NamedTuple):
 
 def _refuse_strided(shape: object, strides: object) -> RegistrationError:
     return RegistrationError(
-        f"the memory is not contiguous: shape {shape}, strides {strides}",
-        hint="copy it first (np.ascontiguousarray, tensor.contiguous()) or register the base array and slice the region",
+        f"the memory is not contiguous: shape {shape}, strides {strides} leave gaps or overlap",
+        hint="register the array that it is a view of, or copy it first (np.ascontiguousarray, tensor.contiguous())",
     )
 
 
 def _of_array(array: np.ndarray[Any, Any], keep: object) -> Plain:
     if array.dtype.hasobject:
         raise RegistrationError(f"an array of Python objects (dtype {array.dtype}) is no plain memory")
-    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+    if not is_dense(array.shape, array.strides, array.itemsize):
         raise _refuse_strided(array.shape, array.strides)
-    return Plain(int(array.__array_interface__["data"][0]), array.nbytes, "cpu", bool(array.flags.writeable), keep)
+    address = int(array.__array_interface__["data"][0])
+    return Plain(address, array.nbytes, "cpu", bool(array.flags.writeable), (keep, hold(array)))
 
 
 def _of_tensor(tensor: Any) -> Plain:
-    if str(tensor.layout) != "torch.strided" or not tensor.is_contiguous():
-        raise _refuse_strided(tuple(tensor.shape), tuple(tensor.stride()) if hasattr(tensor, "stride") else "none")
-    device, address = str(tensor.device), int(tensor.data_ptr())
-    nbytes = int(tensor.numel()) * int(tensor.element_size())
+    if str(tensor.layout) != "torch.strided":
+        raise RegistrationError(f"a tensor of layout {tensor.layout} is no plain memory", hint=PARTS)
+    if tensor.is_conj() or tensor.is_neg():
+        raise RegistrationError(
+            "the memory of this view does not hold its values: they are negated or conjugated when they are read",
+            hint="register tensor.resolve_conj().resolve_neg()",
+        )
+    if not is_dense(tensor.shape, tensor.stride(), 1):
+        raise _refuse_strided(tuple(tensor.shape), tuple(tensor.stride()))
+    return _of_torch(tensor, int(tensor.numel()) * int(tensor.element_size()))
+
+
+def _of_torch(owner: Any, nbytes: int) -> Plain:
+    """What a tensor or storage of torch has on its device."""
+    device = str(owner.device)
+    try:
+        address, keep = int(owner.data_ptr()), hold(owner)
+    except (RuntimeError, NotImplementedError) as error:
+        raise RegistrationError(f"this {type(owner).__name__} has no memory of its own: {error}", hint=PARTS) from error
     if device != "cpu":
-        return Plain(*devicememory.confirmed(address, nbytes, devicememory.ordinal_of(device), True, tensor))
-    return Plain(address, nbytes, device, True, tensor)
+        return Plain(*devicememory.confirmed(address, nbytes, devicememory.ordinal_of(device), True, keep))
+    if nbytes and not address:
+        raise RegistrationError(f"this {type(owner).__name__} has no memory of its own", hint=PARTS)
+    return Plain(address, nbytes, device, True, keep)
 
 
 def _of_triple(triple: tuple[Any, ...]) -> Plain:
@@ -98,6 +119,21 @@ def _protection(address: int, nbytes: int) -> bool:
     return writable
 
 
+def _of_view(view: memoryview, buffer: object) -> Plain:
+    if view.format == "O":
+        raise RegistrationError("an array of Python objects is no plain memory")
+    if view.suboffsets or not is_dense(view.shape or (), view.strides, view.itemsize):
+        raise _refuse_strided(view.shape, view.strides)
+    if not view.nbytes:
+        return Plain(0, 0, "cpu", not view.readonly, (buffer, view))
+    try:
+        array = np.frombuffer(view, np.uint8) if view.c_contiguous else np.asarray(view)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise RegistrationError(f"NumPy cannot read this buffer: {error}", hint="register what it is a view of") from error
+    address, keep = int(array.__array_interface__["data"][0]), (array, hold(buffer), hold(view))
+    return Plain(address, view.nbytes, "cpu", not view.readonly, keep)
+
+
 def describe(buffer: object) -> Plain:
     """Reduce `buffer` to plain memory. Raises `RegistrationError`, `TypeError` or `ValueError`."""
     if isinstance(buffer, np.ndarray):
@@ -107,6 +143,8 @@ def describe(buffer: object) -> Plain:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(buffer, torch.Tensor):
         return _of_tensor(buffer)
+    if torch is not None and isinstance(buffer, torch.UntypedStorage):
+        return _of_torch(buffer, int(buffer.nbytes()))
     interface = getattr(buffer, "__cuda_array_interface__", None)
     if interface is not None:
         return Plain(*devicememory.of_interface(buffer, interface, _refuse_strided))
@@ -115,13 +153,7 @@ def describe(buffer: object) -> Plain:
     except (TypeError, BufferError, ValueError):
         view = None
     if view is not None:
-        if view.format == "O":
-            raise RegistrationError("an array of Python objects is no plain memory")
-        if not (view.c_contiguous or view.f_contiguous):
-            raise _refuse_strided(view.shape, view.strides)
-        exporter: Any = view if view.c_contiguous else view.obj
-        flat = np.frombuffer(exporter, np.uint8) if view.nbytes else np.empty(0, np.uint8)
-        return Plain(int(flat.__array_interface__["data"][0]), view.nbytes, "cpu", not view.readonly, (buffer, flat))
+        return _of_view(view, buffer)
     if hasattr(buffer, "__dlpack__"):
         kind, ordinal = buffer.__dlpack_device__() if hasattr(buffer, "__dlpack_device__") else (1, 0)
         if kind == devicememory.DLPACK_CUDA:
