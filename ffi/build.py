@@ -1,11 +1,15 @@
 """Builds the one native extension, `aiotransfer._native`.
 
 Three users: hatchling calls the hook when a wheel or an editable install is made; `python ffi/build.py` rebuilds in place while
-working on the C; both call `build`. Our own C is compiled first, with every warning an error; the wrapper that cffi generates is
-compiled afterwards without those flags and linked with our objects. The same `decls.h` files feed cffi and the compiler.
+working on the C; both call `build`. `python ffi/build.py --strict FILE...` compiles our own C and the files named with every
+warning an error and keeps nothing: `make lint` does this. An installation never does, because the compilers and the headers of
+other machines have warnings that we have not seen. Our own C is compiled first; the wrapper that cffi generates is compiled
+afterwards without our flags and linked with our objects. The same `decls.h` files feed cffi and the compiler. `CC`, `CFLAGS`,
+`CPPFLAGS` and `LDFLAGS` are honoured.
 
-A machine without a compiler is a recorded fact (`_build_facts.json`, told by `open_engine` and `doctor`), never an import error;
-our own C failing to compile is always an error.
+Without a compiler or Python's headers the installation fails and says what to install: pip would otherwise cache a wheel that
+moves no bytes and install it again and again. `AIOTRANSFER_SKIP_NATIVE=1` installs without the extension on purpose; then the
+reason is recorded (`_build_facts.json`), and `open_engine` and `doctor` tell it.
 """
 
 from __future__ import annotations
@@ -13,10 +17,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +33,11 @@ PACKAGE = ROOT / "aiotransfer"
 FACTS = PACKAGE / "_build_facts.json"
 EVERYWHERE = ("lane", "sim", "rows")
 FOLDERS = (*EVERYWHERE, "fabric", "wire", "verbs", "shm", "bench") if sys.platform.startswith("linux") else EVERYWHERE
-STRICT = ["-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
-STRICT.append("-ffp-contract=off")  # a product and a sum that one processor fuses and another does not give other bits (ffi/rows)
+WARNINGS = ["-Wall", "-Wextra", "-Wconversion"]
+# What the code relies on stands after the flags of the user. A product and a sum that one processor fuses and another does not
+# would give other bits (ffi/rows), and so would arithmetic without infinities.
+NEEDED = ["-std=gnu11", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-fast-math", "-ffp-contract=off"]
+AGAIN = "`pip install --no-cache-dir --force-reinstall aiotransfer`"
 
 
 def version() -> str:
@@ -49,28 +59,55 @@ def sources() -> list[Path]:
     return [f for folder in FOLDERS for f in sorted((HERE / folder).glob("*.c"))]
 
 
-def compile_own(work: Path, compiler: list[str], extra: list[str]) -> list[str]:
-    """Our objects; raises `SystemExit` with the compiler's words when one does not compile."""
-    objects = []
-    for source in sources():
+def of_the_user() -> list[str]:
+    """The flags for the compiler that the environment has."""
+    return [flag for name in ("CPPFLAGS", "CFLAGS") for flag in shlex.split(os.environ.get(name, ""))]
+
+
+def compile_own(work: Path, compiler: list[str], extra: list[str], sources: list[Path]) -> list[str]:
+    """The objects of these sources; raises `SystemExit` with the compiler's words when one does not compile."""
+
+    def compiled(source: Path) -> str:
         target = work / f"{source.parent.name}_{source.stem}.o"
-        flags = [*STRICT, f'-DAT_VERSION="{version()}"', f"-I{HERE}", *extra]
+        flags = ["-O3", *WARNINGS, *of_the_user(), *NEEDED, f'-DAT_VERSION="{version()}"', f"-I{HERE}", *extra]
         done = subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(target)], capture_output=True, text=True)
         if done.returncode != 0:
             raise SystemExit(f"{source} does not compile:\n{done.stderr}")
-        objects.append(str(target))
-    return objects
+        print(done.stderr, end="", file=sys.stderr)
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compiled, sources))
+
+
+def find_compiler() -> list[str]:
+    """The command of the C compiler; raises `SystemExit` with what to install when that or Python's headers are missing."""
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    missing = []
+    if shutil.which(compiler[0]) is None:
+        missing.append(f"a C compiler ({compiler[0]!r})")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        missing.append(f"the headers of Python {sys.version_info.major}.{sys.version_info.minor} (Python.h)")
+    if missing:
+        raise SystemExit(
+            f"aiotransfer cannot be built: {' and '.join(missing)} not found. Install what is missing (Debian and Ubuntu: "
+            f"apt-get install gcc libc6-dev python3-dev), then {AGAIN}. AIOTRANSFER_SKIP_NATIVE=1 installs without the native "
+            "extension; no engine can be opened then."
+        )
+    return compiler
+
+
+def strict(others: list[str]) -> None:
+    """Compile our own C and `others`, every warning an error; nothing is kept."""
+    with tempfile.TemporaryDirectory() as work:
+        compile_own(Path(work), find_compiler(), ["-Werror"], [*sources(), *(Path(name).resolve() for name in others)])
 
 
 def build() -> Path | None:
-    """Build in place; the extension's file, or None where that is impossible."""
+    """Build in place; the extension's file, or None where `AIOTRANSFER_SKIP_NATIVE=1` says so."""
     if os.environ.get("AIOTRANSFER_SKIP_NATIVE") == "1":
         return record("AIOTRANSFER_SKIP_NATIVE=1 was set when aiotransfer was installed")
-    compiler = (os.environ.get("CC") or "cc").split()
-    if shutil.which(compiler[0]) is None:
-        return record(f"no C compiler ({compiler[0]!r}) was found when aiotransfer was installed")
-    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        return record("the headers of Python (python3-dev) were missing when aiotransfer was installed")
+    compiler = find_compiler()
     import cffi
     from setuptools import Distribution
     from setuptools.command.build_ext import build_ext
@@ -86,7 +123,7 @@ def build() -> Path | None:
     ffi.set_source(
         "aiotransfer._native",
         '#include "native.h"',
-        extra_objects=compile_own(work, compiler, extra),
+        extra_objects=compile_own(work, compiler, extra, sources()),
         include_dirs=[str(HERE)],
         extra_compile_args=["-O2", "-pthread", *extra],
         extra_link_args=["-pthread", "-ldl", *extra],
@@ -134,4 +171,7 @@ else:
 
 
 if __name__ == "__main__":
-    print(build())
+    if sys.argv[1:2] == ["--strict"]:
+        strict(sys.argv[2:])
+    else:
+        print(build())

@@ -12,8 +12,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 import pytest_asyncio
 import uvloop
+from hypothesis import HealthCheck, settings
 
 from aiotransfer.testing import Pair, engine_pair, leaks_since, snapshot
+
+# How long an example took says how busy the machine is, not whether the code is right.
+settings.register_profile("aiotransfer", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("aiotransfer")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

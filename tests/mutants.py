@@ -218,6 +218,21 @@ MUTANTS = (
         "            close_all(self._unsent.popleft()[1])\n        self._sock.close()",
         "            self._unsent.popleft()\n        self._sock.close()", "tests/providers/test_fdchannel.py",
     ),
+    Mutant(
+        "installation: no compiler is an error", "ffi/build.py", "    if missing:\n        raise SystemExit(",
+        "    if missing:\n        print(", "tests/system/test_build.py",
+    ),
+    Mutant(
+        "installation: a user's warnings are no errors", "ffi/build.py", 'flags = ["-O3", *WARNINGS,',
+        'flags = ["-O3", "-Werror", *WARNINGS,', "tests/system/test_build.py",
+    ),
+    Mutant(
+        "installation: the flags of the user", "ffi/build.py", "*of_the_user(), ", "", "tests/system/test_build.py",
+    ),
+    Mutant(
+        "installation: a stamp is no link", "Makefile", "-m venv $(VENV)\n\t@touch $@",
+        "-m venv $(VENV)\n\t@touch $@ $(VENV)/bin/python", "tests/system/test_build.py",
+    ),
 )  # fmt: skip
 
 

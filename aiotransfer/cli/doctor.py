@@ -115,7 +115,7 @@ def extension() -> Fact:
     """Whether the native half is there."""
     if native.lib is not None:
         return Fact("extension", f"built, {native.ffi.string(native.lib.at_version()).decode()}")
-    hint = "install a C compiler and the headers of this Python, then install aiotransfer again"
+    hint = f"install a C compiler and the headers of this Python, then `{native.REINSTALL}`"
     return Fact("extension", f"missing: {native.failure}", "problem", hint)
 
 

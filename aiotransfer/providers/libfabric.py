@@ -71,7 +71,7 @@ def choose(environ: Mapping[str, str] = os.environ) -> Candidate | None:
 def missing(environ: Mapping[str, str] = os.environ) -> str | None:
     """Why there is no libfabric here; None: there is."""
     if not native.has_fabric:
-        return "the extension was built without libfabric's headers (apt-get install libfabric-dev, then reinstall)"
+        return f"the extension was built without libfabric's headers (apt-get install libfabric-dev, then `{native.REINSTALL}`)"
     if choose(environ) is not None:
         return None
     if named := environ.get(VARIABLE):

@@ -42,7 +42,7 @@ def named_device() -> str | None:
 def missing(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> str | None:
     """Why verbs cannot be used here; None: it can."""
     if not native.has_verbs:
-        return "the extension was built without libibverbs's headers (apt-get install libibverbs-dev, then reinstall)"
+        return f"the extension was built without libibverbs's headers (apt-get install libibverbs-dev, then `{native.REINSTALL}`)"
     found = devices(root)
     if not found:
         return "this machine has no RDMA device"

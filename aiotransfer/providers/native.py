@@ -30,6 +30,9 @@ except ImportError as error:
     except (OSError, ValueError):
         pass
 
+# What an installation without a compiler or without a library's headers left in pip's cache would be installed again.
+REINSTALL = "pip install --no-cache-dir --force-reinstall aiotransfer"
+
 has_shm: bool = lib is not None and hasattr(lib, "at_shm_begin")
 has_fabric: bool = lib is not None and hasattr(lib, "at_fab_built") and lib.at_fab_built() != 0
 has_verbs: bool = lib is not None and hasattr(lib, "at_verbs_built") and lib.at_verbs_built() != 0
@@ -42,7 +45,7 @@ def require() -> None:
         raise ProviderUnavailableError(
             f"the native extension of aiotransfer is not available: {failure}",
             attempts=[("native", failure or "unknown")],
-            hint="install a C compiler and the Python headers, then reinstall aiotransfer "
+            hint=f"install a C compiler and the Python headers, then `{REINSTALL}` without AIOTRANSFER_SKIP_NATIVE "
             f"(Python {sys.version_info.major}.{sys.version_info.minor} on {sys.platform})",
         )
 

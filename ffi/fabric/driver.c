@@ -101,7 +101,7 @@ static int ofi_read(at_fab *fab, at_fab_entry *out, int most) {
 static int ofi_arm(at_fab *fab) {
     at_ofi *ofi = at_ofi_of(fab);
     struct fid *fids[1] = {&ofi->cq->fid};
-    return ofi->wait != NULL ? fi_wait(ofi->wait, 0) == -FI_ETIMEDOUT : fi_trywait(ofi->fabric, fids, 1) == 0;
+    return ofi->wait != NULL ? ofi->wait->ops->wait(ofi->wait, 0) == -FI_ETIMEDOUT : fi_trywait(ofi->fabric, fids, 1) == 0;
 }
 
 static int ofi_enroll(at_fab *fab, const at_fab_memory *wanted, unsigned use, at_fab_mr *out) {

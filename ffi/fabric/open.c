@@ -97,10 +97,11 @@ static void note_facts(at_fab *fab, const at_fab_options *options) {
 }
 
 /* The fi_trywait of net, before it became the tcp of 2.0, does nothing at all: the signal that a completion sets is never taken back,
- * and the descriptor of the queue stays readable for ever. With a wait set of our own, fi_wait with no patience does what it should. */
+ * and the descriptor of the queue stays readable for ever. With a wait set of our own, its wait with no patience does what it should.
+ * The tables of functions are used here, because the headers of 2.x call fi_wait and fi_wait_open deprecated. */
 static int open_queue_with_wait(at_ofi *ofi) {
     struct fi_wait_attr how = {.wait_obj = FI_WAIT_FD};
-    int rc = fi_wait_open(ofi->fabric, &how, &ofi->wait);
+    int rc = ofi->fabric->ops->wait_open(ofi->fabric, &how, &ofi->wait);
     struct fi_cq_attr attr = {.size = QUEUE, .format = FI_CQ_FORMAT_DATA, .wait_obj = FI_WAIT_SET, .wait_set = ofi->wait};
     if (rc == 0) rc = fi_cq_open(ofi->domain, &attr, &ofi->cq, NULL);
     if (rc == 0 && fi_control(&ofi->wait->fid, FI_GETWAIT, &ofi->fab.fd) == 0) return 0;

@@ -161,7 +161,7 @@ any_frame = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.lists(any_frame, max_size=12), min_size=1, max_size=4))
 def test_any_conversation_leaves_the_engine_as_it_was(talks: list[list[frames.Frame | bytes]]) -> None:
     complaints: list[dict[str, Any]] = []

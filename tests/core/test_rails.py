@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aiotransfer.core import rails
@@ -58,7 +58,6 @@ def test_named_ends_of_different_networks_are_taken_to_be_routed_unless_the_fami
     assert pair([], [End("b", "fd00::1", 64)]) == ()
 
 
-@settings(deadline=None)
 @given(numbers, numbers, lengths, st.integers(500, 1 << 23), st.integers(0, 7), loads)
 def test_every_byte_is_in_one_run_of_a_rail_that_exists(
     here: int, there: int, nbytes: int, most: int, turn: int, load: list[int]

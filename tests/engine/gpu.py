@@ -18,7 +18,7 @@ START, SIZE, DEVICE = 0x510000000000, 0x400000, "cuda:1"  # as in fake_cuda.c
 def build(name: str, folder: Path, *flags: str) -> Path:
     """Compile tests/native/NAME.c as a shared library."""
     target = folder / f"lib{name}.so"
-    command = ["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", str(SOURCES / f"{name}.c"), "-o", str(target), *flags]
+    command = ["cc", "-Wall", "-Wextra", "-shared", "-fPIC", str(SOURCES / f"{name}.c"), "-o", str(target), *flags]
     subprocess.run(command, check=True)
     return target
 

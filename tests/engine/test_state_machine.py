@@ -412,7 +412,6 @@ def test_engines_do_as_the_model_says_whatever_happens() -> None:
             derandomize=not LONG,  # the default suite gives the same verdict every time
             max_examples=10_000 if LONG else 300,
             stateful_step_count=20,
-            deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
             phases=[Phase.generate, Phase.shrink] if LONG else [Phase.generate],

@@ -55,7 +55,7 @@ def test_any_single_flipped_bit_is_found(nbytes: int) -> None:
         assert one(block) not in sums.tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from([32, 256, 4096, 65536]), st.integers(0, 1 << 30), st.data())
 def test_a_flipped_bit_of_a_large_block_is_found(nbytes: int, seed: int, data: st.DataObject) -> None:
     block = random_bytes(nbytes, seed)
@@ -64,7 +64,7 @@ def test_a_flipped_bit_of_a_large_block_is_found(nbytes: int, seed: int, data: s
     assert one(block) != before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(SIZES), st.integers(1, 6), st.integers(0, 1 << 30))
 def test_a_page_has_the_same_sum_wherever_its_blocks_lie(nbytes: int, count: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -79,7 +79,7 @@ def test_a_page_has_the_same_sum_wherever_its_blocks_lie(nbytes: int, count: int
     assert found[0] == found[1] == found[2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from([4, 30, 33, 256]), st.integers(2, 8), st.integers(0, 1 << 30), st.data())
 def test_two_blocks_that_changed_places_are_found_within_a_page_and_between_pages(
     nbytes: int, blocks: int, seed: int, data: st.DataObject

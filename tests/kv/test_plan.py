@@ -73,7 +73,7 @@ def window_start(layout: KVLayout, other: KVLayout, layer: int, end: int) -> int
     return 0 if window is None else max(0, end - window) // unit * unit
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_every_byte_of_a_request_is_written_once_and_no_other(case: Case) -> None:
     rng = np.random.default_rng(case.seed)
@@ -107,7 +107,7 @@ def test_every_byte_of_a_request_is_written_once_and_no_other(case: Case) -> Non
     assert written.max(initial=0) <= 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(), st.lists(st.integers(0, 20), max_size=4))
 def test_chunks_of_a_request_are_together_what_it_is_in_one_and_count_as_much(case: Case, cuts: list[int]) -> None:
     here, there = list(range(case.prefill.pages_of(case.end))), list(range(case.decode.pages_of(case.end)))

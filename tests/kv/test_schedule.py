@@ -117,11 +117,11 @@ class Model(RuleBasedStateMachine):
             assert len(self.schedule) == 0
 
 
-Model.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Model.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestAnyRowOfCalls = Model.TestCase
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(QUANTUM // 20, 3 * QUANTUM), min_size=2, max_size=6), st.integers(1, 3))
 def test_requests_that_always_have_something_to_send_get_the_same_bytes(sizes: list[int], rounds: int) -> None:
     schedule: Schedule[None] = Schedule(1 << 60)

@@ -80,7 +80,7 @@ async def test_at_the_end_what_is_taken_stays_until_it_is_given(slots: Slots) ->
     assert small.closed
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(turns=st.lists(st.tuples(st.booleans(), st.sampled_from([1, 5000, 300_000]), st.integers(0, 99)), max_size=120))
 async def test_any_row_of_taking_and_giving_keeps_account(slots: Slots, turns: list[tuple[bool, int, int]]) -> None:
     taken: list[Any] = []

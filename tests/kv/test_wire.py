@@ -57,7 +57,7 @@ def replaced(message: wire.Reserve, **other: Any) -> bytes:
     return wire.encode(msgspec.structs.replace(message, **other))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(MESSAGES)
 def test_what_is_encoded_is_decoded(message: Any) -> None:
     data = wire.encode(message)
@@ -67,7 +67,7 @@ def test_what_is_encoded_is_decoded(message: Any) -> None:
     assert data[:4] == (wire.TO_PREFILLER if isinstance(message, wire.Reserve | wire.Cancel) else wire.TO_DECODER)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 @example(b"")
 @example(wire.TO_PREFILLER)
@@ -75,7 +75,7 @@ def test_any_bytes_are_a_message_or_a_descriptor_error(data: bytes) -> None:
     parse(data)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from([wire.TO_PREFILLER, wire.TO_DECODER]), NUMBERS, st.binary(max_size=200))
 @example(wire.TO_DECODER, 0, b"\xdd\xff\xff\xff\xff")  # an array of four billion
 @example(wire.TO_PREFILLER, 0, b"\x91" * 190)
@@ -83,7 +83,7 @@ def test_any_body_behind_a_header_is_a_message_or_a_descriptor_error(mark: bytes
     parse(struct.pack("<4sBQ", mark, wire.VERSION, number) + body)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(MESSAGES, st.data())
 def test_a_damaged_message_is_a_message_or_a_descriptor_error(message: Any, data: st.DataObject) -> None:
     whole = bytearray(wire.encode(message))
@@ -93,7 +93,7 @@ def test_a_damaged_message_is_a_message_or_a_descriptor_error(message: Any, data
     parse(bytes(whole[: data.draw(st.integers(0, len(whole)))]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from([wire.TO_PREFILLER, wire.TO_DECODER]), st.integers(0, 9), st.lists(VALUES | st.floats(), max_size=14))
 def test_values_of_any_types_in_the_place_of_fields_are_a_message_or_a_descriptor_error(
     mark: bytes, tag: int, values: list[Any]

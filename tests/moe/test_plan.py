@@ -53,7 +53,7 @@ def naive_places(shape: Shape, routing: list[np.ndarray]) -> dict[tuple[int, int
 
 
 @given(worlds())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_row_has_the_place_that_a_naive_layout_gives_it(world: tuple[Shape, list[np.ndarray]]) -> None:
     shape, routing = world
     routes = [Route(shape, rank, idx) for rank, idx in enumerate(routing)]
@@ -88,7 +88,7 @@ def test_every_row_has_the_place_that_a_naive_layout_gives_it(world: tuple[Shape
 
 
 @given(worlds())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_staging_ranges_do_not_overlap(world: tuple[Shape, list[np.ndarray]]) -> None:
     shape, routing = world
     counts = [Route(shape, rank, idx).counts for rank, idx in enumerate(routing)]

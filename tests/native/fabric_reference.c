@@ -150,7 +150,7 @@ static void open_side(side *s, const char *file, const char *provider, size_t nb
     struct fi_cq_attr cq = {.size = 16384, .format = FI_CQ_FORMAT_DATA, .wait_obj = FI_WAIT_FD};
     struct fi_wait_attr wait = {.wait_obj = FI_WAIT_FD};
     if (strcmp(provider, "net") == 0) {
-        check(fi_wait_open(s->fabric, &wait, &s->wait), "wait set");
+        check(s->fabric->ops->wait_open(s->fabric, &wait, &s->wait), "wait set");
         cq.wait_obj = FI_WAIT_SET;
         cq.wait_set = s->wait;
     }
@@ -189,7 +189,7 @@ static int drain(side *s) {
 static void wait_on(side *s, int other, int ms) {
     struct fid *fids[1] = {&s->cq->fid};
     struct pollfd fds[2] = {{.fd = s->fd, .events = POLLIN}, {.fd = other, .events = POLLIN}};
-    int armed = s->wait != NULL ? fi_wait(s->wait, 0) == -FI_ETIMEDOUT : fi_trywait(s->fabric, fids, 1) == 0;
+    int armed = s->wait != NULL ? s->wait->ops->wait(s->wait, 0) == -FI_ETIMEDOUT : fi_trywait(s->fabric, fids, 1) == 0;
     if (armed) (void)poll(fds, 2, ms);
 }
 

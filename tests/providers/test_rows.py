@@ -93,7 +93,7 @@ def summed(rows: np.ndarray, index: np.ndarray, weights: np.ndarray, kind: str, 
 # ---- moving ----
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_rows_are_moved_as_one_by_one(data: st.DataObject) -> None:
     nbytes, there, here = (data.draw(st.integers(low, high)) for low, high in ((0, 70), (1, 20), (1, 20)))
@@ -176,7 +176,7 @@ def test_a_move_that_does_not_fit_is_refused_before_anything_moved(
 # ---- summing ----
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_sums_have_the_same_bits_by_every_way(data: st.DataObject) -> None:
     kind, out_kind = data.draw(st.sampled_from(KINDS)), data.draw(st.sampled_from(KINDS))

@@ -22,7 +22,8 @@ find_python() {
     return 1
 }
 
-if ! find_python >/dev/null || ! command -v cc >/dev/null 2>&1; then
+compiler=${CC:-cc}
+if ! find_python >/dev/null || ! command -v "${compiler%% *}" >/dev/null 2>&1; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
         echo "installing a compiler and Python's headers by apt (about 200 MB)"
         export DEBIAN_FRONTEND=noninteractive
