@@ -7,14 +7,19 @@ meant to be, because a misspelt setting that silently does nothing costs days.
 from __future__ import annotations
 
 import math
-import warnings
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
+from aiotransfer.advice import advise
 from aiotransfer.errors import ConfigurationError
 
 PREFIX = "AIOTRANSFER_"
-OTHER_NAMES = frozenset({"KEY", "CACHE", "LIBFABRIC", "LIBCUDA", "VERBS_DEVICE", "SKIP_NATIVE", "PROVIDERS", "SANITIZE"})
+OTHER_NAMES = frozenset(
+    {"KEY", "ADVERTISE", "CACHE", "LIBFABRIC", "LIBCUDA", "VERBS_DEVICE", "SKIP_NATIVE", "PROVIDERS", "SANITIZE"}
+)
+# Kubernetes sets these in every pod for a Service called aiotransfer or aiotransfer-SOMETHING: they are no settings of ours.
+_OF_KUBERNETES = re.compile(r"AIOTRANSFER_(.+_)?(SERVICE_(HOST|PORT(_.+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 _MOST_SECONDS = 1e9
 _MOST_INT = (1 << 63) - 1
 _MAY_BE_ZERO = frozenset({"spin_seconds"})
@@ -80,14 +85,14 @@ class Config:
                     changes[key] = _SWITCH[text.strip().lower()] if kinds[key] is bool else kinds[key](text)
                 except (ValueError, KeyError):
                     raise ConfigurationError(f"{name}={text!r} is no {kinds[key].__name__}") from None
-            elif name[len(PREFIX) :] not in OTHER_NAMES and name not in _warned:
+            elif name[len(PREFIX) :] not in OTHER_NAMES and name not in _warned and not _OF_KUBERNETES.fullmatch(name):
                 _warned.add(name)
                 known = [PREFIX + n for n in (*OTHER_NAMES, *(k.upper() for k in kinds))]
                 import difflib  # here: only a mistyped name needs it
 
                 close = difflib.get_close_matches(name, known, 1)
                 meant = f"; did you mean {close[0]}?" if close else ""
-                warnings.warn(f"the environment variable {name} means nothing to aiotransfer{meant}", stacklevel=2)
+                advise(f"the environment variable {name} means nothing to aiotransfer{meant}")
         try:
             return replace(self, **changes) if changes else self  # type: ignore[arg-type]
         except ValueError as error:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "aiotransfer"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES = 500
-LEAVES = {"errors", "config"}
+LEAVES = {"errors", "config", "advice"}
 MAY_IMPORT = {  # folder: the folders beneath it
     "model": set(),
     "kv": {"model", "control", "engine"},

@@ -1,4 +1,8 @@
-"""Dialing: one authenticated link, or the reason why not."""
+"""Dialing: one authenticated link, or the reason why not.
+
+A name may have several addresses, of which some lead nowhere. They are tried one after the other without waiting for the end of
+each attempt (RFC 8305): the next one begins when the last one has failed, or has not answered for `STAGGER` seconds.
+"""
 
 from __future__ import annotations
 
@@ -14,39 +18,127 @@ from aiotransfer.model.address import Address
 
 FIRST_PAUSE = 0.01
 LONGEST_PAUSE = 0.5
-STAGGER = 0.05  # before the next of several addresses is tried beside those that have not answered
+STAGGER = 0.25  # seconds before the next of several addresses is tried beside those that have not answered (RFC 8305, section 5)
+QUICK_STAGGER = 0.05  # the same for a conversation that has lost its connection
+HANDSHAKE_SECONDS = 5.0  # for an address that answers, while there are others
 
 
 async def dial(address: Address, key: Key, identity: Identity, network: Network, *, deadline: float) -> Link:
-    """Connect and authenticate, retrying until `deadline` (loop time) while nobody listens.
+    """Connect and authenticate, retrying until `deadline` (loop time) while nothing listens there.
 
-    Raises `TransferTimeout` naming the last obstacle, or at once `RendezvousError`, as a wrong key does not get better, and
-    `BusyError`, when this process has no descriptors left.
+    Raises `TransferTimeout` naming what was tried and the last obstacle of each, or at once `RendezvousError`, as a wrong key
+    does not get better, and `BusyError`, when this process has no descriptors left.
     """
     loop = asyncio.get_running_loop()
     pause = FIRST_PAUSE
-    obstacle = "nothing was tried"
+    tried: dict[Address, str] = {}
     while True:
         try:
             async with Patience(deadline - loop.time()):
-                return await _once(address, key, identity, network)
+                return await _first_of(await network.resolve(address), key, identity, network, tried)
         except RendezvousError as error:
             error.peer = str(address)
             raise
         except (OSError, BrokenError) as error:
             if short := shortage(getattr(error, "errno", None), f"cannot connect to {address}", peer=str(address)):
                 raise short from error
-            if not (isinstance(error, TimeoutError) and error.errno is None):  # our own deadline is no obstacle
-                obstacle = str(error) or type(error).__name__
+            if not tried or not (isinstance(error, TimeoutError) and error.errno is None):  # our own deadline is no obstacle
+                tried.setdefault(address, _words(error))
         left = deadline - loop.time()
         if left <= 0:
             raise TransferTimeout(
-                f"no connection to {address} in time: {obstacle}",
+                f"no connection to {address} in time: {_obstacles(address, tried)}",
                 peer=str(address),
                 hint="is the other engine up, and is this its control address?",
             )
         await asyncio.sleep(min(pause, left))
         pause = min(pause * 2, LONGEST_PAUSE)
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+def _obstacles(address: Address, tried: dict[Address, str]) -> str:
+    if len(tried) > 1:
+        tried = {place: why for place, why in tried.items() if place != address}
+    return "; ".join(why if place == address else f"{place}: {why}" for place, why in tried.items())
+
+
+async def _first_of(
+    places: Sequence[Address], key: Key, identity: Identity, network: Network, tried: dict[Address, str]
+) -> Link:
+    """The authenticated link to the first of these that answers as an engine. Notes in `tried` why others did not.
+
+    Raises the obstacle of the last one; `RendezvousError` only when each that answered refused.
+    """
+    left = list(places)
+    refusal: BaseException | None = None
+    while left:
+        try:
+            link, place = await _connected(left, key, identity, network, tried)
+        except OSError:
+            if refusal is not None:
+                raise refusal from None
+            raise
+        left.remove(place)
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS if left else None):
+                await asyncio.shield(link.established)
+            return link
+        except (OSError, BrokenError, RendezvousError) as error:
+            link.abort()
+            tried[place] = _words(error) if not isinstance(error, TimeoutError) else "it answered, but not as an engine"
+            refusal = error if isinstance(error, RendezvousError) or refusal is None else refusal
+        except BaseException:  # also cancellation: half a link belongs to no one else
+            link.abort()
+            raise
+    assert refusal is not None
+    raise refusal
+
+
+async def _connected(
+    left: list[Address], key: Key, identity: Identity, network: Network, tried: dict[Address, str]
+) -> tuple[Link, Address]:
+    """A link whose network connection stands, and to which of `left`; those that failed leave `left`. Raises `OSError`."""
+    waiting, running = list(left), dict[asyncio.Task[Link], Address]()
+    last: OSError = OSError("there is no address")
+    try:
+        while waiting or running:
+            if waiting:
+                place = waiting.pop(0)
+                tried.setdefault(place, "no answer")
+                running[asyncio.ensure_future(_connect(place, key, identity, network))] = place
+            over, _ = await asyncio.wait(
+                running, timeout=STAGGER if waiting else None, return_when=asyncio.FIRST_COMPLETED
+            )
+            done = [(task, running.pop(task)) for task in over]
+            links = [(task.result(), place) for task, place in done if task.exception() is None]
+            for link, _ in links[1:]:
+                link.abort()
+            if links:
+                return links[0]
+            for task, place in done:
+                error = task.exception()
+                if not isinstance(error, OSError):
+                    raise error or AssertionError
+                left.remove(place)
+                tried[place], last = _words(error), error
+    finally:
+        for task in running:
+            task.cancel()
+            task.add_done_callback(_abort)
+    raise last
+
+
+async def _connect(place: Address, key: Key, identity: Identity, network: Network) -> Link:
+    link = Link("dialer", key, identity)
+    try:
+        await network.connect(place, lambda: link)
+    except BaseException:
+        link.abort()
+        raise
+    return link
 
 
 async def dial_first(addresses: Sequence[Address], key: Key, identity: Identity, network: Network, incarnation: int) -> Link:
@@ -61,7 +153,7 @@ async def dial_first(addresses: Sequence[Address], key: Key, identity: Identity,
             if left:
                 running.add(asyncio.create_task(_once(left.pop(0), key, identity, network, incarnation)))
             over, running = await asyncio.wait(
-                running, timeout=STAGGER if left else None, return_when=asyncio.FIRST_COMPLETED
+                running, timeout=QUICK_STAGGER if left else None, return_when=asyncio.FIRST_COMPLETED
             )
             links = [task.result() for task in over if task.exception() is None]
             for link in links[1:]:
@@ -83,14 +175,14 @@ def _abort(late: asyncio.Task[Link]) -> None:
         late.result().abort()
 
 
-async def _once(address: Address, key: Key, identity: Identity, network: Network, incarnation: int | None = None) -> Link:
-    link = Link("dialer", key, identity, resumes=incarnation is not None)
+async def _once(address: Address, key: Key, identity: Identity, network: Network, incarnation: int) -> Link:
+    link = Link("dialer", key, identity, resumes=True)
     try:
         await network.connect(address, lambda: link)
         await asyncio.shield(link.established)
-        if incarnation not in (None, link.incarnation):
+        if incarnation != link.incarnation:
             raise RendezvousError(f"at {address} there is another engine")
-    except BaseException:  # also cancellation: a link half made is nobody's
+    except BaseException:  # also cancellation: half a link belongs to no one else
         link.abort()
         raise
     return link

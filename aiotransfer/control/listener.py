@@ -57,7 +57,7 @@ class Listener:
         for host in others:
             if len(found) == MOST_FURTHER:
                 break
-            if self.address.host == ("::" if ":" in host else "0.0.0.0"):  # which is all of them
+            if self.address.is_wildcard and (":" not in host or self.address.host == "::"):  # which is all of them
                 found.append(Address(host, self.address.port))
                 continue
             try:

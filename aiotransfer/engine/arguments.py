@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from aiotransfer.errors import RegionError
+from aiotransfer.errors import ConfigurationError, RegionError
+from aiotransfer.model.address import Address
 
 RESERVED = 0xF000_0000  # immediates from here on are the library's own
 MOST_IMM = (1 << 32) - 1
 MOST = (1 << 63) - 1
+MOST_NAME = 255  # characters of the name of an engine
 
 
 def check_imm(imm: object) -> int:
@@ -113,6 +116,31 @@ def _check_bounds(name: str, pages: Any, nbytes: int, offset: int, page: int, st
             f"for indices 0 to {last}" if last >= 0 else
             f"{name}: not one page of {page} bytes at offset {offset} fits {nbytes} bytes"
         )  # fmt: skip
+
+
+def engine_name(name: object) -> str:
+    """How an engine calls itself to others, in logs and errors; None: by its process id. Raises `TypeError` or `ValueError`."""
+    if name is None:
+        return str(os.getpid())
+    if not isinstance(name, str):
+        raise TypeError(f"an engine's name is a str, not {name!r}")
+    if len(name) > MOST_NAME or not name.isprintable():
+        raise ValueError(f"an engine's name has at most {MOST_NAME} printable characters, not {len(name)}: {name[:64]!a}")
+    return name
+
+
+def advertised(address: str | Address | None, environ: Mapping[str, str]) -> Address | None:
+    """Where others reach this engine, as said by the call or by `AIOTRANSFER_ADVERTISE`. Raises `TypeError`, `ValueError` or
+    `ConfigurationError` with the value."""
+    if address is not None:
+        return Address.parse_advertised(address)
+    text = environ.get("AIOTRANSFER_ADVERTISE")
+    if not text:
+        return None
+    try:
+        return Address.parse_advertised(text)
+    except ValueError as error:
+        raise ConfigurationError(f"AIOTRANSFER_ADVERTISE={text!r}: {error}") from None
 
 
 def check_rails(rails: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -32,7 +32,8 @@ from aiotransfer.errors import (
     TransferError,
     TransferTimeout,
 )
-from aiotransfer.model.address import Address
+from aiotransfer.model.address import LOCALHOST, Address
+from aiotransfer.providers.nics import interfaces
 from aiotransfer.providers.port import Terms
 
 if TYPE_CHECKING:
@@ -65,18 +66,31 @@ class Connections:
         self.further: list[str] = []  # addresses of ours, beside the one that was asked for
         self.redial = Redial(engine)
 
-    async def listen(self, address: Address) -> Address:
-        """Open the control port, also on the NICs of the rails; the address with its real port."""
+    async def listen(self, address: Address, advertise: Address | None) -> Address:
+        """Open the control port, also on the NICs of the rails unless an address is advertised; the address that others use."""
         engine = self._engine
         self._listener = Listener(address, engine._key, engine._identity, engine._world.network, self._accepted)
         try:
             await self._listener.start()
-            hosts = (host for provider in engine._providers.values() for host in provider.hosts)  # asked only if need be
-            self.further = [str(place) for place in await self._listener.start_further(hosts)]
+            if advertise is None:
+                hosts = (host for provider in engine._providers.values() for host in provider.hosts)  # asked only if need be
+                self.further = [str(place) for place in await self._listener.start_further(hosts)]
         except BaseException:  # also cancellation
             await self._listener.close()
             raise
-        return self._listener.address
+        here = self._listener.address
+        return here if advertise is None else Address(advertise.host, advertise.port or here.port)
+
+    def is_here(self, address: Address) -> bool:
+        """Whether that is an address of this very engine: the one that it advertises, or one that it listens on."""
+        engine, here = self._engine, self._listener.address if self._listener is not None else self._engine.address
+        if address == engine.address:
+            return True
+        if address.port != here.port or address.is_wildcard:
+            return False
+        if address.host == here.host or (address.is_loopback and here.is_loopback and LOCALHOST in (address.host, here.host)):
+            return True
+        return here.is_wildcard and (address.is_loopback or address.host in {nic.address for nic in interfaces()})
 
     # ---- dialing ----
 

@@ -19,7 +19,7 @@ from aiotransfer.control.ratelimit import RateLimit
 from aiotransfer.core.ledger import Ledger
 from aiotransfer.core.rails import pairing
 from aiotransfer.engine import memory
-from aiotransfer.engine.arguments import MOST_IMM, RESERVED, check_imm, check_rails
+from aiotransfer.engine.arguments import MOST_IMM, RESERVED, advertised, check_imm, check_rails, engine_name
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.connections import Connections
 from aiotransfer.engine.counter import Counter
@@ -67,6 +67,7 @@ class Engine(Planner):
         self,
         *,
         listen: str | Address,
+        advertise: str | Address | None,
         providers: str | Sequence[str],
         rails: str | Sequence[str] | None,
         name: str | None,
@@ -87,9 +88,10 @@ class Engine(Planner):
             except ValueError as error:
                 raise ConfigurationError(f"AIOTRANSFER_PROVIDERS={named!r}: {error}") from None
         self._listen = Address.parse(listen)
+        self._advertise = advertised(advertise, environ)
         self._key = load_key(key, environ)
         self._timeout = seconds(timeout)
-        self.name = f"{os.getpid()}" if name is None else str(name)
+        self.name = engine_name(name)
         self._chosen_rails = check_rails(rails)
         self.progress = progress
         self._world = world
@@ -138,7 +140,7 @@ class Engine(Planner):
             self._paths = Paths(self)
             self._connections = Connections(self)
             self._progress = Progress(self)
-            self.address = await self._connections.listen(self._listen)
+            self.address = await self._connections.listen(self._listen, self._advertise)
         except BaseException:  # also cancellation: what was opened has no owner yet
             self._state = "closed"
             for provider in getattr(self, "_providers", {}).values():
@@ -334,13 +336,16 @@ class Engine(Planner):
     async def connect(self, address: str | Address, *, timeout: float | None = None, require: str | None = None) -> Peer:
         """Connect to an engine, retrying until it is up. One `Peer` per remote incarnation, whoever dialed first.
 
+        `address`: "host:port"; of a name with several addresses each is tried. `timeout`: seconds, None: the engine's. `require`:
+        the provider that must be used. A wildcard or a port of 0 is a `ValueError`.
+
         Raises `TransferTimeout`, `RendezvousError` (wrong key or version), `ProviderUnavailableError` (no common path) or
         `BusyError` (this process has no descriptors left).
         """
         self._check()
         if require is not None:
             check_names(require)
-        return await self._connections.connect(Address.parse(address), self._seconds(timeout), require)
+        return await self._connections.connect(Address.parse(address).dialable(), self._seconds(timeout), require)
 
     async def arrivals(self) -> AsyncIterator[Peer]:
         """Peers that connect to this engine, as they come; ends when the engine closes."""

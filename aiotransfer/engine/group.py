@@ -58,7 +58,7 @@ class PeerGroup:
         self.members = members
         self.name = name
         self._key = key
-        self.rank = members.index(engine.address)
+        self.rank = next(rank for rank, member in enumerate(members) if engine._connections.is_here(member))
         self._generation = 1
         self._formed = False
         self._joins: dict[int, tuple[Peer, Join]] = {}  # by rank: the latest of each member
@@ -341,11 +341,15 @@ class Groups:
             raise TypeError(f"a group's name must be a str, not {name!r}")
         if isinstance(members, str | bytes | Address):
             raise TypeError(f"members are a list of addresses, not {members!r}")
-        addresses = tuple(Address.parse(member) for member in members)
-        if len(set(addresses)) != len(addresses):
-            raise ValueError("a group names each member once")
-        if self._engine.address not in addresses:
-            raise ValueError(f"this engine ({self._engine.address}) is not among the members of the group")
+        addresses = tuple(Address.parse(member).dialable() for member in members)
+        here = [address for address in addresses if self._engine._connections.is_here(address)]
+        if len(set(addresses)) != len(addresses) or len(here) > 1:
+            raise ValueError(f"a group names each member once{', not ' + ' and '.join(map(str, here)) if len(here) > 1 else ''}")
+        if not here:
+            raise ValueError(
+                f"this engine ({self._engine.address}) is not among the members of the group; where the others know it by "
+                "another address, open_engine(advertise='HOST:PORT') says so"
+            )
         text = "\n".join([name, *map(str, addresses)])
         key = hashlib.sha256(text.encode()).digest()[:KEY_BYTES]
         group = self._groups.get(key)

@@ -38,6 +38,7 @@ class Opening:
 def open_engine(
     *,
     listen: str | Address = "127.0.0.1:0",
+    advertise: str | Address | None = None,
     providers: str | Sequence[str] = "auto",
     rails: str | Sequence[str] | None = None,
     name: str | None = None,
@@ -49,13 +50,18 @@ def open_engine(
 ) -> Opening:
     """An engine for the running event loop.
 
-    `listen` is the control address (port 0: any). `providers` is "auto", a name, or names in order of preference. `key` is a
-    shared secret of at least 16 bytes (or `AIOTRANSFER_KEY`); without one only processes of the same user on this host are
-    accepted. `rails` names the interfaces, RDMA devices or local addresses by which peers are reached, one or several; None:
-    all that lead to the peer. `progress` says who makes copies too large for the submitting call: "auto", a native thread,
-    the caller beginning; "thread", the thread alone and also of smaller ones; "loop", the event loop in its own turns (a
-    blocked loop then delays its own large writes, never those of others). `timeout` (seconds) is the default deadline of
-    transfers, connect, lookup and ping.
+    `listen` is the control address (port 0: any); a name is listened on at all its addresses of this host, `[::]` takes IPv4
+    too where the system allows. `advertise` ("host" or "host:port", or `AIOTRANSFER_ADVERTISE`) is the address under which others
+    reach this engine, where that is another one: behind NAT or a Kubernetes Service, or with a wildcard in `listen`.
+    `engine.address` says it, and tcp offers its data connections at that host too.
+
+    `providers` is "auto", a name, or names in order of preference. `key` is a shared secret of at least 16 bytes (or
+    `AIOTRANSFER_KEY`); without one only processes of the same user on this host are accepted. `rails` names the interfaces, RDMA
+    devices or local addresses by which peers are reached, one or several; None: all that lead to the peer. `progress` says who
+    makes copies too large for the submitting call: "auto", a native thread, the caller beginning; "thread", the thread alone and
+    also of smaller ones; "loop", the event loop in its own turns (a blocked loop then delays its own large writes, never those of
+    others). `name` (at most 255 printable characters; None: the process id) is what logs and errors of others call this engine.
+    `timeout` (seconds) is the default deadline of transfers, connect, lookup and ping.
 
     Raises `ProviderUnavailableError` where there is no native extension or no provider, `ConfigurationError`, `TypeError` or
     `ValueError` for settings that make no sense, `BusyError` when this process has no descriptors or memory left.
@@ -64,6 +70,7 @@ def open_engine(
     return Opening(
         Engine(
             listen=listen,
+            advertise=advertise,
             providers=providers,
             rails=rails,
             name=name,

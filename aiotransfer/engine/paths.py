@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import warnings
 from typing import TYPE_CHECKING
 
+from aiotransfer.advice import advise
 from aiotransfer.core.paths import AUTOMATIC, Offer, Ranking, rank
 from aiotransfer.engine.placement import cpus_for
 from aiotransfer.errors import BrokenError, ProviderUnavailableError, RegistrationError, TransferError, again
@@ -138,11 +138,25 @@ class Paths:
             return
         self._warned.add(key)
         why = "; ".join(f"{name}: {reason}" for name, reason in failed)
-        warnings.warn(
+        advise(
             f"{peer.name or peer.address} is reached by {path.provider}, a slower way than others that both sides have ({why}); "
             f"require={failed[0][0]!r} makes this an error",
             RuntimeWarning,
-            stacklevel=2,
+        )
+
+    def _warn_of_memory(self, peer: Peer, path: Path, why: RegistrationError) -> None:
+        """Memory of a peer that its default path does not reach goes by a slower one: not silently, and once for each peer."""
+        key = str(peer.address), f"memory by {path.provider}"
+        if key in self._warned or self._engine._preference != "auto" or path.provider not in AUTOMATIC:
+            return
+        if AUTOMATIC.index(path.provider) < AUTOMATIC.index(peer.path.provider):
+            return
+        self._warned.add(key)
+        advise(
+            f"registered memory of {peer.name or peer.address} is reached by {path.provider}, a slower way than "
+            f"{peer.path.provider} ({str(why).partition(chr(10))[0]}); memory of engine.allocate() goes by {peer.path.provider}, "
+            f"require={peer.path.provider!r} makes this an error",
+            RuntimeWarning,
         )
 
     def _in_use(self, peer: Peer, name: str) -> bool:
@@ -179,6 +193,8 @@ class Paths:
                 path = peer.path
         fresh.engine, fresh.grant = self._engine, region._grant
         box.bound = fresh
+        if first is not None:
+            self._warn_of_memory(peer, path, first)
 
     # ---- a path that breaks ----
 

@@ -56,10 +56,12 @@ def _where(peer: Peer) -> dict[str, Any]:
 
 
 def _listening(link: Link) -> Address:
+    """Where an engine that connected to us says it can be reached; it may not know under which of its addresses."""
     try:
-        return Address.parse(link.info.address)
+        address = Address.parse(link.info.address)
     except ValueError:
         return link.remote_address
+    return Address(link.remote_address.host, address.port) if address.is_wildcard else address
 
 
 class Message(NamedTuple):

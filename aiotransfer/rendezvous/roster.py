@@ -9,7 +9,6 @@ written before this rank's entry can be equal to its digest, and nobody leaves w
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -19,7 +18,6 @@ from aiotransfer.model.address import Address
 
 FORMAT = 1
 MOST_NAMED = 8
-LOOPBACK_NAMES = ("localhost", "localhost.localdomain")
 
 
 class Entry(NamedTuple):
@@ -67,10 +65,11 @@ def check_place(rank: int, size: int, address: Address) -> None:
             raise TypeError(f"{what} must be an int, not {value!r}")
     if not 0 <= rank < size:
         raise ValueError(f"rank must be from 0 to world_size - 1, not {rank} of {size}")
-    if _is_wildcard(address.host):
+    if address.is_wildcard:
         raise ConfigurationError(
             f"{address} is where this engine listens, but no address that others could connect to",
-            hint="open_engine(listen='ADDRESS:0') with this host's own address; rendezvous.listen_address() finds it",
+            hint="open_engine(listen='ADDRESS:0') with this host's own address, which rendezvous.listen_address() finds; or "
+            "open_engine(listen=..., advertise='HOST') with the address that the others use",
         )
 
 
@@ -99,7 +98,7 @@ def addresses(own: Entry, found: Sequence[bytes]) -> list[str]:
                 f"ranks {other} and {entry.rank} both say they are at {entry.address}",
                 hint="each rank needs an engine of its own",
             )
-    local = [entry.rank for entry in entries if is_loopback(Address.parse(entry.address).host)]
+    local = [entry.rank for entry in entries if Address.parse(entry.address).is_loopback]
     if local and len({entry.place for entry in entries}) > 1:
         raise RendezvousError(
             f"{named(local)} gave loopback addresses, but the ranks are on several hosts (or in several network namespaces)",
@@ -113,21 +112,6 @@ def named(ranks: Collection[int]) -> str:
     shown = ", ".join(map(str, sorted(ranks)[:MOST_NAMED]))
     more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address names the host that it is used on."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host in LOOPBACK_NAMES
-
-
-def _is_wildcard(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False
 
 
 class Launch(NamedTuple):
@@ -172,4 +156,4 @@ class Launch(NamedTuple):
     @property
     def one_host(self) -> bool:
         """Whether all ranks are surely on this host."""
-        return self.local_size == self.size or is_loopback(self.host)
+        return self.local_size == self.size or Address(self.host, 0).is_loopback

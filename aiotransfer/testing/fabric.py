@@ -168,6 +168,9 @@ class _Wire:
     async def further(self, address: Address, hosts: Iterable[str]) -> list[str]:
         return self._hosts
 
+    async def resolve(self, address: Address) -> list[Address]:
+        return [address]
+
     async def connect(self, address: Address, factory: Factory) -> None:
         await asyncio.sleep(self._net._control_delay())
         server = self._net._listening.get(address)

@@ -45,8 +45,10 @@ class Member:
         if self.role not in ROLES:
             raise ValueError(f"role must be one of {ROLES}, not {self.role!r}")
         address = Address.parse(self.address)
-        if address.port == 0 or address.host in ("0.0.0.0", "::"):
-            raise ValueError(f"address must be one that others can dial, not {self.address!r}")
+        try:
+            address.dialable()
+        except ValueError as error:
+            raise ValueError(f"address must be one that others can dial, not {self.address!r}: {error}") from None
         object.__setattr__(self, "address", str(address))
         _text("address", self.address, 1, MOST_NAME)
         _text("name", self.name, 1, MOST_NAME)
