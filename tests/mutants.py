@@ -132,6 +132,27 @@ MUTANTS = (
         "tests/control/test_handshake.py tests/engine/test_peers.py",
     ),
     Mutant(
+        "ids: a slot of operations whose generations are used up", "ffi/lane/ops.c",
+        "if (lane->op_generation[index] < MOST_LIVES) lane->op_free", "lane->op_free", "tests/native/test_generations.py",
+    ),
+    Mutant(
+        "ids: a slot of memory whose generations are used up", "ffi/lane/lane.h",
+        "return generation < AT_MOST_LIVES ? generation + 1 : AT_MOST_LIVES + 2;", "return generation + 1;",
+        "tests/native/test_generations.py",
+    ),
+    Mutant(
+        "ids: a record whose generations are used up", "ffi/lane/imm.c",
+        "record->generation < AT_MOST_LIVES ? AT_IMM_FREE : AT_IMM_SPENT", "AT_IMM_FREE", "tests/native/test_generations.py",
+    ),
+    Mutant(
+        "ids: a watch whose generations are used up", "ffi/lane/watch.c",
+        "|| lane->watches[i].generation == AT_MOST_LIVES)", ")", "tests/native/test_generations.py",
+    ),
+    Mutant(
+        "simulated network: what lies behind a region's end", "ffi/wire/wire.c",
+        " && address - m->address <= m->nbytes &&", " &&", "tests/native/test_wire.py",
+    ),
+    Mutant(
         "hostile: a ring that cannot block", "ffi/shm/queue.c",
         "    uint64_t nothing = 0;", "    uint64_t nothing = 1;", "tests/control/test_hostile_shm.py",
     ),

@@ -7,7 +7,7 @@
 enum at_status {
     AT_OK = 0,
     AT_DUE = 1,            /* done, and the loop has not had a turn for a while: yield soon */
-    AT_FIRST_COOKIE = 1024, /* results from here on are cookies of operations that go on */
+    AT_FIRST_COOKIE = 1 << 20, /* results from here on are cookies of operations that go on; no cookie is ever given twice */
     AT_ESRC = -1,          /* outside the local region */
     AT_EDST = -2,          /* outside the remote region */
     AT_ECLOSED = -3,       /* the local region is closed or unknown */
@@ -238,6 +238,10 @@ int at_peer_ping(at_lane *lane, int64_t peer);
 /* Last ping sent, last answered by its native thread, last seen by its loop. */
 int at_peer_pong(at_lane *lane, int64_t peer, uint64_t *sent, uint64_t *native, uint64_t *loop);
 int64_t at_peer_queued(at_lane *lane, int64_t peer);
+
+/* Tests: what is unused of each table (and some more of it) is as if it had been used `generation` times, or as often as its ids allow
+ * but for one, where that is less; the values of the epoch words too. AT_OK, or AT_ENOMEM. */
+int at_lane_age(at_lane *lane, uint64_t generation);
 
 const char *at_version(void);
 const char *at_strerror(int status);

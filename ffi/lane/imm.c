@@ -56,24 +56,41 @@ static at_imm_entry *entry(at_lane *lane, uint32_t imm) {
     return e;
 }
 
+static int one_more(at_lane *lane) {
+    if (lane->imm_count == lane->imm_capacity) {
+        uint32_t next = lane->imm_capacity ? lane->imm_capacity * 2 : 64;
+        at_imm_record *more = realloc(lane->imm, next * sizeof *more);
+        if (more == NULL) return AT_ENOMEM;
+        memset(more + lane->imm_capacity, 0, (next - lane->imm_capacity) * sizeof *more);
+        lane->imm = more;
+        lane->imm_capacity = next;
+    }
+    lane->imm_count++;
+    return AT_OK;
+}
+
 static int32_t record_new(at_lane *lane, uint32_t imm, int state) {
     uint32_t i = lane->imm_free;
     while (i < lane->imm_count && lane->imm[i].state != AT_IMM_FREE) i++;
-    if (i == lane->imm_count) {
-        if (lane->imm_count == lane->imm_capacity) {
-            uint32_t next = lane->imm_capacity ? lane->imm_capacity * 2 : 64;
-            at_imm_record *more = realloc(lane->imm, next * sizeof *more);
-            if (more == NULL) return AT_IMM_EMPTY;
-            memset(more + lane->imm_capacity, 0, (next - lane->imm_capacity) * sizeof *more);
-            lane->imm = more;
-            lane->imm_capacity = next;
-        }
-        lane->imm_count++;
-    }
+    if (i == lane->imm_count && one_more(lane) != AT_OK) return AT_IMM_EMPTY;
     lane->imm_free = i + 1;
     uint32_t generation = lane->imm[i].generation + 1;
-    lane->imm[i] = (at_imm_record){.imm = imm, .state = state, .sender = -1, .generation = generation & 0x7fffffffu};
+    lane->imm[i] = (at_imm_record){.imm = imm, .state = state, .sender = -1, .generation = generation};
     return (int32_t)i;
+}
+
+static void record_free(at_lane *lane, at_imm_record *record) {
+    uint32_t index = (uint32_t)(record - lane->imm);
+    record->state = record->generation < AT_MOST_LIVES ? AT_IMM_FREE : AT_IMM_SPENT;
+    if (index < lane->imm_free) lane->imm_free = index;
+}
+
+int at_imm_age(at_lane *lane, uint32_t generation) {
+    while (lane->imm_count < AT_AGED)
+        if (one_more(lane) != AT_OK) return AT_ENOMEM;
+    for (uint32_t i = 0; i < lane->imm_count; i++)
+        if (lane->imm[i].state == AT_IMM_FREE) lane->imm[i].generation = generation;
+    return AT_OK;
 }
 
 static void early_leave(at_lane *lane, at_imm_record *record) {
@@ -100,9 +117,7 @@ static void forget(at_lane *lane, at_imm_record *record) {
     } else {
         lane->imm_orphans -= record->sender == GONE;
     }
-    record->state = AT_IMM_FREE;
-    uint32_t index = (uint32_t)(record - lane->imm);
-    if (index < lane->imm_free) lane->imm_free = index;
+    record_free(lane, record);
 }
 
 void at_imm_departed(at_peer *peer) {
@@ -359,8 +374,7 @@ int at_imm_close(at_lane *lane, int64_t record) {
         r = &lane->imm[(uint32_t)record];
         disarm(lane, r);
         find(lane, r->imm)->value = AT_IMM_RETIRED;
-        r->state = AT_IMM_FREE;
-        if ((uint32_t)record < lane->imm_free) lane->imm_free = (uint32_t)record;
+        record_free(lane, r);
     }
     at_unlock(lane);
     return r != NULL ? AT_OK : AT_EUNKNOWN;

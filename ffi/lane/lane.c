@@ -236,7 +236,7 @@ int at_grow(void ***items, uint32_t *capacity, uint32_t count) {
 }
 
 int64_t at_make_id(uint32_t generation, uint32_t index) {
-    return (int64_t)(((uint64_t)(generation & 0x7fffffffu) << 32) | index);
+    return (int64_t)(((uint64_t)generation << 32) | index); /* at most AT_MOST_LIVES */
 }
 
 /* ---- peers ---- */
@@ -244,6 +244,7 @@ int64_t at_make_id(uint32_t generation, uint32_t index) {
 at_peer *at_peer_add(at_lane *lane, const at_port *port, void *impl, const at_control *control) {
     uint32_t index = 0;
     while (index < lane->peer_count && lane->peers[index] != NULL) index++;
+    if (index >> AT_PEER_BITS != 0 || lane->peer_serial >= (UINT64_C(1) << (63 - AT_PEER_BITS)) - 1) return NULL;
     if (at_grow((void ***)&lane->peers, &lane->peer_capacity, index) != 0) return NULL;
     at_peer *peer = calloc(1, sizeof *peer);
     if (peer == NULL) return NULL;
@@ -251,7 +252,7 @@ at_peer *at_peer_add(at_lane *lane, const at_port *port, void *impl, const at_co
     peer->port = port;
     peer->impl = impl;
     peer->index = index;
-    peer->id = at_make_id(++lane->peer_serial, index); /* slots are reused, ids are not */
+    peer->id = (int64_t)(++lane->peer_serial << AT_PEER_BITS | index); /* slots are reused, ids are not */
     peer->users = 1;
     peer->control = control;
     lane->peers[index] = peer;
@@ -271,7 +272,7 @@ void at_rails_progress(at_rail *first, int turn) {
 }
 
 at_peer *at_peer_find(at_lane *lane, int64_t id) {
-    uint32_t index = (uint32_t)id;
+    uint32_t index = (uint32_t)id & ((1u << AT_PEER_BITS) - 1u);
     if (id < 0 || index >= lane->peer_count) return NULL;
     at_peer *peer = lane->peers[index];
     return peer != NULL && peer->id == id && !peer->freed ? peer : NULL;

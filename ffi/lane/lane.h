@@ -29,6 +29,7 @@
 #define AT_RECENT 8u                   /* destinations remembered to tell fresh memory from what is written again and again */
 #define AT_GRANTS 65536u               /* epoch words per lane */
 #define AT_DETACHED 1
+#define AT_PEER_BITS 20 /* of a peer's id, for its place; the other 43 are its number among all of the lane */
 #define AT_MOST_CPUS 1024
 
 typedef struct at_peer at_peer;
@@ -237,7 +238,7 @@ typedef struct {
     int armed;          /* counted in lane->armed */
 } at_imm_record;
 
-enum { AT_IMM_FREE, AT_IMM_OPEN, AT_IMM_EARLY, AT_IMM_OVERFLOWN };
+enum { AT_IMM_FREE, AT_IMM_OPEN, AT_IMM_EARLY, AT_IMM_OVERFLOWN, AT_IMM_SPENT /* its generations are used up */ };
 
 typedef struct {
     uint32_t imm;
@@ -277,9 +278,10 @@ struct at_lane {
     at_remote **remotes;
     uint32_t remote_count, remote_capacity, remote_hint;
     at_peer **peers;
-    uint32_t peer_count, peer_capacity, peer_serial;
+    uint32_t peer_count, peer_capacity;
+    uint64_t peer_serial;
     at_op **ops;
-    uint32_t *op_generation;
+    uint64_t *op_generation;
     uint32_t op_count, op_capacity;
     at_op *op_spare; /* memory of operations that have ended, for the next ones: allocating it costs as much as all else of a short one */
     uint32_t op_spare_count;
@@ -365,6 +367,10 @@ void at_peers_reap(at_lane *lane);                /* with the lock: let go of li
 int at_grow(void ***items, uint32_t *capacity, uint32_t count);
 int64_t at_make_id(uint32_t generation, uint32_t index);
 
+/* A slot whose generations are used up stays out of use: ids come never again. An odd one is in use, and this is what ends it. */
+#define AT_MOST_LIVES 0x7fffffffu
+static inline uint32_t at_life_over(uint32_t generation) { return generation < AT_MOST_LIVES ? generation + 1 : AT_MOST_LIVES + 2; }
+
 /* memory.c, with the lock */
 at_region *at_region_use(at_lane *lane, int64_t id); /* NULL when closed or unknown */
 void at_region_release(at_lane *lane, uint32_t index);
@@ -413,6 +419,14 @@ int at_pages_make_sense(uint64_t n, uint64_t page_bytes, uint64_t local_stride, 
 
 /* watch.c, with the lock */
 uint64_t at_watch_look(at_lane *lane); /* tell of changes; ns until the next look, 0: nobody watches */
+
+/* For tests, with the lock: what is unused, and AT_AGED more of each kind, is as if it had been used so often. */
+#define AT_AGED 64u
+int at_ops_age(at_lane *lane, uint64_t generation);
+int at_regions_age(at_lane *lane, uint32_t generation);
+int at_remotes_age(at_lane *lane, uint32_t generation);
+int at_watches_age(at_lane *lane, uint32_t generation);
+int at_imm_age(at_lane *lane, uint32_t generation);
 
 /* imm.c, with the lock */
 int at_imm_init(at_lane *lane); /* AT_OK or AT_ENOMEM */

@@ -34,17 +34,29 @@ out:
 static void region_free(at_lane *lane, uint32_t index) {
     for (at_rail *rail = lane->rails; rail != NULL; rail = rail->next)
         if (rail->region_over != NULL) rail->region_over(rail, index);
-    lane->regions[index]->generation++;
+    lane->regions[index]->generation = at_life_over(lane->regions[index]->generation);
     lane->regions[index]->base = NULL;
     if (index < lane->region_hint) lane->region_hint = index;
     lane->stats.regions--;
+}
+
+int at_regions_age(at_lane *lane, uint32_t generation) {
+    while (lane->region_count < AT_AGED) {
+        if (at_grow((void ***)&lane->regions, &lane->region_capacity, lane->region_count) != 0) return AT_ENOMEM;
+        at_region *fresh = calloc(1, sizeof *fresh);
+        if (fresh == NULL) return AT_ENOMEM;
+        lane->regions[lane->region_count++] = fresh;
+    }
+    for (uint32_t i = 0; i < lane->region_count; i++)
+        if ((lane->regions[i]->generation & 1u) == 0) lane->regions[i]->generation = generation & ~1u;
+    return AT_OK;
 }
 
 static at_region *region_find(at_lane *lane, int64_t id) {
     uint32_t index = (uint32_t)id;
     if (id < 0 || index >= lane->region_count) return NULL;
     at_region *region = lane->regions[index];
-    return (region->generation & 0x7fffffffu) == (uint32_t)(id >> 32) ? region : NULL;
+    return region->generation == (uint32_t)(id >> 32) ? region : NULL;
 }
 
 int at_region_close(at_lane *lane, int64_t id) {
@@ -217,17 +229,29 @@ out:
     return id;
 }
 
+int at_remotes_age(at_lane *lane, uint32_t generation) {
+    while (lane->remote_count < AT_AGED) {
+        if (at_grow((void ***)&lane->remotes, &lane->remote_capacity, lane->remote_count) != 0) return AT_ENOMEM;
+        at_remote *fresh = calloc(1, sizeof *fresh);
+        if (fresh == NULL) return AT_ENOMEM;
+        lane->remotes[lane->remote_count++] = fresh;
+    }
+    for (uint32_t i = 0; i < lane->remote_count; i++)
+        if ((lane->remotes[i]->generation & 1u) == 0) lane->remotes[i]->generation = generation & ~1u;
+    return AT_OK;
+}
+
 at_remote *at_remote_use(at_lane *lane, int64_t id) {
     uint32_t index = (uint32_t)id;
     if (id < 0 || index >= lane->remote_count) return NULL;
     at_remote *remote = lane->remotes[index];
-    return (remote->generation & 0x7fffffffu) == (uint32_t)(id >> 32) && remote->open ? remote : NULL;
+    return remote->generation == (uint32_t)(id >> 32) && remote->open ? remote : NULL;
 }
 
 static void remote_free(at_lane *lane, uint32_t index) {
     at_remote *remote = lane->remotes[index];
     at_peer *peer = remote->peer;
-    remote->generation++;
+    remote->generation = at_life_over(remote->generation);
     remote->peer = NULL;
     remote->base = NULL;
     free(remote->parts);

@@ -13,8 +13,12 @@
 #include <time.h>
 
 #define MOST_SPARE 256u
-#define COOKIE_BITS 20
+#define COOKIE_BITS 20 /* of them for the slot; the other 43 say how many operations it has had */
 #define COOKIE_MASK ((1u << COOKIE_BITS) - 1u)
+#define MOST_LIVES ((UINT64_C(1) << (63 - COOKIE_BITS)) - 1)
+
+/* Generations begin at 1, so that the smallest cookie is above every status: one number can be either, and is never both. */
+_Static_assert(AT_FIRST_COOKIE == 1 << COOKIE_BITS, "cookies begin where statuses cannot be");
 
 static int op_slot(at_lane *lane, uint32_t *index) {
     if (lane->op_free_count > 0) {
@@ -27,7 +31,7 @@ static int op_slot(at_lane *lane, uint32_t *index) {
         at_op **ops = realloc(lane->ops, next * sizeof *ops);
         if (ops == NULL) return AT_ENOMEM;
         lane->ops = ops;
-        uint32_t *generations = realloc(lane->op_generation, next * sizeof *generations);
+        uint64_t *generations = realloc(lane->op_generation, next * sizeof *generations);
         if (generations == NULL) return AT_ENOMEM;
         lane->op_generation = generations;
         uint32_t *unused = realloc(lane->op_free, next * sizeof *unused);
@@ -89,9 +93,18 @@ void at_ops_close(at_lane *lane) {
 static void op_forget(at_lane *lane, at_op *op) {
     uint32_t index = (uint32_t)op->cookie & COOKIE_MASK;
     lane->ops[index] = NULL;
-    lane->op_free[lane->op_free_count++] = index;
+    if (lane->op_generation[index] < MOST_LIVES) lane->op_free[lane->op_free_count++] = index; /* no cookie ever comes again */
     free(op->batch);
     op_free(lane, op);
+}
+
+int at_ops_age(at_lane *lane, uint64_t lives) {
+    uint32_t index, unused = lane->op_free_count;
+    lane->op_free_count = 0; /* so that fresh ones are made */
+    while (lane->op_count < AT_AGED && op_slot(lane, &index) == AT_OK) lane->op_free[unused++] = index;
+    lane->op_free_count = unused;
+    for (uint32_t i = 0; i < unused; i++) lane->op_generation[lane->op_free[i]] = lives < MOST_LIVES ? lives : MOST_LIVES - 1;
+    return lane->op_count < AT_AGED ? AT_ENOMEM : AT_OK;
 }
 
 /* Everything is retired: give back what was lent and tell whoever asked: the loop, a batch, or another thread. */
@@ -372,6 +385,7 @@ int64_t at_op_new_batch(at_lane *lane, uint32_t count) {
 
 void at_batch_ended(at_lane *lane, int64_t parent, uint32_t child, int status, uint64_t bytes) {
     at_op *op = at_op_find(lane, parent);
+    if (op == NULL || op->batch == NULL) return; /* a child keeps it open: there is always one */
     at_batch *batch = op->batch;
     if (child < batch->count) batch->results[child] = status;
     batch->landed_bytes += bytes;

@@ -126,13 +126,15 @@ static int64_t join_batch(at_lane *lane, int64_t parent, uint64_t count, uint32_
         lane->detail = (int64_t)child;
         return parent;
     }
-    at_batch *batch = at_op_find(lane, parent)->batch;
+    const at_op *whole = at_op_find(lane, parent);
+    if (whole == NULL || whole->batch == NULL) return AT_EUNKNOWN; /* it is open while it is posted: there is always one */
+    at_batch *batch = whole->batch;
     batch->open++;
     if (rc == AT_EAGAIN) {
         op->parent = parent;
         op->child = child;
         int64_t cookie = at_op_keep(lane, op);
-        if (cookie > 0) {
+        if (cookie >= AT_FIRST_COOKIE) {
             batch->children[child] = cookie;
             if (op->peer->port->window != 0) at_refill(op->peer);
             return parent;

@@ -7,21 +7,34 @@
 #define PAUSE_LEAST ((uint64_t)50000)   /* ns: right after a change */
 #define PAUSE_MOST ((uint64_t)4000000)  /* ns: nothing has changed for a while */
 
+static int one_more(at_lane *lane) {
+    if (lane->watch_count == lane->watch_capacity) {
+        uint32_t next = lane->watch_capacity ? lane->watch_capacity * 2 : 8;
+        at_watch *more = realloc(lane->watches, next * sizeof *more);
+        if (more == NULL) return AT_ENOMEM;
+        lane->watches = more;
+        lane->watch_capacity = next;
+    }
+    lane->watches[lane->watch_count++] = (at_watch){.word = NULL};
+    return AT_OK;
+}
+
+int at_watches_age(at_lane *lane, uint32_t generation) {
+    while (lane->watch_count < AT_AGED)
+        if (one_more(lane) != AT_OK) return AT_ENOMEM;
+    for (uint32_t i = 0; i < lane->watch_count; i++)
+        if (lane->watches[i].word == NULL) lane->watches[i].generation = generation;
+    return AT_OK;
+}
+
 int64_t at_watch_add(at_lane *lane, const void *word, uint64_t *value) {
     int64_t id = AT_ENOMEM;
     at_lock(lane);
     uint32_t i = 0;
-    while (i < lane->watch_count && lane->watches[i].word != NULL) i++;
-    if (i == lane->watch_capacity) {
-        uint32_t next = lane->watch_capacity ? lane->watch_capacity * 2 : 8;
-        at_watch *more = realloc(lane->watches, next * sizeof *more);
-        if (more == NULL) goto out;
-        lane->watches = more;
-        lane->watch_capacity = next;
-    }
-    if (i == lane->watch_count) lane->watches[lane->watch_count++].generation = 0;
+    while (i < lane->watch_count && (lane->watches[i].word != NULL || lane->watches[i].generation == AT_MOST_LIVES)) i++;
+    if (i == lane->watch_count && one_more(lane) != AT_OK) goto out;
     at_watch *watch = &lane->watches[i];
-    *watch = (at_watch){.word = word, .generation = (watch->generation + 1) & 0x7fffffffu};
+    *watch = (at_watch){.word = word, .generation = watch->generation + 1};
     watch->told = *value = atomic_load_explicit(watch->word, memory_order_acquire);
     id = at_make_id(watch->generation, i);
 out:

@@ -19,11 +19,42 @@ static void close_fd(int fd) {
 
 static int fill_cookie(uint8_t cookie[16]) { return getrandom(cookie, 16, 0) == 16 ? 0 : -1; }
 
+static void shm_free(at_shm *shm) {
+    if (shm->outbound != NULL) munmap(shm->outbound, sizeof *shm->outbound);
+    if (shm->inbound != NULL) munmap(shm->inbound, sizeof *shm->inbound);
+    if (shm->control != NULL) munmap((void *)(uintptr_t)shm->control, sizeof *shm->control);
+    close_fd(shm->inbound_doorbell);
+    close_fd(shm->outbound_doorbell);
+    close_fd(shm->outbound_pulse);
+    close_fd(shm->pidfd);
+    close_fd(shm->mem_fd);
+    free(shm->total);
+    free(shm->slot_imm);
+    free(shm->table);
+    free(shm->seen);
+    free(shm);
+}
+
 static void half_free(at_shm_half *half) {
-    if (half->inbound != NULL) munmap(half->inbound, sizeof *half->inbound);
+    if (half->shm != NULL) shm_free(half->shm);
     close_fd(half->channel_fd);
-    close_fd(half->doorbell_fd);
+    close_fd(half->their_control_fd);
+    close_fd(half->their_channel_fd);
     free(half);
+}
+
+static at_shm_half *half_new(void) {
+    at_shm_half *half = calloc(1, sizeof *half);
+    at_shm *shm = calloc(1, sizeof *shm);
+    if (half == NULL || shm == NULL) {
+        free(half);
+        free(shm);
+        return NULL;
+    }
+    *half = (at_shm_half){.shm = shm, .channel_fd = -1, .their_control_fd = -1, .their_channel_fd = -1};
+    *shm = (at_shm){.inbound_doorbell = -1, .outbound_doorbell = -1, .outbound_pulse = -1, .pidfd = -1, .mem_fd = -1,
+                    .patience = AT_PATIENCE};
+    return half;
 }
 
 /* A channel is sealed but, unlike user memory, not preallocated: it has room for 65,536 values, of which most connections
@@ -35,41 +66,41 @@ static int channel_new(at_shm_half *half) {
         return -1;
     void *at = mmap(NULL, sizeof(at_channel), PROT_READ | PROT_WRITE, MAP_SHARED, half->channel_fd, 0);
     if (at == MAP_FAILED) return -1;
-    half->inbound = at;
+    half->shm->inbound = at;
+    return 0;
+}
+
+/* What this side brings: its channel and its bell. 0, or an errno. */
+static int bring(at_lane *lane, at_shm_half *half, uint64_t incarnation) {
+    at_shm *shm = half->shm;
+    if (channel_new(half) != 0) return errno;
+    shm->inbound_doorbell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (shm->inbound_doorbell < 0 || fill_cookie(shm->inbound->cookie) != 0) return errno;
+    if (lane->control->cookie[0] == 0 && fill_cookie(lane->control->cookie) != 0) return errno;
+    lane->control->cookie[0] |= 1;
+    shm->inbound->magic = AT_CHANNEL_MAGIC;
+    shm->inbound->owner = lane->incarnation;
+    shm->inbound->writer = incarnation;
     return 0;
 }
 
 at_shm_half *at_shm_begin(at_lane *lane, uint64_t incarnation, at_shm_offer *out) {
-    at_shm_half *half = calloc(1, sizeof *half);
-    if (half == NULL) {
-        lane->oserror = ENOMEM;
-        return NULL;
-    }
-    half->channel_fd = half->doorbell_fd = -1;
+    at_shm_half *half = half_new();
+    int error = half == NULL ? ENOMEM : bring(lane, half, incarnation);
     at_lock(lane);
-    int started = at_thread_start(lane); /* it answers the peer's pings */
+    if (error != 0) lane->oserror = error;
+    else error = at_thread_start(lane); /* it answers the peer's pings; says itself why it does not start */
     at_unlock(lane);
-    if (started != AT_OK) { /* it has said why */
-        half_free(half);
+    if (error != 0) {
+        if (half != NULL) half_free(half);
         return NULL;
     }
-    if (channel_new(half) != 0) goto fail;
-    half->doorbell_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (half->doorbell_fd < 0 || fill_cookie(half->inbound->cookie) != 0) goto fail;
-    if (lane->control->cookie[0] == 0 && fill_cookie(lane->control->cookie) != 0) goto fail;
-    lane->control->cookie[0] |= 1;
-    half->inbound->magic = AT_CHANNEL_MAGIC;
-    half->inbound->owner = lane->incarnation;
-    half->inbound->writer = incarnation;
-    *out = (at_shm_offer){.control_fd = lane->control_ref->fd, .channel_fd = half->channel_fd, .doorbell_fd = half->doorbell_fd,
+    const at_shm *shm = half->shm;
+    *out = (at_shm_offer){.control_fd = lane->control_ref->fd, .channel_fd = half->channel_fd, .doorbell_fd = shm->inbound_doorbell,
                           .pulse_fd = lane->pulse_fd, .probe_va = (uint64_t)(uintptr_t)lane->control->cookie};
     memcpy(out->control_cookie, lane->control->cookie, 16);
-    memcpy(out->channel_cookie, half->inbound->cookie, 16);
+    memcpy(out->channel_cookie, shm->inbound->cookie, 16);
     return half;
-fail:
-    lane->oserror = errno;
-    half_free(half);
-    return NULL;
 }
 
 void at_shm_abort(at_lane *lane, at_shm_half *half) {
@@ -103,74 +134,58 @@ static int is_eventfd(int fd) {
     return n == (ssize_t)sizeof kind - 1 && memcmp(name, kind, sizeof kind - 1) == 0;
 }
 
-static void shm_free(at_shm *shm) {
-    if (shm->outbound != NULL) munmap(shm->outbound, sizeof *shm->outbound);
-    if (shm->inbound != NULL) munmap(shm->inbound, sizeof *shm->inbound);
-    if (shm->control != NULL) munmap((void *)(uintptr_t)shm->control, sizeof *shm->control);
-    close_fd(shm->inbound_doorbell);
-    close_fd(shm->outbound_doorbell);
-    close_fd(shm->outbound_pulse);
-    close_fd(shm->pidfd);
-    close_fd(shm->mem_fd);
-    free(shm->total);
-    free(shm->slot_imm);
-    free(shm->table);
-    free(shm->seen);
-    free(shm);
+/* Each descriptor gets its owner before anything can fail: what stays is the connection's, what is needed once is the half's. */
+static void adopt(at_shm_half *half, const at_shm_offer *theirs, int pidfd, int mem_fd) {
+    half->their_control_fd = theirs->control_fd;
+    half->their_channel_fd = theirs->channel_fd;
+    half->shm->outbound_doorbell = theirs->doorbell_fd;
+    half->shm->outbound_pulse = theirs->pulse_fd;
+    half->shm->pidfd = pidfd;
+    half->shm->mem_fd = mem_fd;
+}
+
+/* Map what they offer and see that it is theirs, and made for us. 0, EPROTO, or an errno of the operating system. */
+static int meet(const at_lane *lane, at_shm_half *half, const at_shm_offer *theirs, uint64_t incarnation) {
+    at_shm *shm = half->shm;
+    shm->control = map_theirs(half->their_control_fd, sizeof(at_control), 0, theirs->control_cookie, offsetof(at_control, cookie));
+    if (shm->control == NULL) return errno;
+    shm->outbound = map_theirs(half->their_channel_fd, sizeof(at_channel), 1, theirs->channel_cookie, offsetof(at_channel, cookie));
+    if (shm->outbound == NULL) return errno;
+    int ours = shm->control->incarnation == incarnation && shm->outbound->owner == incarnation &&
+               shm->outbound->writer == lane->incarnation;
+    return ours && is_eventfd(shm->outbound_doorbell) && is_eventfd(shm->outbound_pulse) ? 0 : EPROTO;
+}
+
+/* With the lock: the peer, which owns the connection from then on. */
+static int64_t join(at_lane *lane, at_shm_half *half) {
+    at_shm *shm = half->shm;
+    at_peer *peer = lane->shut ? NULL : at_peer_add(lane, &at_shm_port, shm, shm->control);
+    if (peer == NULL) return lane->shut ? AT_ESHUT : AT_ENOMEM;
+    half->shm = NULL;
+    shm->neighbour = shm->pid != getpid();
+    if (shm->neighbour) atomic_fetch_add(&lane->neighbours, 1);
+    if (at_watch_fd(lane, shm->inbound_doorbell, AT_TAG(AT_TAG_DOORBELL, peer->index), 1) == 0 &&
+        (shm->pidfd < 0 || at_watch_fd(lane, shm->pidfd, AT_TAG(AT_TAG_DEATH, peer->index), 1) == 0))
+        return peer->id;
+    lane->oserror = errno;
+    peer->freed = 1;
+    at_peer_release(peer);
+    return AT_EIO;
 }
 
 int64_t at_shm_finish(at_lane *lane, at_shm_half *half, const at_shm_offer *theirs, uint64_t incarnation, int pidfd, int pid,
                       int mem_fd, int allow_foreign) {
-    int64_t result = AT_ENOMEM;
-    at_shm *shm = calloc(1, sizeof *shm);
-    if (shm == NULL) {
-        close_fd(theirs->control_fd), close_fd(theirs->channel_fd), close_fd(theirs->doorbell_fd), close_fd(theirs->pulse_fd);
-        close_fd(pidfd), close_fd(mem_fd);
-        half_free(half);
-        return AT_ENOMEM;
-    }
-    *shm = (at_shm){.inbound_doorbell = -1, .outbound_doorbell = theirs->doorbell_fd, .outbound_pulse = theirs->pulse_fd,
-                    .pidfd = pidfd, .pid = pid, .mem_fd = mem_fd, .patience = AT_PATIENCE};
-    shm->control = map_theirs(theirs->control_fd, sizeof(at_control), 0, theirs->control_cookie, offsetof(at_control, cookie));
-    int refused = shm->control == NULL ? errno : EPROTO;
-    shm->outbound = map_theirs(theirs->channel_fd, sizeof(at_channel), 1, theirs->channel_cookie,
-                               offsetof(at_channel, cookie));
-    if (shm->control != NULL && shm->outbound == NULL) refused = errno;
-    close_fd(theirs->control_fd);
-    close_fd(theirs->channel_fd);
-    if (shm->control == NULL || shm->outbound == NULL || shm->control->incarnation != incarnation ||
-        shm->outbound->owner != incarnation || shm->outbound->writer != lane->incarnation ||
-        !is_eventfd(shm->outbound_doorbell) || !is_eventfd(shm->outbound_pulse)) {
-        shm_free(shm);
-        half_free(half);
-        lane->oserror = refused;
-        return refused == EPROTO ? AT_EPROTO : AT_EIO;
-    }
-    shm->foreign = allow_foreign ? at_shm_probe(shm, theirs->probe_va, theirs->control_cookie) : 0;
-    if (!allow_foreign) shm->foreign_why = EPERM;
+    adopt(half, theirs, pidfd, mem_fd);
+    at_shm *shm = half->shm;
+    shm->pid = pid;
+    int refused = meet(lane, half, theirs, incarnation);
+    if (refused == 0 && allow_foreign) shm->foreign = at_shm_probe(shm, theirs->probe_va, theirs->control_cookie);
+    else shm->foreign_why = EPERM;
     at_lock(lane);
-    at_peer *peer = lane->shut ? NULL : at_peer_add(lane, &at_shm_port, shm, shm->control);
-    if (peer == NULL) {
-        shm_free(shm);
-        half_free(half);
-        result = lane->shut ? AT_ESHUT : AT_ENOMEM;
-    } else { /* from here on the peer owns the half */
-        shm->inbound = half->inbound;
-        shm->inbound_doorbell = half->doorbell_fd;
-        close_fd(half->channel_fd);
-        free(half);
-        result = peer->id;
-        shm->neighbour = pid != getpid();
-        if (shm->neighbour) atomic_fetch_add(&lane->neighbours, 1);
-        if (at_watch_fd(lane, shm->inbound_doorbell, AT_TAG(AT_TAG_DOORBELL, peer->index), 1) != 0 ||
-            (pidfd >= 0 && at_watch_fd(lane, pidfd, AT_TAG(AT_TAG_DEATH, peer->index), 1) != 0)) {
-            lane->oserror = errno;
-            peer->freed = 1;
-            at_peer_release(peer);
-            result = AT_EIO;
-        }
-    }
+    if (refused != 0) lane->oserror = refused;
+    int64_t result = refused == 0 ? join(lane, half) : refused == EPROTO ? AT_EPROTO : AT_EIO;
     at_unlock(lane);
+    half_free(half);
     return result;
 }
 

@@ -62,11 +62,6 @@ typedef struct {
     uint32_t slot; /* + 1; 0: empty */
 } at_slot_entry;
 
-struct at_shm_half {
-    at_channel *inbound;
-    int channel_fd, doorbell_fd;
-};
-
 typedef struct {
     at_channel *inbound, *outbound;
     const at_control *control; /* theirs, read-only */
@@ -87,6 +82,13 @@ typedef struct {
     uint32_t seen_room;
     int64_t patience; /* how many more marks and rings without an arrival are put up with */
 } at_shm;
+
+/* A connection that is being made. */
+struct at_shm_half {
+    at_shm *shm;                            /* what will stay of it; NULL: it is the peer's now */
+    int channel_fd;                         /* ours, for the other side */
+    int their_control_fd, their_channel_fd; /* until they are mapped */
+};
 
 extern const at_port at_shm_port;
 

@@ -261,7 +261,9 @@ int at_wire_rail(at_lane *lane, at_wire *wire, uint32_t cable, uint32_t flags, u
 static int is_lent(at_wire *wire, const rail *r, uint64_t key, uint64_t address, uint64_t nbytes) {
     uint32_t n = (uint32_t)key;
     const memory *m = n != 0 && n <= r->memory_count ? r->memories[n - 1] : NULL;
-    if (m != NULL && m->key == key && m->live && address >= m->address && nbytes <= m->nbytes - (address - m->address)) return 1;
+    if (m != NULL && m->key == key && m->live && address >= m->address && address - m->address <= m->nbytes &&
+        nbytes <= m->nbytes - (address - m->address))
+        return 1;
     wire->violations++;
     return 0;
 }
