@@ -40,18 +40,24 @@ if TYPE_CHECKING:
 class Decoder(Role):
     """Receives KV caches into `pages`, a region that holds the pool of `layout`.
 
-    `tail_bytes`: most of a tail (what a prefill rank sends last: logits, a hidden state). `checksums`: have every page checked.
+    `instance`: the name of the copy of the model that this rank belongs to, of 1 to 256 characters, the same at all of its ranks
+    and at those of no other copy (vLLM: the `engine_id`). A prefill rank knows a request by its instance and its id. None: the
+    incarnation of the engine, which will do where no prefill rank sends to several ranks of the instance; others are refused.
+
+    `tail_bytes`: most of a tail (what a prefill rank sends last: logits, a hidden state). `checksums`: have every page checked,
+    whether it was allocated or registered; the memory is the host's.
     `most_requests` at a time, beyond which `request` raises `BusyError`. `revoke_timeout`: seconds in which the end of a
     request must be proved before its pages are quarantined. `on_record` is called with the `RequestRecord` of each request that
     is over; the last 1,000 are in `records`.
 
-    Raises `RegionError` when the pool does not lie in the region, `ConfigurationError`, `ClosedError`, `TypeError`. Call it
-    where the engine's event loop runs.
+    Raises `RegionError` when the pool does not lie in the region, `ConfigurationError` (checksums of memory on a
+    GPU), `ClosedError`, `TypeError`, `ValueError`. Call it where the engine's event loop runs.
     """
 
     def __init__(
-        self, engine: Engine, layout: KVLayout, pages: Region, *, tail_bytes: int = 64 << 10, checksums: bool = False,
-        most_requests: int = 4096, revoke_timeout: float = 5.0, on_record: Callable[[RequestRecord], object] | None = None,
+        self, engine: Engine, layout: KVLayout, pages: Region, *, instance: str | None = None, tail_bytes: int = 64 << 10,
+        checksums: bool = False, most_requests: int = 4096, revoke_timeout: float = 5.0,
+        on_record: Callable[[RequestRecord], object] | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
@@ -59,6 +65,8 @@ class Decoder(Role):
         check_pool(pages, layout, checksums)
         self.engine = engine
         self.layout = layout
+        self.named = _checked(instance)  # as prefill ranks are told it
+        self.instance = self.named or f"{engine.incarnation:016x}"
         self.pages = pages
         self.tail_bytes = whole("tail_bytes", tail_bytes)
         self.checksums = checksums
@@ -78,15 +86,16 @@ class Decoder(Role):
     ) -> Handle:  # fmt: skip
         """Pages for one request: `async with` it.
 
-        `peer`: the prefill rank, or all those that this decode rank gets something of (`kv.sources`). `id`: one of its own, and
-        the same at all decode ranks of a request. `page_ids`: from the first token on; of them those before `skip_tokens` (a
+        `peer`: the prefill rank, or all those that this decode rank gets something of (`kv.sources`). `id`: one of its own
+        within the instance, and the same at all of its ranks, which say the same of the request in all but their pages and
+        `timeout`. `page_ids`: from the first token on; of them those before `skip_tokens` (a
         cached prefix) are neither written nor held. `tokens`: of the prompt; None: as many as the pages hold. `priority`:
         higher goes first. `data`: for the prefill application (the prompt, say; with it at most about 1 MiB). All of it, until
         the last page, within `timeout` seconds (None: the engine's).
 
         Raises `TypeError`, `ValueError`, `IndexError`, `BusyError` (a page that another request holds, too many requests),
-        `PeerLostError` or `ClosedError`; entering the block raises what came of asking: `LayoutMismatch`, `RequestRefused`,
-        `TransferTimeout`, `PeerLostError`.
+        `PeerLostError` or `ClosedError`; entering the block raises what came of asking: `LayoutMismatch`, `RequestRefused`
+        (also when the prefill ranks that were named do not bring every layer and head), `TransferTimeout`, `PeerLostError`.
         """
         peers = tuple(peer) if isinstance(peer, list | tuple) else (peer,)
         if not peers or len(set(peers)) != len(peers):
@@ -210,3 +219,13 @@ class Decoder(Role):
 
     def __repr__(self) -> str:
         return f"<Decoder of {self.engine.address}: {len(self._requests)} requests, {int(self._held.sum())} pages held>"
+
+
+def _checked(instance: object) -> str:
+    if instance is None:
+        return ""
+    if not isinstance(instance, str):
+        raise TypeError(f"instance must be a str, not {instance!r}")
+    if not 0 < len(instance) <= wire.MOST_INSTANCE:
+        raise ValueError(f"instance must have 1 to {wire.MOST_INSTANCE} characters, not {len(instance)}")
+    return instance

@@ -16,7 +16,13 @@ class KVRequestError(BrokenError):
 
 
 class RequestRefused(KVRequestError):
-    """The prefill side did not take it. `.reason`: `duplicate` (its id), `busy`, `nothing` (to send), `closed` or `protocol`."""
+    """The request was not taken; nothing of it is delivered.
+
+    `.reason`: `duplicate` (its instance has a request of this id), `mismatch` (another rank of its instance says otherwise of the
+    request), `instance` (another engine is this rank of the instance), `coverage` (the prefill ranks that were named do not
+    bring each layer and head once), `checksums` (the prefill side cannot make them), `busy`, `nothing` (to send), `closed` or
+    `protocol`.
+    """
 
     def __init__(self, message: str, *, reason: str = "", **fields: Any) -> None:
         super().__init__(message, **fields)

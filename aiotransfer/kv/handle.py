@@ -17,7 +17,7 @@ from aiotransfer.errors import ClosedError, PeerLostError, QuarantineError, Tran
 from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.errors import KVRequestError, RequestCancelled, RequestFailed, RequestRefused
 from aiotransfer.kv.layout import KVLayout, LayoutMismatch
-from aiotransfer.kv.plan import TransferPlan, plan_transfer
+from aiotransfer.kv.plan import TransferPlan, coverage, plan_transfer
 from aiotransfer.kv.record import RequestRecord
 from aiotransfer.kv.room import numbers
 from aiotransfer.kv.saga import DECODE, Saga
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.region import RegionView
     from aiotransfer.kv.decoder import Decoder
 
+MOST_BLOCKS = 1 << 40  # of one request: far more than bytes of any
 LOOK_SECONDS = 1.0  # between two looks whether a quarantine is over; that it is over is heard at once
 
 
@@ -161,7 +162,7 @@ class Handle:
             message = wire.Reserve(
                 part.number, order.id, decoder.layout.to_dict(), pool.descriptor.encode(), tail.descriptor.encode(),
                 order.page_ids.tobytes(), order.tokens, order.skip_tokens, counter.imm, order.priority, self._left(),
-                decoder.checksums, order.data,
+                decoder.checksums, order.data, decoder.named,
             )  # fmt: skip
             decoder.room.own(self._send(part.peer, wire.encode(message)))
 
@@ -206,7 +207,17 @@ class Handle:
         except (TypeError, ValueError) as error:
             self._end("failed", RequestFailed(f"the layout of {part.peer} makes no sense here: {error}", id=self.id))
             return
-        if all(p.plan is not None for p in self._parts):
+        plans = [p.plan for p in self._parts if p.plan is not None]
+        if len(plans) < len(self._parts):
+            return
+        lacks = coverage(plans, self._decoder.layout)
+        if lacks:
+            text = f"request {self.id!r} was not entered: of the prefill ranks that were named, {lacks} (kv.sources names them)"
+            self._end("refused", RequestRefused(text, id=self.id, reason="coverage"))
+        elif self._blocks() > MOST_BLOCKS:
+            text = f"request {self.id!r} would take {self._blocks()} writes by the layouts of its prefill ranks"
+            self._end("failed", RequestFailed(text, id=self.id))
+        else:
             self._feed("taken")
 
     # ---- stream ----
@@ -233,12 +244,17 @@ class Handle:
             self._times["last_page"] = time.time()
         except PeerLostError as error:
             self._end("lost", error)
-        except (TransferError, LayoutMismatch) as error:
+        except Exception as error:
             self._end("failed", error)
         else:
             self._feed("counted")
 
     def _check(self) -> None:
+        try:
+            self._tails = tuple(self._tail(part) for part in self._parts)
+        except KVRequestError as error:
+            self._end("wrong", error)
+            return
         if self._decoder.checksums:
             self._counting = self._decoder.room.own(self._check_all())
         else:
@@ -255,7 +271,7 @@ class Handle:
             self._feed("right")
 
     def _check_now(self) -> None:
-        memory = memory_of(self._decoder.pages)
+        memory = memory_of(self._decoder.pages)  # keeps it, should the region be closed meanwhile
         for part in self._parts:
             assert part.plan is not None
             check_sums(part.plan, memory, memory_of(part.tail), self.order.page_ids, self.order, part.peer)
@@ -263,7 +279,7 @@ class Handle:
     def _deliver(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        tails = tuple(self._tail(part) for part in self._parts)
+        tails = self._tails
         found = Arrival(next((tail for tail in tails if tail), b""), tails, self.order.tokens, self.order.skip_tokens)
         self._arrived.set_result(found)
 
@@ -271,6 +287,8 @@ class Handle:
         memory = memory_of(part.tail)
         length, sums = memory[:HEADER_BYTES].view(np.uint64).tolist()
         start = HEADER_BYTES + 8 * sums
+        if start + length > len(memory):
+            raise RequestFailed(f"{part.peer} sent a tail that is longer than its place", id=self.id, peer=str(part.peer.address))
         return memory[start : start + length].tobytes()
 
     async def arrived(self, *, timeout: float | None = None) -> Arrival:
@@ -371,7 +389,7 @@ class Handle:
                 order.skip_tokens, self._blocks() if delivered else 0,
                 sum(plan.nbytes(order.tokens, order.skip_tokens) for plan in plans) if delivered else 0,
                 times["queued"], times.get("reserved"), times.get("first_page"), times.get("last_page"), time.time(), 0,
-                outcome, "" if self._error is None else str(self._error),
+                outcome, "" if self._error is None else str(self._error), self._decoder.instance,
             ),
             self._context,
         )  # fmt: skip

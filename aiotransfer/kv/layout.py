@@ -9,7 +9,7 @@ that.
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -19,6 +19,12 @@ from aiotransfer.model.dtypes import lookup
 ORDERS = ("NHD", "HND")
 KINDS = ("apart", "together", "mla")
 OUTERMOST = ("layers", "pages")
+MOST = {
+    "layers": 1024, "kv_heads": 1 << 12, "head_dim": 1 << 16, "page_tokens": 1 << 20, "num_pages": 1 << 31, "tp": 512, "pp": 512,
+    "tp_rank": 511, "pp_rank": 511, "offset": 1 << 48,
+}  # fmt: skip
+MOST_RANKS = 4096  # of one instance
+MOST_POOL_BYTES = 1 << 60  # every place in a pool fits 64 bits
 
 
 class LayoutMismatch(ValueError):
@@ -69,7 +75,7 @@ class KVLayout:
     or each held by several ranks; where that is otherwise, `layer_range` and `head_range` (first, past the last) say what this
     rank has.
 
-    Raises `TypeError` or `ValueError`, each naming the field.
+    Raises `TypeError` or `ValueError`, each naming the field: each number has a bound (`MOST`), because layouts come from peers.
     """
 
     layers: int
@@ -97,10 +103,12 @@ class KVLayout:
             _whole(name, getattr(self, name), 0)
         for name, known in (("order", ORDERS), ("kind", KINDS), ("outermost", OUTERMOST)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {known}, not {reprlib.repr(getattr(self, name))}")
         if not isinstance(self.dtype, str):
-            raise TypeError(f"dtype must be a name such as 'bfloat16', not {self.dtype!r}")
+            raise TypeError(f"dtype must be a name such as 'bfloat16', not {reprlib.repr(self.dtype)}")
         object.__setattr__(self, "dtype", lookup(self.dtype).name)
+        if self.tp * self.pp > MOST_RANKS:
+            raise ValueError(f"tp * pp must not exceed {MOST_RANKS} ranks: {self.tp} * {self.pp}")
         if self.tp_rank >= self.tp or self.pp_rank >= self.pp:
             raise ValueError(
                 f"tp_rank and pp_rank must lie below tp and pp: {self.tp_rank} of {self.tp}, {self.pp_rank} of {self.pp}"
@@ -116,11 +124,15 @@ class KVLayout:
         elif self.pp > self.layers:
             raise ValueError(f"pp must not exceed the number of layers: {self.pp} ranks for {self.layers}")
         if not isinstance(self.windows, tuple | list) or len(self.windows) not in (0, self.layers):
-            raise ValueError(f"windows must be empty or have one entry for each of {self.layers} layers, not {self.windows!r}")
+            raise ValueError(
+                f"windows must be empty or have one entry for each of {self.layers} layers, not {reprlib.repr(self.windows)}"
+            )
         for window in self.windows:
             if window is not None:
                 _whole("windows", window, 1)
         object.__setattr__(self, "windows", tuple(self.windows))
+        if self.offset + self.pool_bytes > MOST_POOL_BYTES:
+            raise ValueError(f"num_pages: a pool of {self.pool_bytes} bytes is more than there can be")
 
     # ---- what this rank holds ----
 
@@ -137,21 +149,25 @@ class KVLayout:
     @property
     def own_layers(self) -> range:
         """The model's layers that this rank holds."""
-        if self.layer_range is not None:
-            return range(*self.layer_range)
-        each, more = divmod(self.layers, self.pp)
-        first = self.pp_rank * each + min(self.pp_rank, more)
-        return range(first, first + each + (self.pp_rank < more))
+        return self.layers_at(self.pp_rank) if self.layer_range is None else range(*self.layer_range)
 
     @property
     def own_heads(self) -> range:
         """The model's heads that this rank holds. With more ranks than heads several hold the same one."""
-        if self.head_range is not None:
-            return range(*self.head_range)
+        return self.heads_at(self.tp_rank) if self.head_range is None else range(*self.head_range)
+
+    def layers_at(self, pp_rank: int) -> range:
+        """The layers of one pipeline rank of this instance, where layers are divided evenly."""
+        each, more = divmod(self.layers, self.pp)
+        first = pp_rank * each + min(pp_rank, more)
+        return range(first, first + each + (pp_rank < more))
+
+    def heads_at(self, tp_rank: int) -> range:
+        """The heads of one tensor rank of this instance, where heads are divided evenly."""
         if self.replicas > 1 or self.kind == "mla":
-            return range(self.tp_rank // self.replicas, self.tp_rank // self.replicas + 1)
+            return range(tp_rank // self.replicas, tp_rank // self.replicas + 1)
         each = self.kv_heads // self.tp
-        return range(self.tp_rank * each, (self.tp_rank + 1) * each)
+        return range(tp_rank * each, (tp_rank + 1) * each)
 
     @property
     def replicas(self) -> int:
@@ -220,7 +236,7 @@ class KVLayout:
             raise TypeError(f"a layout is a mapping, not {type(values).__name__}")
         for name in values:
             if name not in _FIELDS:
-                raise ValueError(f"a layout has no field {name!r}")
+                raise ValueError(f"a layout has no field {reprlib.repr(name)}")
         try:
             given = dict(values)
             return cls(**given)
@@ -233,15 +249,16 @@ _FIELDS = tuple(field.name for field in fields(KVLayout))
 
 def _whole(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    if not least <= value <= math.inf or value >= 1 << 48:
-        raise ValueError(f"{name} must lie in [{least}, 2**48), not {value}")
+        raise TypeError(f"{name} must be an int, not {reprlib.repr(value)}")
+    most = MOST.get(name, 1 << 48)
+    if not least <= value <= most:
+        raise ValueError(f"{name} must lie in [{least}, {most}], not {value}")
     return value
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise TypeError(f"{name} must be two ints, not {value!r}")
+        raise TypeError(f"{name} must be two ints, not {reprlib.repr(value)}")
     return _whole(name, value[0], 0), _whole(name, value[1], 0)
 
 

@@ -11,7 +11,9 @@ Pure: NumPy, no clock, no engine.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 from aiotransfer.kv.layout import KVLayout, Place, Strides, check_match
 
 Indices = NDArray[np.int64]
-MOST_CACHED = 4096  # tables: as many requests may be under way at a time by one plan without their tables being made again
-MOST_ROWS = 1 << 21  # of all of these: 32 MiB
+MOST_CACHED = 4096  # tables: as many requests may be under way at a time without their tables being made again
+MOST_ROWS = 1 << 21  # of all of these, with the pages they were made from: 32 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +79,17 @@ def pairs(prefill: KVLayout, decode: KVLayout) -> list[tuple[Place, Place]]:
     check_match(prefill, decode)
     if not (prefill.is_regular and decode.is_regular):
         raise ValueError("with layer_range or head_range it is not known what other ranks hold: ask plan_transfer for each pair")
-    found = []
-    for pp, tp in np.ndindex(decode.pp, decode.tp):
-        there = _at(decode, pp, tp)
-        for source_pp, source_tp in np.ndindex(prefill.pp, prefill.tp):
-            here = _at(prefill, source_pp, source_tp)
-            if plan_transfer(here, there).layers:
-                found.append((here.place, there.place))
-    return found
+    layers = [
+        [here for here in range(prefill.pp) if len(_common(prefill.layers_at(here), decode.layers_at(there)))]
+        for there in range(decode.pp)
+    ]
+    heads = [
+        [here for here in range(prefill.tp) if len(_heads_between(prefill, here, decode, there))] for there in range(decode.tp)
+    ]
+    return [
+        (Place(source_pp, source_tp), Place(pp, tp))
+        for pp, tp in np.ndindex(decode.pp, decode.tp) for source_pp in layers[pp] for source_tp in heads[tp]
+    ]  # fmt: skip
 
 
 def sources(prefill: KVLayout, decode: KVLayout) -> list[Place]:
@@ -92,20 +97,87 @@ def sources(prefill: KVLayout, decode: KVLayout) -> list[Place]:
     return [here for here, there in pairs(prefill, decode) if there == decode.place]
 
 
-def _at(layout: KVLayout, pp: int, tp: int) -> KVLayout:
-    values = layout.to_dict() | {"pp_rank": int(pp), "tp_rank": int(tp)}
-    return KVLayout.from_dict(values)
+@dataclass(frozen=True, slots=True)
+class Receivers:
+    """The decode ranks that one prefill rank sends something to: of each of these pipeline ranks, each of these tensor ranks."""
+
+    pp: frozenset[int]
+    tp: frozenset[int]
+
+    def __contains__(self, place: Place) -> bool:
+        return place.pp_rank in self.pp and place.tp_rank in self.tp
+
+    def __len__(self) -> int:
+        return len(self.pp) * len(self.tp)
+
+
+def receivers(prefill: KVLayout, decode: KVLayout) -> Receivers:
+    """Those of the rank of `prefill`, in the instance that the rank of `decode` belongs to.
+
+    Where a layout says by a range what its rank has, that of others is not known: the rank of `decode` alone.
+    """
+    if not (prefill.is_regular and decode.is_regular):
+        return Receivers(frozenset({decode.pp_rank}), frozenset({decode.tp_rank}))
+    return Receivers(
+        frozenset(pp for pp in range(decode.pp) if len(_common(prefill.own_layers, decode.layers_at(pp)))),
+        frozenset(tp for tp in range(decode.tp) if len(_heads_between(prefill, prefill.tp_rank, decode, tp))),
+    )
+
+
+def coverage(plans: Sequence[TransferPlan], decode: KVLayout) -> str:
+    """What these plans together do not bring of this decode rank's cache, or bring more than once, in words; empty: nothing."""
+    own_layers, own_heads = decode.own_layers, decode.own_heads
+    cuts = {own_layers.start, own_layers.stop}
+    for plan in plans:
+        cuts |= {plan.layers.start, plan.layers.stop}
+    edges = sorted(cut for cut in cuts if own_layers.start <= cut <= own_layers.stop)
+    for first, past in itertools.pairwise(edges):  # between two edges every plan has all layers or none
+        where, at = f"layers {first} to {past - 1}", own_heads.start
+        for heads in sorted((plan.heads for plan in plans if first in plan.layers), key=lambda heads: heads.start):
+            if heads.start > at:
+                break
+            if heads.start < at:
+                return f"{where}, heads {heads.start} to {min(at, heads.stop) - 1} come from more than one of them"
+            at = heads.stop
+        if at < own_heads.stop:
+            return f"{where}, heads from {at} on (this rank has {own_heads.start} to {own_heads.stop - 1}) come from none of them"
+    return ""
+
+
+class Tables:
+    """Tables that were made, of any number of plans, within bounds for all of them together: the oldest make room."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._made: dict[tuple[Any, ...], tuple[Indices, Indices]] = {}
+        self._sizes: dict[tuple[Any, ...], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def get(self, key: tuple[Any, ...], pages: int, make: Callable[[], tuple[Indices, Indices]]) -> tuple[Indices, Indices]:
+        """The table of this key, which was made from so many pages."""
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = make()
+            size = self._sizes[key] = len(made[0]) + pages
+            self.rows += size
+            while len(self._made) > MOST_CACHED or (self.rows > MOST_ROWS and len(self._made) > 1):
+                oldest = next(iter(self._made))
+                del self._made[oldest]
+                self.rows -= self._sizes.pop(oldest)
+        return made
 
 
 def plan_transfer(prefill_layout: KVLayout, decode_layout: KVLayout) -> TransferPlan:
     """What goes from this prefill rank to this decode rank. Raises `LayoutMismatch` (of different models)."""
-    return TransferPlan(prefill_layout, decode_layout)
+    return TransferPlan(prefill_layout, decode_layout, Tables())
 
 
 class TransferPlan:
     """What goes from one prefill rank to one decode rank. Made by `plan_transfer`."""
 
-    def __init__(self, prefill: KVLayout, decode: KVLayout) -> None:
+    def __init__(self, prefill: KVLayout, decode: KVLayout, tables: Tables) -> None:
         check_match(prefill, decode)
         self.prefill = prefill
         self.decode = decode
@@ -116,8 +188,7 @@ class TransferPlan:
         self._here = _Side(prefill, prefill.strides, heads.start - prefill.own_heads.start)
         self._there = _Side(decode, decode.strides, heads.start - decode.own_heads.start)
         self._grains: dict[int, _Grain] = {}
-        self._rows = 0
-        self._made: dict[tuple[bytes, bytes, int, int, int], tuple[Indices, Indices]] = {}
+        self._tables = tables
 
     @property
     def heads(self) -> range:
@@ -158,14 +229,8 @@ class TransferPlan:
             for name, pages, layout in (("src_pages", here, self.prefill), ("dst_pages", there, self.decode)):
                 if len(pages) < layout.pages_of(end):
                     raise ValueError(f"{name} has {len(pages)} pages of {layout.page_tokens} tokens: too few for {end} tokens")
-        key = here.tobytes(), there.tobytes(), start, end, grain.tokens
-        made = self._made.get(key)
-        if made is None:
-            made = self._made[key] = self._blocks(here, there, start, end, grain)
-            self._rows += len(made[0])
-            while len(self._made) > MOST_CACHED or (self._rows > MOST_ROWS and len(self._made) > 1):
-                self._rows -= len(self._made.pop(next(iter(self._made)))[0])
-        ours, theirs = made
+        key = self, here.tobytes(), there.tobytes(), start, end, grain.tokens
+        ours, theirs = self._tables.get(key, len(here) + len(there), lambda: self._blocks(here, there, start, end, grain))
         return PageTable(
             ours, theirs, grain.nbytes, grain.nbytes, grain.nbytes,
             self._here.offset(layer) + self._here.first_head * self._here.strides.head,
@@ -279,10 +344,17 @@ def _common(a: range, b: range) -> range:
 
 def _heads(prefill: KVLayout, decode: KVLayout) -> range:
     """The heads that go from this one to that one. Of prefill ranks that hold the same, decode ranks take one in turn."""
-    heads = _common(prefill.own_heads, decode.own_heads)
-    if len(heads) and prefill.replicas > 1 and prefill.tp_rank % prefill.replicas != decode.tp_rank % prefill.replicas:
-        return range(heads.start, heads.start)
-    return heads
+    return _in_turn(_common(prefill.own_heads, decode.own_heads), prefill, prefill.tp_rank, decode.tp_rank)
+
+
+def _heads_between(prefill: KVLayout, here: int, decode: KVLayout, there: int) -> range:
+    """The same for two tensor ranks of two regular layouts."""
+    return _in_turn(_common(prefill.heads_at(here), decode.heads_at(there)), prefill, here, there)
+
+
+def _in_turn(heads: range, prefill: KVLayout, here: int, there: int) -> range:
+    replicas = prefill.replicas
+    return range(heads.start, heads.start) if replicas > 1 and here % replicas != there % replicas else heads
 
 
 def _pages(name: str, pages: ArrayLike, layout: KVLayout) -> Indices:

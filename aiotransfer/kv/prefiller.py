@@ -20,7 +20,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,13 +27,14 @@ import numpy as np
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.errors import BusyError, ClosedError, DescriptorError, TransferError, TransferTimeout
 from aiotransfer.kv import wire
-from aiotransfer.kv.layout import KVLayout, LayoutMismatch, Place
-from aiotransfer.kv.plan import TransferPlan, pairs, plan_transfer
-from aiotransfer.kv.request import PrefillRequest, Target, Write
+from aiotransfer.kv.layout import KVLayout, LayoutMismatch
+from aiotransfer.kv.ledger import OVERHEAD, Ledger, Refusal
+from aiotransfer.kv.plan import Receivers, Tables, TransferPlan, receivers
+from aiotransfer.kv.request import CLASSES, TELL_SECONDS, PrefillRequest, Target, Write
 from aiotransfer.kv.role import Role
 from aiotransfer.kv.room import Room
 from aiotransfer.kv.schedule import Job, Schedule
-from aiotransfer.kv.slots import Slots, check_pool, page_ids_of
+from aiotransfer.kv.slots import HEADER_BYTES, Slots, check_pool, page_ids_of, whole
 from aiotransfer.model.descriptor import RemoteRegion
 
 if TYPE_CHECKING:
@@ -47,64 +47,55 @@ MOST_PLANS = 256  # layouts of decode ranks that are remembered
 BUSY_SECONDS = 0.001  # before a write that the engine had no room for is tried again
 
 
-class _Refusal(Exception):
-    """Why a reservation is not taken."""
-
-    def __init__(self, reason: str, text: str, **fields: Any) -> None:
-        super().__init__(text)
-        self.reason = reason
-        self.fields = fields
-
-
-@dataclass(slots=True, eq=False)
-class _Asked:
-    """What is known of one decode rank."""
-
-    watch: asyncio.Task[Any] | None = None
-    requests: dict[int, PrefillRequest] = field(default_factory=dict)  # by its number for them
-    kept: tuple[RemoteRegion, ...] = ()  # of the latest that was filled: meanwhile what was mapped for them stays so
-
-
 class Prefiller(Role):
     """Sends KV caches out of `pages`, a region that holds the pool of `layout`. One of an engine.
 
-    `most_requests`: how many may be known at a time; more are refused. `peer_bytes`: written to one decode rank at a time, over
-    all requests; `class_bytes`: the same for a priority over all decode ranks. `on_record` and `records` as with `Decoder`.
+    `most_requests`: how many may be known at a time, `reserved_bytes`: what these may take here (prompts, page numbers); beyond
+    either, the decode rank that takes the most makes room for one that takes less, and others are refused. `peer_bytes`: written
+    to one decode rank at a time, over all requests; `class_bytes`: the same for a priority (-128 to 127; those beyond count as
+    the nearest) over all decode ranks. `on_record` and `records` as with `Decoder`.
 
     Raises `RegionError` when the pool does not lie in the region, `ConfigurationError` (a second one), `ClosedError`,
-    `TypeError`.
+    `TypeError`, `ValueError`.
     """
 
     def __init__(
-        self, engine: Engine, layout: KVLayout, pages: Region, *, most_requests: int = 4096, peer_bytes: int = 256 << 20,
-        class_bytes: Mapping[int, int] | None = None, on_record: Callable[[RequestRecord], object] | None = None,
+        self, engine: Engine, layout: KVLayout, pages: Region, *, most_requests: int = 4096,
+        reserved_bytes: int = 256 << 20, peer_bytes: int = 256 << 20, class_bytes: Mapping[int, int] | None = None,
+        on_record: Callable[[RequestRecord], object] | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
         super().__init__(on_record)
         check_pool(pages, layout, False)
+        if class_bytes is not None and (beyond := [priority for priority in class_bytes if priority not in CLASSES]):
+            raise ValueError(f"class_bytes: priorities from {CLASSES.start} to {CLASSES.stop - 1} have a bound, not {beyond[0]}")
         self.engine = engine
         self.layout = layout
         self.pages = pages
-        self.most_requests = most_requests
         self.slots = Slots(engine)
         self.loop = asyncio.get_running_loop()
         self._schedule: Schedule[Write] = Schedule(peer_bytes, class_bytes)
-        self._requests: dict[str, PrefillRequest] = {}
+        self._ledger = Ledger(most_requests, whole("reserved_bytes", reserved_bytes))
         self._offered: list[tuple[int, int, PrefillRequest]] = []
         self._order = itertools.count()
         self._waiters: deque[asyncio.Future[None]] = deque()
-        self._plans: dict[KVLayout, tuple[TransferPlan, frozenset[Place]]] = {}
+        self._plans: dict[KVLayout, tuple[TransferPlan, Receivers]] = {}
+        self._tables = Tables()  # of all of these
         self._withdrawn = 0  # of what is offered: nobody can take it any more
-        self._asked: dict[Peer, _Asked] = {}  # until the peer goes
         self._held_back: Job[Write] | None = None  # the engine had no room for it
         self._closed = False
         self.room = Room.enter(engine, wire.TO_PREFILLER, self)
 
     @property
-    def requests(self) -> dict[str, PrefillRequest]:
-        """Those that are under way, by id."""
-        return dict(self._requests)
+    def requests(self) -> dict[tuple[str, str], PrefillRequest]:
+        """Those that are under way, by their decode instance and id."""
+        return {(request.instance, request.id): request for request in self._ledger.requests.values()}
+
+    @property
+    def most_requests(self) -> int:
+        """How many may be known at a time."""
+        return self._ledger.most_requests
 
     async def accept(self, *, timeout: float | None = None) -> PrefillRequest:
         """The next request: of those that wait, the one with the highest priority, the oldest first.
@@ -150,75 +141,84 @@ class Prefiller(Role):
     def receive(self, peer: Peer, message: wire.ToPrefiller) -> bool:
         """See `Room`."""
         if isinstance(message, wire.Cancel):
-            asked = self._asked.get(peer)
+            asked = self._ledger.asked.get(peer)
             wanted = asked.requests.get(message.number) if asked is not None else None
             if wanted is not None:
                 wanted.cancelled_by(peer, message)
             return True
         try:
             self._reserve(peer, message)
-        except _Refusal as refusal:
-            self.room.tell(peer, wire.Refused(message.number, refusal.reason, str(refusal), **refusal.fields), message.seconds)
+        except Refusal as refusal:
+            self.room.tell(peer, wire.Refused(message.number, refusal.reason, str(refusal), **refusal.fields), TELL_SECONDS)
         return True
 
     def unreadable(self, peer: Peer, number: int, error: DescriptorError) -> bool:
         """See `Room`."""
-        self.room.tell(peer, wire.Refused(number, "protocol", str(error)), self.engine._seconds(None))
+        self.room.tell(peer, wire.Refused(number, "protocol", str(error)), TELL_SECONDS)
         return True
 
     def _reserve(self, peer: Peer, message: wire.Reserve) -> None:
         if self._closed:
-            raise _Refusal("closed", "this prefill rank takes no more requests")
+            raise Refusal("closed", "this prefill rank takes no more requests")
         plan, places = self._plan(message.layout)
-        request = self._requests.get(message.id)
-        if request is None and len(self._requests) >= self.most_requests:
-            raise _Refusal("busy", f"{len(self._requests)} requests are under way, which is the most this prefill rank takes")
-        if request is not None and not request.joins(plan.decode.place, message):
-            raise _Refusal("duplicate", f"request {message.id!r} is under way already")
-        asked = self._asked.get(peer)
+        ledger, place = self._ledger, plan.decode.place
+        key = ledger.key(peer, message, place, places)
+        if message.checksums and self.pages.device != "cpu":
+            raise Refusal("checksums", f"checksums are computed in host memory, and the pages here are on {self.pages.device}")
+        known = ledger.requests.get(key)
+        if known is not None and not known.joins(place):
+            raise Refusal("duplicate", f"request {message.id!r} of this decode instance is under way already")
+        if known is not None and (why := known.differs(plan.decode, message)):
+            raise Refusal("mismatch", f"request {message.id!r} is not what another rank of its instance asked for: {why}")
+        asked = ledger.asked.get(peer)
         if asked is not None and message.number in asked.requests:
-            raise _Refusal("protocol", f"number {message.number} is that of a request which is under way")
-        target = self._target(peer, message, plan)
-        if request is None:
-            request = self._requests[message.id] = PrefillRequest(self, message, places)
-        if asked is None:
-            asked = self._asked[peer] = _Asked()
-            asked.watch = self.room.own(self._await_loss(peer))
-        asked.requests[message.number] = request
+            raise Refusal("protocol", f"number {message.number} is that of a request which is under way")
+        target = self._target(peer, message, plan, OVERHEAD + (len(message.data) if known is None else 0))
+        ledger.make_room(peer, target.nbytes, new=known is None)
+        request = known or PrefillRequest(self, key, message, places)
+        ledger.enter(request, target, lambda peer: self.room.own(self._await_loss(peer)))
         request.add(target)
 
-    def _plan(self, values: dict[str, Any]) -> tuple[TransferPlan, frozenset[Place]]:
+    def _plan(self, values: dict[str, Any]) -> tuple[TransferPlan, Receivers]:
         try:
             layout = KVLayout.from_dict(values)
             known = self._plans.get(layout)
             if known is not None:
                 return known
-            plan = plan_transfer(self.layout, layout)
-            if plan.layers and self.layout.is_regular and layout.is_regular:
-                places = frozenset(there for here, there in pairs(self.layout, layout) if here == self.layout.place)
-            else:
-                places = frozenset({layout.place})
+            plan = TransferPlan(self.layout, layout, self._tables)
         except LayoutMismatch as error:
-            raise _Refusal("layout", str(error), field=error.field, prefill=error.prefill, decode=error.decode) from None
+            raise Refusal("layout", str(error), field=error.field, prefill=error.prefill, decode=error.decode) from None
         except (TypeError, ValueError) as error:
-            raise _Refusal("protocol", f"the layout makes no sense here: {error}") from None
+            raise Refusal("protocol", f"the layout makes no sense here: {error}") from None
         if not plan.layers:
-            raise _Refusal("nothing", f"prefill rank {self.layout.place} has nothing that decode rank {layout.place} holds")
+            raise Refusal(
+                "nothing", f"prefill rank {tuple(self.layout.place)} has nothing that decode rank {tuple(layout.place)} holds"
+            )
         if len(self._plans) >= MOST_PLANS:
             self._plans.pop(next(iter(self._plans)))
-        self._plans[layout] = plan, places
-        return plan, places
+        found = self._plans[layout] = plan, receivers(self.layout, layout)
+        return found
 
-    def _target(self, peer: Peer, message: wire.Reserve, plan: TransferPlan) -> Target:
-        layout = plan.decode
+    def _target(self, peer: Peer, message: wire.Reserve, plan: TransferPlan, nbytes: int) -> Target:
+        """What is to be written where. Everything that a layer or the tail would stumble over later is refused here."""
+        layout, tokens, skip = plan.decode, message.tokens, message.skip_tokens
         try:
             pool, tail = RemoteRegion.decode(message.pages), RemoteRegion.decode(message.tail)
-            ids = page_ids_of(np.frombuffer(message.page_ids, np.int64), layout, message.tokens)
+            ids = page_ids_of(np.frombuffer(message.page_ids, np.int64), layout, tokens)
         except (DescriptorError, IndexError, ValueError) as error:
-            raise _Refusal("protocol", str(error)) from None
-        if pool.nbytes < layout.offset + layout.pool_bytes or pool.incarnation != peer.incarnation != tail.incarnation:
-            raise _Refusal("protocol", "the memory that was offered is not that of the layout, or not of who offers it")
-        return Target(peer, message.number, plan, pool, tail, ids, message.imm)
+            raise Refusal("protocol", str(error)) from None
+        if pool.incarnation != peer.incarnation or tail.incarnation != peer.incarnation:
+            raise Refusal("protocol", "the memory that was offered does not belong to the engine that offers it")
+        if len(ids) > layout.pages_of(tokens):
+            raise Refusal("protocol", f"{tokens} tokens take {layout.pages_of(tokens)} pages, not {len(ids)}")
+        written = ids[skip // layout.page_tokens :]
+        if len(np.unique(written)) != len(written):
+            raise Refusal("protocol", "page_ids names a page twice")
+        sums = 8 * len(ids) * len(plan.layers) if message.checksums else 0
+        if pool.nbytes < layout.offset + layout.pool_bytes or tail.nbytes < HEADER_BYTES + sums:
+            raise Refusal("protocol", "the memory that was offered is less than its layout, or than its checksums, take")
+        nbytes += len(message.page_ids) + len(message.pages) + len(message.tail)
+        return Target(peer, message.number, plan, pool, tail, ids, message.imm, nbytes)
 
     def offer(self, request: PrefillRequest) -> None:
         """All of its decode ranks have asked."""
@@ -227,13 +227,7 @@ class Prefiller(Role):
 
     def forget(self, request: PrefillRequest) -> None:
         """It is over."""
-        if self._requests.get(request.id) is request:
-            del self._requests[request.id]
-        for target in request.targets:
-            asked = self._asked.get(target.peer)
-            if asked is not None:
-                asked.requests.pop(target.number, None)
-                asked.kept = (target.pool, target.tail) if request.delivered else asked.kept
+        self._ledger.leave(request)
 
     def withdraw(self) -> None:
         """One of the offered requests is over. They are taken out when they are the most of those that wait."""
@@ -245,8 +239,7 @@ class Prefiller(Role):
 
     async def _await_loss(self, peer: Peer) -> None:
         await peer.closed()
-        asked = self._asked.pop(peer, _Asked())
-        for request in list(asked.requests.values()):
+        for request in self._ledger.gone(peer):
             request.lost(peer)
 
     # ---- writing ----
@@ -279,7 +272,7 @@ class Prefiller(Role):
             write.request.retries += 1
             self._held_back = job
             self.loop.call_later(BUSY_SECONDS, self._again, job)
-        except (TransferError, ValueError) as error:
+        except Exception as error:  # what a peer offered may be unfit in ways that are found only now
             self._schedule.done(job)
             write.request.ended(write, error)
         else:
@@ -310,7 +303,7 @@ class Prefiller(Role):
     async def aclose(self) -> None:
         """Give up what is under way, tell its decoders, wait until nothing is being written. Twice is silent."""
         self._closed = True
-        ending = [request.abandon("its prefiller was closed") for request in list(self._requests.values())]
+        ending = [request.abandon("its prefiller was closed") for request in list(self._ledger.requests.values())]
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -319,12 +312,9 @@ class Prefiller(Role):
                 await despite_cancels(asyncio.ensure_future(asyncio.wait(ending)))
             await self.room.flush()
         finally:
-            for asked in self._asked.values():
-                if asked.watch is not None:
-                    asked.watch.cancel()
-            self._asked.clear()
+            self._ledger.close()
             self.slots.close()
             await self.room.leave(self)
 
     def __repr__(self) -> str:
-        return f"<Prefiller of {self.engine.address}: {len(self._requests)} requests, {len(self._schedule)} writes wait>"
+        return f"<Prefiller of {self.engine.address}: {len(self._ledger.requests)} requests, {len(self._schedule)} writes wait>"

@@ -15,7 +15,7 @@ class RequestRecord:
     when those had landed here. Prefill side: `queued` when all its decode ranks had asked, `reserved` when the application
     accepted it, `first_page` when the first was posted, `last_page` when the last was acknowledged. `pages` and `nbytes` are of
     the blocks that were written (tails not included), `retries` how often a write had to wait for room in the engine, `path`
-    the provider.
+    the provider, `instance` the decode side's.
     """
 
     id: str
@@ -35,6 +35,7 @@ class RequestRecord:
     retries: int
     outcome: str
     error: str = ""
+    instance: str = ""
 
     @property
     def seconds(self) -> float:

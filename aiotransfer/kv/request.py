@@ -7,8 +7,8 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.errors import PeerLostError, StaleRegionError, TransferTimeout, again
 from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.errors import RequestCancelled, RequestFailed
-from aiotransfer.kv.layout import Place
+from aiotransfer.kv.layout import KVLayout, Place
 from aiotransfer.kv.record import RequestRecord
 from aiotransfer.kv.saga import PREFILL, Saga
 from aiotransfer.kv.schedule import Job
@@ -30,11 +30,16 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import RegionView
     from aiotransfer.engine.transfer import Transfer
-    from aiotransfer.kv.plan import TransferPlan
+    from aiotransfer.kv.plan import Receivers, TransferPlan
     from aiotransfer.kv.prefiller import Prefiller
     from aiotransfer.model.descriptor import RemoteRegion
 
 TELL_SECONDS = 5.0  # that a decode side may take to make room for the news that a request has failed
+GATHER_SECONDS = 600.0  # within which all decode ranks of a request must have asked
+CLASSES = range(-128, 128)  # of priorities that the order of writes tells apart; those beyond count as the nearest
+OF_RANK = ("tp_rank", "pp_rank", "num_pages", "offset", "layer_range", "head_range")  # what ranks of one instance may differ in
+
+Key: TypeAlias = tuple[str | int, str]  # the instance's name, or the incarnation of the peer that is all of one; and the id
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +53,7 @@ class Target:
     tail: RemoteRegion
     page_ids: NDArray[np.int64]
     imm: int
+    nbytes: int  # that its reservation takes here
     sums: dict[int, Any] = field(default_factory=dict)
 
 
@@ -80,12 +86,15 @@ class LayerWrite(NamedTuple):
 class PrefillRequest:
     """A request that was accepted. Made by `Prefiller.accept`; `async with` it: the decode side is told of whatever ends it."""
 
-    def __init__(self, prefiller: Prefiller, message: wire.Reserve, places: frozenset[Place]) -> None:
+    def __init__(self, prefiller: Prefiller, key: Key, message: wire.Reserve, places: Receivers) -> None:
+        self.key = key
         self.id: str = message.id
+        self.instance: str = key[0] if isinstance(key[0], str) else f"{key[0]:016x}"
         self.tokens: int = message.tokens
         self.skip_tokens: int = message.skip_tokens
         self.priority: int = message.priority
         self.data: bytes = message.data
+        self._class = max(CLASSES.start, min(self.priority, CLASSES.stop - 1))
         self.targets: list[Target] = []
         self.retries = 0
         self._prefiller = prefiller
@@ -104,9 +113,10 @@ class PrefillRequest:
         self._timeline: list[LayerWrite] = []
         self._over: asyncio.Future[None] = prefiller.loop.create_future()
         self._idle: asyncio.Future[None] | None = None
-        self._deadline = prefiller.loop.time() + message.seconds
-        self._seconds = message.seconds
-        self._timer = None if message.seconds == math.inf else prefiller.loop.call_later(message.seconds, self._late)
+        self._seconds = min(message.seconds, wire.MOST_SECONDS)
+        self._deadline = prefiller.loop.time() + self._seconds
+        patience = self._seconds if len(places) == 1 else min(self._seconds, GATHER_SECONDS)
+        self._timer = prefiller.loop.call_later(patience, self._late)
         self._thread = threading.get_ident()
         self._error: Exception | None = None
 
@@ -124,11 +134,26 @@ class PrefillRequest:
 
     # ---- reservations ----
 
-    def joins(self, place: Place, message: wire.Reserve) -> bool:
-        """Whether this reservation is that of a further decode rank of this request."""
-        same = (message.tokens, message.skip_tokens, message.checksums) == (self.tokens, self.skip_tokens, self._checksums)
+    def joins(self, place: Place) -> bool:
+        """Whether this decode rank is one that this request still waits for."""
         known = {target.plan.decode.place for target in self.targets}
-        return self._saga.state == "gathering" and same and place in self._places - known
+        return self._saga.state == "gathering" and place in self._places and place not in known
+
+    def differs(self, layout: KVLayout, message: wire.Reserve) -> str:
+        """What a further rank says of this request that the first one did not say, in words; empty: nothing."""
+        first = self.targets[0].plan.decode
+        ours: dict[str, object] = {
+            "tokens": self.tokens, "skip_tokens": self.skip_tokens, "checksums": self._checksums, "priority": self.priority,
+        }  # fmt: skip
+        for name, value in ours.items():
+            if getattr(message, name) != value:
+                return f"{name} was {value}, and is {getattr(message, name)} here"
+        if message.data != self.data:
+            return "its data is not the same"
+        for name in (each.name for each in fields(KVLayout) if each.name not in OF_RANK):
+            if getattr(layout, name) != getattr(first, name):
+                return f"{name} of the layout was {getattr(first, name)}, and is {getattr(layout, name)} here"
+        return ""
 
     def add(self, target: Target) -> None:
         """A decode rank has asked."""
@@ -141,6 +166,9 @@ class PrefillRequest:
 
     def _offer(self) -> None:
         self._times["queued"] = time.time()
+        if len(self._places) > 1:
+            self._timer.cancel()
+            self._timer = self._prefiller.loop.call_later(self._left(), self._late)
         self._prefiller.offer(self)
 
     def accept(self) -> bool:
@@ -321,7 +349,7 @@ class PrefillRequest:
 
     def _add(self, target: Target, write: Write) -> None:
         self._writes[write] = None
-        self._prefiller.submit(Job(self, target.peer, self.priority, write.nbytes, write))
+        self._prefiller.submit(Job(self, target.peer, self._class, write.nbytes, write))
 
     def _tail_write(self, target: Target, body: NDArray[np.uint8]) -> Write:
         sums = np.concatenate([target.sums[layer] for layer in target.plan.layers]) if self._checksums else np.empty(0, np.uint64)
@@ -407,8 +435,7 @@ class PrefillRequest:
                 self._prefiller.room.tell(target.peer, wire.Failed(target.number, why, self._outcome == "late"), TELL_SECONDS)
 
     def _record(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
         self._prefiller.forget(self)
         for slot in self._tails:
             self._prefiller.slots.give(slot)
@@ -419,6 +446,7 @@ class PrefillRequest:
                 self.id, "prefill", tuple(str(target.peer.address) for target in self.targets), path, self.priority, self.tokens,
                 self.skip_tokens, self._blocks, self._nbytes, times["queued"], times.get("reserved"), times.get("first_page"),
                 times.get("last_page"), time.time(), self.retries, self._outcome, "" if self._error is None else str(self._error),
+                self.instance,
             ),
             self._context,
         )  # fmt: skip
@@ -427,8 +455,7 @@ class PrefillRequest:
 
     def abandon(self, why: str) -> asyncio.Future[None]:
         """Give it up; done when nothing of it is being written any more."""
-        for event in ("failed", "late"):  # before it was accepted nobody could fail
-            self._end(event, RequestFailed(f"request {self.id!r} was given up: {why}", id=self.id))
+        self._end("failed", RequestFailed(f"request {self.id!r} was given up: {why}", id=self.id))
         return self._over
 
     async def ended_there(self, *, timeout: float | None = None) -> None:

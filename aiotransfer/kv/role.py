@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.kv.tracing import trace
 
 if TYPE_CHECKING:
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
     from aiotransfer.kv.record import RequestRecord
 
+_logger = logging.getLogger("aiotransfer")
+_limit = RateLimit()
 R = TypeVar("R", bound="Role")
 MOST_RECORDS = 1000
 
@@ -27,9 +31,14 @@ class Role:
     def recorded(self, record: RequestRecord, context: Any) -> None:
         """A request is over; its span belongs to `context`."""
         self.records.append(record)
-        trace(record, context)
-        if self.on_record is not None:
-            self.on_record(record)
+        try:
+            trace(record, context)
+            if self.on_record is not None:
+                self.on_record(record)
+        except Exception as error:  # of the host's code: how a request ends, and what is read next, does not depend on it
+            left_out = _limit.admit("record")
+            if left_out is not None:
+                _logger.error("a record of a request was not taken: %r%s", error, more(left_out), exc_info=error)
 
     async def aclose(self) -> None:
         """End everything."""

@@ -6,8 +6,10 @@ All decoders of an engine share one room, as do its prefillers, so that each mes
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiotransfer.control.patience import Patience
@@ -23,6 +25,7 @@ _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()
 _rooms: dict[tuple[Engine, bytes], Room] = {}  # that somebody is in, of engines that are open
 numbers = itertools.count(1)  # of this process: an answer names its request whatever the engine
+MOST_TOLD = 8192  # messages that wait for one peer to make room: two for each request that it may have under way
 
 
 class Member(Protocol):
@@ -45,7 +48,8 @@ class Room:
         self._mark = mark
         self._members: dict[Member, None] = {}
         self._tasks: dict[asyncio.Task[Any], None] = {}
-        self._telling: dict[asyncio.Task[Any], None] = {}
+        self._telling: dict[asyncio.Task[Any], Peer] = {}
+        self._waiting: Counter[Peer] = Counter()  # how many of these are for whom
         self._reader: asyncio.Task[None] | None = None
 
     @classmethod
@@ -76,7 +80,10 @@ class Room:
     async def _read(self, messages: Any) -> None:
         try:
             async for peer, data in messages:
-                self._receive(peer, data)
+                try:
+                    self._receive(peer, data)
+                except Exception as error:  # of one message: the next one may be another peer's
+                    self._failed(peer, data, error)
         finally:
             self._close()
             await messages.aclose()
@@ -93,6 +100,17 @@ class Room:
             if member.receive(peer, message):
                 return
 
+    def _failed(self, peer: Peer, data: bytes, error: Exception) -> None:
+        """A message was more than this side could bear: say so here and there."""
+        left_out = _limit.admit(f"failed: {type(error).__name__}")
+        if left_out is not None:
+            _logger.error("a message of %s could not be handled: %r%s", peer, error, more(left_out), exc_info=error)
+        number = wire.number(data)
+        answer = DescriptorError(f"the message could not be handled: {type(error).__name__}")
+        if number is not None:
+            with contextlib.suppress(Exception):
+                any(member.unreadable(peer, number, answer) for member in list(self._members))
+
     def _complain(self, peer: Peer, error: Exception) -> None:
         left_out = _limit.admit(type(error).__name__)
         if left_out is not None:
@@ -101,10 +119,22 @@ class Room:
     # ---- sending ----
 
     def tell(self, peer: Peer, message: wire.ToPrefiller | wire.ToDecoder, seconds: float) -> None:
-        """Send as soon as the peer has room, for at most so long. Whoever is gone is not told."""
+        """Send as soon as the peer has room, for at most so long. A peer that is gone is not told.
+
+        Nor is one that has read none of the last `MOST_TOLD` messages: its own deadline tells it.
+        """
+        if self._waiting[peer] >= MOST_TOLD:
+            return
         task = self.own(self._send(peer, wire.encode(message), seconds))
-        self._telling[task] = None
-        task.add_done_callback(self._telling.pop)
+        self._telling[task] = peer
+        self._waiting[peer] += 1
+        task.add_done_callback(self._told)
+
+    def _told(self, task: asyncio.Task[Any]) -> None:
+        peer = self._telling.pop(task)
+        self._waiting[peer] -= 1
+        if not self._waiting[peer]:
+            del self._waiting[peer]
 
     async def _send(self, peer: Peer, data: bytes, seconds: float) -> None:
         try:

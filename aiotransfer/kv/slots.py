@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aiotransfer.errors import ConfigurationError, RegionError
+from aiotransfer.errors import ClosedError, ConfigurationError, RegionError
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -77,10 +77,28 @@ class Slots:
                     region.close()
 
 
+class _Memory:
+    """What NumPy makes an array of, by address. The array keeps it, and it keeps what the memory belongs to."""
+
+    __slots__ = ("__array_interface__", "owner")
+
+    def __init__(self, address: int, nbytes: int, writable: bool, owner: object) -> None:
+        self.owner = owner
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (nbytes,), "data": (address, not writable)}
+
+
 def memory_of(view: RegionView) -> NDArray[np.uint8]:
-    """Its bytes."""
-    array: NDArray[Any] = np.asarray(view._root.numpy())
-    return array.reshape(-1).view(np.uint8)[view._start : view._start + view.nbytes]
+    """Its bytes, of memory that was allocated or registered alike; they stay valid as long as the array lives.
+
+    Raises `ClosedError` when the memory was given back, `RegionError` when it is not host memory.
+    """
+    root = view._root
+    if root._freed:
+        raise ClosedError("the region is closed, and its memory was given back")
+    if root.device != "cpu":
+        raise RegionError(f"memory on {root.device} cannot be read here")
+    memory = _Memory(root._address + view._start, view.nbytes, root._writable, root._keep)
+    return np.asarray(memory)
 
 
 def check_pool(pages: Region, layout: KVLayout, checksums: bool) -> None:

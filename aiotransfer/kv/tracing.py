@@ -24,7 +24,7 @@ def trace(record: RequestRecord, context: Any = None) -> None:
     tracer = api.get_tracer("aiotransfer.kv")
     span = tracer.start_span(f"kv.{record.role}", context=parent, start_time=_ns(record.queued))
     if span.is_recording():
-        for name in ("id", "path", "priority", "tokens", "skip_tokens", "pages", "nbytes", "retries", "outcome"):
+        for name in ("id", "instance", "path", "priority", "tokens", "skip_tokens", "pages", "nbytes", "retries", "outcome"):
             span.set_attribute(f"aiotransfer.kv.{name}", getattr(record, name))
         span.set_attribute("aiotransfer.kv.peers", list(record.peers))
         for name in ("reserved", "first_page", "last_page"):

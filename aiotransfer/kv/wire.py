@@ -9,7 +9,10 @@
 
 There is no message that says "done": the decode side counts. A message begins with a mark that tells it from the application's
 own messages on the same engine and says which side it is for, a version, and the number; what cannot be read raises
-`DescriptorError` and nothing else, and whoever could not read it can still answer.
+`DescriptorError` and nothing else, and the receiver can still answer by the number.
+
+Every number and text of a message has a bound here, and every value a flat type: a message costs its receiver no more than its
+length.
 """
 
 from __future__ import annotations
@@ -21,11 +24,18 @@ import msgspec
 
 from aiotransfer.errors import DescriptorError
 
-VERSION = 1
+VERSION = 2
 TO_PREFILLER, TO_DECODER = b"\x93ATp", b"\x93ATd"
 _HEADER = struct.Struct("<4sBQ")
 MOST_PAGES = 1 << 18  # of one request: what a message of 1 MiB holds
 MOST_ID = 512
+MOST_INSTANCE = 256
+MOST_TOKENS = 1 << 26
+MOST_SECONDS = 86_400.0  # that a prefill side keeps a request, whatever its decode side says
+MOST_TEXT = 2048  # of a reason; the sender cuts it
+MOST_WORD = 64  # of a kind of reason, or the name of a field
+
+Plain: TypeAlias = bool | int | float | str | list[int | None] | None  # flat: nothing is nested in it
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
@@ -36,7 +46,7 @@ class Reserve(_Message, frozen=True, tag=1):
     """Pages wait for the cache of a request."""
 
     id: str
-    layout: dict[str, Any]
+    layout: dict[str, Plain]
     pages: bytes  # the descriptor of the pool
     tail: bytes  # and of the tail's place
     page_ids: bytes  # int64
@@ -47,12 +57,13 @@ class Reserve(_Message, frozen=True, tag=1):
     seconds: float  # that are left
     checksums: bool
     data: bytes
+    instance: str = ""  # that the decode rank belongs to; empty: the sender is all of its instance
 
 
 class Reserved(_Message, frozen=True, tag=2):
     """They will be filled from a cache of this layout."""
 
-    layout: dict[str, Any]
+    layout: dict[str, Plain]
 
 
 class Refused(_Message, frozen=True, tag=3):
@@ -61,8 +72,8 @@ class Refused(_Message, frozen=True, tag=3):
     reason: str
     text: str
     field: str = ""
-    prefill: Any = None
-    decode: Any = None
+    prefill: Plain = None
+    decode: Plain = None
 
 
 class Cancel(_Message, frozen=True, tag=4):
@@ -87,6 +98,8 @@ _to_decoder = msgspec.msgpack.Decoder(ToDecoder)
 def encode(message: ToPrefiller | ToDecoder) -> bytes:
     """For `Peer.send`."""
     mark = TO_PREFILLER if isinstance(message, Reserve | Cancel) else TO_DECODER
+    if isinstance(message, Refused | Failed) and len(message.text) > MOST_TEXT:
+        message = msgspec.structs.replace(message, text=message.text[: MOST_TEXT - 3] + "...")
     return _HEADER.pack(mark, VERSION, message.number) + msgspec.msgpack.encode(message)
 
 
@@ -108,19 +121,35 @@ def decode(data: bytes) -> ToPrefiller | ToDecoder:
     try:
         reader: Any = _to_prefiller if mark == TO_PREFILLER else _to_decoder
         message: ToPrefiller | ToDecoder = reader.decode(data[_HEADER.size :])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise DescriptorError(f"no message of the KV protocol: {error}") from None
+    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
+        raise DescriptorError(f"no message of the KV protocol: {str(error)[:200]}") from None
     if message.number != numbered:
         raise DescriptorError("no message of the KV protocol: two numbers")
     if isinstance(message, Reserve):
         _check(message)
+    elif not _is_short(message):
+        raise DescriptorError("no message of the KV protocol: a text that is too long")
     return message
 
 
 def _check(message: Reserve) -> None:
     wrong = (
-        len(message.id) > MOST_ID or len(message.page_ids) % 8 or len(message.page_ids) > 8 * MOST_PAGES
-        or not 0 <= message.skip_tokens <= message.tokens < 1 << 48 or not 0 <= message.imm < 1 << 32 or not message.seconds >= 0
+        not 0 < len(message.id) <= MOST_ID or len(message.instance) > MOST_INSTANCE
+        or len(message.page_ids) % 8 or len(message.page_ids) > 8 * MOST_PAGES
+        or not 0 <= message.skip_tokens <= message.tokens <= MOST_TOKENS or not 0 <= message.imm < 1 << 32
+        or not -(1 << 31) <= message.priority < 1 << 31 or not message.seconds >= 0
     )  # fmt: skip
     if wrong:
         raise DescriptorError("no message of the KV protocol: a reservation that makes no sense")
+
+
+def _is_short(message: Reserved | Refused | Cancel | Failed) -> bool:
+    match message:
+        case Refused():
+            return len(message.text) <= MOST_TEXT and max(len(message.reason), len(message.field)) <= MOST_WORD
+        case Failed():
+            return len(message.text) <= MOST_TEXT
+        case Cancel():
+            return len(message.reason) <= MOST_WORD
+        case _:
+            return True  # the layout has bounds of its own

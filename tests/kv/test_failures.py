@@ -24,7 +24,7 @@ async def until(condition: Any, seconds: float = 5) -> None:
 
 async def all_is_free(both: Party) -> None:
     """Nothing is left of any request, on either side, and the next one works."""
-    await until(lambda: not both.prefiller._requests and not both.decoder._requests)
+    await until(lambda: not both.prefiller.requests and not both.decoder._requests)
     assert not both.decoder.held
     cache = cache_of(both.prefill.layout, 12, 99)
     serving = asyncio.create_task(both.serve(cache, [0, 1, 2]))
@@ -107,7 +107,7 @@ async def test_what_makes_no_sense_is_refused_before_anything_happens(arguments:
         with pytest.raises(error):
             both.decoder.request(**given)
         assert not both.decoder.held
-        assert not both.prefiller._requests
+        assert not both.prefiller.requests
 
 
 @pytest.mark.parametrize("what", ["memory", "counters"])
@@ -284,7 +284,7 @@ async def test_a_decode_engine_that_closes_ends_its_requests_and_nothing_goes_on
                     await right.aclose()
                     await waiting
             assert handle.state == "free"
-            await until(lambda: not both.prefiller._requests)
+            await until(lambda: not both.prefiller.requests)
 
 
 async def test_a_layer_that_cannot_be_sent_for_a_thread_fails_the_request() -> None:

@@ -27,7 +27,7 @@ async def test_requests_that_are_cancelled_before_anybody_takes_them_do_not_pile
             async with both.decoder.request(both.peer, str(number), [number]):
                 pass
         async with asyncio.timeout(10):
-            while both.prefiller._requests:
+            while both.prefiller.requests:
                 await asyncio.sleep(0.01)
         assert len(both.prefiller._offered) <= 1
         await filled(both, "after", [1, 2, 3])
@@ -40,9 +40,9 @@ async def test_a_cancel_ends_its_own_request_and_no_other() -> None:
         entered = [await handle.__aenter__() for handle in handles]
         await entered[2].__aexit__(None, None, None)
         async with asyncio.timeout(10):
-            while "2" in both.prefiller._requests:
+            while (both.decoder.instance, "2") in both.prefiller.requests:
                 await asyncio.sleep(0.01)
-        assert set(both.prefiller._requests) == {"0", "1", "3", "4", "5"}
+        assert set(both.prefiller.requests) == {(both.decoder.instance, id) for id in ("0", "1", "3", "4", "5")}
         order = [(await both.prefiller.accept(timeout=10)).id for _ in range(5)]
         assert order == ["0", "1", "3", "4", "5"]
         for handle in (*entered[:2], *entered[3:]):
@@ -92,7 +92,7 @@ async def test_what_was_mapped_for_a_decode_rank_stays_so_between_requests() -> 
     async with party(small(), small()) as both:
         await filled(both, "first", [1, 2, 3])
         gc.collect()
-        ((inbound, asked),) = both.prefiller._asked.items()
+        ((inbound, asked),) = both.prefiller._ledger.asked.items()
         assert not asked.requests
         path = inbound.path
         mapped = {number: id(segment) for number, segment in path._maps.items()}  # type: ignore[attr-defined]
@@ -100,4 +100,4 @@ async def test_what_was_mapped_for_a_decode_rank_stays_so_between_requests() -> 
         gc.collect()
         again = {number: id(segment) for number, segment in path._maps.items()}  # type: ignore[attr-defined]
         assert mapped == again != {}
-    assert not both.prefiller._asked
+    assert not both.prefiller._ledger.asked

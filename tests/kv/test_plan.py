@@ -221,7 +221,7 @@ def test_heads_that_are_not_divided_evenly_are_named_by_a_range() -> None:
         pairs(ranks[0], decode)
 
 
-@pytest.mark.parametrize(("tables", "rows", "kept"), [(3, 1 << 20, 3), (100, 10, 2), (100, 1, 1)])
+@pytest.mark.parametrize(("tables", "rows", "kept"), [(3, 1 << 20, 3), (100, 20, 2), (100, 1, 1)])
 def test_tables_that_are_kept_are_bounded_in_number_and_size(
     monkeypatch: pytest.MonkeyPatch, tables: int, rows: int, kept: int
 ) -> None:
@@ -229,8 +229,8 @@ def test_tables_that_are_kept_are_bounded_in_number_and_size(
     monkeypatch.setattr("aiotransfer.kv.plan.MOST_ROWS", rows)
     layout = KVLayout(**MODEL, page_tokens=4, num_pages=8)
     plan = plan_transfer(layout, layout)
-    for page in range(7):  # of 4 rows each
+    for page in range(7):  # of 4 rows each, made from 4 pages
         made = plan.table(0, [page, page + 1], [page, page + 1])
         assert plan.table(1, [page, page + 1], [page, page + 1]).src_pages is made.src_pages
-    assert len(plan._made) == kept
-    assert plan._rows == 4 * kept
+    assert len(plan._tables) == kept
+    assert plan._tables.rows == 8 * kept

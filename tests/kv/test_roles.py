@@ -102,7 +102,7 @@ async def test_a_request_of_two_decode_ranks_is_accepted_when_both_have_asked() 
         ranks = [rank(engine, small(tp=2, tp_rank=i)) for i, engine in enumerate((a, b))]
         cache = cache_of(here.layout, 9)
         async with kv.Prefiller(source, here.layout, here.region) as prefiller:
-            decoders = [kv.Decoder(one.engine, one.layout, one.region) for one in ranks]
+            decoders = [kv.Decoder(one.engine, one.layout, one.region, instance="decode 1") for one in ranks]
             peers = [await one.engine.connect(source.address, timeout=10) for one in ranks]
 
             async def decode(i: int) -> None:
@@ -115,6 +115,7 @@ async def test_a_request_of_two_decode_ranks_is_accepted_when_both_have_asked() 
                 await prefiller.accept(timeout=0.1)
             second = asyncio.create_task(decode(1))
             async with await prefiller.accept(timeout=10) as request:
+                assert (request.instance, request.id) == ("decode 1", "a")
                 here.fill([0, 1, 2], cache, 9)
                 request.use([0, 1, 2])
                 for layer in request.layers:

@@ -22,18 +22,19 @@ LAYOUTS = st.dictionaries(st.text(max_size=12), VALUES, max_size=6)
 
 @st.composite
 def reservations(draw: st.DrawFn) -> wire.Reserve:
-    tokens = draw(st.integers(0, 2**48 - 1))
+    tokens = draw(st.integers(0, wire.MOST_TOKENS))
     return wire.Reserve(
-        draw(NUMBERS), draw(st.text(max_size=wire.MOST_ID)), draw(LAYOUTS), draw(st.binary(max_size=80)),
+        draw(NUMBERS), draw(st.text(min_size=1, max_size=wire.MOST_ID)), draw(LAYOUTS), draw(st.binary(max_size=80)),
         draw(st.binary(max_size=80)), bytes(8 * draw(st.integers(0, 20))), tokens, draw(st.integers(0, tokens)),
         draw(st.integers(0, 2**32 - 1)), draw(st.integers(-(2**31), 2**31 - 1)),
         draw(st.floats(0, 1e9) | st.just(math.inf)), draw(st.booleans()), draw(st.binary(max_size=100)),
+        draw(st.text(max_size=wire.MOST_INSTANCE)),
     )  # fmt: skip
 
 
 MESSAGES = st.one_of(
     reservations(),
-    st.builds(wire.Reserved, NUMBERS, LAYOUTS),
+    st.builds(wire.Reserved, NUMBERS, LAYOUTS),  # flat values, see `wire.Plain`
     st.builds(wire.Refused, NUMBERS, TEXT, TEXT, TEXT, VALUES, VALUES),
     st.builds(wire.Cancel, NUMBERS, TEXT),
     st.builds(wire.Failed, NUMBERS, TEXT, st.booleans()),
@@ -101,6 +102,45 @@ def test_values_of_any_types_in_the_place_of_fields_are_a_message_or_a_descripto
     parse(struct.pack("<4sBQ", mark, wire.VERSION, 1) + msgspec.msgpack.encode([tag, 1, *values]))
 
 
+@pytest.mark.parametrize(
+    "value",
+    [[[1]], [["deep"]], {"a": 1}, ["text"], [1.5], b"bytes"],
+    ids=["a list in a list", "a text in that", "a mapping", "a text in a list", "a fraction in a list", "bytes"],
+)
+@pytest.mark.parametrize("tag", [1, 2, 3])
+def test_what_is_nested_or_of_another_kind_in_a_flat_value_is_refused(tag: int, value: Any) -> None:
+    layout = {"layers": value}
+    number, id, _, *rest = msgspec.structs.astuple(RESERVE)
+    body = {1: [number, id, layout, *rest], 2: [7, layout], 3: [7, "layout", "text", "layers", value, None]}[tag]
+    mark = wire.TO_PREFILLER if tag == 1 else wire.TO_DECODER
+    data = struct.pack("<4sBQ", mark, wire.VERSION, 7) + msgspec.msgpack.encode([tag, *body])
+    with pytest.raises(DescriptorError, match="no message of the KV protocol: "):
+        wire.decode(data)
+
+
+@pytest.mark.parametrize("mark", [wire.TO_PREFILLER, wire.TO_DECODER])
+@pytest.mark.parametrize("place", range(1, 14))
+def test_a_value_of_ten_thousand_levels_is_refused_wherever_it_stands(mark: bytes, place: int) -> None:
+    good = msgspec.msgpack.encode(7)
+    deep = b"\x91" * 10_000 + b"\x90"
+    for tag in range(1, 6):
+        body = b"\xdc\x00\x0f" + msgspec.msgpack.encode(tag) + good * (place - 1) + deep + good * (14 - place)
+        assert parse(struct.pack("<4sBQ", mark, wire.VERSION, 7) + body) is None
+        keyed = b"\x81" + msgspec.msgpack.encode("layers") + deep
+        body = b"\xdc\x00\x0f" + msgspec.msgpack.encode(tag) + good * (place - 1) + keyed + good * (14 - place)
+        assert parse(struct.pack("<4sBQ", mark, wire.VERSION, 7) + body) is None
+
+
+@pytest.mark.parametrize("make", [lambda text: wire.Refused(7, "busy", text), lambda text: wire.Failed(7, text)])
+def test_a_long_text_is_cut_by_its_sender_and_refused_by_its_receiver(make: Any) -> None:
+    sent = wire.decode(wire.encode(make("x" * 100_000)))
+    assert isinstance(sent, wire.Refused | wire.Failed)
+    assert len(sent.text) == wire.MOST_TEXT
+    with pytest.raises(DescriptorError, match="too long"):
+        body = msgspec.msgpack.encode(make("x" * (wire.MOST_TEXT + 1)))
+        wire.decode(struct.pack("<4sBQ", wire.TO_DECODER, wire.VERSION, 7) + body)
+
+
 @given(MESSAGES)
 def test_a_message_cut_short_is_none(message: Any) -> None:
     data = wire.encode(message)
@@ -134,9 +174,10 @@ def test_two_numbers_are_refused() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {"id": "x" * (wire.MOST_ID + 1)}, {"page_ids": bytes(7)}, {"page_ids": bytes(8 * wire.MOST_PAGES + 8)}, {"tokens": -1},
-        {"tokens": 1 << 48}, {"skip_tokens": -1}, {"skip_tokens": 21}, {"imm": -1}, {"imm": 1 << 32}, {"seconds": -0.5},
-        {"seconds": math.nan}, {"seconds": -math.inf},
+        {"id": "x" * (wire.MOST_ID + 1)}, {"id": ""}, {"instance": "x" * (wire.MOST_INSTANCE + 1)}, {"priority": 1 << 31},
+        {"priority": -(1 << 31) - 1}, {"page_ids": bytes(7)}, {"page_ids": bytes(8 * wire.MOST_PAGES + 8)}, {"tokens": -1},
+        {"tokens": wire.MOST_TOKENS + 1}, {"skip_tokens": -1}, {"skip_tokens": 21}, {"imm": -1}, {"imm": 1 << 32},
+        {"seconds": -0.5}, {"seconds": math.nan}, {"seconds": -math.inf},
     ],
     ids=lambda other: next(iter(other)),
 )  # fmt: skip
@@ -147,8 +188,11 @@ def test_a_reservation_that_makes_no_sense_is_refused(other: dict[str, Any]) -> 
 
 @pytest.mark.parametrize(
     "other",
-    [{"page_ids": bytes(8 * wire.MOST_PAGES)}, {"seconds": math.inf}, {"tokens": (1 << 48) - 1}],
-    ids=["pages", "seconds", "tokens"],
-)
+    [
+        {"page_ids": bytes(8 * wire.MOST_PAGES)}, {"seconds": math.inf}, {"tokens": wire.MOST_TOKENS}, {"id": "x" * wire.MOST_ID},
+        {"instance": "x" * wire.MOST_INSTANCE}, {"priority": -(1 << 31)},
+    ],
+    ids=lambda other: next(iter(other)),
+)  # fmt: skip
 def test_the_bounds_of_a_reservation_lie_within(other: dict[str, Any]) -> None:
     assert wire.decode(replaced(RESERVE, **other)) == msgspec.structs.replace(RESERVE, **other)

@@ -289,7 +289,7 @@ class Run:
             self.struck.update(record.outcome for record in decode.decoder.records)
             await decode.decoder.aclose()
         for prefill in self.prefills:
-            assert not prefill.prefiller._requests, "leak: the prefill side remembers a request"
+            assert not prefill.prefiller.requests, "leak: the prefill side remembers a request"
             assert len(prefill.free) == 256, "leak: pages of the prefill side"
             prefill.accepting.cancel()
             for task in prefill.tasks:
