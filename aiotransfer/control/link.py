@@ -8,6 +8,7 @@ A conversation may outlive its connection (see `line`): then the link is dropped
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -248,6 +249,14 @@ class Link(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
         self._finish(None)
+
+    def abandon(self) -> None:
+        """The loop is closed: the socket is closed without it, and neither side is told why."""
+        self.mute()
+        self._ended = self._closing = True
+        transport, self._transport, self._socket = self._transport, None, None
+        with contextlib.suppress(Exception):  # asyncio has a callback of the loop do it; uvloop's transports are closed already
+            transport._call_connection_lost(None)  # type: ignore[union-attr]
 
     def _write(self, data: bytes) -> None:
         if data and self._transport is not None and not self._transport.is_closing():

@@ -10,6 +10,7 @@ An engine that is reached by several NICs listens on an address of each, so that
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 
@@ -127,3 +128,12 @@ class Listener:
         for link in list(self._strangers):
             link.abort()
         await asyncio.sleep(0)
+
+    def abandon(self) -> None:
+        """The loop is closed: sockets are closed without it."""
+        servers, self._servers = self._servers, []
+        for server in servers:
+            with contextlib.suppress(RuntimeError):  # uvloop's: it has closed them itself
+                server.close()
+        for link in list(self._strangers):
+            link.abandon()

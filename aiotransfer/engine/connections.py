@@ -333,6 +333,13 @@ class Connections:
         self._mirrors.clear()
         self.arrivals.put_nowait(None)
 
+    def abandon(self) -> None:
+        """The loop is closed: sockets are closed without it."""
+        if self._listener is not None:
+            self._listener.abandon()
+        for link in (*(peer._link for peer in self.peers.values()), *self._mirrors.values()):
+            link.abandon()
+
 
 def _goodbye(peer: Peer, reason: str) -> TransferError:
     from aiotransfer.errors import PeerLostError

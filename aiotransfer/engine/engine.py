@@ -24,6 +24,7 @@ from aiotransfer.engine.base import seconds
 from aiotransfer.engine.connections import Connections
 from aiotransfer.engine.counter import Counter
 from aiotransfer.engine.display import engine_html, engine_text
+from aiotransfer.engine.ending import close, finish, take_apart
 from aiotransfer.engine.group import Groups, PeerGroup
 from aiotransfer.engine.liveness import Liveness
 from aiotransfer.engine.mailbox import Mailbox
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
 MOST_REASONS = 4096  # of revocations, kept for errors
 FIRST_FREE_IMM = RESERVED - 1
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-_leaked: list[Region] = []  # memory that a stopped peer may still write into, kept for the life of the process
 
 
 class Engine(Planner):
@@ -130,7 +130,7 @@ class Engine(Planner):
         self._mailbox = Mailbox(self._loop)
         self._publications = Publications(self)
         self._sweeper = Sweeper(self)
-        self._closed_event: asyncio.Future[None] | None = None
+        self._closer: asyncio.Task[None] | None = None
         self._limit = RateLimit()
         try:
             self._providers, self.missing = open_providers(
@@ -399,86 +399,27 @@ class Engine(Planner):
     async def aclose(self) -> None:
         """Refuse new work, retire what is posted, say goodbye, free everything. In any state; twice is silent.
 
-        Memory that a stopped peer may still write into is leaked and reported, never unmapped or reused.
+        Memory that a stopped peer may still write into is leaked and reported, never unmapped or reused. On another loop than its
+        own it raises `RuntimeError`, or where its own is closed, ends without a word to peers, with a `RuntimeWarning`.
         """
-        if self._state in ("new", "closed"):
+        if self._state in ("new", "closed") or not self._lane.usable:  # the latter: a forked child
             self._state = "closed"
             return
-        if not self._lane.usable:  # a forked child
-            self._state = "closed"
+        if self._loop.is_closed():
+            take_apart(self)
             return
-        if self._closed_event is not None:
-            await asyncio.shield(self._closed_event)
-            return
-        self._closed_event = self._loop.create_future()
-        self._state = "closing"
-        closer = self._loop.create_task(self._close())
+        if asyncio._get_running_loop() is not self._loop:
+            raise RuntimeError("an engine is closed on its own event loop, which is still open")
+        if self._closer is None:
+            self._closer = self._loop.create_task(close(self))
+            self._closer.add_done_callback(lambda _: finish(self))  # cancelled before it began
+            self._state = "closing"
         try:
-            await asyncio.shield(closer)
+            await asyncio.shield(self._closer)
         except asyncio.CancelledError:
-            await despite_cancels(closer)
+            await despite_cancels(self._closer)
+            finish(self)
             raise
-
-    async def _close(self) -> None:
-        lib = native.lib
-        try:
-            native.lib.at_lane_shut(self._p)
-            for task in list(self._tasks):
-                task.cancel()
-            for watcher in list(self._watchers.values()):
-                watcher.close()
-            self._groups.close()
-            for cookie in self._ledger.shut():
-                lib.at_cancel(self._p, cookie, lib.AT_ESHUT)
-            deadline = self._loop.time() + self.config.drain_timeout
-            self._progress.poll()
-            while len(self._ledger) and self._loop.time() < deadline:
-                await asyncio.sleep(0.002)
-                self._progress.poll()
-            for counter in list(self._counters.values()):
-                counter.close()
-            self._publications.close()
-            await self._connections.close()
-            for handle in self._handles:
-                await handle._close()
-            self._progress.poll()
-            await self._release_memory()
-            for provider in self._providers.values():
-                await provider.settle()
-        finally:
-            self._liveness.close()
-            self._sweeper.close()
-            self._tell_left_out()
-            self._mailbox.close()
-            self._quarantine.close()
-            for provider in self._providers.values():
-                provider.close()
-            self._progress.close()
-            self._state = "closed"
-            self._p = native.ffi.NULL  # which the lane refuses: late calls find nothing freed
-            self._lane.free()
-            if self._closed_event is not None and not self._closed_event.done():
-                self._closed_event.set_result(None)
-
-    async def _release_memory(self) -> None:
-        for region in list(self._regions.values()):
-            region._keepers = 0
-            if not region._closed:
-                region.close()
-            elif not region._freed:
-                region._end()
-        deadline = self._loop.time() + self.config.drain_timeout
-        held = [region for region in self._regions.values() if not region._settle()]
-        while held and self._loop.time() < deadline:  # a peer that was inside a chunk leaves it soon
-            await asyncio.sleep(0.001)
-            self._progress.poll()
-            held = [region for region in held if not region._settle()]
-        leaked = sum(region.nbytes for region in held)
-        if leaked:
-            _leaked.extend(held)
-            warnings.warn(
-                f"{leaked} bytes stay allocated: a stopped peer may still write into them", ResourceWarning, stacklevel=2
-            )
 
     async def __aenter__(self) -> Engine:
         return self if self._state == "open" else await self._open()
@@ -489,7 +430,7 @@ class Engine(Planner):
         await self.aclose()
 
     def __del__(self) -> None:
-        if getattr(self, "_state", "closed") not in ("new", "closed") and self._lane.usable:
+        if getattr(self, "_state", "closed") not in ("new", "closed") and not self._lane.forked:
             text = f"{self.name!r}: an open engine was dropped; use `async with` or aclose()"
             warnings.warn(text, ResourceWarning, stacklevel=2)
 

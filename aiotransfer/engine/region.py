@@ -132,7 +132,7 @@ class Region(RegionView):
         staging: Staging | None = None,
     ) -> None:
         self._engine = engine
-        self._number = engine._lane.add_region(address, nbytes)
+        self._number = engine._lane.add_region(address, nbytes, keep)
         self._id = self._number if staging is None else UNSTAGED
         self._staging = staging
         self._dma_buf: tuple[int, int] | None = None  # of memory on a GPU that is not staged: a descriptor, and where it begins
@@ -286,6 +286,7 @@ class Region(RegionView):
         if self._leases:
             return False
         self._freed = True
+        lane.release_region(self._number)
         engine._quarantine.discard(self)
         if self._staging is not None:
             self._staging.close()

@@ -176,8 +176,9 @@ class FdChannel:
         if self._closed:
             return
         self._closed = True
-        self._loop.remove_reader(self._sock.fileno())
-        self._loop.remove_writer(self._sock.fileno())
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self._sock.fileno())
+            self._loop.remove_writer(self._sock.fileno())
         while self._unsent:
             close_all(self._unsent.popleft()[1])
         self._sock.close()
@@ -292,7 +293,8 @@ class FdListener:
     def close(self) -> None:
         """Stop accepting. Twice is silent."""
         if self._sock.fileno() >= 0:
-            self._loop.remove_reader(self._sock.fileno())
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
         if self._retry is not None:
             self._retry.cancel()

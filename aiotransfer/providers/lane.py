@@ -10,12 +10,14 @@ import collections
 import errno
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from aiotransfer.config import Config
 from aiotransfer.errors import SHORTAGES, BusyError, InternalError, RegistrationError, shortage
 from aiotransfer.providers import native
+from aiotransfer.providers.holdings import Holdings
 
 ACCESS = {"write": 1, "read": 2, "both": 3}
 _REFUSED = "memfd_create, eventfd and epoll must be permitted here (a seccomp filter?)"
@@ -25,16 +27,6 @@ _OF_MEMORY = {
     errno.EAGAIN: "raise `ulimit -l`: this process locks all its memory (mlockall)",
 }
 THREAD_INLINE = 64 << 10  # progress="thread": what is still copied inside the call
-
-_forks = 0  # how often this process was forked off another: a lane of before belongs to the parent
-
-
-def _forked() -> None:
-    global _forks
-    _forks += 1
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 class Event(NamedTuple):
@@ -47,9 +39,11 @@ class Event(NamedTuple):
 
 
 class Lane:
-    """Owns the C lane; `free` once, after all paths are closed."""
+    """The C lane, with what it uses (`holdings`); `free` once, after all paths are closed. A forgotten one is ended like that."""
 
-    __slots__ = ("_dropped", "_thread", "cpus_for", "events", "fd", "forks", "pointer", "waiting")
+    __slots__ = (
+        "__weakref__", "_closing", "_dropped", "_husk", "_thread", "cpus_for", "events", "fd", "holdings", "pointer", "waiting"
+    )  # fmt: skip
 
     def __init__(self, incarnation: int, config: Config, *, progress: str = "auto", threadless: bool = False) -> None:
         native.require()
@@ -70,24 +64,36 @@ class Lane:
                 f"no engine can be opened: {os.strerror(number)}", code=(number, os.strerror(number)), hint=_REFUSED
             )
         self.pointer: Any = pointer
+        self.holdings = Holdings(pointer, config.drain_timeout)
+        self._husk = self.holdings.husk
+        weakref.finalize(self, self.holdings.end).atexit = False  # at exit it is told all together
         self.events: Any = native.lib.at_lane_events(pointer)
         self.fd: int = native.lib.at_lane_fd(pointer)
-        self.forks = _forks
         self.waiting: dict[int, Callable[[], None]] = {}  # by peer: for news of its connection
         self.cpus_for: Callable[[str], Sequence[int]] | None = None  # by the name of a NIC; empty: any
         self._thread = threading.get_ident()
         self._dropped: collections.deque[int] = collections.deque()  # remote regions whose last user was another thread's
+        self._closing: list[int] = []  # remote regions that operations still used when they were closed
 
-    def free(self) -> None:
-        """Destroy the lane. Later calls through this object do nothing."""
-        pointer, self.pointer = self.pointer, None  # first: nobody begins anything while it is freed
-        if pointer is not None and self.forks == _forks:
-            native.lib.at_lane_free(pointer)
+    def quiet(self) -> bool:
+        """Refuse all work. Have the lane's threads left, and is no peer inside a write? Does not wait."""
+        return not self.usable or self.holdings.stop(0.0) == (True, 0)
+
+    def free(self, seconds: float | None = None) -> None:
+        """Destroy the lane, after so many seconds at most (None: `drain_timeout`). What it uses is let go, or kept for ever with
+        a warning. Later calls through this object do nothing."""
+        self.pointer = None  # first: nobody begins anything while it is freed
+        self.holdings.end(seconds)
 
     @property
     def usable(self) -> bool:
         """False once freed, and in a forked child."""
-        return self.pointer is not None and self.forks == _forks
+        return self.holdings.usable
+
+    @property
+    def forked(self) -> bool:
+        """It is of a parent of this process."""
+        return self.holdings.forked
 
     def poll(self) -> list[Event]:
         """Drain up to one batch of events; starts a new loop turn."""
@@ -107,8 +113,8 @@ class Lane:
         if self.cpus_for is not None and (cpus := self.cpus_for(nic)):
             native.lib.at_fab_pin(self.pointer, rail, cpus, len(cpus))
 
-    def add_region(self, address: int, nbytes: int) -> int:
-        """Register local memory; the caller keeps it alive until `close_region` says so."""
+    def add_region(self, address: int, nbytes: int, keep: object = None) -> int:
+        """Register local memory. `keep` is what keeps it alive, until `release_region`."""
         region = native.lib.at_region_add(self.pointer, native.ffi.cast("void *", address), nbytes)
         if region < 0:
             raise RegistrationError(
@@ -116,7 +122,12 @@ class Lane:
                 code=(errno.ENOMEM, os.strerror(errno.ENOMEM)),
                 hint=SHORTAGES[errno.ENOMEM],
             )
+        self.holdings.hold("region", int(region), keep)
         return int(region)
+
+    def release_region(self, region: int) -> None:
+        """Nothing of ours or of a peer's touches the memory any more."""
+        self.holdings.drop("region", region)
 
     def region_on_device(self, region: int, cuda: int, dma_buf: tuple[int, int] | None) -> None:
         """It is memory of this GPU; `dma_buf` is a descriptor, which stays the caller's, and where what it stands for begins."""
@@ -160,6 +171,10 @@ class Lane:
         self._close_dropped()
         return int(native.lib.at_remote_add(self.pointer, peer, base, va, nbytes, access, slot, epoch))
 
+    def hold_remote(self, remote: int, mapping: object) -> None:
+        """`mapping` keeps the memory of a remote region mapped, until the region is closed and no operation uses it."""
+        self.holdings.hold("remote", remote, mapping)
+
     def close_remote(self, remote: int) -> None:
         """Forget a remote region; the lane waits for operations that still use it.
 
@@ -170,7 +185,15 @@ class Lane:
 
     def _close_dropped(self) -> None:
         while self._dropped and self.usable:
-            native.lib.at_remote_close(self.pointer, self._dropped.popleft())
+            self._closing.append(self._dropped.popleft())
+        if self._closing and self.usable:
+            self._closing = [remote for remote in self._closing if not self._closed(remote)]
+
+    def _closed(self, remote: int) -> bool:
+        if native.lib.at_remote_close(self.pointer, remote) > 0:
+            return False
+        self.holdings.drop("remote", remote)
+        return True
 
     def statistics(self) -> dict[str, int]:
         """The lane's counters by name."""
@@ -194,9 +217,8 @@ class Segment:
         self.address = address
         self.nbytes = nbytes
         self.fd = fd
-        pointer = native.ffi.gc(
-            native.ffi.cast("uint8_t *", address), lambda p: native.lib.at_segment_unmap(p, nbytes), nbytes
-        )
+        unmap = native.lib.at_segment_unmap  # here: at the end of the interpreter modules are gone before memory is
+        pointer = native.ffi.gc(native.ffi.cast("uint8_t *", address), lambda p: unmap(p, nbytes), nbytes)
         self.buffer: Any = native.ffi.buffer(pointer, nbytes)
 
     @classmethod

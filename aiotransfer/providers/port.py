@@ -80,6 +80,8 @@ class Binding:
         self.engine: object = None
         self.grant: Any = None
         self._keep = keep  # the mapping beneath it
+        if keep is not None:
+            lane.hold_remote(remote, keep)
         self.address = address  # where the memory is mapped in this process; 0: it is not
         path.bindings.add(self)
 

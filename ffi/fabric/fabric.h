@@ -232,7 +232,7 @@ struct at_fab {
     pthread_t thread;
     at_cpus cpus; /* of the thread */
     int kick_fd;
-    _Atomic int started, stop;
+    _Atomic int started, stop, running;
     _Atomic uint64_t turned; /* when the loop or a post made progress last */
     _Atomic uint64_t last; /* when the loop came round last */
     _Atomic int left;      /* the loop has left off before the queue was armed, and comes again: nobody may sleep on it */
@@ -326,6 +326,7 @@ void at_fab_answer(at_peer *peer, int from_loop);
 void at_fab_progress(at_rail *rail, int turn); /* AT_TURN_* */
 int at_fab_drain(at_fab *fab); /* with the turn only: hand out all that has completed; how much that was */
 int at_fab_thread_start(at_fab *fab); /* AT_OK or AT_EIO: nobody would answer letters while the loop is blocked */
+int at_fab_stop(at_rail *rail, uint64_t until);
 void at_fab_thread_stop(at_fab *fab);
 void at_fab_drain_now(at_rail *rail);
 void at_fab_kick(at_fab *fab);

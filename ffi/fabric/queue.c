@@ -186,7 +186,7 @@ int at_fab_drain(at_fab *fab) {
 void at_fab_drain_now(at_rail *rail) {
     at_fab *fab = (at_fab *)rail;
     (void)pthread_mutex_lock(&fab->turn);
-    (void)at_fab_drain(fab);
+    if (!atomic_load(&fab->stop)) (void)at_fab_drain(fab);
     (void)pthread_mutex_unlock(&fab->turn);
 }
 
@@ -309,6 +309,10 @@ void at_fab_progress(at_rail *rail, int turn) {
         if (pthread_mutex_trylock(&fab->turn) != 0) return;
         atomic_store(&fab->missed, 0);
     }
+    if (atomic_load(&fab->stop)) { /* its library may be at its own end already */
+        (void)pthread_mutex_unlock(&fab->turn);
+        return;
+    }
     int armed = turn_over(fab, progress(fab, turn));
     uint64_t now = at_now();
     atomic_store(&fab->turned, now);
@@ -395,6 +399,7 @@ static void *thread_main(void *argument) {
     at_fab *fab = argument;
     if (is_dedicated(fab)) do_all(fab);
     else stand_in(fab);
+    atomic_store(&fab->running, 0);
     return NULL;
 }
 
@@ -406,10 +411,12 @@ int at_fab_thread_start(at_fab *fab) {
         sigset_t all, before;
         sigfillset(&all);
         fab->started = 1;
+        atomic_store(&fab->running, 1);
         atomic_store(&fab->last, at_now());
         pthread_sigmask(SIG_SETMASK, &all, &before); /* signals belong to Python's main thread */
         error = pthread_create(&fab->thread, NULL, thread_main, fab);
-        if (error != 0) fab->started = 0;
+        if (error != 0) atomic_store(&fab->started, 0);
+        if (error != 0) atomic_store(&fab->running, 0);
         else (void)pthread_setname_np(fab->thread, "aiotransfer~");
         if (error == 0) at_cpus_give(&fab->cpus, fab->thread);
         pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -427,6 +434,19 @@ int at_fab_pin(at_lane *lane, at_fab *fab, const int32_t *cpus, uint32_t count) 
     if (fab->started) at_cpus_give(&fab->cpus, fab->thread);
     at_unlock(lane);
     return AT_OK;
+}
+
+/* Its thread has left, and so has whoever else made progress; nobody begins again. */
+int at_fab_stop(at_rail *rail, uint64_t until) {
+    at_fab *fab = (at_fab *)rail;
+    atomic_store(&fab->stop, 1);
+    at_fab_kick(fab);
+    while (atomic_load(&fab->running) || pthread_mutex_trylock(&fab->turn) != 0) {
+        if (at_now() >= until) return 0;
+        nap(NAP_LEAST);
+    }
+    (void)pthread_mutex_unlock(&fab->turn);
+    return 1;
 }
 
 void at_fab_thread_stop(at_fab *fab) {

@@ -47,7 +47,7 @@ int at_fab_prepare(at_fab *fab, at_lane *lane, const at_fab_driver *driver) {
     fab->fd = -1;
     fab->news_fd = -1;
     fab->kick_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    fab->rail = (at_rail){.lane = lane, .name = "fabric", .progress = at_fab_progress, .leave = leave, .destroy = destroy,
+    fab->rail = (at_rail){.lane = lane, .name = "fabric", .progress = at_fab_progress, .stop = at_fab_stop, .leave = leave, .destroy = destroy,
                           .drain = at_fab_drain_now, .grant_over = at_fab_grant_over, .region_over = at_fab_region_over};
     if (fab->kick_fd >= 0) return AT_OK;
     at_fab_say("no descriptor to wake its thread by: %s", strerror(EMFILE));

@@ -88,7 +88,13 @@ typedef struct {
 
 /* Copies config. Returns NULL with errno on failure. */
 at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config);
-/* Refuses new work, joins the native thread, frees everything. The caller has closed all peers. Twice: undefined. */
+/* The end, see end.c. Any thread. Refuses new work, withdraws what is under way, shuts peers out, and waits for at most `patience_ns` until
+ * the lane's threads have left: AT_OK; AT_EAGAIN: some have not (call again, or leave them what they use for ever); AT_EFORK. *inside: how
+ * many peers may still be inside a write to memory of this process. */
+int at_lane_stop(at_lane *lane, uint64_t patience_ns, int *inside);
+/* After at_lane_stop was AT_OK, and while no other thread is in a call: closes and frees what the lane has, but not the lane. */
+void at_lane_end(at_lane *lane);
+/* Frees the lane, after both of them. Twice: undefined. */
 void at_lane_free(at_lane *lane);
 /* From here on at_write and friends answer AT_ESHUT, and the operations of other threads end in it. */
 void at_lane_shut(at_lane *lane);

@@ -30,6 +30,8 @@ uint64_t at_now(void) {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+int at_is_forked(const at_lane *lane) { return lane->fork_generation != fork_generation; }
+
 int at_check_owner(const at_lane *lane) {
     if (lane == NULL) return AT_ESHUT; /* freed: its engine has forgotten it */
     if (lane->fork_generation != fork_generation) return AT_EFORK;
@@ -90,7 +92,7 @@ void at_control_release(at_control_ref *ref) {
     free(ref);
 }
 
-static void lane_destroy(at_lane *lane) {
+void at_lane_destroy(at_lane *lane) {
     at_control_release(lane->control_ref);
     at_imm_destroy(lane);
     for (uint32_t i = 0; i < lane->region_count; i++) free(lane->regions[i]);
@@ -153,7 +155,7 @@ at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config) {
     lane->grant_free = calloc(AT_GRANTS, sizeof *lane->grant_free);
     if (lane->control_ref == NULL || lane->grant_free == NULL || at_imm_init(lane) != AT_OK || at_events_open(lane) != 0) {
         int saved = errno ? errno : ENOMEM;
-        lane_destroy(lane);
+        at_lane_destroy(lane);
         errno = saved;
         return NULL;
     }
@@ -161,39 +163,6 @@ at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config) {
     lane->control->magic = CONTROL_MAGIC;
     lane->control->incarnation = incarnation;
     return lane;
-}
-
-void at_lane_free(at_lane *lane) {
-    if (lane == NULL) return;
-    if (lane->fork_generation != fork_generation) return; /* the parent's threads and locks: leave them be */
-    at_lock(lane);
-    lane->shut = 1;
-    for (uint32_t i = 0; i < lane->peer_count; i++)
-        if (lane->peers[i] != NULL) at_peer_end(lane->peers[i], AT_ESHUT);
-    while (lane->waiters != 0) (void)pthread_cond_wait(&lane->ended, &lane->lock); /* theirs have ended too */
-    at_unlock(lane);
-    at_rail *left = NULL; /* those that have to be destroyed once their peers are gone; the others may be gone already */
-    for (at_rail *rail = lane->rails, *next; rail != NULL; rail = next) {
-        next = rail->next;
-        if (rail->destroy != NULL) rail->next = left, left = rail;
-        rail->leave(rail);
-    }
-    lane->rails = NULL;
-    at_thread_stop(lane);
-    at_lock(lane);
-    for (uint32_t i = 0; i < lane->peer_count; i++) {
-        at_peer *peer = lane->peers[i];
-        if (peer == NULL) continue;
-        lane->peers[i] = NULL;
-        peer->port->destroy(peer);
-        free(peer);
-    }
-    at_unlock(lane);
-    for (at_rail *next; left != NULL; left = next) {
-        next = left->next;
-        left->destroy(left);
-    }
-    lane_destroy(lane);
 }
 
 void at_lane_shut(at_lane *lane) {

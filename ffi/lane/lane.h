@@ -52,6 +52,7 @@ struct at_rail {
     at_lane *lane;
     const char *name;
     void (*progress)(at_rail *rail, int turn); /* AT_TURN_*: retire what has completed, deliver what has arrived. NO LOCK (takes what it needs) */
+    int (*stop)(at_rail *rail, uint64_t until); /* nothing of it moves bytes any more or begins to: 1; 0: not yet. NO LOCK. NULL: nothing does by itself */
     void (*leave)(at_rail *rail);   /* from here on it does not reach the lane any more. NO LOCK, once */
     void (*destroy)(at_rail *rail); /* after its last peer; NULL: it goes by itself */
     void (*drain)(at_rail *rail);   /* hand out all that has arrived. NO LOCK. NULL: nothing lies about */
@@ -310,6 +311,8 @@ struct at_lane {
 
     pthread_t thread, helper;
     int thread_started, thread_stop, helper_started;
+    uint32_t threads; /* of these, that have not left */
+    int over; /* at_lane_end was here */
     at_cpus cpus; /* of both */
     pthread_cond_t help; /* the native thread has found more than it should move alone */
     int thread_epoll_fd, thread_wake_fd, pulse_fd;
@@ -319,7 +322,7 @@ struct at_lane {
     uint32_t soon;                   /* large operations whose last parts are being moved */
     uint32_t lingering;              /* peers kept for that */
     _Atomic uint32_t stalled;        /* peers whose next post was refused and must be tried again; at_stalled has no lock */
-    pthread_cond_t ended; /* a detached operation has ended */
+    pthread_cond_t ended; /* a detached operation has ended, or a thread */
     uint32_t waiters;     /* threads in at_thread_wait */
 
     at_watch *watches;
@@ -351,6 +354,8 @@ void at_control_release(at_control_ref *ref);
 void at_lock(at_lane *lane);
 void at_unlock(at_lane *lane);
 uint64_t at_now(void); /* CLOCK_MONOTONIC, ns */
+int at_is_forked(const at_lane *lane);     /* it is of a parent of this process */
+void at_lane_destroy(at_lane *lane);       /* frees what at_lane_end has left, and the lane */
 int at_check_owner(const at_lane *lane);   /* this process, this thread, not shut */
 int at_check_process(const at_lane *lane); /* this process, not shut */
 /* With the lock: a new peer; takes no ownership of impl until it succeeds. */
@@ -450,7 +455,8 @@ enum { AT_TAG_WAKE = 1, AT_TAG_DOORBELL = 2, AT_TAG_DEATH = 3, AT_TAG_RAIL = 4 }
 /* thread.c */
 int at_thread_start(at_lane *lane); /* with the lock; idempotent */
 void at_thread_kick(at_lane *lane); /* with the lock: there is queued work */
-void at_thread_stop(at_lane *lane); /* without the lock */
+void at_thread_ask(at_lane *lane);  /* with the lock: its threads leave soon, and none begins */
+void at_thread_join(at_lane *lane); /* without the lock, after at_thread_ask */
 void at_cpus_add(at_cpus *cpus, const int32_t *more, uint32_t count);
 void at_cpus_give(const at_cpus *cpus, pthread_t thread); /* it runs on these; none: nothing changes */
 

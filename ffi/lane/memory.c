@@ -103,7 +103,9 @@ at_region *at_region_use(at_lane *lane, int64_t id) {
 int64_t at_grant_new(at_lane *lane, uint64_t *epoch) {
     int64_t slot = AT_EBUSY;
     at_lock(lane);
-    if (lane->grant_free_count > 0)
+    if (lane->over)
+        slot = AT_ESHUT;
+    else if (lane->grant_free_count > 0)
         slot = lane->grant_free[--lane->grant_free_count];
     else if (lane->grant_top < AT_GRANTS)
         slot = lane->grant_top++;
@@ -275,6 +277,13 @@ int at_remote_valid(at_lane *lane, int64_t id) {
     return result;
 }
 
+/* Closed, and still used by operations. */
+static int is_closing(const at_lane *lane, int64_t id) {
+    uint32_t index = (uint32_t)id;
+    return id >= 0 && index < lane->remote_count && (lane->remotes[index]->generation & 1u) &&
+           (lane->remotes[index]->generation & 0x7fffffffu) == (uint32_t)(id >> 32);
+}
+
 int at_remote_close(at_lane *lane, int64_t id) {
     int result = AT_ESTALE;
     at_lock(lane);
@@ -283,6 +292,8 @@ int at_remote_close(at_lane *lane, int64_t id) {
         remote->open = 0;
         result = remote->users != 0;
         if (result == 0) remote_free(lane, (uint32_t)id);
+    } else {
+        result = is_closing(lane, id) ? 1 : AT_ESTALE;
     }
     at_unlock(lane);
     return result;

@@ -53,6 +53,11 @@ static int wait_for_news(at_lane *lane, struct epoll_event *ready, int most, uin
     return ppoll(&fd, 1, &span, NULL) > 0 ? epoll_wait(lane->thread_epoll_fd, ready, most, 0) : 0;
 }
 
+/* With the lock, the last that a thread does with the lane but giving that back. */
+static void leave(at_lane *lane) {
+    if (--lane->threads == 0) (void)pthread_cond_broadcast(&lane->ended);
+}
+
 /* Moves what two threads are faster for, and sleeps otherwise. */
 static void *helper_main(void *argument) {
     at_lane *lane = argument;
@@ -61,6 +66,7 @@ static void *helper_main(void *argument) {
         if (at_queued_for_two(lane)) at_move_queued(lane, ROUND_BYTES, AT_MOVER_HELPER);
         else (void)pthread_cond_wait(&lane->help, &lane->lock);
     }
+    leave(lane);
     at_unlock(lane);
     return NULL;
 }
@@ -86,6 +92,7 @@ static int start(pthread_t *thread, void *(*body)(void *), at_lane *lane, const 
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (rc == 0) (void)pthread_setname_np(*thread, name);
     if (rc == 0) at_cpus_give(&lane->cpus, *thread);
+    if (rc == 0) lane->threads++;
     return rc;
 }
 
@@ -126,6 +133,7 @@ static void *thread_main(void *argument) {
             }
         }
     }
+    leave(lane);
     at_unlock(lane);
     return NULL;
 }
@@ -145,6 +153,7 @@ static void close_descriptors(at_lane *lane) {
 
 int at_thread_start(at_lane *lane) {
     if (lane->thread_started || (lane->config.flags & AT_LANE_NO_THREAD)) return AT_OK;
+    if (lane->thread_stop) return AT_ESHUT;
 #ifdef __linux__
     if (lane->thread_epoll_fd < 0) {
         lane->thread_epoll_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -192,20 +201,21 @@ void at_thread_kick(at_lane *lane) {
 #endif
 }
 
-void at_thread_stop(at_lane *lane) {
+void at_thread_ask(at_lane *lane) {
+    lane->thread_stop = 1;
 #ifdef __linux__
-    if (lane->thread_started) {
-        at_lock(lane);
-        lane->thread_stop = 1;
-        uint64_t one = 1;
-        ssize_t written = write(lane->thread_wake_fd, &one, sizeof one);
-        (void)written;
-        (void)pthread_cond_broadcast(&lane->help);
-        at_unlock(lane);
-        (void)pthread_join(lane->thread, NULL);
-        if (lane->helper_started == 1) (void)pthread_join(lane->helper, NULL);
-        lane->thread_started = lane->helper_started = 0;
-    }
+    uint64_t one = 1;
+    ssize_t written = lane->thread_started ? write(lane->thread_wake_fd, &one, sizeof one) : 0;
+    (void)written;
+#endif
+    (void)pthread_cond_broadcast(&lane->help);
+}
+
+void at_thread_join(at_lane *lane) {
+#ifdef __linux__
+    if (lane->thread_started) (void)pthread_join(lane->thread, NULL);
+    if (lane->helper_started == 1) (void)pthread_join(lane->helper, NULL);
+    lane->thread_started = lane->helper_started = 0;
 #endif
     close_descriptors(lane);
 }

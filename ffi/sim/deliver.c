@@ -71,7 +71,7 @@ static void arrive(at_end *end, at_lane *lane, int64_t imm) {
 static int decide(at_net *net, at_request *request, at_end *target, int *status) {
     int fresh = request->state == AT_REQ_WAITING;
     request->state = AT_REQ_MOVING;
-    *status = target == NULL || target->home->dead ? AT_EPEER : AT_OK;
+    *status = target == NULL || target->home->dead || target->home->stopped ? AT_EPEER : AT_OK;
     if (*status == AT_OK && fresh && request->word != NULL && atomic_load(request->word) != request->epoch) {
         net->counts.stale++;
         *status = AT_ESTALE;
@@ -244,7 +244,7 @@ int64_t at_net_break(at_net *net, uint64_t from, uint64_t to) {
         net->counts.lost++;
         r->end->home->pins++;
         at_end *target = at_end_find(net, to, from);
-        int lands = target != NULL && !target->home->dead && (r->word == NULL || atomic_load(r->word) == r->epoch);
+        int lands = target != NULL && !target->home->dead && !target->home->stopped && (r->word == NULL || atomic_load(r->word) == r->epoch);
         uint64_t dice = at_net_draw(net) % 3;
         if (lands && dice != 0) copy(r, dice == 1 ? r->n : r->n / 2 > r->done ? r->n / 2 : r->done);
     }

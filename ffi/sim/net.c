@@ -2,6 +2,7 @@
 #include "sim/sim.h"
 
 #include <stdlib.h>
+#include <time.h>
 
 /* splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014) */
 static uint64_t mix(uint64_t z) {
@@ -49,7 +50,7 @@ void at_net_free(at_net *net) {
 
 at_member *at_member_find(at_net *net, uint64_t incarnation) {
     at_member *member = net->members;
-    while (member != NULL && (member->left || member->incarnation != incarnation)) member = member->next;
+    while (member != NULL && (member->left || member->stopped || member->incarnation != incarnation)) member = member->next;
     return member;
 }
 
@@ -81,6 +82,23 @@ void at_net_unlock(at_net *net, at_member *member) {
     net_release(net);
 }
 
+/* Nothing is delivered to or from it any more. */
+static int stop(at_rail *rail, uint64_t until) {
+    at_member *member = (at_member *)rail;
+    at_net *net = member->net;
+    (void)pthread_mutex_lock(&net->lock);
+    member->stopped = 1;
+    while (member->pins != 0 && at_now() < until) {
+        (void)pthread_mutex_unlock(&net->lock);
+        struct timespec span = {0, 100000};
+        (void)nanosleep(&span, NULL);
+        (void)pthread_mutex_lock(&net->lock);
+    }
+    int quiet = member->pins == 0;
+    (void)pthread_mutex_unlock(&net->lock);
+    return quiet;
+}
+
 /* Called when the lane is freed; its ends go afterwards, with its peers. */
 static void leave(at_rail *rail) {
     at_member *member = (at_member *)rail;
@@ -106,7 +124,7 @@ int at_net_join(at_net *net, at_lane *lane) {
         member->next = net->members;
         net->members = member;
         net->users++;
-        member->rail = (at_rail){.name = at_sim_port.name, .progress = at_sim_progress, .leave = leave};
+        member->rail = (at_rail){.name = at_sim_port.name, .progress = at_sim_progress, .stop = stop, .leave = leave};
         at_rail_add(lane, &member->rail);
     }
     (void)pthread_mutex_unlock(&net->lock);

@@ -24,7 +24,7 @@ struct at_member {
     at_lane *lane;
     uint64_t incarnation;
     uint32_t pins, ends;
-    int held, dead, left;
+    int held, dead, left, stopped;
 };
 
 struct at_end {

@@ -1,0 +1,109 @@
+"""The end of an engine: closed by its own loop, or taken apart where that loop is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import warnings
+from typing import TYPE_CHECKING
+
+from aiotransfer.providers import native
+from aiotransfer.providers.holdings import leak
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+
+
+async def close(engine: Engine) -> None:
+    """Refuse new work, retire what is posted, say goodbye, free everything. However it ends, the engine is closed."""
+    lib = native.lib
+    patience: float | None = None
+    try:
+        lib.at_lane_shut(engine._p)
+        for task in list(engine._tasks):
+            task.cancel()
+        for watcher in list(engine._watchers.values()):
+            watcher.close()
+        engine._groups.close()
+        for cookie in engine._ledger.shut():
+            lib.at_cancel(engine._p, cookie, lib.AT_ESHUT)
+        deadline = engine._loop.time() + engine.config.drain_timeout
+        engine._progress.poll()
+        while len(engine._ledger) and engine._loop.time() < deadline:
+            await asyncio.sleep(0.002)
+            engine._progress.poll()
+        for counter in list(engine._counters.values()):
+            counter.close()
+        engine._publications.close()
+        await engine._connections.close()
+        for handle in engine._handles:
+            await handle._close()
+        engine._progress.poll()
+        await _release_memory(engine)
+        for provider in engine._providers.values():
+            await provider.settle()
+        deadline = engine._loop.time() + engine.config.drain_timeout
+        while not engine._lane.quiet() and engine._loop.time() < deadline:
+            await asyncio.sleep(0.001)
+        patience = 0.0
+    finally:
+        finish(engine, patience)
+
+
+def finish(engine: Engine, patience: float | None = None) -> None:
+    """The part that waits for no loop, also where `close` was cancelled before it began. Twice is silent."""
+    if engine._state == "closed":
+        return
+    try:
+        engine._liveness.close()
+        engine._sweeper.close()
+        engine._tell_left_out()
+        engine._mailbox.close()
+        engine._quarantine.close()
+        for provider in engine._providers.values():
+            provider.close()
+        engine._progress.close()
+    finally:
+        _end_lane(engine, patience)
+
+
+def _end_lane(engine: Engine, patience: float | None = None) -> None:
+    engine._state = "closed"
+    engine._p = native.ffi.NULL  # which the lane refuses: late calls find nothing freed
+    engine._lane.free(patience)
+
+
+async def _release_memory(engine: Engine) -> None:
+    for region in list(engine._regions.values()):
+        region._keepers = 0
+        if not region._closed:
+            region.close()
+        elif not region._freed:
+            region._end()
+    deadline = engine._loop.time() + engine.config.drain_timeout
+    held = [region for region in engine._regions.values() if not region._settle()]
+    while held and engine._loop.time() < deadline:  # a peer that was inside a chunk leaves it soon
+        await asyncio.sleep(0.001)
+        engine._progress.poll()
+        held = [region for region in held if not region._settle()]
+    for region in held:
+        leak(region._keep)
+        engine._lane.release_region(region._number)
+    if leaked := sum(region.nbytes for region in held):
+        warnings.warn(
+            f"{leaked} bytes stay allocated: a stopped peer may still write into them", ResourceWarning, stacklevel=2
+        )
+
+
+def take_apart(engine: Engine) -> None:
+    """Its loop is closed, so that no farewell can be said and nobody can be woken. What is native ends, sockets are closed."""
+    _end_lane(engine)
+    paths = (path for peer in engine._connections.peers.values() for path in peer._paths)
+    for close_it in [*(path.close for path in paths), *(provider.close for provider in engine._providers.values())]:
+        with contextlib.suppress(RuntimeError):  # "Event loop is closed"
+            close_it()
+    engine._connections.abandon()
+    warnings.warn(
+        f"{engine.name!r}: the event loop of this engine was closed first; what was under way was cut off, peers see a broken "
+        "connection (use `async with` or aclose() inside the loop)", RuntimeWarning, stacklevel=3,
+    )  # fmt: skip
