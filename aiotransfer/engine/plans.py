@@ -37,8 +37,8 @@ class Plan:
     """A prepared operation. Made by `Engine.prepare_write`, `Engine.prepare_pages` and `PeerGroup.scatter_plan`."""
 
     __slots__ = (
-        "__weakref__", "_build", "_engine", "_keep", "_made", "_native", "_peer", "_peers", "_regions", "_stage", "_targets",
-        "_what", "nbytes",
+        "__weakref__", "_build", "_engine", "_keep", "_made", "_native", "_peer", "_peers", "_regions", "_require", "_stage",
+        "_targets", "_what", "nbytes",
     )  # fmt: skip
 
     def __init__(
@@ -51,6 +51,7 @@ class Plan:
         *,
         what: str,
         stage: Stager | None = None,
+        require: str | None = None,
     ) -> None:
         self._engine = engine
         self.nbytes = nbytes
@@ -61,6 +62,7 @@ class Plan:
         self._what = what
         self._targets = targets if what in ("scatter", "barrier") else None
         self._stage = stage
+        self._require = require
         self._made: Any = native.ffi.NULL
         self._native: Any = native.ffi.NULL  # the same, where nothing has to happen before it is posted
         self._keep: list[Binding] = []
@@ -107,7 +109,7 @@ class Plan:
             return int(_post(engine._p, self._made, value)), self
 
         pairs = [(region, engine._owner(region)) for region in self._regions]
-        engine._bind_then(transfer, pairs, timeout, post, self._refusal, self._stage)
+        engine._bind_then(transfer, pairs, timeout, post, self._refusal, self._stage, self._require)
         return transfer
 
     def _moved(self) -> bool:
@@ -282,8 +284,9 @@ class Planner(Submitter):
         self, nbytes: int, regions: Sequence[RemoteRegion], require: str | None, build: Build, what: str, stage: Stager | None
     ) -> Plan:
         owners = [self._owner(region) for region in regions]
-        for peer in dict.fromkeys(owners):
-            self._check_required(peer, require)
-        return Plan(self, nbytes, regions, owners, build, what=what, stage=stage)
+        if require is not None:
+            for region, peer in zip(regions, owners, strict=True):
+                self._check_required(peer, require, region)
+        return Plan(self, nbytes, regions, owners, build, what=what, stage=stage, require=require)
 
 

@@ -314,7 +314,7 @@ class Submitter(Outcomes):
         self._check_required(peer, require, dst)
         bound: Binding | None = dst._box.bound
         if bound is None or not bound.good(self, peer) or stage is not None:
-            return self._submit_later(src, dst, nbytes, timeout, peer, deed, post, stage)
+            return self._submit_later(src, dst, nbytes, timeout, require, peer, deed, post, stage)
         result = post(bound.remote)
         return self._outcome(result, nbytes, peer, timeout, src, dst, bound, deed)
 
@@ -345,6 +345,7 @@ class Submitter(Outcomes):
         dst: RemoteRegion,
         nbytes: int,
         timeout: float | None,
+        require: str | None,
         peer: Peer,
         deed: Deed,
         post: Callable[[int], int],
@@ -355,7 +356,7 @@ class Submitter(Outcomes):
         def bound() -> tuple[int, object]:
             return post(dst._box.bound.remote), (src, dst, dst._box.bound)
 
-        self._bind_then(transfer, [(dst, peer)], timeout, bound, lambda result: refusal(self, result, peer, dst), stage)
+        self._bind_then(transfer, [(dst, peer)], timeout, bound, lambda result: refusal(self, result, peer, dst), stage, require)
         return transfer
 
     def _bind_then(
@@ -366,6 +367,7 @@ class Submitter(Outcomes):
         post: Callable[[], tuple[int, object]],
         refuse: Callable[[int], Exception],
         stager: Stager | None,
+        require: str | None,
     ) -> None:
         """Ask the owners, fetch what is staged, then post: its result, and what the operation keeps alive."""
         left = self._seconds(timeout)
@@ -377,6 +379,7 @@ class Submitter(Outcomes):
             try:
                 for region, peer in regions:
                     await self._bind(region, peer, deadline - self._loop.time())
+                    self._check_required(peer, require, region)  # which memory takes which path is known only now
                 if transfer._state == PENDING and transfer._stage is not None:
                     await self._fetch(transfer, transfer._stage, deadline)
                 if transfer._state != PENDING:

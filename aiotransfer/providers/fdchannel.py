@@ -1,7 +1,7 @@
 """Passing file descriptors between two engines of one host.
 
 A SEQPACKET socket with an abstract, random name that only an authenticated peer has been told. Messages are small and fixed
-in shape: a 16-byte ticket that was agreed on over the control connection, a body, at most four descriptors. Whatever comes
+in shape: a 16-byte ticket that was agreed on over the control connection, a body, at most five descriptors. Whatever comes
 without an expected ticket is closed at once, so that nobody can make us collect descriptors.
 
 Any process of the host can find the name and connect. Who has not yet been asked for waits for seconds and in bounded numbers;
@@ -20,9 +20,10 @@ import struct
 from collections.abc import Callable
 
 from aiotransfer.errors import SHORTAGES
+from aiotransfer.providers import pidfd
 
 TICKET_BYTES = 16
-MOST_FDS = 4
+MOST_FDS = 5
 MOST_FRESH = 64  # connected, but never said who they are
 MOST_EARLY = 64  # introductions that overtook the question which announces them
 EARLY_SECONDS = 5.0
@@ -82,6 +83,10 @@ class FdChannel:
         pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         self.pid, self.uid = pid, uid
         loop.add_reader(sock.fileno(), self._readable)
+
+    def process(self, sent: int) -> int:
+        """A descriptor of the process at the other end, or -1; see `pidfd.of_peer`. Raises `OSError`."""
+        return pidfd.of_peer(self._sock, self.pid, sent)
 
     def on_first(self, callback: Callable[[FdChannel, bytes, bytes, list[int] | None], None]) -> None:
         """The accepting side does not know the ticket of a connection before its first packet: channel, ticket, body, descriptors

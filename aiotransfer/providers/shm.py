@@ -29,12 +29,13 @@ from aiotransfer.errors import (
     shortage,
 )
 from aiotransfer.model.descriptor import Grant
-from aiotransfer.providers import fdchannel, native, shmwire
+from aiotransfer.providers import fdchannel, native, pidfd, shmwire
 from aiotransfer.providers.lane import ACCESS, Lane, Segment
 from aiotransfer.providers.port import Binding, Conversation, Path, Terms
 
 SETUP_SECONDS = 5.0
 INLINE_TOUCH = 32 << 20
+OFFERED = 4  # descriptors of an offer: control segment, channel, doorbell, pulse; a fifth may be of the process itself
 
 
 def _failure(what: str, error: Exception) -> TransferError:
@@ -173,7 +174,12 @@ class ShmProvider:
         self._incarnation = incarnation
         self._loop = asyncio.get_running_loop()
         self._boot = _boot()
-        self._listener = fdchannel.FdListener(self._loop)
+        self._itself = pidfd.for_peers()
+        try:
+            self._listener = fdchannel.FdListener(self._loop)
+        except OSError:
+            fdchannel.close_all(self._itself)
+            raise
         self._segment_of = segment_of
         self._paths: weakref.WeakValueDictionary[tuple[int, bytes], ShmPath] = weakref.WeakValueDictionary()
 
@@ -192,10 +198,9 @@ class ShmProvider:
             raise _failure("cannot prepare shared memory", OSError(*self._lane.system_error()))
         return half, offer
 
-    @staticmethod
-    def _packet(offer: Any) -> tuple[bytes, list[int]]:
+    def _packet(self, offer: Any) -> tuple[bytes, list[int]]:
         body = shmwire.Offer(bytes(offer.control_cookie), bytes(offer.channel_cookie), offer.probe_va)
-        return shmwire.encode(body), [offer.control_fd, offer.channel_fd, offer.doorbell_fd, offer.pulse_fd]
+        return shmwire.encode(body), [offer.control_fd, offer.channel_fd, offer.doorbell_fd, offer.pulse_fd, *self._itself]
 
     @staticmethod
     def _check_user(channel: fdchannel.FdChannel, who: Conversation) -> None:
@@ -208,12 +213,12 @@ class ShmProvider:
         """Verify the other side's packet and make the lane's peer. Takes over `half`, `channel` and `fds`."""
         try:
             theirs = shmwire.offer(body)
-            if len(fds) != 4:
+            if len(fds) not in (OFFERED, OFFERED + 1):
                 raise BrokenError("the peer's offer is malformed", provider="shm")
             self._check_user(channel, who)
             mem = self._open_memory(channel.pid)
             try:
-                pidfd = os.pidfd_open(channel.pid) if channel.pid > 0 else -1
+                process = channel.process(fds[OFFERED] if len(fds) > OFFERED else -1)
             except OSError:
                 fdchannel.close_all([mem] if mem >= 0 else [])
                 raise
@@ -224,13 +229,14 @@ class ShmProvider:
             if isinstance(error, BrokenError):
                 raise
             raise _failure("the peer's offer cannot be used", error) from error
+        fdchannel.close_all(fds[OFFERED:])
         offer = native.ffi.new("at_shm_offer *")
-        offer.control_fd, offer.channel_fd, offer.doorbell_fd, offer.pulse_fd = fds
+        offer.control_fd, offer.channel_fd, offer.doorbell_fd, offer.pulse_fd = fds[:OFFERED]
         native.ffi.memmove(offer.control_cookie, theirs.control_cookie, 16)
         native.ffi.memmove(offer.channel_cookie, theirs.channel_cookie, 16)
         offer.probe_va = theirs.probe_va
         peer = native.lib.at_shm_finish(
-            self._lane.pointer, half, offer, who.incarnation, pidfd, channel.pid, mem, int(channel.pid > 0)
+            self._lane.pointer, half, offer, who.incarnation, process, channel.pid, mem, int(channel.pid > 0)
         )
         if peer < 0:
             channel.close()
@@ -331,3 +337,5 @@ class ShmProvider:
     def close(self) -> None:
         """Stop listening."""
         self._listener.close()
+        fdchannel.close_all(self._itself)
+        self._itself = []

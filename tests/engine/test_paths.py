@@ -56,6 +56,52 @@ async def test_the_best_common_way_is_taken_and_says_why_not_a_better_one(monkey
         assert dict(pair.right_peer.path.reasons) == {"shm": "not this time"}
 
 
+async def test_memory_that_falls_to_a_slower_way_is_one_warning_for_each_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_permitted(self: ShmPath) -> None:
+        raise RegistrationError("not permitted")
+
+    monkeypatch.setattr(ShmPath, "_check_foreign", not_permitted)
+    async with ready("auto") as (pair, _, allocated, source):
+        regions = [pair.right.register(np.zeros(PAGE, np.uint8)) for _ in range(2)]
+        with pytest.warns(RuntimeWarning, match=r"is reached by tcp, .*not permitted.*require='shm'") as seen:
+            await at.wait_all([pair.left.write(source[:PAGE], region.descriptor) for region in regions])
+        assert len(seen) == 1
+        await pair.left.write(source, allocated)
+
+
+async def test_a_required_provider_holds_for_the_memory_not_only_for_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_permitted(self: ShmPath) -> None:
+        raise RegistrationError("not permitted")
+
+    monkeypatch.setattr(ShmPath, "_check_foreign", not_permitted)
+    async with ready(["shm", "tcp"]) as (pair, _, _, source):
+        left, piece, pages = pair.left, source[:PAGE], [0]
+        group = left.group([left.address, pair.right.address])
+
+        def fresh() -> at.RemoteRegion:
+            return at.RemoteRegion.decode(region.descriptor.encode())
+
+        for known in (False, True):  # where it goes is found out by the first operation
+            memory = np.zeros(PAGE, np.uint8)
+            region = pair.right.register(memory, access="both")
+            there = fresh()
+            if known:
+                await left.write(piece, there)
+                assert pair.right_peer.path_for(there).provider == "tcp"
+            for call in (
+                lambda to: left.write(piece, to, require="shm"),
+                lambda to: left.read(to, piece, require="shm"),
+                lambda to: left.write_pages(piece, pages, to, pages, page_bytes=PAGE, require="shm"),
+                lambda to: left.scatter(piece, [at.ScatterTarget(0, PAGE, to)], require="shm"),
+                lambda to: left.prepare_write(piece, to, require="shm").post(),
+                lambda to: left.prepare_pages(piece, pages, to, pages, page_bytes=PAGE, require="shm").post(),
+                lambda to: group.scatter_plan(piece, [at.ScatterTarget(0, PAGE, to)], require="shm").post(),
+            ):
+                with pytest.raises(at.ProviderUnavailableError, match="by tcp, not by 'shm'"):
+                    await call(there if known else fresh())
+            assert not memory.any() or known
+
+
 async def test_a_slower_way_than_both_sides_have_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShmProvider, "dial", refused)
     async with at.open_engine() as right, at.open_engine() as left:
