@@ -124,6 +124,7 @@ class FabricProvider:
             loop = asyncio.get_running_loop()
             limits = self._limits._replace(verbs_device=device) if device else self._limits
             future = asyncio.ensure_future(loop.run_in_executor(None, self._open, host, limits))
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever waited may be gone by then
             self._rails[key] = future
         rail: Rail = await asyncio.shield(future)
         self.takes_device = self.takes_device or bool(rail.flags & native.lib.AT_FAB_DEVICE)

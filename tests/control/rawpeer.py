@@ -22,11 +22,13 @@ class RawPeer:
         self.received: list[frames.Frame] = []
 
     @classmethod
-    async def connect(cls, engine: at.Engine, info: PeerInfo | None = None, incarnation: int | None = None) -> RawPeer:
+    async def connect(
+        cls, engine: at.Engine, info: PeerInfo | None = None, incarnation: int | None = None, key: bytes | None = None
+    ) -> RawPeer:
         """Dial and shake hands; by default with the offers of an engine of this process."""
         info = info or PeerInfo("raw", "127.0.0.1:1", os.getpid(), [OfferWire(*terms) for terms in engine._terms()])
         number = int.from_bytes(os.urandom(8)) if incarnation is None else incarnation
-        session = Session("dialer", load_key(None, os.environ), number, info, os.urandom(32))
+        session = Session("dialer", load_key(key, os.environ), number, info, os.urandom(32))
         self = cls(session, *await asyncio.open_connection(engine.address.host, engine.address.port))
         while not session.established:
             await self.say(session.take_output())

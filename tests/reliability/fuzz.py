@@ -6,7 +6,7 @@
 
 Each decoder is fuzzed in a process of its own from valid encodings, for its share of the runs, with bounded memory and time for
 each input. An input that ends in anything but a value or the one documented error stops the run and is kept, with the way to
-repeat it.
+repeat it. A second part (`absurd.py`) sends valid messages with absurd values, a sixtieth as many.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.reliability import absurd
 from tests.reliability.decoders import DECODERS, Decoder
 from tests.reliability.reports import publish
+from tests.reliability.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "docs" / "reliability" / "fuzz.md"
@@ -34,6 +36,7 @@ FUZZED = ("aiotransfer.control.frames", "aiotransfer.control.session", "aiotrans
 CHECKS = "tests.reliability.decoders"
 MOST_SECONDS, MOST_MIB, MOST_BYTES = 0.5, 512, 20_000  # for one input: CPU time, memory of the process, length
 EVERY = 10_000
+BYTES_FOR_EACH_ABSURD = 60  # inputs of bytes for each message with absurd values, which takes as much longer
 
 
 def fuzz(decoder: Decoder, runs: int, seed: int, folder: Path) -> None:
@@ -135,6 +138,8 @@ def main() -> int:
     print(f"{arguments.runs} inputs over {len(chosen)} decoders, seed {seed}", flush=True)
     begun = time.monotonic()
     text = report(shares(arguments.runs, chosen, seed), arguments.runs, seed, time.monotonic() - begun)
+    if arguments.only is None:
+        text += "\n" + absurd.report(arguments.runs // BYTES_FOR_EACH_ABSURD, seed, TARGETS)
     publish(REPORT, text, write=arguments.report)
     return 0
 

@@ -1,0 +1,8 @@
+"""The readers of messages that `absurd.py` tries. One module for each part of the package; each has its own `TARGETS`."""
+
+from __future__ import annotations
+
+from tests.reliability.absurd import Target
+from tests.reliability.targets import control, registry, rendezvous
+
+TARGETS: tuple[Target, ...] = (*control.TARGETS, *registry.TARGETS, *rendezvous.TARGETS)
