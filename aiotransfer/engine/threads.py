@@ -282,10 +282,14 @@ class ThreadHandle:
             pass  # the loop is closed: there is nobody to tell
 
     async def _close(self) -> None:
-        """No thread enters any more; returns when none is inside and nothing of theirs is left (the lane is shut)."""
+        """No thread enters any more; returns when none is inside and nothing of theirs is left (the lane is shut).
+
+        What a withheld page holds up does not end: after `drain_timeout` it stays in `_orphans`."""
         with self._guard:
             self._closed = True
-        while self._users or self._orphans:
+        loop = self._engine._loop
+        deadline = loop.time() + self._engine.config.drain_timeout
+        while self._users or (self._orphans and loop.time() < deadline):
             await asyncio.sleep(0.001)
             self._sweep()
 

@@ -92,7 +92,7 @@ class ShmPath(Path):
                 raise RegistrationError("the descriptor reaches past its segment")
             address = segment.address + grant.segment_offset
         else:
-            self._check_foreign()
+            await self._check_foreign()
         remote = self._lane.add_remote(
             self.lane_peer, native.ffi.cast("void *", address), grant.base, grant.nbytes, ACCESS[grant.access], grant.slot,
             grant.epoch,
@@ -104,9 +104,23 @@ class ShmPath(Path):
             )
         return Binding(self._lane, remote, self, peer, segment, address)
 
-    def _check_foreign(self) -> None:
-        why = native.ffi.new("int *")
-        if native.lib.at_shm_foreign(self._lane.pointer, self.lane_peer, why) == 0:
+    async def _check_foreign(self) -> None:
+        """Ask a native thread to read a known word of the peer's memory, once: the peer may withhold that page."""
+        lib, why = native.lib, native.ffi.new("int *")
+        loop = asyncio.get_running_loop()
+        deadline, pause = loop.time() + SETUP_SECONDS, 0.0
+        while (how := lib.at_shm_foreign(self._lane.pointer, self.lane_peer, why)) == lib.AT_FOREIGN_UNKNOWN:
+            if loop.time() >= deadline:
+                raise RegistrationError("the peer withholds the page that shows how its memory is reached", provider="shm")
+            await asyncio.sleep(pause)
+            pause = min(pause + 0.0002, 0.005)
+            if self._closed or not self._lane.usable:
+                raise BrokenError("the path was closed", provider="shm")
+        if how == lib.AT_EIO:
+            raise _failure("no thread can be started", OSError(*self._lane.system_error()))
+        if how < 0:
+            raise BrokenError(f"cannot bind: {native.text(how)}", provider="shm")
+        if how == 0:
             raise RegistrationError(
                 "the peer's memory was not made by allocate(), and this process may not write into it "
                 f"({os.strerror(why[0])})",

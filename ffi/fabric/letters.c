@@ -128,10 +128,10 @@ void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch) {
     _Atomic uint64_t *word = &end->words->epoch[slot];
     if (atomic_load(word) <= epoch) atomic_store(word, epoch + 1);
     at_peer *peer = at_fab_owner(end);
-    for (at_op *op = peer->head; op != NULL;) { /* the queue changes with each that is stopped */
+    for (at_op *op = peer->lines[0].head; op != NULL;) { /* the queue changes with each that is stopped */
         int stop = under(op, slot, epoch);
         if (stop) at_op_stop(op, AT_ESTALE);
-        op = stop ? peer->head : op->next;
+        op = stop ? peer->lines[0].head : op->next;
     }
     for (at_fab_slot *posted = end->posted.head; posted != NULL; posted = posted->next)
         if (under(posted->op, slot, epoch)) at_op_stop(posted->op, AT_ESTALE); /* ends when its last work request retires */

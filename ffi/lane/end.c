@@ -59,6 +59,10 @@ static int rails_stop(at_rail *first, uint64_t until) {
     return quiet;
 }
 
+static int is_busy(const at_lane *lane) {
+    return lane->threads != 0 || lane->waiters != 0 || lane->moving_here || lane->moving_other;
+}
+
 int at_lane_stop(at_lane *lane, uint64_t patience_ns, int *inside) {
     *inside = 0;
     if (at_is_forked(lane)) return AT_EFORK;
@@ -73,8 +77,8 @@ int at_lane_stop(at_lane *lane, uint64_t patience_ns, int *inside) {
     for (uint32_t i = 0; i < lane->peer_count; i++) /* what they had posted is fenced: only now, as a fence waits for nobody */
         if (lane->peers[i] != NULL) at_peer_end(lane->peers[i], AT_ESHUT);
     struct timespec end = {(time_t)(until / SECOND), (long)(until % SECOND)};
-    while ((lane->threads != 0 || lane->waiters != 0) && at_now() < until) (void)pthread_cond_timedwait(&lane->ended, &lane->lock, &end);
-    int quiet = lane->threads == 0 && lane->waiters == 0;
+    while (is_busy(lane) && at_now() < until) (void)pthread_cond_timedwait(&lane->ended, &lane->lock, &end);
+    int quiet = !is_busy(lane);
     while (quiet && (*inside = peers_inside(lane)) != 0 && at_now() < until) {
         at_unlock(lane);
         nap();

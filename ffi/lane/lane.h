@@ -9,8 +9,8 @@
  *   - asynchronous (window > 0): post() hands single work requests to a queue; completions come back later through
  *     at_op_complete(). The lane keeps at most `window` work requests per peer posted and refills on each completion.
  *
- * Locking. lane->lock guards everything in here. move() runs without it (the operation is marked running and is not freed
- * meanwhile); every other port function runs with it unless its line says otherwise. A port that reaches into another
+ * Locking. lane->lock guards everything in here. move() runs without it, also inside the submitting call (the operation, or what it
+ * uses, is marked and not freed meanwhile); every other port function runs with it unless its line says otherwise. A port that reaches into another
  * lane (the simulator) must drop this lock first: never two lane locks at once.
  *
  * Life of an operation: waiting -> (running | posted) -> ended; it ends exactly once, after its last work request has
@@ -34,6 +34,7 @@
 
 typedef struct at_peer at_peer;
 typedef struct at_op at_op;
+typedef struct at_copiers at_copiers;
 
 /* A set of CPUs. Empty: any. */
 typedef struct {
@@ -83,6 +84,7 @@ typedef struct {
     uint32_t generation; /* odd: in use */
     uint32_t users;      /* operations that read or write it */
     int open;
+    int slow;            /* a page of it can hold up the thread that touches it: see copiers.c */
     int cuda;            /* the ordinal of the GPU that it is on, or -1: only rails that say `device` may be given it */
     int dmabuf_fd;       /* what the driver handed out for the range from dmabuf_start, or -1 */
     uint64_t dmabuf_start;
@@ -106,6 +108,7 @@ typedef struct {
     uint32_t users;
     int access;
     int open;
+    int foreign;                     /* a page of it can hold up the thread that touches it: see copiers.c */
 } at_remote;
 
 enum at_op_kind { AT_OP_WRITE, AT_OP_PAGES, AT_OP_SIGNAL, AT_OP_READ, AT_OP_BATCH };
@@ -157,8 +160,10 @@ struct at_op {
     uint32_t posted;        /* work requests at the provider */
     int kind;
     int status;
+    int oserror;            /* of a move inside the submitting call */
     int running;            /* how many threads move parts of it now, without the lock */
-    int queued;             /* linked in peer->head..tail */
+    int risk;               /* AT_RISK_*: which queue it is for */
+    int queued;             /* linked in peer->lines[risk] */
     uint64_t tail;          /* asynchronous: so many of its last steps wait until all others have landed */
     int soon;               /* counted in lane->soon */
     int detached;           /* AT_DETACHED: another thread's, ends as a record for at_thread_wait, without an event */
@@ -169,13 +174,22 @@ struct at_op {
     _Atomic int withdrawn;
 };
 
-/* Who moves bytes, each with an active word of its own: the submitting thread, the native thread, the one that helps it. */
-enum { AT_MOVER_CALLER, AT_MOVER_THREAD, AT_MOVER_HELPER, AT_MOVERS };
+/* Who moves bytes, each with an active word of its own: the loop's thread, another submitting thread, the native thread, the one that
+ * helps it, and a copier (copiers.c) for each risk. */
+enum { AT_MOVER_CALLER, AT_MOVER_OTHER, AT_MOVER_THREAD, AT_MOVER_HELPER, AT_MOVER_FOREIGN, AT_MOVER_SLOW, AT_MOVERS };
+
+/* What may hold up a thread that moves an operation, for any time: a page of a peer's own memory, or one of ours that is not plain memory. */
+enum { AT_RISK_NONE, AT_RISK_FOREIGN, AT_RISK_SLOW, AT_RISKS };
+
+typedef struct {
+    at_op *head, *tail;
+} at_line;
 
 /* The port: what a provider must do. */
 typedef struct at_port {
     const char *name;
     uint32_t window; /* most work requests posted per peer; 0: synchronous */
+    int foreign;     /* synchronous: remote memory without a mapping is touched in the peer's own address space */
 
     /* Synchronous. Move [first, first + n) of op->extent, re-reading the epoch around every chunk; *moved says how many were,
      * fewer than n only with an error or once `withdrawn` is set. AT_ESTALE, AT_EIO (errno in *oserror), AT_EPEER: the operation
@@ -201,6 +215,7 @@ typedef struct at_port {
     int (*inside)(at_peer *peer);                    /* afterwards: is it still inside something it began? NULL: never */
     void (*fence)(at_peer *peer);                    /* break: afterwards nothing posted touches memory; retire it all */
     void (*forget)(at_peer *peer);                   /* its operations have gone to another path. NULL: it remembers none */
+    void (*probe)(at_peer *peer);                    /* synchronous: find out how foreign memory is reached. NO LOCK, a copier's */
     void (*ping)(at_peer *peer, uint64_t seq);
     void (*pong)(at_peer *peer, uint64_t *native, uint64_t *loop);
     void (*answer)(at_peer *peer, int from_loop);    /* answer its pings */
@@ -223,12 +238,16 @@ struct at_peer {
     int device;                 /* its rail takes memory of a GPU */
     int paused;                 /* its connection is being opened again: nothing is posted until then */
     uint64_t queued_ops, queued_bytes;
-    at_op *head, *tail;         /* waiting operations, oldest first */
+    at_line lines[AT_RISKS];    /* waiting operations, oldest first; those with a risk are for copiers */
+    int64_t process;            /* whose memory is foreign: engines of one process share its copier. 0: unknown */
+    int probe;                  /* AT_PROBE_* */
     uint32_t early;             /* distinct unopened values from this sender */
     uint32_t overflowed;        /* and those past that bound */
     uint64_t ping;
     const at_control *control;  /* the peer's control segment, as mapped here */
 };
+
+enum { AT_PROBE_NONE, AT_PROBE_WANTED, AT_PROBE_RUNS };
 
 typedef struct {
     uint32_t imm;
@@ -318,7 +337,10 @@ struct at_lane {
     int thread_epoll_fd, thread_wake_fd, pulse_fd;
     uint32_t thread_turn;
     int thread_work;
-    int moving_here; /* the loop's thread moves an operation now without the lock: its active word is taken */
+    int moving_here;  /* the loop's thread moves an operation now without the lock: its active word is taken */
+    int moving_other; /* the same of another submitting thread */
+    uint32_t risky;   /* queued operations for copiers, and probes */
+    at_copiers *copiers; /* NULL until there is something that may hold up a thread */
     uint32_t soon;                   /* large operations whose last parts are being moved */
     uint32_t lingering;              /* peers kept for that */
     _Atomic uint32_t stalled;        /* peers whose next post was refused and must be tried again; at_stalled has no lock */
@@ -390,6 +412,8 @@ int64_t at_op_new_batch(at_lane *lane, uint32_t count); /* its cookie, or AT_E* 
 void at_batch_ended(at_lane *lane, int64_t parent, uint32_t child, int status, uint64_t bytes); /* also: posting is over */
 /* Stop an operation: nothing more of it is posted; it ends now or when the rest has retired. */
 void at_op_stop(at_op *op, int status);
+void at_op_hold(at_op *op);                                  /* what it uses outlives it */
+void at_op_let_go(at_lane *lane, at_op *op);                 /* no more; afterwards they may be gone */
 void at_op_enqueue(at_op *op);                               /* behind the others of its peer */
 void at_op_dequeue(at_op *op);
 void at_ops_close(at_lane *lane);
@@ -406,6 +430,8 @@ void at_move_queued(at_lane *lane, uint64_t budget, int mover);
 int at_op_move(at_op *op, uint64_t n, int mover, int *oserror);
 void at_op_moved(at_op *op, uint64_t n); /* n of its extent were moved */
 int at_op_publish(at_op *op);                                /* the immediates of what has landed */
+/* Parts of one operation, for at most `budget` bytes; *since: when the part began that is being moved (NULL: nobody asks). */
+void at_move_one(at_lane *lane, at_peer *peer, at_op *op, uint64_t budget, int mover, uint64_t *since);
 int at_queued_work(const at_lane *lane, int refused);        /* is anything left for at_move_queued, also counts refused just now? */
 int at_queued_for_two(const at_lane *lane);                  /* so much that two threads are faster? */
 void at_head_start(at_lane *lane, at_op *op);                /* move some of it while the native thread wakes up */
@@ -414,13 +440,15 @@ void at_count_turn(at_lane *lane, uint64_t nbytes);          /* inline work was 
 /* submit.c, with the lock */
 int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op); /* everything that may have changed since it was checked */
 int at_check(at_lane *lane, const at_order *order, const at_op *op);          /* bounds, and the tables */
-/* Move it now: AT_OK; AT_EAGAIN when it has to be queued (some of it may have landed); else it failed. */
+/* Only decides: AT_HERE: at_move_here may move it; AT_OK: there is nothing to move; AT_EAGAIN: it has to be queued; else it fails. */
+enum { AT_HERE = 2 };
 int at_submit_here(at_lane *lane, at_op *op);
+/* Move ops[0..n) inside the submitting call, without the lock meanwhile. Each one's status: AT_OK; AT_EAGAIN when it has to be queued
+ * (it may have landed); else it failed. held: the caller has called at_op_hold for each. */
+void at_move_here(at_lane *lane, at_op *ops, uint32_t n, int held);
 int64_t at_submit(at_lane *lane, at_op *op); /* a resolved one: as at_write answers */
 /* What was queued for synchronous ports finds somebody to move it; cookie: an operation that the caller may begin itself, or 0. */
 void at_wake_mover(at_lane *lane, int64_t cookie);
-int64_t at_unlock_and_progress(at_lane *lane, int64_t result); /* the end of a submitting call */
-int at_pages_make_sense(uint64_t n, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride);
 
 /* watch.c, with the lock */
 uint64_t at_watch_look(at_lane *lane); /* tell of changes; ns until the next look, 0: nobody watches */
@@ -457,6 +485,9 @@ int at_thread_start(at_lane *lane); /* with the lock; idempotent */
 void at_thread_kick(at_lane *lane); /* with the lock: there is queued work */
 void at_thread_ask(at_lane *lane);  /* with the lock: its threads leave soon, and none begins */
 void at_thread_join(at_lane *lane); /* without the lock, after at_thread_ask */
+void at_thread_left(at_lane *lane); /* with the lock, the last that a thread does with the lane but giving that back */
+/* Start a thread of the lane that takes no signals. stack 0: as large as the system says. 0, or an errno. */
+int at_thread_new(at_lane *lane, pthread_t *thread, void *(*body)(void *), void *argument, const char *name, size_t stack);
 void at_cpus_add(at_cpus *cpus, const int32_t *more, uint32_t count);
 void at_cpus_give(const at_cpus *cpus, pthread_t thread); /* it runs on these; none: nothing changes */
 

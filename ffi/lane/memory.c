@@ -222,6 +222,7 @@ int64_t at_remote_add(at_lane *lane, int64_t peer_id, void *base, uint64_t va, u
                           .slot = slot,
                           .generation = generation,
                           .access = access,
+                          .foreign = base == NULL && peer->port->foreign,
                           .open = 1};
     peer->users++;
     lane->stats.remote_regions++;

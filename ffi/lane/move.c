@@ -25,7 +25,7 @@ static int goes_on(const at_op *op) {
 
 /* Waking the loop takes as long as the last parts: it is called before they are moved, and waits for them (see at_poll). */
 static void announce_end(at_op *op) {
-    if (op->soon || op->detached || op->parent != 0 || unclaimed(op) > LAST_BYTES || op->nbytes * op->units < SHARED_BYTES) return;
+    if (op->soon || op->risk != AT_RISK_NONE || op->detached || op->parent != 0 || unclaimed(op) > LAST_BYTES || op->nbytes * op->units < SHARED_BYTES) return;
     op->soon = 1;
     op->peer->lane->soon++;
     at_event_signal(op->peer->lane);
@@ -66,6 +66,10 @@ static int move_over(at_lane *lane, at_op *op, int rc, int oserror) {
     if (published == AT_EAGAIN) {
         lane->soon -= (uint32_t)op->soon; /* the end is not near: the loop must not wait for it */
         op->soon = 0;
+        if (op->risk != AT_RISK_NONE) { /* all of it has landed: what is left holds nobody up */
+            at_op_dequeue(op);
+            op->risk = AT_RISK_NONE;
+        }
         if (!op->queued) at_op_enqueue(op);
         at_stall(peer, 1); /* tried again: by the thread after a pause, in progress="loop" at the engine's next retry */
         if (!(lane->config.flags & AT_LANE_LOOP)) at_thread_kick(lane);
@@ -81,23 +85,24 @@ static int move_over(at_lane *lane, at_op *op, int rc, int oserror) {
 /* How much to claim next, in units of the extent: less towards the end, so that several movers finish together. */
 static uint64_t portion(const at_op *op, uint64_t most) {
     uint64_t left = unclaimed(op), unit = op->kind == AT_OP_PAGES ? op->nbytes : 1;
-    uint64_t share = left / 8 < AT_CHUNK ? AT_CHUNK : left / 8 > 4 * AT_CHUNK ? 4 * AT_CHUNK : left / 8;
+    uint64_t share = op->risk != AT_RISK_NONE ? 4 * AT_CHUNK : left / 8 < AT_CHUNK ? AT_CHUNK : left / 8 > 4 * AT_CHUNK ? 4 * AT_CHUNK : left / 8;
     share = share < most ? share : most;
     uint64_t n = share / unit > 0 ? share / unit : 1;
     return n < op->extent - op->cursor ? n : op->extent - op->cursor;
 }
 
-/* One operation of the queue, for at most `budget` bytes. Enters and leaves with the lock. */
-static void move_one(at_lane *lane, at_peer *peer, at_op *op, uint64_t budget, int mover) {
+void at_move_one(at_lane *lane, at_peer *peer, at_op *op, uint64_t budget, int mover, uint64_t *since) {
     int rc = AT_OK, oserror = 0;
     while (rc == AT_OK && budget > 0 && goes_on(op)) {
         uint64_t before = unclaimed(op);
+        if (since != NULL) *since = at_now();
         rc = at_op_move(op, portion(op, budget), mover, &oserror);
         lane->stats.thread_chunks++;
         uint64_t taken = before - unclaimed(op); /* by others too: their share of the round as well */
         budget -= taken < budget ? taken : budget;
     }
-    if (!move_over(lane, op, rc, oserror) && peer->head == op && op->next != NULL) { /* fair: behind the others of this peer */
+    at_line *line = &peer->lines[op->risk];
+    if (!move_over(lane, op, rc, oserror) && line->head == op && op->next != NULL) { /* fair: behind the others of this peer */
         at_op_dequeue(op);
         at_op_enqueue(op);
     }
@@ -106,7 +111,7 @@ static void move_one(at_lane *lane, at_peer *peer, at_op *op, uint64_t budget, i
 int at_queued_work(const at_lane *lane, int refused) {
     for (uint32_t i = 0; i < lane->peer_count; i++) {
         const at_peer *peer = lane->peers[i];
-        if (peer != NULL && peer->port->window == 0 && peer->head != NULL && (refused || !peer->stalled)) return 1;
+        if (peer != NULL && peer->port->window == 0 && peer->lines[0].head != NULL && (refused || !peer->stalled)) return 1;
     }
     return 0;
 }
@@ -114,8 +119,8 @@ int at_queued_work(const at_lane *lane, int refused) {
 int at_queued_for_two(const at_lane *lane) {
     for (uint32_t i = 0; i < lane->peer_count; i++) {
         const at_peer *peer = lane->peers[i];
-        if (peer == NULL || peer->port->window != 0 || peer->head == NULL) continue;
-        if (unclaimed(peer->head) >= SHARED_BYTES || (peer->head->next != NULL && unclaimed(peer->head->next) != 0)) return 1;
+        if (peer == NULL || peer->port->window != 0 || peer->lines[0].head == NULL) continue;
+        if (unclaimed(peer->lines[0].head) >= SHARED_BYTES || (peer->lines[0].head->next != NULL && unclaimed(peer->lines[0].head->next) != 0)) return 1;
     }
     return 0;
 }
@@ -123,10 +128,10 @@ int at_queued_for_two(const at_lane *lane) {
 void at_move_queued(at_lane *lane, uint64_t budget, int mover) {
     for (uint32_t k = 0; k < lane->peer_count; k++) {
         at_peer *peer = lane->peers[(lane->thread_turn + k) % lane->peer_count];
-        if (peer == NULL || peer->port->window != 0 || peer->head == NULL) continue;
+        if (peer == NULL || peer->port->window != 0 || peer->lines[0].head == NULL) continue;
         peer->users++;
         at_stall(peer, 0);
-        move_one(lane, peer, peer->head, budget, mover);
+        at_move_one(lane, peer, peer->lines[0].head, budget, mover, NULL);
         at_peer_release(peer);
     }
     lane->thread_turn++;
@@ -135,7 +140,7 @@ void at_move_queued(at_lane *lane, uint64_t budget, int mover) {
 /* Waking the native thread takes as long as copying some hundred KiB, and so does waking the loop at the end: the caller moves parts
  * for a while, a fraction of the turn that inline copies may take. */
 void at_head_start(at_lane *lane, at_op *op) {
-    if (op->peer->head != op || lane->turn_due || unclaimed(op) < SHARED_BYTES) return;
+    if (op->peer->lines[0].head != op || lane->turn_due || unclaimed(op) < SHARED_BYTES) return;
     int oserror = 0, rc = AT_OK;
     uint64_t before = unclaimed(op), until = at_now() + HEAD_NS;
     lane->moving_here = 1;

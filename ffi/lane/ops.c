@@ -4,8 +4,9 @@
  *   - nothing is posted unless every check has passed; a refused call leaves no trace;
  *   - an operation ends exactly once, and only when no work request of it is posted and no thread moves it;
  *   - cursor counts what is posted or claimed, landed what has landed; cursor never moves once `withdrawn` is set;
- *   - a queued operation of a synchronous provider has something unclaimed, or a count that was refused;
+ *   - a queued operation of a synchronous provider has something unclaimed, or a count that was refused; a refused count has no risk;
  *   - regions, remote regions and peers outlive the operations that use them (use counts). */
+#include "copiers.h"
 #include "lane.h"
 
 #include <stdlib.h>
@@ -13,6 +14,7 @@
 #include <time.h>
 
 #define MOST_SPARE 256u
+#define LEAVE_NS UINT64_C(200000000) /* of a shut lane, a thread waits so long for what is being moved */
 #define COOKIE_BITS 20 /* of them for the slot; the other 43 say how many operations it has had */
 #define COOKIE_MASK ((1u << COOKIE_BITS) - 1u)
 #define MOST_LIVES ((UINT64_C(1) << (63 - COOKIE_BITS)) - 1)
@@ -142,27 +144,41 @@ void at_op_end(at_op *op) {
     at_peer_release(peer);
 }
 
+void at_op_hold(at_op *op) {
+    if (op->region != NULL) op->region->users++;
+    if (op->remote != NULL) op->remote->users++;
+    op->peer->users++;
+}
+
+void at_op_let_go(at_lane *lane, at_op *op) {
+    if (op->region != NULL) at_region_release(lane, op->region_index);
+    if (op->remote != NULL) at_remote_release(lane, op->remote_index);
+    at_peer_release(op->peer);
+}
+
 void at_op_enqueue(at_op *op) {
-    at_peer *peer = op->peer;
+    at_line *line = &op->peer->lines[op->risk];
     op->next = NULL;
-    if (peer->tail != NULL) peer->tail->next = op;
-    else peer->head = op;
-    peer->tail = op;
+    if (line->tail != NULL) line->tail->next = op;
+    else line->head = op;
+    line->tail = op;
     op->queued = 1;
+    op->peer->lane->risky += op->risk != AT_RISK_NONE;
 }
 
 void at_op_dequeue(at_op *op) {
     if (!op->queued) return;
-    at_peer *peer = op->peer;
-    at_op **link = &peer->head, *previous = NULL;
+    at_line *line = &op->peer->lines[op->risk];
+    at_op **link = &line->head, *previous = NULL;
     while (*link != op) {
         previous = *link;
         link = &(*link)->next;
     }
     *link = op->next;
-    if (peer->tail == op) peer->tail = previous;
+    if (line->tail == op) line->tail = previous;
     op->next = NULL;
     op->queued = 0;
+    op->peer->lane->risky -= op->risk != AT_RISK_NONE;
 }
 
 static int op_over(const at_op *op) { return op->posted == 0 && op->running == 0; }
@@ -188,8 +204,8 @@ static void refill(at_peer *peer) {
     at_lane *lane = peer->lane;
     at_stall(peer, 0);
     const at_port *port = peer->port;
-    while (port->window != 0 && !peer->paused && peer->head != NULL && peer->posted < port->window) {
-        at_op *op = peer->head;
+    while (port->window != 0 && !peer->paused && peer->lines[0].head != NULL && peer->posted < port->window) {
+        at_op *op = peer->lines[0].head;
         int64_t rc = port->post(peer, op);
         if (rc == AT_EAGAIN) {
             lane->stats.refused_posts++;
@@ -237,9 +253,9 @@ void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, uint64_t counted,
         at_op_end(op);
     } else if (op->tail != 0 && op->moved == op->extent - op->tail && !atomic_load(&op->withdrawn)) {
         op->tail = 0; /* all bytes have landed: now their immediates may go, before everything else */
-        op->next = peer->head;
-        peer->head = op;
-        if (peer->tail == NULL) peer->tail = op;
+        op->next = peer->lines[0].head;
+        peer->lines[0].head = op;
+        if (peer->lines[0].tail == NULL) peer->lines[0].tail = op;
         op->queued = 1;
     }
     at_refill(peer);
@@ -253,6 +269,8 @@ int64_t at_op_keep(at_lane *lane, const at_op *template) {
     uint64_t nbytes = template->nbytes * template->units;
     if (peer->queued_ops >= lane->config.max_ops || nbytes > lane->config.max_bytes - peer->queued_bytes) return AT_EBUSY;
     if (at_events_reserve(lane) != AT_OK) return AT_ENOMEM;
+    int ready = template->risk != AT_RISK_NONE ? at_copiers_ready(lane) : AT_OK;
+    if (ready != AT_OK) return ready;
     at_op *op = op_new(lane);
     if (op == NULL) return AT_ENOMEM;
     *op = *template;
@@ -275,9 +293,7 @@ int64_t at_op_keep(at_lane *lane, const at_op *template) {
     }
     if (peer->port->window != 0) op->extent = op->units;
     if (peer->port->cut != NULL) peer->port->cut(peer, op);
-    if (op->region != NULL) op->region->users++;
-    if (op->remote != NULL) op->remote->users++;
-    peer->users++;
+    at_op_hold(op);
     peer->queued_ops++;
     peer->queued_bytes += nbytes;
     at_op_enqueue(op);
@@ -352,7 +368,12 @@ void at_peer_end(at_peer *peer, int status) {
     if (peer->status == AT_OK) peer->status = status;
     if (peer->port->bar != NULL) peer->port->bar(peer);
     peer->users++;
-    while (peer->head != NULL) at_op_stop(peer->head, status);
+    if (peer->probe == AT_PROBE_WANTED) {
+        peer->probe = AT_PROBE_NONE;
+        peer->lane->risky--;
+    }
+    for (int risk = 0; risk < AT_RISKS; risk++)
+        while (peer->lines[risk].head != NULL) at_op_stop(peer->lines[risk].head, status);
     at_stall(peer, 0);
     if (peer->port->fence != NULL) peer->port->fence(peer); /* what is posted retires now and can touch nothing more */
     at_peer_release(peer);
@@ -426,7 +447,7 @@ static void wait_a_little(at_lane *lane, uint64_t deadline) {
 }
 
 int at_thread_wait(at_lane *lane, int64_t cookie, uint64_t ns) {
-    uint64_t start = at_now(), deadline = ns > (UINT64_C(1) << 62) ? start + (UINT64_C(1) << 62) : start + ns;
+    uint64_t start = at_now(), deadline = ns > (UINT64_C(1) << 62) ? start + (UINT64_C(1) << 62) : start + ns, leave = 0;
     int result;
     at_lock(lane);
     lane->waiters++;
@@ -434,7 +455,14 @@ int at_thread_wait(at_lane *lane, int64_t cookie, uint64_t ns) {
         const at_op *op = at_op_find(lane, cookie);
         result = op == NULL || op->detached != AT_DETACHED ? AT_EUNKNOWN : op->over ? op->status : 1;
         if (result != 1 || at_now() >= deadline) break;
-        wait_a_little(lane, deadline);
+        if (lane->shut && op->running != 0) { /* a copier is held up: whoever waits does not wait with it */
+            if (leave == 0) leave = at_now() + LEAVE_NS;
+            if (at_now() >= leave) {
+                result = AT_ESHUT;
+                break;
+            }
+        }
+        wait_a_little(lane, leave != 0 && leave < deadline ? leave : deadline);
     }
     lane->waiters--;
     if (lane->waiters == 0 && lane->shut) (void)pthread_cond_broadcast(&lane->ended);

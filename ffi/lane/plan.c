@@ -4,6 +4,7 @@
  * A plan holds ids, not pointers. Posting looks each of them up again, which costs a few loads: the region may have been closed,
  * the remote region revoked, the peer lost since, and then the post is refused as the plain call would be. Bounds are not
  * checked again: the regions that ids name never change. */
+#include "copiers.h"
 #include "lane.h"
 
 #include <stdlib.h>
@@ -159,25 +160,50 @@ static at_op *kept_for(at_lane *lane, uint64_t count) {
     return lane->kept;
 }
 
+#define MOST_TOGETHER 64u /* targets that are moved while the lock is left once */
+
+/* The targets from i on that are moved inside the call, and together: *n of them. AT_HERE when that is all that can be said now; else what
+ * became of the one behind them. */
+static int group(at_lane *lane, at_op *ops, uint64_t count, const at_order *orders, int64_t imm, uint64_t i, uint32_t *n) {
+    uint64_t bytes = 0, most = MOST_KEPT - i % MOST_KEPT < MOST_TOGETHER ? MOST_KEPT - i % MOST_KEPT : MOST_TOGETHER;
+    for (; i < count && *n < most && bytes < AT_CHUNK; i++, ++*n) {
+        at_op *op = &ops[i % MOST_KEPT];
+        int rc = count <= MOST_KEPT ? AT_OK : at_resolve(lane, &orders[i], imm, op);
+        if (rc == AT_OK) rc = at_submit_here(lane, op);
+        if (rc != AT_HERE) return rc;
+        bytes += op->nbytes * op->units;
+    }
+    return AT_HERE;
+}
+
 /* Post what has been resolved: the op of target i is ops[i % MOST_KEPT], and where there are more than those, orders says it again. */
 static int64_t post_targets(at_lane *lane, at_op *ops, uint64_t count, const at_order *orders, int64_t imm) {
     int64_t parent = 0;
-    int queued = 0;
+    int queued = 0, kept_here = count <= MOST_KEPT; /* those stay what they were resolved to while others are moved without the lock */
     uint64_t landed = 0;
-    for (uint64_t i = 0; i < count; i++) {
-        at_op *op = &ops[i % MOST_KEPT];
-        int rc = count <= MOST_KEPT ? AT_OK : at_resolve(lane, &orders[i], imm, op); /* the lock is still ours */
-        if (rc == AT_OK) rc = at_submit_here(lane, op);
-        if (rc == AT_OK) {
-            landed += op->nbytes * op->units;
-            continue;
+    for (uint64_t i = 0; i < count && kept_here; i++) at_op_hold(&ops[i]);
+    for (uint64_t i = 0; i < count && parent >= 0;) {
+        uint32_t n = 0;
+        int rc = group(lane, ops, count, orders, imm, i, &n);
+        if (n != 0) at_move_here(lane, &ops[i % MOST_KEPT], n, kept_here);
+        uint64_t end = i + n + (rc != AT_HERE);
+        for (uint64_t k = i; k < end && parent >= 0; k++) {
+            at_op *op = &ops[k % MOST_KEPT];
+            int result = k < i + n ? op->status : rc;
+            op->status = AT_OK;
+            if (result == AT_OK) {
+                landed += op->nbytes * op->units;
+                continue;
+            }
+            queued |= result == AT_EAGAIN && op->peer->port->window == 0;
+            parent = join_batch(lane, parent, count, (uint32_t)k, op, result);
         }
-        queued |= rc == AT_EAGAIN && op->peer->port->window == 0;
-        parent = join_batch(lane, parent, count, (uint32_t)i, op, rc);
-        if (parent < 0) return parent; /* no memory for the first that did not land: the targets before it have */
+        i = end;
     }
+    for (uint64_t i = 0; i < count && kept_here; i++) at_op_let_go(lane, &ops[i]);
+    if (parent < 0) return parent; /* no memory for the first that did not land: the targets before it have */
     if (parent == 0) return lane->turn_due ? AT_DUE : AT_OK;
-    if (queued) at_wake_mover(lane, 0);
+    if (queued) at_wake_mover(lane, 0), at_copiers_call(lane);
     at_batch_ended(lane, parent, (uint32_t)count, AT_OK, landed);
     return parent;
 }

@@ -2,6 +2,7 @@
  *
  * Bytes may be written twice; that is the same bytes in the same place. Immediates may not be counted twice: units are alike, so it is
  * enough to know how many of an operation's were counted, and to let so many of its units go without one. */
+#include "copiers.h"
 #include "lane.h"
 
 #include <stddef.h>
@@ -51,6 +52,7 @@ static int go(at_lane *lane, at_op *op, at_peer *from, at_peer *to, const mappin
     if (to->port->window != 0) op->extent = op->units;
     else op->extent = op->kind == AT_OP_PAGES ? op->units : op->nbytes != 0 ? op->nbytes : 1;
     if (to->port->cut != NULL) to->port->cut(to, op);
+    op->risk = at_risk(op);
     at_op_enqueue(op);
     at_peer_release(from);
     return AT_OK;
@@ -73,7 +75,7 @@ int64_t at_reroute(at_lane *lane, int64_t from_id, int64_t to_id, uint64_t n, co
         if (from->port->forget != NULL) from->port->forget(from);
         at_peer_release(from);
         if (to->port->window != 0) at_refill(to);
-        else at_wake_mover(lane, 0);
+        else at_wake_mover(lane, 0), at_copiers_call(lane);
     }
     at_unlock(lane);
     return count;

@@ -2,6 +2,7 @@
  *
  * A refused call leaves no trace: everything that can be refused is, before the first byte. Small operations of synchronous
  * providers are over when the call returns, and cost no operation, no event and no future. */
+#include "copiers.h"
 #include "lane.h"
 
 #define LATE_BYTES ((uint64_t)64 << 10) /* once a turn is overdue, only smaller operations run inside the call */
@@ -112,17 +113,20 @@ int at_check(at_lane *lane, const at_order *order, const at_op *op) {
 /* ---- here and now, or later ---- */
 
 int at_submit_here(at_lane *lane, at_op *op) {
-    at_peer *peer = op->peer;
-    const at_port *port = peer->port;
+    const at_port *port = op->peer->port;
     uint64_t nbytes = op->nbytes * op->units;
     if (op->units == 0) return AT_OK;
+    if (op->peer->status != AT_OK) return AT_EPEER; /* of a scatter: since it was resolved */
     if (op->remote != NULL) note_footprint(lane, op, nbytes);
-    if (port->window != 0 || lane->moving_here) return AT_EAGAIN;
+    if (port->window != 0) return AT_EAGAIN;
+    op->risk = at_risk(op);
+    if (op->risk != AT_RISK_NONE || (op->detached ? lane->moving_other : lane->moving_here)) return AT_EAGAIN;
     int here = nbytes <= lane->config.inline_bytes && (!lane->turn_due || nbytes <= LATE_BYTES);
-    if (!here && !(lane->config.flags & AT_LANE_NO_THREAD)) return AT_EAGAIN;
-    int oserror = 0, rc = AT_OK;
-    uint64_t moved = 0;
-    if (op->cursor < op->extent) rc = port->move(peer, op, 0, op->extent, AT_MOVER_CALLER, &moved, &oserror);
+    return here || (lane->config.flags & AT_LANE_NO_THREAD) ? AT_HERE : AT_EAGAIN;
+}
+
+/* What became of an operation that was moved inside the call. */
+static int moved_here(at_lane *lane, at_op *op, uint64_t moved, int rc, int oserror) {
     if (moved == op->extent) {
         op->cursor = op->moved = moved;
         op->landed = op->units;
@@ -132,15 +136,44 @@ int at_submit_here(at_lane *lane, at_op *op) {
     }
     if (rc == AT_OK) rc = at_op_publish(op);
     else if (op->landed != 0) (void)at_op_publish(op);
-    if (!op->detached) at_count_turn(lane, nbytes);
+    if (!op->detached) at_count_turn(lane, op->nbytes * op->units);
     if (rc == AT_OK) {
         lane->stats.ops_inline++;
         lane->stats.units_written += op->units;
-        lane->stats.bytes_written += nbytes;
+        lane->stats.bytes_written += op->nbytes * op->units;
     } else if (oserror != 0) {
         lane->oserror = oserror;
     }
     return rc;
+}
+
+void at_move_here(at_lane *lane, at_op *ops, uint32_t n, int held) {
+    int bytes = 0, detached = ops[0].detached, *moving = detached ? &lane->moving_other : &lane->moving_here;
+    for (uint32_t i = 0; i < n; i++) bytes |= ops[i].remote != NULL && ops[i].nbytes != 0;
+    if (bytes) {
+        *moving = 1;
+        for (uint32_t i = 0; i < n && !held; i++) at_op_hold(&ops[i]);
+        at_unlock(lane);
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        at_op *op = &ops[i];
+        op->moved = 0;
+        op->oserror = 0;
+        op->status = op->peer->port->move(op->peer, op, 0, op->extent, detached ? AT_MOVER_OTHER : AT_MOVER_CALLER, &op->moved, &op->oserror);
+    }
+    if (bytes) at_lock(lane);
+    for (uint32_t i = 0; i < n; i++) {
+        at_op *op = &ops[i];
+        uint64_t moved = op->moved;
+        op->moved = 0;
+        op->status = moved_here(lane, op, moved, op->status, op->oserror);
+        if (op->status == AT_EAGAIN && lane->shut) op->status = AT_ESHUT; /* meanwhile: nobody would end it */
+    }
+    if (bytes) {
+        for (uint32_t i = 0; i < n && !held; i++) at_op_let_go(lane, &ops[i]);
+        *moving = 0;
+        if (lane->shut) (void)pthread_cond_broadcast(&lane->ended);
+    }
 }
 
 void at_wake_mover(at_lane *lane, int64_t cookie) {
@@ -155,12 +188,18 @@ void at_wake_mover(at_lane *lane, int64_t cookie) {
 
 int64_t at_submit(at_lane *lane, at_op *op) {
     int rc = at_submit_here(lane, op);
+    if (rc == AT_HERE) {
+        at_move_here(lane, op, 1, 0);
+        rc = op->status;
+        op->status = AT_OK;
+    }
     if (rc == AT_OK) return lane->turn_due && !op->detached ? AT_DUE : AT_OK;
     if (rc != AT_EAGAIN) return rc;
     int64_t cookie = at_op_keep(lane, op);
     if (cookie < 0) return cookie;
-    if (op->peer->port->window == 0) at_wake_mover(lane, cookie);
-    else at_refill(op->peer);
+    if (op->peer->port->window != 0) at_refill(op->peer);
+    else if (op->risk != AT_RISK_NONE) at_copiers_call(lane);
+    else at_wake_mover(lane, cookie);
     return cookie;
 }
 

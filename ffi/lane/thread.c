@@ -12,6 +12,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #endif
+#include "copiers.h"
 #include "lane.h"
 
 #include <errno.h>
@@ -53,11 +54,6 @@ static int wait_for_news(at_lane *lane, struct epoll_event *ready, int most, uin
     return ppoll(&fd, 1, &span, NULL) > 0 ? epoll_wait(lane->thread_epoll_fd, ready, most, 0) : 0;
 }
 
-/* With the lock, the last that a thread does with the lane but giving that back. */
-static void leave(at_lane *lane) {
-    if (--lane->threads == 0) (void)pthread_cond_broadcast(&lane->ended);
-}
-
 /* Moves what two threads are faster for, and sleeps otherwise. */
 static void *helper_main(void *argument) {
     at_lane *lane = argument;
@@ -66,7 +62,7 @@ static void *helper_main(void *argument) {
         if (at_queued_for_two(lane)) at_move_queued(lane, ROUND_BYTES, AT_MOVER_HELPER);
         else (void)pthread_cond_wait(&lane->help, &lane->lock);
     }
-    leave(lane);
+    at_thread_left(lane);
     at_unlock(lane);
     return NULL;
 }
@@ -84,18 +80,6 @@ void at_cpus_give(const at_cpus *cpus, pthread_t thread) {
     if (CPU_COUNT(&set) != 0) (void)pthread_setaffinity_np(thread, sizeof set, &set); /* a cpuset may have changed: then it stays where it is */
 }
 
-static int start(pthread_t *thread, void *(*body)(void *), at_lane *lane, const char *name) {
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals belong to Python's main thread */
-    int rc = pthread_create(thread, NULL, body, lane);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (rc == 0) (void)pthread_setname_np(*thread, name);
-    if (rc == 0) at_cpus_give(&lane->cpus, *thread);
-    if (rc == 0) lane->threads++;
-    return rc;
-}
-
 static int may_use_two_cores(void) {
     cpu_set_t cpus;
     return sched_getaffinity(0, sizeof cpus, &cpus) == 0 && CPU_COUNT(&cpus) > 1;
@@ -103,7 +87,7 @@ static int may_use_two_cores(void) {
 
 static void call_helper(at_lane *lane) {
     if (!at_queued_for_two(lane)) return;
-    if (!lane->helper_started) lane->helper_started = may_use_two_cores() && start(&lane->helper, helper_main, lane, "aiotransfer+") == 0 ? 1 : -1;
+    if (!lane->helper_started) lane->helper_started = may_use_two_cores() && at_thread_new(lane, &lane->helper, helper_main, lane, "aiotransfer+", 0) == 0 ? 1 : -1;
     if (lane->helper_started == 1) (void)pthread_cond_signal(&lane->help);
 }
 
@@ -133,7 +117,7 @@ static void *thread_main(void *argument) {
             }
         }
     }
-    leave(lane);
+    at_thread_left(lane);
     at_unlock(lane);
     return NULL;
 }
@@ -143,6 +127,31 @@ static int watch(at_lane *lane, int fd) {
     return epoll_ctl(lane->thread_epoll_fd, EPOLL_CTL_ADD, fd, &event);
 }
 #endif
+
+int at_thread_new(at_lane *lane, pthread_t *thread, void *(*body)(void *), void *argument, const char *name, size_t stack) {
+    pthread_attr_t attributes;
+    (void)pthread_attr_init(&attributes);
+    if (stack != 0) (void)pthread_attr_setstacksize(&attributes, stack);
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals belong to Python's main thread */
+    int rc = pthread_create(thread, &attributes, body, argument);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    (void)pthread_attr_destroy(&attributes);
+    if (rc != 0) return rc;
+#ifdef __linux__
+    (void)pthread_setname_np(*thread, name);
+    at_cpus_give(&lane->cpus, *thread);
+#else
+    (void)name;
+#endif
+    lane->threads++;
+    return 0;
+}
+
+void at_thread_left(at_lane *lane) {
+    if (--lane->threads == 0) (void)pthread_cond_broadcast(&lane->ended);
+}
 
 static void close_descriptors(at_lane *lane) {
     if (lane->thread_epoll_fd >= 0) close(lane->thread_epoll_fd);
@@ -166,7 +175,7 @@ int at_thread_start(at_lane *lane) {
             return AT_EIO;
         }
     }
-    int rc = start(&lane->thread, thread_main, lane, "aiotransfer");
+    int rc = at_thread_new(lane, &lane->thread, thread_main, lane, "aiotransfer", 0);
     if (rc != 0) {
         lane->oserror = rc;
         return AT_EIO;
@@ -209,6 +218,7 @@ void at_thread_ask(at_lane *lane) {
     (void)written;
 #endif
     (void)pthread_cond_broadcast(&lane->help);
+    at_copiers_ask(lane);
 }
 
 void at_thread_join(at_lane *lane) {
@@ -217,5 +227,6 @@ void at_thread_join(at_lane *lane) {
     if (lane->helper_started == 1) (void)pthread_join(lane->helper, NULL);
     lane->thread_started = lane->helper_started = 0;
 #endif
+    at_copiers_join(lane);
     close_descriptors(lane);
 }

@@ -30,7 +30,9 @@ void at_shm_abort(at_lane *lane, at_shm_half *half);
  * offer are gone or the peer's afterwards. mem_fd is an open /proc/PID/mem of the peer or -1; pidfd becomes ours; allow_foreign 0 refuses process_vm. */
 int64_t at_shm_finish(at_lane *lane, at_shm_half *half, const at_shm_offer *theirs, uint64_t incarnation, int pidfd, int pid,
                       int mem_fd, int allow_foreign);
-/* How foreign memory of the peer is reached: 0 not at all (errno of the refusal in *why), 1 process_vm, 2 /proc/PID/mem. */
+/* How foreign memory of the peer is reached: 0 not at all (errno of the refusal in *why), 1 process_vm, 2 /proc/PID/mem,
+ * AT_FOREIGN_UNKNOWN: that is being found out, ask again. AT_E* when it cannot be. */
+enum { AT_FOREIGN_UNKNOWN = 3 };
 int at_shm_foreign(at_lane *lane, int64_t peer, int *why);
 /* Tests: stop inside a chunk. The next chunk of this lane's native thread or caller waits until released. */
 void at_shm_hold(int on);

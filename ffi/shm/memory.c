@@ -103,7 +103,9 @@ int at_memory_mapped(void *base, uint64_t nbytes) {
     return msync((void *)start, (size_t)((uintptr_t)base + nbytes - start), MS_ASYNC) == 0 ? 0 : -errno;
 }
 
-int at_shm_probe(at_shm *shm, uint64_t va, const uint8_t cookie[16]) {
+int at_shm_probe(at_shm *shm) {
+    const uint8_t *cookie = shm->probe_cookie;
+    uint64_t va = shm->probe_va;
     uint8_t seen[16] = {0};
     struct iovec here = {seen, sizeof seen}, there = {(void *)(uintptr_t)va, sizeof seen};
     ssize_t n = process_vm_readv(shm->pid, &here, 1, &there, 1, 0);

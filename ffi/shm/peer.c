@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "shm.h"
 
+#include "lane/copiers.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -162,6 +164,7 @@ static int64_t join(at_lane *lane, at_shm_half *half) {
     at_peer *peer = lane->shut ? NULL : at_peer_add(lane, &at_shm_port, shm, shm->control);
     if (peer == NULL) return lane->shut ? AT_ESHUT : AT_ENOMEM;
     half->shm = NULL;
+    peer->process = shm->pid;
     shm->neighbour = shm->pid != getpid();
     if (shm->neighbour) atomic_fetch_add(&lane->neighbours, 1);
     if (at_watch_fd(lane, shm->inbound_doorbell, AT_TAG(AT_TAG_DOORBELL, peer->index), 1) == 0 &&
@@ -179,8 +182,10 @@ int64_t at_shm_finish(at_lane *lane, at_shm_half *half, const at_shm_offer *thei
     at_shm *shm = half->shm;
     shm->pid = pid;
     int refused = meet(lane, half, theirs, incarnation);
-    if (refused == 0 && allow_foreign) shm->foreign = at_shm_probe(shm, theirs->probe_va, theirs->control_cookie);
-    else shm->foreign_why = EPERM;
+    shm->foreign = allow_foreign ? AT_FOREIGN_UNKNOWN : 0;
+    shm->foreign_why = allow_foreign ? 0 : EPERM;
+    shm->probe_va = theirs->probe_va;
+    memcpy(shm->probe_cookie, theirs->control_cookie, sizeof shm->probe_cookie);
     at_lock(lane);
     if (refused != 0) lane->oserror = refused;
     int64_t result = refused == 0 ? join(lane, half) : refused == EPROTO ? AT_EPROTO : AT_EIO;
@@ -195,11 +200,24 @@ int at_shm_foreign(at_lane *lane, int64_t id, int *why) {
     at_peer *peer = at_peer_find(lane, id);
     if (peer != NULL && peer->port == &at_shm_port) {
         at_shm *shm = peer->impl;
-        result = shm->foreign;
-        *why = shm->foreign_why;
+        result = atomic_load(&shm->foreign);
+        if (result != AT_FOREIGN_UNKNOWN) *why = shm->foreign_why;
+        if (result == AT_FOREIGN_UNKNOWN && peer->probe == AT_PROBE_NONE && (result = at_copiers_ready(lane)) == AT_OK) {
+            peer->probe = AT_PROBE_WANTED;
+            lane->risky++;
+            at_copiers_call(lane);
+            result = AT_FOREIGN_UNKNOWN;
+        }
     }
     at_unlock(lane);
     return result;
+}
+
+/* It touches the peer's own memory, which may hold up whoever does: a copier. */
+static void shm_probe(at_peer *peer) {
+    at_shm *shm = peer->impl;
+    int found = at_shm_probe(shm);
+    atomic_store(&shm->foreign, found);
 }
 
 static int shm_active(at_peer *peer, uint32_t slot) {
@@ -251,6 +269,8 @@ static void shm_destroy(at_peer *peer) {
 const at_port at_shm_port = {
     .name = "shm",
     .window = 0,
+    .foreign = 1,
+    .probe = shm_probe,
     .move = at_shm_move,
     .count = at_shm_count,
     .drain = at_shm_drain,

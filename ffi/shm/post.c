@@ -123,7 +123,8 @@ int at_shm_move(at_peer *peer, const at_op *op, uint64_t first, uint64_t n, int 
         *moved = n;
         return AT_OK;
     }
-    if (op->remote->base == NULL && shm->foreign == 0) return failed(shm->foreign_why, oserror);
+    if (op->remote->base == NULL && atomic_load(&shm->foreign) == AT_FOREIGN_UNKNOWN) atomic_store(&shm->foreign, at_shm_probe(shm));
+    if (op->remote->base == NULL && atomic_load(&shm->foreign) == 0) return failed(shm->foreign_why, oserror);
     at_active *active = &shm->outbound->active[mover];
     return op->kind == AT_OP_PAGES ? move_pages(shm, op, first, n, active, moved, oserror)
                                    : move_bytes(shm, op, first, n, active, moved, oserror);

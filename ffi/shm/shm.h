@@ -70,7 +70,10 @@ typedef struct {
     int outbound_pulse;        /* theirs */
     int neighbour; /* its lane is another process's */
     int pidfd, pid, mem_fd;
-    int foreign, foreign_why;
+    _Atomic int foreign; /* as at_shm_foreign says; written by a copier once */
+    int foreign_why;
+    uint64_t probe_va;   /* where the peer sees its control cookie, and what it is */
+    uint8_t probe_cookie[16];
     /* outbound counting */
     uint64_t *total;           /* per slot */
     uint32_t *slot_imm;
@@ -113,7 +116,7 @@ void at_shm_ring(int fd);
 int at_shm_move(at_peer *peer, const at_op *op, uint64_t first, uint64_t n, int mover, uint64_t *moved, int *oserror);
 /* memory.c */
 int at_shm_is_memory(int fd); /* tmpfs, and no other file system that knows seals */
-int at_shm_probe(at_shm *shm, uint64_t va, const uint8_t cookie[16]);
+int at_shm_probe(at_shm *shm); /* NO LOCK, a copier's */
 int at_shm_gone(const at_shm *shm); /* its process has ended: its pid may already be another's */
 /* Copy between local memory and the peer's address space, to it or (read) from it; 0 or an errno. */
 int at_shm_foreign_copy(at_shm *shm, uint8_t *local, uint64_t va, uint64_t nbytes, int read);

@@ -1,0 +1,155 @@
+"""Programs for tests of memory whose pages are withheld: run in processes of their own, which are killed when they hang.
+
+`python -m tests.engine.withheld SCENARIO` prints "ok" at the end, or fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+
+import aiotransfer as at
+from aiotransfer.config import Config
+
+NBYTES = 4 << 20
+SLACK = 5.0  # seconds, for a busy machine
+CONFIG = Config(drain_timeout=0.3)
+_kept: list[object] = []
+
+
+def userfaultfd() -> int:
+    """A descriptor. Raises `OSError` where that is not permitted."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = int(libc.syscall({"x86_64": 323, "aarch64": 282}[os.uname().machine], os.O_CLOEXEC))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "userfaultfd")
+    return fd
+
+
+def withhold(nbytes: int) -> int:
+    """The address of memory whose pages never come: nobody answers for them."""
+    fd = userfaultfd()
+    fcntl.ioctl(fd, 0xC018AA3F, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))
+    memory = mmap.mmap(-1, nbytes)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    fcntl.ioctl(fd, 0xC020AA00, bytearray(struct.pack("QQQQ", address, nbytes, 1, 0)))
+    _kept.append(memory)
+    return address
+
+
+def can_withhold() -> bool:
+    """Whether this process may."""
+    try:
+        os.close(userfaultfd())
+    except (OSError, KeyError):
+        return False
+    return True
+
+
+def copiers() -> int:
+    """Native threads of this process that copy what may hold them up."""
+    names = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
+    count = 0
+    for name in names:
+        with contextlib.suppress(OSError):
+            count += name.read_text().startswith("aiotransfer cp")
+    return count
+
+
+async def own(address: str) -> None:
+    """A process that withholds one region and shares others."""
+    async with at.open_engine() as engine:
+        engine.publish("bad", engine.register((withhold(NBYTES), NBYTES, "cpu")))
+        engine.publish("foreign", engine.register(np.zeros(NBYTES, np.uint8)), access="both")
+        engine.publish("mapped", engine.allocate(NBYTES))
+        peer = await engine.connect(address)
+        await peer.closed()
+
+
+@contextlib.asynccontextmanager
+async def owner(engine: at.Engine) -> AsyncIterator[at.Peer]:
+    process = subprocess.Popen([sys.executable, "-m", "tests.engine.withheld", "own", str(engine.address)])
+    try:
+        yield await asyncio.wait_for(anext(engine.arrivals()), 6 * SLACK)
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def others_go_on() -> None:
+    """One peer withholds a page: its write ends at its deadline, no second thread is lost to it, nobody else waits."""
+    async with at.open_engine(listen="127.0.0.1:0", config=CONFIG) as engine, owner(engine) as bad, owner(engine) as good:
+        source = engine.register(np.ones(NBYTES, np.uint8))
+        trap, mapped = await bad.lookup("bad"), await bad.lookup("mapped")
+        foreign, theirs = await good.lookup("foreign"), await good.lookup("mapped")
+        began = time.monotonic()
+        stuck = engine.write(source[:64], trap[:64], timeout=0.5)
+        assert time.monotonic() - began < SLACK
+        assert not stuck.done()
+        more = [engine.write(source[:64], trap[64:128], timeout=0.2), engine.write(source, trap, timeout=60)]
+        async with asyncio.timeout(SLACK):
+            await engine.write(source, foreign, timeout=SLACK)
+            await engine.write(source[:64], foreign[:64], timeout=SLACK)
+            await engine.read(foreign[:64], source[:64], timeout=SLACK)
+            await engine.write(source, theirs, timeout=SLACK)
+            await engine.write(source[:64], mapped[:64], timeout=SLACK)
+            await engine.write(source, mapped, timeout=SLACK)
+            await good.ping(timeout=SLACK)
+            await bad.ping(timeout=SLACK)
+        assert 1 <= copiers() <= 3, copiers()
+        for transfer, kind in ((more[0], at.TransferTimeout), (stuck, at.QuarantineError)):
+            try:
+                await asyncio.wait_for(transfer, SLACK)
+            except kind:
+                continue
+            raise AssertionError(f"a write into a withheld page ended without {kind.__name__}")
+        more[1].cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait_for(more[1], SLACK)
+        assert more[1].done()
+        await engine.write(source[:64], foreign[:64], timeout=SLACK)
+        handle, plan = engine.from_thread(), engine.prepare_write(source[:64], trap[:64])
+        post = handle.write(source[:64], trap[:64])  # nobody waits for it
+        del post
+        assert not plan.post(timeout=60).done()
+        assert copiers() <= 3, copiers()
+        ends = time.monotonic()
+    assert time.monotonic() - ends < 2 * SLACK, "aclose waits for a page"
+
+
+async def many_of_one_process() -> None:
+    """Engines of one process share what it can cost: one thread, whatever the number of its connections."""
+    async with at.open_engine(listen="127.0.0.1:0", config=CONFIG) as engine:
+        async with at.open_engine() as one, at.open_engine() as two:
+            regions = []
+            for other in (one, two):
+                region = other.register((withhold(NBYTES), NBYTES, "cpu"))
+                await engine.connect(other.address) if other.address else await other.connect(engine.address)
+                regions.append(region.descriptor)
+            source = engine.register(np.ones(64, np.uint8))
+            stuck = [engine.write(source, region[64 * i : 64 * i + 64], timeout=0.3) for i in range(4) for region in regions]
+            results = await asyncio.wait_for(asyncio.gather(*stuck, return_exceptions=True), SLACK)
+            assert all(isinstance(r, (at.TransferTimeout, at.QuarantineError)) for r in results), results
+            assert copiers() <= 2, copiers()
+
+
+def run(name: str, *arguments: str) -> None:
+    """Asyncio's own end would wait for threads that a page holds up only if they were its own."""
+    asyncio.run({"own": own, "others_go_on": others_go_on, "many_of_one_process": many_of_one_process}[name](*arguments))
+    print("ok", flush=True)
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])
