@@ -15,7 +15,7 @@
     │   ├── PeerLostError
     │   ├── RailBrokenError
     │   └── RemoteAccessError
-    ├── TransferTimeout (also TimeoutError)
+    ├── TransferTimeout (also TimeoutError)   .ranks, where ranks were waited for
     ├── ScatterError                   .results
     ├── QuarantineError                memory that must not be reused yet
     ├── RendezvousError                version, size, authentication
@@ -150,7 +150,11 @@ class RemoteAccessError(BrokenError):
 
 
 class TransferTimeout(TransferError, TimeoutError):
-    """A deadline passed; nothing is known to be broken."""
+    """A deadline passed; nothing is known to be broken. `ranks`: which ranks were not heard of, where ranks were waited for."""
+
+    def __init__(self, message: str, *, ranks: Sequence[int] = (), **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.ranks = tuple(ranks)
 
 
 class ScatterError(TransferError):

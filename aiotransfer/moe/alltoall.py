@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.control.patience import Patience, Until
-from aiotransfer.errors import BusyError, ClosedError, TransferTimeout
+from aiotransfer.errors import BusyError, ClosedError, TransferError, TransferTimeout
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe import tensors
 from aiotransfer.moe.errors import StepRefused
@@ -21,7 +21,8 @@ from aiotransfer.moe.party import Party
 from aiotransfer.moe.plan import Route
 from aiotransfer.moe.shape import Shape
 from aiotransfer.moe.step import Step
-from aiotransfer.moe.tensors import Array
+from aiotransfer.moe.tags import encoded
+from aiotransfer.moe.tensors import Array, check_no_grad
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -163,33 +164,41 @@ class AllToAll:
     # ---- dispatch ----
 
     async def dispatch(
-        self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, timeout: float | None = None
-    ) -> Dispatched:
+        self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, tag: int | str | None = None,
+        timeout: float | None = None,
+    ) -> Dispatched:  # fmt: skip
         """Send each token to the ranks of its experts, and get those for the experts of this rank. Every rank calls it.
 
         `x`: [tokens, hidden] of `dtype`; `topk_idx`: integers [tokens, choices], -1 for no expert; `topk_weights`: fp32 of the
         same shape, used by the combine; `x_scales`: fp32 [tokens, scales]. NumPy or torch; results are of the same kind. All of
-        it is copied or at rest when this returns.
+        it is copied or at rest when this returns. `tag` (default None): what this step is for, a layer say, as an int of 64 bits
+        or up to 63 bytes of text; a step whose ranks give different tags is `StepRefused` on all of them.
 
-        Raises `TypeError` or `ValueError` for arguments of this rank (the step then is `StepRefused` on all others, and the
-        next may be called), `RoutingOverflow`, `BusyError` when `slots` steps are in flight, `TransferTimeout` (see
-        `in_flight`), `EvictedError`.
+        Raises `TypeError`, `ValueError` or whatever else checking the arguments of this rank raised (the step then is
+        `StepRefused` on all others, and the next may be called), `RoutingOverflow`, `BusyError` when `slots` steps are in flight,
+        `TransferTimeout` (see `in_flight`), `EvictedError`.
         """
-        until = self._until(timeout)
-        half = await self._send(x, topk_idx, topk_weights, x_scales, timeout, until, ahead=False)
+        half, until = await self._send(x, topk_idx, topk_weights, x_scales, tag, timeout, ahead=False)
         return await half.receive_until(until)
 
     async def dispatch_send(
-        self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, timeout: float | None = None
-    ) -> DispatchHalf:
+        self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, tag: int | str | None = None,
+        timeout: float | None = None,
+    ) -> DispatchHalf:  # fmt: skip
         """The first half of `dispatch`: returns when the first rows are sent. The rest follows while the caller does
         something else."""
-        return await self._send(x, topk_idx, topk_weights, x_scales, timeout, self._until(timeout), ahead=True)
+        return (await self._send(x, topk_idx, topk_weights, x_scales, tag, timeout, ahead=True))[0]
 
     async def _send(
-        self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None, timeout: float | None, until: Until,
-        *, ahead: bool,
-    ) -> DispatchHalf:  # fmt: skip
+        self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None, tag: int | str | None,
+        timeout: float | None, *, ahead: bool,
+    ) -> tuple[DispatchHalf, Until]:  # fmt: skip
+        refusal: BaseException | None = None
+        try:
+            until = self._until(timeout)
+        except (TypeError, ValueError) as error:
+            refusal, timeout = error, None
+            until = self._until(None)
         await self._ready(until)
         party, shape = self._party, self._party.shape
         await self._take_turn(until)
@@ -205,18 +214,24 @@ class AllToAll:
                     f"step {busy.number} is still in flight, and there are {shape.slots} slots",
                     hint="combine it first; a dispatch or combine that was cut off goes on by receive(), see in_flight",
                 )
-            refusal: Exception | None = None
             try:
-                arguments = self._check(x, topk_idx, topk_weights, x_scales)
-            except (TypeError, ValueError) as error:
-                refusal = error
-                arguments = _NOTHING(shape)
-            idx, weights, tokens, stride, scale_rows, scales, kind = arguments
-            route = Route(shape, party.rank, idx)
-            step = Step(party, self._kernels, number, route, scales, "" if refusal is None else str(refusal) or "refused")
+                idx, weights, tokens, stride, scale_rows, scales, kind = self._check(x, topk_idx, topk_weights, x_scales)
+                step = Step(party, self._kernels, number, Route(shape, party.rank, idx), scales, tag=encoded(tag))
+            except BaseException as error:  # whatever it is: the others wait for this step, and must know that there is none
+                refusal = refusal or error
             if not self._may_send(number):
                 await self._until_it_may(number, until)
-            await step.send(tokens, stride, scale_rows)
+            if refusal is None:
+                try:
+                    await step.send(tokens, stride, scale_rows)
+                except TransferError:  # nothing was sent
+                    raise
+                except Exception as error:
+                    refusal = error
+            if refusal is not None:
+                idx, weights, tokens, kind = _nothing(shape)
+                step = Step(party, self._kernels, number, Route(shape, party.rank, idx), 0, _said(refusal))
+                await step.send(tokens, 0, None)
         finally:
             self._turn.release()
         handle = Handle(self, step, weights, kind)
@@ -229,7 +244,7 @@ class AllToAll:
             raise refusal
         if ahead:
             step.ahead = party.spawn(step.exchange())
-        return DispatchHalf(handle, timeout)
+        return DispatchHalf(handle, timeout), until
 
     def _until(self, timeout: float | None) -> Until:
         engine = self._party.engine
@@ -264,16 +279,20 @@ class AllToAll:
                 while not self._may_send(number):
                     await party.views()
         except TimeoutError:
-            who = ", ".join(party.who(rank) for rank in members.awaited)
+            who = ", ".join(map(party.who, members.awaited)) or "no rank in particular"
             raise TransferTimeout(
                 f"step {number} could not begin within {until.seconds:g} s: a rank comes back, and not all have agreed on when; "
-                f"not heard of: {who}", hint="nothing was sent: dispatch again, or give the missing rank up with evict()",
-            ) from None
+                f"not heard of: {who}", ranks=members.awaited,
+                hint="nothing was sent: dispatch again, or give the missing rank up with evict()",
+            ) from None  # fmt: skip
 
     def _check(self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None) -> Any:
         """All arguments as memory. Raises `TypeError` or `ValueError` with the name and the value."""
         shape = self._party.shape
         kind = tensors.kind_of(x)
+        if kind.torch is not None:
+            for name, array in (("x", x), ("topk_weights", topk_weights), ("x_scales", x_scales)):
+                tensors.check_no_grad(name, array)
         tensors.check("x", x, (None, shape.hidden), shape.dtype)
         n = int(x.shape[0])
         if n > shape.max_tokens:
@@ -307,8 +326,8 @@ class AllToAll:
         memory costs the system more than the sums of many tokens). The sum is in fp32, choice after choice, so it is the same
         bits whoever was faster. Choices whose expert is on a lost rank are left out and marked in `handle.dropped`.
 
-        Raises `TypeError` or `ValueError`, after which the right `y` may be given; `TransferTimeout` (see `in_flight`),
-        `EvictedError`.
+        Raises `TypeError` or `ValueError` (also where `out` overlaps `y` or the memory of the all-to-all), `RegistrationError`,
+        after which the right ones may be given; `TransferTimeout` (see `in_flight`), `EvictedError`.
         """
         until = self._until(timeout)
         half = await self.combine_send(y, handle, out=out, timeout=timeout)
@@ -324,13 +343,17 @@ class AllToAll:
         if handle._state != "dispatched" and handle._state != "returning":
             raise ClosedError(f"step {handle.step} is {'not received yet' if handle._state == 'sent' else 'over'}")
         self._party.check()
-        check_results(handle, y)
-        if out is not None:
-            check_sums(handle, out)
-            handle._out = out
-        if handle._state == "dispatched":
-            handle._state, handle._y = "returning", y
         half = CombineHalf(handle, timeout)
+        check_no_grad("y", y)
+        memory, stride = check_results(handle, y)
+        if out is not None:
+            check_no_grad("out", out)
+            check_sums(handle, out, memory, stride)
+        if handle._state == "dispatched":
+            half._hold(memory)
+            handle._state, handle._y = "returning", y
+        if out is not None:
+            handle._out = out
         await half._send()
         return half
 
@@ -383,9 +406,19 @@ class AllToAll:
         return f"{self._party!r}"[:-1] + (f", {lost} lost>" if lost else ">")
 
 
-def _NOTHING(shape: Shape) -> Any:  # noqa: N802
-    """The arguments of a rank whose own were refused."""
-    kind = tensors.Kind(None)
-    return np.empty((0, shape.topk), np.int64), np.empty((0, shape.topk), np.float32), np.empty(0, np.uint8), 0, None, 0, kind
+def _nothing(shape: Shape) -> Any:
+    """Routing, weights, tokens and kind of a rank whose own arguments were refused."""
+    none = (0, shape.topk)
+    return np.empty(none, np.int64), np.empty(none, np.float32), np.empty(0, np.uint8), tensors.Kind(None)
+
+
+def _said(error: BaseException) -> str:
+    """Why a step was refused, for the other ranks; never empty."""
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # it may be of anybody's making
+        return name
+    return text if text and isinstance(error, TypeError | ValueError) else f"{name}: {text}"
 
 

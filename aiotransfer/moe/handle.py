@@ -10,7 +10,7 @@ import numpy as np
 from aiotransfer.control.patience import Patience, Until
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.moe.errors import StepRefused
-from aiotransfer.moe.tensors import Array, Kind, check, rows
+from aiotransfer.moe.tensors import Array, Kind, check, overlap, rows
 from aiotransfer.moe.traffic import MOVED_AT_ONCE, turn
 from aiotransfer.providers.rows import Rows, same_rows
 
@@ -111,12 +111,12 @@ class _Half:
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
                 raise
-            missing = ", ".join(step.party.who(rank) for rank in step.missing())
+            ranks = step.missing()
+            missing = ", ".join(map(step.party.who, ranks)) or "no rank in particular"
             raise TransferTimeout(
-                f"the {what} of step {step.number} did not end within {until.seconds:g} s; "
-                f"not heard of: {missing or 'nobody in particular'}",
+                f"the {what} of step {step.number} did not end within {until.seconds:g} s; not heard of: {missing}", ranks=ranks,
                 hint="the step is still in flight: receive() again, or give the missing rank up with evict()",
-            ) from None
+            ) from None  # fmt: skip
 
 
 class DispatchHalf(_Half):
@@ -166,6 +166,13 @@ class CombineHalf(_Half):
 
     __slots__ = ()
 
+    def _hold(self, memory: Any) -> None:
+        """Results that are sent from where they lie are registered. Raises `RegistrationError`; then nothing has happened."""
+        handle = self._handle
+        party = handle._a2a._party
+        if not party.buffers.gpu and memory.size and not party.buffers.computed_at and party.any_direct():
+            handle._region = party.engine.register(memory)
+
     async def _send(self) -> None:
         """What of the results is not sent yet: a cancellation may have come while they were packed."""
         handle = self._handle
@@ -176,8 +183,8 @@ class CombineHalf(_Half):
         if party.buffers.gpu:
             await step.send_results(*await step.to_host(memory, stride))
         else:
-            if handle._region is None and memory.size and not party.buffers.computed_at and party.any_direct():
-                handle._region = party.engine.register(memory)
+            if handle._region is None:  # a rank that takes rows one by one may have come since
+                self._hold(memory)
             await step.send_results(memory, stride, handle._region, 0)
         handle._y = None
 
@@ -247,16 +254,21 @@ class CombineHalf(_Half):
                 await turn()
 
 
-def check_sums(handle: Handle, out: Array) -> None:
-    """`out` can take the sums. Raises `TypeError` or `ValueError`."""
+def check_sums(handle: Handle, out: Array, results: Any, results_stride: int) -> None:
+    """`out` can take the sums while `results`, the memory of what the experts made, is still sent or read by other ranks. Raises
+    `TypeError` or `ValueError`."""
     step = handle._step
-    check("out", out, (len(step.route.places), step.party.shape.hidden), step.party.shape.combine_dtype)
-    memory, _ = rows("out", out, gpu=step.party.buffers.gpu)
-    if memory.size and isinstance(out, np.ndarray) and not out.flags.writeable:
+    shape, buffers = step.party.shape, step.party.buffers
+    check("out", out, (len(step.route.places), shape.hidden), shape.combine_dtype)
+    memory, stride = rows("out", out, gpu=buffers.gpu)
+    if not len(memory):
+        return
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
-    buffers = step.party.buffers
-    if memory.size and buffers.computed_at and np.may_share_memory(memory, buffers.here[buffers.computed_at :]):
-        raise ValueError("out lies where other ranks read results")
+    if overlap(memory, stride, results, results_stride, shape.result_bytes):
+        raise ValueError("out overlaps y, which is read until the combine is over: give other memory")
+    if not buffers.gpu and any(np.may_share_memory(memory, own) for own in (buffers.here, buffers.out)):
+        raise ValueError("out lies in the all-to-all's own memory, where other ranks read and write: give other memory")
 
 
 def check_results(handle: Handle, y: Array) -> tuple[Any, int]:

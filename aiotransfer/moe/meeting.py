@@ -31,11 +31,12 @@ class Meeting(Ranks):
 
     def not_met(self, seconds: float) -> TransferTimeout:
         """What to raise when it takes too long."""
-        missing = [self.who(r) for r in self.others() if r not in self._hellos]
+        missing = [rank for rank in self.others() if rank not in self._hellos]
+        who = ", ".join(map(self.who, missing)) or "no rank in particular"
         return TransferTimeout(
-            f"the ranks of {self!r} did not meet within {seconds:g} s; not heard of: {', '.join(missing) or 'nobody'}",
+            f"the ranks of {self!r} did not meet within {seconds:g} s; not heard of: {who}", ranks=missing,
             hint="does every rank make an AllToAll of this name over the same group?",
-        )
+        )  # fmt: skip
 
     async def meet(self) -> None:
         """Returns when all are there. Raises `ShapeMismatch`, `PeerLostError`, or `ValueError` for a name that is taken."""

@@ -11,6 +11,7 @@ for rank r, and results go to all members.
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,17 @@ class Route:
     """One source's rows in order.
 
     `counts[e]`: rows for expert e; `begins[e]`: number of the first of them; `tokens[j]`: the token of row j;
-    `places[t, k]`: the row of a choice, -1 where there is none; `first[r]`, `n[r]`: the range of rows for rank r.
+    `places[t, k]`: the row of a choice, -1 where there is none; `first[r]`, `n[r]`: the range of rows for rank r; `digest`: 32
+    bits of all choices in their order.
     """
 
-    __slots__ = ("begins", "counts", "first", "n", "places", "sent", "tokens")
+    __slots__ = ("begins", "counts", "digest", "first", "n", "places", "sent", "tokens")
 
     def __init__(self, shape: Shape, rank: int, topk_idx: Any) -> None:
         """`topk_idx`: integers of shape [tokens, choices] in [-1, num_experts), -1 meaning no expert; checked by the caller."""
         experts, choices = shape.num_experts, topk_idx.shape[1]
         flat = topk_idx.reshape(-1).astype(np.uint16)  # sixteen bits are sorted by radix; as unsigned ones, -1 comes last
+        self.digest = zlib.crc32(flat)
         order = flat.argsort(kind="stable")
         self.counts: Ints = np.bincount(flat, minlength=experts)[:experts]
         edges = np.zeros(experts + 1, np.int64)
@@ -64,16 +67,17 @@ class Ranges:
     """What `rank` derives from `counts[source, expert]`, the same for all (zero rows for ranks that take no part).
 
     `base[e]`: where at its rank expert e begins; `below[e]`: how many rows of earlier sources lie there before this rank's;
-    `totals[r]`: rows at r, padding included.
+    `totals[r]`: rows at r, padding included; `sums[s]`: all rows of source s.
     """
 
-    __slots__ = ("_wide", "base", "below", "counts", "rank", "shape", "totals", "used")
+    __slots__ = ("_wide", "base", "below", "counts", "rank", "shape", "sums", "totals", "used")
 
     def __init__(self, shape: Shape, rank: int, counts: Any) -> None:
         self.shape, self.rank = shape, rank
         self.counts: Ints = np.asarray(counts)
         # Without a cast a sum takes a third of the time; none overflows where all counts together do not, whatever others say.
         self._wide = np.int64 if int(self.counts.max()) * self.counts.size >> 32 else self.counts.dtype
+        self.sums = np.add.reduce(self.counts, axis=1, dtype=self._wide)
         self.below = self._sum(0, rank)
         self.used: Ints = self.below + self._sum(rank, shape.ranks)
         by_rank = self.used.reshape(shape.ranks, shape.local_experts)

@@ -25,7 +25,8 @@ RESULT_TYPES = ("float32", "bfloat16", "float16")
 ROW_ALIGN, AREA_ALIGN = 16, 256
 MOST_RANKS, MOST_EXPERTS = 1024, 16384
 TEXT_BYTES = 256
-HEAD = struct.Struct("<QIIQ")  # step, tokens, bytes of text (0: not refused), incarnation of the sender
+TAG_BYTES = 64
+HEAD = struct.Struct("<QIHHQII")  # step, tokens and scales, bytes of text (0: not refused), of the tag, incarnation, digest, 0
 
 
 def _up(n: int, align: int) -> int:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.errors import InternalError
-from aiotransfer.moe.buffers import Header, header
+from aiotransfer.moe.buffers import Header, header, stamp
 from aiotransfer.moe.errors import RoutingOverflow, StepRefused
 from aiotransfer.moe.inplace import InPlace
 from aiotransfer.moe.members import UNDECIDED
 from aiotransfer.moe.plan import Arrivals, Ranges
 from aiotransfer.moe.ranks import FIRST, REST, RESULTS
 from aiotransfer.moe.shape import ROW_ALIGN
+from aiotransfer.moe.tags import shown
 from aiotransfer.moe.traffic import Traffic
 from aiotransfer.providers.rows import same_rows
 
@@ -39,6 +40,7 @@ class Step(Traffic):
             shape, self.number, party.incarnation, len(route.places), self.scales, route.counts, self.refusal
         )  # fmt: skip
         if not self.refusal:
+            stamp(shape, own, route.digest, self.tag)
             await self._rows_in(tokens, stride, scale_rows)
         firsts = buffers.firsts(slot)
         firsts[:, : shape.header_bytes] = own
@@ -61,10 +63,15 @@ class Step(Traffic):
         party.steps[self.number] = self
         party.next_step = self.number + 1
         there = sorted(self.joined)
-        self._scatter(
-            buffers.first_view(slot), there, np.array(there, np.int64) * shape.first_bytes,
-            shape.header_bytes + sizes[there] * shape.row_bytes, np.full(len(there), shape.first(slot, party.rank)), FIRST,
-        )  # fmt: skip
+        try:
+            self._scatter(
+                buffers.first_view(slot), there, np.array(there, np.int64) * shape.first_bytes,
+                shape.header_bytes + sizes[there] * shape.row_bytes, np.full(len(there), shape.first(slot, party.rank)), FIRST,
+            )  # fmt: skip
+        except BaseException:  # nothing was posted: the step is still to be made
+            del party.steps[self.number]
+            party.next_step = self.number
+            raise
 
     def _who_is_there(self) -> list[int]:
         return [rank for rank in self.party.others() if self._members.present(self.number, rank)]
@@ -137,7 +144,9 @@ class Step(Traffic):
             if head.text:
                 refused[rank] = head.text
         self.ranges = Ranges(shape, party.rank, counts)
-        self.arrivals = Arrivals(self.ranges)
+        if not refused:  # all of it before anything is as large as these numbers say
+            sums = self.ranges.sums.tolist()
+            refused = {rank: text for rank, head in heads.items() if (text := head.impossible(shape, sums[rank]))}
         if not refused:
             refused = self._disagreements(heads)
         if refused:
@@ -149,10 +158,15 @@ class Step(Traffic):
                 f"step {self.number} does not take place: {text} and takes {shape.recv_rows}", ranks=tuple(full),
                 hint="raise max_recv_tokens on all ranks, or route fewer tokens there",
             )  # fmt: skip
+        else:
+            self.arrivals = Arrivals(self.ranges)
 
     def _disagreements(self, heads: dict[int, Header]) -> dict[int, str]:
-        """Of ranks with tokens, all have scales of one number; the ranks of a DP group have the same tokens."""
+        """All ranks make the same step: their tags are equal. Of ranks with tokens, all have scales of one number; the ranks of a
+        DP group have the same tokens, and route them alike."""
         dp = self.party.shape.dp_size
+        if len(tags := {head.tag for head in heads.values()}) > 1:
+            return _apart({rank: head.tag for rank, head in heads.items()}, tags)
         with_tokens = [rank for rank, head in heads.items() if head.tokens]
         scales = {heads[rank].scales for rank in with_tokens}
         if len(scales) > 1:
@@ -164,6 +178,8 @@ class Step(Traffic):
             mates = [heads[m] for m in range(rank // dp * dp, rank // dp * dp + dp) if m in heads]
             if any(mate.tokens != head.tokens or not np.array_equal(mate.counts, head.counts) for mate in mates):
                 wrong[rank] = "its DP group has not the same tokens everywhere"
+            elif any(mate.digest != head.digest for mate in mates):
+                wrong[rank] = "the ranks of its DP group do not choose the same experts for each token (topk_idx differs)"
         return wrong
 
     async def _send_rest(self) -> None:
@@ -377,3 +393,11 @@ class Step(Traffic):
                 self._signal(rank)
         await self._wait(RESULTS, dict.fromkeys(self.joined, 1))
         await self.finish()
+
+
+def _apart(tags: dict[int, bytes], found: set[bytes]) -> dict[int, str]:
+    """Whose tag is not that of most ranks, or all where no tag is that of most."""
+    by_number = sorted(found, key=lambda tag: -list(tags.values()).count(tag))
+    most = by_number[0] if 2 * list(tags.values()).count(by_number[0]) > len(tags) else None
+    others = "" if most is None else f", where most ranks have {shown(most)}"
+    return {rank: f"it makes the step with {shown(tag)}{others}" for rank, tag in tags.items() if tag != most}

@@ -73,6 +73,15 @@ def check(name: str, array: Array, shape: tuple[int | None, ...], dtype: str) ->
         raise ValueError(f"{name} must have the shape ({wanted}), not {got}")
 
 
+def check_no_grad(name: str, array: Array) -> None:
+    """Raises `ValueError` for a tensor of which autograd would expect gradients: it would get none, silently."""
+    if getattr(array, "requires_grad", False) and kind_of(array).torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires gradients, and none come back through an all-to-all: call it under torch.no_grad(), "
+            f"or give {name}.detach()"
+        )
+
+
 def rows(name: str, array: Array, *, gpu: bool = False) -> tuple[Any, int]:
     """The memory of a matrix as flat uint8, and the bytes from row to row. Elements of a row must be neighbours. The memory is
     an array of NumPy or, for the kernels of a GPU, a tensor."""
@@ -98,6 +107,26 @@ def rows(name: str, array: Array, *, gpu: bool = False) -> tuple[Any, int]:
 
     flat = array.detach().view(torch.uint8).as_strided((span,), (1,))
     return flat if gpu else flat.numpy(), stride
+
+
+def overlap(a: Any, a_stride: int, b: Any, b_stride: int, width: int) -> bool:
+    """Whether rows of `width` bytes in two memories, as `rows` gives them, have a byte in common. Rows that lie between each other
+    at different strides count as if they had."""
+    if not len(a) or not len(b):
+        return False
+    first, second = _address(a), _address(b)
+    if first + len(a) <= second or second + len(b) <= first:
+        return False
+    if len(a) == width:  # one row has any stride
+        a_stride = b_stride
+    elif len(b) == width:
+        b_stride = a_stride
+    apart = (second - first) % a_stride
+    return a_stride != b_stride or apart < width or a_stride - apart < width
+
+
+def _address(memory: Any) -> int:
+    return int(memory.__array_interface__["data"][0] if isinstance(memory, np.ndarray) else memory.data_ptr())
 
 
 class _Span:

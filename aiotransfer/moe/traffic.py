@@ -59,7 +59,9 @@ class _Ended:
 class Traffic:
     """A step in flight; `Step` is the whole of it."""
 
-    def __init__(self, party: Party, kernels: Any, number: int, route: Route, scales: int, refusal: str) -> None:
+    def __init__(
+        self, party: Party, kernels: Any, number: int, route: Route, scales: int, refusal: str = "", tag: bytes = b""
+    ) -> None:
         shape = party.shape
         self.party = party
         self.kernels = kernels
@@ -68,6 +70,7 @@ class Traffic:
         self.route = route
         self.scales = scales
         self.refusal = refusal
+        self.tag = tag
         self.ranges: Ranges
         self.arrivals: Arrivals
         self.in_place: InPlace
@@ -273,10 +276,11 @@ class Traffic:
             await turn()
 
     def missing(self) -> list[int]:
-        """Whom this step waits for."""
+        """Of whom something has not come that this step waits for. What lies in a counter and is not taken yet has come."""
+        party = self.party
         for kind, expected in self._waits.items():
-            found = [r for r in expected if r not in self._heard[kind] and r not in self.lost]
-            if found:
+            waited = [r for r in expected if r not in self._heard[kind] and r not in self.lost]
+            if found := [r for r in waited if party.over or party.counter(kind, self.slot, r).value < expected[r]]:
                 return found
         return []
 
