@@ -256,6 +256,45 @@ MUTANTS = (
         "installation: a stamp is no link", "Makefile", "-m venv $(VENV)\n\t@touch $@",
         "-m venv $(VENV)\n\t@touch $@ $(VENV)/bin/python", "tests/system/test_build.py",
     ),
+    Mutant(
+        "MoE: whatever an argument raises", "aiotransfer/moe/alltoall.py",
+        "            except BaseException as error:  # whatever it is", "            except (TypeError, ValueError) as error:  #",
+        "tests/moe/test_out_of_step.py",
+    ),
+    Mutant(
+        "MoE: a deadline that cannot be uses up the step", "aiotransfer/moe/alltoall.py",
+        "            refusal, timeout = error, None\n", "            raise\n", "tests/moe/test_out_of_step.py",
+    ),
+    Mutant(
+        "MoE: a first write that was not taken", "aiotransfer/moe/step.py",
+        "            party.next_step = self.number\n            raise\n", "            raise\n", "tests/moe/test_out_of_step.py",
+    ),
+    Mutant(
+        "MoE: digest of routing", "aiotransfer/moe/step.py",
+        "elif any(mate.digest != head.digest for mate in mates):", "elif False:", "tests/moe/test_out_of_step.py",
+    ),
+    Mutant(
+        "MoE: tags are compared", "aiotransfer/moe/step.py",
+        "if len(tags := {head.tag for head in heads.values()}) > 1:", "if len(tags := {head.tag for head in heads.values()}) > 9:",
+        "tests/moe/test_out_of_step.py",
+    ),
+    Mutant(
+        "MoE: counts of a header", "aiotransfer/moe/buffers.py",
+        "        if rows > self.tokens * shape.topk:\n", "        if False:\n", "tests/moe/test_out_of_step.py",
+    ),
+    Mutant(
+        "MoE: sums over what is still read", "aiotransfer/moe/handle.py",
+        "    if overlap(memory, stride, results, results_stride, shape.result_bytes):\n", "    if False:\n",
+        "tests/moe/test_out_of_step.py",
+    ),
+    Mutant(
+        "MoE: innocents in deadlines", "aiotransfer/moe/traffic.py",
+        "if party.over or party.counter(kind, self.slot, r).value < expected[r]", "if True", "tests/moe/test_out_of_step.py",
+    ),
+    Mutant(
+        "MoE: gradients that nobody gets", "aiotransfer/moe/tensors.py",
+        'if getattr(array, "requires_grad", False) and', "if False and", "tests/moe/test_torch.py",
+    ),
 )  # fmt: skip
 
 

@@ -110,8 +110,8 @@ def rows(name: str, array: Array, *, gpu: bool = False) -> tuple[Any, int]:
 
 
 def overlap(a: Any, a_stride: int, b: Any, b_stride: int, width: int) -> bool:
-    """Whether rows of `width` bytes in two memories, as `rows` gives them, have a byte in common. Rows that lie between each other
-    at different strides count as if they had."""
+    """Whether rows of `width` bytes in two memories, as `rows` gives them, have a byte in common. Interleaved rows at different
+    strides count as if they had."""
     if not len(a) or not len(b):
         return False
     first, second = _address(a), _address(b)

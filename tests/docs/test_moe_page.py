@@ -64,7 +64,7 @@ def test_its_memory_is_what_is_allocated(ranks: int, most: int, network: bool, f
     expected = 2 * first + r * row + tokens * row + tokens * 8 * result
     expected += (r * row + tokens * 8 * row + r * result) if network else 0
     assert 2 * expected <= engine.total <= 2 * expected + (1 << 20)
-    assert HEAD.size + TEXT_BYTES == 280
+    assert HEAD.size + TEXT_BYTES == 288
     line = next(line for line in PAGE.splitlines() if line.startswith(f"| {ranks} | {f'{most:,}' if most else 'default'}"))
     assert line.split(" | ")[3 if network else 2].strip("| ") == f"{figure} MiB"
     assert f"{round(engine.total / (1 << 20)):,}" == figure
