@@ -34,7 +34,7 @@ PURE = (
     "model/", "core/", "control/frames.py", "control/session.py", "control/resume.py", "rendezvous/roster.py", "errors.py",
     "kv/layout.py", "kv/plan.py", "kv/checksum.py", "kv/wire.py", "kv/saga.py", "kv/schedule.py",
     "kv/registry/member.py", "kv/registry/changes.py", "kv/registry/cache.py", "kv/registry/stamp.py",
-    "moe/members.py", "moe/shape.py", "moe/plan.py", "moe/wire.py", "moe/errors.py",
+    "moe/members.py", "moe/shape.py", "moe/plan.py", "moe/wire.py", "moe/errors.py", "moe/tags.py",
 )  # fmt: skip
 IMPURE = {"asyncio", "time", "socket", "logging", "select", "threading", "subprocess", "random", "anyio", "pathlib"}
 

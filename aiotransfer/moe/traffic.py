@@ -280,7 +280,9 @@ class Traffic:
         party = self.party
         for kind, expected in self._waits.items():
             waited = [r for r in expected if r not in self._heard[kind] and r not in self.lost]
-            if found := [r for r in waited if party.over or party.counter(kind, self.slot, r).value < expected[r]]:
+            if party.over is not None or party.engine._closing:  # the counters are closed
+                return waited
+            if found := [r for r in waited if party.counter(kind, self.slot, r).value < expected[r]]:
                 return found
         return []
 

@@ -100,28 +100,31 @@ def test_tensors_that_want_gradients_are_refused_until_there_are_any() -> None:
     torch = torch_or_skip()
     given = (torch.ones(2, HIDDEN), torch.tensor([[0], [7]]), torch.ones(2, 1))
 
-    async def rank(a2a: moe.AllToAll) -> None:
-        async with a2a:
-            for number, name in enumerate(("x", "topk_weights")):
-                wrong = list(given)
-                wrong[2 * number] = given[2 * number].clone().requires_grad_()
-                if a2a.rank == 1:
-                    with pytest.raises(ValueError, match=rf"^{name} requires gradients.*torch\.no_grad\(\)"):
-                        await a2a.dispatch(*wrong)
-                else:
-                    with pytest.raises(moe.StepRefused, match=f"rank 1.*{name} requires gradients"):
-                        await a2a.dispatch(*given)
-            d = await a2a.dispatch(*given)
-            y = torch.ones(d.x.shape, requires_grad=True)
-            with pytest.raises(ValueError, match=r"^y requires gradients.*torch\.no_grad\(\)"):
-                await a2a.combine(y, d.handle)
-            with torch.no_grad():
-                assert (await a2a.combine(y, d.handle) == 1).all()
-            with torch.inference_mode():
-                d = await a2a.dispatch(given[0].clone().requires_grad_(), *given[1:])
-                assert (await a2a.combine(y, d.handle) == 1).all()
+    async def wanting(a2a: moe.AllToAll) -> None:
+        for number, name in enumerate(("x", "topk_weights")):
+            wrong = list(given)
+            wrong[2 * number] = given[2 * number].clone().requires_grad_()
+            if a2a.rank == 1:
+                with pytest.raises(ValueError, match=rf"^{name} requires gradients.*torch\.no_grad\(\)"):
+                    await a2a.dispatch(*wrong)
+            else:
+                with pytest.raises(moe.StepRefused, match=f"rank 1.*{name} requires gradients"):
+                    await a2a.dispatch(*given)
+        d = await a2a.dispatch(*given)
+        with pytest.raises(ValueError, match=r"^y requires gradients.*torch\.no_grad\(\)"):
+            await a2a.combine(torch.ones(d.x.shape, requires_grad=True), d.handle)
+        assert (await a2a.combine(torch.ones(d.x.shape), d.handle) == 1).all()
+
+    async def none(a2a: moe.AllToAll) -> None:
+        d = await a2a.dispatch(given[0].clone().requires_grad_(), *given[1:])
+        assert (await a2a.combine(torch.ones(d.x.shape, requires_grad=True), d.handle) == 1).all()
 
     async def script(w: World) -> None:
-        await w.every(rank)
+        await w.every(wanting)
+        for context in (torch.no_grad, torch.inference_mode):  # of the thread, so of all these ranks
+            with context():
+                await w.every(none)
+        for a2a in w.a2a:
+            await a2a.aclose()
 
     world(2, script, timeout=2)
