@@ -155,6 +155,16 @@ MUTANTS = (
         " && address - m->address <= m->nbytes &&", " &&", "tests/native/test_wire.py",
     ),
     Mutant(
+        "kv: the immediate of a request only after the proof", "aiotransfer/kv/handle.py",
+        "        self._decoder.forget(part.number for part in self._parts)\n",
+        "        self._decoder.engine._values.give_back(self._counter)\n",
+        "tests/kv/test_many.py",
+    ),
+    Mutant(
+        "immediates: what a user names is not given to others", "aiotransfer/engine/values.py",
+        "        self._proved.pop(value, None)\n", "", "tests/engine/test_counters.py",
+    ),
+    Mutant(
         "hostile: a ring that cannot block", "ffi/shm/queue.c",
         "    uint64_t nothing = 0;", "    uint64_t nothing = 1;", "tests/control/test_hostile_shm.py",
     ),

@@ -19,7 +19,7 @@ from aiotransfer.control.ratelimit import RateLimit
 from aiotransfer.core.ledger import Ledger
 from aiotransfer.core.rails import pairing
 from aiotransfer.engine import memory
-from aiotransfer.engine.arguments import MOST_IMM, RESERVED, advertised, check_imm, check_rails, engine_name
+from aiotransfer.engine.arguments import advertised, check_rails, engine_name
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.connections import Connections
 from aiotransfer.engine.counter import Counter
@@ -40,6 +40,7 @@ from aiotransfer.engine.statistics import Statistics
 from aiotransfer.engine.sweeper import Sweeper
 from aiotransfer.engine.threads import ThreadHandle
 from aiotransfer.engine.transfer import Transfer
+from aiotransfer.engine.values import Values
 from aiotransfer.engine.watch import Watcher
 from aiotransfer.engine.world import REAL, World
 from aiotransfer.errors import BusyError, ClosedError, ConfigurationError, RegionError, TransferError
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
     from aiotransfer.model.descriptor import Grant
 
 MOST_REASONS = 4096  # of revocations, kept for errors
-FIRST_FREE_IMM = RESERVED - 1
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
@@ -117,8 +117,7 @@ class Engine(Planner):
         self._revocations: dict[tuple[int, int, int], str] = {}  # reasons, by incarnation, slot and epoch
         self._counters: dict[int, Counter] = {}
         self._records: dict[int, Counter] = {}
-        self._next_imm = FIRST_FREE_IMM
-        self._next_own_imm = RESERVED
+        self._values = Values(self)
         self._watchers: dict[int, Watcher] = {}
         self._handles: list[ThreadHandle] = []
         self._groups = Groups(self)
@@ -277,15 +276,10 @@ class Engine(Planner):
     def counter(self, imm: int | None = None) -> Counter:
         """The counter of an immediate; None: a value never used before in this engine. Early arrivals are in it.
 
-        Raises `BusyError` when arrivals of this value were lost to the bound on early values.
+        Raises `BusyError` when arrivals of this value were lost to the bound on early values, or when every value has been used.
         """
         self._check()
-        if imm is None:
-            while native.lib.at_imm_known(self._p, self._next_imm):
-                self._next_imm -= 1
-            value, self._next_imm = self._next_imm, self._next_imm - 1
-        else:
-            value = check_imm(imm)
+        value = self._values.fresh() if imm is None else self._values.named(imm)
         known = self._counters.get(value)
         if known is not None:
             return known
@@ -293,10 +287,7 @@ class Engine(Planner):
 
     def _own_counter(self) -> Counter:
         """A counter of a reserved value, used once and never again."""
-        if self._next_own_imm > MOST_IMM:
-            raise BusyError("the reserved immediates of this engine are used up", hint="open a fresh engine")
-        self._next_own_imm += 1
-        return self._open_counter(self._next_own_imm - 1)
+        return self._open_counter(self._values.own())
 
     def _open_counter(self, value: int) -> Counter:
         record = native.lib.at_imm_open(self._p, value)

@@ -146,7 +146,7 @@ class Handle:
     def _lease(self) -> None:
         decoder, order = self._decoder, self.order
         sums = 8 * len(order.page_ids) * len(decoder.layout.own_layers) if decoder.checksums else 0
-        self._counter = decoder.engine.counter()
+        self._counter = decoder.engine._values.again()
         for peer in order.peers:
             part = Part(peer, next(numbers), decoder.slots.take(HEADER_BYTES + sums + decoder.tail_bytes))
             self._parts.append(part)
@@ -359,7 +359,7 @@ class Handle:
 
     def _free(self) -> None:
         if self._counter is not None:
-            self._counter.close()
+            self._decoder.engine._values.give_back(self._counter)  # every lease is revoked: nothing arrives for it any more
         for part in self._parts:
             self._decoder.slots.give(part.tail)
         self._decoder.release(self)

@@ -208,3 +208,31 @@ async def test_a_count_that_finds_the_table_full_waits_without_spinning(progress
         assert counter.total == 0  # looking makes room
         await asyncio.wait_for(transfer, 5)
         assert counter.total == 1
+
+
+async def test_a_value_that_was_given_back_counts_from_zero_again_and_is_nobody_elses(pair: Pair) -> None:
+    values = pair.right._values
+    first = values.again()
+    pair.left.signal(pair.right_peer, first.imm)
+    await first.wait(1)
+    values.give_back(first)
+    values.give_back(first)
+    assert pair.right.counter().imm != first.imm, "a value never used before"
+    second = values.again()
+    assert (second.imm, second.total) == (first.imm, 0)
+    assert second._record != first._record
+    third = values.again()
+    assert third.imm != second.imm
+    values.give_back(second)
+    user = pair.right.counter(imm=second.imm)  # from here on a user says what may arrive for it
+    user.close()
+    assert values.again().imm not in (second.imm, third.imm)
+
+
+async def test_an_engine_that_has_used_every_value_says_so(pair: Pair) -> None:
+    pair.right._values._next = 1
+    assert [pair.right.counter().imm, pair.right.counter().imm] == [1, 0]
+    for _ in range(2):
+        with pytest.raises(at.BusyError, match="every immediate"):
+            pair.right.counter()
+    assert pair.right.counter(imm=0).total == 0

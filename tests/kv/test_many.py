@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from contextlib import AsyncExitStack
 
 import pytest
 
+import aiotransfer as at
 from aiotransfer import kv
+from aiotransfer.engine.lease import Lease
 from aiotransfer.kv import wire
 from tests.kv.party import Party, cache_of, party, small
 
@@ -47,6 +50,48 @@ async def test_a_cancel_ends_its_own_request_and_no_other() -> None:
         assert order == ["0", "1", "3", "4", "5"]
         for handle in (*entered[:2], *entered[3:]):
             await handle.__aexit__(None, None, None)
+
+
+async def test_requests_one_after_another_share_an_immediate_and_never_two_at_a_time() -> None:
+    async with party() as both:
+        used = set()
+        for number in range(20):
+            await filled(both, str(number), [1, 2, 3])
+            async with both.decoder.request(both.peer, f"given up {number}", [4]) as handle:
+                used.add(handle._counter.imm)
+        assert len(used) <= 2, used
+        async with AsyncExitStack() as stack:
+            many = [both.decoder.request(both.peer, f"one of many {n}", [n]) for n in range(10)]
+            handles = [await stack.enter_async_context(handle) for handle in many]
+            assert len({handle._counter.imm for handle in handles}) == 10
+
+
+async def test_the_immediate_of_a_request_whose_end_is_not_proved_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, unproved = Lease.revoke, True
+
+    async def revoke(lease: Lease, **options: float) -> None:
+        if unproved:
+            await asyncio.sleep(0.01)
+            raise at.QuarantineError("for this test")
+        await real(lease, **options)
+
+    async with party() as both:
+        await filled(both, "before", [1, 2, 3])
+        monkeypatch.setattr(Lease, "revoke", revoke)
+        monkeypatch.setattr("aiotransfer.kv.handle.LOOK_SECONDS", 0.01)
+        handle = both.decoder.request(both.peer, "stuck", [4])
+        with pytest.raises(at.QuarantineError):
+            async with handle:
+                stuck = handle._counter.imm
+        values = both.decode.engine._values
+        assert stuck not in values._proved
+        other = values.again()
+        assert other.imm != stuck
+        values.give_back(other)
+        unproved = False
+        while handle._saga.state != "free":
+            await asyncio.sleep(0.02)
+        assert stuck in values._proved
 
 
 async def test_a_number_that_is_under_way_is_refused() -> None:

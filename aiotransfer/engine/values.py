@@ -1,0 +1,69 @@
+"""Which immediate a counter gets: one that was never used, one whose last use is proved to be over, or one of the library's own.
+
+The lane never forgets a value that was retired: what arrives late is a stray, and is counted as one. A value that is used once
+therefore costs eight bytes for as long as the engine lives, and there are 2^32 of them. A component that opens a counter for each
+request gives the value back when nothing can arrive for it any more. It has the proof: the value was only used under leases that
+have been revoked.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiotransfer.engine.arguments import MOST_IMM, RESERVED, check_imm
+from aiotransfer.errors import BusyError
+from aiotransfer.providers import native
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.counter import Counter
+    from aiotransfer.engine.engine import Engine
+
+
+class Values:
+    """The immediates of one engine."""
+
+    __slots__ = ("_engine", "_next", "_next_own", "_proved")
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._next = RESERVED - 1
+        self._next_own = RESERVED
+        self._proved: dict[int, None] = {}  # may be used again, the oldest first
+
+    def fresh(self) -> int:
+        """A value never used before in this engine. Raises `BusyError` when there is none left."""
+        while self._next >= 0 and native.lib.at_imm_known(self._engine._p, self._next):
+            self._next -= 1
+        if self._next < 0:
+            raise BusyError("every immediate of this engine has been used", hint="name one that was closed: counter(imm=)")
+        self._next -= 1
+        return self._next + 1
+
+    def named(self, imm: object) -> int:
+        """A value that a user names, who decides from then on what may arrive for it. Raises `TypeError` or `ValueError`."""
+        value = check_imm(imm)
+        self._proved.pop(value, None)
+        return value
+
+    def own(self) -> int:
+        """One of the library's own, used once and never again. Raises `BusyError` when there is none left."""
+        if self._next_own > MOST_IMM:
+            raise BusyError("the reserved immediates of this engine are used up", hint="open a fresh engine")
+        self._next_own += 1
+        return self._next_own - 1
+
+    def again(self) -> Counter:
+        """A counter at 0 for uses that end in `give_back`: of a value that was given back, or a fresh one. Raises `BusyError`."""
+        if not self._proved:
+            return self._engine.counter()
+        value = next(iter(self._proved))
+        counter = self._engine._open_counter(value)
+        del self._proved[value]
+        return counter
+
+    def give_back(self, counter: Counter) -> None:
+        """Close a counter of `again`. The caller has proved that nothing can arrive for it any more: every lease is revoked."""
+        if counter._closed:
+            return
+        counter.close()
+        self._proved[counter.imm] = None
