@@ -58,6 +58,14 @@ MUTANTS = (
         "        if stride < expected:\n", "tests/core/test_dense.py",
     ),
     Mutant(
+        "pages: what is checked is what is used", "ffi/lane/submit.c", "            op->remote_pages = own_remote;\n",
+        "            op->remote_pages = order->remote_pages;\n", "tests/engine/test_changing_tables.py",
+    ),
+    Mutant(
+        "pages: tables of a slice are copied before they are checked", "aiotransfer/engine/arguments.py",
+        "        return pages.copy()\n", "        return pages\n", "tests/engine/test_changing_tables.py",
+    ),
+    Mutant(
         "memory of a GPU: only where it is taken", "ffi/lane/submit.c",
         "if (region->cuda >= 0 && !remote->peer->device) return AT_EDEVICE;", "", "tests/engine/test_staging.py",
     ),

@@ -28,9 +28,12 @@ def check_imm(imm: object) -> int:
 
 
 def page_table(name: str, pages: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Indices as contiguous int64. Raises `TypeError` or `ValueError`."""
-    if isinstance(pages, np.ndarray) and pages.dtype == np.int64 and pages.ndim == 1 and pages.flags.c_contiguous:
-        return pages
+    """Indices as contiguous int64, a copy: other threads may change the caller's, and what is checked has to be what is used.
+
+    Raises `TypeError` or `ValueError`.
+    """
+    if isinstance(pages, np.ndarray) and pages.dtype == np.int64 and pages.ndim == 1:
+        return pages.copy()
     if type(pages).__module__ == "torch":
         if pages.dtype.is_floating_point or pages.dtype.is_complex:
             raise TypeError(f"{name} must hold integers, not {pages.dtype}")
@@ -44,12 +47,13 @@ def page_table(name: str, pages: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
     if array.size == 0:
         return np.empty(0, np.int64)
     if array.dtype == np.uint64 or array.dtype.kind == "O":
+        array = array.copy()
         over = [int(v) for v in array if not isinstance(v, float) and not -(1 << 63) <= int(v) <= MOST]
         if over:
             raise RegionError(f"{name} holds the index {over[0]}, far outside any region")
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must hold integers, not {array.dtype}")
-    return np.ascontiguousarray(array, np.int64)
+    return np.array(array, np.int64)
 
 
 def size(name: str, value: object, least: int) -> int:

@@ -193,16 +193,15 @@ class Planner(Submitter):
         table = Pages(src_pages, dst_pages, page_bytes, src_stride, dst_stride, src_offset, dst_offset)
         table.check_sources(src.nbytes)
         table.check_targets(dst.nbytes)
-        sources, targets = table.sources.copy(), table.targets.copy()
 
         def build(status: Any) -> Any:
-            here, there = (native.ffi.from_buffer("int64_t[]", t) for t in (sources, targets))
+            here, there = (native.ffi.from_buffer("int64_t[]", t) for t in (table.sources, table.targets))
             return native.lib.at_plan_pages(
                 self._p, dst._box.bound.remote, src._root._number, here, there, table.count, table.page, table.from_stride,
                 table.to_stride, src._start + table.from_offset, dst._start + table.to_offset, status,
             )  # fmt: skip
 
-        stage = stager(src, lambda: page_spans(src, table, sources))
+        stage = stager(src, lambda: page_spans(src, table))
         return self._plan(table.count * table.page, [dst], require, build, "pages", stage)
 
     def scatter(

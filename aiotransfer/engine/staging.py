@@ -156,9 +156,9 @@ def stager(
     return lambda: Stage(region, [(view._start, view.nbytes)] if spans is None else spans(), lands=lands)
 
 
-def page_spans(view: RegionView, table: Pages, sources: NDArray[np.int64] | None = None) -> list[Span]:
-    """The source pages of a table (or of a copy of its sources), neighbours as one, each byte once."""
-    pages = np.unique(table.sources if sources is None else sources)
+def page_spans(view: RegionView, table: Pages) -> list[Span]:
+    """The source pages of a table, neighbours as one, each byte once."""
+    pages = np.unique(table.sources)
     return merged(np.unique(pages * table.from_stride) + (view._start + table.from_offset), table.page)
 
 

@@ -202,8 +202,6 @@ class Submitter(Outcomes):
         if not (now and src.nbytes == src._root.nbytes and dst.nbytes == dst._grant.nbytes):
             table.check_sources(src.nbytes)
             table.check_targets(dst.nbytes)
-        if not now and table.count:  # posted later: the caller may change his tables meanwhile
-            table.sources, table.targets = table.sources.copy(), table.targets.copy()
         from_buffer, lib, number = native.ffi.from_buffer, native.lib, src._root._number
 
         def post(remote: int) -> int:

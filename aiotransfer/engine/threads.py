@@ -176,7 +176,7 @@ class ThreadHandle:
             table = Pages(src_pages, dst_pages, page_bytes, src_stride, dst_stride, src_offset, dst_offset)
             table.check_sources(src.nbytes)
             table.check_targets(dst.nbytes)
-            here, there = (native.ffi.from_buffer("int64_t[]", t.copy()) for t in (table.sources, table.targets))
+            here, there = (native.ffi.from_buffer("int64_t[]", t) for t in (table.sources, table.targets))
             value = -1 if imm is None else check_imm(imm)
             return self._submit(dst, table.count * table.page, (src, dst), ("pages", value), lambda remote, status:
                 native.lib.at_plan_pages(

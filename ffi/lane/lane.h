@@ -124,6 +124,13 @@ typedef struct {
     int64_t imm; /* -1: the one given when it is posted */
 } at_order;
 
+/* Index tables of one call, as they were when they were copied: other threads may change the caller's at any time, and what is
+ * checked has to be what is used. */
+typedef struct {
+    int64_t *pages; /* the local ones, then the remote ones */
+    uint64_t room;  /* of both */
+} at_tables;
+
 /* Several operations that end as one: the targets of a scatter. */
 typedef struct {
     uint32_t count, open; /* open: children that have not ended, and 1 while they are still being posted */
@@ -145,7 +152,7 @@ struct at_op {
     uint64_t remote_offset; /* in the remote region */
     uint64_t nbytes;        /* of the write, or of one page */
     uint64_t local_stride, remote_stride;
-    const int64_t *local_pages, *remote_pages; /* lent (inline) or owned (table != NULL) */
+    const int64_t *local_pages, *remote_pages; /* the submitting call's or a plan's, or its own (table != NULL); never the caller's */
     int64_t *table;
     uint64_t footprint;     /* bytes written lately to different places, this operation included: too many for a cache? */
     uint64_t units;         /* 1, or the number of pages */
@@ -305,6 +312,7 @@ struct at_lane {
     uint32_t op_count, op_capacity;
     at_op *op_spare; /* memory of operations that have ended, for the next ones: allocating it costs as much as all else of a short one */
     uint32_t op_spare_count;
+    at_tables tables; /* of the call before, for the next one */
     at_op *kept; /* of the scatter that is being posted, see plan.c */
     uint32_t kept_capacity;
     uint32_t *op_free;
@@ -439,7 +447,12 @@ void at_count_turn(at_lane *lane, uint64_t nbytes);          /* inline work was 
 
 /* submit.c, with the lock */
 int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op); /* everything that may have changed since it was checked */
-int at_check(at_lane *lane, const at_order *order, const at_op *op);          /* bounds, and the tables */
+/* Bounds, and the tables, which are copied while they are checked; tables NULL: they cannot change. */
+int at_check(at_lane *lane, const at_order *order, at_op *op, const at_tables *tables);
+/* Room for n pages of two tables: AT_OK or AT_ENOMEM. To be given back when the call is over, also where this failed: what goes on has
+ * a copy of its own by then (at_op_keep). */
+int at_tables_take(at_lane *lane, uint64_t n, at_tables *tables);
+void at_tables_give(at_lane *lane, at_tables *tables);
 /* Only decides: AT_HERE: at_move_here may move it; AT_OK: there is nothing to move; AT_EAGAIN: it has to be queued; else it fails. */
 enum { AT_HERE = 2 };
 int at_submit_here(at_lane *lane, at_op *op);

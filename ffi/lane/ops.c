@@ -87,6 +87,8 @@ static void op_free(at_lane *lane, at_op *op) {
 
 void at_ops_close(at_lane *lane) {
     for (at_op *op; (op = lane->op_spare) != NULL; free(op)) lane->op_spare = op->next;
+    free(lane->tables.pages);
+    lane->tables = (at_tables){NULL, 0};
     free(lane->kept);
     lane->kept = NULL;
     lane->kept_capacity = 0;

@@ -56,7 +56,7 @@ static at_plan *plan_checked(at_lane *lane, at_plan *plan, int *status) {
         for (uint64_t i = 0; i < plan->count && *status == AT_OK; i++) {
             at_op op;
             *status = at_resolve(lane, &plan->orders[i], 0, &op);
-            if (*status == AT_OK) *status = at_check(lane, &plan->orders[i], &op);
+            if (*status == AT_OK) *status = at_check(lane, &plan->orders[i], &op, NULL);
             if (*status != AT_OK && plan->scatter) lane->detail = (int64_t)i;
         }
         at_unlock(lane);
@@ -221,20 +221,24 @@ static int64_t post_scatter(at_lane *lane, const at_plan *plan, int64_t imm) {
     return post_targets(lane, ops, plan->count, plan->orders, imm);
 }
 
+/* The caller's arrays may be changed by other threads meanwhile: each number is read once. */
+static int64_t once(const int64_t *at) { return *(const volatile int64_t *)at; }
+
 /* Whether [offset, offset + n) lies in `nbytes`; what is negative is too large here. */
 static int lies_in(int64_t offset, int64_t n, uint64_t nbytes) {
     return (uint64_t)n <= nbytes && (uint64_t)offset <= nbytes - (uint64_t)n;
 }
 
 static int resolve_target(at_lane *lane, const at_source *src, const at_targets *to, uint64_t i, int64_t imm, at_op *op) {
-    int64_t from = to->local_offsets[i], n = to->nbytes[i], at = to->remote_offsets == NULL ? 0 : to->remote_offsets[i];
+    int64_t from = once(&to->local_offsets[i]), n = once(&to->nbytes[i]);
+    int64_t at = to->remote_offsets == NULL ? 0 : once(&to->remote_offsets[i]);
     if (!lies_in(from, n, src->nbytes)) return AT_ESRC;
     if (!lies_in(at, n, to->limits[i]) || (to->remote_offsets == NULL && (uint64_t)n != to->limits[i])) return AT_EDST;
     at_order order = {.kind = AT_OP_WRITE, .remote = to->remotes[i], .region = src->region,
                       .local_offset = src->offset + (uint64_t)from, .remote_offset = to->bases[i] + (uint64_t)at,
                       .nbytes = (uint64_t)n, .units = 1, .imm = -1};
     int rc = at_resolve(lane, &order, imm, op);
-    return rc == AT_OK ? at_check(lane, &order, op) : rc;
+    return rc == AT_OK ? at_check(lane, &order, op, NULL) : rc;
 }
 
 static int64_t scatter(at_lane *lane, const at_source *src, const at_targets *to, int64_t imm, uint64_t *total) {
@@ -246,7 +250,7 @@ static int64_t scatter(at_lane *lane, const at_source *src, const at_targets *to
             lane->detail = (int64_t)i;
             return rc;
         }
-        *total += (uint64_t)to->nbytes[i];
+        *total += ops[i].nbytes;
     }
     return post_targets(lane, ops, to->count, NULL, imm);
 }
@@ -266,21 +270,26 @@ int64_t at_scatter(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbyt
     return at_unlock_and_progress(lane, result);
 }
 
-static int64_t scatter_pages(at_lane *lane, at_order *order, const at_rows *to, int64_t imm, uint64_t *total) {
+static int64_t scatter_pages(at_lane *lane, at_order *order, const at_rows *to, const at_tables *tables, int64_t imm, uint64_t *total) {
     at_op *ops = kept_for(lane, to->count);
-    const int64_t *local_pages = order->local_pages, *remote_pages = order->remote_pages;
+    int64_t *local_pages = tables->pages, *remote_pages = tables->pages + to->rows;
     if (ops == NULL && to->count != 0) return AT_ENOMEM;
+    if (to->rows != 0) { /* in one go: parts of several targets may overlap, and none may change after its check */
+        memcpy(local_pages, order->local_pages, (size_t)to->rows * sizeof *local_pages);
+        memcpy(remote_pages, order->remote_pages, (size_t)to->rows * sizeof *remote_pages);
+    }
     for (uint64_t i = 0; i < to->count; i++) {
-        int rc = lies_in(to->begins[i], to->counts[i], to->rows) ? AT_OK : AT_ESIZE;
+        int64_t begin = once(&to->begins[i]), count = once(&to->counts[i]);
+        int rc = lies_in(begin, count, to->rows) ? AT_OK : AT_ESIZE;
         if (rc == AT_OK) {
             order->remote = to->remotes[i];
             order->remote_offset = to->offsets[i];
-            order->units = (uint64_t)to->counts[i];
-            order->local_pages = local_pages + to->begins[i];
-            order->remote_pages = remote_pages + to->begins[i];
+            order->units = (uint64_t)count;
+            order->local_pages = local_pages + begin;
+            order->remote_pages = remote_pages + begin;
             rc = at_resolve(lane, order, imm, &ops[i]);
         }
-        if (rc == AT_OK) rc = at_check(lane, order, &ops[i]);
+        if (rc == AT_OK) rc = at_check(lane, order, &ops[i], NULL);
         if (rc != AT_OK) {
             lane->detail = (int64_t)i;
             return rc;
@@ -302,8 +311,11 @@ int64_t at_scatter_pages(at_lane *lane, int64_t region, uint64_t n, const int64_
                       .local_stride = local_stride, .remote_stride = remote_stride, .local_pages = local_pages,
                       .remote_pages = remote_pages, .imm = -1};
     at_rows to = {.count = n, .rows = rows, .remotes = remotes, .offsets = remote_offsets, .begins = begins, .counts = counts};
+    at_tables tables;
     at_lock(lane);
-    result = scatter_pages(lane, &order, &to, imm, total);
+    result = at_tables_take(lane, rows, &tables);
+    if (result == AT_OK) result = scatter_pages(lane, &order, &to, &tables, imm, total);
+    at_tables_give(lane, &tables);
     return at_unlock_and_progress(lane, result);
 }
 

@@ -5,6 +5,12 @@
 #include "copiers.h"
 #include "lane.h"
 
+#include <stdlib.h>
+#include <string.h>
+
+#define MOST_SPARE_PAGES ((uint64_t)1 << 17) /* tables of more are not kept for the next call: 1 MiB */
+#define LEAST_PAGES ((uint64_t)256)
+#define CHECKED_PAGES 512u /* of a table at a time: 4 KiB */
 #define LATE_BYTES ((uint64_t)64 << 10) /* once a turn is overdue, only smaller operations run inside the call */
 #define RECENT_LEAST ((uint64_t)64 << 10)
 
@@ -38,6 +44,27 @@ static void note_footprint(at_lane *lane, at_op *op, uint64_t nbytes) {
     lane->recent[i].where = where;
     lane->recent[i].nbytes = nbytes;
     lane->recent[i].stamp = lane->written;
+}
+
+/* ---- tables ---- */
+
+int at_tables_take(at_lane *lane, uint64_t n, at_tables *tables) {
+    *tables = lane->tables;
+    lane->tables = (at_tables){NULL, 0};
+    if (n > SIZE_MAX / 2 / sizeof *tables->pages) return AT_ENOMEM;
+    if (tables->pages == NULL || tables->room < 2 * n) {
+        free(tables->pages);
+        tables->room = n < LEAST_PAGES ? 2 * LEAST_PAGES : 2 * n;
+        tables->pages = malloc((size_t)tables->room * sizeof *tables->pages);
+    }
+    return tables->pages != NULL ? AT_OK : AT_ENOMEM;
+}
+
+void at_tables_give(at_lane *lane, at_tables *tables) {
+    at_tables last = lane->tables; /* that of another thread, which was over before */
+    int kept = tables->pages != NULL && tables->room <= MOST_SPARE_PAGES && (last.pages == NULL || tables->room > last.room);
+    if (kept) lane->tables = *tables;
+    free(kept ? last.pages : tables->pages);
 }
 
 /* ---- checks ---- */
@@ -81,29 +108,38 @@ static int64_t last_page(uint64_t nbytes, uint64_t offset, uint64_t page, uint64
     return most > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)most;
 }
 
-/* AT_OK when all of pages[0..n) lie in [0, last]. One vectorisable pass (a negative index is huge when read unsigned). */
-static int check_pages(at_lane *lane, const int64_t *pages, uint64_t n, int64_t last, int status) {
-    uint64_t bad = 0;
-    for (uint64_t i = 0; i < n; i++) bad |= (uint64_t)(last < 0) | (uint64_t)((uint64_t)pages[i] > (uint64_t)last);
-    if (bad == 0) return AT_OK;
-    for (uint64_t i = 0; i < n; i++) {
-        if (last < 0 || (uint64_t)pages[i] > (uint64_t)last) {
-            lane->detail = pages[i];
-            break;
+/* AT_OK when all of pages[0..n) lie in [0, last]. With `own` they are copied there, part by part while the cache has them, and the copy
+ * is what is checked. A vectorisable pass (a negative index is huge when read unsigned). */
+static int check_pages(at_lane *lane, const int64_t *pages, int64_t *own, uint64_t n, int64_t last, int status) {
+    for (uint64_t at = 0; at < n; at += CHECKED_PAGES) {
+        uint64_t k = n - at < CHECKED_PAGES ? n - at : CHECKED_PAGES, bad = (uint64_t)(last < 0);
+        if (own != NULL) memcpy(own + at, pages + at, (size_t)k * sizeof *own);
+        const int64_t *these = own != NULL ? own + at : pages + at;
+        for (uint64_t i = 0; i < k; i++) bad |= (uint64_t)((uint64_t)these[i] > (uint64_t)last);
+        for (uint64_t i = 0; bad != 0 && i < k; i++) {
+            if (last >= 0 && (uint64_t)these[i] <= (uint64_t)last) continue;
+            lane->detail = these[i];
+            return status;
         }
     }
-    return status;
+    return AT_OK;
 }
 
-int at_check(at_lane *lane, const at_order *order, const at_op *op) {
+int at_check(at_lane *lane, const at_order *order, at_op *op, const at_tables *tables) {
     if (order->kind == AT_OP_SIGNAL) return AT_OK;
     uint64_t here = op->region->nbytes, there = op->remote->nbytes, n = order->nbytes;
     if (order->kind == AT_OP_PAGES) {
-        int rc = check_pages(lane, order->local_pages, order->units,
+        int64_t *own_local = tables != NULL ? tables->pages : NULL, *own_remote = tables != NULL ? own_local + order->units : NULL;
+        int rc = check_pages(lane, order->local_pages, own_local, order->units,
                              last_page(here, order->local_offset, n, order->local_stride), AT_EINDEX_SRC);
-        return rc != AT_OK ? rc
-                           : check_pages(lane, order->remote_pages, order->units,
-                                         last_page(there, order->remote_offset, n, order->remote_stride), AT_EINDEX_DST);
+        if (rc == AT_OK)
+            rc = check_pages(lane, order->remote_pages, own_remote, order->units,
+                             last_page(there, order->remote_offset, n, order->remote_stride), AT_EINDEX_DST);
+        if (tables != NULL) {
+            op->local_pages = own_local;
+            op->remote_pages = own_remote;
+        }
+        return rc;
     }
     if (order->local_offset > here || n > here - order->local_offset) return AT_ESRC;
     if (order->remote_offset > there || n > there - order->remote_offset) return AT_EDST;
@@ -216,10 +252,13 @@ static int64_t submit_one(at_lane *lane, const at_order *order, int64_t imm) {
     int64_t result = at_check_owner(lane);
     if (result != AT_OK) return result;
     at_op op;
+    at_tables tables = {NULL, 0};
     at_lock(lane);
-    result = at_resolve(lane, order, imm, &op);
-    if (result == AT_OK) result = at_check(lane, order, &op);
+    if (order->kind == AT_OP_PAGES) result = at_tables_take(lane, order->units, &tables);
+    if (result == AT_OK) result = at_resolve(lane, order, imm, &op);
+    if (result == AT_OK) result = at_check(lane, order, &op, &tables);
     if (result == AT_OK) result = at_submit(lane, &op);
+    if (order->kind == AT_OP_PAGES) at_tables_give(lane, &tables);
     return at_unlock_and_progress(lane, result);
 }
 

@@ -1,0 +1,87 @@
+"""Index tables that another thread changes during the call: what was checked is used, so no byte lands outside the region."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import aiotransfer as at
+from aiotransfer.engine.arguments import Pages
+from aiotransfer.testing import Pair
+
+PAGE, COUNT, ROUNDS = 64, 4096, 150
+
+
+@contextlib.contextmanager
+def changing(table: np.ndarray[Any, Any], good: int, bad: int) -> Iterator[None]:
+    """The last entry of the table is now good and now bad, by turns, from a thread of its own."""
+    over = threading.Event()
+
+    def change() -> None:
+        while not over.is_set():
+            table[-1] = bad
+            table[-1] = good
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def pages(pair: Pair, source: at.RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer:
+    return pair.left.write_pages(source, good, target, table, page_bytes=PAGE)
+
+
+def scattered(pair: Pair, source: at.RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer:
+    n = 1000
+    return pair.left.scatter(source, (good[-n:] * PAGE, np.full(n, PAGE), target, table[-n:]))
+
+
+def scattered_pages(pair: Pair, source: at.RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer | None:
+    half = COUNT // 2
+    parts = np.array([0, half]), np.array([half, half])
+    return pair.left._scatter_pages(source, [target, target], *parts, good, table, page_bytes=PAGE, src_stride=PAGE, imm=1)
+
+
+WHOLE, HALF = slice(None), slice(0, PAGE * COUNT)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("call", "unit", "part"),
+    [(pages, 1, WHOLE), (pages, 1, HALF), (scattered, PAGE, WHOLE), (scattered, PAGE, HALF), (scattered_pages, 1, WHOLE)],
+)
+async def test_nothing_lands_outside_while_tables_change(pair: Pair, call: Callable[..., Any], unit: int, part: slice) -> None:
+    room = np.zeros(4 * PAGE * COUNT, np.uint8)  # the target is the first quarter of it
+    whole = pair.right.register((room.ctypes.data, PAGE * COUNT * (1 if part == WHOLE else 2), "cpu"))
+    source = pair.left.allocate(PAGE * COUNT)
+    source.numpy()[:] = 1
+    target, good = whole.descriptor, np.arange(COUNT)
+    await pair.left.write(source[:8], target[:8])
+    table, until = good * unit, time.monotonic() + 10
+    with changing(table, int(table[-1]), COUNT * unit):
+        for _ in range(ROUNDS):
+            with contextlib.suppress(at.RegionError):
+                if (transfer := call(pair, source, target[part], good, table)) is not None:
+                    await transfer
+            if time.monotonic() > until:
+                break
+    assert not room[PAGE * COUNT :].any(), "bytes behind the part that was named"
+    assert room[: PAGE * (COUNT - 1)].any()
+
+
+def test_tables_are_copies_in_whatever_form_they_come() -> None:
+    for given in (np.arange(8), np.arange(8, dtype=np.int32), np.arange(16)[::2], np.arange(8, dtype=np.uint64)):
+        table = Pages(given, given, 1, None, None, 0, 0)
+        assert not np.shares_memory(table.sources, given)
+        assert not np.shares_memory(table.targets, given)
+        assert not np.shares_memory(table.sources, table.targets)
