@@ -23,6 +23,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "lane/tables.h"
 #include "native.h"
 
 #define AT_CHUNK ((uint64_t)256 << 10) /* bytes moved between two looks at epoch, cancellation and peer */
@@ -123,13 +124,6 @@ typedef struct {
     const int64_t *local_pages, *remote_pages;
     int64_t imm; /* -1: the one given when it is posted */
 } at_order;
-
-/* Index tables of one call, as they were when they were copied: other threads may change the caller's at any time, and what is
- * checked has to be what is used. */
-typedef struct {
-    int64_t *pages; /* the local ones, then the remote ones */
-    uint64_t room;  /* of both */
-} at_tables;
 
 /* Several operations that end as one: the targets of a scatter. */
 typedef struct {
@@ -447,12 +441,8 @@ void at_count_turn(at_lane *lane, uint64_t nbytes);          /* inline work was 
 
 /* submit.c, with the lock */
 int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op); /* everything that may have changed since it was checked */
-/* Bounds, and the tables, which are copied while they are checked; tables NULL: they cannot change. */
+/* Bounds, and the page tables, which are copied to `tables` while they are checked; NULL: they cannot change. */
 int at_check(at_lane *lane, const at_order *order, at_op *op, const at_tables *tables);
-/* Room for n pages of two tables: AT_OK or AT_ENOMEM. To be given back when the call is over, also where this failed: what goes on has
- * a copy of its own by then (at_op_keep). */
-int at_tables_take(at_lane *lane, uint64_t n, at_tables *tables);
-void at_tables_give(at_lane *lane, at_tables *tables);
 /* Only decides: AT_HERE: at_move_here may move it; AT_OK: there is nothing to move; AT_EAGAIN: it has to be queued; else it fails. */
 enum { AT_HERE = 2 };
 int at_submit_here(at_lane *lane, at_op *op);

@@ -5,11 +5,8 @@
 #include "copiers.h"
 #include "lane.h"
 
-#include <stdlib.h>
 #include <string.h>
 
-#define MOST_SPARE_PAGES ((uint64_t)1 << 17) /* tables of more are not kept for the next call: 1 MiB */
-#define LEAST_PAGES ((uint64_t)256)
 #define CHECKED_PAGES 512u /* of a table at a time: 4 KiB */
 #define LATE_BYTES ((uint64_t)64 << 10) /* once a turn is overdue, only smaller operations run inside the call */
 #define RECENT_LEAST ((uint64_t)64 << 10)
@@ -44,27 +41,6 @@ static void note_footprint(at_lane *lane, at_op *op, uint64_t nbytes) {
     lane->recent[i].where = where;
     lane->recent[i].nbytes = nbytes;
     lane->recent[i].stamp = lane->written;
-}
-
-/* ---- tables ---- */
-
-int at_tables_take(at_lane *lane, uint64_t n, at_tables *tables) {
-    *tables = lane->tables;
-    lane->tables = (at_tables){NULL, 0};
-    if (n > SIZE_MAX / 2 / sizeof *tables->pages) return AT_ENOMEM;
-    if (tables->pages == NULL || tables->room < 2 * n) {
-        free(tables->pages);
-        tables->room = n < LEAST_PAGES ? 2 * LEAST_PAGES : 2 * n;
-        tables->pages = malloc((size_t)tables->room * sizeof *tables->pages);
-    }
-    return tables->pages != NULL ? AT_OK : AT_ENOMEM;
-}
-
-void at_tables_give(at_lane *lane, at_tables *tables) {
-    at_tables last = lane->tables; /* that of another thread, which was over before */
-    int kept = tables->pages != NULL && tables->room <= MOST_SPARE_PAGES && (last.pages == NULL || tables->room > last.room);
-    if (kept) lane->tables = *tables;
-    free(kept ? last.pages : tables->pages);
 }
 
 /* ---- checks ---- */
