@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from aiotransfer.advice import advise
 from aiotransfer.errors import ConfigurationError
@@ -26,6 +27,17 @@ _MAY_BE_ZERO = frozenset({"spin_seconds"})
 _MOST: dict[str, float] = {"spin_seconds": 1e-3, "early_values": (1 << 32) - 1}  # what the lane holds them in
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _warned: set[str] = set()
+
+
+def port_range(text: str) -> tuple[int, int]:
+    """First and last port of "7100-7163" or "7100"; (0, 0) of "". Raises `ValueError` with the value."""
+    if not text:
+        return 0, 0
+    first, dash, last = text.partition("-")
+    ports = [int(part) if part.isascii() and part.isdigit() else 0 for part in (first, last if dash else first)]
+    if not 0 < ports[0] <= ports[1] < 1 << 16:
+        raise ValueError(f"data_ports must be a port or a range of ports such as '7100-7163', not {text!r}")
+    return ports[0], ports[1]
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,9 @@ class Config:
     """How long a wait for arrivals looks for them before it sleeps, where peers on this host have answered so soon. 0: never."""
     pin_threads: bool = True
     """Whether the native threads run on the CPUs of the NUMA node of the NIC in use, as far as this process may use them."""
+    data_ports: str = ""
+    """First and last port of tcp's data connections, such as "7100-7163", for firewalls, NAT and Services: one for each peer and
+    rail. "": any free one."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -63,6 +78,10 @@ class Config:
                 if not isinstance(value, bool):
                     raise TypeError(f"{field.name} must be True or False, not {value!r}")
                 continue
+            if kind is str:
+                if not isinstance(value, str):
+                    raise TypeError(f"{field.name} must be a str, not {value!r}")
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
                 raise TypeError(f"{field.name} must be {'a number' if kind is float else 'an int'}, not {value!r}")
             if not (value > 0 or (value == 0 and field.name in _MAY_BE_ZERO)) or not math.isfinite(value):
@@ -71,11 +90,17 @@ class Config:
                 raise ValueError(f"{field.name} may be at most {most!r}, not {value!r}")
         if self.message_window_bytes < 1 << 20:
             raise ValueError(f"message_window_bytes must hold one message of 1 MiB, not {self.message_window_bytes}")
+        port_range(self.data_ports)
+
+    @property
+    def data_port_range(self) -> tuple[int, int]:
+        """First and last of `data_ports`; (0, 0): any."""
+        return port_range(self.data_ports)
 
     def with_environment(self, environ: Mapping[str, str]) -> Config:
         """This configuration with the overrides of `environ`. Raises `ConfigurationError` for values that do not parse."""
-        kinds: dict[str, type[int] | type[float]] = {field.name: type(field.default) for field in fields(self)}  # type: ignore[misc]
-        changes: dict[str, float] = {}
+        kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(self)}
+        changes: dict[str, Any] = {}
         for name, text in environ.items():
             if not name.startswith(PREFIX):
                 continue
@@ -94,6 +119,6 @@ class Config:
                 meant = f"; did you mean {close[0]}?" if close else ""
                 advise(f"the environment variable {name} means nothing to aiotransfer{meant}")
         try:
-            return replace(self, **changes) if changes else self  # type: ignore[arg-type]
+            return replace(self, **changes) if changes else self
         except ValueError as error:
             raise ConfigurationError(f"from the environment: {error}") from None

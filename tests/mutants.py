@@ -75,6 +75,22 @@ MUTANTS = (
         "tests/engine/test_staging.py",
     ),
     Mutant(
+        "addresses: a wildcard is never dialled", "aiotransfer/engine/engine.py", "Address.parse(address).dialable()",
+        "Address.parse(address)", "tests/engine/test_addresses.py",
+    ),
+    Mutant(
+        "addresses: a silent one holds nothing up", "aiotransfer/control/dialer.py", "timeout=STAGGER if waiting else None",
+        "timeout=None", "tests/engine/test_addresses.py",
+    ),
+    Mutant(
+        "pods: the kernel names the process at the other end", "aiotransfer/providers/pidfd.py",
+        "        return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)\n", "        return -1\n", "tests/hosts/test_pods.py",
+    ),
+    Mutant(
+        "a required provider holds for the memory", "aiotransfer/engine/submit.py",
+        "                    self._check_required(peer, require, region)", "                    pass", "tests/engine/test_paths.py",
+    ),
+    Mutant(
         "lease: only its holder", "aiotransfer/engine/submit.py",
         "if dst._grant.holder not in (0, self.incarnation):", "if False:", "tests/engine/test_leases.py",
     ),

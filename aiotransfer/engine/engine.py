@@ -10,6 +10,7 @@ import weakref
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aiotransfer.advice import advise
 from aiotransfer.config import Config
 from aiotransfer.control.frames import OfferWire, PeerInfo, Revoked
 from aiotransfer.control.key import load_key
@@ -48,7 +49,7 @@ from aiotransfer.model.address import Address
 from aiotransfer.model.dtypes import lookup as lookup_dtype
 from aiotransfer.providers import native
 from aiotransfer.providers.lane import Lane, Segment
-from aiotransfer.providers.port import Terms
+from aiotransfer.providers.port import Outside, Terms
 from aiotransfer.providers.select import check_names, open_providers
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class Engine(Planner):
             self._providers, self.missing = open_providers(
                 self._preference, self._lane, self.incarnation, self._segment_of, self._lent_region,
                 lambda grant: memory.is_as_granted(grant, self._granted), self._world, self._chosen_rails, pairing,
+                await self._outside(),
             )  # fmt: skip
             self._paths = Paths(self)
             self._connections = Connections(self)
@@ -150,6 +152,17 @@ class Engine(Planner):
             raise
         _engines.add(self)
         return self
+
+    async def _outside(self) -> Outside:
+        """Where others reach the data connections. What is advertised by a name that means nothing here goes without it."""
+        hosts: tuple[str, ...] = ()
+        if self._advertise is not None:
+            try:
+                hosts = tuple(place.host for place in await self._world.network.resolve(self._advertise))
+            except OSError as error:
+                advise(f"advertise: {self._advertise.host} has no address here ({error}): tcp offers data connections at its own",
+                       RuntimeWarning)  # fmt: skip
+        return Outside(hosts, self.config.data_port_range)
 
     # ---- state ----
 

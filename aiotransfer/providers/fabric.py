@@ -34,7 +34,7 @@ from aiotransfer.providers.fabricwire import (
 )
 from aiotransfer.providers.lane import Lane
 from aiotransfer.providers.libibverbs import named_device
-from aiotransfer.providers.port import Conversation, Pairing, Path, Terms, decode
+from aiotransfer.providers.port import AS_IT_IS, Conversation, Outside, Pairing, Path, Terms, decode
 
 __all__ = ["FabricPath", "FabricProvider", "Limits", "Rail", "libfabric_names", "nic_of", "open_rail"]
 
@@ -48,6 +48,7 @@ class FabricProvider:
     def __init__(
         self, name: str, lane: Lane, incarnation: int, lent: Callable[[int, int, int], tuple[Grant, int, int] | None],
         limits: Limits | None = None, chosen: Sequence[str] = (), pairing: Pairing | None = None,
+        outside: Outside = AS_IT_IS,
     ) -> None:
         self.name = name
         self._lane = lane
@@ -56,6 +57,7 @@ class FabricProvider:
         self._limits = limits or Limits()
         self._chosen = nics.named(name, chosen)
         self._pairing = pairing
+        self._outside = outside
         self._seen: tuple[float, dict[str, nics.Nic]] = (-math.inf, {})
         self._rails: dict[tuple[str, str], asyncio.Future[Rail]] = {}
         self.takes_device = False  # a rail that is open takes memory of GPUs
@@ -88,14 +90,19 @@ class FabricProvider:
             self._seen = now, dict(list(nics.automatic(self.name).items())[:MOST_ENDS])
         return self._seen[1]
 
+    @property
+    def _hidden(self) -> bool:
+        """Whether others see another address than those of its interfaces, which are of no use to them then."""
+        return self.name == "tcp" and bool(self._outside.hosts) and not self._chosen
+
     def terms(self) -> Terms:
         """That it is there, and by which ends: their endpoints' addresses are exchanged when a path is set up."""
-        ends = [(name, nic.address, nic.prefix) for name, nic in self._ends().items()]
+        ends = [] if self._hidden else [(name, nic.address, nic.prefix) for name, nic in self._ends().items()]
         return Terms(self.name, True, "", b"", encode(Side(ends, bool(self._chosen))) if ends else b"")
 
     def _pairs(self, conversation: Conversation, theirs: Terms) -> tuple[tuple[str, str], ...]:
         """The rails to that peer, by both sides' names; none: whatever the control connection goes by."""
-        if self._pairing is None or not theirs.data or not (mine := self._ends()):
+        if self._pairing is None or self._hidden or not theirs.data or not (mine := self._ends()):
             return ()
         theirs_said = side(theirs.data, self.name)
         ours = [(name, nic.address, nic.prefix) for name, nic in mine.items()]
@@ -108,7 +115,7 @@ class FabricProvider:
 
     def _open(self, host: str, limits: Limits) -> Rail:
         """In a thread of the executor."""
-        rail = open_rail(self._lane, self.name, host, limits)
+        rail = open_rail(self._lane, self.name, host, limits, self._outside)
         self._lane.place(rail.pointer, nic_of(rail.domain))
         return rail
 

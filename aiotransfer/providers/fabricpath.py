@@ -17,7 +17,19 @@ from aiotransfer.errors import BrokenError, RegistrationError, StaleRegionError,
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import native
 from aiotransfer.providers.fabricrail import Rail
-from aiotransfer.providers.fabricwire import Borrow, Lent, Offer, Part, Retire, encode, lents, offers, parteds, retireds
+from aiotransfer.providers.fabricwire import (
+    Borrow,
+    Lent,
+    Offer,
+    Part,
+    Retire,
+    encode,
+    lents,
+    offers,
+    parteds,
+    readdressed,
+    retireds,
+)
 from aiotransfer.providers.lane import ACCESS, Lane
 from aiotransfer.providers.port import Binding, Conversation, Path, decode
 
@@ -37,6 +49,7 @@ class FabricPath(Path):
         self._to = 0
         self._member = bundle != 0  # one of several connections to that peer
         self._heard: asyncio.Future[None] | None = None
+        self._outside = rail.outside
         self.rails = (f"{rail.provider}:{rail.domain}{name}",)
         self._lane = lane
         self._closed = False
@@ -107,8 +120,9 @@ class FabricPath(Path):
             raise BrokenError(f"no connection was opened {generation} times", provider=self.provider)
         out = native.ffi.new("at_fab_offer *")
         status = native.lib.at_fab_offer_make(self._lane.pointer, self.lane_peer, generation, out)
-        self._raise(status, "no endpoint can be opened")
-        address = bytes(native.ffi.buffer(out.address, out.address_bytes))
+        first, last = self._outside.ports
+        self._raise(status, "no endpoint can be opened" + (f" at one of data_ports {first}-{last}" if first else ""))
+        address = readdressed(bytes(native.ffi.buffer(out.address, out.address_bytes)), self._outside.hosts)
         return Offer(
             self._to, self.lane_peer, address, out.mark, out.mailbox, out.mailbox_key, out.arrived, out.generation, out.marks
         )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from aiotransfer.errors import BrokenError, shortage
 from aiotransfer.providers import libfabric, libibverbs, native
 from aiotransfer.providers.lane import Lane
+from aiotransfer.providers.port import AS_IT_IS, Outside
 
 TWO = 2 << 16  # of libfabric: since 2.0 its tcp is what was called net before
 
@@ -25,6 +26,7 @@ class Rail(NamedTuple):
     domain: str
     version: str
     flags: int
+    outside: Outside = AS_IT_IS  # how others reach its endpoints
 
 
 class Limits(NamedTuple):
@@ -69,7 +71,7 @@ def nic_of(domain: str) -> str:
     return domain.partition("/")[0].removesuffix("-rdm").removesuffix("-dgrm")
 
 
-def open_rail(lane: Lane, provider: str, host: str, limits: Limits) -> Rail:
+def open_rail(lane: Lane, provider: str, host: str, limits: Limits, outside: Outside = AS_IT_IS) -> Rail:
     """Load the library and open a rail at a local address. May take half a second; any thread. Raises `BrokenError`."""
     if provider == "verbs":
         return _open_verbs(lane, host, limits)
@@ -86,11 +88,12 @@ def open_rail(lane: Lane, provider: str, host: str, limits: Limits) -> Rail:
         options = ffi.new("at_fab_options *")
         options.provider, options.fabric, options.node = words
         options.without, options.most_bytes, options.most_posted, options.device_memory = limits[:4]
+        options.first_port, options.last_port = outside.ports if provider == "tcp" else (0, 0)
         rc = lib.at_fab_open(lane.pointer, options, out, facts)
         if rc == 0:
             version = f"{facts.version >> 16}.{facts.version & 0xFFFF}"
             provider, domain = (ffi.string(field).decode() for field in (facts.provider, facts.domain))
-            return Rail(out[0], provider, domain, version, int(facts.flags))
+            return Rail(out[0], provider, domain, version, int(facts.flags), outside)
         attempts.append(_why() if rc == lib.AT_EIO else native.text(rc))
         number = lane.system_error()[0] if rc == lib.AT_EIO else errno.ENOMEM if rc == lib.AT_ENOMEM else None
         if (short := shortage(number, f"no rail: {attempts[-1]}", provider=provider)) is not None:

@@ -7,6 +7,9 @@ it. Rails are named as their own side names them.
 from __future__ import annotations
 
 import ipaddress
+import socket
+import sys
+from collections.abc import Sequence
 
 import msgspec
 
@@ -29,6 +32,19 @@ class Offer(msgspec.Struct, tag="offer", array_like=True):
     generation: int
     marks: int
     rail: str = ""
+
+
+def readdressed(address: bytes, hosts: Sequence[str]) -> bytes:
+    """An endpoint's socket address (struct sockaddr_in or sockaddr_in6) at the first of these hosts of its family; as it was,
+    when there is none. The port stays."""
+    families: dict[int, tuple[int, int, int]] = {socket.AF_INET: (4, 4, 8), socket.AF_INET6: (6, 8, 24)}
+    where = families.get(int.from_bytes(address[:2], sys.byteorder))
+    if where is not None:
+        version, start, end = where
+        for host in map(ipaddress.ip_address, hosts):
+            if host.version == version and len(address) >= end:
+                return address[:start] + host.packed + address[end:]
+    return address
 
 
 class Gather(msgspec.Struct, tag="gather", array_like=True):

@@ -16,6 +16,17 @@ import msgspec
 from aiotransfer.errors import BrokenError, RegistrationError
 from aiotransfer.model.descriptor import Grant
 
+
+class Outside(NamedTuple):
+    """Under which addresses (numbers) others reach this host, where these are not its own; and which ports it may use: first and
+    last, 0: any."""
+
+    hosts: tuple[str, ...] = ()
+    ports: tuple[int, int] = (0, 0)
+
+
+AS_IT_IS = Outside()
+
 Ends = Sequence[tuple[str, str, int]]  # of the rails of one side: names, addresses, bits of the network
 Pairing = Callable[[Ends, Ends, bool, tuple[str, str] | None], tuple[tuple[str, str], ...]]
 MOST_SAID = 4096  # bytes of one question, answer or offer

@@ -10,7 +10,7 @@ from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import libfabric, libibverbs, native, nics
 from aiotransfer.providers.fabric import FabricProvider
 from aiotransfer.providers.lane import Lane, Segment
-from aiotransfer.providers.port import Pairing, Provider
+from aiotransfer.providers.port import Outside, Pairing, Provider
 
 KNOWN = ("shm", "loopback", "tcp", "efa", "verbs")
 
@@ -45,13 +45,14 @@ def check_names(providers: str | Sequence[str]) -> str | tuple[str, ...]:
 def open_providers(
     providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None],
     lent: Callable[[int, int, int], tuple[Grant, int, int] | None], covers: Callable[[Grant], bool], world: Any,
-    rails: Sequence[str], pairing: Pairing,
+    rails: Sequence[str], pairing: Pairing, outside: Outside,
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
     """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left, and `BusyError`
     rather than do without a provider that this machine has no descriptors or memory for just now. A rail
     that no provider has is a `ConfigurationError`.
 
-    `world`: its `simulator` is the network of `loopback`, if not that of this process; its `limits` what fabrics do without.
+    `outside`: how others reach tcp's endpoints. `world`: its `simulator` is the network of `loopback`, if not that of this
+    process; its `limits` what fabrics do without.
     """
     wanted = KNOWN if providers == "auto" else providers
     try:
@@ -69,7 +70,7 @@ def open_providers(
 
                     opened[name] = ShmProvider(lane, incarnation, segment_of)
                 elif name in ("tcp", "efa", "verbs"):
-                    opened[name] = FabricProvider(name, lane, incarnation, lent, world.limits, rails, pairing)
+                    opened[name] = FabricProvider(name, lane, incarnation, lent, world.limits, rails, pairing, outside)
                 else:
                     from aiotransfer.providers.loopback import LoopbackProvider
 

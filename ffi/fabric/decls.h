@@ -25,6 +25,7 @@ typedef struct {
     uint32_t without;     /* at_fab_flags to do without although they are there: tests of what other fabrics lack */
     uint64_t most_bytes;  /* of one work request, 0: as many as the provider takes */
     uint32_t most_posted; /* work requests of the rail, 0: no bound but that of each peer */
+    uint16_t first_port, last_port; /* of its endpoints, one for each peer, where they have ports; 0: any */
 } at_fab_options;
 
 typedef struct {

@@ -3,14 +3,16 @@
 
 #include "ofi.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
+#include <netinet/in.h>
 #include <string.h>
 
 #define DMABUF_SINCE (1u << 16 | 20u) /* 1.20: an older library would not look at that flag */
 
 static struct fid_ep *endpoint(const at_fab_end *end) { return end->ep; }
 
-static int ofi_open(at_fab_end *end) {
+static int open_one(at_fab_end *end) {
     at_ofi *ofi = at_ofi_of(end->fab);
     struct fid_ep *ep = NULL;
     int rc = fi_endpoint(ofi->domain, ofi->info, &ep, NULL);
@@ -19,8 +21,36 @@ static int ofi_open(at_fab_end *end) {
     if (rc == 0) rc = fi_enable(ep);
     if (rc != 0 && ep != NULL) (void)fi_close(&ep->fid);
     if (rc == 0) end->ep = ep;
-    end->to = FI_ADDR_UNSPEC;
     return -rc;
+}
+
+/* Where the port stands in the rail's own address; NULL: it has none. With fab->lock, as the rail's other endpoints read it too. */
+static in_port_t *port_of(const struct fi_info *info) {
+    struct sockaddr *at = info->src_addr;
+    if (at == NULL) return NULL;
+    if (at->sa_family == AF_INET && info->src_addrlen >= sizeof(struct sockaddr_in)) return &((struct sockaddr_in *)(void *)at)->sin_port;
+    if (at->sa_family == AF_INET6 && info->src_addrlen >= sizeof(struct sockaddr_in6)) return &((struct sockaddr_in6 *)(void *)at)->sin6_port;
+    return NULL;
+}
+
+/* An endpoint at the first port of the range that is free, beginning behind the one that was taken last: a port that has just been
+ * given up is the last that is taken again. */
+static int open_in_range(at_fab_end *end) {
+    at_ofi *ofi = at_ofi_of(end->fab);
+    in_port_t *port = port_of(ofi->info);
+    if (port == NULL) return EADDRNOTAVAIL;
+    int rc = EADDRINUSE;
+    for (uint32_t tries = (uint32_t)ofi->last_port - ofi->first_port + 1; tries > 0 && rc == EADDRINUSE; tries--) {
+        *port = htons(ofi->next_port);
+        ofi->next_port = ofi->next_port == ofi->last_port ? ofi->first_port : (uint16_t)(ofi->next_port + 1);
+        rc = open_one(end);
+    }
+    return rc;
+}
+
+static int ofi_open(at_fab_end *end) {
+    end->to = FI_ADDR_UNSPEC;
+    return at_ofi_of(end->fab)->first_port != 0 ? open_in_range(end) : open_one(end);
 }
 
 static void ofi_close(at_fab_end *end) {

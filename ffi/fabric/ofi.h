@@ -20,6 +20,7 @@ typedef struct {
     struct fid_av *av;
     struct fid_cq *cq;
     struct fid_wait *wait; /* NULL: fi_trywait does what it says */
+    uint16_t first_port, last_port, next_port; /* of endpoints; first_port 0: any. next_port with fab->lock */
 } at_ofi;
 
 static inline at_ofi *at_ofi_of(at_fab *fab) { return (at_ofi *)fab; }

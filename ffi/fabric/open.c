@@ -180,6 +180,8 @@ int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_f
     }
     if (rc == AT_OK) {
         note_facts(fab, options);
+        ofi->first_port = ofi->next_port = options->first_port;
+        ofi->last_port = options->last_port;
         const char *what = open_objects(ofi, is_device(options->provider), &code);
         if (what != NULL) {
             at_fab_say("%s: no %s: %s", options->provider, what, at_fab_library.strerror(-code));
