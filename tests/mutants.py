@@ -88,7 +88,8 @@ MUTANTS = (
     ),
     Mutant(
         "a required provider holds for the memory", "aiotransfer/engine/submit.py",
-        "                    self._check_required(peer, require, region)", "                    pass", "tests/engine/test_paths.py",
+        "                    self._check_required(peer, require, region)", "                    pass",
+        "tests/engine/test_paths.py",
     ),
     Mutant(
         "lease: only its holder", "aiotransfer/engine/submit.py",

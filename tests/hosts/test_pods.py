@@ -17,7 +17,7 @@ from aiotransfer.providers import pidfd
 
 KEY = "a key that both pods have"
 POD = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, str(Path(__file__))]
-NBYTES = 16 << 20
+NBYTES = 256 << 20
 PATIENCE = 60.0
 
 
@@ -69,11 +69,12 @@ async def writer(address: str) -> None:
             break
         source = engine.allocate(there.nbytes)
         await engine.write(source, there)
-        asyncio.get_running_loop().call_later(0.1, os._exit, 9)  # amid all the others
+        asyncio.get_running_loop().call_later(0.2, os._exit, 9)  # the native thread is inside a copy: only its death is proof
         handle = engine.from_thread()
         while True:
-            handle.write(source, there).wait(PATIENCE)
-            await asyncio.sleep(0)
+            write = handle.write(source, there)
+            while not write.done():
+                await asyncio.sleep(0)
 
 
 if __name__ == "__main__":
