@@ -114,9 +114,17 @@ async def test_what_is_advertised_is_what_others_see(monkeypatch: pytest.MonkeyP
         assert one.group([one.address, other.address]).rank == 0
         await (await other.connect(one.address, timeout=20)).ping(timeout=20)
         await peer.ping(timeout=20)
+    names(monkeypatch, **{"service.example": ["127.0.0.5"]})
     monkeypatch.setenv("AIOTRANSFER_ADVERTISE", "service.example:4711")
     async with at.open_engine(key=KEY) as engine:
         assert str(engine.address) == "service.example:4711"
+
+
+async def test_a_name_that_only_others_know_may_be_advertised_and_is_warned_about() -> None:
+    with pytest.warns(RuntimeWarning, match="advertise: outside.invalid has no address here"):
+        engine = await at.open_engine(advertise="outside.invalid:4711", key=KEY)
+    assert str(engine.address) == "outside.invalid:4711"
+    await engine.aclose()
 
 
 @pytest.mark.parametrize("advertise", ["0.0.0.0", "0.0.0.0:70", "a:b", "", 5])
