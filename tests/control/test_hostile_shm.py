@@ -202,7 +202,7 @@ async def test_doorbells_that_are_full_and_block_stop_nobody(engine: at.Engine) 
         with pytest.raises(at.TransferTimeout):  # pulses through the blocked eventfd: still answered, so that nobody is lost
             await other.lookup("never", timeout=1.2)
         assert other.state == "up"
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
     await shm.close()
 
 

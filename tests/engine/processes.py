@@ -17,6 +17,7 @@ import aiotransfer as at
 from aiotransfer.engine.world import World
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric import Limits
+from tests.engine.stuck import Stuck
 
 if TYPE_CHECKING:
     from tests.hosts.net import Host
@@ -97,9 +98,21 @@ async def main(address: str, providers: str, limits: str, listen: str = "127.0.0
                 await asyncio.sleep(0.05)
                 ctypes.PyDLL(None).usleep(int(float(argument) * 1e6))
                 await peer.send(str(counter.total).encode())
-            elif command == "when":
-                await counter.wait(int(argument))
-                await peer.send(str(time.monotonic()).encode())
+            elif command == "stuck":  # the same until it is ended
+                stuck = Stuck(Path(argument))
+                await peer.send(b"stuck")
+                await asyncio.sleep(0.05)
+                ended = stuck.wait()
+                stuck.close()
+                await peer.send(str(counter.total if ended else -1).encode())
+            elif command == "end":  # the other side's being stuck, once this has been counted
+                number, path = argument.split()
+                stuck = Stuck(Path(path))
+                await peer.send(b"waiting")
+                await counter.wait(int(number))
+                stuck.end()
+                await peer.send(b"ended")
+                stuck.close()
             elif command == "count":
                 await peer.send(str(counter.total).encode())
             elif command == "flood":  # write under a lease until that is refused, standing in a chunk first, pausing after each

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,26 +13,30 @@ import pytest
 import aiotransfer as at
 from aiotransfer.testing import Pair, engine_pair, payload
 from tests.engine.processes import NBYTES, other_process
+from tests.engine.stuck import Stuck
 from tests.needs import needs_tcp
 
-BLOCK = 1.5
-hold_the_lock = ctypes.PyDLL(None).usleep  # PyDLL: the interpreter's lock is not released
+
+@pytest.fixture
+def stuck(tmp_path: Path) -> Iterator[Stuck]:
+    one = Stuck(tmp_path / "fifo")
+    yield one
+    one.close()
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("memory", ["allocated", "foreign"])
 @pytest.mark.parametrize("progress", ["auto", "thread", "loop"])
-async def test_bytes_and_counts_land_in_a_blocked_process(memory: str, progress: str) -> None:
+async def test_bytes_and_counts_land_in_a_blocked_process(memory: str, progress: str, stuck: Stuck, tmp_path: Path) -> None:
     async with at.open_engine(progress=progress) as engine, other_process(engine) as (_, peer):
         remote = await peer.lookup(memory)
         source = engine.allocate(NBYTES)
         source.numpy()[:] = payload(NBYTES)
         await engine.write(source[:8], remote[:8])
-        await peer.send(f"block {BLOCK}".encode())
+        await peer.send(f"stuck {tmp_path}/fifo".encode())
         messages = engine.messages()
-        assert (await anext(messages)).data == b"blocking"
+        assert (await anext(messages)).data == b"stuck"
         await asyncio.sleep(0.1)
-        start = time.monotonic()
         await engine.write(source[: NBYTES // 2], remote[: NBYTES // 2], imm=1)
         pages = np.arange(NBYTES // 2 // 4096, NBYTES // 4096)
         await engine.write_pages(source, pages, remote, pages, page_bytes=4096, imm=1)
@@ -39,7 +44,7 @@ async def test_bytes_and_counts_land_in_a_blocked_process(memory: str, progress:
         with open(f"/proc/{peer.pid}/mem", "rb") as theirs:  # what its memory holds while nobody there runs
             theirs.seek(remote.base + NBYTES - 4096)
             assert theirs.read(4096) == payload(NBYTES)[-4096:].tobytes()
-        assert time.monotonic() - start < BLOCK - 0.2, "still blocked"
+        stuck.end()
         counted = int((await anext(messages)).data)
         assert counted == 2 + len(pages)
         await messages.aclose()  # type: ignore[attr-defined]
@@ -48,21 +53,22 @@ async def test_bytes_and_counts_land_in_a_blocked_process(memory: str, progress:
 @pytest.mark.asyncio
 @pytest.mark.parametrize("progress", ["auto", "thread"])
 @pytest.mark.parametrize("provider", ["shm", pytest.param("tcp", marks=needs_tcp())])
-async def test_a_blocked_writer_finishes_what_it_has_submitted(provider: str, progress: str) -> None:
+async def test_a_blocked_writer_finishes_what_it_has_submitted(
+    provider: str, progress: str, stuck: Stuck, tmp_path: Path
+) -> None:
     async with at.open_engine(providers=provider, progress=progress) as engine, other_process(engine) as (_, peer):
         remote = await peer.lookup("allocated")
         source = engine.allocate(NBYTES)
         source.numpy()[:] = payload(NBYTES)
         await engine.write(source[:8], remote[:8])
         messages = engine.messages()
-        await peer.send(b"when 1")  # it answers with its clock once one write has been counted
+        await peer.send(f"end 1 {tmp_path}/fifo".encode())
+        assert (await anext(messages)).data == b"waiting"
         await engine.write(source[:8], remote[:8])  # this task was woken just now: the loop has not been back to look for more
         transfer = engine.write(source, remote, imm=1)  # may be over by the next line where this thread lost its turn
-        hold_the_lock(int(BLOCK * 1e6))
-        resumed = time.monotonic()
-        landed = float((await anext(messages)).data)
+        assert stuck.wait(), "it was not counted while this loop was stuck"
+        assert (await anext(messages)).data == b"ended"
         await transfer
-        assert landed < resumed - BLOCK / 2, "it was counted while this loop was stuck"
         await messages.aclose()  # type: ignore[attr-defined]
 
 

@@ -40,7 +40,7 @@ def test_paths_are_mixed_and_a_host_may_go(hosts: Hosts) -> None:
         began = time.monotonic()
         for rank in (0, 1):
             assert any(s.get("lost") == [2, 3] for s in lines(processes[rank]))
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20
             assert until(processes[rank], 299)["lost"] == [2, 3]
     finally:
         for process in processes:

@@ -79,9 +79,9 @@ def test_a_killed_or_stopped_rank_is_named_by_all_others_in_time(number: int, li
         began = time.monotonic()
         for rank in (0, 1, 3):
             said = next(s for s in lines(processes[rank]) if s.get("lost"))
-            assert time.monotonic() - began < limit + 2  # ours to be scheduled on a busy machine
+            assert time.monotonic() - began < limit + 10  # ours to be scheduled on a busy machine
             assert said["lost"] == [2]
-            assert said["seconds"] < limit + 2
+            assert said["seconds"] < limit + 10
             assert "rank 2" in said["why"]["2"]
         for rank in (0, 1, 3):
             assert until(processes[rank], 399)["lost"] == [2]

