@@ -202,6 +202,8 @@ class Handle:
                 self._end("failed", RequestFailed(text, id=self.id, peer=str(peer.address)))
 
     def _reserved(self, part: Part, message: wire.Reserved) -> None:
+        if part.plan is not None:
+            return  # what was said once, and was counted and checked by, stays
         try:
             part.plan = plan_transfer(KVLayout.from_dict(message.layout), self._decoder.layout)
         except (TypeError, ValueError) as error:

@@ -27,6 +27,7 @@ import numpy as np
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.errors import BusyError, ClosedError, DescriptorError, TransferError, TransferTimeout
 from aiotransfer.kv import wire
+from aiotransfer.kv.errors import RequestFailed
 from aiotransfer.kv.layout import KVLayout, LayoutMismatch
 from aiotransfer.kv.ledger import OVERHEAD, Ledger, Refusal
 from aiotransfer.kv.plan import Receivers, Tables, TransferPlan, receivers
@@ -272,9 +273,13 @@ class Prefiller(Role):
             write.request.retries += 1
             self._held_back = job
             self.loop.call_later(BUSY_SECONDS, self._again, job)
-        except Exception as error:  # what a peer offered may be unfit in ways that are found only now
+        except TransferError as error:
             self._schedule.done(job)
             write.request.ended(write, error)
+        except Exception as error:  # what a peer offered may be unfit in ways that are found only now
+            self._schedule.done(job)
+            text = f"request {write.request.id!r}: what {write.peer} offered cannot be written to: {error!r}"
+            write.request.ended(write, RequestFailed(text, id=write.request.id, peer=str(write.peer.address)))
         else:
             self.room.own(self._carry(job, transfer))
 

@@ -25,7 +25,8 @@ _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()
 _rooms: dict[tuple[Engine, bytes], Room] = {}  # that somebody is in, of engines that are open
 numbers = itertools.count(1)  # of this process: an answer names its request whatever the engine
-MOST_TOLD = 8192  # messages that wait for one peer to make room: two for each request that it may have under way
+MOST_TOLD = 8 << 20  # bytes of messages that wait for one peer to make room, with `OVERHEAD` for each
+OVERHEAD = 1024
 
 
 class Member(Protocol):
@@ -48,8 +49,8 @@ class Room:
         self._mark = mark
         self._members: dict[Member, None] = {}
         self._tasks: dict[asyncio.Task[Any], None] = {}
-        self._telling: dict[asyncio.Task[Any], Peer] = {}
-        self._waiting: Counter[Peer] = Counter()  # how many of these are for whom
+        self._telling: dict[asyncio.Task[Any], tuple[Peer, int]] = {}
+        self._waiting: Counter[Peer] = Counter()  # how many bytes of these are for whom
         self._reader: asyncio.Task[None] | None = None
 
     @classmethod
@@ -121,18 +122,20 @@ class Room:
     def tell(self, peer: Peer, message: wire.ToPrefiller | wire.ToDecoder, seconds: float) -> None:
         """Send as soon as the peer has room, for at most so long. A peer that is gone is not told.
 
-        Nor is one that has read none of the last `MOST_TOLD` messages: its own deadline tells it.
+        Nor is one that leaves `MOST_TOLD` bytes unread: its own deadline tells it.
         """
-        if self._waiting[peer] >= MOST_TOLD:
+        data = wire.encode(message)
+        cost = len(data) + OVERHEAD
+        if self._waiting[peer] + cost > MOST_TOLD:
             return
-        task = self.own(self._send(peer, wire.encode(message), seconds))
-        self._telling[task] = peer
-        self._waiting[peer] += 1
+        task = self.own(self._send(peer, data, seconds))
+        self._telling[task] = peer, cost
+        self._waiting[peer] += cost
         task.add_done_callback(self._told)
 
     def _told(self, task: asyncio.Task[Any]) -> None:
-        peer = self._telling.pop(task)
-        self._waiting[peer] -= 1
+        peer, cost = self._telling.pop(task)
+        self._waiting[peer] -= cost
         if not self._waiting[peer]:
             del self._waiting[peer]
 

@@ -31,8 +31,10 @@ MOST_PAGES = 1 << 18  # of one request: what a message of 1 MiB holds
 MOST_ID = 512
 MOST_INSTANCE = 256
 MOST_TOKENS = 1 << 26
+MOST_IMM = 0xF000_0000 - 1  # those above are the library's own
 MOST_SECONDS = 86_400.0  # that a prefill side keeps a request, whatever its decode side says
 MOST_TEXT = 2048  # of a reason; the sender cuts it
+MOST_VALUES = 1024  # of a list: a number for each layer
 MOST_WORD = 64  # of a kind of reason, or the name of a field
 
 Plain: TypeAlias = bool | int | float | str | list[int | None] | None  # flat: nothing is nested in it
@@ -136,7 +138,7 @@ def _check(message: Reserve) -> None:
     wrong = (
         not 0 < len(message.id) <= MOST_ID or len(message.instance) > MOST_INSTANCE
         or len(message.page_ids) % 8 or len(message.page_ids) > 8 * MOST_PAGES
-        or not 0 <= message.skip_tokens <= message.tokens <= MOST_TOKENS or not 0 <= message.imm < 1 << 32
+        or not 0 <= message.skip_tokens <= message.tokens <= MOST_TOKENS or not 0 <= message.imm <= MOST_IMM
         or not -(1 << 31) <= message.priority < 1 << 31 or not message.seconds >= 0
     )  # fmt: skip
     if wrong:
@@ -146,7 +148,9 @@ def _check(message: Reserve) -> None:
 def _is_short(message: Reserved | Refused | Cancel | Failed) -> bool:
     match message:
         case Refused():
-            return len(message.text) <= MOST_TEXT and max(len(message.reason), len(message.field)) <= MOST_WORD
+            values = [value for value in (message.prefill, message.decode) if isinstance(value, str | list)]
+            words = max(len(message.reason), len(message.field))
+            return len(message.text) <= MOST_TEXT and words <= MOST_WORD and all(len(value) <= MOST_VALUES for value in values)
         case Failed():
             return len(message.text) <= MOST_TEXT
         case Cancel():

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from aiotransfer.engine.arguments import RESERVED
 from aiotransfer.errors import DescriptorError
 from aiotransfer.kv import wire
 
@@ -26,7 +27,7 @@ def reservations(draw: st.DrawFn) -> wire.Reserve:
     return wire.Reserve(
         draw(NUMBERS), draw(st.text(min_size=1, max_size=wire.MOST_ID)), draw(LAYOUTS), draw(st.binary(max_size=80)),
         draw(st.binary(max_size=80)), bytes(8 * draw(st.integers(0, 20))), tokens, draw(st.integers(0, tokens)),
-        draw(st.integers(0, 2**32 - 1)), draw(st.integers(-(2**31), 2**31 - 1)),
+        draw(st.integers(0, wire.MOST_IMM)), draw(st.integers(-(2**31), 2**31 - 1)),
         draw(st.floats(0, 1e9) | st.just(math.inf)), draw(st.booleans()), draw(st.binary(max_size=100)),
         draw(st.text(max_size=wire.MOST_INSTANCE)),
     )  # fmt: skip
@@ -141,6 +142,10 @@ def test_a_long_text_is_cut_by_its_sender_and_refused_by_its_receiver(make: Any)
         wire.decode(struct.pack("<4sBQ", wire.TO_DECODER, wire.VERSION, 7) + body)
 
 
+def test_the_immediates_that_may_be_named_are_those_that_can_be_written() -> None:
+    assert wire.MOST_IMM == RESERVED - 1
+
+
 @given(MESSAGES)
 def test_a_message_cut_short_is_none(message: Any) -> None:
     data = wire.encode(message)
@@ -176,7 +181,7 @@ def test_two_numbers_are_refused() -> None:
     [
         {"id": "x" * (wire.MOST_ID + 1)}, {"id": ""}, {"instance": "x" * (wire.MOST_INSTANCE + 1)}, {"priority": 1 << 31},
         {"priority": -(1 << 31) - 1}, {"page_ids": bytes(7)}, {"page_ids": bytes(8 * wire.MOST_PAGES + 8)}, {"tokens": -1},
-        {"tokens": wire.MOST_TOKENS + 1}, {"skip_tokens": -1}, {"skip_tokens": 21}, {"imm": -1}, {"imm": 1 << 32},
+        {"tokens": wire.MOST_TOKENS + 1}, {"skip_tokens": -1}, {"skip_tokens": 21}, {"imm": -1}, {"imm": wire.MOST_IMM + 1},
         {"seconds": -0.5}, {"seconds": math.nan}, {"seconds": -math.inf},
     ],
     ids=lambda other: next(iter(other)),
@@ -190,7 +195,7 @@ def test_a_reservation_that_makes_no_sense_is_refused(other: dict[str, Any]) -> 
     "other",
     [
         {"page_ids": bytes(8 * wire.MOST_PAGES)}, {"seconds": math.inf}, {"tokens": wire.MOST_TOKENS}, {"id": "x" * wire.MOST_ID},
-        {"instance": "x" * wire.MOST_INSTANCE}, {"priority": -(1 << 31)},
+        {"instance": "x" * wire.MOST_INSTANCE}, {"priority": -(1 << 31)}, {"imm": wire.MOST_IMM},
     ],
     ids=lambda other: next(iter(other)),
 )  # fmt: skip
