@@ -190,6 +190,22 @@ MUTANTS = (
         "        self._proved.pop(value, None)\n", "", "tests/engine/test_counters.py",
     ),
     Mutant(
+        "orders: the look after clearing", "ffi/shm/queue.c",
+        "if (atomic_load(&channel->summary[w]) == 0) continue;",
+        "if (atomic_load_explicit(&channel->summary[w], memory_order_relaxed) == 0) continue;", "tests/native/test_orders.py",
+    ),
+    Mutant(
+        "orders: the look before sleeping", "ffi/shm/queue.c",
+        "if (atomic_load(&channel->dirty) == 0 || peer->broke) return;",
+        "if (atomic_load_explicit(&channel->dirty, memory_order_relaxed) == 0 || peer->broke) return;",
+        "tests/native/test_orders.py",
+    ),
+    Mutant(
+        "orders: word left before the turn is tried", "ffi/fabric/queue.c",
+        "atomic_thread_fence(memory_order_seq_cst);                    /* order: turn wanted 2 */",
+        "atomic_thread_fence(memory_order_relaxed);                    /* order: turn wanted 2 */", "tests/native/test_orders.py",
+    ),
+    Mutant(
         "hostile: a ring that cannot block", "ffi/shm/queue.c",
         "    uint64_t nothing = 0;", "    uint64_t nothing = 1;", "tests/control/test_hostile_shm.py",
     ),

@@ -262,8 +262,8 @@ static int progress(at_fab *fab, int turn) {
 
 /* Give the turn back. Is the queue armed, and has nobody been turned away meanwhile? */
 static int turn_over(at_fab *fab, int armed) {
-    (void)pthread_mutex_unlock(&fab->turn);
-    return armed && !atomic_exchange(&fab->missed, 0);
+    (void)pthread_mutex_unlock(&fab->turn);            /* order: turn over 1 */
+    return armed && !atomic_exchange(&fab->missed, 0); /* order: turn over 2 */
 }
 
 static int is_dedicated(const at_fab *fab) { return fab->started && (fab->fd < 0 || (fab->rail.lane->config.flags & AT_LANE_THREAD)); }
@@ -305,8 +305,9 @@ void at_fab_progress(at_rail *rail, int turn) {
     } else if (is_burst(fab)) {
         return;
     } else {
-        atomic_store(&fab->missed, 1); /* before the attempt: whoever has the turn looks at it after giving it back */
-        if (pthread_mutex_trylock(&fab->turn) != 0) return;
+        atomic_store_explicit(&fab->missed, 1, memory_order_relaxed); /* order: turn wanted 1 */
+        atomic_thread_fence(memory_order_seq_cst);                    /* order: turn wanted 2 */
+        if (pthread_mutex_trylock(&fab->turn) != 0) return;           /* order: turn wanted 3 */
         atomic_store(&fab->missed, 0);
     }
     if (atomic_load(&fab->stop)) { /* its library may be at its own end already */

@@ -150,7 +150,7 @@ static int64_t record_id(const at_lane *lane, int32_t index) {
 
 static void armed(at_lane *lane, int change) {
     lane->armed = (uint32_t)((int64_t)lane->armed + change);
-    atomic_store(&lane->control->armed, lane->armed != 0);
+    atomic_store(&lane->control->armed, lane->armed != 0); /* order: arm 1 */
 }
 
 static void disarm(at_lane *lane, at_imm_record *r) {

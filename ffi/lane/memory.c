@@ -137,8 +137,8 @@ int at_grant_revoke(at_lane *lane, int64_t slot) {
     if (grant_known(lane, slot)) {
         _Atomic uint64_t *word = &lane->control->epoch[slot];
         uint64_t value = atomic_load(word);
-        if (value & 1u) { /* sequentially consistent: before the look at the active words */
-            atomic_store(word, value + 1);
+        if (value & 1u) {
+            atomic_store(word, value + 1); /* order: revoke 1 */
             for (uint32_t i = 0; i < lane->peer_count; i++)
                 if (lane->peers[i] != NULL && lane->peers[i]->port->revoke != NULL) lane->peers[i]->port->revoke(lane->peers[i], (uint32_t)slot);
         }
@@ -270,7 +270,7 @@ void at_remote_release(at_lane *lane, uint32_t index) {
 }
 
 int at_remote_valid(at_lane *lane, int64_t id) {
-    atomic_thread_fence(memory_order_acquire); /* what was read, before the look at the word */
+    atomic_thread_fence(memory_order_acquire); /* order: alone: what was read, before the look at the word */
     at_lock(lane);
     at_remote *remote = at_remote_use(lane, id);
     int result = remote != NULL && atomic_load(remote->word) == remote->epoch ? AT_OK : AT_ESTALE;

@@ -197,7 +197,8 @@ void at_op_stop(at_op *op, int status) {
 
 void at_stall(at_peer *peer, int stalled) {
     if (peer->stalled == stalled) return;
-    atomic_fetch_add_explicit(&peer->lane->stalled, stalled ? 1u : UINT32_MAX, memory_order_relaxed);
+    uint32_t change = stalled ? 1u : UINT32_MAX;
+    atomic_fetch_add_explicit(&peer->lane->stalled, change, memory_order_relaxed); /* order: alone: changed with the lock */
     peer->stalled = stalled;
     peer->lane->out.stalled = peer->lane->stalled != 0;
 }

@@ -61,7 +61,7 @@ int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op) {
     if (remote->peer->status != AT_OK) return AT_EPEER;
     if (region->cuda >= 0 && !remote->peer->device) return AT_EDEVICE;
     if (!(remote->access & (order->kind == AT_OP_READ ? AT_ACCESS_READ : AT_ACCESS_WRITE))) return AT_EGRANT;
-    if (atomic_load_explicit(remote->word, memory_order_acquire) != remote->epoch) return AT_ESTALE;
+    if (atomic_load_explicit(remote->word, memory_order_acquire) != remote->epoch) return AT_ESTALE; /* order: alone: looked at again by the port */
     op->peer = remote->peer;
     op->remote = remote;
     op->region = region;

@@ -35,7 +35,7 @@ int64_t at_watch_add(at_lane *lane, const void *word, uint64_t *value) {
     if (i == lane->watch_count && one_more(lane) != AT_OK) goto out;
     at_watch *watch = &lane->watches[i];
     *watch = (at_watch){.word = word, .generation = watch->generation + 1};
-    watch->told = *value = atomic_load_explicit(watch->word, memory_order_acquire);
+    watch->told = *value = atomic_load_explicit(watch->word, memory_order_acquire); /* order: alone: one word, looked at again and again */
     id = at_make_id(watch->generation, i);
 out:
     at_unlock(lane);
@@ -54,7 +54,7 @@ int at_watch_next(at_lane *lane, int64_t id, uint64_t *value) {
     at_lock(lane);
     at_watch *watch = find(lane, id);
     if (watch != NULL) {
-        *value = atomic_load_explicit(watch->word, memory_order_acquire);
+        *value = atomic_load_explicit(watch->word, memory_order_acquire); /* order: alone: one word, looked at again and again */
         result = *value != watch->told;
         watch->armed = !result;
         watch->told = *value;
@@ -79,7 +79,7 @@ uint64_t at_watch_look(at_lane *lane) {
     for (uint32_t i = 0; i < lane->watch_count; i++) {
         at_watch *watch = &lane->watches[i];
         if (watch->word == NULL || !watch->armed) continue;
-        uint64_t value = atomic_load_explicit(watch->word, memory_order_acquire);
+        uint64_t value = atomic_load_explicit(watch->word, memory_order_acquire); /* order: alone: one word, looked at again and again */
         if (value == watch->told) {
             armed = 1;
             continue;

@@ -224,19 +224,19 @@ static int shm_active(at_peer *peer, uint32_t slot) {
     at_shm *shm = peer->impl;
     if (peer->dead) return 0; /* its process is gone: proof enough */
     for (int i = 0; i <= AT_MOVERS; i++)
-        if (atomic_load(&shm->inbound->active[i].grant) == (uint64_t)slot + 1) return 1;
+        if (atomic_load(&shm->inbound->active[i].grant) == (uint64_t)slot + 1) return 1; /* order: look 1 */
     return 0;
 }
 
 static void shm_bar(at_peer *peer) {
     at_shm *shm = peer->impl;
-    atomic_store(&shm->inbound->barred, 1); /* sequentially consistent: before the look at the active words */
+    atomic_store(&shm->inbound->barred, 1); /* order: bar 1 */
 }
 
 static int shm_inside(at_peer *peer) {
     at_shm *shm = peer->impl;
     for (int i = 0; i <= AT_MOVERS && !peer->dead; i++)
-        if (atomic_load(&shm->inbound->active[i].grant) != 0) return 1;
+        if (atomic_load(&shm->inbound->active[i].grant) != 0) return 1; /* order: inside 1 */
     return 0;
 }
 

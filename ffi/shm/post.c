@@ -23,18 +23,20 @@ void at_shm_hold(int on) {
 int at_shm_held(void) { return atomic_load(&hold_reached); }
 
 static void hold(void) {
-    if (atomic_load_explicit(&hold_wanted, memory_order_relaxed) == 0) return;
+    if (atomic_load_explicit(&hold_wanted, memory_order_relaxed) == 0) return; /* order: alone: tests, and any time will do */
     atomic_store(&hold_reached, 1);
     while (atomic_load(&hold_wanted)) (void)usleep(200);
 }
 
 /* After a read: were the bytes still ours to read when the last of them was? */
 static int revoked(const at_remote *remote) {
-    atomic_thread_fence(memory_order_acquire);
+    atomic_thread_fence(memory_order_acquire); /* order: alone: what was read, before the look at the word */
     return atomic_load(remote->word) != remote->epoch;
 }
 
-static int withdrawn(const at_op *op) { return atomic_load_explicit(&op->withdrawn, memory_order_relaxed); }
+static int withdrawn(const at_op *op) {
+    return atomic_load_explicit(&op->withdrawn, memory_order_relaxed); /* order: alone: seen a chunk later is soon enough */
+}
 
 static int failed(int error, int *oserror) {
     *oserror = error;

@@ -57,7 +57,7 @@ static int64_t recycle(at_shm *shm) {
     for (uint32_t step = 0; step < HAND_STEPS && step < shm->slots; step++) {
         uint32_t slot = shm->hand;
         shm->hand = (shm->hand + 1) % shm->slots;
-        if (atomic_load_explicit(&shm->outbound->drained[slot], memory_order_acquire) == shm->total[slot]) {
+        if (atomic_load_explicit(&shm->outbound->drained[slot], memory_order_acquire) == shm->total[slot]) { /* order: recycle 1 */
             forget(shm, shm->slot_imm[slot]);
             return slot;
         }
@@ -79,7 +79,7 @@ static int64_t slot_of(at_shm *shm, uint32_t imm) {
     }
     shm->slot_imm[slot] = imm;
     *find(shm, imm) = (at_slot_entry){imm, (uint32_t)slot + 1};
-    atomic_store_explicit(&shm->outbound->imm[slot], imm, memory_order_release); /* before the next total of this slot */
+    atomic_store_explicit(&shm->outbound->imm[slot], imm, memory_order_release); /* order: name 1 */
     return slot;
 }
 
@@ -102,10 +102,10 @@ int at_shm_count(at_peer *peer, const at_remote *remote, uint32_t imm, uint64_t 
     if (rc != AT_OK) return rc;
     uint32_t slot = (uint32_t)found;
     shm->total[slot] += n;
-    atomic_store_explicit(&channel->count[slot], shm->total[slot], memory_order_release);
-    atomic_fetch_or(&channel->bitmap[slot / 64], UINT64_C(1) << (slot % 64));
-    atomic_fetch_or(&channel->summary[slot / 4096], UINT64_C(1) << (slot / 64 % 64));
-    if (atomic_exchange(&channel->dirty, 1) == 0 && atomic_load(&shm->control->armed) != 0) {
+    atomic_store_explicit(&channel->count[slot], shm->total[slot], memory_order_release);       /* order: count 1 */
+    atomic_fetch_or(&channel->bitmap[slot / 64], UINT64_C(1) << (slot % 64));                   /* order: count 2 */
+    atomic_fetch_or(&channel->summary[slot / 4096], UINT64_C(1) << (slot / 64 % 64));           /* order: count 3 */
+    if (atomic_exchange(&channel->dirty, 1) == 0 && atomic_load(&shm->control->armed) != 0) {   /* order: count 4, count 5 */
         peer->lane->stats.doorbells_rung++;
         at_shm_ring(shm->outbound_doorbell);
     }
@@ -137,8 +137,8 @@ void at_shm_rung(at_peer *peer) { useless(peer, peer->impl); }
 static int take_slot(at_peer *peer, at_shm *shm, uint32_t slot) {
     at_channel *channel = shm->inbound;
     if (seen_room(shm, slot) != AT_OK) return 0;
-    uint64_t total = atomic_load_explicit(&channel->count[slot], memory_order_acquire);
-    uint32_t imm = atomic_load_explicit(&channel->imm[slot], memory_order_relaxed);
+    uint64_t total = atomic_load_explicit(&channel->count[slot], memory_order_acquire); /* order: take 1 */
+    uint32_t imm = atomic_load_explicit(&channel->imm[slot], memory_order_relaxed);     /* order: take 2 */
     uint64_t n = total - shm->seen[slot];
     if (n == 0) {
         useless(peer, shm);
@@ -146,7 +146,7 @@ static int take_slot(at_peer *peer, at_shm *shm, uint32_t slot) {
     }
     if (shm->patience < AT_PATIENCE) shm->patience += 3; /* for its mark, its ring, and a look that came between them */
     shm->seen[slot] = total;
-    atomic_store_explicit(&channel->drained[slot], total, memory_order_release);
+    atomic_store_explicit(&channel->drained[slot], total, memory_order_release); /* order: take 3 */
     if (n >= WILD) {
         at_peer_broke(peer);
         return 1;
@@ -158,14 +158,14 @@ static int take_slot(at_peer *peer, at_shm *shm, uint32_t slot) {
 void at_shm_drain(at_peer *peer) {
     at_shm *shm = peer->impl;
     at_channel *channel = shm->inbound;
-    if (atomic_load_explicit(&channel->dirty, memory_order_relaxed) == 0 || peer->broke) return;
-    atomic_store(&channel->dirty, 0);
+    if (atomic_load(&channel->dirty) == 0 || peer->broke) return; /* order: drain 1 */
+    atomic_store(&channel->dirty, 0);                             /* order: drain 2 */
     for (uint32_t w = 0; w < AT_SLOTS / 4096; w++) {
-        if (atomic_load_explicit(&channel->summary[w], memory_order_relaxed) == 0) continue;
-        uint64_t words = atomic_exchange(&channel->summary[w], 0);
+        if (atomic_load(&channel->summary[w]) == 0) continue;      /* order: drain 3 */
+        uint64_t words = atomic_exchange(&channel->summary[w], 0); /* order: drain 4 */
         for (; words != 0; words &= words - 1) {
             uint32_t word = w * 64 + (uint32_t)__builtin_ctzll(words);
-            uint64_t bits = atomic_exchange(&channel->bitmap[word], 0);
+            uint64_t bits = atomic_exchange(&channel->bitmap[word], 0); /* order: drain 5 */
             for (; bits != 0 && !peer->broke; bits &= bits - 1) {
                 uint32_t slot = word * 64 + (uint32_t)__builtin_ctzll(bits);
                 if (take_slot(peer, shm, slot)) continue;

@@ -5,8 +5,8 @@
  *
  * Writing. The writer publishes the grant it works under in an `active` word, then reads the grant's epoch; if that is not
  * the one of its descriptor it stops. It copies one chunk and clears `active`. The owner revokes by changing the epoch and
- * then reading every writer's `active`: both sides put a full fence between their store and their load, so that at least one
- * of them sees the other. A revocation therefore needs no answer: once no `active` names the grant, nothing can land. Counts are
+ * then reading every writer's `active`: at least one of them sees the other (lane/orders.h
+ * says by which orders). A revocation therefore needs no answer: once no `active` names the grant, nothing can land. Counts are
  * published in the same way, so that nothing is counted under a grant once its revocation is over.
  *
  * `barred` does to all grants of one writer what an epoch does to one grant: the owner sets it when it gives the peer up. A process
@@ -95,14 +95,16 @@ struct at_shm_half {
 
 extern const at_port at_shm_port;
 
-static inline void at_shm_leave(at_active *active) { atomic_store_explicit(&active->grant, 0, memory_order_release); }
+static inline void at_shm_leave(at_active *active) {
+    atomic_store_explicit(&active->grant, 0, memory_order_release); /* order: leave 1 */
+}
 
 /* Announce work under a grant, then look whether it is still allowed: AT_OK, AT_ESTALE or AT_EPEER (then nothing is announced).
- * The full fence between the store and the loads is what a revocation relies on. */
+ * The orders are those of lane/orders.h. */
 static inline int at_shm_enter(const at_shm *shm, at_active *active, const at_remote *remote) {
-    atomic_store(&active->grant, (uint64_t)remote->slot + 1);
-    uint64_t barred = atomic_load(&shm->outbound->barred);
-    if (atomic_load(remote->word) == remote->epoch && barred == 0) return AT_OK;
+    atomic_store(&active->grant, (uint64_t)remote->slot + 1); /* order: enter 1 */
+    uint64_t barred = atomic_load(&shm->outbound->barred);    /* order: enter 2 */
+    if (atomic_load(remote->word) == remote->epoch && barred == 0) return AT_OK; /* order: enter 3 */
     at_shm_leave(active);
     return barred != 0 ? AT_EPEER : AT_ESTALE;
 }

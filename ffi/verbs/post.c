@@ -9,7 +9,7 @@
 
 /* Receives of the peer's that may be used up now. */
 static uint64_t credit(const at_vqp *q) {
-    uint64_t out = q->spent - atomic_load_explicit(&q->words->returned, memory_order_acquire);
+    uint64_t out = q->spent - atomic_load_explicit(&q->words->returned, memory_order_acquire); /* order: alone: credit that only grows */
     return out < AT_VRB_CREDITS ? AT_VRB_CREDITS - out : 0;
 }
 
