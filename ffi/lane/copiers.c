@@ -48,12 +48,6 @@ typedef struct {
     int risk;
 } job;
 
-int at_risk(const at_op *op) {
-    const at_peer *peer = op->peer;
-    if (peer->port->window != 0 || op->remote == NULL || op->nbytes == 0 || (peer->lane->config.flags & AT_LANE_NO_THREAD)) return AT_RISK_NONE;
-    return op->remote->foreign ? AT_RISK_FOREIGN : op->region->slow ? AT_RISK_SLOW : AT_RISK_NONE;
-}
-
 /* ---- who may begin ---- */
 
 static int inside(const at_copiers *copiers, const at_peer *peer, int risk) {

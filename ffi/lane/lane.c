@@ -287,6 +287,7 @@ int at_peer_fail(at_lane *lane, int64_t id, int status) {
 int at_peer_free(at_lane *lane, int64_t id) {
     int result = AT_EUNKNOWN;
     at_lock(lane);
+    at_wait_here(lane);
     at_peer *peer = at_peer_find(lane, id);
     if (peer != NULL) {
         at_peer_end(peer, AT_EPEER);

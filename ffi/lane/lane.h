@@ -340,6 +340,7 @@ struct at_lane {
     uint32_t thread_turn;
     int thread_work;
     int moving_here;  /* the loop's thread moves an operation now without the lock: its active word is taken */
+    uint32_t here_waited; /* threads that wait until it has */
     int moving_other; /* the same of another submitting thread */
     uint32_t risky;   /* queued operations for copiers, and probes */
     at_copiers *copiers; /* NULL until there is something that may hold up a thread */
@@ -406,6 +407,23 @@ void at_region_release(at_lane *lane, uint32_t index);
 at_remote *at_remote_use(at_lane *lane, int64_t id);
 void at_remote_release(at_lane *lane, uint32_t index);
 
+/* What an operation uses outlives it. */
+static inline void at_op_hold(at_op *op) {
+    if (op->region != NULL) op->region->users++;
+    if (op->remote != NULL) op->remote->users++;
+    op->peer->users++;
+}
+
+/* No more: it may be gone afterwards. */
+static inline void at_op_let_go(at_lane *lane, at_op *op) {
+    if (op->region != NULL && (op->region->users > 1 || op->region->open)) op->region->users--;
+    else if (op->region != NULL) at_region_release(lane, op->region_index);
+    if (op->remote != NULL && (op->remote->users > 1 || op->remote->open)) op->remote->users--;
+    else if (op->remote != NULL) at_remote_release(lane, op->remote_index);
+    if (op->peer->users > 1) op->peer->users--;
+    else at_peer_release(op->peer);
+}
+
 /* ops.c, with the lock */
 at_op *at_op_find(at_lane *lane, int64_t cookie);
 /* Copy a finished description into an operation of its own and queue it: its cookie, or AT_E*. */
@@ -414,8 +432,6 @@ int64_t at_op_new_batch(at_lane *lane, uint32_t count); /* its cookie, or AT_E* 
 void at_batch_ended(at_lane *lane, int64_t parent, uint32_t child, int status, uint64_t bytes); /* also: posting is over */
 /* Stop an operation: nothing more of it is posted; it ends now or when the rest has retired. */
 void at_op_stop(at_op *op, int status);
-void at_op_hold(at_op *op);                                  /* what it uses outlives it */
-void at_op_let_go(at_lane *lane, at_op *op);                 /* no more; afterwards they may be gone */
 void at_op_enqueue(at_op *op);                               /* behind the others of its peer */
 void at_op_dequeue(at_op *op);
 void at_ops_close(at_lane *lane);
@@ -446,12 +462,16 @@ int at_check(at_lane *lane, const at_order *order, at_op *op, const at_tables *t
 /* Only decides: AT_HERE: at_move_here may move it; AT_OK: there is nothing to move; AT_EAGAIN: it has to be queued; else it fails. */
 enum { AT_HERE = 2 };
 int at_submit_here(at_lane *lane, at_op *op);
-/* Move ops[0..n) inside the submitting call, without the lock meanwhile. Each one's status: AT_OK; AT_EAGAIN when it has to be queued
- * (it may have landed); else it failed. held: the caller has called at_op_hold for each. */
-void at_move_here(at_lane *lane, at_op *ops, uint32_t n, int held);
+/* With the lock, which it may drop: another thread than the loop's is about to close something. Not while that one moves bytes. */
+void at_wait_here(at_lane *lane);
+/* Move ops[0..n), of the loop's thread, inside the submitting call, without the lock meanwhile. Each one's status: AT_OK; AT_EAGAIN when it has to be queued (it may have landed); else it failed. */
+void at_move_here(at_lane *lane, at_op *ops, uint32_t n);
 int64_t at_submit(at_lane *lane, at_op *op); /* a resolved one: as at_write answers */
 /* What was queued for synchronous ports finds somebody to move it; cookie: an operation that the caller may begin itself, or 0. */
 void at_wake_mover(at_lane *lane, int64_t cookie);
+
+int64_t at_unlock_and_progress(at_lane *lane, int64_t result); /* the end of a submitting call */
+int at_pages_make_sense(uint64_t n, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride);
 
 /* watch.c, with the lock */
 uint64_t at_watch_look(at_lane *lane); /* tell of changes; ns until the next look, 0: nobody watches */

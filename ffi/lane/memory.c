@@ -62,6 +62,7 @@ static at_region *region_find(at_lane *lane, int64_t id) {
 int at_region_close(at_lane *lane, int64_t id) {
     int result = AT_ECLOSED;
     at_lock(lane);
+    at_wait_here(lane);
     at_region *region = region_find(lane, id);
     if (region != NULL && region->open) {
         region->open = 0;
@@ -222,7 +223,7 @@ int64_t at_remote_add(at_lane *lane, int64_t peer_id, void *base, uint64_t va, u
                           .slot = slot,
                           .generation = generation,
                           .access = access,
-                          .foreign = base == NULL && peer->port->foreign,
+                          .foreign = base == NULL && peer->port->foreign && !(lane->config.flags & AT_LANE_NO_THREAD),
                           .open = 1};
     peer->users++;
     lane->stats.remote_regions++;
@@ -288,6 +289,7 @@ static int is_closing(const at_lane *lane, int64_t id) {
 int at_remote_close(at_lane *lane, int64_t id) {
     int result = AT_ESTALE;
     at_lock(lane);
+    at_wait_here(lane);
     at_remote *remote = at_remote_use(lane, id);
     if (remote != NULL) {
         remote->open = 0;

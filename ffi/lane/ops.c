@@ -146,18 +146,6 @@ void at_op_end(at_op *op) {
     at_peer_release(peer);
 }
 
-void at_op_hold(at_op *op) {
-    if (op->region != NULL) op->region->users++;
-    if (op->remote != NULL) op->remote->users++;
-    op->peer->users++;
-}
-
-void at_op_let_go(at_lane *lane, at_op *op) {
-    if (op->region != NULL) at_region_release(lane, op->region_index);
-    if (op->remote != NULL) at_remote_release(lane, op->remote_index);
-    at_peer_release(op->peer);
-}
-
 void at_op_enqueue(at_op *op) {
     at_line *line = &op->peer->lines[op->risk];
     op->next = NULL;

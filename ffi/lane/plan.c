@@ -179,13 +179,12 @@ static int group(at_lane *lane, at_op *ops, uint64_t count, const at_order *orde
 /* Post what has been resolved: the op of target i is ops[i % MOST_KEPT], and where there are more than those, orders says it again. */
 static int64_t post_targets(at_lane *lane, at_op *ops, uint64_t count, const at_order *orders, int64_t imm) {
     int64_t parent = 0;
-    int queued = 0, kept_here = count <= MOST_KEPT; /* those stay what they were resolved to while others are moved without the lock */
+    int queued = 0;
     uint64_t landed = 0;
-    for (uint64_t i = 0; i < count && kept_here; i++) at_op_hold(&ops[i]);
     for (uint64_t i = 0; i < count && parent >= 0;) {
         uint32_t n = 0;
         int rc = group(lane, ops, count, orders, imm, i, &n);
-        if (n != 0) at_move_here(lane, &ops[i % MOST_KEPT], n, kept_here);
+        if (n != 0) at_move_here(lane, &ops[i % MOST_KEPT], n);
         uint64_t end = i + n + (rc != AT_HERE);
         for (uint64_t k = i; k < end && parent >= 0; k++) {
             at_op *op = &ops[k % MOST_KEPT];
@@ -200,7 +199,6 @@ static int64_t post_targets(at_lane *lane, at_op *ops, uint64_t count, const at_
         }
         i = end;
     }
-    for (uint64_t i = 0; i < count && kept_here; i++) at_op_let_go(lane, &ops[i]);
     if (parent < 0) return parent; /* no memory for the first that did not land: the targets before it have */
     if (parent == 0) return lane->turn_due ? AT_DUE : AT_OK;
     if (queued) at_wake_mover(lane, 0), at_copiers_call(lane);

@@ -45,11 +45,30 @@ static void note_footprint(at_lane *lane, at_op *op, uint64_t nbytes) {
 
 /* ---- checks ---- */
 
+/* Compilers clear so large a struct by `rep stos`, which takes longer than all else of a short operation. */
+static inline void op_clear(at_op *op) {
+    typedef uint64_t pair __attribute__((vector_size(16), aligned(8), may_alias));
+    _Static_assert(sizeof(at_op) % sizeof(uint64_t) == 0, "whole words");
+    uint8_t *at = (uint8_t *)op;
+    size_t i = 0;
+#pragma GCC unroll 32
+    for (; i + sizeof(pair) <= sizeof *op; i += sizeof(pair)) {
+        *(pair *)(void *)(at + i) = (pair){0, 0};
+        __asm__("" : : : "memory"); /* nor is this loop to become a memset */
+    }
+    if (i < sizeof *op) *(uint64_t *)(void *)(at + i) = 0;
+}
+
 int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op) {
     int64_t value = order->imm >= 0 ? order->imm : imm;
     if (value > (int64_t)UINT32_MAX) return AT_EIMM;
     uint64_t extent = order->kind == AT_OP_PAGES ? order->units : order->nbytes != 0 ? order->nbytes : 1;
-    *op = (at_op){.kind = order->kind, .imm = value, .nbytes = order->nbytes, .units = order->units, .extent = extent};
+    op_clear(op);
+    op->kind = order->kind;
+    op->imm = value;
+    op->nbytes = order->nbytes;
+    op->units = order->units;
+    op->extent = extent;
     if (order->kind == AT_OP_SIGNAL) {
         op->peer = at_peer_find(lane, order->remote);
         return value < 0 ? AT_EIMM : op->peer == NULL || op->peer->status != AT_OK ? AT_EPEER : AT_OK;
@@ -159,33 +178,64 @@ static int moved_here(at_lane *lane, at_op *op, uint64_t moved, int rc, int oser
     return rc;
 }
 
-void at_move_here(at_lane *lane, at_op *ops, uint32_t n, int held) {
-    int bytes = 0, detached = ops[0].detached, *moving = detached ? &lane->moving_other : &lane->moving_here;
-    for (uint32_t i = 0; i < n; i++) bytes |= ops[i].remote != NULL && ops[i].nbytes != 0;
-    if (bytes) {
-        *moving = 1;
-        for (uint32_t i = 0; i < n && !held; i++) at_op_hold(&ops[i]);
-        at_unlock(lane);
-    }
+static int moves_bytes(const at_op *op) { return op->remote != NULL && op->nbytes != 0; }
+
+static int mover_of(const at_op *op) { return op->detached ? AT_MOVER_OTHER : AT_MOVER_CALLER; }
+
+static void begin_here(at_lane *lane, int detached) {
+    *(detached ? &lane->moving_other : &lane->moving_here) = 1;
+    at_unlock(lane);
+}
+
+static void end_here(at_lane *lane, int detached) {
+    *(detached ? &lane->moving_other : &lane->moving_here) = 0;
+    if (lane->shut || lane->here_waited) (void)pthread_cond_broadcast(&lane->ended);
+}
+
+void at_wait_here(at_lane *lane) {
+    if (!lane->moving_here || pthread_equal(lane->owner, pthread_self())) return;
+    lane->here_waited++;
+    while (lane->moving_here) (void)pthread_cond_wait(&lane->ended, &lane->lock);
+    lane->here_waited--;
+}
+
+/* What the operation uses stays while the loop's thread moves it: nothing is closed by another one meanwhile (at_wait_here). Operations of
+ * other threads are counted among its users.
+ *
+ * One operation, moved inside the call, without the lock meanwhile: AT_OK; AT_EAGAIN: its count has to be queued; else it failed. */
+static int move_here(at_lane *lane, at_op *op) {
+    uint64_t moved = 0;
+    int oserror = 0, bytes = moves_bytes(op), detached = op->detached;
+    if (detached) at_op_hold(op);
+    if (bytes) begin_here(lane, detached);
+    int rc = op->peer->port->move(op->peer, op, 0, op->extent, mover_of(op), &moved, &oserror);
+    if (bytes) at_lock(lane);
+    rc = moved_here(lane, op, moved, rc, oserror);
+    if (detached) at_op_let_go(lane, op);
+    if (!bytes) return rc;
+    end_here(lane, detached);
+    return rc == AT_EAGAIN && lane->shut ? AT_ESHUT : rc; /* shut meanwhile: nobody would end it */
+}
+
+void at_move_here(at_lane *lane, at_op *ops, uint32_t n) {
+    int bytes = 0, detached = ops[0].detached;
+    for (uint32_t i = 0; i < n; i++) bytes |= moves_bytes(&ops[i]);
+    if (bytes) begin_here(lane, detached);
     for (uint32_t i = 0; i < n; i++) {
         at_op *op = &ops[i];
-        op->moved = 0;
+        op->landed = 0;
         op->oserror = 0;
-        op->status = op->peer->port->move(op->peer, op, 0, op->extent, detached ? AT_MOVER_OTHER : AT_MOVER_CALLER, &op->moved, &op->oserror);
+        op->status = op->peer->port->move(op->peer, op, 0, op->extent, mover_of(op), &op->landed, &op->oserror);
     }
     if (bytes) at_lock(lane);
     for (uint32_t i = 0; i < n; i++) {
         at_op *op = &ops[i];
-        uint64_t moved = op->moved;
-        op->moved = 0;
+        uint64_t moved = op->landed;
+        op->landed = 0;
         op->status = moved_here(lane, op, moved, op->status, op->oserror);
-        if (op->status == AT_EAGAIN && lane->shut) op->status = AT_ESHUT; /* meanwhile: nobody would end it */
+        if (op->status == AT_EAGAIN && lane->shut) op->status = AT_ESHUT;
     }
-    if (bytes) {
-        for (uint32_t i = 0; i < n && !held; i++) at_op_let_go(lane, &ops[i]);
-        *moving = 0;
-        if (lane->shut) (void)pthread_cond_broadcast(&lane->ended);
-    }
+    if (bytes) end_here(lane, detached);
 }
 
 void at_wake_mover(at_lane *lane, int64_t cookie) {
@@ -200,11 +250,7 @@ void at_wake_mover(at_lane *lane, int64_t cookie) {
 
 int64_t at_submit(at_lane *lane, at_op *op) {
     int rc = at_submit_here(lane, op);
-    if (rc == AT_HERE) {
-        at_move_here(lane, op, 1, 0);
-        rc = op->status;
-        op->status = AT_OK;
-    }
+    if (rc == AT_HERE) rc = move_here(lane, op);
     if (rc == AT_OK) return lane->turn_due && !op->detached ? AT_DUE : AT_OK;
     if (rc != AT_EAGAIN) return rc;
     int64_t cookie = at_op_keep(lane, op);
@@ -238,16 +284,31 @@ static int64_t submit_one(at_lane *lane, const at_order *order, int64_t imm) {
     return at_unlock_and_progress(lane, result);
 }
 
+/* Field by field, see op_clear. */
+static inline void order_bytes(at_order *order, int kind, int64_t remote, uint64_t remote_offset, int64_t region, uint64_t local_offset,
+                               uint64_t nbytes) {
+    order->kind = kind;
+    order->remote = remote;
+    order->region = region;
+    order->local_offset = local_offset;
+    order->remote_offset = remote_offset;
+    order->nbytes = nbytes;
+    order->units = 1;
+    order->local_stride = order->remote_stride = 0;
+    order->local_pages = order->remote_pages = NULL;
+    order->imm = -1;
+}
+
 int64_t at_write(at_lane *lane, int64_t remote, uint64_t remote_offset, int64_t region, uint64_t local_offset, uint64_t nbytes,
                  int64_t imm) {
-    at_order order = {.kind = AT_OP_WRITE, .remote = remote, .region = region, .local_offset = local_offset,
-                      .remote_offset = remote_offset, .nbytes = nbytes, .units = 1, .imm = -1};
+    at_order order;
+    order_bytes(&order, AT_OP_WRITE, remote, remote_offset, region, local_offset, nbytes);
     return submit_one(lane, &order, imm);
 }
 
 int64_t at_read(at_lane *lane, int64_t remote, uint64_t remote_offset, int64_t region, uint64_t local_offset, uint64_t nbytes) {
-    at_order order = {.kind = AT_OP_READ, .remote = remote, .region = region, .local_offset = local_offset,
-                      .remote_offset = remote_offset, .nbytes = nbytes, .units = 1, .imm = -1};
+    at_order order;
+    order_bytes(&order, AT_OP_READ, remote, remote_offset, region, local_offset, nbytes);
     return submit_one(lane, &order, -1);
 }
 
