@@ -3,7 +3,11 @@
  * A segment is sealed against shrinking, growing and unsealing before anybody else sees it, and fully allocated, so that no
  * access to it can raise SIGBUS; the mapper verifies both. Foreign memory (buffers we did not allocate) is reached through
  * the kernel: process_vm_writev copies once, /proc/PID/mem through a bounce page but survives yama when it was opened with
- * the peer's blessing. process_vm takes a pid, which may be reused: the pidfd is asked before each batch. */
+ * the peer's blessing.
+ *
+ * A pid names whatever program runs there: after an exec of the peer its addresses are another program's. A descriptor of
+ * /proc/PID/mem stays with the memory that it was opened for, and reads and writes nothing once that is gone. So small copies go through
+ * it, where it is as fast; before each of the others, of 1 MiB at most, it is asked whether that memory is still there. */
 #define _GNU_SOURCE
 #include "shm.h"
 
@@ -103,19 +107,25 @@ int at_memory_mapped(void *base, uint64_t nbytes) {
     return msync((void *)start, (size_t)((uintptr_t)base + nbytes - start), MS_ASYNC) == 0 ? 0 : -errno;
 }
 
-int at_shm_probe(at_shm *shm) {
-    const uint8_t *cookie = shm->probe_cookie;
-    uint64_t va = shm->probe_va;
+/* Whether the control cookie is seen where the peer said, by either way: the memory behind mem_fd, or of whoever has the pid now. */
+static int sees(const at_shm *shm, int by_fd) {
     uint8_t seen[16] = {0};
-    struct iovec here = {seen, sizeof seen}, there = {(void *)(uintptr_t)va, sizeof seen};
-    ssize_t n = process_vm_readv(shm->pid, &here, 1, &there, 1, 0);
-    shm->foreign_why = n < 0 ? errno : 0;
-    if (n == (ssize_t)sizeof seen && memcmp(seen, cookie, sizeof seen) == 0) return 1;
-    if (shm->mem_fd >= 0 && pread(shm->mem_fd, seen, sizeof seen, (off_t)va) == (ssize_t)sizeof seen &&
-        memcmp(seen, cookie, sizeof seen) == 0)
-        return 2;
-    if (shm->foreign_why == 0) shm->foreign_why = ESRCH; /* readable, but another process */
-    return 0;
+    struct iovec here = {seen, sizeof seen}, there = {(void *)(uintptr_t)shm->probe_va, sizeof seen};
+    ssize_t n = by_fd ? pread(shm->mem_fd, seen, sizeof seen, (off_t)shm->probe_va) : process_vm_readv(shm->pid, &here, 1, &there, 1, 0);
+    if (n < 0) return 0;
+    errno = ESRCH; /* readable, but another program */
+    return n == (ssize_t)sizeof seen && memcmp(seen, shm->probe_cookie, sizeof seen) == 0;
+}
+
+int at_shm_probe(at_shm *shm) {
+    int direct = sees(shm, 0), why = direct ? 0 : errno;
+    if (shm->mem_fd >= 0 && !sees(shm, 1)) { /* of another program: the pid had been given away, or taken by exec, before it was opened */
+        int fd = shm->mem_fd;
+        shm->mem_fd = -1;
+        close(fd);
+    }
+    shm->foreign_why = why;
+    return direct ? 1 : shm->mem_fd >= 0 ? 2 : 0;
 }
 
 int at_shm_gone(const at_shm *shm) {
@@ -123,18 +133,37 @@ int at_shm_gone(const at_shm *shm) {
     return shm->pidfd >= 0 && poll(&p, 1, 0) > 0;
 }
 
+int at_shm_unchanged(const at_shm *shm) {
+    uint8_t seen;
+    if (at_shm_gone(shm)) return 0;
+    return shm->mem_fd >= 0 ? pread(shm->mem_fd, &seen, 1, (off_t)shm->probe_va) == 1 : sees(shm, 0);
+}
+
+/* Copies that are cheap that way go through mem_fd, which stays with the memory it was opened for. */
+static ssize_t by_fd(const at_shm *shm, uint8_t *local, uint64_t va, uint64_t nbytes, int read) {
+    ssize_t n = read ? pread(shm->mem_fd, local, nbytes, (off_t)va) : pwrite(shm->mem_fd, local, nbytes, (off_t)va);
+    if (n < 0 && errno == EIO) errno = EFAULT; /* nothing is mapped there, in the words of process_vm */
+    if (n == 0) errno = ESRCH; /* that memory is gone: its program has ended, or another one has taken its place */
+    return n == 0 ? -1 : n;
+}
+
+static ssize_t by_pid(const at_shm *shm, uint8_t *local, uint64_t va, uint64_t nbytes, int read) {
+    if (!at_shm_unchanged(shm)) {
+        errno = ESRCH;
+        return -1;
+    }
+    struct iovec here = {local, nbytes}, there = {(void *)(uintptr_t)va, nbytes};
+    ssize_t n = read ? process_vm_readv(shm->pid, &here, 1, &there, 1, 0) : process_vm_writev(shm->pid, &here, 1, &there, 1, 0);
+    if (n == 0) errno = EFAULT;
+    return n == 0 ? -1 : n;
+}
+
 int at_shm_foreign_copy(at_shm *shm, uint8_t *local, uint64_t va, uint64_t nbytes, int read) {
-    if (at_shm_gone(shm)) return ESRCH;
+    int direct = atomic_load(&shm->foreign) == 1 && (shm->mem_fd < 0 || nbytes > AT_SHM_SMALL);
     while (nbytes > 0) {
-        ssize_t n;
-        if (shm->foreign == 1) {
-            struct iovec here = {local, nbytes}, there = {(void *)(uintptr_t)va, nbytes};
-            n = read ? process_vm_readv(shm->pid, &here, 1, &there, 1, 0) : process_vm_writev(shm->pid, &here, 1, &there, 1, 0);
-        } else {
-            n = read ? pread(shm->mem_fd, local, nbytes, (off_t)va) : pwrite(shm->mem_fd, local, nbytes, (off_t)va);
-        }
+        ssize_t n = direct ? by_pid(shm, local, va, nbytes, read) : by_fd(shm, local, va, nbytes, read);
         if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) return n < 0 ? errno : EFAULT;
+        if (n < 0) return errno;
         local += n;
         va += (uint64_t)n;
         nbytes -= (uint64_t)n;

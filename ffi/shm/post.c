@@ -78,8 +78,8 @@ static int foreign_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t 
             there[i] = (struct iovec){(void *)(uintptr_t)(va + (uint64_t)op->remote_pages[unit] * op->remote_stride), page};
         }
         uint64_t whole = 0;
-        if (at_shm_gone(shm)) return ESRCH;
-        if (shm->foreign == 1) {
+        if (atomic_load(&shm->foreign) == 1 && (shm->mem_fd < 0 || k * page > AT_SHM_SMALL)) {
+            if (!at_shm_unchanged(shm)) return ESRCH;
             ssize_t moved = process_vm_writev(shm->pid, here, k, there, k, 0);
             if (moved < 0 && errno == ESRCH) return errno;
             whole = moved < 0 ? 0 : (uint64_t)moved / page;

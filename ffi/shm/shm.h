@@ -31,6 +31,7 @@
 #define AT_SLOTS 65536u
 #define AT_COUNTING AT_MOVERS
 #define AT_PATIENCE 65536
+#define AT_SHM_SMALL ((uint64_t)32 << 10) /* foreign copies up to here are no slower through /proc/PID/mem */
 #define AT_CHANNEL_MAGIC UINT64_C(0x41544348414e4e45)
 
 typedef struct {
@@ -120,6 +121,7 @@ int at_shm_move(at_peer *peer, const at_op *op, uint64_t first, uint64_t n, int 
 int at_shm_is_memory(int fd); /* tmpfs, and no other file system that knows seals */
 int at_shm_probe(at_shm *shm); /* NO LOCK, a copier's */
 int at_shm_gone(const at_shm *shm); /* its process has ended: its pid may already be another's */
+int at_shm_unchanged(const at_shm *shm); /* its pid still names the program that it was set up with. NO LOCK, a copier's */
 /* Copy between local memory and the peer's address space, to it or (read) from it; 0 or an errno. */
 int at_shm_foreign_copy(at_shm *shm, uint8_t *local, uint64_t va, uint64_t nbytes, int read);
 
