@@ -163,7 +163,7 @@ MUTANTS = (
         "if (lane->op_generation[index] < MOST_LIVES) lane->op_free", "lane->op_free", "tests/native/test_generations.py",
     ),
     Mutant(
-        "ids: a slot of memory whose generations are used up", "ffi/lane/lane.h",
+        "ids: a slot of memory whose generations are used up", "ffi/lane/functions.h",
         "return generation < AT_MOST_LIVES ? generation + 1 : AT_MOST_LIVES + 2;", "return generation + 1;",
         "tests/native/test_generations.py",
     ),
