@@ -133,6 +133,8 @@ class Region(RegionView):
     ) -> None:
         self._engine = engine
         self._number = engine._lane.add_region(address, nbytes, keep)
+        if segment is None and device == "cpu":
+            engine._lane.region_lazy(self._number)
         self._id = self._number if staging is None else UNSTAGED
         self._staging = staging
         self._dma_buf: tuple[int, int] | None = None  # of memory on a GPU that is not staged: a descriptor, and where it begins

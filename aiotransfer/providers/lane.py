@@ -125,6 +125,11 @@ class Lane:
         self.holdings.hold("region", int(region), keep)
         return int(region)
 
+    def region_lazy(self, region: int) -> None:
+        """It was not allocated by us: its pages may not be there yet, and are not waited for by the loop."""
+        if native.lib.at_region_lazy(self.pointer, region) == native.lib.AT_ENOMEM:
+            raise shortage(errno.ENOMEM, "cannot register") or BusyError("cannot register")
+
     def release_region(self, region: int) -> None:
         """Nothing of ours or of a peer's touches the memory any more."""
         self.holdings.drop("region", region)

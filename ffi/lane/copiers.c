@@ -2,7 +2,8 @@
  *
  * A page of memory that a peer registered is the peer's: it may withhold it (userfaultfd, a file on NFS or FUSE), and the system call
  * that copies to it then returns when the peer likes. The same holds for a page of ours that is not plain memory. Such copies are
- * made by copiers alone: never with the lane's lock, never in a submitting call, never by the native thread that answers for us.
+ * made by copiers alone: never with the lane's lock, never in a submitting call, never by the native thread that answers for us. Where
+ * both sides may hold it up, ours is waited for first, outside of the peer.
  *
  * What one peer can cost is bounded. At most one copier is inside the foreign memory of one process, and at most one uses one slow
  * region of ours; so each of them holds up at most one copier, whose operation ends when the page comes, the peer dies or (withdrawn by
@@ -30,6 +31,7 @@ typedef struct {
     pthread_t thread;
     int state;
     int risk;                /* BUSY: what it is inside of */
+    int mover;
     at_peer *peer;
     const at_region *region; /* the slow one that it uses, or NULL */
     uint64_t since;          /* when its part began */
@@ -45,22 +47,28 @@ struct at_copiers {
 typedef struct {
     at_peer *peer;
     at_op *op;
-    int risk;
+    int risk, mover;
 } job;
 
 /* ---- who may begin ---- */
 
-static int inside(const at_copiers *copiers, const at_peer *peer, int risk) {
+/* Which active word one more copier may use with this peer; -1: none. */
+static int free_word(const at_copiers *copiers, const at_peer *peer, int risk) {
+    uint32_t taken = 0;
     for (uint32_t i = 0; i < AT_COPIERS && copiers->busy != 0; i++) {
         const copier *one = &copiers->all[i];
         if (one->state != BUSY || one->risk != risk) continue;
-        if (one->peer == peer || (risk == AT_RISK_FOREIGN && peer->process != 0 && one->peer->process == peer->process)) return 1;
+        if (risk == AT_RISK_FOREIGN && (one->peer == peer || (peer->process != 0 && one->peer->process == peer->process))) return -1;
+        if (risk == AT_RISK_SLOW && one->peer == peer) taken |= 1u << (one->mover - AT_MOVER_SLOW);
     }
-    return 0;
+    if (risk == AT_RISK_FOREIGN) return AT_MOVER_FOREIGN;
+    int word = 0;
+    while (word < AT_SLOW_WORDS && (taken >> word & 1u)) word++;
+    return word < AT_SLOW_WORDS ? AT_MOVER_SLOW + word : -1;
 }
 
 static int region_taken(const at_copiers *copiers, const at_op *op) {
-    if (op->region == NULL || !op->region->slow) return 0;
+    if (!op->waits) return 0;
     for (uint32_t i = 0; i < AT_COPIERS; i++)
         if (copiers->all[i].state == BUSY && copiers->all[i].region == op->region) return 1;
     return 0;
@@ -71,18 +79,22 @@ static int find_job(const at_lane *lane, job *out) {
     if (lane->risky == 0) return 0;
     for (uint32_t k = 0; k < lane->peer_count; k++) {
         at_peer *peer = lane->peers[(copiers->turn + k) % lane->peer_count];
-        if (peer == NULL) continue;
-        if (peer->probe == AT_PROBE_WANTED && !inside(copiers, peer, AT_RISK_FOREIGN)) {
+        if (peer == NULL || (peer->probe != AT_PROBE_WANTED && peer->lines[AT_RISK_FOREIGN].head == NULL && peer->lines[AT_RISK_SLOW].head == NULL))
+            continue;
+        int words[AT_RISKS] = {-1, free_word(copiers, peer, AT_RISK_FOREIGN), free_word(copiers, peer, AT_RISK_SLOW)};
+        if (peer->probe == AT_PROBE_WANTED && words[AT_RISK_FOREIGN] >= 0) {
             *out = (job){.peer = peer, .risk = AT_RISK_FOREIGN};
             return 1;
         }
         for (int risk = AT_RISK_FOREIGN; risk < AT_RISKS; risk++) {
-            at_op *op = peer->lines[risk].head;
-            if (op == NULL || inside(copiers, peer, risk)) continue;
-            for (uint32_t looks = 0; op != NULL && looks < MOST_LOOKS && region_taken(copiers, op); looks++) op = op->next;
-            if (op == NULL || region_taken(copiers, op)) continue;
-            *out = (job){.peer = peer, .op = op, .risk = risk};
-            return 1;
+            uint32_t looks = 0;
+            for (at_op *op = peer->lines[risk].head; op != NULL && looks < MOST_LOOKS; op = op->next, looks++) {
+                /* what waits for memory of ours does that first, and takes no place in the peer meanwhile */
+                int as = op->waits ? AT_RISK_SLOW : risk;
+                if (words[as] < 0 || region_taken(copiers, op)) continue;
+                *out = (job){.peer = peer, .op = op, .risk = as, .mover = words[as]};
+                return 1;
+            }
         }
     }
     return 0;
@@ -102,6 +114,19 @@ static uint32_t copying(const at_copiers *copiers) {
 
 static void another(at_lane *lane);
 
+/* Local memory first, where both sides may hold it up: afterwards only the peer's can. */
+static void fetch_local(at_lane *lane, at_op *op) {
+    at_op_dequeue(op);
+    op->running++;
+    at_unlock(lane);
+    at_fetch_local(op);
+    at_lock(lane);
+    op->running--;
+    op->waits = 0;
+    if (atomic_load(&op->withdrawn) || op->peer->status != AT_OK) at_op_stop(op, op->peer->status);
+    else at_op_enqueue(op);
+}
+
 static void run(copier *me, const job *job) {
     at_lane *lane = me->lane;
     at_copiers *copiers = lane->copiers;
@@ -109,14 +134,17 @@ static void run(copier *me, const job *job) {
     peer->users++;
     me->peer = peer;
     me->risk = job->risk;
-    me->region = job->op != NULL && job->op->region->slow ? job->op->region : NULL;
+    me->mover = job->mover;
+    me->region = job->op != NULL && job->op->waits ? job->op->region : NULL;
     me->since = at_now();
     me->state = BUSY;
     copiers->busy++;
     copiers->turn = peer->index + 1;
     if (lane->risky > 1) another(lane);
-    if (job->op != NULL) {
-        at_move_one(lane, peer, job->op, ROUND_BYTES, job->risk == AT_RISK_FOREIGN ? AT_MOVER_FOREIGN : AT_MOVER_SLOW, &me->since);
+    if (job->op != NULL && job->risk == job->op->risk) {
+        at_move_one(lane, peer, job->op, ROUND_BYTES, job->mover, &me->since);
+    } else if (job->op != NULL) {
+        fetch_local(lane, job->op);
     } else {
         peer->probe = AT_PROBE_RUNS;
         at_unlock(lane);

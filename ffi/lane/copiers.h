@@ -4,10 +4,15 @@
 
 #include "lane.h"
 
-/* AT_RISK_* of a resolved operation, on a synchronous path. */
-static inline int at_risk(const at_op *op) {
-    if (op->remote == NULL || !(op->remote->foreign | op->region->slow) || op->nbytes == 0) return AT_RISK_NONE;
-    return op->remote->foreign ? AT_RISK_FOREIGN : AT_RISK_SLOW;
+int at_is_there(const at_op *op);   /* resident.c: are all pages of local memory that it needs? */
+void at_fetch_local(const at_op *op); /* wait for them. NO LOCK, a copier's */
+static inline int at_may_wait(const at_region *region) { return region->slow | (region->absent != 0); }
+
+/* AT_RISK_* of a resolved operation, on a synchronous path; sets op->waits. */
+static inline int at_risk(at_op *op) {
+    if (op->remote == NULL || !(op->remote->foreign | at_may_wait(op->region)) || op->nbytes == 0) return AT_RISK_NONE;
+    op->waits = at_may_wait(op->region) && (op->region->slow || !at_is_there(op));
+    return op->remote->foreign ? AT_RISK_FOREIGN : op->waits ? AT_RISK_SLOW : AT_RISK_NONE;
 }
 
 int at_copiers_ready(at_lane *lane);   /* there is a copier: AT_OK, AT_ENOMEM, or AT_EIO with lane->oserror */

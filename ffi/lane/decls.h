@@ -121,6 +121,8 @@ void at_turn(at_lane *lane);
 int64_t at_region_add(at_lane *lane, void *base, uint64_t nbytes);
 /* Before it is used: it is memory of this GPU, and base an address there. dmabuf_fd: of the range from dmabuf_start, or -1; lent as base is. */
 int at_region_on_device(at_lane *lane, int64_t region, int cuda, int dmabuf_fd, uint64_t dmabuf_start);
+/* Before it is used: we have not allocated it, so its pages may not be there, and somebody may withhold them: AT_OK or AT_ENOMEM. */
+int at_region_lazy(at_lane *lane, int64_t region);
 int at_region_close(at_lane *lane, int64_t region); /* 0: free now; 1: an AT_EV_REGION event will come */
 
 /* Grants: one epoch word each. *epoch receives the value that makes a descriptor valid. */

@@ -95,7 +95,10 @@ void at_control_release(at_control_ref *ref) {
 void at_lane_destroy(at_lane *lane) {
     at_control_release(lane->control_ref);
     at_imm_destroy(lane);
-    for (uint32_t i = 0; i < lane->region_count; i++) free(lane->regions[i]);
+    for (uint32_t i = 0; i < lane->region_count; i++) {
+        free(lane->regions[i]->there);
+        free(lane->regions[i]);
+    }
     for (uint32_t i = 0; i < lane->remote_count; i++) {
         free(lane->remotes[i]->parts);
         free(lane->remotes[i]);

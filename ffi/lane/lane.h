@@ -86,6 +86,9 @@ typedef struct {
     uint32_t users;      /* operations that read or write it */
     int open;
     int slow;            /* a page of it can hold up the thread that touches it: see copiers.c */
+    uint64_t absent;     /* blocks of it that may have pages which are not there: see resident.c */
+    uint64_t *there;     /* owned: a bit for each block that is; NULL: in first_there */
+    uint64_t first_there;
     int cuda;            /* the ordinal of the GPU that it is on, or -1: only rails that say `device` may be given it */
     int dmabuf_fd;       /* what the driver handed out for the range from dmabuf_start, or -1 */
     uint64_t dmabuf_start;
@@ -164,6 +167,7 @@ struct at_op {
     int oserror;            /* of a move inside the submitting call */
     int running;            /* how many threads move parts of it now, without the lock */
     int risk;               /* AT_RISK_*: which queue it is for */
+    int waits;              /* local memory of it may hold up whoever touches it */
     int queued;             /* linked in peer->lines[risk] */
     uint64_t tail;          /* asynchronous: so many of its last steps wait until all others have landed */
     int soon;               /* counted in lane->soon */
@@ -176,8 +180,9 @@ struct at_op {
 };
 
 /* Who moves bytes, each with an active word of its own: the loop's thread, another submitting thread, the native thread, the one that
- * helps it, and a copier (copiers.c) for each risk. */
-enum { AT_MOVER_CALLER, AT_MOVER_OTHER, AT_MOVER_THREAD, AT_MOVER_HELPER, AT_MOVER_FOREIGN, AT_MOVER_SLOW, AT_MOVERS };
+ * helps it, and copiers (copiers.c): one for foreign memory, several for slow memory of ours. */
+#define AT_SLOW_WORDS 8
+enum { AT_MOVER_CALLER, AT_MOVER_OTHER, AT_MOVER_THREAD, AT_MOVER_HELPER, AT_MOVER_FOREIGN, AT_MOVER_SLOW, AT_MOVERS = AT_MOVER_SLOW + AT_SLOW_WORDS };
 
 /* What may hold up a thread that moves an operation, for any time: a page of a peer's own memory, or one of ours that is not plain memory. */
 enum { AT_RISK_NONE, AT_RISK_FOREIGN, AT_RISK_SLOW, AT_RISKS };

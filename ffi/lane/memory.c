@@ -24,6 +24,8 @@ int64_t at_region_add(at_lane *lane, void *base, uint64_t nbytes) {
     region->users = 0;
     region->open = 1;
     region->cuda = region->dmabuf_fd = -1;
+    region->slow = 0;
+    region->absent = region->first_there = 0;
     lane->stats.regions++;
     id = at_make_id(region->generation, i);
 out:
@@ -36,6 +38,8 @@ static void region_free(at_lane *lane, uint32_t index) {
         if (rail->region_over != NULL) rail->region_over(rail, index);
     lane->regions[index]->generation = at_life_over(lane->regions[index]->generation);
     lane->regions[index]->base = NULL;
+    free(lane->regions[index]->there);
+    lane->regions[index]->there = NULL;
     if (index < lane->region_hint) lane->region_hint = index;
     lane->stats.regions--;
 }

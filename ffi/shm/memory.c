@@ -159,10 +159,14 @@ static ssize_t by_pid(const at_shm *shm, uint8_t *local, uint64_t va, uint64_t n
 }
 
 int at_shm_foreign_copy(at_shm *shm, uint8_t *local, uint64_t va, uint64_t nbytes, int read) {
-    int direct = atomic_load(&shm->foreign) == 1 && (shm->mem_fd < 0 || nbytes > AT_SHM_SMALL);
+    int may = atomic_load(&shm->foreign) == 1, direct = may && (shm->mem_fd < 0 || nbytes > AT_SHM_SMALL);
     while (nbytes > 0) {
         ssize_t n = direct ? by_pid(shm, local, va, nbytes, read) : by_fd(shm, local, va, nbytes, read);
         if (n < 0 && errno == EINTR) continue;
+        if (n < 0 && errno == EFAULT && may && !direct) { /* a page that its owner makes on demand: only the other way waits for it */
+            direct = 1;
+            continue;
+        }
         if (n < 0) return errno;
         local += n;
         va += (uint64_t)n;

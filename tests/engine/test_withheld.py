@@ -20,7 +20,7 @@ def run(scenario: str) -> None:
     assert done.stdout.endswith("ok\n")
 
 
-@pytest.mark.parametrize("scenario", ["others_go_on", "many_of_one_process"])
+@pytest.mark.parametrize("scenario", ["others_go_on", "many_of_one_process", "sources_of_ours"])
 def test_a_page_that_a_peer_withholds_stops_nobody(scenario: str) -> None:
     if not can_withhold():
         pytest.skip("userfaultfd is not permitted here")

@@ -129,6 +129,41 @@ async def others_go_on() -> None:
     assert time.monotonic() - ends < 2 * SLACK, "aclose waits for a page"
 
 
+async def sources_of_ours() -> None:
+    """Pages of our own memory do not come: what needs them waits alone, whatever kind of memory it goes to."""
+    async with at.open_engine(listen="127.0.0.1:0", config=CONFIG) as engine, owner(engine) as peer:
+        trap = engine.register((withhold(NBYTES), NBYTES, "cpu"))
+        half = np.frombuffer(mmap.mmap(-1, NBYTES), np.uint8)  # nothing withholds it: its pages come when they are touched
+        late, source = engine.register(half), engine.register(np.ones(NBYTES, np.uint8))
+        mapped, foreign = await peer.lookup("mapped"), await peer.lookup("foreign")
+        began = time.monotonic()
+        table = np.arange(4)
+        stuck = [
+            engine.write(trap[:64], mapped[:64], timeout=0.4),
+            engine.write(trap, mapped, timeout=0.4),
+            engine.write(trap[:64], foreign[:64], timeout=0.4),
+            engine.write_pages(trap, table, mapped, table, page_bytes=4096, timeout=0.4),
+            engine.read(foreign[:64], trap[4096:4160], timeout=0.4),
+        ]
+        assert time.monotonic() - began < SLACK
+        assert not any(transfer.done() for transfer in stuck)
+        async with asyncio.timeout(SLACK):
+            for memory in (source, late):
+                await engine.write(memory[:64], mapped[:64], timeout=SLACK)
+                await engine.write(memory, mapped, timeout=SLACK)
+                await engine.write_pages(memory, table, mapped, table, page_bytes=4096, timeout=SLACK)
+            await peer.ping(timeout=SLACK)
+        for transfer in stuck:
+            try:
+                await asyncio.wait_for(transfer, 2 * SLACK)
+            except (at.TransferTimeout, at.QuarantineError):
+                continue
+            raise AssertionError("a write of a withheld page succeeded")
+        assert copiers() <= 3, copiers()
+        ends = time.monotonic()
+    assert time.monotonic() - ends < 2 * SLACK, "aclose waits for a page"
+
+
 async def many_of_one_process() -> None:
     """Engines of one process share what it can cost: one thread, whatever the number of its connections."""
     async with at.open_engine(listen="127.0.0.1:0", config=CONFIG) as engine:
@@ -147,7 +182,8 @@ async def many_of_one_process() -> None:
 
 def run(name: str, *arguments: str) -> None:
     """Asyncio's own end would wait for threads that a page holds up only if they were its own."""
-    asyncio.run({"own": own, "others_go_on": others_go_on, "many_of_one_process": many_of_one_process}[name](*arguments))
+    scenarios = {f.__name__: f for f in (own, others_go_on, many_of_one_process, sources_of_ours)}
+    asyncio.run(scenarios[name](*arguments))
     print("ok", flush=True)
 
 
