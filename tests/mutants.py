@@ -347,6 +347,27 @@ MUTANTS = (
         "MoE: gradients that nobody gets", "aiotransfer/moe/tensors.py",
         'if getattr(array, "requires_grad", False) and', "if False and", "tests/moe/test_torch.py",
     ),
+    Mutant(
+        "mistakes: what belongs to a loop is not pickled", "aiotransfer/engine/unpicklable.py",
+        "        raise TypeError(", "        return object.__reduce_ex__(self, 2)\n        raise TypeError(",
+        "tests/engine/test_mistakes.py",
+    ),
+    Mutant(
+        "mistakes: an engine needs asyncio", "aiotransfer/engine/open.py", "        _need_asyncio()\n", "",
+        "tests/engine/test_mistakes.py",
+    ),
+    Mutant(
+        "mistakes: a forgotten await", "aiotransfer/engine/open.py", 'if not self.__dict__.get("_awaited", True):', "if False:",
+        "tests/engine/test_mistakes.py",
+    ),
+    Mutant(
+        "mistakes: a rank that waits for itself", "aiotransfer/engine/group.py",
+        'peer._check_other(f"member {rank} of the group ({self.members[rank]})")', "pass", "tests/engine/test_mistakes.py",
+    ),
+    Mutant(
+        "plugin: names of our own", "aiotransfer_pytest.py", "def aiotransfer_payload(", "def payload(",
+        "tests/testing/test_plugin.py",
+    ),
 )  # fmt: skip
 
 

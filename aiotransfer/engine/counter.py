@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferError, TransferTimeout, again
 from aiotransfer.providers import native
 
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
 
 
-class Counter:
+class Counter(Unpicklable):
     """How many writes with one immediate have landed. Made by `Engine.counter`."""
+
+    _instead = "send counter.imm"
 
     __slots__ = ("__weakref__", "_closed", "_engine", "_queue", "_record", "imm")
 

@@ -41,6 +41,7 @@ from aiotransfer.engine.statistics import Statistics
 from aiotransfer.engine.sweeper import Sweeper
 from aiotransfer.engine.threads import ThreadHandle
 from aiotransfer.engine.transfer import Transfer
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.engine.values import Values
 from aiotransfer.engine.watch import Watcher
 from aiotransfer.engine.world import REAL, World
@@ -61,8 +62,10 @@ MOST_REASONS = 4096  # of revocations, kept for errors
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-class Engine(Planner):
+class Engine(Planner, Unpicklable):
     """Made by `open_engine`. Belongs to one event loop and its thread."""
+
+    _instead = "open an engine in the other process, and connect it to str(engine.address)"
 
     def __init__(
         self,

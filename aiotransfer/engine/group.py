@@ -25,6 +25,7 @@ from aiotransfer.control.frames import Join
 from aiotransfer.control.patience import Patience
 from aiotransfer.engine.arguments import MOST_IMM, RESERVED
 from aiotransfer.engine.plans import Plan
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import (
     BrokenError,
     BusyError,
@@ -50,8 +51,10 @@ KEY_BYTES = 16
 MOST_GENERATION = 1 << 48
 
 
-class PeerGroup:
+class PeerGroup(Unpicklable):
     """An ordered list of engines, this one among them. Made by `Engine.group`."""
+
+    _instead = "send the addresses of its members, and make a group of them there"
 
     def __init__(self, engine: Engine, members: tuple[Address, ...], name: str, key: bytes) -> None:
         self._engine = engine
@@ -205,6 +208,7 @@ class PeerGroup:
         async def dial(rank: int) -> None:
             async with limit:
                 peer = await engine.connect(self.members[rank], timeout=math.inf)
+            peer._check_other(f"member {rank} of the group ({self.members[rank]})")
             self._tell(rank, peer)
 
         try:

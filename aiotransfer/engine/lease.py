@@ -18,6 +18,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from aiotransfer.control.patience import Patience
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import QuarantineError, RegionError
 from aiotransfer.model.descriptor import Grant, RemoteRegion
 
@@ -31,8 +32,10 @@ DEATH_SECONDS = 0.1  # between the end of a dying process's connection and the n
 SPINS = 16  # turns of the loop before the slower look: a chunk takes less
 
 
-class Lease:
+class Lease(Unpicklable):
     """A right of `peer` to `nbytes` of memory. Made by `Region.lease`; `async with` revokes it at the end."""
+
+    _instead = "send lease.descriptor.encode()"
 
     def __init__(self, view: RegionView, peer: Peer, access: str) -> None:
         region = view._root

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import sys
+import warnings
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiotransfer.config import Config
 from aiotransfer.engine.engine import Engine
@@ -17,22 +20,63 @@ if TYPE_CHECKING:
     from aiotransfer.model.address import Address
 
 
+OPEN = "write `async with open_engine(...) as engine:` or `engine = await open_engine(...)`"
+
+
 class Opening:
     """What `open_engine` returns: `async with` it, or await it and call `aclose` yourself."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._awaited = False
 
     def __await__(self) -> Generator[Any, None, Engine]:
-        return self._engine._open().__await__()
+        return self.__aenter__().__await__()
 
     async def __aenter__(self) -> Engine:
+        self._awaited = True
+        _need_asyncio()
         return await self._engine._open()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._engine.aclose()
+
+    def __enter__(self) -> NoReturn:
+        raise TypeError(f"an engine is opened by `async with`, not by `with`: {OPEN}")
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> NoReturn:
+        kind = type(self).__name__
+        if name.startswith("__"):
+            raise AttributeError(f"{kind!r} object has no attribute {name!r}", name=name, obj=self)
+        self._awaited = True  # said here, and not once more at the end
+        raise AttributeError(f"open_engine() was not awaited, so there is no {name!r} yet: {OPEN}", name=name, obj=self)
+
+    def __repr__(self) -> str:
+        return "<open_engine(), not awaited yet>" if not self._awaited else "<open_engine()>"
+
+    def __del__(self) -> None:
+        if not self.__dict__.get("_awaited", True):
+            warnings.warn(f"open_engine() was never awaited: {OPEN}", RuntimeWarning, stacklevel=2, source=self)
+
+
+def _need_asyncio() -> None:
+    """Raise `RuntimeError` under another library than asyncio."""
+    known = "trio" in sys.modules
+    try:
+        other = asyncio.current_task() is None and known  # a task of trio, which is a guest of asyncio's loop
+    except RuntimeError:
+        other = True
+    if other:
+        library = "trio or another library" if known else "another library"
+        raise RuntimeError(
+            f"an engine needs asyncio, and this coroutine is run by {library}: use asyncio.run, uvloop or anyio with its backend "
+            "asyncio; or aiotransfer.run_in_thread(), whose engine has an event loop of its own"
+        )
 
 
 def open_engine(
@@ -62,6 +106,9 @@ def open_engine(
     also of smaller ones; "loop", the event loop in its own turns (a blocked loop then delays its own large writes, never those of
     others). `name` (at most 255 printable characters; None: the process id) is what logs and errors of others call this engine.
     `timeout` (seconds) is the default deadline of transfers, connect, lookup and ping.
+
+    Opening raises `RuntimeError` where no asyncio loop runs the caller (trio). An attribute of what this returns, not awaited, is
+    an `AttributeError` that says so; one that is dropped without having been awaited warns.
 
     Raises `ProviderUnavailableError` where there is no native extension or no provider, `ConfigurationError`, `TypeError` or
     `ValueError` for settings that make no sense, `BusyError` when this process has no descriptors or memory left.

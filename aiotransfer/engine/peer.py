@@ -17,10 +17,12 @@ from aiotransfer.control import frames
 from aiotransfer.control.line import Line
 from aiotransfer.control.patience import Patience
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import (
     BrokenError,
     BusyError,
     ClosedError,
+    ConfigurationError,
     DescriptorError,
     PeerLostError,
     RegistrationError,
@@ -71,8 +73,10 @@ class Message(NamedTuple):
     data: bytes
 
 
-class Peer:
+class Peer(Unpicklable):
     """Another engine. Made by `Engine.connect` or by its own connecting (`Engine.arrivals`)."""
+
+    _instead = "send str(peer.address), and connect an engine of the other process to it"
 
     def __init__(self, engine: Engine, link: Link) -> None:
         self._engine = engine
@@ -234,12 +238,21 @@ class Peer:
             error.add_note(f"while waiting for the answer to {frame!r}"[:300])
             raise
         except TimeoutError as error:
-            raise TransferTimeout(
-                f"{late} within {seconds:g} s", peer=str(self.address), hint="is the other side running the code you expect?"
-            ) from error
+            hint = "is the other side running the code you expect?"
+            if self.incarnation == self._engine.incarnation:
+                hint = f"{self.address} is this engine's own address: it waits for itself. Which address was meant?"
+            raise TransferTimeout(f"{late} within {seconds:g} s", peer=str(self.address), hint=hint) from error
         finally:
             self._asked.pop(number, None)
             self._forget(future)
+
+    def _check_other(self, who: str) -> None:
+        """Raise `ConfigurationError` when this is our own engine, where another one is waited for."""
+        if self.incarnation == self._engine.incarnation:
+            raise ConfigurationError(
+                f"{who} is this engine itself: it would wait for itself", peer=str(self.address),
+                hint="each member needs an address that leads to it alone",
+            )  # fmt: skip
 
     def _post(self, frame: frames.Frame) -> None:
         self._line.post(frame)

@@ -19,6 +19,7 @@ from aiotransfer.engine.scatter import Posted, Targets, post_pages, post_table
 from aiotransfer.engine.staging import Stager, page_spans, stager
 from aiotransfer.engine.submit import Submitter
 from aiotransfer.engine.transfer import DONE, Transfer
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import TransferError
 from aiotransfer.providers import native
 from aiotransfer.providers.port import Binding
@@ -33,7 +34,7 @@ _new: Callable[[type[Transfer]], Transfer] = object.__new__
 Build = Callable[[Any], Any]  # (status out) -> native plan or NULL; all regions are bound
 
 
-class Plan:
+class Plan(Unpicklable):
     """A prepared operation. Made by `Engine.prepare_write`, `Engine.prepare_pages` and `PeerGroup.scatter_plan`."""
 
     __slots__ = (

@@ -13,6 +13,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control.patience import Patience
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, QuarantineError, RegionError
 from aiotransfer.model.descriptor import Grant, RemoteRegion
 from aiotransfer.providers.lane import Segment
@@ -29,8 +30,10 @@ ACCESSES = ("write", "read", "both")
 UNSTAGED = 0  # no region of a lane has this number: what names it is refused
 
 
-class RegionView:
+class RegionView(Unpicklable):
     """Some bytes of a region: what the local side of an operation names. Slicing is free of copies."""
+
+    _instead = "send region.descriptor.encode()"
 
     __slots__ = ("_engine", "_id", "_root", "_start", "nbytes")
 

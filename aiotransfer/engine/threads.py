@@ -20,6 +20,7 @@ from aiotransfer.engine.arguments import Pages, check_imm
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.notes import Deed, noted
 from aiotransfer.engine.refusals import refusal
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, RegistrationError, TransferTimeout, again
 from aiotransfer.providers import native
 
@@ -35,7 +36,7 @@ T = TypeVar("T")
 SLICE_SECONDS = 0.05  # longest native wait: Ctrl-C is heard after it at the latest
 
 
-class ThreadTransfer:
+class ThreadTransfer(Unpicklable):
     """An operation submitted by a thread. `wait()` returns, or raises what it ended in."""
 
     __slots__ = ("_bound", "_cookie", "_deed", "_error", "_handle", "_heard", "_keep", "_over", "_peer", "nbytes")
@@ -124,7 +125,7 @@ class _Orphan(NamedTuple):
     peer: Peer
 
 
-class ThreadHandle:
+class ThreadHandle(Unpicklable):
     """What other threads may call. Made by `Engine.from_thread`; may be shared between threads."""
 
     def __init__(self, engine: Engine) -> None:
@@ -317,7 +318,7 @@ class _Inside:
             self._handle._users -= 1
 
 
-class EngineThread:
+class EngineThread(Unpicklable):
     """An engine on an event loop in a thread of its own. Made by `run_in_thread`; a context manager."""
 
     def __init__(self, options: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from aiotransfer.engine.notes import noted
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import QuarantineError, TransferError, again
 from aiotransfer.providers.port import Binding
 
@@ -47,8 +48,10 @@ class _Unheard:
             self.engine._unheard(self.error)
 
 
-class Transfer:
+class Transfer(Unpicklable):
     """A submitted operation. Awaitable many times, from several tasks; hashable."""
+
+    _instead = "await it here, and send what came of it"
 
     __slots__ = (
         "__weakref__",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aiotransfer.engine import memory
 from aiotransfer.engine.refusals import lacking
 from aiotransfer.engine.region import Region, RegionView
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, InternalError, RegionError, RegistrationError
 from aiotransfer.providers import native
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 WORD = 8
 
 
-class Watcher:
+class Watcher(Unpicklable):
     """`async for old, new in watcher`: ends when it is closed. Values may be skipped. Made by `Engine.watch`."""
 
     def __init__(self, engine: Engine, word: Any) -> None:

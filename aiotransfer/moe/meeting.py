@@ -54,7 +54,9 @@ class Meeting(Ranks):
             for tries in range(TRIES):
                 try:
                     async with limit:
-                        found[rank] = await self.engine.connect(self.addresses[rank], timeout=math.inf)
+                        peer = await self.engine.connect(self.addresses[rank], timeout=math.inf)
+                    peer._check_other(self.who(rank))
+                    found[rank] = peer
                     break
                 except (BrokenError, ProviderUnavailableError):  # also where the other one dies meanwhile
                     if tries == TRIES - 1:

@@ -1,21 +1,15 @@
-"""A pytest plugin for applications that use this library; installed with it, and silent until one of its fixtures is asked for
-(`-p no:aiotransfer` switches it off).
+"""Short names of the plugin's fixtures, for projects that ask for them, in a `conftest.py` at the root:
 
-The fixtures are plain functions that give asynchronous context managers, so they work the same under pytest-asyncio (strict mode
-included) and under anyio's plugin, on whatever loop the test runs:
+    pytest_plugins = ["aiotransfer.testing.plugin"]        # all of them
+    from aiotransfer.testing.plugin import engine_pair     # or one, in any conftest.py
 
-- `engine_pair(provider=None, **options)` and `engine_group(n, provider=None, **options)`;
-- `fabric(seed=None, **options)`: a simulated fabric; its seed is shown when the test fails, `--aiotransfer-seed` repeats it;
-- `payload(nbytes, seed)`: bytes that say where they belong;
-- `no_leaks`: the test fails when it leaves engines, regions, descriptors, threads or mappings behind.
-
-`@pytest.mark.aiotransfer(providers=["shm", "loopback"])` runs a test once with each provider; without it there is "loopback".
+The plugin itself (`aiotransfer_pytest`) has them as `aiotransfer_engine_pair`, `aiotransfer_engine_group`, `aiotransfer_fabric`,
+`aiotransfer_payload` and `aiotransfer_no_leaks` only: fixtures of other plugins and projects have the short names, too.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,101 +17,31 @@ import pytest
 if TYPE_CHECKING:
     from aiotransfer.testing.fabric import Fabric
 
-_SEEDS: pytest.StashKey[list[int]] = pytest.StashKey()
 
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """The seed of simulated fabrics."""
-    group = parser.getgroup("aiotransfer")
-    group.addoption("--aiotransfer-seed", type=int, default=None, help="seed of simulated fabrics (default: random)")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """The marker."""
-    config.addinivalue_line("markers", "aiotransfer(providers=[...]): run the test once with each of these providers")
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One run for each provider of the marker."""
-    if "aiotransfer_provider" not in metafunc.fixturenames:
-        return
-    marker = metafunc.definition.get_closest_marker("aiotransfer")
-    providers = list((marker.kwargs.get("providers") if marker else None) or ["loopback"])
-    metafunc.parametrize("aiotransfer_provider", providers, ids=providers if marker else [""] * len(providers))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """A failure names the seeds that repeat it."""
-    report = yield
-    seeds = item.stash.get(_SEEDS, [])
-    if report.failed and seeds:
-        report.sections.append(("aiotransfer", f"repeat with --aiotransfer-seed={seeds[0]} (fabrics: {seeds})"))
-    return report
+@pytest.fixture
+def engine_pair(aiotransfer_engine_pair: Callable[..., Any]) -> Callable[..., Any]:
+    """`aiotransfer_engine_pair`."""
+    return aiotransfer_engine_pair
 
 
 @pytest.fixture
-def engine_pair(aiotransfer_provider: str) -> Callable[..., Any]:
-    """`async with engine_pair() as pair`: two connected engines of this process."""
-    from aiotransfer.testing.pairs import engine_pair as make
-
-    def pair(provider: str | None = None, **options: Any) -> Any:
-        return make(provider or aiotransfer_provider, **options)
-
-    return pair
+def engine_group(aiotransfer_engine_group: Callable[..., Any]) -> Callable[..., Any]:
+    """`aiotransfer_engine_group`."""
+    return aiotransfer_engine_group
 
 
 @pytest.fixture
-def engine_group(aiotransfer_provider: str) -> Callable[..., Any]:
-    """`async with engine_group(4) as members`: engines of this process, each with its `PeerGroup`."""
-    from aiotransfer.testing.pairs import engine_group as make
-
-    def group(n: int, provider: str | None = None, **options: Any) -> Any:
-        return make(n, provider or aiotransfer_provider, **options)
-
-    return group
+def fabric(aiotransfer_fabric: Callable[..., Fabric]) -> Callable[..., Fabric]:
+    """`aiotransfer_fabric`."""
+    return aiotransfer_fabric
 
 
 @pytest.fixture
-def fabric(request: pytest.FixtureRequest) -> Iterator[Callable[..., Fabric]]:
-    """`fabric(seed=7, split=0.2).run(scenario)`: whole engines on a simulated network and clock. Closed after the test."""
-    from aiotransfer.testing.fabric import fabric as make
-
-    made: list[Fabric] = []
-    seeds = request.node.stash.setdefault(_SEEDS, [])
-
-    def build(seed: int | None = None, **options: Any) -> Fabric:
-        if seed is None:
-            given = request.config.getoption("--aiotransfer-seed")
-            seed = random.getrandbits(32) if given is None else int(given)
-        seeds.append(seed)
-        made.append(make(seed, **options))
-        return made[-1]
-
-    yield build
-    for one in made:
-        one.close()
+def payload(aiotransfer_payload: Callable[..., Any]) -> Callable[..., Any]:
+    """`aiotransfer_payload`."""
+    return aiotransfer_payload
 
 
 @pytest.fixture
-def payload() -> Callable[..., Any]:
-    """`payload(nbytes, seed=0)`: an array in which every 8 bytes say where they belong."""
-    from aiotransfer.testing.payload import payload as make
-
-    return make
-
-
-@pytest.fixture
-def no_leaks() -> Iterator[None]:
-    """Fail when the test leaves engines, regions, descriptors, threads or shared mappings behind."""
-    import gc
-
-    from aiotransfer.testing.leaks import leaks_since, snapshot
-
-    gc.collect()
-    before = snapshot()
-    yield
-    gc.collect()
-    left = leaks_since(before)
-    if left:
-        pytest.fail("the test left behind: " + "; ".join(left), pytrace=False)
+def no_leaks(aiotransfer_no_leaks: None) -> None:
+    """`aiotransfer_no_leaks`."""

@@ -73,9 +73,11 @@ class Fleet:
                         del self._waiters[waiter]
                 return self.peers
         except TimeoutError:
-            known = len(self._registry.members(self._role))
+            members = self._registry.members(self._role)
+            own = sum(member.incarnation == self._engine.incarnation for member in members)
             raise TransferTimeout(
-                f"{len(self.peers)} of {count} {self._role} ranks were connected within {patience:g} s; the registry has {known}"
+                f"{len(self.peers)} of {count} {self._role} ranks were connected within {patience:g} s; the registry has "
+                f"{len(members)}{', and one of them is this engine itself, which is not waited for' if own else ''}"
             ) from None
 
     # ---- following the registry ----
