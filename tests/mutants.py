@@ -19,6 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # this file is run by its path
+
+from tests.mutants_kv import KV  # noqa: E402
+
 LOG = "mutants.log"
 PATIENCE = 300  # a mutant that hangs is a mutant that was noticed
 
@@ -276,7 +280,7 @@ MUTANTS = (
     ),
     Mutant("kv: another version", "aiotransfer/kv/wire.py", "if version != VERSION:", "if False:", "tests/kv/test_wire.py"),
     Mutant(
-        "kv: what was mapped stays so", "aiotransfer/kv/prefiller.py", "if request.delivered else asked.kept",
+        "kv: what was mapped stays so", "aiotransfer/kv/ledger.py", "if request.delivered else asked.kept",
         "if False else asked.kept", "tests/kv/test_many.py",
     ),
     Mutant(
@@ -409,7 +413,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="guards taken out one at a time")
     parser.add_argument("--only", default="", help="parts of names, separated by commas")
     parts = [part for part in parser.parse_args().only.split(",") if part]
-    chosen = [mutant for mutant in MUTANTS if not parts or any(part in mutant.name for part in parts)]
+    every = (*MUTANTS, *(Mutant(*guard) for guard in KV))
+    chosen = [mutant for mutant in every if not parts or any(part in mutant.name for part in parts)]
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)

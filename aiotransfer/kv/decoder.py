@@ -26,7 +26,7 @@ from aiotransfer.kv.handle import Handle, Order
 from aiotransfer.kv.layout import KVLayout
 from aiotransfer.kv.role import Role
 from aiotransfer.kv.room import Room
-from aiotransfer.kv.slots import Slots, check_pool, page_ids_of, whole
+from aiotransfer.kv.slots import Slots, check_pool, is_twice, page_ids_of, whole
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -103,16 +103,19 @@ class Decoder(Role):
         self.check()
         if not isinstance(id, str) or not 0 < len(id) <= wire.MOST_ID:
             raise ValueError(f"id must be a str of 1 to {wire.MOST_ID} characters, not {id!r}")
+        id.encode()  # raises for what is no text
         skip = whole("skip_tokens", skip_tokens)
         ids = page_ids_of(page_ids, self.layout, 0)
         most = len(ids) * self.layout.page_tokens
         count = most if tokens is None else whole("tokens", tokens)
         if not skip <= count <= most:
             raise ValueError(f"skip_tokens <= tokens <= {most} (what {len(ids)} pages hold) must be: {skip}, {count}")
+        if count > wire.MOST_TOKENS:
+            raise ValueError(f"a request has at most {wire.MOST_TOKENS} tokens, not {count}")
         if isinstance(priority, bool) or not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
             raise TypeError(f"priority must be an int of 32 bits, not {priority!r}")
         written = ids[skip // self.layout.page_tokens : self.layout.pages_of(count)]
-        if len(np.unique(written)) != len(written):
+        if is_twice(written):
             raise ValueError("page_ids names a page twice")
         order = Order(peers, id, ids[: self.layout.pages_of(count)], written, count, skip, priority, bytes(data), timeout)
         self.check_free(order)
@@ -228,4 +231,5 @@ def _checked(instance: object) -> str:
         raise TypeError(f"instance must be a str, not {instance!r}")
     if not 0 < len(instance) <= wire.MOST_INSTANCE:
         raise ValueError(f"instance must have 1 to {wire.MOST_INSTANCE} characters, not {len(instance)}")
+    instance.encode()  # raises for what is no text
     return instance

@@ -174,7 +174,7 @@ class Handle:
             self._late()
         except PeerLostError as error:
             self._end("lost", error)
-        except (TransferError, ValueError) as error:  # too much data for one message
+        except Exception as error:  # too much data for one message, for instance
             self._end("failed", error)
 
     def _left(self) -> float:

@@ -35,7 +35,7 @@ from aiotransfer.kv.request import CLASSES, TELL_SECONDS, PrefillRequest, Target
 from aiotransfer.kv.role import Role
 from aiotransfer.kv.room import Room
 from aiotransfer.kv.schedule import Job, Schedule
-from aiotransfer.kv.slots import HEADER_BYTES, Slots, check_pool, page_ids_of, whole
+from aiotransfer.kv.slots import HEADER_BYTES, Slots, check_pool, is_twice, page_ids_of, whole
 from aiotransfer.model.descriptor import RemoteRegion
 
 if TYPE_CHECKING:
@@ -212,8 +212,7 @@ class Prefiller(Role):
             raise Refusal("protocol", "the memory that was offered does not belong to the engine that offers it")
         if len(ids) > layout.pages_of(tokens):
             raise Refusal("protocol", f"{tokens} tokens take {layout.pages_of(tokens)} pages, not {len(ids)}")
-        written = ids[skip // layout.page_tokens :]
-        if len(np.unique(written)) != len(written):
+        if is_twice(ids[skip // layout.page_tokens :]):
             raise Refusal("protocol", "page_ids names a page twice")
         sums = 8 * len(ids) * len(plan.layers) if message.checksums else 0
         if pool.nbytes < layout.offset + layout.pool_bytes or tail.nbytes < HEADER_BYTES + sums:
@@ -299,6 +298,8 @@ class Prefiller(Role):
             error = failure
         except asyncio.CancelledError as failure:
             error = failure  # by `drop`, or with the loop
+        except Exception as failure:
+            error = RequestFailed(f"a write of request {write.request.id!r} failed: {failure!r}", id=write.request.id)
         self._schedule.done(job)
         write.request.ended(write, error)
         self._pump()

@@ -126,6 +126,13 @@ def page_ids_of(page_ids: Any, layout: KVLayout, tokens: int) -> NDArray[np.int6
     return array.astype(np.int64)  # a copy
 
 
+def is_twice(ids: NDArray[np.int64]) -> bool:
+    """Whether a page is among these more than once."""
+    if len(ids) < 64:
+        return len(set(ids.tolist())) < len(ids)
+    return len(np.unique(ids)) < len(ids)
+
+
 def whole(name: str, value: object) -> int:
     """An int that is not negative. Raises `TypeError` or `ValueError`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):

@@ -97,7 +97,8 @@ async def test_pages_that_another_request_holds_are_refused_at_once() -> None:
     [
         ({"page_ids": [64]}, IndexError), ({"page_ids": [1, 1]}, ValueError), ({"page_ids": [0.5]}, TypeError),
         ({"page_ids": [1], "tokens": 5}, ValueError), ({"page_ids": [1], "skip_tokens": 5}, ValueError),
-        ({"page_ids": [1], "tokens": -1}, ValueError), ({"id": ""}, ValueError), ({"id": 7}, ValueError),
+        ({"page_ids": [1], "tokens": -1}, ValueError), ({"id": ""}, ValueError), ({"id": "\ud800"}, ValueError),
+        ({"id": 7}, ValueError),
         ({"peer": "prefill"}, TypeError), ({"peer": []}, ValueError), ({"priority": 1.5}, TypeError),
     ],
 )  # fmt: skip
