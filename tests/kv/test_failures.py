@@ -111,6 +111,14 @@ async def test_what_makes_no_sense_is_refused_before_anything_happens(arguments:
         assert not both.prefiller.requests
 
 
+async def test_a_request_has_a_most_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MOST_TOKENS", 11)
+    async with party() as both:
+        with pytest.raises(ValueError, match="at most 11 tokens, not 12"):
+            both.decoder.request(both.peer, "a", [1, 2, 3], tokens=12)
+        assert not both.decoder.held
+
+
 @pytest.mark.parametrize("what", ["memory", "counters"])
 async def test_a_shortage_on_the_decode_side_ends_the_request_before_anything_is_asked(
     what: str, monkeypatch: pytest.MonkeyPatch

@@ -3,9 +3,10 @@
     python -m tests.reliability.kv_chaos --requests 10000            (`make test-chaos-kv`)
     python -m tests.reliability.kv_chaos --seed 1234                 one run again, as it was
 
-A run has one or two prefill ranks and two decoders that send one request after another, several at a time. Meanwhile clients go
-away (some twice), models fail, deadlines are short, prefill ranks and decoders are killed and come back, engines are held as by
-SIGSTOP and connections are cut. What must hold:
+A run has one or two prefill ranks and two decode instances of one or two ranks each, which send one request after another,
+several at a time, and use the same ids at the same time. Meanwhile clients go away (some twice), models fail, deadlines are
+short, prefill ranks and decoders are killed and come back, engines are held as by SIGSTOP and connections are cut. What must
+hold:
 
 - *right*: what `arrived()` returned is there, byte for byte, tail included.
 - *free*: pages whose request has ended are poisoned at once and stay so: nobody writes there any more. Sources are poisoned when
@@ -95,14 +96,13 @@ class Prefill:
 
 
 class Decode:
-    """A decode rank with clients that may lose their patience."""
+    """A decode rank."""
 
-    def __init__(self, run: Run, place: Rank) -> None:
+    def __init__(self, run: Run, place: Rank, instance: str | None) -> None:
         self.run, self.rank = run, place
-        self.decoder = kv.Decoder(place.engine, place.layout, place.region, revoke_timeout=REVOKE)
+        self.decoder = kv.Decoder(place.engine, place.layout, place.region, revoke_timeout=REVOKE, instance=instance)
         self.free = list(range(PAGES))
         self.alive = True
-        self.tasks: list[asyncio.Task[None]] = []
         place.memory[:] = POISON
         self.room = asyncio.Event()
 
@@ -125,18 +125,15 @@ class Decode:
         for view in pages_of(self.rank, pages):
             assert (view == POISON).all(), f"late: somebody wrote into a page of {pages} that was free"
 
-    async def client(self, number: int) -> None:
-        rng, layout, run = self.run.rng, self.rank.layout, self.run
-        tokens = rng.randint(1, MOST_PAGES * layout.page_tokens)
+    async def ask(self, number: int, name: str, tokens: int, timeout: float) -> None:
+        layout, run = self.rank.layout, self.run
         pages = await self.take(layout.pages_of(tokens))
         began = run.net.now
-        name = str(number)
-        if rng.random() < 0.05:
-            name, run.struck["duplicate id"] = str(max(0, number - 1)), run.struck["duplicate id"] + 1
         try:
-            peers = [await self.peer(prefill) for prefill in run.prefills]
+            wanted = {place.tp_rank for place in kv.sources(run.sources[0], layout)}
+            peers = [await self.peer(prefill) for prefill in run.prefills if prefill.rank.layout.tp_rank in wanted]
             async with self.decoder.request(
-                peers, name, pages, tokens=tokens, data=str(number).encode(), timeout=rng.choice([DEADLINE, DEADLINE, 2e-3])
+                peers, name, pages, tokens=tokens, data=str(number).encode(), timeout=timeout
             ) as handle:
                 arrival = await handle.arrived()
                 assert arrival.tail == b"tail " + str(number).encode()
@@ -165,6 +162,34 @@ class Decode:
     def kill(self) -> None:
         self.alive = False
         self.run.net.kill(self.rank.engine)
+
+
+class Instance:
+    """A decode instance with clients that may lose their patience."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        self.run, self.name = run, name
+        self.ranks: list[Decode] = []
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def open(self) -> Instance:
+        run = self.run
+        for layout in run.targets:
+            self.ranks.append(Decode(run, rank(await run.engine(), layout), self.name if len(run.targets) > 1 else None))
+        return self
+
+    async def client(self, number: int) -> None:
+        run = self.run
+        tokens = run.rng.randint(1, MOST_PAGES * run.target.page_tokens)
+        name = str(number // 2)  # which the other instance uses, too
+        if run.rng.random() < 0.05:
+            name, run.struck["duplicate id"] = str(max(0, number // 2 - 1)), run.struck["duplicate id"] + 1
+        timeout = run.rng.choice([DEADLINE, DEADLINE, 2e-3])
+        await asyncio.gather(*(one.ask(number, name, tokens, timeout) for one in self.ranks))
+
+    def kill(self) -> None:
+        for one in self.ranks:
+            one.kill()
         for task in self.tasks:
             task.cancel()
 
@@ -187,7 +212,7 @@ class Run:
     def __init__(self, net: Fabric, seed: int, struck: Counter[str]) -> None:
         self.net, self.rng, self.struck = net, random.Random(seed), struck
         self.prefills: list[Prefill] = []
-        self.decodes: list[Decode] = []
+        self.instances: list[Instance] = []
         self.background: set[asyncio.Task[None]] = set()
         tp = self.rng.choice([1, 1, 2])
         order = self.rng.choice(["NHD", "HND"])
@@ -202,6 +227,8 @@ class Run:
             order=self.rng.choice(["NHD", "HND"]),
             kind=self.rng.choice(["apart", "together"]),
         )
+        ranks = self.rng.choice([1, 1, 2])
+        self.targets = [kv.KVLayout(**(self.target.to_dict() | {"tp": ranks, "tp_rank": i})) for i in range(ranks)]
 
     def cache(self, number: int) -> Bytes:
         cache = logical(self.target, MOST_PAGES * 4, number)
@@ -219,11 +246,11 @@ class Run:
     async def scenario(self) -> None:
         for layout in self.sources:
             self.prefills.append(Prefill(self, rank(await self.engine(), layout)))
-        for _ in range(2):
-            self.decodes.append(Decode(self, rank(await self.engine(), self.target)))
+        for name in ("left", "right"):
+            self.instances.append(await Instance(self, name).open())
         for number in range(REQUESTS):
-            decode = self.rng.choice(self.decodes)
-            decode.tasks.append(asyncio.create_task(decode.client(number)))
+            instance = self.instances[number % 2]
+            instance.tasks.append(asyncio.create_task(instance.client(number)))
             await asyncio.sleep(self.rng.choice([0, 0, 1e-4, 2e-3]))
             if self.rng.random() < 0.5:
                 await self.rng.choice(
@@ -231,11 +258,14 @@ class Run:
                 )()
         await self.finish()
 
+    def decodes(self) -> list[Decode]:
+        return [one for instance in self.instances for one in instance.ranks]
+
     # ---- faults ----
 
     async def abort(self) -> None:
         """A client goes away, somewhere; some say so more than once."""
-        tasks = [task for decode in self.decodes for task in decode.tasks if not task.done()]
+        tasks = [task for instance in self.instances for task in instance.tasks if not task.done()]
         if not tasks:
             return
         task = self.rng.choice(tasks)
@@ -249,14 +279,14 @@ class Run:
 
     async def hold(self) -> None:
         """As if by SIGSTOP."""
-        place = self.rng.choice([*self.prefills, *self.decodes]).rank
+        place = self.rng.choice([*self.prefills, *self.decodes()]).rank
         self.struck["held"] += 1
         with self.net.held(place.engine):
             await asyncio.sleep(self.rng.choice([1e-4, 1e-2, 0.12]))
 
     async def cut(self) -> None:
         """The connection breaks; it may heal."""
-        self.net.cut(self.rng.choice(self.prefills).rank.engine, self.rng.choice(self.decodes).rank.engine)
+        self.net.cut(self.rng.choice(self.prefills).rank.engine, self.rng.choice(self.decodes()).rank.engine)
         self.struck["cut"] += 1
 
     async def kill_prefill(self) -> None:
@@ -266,15 +296,15 @@ class Run:
         self.struck["prefill killed"] += 1
 
     async def kill_decode(self) -> None:
-        index = self.rng.randrange(len(self.decodes))
-        self.decodes[index].kill()
-        self.decodes[index] = Decode(self, rank(await self.engine(), self.target))
+        index = self.rng.randrange(len(self.instances))
+        self.instances[index].kill()
+        self.instances[index] = await Instance(self, self.instances[index].name).open()
         self.struck["decode killed"] += 1
 
     # ---- the end ----
 
     async def finish(self) -> None:
-        tasks = [task for decode in self.decodes for task in decode.tasks]
+        tasks = [task for instance in self.instances for task in instance.tasks]
         done, late = await asyncio.wait(tasks, timeout=10) if tasks else (set(), set())
         assert not late, f"hang: {len(late)} requests never ended"
         for task in done:
@@ -282,7 +312,7 @@ class Run:
                 task.result()
         await asyncio.sleep(1.0)  # whatever is late comes now
         assert not self.background, f"hang: {len(self.background)} pages never became free"
-        for decode in self.decodes:
+        for decode in self.decodes():
             assert not decode.decoder.held, f"leak: {decode.decoder.held} are held"
             assert sorted(decode.free) == list(range(PAGES)), "leak: pages are missing"
             decode.check_poison(decode.free)
