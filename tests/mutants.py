@@ -172,7 +172,7 @@ MUTANTS = (
         "tests/native/test_generations.py",
     ),
     Mutant(
-        "ids: a record whose generations are used up", "ffi/lane/imm.c",
+        "ids: a record whose generations are used up", "ffi/lane/values.c",
         "record->generation < AT_MOST_LIVES ? AT_IMM_FREE : AT_IMM_SPENT", "AT_IMM_FREE", "tests/native/test_generations.py",
     ),
     Mutant(
@@ -192,6 +192,10 @@ MUTANTS = (
     Mutant(
         "immediates: what a user names is not given to others", "aiotransfer/engine/values.py",
         "        self._proved.pop(value, None)\n", "", "tests/engine/test_counters.py",
+    ),
+    Mutant(
+        "immediates: a full shelf is split, not widened", "ffi/lane/values.c",
+        "shelf->mask + 1 < SLOTS || bit < LAST_BIT ? widen", "bit >= 0 ? widen", "tests/native/test_values.py",
     ),
     Mutant(
         "orders: the look after clearing", "ffi/shm/queue.c",

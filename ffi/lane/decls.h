@@ -250,6 +250,8 @@ int64_t at_peer_queued(at_lane *lane, int64_t peer);
 /* Tests: what is unused of each table (and some more of it) is as if it had been used `generation` times, or as often as its ids allow
  * but for one, where that is less; the values of the epoch words too. AT_OK, or AT_ENOMEM. */
 int at_lane_age(at_lane *lane, uint64_t generation);
+/* Tests: the most entries of the immediate table that one call has moved. */
+uint64_t at_imm_moved(at_lane *lane);
 
 const char *at_version(void);
 const char *at_strerror(int status);

@@ -7,7 +7,7 @@
  * What peers can make us hold is bounded: `early_values` early values and as many lost ones for each sender, who is given up when he
  * goes past both, and as many for all senders that have gone: those that went first are forgotten first.
  *
- * The table is open addressing with linear probing on a multiplicative hash; retired values stay in it (they are ours). */
+ * Where they lie: values.h. Retired values stay (they are ours). */
 #include "lane.h"
 
 #include <sched.h>
@@ -16,82 +16,12 @@
 
 #define MOST_SKIPPED 63u /* waits between two looks that find nothing */
 
-enum { FRESH = -100, GONE = -2 /* instead of a sender: one that has left */ };
+enum { GONE = -2 /* instead of a sender: one that has left */ };
 
-static uint32_t hash(uint32_t imm) { return (uint32_t)((imm * UINT64_C(0x9E3779B97F4A7C15)) >> 32); }
+static at_imm_entry *find(const at_lane *lane, uint32_t imm) { return at_values_find(&lane->values, imm); }
+static at_imm_record *record_at(const at_lane *lane, int64_t index) { return at_values_record(&lane->values, (uint32_t)index); }
 
-static at_imm_entry *find(const at_lane *lane, uint32_t imm) {
-    uint32_t i = hash(imm) & lane->imm_mask;
-    while (lane->imm_table[i].value != AT_IMM_EMPTY && lane->imm_table[i].imm != imm) i = (i + 1) & lane->imm_mask;
-    return &lane->imm_table[i];
-}
-
-static int rehash(at_lane *lane, uint32_t size) {
-    at_imm_entry *old = lane->imm_table;
-    uint32_t old_size = old == NULL ? 0 : lane->imm_mask + 1;
-    at_imm_entry *table = malloc((size_t)size * sizeof *table);
-    if (table == NULL) return AT_ENOMEM;
-    for (uint32_t i = 0; i < size; i++) table[i] = (at_imm_entry){0, AT_IMM_EMPTY};
-    lane->imm_table = table;
-    lane->imm_mask = size - 1;
-    for (uint32_t i = 0; i < old_size; i++)
-        if (old[i].value != AT_IMM_EMPTY) *find(lane, old[i].imm) = old[i];
-    free(old);
-    return AT_OK;
-}
-
-int at_imm_init(at_lane *lane) { return rehash(lane, 256); }
-
-/* The entry of imm, made when it is not there; NULL when memory is out. */
-static at_imm_entry *entry(at_lane *lane, uint32_t imm) {
-    /* Short of memory it fills up more than is good for it, but one entry stays empty, where searches end. */
-    at_imm_entry *e = find(lane, imm);
-    if (e->value != AT_IMM_EMPTY) return e;
-    if ((uint64_t)lane->imm_used * 2 > lane->imm_mask) {
-        if (rehash(lane, (lane->imm_mask + 1) * 2) != AT_OK && lane->imm_used >= lane->imm_mask) return NULL;
-        e = find(lane, imm);
-    }
-    lane->imm_used++;
-    *e = (at_imm_entry){imm, FRESH}; /* the caller says what it becomes */
-    return e;
-}
-
-static int one_more(at_lane *lane) {
-    if (lane->imm_count == lane->imm_capacity) {
-        uint32_t next = lane->imm_capacity ? lane->imm_capacity * 2 : 64;
-        at_imm_record *more = realloc(lane->imm, next * sizeof *more);
-        if (more == NULL) return AT_ENOMEM;
-        memset(more + lane->imm_capacity, 0, (next - lane->imm_capacity) * sizeof *more);
-        lane->imm = more;
-        lane->imm_capacity = next;
-    }
-    lane->imm_count++;
-    return AT_OK;
-}
-
-static int32_t record_new(at_lane *lane, uint32_t imm, int state) {
-    uint32_t i = lane->imm_free;
-    while (i < lane->imm_count && lane->imm[i].state != AT_IMM_FREE) i++;
-    if (i == lane->imm_count && one_more(lane) != AT_OK) return AT_IMM_EMPTY;
-    lane->imm_free = i + 1;
-    uint32_t generation = lane->imm[i].generation + 1;
-    lane->imm[i] = (at_imm_record){.imm = imm, .state = state, .sender = -1, .generation = generation};
-    return (int32_t)i;
-}
-
-static void record_free(at_lane *lane, at_imm_record *record) {
-    uint32_t index = (uint32_t)(record - lane->imm);
-    record->state = record->generation < AT_MOST_LIVES ? AT_IMM_FREE : AT_IMM_SPENT;
-    if (index < lane->imm_free) lane->imm_free = index;
-}
-
-int at_imm_age(at_lane *lane, uint32_t generation) {
-    while (lane->imm_count < AT_AGED)
-        if (one_more(lane) != AT_OK) return AT_ENOMEM;
-    for (uint32_t i = 0; i < lane->imm_count; i++)
-        if (lane->imm[i].state == AT_IMM_FREE) lane->imm[i].generation = generation;
-    return AT_OK;
-}
+int at_imm_init(at_lane *lane) { return at_values_open(&lane->values); }
 
 static void early_leave(at_lane *lane, at_imm_record *record) {
     at_peer *sender = at_peer_find(lane, record->sender);
@@ -100,24 +30,17 @@ static void early_leave(at_lane *lane, at_imm_record *record) {
     lane->stats.early_values--;
 }
 
-/* As if it had never arrived. Linear probing keeps no tombstones: close the gap behind a removed entry. */
-static void forget(at_lane *lane, at_imm_record *record) {
-    uint32_t mask = lane->imm_mask, hole = (uint32_t)(find(lane, record->imm) - lane->imm_table);
-    for (uint32_t i = (hole + 1) & mask; lane->imm_table[i].value != AT_IMM_EMPTY; i = (i + 1) & mask) {
-        uint32_t home = hash(lane->imm_table[i].imm) & mask;
-        if (((i - home) & mask) < ((i - hole) & mask)) continue;
-        lane->imm_table[hole] = lane->imm_table[i];
-        hole = i;
-    }
-    lane->imm_table[hole].value = AT_IMM_EMPTY;
-    lane->imm_used--;
+/* As if it had never arrived. */
+static void forget(at_lane *lane, uint32_t index) {
+    at_imm_record *record = record_at(lane, index);
+    at_values_remove(&lane->values, record->imm);
     if (record->state == AT_IMM_EARLY) {
         early_leave(lane, record);
         lane->stats.overflowed += record->total;
     } else {
         lane->imm_orphans -= record->sender == GONE;
     }
-    record_free(lane, record);
+    at_values_record_free(&lane->values, index);
 }
 
 void at_imm_departed(at_peer *peer) {
@@ -126,15 +49,15 @@ void at_imm_departed(at_peer *peer) {
     if (own == 0) return;
     int full = lane->imm_orphans + own > most;
     uint64_t lost = full ? most - peer->early : peer->overflowed; /* how many of those are still remembered */
-    for (uint32_t i = 0; i < lane->imm_count; i++) {
-        at_imm_record *record = &lane->imm[i];
+    for (uint32_t i = 0; i < lane->values.count; i++) {
+        at_imm_record *record = record_at(lane, i);
         if (record->state != AT_IMM_EARLY && record->state != AT_IMM_OVERFLOWN) continue;
         if (record->sender == GONE && full) {
-            forget(lane, record);
+            forget(lane, i);
         } else if (record->sender == peer->id) {
             if (record->state == AT_IMM_OVERFLOWN && lost-- == 0) {
                 lost = 0;
-                forget(lane, record);
+                forget(lane, i);
             } else {
                 record->sender = GONE;
                 lane->imm_orphans++;
@@ -145,7 +68,7 @@ void at_imm_departed(at_peer *peer) {
 
 /* Records are reused, ids are not: an event under way when its counter was closed finds nobody. */
 static int64_t record_id(const at_lane *lane, int32_t index) {
-    return (int64_t)(((uint64_t)lane->imm[index].generation << 32) | (uint32_t)index);
+    return (int64_t)(((uint64_t)record_at(lane, index)->generation << 32) | (uint32_t)index);
 }
 
 static void armed(at_lane *lane, int change) {
@@ -167,23 +90,23 @@ void at_imm_arrive(at_peer *peer, uint32_t imm, uint64_t n) {
     at_imm_entry *e = find(lane, imm);
     if (e->value == AT_IMM_EMPTY) {
         if (peer->overflowed >= lane->config.early_values) at_peer_broke(peer);
-        if (!peer->broke) e = lane->imm_blind ? NULL : entry(lane, imm);
+        if (!peer->broke) e = lane->imm_blind ? NULL : at_values_entry(&lane->values, imm);
         if (peer->broke || e == NULL) { /* past every bound, or out of memory: not kept, and never silently */
             lane->imm_blind |= !peer->broke;
             lane->stats.overflowed += n;
             return;
         }
     }
-    if (e->value == FRESH) {
+    if (e->value == AT_IMM_FRESH) {
         int early = peer->early < lane->config.early_values;
-        int32_t index = record_new(lane, imm, early ? AT_IMM_EARLY : AT_IMM_OVERFLOWN);
+        int32_t index = at_values_record_new(&lane->values, imm, early ? AT_IMM_EARLY : AT_IMM_OVERFLOWN);
         if (index < 0) {
             e->value = AT_IMM_LOST;
             lane->stats.overflowed += n;
             return;
         }
         e->value = index;
-        lane->imm[index].sender = peer->id;
+        record_at(lane, index)->sender = peer->id;
         if (early) {
             peer->early++;
             lane->stats.early_values++;
@@ -195,11 +118,11 @@ void at_imm_arrive(at_peer *peer, uint32_t imm, uint64_t n) {
         lane->stats.strays += n;
         return;
     }
-    if (e->value == AT_IMM_LOST || lane->imm[e->value].state == AT_IMM_OVERFLOWN) {
+    if (e->value == AT_IMM_LOST || record_at(lane, e->value)->state == AT_IMM_OVERFLOWN) {
         lane->stats.overflowed += n;
         return;
     }
-    at_imm_record *record = &lane->imm[e->value];
+    at_imm_record *record = record_at(lane, e->value);
     record->total += n;
     if (record->want != 0 && record->total - record->taken >= record->want) {
         uint64_t want = record->want;
@@ -218,8 +141,8 @@ static void drain_all(at_lane *lane) {
 
 static at_imm_record *record_of(at_lane *lane, int64_t record) {
     uint32_t index = (uint32_t)record;
-    if (record < 0 || index >= lane->imm_count) return NULL;
-    at_imm_record *r = &lane->imm[index];
+    if (record < 0 || index >= lane->values.count) return NULL;
+    at_imm_record *r = record_at(lane, index);
     return r->state == AT_IMM_OPEN && (int64_t)r->generation == record >> 32 ? r : NULL;
 }
 
@@ -229,19 +152,19 @@ int64_t at_imm_open(at_lane *lane, uint32_t imm) {
     drain_all(lane);
     at_imm_entry *e = find(lane, imm);
     int unknown = e->value == AT_IMM_EMPTY;
-    if (unknown ? lane->imm_blind : e->value == AT_IMM_LOST || (e->value >= 0 && lane->imm[e->value].state == AT_IMM_OVERFLOWN)) {
+    if (unknown ? lane->imm_blind : e->value == AT_IMM_LOST || (e->value >= 0 && record_at(lane, e->value)->state == AT_IMM_OVERFLOWN)) {
         result = AT_EOVERFLOW;
-    } else if ((e = entry(lane, imm)) != NULL) {
+    } else if ((e = at_values_entry(&lane->values, imm)) != NULL) {
         if (e->value < 0) {
-            int was_fresh = e->value == FRESH;
-            int32_t index = record_new(lane, imm, AT_IMM_OPEN);
+            int was_fresh = e->value == AT_IMM_FRESH;
+            int32_t index = at_values_record_new(&lane->values, imm, AT_IMM_OPEN);
             if (index >= 0)
                 e->value = index;
             else if (was_fresh)
                 e->value = AT_IMM_RETIRED;
             result = index >= 0 ? record_id(lane, index) : AT_ENOMEM;
         } else {
-            at_imm_record *record = &lane->imm[e->value];
+            at_imm_record *record = record_at(lane, e->value);
             if (record->state == AT_IMM_EARLY) {
                 early_leave(lane, record);
                 record->state = AT_IMM_OPEN;
@@ -277,7 +200,6 @@ int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm) {
                 }
             }
             drain_all(lane);
-            r = &lane->imm[(uint32_t)record]; /* draining may have moved the records */
             r->want = 0;
         }
         result = r->total - r->taken >= n;
@@ -358,7 +280,6 @@ int at_imm_value(at_lane *lane, int64_t record, uint64_t *total, uint64_t *taken
     at_imm_record *r = record_of(lane, record);
     if (r != NULL) {
         drain_all(lane);
-        r = &lane->imm[(uint32_t)record];
         *total = r->total;
         *taken = r->taken;
     }
@@ -371,18 +292,12 @@ int at_imm_close(at_lane *lane, int64_t record) {
     at_imm_record *r = record_of(lane, record);
     if (r != NULL) {
         drain_all(lane); /* what landed before the close is no stray */
-        r = &lane->imm[(uint32_t)record];
         disarm(lane, r);
         find(lane, r->imm)->value = AT_IMM_RETIRED;
-        record_free(lane, r);
+        at_values_record_free(&lane->values, (uint32_t)record);
     }
     at_unlock(lane);
     return r != NULL ? AT_OK : AT_EUNKNOWN;
 }
 
-void at_imm_destroy(at_lane *lane) {
-    free(lane->imm);
-    free(lane->imm_table);
-    lane->imm = NULL;
-    lane->imm_table = NULL;
-}
+void at_imm_destroy(at_lane *lane) { at_values_close(&lane->values); }

@@ -25,6 +25,7 @@
 
 #include "lane/tables.h"
 #include "native.h"
+#include "values.h"
 
 #define AT_CHUNK ((uint64_t)256 << 10) /* bytes moved between two looks at epoch, cancellation and peer */
 #define AT_RECENT 8u                   /* destinations remembered to tell fresh memory from what is written again and again */
@@ -256,24 +257,6 @@ struct at_peer {
 enum { AT_PROBE_NONE, AT_PROBE_WANTED, AT_PROBE_RUNS };
 
 typedef struct {
-    uint32_t imm;
-    uint32_t generation;
-    int state;          /* AT_IMM_* */
-    uint64_t total, taken, want; /* want 0: nobody waits */
-    int64_t sender;     /* the peer that brought it first, for the bound */
-    int armed;          /* counted in lane->armed */
-} at_imm_record;
-
-enum { AT_IMM_FREE, AT_IMM_OPEN, AT_IMM_EARLY, AT_IMM_OVERFLOWN, AT_IMM_SPENT /* its generations are used up */ };
-
-typedef struct {
-    uint32_t imm;
-    int32_t value; /* record index, or AT_IMM_RETIRED / AT_IMM_LOST */
-} at_imm_entry;
-
-enum { AT_IMM_EMPTY = -1, AT_IMM_RETIRED = -2, AT_IMM_LOST = -3 };
-
-typedef struct {
     uint64_t id, count;
     int32_t status, kind;
 } at_event;
@@ -317,10 +300,7 @@ struct at_lane {
     uint32_t *op_free;
     uint32_t op_free_count;
 
-    at_imm_record *imm;
-    uint32_t imm_count, imm_capacity, imm_free;
-    at_imm_entry *imm_table;
-    uint32_t imm_used, imm_mask;
+    at_imm_values values;
     _Atomic uint32_t neighbours; /* peers in other processes whose counts come without a system call of ours */
     uint32_t spin_skip, spin_pause; /* the loop's: waits until the next look, and how many there were before the last */
     int cores;
