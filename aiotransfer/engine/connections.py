@@ -21,6 +21,7 @@ from aiotransfer.control.dialer import dial
 from aiotransfer.control.listener import Listener
 from aiotransfer.control.patience import Patience
 from aiotransfer.engine.peer import Peer
+from aiotransfer.engine.reach import Reach
 from aiotransfer.engine.redial import Redial
 from aiotransfer.errors import (
     BrokenError,
@@ -65,6 +66,7 @@ class Connections:
         self.arrivals: asyncio.Queue[Peer | None] = asyncio.Queue()
         self.further: list[str] = []  # addresses of ours, beside the one that was asked for
         self.redial = Redial(engine)
+        self.reach = Reach(engine)
 
     async def listen(self, address: Address, advertise: Address | None) -> Address:
         """Open the control port, also on the NICs of the rails unless an address is advertised; the address that others use."""
@@ -103,6 +105,7 @@ class Connections:
             try:
                 async with Patience(deadline - loop.time()):
                     if (peer := await self._dialed(link, address, require)) is not None:
+                        self.reach.found(address, peer)
                         return peer
             except TimeoutError as error:
                 if isinstance(error, TransferTimeout):
@@ -314,6 +317,7 @@ class Connections:
         """Forget a peer that has ended."""
         if self.peers.get(peer.incarnation) is peer:
             del self.peers[peer.incarnation]
+        self.reach.gone(peer)
         self._engine._paths.gone(peer)
         self._engine._publications.gone(peer)
         self._engine._groups.gone(peer)

@@ -1,7 +1,8 @@
 """Peer groups: the same ordered list of engines on every member, and barriers among them.
 
 Forming. Members connect in pairs, the smaller rank dialing, and tell each other over the control connection which two reserved
-immediates will count the signals of their barriers (`Join`). A Join carries a generation. A member that is forming takes over
+immediates will count the signals of their barriers (`Join`). A Join counts only from the peer that is reached at the member's
+address (`reach`): who did not dial dials back, once. A Join carries a generation. A member that is forming takes over
 any higher generation it hears of, with fresh immediates; it has formed when every member's latest Join is of its own
 generation. Fresh immediates for each generation are what keeps late signals of a broken one from being counted in the next.
 
@@ -25,6 +26,7 @@ from aiotransfer.control.frames import Join
 from aiotransfer.control.patience import Patience
 from aiotransfer.engine.arguments import MOST_IMM, RESERVED
 from aiotransfer.engine.plans import Plan
+from aiotransfer.engine.reach import Claims
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import (
     BrokenError,
@@ -49,6 +51,8 @@ MOST_UNKNOWN = 1024  # Joins of one peer for groups that nobody has made here ye
 DIALS_AT_ONCE = 32
 KEY_BYTES = 16
 MOST_GENERATION = 1 << 48
+MOST_AHEAD = 1 << 32  # of our generation: nobody has formed a group so often
+JOIN_BYTES = 64
 
 
 class PeerGroup(Unpicklable):
@@ -73,6 +77,7 @@ class PeerGroup(Unpicklable):
         self._failure: TransferError | None = None
         self._waiting: asyncio.Future[None] | None = None  # woken by every Join while forming
         self._busy = False
+        self._claims = Claims(engine, members, self._joined, self)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -104,6 +109,7 @@ class PeerGroup(Unpicklable):
 
     def close(self) -> None:
         """Forget the group here. Twice is silent."""
+        self._claims.close()
         self._break(ClosedError("the group was closed"))
         self._engine._groups.forget(self)
 
@@ -207,7 +213,7 @@ class PeerGroup(Unpicklable):
 
         async def dial(rank: int) -> None:
             async with limit:
-                peer = await engine.connect(self.members[rank], timeout=math.inf)
+                peer = await engine._connections.reach.dial(self.members[rank])
             peer._check_other(f"member {rank} of the group ({self.members[rank]})")
             self._tell(rank, peer)
 
@@ -271,7 +277,7 @@ class PeerGroup(Unpicklable):
         joined = self._joins.get(rank)
         if joined is not None and joined[0]._state == "up":
             return joined[0]
-        return next((peer for peer in self._engine.peers if peer.address == self.members[rank]), None)
+        return self._engine._connections.reach.at(self.members[rank])
 
     def _has_joined(self, rank: int) -> bool:
         known = self._joins.get(rank)
@@ -283,8 +289,18 @@ class PeerGroup(Unpicklable):
             imms = (self._counters[0].imm, self._counters[1].imm)
             peer._reply(Join(key=self._key, rank=self.rank, generation=self._generation, imms=imms))
 
+    def said(self, peer: Peer, join: Join) -> None:
+        """A Join of a peer that says it is member `join.rank`. It counts when that is who is reached at the member's address."""
+        known = self._joins.get(join.rank)
+        if (known is not None and known[0] is peer) or self._known(join.rank) is peer:
+            self._joined(peer, join)
+        else:
+            self._claims.add(join.rank, peer, join, JOIN_BYTES)
+
     def _joined(self, peer: Peer, join: Join) -> None:
         """A member's Join. May be of an older or newer generation than ours."""
+        if join.generation - self._generation > MOST_AHEAD:
+            return
         known = self._joins.get(join.rank)
         self._joins[join.rank] = (peer, join)
         if self._waiting is not None and not self._waiting.done():
@@ -337,7 +353,7 @@ class Groups:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._groups: dict[bytes, PeerGroup] = {}
-        self._early: dict[bytes, dict[int, tuple[Peer, Join]]] = {}
+        self._early: dict[bytes, dict[tuple[int, Peer], Join]] = {}
 
     def get(self, members: Sequence[str | Address], name: str) -> PeerGroup:
         """The group of these members; the same object while it is not closed."""
@@ -359,7 +375,7 @@ class Groups:
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = PeerGroup(self._engine, addresses, name, key)
-            for peer, join in self._early.pop(key, {}).values():
+            for (_, peer), join in self._early.pop(key, {}).items():
                 peer._early_joins -= 1
                 if peer._state == "up":
                     self.joined(peer, join)
@@ -375,23 +391,22 @@ class Groups:
         group = self._groups.get(join.key)
         if group is not None:
             if 0 <= join.rank < len(group) and join.rank != group.rank:
-                group._joined(peer, join)
+                group.said(peer, join)
             return
         if peer._early_joins >= MOST_UNKNOWN:
             peer._lose(BrokenError(f"{peer} joined more than {MOST_UNKNOWN} groups that are not known here"))
             return
-        ranks = self._early.setdefault(join.key, {})
-        if join.rank not in ranks or ranks[join.rank][0] is not peer:
-            peer._early_joins += 1
-        ranks[join.rank] = (peer, join)
+        early = self._early.setdefault(join.key, {})
+        peer._early_joins += (join.rank, peer) not in early
+        early[join.rank, peer] = join
 
     def gone(self, peer: Peer) -> None:
         """A peer has ended: so have its early Joins."""
         if peer._early_joins:
-            for key, ranks in list(self._early.items()):
-                for rank in [rank for rank, (who, _) in ranks.items() if who is peer]:
-                    del ranks[rank]
-                if not ranks:
+            for key, early in list(self._early.items()):
+                for rank in [rank for rank, who in early if who is peer]:
+                    del early[rank, peer]
+                if not early:
                     del self._early[key]
 
     def forget(self, group: PeerGroup) -> None:
