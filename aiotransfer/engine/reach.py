@@ -52,9 +52,9 @@ class Reach:
         self._dials: dict[Address, _Dial] = {}
 
     def at(self, address: Address) -> Peer | None:
-        """The peer that is up and was found there by the last dial."""
+        """The other engine that is up and was found there by the last dial."""
         peer = self._found.get(address)
-        return peer if peer is not None and peer._state == "up" else None
+        return peer if peer is not None and peer._state == "up" and peer.incarnation != self._engine.incarnation else None
 
     def found(self, address: Address, peer: Peer) -> None:
         """A dial of `address` led to it."""

@@ -265,10 +265,10 @@ def check_sums(handle: Handle, out: Array, results: Any, results_stride: int) ->
         return
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
+    if not buffers.gpu and any(np.may_share_memory(memory, own) for own in (buffers.here, buffers.out)):
+        raise ValueError("out lies where other ranks read or write, in the all-to-all's own memory: give other memory")
     if overlap(memory, stride, results, results_stride, shape.result_bytes):
         raise ValueError("out overlaps y, which is read until the combine is over: give other memory")
-    if not buffers.gpu and any(np.may_share_memory(memory, own) for own in (buffers.here, buffers.out)):
-        raise ValueError("out lies in the all-to-all's own memory, where other ranks read and write: give other memory")
 
 
 def check_results(handle: Handle, y: Array) -> tuple[Any, int]:

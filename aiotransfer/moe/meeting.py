@@ -8,7 +8,6 @@ their views (`moe.members`), and it begins at the step that follows from them.
 from __future__ import annotations
 
 import asyncio
-import math
 from typing import TYPE_CHECKING
 
 from aiotransfer.errors import BrokenError, PeerLostError, ProviderUnavailableError, TransferTimeout, again
@@ -44,17 +43,33 @@ class Meeting(Ranks):
         if not self._listens:
             self._listens = True
             self.spawn(self._listen())
+        self._unable.clear()
+        self._failure = None
         found: dict[int, Peer] = {}
+        try:
+            await self._set_up(found)
+        except (BrokenError, ShapeMismatch, asyncio.CancelledError):
+            raise
+        except BaseException as error:  # the others must not wait for this rank
+            known = found | {rank: peer for rank in self.others() if (peer := self._at(rank)) is not None}
+            reason = wire.words(f"{type(error).__name__}: {error}")
+            unable = wire.Unable(rank=self.rank, incarnation=self.incarnation, reason=reason)
+            for peer in known.values():
+                self._send_to(peer, unable)
+            raise
+
+    async def _set_up(self, found: dict[int, Peer]) -> None:
+        """Meet, with the peers that are known by rank in `found`."""
         by_address = {address: rank for rank, address in enumerate(self.addresses)}
         limit = asyncio.Semaphore(DIALS_AT_ONCE)
+        begun = asked = self.engine._loop.time()
+        dials: dict[int, asyncio.Task[None]] = {}
 
         async def dial(rank: int) -> None:
-            if rank < self.rank:  # it dials; if it does not (it runs already), we do
-                await asyncio.sleep(DIAL_AFTER)
             for tries in range(TRIES):
                 try:
                     async with limit:
-                        peer = await self.engine.connect(self.addresses[rank], timeout=math.inf)
+                        peer = await self.engine._connections.reach.dial(self.addresses[rank])
                     peer._check_other(self.who(rank))
                     found[rank] = peer
                     break
@@ -64,9 +79,18 @@ class Meeting(Ranks):
                 await asyncio.sleep(LOOK_AGAIN)
             self._wake()
 
+        def look() -> None:
+            """Who is connected already is not dialled. A rank before this one dials; if it does not (it runs already), we do;
+            and when it has, to see that it is who is reached at its address."""
+            claimed = {by_address.get(peer.address) for peer in self.engine.peers}
+            late = self.engine._loop.time() > begun + DIAL_AFTER
+            for rank in self.others():
+                if rank not in found and (peer := self._at(rank)) is not None:
+                    found[rank] = peer
+                elif rank not in found and rank not in dials and (rank > self.rank or late or rank in claimed):
+                    dials[rank] = self.spawn(dial(rank))
+
         self._forget_lost(found)
-        asked = self.engine._loop.time()
-        dials = [self.spawn(dial(rank)) for rank in self.others()]
         greeted: set[int] = set()
         # A meeting that failed may be tried again: others may know the memory of the first.
         buffers: Buffers | None = getattr(self, "buffers", None)
@@ -75,9 +99,7 @@ class Meeting(Ranks):
             while True:
                 for rank, (peer, _) in self._hellos.items():
                     found.setdefault(rank, peer)
-                for peer in self.engine.peers:
-                    if (known := by_address.get(peer.address, self.rank)) != self.rank:
-                        found.setdefault(known, peer)
+                look()
                 missing = [rank for rank in self.others() if rank not in found]
                 if self._seen:
                     missing = [rank for rank in missing if rank in self._present()]
@@ -95,24 +117,40 @@ class Meeting(Ranks):
                             self._greet(rank, peer, ask=True)
                     if self._all_hello():
                         break
+                self._check_able()  # first: who cannot may be gone as soon as it has said why
                 for rank in self._forget_lost(found):
                     greeted.discard(rank)
                     if not self._seen or rank in self._present():
                         raise PeerLostError(f"{self.who(rank)} was lost while the ranks met", peer=str(self.addresses[rank]))
-                for task in dials:
+                for task in dials.values():
                     if task.done() and (error := task.exception()) is not None:
                         raise error
+                for rank in [rank for rank, task in dials.items() if task.done() and rank not in found]:
+                    del dials[rank]  # it was found, and was lost again
                 await self._soon()
         except BrokenError as error:
+            self._check_able()
             raise self._named(error) from error
         finally:
-            for task in dials:
+            for task in dials.values():
                 task.cancel()
         self._check_shapes()
         if self._seen:
             await self._join()
         else:
             await self._start()
+
+    def _at(self, rank: int) -> Peer | None:
+        """Who is reached at the address of a rank, where that is known: what a peer says of itself proves nothing."""
+        return self.engine._connections.reach.at(self.addresses[rank])
+
+    def _check_able(self) -> None:
+        """Raises why the ranks do not meet, where one of them has said so."""
+        if self._failure is not None:
+            raise self._failure
+        for rank, reason in self._unable.items():
+            if not self._seen or rank in self._present():
+                raise PeerLostError(f"{self.who(rank)} could not set up: {reason}", peer=str(self.addresses[rank]))
 
     def _named(self, error: BrokenError) -> BrokenError:
         """The loss of a peer as that of a rank."""
@@ -220,6 +258,7 @@ class Meeting(Ranks):
             for rank in self.others():
                 if (known := self.ranks[rank]) is not None and known.peer.state in ("lost", "closed"):
                     raise PeerLostError(f"{self.who(rank)} was lost while the ranks met", peer=str(known.peer.address))
+            self._check_able()
             await self._soon()
         self._running = True
 
@@ -241,8 +280,8 @@ class Meeting(Ranks):
     def _know(self, members: Members) -> None:
         """From now on views count, also those that came already."""
         self.members = members
-        early, self._early = self._early, []
-        for rank, told in early:
+        early, self._early = self._early, {}
+        for rank, told in early.items():
             members.hear(rank, told.view)
         for rank, (peer, hello) in list(self._hellos.items()) if self._running else ():
             self._hello(rank, peer, hello)  # whoever came in between

@@ -59,11 +59,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Final, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 import msgspec
 
+from aiotransfer.moe.shape import HEAD, MOST_RANKS
+
+MOST_GONE = 16_384  # incarnations that were lost in the life of an all-to-all: all are in every view
+MOST_STEPS = 1 << 48
+MOST_HEADERS = 1 << 20
+HEADERS_KEPT = 8  # for each slot and rank, at most, in a view
+Step: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=MOST_STEPS)]
+_Rank: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=MOST_RANKS)]
+_Number: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
 Member: TypeAlias = tuple[int, int]  # rank and incarnation
+_Headers: TypeAlias = Annotated[tuple[tuple[Step, _Rank, bytes], ...], msgspec.Meta(max_length=MOST_HEADERS)]
 
 
 class Undecided(Enum):
@@ -81,17 +91,36 @@ UNDECIDED: Final = Undecided.UNDECIDED
 class View(msgspec.Struct, frozen=True, array_like=True):
     """What a rank tells all others. Who is present stands either in `joining` or in `starts`."""
 
-    incarnation: int  # its sender's
-    gone: tuple[Member, ...]
-    joining: tuple[Member, ...]  # present, and their first step is not known to the sender
-    next: int  # the sender has begun to send no header of this step or later, and has none of gone ranks of next + slots or later
-    headers: tuple[tuple[int, int, bytes], ...]  # step, rank, header: of gone ranks, as far as they may matter to anybody
-    decided: tuple[tuple[int, int, bytes], ...]  # the same, decided in smaller states
-    starts: tuple[tuple[int, int, int], ...]  # rank, incarnation, first step: of all present ones whose step is decided
+    incarnation: _Number  # its sender's
+    gone: Annotated[tuple[tuple[_Rank, _Number], ...], msgspec.Meta(max_length=MOST_GONE)]
+    joining: Annotated[tuple[tuple[_Rank, _Number], ...], msgspec.Meta(max_length=MOST_RANKS)]
+    """Present, and their first step is not known to the sender."""
+    next: Step
+    """The sender has begun to send no header of this step or later, and has none of gone ranks of next + slots or later."""
+    headers: _Headers  # step, rank, header: of gone ranks, as far as they may matter to anybody
+    decided: _Headers  # the same, decided in smaller states
+    starts: Annotated[tuple[tuple[_Rank, _Number, Step], ...], msgspec.Meta(max_length=MOST_RANKS)]
+    """Rank, incarnation, first step: of all present ones whose step is decided."""
 
     def present(self) -> set[Member]:
         """Who takes part or wants to."""
         return {*self.joining, *((rank, incarnation) for rank, incarnation, _ in self.starts)}
+
+    def impossible(self, ranks: int, most: int, header_bytes: int, slots: int) -> str:
+        """What of it cannot be, among so many ranks, if no step after `most` is near; empty where all can."""
+        headers = self.headers + self.decided
+        named = {rank for rank, *_ in (*self.gone, *self.joining, *self.starts)} | {rank for _, rank, _ in headers}
+        if max(named, default=0) >= ranks:
+            return f"it names rank {max(named)} of {ranks}"
+        steps = [self.next, *(step for step, _, _ in headers), *(step for _, _, step in self.starts)]
+        if max(steps) > most:
+            return f"it speaks of step {max(steps)}, and none after {most} is near"
+        if len(headers) > HEADERS_KEPT * slots * ranks:
+            return f"it holds {len(headers)} headers, of {ranks} ranks in {slots} slots"
+        for step, _, data in headers:
+            if len(data) != header_bytes or HEAD.unpack_from(data)[0] != step:
+                return f"what it holds as a header of step {step} is none"
+        return ""
 
 
 class Members:
@@ -212,6 +241,11 @@ class Members:
     def gone(self) -> frozenset[int]:
         """The ranks that are not there."""
         return frozenset(range(self._size)) - self._present.keys()
+
+    @property
+    def full(self) -> bool:
+        """No more ranks are taken in: those that are gone have to be named in every view."""
+        return len(self._gone) + len(self._present) >= MOST_GONE
 
     @property
     def start(self) -> int | None:

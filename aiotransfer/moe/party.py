@@ -11,26 +11,30 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
+from aiotransfer.control.frames import clip
 from aiotransfer.control.patience import Patience
 from aiotransfer.control.ratelimit import more
+from aiotransfer.engine.reach import Claims
 from aiotransfer.errors import (
     BrokenError,
     ClosedError,
     DescriptorError,
-    InternalError,
     PeerLostError,
     QuarantineError,
     TransferError,
 )
+from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.moe import wire
 from aiotransfer.moe.errors import EvictedError
 from aiotransfer.moe.meeting import Meeting
+from aiotransfer.moe.members import MOST_GONE, MOST_STEPS
 
 if TYPE_CHECKING:
     from aiotransfer.engine.lease import Lease
-    from aiotransfer.engine.peer import Message, Peer
+    from aiotransfer.engine.peer import Peer
     from aiotransfer.moe.ranks import Rank
 
+MOST_VIEW = 16 << 20  # bytes of a view that is sent in pieces
 _logger = logging.getLogger("aiotransfer")
 
 
@@ -40,44 +44,101 @@ class Party(Meeting):
     # ---- messages ----
 
     async def _listen(self) -> None:
-        async for message in self.engine.messages(self._key):
-            try:
-                self._heard(message, wire.decode(self._key, message.data))
-            except DescriptorError as error:
-                left_out = self._limit.admit("unreadable")
-                if left_out is not None:
-                    _logger.warning("%r: from %s: %s%s", self, message.peer, error, more(left_out))
-            except Exception as error:
-                self.end(InternalError(f"a message of {message.peer} could not be dealt with: {error!r}"))
-                raise
-            self._wake()
+        claims = Claims(self.engine, self.addresses, self._take, self)
+        try:
+            async for message in self.engine.messages(self._key):
+                try:
+                    content = wire.decode(self._key, message.data)
+                    if content.rank >= self.shape.ranks or content.rank == self.rank:
+                        raise DescriptorError(f"there is no other rank {content.rank}")
+                except DescriptorError as error:
+                    self._unreadable(message.peer, error)
+                    continue
+                known = self.ranks[content.rank]
+                if (known is not None and known.peer is message.peer) or self._at(content.rank) is message.peer:
+                    self._take(message.peer, content)
+                else:
+                    claims.add(content.rank, message.peer, content, len(message.data))
+        finally:
+            claims.close()
 
-    def _heard(self, message: Message, content: wire.Message) -> None:
+    def _take(self, peer: Peer, content: wire.Message) -> None:
+        """A message of a rank. Whatever it does, the next one is read."""
+        try:
+            self._heard(peer, content)
+        except DescriptorError as error:  # it cannot be so
+            self._unreadable(peer, error)
+            self._wrong(content, error)
+        except Exception as error:
+            left_out = self._limit.admit("failed")
+            if left_out is not None:
+                _logger.exception("%r: a message of %s could not be dealt with%s", self, peer, more(left_out))
+            self._wrong(content, error)
+        self._wake()
+
+    def _wrong(self, content: wire.Message, error: Exception) -> None:
+        """What a rank said cannot be, or cannot be dealt with here: at work we go on without it; who is setting up cannot."""
+        reason = f"a message of it could not be dealt with: {error}"
+        if self._running:
+            self.lose(content.rank, PeerLostError(f"{self.who(content.rank)}: {reason}", peer=str(self.addresses[content.rank])))
+        elif not isinstance(error, DescriptorError):
+            self._failure = error
+
+    def _unreadable(self, peer: Peer, error: DescriptorError) -> None:
+        left_out = self._limit.admit("unreadable")
+        if left_out is not None:
+            _logger.warning("%r: from %s: %s%s", self, peer, error, more(left_out))
+
+    def _heard(self, peer: Peer, content: wire.Message) -> None:
         rank = content.rank
-        if not 0 <= rank < self.shape.ranks or message.peer.address != self.addresses[rank]:
-            raise DescriptorError(f"it is not rank {rank}")
+        if isinstance(content, wire.Piece):
+            whole = self._pieces.setdefault(rank, wire.Pieces(self._key, MOST_VIEW)).add(content)
+            if whole is not None:
+                self._heard(peer, whole)
+            return
         if isinstance(content, wire.Leave) and (content.who == rank or content.of == self.incarnation):
             self._parted[rank] = content.incarnation
         if self.over is not None:
             return
         if isinstance(content, wire.Hello):
-            self._hello(rank, message.peer, content)
+            self._hello(rank, peer, content)
         elif isinstance(content, wire.Ready):
             self._ready[rank] = content.incarnations
+        elif isinstance(content, wire.Unable):
+            self._unable[rank] = clip(content.reason)
         elif isinstance(content, wire.Told):
             self._told(rank, content)
         elif isinstance(content, wire.Leave):
             self._left(rank, content)
         elif content.present is not None:
-            self._seen[rank] = set(content.present)
+            self._seen[rank] = self._ranks_in(content.present)
         elif self._running:
             answer = wire.Who(rank=self.rank, incarnation=self.incarnation, present=self._taking_part())
-            self._send_to(message.peer, answer)
+            self._send_to(peer, answer)
+
+    def _ranks_in(self, present: list[int]) -> set[int]:
+        if max(present, default=0) >= self.shape.ranks:
+            raise DescriptorError(f"it names rank {max(present)} of {self.shape.ranks}")
+        return set(present)
+
+    def _check_hello(self, peer: Peer, hello: wire.Hello) -> None:
+        """Raises `DescriptorError` for what cannot be."""
+        self._ranks_in(hello.present)
+        region, shape = RemoteRegion.decode(hello.region), self.shape
+        if region.incarnation != peer.incarnation:
+            raise DescriptorError("a Hello describes memory of somebody else")
+        if not shape.difference(hello.shape):
+            end = hello.computed + shape.slots * shape.computed_bytes if hello.computed else 0
+            needed = max(shape.nbytes(staged=not hello.direct), end)
+            if region.nbytes < needed:
+                raise DescriptorError(f"a Hello describes {region.nbytes} bytes of memory, where {needed} are needed")
 
     def _hello(self, rank: int, peer: Peer, hello: wire.Hello) -> None:
+        self._check_hello(peer, hello)
+        self._unable.pop(rank, None)
         self._hellos[rank] = (peer, hello)
         if hello.running:
-            self._seen[rank] = set(hello.present)
+            self._seen[rank] = self._ranks_in(hello.present)
         if not self._running or self.members is None:
             if hello.ask and getattr(self, "buffers", None) is not None:
                 self._greet(rank, peer, ask=False)
@@ -88,9 +149,10 @@ class Party(Meeting):
         if self.shape.difference(hello.shape):
             self._greet(rank, peer, ask=False)  # it will see that they differ
             return
-        if not self.members.join(rank, hello.incarnation):
+        if self.members.full or not self.members.join(rank, hello.incarnation):
             # Others have parted from it, and it does not know: it must not wait for us.
-            self._send_to(peer, self._leave(rank, "others have lost it", hello.incarnation))
+            full = f"more than {MOST_GONE} ranks were lost in the life of this all-to-all: make it anew on every rank"
+            self._send_to(peer, self._leave(rank, full if self.members.full else "others have lost it", hello.incarnation))
             return
         if known is not None and known.hello is not None:  # otherwise it may have our Hello, which stands
             self._forget(rank, PeerLostError(f"{self.who(rank)} has started anew", peer=str(peer.address)))
@@ -101,11 +163,26 @@ class Party(Meeting):
         self._open_counters([rank])
         self._follow()
 
+    def _near(self) -> int:
+        """No step after this one is spoken of by a rank that is at work with us: none is more than `slots` ahead of any other,
+        and one that comes back begins so much later, rounded up. A rank that joins cannot know."""
+        start = None if self.members is None else self.members.start
+        if start is None or self._to_join:
+            return MOST_STEPS
+        return max(self.next_step, start) + 8 * self.shape.slots + 2 * self.shape.align
+
     def _told(self, rank: int, told: wire.Told) -> None:
+        view, shape = told.view, self.shape
+        wrong = view.impossible(shape.ranks, self._near(), shape.header_bytes, shape.slots)
+        if view.incarnation != told.incarnation:
+            wrong = "a view is not of who sent it"
+        if wrong and (self.rank, self.incarnation) not in view.gone:
+            raise DescriptorError(f"a view that cannot be: {wrong}")
         if not self._running and (self.rank, self.incarnation) in told.view.joining:
             self._to_join = True  # its Hello was of before it was at work: nobody starts with us, we are taken in
         if self.members is None or self._to_join:
-            self._early.append((rank, told))
+            self._early.pop(rank, None)
+            self._early[rank] = told
             return
         self._running = True  # whoever tells views has everyone's Ready
         self.members.hear(rank, told.view)
@@ -116,7 +193,7 @@ class Party(Meeting):
             return
         if leave.who == self.rank and leave.of == self.incarnation:
             who, where = self.who(rank), str(self.addresses[rank])
-            self.end(EvictedError(f"{who} gave this rank up: {leave.reason}", peer=where, ranks=(rank,)))
+            self.end(EvictedError(f"{who} gave this rank up: {clip(leave.reason)}", peer=where, ranks=(rank,)))
         elif leave.who == rank and leave.of == self.members.incarnation(rank):
             self.spawn(self._part(rank, leave))
 
@@ -129,7 +206,7 @@ class Party(Meeting):
         except TimeoutError:
             pass
         if self.members is not None and self.members.incarnation(rank) == leave.of:  # it may be back already
-            self.lose(rank, PeerLostError(f"{self.who(rank)} has left: {leave.reason}", peer=str(self.addresses[rank])))
+            self.lose(rank, PeerLostError(f"{self.who(rank)} has left: {clip(leave.reason)}", peer=str(self.addresses[rank])))
 
     # ---- missing ----
 

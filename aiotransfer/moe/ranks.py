@@ -97,8 +97,11 @@ class Ranks:
         self._closing: asyncio.Future[None] | None = None
         self._fences: dict[int, asyncio.Task[None]] = {}  # by rank, the last
         self._telling: asyncio.Task[None] | None = None
-        self._early: list[tuple[int, wire.Told]] = []  # views that came before this rank knew of whom
+        self._early: dict[int, wire.Told] = {}  # views that came before this rank knew of whom: the last of each
         self._limit = RateLimit(most=1)
+        self._pieces: dict[int, wire.Pieces] = {}  # of long messages, by sender
+        self._unable: dict[int, str] = {}  # ranks that could not set up, and why
+        self._failure: Exception | None = None  # why this one cannot
 
     async def take_name(self) -> None:
         """From now on the immediates and messages of this name are its own. Raises `ValueError` where another one of this engine
@@ -161,9 +164,10 @@ class Ranks:
 
     def _send_to(self, peer: Peer, message: wire.Message) -> None:
         if peer.state in ("up", "busy"):
-            task = self.spawn(self._post(peer, wire.encode(self._key, message)))
-            self._posts.add(task)
-            task.add_done_callback(self._posts.discard)
+            for data in wire.pieces(self._key, message):  # tasks begin in this order, so no other message comes between
+                task = self.spawn(self._post(peer, data))
+                self._posts.add(task)
+                task.add_done_callback(self._posts.discard)
 
     async def _post(self, peer: Peer, data: bytes) -> None:
         try:
@@ -173,7 +177,7 @@ class Ranks:
 
     def _leave(self, who: int, reason: str, of: int = 0) -> wire.Leave:
         upto = min(self.steps, default=self.next_step)
-        text = reason[: wire.MOST_TEXT]
+        text = wire.words(reason)
         known = self.ranks[who]
         of = of or (self.incarnation if known is None else known.incarnation)
         return wire.Leave(rank=self.rank, incarnation=self.incarnation, who=who, of=of, upto=upto, reason=text)

@@ -1,7 +1,8 @@
 """Messages between the ranks of an all-to-all: set-up, and when one is lost. Steps need none. Pure: values and bytes.
 
 A message begins with a mark that tells it from the application's own, then the all-to-all's key (its name and its members). What
-cannot be read raises `DescriptorError` and nothing else.
+cannot be read raises `DescriptorError` and nothing else. Every number and length has a bound that holds while it is read; bounds
+that follow from the shape of an all-to-all are checked by `Party`.
 """
 
 from __future__ import annotations
@@ -12,35 +13,43 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from aiotransfer.errors import DescriptorError
-from aiotransfer.moe.members import View
+from aiotransfer.moe.members import Step, View
+from aiotransfer.moe.shape import MOST_RANKS
 
-MARK = b"\x93ATm\x01"  # the last byte is the version
+MARK = b"\x93ATm\x02"  # the last byte is the version
 KEY_BYTES = 12
 MOST_TEXT = 1000
+PIECE = 512 << 10  # bytes of a message that is longer, in each of its pieces
+MOST_REGION = 16 << 10
+
+Rank: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=MOST_RANKS)]
+Incarnation: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+RankList: TypeAlias = Annotated[list[Rank], msgspec.Meta(max_length=MOST_RANKS)]
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
-    rank: int  # the sender's
-    incarnation: int  # of this all-to-all on its sender: one engine may make it again
+    rank: Rank  # the sender's
+    incarnation: Incarnation  # of this all-to-all on its sender: one engine may make it again
 
 
 class Hello(_Message, frozen=True, tag=1):
     """Here I am: my shape, and where to write to me."""
 
-    shape: dict[str, int | str]
-    region: bytes  # descriptor, for the receiver alone
+    shape: Annotated[dict[Annotated[str, msgspec.Meta(max_length=40)], int | Annotated[str, msgspec.Meta(max_length=40)]],
+                     msgspec.Meta(max_length=40)]  # fmt: skip
+    region: Annotated[bytes, msgspec.Meta(max_length=MOST_REGION)]  # descriptor, for the receiver alone
     direct: bool  # rows may be put at their final places one by one; otherwise they come in one piece into my staging area
     reads: bool  # I fetch results from where they lie in your region, where you let me
-    computed: Annotated[int, msgspec.Meta(ge=0)]  # the byte of my region at which they begin; 0: I send them
+    computed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]  # the byte of my region at which they begin; 0: I send them
     running: bool  # steps are being made already: the receiver joins
     ask: bool  # the receiver is to answer with a Hello of its own: an earlier one may have come before anybody read them
-    present: list[int]  # when running: ranks that take part, the sender too
+    present: RankList  # when running: ranks that take part, the sender too
 
 
 class Ready(_Message, frozen=True, tag=2):
     """I have everyone's Hello; these are the incarnations."""
 
-    incarnations: list[int]
+    incarnations: Annotated[list[Incarnation], msgspec.Meta(max_length=MOST_RANKS)]
 
 
 class Told(_Message, frozen=True, tag=3):
@@ -52,19 +61,33 @@ class Told(_Message, frozen=True, tag=3):
 class Leave(_Message, frozen=True, tag=4):
     """I take no part any more, or (of another rank) you do not."""
 
-    who: int
-    of: int  # its incarnation
-    upto: int  # of the sender itself: all its steps before this one are over, and everything of them has landed
+    who: Rank
+    of: Incarnation  # its incarnation
+    upto: Step  # of the sender itself: all its steps before this one are over, and everything of them has landed
     reason: str
 
 
 class Who(_Message, frozen=True, tag=5):
     """A question of one who cannot find all, and the answer of one who is at work."""
 
-    present: list[int] | None  # ranks that take part, the sender too; None: tell me
+    present: RankList | None  # ranks that take part, the sender too; None: tell me
 
 
-Message: TypeAlias = Hello | Ready | Told | Leave | Who
+class Unable(_Message, frozen=True, tag=6):
+    """I cannot set up, so the ranks do not meet."""
+
+    reason: str
+
+
+class Piece(_Message, frozen=True, tag=7):
+    """A part of a message that is too long for one. They come in order."""
+
+    number: Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
+    of: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    data: Annotated[bytes, msgspec.Meta(max_length=PIECE)]
+
+
+Message: TypeAlias = Hello | Ready | Told | Leave | Who | Unable | Piece
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
 
@@ -74,9 +97,51 @@ def prefix(name: str, members: str) -> bytes:
     return MARK + hashlib.blake2b(f"{name}\0{members}".encode(), digest_size=KEY_BYTES).digest()
 
 
+def words(text: str) -> str:
+    """A reason as it can travel: on one line."""
+    return " ".join(text[:MOST_TEXT].split()).encode("utf-8", "backslashreplace").decode()[:MOST_TEXT]
+
+
 def encode(key: bytes, message: Message) -> bytes:
     """`message` as bytes, to be read by `decode`."""
     return key + _encoder.encode(message)
+
+
+def pieces(key: bytes, message: Message) -> list[bytes]:
+    """The same as messages of the engine, which have at most 1 MiB: one, or several `Piece`s."""
+    data = encode(key, message)
+    if len(data) <= PIECE:
+        return [data]
+    parts = [data[begin : begin + PIECE] for begin in range(0, len(data), PIECE)]
+    head = {"rank": message.rank, "incarnation": message.incarnation, "of": len(parts)}
+    return [encode(key, Piece(number=i, data=part, **head)) for i, part in enumerate(parts)]
+
+
+class Pieces:
+    """What has come of one sender's long message. `most`: bytes that it may have."""
+
+    def __init__(self, key: bytes, most: int) -> None:
+        self._key, self._most = key, most
+        self._of: tuple[int, int] = (0, 0)  # incarnation, and how many pieces
+        self._data: list[bytes] = []
+
+    def add(self, piece: Piece) -> Message | None:
+        """The whole message, when this was the last piece. Raises `DescriptorError`, after which nothing of it is kept."""
+        if piece.number == 0:
+            self._of, self._data = (piece.incarnation, piece.of), []
+        held, self._data = self._data, []
+        if self._of != (piece.incarnation, piece.of) or piece.number != len(held):
+            raise DescriptorError("a piece of a message that does not follow the one before")
+        if piece.of * PIECE > self._most + PIECE:
+            raise DescriptorError(f"a message of {piece.of} pieces is longer than {self._most} bytes")
+        held.append(piece.data)
+        if len(held) < piece.of:
+            self._data = held
+            return None
+        message = decode(self._key, b"".join(held))
+        if isinstance(message, Piece) or (message.rank, message.incarnation) != (piece.rank, piece.incarnation):
+            raise DescriptorError("a message in pieces is not of who sent them")
+        return message
 
 
 def decode(key: bytes, data: bytes) -> Message:
