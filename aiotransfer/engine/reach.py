@@ -161,7 +161,7 @@ class Claims:
     def _warn(self, peer: Peer, text: str) -> None:
         left_out = self._limit.admit("refused")
         if left_out is not None:
-            _logger.warning("%r: what %s says is not taken: %s%s", self._who, peer, text, more(left_out))
+            _logger.warning("%s: what %s says is not taken: %s%s", repr(self._who), str(peer), text, more(left_out))
 
     def close(self) -> None:
         """Nothing is heard any more."""

@@ -72,7 +72,7 @@ class Party(Meeting):
         except Exception as error:
             left_out = self._limit.admit("failed")
             if left_out is not None:
-                _logger.exception("%r: a message of %s could not be dealt with%s", self, peer, more(left_out))
+                _logger.exception("%s: a message of %s could not be dealt with%s", repr(self), str(peer), more(left_out))
             self._wrong(content, error)
         self._wake()
 
@@ -87,7 +87,7 @@ class Party(Meeting):
     def _unreadable(self, peer: Peer, error: DescriptorError) -> None:
         left_out = self._limit.admit("unreadable")
         if left_out is not None:
-            _logger.warning("%r: from %s: %s%s", self, peer, error, more(left_out))
+            _logger.warning("%s: from %s: %s%s", repr(self), str(peer), str(error), more(left_out))
 
     def _heard(self, peer: Peer, content: wire.Message) -> None:
         rank = content.rank

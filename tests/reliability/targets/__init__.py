@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from tests.reliability.absurd import Target
-from tests.reliability.targets import control, kv, registry, rendezvous
+from tests.reliability.targets import control, kv, moe, registry, rendezvous
 
-TARGETS: tuple[Target, ...] = (*control.TARGETS, *kv.TARGETS, *registry.TARGETS, *rendezvous.TARGETS)
+TARGETS: tuple[Target, ...] = (*control.TARGETS, *kv.TARGETS, *moe.TARGETS, *registry.TARGETS, *rendezvous.TARGETS)

@@ -1,0 +1,317 @@
+"""Who may speak for a rank, what it may say, and who is told when a rank cannot set up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+import aiotransfer as at
+from aiotransfer import moe
+from aiotransfer.errors import DescriptorError
+from aiotransfer.model.address import Address
+from aiotransfer.moe import meeting, wire
+from aiotransfer.moe.buffers import Buffers, header
+from aiotransfer.moe.members import MOST_STEPS, Members, View
+from aiotransfer.moe.shape import Shape
+from tests.moe.world import World, batch, combined, step, world
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.one_loop]
+SIZES: dict[str, Any] = {"num_experts": 2, "hidden": 16, "dtype": "float32", "max_tokens": 4, "topk": 1, "timeout": 10}
+SHAPE = Shape(ranks=2, num_experts=2, hidden=16, dtype="float32", combine_dtype="float32", max_tokens=4, topk=1)
+
+
+@asynccontextmanager
+async def engines(n: int) -> AsyncIterator[list[at.Engine]]:
+    async with AsyncExitStack() as stack:
+        config = at.Config(drain_timeout=0.1)
+        yield [await stack.enter_async_context(at.open_engine(providers="shm", config=config)) for _ in range(n)]
+
+
+def made(of: list[at.Engine]) -> list[moe.AllToAll]:
+    addresses = [str(engine.address) for engine in of]
+    return [moe.AllToAll(engine, engine.group(addresses), **SIZES) for engine in of]
+
+
+async def one_step(a2a: moe.AllToAll) -> None:
+    d = await a2a.dispatch(np.ones((2, 16), np.float32), np.array([[0], [1]]), np.ones((2, 1), np.float32))
+    assert (await a2a.combine(np.array(d.x), d.handle) == 1).all()
+    assert d.handle.lost == ()
+
+
+NOTHING = (np.empty((0, 16), np.float32), np.empty((0, 1), np.int64), np.empty((0, 1), np.float32))
+
+
+def said(party: Any, about: Any) -> dict[str, Callable[[], wire.Message]]:
+    """What an engine may say as rank 1 (`about`'s) to rank 0 (`party`)."""
+    me = {"rank": 1, "incarnation": about.incarnation}
+    none: View = View(about.incarnation, ((0, party.incarnation),), (), 0, (), (), ((1, about.incarnation, 0),))
+    known = about.ranks[0]
+    region = known.lease.descriptor.encode() if known is not None else b""
+    hello = {"shape": SHAPE.agreed(), "direct": True, "reads": False, "computed": 0, "ask": True, "present": []}
+    return {
+        "it evicts": lambda: wire.Leave(who=0, of=party.incarnation, upto=0, reason="because", **me),
+        "it leaves": lambda: wire.Leave(who=1, of=about.incarnation, upto=0, reason="bye", **me),
+        "another one": lambda: wire.Hello(**(hello | {"region": region, "running": False, "rank": 1, "incarnation": 12345})),
+        "none of it": lambda: wire.Hello(**(hello | {"region": b"", "running": False, "rank": 1, "incarnation": 12345})),
+        "a view": lambda: wire.Told(view=none, **me),
+        "unable": lambda: wire.Unable(reason="no", **me),
+        "who": lambda: wire.Who(present=[0], **me),
+    }
+
+
+NAMES = ("it evicts", "it leaves", "another one", "none of it", "a view", "unable", "who")
+
+
+@pytest.mark.parametrize("claims", [True, False], ids=["says it is there", "says where it is"])
+@pytest.mark.parametrize("what", NAMES)
+async def test_an_engine_that_is_no_member_cannot_speak_for_a_rank(what: str, claims: bool, caplog: Any) -> None:
+    async with engines(3) as (left, right, stranger):
+        a2a = made([left, right])
+        await asyncio.gather(*map(one_step, a2a))
+        if claims:
+            stranger.address = right.address
+        peer = await stranger.connect(left.address)
+        await peer.send(wire.encode(a2a[0]._party._key, said(a2a[0]._party, a2a[1]._party)[what]()))
+        await peer.ping()
+        await asyncio.sleep(0.3)  # a dial of rank 1's address
+        await asyncio.gather(*map(one_step, a2a))
+        assert "another engine is reached at" in caplog.text
+        assert [task for task in a2a[0]._party._tasks if "_listen" in repr(task)]
+        await asyncio.gather(*(one.aclose() for one in a2a))
+
+
+async def test_what_a_rank_says_before_it_is_known_is_heard_in_its_order_when_it_is() -> None:
+    """Rank 0 dials; rank 1 dials back before it believes what comes. A stranger was there first."""
+    async with engines(3) as (left, right, stranger):
+        stranger.address = left.address
+        addresses = [str(left.address), str(right.address)]
+        second = moe.AllToAll(right, right.group(addresses), **SIZES)
+        meets = asyncio.ensure_future(second.ready())
+        peer = await stranger.connect(right.address)
+        await peer.send(wire.encode(second._party._key, wire.Unable(rank=0, incarnation=7, reason="never")))
+        await asyncio.sleep(0.1)
+        assert not meets.done()
+        first = moe.AllToAll(left, left.group(addresses), **SIZES)
+        await asyncio.gather(first.ready(), meets)
+        await asyncio.gather(one_step(first), one_step(second))
+        assert second._party.ranks[0] is not None
+        assert second._party.ranks[0].peer.incarnation == left.incarnation
+        await asyncio.gather(first.aclose(), second.aclose())
+
+
+async def test_ranks_that_are_connected_are_not_dialled_again(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level(logging.WARNING, "aiotransfer")
+    async with engines(4) as of:
+        addresses = [str(engine.address) for engine in of]
+        await asyncio.gather(*(engine.group(addresses).barrier() for engine in of))
+        for engine in of:
+            monkeypatch.setattr(engine._connections, "_dial", None)
+        for _ in range(3):
+            a2a = [moe.AllToAll(e, e.group(addresses), **(SIZES | {"num_experts": 4})) for e in of]
+            await asyncio.gather(*(one.ready() for one in a2a))
+            await asyncio.gather(*(one.aclose() for one in a2a))
+    assert not caplog.records
+
+
+# ---- what a member may say ----
+
+
+@pytest.mark.parametrize("view", [
+    View(5, ((2, 9),), (), 0, (), (), ()),
+    View(5, (), ((1023, 9),), 0, (), (), ()),
+    View(5, (), (), 0, (), (), ((2, 5, 0),)),
+    View(5, (), (), 0, ((0, 2, bytes(SHAPE.header_bytes)),), (), ()),
+    View(5, (), (), 0, (), ((0, 1, b"short"),), ()),
+    View(5, (), (), 0, ((1, 1, header(SHAPE, 2, 5, 0, 0, None).tobytes()),), (), ()),
+    View(5, (), (), 101, (), (), ()),
+    View(5, (), (), 0, (), (), ((1, 5, 101),)),
+    View(5, (), (), 0, ((0, 1, bytes(SHAPE.header_bytes)),) * 33, (), ()),
+])  # fmt: skip
+async def test_a_view_says_what_of_it_cannot_be(view: View) -> None:
+    assert view.impossible(2, 100, SHAPE.header_bytes, 2)
+
+
+async def test_a_view_that_can_be_is_taken() -> None:
+    data = header(SHAPE, 3, 5, 0, 0, None).tobytes()
+    view = View(5, ((0, 9), (1, 8)), ((0, 10),), 100, ((3, 0, data),), ((3, 1, data),), ((1, 5, 100),))
+    assert view.impossible(2, 100, SHAPE.header_bytes, 2) == ""
+    assert View(1, (), (), MOST_STEPS, (), (), ()).impossible(2, MOST_STEPS, SHAPE.header_bytes, 2) == ""
+
+
+@pytest.mark.parametrize("message", [
+    wire.Who(rank=-1, incarnation=1, present=None),
+    wire.Who(rank=1024, incarnation=1, present=None),
+    wire.Who(rank=1, incarnation=1 << 63, present=None),
+    wire.Who(rank=1, incarnation=1, present=[0] * 1025),
+    wire.Ready(rank=1, incarnation=1, incarnations=[1] * 1025),
+    wire.Ready(rank=1, incarnation=1, incarnations=[-1]),
+    wire.Leave(rank=1, incarnation=1, who=1, of=1, upto=1 << 62, reason=""),
+    wire.Told(rank=1, incarnation=1, view=View(1, tuple((0, i) for i in range(1, 16_386)), (), 0, (), (), ())),
+    wire.Told(rank=1, incarnation=1, view=View(1, (), (), MOST_STEPS, (), (), ())),
+    wire.Told(rank=1, incarnation=1, view=View(1, ((0, 0),), (), 0, (), (), ())),
+    wire.Hello(rank=1, incarnation=1, shape={str(i): i for i in range(41)}, region=b"", direct=True, reads=True, computed=0,
+               running=True, ask=False, present=[]),
+    wire.Hello(rank=1, incarnation=1, shape={}, region=bytes(1 << 15), direct=True, reads=True, computed=0, running=True,
+               ask=False, present=[]),
+    wire.Hello(rank=1, incarnation=1, shape={}, region=b"", direct=True, reads=True, computed=1 << 62, running=True, ask=False,
+               present=[]),
+    wire.Piece(rank=1, incarnation=1, number=0, of=0, data=b""),
+    wire.Piece(rank=1, incarnation=1, number=0, of=1, data=bytes((512 << 10) + 1)),
+])  # fmt: skip
+async def test_numbers_and_lengths_beyond_their_bounds_are_not_read(message: wire.Message) -> None:
+    key = wire.prefix("", "a,b")
+    with pytest.raises(DescriptorError):
+        wire.decode(key, wire.encode(key, message))
+
+
+async def test_a_long_message_travels_in_pieces() -> None:
+    key = wire.prefix("", "a,b")
+    view = View(5, (), (), 1, tuple((0, r, bytes([r]) * 60_000) for r in range(50)), (), ())
+    told = wire.Told(rank=1, incarnation=5, view=view)
+    sent = wire.pieces(key, told)
+    assert len(sent) == 6
+    assert max(map(len, sent)) < 1 << 20
+    pieces = wire.Pieces(key, 16 << 20)
+    parts = [wire.decode(key, data) for data in sent]
+    assert [pieces.add(part) for part in parts] == [None] * 5 + [told]  # type: ignore[arg-type]
+    assert wire.pieces(key, wire.Who(rank=1, incarnation=5, present=None)) == [
+        wire.encode(key, wire.Who(rank=1, incarnation=5, present=None))
+    ]
+
+
+async def test_pieces_that_are_not_of_one_message_are_refused_and_nothing_is_kept() -> None:
+    key = wire.prefix("", "a,b")
+    whole = wire.encode(key, wire.Who(rank=1, incarnation=5, present=None))
+
+    def piece(number: int, of: int, data: bytes = b"", incarnation: int = 5) -> wire.Piece:
+        return wire.Piece(rank=1, incarnation=incarnation, number=number, of=of, data=data)
+
+    for parts in (
+        [piece(1, 2)], [piece(0, 3), piece(2, 3)], [piece(0, 2), piece(1, 3)], [piece(0, 2), piece(1, 2, incarnation=6)],
+        [piece(0, 100)], [piece(0, 2, whole), piece(1, 2, b"more")], [piece(0, 2, whole), piece(1, 2, incarnation=7)],
+        [piece(0, 1, wire.encode(key, piece(0, 1, whole)))], [piece(0, 1, whole, 7)],
+    ):  # fmt: skip
+        pieces = wire.Pieces(key, 1 << 20)
+        assert [pieces.add(part) for part in parts[:-1]] == [None] * (len(parts) - 1)
+        with pytest.raises(DescriptorError):
+            pieces.add(parts[-1])
+        assert pieces._data == []
+        assert pieces.add(piece(0, 1, whole)) is not None
+
+
+async def test_a_member_that_says_what_cannot_be_is_lost_by_name_and_the_others_go_on(caplog: Any) -> None:
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+        party = w.a2a[1]._party
+        far = View(party.incarnation, (), (), 1 << 40, (), (), tuple((r, p._party.incarnation, 0) for r, p in enumerate(w.a2a)))
+        for rank in (0, 2, 3):
+            party._send(rank, wire.Told(rank=1, incarnation=party.incarnation, view=far))
+
+        async def rank(a2a: moe.AllToAll) -> None:
+            await asyncio.sleep(0.01)
+            b = batch(np.random.default_rng(a2a.rank), 4)
+            d, out = await step(a2a, b)
+            assert d.handle.lost == (1,)
+            assert np.array_equal(out, combined(b, d.handle.dropped))
+            await a2a.aclose()
+
+        await w.every(rank, ranks=(0, 2, 3))
+        assert any("speaks of step" in str(a2a.lost[1]) for a2a in w.a2a if a2a.rank != 1)
+        with pytest.raises(moe.EvictedError):
+            await w.a2a[1].ready()
+            await w.a2a[1].dispatch(*batch(np.random.default_rng(1), 4))
+        await w.a2a[1].aclose()
+
+    await asyncio.to_thread(world, 4, script)
+
+
+async def test_a_reader_goes_on_after_a_message_that_it_fails_at(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    async with engines(2) as of:
+        a2a = made(of)
+        await asyncio.gather(*map(one_step, a2a))
+        party = a2a[0]._party
+        with monkeypatch.context() as patch:
+            def fail(*_: Any) -> None:
+                raise ZeroDivisionError("ours")
+
+            patch.setattr(party, "_taking_part", fail)
+            await a2a[1]._party.ranks[0].peer.send(  # type: ignore[union-attr]
+                wire.encode(party._key, wire.Who(rank=1, incarnation=a2a[1]._party.incarnation, present=None))
+            )
+            async with asyncio.timeout(5):
+                while not a2a[0].lost:
+                    await asyncio.sleep(0.01)
+        assert "ours" in str(a2a[0].lost[1])
+        assert "could not be dealt with" in caplog.text
+        assert [task for task in party._tasks if "_listen" in repr(task)]
+        again = moe.AllToAll(of[1], of[1].group([str(e.address) for e in of]), **SIZES)
+        await a2a[1].aclose()
+        await asyncio.wait_for(again.ready(), 5)  # it is read: the rank that was lost is taken in again
+        while a2a[0].next_step < again.next_step:
+            await a2a[0].combine((await a2a[0].dispatch(*NOTHING)).x, a2a[0].in_flight[0])
+        await asyncio.gather(one_step(a2a[0]), one_step(again))
+        await asyncio.gather(a2a[0].aclose(), again.aclose())
+    caplog.clear()
+
+
+async def test_an_all_to_all_that_has_lost_very_many_takes_in_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiotransfer.moe.members.MOST_GONE", 4)
+    members = Members(0, [1, 2], slots=2)
+    for number in range(3, 5):
+        assert not members.full
+        assert members.join(1, number)
+    assert members.full
+
+
+# ---- a rank that cannot set up ----
+
+
+@pytest.mark.parametrize("error", [MemoryError, at.RegistrationError, OSError])
+async def test_a_rank_that_cannot_set_up_tells_the_others_at_once_and_why(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    def buffers(engine: Any, *given: Any, **named: Any) -> Any:
+        if engine is short[0]:
+            raise error("none left\nat all")
+        return Buffers(engine, *given, **named)
+
+    monkeypatch.setattr(meeting, "Buffers", buffers)
+    async with engines(4) as of:
+        short = [of[2]]
+        addresses = [str(engine.address) for engine in of]
+        sizes = SIZES | {"num_experts": 4, "timeout": 60}
+        a2a = [moe.AllToAll(e, e.group(addresses), **sizes) for e in of]
+        async with asyncio.timeout(20):
+            found = await asyncio.gather(*(one.ready() for one in a2a), return_exceptions=True)
+        assert type(found[2]) is error
+        for other in (found[0], found[1], found[3]):
+            assert type(other) is at.PeerLostError
+            assert other.message.startswith("rank 2 (")
+            assert f"could not set up: {error.__name__}: none left at all" in other.message
+        short.clear()
+        short.append(None)  # type: ignore[arg-type]
+        await asyncio.gather(*(one.ready() for one in a2a))  # all of them may try again
+        await asyncio.gather(*(one.aclose() for one in a2a))
+
+
+async def test_a_group_at_work_does_not_heed_a_rank_that_cannot_set_up_a_second_time() -> None:
+    async with engines(2) as of:
+        a2a = made(of)
+        await asyncio.gather(*map(one_step, a2a))
+        with pytest.raises(ValueError, match="is open on this engine"):
+            await made(of)[1].ready()
+        await asyncio.gather(*map(one_step, a2a))
+        await asyncio.gather(*(one.aclose() for one in a2a))
+
+
+async def test_addresses_are_compared_as_places() -> None:
+    async with engines(2) as of:
+        addresses = [f"localhost:{of[0].address.port}", f"[::ffff:127.0.0.1]:{of[1].address.port}"]
+        assert Address.parse(addresses[1]) == of[1].address
+        a2a = [moe.AllToAll(e, e.group(addresses), **SIZES) for e in of]
+        await asyncio.gather(*map(one_step, a2a))
+        await asyncio.gather(*(one.aclose() for one in a2a))
