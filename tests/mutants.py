@@ -316,6 +316,71 @@ MUTANTS = (
         "-m venv $(VENV)\n\t@touch $@ $(VENV)/bin/python", "tests/system/test_build.py",
     ),
     Mutant(
+        "group: who speaks for a member", "aiotransfer/engine/group.py",
+        "        if (known is not None and known[0] is peer) or self._known(join.rank) is peer:\n",
+        "        if True:\n", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "group: lists that differ", "aiotransfer/engine/rosters.py",
+        "if there and lists and ours not in lists:",
+        "if False:", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "group: a list that cannot be", "aiotransfer/engine/rosters.py",
+        "size % MEMBER_BYTES or size > MOST_MEMBERS * MEMBER_BYTES:",
+        "False:", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "reach: another engine is there", "aiotransfer/engine/reach.py",
+        "        if found is not peer:\n            self._refused.add(peer)\n",
+        "        if False:\n            self._refused.add(peer)\n", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "reach: what is held of a stranger", "aiotransfer/engine/reach.py",
+        "len(claim.held) >= MOST_HELD or",
+        "", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "MoE: who speaks for a rank", "aiotransfer/moe/party.py",
+        "or self._at(content.rank) is message.peer:",
+        "or True:", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: a reader goes on", "aiotransfer/moe/party.py",
+        "        except Exception as error:\n            left_out = self._limit.admit(",
+        "        except MemoryError as error:\n            left_out = self._limit.admit(", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: views that cannot be", "aiotransfer/moe/party.py",
+        "        if wrong and (self.rank,",
+        "        if False and (self.rank,", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: pieces of one message", "aiotransfer/moe/wire.py",
+        "        if self._of != (piece.incarnation, piece.of) or piece.number != len(held):\n",
+        "        if False:\n", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: length of a message in pieces", "aiotransfer/moe/wire.py",
+        "        if piece.of * PIECE > self._most + PIECE:\n",
+        "        if False:\n", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: ranks that are gone", "aiotransfer/moe/members.py",
+        "return len(self._gone) + len(self._present) >= MOST_GONE",
+        "return False", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: a rank that cannot set up says so", "aiotransfer/moe/meeting.py",
+        "                self._send_to(peer, unable)\n",
+        "                pass\n", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: connected ranks are not dialled", "aiotransfer/moe/meeting.py",
+        "                if rank not in found and (peer := self._at(rank)) is not None:\n",
+        "                if False and (peer := self._at(rank)) is not None:\n", "tests/moe/test_identity.py",
+    ),
+    Mutant(
         "MoE: whatever an argument raises", "aiotransfer/moe/alltoall.py",
         "            except BaseException as error:  # whatever it is", "            except (TypeError, ValueError) as error:  #",
         "tests/moe/test_out_of_step.py",

@@ -209,6 +209,13 @@ class Acknowledge(msgspec.Struct, tag=27, array_like=True):
     received: int
 
 
+class Roster(msgspec.Struct, tag=28, array_like=True, frozen=True):
+    """Whom a group lists that its sender forms: digests of the group's name and of each member's address, in order."""
+
+    name: bytes
+    members: bytes
+
+
 Greeting = Hello | Welcome | Proof | Accepted | Info | Refused
 Frame = (
     Lookup
@@ -229,6 +236,7 @@ Frame = (
     | Resume
     | Resumed
     | Acknowledge
+    | Roster
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -22,11 +22,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.control.frames import Join
+from aiotransfer.control.frames import Join, Roster
 from aiotransfer.control.patience import Patience
 from aiotransfer.engine.arguments import MOST_IMM, RESERVED
 from aiotransfer.engine.plans import Plan
 from aiotransfer.engine.reach import Claims
+from aiotransfer.engine.rosters import Rosters
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import (
     BrokenError,
@@ -126,11 +127,13 @@ class PeerGroup(Unpicklable):
                 await work()
         except TimeoutError as error:
             missing = self._missing()
-            who = f"; not heard of: {', '.join(missing)}" if missing else ""
+            who = f"; not heard of: {', '.join(str(self.members[rank]) for rank in missing)}" if missing else ""
+            lists = self.differences(missing)
             late = TransferTimeout(
-                f"the {what} of {len(self)} members did not end within {left:g} s{who}",
-                hint="does every member call it? The group is broken until all call reform()",
-            )
+                f"the {what} of {len(self)} members did not end within {left:g} s{who}{'; ' if lists else ''}{lists}",
+                ranks=missing, hint="give every member the same list, in the same order" if lists else
+                "does every member call it? The group is broken until all call reform()",
+            )  # fmt: skip
             self._break(late)
             raise late from (None if not isinstance(error, TransferTimeout) else error)
         except BaseException as error:  # also cancellation: the others are somewhere else now
@@ -142,14 +145,18 @@ class PeerGroup(Unpicklable):
         finally:
             self._busy = False
 
-    def _missing(self) -> list[str]:
+    def _missing(self) -> list[int]:
         if self._formed:
             return []
-        return [
-            str(address)
-            for rank, address in enumerate(self.members)
-            if rank != self.rank and not self._has_joined(rank)
-        ]
+        return [rank for rank in range(len(self)) if rank != self.rank and not self._has_joined(rank)]
+
+    def show(self, peer: Peer) -> None:
+        """Tell a peer whom this group lists, so that lists that differ are found."""
+        self._engine._groups.rosters.show(self, peer)
+
+    def differences(self, ranks: Sequence[int]) -> str:
+        """Which of these members list others under this name; empty where that is not known."""
+        return self._engine._groups.rosters.differences(self, ranks)
 
     async def _barrier(self) -> None:
         if self._failure is not None:
@@ -286,6 +293,7 @@ class PeerGroup(Unpicklable):
     def _tell(self, rank: int, peer: Peer) -> None:
         if self._told.get(rank) != (peer, self._generation):
             self._told[rank] = (peer, self._generation)
+            self.show(peer)
             imms = (self._counters[0].imm, self._counters[1].imm)
             peer._reply(Join(key=self._key, rank=self.rank, generation=self._generation, imms=imms))
 
@@ -354,6 +362,7 @@ class Groups:
         self._engine = engine
         self._groups: dict[bytes, PeerGroup] = {}
         self._early: dict[bytes, dict[tuple[int, Peer], Join]] = {}
+        self.rosters = Rosters(engine)
 
     def get(self, members: Sequence[str | Address], name: str) -> PeerGroup:
         """The group of these members; the same object while it is not closed."""
@@ -400,8 +409,13 @@ class Groups:
         peer._early_joins += (join.rank, peer) not in early
         early[join.rank, peer] = join
 
+    def listed(self, peer: Peer, theirs: Roster) -> None:
+        """A peer has shown whom a group of its lists."""
+        self.rosters.seen(peer, theirs, list(self._groups.values()))
+
     def gone(self, peer: Peer) -> None:
         """A peer has ended: so have its early Joins."""
+        self.rosters.gone(peer)
         if peer._early_joins:
             for key, early in list(self._early.items()):
                 for rank in [rank for rank, who in early if who is peer]:
@@ -413,6 +427,7 @@ class Groups:
         """It was closed."""
         if self._groups.get(group._key) is group:
             del self._groups[group._key]
+            self.rosters.forget(group)
 
     def close(self) -> None:
         """The engine ends."""

@@ -295,6 +295,8 @@ class Peer(Unpicklable):
                 self._engine._connections.came_up(self)
             case frames.Join():
                 self._engine._groups.joined(self, frame)
+            case frames.Roster():
+                self._engine._groups.listed(self, frame)
             case frames.Revoked(slots=slots, reason=reason, epochs=epochs):
                 self._engine._remote_revoked(self, slots, epochs, reason)
             case _:

@@ -32,9 +32,10 @@ class Meeting(Ranks):
         """What to raise when it takes too long."""
         missing = [rank for rank in self.others() if rank not in self._hellos]
         who = ", ".join(map(self.who, missing)) or "no rank in particular"
+        lists = self.group.differences(missing)
         return TransferTimeout(
-            f"the ranks of {self!r} did not meet within {seconds:g} s; not heard of: {who}", ranks=missing,
-            hint="does every rank make an AllToAll of this name over the same group?",
+            f"the ranks of {self!r} did not meet within {seconds:g} s; not heard of: {who}{'; ' if lists else ''}{lists}",
+            ranks=missing, hint="does every rank make an AllToAll of this name over the same group?",
         )  # fmt: skip
 
     async def meet(self) -> None:
@@ -100,6 +101,8 @@ class Meeting(Ranks):
                 for rank, (peer, _) in self._hellos.items():
                     found.setdefault(rank, peer)
                 look()
+                for peer in found.values():
+                    self.group.show(peer)
                 missing = [rank for rank in self.others() if rank not in found]
                 if self._seen:
                     missing = [rank for rank in missing if rank in self._present()]

@@ -65,6 +65,7 @@ class Ranks:
         self, engine: Engine, group: PeerGroup, shape: Shape, name: str, direct: bool | None, gpu: bool, in_place: bool
     ) -> None:
         self.engine = engine
+        self.group = group
         self.addresses = group.members
         self.rank = group.rank
         self.incarnation = _incarnation(engine)

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 import aiotransfer as at
-from aiotransfer.control.frames import Join
+from aiotransfer.control.frames import Join, Roster
 from aiotransfer.engine.plans import Plan
 from aiotransfer.providers import native
 
@@ -276,3 +276,112 @@ async def test_a_target_that_is_no_member_is_refused(four: list[at.PeerGroup]) -
         remote = await peer.lookup("memory")
         with pytest.raises(ValueError, match="no member"):
             four[0].scatter_plan(four[0]._engine.allocate(64), [(0, 64, remote)])
+
+
+# ---- who may speak for a member ----
+
+
+def join(groups: list[at.PeerGroup], rank: int, *, generation: int = 1, key: bytes | None = None) -> Join:
+    """What the member of that rank may say."""
+    return Join(key=key or groups[0]._key, rank=rank, generation=generation, imms=(0xF000_0000, 0xF000_0001))
+
+
+@pytest.mark.parametrize("says", ["nothing", "the member's address"])
+@pytest.mark.parametrize("when", ["before", "formed"])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+async def test_an_engine_that_is_no_member_cannot_speak_for_one(rank: int, when: str, says: str, caplog: Any) -> None:
+    async with AsyncExitStack() as stack:
+        groups = await open_group(stack, "shm", 4)
+        stranger = await stack.enter_async_context(at.open_engine(providers="shm"))
+        if says != "nothing":
+            stranger.address = groups[rank]._engine.address
+        if when == "formed":
+            await everyone(groups, timeout=5)
+        others = [group for group in groups if group.rank != rank]
+        peers = [await stranger.connect(group._engine.address) for group in others]
+        for generation in (1, 2, 1 << 40):
+            for peer in peers:
+                peer._reply(join(groups, rank, generation=generation))
+        for peer in peers:
+            await peer.ping()
+        for _ in range(3):
+            await everyone(groups, timeout=5)
+        await asyncio.sleep(0.2)
+        await everyone(groups, timeout=5)
+        for group in others:
+            member = group.peers[rank]
+            assert member is not None
+            assert member.incarnation == groups[rank]._engine.incarnation
+        assert "another engine is reached at" in caplog.text
+
+
+async def test_a_join_that_came_early_does_not_take_the_place_of_the_members_own() -> None:
+    """Both are kept until the group is made, whoever was first."""
+    async with AsyncExitStack() as stack:
+        left, right, stranger = [await stack.enter_async_context(at.open_engine(providers="shm")) for _ in range(3)]
+        members = [str(left.address), str(right.address)]
+        group = left.group(members)
+        barrier = asyncio.create_task(group.barrier(timeout=5))
+        peer = await stranger.connect(right.address)
+        peer._reply(join([group], 0))
+        await peer.ping()
+        await asyncio.sleep(0.1)
+        peer._reply(join([group], 0, generation=7))
+        await peer.ping()
+        await asyncio.gather(right.group(members).barrier(timeout=5), barrier)
+
+
+async def test_what_is_said_for_members_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with AsyncExitStack() as stack:
+        groups = await open_group(stack, "shm", 2)
+        stranger = await stack.enter_async_context(at.open_engine(providers="shm"))
+        claims = groups[0]._claims
+
+        async def never(address: Any) -> Any:
+            await asyncio.sleep(60)
+
+        monkeypatch.setattr(groups[0]._engine._connections.reach, "dial", never)
+        peer = await stranger.connect(groups[0]._engine.address)
+        for generation in range(1, 1000):
+            peer._reply(join(groups, 1, generation=generation))
+        await peer.ping()
+        assert sum(len(claim.held) for claim in claims._claims.values()) <= 64
+        assert len(claims._claims) == 1
+        groups[0].close()
+        assert not claims._claims
+
+
+@pytest.mark.parametrize("other", ["shorter", "another order", "another member"])
+async def test_lists_that_differ_are_told_of_by_whose_they_are(other: str) -> None:
+    async with AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(at.open_engine(providers="shm", name=f"e{i}")) for i in range(4)]
+        a, b, c, d = (str(engine.address) for engine in engines)
+        groups = [engine.group([a, b, c]) for engine in (engines[0], engines[2])]
+        theirs, text = {
+            "shorter": ([a, b], "lists 2 members instead of 3"),
+            "another order": ([b, a, c], "lists another member at place 0, 1"),
+            "another member": ([a, b, d], "lists another member at place 2"),
+        }[other]
+        groups.append(engines[1].group(theirs))
+        found = await asyncio.gather(*(group.barrier(timeout=1.5) for group in groups), return_exceptions=True)
+        assert all(isinstance(error, at.TransferTimeout) for error in found)
+        assert f"member 1 (e1) {text}" in str(found[0])
+        assert "the same list" in found[0].hint
+        assert "(e0) lists " in str(found[2])
+        assert [1 in error.ranks for error in found[:2]] == [True, True]  # no connection may tell the last one of it
+
+
+async def test_groups_of_one_name_and_other_members_are_no_mistake(four: list[at.PeerGroup]) -> None:
+    engines = [group._engine for group in four]
+    halves = [engine.group([str(e.address) for e in engines[i // 2 * 2 :][:2]], name="all") for i, engine in enumerate(engines)]
+    await asyncio.gather(*(group.barrier(timeout=5) for group in (*four, *halves)))
+
+
+async def test_a_list_of_members_that_cannot_be_loses_its_sender(four: list[at.PeerGroup]) -> None:
+    for wrong in (Roster(b"short", b"1234"), Roster(b"n" * 8, b"123"), Roster(b"n" * 8, bytes(4 * 4097))):
+        async with at.open_engine(providers=["shm", "loopback"]) as stranger:
+            peer = await stranger.connect(four[0]._engine.address)
+            peer._reply(wrong)
+            await peer.closed(timeout=5)
+            assert peer.state == "lost"
+    await everyone(four, timeout=5)

@@ -67,6 +67,7 @@ FRAMES: tuple[Greeting | Frame, ...] = (
     frames.Up(),
     frames.Merge(),
     frames.Join(b"k" * 16, 1, 2, (0xF000_0000, 0xF000_0001)),
+    frames.Roster(b"n" * 8, b"m" * 12),
     frames.Resume(1, 3, b"m" * 32),
     frames.Resumed(4, b"m" * 32),
     frames.Acknowledge(5),
