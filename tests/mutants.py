@@ -46,6 +46,31 @@ MUTANTS = (
         "tests/engine/test_cancellation.py tests/engine/test_write.py",
     ),
     Mutant(
+        "withheld: foreign memory is for copiers", "ffi/lane/copiers.h",
+        "return op->remote->foreign ? AT_RISK_FOREIGN : op->waits ? AT_RISK_SLOW : AT_RISK_NONE;", "return AT_RISK_NONE;",
+        "tests/engine/test_withheld.py",
+    ),
+    Mutant(
+        "withheld: one copier for a process", "ffi/lane/copiers.c",
+        "(peer->process != 0 && one->peer->process == peer->process)", "0", "tests/engine/test_withheld.py",
+    ),
+    Mutant(
+        "withheld: pages of ours are looked at", "ffi/lane/resident.c", "if (seen[i] & 1u) continue;", "continue;",
+        "tests/engine/test_withheld.py",
+    ),
+    Mutant(
+        "withheld: no lock during a copy", "ffi/lane/submit.c", "    at_unlock(lane);\n}\n\nstatic void end_here",
+        "}\n\nstatic void end_here", "tests/engine/test_withheld.py",
+    ),
+    Mutant(
+        "exec: the program is still the same", "ffi/shm/memory.c", "    if (!at_shm_unchanged(shm)) {", "    if (0) {",
+        "tests/engine/test_replaced.py",
+    ),
+    Mutant(
+        "punched: pages are counted", "ffi/shm/post.c", "if (is_punched(remote, k)) return AT_EPROTO;", "",
+        "tests/engine/test_punched.py",
+    ),
+    Mutant(
         "registered: the storage of a tensor", "aiotransfer/engine/hold.py", "            owner = owner.untyped_storage()\n",
         "            break\n", "tests/engine/test_registered_memory.py",
     ),

@@ -114,8 +114,10 @@ def refusal(
 
 def unflushed(peer: Peer) -> QuarantineError:
     """For a transfer whose fabric cannot be made to forget it."""
+    shared = peer.path.provider == "shm"
+    why = "a page of its memory or of ours is withheld" if shared else "its fabric cannot tell when it is over"
     return QuarantineError(
-        f"a transfer to {peer} was given up, and its fabric cannot tell when it is over",
+        f"a transfer to {peer} was given up, and {why}",
         peer=str(peer.address),
         provider=peer.path.provider,
         hint="do not reuse the source: it stays registered until what was posted of it has retired",

@@ -102,6 +102,8 @@ class ShmPath(Path):
             raise shortage(number, "cannot bind", provider="shm") or BrokenError(
                 f"cannot bind: {native.text(remote)}", provider="shm"
             )
+        if segment is not None and self._own is None:
+            native.lib.at_remote_guard(self._lane.pointer, remote, segment.fd, segment.nbytes)
         return Binding(self._lane, remote, self, peer, segment, address)
 
     async def _check_foreign(self) -> None:
@@ -157,8 +159,10 @@ class ShmPath(Path):
             if len(fds) != 1:
                 raise BrokenError(f"the peer sent {len(fds)} descriptors instead of one", provider="shm")
             segment = Segment.map(fds[0], nbytes)
-        finally:
+        except BaseException:
             fdchannel.close_all(fds)
+            raise
+        segment.fd = fds[0]  # to count its pages with
         if segment.nbytes <= INLINE_TOUCH:
             segment.touch()
         else:

@@ -73,7 +73,7 @@ typedef struct {
 
 enum at_lane_flags {
     AT_LANE_NO_THREAD = 1, /* nothing runs behind the caller's back: tests on virtual time */
-    AT_LANE_LOOP = 2,      /* at_poll makes the queued copies; the native thread only answers and watches */
+    AT_LANE_LOOP = 2,      /* at_poll makes the queued copies, but for those that copiers make; the native thread only answers and watches */
     AT_LANE_THREAD = 4     /* the native thread makes them from their first byte */
 };
 
@@ -141,6 +141,9 @@ int at_grant_valid(at_lane *lane, int64_t slot, uint64_t epoch);
  * bound every later use. */
 int64_t at_remote_add(at_lane *lane, int64_t peer, void *base, uint64_t va, uint64_t nbytes, int access, uint32_t slot,
                       uint64_t epoch);
+/* Before it is used: it is a mapping of this segment of `nbytes` bytes; the descriptor is lent as base is. Its owner is given up when pages
+ * of it are missing, as making them again would be paid for by us: that is looked at after every 1 MiB that is moved. */
+int at_remote_guard(at_lane *lane, int64_t remote, int fd, uint64_t nbytes);
 /* For who has read there by a mapping of its own: AT_OK when all that was read before this call was the owner's to give, AT_ESTALE
  * when it may be of the memory's next user. */
 int at_remote_valid(at_lane *lane, int64_t remote);

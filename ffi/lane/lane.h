@@ -114,6 +114,9 @@ typedef struct {
     int access;
     int open;
     int foreign;                     /* a page of it can hold up the thread that touches it: see copiers.c */
+    int segment_fd;                  /* of the mapping, lent; -1: none that could be punched */
+    uint64_t segment_bytes;
+    _Atomic uint64_t unchecked;      /* bytes moved since its pages were counted */
 } at_remote;
 
 enum at_op_kind { AT_OP_WRITE, AT_OP_PAGES, AT_OP_SIGNAL, AT_OP_READ, AT_OP_BATCH };

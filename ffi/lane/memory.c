@@ -228,6 +228,7 @@ int64_t at_remote_add(at_lane *lane, int64_t peer_id, void *base, uint64_t va, u
                           .generation = generation,
                           .access = access,
                           .foreign = base == NULL && peer->port->foreign && !(lane->config.flags & AT_LANE_NO_THREAD),
+                          .segment_fd = -1,
                           .open = 1};
     peer->users++;
     lane->stats.remote_regions++;
@@ -247,6 +248,17 @@ int at_remotes_age(at_lane *lane, uint32_t generation) {
     for (uint32_t i = 0; i < lane->remote_count; i++)
         if ((lane->remotes[i]->generation & 1u) == 0) lane->remotes[i]->generation = generation & ~1u;
     return AT_OK;
+}
+
+int at_remote_guard(at_lane *lane, int64_t id, int fd, uint64_t nbytes) {
+    at_lock(lane);
+    at_remote *remote = at_remote_use(lane, id);
+    if (remote != NULL) {
+        remote->segment_fd = fd;
+        remote->segment_bytes = nbytes;
+    }
+    at_unlock(lane);
+    return remote != NULL ? AT_OK : AT_ESTALE;
 }
 
 at_remote *at_remote_use(at_lane *lane, int64_t id) {

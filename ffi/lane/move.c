@@ -56,6 +56,7 @@ void at_op_moved(at_op *op, uint64_t n) {
 static int move_over(at_lane *lane, at_op *op, int rc, int oserror) {
     at_peer *peer = op->peer;
     if (oserror != 0) lane->oserror = oserror;
+    if (rc == AT_EPROTO) at_peer_broke(peer);
     int published = at_op_publish(op);
     if (rc == AT_OK && published != AT_EAGAIN) rc = published;
     if (rc != AT_OK || atomic_load(&op->withdrawn) || peer->status != AT_OK) {

@@ -172,8 +172,9 @@ static int moved_here(at_lane *lane, at_op *op, uint64_t moved, int rc, int oser
         lane->stats.ops_inline++;
         lane->stats.units_written += op->units;
         lane->stats.bytes_written += op->nbytes * op->units;
-    } else if (oserror != 0) {
-        lane->oserror = oserror;
+    } else {
+        if (oserror != 0) lane->oserror = oserror;
+        if (rc == AT_EPROTO) at_peer_broke(op->peer);
     }
     return rc;
 }

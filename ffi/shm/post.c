@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <sched.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -34,6 +35,19 @@ static int revoked(const at_remote *remote) {
     return atomic_load(remote->word) != remote->epoch;
 }
 
+#define UNCHECKED ((uint64_t)1 << 20)
+
+/* Its owner cannot shrink a segment, but punch holes into it; whoever touches them pays for new pages, or is killed for them. That cannot
+ * be prevented, only noticed soon. */
+static int is_punched(at_remote *remote, uint64_t n) {
+    struct stat info;
+    if (remote->segment_fd < 0) return 0;
+    uint64_t unchecked = atomic_load_explicit(&remote->unchecked, memory_order_relaxed) + n;
+    atomic_store_explicit(&remote->unchecked, unchecked < UNCHECKED ? unchecked : 0, memory_order_relaxed);
+    if (unchecked < UNCHECKED) return 0;
+    return fstat(remote->segment_fd, &info) == 0 && (uint64_t)info.st_blocks * 512 < remote->segment_bytes;
+}
+
 static int withdrawn(const at_op *op) {
     return atomic_load_explicit(&op->withdrawn, memory_order_relaxed); /* order: alone: seen a chunk later is soon enough */
 }
@@ -44,13 +58,14 @@ static int failed(int error, int *oserror) {
 }
 
 static int move_bytes(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, at_active *active, uint64_t *moved, int *oserror) {
-    const at_remote *remote = op->remote;
+    at_remote *remote = op->remote;
     int cold = at_copy_prefers_cold(op->footprint);
     uint64_t chunk = remote->base == NULL || cold ? FOREIGN_CHUNK : AT_CHUNK;
     int reads = op->kind == AT_OP_READ;
     while (*moved < n) {
         uint64_t k = n - *moved < chunk ? n - *moved : chunk, from = first + *moved, to = op->remote_offset + from;
         active->begin = to, active->nbytes = k;
+        if (is_punched(remote, k)) return AT_EPROTO;
         int rc = at_shm_enter(shm, active, remote), error = 0;
         if (rc != AT_OK) return rc;
         hold();
@@ -94,13 +109,14 @@ static int foreign_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t 
 }
 
 static int move_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, at_active *active, uint64_t *moved, int *oserror) {
-    const at_remote *remote = op->remote;
+    at_remote *remote = op->remote;
     uint64_t page = op->nbytes, chunk = remote->base != NULL ? AT_CHUNK : FOREIGN_CHUNK;
     uint64_t most = page >= chunk ? 1 : chunk / page;
     int cold = at_copy_prefers_cold(op->footprint);
     while (*moved < n) {
         uint64_t k = n - *moved < most ? n - *moved : most, at = first + *moved;
         active->begin = op->remote_offset, active->nbytes = remote->nbytes - op->remote_offset;
+        if (is_punched(remote, k * page)) return AT_EPROTO;
         int rc = at_shm_enter(shm, active, remote), error = 0;
         if (rc != AT_OK) return rc;
         hold();

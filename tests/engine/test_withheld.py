@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
+
+from aiotransfer.providers import native
+from aiotransfer.testing import engine_pair
 
 from .withheld import can_withhold
 
@@ -21,7 +26,36 @@ def run(scenario: str) -> None:
 
 
 @pytest.mark.parametrize("scenario", ["others_go_on", "many_of_one_process", "sources_of_ours"])
-def test_a_page_that_a_peer_withholds_stops_nobody(scenario: str) -> None:
+def test_a_page_that_is_withheld_stops_nobody(scenario: str) -> None:
     if not can_withhold():
         pytest.skip("userfaultfd is not permitted here")
     run(scenario)
+
+
+@pytest.mark.asyncio
+async def test_a_copy_inside_the_call_holds_no_lock() -> None:
+    """Another thread uses the engine while the loop's thread stands still in the middle of a copy."""
+    lib, seen = native.lib, list[tuple[int, int]]()
+    async with engine_pair("shm") as pair:
+        region = pair.right.allocate(4096)
+        pair.right.publish("target", region)
+        target = await pair.right_peer.lookup("target")
+        source = pair.left.allocate(4096)
+        await pair.left.write(source, target)
+        number = pair.right_peer.path.lane_peer
+
+        def look() -> None:
+            while not lib.at_shm_held():
+                time.sleep(0.001)
+            seen.append((lib.at_peer_queued(pair.left._p, number), lib.at_shm_held()))
+            lib.at_shm_hold(0)
+
+        thread, rescue = threading.Thread(target=look), threading.Timer(10, lib.at_shm_hold, (0,))
+        lib.at_shm_hold(1)
+        thread.start()
+        rescue.start()
+        await pair.left.write(source, target)
+        rescue.cancel()
+        thread.join()
+        rescue.join()
+    assert seen == [(0, 1)]

@@ -167,9 +167,9 @@ async def sources_of_ours() -> None:
 async def many_of_one_process() -> None:
     """Engines of one process share what it can cost: one thread, whatever the number of its connections."""
     async with at.open_engine(listen="127.0.0.1:0", config=CONFIG) as engine:
-        async with at.open_engine() as one, at.open_engine() as two:
+        async with at.open_engine() as one, at.open_engine() as two, at.open_engine() as three:
             regions = []
-            for other in (one, two):
+            for other in (one, two, three):
                 region = other.register((withhold(NBYTES), NBYTES, "cpu"))
                 await engine.connect(other.address) if other.address else await other.connect(engine.address)
                 regions.append(region.descriptor)
