@@ -95,6 +95,15 @@ MUTANTS = (
         "        return pages.copy()\n", "        return pages\n", "tests/engine/test_changing_tables.py",
     ),
     Mutant(
+        "vanishing memory: the kernel copies it", "ffi/shm/post.c",
+        "        else if (op->region->file) error = at_own_copy(reads ? here : there, reads ? there : here, k);\n", "",
+        "tests/engine/test_vanishing_memory.py",
+    ),
+    Mutant(
+        "vanishing memory: it is not posted itself", "ffi/fabric/memory.c", "!op->region->file || v->bytes == 0", "v->bytes != 0",
+        "tests/engine/test_vanishing_memory.py",
+    ),
+    Mutant(
         "memory of a GPU: only where it is taken", "ffi/lane/submit.c",
         "if (region->cuda >= 0 && !remote->peer->device) return AT_EDEVICE;", "", "tests/engine/test_staging.py",
     ),

@@ -205,6 +205,8 @@ class Engine(Planner, Unpicklable):
             region = Region(
                 self, plain.address, plain.nbytes, device=plain.device, writable=plain.writable, keep=plain.keep, access=access
             )
+            if not plain.heap:
+                self._lane.look_at_region(region._number)
         self._regions[region._number] = region
         return region
 

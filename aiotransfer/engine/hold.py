@@ -11,32 +11,46 @@ moving it:
 
 from __future__ import annotations
 
+import array
 import sys
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+HEAP = (bytes, bytearray, array.array)  # their memory is never a mapping of a file
 
-def hold(owner: object) -> tuple[object, ...]:
-    """References that keep the memory of `owner` alive and in place, and that of everything it is a view of."""
+
+class Held(NamedTuple):
+    """References that keep memory alive and in place; `heap`: it is surely from the heap, so that no page can be taken away."""
+
+    references: tuple[object, ...]
+    heap: bool
+
+
+def hold(owner: object) -> Held:
+    """What keeps the memory of `owner`, and of everything that it is a view of."""
     held: list[object] = []
+    heap = False
     torch = sys.modules.get("torch")
     while owner is not None:
         held.append(owner)
         if isinstance(owner, np.ndarray):
             held.append(weakref.ref(owner))
+            heap = owner.flags.owndata
             owner = owner.base
         elif isinstance(owner, memoryview):
             owner = owner.obj
         elif torch is not None and isinstance(owner, torch.Tensor):
             owner = owner.untyped_storage()
         elif torch is not None and isinstance(owner, torch.UntypedStorage):
+            heap = owner.resizable() and not owner.is_shared()
             held.append(_view_of(owner, torch))
             break
         else:
+            heap = type(owner) in HEAP
             break
-    return tuple(held)
+    return Held(tuple(held), heap)
 
 
 def _view_of(storage: Any, torch: Any) -> object:

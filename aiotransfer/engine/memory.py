@@ -25,13 +25,14 @@ PARTS = "register the tensors that it is made of"
 
 
 class Plain(NamedTuple):
-    """Dense memory: where, how much, on what, whether it may be written into, and what keeps it alive."""
+    """Dense memory: where, how much, on what, whether it may be written into, what keeps it alive; whether it is of the heap."""
 
     address: int
     nbytes: int
     device: str
     writable: bool
     keep: object
+    heap: bool = False
 
 
 def _refuse_strided(shape: object, strides: object) -> RegistrationError:
@@ -46,8 +47,8 @@ def _of_array(array: np.ndarray[Any, Any], keep: object) -> Plain:
         raise RegistrationError(f"an array of Python objects (dtype {array.dtype}) is no plain memory")
     if not is_dense(array.shape, array.strides, array.itemsize):
         raise _refuse_strided(array.shape, array.strides)
-    address = int(array.__array_interface__["data"][0])
-    return Plain(address, array.nbytes, "cpu", bool(array.flags.writeable), (keep, hold(array)))
+    address, held = int(array.__array_interface__["data"][0]), hold(array)
+    return Plain(address, array.nbytes, "cpu", bool(array.flags.writeable), (keep, held), held.heap)
 
 
 def _of_tensor(tensor: Any) -> Plain:
@@ -74,7 +75,7 @@ def _of_torch(owner: Any, nbytes: int) -> Plain:
         return Plain(*devicememory.confirmed(address, nbytes, devicememory.ordinal_of(device), True, keep))
     if nbytes and not address:
         raise RegistrationError(f"this {type(owner).__name__} has no memory of its own", hint=PARTS)
-    return Plain(address, nbytes, device, True, keep)
+    return Plain(address, nbytes, device, True, keep, keep.heap)
 
 
 def _of_triple(triple: tuple[Any, ...]) -> Plain:
@@ -130,8 +131,8 @@ def _of_view(view: memoryview, buffer: object) -> Plain:
         array = np.frombuffer(view, np.uint8) if view.c_contiguous else np.asarray(view)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RegistrationError(f"NumPy cannot read this buffer: {error}", hint="register what it is a view of") from error
-    address, keep = int(array.__array_interface__["data"][0]), (array, hold(buffer), hold(view))
-    return Plain(address, view.nbytes, "cpu", not view.readonly, keep)
+    address, held = int(array.__array_interface__["data"][0]), hold(view)
+    return Plain(address, view.nbytes, "cpu", not view.readonly, (array, buffer, held), held.heap)
 
 
 def describe(buffer: object) -> Plain:

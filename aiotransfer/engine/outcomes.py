@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from aiotransfer.engine.base import EngineBase
 from aiotransfer.engine.notes import Deed
 from aiotransfer.engine.refusals import refusal, unflushed
+from aiotransfer.engine.region import RegionView
 from aiotransfer.engine.transfer import CANCELLED, DONE, PENDING, Transfer
 from aiotransfer.errors import ClosedError, ScatterError, TransferTimeout
 from aiotransfer.providers import native
@@ -148,8 +149,9 @@ class Outcomes(EngineBase):
     def _failure(self, status: int, peer: Peer, keep: object = None) -> Exception:
         if status == native.lib.AT_EPEER and peer._state == "up":  # the write noticed before the control connection did
             peer._lose("its process has ended, or it has given this side up")
-        grants = [one.grant for one in keep if isinstance(one, Binding)] if isinstance(keep, tuple) else []
-        return refusal(self, status, peer, grant=grants[0] if grants else None)
+        kept = keep if isinstance(keep, tuple) else ()
+        grant = next((one.grant for one in kept if isinstance(one, Binding)), None)
+        return refusal(self, status, peer, grant=grant, local=next((one for one in kept if isinstance(one, RegionView)), None))
 
     def _take_results(self, transfer: Transfer, cookie: int) -> list[int]:
         """The status of each target of a scatter. Taken once, success or not: the lane keeps them until then."""
@@ -165,8 +167,9 @@ class Outcomes(EngineBase):
         if all(status in (0, lib.AT_ECANCELED) for status in results):
             transfer._end(CANCELLED, landed, None)
             return
+        source = transfer._keep[:1] if isinstance(transfer._keep, tuple) else ()
         errors: list[BaseException | None] = [
-            None if status == 0 else self._failure(status, peer)
+            None if status == 0 else self._failure(status, peer, source)
             for status, peer in zip(results, transfer._targets, strict=True)
         ]
         for i, failed in enumerate(errors):

@@ -26,6 +26,7 @@ from aiotransfer.providers import native
 if TYPE_CHECKING:
     from aiotransfer.engine.base import EngineBase
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import RegionView
     from aiotransfer.model.descriptor import Grant, RemoteRegion
 
 
@@ -42,6 +43,7 @@ def refusal(
     peer: Peer | None,
     dst: RemoteRegion | None = None,
     grant: Grant | None = None,
+    local: RegionView | None = None,
 ) -> Exception:
     """The error for a negative status of the lane: with the peer, the path, the status and what to do next."""
     lib, text = native.lib, native.text(status)
@@ -74,6 +76,13 @@ def refusal(
             return RegionError("the source region is closed", hint="keep it open until its operations have ended", **where)
         case lib.AT_ESRC | lib.AT_EDST | lib.AT_EINDEX_SRC | lib.AT_EINDEX_DST | lib.AT_EGRANT:
             return RegionError(text, hint="compare it with .nbytes and .access of the two regions", **where)
+        case lib.AT_EMEMORY:
+            which = "" if local is None else f", {local!r} at {local._root._address + local._start:#x},"
+            return RegistrationError(
+                f"the local memory{which} is not there any more",
+                hint="its file was shortened, or it was unmapped, while it was registered; only this operation has failed",
+                **where,
+            )
         case lib.AT_EDEVICE:
             return RegistrationError(
                 f"{peer} is reached by a path that does not take memory of a GPU", hint="register it with staging=True", **where

@@ -329,6 +329,10 @@ class Submitter(Outcomes):
     ) -> Transfer:
         if result > 1:
             return self._pending(result, nbytes, (peer,), timeout, (src, dst, bound), deed)
+        if result == native.lib.AT_EMEMORY:  # part of it may have landed: no refusal, but how the operation ended
+            failed = self._blank(nbytes, (peer,), None, deed)
+            failed._fail(0, refusal(self, result, peer, dst, local=src))
+            return failed
         if result < 0:
             raise noted(refusal(self, result, peer, dst), deed, nbytes, (peer,))
         if result:
@@ -354,7 +358,10 @@ class Submitter(Outcomes):
         def bound() -> tuple[int, object]:
             return post(dst._box.bound.remote), (src, dst, dst._box.bound)
 
-        self._bind_then(transfer, [(dst, peer)], timeout, bound, lambda result: refusal(self, result, peer, dst), stage, require)
+        def refused(result: int) -> Exception:
+            return refusal(self, result, peer, dst, local=src)
+
+        self._bind_then(transfer, [(dst, peer)], timeout, bound, refused, stage, require)
         return transfer
 
     def _bind_then(

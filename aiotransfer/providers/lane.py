@@ -134,6 +134,10 @@ class Lane:
         """Nothing of ours or of a peer's touches the memory any more."""
         self.holdings.drop("region", region)
 
+    def look_at_region(self, region: int) -> None:
+        """Find out whether it is a mapping of a file, whose pages somebody may take away."""
+        native.lib.at_region_look(self.pointer, region)
+
     def region_on_device(self, region: int, cuda: int, dma_buf: tuple[int, int] | None) -> None:
         """It is memory of this GPU; `dma_buf` is a descriptor, which stays the caller's, and where what it stands for begins."""
         native.lib.at_region_on_device(self.pointer, region, cuda, *(dma_buf or (-1, 0)))

@@ -30,6 +30,7 @@
 
 #define AT_FAB_WINDOW 64u                       /* work requests posted per peer */
 #define AT_FAB_MOST_BYTES ((uint64_t)32 << 20)  /* posted per peer, once something is: what a cancel has to wait for */
+#define AT_FAB_BOUNCES 4u
 #define AT_FAB_RAIL_BYTES ((uint64_t)8 << 20)  /* the same, of each of several: a slow one shall not hold up what others could carry */
 #define AT_FAB_PIECE ((uint64_t)4 << 20)        /* of a larger write */
 #define AT_FAB_BLOCK 64u                        /* slots that are made at once */
@@ -81,6 +82,9 @@ struct at_fab_slot {
     uint64_t counts;         /* units that it counts at the target */
     uint64_t serial;         /* among the work requests that count; 0: it does not, or has been posted by no connection yet */
     void *desc;              /* of the memory that this slot lies in */
+    uint8_t *bounce;         /* owned: the bytes of local memory that may be taken away, see at_fab_bounce; NULL: none */
+    int pooled;              /* it has AT_FAB_PIECE bytes and may be a spare one afterwards */
+    uint8_t *lands;          /* where they go when they have been read; NULL: they are written */
     int state, kind;
     at_fab_letter letter;
 };
@@ -218,6 +222,8 @@ struct at_fab {
     uint32_t lent_room;
     void **local; /* by region */
     uint32_t local_room;
+    uint8_t *bounces[AT_FAB_BOUNCES]; /* spare ones: memory that is taken anew each time costs as much as the copy */
+    uint32_t bounce_count;
     at_fab_slot **blocks;
     void **block_mrs;
     uint32_t block_count, block_room;
@@ -263,6 +269,12 @@ int at_fab_register(at_fab *fab, const at_fab_memory *memory, unsigned use, at_f
 int at_fab_register_host(at_fab *fab, void *base, uint64_t nbytes, unsigned use, at_fab_mr *out);
 void at_fab_unregister(at_fab *fab, at_fab_mr *mr);
 int at_fab_source(at_fab *fab, const at_op *op, void **desc); /* of the operation's local memory */
+/* Local memory that may be taken away (own.c) does not go to a provider that copies it later. libfabric's tcp would end the process where
+ * it copies by itself, and where the kernel refuses, it sends the next message in the place of the bytes that it owes. So what is posted
+ * is a copy. AT_OK, AT_EAGAIN (no memory) or AT_EMEMORY. */
+int at_fab_bounce(at_fab *fab, const at_op *op, at_fab_slot *slot, at_fab_vector *v);
+int at_fab_landed(at_fab_slot *slot); /* it was read: store it. AT_OK or AT_EMEMORY */
+void at_fab_bounce_free(at_fab *fab, at_fab_slot *slot);
 void at_fab_grant_over(at_rail *rail, uint32_t slot);
 void at_fab_region_over(at_rail *rail, uint32_t region);
 void at_fab_memory_close(at_fab *fab);

@@ -5,6 +5,8 @@
 
 #include "fabric.h"
 
+#include "lane/own.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -137,6 +139,33 @@ int at_fab_source(at_fab *fab, const at_op *op, void **desc) {
     }
     *desc = fab->driver->desc(fab->local[index]);
     return AT_OK;
+}
+
+int at_fab_bounce(at_fab *fab, const at_op *op, at_fab_slot *slot, at_fab_vector *v) {
+    if (op->region == NULL || !op->region->file || v->bytes == 0 || op->region->cuda >= 0 || at_fab_is(fab, AT_FAB_LOCAL_MR)) return AT_OK;
+    slot->pooled = v->bytes > AT_FAB_PIECE / 16 && v->bytes <= AT_FAB_PIECE;
+    if (slot->pooled && fab->bounce_count != 0) slot->bounce = fab->bounces[--fab->bounce_count];
+    else slot->bounce = malloc(slot->pooled ? (size_t)AT_FAB_PIECE : (size_t)v->bytes);
+    if (slot->bounce == NULL) return AT_EAGAIN;
+    slot->lands = op->kind == AT_OP_READ ? v->here[0] : NULL; /* one piece: reads have no pages */
+    uint64_t at = 0;
+    for (uint32_t i = 0; i < v->count; i++) {
+        if (slot->lands == NULL && at_own_copy(slot->bounce + at, v->here[i], v->nbytes[i]) != 0) return AT_EMEMORY;
+        v->here[i] = slot->bounce + at;
+        at += v->nbytes[i];
+    }
+    return AT_OK;
+}
+
+int at_fab_landed(at_fab_slot *slot) {
+    int error = slot->lands != NULL ? at_own_copy(slot->lands, slot->bounce, slot->bytes) : 0;
+    return error == 0 ? AT_OK : AT_EMEMORY;
+}
+
+void at_fab_bounce_free(at_fab *fab, at_fab_slot *slot) {
+    if (slot->bounce != NULL && slot->pooled && fab->bounce_count < AT_FAB_BOUNCES) fab->bounces[fab->bounce_count++] = slot->bounce;
+    else free(slot->bounce);
+    slot->bounce = slot->lands = NULL;
 }
 
 void at_fab_region_over(at_rail *rail, uint32_t region) {

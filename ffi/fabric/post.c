@@ -113,10 +113,15 @@ int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
         data = (uint64_t)op->imm;
         if (at_fab_is(fab, AT_FAB_MARKS)) data |= (counts - 1) << 32 | (uint64_t)end->their_mark << 44;
     }
+    if ((rc = at_fab_bounce(fab, op, slot, &v)) != AT_OK) {
+        at_fab_bounce_free(fab, slot);
+        return rc;
+    }
     slot->kind = AT_SLOT_WORK;
     (void)pthread_mutex_lock(&fab->lock);
     int done = fab->driver->post(end, slot, &v, op->kind == AT_OP_READ, counts != 0, data);
     (void)pthread_mutex_unlock(&fab->lock);
+    if (done != 0 && slot->bounce != NULL) at_fab_bounce_free(fab, slot); /* it may be posted again, and be gone by then */
     if (done == EAGAIN) return AT_EAGAIN;
     if (done != 0) {
         at_fab_end_break(end, done);
@@ -190,6 +195,11 @@ static void post_again(at_fab_end *end) {
         if (rc == AT_OK) {
             op->posted++;
             peer->posted++;
+            continue;
+        }
+        if (rc == AT_EMEMORY) {
+            at_fab_slot_free(end->fab, slot);
+            at_op_stop(op, rc);
             continue;
         }
         slot->previous = NULL; /* back to the front */

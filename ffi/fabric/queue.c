@@ -62,6 +62,7 @@ static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
     end->posted_bytes -= bytes;
     end->out--;
     fab->posted--;
+    if (slot->bounce != NULL && status == AT_OK) status = at_fab_landed(slot);
     at_fab_slot_free(fab, slot);
     peer->users++;
     end->signs += status == AT_OK; /* delivered: the other side has said so */

@@ -43,6 +43,7 @@ at_fab_slot *at_fab_slot_take(at_fab *fab) {
 
 void at_fab_slot_free(at_fab *fab, at_fab_slot *slot) {
     slot->state = AT_SLOT_FREE;
+    if (slot->bounce != NULL) at_fab_bounce_free(fab, slot);
     slot->end = NULL;
     slot->op = NULL;
     slot->next = fab->free;
@@ -54,6 +55,7 @@ void at_fab_slot_retire(at_fab *fab, at_fab_slot *slot) {
     slot->op = NULL;
     slot->state = fab->shared != NULL ? AT_SLOT_ORPHAN : AT_SLOT_LIMBO;
     if (fab->shared != NULL) return;
+    if (slot->bounce != NULL) at_fab_bounce_free(fab, slot); /* its endpoint is closed */
     slot->next = fab->limbo;
     fab->limbo = slot;
 }
@@ -77,8 +79,10 @@ void at_fab_list_remove(at_fab_list *list, at_fab_slot *slot) {
 void at_fab_slots_close(at_fab *fab) {
     for (uint32_t i = 0; i < fab->block_count; i++) {
         if (fab->block_mrs[i] != NULL) fab->driver->dismiss(fab, fab->block_mrs[i]);
+        for (uint32_t k = 0; k < BLOCK; k++) at_fab_bounce_free(fab, &fab->blocks[i][k]);
         free(fab->blocks[i]);
     }
+    while (fab->bounce_count != 0) free(fab->bounces[--fab->bounce_count]);
     free(fab->blocks);
     free(fab->block_mrs);
 }

@@ -31,6 +31,7 @@ enum at_status {
     AT_ERAIL = -21,        /* the rail broke and was fenced */
     AT_EAGAIN = -22,       /* a provider could not take more now (never leaves the lane) */
     AT_EDEVICE = -24,      /* the local region is memory of a GPU, which this path does not take */
+    AT_EMEMORY = -25,      /* the local memory is not there any more: its file was shortened, or it was unmapped */
     AT_EPROTO = -23        /* the peer broke the protocol of the shared memory */
 };
 
@@ -123,6 +124,8 @@ int64_t at_region_add(at_lane *lane, void *base, uint64_t nbytes);
 int at_region_on_device(at_lane *lane, int64_t region, int cuda, int dmabuf_fd, uint64_t dmabuf_start);
 /* Before it is used: we have not allocated it, so its pages may not be there, and somebody may withhold them: AT_OK or AT_ENOMEM. */
 int at_region_lazy(at_lane *lane, int64_t region);
+/* Before it is used: look whether it is a mapping of a file, whose pages somebody may take away. */
+int at_region_look(at_lane *lane, int64_t region);
 int at_region_close(at_lane *lane, int64_t region); /* 0: free now; 1: an AT_EV_REGION event will come */
 
 /* Grants: one epoch word each. *epoch receives the value that makes a descriptor valid. */

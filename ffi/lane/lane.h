@@ -86,6 +86,7 @@ typedef struct {
     uint32_t generation; /* odd: in use */
     uint32_t users;      /* operations that read or write it */
     int open;
+    int file;            /* it is a mapping of a file: a page of it may be taken away, see own.c */
     int slow;            /* a page of it can hold up the thread that touches it: see copiers.c */
     uint64_t absent;     /* blocks of it that may have pages which are not there: see resident.c */
     uint64_t *there;     /* owned: a bit for each block that is; NULL: in first_there */

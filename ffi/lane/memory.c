@@ -1,5 +1,6 @@
 /* What a lane knows of memory: local regions, grants given to others (epoch words), and remote regions of peers. */
 #include "lane.h"
+#include "own.h"
 
 #include <stdlib.h>
 
@@ -23,6 +24,7 @@ int64_t at_region_add(at_lane *lane, void *base, uint64_t nbytes) {
     region->nbytes = nbytes;
     region->users = 0;
     region->open = 1;
+    region->file = 0;
     region->cuda = region->dmabuf_fd = -1;
     region->slow = 0;
     region->absent = region->first_there = 0;
@@ -93,6 +95,23 @@ int at_region_on_device(at_lane *lane, int64_t id, int cuda, int dmabuf_fd, uint
         region->cuda = cuda;
         region->dmabuf_fd = dmabuf_fd;
         region->dmabuf_start = dmabuf_start;
+    }
+    at_unlock(lane);
+    return region != NULL ? AT_OK : AT_ECLOSED;
+}
+
+int at_region_look(at_lane *lane, int64_t id) {
+    at_lock(lane);
+    at_region *region = at_region_use(lane, id);
+    const void *base = region != NULL ? region->base : NULL;
+    uint64_t nbytes = region != NULL ? region->nbytes : 0;
+    at_unlock(lane);
+    int kind = at_own_kind(base, nbytes);
+    at_lock(lane);
+    region = at_region_use(lane, id);
+    if (region != NULL) {
+        region->file = kind != AT_FILE_NONE;
+        region->slow = kind == AT_FILE_SLOW;
     }
     at_unlock(lane);
     return region != NULL ? AT_OK : AT_ECLOSED;

@@ -9,6 +9,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "lane/own.h"
 #include "rows/copy.h"
 
 #define FOREIGN_CHUNK ((uint64_t)1 << 20) /* a system call each: larger chunks than plain stores */
@@ -52,8 +53,12 @@ static int withdrawn(const at_op *op) {
     return atomic_load_explicit(&op->withdrawn, memory_order_relaxed); /* order: alone: seen a chunk later is soon enough */
 }
 
-static int failed(int error, int *oserror) {
+/* Of [from, from + n) in the operation's local memory. */
+static int is_gone(const at_op *op, uint64_t from, uint64_t n) { return op->region->file && !at_own_readable(op->local + from, n); }
+
+static int failed(int error, int local, int *oserror) {
     *oserror = error;
+    if (local) return AT_EMEMORY;
     return error == ESRCH ? AT_EPEER : AT_EIO;
 }
 
@@ -71,10 +76,11 @@ static int move_bytes(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, 
         hold();
         uint8_t *here = op->local + from, *there = remote->base != NULL ? remote->base + to : NULL;
         if (there == NULL) error = at_shm_foreign_copy(shm, here, remote->va + to, k, reads);
+        else if (op->region->file) error = at_own_copy(reads ? here : there, reads ? there : here, k);
         else if (cold) at_copy_cold(reads ? here : there, reads ? there : here, k);
         else at_copy(reads ? here : there, reads ? there : here, k);
         at_shm_leave(active);
-        if (error != 0) return failed(error, oserror);
+        if (error != 0) return failed(error, there != NULL || (error == EFAULT && is_gone(op, from, k)), oserror);
         if (reads && revoked(remote)) return AT_ESTALE; /* what was read may be of the memory's next user */
         *moved += k;
         if (*moved < n && withdrawn(op)) return AT_OK;
@@ -108,6 +114,12 @@ static int foreign_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t 
     return 0;
 }
 
+static int pages_gone(const at_op *op, uint64_t first, uint64_t n) {
+    for (uint64_t i = first; i < first + n; i++)
+        if (is_gone(op, (uint64_t)op->local_pages[i] * op->local_stride, op->nbytes)) return 1;
+    return 0;
+}
+
 static int move_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, at_active *active, uint64_t *moved, int *oserror) {
     at_remote *remote = op->remote;
     uint64_t page = op->nbytes, chunk = remote->base != NULL ? AT_CHUNK : FOREIGN_CHUNK;
@@ -122,11 +134,14 @@ static int move_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, 
         hold();
         if (remote->base == NULL)
             error = foreign_pages(shm, op, at, k);
+        else if (op->region->file)
+            error = at_own_copy_pages(remote->base + op->remote_offset, op->local, op->remote_pages + at, op->local_pages + at, k, page,
+                                      op->remote_stride, op->local_stride);
         else
             at_copy_pages(remote->base + op->remote_offset, op->local, op->remote_pages + at, op->local_pages + at, k, page,
                           op->remote_stride, op->local_stride, cold);
         at_shm_leave(active);
-        if (error != 0) return failed(error, oserror);
+        if (error != 0) return failed(error, remote->base != NULL || (error == EFAULT && pages_gone(op, at, k)), oserror);
         *moved += k;
         if (*moved < n && withdrawn(op)) return AT_OK;
     }
@@ -142,7 +157,7 @@ int at_shm_move(at_peer *peer, const at_op *op, uint64_t first, uint64_t n, int 
         return AT_OK;
     }
     if (op->remote->base == NULL && atomic_load(&shm->foreign) == AT_FOREIGN_UNKNOWN) atomic_store(&shm->foreign, at_shm_probe(shm));
-    if (op->remote->base == NULL && atomic_load(&shm->foreign) == 0) return failed(shm->foreign_why, oserror);
+    if (op->remote->base == NULL && atomic_load(&shm->foreign) == 0) return failed(shm->foreign_why, 0, oserror);
     at_active *active = &shm->outbound->active[mover];
     return op->kind == AT_OP_PAGES ? move_pages(shm, op, first, n, active, moved, oserror)
                                    : move_bytes(shm, op, first, n, active, moved, oserror);

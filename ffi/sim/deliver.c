@@ -1,6 +1,8 @@
 /* Deliveries, and the faults that strike them. */
 #include "sim/sim.h"
 
+#include "lane/own.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -53,11 +55,14 @@ void at_request_end(at_net *net, at_request *request, uint64_t units, int status
 }
 
 /* Copy [done, until). The state says for all to see that bytes may be landing. */
-static void copy(at_request *request, uint64_t until) {
-    if (until <= request->done) return;
+static int copy(at_request *request, uint64_t until) {
+    if (until <= request->done) return AT_OK;
     uint8_t *local = request->local + request->done, *remote = request->remote + request->done;
-    memcpy(request->reads ? local : remote, request->reads ? remote : local, until - request->done);
+    uint8_t *to = request->reads ? local : remote, *from = request->reads ? remote : local;
+    if (request->file && at_own_copy(to, from, until - request->done) != 0) return AT_EMEMORY;
+    if (!request->file) memcpy(to, from, until - request->done);
     request->done = until;
+    return AT_OK;
 }
 
 static void arrive(at_end *end, at_lane *lane, int64_t imm) {
@@ -116,10 +121,10 @@ void at_deliver(at_net *net, at_request *request) {
     if (there != NULL) there->pins++, target->pins++;
     (void)pthread_mutex_unlock(&net->lock);
     int64_t imm = request->imm;
-    if (status == AT_OK) copy(request, half ? request->n / 2 : request->n);
-    int later = half && second_half(net, request); /* then it is not ours any more */
+    if (status == AT_OK) status = copy(request, half ? request->n / 2 : request->n);
+    int later = status == AT_OK && half && second_half(net, request); /* then it is not ours any more */
+    if (status == AT_OK && !later) status = copy(request, request->n);
     if (status == AT_OK && !later) {
-        copy(request, request->n);
         arrive(target, there->lane, imm);
         if (request->reads && atomic_load(request->word) != request->epoch) status = AT_ESTALE; /* revoked between its halves */
     }
