@@ -475,6 +475,11 @@ MUTANTS = (
         "plugin: names of our own", "aiotransfer_pytest.py", "def aiotransfer_payload(", "def payload(",
         "tests/testing/test_plugin.py",
     ),
+    Mutant(
+        "names are looked up before they are dialled", "aiotransfer/rendezvous/environment.py",
+        "asyncio.open_connection(str(where[0]), int(where[1]))", "asyncio.open_connection(launch.host, launch.port)",
+        "tests/control/test_names.py",
+    ),
 )  # fmt: skip
 
 

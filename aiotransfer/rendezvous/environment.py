@@ -98,12 +98,16 @@ def _tcp_store() -> Any:
 async def _answers(launch: Launch, deadline: float, seconds: float) -> None:
     """Wait until somebody listens there: torch would block, and log, for as long."""
     loop = asyncio.get_running_loop()
-    pause = FIRST_PAUSE
+    pause, turn = FIRST_PAUSE, 0
     reason: BaseException = TimeoutError()
     while (left := deadline - loop.time()) > 0:
         try:
             async with asyncio.timeout(None if left == float("inf") else left):
-                _, writer = await asyncio.open_connection(launch.host, launch.port)
+                # Resolved here: uvloop logs the error of a name whose connection was given up while it was looked up.
+                found = await loop.getaddrinfo(launch.host, launch.port, type=socket.SOCK_STREAM)
+                where = found[turn % len(found)][4]
+                turn += 1
+                _, writer = await asyncio.open_connection(str(where[0]), int(where[1]))
                 writer.close()
                 await writer.wait_closed()
                 return
