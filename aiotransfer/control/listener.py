@@ -121,13 +121,17 @@ class Listener:
             _logger.warning("a connection from %s was refused: %s%s", link.remote_address, text, more(left_out))
 
     async def close(self) -> None:
+        """Stop listening and drop strangers, and let the loop see to it. Twice is silent."""
+        self.stop()
+        await asyncio.sleep(0)
+
+    def stop(self) -> None:
         """Stop listening and drop strangers. Twice is silent."""
         servers, self._servers = self._servers, []
         for server in servers:
             server.close()
         for link in list(self._strangers):
             link.abort()
-        await asyncio.sleep(0)
 
     def abandon(self) -> None:
         """The loop is closed: sockets are closed without it."""

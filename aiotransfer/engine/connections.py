@@ -323,12 +323,12 @@ class Connections:
         self._engine._groups.gone(peer)
         self._engine._mailbox.departed()
 
-    async def close(self) -> None:
-        """Goodbye to everybody; no more connections."""
+    def stop(self) -> None:
+        """Goodbye to everybody; no more connections. Twice is silent."""
         for task in list(self._tasks):
             task.cancel()
         if self._listener is not None:
-            await self._listener.close()
+            self._listener.stop()
         self.redial.close()
         for peer in list(self.peers.values()):
             peer._finish("closed", ClosedError("the engine is closed"), goodbye="engine closed")

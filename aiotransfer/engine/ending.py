@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import warnings
 from typing import TYPE_CHECKING
 
@@ -16,26 +17,16 @@ if TYPE_CHECKING:
 
 async def close(engine: Engine) -> None:
     """Refuse new work, retire what is posted, say goodbye, free everything. However it ends, the engine is closed."""
-    lib = native.lib
     patience: float | None = None
     try:
-        lib.at_lane_shut(engine._p)
-        for task in list(engine._tasks):
-            task.cancel()
-        for watcher in list(engine._watchers.values()):
-            watcher.close()
-        engine._groups.close()
-        for cookie in engine._ledger.shut():
-            lib.at_cancel(engine._p, cookie, lib.AT_ESHUT)
+        _withdraw(engine)
         deadline = engine._loop.time() + engine.config.drain_timeout
         engine._progress.poll()
         while len(engine._ledger) and engine._loop.time() < deadline:
             await asyncio.sleep(0.002)
             engine._progress.poll()
-        for counter in list(engine._counters.values()):
-            counter.close()
-        engine._publications.close()
-        await engine._connections.close()
+        _part(engine)
+        await asyncio.sleep(0)  # for farewells
         for handle in engine._handles:
             await handle._close()
         engine._progress.poll()
@@ -50,11 +41,35 @@ async def close(engine: Engine) -> None:
         finish(engine, patience)
 
 
+def _withdraw(engine: Engine) -> None:
+    lib = native.lib
+    lib.at_lane_shut(engine._p)
+    for task in list(engine._tasks):
+        task.cancel()
+    for watcher in list(engine._watchers.values()):
+        watcher.close()
+    engine._groups.close()
+    for cookie in engine._ledger.shut():
+        lib.at_cancel(engine._p, cookie, lib.AT_ESHUT)
+
+
+def _part(engine: Engine) -> None:
+    for counter in list(engine._counters.values()):
+        counter.close()
+    engine._publications.close()
+    engine._connections.stop()
+
+
 def finish(engine: Engine, patience: float | None = None) -> None:
-    """The part that waits for no loop, also where `close` was cancelled before it began. Twice is silent."""
+    """The part that waits for no turn of the loop; all of it (`patience` None) where `close` was cut off. Twice is silent."""
     if engine._state == "closed":
         return
     try:
+        if patience is None:
+            _withdraw(engine)
+            _part(engine)
+            engine._lane.quiet()
+            engine._progress.poll()  # what was under way has ended
         engine._liveness.close()
         engine._sweeper.close()
         engine._tell_left_out()
@@ -69,8 +84,19 @@ def finish(engine: Engine, patience: float | None = None) -> None:
 
 def _end_lane(engine: Engine, patience: float | None = None) -> None:
     engine._state = "closed"
+    for handle in engine._handles:
+        handle._shut()
+    engine._lane.quiet()  # wakes other threads that wait for their operations
+    deadline = time.monotonic() + engine.config.drain_timeout
+    while any(handle._users for handle in engine._handles) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    if any(handle._users for handle in engine._handles):
+        engine._lane.abandon()
+        return
     engine._p = native.ffi.NULL  # which the lane refuses: late calls find nothing freed
     engine._lane.free(patience)
+    for region in list(engine._regions.values()):  # of an engine that was closed without its loop; the others have gone
+        region._let_go()
 
 
 async def _release_memory(engine: Engine) -> None:

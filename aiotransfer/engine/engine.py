@@ -427,7 +427,6 @@ class Engine(Planner, Unpicklable):
             await asyncio.shield(self._closer)
         except asyncio.CancelledError:
             await despite_cancels(self._closer)
-            finish(self)
             raise
 
     async def __aenter__(self) -> Engine:

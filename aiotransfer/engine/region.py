@@ -8,7 +8,6 @@ uses it (the lane says so), no peer is inside a write under one of its grants (t
 from __future__ import annotations
 
 import asyncio
-import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -290,22 +289,29 @@ class Region(RegionView):
             return False
         if self._leases:
             return False
-        self._freed = True
-        lane.release_region(self._number)
+        self._let_go()
+        return True
+
+    def _let_go(self) -> None:
+        """Nothing uses the memory any more, or the lane has ended, and keeps itself what something still does."""
+        self._closed = self._freed = True
+        engine = self._engine
+        engine._lane.release_region(self._number)
+        while self._grants:  # none, unless the lane has ended
+            engine._granted.pop(self._grants.popitem()[1].slot, None)
         engine._quarantine.discard(self)
         if self._staging is not None:
             self._staging.close()
-        if self._dma_buf is not None:
-            os.close(self._dma_buf[0])
-            self._dma_buf = None
+        if self._segment is not None:
+            self._segment.close_fd()
+        self._dma_buf = None  # the lane's to close
         self._keep = None
         engine._closing_regions.pop(self._number, None)
         engine._regions.pop(self._number, None)
         for waiter in self._waiters:
-            if not waiter.done():
+            if not waiter.done() and not engine._loop.is_closed():
                 waiter.set_result(None)
         self._waiters.clear()
-        return True
 
     def _fence(self) -> None:
         for lease in list(self._leases):

@@ -75,6 +75,10 @@ class Staging:
             if not self._copies:
                 self._unpin()
 
+    def __del__(self) -> None:
+        if getattr(self, "pinned", False):  # of an engine that was forgotten
+            self.close()
+
     def _unpin(self) -> None:
         if self.pinned:
             self.pinned = False
@@ -186,7 +190,7 @@ def _staged(engine: Engine, plain: Plain, access: str) -> Region:
     try:
         return Region(
             engine, beside.segment.address, plain.nbytes, device=plain.device, writable=plain.writable,
-            keep=(plain.keep, beside.segment), access=access, segment=beside.segment, staging=beside,
+            keep=(plain.keep, beside), access=access, segment=beside.segment, staging=beside,
         )  # fmt: skip
     except BaseException:
         beside.close()
@@ -200,6 +204,8 @@ def _direct(engine: Engine, plain: Plain, access: str) -> Region:
     if plain.nbytes:
         cuda.driver().keep_in_order(plain.address)
         region._dma_buf = cuda.driver().dma_buf(plain.address, plain.nbytes)
+        if region._dma_buf is not None:
+            engine._lane.hold_descriptor(region._number, region._dma_buf[0])
     engine._lane.region_on_device(region._number, _ordinal(plain.device), region._dma_buf)
     return region
 

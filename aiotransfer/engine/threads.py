@@ -282,12 +282,16 @@ class ThreadHandle(Unpicklable):
         except RuntimeError:
             pass  # the loop is closed: there is nobody to tell
 
-    async def _close(self) -> None:
-        """No thread enters any more; returns when none is inside and nothing of theirs is left (the lane is shut).
-
-        What a withheld page holds up does not end: after `drain_timeout` it stays in `_orphans`."""
+    def _shut(self) -> None:
+        """No thread enters any more."""
         with self._guard:
             self._closed = True
+
+    async def _close(self) -> None:
+        """Returns when no thread enters, none is inside and nothing of theirs is left (the lane is shut).
+
+        What a withheld page holds up does not end: after `drain_timeout` it stays in `_orphans`."""
+        self._shut()
         loop = self._engine._loop
         deadline = loop.time() + self._engine.config.drain_timeout
         while self._users or (self._orphans and loop.time() < deadline):

@@ -29,11 +29,12 @@ class Watcher(Unpicklable):
 
     def __init__(self, engine: Engine, word: Any) -> None:
         self._engine = engine
-        address, self._keep = _word(engine, word)
+        address, self._keep = _word(engine, word)  # what keeps the memory comes second
         self._out = native.ffi.new("uint64_t *")
         self._id = int(native.lib.at_watch_add(engine._p, native.ffi.cast("void *", address), self._out))
         if self._id < 0:
             raise lacking(engine, self._id, "cannot watch") or InternalError(f"cannot watch: {native.text(self._id)}")
+        engine._lane.holdings.hold("watch", self._id, self._keep[1])
         self._last = int(self._out[0])
         self._waiter: asyncio.Future[int | None] | None = None
         self._closed = False
@@ -85,8 +86,9 @@ class Watcher(Unpicklable):
         engine = self._engine
         if engine._lane.usable:
             native.lib.at_watch_close(engine._p, self._id)
+            engine._lane.holdings.drop("watch", self._id)
         engine._watchers.pop(self._id, None)
-        self._keep = None
+        self._keep = None, None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -102,8 +104,8 @@ class Watcher(Unpicklable):
         return f"<Watcher at {self._last}{', closed' if self._closed else ''}>"
 
 
-def _word(engine: Engine, word: Any) -> tuple[int, object]:
-    keep: object
+def _word(engine: Engine, word: Any) -> tuple[int, tuple[object, object]]:
+    keep: tuple[object, object]
     if isinstance(word, RegionView):
         root: Region = word._root
         if word._engine is not engine:
@@ -113,7 +115,7 @@ def _word(engine: Engine, word: Any) -> tuple[int, object]:
         address, nbytes, device, keep = root._address + word._start, word.nbytes, root._device, (root, root._keep)
     else:
         plain = memory.describe(word)
-        address, nbytes, device, keep = plain.address, plain.nbytes, plain.device, (plain.keep, None)
+        address, nbytes, device, keep = plain.address, plain.nbytes, plain.device, (None, plain.keep)
     if nbytes != WORD or address % WORD:
         raise ValueError(f"a watched word has {WORD} aligned bytes, not {nbytes} at {address:#x}")
     if device.partition(":")[0] != "cpu":

@@ -47,8 +47,15 @@ def parse(data: bytes, flags: int) -> tuple[bytes, bytes]:
 
 def close_all(fds: list[int]) -> None:
     """Close descriptors that nobody wanted."""
-    for fd in fds:
-        os.close(fd)
+    while fds:
+        os.close(fds.pop())
+
+
+class Descriptors(list[int]):
+    """Received ones. Whoever takes them over clears the list; those that are forgotten in it are closed with it."""
+
+    def __del__(self) -> None:
+        close_all(self)
 
 
 def _none_left() -> OSError:
@@ -102,7 +109,7 @@ class FdChannel:
                 pass
         if len(self._unsent) >= MOST_UNSENT:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        own: list[int] = []
+        own = Descriptors()
         try:
             own += (os.dup(fd) for fd in fds)
         except OSError:
@@ -166,13 +173,13 @@ class FdChannel:
             close_all(list(fds))
         first, self._first = self._first, None
         if first is not None:
-            first(self, key, body, None if lacking else list(fds))
+            first(self, key, body, None if lacking else Descriptors(fds))
             return
         future = self._expected.get(key)
         if lacking and future is not None and not future.done():
             future.set_exception(_none_left())
         elif future is not None and not future.done():
-            future.set_result((body, list(fds)))
+            future.set_result((body, Descriptors(fds)))
         elif not lacking:
             close_all(list(fds))
 

@@ -96,18 +96,24 @@ class Holdings:
                     leak(self)
                 return
             quiet, inside = self.stop(self.patience if seconds is None else seconds)
-            pointer, self.pointer = self.pointer, None
-            if not quiet or inside:
-                leak(self._kept)
-            if not quiet:
-                leak(self._husk)
-            else:
-                native.lib.at_lane_end(pointer)
-            self._let_go()
+            if quiet:
+                native.lib.at_lane_end(self.pointer)
+                if inside:
+                    leak({key: thing for key, thing in self._kept.items() if key[0] == "region"})
+                self._let_go()
         if not quiet:
-            warnings.warn("native threads of an engine are stuck; what they use is kept", ResourceWarning, stacklevel=2)
+            self.abandon()
         elif inside:
             warnings.warn(f"{inside} peers are inside a write; registered memory is kept", ResourceWarning, stacklevel=2)
+
+    def abandon(self) -> None:
+        """Let go of nothing, ever."""
+        with self._lock:
+            _open.pop(id(self), None)
+            if self.usable:
+                leak((self._kept, self._husk))
+                self._let_go()
+        warnings.warn("threads are stuck in an engine; what they use is kept", ResourceWarning, stacklevel=2)
 
     def _let_go(self) -> None:
         self.pointer = None

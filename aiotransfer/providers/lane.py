@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from aiotransfer.config import Config
 from aiotransfer.errors import SHORTAGES, BusyError, InternalError, RegistrationError, shortage
 from aiotransfer.providers import native
+from aiotransfer.providers.fdchannel import Descriptors
 from aiotransfer.providers.holdings import Holdings
 
 ACCESS = {"write": 1, "read": 2, "both": 3}
@@ -85,6 +86,10 @@ class Lane:
         self.pointer = None  # first: nobody begins anything while it is freed
         self.holdings.end(seconds)
 
+    def abandon(self) -> None:
+        """Another thread is still in a call, after it has been waited for: nothing is freed."""
+        self.holdings.abandon()
+
     @property
     def usable(self) -> bool:
         """False once freed, and in a forked child."""
@@ -133,6 +138,11 @@ class Lane:
     def release_region(self, region: int) -> None:
         """Nothing of ours or of a peer's touches the memory any more."""
         self.holdings.drop("region", region)
+        self.holdings.drop("descriptor", region)
+
+    def hold_descriptor(self, region: int, fd: int) -> None:
+        """The descriptor that a region on a device is known by is the lane's now."""
+        self.holdings.hold("descriptor", region, Descriptors([fd]))
 
     def look_at_region(self, region: int) -> None:
         """Find out whether it is a mapping of a file, whose pages somebody may take away."""

@@ -214,7 +214,8 @@ class ShmProvider:
         half = native.lib.at_shm_begin(self._lane.pointer, incarnation, offer)
         if half == native.ffi.NULL:
             raise _failure("cannot prepare shared memory", OSError(*self._lane.system_error()))
-        return half, offer
+        abort, nothing = native.lib.at_shm_abort, native.ffi.NULL
+        return native.ffi.gc(half, lambda forgotten: abort(nothing, forgotten)), offer
 
     def _packet(self, offer: Any) -> tuple[bytes, list[int]]:
         body = shmwire.Offer(bytes(offer.control_cookie), bytes(offer.channel_cookie), offer.probe_va)
@@ -241,21 +242,24 @@ class ShmProvider:
                 fdchannel.close_all([mem] if mem >= 0 else [])
                 raise
         except (OSError, BrokenError) as error:
-            native.lib.at_shm_abort(self._lane.pointer, half)
+            native.ffi.release(half)
             fdchannel.close_all(fds)
             channel.close()
             if isinstance(error, BrokenError):
                 raise
             raise _failure("the peer's offer cannot be used", error) from error
         fdchannel.close_all(fds[OFFERED:])
+        del fds[OFFERED:]
         offer = native.ffi.new("at_shm_offer *")
         offer.control_fd, offer.channel_fd, offer.doorbell_fd, offer.pulse_fd = fds[:OFFERED]
         native.ffi.memmove(offer.control_cookie, theirs.control_cookie, 16)
         native.ffi.memmove(offer.channel_cookie, theirs.channel_cookie, 16)
         offer.probe_va = theirs.probe_va
+        native.ffi.gc(half, None)  # the lane's now
         peer = native.lib.at_shm_finish(
             self._lane.pointer, half, offer, who.incarnation, process, channel.pid, mem, int(channel.pid > 0)
         )
+        fds.clear()  # these too
         if peer < 0:
             channel.close()
             raise self._refused(peer)
@@ -302,7 +306,7 @@ class ShmProvider:
             their_body, their_fds = await reply
         except BaseException as error:  # also cancellation: half a channel is of no use to anybody
             fdchannel.discard(reply)
-            native.lib.at_shm_abort(self._lane.pointer, half)
+            native.ffi.release(half)
             channel.close()
             if isinstance(error, OSError):
                 raise _failure("shared memory could not be set up", error) from error
@@ -330,7 +334,7 @@ class ShmProvider:
         try:
             channel.send(question.ticket, our_body, our_fds)
         except OSError as error:
-            native.lib.at_shm_abort(self._lane.pointer, half)
+            native.ffi.release(half)
             fdchannel.close_all(their_fds)
             channel.close()
             raise _failure("the descriptor channel broke", error) from error
