@@ -256,6 +256,41 @@ MUTANTS = (
         "if (--shm->patience < 0)", "if (shm->patience < 0)", "tests/control/test_hostile_shm.py",
     ),
     Mutant(
+        "lifetime: a lane keeps registered memory", "aiotransfer/providers/lane.py",
+        """        self.holdings.hold("region", int(region), keep)\n""", "", "tests/engine/test_lifetime.py",
+    ),
+    Mutant(
+        "lifetime: a forgotten lane ends", "aiotransfer/providers/lane.py",
+        "        weakref.finalize(self, self.holdings.end).atexit = False", "        weakref", "tests/engine/test_lifetime.py",
+    ),
+    Mutant(
+        "lifetime: native threads end before the interpreter", "aiotransfer/providers/holdings.py",
+        "atexit.register(_at_exit)", "atexit", "tests/engine/test_lifetime.py",
+    ),
+    Mutant(
+        "lifetime: no thread is waited for without end", "ffi/lane/end.c",
+        "while (is_busy(lane) && at_now() < until)", "while (is_busy(lane))", "tests/engine/test_lifetime.py",
+    ),
+    Mutant(
+        "lifetime: peers are shut out", "ffi/lane/end.c",
+        "while (quiet && (*inside = peers_inside(lane)) != 0 && at_now() < until) {", "while (0) {",
+        "tests/engine/test_lifetime.py",
+    ),
+    Mutant(
+        "lifetime: an engine whose loop is gone", "aiotransfer/engine/engine.py",
+        "        if self._loop.is_closed():\n            take_apart(self)\n            return\n", "",
+        "tests/engine/test_lifetime.py",
+    ),
+    Mutant(
+        "lifetime: a close that never began", "aiotransfer/engine/engine.py",
+        "            self._closer.add_done_callback(lambda _: finish(self))  # cancelled before it began\n", "",
+        "tests/engine/test_lifetime.py",
+    ),
+    Mutant(
+        "lifetime: descriptors that nobody took", "aiotransfer/providers/fdchannel.py",
+        "    def __del__(self) -> None:\n        close_all(self)\n", "    pass\n", "tests/providers/test_fdchannel.py",
+    ),
+    Mutant(
         "hostile: pulses take a nap", "ffi/lane/thread.c",
         "if (at_now() - lane->pulse_answered < PULSE_NS) {", "if (0) {", "tests/control/test_hostile_shm.py",
     ),

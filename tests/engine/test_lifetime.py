@@ -30,6 +30,7 @@ async def opened() -> tuple[at.Engine, at.Engine]:
 
 
 @LOOPS
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # uvloop's close waits for ever where its own are errors
 def test_an_engine_whose_loop_is_closed_is_closed_on_another_one_and_says_so(make: Make) -> None:
     before = snapshot()
     with asyncio.Runner(loop_factory=make) as runner:
@@ -123,6 +124,8 @@ async def main(memory):
     a, b = [await at.open_engine(providers="shm", progress="thread", config=config) for _ in range(2)]
     await a.connect(b.address)
     source, target = a.register(memory), b.allocate(64 << 20)
+    if sys.argv[1] == "inside":
+        source, target = a.allocate(64 << 20), b.register(memory)
     await a.write(source[:64], target.descriptor[:64])
     native.lib.at_shm_hold(int(sys.argv[2]))
     a.write(source, target.descriptor)
@@ -137,6 +140,11 @@ if sys.argv[1] == "living":
     warnings.simplefilter("default")
     del engines
     gc.collect()
+if sys.argv[1] == "inside":
+    warnings.simplefilter("default")
+    engines = engines[:1]  # the target is forgotten, its writer lives
+    gc.collect()
+if sys.argv[1] != "ending":
     print("kept", known() is not None)
     native.lib.at_shm_hold(0)
     time.sleep(0.1)
@@ -154,6 +162,12 @@ def test_a_stuck_native_thread_keeps_what_it_uses_and_holds_nobody_up() -> None:
     done = run("living", "1")
     assert "kept True" in done.stdout
     assert "threads are stuck in an engine; what they use is kept" in done.stderr
+
+
+def test_memory_that_a_peer_is_writing_into_is_kept_when_its_engine_was_forgotten() -> None:
+    done = run("inside", "1")
+    assert "kept True" in done.stdout
+    assert "1 peers are inside a write; registered memory is kept" in done.stderr
 
 
 def test_no_native_thread_outlives_the_interpreter_but_one_that_is_stuck() -> None:

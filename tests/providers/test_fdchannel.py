@@ -93,3 +93,18 @@ async def test_a_peer_that_goes_meanwhile_closes_the_channel(pair: tuple[socket.
     with pytest.raises(ConnectionError):
         await waiting
     assert not channel._unsent
+
+
+async def test_descriptors_that_nobody_takes_are_closed(pair: tuple[socket.socket, socket.socket]) -> None:
+    loop = asyncio.get_running_loop()
+    sender, reader = FdChannel(pair[0], loop), FdChannel(pair[1], loop)
+    before, one = open_here(), ticket()
+    waiting = asyncio.create_task(reader.expect(one, 10))
+    await asyncio.sleep(0)
+    sender.send(one, b"", [0, 0])
+    await asyncio.wait([waiting])
+    assert open_here() == before + 2
+    del waiting
+    assert open_here() == before
+    sender.close()
+    reader.close()
