@@ -162,7 +162,7 @@ class ShmPath(Path):
         except BaseException:
             fdchannel.close_all(fds)
             raise
-        segment.fd = fds[0]  # to count its pages with
+        segment.fd = fds.pop()  # to count its pages with
         if segment.nbytes <= INLINE_TOUCH:
             segment.touch()
         else:

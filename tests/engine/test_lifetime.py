@@ -80,6 +80,7 @@ def test_a_close_that_is_cancelled_before_it_begins_closes_the_engine_all_the_sa
 
     with asyncio.Runner(loop_factory=make) as runner:
         runner.run(main())
+    gc.collect()
     assert leaks_since(before) == []
 
 
