@@ -232,6 +232,14 @@ MUTANTS = (
         "shelf->mask + 1 < SLOTS || bit < LAST_BIT ? widen", "bit >= 0 ? widen", "tests/native/test_values.py",
     ),
     Mutant(
+        "letters: a grant is confirmed when nothing is posted under it", "ffi/fabric/letters.c",
+        " && !in_use(end, slot, after - 1)) {", ") {", "tests/native/test_letters.py",
+    ),
+    Mutant(
+        "letters: what is named twice is owed once", "ffi/fabric/letters.c",
+        "    end->over_count += (end->over[slot / 64] & bit) == 0;\n", "    end->over_count++;\n", "tests/native/test_letters.py",
+    ),
+    Mutant(
         "orders: the look after clearing", "ffi/shm/queue.c",
         "if (atomic_load(&channel->summary[w]) == 0) continue;",
         "if (atomic_load_explicit(&channel->summary[w], memory_order_relaxed) == 0) continue;", "tests/native/test_orders.py",

@@ -131,11 +131,8 @@ struct at_fab_end {
     uint8_t *hold;       /* by slot: what of ours it holds (AT_HOLD_*) */
     uint32_t hold_room;
     uint32_t to_tell;    /* how many of them are AT_HOLD_TELL */
-    struct at_fab_pair {
-        uint64_t epoch;
-        uint32_t slot;
-    } *over;             /* grants of theirs that they took back: to be confirmed when nothing is posted under them */
-    uint32_t over_count, over_room;
+    uint64_t *over;      /* a bit for each slot: grants that they took back, to be confirmed when nothing is posted under them */
+    uint32_t over_count; /* how many bits are set */
 };
 
 /* Several connections to one peer, by as many rails, taken as one: a peer of the lane whose operations are shared out over them, run by

@@ -29,9 +29,9 @@ int at_fab_receive(at_fab_end *end) {
 }
 
 /* Is anything of ours still posted that was allowed by this grant of theirs? */
-static int in_use(const at_fab_end *end, const struct at_fab_pair *pair) {
+static int in_use(const at_fab_end *end, uint32_t grant, uint64_t epoch) {
     for (const at_fab_slot *slot = end->posted.head; slot != NULL; slot = slot->next)
-        if (slot->op->remote != NULL && slot->op->remote->slot == pair->slot && slot->op->remote->epoch == pair->epoch) return 1;
+        if (slot->op->remote != NULL && slot->op->remote->slot == grant && slot->op->remote->epoch == epoch) return 1;
     return 0;
 }
 
@@ -39,6 +39,32 @@ static void pair_up(at_fab_letter *letter, uint32_t slot, uint64_t epoch) {
     uint32_t i = letter->revoked + letter->over;
     letter->pairs[i].slot = slot;
     letter->pairs[i].epoch = epoch;
+}
+
+/* Not owed any more: it is under way, or of a grant whose slot has another since. */
+static void owed_no_more(at_fab_end *end, uint32_t slot) {
+    uint64_t bit = UINT64_C(1) << (slot % 64);
+    end->over_count -= (end->over[slot / 64] & bit) != 0;
+    end->over[slot / 64] &= ~bit;
+}
+
+/* Those that nothing is posted under any more, as many as there is room for. What is posted is bounded by the window, so few are passed
+ * over, whatever the other side has named. */
+static void confirm(at_fab_end *end, at_fab_letter *letter) {
+    uint32_t left = end->over_count;
+    for (uint32_t word = 0; left != 0 && letter->revoked + letter->over < AT_FAB_PAIRS; word++) {
+        for (uint64_t bits = end->over[word]; bits != 0; bits &= bits - 1) {
+            uint32_t slot = word * 64 + (uint32_t)__builtin_ctzll(bits);
+            uint64_t after = atomic_load(&end->words->epoch[slot]); /* the epoch that was taken back, and 1 */
+            left--;
+            if (after & 1u) {
+                owed_no_more(end, slot);
+            } else if (letter->revoked + letter->over < AT_FAB_PAIRS && !in_use(end, slot, after - 1)) {
+                pair_up(letter, slot, after - 1);
+                letter->over++;
+            }
+        }
+    }
 }
 
 static void write_letter(at_fab_end *end, at_fab_letter *letter) {
@@ -54,11 +80,7 @@ static void write_letter(at_fab_end *end, at_fab_letter *letter) {
         pair_up(letter, i, atomic_load(&lane->control->epoch[i]) - 1);
         letter->revoked++;
     }
-    for (uint32_t i = 0; i < end->over_count && letter->revoked + letter->over < AT_FAB_PAIRS; i++) {
-        if (in_use(end, &end->over[i])) continue;
-        pair_up(letter, end->over[i].slot, end->over[i].epoch);
-        letter->over++;
-    }
+    confirm(end, letter);
     at_fab_write_parts(end, letter);
 }
 
@@ -68,13 +90,7 @@ static void letter_sent(at_fab_end *end, const at_fab_letter *letter) {
     end->news = 0;
     for (uint32_t i = 0; i < letter->revoked; i++) end->hold[letter->pairs[i].slot] = AT_HOLD_TOLD;
     end->to_tell -= letter->revoked;
-    for (uint32_t i = 0; i < letter->over; i++) {
-        for (uint32_t k = 0; k < end->over_count; k++) {
-            if (end->over[k].slot != letter->pairs[letter->revoked + i].slot || end->over[k].epoch != letter->pairs[letter->revoked + i].epoch) continue;
-            end->over[k] = end->over[--end->over_count];
-            break;
-        }
-    }
+    for (uint32_t i = 0; i < letter->over; i++) owed_no_more(end, letter->pairs[letter->revoked + i].slot);
     at_fab_parts_sent(end, letter);
 }
 
@@ -126,15 +142,18 @@ static void stop_noted(at_fab_end *end, const at_fab_list *list, uint32_t slot, 
 void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch) {
     if (slot >= AT_GRANTS || (epoch & 1u) == 0) return;
     _Atomic uint64_t *word = &end->words->epoch[slot];
-    if (atomic_load(word) <= epoch) atomic_store(word, epoch + 1);
+    uint64_t known = atomic_load(word);
+    if (known <= epoch) atomic_store(word, epoch + 1);
+    if (known < epoch) return; /* nothing of ours was ever begun under it */
+    for (at_fab_slot *posted = end->posted.head; posted != NULL; posted = posted->next)
+        if (under(posted->op, slot, epoch)) at_op_stop(posted->op, AT_ESTALE); /* ends when its last work request retires */
+    if (known > epoch) return; /* the rest is stopped already: what is said again costs no walk through the queue */
     at_peer *peer = at_fab_owner(end);
     for (at_op *op = peer->lines[0].head; op != NULL;) { /* the queue changes with each that is stopped */
         int stop = under(op, slot, epoch);
         if (stop) at_op_stop(op, AT_ESTALE);
         op = stop ? peer->lines[0].head : op->next;
     }
-    for (at_fab_slot *posted = end->posted.head; posted != NULL; posted = posted->next)
-        if (under(posted->op, slot, epoch)) at_op_stop(posted->op, AT_ESTALE); /* ends when its last work request retires */
     stop_noted(end, &end->unsettled, slot, epoch);
     stop_noted(end, &end->again, slot, epoch);
     if (end->bundle == NULL) return;
@@ -143,21 +162,12 @@ void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch) {
         if (end->bundle->members[i] != NULL && end->bundle->members[i] != end) stop_noted(end, &end->bundle->members[i]->unsettled, slot, epoch);
 }
 
-/* To be confirmed once nothing of it is posted. The bound is that of all grants there are: a peer cannot make us hold more. */
-static void owe(at_fab_end *end, uint32_t slot, uint64_t epoch) {
-    for (uint32_t i = 0; i < end->over_count; i++) {
-        if (end->over[i].slot != slot) continue;
-        end->over[i].epoch = epoch;
-        return;
-    }
-    if (end->over_count == end->over_room) {
-        uint32_t room = end->over_room ? end->over_room * 2 : 16;
-        struct at_fab_pair *more = realloc(end->over, room * sizeof *more);
-        if (more == NULL) return; /* never confirmed: the owner will fence us */
-        end->over = more;
-        end->over_room = room;
-    }
-    end->over[end->over_count++] = (struct at_fab_pair){.slot = slot, .epoch = epoch};
+/* To be confirmed once nothing of it is posted. A bit for each grant there can be: a peer cannot make us hold or compare more. */
+static void owe(at_fab_end *end, uint32_t slot) {
+    if (end->over == NULL && (end->over = calloc(AT_GRANTS / 64, sizeof *end->over)) == NULL) return; /* the owner will fence us */
+    uint64_t bit = UINT64_C(1) << (slot % 64);
+    end->over_count += (end->over[slot / 64] & bit) == 0;
+    end->over[slot / 64] |= bit;
 }
 
 static void confirmed(at_fab_end *end, uint32_t slot, uint64_t epoch) {
@@ -193,7 +203,7 @@ void at_fab_read(at_fab *fab, at_fab_slot *slot) {
     for (uint32_t i = 0; i < letter.revoked; i++) {
         if (letter.pairs[i].slot >= AT_GRANTS || (letter.pairs[i].epoch & 1u) == 0) continue;
         at_fab_taken_back(end, letter.pairs[i].slot, letter.pairs[i].epoch);
-        owe(end, letter.pairs[i].slot, letter.pairs[i].epoch);
+        owe(end, letter.pairs[i].slot);
     }
     for (uint32_t i = letter.revoked; i < letter.revoked + letter.over; i++) confirmed(end, letter.pairs[i].slot, letter.pairs[i].epoch);
     at_fab_read_parts(end, &letter);
