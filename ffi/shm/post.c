@@ -43,8 +43,9 @@ static int revoked(const at_remote *remote) {
 static int is_punched(at_remote *remote, uint64_t n) {
     struct stat info;
     if (remote->segment_fd < 0) return 0;
-    uint64_t unchecked = atomic_load_explicit(&remote->unchecked, memory_order_relaxed) + n;
-    atomic_store_explicit(&remote->unchecked, unchecked < UNCHECKED ? unchecked : 0, memory_order_relaxed);
+    uint64_t unchecked = atomic_load_explicit(&remote->unchecked, memory_order_relaxed) + n; /* order: alone: an estimate */
+    uint64_t next = unchecked < UNCHECKED ? unchecked : 0;
+    atomic_store_explicit(&remote->unchecked, next, memory_order_relaxed); /* order: alone: an estimate */
     if (unchecked < UNCHECKED) return 0;
     return fstat(remote->segment_fd, &info) == 0 && (uint64_t)info.st_blocks * 512 < remote->segment_bytes;
 }
