@@ -83,6 +83,10 @@ MUTANTS = (
         "            held.append(_view_of(owner, torch))\n", "", "tests/engine/test_registered_memory.py",
     ),
     Mutant(
+        "registered: no move into shared memory", "aiotransfer/engine/hold.py", "            held.append(_unshared(owner))\n", "",
+        "tests/engine/test_registered_memory.py",
+    ),
+    Mutant(
         "registered: dense memory only", "aiotransfer/core/dense.py", "        if stride != expected:\n",
         "        if stride < expected:\n", "tests/core/test_dense.py",
     ),

@@ -87,6 +87,30 @@ async def test_a_registered_storage_of_torch_cannot_be_resized(pair: Pair, form:
 
 
 @pytest.mark.asyncio
+async def test_a_registered_storage_is_not_moved_into_shared_memory(pair: Pair) -> None:
+    torch = tensors()
+    tensor = torch.zeros(N, dtype=torch.uint8)
+    address = tensor.data_ptr()
+    regions = [pair.right.register(tensor), pair.right.register(tensor.untyped_storage()), pair.right.register(tensor.numpy())]
+    for region in regions:
+        with pytest.raises(RuntimeError, match="registered with aiotransfer"):
+            tensor.share_memory_()
+        with pytest.raises(RuntimeError, match="registered with aiotransfer"):
+            torch.multiprocessing.reductions.reduce_storage(tensor.untyped_storage())
+        assert tensor.data_ptr() == address
+        await lands(pair, region, 4)
+        await region.aclose()
+    assert (tensor == 4).all()
+    regions.clear()
+    del region
+    gc.collect()
+    tensor.share_memory_()
+    assert tensor.data_ptr() != address
+    await lands(pair, pair.right.register(tensor), 6)
+    assert (tensor == 6).all()
+
+
+@pytest.mark.asyncio
 async def test_a_registered_array_cannot_be_resized_while_it_is_registered(pair: Pair) -> None:
     base = np.zeros(N, np.uint8)
     region = pair.right.register(base)
