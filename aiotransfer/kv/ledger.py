@@ -143,7 +143,7 @@ class Ledger:
         return list(asked.requests.values())
 
     def close(self) -> None:
-        """Watch nobody any more."""
+        """Stop waiting for peers to go."""
         for asked in self.asked.values():
             if asked.watch is not None:
                 asked.watch.cancel()

@@ -144,14 +144,14 @@ async def test_checksums_take_room_in_the_tail() -> None:
 @pytest.mark.parametrize("name", ["pages", "tail"])
 async def test_memory_of_another_engine_cannot_be_offered(name: str) -> None:
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
-        foreign = both.decode.region.lease(both.peer)  # to the prefill rank, by somebody else
+        foreign = both.decode.region.lease(both.peer)  # to the prefill rank, by another engine
         answer = await raw.ask(**{name: foreign.descriptor.encode()})
         assert isinstance(answer, wire.Refused)
         assert "does not belong to the engine that offers it" in answer.text
         await foreign.revoke(timeout=10)
 
 
-async def test_nobody_cancels_the_request_of_another_peer() -> None:
+async def test_a_peer_cannot_cancel_the_request_of_another() -> None:
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
         async with both.decoder.request(both.peer, "a", [1, 2, 3], tokens=12) as handle:
             number = handle._parts[0].number
@@ -165,7 +165,7 @@ async def test_nobody_cancels_the_request_of_another_peer() -> None:
 # ---- room for what is reserved ----
 
 
-async def test_what_reservations_take_is_bounded_and_who_takes_the_most_makes_room() -> None:
+async def test_what_reservations_take_is_bounded_and_the_peer_that_takes_the_most_makes_room() -> None:
     options = {"reserved_bytes": 1 << 20}
     async with party(prefill_options=options) as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
         answers = [await raw.ask(str(i), data=bytes(100_000), seconds=math.inf) for i in range(12)]
@@ -293,7 +293,8 @@ async def test_tables_of_all_plans_share_one_bound(monkeypatch: pytest.MonkeyPat
             accepted = await both.prefiller.accept(timeout=10)
             accepted.use([i, i + 1, i + 2])
             accepted.layer_ready(0)
-            assert both.prefiller._tables.rows <= 200
+            tables = {id(plan._tables): plan._tables.rows for plan, _ in both.prefiller._plans.values()}
+            assert 0 < sum(tables.values()) <= 200
         assert len(both.prefiller._plans) == 20
 
 
@@ -349,7 +350,7 @@ async def test_what_the_host_does_with_a_record_ends_no_reader(caplog: pytest.Lo
     def fail(record: kv.RequestRecord) -> None:
         raise KeyError("of the host")
 
-    async with party(options={"on_record": fail}, prefill_options={"on_record": fail}) as both:
+    async with asyncio.timeout(30), party(options={"on_record": fail}, prefill_options={"on_record": fail}) as both:
         async with both.decoder.request(both.peer, "a", [1, 2, 3], timeout=10):
             pass  # its cancel ends it there
         await still_serves(both)

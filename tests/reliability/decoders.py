@@ -32,6 +32,9 @@ from aiotransfer.control.key import Key
 from aiotransfer.control.resume import Ledger, further
 from aiotransfer.control.session import Role, Session
 from aiotransfer.errors import BrokenError, DescriptorError, RendezvousError
+from aiotransfer.kv import wire
+from aiotransfer.kv.layout import MOST_POOL_BYTES, MOST_RANKS, KVLayout
+from aiotransfer.kv.plan import receivers
 from aiotransfer.model import descriptor
 from aiotransfer.model.descriptor import Grant, RemoteRegion
 from aiotransfer.providers import fabricwire, fdchannel, loopback, shmwire
@@ -263,6 +266,34 @@ def _dialogues(role: Role) -> Callable[[], list[bytes]]:
     return lambda: [bytes([n]) + conversation(role, *more) for n in (0, 255) for more in ((), FRAMES[7:13], FRAMES[13:])]
 
 
+def _kv(data: bytes) -> bool:
+    """A KV message, and the layout in it."""
+    try:
+        message = wire.decode(data)
+    except DescriptorError:
+        return False
+    assert message.number == wire.number(data)
+    if isinstance(message, wire.Reserve):
+        assert message.skip_tokens <= message.tokens <= wire.MOST_TOKENS
+    if isinstance(message, wire.Reserve | wire.Reserved):
+        try:
+            layout = KVLayout.from_dict(message.layout)
+        except (TypeError, ValueError):
+            return True
+        assert layout.offset + layout.pool_bytes <= MOST_POOL_BYTES
+        assert len(receivers(layout, layout)) <= MOST_RANKS
+    return True
+
+
+def _kv_messages() -> list[bytes]:
+    layout = KVLayout(4, 2, 8, "bfloat16", 4, 64, tp=2, pp=2, windows=(None, 8, None, 8)).to_dict()
+    return [wire.encode(message) for message in (
+        wire.Reserve(7, "request", layout, b"pool", b"tail", bytes(24), 12, 4, 5, 0, 1.5, True, b"prompt", "instance"),
+        wire.Reserved(7, layout), wire.Refused(7, "layout", "they differ", "windows", [None, 8], 3), wire.Cancel(7, "late"),
+        wire.Failed(7, "nan", True),
+    )]  # fmt: skip
+
+
 DECODERS = (
     Decoder("stream", "control frames in a stream, cut anywhere", _stream,
             lambda: [b"\x1f" + PREAMBLE + b"".join(map(frames.encode, FRAMES[i : i + 4])) for i in range(0, len(FRAMES), 4)]),
@@ -296,6 +327,7 @@ DECODERS = (
     Decoder("fabric rails", "what a peer says of its rails", _broken(fabricwire.side),
             lambda: [fabricwire.encode(fabricwire.Side([("eth0", "10.0.0.1", 24), ("eth1", "fd00::1", 64)], True))]),
     Decoder("loopback question", "what a peer asks the loopback provider", _broken(loopback.question), lambda: [b""]),
+    Decoder("kv message", "what a decode rank and a prefill rank say to each other, and the layout in it", _kv, _kv_messages),
     Decoder("fd packet", "packets of the descriptor channel", _packet,
             lambda: [b"\0\0" + b"t" * 16, b"\0\0" + b"t" * 16 + b"body"]),
 )  # fmt: skip
