@@ -244,6 +244,10 @@ MUTANTS = (
         "    end->over_count += (end->over[slot / 64] & bit) == 0;\n", "    end->over_count++;\n", "tests/native/test_letters.py",
     ),
     Mutant(
+        "strangers: silent connections to a data port", "ffi/fabric/halfway.c",
+        "    int seconds = DEFERRED;", "    int seconds = 0;", "tests/providers/test_silent_strangers.py",
+    ),
+    Mutant(
         "orders: the look after clearing", "ffi/shm/queue.c",
         "if (atomic_load(&channel->summary[w]) == 0) continue;",
         "if (atomic_load_explicit(&channel->summary[w], memory_order_relaxed) == 0) continue;", "tests/native/test_orders.py",

@@ -15,12 +15,16 @@ static struct fid_ep *endpoint(const at_fab_end *end) { return end->ep; }
 static int open_one(at_fab_end *end) {
     at_ofi *ofi = at_ofi_of(end->fab);
     struct fid_ep *ep = NULL;
+    int first = at_fab_first_free(end->fab);
     int rc = fi_endpoint(ofi->domain, ofi->info, &ep, NULL);
     if (rc == 0) rc = fi_ep_bind(ep, &ofi->av->fid, 0);
     if (rc == 0) rc = fi_ep_bind(ep, &ofi->cq->fid, FI_TRANSMIT | FI_RECV);
     if (rc == 0) rc = fi_enable(ep);
     if (rc != 0 && ep != NULL) (void)fi_close(&ep->fid);
-    if (rc == 0) end->ep = ep;
+    if (rc == 0) {
+        at_fab_defer(ep, first);
+        end->ep = ep;
+    }
     return -rc;
 }
 

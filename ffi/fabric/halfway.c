@@ -1,6 +1,10 @@
-/* Closing an endpoint of libfabric's tcp provider to which a connection is half made.
+/* Connections to an endpoint of libfabric's tcp provider that are half made.
  *
- * That provider (seen in 1.17 and 2.5) accepts a connection, and reads the request that follows it later; by then it looks at the
+ * Anyone who reaches the port of an endpoint may connect to it and say nothing, and the provider waits for the request for ever, with a
+ * descriptor of ours for each. So the kernel is told to keep such connections to itself until the first byte has come (it does so for
+ * hours): at_fab_defer. A peer sends its request at once.
+ *
+ * Closing. That provider (seen in 1.17 and 2.5) accepts a connection, and reads the request that follows it later; by then it looks at the
  * endpoint, also when that was closed in between, and reads freed memory (fi_dupinfo within fi_cq_read, found by the address sanitizer).
  * The request may come any time, from a process that was stopped, say. So whatever was accepted for an endpoint is shut down first: the
  * provider meets the end of the stream instead of the request, and forgets the connection. Accepting happens only within fi_cq_read,
@@ -12,10 +16,14 @@
 
 #include <dirent.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
+#define DEFERRED (24 * 3600) /* seconds, for as long as the kernel will */
+#define NEAR 64     /* descriptors above the first free one among which a new one is looked for first */
 #define LOOKS 8 /* each may let one more in; who connects that often has other troubles */
 
 static in_port_t port_of(const struct sockaddr_storage *address) {
@@ -24,14 +32,44 @@ static in_port_t port_of(const struct sockaddr_storage *address) {
     return 0;
 }
 
-/* Is this descriptor of ours a connection that was accepted at the port? */
-static int accepted_at(int fd, in_port_t port) {
+/* A socket of ours at the port: 1: it listens there; 0: it was accepted there; -1: it is something else. */
+static int role_at(int fd, in_port_t port) {
     struct sockaddr_storage address;
     socklen_t n = sizeof address;
     int listening = 0;
-    if (getsockname(fd, (struct sockaddr *)&address, &n) != 0 || port_of(&address) != port) return 0;
+    if (getsockname(fd, (struct sockaddr *)&address, &n) != 0 || port_of(&address) != port) return -1;
     n = sizeof listening;
-    return getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &n) == 0 && !listening;
+    return getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &n) == 0 ? listening != 0 : -1;
+}
+
+static int defer_at(int fd, in_port_t port) {
+    int seconds = DEFERRED;
+    return role_at(fd, port) == 1 && setsockopt(fd, IPPROTO_TCP, TCP_DEFER_ACCEPT, &seconds, sizeof seconds) == 0;
+}
+
+static in_port_t port_of_endpoint(struct fid_ep *ep) {
+    struct sockaddr_storage address;
+    size_t n = sizeof address;
+    memset(&address, 0, sizeof address);
+    return fi_getname(&ep->fid, &address, &n) == 0 ? port_of(&address) : 0;
+}
+
+int at_fab_first_free(const at_fab *fab) {
+    int fd = dup(fab->kick_fd);
+    if (fd >= 0) (void)close(fd);
+    return fd;
+}
+
+void at_fab_defer(struct fid_ep *ep, int first) {
+    in_port_t port = port_of_endpoint(ep);
+    if (port == 0) return;
+    for (int fd = first; first >= 0 && fd < first + NEAR; fd++)
+        if (defer_at(fd, port)) return;
+    DIR *folder = opendir("/proc/self/fd");
+    if (folder == NULL) return;
+    for (const struct dirent *entry; (entry = readdir(folder)) != NULL;)
+        if (entry->d_name[0] != '.' && defer_at(atoi(entry->d_name), port)) break;
+    (void)closedir(folder);
 }
 
 static int shut_down_at(in_port_t port) {
@@ -40,7 +78,7 @@ static int shut_down_at(in_port_t port) {
     if (folder == NULL) return 0;
     for (const struct dirent *entry; (entry = readdir(folder)) != NULL;) {
         int fd = atoi(entry->d_name);
-        if (entry->d_name[0] == '.' || !accepted_at(fd, port)) continue;
+        if (entry->d_name[0] == '.' || role_at(fd, port) != 0) continue;
         (void)shutdown(fd, SHUT_RDWR);
         found = 1;
     }
@@ -49,11 +87,7 @@ static int shut_down_at(in_port_t port) {
 }
 
 void at_fab_shut_halfway(at_fab *fab, struct fid_ep *ep) {
-    struct sockaddr_storage address;
-    size_t n = sizeof address;
-    memset(&address, 0, sizeof address);
-    if (fi_getname(&ep->fid, &address, &n) != 0) return;
-    in_port_t port = port_of(&address);
+    in_port_t port = port_of_endpoint(ep);
     for (int i = 0; port != 0 && i < LOOKS; i++) {
         (void)fi_cq_read(at_ofi_of(fab)->cq, NULL, 0); /* accepts, and meets the ends of those that were shut down */
         if (!shut_down_at(port)) return;

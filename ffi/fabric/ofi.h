@@ -62,6 +62,8 @@ void at_fab_device_limits(at_fab_facts *facts, uint64_t most_rma, int emulated);
 uint32_t at_fab_flags_of(int device, uint64_t order, size_t data_bytes, int mr_mode, uint32_t without);
 
 /* halfway.c, with fab->lock */
+int at_fab_first_free(const at_fab *fab);        /* the number that the next descriptor will have */
+void at_fab_defer(struct fid_ep *ep, int first); /* strangers who say nothing get no descriptor of ours; first: that number, before it was made */
 void at_fab_shut_halfway(at_fab *fab, struct fid_ep *ep);
 
 /* driver.c */
