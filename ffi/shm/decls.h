@@ -34,6 +34,6 @@ int64_t at_shm_finish(at_lane *lane, at_shm_half *half, const at_shm_offer *thei
  * AT_FOREIGN_UNKNOWN: that is being found out, ask again. AT_E* when it cannot be. */
 enum { AT_FOREIGN_UNKNOWN = 3 };
 int at_shm_foreign(at_lane *lane, int64_t peer, int *why);
-/* Tests: stop inside a chunk. The next chunk of this lane's native thread or caller waits until released. */
+/* Tests: stop inside a chunk. The next chunk of whoever copies waits until released (0); 2: only if it is of foreign memory. */
 void at_shm_hold(int on);
 int at_shm_held(void);

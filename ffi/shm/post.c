@@ -24,8 +24,9 @@ void at_shm_hold(int on) {
 
 int at_shm_held(void) { return atomic_load(&hold_reached); }
 
-static void hold(void) {
-    if (atomic_load_explicit(&hold_wanted, memory_order_relaxed) == 0) return; /* order: alone: tests, and any time will do */
+static void hold(const at_remote *remote) {
+    int wanted = atomic_load_explicit(&hold_wanted, memory_order_relaxed); /* order: alone: tests, and any time will do */
+    if (wanted == 0 || (wanted == 2 && remote->base != NULL)) return;
     atomic_store(&hold_reached, 1);
     while (atomic_load(&hold_wanted)) (void)usleep(200);
 }
@@ -74,7 +75,7 @@ static int move_bytes(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, 
         if (is_punched(remote, k)) return AT_EPROTO;
         int rc = at_shm_enter(shm, active, remote), error = 0;
         if (rc != AT_OK) return rc;
-        hold();
+        hold(remote);
         uint8_t *here = op->local + from, *there = remote->base != NULL ? remote->base + to : NULL;
         if (there == NULL) error = at_shm_foreign_copy(shm, here, remote->va + to, k, reads);
         else if (op->region->file) error = at_own_copy(reads ? here : there, reads ? there : here, k);
@@ -132,7 +133,7 @@ static int move_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, 
         if (is_punched(remote, k * page)) return AT_EPROTO;
         int rc = at_shm_enter(shm, active, remote), error = 0;
         if (rc != AT_OK) return rc;
-        hold();
+        hold(remote);
         if (remote->base == NULL)
             error = foreign_pages(shm, op, at, k);
         else if (op->region->file)

@@ -32,6 +32,10 @@ def test_a_page_that_is_withheld_stops_nobody(scenario: str) -> None:
     run(scenario)
 
 
+def test_a_thread_that_is_held_up_inside_a_copy_stops_nobody() -> None:
+    run("held_inside_a_copy")
+
+
 @pytest.mark.asyncio
 async def test_a_copy_inside_the_call_holds_no_lock() -> None:
     """Another thread uses the engine while the loop's thread stands still in the middle of a copy."""

@@ -22,6 +22,7 @@ import numpy as np
 
 import aiotransfer as at
 from aiotransfer.config import Config
+from aiotransfer.providers import native
 
 NBYTES = 4 << 20
 SLACK = 5.0  # seconds, for a busy machine
@@ -164,6 +165,39 @@ async def sources_of_ours() -> None:
     assert time.monotonic() - ends < 2 * SLACK, "aclose waits for a page"
 
 
+async def held_inside_a_copy() -> None:
+    """The same without userfaultfd: a test's switch holds up whoever is inside foreign memory."""
+    async with at.open_engine(listen="127.0.0.1:0", config=CONFIG) as engine, at.open_engine() as other:
+        peer = await other.connect(engine.address)
+        there = await anext(engine.arrivals())
+        source = engine.register(np.ones(NBYTES, np.uint8))
+        foreign, mapped = other.register(np.zeros(NBYTES, np.uint8)).descriptor, other.allocate(NBYTES).descriptor
+        await engine.write(source, foreign)
+        await engine.write(source, mapped)
+        native.lib.at_shm_hold(2)
+        stuck = engine.write(source[:64], foreign[:64], timeout=0.5)
+        behind = engine.write(source[:64], foreign[64:128], timeout=0.3)
+        assert not stuck.done()
+        async with asyncio.timeout(SLACK):
+            await engine.write(source[:64], mapped[:64], timeout=SLACK)
+            await engine.write(source, mapped, timeout=SLACK)
+            await there.ping(timeout=SLACK)
+            await peer.ping(timeout=SLACK)
+        for transfer, kind in ((behind, at.TransferTimeout), (stuck, at.QuarantineError)):
+            try:
+                await asyncio.wait_for(transfer, SLACK)
+            except kind:
+                continue
+            raise AssertionError(f"a write that was held up ended without {kind.__name__}")
+        assert copiers() == 1, copiers()
+        native.lib.at_shm_hold(0)
+        await engine.write(source, foreign, timeout=SLACK)
+        native.lib.at_shm_hold(2)
+        assert not engine.write(source[:64], foreign[:64]).done()
+        ends = time.monotonic()
+    assert time.monotonic() - ends < 2 * SLACK, "aclose waits for a thread that is held up"
+
+
 async def many_of_one_process() -> None:
     """Engines of one process share what it can cost: one thread, whatever the number of its connections."""
     async with at.open_engine(listen="127.0.0.1:0", config=CONFIG) as engine:
@@ -182,7 +216,7 @@ async def many_of_one_process() -> None:
 
 def run(name: str, *arguments: str) -> None:
     """Asyncio's own end would wait for threads that a page holds up only if they were its own."""
-    scenarios = {f.__name__: f for f in (own, others_go_on, many_of_one_process, sources_of_ours)}
+    scenarios = {f.__name__: f for f in (own, others_go_on, held_inside_a_copy, many_of_one_process, sources_of_ours)}
     asyncio.run(scenarios[name](*arguments))
     print("ok", flush=True)
 
