@@ -59,8 +59,8 @@ static int rails_stop(at_rail *first, uint64_t until) {
     return quiet;
 }
 
-static int is_busy(const at_lane *lane) {
-    return lane->threads != 0 || lane->waiters != 0 || lane->moving_here || lane->moving_other;
+static int is_busy(at_lane *lane) {
+    return lane->threads != 0 || lane->waiters != 0 || at_is_moving(lane) || lane->moving_other;
 }
 
 int at_lane_stop(at_lane *lane, uint64_t patience_ns, int *inside) {

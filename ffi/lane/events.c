@@ -130,7 +130,7 @@ static void move_here(at_lane *lane) {
     lane->moving_here = 1;
     do at_move_queued(lane, AT_CHUNK, AT_MOVER_CALLER);
     while (at_queued_work(lane, 0) && at_now() - lane->turn_start < lane->config.turn_ns);
-    lane->moving_here = 0;
+    at_here_over(lane);
 }
 
 /* The loop was woken a little early, so as not to lose the time that takes. An idle loop loses nothing by waiting here, and a

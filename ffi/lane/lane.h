@@ -328,8 +328,7 @@ struct at_lane {
     int thread_epoll_fd, thread_wake_fd, pulse_fd;
     uint32_t thread_turn;
     int thread_work;
-    int moving_here;  /* the loop's thread moves an operation now without the lock: its active word is taken */
-    uint32_t here_waited; /* threads that wait until it has */
+    _Atomic int moving_here; /* the loop's thread moves an operation now without the lock: its active word is taken. 2: it is waited for */
     int moving_other; /* the same of another submitting thread */
     uint32_t risky;   /* queued operations for copiers, and probes */
     at_copiers *copiers; /* NULL until there is something that may hold up a thread */

@@ -147,7 +147,7 @@ void at_head_start(at_lane *lane, at_op *op) {
     lane->moving_here = 1;
     do rc = at_op_move(op, portion(op, 4 * AT_CHUNK), AT_MOVER_CALLER, &oserror);
     while (rc == AT_OK && goes_on(op) && at_now() < until);
-    lane->moving_here = 0;
+    at_here_over(lane);
     at_count_turn(lane, before - unclaimed(op));
     (void)move_over(lane, op, rc, oserror);
 }

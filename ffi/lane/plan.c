@@ -327,7 +327,7 @@ int64_t at_plan_post(at_lane *lane, const at_plan *plan, int64_t imm) {
     } else {
         at_op op;
         result = at_resolve(lane, &plan->orders[0], imm, &op);
-        if (result == AT_OK) result = at_submit(lane, &op);
+        if (result == AT_OK) return at_submit_last(lane, &op);
     }
     return at_unlock_and_progress(lane, result);
 }

@@ -151,8 +151,8 @@ int at_submit_here(at_lane *lane, at_op *op) {
     if (op->remote != NULL) note_footprint(lane, op, nbytes);
     if (port->window != 0) return AT_EAGAIN;
     op->risk = at_risk(op);
-    if (op->risk != AT_RISK_NONE || (op->detached ? lane->moving_other : lane->moving_here)) return AT_EAGAIN;
-    int here = nbytes <= lane->config.inline_bytes && (!lane->turn_due || nbytes <= LATE_BYTES);
+    if (op->risk != AT_RISK_NONE || (op->detached && lane->moving_other)) return AT_EAGAIN;
+    int here = nbytes <= lane->config.inline_bytes && (nbytes <= LATE_BYTES || op->detached || !lane->turn_due);
     return here || (lane->config.flags & AT_LANE_NO_THREAD) ? AT_HERE : AT_EAGAIN;
 }
 
@@ -184,20 +184,32 @@ static int moves_bytes(const at_op *op) { return op->remote != NULL && op->nbyte
 static int mover_of(const at_op *op) { return op->detached ? AT_MOVER_OTHER : AT_MOVER_CALLER; }
 
 static void begin_here(at_lane *lane, int detached) {
-    *(detached ? &lane->moving_other : &lane->moving_here) = 1;
+    if (detached) lane->moving_other = 1;
+    else atomic_store_explicit(&lane->moving_here, 1, memory_order_relaxed); /* order: alone: the lock orders it */
     at_unlock(lane);
 }
 
 static void end_here(at_lane *lane, int detached) {
-    *(detached ? &lane->moving_other : &lane->moving_here) = 0;
-    if (lane->shut || lane->here_waited) (void)pthread_cond_broadcast(&lane->ended);
+    if (!detached) {
+        at_here_over(lane);
+        return;
+    }
+    lane->moving_other = 0;
+    if (lane->shut) (void)pthread_cond_broadcast(&lane->ended);
+}
+
+void at_here_over(at_lane *lane) {
+    if (atomic_exchange(&lane->moving_here, 0) == 2) (void)pthread_cond_broadcast(&lane->ended);
+}
+
+int at_is_moving(at_lane *lane) {
+    int here = 1;
+    return atomic_compare_exchange_strong(&lane->moving_here, &here, 2) || here == 2;
 }
 
 void at_wait_here(at_lane *lane) {
-    if (!lane->moving_here || pthread_equal(lane->owner, pthread_self())) return;
-    lane->here_waited++;
-    while (lane->moving_here) (void)pthread_cond_wait(&lane->ended, &lane->lock);
-    lane->here_waited--;
+    if (pthread_equal(lane->owner, pthread_self())) return;
+    while (at_is_moving(lane)) (void)pthread_cond_wait(&lane->ended, &lane->lock);
 }
 
 /* What the operation uses stays while the loop's thread moves it: nothing is closed by another one meanwhile (at_wait_here). Operations of
@@ -212,10 +224,39 @@ static int move_here(at_lane *lane, at_op *op) {
     int rc = op->peer->port->move(op->peer, op, 0, op->extent, mover_of(op), &moved, &oserror);
     if (bytes) at_lock(lane);
     rc = moved_here(lane, op, moved, rc, oserror);
+    if (rc == AT_EAGAIN && bytes && !(op->remote->open && op->region->open)) rc = AT_ESTALE; /* closed meanwhile: it cannot be kept */
     if (detached) at_op_let_go(lane, op);
     if (!bytes) return rc;
     end_here(lane, detached);
     return rc == AT_EAGAIN && lane->shut ? AT_ESHUT : rc; /* shut meanwhile: nobody would end it */
+}
+
+/* The loop's own, without an immediate: when all has gone well there is nothing to be done with the lock, and it is not taken again (1; the
+ * usual case of short writes, for which a lock costs as much as the copy). 0: the lock is held, *result is as of move_here. */
+static int move_freely(at_lane *lane, at_op *op, int *result) {
+    uint64_t moved = 0, nbytes = op->nbytes * op->units;
+    int oserror = 0;
+    lane->stats.ops_inline++;
+    lane->stats.units_written += op->units;
+    lane->stats.bytes_written += nbytes;
+    begin_here(lane, 0);
+    int rc = op->peer->port->move(op->peer, op, 0, op->extent, AT_MOVER_CALLER, &moved, &oserror);
+    if (rc == AT_OK && moved == op->extent) {
+        at_count_turn(lane, nbytes);
+        *result = lane->turn_due ? AT_DUE : AT_OK;
+        if (atomic_exchange(&lane->moving_here, 0) == 1) return 1;
+        at_lock(lane);
+        (void)pthread_cond_broadcast(&lane->ended);
+        at_unlock(lane);
+        return 1;
+    }
+    at_lock(lane);
+    lane->stats.ops_inline--;
+    lane->stats.units_written -= op->units;
+    lane->stats.bytes_written -= nbytes;
+    *result = moved_here(lane, op, moved, rc, oserror);
+    at_here_over(lane);
+    return 0;
 }
 
 void at_move_here(at_lane *lane, at_op *ops, uint32_t n) {
@@ -249,10 +290,9 @@ void at_wake_mover(at_lane *lane, int64_t cookie) {
     if (op != NULL && !op->detached && lane->thread_started && !(lane->config.flags & AT_LANE_THREAD)) at_head_start(lane, op);
 }
 
-int64_t at_submit(at_lane *lane, at_op *op) {
-    int rc = at_submit_here(lane, op);
-    if (rc == AT_HERE) rc = move_here(lane, op);
-    if (rc == AT_OK) return lane->turn_due && !op->detached ? AT_DUE : AT_OK;
+/* rc: what became of an attempt to move it here. */
+static int64_t submitted(at_lane *lane, at_op *op, int rc) {
+    if (rc == AT_OK) return !op->detached && lane->turn_due ? AT_DUE : AT_OK;
     if (rc != AT_EAGAIN) return rc;
     int64_t cookie = at_op_keep(lane, op);
     if (cookie < 0) return cookie;
@@ -260,6 +300,21 @@ int64_t at_submit(at_lane *lane, at_op *op) {
     else if (op->risk != AT_RISK_NONE) at_copiers_call(lane);
     else at_wake_mover(lane, cookie);
     return cookie;
+}
+
+int64_t at_submit(at_lane *lane, at_op *op) {
+    int rc = at_submit_here(lane, op);
+    return submitted(lane, op, rc == AT_HERE ? move_here(lane, op) : rc);
+}
+
+int64_t at_submit_last(at_lane *lane, at_op *op) {
+    int rc = at_submit_here(lane, op);
+    if (rc == AT_HERE && op->imm < 0 && !op->detached && moves_bytes(op)) {
+        if (move_freely(lane, op, &rc)) return rc;
+    } else if (rc == AT_HERE) {
+        rc = move_here(lane, op);
+    }
+    return at_unlock_and_progress(lane, submitted(lane, op, rc));
 }
 
 int64_t at_unlock_and_progress(at_lane *lane, int64_t result) {
@@ -280,6 +335,7 @@ static int64_t submit_one(at_lane *lane, const at_order *order, int64_t imm) {
     if (order->kind == AT_OP_PAGES) result = at_tables_take(lane, order->units, &tables);
     if (result == AT_OK) result = at_resolve(lane, order, imm, &op);
     if (result == AT_OK) result = at_check(lane, order, &op, &tables);
+    if (result == AT_OK && order->kind != AT_OP_PAGES) return at_submit_last(lane, &op);
     if (result == AT_OK) result = at_submit(lane, &op);
     if (order->kind == AT_OP_PAGES) at_tables_give(lane, &tables);
     return at_unlock_and_progress(lane, result);
