@@ -217,6 +217,11 @@ static void another(at_lane *lane) {
     else (void)start(lane);
 }
 
+void at_copiers_pin(at_lane *lane) {
+    for (uint32_t i = 0; lane->copiers != NULL && i < AT_COPIERS; i++)
+        if (lane->copiers->all[i].state != NONE && lane->copiers->all[i].state != OVER) at_cpus_give(&lane->cpus, lane->copiers->all[i].thread);
+}
+
 int at_copiers_ready(at_lane *lane) {
     if (lane->thread_stop) return AT_ESHUT;
     if (lane->copiers == NULL) {

@@ -17,6 +17,7 @@ static inline int at_risk(at_op *op) {
 
 int at_copiers_ready(at_lane *lane);   /* there is a copier: AT_OK, AT_ENOMEM, or AT_EIO with lane->oserror */
 void at_copiers_call(at_lane *lane);   /* there may be something for them */
+void at_copiers_pin(at_lane *lane);    /* to lane->cpus */
 void at_copiers_ask(at_lane *lane);    /* they leave soon: thread_stop is set */
 void at_copiers_join(at_lane *lane);   /* all have left; without the lock */
 

@@ -193,6 +193,7 @@ int at_lane_pin(at_lane *lane, const int32_t *cpus, uint32_t count) {
     at_cpus_add(&lane->cpus, cpus, count);
     if (lane->thread_started) at_cpus_give(&lane->cpus, lane->thread);
     if (lane->helper_started == 1) at_cpus_give(&lane->cpus, lane->helper);
+    at_copiers_pin(lane);
     at_unlock(lane);
 #else
     (void)cpus, (void)count;
