@@ -165,9 +165,9 @@ class Party(Meeting):
 
     def _near(self) -> int:
         """No step after this one is spoken of by a rank that is at work with us: none is more than `slots` ahead of any other,
-        and one that comes back begins so much later, rounded up. A rank that joins cannot know."""
+        and one that comes back begins so much later, rounded up. A rank that joins, or has not begun, cannot know."""
         start = None if self.members is None else self.members.start
-        if start is None or self._to_join:
+        if start is None or self._to_join or not self._running:
             return MOST_STEPS
         return max(self.next_step, start) + 8 * self.shape.slots + 2 * self.shape.align
 

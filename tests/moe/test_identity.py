@@ -315,3 +315,21 @@ async def test_addresses_are_compared_as_places() -> None:
         a2a = [moe.AllToAll(e, e.group(addresses), **SIZES) for e in of]
         await asyncio.gather(*map(one_step, a2a))
         await asyncio.gather(*(one.aclose() for one in a2a))
+
+
+async def test_a_rank_that_has_not_begun_believes_a_group_that_is_far_ahead() -> None:
+    """It was about to start anew with others, and is taken in by those that are at work."""
+    async with engines(2) as of:
+        a2a = made(of)
+        await asyncio.gather(*map(one_step, a2a))
+        party, other = a2a[0]._party, a2a[1]._party
+        both = ((0, party.incarnation, 0), (1, other.incarnation, 0))
+        far = wire.Told(rank=1, incarnation=other.incarnation, view=View(other.incarnation, (), (), 1 << 40, (), (), both))
+        for running in (True, False):
+            party._running = running
+            if running:
+                with pytest.raises(DescriptorError, match="speaks of step"):
+                    party._told(1, far)
+            else:
+                party._told(1, far)
+        await asyncio.gather(*(one.aclose() for one in a2a))
