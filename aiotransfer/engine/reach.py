@@ -145,11 +145,12 @@ class Claims:
                     if found is peer:
                         break
         except (TransferError, TimeoutError) as error:
-            self._warn(peer, f"member {claim.rank} cannot be reached at {address}: {str(error) or 'it takes too long'}")
+            if not peer._ended.done():
+                self._warn(peer, f"member {claim.rank} cannot be reached at {address}: {str(error) or 'it takes too long'}")
             return
         finally:
             self._claims.pop(peer, None)
-        if peer in self._refused:
+        if peer in self._refused or peer._ended.done():  # a member that has gone meanwhile is missed by those who wait for it
             return
         if found is not peer:
             self._refused.add(peer)

@@ -8,8 +8,10 @@ their views (`moe.members`), and it begins at the step that follows from them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
+from aiotransfer.control.patience import Patience
 from aiotransfer.errors import BrokenError, PeerLostError, ProviderUnavailableError, TransferTimeout, again
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.moe import wire
@@ -52,12 +54,21 @@ class Meeting(Ranks):
         except (BrokenError, ShapeMismatch, asyncio.CancelledError):
             raise
         except BaseException as error:  # the others must not wait for this rank
-            known = found | {rank: peer for rank in self.others() if (peer := self._at(rank)) is not None}
-            reason = wire.words(f"{type(error).__name__}: {error}")
-            unable = wire.Unable(rank=self.rank, incarnation=self.incarnation, reason=reason)
-            for peer in known.values():
-                self._send_to(peer, unable)
+            await self._say_unable(found, f"{type(error).__name__}: {error}")
             raise
+
+    async def _say_unable(self, found: dict[int, Peer], reason: str) -> None:
+        """Returns when the others know it, or after `drain_timeout`. This engine may end then; another rank may still have to see
+        that it is who is reached at this one's address, or does not believe it."""
+        known = found | {rank: peer for rank in self.others() if (peer := self._at(rank)) is not None}
+        unable = wire.Unable(rank=self.rank, incarnation=self.incarnation, reason=wire.words(reason))
+        self._know_it.clear()
+        for peer in known.values():
+            self._send_to(peer, unable)
+        with contextlib.suppress(TimeoutError):
+            async with Patience(self.engine.config.drain_timeout):
+                while any(rank not in self._know_it and not peer._ended.done() for rank, peer in known.items()):
+                    await self._soon()
 
     async def _set_up(self, found: dict[int, Peer]) -> None:
         """Meet, with the peers that are known by rank in `found`."""

@@ -106,6 +106,9 @@ class Party(Meeting):
             self._ready[rank] = content.incarnations
         elif isinstance(content, wire.Unable):
             self._unable[rank] = clip(content.reason)
+            self._send_to(peer, wire.Heard(rank=self.rank, incarnation=self.incarnation))
+        elif isinstance(content, wire.Heard):
+            self._know_it.add(rank)
         elif isinstance(content, wire.Told):
             self._told(rank, content)
         elif isinstance(content, wire.Leave):

@@ -102,6 +102,7 @@ class Ranks:
         self._limit = RateLimit(most=1)
         self._pieces: dict[int, wire.Pieces] = {}  # of long messages, by sender
         self._unable: dict[int, str] = {}  # ranks that could not set up, and why
+        self._know_it: set[int] = set()  # ranks that have heard that this one cannot
         self._failure: Exception | None = None  # why this one cannot
 
     async def take_name(self) -> None:

@@ -79,6 +79,10 @@ class Unable(_Message, frozen=True, tag=6):
     reason: str
 
 
+class Heard(_Message, frozen=True, tag=8):
+    """I know now that you cannot set up: you need not wait for me."""
+
+
 class Piece(_Message, frozen=True, tag=7):
     """A part of a message that is too long for one. They come in order."""
 
@@ -87,7 +91,7 @@ class Piece(_Message, frozen=True, tag=7):
     data: Annotated[bytes, msgspec.Meta(max_length=PIECE)]
 
 
-Message: TypeAlias = Hello | Ready | Told | Leave | Who | Unable | Piece
+Message: TypeAlias = Hello | Ready | Told | Leave | Who | Unable | Piece | Heard
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
 

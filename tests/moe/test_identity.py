@@ -185,6 +185,33 @@ async def test_a_long_message_travels_in_pieces() -> None:
     ]
 
 
+async def test_ranks_are_lost_and_come_back_by_messages_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "PIECE", 150)
+
+    async def script(w: World) -> None:
+        async def steps(a2a: moe.AllToAll, last: int) -> None:
+            while a2a.next_step < last:
+                await asyncio.sleep(0.02)
+                b = batch(np.random.default_rng(a2a.rank), 4)
+                d, out = await step(a2a, b)
+                assert np.array_equal(out, combined(b, d.handle.dropped))
+
+        await w.every(lambda a2a: a2a.ready())
+        tasks = [asyncio.create_task(steps(w.a2a[r], 90)) for r in range(4)]
+        await asyncio.sleep(0.1)
+        w.net.kill(w.engines[2])
+        tasks[2].cancel()
+        again = await w.again(2)
+        await again.ready()
+        assert 0 < again.next_step < 90
+        await asyncio.gather(*(tasks[r] for r in (0, 1, 3)), steps(again, 90))
+        assert all(all(a2a.mask) for a2a in w.a2a)
+        for a2a in w.a2a:
+            await a2a.aclose()
+
+    await asyncio.to_thread(world, 4, script)
+
+
 async def test_pieces_that_are_not_of_one_message_are_refused_and_nothing_is_kept() -> None:
     key = wire.prefix("", "a,b")
     whole = wire.encode(key, wire.Who(rank=1, incarnation=5, present=None))
@@ -272,8 +299,12 @@ async def test_an_all_to_all_that_has_lost_very_many_takes_in_no_more(monkeypatc
 # ---- a rank that cannot set up ----
 
 
+@pytest.mark.parametrize("rank", [0, 2, 3])
+@pytest.mark.parametrize("ends", [False, True], ids=["stays", "ends"])
 @pytest.mark.parametrize("error", [MemoryError, at.RegistrationError, OSError])
-async def test_a_rank_that_cannot_set_up_tells_the_others_at_once_and_why(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+async def test_a_rank_that_cannot_set_up_tells_the_others_at_once_and_why(
+    monkeypatch: pytest.MonkeyPatch, error: Any, ends: bool, rank: int
+) -> None:
     def buffers(engine: Any, *given: Any, **named: Any) -> Any:
         if engine is short[0]:
             raise error("none left\nat all")
@@ -281,20 +312,30 @@ async def test_a_rank_that_cannot_set_up_tells_the_others_at_once_and_why(monkey
 
     monkeypatch.setattr(meeting, "Buffers", buffers)
     async with engines(4) as of:
-        short = [of[2]]
+        short = [of[rank]]
         addresses = [str(engine.address) for engine in of]
         sizes = SIZES | {"num_experts": 4, "timeout": 60}
         a2a = [moe.AllToAll(e, e.group(addresses), **sizes) for e in of]
+
+        async def ready(one: moe.AllToAll) -> Any:
+            try:
+                await one.ready()
+            except error:
+                if ends:
+                    await one.aclose()
+                    await of[rank].aclose()
+                raise
+
         async with asyncio.timeout(20):
-            found = await asyncio.gather(*(one.ready() for one in a2a), return_exceptions=True)
-        assert type(found[2]) is error
-        for other in (found[0], found[1], found[3]):
+            found = await asyncio.gather(*map(ready, a2a), return_exceptions=True)
+        assert type(found.pop(rank)) is error
+        for other in found:
             assert type(other) is at.PeerLostError
-            assert other.message.startswith("rank 2 (")
+            assert other.message.startswith(f"rank {rank} (")
             assert f"could not set up: {error.__name__}: none left at all" in other.message
-        short.clear()
-        short.append(None)  # type: ignore[arg-type]
-        await asyncio.gather(*(one.ready() for one in a2a))  # all of them may try again
+        if not ends:
+            short[:] = [None]  # type: ignore[list-item]
+            await asyncio.gather(*(one.ready() for one in a2a))  # all of them may try again
         await asyncio.gather(*(one.aclose() for one in a2a))
 
 

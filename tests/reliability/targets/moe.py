@@ -36,6 +36,7 @@ def _said() -> list[wire.Message]:
         wire.Who(present=None, **me),
         wire.Who(present=[0, 1], **me),
         wire.Unable(reason="no memory", **me),
+        wire.Heard(**me),
         wire.Ready(incarnations=[LISTENER, SPEAKER], **me),
         wire.Told(view=View(SPEAKER, (), (), 0, (), (), present), **me),
         wire.Told(view=full, **me),
