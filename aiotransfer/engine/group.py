@@ -269,14 +269,25 @@ class PeerGroup(Unpicklable):
             if all(map(self._has_joined, others)):
                 return
             self._waiting = self._engine._loop.create_future()
+            reach = self._engine._connections.reach
             heard = [peer for rank in others if (peer := self._known(rank)) is not None]
-            for peer in heard:
-                peer._depend(self._waiting)
+            absent = [rank for rank in others if self._known(rank) is None]
+            claimed = {rank: peer for rank in absent if (peer := reach.claimed(self.members[rank])) is not None}
+            waiting = self._waiting
+            for peer in (*heard, *claimed.values()):
+                peer._depend(waiting)
             try:
-                await self._waiting
+                await waiting
+            except PeerLostError:
+                lost = [rank for rank, peer in claimed.items() if peer._ended.done()]
+                if any(peer._ended.done() for peer in heard) or not lost:
+                    raise
+                for rank in lost:
+                    if not await reach.replaced(self.members[rank]):
+                        raise
             finally:
-                for peer in heard:
-                    peer._forget(self._waiting)
+                for peer in (*heard, *claimed.values()):
+                    peer._forget(waiting)
                 self._waiting = None
 
     def _known(self, rank: int) -> Peer | None:

@@ -27,6 +27,7 @@ GRACE_SECONDS = 1.0  # for a dial that nobody waits for any more: it is not cut 
 MOST_STRANGERS = 64  # peers that speak for a member without being known as one, beside one for each member
 MOST_HELD, MOST_HELD_BYTES = 64, 256 << 10  # of what each of them says
 TRIES, PAUSE = 2, 0.05
+MISSED_SECONDS = 0.5  # after the end of a peer that said it was a member: if no other engine is found there by then, it was
 _logger = logging.getLogger("aiotransfer")
 
 
@@ -55,6 +56,19 @@ class Reach:
         """The other engine that is up and was found there by the last dial."""
         peer = self._found.get(address)
         return peer if peer is not None and peer._state == "up" and peer.incarnation != self._engine.incarnation else None
+
+    def claimed(self, address: Address) -> Peer | None:
+        """A peer that says it is reached there. No proof; but if no engine is found there, its loss is the best news of it."""
+        return next((peer for peer in self._engine.peers if peer.address == address), None)
+
+    async def replaced(self, address: Address) -> bool:
+        """Whether an engine is found there soon after the end of one that said it was reached there."""
+        try:
+            async with Patience(MISSED_SECONDS):
+                await self.dial(address)
+        except (TransferError, TimeoutError):
+            return False
+        return True
 
     def found(self, address: Address, peer: Peer) -> None:
         """A dial of `address` led to it."""

@@ -12,6 +12,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from aiotransfer.control.patience import Patience
+from aiotransfer.engine.reach import MISSED_SECONDS
 from aiotransfer.errors import BrokenError, PeerLostError, ProviderUnavailableError, TransferTimeout, again
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.moe import wire
@@ -76,6 +77,7 @@ class Meeting(Ranks):
         limit = asyncio.Semaphore(DIALS_AT_ONCE)
         begun = asked = self.engine._loop.time()
         dials: dict[int, asyncio.Task[None]] = {}
+        claimed: dict[int, float] = {}  # ranks that some peer says it is, and when one was up last
 
         async def dial(rank: int) -> None:
             for tries in range(TRIES):
@@ -94,13 +96,19 @@ class Meeting(Ranks):
         def look() -> None:
             """Who is connected already is not dialled. A rank before this one dials; if it does not (it runs already), we do;
             and when it has, to see that it is who is reached at its address."""
-            claimed = {by_address.get(peer.address) for peer in self.engine.peers}
-            late = self.engine._loop.time() > begun + DIAL_AFTER
+            now = self.engine._loop.time()
+            late = now > begun + DIAL_AFTER
+            for peer in self.engine.peers:
+                if (rank := by_address.get(peer.address, self.rank)) != self.rank:
+                    claimed[rank] = now
             for rank in self.others():
-                if rank not in found and (peer := self._at(rank)) is not None:
-                    found[rank] = peer
+                if rank not in found and (known := self._at(rank)) is not None:
+                    found[rank] = known
                 elif rank not in found and rank not in dials and (rank > self.rank or late or rank in claimed):
                     dials[rank] = self.spawn(dial(rank))
+                needed = rank not in found and (not self._seen or rank in self._present())
+                if needed and rank in claimed and now > claimed[rank] + MISSED_SECONDS:
+                    raise self._lost_while_meeting(rank)
 
         self._forget_lost(found)
         greeted: set[int] = set()
@@ -135,7 +143,7 @@ class Meeting(Ranks):
                 for rank in self._forget_lost(found):
                     greeted.discard(rank)
                     if not self._seen or rank in self._present():
-                        raise PeerLostError(f"{self.who(rank)} was lost while the ranks met", peer=str(self.addresses[rank]))
+                        raise self._lost_while_meeting(rank)
                 for task in dials.values():
                     if task.done() and (error := task.exception()) is not None:
                         raise error
@@ -153,6 +161,9 @@ class Meeting(Ranks):
             await self._join()
         else:
             await self._start()
+
+    def _lost_while_meeting(self, rank: int) -> PeerLostError:
+        return PeerLostError(f"{self.who(rank)} was lost while the ranks met", peer=str(self.addresses[rank]))
 
     def _at(self, rank: int) -> Peer | None:
         """Who is reached at the address of a rank, where that is known: what a peer says of itself proves nothing."""
