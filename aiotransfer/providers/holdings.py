@@ -14,11 +14,13 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import warnings
 from typing import Any
 
 from aiotransfer.providers import native
 
+MOST_SECONDS = 1e9  # of any wait
 _open: dict[int, Holdings] = {}  # of this process, by address of the lane
 _exiting = False
 _forks = 0  # how often this process was forked off another: a lane of before belongs to the parent
@@ -80,16 +82,19 @@ class Holdings:
     def stop(self, seconds: float) -> tuple[bool, int]:
         """Refuse, withdraw, shut out, and wait so long. Have its threads left, and how many peers are inside a write?"""
         inside = native.ffi.new("int *")
-        quiet = native.lib.at_lane_stop(self.pointer, int(seconds * 1e9), inside) == native.lib.AT_OK
+        nanoseconds = int(min(max(seconds, 0.0), MOST_SECONDS) * 1e9)
+        quiet = native.lib.at_lane_stop(self.pointer, nanoseconds, inside) == native.lib.AT_OK
         return quiet, int(inside[0])
 
     def end(self, seconds: float | None = None) -> None:
         """End the lane and let go of what it used. What cannot be proved to be over within `seconds` (None: `patience`) is kept
         for ever, with a `ResourceWarning`. Any thread; twice is silent."""
+        if self.forked:  # nothing native runs there, and the lock may be another thread's of the parent for ever
+            self._let_go()
+            return
         with self._lock:
             known = _open.pop(id(self), None)
-            if not self.usable:  # in a forked child nothing native runs
-                self._let_go()
+            if self.pointer is None:
                 return
             if _exiting:
                 if known is not None:  # opened by somebody's last words, after ours
@@ -106,11 +111,17 @@ class Holdings:
         elif inside:
             warnings.warn(f"{inside} peers are inside a write; registered memory is kept", ResourceWarning, stacklevel=2)
 
+    def exit(self, seconds: float, *, alone: bool) -> None:
+        """At the end of the interpreter: stop, and free nothing that another thread may be inside of."""
+        with self._lock:
+            if self.pointer is not None and self.stop(seconds)[0] and alone:
+                native.lib.at_lane_end(self.pointer)  # a library that is closed has no threads of its own when it is unloaded
+
     def abandon(self) -> None:
         """Let go of nothing, ever."""
         with self._lock:
             _open.pop(id(self), None)
-            if self.usable:
+            if self.pointer is not None:
                 leak((self._kept, self._husk))
                 self._let_go()
         warnings.warn("threads are stuck in an engine; what they use is kept", ResourceWarning, stacklevel=2)
@@ -130,11 +141,10 @@ def _at_exit() -> None:
     alone = threading.active_count() == 1
     for holdings in left:
         leak(holdings)
-        holdings.stop(0.0)
+        holdings.exit(0.0, alone=False)  # all of them begin to stop
+    deadline = time.monotonic() + max((holdings.patience for holdings in left), default=0.0)
     for holdings in left:
-        quiet, _ = holdings.stop(holdings.patience)
-        if quiet and alone:  # a library that is closed has no threads of its own when it is unloaded
-            native.lib.at_lane_end(holdings.pointer)
+        holdings.exit(deadline - time.monotonic(), alone=alone)
 
 
 atexit.register(_at_exit)
