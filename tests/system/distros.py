@@ -7,9 +7,9 @@ the README names, sets both commands up (`make demo`, `make test`), runs `make h
 but `make` and gets the rest by apt; beforehand a plain user of that bare machine must be told what is missing.
 
 The chroots see the network as this machine does: its Debian mirror, settings of apt and pip, certificates and proxies are read
-when this runs. Everything is mounted in a mount namespace of its own, so that nothing stays mounted however this ends; the folder
-is removed afterwards, outside of it, where no mount leads anywhere. Fresh installations and pip's downloads are kept in
-~/.cache/aiotransfer-distros (AIOTRANSFER_DISTROS_CACHE), for two weeks.
+when this runs. Everything is mounted in a mount namespace of its own, so that nothing stays mounted however this ends, and what
+is changed lies in memory. Fresh installations (for two weeks) and downloads are kept in ~/.cache/aiotransfer-distros
+(AIOTRANSFER_DISTROS_CACHE).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -61,21 +60,23 @@ def mirror() -> str:
 
 
 def base(suite: str, packages: tuple[str, ...]) -> Path:
-    """A fresh installation as a tar file: made by debootstrap unless there is one already."""
-    kept = cache() / f"{suite}-{len(packages)}.tar"
+    """A fresh installation, which is only read from: made by debootstrap unless there is one already."""
+    kept = cache() / f"{suite}-{len(packages)}"
     if kept.exists() and time.time() - kept.stat().st_mtime < FRESH_SECONDS:
         return kept
     archives = cache() / "archives" / suite
     archives.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=cache()) as folder:
-        options = ["--variant=minbase", f"--cache-dir={archives}", f"--include={','.join(packages)}"]
-        done = subprocess.run([*PRIVATE, "debootstrap", *options, suite, folder, mirror()], stdout=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            raise SystemExit(f"debootstrap {suite} failed:\n{done.stdout[-3000:]}")
-        new = kept.with_suffix(".new")
-        run("tar", "-C", folder, "-cf", new, ".")
-        new.replace(kept)
+    new = kept.with_suffix(".new")
+    for old in (new, kept):
+        if old.exists():
+            shutil.rmtree(old)
+    options = ["--variant=minbase", f"--cache-dir={archives}", f"--include={','.join(packages)}"]
+    done = subprocess.run([*PRIVATE, "debootstrap", *options, suite, str(new), mirror()], stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"debootstrap {suite} failed:\n{done.stdout[-3000:]}")
+    new.rename(kept)
+    os.utime(kept)
     print(f"{suite}: installed by debootstrap in {time.monotonic() - begun:.0f} s", flush=True)
     return kept
 
@@ -91,8 +92,14 @@ class Chroot:
         self.suite = suite
         self.environ = {name: value for name, value in os.environ.items() if FROM_HERE.match(name)}
 
-    def mount(self) -> None:
-        """What a running system has. All of it ends with this namespace."""
+    def mount(self, installed: Path) -> None:
+        """An installation, a layer in memory for what is changed, and what a running system has. All ends with this namespace."""
+        layer = self.where.parent
+        run("mount", "-t", "tmpfs", "tmpfs", layer)
+        for name in ("changes", "work", self.where.name):
+            (layer / name).mkdir()
+        options = f"lowerdir={installed},upperdir={layer}/changes,workdir={layer}/work"
+        run("mount", "-t", "overlay", "-o", options, "overlay", self.where)
         run("mount", "-t", "proc", "proc", self.where / "proc")
         run("mount", "--rbind", "/sys", self.where / "sys")
         run("mount", "--rbind", "/dev", self.where / "dev")
@@ -156,17 +163,17 @@ def steps(user: str, demo: bool) -> list[tuple[str, dict[str, str]]]:
     return chosen
 
 
-def python_of(where: Path) -> tuple[str, float] | None:
-    """The system's Python and its date."""
-    found = where / "usr/bin/python3"
-    return (os.path.realpath(found), Path(os.path.realpath(found)).stat().st_mtime) if found.exists() else None
+def date_of_python(where: Path) -> float:
+    """When the system's Python was changed last, as far as its date says."""
+    return max(file.stat().st_mtime for file in (where / "usr/bin").glob("python3*") if not file.is_symlink())
 
 
-def inside(suite: str, user: str, demo: bool, where: Path, log: Path) -> int:
+def inside(suite: str, user: str, demo: bool, installed: Path) -> int:
     """One case; the number of its failures."""
+    where, log = cache() / "chroot" / "root", cache() / "chroot" / "log"  # in memory
     chroot = Chroot(where, suite)
     home = Path("/root" if user == "root" else "/srv/plain")
-    chroot.mount()
+    chroot.mount(installed)
     run("chroot", where, "useradd", "--create-home", "--home-dir", "/srv/plain", "--uid", str(UID), "plain")
     here = where / home.relative_to("/") / "aiotransfer"
     here.mkdir()
@@ -191,7 +198,7 @@ def inside(suite: str, user: str, demo: bool, where: Path, log: Path) -> int:
     chroot.bind(downloads, home / ".cache" / "pip", "rw")
     if user != "root":
         os.chown(where / "srv/plain/.cache", UID, UID)
-    before = python_of(where)
+    begun_at = time.time()
     with open(log, "w") as told_to:
         for command, environ in steps(user, demo):
             begun = time.monotonic()
@@ -206,7 +213,7 @@ def inside(suite: str, user: str, demo: bool, where: Path, log: Path) -> int:
             if status != 0:
                 print(log.read_text()[-6000:], flush=True)
                 return 1
-    if before is not None and before != python_of(where):
+    if date_of_python(where) >= begun_at:  # a package's files are older
         print(f"{suite}, {user}: the system's Python was touched", flush=True)
         return 1
     return 0
@@ -216,22 +223,14 @@ def inside(suite: str, user: str, demo: bool, where: Path, log: Path) -> int:
 
 
 def case(suite: str, user: str, demo: bool) -> int:
-    """Unpack, run inside, remove; the number of failures."""
-    kept = base(suite, BARE if user == "root" else (*BARE, *README))
-    folder = Path(tempfile.mkdtemp(prefix=f"{suite}-{user}-", dir=cache()))
-    try:
-        where = folder / "root"
-        where.mkdir()
-        run("tar", "-C", where, "-xf", kept)
-        where.chmod(0o755)  # a plain user enters it
-        command = [sys.executable, __file__, "--inside", str(folder), "--suite", suite, "--user", user]
-        status = subprocess.run([*PRIVATE, *command, *([] if demo else ["--no-demo"])]).returncode
-        return int(status != 0)
-    finally:
-        left = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if str(folder) in line]
-        if left:  # cannot be: then nothing of it is removed either
-            raise RuntimeError(f"still mounted: {left}")
-        shutil.rmtree(folder)
+    """Run one case inside; the number of failures."""
+    installed = base(suite, BARE if user == "root" else (*BARE, *README))
+    (cache() / "chroot").mkdir(exist_ok=True)
+    command = [sys.executable, __file__, "--inside", str(installed), "--suite", suite, "--user", user]
+    status = subprocess.run([*PRIVATE, *command, *([] if demo else ["--no-demo"])]).returncode
+    if str(cache()) in Path("/proc/mounts").read_text():
+        raise RuntimeError("something is still mounted")
+    return int(status != 0)
 
 
 def main() -> int:
@@ -244,11 +243,11 @@ def main() -> int:
     args = parser.parse_args()
     suites, users = args.suite or SUITES, args.user or USERS
     if args.inside is not None:
-        return inside(suites[0], users[0], not args.no_demo, args.inside / "root", args.inside / "log")
+        return inside(suites[0], users[0], not args.no_demo, args.inside)
     if os.geteuid() != 0:
         print("needs root, for chroots and mounts", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs inside is ended, too
     if shutil.which("debootstrap") is None:
         run("apt-get", "install", "-y", "-qq", "--no-install-recommends", "debootstrap", "debian-archive-keyring")
     cache().mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from aiotransfer.testing import engine_pair, leaks_since, payload, snapshot, where_from
 
@@ -38,3 +39,8 @@ async def test_a_pair_is_connected_both_ways(provider: str) -> None:
         assert pair.right_peer.path.provider == pair.left_peer.path.provider == provider
         assert await pair.right_peer.ping() >= 0
         assert pair.left.peers == (pair.right_peer,)
+
+
+def test_no_property_is_judged_by_how_long_its_examples_took() -> None:
+    assert settings().deadline is None
+    assert HealthCheck.too_slow in settings().suppress_health_check
