@@ -386,6 +386,29 @@ MUTANTS = (
         "            self._unsent.popleft()\n        self._sock.close()", "tests/providers/test_fdchannel.py",
     ),
     Mutant(
+        "what strangers sent is not closed on the loop", "aiotransfer/providers/elsewhere.py",
+        "    _closer.close(fds)\n", "    for fd in fds:\n        _close(fd)\n", "tests/providers/test_fdlistener.py",
+    ),
+    Mutant(
+        "what strangers sent is only looked at", "aiotransfer/providers/fdlistener.py",
+        "parse(sock.recv(MOST_BYTES + 1, socket.MSG_PEEK), 0)", "parse(socket.recv_fds(sock, MOST_BYTES, 4)[0], 0)",
+        "tests/providers/test_fdlistener.py",
+    ),
+    Mutant(
+        "another user is dropped at once", "aiotransfer/providers/fdlistener.py",
+        "welcome = self._uid in (None, uid)", "welcome = True", "tests/providers/test_fdlistener.py",
+    ),
+    Mutant(
+        "one at random makes room: descriptors", "aiotransfer/providers/fdlistener.py",
+        "random.choice([stranger for stranger in self._strangers.values() if users[stranger.uid] == most])",
+        "next(stranger for stranger in self._strangers.values() if users[stranger.uid] == most)",
+        "tests/providers/test_fdlistener.py",
+    ),
+    Mutant(
+        "a friend waits in line", "aiotransfer/providers/fdchannel.py",
+        "        sock = await _Line(name, seconds).wait(loop)\n", "        raise\n", "tests/providers/test_fdlistener.py",
+    ),
+    Mutant(
         "installation: no compiler is an error", "ffi/build.py", "    if missing:\n        raise SystemExit(",
         "    if missing:\n        print(", "tests/system/test_build.py",
     ),

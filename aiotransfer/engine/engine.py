@@ -140,6 +140,7 @@ class Engine(Planner, Unpicklable):
                 self._preference, self._lane, self.incarnation, self._segment_of, self._lent_region,
                 lambda grant: memory.is_as_granted(grant, self._granted), self._world, self._chosen_rails, pairing,
                 await self._outside(),
+                self._key.kind == "file",
             )  # fmt: skip
             self._paths = Paths(self)
             self._connections = Connections(self)

@@ -1,11 +1,8 @@
 """Passing file descriptors between two engines of one host.
 
-A SEQPACKET socket with an abstract, random name that only an authenticated peer has been told. Messages are small and fixed
-in shape: a 16-byte ticket that was agreed on over the control connection, a body, at most five descriptors. Whatever comes
-without an expected ticket is closed at once, so that nobody can make us collect descriptors.
-
-Any process of the host can find the name and connect. Who has not yet been asked for waits for seconds and in bounded numbers;
-when there are too many, the user who has most of them loses his oldest.
+Messages are small and fixed in shape: a 16-byte ticket that was agreed on over the control connection, a body, at most five
+descriptors. Whatever comes without an expected ticket is closed at once, and elsewhere than on the event loop (`elsewhere`). Who
+may speak here at all is the business of `fdlistener`.
 """
 
 from __future__ import annotations
@@ -17,19 +14,17 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable
+import threading
+import time
 
-from aiotransfer.errors import SHORTAGES
 from aiotransfer.providers import pidfd
+from aiotransfer.providers.elsewhere import close_elsewhere
 
 TICKET_BYTES = 16
 MOST_FDS = 5
-MOST_FRESH = 64  # connected, but never said who they are
-MOST_EARLY = 64  # introductions that overtook the question which announces them
-EARLY_SECONDS = 5.0
 MOST_BYTES = 512
 MOST_UNSENT = 512  # packets for a peer that is slow to read
-ACCEPT_PAUSE = 0.1  # seconds until a connection that could not be accepted for want of a descriptor is tried again
+LINE_SECONDS = 0.1  # of one wait in the line of a socket that is full, between two looks whether that is still wanted
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -45,8 +40,14 @@ def parse(data: bytes, flags: int) -> tuple[bytes, bytes]:
     return data[:TICKET_BYTES], data[TICKET_BYTES:]
 
 
+def credentials(sock: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end, as they were when it connected. Raises `OSError`."""
+    pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return pid, uid
+
+
 def close_all(fds: list[int]) -> None:
-    """Close descriptors that nobody wanted."""
+    """Close descriptors of this process's own making, and empty the list."""
     while fds:
         os.close(fds.pop())
 
@@ -55,10 +56,12 @@ class Descriptors(list[int]):
     """Received ones. Whoever takes them over clears the list; those that are forgotten in it are closed with it."""
 
     def __del__(self) -> None:
-        close_all(self)
+        if self:
+            close_elsewhere(self)
 
 
-def _none_left() -> OSError:
+def none_left() -> OSError:
+    """What is raised when this process had no number left for a descriptor that came."""
     return OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
@@ -67,7 +70,7 @@ def discard(packet: asyncio.Future[tuple[bytes, list[int]]]) -> None:
 
     def drop(done: asyncio.Future[tuple[bytes, list[int]]]) -> None:
         if not done.cancelled() and done.exception() is None:
-            close_all(done.result()[1])
+            close_elsewhere(done.result()[1])
 
     if packet.done():
         drop(packet)
@@ -84,31 +87,27 @@ class FdChannel:
         self._sock = sock
         self._loop = loop
         self._expected: dict[bytes, asyncio.Future[tuple[bytes, list[int]]]] = {}
-        self._first: Callable[[FdChannel, bytes, bytes, list[int] | None], None] | None = None
         self._unsent: collections.deque[tuple[bytes, list[int]]] = collections.deque()  # with descriptors of their own
         self._closed = False
-        pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-        self.pid, self.uid = pid, uid
+        self.pid, self.uid = credentials(sock)
         loop.add_reader(sock.fileno(), self._readable)
 
     def process(self, sent: int) -> int:
         """A descriptor of the process at the other end, or -1; see `pidfd.of_peer`. Raises `OSError`."""
         return pidfd.of_peer(self._sock, self.pid, sent)
 
-    def on_first(self, callback: Callable[[FdChannel, bytes, bytes, list[int] | None], None]) -> None:
-        """The accepting side does not know the ticket of a connection before its first packet: channel, ticket, body, descriptors
-        (None: this process had none left for them). Nothing of it is known (b"") when it is closed before."""
-        self._first = callback
-
     def send(self, ticket: bytes, body: bytes, fds: list[int]) -> None:
-        """One packet, now or when there is room for it. `OSError` when the other side is gone or does not read."""
+        """One packet, now or when there is room for it.
+
+        Raises `ConnectionError` when the other side does not read, `OSError` when it is gone.
+        """
         if not self._unsent:
             try:
                 return self._send_now(ticket + body, fds)
             except BlockingIOError:
                 pass
         if len(self._unsent) >= MOST_UNSENT:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            raise ConnectionError("the other side does not read its descriptor channel")
         own = Descriptors()
         try:
             own += (os.dup(fd) for fd in fds)
@@ -149,39 +148,46 @@ class FdChannel:
                 return await future
         except BaseException:  # cancelled while the packet was on its way: its descriptors are ours
             if future.done() and not future.cancelled() and future.exception() is None:
-                close_all(future.result()[1])
+                close_elsewhere(future.result()[1])
             raise
         finally:
             self._expected.pop(ticket, None)
 
-    def _readable(self) -> None:
+    def receive(self) -> tuple[bytes, bytes, list[int] | None] | None:
+        """The packet that has come: ticket, body, descriptors (None: this process had no room for them). None: no packet.
+
+        Raises `OSError`, or `ConnectionError` for what is no packet; then there is no more to come.
+        """
         try:
             data, fds, flags, _ = socket.recv_fds(self._sock, MOST_BYTES, MOST_FDS, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            self.close()
-            return
+            return None
         lacking = bool(flags & socket.MSG_CTRUNC) and len(fds) < MOST_FDS  # the kernel had no number to give some of them
         try:
             key, body = parse(data, flags & ~socket.MSG_CTRUNC if lacking else flags)
         except ConnectionError:
-            close_all(list(fds))
+            close_elsewhere(fds)
+            raise
+        if lacking:
+            close_elsewhere(fds)
+        return key, body, None if lacking else Descriptors(fds)
+
+    def _readable(self) -> None:
+        try:
+            packet = self.receive()
+        except OSError:
             self.close()
             return
-        if lacking:
-            close_all(list(fds))
-        first, self._first = self._first, None
-        if first is not None:
-            first(self, key, body, None if lacking else Descriptors(fds))
+        if packet is None:
             return
+        key, body, fds = packet
         future = self._expected.get(key)
-        if lacking and future is not None and not future.done():
-            future.set_exception(_none_left())
-        elif future is not None and not future.done():
-            future.set_result((body, Descriptors(fds)))
-        elif not lacking:
-            close_all(list(fds))
+        if future is None or future.done():
+            close_elsewhere(fds or [])
+        elif fds is None:
+            future.set_exception(none_left())
+        else:
+            future.set_result((body, fds))
 
     def close(self) -> None:
         """Close, ending every `expect`. Twice is silent."""
@@ -193,141 +199,71 @@ class FdChannel:
             self._loop.remove_writer(self._sock.fileno())
         while self._unsent:
             close_all(self._unsent.popleft()[1])
-        self._sock.close()
-        first, self._first = self._first, None
-        if first is not None:
-            first(self, b"", b"", [])
+        close_elsewhere([self._sock.detach()])  # descriptors may wait in it
         for future in self._expected.values():
             if not future.done():
                 future.set_exception(ConnectionError("the descriptor channel was closed"))
 
 
-class FdListener:
-    """Accepts descriptor channels under an abstract name."""
+async def connect(name: str, loop: asyncio.AbstractEventLoop, seconds: float) -> FdChannel:
+    """Connect to an engine of this host (and network namespace), waiting at most `seconds` where its socket is full.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.name = "\0aiotransfer-" + os.urandom(16).hex()
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        try:
-            self._sock.bind(self.name)
-            self._sock.listen(128)
-        except BaseException:  # nobody else knows the socket
-            self._sock.close()
-            raise
-        self._retry: asyncio.TimerHandle | None = None
-        self._waiting: dict[bytes, asyncio.Future[tuple[FdChannel, bytes, list[int]]]] = {}
-        self._early: dict[bytes, tuple[FdChannel, bytes, list[int] | None, asyncio.TimerHandle]] = {}
-        self._fresh: dict[FdChannel, asyncio.TimerHandle] = {}
-        loop.add_reader(self._sock.fileno(), self._acceptable)
-
-    def _acceptable(self) -> None:
-        for _ in range(MOST_FRESH // 2):  # those of this turn get to say their first words in the next
-            try:
-                sock, _ = self._sock.accept()
-            except OSError as error:
-                if error.errno in SHORTAGES and error.errno != errno.EAGAIN:  # it stays in the queue: the loop would spin on it
-                    self._loop.remove_reader(self._sock.fileno())
-                    self._retry = self._loop.call_later(ACCEPT_PAUSE, self._again)
-                return
-            if len(self._fresh) >= MOST_FRESH:
-                self._silent(_of_the_most(list(self._fresh)))
-            channel = FdChannel(sock, self._loop)
-            self._fresh[channel] = self._loop.call_later(EARLY_SECONDS, self._silent, channel)
-            channel.on_first(self._introduced)
-
-    def _again(self) -> None:
-        self._retry = None
-        self._loop.add_reader(self._sock.fileno(), self._acceptable)
-
-    def _silent(self, channel: FdChannel) -> None:
-        timer = self._fresh.pop(channel, None)
-        if timer is not None:
-            timer.cancel()
-            channel.close()
-
-    def _introduced(self, channel: FdChannel, key: bytes, body: bytes, fds: list[int] | None) -> None:
-        timer = self._fresh.pop(channel, None)
-        if timer is not None:
-            timer.cancel()
-        future = self._waiting.get(key)
-        if not key:
-            return  # closed before it said who it is
-        if future is not None and not future.done():
-            if fds is None:
-                channel.close()
-                future.set_exception(_none_left())
-            else:
-                future.set_result((channel, body, fds))
-        elif key in self._early:
-            close_all(fds or [])
-            channel.close()
-        else:
-            if len(self._early) >= MOST_EARLY:
-                keys = {entry[0]: early for early, entry in self._early.items()}
-                self._forget_early(keys[_of_the_most(list(keys))])
-            self._early[key] = (channel, body, fds, self._loop.call_later(EARLY_SECONDS, self._forget_early, key))
-
-    def _forget_early(self, key: bytes) -> None:
-        early = self._early.pop(key, None)
-        if early is not None:
-            close_all(early[2] or [])
-            early[0].close()
-            early[3].cancel()
-
-    async def accept(self, key: bytes, timeout: float) -> tuple[FdChannel, bytes, list[int]]:
-        """The connection whose first packet carries `key`. Raises `TimeoutError`, also when it is waited for already, and
-        `OSError` (EMFILE) when this process had no room for its descriptors."""
-        if key in self._waiting:
-            raise TimeoutError("the ticket is taken")
-        early = self._early.pop(key, None)
-        if early is not None:
-            channel, body, fds, timer = early
-            timer.cancel()
-            if fds is None:
-                channel.close()
-                raise _none_left()
-            return channel, body, fds
-        future: asyncio.Future[tuple[FdChannel, bytes, list[int]]] = self._loop.create_future()
-        self._waiting[key] = future
-        try:
-            async with asyncio.timeout(timeout):
-                return await future
-        except BaseException:  # cancelled while it was on its way: it is ours to close
-            if future.done() and not future.cancelled() and future.exception() is None:
-                channel, _, fds = future.result()
-                close_all(fds)
-                channel.close()
-            raise
-        finally:
-            del self._waiting[key]
-
-    def close(self) -> None:
-        """Stop accepting. Twice is silent."""
-        if self._sock.fileno() >= 0:
-            if not self._loop.is_closed():
-                self._loop.remove_reader(self._sock.fileno())
-            self._sock.close()
-        if self._retry is not None:
-            self._retry.cancel()
-        for channel in list(self._fresh):
-            self._silent(channel)
-        for key in list(self._early):
-            self._forget_early(key)
-
-
-def _of_the_most(channels: list[FdChannel]) -> FdChannel:
-    """Of the user who has most of them, the first."""
-    users = collections.Counter(channel.uid for channel in channels)
-    return next(channel for channel in channels if users[channel.uid] == max(users.values()))
-
-
-def connect(name: str, loop: asyncio.AbstractEventLoop) -> FdChannel:
-    """Connect to an engine of this host (and network namespace). Raises `OSError`."""
+    Raises `ConnectionError` when it is still full then, or `OSError`.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         sock.connect(name)
-        return FdChannel(sock, loop)
+    except BlockingIOError:  # no shortage of this process: others crowd that socket
+        sock.close()
+        sock = await _Line(name, seconds).wait(loop)
     except BaseException:  # nobody else knows the socket
         sock.close()
         raise
+    try:
+        return FdChannel(sock, loop)
+    except BaseException:
+        sock.close()
+        raise
+
+
+class _Line:
+    """A place in the line before a socket that is full. The kernel wakes those who wait in it one by one, so that nobody who only
+    comes again and again keeps them out; it has no way to wait but a call that blocks, which a thread makes."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self._name = name
+        self._until = time.monotonic() + seconds
+        self._lock = threading.Lock()
+        self._sock: socket.socket | None = None
+        self._given_up = False
+
+    async def wait(self, loop: asyncio.AbstractEventLoop) -> socket.socket:
+        """A connected socket. Raises `OSError`."""
+        try:
+            return await loop.run_in_executor(None, self._connect)
+        except BaseException:  # also cancellation: a socket that came too late is closed by whoever comes second
+            with self._lock:
+                self._given_up = True
+                if self._sock is not None:
+                    self._sock.close()
+            raise
+
+    def _connect(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 0, int(LINE_SECONDS * 1e6)))
+            while True:
+                try:
+                    sock.connect(self._name)
+                    break
+                except BlockingIOError:
+                    if self._given_up or time.monotonic() >= self._until:
+                        raise ConnectionError("too many others crowd its descriptor socket") from None
+            with self._lock:
+                if self._given_up:
+                    raise ConnectionError("nobody waits for the connection any more")
+                self._sock = sock
+            return sock
+        except BaseException:
+            sock.close()
+            raise

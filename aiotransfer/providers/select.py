@@ -45,7 +45,7 @@ def check_names(providers: str | Sequence[str]) -> str | tuple[str, ...]:
 def open_providers(
     providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None],
     lent: Callable[[int, int, int], tuple[Grant, int, int] | None], covers: Callable[[Grant], bool], world: Any,
-    rails: Sequence[str], pairing: Pairing, outside: Outside,
+    rails: Sequence[str], pairing: Pairing, outside: Outside, same_user: bool,
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
     """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left, and `BusyError`
     rather than do without a provider that this machine has no descriptors or memory for just now. A rail
@@ -53,6 +53,7 @@ def open_providers(
 
     `outside`: how others reach tcp's endpoints. `world`: its `simulator` is the network of `loopback`, if not that of this
     process; its `limits` what fabrics do without.
+    `same_user`: only processes of this user are let in.
     """
     wanted = KNOWN if providers == "auto" else providers
     try:
@@ -68,7 +69,7 @@ def open_providers(
                 if name == "shm":
                     from aiotransfer.providers.shm import ShmProvider  # in here: reading it takes a descriptor too
 
-                    opened[name] = ShmProvider(lane, incarnation, segment_of)
+                    opened[name] = ShmProvider(lane, incarnation, segment_of, same_user=same_user)
                 elif name in ("tcp", "efa", "verbs"):
                     opened[name] = FabricProvider(name, lane, incarnation, lent, world.limits, rails, pairing, outside)
                 else:

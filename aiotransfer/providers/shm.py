@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
 import weakref
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -30,10 +31,14 @@ from aiotransfer.errors import (
 )
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import fdchannel, native, pidfd, shmwire
+from aiotransfer.providers.elsewhere import close_elsewhere
+from aiotransfer.providers.fdlistener import FdListener
 from aiotransfer.providers.lane import ACCESS, Lane, Segment
 from aiotransfer.providers.port import Binding, Conversation, Path, Terms
 
 SETUP_SECONDS = 5.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.1  # before the peer's socket is tried again, which others crowd; within SETUP_SECONDS
+REASON_SECONDS = 0.1  # for the reason why a peer closed the channel, which comes by another way
 INLINE_TOUCH = 32 << 20
 OFFERED = 4  # descriptors of an offer: control segment, channel, doorbell, pulse; a fifth may be of the process itself
 
@@ -160,7 +165,7 @@ class ShmPath(Path):
                 raise BrokenError(f"the peer sent {len(fds)} descriptors instead of one", provider="shm")
             segment = Segment.map(fds[0], nbytes)
         except BaseException:
-            fdchannel.close_all(fds)
+            close_elsewhere(fds)
             raise
         segment.fd = fds.pop()  # to count its pages with
         if segment.nbytes <= INLINE_TOUCH:
@@ -181,11 +186,14 @@ class ShmPath(Path):
 
 
 class ShmProvider:
-    """shm for one engine. `segment_of` finds the engine's own live segment behind a presented grant."""
+    """shm for one engine. `segment_of` finds the engine's own live segment behind a presented grant. `same_user`: only
+    processes of this user are let in."""
 
     name = "shm"
 
-    def __init__(self, lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None]) -> None:
+    def __init__(
+        self, lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None], *, same_user: bool = False
+    ) -> None:
         if not native.has_shm:
             raise ConfigurationError("shared memory between processes needs Linux")
         self._lane = lane
@@ -194,7 +202,7 @@ class ShmProvider:
         self._boot = _boot()
         self._itself = pidfd.for_peers()
         try:
-            self._listener = fdchannel.FdListener(self._loop)
+            self._listener = FdListener(self._loop, os.getuid() if same_user else None)
         except OSError:
             fdchannel.close_all(self._itself)
             raise
@@ -243,12 +251,12 @@ class ShmProvider:
                 raise
         except (OSError, BrokenError) as error:
             native.ffi.release(half)
-            fdchannel.close_all(fds)
+            close_elsewhere(fds)
             channel.close()
             if isinstance(error, BrokenError):
                 raise
             raise _failure("the peer's offer cannot be used", error) from error
-        fdchannel.close_all(fds[OFFERED:])
+        close_elsewhere(fds[OFFERED:])
         del fds[OFFERED:]
         offer = native.ffi.new("at_shm_offer *")
         offer.control_fd, offer.channel_fd, offer.doorbell_fd, offer.pulse_fd = fds[:OFFERED]
@@ -285,9 +293,25 @@ class ShmProvider:
             return -1
 
     async def dial(self, conversation: Conversation, theirs: Terms) -> ShmPath:
-        """Offer our memory, take theirs."""
+        """Offer our memory, take theirs. Where others crowd the peer's socket it is tried again, for `SETUP_SECONDS` in all."""
+        name = shmwire.socket_name(theirs.data)
+        until, pause = self._loop.time() + SETUP_SECONDS, FIRST_PAUSE
+        while True:
+            try:
+                return await self._dial(conversation, name, until)
+            except ConnectionError as error:
+                left = until - self._loop.time() - pause
+                if left <= 0 or isinstance(error, ConnectionRefusedError):  # nobody listens there
+                    raise _failure("shared memory could not be set up", error) from error
+            await asyncio.sleep(pause * random.uniform(0.5, 1))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _dial(self, conversation: Conversation, name: str, until: float) -> ShmPath:
+        """Once. Raises `ConnectionError` when the connection ended too soon or its socket was full, else as `dial`."""
         try:
-            channel = fdchannel.connect(shmwire.socket_name(theirs.data), self._loop)
+            channel = await fdchannel.connect(name, self._loop, until - self._loop.time())
+        except ConnectionError:
+            raise
         except OSError as error:
             raise _failure("the peer's socket is not reachable", error) from error
         try:
@@ -298,17 +322,25 @@ class ShmProvider:
             raise
         ticket = fdchannel.ticket()
         reply = asyncio.ensure_future(channel.expect(ticket, SETUP_SECONDS))
+        asked = asyncio.ensure_future(conversation.ask("shm", shmwire.encode(shmwire.Hello(ticket))))
         try:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # the question leaves first: whose ticket is known is no stranger
             body, fds = self._packet(offer)
             channel.send(ticket, body, fds)
-            await conversation.ask("shm", shmwire.encode(shmwire.Hello(ticket)))
+            await asyncio.wait([asked, reply], return_when=asyncio.FIRST_COMPLETED)
+            if not asked.done() and reply.exception() is not None:
+                await asyncio.wait([asked], timeout=REASON_SECONDS)
+            if asked.done():
+                asked.result()  # raises what the peer said
             their_body, their_fds = await reply
+            await asked
         except BaseException as error:  # also cancellation: half a channel is of no use to anybody
+            asked.cancel()
+            asked.add_done_callback(lambda done: done.cancelled() or done.exception())
             fdchannel.discard(reply)
             native.ffi.release(half)
             channel.close()
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and not isinstance(error, ConnectionError):
                 raise _failure("shared memory could not be set up", error) from error
             raise
         return self._finish(half, channel, ticket, conversation, their_body, their_fds)
@@ -327,7 +359,7 @@ class ShmProvider:
         try:
             half, offer = self._begin(conversation.incarnation)
         except TransferError:
-            fdchannel.close_all(their_fds)
+            close_elsewhere(their_fds)
             channel.close()
             raise
         our_body, our_fds = self._packet(offer)
@@ -335,7 +367,7 @@ class ShmProvider:
             channel.send(question.ticket, our_body, our_fds)
         except OSError as error:
             native.ffi.release(half)
-            fdchannel.close_all(their_fds)
+            close_elsewhere(their_fds)
             channel.close()
             raise _failure("the descriptor channel broke", error) from error
         return b"", self._finish(half, channel, question.ticket, conversation, their_body, their_fds)

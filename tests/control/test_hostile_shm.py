@@ -18,7 +18,7 @@ import pytest_asyncio
 
 import aiotransfer as at
 from aiotransfer.control import frames
-from aiotransfer.providers import shmwire
+from aiotransfer.providers import fdlistener, shmwire
 
 from .rawshm import WORDS, RawShm, block
 
@@ -293,7 +293,7 @@ async def test_strangers_at_the_descriptor_socket_do_not_shut_friends_out(engine
                 await asyncio.sleep(0)
     shm = await RawShm.open(engine)
     listener: Any = engine._providers["shm"]
-    assert len(listener._listener._fresh) <= 64 >= len(listener._listener._early)
+    assert len(listener._listener._strangers) <= 64
     await shm.close()
     for sock in silent + early:
         sock.close()
@@ -303,9 +303,7 @@ async def test_strangers_at_the_descriptor_socket_do_not_shut_friends_out(engine
 async def test_who_says_nothing_at_the_descriptor_socket_is_dropped_in_time(
     engine: at.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from aiotransfer.providers import fdchannel
-
-    monkeypatch.setattr(fdchannel, "EARLY_SECONDS", 0.1)
+    monkeypatch.setattr(fdlistener, "EARLY_SECONDS", 0.1)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.connect(next(t.data for t in engine._terms() if t.provider == "shm"))
     sock.setblocking(False)
