@@ -24,18 +24,18 @@ MAGIC = 0x41544348414E4E45
 SLOTS = 65536
 FULL = (1 << 64) - 2  # a counter that an eventfd cannot add 1 to
 WORDS = {  # of a channel, as ffi/shm/shm.h lays it out: offset and bytes
-    "active": (64, 256),
-    "ping": (320, 8),
-    "dirty": (384, 4),
-    "summary": (448, 128),
-    "bitmap": (576, SLOTS // 8),
-    "imm": (8768, SLOTS * 4),
-    "count": (270912, SLOTS * 8),
-    "pong": (795200, 16),
-    "barred": (795216, 8),
-    "drained": (795264, SLOTS * 8),
+    "active": (64, 448),
+    "ping": (512, 8),
+    "dirty": (576, 4),
+    "summary": (640, 128),
+    "bitmap": (768, SLOTS // 8),
+    "imm": (8960, SLOTS * 4),
+    "count": (271104, SLOTS * 8),
+    "pong": (795392, 16),
+    "barred": (795408, 8),
+    "drained": (795456, SLOTS * 8),
 }
-CHANNEL = 795264 + SLOTS * 8
+CHANNEL = 795456 + SLOTS * 8
 CONTROL = 128 + SLOTS * 8
 
 
