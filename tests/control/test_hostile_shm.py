@@ -68,6 +68,7 @@ async def lost(engine: at.Engine, shm: RawShm) -> None:
             await asyncio.sleep(0.001)
 
 
+@pytest.mark.filterwarnings("ignore:.*inside a write:ResourceWarning")  # as it claims
 @pytest.mark.asyncio
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(
