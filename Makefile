@@ -16,7 +16,7 @@ CYCLES ?= 10000
 
 .PHONY: help setup hello demo demo-moe test check test-distros test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
 	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-scale docs test-rails test-chaos test-chaos-kv test-chaos-moe test-guest \
-	test-matrix test-cycles test-sanitize soak fuzz sanitize mutants clean
+	test-matrix test-cycles test-sanitize soak strangers fuzz sanitize mutants clean
 
 help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
@@ -210,6 +210,10 @@ fuzz: RUNS = 1200000
 fuzz: $(STAMPS)/test
 	@$(PIP) install --quiet --editable '.[fuzz]'
 	$(PY) -m tests.reliability.fuzz --runs $(RUNS) --report $(ARGS)
+
+# Friends that connect past 500 strangers of each kind; writes docs/reliability/strangers.md.
+strangers: $(STAMPS)/test
+	$(PY) -m tests.reliability.strangers --report $(ARGS)
 
 # Guards taken out one at a time; each must turn a test red.
 mutants: $(STAMPS)/test

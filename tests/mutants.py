@@ -386,6 +386,20 @@ MUTANTS = (
         "            self._unsent.popleft()\n        self._sock.close()", "tests/providers/test_fdchannel.py",
     ),
     Mutant(
+        "one at random makes room: control", "aiotransfer/control/listener.py",
+        "one = random.choice(strangers)", "one = strangers[0]", "tests/control/test_hostile_limits.py",
+    ),
+    Mutant(
+        "who has shown the key is no stranger", "aiotransfer/control/session.py",
+        "return self.state in (\"await info\", \"established\")", "return self.state == \"established\"",
+        "tests/control/test_hostile_limits.py",
+    ),
+    Mutant(
+        "an incarnation is told after the proof, and covered", "aiotransfer/control/session.py",
+        "            self._theirs = (version, frame.incarnation, nonce)\n", "            self._theirs = (version, 2, nonce)\n",
+        "tests/control/test_handshake.py",
+    ),
+    Mutant(
         "what strangers sent is not closed on the loop", "aiotransfer/providers/elsewhere.py",
         "    _closer.close(fds)\n", "    for fd in fds:\n        _close(fd)\n", "tests/providers/test_fdlistener.py",
     ),

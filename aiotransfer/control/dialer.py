@@ -7,6 +7,7 @@ each attempt (RFC 8305): the next one begins when the last one has failed, or ha
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
 
 from aiotransfer.control.key import Key
@@ -17,7 +18,9 @@ from aiotransfer.errors import BrokenError, RendezvousError, TransferTimeout, sh
 from aiotransfer.model.address import Address
 
 FIRST_PAUSE = 0.01
-LONGEST_PAUSE = 0.5
+LONGEST_PAUSE = 0.25
+FIRST_PATIENCE = 2.0  # seconds for the first attempt, twice as many for each that follows: where strangers crowd the port, the
+# kernel drops connections without a word
 STAGGER = 0.25  # seconds before the next of several addresses is tried beside those that have not answered (RFC 8305, section 5)
 QUICK_STAGGER = 0.05  # the same for a conversation that has lost its connection
 HANDSHAKE_SECONDS = 5.0  # for an address that answers, while there are others
@@ -30,11 +33,11 @@ async def dial(address: Address, key: Key, identity: Identity, network: Network,
     does not get better, and `BusyError`, when this process has no descriptors left.
     """
     loop = asyncio.get_running_loop()
-    pause = FIRST_PAUSE
+    pause, patience = FIRST_PAUSE, FIRST_PATIENCE
     tried: dict[Address, str] = {}
     while True:
         try:
-            async with Patience(deadline - loop.time()):
+            async with Patience(min(deadline - loop.time(), patience)):
                 return await _first_of(await network.resolve(address), key, identity, network, tried)
         except RendezvousError as error:
             error.peer = str(address)
@@ -51,8 +54,8 @@ async def dial(address: Address, key: Key, identity: Identity, network: Network,
                 peer=str(address),
                 hint="is the other engine up, and is this its control address?",
             )
-        await asyncio.sleep(min(pause, left))
-        pause = min(pause * 2, LONGEST_PAUSE)
+        await asyncio.sleep(min(pause * random.uniform(0.5, 1), left))
+        pause, patience = min(pause * 2, LONGEST_PAUSE), patience * 2
 
 
 def _words(error: BaseException) -> str:

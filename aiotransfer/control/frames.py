@@ -11,7 +11,7 @@ import msgspec
 from aiotransfer.errors import RendezvousError
 
 PREAMBLE = b"aiotransfer/1\r\n\x00"
-VERSION = 2
+VERSION = 3
 MAX_FRAME = (1 << 20) + 4096  # one message of 1 MiB and its frame
 MAX_GREETING = 16384  # before the other side is authenticated
 MAX_TEXT = 1000  # of what a peer says, in our errors and logs
@@ -29,10 +29,9 @@ class Hello(msgspec.Struct, tag=1, array_like=True):
 
 
 class Welcome(msgspec.Struct, tag=2, array_like=True):
-    """Acceptor: who I am."""
+    """Acceptor: prove that you have the key. It tells a stranger nothing of this engine."""
 
     version: int
-    incarnation: int
     nonce: bytes
     key_kind: str
 
@@ -68,6 +67,7 @@ class Accepted(msgspec.Struct, tag=4, array_like=True):
     """Acceptor: so have I, and here is more about me."""
 
     mac: bytes
+    incarnation: int
     info: PeerInfo
 
 

@@ -49,7 +49,7 @@ class Link(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self.dialed = role == "dialer"
         nonce = identity.entropy(NONCE_BYTES)
-        self._session = Session(role, key, identity.incarnation, identity.info(), nonce, resumes=resumes)
+        self._session = Session(role, key, identity.incarnation, identity.info, nonce, resumes=resumes)
         self.established: asyncio.Future[None] = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
         self._started = False
@@ -89,6 +89,11 @@ class Link(asyncio.Protocol):
     def resumes(self) -> bool:
         """Its dialer means to go on with a conversation that lost its connection."""
         return self._session.resumes
+
+    @property
+    def proven(self) -> bool:
+        """The other side has shown that it has the key."""
+        return self._session.proven
 
     def tag(self, use: Literal["session", "resume"]) -> bytes:
         """What only the two ends know."""

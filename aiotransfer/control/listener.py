@@ -1,8 +1,10 @@
 """Accepting control connections.
 
-Strangers cost little: at most 64 unauthenticated connections at a time, five seconds each, a few KiB of input. When there are
-more, one that has already taken longer than a handshake needs makes room for the newcomer. What goes wrong with them is logged at
-most once a second and never leaves this module.
+Strangers cost little: at most 128 unauthenticated connections at a time, five seconds each, a few KiB of input. When there are
+more, one of them at random makes room for the newcomer: friends and strangers may come from one address (loopback, NAT), and
+were it always the oldest, the newest or the slowest, strangers could see to it that this is the friend. So a friend gets in
+after a few attempts, whatever strangers do. What goes wrong with them is logged at most once a second and never leaves this
+module.
 
 An engine that is reached by several NICs listens on an address of each, so that peers find another way when one dies.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 from collections.abc import Callable, Iterable
 
 from aiotransfer.control.frames import MOST_FURTHER
@@ -22,9 +25,8 @@ from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.errors import ConfigurationError, shortage
 from aiotransfer.model.address import Address
 
-MOST_STRANGERS = 64
+MOST_STRANGERS = 128
 HANDSHAKE_SECONDS = 5.0
-USUAL_SECONDS = 0.5  # what an honest handshake takes at most, but for very busy machines
 _logger = logging.getLogger("aiotransfer")
 
 
@@ -40,7 +42,7 @@ class Listener:
         self._network = network
         self._on_link = on_link
         self._servers: list[Server] = []
-        self._strangers: dict[Link, asyncio.TimerHandle] = {}  # oldest first
+        self._strangers: dict[Link, asyncio.TimerHandle] = {}
         self._limit = RateLimit(most=1)
 
     async def start(self) -> None:
@@ -80,22 +82,19 @@ class Listener:
 
     def _connected(self) -> Link:
         link = Link("acceptor", self._key, self._identity)
-        if len(self._strangers) >= MOST_STRANGERS and not self._make_room():
-            link.abort()  # its transport goes as soon as there is one
-            return link
+        if len(self._strangers) >= MOST_STRANGERS:
+            self._make_room()
         timer = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self._late, link)
         self._strangers[link] = timer
         link.established.add_done_callback(lambda future: self._known(link, future))
         return link
 
-    def _make_room(self) -> bool:
-        oldest, timer = next(iter(self._strangers.items()))
-        if timer.when() - asyncio.get_running_loop().time() > HANDSHAKE_SECONDS - USUAL_SECONDS:
-            return False
-        del self._strangers[oldest]
-        timer.cancel()
-        oldest.abort()
-        return True
+    def _make_room(self) -> None:
+        strangers = [link for link in self._strangers if not link.proven]  # others have all but told who they are
+        if strangers:
+            one = random.choice(strangers)
+            self._strangers.pop(one).cancel()
+            one.abort()
 
     def _late(self, link: Link) -> None:
         self._log(link, f"no handshake within {HANDSHAKE_SECONDS:g} s")

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from aiotransfer.model.address import Address
 
-BACKLOG = 256
+BACKLOG = 1024
 MOST_RESOLVED = 16  # addresses of one name that are tried
 PORT_TRIES = 8  # for one free port that all addresses of a name have
 Factory = Callable[[], asyncio.Protocol]

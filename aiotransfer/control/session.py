@@ -4,16 +4,17 @@
     Hello(nonce)            ->
                             <-       Welcome(nonce)
     Proof(mac)              ->       checks it: a stranger learns nothing about this engine
-                            <-       Accepted(mac, info)
+                            <-       Accepted(mac, incarnation, info)
     checks it, Info(info)   ->
 
-Both proofs cover both nonces, both incarnations, the version, whether a conversation is resumed, and the prover's role, so that
-a proof can neither be replayed nor reflected. What each state accepts stands in one table; anything else is the peer's fault and
-ends the session, and nothing a stranger sends is kept beyond one small frame.
+Both proofs cover both nonces, the version, whether a conversation is resumed, the prover's role, and the incarnations that have
+been told by then, so that a proof can neither be replayed nor reflected. What each state accepts stands in one table; anything
+else is the peer's fault and ends the session, and nothing a stranger sends is kept beyond one small frame.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from aiotransfer.control.frames import (
@@ -52,8 +53,8 @@ class Session:
     """One side of a handshake. `take_output` after construction and after every `receive`."""
 
     def __init__(
-        self, role: Role, key: Key, incarnation: int, info: PeerInfo, nonce: bytes, version: int = VERSION, *,
-        resumes: bool = False,
+        self, role: Role, key: Key, incarnation: int, info: PeerInfo | Callable[[], PeerInfo], nonce: bytes,
+        version: int = VERSION, *, resumes: bool = False,
     ) -> None:  # fmt: skip
         if len(nonce) != NONCE_BYTES:
             raise ValueError(f"a nonce has {NONCE_BYTES} bytes, not {len(nonce)}")
@@ -61,7 +62,7 @@ class Session:
         self._key = key
         self._mine = (version, incarnation, nonce)
         self._theirs = (0, 0, b"")
-        self.info = info
+        self._info = info  # made when it is told: a stranger is not worth it
         self.resumes = resumes  # a conversation between these two, which has lost its connection; what the dialer says
         self._reader = FrameReader()
         self._output = bytearray(PREAMBLE)
@@ -73,9 +74,21 @@ class Session:
             self._send(Hello(version, incarnation, nonce, key.kind, resumes))
 
     @property
+    def info(self) -> PeerInfo:
+        """What this side says of itself."""
+        if callable(self._info):
+            self._info = self._info()
+        return self._info
+
+    @property
     def established(self) -> bool:
         """Both sides are authenticated."""
         return self.state == "established"
+
+    @property
+    def proven(self) -> bool:
+        """The other side has shown that it has the key."""
+        return self.state in ("await info", "established")
 
     def take_output(self) -> bytes:
         """What must be sent now."""
@@ -113,8 +126,11 @@ class Session:
         self._send(Refused(code, text))
         return RendezvousError(text, hint=hint)
 
-    def _transcript(self) -> bytes:
+    def _transcript(self, prover: Role = "acceptor") -> bytes:
+        """What a proof of this side covers. The acceptor tells its incarnation after the dialer's proof."""
         dialer, acceptor = (self._mine, self._theirs) if self.role == "dialer" else (self._theirs, self._mine)
+        if prover == "dialer":
+            acceptor = (acceptor[0], 0, acceptor[2])
         parts = [n.to_bytes(8, "little") + i.to_bytes(8, "little") + nonce for n, i, nonce in (dialer, acceptor)]
         return b"".join(parts) + (b"resumes" if self.resumes else b"")
 
@@ -131,20 +147,26 @@ class Session:
             self._introduce(frame)
         elif isinstance(frame, Proof):
             self._check("dialer", frame.mac)
-            self._send(Accepted(self._key.mac("acceptor", self._transcript()), self.info))
+            self._send(Accepted(self._key.mac("acceptor", self._transcript()), self._mine[1], self.info))
             self.state = "await info"
         elif isinstance(frame, Accepted):
+            if not 0 <= frame.incarnation < 1 << 64:
+                raise self._refuse("protocol", "the greeting is malformed", _HINTS["protocol"])
+            version, _, nonce = self._theirs
+            self._theirs = (version, frame.incarnation, nonce)
             self._check("acceptor", frame.mac)
+            self.peer_incarnation = frame.incarnation
             self._send(Info(self.info))
             self._establish(frame.info)
         elif isinstance(frame, Info):
             self._establish(frame.info)
 
     def _introduce(self, frame: Hello | Welcome) -> None:
-        version, incarnation, _ = self._mine
+        version = self._mine[0]
         if frame.version != version:
             raise self._refuse("version", f"one side speaks version {frame.version}, the other {version}", _HINTS["version"])
-        if len(frame.nonce) != NONCE_BYTES or not 0 <= frame.incarnation < 1 << 64:
+        told = frame.incarnation if isinstance(frame, Hello) else 0
+        if len(frame.nonce) != NONCE_BYTES or not 0 <= told < 1 << 64:
             raise self._refuse("protocol", "the greeting is malformed", _HINTS["protocol"])
         if frame.key_kind != self._key.kind:
             raise self._refuse(
@@ -152,18 +174,18 @@ class Session:
                 "authentication failed: one side has a shared key, the other only its user's key file",
                 _HINTS["key"],
             )
-        self._theirs = (frame.version, frame.incarnation, frame.nonce)
-        self.peer_incarnation = frame.incarnation
+        self._theirs = (frame.version, told, frame.nonce)
         if isinstance(frame, Hello):
+            self.peer_incarnation = told
             self.resumes = frame.resumes
-            self._send(Welcome(version, incarnation, self._mine[2], self._key.kind))
+            self._send(Welcome(version, self._mine[2], self._key.kind))
             self.state = "await proof"
         else:
-            self._send(Proof(self._key.mac("dialer", self._transcript())))
+            self._send(Proof(self._key.mac("dialer", self._transcript("dialer"))))
             self.state = "await accepted"
 
-    def _check(self, role: str, mac: bytes) -> None:
-        if not self._key.verify(role, self._transcript(), mac):
+    def _check(self, role: Role, mac: bytes) -> None:
+        if not self._key.verify(role, self._transcript(role), mac):
             raise self._refuse("key", "authentication failed: the two sides have different keys", _HINTS["key"])
 
     def _establish(self, info: PeerInfo) -> None:

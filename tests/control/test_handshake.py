@@ -93,10 +93,37 @@ def test_a_proof_can_neither_be_replayed_nor_reflected() -> None:
     with pytest.raises(RendezvousError):
         other.receive(proof)
     mirror = session("dialer", number=2)
-    mirror.receive(PREAMBLE + encode(frames.Welcome(VERSION, 1, b"n" * 32, "shared")))
+    mirror.receive(PREAMBLE + encode(frames.Welcome(VERSION, b"n" * 32, "shared")))
     mac = proof[-32:]
     with pytest.raises(RendezvousError):
-        mirror.receive(encode(frames.Accepted(mac, INFO)))
+        mirror.receive(encode(frames.Accepted(mac, 1, INFO)))
+
+
+def test_a_stranger_learns_nothing_of_an_engine_before_the_proof() -> None:
+    number = 0x1122334455667788
+    dialer, acceptor = session("dialer"), session("acceptor", number=number)
+    acceptor.receive(dialer.take_output())
+    said = acceptor.take_output()
+    assert number.to_bytes(8, "big") not in said
+    assert INFO.address.encode() not in said
+    dialer.receive(said)
+    acceptor.receive(dialer.take_output())
+    dialer.receive(acceptor.take_output())
+    assert dialer.peer_incarnation == number
+
+
+def test_the_acceptors_proof_covers_the_incarnation_that_it_tells() -> None:
+    dialer, acceptor = session("dialer"), session("acceptor", number=2)
+    acceptor.receive(dialer.take_output())
+    dialer.receive(acceptor.take_output())
+    acceptor.receive(dialer.take_output())
+    accepted = FrameReader()
+    accepted.feed(PREAMBLE + acceptor.take_output())
+    frame = accepted.next()
+    assert isinstance(frame, frames.Accepted)
+    frame.incarnation = 3
+    with pytest.raises(RendezvousError):
+        dialer.receive(encode(frame))
 
 
 @pytest.mark.parametrize("frame", [Proof(b"m" * 32), frames.Info(INFO), frames.Up(), frames.Message(b"x"), frames.Ping(1)])

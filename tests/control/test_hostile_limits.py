@@ -234,8 +234,45 @@ async def test_one_byte_a_second_gets_no_longer_than_anybody(engine: at.Engine, 
 
 
 @pytest.mark.asyncio
-async def test_slow_strangers_make_room_for_friends(engine: at.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "USUAL_SECONDS", 0.05)
+async def test_one_stranger_at_random_makes_room(engine: at.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "MOST_STRANGERS", 4)
+    door = engine._connections._listener
+    assert door is not None
+    places, writers, order, before = set(), [], [], list[Any]()
+    for _ in range(60):
+        writers.append((await asyncio.open_connection(engine.address.host, engine.address.port))[1])
+        await until(lambda: set(door._strangers) - set(order))
+        here = list(door._strangers)
+        assert len(here) <= 4
+        places |= {before.index(link) for link in before if link not in here}
+        order.append(here[-1])
+        before = here
+    assert places == {0, 1, 2, 3}, "neither always the oldest nor always the newest"
+    for writer in writers:
+        writer.close()
+
+
+@pytest.mark.asyncio
+async def test_who_has_shown_the_key_makes_room_for_no_stranger(engine: at.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "MOST_STRANGERS", 1)
+    session = Session("dialer", load_key(None, os.environ), 77, TINY, os.urandom(32))
+    reader, writer = await asyncio.open_connection(engine.address.host, engine.address.port)
+    while not session.established:
+        writer.write(session.take_output())
+        session.receive(await asyncio.wait_for(reader.read(1 << 16), 10))
+    crowd = [(await asyncio.open_connection(engine.address.host, engine.address.port))[1] for _ in range(20)]
+    await asyncio.sleep(0.1)
+    writer.write(session.take_output() + frames.encode(frames.Ping(1)))  # its last word, after all of them
+    heard: list[frames.Frame] = []
+    while not heard:
+        heard = session.receive(await asyncio.wait_for(reader.readexactly(1), 10))
+    assert isinstance(heard[0], frames.Pong)
+    for one in (writer, *crowd):
+        one.close()
+
+
+@pytest.mark.asyncio
+async def test_slow_strangers_make_room_for_friends(engine: at.Engine) -> None:
     idle = [await asyncio.open_connection(engine.address.host, engine.address.port) for _ in range(200)]
     await asyncio.sleep(0.1)
     begun = asyncio.get_running_loop().time()
@@ -301,9 +338,9 @@ class _Mirror(asyncio.Protocol):
             self._transport.write(data)
         elif not self._said:
             self._said = data
-            self._transport.write(PREAMBLE + frames.encode(frames.Welcome(1, 5, b"n" * 32, "file")))
+            self._transport.write(PREAMBLE + frames.encode(frames.Welcome(frames.VERSION, b"n" * 32, "file")))
         else:
-            self._transport.write(frames.encode(frames.Accepted(data[-32:], TINY)))
+            self._transport.write(frames.encode(frames.Accepted(data[-32:], 5, TINY)))
 
 
 @pytest.mark.asyncio

@@ -50,9 +50,9 @@ REGION = RemoteRegion.of(GRANT)
 FRAMES: tuple[Greeting | Frame, ...] = (
     frames.Hello(VERSION, 7, b"n" * 32, "shared"),
     frames.Hello(VERSION, 7, b"n" * 32, "shared", True),
-    frames.Welcome(VERSION, 7, b"n" * 32, "file"),
+    frames.Welcome(VERSION, b"n" * 32, "file"),
     frames.Proof(b"m" * 32),
-    frames.Accepted(b"m" * 32, INFO),
+    frames.Accepted(b"m" * 32, 7, INFO),
     frames.Info(INFO),
     frames.Refused("key", "no"),
     frames.Lookup(1, "name"),
@@ -142,7 +142,7 @@ def _frame(data: bytes) -> bool:
 def _session(role: Role) -> Callable[[bytes], bool]:
     other = session("acceptor" if role == "dialer" else "dialer")
     other._theirs = session(role)._mine
-    proof = KEY.mac(other.role, other._transcript())
+    proof = KEY.mac(other.role, other._transcript(other.role))
 
     def check(data: bytes) -> bool:
         mine = session(role)

@@ -166,7 +166,7 @@ async def _dialer() -> AsyncIterator[Take]:
 
 def _accepted() -> list[Tree]:
     info = PeerInfo("x", "127.0.0.1:1", 1, [OfferWire("loopback", True, "", b"boot", b"")], (256, 1 << 22), ["10.0.0.1:1"])
-    return _bodies((frames.Accepted(b"m" * 32, info),))
+    return _bodies((frames.Accepted(b"m" * 32, 7, info),))
 
 
 TARGETS = (
