@@ -386,6 +386,14 @@ MUTANTS = (
         "            self._unsent.popleft()\n        self._sock.close()", "tests/providers/test_fdchannel.py",
     ),
     Mutant(
+        "a passphrase is stretched", "aiotransfer/control/key.py",
+        "    if _GENERATED.fullmatch(secret):\n", "    if secret:\n", "tests/control/test_key_file.py",
+    ),
+    Mutant(
+        "a place that another user has taken", "aiotransfer/control/key.py",
+        "if owner in (None, os.getuid()):", "if owner is not None or owner is None:", "tests/control/test_key_file.py",
+    ),
+    Mutant(
         "one at random makes room: control", "aiotransfer/control/listener.py",
         "one = random.choice(strangers)", "one = strangers[0]", "tests/control/test_hostile_limits.py",
     ),

@@ -1,4 +1,4 @@
-"""The command line: `python -m aiotransfer hello | demo | doctor | ping | bench`."""
+"""The command line: `python -m aiotransfer hello | demo | doctor | ping | key | bench`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "a language model whose KV cache crosses from a prefill to a decode process",
     "doctor": "what this machine offers, what is missing and what to do",
     "ping": "latency and bandwidth to an engine by each way to it, and why the others are none",
+    "key": "a new random key for AIOTRANSFER_KEY, which nobody can guess",
     "bench": "bandwidth, rates, latency and idle CPU, each beside its limit",
 }
 

@@ -25,7 +25,8 @@ import numpy as np
 import aiotransfer as at
 from aiotransfer.cli import _facts_devices, _facts_host, _topology
 from aiotransfer.cli._facts import Fact, Host
-from aiotransfer.control.key import LEAST_BYTES, key_directory
+from aiotransfer.control.key import LEAST_BYTES, key_place
+from aiotransfer.errors import ConfigurationError
 from aiotransfer.providers import libfabric, native
 from aiotransfer.providers.select import availability
 from aiotransfer.providers.sysfs import read_topology
@@ -126,19 +127,22 @@ def key(host: Host) -> Fact:
         if len(secret.encode(errors="surrogateescape")) < LEAST_BYTES:
             return Fact("key", "AIOTRANSFER_KEY is too short", "problem", f"it needs at least {LEAST_BYTES} bytes")
         return Fact("key", "AIOTRANSFER_KEY: whoever has it may connect")
-    directory = key_directory(host.environ)
+    try:
+        directory, why = key_place(host.environ)
+    except ConfigurationError as error:
+        return Fact("key", error.message, "problem", error.hint or "")
     only = "only processes of this user on this host may connect"
     advice = "for several hosts, give all of them one AIOTRANSFER_KEY"
     try:
         info = directory.lstat()
     except FileNotFoundError:
-        return Fact("key", f"a file in {directory}, made at the first use: {only}", hint=advice)
+        return Fact("key", f"a file in {directory} ({why}), made at the first use: {only}", hint=advice)
     except OSError as error:
         return Fact("key", f"{directory} cannot be read: {error}", "problem", "set AIOTRANSFER_KEY")
     if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
         hint = f"remove {directory}, or set AIOTRANSFER_KEY"
         return Fact("key", f"{directory} belongs to or is open to somebody else", "problem", hint)
-    return Fact("key", f"a file in {directory}: {only}", hint=advice)
+    return Fact("key", f"a file in {directory} ({why}): {only}", hint=advice)
 
 
 def memfd() -> Fact:

@@ -29,9 +29,10 @@ class Hello(msgspec.Struct, tag=1, array_like=True):
 
 
 class Welcome(msgspec.Struct, tag=2, array_like=True):
-    """Acceptor: prove that you have the key. It tells a stranger nothing of this engine."""
+    """Acceptor: prove that you have the key. It tells a stranger nothing of this engine: `incarnation` is always 0 here."""
 
     version: int
+    incarnation: int
     nonce: bytes
     key_kind: str
 

@@ -1,34 +1,54 @@
 """The shared secret of a group of engines.
 
-Given explicitly (argument or `AIOTRANSFER_KEY`), or, without one, a file that only this user can read: whoever can prove that he
-has read it is a process of the same user on this host (or shares his runtime directory). The key is never printed or logged.
+Given explicitly (argument or `AIOTRANSFER_KEY`), or, without one, a file that only this user can read: who can prove to have
+read it is a process of the same user on this host (or shares the directory that holds it). The key is never printed or logged.
+
+A proof that a stranger has heard shows which of many guesses was right. So a key that was given is stretched: each guess costs
+what scrypt costs (16 MiB and some 40 ms), as it costs each process of ours once. A key that `python -m aiotransfer key` has made,
+which cannot be guessed, is used as it is.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import os
+import re
+import secrets
 import stat
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, NoReturn
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
 
 from aiotransfer.errors import ConfigurationError, TransferError, shortage
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 KEY_BYTES = 32
 LEAST_BYTES = 16
+_GENERATED = re.compile(rb"atk1-[A-Za-z0-9_-]{43}")
+_ADVICE = "give all engines one key=... (or AIOTRANSFER_KEY; `python -m aiotransfer key` makes one)"
+
+
+def generate() -> str:
+    """A new random key, as text for `AIOTRANSFER_KEY`."""
+    return f"atk1-{secrets.token_urlsafe(KEY_BYTES)}"
+
+
+@functools.lru_cache(maxsize=16)
+def _stretched(secret: bytes) -> bytes:
+    if _GENERATED.fullmatch(secret):
+        return secret
+    return hashlib.scrypt(secret, salt=b"aiotransfer key 1", n=1 << 14, r=8, p=1, maxmem=64 << 20, dklen=KEY_BYTES)
 
 
 class Key:
-    """A secret and where it came from ("file" or "shared")."""
+    """A secret and where it came from ("file" or "shared"; `source`: in words, with what chose it)."""
 
-    __slots__ = ("_secret", "kind")
+    __slots__ = ("_secret", "kind", "source")
 
-    def __init__(self, kind: Literal["file", "shared"], secret: bytes) -> None:
+    def __init__(self, kind: Literal["file", "shared"], secret: bytes, source: str = "") -> None:
         self.kind = kind
+        self.source = source
         self._secret = secret
 
     def mac(self, role: str, transcript: bytes) -> bytes:
@@ -48,45 +68,93 @@ class Key:
 
 def load_key(key: bytes | str | None, environ: Mapping[str, str]) -> Key:
     """The key to use. Raises `TypeError`, `ValueError` (too short) or `ConfigurationError` (unsafe key file)."""
+    source = "it was given as key=..."
     if key is None:
-        key = environ.get("AIOTRANSFER_KEY") or None
+        key, source = environ.get("AIOTRANSFER_KEY") or None, "AIOTRANSFER_KEY"
         if key is None:
-            return Key("file", _user_key(environ))
+            return Key("file", *_user_key(environ))
         if len(key.encode(errors="surrogateescape")) < LEAST_BYTES:
-            raise ConfigurationError(f"AIOTRANSFER_KEY has fewer than {LEAST_BYTES} bytes", hint="choose a longer secret")
+            raise ConfigurationError(
+                f"AIOTRANSFER_KEY has fewer than {LEAST_BYTES} bytes", hint="`python -m aiotransfer key` makes one"
+            )
     if isinstance(key, str):
         key = key.encode(errors="surrogateescape")
     if not isinstance(key, bytes):
         raise TypeError(f"key must be bytes, not {type(key).__name__}")
     if len(key) < LEAST_BYTES:
         raise ValueError(f"a key has at least {LEAST_BYTES} bytes, not {len(key)}")
-    return Key("shared", key)
+    return Key("shared", _stretched(key), source)
 
 
-def key_directory(environ: Mapping[str, str]) -> Path:
-    """Where the user's key file lives."""
+class Place(NamedTuple):
+    """The directory of the user's key file, and what chose it."""
+
+    directory: Path
+    why: str
+
+
+def key_place(environ: Mapping[str, str]) -> Place:
+    """Where the user's key file lives: in XDG_RUNTIME_DIR, else in the temporary directory; or at home, where another user has
+    taken that place, as anybody may in a temporary directory. Raises `ConfigurationError` when there is no such place."""
     import tempfile  # here: the import of the package stays quick
-    from pathlib import Path
 
     runtime = environ.get("XDG_RUNTIME_DIR")
     if runtime and os.path.isdir(runtime):
-        return Path(runtime) / "aiotransfer"
-    return Path(tempfile.gettempdir()) / f"aiotransfer-{os.getuid()}"
+        return Place(Path(runtime) / "aiotransfer", f"XDG_RUNTIME_DIR={runtime}")
+    unset = f"XDG_RUNTIME_DIR={runtime} is no directory" if runtime else "XDG_RUNTIME_DIR is not set"
+    try:
+        temporary = tempfile.gettempdir()
+    except OSError:
+        raise ConfigurationError(
+            f"there is no place for the key file: {unset}, and no temporary directory can be written to",
+            hint=f"set XDG_RUNTIME_DIR to a directory that this user can write to (a volume of type emptyDir, say), or {_ADVICE}",
+        ) from None
+    directory = Path(temporary) / f"aiotransfer-{os.getuid()}"
+    chosen = next((f"{name}={temporary}" for name in ("TMPDIR", "TEMP", "TMP") if environ.get(name) == temporary), temporary)
+    owner = _owner(directory)
+    if owner in (None, os.getuid()):
+        return Place(directory, f"{unset}, so below {chosen}")
+    home = environ.get("HOME") or os.path.expanduser("~")
+    if not os.path.isdir(home):
+        raise ConfigurationError(
+            f"there is no place for the key file: {unset}, {directory} belongs to uid {owner}, and there is no home directory",
+            hint=f"set XDG_RUNTIME_DIR to a directory of this user, or {_ADVICE}",
+        )
+    return Place(Path(home) / ".aiotransfer", f"{unset}, and {directory} belongs to uid {owner}")
+
+
+def _owner(path: Path) -> int | None:
+    try:
+        return path.lstat().st_uid
+    except OSError:
+        return None
 
 
 def _refuse(path: Path, why: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"the key file {path} cannot be trusted: {why}",
-        hint="remove it, or give all engines one key=... (or AIOTRANSFER_KEY)",
-    )
+    return ConfigurationError(f"the key file {path} cannot be trusted: {why}", hint=f"remove it, or {_ADVICE}")
 
 
 def _unreadable(path: Path, error: OSError) -> TransferError:
     return shortage(error.errno, f"the key file {path} cannot be read") or _refuse(path, str(error))
 
 
-def _user_key(environ: Mapping[str, str]) -> bytes:
-    directory = key_directory(environ)
+def _unmade(path: Path, why: str, error: OSError) -> TransferError:
+    return shortage(error.errno, f"the key file {path} cannot be made") or ConfigurationError(
+        f"the key file {path} cannot be made ({why}): {error}",
+        hint=f"set XDG_RUNTIME_DIR to a directory that this user can write to (a volume of type emptyDir, say), or {_ADVICE}",
+    )
+
+
+def _user_key(environ: Mapping[str, str]) -> tuple[bytes, str]:
+    """The secret, and where it is."""
+    directory, why = key_place(environ)
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        if _owner(directory) != os.getuid():  # somebody was quicker than we
+            directory, why = key_place(environ)
+    except OSError as error:
+        raise _unmade(directory / "key", why, error) from error
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
         info = directory.lstat()
@@ -94,6 +162,10 @@ def _user_key(environ: Mapping[str, str]) -> bytes:
         raise _unreadable(directory, error) from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise _refuse(directory, "its directory belongs to or is open to somebody else")
+    return _secret_in(directory, why), f"it is that of {directory / 'key'} ({why})"
+
+
+def _secret_in(directory: Path, why: str) -> bytes:
     path = directory / "key"
     try:
         return _read(path)
@@ -113,7 +185,7 @@ def _user_key(environ: Mapping[str, str]) -> bytes:
         finally:
             os.unlink(temporary)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unmade(path, why, error) from error
     return _read(path)
 
 

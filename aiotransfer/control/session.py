@@ -124,7 +124,8 @@ class Session:
 
     def _refuse(self, code: str, text: str, hint: str) -> RendezvousError:
         self._send(Refused(code, text))
-        return RendezvousError(text, hint=hint)
+        ours = f"; this side's key: {self._key.source}" if code == "key" and self._key.source else ""  # no stranger's business
+        return RendezvousError(text + ours, hint=hint)
 
     def _transcript(self, prover: Role = "acceptor") -> bytes:
         """What a proof of this side covers. The acceptor tells its incarnation after the dialer's proof."""
@@ -140,7 +141,8 @@ class Session:
 
     def _greet(self, frame: Greeting | Frame) -> None:
         if isinstance(frame, Refused):
-            raise RendezvousError(f"the other side refused: {clip(frame.text)}", hint=_HINTS.get(frame.code))
+            ours = f"; this side's key: {self._key.source}" if frame.code == "key" and self._key.source else ""
+            raise RendezvousError(f"the other side refused: {clip(frame.text)}{ours}", hint=_HINTS.get(frame.code))
         if type(frame) is not _EXPECTED[self.state]:
             raise self._refuse("protocol", f"{type(frame).__name__} is out of turn", _HINTS["protocol"])
         if isinstance(frame, (Hello, Welcome)):
@@ -178,7 +180,7 @@ class Session:
         if isinstance(frame, Hello):
             self.peer_incarnation = told
             self.resumes = frame.resumes
-            self._send(Welcome(version, self._mine[2], self._key.kind))
+            self._send(Welcome(version, 0, self._mine[2], self._key.kind))
             self.state = "await proof"
         else:
             self._send(Proof(self._key.mac("dialer", self._transcript("dialer"))))
@@ -195,7 +197,8 @@ class Session:
 
 
 _HINTS = {
-    "key": "give both engines the same key=... (or AIOTRANSFER_KEY), or run both as the same user on one host",
+    "key": "give both engines the same key=... (or AIOTRANSFER_KEY), or run both as the same user on one host, with the same "
+    "XDG_RUNTIME_DIR (or temporary directory), which chooses the key file",
     "version": "use one version of aiotransfer on both sides",
     "protocol": "is this the control port of an aiotransfer engine?",
 }

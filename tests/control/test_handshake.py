@@ -93,7 +93,7 @@ def test_a_proof_can_neither_be_replayed_nor_reflected() -> None:
     with pytest.raises(RendezvousError):
         other.receive(proof)
     mirror = session("dialer", number=2)
-    mirror.receive(PREAMBLE + encode(frames.Welcome(VERSION, b"n" * 32, "shared")))
+    mirror.receive(PREAMBLE + encode(frames.Welcome(VERSION, 0, b"n" * 32, "shared")))
     mac = proof[-32:]
     with pytest.raises(RendezvousError):
         mirror.receive(encode(frames.Accepted(mac, 1, INFO)))

@@ -338,7 +338,7 @@ class _Mirror(asyncio.Protocol):
             self._transport.write(data)
         elif not self._said:
             self._said = data
-            self._transport.write(PREAMBLE + frames.encode(frames.Welcome(frames.VERSION, b"n" * 32, "file")))
+            self._transport.write(PREAMBLE + frames.encode(frames.Welcome(frames.VERSION, 0, b"n" * 32, "file")))
         else:
             self._transport.write(frames.encode(frames.Accepted(data[-32:], 5, TINY)))
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import errno
 import os
 import pickle
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from aiotransfer.cli import doctor, main
+from aiotransfer.cli._facts import Host
 from aiotransfer.control import key as module
+from aiotransfer.control.frames import PeerInfo
 from aiotransfer.control.key import KEY_BYTES, load_key
-from aiotransfer.errors import ConfigurationError
+from aiotransfer.control.session import Session
+from aiotransfer.errors import ConfigurationError, RendezvousError
 
 
 def place(tmp_path: Path) -> tuple[dict[str, str], Path]:
@@ -128,3 +135,105 @@ def test_a_key_is_never_shown() -> None:
     assert not key.verify("acceptor", b"t", key.mac("dialer", b"t"))
     with pytest.raises(TypeError, match="not written down"):
         pickle.dumps(key)
+
+
+def test_which_variable_chose_which_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, temporary = tmp_path / "runtime", tmp_path / "temporary"
+    runtime.mkdir()
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    by_variable = load_key(None, {"XDG_RUNTIME_DIR": str(runtime)})
+    assert f"{runtime / 'aiotransfer' / 'key'} (XDG_RUNTIME_DIR={runtime})" in by_variable.source
+    without = load_key(None, {"TMPDIR": str(temporary)})
+    assert "XDG_RUNTIME_DIR is not set" in without.source
+    assert f"TMPDIR={temporary}" in without.source
+    gone = load_key(None, {"XDG_RUNTIME_DIR": "/nowhere/at/all"})
+    assert "XDG_RUNTIME_DIR=/nowhere/at/all is no directory" in gone.source
+
+
+def test_two_files_of_one_user_are_named_on_both_sides() -> None:
+    def session(role: Any, path: str) -> Session:
+        return Session(role, module.Key("file", os.urandom(32), f"it is that of {path}"), 1, PeerInfo("x", "", 1, []), bytes(32))
+
+    dialer, acceptor = session("dialer", "/one/key"), session("acceptor", "/other/key")
+    acceptor.receive(dialer.take_output())
+    dialer.receive(acceptor.take_output())
+    with pytest.raises(RendezvousError, match="/other/key"):
+        acceptor.receive(dialer.take_output())
+    told = acceptor.take_output()
+    assert b"/other/key" not in told, "a stranger learns no path"
+    with pytest.raises(RendezvousError, match="/one/key") as caught:
+        dialer.receive(told)
+    assert "XDG_RUNTIME_DIR" in str(caught.value.hint)
+
+
+def test_a_place_that_another_user_has_taken_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    taken, home = tmp_path / f"aiotransfer-{os.getuid()}", tmp_path / "home"
+    taken.mkdir(mode=0o777)
+    lstat = Path.lstat
+
+    def others(self: Path) -> os.stat_result:
+        found = lstat(self)
+        return os.stat_result((*found[:4], 65534, *found[5:])) if self == taken else found
+
+    monkeypatch.setattr(Path, "lstat", others)
+    with pytest.raises(ConfigurationError, match="no home directory") as caught:
+        load_key(None, {"HOME": str(home)})
+    assert "XDG_RUNTIME_DIR" in str(caught.value.hint)
+    home.mkdir()
+    key = load_key(None, {"HOME": str(home)})
+    assert stat.S_IMODE((home / ".aiotransfer" / "key").stat().st_mode) == 0o600
+    assert f"{taken} belongs to uid 65534" in key.source
+    assert list(taken.iterdir()) == []
+
+
+def test_without_a_place_that_can_be_written_to_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    with pytest.raises(ConfigurationError, match="no temporary directory") as caught:
+        load_key(None, {})
+    assert "emptyDir" in str(caught.value.hint)
+    fact = doctor.key(Host(environ={}))
+    assert (fact.level, fact.hint) == ("problem", caught.value.hint)
+
+    def read_only(self: Path, mode: int = 0, exist_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(ConfigurationError, match="cannot be made") as caught:
+        load_key(None, {"XDG_RUNTIME_DIR": str(tmp_path)})
+    assert "AIOTRANSFER_KEY" in str(caught.value.hint)
+
+
+def test_a_guess_at_a_passphrase_costs_what_scrypt_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    scrypt = module.hashlib.scrypt
+
+    def watched(secret: bytes, **how: int) -> bytes:
+        asked.append(how["n"] * how["r"] * 128)
+        return scrypt(secret, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module.hashlib, "scrypt", watched)
+    text = "correct horse battery staple"
+    key = load_key(text, {})
+    assert asked == [16 << 20]
+    assert not key.verify("dialer", b"t", module.Key("shared", text.encode()).mac("dialer", b"t"))
+    again = load_key(text.encode(), {})
+    assert key.verify("dialer", b"t", again.mac("dialer", b"t"))
+    assert len(asked) == 1, "once for each process"
+
+
+def test_a_key_that_the_command_makes_is_random_and_needs_no_stretching(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    for _ in range(2):
+        assert main(["key"]) == 0
+        made.append(capsys.readouterr().out.strip())
+    assert len(set(made)) == 2
+    assert all(len(base64.urlsafe_b64decode(text.removeprefix("atk1-") + "=")) == KEY_BYTES for text in made)
+    monkeypatch.setattr(module.hashlib, "scrypt", None)
+    load_key(None, {"AIOTRANSFER_KEY": made[0]})

@@ -50,7 +50,7 @@ REGION = RemoteRegion.of(GRANT)
 FRAMES: tuple[Greeting | Frame, ...] = (
     frames.Hello(VERSION, 7, b"n" * 32, "shared"),
     frames.Hello(VERSION, 7, b"n" * 32, "shared", True),
-    frames.Welcome(VERSION, b"n" * 32, "file"),
+    frames.Welcome(VERSION, 0, b"n" * 32, "file"),
     frames.Proof(b"m" * 32),
     frames.Accepted(b"m" * 32, 7, INFO),
     frames.Info(INFO),
