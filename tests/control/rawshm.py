@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import re
 import socket
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,19 +25,22 @@ ADD_SEALS = 1033
 MAGIC = 0x41544348414E4E45
 SLOTS = 65536
 FULL = (1 << 64) - 2  # a counter that an eventfd cannot add 1 to
+_SLOW = int(re.search(r"AT_SLOW_WORDS\s*=?\s*(\d+)", (Path(__file__).parents[2] / "ffi/lane/lane.h").read_text())[1])  # type: ignore[index]
+ACTIVE = 64 * (5 + _SLOW + 1)  # one for each mover, one for counting
+_AFTER = 64 + ACTIVE
 WORDS = {  # of a channel, as ffi/shm/shm.h lays it out: offset and bytes
-    "active": (64, 448),
-    "ping": (512, 8),
-    "dirty": (576, 4),
-    "summary": (640, 128),
-    "bitmap": (768, SLOTS // 8),
-    "imm": (8960, SLOTS * 4),
-    "count": (271104, SLOTS * 8),
-    "pong": (795392, 16),
-    "barred": (795408, 8),
-    "drained": (795456, SLOTS * 8),
+    "active": (64, ACTIVE),
+    "ping": (_AFTER, 8),
+    "dirty": (_AFTER + 64, 4),
+    "summary": (_AFTER + 128, 128),
+    "bitmap": (_AFTER + 256, SLOTS // 8),
+    "imm": (_AFTER + 8448, SLOTS * 4),
+    "count": (_AFTER + 270592, SLOTS * 8),
+    "pong": (_AFTER + 794880, 16),
+    "barred": (_AFTER + 794896, 8),
+    "drained": (_AFTER + 794944, SLOTS * 8),
 }
-CHANNEL = 795456 + SLOTS * 8
+CHANNEL = WORDS["drained"][0] + SLOTS * 8
 CONTROL = 128 + SLOTS * 8
 
 
