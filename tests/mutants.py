@@ -394,6 +394,14 @@ MUTANTS = (
         "if owner in (None, os.getuid()):", "if owner is not None or owner is None:", "tests/control/test_key_file.py",
     ),
     Mutant(
+        "registry: only files of this user are entries", "aiotransfer/kv/registry/file.py",
+        "            if status.st_uid != self._owner():\n", "            if status.st_uid < 0:\n", "tests/kv/registry/test_file.py",
+    ),
+    Mutant(
+        "paths of one peer are bounded", "aiotransfer/engine/peer.py",
+        ">= MOST_PATHS:\n", ">= 1 << 30:\n", "tests/control/test_hostile_limits.py",
+    ),
+    Mutant(
         "one at random makes room: control", "aiotransfer/control/listener.py",
         "one = random.choice(strangers)", "one = strangers[0]", "tests/control/test_hostile_limits.py",
     ),

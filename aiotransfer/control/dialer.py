@@ -1,7 +1,8 @@
 """Dialing: one authenticated link, or the reason why not.
 
 A name may have several addresses, of which some lead nowhere. They are tried one after the other without waiting for the end of
-each attempt (RFC 8305): the next one begins when the last one has failed, or has not answered for `STAGGER` seconds.
+each attempt (RFC 8305): the next one begins when the last one has failed, or has not answered for `STAGGER` seconds. After the last
+one the first is tried once more beside the others.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ FIRST_PAUSE = 0.01
 LONGEST_PAUSE = 0.25
 FIRST_PATIENCE = 2.0  # seconds for the first attempt, twice as many for each that follows: where strangers crowd the port, the
 # kernel drops connections without a word
+MOST_AT_ONCE = 8  # attempts that have not been answered; also of one address, whose system may drop some while strangers crowd it
 STAGGER = 0.25  # seconds before the next of several addresses is tried beside those that have not answered (RFC 8305, section 5)
 QUICK_STAGGER = 0.05  # the same for a conversation that has lost its connection
 HANDSHAKE_SECONDS = 5.0  # for an address that answers, while there are others
@@ -112,9 +114,10 @@ async def _connected(
                 place = waiting.pop(0)
                 tried.setdefault(place, "no answer")
                 running[asyncio.ensure_future(_connect(place, key, identity, network))] = place
-            over, _ = await asyncio.wait(
-                running, timeout=STAGGER if waiting else None, return_when=asyncio.FIRST_COMPLETED
-            )
+            more = waiting or len(running) < MOST_AT_ONCE
+            over, _ = await asyncio.wait(running, timeout=STAGGER if more else None, return_when=asyncio.FIRST_COMPLETED)
+            if not over and more and not waiting:
+                waiting = left[: MOST_AT_ONCE - len(running)]  # once more, beside those that have not answered
             done = [(task, running.pop(task)) for task in over]
             links = [(task.result(), place) for task, place in done if task.exception() is None]
             for link, _ in links[1:]:
@@ -125,8 +128,10 @@ async def _connected(
                 error = task.exception()
                 if not isinstance(error, OSError):
                     raise error or AssertionError
-                left.remove(place)
                 tried[place], last = _words(error), error
+                if place not in running.values():
+                    left.remove(place)
+                    waiting = [other for other in waiting if other != place]
     finally:
         for task in running:
             task.cancel()

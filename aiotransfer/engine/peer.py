@@ -11,6 +11,8 @@ import asyncio
 import itertools
 import math
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiotransfer.control import frames
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from aiotransfer.providers.port import Path
 
 MOST_MESSAGE_BYTES = 1 << 20
+MOST_PATHS = 16  # that a peer may have to this engine at a time: one or two for each provider, and those that give way
 _FAILURES: dict[str, type[TransferError]] = {
     "stale": StaleRegionError,
     "broken": BrokenError,
@@ -105,6 +108,7 @@ class Peer(Unpicklable):
         self._early_joins = 0  # for groups that are not known here yet
         self._answers: dict[asyncio.Task[None], int] = {}  # to its questions, under way; how long those are
         self._answer_bytes = 0
+        self._opening = 0  # paths that it asked for, and that are being set up
 
     @property
     def _link(self) -> Link:
@@ -221,6 +225,17 @@ class Peer(Unpicklable):
         return await self._question(
             number, frames.Ask(id=number, provider=provider, body=body), None, f"{self} did not answer"
         )
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Around setting a path up that the peer asked for. Raises `BrokenError` when it has as many as it may have."""
+        if self._opening + sum(not path.dead for path in self._paths) >= MOST_PATHS:
+            raise BrokenError(f"a peer may have {MOST_PATHS} paths to an engine at a time")
+        self._opening += 1
+        try:
+            yield
+        finally:
+            self._opening -= 1
 
     async def _question(self, number: int, frame: frames.Frame, timeout: float | None, late: str) -> bytes:
         self._engine._check()

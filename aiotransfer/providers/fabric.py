@@ -215,9 +215,11 @@ class FabricProvider:
         """The other side of `dial`, of opening again, of giving up, and of binding memory."""
         question = decode(questions, body, "question", self.name)
         if isinstance(question, Gather):
-            return await self._gather(conversation, question)
+            with conversation.opening():
+                return await self._gather(conversation, question)
         if isinstance(question, Offer) and question.to == 0:
-            return await self._accept(conversation, question)
+            with conversation.opening():
+                return await self._accept(conversation, question)
         path = self._paths.get(question.to)
         if path is None or path.closed or path.incarnation != conversation.incarnation:
             raise BrokenError("there is no such connection", provider=self.name)

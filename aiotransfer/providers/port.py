@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -75,6 +76,10 @@ class Conversation(Protocol):
 
     async def ask(self, provider: str, body: bytes) -> bytes:
         """Ask the provider of the other side; raises what it answered with, or `PeerLostError`."""
+        ...
+
+    def opening(self) -> AbstractContextManager[None]:
+        """Around setting a path up that the other side asked for. Raises `BrokenError` when it has as many as it may have."""
         ...
 
 

@@ -350,8 +350,12 @@ class ShmProvider:
         question = shmwire.question(body)
         if isinstance(question, shmwire.Fetch):
             return self._hand_out(conversation, question), None
+        with conversation.opening():
+            return await self._accept(conversation, question.ticket)
+
+    async def _accept(self, conversation: Conversation, ticket: bytes) -> tuple[bytes, Path]:
         try:
-            channel, their_body, their_fds = await self._listener.accept(question.ticket, SETUP_SECONDS)
+            channel, their_body, their_fds = await self._listener.accept(ticket, SETUP_SECONDS)
         except TimeoutError as error:
             raise BrokenError("the descriptor channel was not opened", provider="shm") from error
         except OSError as error:
@@ -364,13 +368,13 @@ class ShmProvider:
             raise
         our_body, our_fds = self._packet(offer)
         try:
-            channel.send(question.ticket, our_body, our_fds)
+            channel.send(ticket, our_body, our_fds)
         except OSError as error:
             native.ffi.release(half)
             close_elsewhere(their_fds)
             channel.close()
             raise _failure("the descriptor channel broke", error) from error
-        return b"", self._finish(half, channel, question.ticket, conversation, their_body, their_fds)
+        return b"", self._finish(half, channel, ticket, conversation, their_body, their_fds)
 
     def _hand_out(self, conversation: Conversation, question: shmwire.Fetch) -> bytes:
         path = self._paths.get((conversation.incarnation, question.channel))

@@ -18,7 +18,9 @@ from aiotransfer.control.session import Session
 from aiotransfer.engine import connections, mailbox
 from aiotransfer.model.address import Address
 from aiotransfer.model.descriptor import Grant, RemoteRegion
+from aiotransfer.engine.peer import MOST_PATHS
 from aiotransfer.providers import shmwire
+from aiotransfer.providers.port import Terms
 from aiotransfer.testing import engine_pair
 
 from .rawpeer import RawPeer
@@ -366,3 +368,33 @@ async def test_words_of_a_peer_are_short_and_on_one_line(engine: at.Engine, capl
     assert len(str(caught.value)) < 2000
     assert "first\nsecond" not in str(caught.value)
     await shm.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("provider", ["shm", "tcp"])
+async def test_paths_of_one_peer_are_bounded(provider: str) -> None:
+    async with at.open_engine() as engine, at.open_engine(providers=provider) as greedy:
+        if provider not in engine._providers:
+            pytest.skip("needs libfabric")
+        peer = await greedy.connect(engine.address, timeout=10)
+        offer = next(o for o in peer._link.info.offers if o.provider == provider)
+        terms = Terms(provider, offer.usable, offer.reason, offer.host, offer.data)
+        kept = []
+        with pytest.raises(at.BrokenError, match="paths"):
+            for _ in range(2 * MOST_PATHS):
+                kept.append(await greedy._providers[provider].dial(peer, terms))
+        assert len(kept) == MOST_PATHS - 1, "one was there before"
+        assert peer.state == "up"
+        async with at.open_engine() as friend:
+            await (await friend.connect(engine.address, timeout=10)).ping()
+        for path in kept:
+            path.close()
+
+
+@pytest.mark.asyncio
+async def test_paths_that_are_being_set_up_count_too(engine: at.Engine) -> None:
+    raw = await RawPeer.connect(engine)
+    await raw.say(*[frames.Ask(n, "shm", shmwire.encode(shmwire.Hello(n.to_bytes(16)))) for n in range(3 * MOST_PATHS)])
+    failures = [await raw.hear(frames.Failed) for _ in range(2 * MOST_PATHS)]
+    assert all("paths" in failed.text for failed in failures if isinstance(failed, frames.Failed))
+    await raw.close()

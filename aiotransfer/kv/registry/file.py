@@ -2,7 +2,8 @@
 
 An entry is a file; it is written beside its place and renamed onto it, so that nobody reads half of one, and it holds the end
 of its lease (`stamp`). Entries that ended a while ago and what a killed writer left half written are removed by whoever looks.
-Files belong to the user who wrote them and are read by him alone.
+Files belong to the user who wrote them and are read by that user alone: what another user has put there, as anybody may in /tmp, is
+no entry.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import errno
 import logging
 import os
+import stat
 import tempfile
 import time
 from contextlib import suppress
@@ -45,7 +47,9 @@ class _Found(NamedTuple):
 class FileBackend:
     """Entries in files of `directory`, which is made when it is not there. See `Backend`.
 
-    It is looked at as often as the `Registry` says (`poll`). Errors of the file system are outages.
+    It is looked at as often as the `Registry` says (`poll`). Errors of the file system are outages. Only files of this process's
+    user are entries. In a directory in which other users may write, these can still remove entries (a warning says so): take one
+    that belongs to this user, and to which nobody else may write.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -56,6 +60,7 @@ class FileBackend:
         self._ended: dict[str, float] = {}  # files that may be removed, and since when
         self._boot = _boot()
         self._made = False
+        self._uid: int | None = None  # of files that this process writes here; a network file system may have its own idea
 
     async def put(self, key: str, value: bytes, ttl: float) -> None:
         """See `Backend`."""
@@ -66,8 +71,8 @@ class FileBackend:
 
         def renew() -> bool:
             try:
-                stamp, value = unpack(_read(self._path(key)))
-            except (FileNotFoundError, DescriptorError):
+                stamp, value = unpack(_read(self._path(key), self._owner()))
+            except (FileNotFoundError, PermissionError, DescriptorError):
                 return False
             now = self.clocks()
             if not is_good(sight(None, stamp, now), now):
@@ -121,6 +126,7 @@ class FileBackend:
         if not self._made:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._made = True  # a directory that goes away later is an outage, not an empty registry
+            self._warn_of_others()
         now = self.clocks()
         found: dict[str, _Found] = {}
         ended: set[str] = set()
@@ -143,11 +149,13 @@ class FileBackend:
             status = entry.stat(follow_symlinks=False)
             signature = status.st_mtime_ns, status.st_ino, status.st_size
             ours = known is not None and known.seen.stamp.boot == self._boot
+            if status.st_uid != self._owner():
+                raise PermissionError(f"it belongs to uid {status.st_uid}, not {self._owner()}, and is no entry")
             if known is not None and known.signature == signature and ours:
                 return known  # not of other hosts: network file systems keep for a while what `stat` says, and open anew
             if self._unreadable.get(entry.name) == signature:
                 return known
-            stamp, value = unpack(_read(self.directory / entry.name))
+            stamp, value = unpack(_read(self.directory / entry.name, self._owner()))
         except FileNotFoundError:  # it has just gone
             return None
         except (DescriptorError, PermissionError) as error:  # also of a later version, whose file is not ours to remove
@@ -164,6 +172,28 @@ class FileBackend:
             return known
         return _Found(signature, value, sight(None if known is None else known.seen, stamp, now))
 
+    def _owner(self) -> int:
+        """Of files that this process writes there."""
+        if self._uid is None:
+            try:
+                descriptor, name = tempfile.mkstemp(prefix=HALF_WRITTEN, dir=self.directory)
+            except OSError:  # it may only look
+                self._uid = os.getuid()
+                return self._uid
+            try:
+                self._uid = os.fstat(descriptor).st_uid
+            finally:
+                os.close(descriptor)
+                os.unlink(name)
+        return self._uid
+
+    def _warn_of_others(self) -> None:
+        about = self.directory.stat()
+        others = about.st_uid not in (0, os.getuid(), self._owner())
+        if others or (about.st_mode & 0o022 and not about.st_mode & stat.S_ISVTX):
+            _logger.warning("other users may remove entries of the registry in %s (uid %d, mode %o)", self.directory, about.st_uid,
+                            stat.S_IMODE(about.st_mode))  # fmt: skip
+
     def _remove(self, ended: set[str], now: Clocks) -> None:
         self._ended = {name: self._ended.get(name, now.up) for name in ended}
         for name, since in list(self._ended.items()):
@@ -173,9 +203,11 @@ class FileBackend:
                 del self._ended[name]
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, uid: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
+        if (owner := os.fstat(descriptor).st_uid) != uid:
+            raise PermissionError(f"it belongs to uid {owner}, not {uid}, and is no entry")
         data = file.read(MOST_FILE_BYTES + 1)
     if data is None or len(data) > MOST_FILE_BYTES:
         raise DescriptorError(f"no entry of a registry: more than {MOST_FILE_BYTES} bytes")

@@ -185,3 +185,54 @@ async def test_files_can_be_read_by_people_and_by_nobody_else(tmp_path: Path) ->
         assert path.stat().st_mode & 0o777 == 0o600
         assert json.loads(path.read_text().splitlines()[1])["name"] == "prefill 7"
     assert not list(tmp_path.iterdir())
+
+
+async def test_what_another_user_has_put_there_is_no_entry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    mine, theirs = member("mine", incarnation=1), member("theirs", incarnation=2, address="10.0.0.2:1")
+    planter = FileBackend(tmp_path)
+    await planter.put(theirs.key, theirs.encode(), 60)
+    file = tmp_path / f"{theirs.key}.member"
+    file.chmod(0o644)
+    backend = FileBackend(tmp_path)
+    if os.getuid() == 0:
+        os.chown(file, 65534, 65534)
+    else:  # what is there belongs to somebody else than this backend takes itself for
+        backend._uid = os.getuid() + 1
+    assert await backend.entries() == {}
+    assert "is no entry" in caplog.text
+    assert not await backend.keep_alive(theirs.key, 60), "nor is it renewed"
+    assert file.exists(), "it is not ours to remove"
+    if os.getuid() == 0:
+        await backend.put(mine.key, mine.encode(), 60)
+        assert list(await backend.entries()) == [mine.key]
+    for one in (planter, backend):
+        await one.aclose()
+
+
+async def test_a_file_that_changes_hands_is_believed_until_its_lease_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, backend = member("one", incarnation=1), FileBackend(tmp_path)
+    await backend.put(one.key, one.encode(), 60)
+    assert list(await backend.entries()) == [one.key]
+    backend._uid = os.getuid() + 1
+    assert list(await backend.entries()) == [one.key], "what was read while it was this user's"
+    other = FileBackend(tmp_path)
+    other._uid = os.getuid() + 1
+    assert await other.entries() == {}
+    for each in (backend, other):
+        await each.aclose()
+
+
+@pytest.mark.parametrize(("mode", "warns"), [(0o700, False), (0o755, False), (0o777, True), (0o1777, False)])
+async def test_a_directory_in_which_others_may_remove_entries_is_said(
+    tmp_path: Path, mode: int, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tmp_path.chmod(mode)
+    backend = FileBackend(tmp_path)
+    await backend.entries()
+    await backend.entries()
+    assert caplog.text.count("other users may remove entries") == warns
+    assert not list(tmp_path.iterdir())
+    await backend.aclose()
+    tmp_path.chmod(0o700)
