@@ -395,7 +395,8 @@ MUTANTS = (
     ),
     Mutant(
         "registry: only files of this user are entries", "aiotransfer/kv/registry/file.py",
-        "            if status.st_uid != self._owner():\n", "            if status.st_uid < 0:\n", "tests/kv/registry/test_file.py",
+        "            if status.st_uid != self._owner():\n", "            if status.st_uid < 0:\n",
+        "tests/kv/registry/test_file.py",
     ),
     Mutant(
         "paths of one peer are bounded", "aiotransfer/engine/peer.py",

@@ -1,8 +1,8 @@
 """Dialing: one authenticated link, or the reason why not.
 
 A name may have several addresses, of which some lead nowhere. They are tried one after the other without waiting for the end of
-each attempt (RFC 8305): the next one begins when the last one has failed, or has not answered for `STAGGER` seconds. After the last
-one the first is tried once more beside the others.
+each attempt (RFC 8305): the next one begins when the last one has failed, or has not answered for `STAGGER` seconds. After the
+last one the first is tried once more beside the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FIRST_PAUSE = 0.01
 LONGEST_PAUSE = 0.25
 FIRST_PATIENCE = 2.0  # seconds for the first attempt, twice as many for each that follows: where strangers crowd the port, the
 # kernel drops connections without a word
-MOST_AT_ONCE = 8  # attempts that have not been answered; also of one address, whose system may drop some while strangers crowd it
+MOST_AT_ONCE = 8  # attempts without an answer; several at one address, whose system may drop some while strangers crowd it
 STAGGER = 0.25  # seconds before the next of several addresses is tried beside those that have not answered (RFC 8305, section 5)
 QUICK_STAGGER = 0.05  # the same for a conversation that has lost its connection
 HANDSHAKE_SECONDS = 5.0  # for an address that answers, while there are others

@@ -136,6 +136,9 @@ class Link(asyncio.Protocol):
             self._write(self._session.take_output())
             self._finish(error)
             return
+        except Exception as error:  # what a stranger says ends its connection, and nothing else
+            self._complain(error)
+            return
         self._write(self._session.take_output())
         if self._session.established and not was_established and not self.established.done():
             self.established.set_result(None)
@@ -158,10 +161,13 @@ class Link(asyncio.Protocol):
             except (BusyError, RendezvousError) as error:  # answers that it does not take; what it may not say
                 self._finish(error)
             except Exception as error:  # one bad handler must not take the loop's other work with it
-                left_out = _limit.admit(type(error).__name__)
-                if left_out is not None:
-                    _logger.exception("a control frame could not be handled; closing the connection%s", more(left_out))
-                self._finish(BrokenError(f"a control frame could not be handled: {error!r}"))
+                self._complain(error)
+
+    def _complain(self, error: Exception) -> None:
+        left_out = _limit.admit(type(error).__name__)
+        if left_out is not None:
+            _logger.exception("a control frame could not be handled; closing the connection%s", more(left_out))
+        self._finish(BrokenError(f"a control frame could not be handled: {error!r}"))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The TCP connection has ended."""

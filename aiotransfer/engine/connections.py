@@ -14,12 +14,14 @@ through the mirror end, and the two halves of the path are kept together. Mirror
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control import frames
 from aiotransfer.control.dialer import dial
 from aiotransfer.control.listener import Listener
 from aiotransfer.control.patience import Patience
+from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.engine.peer import Peer
 from aiotransfer.engine.reach import Reach
 from aiotransfer.engine.redial import Redial
@@ -40,6 +42,9 @@ from aiotransfer.providers.port import Terms
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
     from aiotransfer.engine.engine import Engine
+
+_logger = logging.getLogger("aiotransfer")
+_limit = RateLimit()
 
 ACCEPT_SECONDS = 10.0  # for a connected peer to bring its path up
 MOST_MIRRORS = 64  # connections from this very engine that nobody has asked for yet
@@ -274,6 +279,11 @@ class Connections:
             reply = frames.Failed(id=number, code="registration", text=str(error))
         except TransferError as error:
             reply = frames.Failed(id=number, code="broken", text=str(error))
+        except Exception as error:  # the peer waits for an answer, and no other task of ours ends with this one
+            left_out = _limit.admit(type(error).__name__)
+            if left_out is not None:
+                _logger.exception("a question of %r could not be answered%s", peer, more(left_out))
+            reply = frames.Failed(id=number, code="broken", text="the question could not be answered")
         if peer._state in ("up", "connecting"):
             peer._reply(reply)
 

@@ -175,7 +175,7 @@ class FdChannel:
     def _readable(self) -> None:
         try:
             packet = self.receive()
-        except OSError:
+        except Exception:  # whatever it was, the next look would find it again
             self.close()
             return
         if packet is None:

@@ -127,15 +127,17 @@ class FdListener:
             ticket, _ = parse(sock.recv(MOST_BYTES + 1, socket.MSG_PEEK), 0)
         except (BlockingIOError, InterruptedError):
             return
-        except OSError:  # its end, or no packet
+        except Exception:  # its end, or no packet; whatever it was, the next look would find it again
             self._drop(stranger)
             return
         waiting = self._waiting.get(ticket)
         if waiting is not None and not waiting.done():
             try:
-                waiting.set_result(self._introduced(stranger))
-            except OSError as error:
+                introduced = self._introduced(stranger)
+            except Exception as error:
                 waiting.set_exception(error)
+            else:
+                waiting.set_result(introduced)
         elif ticket in self._early:
             self._drop(stranger)
         else:

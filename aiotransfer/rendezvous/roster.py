@@ -18,6 +18,7 @@ from aiotransfer.model.address import Address
 
 FORMAT = 1
 MOST_NAMED = 8
+MOST_ENTRY = 4096  # bytes of one
 
 
 class Entry(NamedTuple):
@@ -37,12 +38,14 @@ class Entry(NamedTuple):
     def decode(cls, data: bytes, rank: int) -> Entry:
         """What the key of `rank` holds. Raises `RendezvousError`."""
         try:
+            if len(data) > MOST_ENTRY:
+                raise ValueError
             version, *fields = json.loads(data)
             entry = cls(*fields)
             Address.parse(entry.address)
             if version != FORMAT or [*map(type, entry)] != [int, int, str, int, str] or entry.rank != rank:
                 raise ValueError
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise RendezvousError(
                 f"what the store holds for rank {rank} is no entry of this version: {data[:80]!r}",
                 hint="do all ranks run the same version of aiotransfer, with a prefix of their own in the store?",

@@ -16,9 +16,9 @@ from aiotransfer.control.frames import PREAMBLE, OfferWire, PeerInfo
 from aiotransfer.control.key import load_key
 from aiotransfer.control.session import Session
 from aiotransfer.engine import connections, mailbox
+from aiotransfer.engine.peer import MOST_PATHS
 from aiotransfer.model.address import Address
 from aiotransfer.model.descriptor import Grant, RemoteRegion
-from aiotransfer.engine.peer import MOST_PATHS
 from aiotransfer.providers import shmwire
 from aiotransfer.providers.port import Terms
 from aiotransfer.testing import engine_pair

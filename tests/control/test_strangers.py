@@ -8,8 +8,10 @@ import logging
 import pytest
 
 import aiotransfer as at
-from aiotransfer.control import listener
+from aiotransfer.control import dialer, listener
+from aiotransfer.control.dialer import dial
 from aiotransfer.control.frames import PREAMBLE
+from aiotransfer.control.network import Factory, Tcp
 from tests.turns import give_up
 
 
@@ -91,3 +93,32 @@ async def test_a_dial_that_is_cancelled_leaves_nothing() -> None:
         peer = await engine.connect(other.address, timeout=5)
         await peer.ping()
         assert engine.peers == (peer,)
+
+
+class _Deaf(Tcp):
+    """A network that drops the first packets of a few connections."""
+
+    def __init__(self, dropped: int) -> None:
+        self.dropped = dropped
+        self.tried = 0
+
+    async def connect(self, address: at.Address, factory: Factory) -> None:
+        self.tried += 1
+        if self.tried <= self.dropped:
+            await asyncio.sleep(3600)
+        await super().connect(address, factory)
+
+
+@pytest.mark.asyncio
+async def test_an_address_that_does_not_answer_is_tried_again_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialer, "STAGGER", 0.01)
+    loop = asyncio.get_running_loop()
+    async with at.open_engine() as engine, at.open_engine() as other:
+        network = _Deaf(3)
+        link = await dial(other.address, engine._key, engine._identity, network, deadline=loop.time() + 20)
+        assert network.tried == 4
+        link.close()
+        deaf = _Deaf(1000)
+        with pytest.raises(at.TransferTimeout, match="no answer"):
+            await dial(other.address, engine._key, engine._identity, deaf, deadline=loop.time() + 0.5)
+        assert deaf.tried == dialer.MOST_AT_ONCE, "and no more of them at a time"

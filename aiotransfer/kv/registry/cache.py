@@ -46,6 +46,8 @@ class Cache:
                 members[key] = member
             except DescriptorError as error:
                 unreadable.append(f"{key[:64]!r}: {error.message}")
+            except Exception as error:  # an error of ours in one entry hides no other
+                unreadable.append(f"{key[:64]!r}: {type(error).__name__}: {str(error)[:200]}")
         self._bytes = dict(entries)
         self.members = dict(sorted(members.items()))
         return unreadable

@@ -2,8 +2,8 @@
 
 An entry is a file; it is written beside its place and renamed onto it, so that nobody reads half of one, and it holds the end
 of its lease (`stamp`). Entries that ended a while ago and what a killed writer left half written are removed by whoever looks.
-Files belong to the user who wrote them and are read by that user alone: what another user has put there, as anybody may in /tmp, is
-no entry.
+Files belong to the user who wrote them and are read by that user alone: what another user has put there, as anybody may in
+/tmp, is no entry.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ class FileBackend:
             stamp, value = unpack(_read(self.directory / entry.name, self._owner()))
         except FileNotFoundError:  # it has just gone
             return None
-        except (DescriptorError, PermissionError) as error:  # also of a later version, whose file is not ours to remove
+        except (DescriptorError, PermissionError, ValueError, LookupError, RecursionError) as error:
+            # also of a later version: the file is not ours to remove
             if len(self._unreadable) >= MOST_UNREADABLE:
                 self._unreadable.clear()
             self._unreadable[entry.name] = signature
@@ -191,8 +192,8 @@ class FileBackend:
         about = self.directory.stat()
         others = about.st_uid not in (0, os.getuid(), self._owner())
         if others or (about.st_mode & 0o022 and not about.st_mode & stat.S_ISVTX):
-            _logger.warning("other users may remove entries of the registry in %s (uid %d, mode %o)", self.directory, about.st_uid,
-                            stat.S_IMODE(about.st_mode))  # fmt: skip
+            mode = stat.S_IMODE(about.st_mode)
+            _logger.warning("other users may remove entries in %s (uid %d, mode %o)", self.directory, about.st_uid, mode)
 
     def _remove(self, ended: set[str], now: Clocks) -> None:
         self._ended = {name: self._ended.get(name, now.up) for name in ended}

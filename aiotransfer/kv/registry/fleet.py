@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.control.ratelimit import RateLimit, more
-from aiotransfer.errors import ClosedError, TransferError, TransferTimeout
+from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.kv.registry.connect import connect
 from aiotransfer.kv.registry.membership import words_of
 from aiotransfer.kv.registry.registry import seconds
@@ -113,7 +113,7 @@ class Fleet:
             except ClosedError:  # the engine is closed, or the member is closing
                 if self._engine._state != "open":
                     return
-            except (TransferError, OSError) as error:
+            except Exception as error:  # also an error of ours: this member is tried again, and no other one suffers
                 left_out = _limit.admit(type(error).__name__)
                 if left_out is not None:
                     words = words_of(error)
