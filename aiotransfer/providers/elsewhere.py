@@ -36,9 +36,14 @@ class Closer:
             if not self._left:
                 return
             if self._idle:
-                self._changed.notify()
+                self._changed.notify_all()
             elif self._threads < MOST_THREADS:
                 self._start()
+
+    def settle(self, seconds: float) -> None:
+        """Wait, at most so long, until everything is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._threads or self._left), seconds)
 
     @property
     def full(self) -> bool:
@@ -63,6 +68,7 @@ class Closer:
                     self._idle -= 1
                     if not self._left:
                         self._threads -= 1
+                        self._changed.notify_all()
                         return
                 fd = self._left.popleft()
                 if self._left and not self._idle and self._threads < MOST_THREADS:
@@ -93,6 +99,11 @@ os.register_at_fork(after_in_child=_forked)
 def close_elsewhere(fds: list[int]) -> None:
     """Close these soon, in another thread, and empty the list. Never waits, never raises."""
     _closer.close(fds)
+
+
+def settle(seconds: float) -> None:
+    """Wait, at most so long, until everything is closed and the threads have ended: for who counts descriptors."""
+    _closer.settle(seconds)
 
 
 def overwhelmed() -> bool:

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 from aiotransfer.engine.engine import _engines
+from aiotransfer.providers.elsewhere import settle
 
 JOINED_SECONDS = 1.0
 
@@ -38,6 +39,7 @@ class Leaks:
 
 def snapshot() -> Leaks:
     """What this process holds now (Linux; elsewhere only Python's threads)."""
+    settle(JOINED_SECONDS)  # what is closed by other threads
     fds: dict[int, str] = {}
     mappings = 0
     threads = threading.active_count()
