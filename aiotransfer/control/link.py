@@ -20,7 +20,7 @@ from aiotransfer.control.frames import Frame, Goodbye, PeerInfo, clip, encode
 from aiotransfer.control.key import Key
 from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.control.session import NONCE_BYTES, Role, Session
-from aiotransfer.errors import BrokenError, BusyError, RendezvousError
+from aiotransfer.errors import BrokenError, BusyError, RendezvousError, shortage
 from aiotransfer.model.address import Address
 
 MOST_UNSENT = 8 << 20
@@ -49,7 +49,8 @@ class Link(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self.dialed = role == "dialer"
         nonce = identity.entropy(NONCE_BYTES)
-        self._session = Session(role, key, identity.incarnation, identity.info, nonce, resumes=resumes)
+        info = identity.info() if self.dialed else identity.info  # for strangers it is not made
+        self._session = Session(role, key, identity.incarnation, info, nonce, resumes=resumes)
         self.established: asyncio.Future[None] = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
         self._started = False
@@ -137,7 +138,11 @@ class Link(asyncio.Protocol):
             self._finish(error)
             return
         except Exception as error:  # what a stranger says ends its connection, and nothing else
-            self._complain(error)
+            short = shortage(getattr(error, "errno", None), "a connection could not be taken")
+            if short is None:
+                self._complain(error)
+            else:
+                self._finish(short)
             return
         self._write(self._session.take_output())
         if self._session.established and not was_established and not self.established.done():
