@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from aiotransfer.providers import fdchannel
+from aiotransfer.providers import elsewhere, fdchannel
 from aiotransfer.providers.fdchannel import MOST_UNSENT, FdChannel, ticket
 
 pytestmark = pytest.mark.asyncio
 
 
 def open_here() -> int:
+    elsewhere.settle(5)
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
