@@ -192,8 +192,10 @@ class FileBackend:
         about = self.directory.stat()
         others = about.st_uid not in (0, os.getuid(), self._owner())
         if others or (about.st_mode & 0o022 and not about.st_mode & stat.S_ISVTX):
-            mode = stat.S_IMODE(about.st_mode)
-            _logger.warning("other users may remove entries in %s (uid %d, mode %o)", self.directory, about.st_uid, mode)
+            mode, left_out = stat.S_IMODE(about.st_mode), _limit.admit("others")
+            if left_out is not None:
+                text = "other users may remove entries in %s (uid %d, mode %o)%s"
+                _logger.warning(text, self.directory, about.st_uid, mode, more(left_out))
 
     def _remove(self, ended: set[str], now: Clocks) -> None:
         self._ended = {name: self._ended.get(name, now.up) for name in ended}
