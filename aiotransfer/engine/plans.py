@@ -38,8 +38,8 @@ class Plan(Unpicklable):
     """A prepared operation. Made by `Engine.prepare_write`, `Engine.prepare_pages` and `PeerGroup.scatter_plan`."""
 
     __slots__ = (
-        "__weakref__", "_build", "_engine", "_keep", "_made", "_native", "_peer", "_peers", "_regions", "_require", "_stage",
-        "_targets", "_what", "nbytes",
+        "__weakref__", "_build", "_engine", "_keep", "_local", "_made", "_native", "_peer", "_peers", "_regions", "_require",
+        "_stage", "_targets", "_what", "nbytes",
     )  # fmt: skip
 
     def __init__(
@@ -53,8 +53,10 @@ class Plan(Unpicklable):
         what: str,
         stage: Stager | None = None,
         require: str | None = None,
+        local: RegionView | None = None,
     ) -> None:
         self._engine = engine
+        self._local = local
         self.nbytes = nbytes
         self._regions = regions
         self._build = build
@@ -98,6 +100,10 @@ class Plan(Unpicklable):
         if result > 1:
             return engine._pending(result, self.nbytes, self._peers, timeout, self, (self._what, value), self._targets)
         engine._check()
+        if result == native.lib.AT_EMEMORY:  # part of it may have landed: no refusal, but how the operation ended
+            failed = engine._blank(self.nbytes, self._peers, None, (self._what, value))
+            failed._fail(0, self._refusal(result))
+            return failed
         if self._native != native.ffi.NULL and not self._moved():
             raise noted(self._refusal(result), (self._what, value), self.nbytes, self._peers)
         if self._stage is None or self._moved():
@@ -139,7 +145,7 @@ class Plan(Unpicklable):
                 peer = engine._owner(region)
             except TransferError as better:
                 return better
-        error = refusal(engine, status, peer, region)
+        error = refusal(engine, status, peer, region, local=self._local)
         return error if self._targets is None else at_target(index, error)
 
     def __repr__(self) -> str:
@@ -173,7 +179,7 @@ class Planner(Submitter):
                 self._p, 0, dst._box.bound.remote, dst._start, src._root._number, src._start, src.nbytes, status
             )
 
-        return self._plan(src.nbytes, [dst], require, build, "write", stager(src))
+        return self._plan(src, src.nbytes, [dst], require, build, "write", stager(src))
 
     def prepare_pages(
         self,
@@ -203,7 +209,7 @@ class Planner(Submitter):
             )  # fmt: skip
 
         stage = stager(src, lambda: page_spans(src, table))
-        return self._plan(table.count * table.page, [dst], require, build, "pages", stage)
+        return self._plan(src, table.count * table.page, [dst], require, build, "pages", stage)
 
     def scatter(
         self,
@@ -278,15 +284,16 @@ class Planner(Submitter):
             )
 
         stage = stager(src, lambda: list(zip(table.local_offsets, table.sizes, strict=True)))
-        return self._plan(sum(table.sizes), table.regions, require, build, "scatter", stage)
+        return self._plan(src, sum(table.sizes), table.regions, require, build, "scatter", stage)
 
     def _plan(
-        self, nbytes: int, regions: Sequence[RemoteRegion], require: str | None, build: Build, what: str, stage: Stager | None
-    ) -> Plan:
+        self, src: RegionView, nbytes: int, regions: Sequence[RemoteRegion], require: str | None, build: Build, what: str,
+        stage: Stager | None,
+    ) -> Plan:  # fmt: skip
         owners = [self._owner(region) for region in regions]
         if require is not None:
             for region, peer in zip(regions, owners, strict=True):
                 self._check_required(peer, require, region)
-        return Plan(self, nbytes, regions, owners, build, what=what, stage=stage, require=require)
+        return Plan(self, nbytes, regions, owners, build, what=what, stage=stage, require=require, local=src)
 
 

@@ -78,6 +78,14 @@ def read_little(pair: Pair, local: at.Region, remote: at.RemoteRegion) -> Any:
     return pair.left.read(remote[SMALL], local[SMALL])
 
 
+def prepared(pair: Pair, local: at.Region, remote: at.RemoteRegion) -> Any:
+    return pair.left.prepare_write(local, remote).post()
+
+
+def prepared_little(pair: Pair, local: at.Region, remote: at.RemoteRegion) -> Any:
+    return pair.left.prepare_write(local[SMALL], remote[SMALL]).post()
+
+
 def pages(pair: Pair, local: at.Region, remote: at.RemoteRegion) -> Any:
     order = np.random.default_rng(1).permutation(N // PAGE)
     return pair.left.write_pages(local, order, remote, order[::-1].copy(), page_bytes=PAGE)
@@ -87,7 +95,7 @@ def few_pages(pair: Pair, local: at.Region, remote: at.RemoteRegion) -> Any:
     return pair.left.write_pages(local, [0, 5, 1], remote, [0, 1, 2], page_bytes=PAGE)
 
 
-ACTS = [write, write_little, read, read_little, pages, few_pages]
+ACTS = [write, write_little, read, read_little, prepared, prepared_little, pages, few_pages]
 
 
 @pytest.mark.asyncio
