@@ -227,6 +227,7 @@ static int describe(at_fab_end *end, at_fab_offer *out) {
 
 /* With the turn and the lock: the endpoint of this generation. */
 static int make(at_fab_end *end, uint32_t generation, at_fab_offer *out) {
+    if (end->ep == NULL && end->generation == UINT32_MAX) return AT_EPROTO; /* the other side has named the last one there is */
     /* What was said of one of several is said of a generation, and may come late: none is opened twice. */
     if (end->bundle != NULL && end->ep == NULL && generation <= end->generation) generation = end->generation + 1;
     if (generation > end->generation) {
