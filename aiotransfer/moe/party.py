@@ -79,7 +79,9 @@ class Party(Meeting):
     def _wrong(self, content: wire.Message, error: Exception) -> None:
         """What a rank said cannot be, or cannot be dealt with here: at work we go on without it; who is setting up cannot."""
         reason = f"a message of it could not be dealt with: {error}"
-        if self._running:
+        if self._running and self.members is not None:
+            if self.members.incarnation(content.rank) != content.incarnation:
+                return  # another one than the rank that is at work
             self.lose(content.rank, PeerLostError(f"{self.who(content.rank)}: {reason}", peer=str(self.addresses[content.rank])))
         elif not isinstance(error, DescriptorError):
             self._failure = error
@@ -176,7 +178,8 @@ class Party(Meeting):
 
     def _told(self, rank: int, told: wire.Told) -> None:
         view, shape = told.view, self.shape
-        wrong = view.impossible(shape.ranks, self._near(), shape.header_bytes, shape.slots)
+        known = self.members is None or self.members.incarnation(rank) == view.incarnation  # else nothing of it is heeded
+        wrong = view.impossible(shape.ranks, self._near() if known else MOST_STEPS, shape.header_bytes, shape.slots)
         if view.incarnation != told.incarnation:
             wrong = "a view is not of who sent it"
         if wrong and (self.rank, self.incarnation) not in view.gone:
