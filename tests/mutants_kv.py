@@ -190,7 +190,7 @@ KV: tuple[tuple[str, str, str, str, str], ...] = (
         "aiotransfer/kv/role.py",
         "except Exception as error:  # of the host",
         "except ZeroDivisionError as error:  # of the host",
-        "tests/kv/test_bounds.py",
+        "tests/kv/test_metrics.py",
     ),
     (
         "kv: a peer that reads nothing",
