@@ -577,7 +577,8 @@ MUTANTS = (
     ),
     Mutant(
         "names are looked up before they are dialled", "aiotransfer/rendezvous/environment.py",
-        "asyncio.open_connection(str(where[0]), int(where[1]))", "asyncio.open_connection(launch.host, launch.port)",
+        "                found = await loop.getaddrinfo(",
+        "                await asyncio.open_connection(launch.host, launch.port)\n                found = await loop.getaddrinfo(",
         "tests/control/test_names.py",
     ),
 )  # fmt: skip
