@@ -578,7 +578,7 @@ MUTANTS = (
     Mutant(
         "names are looked up before they are dialled", "aiotransfer/rendezvous/environment.py",
         "                found = await loop.getaddrinfo(",
-        "                await asyncio.open_connection(launch.host, launch.port)\n                found = await loop.getaddrinfo(",
+        "                await asyncio.open_connection(launch.host, 4)\n                found = await loop.getaddrinfo(",
         "tests/control/test_names.py",
     ),
 )  # fmt: skip
