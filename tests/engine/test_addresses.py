@@ -207,7 +207,8 @@ async def test_variables_of_kubernetes_are_no_misspelt_settings(variable: str, m
     monkeypatch.setenv(variable, "tcp://10.0.0.1:7070")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        at.open_engine()
+        async with at.open_engine() as engine:
+            assert engine.address.port
 
 
 async def test_a_warning_does_not_stop_an_engine_from_opening(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,219 +1,221 @@
-"""Guards of KV requests, as `mutants.py` takes them out: name, file, guard, what takes its place, and the tests that notice."""
+"""Guards of KV requests."""
 
 from __future__ import annotations
 
-KV: tuple[tuple[str, str, str, str, str], ...] = (
-    (
+from tests.guards.mutant import Mutant
+
+GUARDS = (
+    Mutant(
         "kv: a request is known by its instance",
         "aiotransfer/kv/ledger.py",
         "        return instance, id\n",
         "        return 'any', id\n",
         "tests/kv/test_instances.py",
     ),
-    (
+    Mutant(
         "kv: a rank without a name is known by its engine",
         "aiotransfer/kv/ledger.py",
         "            return peer.incarnation, id\n",
         "            return 0, id\n",
         "tests/kv/test_instances.py",
     ),
-    (
+    Mutant(
         "kv: a shared request has a name",
         "aiotransfer/kv/ledger.py",
         "if len(places) > 1:",
         "if False:",
         "tests/kv/test_instances.py",
     ),
-    (
+    Mutant(
         "kv: one engine is a rank of an instance",
         "aiotransfer/kv/ledger.py",
         "if holder is not None and holder is not peer and holder.state",
         "if False and holder.state",
         "tests/kv/test_instances.py",
     ),
-    (
+    Mutant(
         "kv: what joins agrees in its data",
         "aiotransfer/kv/request.py",
         "if message.data != self.data:",
         "if False:",
         "tests/kv/test_instances.py",
     ),
-    (
+    Mutant(
         "kv: what joins agrees in its numbers",
         "aiotransfer/kv/request.py",
         "if getattr(message, name) != value:",
         "if False:",
         "tests/kv/test_instances.py",
     ),
-    (
+    Mutant(
         "kv: what joins agrees in its layout",
         "aiotransfer/kv/request.py",
         "if getattr(layout, name) != getattr(first, name):",
         "if False:",
         "tests/kv/test_instances.py",
     ),
-    (
+    Mutant(
         "kv: half a cache",
         "aiotransfer/kv/handle.py",
         "        if lacks:\n",
         "        if False:\n",
         "tests/kv/test_instances.py",
     ),
-    (
+    Mutant(
         "kv: a cache from two sources",
         "aiotransfer/kv/plan.py",
         "            if heads.start < at:\n",
         "            if False:\n",
         "tests/kv/test_instances.py",
     ),
-    (
+    Mutant(
         "kv: checksums that cannot be made",
         "aiotransfer/kv/prefiller.py",
         'if message.checksums and self.pages.device != "cpu":',
         "if False:",
         "tests/kv/test_instances.py",
     ),
-    (
+    Mutant(
         "kv: memory of another engine",
         "aiotransfer/kv/prefiller.py",
         "if pool.incarnation != peer.incarnation or tail.incarnation != peer.incarnation:",
         "if pool.incarnation != peer.incarnation != tail.incarnation:",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: a page that is named twice",
         "aiotransfer/kv/prefiller.py",
         "if is_twice(ids[skip // layout.page_tokens :]):",
         "if False:",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: more pages than tokens take",
         "aiotransfer/kv/prefiller.py",
         "if len(ids) > layout.pages_of(tokens):",
         "if False:",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: room for checksums",
         "aiotransfer/kv/prefiller.py",
         "tail.nbytes < HEADER_BYTES + sums:",
         "tail.nbytes < HEADER_BYTES:",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: numbers of a layout",
         "aiotransfer/kv/layout.py",
         "if not least <= value <= most:",
         "if not least <= value:",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: ranks of an instance",
         "aiotransfer/kv/layout.py",
         "if self.tp * self.pp > MOST_RANKS:",
         "if False:",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: bytes of a pool",
         "aiotransfer/kv/layout.py",
         "if self.offset + self.pool_bytes > MOST_POOL_BYTES:",
         "if False:",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: values are flat",
         "aiotransfer/kv/wire.py",
         "| list[int | None] | None  #",
         "| list[Any] | None  #",
         "tests/kv/test_wire.py",
     ),
-    (
+    Mutant(
         "kv: what reservations take",
         "aiotransfer/kv/ledger.py",
         "elif self.nbytes + nbytes > self.most_bytes:",
         "elif False:",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: who takes the most makes room",
         "aiotransfer/kv/ledger.py",
         "latest = next(waiting, None) if takes(most) > mine + (1 if by_count else nbytes) else None",
         "latest = None",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: ranks that one engine speaks for",
         "aiotransfer/kv/ledger.py",
         "len(asked.ranks) >= MOST_RANKS:",
         "False:",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: deadlines have an end",
         "aiotransfer/kv/request.py",
         "min(message.seconds, wire.MOST_SECONDS)",
         "min(message.seconds, 1e9)",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: ranks that never ask",
         "aiotransfer/kv/request.py",
         "min(self._seconds, GATHER_SECONDS)",
         "self._seconds",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: classes of the schedule",
         "aiotransfer/kv/request.py",
         "max(CLASSES.start, min(self.priority, CLASSES.stop - 1))",
         "self.priority",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: tables of all plans",
         "aiotransfer/kv/prefiller.py",
         "TransferPlan(self.layout, layout, self._tables)",
         "TransferPlan(self.layout, layout, Tables())",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: a reader goes on",
         "aiotransfer/kv/room.py",
         "                except Exception as error:  # of one message",
         "                except ZeroDivisionError as error:  # of one message",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: a record that the host does not take",
         "aiotransfer/kv/role.py",
         "except Exception as error:  # of the host",
         "except ZeroDivisionError as error:  # of the host",
         "tests/kv/test_metrics.py",
     ),
-    (
+    Mutant(
         "kv: a peer that reads nothing",
         "aiotransfer/kv/room.py",
         "if self._waiting[peer] + cost > MOST_TOLD:",
         "if False:",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: the header of a tail",
         "aiotransfer/kv/handle.py",
         "if start + length > len(memory):",
         "if False:",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: what a prefill rank said stays said",
         "aiotransfer/kv/handle.py",
         "        if part.plan is not None:\n",
         "        if False:\n",
         "tests/kv/test_bounds.py",
     ),
-    (
+    Mutant(
         "kv: answers of another peer",
         "aiotransfer/kv/handle.py",
         "if part is None or part.peer is not peer:",

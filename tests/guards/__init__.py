@@ -1,0 +1,10 @@
+"""Guards of the library, each with what takes its place and the tests that notice: `tests/mutants.py` takes them out."""
+
+from __future__ import annotations
+
+from tests.guards import control, engine, kv, moe, native, providers, tools
+from tests.guards.mutant import Mutant
+
+EVERY: tuple[Mutant, ...] = tuple(
+    guard for room in (native, providers, control, engine, kv, moe, tools) for guard in room.GUARDS
+)

@@ -1,0 +1,155 @@
+"""Guards of the engine."""
+
+from __future__ import annotations
+
+from tests.guards.mutant import Mutant
+
+GUARDS = (
+    Mutant(
+        "drain on cancel", "aiotransfer/engine/outcomes.py",
+        "        self._sweeper.draining(cookie)\n        self._progress.poll()\n",
+        "        transfer._end(CANCELLED, 0, None)\n",
+        "tests/engine/test_cancellation.py tests/engine/test_write.py",
+    ),
+    Mutant(
+        "registered: the storage of a tensor", "aiotransfer/engine/hold.py", "            owner = owner.untyped_storage()\n",
+        "            break\n", "tests/engine/test_registered_memory.py",
+    ),
+    Mutant(
+        "registered: no resize of an array", "aiotransfer/engine/hold.py", "            held.append(weakref.ref(owner))\n", "",
+        "tests/engine/test_registered_memory.py",
+    ),
+    Mutant(
+        "registered: no resize of a storage", "aiotransfer/engine/hold.py",
+        "            held.append(_view_of(owner, torch))\n", "", "tests/engine/test_registered_memory.py",
+    ),
+    Mutant(
+        "registered: no move into shared memory", "aiotransfer/engine/hold.py", "            held.append(_unshared(owner))\n", "",
+        "tests/engine/test_registered_memory.py",
+    ),
+    Mutant(
+        "registered: dense memory only", "aiotransfer/core/dense.py", "        if stride != expected:\n",
+        "        if stride < expected:\n", "tests/core/test_dense.py",
+    ),
+    Mutant(
+        "pages: tables of a slice are copied before they are checked", "aiotransfer/engine/arguments.py",
+        "        return pages.copy()\n", "        return pages\n", "tests/engine/test_changing_tables.py",
+    ),
+    Mutant(
+        "memory of a GPU: a cancel waits for the copy", "aiotransfer/engine/outcomes.py",
+        "        if stage is not None and stage.moving and self._lane.usable:\n", "        if False:\n",
+        "tests/engine/test_staging.py",
+    ),
+    Mutant(
+        "addresses: a wildcard is never dialled", "aiotransfer/engine/engine.py", "Address.parse(address).dialable()",
+        "Address.parse(address)", "tests/engine/test_addresses.py",
+    ),
+    Mutant(
+        "a required provider holds for the memory", "aiotransfer/engine/submit.py",
+        "                    self._check_required(peer, require, region)", "                    pass",
+        "tests/engine/test_paths.py",
+    ),
+    Mutant(
+        "lease: only its holder", "aiotransfer/engine/submit.py",
+        "if dst._grant.holder not in (0, self.incarnation):", "if False:", "tests/engine/test_leases.py",
+    ),
+    Mutant(
+        "fence of who does not confirm", "aiotransfer/engine/quarantine.py",
+        "                held._fence()\n", "                pass\n", "tests/hosts/test_leases.py",
+    ),
+    Mutant(
+        "kv: the immediate of a request only after the proof", "aiotransfer/kv/handle.py",
+        "        self._decoder.forget(part.number for part in self._parts)\n",
+        "        self._decoder.engine._values.give_back(self._counter)\n",
+        "tests/kv/test_many.py",
+    ),
+    Mutant(
+        "immediates: what a user names is not given to others", "aiotransfer/engine/values.py",
+        "        self._proved.pop(value, None)\n", "", "tests/engine/test_counters.py",
+    ),
+    Mutant(
+        "lifetime: an engine whose loop is gone", "aiotransfer/engine/engine.py",
+        "        if self._loop.is_closed():\n            take_apart(self)\n            return\n", "",
+        "tests/engine/test_lifetime.py",
+    ),
+    Mutant(
+        "lifetime: a close that never began", "aiotransfer/engine/engine.py",
+        "            self._closer.add_done_callback(lambda _: finish(self))  # cancelled before it began\n", "",
+        "tests/engine/test_lifetime.py",
+    ),
+    Mutant(
+        "hostile: questions that wait", "aiotransfer/engine/connections.py",
+        "if len(peer._answers) >= MOST_QUESTIONS or", "if", "tests/control/test_hostile_limits.py",
+    ),
+    Mutant(
+        "kv: whose turn it is is not passed", "aiotransfer/kv/schedule.py", "full.add(job.peer)", "pass",
+        "tests/kv/test_schedule.py",
+    ),
+    Mutant(
+        "kv: who has had more than others waits", "aiotransfer/kv/schedule.py",
+        "max(self._clock, self._ends.pop(job.request, 0))", "self._clock", "tests/kv/test_schedule.py",
+    ),
+    Mutant(
+        "kv: blocks that changed places", "aiotransfer/kv/checksum.py", "blocks * weights[place]", "blocks",
+        "tests/kv/test_checksum.py",
+    ),
+    Mutant("kv: another version", "aiotransfer/kv/wire.py", "if version != VERSION:", "if False:", "tests/kv/test_wire.py"),
+    Mutant(
+        "kv: what was mapped stays so", "aiotransfer/kv/ledger.py", "if request.delivered else asked.kept",
+        "if False else asked.kept", "tests/kv/test_many.py",
+    ),
+    Mutant(
+        "kv: withdrawn requests are taken out", "aiotransfer/kv/prefiller.py",
+        "if 2 * self._withdrawn > len(self._offered):", "if False:", "tests/kv/test_many.py",
+    ),
+    Mutant(
+        "kv: a span's parent", "aiotransfer/kv/tracing.py", "contexts.Context() if context is None else context", "None",
+        "tests/kv/test_tracing.py",
+    ),
+    Mutant(
+        "paths of one peer are bounded", "aiotransfer/engine/peer.py",
+        ">= MOST_PATHS:\n", ">= 1 << 30:\n", "tests/control/test_hostile_limits.py",
+    ),
+    Mutant(
+        "group: who speaks for a member", "aiotransfer/engine/group.py",
+        "        if (known is not None and known[0] is peer) or self._known(join.rank) is peer:\n",
+        "        if True:\n", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "group: lists that differ", "aiotransfer/engine/rosters.py",
+        "if there and lists and ours not in lists:",
+        "if False:", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "group: a list that cannot be", "aiotransfer/engine/rosters.py",
+        "size % MEMBER_BYTES or size > MOST_MEMBERS * MEMBER_BYTES:",
+        "False:", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "reach: another engine is there", "aiotransfer/engine/reach.py",
+        "        if found is not peer:\n            self._refused.add(peer)\n",
+        "        if False:\n            self._refused.add(peer)\n", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "reach: what is held of a stranger", "aiotransfer/engine/reach.py",
+        "len(claim.held) >= MOST_HELD or",
+        "", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "mistakes: what belongs to a loop is not pickled", "aiotransfer/engine/unpicklable.py",
+        "        raise TypeError(", "        return object.__reduce_ex__(self, 2)\n        raise TypeError(",
+        "tests/engine/test_mistakes.py",
+    ),
+    Mutant(
+        "mistakes: an engine needs asyncio", "aiotransfer/engine/open.py", "        _need_asyncio()\n", "",
+        "tests/engine/test_mistakes.py",
+    ),
+    Mutant(
+        "mistakes: a forgotten await", "aiotransfer/engine/open.py", 'if not self.__dict__.get("_awaited", True):', "if False:",
+        "tests/engine/test_mistakes.py",
+    ),
+    Mutant(
+        "mistakes: a rank that waits for itself", "aiotransfer/engine/group.py",
+        'peer._check_other(f"member {rank} of the group ({self.members[rank]})")', "pass", "tests/engine/test_mistakes.py",
+    ),
+)  # fmt: skip

@@ -1,0 +1,202 @@
+"""Guards of the native code."""
+
+from __future__ import annotations
+
+from tests.guards.mutant import Mutant
+
+GUARDS = (
+    Mutant(
+        "withheld: foreign memory is for copiers", "ffi/lane/copiers.h",
+        "return op->remote->foreign ? AT_RISK_FOREIGN : op->waits ? AT_RISK_SLOW : AT_RISK_NONE;", "return AT_RISK_NONE;",
+        "tests/engine/test_withheld.py",
+    ),
+    Mutant(
+        "withheld: one copier for a process", "ffi/lane/copiers.c",
+        "(peer->process != 0 && one->peer->process == peer->process)", "0", "tests/engine/test_withheld.py",
+    ),
+    Mutant(
+        "withheld: pages of ours are looked at", "ffi/lane/resident.c", "if (seen[i] & 1u) continue;", "continue;",
+        "tests/engine/test_withheld.py",
+    ),
+    Mutant(
+        "withheld: no lock during a copy", "ffi/lane/submit.c", "    at_unlock(lane);\n}\n\nstatic void end_here",
+        "}\n\nstatic void end_here", "tests/engine/test_withheld.py",
+    ),
+    Mutant(
+        "exec: the program is still the same", "ffi/shm/memory.c", "    if (!at_shm_unchanged(shm)) {", "    if (0) {",
+        "tests/engine/test_replaced.py",
+    ),
+    Mutant(
+        "punched: pages are counted", "ffi/shm/post.c", "if (is_punched(remote, k)) return AT_EPROTO;", "",
+        "tests/engine/test_punched.py",
+    ),
+    Mutant(
+        "pages: what is checked is what is used", "ffi/lane/submit.c", "            op->remote_pages = own_remote;\n",
+        "            op->remote_pages = order->remote_pages;\n", "tests/engine/test_changing_tables.py",
+    ),
+    Mutant(
+        "vanishing memory: the kernel copies it", "ffi/shm/post.c",
+        "        else if (op->region->file) error = at_own_copy(reads ? here : there, reads ? there : here, k);\n", "",
+        "tests/engine/test_vanishing_memory.py",
+    ),
+    Mutant(
+        "vanishing memory: it is not posted itself", "ffi/fabric/memory.c", "!op->region->file || v->bytes == 0", "v->bytes != 0",
+        "tests/engine/test_vanishing_memory.py",
+    ),
+    Mutant(
+        "memory of a GPU: only where it is taken", "ffi/lane/submit.c",
+        "if (region->cuda >= 0 && !remote->peer->device) return AT_EDEVICE;", "", "tests/engine/test_staging.py",
+    ),
+    Mutant(
+        "lease: waiting for who is inside", "ffi/shm/peer.c",
+        "if (atomic_load(&shm->inbound->active[i].grant) == (uint64_t)slot + 1) return 1;",
+        "if (shm == NULL && slot == 0) return 1;", "tests/engine/test_leases.py",
+    ),
+    Mutant(
+        "epoch compare", "ffi/shm/shm.h",
+        "if (atomic_load(remote->word) == remote->epoch && barred == 0) return AT_OK;", "if (barred == 0) return AT_OK;",
+        "tests/engine/test_leases.py tests/engine/test_reads.py",
+    ),
+    Mutant(
+        "epoch compare before a count", "ffi/shm/queue.c",
+        "int rc = remote != NULL ? at_shm_enter(shm, &channel->active[AT_COUNTING], remote)", "int rc = remote != NULL ? AT_OK",
+        "tests/engine/test_leases.py",
+    ),
+    Mutant(
+        "waiting for a holder on another host", "ffi/fabric/letters.c",
+        "return may_still && slot < end->hold_room", "return 0 && may_still && slot < end->hold_room",
+        "tests/hosts/test_leases.py",
+    ),
+    Mutant(
+        "bar on who was given up", "ffi/shm/peer.c",
+        "    atomic_store(&shm->inbound->barred, 1);", "    (void)shm;",
+        "tests/engine/test_leases.py tests/engine/test_processes.py",
+    ),
+    Mutant(
+        "bounds of a page table", "ffi/lane/submit.c",
+        "        for (uint64_t i = 0; i < k; i++) bad |= (uint64_t)((uint64_t)these[i] > (uint64_t)last);\n", "",
+        "tests/engine/test_bad_input.py",
+    ),
+    Mutant(
+        "bounds of a destination", "ffi/lane/submit.c",
+        "if (order->remote_offset > there || n > there - order->remote_offset) return AT_EDST;", "",
+        "tests/native tests/engine/test_bad_input.py",
+    ),
+    Mutant(
+        "bounds of a scatter of arrays", "ffi/lane/plan.c",
+        "if (!lies_in(from, n, src->nbytes)) return AT_ESRC;", "", "tests/engine/test_scatter.py",
+    ),
+    Mutant(
+        "bounds of a scatter of arrays, there", "ffi/lane/plan.c",
+        "if (!lies_in(at, n, to->limits[i]) || (to->remote_offsets == NULL && (uint64_t)n != to->limits[i])) return AT_EDST;", "",
+        "tests/engine/test_scatter.py",
+    ),
+    Mutant(
+        "a sum of rows by another way", "ffi/rows/tile.h",
+        "        if (s->rows[k] == 0) continue;\n        const uint8_t *row = at_row_at(s->rows[k]) + column * width;\n",
+        "        if (s->rows[k] == 0) break;\n        const uint8_t *row = at_row_at(s->rows[k]) + column * width;\n",
+        "tests/providers/test_rows.py",
+    ),
+    Mutant(
+        "early arrivals", "ffi/lane/imm.c",
+        "int early = peer->early < lane->config.early_values;", "int early = 0;", "tests/engine/test_counters.py",
+    ),
+    Mutant(
+        "ids: a slot of operations whose generations are used up", "ffi/lane/ops.c",
+        "if (lane->op_generation[index] < MOST_LIVES) lane->op_free", "lane->op_free", "tests/native/test_generations.py",
+    ),
+    Mutant(
+        "ids: a slot of memory whose generations are used up", "ffi/lane/functions.h",
+        "return generation < AT_MOST_LIVES ? generation + 1 : AT_MOST_LIVES + 2;", "return generation + 1;",
+        "tests/native/test_generations.py",
+    ),
+    Mutant(
+        "ids: a record whose generations are used up", "ffi/lane/values.c",
+        "record->generation < AT_MOST_LIVES ? AT_IMM_FREE : AT_IMM_SPENT", "AT_IMM_FREE", "tests/native/test_generations.py",
+    ),
+    Mutant(
+        "ids: a watch whose generations are used up", "ffi/lane/watch.c",
+        "|| lane->watches[i].generation == AT_MOST_LIVES)", ")", "tests/native/test_generations.py",
+    ),
+    Mutant(
+        "simulated network: what lies behind a region's end", "ffi/wire/wire.c",
+        " && address - m->address <= m->nbytes &&", " &&", "tests/native/test_wire.py",
+    ),
+    Mutant(
+        "immediates: a full shelf is split, not widened", "ffi/lane/values.c",
+        "shelf->mask + 1 < SLOTS || bit < LAST_BIT ? widen", "bit >= 0 ? widen", "tests/native/test_values.py",
+    ),
+    Mutant(
+        "letters: a grant is confirmed when nothing is posted under it", "ffi/fabric/letters.c",
+        " && !in_use(end, slot, after - 1)) {", ") {", "tests/native/test_letters.py",
+    ),
+    Mutant(
+        "letters: what is named twice is owed once", "ffi/fabric/letters.c",
+        "    end->over_count += (end->over[slot / 64] & bit) == 0;\n", "    end->over_count++;\n", "tests/native/test_letters.py",
+    ),
+    Mutant(
+        "strangers: silent connections to a data port", "ffi/fabric/halfway.c",
+        "    int seconds = DEFERRED;", "    int seconds = 0;", "tests/providers/test_silent_strangers.py",
+    ),
+    Mutant(
+        "orders: the look after clearing", "ffi/shm/queue.c",
+        "if (atomic_load(&channel->summary[w]) == 0) continue;",
+        "if (atomic_load_explicit(&channel->summary[w], memory_order_relaxed) == 0) continue;", "tests/native/test_orders.py",
+    ),
+    Mutant(
+        "orders: the look before sleeping", "ffi/shm/queue.c",
+        "if (atomic_load(&channel->dirty) == 0 || peer->broke) return;",
+        "if (atomic_load_explicit(&channel->dirty, memory_order_relaxed) == 0 || peer->broke) return;",
+        "tests/native/test_orders.py",
+    ),
+    Mutant(
+        "orders: word left before the turn is tried", "ffi/fabric/queue.c",
+        "atomic_thread_fence(memory_order_seq_cst);                    /* order: turn wanted 2 */",
+        "atomic_thread_fence(memory_order_relaxed);                    /* order: turn wanted 2 */", "tests/native/test_orders.py",
+    ),
+    Mutant(
+        "hostile: a ring that cannot block", "ffi/shm/queue.c",
+        "    uint64_t nothing = 0;", "    uint64_t nothing = 1;", "tests/control/test_hostile_shm.py",
+    ),
+    Mutant(
+        "hostile: patience with rings", "ffi/shm/queue.c",
+        "if (--shm->patience < 0)", "if (shm->patience < 0)", "tests/control/test_hostile_shm.py",
+    ),
+    Mutant(
+        "lifetime: no thread is waited for without end", "ffi/lane/end.c",
+        "while (is_busy(lane) && at_now() < until)", "while (is_busy(lane))", "tests/engine/test_lifetime.py",
+    ),
+    Mutant(
+        "lifetime: peers are shut out", "ffi/lane/end.c",
+        "while (quiet && (*inside = peers_inside(lane)) != 0 && at_now() < until) {", "while (0) {",
+        "tests/engine/test_lifetime.py",
+    ),
+    Mutant(
+        "hostile: pulses take a nap", "ffi/lane/thread.c",
+        "if (at_now() - lane->pulse_answered < PULSE_NS) {", "if (0) {", "tests/control/test_hostile_shm.py",
+    ),
+    Mutant(
+        "hostile: what a descriptor is", "ffi/shm/peer.c",
+        "ours && is_eventfd(shm->outbound_doorbell) && is_eventfd(shm->outbound_pulse)", "ours && !is_eventfd(-1)",
+        "tests/control/test_hostile_shm.py",
+    ),
+    Mutant(
+        "hostile: memory that is not allocated", "ffi/shm/memory.c",
+        "if ((uint64_t)info.st_blocks * 512 < (uint64_t)info.st_size) return -ENODATA;", "", "tests/control/test_hostile_shm.py",
+    ),
+    Mutant(
+        "hostile: values of the departed", "ffi/lane/imm.c",
+        "    if (own == 0) return;", "    return;", "tests/control/test_hostile_limits.py",
+    ),
+    Mutant(
+        "installation: no compiler is an error", "ffi/build.py", "    if missing:\n        raise SystemExit(",
+        "    if missing:\n        print(", "tests/system/test_build.py",
+    ),
+    Mutant(
+        "installation: a user's warnings are no errors", "ffi/build.py", 'flags = ["-O3", *WARNINGS,',
+        'flags = ["-O3", "-Werror", *WARNINGS,', "tests/system/test_build.py",
+    ),
+    Mutant(
+        "installation: the flags of the user", "ffi/build.py", "*of_the_user(), ", "", "tests/system/test_build.py",
+    ),
+)  # fmt: skip
