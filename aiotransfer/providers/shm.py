@@ -301,7 +301,9 @@ class ShmProvider:
                 return await self._dial(conversation, name, until)
             except ConnectionError as error:
                 left = until - self._loop.time() - pause
-                if left <= 0 or isinstance(error, ConnectionRefusedError):  # nobody listens there
+                if isinstance(error, ConnectionRefusedError):  # another network namespace, where nothing listens by this name
+                    raise _failure("the peer's socket is not reachable", error) from error
+                if left <= 0:
                     raise _failure("shared memory could not be set up", error) from error
             await asyncio.sleep(pause * random.uniform(0.5, 1))
             pause = min(2 * pause, LONGEST_PAUSE)
