@@ -1,4 +1,4 @@
-"""Warnings that inform and never stop what they are about."""
+"""Warnings that inform and never stop the call that gives them."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ class Acknowledge(msgspec.Struct, tag=27, array_like=True):
 
 
 class Roster(msgspec.Struct, tag=28, array_like=True, frozen=True):
-    """Whom a group lists that its sender forms: digests of the group's name and of each member's address, in order."""
+    """The members of a group that the sender forms: digests of the group's name and of each member's address, in order."""
 
     name: bytes
     members: bytes

@@ -1,11 +1,12 @@
 """The shared secret of a group of engines.
 
-Given explicitly (argument or `AIOTRANSFER_KEY`), or, without one, a file that only this user can read: who can prove to have
-read it is a process of the same user on this host (or shares the directory that holds it). The key is never printed or logged.
+Given explicitly (argument or `AIOTRANSFER_KEY`), or, without one, a file that only this user can read: a process that proves
+that it has read the file is of the same user on this host (or shares the directory that holds the file). The key is never
+printed or logged.
 
-A proof that a stranger has heard shows which of many guesses was right. So a key that was given is stretched: each guess costs
-what scrypt costs (16 MiB and some 40 ms), as it costs each process of ours once. A key that `python -m aiotransfer key` has made,
-which cannot be guessed, is used as it is.
+A stranger who has heard a proof can check guesses of the key against it. So a key that was given is stretched: each guess
+costs one scrypt (16 MiB and some 40 ms), which each process of ours pays once. A key that `python -m aiotransfer key` has
+made, which cannot be guessed, is used as it is.
 """
 
 from __future__ import annotations

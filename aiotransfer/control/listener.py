@@ -1,8 +1,8 @@
 """Accepting control connections.
 
-Strangers cost little: at most 128 unauthenticated connections at a time, five seconds each, a few KiB of input. When there are
-more, one of them at random makes room for the newcomer: friends and strangers may come from one address (loopback, NAT), and
-were it always the oldest, the newest or the slowest, strangers could see to it that this is the friend. So a friend gets in
+Strangers cost little: at most 128 unauthenticated connections at a time, five seconds each, a few KiB of input. When there
+are more, one of them at random makes room for the newcomer: friends and strangers may come from one address (loopback, NAT).
+If it were always the oldest, the newest or the slowest, strangers could arrange that this is the friend. So a friend gets in
 after a few attempts, whatever strangers do. What goes wrong with them is logged at most once a second and never leaves this
 module.
 

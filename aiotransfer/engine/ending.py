@@ -122,7 +122,7 @@ async def _release_memory(engine: Engine) -> None:
 
 
 def take_apart(engine: Engine) -> None:
-    """Its loop is closed, so that no farewell can be said and nobody can be woken. What is native ends, sockets are closed."""
+    """End an engine whose loop is closed: end the native part, close sockets. No farewell can be said, no task woken."""
     _end_lane(engine)
     paths = (path for peer in engine._connections.peers.values() for path in peer._paths)
     for close_it in [*(path.close for path in paths), *(provider.close for provider in engine._providers.values())]:

@@ -187,8 +187,8 @@ class Engine(Planner, Unpicklable):
 
     def register(self, buffer: object, *, access: str = "auto", staging: bool | None = None) -> Region:
         """Register memory of yours: anything with the buffer protocol or `__dlpack__`, a torch tensor or storage, or
-        `(address, nbytes, device)`. The object and the storage that it has now are kept alive while registered, whatever the
-        object is made to point to later. Any dense order of dimensions is taken. Raises `RegistrationError`.
+        `(address, nbytes, device)`. The object and the storage that it has now are kept alive while registered, also when the
+        object is made to point to other memory later. Any dense order of dimensions is taken. Raises `RegistrationError`.
 
         Memory of a GPU goes to the NIC directly where an open rail of this engine can do that, or (`staging`) through as much
         pinned host memory beside it. It must be ready: synchronise with the kernels that fill it first. What peers write there
@@ -344,7 +344,8 @@ class Engine(Planner, Unpicklable):
         return handle
 
     async def connect(self, address: str | Address, *, timeout: float | None = None, require: str | None = None) -> Peer:
-        """Connect to an engine, retrying until it is up. One `Peer` per remote incarnation, whoever dialed first.
+        """Connect to an engine, retrying until it is up. There is one `Peer` per remote incarnation, whichever side
+        dialled first.
 
         `address`: "host:port"; of a name with several addresses each is tried. `timeout`: seconds, None: the engine's. `require`:
         the provider that must be used. A wildcard or a port of 0 is a `ValueError`.
@@ -409,8 +410,9 @@ class Engine(Planner, Unpicklable):
     async def aclose(self) -> None:
         """Refuse new work, retire what is posted, say goodbye, free everything. In any state; twice is silent.
 
-        Memory that a stopped peer may still write into is leaked and reported, never unmapped or reused. On another loop than its
-        own it raises `RuntimeError`, or where its own is closed, ends without a word to peers, with a `RuntimeWarning`.
+        Memory that a stopped peer may still write into is leaked and reported, never unmapped or reused. Called on another
+        loop than its own, it raises `RuntimeError` while its own loop is open; where that is closed, it ends the engine
+        without telling peers, with a `RuntimeWarning`.
         """
         if self._state in ("new", "closed") or not self._lane.usable:  # the latter: a forked child
             self._state = "closed"

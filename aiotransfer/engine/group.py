@@ -2,7 +2,7 @@
 
 Forming. Members connect in pairs, the smaller rank dialing, and tell each other over the control connection which two reserved
 immediates will count the signals of their barriers (`Join`). A Join counts only from the peer that is reached at the member's
-address (`reach`): who did not dial dials back, once. A Join carries a generation. A member that is forming takes over
+address (`reach`): the member that did not dial dials back, once. A Join carries a generation. A member that is forming takes over
 any higher generation it hears of, with fresh immediates; it has formed when every member's latest Join is of its own
 generation. Fresh immediates for each generation are what keeps late signals of a broken one from being counted in the next.
 
@@ -151,11 +151,11 @@ class PeerGroup(Unpicklable):
         return [rank for rank in range(len(self)) if rank != self.rank and not self._has_joined(rank)]
 
     def show(self, peer: Peer) -> None:
-        """Tell a peer whom this group lists, so that lists that differ are found."""
+        """Tell a peer which members this group lists, so that lists that differ are found."""
         self._engine._groups.rosters.show(self, peer)
 
     def differences(self, ranks: Sequence[int]) -> str:
-        """Which of these members list others under this name; empty where that is not known."""
+        """Which of these members have another list under this name, in words; empty where that is not known."""
         return self._engine._groups.rosters.differences(self, ranks)
 
     async def _barrier(self) -> None:
@@ -309,7 +309,7 @@ class PeerGroup(Unpicklable):
             peer._reply(Join(key=self._key, rank=self.rank, generation=self._generation, imms=imms))
 
     def said(self, peer: Peer, join: Join) -> None:
-        """A Join of a peer that says it is member `join.rank`. It counts when that is who is reached at the member's address."""
+        """A Join of a peer that says it is member `join.rank`. It counts when this peer is reached at the member's address."""
         known = self._joins.get(join.rank)
         if (known is not None and known[0] is peer) or self._known(join.rank) is peer:
             self._joined(peer, join)
@@ -421,7 +421,7 @@ class Groups:
         early[join.rank, peer] = join
 
     def listed(self, peer: Peer, theirs: Roster) -> None:
-        """A peer has shown whom a group of its lists."""
+        """A peer has shown the list of one of its groups."""
         self.rosters.seen(peer, theirs, list(self._groups.values()))
 
     def gone(self, peer: Peer) -> None:

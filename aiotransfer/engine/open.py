@@ -96,8 +96,8 @@ def open_engine(
 
     `listen` is the control address (port 0: any); a name is listened on at all its addresses of this host, `[::]` takes IPv4
     too where the system allows. `advertise` ("host" or "host:port", or `AIOTRANSFER_ADVERTISE`) is the address under which others
-    reach this engine, where that is another one: behind NAT or a Kubernetes Service, or with a wildcard in `listen`.
-    `engine.address` says it, and tcp offers its data connections at that host too.
+    reach this engine, where that differs from `listen`: behind NAT or a Kubernetes Service, or with a wildcard in `listen`.
+    Then `engine.address` is this address, and tcp offers its data connections at that host too.
 
     `providers` is "auto", a name, or names in order of preference. `key` is a shared secret of at least 16 bytes (or
     `AIOTRANSFER_KEY`); without one only processes of the same user on this host are accepted. `rails` names the interfaces, RDMA
@@ -107,8 +107,8 @@ def open_engine(
     others). `name` (at most 255 printable characters; None: the process id) is what logs and errors of others call this engine.
     `timeout` (seconds) is the default deadline of transfers, connect, lookup and ping.
 
-    Opening raises `RuntimeError` where no asyncio loop runs the caller (trio). An attribute of what this returns, not awaited, is
-    an `AttributeError` that says so; one that is dropped without having been awaited warns.
+    Opening raises `RuntimeError` where no asyncio loop runs the caller (trio). Await the result or enter it by `async with`:
+    before that its attributes raise an `AttributeError` that says so, and dropping it unused warns.
 
     Raises `ProviderUnavailableError` where there is no native extension or no provider, `ConfigurationError`, `TypeError` or
     `ValueError` for settings that make no sense, `BusyError` when this process has no descriptors or memory left.

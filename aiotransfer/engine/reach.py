@@ -1,4 +1,4 @@
-"""Which engine is reached at which address, as this engine's own dials found it; and who may speak for a member of a list.
+"""Which engine is reached at which address, as this engine's own dials found it; and which peer may speak for a member of a list.
 
 What a peer says of its own address proves nothing: any engine that has the key may say the same. An engine is at an address
 when a dial of that address led to it. So what a peer says as a member of a group, or as a rank, is kept (`Claims`) until the

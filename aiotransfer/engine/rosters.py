@@ -1,8 +1,9 @@
 """Lists of members that differ: whose, and where.
 
-A group is known by its name and its list, so members with different lists never meet: each waits for the other. Engines may well
-have several groups of one name, so a difference is no error by itself. But who waits in vain can be told of it: members show each
-other the list of each group that they form, as short digests, and a deadline says what was found to be different.
+A group is known by its name and its list, so members with different lists never meet: each waits for the other. Engines may
+well have several groups of one name, so a difference is no error by itself. But a member that waits in vain can be told of
+it: members show each other the list of each group that they form, as short digests, and a deadline says what was found to be
+different.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Rosters:
         self._shown: dict[bytes, WeakSet[Peer]] = {}  # by group: to whom
 
     def show(self, group: PeerGroup, peer: Peer) -> None:
-        """Tell a peer whom this group lists. Once for each; more is silent."""
+        """Tell a peer which members this group lists. Once for each peer; further calls do nothing."""
         shown = self._shown.setdefault(group._key, WeakSet())
         if peer not in shown:
             shown.add(peer)
@@ -73,7 +74,7 @@ class Rosters:
                 self.show(group, peer)
 
     def differences(self, group: PeerGroup, ranks: Iterable[int]) -> str:
-        """Which of these members list others under the name of `group`, and never ours; empty where that is not known of any."""
+        """Which of these members have shown only other lists under the name of `group`, in words; empty where none has."""
         ours, found = roster(group.name, group.members), []
         for rank in ranks:
             address = group.members[rank]

@@ -1,9 +1,9 @@
 """Which immediate a counter gets: one that was never used, one whose last use is proved to be over, or one of the library's own.
 
-The lane never forgets a value that was retired: what arrives late is a stray, and is counted as one. A value that is used once
-therefore costs eight bytes for as long as the engine lives, and there are 2^32 of them. A component that opens a counter for each
-request gives the value back when nothing can arrive for it any more. It has the proof: the value was only used under leases that
-have been revoked.
+The lane never forgets a value that was retired: what arrives late is a stray, and is counted as one. A value that is used
+once therefore costs 16 to 32 bytes for as long as the engine lives. There are 2^32 values. A component that opens a counter
+for each request gives the value back when nothing can arrive for it any more. It has the proof: the value was only used under
+leases that have been revoked.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Values:
         return self._next + 1
 
     def named(self, imm: object) -> int:
-        """A value that a user names, who decides from then on what may arrive for it. Raises `TypeError` or `ValueError`."""
+        """A value that the user names, and must keep free of late arrivals from then on. Raises `TypeError` or `ValueError`."""
         value = check_imm(imm)
         self._proved.pop(value, None)
         return value

@@ -40,15 +40,16 @@ if TYPE_CHECKING:
 class Decoder(Role):
     """Receives KV caches into `pages`, a region that holds the pool of `layout`.
 
-    `instance`: the name of the copy of the model that this rank belongs to, of 1 to 256 characters, the same at all of its ranks
-    and at those of no other copy (vLLM: the `engine_id`). A prefill rank knows a request by its instance and its id. None: the
-    incarnation of the engine, which will do where no prefill rank sends to several ranks of the instance; others are refused.
+    `instance`: the name of the copy of the model that this rank belongs to, of 1 to 256 characters, the same at all of its
+    ranks and at those of no other copy (vLLM: the `engine_id`). A prefill rank knows a request by its instance and its id.
+    None: the incarnation of the engine, which is enough where no prefill rank sends to several ranks of the instance; else
+    the request is refused.
 
-    `tail_bytes`: most of a tail (what a prefill rank sends last: logits, a hidden state). `checksums`: have every page checked,
-    whether it was allocated or registered; the memory is the host's.
-    `most_requests` at a time, beyond which `request` raises `BusyError`. `revoke_timeout`: seconds in which the end of a
-    request must be proved before its pages are quarantined. `on_record` is called with the `RequestRecord` of each request that
-    is over; the last 1,000 are in `records`.
+    `tail_bytes`: the most bytes of a tail (what a prefill rank sends last: logits, a hidden state). `checksums`: have every
+    page checked; `pages` must then be memory of the host, allocated or registered. `most_requests`: how many at a time,
+    beyond which `request` raises `BusyError`. `revoke_timeout`: seconds in which the end of a request must be proved before
+    its pages are quarantined. `on_record` is called with the `RequestRecord` of each request that is over; the last 1,000 are
+    in `records`.
 
     Raises `RegionError` when the pool does not lie in the region, `ConfigurationError` (checksums of memory on a
     GPU), `ClosedError`, `TypeError`, `ValueError`. Call it where the engine's event loop runs.
@@ -86,12 +87,12 @@ class Decoder(Role):
     ) -> Handle:  # fmt: skip
         """Pages for one request: `async with` it.
 
-        `peer`: the prefill rank, or all those that this decode rank gets something of (`kv.sources`). `id`: one of its own
-        within the instance, and the same at all of its ranks, which say the same of the request in all but their pages and
-        `timeout`. `page_ids`: from the first token on; of them those before `skip_tokens` (a
-        cached prefix) are neither written nor held. `tokens`: of the prompt; None: as many as the pages hold. `priority`:
-        higher goes first. `data`: for the prefill application (the prompt, say; with it at most about 1 MiB). All of it, until
-        the last page, within `timeout` seconds (None: the engine's).
+        `peer`: the prefill rank, or all those that this decode rank gets something of (`kv.sources`). `id`: unique within the
+        instance, and the same at all of its ranks. These must agree on the request in everything but their pages and
+        `timeout`. `page_ids`: from the first token on; of them those before `skip_tokens` (a cached prefix) are neither
+        written nor held. `tokens`: of the prompt; None: as many as the pages hold. `priority`: higher goes first. `data`: for
+        the prefill application (the prompt, say; with it at most about 1 MiB). All of it, until the last page, within
+        `timeout` seconds (None: the engine's).
 
         Raises `TypeError`, `ValueError`, `IndexError`, `BusyError` (a page that another request holds, too many requests),
         `PeerLostError` or `ClosedError`; entering the block raises what came of asking: `LayoutMismatch`, `RequestRefused`

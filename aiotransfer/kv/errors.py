@@ -18,7 +18,7 @@ class KVRequestError(BrokenError):
 class RequestRefused(KVRequestError):
     """The request was not taken; nothing of it is delivered.
 
-    `.reason`: `duplicate` (its instance has a request of this id), `mismatch` (another rank of its instance says otherwise of the
+    `.reason`: `duplicate` (its instance has a request of this id), `mismatch` (another rank of its instance does not agree on the
     request), `instance` (another engine is this rank of the instance), `coverage` (the prefill ranks that were named do not
     bring each layer and head once), `checksums` (the prefill side cannot make them), `busy`, `nothing` (to send), `closed` or
     `protocol`.

@@ -1,7 +1,7 @@
 """Which requests a prefill rank knows, which peer speaks for which decode rank, and what all of it takes in memory.
 
 A request is known by the decode *instance* that asks for it and by its id. An instance is one copy of the model, of one or
-several ranks; its name is what all of its ranks say. A rank that says none is known by the incarnation of its engine, which the
+several ranks; all of its ranks say its name. A rank that says no name is known by the incarnation of its engine, which the
 peer has proved; it cannot share a request with others. Of a named instance each rank is the first engine that said so, for as
 long as that peer is there, so that two instances of one name are noticed.
 

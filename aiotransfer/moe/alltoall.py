@@ -174,7 +174,7 @@ class AllToAll:
         it is copied or at rest when this returns. `tag` (default None): what this step is for, a layer say, as an int of 64 bits
         or up to 63 bytes of text; a step whose ranks give different tags is `StepRefused` on all of them.
 
-        Raises `TypeError`, `ValueError` or whatever else checking the arguments of this rank raised (the step then is
+        Raises `TypeError`, `ValueError` or the exception that checking the arguments of this rank raised (the step then is
         `StepRefused` on all others, and the next may be called), `RoutingOverflow`, `BusyError` when `slots` steps are in flight,
         `TransferTimeout` (see `in_flight`), `EvictedError`.
         """
@@ -323,8 +323,8 @@ class AllToAll:
 
         `y`: [rows of the dispatch, hidden] of `combine_dtype`, in the order of `Dispatched.x`; not to be changed until this
         returns (`Dispatched.y`: until a later dispatch gives it). Returns [tokens, hidden]: `out`, where that is given (fresh
-        memory costs the system more than the sums of many tokens). The sum is in fp32, choice after choice, so it is the same
-        bits whoever was faster. Choices whose expert is on a lost rank are left out and marked in `handle.dropped`.
+        memory costs the system more than the sums of many tokens). The sum is in fp32, choice after choice, so it has the same
+        bits whichever rank was faster. Choices whose expert is on a lost rank are left out and marked in `handle.dropped`.
 
         Raises `TypeError` or `ValueError` (also where `out` overlaps `y` or the memory of the all-to-all), `RegistrationError`,
         after which the right ones may be given; `TransferTimeout` (see `in_flight`), `EvictedError`.

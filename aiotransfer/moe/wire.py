@@ -74,13 +74,13 @@ class Who(_Message, frozen=True, tag=5):
 
 
 class Unable(_Message, frozen=True, tag=6):
-    """I cannot set up, so the ranks do not meet."""
+    """The sender cannot set up, so the ranks do not meet."""
 
     reason: str
 
 
 class Heard(_Message, frozen=True, tag=8):
-    """I know now that you cannot set up: you need not wait for me."""
+    """The sender knows that the receiver cannot set up: the receiver need not wait for it any longer."""
 
 
 class Piece(_Message, frozen=True, tag=7):

@@ -102,7 +102,7 @@ def close_elsewhere(fds: list[int]) -> None:
 
 
 def settle(seconds: float) -> None:
-    """Wait, at most so long, until everything is closed and the threads have ended: for who counts descriptors."""
+    """Wait, at most so long, until everything is closed and the threads have ended: for tests that count descriptors."""
     _closer.settle(seconds)
 
 

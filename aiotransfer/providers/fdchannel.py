@@ -53,7 +53,7 @@ def close_all(fds: list[int]) -> None:
 
 
 class Descriptors(list[int]):
-    """Received ones. Whoever takes them over clears the list; those that are forgotten in it are closed with it."""
+    """Received ones. The code that takes them over clears the list; those that are left in it are closed with it."""
 
     def __del__(self) -> None:
         if self:

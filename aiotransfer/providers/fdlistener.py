@@ -44,7 +44,7 @@ class _Stranger:
 
 
 class FdListener:
-    """Accepts descriptor channels under an abstract name. `uid`: of this user only; None: of anybody."""
+    """Accepts descriptor channels under an abstract name. `uid`: of this user only; None: of every user."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, uid: int | None = None) -> None:
         self._loop = loop

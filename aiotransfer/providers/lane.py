@@ -145,7 +145,7 @@ class Lane:
         self.holdings.hold("descriptor", region, Descriptors([fd]))
 
     def look_at_region(self, region: int) -> None:
-        """Find out whether it is a mapping of a file, whose pages somebody may take away."""
+        """Find out whether it is a mapping of a file, which another process may shorten."""
         native.lib.at_region_look(self.pointer, region)
 
     def region_on_device(self, region: int, cuda: int, dma_buf: tuple[int, int] | None) -> None:
