@@ -8,7 +8,6 @@ last one the first is tried once more beside the others.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Sequence
 
 from aiotransfer.control.key import Key
@@ -56,7 +55,7 @@ async def dial(address: Address, key: Key, identity: Identity, network: Network,
                 peer=str(address),
                 hint="is the other engine up, and is this its control address?",
             )
-        await asyncio.sleep(min(pause * random.uniform(0.5, 1), left))
+        await asyncio.sleep(min(pause * (0.5 + identity.chance() / 2), left))
         pause, patience = min(pause * 2, LONGEST_PAUSE), patience * 2
 
 

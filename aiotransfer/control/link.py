@@ -41,6 +41,10 @@ class Identity(NamedTuple):
     info: Callable[[], PeerInfo]
     entropy: Callable[[int], bytes] = os.urandom
 
+    def chance(self) -> float:
+        """A number in [0, 1) from the engine's own source of randomness: a simulated run repeats."""
+        return int.from_bytes(self.entropy(4)) / (1 << 32)
+
 
 class Link(asyncio.Protocol):
     """A connection to another engine. `established` resolves when both sides are authenticated."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 from collections.abc import Callable, Iterable
 
 from aiotransfer.control.frames import MOST_FURTHER
@@ -92,7 +91,7 @@ class Listener:
     def _make_room(self) -> None:
         strangers = [link for link in self._strangers if not link.proven]  # others have all but told who they are
         if strangers:
-            one = random.choice(strangers)
+            one = strangers[int(self._identity.chance() * len(strangers))]
             self._strangers.pop(one).cancel()
             one.abort()
 
