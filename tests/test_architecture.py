@@ -95,6 +95,13 @@ def test_pure_modules_have_no_clock_no_await_and_no_input_or_output(file: Path) 
         assert not (isinstance(node, ast.Call) and ast.unparse(node.func) in ("open", "print"))
 
 
+def test_what_runs_on_the_simulator_has_its_chances_from_there() -> None:
+    """Else a seed does not replay its run. shm and registries never run on it."""
+    own = {"providers/fdlistener.py", "providers/shm.py", "kv/registry/membership.py", "testing/fabric.py"}
+    found = {str(file.relative_to(PACKAGE)) for file in FILES if "random" in imports(file)}
+    assert found == own
+
+
 @pytest.mark.parametrize("file", [f for f in FILES if "getLogger" in f.read_text()], ids=lambda f: f.name)
 def test_every_line_of_the_log_is_limited(file: Path) -> None:
     """A line is written where a `RateLimit` admitted it, and says how many it did not."""
