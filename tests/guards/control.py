@@ -53,7 +53,8 @@ GUARDS = (
     ),
     Mutant(
         "one at random makes room: control", "aiotransfer/control/listener.py",
-        "one = strangers[int(self._identity.chance() * len(strangers))]", "one = strangers[0]", "tests/control/test_hostile_limits.py",
+        "one = strangers[int(self._identity.chance() * len(strangers))]", "one = strangers[0]",
+        "tests/control/test_hostile_limits.py",
     ),
     Mutant(
         "who has shown the key is no stranger", "aiotransfer/control/session.py",
