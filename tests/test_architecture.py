@@ -95,6 +95,21 @@ def test_pure_modules_have_no_clock_no_await_and_no_input_or_output(file: Path) 
         assert not (isinstance(node, ast.Call) and ast.unparse(node.func) in ("open", "print"))
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_a_coroutine_that_is_dropped_awaits_nothing(file: Path) -> None:
+    """A handler of every exception takes `GeneratorExit` too, and may not await then: it lets that pass, or asks for it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.Try):
+            continue
+        apart = False
+        for handler in node.handlers:
+            caught = "" if handler.type is None else ast.unparse(handler.type)
+            apart = apart or "GeneratorExit" in caught
+            waits = any(isinstance(inner, ast.Await) for line in handler.body for inner in ast.walk(line))
+            if waits and (handler.type is None or "BaseException" in caught):
+                assert apart or "GeneratorExit" in ast.unparse(handler), f"line {handler.lineno}"
+
+
 def test_what_runs_on_the_simulator_has_its_chances_from_there() -> None:
     """Else a seed does not replay its run. shm and registries never run on it."""
     own = {"providers/fdlistener.py", "providers/shm.py", "kv/registry/membership.py", "testing/fabric.py"}

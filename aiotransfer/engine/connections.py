@@ -82,8 +82,8 @@ class Connections:
             if advertise is None:
                 hosts = (host for provider in engine._providers.values() for host in provider.hosts)  # asked only if need be
                 self.further = [str(place) for place in await self._listener.start_further(hosts)]
-        except BaseException:  # also cancellation
-            await self._listener.close()
+        except BaseException:  # also cancellation, and a coroutine that is dropped: nothing may be awaited then
+            self._listener.stop()
             raise
         here = self._listener.address
         return here if advertise is None else Address(advertise.host, advertise.port or here.port)
@@ -153,10 +153,10 @@ class Connections:
             if peer._error is not None:  # it gave way to their dial while its path came up
                 raise peer._error
         except BaseException as error:  # also cancellation: half a peer is taken apart
-            other = self.peers.get(link.incarnation)
-            if other is not None and other is not peer and not isinstance(error, asyncio.CancelledError):
+            other, given_up = self.peers.get(link.incarnation), isinstance(error, asyncio.CancelledError | GeneratorExit)
+            if other is not None and other is not peer and not given_up:
                 return await self._join(other, require)
-            if isinstance(peer._error, _Merged) and not isinstance(error, asyncio.CancelledError):
+            if isinstance(peer._error, _Merged) and not given_up:
                 engine._check()
                 return None  # with what the other side had not yet seen the end of
             cause = error if isinstance(error, TransferError) else ClosedError("the connection attempt was given up")

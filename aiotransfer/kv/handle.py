@@ -134,6 +134,9 @@ class Handle:
             if self._seconds != math.inf:
                 self._deadline = loop.call_later(self._seconds, self._late)
             await asyncio.shield(self._taken)
+        except GeneratorExit:  # the coroutine was dropped: nothing may be awaited
+            self._leave("the request was given up before it was taken")
+            raise
         except BaseException as error:
             self._leave("the request was given up before it was taken")
             await self._ended(error)

@@ -146,6 +146,8 @@ class AllToAll:
     async def __aenter__(self) -> AllToAll:
         try:
             return await self.ready()
+        except GeneratorExit:  # the coroutine was dropped: nothing may be awaited
+            raise
         except BaseException:
             await self.aclose()
             raise

@@ -54,7 +54,7 @@ class Meeting(Ranks):
             await self._set_up(found)
         except (BrokenError, ShapeMismatch, asyncio.CancelledError):
             raise
-        except BaseException as error:  # the others must not wait for this rank
+        except Exception as error:  # the others must not wait for this rank
             await self._say_unable(found, f"{type(error).__name__}: {error}")
             raise
 

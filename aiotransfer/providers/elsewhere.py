@@ -9,7 +9,9 @@ begins: one that waits costs a thread and nothing else. When `MOST_THREADS` of t
 
 from __future__ import annotations
 
+import _thread
 import os
+import sys
 import threading
 from collections import deque
 from contextlib import suppress
@@ -30,6 +32,9 @@ class Closer:
 
     def close(self, fds: list[int]) -> None:
         """Close these soon, and empty the list; never waits."""
+        if sys.is_finalizing():  # no thread begins any more, and one that has stopped may hold the lock: the process closes them
+            fds.clear()
+            return
         with self._changed:
             self._left.extend(fds)
             fds.clear()
@@ -53,7 +58,7 @@ class Closer:
     def _start(self) -> None:
         self._threads += 1
         try:
-            threading.Thread(target=self._run, name="aiotransfer-closer", daemon=True).start()
+            _thread.start_new_thread(self._run, ())  # `Thread.start` takes locks, and a finaliser may be inside it already
         except RuntimeError:  # no more threads in this process
             self._threads -= 1
             while self._left and not self._threads:  # nor is one left that would come round
