@@ -185,7 +185,14 @@ def _abort(late: asyncio.Task[Link]) -> None:
 async def _once(address: Address, key: Key, identity: Identity, network: Network, incarnation: int) -> Link:
     link = Link("dialer", key, identity, resumes=True)
     try:
-        await network.connect(address, lambda: link)
+        places = await network.resolve(address)  # here: a resolver that is cut off as well holds up no other address
+        for place in places:
+            try:
+                await network.connect(place, lambda: link)
+                break
+            except OSError:
+                if place == places[-1]:
+                    raise
         await asyncio.shield(link.established)
         if incarnation != link.incarnation:
             raise RendezvousError(f"at {address} there is another engine")

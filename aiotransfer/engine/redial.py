@@ -144,8 +144,7 @@ class Redial:
     async def _resume(self, peer: Peer) -> None:
         engine, line, outage = self._engine, peer._line, self._outages[peer]
         network = engine._world.network
-        ways = [place for way in line.ways(peer.address) for place in await network.resolve(way)]
-        link = await dial_first(ways, engine._key, engine._identity, network, peer.incarnation)
+        link = await dial_first(line.ways(peer.address), engine._key, engine._identity, network, peer.incarnation)
         if not outage.lasts:
             link.abort()
             return

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,6 +236,33 @@ def test_the_key_alone_resumes_nothing() -> None:
         assert other.statistics().control_resumed == 0
 
     fabric(7).run(scenario)
+
+
+@pytest.mark.parametrize("fault", ["fails", "hangs"])
+def test_a_name_that_cannot_be_looked_up_any_more_holds_up_no_other_address(fault: str) -> None:
+    """The resolver may be cut off by what cut the connection."""
+
+    async def scenario(net: Fabric) -> None:
+        one, other, _, _ = await two(net)
+        wire = net._wires[one]
+
+        class Cut:
+            async def resolve(self, address: at.Address) -> list[at.Address]:
+                if address.host != "gone.example":
+                    return await wire.resolve(address)
+                if fault == "hangs":
+                    await asyncio.sleep(1000)
+                raise OSError(-3, "Temporary failure in name resolution")
+
+            async def connect(self, address: at.Address, factory: Any) -> None:
+                await wire.connect(address, factory)
+
+        ways = [at.Address("gone.example", 1), other.address]
+        link = await asyncio.wait_for(dial_first(ways, one._key, one._identity, Cut(), other.incarnation), 10)  # type: ignore[arg-type]
+        assert link.incarnation == other.incarnation
+        link.abort()
+
+    fabric(9).run(scenario)
 
 
 def test_another_incarnation_at_the_address_is_refused() -> None:
