@@ -15,7 +15,7 @@ KILLS = 100
 _VICTIM = """
 import asyncio, sys, aiotransfer as at
 async def main():
-    async with at.open_engine(providers=sys.argv[2]) as engine:
+    async with at.open_engine(providers=sys.argv[2], name="victim") as engine:
         peer = await engine.connect(sys.argv[1])
         await peer.closed()
 asyncio.run(main())
@@ -30,6 +30,8 @@ async def death_rows(engine: at.Engine, provider: str) -> AsyncIterator[Row]:
         process = subprocess.Popen([sys.executable, "-c", _VICTIM, str(engine.address), provider])
         try:
             peer = await anext(arrivals)
+            while peer.name != "victim":  # one of another case
+                peer = await anext(arrivals)
             wait = asyncio.ensure_future(engine.counter().wait(1, peers=[peer]))
             await asyncio.sleep(0.05)  # the start of the process is over, and the loop has nothing to do
             begun = time.perf_counter()

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import aiotransfer as at
 from aiotransfer.testing import engine_pair
 from tests.reliability.reports import publish
-from tests.reliability.soak import resources
+from tests.reliability.soak import COPIERS, resources
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "reliability" / "cycles.md"
 KINDS = ("a pair, shm", "a pair, loopback", "a guest, shm", "a guest, loopback", "a killed process")
@@ -192,8 +192,9 @@ async def cycles(count: int, seed: int) -> Outcome:
                     held.append((turn, holdings(host)))
             await arrivals.aclose()  # type: ignore[attr-defined]
     first, last = held[0][1], held[-1][1]
-    for what in first.keys() - {"resident"}:
+    for what in first.keys() - {"resident", "copiers"}:
         assert last[what] == first[what], f"{what}: {first[what]} after {held[0][0]} cycles, {last[what]} after {count}"
+    assert last["copiers"] <= COPIERS, f"{last['copiers']} copiers after {count} cycles"
     growth = last["resident"] - first["resident"]
     assert growth < MOST_GROWTH, f"{growth} more bytes of resident memory"
     assert not last["pending operations"]
@@ -216,8 +217,9 @@ def report(count: int, seed: int, outcome: Outcome, seconds: float) -> str:
 Written by `make test-cycles CYCLES={count}` (`python -m tests.reliability.cycles --cycles {count} --seed {seed} --report`).
 
 {count:,} times connect, transfer, and close or kill, beside one engine that lives on, in {seconds:,.0f} s. The kills ended
-{ended[0]:,} waits and {ended[1]:,} transfers under way, each with `PeerLostError`. Every figure but the resident memory must be
-the same after the first tenth and at the end, or the command fails; resident memory may grow by {MOST_GROWTH >> 20} MiB.
+{ended[0]:,} waits and {ended[1]:,} transfers under way, each with `PeerLostError`. Every figure but the resident memory and the
+copiers must be the same after the first tenth and at the end, or the command fails; resident memory may grow by
+{MOST_GROWTH >> 20} MiB, and at most {COPIERS} copiers (threads that begin when a copy needs one) may be left.
 
 | cycle | times |
 |---|--:|
