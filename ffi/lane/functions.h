@@ -97,7 +97,7 @@ void at_wait_here(at_lane *lane);
 int at_is_moving(at_lane *lane); /* with the lock: it does; lane->ended is told when it does not any more */
 void at_here_over(at_lane *lane); /* with the lock, of the loop's thread: it does not any more */
 /* Move ops[0..n), of the loop's thread, inside the submitting call, without the lock meanwhile. Each one's status: AT_OK; AT_EAGAIN when it has to be queued (it may have landed); else it failed. */
-void at_move_here(at_lane *lane, at_op *ops, uint32_t n);
+int at_move_here(at_lane *lane, at_op *ops, uint32_t n);
 int64_t at_submit(at_lane *lane, at_op *op); /* a resolved one: as at_write answers */
 int64_t at_submit_last(at_lane *lane, at_op *op); /* the same at the end of a call: it gives the lock back */
 /* What was queued for synchronous ports finds somebody to move it; cookie: an operation that the caller may begin itself, or 0. */

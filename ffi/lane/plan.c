@@ -164,7 +164,7 @@ static at_op *kept_for(at_lane *lane, uint64_t count) {
 
 /* The targets from i on that are moved inside the call, and together: *n of them. AT_HERE when that is all that can be said now; else what
  * became of the one behind them. */
-static int group(at_lane *lane, at_op *ops, uint64_t count, const at_order *orders, int64_t imm, uint64_t i, uint32_t *n) {
+static int group(at_lane *lane, at_op *ops, uint64_t count, const at_order *orders, int64_t imm, uint64_t i, uint32_t *n, uint64_t *nbytes) {
     uint64_t bytes = 0, most = MOST_KEPT - i % MOST_KEPT < MOST_TOGETHER ? MOST_KEPT - i % MOST_KEPT : MOST_TOGETHER;
     for (; i < count && *n < most && bytes < AT_CHUNK; i++, ++*n) {
         at_op *op = &ops[i % MOST_KEPT];
@@ -172,6 +172,7 @@ static int group(at_lane *lane, at_op *ops, uint64_t count, const at_order *orde
         if (rc == AT_OK) rc = at_submit_here(lane, op);
         if (rc != AT_HERE) return rc;
         bytes += op->nbytes * op->units;
+        *nbytes = bytes;
     }
     return AT_HERE;
 }
@@ -183,8 +184,13 @@ static int64_t post_targets(at_lane *lane, at_op *ops, uint64_t count, const at_
     uint64_t landed = 0;
     for (uint64_t i = 0; i < count && parent >= 0;) {
         uint32_t n = 0;
-        int rc = group(lane, ops, count, orders, imm, i, &n);
-        if (n != 0) at_move_here(lane, &ops[i % MOST_KEPT], n);
+        uint64_t bytes = 0;
+        int rc = group(lane, ops, count, orders, imm, i, &n, &bytes);
+        if (n != 0 && at_move_here(lane, &ops[i % MOST_KEPT], n)) { /* the usual case: no look at each */
+            landed += bytes;
+            i += n;
+            n = 0;
+        }
         uint64_t end = i + n + (rc != AT_HERE);
         for (uint64_t k = i; k < end && parent >= 0; k++) {
             at_op *op = &ops[k % MOST_KEPT];

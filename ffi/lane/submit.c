@@ -156,17 +156,27 @@ int at_submit_here(at_lane *lane, at_op *op) {
     return here || (lane->config.flags & AT_LANE_NO_THREAD) ? AT_HERE : AT_EAGAIN;
 }
 
+/* All of it has landed. Without a call where there is no immediate: most operations are short. */
+static inline int whole_here(at_op *op) {
+    op->cursor = op->moved = op->extent;
+    op->landed = op->units;
+    if (op->imm < 0 || op->counted == op->units) return AT_OK;
+    int rc = op->peer->port->count(op->peer, op->remote, (uint32_t)op->imm, op->units - op->counted);
+    if (rc == AT_OK) op->counted = op->units;
+    return rc;
+}
+
+/* A part of it has landed: its immediates are told all the same. */
+static int part_here(at_op *op, uint64_t moved, int rc) {
+    op->cursor += moved;
+    at_op_moved(op, moved);
+    int published = rc == AT_OK || op->landed != 0 ? at_op_publish(op) : AT_OK;
+    return rc == AT_OK ? published : rc;
+}
+
 /* What became of an operation that was moved inside the call. */
-static int moved_here(at_lane *lane, at_op *op, uint64_t moved, int rc, int oserror) {
-    if (moved == op->extent) {
-        op->cursor = op->moved = moved;
-        op->landed = op->units;
-    } else {
-        op->cursor += moved;
-        at_op_moved(op, moved);
-    }
-    if (rc == AT_OK) rc = at_op_publish(op);
-    else if (op->landed != 0) (void)at_op_publish(op);
+static inline int moved_here(at_lane *lane, at_op *op, uint64_t moved, int rc, int oserror) {
+    rc = rc == AT_OK && moved == op->extent ? whole_here(op) : part_here(op, moved, rc);
     if (!op->detached) at_count_turn(lane, op->nbytes * op->units);
     if (rc == AT_OK) {
         lane->stats.ops_inline++;
@@ -198,8 +208,9 @@ static void end_here(at_lane *lane, int detached) {
     if (lane->shut) (void)pthread_cond_broadcast(&lane->ended);
 }
 
-void at_here_over(at_lane *lane) {
-    if (atomic_exchange(&lane->moving_here, 0) == 2) (void)pthread_cond_broadcast(&lane->ended);
+void at_here_over(at_lane *lane) { /* with the lock, as those that write a 2: no exchange is needed */
+    if (atomic_load_explicit(&lane->moving_here, memory_order_relaxed) == 2) (void)pthread_cond_broadcast(&lane->ended); /* order: alone: the lock orders it */
+    atomic_store_explicit(&lane->moving_here, 0, memory_order_relaxed); /* order: alone: the lock orders it */
 }
 
 int at_is_moving(at_lane *lane) {
@@ -216,19 +227,26 @@ void at_wait_here(at_lane *lane) {
  * other threads are counted among its users.
  *
  * One operation, moved inside the call, without the lock meanwhile: AT_OK; AT_EAGAIN: its count has to be queued; else it failed. */
-static int move_here(at_lane *lane, at_op *op) {
+static inline int move_bytes_here(at_lane *lane, at_op *op, int detached) {
     uint64_t moved = 0;
-    int oserror = 0, bytes = moves_bytes(op), detached = op->detached;
+    int oserror = 0;
     if (detached) at_op_hold(op);
-    if (bytes) begin_here(lane, detached);
-    int rc = op->peer->port->move(op->peer, op, 0, op->extent, mover_of(op), &moved, &oserror);
-    if (bytes) at_lock(lane);
+    begin_here(lane, detached);
+    int rc = op->peer->port->move(op->peer, op, 0, op->extent, detached ? AT_MOVER_OTHER : AT_MOVER_CALLER, &moved, &oserror);
+    at_lock(lane);
     rc = moved_here(lane, op, moved, rc, oserror);
-    if (rc == AT_EAGAIN && bytes && !(op->remote->open && op->region->open)) rc = AT_ESTALE; /* closed meanwhile: it cannot be kept */
+    if (rc == AT_EAGAIN && !(op->remote->open && op->region->open)) rc = AT_ESTALE; /* closed meanwhile: it cannot be kept */
     if (detached) at_op_let_go(lane, op);
-    if (!bytes) return rc;
     end_here(lane, detached);
     return rc == AT_EAGAIN && lane->shut ? AT_ESHUT : rc; /* shut meanwhile: nobody would end it */
+}
+
+static int move_here(at_lane *lane, at_op *op) {
+    if (moves_bytes(op)) return op->detached ? move_bytes_here(lane, op, 1) : move_bytes_here(lane, op, 0);
+    uint64_t moved = 0;
+    int oserror = 0;
+    int rc = op->peer->port->move(op->peer, op, 0, op->extent, mover_of(op), &moved, &oserror);
+    return moved_here(lane, op, moved, rc, oserror);
 }
 
 /* The loop's own, without an immediate: when all has gone well there is nothing to be done with the lock, and it is not taken again (1; the
@@ -259,7 +277,7 @@ static int move_freely(at_lane *lane, at_op *op, int *result) {
     return 0;
 }
 
-void at_move_here(at_lane *lane, at_op *ops, uint32_t n) {
+int at_move_here(at_lane *lane, at_op *ops, uint32_t n) {
     int bytes = 0, detached = ops[0].detached;
     for (uint32_t i = 0; i < n; i++) bytes |= moves_bytes(&ops[i]);
     if (bytes) begin_here(lane, detached);
@@ -270,14 +288,18 @@ void at_move_here(at_lane *lane, at_op *ops, uint32_t n) {
         op->status = op->peer->port->move(op->peer, op, 0, op->extent, mover_of(op), &op->landed, &op->oserror);
     }
     if (bytes) at_lock(lane);
+    int all = 1;
     for (uint32_t i = 0; i < n; i++) {
         at_op *op = &ops[i];
         uint64_t moved = op->landed;
         op->landed = 0;
         op->status = moved_here(lane, op, moved, op->status, op->oserror);
+        if (op->status == AT_OK) continue;
+        all = 0;
         if (op->status == AT_EAGAIN && lane->shut) op->status = AT_ESHUT;
     }
     if (bytes) end_here(lane, detached);
+    return all;
 }
 
 void at_wake_mover(at_lane *lane, int64_t cookie) {
