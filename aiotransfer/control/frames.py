@@ -11,7 +11,7 @@ import msgspec
 from aiotransfer.errors import RendezvousError
 
 PREAMBLE = b"aiotransfer/1\r\n\x00"
-VERSION = 3
+VERSION = 4
 MAX_FRAME = (1 << 20) + 4096  # one message of 1 MiB and its frame
 MAX_GREETING = 16384  # before the other side is authenticated
 MAX_TEXT = 1000  # of what a peer says, in our errors and logs
@@ -19,7 +19,11 @@ MOST_FURTHER = 8  # control addresses beside the first that one side tells the o
 
 
 class Hello(msgspec.Struct, tag=1, array_like=True):
-    """Dialer: who I am, and whether this connection goes on with a conversation that lost its own."""
+    """Dialer: I have something to say, and whether this connection goes on with a conversation that lost its own.
+
+    It tells the engine at that address nothing of this one: `incarnation` is always 0. The field stays, so that engines of other
+    versions read the version.
+    """
 
     version: int
     incarnation: int
@@ -73,8 +77,10 @@ class Accepted(msgspec.Struct, tag=4, array_like=True):
 
 
 class Info(msgspec.Struct, tag=5, array_like=True):
-    """Dialer: here is more about me."""
+    """Dialer, once the acceptor has proved that it has the key: here is more about me, with a second proof that covers it."""
 
+    mac: bytes
+    incarnation: int
     info: PeerInfo
 
 

@@ -5,11 +5,13 @@
                             <-       Welcome(nonce)
     Proof(mac)              ->       checks it: a stranger learns nothing about this engine
                             <-       Accepted(mac, incarnation, info)
-    checks it, Info(info)   ->
+    checks it
+    Info(mac, incarnation, info) ->  checks it
 
-Both proofs cover both nonces, the version, whether a conversation is resumed, the prover's role, and the incarnations that have
-been told by then, so that a proof can neither be replayed nor reflected. What each state accepts stands in one table; anything
-else is the peer's fault and ends the session, and nothing a stranger sends is kept beyond one small frame.
+Neither side tells its incarnation before the other has proved that it has the key: a dialer may have been led to a stranger.
+Each of the three proofs covers both nonces, the version, whether a conversation is resumed, which proof it is, and the
+incarnations that have been told by then, so that it can neither be replayed nor reflected. What each state accepts stands in
+one table; anything else is the peer's fault and ends the session, and nothing a stranger sends is kept beyond one small frame.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from aiotransfer.errors import RendezvousError
 
 NONCE_BYTES = 32
 Role = Literal["dialer", "acceptor"]
+Proving = Literal["dialer", "acceptor", "dialer tells"]  # the three proofs, in the order in which they are sent
 
 _EXPECTED: dict[str, type[Greeting]] = {
     "await hello": Hello,
@@ -71,7 +74,7 @@ class Session:
         self.peer_info: PeerInfo | None = None
         self.error: RendezvousError | None = None
         if role == "dialer":
-            self._send(Hello(version, incarnation, nonce, key.kind, resumes))
+            self._send(Hello(version, 0, nonce, key.kind, resumes))
 
     @property
     def info(self) -> PeerInfo:
@@ -127,10 +130,12 @@ class Session:
         ours = f"; this side's key: {self._key.source}" if code == "key" and self._key.source else ""  # no stranger's business
         return RendezvousError(text + ours, hint=hint)
 
-    def _transcript(self, prover: Role = "acceptor") -> bytes:
-        """What a proof of this side covers. The acceptor tells its incarnation after the dialer's proof."""
+    def _transcript(self, proof: Proving = "dialer tells") -> bytes:
+        """What this proof covers. The acceptor tells its incarnation with the second one, and the dialer with the last."""
         dialer, acceptor = (self._mine, self._theirs) if self.role == "dialer" else (self._theirs, self._mine)
-        if prover == "dialer":
+        if proof != "dialer tells":
+            dialer = (dialer[0], 0, dialer[2])
+        if proof == "dialer":
             acceptor = (acceptor[0], 0, acceptor[2])
         parts = [n.to_bytes(8, "little") + i.to_bytes(8, "little") + nonce for n, i, nonce in (dialer, acceptor)]
         return b"".join(parts) + (b"resumes" if self.resumes else b"")
@@ -149,26 +154,21 @@ class Session:
             self._introduce(frame)
         elif isinstance(frame, Proof):
             self._check("dialer", frame.mac)
-            self._send(Accepted(self._key.mac("acceptor", self._transcript()), self._mine[1], self.info))
+            self._send(Accepted(self._prove("acceptor"), self._mine[1], self.info))
             self.state = "await info"
         elif isinstance(frame, Accepted):
-            if not 0 <= frame.incarnation < 1 << 64:
-                raise self._refuse("protocol", "the greeting is malformed", _HINTS["protocol"])
-            version, _, nonce = self._theirs
-            self._theirs = (version, frame.incarnation, nonce)
-            self._check("acceptor", frame.mac)
-            self.peer_incarnation = frame.incarnation
-            self._send(Info(self.info))
+            self._told("acceptor", frame)
+            self._send(Info(self._prove("dialer tells"), self._mine[1], self.info))
             self._establish(frame.info)
         elif isinstance(frame, Info):
+            self._told("dialer tells", frame)
             self._establish(frame.info)
 
     def _introduce(self, frame: Hello | Welcome) -> None:
         version = self._mine[0]
         if frame.version != version:
             raise self._refuse("version", f"one side speaks version {frame.version}, the other {version}", _HINTS["version"])
-        told = frame.incarnation if isinstance(frame, Hello) else 0
-        if len(frame.nonce) != NONCE_BYTES or not 0 <= told < 1 << 64:
+        if len(frame.nonce) != NONCE_BYTES:
             raise self._refuse("protocol", "the greeting is malformed", _HINTS["protocol"])
         if frame.key_kind != self._key.kind:
             raise self._refuse(
@@ -176,18 +176,29 @@ class Session:
                 "authentication failed: one side has a shared key, the other only its user's key file",
                 _HINTS["key"],
             )
-        self._theirs = (frame.version, told, frame.nonce)
+        self._theirs = (frame.version, 0, frame.nonce)
         if isinstance(frame, Hello):
-            self.peer_incarnation = told
             self.resumes = frame.resumes
             self._send(Welcome(version, 0, self._mine[2], self._key.kind))
             self.state = "await proof"
         else:
-            self._send(Proof(self._key.mac("dialer", self._transcript("dialer"))))
+            self._send(Proof(self._prove("dialer")))
             self.state = "await accepted"
 
-    def _check(self, role: Role, mac: bytes) -> None:
-        if not self._key.verify(role, self._transcript(role), mac):
+    def _told(self, proof: Proving, frame: Accepted | Info) -> None:
+        """The other side's incarnation, with its proof."""
+        if not 0 <= frame.incarnation < 1 << 64:
+            raise self._refuse("protocol", "the greeting is malformed", _HINTS["protocol"])
+        version, _, nonce = self._theirs
+        self._theirs = (version, frame.incarnation, nonce)
+        self._check(proof, frame.mac)
+        self.peer_incarnation = frame.incarnation
+
+    def _prove(self, proof: Proving) -> bytes:
+        return self._key.mac(proof, self._transcript(proof))
+
+    def _check(self, proof: Proving, mac: bytes) -> None:
+        if not self._key.verify(proof, self._transcript(proof), mac):
             raise self._refuse("key", "authentication failed: the two sides have different keys", _HINTS["key"])
 
     def _establish(self, info: PeerInfo) -> None:

@@ -71,7 +71,7 @@ def test_who_resumes_says_so_and_cannot_be_made_to() -> None:
     for truth in (True, False):
         dialer, acceptor = session("dialer", resumes=truth), session("acceptor", number=2)
         dialer.take_output()
-        acceptor.receive(PREAMBLE + encode(frames.Hello(VERSION, 1, dialer._mine[2], "shared", not truth)))
+        acceptor.receive(PREAMBLE + encode(frames.Hello(VERSION, 0, dialer._mine[2], "shared", not truth)))
         dialer.receive(acceptor.take_output())
         with pytest.raises(RendezvousError, match="keys"):
             acceptor.receive(dialer.take_output())
@@ -79,7 +79,7 @@ def test_who_resumes_says_so_and_cannot_be_made_to() -> None:
 
 def test_a_stranger_learns_nothing_before_its_proof() -> None:
     acceptor = session("acceptor")
-    acceptor.receive(PREAMBLE + encode(frames.Hello(VERSION, 9, b"n" * 32, "shared")))
+    acceptor.receive(PREAMBLE + encode(frames.Hello(VERSION, 0, b"n" * 32, "shared")))
     assert INFO.address.encode() not in acceptor.take_output()
 
 
@@ -89,7 +89,7 @@ def test_a_proof_can_neither_be_replayed_nor_reflected() -> None:
     dialer.receive(acceptor.take_output())
     proof = dialer.take_output()
     other = session("acceptor", number=3)
-    other.receive(PREAMBLE + encode(frames.Hello(VERSION, 1, b"n" * 32, "shared")))
+    other.receive(PREAMBLE + encode(frames.Hello(VERSION, 0, b"n" * 32, "shared")))
     with pytest.raises(RendezvousError):
         other.receive(proof)
     mirror = session("dialer", number=2)
@@ -99,34 +99,73 @@ def test_a_proof_can_neither_be_replayed_nor_reflected() -> None:
         mirror.receive(encode(frames.Accepted(mac, 1, INFO)))
 
 
-def test_a_stranger_learns_nothing_of_an_engine_before_the_proof() -> None:
+@pytest.mark.parametrize("teller", ["dialer", "acceptor"])
+def test_a_stranger_learns_nothing_of_an_engine_before_the_proof(teller: str) -> None:
+    """Neither by dialling it nor by being dialled."""
     number = 0x1122334455667788
-    dialer, acceptor = session("dialer"), session("acceptor", number=number)
-    acceptor.receive(dialer.take_output())
-    said = acceptor.take_output()
+    dialer = session("dialer", number=number if teller == "dialer" else 1)
+    acceptor = session("acceptor", number=number if teller == "acceptor" else 2)
+    said = {"dialer": b"", "acceptor": b""}
+    while not (dialer if teller == "acceptor" else acceptor).established:
+        assert number.to_bytes(8, "big") not in said[teller], "told before the other side's proof was checked"
+        assert INFO.address.encode() not in said[teller]
+        said["dialer"] = dialer.take_output()
+        acceptor.receive(said["dialer"])
+        said["acceptor"] = b"" if dialer.established or acceptor.established else acceptor.take_output()
+        dialer.receive(said["acceptor"])
+    assert number.to_bytes(8, "big") in said[teller], "told with the last proof"
+    assert number in (dialer.peer_incarnation, acceptor.peer_incarnation)
+
+
+def test_an_engine_that_dials_a_stranger_tells_it_nothing() -> None:
+    """The stranger answers as an engine does, but cannot prove that it has the key."""
+    number = 0x1122334455667788
+    dialer = session("dialer", number=number)
+    said = dialer.take_output()
+    dialer.receive(PREAMBLE + encode(frames.Welcome(VERSION, 0, b"n" * 32, "shared")))
+    said += dialer.take_output()
+    with pytest.raises(RendezvousError, match="keys"):
+        dialer.receive(encode(frames.Accepted(b"m" * 32, 7, INFO)))
+    said += dialer.take_output()
     assert number.to_bytes(8, "big") not in said
     assert INFO.address.encode() not in said
-    dialer.receive(said)
-    acceptor.receive(dialer.take_output())
-    dialer.receive(acceptor.take_output())
-    assert dialer.peer_incarnation == number
 
 
-def test_the_acceptors_proof_covers_the_incarnation_that_it_tells() -> None:
+@pytest.mark.parametrize("changed", [3, -1, 1 << 63])
+@pytest.mark.parametrize("teller", ["dialer", "acceptor"])
+def test_a_proof_covers_the_incarnation_that_is_told_with_it(teller: str, changed: int) -> None:
     dialer, acceptor = session("dialer"), session("acceptor", number=2)
     acceptor.receive(dialer.take_output())
     dialer.receive(acceptor.take_output())
     acceptor.receive(dialer.take_output())
-    accepted = FrameReader()
-    accepted.feed(PREAMBLE + acceptor.take_output())
-    frame = accepted.next()
-    assert isinstance(frame, frames.Accepted)
-    frame.incarnation = 3
+    said, hears = acceptor.take_output(), dialer
+    if teller == "dialer":
+        dialer.receive(said)
+        said, hears = dialer.take_output(), acceptor
+    reader = FrameReader()
+    reader.feed(PREAMBLE + said)
+    frame = reader.next()
+    assert isinstance(frame, frames.Accepted | frames.Info)
+    frame.incarnation = changed
     with pytest.raises(RendezvousError):
-        dialer.receive(encode(frame))
+        hears.receive(encode(frame))
+    assert not hears.established
+    assert hears.peer_incarnation == 0
 
 
-@pytest.mark.parametrize("frame", [Proof(b"m" * 32), frames.Info(INFO), frames.Up(), frames.Message(b"x"), frames.Ping(1)])
+def test_the_dialers_first_proof_is_not_its_last() -> None:
+    dialer, acceptor = session("dialer"), session("acceptor", number=2)
+    acceptor.receive(dialer.take_output())
+    dialer.receive(acceptor.take_output())
+    proof = dialer.take_output()
+    acceptor.receive(proof)
+    with pytest.raises(RendezvousError, match="keys"):
+        acceptor.receive(encode(frames.Info(proof[-32:], 1, INFO)))
+
+
+@pytest.mark.parametrize(
+    "frame", [Proof(b"m" * 32), frames.Info(b"m" * 32, 1, INFO), frames.Up(), frames.Message(b"x"), frames.Ping(1)]
+)
 def test_frames_out_of_turn_end_the_session(frame: frames.Frame) -> None:
     acceptor = session("acceptor")
     with pytest.raises(RendezvousError, match="out of turn"):

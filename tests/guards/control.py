@@ -63,7 +63,12 @@ GUARDS = (
     ),
     Mutant(
         "an incarnation is told after the proof, and covered", "aiotransfer/control/session.py",
-        "            self._theirs = (version, frame.incarnation, nonce)\n", "            self._theirs = (version, 2, nonce)\n",
+        "        self._theirs = (version, frame.incarnation, nonce)\n", "        self._theirs = (version, 2, nonce)\n",
+        "tests/control/test_handshake.py",
+    ),
+    Mutant(
+        "a dialer tells its incarnation after the other side's proof", "aiotransfer/control/session.py",
+        "Hello(version, 0, nonce, key.kind, resumes)", "Hello(version, incarnation, nonce, key.kind, resumes)",
         "tests/control/test_handshake.py",
     ),
     Mutant(

@@ -48,12 +48,12 @@ NUMBERS = {"dialer": 7, "acceptor": 9}
 GRANT = Grant("127.0.0.1:1", 5, 4096, 100, "write", "cpu", 1, 1, 3, 0, (("efa", b"key"),), 9)
 REGION = RemoteRegion.of(GRANT)
 FRAMES: tuple[Greeting | Frame, ...] = (
-    frames.Hello(VERSION, 7, b"n" * 32, "shared"),
-    frames.Hello(VERSION, 7, b"n" * 32, "shared", True),
+    frames.Hello(VERSION, 0, b"n" * 32, "shared"),
+    frames.Hello(VERSION, 0, b"n" * 32, "shared", True),
     frames.Welcome(VERSION, 0, b"n" * 32, "file"),
     frames.Proof(b"m" * 32),
     frames.Accepted(b"m" * 32, 7, INFO),
-    frames.Info(INFO),
+    frames.Info(b"m" * 32, 8, INFO),
     frames.Refused("key", "no"),
     frames.Lookup(1, "name"),
     frames.LookupCancel(1),

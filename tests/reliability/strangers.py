@@ -120,7 +120,7 @@ class _Crowd:
             elif kind == "slow":
                 sock.send(PREAMBLE[:1])
             elif kind == "greeting":
-                sock.send(PREAMBLE + encode(Hello(VERSION, 1, os.urandom(32), "file")))
+                sock.send(PREAMBLE + encode(Hello(VERSION, 0, os.urandom(32), "file")))
             if self._looks.get_key(sock).events & selectors.EVENT_WRITE:
                 self._looks.modify(sock, selectors.EVENT_READ, kind)
             elif sock.recv(4096) == b"":

@@ -65,10 +65,10 @@ async def test_a_frame_ends_its_connection_alone(breaks: Breaks) -> None:
 
 
 async def test_a_greeting_ends_its_connection_alone(breaks: Breaks) -> None:
-    breaks(Session, "_greet", lambda session, frame: isinstance(frame, frames.Hello) and frame.incarnation == 13)
+    breaks(Session, "_greet", lambda session, frame: isinstance(frame, frames.Hello) and frame.nonce == b"13" * 16)
     async with _served() as engine:
         reader, writer = await asyncio.open_connection(engine.address.host, engine.address.port)
-        writer.write(frames.PREAMBLE + frames.encode(frames.Hello(frames.VERSION, 13, bytes(32), "file")))
+        writer.write(frames.PREAMBLE + frames.encode(frames.Hello(frames.VERSION, 0, b"13" * 16, "file")))
         while await reader.read(1 << 16):
             pass
         writer.close()

@@ -74,6 +74,7 @@ async def _engine() -> AsyncIterator[Take]:
 
 
 MAC = b"m" * 32  # stands for the proof of this very handshake
+NUMBER = 7  # and this for the incarnation of the one who speaks
 
 
 class _Odd(Session):
@@ -83,9 +84,20 @@ class _Odd(Session):
 
     def _send(self, frame: frames.Greeting) -> None:
         said = self.odd.pop(type(frame), None)
-        if said is not None and isinstance(frame, frames.Accepted):
-            said = said.replace(MAC, frame.mac)  # it has the key
+        if said is not None and isinstance(frame, frames.Accepted | frames.Info):
+            said = self._proved(said, frame)
         self._output += said or frames.encode(frame)
+
+    def _proved(self, said: bytes, frame: frames.Accepted | frames.Info) -> bytes:
+        """It has the key: the proof covers the incarnation that this frame tells, whatever that is."""
+        told = msgspec.msgpack.decode(said[4:])
+        if len(told) > 2 and told[2] == NUMBER:
+            told[2] = self._mine[1]  # another one for each connection
+        if len(told) > 2 and told[1] == MAC and isinstance(told[2], int) and 0 <= told[2] < 1 << 64:
+            self._mine = (self._mine[0], told[2], self._mine[2])
+            told[1] = self._prove("acceptor" if isinstance(frame, frames.Accepted) else "dialer tells")
+        body = msgspec.msgpack.encode(told)
+        return len(body).to_bytes(4, "little") + body
 
 
 _GREETINGS = {1: frames.Hello, 4: frames.Accepted, 5: frames.Info}
@@ -170,14 +182,17 @@ async def _dialer() -> AsyncIterator[Take]:
         yield take
 
 
+def _dialled() -> list[Tree]:
+    return _bodies((frames.Hello(frames.VERSION, 0, b"n" * 32, "shared"), frames.Info(MAC, NUMBER, INFO)))
+
+
 def _accepted() -> list[Tree]:
     info = PeerInfo("x", "127.0.0.1:1", 1, [OfferWire("loopback", True, "", b"boot", b"")], (256, 1 << 22), ["10.0.0.1:1"])
-    return _bodies((frames.Accepted(MAC, 7, info),))
+    return _bodies((frames.Accepted(MAC, NUMBER, info),))
 
 
 TARGETS = (
     Target("control", "frames and questions of a peer that is connected", _after_the_handshake, _framed, _engine),
-    Target("greeting of a dialer", "the handshake, by a dialer that has the key",
-           lambda: _bodies((frames.Hello(frames.VERSION, 7, b"n" * 32, "shared"), frames.Info(INFO))), _framed, _acceptor),
+    Target("greeting of a dialer", "the handshake, by a dialer that has the key", _dialled, _framed, _acceptor),
     Target("greeting of an acceptor", "the same, by the side that was dialled", _accepted, _framed, _dialer),
 )  # fmt: skip
