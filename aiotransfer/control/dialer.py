@@ -27,11 +27,13 @@ QUICK_STAGGER = 0.05  # the same for a conversation that has lost its connection
 HANDSHAKE_SECONDS = 5.0  # for an address that answers, while there are others
 
 
-async def dial(address: Address, key: Key, identity: Identity, network: Network, *, deadline: float) -> Link:
-    """Connect and authenticate, retrying until `deadline` (loop time) while nothing listens there.
+async def dial(address: Address, key: Key, identity: Identity, network: Network, *, deadline: float, retry: bool = True) -> Link:
+    """Connect and authenticate, retrying until `deadline` (loop time) while nothing listens there; without `retry`, only while
+    nothing answers.
 
     Raises `TransferTimeout` naming what was tried and the last obstacle of each, or at once `RendezvousError`, as a wrong key
-    does not get better, and `BusyError`, when this process has no descriptors left.
+    does not get better, and `BusyError`, when this process has no descriptors left. Without `retry`, `BrokenError` naming the
+    obstacle.
     """
     loop = asyncio.get_running_loop()
     pause, patience = FIRST_PAUSE, FIRST_PATIENCE
@@ -46,8 +48,14 @@ async def dial(address: Address, key: Key, identity: Identity, network: Network,
         except (OSError, BrokenError) as error:
             if short := shortage(getattr(error, "errno", None), f"cannot connect to {address}", peer=str(address)):
                 raise short from error
-            if not tried or not (isinstance(error, TimeoutError) and error.errno is None):  # our own deadline is no obstacle
+            ours = isinstance(error, TimeoutError) and error.errno is None  # our own deadline is no obstacle
+            if not tried or not ours:
                 tried.setdefault(address, _words(error))
+            if not retry and not ours:
+                raise BrokenError(
+                    f"no connection to {address}: {_obstacles(address, tried)}", peer=str(address),
+                    hint="is the other engine up, and is this its control address?",
+                ) from error
         left = deadline - loop.time()
         if left <= 0:
             raise TransferTimeout(

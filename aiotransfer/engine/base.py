@@ -72,6 +72,10 @@ class EngineBase:
             raise ClosedError("the engine is closed")
         if not self._lane.usable:
             raise ClosedError("the engine belongs to the parent of this forked process", hint="open one in the child")
+        self._check_loop()
+
+    def _check_loop(self) -> None:
+        """Raise unless the call was made on the engine's own loop."""
         running = asyncio._get_running_loop()
         if running is not self._loop:
             raise RuntimeError(
@@ -79,8 +83,13 @@ class EngineBase:
                 + ("outside of any loop" if running is None else "another loop")
             )
 
+    @property
+    def timeout(self) -> float:
+        """Seconds that an operation of this engine may take where it is given no `timeout` of its own; `math.inf`: any time."""
+        return self._timeout
+
     def _seconds(self, timeout: float | None) -> float:
-        return self._timeout if timeout is None else seconds(timeout)
+        return seconds(timeout, self._timeout)
 
     @property
     def peers(self) -> tuple[Peer, ...]:
@@ -119,8 +128,10 @@ class EngineBase:
             native.lib.at_turn(self._p)
 
 
-def seconds(timeout: float) -> float:
-    """A duration. Raises `TypeError` or `ValueError` with the value."""
+def seconds(timeout: float | None, default: float | None = None) -> float:
+    """A duration, where None stands for `default`. Raises `TypeError` or `ValueError` with the value."""
+    if timeout is None and default is not None:
+        return default
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
         raise TypeError(f"a timeout is a number of seconds, not {timeout!r}")
     if math.isnan(timeout) or timeout < 0:

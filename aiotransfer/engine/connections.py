@@ -101,12 +101,17 @@ class Connections:
 
     # ---- dialing ----
 
-    async def connect(self, address: Address, seconds: float, require: str | None) -> Peer:
+    async def connect(
+        self, address: Address, seconds: float, require: str | None, *, reuse: bool = False, retry: bool = True
+    ) -> Peer:
         """A peer that is up. See `Engine.connect` for the errors."""
+        if reuse and (known := self.reach.up_at(address)) is not None:
+            _check_provider(known, require)
+            return known
         loop = self._engine._loop
         deadline = loop.time() + seconds
         while True:
-            link = await self._dial(address, deadline)
+            link = await self._dial(address, deadline, retry)
             try:
                 async with Patience(deadline - loop.time()):
                     if (peer := await self._dialed(link, address, require)) is not None:
@@ -121,9 +126,9 @@ class Connections:
                     hint="the control port answered, but the path did not come up",
                 ) from error
 
-    async def _dial(self, address: Address, deadline: float) -> Link:
+    async def _dial(self, address: Address, deadline: float, retry: bool) -> Link:
         engine = self._engine
-        return await dial(address, engine._key, engine._identity, engine._world.network, deadline=deadline)
+        return await dial(address, engine._key, engine._identity, engine._world.network, deadline=deadline, retry=retry)
 
     async def _dialed(self, link: Link, address: Address, require: str | None) -> Peer | None:
         """The peer at the other end; None when it must be dialed again."""
@@ -171,10 +176,7 @@ class Connections:
         except TransferError:
             self._engine._check()
             return None
-        if require is not None and peer.path.provider != require:
-            raise ProviderUnavailableError(
-                f"{peer} is reached by {peer.path.provider}, not by {require!r}", attempts=list(peer.path.reasons)
-            )
+        _check_provider(peer, require)
         return peer
 
     def _start(self, peer: Peer, link: Link) -> None:
@@ -353,6 +355,13 @@ class Connections:
             self._listener.abandon()
         for link in (*(peer._link for peer in self.peers.values()), *self._mirrors.values()):
             link.abandon()
+
+
+def _check_provider(peer: Peer, require: str | None) -> None:
+    if require is not None and peer.path.provider != require:
+        raise ProviderUnavailableError(
+            f"{peer} is reached by {peer.path.provider}, not by {require!r}", attempts=list(peer.path.reasons)
+        )
 
 
 def _goodbye(peer: Peer, reason: str) -> TransferError:

@@ -343,12 +343,23 @@ class Engine(Planner, Unpicklable):
         self._handles.append(handle)
         return handle
 
-    async def connect(self, address: str | Address, *, timeout: float | None = None, require: str | None = None) -> Peer:
+    async def connect(
+        self,
+        address: str | Address,
+        *,
+        timeout: float | None = None,
+        require: str | None = None,
+        reuse: bool = False,
+        retry: bool = True,
+    ) -> Peer:
         """Connect to an engine, retrying until it is up. There is one `Peer` per remote incarnation, whichever side
         dialled first.
 
         `address`: "host:port"; of a name with several addresses each is tried. `timeout`: seconds, None: the engine's. `require`:
-        the provider that must be used. A wildcard or a port of 0 is a `ValueError`.
+        the provider that must be used. `reuse`: when a peer is up at that address, return it without dialling: the one that a
+        dial of the address led to, or one that connected from that host and says that it listens there. `retry=False`: the first
+        refusal ends it (nothing listens there, or what does is no engine), as a `BrokenError`; an address that gives no answer
+        at all is waited for until the timeout in any case. A wildcard or a port of 0 is a `ValueError`.
 
         Raises `TransferTimeout`, `RendezvousError` (wrong key or version), `ProviderUnavailableError` (no common path) or
         `BusyError` (this process has no descriptors left).
@@ -356,7 +367,8 @@ class Engine(Planner, Unpicklable):
         self._check()
         if require is not None:
             check_names(require)
-        return await self._connections.connect(Address.parse(address).dialable(), self._seconds(timeout), require)
+        where = Address.parse(address).dialable()
+        return await self._connections.connect(where, self._seconds(timeout), require, reuse=reuse, retry=retry)
 
     async def arrivals(self) -> AsyncIterator[Peer]:
         """Peers that connect to this engine, as they come; ends when the engine closes."""

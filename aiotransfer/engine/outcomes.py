@@ -39,6 +39,7 @@ class Outcomes(EngineBase):
         transfer._state = PENDING
         transfer._cookie = 0
         transfer._waiters = []
+        transfer._callbacks = ()
         transfer._error = None
         transfer._guard = None
         transfer._stage = None

@@ -124,6 +124,11 @@ class Peer(Unpicklable):
         return self._state
 
     @property
+    def error(self) -> TransferError | None:
+        """What ended it: `PeerLostError` (it was lost, or said goodbye) or `ClosedError` (this side closed it); None before."""
+        return self._error
+
+    @property
     def path(self) -> Path:
         """The default path to it: `.provider`, `.rails`, `.reasons`."""
         if self._path is None:

@@ -57,6 +57,13 @@ class Reach:
         peer = self._found.get(address)
         return peer if peer is not None and peer._state == "up" and peer.incarnation != self._engine.incarnation else None
 
+    def up_at(self, address: Address) -> Peer | None:
+        """The peer that need not be dialled there: a dial found it, or it came from that host and says that it listens there."""
+        found = self._found.get(address)
+        if found is not None and found._state == "up":
+            return found
+        return next((peer for peer in self._engine.peers if _is_at(peer, address)), None)
+
     def claimed(self, address: Address) -> Peer | None:
         """A peer that says it is reached there. No proof; but if no engine is found there, its loss is the best news of it."""
         return next((peer for peer in self._engine.peers if peer.address == address), None)
@@ -103,6 +110,12 @@ class Reach:
         del self._dials[address]
         if not task.cancelled():
             task.exception()  # those who wait for it are told
+
+
+def _is_at(peer: Peer, address: Address) -> bool:
+    """Whether this engine dialled it there, or it came from that host and says that it listens there."""
+    link = peer._link
+    return link.remote_address == address if link.dialed else peer.address == address and link.remote_address.host == address.host
 
 
 class _Claim:

@@ -13,8 +13,9 @@ belongs to the engine, never to the cancelled task.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from aiotransfer.engine.notes import noted
@@ -55,6 +56,7 @@ class Transfer(Unpicklable):
 
     __slots__ = (
         "__weakref__",
+        "_callbacks",
         "_cookie",
         "_deed",
         "_elapsed",
@@ -89,6 +91,7 @@ class Transfer(Unpicklable):
     _started: float
     _elapsed: float
     _waiters: list[Waiter]
+    _callbacks: Sequence[tuple[Callable[[Transfer], object], contextvars.Context]]
 
     # Instances are made by the engine with object.__new__: a finished one carries only _engine, _peer, nbytes and _state.
 
@@ -166,6 +169,9 @@ class Transfer(Unpicklable):
         self._waiters = []
         if error is not None and not heard:
             self._guard = _Unheard(engine, error)
+        for callback, context in self._callbacks:
+            engine._loop.call_soon(callback, self, context=context)
+        self._callbacks = ()
 
     def _fail(self, landed: int, error: BaseException) -> None:
         self._end(FAILED, landed, noted(error, self._deed, self.nbytes, self._peers, landed))
@@ -203,6 +209,38 @@ class Transfer(Unpicklable):
             return None
         self._disarm()
         return self._error
+
+    def add_done_callback(
+        self, fn: Callable[[Transfer], object], *, context: contextvars.Context | None = None
+    ) -> None:
+        """Have the loop call `fn(transfer)` soon after the transfer has ended, in whichever way; soon, if it has ended already.
+
+        As that of an asyncio future: in `context` (by default a copy of the caller's), once for each time that it was added, in
+        that order; what `fn` raises goes to the loop's exception handler. `fn` may submit again, and does not count as somebody
+        who has heard of a failure unless it asks for it. Raises `TypeError`, and `RuntimeError` on another loop or thread.
+        """
+        if not callable(fn):
+            raise TypeError(f"a callback is called with the transfer; {fn!r} cannot be called")
+        engine = self._engine
+        engine._check_loop()
+        if context is None:
+            context = contextvars.copy_context()
+        if self._state != PENDING:
+            engine._loop.call_soon(fn, self, context=context)
+            return
+        if not engine._lane.usable:
+            engine._check()  # a forked child: it would never be told
+        self._callbacks = (*self._callbacks, (fn, context))
+
+    def remove_done_callback(self, fn: Callable[[Transfer], object]) -> int:
+        """Remove `fn`, however often it was added; how often that was. 0 once the transfer has ended."""
+        if self._state != PENDING:
+            return 0
+        self._engine._check_loop()
+        left = tuple(one for one in self._callbacks if one[0] != fn)
+        removed = len(self._callbacks) - len(left)
+        self._callbacks = left
+        return removed
 
     @property
     def bytes_done(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aiotransfer.control.patience import Patience, despite_cancels
+from aiotransfer.engine.base import seconds
 from aiotransfer.errors import ClosedError, PeerLostError, QuarantineError, TransferError, TransferTimeout, again
 from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.errors import KVRequestError, RequestCancelled, RequestFailed, RequestRefused
@@ -122,7 +123,7 @@ class Handle:
         self._over: asyncio.Future[None] = loop.create_future()  # released or quarantined
         for future in (self._taken, self._arrived):
             future.add_done_callback(lambda done: done.cancelled() or done.exception())  # not everybody waits for both
-        self._seconds = self._decoder.engine._seconds(self.order.timeout)
+        self._seconds = seconds(self.order.timeout, self._decoder.engine.timeout)
         self._ends = loop.time() + self._seconds
         try:
             self._feed("enter")
@@ -302,16 +303,16 @@ class Handle:
         Raises `TransferTimeout` after `timeout` seconds, with the request still under way; else what ended the request:
         `TransferTimeout` (its own deadline), `PeerLostError`, `RequestFailed`, `WrongPageError`, `RequestCancelled`.
         """
-        seconds = math.inf if timeout is None else self._decoder.engine._seconds(timeout)
+        patience = seconds(timeout, math.inf)
         if self._saga.state == "new":
             raise ClosedError(f"request {self.id!r} has not been entered")
         try:
-            async with Patience(seconds):
+            async with Patience(patience):
                 return await asyncio.shield(self._arrived)
         except TransferError as error:
             raise again(error) from None
         except TimeoutError:
-            raise TransferTimeout(f"request {self.id!r} has not arrived after {seconds:g} s: {self._progress()}") from None
+            raise TransferTimeout(f"request {self.id!r} has not arrived after {patience:g} s: {self._progress()}") from None
 
     def _progress(self) -> str:
         if self._saga.state == "reserving":

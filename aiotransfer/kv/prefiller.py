@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.control.patience import Patience, despite_cancels
+from aiotransfer.engine.base import seconds
 from aiotransfer.errors import BusyError, ClosedError, DescriptorError, TransferError, TransferTimeout
 from aiotransfer.kv import wire
 from aiotransfer.kv.errors import RequestFailed
@@ -103,14 +104,14 @@ class Prefiller(Role):
 
         Waits for one, without a deadline unless `timeout` (seconds) is given: `TransferTimeout`. Raises `ClosedError`.
         """
-        seconds = math.inf if timeout is None else self.engine._seconds(timeout)
+        patience = seconds(timeout, math.inf)
         try:
-            async with Patience(seconds):
+            async with Patience(patience):
                 return await self._accept()
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
                 raise
-            raise TransferTimeout(f"no request came within {seconds:g} s") from None
+            raise TransferTimeout(f"no request came within {patience:g} s") from None
 
     async def _accept(self) -> PrefillRequest:
         while True:

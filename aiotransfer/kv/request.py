@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aiotransfer.control.patience import Patience, despite_cancels
+from aiotransfer.engine.base import seconds
 from aiotransfer.errors import PeerLostError, StaleRegionError, TransferTimeout, again
 from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.errors import RequestCancelled, RequestFailed
@@ -460,12 +461,12 @@ class PrefillRequest:
 
     async def ended_there(self, *, timeout: float | None = None) -> None:
         """Returns when the request is over: to stop computing for somebody who has gone. Raises `TransferTimeout`."""
-        seconds = math.inf if timeout is None else self._prefiller.engine._seconds(timeout)
+        patience = seconds(timeout, math.inf)
         try:
-            async with Patience(seconds):
+            async with Patience(patience):
                 await asyncio.shield(self._over)
         except TimeoutError:
-            raise TransferTimeout(f"request {self.id!r} is still under way after {seconds:g} s") from None
+            raise TransferTimeout(f"request {self.id!r} is still under way after {patience:g} s") from None
 
     async def __aenter__(self) -> PrefillRequest:
         return self

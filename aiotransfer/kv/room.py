@@ -165,7 +165,7 @@ class Room:
 
         if not isinstance(peer, Peer):
             raise TypeError(f"a Peer is asked, not {type(peer).__name__}")
-        if peer._error is not None:
-            raise again(peer._error)
+        if peer.error is not None:
+            raise again(peer.error)
         if peer not in self._engine.peers:
             raise ClosedError(f"{peer} is no peer of this engine", peer=str(peer.address))

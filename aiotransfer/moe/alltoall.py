@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.control.patience import Patience, Until
+from aiotransfer.engine.base import seconds
 from aiotransfer.errors import BusyError, ClosedError, TransferError, TransferTimeout
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe import tensors
@@ -97,7 +98,7 @@ class AllToAll:
         if direct not in ("auto", True, False):
             raise ValueError(f"direct is 'auto', True or False, not {direct!r}")
         if timeout is not None:
-            engine._seconds(timeout)
+            seconds(timeout)
         if type(results_in_place) is not bool:
             raise TypeError(f"results_in_place is True or False, not {results_in_place!r}")
         self._kernels = kernels_for(device)
@@ -250,7 +251,7 @@ class AllToAll:
 
     def _until(self, timeout: float | None) -> Until:
         engine = self._party.engine
-        return Until(engine._loop, engine._seconds(self._timeout if timeout is None else timeout))
+        return Until(engine._loop, seconds(self._timeout if timeout is None else timeout, engine.timeout))
 
     async def _take_turn(self, until: Until) -> None:
         try:

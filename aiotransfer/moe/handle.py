@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.control.patience import Patience, Until
+from aiotransfer.engine.base import seconds
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.moe.errors import StepRefused
 from aiotransfer.moe.tensors import Array, Kind, check, overlap, rows
@@ -101,7 +102,7 @@ class _Half:
 
     def _until(self, timeout: float | None) -> Until:
         engine = self._handle._step.party.engine
-        return Until(engine._loop, engine._seconds(self._timeout if timeout is None else timeout))
+        return Until(engine._loop, seconds(self._timeout if timeout is None else timeout, engine.timeout))
 
     async def _within(self, what: str, until: Until, work: Any) -> Any:
         step = self._handle._step

@@ -68,7 +68,7 @@ class Meeting(Ranks):
             self._send_to(peer, unable)
         with contextlib.suppress(TimeoutError):
             async with Patience(self.engine.config.drain_timeout):
-                while any(rank not in self._know_it and not peer._ended.done() for rank, peer in known.items()):
+                while any(rank not in self._know_it and peer.error is None for rank, peer in known.items()):
                     await self._soon()
 
     async def _set_up(self, found: dict[int, Peer]) -> None:

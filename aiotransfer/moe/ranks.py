@@ -238,8 +238,8 @@ class Ranks:
 
     def _miss(self, waited: list[tuple[int, Peer]]) -> None:
         for rank, peer in waited:
-            if peer.state in ("lost", "closed") and peer._error is not None:
-                self.missed(rank, peer._error)
+            if peer.error is not None:
+                self.missed(rank, peer.error)
 
     def missed(self, rank: int, error: TransferError) -> None:
         """Whoever waited for it was told that it is lost."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.engine.counter import take_each
 from aiotransfer.engine.scatter import ScatterTarget
-from aiotransfer.engine.transfer import CANCELLED, PENDING
 from aiotransfer.errors import (
     BrokenError,
     ClosedError,
@@ -39,21 +39,6 @@ MOVED_AT_ONCE = 16 << 20  # bytes between two turns of the event loop: a millise
 async def turn() -> None:
     """Between two parts of what takes long: others may run."""
     await asyncio.sleep(0)
-
-
-class _Ended:
-    """In the place of a waiter of a transfer: tells its step."""
-
-    __slots__ = ("_step", "_transfer", "_without")
-
-    def __init__(self, step: Traffic, transfer: Transfer, without: Callable[[], None] | None) -> None:
-        self._step, self._transfer, self._without = step, transfer, without
-
-    def done(self) -> bool:
-        return False
-
-    def set_result(self, _: None) -> None:
-        self._step.ended(self._transfer, self._without)
 
 
 class Traffic:
@@ -87,7 +72,7 @@ class Traffic:
         self._heard: dict[int, set[int]] = {kind: set() for kind in (FIRST, REST, RESULTS)}
         self._waits: dict[int, dict[int, int]] = {}  # by kind: how many arrivals of each rank
         self._stages: set[str] = set()
-        self._transfers: list[Transfer] = []
+        self._transfers: dict[Transfer, None] = {}  # whose end this step has not heard of
         self._quiet: asyncio.Future[None] | None = None
 
     # ---- ranks that are lost ----
@@ -109,15 +94,18 @@ class Traffic:
     def _watch(self, transfer: Transfer, without: Callable[[], None] | None = None) -> None:
         """Nobody awaits it before the end of the step, and a failure must be known before. `without` posts it once more, without
         those that are lost by then."""
-        self._transfers.append(transfer)
         if not transfer.done():
-            transfer._waiters.append(_Ended(self, transfer, without))
+            self._transfers[transfer] = None
+            transfer.add_done_callback(lambda ended: self.ended(ended, without))
         elif transfer.exception() is not None:
             self.ended(transfer, without)
 
     def ended(self, transfer: Transfer, without: Callable[[], None] | None) -> None:
         """One of ours."""
-        error = None if transfer._state == CANCELLED else transfer.exception()
+        self._transfers.pop(transfer, None)
+        error: BaseException | None = None
+        with contextlib.suppress(asyncio.CancelledError):
+            error = transfer.exception()
         alive = self._alive()
         for one in error.results if isinstance(error, ScatterError) else (error,):
             if isinstance(one, TransferError):
@@ -125,20 +113,16 @@ class Traffic:
         # What turned out to be impossible when the owner of a target had been asked was posted to nobody.
         if without is not None and isinstance(error, BrokenError | StaleRegionError) and self._alive() != alive:
             without()
-        if not self._pending() and self._quiet is not None and not self._quiet.done():
+        if not self._transfers and self._quiet is not None and not self._quiet.done():
             self._quiet.set_result(None)
-
-    def _pending(self) -> bool:
-        return any(transfer._state == PENDING for transfer in self._transfers)
 
     async def _retired(self) -> None:
         """Returns when nothing of ours is under way. Cancelling it withdraws nothing, unlike that of a transfer."""
-        while self._pending():
+        while self._transfers:
             if not self.party.engine._lane.usable:
                 self.party.engine._check()
             self._quiet = self.party.engine._loop.create_future()
             await self._quiet
-        self._transfers.clear()
 
     def headers(self) -> dict[tuple[int, int], bytes]:
         """What this step knows of all ranks."""

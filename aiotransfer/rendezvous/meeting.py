@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aiotransfer.engine.base import seconds
 from aiotransfer.errors import RendezvousError
 from aiotransfer.rendezvous import roster
 from aiotransfer.rendezvous.store import FIRST_PAUSE, LONGEST_PAUSE, Caller, Store
@@ -29,8 +30,8 @@ async def over_store(
     Raises `RendezvousError` naming the ranks that are missing, or why those that came cannot be one group, `ConfigurationError`
     when this engine listens on no address that others could use, `TypeError` or `ValueError`.
     """
-    seconds = engine._seconds(timeout)
-    return await meet(engine, Caller(store, asyncio.get_running_loop().time() + seconds, seconds), rank, world_size, prefix)
+    patience = seconds(timeout, engine.timeout)
+    return await meet(engine, Caller(store, asyncio.get_running_loop().time() + patience, patience), rank, world_size, prefix)
 
 
 async def meet(engine: Engine, caller: Caller, rank: int, world_size: int, prefix: str) -> list[str]:

@@ -50,6 +50,15 @@ GUARDS = (
         "tests/engine/test_paths.py",
     ),
     Mutant(
+        "connecting: who says that it listens on another host is dialled", "aiotransfer/engine/reach.py",
+        " and link.remote_address.host == address.host", "", "tests/engine/test_connecting.py",
+    ),
+    Mutant(
+        "callbacks: every end calls them", "aiotransfer/engine/transfer.py",
+        "            engine._loop.call_soon(callback, self, context=context)\n        self._callbacks = ()\n",
+        "            callback(self)\n        self._callbacks = ()\n", "tests/engine/test_done_callbacks.py",
+    ),
+    Mutant(
         "lease: only its holder", "aiotransfer/engine/submit.py",
         "if dst._grant.holder not in (0, self.incarnation):", "if False:", "tests/engine/test_leases.py",
     ),
