@@ -35,8 +35,8 @@ GUARDS = (
         "tests/engine/test_redial.py",
     ),
     Mutant(
-        "connecting: without retry a refusal is the end", "aiotransfer/control/dialer.py", "if not retry and not ours:", "if False:",
-        "tests/engine/test_connecting.py",
+        "connecting: without retry a refusal is the end", "aiotransfer/control/dialer.py", "if not retry and not ours:",
+        "if False:", "tests/engine/test_connecting.py",
     ),
     Mutant(
         "resume: not by another incarnation", "aiotransfer/control/dialer.py", "if incarnation != link.incarnation:",
