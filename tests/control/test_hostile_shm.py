@@ -20,7 +20,7 @@ import aiotransfer as at
 from aiotransfer.control import frames
 from aiotransfer.providers import fdlistener, shmwire
 
-from .rawshm import WORDS, RawShm, block
+from .rawshm import ACTIVE, WORDS, RawShm, block
 
 SCRIBBLER = Path(__file__).with_name("scribbler.py")
 SECONDS = 0.6
@@ -84,7 +84,7 @@ async def test_scribbling_over_its_own_words_harms_nobody_else(engine: at.Engine
         while process.poll() is None:
             await serves(engine, friend, peer)
     await over(process)
-    shm.inbound.bytes[64:320] = 0  # it claims to be inside a write no longer: until then, what it named stays quarantined
+    shm.inbound.bytes[64 : 64 + ACTIVE] = 0  # it claims to be inside a write no longer: until then, what it named stays quarantined
     assert (canary.numpy() == 0xA5).all()
     await shm.close()
 
