@@ -37,14 +37,14 @@ def copy(where: Path) -> None:
     shutil.copy2(ROOT / "aiotransfer" / "_build_facts.json", where / "aiotransfer")
 
 
-def run(where: Path, tests: str) -> int:
-    """pytest's exit status there; -1 when it did not end."""
+def run(where: Path, tests: str, patience: float = PATIENCE) -> int:
+    """pytest's exit status there; -1 when it did not end in `patience` seconds."""
     environ = {**os.environ, "PYTHONPATH": str(where), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *tests.split()]
     with open(where / LOG, "wb") as log:
         process = subprocess.Popen(command, cwd=where, env=environ, stdout=log, stderr=log)
     try:
-        return process.wait(PATIENCE)
+        return process.wait(patience)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -70,7 +70,7 @@ def main() -> int:
         where = Path(folder)
         copy(where)
         tests = sorted({test for mutant in chosen for test in mutant.tests.split()})
-        if status := run(where, " ".join(tests)):
+        if status := run(where, " ".join(tests), 20 * PATIENCE):
             print((where / LOG).read_text()[-3000:])
             print(f"the tests are not green as they are: pytest ended with {status}")
             return 1

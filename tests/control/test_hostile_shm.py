@@ -84,7 +84,8 @@ async def test_scribbling_over_its_own_words_harms_nobody_else(engine: at.Engine
         while process.poll() is None:
             await serves(engine, friend, peer)
     await over(process)
-    shm.inbound.bytes[64 : 64 + ACTIVE] = 0  # it claims to be inside a write no longer: until then, what it named stays quarantined
+    # It claims to be inside a write no longer: until then, what it named stays quarantined.
+    shm.inbound.bytes[64 : 64 + ACTIVE] = 0
     assert (canary.numpy() == 0xA5).all()
     await shm.close()
 
