@@ -10,7 +10,7 @@
  *   STORE_RAW(at, even, odd)                    rounded, and put together again
  *   FIRST(even, odd) SECOND(even, odd)          the vectors of the places in their order
  *
- * ADD and MUL are never fused: the flag -ffp-contract=off of the build sees to it. */
+ * convert.h, which is included after this, says what else it needs. ADD and MUL are never fused: the flag -ffp-contract=off of the build sees to it. */
 
 #define AHEAD 512u /* bytes, on into the rows of the next token: with so many rows at once the processor itself sees too late where
                     * they go on (a quarter of the speed from memory) */
@@ -109,26 +109,3 @@ TARGET uint64_t NAME(at_sum)(const at_sum *sum) {
 }
 
 #undef AHEAD
-#undef NAME
-#undef TARGET
-#undef V
-#undef LANES
-#undef TILE
-#undef ZERO
-#undef SPLAT
-#undef ADD
-#undef MUL
-#undef CANON
-#undef LOAD_F32
-#undef LOAD_BF16
-#undef LOAD_F16
-#undef STORE_F32
-#undef STORE_BF16
-#undef STORE_F16
-#undef RAW
-#undef LOAD_RAW
-#undef EVEN
-#undef ODD
-#undef STORE_RAW
-#undef FIRST
-#undef SECOND

@@ -1,12 +1,12 @@
-/* The sums by AVX2 and by AVX-512, see tile.h. Conversions as in weigh.c, bit by bit: bfloat16 by integers (the processor's own
+/* The sums and conversions by AVX2 and by AVX-512, see tile.h and convert.h. Between floats as in numbers.h, bit by bit: bfloat16 by integers (the processor's own
  * instruction makes subnormal numbers zero), float16 by the processor's. */
-#include "rows/rows.h"
+#include "rows/numbers.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f")))
+#define TARGET __attribute__((target("avx512f,avx512bw")))
 #define V __m512
 #define LANES 16u
 #define TILE 8u
@@ -36,6 +36,23 @@
 #define SECOND(even, odd) \
     _mm512_permutex2var_ps(even, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), odd)
 
+#define DIV _mm512_div_ps
+#define MIN _mm512_min_ps
+#define MAX _mm512_max_ps
+#define AS_V _mm512_castsi512_ps
+#define AS_I _mm512_castps_si512
+#define SPLAT_I _mm512_set1_epi32
+#define AND _mm512_and_si512
+#define OR _mm512_or_si512
+#define PLUS _mm512_add_epi32
+#define MINUS _mm512_sub_epi32
+#define UP _mm512_slli_epi32
+#define DOWN _mm512_srli_epi32
+#define MOST32 _mm512_max_epu32
+#define MOST16 _mm512_max_epu16
+#define STORE_HALF(at, i) _mm256_storeu_si256((void *)(at), _mm512_cvtepi32_epi16(i))
+#define STORE_QUARTER(at, i) _mm_storeu_si128((void *)(at), _mm512_cvtepi32_epi8(i))
+
 /* To nearest, ties to even: what counts are the upper 16 bits. */
 TARGET static inline __m512i rounded_avx512(__m512i bits) {
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -47,6 +64,7 @@ TARGET static inline __m256i narrow_avx512(__m512i bits) {
 }
 
 #include "rows/tile.h"
+#include "rows/convert.h"
 
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,f16c")))
@@ -75,6 +93,26 @@ TARGET static inline __m256i narrow_avx512(__m512i bits) {
 #define FIRST(even, odd) _mm256_permute2f128_ps(_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd), 0x20)
 #define SECOND(even, odd) _mm256_permute2f128_ps(_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd), 0x31)
 
+#define DIV _mm256_div_ps
+#define MIN _mm256_min_ps
+#define MAX _mm256_max_ps
+#define AS_V _mm256_castsi256_ps
+#define AS_I _mm256_castps_si256
+#define SPLAT_I _mm256_set1_epi32
+#define AND _mm256_and_si256
+#define OR _mm256_or_si256
+#define PLUS _mm256_add_epi32
+#define MINUS _mm256_sub_epi32
+#define UP _mm256_slli_epi32
+#define DOWN _mm256_srli_epi32
+#define MOST32 _mm256_max_epu32
+#define MOST16 _mm256_max_epu16
+#define STORE_HALF(at, i) \
+    _mm_storeu_si128((void *)(at), _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1)))
+#define STORE_QUARTER(at, i) \
+    _mm_storel_epi64((void *)(at), _mm_packus_epi16(_mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1)), \
+                                                    _mm_setzero_si128()))
+
 TARGET static inline __m256i rounded_avx2(__m256i bits) {
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
@@ -86,5 +124,6 @@ TARGET static inline __m128i narrow_avx2(__m256i bits) {
 }
 
 #include "rows/tile.h"
+#include "rows/convert.h"
 
 #endif

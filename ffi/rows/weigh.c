@@ -1,68 +1,16 @@
-/* Sums of rows with weights: which instructions, and the sum in plain C.
+/* Sums of rows with weights, in plain C.
  *
  * A token's rows are read once; what they sum to so far stays in registers (vectors.c) or in a block that stays in the first
  * cache (here). Every way rounds after each product and each sum, in the order of the choices, so all give the same bits. */
-#include "rows/rows.h"
+#include "rows/numbers.h"
 
-#include <pthread.h>
 #include <string.h>
 
 #define BLOCK 64u /* columns */
-#define QUIET 0x7FC00000u
-
-static uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static uint32_t load16(const uint8_t *at) {
-    uint16_t bits;
-    memcpy(&bits, at, sizeof bits);
-    return bits;
-}
-
-static float from_half(uint32_t half) {
-    uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7FFFu;
-    if (rest >= 0x7C00u) return float_of(sign | 0x7F800000u | rest << 13);
-    if (rest >= 0x0400u) return float_of(sign | ((rest << 13) + (112u << 23)));
-    float tiny = (float)rest * 0x1p-24f; /* subnormal: exact, and a normal float32 */
-    return float_of(sign | bits_of(tiny));
-}
-
-/* To nearest, ties to even; no NaN but the quiet one comes here. */
-static uint16_t to_half(float value) {
-    uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7FFFFFFFu;
-    if (rest > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
-    if (rest >= 0x477FF000u) return (uint16_t)(sign | 0x7C00u); /* 65520 and above */
-    if (rest < 0x33000000u) return (uint16_t)sign;              /* below half of the smallest */
-    uint32_t shift = 13, whole = rest - (112u << 23);
-    if (rest < 0x38800000u) { /* the result is subnormal: its unit is 2^-24 */
-        shift = 126u - (rest >> 23);
-        whole = (rest & 0x7FFFFFu) | 0x800000u;
-    }
-    uint32_t half = 1u << (shift - 1);
-    return (uint16_t)(sign | (whole + half - 1 + (whole >> shift & 1)) >> shift);
-}
-
-static uint16_t to_bfloat(float value) {
-    uint32_t bits = bits_of(value);
-    return (uint16_t)((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
-}
 
 static void add_row(float *acc, const uint8_t *row, float weight, int kind, size_t n) {
     if (kind == AT_ROW_F32) {
-        for (size_t j = 0; j < n; j++) {
-            float value;
-            memcpy(&value, row + 4 * j, sizeof value);
-            acc[j] += weight * value;
-        }
+        for (size_t j = 0; j < n; j++) acc[j] += weight * load32(row + 4 * j);
     } else if (kind == AT_ROW_BF16) {
         for (size_t j = 0; j < n; j++) acc[j] += weight * float_of(load16(row + 2 * j) << 16);
     } else {
@@ -90,41 +38,24 @@ void at_sum_plain(const at_sum *sum, uint64_t column) {
     }
 }
 
-/* ---- which instructions ---- */
-
-static int best, level;
-static pthread_once_t chosen = PTHREAD_ONCE_INIT;
-
-static void choose(void) {
-#if defined(__x86_64__)
-    best = __builtin_cpu_supports("avx512f") ? 2 : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") ? 1 : 0;
-#endif
-    level = best;
-}
-
-int at_rows_limit(int limit) {
-    (void)pthread_once(&chosen, choose);
-    level = limit < best ? limit : best;
-    return level;
-}
-
-static void sum_token(const at_sum *sum) {
+static void sum_token(const at_sum *sum, int level) {
     uint64_t column = 0;
 #if defined(__x86_64__)
     if (level == 2) column = at_sum_avx512(sum);
     else if (level == 1) column = at_sum_avx2(sum);
 #endif
+    (void)level; /* elsewhere there is one way */
     at_sum_plain(sum, column);
 }
 
 void at_rows_weigh(uint8_t *out, uint64_t out_stride, int out_kind, const uint64_t *rows, int kind, const float *weights,
                    uint64_t tokens, uint64_t choices, uint64_t hidden) {
-    (void)pthread_once(&chosen, choose);
+    int level = at_rows_level();
     for (uint64_t t = 0; t < tokens; t++) {
         const uint64_t *now = rows + t * choices;
         at_sum sum = {.out = out + t * out_stride, .rows = now, .next = t + 1 < tokens ? now + choices : now,
                       .weights = weights + t * choices, .choices = choices, .hidden = hidden, .src_kind = kind,
                       .out_kind = out_kind};
-        sum_token(&sum);
+        sum_token(&sum, level);
     }
 }
