@@ -28,6 +28,7 @@ THREADED = ("bad_input", "counters", "scatter", "threads", "watch", "leases", "p
 SHARE = (  # what `make sanitize` runs, and with it every run of the continuous integration
     "tests/native",
     "tests/providers",
+    "tests/weights/kernels/test_convert.py",
     "tests/control/test_hostile_shm.py",
     *(f"tests/engine/test_{name}.py" for name in THREADED),
 )

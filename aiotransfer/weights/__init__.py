@@ -1,0 +1,1 @@
+"""New weights in place: from trainers to inference."""

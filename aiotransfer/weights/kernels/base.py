@@ -1,0 +1,50 @@
+"""The interface of the kernels, and which of them serves a device."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+from aiotransfer.errors import ConfigurationError
+
+
+class Kernels(Protocol):
+    """What can be done to weights on one device. Calls may return before it is done: `settle` tells."""
+
+    @property
+    def device(self) -> str:
+        """Where the memory of all arguments is: "cpu" or "cuda:0"."""
+
+    def cast(self, dst: Any, src: Any) -> None:
+        """Elements of `src` as the type of `dst`: float32, bfloat16 and float16; see `providers.convert.cast`."""
+
+    def quantise(
+        self, dst: Any, scales: Any, src: Any, block: tuple[int, int] = ..., *, rows: tuple[int, int] | None = None
+    ) -> None:
+        """Elements of `src` as float8_e4m3fn, with a scale for each block; see `providers.convert.quantise`."""
+
+    async def settle(self, timeout: float | None = None) -> None:
+        """Return when everything launched so far is done. Raises `NotFiniteError` for the first of these calls that met a NaN or
+        an infinity, and `TransferTimeout` after so many seconds; what was launched goes on then, and so it does when the wait is
+        cancelled: its memory is not free before another `settle` has returned."""
+
+
+def kernels_for(device: Any, stream: Any = None) -> Kernels:
+    """The kernels for memory on "cpu", "cuda" or "cuda:1" (or such a `torch.device`).
+
+    On a GPU they are launched on `stream`, or on whichever is torch's current stream at each call. Raises `ConfigurationError`
+    for other devices and where torch, Triton or the GPU is missing.
+    """
+    kind, colon, ordinal = str(device).partition(":")
+    if kind == "cpu" and ordinal in ("", "0"):
+        return importlib.import_module("aiotransfer.weights.kernels.cpu").CpuKernels()  # type: ignore[no-any-return]
+    if kind != "cuda" or (colon and not (ordinal.isascii() and ordinal.isdecimal())):
+        raise ConfigurationError(f"there are no kernels for {str(device)!r}: host memory ('cpu') and CUDA ('cuda:0') have them")
+    try:
+        module = importlib.import_module("aiotransfer.weights.kernels.triton")
+    except ImportError as error:
+        raise ConfigurationError(
+            f"the kernels for a GPU's memory need torch and Triton: {error}",
+            hint="pip install 'aiotransfer[torch,triton]', torch as a build for CUDA",
+        ) from error
+    return module.TritonKernels(str(device), stream)  # type: ignore[no-any-return]
