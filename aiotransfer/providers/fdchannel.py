@@ -22,6 +22,7 @@ from aiotransfer.providers.elsewhere import close_elsewhere
 
 TICKET_BYTES = 16
 MOST_FDS = 5
+KERNEL_FDS = 253  # SCM_MAX_FD: so many descriptors fit one packet
 MOST_BYTES = 512
 MOST_UNSENT = 512  # packets for a peer that is slow to read
 LINE_SECONDS = 0.1  # of one wait in the line of a socket that is full, between two looks whether that is still wanted
@@ -156,15 +157,19 @@ class FdChannel:
     def receive(self) -> tuple[bytes, bytes, list[int] | None] | None:
         """The packet that has come: ticket, body, descriptors (None: this process had no room for them). None: no packet.
 
-        Raises `OSError`, or `ConnectionError` for what is no packet; then there is no more to come.
+        Every descriptor of the packet is taken, also those that are too many: the kernel closes what is not taken within the
+        call, which then lasts as long as the sender likes. Raises `OSError`, or `ConnectionError` for what is no packet; then
+        there is no more to come.
         """
         try:
-            data, fds, flags, _ = socket.recv_fds(self._sock, MOST_BYTES, MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+            data, fds, flags, _ = socket.recv_fds(self._sock, MOST_BYTES, KERNEL_FDS, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return None
-        lacking = bool(flags & socket.MSG_CTRUNC) and len(fds) < MOST_FDS  # the kernel had no number to give some of them
+        lacking = bool(flags & socket.MSG_CTRUNC)  # the kernel had no number to give some of them
         try:
-            key, body = parse(data, flags & ~socket.MSG_CTRUNC if lacking else flags)
+            key, body = parse(data, flags & ~socket.MSG_CTRUNC)
+            if len(fds) > MOST_FDS:
+                raise ConnectionError(f"a packet of a descriptor channel has at most {MOST_FDS} descriptors, not {len(fds)}")
         except ConnectionError:
             close_elsewhere(fds)
             raise
@@ -222,7 +227,7 @@ async def connect(name: str, loop: asyncio.AbstractEventLoop, seconds: float) ->
     try:
         return FdChannel(sock, loop)
     except BaseException:
-        sock.close()
+        close_elsewhere([sock.detach()])  # the other side may have sent something already
         raise
 
 
@@ -245,7 +250,7 @@ class _Line:
             with self._lock:
                 self._given_up = True
                 if self._sock is not None:
-                    self._sock.close()
+                    close_elsewhere([self._sock.detach()])
             raise
 
     def _connect(self) -> socket.socket:

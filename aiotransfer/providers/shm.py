@@ -264,10 +264,13 @@ class ShmProvider:
         native.ffi.memmove(offer.channel_cookie, theirs.channel_cookie, 16)
         offer.probe_va = theirs.probe_va
         native.ffi.gc(half, None)  # the lane's now
+        taken = native.ffi.new("int *")
         peer = native.lib.at_shm_finish(
-            self._lane.pointer, half, offer, who.incarnation, process, channel.pid, mem, int(channel.pid > 0)
+            self._lane.pointer, half, offer, who.incarnation, process, channel.pid, mem, int(channel.pid > 0), taken
         )
-        fds.clear()  # these too
+        if not taken[0]:
+            close_elsewhere([*fds, *(fd for fd in (process, mem) if fd >= 0)])
+        fds.clear()  # the lane's, or being closed
         if peer < 0:
             channel.close()
             raise self._refused(peer)

@@ -26,10 +26,12 @@ typedef struct {
 /* What this side brings to a connection with the engine `incarnation`. */
 at_shm_half *at_shm_begin(at_lane *lane, uint64_t incarnation, at_shm_offer *out);
 void at_shm_abort(at_lane *lane, at_shm_half *half);
-/* Takes the other side's offer and makes the peer: its id, or AT_E*. Whatever the result, the half and all descriptors of the
- * offer are gone or the peer's afterwards. mem_fd is an open /proc/PID/mem of the peer or -1; pidfd becomes ours; allow_foreign 0 refuses process_vm. */
+/* Takes the other side's offer and makes the peer: its id, or AT_E*. The half is gone afterwards, whatever the result. *taken 1: the
+ * descriptors of the offer are what they have to be, and they, pidfd and mem_fd are the peer's or closed; 0: all of them are still the
+ * caller's, and those of the offer may be of any kind, so that closing one may take as long as their sender likes.
+ * mem_fd is an open /proc/PID/mem of the peer or -1; allow_foreign 0 refuses process_vm. */
 int64_t at_shm_finish(at_lane *lane, at_shm_half *half, const at_shm_offer *theirs, uint64_t incarnation, int pidfd, int pid,
-                      int mem_fd, int allow_foreign);
+                      int mem_fd, int allow_foreign, int *taken);
 /* How foreign memory of the peer is reached: 0 not at all (errno of the refusal in *why), 1 process_vm, 2 /proc/PID/mem,
  * AT_FOREIGN_UNKNOWN: that is being found out, ask again. AT_E* when it cannot be. */
 enum { AT_FOREIGN_UNKNOWN = 3 };

@@ -136,7 +136,8 @@ static int is_eventfd(int fd) {
     return n == (ssize_t)sizeof kind - 1 && memcmp(name, kind, sizeof kind - 1) == 0;
 }
 
-/* Each descriptor gets its owner before anything can fail: what stays is the connection's, what is needed once is the half's. */
+/* Each descriptor gets its owner once all of them are known to be what they should, and before anything else can fail: what stays is the
+ * connection's, what is needed once is the half's. None of them is slow to close: they are eventfds and shared memory. */
 static void adopt(at_shm_half *half, const at_shm_offer *theirs, int pidfd, int mem_fd) {
     half->their_control_fd = theirs->control_fd;
     half->their_channel_fd = theirs->channel_fd;
@@ -146,16 +147,17 @@ static void adopt(at_shm_half *half, const at_shm_offer *theirs, int pidfd, int 
     half->shm->mem_fd = mem_fd;
 }
 
-/* Map what they offer and see that it is theirs, and made for us. 0, EPROTO, or an errno of the operating system. */
+/* Map what they offer and see that it is theirs, and made for us. 0, EPROTO, or an errno of the operating system. The descriptors stay
+ * the caller's. */
 static int meet(const at_lane *lane, at_shm_half *half, const at_shm_offer *theirs, uint64_t incarnation) {
     at_shm *shm = half->shm;
-    shm->control = map_theirs(half->their_control_fd, sizeof(at_control), 0, theirs->control_cookie, offsetof(at_control, cookie));
+    shm->control = map_theirs(theirs->control_fd, sizeof(at_control), 0, theirs->control_cookie, offsetof(at_control, cookie));
     if (shm->control == NULL) return errno;
-    shm->outbound = map_theirs(half->their_channel_fd, sizeof(at_channel), 1, theirs->channel_cookie, offsetof(at_channel, cookie));
+    shm->outbound = map_theirs(theirs->channel_fd, sizeof(at_channel), 1, theirs->channel_cookie, offsetof(at_channel, cookie));
     if (shm->outbound == NULL) return errno;
     int ours = shm->control->incarnation == incarnation && shm->outbound->owner == incarnation &&
                shm->outbound->writer == lane->incarnation;
-    return ours && is_eventfd(shm->outbound_doorbell) && is_eventfd(shm->outbound_pulse) ? 0 : EPROTO;
+    return ours && is_eventfd(theirs->doorbell_fd) && is_eventfd(theirs->pulse_fd) ? 0 : EPROTO;
 }
 
 /* With the lock: the peer, which owns the connection from then on. */
@@ -177,11 +179,12 @@ static int64_t join(at_lane *lane, at_shm_half *half) {
 }
 
 int64_t at_shm_finish(at_lane *lane, at_shm_half *half, const at_shm_offer *theirs, uint64_t incarnation, int pidfd, int pid,
-                      int mem_fd, int allow_foreign) {
-    adopt(half, theirs, pidfd, mem_fd);
+                      int mem_fd, int allow_foreign, int *taken) {
     at_shm *shm = half->shm;
     shm->pid = pid;
     int refused = meet(lane, half, theirs, incarnation);
+    *taken = refused == 0;
+    if (refused == 0) adopt(half, theirs, pidfd, mem_fd);
     shm->foreign = allow_foreign ? AT_FOREIGN_UNKNOWN : 0;
     shm->foreign_why = allow_foreign ? 0 : EPERM;
     shm->probe_va = theirs->probe_va;

@@ -177,7 +177,7 @@ GUARDS = (
     ),
     Mutant(
         "hostile: what a descriptor is", "ffi/shm/peer.c",
-        "ours && is_eventfd(shm->outbound_doorbell) && is_eventfd(shm->outbound_pulse)", "ours && !is_eventfd(-1)",
+        "ours && is_eventfd(theirs->doorbell_fd) && is_eventfd(theirs->pulse_fd)", "ours && !is_eventfd(-1)",
         "tests/control/test_hostile_shm.py",
     ),
     Mutant(

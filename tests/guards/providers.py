@@ -34,6 +34,15 @@ GUARDS = (
         "    _closer.close(fds)\n", "    for fd in fds:\n        _close(fd)\n", "tests/providers/test_fdlistener.py",
     ),
     Mutant(
+        "what a refused offer brought is not closed on the loop", "aiotransfer/providers/shm.py",
+        "            close_elsewhere([*fds, *(fd for fd in (process, mem) if fd >= 0)])\n",
+        "            fdchannel.close_all([*fds, *(fd for fd in (process, mem) if fd >= 0)])\n", "tests/control/test_slow_descriptors.py",
+    ),
+    Mutant(
+        "every descriptor of a packet is taken", "aiotransfer/providers/fdchannel.py",
+        "MOST_BYTES, KERNEL_FDS, socket", "MOST_BYTES, MOST_FDS, socket", "tests/control/test_slow_descriptors.py",
+    ),
+    Mutant(
         "what strangers sent is only looked at", "aiotransfer/providers/fdlistener.py",
         "parse(sock.recv(MOST_BYTES + 1, socket.MSG_PEEK), 0)", "parse(socket.recv_fds(sock, MOST_BYTES, 4)[0], 0)",
         "tests/providers/test_fdlistener.py",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import struct
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,10 +17,10 @@ from aiotransfer.providers import elsewhere, fdchannel, fdlistener
 from aiotransfer.providers.fdchannel import FdChannel, connect, ticket
 from aiotransfer.providers.fdlistener import FdListener
 
+from .slow import LINGER, slow_to_close
 from .test_fdchannel import open_here
 
 pytestmark = pytest.mark.asyncio
-LINGER = 30  # seconds, for which the close of a descriptor may wait
 
 
 @pytest_asyncio.fixture
@@ -43,21 +42,6 @@ def stranger(listener: FdListener, *packets: tuple[bytes, list[int]]) -> socket.
     for data, fds in packets:
         socket.send_fds(sock, [data], fds)
     return sock
-
-
-def slow_to_close() -> tuple[socket.socket, list[socket.socket]]:
-    """A socket with unsent bytes that lingers, and what must stay open meanwhile."""
-    door = socket.create_server(("127.0.0.1", 0))
-    ours = socket.create_connection(door.getsockname())
-    theirs, _ = door.accept()
-    ours.setblocking(False)
-    try:
-        while True:
-            ours.send(bytes(1 << 16))
-    except BlockingIOError:
-        pass
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, LINGER))
-    return ours, [door, theirs]
 
 
 @pytest.mark.parametrize("how", ["no packet", "an unknown ticket", "an unexpected ticket of a friend"])
