@@ -36,7 +36,8 @@ GUARDS = (
     Mutant(
         "what a refused offer brought is not closed on the loop", "aiotransfer/providers/shm.py",
         "            close_elsewhere([*fds, *(fd for fd in (process, mem) if fd >= 0)])\n",
-        "            fdchannel.close_all([*fds, *(fd for fd in (process, mem) if fd >= 0)])\n", "tests/control/test_slow_descriptors.py",
+        "            fdchannel.close_all([*fds, *(fd for fd in (process, mem) if fd >= 0)])\n",
+        "tests/control/test_slow_descriptors.py",
     ),
     Mutant(
         "every descriptor of a packet is taken", "aiotransfer/providers/fdchannel.py",

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 from aiotransfer.errors import DescriptorError
+from aiotransfer.kv.registry import bounds
 from aiotransfer.kv.registry.member import Member
 
 
@@ -22,7 +23,8 @@ class Cache:
         self._grace = grace
         self._settled = -math.inf  # from when on those who are missing have left
         self._failing = False
-        self._bytes: dict[str, bytes] = {}  # that were looked at, good or bad
+        self._bytes: dict[str, bytes] = {}  # that were looked at, good or bad; of one that is too long: only how long it is
+        self._left_out = 0
 
     def failed(self) -> None:
         """The registry did not answer."""
@@ -35,9 +37,16 @@ class Cache:
             self._settled = now + self._grace
         self.seen = now
         unreadable = []
+        room, looked_at = bounds.Room(), dict[str, bytes]()
         members = dict(self.members) if now < self._settled else {k: m for k, m in self.members.items() if k in entries}
-        for key, data in entries.items():
-            if self._bytes.get(key) == data:
+        known = [key for key in entries if key in self._bytes]  # first: newcomers do not crowd them out
+        for key in (*known, *(key for key in entries if key not in self._bytes)):
+            data = entries[key]
+            seen = b"%d bytes" % len(data) if bounds.is_too_long(data) else data
+            if not room.takes(len(seen)):
+                continue
+            looked_at[key] = seen
+            if self._bytes.get(key) == seen:
                 continue
             try:
                 member = Member.decode(data)
@@ -48,6 +57,9 @@ class Cache:
                 unreadable.append(f"{key[:64]!r}: {error.message}")
             except Exception as error:  # an error of ours in one entry hides no other
                 unreadable.append(f"{key[:64]!r}: {type(error).__name__}: {str(error)[:200]}")
-        self._bytes = dict(entries)
+        self._bytes = looked_at
+        left_out, self._left_out = self._left_out, len(entries) - len(looked_at)
+        if self._left_out > left_out:
+            unreadable.append(f"{self._left_out:,} entries were left out: {bounds.words()}")
         self.members = dict(sorted(members.items()))
         return unreadable

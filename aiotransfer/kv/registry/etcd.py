@@ -7,10 +7,13 @@ often as the `Registry` says (`poll`), with one small request.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+from base64 import b64decode, b64encode
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiotransfer.errors import BrokenError, ConfigurationError
+from aiotransfer.kv.registry import bounds
 from aiotransfer.kv.registry.worker import Worker
 
 if TYPE_CHECKING:
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CALL_SECONDS = 2.0
+PAGE = 512  # entries that are asked for at a time
+MOST_ANSWER = 48 << 20  # bytes of one answer: of a page of the longest entries that there may be
+MOST_LOOK = 4 * MOST_ANSWER  # and of all answers of one look, also of those that are too long
 
 
 class EtcdBackend:
@@ -82,11 +88,7 @@ class EtcdBackend:
     async def entries(self) -> dict[str, bytes]:
         """See `Backend`."""
 
-        def get() -> dict[str, bytes]:
-            found = self._connected().get_prefix(self.prefix)
-            return {bytes(about["key"]).decode("utf-8", "replace").removeprefix(self.prefix): value for value, about in found}
-
-        return await self._call(get)
+        return await self._call(self._pages)
 
     async def changed(self, seconds: float) -> None:
         """See `Backend`."""
@@ -98,6 +100,46 @@ class EtcdBackend:
         if client is not None:
             await self._worker.call(client.session.close)
         await self._worker.aclose()
+
+    # ---- in the thread ----
+
+    def _pages(self) -> dict[str, bytes]:
+        """All entries, page by page. A page that is too long is asked for again in smaller ones, down to one entry, which is then
+        left out: its key is not known, so those behind it are as well."""
+        room, found = bounds.Room(), dict[str, bytes]()
+        first, page, left = self.prefix.encode(), PAGE, MOST_LOOK
+        end = first[:-1] + bytes([first[-1] + 1])
+        while True:
+            answer, nbytes = self._range(first, end, page, min(MOST_ANSWER, left))
+            left -= nbytes
+            entries = (answer or {}).get("kvs", [])
+            for entry in entries:
+                first = b64decode(entry["key"]) + b"\0"
+                value = b64decode(entry.get("value", ""))
+                if bounds.is_too_long(value) or not room.takes(len(value)):
+                    bounds.complain("etcd")
+                else:
+                    found[first[:-1].decode("utf-8", "replace").removeprefix(self.prefix)] = value
+            if answer is not None and not answer.get("more"):
+                return found
+            if room.full or left <= 0 or (answer is None and page == 1):
+                bounds.complain("etcd")
+                return found
+            page = max(1, page // 8) if answer is None else min(PAGE, page * 8)
+
+    def _range(self, first: bytes, end: bytes, page: int, most: int) -> tuple[Any, int]:
+        """What the server says of the first entries there, and how many bytes were read; None: it says more than `most` bytes."""
+        client = self._connected()
+        asked = {"key": b64encode(first).decode(), "range_end": b64encode(end).decode(), "limit": page}
+        with client.session.post(client.get_url("/kv/range"), json=asked, timeout=client.timeout, stream=True) as response:
+            data = bytearray()
+            for piece in response.iter_content(1 << 16):
+                data += piece
+                if len(data) > most:
+                    return None, len(data)
+        if response.status_code != 200:
+            raise BrokenError(f"{response.status_code}: {bytes(data[:200]).decode('utf-8', 'replace')}")
+        return json.loads(data), len(data)
 
     async def _call(self, work: Callable[[], T]) -> T:
         def translated() -> T:

@@ -16,11 +16,13 @@ import stat
 import tempfile
 import time
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.errors import DescriptorError
+from aiotransfer.kv.registry import bounds
 from aiotransfer.kv.registry.member import MOST_BYTES
 from aiotransfer.kv.registry.stamp import Clocks, Sighting, Stamp, is_good, pack, sight, unpack
 from aiotransfer.kv.registry.worker import Worker
@@ -31,6 +33,7 @@ _limit = RateLimit()
 SUFFIX = ".member"
 HALF_WRITTEN = ".writing-"
 MOST_FILE_BYTES = MOST_BYTES + 4096
+MOST_NAMES = 2 * bounds.MOST_ENTRIES  # of files, of whatever kind and owner, that one look goes through
 MOST_UNREADABLE = 1024  # remembered
 REMOVE_SECONDS = 10.0  # an entry that has ended stays for so long: its writer may only have been late
 HALF_WRITTEN_SECONDS = 60.0
@@ -129,43 +132,52 @@ class FileBackend:
             self._warn_of_others()
         now = self.clocks()
         found: dict[str, _Found] = {}
-        ended: set[str] = set()
         with os.scandir(self.directory) as files:
-            for entry in files:
-                if entry.name.startswith(HALF_WRITTEN):
-                    ended.add(entry.name)
-                elif entry.name.endswith(SUFFIX) and (one := self._look(entry, now)) is not None:
-                    found[entry.name] = one
+            names = [entry.name for entry in islice(files, MOST_NAMES)]
+        ended = {name for name in names if name.startswith(HALF_WRITTEN)}
+        newcomers = (name for name in names if name.endswith(SUFFIX) and name not in self._found)
+        room, everything = bounds.Room(), len(names) < MOST_NAMES
+        for name in (*self._found, *newcomers):  # the known ones first: newcomers do not crowd them out
+            if room.full:
+                everything = False
+                break
+            if (one := self._look(name, now)) is not None:
+                if room.takes(len(one.value)):
+                    found[name] = one
+                else:
+                    everything = False
+        if not everything:
+            bounds.complain(str(self.directory))
         self._found = found
         good = {name: one.value for name, one in found.items() if is_good(one.seen, now)}
         self._remove(ended | (found.keys() - good.keys()), now)
         return {name.removesuffix(SUFFIX): value for name, value in good.items()}
 
-    def _look(self, entry: os.DirEntry[str], now: Clocks) -> _Found | None:
-        known = self._found.get(entry.name)
+    def _look(self, name: str, now: Clocks) -> _Found | None:
+        known = self._found.get(name)
         try:
-            if not entry.is_file(follow_symlinks=False):
+            status = os.lstat(self.directory / name)
+            if not stat.S_ISREG(status.st_mode):
                 return None
-            status = entry.stat(follow_symlinks=False)
             signature = status.st_mtime_ns, status.st_ino, status.st_size
             ours = known is not None and known.seen.stamp.boot == self._boot
             if status.st_uid != self._owner():
                 raise PermissionError(f"it belongs to uid {status.st_uid}, not {self._owner()}, and is no entry")
             if known is not None and known.signature == signature and ours:
                 return known  # not of other hosts: network file systems keep for a while what `stat` says, and open anew
-            if self._unreadable.get(entry.name) == signature:
+            if self._unreadable.get(name) == signature:
                 return known
-            stamp, value = unpack(_read(self.directory / entry.name, self._owner()))
+            stamp, value = unpack(_read(self.directory / name, self._owner()))
         except FileNotFoundError:  # it has just gone
             return None
         except (DescriptorError, PermissionError, ValueError, LookupError, RecursionError) as error:
             # also of a later version: the file is not ours to remove
             if len(self._unreadable) >= MOST_UNREADABLE:
                 self._unreadable.clear()
-            self._unreadable[entry.name] = signature
+            self._unreadable[name] = signature
             left_out = _limit.admit("unreadable")
             if left_out is not None:
-                _logger.warning("%s cannot be read: %s%s", self.directory / entry.name, error, more(left_out))
+                _logger.warning("%s cannot be read: %s%s", self.directory / name, error, more(left_out))
             return known
         except OSError as error:
             if error.errno != errno.ESTALE:  # replaced under our hands, on a network file system

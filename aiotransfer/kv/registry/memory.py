@@ -8,6 +8,9 @@ import threading
 import time
 from typing import TypeAlias
 
+from aiotransfer.errors import BusyError
+from aiotransfer.kv.registry import bounds
+
 Waiter: TypeAlias = tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]
 
 
@@ -20,8 +23,13 @@ class MemoryBackend:
         self._lock = threading.Lock()
 
     async def put(self, key: str, value: bytes, ttl: float) -> None:
-        """See `Backend`."""
+        """See `Backend`. Raises `ValueError` for a value that is too long, `BusyError` when there are too many entries."""
+        if bounds.is_too_long(value):
+            raise ValueError(f"an entry has {len(value)} bytes: {bounds.words()}")
         with self._lock:
+            self._expire()
+            if key not in self._entries and len(self._entries) >= bounds.MOST_ENTRIES:
+                raise BusyError(f"the registry is full: {bounds.words()}")
             self._entries[key] = bytes(value), time.monotonic() + ttl
         self._tell()
 
