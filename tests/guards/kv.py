@@ -222,4 +222,17 @@ GUARDS = (
         "if part is None:",
         "tests/kv/test_bounds.py",
     ),
+    Mutant(
+        "a registry takes so many entries", "aiotransfer/kv/registry/bounds.py",
+        "if self.full or self.nbytes + nbytes > MOST_TOTAL_BYTES:", "if self.nbytes < 0:", "tests/kv/registry/test_bounds.py",
+    ),
+    Mutant(
+        "entries that are known come first", "aiotransfer/kv/registry/cache.py",
+        "for key in (*known, *(key for key in entries if key not in self._bytes)):", "for key in entries:",
+        "tests/kv/registry/test_bounds.py",
+    ),
+    Mutant(
+        "one look at etcd reads so much", "aiotransfer/kv/registry/etcd.py",
+        "                if len(data) > most:", "                if not data:", "tests/kv/registry/test_bounds.py",
+    ),
 )

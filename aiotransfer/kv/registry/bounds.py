@@ -1,7 +1,7 @@
 """What one look at a registry may cost, whatever stands there.
 
 A process that may write into the store may write any number of entries of any size. So much is taken, entries that were known
-before first; the rest is left where it is, with one warning.
+before first; the rest is left where it is, with a warning every ten minutes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from aiotransfer.kv.registry.member import MOST_BYTES
 MOST_ENTRIES = 16_384
 MOST_TOTAL_BYTES = 32 << 20  # of their values
 _logger = logging.getLogger("aiotransfer")
-_limit = RateLimit(most=1)
+_limit = RateLimit(most=1, seconds=600.0)  # a store that is full stays so for a while, and is looked at twice a second
 
 
 class Room:
