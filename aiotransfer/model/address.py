@@ -32,6 +32,8 @@ class Address:
         if not isinstance(text, str):
             raise TypeError(f"an address is a str 'host:port', not {text!r}")
         host, colon, port = text.rpartition(":")
+        if "/" in text or not text.isprintable() or any(letter.isspace() for letter in text):
+            raise ValueError(f"an address is 'host:port', without a scheme, a path or blanks, not {text!r}")
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
         elif ":" in host:
@@ -42,8 +44,6 @@ class Address:
             host.encode("idna")
         except UnicodeError:
             raise ValueError(f"no host can be called {host!r}: {text!r}") from None
-        if "\0" in host:
-            raise ValueError(f"no host can be called {host!r}: {text!r}")
         return cls(host, int(port))
 
     @classmethod
@@ -52,6 +52,8 @@ class Address:
 
         Raises `TypeError` or `ValueError` with the value, also for an address that cannot be dialled.
         """
+        if isinstance(text, str) and not text:
+            raise ValueError("an advertised address is 'host' or 'host:port', not ''")
         if isinstance(text, str) and (":" not in text or text.endswith("]") or _number(text) is not None):
             text = f"[{text}]:0" if ":" in text and not text.endswith("]") else f"{text}:0"
         address = cls.parse(text)
@@ -61,7 +63,7 @@ class Address:
 
     @property
     def is_wildcard(self) -> bool:
-        """It stands for all addresses of a host (`0.0.0.0`, `[::]`): an engine may listen there, but nothing can be dialled."""
+        """All addresses of a host (`0.0.0.0`, `*`, `[::]`): an engine may listen there, but nothing can be dialled."""
         number = _number(self.host)
         return number is not None and number.is_unspecified
 
@@ -94,6 +96,8 @@ def _number(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _canonical(host: str) -> str:
+    if host == "*":  # the resolver takes it for all addresses of IPv4
+        return "0.0.0.0"
     number = _number(host)
     if number is None:
         name = host.lower().rstrip(".") or host

@@ -14,6 +14,7 @@ from aiotransfer.engine.base import seconds
 from aiotransfer.errors import BusyError, ClosedError, TransferError, TransferTimeout
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe import tensors
+from aiotransfer.moe.calls import told
 from aiotransfer.moe.errors import StepRefused
 from aiotransfer.moe.handle import CombineHalf, Dispatched, DispatchHalf, Handle, check_results, check_sums
 from aiotransfer.moe.kernels import kernels_for
@@ -166,6 +167,7 @@ class AllToAll:
 
     # ---- dispatch ----
 
+    @told(lambda a2a, error: a2a._send(None, None, None, None, None, None, ahead=False, refusal=error))
     async def dispatch(
         self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, tag: int | str | None = None,
         timeout: float | None = None,
@@ -184,6 +186,7 @@ class AllToAll:
         half, until = await self._send(x, topk_idx, topk_weights, x_scales, tag, timeout, ahead=False)
         return await half.receive_until(until)
 
+    @told(lambda a2a, error: a2a._send(None, None, None, None, None, None, ahead=True, refusal=error))
     async def dispatch_send(
         self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, tag: int | str | None = None,
         timeout: float | None = None,
@@ -194,9 +197,9 @@ class AllToAll:
 
     async def _send(
         self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None, tag: int | str | None,
-        timeout: float | None, *, ahead: bool,
+        timeout: float | None, *, ahead: bool, refusal: BaseException | None = None,
     ) -> tuple[DispatchHalf, Until]:  # fmt: skip
-        refusal: BaseException | None = None
+        """`refusal`: why there can be no step, where that is known already; it is raised when the other ranks have been told."""
         try:
             until = self._until(timeout)
         except (TypeError, ValueError) as error:
@@ -292,7 +295,7 @@ class AllToAll:
     def _check(self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None) -> Any:
         """All arguments as memory. Raises `TypeError` or `ValueError` with the name and the value."""
         shape = self._party.shape
-        kind = tensors.kind_of(x)
+        kind = tensors.kind_of(x, "x")
         if kind.torch is not None:
             for name, array in (("x", x), ("topk_weights", topk_weights), ("x_scales", x_scales)):
                 tensors.check_no_grad(name, array)

@@ -49,15 +49,15 @@ def numpy_type(dtype: str) -> np.dtype[Any]:
     return found.numpy if found.numpy is not None else np.dtype(f"u{found.itemsize}")
 
 
-def kind_of(array: Array) -> Kind:
-    """Raises `TypeError` for what is neither."""
+def kind_of(array: Array, name: str = "an argument") -> Kind:
+    """Raises `TypeError` for what is neither, with the argument's `name`."""
     if isinstance(array, np.ndarray):
         return Kind(None)
     if type(array).__module__.partition(".")[0] == "torch" or hasattr(array, "data_ptr"):
         import torch
 
         return Kind(torch)
-    raise TypeError(f"expected a NumPy array or a torch tensor, not {type(array).__name__}")
+    raise TypeError(f"{name} must be a NumPy array or a torch tensor, not {type(array).__name__}")
 
 
 def check(name: str, array: Array, shape: tuple[int | None, ...], dtype: str) -> None:
@@ -65,7 +65,8 @@ def check(name: str, array: Array, shape: tuple[int | None, ...], dtype: str) ->
     if isinstance(array, np.ndarray):
         right, got = array.dtype == numpy_type(dtype), array.shape
     else:
-        right, got = array.dtype == getattr(kind_of(array).torch, dtype), tuple(array.shape)
+        torch = kind_of(array, name).torch
+        right, got = array.dtype == getattr(torch, dtype), tuple(array.shape)
     if not right:
         raise TypeError(f"{name} must be of {dtype}, not {str(array.dtype).removeprefix('torch.')}")
     if len(got) != len(shape) or any(want is not None and want != n for want, n in zip(shape, got, strict=True)):
@@ -143,7 +144,7 @@ class _Span:
 
 def integers(name: str, array: Array) -> Any:
     """Two-dimensional integers as an int64 NumPy array. Raises `TypeError` or `ValueError`."""
-    if kind_of(array).torch is not None:
+    if kind_of(array, name).torch is not None:
         if array.dtype.is_floating_point or array.dtype.is_complex:
             raise TypeError(f"{name} must hold integers, not {array.dtype}")
         array = array.detach().cpu().numpy()

@@ -41,6 +41,10 @@ GUARDS = (
         "tests/engine/test_staging.py",
     ),
     Mutant(
+        "addresses: a star is a wildcard, too", "aiotransfer/model/address.py",
+        '    if host == "*":', '    if host == "**":', "tests/model/test_address.py",
+    ),
+    Mutant(
         "addresses: a wildcard is never dialled", "aiotransfer/engine/engine.py", "Address.parse(address).dialable()",
         "Address.parse(address)", "tests/engine/test_addresses.py",
     ),

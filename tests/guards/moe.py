@@ -6,6 +6,11 @@ from tests.guards.mutant import Mutant
 
 GUARDS = (
     Mutant(
+        "MoE: arguments that do not fit the call", "aiotransfer/moe/calls.py",
+        "                await refuse(a2a, error)\n",
+        "", "tests/moe/test_out_of_step.py",
+    ),
+    Mutant(
         "MoE: who speaks for a rank", "aiotransfer/moe/party.py",
         "or self._at(content.rank) is message.peer:",
         "or True:", "tests/moe/test_identity.py",

@@ -34,7 +34,11 @@ def test_different_places_stay_different(one: str, other: str) -> None:
     assert Address.parse(one) != Address.parse(other)
 
 
-@pytest.mark.parametrize("text", ["0.0.0.0:7070", "[::]:7070", "[::ffff:0.0.0.0]:7070", "0:7070", "0x0:1", "[0:0:0:0:0:0:0:0]:1"])
+WILDCARDS = ["0.0.0.0:7070", "[::]:7070", "[::ffff:0.0.0.0]:7070", "0:7070", "0x0:1", "*:7070", "[0:0:0:0:0:0:0:0]:1"]
+NO_ADDRESSES = ["", "pod:", "pod:x", "pod:65536", "a:b:c", "[::1", "http://pod", "tcp://a:7", "pod/7", "a b", "a\tb:7", "pod\0"]
+
+
+@pytest.mark.parametrize("text", WILDCARDS)
 def test_a_wildcard_cannot_be_dialled_or_advertised_however_it_is_written(text: str) -> None:
     address = Address.parse(text)
     assert address.is_wildcard
@@ -60,7 +64,7 @@ def test_an_advertised_address_may_come_without_a_port(text: str, host: str, por
     assert Address.parse_advertised(text) == Address(host, port)
 
 
-@pytest.mark.parametrize("text", ["", "pod:", "pod:x", "pod:65536", "a:b:c", "[::1"])
+@pytest.mark.parametrize("text", NO_ADDRESSES)
 def test_what_is_no_address_is_refused_with_the_value(text: str) -> None:
     with pytest.raises(ValueError, match=r"address|host|brackets"):
         Address.parse_advertised(text)
