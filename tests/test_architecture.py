@@ -27,6 +27,7 @@ MAY_IMPORT = {  # folder: the folders beneath it
     "engine": {"model", "core", "providers", "control"},
     "rendezvous": {"model", "engine"},
     "moe": {"model", "control", "engine", "providers"},
+    "weights": {"model", "core", "engine", "providers"},
     "testing": {"model", "core", "providers", "control", "engine"},
     "cli": {"model", "core", "providers", "control", "engine", "testing"},
 }
@@ -35,6 +36,10 @@ PURE = (
     "kv/layout.py", "kv/plan.py", "kv/checksum.py", "kv/wire.py", "kv/saga.py", "kv/schedule.py",
     "kv/registry/member.py", "kv/registry/changes.py", "kv/registry/cache.py", "kv/registry/stamp.py",
     "moe/members.py", "moe/shape.py", "moe/plan.py", "moe/wire.py", "moe/errors.py", "moe/tags.py",
+    "weights/layout.py", "weights/layoutcheck.py", "weights/pack.py", "weights/rules.py", "weights/templates.py",
+    "weights/links.py", "weights/sources.py", "weights/assign.py", "weights/senders.py", "weights/staging.py", "weights/relay.py",
+    "weights/planner.py", "weights/plan.py", "weights/tasks.py", "weights/codec.py", "weights/balance.py", "weights/explain.py",
+    "weights/picture.py", "weights/errors.py",
 )  # fmt: skip
 IMPURE = {"asyncio", "time", "socket", "logging", "select", "threading", "subprocess", "random", "anyio", "pathlib"}
 

@@ -1,1 +1,37 @@
-"""New weights in place: from trainers to inference."""
+"""New weights in place: from the ranks that train a model to the ranks that serve it.
+
+Layouts say where the tensors of each side lie, rules how the one side's are made of the other's; `make_plan` makes of them a
+static schedule of writes, or refuses with everything that does not fit.
+"""
+
+from __future__ import annotations
+
+from aiotransfer.weights.balance import Balance
+from aiotransfer.weights.errors import PlanError, UpdateError, VersionError
+from aiotransfer.weights.layout import Layout, Piece, Tensor, merge
+from aiotransfer.weights.plan import Plan
+from aiotransfer.weights.planner import make_plan
+from aiotransfer.weights.rules import Cast, Fuse, Quantise, Rename, Rule, Split, Stack, Tie, Transpose, Unstack
+
+__all__ = [
+    "Balance",
+    "Cast",
+    "Fuse",
+    "Layout",
+    "Piece",
+    "Plan",
+    "PlanError",
+    "Quantise",
+    "Rename",
+    "Rule",
+    "Split",
+    "Stack",
+    "Tensor",
+    "Tie",
+    "Transpose",
+    "Unstack",
+    "UpdateError",
+    "VersionError",
+    "make_plan",
+    "merge",
+]

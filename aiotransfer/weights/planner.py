@@ -1,0 +1,261 @@
+"""`make_plan`: from two layouts and rules to a schedule. Pure and deterministic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aiotransfer.core import boxes
+from aiotransfer.weights import layoutcheck, relay, sources, staging
+from aiotransfer.weights.errors import PlanError
+from aiotransfer.weights.layout import Layout
+from aiotransfer.weights.links import CAST, COPY, QUANTISE, SCALES, resolve
+from aiotransfer.weights.plan import Plan, block_table
+from aiotransfer.weights.rules import Rule
+from aiotransfer.weights.senders import Moves, choose
+
+Ints = npt.NDArray[Any]
+STAGING_BYTES = 1 << 30
+GRAINS = 64  # parts that a sender's share is cut into, where several ranks could send it
+
+
+def make_plan(
+    trainer: Layout,
+    inference: Layout | Mapping[str, Layout],
+    rules: Sequence[Rule] = (),
+    *,
+    staging_bytes: int = STAGING_BYTES,
+    fanout: str = "direct",
+    names: Iterable[str] | None = None,
+) -> Plan:
+    """A schedule of writes that brings every byte of the inference side's tensors from the trainers, each exactly once.
+
+    `trainer`: where the trainers' tensors lie; `inference`: the same of one instance, or {name: layout} of several (alone, it
+    is named "inference"). `rules`: see `aiotransfer.weights.rules`. `staging_bytes` (default 1 GiB): temporary memory that each
+    trainer rank may use for tensors that are cast or quantised on the way; larger ones go in parts. `fanout`: "direct"
+    (trainers write to all instances) or "relay" (each byte leaves the trainers about once, instances pass parts on to one
+    another). `names`: templates of the inference tensors that are part of the update (default: all).
+
+    Raises `PlanError`, whose `.problems` lists everything that does not fit, before anything is moved; `TypeError` and
+    `ValueError` for arguments that cannot be.
+    """
+    if fanout not in ("direct", "relay"):
+        raise ValueError(f'fanout is "direct" or "relay", not {fanout!r}')
+    if isinstance(staging_bytes, bool) or not isinstance(staging_bytes, int):
+        raise TypeError(f"staging_bytes must be an integer, not {staging_bytes!r}")
+    if staging_bytes < 1:
+        raise ValueError(f"staging_bytes must be positive, not {staging_bytes}")
+    instances = {"inference": inference} if isinstance(inference, Layout) else dict(inference)
+    if not instances or not all(isinstance(x, Layout) for x in (trainer, *instances.values())):
+        raise TypeError("make_plan takes Layouts: the trainers', and one or more of the inference side")
+    return _Planner(trainer, instances, rules, staging_bytes, fanout, names).run()
+
+
+class _Planner:
+    def __init__(
+        self, trainer: Layout, instances: dict[str, Layout], rules: Sequence[Rule], staging_bytes: int, fanout: str,
+        names: Iterable[str] | None,
+    ) -> None:  # fmt: skip
+        self.trainer, self.instances, self.fanout, self.staging_bytes = trainer, instances, fanout, staging_bytes
+        self.catalog = next(iter(instances.values()))
+        self.names = None if names is None else [names] if isinstance(names, str) else list(names)
+        self.links = resolve(trainer, self.catalog, list(rules), self.names)
+        self.ndim = self.catalog.ndim
+
+    def run(self) -> Plan:
+        problems = [*self._sides(), *self.links.problems]
+        if problems:
+            raise PlanError("the weights of the trainers and of the inference side do not fit", problems=problems)
+        self._reordered()
+        self._targets()
+        links = self.links.links
+        have = sources.held(self.trainer, links, self.ndim)
+        cells = sources.cells(self.trainer, have)
+        self._covered(cells)
+        shapes, ndims = self.catalog.shape_array, np.array([len(shape) for shape in self.catalog.shapes], np.int64)
+        units = self._cut(sources.units(cells, self.links, shapes, ndims), cells)
+        moves = self._moves(units)
+        relays = None
+        if self.fanout == "relay" and len(self.instances) > 1:
+            moves, relays = relay.separate(
+                moves, self.target_instance, len(self.instances), self.target_start, self.target_stop, units, self.blocks
+            )
+        work = choose(self.trainer, (self.target_receiver, self.target_hosts), units, cells, have, self.links, moves)
+        phases, tensor_phase = self._phases()
+        arrays = staging.arrange(
+            self.trainer, self.catalog, self.links, units, have, work, self.blocks, tensor_phase, self.staging_bytes,
+            len(self.target_hosts),
+        )  # fmt: skip
+        arrays |= relay.arrays(relays, arrays.pop("move_order"), self.target_receiver, work)
+        low, high, axes, shift = sources.link_table(links, self.trainer.ndim, self.ndim)
+        arrays |= {
+            "tensor_kind": self._kinds(),
+            "tensor_scale": self.links.scale.astype(np.int32), "tensor_block": self.links.block.astype(np.int32),
+            "tensor_phase": tensor_phase,
+            "link_low": low, "link_high": high, "link_axes": axes.astype(np.int32), "link_shift": shift,
+            "link_source": np.array([x.source for x in links], np.int32),
+            "link_target": np.array([x.target for x in links], np.int32),
+            "unit_tensor": units.tensor.astype(np.int32), "unit_start": units.start, "unit_stop": units.stop,
+        }  # fmt: skip
+        return Plan(
+            self.trainer, self.instances, fanout=self.fanout, staging_bytes=self.staging_bytes, phases=phases, arrays=arrays
+        )
+
+    # ---- what can be wrong ----
+
+    def _sides(self) -> list[str]:
+        found = [f"trainers: {text}" for text in layoutcheck.problems(self.trainer, only=self._sources())]
+        scales = frozenset(np.flatnonzero(self.links.scale_of >= 0).tolist())
+        for name, layout in self.instances.items():
+            only = None if self.names is None else self._wanted(layout)
+            found += [
+                f"{name}: {text}"
+                for text in layoutcheck.problems(
+                    layout,
+                    scales=scales
+                    if layout is self.catalog
+                    else frozenset(k for k, n in enumerate(layout.names) if self.catalog.find(n) in scales),
+                    only=only,
+                )
+            ]
+            found += [f"{name}: {text}" for text in layoutcheck.shared_bytes(layout)]
+            found += self._differences(name, layout)
+        return found
+
+    def _sources(self) -> frozenset[int] | None:
+        """The trainer tensors that are sent; None: all."""
+        return None if self.names is None else frozenset(link.source for link in self.links.links)
+
+    def _wanted(self, layout: Layout) -> frozenset[int]:
+        wanted = {self.catalog.names[k] for k in np.flatnonzero(self.links.wanted)}
+        wanted |= {self.catalog.names[s] for k in np.flatnonzero(self.links.wanted) if (s := int(self.links.scale[k])) >= 0}
+        return frozenset(k for k, name in enumerate(layout.names) if name in wanted)
+
+    def _differences(self, name: str, layout: Layout) -> list[str]:
+        """How an instance's tensors differ from the first instance's."""
+        if (
+            layout is self.catalog
+            or (layout.names == self.catalog.names
+            and layout.shapes == self.catalog.shapes
+            and (layout.dtypes == self.catalog.dtypes))
+        ):
+            return []
+        found = []
+        theirs = dict(zip(layout.names, zip(layout.shapes, layout.dtypes, strict=True), strict=True))
+        ours = dict(zip(self.catalog.names, zip(self.catalog.shapes, self.catalog.dtypes, strict=True), strict=True))
+        first = next(iter(self.instances))
+        for tensor in sorted(ours.keys() ^ theirs.keys()):
+            found.append(f"{tensor}: {first if tensor in ours else name} has it, {name if tensor in ours else first} has not")
+        for tensor in sorted(ours.keys() & theirs.keys()):
+            if ours[tensor] != theirs[tensor]:
+                found.append(f"{tensor}: {first} has {ours[tensor]}, {name} has {theirs[tensor]}")
+        return found
+
+    def _covered(self, cells: sources.Cells) -> None:
+        """Every element of a wanted tensor has a holder."""
+        volume = np.prod(self.catalog.shape_array, axis=1, dtype=np.int64)
+        held = boxes.covered(len(self.catalog.names), cells.tensor, cells.start, cells.stop)
+        problems = []
+        for k in np.flatnonzero(self.links.wanted & (held != volume)).tolist():
+            mine = np.flatnonzero(cells.tensor == k)
+            gaps = boxes.holes(tuple(self.catalog.shape_array[k].tolist()), cells.start[mine], cells.stop[mine])
+            ndim = len(self.catalog.shapes[k])
+            where = ", ".join(layoutcheck.text(a[:ndim], b[:ndim]) for a, b in gaps)
+            problems.append(f"{self.catalog.names[k]}: no trainer rank holds what {where or 'some of it'} is made of")
+        if problems:
+            raise PlanError("some bytes of the inference side have no source", problems=problems)
+
+    # ---- steps ----
+
+    def _reordered(self) -> None:
+        """A tensor whose dimensions change places is made in staging memory, as one that is cast."""
+        for link in self.links.links:
+            order = [axis for axis in link.axes if axis >= 0]
+            if order != sorted(order) and self.links.kind[link.target] == COPY:
+                self.links.kind[link.target] = CAST
+
+    def _targets(self) -> None:
+        """All instances' pieces in one table, in the numbers of the first instance's tensors."""
+        tensor, start, stop, receiver, instance = [], [], [], [], []
+        hosts: list[str] = []
+        base = 0
+        for k, layout in enumerate(self.instances.values()):
+            index = np.array([self.catalog.find(name) for name in layout.names], np.int64)
+            tensor.append(index[layout.piece_tensor] if len(index) else layout.piece_tensor.astype(np.int64))
+            start.append(layout.piece_start)
+            stop.append(layout.piece_stop)
+            receiver.append(layout.piece_rank.astype(np.int64) + base)
+            instance.append(np.full(len(layout.piece_rank), k))
+            hosts += layout.hosts
+            base += layout.ranks
+        self.target_tensor, self.target_start, self.target_stop = map(np.concatenate, (tensor, start, stop))
+        self.target_receiver, self.target_instance = np.concatenate(receiver), np.concatenate(instance)
+        self.target_hosts = hosts
+        self.blocks = block_table(self.catalog.shapes, self.links.block, self.ndim)
+
+    def _cut(self, units: sources.Units, cells: sources.Cells) -> sources.Units:
+        """Units small enough for staging memory, and to be spread evenly where several ranks could send them."""
+        kind = self.links.kind[units.tensor]
+        item = self.catalog.itemsizes[units.tensor].copy()
+        source_item = np.zeros(len(self.catalog.names), np.int64)
+        for link in self.links.links:
+            source_item[link.target] = self.trainer.itemsizes[link.source]
+        item[kind != COPY] += source_item[units.tensor[kind != COPY]]
+        elements = np.prod(self.links.block[units.tensor], axis=1)
+        item[kind == QUANTISE] += -(-4 // elements[kind == QUANTISE])  # scales, rounded up to whole bytes an element
+        copies = np.zeros(len(self.catalog.names), np.int64)
+        np.add.at(
+            copies,
+            self.target_tensor,
+            boxes.volume(self.target_start, self.target_stop) * self.catalog.itemsizes[self.target_tensor],
+        )
+        grain = max(int(copies.sum()) // (self.trainer.ranks * GRAINS), 1 << 12)
+        size = np.prod(self.catalog.shape_array, axis=1, dtype=np.int64) * self.catalog.itemsizes
+        times = np.maximum(copies // np.maximum(size, 1), 1)[units.tensor]
+        most = np.full(len(units.tensor), 1 << 62, np.int64)
+        several = (units.cell >= 0) & (np.diff(cells.begin)[units.cell] > 1)
+        most[several | (units.cell < 0)] = np.maximum(grain // times, 1 << 12)[several | (units.cell < 0)]
+        most[kind != COPY] = np.minimum(most[kind != COPY], staging.largest(self.staging_bytes))
+        return sources.cut_to(most, units, self.blocks[units.tensor], item)
+
+    def _moves(self, units: sources.Units) -> Moves:
+        """Every unit to every target piece that it meets; and its scales to the pieces of its tensor of scales."""
+        parts = []
+        for unit, piece in boxes.overlaps_in_parts(
+            units.tensor, units.start, units.stop, self.target_tensor, self.target_start, self.target_stop
+        ):
+            parts.append(self._measured(unit, piece, units.start[unit], units.stop[unit], 0, units.tensor[unit]))
+        rows = np.flatnonzero(self.links.kind[units.tensor] == QUANTISE)
+        per = self.blocks[units.tensor[rows]]
+        start, stop = units.start[rows] // per, -(-units.stop[rows] // per)
+        scale = self.links.scale[units.tensor[rows]]
+        for k, piece in boxes.overlaps_in_parts(scale, start, stop, self.target_tensor, self.target_start, self.target_stop):
+            parts.append(self._measured(rows[k], piece, start[k], stop[k], 1, scale[k]))
+        return Moves.join(parts)
+
+    def _measured(self, unit: Ints, piece: Ints, start: Ints, stop: Ints, scale: int, tensor: Ints) -> Moves:
+        low, high = boxes.intersect(start, stop, self.target_start[piece], self.target_stop[piece])
+        nbytes = boxes.volume(low, high) * self.catalog.itemsizes[tensor]
+        return Moves(unit.astype(np.int32), piece.astype(np.int32), np.full(len(unit), scale, np.uint8), nbytes)
+
+    def _kinds(self) -> Ints:
+        """What is done with each tensor, as a plan has it."""
+        kinds = np.where(self.links.wanted, self.links.kind, -1).astype(np.int32)
+        made = np.flatnonzero(self.links.wanted & (self.links.scale >= 0) & (self.links.kind == QUANTISE))
+        kinds[self.links.scale[made]] = SCALES
+        return kinds
+
+    def _phases(self) -> tuple[tuple[str, ...], Ints]:
+        """The mesh groups in the order of the trainers, and the phase of each inference tensor."""
+        group: dict[int, str] = {}
+        for link in self.links.links:
+            group.setdefault(link.target, self.trainer.groups[link.source] or self.catalog.groups[link.target])
+        known = {text: k for k, text in enumerate(dict.fromkeys((*self.trainer.groups, *self.catalog.groups)))}
+        order = sorted(set(group.values()), key=lambda text: known[text])
+        phases = tuple(order) or ("",)
+        index = {text: k for k, text in enumerate(phases)}
+        phase = np.array([index[group.get(k, phases[0])] for k in range(len(self.catalog.names))], np.int32)
+        return phases, phase

@@ -1,0 +1,81 @@
+"""Plans carried out byte by byte: every byte once, and the right one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from aiotransfer.weights import Cast, Layout, Piece, Plan, PlanError, Tensor, make_plan
+from tests.weights.replay import check, replay
+
+VALUES = {
+    "a": np.arange(48, dtype=np.float32).reshape(8, 6),
+    "b": np.linspace(-1, 1, 10, dtype=np.float32),
+    "none": np.zeros((0, 3), np.float32),
+    "one": np.array(7, np.float32),
+}
+
+
+def trainers() -> Layout:
+    return Layout(
+        [
+            Tensor("a", (8, 6), "float32"),
+            Tensor("b", (10,), "float32", group="second"),
+            Tensor("none", (0, 3), "float32"),
+            Tensor("one", (), "float32"),
+        ],
+        [Piece("a", 0, (0, 0), (3, 6)), Piece("a", 1, (3, 0), (5, 6)), Piece("b", 0), Piece("b", 1), Piece("one", 0)],
+        ranks=2,
+    )
+
+
+def instance(dtype: str = "float32") -> Layout:
+    return Layout(
+        [
+            Tensor("a", (8, 6), "float32"),
+            Tensor("b", (10,), dtype),
+            Tensor("none", (0, 3), "float32"),
+            Tensor("one", (), "float32"),
+        ],
+        [
+            Piece("a", 0, (0, 0), (8, 3)), Piece("a", 1, (0, 3), (8, 3)), Piece("b", 0), Piece("b", 1),
+            Piece("one", 0), Piece("one", 1), Piece("none", 1),
+        ],
+        ranks=2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("fanout", ["direct", "relay"])
+def test_every_byte_of_every_instance_is_written_once(fanout: str) -> None:
+    plan = make_plan(trainers(), {"left": instance("float16"), "right": instance("float16")}, [Cast("b")], fanout=fanout)
+    assert plan.phases == ("", "second")
+    wanted = VALUES | {"b": VALUES["b"].astype(np.float16)}
+    for name, (memory, counts) in replay(plan, VALUES).items():
+        check(plan.instances[name], memory, counts, wanted)
+    balance = plan.balance()
+    assert balance.sent.sum() == (1 if fanout == "relay" else 2) * balance.received[:2].sum()
+    assert balance.sender == balance.nic == 1.0
+
+
+def test_a_plan_is_the_same_every_time_and_comes_back_from_bytes() -> None:
+    plan = make_plan(trainers(), instance(), fanout="relay")
+    assert plan == make_plan(trainers(), instance(), fanout="relay")
+    again = Plan.decode(plan.encode())
+    assert again == plan
+    assert again.diff(plan) == []
+    assert again.explain() == plan.explain()
+
+
+def test_what_does_not_fit_is_refused_together() -> None:
+    other = Layout([Tensor("a", (6, 8), "float32"), Tensor("b", (10,), "float16"), Tensor("c", (1,), "uint8")],
+                   [Piece("a", 0, (1, 0), (5, 8)), Piece("b", 0), Piece("c", 0)], ranks=1)  # fmt: skip
+    with pytest.raises(PlanError) as caught:
+        make_plan(trainers(), other)
+    assert caught.value.problems == (
+        "inference: a: no rank holds [0:1, 0:8] of (6, 8)",
+        "a: its shape is (6, 8) at the inference side and (8, 6) at the trainers (a Transpose rule would turn it)",
+        "b: its type is float16 at the inference side and float32 at the trainers; a Cast or Quantise rule says how",
+        "c: the trainers have no such tensor",
+        "none: the trainers have it, and no tensor of the inference side takes it",
+        "one: the trainers have it, and no tensor of the inference side takes it",
+    )
