@@ -108,7 +108,7 @@ def refusal(
             number, words = engine._lane.system_error()
             return RemoteAccessError(
                 f"the operating system refused to write into {peer}: {words}",
-                hint="its memory may have been unmapped, or this process lost the right to write there",
+                hint="its memory may have been unmapped, or its file shortened, or this process lost the right to write there",
                 **(where | {"code": (number, words)}),
             )
         case lib.AT_ETIMEOUT:
@@ -122,11 +122,12 @@ def refusal(
 
 
 def unflushed(peer: Peer) -> QuarantineError:
-    """For a transfer whose fabric cannot be made to forget it."""
-    shared = peer.path.provider == "shm"
-    why = "a page of its memory or of ours is withheld" if shared else "its fabric cannot tell when it is over"
+    """For a transfer that cannot be ended: a page holds it up, or its fabric cannot be made to forget it."""
+    shm = peer.path.provider == "shm"
+    why = "its memory or of ours" if shm else "ours"
+    fabric = "" if shm else ", or its fabric cannot tell when it is over"
     return QuarantineError(
-        f"a transfer to {peer} was given up, and {why}",
+        f"a transfer to {peer} was given up, and a page of {why} is withheld{fabric}",
         peer=str(peer.address),
         provider=peer.path.provider,
         hint="do not reuse the source: it stays registered until what was posted of it has retired",

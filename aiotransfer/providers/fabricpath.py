@@ -271,6 +271,12 @@ class FabricPath(Path):
         )  # fmt: skip
         if status == lib.AT_EDEVICE:
             raise RegistrationError(f"{self.provider} cannot reach memory on {grant.device}", provider=self.provider)
+        if status == lib.AT_EFILE:
+            raise RegistrationError(
+                f"{self.provider} does not lend a mapping of a file, as shortening the file would end its owner's process: lend "
+                "memory of engine.allocate() and copy, or use shm or verbs",
+                provider=self.provider,
+            )
         if status == lib.AT_ESTALE:
             raise StaleRegionError("the descriptor names no live region of this engine", provider=self.provider)
         if status == lib.AT_EIO:

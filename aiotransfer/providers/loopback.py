@@ -113,6 +113,8 @@ class LoopbackPath(Path):
         )
         if remote < 0:
             raise _failure("cannot bind", remote)
+        if owner is not None and segment is None and owner.is_file(grant, self._mine):
+            native.lib.at_remote_is_file(self._lane.pointer, remote)
         return Binding(self._lane, remote, self, peer, segment, 0 if segment is None else grant.base)
 
     def close(self) -> None:
@@ -130,12 +132,14 @@ class LoopbackProvider:
 
     def __init__(
         self, lane: Lane, incarnation: int, covers: Callable[[Grant], bool],
-        segment_of: Callable[[int, int, int, int], Segment | None], net: Any = None,
+        segment_of: Callable[[int, int, int, int], Segment | None],
+        lent: Callable[[int, int, int], tuple[Grant, int, int] | None], net: Any = None,
     ) -> None:  # fmt: skip
         self._lane = lane
         self._incarnation = incarnation
         self.covers = covers
         self.segment_of = segment_of
+        self._lent = lent
         self._net = _shared if net is None else net
         self._net.join(lane)
         self._closed = False
@@ -160,6 +164,11 @@ class LoopbackProvider:
         if theirs.host != _PROCESS:
             raise BrokenError("loopback connects engines of one process only", provider="loopback")
         return b"", LoopbackPath(self._lane, conversation.incarnation, self._incarnation)
+
+    def is_file(self, grant: Grant, who: int) -> bool:
+        """Whether what this engine has granted is a mapping of a file, whose pages may be taken away."""
+        lent = self._lent(grant.slot, grant.epoch, who)
+        return lent is not None and int(native.lib.at_region_is_file(self._lane.pointer, lent[1])) == 1
 
     async def settle(self) -> None:
         """Nothing goes on by itself."""

@@ -75,7 +75,7 @@ def open_providers(
                 else:
                     from aiotransfer.providers.loopback import LoopbackProvider
 
-                    opened[name] = LoopbackProvider(lane, incarnation, covers, segment_of, world.simulator)
+                    opened[name] = LoopbackProvider(lane, incarnation, covers, segment_of, lent, world.simulator)
                 continue
             except (OSError, TransferError) as error:
                 reason = str(error)

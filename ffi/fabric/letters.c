@@ -149,10 +149,12 @@ void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch) {
         if (under(posted->op, slot, epoch)) at_op_stop(posted->op, AT_ESTALE); /* ends when its last work request retires */
     if (known > epoch) return; /* the rest is stopped already: what is said again costs no walk through the queue */
     at_peer *peer = at_fab_owner(end);
-    for (at_op *op = peer->lines[0].head; op != NULL;) { /* the queue changes with each that is stopped */
-        int stop = under(op, slot, epoch);
-        if (stop) at_op_stop(op, AT_ESTALE);
-        op = stop ? peer->lines[0].head : op->next;
+    for (int risk = 0; risk < AT_RISKS; risk++) {
+        for (at_op *op = peer->lines[risk].head; op != NULL;) { /* the queue changes with each that is stopped */
+            int stop = under(op, slot, epoch);
+            if (stop) at_op_stop(op, AT_ESTALE);
+            op = stop ? peer->lines[risk].head : op->next;
+        }
     }
     stop_noted(end, &end->unsettled, slot, epoch);
     stop_noted(end, &end->again, slot, epoch);

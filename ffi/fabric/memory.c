@@ -65,6 +65,8 @@ int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64
     at_fab *fab = end->fab;
     rc = AT_EDEVICE;
     if (region->cuda >= 0 && !at_fab_is(fab, AT_FAB_DEVICE)) goto out;
+    rc = AT_EFILE; /* its library would touch the memory itself, and a page that is gone would end this process */
+    if (region->file && !at_fab_is(fab, AT_FAB_LOCAL_MR)) goto out;
     uint32_t index = (uint32_t)slot;
     rc = AT_ENOMEM;
     if (index >= fab->lent_room) {
@@ -143,6 +145,7 @@ int at_fab_source(at_fab *fab, const at_op *op, void **desc) {
 
 int at_fab_bounce(at_fab *fab, const at_op *op, at_fab_slot *slot, at_fab_vector *v) {
     if (op->region == NULL || !op->region->file || v->bytes == 0 || op->region->cuda >= 0 || at_fab_is(fab, AT_FAB_LOCAL_MR)) return AT_OK;
+    if (op->stage != NULL) return AT_OK; /* a copy already, by a copier */
     slot->pooled = v->bytes > AT_FAB_PIECE / 16 && v->bytes <= AT_FAB_PIECE;
     if (slot->pooled && fab->bounce_count != 0) slot->bounce = fab->bounces[--fab->bounce_count];
     else slot->bounce = malloc(slot->pooled ? (size_t)AT_FAB_PIECE : (size_t)v->bytes);

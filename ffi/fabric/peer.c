@@ -56,18 +56,20 @@ int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_bundle *bundle, at_con
     }
     if (result == AT_OK) {
         end->peer = at_peer_add(lane, &at_fab_port, end, words);
-        if (end->peer != NULL) end->peer->device = at_fab_is(fab, AT_FAB_DEVICE);
         if (end->peer == NULL) {
             fab->ends[end->mark] = NULL;
             result = AT_ENOMEM;
         } else {
             end->peer->paused = 1;
+            end->peer->device = at_fab_is(fab, AT_FAB_DEVICE);
+            end->peer->pins = at_fab_is(fab, AT_FAB_LOCAL_MR);
             result = end->peer->id;
             if ((end->bundle = bundle) != NULL) {
                 end->place = bundle->count;
                 bundle->members[bundle->count++] = end;
                 bundle->users++;
                 bundle->peer->device &= end->peer->device;
+                bundle->peer->pins |= end->peer->pins;
             }
         }
     }

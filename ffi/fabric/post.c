@@ -159,7 +159,7 @@ int64_t at_fab_post(at_peer *peer, at_op *op) {
     if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) return AT_ESTALE;
     at_fab_slot *slot = at_fab_slot_take(end->fab);
     if (slot == NULL) return AT_EAGAIN;
-    int rc = at_fab_post_slot(end, op, slot, op->cursor, op->extent - op->cursor);
+    int rc = at_fab_post_slot(end, op, slot, op->cursor, op->extent - op->tail - op->cursor);
     if (rc == AT_OK) return (int64_t)slot->steps;
     at_fab_slot_free(end->fab, slot);
     if (rc == AT_EAGAIN) at_fab_kick(end->fab); /* tried again by the loop, or by the thread if that does not come */

@@ -12,6 +12,7 @@
  *
  * A lane whose copier is held up when its engine ends is left to it, with all that it uses (end.c). */
 #include "copiers.h"
+#include "stage.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -91,7 +92,7 @@ static int find_job(const at_lane *lane, job *out) {
             for (at_op *op = peer->lines[risk].head; op != NULL && looks < MOST_LOOKS; op = op->next, looks++) {
                 /* what waits for memory of ours does that first, and takes no place in the peer meanwhile */
                 int as = op->waits ? AT_RISK_SLOW : risk;
-                if (words[as] < 0 || region_taken(copiers, op)) continue;
+                if (words[as] < 0 || region_taken(copiers, op) || (peer->port->window != 0 && !at_stage_may(op))) continue;
                 *out = (job){.peer = peer, .op = op, .risk = as, .mover = words[as]};
                 return 1;
             }
@@ -127,6 +128,16 @@ static void fetch_local(at_lane *lane, at_op *op) {
     else at_op_enqueue(op);
 }
 
+/* For a port that only posts: local memory is made ready, and then the port has its turn. */
+static void make_ready(at_lane *lane, at_peer *peer, at_op *op) {
+    at_stage_next(lane, op);
+    at_refill(peer);
+    at_rail *rails = lane->rails;
+    at_unlock(lane);
+    at_rails_progress(rails, AT_TURN_POST);
+    at_lock(lane);
+}
+
 static void run(copier *me, const job *job) {
     at_lane *lane = me->lane;
     at_copiers *copiers = lane->copiers;
@@ -141,7 +152,9 @@ static void run(copier *me, const job *job) {
     copiers->busy++;
     copiers->turn = peer->index + 1;
     if (lane->risky > 1) another(lane);
-    if (job->op != NULL && job->risk == job->op->risk) {
+    if (job->op != NULL && peer->port->window != 0) {
+        make_ready(lane, peer, job->op);
+    } else if (job->op != NULL && job->risk == job->op->risk) {
         at_move_one(lane, peer, job->op, ROUND_BYTES, job->mover, &me->since);
     } else if (job->op != NULL) {
         fetch_local(lane, job->op);

@@ -8,7 +8,7 @@ int at_is_there(const at_op *op);   /* resident.c: are all pages of local memory
 void at_fetch_local(const at_op *op); /* wait for them. NO LOCK, a copier's */
 static inline int at_may_wait(const at_region *region) { return region->slow | (region->absent != 0); }
 
-/* AT_RISK_* of a resolved operation, on a synchronous path; sets op->waits. */
+/* AT_RISK_* of a resolved operation; sets op->waits. */
 static inline int at_risk(at_op *op) {
     if (op->remote == NULL || !(op->remote->foreign | at_may_wait(op->region)) || op->nbytes == 0) return AT_RISK_NONE;
     op->waits = at_may_wait(op->region) && (op->region->slow || !at_is_there(op));

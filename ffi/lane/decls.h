@@ -32,6 +32,7 @@ enum at_status {
     AT_EAGAIN = -22,       /* a provider could not take more now (never leaves the lane) */
     AT_EDEVICE = -24,      /* the local region is memory of a GPU, which this path does not take */
     AT_EMEMORY = -25,      /* the local memory is not there any more: its file was shortened, or it was unmapped */
+    AT_EFILE = -26,        /* the memory is a mapping of a file, which this path does not lend */
     AT_EPROTO = -23        /* the peer broke the protocol of the shared memory */
 };
 
@@ -126,6 +127,7 @@ int at_region_on_device(at_lane *lane, int64_t region, int cuda, int dmabuf_fd, 
 int at_region_lazy(at_lane *lane, int64_t region);
 /* Before it is used: look whether it is a mapping of a file, whose pages somebody may take away. */
 int at_region_look(at_lane *lane, int64_t region);
+int at_region_is_file(at_lane *lane, int64_t region); /* what that look has found: 1 or 0; AT_ECLOSED */
 int at_region_close(at_lane *lane, int64_t region); /* 0: free now; 1: an AT_EV_REGION event will come */
 
 /* Grants: one epoch word each. *epoch receives the value that makes a descriptor valid. */
@@ -147,6 +149,8 @@ int64_t at_remote_add(at_lane *lane, int64_t peer, void *base, uint64_t va, uint
 /* Before it is used: it is a mapping of this segment of `nbytes` bytes; the descriptor is lent as base is. Its owner is given up when pages
  * of it are missing, as making them again would be paid for by us: that is looked at after every 1 MiB that is moved. */
 int at_remote_guard(at_lane *lane, int64_t remote, int fd, uint64_t nbytes);
+/* Before it is used: it is memory of this process that may be taken away, as at_region_is_file says of its owner's region. */
+int at_remote_is_file(at_lane *lane, int64_t remote);
 /* For who has read there by a mapping of its own: AT_OK when all that was read before this call was the owner's to give, AT_ESTALE
  * when it may be of the memory's next user. */
 int at_remote_valid(at_lane *lane, int64_t remote);

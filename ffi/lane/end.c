@@ -5,6 +5,7 @@
  *   at_lane_end   Threads are joined, peers and rails are destroyed, descriptors are closed. No other thread is in a call of this lane.
  *   at_lane_free  The lane itself. Until then it answers late calls, of a coroutine that is taken apart for example: there is nothing. */
 #include "lane.h"
+#include "stage.h"
 
 #include <stdlib.h>
 #include <time.h>
@@ -93,6 +94,7 @@ static void forget_all(at_lane *lane) {
     for (uint32_t i = 0; i < lane->op_count; i++) {
         at_op *op = lane->ops[i];
         if (op == NULL) continue;
+        at_stage_free(op->stage);
         free(op->table);
         free(op->batch);
         free(op);

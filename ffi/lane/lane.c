@@ -375,6 +375,7 @@ const char *at_strerror(int status) {
     case AT_EUNKNOWN: return "unknown";
     case AT_ERAIL: return "rail broken";
     case AT_EDEVICE: return "this path does not take memory of a GPU";
+    case AT_EFILE: return "this path does not lend a mapping of a file";
     case AT_EMEMORY: return "the local memory is not there any more";
     case AT_EPROTO: return "peer broke the protocol";
     default: return "unknown status";

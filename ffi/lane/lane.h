@@ -37,6 +37,7 @@
 typedef struct at_peer at_peer;
 typedef struct at_op at_op;
 typedef struct at_copiers at_copiers;
+typedef struct at_stage at_stage;
 
 /* A set of CPUs. Empty: any. */
 typedef struct {
@@ -114,6 +115,7 @@ typedef struct {
     uint32_t users;
     int access;
     int open;
+    int file;                        /* of this process too (the simulator), and a page of it may be taken away: see own.c */
     int foreign;                     /* a page of it can hold up the thread that touches it: see copiers.c */
     int segment_fd;                  /* of the mapping, lent; -1: none that could be punched */
     uint64_t segment_bytes;
@@ -182,6 +184,7 @@ struct at_op {
     int64_t parent;         /* cookie of the batch it belongs to, or 0 */
     uint32_t child;         /* which result of that is its own */
     _Atomic int withdrawn;
+    at_stage *stage;        /* asynchronous, owned: a copy of local memory that can hold up whoever touches it; NULL: none */
 };
 
 /* Who moves bytes, each with an active word of its own: the loop's thread, another submitting thread, the native thread, the one that
@@ -247,6 +250,8 @@ struct at_peer {
     uint32_t posted;            /* work requests at the provider */
     int stalled;                /* the provider refused a post: counted in lane->stalled */
     int device;                 /* its rail takes memory of a GPU */
+    int pins;                   /* its rail registers local memory with a device: pages stay where they are */
+    uint64_t staged;            /* bytes of copies that its operations have, see stage.c */
     int paused;                 /* its connection is being opened again: nothing is posted until then */
     uint64_t queued_ops, queued_bytes;
     at_line lines[AT_RISKS];    /* waiting operations, oldest first; those with a risk are for copiers */

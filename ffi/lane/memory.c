@@ -111,10 +111,18 @@ int at_region_look(at_lane *lane, int64_t id) {
     region = at_region_use(lane, id);
     if (region != NULL) {
         region->file = kind != AT_FILE_NONE;
-        region->slow = kind == AT_FILE_SLOW;
+        region->slow = kind == AT_FILE_SLOW && !(lane->config.flags & AT_LANE_NO_THREAD); /* no copier would ever come */
     }
     at_unlock(lane);
     return region != NULL ? AT_OK : AT_ECLOSED;
+}
+
+int at_region_is_file(at_lane *lane, int64_t id) {
+    at_lock(lane);
+    const at_region *region = at_region_use(lane, id);
+    int result = region != NULL ? region->file : AT_ECLOSED;
+    at_unlock(lane);
+    return result;
 }
 
 at_region *at_region_use(at_lane *lane, int64_t id) {
@@ -276,6 +284,14 @@ int at_remote_guard(at_lane *lane, int64_t id, int fd, uint64_t nbytes) {
         remote->segment_fd = fd;
         remote->segment_bytes = nbytes;
     }
+    at_unlock(lane);
+    return remote != NULL ? AT_OK : AT_ESTALE;
+}
+
+int at_remote_is_file(at_lane *lane, int64_t id) {
+    at_lock(lane);
+    at_remote *remote = at_remote_use(lane, id);
+    if (remote != NULL) remote->file = 1;
     at_unlock(lane);
     return remote != NULL ? AT_OK : AT_ESTALE;
 }

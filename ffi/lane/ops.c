@@ -8,6 +8,7 @@
  *   - regions, remote regions and peers outlive the operations that use them (use counts). */
 #include "copiers.h"
 #include "lane.h"
+#include "stage.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -132,6 +133,7 @@ void at_op_end(at_op *op) {
     peer->queued_bytes -= op->nbytes * op->units;
     if (region != NULL) at_region_release(lane, op->region_index);
     if (remote != NULL) at_remote_release(lane, op->remote_index);
+    if (op->stage != NULL) at_stage_drop(op);
     free(op->table);
     op->table = NULL;
     if (op->detached == AT_DETACHED) {
@@ -225,6 +227,16 @@ void at_op_unpost(at_op *op) {
     op->peer->posted--;
 }
 
+/* Its tail may be posted now. */
+static void go_first(at_op *op) {
+    at_line *line = &op->peer->lines[0];
+    op->tail = 0;
+    op->next = line->head;
+    line->head = op;
+    if (line->tail == NULL) line->tail = op;
+    op->queued = 1;
+}
+
 void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, uint64_t counted, int status) {
     at_peer *peer = op->peer;
     op->posted--;
@@ -243,11 +255,7 @@ void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, uint64_t counted,
     } else if (op_over(op) && (op->moved == op->extent || atomic_load(&op->withdrawn))) {
         at_op_end(op);
     } else if (op->tail != 0 && op->moved == op->extent - op->tail && !atomic_load(&op->withdrawn)) {
-        op->tail = 0; /* all bytes have landed: now their immediates may go, before everything else */
-        op->next = peer->lines[0].head;
-        peer->lines[0].head = op;
-        if (peer->lines[0].tail == NULL) peer->lines[0].tail = op;
-        op->queued = 1;
+        if (!at_stage_landed(op)) go_first(op); /* all bytes have landed: now their immediates may go, before everything else */
     }
     at_refill(peer);
     at_peer_release(peer);
@@ -344,6 +352,7 @@ int at_fence(at_lane *lane, int64_t cookie) {
             at_op *batch = at_op_find(lane, cookie); /* fencing may have ended it */
             at_op *one = batch == NULL || batch->batch == NULL ? batch : at_op_find(lane, batch->batch->children[i]);
             if (one == NULL || one->over || one->peer->port->fence == NULL) continue;
+            if (one->peer->port->window != 0 && one->posted == 0) continue; /* a copier is held up by memory of ours: no fence changes that */
             at_peer *peer = one->peer;
             peer->users++;
             peer->port->fence(peer);

@@ -137,7 +137,8 @@ static int64_t join_batch(at_lane *lane, int64_t parent, uint64_t count, uint32_
         int64_t cookie = at_op_keep(lane, op);
         if (cookie >= AT_FIRST_COOKIE) {
             batch->children[child] = cookie;
-            if (op->peer->port->window != 0) at_refill(op->peer);
+            if (op->risk != AT_RISK_NONE) at_copiers_call(lane);
+            else if (op->peer->port->window != 0) at_refill(op->peer);
             return parent;
         }
         rc = (int)cookie;
@@ -207,7 +208,7 @@ static int64_t post_targets(at_lane *lane, at_op *ops, uint64_t count, const at_
     }
     if (parent < 0) return parent; /* no memory for the first that did not land: the targets before it have */
     if (parent == 0) return lane->turn_due ? AT_DUE : AT_OK;
-    if (queued) at_wake_mover(lane, 0), at_copiers_call(lane);
+    if (queued) at_wake_mover(lane, 0);
     at_batch_ended(lane, parent, (uint32_t)count, AT_OK, landed);
     return parent;
 }

@@ -4,6 +4,7 @@
  * enough to know how many of an operation's were counted, and to let so many of its units go without one. */
 #include "copiers.h"
 #include "lane.h"
+#include "stage.h"
 
 #include <stddef.h>
 
@@ -36,6 +37,7 @@ static int go(at_lane *lane, at_op *op, at_peer *from, at_peer *to, const mappin
     uint32_t index = 0;
     if (op->remote != NULL && (remote = counterpart(lane, op, to, map, &index)) == NULL) return AT_ERAIL;
     at_op_dequeue(op);
+    at_stage_drop(op);
     uint64_t nbytes = op->nbytes * op->units;
     from->queued_ops--, from->queued_bytes -= nbytes;
     to->queued_ops++, to->queued_bytes += nbytes;
@@ -52,7 +54,7 @@ static int go(at_lane *lane, at_op *op, at_peer *from, at_peer *to, const mappin
     if (to->port->window != 0) op->extent = op->units;
     else op->extent = op->kind == AT_OP_PAGES ? op->units : op->nbytes != 0 ? op->nbytes : 1;
     if (to->port->cut != NULL) to->port->cut(to, op);
-    op->risk = to->port->window != 0 ? AT_RISK_NONE : at_risk(op);
+    op->risk = at_risk(op);
     at_op_enqueue(op);
     at_peer_release(from);
     return AT_OK;
@@ -75,7 +77,8 @@ int64_t at_reroute(at_lane *lane, int64_t from_id, int64_t to_id, uint64_t n, co
         if (from->port->forget != NULL) from->port->forget(from);
         at_peer_release(from);
         if (to->port->window != 0) at_refill(to);
-        else at_wake_mover(lane, 0), at_copiers_call(lane);
+        else at_wake_mover(lane, 0);
+        at_copiers_call(lane);
     }
     at_unlock(lane);
     return count;

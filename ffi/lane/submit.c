@@ -149,9 +149,8 @@ int at_submit_here(at_lane *lane, at_op *op) {
     if (op->units == 0) return AT_OK;
     if (op->peer->status != AT_OK) return AT_EPEER; /* of a scatter: since it was resolved */
     if (op->remote != NULL) note_footprint(lane, op, nbytes);
-    if (port->window != 0) return AT_EAGAIN;
     op->risk = at_risk(op);
-    if (op->risk != AT_RISK_NONE || (op->detached && lane->moving_other)) return AT_EAGAIN;
+    if (port->window != 0 || op->risk != AT_RISK_NONE || (op->detached && lane->moving_other)) return AT_EAGAIN;
     int here = nbytes <= lane->config.inline_bytes && (nbytes <= LATE_BYTES || op->detached || !lane->turn_due);
     return here || (lane->config.flags & AT_LANE_NO_THREAD) ? AT_HERE : AT_EAGAIN;
 }
@@ -318,8 +317,8 @@ static int64_t submitted(at_lane *lane, at_op *op, int rc) {
     if (rc != AT_EAGAIN) return rc;
     int64_t cookie = at_op_keep(lane, op);
     if (cookie < 0) return cookie;
-    if (op->peer->port->window != 0) at_refill(op->peer);
-    else if (op->risk != AT_RISK_NONE) at_copiers_call(lane);
+    if (op->risk != AT_RISK_NONE) at_copiers_call(lane);
+    else if (op->peer->port->window != 0) at_refill(op->peer);
     else at_wake_mover(lane, cookie);
     return cookie;
 }

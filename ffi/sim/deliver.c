@@ -3,6 +3,7 @@
 
 #include "lane/own.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -47,6 +48,7 @@ void at_request_end(at_net *net, at_request *request, uint64_t units, int status
     uint64_t counted = request->imm >= 0 ? units : 0;
     free(request);
     at_lock(lane);
+    if (status == AT_EIO) lane->oserror = EFAULT;
     at_op_complete(op, units, units * op->nbytes, counted, status);
     at_unlock(lane);
     (void)pthread_mutex_lock(&net->lock);
@@ -59,7 +61,8 @@ static int copy(at_request *request, uint64_t until) {
     if (until <= request->done) return AT_OK;
     uint8_t *local = request->local + request->done, *remote = request->remote + request->done;
     uint8_t *to = request->reads ? local : remote, *from = request->reads ? remote : local;
-    if (request->file && at_own_copy(to, from, until - request->done) != 0) return AT_EMEMORY;
+    if (request->file && at_own_copy(to, from, until - request->done) != 0) /* whose is gone? */
+        return at_own_readable(local, until - request->done) ? AT_EIO : AT_EMEMORY;
     if (!request->file) memcpy(to, from, until - request->done);
     request->done = until;
     return AT_OK;

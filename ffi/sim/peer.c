@@ -63,7 +63,7 @@ static int64_t sim_post(at_peer *peer, at_op *op) {
             to += (uint64_t)op->remote_pages[op->cursor] * op->remote_stride;
         }
         request->local = op->local + from;
-        request->file = op->region->file;
+        request->file = op->region->file || remote->file;
         request->remote = base + to;
         request->reads = op->kind == AT_OP_READ;
         request->word = remote->word;

@@ -48,7 +48,7 @@ struct at_request {
     at_op *op;
     uint8_t *local, *remote;
     int reads; /* from remote to local */
-    int file;  /* local memory may be taken away */
+    int file;  /* memory of either side may be taken away */
     uint64_t n, done;
     int64_t imm;
     const _Atomic uint64_t *word; /* NULL: a signal */

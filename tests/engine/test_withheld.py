@@ -11,25 +11,34 @@ import pytest
 
 from aiotransfer.providers import native
 from aiotransfer.testing import engine_pair
+from tests.needs import needs_tcp
 
 from .withheld import can_withhold
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="foreign memory is reached on Linux")
 
 
-def run(scenario: str) -> None:
+def run(*scenario: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.withheld", scenario], capture_output=True, text=True, timeout=90, check=False
+        [sys.executable, "-m", "tests.engine.withheld", *scenario], capture_output=True, text=True, timeout=90, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("ok\n")
 
 
-@pytest.mark.parametrize("scenario", ["others_go_on", "many_of_one_process", "sources_of_ours"])
+@pytest.mark.parametrize("scenario", ["others_go_on", "many_of_one_process"])
 def test_a_page_that_is_withheld_stops_nobody(scenario: str) -> None:
     if not can_withhold():
         pytest.skip("userfaultfd is not permitted here")
     run(scenario)
+
+
+@pytest.mark.parametrize("provider", ["shm", "loopback", pytest.param("tcp", marks=needs_tcp())])
+@pytest.mark.parametrize("kind", ["plain", "file"])
+def test_memory_of_ours_that_is_withheld_stops_nobody(provider: str, kind: str) -> None:
+    if not can_withhold():
+        pytest.skip("userfaultfd is not permitted here")
+    run("sources_of_ours", provider, kind)
 
 
 def test_a_thread_that_is_held_up_inside_a_copy_stops_nobody() -> None:

@@ -14,6 +14,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -50,6 +51,19 @@ def withhold(nbytes: int) -> int:
     return address
 
 
+def behind_a_file(nbytes: int) -> int:
+    """The address of memory of which the second half never comes, and the first is a mapping of a file."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    address = withhold(nbytes)
+    with tempfile.TemporaryFile() as file:
+        file.truncate(nbytes // 2)
+        fixed = libc.mmap(address, nbytes // 2, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | 0x10, file.fileno(), 0)
+    assert fixed == address, ctypes.get_errno()
+    return address
+
+
 def can_withhold() -> bool:
     """Whether this process may."""
     try:
@@ -69,19 +83,24 @@ def copiers() -> int:
     return count
 
 
-async def own(address: str) -> None:
+def share(engine: at.Engine) -> None:
+    """Memory of both kinds that others may use."""
+    engine.publish("foreign", engine.register(np.zeros(NBYTES, np.uint8)), access="both")
+    engine.publish("mapped", engine.allocate(NBYTES), access="both")
+
+
+async def own(address: str, provider: str) -> None:
     """A process that withholds one region and shares others."""
-    async with at.open_engine() as engine:
+    async with at.open_engine(providers=provider) as engine:
         engine.publish("bad", engine.register((withhold(NBYTES), NBYTES, "cpu")))
-        engine.publish("foreign", engine.register(np.zeros(NBYTES, np.uint8)), access="both")
-        engine.publish("mapped", engine.allocate(NBYTES))
+        share(engine)
         peer = await engine.connect(address)
         await peer.closed()
 
 
 @contextlib.asynccontextmanager
-async def owner(engine: at.Engine) -> AsyncIterator[at.Peer]:
-    process = subprocess.Popen([sys.executable, "-m", "tests.engine.withheld", "own", str(engine.address)])
+async def owner(engine: at.Engine, provider: str = "auto") -> AsyncIterator[at.Peer]:
+    process = subprocess.Popen([sys.executable, "-m", "tests.engine.withheld", "own", str(engine.address), provider])
     try:
         yield await asyncio.wait_for(anext(engine.arrivals()), 6 * SLACK)
     finally:
@@ -130,37 +149,64 @@ async def others_go_on() -> None:
     assert time.monotonic() - ends < 2 * SLACK, "aclose waits for a page"
 
 
-async def sources_of_ours() -> None:
+@contextlib.asynccontextmanager
+async def target(engine: at.Engine, provider: str) -> AsyncIterator[at.Peer]:
+    """An owner that is reached by this provider."""
+    if provider != "loopback":
+        async with owner(engine, provider) as peer:
+            yield peer
+        return
+    async with at.open_engine(providers=provider) as other:
+        share(other)
+        await other.connect(engine.address)
+        yield await anext(engine.arrivals())
+
+
+async def sources_of_ours(provider: str, kind: str) -> None:
     """Pages of our own memory do not come: what needs them waits alone, whatever kind of memory it goes to."""
-    async with at.open_engine(listen="127.0.0.1:0", config=CONFIG) as engine, owner(engine) as peer:
-        trap = engine.register((withhold(NBYTES), NBYTES, "cpu"))
+    withheld = {"plain": withhold, "file": behind_a_file}[kind]
+    async with (
+        at.open_engine(listen="127.0.0.1:0", providers=provider, config=CONFIG) as engine,
+        target(engine, provider) as peer,
+    ):
+        trap = engine.register((withheld(NBYTES), NBYTES, "cpu"))
+        bad = trap[NBYTES // 2 :]
         half = np.frombuffer(mmap.mmap(-1, NBYTES), np.uint8)  # nothing withholds it: its pages come when they are touched
         late, source = engine.register(half), engine.register(np.ones(NBYTES, np.uint8))
         mapped, foreign = await peer.lookup("mapped"), await peer.lookup("foreign")
         began = time.monotonic()
         table = np.arange(4)
         stuck = [
-            engine.write(trap[:64], mapped[:64], timeout=0.4),
+            engine.write(bad[:64], mapped[:64], timeout=0.4),
             engine.write(trap, mapped, timeout=0.4),
-            engine.write(trap[:64], foreign[:64], timeout=0.4),
-            engine.write_pages(trap, table, mapped, table, page_bytes=4096, timeout=0.4),
-            engine.read(foreign[:64], trap[4096:4160], timeout=0.4),
+            engine.write(bad[:64], foreign[:64], timeout=0.4),
+            engine.write_pages(bad, table, mapped, table, page_bytes=4096, timeout=0.4),
+            engine.read(foreign[:64], bad[4096:4160], timeout=0.4),
+            engine.scatter(bad, [(0, 64, mapped[:64]), (64, 64, foreign[:64])], timeout=0.4),
+            engine.prepare_write(bad[:64], mapped[:64]).post(timeout=0.4),
         ]
+        handle = engine.from_thread()
+        thread = handle.write(bad[:64], mapped[:64])
         assert time.monotonic() - began < SLACK
         assert not any(transfer.done() for transfer in stuck)
         async with asyncio.timeout(SLACK):
             for memory in (source, late):
                 await engine.write(memory[:64], mapped[:64], timeout=SLACK)
                 await engine.write(memory, mapped, timeout=SLACK)
+                await engine.read(foreign, memory, timeout=SLACK)
                 await engine.write_pages(memory, table, mapped, table, page_bytes=4096, timeout=SLACK)
             await peer.ping(timeout=SLACK)
         for transfer in stuck:
             try:
                 await asyncio.wait_for(transfer, 2 * SLACK)
-            except (at.TransferTimeout, at.QuarantineError):
+            except (at.TransferTimeout, at.QuarantineError, at.ScatterError):
                 continue
             raise AssertionError("a write of a withheld page succeeded")
+        with contextlib.suppress(at.TransferTimeout, at.QuarantineError):
+            await asyncio.to_thread(thread.wait, 0.4)
+            raise AssertionError("a write of a withheld page succeeded")
         assert copiers() <= 3, copiers()
+        await engine.write(source, mapped, timeout=SLACK)
         ends = time.monotonic()
     assert time.monotonic() - ends < 2 * SLACK, "aclose waits for a page"
 
