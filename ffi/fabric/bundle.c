@@ -147,8 +147,14 @@ static void post_again(at_fab_bundle *bundle) {
 
 static void flush(at_peer *peer) {
     at_fab_bundle *bundle = peer->impl;
-    for (uint32_t i = 0; i < bundle->count; i++)
-        if (bundle->members[i] != NULL) at_fab_flush_posts(bundle->members[i]->peer);
+    int room = 0;
+    for (uint32_t i = 0; i < bundle->count; i++) {
+        at_fab_end *end = bundle->members[i];
+        if (end == NULL) continue;
+        at_fab_flush_posts(end->peer);
+        room |= at_fab_has_room(end);
+    }
+    if (room) at_fab_still_stalled(peer, &bundle->again); /* else one that comes up will ask */
 }
 
 void at_fab_bundle_refill(at_fab_bundle *bundle) {

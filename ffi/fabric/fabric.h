@@ -316,6 +316,7 @@ int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
 void at_fab_cut(at_peer *peer, at_op *op);
 int64_t at_fab_post(at_peer *peer, at_op *op);
 void at_fab_flush_posts(at_peer *peer); /* what was gathered goes out */
+void at_fab_still_stalled(at_peer *peer, const at_fab_list *again); /* a part of it */
 void at_fab_post_again(at_fab_end *end); /* what is to be posted again, as far as the window allows */
 
 /* letters.c, with the lane's lock */

@@ -166,9 +166,16 @@ int64_t at_fab_post(at_peer *peer, at_op *op) {
     return rc == AT_ERAIL ? 0 : rc; /* broken: it waits until the connection is open again */
 }
 
+/* After a refill, which takes the peer for not stalled any more: of what is to be posted again nothing was tried, and where nothing is posted
+ * no completion will ask. */
+void at_fab_still_stalled(at_peer *peer, const at_fab_list *again) {
+    if (again->head != NULL && peer->posted == 0 && !peer->paused) at_stall(peer, 1);
+}
+
 void at_fab_flush_posts(at_peer *peer) {
     at_fab_end *end = peer->impl;
     at_fab *fab = end->fab;
+    at_fab_still_stalled(peer, &end->again);
     if (end->ep == NULL || fab->driver->flush == NULL || fab->gathering) return;
     (void)pthread_mutex_lock(&fab->lock);
     int rc = fab->driver->flush(end);
