@@ -89,12 +89,29 @@ def find_compiler() -> list[str]:
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         missing.append(f"the headers of Python {sys.version_info.major}.{sys.version_info.minor} (Python.h)")
     if missing:
-        raise SystemExit(
-            f"aiotransfer cannot be built: {' and '.join(missing)} not found. Install what is missing (Debian and Ubuntu: "
-            f"apt-get install gcc libc6-dev python3-dev), then {AGAIN}. AIOTRANSFER_SKIP_NATIVE=1 installs without the native "
-            "extension; no engine can be opened then."
-        )
+        raise SystemExit(refusal(f"{' and '.join(missing)} not found"))
     return compiler
+
+
+def refusal(why: str) -> str:
+    """Why there can be no extension, and what to do."""
+    return (
+        f"aiotransfer cannot be built: {why}. Install what is missing (Debian and Ubuntu: apt-get install gcc libc6-dev "
+        f"python3-dev), then {AGAIN}. AIOTRANSFER_SKIP_NATIVE=1 installs without the native extension; no engine can be "
+        "opened then."
+    )
+
+
+def try_compiler(compiler: list[str]) -> None:
+    """Raises `SystemExit` when the compiler is there but makes nothing: `CC` names another program, the C library is missing."""
+    with tempfile.TemporaryDirectory() as work:
+        source, target = Path(work, "works.c"), Path(work, "works.so")
+        source.write_text("#include <stdio.h>\n#include <Python.h>\nint works(void) { return EOF; }\n")
+        flags = ["-fPIC", f"-I{sysconfig.get_paths()['include']}", *of_the_user()]
+        done = subprocess.run([*compiler, *flags, "-shared", str(source), "-o", str(target)], capture_output=True, text=True)
+        if done.returncode != 0 or not target.exists():
+            said = done.stderr.strip() or f"it ended with {done.returncode} and said nothing"
+            raise SystemExit(refusal(f"the C compiler ({shlex.join(compiler)}) cannot compile three lines: {said}"))
 
 
 def strict(others: list[str]) -> None:
@@ -108,6 +125,7 @@ def build() -> Path | None:
     if os.environ.get("AIOTRANSFER_SKIP_NATIVE") == "1":
         return record("AIOTRANSFER_SKIP_NATIVE=1 was set when aiotransfer was installed")
     compiler = find_compiler()
+    try_compiler(compiler)
     import cffi
     from setuptools import Distribution
     from setuptools.command.build_ext import build_ext

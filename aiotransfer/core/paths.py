@@ -10,7 +10,7 @@ SAME_HOST = frozenset({"shm", "loopback"})
 
 
 class Offer(NamedTuple):
-    """What one side says of a provider. `host` is equal on both sides when a same-host provider may work."""
+    """What one side says of a provider. `host` is equal on both sides when a same-host provider may work; empty: not known."""
 
     provider: str
     usable: bool
@@ -55,6 +55,13 @@ def _why_not(name: str, mine: Offer | None, theirs: Offer | None, require: str |
         return f"unusable on this side: {mine.reason}"
     if not theirs.usable:
         return f"unusable on the other side: {theirs.reason}"
-    if name in SAME_HOST and mine.host != theirs.host:
+    if apart(name, mine.host, theirs.host):
         return "the two sides are on different hosts"
+    if name in SAME_HOST and mine.host != theirs.host:
+        return f"{'the other' if mine.host else 'this'} side cannot tell which host it is on (is /proc mounted there?)"
     return None
+
+
+def apart(provider: str, mine: bytes, theirs: bytes) -> bool:
+    """The provider is for one host, and the two sides are known to be on different ones."""
+    return provider in SAME_HOST and mine != theirs and bool(mine) and bool(theirs)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiotransfer.config import Config
 from aiotransfer.engine.engine import Engine
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.engine.world import REAL, World
 from aiotransfer.providers import native
 
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 OPEN = "write `async with open_engine(...) as engine:` or `engine = await open_engine(...)`"
 
 
-class Opening:
+class Opening(Unpicklable):
     """What `open_engine` returns: `async with` it, or await it and call `aclose` yourself."""
+
+    _instead = "open an engine in the other process"
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -13,7 +13,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from aiotransfer.advice import advise
-from aiotransfer.core.paths import AUTOMATIC, Offer, Ranking, rank
+from aiotransfer.core.paths import AUTOMATIC, Offer, Ranking, apart, rank
 from aiotransfer.engine.placement import cpus_for
 from aiotransfer.errors import BrokenError, ProviderUnavailableError, RegistrationError, TransferError, again
 from aiotransfer.providers import native
@@ -164,7 +164,7 @@ class Paths:
             return False
         theirs = next((o for o in peer._link.info.offers if o.provider == name), None)
         ours = self._engine._providers[name].terms()
-        return theirs is not None and (name not in ("shm", "loopback") or theirs.host == ours.host)
+        return theirs is not None and not apart(name, ours.host, theirs.host)
 
     # ---- memory ----
 

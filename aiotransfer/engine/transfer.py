@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from aiotransfer.engine.notes import noted
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import QuarantineError, TransferError, again
-from aiotransfer.providers.port import Binding
+from aiotransfer.providers.port import Binding, Path
 
 if TYPE_CHECKING:
     from aiotransfer.engine.base import EngineBase
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from aiotransfer.engine.outcomes import Outcomes
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.staging import Stage
-    from aiotransfer.providers.port import Path
 
 DONE, PENDING, FAILED, CANCELLED = 0, 1, 2, 3
 _FINISHED = cast("Generator[Any, None, None]", iter(()))  # an exhausted iterator: awaiting it returns at once
@@ -159,7 +158,8 @@ class Transfer(Unpicklable):
         self._landed = landed
         self._elapsed = engine._loop.time() - self._started
         self._error = error
-        self._keep = None
+        peer = self._peer
+        self._keep = None if peer is None or len(peer._paths) < 2 else self.path  # of its memory nothing is kept
         self._state = state
         heard = False
         for waiter in self._waiters:
@@ -269,7 +269,10 @@ class Transfer(Unpicklable):
         if self._peer is None:
             return None
         keep = getattr(self, "_keep", None)
-        bound = next((one for one in keep if isinstance(one, Binding)), None) if isinstance(keep, tuple) else None
+        if isinstance(keep, Path):  # it has ended
+            return keep
+        kept = keep if isinstance(keep, tuple) else getattr(keep, "_keep", ())  # a plan has what it keeps for all its posts
+        bound = next((one for one in kept if isinstance(one, Binding)), None)
         return self._peer.path if bound is None or bound.path.dead else bound.path
 
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.engine.base import seconds
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, PeerLostError, QuarantineError, TransferError, TransferTimeout, again
 from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.errors import KVRequestError, RequestCancelled, RequestFailed, RequestRefused
@@ -73,8 +74,10 @@ class Arrival:
     skip_tokens: int
 
 
-class Handle:
+class Handle(Unpicklable):
     """A request. Made by `Decoder.request`; enter it once."""
+
+    _instead = "make the request in the process that waits for it"
 
     def __init__(self, decoder: Decoder, order: Order) -> None:
         self.order = order

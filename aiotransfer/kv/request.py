@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.engine.base import seconds
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import PeerLostError, StaleRegionError, TransferTimeout, again
 from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.errors import RequestCancelled, RequestFailed
@@ -84,8 +85,10 @@ class LayerWrite(NamedTuple):
     landed: float
 
 
-class PrefillRequest:
+class PrefillRequest(Unpicklable):
     """A request that was accepted. Made by `Prefiller.accept`; `async with` it: the decode side is told of whatever ends it."""
+
+    _instead = "what the model needs is in .id, .tokens and .data"
 
     def __init__(self, prefiller: Prefiller, key: Key, message: wire.Reserve, places: Receivers) -> None:
         self.key = key

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.kv.tracing import trace
 
 if TYPE_CHECKING:
@@ -21,8 +22,10 @@ R = TypeVar("R", bound="Role")
 MOST_RECORDS = 1000
 
 
-class Role:
+class Role(Unpicklable):
     """A decoder or a prefiller."""
+
+    _instead = "make it in the process that has the memory"
 
     def __init__(self, on_record: Callable[[RequestRecord], object] | None) -> None:
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)

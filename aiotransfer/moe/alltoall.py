@@ -11,6 +11,7 @@ import numpy as np
 
 from aiotransfer.control.patience import Patience, Until
 from aiotransfer.engine.base import seconds
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import BusyError, ClosedError, TransferError, TransferTimeout
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe import tensors
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 SCALED_ELEMENTS = 128  # elements of float8 that share a scale, usually
 
 
-class AllToAll:
+class AllToAll(Unpicklable):
     """One rank's side. Awaitable and an async context manager: both return when all ranks have met.
 
     `group`: the ranks in order, rank r holding experts [r * E / ranks, (r + 1) * E / ranks) of E = `num_experts`. All sizes
@@ -61,6 +62,8 @@ class AllToAll:
     rows at their places one by one; "auto" does on the same host. `device`: of tokens and results. `timeout` (seconds, default
     the engine's) is that of every call that has none of its own, and of all that a call does.
     """
+
+    _instead = "every rank makes its own"
 
     def __init__(
         self,

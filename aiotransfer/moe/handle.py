@@ -9,6 +9,7 @@ import numpy as np
 
 from aiotransfer.control.patience import Patience, Until
 from aiotransfer.engine.base import seconds
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.moe.errors import StepRefused
 from aiotransfer.moe.tensors import Array, Kind, check, overlap, rows
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from aiotransfer.moe.step import Step
 
 
-class Handle:
+class Handle(Unpicklable):
     """One step, between its dispatch and the end of its combine.
 
     `step`: its number. `lost`: ranks that were lost while it was under way, or before; rows from them are zero. `dropped`,
@@ -86,7 +87,7 @@ class Dispatched:
         return f"<Dispatched {tuple(self.x.shape)} rows, step {self.handle.step}>"
 
 
-class _Half:
+class _Half(Unpicklable):
     """What was sent and is to be received."""
 
     __slots__ = ("_handle", "_timeout")

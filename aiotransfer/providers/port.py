@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import msgspec
 
@@ -128,6 +128,9 @@ class Path:
         self.dead = False
         self.bindings: weakref.WeakSet[Binding] = weakref.WeakSet()
         self.on_retired: Callable[[], None] = lambda: None
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} cannot be pickled or copied, it is a way out of this process: send path.provider")
 
     @property
     def members(self) -> tuple[Path, ...]:

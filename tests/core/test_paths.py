@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiotransfer.core.paths import AUTOMATIC, SAME_HOST, Offer, rank
+from aiotransfer.core.paths import AUTOMATIC, SAME_HOST, Offer, apart, rank
 
 names = st.sampled_from(AUTOMATIC)
 offers = st.lists(
@@ -43,3 +44,14 @@ def test_each_provider_is_a_path_or_has_exactly_one_reason(
 @given(offers, offers)
 def test_both_sides_see_the_same_paths(mine: list[Offer], theirs: list[Offer]) -> None:
     assert rank(mine, theirs).paths == rank(theirs, mine).paths
+
+
+@pytest.mark.parametrize(("mine", "theirs", "who"), [(b"", b"a", "this side"), (b"a", b"", "the other side")])
+def test_a_side_that_does_not_know_its_host_is_not_said_to_be_on_another_one(mine: bytes, theirs: bytes, who: str) -> None:
+    here, there = ([Offer("shm", True, "", host), Offer("tcp", True, "", b"")] for host in (mine, theirs))
+    ranking = rank(here, there)
+    assert ranking.paths == ("tcp",)
+    assert dict(ranking.reasons)["shm"].startswith(f"{who} cannot tell which host")
+    assert not apart("shm", mine, theirs)
+    assert apart("shm", b"a", b"b")
+    assert not apart("tcp", b"a", b"b")

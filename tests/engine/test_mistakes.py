@@ -107,7 +107,10 @@ async def test_what_belongs_to_a_loop_is_neither_pickled_nor_copied_and_says_wha
         pair.left.counter(): "counter.imm",
         pair.left.group([pair.left.address, pair.right.address]): "addresses of its members",
         pair.left.from_thread(): "make it in the process",
+        pair.right_peer.path: "path.provider",
+        (opening := at.open_engine()): "open an engine in the other process",
     }
+    await (await opening).aclose()
     for thing, advice in things.items():
         for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(TypeError, match="cannot be pickled") as refused:

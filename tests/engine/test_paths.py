@@ -12,7 +12,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.errors import BrokenError, RegistrationError
-from aiotransfer.providers import libfabric, native
+from aiotransfer.providers import libfabric, native, shm
 from aiotransfer.providers.fabric import FabricPath, FabricProvider
 from aiotransfer.providers.shm import ShmPath, ShmProvider
 from aiotransfer.testing import Pair, engine_pair
@@ -56,6 +56,16 @@ async def test_the_best_common_way_is_taken_and_says_why_not_a_better_one(monkey
         assert dict(pair.right_peer.path.reasons) == {"shm": "not this time"}
 
 
+async def test_a_peer_that_cannot_tell_its_host_is_reached_more_slowly_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No /proc in one of two containers of a host."""
+    async with at.open_engine() as one:
+        monkeypatch.setattr(shm, "_boot", lambda: b"")
+        async with at.open_engine() as other:
+            with pytest.warns(RuntimeWarning, match=r"reached by tcp, .*cannot tell which host"):
+                peer = await other.connect(one.address)
+            assert peer.path.provider == "tcp"
+
+
 async def test_memory_that_falls_to_a_slower_way_is_one_warning_for_each_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_permitted(self: ShmPath) -> None:
         raise RegistrationError("not permitted")
@@ -67,6 +77,29 @@ async def test_memory_that_falls_to_a_slower_way_is_one_warning_for_each_peer(mo
             await at.wait_all([pair.left.write(source[:PAGE], region.descriptor) for region in regions])
         assert len(seen) == 1
         await pair.left.write(source, allocated)
+
+
+async def test_a_transfer_says_which_way_its_bytes_took_also_when_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_permitted(self: ShmPath) -> None:
+        raise RegistrationError("not permitted")
+
+    monkeypatch.setattr(ShmPath, "_check_foreign", not_permitted)
+    async with ready(["shm", "tcp"]) as (pair, _, allocated, source):
+        left, piece = pair.left, source[:PAGE]
+        registered = pair.right.register(np.zeros(PAGE, np.uint8)).descriptor
+        for target, way in ((registered, "tcp"), (allocated[:PAGE], "shm")):
+            await left.write(piece, target)  # from here on it is known where the memory is
+            plan = left.prepare_write(piece, target)
+            for post in (
+                lambda target=target: left.write(piece, target),
+                lambda target=target: left.write_pages(piece, [0], target, [0], page_bytes=PAGE),
+                lambda target=target: left.scatter(piece, [at.ScatterTarget(0, PAGE, target)]),
+                plan.post,
+            ):
+                transfer = post()
+                under_way = transfer.path
+                await transfer
+                assert (under_way.provider, transfer.path.provider) == (way, way)
 
 
 async def test_a_required_provider_holds_for_the_memory_not_only_for_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:

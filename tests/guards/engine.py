@@ -41,6 +41,15 @@ GUARDS = (
         "tests/engine/test_staging.py",
     ),
     Mutant(
+        "transfers: the way that the bytes took", "aiotransfer/engine/transfer.py",
+        "self._keep = None if peer is None or len(peer._paths) < 2 else self.path", "self._keep = None",
+        "tests/engine/test_paths.py",
+    ),
+    Mutant(
+        "paths: a host that is not known is no other one", "aiotransfer/engine/paths.py",
+        "not apart(name, ours.host, theirs.host)", "theirs.host == ours.host", "tests/engine/test_paths.py",
+    ),
+    Mutant(
         "addresses: a star is a wildcard, too", "aiotransfer/model/address.py",
         '    if host == "*":', '    if host == "**":', "tests/model/test_address.py",
     ),

@@ -193,6 +193,10 @@ GUARDS = (
         "    if missing:\n        print(", "tests/system/test_build.py",
     ),
     Mutant(
+        "installation: a compiler that makes nothing", "ffi/build.py", "    try_compiler(compiler)\n", "",
+        "tests/system/test_build.py",
+    ),
+    Mutant(
         "installation: a user's warnings are no errors", "ffi/build.py", 'flags = ["-O3", *WARNINGS,',
         'flags = ["-O3", "-Werror", *WARNINGS,', "tests/system/test_build.py",
     ),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import threading
 
 import numpy as np
@@ -252,3 +254,12 @@ async def test_the_more_urgent_request_is_accepted_first() -> None:
         ):
             order = [await both.prefiller.accept(timeout=10) for _ in range(4)]
             assert [request.id for request in order] == ["high", "first", "second", "low"]
+
+
+async def test_roles_and_requests_are_neither_pickled_nor_copied() -> None:
+    async with party() as both:
+        waiting = both.decoder.request(both.peer, "a", [1], tokens=4)
+        for thing in (both.prefiller, both.decoder, waiting):
+            for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+                with pytest.raises(TypeError, match=f"{type(thing).__name__} cannot be pickled or copied"):
+                    attempt(thing)

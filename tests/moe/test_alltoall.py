@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
+import pickle
 from typing import Any
 
 import numpy as np
@@ -529,3 +531,18 @@ def test_one_deadline_covers_all_that_a_dispatch_waits_for() -> None:
         await w.every(rank)
 
     world(2, script)
+
+
+def test_an_all_to_all_and_its_steps_are_neither_pickled_nor_copied() -> None:
+    async def script(w: World) -> None:
+        a2a = w.a2a[0]
+        half = await a2a.dispatch_send(*batch(np.random.default_rng(0), 2))
+        d = await half.receive()
+        for thing in (a2a, d.handle, half):
+            for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+                with pytest.raises(TypeError, match=f"{type(thing).__name__} cannot be pickled or copied"):
+                    attempt(thing)
+        await a2a.combine(compute(d, 0), d.handle)
+        await a2a.aclose()
+
+    world(1, script)

@@ -55,6 +55,18 @@ def test_without_a_compiler_the_installation_fails_and_says_what_to_do(hook: Any
     assert not hook.FACTS.exists()
 
 
+@pytest.mark.parametrize("compiler", ["false", "true", "ls --no-such-option"])
+def test_a_compiler_that_makes_nothing_is_named_and_the_installation_says_what_to_do(
+    hook: Any, monkeypatch: pytest.MonkeyPatch, compiler: str
+) -> None:
+    """`CC` is another program, or the C library is not installed."""
+    monkeypatch.setenv("CC", compiler)
+    with pytest.raises(SystemExit) as refused:
+        hook.build()
+    assert all(words in str(refused.value) for words in (f"({compiler})", *ADVICE))
+    assert not hook.FACTS.exists()
+
+
 def test_without_the_headers_of_python_the_installation_fails(hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hook.sysconfig, "get_paths", lambda: {"include": "/no/such/folder"})
     with pytest.raises(SystemExit) as refused:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.kv.registry.connect import connect
 from aiotransfer.kv.registry.membership import words_of
@@ -29,7 +30,7 @@ AT_ONCE = 32  # members that are dialed at a time
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # before a member is dialed again
 
 
-class Fleet:
+class Fleet(Unpicklable):
     """The members of `role` in `registry`, as peers of `engine`: `async with` it.
 
     A member is dialed when it joins, and again (with pauses) while it is in the registry and not connected; one that left or was

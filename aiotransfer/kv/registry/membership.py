@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # between tries while the registry does 
 LEAST_CALL_SECONDS = 1.0
 
 
-class Membership:
+class Membership(Unpicklable):
     """Made by `Registry.join`. `registered`: whether the registry has confirmed the lease lately."""
 
     def __init__(self, backend: Backend, member: Member, ttl: float, call_timeout: float) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import BusyError, ClosedError, TransferError, TransferTimeout
 from aiotransfer.kv.registry.cache import Cache
 from aiotransfer.kv.registry.changes import Change, differences
@@ -29,7 +30,7 @@ BREATH = 0.02  # seconds between two looks, however often the backend says that 
 MOST_SECONDS = 1e9
 
 
-class Registry:
+class Registry(Unpicklable):
     """Who is there, by `backend`: `async with` it, where the event loop runs.
 
     `poll`: seconds between looks at a backend that does not tell of changes. `call_timeout`: after so long a call of the
