@@ -91,8 +91,8 @@ $(STAMPS)/triton: $(STAMPS)/demo
 # The kernels for a GPU's memory under Triton's interpreter, on the CPU, and compiled but not run; then on a GPU, where there is one.
 # Triton is of the version that torch 2.13 asks for in its builds for CUDA; its CPU builds bring none.
 test-triton: $(STAMPS)/triton $(STAMPS)/test
-	TESTS_REQUIRE=triton TRITON_INTERPRET=1 $(PY) -m pytest tests/moe/kernels $(ARGS)
-	$(PY) -m pytest tests/moe/kernels -m gpu $(ARGS)
+	TESTS_REQUIRE=triton TRITON_INTERPRET=1 $(PY) -m pytest tests/moe/kernels tests/weights/kernels $(ARGS)
+	$(PY) -m pytest tests/moe/kernels tests/weights/kernels -m gpu $(ARGS)
 
 # The network provider once more, with the newer libfabric that a wheel carries (make test takes the first one that it finds).
 test-wheel: $(STAMPS)/test

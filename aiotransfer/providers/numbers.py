@@ -50,12 +50,12 @@ class Numbers(NamedTuple):
         return self._replace(address=self.address + begin * self.strides[axis], shape=shape)
 
 
-def numbers(array: Any, dtype: Any = None) -> Numbers:
+def numbers(array: Any, dtype: Any = None, *, device: str = "cpu") -> Numbers:
     """Describe an array of NumPy or a torch tensor in host memory; `Numbers` are returned as they are.
 
     `dtype` names the element type where the array's own does not: "bfloat16" for an array of uint16, "float8_e4m3fn" for one of
-    uint8. Its size must be that of the elements. Raises `TypeError`, and `ValueError` for memory that does not hold the numbers
-    as they read (a conjugated view, another device).
+    uint8. Its size must be that of the elements. `device` is where a tensor has to be. Raises `TypeError`, and `ValueError` for
+    memory that does not hold the numbers as they read (a conjugated view, another device).
     """
     if isinstance(array, Numbers):
         return array if dtype is None else array._replace(dtype=_same_size(array.dtype, dtype))
@@ -68,8 +68,8 @@ def numbers(array: Any, dtype: Any = None) -> Numbers:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(array, torch.Tensor):
         raise TypeError(f"expected a NumPy array, a torch tensor or Numbers, not {type(array).__name__}")
-    if array.device.type != "cpu" or array.layout is not torch.strided:
-        raise ValueError(f"the tensor is on {array.device} and of layout {array.layout}; plain host memory is needed here")
+    if str(array.device) != device or array.layout is not torch.strided:
+        raise ValueError(f"the tensor is on {array.device} and of layout {array.layout}; plain memory on {device} is needed here")
     if array.is_conj() or array.is_neg():
         raise ValueError("the memory of this view does not hold its values: they are negated or conjugated when they are read")
     name, size = lookup(array.dtype).name, int(array.element_size())
@@ -90,11 +90,11 @@ def _same_size(held: str, named: Any) -> str:
     return found.name
 
 
-def checked(what: str, given: Any, dtypes: Sequence[str], *, writable: bool = False) -> Numbers:
+def checked(what: str, given: Any, dtypes: Sequence[str], *, writable: bool = False, device: str = "cpu") -> Numbers:
     """`numbers(given)`, of one of these element types and with rows that a kernel can walk. Raises `TypeError` or `ValueError`
     that begins with `what`."""
     try:
-        found = numbers(given)
+        found = numbers(given, device=device)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{what}: {error}") from error
     if found.dtype not in dtypes:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from aiotransfer import moe
-from tests.moe.kernels.reference import skip_interpreter
 from tests.moe.world import HIDDEN, World, batch, combined, world
+from tests.needs import skip_interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -1,15 +1,14 @@
-"""How a coroutine learns how far a GPU is, without the event loop ever waiting for one.
+"""How a coroutine learns how far a captured CUDA graph is, without the event loop ever waiting for it.
 
-An event is asked whether it has passed, first on every turn of the loop, because kernels take microseconds, then ever more
-rarely. That needs somebody who records the event at the right place, and inside a captured CUDA graph nobody does: the graph is
-one launch, and what was captured runs without the host. There a kernel of the graph adds one to a word in pinned host memory, and
-the native thread that serves the engine looks at it (`engine.watch`): each replay wakes the coroutine that posts its writes.
+Elsewhere an event tells (`engine.launches`). No host code can record one inside a captured graph: the graph is one launch, and
+what was captured runs without the host. There a kernel of the graph adds one to a word in pinned host memory, and the native
+thread that serves the engine looks at it (`engine.watch`): each replay wakes the coroutine that posts its writes.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.errors import ClosedError, TransferTimeout
@@ -19,32 +18,6 @@ if TYPE_CHECKING:
 
     from aiotransfer.engine.engine import Engine
     from aiotransfer.moe.kernels.base import Kernels
-
-TURNS = 50  # of the loop, before it sleeps between two looks
-FIRST_SLEEP, LONGEST_SLEEP = 50e-6, 1e-3  # seconds
-
-
-class Event(Protocol):
-    """What `torch.cuda.Event` has of this."""
-
-    def query(self) -> bool:
-        """Whether all that was recorded by it is done."""
-
-
-async def passed(event: Event, timeout: float | None = None) -> None:
-    """Return when the event has passed; `TransferTimeout` after so many seconds. What `query` raises goes to the caller."""
-    try:
-        async with Patience(timeout):
-            turns, pause = TURNS, FIRST_SLEEP
-            while not event.query():
-                if turns:
-                    turns -= 1
-                    await asyncio.sleep(0)
-                else:
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, LONGEST_SLEEP)
-    except TimeoutError as error:
-        raise TransferTimeout(f"the kernels have not ended within {timeout:g} s; they go on") from error
 
 
 class GraphWord:

@@ -10,17 +10,14 @@ for tests: it takes milliseconds for each row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import triton
 
-from aiotransfer.errors import ConfigurationError
+from aiotransfer.engine.launches import Launches
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe.kernels.programs import INTERPRETED, bump_kernel, move_kernel, weigh_kernel
-from aiotransfer.moe.kernels.stream import passed
 from aiotransfer.providers.rows import Rows
 
 WORD = 16
@@ -38,32 +35,14 @@ class TritonKernels:
     """Implements `Kernels` for torch tensors on one GPU (see `kernels_for`)."""
 
     def __init__(self, device: str, stream: Any = None) -> None:
-        self._host = INTERPRETED and device.partition(":")[0] == "cpu"
-        if not self._host:
-            if not torch.cuda.is_available():
-                raise ConfigurationError(
-                    f"torch {torch.__version__} finds no GPU, so there are no kernels for {device!r}",
-                    hint="see whether nvidia-smi works here, and whether this is a build of torch for CUDA",
-                )
-            given = torch.device(device)
-            index = torch.cuda.current_device() if given.index is None else given.index
-            if index >= torch.cuda.device_count():
-                raise ConfigurationError(f"there is no {device!r}: torch finds {torch.cuda.device_count()} GPUs")
-            device = f"cuda:{index}"
-        self._device, self._stream = device, stream
+        self._launches = Launches(device, stream, interpreted=INTERPRETED)
+        self._device, self._host = self._launches.device, self._launches.host
+        self._there = self._launches.here
 
     @property
     def device(self) -> str:
         """Where the memory of all rows is."""
         return self._device
-
-    @contextmanager
-    def _there(self) -> Iterator[None]:
-        if self._host:
-            yield
-        else:
-            with torch.cuda.device(self._device), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                yield
 
     def place(self, array: Any) -> Any:
         """A copy of a NumPy array on the device; by pinned memory, so that nothing waits. Tensors on the device are returned as
@@ -161,9 +140,4 @@ class TritonKernels:
 
     async def settle(self, timeout: float | None = None) -> None:
         """Return when everything launched on the stream so far is done. Not while a graph is captured."""
-        if self._host:
-            return
-        with self._there():
-            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
-            event.record()
-        await passed(event, timeout)
+        await self._launches.settle(timeout)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 
 from aiotransfer.moe.kernels import Kernels, Rows, kernels_for
-from tests.needs import REQUIRED
+from tests.needs import skip_gpu, skip_interpreter
 
 Array = np.ndarray[Any, Any]
 
@@ -23,31 +21,6 @@ class Device(NamedTuple):
     kernels: Kernels
     put: Callable[[Array], Any]
     get: Callable[[Any], Array]
-
-
-def no_interpreter() -> str | None:
-    """Why Triton's interpreter is not to be had here."""
-    absent = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
-    if absent:
-        return f"{' and '.join(absent)} not installed (make test-triton installs them)"
-    return None if os.environ.get("TRITON_INTERPRET") == "1" else "TRITON_INTERPRET is not 1 (make test-triton sets it)"
-
-
-def skip_interpreter() -> None:
-    """Unless it is there; a failure if it has to be."""
-    if (reason := no_interpreter()) is not None:
-        (pytest.fail if "triton" in REQUIRED else pytest.skip)(f"Triton's interpreter: {reason}")
-
-
-def skip_gpu() -> Any:
-    """Returns torch when it sees a GPU and kernels are compiled for it."""
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU: not tried")
-    pytest.importorskip("triton", reason="Triton is not installed")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("TRITON_INTERPRET is 1: nothing is compiled for the GPU")
-    return torch
 
 
 def device(name: str) -> Device:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.moe.kernels.reference import skip_interpreter
+from tests.needs import skip_interpreter
 
 ROOT = Path(__file__).parents[3]
 CAPABILITIES = (80, 90, 100)  # A100, H100, B200

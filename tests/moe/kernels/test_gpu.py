@@ -10,7 +10,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.moe.kernels import GraphWord, Rows, kernels_for
-from tests.moe.kernels.reference import skip_gpu
+from tests.needs import skip_gpu
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.gpu]
 
