@@ -238,8 +238,9 @@ async def judge(target: Target, runs: int, seed: int) -> Cost:
     tracing = tracemalloc.is_tracing()
     try:
         async with target.open() as take:
-            for message in target.messages():  # what is made once only (threads, caches) is not the first message's
-                await take(target.encode(message))
+            # As they are: what is made once only (threads, caches) is not the first message's, and they must be valid.
+            valid = [await take(target.encode(message)) for message in target.messages()]
+            assert any(valid), f"{target.name}: none of its own messages is valid"
             tracemalloc.start()
             for said, tree in itertools.islice(variants(target.messages(), random.Random(seed)), runs):
                 try:

@@ -21,7 +21,7 @@ RUNS = 150  # of each target: a random share of the single values
 @pytest.mark.parametrize("target", TARGETS, ids=[target.name for target in TARGETS])
 async def test_absurd_values_cost_little(target: Target) -> None:
     cost = await judge(target, RUNS, random.randrange(1 << 31))
-    assert cost.taken, "no message was valid"
+    assert cost.inputs
 
 
 def _bomb(data: bytes) -> bool:
