@@ -15,6 +15,7 @@ from aiotransfer.engine.engine import Engine
 from aiotransfer.engine.group import PeerGroup
 from aiotransfer.engine.lease import Lease
 from aiotransfer.engine.open import open_engine
+from aiotransfer.engine.page_targets import PagesTarget
 from aiotransfer.engine.peer import Message, Peer
 from aiotransfer.engine.plans import Plan
 from aiotransfer.engine.region import Region
@@ -62,6 +63,7 @@ __all__ = [
     "InternalError",
     "Lease",
     "Message",
+    "PagesTarget",
     "Peer",
     "PeerGroup",
     "PeerLostError",

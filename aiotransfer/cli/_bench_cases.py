@@ -84,11 +84,13 @@ class Bench:
         return max(2, min(50_000, int(SPAN / max(time.perf_counter() - start, 1e-7))))
 
     async def pages(self) -> AsyncIterator[Row]:
-        """4,096 random pages in one call. Every pass of either side has tables of its own, so that all are equally cold."""
+        """4,096 random pages in one call, written and read. Every pass of either side has tables of its own, so that all are
+        equally cold."""
         rng = np.random.default_rng(7)
-        for page in PAGES:
+        write, read = self.engine.write_pages, self.engine.read_pages
+        for page, reads in (*((page, False) for page in PAGES), (4 << 10, True)):
             slots = REGION // page
-            row = Row(f"{TABLE:,} pages of {size_name(page)}", "GB/s")
+            row = Row(f"{TABLE:,} pages of {size_name(page)}{', read' if reads else ''}", "GB/s")
 
             def tables(slots: int = slots) -> tuple[Any, Any]:
                 here, there = (rng.permutation(slots)[:TABLE].astype(np.int64) for _ in range(2))
@@ -101,7 +103,10 @@ class Bench:
                         here, there = tables()
                         start = time.perf_counter()
                         if how == "ours":
-                            await self.engine.write_pages(self.source, here, self.remote, there, page_bytes=page)
+                            if reads:
+                                await read(self.remote, there, self.source, here, page_bytes=page)
+                            else:
+                                await write(self.source, here, self.remote, there, page_bytes=page)
                             spent[how] += time.perf_counter() - start
                         else:
                             spent[how] += self.limits.pages(there, here, page, cold=how == "streaming")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,8 +68,16 @@ def size(name: str, value: object, least: int) -> int:
     return number
 
 
+class Side(NamedTuple):
+    """Where the pages of one of the two regions lie."""
+
+    pages: np.ndarray[Any, np.dtype[np.int64]]
+    stride: int
+    offset: int
+
+
 class Pages:
-    """The checked arguments of `write_pages`, without the tables' bounds. Tables are one-dimensional int64."""
+    """The checked arguments of `write_pages` and `read_pages`, without the tables' bounds. Tables are one-dimensional int64."""
 
     __slots__ = ("count", "from_offset", "from_stride", "page", "sources", "targets", "to_offset", "to_stride")
 
@@ -97,6 +105,12 @@ class Pages:
             raise ValueError(f"the tables have {self.count} and {len(self.targets)} pages")
         if self.count * page > MOST:
             raise ValueError(f"{self.count} pages of {page} bytes are more than an operation holds")
+
+    def sides(self, reads: bool) -> tuple[Side, Side]:
+        """The local one, then the remote one."""
+        sources = Side(self.sources, self.from_stride, self.from_offset)
+        targets = Side(self.targets, self.to_stride, self.to_offset)
+        return (targets, sources) if reads else (sources, targets)
 
     def check_sources(self, nbytes: int) -> None:
         """Every source page lies in `nbytes`. Raises `RegionError`."""

@@ -1,7 +1,8 @@
 """What every part of an engine stands on: its state, its clock, and the checks at the door.
 
-`Engine` is put together from five files, each a class that extends the one before: this one (may this call be made at all?),
-`outcomes` (how operations end), `submit` (operations), `plans` (prepared ones) and `engine` (memory, peers, opening and closing).
+`Engine` is put together from six files, each a class that extends the one before: this one (may this call be made at all?),
+`outcomes` (how operations end), `submit` (operations), `pages` (those on tables of pages), `plans` (prepared ones) and `engine`
+(memory, peers, opening and closing).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ _DOING = {
     "write": "writing {n:,} bytes to {who}",
     "pages": "writing {n:,} bytes in pages to {who}",
     "read": "reading {n:,} bytes from {who}",
+    "read pages": "reading {n:,} bytes in pages from {who}",
     "scatter": "scattering {n:,} bytes to {who}",
     "signal": "signalling {who}",
     "barrier": "signalling a barrier to {who}",

@@ -7,17 +7,17 @@ when it is made: its first post asks, in a task of the engine, and makes the nat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.engine.arguments import RESERVED, Pages, check_imm
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.notes import noted
+from aiotransfer.engine.page_targets import PageTargets, post_pages
+from aiotransfer.engine.pages import Pager
 from aiotransfer.engine.refusals import refusal
-from aiotransfer.engine.scatter import Posted, Targets, post_pages, post_table
+from aiotransfer.engine.scatter import Posted, Targets, post_table
 from aiotransfer.engine.staging import Stager, page_spans, stager
-from aiotransfer.engine.submit import Submitter
 from aiotransfer.engine.transfer import DONE, Transfer
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import TransferError
@@ -35,7 +35,7 @@ Build = Callable[[Any], Any]  # (status out) -> native plan or NULL; all regions
 
 
 class Plan(Unpicklable):
-    """A prepared operation. Made by `Engine.prepare_write`, `Engine.prepare_pages` and `PeerGroup.scatter_plan`."""
+    """A prepared operation. Made by `prepare_write`, `prepare_pages`, `prepare_scatter_pages` and `PeerGroup.scatter_plan`."""
 
     __slots__ = (
         "__weakref__", "_build", "_engine", "_keep", "_local", "_made", "_native", "_peer", "_peers", "_regions", "_require",
@@ -165,7 +165,7 @@ def _is_bound(engine: object, region: RemoteRegion) -> bool:
     return bound is not None and bound.peer._state == "up" and bound.good(engine, bound.peer)
 
 
-class Planner(Submitter):
+class Planner(Pager):
     """The part of `Engine` that prepares operations."""
 
     def prepare_write(self, src: RegionView, dst: RemoteRegion, *, require: str | None = None) -> Plan:
@@ -234,28 +234,48 @@ class Planner(Submitter):
             return self._scatter_plan(src, targets, require).post(imm=imm, timeout=timeout)
         return self._scattered(src, posted, value, timeout)
 
-    def _scatter_pages(
+    def scatter_pages(
         self,
         src: RegionView,
-        regions: Sequence[RemoteRegion],
-        begins: Any,
-        counts: Any,
-        src_pages: Any,
-        dst_pages: Any,
+        targets: Any,
         *,
         page_bytes: int,
-        src_stride: int,
-        src_offset: int = 0,
-        dst_offset: int = 0,
-        imm: int,
-    ) -> Transfer | None:
-        """What `write_pages` to each of `regions` would do, without a deadline, in one native call and as one transfer, ending
-        as that of a scatter: region i gets pages `begins[i]` to `begins[i] + counts[i]` of the tables. All tables are contiguous
-        int64. None, and nothing was posted, where that is impossible for any of them, for whatever reason."""
-        posted = post_pages(
-            self, src, regions, begins, counts, src_pages, dst_pages, page_bytes, src_stride, src_offset, dst_offset, imm
-        )
-        return None if posted is None else self._scattered(src, posted, imm, math.inf)
+        imm: int | None = None,
+        timeout: float | None = None,
+        require: str | None = None,
+    ) -> Transfer:
+        """Copy pages of `src` to many places in one native call: what `write_pages` to each target would do, as one transfer.
+
+        `targets`: `PagesTarget`s, or tuples or mappings of their fields: `dst`, `src_pages`, `dst_pages`, and if need be
+        `src_stride`, `dst_stride`, `src_offset`, `dst_offset` (bytes), all as in `write_pages`; or one `PagesTarget` that stands
+        for many. Any number of them, also to one peer; a table may be empty. Pages of all targets have `page_bytes`. With `imm`
+        each page counts one arrival at its owner. `timeout` in seconds, None: the engine's; `require`: the provider that must be
+        used. Ends and errors are those of `scatter`: what is wrong beforehand is raised at once and names the target, and
+        failures raise one `ScatterError` with `.results` by target.
+        """
+        value = -1 if imm is None else check_imm(imm)
+        if timeout is not None:
+            seconds(timeout)
+        posted = post_pages(self, src, targets, page_bytes, value) if require is None else None
+        if posted is None:
+            plan = self.prepare_scatter_pages(src, targets, page_bytes=page_bytes, require=require)
+            return plan.post(imm=imm, timeout=timeout)
+        return self._scattered(src, posted, value, timeout)
+
+    def prepare_scatter_pages(
+        self, src: RegionView, targets: Any, *, page_bytes: int, require: str | None = None
+    ) -> Plan:
+        """`scatter_pages(...)`, its tables copied and checked once: each `post()` is one native call. Errors as for that."""
+        self._check()
+        self._check_local(src, "source")
+        table = PageTargets(src, targets, page_bytes)
+
+        def build(status: Any) -> Any:
+            arguments = table.scattered.arguments(src, src._root._number)
+            return native.lib.at_plan_scatter_pages(self._p, *arguments, table.page, status)
+
+        stage = stager(src, lambda: page_spans(src, *table.tables))
+        return self._plan(src, table.nbytes, table.regions, require, build, "scatter", stage)
 
     def _scattered(self, src: RegionView, posted: Posted, imm: int, timeout: float | None) -> Transfer:
         result, nbytes, bounds = posted

@@ -6,7 +6,7 @@ any. It only says that something is wrong: what that is, `Targets` finds out, as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -73,27 +73,6 @@ def post_table(engine: EngineBase, src: RegionView, targets: Any, imm: int) -> P
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError, BufferError):
         return None
-    if result < 0 and result != native.lib.AT_ENOMEM and result != native.lib.AT_EBUSY:  # of these, some may have landed
-        return None
-    return Posted(result, total[0], bounds)
-
-
-def post_pages(
-    engine: EngineBase, src: RegionView, regions: Sequence[RemoteRegion], begins: Any, counts: Any, src_pages: Any,
-    dst_pages: Any, page: int, src_stride: int, src_offset: int, dst_offset: int, imm: int,
-) -> Posted | None:  # fmt: skip
-    """Post pages to many targets in one native call, see `Engine._scatter_pages`."""
-    bounds = [region._box.bound for region in regions]
-    if [bound for bound in bounds if bound is None or bound.engine is not engine] or len(src_pages) != len(dst_pages):
-        return None
-    if src.nbytes != src._root.nbytes or [region for region in regions if region.nbytes != region._grant.nbytes]:
-        return None  # whole regions are what the native call checks
-    total, table = native.ffi.new("uint64_t *"), "int64_t[]"
-    result = native.lib.at_scatter_pages(
-        engine._p, src._id, len(bounds), [bound.remote for bound in bounds], [region._start + dst_offset for region in regions],
-        _from_buffer(table, begins), _from_buffer(table, counts), _from_buffer(table, src_pages), _from_buffer(table, dst_pages),
-        len(src_pages), page, src_stride, page, src._start + src_offset, imm, total,
-    )  # fmt: skip
     if result < 0 and result != native.lib.AT_ENOMEM and result != native.lib.AT_EBUSY:  # of these, some may have landed
         return None
     return Posted(result, total[0], bounds)

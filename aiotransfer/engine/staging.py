@@ -160,17 +160,18 @@ def stager(
     return lambda: Stage(region, [(view._start, view.nbytes)] if spans is None else spans(), lands=lands)
 
 
-def page_spans(view: RegionView, table: Pages) -> list[Span]:
-    """The source pages of a table, neighbours as one, each byte once."""
-    pages = np.unique(table.sources)
-    return merged(np.unique(pages * table.from_stride) + (view._start + table.from_offset), table.page)
+def page_spans(view: RegionView, *tables: Pages, reads: bool = False) -> list[Span]:
+    """The local pages of tables of equal page sizes, neighbours as one, each byte once."""
+    sides = [table.sides(reads)[0] for table in tables]
+    starts = [np.unique(side.pages) * side.stride + (view._start + side.offset) for side in sides]
+    return merged(np.unique(np.concatenate(starts)), tables[0].page) if tables else []
 
 
 def merged(starts: NDArray[np.int64], n: int) -> list[Span]:
-    """Ascending pieces of `n` bytes each that do not overlap, neighbours as one."""
+    """Ascending pieces of `n` bytes each, those that touch as one."""
     if not len(starts) or not n:
         return []
-    first = np.flatnonzero(np.diff(starts, prepend=starts[0] - n - 1) != n)
+    first = np.flatnonzero(np.diff(starts, prepend=starts[0] - n - 1) > n)
     last = np.append(first[1:], len(starts)) - 1
     return [(int(a), int(b) + n - int(a)) for a, b in zip(starts[first], starts[last], strict=True)]
 

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from aiotransfer.control.patience import Patience
-from aiotransfer.engine.arguments import RESERVED, Pages, check_imm
+from aiotransfer.engine.arguments import RESERVED, check_imm
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.notes import Deed, noted
 from aiotransfer.engine.outcomes import Outcomes
 from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.region import RegionView
-from aiotransfer.engine.staging import Stager, page_spans, stager
+from aiotransfer.engine.staging import Stager, stager
 from aiotransfer.engine.transfer import DONE, PENDING, Transfer
 from aiotransfer.errors import (
     ProviderUnavailableError,
@@ -41,9 +39,6 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
 
 _new: Callable[[type[Transfer]], Transfer] = object.__new__
-_from_buffer: Any = getattr(native.ffi, "from_buffer", None)
-_INT64 = np.dtype(np.int64)
-_REFUSED = -(1 << 31)  # no native call was made
 
 
 @functools.cache
@@ -51,21 +46,6 @@ def _peer_class() -> type[Peer]:
     from aiotransfer.engine.peer import Peer
 
     return Peer
-
-
-@functools.cache
-def _refused_first() -> frozenset[int]:
-    """What the lane answers before it has looked at any byte, and what Python words better."""
-    names = "EINDEX_SRC EINDEX_DST ESIZE ECLOSED EGRANT EIMM EFORK ETHREAD ESHUT"
-    return frozenset(getattr(native.lib, f"AT_{name}") for name in names.split())
-
-
-def _are_tables(here: Any, there: Any) -> bool:
-    return bool(here.dtype == _INT64 == there.dtype and here.ndim == 1 and here.shape == there.shape)
-
-
-def _are_ints(*numbers: object) -> bool:
-    return {type(number) for number in numbers if number is not None} == {int}
 
 
 class Submitter(Outcomes):
@@ -127,98 +107,6 @@ class Submitter(Outcomes):
             src, dst, n, timeout, require, ("write", value),
             lambda remote: native.lib.at_write(self._p, remote, offset, number, start, n, value), stager(src),
         )  # fmt: skip
-
-    # ---- pages ----
-
-    def write_pages(
-        self,
-        src: RegionView,
-        src_pages: Any,
-        dst: RemoteRegion,
-        dst_pages: Any,
-        *,
-        page_bytes: int,
-        src_stride: int | None = None,
-        dst_stride: int | None = None,
-        src_offset: int = 0,
-        dst_offset: int = 0,
-        imm: int | None = None,
-        timeout: float | None = None,
-        require: str | None = None,
-    ) -> Transfer:
-        """Copy page `src_pages[i]` of `src` to page `dst_pages[i]` of `dst`, for each i, in one native call.
-
-        Page k lies at `offset + k * stride` bytes and has `page_bytes`; a stride of None is `page_bytes`, 0 is legal for the
-        source. The tables (one-dimensional integers, equal lengths, empty is fine) are copied at the call. With `imm` each page
-        counts one arrival. Errors as for `write`; a bad index is a `RegionError` that names it.
-        """
-        result = _REFUSED
-        try:
-            bound = dst._box.bound
-            if (
-                bound.engine is self and bound.peer._state == "up" and not bound.path.dead and src._engine is self
-                and require is None and src.nbytes == src._root.nbytes and dst.nbytes == dst._grant.nbytes
-                and _are_tables(src_pages, dst_pages) and _are_ints(page_bytes, src_stride, dst_stride, src_offset, dst_offset)
-            ):  # fmt: skip
-                value = -1 if imm is None else check_imm(imm)
-                if timeout is not None:
-                    seconds(timeout)
-                result = native.lib.at_write_pages(
-                    self._p, bound.remote, src._id, _from_buffer("int64_t[]", src_pages), _from_buffer("int64_t[]", dst_pages),
-                    len(src_pages), page_bytes, page_bytes if src_stride is None else src_stride,
-                    page_bytes if dst_stride is None else dst_stride, src_offset, dst_offset, value,
-                )  # fmt: skip
-        except (AttributeError, TypeError, ValueError, OverflowError, BufferError):
-            pass
-        if result > _REFUSED and result not in _refused_first():
-            nbytes = len(src_pages) * page_bytes
-            return self._outcome(result, nbytes, bound.peer, timeout, src, dst, bound, ("pages", value))
-        return self._pages_slow(
-            src, src_pages, dst, dst_pages, page_bytes, src_stride, dst_stride, src_offset, dst_offset, imm, timeout, require
-        )
-
-    def _pages_slow(
-        self,
-        src: RegionView,
-        src_pages: Any,
-        dst: RemoteRegion,
-        dst_pages: Any,
-        page_bytes: int,
-        src_stride: int | None,
-        dst_stride: int | None,
-        src_offset: int,
-        dst_offset: int,
-        imm: int | None,
-        timeout: float | None,
-        require: str | None,
-    ) -> Transfer:
-        self._check_operands(src, dst)
-        table = Pages(src_pages, dst_pages, page_bytes, src_stride, dst_stride, src_offset, dst_offset)
-        value = -1 if imm is None else check_imm(imm)
-        bound = dst._box.bound
-        stage = stager(src, lambda: page_spans(src, table))
-        now = bound is not None and bound.engine is self and stage is None
-        # For whole regions the check of the lane is the same and saves four passes over the tables.
-        if not (now and src.nbytes == src._root.nbytes and dst.nbytes == dst._grant.nbytes):
-            table.check_sources(src.nbytes)
-            table.check_targets(dst.nbytes)
-        from_buffer, lib, number = native.ffi.from_buffer, native.lib, src._root._number
-
-        def post(remote: int) -> int:
-            result = int(
-                lib.at_write_pages(
-                    self._p, remote, number, from_buffer("int64_t[]", table.sources), from_buffer("int64_t[]", table.targets),
-                    table.count, table.page, table.from_stride, table.to_stride, src._start + table.from_offset,
-                    dst._start + table.to_offset, value,
-                )
-            )  # fmt: skip
-            if result == lib.AT_EINDEX_SRC:
-                table.check_sources(src.nbytes)
-            elif result == lib.AT_EINDEX_DST:
-                table.check_targets(dst.nbytes)
-            return result
-
-        return self._submit(src, dst, table.count * table.page, timeout, require, ("pages", value), post, stage)
 
     # ---- read ----
 

@@ -9,11 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.engine.counter import take_each
+from aiotransfer.engine.page_targets import PagesTarget
 from aiotransfer.engine.scatter import ScatterTarget
 from aiotransfer.errors import (
     BrokenError,
     ClosedError,
     PeerLostError,
+    RegistrationError,
     RemoteAccessError,
     ScatterError,
     StaleRegionError,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.region import RegionView
     from aiotransfer.engine.transfer import Transfer
 
+UNREACHED = BrokenError, StaleRegionError, RegistrationError  # a target, before anything was posted
 MOVED_AT_ONCE = 16 << 20  # bytes between two turns of the event loop: a millisecond, at most
 
 
@@ -111,7 +114,7 @@ class Traffic:
             if isinstance(one, TransferError):
                 self._failed(one)
         # What turned out to be impossible when the owner of a target had been asked was posted to nobody.
-        if without is not None and isinstance(error, BrokenError | StaleRegionError) and self._alive() != alive:
+        if without is not None and isinstance(error, UNREACHED) and self._alive() != alive:
             without()
         if not self._transfers and self._quiet is not None and not self._quiet.done():
             self._quiet.set_result(None)
@@ -221,26 +224,29 @@ class Traffic:
         stride: int, offset: int, there: int,
     ) -> None:  # fmt: skip
         """Rows to their places at each of `ranks`, of the tables `rows` and `places` those from `begins` on: one call for all of
-        them or, where one of them is not to be had so, one for each."""
+        them or, where one of them has gone, one for each."""
         party = self.party
         left = [i for i, rank in enumerate(ranks) if self._once(f"put {kind} {rank}")]
         if not left:
             return
         ranks, begins, counts = [ranks[i] for i in left], begins[left], counts[left]
         imm, remotes = party.imm(kind, self.slot, party.rank), [self._remote(rank) for rank in ranks]
-        transfer = party.engine._scatter_pages(
-            source, remotes, begins, counts, rows, places, page_bytes=nbytes, src_stride=stride, src_offset=offset,
-            dst_offset=there, imm=imm,
-        )  # fmt: skip
-        if transfer is not None:
-            self._watch(transfer)
-            return
-        for rank, remote, begin, n in zip(ranks, remotes, begins.tolist(), counts.tolist(), strict=True):
-            part = slice(begin, begin + n)
-            self._post(rank, lambda remote=remote, part=part: party.engine.write_pages(
-                source, rows[part], remote, places[part], page_bytes=nbytes, src_stride=stride, src_offset=offset,
-                dst_offset=there, imm=imm, timeout=math.inf,
-            ))  # fmt: skip
+
+        def each() -> None:
+            for rank, remote, begin, n in zip(ranks, remotes, begins.tolist(), counts.tolist(), strict=True):
+                if rank in self.lost or rank in self._shut:
+                    continue
+                part = slice(begin, begin + n)
+                self._post(rank, lambda remote=remote, part=part: party.engine.write_pages(
+                    source, rows[part], remote, places[part], page_bytes=nbytes, src_stride=stride, src_offset=offset,
+                    dst_offset=there, imm=imm, timeout=math.inf,
+                ))  # fmt: skip
+
+        targets = PagesTarget(remotes, rows, places, stride, None, offset, there, counts, begins)
+        try:
+            self._watch(party.engine.scatter_pages(source, targets, page_bytes=nbytes, imm=imm, timeout=math.inf), each)
+        except (BrokenError, StaleRegionError):
+            each()
 
     async def _move(self, to: Any, to_rows: Any, source: Any, source_rows: Any, n: int) -> None:
         """Rows inside this process, with turns for the event loop in between."""

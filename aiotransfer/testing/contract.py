@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from aiotransfer.engine.engine import Engine
+from aiotransfer.engine.page_targets import PagesTarget
 from aiotransfer.engine.region import Region
 from aiotransfer.engine.scatter import ScatterTarget
 from aiotransfer.errors import PeerLostError, RegionError, StaleRegionError, TransferError
@@ -144,6 +145,23 @@ class ProviderContract:
             with pytest.raises(RegionError):
                 pair.left.read(writable, local)
 
+    async def test_pages_are_read_into_their_places(self) -> None:
+        async with self.pair() as pair:
+            owned, rng = _source(pair.right), np.random.default_rng(6)
+            pair.right.publish("readable", owned, access="read")
+            remote, local = await pair.right_peer.lookup("readable"), pair.left.allocate(NBYTES)
+            here, there = (rng.permutation(NBYTES // PAGE - 1)[:100] for _ in range(2))
+            await pair.left.read_pages(remote, here, local, there, page_bytes=PAGE, src_offset=100, dst_offset=7)
+            expected = np.zeros(NBYTES, np.uint8)
+            for a, b in zip(here.tolist(), there.tolist(), strict=True):
+                expected[7 + b * PAGE :][:PAGE] = payload(NBYTES)[100 + a * PAGE :][:PAGE]
+            assert np.array_equal(local.numpy(), expected)
+            with pytest.raises(RegionError):
+                pair.left.read_pages(remote, [NBYTES // PAGE], local, [0], page_bytes=PAGE)
+            await owned.aclose()
+            with pytest.raises(StaleRegionError):
+                await pair.left.read_pages(remote, here, local, there, page_bytes=PAGE)
+
     async def test_a_prepared_operation_does_as_the_plain_one_each_time(self) -> None:
         async with self.pair() as pair:
             region, remote, view = await _target(pair)
@@ -182,6 +200,29 @@ class ProviderContract:
                 await member.engine.counter(imm=7).wait(1, timeout=5)
             with pytest.raises(ValueError, match="target 1"):
                 engine.scatter(source, [targets[0], (0, 5, targets[1].dst)])
+            del views, view
+
+    async def test_pages_are_scattered_to_every_member_and_each_counts(self) -> None:
+        async with self.group(4) as members:
+            engine = members[0].engine
+            source, targets, views = _source(engine), [], []
+            for i, member in enumerate(members[1:], 1):
+                region = member.engine.allocate(NBYTES)
+                member.engine.publish("target", region)
+                peer = await engine.connect(member.engine.address)
+                remote = await peer.lookup("target")
+                targets.append(PagesTarget(remote[i * 100 :], [3 * i, 0, 5], [i, 7, 0], dst_stride=PAGE + i))
+                views.append(region.numpy())
+            await engine.scatter_pages(source, targets, page_bytes=PAGE, imm=7)
+            for i, (view, member) in enumerate(zip(views, members[1:], strict=True), 1):
+                expected = np.zeros(NBYTES, np.uint8)
+                for here, there in ((3 * i, i), (0, 7), (5, 0)):
+                    expected[i * 100 + there * (PAGE + i) :][:PAGE] = payload(NBYTES)[here * PAGE :][:PAGE]
+                assert np.array_equal(view, expected)
+                await member.engine.counter(imm=7).wait(3, timeout=5)
+                assert member.engine.counter(imm=7).value == 0
+            with pytest.raises(RegionError, match="target 1"):
+                engine.scatter_pages(source, [targets[0], targets[1]._replace(dst_pages=[0, 0, 1 << 40])], page_bytes=PAGE)
             del views, view
 
     async def test_a_barrier_waits_for_every_member(self) -> None:

@@ -47,7 +47,7 @@ class SimLane:
         assert status == 0, native.text(status)
 
     def grant(self) -> Granted:
-        """Let others write into all of the memory."""
+        """Let others write into all of the memory, and read it."""
         return Granted(*self.lane.new_grant())
 
     def revoke(self, grant: Granted) -> int:
@@ -57,7 +57,7 @@ class SimLane:
     def reach(self, other: SimLane, grant: Granted) -> int:
         """A remote region for the memory of `other`."""
         remote = self.lane.add_remote(
-            self.peers[other.incarnation], native.ffi.NULL, other.memory.ctypes.data, MEMORY, 1, grant.slot, grant.epoch
+            self.peers[other.incarnation], native.ffi.NULL, other.memory.ctypes.data, MEMORY, 3, grant.slot, grant.epoch
         )
         assert remote >= 0, native.text(remote)
         return remote
@@ -73,6 +73,13 @@ class SimLane:
             native.lib.at_write_pages(
                 self.lane.pointer, remote, self.region, *tables, len(to), page, page, page, 0, 0, imm
             )
+        )
+
+    def read_pages(self, remote: int, at: Sequence[int], to: Sequence[int], page: int) -> int:
+        """From pages `at` of the other's memory to pages `to` of this one's. A cookie, or a status."""
+        tables = [native.ffi.new("int64_t[]", list(pages)) for pages in (to, at)]
+        return int(
+            native.lib.at_read_pages(self.lane.pointer, remote, self.region, *tables, len(to), page, page, page, 0, 0)
         )
 
     def signal(self, other: SimLane, imm: int) -> int:

@@ -106,7 +106,7 @@ static void cut(at_peer *peer, at_op *op) {
         if (takes < most) most = takes;
         rails++;
     }
-    if (op->kind == AT_OP_PAGES) op->piece = most;
+    if (op->kind & AT_OP_PAGES) op->piece = most;
     else op->piece = at_share_piece(op->nbytes, rails, most < AT_FAB_PIECE ? most : AT_FAB_PIECE);
     uint64_t pieces = op->nbytes == 0 ? 1 : (op->nbytes - 1) / op->piece + 1;
     op->extent = pieces * op->units;

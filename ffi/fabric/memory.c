@@ -150,7 +150,7 @@ int at_fab_bounce(at_fab *fab, const at_op *op, at_fab_slot *slot, at_fab_vector
     if (slot->pooled && fab->bounce_count != 0) slot->bounce = fab->bounces[--fab->bounce_count];
     else slot->bounce = malloc(slot->pooled ? (size_t)AT_FAB_PIECE : (size_t)v->bytes);
     if (slot->bounce == NULL) return AT_EAGAIN;
-    slot->lands = op->kind == AT_OP_READ ? v->here[0] : NULL; /* one piece: reads have no pages */
+    slot->lands = op->kind & AT_OP_READ ? v->here[0] : NULL; /* one piece: so pages are gathered that land here */
     uint64_t at = 0;
     for (uint32_t i = 0; i < v->count; i++) {
         if (slot->lands == NULL && at_own_copy(slot->bounce + at, v->here[i], v->nbytes[i]) != 0) return AT_EMEMORY;

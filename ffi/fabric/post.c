@@ -20,10 +20,10 @@ static uint64_t pieces_of(const at_op *op) {
 
 void at_fab_cut(at_peer *peer, at_op *op) {
     const at_fab_end *end = peer->impl;
-    op->piece = op->kind == AT_OP_PAGES ? end->fab->facts.most_bytes : piece_bytes(end->fab);
+    op->piece = op->kind & AT_OP_PAGES ? end->fab->facts.most_bytes : piece_bytes(end->fab);
     uint64_t pieces = pieces_of(op);
     op->extent = pieces * op->units;
-    int last_may_count = op->kind != AT_OP_PAGES && at_fab_is(end->fab, AT_FAB_ORDERED);
+    int last_may_count = !(op->kind & AT_OP_PAGES) && at_fab_is(end->fab, AT_FAB_ORDERED);
     if (pieces > 1 && op->imm >= 0 && !last_may_count) { /* one write of no bytes for each unit */
         op->tail = op->units;
         op->extent += op->units;
@@ -41,6 +41,7 @@ static void add(at_fab_vector *v, uint8_t *here, uint64_t there, uint64_t n) {
 static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t va, uint64_t first, uint64_t most, at_fab_vector *v) {
     uint64_t base = va + op->remote_offset, n = op->nbytes, taken = 0;
     uint64_t room = MERGED < fab->facts.most_bytes ? MERGED : fab->facts.most_bytes;
+    uint32_t pieces = op->kind & AT_OP_READ && op->region->file && op->stage == NULL ? 1 : fab->facts.iov; /* a bounce lands in one */
     for (; taken < most && (taken == 0 || v->bytes + n <= room); taken++) {
         uint8_t *here = op->local + (uint64_t)op->local_pages[first + taken] * op->local_stride;
         uint64_t there = base + (uint64_t)op->remote_pages[first + taken] * op->remote_stride;
@@ -51,7 +52,7 @@ static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t va, ui
                 v->bytes += n;
                 continue;
             }
-            if (v->count == fab->facts.iov) break;
+            if (v->count == pieces) break;
         }
         add(v, here, there, n);
     }
@@ -70,7 +71,7 @@ static uint64_t gather(const at_fab_end *end, const at_op *op, const at_remote_p
         *counts = op->imm >= 0 && (op->remote == NULL ? 0 : first - body) >= op->precounted;
         return 1;
     }
-    if (op->kind == AT_OP_PAGES && pieces == 1) {
+    if (op->kind & AT_OP_PAGES && pieces == 1) {
         int before = first < op->precounted;
         uint64_t several = op->imm < 0 || before || at_fab_is(fab, AT_FAB_MARKS) ? AT_FAB_MOST_COUNT : 1;
         if (before && several > op->precounted - first) several = op->precounted - first;
@@ -79,7 +80,7 @@ static uint64_t gather(const at_fab_end *end, const at_op *op, const at_remote_p
         return taken;
     }
     uint64_t unit = first / pieces, k = first % pieces, from = 0, to = there->va + op->remote_offset, piece = op->piece;
-    if (op->kind == AT_OP_PAGES) {
+    if (op->kind & AT_OP_PAGES) {
         from = (uint64_t)op->local_pages[unit] * op->local_stride;
         to += (uint64_t)op->remote_pages[unit] * op->remote_stride;
     }
@@ -119,7 +120,7 @@ int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
     }
     slot->kind = AT_SLOT_WORK;
     (void)pthread_mutex_lock(&fab->lock);
-    int done = fab->driver->post(end, slot, &v, op->kind == AT_OP_READ, counts != 0, data);
+    int done = fab->driver->post(end, slot, &v, op->kind & AT_OP_READ, counts != 0, data);
     (void)pthread_mutex_unlock(&fab->lock);
     if (done != 0 && slot->bounce != NULL) at_fab_bounce_free(fab, slot); /* it may be posted again, and be gone by then */
     if (done == EAGAIN) return AT_EAGAIN;

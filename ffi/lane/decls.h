@@ -166,11 +166,20 @@ int64_t at_read(at_lane *lane, int64_t remote, uint64_t remote_offset, int64_t r
 int64_t at_write_pages(at_lane *lane, int64_t remote, int64_t region, const int64_t *local_pages, const int64_t *remote_pages,
                        uint64_t n, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride, uint64_t local_offset,
                        uint64_t remote_offset, int64_t imm);
+/* The other way: the remote stride may be 0, the local one may not. */
+int64_t at_read_pages(at_lane *lane, int64_t remote, int64_t region, const int64_t *local_pages, const int64_t *remote_pages,
+                      uint64_t n, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride, uint64_t local_offset,
+                      uint64_t remote_offset);
 int64_t at_signal(at_lane *lane, int64_t peer, int64_t imm);
 
 /* Plans: checked when made (NULL: *status says why, and at_lane_detail which target of a scatter), then posted any number of
  * times. Arrays are lent until return. A plan is memory of its own, to be freed in any state of the lane, once. */
 typedef struct at_plan at_plan;
+/* Of a scatter of pages: which part of the tables goes to one target, and how. All are at least 0. */
+typedef struct {
+    int64_t begin, count;
+    int64_t local_stride, remote_stride, local_offset, remote_offset;
+} at_page_target;
 at_plan *at_plan_copy(at_lane *lane, int read, int64_t remote, uint64_t remote_offset, int64_t region, uint64_t local_offset,
                       uint64_t nbytes, int *status);
 at_plan *at_plan_pages(at_lane *lane, int64_t remote, int64_t region, const int64_t *local_pages, const int64_t *remote_pages,
@@ -178,6 +187,10 @@ at_plan *at_plan_pages(at_lane *lane, int64_t remote, int64_t region, const int6
                        uint64_t remote_offset, int *status);
 at_plan *at_plan_scatter(at_lane *lane, int64_t region, uint64_t n, const int64_t *remotes, const uint64_t *local_offsets,
                          const uint64_t *remote_offsets, const uint64_t *nbytes, int *status);
+/* Any number of targets; they are as of at_scatter_pages. */
+at_plan *at_plan_scatter_pages(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbytes, uint64_t n, const int64_t *remotes,
+                               const uint64_t *bases, const uint64_t *limits, const at_page_target *targets, const int64_t *local_pages,
+                               const int64_t *remote_pages, uint64_t rows, uint64_t page_bytes, int *status);
 at_plan *at_plan_signals(at_lane *lane, uint64_t n, const int64_t *peers, const uint32_t *imms, int *status);
 void at_plan_free(at_plan *plan);
 /* [loop] Results as of at_write; AT_EUNKNOWN for NULL. Those of a scatter: AT_OK or AT_DUE when every target has landed, AT_E* when one was refused and
@@ -190,12 +203,12 @@ int64_t at_plan_post(at_lane *lane, const at_plan *plan, int64_t imm);
 int64_t at_scatter(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbytes, uint64_t n, const int64_t *remotes,
                    const uint64_t *bases, const uint64_t *limits, const int64_t *local_offsets, const int64_t *sizes,
                    const int64_t *remote_offsets, int64_t imm, uint64_t *total);
-/* [loop] The same for pages: target i gets counts[i] pages, those from begins[i] on in tables of `rows` pages, its own beginning at
- * remote_offsets[i]. Strides, tables and immediates are as for at_write_pages, results and targets as for at_scatter. */
-int64_t at_scatter_pages(at_lane *lane, int64_t region, uint64_t n, const int64_t *remotes, const uint64_t *remote_offsets,
-                         const int64_t *begins, const int64_t *counts, const int64_t *local_pages, const int64_t *remote_pages,
-                         uint64_t rows, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride, uint64_t local_offset,
-                         int64_t imm, uint64_t *total);
+/* [loop] The same for pages: target i gets targets[i].count of them, those from targets[i].begin on in tables of `rows` pages. Offsets are in the
+ * part of the region, and in that of the remote region. Strides, tables and immediates are as for at_write_pages, results and targets as for
+ * at_scatter. */
+int64_t at_scatter_pages(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbytes, uint64_t n, const int64_t *remotes,
+                         const uint64_t *bases, const uint64_t *limits, const at_page_target *targets, const int64_t *local_pages,
+                         const int64_t *remote_pages, uint64_t rows, uint64_t page_bytes, int64_t imm, uint64_t *total);
 int at_batch_take(at_lane *lane, int64_t cookie, int32_t *results, uint64_t n); /* once, after the event */
 
 /* The same from any thread, for plans that are no scatters: AT_OK, AT_E*, or a cookie for at_thread_wait; no event comes. */

@@ -89,6 +89,8 @@ void at_count_turn(at_lane *lane, uint64_t nbytes);          /* inline work was 
 int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op); /* everything that may have changed since it was checked */
 /* Bounds, and the page tables, which are copied to `tables` while they are checked; NULL: they cannot change. */
 int at_check(at_lane *lane, const at_order *order, at_op *op, const at_tables *tables);
+/* The same for pages, which must lie before `here` bytes of the local region and before `there` bytes of the remote one. */
+int at_check_pages(at_lane *lane, const at_order *order, at_op *op, uint64_t here, uint64_t there, const at_tables *tables);
 /* Only decides: AT_HERE: at_move_here may move it; AT_OK: there is nothing to move; AT_EAGAIN: it has to be queued; else it fails. */
 enum { AT_HERE = 2 };
 int at_submit_here(at_lane *lane, at_op *op);
@@ -104,7 +106,7 @@ int64_t at_submit_last(at_lane *lane, at_op *op); /* the same at the end of a ca
 void at_wake_mover(at_lane *lane, int64_t cookie);
 
 int64_t at_unlock_and_progress(at_lane *lane, int64_t result); /* the end of a submitting call */
-int at_pages_make_sense(uint64_t n, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride);
+int at_pages_make_sense(uint64_t n, uint64_t page_bytes, uint64_t from_stride, uint64_t to_stride);
 
 /* watch.c, with the lock */
 uint64_t at_watch_look(at_lane *lane); /* tell of changes; ns until the next look, 0: nobody watches */

@@ -122,7 +122,8 @@ typedef struct {
     _Atomic uint64_t unchecked;      /* bytes moved since its pages were counted */
 } at_remote;
 
-enum at_op_kind { AT_OP_WRITE, AT_OP_PAGES, AT_OP_SIGNAL, AT_OP_READ, AT_OP_BATCH };
+/* Bits, of which the first two are asked for one by one: it is moved in pages, it reads. */
+enum at_op_kind { AT_OP_WRITE = 0, AT_OP_PAGES = 1, AT_OP_READ = 2, AT_OP_SIGNAL = 4, AT_OP_BATCH = 8 };
 
 /* What shall be done, in ids and offsets: from the arguments of a call, or kept in a plan. Resolving it makes an at_op. */
 typedef struct {
@@ -152,7 +153,7 @@ struct at_op {
     uint32_t remote_index, region_index;
     int64_t cookie;
     int64_t imm;            /* -1: none */
-    uint8_t *local;         /* region base + offset: read from, but for AT_OP_READ, which writes here */
+    uint8_t *local;         /* region base + offset: read from, but for reads, which write here */
     uint64_t remote_offset; /* in the remote region */
     uint64_t nbytes;        /* of the write, or of one page */
     uint64_t local_stride, remote_stride;

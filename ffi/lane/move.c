@@ -17,7 +17,7 @@ int at_op_publish(at_op *op) {
     return rc;
 }
 
-static uint64_t unclaimed(const at_op *op) { return (op->extent - op->cursor) * (op->kind == AT_OP_PAGES ? op->nbytes : 1); }
+static uint64_t unclaimed(const at_op *op) { return (op->extent - op->cursor) * (op->kind & AT_OP_PAGES ? op->nbytes : 1); }
 
 static int goes_on(const at_op *op) {
     return op->cursor < op->extent && op->peer->status == AT_OK && !atomic_load(&op->withdrawn);
@@ -48,7 +48,7 @@ int at_op_move(at_op *op, uint64_t n, int mover, int *oserror) {
 
 void at_op_moved(at_op *op, uint64_t n) {
     op->moved += n;
-    if (op->kind == AT_OP_PAGES) op->landed = op->moved;
+    if (op->kind & AT_OP_PAGES) op->landed = op->moved;
     else if (op->moved == op->extent) op->landed = op->units;
 }
 
@@ -85,7 +85,7 @@ static int move_over(at_lane *lane, at_op *op, int rc, int oserror) {
 
 /* How much to claim next, in units of the extent: less towards the end, so that several movers finish together. */
 static uint64_t portion(const at_op *op, uint64_t most) {
-    uint64_t left = unclaimed(op), unit = op->kind == AT_OP_PAGES ? op->nbytes : 1;
+    uint64_t left = unclaimed(op), unit = op->kind & AT_OP_PAGES ? op->nbytes : 1;
     uint64_t share = op->risk != AT_RISK_NONE ? 4 * AT_CHUNK : left / 8 < AT_CHUNK ? AT_CHUNK : left / 8 > 4 * AT_CHUNK ? 4 * AT_CHUNK : left / 8;
     share = share < most ? share : most;
     uint64_t n = share / unit > 0 ? share / unit : 1;

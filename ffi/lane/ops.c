@@ -115,7 +115,7 @@ int at_ops_age(at_lane *lane, uint64_t lives) {
 /* Everything is retired: give back what was lent and tell whoever asked: the loop, a batch, or another thread. */
 static uint64_t op_bytes(const at_op *op) {
     if (op->peer->port->window != 0) return op->bytes;
-    int whole_bytes = op->kind != AT_OP_PAGES && op->nbytes != 0; /* its extent are bytes */
+    int whole_bytes = !(op->kind & AT_OP_PAGES) && op->nbytes != 0; /* its extent are bytes */
     return whole_bytes ? op->moved : op->landed * op->nbytes;
 }
 
@@ -273,7 +273,7 @@ int64_t at_op_keep(at_lane *lane, const at_op *template) {
     at_op *op = op_new(lane);
     if (op == NULL) return AT_ENOMEM;
     *op = *template;
-    if (op->kind == AT_OP_PAGES) {
+    if (op->kind & AT_OP_PAGES) {
         op->table = malloc((size_t)op->units * 2 * sizeof *op->table);
         if (op->table == NULL) {
             op_free(lane, op);

@@ -32,10 +32,12 @@ typedef struct {
 
 /* Parts of two tables of pages, and where each goes: the arguments of at_scatter_pages. */
 typedef struct {
-    uint64_t count, rows;
+    at_source src;
+    uint64_t count, rows, page;
     const int64_t *remotes;
-    const uint64_t *offsets;
-    const int64_t *begins, *counts;
+    const uint64_t *bases, *limits;
+    const at_page_target *targets;
+    const int64_t *local_pages, *remote_pages;
 } at_rows;
 
 static at_plan *plan_new(uint64_t count, int scatter) {
@@ -46,6 +48,15 @@ static at_plan *plan_new(uint64_t count, int scatter) {
         plan->scatter = scatter;
     }
     return plan;
+}
+
+/* They are the plan's from now on, and cannot change any more. */
+static int copy_tables(at_plan *plan, const int64_t *local_pages, const int64_t *remote_pages, uint64_t n) {
+    plan->tables = malloc((size_t)n * 2 * sizeof *plan->tables + 1);
+    if (plan->tables == NULL) return AT_ENOMEM;
+    if (n != 0) memcpy(plan->tables, local_pages, (size_t)n * sizeof *plan->tables);
+    if (n != 0) memcpy(plan->tables + n, remote_pages, (size_t)n * sizeof *plan->tables);
+    return AT_OK;
 }
 
 /* Check every order of a fresh plan; it goes when one is refused. */
@@ -82,13 +93,11 @@ at_plan *at_plan_pages(at_lane *lane, int64_t remote, int64_t region, const int6
     *status = AT_ESIZE;
     if (!at_pages_make_sense(n, page_bytes, local_stride, remote_stride)) return NULL;
     at_plan *plan = plan_new(1, 0);
-    if (plan != NULL && (plan->tables = malloc((size_t)n * 2 * sizeof *plan->tables + 1)) == NULL) {
+    if (plan != NULL && copy_tables(plan, local_pages, remote_pages, n) != AT_OK) {
         free(plan);
         plan = NULL;
     }
     if (plan != NULL) {
-        if (n != 0) memcpy(plan->tables, local_pages, (size_t)n * sizeof *plan->tables);
-        if (n != 0) memcpy(plan->tables + n, remote_pages, (size_t)n * sizeof *plan->tables);
         plan->orders[0] = (at_order){.kind = AT_OP_PAGES, .remote = remote, .region = region, .local_offset = local_offset,
                                      .remote_offset = remote_offset, .nbytes = page_bytes, .units = n,
                                      .local_stride = local_stride, .remote_stride = remote_stride, .local_pages = plan->tables,
@@ -105,6 +114,58 @@ at_plan *at_plan_scatter(at_lane *lane, int64_t region, uint64_t n, const int64_
                                      .local_offset = local_offsets[i], .remote_offset = remote_offsets[i], .nbytes = nbytes[i],
                                      .units = 1, .imm = -1};
     return plan_checked(lane, plan, status);
+}
+
+/* What goes to target i. Its pages are checked next. */
+static int rows_order(const at_rows *to, uint64_t i, at_order *order) {
+    const at_page_target *t = &to->targets[i];
+    uint64_t n = (uint64_t)t->count, begin = (uint64_t)t->begin; /* what is negative is too large here */
+    if (begin > to->rows || n > to->rows - begin || ((t->local_offset | t->remote_offset | t->local_stride | t->remote_stride) < 0) ||
+        !at_pages_make_sense(n, to->page, (uint64_t)t->local_stride, (uint64_t)t->remote_stride))
+        return AT_ESIZE;
+    *order = (at_order){.kind = AT_OP_PAGES, .remote = to->remotes[i], .region = to->src.region, .nbytes = to->page, .units = n,
+                        .local_offset = to->src.offset + (uint64_t)t->local_offset, .remote_offset = to->bases[i] + (uint64_t)t->remote_offset,
+                        .local_stride = (uint64_t)t->local_stride, .remote_stride = (uint64_t)t->remote_stride,
+                        .local_pages = to->local_pages + begin, .remote_pages = to->remote_pages + begin, .imm = -1};
+    return AT_OK;
+}
+
+static uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+/* Its pages lie in the parts of the two regions that the caller named. */
+static int check_rows(at_lane *lane, const at_rows *to, uint64_t i, const at_order *order, at_op *op) {
+    uint64_t here = least(op->region->nbytes, to->src.offset + to->src.nbytes), there = least(op->remote->nbytes, to->bases[i] + to->limits[i]);
+    return at_check_pages(lane, order, op, here, there, NULL);
+}
+
+at_plan *at_plan_scatter_pages(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbytes, uint64_t n, const int64_t *remotes,
+                               const uint64_t *bases, const uint64_t *limits, const at_page_target *targets, const int64_t *local_pages,
+                               const int64_t *remote_pages, uint64_t rows, uint64_t page_bytes, int *status) {
+    at_rows to = {.src = {region, offset, nbytes}, .count = n, .rows = rows, .page = page_bytes, .remotes = remotes, .bases = bases,
+                  .limits = limits, .targets = targets, .local_pages = local_pages, .remote_pages = remote_pages};
+    *status = AT_ESIZE;
+    if (page_bytes == 0 || rows > (uint64_t)INT64_MAX / page_bytes || rows > SIZE_MAX / 4 / sizeof *local_pages) return NULL;
+    at_plan *plan = plan_new(n, 1);
+    if (plan != NULL && copy_tables(plan, local_pages, remote_pages, rows) != AT_OK) {
+        free(plan);
+        plan = NULL;
+    }
+    if (plan == NULL || lane == NULL) return plan_checked(lane, plan, status);
+    to.local_pages = plan->tables, to.remote_pages = plan->tables + rows;
+    int rc = AT_OK;
+    at_lock(lane);
+    for (uint64_t i = 0; i < n && rc == AT_OK; i++) {
+        at_op op;
+        rc = rows_order(&to, i, &plan->orders[i]);
+        if (rc == AT_OK) rc = at_resolve(lane, &plan->orders[i], 0, &op);
+        if (rc == AT_OK) rc = check_rows(lane, &to, i, &plan->orders[i], &op);
+        if (rc != AT_OK) lane->detail = (int64_t)i;
+    }
+    at_unlock(lane);
+    *status = rc;
+    if (rc == AT_OK) return plan;
+    at_plan_free(plan);
+    return NULL;
 }
 
 at_plan *at_plan_signals(at_lane *lane, uint64_t n, const int64_t *peers, const uint32_t *imms, int *status) {
@@ -275,51 +336,42 @@ int64_t at_scatter(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbyt
     return at_unlock_and_progress(lane, result);
 }
 
-static int64_t scatter_pages(at_lane *lane, at_order *order, const at_rows *to, const at_tables *tables, int64_t imm, uint64_t *total) {
+static int64_t scatter_pages(at_lane *lane, const at_rows *to, const at_tables *tables, int64_t imm, uint64_t *total) {
     at_op *ops = kept_for(lane, to->count);
-    int64_t *local_pages = tables->pages, *remote_pages = tables->pages + to->rows;
     if (ops == NULL && to->count != 0) return AT_ENOMEM;
+    at_rows own = *to;
+    own.local_pages = tables->pages, own.remote_pages = tables->pages + to->rows;
     if (to->rows != 0) { /* in one go: parts of several targets may overlap, and none may change after its check */
-        memcpy(local_pages, order->local_pages, (size_t)to->rows * sizeof *local_pages);
-        memcpy(remote_pages, order->remote_pages, (size_t)to->rows * sizeof *remote_pages);
+        memcpy(tables->pages, to->local_pages, (size_t)to->rows * sizeof *tables->pages);
+        memcpy(tables->pages + to->rows, to->remote_pages, (size_t)to->rows * sizeof *tables->pages);
     }
     for (uint64_t i = 0; i < to->count; i++) {
-        int64_t begin = once(&to->begins[i]), count = once(&to->counts[i]);
-        int rc = lies_in(begin, count, to->rows) ? AT_OK : AT_ESIZE;
-        if (rc == AT_OK) {
-            order->remote = to->remotes[i];
-            order->remote_offset = to->offsets[i];
-            order->units = (uint64_t)count;
-            order->local_pages = local_pages + begin;
-            order->remote_pages = remote_pages + begin;
-            rc = at_resolve(lane, order, imm, &ops[i]);
-        }
-        if (rc == AT_OK) rc = at_check(lane, order, &ops[i], NULL);
+        at_order order;
+        int rc = rows_order(&own, i, &order);
+        if (rc == AT_OK) rc = at_resolve(lane, &order, imm, &ops[i]);
+        if (rc == AT_OK) rc = check_rows(lane, &own, i, &order, &ops[i]);
         if (rc != AT_OK) {
             lane->detail = (int64_t)i;
             return rc;
         }
-        *total += order->nbytes * order->units;
+        *total += order.nbytes * order.units;
     }
     return post_targets(lane, ops, to->count, NULL, imm);
 }
 
-int64_t at_scatter_pages(at_lane *lane, int64_t region, uint64_t n, const int64_t *remotes, const uint64_t *remote_offsets,
-                         const int64_t *begins, const int64_t *counts, const int64_t *local_pages, const int64_t *remote_pages,
-                         uint64_t rows, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride, uint64_t local_offset,
-                         int64_t imm, uint64_t *total) {
+int64_t at_scatter_pages(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbytes, uint64_t n, const int64_t *remotes,
+                         const uint64_t *bases, const uint64_t *limits, const at_page_target *targets, const int64_t *local_pages,
+                         const int64_t *remote_pages, uint64_t rows, uint64_t page_bytes, int64_t imm, uint64_t *total) {
     *total = 0;
     int64_t result = at_check_owner(lane);
     if (result != AT_OK) return result;
-    if (n > MOST_KEPT || !at_pages_make_sense(rows, page_bytes, local_stride, remote_stride)) return AT_ESIZE;
-    at_order order = {.kind = AT_OP_PAGES, .region = region, .local_offset = local_offset, .nbytes = page_bytes,
-                      .local_stride = local_stride, .remote_stride = remote_stride, .local_pages = local_pages,
-                      .remote_pages = remote_pages, .imm = -1};
-    at_rows to = {.count = n, .rows = rows, .remotes = remotes, .offsets = remote_offsets, .begins = begins, .counts = counts};
+    if (n > MOST_KEPT || page_bytes == 0 || rows > (uint64_t)INT64_MAX / page_bytes) return AT_ESIZE;
+    at_rows to = {.src = {region, offset, nbytes}, .count = n, .rows = rows, .page = page_bytes, .remotes = remotes, .bases = bases,
+                  .limits = limits, .targets = targets, .local_pages = local_pages, .remote_pages = remote_pages};
     at_tables tables;
     at_lock(lane);
     result = at_tables_take(lane, rows, &tables);
-    if (result == AT_OK) result = scatter_pages(lane, &order, &to, &tables, imm, total);
+    if (result == AT_OK) result = scatter_pages(lane, &to, &tables, imm, total);
     at_tables_give(lane, &tables);
     return at_unlock_and_progress(lane, result);
 }

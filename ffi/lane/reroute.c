@@ -52,7 +52,7 @@ static int go(at_lane *lane, at_op *op, at_peer *from, at_peer *to, const mappin
     op->precounted = op->counted;
     op->cursor = op->moved = op->landed = op->bytes = op->tail = 0;
     if (to->port->window != 0) op->extent = op->units;
-    else op->extent = op->kind == AT_OP_PAGES ? op->units : op->nbytes != 0 ? op->nbytes : 1;
+    else op->extent = op->kind & AT_OP_PAGES ? op->units : op->nbytes != 0 ? op->nbytes : 1;
     if (to->port->cut != NULL) to->port->cut(to, op);
     op->risk = at_risk(op);
     at_op_enqueue(op);

@@ -69,7 +69,7 @@ int at_is_there(const at_op *op) {
     at_region *region = op->region;
     uint64_t at = (uint64_t)(op->local - region->base);
     uint32_t looks = 0;
-    if (op->kind != AT_OP_PAGES) return is_there(region, at, at + op->nbytes, &looks);
+    if (!(op->kind & AT_OP_PAGES)) return is_there(region, at, at + op->nbytes, &looks);
     for (uint64_t i = 0; i < op->units; i++) {
         uint64_t from = at + (uint64_t)op->local_pages[i] * op->local_stride;
         if (!is_there(region, from, from + op->nbytes, &looks)) return 0;
@@ -80,7 +80,7 @@ int at_is_there(const at_op *op) {
 void at_fetch_local(const at_op *op) {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     for (uint64_t i = 0; i < op->units && !atomic_load(&op->withdrawn); i++) {
-        const uint8_t *from = op->kind == AT_OP_PAGES ? op->local + (uint64_t)op->local_pages[i] * op->local_stride : op->local;
+        const uint8_t *from = op->kind & AT_OP_PAGES ? op->local + (uint64_t)op->local_pages[i] * op->local_stride : op->local;
         uint64_t start = (uint64_t)(uintptr_t)from, end = start + op->nbytes;
         for (uint64_t at = start; at < end && !atomic_load(&op->withdrawn); at = (at / page + 1) * page) {
             uint8_t seen; /* by the kernel, which answers EFAULT where a signal would be raised; the copy says what is wrong */

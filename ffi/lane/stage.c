@@ -46,8 +46,8 @@ static at_stage *stage_new(const at_op *op) {
     at_stage *stage = malloc(sizeof *stage + (size_t)room);
     if (stage == NULL) return NULL;
     *stage = (at_stage){.local = op->local, .pages = op->local_pages, .stride = op->local_stride, .tail = op->tail,
-                        .steps = pieces * op->units, .pieces = pieces, .most = most, .room = room, .reads = op->kind == AT_OP_READ};
-    if (op->kind != AT_OP_PAGES) return stage;
+                        .steps = pieces * op->units, .pieces = pieces, .most = most, .room = room, .reads = op->kind & AT_OP_READ};
+    if (!(op->kind & AT_OP_PAGES)) return stage;
     stage->order = malloc((size_t)op->units * sizeof *stage->order);
     for (uint64_t i = 0; stage->order != NULL && i < op->units; i++) stage->order[i] = (int64_t)i;
     if (stage->order != NULL) return stage;
@@ -55,36 +55,35 @@ static at_stage *stage_new(const at_op *op) {
     return NULL;
 }
 
-static int load(at_stage *stage, const at_op *op) {
+/* Between the copy and memory: to memory, what has been read; else from there. 0, or EFAULT. */
+static int exchange(at_stage *stage, const at_op *op, int to_memory) {
     uint64_t n = stage->end - stage->begin, first = place(stage, op, stage->begin);
-    if (op->kind != AT_OP_PAGES) {
+    const int64_t *pages = stage->pages + stage->begin;
+    if (!(op->kind & AT_OP_PAGES)) {
         uint64_t end = stage->end == stage->steps ? op->nbytes : place(stage, op, stage->end);
-        return at_own_copy(stage->bytes, stage->local + first, end - first);
+        uint8_t *memory = stage->local + first;
+        return to_memory ? at_own_copy(memory, stage->bytes, end - first) : at_own_copy(stage->bytes, memory, end - first);
     }
-    if (stage->pieces == 1)
-        return at_own_copy_pages(stage->bytes, stage->local, stage->order, stage->pages + stage->begin, n, op->nbytes, op->nbytes, stage->stride);
+    if (stage->pieces == 1 && to_memory) return at_own_copy_pages(stage->local, stage->bytes, pages, stage->order, n, op->nbytes, stage->stride, op->nbytes);
+    if (stage->pieces == 1) return at_own_copy_pages(stage->bytes, stage->local, stage->order, pages, n, op->nbytes, op->nbytes, stage->stride);
     for (uint64_t step = stage->begin; step < stage->end; step++) { /* of large pages, few */
-        uint64_t from = step % stage->pieces * op->piece, left = op->nbytes - from;
-        const uint8_t *page = stage->local + (uint64_t)stage->pages[step / stage->pieces] * stage->stride;
-        int error = at_own_copy(stage->bytes + place(stage, op, step) - first, page + from, left < op->piece ? left : op->piece);
+        uint64_t from = step % stage->pieces * op->piece, left = op->nbytes - from, k = left < op->piece ? left : op->piece;
+        uint8_t *memory = stage->local + (uint64_t)stage->pages[step / stage->pieces] * stage->stride + from;
+        uint8_t *copied = stage->bytes + place(stage, op, step) - first;
+        int error = to_memory ? at_own_copy(memory, copied, k) : at_own_copy(copied, memory, k);
         if (error != 0) return error;
     }
     return 0;
 }
 
-static int unload(const at_stage *stage, const at_op *op) {
-    uint64_t first = place(stage, op, stage->begin), end = stage->end == stage->steps ? op->nbytes : place(stage, op, stage->end);
-    return at_own_copy(stage->local + first, stage->bytes, end - first);
-}
-
 /* Without the lock: what has been read goes to memory, or the next part of what is written comes from there. Its status. */
 static int copy(at_stage *stage, const at_op *op) {
-    if (stage->reads && stage->end != 0 && unload(stage, op) != 0) return AT_EMEMORY;
+    if (stage->reads && stage->end != 0 && exchange(stage, op, 1) != 0) return AT_EMEMORY;
     if (stage->end == stage->steps || atomic_load(&op->withdrawn)) return AT_OK;
     stage->begin = stage->end;
     stage->end = stage->steps - stage->begin < stage->most ? stage->steps : stage->begin + stage->most;
     stage->more = stage->reads || stage->end != stage->steps;
-    return stage->reads || load(stage, op) == 0 ? AT_OK : AT_EMEMORY;
+    return stage->reads || exchange(stage, op, 0) == 0 ? AT_OK : AT_EMEMORY;
 }
 
 /* The port sees the copy from here on. */

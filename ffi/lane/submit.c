@@ -29,9 +29,9 @@ static void note_footprint(at_lane *lane, at_op *op, uint64_t nbytes) {
     op->footprint = nbytes;
     lane->written += nbytes;
     if (nbytes < RECENT_LEAST) return;
-    uint64_t where = op->remote->va + op->remote_offset;
-    if (op->kind == AT_OP_PAGES) where += (uint64_t)op->remote_pages[0] * op->remote_stride;
-    if (op->kind == AT_OP_READ) where = (uint64_t)(uintptr_t)op->local;
+    int reads = op->kind & AT_OP_READ;
+    uint64_t where = reads ? (uint64_t)(uintptr_t)op->local : op->remote->va + op->remote_offset;
+    if (op->kind & AT_OP_PAGES) where += reads ? (uint64_t)op->local_pages[0] * op->local_stride : (uint64_t)op->remote_pages[0] * op->remote_stride;
     uint32_t i = 0;
     while (i < AT_RECENT && lane->recent[i].where != where) i++;
     int again = i != AT_RECENT;
@@ -62,7 +62,7 @@ static inline void op_clear(at_op *op) {
 int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op) {
     int64_t value = order->imm >= 0 ? order->imm : imm;
     if (value > (int64_t)UINT32_MAX) return AT_EIMM;
-    uint64_t extent = order->kind == AT_OP_PAGES ? order->units : order->nbytes != 0 ? order->nbytes : 1;
+    uint64_t extent = order->kind & AT_OP_PAGES ? order->units : order->nbytes != 0 ? order->nbytes : 1;
     op_clear(op);
     op->kind = order->kind;
     op->imm = value;
@@ -79,7 +79,7 @@ int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op) {
     if (remote == NULL) return AT_ESTALE;
     if (remote->peer->status != AT_OK) return AT_EPEER;
     if (region->cuda >= 0 && !remote->peer->device) return AT_EDEVICE;
-    if (!(remote->access & (order->kind == AT_OP_READ ? AT_ACCESS_READ : AT_ACCESS_WRITE))) return AT_EGRANT;
+    if (!(remote->access & (order->kind & AT_OP_READ ? AT_ACCESS_READ : AT_ACCESS_WRITE))) return AT_EGRANT;
     if (atomic_load_explicit(remote->word, memory_order_acquire) != remote->epoch) return AT_ESTALE; /* order: alone: looked at again by the port */
     op->peer = remote->peer;
     op->remote = remote;
@@ -120,22 +120,24 @@ static int check_pages(at_lane *lane, const int64_t *pages, int64_t *own, uint64
     return AT_OK;
 }
 
+int at_check_pages(at_lane *lane, const at_order *order, at_op *op, uint64_t here, uint64_t there, const at_tables *tables) {
+    int64_t *own_local = tables != NULL ? tables->pages : NULL, *own_remote = tables != NULL ? own_local + order->units : NULL;
+    int rc = check_pages(lane, order->local_pages, own_local, order->units,
+                         last_page(here, order->local_offset, order->nbytes, order->local_stride), AT_EINDEX_SRC);
+    if (rc == AT_OK)
+        rc = check_pages(lane, order->remote_pages, own_remote, order->units,
+                         last_page(there, order->remote_offset, order->nbytes, order->remote_stride), AT_EINDEX_DST);
+    if (tables != NULL) {
+        op->local_pages = own_local;
+        op->remote_pages = own_remote;
+    }
+    return rc;
+}
+
 int at_check(at_lane *lane, const at_order *order, at_op *op, const at_tables *tables) {
     if (order->kind == AT_OP_SIGNAL) return AT_OK;
     uint64_t here = op->region->nbytes, there = op->remote->nbytes, n = order->nbytes;
-    if (order->kind == AT_OP_PAGES) {
-        int64_t *own_local = tables != NULL ? tables->pages : NULL, *own_remote = tables != NULL ? own_local + order->units : NULL;
-        int rc = check_pages(lane, order->local_pages, own_local, order->units,
-                             last_page(here, order->local_offset, n, order->local_stride), AT_EINDEX_SRC);
-        if (rc == AT_OK)
-            rc = check_pages(lane, order->remote_pages, own_remote, order->units,
-                             last_page(there, order->remote_offset, n, order->remote_stride), AT_EINDEX_DST);
-        if (tables != NULL) {
-            op->local_pages = own_local;
-            op->remote_pages = own_remote;
-        }
-        return rc;
-    }
+    if (order->kind & AT_OP_PAGES) return at_check_pages(lane, order, op, here, there, tables);
     if (order->local_offset > here || n > here - order->local_offset) return AT_ESRC;
     if (order->remote_offset > there || n > there - order->remote_offset) return AT_EDST;
     return AT_OK;
@@ -353,12 +355,12 @@ static int64_t submit_one(at_lane *lane, const at_order *order, int64_t imm) {
     at_op op;
     at_tables tables = {NULL, 0};
     at_lock(lane);
-    if (order->kind == AT_OP_PAGES) result = at_tables_take(lane, order->units, &tables);
+    if (order->kind & AT_OP_PAGES) result = at_tables_take(lane, order->units, &tables);
     if (result == AT_OK) result = at_resolve(lane, order, imm, &op);
     if (result == AT_OK) result = at_check(lane, order, &op, &tables);
-    if (result == AT_OK && order->kind != AT_OP_PAGES) return at_submit_last(lane, &op);
+    if (result == AT_OK && !(order->kind & AT_OP_PAGES)) return at_submit_last(lane, &op);
     if (result == AT_OK) result = at_submit(lane, &op);
-    if (order->kind == AT_OP_PAGES) at_tables_give(lane, &tables);
+    if (order->kind & AT_OP_PAGES) at_tables_give(lane, &tables);
     return at_unlock_and_progress(lane, result);
 }
 
@@ -400,9 +402,19 @@ int64_t at_write_pages(at_lane *lane, int64_t remote, int64_t region, const int6
     return submit_one(lane, &order, imm);
 }
 
-int at_pages_make_sense(uint64_t n, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride) {
-    return page_bytes != 0 && page_bytes <= (uint64_t)INT64_MAX && remote_stride >= page_bytes &&
-           (local_stride == 0 || local_stride >= page_bytes) && n <= (uint64_t)INT64_MAX / page_bytes;
+int64_t at_read_pages(at_lane *lane, int64_t remote, int64_t region, const int64_t *local_pages, const int64_t *remote_pages,
+                      uint64_t n, uint64_t page_bytes, uint64_t local_stride, uint64_t remote_stride, uint64_t local_offset,
+                      uint64_t remote_offset) {
+    if (!at_pages_make_sense(n, page_bytes, remote_stride, local_stride)) return AT_ESIZE;
+    at_order order = {.kind = AT_OP_READ | AT_OP_PAGES, .remote = remote, .region = region, .local_offset = local_offset,
+                      .remote_offset = remote_offset, .nbytes = page_bytes, .units = n, .local_stride = local_stride,
+                      .remote_stride = remote_stride, .local_pages = local_pages, .remote_pages = remote_pages, .imm = -1};
+    return submit_one(lane, &order, -1);
+}
+
+int at_pages_make_sense(uint64_t n, uint64_t page_bytes, uint64_t from_stride, uint64_t to_stride) {
+    return page_bytes != 0 && page_bytes <= (uint64_t)INT64_MAX && to_stride >= page_bytes &&
+           (from_stride == 0 || from_stride >= page_bytes) && n <= (uint64_t)INT64_MAX / page_bytes;
 }
 
 int64_t at_signal(at_lane *lane, int64_t peer, int64_t imm) {

@@ -68,7 +68,7 @@ static int move_bytes(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, 
     at_remote *remote = op->remote;
     int cold = at_copy_prefers_cold(op->footprint);
     uint64_t chunk = remote->base == NULL || cold ? FOREIGN_CHUNK : AT_CHUNK;
-    int reads = op->kind == AT_OP_READ;
+    int reads = op->kind & AT_OP_READ;
     while (*moved < n) {
         uint64_t k = n - *moved < chunk ? n - *moved : chunk, from = first + *moved, to = op->remote_offset + from;
         active->begin = to, active->nbytes = k;
@@ -93,6 +93,7 @@ static int move_bytes(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, 
 static int foreign_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t n) {
     struct iovec here[BATCH], there[BATCH];
     uint64_t at = 0, page = op->nbytes, va = op->remote->va + op->remote_offset;
+    int reads = op->kind & AT_OP_READ;
     while (at < n) {
         uint32_t k = n - at < BATCH ? (uint32_t)(n - at) : BATCH;
         for (uint32_t i = 0; i < k; i++) {
@@ -103,12 +104,12 @@ static int foreign_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t 
         uint64_t whole = 0;
         if (atomic_load(&shm->foreign) == 1 && (shm->mem_fd < 0 || k * page > AT_SHM_SMALL)) {
             if (!at_shm_unchanged(shm)) return ESRCH;
-            ssize_t moved = process_vm_writev(shm->pid, here, k, there, k, 0);
+            ssize_t moved = reads ? process_vm_readv(shm->pid, here, k, there, k, 0) : process_vm_writev(shm->pid, here, k, there, k, 0);
             if (moved < 0 && errno == ESRCH) return errno;
             whole = moved < 0 ? 0 : (uint64_t)moved / page;
         }
         for (uint64_t i = whole; i < k; i++) { /* what a short call left, and all of it by /proc/PID/mem */
-            int error = at_shm_foreign_copy(shm, here[i].iov_base, (uint64_t)(uintptr_t)there[i].iov_base, page, 0);
+            int error = at_shm_foreign_copy(shm, here[i].iov_base, (uint64_t)(uintptr_t)there[i].iov_base, page, reads);
             if (error != 0) return error;
         }
         at += k;
@@ -119,6 +120,18 @@ static int foreign_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t 
 static int pages_gone(const at_op *op, uint64_t first, uint64_t n) {
     for (uint64_t i = first; i < first + n; i++)
         if (is_gone(op, (uint64_t)op->local_pages[i] * op->local_stride, op->nbytes)) return 1;
+    return 0;
+}
+
+/* Pages [at, at + k), where the remote memory is mapped: 0 or an errno. */
+static int mapped_pages(const at_op *op, uint64_t at, uint64_t k, int cold) {
+    uint8_t *there = op->remote->base + op->remote_offset;
+    const int64_t *here_pages = op->local_pages + at, *there_pages = op->remote_pages + at;
+    uint64_t page = op->nbytes, here_stride = op->local_stride, there_stride = op->remote_stride;
+    if (op->region->file && op->kind & AT_OP_READ) return at_own_copy_pages(op->local, there, here_pages, there_pages, k, page, here_stride, there_stride);
+    if (op->region->file) return at_own_copy_pages(there, op->local, there_pages, here_pages, k, page, there_stride, here_stride);
+    if (op->kind & AT_OP_READ) at_copy_pages(op->local, there, here_pages, there_pages, k, page, here_stride, there_stride, cold);
+    else at_copy_pages(there, op->local, there_pages, here_pages, k, page, there_stride, here_stride, cold);
     return 0;
 }
 
@@ -134,16 +147,10 @@ static int move_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, 
         int rc = at_shm_enter(shm, active, remote), error = 0;
         if (rc != AT_OK) return rc;
         hold(remote);
-        if (remote->base == NULL)
-            error = foreign_pages(shm, op, at, k);
-        else if (op->region->file)
-            error = at_own_copy_pages(remote->base + op->remote_offset, op->local, op->remote_pages + at, op->local_pages + at, k, page,
-                                      op->remote_stride, op->local_stride);
-        else
-            at_copy_pages(remote->base + op->remote_offset, op->local, op->remote_pages + at, op->local_pages + at, k, page,
-                          op->remote_stride, op->local_stride, cold);
+        error = remote->base == NULL ? foreign_pages(shm, op, at, k) : mapped_pages(op, at, k, cold);
         at_shm_leave(active);
         if (error != 0) return failed(error, remote->base != NULL || (error == EFAULT && pages_gone(op, at, k)), oserror);
+        if (op->kind & AT_OP_READ && revoked(remote)) return AT_ESTALE;
         *moved += k;
         if (*moved < n && withdrawn(op)) return AT_OK;
     }
@@ -161,6 +168,6 @@ int at_shm_move(at_peer *peer, const at_op *op, uint64_t first, uint64_t n, int 
     if (op->remote->base == NULL && atomic_load(&shm->foreign) == AT_FOREIGN_UNKNOWN) atomic_store(&shm->foreign, at_shm_probe(shm));
     if (op->remote->base == NULL && atomic_load(&shm->foreign) == 0) return failed(shm->foreign_why, 0, oserror);
     at_active *active = &shm->outbound->active[mover];
-    return op->kind == AT_OP_PAGES ? move_pages(shm, op, first, n, active, moved, oserror)
+    return op->kind & AT_OP_PAGES ? move_pages(shm, op, first, n, active, moved, oserror)
                                    : move_bytes(shm, op, first, n, active, moved, oserror);
 }

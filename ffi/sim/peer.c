@@ -58,14 +58,14 @@ static int64_t sim_post(at_peer *peer, at_op *op) {
         const at_remote *remote = op->remote;
         uint8_t *base = remote->base != NULL ? remote->base : (uint8_t *)(uintptr_t)remote->va;
         uint64_t from = 0, to = op->remote_offset;
-        if (op->kind == AT_OP_PAGES) {
+        if (op->kind & AT_OP_PAGES) {
             from = (uint64_t)op->local_pages[op->cursor] * op->local_stride;
             to += (uint64_t)op->remote_pages[op->cursor] * op->remote_stride;
         }
         request->local = op->local + from;
         request->file = op->region->file || remote->file;
         request->remote = base + to;
-        request->reads = op->kind == AT_OP_READ;
+        request->reads = op->kind & AT_OP_READ;
         request->word = remote->word;
         request->epoch = remote->epoch;
         request->slot = remote->slot;

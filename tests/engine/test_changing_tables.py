@@ -46,10 +46,15 @@ def scattered(pair: Pair, source: at.RegionView, target: at.RemoteRegion, good: 
     return pair.left.scatter(source, (good[-n:] * PAGE, np.full(n, PAGE), target, table[-n:]))
 
 
-def scattered_pages(pair: Pair, source: at.RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer | None:
+def scattered_pages(pair: Pair, source: at.RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer:
+    targets = at.PagesTarget([target, target], good, table, count=np.full(2, COUNT // 2))
+    return pair.left.scatter_pages(source, targets, page_bytes=PAGE, imm=1)
+
+
+def separate_tables(pair: Pair, source: at.RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer:
     half = COUNT // 2
-    parts = np.array([0, half]), np.array([half, half])
-    return pair.left._scatter_pages(source, [target, target], *parts, good, table, page_bytes=PAGE, src_stride=PAGE, imm=1)
+    targets = [at.PagesTarget(target, good[:half], table[:half]), at.PagesTarget(target, good[half:], table[half:])]
+    return pair.left.scatter_pages(source, targets, page_bytes=PAGE, imm=1)
 
 
 WHOLE, HALF = slice(None), slice(0, PAGE * COUNT)
@@ -58,7 +63,8 @@ WHOLE, HALF = slice(None), slice(0, PAGE * COUNT)
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("call", "unit", "part"),
-    [(pages, 1, WHOLE), (pages, 1, HALF), (scattered, PAGE, WHOLE), (scattered, PAGE, HALF), (scattered_pages, 1, WHOLE)],
+    [(pages, 1, WHOLE), (pages, 1, HALF), (scattered, PAGE, WHOLE), (scattered, PAGE, HALF), (scattered_pages, 1, WHOLE),
+     (scattered_pages, 1, HALF), (separate_tables, 1, WHOLE), (separate_tables, 1, HALF)],
 )
 async def test_nothing_lands_outside_while_tables_change(pair: Pair, call: Callable[..., Any], unit: int, part: slice) -> None:
     room = np.zeros(4 * PAGE * COUNT, np.uint8)  # the target is the first quarter of it
@@ -71,12 +77,31 @@ async def test_nothing_lands_outside_while_tables_change(pair: Pair, call: Calla
     with changing(table, int(table[-1]), COUNT * unit):
         for _ in range(ROUNDS):
             with contextlib.suppress(at.RegionError):
-                if (transfer := call(pair, source, target[part], good, table)) is not None:
-                    await transfer
+                await call(pair, source, target[part], good, table)
             if time.monotonic() > until:
                 break
     assert not room[PAGE * COUNT :].any(), "bytes behind the part that was named"
     assert room[: PAGE * (COUNT - 1)].any()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("part", [WHOLE, HALF])
+async def test_nothing_is_read_to_outside_while_tables_change(pair: Pair, part: slice) -> None:
+    room = np.zeros(4 * PAGE * COUNT, np.uint8)  # the target is the first quarter of it
+    target = pair.left.register((room.ctypes.data, PAGE * COUNT * (1 if part == WHOLE else 2), "cpu"))
+    source = pair.right.allocate(PAGE * COUNT)
+    source.numpy()[:] = 1
+    pair.right.publish("source", source, access="read")
+    remote, good = await pair.right_peer.lookup("source"), np.arange(COUNT)
+    table, until = good.copy(), time.monotonic() + 10
+    with changing(table, int(table[-1]), COUNT):
+        for _ in range(ROUNDS):
+            with contextlib.suppress(at.RegionError):
+                await pair.left.read_pages(remote, good, target[part], table, page_bytes=PAGE)
+            if time.monotonic() > until:
+                break
+    assert not room[PAGE * COUNT :].any(), "bytes behind the part that was named"
+    assert room[: PAGE * (COUNT - 1)].all()
 
 
 def test_tables_are_copies_in_whatever_form_they_come() -> None:

@@ -122,6 +122,37 @@ async def test_a_read_ends_when_the_bytes_are_on_the_gpu(scene: Scene) -> None:
     assert np.array_equal(scene.seen, before)
 
 
+async def test_pages_that_are_read_are_on_the_gpu_at_the_end_and_nothing_else_is_touched(scene: Scene) -> None:
+    scene.pair.right.publish("readable", region := scene.pair.right.allocate(N), access="read")
+    region.numpy()[:] = np.arange(N) % 251
+    scene.gpu.slow_us = 20_000
+    expected, calls = scene.seen.copy(), scene.gpu.calls("cuMemcpyHtoDAsync")
+    remote, here, there = await scene.pair.right_peer.lookup("readable"), [9, 9, 0, 3], [3, 4, 9, 20]
+    await scene.pair.left.read_pages(
+        remote, here, scene.source[64:], there, page_bytes=1000, src_offset=5, dst_stride=1000, dst_offset=10
+    )
+    for a, b in zip(here, there, strict=True):
+        expected[64 + 10 + b * 1000 :][:1000] = (np.arange(N) % 251)[5 + a * 1000 :][:1000]
+    assert np.array_equal(scene.seen, expected)
+    assert scene.gpu.calls("cuMemcpyHtoDAsync") - calls == 3
+
+
+async def test_a_scatter_of_pages_fetches_the_pages_of_all_targets_once(scene: Scene) -> None:
+    remote, calls = scene.remote, scene.gpu.calls("cuMemcpyDtoHAsync")
+    targets = [
+        at.PagesTarget(remote[:8192], [3, 4], [0, 1]), at.PagesTarget(remote[8192:], [4, 20], [7, 0]),
+        at.PagesTarget(remote[32768:], [1], [1], src_offset=3584), at.PagesTarget(remote, [], []),
+    ]  # fmt: skip
+    for posted in (scene.pair.left.scatter_pages, scene.pair.left.prepare_scatter_pages):
+        scene.seen ^= 0x5A
+        made = posted(scene.source, targets, page_bytes=1024)
+        await (made.post() if isinstance(made, at.Plan) else made)
+        for start, stop, page in ((0, 1024, 3072), (1024, 2048, 4096), (8192 + 7168, 16384, 4096), (8192, 9216, 20480),
+                                  (32768 + 1024, 32768 + 2048, 4608)):  # fmt: skip
+            assert np.array_equal(scene.target[start:stop], scene.seen[page : page + 1024])
+    assert scene.gpu.calls("cuMemcpyDtoHAsync") - calls == 2 * 2
+
+
 async def test_what_a_peer_writes_is_on_the_gpu_after_a_flush(scene: Scene) -> None:
     right, left = scene.pair.right, scene.pair.left
     array, seen = scene.gpu.array(N)
@@ -261,8 +292,8 @@ async def test_direct_memory_is_refused_by_paths_that_do_not_take_it(scene: Scen
 @pytest.mark.parametrize("seed", range(20))
 async def test_merged_pieces_are_the_same_bytes(seed: int) -> None:
     random = np.random.default_rng(seed)
-    n = int(random.integers(1, 5))
-    starts = np.unique(random.integers(0, 20, 8)) * n
+    n, apart = int(random.integers(1, 5)), bool(seed % 2)
+    starts = np.unique(random.integers(0, 20, 8)) * (n if apart else 1)
     whole = np.zeros(200, bool)
     for start in starts:
         whole[start : start + n] = True

@@ -64,6 +64,7 @@ class Op:
         self.transfer, self.writer, self.imm = transfer, writer, imm
         self.parts: list[tuple[Node, at.Region, int, int]] = []  # owner, its region then, slot, value
         self.units: list[Node] = []
+        self.targets: list[int] = []  # of a scatter of pages: which of them each page went to
         self.reading: tuple[at.Region, Any] | None = None
 
     def takes(self, node: Node, slot: int, value: int) -> None:
@@ -213,6 +214,56 @@ class Machine(RuleBasedStateMachine):
         op.reading = local, b.expected[slot].copy()
         self.begun(op)
 
+    @rule(here=engines, there=engines, wanted=st.lists(slots, max_size=6))
+    @on_loop
+    async def read_pages(self, here: int, there: int, wanted: list[int]) -> None:
+        a, b = self.nodes[here], self.nodes[there]
+        if a is b or (remote := await self.remote(a, b)) is None:
+            return
+        places = self.free(b, wanted)
+        local, order = a.engine.allocate(SLOT * max(len(places), 1)), list(range(len(places)))[::-1]
+        try:
+            transfer = a.engine.read_pages(remote, places, local, order, page_bytes=SLOT)
+        except at.TransferError:
+            self.refused(a, b)
+            return
+        op = Op(transfer, a, None)
+        expected = local.numpy().copy()
+        for slot, place in zip(places, order, strict=True):
+            op.takes(b, slot, int(b.expected[slot][0]))  # nobody writes there meanwhile
+            expected[place * SLOT :][:SLOT] = b.expected[slot]
+        op.reading = local, expected
+        self.begun(op)
+
+    @rule(here=engines, wanted=st.lists(st.tuples(engines, slots), max_size=6), imm=imms)
+    @on_loop
+    async def scatter_pages(self, here: int, wanted: list[tuple[int, int]], imm: int | None) -> None:
+        a = self.nodes[here]
+        rows: dict[Node, list[tuple[int, int]]] = {}
+        for there, slot in dict.fromkeys(wanted):
+            b = self.nodes[there]
+            if b is not a and slot not in b.busy and await self.remote(a, b) is not None and slot not in b.busy:
+                rows.setdefault(b, []).append((slot, self.next_value()))
+        targets = []
+        for b, pairs in rows.items():
+            remote = await self.remote(a, b)
+            if remote is None or any(slot in b.busy for slot, _ in pairs):
+                return
+            targets.append(at.PagesTarget(remote, [value for _, value in pairs], [slot for slot, _ in pairs]))
+        try:
+            transfer = a.engine.scatter_pages(a.source, targets, page_bytes=SLOT, imm=imm)
+        except at.TransferError:
+            for b in rows:
+                self.refused(a, b)
+            return
+        op = Op(transfer, a, imm)
+        for target, (b, pairs) in enumerate(rows.items()):
+            for slot, value in pairs:
+                op.takes(b, slot, value)
+                op.units.append(b)
+                op.targets.append(target)
+        self.begun(op)
+
     @rule(here=engines, there=engines, imm=st.integers(0, IMMS - 1))
     @on_loop
     async def signal(self, here: int, there: int, imm: int) -> None:
@@ -286,6 +337,8 @@ class Machine(RuleBasedStateMachine):
         done["ok" if error is None else type(error).__name__] += 1
         assert error is None or isinstance(error, at.TransferError | asyncio.CancelledError), error
         results = error.results if isinstance(error, at.ScatterError) else [error] * len(op.parts)
+        if isinstance(error, at.ScatterError) and op.targets:
+            results = [error.results[target] for target in op.targets]
         for (node, region, slot, value), result in zip(op.parts, results, strict=True):
             if node.region is not region:
                 continue  # other memory by now

@@ -95,7 +95,16 @@ def few_pages(pair: Pair, local: at.Region, remote: at.RemoteRegion) -> Any:
     return pair.left.write_pages(local, [0, 5, 1], remote, [0, 1, 2], page_bytes=PAGE)
 
 
-ACTS = [write, write_little, read, read_little, prepared, prepared_little, pages, few_pages]
+def read_pages(pair: Pair, local: at.Region, remote: at.RemoteRegion) -> Any:
+    order = np.random.default_rng(1).permutation(N // PAGE)
+    return pair.left.read_pages(remote, order, local, order[::-1].copy(), page_bytes=PAGE)
+
+
+def read_few_pages(pair: Pair, local: at.Region, remote: at.RemoteRegion) -> Any:
+    return pair.left.read_pages(remote, [0, 1, 2], local, [0, 5, 1], page_bytes=PAGE)
+
+
+ACTS = [write, write_little, read, read_little, prepared, prepared_little, pages, few_pages, read_pages, read_few_pages]
 
 
 @pytest.mark.asyncio

@@ -92,7 +92,7 @@ def share(engine: at.Engine) -> None:
 async def own(address: str, provider: str) -> None:
     """A process that withholds one region and shares others."""
     async with at.open_engine(providers=provider) as engine:
-        engine.publish("bad", engine.register((withhold(NBYTES), NBYTES, "cpu")))
+        engine.publish("bad", engine.register((withhold(NBYTES), NBYTES, "cpu")), access="both")
         share(engine)
         peer = await engine.connect(address)
         await peer.closed()
@@ -118,11 +118,12 @@ async def others_go_on() -> None:
         stuck = engine.write(source[:64], trap[:64], timeout=0.5)
         assert time.monotonic() - began < SLACK
         assert not stuck.done()
-        more = [engine.write(source[:64], trap[64:128], timeout=0.2), engine.write(source, trap, timeout=60)]
+        more = [engine.read_pages(trap, [1], source, [1], page_bytes=64, timeout=0.2), engine.write(source, trap, timeout=60)]
         async with asyncio.timeout(SLACK):
             await engine.write(source, foreign, timeout=SLACK)
             await engine.write(source[:64], foreign[:64], timeout=SLACK)
             await engine.read(foreign[:64], source[:64], timeout=SLACK)
+            await engine.read_pages(foreign, [3, 0], source, [0, 3], page_bytes=4096, timeout=SLACK)
             await engine.write(source, theirs, timeout=SLACK)
             await engine.write(source[:64], mapped[:64], timeout=SLACK)
             await engine.write(source, mapped, timeout=SLACK)
@@ -182,6 +183,7 @@ async def sources_of_ours(provider: str, kind: str) -> None:
             engine.write(bad[:64], foreign[:64], timeout=0.4),
             engine.write_pages(bad, table, mapped, table, page_bytes=4096, timeout=0.4),
             engine.read(foreign[:64], bad[4096:4160], timeout=0.4),
+            engine.read_pages(foreign, table, bad, table, page_bytes=4096, timeout=0.4),
             engine.scatter(bad, [(0, 64, mapped[:64]), (64, 64, foreign[:64])], timeout=0.4),
             engine.prepare_write(bad[:64], mapped[:64]).post(timeout=0.4),
         ]

@@ -72,6 +72,18 @@ GUARDS = (
         "            callback(self)\n        self._callbacks = ()\n", "tests/engine/test_done_callbacks.py",
     ),
     Mutant(
+        "scatter of pages: numbers are whole numbers", "aiotransfer/engine/page_targets.py",
+        "if type(column) is not int and column.dtype != _INT64:", "if False:", "tests/engine/test_scatter_pages.py",
+    ),
+    Mutant(
+        "memory of a GPU: only the pages that were read are stored", "aiotransfer/engine/pages.py",
+        "page_spans(local, table, reads=reads)", "page_spans(local, table)", "tests/engine/test_staging.py",
+    ),
+    Mutant(
+        "memory of a GPU: pages that overlap are one piece", "aiotransfer/engine/staging.py", "prepend=starts[0] - n - 1) > n)",
+        "prepend=starts[0] - n - 1) != n)", "tests/engine/test_staging.py",
+    ),
+    Mutant(
         "lease: only its holder", "aiotransfer/engine/submit.py",
         "if dst._grant.holder not in (0, self.incarnation):", "if False:", "tests/engine/test_leases.py",
     ),

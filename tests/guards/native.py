@@ -31,8 +31,8 @@ GUARDS = (
         "tests/engine/test_punched.py",
     ),
     Mutant(
-        "pages: what is checked is what is used", "ffi/lane/submit.c", "            op->remote_pages = own_remote;\n",
-        "            op->remote_pages = order->remote_pages;\n", "tests/engine/test_changing_tables.py",
+        "pages: what is checked is what is used", "ffi/lane/submit.c", "        op->remote_pages = own_remote;\n",
+        "        op->remote_pages = order->remote_pages;\n", "tests/engine/test_changing_tables.py",
     ),
     Mutant(
         "vanishing memory: the kernel copies it", "ffi/shm/post.c",
@@ -90,6 +90,37 @@ GUARDS = (
         "bounds of a scatter of arrays, there", "ffi/lane/plan.c",
         "if (!lies_in(at, n, to->limits[i]) || (to->remote_offsets == NULL && (uint64_t)n != to->limits[i])) return AT_EDST;", "",
         "tests/engine/test_scatter.py",
+    ),
+    Mutant(
+        "bounds of a scatter of pages: a slice of the source", "ffi/lane/plan.c",
+        "least(op->region->nbytes, to->src.offset + to->src.nbytes)", "op->region->nbytes", "tests/engine/test_scatter_pages.py",
+    ),
+    Mutant(
+        "bounds of a scatter of pages: a slice of the target", "ffi/lane/plan.c",
+        "least(op->remote->nbytes, to->bases[i] + to->limits[i])", "op->remote->nbytes", "tests/engine/test_scatter_pages.py",
+    ),
+    Mutant(
+        "bounds of a scatter of pages: rows of the tables", "ffi/lane/plan.c", "begin > to->rows || n > to->rows - begin", "0",
+        "tests/engine/test_scatter_pages.py",
+    ),
+    Mutant(
+        "pages that are read: a right that was taken back", "ffi/shm/post.c",
+        "        if (op->kind & AT_OP_READ && revoked(remote)) return AT_ESTALE;\n", "", "tests/engine/test_read_pages.py",
+    ),
+    Mutant(
+        "pages that are read: one piece where it lands by a bounce", "ffi/fabric/post.c",
+        "op->kind & AT_OP_READ && op->region->file && op->stage == NULL ? 1 : fab->facts.iov", "fab->facts.iov",
+        "tests/engine/test_read_pages.py",
+    ),
+    Mutant(
+        "pages that are read: to slow memory by a copy", "ffi/lane/stage.c",
+        "if (stage->reads && stage->end != 0 && exchange(stage, op, 1) != 0) return AT_EMEMORY;", "",
+        "tests/engine/test_read_pages.py",
+    ),
+    Mutant(
+        "pages that are read: only the source may have no stride", "ffi/lane/submit.c",
+        "at_pages_make_sense(n, page_bytes, remote_stride, local_stride)",
+        "at_pages_make_sense(n, page_bytes, local_stride, remote_stride)", "tests/engine/test_read_pages.py",
     ),
     Mutant(
         "a sum of rows by another way", "ffi/rows/tile.h",

@@ -40,6 +40,30 @@ def test_bytes_land_and_the_immediate_counts_units() -> None:
         assert set(a.ended.values()) == {0}
 
 
+def test_pages_are_read_and_count_nothing() -> None:
+    with LaneNet(2) as net:
+        a, b = net.lanes[0], filled(net.lanes[1])
+        cookie = a.read_pages(a.reach(b, b.grant()), [1, 2, 3, 1], [5, 9, 7, 0], PAGE)
+        net.run()
+        assert a.ended == {cookie: 0}
+        expected = np.zeros(MEMORY, np.uint8)
+        for at, to in ((1, 5), (2, 9), (3, 7), (1, 0)):
+            expected[to * PAGE :][:PAGE] = b.memory[at * PAGE :][:PAGE]
+        assert np.array_equal(a.memory, expected)
+        assert b.lane.statistics()["arrivals"] == 0
+
+
+def test_a_read_of_pages_that_was_revoked_between_two_halves_fails() -> None:
+    with LaneNet(2, delay=(10, 10), split=1000) as net:
+        a, b = net.lanes[0], filled(net.lanes[1])
+        grant = b.grant()
+        cookie = a.read_pages(a.reach(b, grant), list(range(200)), list(range(200)), PAGE)
+        net.step()
+        b.revoke(grant)
+        net.run()
+        assert a.ended[cookie] == lib.AT_ESTALE
+
+
 def test_no_more_than_the_window_is_posted_at_a_time() -> None:
     with LaneNet(2, delay=(10, 10)) as net:
         a, b = net.lanes
@@ -190,20 +214,24 @@ def chaos(seed: int, struck: Counter[str]) -> int:
         remotes = {(a, b): a.reach(b, grants[b.incarnation]) for a in net.lanes for b in net.lanes if a is not b}
         revoked: dict[int, np.ndarray] = {}
         free = {lane.incarnation: list(range(PAGES // 2, PAGES)) for lane in net.lanes}  # targets: the upper half, each page once
-        operations = []  # (writer, target, cookie, [(to, at)], imm)
+        operations = []  # (who posted it, target, source, cookie, [(to, at)], imm; None: it read)
+        own: dict[int, list[int]] = {lane.incarnation: [] for lane in net.lanes}  # targets of its own reads
         for number in range(rng.randrange(5, 40)):
             a, b = rng.sample(net.lanes, 2)
             what = rng.random()
             n = min(rng.randrange(0, 6), len(free[b.incarnation]))
             to = [free[b.incarnation].pop() for _ in range(n)]
             at = [rng.randrange(PAGES // 2) for _ in to]
-            if what < 0.6:
+            if what < 0.4:
                 cookie = a.write_pages(remotes[a, b], to, at, PAGE, imm=number)
-                operations.append((a, b, cookie, list(zip(to, at, strict=True)), number))
+                operations.append((a, b, a, cookie, list(zip(to, at, strict=True)), number))
+            elif what < 0.6:
+                own[b.incarnation] += to
+                operations.append((b, b, a, b.read_pages(remotes[b, a], at, to, PAGE), list(zip(to, at, strict=True)), None))
             elif what < 0.7:
-                operations.append((a, b, a.signal(b, number), [], number))
+                operations.append((a, b, a, a.signal(b, number), [], number))
             elif what < 0.8 and operations:
-                operations[-1][0].cancel(operations[-1][2])
+                operations[-1][0].cancel(operations[-1][3])
             elif what < 0.84 and net.counts()["waiting"]:
                 net.cut(a, b)
             elif what < 0.87 and b.incarnation not in revoked and b.revoke(grants[b.incarnation]) == 0:
@@ -218,8 +246,8 @@ def chaos(seed: int, struck: Counter[str]) -> int:
         counts = net.counts()
         assert counts["waiting"] == 0
         expected = {k: v.copy() for k, v in begun.items()}
-        for a, b, cookie, pages, imm in operations:
-            status = 0 if cookie == 0 or cookie == lib.AT_DUE else cookie if cookie < 0 else a.ended[cookie]
+        for poster, b, a, cookie, pages, imm in operations:
+            status = 0 if cookie == 0 or cookie == lib.AT_DUE else cookie if cookie < 0 else poster.ended[cookie]
             landed = 0
             for to_page, at_page in pages:
                 place = slice(to_page * PAGE, (to_page + 1) * PAGE)
@@ -234,6 +262,8 @@ def chaos(seed: int, struck: Counter[str]) -> int:
                     assert np.array_equal(b.memory[place][front:], begun[b.incarnation][place][front:])
                 expected[b.incarnation][place] = b.memory[place]
             units = len(pages) or 1
+            if imm is None:
+                continue
             if status == 0:
                 assert b.arrived(imm) == (0 if cookie == 0 and not pages else units)
             else:
@@ -241,7 +271,10 @@ def chaos(seed: int, struck: Counter[str]) -> int:
         for lane in net.lanes:
             assert np.array_equal(lane.memory, expected[lane.incarnation]), "a byte landed where it may not"
             if lane.incarnation in revoked:
-                assert np.array_equal(lane.memory, revoked[lane.incarnation]), "a byte landed after the revocation"
+                others = np.ones(PAGES, bool)
+                others[own[lane.incarnation]] = False
+                now, then = (memory.reshape(PAGES, PAGE)[others] for memory in (lane.memory, revoked[lane.incarnation]))
+                assert np.array_equal(now, then), "a byte landed after the revocation"
             stats = lane.lane.statistics()
             assert stats["pending_ops"] == 0
             assert stats["ops_ended"] == len(lane.ended)

@@ -219,10 +219,13 @@ class Run:
             at.ScatterTarget(s * SLOT, SLOT, node.plain[slots[0] * SLOT : slots[0] * SLOT + SLOT])
             for s, (node, slots) in zip(source, to, strict=True)
         ]
-        self.post(
-            here, to, value, lambda imm: here.engine.scatter(here.source, targets, imm=imm, timeout=self.deadline()),
-            units=1, source=source,
-        )  # fmt: skip
+        pages = [at.PagesTarget(node.plain, [s], slots) for s, (node, slots) in zip(source, to, strict=True)]
+        engine, deadline = here.engine, self.deadline()
+        post: Any = self.rng.choice([
+            lambda imm: engine.scatter(here.source, targets, imm=imm, timeout=deadline),
+            lambda imm: engine.scatter_pages(here.source, pages, page_bytes=SLOT, imm=imm, timeout=deadline),
+        ])  # fmt: skip
+        self.post(here, to, value, post, units=1, source=source)
 
     async def signal(self) -> None:
         here, there = self.two()
@@ -240,8 +243,14 @@ class Run:
         if peer is None:
             return
         lease = there.region.lease(peer, access="read")
+        deadline = self.deadline()
         try:
-            transfer = here.engine.read(lease.descriptor[a : a + SLOT], here.region[a : a + SLOT], timeout=self.deadline())
+            if self.rng.random() < 0.5:
+                transfer = here.engine.read(lease.descriptor[a : a + SLOT], here.region[a : a + SLOT], timeout=deadline)
+            else:
+                transfer = here.engine.read_pages(
+                    lease.descriptor, mine, here.region, mine, page_bytes=SLOT, timeout=deadline
+                )
         except at.TransferError:
             return
 

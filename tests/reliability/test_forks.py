@@ -28,6 +28,8 @@ CALLS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "revoke": lambda o: o["lease"].revoke(),
     "write": lambda o: o["engine"].write(o["region"], o["remote"]),
     "read": lambda o: o["engine"].read(o["remote"], o["region"]),
+    "read pages": lambda o: o["engine"].read_pages(o["remote"], [0], o["region"], [0], page_bytes=8),
+    "scatter pages": lambda o: o["engine"].scatter_pages(o["region"], [(o["remote"], [0], [0])], page_bytes=8),
     "pages": lambda o: o["engine"].write_pages(o["region"], [0], o["remote"], [0], page_bytes=8),
     "scatter": lambda o: o["engine"].scatter(o["region"], [at.ScatterTarget(0, 64, o["remote"])]),
     "signal": lambda o: o["engine"].signal(o["peer"], 1),
@@ -43,6 +45,7 @@ CALLS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "messages": lambda o: anext(o["engine"].messages()),
     "from_thread": lambda o: o["engine"].from_thread(),
     "await": lambda o: o["transfer"],
+    "callback": lambda o: o["transfer"].add_done_callback(print),
     "value": lambda o: o["counter"].value,
     "thread wait": lambda o: o["thread transfer"].wait(1),
     "thread write": lambda o: o["handle"].write(o["region"], o["remote"]),
@@ -65,7 +68,7 @@ SILENT: dict[str, Callable[[dict[str, Any]], Any]] = {  # ending and looking are
 
 
 # These look who calls before they touch anything.
-DOORS = {"at_write", "at_read", "at_write_pages", "at_signal", "at_plan_post", "at_scatter", "at_scatter_pages"}
+DOORS = {"at_write", "at_read", "at_write_pages", "at_read_pages", "at_signal", "at_plan_post", "at_scatter", "at_scatter_pages"}
 
 
 class Trap:
