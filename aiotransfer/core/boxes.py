@@ -65,6 +65,7 @@ def overlaps_in_parts(
     """As `overlaps`, in parts of about `PAIRS_AT_ONCE` candidates, each for the next rows of `a`."""
     if not len(group_a) or not len(group_b):
         return
+    group_a, group_b = group_a.astype(np.int64), group_b.astype(np.int64)
     groups = int(max(group_a.max(), group_b.max())) + 1
     span = int(max(stop_a.max(initial=0), stop_b.max(initial=0))) + 1
     if groups * span >= 1 << 62:

@@ -7,14 +7,18 @@ static schedule of writes, or refuses with everything that does not fit.
 from __future__ import annotations
 
 from aiotransfer.weights.balance import Balance
+from aiotransfer.weights.bind import Bound
+from aiotransfer.weights.derive import layout_of, memory_of
 from aiotransfer.weights.errors import PlanError, UpdateError, VersionError
 from aiotransfer.weights.layout import Layout, Piece, Tensor, merge
 from aiotransfer.weights.plan import Plan
 from aiotransfer.weights.planner import make_plan
 from aiotransfer.weights.rules import Cast, Fuse, Quantise, Rename, Rule, Split, Stack, Tie, Transpose, Unstack
+from aiotransfer.weights.shards import fused, placed, replicated, sharded
 
 __all__ = [
     "Balance",
+    "Bound",
     "Cast",
     "Fuse",
     "Layout",
@@ -32,6 +36,12 @@ __all__ = [
     "Unstack",
     "UpdateError",
     "VersionError",
+    "fused",
+    "layout_of",
     "make_plan",
+    "memory_of",
     "merge",
+    "placed",
+    "replicated",
+    "sharded",
 ]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from aiotransfer.model import dtypes
 from aiotransfer.weights import layoutcheck, pack
+from aiotransfer.weights.bind import Bound
 from aiotransfer.weights.errors import PlanError
 
 MAGIC = b"\x93ATlay\x01"
@@ -257,6 +258,10 @@ class Layout:
     def buffers_of(self, rank: int) -> dict[str, int]:
         """{name: bytes} of the buffers of a rank: what `bind` wants memory for."""
         return {self.buffer_names[b]: int(self.buffer_bytes[b]) for b in np.flatnonzero(self.buffer_rank == rank)}
+
+    def bind(self, rank: int, memory: Mapping[str, Any]) -> Bound:
+        """The memory of a rank's buffers: {buffer: torch tensor, NumPy array or other buffer}. Errors as for `Bound`."""
+        return Bound(self, rank, memory)
 
     def problems(self) -> list[str]:
         """What is wrong with this side alone, as texts: a name twice, pieces outside their tensor or buffer, elements that no

@@ -97,7 +97,7 @@ def shared_bytes(layout: Layout) -> list[str]:
     some = np.flatnonzero(layout.piece_span > 0)
     begin = layout.piece_offset[some]
     order = some[np.lexsort((begin, layout.piece_buffer[some]))]
-    buffer, begin = layout.piece_buffer[order], layout.piece_offset[order]
+    buffer, begin = layout.piece_buffer[order].astype(np.int64), layout.piece_offset[order]
     end = begin + layout.piece_span[order]
     if not len(order):
         return []

@@ -15,8 +15,7 @@ from aiotransfer.weights.templates import Template
 
 COPY, CAST, QUANTISE, SCALES = 0, 1, 2, 3
 KINDS = ("copy", "cast", "quantise", "scales of")
-FLOATS = ("float64", "float32", "float16", "bfloat16")
-QUANTISED_FROM = ("float32", "bfloat16")
+FLOATS = ("float32", "float16", "bfloat16")
 SCALE_ENDINGS = ("_scale_inv", "_scale")
 Ints = npt.NDArray[Any]
 
@@ -321,8 +320,8 @@ class _Resolver:
         if len(sources) > 1:
             self.problems.append(f"{name}: its sources have different types: {', '.join(sources)}")
         elif quantised and (not sources or sources[0] != dtype):
-            if sources and sources[0] not in QUANTISED_FROM:
-                self.problems.append(f"{name}: only {' and '.join(QUANTISED_FROM)} are quantised, the trainers have {sources[0]}")
+            if sources and sources[0] not in FLOATS:
+                self.problems.append(f"{name}: only {', '.join(FLOATS)} are quantised, the trainers have {sources[0]}")
             self.result.kind[k] = QUANTISE
         elif quantised:
             self.problems.append(f"{name}: a rule quantises it, but the trainers have {dtype} already")

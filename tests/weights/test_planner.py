@@ -47,7 +47,8 @@ def instance(dtype: str = "float32") -> Layout:
 
 @pytest.mark.parametrize("fanout", ["direct", "relay"])
 def test_every_byte_of_every_instance_is_written_once(fanout: str) -> None:
-    plan = make_plan(trainers(), {"left": instance("float16"), "right": instance("float16")}, [Cast("b")], fanout=fanout)
+    instances = {"left": instance("float16"), "right": instance("float16")}
+    plan = make_plan(trainers(), instances, [Cast("b")], fanout=fanout, staging_bytes=4096)
     assert plan.phases == ("", "second")
     wanted = VALUES | {"b": VALUES["b"].astype(np.float16)}
     for name, (memory, counts) in replay(plan, VALUES).items():
