@@ -15,7 +15,7 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo demo-moe test check test-distros test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
-	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-scale docs test-rails test-chaos test-chaos-kv test-chaos-moe test-guest \
+	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-scale docs test-rails test-chaos test-chaos-kv test-chaos-moe test-guest \
 	test-matrix test-cycles test-sanitize soak strangers fuzz sanitize mutants clean
 
 help:
@@ -140,6 +140,10 @@ bench-moe: setup
 # Packing, unpacking and summing rows, on the host; on a GPU with ARGS=--device=cuda.
 bench-moe-kernels: setup
 	@$(PY) tests/benchmarks/moe_kernels.py $(ARGS)
+
+# Weights converted on the way on one core of the host, beside a copy and beside torch where it is installed.
+bench-quantise: setup
+	@$(PY) tests/benchmarks/quantise.py $(ARGS)
 
 # What Python costs the host in a step of MoE dispatch.
 bench-moe-host: setup

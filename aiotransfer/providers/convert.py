@@ -20,7 +20,8 @@ from aiotransfer.errors import TransferError
 from aiotransfer.providers import native
 from aiotransfer.providers.numbers import Numbers, check_apart, checked, in_rows, merged
 
-KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
+KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
+SOURCES = ("float32", "bfloat16", "float16")  # of float8
 FLOAT8 = "float8_e4m3fn"
 BLOCK = (128, 128)
 PART = 16 << 20  # bytes: some milliseconds
@@ -49,7 +50,7 @@ class Blocks(NamedTuple):
 
 
 def cast(dst: Any, src: Any) -> None:
-    """Convert the elements of `src` to the type of `dst`: float32, bfloat16 or float16, in any direction.
+    """Convert the elements of `src` to the type of `dst`: float32, bfloat16, float16 or float64, in any direction.
 
     Both are what `numbers` takes, of one shape. Rounded to the nearest, ties to even; what is too large becomes infinity, as in
     torch and NumPy, and a NaN stays one: the quiet NaN of the type. Of the same type, elements are copied with all their bits.
@@ -119,7 +120,7 @@ def quantise_parts(
     given = fitting(
         checked("dst", dst, (FLOAT8,), writable=True),
         checked("scales", scales, ("float32",), writable=True),
-        checked("src", src, tuple(KINDS)),
+        checked("src", src, SOURCES),
         block, rows,
     )  # fmt: skip
     for (first, a), (second, b) in itertools.combinations(zip(("dst", "scales", "src"), given[:3], strict=True), 2):

@@ -3,7 +3,7 @@
  * Pure functions of their arguments; no lane is involved. All memory is lent until return. Nothing is checked: the caller has
  * proved that every row lies inside its memory (aiotransfer/providers/rows.py, numbers.py). Rows need no alignment. */
 
-enum at_row_kind { AT_ROW_F32 = 0, AT_ROW_BF16 = 1, AT_ROW_F16 = 2 };
+enum at_row_kind { AT_ROW_F32 = 0, AT_ROW_BF16 = 1, AT_ROW_F16 = 2, AT_ROW_F64 = 3 /* in casts only */ };
 
 /* Row src_rows[i] of src (i where it is NULL) to row dst_rows[i] of dst, for i in 0..n-1; strides in bytes. The two must not overlap. */
 void at_rows_move(uint8_t *dst, uint64_t dst_stride, const int64_t *dst_rows, const uint8_t *src, uint64_t src_stride,

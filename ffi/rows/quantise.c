@@ -5,34 +5,10 @@
  *
  * A number is divided by its scale. Its product with the reciprocal would be another float32 now and then, and the division costs
  * no time: the memory is slower. */
+#include "rows/mode.h"
 #include "rows/numbers.h"
 
 #include <string.h>
-
-/* The mode of float arithmetic: some programs let the processor take subnormal numbers for zero, which would make other quotients. */
-#if defined(__x86_64__)
-#include <immintrin.h>
-typedef unsigned int mode;
-static mode strict(void) {
-    mode before = _mm_getcsr();
-    _mm_setcsr(0x1F80); /* to nearest, subnormal numbers kept, no traps */
-    return before;
-}
-static void restore(mode before) { _mm_setcsr(before); }
-#elif defined(__aarch64__)
-typedef uint64_t mode;
-static mode strict(void) {
-    mode before;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
-    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
-    return before;
-}
-static void restore(mode before) { __asm__ volatile("msr fpcr, %0" : : "r"(before)); }
-#else
-typedef int mode;
-static mode strict(void) { return 0; }
-static void restore(mode before) { (void)before; }
-#endif
 
 /* What has these bits or more is infinite or no number. */
 static uint32_t beyond(int kind) { return kind == AT_ROW_F32 ? 0x7F800000u : kind == AT_ROW_BF16 ? 0x7F80u : 0x7C00u; }
@@ -61,7 +37,7 @@ static uint32_t most_of(const at_block *b, int level) {
     return most;
 }
 
-/* Not inline: what a function of unknown contents does stays between `strict` and `restore`. */
+/* Not inline, see mode.h. */
 static __attribute__((noinline)) float scale_of(uint32_t most, int kind) {
     float size = kind == AT_ROW_F32 ? float_of(most) : kind == AT_ROW_BF16 ? float_of(most << 16) : from_half(most);
     float scale = size / E4M3_MOST;
@@ -124,7 +100,7 @@ int64_t at_rows_quantise(uint8_t *dst, uint64_t dst_matrix, uint64_t dst_row, ui
     int level = at_rows_level();
     int64_t found = -1;
     if (columns == 0) return found;
-    mode before = strict();
+    at_mode before = at_mode_strict();
     for (uint64_t m = 0; m < matrices && found < 0; m++)
         for (uint64_t r = 0, band = 0; r < rows && found < 0; r += block_rows, band++) {
             at_block b = {.dst = dst + m * dst_matrix + r * dst_row, .src = src + m * src_matrix + r * src_row, .next = NULL,
@@ -133,6 +109,6 @@ int64_t at_rows_quantise(uint8_t *dst, uint64_t dst_matrix, uint64_t dst_row, ui
             if (!quantise_band(b, scales + m * scales_matrix + band * scales_row, columns, block_columns, level))
                 found = (int64_t)((m * rows + r) * columns + not_finite(b.src, src_row, kind, columns));
         }
-    restore(before);
+    at_mode_restore(before);
     return found;
 }

@@ -17,7 +17,7 @@ typedef struct {
 } at_sum;
 
 static inline const uint8_t *at_row_at(uint64_t address) { return (const uint8_t *)(uintptr_t)address; }
-static inline size_t at_row_width(int kind) { return kind == AT_ROW_F32 ? 4 : 2; }
+static inline size_t at_row_width(int kind) { return kind == AT_ROW_F64 ? 8 : kind == AT_ROW_F32 ? 4 : 2; }
 
 /* Instructions to use: 0 plain C, 1 AVX2 and F16C, 2 AVX-512 (F and BW); level.c. */
 int at_rows_level(void);

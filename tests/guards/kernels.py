@@ -34,6 +34,13 @@ GUARDS = (
     ),
     Mutant("cast: a NaN stays one", "ffi/rows/cast.c", "        if (value != value) value = float_of(QUIET);\n", "", TESTS),
     Mutant(
+        "cast: float64 is rounded once",
+        "ffi/rows/cast.c",
+        "to == AT_ROW_F32 ? (float)value : to_odd(value)",
+        "(float)value",
+        TESTS,
+    ),
+    Mutant(
         "conversions: overlapping memory",
         "aiotransfer/providers/numbers.py",
         "    if not a.size or not b.size or a.end <= b.address or b.end <= a.address:\n",

@@ -16,7 +16,8 @@ class Kernels(Protocol):
         """Where the memory of all arguments is: "cpu" or "cuda:0"."""
 
     def cast(self, dst: Any, src: Any) -> None:
-        """Elements of `src` as the type of `dst`: float32, bfloat16 and float16; see `providers.convert.cast`."""
+        """Elements of `src` as the type of `dst`: float32, bfloat16 and float16, on the host float64 as well; see
+        `providers.convert.cast`."""
 
     def quantise(
         self, dst: Any, scales: Any, src: Any, block: tuple[int, int] = ..., *, rows: tuple[int, int] | None = None

@@ -17,7 +17,7 @@ import torch
 import triton
 
 from aiotransfer.engine.launches import Launches
-from aiotransfer.providers.convert import BLOCK, FLOAT8, KINDS, Blocks, NotFiniteError, fitting
+from aiotransfer.providers.convert import BLOCK, FLOAT8, SOURCES, Blocks, NotFiniteError, fitting
 from aiotransfer.providers.numbers import Numbers, check_apart, checked, in_rows, merged
 from aiotransfer.weights.kernels.programs import INTERPRETED, cast_kernel, quantise_kernel
 
@@ -58,8 +58,8 @@ class TritonKernels:
         return checked(what, given, dtypes, writable=writable, device=self.device)
 
     def cast(self, dst: Any, src: Any) -> None:
-        """Elements of `src` as the type of `dst`; see `providers.convert.cast`. They are tensors on the device."""
-        to, of = self._checked("dst", dst, tuple(KINDS), writable=True), self._checked("src", src, tuple(KINDS))
+        """Elements of `src` as the type of `dst`; see `providers.convert.cast`. Both are tensors on the device; no float64."""
+        to, of = self._checked("dst", dst, SOURCES, writable=True), self._checked("src", src, SOURCES)
         if to.shape != of.shape:
             raise ValueError(f"dst has the shape {to.shape}, src {of.shape}")
         check_apart("dst", to, "src", of)
@@ -91,7 +91,7 @@ class TritonKernels:
         given = fitting(
             self._checked("dst", dst, (FLOAT8,), writable=True),
             self._checked("scales", scales, ("float32",), writable=True),
-            self._checked("src", src, tuple(KINDS)),
+            self._checked("src", src, SOURCES),
             block, rows,
         )  # fmt: skip
         for (one, a), (other, b) in itertools.combinations(zip(("dst", "scales", "src"), given[:3], strict=True), 2):

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-RAW = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16, "float8_e4m3fn": np.uint8}
+RAW = {"float64": np.uint64, "float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16, "float8_e4m3fn": np.uint8}
 FLOATS = ("float32", "bfloat16", "float16")
 # The magnitudes of float8_e4m3fn in the order of their codes.
 E4M3 = np.array([m * 2.0**-9 if e == 0 else (8 + m) * 2.0 ** (e - 10) for e in range(16) for m in range(8)][:127])
 
 
 def widened(raw: Array, dtype: str) -> Array:
-    """Elements by their bits, as float32."""
+    """Elements by their bits, as float32, or float64 if they are that."""
+    if dtype == "float64":
+        return raw.view(np.float64)
     if dtype == "bfloat16":
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.view(np.float32) if dtype == "float32" else raw.view(np.float16).astype(np.float32)
@@ -36,11 +38,12 @@ def _grid(dtype: str) -> Array:
 
 
 def narrowed(values: Array, dtype: str) -> Array:
-    """float32 as the bits of elements; NaN as the quiet one."""
-    if dtype == "float32":
-        return np.where(np.isnan(values), np.float32(np.nan), values).astype(np.float32).view(np.uint32)
+    """Floats as the bits of elements; NaN as the quiet one."""
+    if dtype in ("float32", "float64"):
+        with np.errstate(over="ignore"):
+            return np.where(np.isnan(values), np.float32(np.nan), values).astype(dtype).view(RAW[dtype])
     grid = _grid(dtype)
-    finite = np.where(np.isfinite(values), np.abs(values), np.float32(0)).astype(np.float64)
+    finite = np.where(np.isfinite(values), np.abs(values), 0).astype(np.float64)
     code = np.where(np.isinf(values), len(grid) - 1, nearest(np.minimum(finite, grid[-1]), grid))
     signed = code | (np.signbit(values).astype(np.int64) << 15)
     return np.where(np.isnan(values), 0x7FC0 if dtype == "bfloat16" else 0x7E00, signed).astype(np.uint16)

@@ -95,5 +95,5 @@ def test_tensors_whose_memory_does_not_hold_their_values_are_refused() -> None:
         numbers(torch.zeros(2, dtype=torch.complex64).conj().imag)
     with pytest.raises(ValueError, match="plain memory on cpu is needed"):
         numbers(torch.eye(2).to_sparse())
-    with pytest.raises(TypeError, match="src must be of float32 or bfloat16 or float16, not of int64"):
+    with pytest.raises(TypeError, match="src must be of float32 or bfloat16 or float16 or float64, not of int64"):
         cast(torch.zeros(2), torch.zeros(2, dtype=torch.int64))

@@ -20,7 +20,7 @@ from aiotransfer.weights.kernels import NotFiniteError, Numbers, cast, cast_part
 from tests.weights.kernels.reference import E4M3, FLOATS, RAW, Array, converted, narrowed, quantised, some, widened
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="no native extension")
-PAIRS = list(itertools.product(FLOATS, FLOATS))
+PAIRS = list(itertools.product((*FLOATS, "float64"), repeat=2))
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def cast_bits(raw: Array, of: str, to: str) -> Array:
     return out
 
 
-@pytest.mark.parametrize(("of", "to"), [pair for pair in PAIRS if pair[0] != "float32"])
+@pytest.mark.parametrize(("of", "to"), [pair for pair in PAIRS if pair[0] in ("bfloat16", "float16")])
 def test_every_small_number_is_converted(of: str, to: str) -> None:
     raw = np.arange(1 << 16, dtype=np.uint16)
     expected = converted(raw, of, to)
@@ -106,6 +106,22 @@ def test_rounding_is_to_the_nearest_and_to_even_between_two(to: str) -> None:
     for level in levels():
         limit(level)
         assert np.array_equal(cast_bits(raw, "float32", to), expected), level
+
+
+@pytest.mark.parametrize("to", FLOATS)
+def test_float64_is_rounded_once(to: str) -> None:
+    """By way of a float32, what lies a little above the middle of two numbers of 16 bits would be rounded to the lower one."""
+    rng = np.random.default_rng(8)
+    grid = widened(rng.integers(0, 1 << 16, 5000, np.uint16), to) if to != "float32" else rng.standard_normal(5000, np.float32)
+    grid = grid[np.isfinite(grid)].astype(np.float64)
+    step = np.spacing(np.abs(grid)) if to == "float32" else np.abs(grid) * 2.0 ** -(8 if to == "bfloat16" else 11)
+    middles = np.concatenate([grid, grid + step / 2, grid + step, grid * 1.0001, grid * 2.0**-130, grid * 2.0**100])
+    tiny = (np.arange(64) + 0.5) * 2.0 ** {"bfloat16": -133, "float16": -24, "float32": -149}[to]
+    largest = {"bfloat16": 2.0**128 - 2.0**119, "float16": 65520.0, "float32": 2.0**128 - 2.0**103}[to]
+    middles = np.concatenate([middles, tiny, [0.0, largest, 1e300, 5e-324, np.inf, np.nan]])
+    values = np.concatenate([middles, np.nextafter(middles, np.inf), np.nextafter(middles, -np.inf)])
+    values = np.concatenate([values, -values])
+    assert np.array_equal(cast_bits(values.view(np.uint64), "float64", to), narrowed(values, to))
 
 
 def test_numbers_of_the_same_type_are_copied_with_all_their_bits() -> None:
@@ -319,7 +335,7 @@ BUFFER = np.zeros((8, 64), np.float32)
         (f32(4, 4), f32(4, 5), ValueError, r"dst has the shape \(4, 4\), src \(4, 5\)"),
         (f32(4, 4), f32(16), ValueError, r"src \(16,\)"),
         (np.zeros((4, 4), np.uint16), f32(4, 4), TypeError, r"dst must be of float32 or .* not of uint16; numbers\(dst, dtype\)"),
-        (f32(4, 4), np.ones((4, 4)), TypeError, "src must be of .* not of float64"),
+        (f32(4, 4), np.ones((4, 4), np.int64), TypeError, "src must be of .* not of int64"),
         (f32(4, 4), [[1.0]], TypeError, "src: expected a NumPy array, a torch tensor or Numbers, not list"),
         (f32(4, 4), np.ones((4, 4), ">f4"), TypeError, "src: .*byte order"),
         (locked(), f32(4, 4), ValueError, "the memory of dst is read-only"),
