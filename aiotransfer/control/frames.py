@@ -183,16 +183,17 @@ class Merge(msgspec.Struct, tag=23, array_like=True):
 
 
 class Join(msgspec.Struct, tag=24, array_like=True, frozen=True):
-    """A member of a group: its rank, the generation it is forming, and the immediates that count signals to it.
+    """A member of a group: its rank, the generation it is forming, and the immediates by which the receiver is to signal to it.
 
-    A first immediate of 0: it has given up the generation before this one, and is not forming this one yet; the second is then
-    the rank of the member that it lost, plus one, or 0.
+    A first immediate of 0: it has given up the generation before this one, and is not forming this one (any more); the second is
+    then the rank of the member that it lost, plus one, or 0, and `reason` says why.
     """
 
     key: bytes
     rank: int
     generation: int
     imms: tuple[int, int]
+    reason: str = ""
 
 
 class Resume(msgspec.Struct, tag=25, array_like=True):
@@ -217,10 +218,14 @@ class Acknowledge(msgspec.Struct, tag=27, array_like=True):
 
 
 class Roster(msgspec.Struct, tag=28, array_like=True, frozen=True):
-    """The members of a group that the sender forms: digests of the group's name and of each member's address, in order."""
+    """The members of a group that the sender forms: digests of the group's name and of each member's address, in order.
+
+    `answers`: the digest of a list that the receiver has shown under this name, and that the sender has not.
+    """
 
     name: bytes
     members: bytes
+    answers: bytes = b""
 
 
 Greeting = Hello | Welcome | Proof | Accepted | Info | Refused

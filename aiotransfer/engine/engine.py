@@ -26,7 +26,8 @@ from aiotransfer.engine.connections import Connections
 from aiotransfer.engine.counter import Counter
 from aiotransfer.engine.display import engine_html, engine_text
 from aiotransfer.engine.ending import close, finish, take_apart
-from aiotransfer.engine.group import Groups, PeerGroup
+from aiotransfer.engine.group import PeerGroup
+from aiotransfer.engine.groups import Groups
 from aiotransfer.engine.liveness import Liveness
 from aiotransfer.engine.mailbox import Mailbox
 from aiotransfer.engine.paths import Paths

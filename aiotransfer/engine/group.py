@@ -1,33 +1,37 @@
 """Peer groups: the same ordered list of engines on every member, and barriers among them.
 
-Forming. Members connect in pairs, the smaller rank dialing, and tell each other over the control connection which two reserved
-immediates will count the signals of their barriers (`Join`). A Join counts only from the peer that is reached at the member's
+Forming. Members connect in pairs, the smaller rank dialing, and tell each other over the control connection by which two reserved
+immediates the other one is to signal in barriers (`Join`). A Join counts only from the peer that is reached at the member's
 address (`reach`): the member that did not dial dials back, once. A Join carries a generation. A member that is forming takes over
 any higher generation it hears of, with fresh immediates; it has formed when every member's latest Join is of its own
 generation. Fresh immediates for each generation are what keeps late signals of a broken one from being counted in the next.
 
-Barriers. Each member signals all others by one prepared scatter and waits for as many arrivals. Nobody can be two barriers
-ahead of anybody, so two immediates in turn are enough (the barrier of arXiv 2510.27656, an immediate to many peers, with
-immediates that each receiver chooses for himself).
+Barriers. Each member signals all others by one prepared scatter and waits for a signal of each. No member can be two barriers
+ahead of another, so two immediates in turn are enough (the barrier of arXiv 2510.27656, an immediate to many peers). A receiver
+chooses the immediates, other ones for each sender: a deadline then names exactly those whose signal has not come.
 
 Failing. A barrier that ends in any way but success may leave members apart, so it breaks the group on this member; `reform`
-announces the next generation. The breaking member says so at once, so that nobody waits for it until his own timeout.
+announces the next generation. The breaking member says so at once, with its reason, so that no member waits for it until a
+deadline of its own. One exception: a member whose deadline (or cancellation) comes while the group still forms takes back its
+Join (one of the same generation, without immediates). That breaks the group of members that had formed by it; the others may wait
+for the next as long as they like.
+
+Lists. Members with different lists are in different groups and would wait for each other in vain: see `rosters`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.control.frames import Join, Roster
+from aiotransfer.control.frames import MAX_TEXT, Join, Roster, clip
 from aiotransfer.control.patience import Patience
-from aiotransfer.engine.arguments import MOST_IMM, RESERVED
+from aiotransfer.engine.counter import take_each
 from aiotransfer.engine.plans import Plan
 from aiotransfer.engine.reach import Claims
-from aiotransfer.engine.rosters import Rosters
+from aiotransfer.engine.rosters import roster
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import (
     BrokenError,
@@ -48,10 +52,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import RegionView
 
-MOST_UNKNOWN = 1024  # Joins of one peer for groups that nobody has made here yet
 DIALS_AT_ONCE = 32
-KEY_BYTES = 16
-MOST_GENERATION = 1 << 48
 MOST_AHEAD = 1 << 32  # of our generation: nobody has formed a group so often
 JOIN_BYTES = 64
 
@@ -71,14 +72,16 @@ class PeerGroup(Unpicklable):
         self._formed = False
         self._joins: dict[int, tuple[Peer, Join]] = {}  # by rank: the latest of each member
         self._told: dict[int, tuple[Peer, int]] = {}  # by rank: to whom we sent a Join, and of which generation
-        self._counters: tuple[Counter, ...] = ()
+        self._counters: dict[int, tuple[Counter, Counter]] = {}  # by rank: its signals in even and in odd rounds
+        self._signalled: set[int] | None = None  # who has, in the barrier under way; None before this member has
         self._plans: tuple[Plan, ...] = ()
         self._peers: tuple[Peer, ...] = ()
         self._rounds = 0
         self._failure: TransferError | None = None
         self._waiting: asyncio.Future[None] | None = None  # woken by every Join while forming
         self._busy = False
-        self._claims = Claims(engine, members, self._joined, self)
+        self.roster = roster(name, members)
+        self._claims = Claims(engine, members, self._heard, self)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -91,8 +94,9 @@ class PeerGroup(Unpicklable):
     async def barrier(self, *, timeout: float | None = None) -> None:
         """Returns when every member has called it as often. The first one connects the members.
 
-        Raises `PeerLostError` when a member is lost, `TransferTimeout`, or `BrokenError` when another member gave the group
-        up; the group is then broken until `reform`. Cancelling breaks it, too.
+        Raises `PeerLostError` when a member is lost, `TransferTimeout` whose `.ranks` are those members that have not come,
+        `BrokenError` when another member gave the group up (with its reason), or `ConfigurationError` when the list of another
+        member differs; the group is then broken until `reform`. Cancelling breaks it, too.
         """
         await self._exclusively(self._barrier, timeout, "barrier")
 
@@ -111,6 +115,8 @@ class PeerGroup(Unpicklable):
     def close(self) -> None:
         """Forget the group here. Twice is silent."""
         self._claims.close()
+        # Members that reform without this one are a generation ahead: they must not wait for it, either.
+        self._generation = max([self._generation, *(join.generation for _, join in self._joins.values())])
         self._break(ClosedError("the group was closed"))
         self._engine._groups.forget(self)
 
@@ -122,23 +128,28 @@ class PeerGroup(Unpicklable):
         if self._busy:
             raise BusyError("another barrier or reform of this group is under way", hint="a member calls one at a time")
         self._busy = True
+        broken = what == "barrier" and self._failure is not None  # the others were told then
         try:
             async with Patience(left):
                 await work()
         except TimeoutError as error:
             missing = self._missing()
-            who = f"; not heard of: {', '.join(str(self.members[rank]) for rank in missing)}" if missing else ""
+            if self._formed and self._signalled is not None and not missing:  # what has come by now wins over the deadline
+                self._take_signals()
+                return
+            names = ", ".join(f"member {rank} ({self.members[rank]})" for rank in missing)
+            who = f"; {'did not come' if self._formed else 'not heard of'}: {names}" if missing else ""
             lists = self.differences(missing)
             late = TransferTimeout(
                 f"the {what} of {len(self)} members did not end within {left:g} s{who}{'; ' if lists else ''}{lists}",
                 ranks=missing, hint="give every member the same list, in the same order" if lists else
                 "does every member call it? The group is broken until all call reform()",
             )  # fmt: skip
-            self._break(late)
+            self._break(late, final=self._formed)
             raise late from (None if not isinstance(error, TransferTimeout) else error)
         except BaseException as error:  # also cancellation: the others are somewhere else now
             cause = error if isinstance(error, TransferError) else BrokenError(f"a {what} was given up: {error!r}")
-            self._break(cause)
+            self._break(cause, tell=not broken, final=self._formed or isinstance(error, Exception))
             if cause is error:
                 error.add_note(f"in the {what} of {self!r}")
             raise
@@ -146,13 +157,25 @@ class PeerGroup(Unpicklable):
             self._busy = False
 
     def _missing(self) -> list[int]:
-        if self._formed:
-            return []
-        return [rank for rank in range(len(self)) if rank != self.rank and not self._has_joined(rank)]
+        """Of whom something has not come that is waited for. A signal that lies in a counter has come."""
+        others = [rank for rank in range(len(self)) if rank != self.rank]
+        if not self._formed:
+            return [rank for rank in others if not self._has_joined(rank)]
+        turn, come = self._turn(), self._signalled or set()
+        return [rank for rank in others if rank not in come and not self._counters[rank][turn].value]
 
     def show(self, peer: Peer) -> None:
         """Tell a peer which members this group lists, so that lists that differ are found."""
         self._engine._groups.rosters.show(self, peer)
+
+    def compare(self) -> None:
+        """From now on lists are compared anew: what was found before does not count any more."""
+        self._engine._groups.rosters.begin(self)
+
+    def check_lists(self) -> None:
+        """Raises `ConfigurationError` where the list of another member is known to differ from this one."""
+        if (wrong := self._engine._groups.rosters.contradiction(self)) is not None:
+            raise wrong
 
     def differences(self, ranks: Sequence[int]) -> str:
         """Which of these members have another list under this name, in words; empty where that is not known."""
@@ -168,36 +191,54 @@ class PeerGroup(Unpicklable):
         if len(self) == 1:
             await asyncio.sleep(0)
             return
-        turn = self._rounds % 2
         self._rounds += 1
-        counter = self._counters[turn]
+        self._signalled = None
         try:
-            await self._plans[turn].post(timeout=math.inf)
+            await self._plans[self._turn()].post(timeout=math.inf)
         except ScatterError as error:
             raise again(next(e for e in error.results if e is not None)) from error
         if self._failure is not None:  # another member gave up meanwhile
             raise again(self._failure)
-        await self._all_signalled(counter)
+        self._signalled = set()
+        await self._all_signalled()
 
-    async def _all_signalled(self, counter: Counter) -> None:
+    def _turn(self) -> int:
+        return (self._rounds - 1) % 2
+
+    def _take_signals(self) -> bool:
+        """Take those that have come of the barrier under way. Whether the event loop is due for a turn."""
+        assert self._signalled is not None
+        turn = self._turn()
+        left = [rank for rank in self._counters if rank not in self._signalled]
+        taken, due = take_each([self._counters[rank][turn] for rank in left], [1] * len(left))
+        self._signalled |= {rank for rank, there in zip(left, taken, strict=True) if there}
+        return due
+
+    async def _all_signalled(self) -> None:
         """Every other member has signalled. One that has passed this barrier may close its engine at once, while signals of
         others, posted before it could pass, are still on their way to us: after a goodbye those get the time of posted work."""
         loop = self._engine._loop
         goodbye: PeerLostError | None = None
         deadline = math.inf
         while True:
+            assert self._signalled is not None
+            rank = next((rank for rank in self._counters if rank not in self._signalled), None)
+            if rank is None:
+                return
             staying = self._peers if goodbye is None else [peer for peer in self._peers if peer._state != "closed"]
             left = None if goodbye is None else max(deadline - loop.time(), 0.0)
             try:
-                return await counter.wait(len(self) - 1, timeout=left, peers=staying)
+                await self._counters[rank][self._turn()].wait(1, timeout=left, peers=staying)
+                self._signalled.add(rank)
+                if len(self._signalled) < len(self._counters) and self._take_signals():
+                    await asyncio.sleep(0)
             except PeerLostError as error:
                 if self._failure is not None or any(peer._state == "lost" for peer in self._peers):
                     raise
                 if goodbye is None:
                     goodbye, deadline = error, loop.time() + self._engine.config.drain_timeout
             except TransferTimeout:
-                if goodbye is None:
-                    raise
+                assert goodbye is not None
                 raise goodbye from None
 
     async def _reform(self) -> None:
@@ -214,6 +255,7 @@ class PeerGroup(Unpicklable):
 
     async def _form(self) -> None:
         engine = self._engine
+        self.compare()
         self._open_counters()
         others = [rank for rank in range(len(self)) if rank != self.rank]
         limit = asyncio.Semaphore(DIALS_AT_ONCE)
@@ -224,17 +266,20 @@ class PeerGroup(Unpicklable):
             peer._check_other(f"member {rank} of the group ({self.members[rank]})")
             self._tell(rank, peer)
 
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for rank in others:
-                    known = self._known(rank)
-                    if known is not None:
-                        self._tell(rank, known)
-                    elif rank > self.rank:
-                        tasks.create_task(dial(rank))
-                tasks.create_task(self._all_joined(others))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        while not self._formed:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for rank in others:
+                        known = self._known(rank)
+                        if known is not None:
+                            self._tell(rank, known)
+                        elif rank > self.rank:
+                            tasks.create_task(dial(rank))
+                    tasks.create_task(self._all_joined(others))
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+            self._check_forming()  # a member may have given up since `_all_joined` looked
+            self._formed = all(map(self._has_joined, others))
         self._peers = tuple(self._joins[rank][0] for rank in others)
         lane_peers = [peer.path.lane_peer for peer in self._peers]
 
@@ -247,10 +292,10 @@ class PeerGroup(Unpicklable):
 
         self._plans = (plan(0), plan(1)) if others else ()
         self._rounds = 0
-        self._formed = True
 
     async def _all_joined(self, others: Sequence[int]) -> None:
         while True:
+            self._check_forming()
             higher = max((join.generation for _, join in self._joins.values()), default=0)
             if higher > self._generation:
                 self._forget_generation()
@@ -290,6 +335,18 @@ class PeerGroup(Unpicklable):
                     peer._forget(waiting)
                 self._waiting = None
 
+    def _check_forming(self) -> None:
+        """Raises why the group cannot form, where that is known: lists differ, or a member has failed and says why."""
+        self.check_lists()
+        for peer, join in self._joins.values():
+            if join.reason and join.generation > self._generation and peer._state == "up":
+                raise self._given_up(peer, join)
+
+    def look(self) -> None:
+        """Something that `_all_joined` waits for may have happened."""
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
     def _known(self, rank: int) -> Peer | None:
         """The member, where it is connected: a dial to one that stands still would wait for ever."""
         joined = self._joins.get(rank)
@@ -305,16 +362,24 @@ class PeerGroup(Unpicklable):
         if self._told.get(rank) != (peer, self._generation):
             self._told[rank] = (peer, self._generation)
             self.show(peer)
-            imms = (self._counters[0].imm, self._counters[1].imm)
+            even, odd = self._counters[rank]
+            imms = (even.imm, odd.imm)
             peer._reply(Join(key=self._key, rank=self.rank, generation=self._generation, imms=imms))
 
-    def said(self, peer: Peer, join: Join) -> None:
-        """A Join of a peer that says it is member `join.rank`. It counts when this peer is reached at the member's address."""
-        known = self._joins.get(join.rank)
-        if (known is not None and known[0] is peer) or self._known(join.rank) is peer:
-            self._joined(peer, join)
+    def said(self, rank: int, peer: Peer, content: Join | Roster) -> None:
+        """A peer says something as member `rank`. It counts when this peer is reached at the member's address."""
+        known = self._joins.get(rank)
+        if (known is not None and known[0] is peer) or self._known(rank) is peer:
+            self._heard(peer, content)
         else:
-            self._claims.add(join.rank, peer, join, JOIN_BYTES)
+            nbytes = JOIN_BYTES + (len(content.members) if isinstance(content, Roster) else len(content.reason))
+            self._claims.add(rank, peer, content, nbytes)
+
+    def _heard(self, peer: Peer, content: Join | Roster) -> None:
+        if isinstance(content, Join):
+            self._joined(peer, content)
+        else:
+            self._engine._groups.rosters.contradicts(self, peer, content)
 
     def _joined(self, peer: Peer, join: Join) -> None:
         """A member's Join. May be of an older or newer generation than ours."""
@@ -323,128 +388,60 @@ class PeerGroup(Unpicklable):
         known = self._joins.get(join.rank)
         self._joins[join.rank] = (peer, join)
         if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
-        elif self._formed and known is not None and (join.generation > self._generation or known[0] is not peer):
+            self.look()
+        elif self._formed and known is not None and (known[0] is not peer or self._is_over(join)):
             self._break(self._given_up(peer, join), tell=False)
+
+    def _is_over(self, join: Join) -> bool:
+        """Whether it is of the next generation, or takes back that of this one."""
+        return join.generation > self._generation or (join.generation == self._generation and not join.imms[0])
 
     def _given_up(self, peer: Peer, join: Join) -> BrokenError:
         who = f"member {join.rank} ({peer.name or peer.address})"
+        why = f": {clip(join.reason)}" if join.reason else ""
         if join.imms[0] == 0 and 0 < join.imms[1] <= len(self):
             lost = self.members[join.imms[1] - 1]
             return PeerLostError(f"{who} has lost member {join.imms[1] - 1} ({lost})", peer=str(lost))
-        return BrokenError(f"{who} has given the group up", peer=str(peer.address))
+        return BrokenError(f"{who} has given the group up{why}", peer=str(peer.address))
 
     # ---- the end of a generation ----
 
     def _open_counters(self) -> None:
-        if not self._counters:
-            self._counters = (self._engine._own_counter(), self._engine._own_counter())
+        own = self._engine._own_counter
+        for rank in range(len(self)) if not self._counters else ():
+            if rank != self.rank:
+                self._counters[rank] = (own(), own())
 
     def _forget_generation(self) -> None:
         self._formed = False
-        for counter in self._counters:
-            counter.close()
-        self._counters = ()
+        self._signalled = None
+        for pair in self._counters.values():
+            for counter in pair:
+                counter.close()
+        self._counters = {}
         self._plans = ()
         self._told.clear()
 
-    def _break(self, cause: TransferError, *, tell: bool = True) -> None:
+    def _break(self, cause: TransferError, *, tell: bool = True, final: bool = True) -> None:
+        """`final`: whoever forms this generation is to give it up, too."""
         if self._failure is None:
             self._failure = again(cause)
-        if tell and self._formed:
+        if tell:
             lost = next((rank for rank, (peer, _) in self._joins.items() if peer._state == "lost"), -1)
-            gave_up = Join(key=self._key, rank=self.rank, generation=self._generation + 1, imms=(0, lost + 1))
-            for peer, _ in self._joins.values():
-                if peer._state == "up":
+            gave_up = Join(self._key, self.rank, self._generation + final, (0, lost + 1), self._reason(cause))
+            otherwise = self._engine._groups.rosters.against(self)  # they have no such group, and may still make it
+            for peer in {peer: None for peer, _ in (*self._joins.values(), *self._told.values())}:
+                if peer._state == "up" and peer not in otherwise:
                     peer._reply(gave_up)
-        for counter in self._counters:
-            counter._fail_waits(cause)
+        for pair in self._counters.values():
+            for counter in pair:
+                counter._fail_waits(cause)
         self._forget_generation()
+
+    @staticmethod
+    def _reason(cause: TransferError) -> str:
+        return clip(cause.message)[:MAX_TEXT] or type(cause).__name__
 
     def __repr__(self) -> str:
         state = "broken" if self._failure is not None else "formed" if self._formed else "not formed yet"
         return f"<PeerGroup {self.name!r} rank {self.rank} of {len(self)}, {state}>"
-
-
-class Groups:
-    """All groups of one engine, and Joins for groups that are still to be made here."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._groups: dict[bytes, PeerGroup] = {}
-        self._early: dict[bytes, dict[tuple[int, Peer], Join]] = {}
-        self.rosters = Rosters(engine)
-
-    def get(self, members: Sequence[str | Address], name: str) -> PeerGroup:
-        """The group of these members; the same object while it is not closed."""
-        if not isinstance(name, str):
-            raise TypeError(f"a group's name must be a str, not {name!r}")
-        if isinstance(members, str | bytes | Address):
-            raise TypeError(f"members are a list of addresses, not {members!r}")
-        addresses = tuple(Address.parse(member).dialable() for member in members)
-        here = [address for address in addresses if self._engine._connections.is_here(address)]
-        if len(set(addresses)) != len(addresses) or len(here) > 1:
-            raise ValueError(f"a group names each member once{', not ' + ' and '.join(map(str, here)) if len(here) > 1 else ''}")
-        if not here:
-            raise ValueError(
-                f"this engine ({self._engine.address}) is not among the members of the group; where the others know it by "
-                "another address, open_engine(advertise='HOST:PORT') says so"
-            )
-        text = "\n".join([name, *map(str, addresses)])
-        key = hashlib.sha256(text.encode()).digest()[:KEY_BYTES]
-        group = self._groups.get(key)
-        if group is None:
-            group = self._groups[key] = PeerGroup(self._engine, addresses, name, key)
-            for (_, peer), join in self._early.pop(key, {}).items():
-                peer._early_joins -= 1
-                if peer._state == "up":
-                    self.joined(peer, join)
-        return group
-
-    def joined(self, peer: Peer, join: Join) -> None:
-        """A Join came."""
-        even, odd = join.imms
-        numbers = even == 0 <= odd or RESERVED <= even <= MOST_IMM >= odd >= RESERVED
-        if not numbers or len(join.key) != KEY_BYTES or not 0 <= join.rank < 1 << 32 or not 0 < join.generation < MOST_GENERATION:
-            peer._lose(BrokenError(f"{peer} joined a group with impossible numbers"))
-            return
-        group = self._groups.get(join.key)
-        if group is not None:
-            if 0 <= join.rank < len(group) and join.rank != group.rank:
-                group.said(peer, join)
-            return
-        if peer._early_joins >= MOST_UNKNOWN:
-            peer._lose(BrokenError(f"{peer} joined more than {MOST_UNKNOWN} groups that are not known here"))
-            return
-        early = self._early.setdefault(join.key, {})
-        peer._early_joins += (join.rank, peer) not in early
-        early[join.rank, peer] = join
-
-    def listed(self, peer: Peer, theirs: Roster) -> None:
-        """A peer has shown the list of one of its groups."""
-        self.rosters.seen(peer, theirs, list(self._groups.values()))
-
-    def gone(self, peer: Peer) -> None:
-        """A peer has ended: so have its early Joins."""
-        self.rosters.gone(peer)
-        if peer._early_joins:
-            for key, early in list(self._early.items()):
-                for rank in [rank for rank, who in early if who is peer]:
-                    del early[rank, peer]
-                if not early:
-                    del self._early[key]
-
-    def forget(self, group: PeerGroup) -> None:
-        """It was closed."""
-        if self._groups.get(group._key) is group:
-            del self._groups[group._key]
-            self.rosters.forget(group)
-
-    def close(self) -> None:
-        """The engine ends."""
-        for group in list(self._groups.values()):
-            group._break(ClosedError("the engine was closed"), tell=False)  # the goodbye says it better
-        self._groups.clear()
-        self._early.clear()
-
-

@@ -16,7 +16,7 @@ from aiotransfer.errors import BusyError, ClosedError, TransferError, TransferTi
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe import tensors
 from aiotransfer.moe.calls import told
-from aiotransfer.moe.errors import StepRefused
+from aiotransfer.moe.errors import StepRefused, said
 from aiotransfer.moe.handle import CombineHalf, Dispatched, DispatchHalf, Handle, check_results, check_sums
 from aiotransfer.moe.kernels import kernels_for
 from aiotransfer.moe.kernels.cpu import CpuKernels
@@ -26,6 +26,7 @@ from aiotransfer.moe.shape import Shape
 from aiotransfer.moe.step import Step
 from aiotransfer.moe.tags import encoded
 from aiotransfer.moe.tensors import Array, check_no_grad
+from aiotransfer.moe.unmade import told_to_others
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -61,10 +62,13 @@ class AllToAll(Unpicklable):
     `name` tells several all-to-alls of one group apart; one that is open is taken (`ValueError`). `direct`: whether others put
     rows at their places one by one; "auto" does on the same host. `device`: of tokens and results. `timeout` (seconds, default
     the engine's) is that of every call that has none of its own, and of all that a call does.
+
+    What is wrong with an argument is raised here (`TypeError`, `ValueError`), and told to the ranks that wait for this one.
     """
 
     _instead = "every rank makes its own"
 
+    @told_to_others
     def __init__(
         self,
         engine: Engine,
@@ -120,8 +124,9 @@ class AllToAll(Unpicklable):
     async def ready(self, *, timeout: float | None = None) -> AllToAll:
         """Returns when all ranks have met; the first dispatch does it, too.
 
-        Raises `ShapeMismatch` (on all ranks), `TransferTimeout` that names who is missing, `PeerLostError`, or `ValueError` where
-        the engine has an open one of this name.
+        Raises `ShapeMismatch` (on all ranks), `TransferTimeout` whose `.ranks` are those that are missing, `PeerLostError` (also
+        where another rank could not set up, with its reason), `ConfigurationError` where the list of another member of the group
+        differs, or `ValueError` where the engine has an open one of this name.
         """
         await self._ready(self._until(timeout))
         return self
@@ -239,7 +244,7 @@ class AllToAll(Unpicklable):
                     refusal = error
             if refusal is not None:
                 idx, weights, tokens, kind = _nothing(shape)
-                step = Step(party, self._kernels, number, Route(shape, party.rank, idx), 0, _said(refusal))
+                step = Step(party, self._kernels, number, Route(shape, party.rank, idx), 0, said(refusal))
                 await step.send(tokens, 0, None)
         finally:
             self._turn.release()
@@ -419,15 +424,5 @@ def _nothing(shape: Shape) -> Any:
     """Routing, weights, tokens and kind of a rank whose own arguments were refused."""
     none = (0, shape.topk)
     return np.empty(none, np.int64), np.empty(none, np.float32), np.empty(0, np.uint8), tensors.Kind(None)
-
-
-def _said(error: BaseException) -> str:
-    """Why a step was refused, for the other ranks; never empty."""
-    name = type(error).__name__
-    try:
-        text = str(error)
-    except Exception:  # it may be of anybody's making
-        return name
-    return text if text and isinstance(error, TypeError | ValueError) else f"{name}: {text}"
 
 

@@ -17,7 +17,7 @@ from aiotransfer.errors import BrokenError, PeerLostError, ProviderUnavailableEr
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.moe import wire
 from aiotransfer.moe.buffers import Buffers
-from aiotransfer.moe.errors import EvictedError, ShapeMismatch
+from aiotransfer.moe.errors import EvictedError, ShapeMismatch, said
 from aiotransfer.moe.members import Members
 from aiotransfer.moe.ranks import Rank, Ranks
 
@@ -33,7 +33,7 @@ class Meeting(Ranks):
 
     def not_met(self, seconds: float) -> TransferTimeout:
         """What to raise when it takes too long."""
-        missing = [rank for rank in self.others() if rank not in self._hellos]
+        missing = self._missing()
         who = ", ".join(map(self.who, missing)) or "no rank in particular"
         lists = self.group.differences(missing)
         return TransferTimeout(
@@ -41,21 +41,37 @@ class Meeting(Ranks):
             ranks=missing, hint="does every rank make an AllToAll of this name over the same group?",
         )  # fmt: skip
 
+    def _missing(self) -> list[int]:
+        """Ranks of which something has not come. One that looks for others, too, is waited for only where no other is missing."""
+        members = self.members
+        if members is not None and self._running:
+            return list(members.awaited)
+        needed = self._present() if self._seen else set(self.others())
+        missing = [rank for rank in sorted(needed) if rank not in self._hellos]
+        silent = [rank for rank in missing if rank not in self._asked or self._at(rank) is None]
+        if not missing and members is not None:
+            incarnations = [self._incarnations().get(rank, 0) for rank in range(self.shape.ranks)]
+            missing = [rank for rank in self.others() if self._ready.get(rank) != incarnations]
+        return silent or missing
+
     async def meet(self) -> None:
-        """Returns when all are there. Raises `ShapeMismatch`, `PeerLostError`, or `ValueError` for a name that is taken."""
+        """Returns when all are there. Raises `ShapeMismatch`, `PeerLostError`, `ConfigurationError` for lists that differ, or
+        `ValueError` for a name that is taken."""
         await self.take_name()
         if not self._listens:
             self._listens = True
             self.spawn(self._listen())
         self._unable.clear()
+        self._asked.clear()
         self._failure = None
+        self.group.compare()
         found: dict[int, Peer] = {}
         try:
             await self._set_up(found)
         except (BrokenError, ShapeMismatch, asyncio.CancelledError):
             raise
         except Exception as error:  # the others must not wait for this rank
-            await self._say_unable(found, f"{type(error).__name__}: {error}")
+            await self._say_unable(found, said(error))
             raise
 
     async def _say_unable(self, found: dict[int, Peer], reason: str) -> None:
@@ -122,6 +138,7 @@ class Meeting(Ranks):
                 look()
                 for peer in found.values():
                     self.group.show(peer)
+                self.group.check_lists()
                 missing = [rank for rank in self.others() if rank not in found]
                 if self._seen:
                     missing = [rank for rank in missing if rank in self._present()]

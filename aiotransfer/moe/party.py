@@ -117,7 +117,9 @@ class Party(Meeting):
             self._left(rank, content)
         elif content.present is not None:
             self._seen[rank] = self._ranks_in(content.present)
-        elif self._running:
+        elif not self._running:
+            self._asked.add(rank)
+        else:
             answer = wire.Who(rank=self.rank, incarnation=self.incarnation, present=self._taking_part())
             self._send_to(peer, answer)
 
@@ -195,6 +197,11 @@ class Party(Meeting):
         self._follow()
 
     def _left(self, rank: int, leave: wire.Leave) -> None:
+        if not self._running and leave.who == rank:  # the ranks do not meet; what an earlier all-to-all says does not matter
+            hello = self._hellos.get(rank)
+            if hello is not None and hello[1].incarnation == leave.incarnation:
+                self._unable[rank] = f"it has left again: {clip(leave.reason)}"
+            return
         if self.members is None or rank in self.members.gone:
             return
         if leave.who == self.rank and leave.of == self.incarnation:

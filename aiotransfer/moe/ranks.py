@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from aiotransfer.control.ratelimit import RateLimit
 from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, TransferError, again
 from aiotransfer.model.descriptor import RemoteRegion
-from aiotransfer.moe import wire
+from aiotransfer.moe import unmade, wire
 from aiotransfer.moe.buffers import Buffers
 from aiotransfer.moe.members import Members
 from aiotransfer.moe.shape import Shape, immediates
@@ -72,7 +72,7 @@ class Ranks:
         self.shape = shape
         self.name = name
         members = ",".join(str(address) for address in group.members)
-        self._key = wire.prefix(name, members)
+        self._key = wire.key_of(name, group.members)
         self._base = immediates(name, members, shape)
         self._direct = direct
         self._gpu = gpu
@@ -104,6 +104,8 @@ class Ranks:
         self._unable: dict[int, str] = {}  # ranks that could not set up, and why
         self._know_it: set[int] = set()  # ranks that have heard that this one cannot
         self._failure: Exception | None = None  # why this one cannot
+        self._asked: set[int] = set()  # ranks that look for others, as this one does
+        unmade.made(self)
 
     async def take_name(self) -> None:
         """From now on the immediates and messages of this name are its own. Raises `ValueError` where another one of this engine

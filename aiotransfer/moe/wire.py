@@ -8,11 +8,13 @@ that follow from the shape of an all-to-all are checked by `Party`.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
 from aiotransfer.errors import DescriptorError
+from aiotransfer.model.address import Address
 from aiotransfer.moe.members import Step, View
 from aiotransfer.moe.shape import MOST_RANKS
 
@@ -99,6 +101,11 @@ _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
 def prefix(name: str, members: str) -> bytes:
     """How all messages of one all-to-all begin."""
     return MARK + hashlib.blake2b(f"{name}\0{members}".encode(), digest_size=KEY_BYTES).digest()
+
+
+def key_of(name: str, members: Iterable[Address]) -> bytes:
+    """The same for the members of a group."""
+    return prefix(name, ",".join(map(str, members)))
 
 
 def words(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -13,7 +14,9 @@ import pytest_asyncio
 
 import aiotransfer as at
 from aiotransfer.control.frames import Join, Roster
+from aiotransfer.engine import rosters as rosters_module
 from aiotransfer.engine.plans import Plan
+from aiotransfer.engine.rosters import roster
 from aiotransfer.providers import native
 
 pytestmark = pytest.mark.asyncio
@@ -97,14 +100,154 @@ async def test_wrong_members_are_refused() -> None:
 
 async def test_a_member_that_does_not_come_breaks_the_barrier_for_all_at_once(four: list[at.PeerGroup]) -> None:
     await everyone(four)
-    waiting = [asyncio.ensure_future(group.barrier(timeout=30)) for group in four[:2]]
-    with pytest.raises(at.TransferTimeout):
+    waiting = [asyncio.ensure_future(group.barrier(timeout=300)) for group in four[:2]]
+    await _signalled(four[2], {0, 1})
+    with pytest.raises(at.TransferTimeout, match=r"did not come: member 3 \(127[^,]*\)$") as caught:
         await four[2].barrier(timeout=0.05)
+    assert caught.value.ranks == (3,)
     for task in waiting:
-        with pytest.raises(at.BrokenError, match="given the group up"):
-            await asyncio.wait_for(task, 5)
+        with pytest.raises(at.BrokenError, match=r"member 2 .* has given the group up: .* did not come: member 3 "):
+            await asyncio.wait_for(task, 30)
     with pytest.raises(at.BrokenError, match="broken"):
         await four[0].barrier(timeout=1)
+
+
+async def _signalled(group: at.PeerGroup, ranks: set[int]) -> None:
+    """Returns when the signals of these for its next barrier have come."""
+    turn = group._rounds % 2
+    async with asyncio.timeout(30):
+        while not all(group._counters[rank][turn].value for rank in ranks):
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("missing", [{1}, {2, 3}, {1, 3}, {1, 2, 3}])
+async def test_a_deadline_names_exactly_the_members_that_have_not_come(four: list[at.PeerGroup], missing: set[int]) -> None:
+    """In a round of either kind, and after `reform`. Nothing is left over for the barriers that follow."""
+    await everyone(four)
+    for _ in range(2):
+        for passed in range(2):
+            for _ in range(passed):
+                await everyone(four)
+            here = [group for group in four[1:] if group.rank not in missing]
+            waiting = [asyncio.ensure_future(group.barrier(timeout=300)) for group in here]
+            await _signalled(four[0], {group.rank for group in here})
+            with pytest.raises(at.TransferTimeout) as caught:
+                await four[0].barrier(timeout=0.02)
+            assert set(caught.value.ranks) == missing
+            assert all(f"member {rank} (" in caught.value.message for rank in missing)
+            found = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
+            assert all(isinstance(error, at.BrokenError) for error in found)
+            await everyone(four, "reform", timeout=30)
+            await everyone(four)
+
+
+async def test_signals_that_have_come_by_the_deadline_pass_the_barrier(
+    four: list[at.PeerGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await everyone(four)
+    wait = at.Counter.wait
+
+    async def deaf(counter: at.Counter, *given: Any, **named: Any) -> None:
+        if counter._engine is four[0]._engine:
+            await asyncio.sleep(3600)
+        await wait(counter, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(at.Counter, "wait", deaf)
+        others = [asyncio.ensure_future(group.barrier(timeout=300)) for group in four[1:]]
+        await _signalled(four[0], {1, 2, 3})
+        await four[0].barrier(timeout=0.02)
+        await asyncio.gather(*others)
+    for _ in range(3):
+        await everyone(four)
+
+
+async def test_a_reform_that_ends_late_names_who_has_not_joined(four: list[at.PeerGroup]) -> None:
+    await everyone(four)
+    with pytest.raises(at.TransferTimeout):
+        await four[0].barrier(timeout=0.02)
+    waiting = [asyncio.ensure_future(group.reform(timeout=300)) for group in four[1:3]]
+    group, generation = four[0], four[0]._generation
+    async with asyncio.timeout(30):
+        while not all(group._joins[r][1].generation > generation and group._joins[r][1].imms[0] for r in (1, 2)):
+            await asyncio.sleep(0.005)
+    with pytest.raises(at.TransferTimeout) as caught:
+        await group.reform(timeout=0.05)
+    assert caught.value.ranks == (3,)
+    assert not any(task.done() for task in waiting)  # it may call reform again, and they wait as long as they like
+    async with asyncio.timeout(30):
+        while four[3]._joins[0][1].imms[0]:
+            await asyncio.sleep(0.005)
+    await asyncio.gather(*waiting, group.reform(timeout=30), four[3].reform(timeout=30))
+    await everyone(four)
+
+
+async def test_a_member_that_had_formed_by_a_join_that_is_taken_back_learns_of_it(
+    four: list[at.PeerGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three members have formed, and wait in the barrier; the fourth gives up before it has heard of one of them."""
+    late = four[3]
+    has_joined = late._has_joined
+    monkeypatch.setattr(late, "_has_joined", lambda rank: rank != 2 and has_joined(rank))
+    others = [asyncio.ensure_future(group.barrier(timeout=300)) for group in four[:3]]
+    last = asyncio.ensure_future(late.barrier(timeout=300))
+    async with asyncio.timeout(30):
+        while not all(group._formed for group in four[:3]):
+            await asyncio.sleep(0.005)
+    last.cancel()
+    for end in await asyncio.wait_for(asyncio.gather(*others, return_exceptions=True), 30):
+        assert isinstance(end, at.BrokenError)
+        assert "member 3 " in str(end)
+        assert "has given the group up: a barrier was given up: CancelledError" in str(end)
+    monkeypatch.undo()
+    await everyone(four, "reform", timeout=30)
+    await everyone(four)
+
+
+@pytest.mark.parametrize("when", ["first", "reform"])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("error", [MemoryError("none left"), at.BusyError("none left")])
+async def test_a_member_that_cannot_form_the_group_tells_the_others_why(
+    four: list[at.PeerGroup], monkeypatch: pytest.MonkeyPatch, rank: int, when: str, error: Exception
+) -> None:
+    what = "barrier" if when == "first" else "reform"
+    if when == "reform":
+        await everyone(four)
+        with pytest.raises(at.TransferTimeout):
+            await four[1].barrier(timeout=0.02)
+    one = four[rank]
+
+    async def joined(others: Any) -> None:
+        await wait(others)
+        raise error
+
+    wait = one._all_joined
+    monkeypatch.setattr(one, "_all_joined", joined)
+    tasks = [asyncio.ensure_future(getattr(group, what)(timeout=300)) for group in four]
+    found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
+    assert type(found[rank]) is type(error)
+    late = [group for group, end in zip(four, found, strict=True) if end is None]  # it had formed: its next barrier is told
+    found += await asyncio.wait_for(asyncio.gather(*(g.barrier(timeout=300) for g in late), return_exceptions=True), 30)
+    told = [end for end in found if end is not None and end is not found[rank]]
+    assert len(told) == 3
+    for end in told:
+        assert type(end) is at.BrokenError
+        assert "given the group up" in str(end)
+        assert "none left" in str(end)
+    monkeypatch.undo()
+    await everyone(four, "reform", timeout=30)
+    await everyone(four)
+
+
+async def test_a_group_that_is_closed_while_others_wait_for_it_says_so(four: list[at.PeerGroup]) -> None:
+    waiting = [asyncio.ensure_future(group.barrier(timeout=300)) for group in four[:3]]
+    async with asyncio.timeout(30):
+        while len(four[3]._joins) < 3:
+            await asyncio.sleep(0.005)
+    four[3].close()
+    for end in await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30):
+        assert isinstance(end, at.BrokenError)
+        assert "the group was closed" in str(end)
 
 
 async def test_a_barrier_that_cannot_form_names_who_is_missing(four: list[at.PeerGroup]) -> None:
@@ -184,7 +327,7 @@ async def test_one_barrier_at_a_time(four: list[at.PeerGroup]) -> None:
 
 
 async def test_joins_that_came_before_their_group_do_not_add_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotransfer.engine.group.MOST_UNKNOWN", 8)
+    monkeypatch.setattr("aiotransfer.engine.groups.MOST_UNKNOWN", 8)
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(at.open_engine(timeout=10)) for _ in range(2)]
         members = [str(engine.address) for engine in engines]
@@ -351,24 +494,105 @@ async def test_what_is_said_for_members_is_bounded(monkeypatch: pytest.MonkeyPat
         assert not claims._claims
 
 
-@pytest.mark.parametrize("other", ["shorter", "another order", "another member"])
-async def test_lists_that_differ_are_told_of_by_whose_they_are(other: str) -> None:
+# ---- lists that differ ----
+
+
+async def mended(group: at.PeerGroup) -> None:
+    await group.reform(timeout=30)
+    await group.barrier(timeout=30)
+
+
+@pytest.mark.parametrize("other", ["shorter", "longer", "another order", "another member"])
+async def test_lists_that_contradict_each_other_end_the_wait_on_every_member_at_once(other: str) -> None:
+    """The deadline is far away. The third member lists what the first does, and may not meet the second at all."""
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(at.open_engine(providers="shm", name=f"e{i}")) for i in range(4)]
         a, b, c, d = (str(engine.address) for engine in engines)
         groups = [engine.group([a, b, c]) for engine in (engines[0], engines[2])]
         theirs, text = {
             "shorter": ([a, b], "lists 2 members instead of 3"),
+            "longer": ([a, b, c, d], "lists 4 members instead of 3"),
             "another order": ([b, a, c], "lists another member at place 0, 1"),
             "another member": ([a, b, d], "lists another member at place 2"),
         }[other]
         groups.append(engines[1].group(theirs))
-        found = await asyncio.gather(*(group.barrier(timeout=1.5) for group in groups), return_exceptions=True)
-        assert all(isinstance(error, at.TransferTimeout) for error in found)
+        async with asyncio.timeout(30):
+            found = await asyncio.gather(*(group.barrier(timeout=300) for group in groups), return_exceptions=True)
+        assert type(found[0]) is at.ConfigurationError
         assert f"member 1 (e1) {text}" in str(found[0])
         assert "the same list" in found[0].hint
-        assert "(e0) lists " in str(found[2])
-        assert [1 in error.ranks for error in found[:2]] == [True, True]  # no connection may tell the last one of it
+        assert f"member 1 (e1) {text}" in str(found[1])  # it compared itself, or was told by the first one
+        assert type(found[2]) is at.ConfigurationError
+        assert re.search(r"member \d \(e[02]\) lists ", str(found[2]))
+        with pytest.raises(at.BrokenError, match="broken"):
+            await groups[0].barrier(timeout=300)
+        right = engines[1].group([a, b, c])
+        groups.pop().close()
+        await asyncio.gather(right.barrier(timeout=30), *map(mended, groups))
+
+
+async def test_a_list_that_does_not_name_this_engine_is_told_of_by_the_deadline_alone() -> None:
+    """The other engine may be about to make the group that is asked for."""
+    async with AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(at.open_engine(providers="shm", name=f"e{i}")) for i in range(3)]
+        a, b, c = (str(engine.address) for engine in engines)
+        theirs, ours = engines[1].group([b, c]), engines[0].group([a, b])
+        with pytest.raises(at.TransferTimeout, match=r"member 1 \(e1\) lists another member at place 0, 1") as caught:
+            await ours.barrier(timeout=1)
+        assert caught.value.ranks == (1,)
+        assert "the same list" in caught.value.hint
+        made = engines[1].group([a, b])
+        await asyncio.gather(mended(ours), made.barrier(timeout=30))
+        theirs.close()
+
+
+async def test_a_group_that_is_made_while_lists_are_compared_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each engine has two tasks, and each makes its first group before it hears of the other one's."""
+    monkeypatch.setattr("aiotransfer.engine.rosters.GRACE", 5.0)
+    async with AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(at.open_engine(providers="shm")) for _ in range(3)]
+        a, b, c = (str(engine.address) for engine in engines)
+        lists = [[a, b], [a, b, c]]
+        first = [asyncio.ensure_future(engines[i].group(lists[i]).barrier(timeout=60)) for i in range(2)]
+        rosters = engines[0]._groups.rosters
+        async with asyncio.timeout(30):
+            while not any(rosters._against.values()):
+                await asyncio.sleep(0.01)
+        then = [engines[i].group(lists[1 - i]).barrier(timeout=60) for i in range(2)]
+        await asyncio.gather(*first, *then, engines[2].group(lists[1]).barrier(timeout=60))
+        assert not any(rosters._against.values())
+
+
+async def test_an_engine_that_is_no_member_cannot_contradict_a_list() -> None:
+    async with AsyncExitStack() as stack:
+        left, right, stranger = [await stack.enter_async_context(at.open_engine(providers="shm")) for _ in range(3)]
+        members = [str(left.address), str(right.address)]
+        stranger.address = right.address
+        group = left.group(members)
+        waits = asyncio.ensure_future(group.barrier(timeout=60))
+        peer = await stranger.connect(left.address)
+        other = roster("", [right.address, left.address])
+        peer._reply(Roster(other.name, other.members, rosters_module._of(group.roster)))
+        await peer.ping()
+        await asyncio.sleep(2 * rosters_module.GRACE)
+        assert not waits.done()
+        await asyncio.gather(waits, right.group(members).barrier(timeout=60))
+
+
+async def test_two_engines_do_not_answer_each_other_for_ever(four: list[at.PeerGroup]) -> None:
+    await everyone(four)
+    engine, peer = four[0]._engine, four[0].peers[1]
+    assert peer is not None
+    theirs = Roster(four[0].roster.name, b"abcd", b"12345678")
+    answers: list[Any] = []
+    peer._reply = answers.append  # type: ignore[method-assign]
+    for _ in range(3):
+        engine._groups.listed(peer, theirs)
+    assert len(answers) == 1
+    for i in range(200):
+        engine._groups.listed(peer, Roster(theirs.name, i.to_bytes(4, "big"), theirs.answers))
+    assert len(answers) == 64
+    del peer._reply
 
 
 async def test_groups_of_one_name_and_other_members_are_no_mistake(four: list[at.PeerGroup]) -> None:
@@ -378,7 +602,8 @@ async def test_groups_of_one_name_and_other_members_are_no_mistake(four: list[at
 
 
 async def test_a_list_of_members_that_cannot_be_loses_its_sender(four: list[at.PeerGroup]) -> None:
-    for wrong in (Roster(b"short", b"1234"), Roster(b"n" * 8, b"123"), Roster(b"n" * 8, bytes(4 * 4097))):
+    lists = (b"short", b"1234"), (b"n" * 8, b"123"), (b"n" * 8, bytes(4 * 4097)), (b"n" * 8, b"1234", b"5")
+    for wrong in (Roster(*fields) for fields in lists):
         async with at.open_engine(providers=["shm", "loopback"]) as stranger:
             peer = await stranger.connect(four[0]._engine.address)
             peer._reply(wrong)

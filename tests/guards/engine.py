@@ -146,13 +146,39 @@ GUARDS = (
     ),
     Mutant(
         "group: who speaks for a member", "aiotransfer/engine/group.py",
-        "        if (known is not None and known[0] is peer) or self._known(join.rank) is peer:\n",
+        "        if (known is not None and known[0] is peer) or self._known(rank) is peer:\n",
         "        if True:\n", "tests/engine/test_groups.py",
     ),
     Mutant(
         "group: lists that differ", "aiotransfer/engine/rosters.py",
         "if there and lists and ours not in lists:",
         "if False:", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "group: lists that contradict each other", "aiotransfer/engine/rosters.py",
+        "        if not any(now >= due for *_, due in odd):\n", "        if True:\n", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "group: a group that is made while lists are compared", "aiotransfer/engine/rosters.py",
+        "                self._against.get(group._key, {}).pop(peer, None)\n", "                pass\n",
+        "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "group: answers to answers", "aiotransfer/engine/rosters.py",
+        "        if pair in answered or len(answered) >= MOST_ANSWERED:\n", "        if False:\n", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "group: whose signal has not come", "aiotransfer/engine/group.py",
+        "if rank not in come and not self._counters[rank][turn].value]", "]", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "group: a Join that is taken back", "aiotransfer/engine/group.py",
+        "or (join.generation == self._generation and not join.imms[0])", "", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "group: why a member cannot form it", "aiotransfer/engine/group.py",
+        'if join.reason and join.generation > self._generation and peer._state == "up":', "if False:",
+        "tests/engine/test_groups.py",
     ),
     Mutant(
         "group: a list that cannot be", "aiotransfer/engine/rosters.py",

@@ -15,7 +15,7 @@ import aiotransfer as at
 from aiotransfer import moe
 from aiotransfer.errors import DescriptorError
 from aiotransfer.model.address import Address
-from aiotransfer.moe import meeting, wire
+from aiotransfer.moe import meeting, unmade, wire
 from aiotransfer.moe.buffers import Buffers, header
 from aiotransfer.moe.members import MOST_STEPS, Members, View
 from aiotransfer.moe.shape import Shape
@@ -373,4 +373,124 @@ async def test_a_rank_that_has_not_begun_believes_a_group_that_is_far_ahead() ->
                     party._told(1, far)
             else:
                 party._told(1, far)
+        await asyncio.gather(*(one.aclose() for one in a2a))
+
+
+# ---- an all-to-all that cannot be made ----
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(("change", "raised", "text"), [
+    ({"num_experts": 5}, ValueError, "5 experts cannot be divided"),
+    ({"dtype": "nonsense"}, (TypeError, ValueError), "nonsense"),
+    ({"hidden": "16"}, TypeError, "hidden"),
+    ({"no_such_size": 1}, TypeError, "no_such_size"),
+], ids=["sizes", "dtype", "type", "unknown"])  # fmt: skip
+async def test_a_rank_whose_all_to_all_cannot_be_made_tells_the_others_at_once_and_why(
+    change: dict[str, Any], raised: Any, text: str, rank: int
+) -> None:
+    async with engines(3) as of:
+        addresses = [str(engine.address) for engine in of]
+        groups = [engine.group(addresses) for engine in of]
+        sizes = SIZES | {"num_experts": 3, "timeout": 300}
+        wait = [moe.AllToAll(e, g, **sizes) for i, (e, g) in enumerate(zip(of, groups, strict=True)) if i != rank]
+        waiting = [asyncio.ensure_future(one.ready()) for one in wait]
+        with pytest.raises(raised, match=text):
+            moe.AllToAll(of[rank], groups[rank], **(sizes | change))
+        found = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 60)
+        for other in found:
+            assert type(other) is at.PeerLostError
+            assert other.message.startswith(f"rank {rank} (")
+            assert "could not set up: " in other.message
+            assert text in other.message
+        with pytest.raises(at.PeerLostError, match=text):  # nothing has changed
+            await asyncio.wait_for(wait[0].ready(), 60)
+        right = moe.AllToAll(of[rank], groups[rank], **sizes)
+        await asyncio.wait_for(asyncio.gather(right.ready(), *(one.ready() for one in wait)), 60)
+        await asyncio.gather(right.aclose(), *(one.aclose() for one in wait))
+
+
+async def test_an_all_to_all_that_is_made_already_answers_for_itself() -> None:
+    """A second one of its name, which cannot be made, changes nothing."""
+    async with engines(2) as of:
+        addresses = [str(engine.address) for engine in of]
+        first = moe.AllToAll(of[0], of[0].group(addresses), **SIZES)
+        with pytest.raises(ValueError, match="topk"):
+            moe.AllToAll(of[0], of[0].group(addresses), **(SIZES | {"topk": 0}))
+        second = moe.AllToAll(of[1], of[1].group(addresses), **SIZES)
+        await asyncio.wait_for(asyncio.gather(first.ready(), second.ready()), 60)
+        with pytest.raises(ValueError, match="topk"):
+            moe.AllToAll(of[0], of[0].group(addresses), **(SIZES | {"topk": 0}))
+        await asyncio.gather(one_step(first), one_step(second))
+        await asyncio.gather(first.aclose(), second.aclose())
+
+
+async def test_an_engine_answers_for_so_many_that_could_not_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiotransfer.moe.unmade.MOST", 2)
+    async with engines(1) as of:
+        group = of[0].group([str(of[0].address)])
+        for name in "abca":
+            with pytest.raises(ValueError, match="topk"):
+                moe.AllToAll(of[0], group, **(SIZES | {"topk": 0, "name": name}))
+        assert len(unmade._unmade[of[0]]) == 2
+        assert not unmade._unmade[of[0]].keys() ^ {wire.key_of(name, group.members) for name in "ca"}
+
+
+# ---- ranks that do not meet ----
+
+
+def keep_back(monkeypatch: pytest.MonkeyPatch, engine: at.Engine, kind: type[wire.Message]) -> None:
+    """What this engine's ranks say of one kind."""
+    send, incarnation = moe.alltoall.Party._send_to, engine.incarnation
+
+    def some(party: Any, peer: Any, said: wire.Message) -> None:
+        if party.engine.incarnation != incarnation or not isinstance(said, kind):
+            send(party, peer, said)
+
+    monkeypatch.setattr(moe.alltoall.Party, "_send_to", some)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["hello", "ready"])
+async def test_a_rank_that_leaves_while_the_ranks_meet_is_missed_at_once(monkeypatch: pytest.MonkeyPatch, last: bool) -> None:
+    """It has said Hello; it waits for another one's Hello, or for its Ready."""
+    async with engines(3) as of:
+        addresses = [str(engine.address) for engine in of]
+        sizes = SIZES | {"num_experts": 3, "timeout": 300}
+        a2a = [moe.AllToAll(e, e.group(addresses), **sizes) for e in of]
+        keep_back(monkeypatch, of[2], wire.Ready if last else wire.Hello)
+        waiting = [asyncio.ensure_future(one.ready()) for one in a2a]
+        async with asyncio.timeout(60):
+            while 1 not in a2a[0]._party._hellos or (last and 1 not in a2a[0]._party._ready):
+                await asyncio.sleep(0.01)
+        await a2a[1].aclose()
+        with pytest.raises(at.PeerLostError, match=r"rank 1 .* could not set up: it has left again: .*closed"):
+            await asyncio.wait_for(waiting[0], 60)
+        await asyncio.gather(*(one.aclose() for one in a2a))
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["hello", "ready"])
+async def test_ranks_that_do_not_meet_in_time_name_exactly_who_is_missing(monkeypatch: pytest.MonkeyPatch, last: bool) -> None:
+    async with engines(3) as of:
+        addresses = [str(engine.address) for engine in of]
+        sizes = SIZES | {"num_experts": 3, "timeout": 2}
+        a2a = [moe.AllToAll(e, e.group(addresses), **sizes) for e in of]
+        if last:
+            keep_back(monkeypatch, of[2], wire.Ready)
+        found = await asyncio.gather(*(one.ready() for one in a2a[: 2 + last]), return_exceptions=True)
+        for one in found[:2]:  # each has found the other one, which waits for the third as well
+            assert isinstance(one, at.TransferTimeout)
+            assert one.ranks == (2,)
+        await asyncio.gather(*(one.aclose() for one in a2a))
+
+
+async def test_ranks_whose_lists_differ_are_told_at_once() -> None:
+    async with engines(3) as of:
+        addresses = [str(engine.address) for engine in of]
+        lists = [addresses, [addresses[1], addresses[0], addresses[2]], addresses]
+        sizes = SIZES | {"num_experts": 3, "timeout": 300}
+        a2a = [moe.AllToAll(e, e.group(members), **sizes) for e, members in zip(of, lists, strict=True)]
+        found = await asyncio.wait_for(asyncio.gather(*(one.ready() for one in a2a), return_exceptions=True), 60)
+        assert any(type(one) is at.ConfigurationError for one in found)
+        assert all("lists another member at place 0, 1" in str(one) for one in found)
         await asyncio.gather(*(one.aclose() for one in a2a))

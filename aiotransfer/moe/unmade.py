@@ -1,0 +1,107 @@
+"""All-to-alls that could not be made: the other ranks, which wait for this one to say Hello, are told why it does not.
+
+No object is left that could speak for this rank. So a task of the engine reads what the others say to the all-to-all of this
+name, and answers that this rank cannot set up, until one of this name is made here, or the engine closes. It speaks only when it
+is asked: what it said unasked could be read by an all-to-all of the other rank that is made later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec
+from weakref import WeakKeyDictionary, WeakSet
+
+from aiotransfer.engine.group import PeerGroup
+from aiotransfer.errors import BrokenError, BusyError, ClosedError, DescriptorError
+from aiotransfer.moe import wire
+from aiotransfer.moe.errors import said
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.moe.ranks import Ranks
+
+MOST = 64  # all-to-alls of one engine that could not be made, the latest: for those there is an answer
+Given = ParamSpec("Given")
+_made: WeakKeyDictionary[Engine, WeakSet[Ranks]] = WeakKeyDictionary()
+_unmade: WeakKeyDictionary[Engine, dict[bytes, Unmade]] = WeakKeyDictionary()  # by the key of the all-to-all
+
+
+def told_to_others(make: Callable[Given, None]) -> Callable[Given, None]:
+    """A constructor `make(self, engine, group, *, name, ...)` whose errors are told to the other ranks."""
+
+    @functools.wraps(make)
+    def construct(*given: Given.args, **named: Given.kwargs) -> None:
+        try:
+            make(*given, **named)
+        except BaseException as error:
+            _left_unmade(list(given), dict(named), error)
+            raise
+
+    return construct
+
+
+def _left_unmade(given: list[Any], named: dict[str, Any], error: BaseException) -> None:
+    """Answer for it from now on, where its name and its group can be known at all."""
+    engine = given[1] if len(given) > 1 else named.get("engine")
+    group = given[2] if len(given) > 2 else named.get("group")
+    name = named.get("name", "")
+    if not isinstance(group, PeerGroup) or group._engine is not engine or not isinstance(name, str):
+        return
+    if engine._closing or engine._loop.is_closed():
+        return
+    key = wire.key_of(name, group.members)
+    if any(one._key == key and one.over is None for one in _made.get(engine, ())):
+        return  # that one answers
+    there = _unmade.setdefault(engine, {})
+    _forget(engine, key)
+    while len(there) >= MOST:
+        _forget(engine, next(iter(there)))
+    there[key] = Unmade(engine, key, group.rank, wire.words(said(error)))
+
+
+def made(ranks: Ranks) -> None:
+    """One of this name is made, and answers for itself."""
+    _made.setdefault(ranks.engine, WeakSet()).add(ranks)
+    _forget(ranks.engine, ranks._key)
+
+
+def _forget(engine: Engine, key: bytes) -> None:
+    if (unmade := _unmade.get(engine, {}).pop(key, None)) is not None:
+        unmade.task.cancel()
+
+
+class Unmade:
+    """One of them."""
+
+    def __init__(self, engine: Engine, key: bytes, rank: int, reason: str) -> None:
+        self._engine, self._key = engine, key
+        self._answer = wire.encode(key, wire.Unable(rank=rank, incarnation=0, reason=reason))
+        self._sending: dict[Peer, asyncio.Task[None]] = {}
+        self.task = engine._loop.create_task(self._listen())
+        engine._connections.own(self.task)
+
+    async def _listen(self) -> None:
+        try:
+            async for message in self._engine.messages(self._key):
+                try:
+                    asks = isinstance(wire.decode(self._key, message.data), wire.Hello | wire.Who)
+                except DescriptorError:
+                    continue
+                peer = message.peer
+                if asks and peer not in self._sending:  # one that takes nothing holds up only itself
+                    task = self._sending[peer] = self._engine._loop.create_task(self._send(peer))
+                    self._engine._connections.own(task)
+        finally:
+            for task in self._sending.values():
+                task.cancel()
+
+    async def _send(self, peer: Peer) -> None:
+        try:
+            await peer.send(self._answer)
+        except (BrokenError, BusyError, ClosedError):
+            pass  # it has gone, or asks again
+        finally:
+            del self._sending[peer]
