@@ -168,6 +168,7 @@ class Meeting(Ranks):
                     del dials[rank]  # it was found, and was lost again
                 await self._soon()
         except BrokenError as error:
+            self._check_shapes()  # the better reason: whoever has left has seen it, too
             self._check_able()
             raise self._named(error) from error
         finally:

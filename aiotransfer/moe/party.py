@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
     from aiotransfer.moe.ranks import Rank
 
+REASON_SECONDS = 1.0  # that a better reason has, when a rank leaves while the ranks meet
 MOST_VIEW = 16 << 20  # bytes of a view that is sent in pieces
 _logger = logging.getLogger("aiotransfer")
 
@@ -198,9 +199,7 @@ class Party(Meeting):
 
     def _left(self, rank: int, leave: wire.Leave) -> None:
         if not self._running and leave.who == rank:  # the ranks do not meet; what an earlier all-to-all says does not matter
-            hello = self._hellos.get(rank)
-            if hello is not None and hello[1].incarnation == leave.incarnation:
-                self._unable[rank] = f"it has left again: {clip(leave.reason)}"
+            self.spawn(self._left_early(rank, leave))
             return
         if self.members is None or rank in self.members.gone:
             return
@@ -209,6 +208,15 @@ class Party(Meeting):
             self.end(EvictedError(f"{who} gave this rank up: {clip(leave.reason)}", peer=where, ranks=(rank,)))
         elif leave.who == rank and leave.of == self.members.incarnation(rank):
             self.spawn(self._part(rank, leave))
+
+    async def _left_early(self, rank: int, leave: wire.Leave) -> None:
+        """A rank has left before all have met. What made it leave (shapes that differ, say) may be on its way here, too, or a
+        view of ranks that are at work by now."""
+        await asyncio.sleep(REASON_SECONDS)
+        hello = self._hellos.get(rank)
+        if hello is not None and hello[1].incarnation == leave.incarnation:
+            self._unable[rank] = f"it has left again: {clip(leave.reason)}"
+            self._wake()
 
     async def _part(self, rank: int, leave: wire.Leave) -> None:
         """A rank has left: what it had sent before has landed, and only has to be counted still."""

@@ -494,6 +494,36 @@ async def test_what_is_said_for_members_is_bounded(monkeypatch: pytest.MonkeyPat
         assert not claims._claims
 
 
+@pytest.mark.parametrize("back", [True, False], ids=["restarted", "gone"])
+async def test_a_member_that_has_dialled_and_ends_while_the_group_forms(monkeypatch: pytest.MonkeyPatch, back: bool) -> None:
+    """Its successor at its address takes its place; where there is none, the wait ends at once."""
+    monkeypatch.setattr("aiotransfer.engine.reach.MISSED_SECONDS", 30 if back else 0.1)
+    async with AsyncExitStack() as stack:
+        here = await stack.enter_async_context(at.open_engine(providers="shm"))
+        there = await stack.enter_async_context(at.open_engine(providers="shm"))
+        members = [str(there.address), str(here.address)]
+        await there.connect(here.address)
+        waits = asyncio.ensure_future(here.group(members).barrier(timeout=300))
+        async with asyncio.timeout(30):
+            while not any(peer._dependents for peer in here.peers):
+                await asyncio.sleep(0.005)
+        await there.aclose()
+        if back:
+            there = await stack.enter_async_context(at.open_engine(providers="shm", listen=members[0]))
+            await asyncio.wait_for(asyncio.gather(waits, there.group(members).barrier(timeout=60)), 60)
+        else:
+            with pytest.raises(at.PeerLostError):
+                await asyncio.wait_for(waits, 60)
+
+
+async def test_an_engine_that_is_reached_at_a_members_address_is_another_one() -> None:
+    async with at.open_engine(providers="shm") as engine:
+        peer = await engine.connect(engine.address)
+        reach = engine._connections.reach
+        reach.found(engine.address, peer)
+        assert reach.at(engine.address) is None
+
+
 # ---- lists that differ ----
 
 

@@ -182,8 +182,22 @@ GUARDS = (
     ),
     Mutant(
         "group: a list that cannot be", "aiotransfer/engine/rosters.py",
-        "size % MEMBER_BYTES or size > MOST_MEMBERS * MEMBER_BYTES:",
-        "False:", "tests/engine/test_groups.py",
+        "            or size % MEMBER_BYTES or size > MOST_MEMBERS * MEMBER_BYTES\n", "", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "group: a member that was restarted while it forms", "aiotransfer/engine/group.py",
+        "                    if not await reach.replaced(self.members[rank]):\n", "                    if True:\n",
+        "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "group: a member that ended while it forms", "aiotransfer/engine/group.py",
+        "                    if not await reach.replaced(self.members[rank]):\n",
+        "                    if await reach.replaced(self.members[rank]):\n", "tests/engine/test_groups.py",
+    ),
+    Mutant(
+        "reach: this engine is no other one", "aiotransfer/engine/reach.py",
+        'peer._state == "up" and peer.incarnation != self._engine.incarnation', 'peer._state == "up"',
+        "tests/engine/test_groups.py",
     ),
     Mutant(
         "reach: another engine is there", "aiotransfer/engine/reach.py",

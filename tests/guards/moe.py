@@ -46,6 +46,53 @@ GUARDS = (
         "            pass\n", "tests/moe/test_identity.py",
     ),
     Mutant(
+        "MoE: the others know that a rank cannot set up", "aiotransfer/moe/party.py",
+        "            self._know_it.add(rank)\n", "            pass\n", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: that is acknowledged", "aiotransfer/moe/party.py",
+        "            self._send_to(peer, wire.Heard(rank=self.rank, incarnation=self.incarnation))\n", "",
+        "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: whose memory a Hello describes", "aiotransfer/moe/party.py",
+        "        if region.incarnation != peer.incarnation:\n", "        if False:\n", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: what an earlier incarnation said wrong", "aiotransfer/moe/party.py",
+        "            if self.members.incarnation(content.rank) != content.incarnation:\n", "            if False:\n",
+        "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: an earlier incarnation that leaves", "aiotransfer/moe/party.py",
+        "if hello is not None and hello[1].incarnation == leave.incarnation:", "if True:", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: a rank that leaves while the ranks meet", "aiotransfer/moe/party.py",
+        "if hello is not None and hello[1].incarnation == leave.incarnation:", "if False:", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: an all-to-all that cannot be made is told of", "aiotransfer/moe/unmade.py",
+        "            _left_unmade(list(given), dict(named), error)\n", "", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: one that is made answers for itself", "aiotransfer/moe/unmade.py",
+        "if any(one._key == key and one.over is None for one in _made.get(engine, ())):", "if False:",
+        "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: answers of one engine", "aiotransfer/moe/unmade.py",
+        "    while len(there) >= MOST:\n", "    while False:\n", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: lists that contradict each other", "aiotransfer/moe/meeting.py",
+        "                self.group.check_lists()\n", "", "tests/moe/test_identity.py",
+    ),
+    Mutant(
+        "MoE: innocents of ranks that do not meet", "aiotransfer/moe/meeting.py",
+        "        return silent or missing\n", "        return missing\n", "tests/moe/test_identity.py",
+    ),
+    Mutant(
         "MoE: connected ranks are not dialled", "aiotransfer/moe/meeting.py",
         "                if rank not in found and (known := self._at(rank)) is not None:\n",
         "                if False and (known := self._at(rank)) is not None:\n", "tests/moe/test_identity.py",

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -339,6 +340,48 @@ async def test_a_rank_that_cannot_set_up_tells_the_others_at_once_and_why(
         await asyncio.gather(*(one.aclose() for one in a2a))
 
 
+async def test_a_rank_that_cannot_set_up_waits_until_the_others_know_it_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bound is far away, and the others may have to dial it first."""
+
+    def buffers(engine: Any, *given: Any, **named: Any) -> Any:
+        if engine is of[2]:
+            raise MemoryError("none left")
+        return Buffers(engine, *given, **named)
+
+    async with AsyncExitStack() as stack:
+        config = at.Config(drain_timeout=300)
+        of = [await stack.enter_async_context(at.open_engine(providers="shm", config=config)) for _ in range(3)]
+        addresses = [str(engine.address) for engine in of]
+        a2a = [moe.AllToAll(e, e.group(addresses), **(SIZES | {"num_experts": 3, "timeout": 600})) for e in of]
+        with monkeypatch.context() as patch:
+            patch.setattr(meeting, "Buffers", buffers)
+            found = await asyncio.wait_for(asyncio.gather(*(one.ready() for one in a2a), return_exceptions=True), 60)
+        assert [type(one) for one in found] == [at.PeerLostError, at.PeerLostError, MemoryError]
+        assert all("none left" in str(one) for one in found)
+        await asyncio.gather(*(one.ready() for one in a2a))
+        await asyncio.gather(*(one.aclose() for one in a2a))
+
+
+async def test_what_is_said_of_another_incarnation_does_not_count() -> None:
+    async with engines(3) as of:
+        a2a = made(of[:2])
+        await asyncio.gather(*map(one_step, a2a))
+        party, other = a2a[0]._party, a2a[1]._party
+        known = party.ranks[1]
+        assert known is not None
+        assert known.hello is not None
+        party._check_hello(known.peer, known.hello)
+        foreign = of[2].register(np.zeros(1 << 20, np.uint8))
+        strange = msgspec.structs.replace(known.hello, region=foreign.descriptor.encode(), computed=0)
+        with pytest.raises(DescriptorError, match="somebody else"):
+            party._check_hello(known.peer, strange)
+        party._wrong(wire.Who(rank=1, incarnation=other.incarnation ^ 2, present=None), ValueError("of an earlier one"))
+        assert not a2a[0].lost
+        party._wrong(wire.Who(rank=1, incarnation=other.incarnation, present=None), ValueError("of this one"))
+        assert "of this one" in str(a2a[0].lost[1])
+        await asyncio.gather(*(one.aclose() for one in a2a))
+
+
 async def test_a_group_at_work_does_not_heed_a_rank_that_cannot_set_up_a_second_time() -> None:
     async with engines(2) as of:
         a2a = made(of)
@@ -439,12 +482,12 @@ async def test_an_engine_answers_for_so_many_that_could_not_be_made(monkeypatch:
 # ---- ranks that do not meet ----
 
 
-def keep_back(monkeypatch: pytest.MonkeyPatch, engine: at.Engine, kind: type[wire.Message]) -> None:
-    """What this engine's ranks say of one kind."""
-    send, incarnation = moe.alltoall.Party._send_to, engine.incarnation
+def keep_back(monkeypatch: pytest.MonkeyPatch, of: list[at.Engine], kind: type[wire.Message]) -> None:
+    """What the ranks of these engines say of one kind."""
+    send, incarnations = moe.alltoall.Party._send_to, {engine.incarnation for engine in of}
 
     def some(party: Any, peer: Any, said: wire.Message) -> None:
-        if party.engine.incarnation != incarnation or not isinstance(said, kind):
+        if party.engine.incarnation not in incarnations or not isinstance(said, kind):
             send(party, peer, said)
 
     monkeypatch.setattr(moe.alltoall.Party, "_send_to", some)
@@ -457,11 +500,15 @@ async def test_a_rank_that_leaves_while_the_ranks_meet_is_missed_at_once(monkeyp
         addresses = [str(engine.address) for engine in of]
         sizes = SIZES | {"num_experts": 3, "timeout": 300}
         a2a = [moe.AllToAll(e, e.group(addresses), **sizes) for e in of]
-        keep_back(monkeypatch, of[2], wire.Ready if last else wire.Hello)
+        keep_back(monkeypatch, [of[0], of[2]] if last else [of[2]], wire.Ready if last else wire.Hello)
         waiting = [asyncio.ensure_future(one.ready()) for one in a2a]
         async with asyncio.timeout(60):
             while 1 not in a2a[0]._party._hellos or (last and 1 not in a2a[0]._party._ready):
                 await asyncio.sleep(0.01)
+        earlier = wire.Leave(rank=1, incarnation=7, who=1, of=7, upto=0, reason="long ago")
+        a2a[0]._party._heard(a2a[0]._party._hellos[1][0], earlier)
+        await asyncio.sleep(1.2)
+        assert not waiting[0].done()
         await a2a[1].aclose()
         with pytest.raises(at.PeerLostError, match=r"rank 1 .* could not set up: it has left again: .*closed"):
             await asyncio.wait_for(waiting[0], 60)
@@ -476,7 +523,7 @@ async def test_ranks_that_do_not_meet_in_time_name_exactly_who_is_missing(monkey
         sizes = SIZES | {"num_experts": 3, "timeout": 2}
         a2a = [moe.AllToAll(e, e.group(addresses), **sizes) for e in of]
         if last:
-            keep_back(monkeypatch, of[2], wire.Ready)
+            keep_back(monkeypatch, [of[2]], wire.Ready)
         found = await asyncio.gather(*(one.ready() for one in a2a[: 2 + last]), return_exceptions=True)
         for one in found[:2]:  # each has found the other one, which waits for the third as well
             assert isinstance(one, at.TransferTimeout)
