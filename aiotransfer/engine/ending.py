@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
 
 
+SHARE = 0.1  # of `drain_timeout`: what each later step gets where an earlier one has used up all of it
+
+
 async def close(engine: Engine) -> None:
-    """Refuse new work, retire what is posted, say goodbye, free everything. However it ends, the engine is closed."""
+    """Refuse new work, retire what is posted, say goodbye, free everything. However it ends, the engine is closed.
+
+    All steps share one deadline, because one withheld page makes each of them wait.
+    """
     patience: float | None = None
     try:
         _withdraw(engine)
@@ -28,17 +34,21 @@ async def close(engine: Engine) -> None:
         _part(engine)
         await asyncio.sleep(0)  # for farewells
         for handle in engine._handles:
-            await handle._close()
+            await handle._close(_later(engine, deadline))
         engine._progress.poll()
-        await _release_memory(engine)
+        await _release_memory(engine, _later(engine, deadline))
         for provider in engine._providers.values():
             await provider.settle()
-        deadline = engine._loop.time() + engine.config.drain_timeout
+        deadline = _later(engine, deadline)
         while not engine._lane.quiet() and engine._loop.time() < deadline:
             await asyncio.sleep(0.001)
         patience = 0.0
     finally:
         finish(engine, patience)
+
+
+def _later(engine: Engine, deadline: float) -> float:
+    return max(deadline, engine._loop.time() + SHARE * engine.config.drain_timeout)
 
 
 def _withdraw(engine: Engine) -> None:
@@ -99,14 +109,13 @@ def _end_lane(engine: Engine, patience: float | None = None) -> None:
         region._let_go()
 
 
-async def _release_memory(engine: Engine) -> None:
+async def _release_memory(engine: Engine, deadline: float) -> None:
     for region in list(engine._regions.values()):
         region._keepers = 0
         if not region._closed:
             region.close()
         elif not region._freed:
             region._end()
-    deadline = engine._loop.time() + engine.config.drain_timeout
     held = [region for region in engine._regions.values() if not region._settle()]
     while held and engine._loop.time() < deadline:  # a peer that was inside a chunk leaves it soon
         await asyncio.sleep(0.001)

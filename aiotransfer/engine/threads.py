@@ -287,13 +287,12 @@ class ThreadHandle(Unpicklable):
         with self._guard:
             self._closed = True
 
-    async def _close(self) -> None:
+    async def _close(self, deadline: float) -> None:
         """Returns when no thread enters, none is inside and nothing of theirs is left (the lane is shut).
 
-        What a withheld page holds up does not end: after `drain_timeout` it stays in `_orphans`."""
+        What a withheld page holds up does not end: after `deadline` (of the loop's clock) it stays in `_orphans`."""
         self._shut()
         loop = self._engine._loop
-        deadline = loop.time() + self._engine.config.drain_timeout
         while self._users or (self._orphans and loop.time() < deadline):
             await asyncio.sleep(0.001)
             self._sweep()

@@ -16,7 +16,10 @@ import pytest
 import uvloop
 
 import aiotransfer as at
+from aiotransfer.engine import ending
+from aiotransfer.providers.lane import Lane
 from aiotransfer.testing import leaks_since, snapshot
+from aiotransfer.testing.fabric import Fabric, fabric
 
 LOOPS = pytest.mark.parametrize("make", [asyncio.new_event_loop, uvloop.new_event_loop])
 Make = Callable[[], asyncio.AbstractEventLoop]
@@ -176,3 +179,22 @@ def test_no_native_thread_outlives_the_interpreter_but_one_that_is_stuck() -> No
         _, before, _, left = run("ending", held).stdout.split()
         assert int(before) >= 2
         assert (int(left) > 0) == (held == "1")
+
+
+def test_closing_waits_once_for_all_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that is withheld keeps the memory and the native thread: each step of the close waits for it. On virtual time."""
+    quiet = Lane.quiet
+    monkeypatch.setattr(Lane, "quiet", lambda self: quiet(self) and False)
+    monkeypatch.setattr(at.Region, "_settle", lambda self: False)
+    monkeypatch.setattr(ending, "leak", lambda keep: None)  # nothing uses it
+
+    async def scenario(net: Fabric) -> None:
+        engine = await net.open_engine(config=at.Config(drain_timeout=10))
+        engine.allocate(64)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        with pytest.warns(ResourceWarning, match="stay allocated"):
+            await engine.aclose()
+        assert 10 <= loop.time() - began <= 12
+
+    fabric().run(scenario)

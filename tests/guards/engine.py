@@ -50,6 +50,10 @@ GUARDS = (
         "not apart(name, ours.host, theirs.host)", "theirs.host == ours.host", "tests/engine/test_paths.py",
     ),
     Mutant(
+        "closing: one deadline for all steps", "aiotransfer/engine/ending.py",
+        "SHARE * engine.config.drain_timeout", "engine.config.drain_timeout", "tests/engine/test_lifetime.py",
+    ),
+    Mutant(
         "addresses: a star is a wildcard, too", "aiotransfer/model/address.py",
         '    if host == "*":', '    if host == "**":', "tests/model/test_address.py",
     ),
