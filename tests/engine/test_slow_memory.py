@@ -14,6 +14,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.engine.world import World
+from aiotransfer.errors import BrokenError
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric import FabricPath, Limits
 from aiotransfer.testing import Pair, engine_pair
@@ -137,6 +138,33 @@ async def test_broken_connections_cost_nothing(way: dict[str, Any], tmp_path: Pa
             assert native.lib.at_fab_break(pair.left._p, path.lane_peer) == 0
             await at.wait_all(transfers)
             assert np.array_equal(target.numpy(), memory)
+
+
+async def test_it_moves_to_another_path(way: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way != {"provider": "tcp"}:
+        pytest.skip("from tcp to shm")
+
+    async def never(self: object, conversation: object) -> None:
+        raise BrokenError("it does not heal")
+
+    monkeypatch.setattr(FabricPath, "reopen", never)
+    options = {"provider": ["tcp", "shm"], "config": at.Config(peer_timeout=1.0)}
+    for pause in (0.002, 0.005, 0.01):
+        async with ready(options, tmp_path) as (pair, memory, local, target):
+            remote, path = target._grant("both"), pair.right_peer.path
+            await pair.left.write(local[:64], remote[:64])
+            order = np.random.default_rng(8).permutation(N // 4096)
+            transfers = [
+                pair.left.write(local[4096:], remote[4096:], imm=1),
+                pair.left.write_pages(local, order, remote, order, page_bytes=4096, imm=1),
+            ]
+            await asyncio.sleep(pause)
+            assert isinstance(path, FabricPath)
+            assert native.lib.at_fab_break(pair.left._p, path.lane_peer) == 0
+            await at.wait_all(transfers)
+            assert np.array_equal(target.numpy()[4096:], memory[4096:])
+            await counted(pair, 1, 1 + N // 4096)
+            assert pair.right_peer.path.provider == "shm"
 
 
 async def _awaited(transfer: at.Transfer) -> None:

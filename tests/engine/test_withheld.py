@@ -41,6 +41,13 @@ def test_memory_of_ours_that_is_withheld_stops_nobody(provider: str, kind: str) 
     run("sources_of_ours", provider, kind)
 
 
+@needs_tcp()
+def test_what_waits_for_a_page_ends_when_its_target_is_taken_back() -> None:
+    if not can_withhold():
+        pytest.skip("userfaultfd is not permitted here")
+    run("taken_back_meanwhile", "tcp")
+
+
 def test_a_thread_that_is_held_up_inside_a_copy_stops_nobody() -> None:
     run("held_inside_a_copy")
 

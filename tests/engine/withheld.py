@@ -213,6 +213,36 @@ async def sources_of_ours(provider: str, kind: str) -> None:
     assert time.monotonic() - ends < 2 * SLACK, "aclose waits for a page"
 
 
+async def taken_back_meanwhile(provider: str) -> None:
+    """What waits for a page of ours ends when the peer takes its memory back; the connection stays."""
+    async with at.open_engine(providers=provider, config=CONFIG) as engine, at.open_engine(providers=provider) as other:
+        there = await engine.connect(other.address)
+        here = await anext(other.arrivals())
+        trap, source = engine.register((withhold(NBYTES), NBYTES, "cpu")), engine.register(np.ones(64, np.uint8))
+        target, spare = other.allocate(NBYTES), other.allocate(64)
+        lease = target.lease(here)
+        remote = lease.descriptor
+        await engine.write(source, remote[:64])
+        inside, behind = engine.write(trap[:64], remote[:64], timeout=1.5), engine.write(trap[64:128], remote[64:128])
+        await asyncio.wait_for(lease.revoke(), SLACK)
+        try:
+            await asyncio.wait_for(behind, SLACK)
+        except at.StaleRegionError:
+            pass
+        else:
+            raise AssertionError("it was written although the memory had been taken back")
+        assert not inside.done()
+        generation = there.path.generation  # type: ignore[attr-defined]
+        try:
+            await asyncio.wait_for(inside, SLACK)
+        except (at.QuarantineError, at.StaleRegionError):
+            pass
+        else:
+            raise AssertionError("a withheld page was written")
+        await engine.write(source, spare.descriptor, timeout=SLACK)
+        assert there.path.generation == generation, "nothing was posted: no connection had to be broken"  # type: ignore[attr-defined]
+
+
 async def held_inside_a_copy() -> None:
     """The same without userfaultfd: a test's switch holds up whoever is inside foreign memory."""
     async with at.open_engine(listen="127.0.0.1:0", config=CONFIG) as engine, at.open_engine() as other:
@@ -264,7 +294,8 @@ async def many_of_one_process() -> None:
 
 def run(name: str, *arguments: str) -> None:
     """Asyncio's own end would wait for threads that a page holds up only if they were its own."""
-    scenarios = {f.__name__: f for f in (own, others_go_on, held_inside_a_copy, many_of_one_process, sources_of_ours)}
+    every = own, others_go_on, held_inside_a_copy, many_of_one_process, sources_of_ours, taken_back_meanwhile
+    scenarios = {f.__name__: f for f in every}
     asyncio.run(scenarios[name](*arguments))
     print("ok", flush=True)
 

@@ -11,6 +11,38 @@ GUARDS = (
         "tests/engine/test_withheld.py",
     ),
     Mutant(
+        "withheld: what only posts waits for copiers, too", "ffi/lane/submit.c",
+        "    op->risk = at_risk(op);\n", "    if (port->window == 0) op->risk = at_risk(op);\n", "tests/engine/test_withheld.py",
+    ),
+    Mutant(
+        "withheld: nothing is fenced of which nothing is posted", "ffi/lane/ops.c",
+        "if (one->peer->port->window != 0 && one->posted == 0) continue;", "", "tests/engine/test_withheld.py",
+    ),
+    Mutant(
+        "withheld: a grant that is over ends what waits for a copier", "ffi/fabric/letters.c",
+        "for (int risk = 0; risk < AT_RISKS; risk++) {\n        for (at_op *op",
+        "for (int risk = 0; risk < 1; risk++) {\n        for (at_op *op",
+        "tests/engine/test_withheld.py",
+    ),
+    Mutant(
+        "slow memory: no step goes before its copy", "ffi/lane/ops.c",
+        "if (!at_stage_landed(op)) go_first(op);", "go_first(op);", "tests/engine/test_slow_memory.py",
+    ),
+    Mutant(
+        "slow memory: what was read goes to memory", "ffi/lane/stage.c",
+        "if (stage->reads && stage->end != 0 && unload(stage, op) != 0) return AT_EMEMORY;", "",
+        "tests/engine/test_slow_memory.py",
+    ),
+    Mutant(
+        "slow memory: it is the region's again on another path", "ffi/lane/reroute.c", "    at_stage_drop(op);\n", "",
+        "tests/engine/test_slow_memory.py",
+    ),
+    Mutant(
+        "a break: what is to be posted again is asked for", "ffi/fabric/post.c",
+        "if (again->head != NULL && peer->posted == 0 && !peer->paused) at_stall(peer, 1);", "",
+        "tests/engine/test_slow_memory.py",
+    ),
+    Mutant(
         "withheld: one copier for a process", "ffi/lane/copiers.c",
         "(peer->process != 0 && one->peer->process == peer->process)", "0", "tests/engine/test_withheld.py",
     ),
@@ -42,6 +74,15 @@ GUARDS = (
     Mutant(
         "vanishing memory: it is not posted itself", "ffi/fabric/memory.c", "!op->region->file || v->bytes == 0", "v->bytes != 0",
         "tests/engine/test_vanishing_memory.py",
+    ),
+    Mutant(
+        "vanishing memory: the simulator looks at both sides", "ffi/sim/peer.c",
+        "op->region->file || remote->file;", "op->region->file;",
+        "tests/engine/test_vanishing_targets.py",
+    ),
+    Mutant(
+        "vanishing memory: tcp does not lend it", "ffi/fabric/memory.c",
+        "if (region->file && !at_fab_is(fab, AT_FAB_LOCAL_MR)) goto out;", "", "tests/engine/test_vanishing_targets.py",
     ),
     Mutant(
         "memory of a GPU: only where it is taken", "ffi/lane/submit.c",
