@@ -38,11 +38,6 @@ GUARDS = (
         "tests/engine/test_slow_memory.py",
     ),
     Mutant(
-        "a break: what is to be posted again is asked for", "ffi/fabric/post.c",
-        "if (again->head != NULL && peer->posted == 0 && !peer->paused) at_stall(peer, 1);", "",
-        "tests/engine/test_slow_memory.py",
-    ),
-    Mutant(
         "withheld: one copier for a process", "ffi/lane/copiers.c",
         "(peer->process != 0 && one->peer->process == peer->process)", "0", "tests/engine/test_withheld.py",
     ),
