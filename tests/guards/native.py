@@ -30,7 +30,7 @@ GUARDS = (
     ),
     Mutant(
         "slow memory: what was read goes to memory", "ffi/lane/stage.c",
-        "if (stage->reads && stage->end != 0 && unload(stage, op) != 0) return AT_EMEMORY;", "",
+        "if (stage->reads && stage->end != 0 && exchange(stage, op, 1) != 0) return AT_EMEMORY;", "",
         "tests/engine/test_slow_memory.py",
     ),
     Mutant(
