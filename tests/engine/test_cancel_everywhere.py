@@ -74,6 +74,12 @@ async def scatter(scene: Scene) -> None:
     await scene.left.scatter(scene.source, targets, imm=IMM)
 
 
+async def scattered_pages(scene: Scene) -> None:
+    rows = np.arange(N // PAGE // 2)
+    targets = [at.PagesTarget(remote, rows + i * len(rows), rows[::-1]) for i, remote in enumerate(scene.remotes)]
+    await scene.left.scatter_pages(scene.source, targets, page_bytes=PAGE, imm=IMM)
+
+
 async def prepared(scene: Scene) -> None:
     plan = scene.left.prepare_write(scene.source, scene.remotes[0])
     await at.wait_all([plan.post(imm=IMM) for _ in range(3)])
@@ -89,8 +95,9 @@ async def several(scene: Scene) -> None:
             group.create_task(work(scene))
 
 
-OPERATIONS = {work.__name__: work for work in (write, pages, scatter, prepared, signal, several)}
-UNITS = {"write": 1, "pages": N // PAGE, "scatter": 2, "prepared": 3, "signal": 1, "several": N // PAGE + 3}
+OPERATIONS = {work.__name__: work for work in (write, pages, scatter, scattered_pages, prepared, signal, several)}
+PAGES = N // PAGE
+UNITS = {"write": 1, "pages": PAGES, "scatter": 2, "scattered_pages": PAGES, "prepared": 3, "signal": 1, "several": PAGES + 3}
 
 # Ways to cancel: each awaits `work` and says by `ready(stop)` how it is stopped.
 
@@ -148,8 +155,14 @@ async def in_anyio(scene: Scene, work: Awaitable[None], ready: Callable[[Callabl
 async def in_close(scene: Scene, work: Awaitable[None], ready: Callable[[Callable[[], object]], None]) -> None:
     closing: list[asyncio.Task[None]] = []
     ready(lambda: closing.append(asyncio.ensure_future(scene.left.aclose())))
-    with suppress(at.ClosedError, ExceptionGroup):
+    results: list[BaseException | None] = []
+    try:
         await work
+    except (at.ClosedError, ExceptionGroup):
+        pass
+    except at.ScatterError as error:
+        results = error.results
+    assert all(result is None or isinstance(result, at.ClosedError) for result in results)
     await asyncio.gather(*closing)
 
 
