@@ -108,11 +108,11 @@ def spread(weights: Sequence[int], candidates: Sequence[Sequence[int]], count: i
 
 
 def spread_within(
-    weights: Sequence[int], candidates: Sequence[Sequence[int]], most: int, nic_of: Sequence[int], nic_most: int
+    weights: Sequence[int], candidates: Sequence[Sequence[int]], most: Sequence[int], nic_of: Sequence[int], nic_most: int
 ) -> list[list[int]]:
-    """As `spread`, with at most about `most` bytes for a rank and `nic_most` for a NIC; both limits rise together as far as
-    needed."""
+    """As `spread`, with about `most[rank]` bytes for a rank and `nic_most` for a NIC; both limits rise as far as needed."""
     count, nics, total = len(nic_of), max(nic_of, default=-1) + 1, sum(weights)
+    rise = max([1, nic_most, *most])
     slack = 0
     while True:
         source = len(weights) + count + nics
@@ -122,9 +122,9 @@ def spread_within(
             network.add(source, k, w)
             share.append([network.add(k, len(weights) + rank, UNBOUNDED) for rank in c])
         for rank, nic in enumerate(nic_of):
-            network.add(len(weights) + rank, len(weights) + count + nic, most + most * slack // 200)
+            network.add(len(weights) + rank, len(weights) + count + nic, most[rank] + rise * slack // 200)
         for nic in range(nics):
-            network.add(len(weights) + count + nic, source + 1, nic_most + nic_most * slack // 200)
+            network.add(len(weights) + count + nic, source + 1, nic_most + rise * slack // 200)
         if network.flow(source, source + 1) == total:
             return [[network.left[edge ^ 1] for edge in edges] for edges in share]
         slack = slack * 2 + 1
@@ -147,10 +147,12 @@ def deal(sizes: Ints, kind: Ints, candidates: Sequence[Sequence[int]], shares: S
     return chosen
 
 
-def even_out(sizes: Ints, kind: Ints, candidates: Sequence[Sequence[int]], chosen: Ints, count: int, most: int) -> Ints:
-    """Move parts, largest first, to candidates that have less to do than who has them. Looks at `most` parts, one by one,
-    twice."""
-    load = np.zeros(count, np.int64)
+def even_out(
+    sizes: Ints, kind: Ints, candidates: Sequence[Sequence[int]], chosen: Ints, groups: Sequence[int], most: int
+) -> Ints:
+    """The rank (int32) for each part of `sizes` bytes: one of `candidates[kind[part]]`, of which each takes the bytes that
+    rank; the NIC that it shares). Looks at `most` parts, one by one, twice."""
+    load = np.zeros(len(groups), np.int64)
     np.add.at(load, chosen, sizes)
     loads = load.tolist()
     result = chosen.copy()
@@ -159,7 +161,8 @@ def even_out(sizes: Ints, kind: Ints, candidates: Sequence[Sequence[int]], chose
     order = order[np.argsort(-sizes[order], kind="stable")][:most].tolist()
     for part in order * 2:
         here, size = int(result[part]), int(sizes[part])
-        best = min(candidates[int(kind[part])], key=lambda rank: (loads[rank], rank))
+        near = [rank for rank in candidates[int(kind[part])] if groups[rank] == groups[here]]
+        best = min(near, key=lambda rank: (loads[rank], rank))
         if loads[best] + size < loads[here]:
             loads[here] -= size
             loads[best] += size

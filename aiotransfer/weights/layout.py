@@ -172,6 +172,9 @@ class Layout:
         self.hosts = self._texts("hosts", hosts)
         self.nics = self._texts("nics", nics)
         for tensor in tensors:
+            texts = (tensor.name, tensor.dtype, tensor.group, *tensor.aliases)
+            if not all(isinstance(text, str) for text in texts) or any(type(n) is not int for n in tensor.shape):
+                raise TypeError(f"{tensor!r}: names, type and group are texts, the shape has integers")
             if len(tensor.shape) > MOST_NDIM or any(not 0 <= n <= MOST_SIZE for n in tensor.shape):
                 raise ValueError(f"{tensor.name!r} cannot have the shape {tuple(tensor.shape)}")
             if np.prod([float(max(n, 1)) for n in tensor.shape]) >= 2.0**59:
@@ -206,6 +209,8 @@ class Layout:
             if values.shape != ((count, self.ndim) if wide else (count,)) or (values.size and values.dtype.kind not in "iu"):
                 raise ValueError(f"{name} must hold integers, {'one for each dimension' if wide else 'one'} of each piece")
             setattr(self, name, _fixed(values.astype(kind)))
+        if not all(isinstance(name, str) for name in buffers):
+            raise TypeError("buffers have texts for names")
         self.buffer_names = buffers
         self.buffer_rank = _fixed(np.asarray(buffer_rank).astype(np.int32).reshape(-1))
         sizes = np.array(buffer_bytes, np.int64).reshape(-1)
@@ -319,7 +324,8 @@ class Layout:
 
 
 def merge(layouts: Sequence[Layout]) -> Layout:
-    """One layout of a side whose ranks described only themselves: tensors are united by name, pieces are put together.
+    """One layout of a side whose ranks described only themselves: tensors are united by name, pieces are put together. What an
+    earlier layout says of a rank's buffer holds; later ones add buffers.
 
     All must have the same number of ranks, and each tensor's shape and dtype must agree, else `PlanError` lists the
     differences. Hosts and NICs are taken from the first that knows them.
@@ -342,19 +348,24 @@ def merge(layouts: Sequence[Layout]) -> Layout:
     index = {name: k for k, name in enumerate(tensors)}
     ndim = max((1, *(len(tensor.shape) for tensor in tensors.values())))
     parts: dict[str, list[Ints]] = {name: [] for name in (*PIECE_ARRAYS, "buffer_rank", "buffer_bytes")}
-    buffers: list[str] = []
+    known: dict[tuple[int, str], int] = {}
     for layout in layouts:
+        keys = list(zip(layout.buffer_rank.tolist(), layout.buffer_names, strict=True))
+        new = np.array([key not in known for key in keys], bool)
+        for key in keys:
+            known.setdefault(key, len(known))
+        places = np.array([known[key] for key in keys], np.int64)
+        of_tensor = np.array([index[name] for name in layout.names], np.int64)
+        fresh = np.flatnonzero(new[layout.piece_buffer])  # a buffer that an earlier layout described is as it was described there
         for name in parts:
-            values = getattr(layout, name)
-            if name == "piece_tensor":
-                values = np.array([index[n] for n in layout.names], np.int64)[values] if len(values) else values
-            elif name == "piece_buffer":
-                values = values + len(buffers)
+            values = getattr(layout, name)[new if name.startswith("buffer") else fresh]
+            if name in ("piece_tensor", "piece_buffer"):
+                values = (of_tensor if name == "piece_tensor" else places)[values] if len(values) else values
             elif values.ndim == 2:
                 fill = np.full((len(values), ndim - layout.ndim), 1 if name == "piece_extent" else 0, np.int64)
                 values = np.concatenate([values, fill], axis=1)
             parts[name].append(values)
-        buffers.extend(layout.buffer_names)
+    buffers = [name for _, name in known]
     joined = {name: np.concatenate(values) for name, values in parts.items()}
     hosts = [next((h for h in every if h), "") for every in zip(*(layout.hosts for layout in layouts), strict=True)]
     nics = [next((n for n in every if n), "") for every in zip(*(layout.nics for layout in layouts), strict=True)]

@@ -16,6 +16,7 @@ from aiotransfer.weights.templates import Template
 COPY, CAST, QUANTISE, SCALES = 0, 1, 2, 3
 KINDS = ("copy", "cast", "quantise", "scales of")
 FLOATS = ("float32", "float16", "bfloat16")
+QUANTISED = "float8_e4m3fn"
 SCALE_ENDINGS = ("_scale_inv", "_scale")
 Ints = npt.NDArray[Any]
 
@@ -316,7 +317,7 @@ class _Resolver:
     def _types(self, k: int, names: list[str], links: list[Link]) -> None:
         name, dtype = names[0], self.inference.dtypes[k]
         sources = sorted({self.trainer.dtypes[link.source] for link in links})
-        quantised = any(t.match(n) is not None for t, _, _ in self.quantised for n in names)
+        quantised = dtype == QUANTISED and any(t.match(n) is not None for t, _, _ in self.quantised for n in names)
         if len(sources) > 1:
             self.problems.append(f"{name}: its sources have different types: {', '.join(sources)}")
         elif quantised and (not sources or sources[0] != dtype):
@@ -336,16 +337,20 @@ class _Resolver:
     def _scales(self) -> dict[int, int]:
         """{index of a tensor of scales: index of its tensor, -1 where that is missing}, by the rules; checks types and shapes."""
         scales: dict[int, int] = {}
-        for name in [n for n in (*self.inference.names, *self.inference.aliases) if self.quantised]:
-            for target, scale, rule in self.quantised:
-                values = target.match(name)
-                if values is not None:
-                    self._pair(name, scale.fill(values), rule, scales)
+        every = (*self.inference.names, *self.inference.aliases)
+        for target, scale, rule in self.quantised:
+            for name in every:
                 values = scale.match(name)
-                if values is None or not set(target.holes) <= set(values):
-                    continue
-                tensor, s = target.fill(values), self.inference.find(name)
-                if self.inference.find(tensor) is None and s is not None:
+                tensor = None if values is None or not set(target.holes) <= set(values) else target.fill(values)
+                if tensor is not None and (k := self.inference.find(tensor)) is not None:
+                    if self.inference.dtypes[k] == QUANTISED:
+                        self._pair(tensor, name, rule, scales)
+                elif target.match(name) is not None and self.inference.dtypes[self.inference.find(name) or 0] == QUANTISED:
+                    scale_name = scale.fill(target.match(name) or {})
+                    if self.inference.find(scale_name) is None:
+                        lacks = f"the inference side has no {scale_name} for its scales"
+                        self.problems.append(f"{name}: a rule quantises it, but {lacks}")
+                elif tensor is not None and (s := self.inference.find(name)) is not None and self.trainer.find(name) is None:
                     self.problems.append(f"{name}: a scale without its tensor {tensor}, which the inference side does not have")
                     scales.setdefault(s, -1)
         return scales
@@ -353,18 +358,13 @@ class _Resolver:
     def _pair(self, name: str, scale_name: str, rule: Quantise, scales: dict[int, int]) -> None:
         k, s = self.inference.find(name), self.inference.find(scale_name)
         assert k is not None
+        assert s is not None
         shape = self.inference.shapes[k]
-        if s is None:
-            self.problems.append(f"{name}: a rule quantises it, but the inference side has no {scale_name} for its scales")
-            return
         if scales.get(s, k) != k:
             self.problems.append(f"{scale_name}: the scale of two tensors, {self.inference.names[scales[s]]} and {name}")
         scales[s] = k
-        if self.inference.dtypes[k] != "float8_e4m3fn" or self.inference.dtypes[s] != "float32":
-            self.problems.append(
-                f"{name}: quantised tensors are float8_e4m3fn with scales of float32, "
-                f"not {self.inference.dtypes[k]} with {self.inference.dtypes[s]}"
-            )
+        if self.inference.dtypes[s] != "float32":
+            self.problems.append(f"{scale_name}: scales are float32, not {self.inference.dtypes[s]}")
         if len(shape) < 2:
             self.problems.append(f"{name}: a tensor of shape {shape} has no blocks of {rule.block}")
             return

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from aiotransfer.errors import DescriptorError
 
+MOST_HEADER = 1 << 28  # bytes of names and shapes: a million tensors and more
 _LENGTHS = struct.Struct("<QQQ16s")  # the header, the arrays, the arrays compressed, the digest
 _KINDS: dict[str, np.dtype[Any]] = {kind: np.dtype(kind) for kind in ("<i4", "<i8", "|u1", "<i2")}
 
@@ -61,7 +62,7 @@ def decode(magic: bytes, data: Any, most_bytes: int) -> tuple[dict[str, Any], di
         raise DescriptorError("the bytes end early")
     head_bytes, length, packed, wanted = _LENGTHS.unpack_from(data, len(magic))
     at = len(magic) + _LENGTHS.size
-    if head_bytes + length > most_bytes or len(data) != at + head_bytes + packed:
+    if head_bytes > MOST_HEADER or head_bytes + length > most_bytes or len(data) != at + head_bytes + packed:
         raise DescriptorError(f"{len(data)} bytes say that they hold {head_bytes} + {length}; at most {most_bytes} are taken")
     head, body = data[at : at + head_bytes], data[at + head_bytes :]
     check = hashlib.blake2b(head, digest_size=16)

@@ -98,9 +98,9 @@ class Cast:
 
 @dataclass(frozen=True, slots=True)
 class Quantise:
-    """`target` has the type float8_e4m3fn and the tensor `scale` of the inference side (float32) holds one scale for each block
-    of `block` elements of the last two dimensions: amax / 448 of the block, 1 for a block of zeros. Sources are bfloat16 or
-    float32."""
+    """Where `target` has the type float8_e4m3fn at the inference side, it is quantised on its way, and the tensor `scale` there
+    (float32) gets one scale for each block of `block` elements of the last two dimensions: amax / 448 of the block, 1 for a block
+    of zeros. Sources are float32, bfloat16 or float16. Tensors of another type that `target` matches are left to other rules."""
 
     target: str
     scale: str

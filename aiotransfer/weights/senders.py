@@ -168,24 +168,38 @@ def _deal(
     weights = np.zeros(len(candidates), np.int64)
     np.add.at(weights, kind, sizes)
     used = np.flatnonzero(weights).tolist()
-    shares, bound = assign.spread([int(weights[k]) for k in used], [candidates[k] for k in used], trainer.ranks)
+    every: list[list[int]] = [[0] * len(ranks) for ranks in candidates]
+    bound = _share(every, used, weights, candidates, trainer.ranks)
     nic_of, nics = nic_numbers(trainer.nics)
     away = [k for k in used if not near[k]]
     by_nic = [sorted({int(nic_of[rank]) for rank in candidates[k]}) for k in away]
     _, nic_bound = assign.spread([int(weights[k]) for k in away], by_nic, len(nics))
-    if len(nics) < trainer.ranks:
+    if len(nics) < trainer.ranks:  # what stays on its host uses no NIC, and is shared out first
+        _share(every, [k for k in used if near[k]], weights, candidates, trainer.ranks)
+        left = [bound] * trainer.ranks
+        for k in used:
+            for rank, part in zip(candidates[k], every[k] if near[k] else (), strict=False):
+                left[rank] = max(left[rank] - part, 0)
         shares = assign.spread_within(
-            [int(weights[k]) for k in used], [candidates[k] for k in used], bound, nic_of.tolist(), nic_bound
+            [int(weights[k]) for k in away], [candidates[k] for k in away], left, nic_of.tolist(), nic_bound
         )
-    every: list[list[int]] = [[0] * len(ranks) for ranks in candidates]
-    for k, share in zip(used, shares, strict=True):
-        every[k] = share
+        for k, share in zip(away, shares, strict=True):
+            every[k] = share
     chosen = assign.deal(sizes, kind, candidates, every)
     load = np.zeros(trainer.ranks, np.int64)
     np.add.at(load, chosen, sizes)
-    if load.max(initial=0) > ENOUGH * bound and len(nics) == trainer.ranks:
-        chosen = assign.even_out(sizes, kind, candidates, chosen, trainer.ranks, FEW)
+    if load.max(initial=0) > ENOUGH * bound:
+        groups = nic_of.tolist() if len(nics) < trainer.ranks else [0] * trainer.ranks
+        chosen = assign.even_out(sizes, kind, candidates, chosen, groups, FEW)
     return chosen, (bound, nic_bound)
+
+
+def _share(every: list[list[int]], used: list[int], weights: Ints, candidates: list[list[int]], ranks: int) -> int:
+    """Put the even shares of the classes `used` into `every`; the bound."""
+    shares, bound = assign.spread([int(weights[k]) for k in used], [candidates[k] for k in used], ranks)
+    for k, share in zip(used, shares, strict=True):
+        every[k] = share
+    return bound
 
 
 def _inputs(
