@@ -4,6 +4,9 @@ The lane never forgets a value that was retired: what arrives late is a stray, a
 once therefore costs 16 to 32 bytes for as long as the engine lives. There are 2^32 values. A component that opens a counter
 for each request gives the value back when nothing can arrive for it any more. It has the proof: the value was only used under
 leases that have been revoked.
+
+The library's own values are chosen at random, among those of which nothing has ever come: a peer can neither count on them before
+they are told to the members that use them, nor know which they are.
 """
 
 from __future__ import annotations
@@ -18,16 +21,17 @@ if TYPE_CHECKING:
     from aiotransfer.engine.counter import Counter
     from aiotransfer.engine.engine import Engine
 
+TRIES = 1000  # at random, before nearly all of the library's own values are taken to be used
+
 
 class Values:
     """The immediates of one engine."""
 
-    __slots__ = ("_engine", "_next", "_next_own", "_proved")
+    __slots__ = ("_engine", "_next", "_proved")
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._next = RESERVED - 1
-        self._next_own = RESERVED
         self._proved: dict[int, None] = {}  # may be used again, the oldest first
 
     def fresh(self) -> int:
@@ -46,11 +50,12 @@ class Values:
         return value
 
     def own(self) -> int:
-        """One of the library's own, used once and never again. Raises `BusyError` when there is none left."""
-        if self._next_own > MOST_IMM:
-            raise BusyError("the reserved immediates of this engine are used up", hint="open a fresh engine")
-        self._next_own += 1
-        return self._next_own - 1
+        """One of the library's own, used once and never again. Raises `BusyError` when nearly none is left."""
+        for _ in range(TRIES):
+            value = RESERVED + int.from_bytes(self._engine._identity.entropy(4)) % (MOST_IMM - RESERVED + 1)
+            if not native.lib.at_imm_known(self._engine._p, value):
+                return value
+        raise BusyError("the reserved immediates of this engine are used up", hint="open a fresh engine")
 
     def again(self) -> Counter:
         """A counter at 0 for uses that end in `give_back`: of a value that was given back, or a fresh one. Raises `BusyError`."""

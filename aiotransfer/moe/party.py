@@ -49,19 +49,30 @@ class Party(Meeting):
         try:
             async for message in self.engine.messages(self._key):
                 try:
-                    content = wire.decode(self._key, message.data)
-                    if content.rank >= self.shape.ranks or content.rank == self.rank:
-                        raise DescriptorError(f"there is no other rank {content.rank}")
+                    self._sort(claims, message.peer, message.data)
                 except DescriptorError as error:
                     self._unreadable(message.peer, error)
-                    continue
-                known = self.ranks[content.rank]
-                if (known is not None and known.peer is message.peer) or self._at(content.rank) is message.peer:
-                    self._take(message.peer, content)
-                else:
-                    claims.add(content.rank, message.peer, content, len(message.data))
+                except Exception as error:  # an error of ours in one message: the next one may be another rank's
+                    self._failed(message.peer, error)
         finally:
             claims.close()
+
+    def _sort(self, claims: Claims, peer: Peer, data: bytes) -> None:
+        """A message of a rank is taken; one of a peer that may be a rank waits until that is known. Raises `DescriptorError`."""
+        content = wire.decode(self._key, data)
+        if content.rank >= self.shape.ranks or content.rank == self.rank:
+            raise DescriptorError(f"there is no other rank {content.rank}")
+        known = self.ranks[content.rank]
+        if (known is not None and known.peer is peer) or self._at(content.rank) is peer:
+            self._take(peer, content)
+        else:
+            claims.add(content.rank, peer, content, len(data))
+
+    def _failed(self, peer: Peer, error: Exception) -> None:
+        left_out = self._limit.admit("failed")
+        if left_out is not None:
+            text = "%s: a message of %s could not be dealt with%s"
+            _logger.error(text, repr(self), str(peer), more(left_out), exc_info=error)
 
     def _take(self, peer: Peer, content: wire.Message) -> None:
         """A message of a rank. Whatever it does, the next one is read."""
@@ -71,9 +82,7 @@ class Party(Meeting):
             self._unreadable(peer, error)
             self._wrong(content, error)
         except Exception as error:
-            left_out = self._limit.admit("failed")
-            if left_out is not None:
-                _logger.exception("%s: a message of %s could not be dealt with%s", repr(self), str(peer), more(left_out))
+            self._failed(peer, error)
             self._wrong(content, error)
         self._wake()
 

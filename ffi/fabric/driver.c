@@ -22,7 +22,9 @@ static int open_one(at_fab_end *end) {
     if (rc == 0) rc = fi_enable(ep);
     if (rc != 0 && ep != NULL) (void)fi_close(&ep->fid);
     if (rc == 0) {
-        at_fab_defer(ep, first);
+        end->door = at_fab_defer(ep, first);
+        end->first = first;
+        end->alone = 0;
         end->ep = ep;
     }
     return -rc;
@@ -65,6 +67,10 @@ static void ofi_close(at_fab_end *end) {
     if (to != FI_ADDR_UNSPEC) (void)fi_av_remove(at_ofi_of(fab)->av, &to, 1, 0);
     end->ep = NULL;
     end->to = FI_ADDR_UNSPEC;
+}
+
+static void ofi_settle(at_fab_end *end) {
+    if (end->ep != end->fab->shared && !end->alone) end->alone = end->door >= 0 && at_fab_shut_door(end) == 0;
 }
 
 static int ofi_name(at_fab_end *end, at_fab_offer *out) {
@@ -172,6 +178,7 @@ static void ofi_quit(at_fab *fab) {
 const at_fab_driver at_ofi_driver = {
     .open = ofi_open,
     .close = ofi_close,
+    .settle = ofi_settle,
     .name = ofi_name,
     .join = ofi_join,
     .receive = ofi_receive,

@@ -116,6 +116,11 @@ struct at_fab_end {
     int troubled;        /* its connection broke by itself: the other side may be making another one */
     int retired;         /* given up: it is not opened again */
     int mute;            /* tests: it posts nothing */
+    int door, first;     /* the driver's: the descriptor by which the other side may come in, -1: none that is known of; and the number
+                          * that was free first when it was made: who was let in since has that one or a greater one */
+    int alone;           /* the driver's: nobody else can come in any more, and the other side not again: see at_fab_refused */
+    uint64_t refused_first, refused_last; /* posts that were put off while nothing was posted */
+    uint32_t refusals;
     uint64_t mailbox, mailbox_key; /* theirs */
     uint64_t posted_bytes;
     uint64_t serial, arrived;      /* work requests with immediates: posted (less those that never arrived), counted here */
@@ -180,6 +185,7 @@ typedef struct {
 typedef struct {
     int (*open)(at_fab_end *end);  /* an endpoint for it: end->ep */
     void (*close)(at_fab_end *end); /* afterwards nothing of it touches memory, and end->ep is NULL */
+    void (*settle)(at_fab_end *end); /* both sides are in: nobody else is let in from now on. NULL: nobody else ever is */
     int (*name)(at_fab_end *end, at_fab_offer *out); /* what the other side joins by */
     int (*join)(at_fab_end *end, const at_fab_offer *theirs);
     int (*receive)(at_fab_end *end, at_fab_slot *slot); /* NULL: the driver keeps receives of its own */
@@ -317,6 +323,7 @@ void at_fab_cut(at_peer *peer, at_op *op);
 int64_t at_fab_post(at_peer *peer, at_op *op);
 void at_fab_flush_posts(at_peer *peer); /* what was gathered goes out */
 void at_fab_still_stalled(at_peer *peer, const at_fab_list *again); /* a part of it */
+int at_fab_refused(at_fab_end *end); /* the driver has put a post off: 1: for ever, the connection is broken now */
 void at_fab_post_again(at_fab_end *end); /* what is to be posted again, as far as the window allows */
 
 /* letters.c, with the lane's lock */

@@ -4,6 +4,11 @@
  * descriptor of ours for each. So the kernel is told to keep such connections to itself until the first byte has come (it does so for
  * hours): at_fab_defer. A peer sends its request at once.
  *
+ * Who does send a request that parses is let in by that provider, whoever it is: it takes a descriptor for each, and one that claims to
+ * come from the peer takes the place of the peer's own connection. So the door is shut as soon as the peer is in (at_fab_shut_door): the
+ * socket that listens gives way to one that is bound to the same port and does not, under the same number, as the provider goes on
+ * using that. The kernel refuses what comes afterwards. Those who came in before the peer are shut down; they have not sent a letter.
+ *
  * Closing. That provider (seen in 1.17 and 2.5) accepts a connection, and reads the request that follows it later; by then it looks at the
  * endpoint, also when that was closed in between, and reads freed memory (fi_dupinfo within fi_cq_read, found by the address sanitizer).
  * The request may come any time, from a process that was stopped, say. So whatever was accepted for an endpoint is shut down first: the
@@ -15,6 +20,9 @@
 #include "ofi.h"
 
 #include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdlib.h>
@@ -23,6 +31,8 @@
 #include <unistd.h>
 
 #define DEFERRED (24 * 3600) /* seconds, for as long as the kernel will */
+#define RECEIVED_AT 128 /* bytes_received in struct tcp_info, which some headers do not know yet */
+#define FEW 1024
 #define NEAR 64     /* descriptors above the first free one among which a new one is looked for first */
 #define LOOKS 8 /* each may let one more in; who connects that often has other troubles */
 
@@ -60,16 +70,78 @@ int at_fab_first_free(const at_fab *fab) {
     return fd;
 }
 
-void at_fab_defer(struct fid_ep *ep, int first) {
+int at_fab_defer(struct fid_ep *ep, int first) {
     in_port_t port = port_of_endpoint(ep);
-    if (port == 0) return;
+    int found = -1;
+    if (port == 0) return -1;
     for (int fd = first; first >= 0 && fd < first + NEAR; fd++)
-        if (defer_at(fd, port)) return;
+        if (defer_at(fd, port)) return fd;
     DIR *folder = opendir("/proc/self/fd");
-    if (folder == NULL) return;
-    for (const struct dirent *entry; (entry = readdir(folder)) != NULL;)
-        if (entry->d_name[0] != '.' && defer_at(atoi(entry->d_name), port)) break;
+    if (folder == NULL) return -1;
+    for (const struct dirent *entry; found < 0 && (entry = readdir(folder)) != NULL;)
+        if (entry->d_name[0] != '.' && defer_at(atoi(entry->d_name), port)) found = atoi(entry->d_name);
     (void)closedir(folder);
+    return found;
+}
+
+/* A socket that is bound to where `old` listens, and does not listen; -1. */
+static int bound_beside(int old) {
+    struct sockaddr_storage address;
+    socklen_t n = sizeof address, m = sizeof(int);
+    int yes = 1, no = 0, only6 = 0;
+    if (getsockname(old, (struct sockaddr *)&address, &n) != 0) return -1;
+    int fd = socket(address.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0) return -1;
+    if (address.ss_family == AF_INET6 && getsockopt(old, IPPROTO_IPV6, IPV6_V6ONLY, &only6, &m) == 0)
+        (void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only6, sizeof only6);
+    int rc = setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+    if (rc == 0) rc = setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &yes, sizeof yes);
+    if (rc == 0) rc = setsockopt(old, SOL_SOCKET, SO_REUSEPORT, &yes, sizeof yes); /* for this moment: both are ours */
+    if (rc == 0) rc = bind(fd, (const struct sockaddr *)&address, n);
+    (void)setsockopt(old, SOL_SOCKET, SO_REUSEPORT, &no, sizeof no);
+    if (rc == 0) rc = setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &no, sizeof no);
+    if (rc == 0) rc = setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &no, sizeof no); /* else another process could listen there */
+    if (rc == 0) return fd;
+    (void)close(fd);
+    return -1;
+}
+
+/* A connection that was accepted at the port, and by which no letter can have come. */
+static int is_stranger(int fd, in_port_t port) {
+    uint64_t info[RECEIVED_AT / sizeof(uint64_t) + 1];
+    socklen_t n = sizeof info;
+    return role_at(fd, port) == 0 && getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &n) == 0 && n == sizeof info &&
+           info[RECEIVED_AT / sizeof(uint64_t)] < sizeof(at_fab_letter);
+}
+
+/* How many strangers have been shut down, from this descriptor on, up to `end` or to where no more are in use. */
+static int drop_from(int fd, int end, in_port_t port) {
+    int found = 0;
+    for (int unused = 0; fd < end && unused < NEAR; fd++) {
+        errno = 0;
+        found += is_stranger(fd, port) && shutdown(fd, SHUT_RDWR) == 0; /* the door itself is not connected */
+        unused = errno == EBADF ? unused + 1 : 0;
+    }
+    return found;
+}
+
+/* The system gives the first free number to each that is let in: `first` or a greater one, unless others were closed meanwhile. To look at
+ * some thousand takes milliseconds, so of many the small ones are looked at where there are strangers. (To read /proc/self/fd takes ten
+ * times as long.) */
+static void drop_strangers(int first, in_port_t port) {
+    int from = first < FEW ? 0 : first;
+    if (drop_from(from, INT_MAX, port) != 0 && from > 0) (void)drop_from(0, from, port);
+}
+
+int at_fab_shut_door(const at_fab_end *end) {
+    in_port_t port = port_of_endpoint(end->ep);
+    int instead = port != 0 && role_at(end->door, port) == 1 ? bound_beside(end->door) : -1;
+    if (instead < 0) return -1;
+    int rc = dup3(instead, end->door, O_CLOEXEC);
+    (void)close(instead);
+    if (rc < 0) return -1;
+    drop_strangers(end->first, port);
+    return 0;
 }
 
 static int shut_down_at(in_port_t port) {

@@ -118,6 +118,7 @@ void at_fab_tell(at_fab_end *end) {
     }
     at_fab_slot_free(fab, slot);
     if (rc == EAGAIN) {
+        if (at_fab_refused(end)) return;
         fab->eager = 1;
         at_stall(end->peer, 1);
         at_fab_kick(fab); /* the thread sees to it if the loop does not */

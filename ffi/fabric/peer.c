@@ -307,6 +307,12 @@ static void begin(at_fab_end *end) {
 }
 
 void at_fab_up(at_fab_end *end) {
+    at_fab *fab = end->fab;
+    if (fab->driver->settle != NULL && end->ep != NULL) {
+        (void)pthread_mutex_lock(&fab->lock);
+        fab->driver->settle(end);
+        (void)pthread_mutex_unlock(&fab->lock);
+    }
     at_event_push(end->peer->lane, AT_EV_UP, (uint64_t)end->peer->id, AT_OK, 0);
     if (!end->begun) begin(end);
     else if (end->bundle != NULL) at_fab_end_refill(end); /* which posts nothing by a connection that has not been heard of */

@@ -9,6 +9,9 @@
 
 #include <errno.h>
 
+#define REFUSALS 8u /* so many posts put off with nothing posted, over so long, none of them after a longer pause: it has broken */
+#define REFUSED_NS UINT64_C(100000000)
+#define REFUSALS_APART_NS UINT64_C(500000000)
 #define MERGED ((uint64_t)1 << 20) /* bytes of pages in one work request: more gains nothing, and holds the window up */
 
 static uint64_t piece_bytes(const at_fab *fab) { return fab->facts.most_bytes < AT_FAB_PIECE ? fab->facts.most_bytes : AT_FAB_PIECE; }
@@ -97,6 +100,22 @@ static at_remote_part part_for(const at_fab_end *end, const at_op *op) {
     return remote->parts != NULL && end->bundle != NULL ? remote->parts[end->place] : (at_remote_part){remote->va, remote->key};
 }
 
+/* A connection of libfabric's tcp that breaks while nothing is posted says so to nobody. The next post makes another one, and is put off
+ * meanwhile: for ever where the other side lets nobody in any more. */
+int at_fab_refused(at_fab_end *end) {
+    if (!end->alone || !end->heard || end->out != 0 || end->telling) return 0;
+    uint64_t now = at_now();
+    if (now - end->refused_last > REFUSALS_APART_NS) {
+        end->refused_first = now;
+        end->refusals = 0;
+    }
+    end->refused_last = now;
+    if (++end->refusals < REFUSALS || now - end->refused_first < REFUSED_NS) return 0;
+    end->refused_last = 0; /* the next connection begins anew */
+    at_fab_end_break(end, ECONNRESET);
+    return 1;
+}
+
 int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t first, uint64_t most) {
     at_fab *fab = end->fab;
     void *desc;
@@ -123,7 +142,7 @@ int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
     int done = fab->driver->post(end, slot, &v, op->kind & AT_OP_READ, counts != 0, data);
     (void)pthread_mutex_unlock(&fab->lock);
     if (done != 0 && slot->bounce != NULL) at_fab_bounce_free(fab, slot); /* it may be posted again, and be gone by then */
-    if (done == EAGAIN) return AT_EAGAIN;
+    if (done == EAGAIN) return at_fab_refused(end) ? AT_ERAIL : AT_EAGAIN;
     if (done != 0) {
         at_fab_end_break(end, done);
         return AT_ERAIL;

@@ -230,4 +230,9 @@ GUARDS = (
         "mistakes: a rank that waits for itself", "aiotransfer/engine/group.py",
         'peer._check_other(f"member {rank} of the group ({self.members[rank]})")', "pass", "tests/engine/test_mistakes.py",
     ),
+    Mutant(
+        "own immediates: nothing has come of them", "aiotransfer/engine/values.py",
+        "            if not native.lib.at_imm_known(self._engine._p, value):\n                return value\n",
+        "            return value\n", "tests/engine/test_forged_counts.py",
+    ),
 )  # fmt: skip

@@ -288,6 +288,31 @@ async def test_a_reader_goes_on_after_a_message_that_it_fails_at(monkeypatch: py
     caplog.clear()
 
 
+async def test_a_reader_goes_on_after_a_message_that_it_cannot_even_sort(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    async with engines(2) as of:
+        a2a = made(of)
+        await asyncio.gather(*map(one_step, a2a))
+        party, decode = a2a[0]._party, wire.decode
+
+        def fails(key: bytes, data: bytes) -> Any:
+            if data.endswith(b"bad"):
+                raise ZeroDivisionError("ours")
+            return decode(key, data)
+
+        monkeypatch.setattr(wire, "decode", fails)
+        peer = a2a[1]._party.ranks[0].peer  # type: ignore[union-attr]
+        await peer.send(party._key + b"bad")
+        async with asyncio.timeout(10):
+            while "could not be dealt with" not in caplog.text:
+                await asyncio.sleep(0.01)
+        assert [task for task in party._tasks if "_listen" in repr(task) and not task.done()]
+        for _ in range(3):
+            await asyncio.gather(*map(one_step, a2a))
+        assert not a2a[0].lost
+        await asyncio.gather(*(each.aclose() for each in a2a))
+    caplog.clear()
+
+
 async def test_an_all_to_all_that_has_lost_very_many_takes_in_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiotransfer.moe.members.MOST_GONE", 4)
     members = Members(0, [1, 2], slots=2)

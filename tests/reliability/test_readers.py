@@ -14,6 +14,7 @@ import pytest
 import aiotransfer as at
 from aiotransfer.control import frames
 from aiotransfer.control.session import Session
+from aiotransfer.engine.mailbox import Mailbox
 from aiotransfer.engine.peer import Peer
 from aiotransfer.errors import RendezvousError
 from aiotransfer.kv.registry import FileBackend, Fleet, Member, MemoryBackend, Registry
@@ -97,6 +98,23 @@ async def test_a_packet_of_the_descriptor_socket_ends_its_connection_alone(break
         except ConnectionResetError:
             pass
         sock.close()
+
+
+async def test_a_message_that_cannot_be_put_into_the_mailbox_ends_its_connection_alone(breaks: Breaks) -> None:
+    """Those who read messages go on, and hear the others."""
+    breaks(Mailbox, "put", lambda mailbox, message: message.data == b"bad")
+    async with _served() as engine, at.open_engine() as bad, at.open_engine() as good:
+        messages = engine.messages()
+        ends, goes_on = await bad.connect(engine.address, timeout=10), await good.connect(engine.address, timeout=10)
+        for i in range(3):
+            await goes_on.send(b"good %d" % i)
+            if i == 1:
+                await ends.send(b"bad")
+                await asyncio.wait_for(ends.closed(), 10)
+        async with asyncio.timeout(10):
+            assert [(await anext(messages)).data for _ in range(3)] == [b"good 0", b"good 1", b"good 2"]
+        assert goes_on.state == "up"
+        await messages.aclose()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", [MemoryBackend, FileBackend])
