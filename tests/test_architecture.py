@@ -27,7 +27,7 @@ MAY_IMPORT = {  # folder: the folders beneath it
     "engine": {"model", "core", "providers", "control"},
     "rendezvous": {"model", "engine"},
     "moe": {"model", "control", "engine", "providers"},
-    "weights": {"model", "core", "engine", "providers"},
+    "weights": {"model", "core", "control", "engine", "providers"},
     "testing": {"model", "core", "providers", "control", "engine"},
     "cli": {"model", "core", "providers", "control", "engine", "testing"},
 }
@@ -39,7 +39,7 @@ PURE = (
     "weights/layout.py", "weights/layoutcheck.py", "weights/pack.py", "weights/rules.py", "weights/templates.py",
     "weights/links.py", "weights/sources.py", "weights/assign.py", "weights/senders.py", "weights/staging.py", "weights/relay.py",
     "weights/planner.py", "weights/plan.py", "weights/tasks.py", "weights/codec.py", "weights/balance.py", "weights/explain.py",
-    "weights/picture.py", "weights/errors.py",
+    "weights/picture.py", "weights/errors.py", "weights/protocol/",
 )  # fmt: skip
 IMPURE = {"asyncio", "time", "socket", "logging", "select", "threading", "subprocess", "random", "anyio", "pathlib"}
 

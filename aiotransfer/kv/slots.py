@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aiotransfer.errors import ClosedError, ConfigurationError, RegionError
+from aiotransfer.engine.views import memory_of as memory_of
+from aiotransfer.errors import ConfigurationError, RegionError
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -75,30 +76,6 @@ class Slots:
                 if len(shelf.free) == shelf.count:
                     del shelves[region]
                     region.close()
-
-
-class _Memory:
-    """What NumPy makes an array of, by address. The array keeps it, and it keeps what the memory belongs to."""
-
-    __slots__ = ("__array_interface__", "owner")
-
-    def __init__(self, address: int, nbytes: int, writable: bool, owner: object) -> None:
-        self.owner = owner
-        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (nbytes,), "data": (address, not writable)}
-
-
-def memory_of(view: RegionView) -> NDArray[np.uint8]:
-    """Its bytes, of memory that was allocated or registered alike; they stay valid as long as the array lives.
-
-    Raises `ClosedError` when the memory was given back, `RegionError` when it is not host memory.
-    """
-    root = view._root
-    if root._freed:
-        raise ClosedError("the region is closed, and its memory was given back")
-    if root.device != "cpu":
-        raise RegionError(f"memory on {root.device} cannot be read here")
-    memory = _Memory(root._address + view._start, view.nbytes, root._writable, root._keep)
-    return np.asarray(memory)
 
 
 def check_pool(pages: Region, layout: KVLayout, checksums: bool) -> None:

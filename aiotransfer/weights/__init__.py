@@ -13,8 +13,11 @@ from aiotransfer.weights.errors import PlanError, UpdateError, VersionError
 from aiotransfer.weights.layout import Layout, Piece, Tensor, merge
 from aiotransfer.weights.plan import Plan
 from aiotransfer.weights.planner import make_plan
+from aiotransfer.weights.protocol.version import Version
+from aiotransfer.weights.publisher.publisher import Publisher
 from aiotransfer.weights.rules import Cast, Fuse, Quantise, Rename, Rule, Split, Stack, Tie, Transpose, Unstack
 from aiotransfer.weights.shards import fused, placed, replicated, sharded
+from aiotransfer.weights.subscriber.subscriber import Subscriber
 
 __all__ = [
     "Balance",
@@ -25,16 +28,19 @@ __all__ = [
     "Piece",
     "Plan",
     "PlanError",
+    "Publisher",
     "Quantise",
     "Rename",
     "Rule",
     "Split",
     "Stack",
+    "Subscriber",
     "Tensor",
     "Tie",
     "Transpose",
     "Unstack",
     "UpdateError",
+    "Version",
     "VersionError",
     "fused",
     "layout_of",

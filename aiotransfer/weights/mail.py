@@ -1,0 +1,146 @@
+"""The messages of weight transfers on one engine: one reader for all its roles, and sending that makes no caller wait."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aiotransfer.control.patience import Patience
+from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.errors import DescriptorError, TransferError
+from aiotransfer.weights.protocol import wire
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.peer import Peer
+
+_logger = logging.getLogger("aiotransfer")
+_limit = RateLimit()
+_mails: dict[Engine, Mail] = {}  # of engines that have a role
+MOST_WAITING = 128 << 20  # bytes of messages that wait for one peer to make room
+OVERHEAD = 1024  # of each
+
+
+class Member(Protocol):
+    """A role that gets messages."""
+
+    def receive(self, peer: Peer, message: Any) -> object:
+        """One message. Raises `DescriptorError` when it makes no sense here."""
+        ...
+
+
+class Mail:
+    """Of one engine. `enter` and `leave` it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._members: dict[Member, None] = {}
+        self._tasks: dict[asyncio.Task[Any], None] = {}
+        self._telling: dict[asyncio.Task[bool], None] = {}
+        self._waiting: Counter[Peer] = Counter()
+        self._reader: asyncio.Task[None] | None = None
+
+    @classmethod
+    def enter(cls, engine: Engine, member: Member) -> Mail:
+        """The mail of this engine; the first member opens it. Raises `ClosedError`."""
+        mail = _mails.get(engine)
+        if mail is None:
+            messages = engine.messages(wire.MARK[:-1])  # raises
+            mail = _mails[engine] = cls(engine)
+            mail._reader = asyncio.get_running_loop().create_task(mail._read(messages))
+        mail._members[member] = None
+        return mail
+
+    @staticmethod
+    def of(engine: Engine) -> tuple[Member, ...]:
+        """All roles of this engine."""
+        return tuple(_mails[engine]._members) if engine in _mails else ()
+
+    async def leave(self, member: Member) -> None:
+        """The last one out closes it, when what was told is sent or its time is over. Other tasks end then."""
+        self._members.pop(member, None)
+        if self._members or self._reader is None:
+            return
+        self._close()
+        while self._telling:
+            await asyncio.wait(list(self._telling))
+        for task in list(self._tasks):
+            task.cancel()
+        while self._tasks:
+            await asyncio.wait(list(self._tasks))
+        self._reader.cancel()
+        await asyncio.wait([self._reader])
+
+    def _close(self) -> None:
+        if _mails.get(self._engine) is self:
+            del _mails[self._engine]
+
+    async def _read(self, messages: Any) -> None:
+        try:
+            async for peer, data in messages:
+                self._receive(peer, data)
+        finally:
+            self._close()
+            await messages.aclose()
+
+    def _receive(self, peer: Peer, data: bytes) -> None:
+        """A message that cannot be read, or that a role cannot bear, ends nothing: the next one may be of another peer."""
+        try:
+            message = wire.decode(data)
+            for member in list(self._members):
+                member.receive(peer, message)
+        except DescriptorError as error:
+            left_out = _limit.admit(type(error).__name__)
+            if left_out is not None:
+                _logger.warning("a message of %s cannot be read: %s%s", peer, error, more(left_out))
+        except Exception as error:
+            left_out = _limit.admit(f"failed: {type(error).__name__}")
+            if left_out is not None:
+                _logger.error("a message of %s could not be handled: %r%s", peer, error, more(left_out), exc_info=error)
+
+    def tell(self, peer: Peer, message: wire.Message, seconds: float) -> asyncio.Task[bool]:
+        """Send in order, as soon as the peer has room, for at most `seconds`. The task says whether it was sent: a peer that is
+        gone, or that leaves `MOST_WAITING` bytes unread, is not told, and its own deadline tells it."""
+        data = wire.encode(message)
+        cost = len(data) + OVERHEAD
+        fits = self._waiting[peer] + cost <= MOST_WAITING
+        if fits:
+            self._waiting[peer] += cost
+        task = self.own(self._send(peer, data, cost if fits else 0, seconds))
+        self._telling[task] = None
+        task.add_done_callback(self._telling.pop)
+        return task
+
+    async def _send(self, peer: Peer, data: bytes, cost: int, seconds: float) -> bool:
+        if not cost:
+            return False
+        try:
+            async with Patience(seconds):
+                await peer.send(data)
+        except (TransferError, TimeoutError, ValueError):
+            return False  # that it is gone, or does not read, is learned where something waits for it
+        finally:
+            self._waiting[peer] -= cost
+            if not self._waiting[peer]:
+                del self._waiting[peer]
+        return True
+
+    def own(self, work: Coroutine[Any, Any, Any], done: Callable[[], object] | None = None) -> asyncio.Task[Any]:
+        """Run it; nothing else keeps it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[task] = None
+
+        def over(task: asyncio.Task[Any]) -> None:
+            self._tasks.pop(task, None)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                left_out = _limit.admit(f"task: {type(error).__name__}")
+                if left_out is not None:
+                    _logger.error("a task of a weight transfer failed: %r%s", error, more(left_out), exc_info=error)
+            if done is not None:
+                done()
+
+        task.add_done_callback(over)
+        return task

@@ -1,0 +1,471 @@
+"""The messages of an update. Pure: values to bytes and back.
+
+    subscriber rank                    publisher rank 0 (leads)              other publisher ranks
+    Announce                      <->  Call                                  Enter(number, whom it knows)  ->
+                                       Begin(version, whom)                  ->
+                                                                             Planned  ->
+                                   <-  Offer(version, what to count, who writes)
+    Accept or Decline              ->
+                                       Go(instances that take it)            ->
+                                   <-  Ask (every publisher rank that writes to it, rank 0 too)
+    Grant(memory, immediates)      ->
+                                       one-sided writes, counted where they land
+                                                                             Sent  ->
+                                   <-  Allow (to rank 0 of each instance: all is written, sources were at rest)
+        ranks of the instance: Whole, Hold, Held, Pass, Open (see `agreement`)
+    Done                           ->  Outcome(who has it)                   ->
+
+A message begins with a mark that tells it from the application's own, and a version. What cannot be read raises
+`DescriptorError` and nothing else. Every number, text and list has a bound here, so a message costs no more than its length.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+
+from aiotransfer.errors import DescriptorError
+from aiotransfer.weights.protocol.version import MOST_EPOCH, MOST_NUMBER, Version
+
+MARK = b"\x93ATw\x01"  # the last byte is the version
+MOST_RANKS = 1 << 16
+MOST_NAME = 256
+MOST_TEXT = 1000
+MOST_ENTRIES = 1 << 12  # subscriber ranks in one message
+MOST_PROBLEMS = 64
+MOST_BUFFERS = 1 << 14
+MOST_DESCRIPTOR = 16 << 10
+MOST_PHASES = 1 << 10
+MOST_SENDERS = 1 << 12
+PIECE = 256 << 10  # bytes of a layout in one message
+MOST_LAYOUT = 64 << 20  # bytes of a whole one
+MOST_MESSAGE = 1 << 20
+MOST_ADDRESS = 300
+
+Rank: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=MOST_RANKS)]
+Word: TypeAlias = Annotated[str, msgspec.Meta(max_length=MOST_NAME)]
+Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=MOST_TEXT)]
+Place: TypeAlias = Annotated[str, msgspec.Meta(max_length=MOST_ADDRESS)]
+Life: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # a random number: one life of a role
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
+Epoch: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MOST_EPOCH)]
+Number: TypeAlias = Annotated[int, msgspec.Meta(ge=-1, le=MOST_NUMBER)]
+Imm: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=0xF000_0000)]
+Digest: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=64)]
+Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+Incarnation: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]  # 64 bits, as wide as the encoding holds
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
+    pass
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """A subscriber rank. `life`: of its `Subscriber`; `digest` and `layout_bytes`: of the layout of its instance."""
+
+    instance: Word
+    rank: Rank
+    ranks: Annotated[int, msgspec.Meta(ge=1, le=MOST_RANKS)]
+    life: Life
+    address: Place
+    incarnation: Incarnation  # of its engine
+    digest: Digest
+    layout_bytes: Annotated[int, msgspec.Meta(ge=0, le=MOST_LAYOUT)]
+    epoch: Epoch  # the highest version that it knows of
+    number: Number
+    whole: bool  # it has that version (readers see it)
+    trainer: Life  # whose epoch that is
+
+
+Entries: TypeAlias = Annotated[list[Entry], msgspec.Meta(max_length=MOST_ENTRIES)]
+
+
+# ---- finding each other ----
+
+
+class Call(_Message, frozen=True, tag=1):
+    """A publisher looks for subscribers."""
+
+
+class Announce(_Message, frozen=True, tag=2):
+    """Here is a subscriber."""
+
+    entry: Entry
+
+
+class Leave(_Message, frozen=True, tag=3):
+    """A subscriber has closed."""
+
+    instance: Word
+    rank: Rank
+    life: Life
+
+
+class Refuse(_Message, frozen=True, tag=4):
+    """A publisher has no use for this subscriber: it is of another model, or its name is taken."""
+
+    life: Life
+    kind: Word
+    text: Text
+    problems: Annotated[list[Text], msgspec.Meta(max_length=MOST_PROBLEMS)]
+
+
+class Want(_Message, frozen=True, tag=5):
+    """Send me the layout with this digest."""
+
+    digest: Digest
+
+
+class Piece(_Message, frozen=True, tag=6):
+    """A part of a layout. They come in order. `of` 0: the sender does not have it (any more)."""
+
+    digest: Digest
+    number: Annotated[int, msgspec.Meta(ge=0, lt=1 << 12)]
+    of: Annotated[int, msgspec.Meta(ge=0, le=1 << 12)]
+    data: Annotated[bytes, msgspec.Meta(max_length=PIECE)]
+
+
+# ---- among publishers ----
+
+
+class Enter(_Message, frozen=True, tag=10):
+    """A publisher rank has entered `publish(number)`."""
+
+    rank: Rank
+    attempt: Count  # the sender's calls of `publish` so far
+    number: Number
+    epoch: Epoch  # that its user named; 0: none
+    digest: Digest  # of the trainers' layout, the rules and the staging: all ranks must have the same
+    entries: Entries
+
+
+class Withdraw(_Message, frozen=True, tag=11):
+    """It has left `publish` before it began."""
+
+    rank: Rank
+    attempt: Count
+
+
+class Begin(_Message, frozen=True, tag=12):
+    """The update begins: everyone plans for these subscribers."""
+
+    attempt: Count  # the receiver's
+    update: Life
+    epoch: Epoch
+    number: Number
+    seconds: Seconds  # that are left
+    entries: Entries
+
+
+class Planned(_Message, frozen=True, tag=13):
+    """This rank has the plan and its sources. `plan`: the digest of its plan."""
+
+    update: Life
+    rank: Rank
+    plan: Digest
+
+
+class Go(_Message, frozen=True, tag=14):
+    """These instances take the version: write."""
+
+    update: Life
+    instances: Annotated[list[Word], msgspec.Meta(max_length=MOST_ENTRIES)]
+
+
+class Sent(_Message, frozen=True, tag=15):
+    """All writes of this rank have ended and its sources were at rest. `failed`: instance, and why it cannot have the version."""
+
+    update: Life
+    rank: Rank
+    failed: Annotated[list[tuple[Word, Rank, Text]], msgspec.Meta(max_length=MOST_ENTRIES)]
+
+
+class Outcome(_Message, frozen=True, tag=16):
+    """Who has the version in the end."""
+
+    update: Life
+    committed: Annotated[list[Word], msgspec.Meta(max_length=MOST_ENTRIES)]
+    missing: Annotated[list[tuple[Word, Text]], msgspec.Meta(max_length=MOST_ENTRIES)]
+
+
+class Abandon(_Message, frozen=True, tag=17):
+    """The version is given up. To publishers and to subscribers. `attempt`: the receiver's, where no update had begun."""
+
+    update: Life
+    attempt: Count
+    kind: Word  # "version", "plan", "late", "lost", "failed"
+    text: Text
+    epoch: Epoch  # of the version that stands in the way
+    number: Number
+    problems: Annotated[list[Text], msgspec.Meta(max_length=MOST_PROBLEMS)]
+    claim: Epoch = 0  # the epoch of the version that is given up, where it is known
+
+
+class Heard(_Message, frozen=True, tag=18):
+    """A publisher rank has heard of a subscriber while it waits for the update to begin."""
+
+    rank: Rank
+    entry: Entry
+
+
+# ---- between publishers and subscribers ----
+
+
+class Sender(msgspec.Struct, frozen=True, array_like=True):
+    """A publisher rank that writes to the receiver. `counts`: how many counted writes of it come, for each phase."""
+
+    rank: Rank
+    incarnation: Incarnation  # of its engine
+    counts: Annotated[list[Count], msgspec.Meta(max_length=MOST_PHASES)]
+
+
+class Offer(_Message, frozen=True, tag=20):
+    """A version comes. `life`: of the subscriber that is asked; `trainer`: the publishers' life; `chair`: where rank 0 of its
+    instance is; `members`: the addresses of all ranks of it. `names`: those of the tensors that come, none for all of them.
+    `source`: an address to fetch the version from, of a subscriber rank that has it; empty: `senders` write it."""
+
+    update: Life
+    life: Life
+    trainer: Life
+    epoch: Epoch
+    number: Number
+    seconds: Seconds
+    members: Annotated[list[Place], msgspec.Meta(max_length=MOST_RANKS)]
+    senders: Annotated[list[Sender], msgspec.Meta(max_length=MOST_SENDERS)]
+    names: Annotated[list[Text], msgspec.Meta(max_length=1 << 16)]
+    source: Place
+    source_instance: Word
+    checksum: bool  # every sender sends a `Sum`, which must be that of what came
+
+
+class Accept(_Message, frozen=True, tag=21):
+    """It can come."""
+
+    update: Life
+    instance: Word
+    rank: Rank
+
+
+class Decline(_Message, frozen=True, tag=22):
+    """It cannot. `kind`: "version" (with the one that stands in the way) or "failed"."""
+
+    update: Life
+    instance: Word
+    rank: Rank
+    kind: Word
+    text: Text
+    epoch: Epoch
+    number: Number
+
+
+class Ask(_Message, frozen=True, tag=23):
+    """Publisher rank `sender` is ready to write to this subscriber rank."""
+
+    update: Life
+    life: Life
+    sender: Rank
+
+
+class Grant(_Message, frozen=True, tag=24):
+    """Write there. `regions`: a descriptor for each buffer of the rank, in its layout's order; `imms`: one for each phase."""
+
+    update: Life
+    instance: Word
+    rank: Rank
+    regions: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=MOST_DESCRIPTOR)]], msgspec.Meta(max_length=MOST_BUFFERS)]
+    imms: Annotated[list[Imm], msgspec.Meta(max_length=MOST_PHASES)]
+
+
+class Allow(_Message, frozen=True, tag=25):
+    """To rank 0 of an instance: all of it is written and stands."""
+
+    update: Life
+    instance: Word
+
+
+class Done(_Message, frozen=True, tag=26):
+    """How it ended at a subscriber rank. `text`: why it does not have the version; empty: it has."""
+
+    update: Life
+    instance: Word
+    rank: Rank
+    text: Text
+
+
+class Sum(_Message, frozen=True, tag=27):
+    """Of a publisher rank to a subscriber rank: the checksum of all bytes that it wrote there."""
+
+    update: Life
+    life: Life
+    sender: Rank
+    value: Incarnation
+
+
+# ---- among the ranks of an instance ----
+
+
+class Whole(_Message, frozen=True, tag=30):
+    """All bytes of the version are at this rank (`text` empty), or it cannot have them."""
+
+    update: Life
+    instance: Word
+    rank: Rank
+    text: Text
+
+
+class Say(_Message, frozen=True, tag=31):
+    """Rank 0 to a rank: see `agreement`."""
+
+    update: Life
+    instance: Word
+    rank: Rank
+    say: Word
+    text: Text
+
+
+class Held(_Message, frozen=True, tag=32):
+    """A rank to rank 0: how many readings ever began, run and wait."""
+
+    update: Life
+    instance: Word
+    rank: Rank
+    begun: Count
+    active: Count
+    waiting: Count
+    passed: Count  # how many a Pass this rank has heard
+
+
+class Doubt(_Message, frozen=True, tag=33):
+    """Rank 0 is lost: did you open this version? `rank`: who is asked; `number`: of the question."""
+
+    update: Life
+    instance: Word
+    rank: Rank
+    number: Count
+
+
+class Answer(_Message, frozen=True, tag=34):
+    """To `Doubt`."""
+
+    update: Life
+    number: Count
+    answer: Word
+
+
+class Fetch(_Message, frozen=True, tag=35):
+    """A subscriber rank asks another, of another instance with the same layout, for its version."""
+
+    update: Life
+    instance: Word
+    rank: Rank
+    digest: Digest
+    epoch: Epoch
+    number: Number
+
+
+class Lend(_Message, frozen=True, tag=36):
+    """To `Fetch`: read there. `text`: why not."""
+
+    update: Life
+    regions: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=MOST_DESCRIPTOR)]], msgspec.Meta(max_length=MOST_BUFFERS)]
+    text: Text
+
+
+class Fetched(_Message, frozen=True, tag=37):
+    """It was read, or given up."""
+
+    update: Life
+    instance: Word
+    rank: Rank
+
+
+# ---- among publishers, where a piece is made of what several ranks hold ----
+
+
+class Borrow(_Message, frozen=True, tag=40):
+    """A publisher rank must read from the receiver's sources."""
+
+    update: Life
+    rank: Rank
+
+
+class Borrowed(_Message, frozen=True, tag=41):
+    """It may, until the update ends: a descriptor for each buffer of the sender, in its layout's order. `text`: why not."""
+
+    update: Life
+    rank: Rank
+    regions: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=MOST_DESCRIPTOR)]], msgspec.Meta(max_length=MOST_BUFFERS)]
+    text: Text
+
+
+Message: TypeAlias = (
+    Heard | Call | Announce | Leave | Refuse | Want | Piece | Enter | Withdraw | Begin | Planned | Go | Sent | Outcome |
+    Abandon | Offer | Accept | Decline | Ask | Grant | Allow | Done | Sum | Whole | Say | Held | Doubt | Answer | Fetch |
+    Lend | Fetched | Borrow | Borrowed
+)  # fmt: skip
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
+
+
+def clip(text: str, most: int = MOST_TEXT) -> str:
+    """A text as it can travel."""
+    plain = text.encode("utf-8", "backslashreplace").decode()
+    return plain if len(plain) <= most else plain[: most - 3] + "..."
+
+
+def encode(message: Message) -> bytes:
+    """For `Peer.send`."""
+    return MARK + _encoder.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """The other way round. Raises `DescriptorError`."""
+    if data[: len(MARK) - 1] != MARK[:-1]:
+        raise DescriptorError("no message of a weight transfer")
+    if data[: len(MARK)] != MARK:
+        raise DescriptorError(
+            "a message of another version of weight transfers", hint="use one version of aiotransfer everywhere"
+        )
+    try:
+        message: Message = _decoder.decode(data[len(MARK) :])
+    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
+        raise DescriptorError(f"no message of a weight transfer: {str(error)[:200]}") from None
+    if isinstance(message, Announce) and message.entry.rank >= message.entry.ranks:
+        raise DescriptorError(f"rank {message.entry.rank} of an instance of {message.entry.ranks} ranks")
+    return message
+
+
+def pieces(digest: bytes, data: bytes) -> list[Piece]:
+    """A layout as messages. Raises `ValueError` when it is too long."""
+    if len(data) > MOST_LAYOUT:
+        raise ValueError(f"a layout of {len(data)} bytes is longer than {MOST_LAYOUT}")
+    parts = [data[begin : begin + PIECE] for begin in range(0, len(data), PIECE)] or [b""]
+    return [Piece(digest, number, len(parts), part) for number, part in enumerate(parts)]
+
+
+class Pieces:
+    """What has come of one layout. `nbytes`: what was announced of it."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._most = nbytes
+        self._data: list[bytes] = []
+        self._size = 0
+        self.over = False  # nothing more of it is taken
+
+    def add(self, piece: Piece) -> bytes | None:
+        """The whole, when this was the last piece. Raises `DescriptorError` for what does not follow or is too long."""
+        self.over = True
+        if piece.of == 0:
+            raise DescriptorError("the sender does not have this layout any more")
+        self._size += len(piece.data)
+        if piece.number != len(self._data) or piece.number >= piece.of or self._size > self._most:
+            raise DescriptorError("a piece of a layout that does not follow the one before, or is more than was announced")
+        self._data.append(piece.data)
+        self.over = len(self._data) == piece.of
+        return b"".join(self._data) if self.over else None
+
+
+def version_of(message: Any) -> Version:
+    """Of a message or entry that has one."""
+    return Version(message.epoch, message.number)

@@ -1,0 +1,115 @@
+"""What one publisher rank makes of the sources of others: a block that a shard's edge cuts, a tensor that several ranks hold."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiotransfer.errors import BusyError, DescriptorError, TransferError
+from aiotransfer.model.descriptor import RemoteRegion
+from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.watch import reach
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.lease import Lease
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.transfer import Transfer
+    from aiotransfer.weights.publisher.publisher import Publisher
+    from aiotransfer.weights.publisher.update import Update
+    from aiotransfer.weights.tasks import Tasks
+
+MOST_READS = 1024  # under way
+BUSY_SECONDS = 0.001  # before a read that the engine had no room for is tried again
+
+
+class Borrowing:
+    """Of one publisher, for the update that is under way: what it may read, and what it lets others read."""
+
+    def __init__(self, role: Publisher) -> None:
+        self._role = role
+        self._lent: dict[Peer, list[Lease]] = {}
+        self._regions: dict[int, asyncio.Future[dict[int, RemoteRegion]]] = {}  # by rank, and number of the buffer
+
+    async def read(self, update: Update, tasks: Tasks, rows: Any, staging: Region | None) -> None:
+        """Bring the inputs `rows`, which are on other ranks, into the staging memory. Raises `TransferError`."""
+        assert staging is not None
+        role = self._role
+        which, sources, targets, sizes = tasks.gather_runs(rows)
+        reads: list[Transfer] = []
+        try:
+            for row, source, target, size in zip(which.tolist(), sources.tolist(), targets.tolist(), sizes.tolist(), strict=True):
+                regions = await self._of(update, int(tasks.input_rank[row]))
+                region = regions[int(tasks.input_buffer[row])]
+                while len(reads) >= MOST_READS:
+                    await reads.pop(0)
+                while True:
+                    try:
+                        reads.append(role.engine.read(region[source : source + size], staging[target : target + size]))
+                        break
+                    except BusyError:
+                        await asyncio.sleep(BUSY_SECONDS)
+            while reads:
+                await reads.pop(0)
+        finally:
+            for read in reads:
+                read.cancel()
+            for read in reads:
+                try:
+                    await read
+                except (TransferError, asyncio.CancelledError):
+                    pass
+
+    async def _of(self, update: Update, rank: int) -> dict[int, RemoteRegion]:
+        known = self._regions.get(rank)
+        if known is None:
+            known = self._regions[rank] = asyncio.get_running_loop().create_future()
+            known.add_done_callback(lambda done: done.cancelled() or done.exception())
+            peer = await reach(self._role.engine, self._role.members[rank], self._role.seconds)
+            self._role.watch.add(peer, lambda _, error: None if known.done() else known.set_exception(error))
+            self._role.tell(peer, wire.Borrow(update.update, self._role.rank))
+        return await asyncio.shield(known)
+
+    def receive(self, peer: Peer, message: wire.Borrow | wire.Borrowed) -> None:
+        """Of another publisher rank, in the same update. Raises `DescriptorError`."""
+        if message.rank >= self._role.ranks or str(peer.address) != self._role.members[message.rank]:
+            raise DescriptorError(f"{peer} is not publisher rank {message.rank}")
+        if isinstance(message, wire.Borrow):
+            self._lend(peer, message)
+            return
+        waiting = self._regions.get(message.rank)
+        if waiting is None or waiting.done():
+            return
+        layout = self._role.layout
+        buffers = np.flatnonzero(layout.buffer_rank == message.rank).tolist()
+        try:
+            if message.text or len(message.regions) != len(buffers):
+                raise DescriptorError(f"publisher rank {message.rank} does not lend its sources: {message.text}")
+            waiting.set_result({n: RemoteRegion.decode(data) for n, data in zip(buffers, message.regions, strict=True)})
+        except TransferError as error:
+            waiting.set_exception(error)
+
+    def _lend(self, peer: Peer, message: wire.Borrow) -> None:
+        role, why = self._role, ""
+        leases = self._lent.setdefault(peer, [])
+        try:
+            if not leases:
+                for region in role.sources.regions.values():
+                    leases.append(region.lease(peer, access="read"))
+        except TransferError as error:
+            why = error.message
+        descriptors = [] if why else [lease.descriptor.encode() for lease in leases]
+        role.tell(peer, wire.Borrowed(message.update, role.rank, descriptors, wire.clip(why)))
+
+    def end(self) -> None:
+        """The update is over: nothing is lent or borrowed any more."""
+        lent, self._lent, self._regions = self._lent, {}, {}
+        leases = [lease for some in lent.values() for lease in some]
+        if leases:
+            self._role.mail.own(self._revoke(leases))
+
+    async def _revoke(self, leases: list[Lease]) -> None:
+        seconds = self._role.engine.config.drain_timeout
+        await asyncio.gather(*(lease.revoke(timeout=seconds) for lease in leases), return_exceptions=True)

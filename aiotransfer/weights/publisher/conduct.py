@@ -1,0 +1,313 @@
+"""One update as publisher rank 0 conducts it: who takes part, the offer to the subscribers, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from aiotransfer.control.patience import Patience
+from aiotransfer.errors import TransferError
+from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.protocol.roll import gaps, name_of, stands_in_the_way
+from aiotransfer.weights.protocol.version import Version
+from aiotransfer.weights.watch import Changes, Watch, reach
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.weights.publisher.leader import Leader
+
+LOOK_SECONDS = 0.05  # between two looks for peers that may be subscribers, while there is none
+ACCEPT_SHARE = 1 / 3  # of the time that is left, in which a subscriber must say whether it takes the version
+DONE_SHARE = 0.9  # of the time that is left: what subscribers are given, so that their answers come in time
+CONNECTS = 32  # at a time
+UNHEARD = "it did not answer in time"
+NONE = Version(0, -1)
+
+
+class Given(Exception):
+    """The version is given up. `kind` as in `wire.Abandon`; `current`: the version that stands in the way."""
+
+    def __init__(self, kind: str, text: str, current: Version = NONE, problems: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.kind, self.text, self.current, self.problems = kind, text, current, problems
+
+
+class Target:
+    """A subscriber rank in one update. `done`: how it ended there, "" when it has the version."""
+
+    def __init__(self, entry: wire.Entry) -> None:
+        self.entry = entry
+        self.name = name_of(entry.instance, entry.rank)
+        self.peer: Peer | None = None
+        self.accepted = False
+        self.done: str | None = None
+
+
+class Conduct:
+    """Runs as a task of its own until every publisher rank has been told the outcome."""
+
+    def __init__(self, leader: Leader, enters: dict[int, tuple[Peer | None, wire.Enter]]) -> None:
+        self.leader, self.role = leader, leader.role
+        self.enters = enters
+        self.update = self.role.random()
+        self.ends = asyncio.get_running_loop().time() + self.role.seconds
+        self.targets: dict[tuple[str, int], Target] = {}
+        self.missing: dict[str, str] = {}  # by the name of a subscriber rank
+        self.planned: dict[int, bytes] = {}
+        self.sent: set[int] = set()
+        self.version = NONE
+        self._going: list[str] = []
+        self._given: Given | None = None
+        self._changes = Changes()
+        self._watch = Watch(self.role.never, self.role.mail)
+        self.task = self.role.mail.own(self._run())
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return max(self.ends - asyncio.get_running_loop().time(), 0.0)
+
+    async def _until(self, holds: Callable[[], bool], seconds: float | None = None) -> bool:
+        """Whether it came to hold in time. Raises `Given`."""
+
+        def check() -> bool:
+            if self._given is not None:
+                raise self._given
+            return holds()
+
+        try:
+            async with Patience(self.left() if seconds is None else seconds):
+                await self._changes.until(check)
+        except TimeoutError:
+            return check()
+        return True
+
+    # ---- from beginning to end ----
+
+    async def _run(self) -> None:
+        try:
+            await self._publish()
+        except Given as given:
+            self._abandon(given)
+        except Exception as error:  # nothing may leave the others waiting
+            self._abandon(Given("failed", f"publisher rank 0: {type(error).__name__}: {error}"))
+        finally:
+            self._watch.close()
+            self.leader.conduct = None
+            self.leader.begin()
+            self.role.catching.look()
+
+    async def _publish(self) -> None:
+        role = self.role
+        for rank, (peer, _) in self.enters.items():
+            if peer is not None:
+                self._watch.add(peer, functools.partial(self._rank_lost, rank))
+        first = self.enters[0][1]
+        for rank, (_, enter) in self.enters.items():
+            if enter.digest != first.digest:
+                raise Given("plan", f"publisher ranks 0 and {rank} differ in their layout, rules or staging_bytes")
+            if enter.epoch != first.epoch:
+                raise Given("version", f"publisher rank 0 names epoch {first.epoch}, rank {rank} epoch {enter.epoch}")
+        instances = await self._instances()
+        entries = [entry for entries in instances.values() for entry in entries]
+        self._number(first, entries)
+        self.targets = {(entry.instance, entry.rank): Target(entry) for entry in entries}
+        version = self.version
+        for peer, enter in self.enters.values():
+            begin = wire.Begin(enter.attempt, self.update, version.epoch, version.number, self.left(), entries)
+            self.leader.send(peer, begin)
+        if not await self._until(lambda: len(self.planned) == role.ranks):
+            raise Given("late", f"publisher ranks {self._without(self.planned)} did not plan in time")
+        if len(set(self.planned.values())) > 1:
+            raise Given("plan", "publisher ranks made different plans: do all have the same layout and rules?")
+        await self._offer()
+        for peer, _ in self.enters.values():
+            self.leader.send(peer, wire.Go(self.update, self._going))
+        if not await self._until(lambda: len(self.sent) == role.ranks):
+            raise Given("late", f"publisher ranks {self._without(self.sent)} had not written everything in time")
+        for name in self._going:
+            chair = self.targets[name, 0]
+            if chair.peer is not None:
+                role.tell(chair.peer, wire.Allow(self.update, name))
+        await self._until(lambda: all(target.done is not None for target in self._taking()))
+        self._finish()
+
+    def _rank_lost(self, rank: int, peer: Peer, error: TransferError) -> None:
+        self.give("lost", f"publisher rank {rank} was lost: {error.message}")
+
+    def _without(self, ranks: object) -> list[int]:
+        return [rank for rank in self.enters if rank not in ranks]  # type: ignore[operator]
+
+    def _taking(self) -> list[Target]:
+        return [target for (name, _), target in self.targets.items() if name in self._going]
+
+    async def _instances(self) -> dict[str, list[wire.Entry]]:
+        """Waits for one whole instance; what is known of others then takes part, too."""
+        role = self.role
+        while not (whole := role.roll.whole()):
+            if not self.left():
+                known = ", ".join(f"{name}: {gaps(entries)}" for name, entries in role.roll.instances().items())
+                raise Given("late", f"no whole subscriber instance was heard of{': ' + known if known else ''}")
+            role.call_new()
+            await self._until(lambda: bool(role.roll.whole()), min(LOOK_SECONDS, self.left()))
+        for entries in role.roll.instances().values():
+            if why := gaps(entries):
+                self.missing |= {name_of(entry.instance, entry.rank): f"its instance is not whole: {why}" for entry in entries}
+        return whole
+
+    def _number(self, enter: wire.Enter, entries: list[wire.Entry]) -> None:
+        leader, role = self.leader, self.role
+        epoch = leader.epoch or enter.epoch or role.roll.epoch()
+        self.version = version = Version(epoch, enter.number)
+        if epoch == leader.epoch and enter.number <= leader.last:
+            raise Given(
+                "version", f"version {version} is not higher than {Version(epoch, leader.last)}", Version(epoch, leader.last)
+            )
+        if (stands := stands_in_the_way(entries, version, role.life)) is not None:
+            who, has = name_of(stands.instance, stands.rank), Version(stands.epoch, stands.number)
+            raise Given("version", f"version {version} cannot be published: subscriber {who} knows {has}", has)
+        leader.epoch = epoch
+
+    # ---- the subscribers ----
+
+    async def _offer(self) -> None:
+        """Ask every rank of every instance that fits; returns when enough is known of each."""
+        work = self.role.work_of(self.update)
+        for (name, _), target in self.targets.items():
+            if name in work.misfits:
+                self.missing[target.name] = f"its layout does not fit: {work.misfits[name][0]}"
+        self.targets = {key: target for key, target in self.targets.items() if key[0] not in work.misfits}
+        limit = asyncio.Semaphore(CONNECTS)
+        members: dict[str, list[str]] = {}
+        for (name, _), target in self.targets.items():
+            members.setdefault(name, []).append(target.entry.address)
+        seconds = self.left() * DONE_SHARE
+        tasks = []
+        for (name, rank), target in self.targets.items():
+            senders = [wire.Sender(s, self._incarnation(s), counts) for s, counts in sorted(work.expected(name, rank).items())]
+            offer = wire.Offer(
+                self.update, target.entry.life, self.role.life, self.version.epoch, self.version.number, seconds,
+                members[name], senders, work.names, "", "", self.role.checksum,
+            )  # fmt: skip
+            tasks.append(self.role.mail.own(self._offer_to(target, offer, limit)))
+        try:
+            await self._until(
+                lambda: all(target.accepted or target.done is not None for target in self.targets.values()),
+                self.left() * ACCEPT_SHARE,
+            )
+        finally:
+            for task in tasks:
+                task.cancel()
+        out = {name for (name, _), target in self.targets.items() if not target.accepted or target.done is not None}
+        self._going = [name for name in members if name not in out]
+        for name in out:
+            self._leave_out(name)
+        if not self._going:
+            raise Given("late", "no subscriber instance takes this version")
+
+    async def _offer_to(self, target: Target, offer: wire.Offer, limit: asyncio.Semaphore) -> None:
+        try:
+            async with limit:
+                target.peer = await reach(self.role.engine, target.entry.address, self.left())
+            if target.peer.incarnation != target.entry.incarnation:
+                raise TransferError("another engine is at its address")
+            self._watch.add(target.peer, self._lost)
+            self.role.tell(target.peer, offer)
+        except TransferError as error:
+            self.done(target, error.message)
+
+    def _incarnation(self, sender: int) -> int:
+        peer = self.enters[sender][0]
+        return self.role.engine.incarnation if peer is None else peer.incarnation
+
+    def _lost(self, peer: Peer, error: TransferError) -> None:
+        for target in self.targets.values():
+            if target.peer is peer:
+                self.done(target, f"it was lost: {error.message}")
+
+    def _leave_out(self, name: str) -> None:
+        """An instance keeps the version that it has: each rank for a reason of its own, or because of another."""
+        ranks = [target for (instance, _), target in self.targets.items() if instance == name]
+        blame = next((target for target in ranks if target.done), None) or next(t for t in ranks if not t.accepted)
+        why = f"left out with rank {blame.entry.rank}: {blame.done or UNHEARD}"
+        for target in ranks:
+            self.missing[target.name] = target.done or (why if target.accepted else UNHEARD)
+            self._drop(target, why)
+
+    def _drop(self, target: Target, why: str) -> None:
+        """Tell a subscriber rank that the version does not come."""
+        if target.peer is not None and target.done is None and target.peer.state in ("up", "busy"):
+            self.role.tell(target.peer, self._word(Given("failed", why)))
+
+    def heard(self) -> None:
+        """A subscriber has announced itself."""
+        self._changes.wake()
+
+    def answer(self, peer: Peer, message: wire.Accept | wire.Decline | wire.Done) -> None:
+        """Of a subscriber rank."""
+        target = self.targets.get((message.instance, message.rank))
+        if target is None or target.peer is not peer:
+            return
+        if isinstance(message, wire.Accept):
+            target.accepted = True
+            self._changes.wake()
+        elif isinstance(message, wire.Decline) and message.kind == "version":
+            text = f"subscriber {target.name} refuses version {self.version}: {message.text}"
+            self.give("version", text, Version(message.epoch, message.number))
+        else:
+            self.done(target, message.text)
+
+    def done(self, target: Target, text: str) -> None:
+        """How it ended at a subscriber rank. Rank 0 of its instance decides for the others, and must know of a loss."""
+        if target.done is None:
+            target.done = text
+            chair = self.targets.get((target.entry.instance, 0))
+            if text and chair is not None:
+                self._drop(chair, f"rank {target.entry.rank}: {text}")
+        self._changes.wake()
+
+    # ---- the publishers ----
+
+    def from_rank(self, message: wire.Planned | wire.Sent | wire.Abandon) -> None:
+        """A publisher rank has come so far, or gives up."""
+        if isinstance(message, wire.Planned):
+            self.planned[message.rank] = message.plan
+        elif isinstance(message, wire.Sent):
+            self.sent.add(message.rank)
+            for instance, rank, text in message.failed:
+                if (target := self.targets.get((instance, rank))) is not None:
+                    self.done(target, f"publisher rank {message.rank} could not write there: {text}")
+        else:
+            self.give(message.kind, message.text, Version(message.epoch, message.number), tuple(message.problems))
+        self._changes.wake()
+
+    def give(self, kind: str, text: str, current: Version = NONE, problems: tuple[str, ...] = ()) -> None:
+        """Give the version up."""
+        self._given = self._given or Given(kind, text, current, problems)
+        self._changes.wake()
+
+    def _word(self, given: Given, attempt: int = 0) -> wire.Abandon:
+        problems = [wire.clip(problem) for problem in given.problems[: wire.MOST_PROBLEMS]]
+        text, current = wire.clip(given.text), given.current
+        return wire.Abandon(self.update, attempt, given.kind, text, current.epoch, current.number, problems, self.version.epoch)
+
+    def _abandon(self, given: Given) -> None:
+        for peer, enter in self.enters.values():
+            self.leader.send(peer, self._word(given, enter.attempt))
+        for target in self.targets.values():
+            self._drop(target, given.text)
+
+    def _finish(self) -> None:
+        committed = []
+        for target in self._taking():
+            if target.done == "":
+                committed.append(target.name)
+                self.role.took(target.entry, self.version, self.role.life)
+            else:
+                self.missing[target.name] = target.done or UNHEARD
+                self._drop(target, UNHEARD)
+        self.leader.last = max(self.leader.last, self.version.number)
+        missing = [(name, wire.clip(why)) for name, why in sorted(self.missing.items())]
+        for peer, _ in self.enters.values():
+            self.leader.send(peer, wire.Outcome(self.update, committed, missing))

@@ -1,0 +1,102 @@
+"""What is gathered, cast or quantised on its way, part by part, in the staging memory of one trainer rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiotransfer.engine.views import memory_of
+from aiotransfer.weights.aside import aside
+from aiotransfer.weights.checksum import sum_runs
+from aiotransfer.weights.convert import convert, copy, place
+from aiotransfer.weights.tasks import strides_of
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.region import Region
+    from aiotransfer.weights.publisher.publisher import Publisher
+    from aiotransfer.weights.publisher.update import Update
+    from aiotransfer.weights.publisher.work import Work
+
+
+class Making:
+    """Of one update. `region`: the staging memory, None where the plan needs none."""
+
+    def __init__(self, role: Publisher, update: Update, work: Work) -> None:
+        self._role, self._update, self._work = role, update, work
+        tasks = work.tasks
+        self._staged = (tasks.in_offset >= 0) | (tasks.out_offset >= 0)
+        self._needed = set(zip(tasks.phase[self._staged].tolist(), tasks.part[self._staged].tolist(), strict=True))
+        self.region: Region | None = role.staging(work) if self._staged.any() else None
+
+    def is_needed(self, phase: int, part: int) -> bool:
+        """Whether some of this part is made in the staging memory."""
+        return (phase, part) in self._needed
+
+    async def make(self, phase: int, part: int) -> None:
+        """Returns when the part lies there, ready to be written. Raises `TransferError` of reading from other ranks, and what the
+        conversion refuses."""
+        tasks = self._work.tasks
+        jobs = np.flatnonzero(self._staged & (tasks.phase == phase) & (tasks.part == part))
+        inputs = np.flatnonzero(np.isin(tasks.input_job, jobs))
+        far = inputs[tasks.input_rank[inputs] != self._role.rank]
+        if len(far):
+            await self._role.borrowing.read(self._update, tasks, far, self.region)
+        await aside(self._role.engine, self._make, jobs, inputs)
+
+    def _make(self, jobs: Any, inputs: Any) -> None:
+        tasks, plan, role = self._work.tasks, self._work.plan, self._role
+        assert self.region is not None
+        staging = memory_of(self.region)
+        for row in inputs[(tasks.input_rank[inputs] == role.rank) & (tasks.input_to[inputs] >= 0)].tolist():
+            extent = tasks.input_stop[row] - tasks.input_start[row]
+            item = self._source_item(int(tasks.input_job[row]))
+            source = memory_of(role.sources.regions[int(tasks.input_buffer[row])])
+            copy(
+                place(staging, item, int(tasks.input_to[row]), extent, tasks.input_to_strides[row]),
+                place(source, item, int(tasks.input_offset[row]), extent, tasks.input_strides[row]),
+            )
+        first = np.searchsorted(tasks.input_job, jobs)
+        for job, row in zip(jobs.tolist(), first.tolist(), strict=True):
+            if tasks.out_offset[job] < 0:
+                continue
+            extent = tasks.stop[job] - tasks.start[job]
+            if tasks.in_offset[job] >= 0:
+                memory, offset = staging, int(tasks.in_offset[job])
+                strides = strides_of(extent[None], np.array([self._source_item(job)]))[0]
+            else:
+                memory, offset = memory_of(role.sources.regions[int(tasks.input_buffer[row])]), int(tasks.input_offset[row])
+                strides = tasks.input_strides[row]
+            tensor = int(tasks.tensor[job])
+            convert(
+                int(tasks.kind[job]), self._source_dtype(job), plan.dtypes[tensor], memory, offset, extent, strides, staging,
+                int(tasks.out_offset[job]), int(tasks.scale_offset[job]), plan.block_table[tensor],
+                len(plan.shapes[tensor]),
+            )  # fmt: skip
+
+    def _source_tensor(self, job: int) -> int:
+        plan = self._work.plan
+        piece = int(plan.input_piece[plan.input_begin[int(self._work.tasks.job[job])]])
+        return int(plan.trainer.piece_tensor[piece])
+
+    def _source_dtype(self, job: int) -> str:
+        return self._work.plan.trainer.dtypes[self._source_tensor(job)]
+
+    def _source_item(self, job: int) -> int:
+        return int(self._work.plan.trainer.itemsizes[self._source_tensor(job)])
+
+    def sum_of(self, source: Region, begin: int, end: int) -> int:
+        """The checksum of the writes `begin` to `end`, by where they go."""
+        writes = self._work.tasks.writes
+        some = slice(begin, end)
+        return sum_runs(
+            memory_of(source),
+            writes.source_offset[some],
+            writes.target_buffer[some],
+            writes.target_offset[some],
+            writes.nbytes[some],
+        )
+
+    def close(self) -> None:
+        """The staging memory stays with the publisher, for the next version."""
+        self.region = None

@@ -1,0 +1,294 @@
+"""One `publish` on one trainer rank: enter with the others, write, and leave with what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aiotransfer.control.patience import Patience, despite_cancels
+from aiotransfer.errors import ClosedError, TransferError
+from aiotransfer.weights.errors import PlanError, UpdateError, VersionError
+from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.protocol.roll import name_of
+from aiotransfer.weights.protocol.version import Version
+from aiotransfer.weights.publisher.sending import Sending
+from aiotransfer.weights.watch import Changes, Watch, reach
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.weights.publisher.publisher import Publisher
+    from aiotransfer.weights.publisher.work import Work
+
+T = TypeVar("T")
+GRACE = 1.0  # seconds after the deadline in which rank 0 says how it ended
+NEVER = -1  # no update has begun
+
+
+class Update:
+    """Made by `Publisher.publish`; `async with` it once. `number`; `version`: (epoch, number) once it has begun, else None."""
+
+    def __init__(self, role: Publisher, number: int) -> None:
+        self._role = role
+        self.number = number
+        self.version: Version | None = None
+        self.update = NEVER
+        self.leader: Peer | None = None  # None: this rank
+        self.work: Work | None = None
+        self.instances: dict[str, list[wire.Entry]] = {}
+        self._attempt = 0
+        self._changes = Changes()
+        self._begun: wire.Begin | None = None
+        self._go: wire.Go | None = None
+        self._outcome: wire.Outcome | None = None
+        self._error: Exception | None = None
+        self._sending: Sending | None = None
+        self._entered = self._over = False
+        self._watch: Watch | None = None
+
+    @property
+    def nbytes_sent(self) -> int:
+        """Bytes that this rank has written so far."""
+        return 0 if self._sending is None else self._sending.nbytes
+
+    # ---- the block ----
+
+    async def __aenter__(self) -> Update:
+        role = self._role
+        if self._attempt:
+            raise ClosedError(f"version {self.number} was published by this object before", hint="call publish again")
+        self._attempt = role.begin(self)
+        self._ends = asyncio.get_running_loop().time() + role.seconds
+        self._watch = Watch(role.never, role.mail)
+        try:
+            await self._within(self._enter)
+        except GeneratorExit:  # the coroutine was dropped: nothing may be awaited
+            self._abandon("its coroutine was dropped")
+            self._leave()
+            raise
+        except BaseException as error:
+            await self._give_up(error)
+            raise
+        return self
+
+    async def _enter(self) -> None:
+        role = self._role
+        role.sources.note()
+        await role.call()
+        if role.rank:
+            self.leader = await reach(role.engine, role.members[0], self._left())
+            self._add_watch(self.leader, "publisher rank 0")
+        enter = wire.Enter(role.rank, self._attempt, self.number, role.epoch or 0, role.works.digest, role.known())
+        self._entered = True
+        if role.leader is not None:
+            role.leader.enter(None, enter)
+        else:
+            self._tell(enter)
+        begun = await self._until(lambda: self._begun)
+        self.version, self.update = Version(begun.epoch, begun.number), begun.update
+        self._ends = min(self._ends, asyncio.get_running_loop().time() + begun.seconds)
+        for entry in begun.entries:
+            self.instances.setdefault(entry.instance, []).append(entry)
+        try:
+            self.work = await role.works.make(self.instances)
+        except PlanError as error:
+            self._tell(wire.Abandon(self.update, 0, "plan", wire.clip(error.message.partition("\n")[0]), 0, -1,
+                                    [wire.clip(text) for text in error.problems[: wire.MOST_PROBLEMS]]))  # fmt: skip
+            if role.leader is not None:
+                role.refuse(self.instances, error)
+            raise
+        if role.leader is not None:
+            role.refuse_misfits(self.instances, self.work)
+        if role.checksum:
+            await role.sources.note_sums()
+        self._tell(wire.Planned(self.update, role.rank, self.work.digest))
+        go = await self._until(lambda: self._go)
+        self._sending = Sending(role, self, go.instances, self._left())
+
+    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(value, GeneratorExit):
+            self._abandon("its coroutine was dropped")
+            self._leave()
+            return
+        if value is not None:
+            await self._give_up(value)
+            return
+        try:
+            await self._within(self._finish)
+        except GeneratorExit:
+            self._abandon("its coroutine was dropped")
+            self._leave()
+            raise
+        except BaseException as error:
+            await self._give_up(error)
+            raise
+        self._leave()
+        self._raise_outcome()
+
+    async def _finish(self) -> None:
+        role, sending = self._role, self._sending
+        assert sending is not None
+        await self._until(lambda: sending.is_over or None)
+        failed = sending.result()
+        role.sources.check()
+        if role.checksum:
+            await role.sources.check_sums()
+        self._tell(wire.Sent(self.update, role.rank, failed))
+        await self._until(lambda: self._outcome)
+
+    def _raise_outcome(self) -> None:
+        assert self._outcome is not None
+        missing = dict(self._outcome.missing)
+        if missing:
+            committed = tuple(self._outcome.committed)
+            ranks = len(committed) + len(missing)
+            listed = "; ".join(f"{name}: {why}" for name, why in list(missing.items())[:8])
+            raise UpdateError(
+                f"{len(committed)} of {ranks} ranks have version {self.version}; missing: {listed}", version=self.version,
+                committed=committed, missing=missing, hint="the others keep the version before, or have none; publish the next",
+            )  # fmt: skip
+
+    # ---- waits ----
+
+    def _left(self) -> float:
+        return max(self._ends - asyncio.get_running_loop().time(), 0.0)
+
+    async def _within(self, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            async with Patience(self._left() + GRACE):
+                await work()
+        except TimeoutError as error:
+            if isinstance(error, TransferError):
+                raise
+            raise self._late() from None
+
+    def _late(self) -> UpdateError:
+        role = self._role
+        what = "publisher rank 0 did not say how it ended"
+        if self._begun is None:
+            missing = role.leader.missing() if role.leader is not None else []
+            what = (
+                f"publisher ranks {missing} did not enter publish({self.number})"
+                if missing
+                else "publisher rank 0 did not begin it"
+            )
+        return self._failed(f"version {self.number} was not published within {role.seconds:g} s: {what}")
+
+    def _failed(self, text: str) -> UpdateError:
+        missing = {name_of(entry.instance, entry.rank): text for entries in self.instances.values() for entry in entries}
+        return UpdateError(text, version=self.version or (0, self.number), missing=missing)
+
+    async def _until(self, value: Callable[[], T | None]) -> T:
+        def check() -> bool:
+            if self._error is not None:
+                raise self._error
+            return value() is not None
+
+        await self._changes.until(check)
+        found = value()
+        assert found is not None
+        return found
+
+    # ---- what is heard ----
+
+    def hear(self, message: Any) -> None:
+        """Of rank 0."""
+        match message:
+            case wire.Begin(attempt=self._attempt):
+                self._begun = message
+            case wire.Go(update=self.update):
+                self._go = message
+            case wire.Outcome(update=self.update):
+                self._outcome = message
+            case wire.Abandon() if message.update == self.update or (self.update == NEVER and message.attempt == self._attempt):
+                self._error = self._error or self._told(message)
+        self._changes.wake()
+
+    def _told(self, message: wire.Abandon) -> Exception:
+        current = Version(message.epoch, message.number) if message.number >= 0 else None
+        match message.kind:
+            case "version":
+                hint = "take a higher number; after a restart a new Publisher takes the next epoch"
+                return VersionError(
+                    message.text, version=self.version or (message.claim, self.number), current=current, hint=hint
+                )
+            case "plan":
+                return PlanError(message.text, problems=message.problems)
+            case _:
+                return self._failed(f"version {self.version or self.number} was abandoned: {message.text}")
+
+    def granted(self, peer: Peer, message: wire.Grant) -> None:
+        """A subscriber rank lets this one write."""
+        if self._sending is not None:
+            self._sending.granted(peer, message)
+
+    def forward(self, entry: wire.Entry) -> None:
+        """A subscriber was heard of: rank 0 may wait for it."""
+        if self._role.rank and self._entered and self._begun is None:
+            self._tell(wire.Heard(self._role.rank, entry))
+
+    def wake(self) -> None:
+        """The writes have come to an end."""
+        self._changes.wake()
+
+    def _add_watch(self, peer: Peer, who: str) -> None:
+        assert self._watch is not None
+
+        def lost(peer: Peer, error: TransferError) -> None:
+            self._error = self._error or self._failed(f"version {self.number} was abandoned: {who} was lost: {error.message}")
+            self._changes.wake()
+
+        self._watch.add(peer, lost)
+
+    def _tell(self, message: Any) -> None:
+        role = self._role
+        if role.leader is None:
+            if self.leader is not None and self.leader.state in ("up", "busy"):
+                role.tell(self.leader, message)
+        elif role.leader.conduct is not None and role.leader.conduct.update == self.update:
+            role.leader.conduct.from_rank(message)
+
+    # ---- the end ----
+
+    def _abandon(self, why: str) -> None:
+        if self._over or not self._entered or self._error is not None:
+            return
+        if self._begun is not None:
+            self._tell(wire.Abandon(self.update, 0, "failed", wire.clip(f"publisher rank {self._role.rank}: {why}"), 0, -1, []))
+        elif self._role.leader is not None:
+            self._role.leader.withdraw(0, self._attempt)
+        else:
+            self._tell(wire.Withdraw(self._role.rank, self._attempt))
+
+    def _leave(self) -> None:
+        if self._over:
+            return
+        self._over = True
+        if self._watch is not None:
+            self._watch.close()
+        if self._sending is not None:
+            self._sending.cancel()
+        self._role.end(self)
+
+    async def _give_up(self, error: BaseException) -> None:
+        """Returns when nothing is written any more."""
+        if self._over:
+            return
+        self._abandon(f"{type(error).__name__}: {str(getattr(error, 'message', error))[:500]}")
+        try:
+            if self._sending is not None:
+                self._sending.cancel()
+                await despite_cancels(self._sending.task)
+        finally:
+            self._leave()
+
+    async def close(self) -> None:
+        """The publisher is closed."""
+        self._error = self._error or ClosedError("the publisher was closed")
+        self._abandon("it was closed")
+        self._changes.wake()
+        if self._sending is not None:
+            self._sending.cancel()
+            await asyncio.wait([self._sending.task])

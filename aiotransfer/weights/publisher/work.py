@@ -1,0 +1,123 @@
+"""Plans of a publisher, for the subscribers of one update; made once for each set of instances and kept."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aiotransfer.weights.aside import aside
+from aiotransfer.weights.errors import PlanError
+from aiotransfer.weights.layout import Layout
+from aiotransfer.weights.plan import Plan
+from aiotransfer.weights.planner import make_plan
+from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.tasks import Tasks, expected, tasks
+
+if TYPE_CHECKING:
+    from aiotransfer.weights.publisher.publisher import Publisher
+
+MOST_WORKS = 8
+
+
+class Work:
+    """What one publisher rank does for a set of instances. `misfits`: {instance: problems} of those that no plan brings
+    anything."""
+
+    def __init__(self, plan: Plan, rank: int, misfits: dict[str, tuple[str, ...]]) -> None:
+        self.plan = plan
+        self.misfits = misfits
+        self.tasks: Tasks = tasks(plan, rank)
+        self.digest = hashlib.blake2b(repr((plan.digest, sorted(misfits))).encode(), digest_size=16).digest()
+        scales = {int(k) for k in plan.tensor_scale[plan.tensor_kind >= 0] if k >= 0}
+        wanted = [k for k in range(len(plan.names)) if plan.tensor_kind[k] >= 0 or k in scales]
+        self.staging_bytes = self._staging()
+        self.names = [] if len(wanted) == len(plan.names) else [plan.names[k] for k in wanted]
+
+    def _staging(self) -> int:
+        """Bytes of staging memory that this rank uses: up to the last byte that lies there."""
+        tasks, plan = self.tasks, self.plan
+        elements = np.prod(tasks.stop - tasks.start, axis=1)
+        to_item = plan.itemsizes[tasks.tensor]
+        from_item = np.zeros(len(tasks.job), np.int64)
+        from_item[tasks.input_job] = plan.trainer.itemsizes[plan.trainer.piece_tensor[plan.input_piece[self._inputs()]]]
+        low, high = plan.scale_box(tasks.tensor, tasks.start, tasks.stop)
+        ends = [
+            np.where(offset >= 0, offset + size, 0)
+            for offset, size in (
+                (tasks.in_offset, elements * from_item), (tasks.out_offset, elements * to_item),
+                (tasks.scale_offset, 4 * np.prod(high - low, axis=1)),
+            )
+        ]  # fmt: skip
+        return max((int(end.max(initial=0)) for end in ends), default=0)
+
+    def _inputs(self) -> Any:
+        job = self.tasks.job
+        begin = self.plan.input_begin
+        return np.arange(begin[job[0]], begin[job[-1] + 1]) if len(job) else np.zeros(0, np.int64)
+
+    def expected(self, instance: str, rank: int) -> dict[int, list[int]]:
+        """{publisher rank: writes of each phase} that a subscriber rank counts."""
+        found = expected(self.plan, instance, rank)
+        counts: dict[int, list[int]] = {}
+        for sender in np.unique(found.sender).tolist():
+            mine = found.sender == sender
+            counts[sender] = np.bincount(found.phase[mine], found.writes[mine], len(self.plan.phases)).astype(np.int64).tolist()
+        return counts
+
+
+class Works:
+    """Of one publisher."""
+
+    def __init__(
+        self, role: Publisher, rules: tuple[Any, ...], staging_bytes: int, names: tuple[str, ...] | None, fanout: str
+    ) -> None:
+        self._role = role
+        self._rules, self._names, self._fanout = rules, names, fanout
+        self.staging_bytes = staging_bytes
+        self._known: dict[tuple[tuple[str, bytes], ...], Work] = {}
+
+    @property
+    def digest(self) -> bytes:
+        """What all publisher ranks must have alike."""
+        parts = self._role.layout.digest, self._rules, self.staging_bytes, self._names, self._fanout
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+    async def make(self, instances: dict[str, list[wire.Entry]]) -> Work:
+        """For these subscribers. Raises `PlanError` when none of them fits. The same on every publisher rank."""
+        key = tuple((name, entries[0].digest) for name, entries in instances.items())
+        work = self._known.get(key)
+        if work is None:
+            layouts = {name: await self._role.layout_of(entries) for name, entries in instances.items()}
+            work = await aside(self._role.engine, self._plan, layouts)
+            self._known[key] = work
+            while len(self._known) > MOST_WORKS:
+                del self._known[next(iter(self._known))]
+        return work
+
+    def _plan(self, layouts: dict[str, Layout]) -> Work:
+        misfits: dict[str, tuple[str, ...]] = {}
+        while True:
+            fitting = {name: layout for name, layout in layouts.items() if name not in misfits}
+            try:
+                return Work(self._make(fitting), self._role.rank, misfits)
+            except PlanError:
+                bad = self._alone(fitting) if len(layouts) > 1 else {}
+                if not bad or len(bad) == len(fitting):
+                    raise
+                misfits |= bad
+
+    def _make(self, layouts: dict[str, Layout]) -> Plan:
+        how: Any = {"staging_bytes": self.staging_bytes, "fanout": self._fanout, "names": self._names}
+        return make_plan(self._role.layout, layouts, self._rules, **how)
+
+    def _alone(self, layouts: dict[str, Layout]) -> dict[str, tuple[str, ...]]:
+        """Which instances do not fit by themselves."""
+        bad = {}
+        for name, layout in layouts.items():
+            try:
+                self._make({name: layout})
+            except PlanError as error:
+                bad[name] = error.problems or (error.message,)
+        return bad

@@ -1,0 +1,1 @@
+"""An inference rank: its memory, its readers, and how it comes by versions."""

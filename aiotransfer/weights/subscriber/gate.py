@@ -1,0 +1,76 @@
+"""Readers of the weights of one rank, and the gate that they pass: it lets none in while the rank changes to another version."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+
+class Gate:
+    """Counts readings. `on_change` is called when one begins, ends, waits, or waits no longer."""
+
+    def __init__(self, on_change: Callable[[], object]) -> None:
+        self.begun = 0  # ever
+        self.active = 0
+        self.is_open = False
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._on_change = on_change
+
+    @property
+    def waiting(self) -> int:
+        """Readers that wait to begin."""
+        return sum(not waiter.done() for waiter in self._waiters)
+
+    def open(self) -> None:
+        """Let all in."""
+        self.is_open = True
+        self.let_in()
+
+    def close(self) -> None:
+        """Let none in from now on; those that read go on."""
+        self.is_open = False
+
+    def let_in(self) -> None:
+        """Let in those who wait now."""
+        waiters, self._waiters = self._waiters, deque()
+        for waiter in waiters:
+            if not waiter.done():
+                self._begin()
+                waiter.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """End every wait."""
+        waiters, self._waiters = self._waiters, deque()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
+
+    def _begin(self) -> None:
+        self.begun += 1
+        self.active += 1
+
+    async def enter(self) -> None:
+        """Begin a reading, or wait until one may begin. Cancelling it begins none."""
+        if self.is_open:
+            self._begin()
+            self._on_change()
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._on_change()
+        try:
+            await waiter
+        except BaseException:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self.active -= 1  # it was let in, and does not know
+            elif waiter in self._waiters:
+                self._waiters.remove(waiter)
+            self._on_change()
+            raise
+        self._on_change()
+
+    def leave(self) -> None:
+        """End a reading."""
+        self.active -= 1
+        self._on_change()

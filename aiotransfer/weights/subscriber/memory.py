@@ -1,0 +1,137 @@
+"""The memory of one inference rank: its buffers, a second set of them in mode "double", and its tensors as views."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aiotransfer.engine.region import Region
+from aiotransfer.engine.views import memory_of
+from aiotransfer.errors import QuarantineError
+from aiotransfer.model.dtypes import lookup
+from aiotransfer.weights.aside import aside
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.weights.layout import Layout
+
+
+class Memory:
+    """The buffers of `rank`, bound to `objects` ({buffer: memory}); `objects` that are missing are allocated.
+
+    `active` is the set that readers see, `shadow` the one that is written: the same one in place.
+    """
+
+    def __init__(self, engine: Engine, layout: Layout, rank: int, objects: Mapping[str, Any], *, double: bool) -> None:
+        self._engine = engine
+        self._layout = layout
+        self._rank = rank
+        self._double = double
+        self.sizes = layout.buffers_of(rank)
+        self._own: dict[Region, None] = {}  # not the user's regions
+        self.active = {name: self._region(objects.get(name), nbytes) for name, nbytes in self.sizes.items()}
+        self._is_torch = any(type(thing).__module__.startswith("torch") for thing in objects.values()) or any(
+            lookup(dtype).numpy is None for dtype in layout.dtypes
+        )
+        self.shadow = self._allocate() if double else self.active
+        self._views: dict[tuple[Region, ...], Mapping[str, Any]] = {}  # of each set
+
+    def _region(self, thing: Any, nbytes: int) -> Region:
+        if isinstance(thing, Region):
+            return thing
+        region = self._engine.allocate(nbytes) if thing is None else self._engine.register(thing)
+        self._own[region] = None
+        return region
+
+    def _allocate(self) -> dict[str, Region]:
+        return {name: self._region(None, nbytes) for name, nbytes in self.sizes.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Of one set."""
+        return sum(self.sizes.values())
+
+    def switch(self) -> None:
+        """What was written is what readers see from now on."""
+        self.active, self.shadow = self.shadow, self.active
+
+    def replace_shadow(self) -> None:
+        """Somebody may still write into the shadow: take other memory. The engine keeps that one until it is proved free.
+
+        In place there is no other memory: `QuarantineError`."""
+        old = list(self.shadow.values())
+        if not self._double or any(region not in self._own for region in old):
+            raise QuarantineError("a publisher that was lost may still write into these weights", hint="restart this rank")
+        self.shadow = self._allocate()
+        self._views.pop(tuple(old), None)
+        for region in old:
+            del self._own[region]
+            region.close()
+
+    async def copy_to_shadow(self) -> None:
+        """An update brings a part of the names: the others stay as they are."""
+        if self._double:
+            pairs = [(memory_of(self.active[name]), memory_of(self.shadow[name])) for name in self.sizes]
+            await aside(self._engine, _copy, pairs)
+
+    def tensors(self) -> Mapping[str, Any]:
+        """{name: tensor} of what readers see, also under aliases: NumPy arrays, or torch tensors where torch memory was bound or
+        NumPy lacks a dtype. Of a tensor that lies here in several pieces a tuple of them. Shapes are those of the pieces."""
+        regions = tuple(self.active.values())
+        if regions not in self._views:
+            self._views[regions] = MappingProxyType(self._make(self.active))
+        return self._views[regions]
+
+    def _make(self, regions: Mapping[str, Region]) -> dict[str, Any]:
+        layout = self._layout
+        if not regions:
+            return {}  # closed
+        bytes_of = {name: memory_of(region) for name, region in regions.items()}
+        found: dict[int, list[Any]] = {}
+        for piece in np.flatnonzero(layout.piece_rank == self._rank).tolist():
+            tensor = int(layout.piece_tensor[piece])
+            dims = len(layout.shapes[tensor])
+            memory = bytes_of[layout.buffer_names[int(layout.piece_buffer[piece])]]
+            extent, strides = (getattr(layout, f"piece_{what}")[piece, :dims].tolist() for what in ("extent", "strides"))
+            found.setdefault(tensor, []).append(
+                _view(memory, layout.dtypes[tensor], int(layout.piece_offset[piece]), extent, strides, self._is_torch)
+            )
+        names: dict[str, Any] = {}
+        for name, tensor in [*((name, k) for k, name in enumerate(layout.names)), *layout.aliases.items()]:
+            views = found.get(tensor)
+            if views:
+                names[name] = views[0] if len(views) == 1 else tuple(views)
+        return names
+
+    async def aclose(self, timeout: float) -> None:
+        """Give back what is not the user's. Raises `QuarantineError`."""
+        own, self._own = list(self._own), {}
+        self._views.clear()
+        self.active, self.shadow = {}, {}
+        results = await asyncio.gather(*(region.aclose(timeout) for region in own), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+
+def _copy(pairs: list[tuple[Any, Any]]) -> None:
+    for here, there in pairs:
+        np.copyto(there, here)
+
+
+def _view(memory: NDArray[np.uint8], dtype: str, offset: int, extent: list[int], strides: list[int], as_torch: bool) -> Any:
+    kind = lookup(dtype)
+    if 0 in extent:
+        memory, offset, strides = np.empty(kind.itemsize, np.uint8), 0, [kind.itemsize] * len(extent)
+    if not as_torch:
+        return np.ndarray(extent, kind.numpy, memory.data, offset, strides)
+    import torch
+
+    span = sum((n - 1) * step for n, step in zip(extent, strides, strict=True) if n) + kind.itemsize
+    flat = torch.from_numpy(memory[offset : offset + span]).view(getattr(torch, kind.name))
+    return flat.as_strided(extent, [step // kind.itemsize for step in strides])

@@ -1,0 +1,319 @@
+"""One offered version at one rank of an instance: from the offer until it is open here or given up, with no byte left to come."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import TYPE_CHECKING
+
+from aiotransfer.control.patience import Patience
+from aiotransfer.errors import DescriptorError, QuarantineError, TransferError
+from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.protocol.agreement import Chair, Say, Seat
+from aiotransfer.weights.protocol.version import Version
+from aiotransfer.weights.subscriber.filling import Filling
+from aiotransfer.weights.watch import Changes, reach
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.weights.subscriber.subscriber import Subscriber
+
+GRACE = 1.0  # seconds after the deadline in which rank 0, which keeps the same deadline, must have been heard
+_numbers = itertools.count(1)
+
+
+class Session:
+    """A version on its way in. `leader`: the publisher that offers it."""
+
+    def __init__(self, role: Subscriber, leader: Peer, offer: wire.Offer) -> None:
+        self.role = role
+        self.leader = leader
+        self.offer = offer
+        self.version = Version(offer.epoch, offer.number)
+        self.seat = Seat()
+        self.chair = Chair(len(offer.members)) if role.rank == 0 else None
+        self.accepted = False
+        self._changes = Changes()
+        self._filling = Filling(role, offer, self._changes)
+        self._keeps = bool(offer.source) and role.version == self.version  # the others of the instance catch up
+        self._peers: dict[int, Peer] = {}  # rank 0 knows the others, the others know rank 0
+        self._why = ""
+        self._answers: dict[int, asyncio.Future[str]] = {}
+        self._reporting = False
+        self._ends = asyncio.get_running_loop().time() + offer.seconds
+        self._work = role.mail.own(self._take())
+        self.task = role.mail.own(self._run())
+
+    # ---- the way of a version ----
+
+    async def _run(self) -> None:
+        try:
+            await asyncio.wait([self._work], timeout=self.offer.seconds)
+            if not self._work.done() and not self._decided():
+                self._why = self._why or f"not whole within {self.offer.seconds:g} s"
+                await self._late()
+        finally:
+            self._work.cancel()
+            await asyncio.wait([self._work])
+            await self._finish()
+
+    async def _late(self) -> None:
+        if self.chair is not None:
+            self._say(self.chair.release())
+        elif self.seat.state == "held":  # rank 0 decides, and keeps the same deadline
+            await asyncio.wait([self._work], timeout=GRACE)
+            self._doubt()
+            await asyncio.wait([self._work], timeout=2 * self.role.engine.config.peer_timeout)
+        else:
+            self.fail(self._why)
+
+    def _decided(self) -> bool:
+        return self.seat.state in ("open", "released")
+
+    async def _take(self) -> None:
+        role, offer = self.role, self.offer
+        try:
+            if role.rank != 0:
+                peer = self._peers[0] = await reach(role.engine, offer.members[0], offer.seconds)
+                role.watch.add(peer, role.peer_lost)
+            if not self._keeps:
+                await self._prepare()
+            role.claims.claim(self.version, offer.trainer)
+            self.accepted = True
+            role.tell(self.leader, wire.Accept(offer.update, role.instance, role.rank))
+            if not self._keeps:
+                await self._filling.run()
+                await self._close_filling()
+            self.seat.whole()
+            self._report_whole("")
+            await self._changes.until(self._decided)
+        except (TransferError, OSError, ValueError, TypeError) as error:
+            self.fail(str(getattr(error, "message", error)))
+        except Exception as error:  # of a hook of the host
+            self.fail(f"{type(error).__name__}: {error}")
+
+    async def _prepare(self) -> None:
+        role = self.role
+        if role.in_place:
+            await role.pause()
+            role.gate.close()
+            await self._changes.until(lambda: role.gate.active == 0)
+            role.unset()
+        await role.revoke_lends()
+        if self.offer.names and not role.in_place:
+            await role.memory.copy_to_shadow()
+
+    async def _close_filling(self) -> None:
+        try:
+            await self._filling.close()
+        except QuarantineError:
+            self.role.spoil()
+            raise
+        if self.offer.checksum and not self.offer.source:
+            await self.role.check_sums(self.offer, self._filling.sums)
+
+    def _report_whole(self, text: str) -> None:
+        role = self.role
+        if self.chair is None:
+            if (peer := self._peers.get(0)) is not None:
+                role.tell(peer, wire.Whole(self.offer.update, role.instance, role.rank, wire.clip(text)))
+        elif text:
+            self._say(self.chair.release())
+        else:
+            self._say(self.chair.whole(0))
+
+    def fail(self, why: str) -> None:
+        """This rank cannot have the version, or it is abandoned. Rank 0 and the publishers are told. Too late once it is decided,
+        and while rank 0 decides only rank 0 may."""
+        if self._decided() or self.seat.is_closed:
+            return
+        self._why = self._why or why
+        if self.chair is not None:
+            self._say(self.chair.release())
+        self.seat.hear("release")
+        if self.chair is None:
+            self._report_whole(self._why)
+        self._work.cancel()
+        self._changes.wake()
+
+    async def _finish(self) -> None:
+        """Whatever has happened: no byte can come any more, and the publishers are told how it ended."""
+        role, update = self.role, self.offer.update
+        if self.seat.state not in ("open", "released"):
+            self.seat.resolve([])
+            self.seat.hear("release")
+        try:
+            await self._filling.close()
+        except QuarantineError as error:
+            role.spoil()
+            self._why = self._why or error.message
+        opened = self.seat.state == "open"
+        if not opened:
+            if not self._keeps:
+                role.gave_up(spoiled=role.in_place and self._filling.granted)
+            role.gate_follows()
+        self._why = "" if opened else self._why or "given up by its instance"
+        role.over(self, opened, self._why)
+        done = wire.Done(update, role.instance, role.rank, wire.clip(self._why))
+        role.tell(self.leader, done)
+        if role.version is not None:
+            await role.resume()
+
+    # ---- the agreement ----
+
+    def _say(self, said: list[tuple[int, Say]]) -> None:
+        role, offer = self.role, self.offer
+        for rank, say in said:
+            if rank == role.rank:
+                self.hear(say)
+            elif (peer := self._peers.get(rank)) is not None:
+                role.tell(peer, wire.Say(offer.update, role.instance, rank, say, wire.clip(self._why)))
+
+    def hear(self, say: str) -> None:
+        """What rank 0 decides."""
+        if not self.seat.hear(say):
+            return
+        role = self.role
+        if say == "hold":
+            role.gate.close()
+            self.report()
+        elif say == "pass":
+            role.gate.let_in()
+            self.report()
+        elif say == "open":
+            self._open()
+        else:
+            self._why = self._why or "given up by its instance"
+            role.gate_follows()
+            self._work.cancel()
+        self._changes.wake()
+
+    def _open(self) -> None:
+        if self._keeps:
+            self.role.gate_follows()
+        else:
+            self.role.opened(self.version, self.offer.trainer)
+
+    def report(self) -> None:
+        """Readers have come or gone: rank 0 is told, once a turn."""
+        self._changes.wake()
+        if self.seat.state == "held" and not self._reporting:
+            self._reporting = True
+            asyncio.get_running_loop().call_soon(self._report)
+
+    def _report(self) -> None:
+        self._reporting = False
+        gate, role = self.role.gate, self.role
+        if self.seat.state != "held":
+            return
+        if self.chair is not None:
+            self._heard(0, gate.begun, gate.active, gate.waiting, self.seat.passed)
+        elif (peer := self._peers.get(0)) is not None:
+            role.tell(
+                peer,
+                wire.Held(self.offer.update, role.instance, role.rank, gate.begun, gate.active, gate.waiting, self.seat.passed),
+            )
+
+    def _heard(self, rank: int, begun: int, active: int, waiting: int, passed: int) -> None:
+        assert self.chair is not None
+        if asyncio.get_running_loop().time() >= self._ends:
+            self._why = self._why or f"not agreed within {self.offer.seconds:g} s"
+            self._say(self.chair.release())  # the others may have asked one another by now
+        else:
+            self._say(self.chair.held(rank, begun, active, waiting, passed))
+
+    # ---- messages ----
+
+    def from_rank(self, peer: Peer, message: wire.Whole | wire.Held) -> None:
+        """Of another rank to rank 0. Raises `DescriptorError`."""
+        rank = message.rank
+        if self.chair is None or not 0 < rank < len(self.offer.members) or str(peer.address) != self.offer.members[rank]:
+            raise DescriptorError(f"{peer} is not rank {rank} of instance {self.role.instance!r}, or this is not its rank 0")
+        self._peers[rank] = peer
+        if isinstance(message, wire.Held):
+            self._heard(rank, message.begun, message.active, message.waiting, message.passed)
+        elif message.text or self.chair.over:
+            self._why = self._why or f"rank {rank}: {message.text}"
+            self._say(self.chair.release() or ([(rank, "release")] if self.chair.state == "released" else []))
+        else:
+            self.role.watch.add(peer, self.role.peer_lost)
+            self._say(self.chair.whole(rank))
+
+    def allow(self) -> None:
+        """The publishers have written everything, and their sources were at rest."""
+        if self.chair is not None:
+            self._say(self.chair.allow())
+
+    def ask(self, peer: Peer, ask: wire.Ask) -> None:
+        """A publisher rank may write now. Raises `DescriptorError`."""
+        if not self._decided() and not self._work.done():
+            self._filling.ask(peer, ask)
+
+    def sum(self, message: wire.Sum) -> None:
+        """The checksum of a sender's bytes."""
+        self._filling.sum(message.sender, message.value)
+
+    # ---- losses and doubt ----
+
+    def lost(self, peer: Peer, error: TransferError) -> None:
+        """A peer is gone."""
+        if self.chair is not None:
+            if peer is self.leader and not self.chair.allowed:
+                self.fail(f"the publisher was lost: {error.message}")
+            elif rank := next((rank for rank, known in self._peers.items() if known is peer), 0):
+                self._why = self._why or f"rank {rank} was lost"
+                self._say(self.chair.release())
+        elif peer is self._peers.get(0):
+            if self.seat.state == "held":
+                self._doubt()
+            else:
+                self.fail(f"rank 0 of the instance was lost: {error.message}")
+
+    def _doubt(self) -> None:
+        before = self.seat.state
+        if self.seat.lose_chair() and before != "doubt":
+            self.role.mail.own(self._resolve())
+        self._changes.wake()
+
+    async def _resolve(self) -> None:
+        ranks = [rank for rank in range(len(self.offer.members)) if rank != self.role.rank]
+        self.seat.resolve([answer for answer in await asyncio.gather(*map(self._question, ranks)) if answer])
+        if self.seat.state == "open":
+            self._open()
+        else:
+            self._why = self._why or "rank 0 of the instance was lost"
+        self._changes.wake()
+
+    async def _question(self, rank: int) -> str:
+        role, number = self.role, next(_numbers)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            async with Patience(role.engine.config.peer_timeout):
+                peer = await reach(role.engine, self.offer.members[rank], role.engine.config.peer_timeout)
+                role.tell(peer, wire.Doubt(self.offer.update, role.instance, rank, number))
+                found: str = await answer
+                return found
+        except (TransferError, TimeoutError):
+            return ""
+        finally:
+            del self._answers[number]
+
+    def answered(self, message: wire.Answer) -> None:
+        """What another rank says of this version."""
+        future = self._answers.get(message.number)
+        if future is not None and not future.done():
+            future.set_result(message.answer)
+
+    def asked(self) -> str:
+        """Another rank is in doubt."""
+        if self.chair is not None:
+            self._say(self.chair.release())
+            return "open" if self.chair.state == "open" else "not"
+        before = self.seat.state
+        answer = self.seat.asked()
+        if before == "held":
+            self.role.mail.own(self._resolve())
+        elif answer == "not" and before != "released":
+            self._work.cancel()
+        self._changes.wake()
+        return answer

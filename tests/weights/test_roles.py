@@ -1,0 +1,219 @@
+"""Publishers and subscribers: versions come whole, and only rise."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+import aiotransfer as at
+from aiotransfer import weights
+from aiotransfer.weights import Bound, Layout, Piece, Tensor
+from tests.weights.party import Party, failures, inference_layout, shard, trainer_layout, values
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest.mark.parametrize(("trainers", "servers"), [(1, 1), (2, 2), (3, 1), (2, 4)])
+async def test_every_rank_has_its_part_of_every_version(party: Party, trainers: int, servers: int) -> None:
+    await party.train(trainers, timeout=20)
+    ranks = await party.serve("a", servers)
+    for number in (1, 2, 7):
+        version = await party.publish(number)
+        assert version == (1, number)
+        for rank in ranks:
+            assert await rank.subscriber.ready() == version
+            assert rank.subscriber.version == version
+            assert rank.holds() == number
+
+
+async def test_a_tied_name_is_sent_once_and_seen_under_both(party: Party) -> None:
+    await party.train(1, timeout=20)
+    (server,) = await party.serve("a", 1)
+    await party.publish(1)
+    tensors = server.subscriber.tensors
+    assert tensors["head"] is tensors["embed"]
+    assert np.array_equal(tensors["head"], values(1)["embed"])
+
+
+async def test_publishing_waits_for_a_subscriber_that_comes_and_a_subscriber_for_a_publisher(party: Party) -> None:
+    await party.train(2, timeout=20)
+    publishing = asyncio.ensure_future(party.publish(1))
+    await asyncio.sleep(0.02)
+    (server,) = await party.serve("a", 1)
+    assert await publishing == (1, 1)
+    assert await server.subscriber.ready() == (1, 1)
+
+
+async def test_subscribers_may_be_known_to_any_trainer_rank(party: Party) -> None:
+    trainers = await party.train(2, timeout=20)
+    servers = await party.serve("a", 2, connect=False)
+    for server in servers:
+        await trainers[1].engine.connect(server.engine.address)
+    await party.publish(1)
+    assert [server.holds() for server in servers] == [1, 1]
+
+
+async def test_without_any_subscriber_publishing_ends_at_its_deadline_by_name(party: Party) -> None:
+    await party.train(2, timeout=0.3)
+    for error in await failures(party, 1):
+        assert isinstance(error, weights.UpdateError)
+        assert "no whole subscriber instance" in str(error)
+
+
+async def test_numbers_may_leave_gaps_and_never_fall(party: Party) -> None:
+    await party.train(2, timeout=20)
+    (server,) = await party.serve("a", 1)
+    await party.publish(5)
+    for number in (5, 4):
+        for error in await failures(party, number):
+            assert isinstance(error, weights.VersionError)
+            assert (error.version, error.current) == ((1, number), (1, 5))
+    await party.publish(50)
+    assert server.subscriber.version == (1, 50)
+    assert server.holds() == 50
+
+
+async def test_the_lower_of_two_numbers_is_refused_and_the_higher_one_waits_for_its_rank(party: Party) -> None:
+    trainers = await party.train(2, timeout=20)
+    await party.serve("a", 1)
+    high = asyncio.ensure_future(trainers[0].publish(6))
+    with pytest.raises(weights.VersionError, match="number 5, another rank 6"):
+        await trainers[1].publish(5)
+    assert await trainers[1].publish(6) == await high == (1, 6)
+
+
+async def test_a_restarted_trainer_takes_the_next_epoch_and_may_begin_lower(party: Party) -> None:
+    await party.train(1, timeout=20)
+    (server,) = await party.serve("a", 1)
+    await party.publish(57)
+    old = party.trainers[0]
+    await party.train(2, timeout=20)
+    await party.trainers[1].engine.connect(server.engine.address)
+    assert await party.publish(1) == (2, 1)
+    assert server.subscriber.version == (2, 1)
+    assert server.holds() == 1
+    with pytest.raises(weights.VersionError, match="epoch") as caught:
+        await old.publish(58)
+    assert (caught.value.version, caught.value.current) == ((1, 58), (2, 1))
+    assert server.holds() == 1
+
+
+async def test_two_trainers_cannot_claim_one_epoch(party: Party) -> None:
+    await party.train(1, timeout=20, epoch=4)
+    (server,) = await party.serve("a", 1)
+    await party.publish(1)
+    await party.train(1, timeout=20, epoch=4)
+    await party.trainers[0].engine.connect(server.engine.address)
+    (error,) = await failures(party, 2)
+    assert isinstance(error, weights.VersionError)
+    assert error.current == (4, 1)
+    assert server.holds() == 1
+
+
+async def test_an_exception_inside_publish_abandons_the_version_everywhere(party: Party) -> None:
+    trainers = await party.train(2, timeout=20)
+    servers = await party.serve("a", 2)
+    await party.publish(1)
+
+    async def fails() -> None:
+        async with trainers[1].publisher.publish(2):
+            raise ArithmeticError("loss is nan")
+
+    results = await asyncio.gather(trainers[0].publish(2), fails(), return_exceptions=True)
+    assert isinstance(results[0], weights.UpdateError)
+    assert "loss is nan" in str(results[0])
+    assert isinstance(results[1], ArithmeticError)
+    assert [server.subscriber.version for server in servers] == [(1, 1)] * 2
+    assert [server.holds() for server in servers] == [1, 1]
+    assert await party.publish(2) == (1, 2)
+    assert [server.holds() for server in servers] == [2, 2]
+
+
+async def test_readers_hold_a_version_until_their_block_ends(party: Party) -> None:
+    await party.train(1, timeout=20)
+    servers = await party.serve("a", 2)
+    await party.publish(1)
+    async with servers[0].subscriber.reading() as version:
+        publishing = asyncio.ensure_future(party.publish(2))
+        await asyncio.sleep(0.1)
+        assert version == servers[0].subscriber.version == servers[1].subscriber.version == (1, 1)
+        assert servers[0].holds() == 1
+        assert not publishing.done()
+        async with servers[1].subscriber.reading() as other:  # a rank of the same step begins later
+            assert other == (1, 1)
+            assert servers[1].holds() == 1
+    assert await publishing == (1, 2)
+    async with servers[1].subscriber.reading() as version:
+        assert version == (1, 2)
+        assert servers[1].holds() == 2
+
+
+async def test_all_versions_are_told_in_order_and_the_iteration_ends_with_the_subscriber(party: Party) -> None:
+    await party.train(1, timeout=20)
+    (server,) = await party.serve("a", 1)
+    seen = []
+
+    async def follow() -> None:
+        async for version in server.subscriber:
+            seen.append(version.number)
+
+    following = asyncio.ensure_future(follow())
+    for number in (1, 2, 3):
+        await party.publish(number)
+        await asyncio.sleep(0)
+    await server.subscriber.aclose()
+    await following
+    assert seen == [1, 2, 3]
+    with pytest.raises(at.ClosedError):
+        await server.subscriber.ready()
+
+
+async def test_a_subscriber_of_another_model_is_refused_and_the_others_have_the_version(party: Party) -> None:
+    await party.train(2, timeout=20)
+    (server,) = await party.serve("a", 1)
+    other = Layout([Tensor("strange", (4,), "float32")], [Piece("strange", 0)], ranks=1)
+    (stranger,) = await party.serve("b", 1, layout=other)
+    for error in await failures(party, 1):
+        assert isinstance(error, weights.UpdateError)
+        assert error.version == (1, 1)
+        assert error.committed == ("a/0",)
+        assert set(error.missing) == {"b/0"}
+        assert "strange" in error.missing["b/0"]
+    assert server.holds() == 1
+    with pytest.raises(weights.PlanError, match="strange") as caught:
+        await stranger.subscriber.ready()
+    assert caught.value.problems
+
+
+async def test_when_nothing_fits_nothing_is_published(party: Party) -> None:
+    await party.train(2, timeout=20)
+    other = Layout([Tensor("strange", (4,), "float32")], [Piece("strange", 0)], ranks=1)
+    await party.serve("b", 1, layout=other)
+    for error in await failures(party, 1):
+        assert isinstance(error, weights.PlanError)
+        assert any("strange" in problem for problem in error.problems)
+
+
+async def test_the_roles_refuse_what_cannot_be_at_once(party: Party) -> None:
+    engine = await party.stack.enter_async_context(await party.open_engine())
+    layout, memory = trainer_layout(1), shard(trainer_layout(1), 0, values(0))
+    for wrong, text in (({"rate_limit": 0}, "rate_limit"), ({"staging_bytes": 0}, "staging_bytes"), ({"epoch": 0}, "epoch")):
+        with pytest.raises(ValueError, match=text):
+            weights.Publisher(engine, Bound(layout, 0, memory), **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="2 ranks"):
+        weights.Publisher(engine, Bound(trainer_layout(2), 0, shard(trainer_layout(2), 0, values(0))))
+    with pytest.raises(ValueError, match="mode"):
+        weights.Subscriber(engine, inference_layout(1), mode="sideways")
+    with pytest.raises(ValueError, match="needs a name"):
+        weights.Subscriber(engine, inference_layout(2))
+    async with weights.Publisher(engine, Bound(layout, 0, memory)) as publisher:
+        with pytest.raises(at.ConfigurationError, match="already"):
+            weights.Publisher(engine, Bound(layout, 0, memory))
+        for number, kind in ((-1, ValueError), ("1", TypeError), (True, TypeError)):
+            with pytest.raises(kind, match="number"):
+                publisher.publish(number)  # type: ignore[arg-type]
+    with pytest.raises(at.ClosedError):
+        async with publisher.publish(1):
+            pass
