@@ -203,8 +203,6 @@ class Conduct:
         self._going = [name for name in members if name not in out]
         for name in out:
             self._leave_out(name)
-        if not self._going:
-            raise Given("late", "no subscriber instance takes this version")
 
     async def _offer_to(self, target: Target, offer: wire.Offer, limit: asyncio.Semaphore) -> None:
         try:
@@ -243,6 +241,12 @@ class Conduct:
     def heard(self) -> None:
         """A subscriber has announced itself."""
         self._changes.wake()
+
+    def left_by(self, message: wire.Leave) -> None:
+        """A subscriber has closed."""
+        target = self.targets.get((message.instance, message.rank))
+        if target is not None and target.entry.life == message.life:
+            self.done(target, "its subscriber was closed")
 
     def answer(self, peer: Peer, message: wire.Accept | wire.Decline | wire.Done) -> None:
         """Of a subscriber rank."""

@@ -255,6 +255,8 @@ class Publisher:
                 self._announced(peer, message)
             case wire.Leave():
                 self.roll.remove(message.instance, message.rank, message.life)
+                if self.leader is not None and self.leader.conduct is not None:
+                    self.leader.conduct.left_by(message)
             case wire.Piece():
                 self._piece(peer, message)
             case wire.Enter() | wire.Withdraw() | wire.Heard() if self.leader is not None:

@@ -78,7 +78,12 @@ class Update:
         role.sources.note()
         await role.call()
         if role.rank:
-            self.leader = await reach(role.engine, role.members[0], self._left())
+            try:
+                self.leader = await reach(role.engine, role.members[0], self._left())
+            except TransferError as error:
+                raise self._failed(
+                    f"version {self.number} was not published: no way to publisher rank 0: {error.message}"
+                ) from error
             self._add_watch(self.leader, "publisher rank 0")
         enter = wire.Enter(role.rank, self._attempt, self.number, role.epoch or 0, role.works.digest, role.known())
         self._entered = True

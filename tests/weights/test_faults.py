@@ -1,0 +1,309 @@
+"""Losses, deadlines, late joiners and closing in the middle, on the simulator: old version or new, and nothing waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+
+import aiotransfer as at
+from aiotransfer import weights
+from aiotransfer.engine.views import memory_of
+from aiotransfer.testing.fabric import Fabric, fabric
+from aiotransfer.weights.subscriber.filling import Filling
+from tests.weights.party import Party, Server, failures
+
+CONFIG = at.Config(peer_timeout=0.05, drain_timeout=0.01)
+Scenario = Callable[[Party, Fabric], Awaitable[None]]
+
+
+def play(scenario: Scenario, seed: int = 7) -> None:
+    """Run it with a party on the simulator."""
+
+    async def run(net: Fabric) -> None:
+        async def open_engine(**options: Any) -> at.Engine:
+            return await net.open_engine(config=CONFIG, **options)
+
+        async with AsyncExitStack() as stack:
+            await scenario(Party(stack, open_engine), net)
+
+    fabric(seed=seed).run(run)
+
+
+def holds(servers: list[Server]) -> list[int | None]:
+    return [server.holds() for server in servers]
+
+
+def versions(servers: list[Server]) -> list[Any]:
+    return [server.subscriber.version for server in servers]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_lost_rank_keeps_its_instance_at_the_old_version_and_others_go_on(lost: int) -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        await party.train(2, timeout=2)
+        a, b = await party.serve("a", 2), await party.serve("b", 2)
+        await party.publish(1)
+        publishing = asyncio.ensure_future(failures(party, 2))
+        await asyncio.sleep(4e-4)
+        net.kill(a[lost].engine)
+        for error in await publishing:
+            assert isinstance(error, weights.UpdateError)
+            assert error.version == (1, 2)
+            assert error.committed == ("b/0", "b/1")
+            assert set(error.missing) == {"a/0", "a/1"}
+            assert "2 of 4 ranks have version 1.2" in str(error)
+        assert versions(b) == [(1, 2)] * 2
+        assert holds(b) == [2, 2]
+        other = a[1 - lost]
+        assert other.subscriber.version == (1, 1)
+        assert other.holds() == 1
+        async with other.subscriber.reading() as version:
+            assert version == (1, 1)
+
+    play(scenario)
+
+
+def test_a_stopped_rank_is_left_behind_at_the_deadline_by_name_and_the_next_version_reaches_it() -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        await party.train(1, timeout=1)
+        (a,), (b,) = await party.serve("a", 1), await party.serve("b", 1)
+        await party.publish(1)
+        with net.held(a.engine):
+            (error,) = await failures(party, 2)
+        assert isinstance(error, weights.UpdateError)
+        assert (error.committed, set(error.missing)) == (("b/0",), {"a/0"})
+        assert b.holds() == 2
+        assert a.subscriber.version == (1, 1)
+        await party.trainers[0].engine.connect(a.engine.address)
+        assert await party.publish(3) == (1, 3)
+        assert (a.holds(), b.holds()) == (3, 3)
+
+    play(scenario)
+
+
+def test_a_lost_trainer_rank_abandons_the_version_for_all() -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        trainers = await party.train(2, timeout=2)
+        servers = await party.serve("a", 2)
+        await party.publish(1)
+        publishing = asyncio.ensure_future(trainers[0].publish(2))
+        dying = asyncio.ensure_future(trainers[1].publish(2))
+        await asyncio.sleep(4e-4)
+        net.kill(trainers[1].engine)
+        with pytest.raises(weights.UpdateError, match="publisher rank 1 was lost"):
+            await publishing
+        dying.cancel()
+        await asyncio.wait([dying])
+        await asyncio.sleep(0.2)
+        assert versions(servers) == [(1, 1)] * 2
+        assert holds(servers) == [1, 1]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("moment", [1e-4, 4e-4, 8e-4, 2e-3])
+def test_the_loss_of_the_leading_trainer_leaves_all_ranks_with_one_version(moment: float) -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        trainers = await party.train(2, timeout=1)
+        servers = await party.serve("a", 4)
+        for server in servers:
+            await trainers[1].engine.connect(server.engine.address)
+        await party.publish(1)
+        publishing = [asyncio.ensure_future(trainer.publish(2)) for trainer in trainers]
+        await asyncio.sleep(moment)
+        net.kill(trainers[0].engine)
+        results = await asyncio.gather(*publishing, return_exceptions=True)
+        assert isinstance(results[1], weights.UpdateError) or results[1] == (1, 2)
+        await asyncio.sleep(2)
+        (one,) = set(versions(servers))
+        assert one in ((1, 1), (1, 2))
+        assert holds(servers) == [one.number] * 4
+        await party.train(1, timeout=1)
+        await party.trainers[0].engine.connect(servers[0].engine.address)
+        for server in servers:
+            await party.trainers[0].engine.connect(server.engine.address)
+        assert await party.publish(1) == (2, 1)
+        assert holds(servers) == [1] * 4
+
+    play(scenario)
+
+
+def test_a_late_instance_catches_up_from_another_and_disturbs_no_one() -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        await party.train(2, timeout=2)
+        a = await party.serve("a", 2)
+        await party.publish(3)
+        b = await party.serve("b", 2)
+        assert b[0].subscriber.version is None
+        for server in b:
+            assert await server.subscriber.ready(timeout=5) == (1, 3)
+        assert holds(b) == [3, 3]
+        assert versions(a) == [(1, 3)] * 2
+        assert await party.publish(4) == (1, 4)
+        assert holds(a) == holds(b) == [4, 4]
+
+    play(scenario)
+
+
+def test_a_restarted_rank_is_not_ready_before_its_instance_is_whole_again() -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        await party.train(1, timeout=2)
+        a = await party.serve("a", 2)
+        await party.publish(1)
+        await a[1].subscriber.aclose()
+        await a[1].engine.aclose()
+        engine = await party.stack.enter_async_context(await party.open_engine())
+        await engine.connect(party.trainers[0].engine.address)
+        layout = a[0].subscriber.layout
+        again = await party.stack.enter_async_context(weights.Subscriber(engine, layout, instance="a", rank=1))
+        with pytest.raises(at.TransferTimeout, match="no whole version"):
+            await again.ready(timeout=0.2)
+        assert again.version is None
+        assert await party.publish(2) == (1, 2)
+        assert await again.ready() == (1, 2)
+        assert [a[0].holds(), Server(engine, again).holds()] == [2, 2]
+
+    play(scenario)
+
+
+def test_in_place_a_version_comes_between_two_fences_and_there_is_none_meanwhile() -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        await party.train(1, timeout=2)
+        seen: list[Any] = []
+        server: Server
+
+        async def pause() -> None:
+            seen.append(("pause", server.subscriber.version))
+            await asyncio.sleep(0.01)
+
+        def resume() -> None:
+            seen.append(("resume", server.subscriber.version))
+
+        (server,) = await party.serve("a", 1, mode="in_place", pause=pause, resume=resume)
+        await party.publish(1)
+        assert seen == [("pause", None), ("resume", (1, 1))]
+        await party.publish(2)
+        assert seen[2:] == [("pause", (1, 1)), ("resume", (1, 2))]
+        assert server.holds() == 2
+
+        async def fails() -> None:
+            party.trainers[0].load(3)
+            async with party.trainers[0].publisher.publish(3):
+                await asyncio.sleep(0.02)
+                assert server.subscriber.version is None
+                raise ArithmeticError
+
+        with pytest.raises(ArithmeticError):
+            await fails()
+        await asyncio.sleep(0.05)
+        assert server.subscriber.version is None
+        with pytest.raises(at.TransferTimeout):
+            async with server.subscriber.reading(timeout=0.1):
+                pass
+        assert seen[4:] == [("pause", (1, 2))]
+        await party.publish(4)
+        assert seen[5:] == [("resume", (1, 4))]
+        assert server.holds() == 4
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("side", ["publisher", "subscriber"])
+def test_closing_in_the_middle_ends_the_version_by_name_on_the_other_side(side: str) -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        trainers = await party.train(2, timeout=2)
+        servers = await party.serve("a", 2)
+        await party.publish(1)
+        publishing = asyncio.ensure_future(failures(party, 2))
+        await asyncio.sleep(4e-4)
+        await (trainers[1].publisher if side == "publisher" else servers[1].subscriber).aclose()
+        errors = await publishing
+        assert any(isinstance(error, weights.UpdateError) for error in errors)
+        assert "closed" in " ".join(map(str, errors))
+        await asyncio.sleep(0.1)
+        assert versions(servers[:1]) == [(1, 1)]
+        assert servers[0].holds() == 1
+
+    play(scenario)
+
+
+def test_publishing_may_be_cancelled_at_every_turn_and_the_next_version_comes() -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        trainers = await party.train(2, timeout=2)
+        servers = await party.serve("a", 2)
+        await party.publish(1)
+        number = 1
+        for turns in range(0, 240, 12):
+            number += 1
+            tasks = [asyncio.ensure_future(trainer.publish(number)) for trainer in trainers]
+            net.at_turn(turns, tasks[turns % 2].cancel)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.sleep(0.05)
+            assert len(set(versions(servers))) == 1
+            assert holds(servers) == [versions(servers)[0].number] * 2
+        number += 1
+        assert await party.publish(number) == (1, number)
+        assert holds(servers) == [number] * 2
+
+    play(scenario)
+
+
+def test_sources_that_do_not_rest_end_the_version() -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        (trainer,) = await party.train(1, timeout=2, checksum=True)
+        (server,) = await party.serve("a", 1)
+        await party.publish(1)
+        with pytest.raises(at.TransferError, match="norm was changed inside publish"):
+            async with trainer.publisher.publish(2):
+                trainer.memory["norm"][0] += 1
+        await asyncio.sleep(0.05)
+        assert server.subscriber.version == (1, 1)
+        assert server.holds() == 1
+        assert await party.publish(3) == (1, 3)
+        assert server.holds() == 3
+
+    play(scenario)
+
+
+def test_bytes_that_are_not_those_that_were_sent_are_found_by_their_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        await party.train(2, timeout=2, checksum=True)
+        servers = await party.serve("a", 2)
+        await party.publish(1)
+        damaged = memory_of(servers[1].subscriber.memory.shadow["norm"])
+        whole = Filling.close
+
+        async def close(self: Filling) -> None:
+            await whole(self)
+            if self._role.rank == 1:
+                damaged[3] ^= 1
+
+        monkeypatch.setattr(Filling, "close", close)
+        for error in await failures(party, 2):
+            assert isinstance(error, weights.UpdateError)
+            assert "checksum" in error.missing["a/1"]
+        monkeypatch.undo()
+        assert versions(servers) == [(1, 1)] * 2
+        assert holds(servers) == [1, 1]
+        assert await party.publish(3) == (1, 3)
+
+    play(scenario)
+
+
+def test_a_rate_limit_is_kept() -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        await party.train(1, timeout=60, rate_limit=1000.0)
+        (server,) = await party.serve("a", 1)
+        nbytes = sum(server.subscriber.memory.sizes.values())
+        began = net.now
+        await party.publish(1)
+        assert net.now - began >= nbytes / 1000.0 * 0.4
+        assert net.now - began < 60
+        assert np.isclose(server.holds() or 0, 1)
+
+    play(scenario)
