@@ -1,49 +1,55 @@
-"""Layouts with the memory of one rank, and where that memory is now."""
+"""What the roles do with bound memory: find it, register it, and see that it is still where it was."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from aiotransfer.engine.region import Region
+from aiotransfer.errors import RegistrationError, TransferError
+from aiotransfer.weights.bind import Bound, local
 from aiotransfer.weights.layout import Layout
 
-
-class Bound(NamedTuple):
-    """A layout with the memory of one of its ranks: {buffer: tensor, array or Region}."""
-
-    layout: Layout
-    rank: int
-    memory: Mapping[str, Any]
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.region import Region
 
 
-def bound_of(layout: Any, rank: int | None) -> tuple[Layout, int, Mapping[str, Any]]:
-    """The layout, rank and memory of what a role was given. Raises `TypeError`, `ValueError`."""
-    if isinstance(layout, Layout):
-        layout = Bound(layout, 0 if rank is None else rank, {})
-    if not isinstance(layout, Bound):
-        raise TypeError(f"layout must be a Layout, not {type(layout).__name__}")
-    number = layout.rank if rank is None else rank
-    if layout.memory and number != layout.rank:
-        raise ValueError(f"the layout is bound to the memory of rank {layout.rank}, not of rank {number}")
-    if not 0 <= number < layout.layout.ranks:
-        raise ValueError(f"the layout has {layout.layout.ranks} ranks; there is no rank {number}")
-    return layout.layout, number, layout.memory
+class Moved(TransferError):
+    """Memory of a role did not rest."""
 
 
-def address_of(thing: Any) -> tuple[int, ...]:
-    """Where memory is, and the storage that it lies in."""
-    if isinstance(thing, Region):
-        return (thing._root._address, thing.nbytes, int(thing.closed))
-    if type(thing).__module__.startswith("torch"):
-        tensor = thing.to_local() if hasattr(thing, "to_local") else thing
-        storage = tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor
-        return (tensor.data_ptr(), storage.data_ptr(), storage.nbytes())
-    interface = getattr(thing, "__array_interface__", None)
-    return (0,) if interface is None else (int(interface["data"][0]), int(thing.nbytes))
+def bound_of(layout: Any, rank: int | None) -> tuple[Layout, int, Bound | None]:
+    """The layout, rank and memory of what a role was given: a `Bound`, or a `Layout`, which knows its memory when it was derived
+    from a model. Raises `TypeError`, `ValueError`, `PlanError`."""
+    if isinstance(layout, Bound):
+        if rank is not None and rank != layout.rank:
+            raise ValueError(f"the layout is bound to the memory of rank {layout.rank}, not of rank {rank}")
+        return layout.layout, layout.rank, layout
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a Layout, bound or not, not {type(layout).__name__}")
+    number = 0 if rank is None else rank
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"rank must be an int, not {rank!r}")
+    if not 0 <= number < layout.ranks:
+        raise ValueError(f"the layout has {layout.ranks} ranks; there is no rank {number}")
+    return layout, number, None if layout.memory is None else layout.bind(number, layout.memory)
 
 
-def version_of(thing: Any) -> int:
-    """How often torch has changed it in place; 0 where nothing counts that."""
-    tensor = getattr(thing, "_local_tensor", thing)
-    return int(getattr(tensor, "_version", 0))
+def register(engine: Engine, bound: Bound, name: str) -> Region:
+    """A buffer as a region. Memory with gaps is taken from its first byte to its last. Raises `RegistrationError`."""
+    thing = local(bound.memory[name])
+    if hasattr(thing, "detach"):
+        thing = thing.detach()
+    try:
+        return engine.register(thing)
+    except RegistrationError:
+        place, nbytes = bound.places[name], bound.layout.buffers_of(bound.rank)[name]
+        return engine.register((place.address, nbytes, place.device))  # `bound` keeps it alive
+
+
+def check_places(bound: Bound | None, remedy: str) -> None:
+    """Raise `Moved` when memory is not where it was when it was bound."""
+    moved = [] if bound is None else bound.moved()
+    if moved:
+        raise Moved(
+            f"the memory of {moved[0]} has moved since it was bound", hint=f"after an offload, a sleep or a resize {remedy}"
+        )

@@ -62,7 +62,9 @@ def layout_of(
     if problems:
         raise PlanError("the placements of some tensors cannot be expressed", problems=problems)
     layout = builder.layout(hosts, nics)
-    return layout if process_group is None else _gathered(layout, None if process_group is True else process_group)
+    layout = layout if process_group is None else _gathered(layout, None if process_group is True else process_group)
+    layout.memory = memory_of(model)
+    return layout
 
 
 def memory_of(model: Any) -> dict[str, Any]:

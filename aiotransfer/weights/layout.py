@@ -268,6 +268,8 @@ class Layout:
         """The memory of a rank's buffers: {buffer: torch tensor, NumPy array or other buffer}. Errors as for `Bound`."""
         return Bound(self, rank, memory)
 
+    memory: Mapping[str, Any] | None = None  # of the rank that derived it from a model (`layout_of`)
+
     def problems(self) -> list[str]:
         """What is wrong with this side alone, as texts: a name twice, pieces outside their tensor or buffer, elements that no
         rank holds, pieces that overlap. Empty for a good layout."""

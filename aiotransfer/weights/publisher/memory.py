@@ -3,56 +3,48 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aiotransfer.engine.region import Region
 from aiotransfer.engine.views import memory_of
-from aiotransfer.errors import TransferError
 from aiotransfer.weights.aside import aside
-from aiotransfer.weights.binding import address_of, version_of
+from aiotransfer.weights.binding import Moved, check_places, register
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.weights.layout import Layout
+    from aiotransfer.engine.region import Region
+    from aiotransfer.weights.bind import Bound
 
-
-class Moved(TransferError):
-    """A source did not rest."""
+REMEDY = "make the Publisher anew"
 
 
 class Sources:
-    """`objects`: {buffer: memory} of this rank. `regions`: by the number of the buffer in the layout."""
+    """The memory of a rank. `regions`: by the number of the buffer in the layout."""
 
-    def __init__(self, engine: Engine, layout: Layout, rank: int, objects: Mapping[str, Any]) -> None:
-        self._names = {int(b): layout.buffer_names[b] for b in np.flatnonzero(layout.buffer_rank == rank)}
-        self._objects = {name: objects[name] for name in self._names.values()}
-        self._engine = engine
-        self._own: list[Region] = []
-        self._sums: dict[str, bytes] = {}
+    def __init__(self, engine: Engine, bound: Bound) -> None:
+        layout = bound.layout
+        self._engine, self._bound = engine, bound
+        self._names = {int(b): layout.buffer_names[b] for b in np.flatnonzero(layout.buffer_rank == bound.rank)}
         self.regions: dict[int, Region] = {}
-        for number, name in self._names.items():
-            thing = objects[name]
-            if not isinstance(thing, Region):
-                thing = engine.register(thing)
-                self._own.append(thing)
-            self.regions[number] = thing
-        self._addresses = {name: address_of(thing) for name, thing in self._objects.items()}
-        self._versions: dict[str, int] = {}
+        try:
+            for number, name in self._names.items():
+                self.regions[number] = register(engine, bound, name)
+        except BaseException:
+            self.close()
+            raise
+        self._versions: dict[str, tuple[int, ...]] = {}
+        self._sums: dict[str, bytes] = {}
 
     def note(self) -> None:
-        """An update begins. Raises `Moved` when memory is not where it was when it was registered."""
-        self._check_addresses()
-        self._versions = {name: version_of(thing) for name, thing in self._objects.items()}
+        """An update begins. Raises `Moved` when memory is not where it was when it was bound."""
+        check_places(self._bound, REMEDY)
+        self._versions = self._bound.versions()
 
     def check(self) -> None:
         """Everything is written. Raises `Moved` when a source has changed or moved meanwhile."""
-        self._check_addresses()
-        for name, before in self._versions.items():
-            if version_of(self._objects[name]) != before:
-                raise Moved(f"{name} was changed inside publish", hint="the weights must rest until its block has ended")
+        check_places(self._bound, REMEDY)
+        self._check_changed(self._bound.changed(self._versions))
 
     async def note_sums(self) -> None:
         """Remember what the bytes are."""
@@ -61,24 +53,17 @@ class Sources:
     async def check_sums(self) -> None:
         """Raises `Moved` when any has changed."""
         now = await aside(self._engine, self._hash)
-        if changed := [name for name, value in self._sums.items() if now[name] != value]:
+        self._check_changed([name for name, value in self._sums.items() if now[name] != value])
+
+    def _check_changed(self, changed: list[str]) -> None:
+        if changed:
             raise Moved(f"{changed[0]} was changed inside publish", hint="the weights must rest until its block has ended")
 
     def _hash(self) -> dict[str, bytes]:
-        return {
-            name: hashlib.blake2b(memory_of(self.regions[number]).data, digest_size=16).digest()
-            for number, name in self._names.items()
-        }
+        regions = {name: memory_of(self.regions[number]) for number, name in self._names.items()}
+        return {name: hashlib.blake2b(memory.data, digest_size=16).digest() for name, memory in regions.items()}
 
-    def _check_addresses(self) -> None:
-        for name, before in self._addresses.items():
-            if address_of(self._objects[name]) != before:
-                raise Moved(
-                    f"the memory of {name} has moved since it was bound",
-                    hint="after an offload, a sleep or a resize make the Publisher anew",
-                )
-
-    async def aclose(self) -> None:
-        """Give back what is not the user's."""
-        for region in self._own:
+    def close(self) -> None:
+        """Give back what was registered."""
+        for region in self.regions.values():
             region.close()

@@ -17,6 +17,7 @@ import msgspec
 
 from aiotransfer.control.patience import despite_cancels
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError
+from aiotransfer.weights.binding import bound_of
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.layout import Layout
 from aiotransfer.weights.mail import Mail
@@ -67,12 +68,12 @@ class Publisher:
         staging_bytes: int = STAGING_BYTES, timeout: float | None = None, checksum: bool = False, rate_limit: float | None = None,
         names: Iterable[str] | None = None, fanout: str = "direct",
     ) -> None:  # fmt: skip
-        from aiotransfer.weights.binding import bound_of
-
         self.members = (str(engine.address),) if group is None else tuple(map(str, group.members))
         self.rank = 0 if group is None else group.rank
         self.ranks = len(self.members)
-        self.layout, _, objects = bound_of(layout, self.rank)
+        self.layout, _, bound = bound_of(layout, self.rank)
+        if bound is None:
+            raise ValueError("a Publisher needs a layout with memory: layout.bind(rank, {buffer: tensor}), or layout_of(model)")
         if self.layout.ranks != self.ranks:
             raise ValueError(f"the layout has {self.layout.ranks} ranks, the group {self.ranks}")
         if rate_limit is not None and not rate_limit > 0:
@@ -103,7 +104,7 @@ class Publisher:
         self._closing: asyncio.Task[None] | None = None
         if any(isinstance(member, Publisher) for member in Mail.of(engine)):
             raise ConfigurationError("this engine has a Publisher already", hint="close that one first, or open another engine")
-        self.sources = Sources(engine, self.layout, self.rank, objects)
+        self.sources = Sources(engine, bound)
         self.mail = Mail.enter(engine, self)
         self.never = engine.counter()
         self.watch = Watch(self.never, self.mail)
@@ -397,7 +398,7 @@ class Publisher:
         if self._staging is not None:
             self._staging.close()
         await self.mail.leave(self)
-        await self.sources.aclose()
+        self.sources.close()
 
     async def __aenter__(self) -> Publisher:
         return self

@@ -10,46 +10,49 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aiotransfer.engine.region import Region
 from aiotransfer.engine.views import memory_of
 from aiotransfer.errors import QuarantineError
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.weights.aside import aside
+from aiotransfer.weights.bind import is_torch, local
+from aiotransfer.weights.binding import register
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.region import Region
+    from aiotransfer.weights.bind import Bound
     from aiotransfer.weights.layout import Layout
 
 
 class Memory:
-    """The buffers of `rank`, bound to `objects` ({buffer: memory}); `objects` that are missing are allocated.
+    """The buffers of `rank`: those that are bound, or memory that is allocated here.
 
     `active` is the set that readers see, `shadow` the one that is written: the same one in place.
     """
 
-    def __init__(self, engine: Engine, layout: Layout, rank: int, objects: Mapping[str, Any], *, double: bool) -> None:
+    def __init__(self, engine: Engine, layout: Layout, rank: int, bound: Bound | None, *, double: bool) -> None:
         self._engine = engine
         self._layout = layout
         self._rank = rank
         self._double = double
         self.sizes = layout.buffers_of(rank)
-        self._own: dict[Region, None] = {}  # not the user's regions
-        self.active = {name: self._region(objects.get(name), nbytes) for name, nbytes in self.sizes.items()}
-        self._is_torch = any(type(thing).__module__.startswith("torch") for thing in objects.values()) or any(
-            lookup(dtype).numpy is None for dtype in layout.dtypes
+        self._own: dict[Region, None] = {}
+        self.active = self._allocate() if bound is None else {name: self._register(bound, name) for name in self.sizes}
+        self._is_torch = any(lookup(dtype).numpy is None for dtype in layout.dtypes) or (
+            bound is not None and any(is_torch(local(thing)) for thing in bound.memory.values())
         )
         self.shadow = self._allocate() if double else self.active
         self._views: dict[tuple[Region, ...], Mapping[str, Any]] = {}  # of each set
 
-    def _region(self, thing: Any, nbytes: int) -> Region:
-        if isinstance(thing, Region):
-            return thing
-        region = self._engine.allocate(nbytes) if thing is None else self._engine.register(thing)
+    def _register(self, bound: Bound, name: str) -> Region:
+        region = register(self._engine, bound, name)
         self._own[region] = None
         return region
 
     def _allocate(self) -> dict[str, Region]:
-        return {name: self._region(None, nbytes) for name, nbytes in self.sizes.items()}
+        regions = {name: self._engine.allocate(nbytes) for name, nbytes in self.sizes.items()}
+        self._own.update(dict.fromkeys(regions.values()))
+        return regions
 
     @property
     def nbytes(self) -> int:

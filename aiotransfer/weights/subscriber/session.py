@@ -94,6 +94,7 @@ class Session:
 
     async def _prepare(self) -> None:
         role = self.role
+        role.check_places()
         if role.in_place:
             await role.pause()
             role.gate.close()
@@ -109,6 +110,7 @@ class Session:
         except QuarantineError:
             self.role.spoil()
             raise
+        self.role.check_places()
         if self.offer.checksum and not self.offer.source:
             await self.role.check_sums(self.offer, self._filling.sums)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, TransferTimeout, again
 from aiotransfer.weights.aside import aside
+from aiotransfer.weights.binding import bound_of, check_places
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.mail import Mail
 from aiotransfer.weights.protocol import wire
@@ -61,8 +62,6 @@ class Subscriber:
         self, engine: Engine, layout: Any, *, instance: str = "", rank: int | None = None, mode: str = "double",
         pause: Hook | None = None, resume: Hook | None = None, timeout: float | None = None,
     ) -> None:  # fmt: skip
-        from aiotransfer.weights.binding import bound_of
-
         if mode not in ("double", "in_place"):
             raise ValueError(f"mode is 'double' or 'in_place', not {mode!r}")
         if not isinstance(instance, str):
@@ -72,7 +71,7 @@ class Subscriber:
         for name, hook in (("pause", pause), ("resume", resume)):
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name} must be callable, not {hook!r}")
-        self.layout, self.rank, objects = bound_of(layout, rank)
+        self.layout, self.rank, self._bound = bound_of(layout, rank)
         self._seconds = engine._seconds(timeout)
         self.engine = engine
         self.instance = instance or f"{engine.incarnation:016x}"
@@ -102,7 +101,7 @@ class Subscriber:
         self._closing: asyncio.Task[None] | None = None
         self._spare: list[int] = []  # immediates that nothing can arrive for any more
         self.lends_expected: dict[int, tuple[Peer, asyncio.Future[wire.Lend]]] = {}
-        self.memory = Memory(engine, self.layout, self.rank, objects, double=not self.in_place)
+        self.memory = Memory(engine, self.layout, self.rank, self._bound, double=not self.in_place)
         self._lending = Lending(self)
         self.mail = Mail.enter(engine, self)
         self._never = engine.counter()
@@ -253,6 +252,10 @@ class Subscriber:
             self.memory.replace_shadow()
         except TransferError as error:
             self._spoiled = error.message
+
+    def check_places(self) -> None:
+        """Raise `TransferError` when the host has moved the memory."""
+        check_places(self._bound, "make the Subscriber anew")
 
     async def revoke_lends(self) -> None:
         """The shadow is going to be written: whoever reads it has had its time."""
