@@ -81,7 +81,7 @@ def _cast(to: Numbers, of: Numbers, most: float) -> Iterator[int]:
     for corner, (matrices, rows, columns) in _steps(extents, (1, 1), most / size):
         native.lib.at_rows_cast(
             _at(to, corner, there), there[-3], there[-2], KINDS[to.dtype],
-            _at(of, corner, here), here[-3], here[-2], KINDS[of.dtype], matrices, rows, columns,
+            _at(of, corner, here), here[-3], here[-2], here[-1], KINDS[of.dtype], matrices, rows, columns,
         )  # fmt: skip
         yield matrices * rows * columns * size
 
@@ -156,7 +156,7 @@ def _quantise(given: Blocks, most: float) -> Iterator[int]:
         return
     *stack, height, width = src.shape
     extents, steps = merged(stack, [side.strides[:-2] for side in given[:3]])
-    to, per, of = ([*outer, max(0, side.strides[-2]), side.itemsize] for outer, side in zip(steps, given[:3], strict=True))
+    to, per, of = ([*outer, *inner(side)] for outer, side in zip(steps, given[:3], strict=True))
     extents = [*extents, height, width]
     if len(extents) < 3:
         extents, to, per, of = [1, *extents], [0, *to], [0, *per], [0, *of]
@@ -164,13 +164,18 @@ def _quantise(given: Blocks, most: float) -> Iterator[int]:
         blocks = [*corner[:-2], corner[-2] // high, 0]
         found = native.lib.at_rows_quantise(
             _at(dst, corner, to), to[-3], to[-2], _at(scales, blocks, per), per[-3], per[-2],
-            _at(src, corner, of), of[-3], of[-2], KINDS[src.dtype], matrices, rows, columns, high, wide,
+            _at(src, corner, of), of[-3], of[-2], of[-1], KINDS[src.dtype], matrices, rows, columns, high, wide,
         )  # fmt: skip
         if found >= 0:
             index = [found // columns // rows, found // columns % rows, found % columns]
             where = np.add(corner, [*(0 for _ in corner[:-3]), *index])
             raise not_finite(given, int(np.ravel_multi_index(tuple(where), tuple(extents))))
         yield matrices * rows * columns * src.itemsize
+
+
+def inner(side: Numbers) -> list[int]:
+    """The strides of rows and columns; that of one column alone says nothing."""
+    return [side.strides[-2] if side.shape[-2] > 1 else 0, side.strides[-1] if side.shape[-1] > 1 else side.itemsize]
 
 
 def not_finite(given: Blocks, place: int) -> NotFiniteError:

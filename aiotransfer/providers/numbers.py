@@ -16,8 +16,9 @@ class Numbers(NamedTuple):
     """An array of numbers in host memory.
 
     `address` is where element 0 lies, `dtype` a name such as "bfloat16", `shape` counts elements, `strides` are in bytes.
-    Elements along the last dimension must be neighbours; the other dimensions may have any strides that are not negative. `keep`
-    is what owns the memory: it is only held. Without it the memory must stay until the call that got this has returned.
+    Strides are not negative, and in what is written to elements along the last dimension must be neighbours; in what is read they
+    need not be, which is slow. `keep` is what owns the memory: it is only held. Without it the memory must stay until the call
+    that got this has returned.
     """
 
     address: int
@@ -105,14 +106,14 @@ def checked(what: str, given: Any, dtypes: Sequence[str], *, writable: bool = Fa
     if writable and not found.writable:
         raise ValueError(f"the memory of {what} is read-only")
     if found.size:
-        _walkable(what, found)
+        _walkable(what, found, dense=writable)
         if writable and not _apart_in_itself(found):
             raise ValueError(f"elements of {what} overlap: {found.shape} with strides of {found.strides} bytes")
     return found
 
 
-def _walkable(what: str, found: Numbers) -> None:
-    if found.shape and found.shape[-1] > 1 and found.strides[-1] != found.itemsize:
+def _walkable(what: str, found: Numbers, *, dense: bool) -> None:
+    if dense and found.shape and found.shape[-1] > 1 and found.strides[-1] != found.itemsize:
         raise ValueError(
             f"the elements of a row of {what} must lie next to each other: the last stride is {found.strides[-1]} bytes, "
             f"an element {found.itemsize}"
@@ -175,9 +176,9 @@ def merged(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list
 
 
 def in_rows(sides: Sequence[Numbers]) -> tuple[list[int], list[list[int]]]:
-    """`merged`, with a last dimension along which elements are neighbours in all of them."""
+    """`merged`, with a last dimension along which elements are neighbours in the first of them."""
     extents, steps = merged(sides[0].shape, [side.strides for side in sides])
-    if not extents or any(mine[-1] != side.itemsize for mine, side in zip(steps, sides, strict=True)):
+    if not extents or steps[0][-1] != sides[0].itemsize:
         extents.append(1)
         for mine, side in zip(steps, sides, strict=True):
             mine.append(side.itemsize)

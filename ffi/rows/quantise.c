@@ -22,15 +22,15 @@ static uint32_t most_of(const at_block *b, int level) {
     uint32_t most = 0;
     uint64_t begin = 0;
 #if defined(__x86_64__)
+    if (b->src_column != at_row_width(b->kind)) level = 0;
     if (level == 2) begin = at_most_avx512(b, &most);
     else if (level == 1) begin = at_most_avx2(b, &most);
 #endif
     (void)level; /* elsewhere there is one way */
-    size_t width = at_row_width(b->kind);
     for (uint64_t r = 0; begin < b->columns && r < b->rows; r++) {
         const uint8_t *src = b->src + r * b->src_row;
         for (uint64_t j = begin; j < b->columns; j++) {
-            uint32_t one = width == 4 ? bits_of(load32(src + 4 * j)) & 0x7FFFFFFFu : load16(src + 2 * j) & 0x7FFFu;
+            uint32_t one = magnitude(src + j * b->src_column, b->kind);
             most = one > most ? one : most;
         }
     }
@@ -45,58 +45,60 @@ static __attribute__((noinline)) float scale_of(uint32_t most, int kind) {
 }
 
 /* With `kind` a constant the compiler makes vectors of it. */
-static inline __attribute__((always_inline)) void narrow_plain(const at_block *b, uint64_t begin, int kind) {
+static inline __attribute__((always_inline)) void narrow_plain(const at_block *b, uint64_t begin, int kind, uint64_t step) {
     uint64_t columns = b->columns;
     float scale = b->scale;
     for (uint64_t r = 0; begin < columns && r < b->rows; r++) {
         const uint8_t *restrict src = b->src + r * b->src_row;
         uint8_t *restrict dst = b->dst + r * b->dst_row;
-        for (uint64_t j = begin; j < columns; j++) dst[j] = to_e4m3(load(src + j * at_row_width(kind), kind) / scale);
+        for (uint64_t j = begin; j < columns; j++) dst[j] = to_e4m3(load(src + j * step, kind) / scale);
     }
 }
 
 static __attribute__((noinline)) void narrow(const at_block *b, int level) {
     uint64_t begin = 0;
+    size_t width = at_row_width(b->kind);
 #if defined(__x86_64__)
+    if (b->src_column != width) level = 0;
     if (level == 2) begin = at_narrow_avx512(b);
     else if (level == 1) begin = at_narrow_avx2(b);
 #endif
     (void)level;
-    if (b->kind == AT_ROW_F32) narrow_plain(b, begin, AT_ROW_F32);
-    else if (b->kind == AT_ROW_BF16) narrow_plain(b, begin, AT_ROW_BF16);
-    else narrow_plain(b, begin, AT_ROW_F16);
+    if (b->src_column != width) narrow_plain(b, 0, b->kind, b->src_column);
+    else if (b->kind == AT_ROW_F32) narrow_plain(b, begin, AT_ROW_F32, 4);
+    else if (b->kind == AT_ROW_BF16) narrow_plain(b, begin, AT_ROW_BF16, 2);
+    else narrow_plain(b, begin, AT_ROW_F16, 2);
 }
 
 /* The first number of these rows that is not finite; there is one. */
-static uint64_t not_finite(const uint8_t *src, uint64_t src_row, int kind, uint64_t columns) {
+static uint64_t not_finite(const uint8_t *src, uint64_t src_row, uint64_t src_column, int kind, uint64_t columns) {
     for (uint64_t r = 0;; r++)
         for (uint64_t j = 0; j < columns; j++)
-            if (magnitude(src + r * src_row + j * at_row_width(kind), kind) >= beyond(kind)) return r * columns + j;
+            if (magnitude(src + r * src_row + j * src_column, kind) >= beyond(kind)) return r * columns + j;
 }
 
 static uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 /* One row of blocks. Returns whether all numbers are finite. */
 static int quantise_band(at_block b, uint8_t *scales, uint64_t columns, uint64_t block_columns, int level) {
-    size_t width = at_row_width(b.kind);
-    const uint8_t *below = b.src + b.rows * b.src_row, *end = b.src + columns * width;
+    const uint8_t *below = b.src + b.rows * b.src_row, *end = b.src + columns * b.src_column;
     for (uint64_t left = columns; left > 0; left -= b.columns, scales += sizeof b.scale) {
         b.columns = least(left, block_columns);
         uint32_t most = most_of(&b, level);
         if (most >= beyond(b.kind)) return 0;
         b.scale = scale_of(most, b.kind);
         memcpy(scales, &b.scale, sizeof b.scale);
-        b.next = b.src + b.columns * width;
+        b.next = b.src + b.columns * b.src_column;
         if (b.next == end) b.next = below; /* most often; else what is fetched is of no use */
         narrow(&b, level);
-        b.src += b.columns * width, b.dst += b.columns;
+        b.src += b.columns * b.src_column, b.dst += b.columns;
     }
     return 1;
 }
 
 int64_t at_rows_quantise(uint8_t *dst, uint64_t dst_matrix, uint64_t dst_row, uint8_t *scales, uint64_t scales_matrix,
-                         uint64_t scales_row, const uint8_t *src, uint64_t src_matrix, uint64_t src_row, int kind,
-                         uint64_t matrices, uint64_t rows, uint64_t columns, uint64_t block_rows, uint64_t block_columns) {
+                         uint64_t scales_row, const uint8_t *src, uint64_t src_matrix, uint64_t src_row, uint64_t src_column,
+                         int kind, uint64_t matrices, uint64_t rows, uint64_t columns, uint64_t block_rows, uint64_t block_columns) {
     int level = at_rows_level();
     int64_t found = -1;
     if (columns == 0) return found;
@@ -104,10 +106,10 @@ int64_t at_rows_quantise(uint8_t *dst, uint64_t dst_matrix, uint64_t dst_row, ui
     for (uint64_t m = 0; m < matrices && found < 0; m++)
         for (uint64_t r = 0, band = 0; r < rows && found < 0; r += block_rows, band++) {
             at_block b = {.dst = dst + m * dst_matrix + r * dst_row, .src = src + m * src_matrix + r * src_row, .next = NULL,
-                          .dst_row = dst_row, .src_row = src_row, .rows = least(rows - r, block_rows), .columns = 0, .kind = kind,
-                          .scale = 1.0f};
+                          .dst_row = dst_row, .src_row = src_row, .src_column = src_column, .rows = least(rows - r, block_rows),
+                          .columns = 0, .kind = kind, .scale = 1.0f};
             if (!quantise_band(b, scales + m * scales_matrix + band * scales_row, columns, block_columns, level))
-                found = (int64_t)((m * rows + r) * columns + not_finite(b.src, src_row, kind, columns));
+                found = (int64_t)((m * rows + r) * columns + not_finite(b.src, src_row, src_column, kind, columns));
         }
     at_mode_restore(before);
     return found;

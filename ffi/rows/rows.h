@@ -32,7 +32,7 @@ uint64_t at_sum_avx512(const at_sum *sum);
 typedef struct {
     uint8_t *dst;
     const uint8_t *src, *next; /* next: the block that is read afterwards, or NULL */
-    uint64_t dst_row, src_row; /* strides in bytes */
+    uint64_t dst_row, src_row, src_column; /* strides in bytes */
     uint64_t rows, columns;
     int kind; /* of src */
     float scale;

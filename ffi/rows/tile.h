@@ -10,7 +10,8 @@
  *   STORE_RAW(at, even, odd)                    rounded, and put together again
  *   FIRST(even, odd) SECOND(even, odd)          the vectors of the places in their order
  *
- * convert.h, which is included after this, says what else it needs. ADD and MUL are never fused: the flag -ffp-contract=off of the build sees to it. */
+ * convert.h, which is included after this, says what else it needs. ADD and MUL are never fused: the flag -ffp-contract=off of the
+ * build sees to it. */
 
 #define AHEAD 512u /* bytes, on into the rows of the next token: with so many rows at once the processor itself sees too late where
                     * they go on (a quarter of the speed from memory) */

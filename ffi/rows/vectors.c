@@ -1,5 +1,5 @@
-/* The sums and conversions by AVX2 and by AVX-512, see tile.h and convert.h. Between floats as in numbers.h, bit by bit: bfloat16 by integers (the processor's own
- * instruction makes subnormal numbers zero), float16 by the processor's. */
+/* The sums and conversions by AVX2 and by AVX-512, see tile.h and convert.h. Between floats as in numbers.h, bit by bit: bfloat16 by
+ * integers (the processor's own instruction makes subnormal numbers zero), float16 by the processor's. */
 #include "rows/numbers.h"
 
 #if defined(__x86_64__)

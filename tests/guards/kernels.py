@@ -71,7 +71,7 @@ GUARDS = (
     Mutant(
         "conversions: rows whose elements are no neighbours",
         "aiotransfer/providers/numbers.py",
-        "    if found.shape and found.shape[-1] > 1 and found.strides[-1] != found.itemsize:\n",
+        "    if dense and found.shape and found.shape[-1] > 1 and found.strides[-1] != found.itemsize:\n",
         "    if False:\n",
         TESTS,
     ),

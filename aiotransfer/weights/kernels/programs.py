@@ -28,7 +28,7 @@ def widened(value, SRC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "parts"])
 def cast_kernel(
-    dst, src, dst_matrix, dst_row, src_matrix, src_row, rows, columns, parts,
+    dst, src, dst_matrix, dst_row, src_matrix, src_row, src_column, rows, columns, parts,
     OUT: tl.constexpr, SRC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for `BLOCK` columns of a row, of which there are so many `parts`; `dst` points to integers of the size."""
@@ -38,7 +38,7 @@ def cast_kernel(
     here = at < columns
     matrix = row // rows
     row = row % rows
-    number = widened(tl.load(src + matrix * src_matrix + row * src_row + at, mask=here, other=0), SRC)
+    number = widened(tl.load(src + matrix * src_matrix + row * src_row + at * src_column, mask=here, other=0), SRC)
     bits = number.to(tl.uint32, bitcast=True)
     is_number = number == number
     if OUT == "bfloat16":  # to the nearest, ties to even; what is beyond the largest becomes infinity
@@ -52,8 +52,8 @@ def cast_kernel(
 
 @triton.jit(do_not_specialize=["scales_matrix", "scales_row", "rows", "before"])
 def quantise_kernel(
-    dst, scales, src, first, dst_matrix, dst_row, scales_matrix, scales_row, src_matrix, src_row, rows, columns, high, wide,
-    before, SRC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dst, scales, src, first, dst_matrix, dst_row, scales_matrix, scales_row, src_matrix, src_row, src_column, rows, columns,
+    high, wide, before, SRC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program for a block of at most `high` x `wide`, in a tile of `ROWS` x `COLUMNS`, which are powers of two. `first`
     becomes the smallest place of a number that is not finite, counted through all of src; `before` are those in front of this
@@ -69,7 +69,7 @@ def quantise_kernel(
     row = block_row * high + r
     column = block_column * wide + c
     here = (r < high) & (c < wide) & (row < rows) & (column < columns)
-    number = widened(tl.load(src + matrix * src_matrix + row * src_row + column, mask=here, other=0), SRC)
+    number = widened(tl.load(src + matrix * src_matrix + row * src_row + column * src_column, mask=here, other=0), SRC)
     bits = number.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     most = tl.max(tl.max(size, axis=1), axis=0)

@@ -17,7 +17,7 @@ import torch
 import triton
 
 from aiotransfer.engine.launches import Launches
-from aiotransfer.providers.convert import BLOCK, FLOAT8, SOURCES, Blocks, NotFiniteError, fitting
+from aiotransfer.providers.convert import BLOCK, FLOAT8, SOURCES, Blocks, NotFiniteError, fitting, inner
 from aiotransfer.providers.numbers import Numbers, check_apart, checked, in_rows, merged
 from aiotransfer.weights.kernels.programs import INTERPRETED, cast_kernel, quantise_kernel
 
@@ -78,7 +78,7 @@ class TritonKernels:
             for corner in itertools.product(*(range(n) for n in outer)):
                 cast_kernel[(matrices * rows * parts,)](
                     _from(dst, TYPES[to.dtype][1], _bytes(corner, there)), _from(src, TYPES[of.dtype][0], _bytes(corner, here)),
-                    *_elements(there, to), *_elements(here, of), rows, columns, parts,
+                    *_elements(there, to), *_elements(here, of), here[-1] // of.itemsize, rows, columns, parts,
                     OUT=to.dtype, SRC=of.dtype, BLOCK=block, enable_fp_fusion=False,
                 )  # fmt: skip
 
@@ -104,7 +104,7 @@ class TritonKernels:
         if not given.src.size:
             return
         extents, steps = merged(stack, [side.strides[:-2] for side in given[:3]])
-        to, per, of = ([*outer, max(0, side.strides[-2])] for outer, side in zip(steps, given[:3], strict=True))
+        to, per, of = ([*outer, *inner(side)] for outer, side in zip(steps, given[:3], strict=True))
         if not extents:
             extents, to, per, of = [1], [0, *to], [0, *per], [0, *of]
         *outer, matrices = extents
@@ -116,8 +116,8 @@ class TritonKernels:
                     _from(dst, torch.uint8, _bytes(corner, to) + given.dst.address - dst.data_ptr()),
                     _from(scales, torch.float32, _bytes(corner, per) + given.scales.address - scales.data_ptr()),
                     _from(src, TYPES[given.src.dtype][0], _bytes(corner, of) + given.src.address - src.data_ptr()),
-                    first, *_elements([*to, 1], given.dst), *_elements([*per, 4], given.scales),
-                    *_elements([*of, given.src.itemsize], given.src), height, width, high, wide,
+                    first, *_elements(to, given.dst), *_elements(per, given.scales),
+                    *_elements(of, given.src), of[-1] // given.src.itemsize, height, width, high, wide,
                     number * matrices * height * width,
                     SRC=given.src.dtype, ROWS=tile[0], COLUMNS=tile[1], num_warps=8, enable_fp_fusion=False,
                 )  # fmt: skip

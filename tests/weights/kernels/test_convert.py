@@ -61,6 +61,12 @@ class Spread:
     def numbers(self) -> Numbers:
         return Numbers(self.address, self.dtype, self.raw.shape, self.strides, True, self.memory)
 
+    def turned(self) -> Numbers:
+        """The same with the last two dimensions exchanged."""
+        return self.numbers()._replace(
+            shape=(*self.raw.shape[:-2], *self.raw.shape[:-3:-1]), strides=(*self.strides[:-2], *self.strides[:-3:-1])
+        )
+
     def holds_only(self, raw: Array) -> bool:
         """These elements, and the gaps as they were."""
         found = self.memory.copy()
@@ -139,13 +145,17 @@ def test_arrays_of_any_strides_are_converted(data: st.DataObject) -> None:
     raw = some(shape, of, data.draw(st.integers(0, 1000)))
     src = Spread(raw, of, data.draw(gaps), data.draw(st.integers(0, 3)))
     dst = Spread(blank(shape, to), to, data.draw(gaps), data.draw(st.integers(0, 3)))
+    source = src.numbers()
+    if len(shape) > 1 and data.draw(st.booleans()):
+        src = Spread(raw.swapaxes(-1, -2), of, data.draw(gaps), data.draw(st.integers(0, 3)))
+        source = src.turned()
     part = data.draw(st.sampled_from([None, 1, 100, 1000]))
     for level in levels():
         limit(level)
         dst.put(blank(shape, to))
-        assert sum(cast_parts(dst.numbers(), src.numbers(), part_bytes=part)) == raw.nbytes
+        assert sum(cast_parts(dst.numbers(), source, part_bytes=part)) == raw.nbytes
         assert dst.holds_only(converted(raw, of, to)), level
-    assert src.holds_only(raw)
+    assert src.holds_only(src.raw)
 
 
 @pytest.mark.parametrize(("of", "to"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")])
@@ -234,19 +244,23 @@ def test_matrices_of_any_strides_and_sizes_are_quantised(data: st.DataObject) ->
     src = Spread(raw, dtype, data.draw(gaps), data.draw(st.integers(0, 3)))
     dst = Spread(blank(shape, "float8_e4m3fn"), "float8_e4m3fn", data.draw(gaps), data.draw(st.integers(0, 3)))
     per = Spread(blank(scales.shape, "float32"), "float32", data.draw(gaps), data.draw(st.integers(0, 3)))
+    source = src.numbers()
+    if data.draw(st.booleans()):
+        src = Spread(raw.swapaxes(-1, -2), dtype, data.draw(gaps), data.draw(st.integers(0, 3)))
+        source = src.turned()
     part = data.draw(st.sampled_from([None, 1, 40_000]))
     for level in levels():
         limit(level)
         dst.put(dst.raw)
         per.put(per.raw)
-        done = list(quantise_parts(dst.numbers(), per.numbers(), src.numbers(), block, part_bytes=part))
+        done = list(quantise_parts(dst.numbers(), per.numbers(), source, block, part_bytes=part))
         assert sum(done) == raw.nbytes
         if part is not None:
             row = shape[-1] * raw.itemsize
             assert all(n <= max(part, block[0] * row) for n in done)
         assert dst.holds_only(codes), level
         assert per.holds_only(scales.view(np.uint32)), level
-    assert src.holds_only(raw)
+    assert src.holds_only(src.raw)
 
 
 def test_rows_of_a_matrix_may_be_done_alone_from_a_block_on() -> None:
@@ -302,6 +316,15 @@ def test_what_is_not_finite_is_refused_with_its_position(dtype: str, part: int |
         assert caught.value.position == place[1:]
 
 
+def test_what_is_not_finite_is_found_where_rows_are_no_neighbours() -> None:
+    raw = some((2, 300, 200), "float32", 9)
+    raw[1, 7, 130] = raw[1, 200, 3] = 0x7F800000
+    codes, scales = np.zeros((2, 200, 300), np.uint8), np.zeros((2, 2, 3), np.float32)
+    with pytest.raises(NotFiniteError) as caught:
+        quantise(numbers(codes, "float8_e4m3fn"), scales, numbers(raw.swapaxes(1, 2), "float32"))
+    assert caught.value.position == (1, 3, 200)
+
+
 def test_the_first_of_several_in_the_order_of_the_rows_is_named() -> None:
     raw = some((130, 300), "bfloat16", 7)
     raw[100, 3] = raw[5, 290] = raw[129, 0] = 0x7FC0
@@ -340,7 +363,7 @@ BUFFER = np.zeros((8, 64), np.float32)
         (f32(4, 4), np.ones((4, 4), ">f4"), TypeError, "src: .*byte order"),
         (locked(), f32(4, 4), ValueError, "the memory of dst is read-only"),
         (np.zeros((4, 8), np.float16)[:, ::2], f32(4, 4), ValueError, "the elements of a row of dst must lie next to each other"),
-        (f32(4, 4), np.ones((4, 4), np.float16).T, ValueError, "the elements of a row of src must"),
+        (np.zeros((4, 4), np.float16).T, f32(4, 4), ValueError, "the elements of a row of dst must"),
         (f32(4, 4), f32(4, 4)[::-1], ValueError, "src has a negative stride"),
         (np.broadcast_to(np.float16(1), (1, 1)), f32(1, 1), ValueError, "read-only"),
         (Numbers(4096, "float32", (4, 4), (8, 4)), f32(4, 4), ValueError, "elements of dst overlap"),

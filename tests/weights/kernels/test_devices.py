@@ -111,6 +111,21 @@ async def test_matrices_are_quantised(on: Device, dtype: str, shape: tuple[int, 
 
 
 @on_all
+async def test_a_source_may_lie_in_the_order_of_its_columns(on: Device) -> None:
+    raw = some((2, 70, 40), "bfloat16", 8)
+    codes, scales = quantised(raw, "bfloat16", (32, 32))
+    src = on.put(np.ascontiguousarray(raw.swapaxes(1, 2)), "bfloat16", gap=2).transpose(1, 2)
+    dst, per = on.put(np.zeros(raw.shape, np.uint8), "float8_e4m3fn"), on.put(np.zeros(scales.shape, np.uint32), "float32")
+    wide = on.put(np.zeros(raw.shape, np.uint32), "float32")
+    on.kernels.quantise(dst, per, src, (32, 32))
+    on.kernels.cast(wide, src)
+    await on.kernels.settle(60)
+    assert np.array_equal(on.get(per), scales.view(np.uint32))
+    assert np.array_equal(on.get(dst), codes)
+    assert np.array_equal(on.get(wide), converted(raw, "bfloat16", "float32"))
+
+
+@on_all
 async def test_every_bfloat16_and_the_smallest_scales_are_quantised(on: Device) -> None:
     raw = np.arange(1 << 16, dtype=np.uint16)
     raw = raw[np.isfinite(widened(raw, "bfloat16"))].reshape(-1, 256)
