@@ -7,7 +7,11 @@
  *
  * A pid names whatever program runs there: after an exec of the peer its addresses are another program's. A descriptor of
  * /proc/PID/mem stays with the memory that it was opened for, and reads and writes nothing once that is gone. So small copies go through
- * it, where it is as fast; before each of the others, of 1 MiB at most, it is asked whether that memory is still there. */
+ * it, where it is as fast; before each of the others, of 1 MiB at most, it is asked whether that memory is still there. A program may
+ * be replaced just after the answer. So the kernel call itself begins with the peer's control cookie (at_shm_copy_by_pid): the kernel
+ * takes hold of one program's memory for the whole call and copies in order. A read takes the cookie from the same memory as the data
+ * and compares it. A write stores the cookie where it lies anyway: in another program that address holds no memory, unless chance put
+ * some at the same random address, and the call ends there. */
 #define _GNU_SOURCE
 #include "shm.h"
 
@@ -147,15 +151,27 @@ static ssize_t by_fd(const at_shm *shm, uint8_t *local, uint64_t va, uint64_t nb
     return n == 0 ? -1 : n;
 }
 
-static ssize_t by_pid(const at_shm *shm, uint8_t *local, uint64_t va, uint64_t nbytes, int read) {
+ssize_t at_shm_copy_by_pid(const at_shm *shm, struct iovec *here, struct iovec *there, uint32_t k, int read) {
+    uint8_t cookie[sizeof shm->probe_cookie];
     if (!at_shm_unchanged(shm)) {
         errno = ESRCH;
         return -1;
     }
-    struct iovec here = {local, nbytes}, there = {(void *)(uintptr_t)va, nbytes};
-    ssize_t n = read ? process_vm_readv(shm->pid, &here, 1, &there, 1, 0) : process_vm_writev(shm->pid, &here, 1, &there, 1, 0);
-    if (n == 0) errno = EFAULT;
-    return n == 0 ? -1 : n;
+    memcpy(cookie, shm->probe_cookie, sizeof cookie);
+    here[0] = (struct iovec){cookie, sizeof cookie};
+    there[0] = (struct iovec){(void *)(uintptr_t)shm->probe_va, sizeof cookie};
+    ssize_t n = read ? process_vm_readv(shm->pid, here, k, there, k, 0) : process_vm_writev(shm->pid, here, k, there, k, 0);
+    ssize_t moved = n - (ssize_t)sizeof cookie;
+    if (n >= 0 && (moved < 0 || memcmp(cookie, shm->probe_cookie, sizeof cookie) != 0)) errno = ESRCH; /* another program's memory */
+    else if (n >= 0 && moved == 0) errno = EFAULT;
+    else if (n < 0 && errno == EFAULT && !at_shm_unchanged(shm)) errno = ESRCH;
+    else return n < 0 ? -1 : moved;
+    return -1;
+}
+
+static ssize_t by_pid(const at_shm *shm, uint8_t *local, uint64_t va, uint64_t nbytes, int read) {
+    struct iovec here[2] = {[1] = {local, nbytes}}, there[2] = {[1] = {(void *)(uintptr_t)va, nbytes}};
+    return at_shm_copy_by_pid(shm, here, there, 2, read);
 }
 
 int at_shm_foreign_copy(at_shm *shm, uint8_t *local, uint64_t va, uint64_t nbytes, int read) {

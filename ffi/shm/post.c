@@ -13,7 +13,7 @@
 #include "rows/copy.h"
 
 #define FOREIGN_CHUNK ((uint64_t)1 << 20) /* a system call each: larger chunks than plain stores */
-#define BATCH 512u                        /* iovecs per process_vm_writev (the kernel takes up to 1024) */
+#define BATCH 512u                        /* pages per process_vm_writev (the kernel takes up to 1024 iovecs) */
 
 static _Atomic int hold_wanted, hold_reached;
 
@@ -91,7 +91,7 @@ static int move_bytes(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, 
 }
 
 static int foreign_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t n) {
-    struct iovec here[BATCH], there[BATCH];
+    struct iovec memory[2][BATCH + 1], *here = memory[0] + 1, *there = memory[1] + 1; /* the first are at_shm_copy_by_pid's */
     uint64_t at = 0, page = op->nbytes, va = op->remote->va + op->remote_offset;
     int reads = op->kind & AT_OP_READ;
     while (at < n) {
@@ -103,8 +103,7 @@ static int foreign_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t 
         }
         uint64_t whole = 0;
         if (atomic_load(&shm->foreign) == 1 && (shm->mem_fd < 0 || k * page > AT_SHM_SMALL)) {
-            if (!at_shm_unchanged(shm)) return ESRCH;
-            ssize_t moved = reads ? process_vm_readv(shm->pid, here, k, there, k, 0) : process_vm_writev(shm->pid, here, k, there, k, 0);
+            ssize_t moved = at_shm_copy_by_pid(shm, memory[0], memory[1], k + 1, reads);
             if (moved < 0 && errno == ESRCH) return errno;
             whole = moved < 0 ? 0 : (uint64_t)moved / page;
         }

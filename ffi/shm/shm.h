@@ -26,6 +26,8 @@
 #ifndef AT_SHM_H
 #define AT_SHM_H
 
+#include <sys/types.h>
+
 #include "lane/lane.h"
 
 #define AT_SLOTS 65536u
@@ -122,6 +124,10 @@ int at_shm_is_memory(int fd); /* tmpfs, and no other file system that knows seal
 int at_shm_probe(at_shm *shm); /* NO LOCK, a copier's */
 int at_shm_gone(const at_shm *shm); /* its process has ended: its pid may already be another's */
 int at_shm_unchanged(const at_shm *shm); /* its pid still names the program that it was set up with. NO LOCK, a copier's */
+/* Foreign memory by its pid: k pieces, in order. The first of each table is the function's own, by which it knows the program.
+ * Bytes of the others that were moved, at least one; -1 with errno (ESRCH: the pid is another program's). */
+struct iovec;
+ssize_t at_shm_copy_by_pid(const at_shm *shm, struct iovec *here, struct iovec *there, uint32_t k, int read);
 /* Copy between local memory and the peer's address space, to it or (read) from it; 0 or an errno. */
 int at_shm_foreign_copy(at_shm *shm, uint8_t *local, uint64_t va, uint64_t nbytes, int read);
 

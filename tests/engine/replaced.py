@@ -11,7 +11,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-ADDRESS, NBYTES, SECONDS = 0x600000000000, 4 << 20, 2.0
+ADDRESS, NBYTES, SECONDS = 0x600000000000, 64 << 20, 2.0
 
 
 def fixed() -> npt.NDArray[np.uint8]:
@@ -28,9 +28,9 @@ async def first_program(address: str) -> None:
 
     engine = await at.open_engine()
     memory = fixed()
-    engine.publish("memory", engine.register((ADDRESS, NBYTES, "cpu")))
+    engine.publish("memory", engine.register((ADDRESS, NBYTES, "cpu")), access="both")
     await engine.connect(address)
-    while not memory[0]:
+    while not memory[-1]:
         await asyncio.sleep(0.001)
     os.execv(sys.executable, [sys.executable, __file__, "second"])
 

@@ -50,8 +50,21 @@ GUARDS = (
         "}\n\nstatic void end_here", "tests/engine/test_withheld.py",
     ),
     Mutant(
-        "exec: the program is still the same", "ffi/shm/memory.c", "    if (!at_shm_unchanged(shm)) {", "    if (0) {",
-        "tests/engine/test_replaced.py",
+        "exec: the program is still the same, asked before the call and in it", "ffi/shm/memory.c",
+        """    if (!at_shm_unchanged(shm)) {
+        errno = ESRCH;
+        return -1;
+    }
+    memcpy(cookie, shm->probe_cookie, sizeof cookie);
+    here[0] = (struct iovec){cookie, sizeof cookie};
+""",
+        """    if (k > 1) {
+        if (read) return process_vm_readv(shm->pid, here + 1, k - 1, there + 1, k - 1, 0);
+        return process_vm_writev(shm->pid, here + 1, k - 1, there + 1, k - 1, 0);
+    }
+    memcpy(cookie, shm->probe_cookie, sizeof cookie);
+    here[0] = (struct iovec){cookie, sizeof cookie};
+""", "tests/engine/test_replaced.py",
     ),
     Mutant(
         "punched: pages are counted", "ffi/shm/post.c", "if (is_punched(remote, k)) return AT_EPROTO;", "",
