@@ -150,8 +150,8 @@ def deal(sizes: Ints, kind: Ints, candidates: Sequence[Sequence[int]], shares: S
 def even_out(
     sizes: Ints, kind: Ints, candidates: Sequence[Sequence[int]], chosen: Ints, groups: Sequence[int], most: int
 ) -> Ints:
-    """The rank (int32) for each part of `sizes` bytes: one of `candidates[kind[part]]`, of which each takes the bytes that
-    rank; the NIC that it shares). Looks at `most` parts, one by one, twice."""
+    """Move parts, largest first, to candidates that have less to do than who has them, and are of the same group (`groups`: of
+    each rank; the NIC that it shares). Looks at `most` parts, one by one, twice."""
     load = np.zeros(len(groups), np.int64)
     np.add.at(load, chosen, sizes)
     loads = load.tolist()

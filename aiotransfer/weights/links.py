@@ -15,7 +15,8 @@ from aiotransfer.weights.templates import Template
 
 COPY, CAST, QUANTISE, SCALES = 0, 1, 2, 3
 KINDS = ("copy", "cast", "quantise", "scales of")
-FLOATS = ("float32", "float16", "bfloat16")
+FLOATS = ("float32", "float16", "bfloat16")  # what can be quantised
+CASTS = (*FLOATS, "float64")  # what can be cast, in any direction
 QUANTISED = "float8_e4m3fn"
 SCALE_ENDINGS = ("_scale_inv", "_scale")
 Ints = npt.NDArray[Any]
@@ -330,8 +331,8 @@ class _Resolver:
             if not any(t.match(n) is not None for t in self.casts for n in names):
                 types = f"{dtype} at the inference side and {sources[0]} at the trainers"
                 self.problems.append(f"{name}: its type is {types}; a Cast or Quantise rule says how")
-            elif sources[0] not in FLOATS or dtype not in FLOATS:
-                self.problems.append(f"{name}: {sources[0]} is not cast to {dtype}; casts are between {', '.join(FLOATS)}")
+            elif sources[0] not in CASTS or dtype not in CASTS:
+                self.problems.append(f"{name}: {sources[0]} is not cast to {dtype}; casts are between {', '.join(CASTS)}")
             self.result.kind[k] = CAST
 
     def _scales(self) -> dict[int, int]:

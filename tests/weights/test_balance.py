@@ -77,6 +77,7 @@ def test_an_instance_that_is_cut_otherwise_gets_its_bytes_from_the_trainers() ->
     halves = Layout(tensors, sharded(tensors[0], range(2)), ranks=2)
     plan = make_plan(whole, {"halves": halves, "whole": whole}, fanout="relay")
     assert plan.balance().received.tolist() == [144, 144, 288]
+    assert plan.balance().relayed.sum() == 0
 
 
 def test_experts_are_found_by_their_logical_number_wherever_they_are() -> None:

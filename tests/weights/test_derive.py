@@ -32,6 +32,7 @@ class Model(torch.nn.Module):  # type: ignore[misc, name-defined]
         super().__init__()
         self.a = torch.nn.Linear(10, 12)
         self.b = torch.nn.Linear(12, 7, bias=False)
+        self.odd = torch.nn.Linear(10, 7, bias=False)
         self.embed = torch.nn.Embedding(13, 12)
         self.head = torch.nn.Linear(12, 13, bias=False)
         self.head.weight = self.embed.weight
@@ -82,14 +83,14 @@ def compare(world: int, place: Callable[[Any], Any]) -> Layout:
     return first
 
 
-@pytest.mark.parametrize(("world", "shards"), [(3, 3), (4, 2), (6, 2)])
+@pytest.mark.parametrize(("world", "shards"), [(3, 3), (4, 2), (6, 3)])
 def test_fsdp_over_tensor_parallel_with_uneven_shards_is_where_torch_puts_it(world: int, shards: int) -> None:
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     parallel = pytest.importorskip("torch.distributed.tensor.parallel")
 
     def place(made: Any) -> Any:
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (shards, world // shards), mesh_dim_names=("dp", "tp"))
-        plan = {"a": parallel.ColwiseParallel(), "b": parallel.RowwiseParallel()}
+        plan = {"a": parallel.ColwiseParallel(), "b": parallel.RowwiseParallel(), "odd": parallel.ColwiseParallel()}
         parallel.parallelize_module(made, mesh["tp"], plan, src_data_rank=None)
         fsdp.fully_shard(made, mesh=mesh["dp"])
         return made

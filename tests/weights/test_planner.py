@@ -80,3 +80,34 @@ def test_what_does_not_fit_is_refused_together() -> None:
         "none: the trainers have it, and no tensor of the inference side takes it",
         "one: the trainers have it, and no tensor of the inference side takes it",
     )
+
+
+def test_a_tensor_larger_than_the_staging_memory_goes_in_parts() -> None:
+    values = {"w": np.random.default_rng(1).standard_normal((200, 96), np.float32), "v": np.ones((3, 5000), np.float32)}
+    tensors = [Tensor(name, value.shape, "float32") for name, value in values.items()]
+    halves = [Tensor(t.name, t.shape, "float16") for t in tensors]
+    trainer = Layout(tensors, [Piece(t.name, 0) for t in tensors], ranks=1)
+    inference = Layout(halves, [Piece(t.name, 0) for t in halves], ranks=1)
+    plan = make_plan(trainer, inference, [Cast("{x}")], staging_bytes=4096)
+    tasks = plan.tasks(0)
+    assert tasks.part.max() > 20
+    assert sorted(set(tasks.part.tolist())) == list(range(int(tasks.part.max()) + 1))
+    half = tasks.out_offset // 2048
+    assert (half == tasks.part % 2).all()  # the next part is made in one half while this one is sent from the other
+    memory, counts = replay(plan, values)["inference"]
+    check(inference, memory, counts, {name: value.astype(np.float16) for name, value in values.items()})
+
+
+def test_each_call_of_a_sender_goes_to_one_receiver_in_one_phase_and_part() -> None:
+    plan = make_plan(trainers(), {"left": instance(), "right": instance()})
+    writes = plan.tasks(1).writes
+    calls = list(writes.calls())
+    assert calls[0].begin == 0
+    assert calls[-1].end == len(writes.phase)
+    assert len({(call.phase, call.part, call.receiver) for call in calls}) == len(calls)
+    for call in calls:
+        assert set(writes.receiver[call.begin : call.end].tolist()) == {call.receiver}
+    with pytest.raises(IndexError):
+        plan.tasks(2)
+    with pytest.raises(KeyError):
+        plan.expected("middle", 0)

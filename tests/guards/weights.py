@@ -1,0 +1,84 @@
+"""Guards of the weights' planner."""
+
+from __future__ import annotations
+
+from tests.guards.mutant import Mutant
+
+REFUSALS, CODEC, DERIVE = "tests/weights/test_refusals.py", "tests/weights/test_codec.py", "tests/weights/test_derive.py"
+BALANCE, PLANNER = "tests/weights/test_balance.py", "tests/weights/test_planner.py"
+GUARDS = (
+    Mutant(
+        "weights: elements that no rank holds", "aiotransfer/weights/layoutcheck.py",
+        "    for tensor in np.flatnonzero(held != wanted)[:200].tolist():\n",
+        "    for tensor in np.flatnonzero(held < 0)[:200].tolist():\n", REFUSALS,
+    ),
+    Mutant(
+        "weights: pieces that overlap", "aiotransfer/weights/layoutcheck.py",
+        "        found += _overlaps(layout, scales, only)\n", "", REFUSALS,
+    ),
+    Mutant(
+        "weights: pieces that share bytes", "aiotransfer/weights/planner.py",
+        "layoutcheck.shared_bytes(layout)]", "[]]", REFUSALS,
+    ),
+    Mutant(
+        "weights: a type without a rule", "aiotransfer/weights/links.py",
+        "            if not any(t.match(n) is not None for t in self.casts for n in names):\n", "            if False:\n",
+        REFUSALS,
+    ),
+    Mutant(
+        "weights: names that are not taken", "aiotransfer/weights/links.py",
+        "            if k not in self.used and k not in tied", "            if False and k not in tied", REFUSALS,
+    ),
+    Mutant(
+        "weights: one memory of two sources", "aiotransfer/weights/links.py",
+        "        if len(made) > 1:\n", "        if False:\n", REFUSALS,
+    ),
+    Mutant(
+        "weights: a part larger than staging memory", "aiotransfer/weights/staging.py",
+        "    if most > half:\n", "    if False:\n", REFUSALS,
+    ),
+    Mutant(
+        "weights: staging memory has two halves", "aiotransfer/weights/staging.py",
+        "before - before[part_start] + part % 2 * half", "before - before[part_start]", PLANNER,
+    ),
+    Mutant(
+        "weights: the same host first", "aiotransfer/weights/senders.py",
+        "[rank for rank in ranks if ours[rank] == where]", "[]", "tests/weights/test_random_plans.py",
+    ),
+    Mutant(
+        "weights: only what came whole is passed on", "aiotransfer/weights/relay.py",
+        "np.flatnonzero(np.all((start[ours] <= low) & (stop[ours] >= high), axis=1))", "np.arange(len(row))", BALANCE,
+    ),
+    Mutant(
+        "weights: what dealing left is evened out", "aiotransfer/weights/senders.py",
+        "    if load.max(initial=0) > ENOUGH * bound:\n", "    if False:\n", BALANCE,
+    ),
+    Mutant(
+        "weights: the checksum of a layout or plan", "aiotransfer/weights/pack.py",
+        "    if check.digest() != wanted:\n", "    if False:\n", CODEC,
+    ),
+    Mutant(
+        "weights: bytes are bounded before they are unpacked", "aiotransfer/weights/pack.py",
+        "head_bytes > MOST_HEADER or head_bytes + length > most_bytes or ", "", CODEC,
+    ),
+    Mutant(
+        "weights: a plan's indices", "aiotransfer/weights/codec.py",
+        "        _between(name, getattr(plan, name), 0, limit - 1)\n", "        pass\n", CODEC,
+    ),
+    Mutant(
+        "weights: numbers of a layout", "aiotransfer/weights/layoutcheck.py",
+        "        if values.size and (values.min() < 0 or values.max() > 1 << 59):\n", "        if False:\n", CODEC,
+    ),
+    Mutant(
+        "weights: memory that moved", "aiotransfer/weights/bind.py",
+        "if _place_or_none(thing) != self.places[name]]", "if False]", DERIVE,
+    ),
+    Mutant(
+        "weights: a pipeline stage is no replica", "aiotransfer/weights/derive.py",
+        "[k for k in others if every[k] not in stages]", "others", DERIVE,
+    ),
+    Mutant(
+        "weights: tensor parallel cuts before FSDP", "aiotransfer/weights/derive.py",
+        "        if k in strided and later and factor ==", "        if False and factor ==", DERIVE,
+    ),
+)  # fmt: skip
