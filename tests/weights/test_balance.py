@@ -104,3 +104,10 @@ def test_what_stays_on_its_host_uses_no_nic_and_counts_for_its_senders() -> None
     balance = make_plan(trainer, {"near": near, "far": far}).balance()
     assert balance.nic_sent.tolist() == [16384] * 2
     assert balance.sent.tolist() == [16384] * 4
+
+
+def test_parts_too_small_to_be_cut_are_moved_to_who_has_less() -> None:
+    tensors = [Tensor(f"t{k}", (int(n),), "float32") for k, n in enumerate(np.random.default_rng(1).integers(1, 1000, 14))]
+    trainer = Layout(tensors, [Piece(t.name, rank) for t in tensors for rank in range(4)], ranks=4)
+    inference = Layout(tensors, [Piece(t.name, 0) for t in tensors], ranks=1)
+    assert make_plan(trainer, inference).balance().sender <= 1.05  # 1.25 as they are dealt out
