@@ -87,7 +87,7 @@ class _Planner:
         phases, tensor_phase = self._phases()
         arrays = staging.arrange(
             self.trainer, self.catalog, self.links, units, have, work, self.blocks, tensor_phase, self.staging_bytes,
-            len(self.target_hosts),
+            self.target_receiver,
         )  # fmt: skip
         arrays |= relay.arrays(relays, arrays.pop("move_order"), self.target_receiver, work)
         low, high, axes, shift = sources.link_table(links, self.trainer.ndim, self.ndim)

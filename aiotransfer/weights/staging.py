@@ -18,6 +18,7 @@ from aiotransfer.weights.senders import Work
 from aiotransfer.weights.sources import Held, Units
 
 Ints = npt.NDArray[Any]
+GOLDEN = 2654435769  # 2**32 over the golden ratio: multiples of it are spread evenly over 32 bits
 
 
 def largest(staging_bytes: int) -> int:
@@ -27,13 +28,13 @@ def largest(staging_bytes: int) -> int:
 
 def arrange(
     trainer: Layout, catalog: Layout, links: Links, units: Units, have: Held, work: Work, blocks: Ints, tensor_phase: Ints,
-    staging_bytes: int, receivers: int,
+    staging_bytes: int, receiver: Ints,
 ) -> dict[str, Ints]:  # fmt: skip
     """The arrays of jobs, inputs and moves of a plan, sorted as it has them, and `move_order`: which of the work's moves each
     is."""
     tensor = units.tensor[work.unit]
     phase = tensor_phase[tensor].astype(np.int64)
-    order = _order(work, phase, trainer.ranks, receivers)
+    order = _order(work, phase, receiver)
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     unit, sender, phase, tensor = work.unit[order], work.sender[order].astype(np.int64), phase[order], tensor[order]
@@ -59,13 +60,22 @@ def arrange(
     }  # fmt: skip
 
 
-def _order(work: Work, phase: Ints, senders: int, receivers: int) -> Ints:
-    """Jobs by sender and phase; within these each sender begins with other receivers, so that not all write to the same at one
-    time."""
+def _order(work: Work, phase: Ints, receiver: Ints) -> Ints:
+    """Jobs by sender and phase, and in these by their first receiver; but each sender begins at another place of its list, so
+    that not all write to the same receivers at one time."""
     first = np.full(len(work.unit), np.iinfo(np.int64).max)
-    np.minimum.at(first, work.job, work.moves.piece.astype(np.int64))
-    turn = (first - work.sender.astype(np.int64) * max(receivers // max(senders, 1), 1)) % max(receivers, 1)
-    return np.lexsort((work.unit, turn, phase, work.sender))
+    np.minimum.at(first, work.job, receiver[work.moves.piece])
+    order = np.lexsort((work.unit, first, phase, work.sender))
+    if not len(order):
+        return order
+    sender, group = work.sender[order].astype(np.int64), phase[order]
+    new = np.concatenate([[True], (sender[1:] != sender[:-1]) | (group[1:] != group[:-1])])
+    begin = np.flatnonzero(new)
+    number = np.cumsum(new) - 1
+    count = np.diff(np.append(begin, len(order)))[number]
+    away = np.arange(len(order)) - begin[number]
+    turn = (away - sender * GOLDEN % (1 << 32) * count // (1 << 32)) % count
+    return order[np.lexsort((turn, number))]
 
 
 def _sizes(

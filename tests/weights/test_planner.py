@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from aiotransfer.weights import Cast, Layout, Piece, Plan, PlanError, Tensor, make_plan
+from aiotransfer.weights import Cast, Layout, Piece, Plan, PlanError, Tensor, make_plan, sharded
 from tests.weights.replay import check, replay
 
 VALUES = {
@@ -111,3 +111,23 @@ def test_each_call_of_a_sender_goes_to_one_receiver_in_one_phase_and_part() -> N
         plan.tasks(2)
     with pytest.raises(KeyError):
         plan.expected("middle", 0)
+
+
+def test_senders_begin_with_different_receivers() -> None:
+    tensors = [Tensor(f"t{k}", (16, 4), "float32") for k in range(16)]
+    trainer = Layout(tensors, [piece for t in tensors for piece in sharded(t, range(8))], ranks=8)
+    inference = Layout(tensors, [Piece(t.name, k) for k, t in enumerate(tensors)], ranks=16)
+    plan = make_plan(trainer, inference)
+    first = [int(plan.piece_receiver[plan.move_piece[np.searchsorted(plan.job_sender[plan.move_job], s)]]) for s in range(8)]
+    assert len(set(first)) == 8
+
+
+def test_nothing_to_send_is_a_plan_too() -> None:
+    nothing = Layout([Tensor("none", (0, 3), "float32")], [], ranks=2)
+    for layout in (nothing, Layout([], [], ranks=1)):
+        plan = make_plan(layout, {"a": layout, "b": layout}, fanout="relay")
+        assert len(plan.tasks(0).job) == len(plan.expected("a", 0).sender) == len(plan.relays("b", 0).phase) == 0
+        assert plan.balance().bytes == 0
+        assert Plan.decode(plan.encode()) == plan
+        assert plan.explain().startswith("0 tensors" if layout is not nothing else "1 tensors")
+        assert plan.explain(svg=True).endswith("</svg>")
