@@ -111,7 +111,7 @@ int at_fab_bundle_retire(at_lane *lane, int64_t bundle);
 int at_fab_flush(at_lane *lane, int64_t peer);
 
 /* Memory of ours for one peer, under a live grant: what its descriptor stands for. AT_ESTALE: the grant or the region is over.
- * AT_EDEVICE: it is memory of a GPU, which this rail does not take. AT_EFILE: it is a mapping of a file, and this rail does not pin pages. */
+ * AT_EDEVICE: it is memory of a GPU, which this rail does not take. AT_EFILE: it is a mapping of a file (shared memory is none here), and this rail does not pin pages. */
 int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64_t region, uint64_t offset, uint64_t nbytes, int access,
                 uint64_t *address, uint64_t *key);
 /* Memory of a peer that has lent it: a remote region, or AT_E*. */

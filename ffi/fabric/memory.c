@@ -65,8 +65,10 @@ int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64
     at_fab *fab = end->fab;
     rc = AT_EDEVICE;
     if (region->cuda >= 0 && !at_fab_is(fab, AT_FAB_DEVICE)) goto out;
-    rc = AT_EFILE; /* its library would touch the memory itself, and a page that is gone would end this process */
-    if (region->file && !at_fab_is(fab, AT_FAB_LOCAL_MR)) goto out;
+    /* Its library would touch the memory itself, and a page that is gone would end this process. Shared memory (/dev/shm, memfds) is
+     * lent all the same: programs shorten files, not that, and what torch and multiprocessing share is of this kind. */
+    rc = AT_EFILE;
+    if (region->slow && !at_fab_is(fab, AT_FAB_LOCAL_MR)) goto out;
     uint32_t index = (uint32_t)slot;
     rc = AT_ENOMEM;
     if (index >= fab->lent_room) {

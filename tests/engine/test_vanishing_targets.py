@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,19 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.testing import Pair, engine_pair
-from tests.engine.test_vanishing_memory import ACTS, PAGE, PROVIDERS, N, of_disk, of_memory, of_numpy, of_torch
+from tests.engine.test_vanishing_memory import ACTS, PAGE, PROVIDERS, Mapping, N, of_disk, of_memory, of_numpy, of_torch
 from tests.needs import needs_tcp
 
 LENDING = [provider for provider in PROVIDERS if isinstance(provider, str)]  # tcp does not lend a mapping of a file
 MAPPINGS = pytest.mark.parametrize("make", [of_disk, of_memory, of_numpy, of_torch])
+
+
+def of_shared(_: Path) -> Any:
+    path = Path("/dev/shm") / f"test-{os.getpid()}"
+    path.write_bytes(bytes(N))
+    fd = os.open(path, os.O_RDWR)
+    path.unlink()  # as torch does with what it shares
+    return Mapping(fd, np.frombuffer(mmap.mmap(fd, N), np.uint8))
 
 
 async def others_go_on(pair: Pair) -> None:
@@ -72,8 +81,23 @@ async def test_where_both_sides_vanish_the_local_one_is_named(provider: str, tmp
 
 
 @pytest.mark.asyncio
+@needs_tcp()
+@pytest.mark.parametrize("make", [of_memory, of_shared])
+async def test_tcp_lends_shared_memory(make: Callable[[Path], Any], tmp_path: Path) -> None:
+    it = make(tmp_path / "file")
+    async with engine_pair("tcp", timeout=20) as pair:
+        lent, local = pair.right.register(it.memory), pair.left.allocate(N)
+        local.numpy()[:] = 5
+        await pair.left.write(local, lent.descriptor, imm=1)
+        await pair.right.counter(imm=1).wait(1, timeout=20)
+        assert (np.frombuffer(it.memory, np.uint8) == 5).all()
+        del lent
+    os.close(it.fd)
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("provider", [pytest.param("tcp", marks=needs_tcp())])
-@MAPPINGS
+@pytest.mark.parametrize("make", [of_disk, of_numpy, of_torch])
 async def test_tcp_lends_no_mapping_of_a_file(provider: str, make: Callable[[Path], Any], tmp_path: Path) -> None:
     it = make(tmp_path / "file")
     async with engine_pair(provider, timeout=20) as pair:

@@ -90,7 +90,7 @@ GUARDS = (
     ),
     Mutant(
         "vanishing memory: tcp does not lend it", "ffi/fabric/memory.c",
-        "if (region->file && !at_fab_is(fab, AT_FAB_LOCAL_MR)) goto out;", "", "tests/engine/test_vanishing_targets.py",
+        "if (region->slow && !at_fab_is(fab, AT_FAB_LOCAL_MR)) goto out;", "", "tests/engine/test_vanishing_targets.py",
     ),
     Mutant(
         "memory of a GPU: only where it is taken", "ffi/lane/submit.c",
