@@ -326,7 +326,8 @@ def _cuts(placements: Sequence[Any], mesh_shape: Sequence[int]) -> list[tuple[in
     for cut in reversed(list(cuts)):
         k, dim, factor = cut
         later = [other for other in cuts if other[1] == dim and other[0] > k]
-        if k in strided and later and factor == math.prod(mesh_shape[other[0]] for other in later):
+        plain = bool(later) and not any(other[0] in strided for other in later)
+        if k in strided and plain and factor == math.prod(mesh_shape[other[0]] for other in later):
             cuts.remove(cut)
             cuts.insert(cuts.index(later[-1]) + 1, (k, dim, 1))
     return cuts

@@ -79,6 +79,6 @@ GUARDS = (
     ),
     Mutant(
         "weights: tensor parallel cuts before FSDP", "aiotransfer/weights/derive.py",
-        "        if k in strided and later and factor ==", "        if False and factor ==", DERIVE,
+        "        if k in strided and plain and factor ==", "        if False and factor ==", DERIVE,
     ),
 )  # fmt: skip

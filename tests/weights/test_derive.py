@@ -127,6 +127,46 @@ def test_any_mix_of_placements_is_where_torch_puts_it(kind: str) -> None:
                 np.testing.assert_array_equal(local_part(layout, piece, placed), value[box_of(layout, piece)])
 
 
+def locals_of(values: dict[str, Any], shape: tuple[int, ...], placements: dict[str, Any]) -> tuple[Layout, list[dict[str, Any]]]:
+    """The layout of tensors that torch distributes over a mesh, and what torch gives to each rank."""
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    layout, every = None, []
+    world = int(np.prod(shape))
+    for rank in range(world):
+        with rank_of(rank, world):
+            mesh = torch.distributed.device_mesh.init_device_mesh("cpu", shape)
+            made = {n: tensor.distribute_tensor(v, mesh, placements[n], src_data_rank=None) for n, v in values.items()}
+            layout = layout_of(made)
+            every.append({n: x.to_local().clone() for n, x in made.items()})
+    assert layout is not None
+    return layout, every
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_mesh_to_any_other_gives_each_rank_what_torch_would_give_it(seed: int) -> None:
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    random = np.random.default_rng(seed)
+    kinds = [tensor.Shard(0), tensor.Shard(1), tensor.Replicate(), tensor.placement_types._StridedShard(0, split_factor=2)]
+    values = {
+        f"t{k}": torch.from_numpy(random.standard_normal((int(random.integers(1, 12)), int(random.integers(1, 9))), np.float32))
+        for k in range(4)
+    }
+    sides = []
+    for shape in ((3, 2), (2, 2)):
+        pairs = [(a, b) for a in range(4) for b in range(4) if (a, b) != (3, 0)]  # that is how FSDP2 says something else
+        placements = {name: tuple(kinds[k] for k in pairs[random.integers(len(pairs))]) for name in values}
+        sides.append(locals_of(values, shape, placements))
+    (trainer, _), (inference, wanted) = sides
+    plan = make_plan(trainer, inference, staging_bytes=4096)
+    memory, counts = replay(plan, {name: value.numpy() for name, value in values.items()})["inference"]
+    check(inference, memory, counts, {name: value.numpy() for name, value in values.items()})
+    for rank, parts in enumerate(wanted):
+        for name, part in parts.items():
+            if part.numel():
+                (buffer,) = (b for b in np.flatnonzero(inference.buffer_rank == rank) if inference.buffer_names[b] == name)
+                np.testing.assert_array_equal(memory[buffer].view(np.float32).reshape(part.shape), part.numpy())
+
+
 def test_pipeline_stages_are_not_taken_for_replicas() -> None:
     tensor = pytest.importorskip("torch.distributed.tensor")
     with rank_of(1, 4):

