@@ -15,7 +15,7 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo demo-moe test check test-distros test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
-	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-scale docs test-rails test-chaos test-chaos-kv test-chaos-moe test-guest \
+	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-scale docs test-rails test-chaos test-chaos-kv test-chaos-moe test-chaos-weights test-guest \
 	test-matrix test-cycles test-sanitize soak strangers fuzz sanitize mutants clean
 
 help:
@@ -185,6 +185,10 @@ test-chaos-kv: $(STAMPS)/test
 # Steps of the MoE all-to-all under random routing and faults on the simulator; writes docs/reliability/moe-chaos.md.
 test-chaos-moe: $(STAMPS)/test
 	$(PY) -m tests.reliability.moe_chaos --steps 200000 --jobs 2 --report $(ARGS)
+
+# Updates of weights under random losses, kills and restarts on the simulator; writes docs/reliability/weights-chaos.md.
+test-chaos-weights: $(STAMPS)/test
+	$(PY) -m tests.reliability.weights_chaos --updates 10000 --report $(ARGS)
 
 # Random faults against whole engines on the simulator; writes docs/reliability/chaos.md.
 test-chaos: $(STAMPS)/test

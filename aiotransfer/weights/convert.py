@@ -83,16 +83,9 @@ def _slabs(box: Any) -> list[tuple[int, int]]:
 
 
 def _cast(there: Any, to: str, box: Any, of: str) -> None:
-    if of == "float64":
-        box, of = box.view(np.float64).astype(np.float32), "float32"
-    elif box.ndim and box.strides[-1] != box.itemsize:
+    if box.strides[-1] != box.itemsize:
         box = np.ascontiguousarray(box)
-    if to == "float64":
-        wide = np.empty(box.shape, np.float32)
-        kernels_for("cpu").cast(_numbers(wide, "float32"), _numbers(box, of))
-        np.copyto(there.view(np.float64), wide)
-    else:
-        kernels_for("cpu").cast(_numbers(there, to), _numbers(box, of))
+    kernels_for("cpu").cast(_numbers(there, to), _numbers(box, of))
 
 
 def _numbers(array: Any, dtype: str) -> Numbers:

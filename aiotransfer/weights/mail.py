@@ -96,6 +96,8 @@ class Mail:
             left_out = _limit.admit(type(error).__name__)
             if left_out is not None:
                 _logger.warning("a message of %s cannot be read: %s%s", peer, error, more(left_out))
+        except TransferError:
+            pass  # the peer is lost by now, or this side is closed: whatever waits for either is told
         except Exception as error:
             left_out = _limit.admit(f"failed: {type(error).__name__}")
             if left_out is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tests.guards import control, engine, kernels, kv, moe, native, providers, tools, weights
+from tests.guards import control, engine, kernels, kv, moe, native, providers, tools, weights, weights_roles
 from tests.guards.mutant import Mutant
 
 EVERY: tuple[Mutant, ...] = tuple(
-    guard for room in (native, providers, control, engine, kv, moe, kernels, weights, tools) for guard in room.GUARDS
+    guard for room in (native, providers, control, engine, kv, moe, kernels, weights, weights_roles, tools) for guard in room.GUARDS
 )

@@ -57,6 +57,8 @@ class World:
                 self.say(self.chair.whole(here))
             elif what == "held":
                 self.say(self.chair.held(here, *numbers))
+            elif what == "sure":
+                self.say(self.chair.sure(here))
             else:
                 self.hear(0, what)
         else:
@@ -66,7 +68,9 @@ class World:
         seat = self.seats[rank]
         if not seat.hear(what):
             return
-        if what == "pass":
+        if what == "ready":
+            self.send(0, rank, "sure")
+        elif what == "pass":
             for _ in range(self.waiting[rank]):
                 self.begin(rank)
             self.waiting[rank] = 0
@@ -101,7 +105,8 @@ class World:
         self.rng.shuffle(order)
         for rank in order:
             if self.seats[rank].lose_chair():
-                self.seats[rank].resolve([self.seats[other].asked() for other in range(1, self.ranks) if other != rank])
+                answers = [self.seats[other].asked() for other in range(1, self.ranks) if other != rank]
+                self.seats[rank].resolve(answers, self.ranks - 1)
 
 
 @settings(max_examples=300)
@@ -164,7 +169,9 @@ def test_a_rank_that_is_needed_by_a_step_of_another_may_begin_it_under_the_old_v
     assert chair.held(1, 5, 0, 1, 0) == [(1, "pass")]
     assert chair.held(1, 6, 1, 0, 1) == []
     assert chair.held(1, 6, 0, 0, 1) == []
-    assert chair.held(0, 6, 0, 0, 0) == [(0, "open"), (1, "open")]
+    assert chair.held(0, 6, 0, 0, 0) == [(0, "ready"), (1, "ready")]
+    assert chair.sure(1) == []
+    assert chair.sure(0) == [(0, "open"), (1, "open")]
     assert chair.release() == []
 
 
@@ -175,7 +182,8 @@ def test_readers_that_follow_one_another_do_not_hold_a_version_up() -> None:
     assert chair.held(1, 3, 0, 1, 0) == [(1, "pass")]
     assert chair.held(1, 4, 1, 0, 1) == []
     assert chair.held(0, 9, 0, 1, 0) == []  # rank 1 runs a reading that rank 0 had long ago: it waits
-    assert chair.held(1, 4, 0, 1, 1) == [(0, "open"), (1, "open")]
+    assert chair.held(1, 4, 0, 1, 1) == [(0, "ready"), (1, "ready")]
+    assert chair.release() == [(0, "release"), (1, "release")]
 
 
 @given(steps=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4), st.integers(1, 3)), max_size=40))

@@ -209,6 +209,15 @@ class Heard(_Message, frozen=True, tag=18):
     entry: Entry
 
 
+class Drop(_Message, frozen=True, tag=19):
+    """Rank 0 knows that this subscriber rank will not have the version: write nothing more there."""
+
+    update: Life
+    instance: Word
+    rank: Rank
+    text: Text
+
+
 # ---- between publishers and subscribers ----
 
 
@@ -275,6 +284,7 @@ class Grant(_Message, frozen=True, tag=24):
     rank: Rank
     regions: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=MOST_DESCRIPTOR)]], msgspec.Meta(max_length=MOST_BUFFERS)]
     imms: Annotated[list[Imm], msgspec.Meta(max_length=MOST_PHASES)]
+    text: Text  # why not
 
 
 class Allow(_Message, frozen=True, tag=25):
@@ -334,6 +344,14 @@ class Held(_Message, frozen=True, tag=32):
     active: Count
     waiting: Count
     passed: Count  # how many a Pass this rank has heard
+
+
+class Sure(_Message, frozen=True, tag=38):
+    """A rank to rank 0: it has heard that all will change."""
+
+    update: Life
+    instance: Word
+    rank: Rank
 
 
 class Doubt(_Message, frozen=True, tag=33):
@@ -400,9 +418,9 @@ class Borrowed(_Message, frozen=True, tag=41):
 
 
 Message: TypeAlias = (
-    Heard | Call | Announce | Leave | Refuse | Want | Piece | Enter | Withdraw | Begin | Planned | Go | Sent | Outcome |
-    Abandon | Offer | Accept | Decline | Ask | Grant | Allow | Done | Sum | Whole | Say | Held | Doubt | Answer | Fetch |
-    Lend | Fetched | Borrow | Borrowed
+    Drop | Sure | Heard | Call | Announce | Leave | Refuse | Want | Piece | Enter | Withdraw | Begin | Planned | Go | Sent
+    | Outcome | Abandon | Offer | Accept | Decline | Ask | Grant | Allow | Done | Sum | Whole | Say | Held | Doubt |
+    Answer | Fetch | Lend | Fetched | Borrow | Borrowed
 )  # fmt: skip
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)

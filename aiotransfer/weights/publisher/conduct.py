@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aiotransfer.weights.publisher.leader import Leader
 
 LOOK_SECONDS = 0.05  # between two looks for peers that may be subscribers, while there is none
+PARTIAL_SECONDS = 0.5  # in which the other ranks of an instance announce themselves, of which some rank has
 ACCEPT_SHARE = 1 / 3  # of the time that is left, in which a subscriber must say whether it takes the version
 DONE_SHARE = 0.9  # of the time that is left: what subscribers are given, so that their answers come in time
 CONNECTS = 32  # at a time
@@ -143,22 +144,35 @@ class Conduct:
         return [target for (name, _), target in self.targets.items() if name in self._going]
 
     async def _instances(self) -> dict[str, list[wire.Entry]]:
-        """Waits for one whole instance; what is known of others then takes part, too."""
-        role = self.role
-        while not (whole := role.roll.whole()):
+        """Waits for one whole instance. Others that are not whole are waited for briefly, once: what is known then takes part."""
+        role, leader = self.role, self.leader
+        until = asyncio.get_running_loop().time() + min(PARTIAL_SECONDS, self.left() / 4)
+        while True:
+            whole = role.roll.whole()
+            partial = {name: [entry.life for entry in some] for name, some in role.roll.instances().items() if name not in whole}
+            is_new = any(leader.partial.get(name) != lives for name, lives in partial.items())
+            if whole and (not is_new or asyncio.get_running_loop().time() >= until):
+                break
             if not self.left():
                 known = ", ".join(f"{name}: {gaps(entries)}" for name, entries in role.roll.instances().items())
                 raise Given("late", f"no whole subscriber instance was heard of{': ' + known if known else ''}")
             role.call_new()
-            await self._until(lambda: bool(role.roll.whole()), min(LOOK_SECONDS, self.left()))
-        for entries in role.roll.instances().values():
-            if why := gaps(entries):
-                self.missing |= {name_of(entry.instance, entry.rank): f"its instance is not whole: {why}" for entry in entries}
+            before = role.roll.entries
+            await self._until(functools.partial(self._differs, before), min(LOOK_SECONDS, self.left()))
+        leader.partial = partial
+        for name in partial:
+            entries = role.roll.instances()[name]
+            self.missing |= {name_of(name, entry.rank): f"its instance is not whole: {gaps(entries)}" for entry in entries}
         return whole
+
+    def _differs(self, before: list[wire.Entry]) -> bool:
+        return self.role.roll.entries != before
 
     def _number(self, enter: wire.Enter, entries: list[wire.Entry]) -> None:
         leader, role = self.leader, self.role
         epoch = leader.epoch or enter.epoch or role.roll.epoch()
+        if not enter.epoch and any(entry.epoch == epoch and entry.trainer not in (0, role.life) for entry in entries):
+            epoch = role.roll.epoch()  # trainers that are gone had offered it to a subscriber that was not there then
         self.version = version = Version(epoch, enter.number)
         if epoch == leader.epoch and enter.number <= leader.last:
             raise Given(
@@ -167,7 +181,6 @@ class Conduct:
         if (stands := stands_in_the_way(entries, version, role.life)) is not None:
             who, has = name_of(stands.instance, stands.rank), Version(stands.epoch, stands.number)
             raise Given("version", f"version {version} cannot be published: subscriber {who} knows {has}", has)
-        leader.epoch = epoch
 
     # ---- the subscribers ----
 
@@ -201,6 +214,9 @@ class Conduct:
                 task.cancel()
         out = {name for (name, _), target in self.targets.items() if not target.accepted or target.done is not None}
         self._going = [name for name in members if name not in out]
+        if self._going:
+            self.leader.last = self.leader.last if self.leader.epoch == self.version.epoch else -1
+            self.leader.epoch = self.version.epoch  # until some instance has taken it, the next try may take a higher one
         for name in out:
             self._leave_out(name)
 
@@ -269,6 +285,10 @@ class Conduct:
             chair = self.targets.get((target.entry.instance, 0))
             if text and chair is not None:
                 self._drop(chair, f"rank {target.entry.rank}: {text}")
+            if text and target.entry.instance in self._going:
+                word = wire.Drop(self.update, target.entry.instance, target.entry.rank, wire.clip(text))
+                for peer, _ in self.enters.values():
+                    self.leader.send(peer, word)
         self._changes.wake()
 
     # ---- the publishers ----

@@ -21,6 +21,7 @@ class Leader:
         self.enters: dict[int, tuple[Peer | None, wire.Enter]] = {}
         self.conduct: Conduct | None = None
         self.epoch: int | None = None  # of these trainers, once a version was offered
+        self.partial: dict[str, list[int]] = {}  # lives of the ranks of instances that were not whole when a version began
         self.last = -1  # the highest number of it that came to an end
 
     def enter(self, peer: Peer | None, message: wire.Enter) -> None:

@@ -208,7 +208,8 @@ class Publisher:
         """Returns when every peer that subscribes by now has been heard of; one that does not answer is waited for briefly."""
         self._called.clear()
         self.call_new()
-        unknown = [peer for peer in self.engine.peers if peer not in self._peers.values()]
+        first = self._attempts == 1 or (self.leader is not None and self.leader.epoch is None)  # the epoch is still to be found
+        unknown = [peer for peer in self.engine.peers if first or peer not in self._peers.values()]
 
         async def ask(peer: Peer) -> None:
             try:
@@ -267,7 +268,7 @@ class Publisher:
             case wire.Abandon() if self.leader is not None and str(peer.address) in self.members:
                 if self.leader.conduct is not None and self.leader.conduct.update == message.update:
                     self.leader.conduct.from_rank(message)
-            case wire.Begin() | wire.Go() | wire.Outcome() | wire.Abandon():
+            case wire.Begin() | wire.Go() | wire.Drop() | wire.Outcome() | wire.Abandon():
                 self.from_leader(peer, message)
             case wire.Accept() | wire.Decline() | wire.Done() if self.leader is not None:
                 self._answered(peer, message)
@@ -359,7 +360,7 @@ class Publisher:
         if conduct is not None and conduct.update == message.update and conduct.enters[message.rank][0] is peer:
             conduct.from_rank(message)
 
-    def from_leader(self, peer: Peer | None, message: wire.Begin | wire.Go | wire.Outcome | wire.Abandon) -> None:
+    def from_leader(self, peer: Peer | None, message: wire.Begin | wire.Go | wire.Drop | wire.Outcome | wire.Abandon) -> None:
         """What rank 0 says to this rank; of this rank itself where `peer` is None."""
         if self._current is not None and self._current.leader is peer:
             self._current.hear(message)

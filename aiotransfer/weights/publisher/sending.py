@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from aiotransfer.engine.scatter import ScatterTarget
-from aiotransfer.errors import BusyError, DescriptorError, ScatterError, TransferError
+from aiotransfer.errors import BusyError, ClosedError, DescriptorError, ScatterError, TransferError, again
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.publisher.making import Making
@@ -60,6 +60,7 @@ class Sending:
                 self._receivers[number] = Receiver(number, entry)
         self._posted: deque[tuple[Transfer, Receiver]] = deque()
         self._under_way = 0
+        self._error: Exception | None = None
         self._next = 0.0  # when the rate lets the next write begin
         self._watch = Watch(role.never, role.mail)
         self.task = role.mail.own(self._run(), update.wake)
@@ -71,7 +72,8 @@ class Sending:
 
     def result(self) -> list[tuple[str, int, str]]:
         """Subscriber ranks that could not be written to, and why. Raises what ended all of it."""
-        self.task.result()
+        if self._error is not None:
+            raise again(self._error)
         return [(r.entry.instance, r.entry.rank, wire.clip(r.failed)) for r in self._receivers.values() if r.failed]
 
     def cancel(self) -> None:
@@ -100,6 +102,8 @@ class Sending:
                 self._watch.add(peer, self._lost)
                 role.tell(peer, wire.Ask(self._update.update, entry.life, role.rank))
                 grant = await receiver.grant
+            if grant.text:
+                raise ClosedError(grant.text)
             layout = plan.instances[entry.instance]
             buffers = np.flatnonzero(layout.buffer_rank == entry.rank).tolist()
             if len(grant.regions) != len(buffers) or len(grant.imms) != len(plan.phases):
@@ -113,6 +117,15 @@ class Sending:
         except TransferError as error:
             receiver.failed = receiver.failed or error.message
 
+    def drop(self, word: wire.Drop) -> None:
+        """A subscriber rank will not have the version."""
+        for receiver in self._receivers.values():
+            if (receiver.entry.instance, receiver.entry.rank) == (word.instance, word.rank):
+                receiver.failed = receiver.failed or word.text
+                if not receiver.grant.done():
+                    receiver.grant.set_exception(ClosedError(word.text))
+                    receiver.grant.exception()  # it may not have been asked yet
+
     def _lost(self, peer: Peer, error: TransferError) -> None:
         for receiver in self._receivers.values():
             if receiver.peer is peer and not receiver.grant.done():
@@ -121,6 +134,15 @@ class Sending:
     # ---- writing ----
 
     async def _run(self) -> None:
+        try:
+            await self._write()
+        except Exception as error:  # a number that cannot be quantised, sources of another rank that cannot be read
+            self._error = again(error)  # without the frames, and the memory in them
+        except asyncio.CancelledError:
+            self._error = ClosedError("the writes were cancelled")
+            raise
+
+    async def _write(self) -> None:
         making = Making(self._role, self._update, self._work)
         try:
             limit = asyncio.Semaphore(ASKS)

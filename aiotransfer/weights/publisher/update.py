@@ -205,6 +205,9 @@ class Update:
                 self._begun = message
             case wire.Go(update=self.update):
                 self._go = message
+            case wire.Drop(update=self.update):
+                if self._sending is not None:
+                    self._sending.drop(message)
             case wire.Outcome(update=self.update):
                 self._outcome = message
             case wire.Abandon() if message.update == self.update or (self.update == NEVER and message.attempt == self._attempt):

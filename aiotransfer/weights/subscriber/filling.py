@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aiotransfer.errors import DescriptorError, PeerLostError, QuarantineError, TransferError
+from aiotransfer.errors import DescriptorError, PeerLostError, QuarantineError, TransferError, again
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.watch import Changes, reach
@@ -63,6 +63,13 @@ class Filling:
         if not self.is_open or sender is None or peer.incarnation != sender.incarnation or ask.sender in self._asked:
             raise DescriptorError(f"publisher rank {ask.sender} asks to write what was not offered")
         self._asked.add(ask.sender)
+        try:
+            self._grant(peer, sender)
+        except TransferError as error:  # the peer is gone by now, or the memory
+            self._error = self._error or again(error)
+            self._changes.wake()
+
+    def _grant(self, peer: Peer, sender: wire.Sender) -> None:
         role = self._role
         descriptors = []
         for region in role.memory.shadow.values():
@@ -77,8 +84,8 @@ class Filling:
             counter = role.open_counter()
             self._counters.append(counter)
             imms.append(counter.imm)
-            self._tasks.append(role.mail.own(self._count(counter, count, peer, ask.sender)))
-        role.tell(peer, wire.Grant(self._offer.update, role.instance, role.rank, descriptors, imms))
+            self._tasks.append(role.mail.own(self._count(counter, count, peer, sender.rank)))
+        role.tell(peer, wire.Grant(self._offer.update, role.instance, role.rank, descriptors, imms, ""))
 
     async def _count(self, counter: Counter, count: int, peer: Peer, sender: int) -> None:
         try:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 
 class Gate:
-    """Counts readings. `on_change` is called when one begins, ends, waits, or waits no longer."""
+    """Counts readings. `value()` is what one gets that begins now; `on_change` is called when one begins, ends, waits, or waits
+    no longer."""
 
-    def __init__(self, on_change: Callable[[], object]) -> None:
+    def __init__(self, value: Callable[[], Any], on_change: Callable[[], object]) -> None:
         self.begun = 0  # ever
         self.active = 0
         self.is_open = False
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._waiters: deque[asyncio.Future[Any]] = deque()
+        self._value = value
         self._on_change = on_change
 
     @property
@@ -37,7 +40,7 @@ class Gate:
         for waiter in waiters:
             if not waiter.done():
                 self._begin()
-                waiter.set_result(None)
+                waiter.set_result(self._value())
 
     def fail(self, error: Exception) -> None:
         """End every wait."""
@@ -50,17 +53,17 @@ class Gate:
         self.begun += 1
         self.active += 1
 
-    async def enter(self) -> None:
-        """Begin a reading, or wait until one may begin. Cancelling it begins none."""
+    async def enter(self) -> Any:
+        """Begin a reading, or wait until one may begin; returns what it gets. Cancelling it begins none."""
         if self.is_open:
             self._begin()
             self._on_change()
-            return
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            return self._value()
+        waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         self._on_change()
         try:
-            await waiter
+            value = await waiter
         except BaseException:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 self.active -= 1  # it was let in, and does not know
@@ -69,6 +72,7 @@ class Gate:
             self._on_change()
             raise
         self._on_change()
+        return value
 
     def leave(self) -> None:
         """End a reading."""

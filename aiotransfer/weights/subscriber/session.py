@@ -60,7 +60,7 @@ class Session:
     async def _late(self) -> None:
         if self.chair is not None:
             self._say(self.chair.release())
-        elif self.seat.state == "held":  # rank 0 decides, and keeps the same deadline
+        elif self.seat.is_closed:  # rank 0 decides, and keeps the same deadline
             await asyncio.wait([self._work], timeout=GRACE)
             self._doubt()
             await asyncio.wait([self._work], timeout=2 * self.role.engine.config.peer_timeout)
@@ -68,7 +68,7 @@ class Session:
             self.fail(self._why)
 
     def _decided(self) -> bool:
-        return self.seat.state in ("open", "released")
+        return self.seat.state in ("open", "released", "cut off")
 
     async def _take(self) -> None:
         role, offer = self.role, self.offer
@@ -141,9 +141,9 @@ class Session:
     async def _finish(self) -> None:
         """Whatever has happened: no byte can come any more, and the publishers are told how it ended."""
         role, update = self.role, self.offer.update
-        if self.seat.state not in ("open", "released"):
-            self.seat.resolve([])
-            self.seat.hear("release")
+        if not self._decided():
+            self.seat.lose_chair()
+            self.seat.resolve([], len(self.offer.members) - 1)
         try:
             await self._filling.close()
         except QuarantineError as error:
@@ -151,7 +151,11 @@ class Session:
             self._why = self._why or error.message
         opened = self.seat.state == "open"
         if not opened:
-            if not self._keeps:
+            if self.seat.state == "cut off":
+                self._why = self._why or "cut off from its instance, which may have changed"
+                role.unset()
+                role.gave_up(spoiled=True)
+            elif not self._keeps:
                 role.gave_up(spoiled=role.in_place and self._filling.granted)
             role.gate_follows()
         self._why = "" if opened else self._why or "given up by its instance"
@@ -180,8 +184,11 @@ class Session:
             role.gate.close()
             self.report()
         elif say == "pass":
-            role.gate.let_in()
+            if role.version is not None:
+                role.gate.let_in()
             self.report()
+        elif say == "ready":
+            self._tell_sure()
         elif say == "open":
             self._open()
         else:
@@ -189,6 +196,20 @@ class Session:
             role.gate_follows()
             self._work.cancel()
         self._changes.wake()
+
+    def _tell_sure(self) -> None:
+        role = self.role
+        if self.chair is not None:
+            self._sure(0)
+        elif (peer := self._peers.get(0)) is not None:
+            role.tell(peer, wire.Sure(self.offer.update, role.instance, role.rank))
+
+    def _sure(self, rank: int) -> None:
+        assert self.chair is not None
+        if asyncio.get_running_loop().time() >= self._ends:
+            self._say(self.chair.release())  # the others may have asked one another by now
+        else:
+            self._say(self.chair.sure(rank))
 
     def _open(self) -> None:
         if self._keeps:
@@ -206,14 +227,15 @@ class Session:
     def _report(self) -> None:
         self._reporting = False
         gate, role = self.role.gate, self.role
+        waiting = 0 if role.version is None else gate.waiting  # those wait for a first version
         if self.seat.state != "held":
             return
         if self.chair is not None:
-            self._heard(0, gate.begun, gate.active, gate.waiting, self.seat.passed)
+            self._heard(0, gate.begun, gate.active, waiting, self.seat.passed)
         elif (peer := self._peers.get(0)) is not None:
             role.tell(
                 peer,
-                wire.Held(self.offer.update, role.instance, role.rank, gate.begun, gate.active, gate.waiting, self.seat.passed),
+                wire.Held(self.offer.update, role.instance, role.rank, gate.begun, gate.active, waiting, self.seat.passed),
             )
 
     def _heard(self, rank: int, begun: int, active: int, waiting: int, passed: int) -> None:
@@ -226,7 +248,7 @@ class Session:
 
     # ---- messages ----
 
-    def from_rank(self, peer: Peer, message: wire.Whole | wire.Held) -> None:
+    def from_rank(self, peer: Peer, message: wire.Whole | wire.Held | wire.Sure) -> None:
         """Of another rank to rank 0. Raises `DescriptorError`."""
         rank = message.rank
         if self.chair is None or not 0 < rank < len(self.offer.members) or str(peer.address) != self.offer.members[rank]:
@@ -234,6 +256,8 @@ class Session:
         self._peers[rank] = peer
         if isinstance(message, wire.Held):
             self._heard(rank, message.begun, message.active, message.waiting, message.passed)
+        elif isinstance(message, wire.Sure):
+            self._sure(rank)
         elif message.text or self.chair.over:
             self._why = self._why or f"rank {rank}: {message.text}"
             self._say(self.chair.release() or ([(rank, "release")] if self.chair.state == "released" else []))
@@ -246,10 +270,12 @@ class Session:
         if self.chair is not None:
             self._say(self.chair.allow())
 
-    def ask(self, peer: Peer, ask: wire.Ask) -> None:
-        """A publisher rank may write now. Raises `DescriptorError`."""
-        if not self._decided() and not self._work.done():
-            self._filling.ask(peer, ask)
+    def ask(self, peer: Peer, ask: wire.Ask) -> bool:
+        """A publisher rank asks to write; False when this is over. Raises `DescriptorError`."""
+        if self._decided() or self._work.done():
+            return False
+        self._filling.ask(peer, ask)
+        return True
 
     def sum(self, message: wire.Sum) -> None:
         """The checksum of a sender's bytes."""
@@ -266,7 +292,7 @@ class Session:
                 self._why = self._why or f"rank {rank} was lost"
                 self._say(self.chair.release())
         elif peer is self._peers.get(0):
-            if self.seat.state == "held":
+            if self.seat.is_closed:
                 self._doubt()
             else:
                 self.fail(f"rank 0 of the instance was lost: {error.message}")
@@ -279,7 +305,8 @@ class Session:
 
     async def _resolve(self) -> None:
         ranks = [rank for rank in range(len(self.offer.members)) if rank != self.role.rank]
-        self.seat.resolve([answer for answer in await asyncio.gather(*map(self._question, ranks)) if answer])
+        answers = await asyncio.gather(*map(self._question, ranks))
+        self.seat.resolve([answer for answer in answers if answer], len(ranks))
         if self.seat.state == "open":
             self._open()
         else:
@@ -313,9 +340,10 @@ class Session:
             return "open" if self.chair.state == "open" else "not"
         before = self.seat.state
         answer = self.seat.asked()
-        if before == "held":
+        if before in ("held", "sure"):
             self.role.mail.own(self._resolve())
-        elif answer == "not" and before != "released":
+        elif answer == "not" and before in ("coming", "whole"):
+            self._why = self._why or "another rank has lost rank 0 of the instance"
             self._work.cancel()
         self._changes.wake()
         return answer

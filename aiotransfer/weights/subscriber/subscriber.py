@@ -84,7 +84,7 @@ class Subscriber:
         if len(self._encoded) > wire.MOST_LAYOUT:
             raise ValueError(f"a layout takes at most {wire.MOST_LAYOUT} bytes, this one {len(self._encoded)}")
         self.claims = Claims()
-        self.gate = Gate(self._read_changed)
+        self.gate = Gate(lambda: self._version, self._read_changed)
         self.life = int.from_bytes(engine._world.entropy(8)) >> 1
         self._hooks = (pause, resume)
         self._is_paused = False
@@ -161,14 +161,13 @@ class Subscriber:
         self._check()
         try:
             async with Patience(seconds):
-                await self.gate.enter()
+                version: Version = await self.gate.enter()
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
                 raise
             raise self._late(seconds) from None
         try:
-            assert self._version is not None
-            yield self._version
+            yield version
         finally:
             self.gate.leave()
 
@@ -338,7 +337,9 @@ class Subscriber:
                 session = self._sessions.get(message.update)
                 if session is not None and session.leader is peer:
                     session.allow()
-            case wire.Whole(instance=self.instance) | wire.Held(instance=self.instance) if self.rank == 0:
+            case wire.Whole(instance=self.instance) | wire.Held(instance=self.instance) | wire.Sure(instance=self.instance) if (
+                self.rank == 0
+            ):
                 self._from_rank(peer, message)
             case wire.Say(instance=self.instance, rank=self.rank):
                 session = self._sessions.get(message.update)
@@ -390,17 +391,20 @@ class Subscriber:
 
     def _from_publisher(self, peer: Peer, message: wire.Ask | wire.Sum | wire.Abandon) -> None:
         session = self._sessions.get(message.update)
+        if isinstance(message, wire.Ask):
+            self._told[peer] = None  # it is to know when this subscriber closes
+            if session is None or not session.ask(peer, message):
+                self.tell(peer, wire.Grant(message.update, self.instance, self.rank, [], [], "the version is over here"))
+            return
         if session is None:
             return
         match message:
-            case wire.Ask():
-                session.ask(peer, message)
             case wire.Sum():
                 session.sum(message)
             case _ if session.leader is peer:
                 session.fail(message.text or "abandoned by its publisher")
 
-    def _from_rank(self, peer: Peer, message: wire.Whole | wire.Held) -> None:
+    def _from_rank(self, peer: Peer, message: wire.Whole | wire.Held | wire.Sure) -> None:
         session = self._sessions.get(message.update)
         if session is not None:
             session.from_rank(peer, message)

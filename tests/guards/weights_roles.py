@@ -1,0 +1,57 @@
+"""Guards of publishers and subscribers of weights."""
+
+from __future__ import annotations
+
+from tests.guards.mutant import Mutant
+
+GUARDS = (
+    Mutant(
+        "weights: a report from before the last Pass says nothing",
+        "aiotransfer/weights/protocol/agreement.py",
+        "        member.held = passed == member.passes\n",
+        "        member.held = True\n",
+        "tests/weights/test_agreement.py",
+    ),
+    Mutant(
+        "weights: a rank that is asked heeds rank 0 no more",
+        "aiotransfer/weights/protocol/agreement.py",
+        '        self.lose_chair()\n        if self.state in ("doubt", "cut off"):',
+        '        if self.state in ("doubt", "cut off"):',
+        "tests/weights/test_agreement.py",
+    ),
+    Mutant(
+        "weights: versions only rise",
+        "aiotransfer/weights/protocol/version.py",
+        "        if version <= self.highest:\n",
+        "        if False:\n",
+        "tests/weights/test_agreement.py",
+    ),
+    Mutant(
+        "weights: an epoch has one owner",
+        "aiotransfer/weights/protocol/version.py",
+        "        if version.epoch == self.highest.epoch and self.life not in (0, life):\n",
+        "        if False:\n",
+        "tests/weights/test_agreement.py",
+    ),
+    Mutant(
+        "weights: sources must rest",
+        "aiotransfer/weights/publisher/memory.py",
+        "        if changed:\n",
+        "        if False:\n",
+        "tests/weights/test_faults.py",
+    ),
+    Mutant(
+        "weights: bytes that came are those that were sent",
+        "aiotransfer/weights/checksum.py",
+        "    if sum_of_pieces(layout, rank, regions, names) != sent & MASK:\n",
+        "    if False:\n",
+        "tests/weights/test_faults.py",
+    ),
+    Mutant(
+        "weights: in place there is no version from the first fence on",
+        "aiotransfer/weights/subscriber/session.py",
+        "            role.unset()\n        await role.revoke_lends()\n",
+        "        await role.revoke_lends()\n",
+        "tests/weights/test_faults.py",
+    ),
+)
