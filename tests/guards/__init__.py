@@ -6,5 +6,7 @@ from tests.guards import control, engine, kernels, kv, moe, native, providers, t
 from tests.guards.mutant import Mutant
 
 EVERY: tuple[Mutant, ...] = tuple(
-    guard for room in (native, providers, control, engine, kv, moe, kernels, weights, weights_roles, tools) for guard in room.GUARDS
+    guard
+    for room in (native, providers, control, engine, kv, moe, kernels, weights, weights_roles, tools)
+    for guard in room.GUARDS
 )
