@@ -91,6 +91,9 @@ def _check(plan: Plan) -> None:
     _between("job_part", plan.job_part, 0, 1 << 31)
     for name in ("job_in", "job_out", "job_scale"):
         _between(name, getattr(plan, name), -1, plan.staging_bytes)
+    shape = next(iter(plan.instances.values())).shape_array[plan.unit_tensor]
+    if not ((plan.unit_start >= 0) & (plan.unit_start <= plan.unit_stop) & (plan.unit_stop <= shape)).all():
+        raise ValueError("a unit lies outside its tensor")
     for name in ("job_sender", "input_job", "move_job"):
         if (np.diff(getattr(plan, name)) < 0).any():
             raise ValueError(f"{name} is not sorted")

@@ -66,6 +66,10 @@ GUARDS = (
         "        _between(name, getattr(plan, name), 0, limit - 1)\n", "        pass\n", CODEC,
     ),
     Mutant(
+        "weights: a plan's units", "aiotransfer/weights/codec.py",
+        "    if not ((plan.unit_start >= 0) & ", "    if not (", CODEC,
+    ),
+    Mutant(
         "weights: numbers of a layout", "aiotransfer/weights/layoutcheck.py",
         "        if values.size and (values.min() < 0 or values.max() > 1 << 59):\n", "        if False:\n", CODEC,
     ),

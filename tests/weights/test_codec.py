@@ -73,7 +73,7 @@ def test_a_layout_that_was_made_to_harm_is_refused(header: Any, arrays: Any) -> 
         Layout.decode(pack.encode(MAGIC, head, table))
 
 
-@pytest.mark.parametrize("name", ["move_piece", "job_unit", "input_link", "relay_move", "unit_tensor", "job_part"])
+@pytest.mark.parametrize("name", ["move_piece", "job_unit", "input_link", "relay_move", "unit_tensor", "unit_start", "job_part"])
 def test_a_plan_that_points_at_nothing_is_refused(name: str) -> None:
     plan = make_plan(layout(), {"i": layout("float16"), "j": layout("float16")}, [Cast("a")], fanout="relay")
     wrong = getattr(plan, name).copy()
