@@ -215,3 +215,43 @@ def test_numbers_and_epochs_are_checked() -> None:
             check_number(bad)
     with pytest.raises(TypeError):
         check_epoch("1")
+
+
+def test_a_report_from_before_a_pass_says_nothing_about_those_that_it_let_in() -> None:
+    chair = Chair(2)
+    chair.whole(0), chair.whole(1), chair.allow()
+    chair.held(0, 6, 1, 0, 0)
+    assert chair.held(1, 5, 0, 1, 0) == [(1, "pass")]
+    assert chair.held(0, 6, 0, 0, 0) == []  # rank 1 begins a reading just now, and its last report does not say so
+    assert chair.held(1, 5, 0, 1, 0) == []
+    assert chair.held(1, 6, 0, 0, 1) == [(0, "ready"), (1, "ready")]
+
+
+def test_a_rank_that_was_asked_heeds_rank_0_no_more() -> None:
+    for heard, answer in (((), "not"), (("hold",), "held"), (("hold", "ready"), "sure"), (("hold", "ready", "open"), "open")):
+        seat = Seat()
+        seat.whole()
+        for say in heard:
+            assert seat.hear(say)
+        assert seat.asked() == answer
+        assert not any(seat.hear(say) for say in ("hold", "pass", "ready", "open", "release"))
+
+
+def test_a_rank_in_doubt_ends_as_the_others_did_and_alone_only_where_that_is_certain() -> None:
+    def doubting(*heard: str) -> Seat:
+        seat = Seat()
+        seat.whole()
+        for say in heard:
+            seat.hear(say)
+        assert seat.lose_chair()
+        return seat
+
+    held, sure = ("hold",), ("hold", "ready")
+    for heard, answers, others, end in (
+        (held, ["held", "open"], 2, "open"), (sure, ["sure", "not"], 2, "released"), (held, ["held"], 1, "released"),
+        (held, ["sure"], 1, "open"), (sure, ["held"], 1, "open"), (held, [], 1, "released"), (held, [], 2, "cut off"),
+        (sure, [], 1, "cut off"),
+    ):  # fmt: skip
+        seat = doubting(*heard)
+        seat.resolve(answers, others)
+        assert seat.state == end, (heard, answers, others)

@@ -217,3 +217,50 @@ async def test_the_roles_refuse_what_cannot_be_at_once(party: Party) -> None:
     with pytest.raises(at.ClosedError):
         async with publisher.publish(1):
             pass
+
+
+async def test_experts_that_moved_are_written_where_they_are_now_with_every_replica(party: Party) -> None:
+    tensors = [Tensor(f"expert.{e}", (2, 3), "float32") for e in range(3)]
+    trainer = Layout(tensors, [Piece(f"expert.{e}", 0) for e in range(3)], ranks=1)
+    memory = {f"expert.{e}": np.full((2, 3), e, np.float32) for e in range(3)}
+    left = await party.stack.enter_async_context(await party.open_engine())
+    publisher = await party.stack.enter_async_context(weights.Publisher(left, trainer.bind(0, memory), timeout=20))
+    right = await party.stack.enter_async_context(await party.open_engine())
+    await right.connect(left.address)
+    for number, slots in enumerate(((0, 1, 2, 0), (2, 2, 0, 1)), 1):
+        inference = Layout(
+            tensors, [Piece(f"expert.{e}", 0, buffer="slots", offset=24 * s) for s, e in enumerate(slots)], ranks=1
+        )
+        stack = np.zeros((4, 2, 3), np.float32)
+        bound = inference.bind(0, {"slots": stack})
+        async with weights.Subscriber(right, bound, instance="a", mode="in_place") as subscriber:
+            for array in memory.values():
+                array += 10
+            async with publisher.publish(number):
+                pass
+            assert subscriber.version == (1, number)
+            assert [stack[s, 0, 0] - 10 * number for s in range(4)] == list(slots)
+
+
+async def test_a_part_of_the_names_is_a_version_and_the_others_stay(party: Party) -> None:
+    tensors = [Tensor("base", (4,), "float32"), Tensor("lora", (2,), "float32")]
+    layout = Layout(tensors, [Piece("base", 0), Piece("lora", 0)], ranks=1)
+    memory = {"base": np.ones(4, np.float32), "lora": np.ones(2, np.float32)}
+    right = await party.stack.enter_async_context(await party.open_engine())
+    subscriber = await party.stack.enter_async_context(weights.Subscriber(right, layout, instance="a"))
+
+    async def push(number: int, names: list[str] | None) -> None:
+        async with await party.open_engine() as left:
+            await right.connect(left.address)
+            async with weights.Publisher(left, layout.bind(0, memory), timeout=20, names=names) as publisher:
+                async with publisher.publish(number):
+                    pass
+
+    with pytest.raises(weights.UpdateError, match="no whole version here"):
+        await push(1, ["lora"])
+    await push(1, None)
+    for array in memory.values():
+        array += 1
+    await push(2, ["lora"])
+    assert subscriber.tensors["lora"].tolist() == [2, 2]
+    assert subscriber.tensors["base"].tolist() == [1, 1, 1, 1]
