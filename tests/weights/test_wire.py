@@ -15,7 +15,8 @@ MESSAGES = [
     wire.Call(), wire.Announce(ENTRY), wire.Leave("a", 0, 1), wire.Refuse(1, "plan", "no", ["x"]), wire.Want(b"d"),
     wire.Piece(b"d", 0, 1, b"data"), wire.Enter(0, 1, 2, 0, b"d", [ENTRY]), wire.Begin(1, 2, 3, 4, 5.0, [ENTRY]),
     wire.Sent(1, 0, [("a", 0, "why")]), wire.Outcome(1, ["a/0"], [("a/1", "why")]), wire.Abandon(1, 2, "late", "why", 0, -1, []),
-    wire.Offer(1, 2, 3, 4, 5, 6.0, ["x:1"], [wire.Sender(0, 7, [1, 0])], [], "", "", True), wire.Grant(1, "a", 0, [b"r"], [9], ""),
+    wire.Offer(1, 2, 3, 4, 5, 6.0, ["x:1"], [wire.Sender(0, 7, [1, 0])], [], "", "", True),
+    wire.Grant(1, "a", 0, [b"r"], [9], ""),
     wire.Held(1, "a", 0, 1, 2, 3, 4), wire.Sum(1, 2, 3, (1 << 64) - 1), wire.Drop(1, "a", 0, "why"), wire.Sure(1, "a", 0),
 ]  # fmt: skip
 
