@@ -122,6 +122,15 @@ class Memory:
                 raise result
 
 
+def _torch() -> Any:
+    """None where it is not installed: types that NumPy lacks are seen as unsigned integers then."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch
+
+
 def _copy(pairs: list[tuple[Any, Any]]) -> None:
     for here, there in pairs:
         np.copyto(there, here)
@@ -131,9 +140,9 @@ def _view(memory: NDArray[np.uint8], dtype: str, offset: int, extent: list[int],
     kind = lookup(dtype)
     if 0 in extent:
         memory, offset, strides = np.empty(kind.itemsize, np.uint8), 0, [kind.itemsize] * len(extent)
-    if not as_torch:
-        return np.ndarray(extent, kind.numpy, memory.data, offset, strides)
-    import torch
+    torch = _torch() if as_torch else None
+    if torch is None:
+        return np.ndarray(extent, kind.numpy or f"u{kind.itemsize}", memory.data, offset, strides)
 
     span = sum((n - 1) * step for n, step in zip(extent, strides, strict=True) if n) + kind.itemsize
     flat = torch.from_numpy(memory[offset : offset + span]).view(getattr(torch, kind.name))
