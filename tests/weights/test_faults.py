@@ -307,3 +307,15 @@ def test_a_rate_limit_is_kept() -> None:
         assert np.isclose(server.holds() or 0, 1)
 
     play(scenario)
+
+
+def test_without_any_subscriber_publishing_ends_at_its_deadline_by_name() -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        await party.train(2, timeout=0.3)
+        began = net.now
+        for error in await failures(party, 1):
+            assert isinstance(error, weights.UpdateError)
+            assert "no whole subscriber instance" in str(error)
+        assert net.now - began < 1.5
+
+    play(scenario)

@@ -55,13 +55,6 @@ async def test_subscribers_may_be_known_to_any_trainer_rank(party: Party) -> Non
     assert [server.holds() for server in servers] == [1, 1]
 
 
-async def test_without_any_subscriber_publishing_ends_at_its_deadline_by_name(party: Party) -> None:
-    await party.train(2, timeout=0.3)
-    for error in await failures(party, 1):
-        assert isinstance(error, weights.UpdateError)
-        assert "no whole subscriber instance" in str(error)
-
-
 async def test_numbers_may_leave_gaps_and_never_fall(party: Party) -> None:
     await party.train(2, timeout=20)
     (server,) = await party.serve("a", 1)

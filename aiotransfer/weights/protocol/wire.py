@@ -12,7 +12,7 @@
                                        one-sided writes, counted where they land
                                                                              Sent  ->
                                    <-  Allow (to rank 0 of each instance: all is written, sources were at rest)
-        ranks of the instance: Whole, Hold, Held, Pass, Open (see `agreement`)
+        ranks of the instance: Whole, Hold, Held, Ready, Sure, Open (see `agreement`)
     Done                           ->  Outcome(who has it)                   ->
 
 A message begins with a mark that tells it from the application's own, and a version. What cannot be read raises

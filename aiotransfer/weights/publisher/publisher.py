@@ -1,9 +1,10 @@
 """A trainer rank that publishes versions of weights.
 
-publisher = weights.Publisher(engine, layout, group=group)     # on every trainer rank
-async with publisher.publish(step):                            # all ranks, the same number
-    ...                                                        # nothing changes the weights here
-# here every subscriber that was there has the version; else UpdateError says which has not
+    publisher = weights.Publisher(engine, layout, group=group)     # on every trainer rank
+    async with publisher.publish(step):                            # all ranks, the same number
+        ...                                                        # nothing changes the weights here
+
+Behind the block every subscriber that was there has the version; else `UpdateError` says which has not.
 """
 
 from __future__ import annotations
