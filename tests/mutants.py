@@ -39,8 +39,8 @@ def copy(where: Path) -> None:
     shutil.copy2(ROOT / "aiotransfer" / "_build_facts.json", where / "aiotransfer")
 
 
-def run(where: Path, tests: str, patience: float = PATIENCE) -> int:
-    """pytest's exit status there; -1 when it did not end in `patience` seconds."""
+def run(where: Path, tests: str, patience: float = PATIENCE) -> int | None:
+    """pytest's exit status there, negative for a signal; None when it did not end in `patience` seconds."""
     environ = {**os.environ, "PYTHONPATH": str(where), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *tests.split()]
     with open(where / LOG, "wb") as log:
@@ -50,7 +50,7 @@ def run(where: Path, tests: str, patience: float = PATIENCE) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        return -1
+        return None
 
 
 def build(where: Path, **changes: str) -> None:
@@ -74,7 +74,7 @@ def survives(where: Path, mutant: Mutant) -> bool:
     if native:
         build(where, CFLAGS="-O0")  # most of the time of a mutant would go by here
     status = run(where, mutant.tests)
-    verdict = "SURVIVED" if status == 0 else "hung" if status < 0 else "red"
+    verdict = "hung" if status is None else "SURVIVED" if status == 0 else "crashed" if status < 0 else "red"
     print(f"{mutant.name:<40} {verdict:<9} {time.monotonic() - start:5.1f} s", flush=True)
     file.write_text(text)
     for built, content in native.items():
@@ -106,7 +106,7 @@ def main() -> int:
             where = Path(folder)
             copy(where)
             tests = sorted({test for mutant in chosen for test in mutant.tests.split()})
-            if status := run(where, " ".join(tests), 20 * PATIENCE):
+            if (status := run(where, " ".join(tests), 20 * PATIENCE)) != 0:
                 print((where / LOG).read_text()[-3000:])
                 print(f"the tests are not green as they are: pytest ended with {status}")
                 return 1

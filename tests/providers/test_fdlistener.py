@@ -87,7 +87,8 @@ async def test_what_a_stranger_sends_stays_in_the_kernel_until_its_ticket_is_kno
     channel.close()
 
 
-async def test_another_user_is_dropped_when_it_is_accepted() -> None:
+async def test_another_user_is_dropped_when_it_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fdlistener, "EARLY_SECONDS", 1000.0)  # it is not dropped for coming early
     here = FdListener(asyncio.get_running_loop(), os.getuid() + 1)
     sock = stranger(here, (ticket(), []))
     sock.setblocking(False)

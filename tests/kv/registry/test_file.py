@@ -187,7 +187,9 @@ async def test_files_can_be_read_by_people_and_by_nobody_else(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-async def test_what_another_user_has_put_there_is_no_entry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_another_user_has_put_there_is_no_entry(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine, theirs = member("mine", incarnation=1), member("theirs", incarnation=2, address="10.0.0.2:1")
     planter = FileBackend(tmp_path)
     await planter.put(theirs.key, theirs.encode(), 60)
@@ -198,7 +200,11 @@ async def test_what_another_user_has_put_there_is_no_entry(tmp_path: Path, caplo
         os.chown(file, 65534, 65534)
     else:  # what is there belongs to somebody else than this backend takes itself for
         backend._uid = os.getuid() + 1
-    assert await backend.entries() == {}
+    with monkeypatch.context() as patch:
+        opened: list[Path] = []
+        patch.setattr(file_module, "_read", lambda path, owner: opened.append(path))
+        assert await backend.entries() == {}
+        assert not opened, "what belongs to another user is not even opened"
     assert "is no entry" in caplog.text
     assert not await backend.keep_alive(theirs.key, 60), "nor is it renewed"
     assert file.exists(), "it is not ours to remove"
