@@ -192,7 +192,12 @@ async def test_when_nothing_fits_nothing_is_published(party: Party) -> None:
 async def test_the_roles_refuse_what_cannot_be_at_once(party: Party) -> None:
     engine = await party.stack.enter_async_context(await party.open_engine())
     layout, memory = trainer_layout(1), shard(trainer_layout(1), 0, values(0))
-    for wrong, text in (({"rate_limit": 0}, "rate_limit"), ({"staging_bytes": 0}, "staging_bytes"), ({"epoch": 0}, "epoch")):
+    for wrong, text in (
+        ({"rate_limit": 0}, "rate_limit"),
+        ({"staging_bytes": 0}, "staging_bytes"),
+        ({"epoch": 0}, "epoch"),
+        ({"fanout": "relay"}, "fanout"),
+    ):
         with pytest.raises(ValueError, match=text):
             weights.Publisher(engine, Bound(layout, 0, memory), **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="2 ranks"):

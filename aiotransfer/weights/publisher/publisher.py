@@ -58,7 +58,7 @@ class Publisher:
     `timeout`: seconds from entering `publish` to its end (None: the engine's); subscribers that are late are left behind.
     `checksum`: compare all bytes of the sources at the start and before the commit, and those that arrived with those that were
     sent. `rate_limit`: bytes a second that this rank writes at most, over all subscribers. `names`: templates of the tensors that
-    are published (None: all). `fanout`: see `make_plan`.
+    are published (None: all). `fanout`: "direct"; what `make_plan` plans as a relay is not carried out by these roles yet.
 
     Raises `PlanError` (the layout is not whole), `ConfigurationError` (a second one on this engine), `RegistrationError`,
     `ClosedError`, `TypeError`, `ValueError`.
@@ -83,6 +83,8 @@ class Publisher:
             raise TypeError(f"staging_bytes must be an int, not {staging_bytes!r}")
         if staging_bytes < 1:
             raise ValueError(f"staging_bytes must be positive, not {staging_bytes}")
+        if fanout != "direct":
+            raise ValueError(f"publishers write to all instances themselves: fanout is 'direct', not {fanout!r}")
         self.layout.check()
         self.engine = engine
         self.seconds = engine._seconds(timeout)
