@@ -15,7 +15,7 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo demo-moe test check test-distros test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
-	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-scale docs test-rails test-chaos test-chaos-kv test-chaos-moe test-chaos-weights test-guest \
+	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-scale bench-weights-replay docs test-rails test-chaos test-chaos-kv test-chaos-moe test-chaos-weights test-guest \
 	test-matrix test-cycles test-sanitize soak strangers fuzz sanitize mutants clean
 
 help:
@@ -148,6 +148,10 @@ bench-quantise: setup
 # What Python costs the host in a step of MoE dispatch.
 bench-moe-host: setup
 	@$(PY) tests/benchmarks/moe_host.py $(ARGS)
+
+# What Python costs a trainer rank that replays its part of a large plan.
+bench-weights-replay: $(STAMPS)/test
+	@$(PY) -m tests.benchmarks.weights_replay $(ARGS)
 
 # Dispatch and combine for EP8 to EP512 by a model, beside published tables; --report writes docs/design/moe-scale.md.
 bench-scale: $(STAMPS)/test

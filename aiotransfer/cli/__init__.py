@@ -1,4 +1,4 @@
-"""The command line: `python -m aiotransfer hello | demo | doctor | ping | key | bench`."""
+"""The command line: `python -m aiotransfer hello | demo | doctor | ping | key | bench | weights`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "ping": "latency and bandwidth to an engine by each way to it, and why the others are none",
     "key": "a new random key for AIOTRANSFER_KEY, which nobody can guess",
     "bench": "bandwidth, rates, latency and idle CPU, each beside its limit",
+    "weights": "the plan of a large model's update, from its shapes alone: balance, bytes, predicted times",
 }
 
 

@@ -217,9 +217,18 @@ class _Planner:
         times = np.maximum(copies // np.maximum(size, 1), 1)[units.tensor]
         most = np.full(len(units.tensor), 1 << 62, np.int64)
         several = (units.cell >= 0) & (np.diff(cells.begin)[units.cell] > 1)
-        most[several | (units.cell < 0)] = np.maximum(grain // times, 1 << 12)[several | (units.cell < 0)]
+        even = np.maximum(np.maximum(grain // times, 1 << 12), self._whole_rows(units, item))
+        most[several | (units.cell < 0)] = even[several | (units.cell < 0)]
         most[kind != COPY] = np.minimum(most[kind != COPY], staging.largest(self.staging_bytes))
         return sources.cut_to(most, units, self.blocks[units.tensor], item)
+
+    def _whole_rows(self, units: sources.Units, item: Ints) -> Ints:
+        """Bytes of the smallest part of each unit that has whole rows: what is cut smaller would be many short writes."""
+        ndims = np.array([len(shape) for shape in self.catalog.shapes], np.int64)[units.tensor]
+        extent, rows = units.stop - units.start, self.blocks[units.tensor].copy()
+        several = np.flatnonzero(ndims > 1)
+        rows[several, ndims[several] - 1] = extent[several, ndims[several] - 1]
+        return np.asarray(np.prod(np.minimum(rows, np.maximum(extent, 1)), axis=1) * item)
 
     def _moves(self, units: sources.Units) -> Moves:
         """Every unit to every target piece that it meets; and its scales to the pieces of its tensor of scales."""

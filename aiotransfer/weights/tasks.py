@@ -197,6 +197,11 @@ def expected(plan: Plan, instance: str, rank: int) -> Expected:
     return Expected(keys[0].astype(bool), keys[1], keys[2], keys[3], keys[4], sums[0], sums[1])
 
 
+def run_counts(plan: Plan, moves: Ints) -> Ints:
+    """How many contiguous writes each of these moves is (int64)."""
+    return _runs_of(plan, moves, None)[0]
+
+
 def _runs_of(plan: Plan, moves: Ints, pieces: Ints | None) -> tuple[Ints, Ints]:
     """How many contiguous runs each move is, and its bytes."""
     tensor, start, stop = plan.move_box(moves, pieces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.guards.mutant import Mutant
 
 REFUSALS, CODEC, DERIVE = "tests/weights/test_refusals.py", "tests/weights/test_codec.py", "tests/weights/test_derive.py"
+SCALE = "tests/weights/scale"
 BALANCE, PLANNER = "tests/weights/test_balance.py", "tests/weights/test_planner.py"
 GUARDS = (
     Mutant(
@@ -84,5 +85,22 @@ GUARDS = (
     Mutant(
         "weights: tensor parallel cuts before FSDP", "aiotransfer/weights/derive.py",
         "        if k in strided and plain and factor ==", "        if False and factor ==", DERIVE,
+    ),
+    Mutant(
+        "weights: whole rows where a unit is only cut to be spread", "aiotransfer/weights/planner.py",
+        "np.maximum(np.maximum(grain // times, 1 << 12), self._whole_rows(units, item))", "np.maximum(grain // times, 1 << 12)",
+        f"{SCALE}/test_predict.py",
+    ),
+    Mutant(
+        "weights: a mesh that is not all trainers", "aiotransfer/weights/scale/placements.py",
+        "        if self.fsdp * self.pp * self.ep != self.trainers:\n", "        if False:\n", f"{SCALE}/test_layouts.py",
+    ),
+    Mutant(
+        "weights: experts that do not divide", "aiotransfer/weights/scale/placements.py",
+        "            if model.experts % ranks:\n", "            if False:\n", f"{SCALE}/test_layouts.py",
+    ),
+    Mutant(
+        "weights: a placement that cannot be is not planned", "aiotransfer/cli/weights.py",
+        "    if problems := where.problems(model):\n", "    if problems := []:\n", "tests/cli/test_weights.py",
     ),
 )  # fmt: skip

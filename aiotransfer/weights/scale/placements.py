@@ -83,13 +83,13 @@ def trainer_layout(model: Model, placement: Placement) -> Layout:
     """The trainers' side."""
     table = _Table()
     fsdp, ep = placement.fsdp, placement.ep
-    filled: dict[str, Ints] = defaultdict(lambda: np.zeros(fsdp, np.int64))  # bytes of each memory on the ranks of a shard
+    filled: dict[tuple[str, int], Ints] = defaultdict(lambda: np.zeros(fsdp, np.int64))  # bytes of a memory, by stage and shard
     groups = np.arange(ep)
     for weight in weights(model):
         stage = placement.stage(model, weight.layer) * fsdp * ep
         item = dtypes.lookup(weight.dtype).itemsize
         row = item * math.prod(weight.shape[1:])
-        memory = f"layers.{weight.layer}" + (f".{weight.store}.{weight.name[-16:]}" if weight.experts else "")
+        memory = "experts" if weight.experts else "dense"  # as one range of an allocator, which is registered as a whole
         rows = np.array([chunk(weight.shape[0], fsdp, f) for f in range(fsdp)], np.int64)
         count = rows[:, 1] - rows[:, 0]
         held = np.flatnonzero(count)
@@ -98,14 +98,15 @@ def trainer_layout(model: Model, placement: Placement) -> Layout:
             expert, shard = (x.reshape(-1) for x in np.meshgrid(np.arange(weight.experts), held, indexing="ij"))
             each = weight.experts // ep
             rank = stage + shard * ep + expert // each
-            offset = expert % each * count[shard] * row
+            offset = filled[memory, stage][shard] + expert % each * count[shard] * row
             table.pieces(weight, first + expert, rank, memory, rows[shard], offset, item)
+            filled[memory, stage] += each * count * row
         else:
             tensor = table.tensor(Tensor(weight.name, weight.shape, weight.dtype, "dense"))
             shard, group = (x.reshape(-1) for x in np.meshgrid(held, groups, indexing="ij"))
-            offset = filled[memory][shard]
+            offset = filled[memory, stage][shard]
             table.pieces(weight, np.full(len(shard), tensor), stage + shard * ep + group, memory, rows[shard], offset, item)
-            filled[memory] += -(-count * row // ALIGN) * ALIGN
+            filled[memory, stage] += -(-count * row // ALIGN) * ALIGN
     return table.layout(placement.trainers, placement.where("trainer", 0, placement.trainers))
 
 
@@ -149,6 +150,12 @@ def rules(model: Model, placement: Placement) -> list[Quantise]:
         if weight.quantised:
             names[weight.name.replace(f"layers.{weight.layer}.", "layers.{l}.")] = None
     return [Quantise(name, f"{name}_scale_inv") for name in names]
+
+
+def received_bytes(model: Model, placement: Placement) -> int:
+    """Bytes that each inference rank gets."""
+    every = [part for weight in weights(model) for part in _stored(weight, placement.quantise)]
+    return sum(_nbytes(part) * (part.experts // placement.inference_ep if part.experts else 1) for part in every)
 
 
 def _stored(weight: Weight, quantise: bool) -> list[Weight]:

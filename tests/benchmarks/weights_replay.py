@@ -1,0 +1,146 @@
+"""What Python costs a trainer rank when it replays its part of a large plan, and how many native calls that is.
+
+    make bench-weights-replay ARGS="[--layers 8] [--rounds 5]"
+
+The plan is that of `aiotransfer weights plan --model kimi-k2` with its own placement and fewer layers; the rank is the one with
+the most writes. Its code is the publisher's own (`Sending`), its writes are all there, in their order, from their source buffers
+to their target buffers. Only their bytes are not: each write has 8, and all buffers are slices of one small region of an engine
+in the same process (loopback). Microseconds for each write, medians of the rounds (spread): all until a call is posted,
+and without the native calls in it. No speed is asserted; 1 us of Python for each write, and one native call for each peer, phase
+and part (one more for each further source buffer) are what is wanted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import statistics
+import time
+from collections import deque
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import aiotransfer as at
+from aiotransfer.providers import native
+from aiotransfer.weights import Plan, make_plan
+from aiotransfer.weights.publisher.sending import Sending
+from aiotransfer.weights.scale.models import MODELS, Model
+from aiotransfer.weights.scale.placements import Placement, inference_layouts, rules, trainer_layout
+from aiotransfer.weights.tasks import Tasks
+
+SMALL = 4096  # bytes of the only memory there is
+NBYTES = 8
+
+
+class Timed:
+    """Stands in for the native library: counts scatters and the time in them."""
+
+    def __init__(self, real: Any) -> None:
+        self.real, self.calls, self.seconds, self.targets = real, 0, 0.0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def at_scatter(self, *arguments: Any) -> Any:
+        """The real one."""
+        begin = time.perf_counter()
+        result = self.real.at_scatter(*arguments)
+        self.seconds += time.perf_counter() - begin
+        self.calls += 1
+        self.targets += arguments[4]
+        return result
+
+
+class Replay(NamedTuple):
+    """Of one rank: writes, calls by the plan (peer, phase, part), these for each source buffer, native calls, and seconds by
+    round: all, and without the native calls."""
+
+    writes: int
+    calls: int
+    sources: int
+    native: int
+    targets: int
+    all: list[float]
+    python: list[float]
+
+
+def small(tasks: Tasks) -> Tasks:
+    """The same writes with hardly any bytes."""
+    writes = tasks.writes
+    places = {what: getattr(writes, what) // 64 % (SMALL // NBYTES) * NBYTES for what in ("source_offset", "target_offset")}
+    return dataclasses.replace(tasks, writes=dataclasses.replace(writes, nbytes=np.full(len(writes.nbytes), NBYTES), **places))
+
+
+async def replay(plan: Plan, sender: int, rounds: int) -> Replay:
+    """Post all writes of a rank, `rounds` times."""
+    tasks = small(plan.tasks(sender))
+    writes = tasks.writes
+    edges = np.array([writes.phase, writes.part, writes.receiver, writes.source_buffer])
+    sources = 1 + int(np.any(edges[:, 1:] != edges[:, :-1], axis=0).sum())
+    async with at.open_engine(providers="loopback") as engine, at.open_engine(providers="loopback") as other:
+        other.publish("target", other.allocate(SMALL))
+        remote = await (await engine.connect(other.address)).lookup("target")
+        for imm in range(1, 1 + len(plan.phases)):
+            other.counter(imm)
+        source = engine.allocate(SMALL)
+        await engine.write(source[:8], remote[:8])
+        regions = {int(buffer): remote[:SMALL] for buffer in np.unique(writes.target_buffer)}
+        receivers = {
+            int(number): SimpleNamespace(failed="", imms=[1 + k for k in range(len(plan.phases))], regions=regions, sum=0)
+            for number in np.unique(writes.receiver)
+        }
+        role = SimpleNamespace(
+            engine=engine, checksum=False, rate_limit=float("inf"),
+            sources=SimpleNamespace(regions=dict.fromkeys(np.unique(writes.source_buffer).tolist(), source)),
+        )  # fmt: skip
+        rank: Any = SimpleNamespace(
+            _receivers=receivers, _role=role, _work=SimpleNamespace(tasks=tasks), _seconds=60.0, _posted=deque(), _under_way=0,
+            _next=0.0, nbytes=0,
+        )  # fmt: skip
+        rank._room, rank._oldest = lambda n: Sending._room(rank, n), lambda: Sending._oldest(rank)
+        making: Any = SimpleNamespace(region=source)
+        calls = list(writes.calls())
+        real, every, python, timed = native.lib, [], [], Timed(native.lib)
+        for _ in range(rounds):
+            timed, spent = Timed(real), 0.0
+            for call in calls:
+                native.lib = timed
+                try:
+                    begin = time.perf_counter()
+                    await Sending._call(rank, call, making)
+                    spent += time.perf_counter() - begin
+                finally:
+                    native.lib = real
+                while rank._posted:
+                    await rank._oldest()
+            every.append(spent / len(writes.nbytes))
+            python.append((spent - timed.seconds) / len(writes.nbytes))
+    assert not any(receiver.failed for receiver in receivers.values())
+    return Replay(len(writes.nbytes), len(calls), sources, timed.calls, timed.targets, every, python)
+
+
+def busiest(model: Model, place: Placement) -> tuple[Plan, int]:
+    """A plan, and the rank with the most writes."""
+    plan = make_plan(trainer_layout(model, place), inference_layouts(model, place), rules(model, place))
+    moves = np.bincount(plan.job_sender[plan.move_job], minlength=plan.trainer.ranks)
+    return plan, int(moves.argmax())
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    print("| rank | writes | peers, phases and parts | native calls | us a write | of these Python |\n|--:|--:|--:|--:|--:|--:|")
+    plan, rank = busiest(MODELS["kimi-k2"].cut(args.layers), Placement())
+    found = asyncio.run(replay(plan, rank, args.rounds))
+    cells = [f"{statistics.median(v) * 1e6:.2f} ({min(v) * 1e6:.2f}-{max(v) * 1e6:.2f})" for v in (found.all, found.python)]
+    print(f"| {rank} | {found.writes} | {found.calls} | {found.native} | {cells[0]} | {cells[1]} |")
+
+
+if __name__ == "__main__":
+    main()
