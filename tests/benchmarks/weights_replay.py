@@ -5,9 +5,9 @@
 The plan is that of `aiotransfer weights plan --model kimi-k2` with its own placement and fewer layers; the rank is the one with
 the most writes. Its code is the publisher's own (`Sending`), its writes are all there, in their order, from their source buffers
 to their target buffers. Only their bytes are not: each write has 8, and all buffers are slices of one small region of an engine
-in the same process (loopback). Microseconds for each write, medians of the rounds (spread): all until a call is posted,
-and without the native calls in it. No speed is asserted; 1 us of Python for each write, and one native call for each peer, phase
-and part (one more for each further source buffer) are what is wanted.
+in the same process (loopback). Microseconds of this thread for each write, medians of the rounds (spread): all until a call is
+posted, and without the native calls in it. No speed is asserted; 1 us of Python for each write, and one native call for each
+peer, phase and part (one more for each further source buffer) are what is wanted.
 """
 
 from __future__ import annotations
@@ -39,30 +39,32 @@ class Timed:
     """Stands in for the native library: counts scatters and the time in them."""
 
     def __init__(self, real: Any) -> None:
-        self.real, self.calls, self.seconds, self.targets = real, 0, 0.0, 0
+        self.real, self.calls, self.seconds, self.targets, self.most = real, 0, 0.0, 0, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
 
     def at_scatter(self, *arguments: Any) -> Any:
         """The real one."""
-        begin = time.perf_counter()
+        begin = time.thread_time()
         result = self.real.at_scatter(*arguments)
-        self.seconds += time.perf_counter() - begin
+        self.seconds += time.thread_time() - begin
         self.calls += 1
         self.targets += arguments[4]
+        self.most = max(self.most, arguments[4])
         return result
 
 
 class Replay(NamedTuple):
-    """Of one rank: writes, calls by the plan (peer, phase, part), these for each source buffer, native calls, and seconds by
-    round: all, and without the native calls."""
+    """Of one rank: writes; calls by the plan (peer, phase, part); these for each source buffer; native calls; the writes in all
+    of them, and in the largest; seconds by round, all and without the native calls."""
 
     writes: int
     calls: int
     sources: int
     native: int
     targets: int
+    most: int
     all: list[float]
     python: list[float]
 
@@ -109,9 +111,9 @@ async def replay(plan: Plan, sender: int, rounds: int) -> Replay:
             for call in calls:
                 native.lib = timed
                 try:
-                    begin = time.perf_counter()
+                    begin = time.thread_time()
                     await Sending._call(rank, call, making)
-                    spent += time.perf_counter() - begin
+                    spent += time.thread_time() - begin
                 finally:
                     native.lib = real
                 while rank._posted:
@@ -119,7 +121,7 @@ async def replay(plan: Plan, sender: int, rounds: int) -> Replay:
             every.append(spent / len(writes.nbytes))
             python.append((spent - timed.seconds) / len(writes.nbytes))
     assert not any(receiver.failed for receiver in receivers.values())
-    return Replay(len(writes.nbytes), len(calls), sources, timed.calls, timed.targets, every, python)
+    return Replay(len(writes.nbytes), len(calls), sources, timed.calls, timed.targets, timed.most, every, python)
 
 
 def busiest(model: Model, place: Placement) -> tuple[Plan, int]:

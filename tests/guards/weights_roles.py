@@ -54,4 +54,11 @@ GUARDS = (
         "        await role.revoke_lends()\n",
         "tests/weights/test_faults.py",
     ),
+    Mutant(
+        "weights: a native call has so many writes",
+        "aiotransfer/weights/publisher/sending.py",
+        "for k in range(a, b, MOST_WRITES)]",
+        "for k in (a,)]",
+        "tests/weights/scale/test_replay.py",
+    ),
 )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from aiotransfer.weights.publisher.update import Update
 
 ASKS = 64  # subscriber ranks at a time
+MOST_WRITES = 1024  # in one native call: it takes no more without a prepared plan, which costs far more than a second call
 MOST_POSTED = 512 << 20  # bytes under way
 BUSY_SECONDS = 0.001  # before a write that the engine had no room for is tried again
 RATE_SECONDS = 0.01  # what a rate is kept over
@@ -167,13 +168,14 @@ class Sending:
             making.close()
 
     async def _call(self, call: Call, making: Making) -> list[Transfer]:
-        """All writes to one receiver in one phase and part: one native call for each source buffer."""
+        """All writes to one receiver in one phase and part: one native call for each source buffer, or more of very many."""
         receiver = self._receivers.get(call.receiver)
         if receiver is None or receiver.failed:
             return []
         writes, role = self._work.tasks.writes, self._role
         buffers = writes.source_buffer[call.begin : call.end]
-        edges = [call.begin, *(np.flatnonzero(np.diff(buffers)) + call.begin + 1).tolist(), call.end]
+        changes = [0, *(np.flatnonzero(np.diff(buffers)) + 1).tolist(), call.end - call.begin]
+        edges = [call.begin + k for a, b in itertools.pairwise(changes) for k in range(a, b, MOST_WRITES)] + [call.end]
         posted = []
         for begin, end in itertools.pairwise(edges):
             number = int(writes.source_buffer[begin])

@@ -29,7 +29,7 @@ def svg(report: Report) -> str:
     bars.append(("predicted by the paper's way", report.paper[:-1]))
     rows = [(text, stages) for text, stages in bars if stages]
     longest = max([sum(r.ms for r in stages) for _, stages in rows] + [row.ms for row in report.own])
-    scale, y = (WIDTH - 300) / max(longest, 1e-9), 290.0
+    scale, y = (WIDTH - 340) / max(longest, 1e-9), 290.0
     parts.append(f'<text x="20" y="{y - 14}" font-size="14">Milliseconds of an update</text>')
     for text, stages in rows:
         parts += _stacked(y, text, stages, scale)
@@ -64,7 +64,7 @@ def _loads(x: int, text: str, values: Any, bound: int, colour: str) -> list[str]
 
 
 def _stacked(y: float, text: str, stages: list[Row], scale: float, *, thin: bool = False) -> list[str]:
-    left, high = 250.0, 14 if thin else 22
+    left, high = 290.0, 14 if thin else 22
     total = sum(row.ms for row in stages)
     parts = [f'<text x="{left - 8}" y="{y + high - 4}" text-anchor="end">{escape(text[:46])}</text>']
     at = left
