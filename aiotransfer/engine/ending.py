@@ -8,13 +8,14 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
-from aiotransfer.providers import native
+from aiotransfer.providers import elsewhere, native
 from aiotransfer.providers.holdings import leak
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
 
 
+CLOSED_SECONDS = 0.2  # for descriptors that are closed elsewhere: they are gone when a closed engine's `aclose` returns
 SHARE = 0.1  # of `drain_timeout`: what each later step gets where an earlier one has used up all of it
 
 
@@ -138,6 +139,7 @@ def take_apart(engine: Engine) -> None:
         with contextlib.suppress(RuntimeError):  # "Event loop is closed"
             close_it()
     engine._connections.abandon()
+    elsewhere.settle(CLOSED_SECONDS)
     warnings.warn(
         f"{engine.name!r}: the event loop of this engine was closed first; what was under way was cut off, peers see a broken "
         "connection (use `async with` or aclose() inside the loop)", RuntimeWarning, stacklevel=3,

@@ -17,6 +17,7 @@ import uvloop
 
 import aiotransfer as at
 from aiotransfer.engine import ending
+from aiotransfer.providers import elsewhere
 from aiotransfer.providers.lane import Lane
 from aiotransfer.testing import leaks_since, snapshot
 from aiotransfer.testing.fabric import Fabric, fabric
@@ -43,6 +44,7 @@ def test_an_engine_whose_loop_is_closed_is_closed_on_another_one_and_says_so(mak
         for engine in engines:
             with pytest.warns(RuntimeWarning, match="the event loop of this engine was closed first"):
                 await engine.aclose()
+            assert not elsewhere._closer._threads, "what it closed in other threads is closed"
             await engine.aclose()  # twice is silent
             with pytest.raises(at.ClosedError):
                 engine.allocate(8)
