@@ -14,7 +14,7 @@ MINUTES ?= 20
 RUNS ?= 50000
 CYCLES ?= 10000
 
-.PHONY: help setup hello demo demo-moe test check test-distros test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
+.PHONY: help setup hello demo demo-moe demo-weights test check test-distros test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
 	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-scale bench-weights-replay docs test-rails test-chaos test-chaos-kv test-chaos-moe test-chaos-weights test-guest \
 	test-matrix test-cycles test-sanitize soak strangers fuzz sanitize mutants clean
 
@@ -22,6 +22,7 @@ help:
 	@echo "make hello   two processes, writes, pages, counters, a killed peer (under a minute, NumPy only)"
 	@echo "make demo    a language model: prefill in one process, decode in another (downloads about 350 MB)"
 	@echo "make demo-moe  a mixture of experts over four processes (the same download of torch, no model)"
+	@echo "make demo-weights  trainers push new weights into running inference ranks (the same download, no model)"
 	@echo "make test    the tests        make check   those that matter most, in a minute"
 	@echo "make lint    ruff, mypy, C warnings"
 	@echo "make bench   the benchmark    make docs    the documentation site"
@@ -62,6 +63,10 @@ demo: $(STAMPS)/demo
 # Qwen3-MoE with random weights, its experts on four ranks; ARGS="--mode blocks" or --kill=2 for more.
 demo-moe: $(STAMPS)/demo
 	@$(PY) examples/moe_expert_parallel.py $(ARGS)
+
+# FSDP2 trainers and a tensor-parallel inference instance, a rank of which is killed; ARGS="--tiny" for less.
+demo-weights: $(STAMPS)/demo
+	@$(PY) examples/weights_fsdp.py $(ARGS)
 
 test: $(STAMPS)/test
 	$(PY) -m pytest $(ARGS)
