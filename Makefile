@@ -15,7 +15,7 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo demo-moe demo-weights test check test-distros test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
-	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-scale bench-weights-replay docs test-rails test-chaos test-chaos-kv test-chaos-moe test-chaos-weights test-guest \
+	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-weights bench-scale bench-weights-replay docs test-rails test-chaos test-chaos-kv test-chaos-moe test-chaos-weights test-guest \
 	test-matrix test-cycles test-sanitize soak strangers fuzz sanitize mutants clean
 
 help:
@@ -149,6 +149,11 @@ bench-moe-kernels: setup
 # Weights converted on the way on one core of the host, beside a copy and beside torch where it is installed.
 bench-quantise: setup
 	@$(PY) tests/benchmarks/quantise.py $(ARGS)
+
+# New weights from 2 trainers to 2 inference ranks over shm, beside a copy, gloo and files where there are torch and safetensors.
+bench-weights: setup
+	@$(PIP) install --quiet uvloop
+	@$(PY) -m tests.benchmarks.weights $(ARGS)
 
 # What Python costs the host in a step of MoE dispatch.
 bench-moe-host: setup

@@ -46,7 +46,8 @@ OFFERED = 4  # descriptors of an offer: control segment, channel, doorbell, puls
 def _failure(what: str, error: Exception) -> TransferError:
     """Our own want of descriptors or memory is not the other side's fault, and no reason to fall back on a slower path."""
     number = error.errno if isinstance(error, OSError) and not isinstance(error, ConnectionError) else None
-    return shortage(number, what, provider="shm") or BrokenError(f"{what}: {error}", provider="shm")
+    text = f"{what}: {str(error) or f'nothing came for {SETUP_SECONDS:g} s'}"  # a timeout says nothing itself
+    return shortage(number, what, provider="shm") or BrokenError(text, provider="shm")
 
 
 def _boot() -> bytes:

@@ -61,4 +61,18 @@ GUARDS = (
         "for k in (a,)]",
         "tests/weights/scale/test_replay.py",
     ),
+    Mutant(
+        "weights: memory of a subscriber that left is let go",
+        "aiotransfer/weights/publisher/publisher.py",
+        "                self.mappings.left(peer, message.instance, message.rank)\n",
+        "",
+        "tests/weights/test_mappings.py",
+    ),
+    Mutant(
+        "weights: memory of subscribers stays mapped, of so many grants",
+        "aiotransfer/weights/publisher/mappings.py",
+        "deque(maxlen=SETS)",
+        "deque(maxlen=None)",
+        "tests/weights/test_mappings.py",
+    ),
 )

@@ -28,6 +28,7 @@ from aiotransfer.weights.protocol.version import Version, check_epoch, check_num
 from aiotransfer.weights.publisher.borrowing import Borrowing
 from aiotransfer.weights.publisher.catching import Catching
 from aiotransfer.weights.publisher.leader import Leader
+from aiotransfer.weights.publisher.mappings import Mappings
 from aiotransfer.weights.publisher.memory import Sources
 from aiotransfer.weights.publisher.update import Update
 from aiotransfer.weights.publisher.work import Works
@@ -97,6 +98,7 @@ class Publisher:
         self._called: dict[Peer, None] = {}
         self._peers: dict[tuple[str, int], Peer] = {}  # who has announced which subscriber rank
         self._losses: dict[Peer, asyncio.Task[None]] = {}
+        self.mappings = Mappings()
         self._layouts: dict[bytes, Layout] = {}
         self._pieces: dict[bytes, tuple[Peer, wire.Pieces]] = {}
         self._changes = Changes()
@@ -259,6 +261,7 @@ class Publisher:
             case wire.Announce():
                 self._announced(peer, message)
             case wire.Leave():
+                self.mappings.left(peer, message.instance, message.rank)
                 self.roll.remove(message.instance, message.rank, message.life)
                 if self.leader is not None and self.leader.conduct is not None:
                     self.leader.conduct.left_by(message)
@@ -322,6 +325,7 @@ class Publisher:
     async def _await_loss(self, peer: Peer) -> None:
         await peer.closed()
         del self._losses[peer]
+        self.mappings.lost(peer)
         for key in [key for key, holder in self._peers.items() if holder is peer]:
             del self._peers[key]
             if (entry := self.roll.get(*key)) is not None:
@@ -397,6 +401,7 @@ class Publisher:
         self.catching.close()
         for waiting in self._losses.values():
             waiting.cancel()
+        self.mappings.close()
         self.watch.close()
         self.never.close()
         if self._staging is not None:

@@ -115,8 +115,19 @@ class Sending:
                     raise DescriptorError("a grant is of other memory than the layout says")
                 receiver.regions[number] = region
             receiver.imms = grant.imms
+            await self._bind(receiver)
+            role.mappings.keep(peer, entry, receiver.regions.values())  # now: what this lets go is bound again
+        except ScatterError as error:
+            receiver.failed = receiver.failed or _first(error)
         except TransferError as error:
             receiver.failed = receiver.failed or error.message
+
+    async def _bind(self, receiver: Receiver) -> None:
+        """Learn where its memory is, by writes of no bytes: tables of writes to regions that are bound are checked natively."""
+        for source in self._role.sources.regions.values():
+            targets = [ScatterTarget(0, 0, region, 0) for region in receiver.regions.values()]
+            await self._role.engine.scatter(source, targets, timeout=self._seconds)
+            return
 
     def drop(self, word: wire.Drop) -> None:
         """A subscriber rank will not have the version."""
@@ -221,8 +232,7 @@ class Sending:
         try:
             await transfer
         except ScatterError as error:
-            first = next((result for result in error.results if result is not None), error)
-            receiver.failed = receiver.failed or str(getattr(first, "message", first))
+            receiver.failed = receiver.failed or _first(error)
         except TransferError as error:
             receiver.failed = receiver.failed or error.message
         self._posted.popleft()
@@ -252,6 +262,12 @@ class Sending:
             if receiver.peer is not None and not receiver.failed:
                 message = wire.Sum(self._update.update, receiver.entry.life, self._role.rank, receiver.sum)
                 self._role.tell(receiver.peer, message)
+
+
+def _first(error: ScatterError) -> str:
+    """The error of the first target that failed."""
+    first = next((result for result in error.results if result is not None), error)
+    return str(getattr(first, "message", first))
 
 
 def _parts(calls: Sequence[Call]) -> Iterator[tuple[int, int, list[Call]]]:
