@@ -259,19 +259,26 @@ async def judge(target: Target, runs: int, seed: int) -> Cost:
     return cost
 
 
-async def _one(target: Target, take: Take, data: bytes, where: str, cost: Cost) -> None:
-    tracemalloc.reset_peak()
-    held, mapped, begun = tracemalloc.get_traced_memory()[0], _mapped(), time.process_time()
+async def _taken(take: Take, data: bytes, where: str) -> tuple[bool, int]:
+    """Whether it was taken, and the address space that it left behind."""
+    mapped = _mapped()
     try:
         async with asyncio.timeout(PATIENCE):
             taken = await take(data)
     except Exception as error:
         raise AssertionError(f"{where}: {error!r}") from error
+    return taken, _mapped() - mapped
+
+
+async def _one(target: Target, take: Take, data: bytes, where: str, cost: Cost) -> None:
+    tracemalloc.reset_peak()
+    held, begun = tracemalloc.get_traced_memory()[0], time.process_time()
+    taken, growth = await _taken(take, data, where)
     seconds = time.process_time() - begun
-    peak, growth = tracemalloc.get_traced_memory()[1] - held, _mapped() - mapped
-    if growth > target.most_mapped:
+    peak = tracemalloc.get_traced_memory()[1] - held
+    if growth > target.most_mapped:  # what a message costs it costs again; an arena of a thread that has ended stays once
         gc.collect()
-        growth = _mapped() - mapped
+        _, growth = await _taken(take, data, where)
     assert seconds <= target.most_seconds, f"{where}: {len(data):,} bytes took {seconds:.2f} s"
     assert peak <= target.most_peak + PEAK_PER_BYTE * len(data), f"{where}: {len(data):,} bytes took {peak >> 20} MiB at the peak"
     assert growth <= target.most_mapped, f"{where}: {len(data):,} bytes left {growth >> 20} MiB mapped"
