@@ -222,14 +222,14 @@ class Transfer(Unpicklable):
         if not callable(fn):
             raise TypeError(f"a callback is called with the transfer; {fn!r} cannot be called")
         engine = self._engine
+        if engine._lane.forked:
+            engine._check()  # it would never be told
         engine._check_loop()
         if context is None:
             context = contextvars.copy_context()
         if self._state != PENDING:
             engine._loop.call_soon(fn, self, context=context)
             return
-        if not engine._lane.usable:
-            engine._check()  # a forked child: it would never be told
         self._callbacks = (*self._callbacks, (fn, context))
 
     def remove_done_callback(self, fn: Callable[[Transfer], object]) -> int:
