@@ -426,7 +426,7 @@ class PeerGroup(Unpicklable):
         """`final`: whoever forms this generation is to give it up, too."""
         if self._failure is None:
             self._failure = again(cause)
-        if tell:
+        if tell and self._engine._state == "open":  # the goodbye of an engine that closes says it better
             lost = next((rank for rank, (peer, _) in self._joins.items() if peer._state == "lost"), -1)
             gave_up = Join(self._key, self.rank, self._generation + final, (0, lost + 1), self._reason(cause))
             otherwise = self._engine._groups.rosters.against(self)  # they have no such group, and may still make it

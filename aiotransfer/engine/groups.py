@@ -104,6 +104,6 @@ class Groups:
     def close(self) -> None:
         """The engine ends."""
         for group in list(self._groups.values()):
-            group._break(ClosedError("the engine was closed"), tell=False)  # the goodbye says it better
+            group._break(ClosedError("the engine was closed"), tell=False)
         self._groups.clear()
         self._early.clear()

@@ -411,6 +411,18 @@ async def test_closing_the_engine_ends_a_barrier(four: list[at.PeerGroup]) -> No
         await asyncio.wait_for(task, 5)
 
 
+async def test_others_learn_that_the_engine_of_a_member_was_closed_inside_a_barrier(four: list[at.PeerGroup]) -> None:
+    await everyone(four)
+    tasks = [asyncio.ensure_future(group.barrier(timeout=30)) for group in four[:3]]
+    await asyncio.sleep(0.01)
+    await four[0]._engine.aclose()
+    for task in tasks[1:]:
+        with pytest.raises(at.PeerLostError):  # not that it gave the group up, which is only what follows
+            await asyncio.wait_for(task, 5)
+    with pytest.raises(at.ClosedError):
+        await tasks[0]
+
+
 async def test_a_target_that_is_no_member_is_refused(four: list[at.PeerGroup]) -> None:
     await everyone(four)
     async with at.open_engine(providers=four[0].peers[1].path.provider) as stranger:  # type: ignore[union-attr]
