@@ -319,3 +319,16 @@ def test_without_any_subscriber_publishing_ends_at_its_deadline_by_name() -> Non
         assert net.now - began < 1.5
 
     play(scenario)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("mode", ["double", "in_place"])
+async def test_a_subscriber_that_is_closed_after_its_engine_holds_on_to_nothing(party: Party, mode: str) -> None:
+    await party.train(1, timeout=20)
+    (server,) = await party.serve("a", 1, mode=mode)
+    await party.publish(1)
+    assert server.subscriber.memory.sizes
+    await server.engine.aclose()
+    await server.subscriber.aclose()
+    memory = server.subscriber.memory
+    assert (memory.active, memory.shadow, memory._own, memory._views) == ({}, {}, {}, {}), "its mappings would stay with it"

@@ -111,11 +111,16 @@ class Memory:
                 names[name] = views[0] if len(views) == 1 else tuple(views)
         return names
 
-    async def aclose(self, timeout: float) -> None:
-        """Give back what is not the user's. Raises `QuarantineError`."""
+    def drop(self) -> list[Region]:
+        """Hold on to none of it any more; what has to be given back. Of a closed engine nothing has to."""
         own, self._own = list(self._own), {}
         self._views.clear()
         self.active, self.shadow = {}, {}
+        return own
+
+    async def aclose(self, timeout: float) -> None:
+        """Give back what is not the user's. Raises `QuarantineError`."""
+        own = self.drop()
         results = await asyncio.gather(*(region.aclose(timeout) for region in own), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):

@@ -462,6 +462,8 @@ class Subscriber:
         await self.mail.leave(self)
         if self.engine._state == "open":
             await self.memory.aclose(self.engine.config.drain_timeout)
+        else:
+            self.memory.drop()  # the engine has closed its regions; their mappings end with the last that holds them
 
     async def __aenter__(self) -> Subscriber:
         return self
