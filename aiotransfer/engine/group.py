@@ -214,6 +214,13 @@ class PeerGroup(Unpicklable):
         self._signalled |= {rank for rank, there in zip(left, taken, strict=True) if there}
         return due
 
+    def _not_broken(self) -> set[int]:
+        """Who has signalled. Raises what has broken the group while a signal was waited for."""
+        if self._signalled is None:
+            assert self._failure is not None
+            raise again(self._failure)
+        return self._signalled
+
     async def _all_signalled(self) -> None:
         """Every other member has signalled. One that has passed this barrier may close its engine at once, while signals of
         others, posted before it could pass, are still on their way to us: after a goodbye those get the time of posted work."""
@@ -221,16 +228,17 @@ class PeerGroup(Unpicklable):
         goodbye: PeerLostError | None = None
         deadline = math.inf
         while True:
-            assert self._signalled is not None
-            rank = next((rank for rank in self._counters if rank not in self._signalled), None)
+            signalled = self._not_broken()
+            rank = next((rank for rank in self._counters if rank not in signalled), None)
             if rank is None:
                 return
             staying = self._peers if goodbye is None else [peer for peer in self._peers if peer._state != "closed"]
             left = None if goodbye is None else max(deadline - loop.time(), 0.0)
             try:
                 await self._counters[rank][self._turn()].wait(1, timeout=left, peers=staying)
-                self._signalled.add(rank)
-                if len(self._signalled) < len(self._counters) and self._take_signals():
+                signalled = self._not_broken()
+                signalled.add(rank)
+                if len(signalled) < len(self._counters) and self._take_signals():
                     await asyncio.sleep(0)
             except PeerLostError as error:
                 if self._failure is not None or any(peer._state == "lost" for peer in self._peers):

@@ -411,6 +411,25 @@ async def test_closing_the_engine_ends_a_barrier(four: list[at.PeerGroup]) -> No
         await asyncio.wait_for(task, 5)
 
 
+async def test_a_group_that_breaks_as_a_signal_comes_fails_its_barrier(
+    four: list[at.PeerGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await everyone(four)
+    group, wait = four[0], at.Counter.wait
+
+    async def wait_and_break(self: at.Counter, *arguments: Any, **options: Any) -> None:
+        ours = any(self in pair for pair in group._counters.values())
+        await wait(self, *arguments, **options)
+        if ours:
+            group._break(at.BrokenError("a member gave up"), tell=False)
+
+    monkeypatch.setattr(at.Counter, "wait", wait_and_break)
+    outcomes = await asyncio.gather(*(one.barrier(timeout=10) for one in four), return_exceptions=True)
+    assert isinstance(outcomes[0], at.BrokenError), outcomes[0]
+    assert "a member gave up" in str(outcomes[0])
+    assert outcomes[1:] == [None, None, None]
+
+
 async def test_others_learn_that_the_engine_of_a_member_was_closed_inside_a_barrier(four: list[at.PeerGroup]) -> None:
     await everyone(four)
     tasks = [asyncio.ensure_future(group.barrier(timeout=30)) for group in four[:3]]
