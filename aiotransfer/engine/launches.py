@@ -7,6 +7,7 @@ rarely.
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
@@ -16,6 +17,26 @@ from aiotransfer.errors import ConfigurationError, TransferTimeout
 
 TURNS = 50  # of the loop, before it sleeps between two looks
 FIRST_SLEEP, LONGEST_SLEEP = 50e-6, 1e-3  # seconds
+
+
+def kernels_of(package: str, device: Any, stream: Any) -> Any:
+    """The kernels of `package` (modules `cpu` and `triton`) for memory on "cpu", "cuda" or "cuda:1", or such a `torch.device`.
+
+    Raises `ConfigurationError` for other devices and where torch, Triton or the GPU is missing.
+    """
+    kind, colon, ordinal = str(device).partition(":")
+    if kind == "cpu" and ordinal in ("", "0"):
+        return importlib.import_module(f"{package}.cpu").CpuKernels()
+    if kind != "cuda" or (colon and not (ordinal.isascii() and ordinal.isdecimal())):
+        raise ConfigurationError(f"there are no kernels for {str(device)!r}: host memory ('cpu') and CUDA ('cuda:0') have them")
+    try:
+        module = importlib.import_module(f"{package}.triton")
+    except ImportError as error:
+        raise ConfigurationError(
+            f"the kernels for a GPU's memory need torch and Triton: {error}",
+            hint="pip install 'aiotransfer[torch,triton]', torch as a build for CUDA",
+        ) from error
+    return module.TritonKernels(str(device), stream)
 
 
 class Event(Protocol):

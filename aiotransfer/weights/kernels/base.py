@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, Protocol
 
-from aiotransfer.errors import ConfigurationError
+from aiotransfer.engine.launches import kernels_of
 
 
 class Kernels(Protocol):
@@ -36,16 +35,5 @@ def kernels_for(device: Any, stream: Any = None) -> Kernels:
     On a GPU they are launched on `stream`, or on whichever is torch's current stream at each call. Raises `ConfigurationError`
     for other devices and where torch, Triton or the GPU is missing.
     """
-    kind, colon, ordinal = str(device).partition(":")
-    if kind == "cpu" and ordinal in ("", "0"):
-        return importlib.import_module("aiotransfer.weights.kernels.cpu").CpuKernels()  # type: ignore[no-any-return]
-    if kind != "cuda" or (colon and not (ordinal.isascii() and ordinal.isdecimal())):
-        raise ConfigurationError(f"there are no kernels for {str(device)!r}: host memory ('cpu') and CUDA ('cuda:0') have them")
-    try:
-        module = importlib.import_module("aiotransfer.weights.kernels.triton")
-    except ImportError as error:
-        raise ConfigurationError(
-            f"the kernels for a GPU's memory need torch and Triton: {error}",
-            hint="pip install 'aiotransfer[torch,triton]', torch as a build for CUDA",
-        ) from error
-    return module.TritonKernels(str(device), stream)  # type: ignore[no-any-return]
+    kernels: Kernels = kernels_of("aiotransfer.weights.kernels", device, stream)
+    return kernels
