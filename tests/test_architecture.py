@@ -20,26 +20,27 @@ MOST_LINES = 500
 LEAVES = {"errors", "config", "advice"}
 MAY_IMPORT = {  # folder: the folders beneath it
     "model": set(),
-    "kv": {"model", "control", "engine"},
+    "telemetry": {"control"},
+    "kv": {"model", "control", "engine", "telemetry"},
     "core": {"model"},
     "providers": {"model"},
     "control": {"model"},
     "engine": {"model", "core", "providers", "control"},
     "rendezvous": {"model", "engine"},
     "moe": {"model", "control", "engine", "providers"},
-    "weights": {"model", "core", "control", "engine", "providers"},
+    "weights": {"model", "core", "control", "engine", "providers", "telemetry"},
     "testing": {"model", "core", "providers", "control", "engine"},
     "cli": {"model", "core", "providers", "control", "engine", "testing"},
 }
 PURE = (
     "model/", "core/", "control/frames.py", "control/session.py", "control/resume.py", "rendezvous/roster.py", "errors.py",
-    "kv/layout.py", "kv/plan.py", "kv/checksum.py", "kv/wire.py", "kv/saga.py", "kv/schedule.py",
+    "kv/layout.py", "kv/plan.py", "kv/checksum.py", "kv/record.py", "kv/wire.py", "kv/saga.py", "kv/schedule.py",
     "kv/registry/member.py", "kv/registry/changes.py", "kv/registry/cache.py", "kv/registry/stamp.py",
     "moe/members.py", "moe/shape.py", "moe/plan.py", "moe/wire.py", "moe/errors.py", "moe/tags.py",
     "weights/layout.py", "weights/layoutcheck.py", "weights/pack.py", "weights/rules.py", "weights/templates.py",
     "weights/links.py", "weights/sources.py", "weights/assign.py", "weights/senders.py", "weights/staging.py", "weights/relay.py",
     "weights/planner.py", "weights/plan.py", "weights/tasks.py", "weights/codec.py", "weights/balance.py", "weights/explain.py",
-    "weights/picture.py", "weights/errors.py", "weights/protocol/",
+    "weights/picture.py", "weights/record.py", "weights/errors.py", "weights/protocol/",
 )  # fmt: skip
 IMPURE = {"asyncio", "time", "socket", "logging", "select", "threading", "subprocess", "random", "anyio", "pathlib"}
 

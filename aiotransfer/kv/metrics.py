@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.errors import ConfigurationError
+from aiotransfer.telemetry.prometheus import SECONDS, Maker
 
 if TYPE_CHECKING:
     from aiotransfer.kv.record import RequestRecord
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BYTES = tuple(float(1 << power) for power in range(12, 36, 2))  # 4 KiB to 16 GiB
 TOKENS = tuple(float(1 << power) for power in range(4, 20))  # 16 to 524,288
 
@@ -30,42 +29,37 @@ def on_record(
     `seconds` and `sizes` are the upper bounds of the buckets. Raises `ConfigurationError` without the extra `metrics`, and
     `ValueError` when the registry has these metrics already: keep what the first call returned.
     """
-    try:
-        import prometheus_client as prometheus
-    except ImportError as error:
-        raise ConfigurationError(f"metrics need prometheus_client: {error}", hint="pip install 'aiotransfer[metrics]'") from error
-    return _Metrics(prometheus, prometheus.REGISTRY if registry is None else registry, seconds, sizes).observe
+    return _Metrics(Maker("kv", registry), seconds, sizes).observe
 
 
 class _Metrics:
     """The metrics of one registry."""
 
-    def __init__(self, prometheus: Any, registry: Any, seconds: Sequence[float], sizes: Sequence[float]) -> None:
-        def histogram(name: str, text: str, labels: tuple[str, ...], buckets: Sequence[float]) -> Any:
-            return prometheus.Histogram(f"aiotransfer_kv_{name}", text, labels, registry=registry, buckets=buckets)
-
-        def counter(name: str, text: str, labels: tuple[str, ...]) -> Any:
-            return prometheus.Counter(f"aiotransfer_kv_{name}", text, labels, registry=registry)
-
-        self._requests = counter("requests_total", "Requests that are over.", ("role", "outcome"))
-        self._request = histogram("request_seconds", "From the beginning of a request to its end.", ("role", "outcome"), seconds)
+    def __init__(self, make: Maker, seconds: Sequence[float], sizes: Sequence[float]) -> None:
+        counter, histogram = make.counter, make.histogram
+        self._requests = counter("requests_total", "Requests that are over.", "role", "outcome")
+        self._request = histogram(
+            "request_seconds", "From the beginning of a request to its end.", "role", "outcome", buckets=seconds
+        )
         self._queue = histogram(
-            "queue_seconds", "Prefill side: from the last reservation until the application accepted the request.", ("role",),
-            seconds,
+            "queue_seconds", "Prefill side: from the last reservation until the application accepted the request.", "role",
+            buckets=seconds,
         )  # fmt: skip
         self._reserve = histogram(
-            "reserve_seconds", "Decode side: from asking for a request until every prefill rank had taken it.", ("role",), seconds
-        )
+            "reserve_seconds", "Decode side: from asking for a request until every prefill rank had taken it.", "role",
+            buckets=seconds,
+        )  # fmt: skip
         self._wait = histogram(
-            "first_page_seconds", "From then until the first page: the model's work, and waiting for a turn.", ("role",), seconds
-        )
-        self._transfer = histogram("transfer_seconds", "From the first page to the last.", ("role",), seconds)
-        self._release = histogram("release_seconds", "From the last page to the end of the request.", ("role",), seconds)
-        self._bytes = counter("bytes_total", "Bytes of pages that have arrived.", ("role", "path"))
-        self._size = histogram("request_bytes", "Bytes of the pages of a delivered request.", ("role",), sizes)
-        self._tokens = histogram("request_tokens", "Tokens of a delivered request that were sent.", ("role",), TOKENS)
-        self._blocks = counter("blocks_total", "Blocks that were written.", ("role", "path"))
-        self._retries = counter("retries_total", "Writes that waited for room in the engine.", ("role",))
+            "first_page_seconds", "From then until the first page: the model's work, and waiting for a turn.", "role",
+            buckets=seconds,
+        )  # fmt: skip
+        self._transfer = histogram("transfer_seconds", "From the first page to the last.", "role", buckets=seconds)
+        self._release = histogram("release_seconds", "From the last page to the end of the request.", "role", buckets=seconds)
+        self._bytes = counter("bytes_total", "Bytes of pages that have arrived.", "role", "path")
+        self._size = histogram("request_bytes", "Bytes of the pages of a delivered request.", "role", buckets=sizes)
+        self._tokens = histogram("request_tokens", "Tokens of a delivered request that were sent.", "role", buckets=TOKENS)
+        self._blocks = counter("blocks_total", "Blocks that were written.", "role", "path")
+        self._retries = counter("retries_total", "Writes that waited for room in the engine.", "role")
 
     def observe(self, record: RequestRecord) -> None:
         """Take one request into account."""

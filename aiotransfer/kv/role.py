@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.kv.tracing import trace
+from aiotransfer.telemetry.records import MOST_RECORDS, guarded
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.kv.record import RequestRecord
 
-_logger = logging.getLogger("aiotransfer")
-_limit = RateLimit()
 R = TypeVar("R", bound="Role")
-MOST_RECORDS = 1000
 
 
 class Role(Unpicklable):
@@ -34,14 +30,9 @@ class Role(Unpicklable):
     def recorded(self, record: RequestRecord, context: Any) -> None:
         """A request is over; its span belongs to `context`."""
         self.records.append(record)
-        try:
-            trace(record, context)
-            if self.on_record is not None:
-                self.on_record(record)
-        except Exception as error:  # of the host's code: how a request ends, and what is read next, does not depend on it
-            left_out = _limit.admit("record")
-            if left_out is not None:
-                _logger.error("a record of a request was not taken: %r%s", error, more(left_out), exc_info=error)
+        guarded("the trace of a request", lambda: trace(record, context))
+        if (tell := self.on_record) is not None:
+            guarded("on_record", lambda: tell(record))
 
     async def aclose(self) -> None:
         """End everything."""

@@ -15,6 +15,7 @@ from aiotransfer.weights.plan import Plan
 from aiotransfer.weights.planner import make_plan
 from aiotransfer.weights.protocol.version import Version
 from aiotransfer.weights.publisher.publisher import Publisher
+from aiotransfer.weights.record import UpdateRecord
 from aiotransfer.weights.rules import Cast, Fuse, Quantise, Rename, Rule, Split, Stack, Tie, Transpose, Unstack
 from aiotransfer.weights.shards import fused, placed, replicated, sharded
 from aiotransfer.weights.subscriber.subscriber import Subscriber
@@ -40,6 +41,7 @@ __all__ = [
     "Transpose",
     "Unstack",
     "UpdateError",
+    "UpdateRecord",
     "Version",
     "VersionError",
     "fused",

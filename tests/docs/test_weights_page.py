@@ -1,4 +1,4 @@
-"""The section on publishers and subscribers shows what the code does."""
+"""The programs of the page on weights do what it shows."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from aiotransfer.providers import native
 from tests.docs.complaints import complaints
 
 ROOT = Path(__file__).parent.parent.parent
-SECTION = (
-    (ROOT / "docs" / "guide" / "weights.md").read_text().partition("## Publishers and subscribers\n")[2].partition("\n## ")[0]
-)
+PAGE = (ROOT / "docs" / "guide" / "weights.md").read_text()
 
 
 @pytest.mark.skipif(native.lib is None, reason="no native extension")
-def test_its_program_runs_and_prints_what_the_page_says() -> None:
-    snippet = ROOT / "docs" / "snippets" / "weights_roles.py"
-    assert snippet.read_text() in SECTION
+@pytest.mark.parametrize(
+    ("name", "title"), [("weights_roles.py", "Publishers and subscribers"), ("weights_watching.py", "Seeing what happens")]
+)
+def test_its_program_runs_and_prints_what_the_page_says(name: str, title: str) -> None:
+    snippet = ROOT / "docs" / "snippets" / name
+    section = PAGE.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    assert snippet.read_text() in section
     done = subprocess.run([sys.executable, "-X", "dev", str(snippet)], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, complaints(done.stderr)) == (0, "")
-    assert done.stdout == SECTION.partition("```text\n")[2].partition("```")[0]
+    assert done.stdout == section.partition("```text\n")[2].partition("```")[0]

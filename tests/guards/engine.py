@@ -141,7 +141,7 @@ GUARDS = (
         "if 2 * self._withdrawn > len(self._offered):", "if False:", "tests/kv/test_many.py",
     ),
     Mutant(
-        "kv: a span's parent", "aiotransfer/kv/tracing.py", "contexts.Context() if context is None else context", "None",
+        "kv: a span's parent", "aiotransfer/telemetry/spans.py", "contexts.Context() if context is None else context", "None",
         "tests/kv/test_tracing.py",
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,9 @@ class Making:
         self._staged = (tasks.in_offset >= 0) | (tasks.out_offset >= 0)
         self._needed = set(zip(tasks.phase[self._staged].tolist(), tasks.part[self._staged].tolist(), strict=True))
         self.region: Region | None = role.staging(work) if self._staged.any() else None
+        self._journal = update.journal
+        if self.region is not None:
+            self._journal.staging_peak = work.staging_bytes
 
     def is_needed(self, phase: int, part: int) -> bool:
         """Whether some of this part is made in the staging memory."""
@@ -41,26 +45,34 @@ class Making:
         inputs = np.flatnonzero(np.isin(tasks.input_job, jobs))
         far = inputs[tasks.input_rank[inputs] != self._role.rank]
         if len(far):
+            began = time.perf_counter()
             await self._role.borrowing.read(self._update, tasks, far, self.region)
+            self._journal.gathered += sum(map(self._input_bytes, far.tolist()))
+            self._journal.gather += time.perf_counter() - began
         await aside(self._role.engine, self._make, jobs, inputs)
 
     def _make(self, jobs: Any, inputs: Any) -> None:
         tasks, plan, role = self._work.tasks, self._work.plan, self._role
         assert self.region is not None
-        staging = memory_of(self.region)
+        staging, journal = memory_of(self.region), self._journal
+        began = time.perf_counter()
         for row in inputs[(tasks.input_rank[inputs] == role.rank) & (tasks.input_to[inputs] >= 0)].tolist():
             extent = tasks.input_stop[row] - tasks.input_start[row]
             item = self._source_item(int(tasks.input_job[row]))
+            journal.gathered += self._input_bytes(row)
             source = memory_of(role.sources.regions[int(tasks.input_buffer[row])])
             copy(
                 place(staging, item, int(tasks.input_to[row]), extent, tasks.input_to_strides[row]),
                 place(source, item, int(tasks.input_offset[row]), extent, tasks.input_strides[row]),
             )
+        copied = time.perf_counter()
+        journal.gather += copied - began
         first = np.searchsorted(tasks.input_job, jobs)
         for job, row in zip(jobs.tolist(), first.tolist(), strict=True):
             if tasks.out_offset[job] < 0:
                 continue
             extent = tasks.stop[job] - tasks.start[job]
+            journal.converted += int(extent.prod()) * self._source_item(job)
             if tasks.in_offset[job] >= 0:
                 memory, offset = staging, int(tasks.in_offset[job])
                 strides = strides_of(extent[None], np.array([self._source_item(job)]))[0]
@@ -73,6 +85,7 @@ class Making:
                 int(tasks.out_offset[job]), int(tasks.scale_offset[job]), plan.block_table[tensor],
                 len(plan.shapes[tensor]),
             )  # fmt: skip
+        journal.convert += time.perf_counter() - copied
 
     def _source_tensor(self, job: int) -> int:
         plan = self._work.plan
@@ -84,6 +97,10 @@ class Making:
 
     def _source_item(self, job: int) -> int:
         return int(self._work.plan.trainer.itemsizes[self._source_tensor(job)])
+
+    def _input_bytes(self, row: int) -> int:
+        tasks = self._work.tasks
+        return int((tasks.input_stop[row] - tasks.input_start[row]).prod()) * self._source_item(int(tasks.input_job[row]))
 
     def sum_of(self, source: Region, begin: int, end: int) -> int:
         """The checksum of the writes `begin` to `end`, by where they go."""

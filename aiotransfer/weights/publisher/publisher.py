@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,6 +22,7 @@ from aiotransfer.weights.binding import bound_of
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.layout import Layout
 from aiotransfer.weights.mail import Mail
+from aiotransfer.weights.observer import Observer
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.protocol.roll import Roll
 from aiotransfer.weights.protocol.version import Version, check_epoch, check_number
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
     from aiotransfer.engine.group import PeerGroup
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import Region
+    from aiotransfer.weights.progress import Progress
     from aiotransfer.weights.publisher.work import Work
+    from aiotransfer.weights.record import UpdateRecord
 
 TELL_SECONDS = 10.0  # for a message; what it is about has a deadline of its own
 CALL_SECONDS = 0.5  # in which a peer that was not heard of says whether it subscribes
@@ -60,6 +63,9 @@ class Publisher:
     `checksum`: compare all bytes of the sources at the start and before the commit, and those that arrived with those that were
     sent. `rate_limit`: bytes a second that this rank writes at most, over all subscribers. `names`: templates of the tensors that
     are published (None: all). `fanout`: "direct"; what `make_plan` plans as a relay is not carried out by these roles yet.
+    `progress`: True shows on standard error how far an update has come that takes long; or a function that is called with (bytes
+    done, bytes in all, version), those of this rank, and returns at once. `on_record`: is called with the `UpdateRecord` of each
+    update that is over; `records` has the last 1,000.
 
     Raises `PlanError` (the layout is not whole), `ConfigurationError` (a second one on this engine), `RegistrationError`,
     `ClosedError`, `TypeError`, `ValueError`.
@@ -68,7 +74,8 @@ class Publisher:
     def __init__(
         self, engine: Engine, layout: Any, *, group: PeerGroup | None = None, rules: Sequence[Any] = (), epoch: int | None = None,
         staging_bytes: int = STAGING_BYTES, timeout: float | None = None, checksum: bool = False, rate_limit: float | None = None,
-        names: Iterable[str] | None = None, fanout: str = "direct",
+        names: Iterable[str] | None = None, fanout: str = "direct", progress: Progress = None,
+        on_record: Callable[[UpdateRecord], object] | None = None,
     ) -> None:  # fmt: skip
         self.members = (str(engine.address),) if group is None else tuple(map(str, group.members))
         self.rank = 0 if group is None else group.rank
@@ -87,6 +94,8 @@ class Publisher:
         if fanout != "direct":
             raise ValueError(f"publishers write to all instances themselves: fanout is 'direct', not {fanout!r}")
         self.layout.check()
+        self.observer = Observer(progress, on_record, "publisher", self.rank)
+        self.records = self.observer.records
         self.engine = engine
         self.seconds = engine._seconds(timeout)
         self.epoch = check_epoch(epoch)
@@ -158,6 +167,11 @@ class Publisher:
     def is_closed(self) -> bool:
         """Whether nothing begins here any more."""
         return self._closed
+
+    @property
+    def staging_held(self) -> int:
+        """Bytes of staging memory that this rank holds; kept between versions."""
+        return 0 if self._staging is None else self._staging.nbytes
 
     def staging(self, work: Work) -> Region:
         """The staging memory that a plan needs, at most `staging_bytes`."""

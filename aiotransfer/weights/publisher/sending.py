@@ -59,6 +59,7 @@ class Sending:
             entry = entries.get(plan.who(number))
             if entry is not None:
                 self._receivers[number] = Receiver(number, entry)
+        self.total = int(tasks.writes.nbytes[np.isin(tasks.writes.receiver, list(self._receivers))].sum())
         self._posted: deque[tuple[Transfer, Receiver]] = deque()
         self._under_way = 0
         self._error: Exception | None = None
@@ -70,6 +71,10 @@ class Sending:
     def is_over(self) -> bool:
         """Whether nothing is written any more."""
         return self.task.done()
+
+    def landed(self) -> int:
+        """Bytes that have been written so far, of `total`."""
+        return self.nbytes + sum(transfer.bytes_done for transfer, _ in self._posted)
 
     def result(self) -> list[tuple[str, int, str]]:
         """Subscriber ranks that could not be written to, and why. Raises what ended all of it."""
@@ -159,6 +164,7 @@ class Sending:
         try:
             limit = asyncio.Semaphore(ASKS)
             await asyncio.gather(*(self._ask(receiver, limit) for receiver in self._receivers.values()))
+            self._update.journal.step("grant")
             calls = list(self._work.tasks.writes.calls())
             halves: dict[int, list[Transfer]] = {0: [], 1: []}  # what is written from each half of the staging memory
             for phase, part, some in _parts(calls):
@@ -172,6 +178,7 @@ class Sending:
                     halves[part % 2] = posted
             while self._posted:
                 await self._oldest()
+            self._update.journal.step("write")
             self._tell_sums()
         finally:
             self._watch.close()
@@ -253,6 +260,7 @@ class Sending:
                 await transfer
             except (TransferError, asyncio.CancelledError):
                 pass
+        self.nbytes = self.landed()
         self._posted.clear()
 
     def _tell_sums(self) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.weights.observer import Journal
+    from aiotransfer.weights.progress import Showing
     from aiotransfer.weights.publisher.publisher import Publisher
     from aiotransfer.weights.publisher.work import Work
 
@@ -38,6 +40,7 @@ class Update:
         self.leader: Peer | None = None  # None: this rank
         self.work: Work | None = None
         self.instances: dict[str, list[wire.Entry]] = {}
+        self.journal: Journal  # from the beginning of the block on
         self._attempt = 0
         self._changes = Changes()
         self._begun: wire.Begin | None = None
@@ -46,12 +49,14 @@ class Update:
         self._error: Exception | None = None
         self._sending: Sending | None = None
         self._entered = self._over = False
+        self._kind = ""  # why it was given up, as in `wire.Abandon`
+        self._showing: Showing | None = None
         self._watch: Watch | None = None
 
     @property
     def nbytes_sent(self) -> int:
         """Bytes that this rank has written so far."""
-        return 0 if self._sending is None else self._sending.nbytes
+        return 0 if self._sending is None else self._sending.landed()
 
     # ---- the block ----
 
@@ -60,13 +65,14 @@ class Update:
         if self._attempt:
             raise ClosedError(f"version {self.number} was published by this object before", hint="call publish again")
         self._attempt = role.begin(self)
+        self.journal = role.observer.begin()
         self._ends = asyncio.get_running_loop().time() + role.seconds
         self._watch = Watch(role.never, role.mail)
         try:
             await self._within(self._enter)
-        except GeneratorExit:  # the coroutine was dropped: nothing may be awaited
+        except GeneratorExit as error:  # the coroutine was dropped: nothing may be awaited
             self._abandon("its coroutine was dropped")
-            self._leave()
+            self._leave(error)
             raise
         except BaseException as error:
             await self._give_up(error)
@@ -93,6 +99,7 @@ class Update:
             self._tell(enter)
         begun = await self._until(lambda: self._begun)
         self.version, self.update = Version(begun.epoch, begun.number), begun.update
+        self.journal.step("agree")
         self._ends = min(self._ends, asyncio.get_running_loop().time() + begun.seconds)
         for entry in begun.entries:
             self.instances.setdefault(entry.instance, []).append(entry)
@@ -108,23 +115,26 @@ class Update:
             role.refuse_misfits(self.instances, self.work)
         if role.checksum:
             await role.sources.note_sums()
+        self.journal.step("plan")
         self._tell(wire.Planned(self.update, role.rank, self.work.digest))
         go = await self._until(lambda: self._go)
-        self._sending = Sending(role, self, go.instances, self._left())
+        self.journal.step("offer")
+        sending = self._sending = Sending(role, self, go.instances, self._left())
+        self._showing = role.observer.show(self.version, sending.total, sending.landed)
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         if isinstance(value, GeneratorExit):
             self._abandon("its coroutine was dropped")
-            self._leave()
+            self._leave(value)
             return
         if value is not None:
             await self._give_up(value)
             return
         try:
             await self._within(self._finish)
-        except GeneratorExit:
+        except GeneratorExit as error:
             self._abandon("its coroutine was dropped")
-            self._leave()
+            self._leave(error)
             raise
         except BaseException as error:
             await self._give_up(error)
@@ -136,12 +146,14 @@ class Update:
         role, sending = self._role, self._sending
         assert sending is not None
         await self._until(lambda: sending.is_over or None)
+        self.journal.step("block")
         failed = sending.result()
         role.sources.check()
         if role.checksum:
             await role.sources.check_sums()
         self._tell(wire.Sent(self.update, role.rank, failed))
         await self._until(lambda: self._outcome)
+        self.journal.step("confirm")
 
     def _raise_outcome(self) -> None:
         assert self._outcome is not None
@@ -171,6 +183,7 @@ class Update:
 
     def _late(self) -> UpdateError:
         role = self._role
+        self._kind = self._kind or "late"
         what = "publisher rank 0 did not say how it ended"
         if self._begun is None:
             missing = role.leader.missing() if role.leader is not None else []
@@ -215,6 +228,7 @@ class Update:
         self._changes.wake()
 
     def _told(self, message: wire.Abandon) -> Exception:
+        self._kind = message.kind
         current = Version(message.epoch, message.number) if message.number >= 0 else None
         match message.kind:
             case "version":
@@ -245,6 +259,7 @@ class Update:
         assert self._watch is not None
 
         def lost(peer: Peer, error: TransferError) -> None:
+            self._kind = self._kind or "lost"
             self._error = self._error or self._failed(f"version {self.number} was abandoned: {who} was lost: {error.message}")
             self._changes.wake()
 
@@ -270,15 +285,37 @@ class Update:
         else:
             self._tell(wire.Withdraw(self._role.rank, self._attempt))
 
-    def _leave(self) -> None:
+    def _leave(self, error: BaseException | None = None) -> None:
+        """Nothing is written any more, or nothing may be awaited. `error`: what ended it."""
         if self._over:
             return
         self._over = True
+        if self._showing is not None:
+            self._showing.close()
         if self._watch is not None:
             self._watch.close()
         if self._sending is not None:
             self._sending.cancel()
         self._role.end(self)
+        self._record(error)
+
+    def _record(self, error: BaseException | None) -> None:
+        """What is known of it in the end."""
+        role, outcome = self._role, self._outcome
+        missing = dict(outcome.missing) if outcome is not None and error is None else {}
+        committed = bool(outcome is not None and outcome.committed and error is None)
+        if error is not None:
+            how = _outcome_of(error, self._kind)
+        else:
+            how = "committed" if not missing else "partial" if committed else "failed"
+        text = "; ".join(f"{name}: {why}" for name, why in missing.items())
+        known: dict[str, Any] = {} if self._begun is None else {"update": f"{self.update:016x}", "version": self.version}
+        self.journal.close(
+            outcome=how, error=text if error is None else str(getattr(error, "message", None) or repr(error)),
+            total=0 if self._sending is None else self._sending.total, nbytes=self.nbytes_sent, staging=role.staging_held,
+            subscribers=sum(map(len, self.instances.values())), present=self.version if committed else None,
+            left_behind=tuple(sorted({name.rpartition("/")[0] for name in missing})) if committed else (), **known,
+        )  # fmt: skip
 
     async def _give_up(self, error: BaseException) -> None:
         """Returns when nothing is written any more."""
@@ -290,7 +327,7 @@ class Update:
                 self._sending.cancel()
                 await despite_cancels(self._sending.task)
         finally:
-            self._leave()
+            self._leave(error)
 
     async def close(self) -> None:
         """The publisher is closed."""
@@ -300,3 +337,18 @@ class Update:
         if self._sending is not None:
             self._sending.cancel()
             await asyncio.wait([self._sending.task])
+
+
+def _outcome_of(error: BaseException, kind: str) -> str:
+    """Of an update that raised; `kind`: what was known of the reason before."""
+    match error:
+        case VersionError():
+            return "version"
+        case PlanError():
+            return "plan"
+        case ClosedError():
+            return "closed"
+        case asyncio.CancelledError() | GeneratorExit():
+            return "cancelled"
+        case _:
+            return kind or "failed"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.counter import Counter
     from aiotransfer.engine.lease import Lease
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.transfer import Transfer
     from aiotransfer.weights.subscriber.subscriber import Subscriber
 
 
@@ -28,6 +29,10 @@ class Filling:
         self._left = sum(count > 0 for sender in offer.senders for count in sender.counts)
         self._leases: list[Lease] = []
         self._counters: list[Counter] = []
+        self._parts: dict[Counter, int] = {}  # writes of each that are to come
+        self._arrived = 0  # writes of those that have all come
+        self._reads: list[Transfer] = []
+        self._share = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         self._asked: set[int] = set()
         self._error: Exception | None = None
@@ -39,6 +44,21 @@ class Filling:
     def granted(self) -> bool:
         """Whether anything may have been written."""
         return bool(self._asked) or self._lent is not None
+
+    def share(self) -> float:
+        """How much of it is here, from 0 to 1, by the writes that were counted."""
+        try:
+            self._share = max(self._share, self._here() / max(self._whole(), 1))
+        except TransferError:
+            pass  # the engine is closed
+        return self._share
+
+    def _here(self) -> int:
+        counted = self._arrived + sum(min(counter.total, count) for counter, count in self._parts.items())
+        return counted + sum(read.bytes_done for read in self._reads)
+
+    def _whole(self) -> int:
+        return sum(sum(sender.counts) for sender in self._offer.senders) + sum(read.nbytes for read in self._reads)
 
     async def run(self) -> None:
         """Returns when every byte is there. Raises what prevents it."""
@@ -83,6 +103,7 @@ class Filling:
                 continue
             counter = role.open_counter()
             self._counters.append(counter)
+            self._parts[counter] = count
             imms.append(counter.imm)
             self._tasks.append(role.mail.own(self._count(counter, count, peer, sender.rank)))
         role.tell(peer, wire.Grant(self._offer.update, role.instance, role.rank, descriptors, imms, ""))
@@ -91,6 +112,7 @@ class Filling:
         try:
             await counter.wait(count, peers=(peer,))
             self._left -= 1
+            self._arrived += self._parts.pop(counter)
         except TransferError as error:
             self._error = self._error or PeerLostError(
                 f"publisher rank {sender} was lost: {error.message}", peer=str(peer.address)
@@ -119,7 +141,7 @@ class Filling:
             regions = list(role.memory.shadow.values())
             if len(lend.regions) != len(regions):
                 raise DescriptorError(f"{offer.source} lends {len(lend.regions)} buffers, where {len(regions)} are needed")
-            reads = []
+            reads = self._reads
             try:
                 for data, region in zip(lend.regions, regions, strict=True):
                     reads.append(role.engine.read(RemoteRegion.decode(data), region[: region.nbytes], timeout=offer.seconds))
@@ -148,6 +170,8 @@ class Filling:
         for task in self._tasks:
             task.cancel()
         unproved = next((result for result in results if isinstance(result, QuarantineError)), None)
+        self.share()
+        self._parts.clear()
         counters, self._counters = self._counters, []
         for counter in counters:
             role.close_counter(counter, again=unproved is None)

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+MOST_WAITS = 1000  # that are noted between two questions
+
 
 class Gate:
     """Counts readings. `value()` is what one gets that begins now; `on_change` is called when one begins, ends, waits, or waits
@@ -16,38 +18,56 @@ class Gate:
         self.begun = 0  # ever
         self.active = 0
         self.is_open = False
-        self._waiters: deque[asyncio.Future[Any]] = deque()
+        self._waiters: deque[tuple[asyncio.Future[Any], float]] = deque()  # with when they began to wait
+        self._shut: float | None = None  # since when it is closed; None before it was ever open
+        self._closed_for = 0.0
+        self._waits: deque[float] = deque(maxlen=MOST_WAITS)
         self._value = value
         self._on_change = on_change
 
     @property
     def waiting(self) -> int:
         """Readers that wait to begin."""
-        return sum(not waiter.done() for waiter in self._waiters)
+        return sum(not waiter.done() for waiter, _ in self._waiters)
 
     def open(self) -> None:
         """Let all in."""
         self.is_open = True
         self.let_in()
+        if self._shut is not None:
+            self._closed_for += _now() - self._shut
+            self._shut = None
 
     def close(self) -> None:
         """Let none in from now on; those that read go on."""
-        self.is_open = False
+        if self.is_open:
+            self.is_open = False
+            self._shut = _now()
 
     def let_in(self) -> None:
         """Let in those who wait now."""
         waiters, self._waiters = self._waiters, deque()
-        for waiter in waiters:
+        for waiter, began in waiters:
             if not waiter.done():
+                if self._shut is not None:
+                    self._waits.append(_now() - max(began, self._shut))
                 self._begin()
                 waiter.set_result(self._value())
 
     def fail(self, error: Exception) -> None:
         """End every wait."""
         waiters, self._waiters = self._waiters, deque()
-        for waiter in waiters:
+        for waiter, _ in waiters:
             if not waiter.done():
                 waiter.set_exception(error)
+
+    def notes(self) -> tuple[float, tuple[float, ...]]:
+        """For how many seconds it was closed, and how long each reading waited for that to end; since the last question. Waits
+        for a first version do not count."""
+        found = self._closed_for, tuple(self._waits)
+        self._closed_for = 0.0
+        self._waits.clear()
+        return found
 
     def _begin(self) -> None:
         self.begun += 1
@@ -60,15 +80,16 @@ class Gate:
             self._on_change()
             return self._value()
         waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        entry = waiter, _now()
+        self._waiters.append(entry)
         self._on_change()
         try:
             value = await waiter
         except BaseException:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 self.active -= 1  # it was let in, and does not know
-            elif waiter in self._waiters:
-                self._waiters.remove(waiter)
+            elif entry in self._waiters:
+                self._waiters.remove(entry)
             self._on_change()
             raise
         self._on_change()
@@ -78,3 +99,7 @@ class Gate:
         """End a reading."""
         self.active -= 1
         self._on_change()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class Memory:
         self._rank = rank
         self._double = double
         self.sizes = layout.buffers_of(rank)
+        self._tensor_bytes = _bytes_of_tensors(layout, rank)
         self._own: dict[Region, None] = {}
         self.active = self._allocate() if bound is None else {name: self._register(bound, name) for name in self.sizes}
         self._is_torch = any(lookup(dtype).numpy is None for dtype in layout.dtypes) or (
@@ -58,6 +59,13 @@ class Memory:
     def nbytes(self) -> int:
         """Of one set."""
         return sum(self.sizes.values())
+
+    def nbytes_of(self, names: Sequence[str]) -> int:
+        """Of these tensors, all copies that lie here counted; without names of all."""
+        if not names:
+            return int(self._tensor_bytes.sum())
+        numbers = {name: number for number, name in enumerate(self._layout.names)}
+        return int(sum(self._tensor_bytes[numbers[name]] for name in names if name in numbers))
 
     def switch(self) -> None:
         """What was written is what readers see from now on."""
@@ -125,6 +133,13 @@ class Memory:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+
+def _bytes_of_tensors(layout: Layout, rank: int) -> NDArray[np.int64]:
+    mine = layout.piece_rank == rank
+    found = np.zeros(len(layout.names), np.int64)
+    np.add.at(found, layout.piece_tensor[mine], layout.piece_bytes[mine])
+    return found
 
 
 def _torch() -> Any:

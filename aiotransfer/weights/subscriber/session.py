@@ -16,6 +16,7 @@ from aiotransfer.weights.watch import Changes, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.weights.progress import Showing
     from aiotransfer.weights.subscriber.subscriber import Subscriber
 
 GRACE = 1.0  # seconds after the deadline in which rank 0, which keeps the same deadline, must have been heard
@@ -37,7 +38,14 @@ class Session:
         self._filling = Filling(role, offer, self._changes)
         self._keeps = bool(offer.source) and role.version == self.version  # the others of the instance catch up
         self._peers: dict[int, Peer] = {}  # rank 0 knows the others, the others know rank 0
-        self._why = ""
+        self._why = self._kind = ""
+        self._total = 0 if self._keeps else role.memory.nbytes_of(offer.names)
+        self._journal = role.observer.begin(
+            traced=False, instance=role.instance, update=f"{offer.update:016x}", version=self.version, source=offer.source,
+            total=self._total,
+        )  # fmt: skip
+        self._showing: Showing | None = None
+        self._paused: float | None = None  # when the host was asked to pause
         self._answers: dict[int, asyncio.Future[str]] = {}
         self._reporting = False
         self._ends = asyncio.get_running_loop().time() + offer.seconds
@@ -50,12 +58,16 @@ class Session:
         try:
             await asyncio.wait([self._work], timeout=self.offer.seconds)
             if not self._work.done() and not self._decided():
-                self._why = self._why or f"not whole within {self.offer.seconds:g} s"
+                self._note(f"not whole within {self.offer.seconds:g} s", "late")
                 await self._late()
         finally:
+            self._hide()
             self._work.cancel()
             await asyncio.wait([self._work])
-            await self._finish()
+            try:
+                await self._finish()
+            finally:
+                self._record()
 
     async def _late(self) -> None:
         if self.chair is not None:
@@ -81,9 +93,12 @@ class Session:
             role.claims.claim(self.version, offer.trainer)
             self.accepted = True
             role.tell(self.leader, wire.Accept(offer.update, role.instance, role.rank))
+            self._journal.step("prepare")
             if not self._keeps:
+                self._showing = role.observer.show(self.version, self._total, self._received)
                 await self._filling.run()
                 await self._close_filling()
+            self._journal.step("receive")
             self.seat.whole()
             self._report_whole("")
             await self._changes.until(self._decided)
@@ -96,6 +111,7 @@ class Session:
         role = self.role
         role.check_places()
         if role.in_place:
+            self._paused = asyncio.get_running_loop().time()
             await role.pause()
             role.gate.close()
             await self._changes.until(lambda: role.gate.active == 0)
@@ -124,12 +140,12 @@ class Session:
         else:
             self._say(self.chair.whole(0))
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, kind: str = "failed") -> None:
         """This rank cannot have the version, or it is abandoned. Rank 0 and the publishers are told. Too late once it is decided,
         and while rank 0 decides only rank 0 may."""
         if self._decided() or self.seat.is_closed:
             return
-        self._why = self._why or why
+        self._note(why, kind)
         if self.chair is not None:
             self._say(self.chair.release())
         self.seat.hear("release")
@@ -137,6 +153,11 @@ class Session:
             self._report_whole(self._why)
         self._work.cancel()
         self._changes.wake()
+
+    def _note(self, why: str, kind: str) -> None:
+        """Why this rank does not get the version, unless that is known."""
+        if not self._why:
+            self._why, self._kind = why, kind
 
     async def _finish(self) -> None:
         """Whatever has happened: no byte can come any more, and the publishers are told how it ended."""
@@ -148,11 +169,11 @@ class Session:
             await self._filling.close()
         except QuarantineError as error:
             role.spoil()
-            self._why = self._why or error.message
+            self._note(error.message, "failed")
         opened = self.seat.state == "open"
         if not opened:
             if self.seat.state == "cut off":
-                self._why = self._why or "cut off from its instance, which may have changed"
+                self._note("cut off from its instance, which may have changed", "lost")
                 role.unset()
                 role.gave_up(spoiled=True)
             elif not self._keeps:
@@ -164,6 +185,28 @@ class Session:
         role.tell(self.leader, done)
         if role.version is not None:
             await role.resume()
+
+    # ---- what is seen of it ----
+
+    def _received(self) -> int:
+        return round(self._total * self._filling.share())
+
+    def _hide(self) -> None:
+        if self._showing is not None:
+            self._showing.close()
+
+    def _record(self) -> None:
+        """All is over: readers read on, or the host is paused until another version comes."""
+        role, opened = self.role, self.seat.state == "open"
+        if opened:
+            self._journal.step("confirm")
+        pause, waits = role.gate.notes()
+        if self._paused is not None:
+            pause = asyncio.get_running_loop().time() - self._paused
+        self._journal.close(
+            outcome="committed" if opened else self._kind or "abandoned", error=self._why, present=role.version,
+            nbytes=self._total if opened else self._received(), pause=pause, waits=waits,
+        )  # fmt: skip
 
     # ---- the agreement ----
 
@@ -241,7 +284,7 @@ class Session:
     def _heard(self, rank: int, begun: int, active: int, waiting: int, passed: int) -> None:
         assert self.chair is not None
         if asyncio.get_running_loop().time() >= self._ends:
-            self._why = self._why or f"not agreed within {self.offer.seconds:g} s"
+            self._note(f"not agreed within {self.offer.seconds:g} s", "late")
             self._say(self.chair.release())  # the others may have asked one another by now
         else:
             self._say(self.chair.held(rank, begun, active, waiting, passed))
@@ -287,15 +330,15 @@ class Session:
         """A peer is gone."""
         if self.chair is not None:
             if peer is self.leader and not self.chair.allowed:
-                self.fail(f"the publisher was lost: {error.message}")
+                self.fail(f"the publisher was lost: {error.message}", "lost")
             elif rank := next((rank for rank, known in self._peers.items() if known is peer), 0):
-                self._why = self._why or f"rank {rank} was lost"
+                self._note(f"rank {rank} was lost", "lost")
                 self._say(self.chair.release())
         elif peer is self._peers.get(0):
             if self.seat.is_closed:
                 self._doubt()
             else:
-                self.fail(f"rank 0 of the instance was lost: {error.message}")
+                self.fail(f"rank 0 of the instance was lost: {error.message}", "lost")
 
     def _doubt(self) -> None:
         before = self.seat.state
@@ -310,7 +353,7 @@ class Session:
         if self.seat.state == "open":
             self._open()
         else:
-            self._why = self._why or "rank 0 of the instance was lost"
+            self._note("rank 0 of the instance was lost", "lost")
         self._changes.wake()
 
     async def _question(self, rank: int) -> str:
@@ -343,7 +386,7 @@ class Session:
         if before in ("held", "sure"):
             self.role.mail.own(self._resolve())
         elif answer == "not" and before in ("coming", "whole"):
-            self._why = self._why or "another rank has lost rank 0 of the instance"
+            self._note("another rank has lost rank 0 of the instance", "lost")
             self._work.cancel()
         self._changes.wake()
         return answer

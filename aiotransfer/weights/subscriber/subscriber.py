@@ -22,6 +22,7 @@ from aiotransfer.weights.aside import aside
 from aiotransfer.weights.binding import bound_of, check_places
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.mail import Mail
+from aiotransfer.weights.observer import Observer
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.protocol.version import Claims, Version
 from aiotransfer.weights.subscriber.gate import Gate
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from aiotransfer.engine.counter import Counter
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.weights.progress import Progress
+    from aiotransfer.weights.record import UpdateRecord
 
 TELL_SECONDS = 10.0  # for a message; what it is about has a deadline of its own
 LOOK_SECONDS = 0.05  # between two looks for peers that may be publishers, while there is no version here
@@ -53,14 +56,17 @@ class Subscriber:
     "double" writes a version into a second buffer, "in_place" into the one that readers see, between `pause` and `resume`. These
     two are functions or coroutine functions without arguments; `pause` returns when no forward step runs or begins, `resume` lets
     them begin again. What becomes of running requests is the host's choice. `timeout`: seconds for waits that give none (None:
-    the engine's).
+    the engine's). `progress`: True shows on standard error how far a version has come that takes long; or a function that is
+    called with (bytes done, bytes in all, version) and returns at once. `on_record`: is called with the `UpdateRecord` of each
+    update that is over; `records` has the last 1,000.
 
     Raises `PlanError` (the layout is not whole), `RegistrationError`, `ClosedError`, `TypeError`, `ValueError`.
     """
 
     def __init__(
         self, engine: Engine, layout: Any, *, instance: str = "", rank: int | None = None, mode: str = "double",
-        pause: Hook | None = None, resume: Hook | None = None, timeout: float | None = None,
+        pause: Hook | None = None, resume: Hook | None = None, timeout: float | None = None, progress: Progress = None,
+        on_record: Callable[[UpdateRecord], object] | None = None,
     ) -> None:  # fmt: skip
         if mode not in ("double", "in_place"):
             raise ValueError(f"mode is 'double' or 'in_place', not {mode!r}")
@@ -72,6 +78,8 @@ class Subscriber:
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name} must be callable, not {hook!r}")
         self.layout, self.rank, self._bound = bound_of(layout, rank)
+        self.observer = Observer(progress, on_record, "subscriber", self.rank)
+        self.records = self.observer.records
         self._seconds = engine._seconds(timeout)
         self.engine = engine
         self.instance = instance or f"{engine.incarnation:016x}"
@@ -367,7 +375,7 @@ class Subscriber:
             why = "a part of the names comes, and there is no whole version here that it could be added to"
         for other in list(self._sessions.values()):
             if not why and (other.leader is peer or version.epoch > other.version.epoch):
-                other.fail(f"version {version} came instead")
+                other.fail(f"version {version} came instead", "abandoned")
             elif not why:
                 why = f"version {other.version} is on its way"
         if why:
@@ -402,7 +410,7 @@ class Subscriber:
             case wire.Sum():
                 session.sum(message)
             case _ if session.leader is peer:
-                session.fail(message.text or "abandoned by its publisher")
+                session.fail(message.text or "abandoned by its publisher", "abandoned")
 
     def _from_rank(self, peer: Peer, message: wire.Whole | wire.Held | wire.Sure) -> None:
         session = self._sessions.get(message.update)
@@ -445,7 +453,7 @@ class Subscriber:
 
     async def _close(self) -> None:
         for session in list(self._sessions.values()):
-            session.fail("its subscriber was closed")
+            session.fail("its subscriber was closed", "closed")
         tasks = [session.task for session in self._sessions.values()]
         if tasks:
             await asyncio.wait(tasks)
