@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,28 @@ def test_two_ray_actors(tmp_path: Path) -> None:
     done = run(tmp_path, sys.executable, str(EXAMPLES / "ray_two_actors.py"))
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"256 pages of 65536 bytes from one actor into the other by \w+: verified", done.stdout.splitlines()[-1])
+
+
+def test_weights_between_ray_actors_one_of_which_is_killed(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="make test-demo installs ray")
+    done = run(tmp_path, sys.executable, str(EXAMPLES / "weights_ray.py"))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "weights equal: yes"
+    assert "  rank 1 of right is back; right has caught up with 1.3" in lines
+    assert [line.partition(":")[0] for line in lines if line.startswith("version ")] == [
+        "version 1.1", "version 1.2", "version 3", "version 1.3", "version 1.4",
+    ]  # fmt: skip
+
+
+def test_weights_from_one_job_of_torchrun_to_another(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    job = "--nproc-per-node", "2", str(EXAMPLES / "weights_torchrun.py")
+    sides = ("infer", "--trainers", address), ("train", "--listen", address)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(torchrun, tmp_path, *job, *side) for side in sides]
+        infer, train = (one.result() for one in jobs)
+    assert (infer.returncode, train.returncode) == (0, 0), infer.stderr + train.stderr
+    assert infer.stdout.splitlines()[-1] == "weights equal: yes"
+    assert [line.partition(":")[0] for line in train.stdout.splitlines()] == ["version 1", "version 2", "version 3"]
