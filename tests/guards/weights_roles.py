@@ -34,6 +34,13 @@ GUARDS = (
         "tests/weights/test_agreement.py",
     ),
     Mutant(
+        "weights: an outcome that was heard stands",
+        "aiotransfer/weights/publisher/update.py",
+        "            if self._error is not None and self._outcome is None:",
+        "            if self._error is not None:",
+        "tests/weights/test_roles.py",
+    ),
+    Mutant(
         "weights: sources must rest",
         "aiotransfer/weights/publisher/memory.py",
         "        if changed:\n",

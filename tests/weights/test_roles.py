@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ import pytest
 import aiotransfer as at
 from aiotransfer import weights
 from aiotransfer.weights import Bound, Layout, Piece, Tensor
+from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.publisher.update import Update
+from aiotransfer.weights.watch import Watch
 from tests.weights.party import Party, failures, inference_layout, shard, trainer_layout, values
 
 pytestmark = pytest.mark.asyncio
@@ -262,3 +266,30 @@ async def test_a_part_of_the_names_is_a_version_and_the_others_stay(party: Party
     await push(2, ["lora"])
     assert subscriber.tensors["lora"].tolist() == [2, 2]
     assert subscriber.tensors["base"].tolist() == [1, 1, 1, 1]
+
+
+async def test_an_outcome_that_was_heard_stands_when_rank_0_leaves_at_once(party: Party, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its goodbye may have come with the outcome: both are heard before the waiting rank runs again."""
+    await party.train(2, timeout=20)
+    (server,) = await party.serve("a", 1)
+    losses: list[Any] = []
+    watch, hear = Watch.add, Update.hear
+
+    def add(self: Watch, peer: at.Peer, lost: Any) -> None:
+        losses.append((peer, lost))
+        watch(self, peer, lost)
+
+    def heard(self: Update, message: Any) -> None:
+        hear(self, message)
+        if isinstance(message, wire.Outcome) and self.leader is not None:
+            for lost in [lost for peer, lost in losses if peer is self.leader]:
+                lost(self.leader, at.PeerLostError("it said goodbye"))
+                told.append(self._role.rank)
+
+    told: list[int] = []
+    monkeypatch.setattr(Watch, "add", add)
+    monkeypatch.setattr(Update, "hear", heard)
+    assert await party.publish(1) == (1, 1)
+    assert told == [1]
+    assert server.holds() == 1
+    losses.clear()

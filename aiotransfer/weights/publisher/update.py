@@ -200,7 +200,7 @@ class Update:
 
     async def _until(self, value: Callable[[], T | None]) -> T:
         def check() -> bool:
-            if self._error is not None:
+            if self._error is not None and self._outcome is None:  # rank 0 may leave as soon as it has said how all ended
                 raise self._error
             return value() is not None
 
