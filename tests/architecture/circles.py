@@ -53,8 +53,9 @@ def modules_on_circles(modules: Mapping[str, Module]) -> list[Finding]:
     """Each module that reaches itself by imports, those for annotations and those inside functions included."""
     found = []
     for circle in components((arrow.source, arrow.target) for arrow in arrows(modules)):
-        room = "+".join(sorted({modules[name].room for name in circle}))
-        found += [Finding(room, modules[name].path, f"on a circle of {len(circle)} modules") for name in sorted(circle)]
+        rooms = ", ".join(sorted({modules[name].room for name in circle}))
+        text = f"on a circle of {len(circle)} modules in {rooms}"
+        found += [Finding(modules[name].room, modules[name].path, text) for name in sorted(circle)]
     return found
 
 

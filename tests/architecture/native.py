@@ -130,8 +130,8 @@ def files_on_circles(sources: Mapping[str, str]) -> list[Finding]:
     """Each C file that is reached again by the calls that it makes."""
     found = []
     for circle in components(calls(sources)):
-        room = "+".join(sorted({room_of(path) for path in circle}))
-        found += [Finding(room, path, f"on a circle of {len(circle)} files") for path in sorted(circle)]
+        text = f"on a circle of {len(circle)} files in {', '.join(sorted({room_of(path) for path in circle}))}"
+        found += [Finding(room_of(path), path, text) for path in sorted(circle)]
     return found
 
 
