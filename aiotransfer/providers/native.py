@@ -16,7 +16,7 @@ lib: Any = None
 failure: str | None = None
 
 try:
-    from aiotransfer import _native  # type: ignore[attr-defined]
+    import aiotransfer._native as _native
 
     ffi, lib = _native.ffi, _native.lib
 except ImportError as error:
