@@ -29,13 +29,18 @@ from aiotransfer.moe.tensors import Array, check_no_grad
 from aiotransfer.moe.unmade import told_to_others
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Awaitable, Callable, Generator
     from types import TracebackType
 
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.group import PeerGroup
 
 SCALED_ELEMENTS = 128  # elements of float8 that share a scale, usually
+
+
+def _refusal(*, ahead: bool) -> Callable[[AllToAll, TypeError], Awaitable[object]]:
+    """What tells the other ranks that a dispatch, or its first half (`ahead`), was called with arguments that do not fit."""
+    return lambda a2a, error: a2a._send(None, None, None, None, None, None, ahead=ahead, refusal=error)
 
 
 class AllToAll(Unpicklable):
@@ -175,7 +180,7 @@ class AllToAll(Unpicklable):
 
     # ---- dispatch ----
 
-    @told(lambda a2a, error: a2a._send(None, None, None, None, None, None, ahead=False, refusal=error))
+    @told(_refusal(ahead=False))
     async def dispatch(
         self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, tag: int | str | None = None,
         timeout: float | None = None,
@@ -194,7 +199,7 @@ class AllToAll(Unpicklable):
         half, until = await self._send(x, topk_idx, topk_weights, x_scales, tag, timeout, ahead=False)
         return await half.receive_until(until)
 
-    @told(lambda a2a, error: a2a._send(None, None, None, None, None, None, ahead=True, refusal=error))
+    @told(_refusal(ahead=True))
     async def dispatch_send(
         self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, tag: int | str | None = None,
         timeout: float | None = None,
@@ -222,7 +227,7 @@ class AllToAll(Unpicklable):
             busy = party.steps.get(number - shape.slots)
             if busy is not None and busy.refusal:  # it goes on by itself
                 with contextlib.suppress(StepRefused):
-                    await DispatchHalf(party.handles[busy.number], timeout).receive_until(until)
+                    await DispatchHalf(self._handle(busy.number), timeout).receive_until(until)
             elif busy is not None:
                 raise BusyError(
                     f"step {busy.number} is still in flight, and there are {shape.slots} slots",
@@ -248,7 +253,7 @@ class AllToAll(Unpicklable):
                 await step.send(tokens, 0, None)
         finally:
             self._turn.release()
-        handle = Handle(self, step, weights, kind)
+        handle = Handle(step, weights, kind)
         party.handles[number] = handle
         if refusal is not None:
             step.ahead = party.spawn(step.receive())
@@ -352,7 +357,7 @@ class AllToAll(Unpicklable):
     ) -> CombineHalf:
         """The first half of `combine`: `y` may not be changed, nor `out` be read, until the second is over (of `Dispatched.y` see
         there)."""
-        if not isinstance(handle, Handle) or handle._a2a is not self:
+        if not isinstance(handle, Handle) or handle._step.party is not self._party:
             raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {handle!r}")
         if handle._state != "dispatched" and handle._state != "returning":
             raise ClosedError(f"step {handle.step} is {'not received yet' if handle._state == 'sent' else 'over'}")
@@ -402,7 +407,13 @@ class AllToAll(Unpicklable):
     @property
     def in_flight(self) -> tuple[Handle, ...]:
         """Steps that were begun and are not over."""
-        return tuple(handle for number, handle in sorted(self._party.handles.items()) if number in self._party.steps)
+        return tuple(self._handle(number) for number in sorted(self._party.handles) if number in self._party.steps)
+
+    def _handle(self, number: int) -> Handle:
+        """The handle of a step in flight, which this object has made."""
+        handle = self._party.handles[number]
+        assert isinstance(handle, Handle)
+        return handle
 
     def resume(self, handle: Handle) -> DispatchHalf | CombineHalf:
         """The half of a step that was cut off by a deadline or a cancellation, to `receive()`."""

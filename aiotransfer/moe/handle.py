@@ -17,7 +17,6 @@ from aiotransfer.moe.traffic import MOVED_AT_ONCE, turn
 from aiotransfer.providers.rows import Rows, same_rows
 
 if TYPE_CHECKING:
-    from aiotransfer.moe.alltoall import AllToAll
     from aiotransfer.moe.step import Step
 
 
@@ -28,10 +27,9 @@ class Handle(Unpicklable):
     after the combine: bool [tokens, choices], choices whose result is missing in the sum (also None before).
     """
 
-    __slots__ = ("_a2a", "_kind", "_out", "_region", "_state", "_step", "_weights", "_y", "dropped")
+    __slots__ = ("_kind", "_out", "_region", "_state", "_step", "_weights", "_y", "dropped")
 
-    def __init__(self, a2a: AllToAll, step: Step, weights: Any, kind: Kind) -> None:
-        self._a2a = a2a
+    def __init__(self, step: Step, weights: Any, kind: Kind) -> None:
         self._step = step
         self._weights = weights
         self._kind = kind
@@ -49,8 +47,8 @@ class Handle(Unpicklable):
     @property
     def lost(self) -> tuple[int, ...]:
         """Ranks that took no part in it, or not to its end."""
-        step, ranks = self._step, self._a2a.group_size
-        return tuple(r for r in range(ranks) if r in step.lost or (r not in step.joined and r != step.party.rank))
+        step, party = self._step, self._step.party
+        return tuple(r for r in range(party.shape.ranks) if r in step.lost or (r not in step.joined and r != party.rank))
 
     def forget(self) -> None:
         """The memory of results and sums is the caller's alone again."""
@@ -171,7 +169,7 @@ class CombineHalf(_Half):
     def _hold(self, memory: Any) -> None:
         """Results that are sent from where they lie are registered. Raises `RegistrationError`; then nothing has happened."""
         handle = self._handle
-        party = handle._a2a._party
+        party = handle._step.party
         if not party.buffers.gpu and memory.size and not party.buffers.computed_at and party.any_direct():
             handle._region = party.engine.register(memory)
 
@@ -180,7 +178,7 @@ class CombineHalf(_Half):
         handle = self._handle
         if handle._y is None:
             return
-        party, step = handle._a2a._party, handle._step
+        step, party = handle._step, handle._step.party
         memory, stride = check_results(handle, handle._y)
         if party.buffers.gpu:
             await step.send_results(*await step.to_host(memory, stride))

@@ -47,7 +47,7 @@ class Party(Meeting):
     async def _listen(self) -> None:
         claims = Claims(self.engine, self.addresses, self._take, self)
         try:
-            async for message in self.engine.messages(self._key):
+            async for message in self.engine.messages(self.key):
                 try:
                     self._sort(claims, message.peer, message.data)
                 except DescriptorError as error:
@@ -59,7 +59,7 @@ class Party(Meeting):
 
     def _sort(self, claims: Claims, peer: Peer, data: bytes) -> None:
         """A message of a rank is taken; one of a peer that may be a rank waits until that is known. Raises `DescriptorError`."""
-        content = wire.decode(self._key, data)
+        content = wire.decode(self.key, data)
         if content.rank >= self.shape.ranks or content.rank == self.rank:
             raise DescriptorError(f"there is no other rank {content.rank}")
         known = self.ranks[content.rank]
@@ -104,7 +104,7 @@ class Party(Meeting):
     def _heard(self, peer: Peer, content: wire.Message) -> None:
         rank = content.rank
         if isinstance(content, wire.Piece):
-            whole = self._pieces.setdefault(rank, wire.Pieces(self._key, MOST_VIEW)).add(content)
+            whole = self._pieces.setdefault(rank, wire.Pieces(self.key, MOST_VIEW)).add(content)
             if whole is not None:
                 self._heard(peer, whole)
             return

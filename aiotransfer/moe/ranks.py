@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from aiotransfer.control.ratelimit import RateLimit
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from aiotransfer.engine.lease import Lease
     from aiotransfer.engine.mapped import Mapped
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.moe.handle import Handle
-    from aiotransfer.moe.step import Step
 
 FIRST, REST, RESULTS = range(3)  # what immediates tell of
 
@@ -35,6 +33,27 @@ def _incarnation(engine: Engine) -> int:
     """A number that no other all-to-all has, of this engine or another."""
     number = _made[engine] = _made.get(engine, 0) + 1
     return (engine.incarnation + number * 0x9E37_79B9_7F4A_7C15) & ((1 << 63) - 1) | 1
+
+
+class InFlight(Protocol):
+    """What the ranks need of a step in flight."""
+
+    number: int
+    refusal: str  # why this rank refused to take part; empty: it takes part
+
+    def gone(self, rank: int) -> None:
+        """`rank` takes no part any more. What has arrived from it by now counts."""
+
+    def headers(self) -> dict[tuple[int, int], bytes]:
+        """The headers that this step has, by the number of the step and the rank."""
+        ...
+
+
+class Held(Protocol):
+    """What the ranks need of the caller's handle of a step in flight."""
+
+    def forget(self) -> None:
+        """Let go of the caller's memory."""
 
 
 class Rank:
@@ -72,7 +91,7 @@ class Ranks:
         self.shape = shape
         self.name = name
         members = ",".join(str(address) for address in group.members)
-        self._key = wire.key_of(name, group.members)
+        self.key = wire.key_of(name, group.members)
         self._base = immediates(name, members, shape)
         self._direct = direct
         self._gpu = gpu
@@ -80,8 +99,8 @@ class Ranks:
         self.ranks: list[Rank | None] = [None] * shape.ranks
         self.members: Members | None = None
         self.buffers: Buffers
-        self.steps: dict[int, Step] = {}  # in flight
-        self.handles: dict[int, Handle] = {}  # of those
+        self.steps: dict[int, InFlight] = {}  # by number
+        self.handles: dict[int, Held] = {}  # of those
         self.next_step = 0  # whose header has not been sent
         self.losses: dict[int, TransferError] = {}
         self.over: TransferError | None = None
@@ -168,7 +187,7 @@ class Ranks:
 
     def _send_to(self, peer: Peer, message: wire.Message) -> None:
         if peer.state in ("up", "busy"):
-            for data in wire.pieces(self._key, message):  # tasks begin in this order, so no other message comes between
+            for data in wire.pieces(self.key, message):  # tasks begin in this order, so no other message comes between
                 task = self.spawn(self._post(peer, data))
                 self._posts.add(task)
                 task.add_done_callback(self._posts.discard)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from aiotransfer.engine.group import PeerGroup
@@ -21,12 +21,20 @@ from aiotransfer.moe.errors import said
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.moe.ranks import Ranks
+    from aiotransfer.errors import TransferError
 
 MOST = 64  # all-to-alls of one engine that could not be made, the latest: for those there is an answer
 Given = ParamSpec("Given")
-_made: WeakKeyDictionary[Engine, WeakSet[Ranks]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[Engine, WeakSet[Made]] = WeakKeyDictionary()
 _unmade: WeakKeyDictionary[Engine, dict[bytes, Unmade]] = WeakKeyDictionary()  # by the key of the all-to-all
+
+
+class Made(Protocol):
+    """An all-to-all that was made: `over` says why it has ended, and is None while it answers for itself."""
+
+    engine: Engine
+    key: bytes
+    over: TransferError | None
 
 
 def told_to_others(make: Callable[Given, None]) -> Callable[Given, None]:
@@ -53,7 +61,7 @@ def _left_unmade(given: list[Any], named: dict[str, Any], error: BaseException) 
     if engine._closing or engine._loop.is_closed():
         return
     key = wire.key_of(name, group.members)
-    if any(one._key == key and one.over is None for one in _made.get(engine, ())):
+    if any(one.key == key and one.over is None for one in _made.get(engine, ())):
         return  # that one answers
     there = _unmade.setdefault(engine, {})
     _forget(engine, key)
@@ -62,10 +70,10 @@ def _left_unmade(given: list[Any], named: dict[str, Any], error: BaseException) 
     there[key] = Unmade(engine, key, group.rank, wire.words(said(error)))
 
 
-def made(ranks: Ranks) -> None:
-    """One of this name is made, and answers for itself."""
-    _made.setdefault(ranks.engine, WeakSet()).add(ranks)
-    _forget(ranks.engine, ranks._key)
+def made(one: Made) -> None:
+    """An all-to-all of this name is made, and answers for itself from now on."""
+    _made.setdefault(one.engine, WeakSet()).add(one)
+    _forget(one.engine, one.key)
 
 
 def _forget(engine: Engine, key: bytes) -> None:

@@ -77,7 +77,7 @@ GUARDS = (
     ),
     Mutant(
         "MoE: one that is made answers for itself", "aiotransfer/moe/unmade.py",
-        "if any(one._key == key and one.over is None for one in _made.get(engine, ())):", "if False:",
+        "if any(one.key == key and one.over is None for one in _made.get(engine, ())):", "if False:",
         "tests/moe/test_identity.py",
     ),
     Mutant(

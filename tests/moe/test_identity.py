@@ -78,7 +78,7 @@ async def test_an_engine_that_is_no_member_cannot_speak_for_a_rank(what: str, cl
         if claims:
             stranger.address = right.address
         peer = await stranger.connect(left.address)
-        await peer.send(wire.encode(a2a[0]._party._key, said(a2a[0]._party, a2a[1]._party)[what]()))
+        await peer.send(wire.encode(a2a[0]._party.key, said(a2a[0]._party, a2a[1]._party)[what]()))
         await peer.ping()
         await asyncio.sleep(0.3)  # a dial of rank 1's address
         await asyncio.gather(*map(one_step, a2a))
@@ -95,7 +95,7 @@ async def test_what_a_rank_says_before_it_is_known_is_heard_in_its_order_when_it
         second = moe.AllToAll(right, right.group(addresses), **SIZES)
         meets = asyncio.ensure_future(second.ready())
         peer = await stranger.connect(right.address)
-        await peer.send(wire.encode(second._party._key, wire.Unable(rank=0, incarnation=7, reason="never")))
+        await peer.send(wire.encode(second._party.key, wire.Unable(rank=0, incarnation=7, reason="never")))
         await asyncio.sleep(0.1)
         assert not meets.done()
         first = moe.AllToAll(left, left.group(addresses), **SIZES)
@@ -270,7 +270,7 @@ async def test_a_reader_goes_on_after_a_message_that_it_fails_at(monkeypatch: py
 
             patch.setattr(party, "_taking_part", fail)
             await a2a[1]._party.ranks[0].peer.send(  # type: ignore[union-attr]
-                wire.encode(party._key, wire.Who(rank=1, incarnation=a2a[1]._party.incarnation, present=None))
+                wire.encode(party.key, wire.Who(rank=1, incarnation=a2a[1]._party.incarnation, present=None))
             )
             async with asyncio.timeout(5):
                 while not a2a[0].lost:
@@ -301,7 +301,7 @@ async def test_a_reader_goes_on_after_a_message_that_it_cannot_even_sort(monkeyp
 
         monkeypatch.setattr(wire, "decode", fails)
         peer = a2a[1]._party.ranks[0].peer  # type: ignore[union-attr]
-        await peer.send(party._key + b"bad")
+        await peer.send(party.key + b"bad")
         async with asyncio.timeout(10):
             while "could not be dealt with" not in caplog.text:
                 await asyncio.sleep(0.01)

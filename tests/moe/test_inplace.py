@@ -98,7 +98,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch, rank: int, seconds: float) -> None:
     whole = moe.handle.CombineHalf._weigh
 
     async def weigh(self: Any, *arguments: Any) -> None:
-        if self.handle._a2a.rank == rank:
+        if self.handle._step.party.rank == rank:
             await asyncio.sleep(seconds)
         await whole(self, *arguments)
 

@@ -97,15 +97,15 @@ class _Ranks:
         body = data
         try:
             body = msgspec.msgpack.encode(_replaced(msgspec.msgpack.decode(data), known))
-            wire.decode(listener._key, listener._key + body)
+            wire.decode(listener.key, listener.key + body)
             valid = True
         except (msgspec.MsgspecError, ValueError, RecursionError, DescriptorError):
             valid = False
-        whole = listener._key + body
+        whole = listener.key + body
         parts = [whole[begin : begin + wire.PIECE] for begin in range(0, len(whole), wire.PIECE)]
         me = {"rank": 1, "incarnation": speaker.incarnation, "of": len(parts)}
         for i, part in enumerate(parts):
-            piece = wire.encode(listener._key, wire.Piece(number=i, data=part, **me)) if len(parts) > 1 else whole
+            piece = wire.encode(listener.key, wire.Piece(number=i, data=part, **me)) if len(parts) > 1 else whole
             await rank.peer.send(piece)
         await rank.peer.ping()  # it was read
         found = await asyncio.gather(*map(self.step, self.a2a), return_exceptions=True)
