@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.kv.tracing import trace
-from aiotransfer.telemetry.records import MOST_RECORDS, guarded
+from aiotransfer.telemetry.records import MOST_RECORDS, Host
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -26,13 +26,14 @@ class Role(Unpicklable):
     def __init__(self, on_record: Callable[[RequestRecord], object] | None) -> None:
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
         self.on_record = on_record
+        self._host = Host()
 
     def recorded(self, record: RequestRecord, context: Any) -> None:
         """A request is over; its span belongs to `context`."""
         self.records.append(record)
-        guarded("the trace of a request", lambda: trace(record, context))
+        self._host.call("the trace of a request", lambda: trace(record, context))
         if (tell := self.on_record) is not None:
-            guarded("on_record", lambda: tell(record))
+            self._host.call("on_record", lambda: tell(record))
 
     async def aclose(self) -> None:
         """End everything."""

@@ -9,18 +9,26 @@ from collections.abc import Callable
 from aiotransfer.control.ratelimit import RateLimit, more
 
 _logger = logging.getLogger("aiotransfer")
-_limit = RateLimit()
 MOST_RECORDS = 1000  # that a role keeps
 
 
-def guarded(what: str, call: Callable[[], object]) -> bool:
-    """Call code of the host, or code that stands on it (an exporter). False when it raised, which is logged then."""
-    try:
-        call()
-    except Exception as error:
-        left_out = _limit.admit(what)
-        if left_out is not None:
-            text = "".join(traceback.format_exception(error))  # not the error: a log that is kept would keep memory in its frames
-            _logger.error("%s failed%s: %s", what, more(left_out), text)
-        return False
-    return True
+class Host:
+    """Calls code of the host, or code that stands on it (an exporter), for one role: what it raises is logged, and goes no
+    further. Each role has its own limit of lines, so that one does not silence another."""
+
+    __slots__ = ("_limit",)
+
+    def __init__(self) -> None:
+        self._limit = RateLimit()
+
+    def call(self, what: str, code: Callable[[], object]) -> bool:
+        """False when it raised. `what`: a few words of the log, for what failed."""
+        try:
+            code()
+        except Exception as error:
+            left_out = self._limit.admit(what)
+            if left_out is not None:
+                text = "".join(traceback.format_exception(error))  # the error itself would keep the memory in its frames
+                _logger.error("%s failed%s: %s", what, more(left_out), text)
+            return False
+        return True

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.telemetry import spans
-from aiotransfer.telemetry.records import MOST_RECORDS, guarded
+from aiotransfer.telemetry.records import MOST_RECORDS, Host
 from aiotransfer.weights.progress import Shows
 from aiotransfer.weights.record import UpdateRecord
 from aiotransfer.weights.tracing import trace
@@ -27,7 +27,8 @@ class Observer:
     def __init__(self, progress: Progress, on_record: Callable[[UpdateRecord], object] | None, role: str, rank: int) -> None:
         if on_record is not None and not callable(on_record):
             raise TypeError(f"on_record is called with each record, not {on_record!r}")
-        self._shows = Shows(progress)
+        self._host = Host()
+        self._shows = Shows(progress, self._host)
         self._on_record = on_record
         self._known: dict[str, Any] = {"role": role, "rank": rank}
         self.records: deque[UpdateRecord] = deque(maxlen=MOST_RECORDS)
@@ -43,9 +44,9 @@ class Observer:
     def over(self, record: UpdateRecord, context: Any) -> None:
         """An update has ended."""
         self.records.append(record)
-        guarded("the trace of an update", lambda: trace(record, context))
+        self._host.call("the trace of an update", lambda: trace(record, context))
         if (tell := self._on_record) is not None:
-            guarded("on_record", lambda: tell(record))
+            self._host.call("on_record", lambda: tell(record))
 
 
 class Journal:

@@ -14,9 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from aiotransfer.telemetry.records import guarded
-
 if TYPE_CHECKING:
+    from aiotransfer.telemetry.records import Host
     from aiotransfer.weights.protocol.version import Version
 
 Progress: TypeAlias = "Callable[[int, int, Version], object] | bool | None"  # what the roles take
@@ -39,26 +38,27 @@ class Shows:
     """Of one role. `wanted`: None or False for nothing, True for a bar or lines on standard error, or a function that is called
     with (bytes done, bytes in all, version). Raises `TypeError` for anything else."""
 
-    def __init__(self, wanted: Any) -> None:
+    def __init__(self, wanted: Any, host: Host) -> None:
         if not (wanted is None or isinstance(wanted, bool) or callable(wanted)) or inspect.iscoroutinefunction(wanted):
             raise TypeError(f"progress is None, True or a function of (bytes done, bytes in all, version), not {wanted!r}")
-        self._wanted = wanted
+        self._wanted, self._host = wanted, host
         if wanted is True:
             self._bar = _choose()  # here: to import a library takes longer than an update may be held up
 
     def show(self, version: Version, total: int, done: Callable[[], int]) -> Showing:
         """Show an update until the showing is closed."""
         if self._wanted is None or self._wanted is False:
-            return Showing(None, 0, done, 0.0)
+            return Showing(self._host, None, 0, done, 0.0)
         if self._wanted is True:
-            return Showing(Bar(self._bar, f"weights {version}"), total, done, FIRST_SECONDS)
-        return Showing(Call(self._wanted, version), total, done, 0.0)
+            return Showing(self._host, Bar(self._bar, f"weights {version}"), total, done, FIRST_SECONDS)
+        return Showing(self._host, Call(self._wanted, version), total, done, 0.0)
 
 
 class Showing:
     """One update that is shown. `display`: None for nothing. It appears `first` seconds after the beginning."""
 
-    def __init__(self, display: Display | None, total: int, done: Callable[[], int], first: float) -> None:
+    def __init__(self, host: Host, display: Display | None, total: int, done: Callable[[], int], first: float) -> None:
+        self._host = host
         self._display, self._total, self._count, self._first = display, total, done, first
         self._done = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -76,7 +76,7 @@ class Showing:
         seconds = self._loop.time() - self._began
         if seconds < self._first or (display := self._display) is None:
             return True
-        return guarded("progress", lambda: display.show(self._counted(), self._total, seconds, last=last))
+        return self._host.call("progress", lambda: display.show(self._counted(), self._total, seconds, last=last))
 
     def _counted(self) -> int:
         self._done = max(self._done, min(self._count(), self._total))  # it never falls
@@ -87,7 +87,7 @@ class Showing:
         if self._timer is not None:
             self._timer.cancel()
         if display is not None:
-            guarded("progress", display.end)
+            self._host.call("progress", display.end)
 
     def close(self) -> None:
         """The update is over. Twice is silent."""

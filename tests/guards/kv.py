@@ -190,8 +190,8 @@ GUARDS = (
     Mutant(
         "kv: a record that the host does not take",
         "aiotransfer/telemetry/records.py",
-        "    except Exception as error:\n",
-        "    except ZeroDivisionError as error:\n",
+        "        except Exception as error:\n",
+        "        except ZeroDivisionError as error:\n",
         "tests/kv/test_metrics.py",
     ),
     Mutant(

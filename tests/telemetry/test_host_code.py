@@ -13,7 +13,7 @@ import pytest
 import aiotransfer as at
 from aiotransfer.telemetry import spans
 from aiotransfer.telemetry.prometheus import Maker
-from aiotransfer.telemetry.records import guarded
+from aiotransfer.telemetry.records import Host
 
 
 def fail() -> None:
@@ -21,10 +21,10 @@ def fail() -> None:
 
 
 def test_what_the_host_raises_is_logged_with_its_name_and_goes_no_further(caplog: pytest.LogCaptureFixture) -> None:
-    assert not guarded("the test", fail)
+    assert not Host().call("the test", fail)
     assert "the test failed: Traceback" in caplog.text
     assert "KeyError: 'of the host'" in caplog.text
-    assert guarded("the test", lambda: None)
+    assert Host().call("the test", lambda: None)
 
 
 def test_the_log_keeps_nothing_that_the_failing_code_had(caplog: pytest.LogCaptureFixture) -> None:
@@ -38,15 +38,16 @@ def test_the_log_keeps_nothing_that_the_failing_code_had(caplog: pytest.LogCaptu
         kept.append(weakref.ref(memory))
         raise ValueError(memory)
 
-    guarded("the test", fail_with_memory)
+    Host().call("the test", fail_with_memory)
     gc.collect()
     assert caplog.records
     assert kept[0]() is None
 
 
 def test_a_call_that_fails_each_time_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    host = Host()
     for _ in range(100):
-        guarded("one that always fails", fail)
+        host.call("one that always fails", fail)
     assert len(caplog.records) < 50
 
 
@@ -68,8 +69,9 @@ def test_the_components_import_none_of_the_libraries() -> None:
 import sys
 from aiotransfer import kv, moe, weights
 from aiotransfer.weights import metrics, tracing
+from aiotransfer.telemetry.records import Host
 from aiotransfer.weights.progress import Shows
-Shows(None), Shows(print)
+Shows(None, Host()), Shows(print, Host())
 libraries = {"prometheus_client", "opentelemetry", "rich", "tqdm"}
 assert not libraries & {name.partition(".")[0] for name in sys.modules}
 """

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from aiotransfer.telemetry.records import Host
 from aiotransfer.weights import Version, progress
 from aiotransfer.weights.progress import Shows
 from tests.weights.party import Party
@@ -104,7 +105,7 @@ async def test_a_function_that_fails_is_not_called_again_and_the_version_comes(
 
 async def test_what_is_counted_never_falls_and_is_never_more_than_all() -> None:
     counts, told = iter([50, 20, 130]), []
-    showing = Shows(lambda done, total, version: told.append(done)).show(Version(1, 1), 100, lambda: next(counts))
+    showing = Shows(lambda done, total, version: told.append(done), Host()).show(Version(1, 1), 100, lambda: next(counts))
     showing._look()
     showing.close()
     showing.close()
@@ -172,4 +173,4 @@ async def test_where_nothing_is_wanted_nothing_is_asked(wanted: Any) -> None:
     def asked() -> int:
         raise AssertionError
 
-    Shows(wanted).show(Version(1, 1), 100, asked).close()
+    Shows(wanted, Host()).show(Version(1, 1), 100, asked).close()
