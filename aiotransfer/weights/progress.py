@@ -129,8 +129,10 @@ class Bar:
             self._bar.draw(done)
         elif (seconds >= self._next or last) and sys.stderr is not None:
             self._next = seconds + LINE_SECONDS
-            rate = done / max(seconds, 1e-9) / 1e9
-            print(f"{self._title}: {done / 1e9:.2f} of {total / 1e9:.2f} GB in {seconds:.1f} s, {rate:.2f} GB/s", file=sys.stderr)
+            unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+            rate = done / max(seconds, 1e-9) / unit
+            text = f"{done / unit:.2f} of {total / unit:.2f} {name} in {seconds:.1f} s, {rate:.2f} {name}/s"
+            print(f"{self._title}: {text}", file=sys.stderr)
 
     def end(self) -> None:
         """Take it off the screen."""

@@ -150,7 +150,7 @@ async def test_without_a_library_or_a_terminal_there_are_lines_on_standard_error
     shown = capsys.readouterr()
     lines = shown.err.splitlines()
     assert (shown.out, len(lines)) == ("", 2), "one at the beginning and one at the end"
-    assert all(line.startswith("weights 1.1: 0.00 of 0.00 GB in ") for line in lines)
+    assert all(line.startswith("weights 1.1: 0.00 of 0.00 MB in ") for line in lines)
 
 
 async def test_a_short_update_shows_nothing(
