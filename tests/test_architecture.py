@@ -32,6 +32,7 @@ MAY_IMPORT = {  # folder: the folders beneath it
     "testing": {"model", "core", "providers", "control", "engine"},
     "cli": {"model", "core", "providers", "control", "engine", "testing"},
 }
+PRIVATE_OF_THE_ENGINE = {"kv": {"_values"}, "moe": {"_check", "_connections", "_lane", "_loop"}}  # that components use: no more
 PURE = (
     "model/", "core/", "control/frames.py", "control/session.py", "control/resume.py", "rendezvous/roster.py", "errors.py",
     "kv/layout.py", "kv/plan.py", "kv/checksum.py", "kv/record.py", "kv/wire.py", "kv/saga.py", "kv/schedule.py",
@@ -138,6 +139,18 @@ def test_every_line_of_the_log_is_limited(file: Path) -> None:
 def test_only_providers_import_the_extension() -> None:
     users = [f for f in FILES if re.search(r"import _native|aiotransfer\._native", f.read_text())]
     assert users == [PACKAGE / "providers" / "native.py"]
+
+
+@pytest.mark.parametrize("folder", ["kv", "moe", "rendezvous", "weights"])
+def test_components_use_no_private_name_of_the_engine_but_those_that_are_listed(folder: str) -> None:
+    used = {
+        node.attr
+        for file in (PACKAGE / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"_[a-z]\w*", node.attr)
+        and re.search(r"(^|[._])engine$", ast.unparse(node.value))
+    }  # fmt: skip
+    assert used == PRIVATE_OF_THE_ENGINE.get(folder, set())
 
 
 def test_imports_make_no_cycle() -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.progress import Progress
     from aiotransfer.engine.sweeper import Sweeper
     from aiotransfer.engine.transfer import Transfer
+    from aiotransfer.engine.world import World
     from aiotransfer.errors import TransferError
     from aiotransfer.providers.lane import Lane
 
@@ -53,6 +54,7 @@ class EngineBase:
     _due: bool
     _limit: RateLimit
     _turn_scheduled: bool
+    _world: World
 
     @property
     def _closing(self) -> bool:
@@ -127,6 +129,16 @@ class EngineBase:
         self._due = False
         if self._lane.usable:
             native.lib.at_turn(self._p)
+
+
+def is_open(engine: EngineBase) -> bool:
+    """Whether calls may be made. For the components that stand on an engine."""
+    return engine._state == "open"
+
+
+def world_of(engine: EngineBase) -> World:
+    """What the engine takes from the world around it. For the components that stand on an engine."""
+    return engine._world
 
 
 def seconds(timeout: float | None, default: float | None = None) -> float:

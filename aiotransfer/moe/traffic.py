@@ -8,6 +8,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from aiotransfer.engine.base import is_open
 from aiotransfer.engine.counter import take_each
 from aiotransfer.engine.page_targets import PagesTarget
 from aiotransfer.engine.scatter import ScatterTarget
@@ -270,7 +271,7 @@ class Traffic:
         party = self.party
         for kind, expected in self._waits.items():
             waited = [r for r in expected if r not in self._heard[kind] and r not in self.lost]
-            if party.over is not None or party.engine._closing:  # the counters are closed
+            if party.over is not None or not is_open(party.engine):  # the counters are closed
                 return waited
             if found := [r for r in waited if party.counter(kind, self.slot, r).value < expected[r]]:
                 return found

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
+from aiotransfer.engine.base import is_open
 from aiotransfer.engine.group import PeerGroup
 from aiotransfer.errors import BrokenError, BusyError, ClosedError, DescriptorError
 from aiotransfer.moe import wire
@@ -58,7 +59,7 @@ def _left_unmade(given: list[Any], named: dict[str, Any], error: BaseException) 
     name = named.get("name", "")
     if not isinstance(group, PeerGroup) or group._engine is not engine or not isinstance(name, str):
         return
-    if engine._closing or engine._loop.is_closed():
+    if not is_open(engine) or engine._loop.is_closed():
         return
     key = wire.key_of(name, group.members)
     if any(one.key == key and one.over is None for one in _made.get(engine, ())):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.engine.base import is_open
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.kv.registry.connect import connect
@@ -112,7 +113,7 @@ class Fleet(Unpicklable):
                 async with self._slots:
                     peer = await connect(self._engine, member, timeout=self._timeout)
             except ClosedError:  # the engine is closed, or the member is closing
-                if self._engine._state != "open":
+                if not is_open(self._engine):
                     return
             except Exception as error:  # also an error of ours: this member is tried again, and no other one suffers
                 left_out = _limit.admit(type(error).__name__)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aiotransfer.control.patience import despite_cancels
+from aiotransfer.engine.base import seconds, world_of
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError
 from aiotransfer.weights.binding import bound_of
 from aiotransfer.weights.errors import PlanError
@@ -97,7 +98,7 @@ class Publisher:
         self.observer = Observer(progress, on_record, "publisher", self.rank)
         self.records = self.observer.records
         self.engine = engine
-        self.seconds = engine._seconds(timeout)
+        self.seconds = seconds(timeout, engine.timeout)
         self.epoch = check_epoch(epoch)
         self.checksum = bool(checksum)
         self.rate_limit = math.inf if rate_limit is None else float(rate_limit)
@@ -129,7 +130,7 @@ class Publisher:
 
     def random(self) -> int:
         """63 bits that no other role has."""
-        return int.from_bytes(self.engine._world.entropy(8)) >> 1
+        return int.from_bytes(world_of(self.engine).entropy(8)) >> 1
 
     # ---- for the host ----
 

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control.patience import Patience, despite_cancels
+from aiotransfer.engine.base import is_open, seconds, world_of
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, TransferTimeout, again
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.binding import bound_of, check_places
@@ -80,7 +81,7 @@ class Subscriber:
         self.layout, self.rank, self._bound = bound_of(layout, rank)
         self.observer = Observer(progress, on_record, "subscriber", self.rank)
         self.records = self.observer.records
-        self._seconds = engine._seconds(timeout)
+        self._seconds = seconds(timeout, engine.timeout)
         self.engine = engine
         self.instance = instance or f"{engine.incarnation:016x}"
         if not instance and self.layout.ranks > 1:
@@ -93,7 +94,7 @@ class Subscriber:
             raise ValueError(f"a layout takes at most {wire.MOST_LAYOUT} bytes, this one {len(self._encoded)}")
         self.claims = Claims()
         self.gate = Gate(lambda: self._version, self._read_changed)
-        self.life = int.from_bytes(engine._world.entropy(8)) >> 1
+        self.life = int.from_bytes(world_of(engine).entropy(8)) >> 1
         self._hooks = (pause, resume)
         self._is_paused = False
         self._version: Version | None = None
@@ -136,14 +137,14 @@ class Subscriber:
         Raises `TransferTimeout`, `PlanError` (a publisher holds another model), `ConfigurationError` (another subscriber has this
         instance and rank), `ClosedError`.
         """
-        seconds = self._seconds if timeout is None else self.engine._seconds(timeout)
+        within = seconds(timeout, self._seconds)
         try:
-            async with Patience(seconds):
+            async with Patience(within):
                 await self._changes.until(lambda: self._check() and self._version is not None)
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
                 raise
-            raise self._late(seconds) from None
+            raise self._late(within) from None
         assert self._version is not None
         return self._version
 
@@ -165,15 +166,15 @@ class Subscriber:
 
         Raises as `ready`.
         """
-        seconds = self._seconds if timeout is None else self.engine._seconds(timeout)
+        within = seconds(timeout, self._seconds)
         self._check()
         try:
-            async with Patience(seconds):
+            async with Patience(within):
                 version: Version = await self.gate.enter()
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
                 raise
-            raise self._late(seconds) from None
+            raise self._late(within) from None
         try:
             yield version
         finally:
@@ -468,7 +469,7 @@ class Subscriber:
             self._looking.cancel()
         await self._lending.revoke()
         await self.mail.leave(self)
-        if self.engine._state == "open":
+        if is_open(self.engine):
             await self.memory.aclose(self.engine.config.drain_timeout)
         else:
             self.memory.drop()  # the engine has closed its regions; their mappings end with the last that holds them
