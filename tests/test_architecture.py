@@ -41,7 +41,7 @@ PURE = (
     "weights/layout.py", "weights/layoutcheck.py", "weights/pack.py", "weights/rules.py", "weights/templates.py",
     "weights/links.py", "weights/sources.py", "weights/assign.py", "weights/senders.py", "weights/staging.py", "weights/relay.py",
     "weights/planner.py", "weights/plan.py", "weights/tasks.py", "weights/codec.py", "weights/balance.py", "weights/explain.py",
-    "weights/picture.py", "weights/record.py", "weights/errors.py", "weights/protocol/",
+    "weights/picture.py", "weights/record.py", "weights/errors.py", "weights/passing.py", "weights/protocol/",
 )  # fmt: skip
 IMPURE = {"asyncio", "time", "socket", "logging", "select", "threading", "subprocess", "random", "anyio", "pathlib"}
 

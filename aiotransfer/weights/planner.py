@@ -87,7 +87,7 @@ class _Planner:
         phases, tensor_phase = self._phases()
         arrays = staging.arrange(
             self.trainer, self.catalog, self.links, units, have, work, self.blocks, tensor_phase, self.staging_bytes,
-            self.target_receiver,
+            self.target_receiver, relays=relays is not None,
         )  # fmt: skip
         arrays |= relay.arrays(relays, arrays.pop("move_order"), self.target_receiver, work)
         low, high, axes, shift = sources.link_table(links, self.trainer.ndim, self.ndim)
@@ -136,11 +136,8 @@ class _Planner:
 
     def _differences(self, name: str, layout: Layout) -> list[str]:
         """How an instance's tensors differ from the first instance's."""
-        if (
-            layout is self.catalog
-            or (layout.names == self.catalog.names
-            and layout.shapes == self.catalog.shapes
-            and (layout.dtypes == self.catalog.dtypes))
+        if layout is self.catalog or (
+            layout.names == self.catalog.names and layout.shapes == self.catalog.shapes and (layout.dtypes == self.catalog.dtypes)
         ):
             return []
         found = []

@@ -18,6 +18,8 @@ from aiotransfer.weights.senders import Work
 from aiotransfer.weights.sources import Held, Units
 
 Ints = npt.NDArray[Any]
+CUTS = 8  # parts at least, of what a sender writes in a phase, where instances pass parts on as they come
+CUT_BYTES = 1 << 20  # that such a part has at least
 GOLDEN = 2654435769  # 2**32 over the golden ratio: multiples of it are spread evenly over 32 bits
 
 
@@ -28,10 +30,10 @@ def largest(staging_bytes: int) -> int:
 
 def arrange(
     trainer: Layout, catalog: Layout, links: Links, units: Units, have: Held, work: Work, blocks: Ints, tensor_phase: Ints,
-    staging_bytes: int, receiver: Ints,
+    staging_bytes: int, receiver: Ints, *, relays: bool,
 ) -> dict[str, Ints]:  # fmt: skip
     """The arrays of jobs, inputs and moves of a plan, sorted as it has them, and `move_order`: which of the work's moves each
-    is."""
+    is. `relays`: instances pass parts on to one another."""
     tensor = units.tensor[work.unit]
     phase = tensor_phase[tensor].astype(np.int64)
     order = _order(work, phase, receiver)
@@ -39,8 +41,9 @@ def arrange(
     place[order] = np.arange(len(order))
     unit, sender, phase, tensor = work.unit[order], work.sender[order].astype(np.int64), phase[order], tensor[order]
     sizes = _sizes(trainer, catalog, links, units, have, work, blocks, order, 64 if staging_bytes >= 1 << 16 else 16)
+    written = np.bincount(place[work.job], work.moves.nbytes, len(order)).astype(np.int64) if relays else None
     part, base = _parts(
-        sender * (int(phase.max(initial=0)) + 1) + phase, sender, sizes.sum(axis=0), staging_bytes, catalog, tensor
+        sender * (int(phase.max(initial=0)) + 1) + phase, sender, sizes.sum(axis=0), staging_bytes, catalog, tensor, written
     )
     at = np.stack([base, base + sizes[0], base + sizes[0] + sizes[1]])
     at[sizes == 0] = -1
@@ -99,22 +102,25 @@ def _sizes(
     return -(-sizes // align) * align
 
 
-def _parts(group: Ints, sender: Ints, size: Ints, staging_bytes: int, catalog: Layout, tensor: Ints) -> tuple[Ints, Ints]:
-    """The part of each job (counted through the phases of a sender) and where in staging memory its first byte lies."""
+def _parts(
+    group: Ints, sender: Ints, size: Ints, staging_bytes: int, catalog: Layout, tensor: Ints, written: Ints | None
+) -> tuple[Ints, Ints]:
+    """The part of each job (counted through the phases of a sender) and where in staging memory its first byte lies. `written`:
+    bytes that each job writes, where parts of about equal bytes are wanted."""
     if not len(size):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     half = staging_bytes // 2 // 16 * 16
     most = int(size.max())
     if most > half:
         name = catalog.names[tensor[int(size.argmax())]]
-        raise PlanError(
-            problems=[f"{name}: a part of it takes {most} bytes of staging memory: staging_bytes must be {2 * most}"]
-        )
+        raise PlanError(problems=[f"{name}: a part of it takes {most} bytes of staging memory: staging_bytes must be {2 * most}"])
     before = np.cumsum(size) - size
     new_group = np.concatenate([[True], group[1:] != group[:-1]])
     start = np.maximum.accumulate(np.where(new_group, np.arange(len(size)), 0))
     within = before - before[start]
     part = within // max(half - most, 1)
+    if written is not None:
+        part = _finer(part, written, start, new_group)
     # parts are numbered on through the phases of a sender; a phase without a job has none
     last = np.concatenate([new_group[1:], [True]])
     parts_before = np.concatenate([[0], np.cumsum((part + 1)[last])])[np.cumsum(new_group) - 1]
@@ -124,3 +130,16 @@ def _parts(group: Ints, sender: Ints, size: Ints, staging_bytes: int, catalog: L
     new_part = new_sender | new_group | np.concatenate([[True], part[1:] != part[:-1]])
     part_start = np.maximum.accumulate(np.where(new_part, np.arange(len(size)), 0))
     return part, before - before[part_start] + part % 2 * half
+
+
+def _finer(part: Ints, written: Ints, start: Ints, new_group: Ints) -> Ints:
+    """Parts within each group (whose first job is `start`), cut into `CUTS` by what they write."""
+    number = np.cumsum(new_group) - 1
+    total = np.bincount(number, written).astype(np.int64)[number]
+    before = np.cumsum(written) - written
+    cuts = np.clip(total // CUT_BYTES, 1, CUTS)
+    cut = (before - before[start]) * cuts // np.maximum(total, 1)
+    new = new_group.copy()
+    new[1:] |= (part[1:] != part[:-1]) | (cut[1:] != cut[:-1])
+    counted = np.cumsum(new)
+    return np.asarray(counted - counted[start])

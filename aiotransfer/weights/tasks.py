@@ -3,6 +3,7 @@ Pure."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,7 +60,7 @@ class Writes:
         if len(new):
             new[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
         starts = np.flatnonzero(new).tolist()
-        for begin, end in zip(starts, [*starts[1:], len(self.phase)], strict=True):
+        for begin, end in itertools.pairwise([*starts, len(self.phase)]):
             phase, part, feeder, receiver = (int(column[begin]) for column in columns)
             yield Call(phase, part, feeder, receiver, begin, end)
 
@@ -163,6 +164,17 @@ def relays(plan: Plan, instance: str, rank: int) -> Writes:
     source = _in_piece(plan, own, start)
     return _sorted(plan, moves, pieces, plan.job_sender[plan.move_job[moves]], tensor, start, stop,
                    plan.pieces("piece_buffer", own), source, plan.pieces("piece_strides", own))  # fmt: skip
+
+
+def instead(plan: Plan, sender: int) -> Writes:
+    """What trainer rank `sender` writes where relays do not pass its parts on: `feeder` is the number of the receiver whose place
+    it takes. Sorted as all `Writes`; those from the staging memory once their job is done."""
+    rows = np.flatnonzero(plan.job_sender[plan.move_job[plan.relay_move]] == sender)
+    moves, pieces = plan.relay_move[rows], plan.relay_piece[rows]
+    tensor, start, stop = plan.move_box(moves, pieces)
+    buffer, offset, strides = _sources(plan, moves, start, plan.itemsizes[tensor])
+    via = plan.piece_receiver[plan.move_piece[moves]]
+    return _sorted(plan, moves, pieces, via, tensor, start, stop, buffer, offset, strides)
 
 
 def expected(plan: Plan, instance: str, rank: int) -> Expected:

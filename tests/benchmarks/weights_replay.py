@@ -98,11 +98,12 @@ async def replay(plan: Plan, sender: int, rounds: int) -> Replay:
             engine=engine, checksum=False, rate_limit=float("inf"),
             sources=SimpleNamespace(regions=dict.fromkeys(np.unique(writes.source_buffer).tolist(), source)),
         )  # fmt: skip
-        rank: Any = SimpleNamespace(
-            _receivers=receivers, _role=role, _work=SimpleNamespace(tasks=tasks), _seconds=60.0, _posted=deque(), _under_way=0,
-            _next=0.0, nbytes=0,
+        rank: Any = Sending.__new__(Sending)
+        work = SimpleNamespace(tasks=tasks, imm_of=lambda receiver, phase, part: phase)
+        vars(rank).update(
+            receivers=receivers, _role=role, _work=work, _seconds=60.0, _posted=deque(), _under_way=0, _next=0.0, nbytes=0,
+            standing=None,
         )  # fmt: skip
-        rank._room, rank._oldest = lambda n: Sending._room(rank, n), lambda: Sending._oldest(rank)
         making: Any = SimpleNamespace(region=source)
         calls = list(writes.calls())
         real, every, python, timed = native.lib, [], [], Timed(native.lib)
@@ -112,7 +113,7 @@ async def replay(plan: Plan, sender: int, rounds: int) -> Replay:
                 native.lib = timed
                 try:
                     begin = time.thread_time()
-                    await Sending._call(rank, call, making)
+                    await rank._call(call, making)
                     spent += time.thread_time() - begin
                 finally:
                     native.lib = real

@@ -3,10 +3,12 @@
     python -m tests.reliability.weights_chaos --updates 10000        (`make test-chaos-weights`)
     python -m tests.reliability.weights_chaos --seed 1234            one run again, as it was
 
-A run has one to three trainer ranks and two inference instances of one, two or four ranks, each with a second buffer or in place,
-and publishes version after version. Every subscriber rank has readers that hold versions for a while. Meanwhile connections are
-cut, engines are held as by SIGSTOP, ranks of either side are killed and come back, instances join late, blocks raise, calls are
-cancelled, and hosts close their roles. What must hold:
+A run has one to three trainer ranks and two or three inference instances of one, two or four ranks, each with a second buffer or
+in place, and publishes version after version; in half of the runs the instances pass parts on to one another. Every subscriber
+rank has readers that hold versions for a while. Meanwhile connections are cut, engines are held as by SIGSTOP, ranks of either
+side are killed and come back, instances join late, blocks raise, calls are cancelled, and hosts close their roles.
+
+What must hold:
 
 - *mixed*: what a reader sees is one version, byte for byte, from the beginning of its block to the end, and it is the one that it
   was told; readers of one instance that run at one time all see the same. Versions of a rank rise.
@@ -118,7 +120,7 @@ class Trainer:
         self.memory = shard(run.trainer, rank, values(0))
         bound = run.trainer.bind(rank, self.memory)
         group = engine.group(members)
-        self.publisher = weights.Publisher(engine, bound, group=group, timeout=TIMEOUT, checksum=run.checksum)
+        self.publisher = weights.Publisher(engine, bound, group=group, timeout=TIMEOUT, checksum=run.checksum, fanout=run.fanout)
         self.raises = False
 
     async def publish(self, number: int) -> Any:
@@ -139,7 +141,9 @@ class Run:
         rng = self.rng
         self.ranks = rng.choice([1, 2, 2, 3])
         self.trainer = trainer_layout(self.ranks)
-        self.sizes = {name: rng.choice([1, 2, 2, 4]) for name in ("a", "b")}
+        self.fanout = rng.choice(["direct", "relay"])
+        names = "abc" if self.fanout == "relay" and rng.random() < 0.5 else "ab"
+        self.sizes = {name: rng.choice([1, 2, 2, 4]) for name in names}
         self.layouts = {name: inference_layout(size) for name, size in self.sizes.items()}
         self.modes = {name: rng.choice(["double", "double", "in_place"]) for name in self.sizes}
         self.checksum = rng.random() < 0.2
@@ -177,6 +181,8 @@ class Run:
         await self.serve("a")
         if self.rng.random() < 0.7:
             await self.serve("b")
+        if "c" in self.sizes:
+            await self.serve("c")
         await self.connect()
         for _ in range(UPDATES - 1):
             await self.update(self.rng.random() < 0.75)

@@ -84,10 +84,11 @@ async def main(role: str, *arguments: str) -> None:
     given = json.loads(os.environ.get("WEIGHTS_RANK", "{}"))
     config = at.Config(**given.pop("config", {}))
     options = {"timeout": given.pop("timeout", SECONDS)}
+    fanout = given.pop("fanout", "direct")
     async with at.open_engine(config=config, **given) as engine:
         if role == "trainer":
             rank, ranks = map(int, arguments)
-            await train(engine, options, rank, ranks)
+            await train(engine, {**options, "fanout": fanout}, rank, ranks)
         else:
             instance, number, of, address = arguments
             await serve(engine, options, instance, int(number), int(of), address)

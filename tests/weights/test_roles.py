@@ -200,7 +200,7 @@ async def test_the_roles_refuse_what_cannot_be_at_once(party: Party) -> None:
         ({"rate_limit": 0}, "rate_limit"),
         ({"staging_bytes": 0}, "staging_bytes"),
         ({"epoch": 0}, "epoch"),
-        ({"fanout": "relay"}, "fanout"),
+        ({"fanout": "broadcast"}, "fanout"),
     ):
         with pytest.raises(ValueError, match=text):
             weights.Publisher(engine, Bound(layout, 0, memory), **wrong)  # type: ignore[arg-type]

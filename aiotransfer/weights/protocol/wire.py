@@ -15,8 +15,13 @@
         ranks of the instance: Whole, Hold, Held, Ready, Sure, Open (see `agreement`)
     Done                           ->  Outcome(who has it)                   ->
 
+Where instances pass parts on to one another, Offer says to whom and from whom (`Passing`). A subscriber rank tells those that it
+writes to (Pass), which let it (Let). One for which nothing of a relay comes asks for it in another way (Short); the publishers
+then write that themselves (Instead, Ask, Grant). When every instance is whole or given up (Gathered), the publishers look at
+their sources (Settle) and say so (Stood); then comes Allow.
+
 A message begins with a mark that tells it from the application's own, and a version. What cannot be read raises
-`DescriptorError` and nothing else. Every number, text and list has a bound here, so a message costs no more than its length.
+`DescriptorError` and nothing else. Every number, text and list has a bound (`terms`), so a message costs no more than its length.
 """
 
 from __future__ import annotations
@@ -26,39 +31,54 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from aiotransfer.errors import DescriptorError
-from aiotransfer.weights.protocol.version import MOST_EPOCH, MOST_NUMBER, Version
+from aiotransfer.weights.protocol.relays import Gathered, Instead, Let, Pass, Passing, Settle, Short, Stood
+from aiotransfer.weights.protocol.terms import (
+    MOST_DESCRIPTOR as MOST_DESCRIPTOR,
+)  # fmt: skip
+from aiotransfer.weights.protocol.terms import (
+    MOST_ENTRIES as MOST_ENTRIES,
+)
+from aiotransfer.weights.protocol.terms import (
+    MOST_LAYOUT as MOST_LAYOUT,
+)
+from aiotransfer.weights.protocol.terms import (
+    MOST_NAME as MOST_NAME,
+)
+from aiotransfer.weights.protocol.terms import (
+    MOST_PROBLEMS as MOST_PROBLEMS,
+)
+from aiotransfer.weights.protocol.terms import (
+    MOST_RANKS as MOST_RANKS,
+)
+from aiotransfer.weights.protocol.terms import (
+    MOST_SENDERS,
+    MOST_STEPS,
+    Count,
+    Descriptors,
+    Digest,
+    Epoch,
+    Imm,
+    Incarnation,
+    Life,
+    Number,
+    Place,
+    Rank,
+    Seconds,
+    Text,
+    Word,
+)
+from aiotransfer.weights.protocol.terms import (
+    MOST_TEXT as MOST_TEXT,
+)
+from aiotransfer.weights.protocol.terms import (
+    PIECE as PIECE,
+)
+from aiotransfer.weights.protocol.terms import (
+    Message as Base,
+)
+from aiotransfer.weights.protocol.version import Version
 
-MARK = b"\x93ATw\x01"  # the last byte is the version
-MOST_RANKS = 1 << 16
-MOST_NAME = 256
-MOST_TEXT = 1000
-MOST_ENTRIES = 1 << 12  # subscriber ranks in one message
-MOST_PROBLEMS = 64
-MOST_BUFFERS = 1 << 14
-MOST_DESCRIPTOR = 16 << 10
-MOST_PHASES = 1 << 10
-MOST_SENDERS = 1 << 12
-PIECE = 256 << 10  # bytes of a layout in one message
-MOST_LAYOUT = 64 << 20  # bytes of a whole one
-MOST_MESSAGE = 1 << 20
-MOST_ADDRESS = 300
-
-Rank: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=MOST_RANKS)]
-Word: TypeAlias = Annotated[str, msgspec.Meta(max_length=MOST_NAME)]
-Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=MOST_TEXT)]
-Place: TypeAlias = Annotated[str, msgspec.Meta(max_length=MOST_ADDRESS)]
-Life: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # a random number: one life of a role
-Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
-Epoch: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MOST_EPOCH)]
-Number: TypeAlias = Annotated[int, msgspec.Meta(ge=-1, le=MOST_NUMBER)]
-Imm: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=0xF000_0000)]
-Digest: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=64)]
-Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
-Incarnation: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]  # 64 bits, as wide as the encoding holds
-
-
-class _Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
-    pass
+MARK = b"\x93ATw\x02"  # the last byte is the version
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
@@ -84,17 +104,17 @@ Entries: TypeAlias = Annotated[list[Entry], msgspec.Meta(max_length=MOST_ENTRIES
 # ---- finding each other ----
 
 
-class Call(_Message, frozen=True, tag=1):
+class Call(Base, frozen=True, tag=1):
     """A publisher looks for subscribers."""
 
 
-class Announce(_Message, frozen=True, tag=2):
+class Announce(Base, frozen=True, tag=2):
     """Here is a subscriber."""
 
     entry: Entry
 
 
-class Leave(_Message, frozen=True, tag=3):
+class Leave(Base, frozen=True, tag=3):
     """A subscriber has closed."""
 
     instance: Word
@@ -102,7 +122,7 @@ class Leave(_Message, frozen=True, tag=3):
     life: Life
 
 
-class Refuse(_Message, frozen=True, tag=4):
+class Refuse(Base, frozen=True, tag=4):
     """A publisher has no use for this subscriber: it is of another model, or its name is taken."""
 
     life: Life
@@ -111,13 +131,13 @@ class Refuse(_Message, frozen=True, tag=4):
     problems: Annotated[list[Text], msgspec.Meta(max_length=MOST_PROBLEMS)]
 
 
-class Want(_Message, frozen=True, tag=5):
+class Want(Base, frozen=True, tag=5):
     """Send me the layout with this digest."""
 
     digest: Digest
 
 
-class Piece(_Message, frozen=True, tag=6):
+class Piece(Base, frozen=True, tag=6):
     """A part of a layout. They come in order. `of` 0: the sender does not have it (any more)."""
 
     digest: Digest
@@ -129,7 +149,7 @@ class Piece(_Message, frozen=True, tag=6):
 # ---- among publishers ----
 
 
-class Enter(_Message, frozen=True, tag=10):
+class Enter(Base, frozen=True, tag=10):
     """A publisher rank has entered `publish(number)`."""
 
     rank: Rank
@@ -140,14 +160,14 @@ class Enter(_Message, frozen=True, tag=10):
     entries: Entries
 
 
-class Withdraw(_Message, frozen=True, tag=11):
+class Withdraw(Base, frozen=True, tag=11):
     """It has left `publish` before it began."""
 
     rank: Rank
     attempt: Count
 
 
-class Begin(_Message, frozen=True, tag=12):
+class Begin(Base, frozen=True, tag=12):
     """The update begins: everyone plans for these subscribers."""
 
     attempt: Count  # the receiver's
@@ -158,7 +178,7 @@ class Begin(_Message, frozen=True, tag=12):
     entries: Entries
 
 
-class Planned(_Message, frozen=True, tag=13):
+class Planned(Base, frozen=True, tag=13):
     """This rank has the plan and its sources. `plan`: the digest of its plan."""
 
     update: Life
@@ -166,14 +186,14 @@ class Planned(_Message, frozen=True, tag=13):
     plan: Digest
 
 
-class Go(_Message, frozen=True, tag=14):
+class Go(Base, frozen=True, tag=14):
     """These instances take the version: write."""
 
     update: Life
     instances: Annotated[list[Word], msgspec.Meta(max_length=MOST_ENTRIES)]
 
 
-class Sent(_Message, frozen=True, tag=15):
+class Sent(Base, frozen=True, tag=15):
     """All writes of this rank have ended and its sources were at rest. `failed`: instance, and why it cannot have the version."""
 
     update: Life
@@ -181,7 +201,7 @@ class Sent(_Message, frozen=True, tag=15):
     failed: Annotated[list[tuple[Word, Rank, Text]], msgspec.Meta(max_length=MOST_ENTRIES)]
 
 
-class Outcome(_Message, frozen=True, tag=16):
+class Outcome(Base, frozen=True, tag=16):
     """Who has the version in the end."""
 
     update: Life
@@ -189,7 +209,7 @@ class Outcome(_Message, frozen=True, tag=16):
     missing: Annotated[list[tuple[Word, Text]], msgspec.Meta(max_length=MOST_ENTRIES)]
 
 
-class Abandon(_Message, frozen=True, tag=17):
+class Abandon(Base, frozen=True, tag=17):
     """The version is given up. To publishers and to subscribers. `attempt`: the receiver's, where no update had begun."""
 
     update: Life
@@ -202,14 +222,14 @@ class Abandon(_Message, frozen=True, tag=17):
     claim: Epoch = 0  # the epoch of the version that is given up, where it is known
 
 
-class Heard(_Message, frozen=True, tag=18):
+class Heard(Base, frozen=True, tag=18):
     """A publisher rank has heard of a subscriber while it waits for the update to begin."""
 
     rank: Rank
     entry: Entry
 
 
-class Drop(_Message, frozen=True, tag=19):
+class Drop(Base, frozen=True, tag=19):
     """Rank 0 knows that this subscriber rank will not have the version: write nothing more there."""
 
     update: Life
@@ -222,14 +242,15 @@ class Drop(_Message, frozen=True, tag=19):
 
 
 class Sender(msgspec.Struct, frozen=True, array_like=True):
-    """A publisher rank that writes to the receiver. `counts`: how many counted writes of it come, for each phase."""
+    """A publisher rank whose bytes come. `counts`: how many counted writes of it come, for each phase; where instances pass parts
+    on, for each step (see `weights.passing`), and none for a rank all of whose bytes are passed on."""
 
     rank: Rank
     incarnation: Incarnation  # of its engine
-    counts: Annotated[list[Count], msgspec.Meta(max_length=MOST_PHASES)]
+    counts: Annotated[list[Count], msgspec.Meta(max_length=MOST_STEPS)]
 
 
-class Offer(_Message, frozen=True, tag=20):
+class Offer(Base, frozen=True, tag=20):
     """A version comes. `life`: of the subscriber that is asked; `trainer`: the publishers' life; `chair`: where rank 0 of its
     instance is; `members`: the addresses of all ranks of it. `names`: those of the tensors that come, none for all of them.
     `source`: an address to fetch the version from, of a subscriber rank that has it; empty: `senders` write it."""
@@ -246,9 +267,10 @@ class Offer(_Message, frozen=True, tag=20):
     source: Place
     source_instance: Word
     checksum: bool  # every sender sends a `Sum`, which must be that of what came
+    passing: Passing | None = None
 
 
-class Accept(_Message, frozen=True, tag=21):
+class Accept(Base, frozen=True, tag=21):
     """It can come."""
 
     update: Life
@@ -256,7 +278,7 @@ class Accept(_Message, frozen=True, tag=21):
     rank: Rank
 
 
-class Decline(_Message, frozen=True, tag=22):
+class Decline(Base, frozen=True, tag=22):
     """It cannot. `kind`: "version" (with the one that stands in the way) or "failed"."""
 
     update: Life
@@ -268,33 +290,38 @@ class Decline(_Message, frozen=True, tag=22):
     number: Number
 
 
-class Ask(_Message, frozen=True, tag=23):
-    """Publisher rank `sender` is ready to write to this subscriber rank."""
+class Ask(Base, frozen=True, tag=23):
+    """Publisher rank `sender` is ready to write to this subscriber rank. `instead`: in place of which relay (-1: what it writes
+    itself), and then in how many counted `writes`."""
 
     update: Life
     life: Life
     sender: Rank
+    instead: Number = -1
+    writes: Count = 0
 
 
-class Grant(_Message, frozen=True, tag=24):
-    """Write there. `regions`: a descriptor for each buffer of the rank, in its layout's order; `imms`: one for each phase."""
+class Grant(Base, frozen=True, tag=24):
+    """Write there. `regions`: a descriptor for each buffer of the rank, in its layout's order; `imms`: one for each phase, or
+    step; in place of a relay (`instead`) one alone, or none when the bytes have come."""
 
     update: Life
     instance: Word
     rank: Rank
-    regions: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=MOST_DESCRIPTOR)]], msgspec.Meta(max_length=MOST_BUFFERS)]
-    imms: Annotated[list[Imm], msgspec.Meta(max_length=MOST_PHASES)]
+    regions: Descriptors
+    imms: Annotated[list[Imm], msgspec.Meta(max_length=MOST_STEPS)]
     text: Text  # why not
+    instead: Number = -1
 
 
-class Allow(_Message, frozen=True, tag=25):
+class Allow(Base, frozen=True, tag=25):
     """To rank 0 of an instance: all of it is written and stands."""
 
     update: Life
     instance: Word
 
 
-class Done(_Message, frozen=True, tag=26):
+class Done(Base, frozen=True, tag=26):
     """How it ended at a subscriber rank. `text`: why it does not have the version; empty: it has."""
 
     update: Life
@@ -303,7 +330,7 @@ class Done(_Message, frozen=True, tag=26):
     text: Text
 
 
-class Sum(_Message, frozen=True, tag=27):
+class Sum(Base, frozen=True, tag=27):
     """Of a publisher rank to a subscriber rank: the checksum of all bytes that it wrote there."""
 
     update: Life
@@ -315,7 +342,7 @@ class Sum(_Message, frozen=True, tag=27):
 # ---- among the ranks of an instance ----
 
 
-class Whole(_Message, frozen=True, tag=30):
+class Whole(Base, frozen=True, tag=30):
     """All bytes of the version are at this rank (`text` empty), or it cannot have them."""
 
     update: Life
@@ -324,7 +351,7 @@ class Whole(_Message, frozen=True, tag=30):
     text: Text
 
 
-class Say(_Message, frozen=True, tag=31):
+class Say(Base, frozen=True, tag=31):
     """Rank 0 to a rank: see `agreement`."""
 
     update: Life
@@ -334,7 +361,7 @@ class Say(_Message, frozen=True, tag=31):
     text: Text
 
 
-class Held(_Message, frozen=True, tag=32):
+class Held(Base, frozen=True, tag=32):
     """A rank to rank 0: how many readings ever began, run and wait."""
 
     update: Life
@@ -346,7 +373,7 @@ class Held(_Message, frozen=True, tag=32):
     passed: Count  # how many a Pass this rank has heard
 
 
-class Sure(_Message, frozen=True, tag=38):
+class Sure(Base, frozen=True, tag=38):
     """A rank to rank 0: it has heard that all will change."""
 
     update: Life
@@ -354,7 +381,7 @@ class Sure(_Message, frozen=True, tag=38):
     rank: Rank
 
 
-class Doubt(_Message, frozen=True, tag=33):
+class Doubt(Base, frozen=True, tag=33):
     """Rank 0 is lost: did you open this version? `rank`: who is asked; `number`: of the question."""
 
     update: Life
@@ -363,7 +390,7 @@ class Doubt(_Message, frozen=True, tag=33):
     number: Count
 
 
-class Answer(_Message, frozen=True, tag=34):
+class Answer(Base, frozen=True, tag=34):
     """To `Doubt`."""
 
     update: Life
@@ -371,7 +398,7 @@ class Answer(_Message, frozen=True, tag=34):
     answer: Word
 
 
-class Fetch(_Message, frozen=True, tag=35):
+class Fetch(Base, frozen=True, tag=35):
     """A subscriber rank asks another, of another instance with the same layout, for its version."""
 
     update: Life
@@ -382,15 +409,15 @@ class Fetch(_Message, frozen=True, tag=35):
     number: Number
 
 
-class Lend(_Message, frozen=True, tag=36):
+class Lend(Base, frozen=True, tag=36):
     """To `Fetch`: read there. `text`: why not."""
 
     update: Life
-    regions: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=MOST_DESCRIPTOR)]], msgspec.Meta(max_length=MOST_BUFFERS)]
+    regions: Descriptors
     text: Text
 
 
-class Fetched(_Message, frozen=True, tag=37):
+class Fetched(Base, frozen=True, tag=37):
     """It was read, or given up."""
 
     update: Life
@@ -401,26 +428,26 @@ class Fetched(_Message, frozen=True, tag=37):
 # ---- among publishers, where a piece is made of what several ranks hold ----
 
 
-class Borrow(_Message, frozen=True, tag=40):
+class Borrow(Base, frozen=True, tag=40):
     """A publisher rank must read from the receiver's sources."""
 
     update: Life
     rank: Rank
 
 
-class Borrowed(_Message, frozen=True, tag=41):
+class Borrowed(Base, frozen=True, tag=41):
     """It may, until the update ends: a descriptor for each buffer of the sender, in its layout's order. `text`: why not."""
 
     update: Life
     rank: Rank
-    regions: Annotated[list[Annotated[bytes, msgspec.Meta(max_length=MOST_DESCRIPTOR)]], msgspec.Meta(max_length=MOST_BUFFERS)]
+    regions: Descriptors
     text: Text
 
 
 Message: TypeAlias = (
     Drop | Sure | Heard | Call | Announce | Leave | Refuse | Want | Piece | Enter | Withdraw | Begin | Planned | Go | Sent
     | Outcome | Abandon | Offer | Accept | Decline | Ask | Grant | Allow | Done | Sum | Whole | Say | Held | Doubt |
-    Answer | Fetch | Lend | Fetched | Borrow | Borrowed
+    Answer | Fetch | Lend | Fetched | Borrow | Borrowed | Pass | Let | Short | Instead | Gathered | Settle | Stood
 )  # fmt: skip
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
@@ -452,36 +479,6 @@ def decode(data: bytes) -> Message:
     if isinstance(message, Announce) and message.entry.rank >= message.entry.ranks:
         raise DescriptorError(f"rank {message.entry.rank} of an instance of {message.entry.ranks} ranks")
     return message
-
-
-def pieces(digest: bytes, data: bytes) -> list[Piece]:
-    """A layout as messages. Raises `ValueError` when it is too long."""
-    if len(data) > MOST_LAYOUT:
-        raise ValueError(f"a layout of {len(data)} bytes is longer than {MOST_LAYOUT}")
-    parts = [data[begin : begin + PIECE] for begin in range(0, len(data), PIECE)] or [b""]
-    return [Piece(digest, number, len(parts), part) for number, part in enumerate(parts)]
-
-
-class Pieces:
-    """What has come of one layout. `nbytes`: what was announced of it."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._most = nbytes
-        self._data: list[bytes] = []
-        self._size = 0
-        self.over = False  # nothing more of it is taken
-
-    def add(self, piece: Piece) -> bytes | None:
-        """The whole, when this was the last piece. Raises `DescriptorError` for what does not follow or is too long."""
-        self.over = True
-        if piece.of == 0:
-            raise DescriptorError("the sender does not have this layout any more")
-        self._size += len(piece.data)
-        if piece.number != len(self._data) or piece.number >= piece.of or self._size > self._most:
-            raise DescriptorError("a piece of a layout that does not follow the one before, or is more than was announced")
-        self._data.append(piece.data)
-        self.over = len(self._data) == piece.of
-        return b"".join(self._data) if self.over else None
 
 
 def version_of(message: Any) -> Version:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.errors import TransferError
-from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.aside import aside
+from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.roll import gaps, name_of, stands_in_the_way
 from aiotransfer.weights.protocol.version import Version
+from aiotransfer.weights.publisher.settling import Settling
 from aiotransfer.weights.watch import Changes, Watch, reach
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class Conduct:
         self.sent: set[int] = set()
         self.version = NONE
         self._going: list[str] = []
+        self.settling = Settling(self)
         self._given: Given | None = None
         self._changes = Changes()
         self._watch = Watch(self.role.never, self.role.mail)
@@ -125,8 +128,12 @@ class Conduct:
         await self._offer()
         for peer, _ in self.enters.values():
             self.leader.send(peer, wire.Go(self.update, self._going))
-        if not await self._until(lambda: len(self.sent) == role.ranks):
-            raise Given("late", f"publisher ranks {self._without(self.sent)} had not written everything in time")
+        if role.work_of(self.update).relays:
+            is_written, ranks = await self.settling.run(), self.settling.stood
+        else:
+            is_written, ranks = await self._until(lambda: len(self.sent) == role.ranks), self.sent
+        if not is_written:
+            raise Given("late", f"publisher ranks {self._without(ranks)} had not written everything in time")
         for name in self._going:
             chair = self.targets[name, 0]
             if chair.peer is not None:
@@ -196,12 +203,16 @@ class Conduct:
         for (name, _), target in self.targets.items():
             members.setdefault(name, []).append(target.entry.address)
         seconds = self.left() * DONE_SHARE
+        if work.relays:
+            await aside(self.role.engine, work.offered)
         tasks = []
         for (name, rank), target in self.targets.items():
-            senders = [wire.Sender(s, self._incarnation(s), counts) for s, counts in sorted(work.expected(name, rank).items())]
+            passing = self.settling.passing(work, name, rank)
+            counts = work.expected(name, rank) if passing is None else self.settling.counts(work, passing)
+            senders = [wire.Sender(s, self._incarnation(s), of) for s, of in sorted(counts.items())]
             offer = wire.Offer(
                 self.update, target.entry.life, self.role.life, self.version.epoch, self.version.number, seconds,
-                members[name], senders, work.names, "", "", self.role.checksum,
+                members[name], senders, work.names, "", "", self.role.checksum, passing,
             )  # fmt: skip
             tasks.append(self.role.mail.own(self._offer_to(target, offer, limit)))
         try:
@@ -293,10 +304,12 @@ class Conduct:
 
     # ---- the publishers ----
 
-    def from_rank(self, message: wire.Planned | wire.Sent | wire.Abandon) -> None:
+    def from_rank(self, message: wire.Planned | wire.Sent | relays.Stood | wire.Abandon) -> None:
         """A publisher rank has come so far, or gives up."""
         if isinstance(message, wire.Planned):
             self.planned[message.rank] = message.plan
+        elif isinstance(message, relays.Stood):
+            self.settling.stood.add(message.rank)
         elif isinstance(message, wire.Sent):
             self.sent.add(message.rank)
             for instance, rank, text in message.failed:

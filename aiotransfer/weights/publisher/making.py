@@ -11,7 +11,7 @@ from aiotransfer.engine.views import memory_of
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.checksum import sum_runs
 from aiotransfer.weights.convert import convert, copy, place
-from aiotransfer.weights.tasks import strides_of
+from aiotransfer.weights.tasks import Writes, strides_of
 
 if TYPE_CHECKING:
     from aiotransfer.engine.region import Region
@@ -102,9 +102,8 @@ class Making:
         tasks = self._work.tasks
         return int((tasks.input_stop[row] - tasks.input_start[row]).prod()) * self._source_item(int(tasks.input_job[row]))
 
-    def sum_of(self, source: Region, begin: int, end: int) -> int:
+    def sum_of(self, source: Region, writes: Writes, begin: int, end: int) -> int:
         """The checksum of the writes `begin` to `end`, by where they go."""
-        writes = self._work.tasks.writes
         some = slice(begin, end)
         return sum_runs(
             memory_of(source),

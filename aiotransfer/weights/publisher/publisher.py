@@ -23,14 +23,15 @@ from aiotransfer.weights.binding import bound_of
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.layout import Layout
 from aiotransfer.weights.mail import Mail
+from aiotransfer.weights.mappings import Mappings
 from aiotransfer.weights.observer import Observer
-from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.protocol import relays, wire
+from aiotransfer.weights.protocol.pieces import Pieces, pieces
 from aiotransfer.weights.protocol.roll import Roll
 from aiotransfer.weights.protocol.version import Version, check_epoch, check_number
 from aiotransfer.weights.publisher.borrowing import Borrowing
 from aiotransfer.weights.publisher.catching import Catching
 from aiotransfer.weights.publisher.leader import Leader
-from aiotransfer.weights.publisher.mappings import Mappings
 from aiotransfer.weights.publisher.memory import Sources
 from aiotransfer.weights.publisher.update import Update
 from aiotransfer.weights.publisher.work import Works
@@ -63,7 +64,8 @@ class Publisher:
     `timeout`: seconds from entering `publish` to its end (None: the engine's); subscribers that are late are left behind.
     `checksum`: compare all bytes of the sources at the start and before the commit, and those that arrived with those that were
     sent. `rate_limit`: bytes a second that this rank writes at most, over all subscribers. `names`: templates of the tensors that
-    are published (None: all). `fanout`: "direct"; what `make_plan` plans as a relay is not carried out by these roles yet.
+    are published (None: all). `fanout`: "direct" (the trainers write to all instances) or "relay" (they write about the bytes of
+    one instance, and the instances pass parts on to one another, each of their ranks within `rate_limit`); the same on all ranks.
     `progress`: True shows on standard error how far an update has come that takes long; or a function that is called with (bytes
     done, bytes in all, version), those of this rank, and returns at once. `on_record`: is called with the `UpdateRecord` of each
     update that is over; `records` has the last 1,000.
@@ -92,8 +94,8 @@ class Publisher:
             raise TypeError(f"staging_bytes must be an int, not {staging_bytes!r}")
         if staging_bytes < 1:
             raise ValueError(f"staging_bytes must be positive, not {staging_bytes}")
-        if fanout != "direct":
-            raise ValueError(f"publishers write to all instances themselves: fanout is 'direct', not {fanout!r}")
+        if fanout not in ("direct", "relay"):
+            raise ValueError(f"fanout is 'direct' or 'relay', not {fanout!r}")
         self.layout.check()
         self.observer = Observer(progress, on_record, "publisher", self.rank)
         self.records = self.observer.records
@@ -110,7 +112,8 @@ class Publisher:
         self._losses: dict[Peer, asyncio.Task[None]] = {}
         self.mappings = Mappings()
         self._layouts: dict[bytes, Layout] = {}
-        self._pieces: dict[bytes, tuple[Peer, wire.Pieces]] = {}
+        self._pieces: dict[bytes, tuple[Peer, Pieces]] = {}
+        self._routing: set[tuple[Peer, bytes]] = set()  # who is being told which route
         self._changes = Changes()
         self._attempts = 0
         self._current: Update | None = None
@@ -254,7 +257,7 @@ class Publisher:
             peer = await reach(self.engine, entry.address, self.seconds)
             self.watch.add(peer, lambda _, error: self._changes.wake())
             if digest not in self._pieces:
-                self._pieces[digest] = peer, wire.Pieces(entry.layout_bytes)
+                self._pieces[digest] = peer, Pieces(entry.layout_bytes)
                 self.tell(peer, wire.Want(digest))
 
             def came(peer: Peer = peer) -> bool:
@@ -284,15 +287,22 @@ class Publisher:
                 self._piece(peer, message)
             case wire.Enter() | wire.Withdraw() | wire.Heard() if self.leader is not None:
                 self._entered(peer, message)
-            case wire.Planned() | wire.Sent() if self.leader is not None:
+            case wire.Planned() | wire.Sent() | relays.Stood() if self.leader is not None:
                 self._from_rank(peer, message)
             case wire.Abandon() if self.leader is not None and str(peer.address) in self.members:
                 if self.leader.conduct is not None and self.leader.conduct.update == message.update:
                     self.leader.conduct.from_rank(message)
-            case wire.Begin() | wire.Go() | wire.Drop() | wire.Outcome() | wire.Abandon():
+            case wire.Begin() | wire.Go() | wire.Drop() | wire.Outcome() | wire.Abandon() | relays.Instead() | relays.Settle():
                 self.from_leader(peer, message)
             case wire.Accept() | wire.Decline() | wire.Done() if self.leader is not None:
                 self._answered(peer, message)
+            case relays.Short() | relays.Gathered() if self.leader is not None:
+                if self.leader.conduct is not None and self.leader.conduct.update == message.update:
+                    self.leader.conduct.settling.hear(peer, message)
+            case wire.Want():
+                if (peer, message.digest) not in self._routing:
+                    self._routing.add((peer, message.digest))
+                    self.mail.own(self._tell_route(peer, message.digest))
             case wire.Borrow() | wire.Borrowed():
                 if str(peer.address) in self.members and self._current is not None and self._current.update == message.update:
                     self.borrowing.receive(peer, message)
@@ -376,13 +386,21 @@ class Publisher:
         else:
             self.leader.withdraw(message.rank, message.attempt)
 
-    def _from_rank(self, peer: Peer, message: wire.Planned | wire.Sent) -> None:
+    async def _tell_route(self, peer: Peer, digest: bytes) -> None:
+        try:
+            data = await self.works.route(digest)
+            for piece in [] if data is None else pieces(digest, data):
+                self.tell(peer, piece)
+        finally:
+            self._routing.discard((peer, digest))
+
+    def _from_rank(self, peer: Peer, message: wire.Planned | wire.Sent | relays.Stood) -> None:
         assert self.leader is not None
         conduct = self.leader.conduct
         if conduct is not None and conduct.update == message.update and conduct.enters[message.rank][0] is peer:
             conduct.from_rank(message)
 
-    def from_leader(self, peer: Peer | None, message: wire.Begin | wire.Go | wire.Drop | wire.Outcome | wire.Abandon) -> None:
+    def from_leader(self, peer: Peer | None, message: Any) -> None:
         """What rank 0 says to this rank; of this rank itself where `peer` is None."""
         if self._current is not None and self._current.leader is peer:
             self._current.hear(message)

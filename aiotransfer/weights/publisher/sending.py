@@ -13,13 +13,15 @@ import numpy as np
 from aiotransfer.engine.scatter import ScatterTarget
 from aiotransfer.errors import BusyError, ClosedError, DescriptorError, ScatterError, TransferError, again
 from aiotransfer.model.descriptor import RemoteRegion
-from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.publisher.making import Making
-from aiotransfer.weights.tasks import STAGING, Call
+from aiotransfer.weights.publisher.standing import Standing
+from aiotransfer.weights.tasks import STAGING, Call, Writes
 from aiotransfer.weights.watch import Watch, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import Region
     from aiotransfer.engine.transfer import Transfer
     from aiotransfer.weights.publisher.publisher import Publisher
     from aiotransfer.weights.publisher.update import Update
@@ -29,6 +31,7 @@ MOST_WRITES = 1024  # in one native call: it takes no more without a prepared pl
 MOST_POSTED = 512 << 20  # bytes under way
 BUSY_SECONDS = 0.001  # before a write that the engine had no room for is tried again
 RATE_SECONDS = 0.01  # what a rate is kept over
+WRITE_SHARE = 0.6  # of the time, for what this rank writes itself where instances pass parts on: the rest is for what fails
 
 
 class Receiver:
@@ -53,18 +56,24 @@ class Sending:
         self._seconds = seconds
         self.nbytes = 0
         plan, tasks = self._work.plan, self._work.tasks
-        self._receivers: dict[int, Receiver] = {}
+        self.receivers: dict[int, Receiver] = {}
         entries = {(entry.instance, entry.rank): entry for name in going for entry in update.instances[name]}
-        for number in np.unique(tasks.writes.receiver).tolist():
+        self._direct = set(np.unique(tasks.writes.receiver).tolist())
+        fed = () if self._work.instead is None else np.unique(self._work.instead.receiver).tolist()
+        for number in sorted({*self._direct, *fed}):
             entry = entries.get(plan.who(number))
             if entry is not None:
-                self._receivers[number] = Receiver(number, entry)
-        self.total = int(tasks.writes.nbytes[np.isin(tasks.writes.receiver, list(self._receivers))].sum())
+                self.receivers[number] = Receiver(number, entry)
+        self.total = int(tasks.writes.nbytes[np.isin(tasks.writes.receiver, list(self.receivers))].sum())
+        self._began = asyncio.get_running_loop().time()
+        self._share = WRITE_SHARE
         self._posted: deque[tuple[Transfer, Receiver]] = deque()
+        self._asks: dict[int, asyncio.Task[None]] = {}
         self._under_way = 0
         self._error: Exception | None = None
         self._next = 0.0  # when the rate lets the next write begin
         self._watch = Watch(role.never, role.mail)
+        self.standing = Standing(role, update, self, going) if self._work.relays else None
         self.task = role.mail.own(self._run(), update.wake)
 
     @property
@@ -80,7 +89,7 @@ class Sending:
         """Subscriber ranks that could not be written to, and why. Raises what ended all of it."""
         if self._error is not None:
             raise again(self._error)
-        return [(r.entry.instance, r.entry.rank, wire.clip(r.failed)) for r in self._receivers.values() if r.failed]
+        return [(r.entry.instance, r.entry.rank, wire.clip(r.failed)) for r in self.receivers.values() if r.failed]
 
     def cancel(self) -> None:
         """Write nothing more; what is posted is withdrawn or waited for."""
@@ -90,7 +99,10 @@ class Sending:
 
     def granted(self, peer: Peer, grant: wire.Grant) -> None:
         """A subscriber rank lets this one write. Raises `DescriptorError`."""
-        for receiver in self._receivers.values():
+        if grant.instead >= 0 and self.standing is not None:
+            self.standing.granted(peer, grant)
+            return
+        for receiver in self.receivers.values():
             entry = receiver.entry
             if (entry.instance, entry.rank) == (grant.instance, grant.rank) and receiver.peer is peer:
                 if not receiver.grant.done():
@@ -98,55 +110,80 @@ class Sending:
                 return
         raise DescriptorError("a subscriber grants what was not asked for")
 
+    async def reach(self, receiver: Receiver) -> Peer:
+        """A connection to a subscriber rank, whose loss is noticed. Raises `TransferError`."""
+        entry = receiver.entry
+        peer = receiver.peer = await reach(self._role.engine, entry.address, self._seconds)
+        if peer.incarnation != entry.incarnation:
+            raise DescriptorError("another engine is at its address")
+        self._watch.add(peer, self._lost)
+        return peer
+
     async def _ask(self, receiver: Receiver, limit: asyncio.Semaphore) -> None:
-        role, entry, plan = self._role, receiver.entry, self._work.plan
+        role, entry = self._role, receiver.entry
         try:
             async with limit:
-                peer = receiver.peer = await reach(role.engine, entry.address, self._seconds)
-                if peer.incarnation != entry.incarnation:
-                    raise DescriptorError("another engine is at its address")
-                self._watch.add(peer, self._lost)
+                peer = await self.reach(receiver)
                 role.tell(peer, wire.Ask(self._update.update, entry.life, role.rank))
                 grant = await receiver.grant
             if grant.text:
                 raise ClosedError(grant.text)
-            layout = plan.instances[entry.instance]
-            buffers = np.flatnonzero(layout.buffer_rank == entry.rank).tolist()
-            if len(grant.regions) != len(buffers) or len(grant.imms) != len(plan.phases):
-                raise DescriptorError("a grant has not a region for each buffer, or not an immediate for each phase")
-            for number, data in zip(buffers, grant.regions, strict=True):
-                region = RemoteRegion.decode(data)
-                if region.incarnation != peer.incarnation or region.nbytes < layout.buffer_bytes[number]:
-                    raise DescriptorError("a grant is of other memory than the layout says")
-                receiver.regions[number] = region
+            if len(grant.imms) != self._work.imms(receiver.number):
+                raise DescriptorError("a grant has not an immediate for each phase")
+            receiver.regions = self.regions_of(receiver, peer, grant)
             receiver.imms = grant.imms
-            await self._bind(receiver)
+            await self.bind(receiver.regions)
             role.mappings.keep(peer, entry, receiver.regions.values())  # now: what this lets go is bound again
         except ScatterError as error:
             receiver.failed = receiver.failed or _first(error)
         except TransferError as error:
             receiver.failed = receiver.failed or error.message
 
-    async def _bind(self, receiver: Receiver) -> None:
-        """Learn where its memory is, by writes of no bytes: tables of writes to regions that are bound are checked natively."""
+    def regions_of(self, receiver: Receiver, peer: Peer, grant: wire.Grant) -> dict[int, RemoteRegion]:
+        """{number of the buffer in the layout: region} of a grant. Raises `DescriptorError`."""
+        layout = self._work.plan.instances[receiver.entry.instance]
+        buffers = np.flatnonzero(layout.buffer_rank == receiver.entry.rank).tolist()
+        if len(grant.regions) != len(buffers):
+            raise DescriptorError("a grant has not a region for each buffer")
+        regions = {number: RemoteRegion.decode(data) for number, data in zip(buffers, grant.regions, strict=True)}
+        for number, region in regions.items():
+            if region.incarnation != peer.incarnation or region.nbytes < layout.buffer_bytes[number]:
+                raise DescriptorError("a grant is of other memory than the layout says")
+        return regions
+
+    async def bind(self, regions: dict[int, RemoteRegion]) -> None:
+        """Learn where the memory is, by writes of no bytes: tables of writes to regions that are bound are checked natively."""
         for source in self._role.sources.regions.values():
-            targets = [ScatterTarget(0, 0, region, 0) for region in receiver.regions.values()]
+            targets = [ScatterTarget(0, 0, region, 0) for region in regions.values()]
             await self._role.engine.scatter(source, targets, timeout=self._seconds)
             return
 
-    def drop(self, word: wire.Drop) -> None:
+    def hear(self, message: wire.Drop | relays.Instead | relays.Settle) -> None:
+        """Of publisher rank 0."""
+        if isinstance(message, wire.Drop):
+            self._drop(message)
+        elif self.standing is not None:
+            self.standing.hear(message)
+
+    def _drop(self, word: wire.Drop) -> None:
         """A subscriber rank will not have the version."""
-        for receiver in self._receivers.values():
+        for receiver in self.receivers.values():
             if (receiver.entry.instance, receiver.entry.rank) == (word.instance, word.rank):
                 receiver.failed = receiver.failed or word.text
+                if receiver.number in self._asks:
+                    self._asks[receiver.number].cancel()  # it may be waiting for a connection to a rank that is gone
                 if not receiver.grant.done():
                     receiver.grant.set_exception(ClosedError(word.text))
                     receiver.grant.exception()  # it may not have been asked yet
+        if self.standing is not None:
+            self.standing.drop(word)
 
     def _lost(self, peer: Peer, error: TransferError) -> None:
-        for receiver in self._receivers.values():
+        for receiver in self.receivers.values():
             if receiver.peer is peer and not receiver.grant.done():
                 receiver.grant.set_exception(error)
+        if self.standing is not None:
+            self.standing.lost(peer, error)
 
     # ---- writing ----
 
@@ -163,7 +200,14 @@ class Sending:
         making = Making(self._role, self._update, self._work)
         try:
             limit = asyncio.Semaphore(ASKS)
-            await asyncio.gather(*(self._ask(receiver, limit) for receiver in self._receivers.values()))
+            self._asks = {
+                number: self._role.mail.own(self._ask(receiver, limit))
+                for number, receiver in self.receivers.items()
+                if number in self._direct and not receiver.failed
+            }
+            for result in await asyncio.gather(*self._asks.values(), return_exceptions=True):
+                if isinstance(result, Exception):  # that it was cancelled is none: its rank is given up
+                    raise result
             self._update.journal.step("grant")
             calls = list(self._work.tasks.writes.calls())
             halves: dict[int, list[Transfer]] = {0: [], 1: []}  # what is written from each half of the staging memory
@@ -171,47 +215,66 @@ class Sending:
                 if making.is_needed(phase, part):
                     await self._retire(halves[part % 2])
                     await making.make(phase, part)
+                self._sum_relayed(phase, part, making)
                 posted: list[Transfer] = []
                 for call in some:
                     posted += await self._call(call, making)
                 if making.is_needed(phase, part):
                     halves[part % 2] = posted
-            while self._posted:
-                await self._oldest()
+            await self.drain()
+            await self._tell_sums()
+            if self.standing is not None:
+                self._share = 1.0
+                await self.standing.run(making)
             self._update.journal.step("write")
-            self._tell_sums()
         finally:
             self._watch.close()
+            for ask in self._asks.values():
+                ask.cancel()
+            if self.standing is not None:
+                self.standing.close()
             await self._withdraw()
             making.close()
 
     async def _call(self, call: Call, making: Making) -> list[Transfer]:
-        """All writes to one receiver in one phase and part: one native call for each source buffer, or more of very many."""
-        receiver = self._receivers.get(call.receiver)
+        """All writes to one receiver in one phase and part."""
+        receiver = self.receivers.get(call.receiver)
         if receiver is None or receiver.failed:
             return []
-        writes, role = self._work.tasks.writes, self._role
+        writes, imm = self._work.tasks.writes, receiver.imms[self._work.imm_of(call.receiver, call.phase, call.part)]
+        if self._role.checksum:
+            receiver.sum += self._sum_of(writes, call, making)
+        return await self.write(receiver, writes, call, receiver.regions, imm, making)
+
+    def _edges(self, writes: Writes, call: Call) -> list[int]:
+        """Where the native calls of a call begin and end: each has one source buffer, and not too many writes."""
         buffers = writes.source_buffer[call.begin : call.end]
         changes = [0, *(np.flatnonzero(np.diff(buffers)) + 1).tolist(), call.end - call.begin]
-        edges = [call.begin + k for a, b in itertools.pairwise(changes) for k in range(a, b, MOST_WRITES)] + [call.end]
-        posted = []
-        for begin, end in itertools.pairwise(edges):
-            number = int(writes.source_buffer[begin])
-            source = making.region if number == STAGING else role.sources.regions[number]
-            assert source is not None
-            nbytes = int(writes.nbytes[begin:end].sum())
+        return [call.begin + k for a, b in itertools.pairwise(changes) for k in range(a, b, MOST_WRITES)] + [call.end]
+
+    def _source(self, writes: Writes, row: int, making: Making) -> Region:
+        number = int(writes.source_buffer[row])
+        source = making.region if number == STAGING else self._role.sources.regions[number]
+        assert source is not None
+        return source
+
+    async def write(
+        self, receiver: Receiver, writes: Writes, call: Call, regions: dict[int, RemoteRegion], imm: int, making: Making
+    ) -> list[Transfer]:
+        """The writes of a call: one native call for each source buffer, or more of very many. Failures are noted."""
+        role, posted = self._role, []
+        for begin, end in itertools.pairwise(self._edges(writes, call)):
+            source, nbytes = self._source(writes, begin, making), int(writes.nbytes[begin:end].sum())
             targets = ScatterTarget(
                 writes.source_offset[begin:end], writes.nbytes[begin:end],
-                [receiver.regions[b] for b in writes.target_buffer[begin:end].tolist()], writes.target_offset[begin:end],
+                [regions[b] for b in writes.target_buffer[begin:end].tolist()], writes.target_offset[begin:end],
             )  # fmt: skip
             await self._room(nbytes)
             if receiver.failed:
                 break
-            if role.checksum:
-                receiver.sum = (receiver.sum + making.sum_of(source, begin, end)) & ((1 << 64) - 1)
             while True:
                 try:
-                    transfer = role.engine.scatter(source, targets, imm=receiver.imms[call.phase], timeout=self._seconds)
+                    transfer = role.engine.scatter(source, targets, imm=imm, timeout=self._timeout())
                 except BusyError:
                     await asyncio.sleep(BUSY_SECONDS)
                     continue
@@ -223,6 +286,17 @@ class Sending:
                 posted.append(transfer)
                 break
         return posted
+
+    def _timeout(self) -> float:
+        """Seconds for a write. Where instances pass parts on, all writes of this rank end early enough for what fails then."""
+        if self.standing is None:
+            return self._seconds
+        return max(self._began + self._share * self._seconds - asyncio.get_running_loop().time(), 0.001)
+
+    async def drain(self) -> None:
+        """Wait until nothing is under way."""
+        while self._posted:
+            await self._oldest()
 
     async def _room(self, nbytes: int) -> None:
         """Wait until so much may be written: by the bound on what is under way, and by the rate."""
@@ -263,13 +337,32 @@ class Sending:
         self.nbytes = self.landed()
         self._posted.clear()
 
-    def _tell_sums(self) -> None:
+    def _sum_of(self, writes: Writes, call: Call, making: Making) -> int:
+        edges = itertools.pairwise(self._edges(writes, call))
+        return sum(making.sum_of(self._source(writes, begin, making), writes, begin, end) for begin, end in edges)
+
+    def _sum_relayed(self, phase: int, part: int, making: Making) -> None:
+        """The checksums of what relays pass on of this part, which is the same bytes."""
+        if self.standing is None or not self._role.checksum:
+            return
+        for call in self.standing.calls_of(phase, part):
+            receiver = self.receivers.get(call.receiver)
+            if receiver is not None and not receiver.failed:
+                receiver.sum += self._sum_of(self.standing.writes, call, making)
+
+    async def _tell_sums(self) -> None:
         if not self._role.checksum:
             return
-        for receiver in self._receivers.values():
-            if receiver.peer is not None and not receiver.failed:
-                message = wire.Sum(self._update.update, receiver.entry.life, self._role.rank, receiver.sum)
-                self._role.tell(receiver.peer, message)
+        for receiver in self.receivers.values():
+            if receiver.failed:
+                continue
+            try:
+                peer = receiver.peer or await self.reach(receiver)
+            except TransferError as error:
+                receiver.failed = error.message
+                continue
+            value = receiver.sum & ((1 << 64) - 1)
+            self._role.tell(peer, wire.Sum(self._update.update, receiver.entry.life, self._role.rank, value))
 
 
 def _first(error: ScatterError) -> str:

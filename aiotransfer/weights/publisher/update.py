@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.errors import ClosedError, TransferError
 from aiotransfer.weights.errors import PlanError, UpdateError, VersionError
-from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.roll import name_of
 from aiotransfer.weights.protocol.version import Version
 from aiotransfer.weights.publisher.sending import Sending
@@ -48,6 +48,7 @@ class Update:
         self._outcome: wire.Outcome | None = None
         self._error: Exception | None = None
         self._sending: Sending | None = None
+        self._early: list[Any] = []  # what rank 0 said of the writes before they began
         self._entered = self._over = False
         self._kind = ""  # why it was given up, as in `wire.Abandon`
         self._showing: Showing | None = None
@@ -120,6 +121,8 @@ class Update:
         go = await self._until(lambda: self._go)
         self.journal.step("offer")
         sending = self._sending = Sending(role, self, go.instances, self._left())
+        for message in self._early:
+            sending.hear(message)
         self._showing = role.observer.show(self.version, sending.total, sending.landed)
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
@@ -151,9 +154,15 @@ class Update:
         role.sources.check()
         if role.checksum:
             await role.sources.check_sums()
-        self._tell(wire.Sent(self.update, role.rank, failed))
+        self.tell_failed(failed)
+        if sending.standing is not None:
+            self._tell(relays.Stood(self.update, role.rank))
         await self._until(lambda: self._outcome)
         self.journal.step("confirm")
+
+    def tell_failed(self, failed: list[tuple[str, int, str]]) -> None:
+        """This rank has written what it can; it could not write to these."""
+        self._tell(wire.Sent(self.update, self._role.rank, failed))
 
     def _raise_outcome(self) -> None:
         assert self._outcome is not None
@@ -218,9 +227,11 @@ class Update:
                 self._begun = message
             case wire.Go(update=self.update):
                 self._go = message
-            case wire.Drop(update=self.update):
-                if self._sending is not None:
-                    self._sending.drop(message)
+            case wire.Drop() | relays.Instead() | relays.Settle() if message.update == self.update:
+                if self._sending is None:
+                    self._early.append(message)
+                else:
+                    self._sending.hear(message)
             case wire.Outcome(update=self.update):
                 self._outcome = message
             case wire.Abandon() if message.update == self.update or (self.update == NEVER and message.attempt == self._attempt):

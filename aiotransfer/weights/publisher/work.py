@@ -10,10 +10,11 @@ import numpy as np
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.layout import Layout
+from aiotransfer.weights.passing import Coming, coming, route, step_of
 from aiotransfer.weights.plan import Plan
 from aiotransfer.weights.planner import make_plan
 from aiotransfer.weights.protocol import wire
-from aiotransfer.weights.tasks import Tasks, expected, tasks
+from aiotransfer.weights.tasks import Call, Tasks, Writes, expected, instead, tasks
 
 if TYPE_CHECKING:
     from aiotransfer.weights.publisher.publisher import Publisher
@@ -29,6 +30,13 @@ class Work:
         self.plan = plan
         self.misfits = misfits
         self.tasks: Tasks = tasks(plan, rank)
+        self.relays = plan.fanout == "relay"  # instances pass parts on to one another
+        self.instead: Writes | None = instead(plan, rank) if self.relays else None
+        self.instead_calls: dict[tuple[int, int], list[Call]] = {}  # by receiver and relay
+        for call in () if self.instead is None else self.instead.calls():
+            self.instead_calls.setdefault((call.receiver, call.feeder), []).append(call)
+        self.steps = self._steps() if self.relays else {}
+        self._offered: Offered | None = None
         self.digest = hashlib.blake2b(repr((plan.digest, sorted(misfits))).encode(), digest_size=16).digest()
         scales = {int(k) for k in plan.tensor_scale[plan.tensor_kind >= 0] if k >= 0}
         wanted = [k for k in range(len(plan.names)) if plan.tensor_kind[k] >= 0 or k in scales]
@@ -57,6 +65,28 @@ class Work:
         begin = self.plan.input_begin
         return np.arange(begin[job[0]], begin[job[-1] + 1]) if len(job) else np.zeros(0, np.int64)
 
+    def _steps(self) -> dict[int, dict[tuple[int, int], int]]:
+        """{receiver: {(phase, part): step}} of what this rank writes."""
+        calls: dict[int, list[tuple[int, int]]] = {}
+        for call in self.tasks.writes.calls():
+            calls.setdefault(call.receiver, []).append((call.phase, call.part))
+        ranks = self.plan.trainer.ranks
+        return {to: {key: step_of(k, len(some), ranks) for k, key in enumerate(some)} for to, some in calls.items()}
+
+    def imm_of(self, receiver: int, phase: int, part: int) -> int:
+        """Which of the immediates of a grant belongs to a call."""
+        return self.steps[receiver][phase, part] if self.relays else phase
+
+    def imms(self, receiver: int) -> int:
+        """How many immediates a grant has."""
+        return max(self.steps[receiver].values()) + 1 if self.relays else len(self.plan.phases)
+
+    def offered(self) -> Offered:
+        """What offers say of relays. Computed once; takes long for large plans."""
+        if self._offered is None:
+            self._offered = Offered(self.plan)
+        return self._offered
+
     def expected(self, instance: str, rank: int) -> dict[int, list[int]]:
         """{publisher rank: writes of each phase} that a subscriber rank counts."""
         found = expected(self.plan, instance, rank)
@@ -65,6 +95,24 @@ class Work:
             mine = found.sender == sender
             counts[sender] = np.bincount(found.phase[mine], found.writes[mine], len(self.plan.phases)).astype(np.int64).tolist()
         return counts
+
+
+class Offered:
+    """Of a plan with relays, by the numbers of receivers: what is `coming` to each, the `routes` (digest and bytes; of those that
+    pass something on), whom each passes on to (`onward`), and how many bytes (`relayed`)."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.coming: dict[int, Coming] = {}
+        self.routes: dict[int, tuple[bytes, int]] = {}
+        for number in range(plan.receivers):
+            self.coming[number] = coming(plan, *plan.who(number))
+            if data := route(plan, *plan.who(number)):
+                self.routes[number] = hashlib.blake2b(data, digest_size=16).digest(), len(data)
+        self.relayed = plan.balance().relayed
+        self.onward: dict[int, list[int]] = {}
+        for number, what in self.coming.items():
+            for via in what.relayed:
+                self.onward.setdefault(via, []).append(number)
 
 
 class Works:
@@ -95,6 +143,14 @@ class Works:
             while len(self._known) > MOST_WORKS:
                 del self._known[next(iter(self._known))]
         return work
+
+    async def route(self, digest: bytes) -> bytes | None:
+        """The route with this digest, of a plan that is known here."""
+        for work in self._known.values():
+            for number, (known, _) in work.offered().routes.items() if work.relays else ():
+                if known == digest:
+                    return await aside(self._role.engine, route, work.plan, *work.plan.who(number))
+        return None
 
     def _plan(self, layouts: dict[str, Layout]) -> Work:
         misfits: dict[str, tuple[str, ...]] = {}

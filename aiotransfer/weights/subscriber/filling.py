@@ -1,13 +1,16 @@
-"""How the bytes of one version come into the shadow of a rank: written by publishers and counted here, or read from a peer."""
+"""How the bytes of one version come into the shadow of a rank: written by publishers and relays and counted here, or read from a
+peer."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 from aiotransfer.errors import DescriptorError, PeerLostError, QuarantineError, TransferError, again
 from aiotransfer.model.descriptor import RemoteRegion
-from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.protocol import relays, wire
+from aiotransfer.weights.subscriber.relayed import Relayed
 from aiotransfer.weights.watch import Changes, reach
 
 if TYPE_CHECKING:
@@ -19,46 +22,52 @@ if TYPE_CHECKING:
 
 
 class Filling:
-    """Of one offer. While bytes come nothing runs here: the engine counts, and wakes when all of a sender's phase are there."""
+    """Of one offer. While bytes come nothing runs here: the engine counts, and wakes when all of a sender's phase or step are
+    there. `leader`: the publisher that offers; `landed(sender, step)` is called for each step then."""
 
-    def __init__(self, role: Subscriber, offer: wire.Offer, changes: Changes) -> None:
+    def __init__(
+        self, role: Subscriber, offer: wire.Offer, changes: Changes, leader: Peer, landed: Callable[[int, int], object]
+    ) -> None:
         self._role = role
         self._offer = offer
         self._changes = changes
+        self._leader, self._landed = leader, landed
         self._senders = {sender.rank: sender for sender in offer.senders}
         self._left = sum(count > 0 for sender in offer.senders for count in sender.counts)
-        self._leases: list[Lease] = []
-        self._counters: list[Counter] = []
-        self._parts: dict[Counter, int] = {}  # writes of each that are to come
+        self._leases: dict[Lease, None] = {}
+        self._counters: dict[Counter, int] = {}  # of those that wait: the writes that are to come
         self._arrived = 0  # writes of those that have all come
         self._reads: list[Transfer] = []
         self._share = 0.0
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[Any]] = []
         self._asked: set[int] = set()
+        self._granted = False
         self._error: Exception | None = None
         self._lent: asyncio.Future[wire.Lend] | None = None
         self.sums: dict[int, int] = {}  # by sender
         self.is_open = False
+        self.relayed = Relayed(self, offer)
 
     @property
     def granted(self) -> bool:
         """Whether anything may have been written."""
-        return bool(self._asked) or self._lent is not None
+        return self._granted or self._lent is not None
 
     def share(self) -> float:
         """How much of it is here, from 0 to 1, by the writes that were counted."""
         try:
-            self._share = max(self._share, self._here() / max(self._whole(), 1))
+            self._share = max(self._share, min(self._here() / max(self._whole(), 1), 1.0))
         except TransferError:
             pass  # the engine is closed
         return self._share
 
     def _here(self) -> int:
-        counted = self._arrived + sum(min(counter.total, count) for counter, count in self._parts.items())
+        counted = self._arrived + sum(min(counter.total, count) for counter, count in self._counters.items())
         return counted + sum(read.bytes_done for read in self._reads)
 
     def _whole(self) -> int:
-        return sum(sum(sender.counts) for sender in self._offer.senders) + sum(read.nbytes for read in self._reads)
+        direct = sum(sum(sender.counts) for sender in self._offer.senders)
+        return direct + self.relayed.writes + sum(read.nbytes for read in self._reads)
 
     async def run(self) -> None:
         """Returns when every byte is there. Raises what prevents it."""
@@ -71,8 +80,9 @@ class Filling:
         def ready() -> bool:
             if self._error is not None:
                 raise self._error
-            return not self._left and sums <= self.sums.keys()
+            return not self._left and self.relayed.is_whole and sums <= self.sums.keys()
 
+        self.relayed.begin()
         await self._changes.until(ready)
 
     # ---- written by publishers ----
@@ -80,9 +90,15 @@ class Filling:
     def ask(self, peer: Peer, ask: wire.Ask) -> None:
         """A publisher rank may write now. Raises `DescriptorError`."""
         sender = self._senders.get(ask.sender)
-        if not self.is_open or sender is None or peer.incarnation != sender.incarnation or ask.sender in self._asked:
+        if not self.is_open or sender is None or peer.incarnation != sender.incarnation:
             raise DescriptorError(f"publisher rank {ask.sender} asks to write what was not offered")
+        if ask.instead >= 0:
+            self.relayed.instead(peer, ask)
+            return
+        if ask.sender in self._asked:
+            raise DescriptorError(f"publisher rank {ask.sender} asks twice")
         self._asked.add(ask.sender)
+        self.relayed.asked()
         try:
             self._grant(peer, sender)
         except TransferError as error:  # the peer is gone by now, or the memory
@@ -91,38 +107,105 @@ class Filling:
 
     def _grant(self, peer: Peer, sender: wire.Sender) -> None:
         role = self._role
-        descriptors = []
-        for region in role.memory.shadow.values():
-            lease = region.lease(peer)
-            self._leases.append(lease)
-            descriptors.append(lease.descriptor.encode())
+        leases: list[Lease] = []
+        descriptors = self.lease(peer, leases)
         imms = []
-        for count in sender.counts:
+        for step, count in enumerate(sender.counts):
             if not count:
                 imms.append(0)
                 continue
-            counter = role.open_counter()
-            self._counters.append(counter)
-            self._parts[counter] = count
+            counter = self.open_counter(count)
             imms.append(counter.imm)
-            self._tasks.append(role.mail.own(self._count(counter, count, peer, sender.rank)))
+            self.own(self._count(counter, count, peer, sender.rank, step))
         role.tell(peer, wire.Grant(self._offer.update, role.instance, role.rank, descriptors, imms, ""))
 
-    async def _count(self, counter: Counter, count: int, peer: Peer, sender: int) -> None:
+    async def _count(self, counter: Counter, count: int, peer: Peer, sender: int, step: int) -> None:
         try:
             await counter.wait(count, peers=(peer,))
-            self._left -= 1
-            self._arrived += self._parts.pop(counter)
         except TransferError as error:
-            self._error = self._error or PeerLostError(
-                f"publisher rank {sender} was lost: {error.message}", peer=str(peer.address)
-            )
+            self.failed(PeerLostError(f"publisher rank {sender} was lost: {error.message}", peer=str(peer.address)))
+            return
+        self._left -= 1
+        self.counted(counter)
+        self._landed(sender, step)
+        if not self._left:
+            self.relayed.direct_whole()
         self._changes.wake()
 
     def sum(self, sender: int, value: int) -> None:
         """The checksum of all that a publisher rank wrote."""
         self.sums[sender] = value
         self._changes.wake()
+
+    # ---- for what relays pass on ----
+
+    def lease(self, peer: Peer, leases: list[Lease]) -> list[bytes]:
+        """Let a peer write to all buffers: descriptors. The leases are added to `leases` as they are made. Raises
+        `TransferError`."""
+        descriptors = []
+        self._granted = True
+        for region in self._role.memory.shadow.values():
+            lease = region.lease(peer)
+            leases.append(lease)
+            self._leases[lease] = None
+            descriptors.append(lease.descriptor.encode())
+        return descriptors
+
+    async def take_back(self, leases: list[Lease]) -> None:
+        """Returns when nothing under these leases can land any more. Raises `QuarantineError`."""
+        seconds = self._role.engine.config.drain_timeout
+        results = await asyncio.gather(*(lease.revoke(timeout=seconds) for lease in leases), return_exceptions=True)
+        for result in results:
+            if isinstance(result, QuarantineError):
+                raise result
+        for lease in leases:
+            self._leases.pop(lease, None)
+
+    def open_counter(self, count: int) -> Counter:
+        """A counter at 0 of `count` writes, until the filling ends."""
+        counter = self._role.open_counter()
+        self._counters[counter] = count
+        return counter
+
+    def counted(self, counter: Counter) -> None:
+        """All of them have come."""
+        self._arrived += self._counters[counter]
+        self._counters[counter] = 0
+
+    def close_counter(self, counter: Counter) -> None:
+        """Before that; it is proved that nothing can arrive for it any more."""
+        del self._counters[counter]
+        self._role.close_counter(counter, again=True)
+
+    def own(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run it until the filling ends."""
+        task = self._role.mail.own(work)
+        self._tasks.append(task)
+        return task
+
+    def failed(self, error: Exception) -> None:
+        """The version cannot come."""
+        self._error = self._error or error
+        self._changes.wake()
+
+    def wake(self) -> None:
+        """Something has come."""
+        self._changes.wake()
+
+    def let(self, peer: Peer, regions: list[bytes], imms: list[int], text: str) -> None:
+        """Answer a relay."""
+        number = 0 if self._offer.passing is None else self._offer.passing.number
+        self._role.tell(peer, relays.Let(self._offer.update, number, regions, imms, wire.clip(text)))
+
+    def grant_instead(self, peer: Peer, ask: wire.Ask, regions: list[bytes], imms: list[int]) -> None:
+        """Answer a publisher rank that writes in the place of a relay."""
+        role = self._role
+        role.tell(peer, wire.Grant(self._offer.update, role.instance, role.rank, regions, imms, "", ask.instead))
+
+    def tell_short(self) -> None:
+        """Relays do not pass on what they should."""
+        role = self._role
+        role.tell(self._leader, relays.Short(self._offer.update, role.instance, role.rank))
 
     # ---- read from another subscriber ----
 
@@ -163,17 +246,18 @@ class Filling:
     async def close(self) -> None:
         """Take every right to write back; returns when nothing can land any more. Raises `QuarantineError`."""
         self.is_open = False
-        role = self._role
-        leases, self._leases = self._leases, []
-        seconds = role.engine.config.drain_timeout
-        results = await asyncio.gather(*(lease.revoke(timeout=seconds) for lease in leases), return_exceptions=True)
+        self.relayed.close()
+        leases, self._leases = list(self._leases), {}
+        unproved: QuarantineError | None = None
+        try:
+            await self.take_back(leases)
+        except QuarantineError as error:
+            unproved = error
         for task in self._tasks:
             task.cancel()
-        unproved = next((result for result in results if isinstance(result, QuarantineError)), None)
         self.share()
-        self._parts.clear()
-        counters, self._counters = self._counters, []
+        counters, self._counters = self._counters, {}
         for counter in counters:
-            role.close_counter(counter, again=unproved is None)
+            self._role.close_counter(counter, again=unproved is None)
         if unproved is not None:
             raise unproved

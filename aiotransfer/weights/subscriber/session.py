@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.errors import DescriptorError, QuarantineError, TransferError
-from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.agreement import Chair, Say, Seat
 from aiotransfer.weights.protocol.version import Version
 from aiotransfer.weights.subscriber.filling import Filling
+from aiotransfer.weights.subscriber.relaying import Relaying
 from aiotransfer.weights.watch import Changes, reach
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class Session:
         self.chair = Chair(len(offer.members)) if role.rank == 0 else None
         self.accepted = False
         self._changes = Changes()
-        self._filling = Filling(role, offer, self._changes)
+        self.relaying = Relaying(role, offer, leader)
+        self._filling = Filling(role, offer, self._changes, leader, self.relaying.landed)
         self._keeps = bool(offer.source) and role.version == self.version  # the others of the instance catch up
         self._peers: dict[int, Peer] = {}  # rank 0 knows the others, the others know rank 0
         self._why = self._kind = ""
@@ -138,7 +140,14 @@ class Session:
         elif text:
             self._say(self.chair.release())
         else:
-            self._say(self.chair.whole(0))
+            self._whole(0)
+
+    def _whole(self, rank: int) -> None:
+        """All bytes are at `rank`. Where instances pass parts on, the publishers wait until that is so at all ranks."""
+        assert self.chair is not None
+        if self.offer.passing is not None and self.chair.missing() == [rank] and not self.chair.over:
+            self.role.tell(self.leader, relays.Gathered(self.offer.update, self.role.instance))
+        self._say(self.chair.whole(rank))
 
     def fail(self, why: str, kind: str = "failed") -> None:
         """This rank cannot have the version, or it is abandoned. Rank 0 and the publishers are told. Too late once it is decided,
@@ -165,6 +174,7 @@ class Session:
         if not self._decided():
             self.seat.lose_chair()
             self.seat.resolve([], len(self.offer.members) - 1)
+        await self.relaying.close()
         try:
             await self._filling.close()
         except QuarantineError as error:
@@ -306,7 +316,7 @@ class Session:
             self._say(self.chair.release() or ([(rank, "release")] if self.chair.state == "released" else []))
         else:
             self.role.watch.add(peer, self.role.peer_lost)
-            self._say(self.chair.whole(rank))
+            self._whole(rank)
 
     def allow(self) -> None:
         """The publishers have written everything, and their sources were at rest."""
@@ -318,6 +328,14 @@ class Session:
         if self._decided() or self._work.done():
             return False
         self._filling.ask(peer, ask)
+        self.relaying.start()
+        return True
+
+    def pass_on(self, peer: Peer, message: relays.Pass) -> bool:
+        """A rank of another instance asks to write what it passes on; False when this is over. Raises `DescriptorError`."""
+        if self._decided() or self._work.done():
+            return False
+        self._filling.relayed.ready(peer, message)
         return True
 
     def sum(self, message: wire.Sum) -> None:
@@ -328,6 +346,7 @@ class Session:
 
     def lost(self, peer: Peer, error: TransferError) -> None:
         """A peer is gone."""
+        self.relaying.lost(peer, error)
         if self.chair is not None:
             if peer is self.leader and not self.chair.allowed:
                 self.fail(f"the publisher was lost: {error.message}", "lost")

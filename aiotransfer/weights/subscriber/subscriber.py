@@ -23,12 +23,15 @@ from aiotransfer.weights.aside import aside
 from aiotransfer.weights.binding import bound_of, check_places
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.mail import Mail
+from aiotransfer.weights.mappings import Mappings
 from aiotransfer.weights.observer import Observer
-from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.protocol import relays, wire
+from aiotransfer.weights.protocol.pieces import pieces
 from aiotransfer.weights.protocol.version import Claims, Version
 from aiotransfer.weights.subscriber.gate import Gate
 from aiotransfer.weights.subscriber.lending import Lending
 from aiotransfer.weights.subscriber.memory import Memory
+from aiotransfer.weights.subscriber.routes import Routes
 from aiotransfer.weights.subscriber.session import Session
 from aiotransfer.weights.watch import Changes, Watch
 
@@ -112,6 +115,8 @@ class Subscriber:
         self.lends_expected: dict[int, tuple[Peer, asyncio.Future[wire.Lend]]] = {}
         self.memory = Memory(engine, self.layout, self.rank, self._bound, double=not self.in_place)
         self._lending = Lending(self)
+        self.routes = Routes(self)
+        self.mappings = Mappings()  # of ranks that this one passes parts on to
         self.mail = Mail.enter(engine, self)
         self._never = engine.counter()
         self.watch = Watch(self._never, self.mail)
@@ -336,12 +341,16 @@ class Subscriber:
                 )
                 self._changes.wake()
             case wire.Want(digest=self.digest):
-                for piece in wire.pieces(self.digest, self._encoded):
+                for piece in pieces(self.digest, self._encoded):
                     self.tell(peer, piece)
             case wire.Lend() | wire.Answer():
                 self._answered(peer, message)
             case wire.Ask(life=self.life) | wire.Sum(life=self.life) | wire.Abandon():
                 self._from_publisher(peer, message)
+            case relays.Pass(life=self.life) | relays.Let() | wire.Piece():
+                self.routes.receive(peer, message)
+            case wire.Leave():
+                self.mappings.left(peer, message.instance, message.rank)
             case wire.Allow(instance=self.instance) if self.rank == 0:
                 session = self._sessions.get(message.update)
                 if session is not None and session.leader is peer:
@@ -464,6 +473,7 @@ class Subscriber:
             if peer.state in ("up", "busy"):
                 self.mail.tell(peer, wire.Leave(self.instance, self.rank, self.life), self.engine.config.drain_timeout)
         self.watch.close()
+        self.mappings.close()
         self._never.close()
         if self._looking is not None:
             self._looking.cancel()

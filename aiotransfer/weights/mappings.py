@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from aiotransfer.model.descriptor import RemoteRegion
-from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.protocol import relays, wire
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
@@ -16,7 +16,7 @@ SETS = 2  # buffers of a subscriber that take turns (mode "double")
 
 
 class Mappings:
-    """Of one publisher rank: the regions of the last grants of each subscriber rank. Their leases are over and nothing can be
+    """Of one rank that writes: the regions of the last grants of each subscriber rank. Their leases are over and nothing can be
     written through them; that they are held keeps the memory mapped, for the leases of the next version."""
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Mappings:
     def __len__(self) -> int:
         return len(self._held)
 
-    def keep(self, peer: Peer, entry: wire.Entry, regions: Iterable[RemoteRegion]) -> None:
+    def keep(self, peer: Peer, entry: wire.Entry | relays.Onward, regions: Iterable[RemoteRegion]) -> None:
         """Of a grant; earlier than the last `SETS` is let go, and so is what peers had that are gone."""
         self._held = {key: held for key, held in self._held.items() if held[0].state in ("up", "busy")}
         key = entry.instance, entry.rank

@@ -1,0 +1,161 @@
+"""What relays pass on to one subscriber rank: counted as what publishers write, and asked of these when it does not come.
+
+While bytes come nothing runs here. A relay is *out* when publishers write in its place. It is put out before any of them may: its
+lease is taken back, and only when that is proved is the next writer let in, so two never write to one place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aiotransfer.errors import DescriptorError, PeerLostError, QuarantineError, TransferError, again
+from aiotransfer.weights.protocol import relays, wire
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.counter import Counter
+    from aiotransfer.engine.lease import Lease
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.weights.subscriber.filling import Filling
+
+PATIENCE_SECONDS = 0.25  # that relays have at least, once everything else has come
+PATIENCE_TIMES = 2.0  # that they have beside it: as long as all instances would take for what the publishers write to this rank
+PATIENCE_SHARE = 1 / 3  # of the time of the offer, that they have at most
+Key = tuple[int, int]  # a relay, and the publisher rank whose bytes it passes on
+
+
+class Relayed:
+    """Of one `Filling`."""
+
+    def __init__(self, filling: Filling, offer: wire.Offer) -> None:
+        self._filling = filling
+        self._offer = offer
+        passing = offer.passing
+        self._passing = passing
+        self._relays = {} if passing is None else {relay.number: relay for relay in passing.relays}
+        self._left = {(n, feeder): count for n, relay in self._relays.items() for feeder, count in relay.feeders if count}
+        self.writes = sum(self._left.values())
+        self._counting: dict[Key, tuple[Counter, asyncio.Task[None]]] = {}
+        self._let: dict[int, tuple[Peer, list[Lease]]] = {}
+        self._out: dict[int, asyncio.Task[bool]] = {}
+        self._asked: set[Key] = set()
+        self._timers: list[asyncio.TimerHandle] = []
+        self._began = 0.0
+        self._is_short = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left to come."""
+        return not self._left
+
+    # ---- patience ----
+
+    def begin(self) -> None:
+        """The offer was accepted."""
+        if self._left:
+            seconds = self._offer.seconds * PATIENCE_SHARE
+            self._timers.append(asyncio.get_running_loop().call_later(seconds, self._short))
+
+    def asked(self) -> None:
+        """A publisher begins to write to this rank."""
+        self._began = self._began or asyncio.get_running_loop().time()
+
+    def direct_whole(self) -> None:
+        """All that publishers write to this rank has come: relays should not need much longer for theirs."""
+        if self._left and self._passing is not None:
+            loop = asyncio.get_running_loop()
+            own = loop.time() - self._began
+            seconds = PATIENCE_SECONDS + self._passing.patience + PATIENCE_TIMES * self._passing.instances * own
+            self._timers.append(loop.call_later(seconds, self._short))
+
+    def _short(self) -> None:
+        if self._left and not self._is_short and self._filling.is_open:
+            self._is_short = True
+            self._filling.tell_short()
+
+    # ---- relays ----
+
+    def ready(self, peer: Peer, message: relays.Pass) -> None:
+        """A relay may write now. Raises `DescriptorError`."""
+        relay, number = self._relays.get(message.number), message.number
+        if relay is None or relay.incarnation != peer.incarnation or number in self._let:
+            raise DescriptorError(f"{peer} asks to pass on what was not offered")
+        if not self._filling.is_open or number in self._out:
+            self._filling.let(peer, [], [], "the publishers write it themselves")
+            return
+        leases: list[Lease] = []
+        self._let[number] = peer, leases
+        try:
+            descriptors = self._filling.lease(peer, leases)
+        except TransferError as error:  # it is gone by now: the publishers hear of that
+            self._filling.let(peer, [], [], error.message)
+            return
+        imms = []
+        for feeder, count in relay.feeders:
+            if count:
+                imms.append(self._count((number, feeder), count, None))
+        self._filling.let(peer, descriptors, imms, "")
+
+    def _count(self, key: Key, count: int, peer: Peer | None) -> int:
+        counter = self._filling.open_counter(count)
+        self._counting[key] = counter, self._filling.own(self._await(counter, count, key, peer))
+        return counter.imm
+
+    async def _await(self, counter: Counter, count: int, key: Key, peer: Peer | None) -> None:
+        try:
+            await counter.wait(count, peers=None if peer is None else (peer,))
+        except TransferError as error:  # of a publisher, or of this engine
+            where = "" if peer is None else str(peer.address)
+            self._filling.failed(PeerLostError(f"publisher rank {key[1]} was lost: {error.message}", peer=where))
+            return
+        self._left.pop(key, None)
+        self._filling.counted(counter)
+        self._filling.wake()
+
+    # ---- in their place ----
+
+    def instead(self, peer: Peer, ask: wire.Ask) -> None:
+        """A publisher rank writes in the place of a relay. Raises `DescriptorError`."""
+        key = number, _ = ask.instead, ask.sender
+        relay = self._relays.get(number)
+        if relay is None or ask.sender not in dict(relay.feeders) or key in self._asked or ask.writes < 1:
+            raise DescriptorError(f"publisher rank {ask.sender} asks to write what was not offered")
+        self._asked.add(key)
+        self._filling.own(self._instead(peer, ask, key))
+
+    async def _instead(self, peer: Peer, ask: wire.Ask, key: Key) -> None:
+        number = key[0]
+        if number not in self._out:
+            self._out[number] = self._filling.own(self._put_out(number))
+        out = self._out[number]
+        await asyncio.wait([out])
+        if not self._filling.is_open or out.cancelled() or not out.result():
+            return  # what ends it is told elsewhere
+        try:
+            if key not in self._left:
+                self._filling.grant_instead(peer, ask, [], [])
+                return
+            leases: list[Lease] = []
+            descriptors = self._filling.lease(peer, leases)
+            self._filling.grant_instead(peer, ask, descriptors, [self._count(key, ask.writes, peer)])
+        except TransferError as error:  # the peer is gone by now, or the memory
+            self._filling.failed(again(error))
+
+    async def _put_out(self, number: int) -> bool:
+        """Whether it is proved that nothing which the relay writes can land any more."""
+        _, leases = self._let.get(number, (None, []))
+        try:
+            await self._filling.take_back(leases)
+        except QuarantineError as error:
+            self._filling.failed(again(error))
+            return False
+        for key in [key for key in self._counting if key[0] == number]:
+            counter, task = self._counting.pop(key)
+            task.cancel()
+            self._filling.close_counter(counter)
+        return True
+
+    def close(self) -> None:
+        """The filling has ended."""
+        for timer in self._timers:
+            timer.cancel()

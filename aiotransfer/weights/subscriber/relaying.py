@@ -1,0 +1,194 @@
+"""What one subscriber rank passes on to ranks of other instances, from where it landed.
+
+The table of its writes comes once for each plan (`passing.Route`) and stays. In an update each hop of it is one native call, or
+more of very many writes, made when the counter of its step says that the step is whole. Each receiver has a task of its own, with
+at most two calls under way, so a slow one holds up no other. What cannot be passed on is not reported: its receiver asks the
+publishers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from aiotransfer.engine.scatter import ScatterTarget
+from aiotransfer.errors import BusyError, ClosedError, DescriptorError, TransferError
+from aiotransfer.model.descriptor import RemoteRegion
+from aiotransfer.weights import passing
+from aiotransfer.weights.pace import Pace
+from aiotransfer.weights.passing import Hop, Route
+from aiotransfer.weights.protocol import relays, wire
+from aiotransfer.weights.watch import Changes, reach
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.transfer import Transfer
+    from aiotransfer.weights.subscriber.subscriber import Subscriber
+
+MOST_WRITES = 1024  # in one native call
+UNDER_WAY = 2  # calls to one receiver
+BUSY_SECONDS = 0.001  # before a call that the engine had no room for is made again
+
+
+class Relaying:
+    """Of one offer. `start` it when the publishers begin to write; `close` it before the memory is needed for anything else."""
+
+    def __init__(self, role: Subscriber, offer: wire.Offer, leader: Peer) -> None:
+        self._role, self._offer, self._leader = role, offer, leader
+        self._passing = offer.passing
+        self._onward = {} if offer.passing is None else {one.number: one for one in offer.passing.onward}
+        self._landed: list[tuple[int, int]] = []  # in the order in which they came
+        self._changes = Changes()
+        self._pace = Pace(0.0 if offer.passing is None else offer.passing.rate)
+        self._lets: dict[int, asyncio.Future[relays.Let]] = {}
+        self._peers: dict[int, Peer] = {}
+        self._regions: list[Region] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self.nbytes = 0  # passed on so far
+
+    def start(self) -> None:
+        """The publishers begin to write: every instance that takes the version has said so."""
+        if self._passing is not None and self._passing.route and not self._tasks:
+            self._regions = list(self._role.memory.shadow.values())
+            self._tasks.append(self._role.mail.own(self._run(self._passing)))
+
+    def landed(self, sender: int, step: int) -> None:
+        """All writes of a step of a publisher rank are here."""
+        self._landed.append((sender, step))
+        self._changes.wake()
+
+    def answer(self, peer: Peer, message: relays.Let) -> None:
+        """A receiver lets this rank write, or not."""
+        waiting = self._lets.get(message.number)
+        if waiting is not None and not waiting.done() and self._peers.get(message.number) is peer:
+            waiting.set_result(message)
+
+    async def _run(self, passing_: relays.Passing) -> None:
+        role = self._role
+        try:
+            data = await role.routes.get(self._leader, passing_.route, passing_.route_bytes)
+            sizes = [region.nbytes for region in self._regions]
+            steps = {sender.rank: len(sender.counts) for sender in self._offer.senders}
+            route = passing.decode(data, sizes, steps, set(self._onward))
+        except TransferError:
+            return
+        for number, one in self._onward.items():
+            hops = [hop for hop in route.hops if hop.receiver == number]
+            if hops:
+                self._tasks.append(role.mail.own(self._serve(one, route, hops)))
+
+    async def _serve(self, one: relays.Onward, route: Route, hops: list[Hop]) -> None:
+        posted: deque[Transfer] = deque()
+        todo: dict[tuple[int, int], list[Hop]] = {}
+        for hop in hops:
+            todo.setdefault((hop.feeder, hop.step), []).append(hop)
+        try:
+            regions, imms = await self._ask(one, route, hops)
+            for at in itertools.count():
+                if not todo:
+                    break
+                for hop in todo.pop(await self._step(at), ()):
+                    self._role.check_places()
+                    for begin, end in self._calls(route, hop):
+                        await self._pace.room(int(route.nbytes[begin:end].sum()))
+                        while len(posted) >= UNDER_WAY:
+                            await self._oldest(posted)
+                        posted.append(await self._post(route, begin, end, regions, imms[hop.feeder]))
+            while posted:
+                await self._oldest(posted)
+        except TransferError:
+            pass
+        finally:
+            for transfer in posted:
+                transfer.cancel()
+            for transfer in posted:
+                try:
+                    await transfer
+                except (TransferError, asyncio.CancelledError):
+                    pass
+
+    async def _step(self, at: int) -> tuple[int, int]:
+        """The step that has landed as number `at`."""
+        await self._changes.until(lambda: len(self._landed) > at)
+        return self._landed[at]
+
+    async def _oldest(self, posted: deque[Transfer]) -> None:
+        transfer = posted[0]
+        await transfer
+        posted.popleft()
+        self.nbytes += transfer.nbytes
+
+    async def _ask(self, one: relays.Onward, route: Route, hops: list[Hop]) -> tuple[list[RemoteRegion], dict[int, int]]:
+        role, offer = self._role, self._offer
+        peer = self._peers[one.number] = await reach(role.engine, one.address, offer.seconds)
+        if peer.incarnation != one.incarnation or self._passing is None:
+            raise DescriptorError("another engine is at its address")
+        waiting = self._lets[one.number] = asyncio.get_running_loop().create_future()
+        role.watch.add(peer, role.peer_lost)
+        role.tell(peer, relays.Pass(offer.update, one.life, self._passing.number, one.number))
+        let = await waiting
+        if let.text:
+            raise ClosedError(let.text)
+        feeders = sorted({hop.feeder for hop in hops})
+        regions = [RemoteRegion.decode(data) for data in let.regions]
+        if len(let.imms) != len(feeders) or any(region.incarnation != peer.incarnation for region in regions):
+            raise DescriptorError("a subscriber lets other memory be written than was asked for")
+        passing.check_targets(route, hops, [region.nbytes for region in regions])
+        if self._regions:  # learn where the memory is, by writes of no bytes: tables of writes are checked natively then
+            await role.engine.scatter(
+                self._regions[0], [ScatterTarget(0, 0, region, 0) for region in regions], timeout=offer.seconds
+            )
+        role.mappings.keep(peer, one, regions)
+        return regions, dict(zip(feeders, let.imms, strict=True))
+
+    def lost(self, peer: Peer, error: TransferError) -> None:
+        """A receiver is gone."""
+        for number, waiting in self._lets.items():
+            if self._peers.get(number) is peer and not waiting.done():
+                waiting.set_exception(error)
+                waiting.exception()  # its task may have ended
+
+    def _calls(self, route: Route, hop: Hop) -> Iterator[tuple[int, int]]:
+        """The slices of a hop that go in one call: of one source buffer, not too many, and not too long for the rate."""
+        buffers = route.source_buffer[hop.begin : hop.end]
+        changes = [0, *(np.flatnonzero(np.diff(buffers)) + 1).tolist(), hop.end - hop.begin]
+        edges = [hop.begin + k for a, b in itertools.pairwise(changes) for k in range(a, b, MOST_WRITES)] + [hop.end]
+        for begin, end in itertools.pairwise(edges):
+            if self._pace.most is None:
+                yield begin, end
+                continue
+            first, total = begin, 0
+            for k, nbytes in enumerate(route.nbytes[begin:end].tolist(), begin):
+                if total and total + nbytes > self._pace.most:
+                    yield first, k
+                    first, total = k, 0
+                total += nbytes
+            yield first, end
+
+    async def _post(self, route: Route, begin: int, end: int, regions: list[RemoteRegion], imm: int) -> Transfer:
+        some = slice(begin, end)
+        source = self._regions[int(route.source_buffer[begin])]
+        targets = ScatterTarget(
+            route.source_offset[some], route.nbytes[some], [regions[b] for b in route.target_buffer[some].tolist()],
+            route.target_offset[some],
+        )  # fmt: skip
+        while True:
+            try:
+                return self._role.engine.scatter(source, targets, imm=imm, timeout=self._offer.seconds)
+            except BusyError:
+                await asyncio.sleep(BUSY_SECONDS)
+
+    async def close(self) -> None:
+        """Pass nothing more on; returns when nothing is read from this memory any more."""
+        tasks, self._passing = self._tasks, None
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._regions = []

@@ -1,0 +1,73 @@
+"""The routes of one subscriber rank: tables of what it passes on, asked for once and kept for the versions that follow; and the
+other messages of passing on."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import TYPE_CHECKING
+
+from aiotransfer.errors import DescriptorError
+from aiotransfer.weights.protocol import relays, wire
+from aiotransfer.weights.protocol.pieces import Pieces
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.weights.subscriber.subscriber import Subscriber
+
+MOST_ROUTES = 4  # the latest are kept
+
+
+class Routes:
+    """Of one subscriber."""
+
+    def __init__(self, role: Subscriber) -> None:
+        self._role = role
+        self._known: dict[bytes, bytes] = {}
+        self._coming: dict[bytes, tuple[Peer, Pieces, asyncio.Future[bytes]]] = {}
+
+    async def get(self, peer: Peer, digest: bytes, nbytes: int) -> bytes:
+        """The route with this digest, of `nbytes` bytes: known, or asked of `peer`. Raises `DescriptorError`. Cancel it when the
+        peer is gone."""
+        if digest not in self._known:
+            came = asyncio.get_running_loop().create_future()
+            self._coming[digest] = peer, Pieces(nbytes), came
+            self._role.tell(peer, wire.Want(digest))
+            try:
+                self._known[digest] = await came
+            finally:
+                self._coming.pop(digest, None)
+        route = self._known[digest] = self._known.pop(digest)
+        while len(self._known) > MOST_ROUTES:
+            del self._known[next(iter(self._known))]
+        return route
+
+    def receive(self, peer: Peer, message: relays.Pass | relays.Let | wire.Piece) -> None:
+        """What concerns passing on, of any peer. Raises `DescriptorError`."""
+        role = self._role
+        if isinstance(message, wire.Piece):
+            self._piece(peer, message)
+            return
+        session = role._sessions.get(message.update)
+        if isinstance(message, relays.Let):
+            if session is not None:
+                session.relaying.answer(peer, message)
+            return
+        role._told[peer] = None  # it is to know when this subscriber closes
+        if session is None or not session.pass_on(peer, message):
+            role.tell(peer, relays.Let(message.update, message.to, [], [], "the version is over here"))
+
+    def _piece(self, peer: Peer, piece: wire.Piece) -> None:
+        """A part of one."""
+        holder, pieces, came = self._coming.get(piece.digest, (None, None, None))
+        if holder is not peer or pieces is None or came is None or came.done():
+            return
+        try:
+            data = pieces.add(piece)
+            if data is None:
+                return
+            if hashlib.blake2b(data, digest_size=16).digest() != piece.digest:
+                raise DescriptorError("a route is not the one that was announced")
+            came.set_result(data)
+        except DescriptorError as error:
+            came.set_exception(error)
