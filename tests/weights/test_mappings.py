@@ -38,11 +38,11 @@ async def test_memory_is_mapped_once_and_let_go_when_its_subscriber_leaves(
         await party.publish(number)
         assert [server.holds() for server in (first, second)] == [number] * 2
     assert len(fetched) == before
-    assert [len(trainer.mappings) for trainer in trainers] == [2, 2]
+    assert [len(trainer.publisher.mappings) for trainer in trainers] == [2, 2]
     for server in (first, second):
         await server.subscriber.aclose()
     async with asyncio.timeout(20):
-        while any(len(trainer.mappings) for trainer in trainers):
+        while any(len(trainer.publisher.mappings) for trainer in trainers):
             await asyncio.sleep(0.01)
 
 
@@ -50,7 +50,7 @@ async def test_what_a_lost_peer_had_is_let_go_and_of_others_no_more_than_two_gra
     trainers = await party.train(1, timeout=20)
     await party.serve("a", 2)
     await party.publish(1)
-    mappings = trainers[0].mappings
+    mappings = trainers[0].publisher.mappings
     (one, some), (other, _) = mappings._held.values()
     entry = trainers[0].publisher.roll.get("a", 0)
     assert entry is not None

@@ -211,6 +211,7 @@ def test_a_part_of_the_names_is_passed_on() -> None:
             async with await party.open_engine() as left:
                 for subscriber in subscribers:
                     await subscriber.engine.connect(left.address)
+                await asyncio.sleep(0.1)  # until the one that was dialled knows it
                 async with weights.Publisher(left, layout.bind(0, memory), timeout=2, names=names, fanout="relay") as publisher:
                     async with publisher.publish(number) as update:
                         pass

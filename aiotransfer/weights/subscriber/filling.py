@@ -90,13 +90,16 @@ class Filling:
     def ask(self, peer: Peer, ask: wire.Ask) -> None:
         """A publisher rank may write now. Raises `DescriptorError`."""
         sender = self._senders.get(ask.sender)
-        if not self.is_open or sender is None or peer.incarnation != sender.incarnation:
+        if sender is None or peer.incarnation != sender.incarnation:
             raise DescriptorError(f"publisher rank {ask.sender} asks to write what was not offered")
-        if ask.instead >= 0:
+        if ask.instead >= 0 and self.is_open:
             self.relayed.instead(peer, ask)
             return
-        if ask.sender in self._asked:
-            raise DescriptorError(f"publisher rank {ask.sender} asks twice")
+        if ask.instead >= 0:  # everything has come, or it is over
+            self.grant_instead(peer, ask, [], [])
+            return
+        if not self.is_open or ask.sender in self._asked:
+            raise DescriptorError(f"publisher rank {ask.sender} asks twice, or too late")
         self._asked.add(ask.sender)
         self.relayed.asked()
         try:
