@@ -1,4 +1,4 @@
-/* What the cffi wrapper sees: every declaration file, in the order in which cffi reads them. */
+/* What the cffi wrapper sees: every declaration file, in the order in which cffi reads them. Our own C includes those of its folder. */
 #ifndef AT_NATIVE_H
 #define AT_NATIVE_H
 

@@ -1,7 +1,6 @@
 /* What the machine can do: copies between two mappings and into another process, timed without any Python in between. */
 #define _GNU_SOURCE
-#include "native.h"
-
+#include <stdint.h>
 #include <string.h>
 #include <time.h>
 #ifdef __linux__
@@ -9,6 +8,7 @@
 #include <unistd.h>
 #endif
 
+#include "bench/decls.h"
 #include "rows/copy.h"
 
 static double now(void) {

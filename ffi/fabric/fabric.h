@@ -28,6 +28,8 @@
 
 #include "lane/lane.h"
 
+#include "fabric/decls.h"
+
 #define AT_FAB_WINDOW 64u                       /* work requests posted per peer */
 #define AT_FAB_MOST_BYTES ((uint64_t)32 << 20)  /* posted per peer, once something is: what a cancel has to wait for */
 #define AT_FAB_BOUNCES 4u

@@ -3,9 +3,9 @@
  * Only seven functions are symbols of the library; everything else goes through tables of function pointers in its objects. Its
  * structures only ever grow at the end, so that a build with old headers runs with newer libraries as long as it lets the library make
  * them (fi_dupinfo) and never copies or measures them. */
-#include "lane/lane.h"
-
 #if !__has_include(<rdma/fabric.h>) || !__has_include(<rdma/fi_rma.h>)
+
+#include "fabric.h"
 
 #define ABSENT(type, call, value) \
     type call { return value; }

@@ -23,8 +23,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "lane/decls.h"
 #include "lane/tables.h"
-#include "native.h"
 #include "values.h"
 
 #define AT_CHUNK ((uint64_t)256 << 10) /* bytes moved between two looks at epoch, cancellation and peer */

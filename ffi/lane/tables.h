@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-#include "native.h"
+typedef struct at_lane at_lane;
 
 typedef struct {
     int64_t *pages; /* the local ones, then the remote ones */

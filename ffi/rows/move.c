@@ -2,9 +2,8 @@
  *
  * Rows sorted by where they go lie side by side more often than not, so neighbours on both sides are one copy. Whether streaming
  * stores are used is decided by what is moved in all (copy.c says why): a row alone always fits the cache. */
-#include "native.h"
-
 #include "rows/copy.h"
+#include "rows/rows.h"
 
 #include <string.h>
 

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "native.h"
+#include "rows/decls.h"
 
 /* One token: the rows that it sums and where the sum goes. */
 typedef struct {

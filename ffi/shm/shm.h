@@ -30,6 +30,8 @@
 
 #include "lane/lane.h"
 
+#include "shm/decls.h"
+
 #define AT_SLOTS 65536u
 #define AT_COUNTING AT_MOVERS
 #define AT_PATIENCE 65536

@@ -13,6 +13,8 @@
 
 #include "lane/lane.h"
 
+#include "sim/decls.h"
+
 typedef struct at_member at_member;
 typedef struct at_end at_end;
 typedef struct at_request at_request;

@@ -2,9 +2,11 @@
  *
  * The calls of the fast path (posting, polling, arming) are inline functions of the headers that go through tables in the library's
  * objects; the others are looked up by name here, in their newest version. */
-#include "lane/lane.h"
-
 #if !__has_include(<infiniband/verbs.h>)
+
+#include "fabric/fabric.h"
+
+#include "verbs/decls.h"
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-parameter"

@@ -17,6 +17,8 @@
 
 #include "fabric/fabric.h"
 
+#include "verbs/decls.h"
+
 #include <infiniband/verbs.h>
 
 #define AT_VRB_CHAIN 16u

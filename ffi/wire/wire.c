@@ -4,6 +4,8 @@
  * buffers are. Memory is read when something lands, as a NIC does, and copied when the endpoint is closed before that. */
 #include "fabric/fabric.h"
 
+#include "wire/decls.h"
+
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
