@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.control.patience import despite_cancels
-from aiotransfer.errors import BusyError, ClosedError, QuarantineError
+from aiotransfer.errors import QuarantineError
 from aiotransfer.kv import wire
-from aiotransfer.kv.handle import Handle, Order
-from aiotransfer.kv.layout import KVLayout
+from aiotransfer.kv.handle import Handle
+from aiotransfer.kv.pool import Order, Pool, Settings
 from aiotransfer.kv.role import Role
 from aiotransfer.kv.room import Room
-from aiotransfer.kv.slots import Slots, check_pool, is_twice, page_ids_of, whole
+from aiotransfer.kv.slots import is_twice, page_ids_of, whole
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import Region
     from aiotransfer.errors import DescriptorError
+    from aiotransfer.kv.layout import KVLayout
     from aiotransfer.kv.record import RequestRecord
-
 
 
 class Decoder(Role):
@@ -60,26 +60,23 @@ class Decoder(Role):
         checksums: bool = False, most_requests: int = 4096, revoke_timeout: float = 5.0,
         on_record: Callable[[RequestRecord], object] | None = None,
     ) -> None:  # fmt: skip
-        if not isinstance(layout, KVLayout):
-            raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
-        super().__init__(on_record)
-        check_pool(pages, layout, checksums)
-        self.engine = engine
-        self.layout = layout
-        self.named = _checked(instance)  # as prefill ranks are told it
-        self.instance = self.named or f"{engine.incarnation:016x}"
-        self.pages = pages
-        self.tail_bytes = whole("tail_bytes", tail_bytes)
-        self.checksums = checksums
-        self.most_requests = most_requests
-        self.revoke_timeout = revoke_timeout
-        self.slots = Slots(engine)
+        super().__init__(engine, layout, pages, on_record, checksums=checksums)
+        named = _checked(instance)
+        self._settings = Settings(
+            named, named or f"{engine.incarnation:016x}", checksums, whole("tail_bytes", tail_bytes), revoke_timeout
+        )
+        self.pool = Pool(layout.num_pages, most_requests)
         self.room = Room.enter(engine, wire.TO_DECODER, self)
-        self._closed = False
-        self._requests: dict[Handle, None] = {}
-        self._by_number: dict[int, Handle] = {}
-        self._held = np.zeros(layout.num_pages, bool)
-        self._freed: dict[asyncio.Future[None], None] = {}
+
+    @property
+    def instance(self) -> str:
+        """The name by which prefill ranks know this decoder's requests: `instance`, or the incarnation of its engine."""
+        return self._settings.instance
+
+    @property
+    def most_requests(self) -> int:
+        """How many may be known at a time."""
+        return self.pool.most_requests
 
     def request(
         self, peer: Peer | Sequence[Peer], id: str, page_ids: Any, *, tokens: int | None = None, skip_tokens: int = 0,
@@ -101,7 +98,7 @@ class Decoder(Role):
         peers = tuple(peer) if isinstance(peer, list | tuple) else (peer,)
         if not peers or len(set(peers)) != len(peers):
             raise ValueError(f"a request names each of its prefill ranks once, and at least one: {peers}")
-        self.check()
+        self.pool.check()
         if not isinstance(id, str) or not 0 < len(id) <= wire.MOST_ID:
             raise ValueError(f"id must be a str of 1 to {wire.MOST_ID} characters, not {id!r}")
         id.encode()  # raises for what is no text
@@ -119,85 +116,31 @@ class Decoder(Role):
         if is_twice(written):
             raise ValueError("page_ids names a page twice")
         order = Order(peers, id, ids[: self.layout.pages_of(count)], written, count, skip, priority, bytes(data), timeout)
-        self.check_free(order)
+        self.pool.check_free(order)
         for one in peers:
             self.room.check(one)
-        return Handle(self, order)
+        return Handle(self, self.pool, self._settings, order)
 
     # ---- pages ----
 
     @property
     def held(self) -> frozenset[int]:
         """Pages that requests hold, those in quarantine included."""
-        return frozenset(np.flatnonzero(self._held).tolist())
+        return frozenset(np.flatnonzero(self.pool.held).tolist())
 
     async def freed(self, page_ids: Iterable[int]) -> None:
         """Returns when no request holds any of these pages any more: also the end of their quarantine. Raises `ClosedError`."""
-        wanted = np.asarray(list(page_ids), np.int64)
-        while self._held[wanted].any():
-            self.check()
-            waiter = asyncio.get_running_loop().create_future()
-            self._freed[waiter] = None
-            try:
-                await waiter
-            finally:
-                del self._freed[waiter]
-
-    def check(self) -> None:
-        """Raise `ClosedError` when it is closed."""
-        if self._closed:
-            raise ClosedError("the decoder is closed")
-
-    def check_free(self, order: Order) -> None:
-        """Raise `BusyError` unless the request could begin now."""
-        self.check()
-        if len(self._requests) >= self.most_requests:
-            raise BusyError(f"{len(self._requests)} requests are under way", hint="most_requests is the bound")
-        taken = order.written[self._held[order.written]]
-        if len(taken):
-            raise BusyError(
-                f"page {taken[0]} is held by another request",
-                hint="its block has not ended, or its end is not proved: Decoder.freed",
-            )
-
-    def claim(self, handle: Handle) -> None:
-        """Its pages are its own from now on. Raises `BusyError`."""
-        self.check_free(handle.order)
-        self._held[handle.order.written] = True
-        self._requests[handle] = None
-
-    def release(self, handle: Handle) -> None:
-        """Its pages are free."""
-        self._held[handle.order.written] = False
-        self._requests.pop(handle, None)
-        for waiter in self._freed:
-            if not waiter.done():
-                waiter.set_result(None)
+        await self.pool.freed(page_ids)
 
     # ---- messages ----
 
-    def expect(self, number: int, handle: Handle) -> None:
-        """Answers with this number are for it."""
-        self._by_number[number] = handle
-
-    def forget(self, numbers: Iterable[int]) -> None:
-        """What comes for these is late."""
-        for number in numbers:
-            self._by_number.pop(number, None)
-
     def receive(self, peer: Peer, message: wire.ToDecoder) -> bool:
-        """See `Room`."""
-        handle = self._by_number.get(message.number)
-        if handle is not None:
-            handle.receive(peer, message)
-        return handle is not None
+        """See `Room`: an answer is for one of this decoder's requests, or for another decoder's."""
+        return self.pool.deliver(peer, message)
 
     def unreadable(self, peer: Peer, number: int, error: DescriptorError) -> bool:
-        """See `Room`."""
-        handle = self._by_number.get(number)
-        if handle is not None:
-            handle.receive(peer, wire.Failed(number, str(error)))
-        return handle is not None
+        """See `Room`: an answer that cannot be read ends its request."""
+        return self.pool.deliver(peer, wire.Failed(number, str(error)))
 
     # ---- the end ----
 
@@ -206,23 +149,20 @@ class Decoder(Role):
 
         Raises `QuarantineError` when pages stay quarantined: their memory must not be reused.
         """
-        self._closed = True
-        ending = [handle.abandon() for handle in self._requests]
-        for waiter in self._freed:
-            if not waiter.done():
-                waiter.set_result(None)
+        self.pool.close()
+        ending = [holder.abandon() for holder in self.pool.holders]
         try:
             if ending:
                 await despite_cancels(asyncio.ensure_future(asyncio.wait(ending)))
         finally:
             self.slots.close()
             await self.room.leave(self)
-        if self._requests:
-            stuck = list(itertools.chain.from_iterable(handle.order.written.tolist() for handle in self._requests))
+        if self.pool.holders:
+            stuck = list(itertools.chain.from_iterable(holder.order.written.tolist() for holder in self.pool.holders))
             raise QuarantineError(f"{len(stuck)} pages stay quarantined: {stuck[:8]}", hint="do not reuse them")
 
     def __repr__(self) -> str:
-        return f"<Decoder of {self.engine.address}: {len(self._requests)} requests, {int(self._held.sum())} pages held>"
+        return f"<Decoder of {self.engine.address}: {len(self.pool.holders)} requests, {int(self.pool.held.sum())} pages held>"
 
 
 def _checked(instance: object) -> str:

@@ -7,10 +7,9 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.engine.base import seconds
@@ -33,24 +32,11 @@ if TYPE_CHECKING:
     from aiotransfer.engine.lease import Lease
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import RegionView
-    from aiotransfer.kv.decoder import Decoder
+    from aiotransfer.kv.pool import Order, Pool, Settings
+    from aiotransfer.kv.role import Role
 
 MOST_BLOCKS = 1 << 40  # of one request: far more than bytes of any
 LOOK_SECONDS = 1.0  # between two looks whether a quarantine is over; that it is over is heard at once
-
-
-class Order(NamedTuple):
-    """What was asked for. `written`: those of the pages that are filled."""
-
-    peers: tuple[Peer, ...]
-    id: str
-    page_ids: NDArray[np.int64]
-    written: NDArray[np.int64]
-    tokens: int
-    skip_tokens: int
-    priority: int
-    data: bytes
-    timeout: float | None
 
 
 @dataclass(slots=True, eq=False)
@@ -79,9 +65,11 @@ class Handle(Unpicklable):
 
     _instead = "make the request in the process that waits for it"
 
-    def __init__(self, decoder: Decoder, order: Order) -> None:
+    def __init__(self, role: Role, pool: Pool, settings: Settings, order: Order) -> None:
         self.order = order
-        self._decoder = decoder
+        self._role = role
+        self._pool = pool
+        self._settings = settings
         self._saga = Saga(DECODE, "new")
         self._parts: list[Part] = []
         self._counter: Counter | None = None
@@ -126,7 +114,7 @@ class Handle(Unpicklable):
         self._over: asyncio.Future[None] = loop.create_future()  # released or quarantined
         for future in (self._taken, self._arrived):
             future.add_done_callback(lambda done: done.cancelled() or done.exception())  # not everybody waits for both
-        self._seconds = seconds(self.order.timeout, self._decoder.engine.timeout)
+        self._seconds = seconds(self.order.timeout, self._role.engine.timeout)
         self._ends = loop.time() + self._seconds
         try:
             self._feed("enter")
@@ -148,30 +136,30 @@ class Handle(Unpicklable):
         return self
 
     def _claim(self) -> None:
-        self._decoder.claim(self)
+        self._pool.claim(self)
 
     def _lease(self) -> None:
-        decoder, order = self._decoder, self.order
-        sums = 8 * len(order.page_ids) * len(decoder.layout.own_layers) if decoder.checksums else 0
-        self._counter = decoder.engine._values.again()
+        role, order, settings = self._role, self.order, self._settings
+        sums = 8 * len(order.page_ids) * len(role.layout.own_layers) if settings.checksums else 0
+        self._counter = role.engine._values.again()
         for peer in order.peers:
-            part = Part(peer, next(numbers), decoder.slots.take(HEADER_BYTES + sums + decoder.tail_bytes))
+            part = Part(peer, next(numbers), role.slots.take(HEADER_BYTES + sums + settings.tail_bytes))
             self._parts.append(part)
-            for memory in (decoder.pages, part.tail):
+            for memory in (role.pages, part.tail):
                 part.leases.append(memory.lease(peer))
 
     def _ask(self) -> None:
-        decoder, order, counter = self._decoder, self.order, self._counter
+        role, order, counter = self._role, self.order, self._counter
         assert counter is not None
         for part in self._parts:
             pool, tail = part.leases
-            decoder.expect(part.number, self)
+            self._pool.expect(part.number, self)
             message = wire.Reserve(
-                part.number, order.id, decoder.layout.to_dict(), pool.descriptor.encode(), tail.descriptor.encode(),
+                part.number, order.id, role.layout.to_dict(), pool.descriptor.encode(), tail.descriptor.encode(),
                 order.page_ids.tobytes(), order.tokens, order.skip_tokens, counter.imm, order.priority, self._left(),
-                decoder.checksums, order.data, decoder.named,
+                self._settings.checksums, order.data, self._settings.named,
             )  # fmt: skip
-            decoder.room.own(self._send(part.peer, wire.encode(message)))
+            role.room.own(self._send(part.peer, wire.encode(message)))
 
     async def _send(self, peer: Peer, data: bytes) -> None:
         try:
@@ -212,14 +200,14 @@ class Handle(Unpicklable):
         if part.plan is not None:
             return  # what was said once, and was counted and checked by, stays
         try:
-            part.plan = plan_transfer(KVLayout.from_dict(message.layout), self._decoder.layout)
+            part.plan = plan_transfer(KVLayout.from_dict(message.layout), self._role.layout)
         except (TypeError, ValueError) as error:
             self._end("failed", RequestFailed(f"the layout of {part.peer} makes no sense here: {error}", id=self.id))
             return
         plans = [p.plan for p in self._parts if p.plan is not None]
         if len(plans) < len(self._parts):
             return
-        lacks = coverage(plans, self._decoder.layout)
+        lacks = coverage(plans, self._role.layout)
         if lacks:
             text = f"request {self.id!r} was not entered: of the prefill ranks that were named, {lacks} (kv.sources names them)"
             self._end("refused", RequestRefused(text, id=self.id, reason="coverage"))
@@ -237,7 +225,7 @@ class Handle(Unpicklable):
 
     def _count(self) -> None:
         """From before anybody has answered: whoever is counted on is also noticed to be lost."""
-        self._counting = self._decoder.room.own(self._count_all())
+        self._counting = self._role.room.own(self._count_all())
 
     def _blocks(self) -> int:
         return sum(part.plan.count(self.order.tokens, self.order.skip_tokens) for part in self._parts if part.plan is not None)
@@ -264,8 +252,8 @@ class Handle(Unpicklable):
         except KVRequestError as error:
             self._end("wrong", error)
             return
-        if self._decoder.checksums:
-            self._counting = self._decoder.room.own(self._check_all())
+        if self._settings.checksums:
+            self._counting = self._role.room.own(self._check_all())
         else:
             self._feed("right")
 
@@ -280,7 +268,7 @@ class Handle(Unpicklable):
             self._feed("right")
 
     def _check_now(self) -> None:
-        memory = memory_of(self._decoder.pages)  # keeps it, should the region be closed meanwhile
+        memory = memory_of(self._role.pages)  # keeps it, should the region be closed meanwhile
         for part in self._parts:
             assert part.plan is not None
             check_sums(part.plan, memory, memory_of(part.tail), self.order.page_ids, self.order, part.peer)
@@ -346,18 +334,18 @@ class Handle(Unpicklable):
     def _tell(self) -> None:
         for part in self._parts:
             if part.peer.state in ("up", "busy"):
-                self._decoder.room.tell(part.peer, wire.Cancel(part.number, self._outcome), self._decoder.revoke_timeout)
+                self._role.room.tell(part.peer, wire.Cancel(part.number, self._outcome), self._settings.revoke_timeout)
 
     # ---- release ----
 
     def _revoke(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._decoder.forget(part.number for part in self._parts)
-        self._decoder.room.own(self._release())
+        self._pool.forget(part.number for part in self._parts)
+        self._role.room.own(self._release())
 
     async def _release(self) -> None:
-        seconds = self._decoder.revoke_timeout
+        seconds = self._settings.revoke_timeout
         leases = [lease for part in self._parts for lease in part.leases]
         results = await asyncio.gather(*(lease.revoke(timeout=seconds) for lease in leases), return_exceptions=True)
         if self._counting is not None:
@@ -368,13 +356,13 @@ class Handle(Unpicklable):
 
     def _free(self) -> None:
         if self._counter is not None:
-            self._decoder.engine._values.give_back(self._counter)  # every lease is revoked: nothing arrives for it any more
+            self._role.engine._values.give_back(self._counter)  # every lease is revoked: nothing arrives for it any more
         for part in self._parts:
-            self._decoder.slots.give(part.tail)
-        self._decoder.release(self)
+            self._role.slots.give(part.tail)
+        self._pool.release(self)
 
     def _watch(self) -> None:
-        self._decoder.room.own(self._wait_for_proof())
+        self._role.room.own(self._wait_for_proof())
 
     async def _wait_for_proof(self) -> None:
         for lease in [lease for part in self._parts for lease in part.leases]:
@@ -392,13 +380,13 @@ class Handle(Unpicklable):
         delivered = self._outcome == "delivered"
         outcome = "quarantined" if self._saga.state == "quarantined" else self._outcome
         path = next((part.peer.path.provider for part in self._parts if part.peer._path is not None), "")
-        self._decoder.recorded(
+        self._role.recorded(
             RequestRecord(
                 order.id, "decode", tuple(str(peer.address) for peer in order.peers), path, order.priority, order.tokens,
                 order.skip_tokens, self._blocks() if delivered else 0,
                 sum(plan.nbytes(order.tokens, order.skip_tokens) for plan in plans) if delivered else 0,
                 times["queued"], times.get("reserved"), times.get("first_page"), times.get("last_page"), time.time(), 0,
-                outcome, "" if self._error is None else str(self._error), self._decoder.instance,
+                outcome, "" if self._error is None else str(self._error), self._settings.instance,
             ),
             self._context,
         )  # fmt: skip

@@ -13,18 +13,61 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
     from aiotransfer.kv import wire
     from aiotransfer.kv.layout import Place
-    from aiotransfer.kv.plan import Receivers
-    from aiotransfer.kv.request import Key, PrefillRequest, Target
+    from aiotransfer.kv.plan import Receivers, TransferPlan
     from aiotransfer.model.descriptor import RemoteRegion
 
 MOST_RANKS = 64  # of named instances that one engine may speak for
 OVERHEAD = 4096  # bytes that any reservation takes here, beside what it brings
+
+
+Key: TypeAlias = tuple[str | int, str]  # the instance's name, or the incarnation of the peer that is all of one; and the id
+
+
+@dataclass(slots=True, eq=False)
+class Target:
+    """A decode rank of a request."""
+
+    peer: Peer
+    number: int
+    plan: TransferPlan
+    pool: RemoteRegion
+    tail: RemoteRegion
+    page_ids: NDArray[np.int64]
+    imm: int
+    nbytes: int  # that its reservation takes here
+    sums: dict[int, Any] = field(default_factory=dict)
+
+
+class Known(Protocol):
+    """A request, as the ledger knows it."""
+
+    key: Key
+    targets: list[Target]
+
+    @property
+    def state(self) -> str:
+        """Of its saga: the application has not taken it while it is "gathering" or "offered"."""
+        ...
+
+    @property
+    def delivered(self) -> bool:
+        """Whether everything has arrived at its decode ranks."""
+        ...
+
+    def abandon(self, why: str) -> object:
+        """Give it up, and tell its decode ranks why."""
+
+
+R = TypeVar("R", bound=Known)
 
 
 class Refusal(Exception):
@@ -37,25 +80,25 @@ class Refusal(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class Asked:
+class Asked(Generic[R]):
     """What is known of one peer."""
 
     watch: asyncio.Task[Any] | None = None
-    requests: dict[int, PrefillRequest] = field(default_factory=dict)  # by its number for them
+    requests: dict[int, R] = field(default_factory=dict)  # by its number for them
     nbytes: int = 0  # that these take
     ranks: set[tuple[str, Place]] = field(default_factory=set)  # that it speaks for
     kept: tuple[RemoteRegion, ...] = ()  # of the latest that was filled: meanwhile what was mapped for them stays so
 
 
-class Ledger:
-    """Of one prefiller: at most `most_requests`, which take at most `most_bytes`."""
+class Ledger(Generic[R]):
+    """The requests of one prefiller: at most `most_requests`, which take at most `most_bytes`."""
 
     def __init__(self, most_requests: int, most_bytes: int) -> None:
         self.most_requests = most_requests
         self.most_bytes = most_bytes
         self.nbytes = 0
-        self.requests: dict[Key, PrefillRequest] = {}
-        self.asked: dict[Peer, Asked] = {}  # until the peer goes
+        self.requests: dict[Key, R] = {}
+        self.asked: dict[Peer, Asked[R]] = {}  # until the peer goes
         self._ranks: dict[tuple[str, Place], Peer] = {}
 
     def key(self, peer: Peer, message: wire.Reserve, place: Place, places: Receivers) -> Key:
@@ -94,10 +137,10 @@ class Ledger:
             else:
                 return
 
-            def takes(asked: Asked, by_count: bool = by_count) -> int:
+            def takes(asked: Asked[R], by_count: bool = by_count) -> int:
                 return len(asked.requests) if by_count else asked.nbytes
 
-            most = max(self.asked.values(), key=takes, default=Asked())
+            most = max(self.asked.values(), key=takes, default=Asked[R]())
             mine = takes(self.asked[peer]) if peer in self.asked else 0
             waiting = (request for request in reversed(most.requests.values()) if request.state in ("gathering", "offered"))
             latest = next(waiting, None) if takes(most) > mine + (1 if by_count else nbytes) else None
@@ -105,12 +148,12 @@ class Ledger:
                 raise Refusal("busy", full)
             latest.abandon("it made room for another decode rank: " + full)
 
-    def enter(self, request: PrefillRequest, target: Target, watch: Any) -> None:
+    def enter(self, request: R, target: Target, watch: Any) -> None:
         """A reservation was taken. `watch` makes the task that waits for the peer to go."""
         peer = target.peer
         asked = self.asked.get(peer)
         if asked is None:
-            asked = self.asked[peer] = Asked()
+            asked = self.asked[peer] = Asked[R]()
             asked.watch = watch(peer)
         asked.requests[target.number] = request
         asked.nbytes += target.nbytes
@@ -121,8 +164,8 @@ class Ledger:
             self._ranks[rank] = peer
             asked.ranks.add(rank)
 
-    def leave(self, request: PrefillRequest) -> None:
-        """It is over."""
+    def leave(self, request: R) -> None:
+        """A request is over: what its reservations took is free."""
         if self.requests.get(request.key) is request:
             del self.requests[request.key]
         for target in request.targets:
@@ -132,8 +175,8 @@ class Ledger:
                 asked.nbytes -= target.nbytes
                 asked.kept = (target.pool, target.tail) if request.delivered else asked.kept
 
-    def gone(self, peer: Peer) -> list[PrefillRequest]:
-        """A peer has gone: its requests."""
+    def gone(self, peer: Peer) -> list[R]:
+        """Forget a peer that has gone, and return its requests."""
         asked = self.asked.pop(peer, None)
         if asked is None:
             return []

@@ -14,11 +14,7 @@ A request that several decode ranks share is accepted when all of them have aske
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import math
-import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +22,18 @@ import numpy as np
 
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.engine.base import seconds
-from aiotransfer.errors import BusyError, ClosedError, DescriptorError, TransferError, TransferTimeout
+from aiotransfer.errors import DescriptorError, TransferTimeout
 from aiotransfer.kv import wire
-from aiotransfer.kv.errors import RequestFailed
 from aiotransfer.kv.layout import KVLayout, LayoutMismatch
-from aiotransfer.kv.ledger import OVERHEAD, Ledger, Refusal
+from aiotransfer.kv.ledger import OVERHEAD, Ledger, Refusal, Target
+from aiotransfer.kv.offers import Offers
 from aiotransfer.kv.plan import Receivers, Tables, TransferPlan, receivers
-from aiotransfer.kv.request import CLASSES, TELL_SECONDS, PrefillRequest, Target, Write
+from aiotransfer.kv.request import CLASSES, TELL_SECONDS, PrefillRequest, Side
 from aiotransfer.kv.role import Role
 from aiotransfer.kv.room import Room
-from aiotransfer.kv.schedule import Job, Schedule
-from aiotransfer.kv.slots import HEADER_BYTES, Slots, check_pool, is_twice, page_ids_of, whole
+from aiotransfer.kv.schedule import Schedule
+from aiotransfer.kv.slots import HEADER_BYTES, is_twice, page_ids_of, whole
+from aiotransfer.kv.writer import Write, Writer
 from aiotransfer.model.descriptor import RemoteRegion
 
 if TYPE_CHECKING:
@@ -46,7 +43,6 @@ if TYPE_CHECKING:
     from aiotransfer.kv.record import RequestRecord
 
 MOST_PLANS = 256  # layouts of decode ranks that are remembered
-BUSY_SECONDS = 0.001  # before a write that the engine had no room for is tried again
 
 
 class Prefiller(Role):
@@ -66,28 +62,19 @@ class Prefiller(Role):
         reserved_bytes: int = 256 << 20, peer_bytes: int = 256 << 20, class_bytes: Mapping[int, int] | None = None,
         on_record: Callable[[RequestRecord], object] | None = None,
     ) -> None:  # fmt: skip
-        if not isinstance(layout, KVLayout):
-            raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
-        super().__init__(on_record)
-        check_pool(pages, layout, False)
+        super().__init__(engine, layout, pages, on_record, checksums=False)
         if class_bytes is not None and (beyond := [priority for priority in class_bytes if priority not in CLASSES]):
             raise ValueError(f"class_bytes: priorities from {CLASSES.start} to {CLASSES.stop - 1} have a bound, not {beyond[0]}")
-        self.engine = engine
-        self.layout = layout
-        self.pages = pages
-        self.slots = Slots(engine)
-        self.loop = asyncio.get_running_loop()
-        self._schedule: Schedule[Write] = Schedule(peer_bytes, class_bytes)
-        self._ledger = Ledger(most_requests, whole("reserved_bytes", reserved_bytes))
-        self._offered: list[tuple[int, int, PrefillRequest]] = []
-        self._order = itertools.count()
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        loop = asyncio.get_running_loop()
+        self._ledger: Ledger[PrefillRequest] = Ledger(most_requests, whole("reserved_bytes", reserved_bytes))
+        self._offers: Offers[PrefillRequest] = Offers(loop)
+        schedule: Schedule[Write] = Schedule(peer_bytes, class_bytes)
         self._plans: dict[KVLayout, tuple[TransferPlan, Receivers]] = {}
         self._tables = Tables()  # of all of these
-        self._withdrawn = 0  # of what is offered: nobody can take it any more
-        self._held_back: Job[Write] | None = None  # the engine had no room for it
         self._closed = False
         self.room = Room.enter(engine, wire.TO_PREFILLER, self)
+        self._writer = Writer(self.room, loop, schedule)
+        self._side = Side(self, loop, self._ledger, self._offers, self._writer)
 
     @property
     def requests(self) -> dict[tuple[str, str], PrefillRequest]:
@@ -107,36 +94,11 @@ class Prefiller(Role):
         patience = seconds(timeout, math.inf)
         try:
             async with Patience(patience):
-                return await self._accept()
+                return await self._offers.accept()
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
                 raise
             raise TransferTimeout(f"no request came within {patience:g} s") from None
-
-    async def _accept(self) -> PrefillRequest:
-        while True:
-            while self._offered:
-                request = heapq.heappop(self._offered)[2]
-                if request.accept():
-                    return request
-                self._withdrawn -= 1
-            if self._closed:
-                raise ClosedError("the prefiller is closed")
-            waiter: asyncio.Future[None] = self.loop.create_future()
-            self._waiters.append(waiter)
-            try:
-                await waiter
-            except BaseException:
-                if waiter.done() and not waiter.cancelled():
-                    self._wake()  # what woke us is somebody else's now
-                raise
-
-    def _wake(self) -> None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
 
     # ---- reservations ----
 
@@ -177,7 +139,7 @@ class Prefiller(Role):
             raise Refusal("protocol", f"number {message.number} is that of a request which is under way")
         target = self._target(peer, message, plan, OVERHEAD + (len(message.data) if known is None else 0))
         ledger.make_room(peer, target.nbytes, new=known is None)
-        request = known or PrefillRequest(self, key, message, places)
+        request = known or PrefillRequest(self._side, key, message, places)
         ledger.enter(request, target, lambda peer: self.room.own(self._await_loss(peer)))
         request.add(target)
 
@@ -221,99 +183,18 @@ class Prefiller(Role):
         nbytes += len(message.page_ids) + len(message.pages) + len(message.tail)
         return Target(peer, message.number, plan, pool, tail, ids, message.imm, nbytes)
 
-    def offer(self, request: PrefillRequest) -> None:
-        """All of its decode ranks have asked."""
-        heapq.heappush(self._offered, (-request.priority, next(self._order), request))
-        self._wake()
-
-    def forget(self, request: PrefillRequest) -> None:
-        """It is over."""
-        self._ledger.leave(request)
-
-    def withdraw(self) -> None:
-        """One of the offered requests is over. They are taken out when they are the most of those that wait."""
-        self._withdrawn += 1
-        if 2 * self._withdrawn > len(self._offered):
-            self._offered = [entry for entry in self._offered if entry[2].state == "offered"]
-            heapq.heapify(self._offered)
-            self._withdrawn = 0
-
     async def _await_loss(self, peer: Peer) -> None:
         await peer.closed()
         for request in self._ledger.gone(peer):
             request.lost(peer)
-
-    # ---- writing ----
-
-    def submit(self, job: Job[Write]) -> None:
-        """Write it when it is its turn."""
-        self._schedule.add(job)
-        self._pump()
-
-    def drop(self, request: PrefillRequest) -> None:
-        """Write nothing more of it."""
-        for job in self._schedule.drop(request):
-            request.ended(job.work)
-        if self._held_back is not None and self._held_back.request is request:
-            job, self._held_back = self._held_back, None
-            self._schedule.done(job)
-            request.ended(job.work)
-        self._pump()
-
-    def _pump(self) -> None:
-        while self._held_back is None and (job := self._schedule.next()) is not None:
-            self._post(job)
-
-    def _post(self, job: Job[Write]) -> None:
-        write = job.work
-        write.posted = time.time()
-        try:
-            transfer = write.post()
-        except BusyError:
-            write.request.retries += 1
-            self._held_back = job
-            self.loop.call_later(BUSY_SECONDS, self._again, job)
-        except TransferError as error:
-            self._schedule.done(job)
-            write.request.ended(write, error)
-        except Exception as error:  # what a peer offered may be unfit in ways that are found only now
-            self._schedule.done(job)
-            text = f"request {write.request.id!r}: what {write.peer} offered cannot be written to: {error!r}"
-            write.request.ended(write, RequestFailed(text, id=write.request.id, peer=str(write.peer.address)))
-        else:
-            self.room.own(self._carry(job, transfer))
-
-    def _again(self, job: Job[Write]) -> None:
-        if self._held_back is job:
-            self._held_back = None
-            self._post(job)
-            self._pump()
-
-    async def _carry(self, job: Job[Write], transfer: Any) -> None:
-        write = job.work
-        error: BaseException | None = None
-        write.transfer = transfer
-        try:
-            await transfer
-        except TransferError as failure:
-            error = failure
-        except asyncio.CancelledError as failure:
-            error = failure  # by `drop`, or with the loop
-        except Exception as failure:
-            error = RequestFailed(f"a write of request {write.request.id!r} failed: {failure!r}", id=write.request.id)
-        self._schedule.done(job)
-        write.request.ended(write, error)
-        self._pump()
 
     # ---- the end ----
 
     async def aclose(self) -> None:
         """Give up what is under way, tell its decoders, wait until nothing is being written. Twice is silent."""
         self._closed = True
+        self._offers.close()
         ending = [request.abandon("its prefiller was closed") for request in list(self._ledger.requests.values())]
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
         try:
             if ending:
                 await despite_cancels(asyncio.ensure_future(asyncio.wait(ending)))
@@ -324,4 +205,5 @@ class Prefiller(Role):
             await self.room.leave(self)
 
     def __repr__(self) -> str:
-        return f"<Prefiller of {self.engine.address}: {len(self._ledger.requests)} requests, {len(self._schedule)} writes wait>"
+        waiting = len(self._writer.schedule)
+        return f"<Prefiller of {self.engine.address}: {len(self._ledger.requests)} requests, {waiting} writes wait>"

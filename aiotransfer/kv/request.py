@@ -7,8 +7,8 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,14 @@ from aiotransfer.errors import PeerLostError, StaleRegionError, TransferTimeout,
 from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.errors import RequestCancelled, RequestFailed
 from aiotransfer.kv.layout import KVLayout, Place
+from aiotransfer.kv.ledger import Key, Ledger, Target
+from aiotransfer.kv.offers import Offers
 from aiotransfer.kv.record import RequestRecord
 from aiotransfer.kv.saga import PREFILL, Saga
 from aiotransfer.kv.schedule import Job
 from aiotransfer.kv.slots import HEADER_BYTES, memory_of, page_ids_of, whole
 from aiotransfer.kv.verify import sums_of_layer
+from aiotransfer.kv.writer import Write, Writer
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -32,46 +35,23 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import RegionView
     from aiotransfer.engine.transfer import Transfer
-    from aiotransfer.kv.plan import Receivers, TransferPlan
-    from aiotransfer.kv.prefiller import Prefiller
-    from aiotransfer.model.descriptor import RemoteRegion
+    from aiotransfer.kv.plan import Receivers
+    from aiotransfer.kv.role import Role
 
 TELL_SECONDS = 5.0  # that a decode side may take to make room for the news that a request has failed
 GATHER_SECONDS = 600.0  # within which all decode ranks of a request must have asked
 CLASSES = range(-128, 128)  # of priorities that the order of writes tells apart; those beyond count as the nearest
 OF_RANK = ("tp_rank", "pp_rank", "num_pages", "offset", "layer_range", "head_range")  # what ranks of one instance may differ in
 
-Key: TypeAlias = tuple[str | int, str]  # the instance's name, or the incarnation of the peer that is all of one; and the id
 
+class Side(NamedTuple):
+    """What the requests of a prefiller share."""
 
-@dataclass(slots=True, eq=False)
-class Target:
-    """A decode rank of a request."""
-
-    peer: Peer
-    number: int
-    plan: TransferPlan
-    pool: RemoteRegion
-    tail: RemoteRegion
-    page_ids: NDArray[np.int64]
-    imm: int
-    nbytes: int  # that its reservation takes here
-    sums: dict[int, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class Write:
-    """One write of a request, which `post` begins."""
-
-    request: PrefillRequest
-    peer: Peer
-    post: Callable[[], Transfer]
-    blocks: int
-    nbytes: int
-    layer: int = -1
-    ready: float = 0.0
-    posted: float = 0.0
-    transfer: Transfer | None = None
+    role: Role
+    loop: asyncio.AbstractEventLoop
+    ledger: Ledger[PrefillRequest]
+    offers: Offers[PrefillRequest]
+    writer: Writer
 
 
 class LayerWrite(NamedTuple):
@@ -90,7 +70,7 @@ class PrefillRequest(Unpicklable):
 
     _instead = "what the model needs is in .id, .tokens and .data"
 
-    def __init__(self, prefiller: Prefiller, key: Key, message: wire.Reserve, places: Receivers) -> None:
+    def __init__(self, side: Side, key: Key, message: wire.Reserve, places: Receivers) -> None:
         self.key = key
         self.id: str = message.id
         self.instance: str = key[0] if isinstance(key[0], str) else f"{key[0]:016x}"
@@ -101,7 +81,9 @@ class PrefillRequest(Unpicklable):
         self._class = max(CLASSES.start, min(self.priority, CLASSES.stop - 1))
         self.targets: list[Target] = []
         self.retries = 0
-        self._prefiller = prefiller
+        self._side = side
+        self._role = side.role
+        self._loop = side.loop
         self._places = places
         self._checksums = message.checksums
         self._saga = Saga(PREFILL, "gathering")
@@ -115,12 +97,12 @@ class PrefillRequest(Unpicklable):
         self._origin: Peer | None = None  # who need not be told
         self._tails: list[RegionView] = []
         self._timeline: list[LayerWrite] = []
-        self._over: asyncio.Future[None] = prefiller.loop.create_future()
+        self._over: asyncio.Future[None] = side.loop.create_future()
         self._idle: asyncio.Future[None] | None = None
         self._seconds = min(message.seconds, wire.MOST_SECONDS)
-        self._deadline = prefiller.loop.time() + self._seconds
+        self._deadline = side.loop.time() + self._seconds
         patience = self._seconds if len(places) == 1 else min(self._seconds, GATHER_SECONDS)
-        self._timer = prefiller.loop.call_later(patience, self._late)
+        self._timer = side.loop.call_later(patience, self._late)
         self._thread = threading.get_ident()
         self._error: Exception | None = None
 
@@ -165,15 +147,15 @@ class PrefillRequest(Unpicklable):
         self._feed("complete" if len(self.targets) == len(self._places) else "reserved")
 
     def _answer(self) -> None:
-        target, prefiller = self.targets[-1], self._prefiller
-        prefiller.room.tell(target.peer, wire.Reserved(target.number, prefiller.layout.to_dict()), self._left())
+        target, role = self.targets[-1], self._role
+        role.room.tell(target.peer, wire.Reserved(target.number, role.layout.to_dict()), self._left())
 
     def _offer(self) -> None:
         self._times["queued"] = time.time()
         if len(self._places) > 1:
             self._timer.cancel()
-            self._timer = self._prefiller.loop.call_later(self._left(), self._late)
-        self._prefiller.offer(self)
+            self._timer = self._loop.call_later(self._left(), self._late)
+        self._side.offers.offer(self)
 
     def accept(self) -> bool:
         """The application takes it; False when it is over."""
@@ -182,7 +164,7 @@ class PrefillRequest(Unpicklable):
         return self._feed("accepted")
 
     def _left(self) -> float:
-        return max(0.0, self._deadline - self._prefiller.loop.time())
+        return max(0.0, self._deadline - self._loop.time())
 
     # ---- what the application does ----
 
@@ -209,7 +191,7 @@ class PrefillRequest(Unpicklable):
     @property
     def layers(self) -> range:
         """The model's layers that this rank sends."""
-        return self._prefiller.layout.own_layers
+        return self._role.layout.own_layers
 
     def use(self, page_ids: Any) -> None:
         """The pages of this side's pool where the cache is (or will be), from the first token on.
@@ -218,7 +200,7 @@ class PrefillRequest(Unpicklable):
         """
         if self._ready:
             raise ValueError("pages are named before the first layer is ready")
-        self._page_ids = page_ids_of(page_ids, self._prefiller.layout, self.tokens)
+        self._page_ids = page_ids_of(page_ids, self._role.layout, self.tokens)
 
     def layer_ready(self, layer: int, *, upto: int | None = None) -> None:
         """The cache of this layer is in its pages for all tokens before `upto` (None: for all): send what has not been sent.
@@ -238,7 +220,7 @@ class PrefillRequest(Unpicklable):
         if threading.get_ident() == self._thread:
             self._send(layer, end)
         else:
-            self._prefiller.loop.call_soon_threadsafe(self._send_for_thread, layer, end)
+            self._loop.call_soon_threadsafe(self._send_for_thread, layer, end)
 
     async def follow(self, word: Any) -> None:
         """Take the layers that a kernel, or another process, counts in a 64-bit word (`Engine.watch`) as ready, first to last.
@@ -246,7 +228,7 @@ class PrefillRequest(Unpicklable):
         `word` holds how many of this rank's layers are ready; returns when all are, or the request is over.
         """
         layers, done = self.layers, 0
-        watcher = self._prefiller.engine.watch(word)
+        watcher = self._role.engine.watch(word)
         values = aiter(watcher)
         while done < len(layers) and not self.cancelled:
             following = asyncio.ensure_future(anext(values))
@@ -288,7 +270,7 @@ class PrefillRequest(Unpicklable):
         for target, write in zip(self.targets, writes, strict=True):
             self._add(target, write)
         if self._writes:
-            self._idle = self._prefiller.loop.create_future()
+            self._idle = self._loop.create_future()
             await asyncio.shield(self._idle)
         self._feed("committed")
         await asyncio.shield(self._over)
@@ -326,7 +308,7 @@ class PrefillRequest(Unpicklable):
         ours, theirs = self._page_ids, target.page_ids
         assert ours is not None
         if self._checksums and end == tokens and layer not in target.sums:
-            memory = memory_of(self._prefiller.pages)
+            memory = memory_of(self._role.pages)
             target.sums[layer] = sums_of_layer(plan, layer, memory, (ours, theirs), tokens, skip, here=True)
         unit = plan.unit(skip)
         first = max(skip, self._cut(self._ready.get(layer, 0), unit))
@@ -336,7 +318,7 @@ class PrefillRequest(Unpicklable):
         table = plan.table(layer, ours, theirs, skip_tokens=skip, tokens=tokens, chunk=(first, past))
         if not len(table):
             return
-        engine, pages = self._prefiller.engine, self._prefiller.pages
+        engine, pages = self._role.engine, self._role.pages
 
         def post() -> Transfer:
             self._times.setdefault("first_page", time.time())
@@ -353,7 +335,7 @@ class PrefillRequest(Unpicklable):
 
     def _add(self, target: Target, write: Write) -> None:
         self._writes[write] = None
-        self._prefiller.submit(Job(self, target.peer, self._class, write.nbytes, write))
+        self._side.writer.submit(Job(self, target.peer, self._class, write.nbytes, write))
 
     def _tail_write(self, target: Target, body: NDArray[np.uint8]) -> Write:
         sums = np.concatenate([target.sums[layer] for layer in target.plan.layers]) if self._checksums else np.empty(0, np.uint64)
@@ -361,13 +343,13 @@ class PrefillRequest(Unpicklable):
         if nbytes > target.tail.nbytes:
             room = target.tail.nbytes - HEADER_BYTES - sums.nbytes
             raise ValueError(f"a tail of {len(body)} bytes is too long: the decoder has room for {room} (its tail_bytes)")
-        slot = self._prefiller.slots.take(nbytes)
+        slot = self._role.slots.take(nbytes)
         self._tails.append(slot)
         memory = memory_of(slot)
         memory[:HEADER_BYTES] = np.array([len(body), len(sums)], np.uint64).view(np.uint8)
         memory[HEADER_BYTES : HEADER_BYTES + sums.nbytes] = sums.view(np.uint8)
         memory[HEADER_BYTES + sums.nbytes : nbytes] = body
-        engine = self._prefiller.engine
+        engine = self._role.engine
 
         def post() -> Transfer:
             return engine.write(slot[:nbytes], target.tail[:nbytes], imm=target.imm, timeout=self._left())
@@ -424,28 +406,28 @@ class PrefillRequest(Unpicklable):
             self._feed("drained")
 
     def _stop(self) -> None:
-        self._prefiller.drop(self)
+        self._side.writer.drop(self)
         for write in list(self._writes):
             if write.transfer is not None:
                 write.transfer.cancel()
 
     def _withdraw(self) -> None:
-        self._prefiller.withdraw()
+        self._side.offers.withdraw()
 
     def _tell(self) -> None:
         why = str(self._error).partition("\n")[0]
         for target in self.targets:
             if target.peer is not self._origin and target.peer.state in ("up", "busy"):
-                self._prefiller.room.tell(target.peer, wire.Failed(target.number, why, self._outcome == "late"), TELL_SECONDS)
+                self._role.room.tell(target.peer, wire.Failed(target.number, why, self._outcome == "late"), TELL_SECONDS)
 
     def _record(self) -> None:
         self._timer.cancel()
-        self._prefiller.forget(self)
+        self._side.ledger.leave(self)
         for slot in self._tails:
-            self._prefiller.slots.give(slot)
+            self._role.slots.give(slot)
         times = self._times
         path = next((target.peer.path.provider for target in self.targets if target.peer._path is not None), "")
-        self._prefiller.recorded(
+        self._role.recorded(
             RequestRecord(
                 self.id, "prefill", tuple(str(target.peer.address) for target in self.targets), path, self.priority, self.tokens,
                 self.skip_tokens, self._blocks, self._nbytes, times["queued"], times.get("reserved"), times.get("first_page"),

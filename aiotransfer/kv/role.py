@@ -1,4 +1,4 @@
-"""What decoders and prefillers have in common: records of what is over, and an end that `async with` brings."""
+"""What decoders and prefillers have in common: a pool of pages, records of what is over, an end that `async with` brings."""
 
 from __future__ import annotations
 
@@ -7,23 +7,43 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.kv.layout import KVLayout
+from aiotransfer.kv.slots import Slots, check_pool
 from aiotransfer.kv.tracing import trace
 from aiotransfer.telemetry.records import MOST_RECORDS, Host
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.region import Region
     from aiotransfer.kv.record import RequestRecord
+    from aiotransfer.kv.room import Room
 
 R = TypeVar("R", bound="Role")
 
 
 class Role(Unpicklable):
-    """A decoder or a prefiller."""
+    """A decoder or a prefiller, as its requests know it: `pages` holds the pool of `layout`.
+
+    Raises `TypeError` where `layout` is none, `RegionError` when the pool does not lie in the region, and `ConfigurationError`
+    for `checksums` of memory that the host cannot read.
+    """
 
     _instead = "make it in the process that has the memory"
+    room: Room  # entered last, by the subclass: it needs nothing else that can fail
 
-    def __init__(self, on_record: Callable[[RequestRecord], object] | None) -> None:
+    def __init__(
+        self, engine: Engine, layout: KVLayout, pages: Region, on_record: Callable[[RequestRecord], object] | None, *,
+        checksums: bool,
+    ) -> None:  # fmt: skip
+        if not isinstance(layout, KVLayout):
+            raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
+        check_pool(pages, layout, checksums)
+        self.engine = engine
+        self.layout = layout
+        self.pages = pages
+        self.slots = Slots(engine)
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
         self.on_record = on_record
         self._host = Host()

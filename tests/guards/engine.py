@@ -97,8 +97,8 @@ GUARDS = (
     ),
     Mutant(
         "kv: the immediate of a request only after the proof", "aiotransfer/kv/handle.py",
-        "        self._decoder.forget(part.number for part in self._parts)\n",
-        "        self._decoder.engine._values.give_back(self._counter)\n",
+        "        self._pool.forget(part.number for part in self._parts)\n",
+        "        self._role.engine._values.give_back(self._counter)\n",
         "tests/kv/test_many.py",
     ),
     Mutant(
@@ -137,7 +137,7 @@ GUARDS = (
         "if False else asked.kept", "tests/kv/test_many.py",
     ),
     Mutant(
-        "kv: withdrawn requests are taken out", "aiotransfer/kv/prefiller.py",
+        "kv: withdrawn requests are taken out", "aiotransfer/kv/offers.py",
         "if 2 * self._withdrawn > len(self._offered):", "if False:", "tests/kv/test_many.py",
     ),
     Mutant(

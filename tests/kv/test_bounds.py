@@ -274,7 +274,7 @@ async def test_any_number_of_priorities_makes_a_bounded_number_of_classes() -> N
                 accepted = await both.prefiller.accept(timeout=10)
                 accepted.use([0, 1, 2])
                 accepted.layer_ready(0)
-            assert len(both.prefiller._schedule._classes) <= len(request.CLASSES)
+            assert len(both.prefiller._writer.schedule._classes) <= len(request.CLASSES)
     async with at.open_engine() as engine:
         region = engine.allocate(small().pool_bytes)
         with pytest.raises(ValueError, match="class_bytes: priorities from -128 to 127"):

@@ -24,7 +24,7 @@ async def until(condition: Any, seconds: float = 5) -> None:
 
 async def all_is_free(both: Party) -> None:
     """Nothing is left of any request, on either side, and the next one works."""
-    await until(lambda: not both.prefiller.requests and not both.decoder._requests)
+    await until(lambda: not both.prefiller.requests and not both.decoder.pool.holders)
     assert not both.decoder.held
     cache = cache_of(both.prefill.layout, 12, 99)
     serving = asyncio.create_task(both.serve(cache, [0, 1, 2]))
@@ -66,7 +66,7 @@ async def test_more_requests_than_are_taken_are_refused_on_either_side() -> None
             with pytest.raises(kv.RequestRefused, match="which is the most"):
                 async with both.decoder.request(both.peer, "d", [3]):
                     pass
-            both.decoder.most_requests = 2
+            both.decoder.pool.most_requests = 2
             with pytest.raises(at.BusyError, match="2 requests are under way"):
                 both.decoder.request(both.peer, "d", [3])
         await all_is_free(both)
@@ -382,12 +382,12 @@ async def _answer(both: Party, message: wire.Reserve) -> None:
         def receive(self, peer: at.Peer, answer: Any) -> None:
             answers.put_nowait(answer)
 
-    both.decoder._by_number[message.number] = Listener()  # type: ignore[assignment]
+    both.decoder.pool.expect(message.number, Listener())  # type: ignore[arg-type]
     try:
         await both.peer.send(wire.encode(message))
         async with asyncio.timeout(5):
             answer = await answers.get()
     finally:
-        del both.decoder._by_number[message.number]
+        both.decoder.pool.forget([message.number])
     assert isinstance(answer, wire.Refused), answer
     raise at.DescriptorError(answer.text)

@@ -32,7 +32,7 @@ async def test_requests_that_are_cancelled_before_anybody_takes_them_do_not_pile
         async with asyncio.timeout(10):
             while both.prefiller.requests:
                 await asyncio.sleep(0.01)
-        assert len(both.prefiller._offered) <= 1
+        assert len(both.prefiller._offers) <= 1
         await filled(both, "after", [1, 2, 3])
         assert [record.outcome for record in both.prefiller.records].count("cancelled") == 30
 

@@ -12,7 +12,6 @@ import aiotransfer as at
 from aiotransfer.kv import RequestRecord
 from aiotransfer.kv.metrics import on_record
 from aiotransfer.kv.record import OUTCOMES
-from aiotransfer.kv.role import Role
 from tests.kv.party import cache_of, party
 
 prometheus = pytest.importorskip("prometheus_client", reason="prometheus_client is not installed (the extra `metrics`)")
@@ -105,13 +104,14 @@ def test_a_registry_takes_them_once(registry: Any) -> None:
         on_record(registry=registry)
 
 
-def test_a_call_of_the_host_that_fails_is_logged_and_raised_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.asyncio
+async def test_a_call_of_the_host_that_fails_is_logged_and_raised_nowhere(caplog: pytest.LogCaptureFixture) -> None:
     def fail(_: RequestRecord) -> None:
         raise KeyError("of the host")
 
-    role = Role(fail)
-    role.recorded(record(), None)
-    assert list(role.records) == [record()]
+    async with party(options={"on_record": fail}) as both:
+        both.decoder.recorded(record(), None)
+        assert list(both.decoder.records) == [record()]
     assert "of the host" in caplog.text
 
 

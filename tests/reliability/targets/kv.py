@@ -126,7 +126,7 @@ async def _decoder() -> AsyncIterator[Take]:
             while not isinstance(asked := wire.decode((message := await anext(messages)).data), wire.Reserve):
                 pass
             handle._parts[0].number = 7  # what the messages name
-            both.decoder.expect(7, handle)
+            both.decoder.pool.expect(7, handle)
             await message.peer.send(data)
             await message.peer.send(wire.encode(wire.Failed(7, "the end")))
             taken = False
@@ -135,7 +135,7 @@ async def _decoder() -> AsyncIterator[Take]:
                 taken = True
                 await handle.arrived(timeout=10)
             await handle.__aexit__(None, None, None)
-            both.decoder.forget([asked.number, 7])
+            both.decoder.pool.forget([asked.number, 7])
             assert not both.decoder.held
             await _ordinary(both)
             return taken
