@@ -10,6 +10,7 @@ begins: one that waits costs a thread and nothing else. When `MOST_THREADS` of t
 from __future__ import annotations
 
 import _thread
+import atexit
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ from contextlib import suppress
 
 MOST_THREADS = 32  # in which a `close` waits at a time
 MOST_LEFT = 256  # descriptors that no thread has begun to close
+BEGUN_SECONDS = 10.0  # that a thread which was started may take to begin, at the end of the interpreter
 IDLE_SECONDS = 0.01  # for which a thread waits for the next descriptor: a flood of them does not start a thread for each
 
 
@@ -28,11 +30,13 @@ class Closer:
         self._changed = threading.Condition()
         self._left: deque[int] = deque()
         self._threads = 0
+        self._starting = 0  # of these: have not begun
         self._idle = 0
+        self._over = False
 
     def close(self, fds: list[int]) -> None:
         """Close these soon, and empty the list; never waits."""
-        if sys.is_finalizing():  # no thread begins any more, and one that has stopped may hold the lock: the process closes them
+        if self._over or sys.is_finalizing():  # one that has stopped may hold the lock: the process closes them as it ends
             fds.clear()
             return
         with self._changed:
@@ -50,6 +54,17 @@ class Closer:
         with self._changed:
             self._changed.wait_for(lambda: not (self._threads or self._left), seconds)
 
+    def end(self) -> None:
+        """Start no thread any more, and wait until those that were started have begun.
+
+        A thread's state in the interpreter is made before the thread begins. CPython frees it when the interpreter ends, also
+        that of a thread which the system has not let run yet (a busy machine), and that thread then writes to what was freed.
+        Since 3.11.6 it looks first, and the time between that look and the write remains.
+        """
+        with self._changed:
+            self._over = True
+            self._changed.wait_for(lambda: not self._starting, BEGUN_SECONDS)
+
     @property
     def full(self) -> bool:
         """So many descriptors wait for a thread that no more should be taken from others."""
@@ -57,15 +72,20 @@ class Closer:
 
     def _start(self) -> None:
         self._threads += 1
+        self._starting += 1
         try:
             _thread.start_new_thread(self._run, ())  # `Thread.start` takes locks, and a finaliser may be inside it already
         except RuntimeError:  # no more threads in this process
             self._threads -= 1
+            self._starting -= 1
             while self._left and not self._threads:  # nor is one left that would come round
                 _close(self._left.popleft())
 
     def _run(self) -> None:
         with self._changed:
+            self._starting -= 1
+            if self._over:
+                self._changed.notify_all()
             while True:
                 if not self._left:
                     self._idle += 1
@@ -98,7 +118,12 @@ def _forked() -> None:
     _closer = Closer()  # the threads are the parent's; descriptors that were left are closed with this process
 
 
+def _at_exit() -> None:
+    _closer.end()
+
+
 os.register_at_fork(after_in_child=_forked)
+atexit.register(_at_exit)
 
 
 def close_elsewhere(fds: list[int]) -> None:

@@ -34,6 +34,10 @@ GUARDS = (
         "    _closer.close(fds)\n", "    for fd in fds:\n        _close(fd)\n", "tests/providers/test_fdlistener.py",
     ),
     Mutant(
+        "exit: every thread that was started has begun", "aiotransfer/providers/elsewhere.py",
+        "atexit.register(_at_exit)", "atexit", "tests/providers/test_elsewhere.py",
+    ),
+    Mutant(
         "what a refused offer brought is not closed on the loop", "aiotransfer/providers/shm.py",
         "            close_elsewhere([*fds, *(fd for fd in (process, mem) if fd >= 0)])\n",
         "            fdchannel.close_all([*fds, *(fd for fd in (process, mem) if fd >= 0)])\n",
