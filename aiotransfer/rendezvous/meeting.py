@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiotransfer.engine.base import seconds
-from aiotransfer.errors import RendezvousError
+from aiotransfer.errors import ConfigurationError, RendezvousError
 from aiotransfer.rendezvous import roster
 from aiotransfer.rendezvous.store import FIRST_PAUSE, LONGEST_PAUSE, Caller, Store
 
@@ -28,7 +30,8 @@ async def over_store(
     what earlier starts left in the store is told apart in any case. Ends within `timeout` seconds (None: the engine's).
 
     Raises `RendezvousError` naming the ranks that are missing, or why those that came cannot be one group, `ConfigurationError`
-    when this engine listens on no address that others could use, `TypeError` or `ValueError`.
+    when this engine listens on no address that others could use (at once; the other ranks raise a `RendezvousError` that names
+    this one and its reason, as soon as they look), `TypeError` or `ValueError`.
     """
     patience = seconds(timeout, engine.timeout)
     return await meet(engine, Caller(store, asyncio.get_running_loop().time() + patience, patience), rank, world_size, prefix)
@@ -36,20 +39,25 @@ async def over_store(
 
 async def meet(engine: Engine, caller: Caller, rank: int, world_size: int, prefix: str) -> list[str]:
     """`over_store` with the deadline of its caller."""
-    roster.check_place(rank, world_size, engine.address)
+    try:
+        roster.check_place(rank, world_size, engine.address)
+    except ConfigurationError as error:
+        await _refuse(caller, roster.Keys(prefix, world_size), rank, error.message)
+        raise
     keys = roster.Keys(prefix, world_size)
     own = roster.Entry(rank, world_size, str(engine.address), engine.incarnation, _place())
     await caller.set(keys.entries[rank], own.encode())
     pause = FIRST_PAUSE
     while True:
-        await _all_there(caller, keys.entries)
+        await _all_there(caller, keys, rank, keys.entries)
         entries = await caller.get_all(keys.entries)
         mine = roster.digest(entries)
         await caller.set(keys.digests[rank], mine)
-        await _all_there(caller, keys.digests)
+        await _all_there(caller, keys, rank, keys.digests)
         others = [index for index, found in enumerate(await caller.get_all(keys.digests)) if found != mine]
         if not others:
             return roster.addresses(own, entries)
+        await _look_for_refusal(caller, keys, rank)
         if caller.left <= 0:
             roster.addresses(own, entries)  # the better reason, if there is one
             raise RendezvousError(
@@ -74,19 +82,46 @@ async def from_list(
     return group
 
 
-async def _all_there(caller: Caller, keys: Sequence[str]) -> None:
+async def _all_there(caller: Caller, keys: roster.Keys, rank: int, wanted: Sequence[str]) -> None:
     pause = FIRST_PAUSE
-    while not await caller.have(keys):
+    while not await caller.have(wanted):
+        await _look_for_refusal(caller, keys, rank)
         if caller.left <= 0:
-            absent = await caller.absent(keys)
+            absent = await caller.absent(wanted)
             if not absent:
                 return
             raise RendezvousError(
-                f"{roster.named(absent)} of {len(keys)} did not come within {caller.seconds:g} s",
+                f"{roster.named(absent)} of {len(wanted)} did not come within {caller.seconds:g} s",
                 hint="did that process start, and did it reach the same store?",
             )
         await asyncio.sleep(min(pause, max(caller.left, 0)))
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+async def _refuse(caller: Caller, keys: roster.Keys, rank: int, reason: str) -> None:
+    """Tell the ranks that wait for this one. A store that takes no words is no better reason than the one that is raised."""
+    refusal = roster.Refusal(rank, secrets.token_hex(8), reason)
+    with contextlib.suppress(RendezvousError):
+        await caller.set(keys.entries[rank], refusal.encode())
+        await caller.set(keys.refused, b"%d" % rank)
+
+
+async def _look_for_refusal(caller: Caller, keys: roster.Keys, rank: int) -> None:
+    """Raise `RendezvousError` where a rank has said that it cannot take part, and this rank was not told so before."""
+    if not await caller.have([keys.refused]):
+        return
+    (named,) = await caller.get_all([keys.refused])
+    if not named.isdigit() or len(named) > 9 or int(named) >= len(keys.entries) or int(named) == rank:
+        return
+    (entry,) = await caller.get_all([keys.entries[int(named)]])
+    refusal = roster.Refusal.decode(entry)
+    if refusal is None or refusal.rank != int(named):
+        return  # it has come since
+    told = keys.told[rank]
+    if await caller.have([told]) and await caller.get_all([told]) == [entry]:
+        return  # of an earlier start
+    await caller.set(told, entry)
+    raise refusal.error()
 
 
 def _place() -> str:

@@ -19,6 +19,7 @@ from aiotransfer.model.address import Address
 FORMAT = 1
 MOST_NAMED = 8
 MOST_ENTRY = 4096  # bytes of one
+MOST_REASON = 500  # characters of a refusal
 
 
 class Entry(NamedTuple):
@@ -40,6 +41,8 @@ class Entry(NamedTuple):
         try:
             if len(data) > MOST_ENTRY:
                 raise ValueError
+            if (refusal := Refusal.decode(data)) is not None and refusal.rank == rank:
+                raise refusal.error()
             version, *fields = json.loads(data)
             entry = cls(*fields)
             Address.parse(entry.address)
@@ -53,12 +56,47 @@ class Entry(NamedTuple):
         return entry
 
 
+class Refusal(NamedTuple):
+    """What a rank writes instead of its entry when it cannot take part. `mark` is another one each time."""
+
+    rank: int
+    mark: str
+    reason: str
+
+    def encode(self) -> bytes:
+        """For the store."""
+        return json.dumps([FORMAT, "refused", self.rank, self.mark, self.reason[:MOST_REASON]]).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Refusal | None:
+        """None for what is no refusal."""
+        try:
+            if len(data) > MOST_ENTRY:
+                return None
+            version, kind, rank, mark, reason = json.loads(data)
+        except (ValueError, TypeError, RecursionError):
+            return None
+        if [version, kind, type(rank), type(mark), type(reason)] != [FORMAT, "refused", int, str, str]:
+            return None
+        return cls(rank, mark, reason[:MOST_REASON])
+
+    def error(self) -> RendezvousError:
+        """What the other ranks raise."""
+        return RendezvousError(
+            f"rank {self.rank} cannot take part: {' '.join(self.reason.split())}",
+            hint=f"mend it on rank {self.rank}, then start all ranks again",
+        )
+
+
 class Keys:
-    """The names of all keys of one meeting."""
+    """The names of all keys of one meeting. `refused` names the rank that has refused last; its refusal is its entry. A rank
+    writes the refusal of which it was told under `told`: in a store that outlives a start, it is an old one the next time."""
 
     def __init__(self, prefix: str, size: int) -> None:
         self.entries = [f"{prefix}aiotransfer/entry/{rank}" for rank in range(size)]
         self.digests = [f"{prefix}aiotransfer/digest/{rank}" for rank in range(size)]
+        self.told = [f"{prefix}aiotransfer/told/{rank}" for rank in range(size)]
+        self.refused = f"{prefix}aiotransfer/refused"
 
 
 def check_place(rank: int, size: int, address: Address) -> None:

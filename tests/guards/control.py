@@ -76,6 +76,15 @@ GUARDS = (
         "tests/control/test_handshake.py",
     ),
     Mutant(
+        "a refusal is told by the store", "aiotransfer/rendezvous/meeting.py",
+        "        await caller.set(keys.refused, b\"%d\" % rank)\n", "", "tests/rendezvous/test_meeting.py",
+    ),
+    Mutant(
+        "a refusal of an earlier start is none", "aiotransfer/rendezvous/meeting.py",
+        "if await caller.have([told]) and await caller.get_all([told]) == [entry]:", "if False:",
+        "tests/rendezvous/test_meeting.py",
+    ),
+    Mutant(
         "names are looked up before they are dialled", "aiotransfer/rendezvous/environment.py",
         "                found = await loop.getaddrinfo(",
         "                await asyncio.open_connection(launch.host, 4)\n                found = await loop.getaddrinfo(",

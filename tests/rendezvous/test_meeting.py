@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections.abc import AsyncIterator
 
@@ -80,6 +81,53 @@ async def test_a_rank_that_left_only_an_old_entry_is_named() -> None:
     async with engines(1) as (new,):
         with pytest.raises(at.RendezvousError, match="rank 1 of 2 did not come, or did not agree"):
             await rendezvous.over_store(new, store, 0, 2, timeout=0.2)
+
+
+@pytest.mark.parametrize("kind", [DictStore, CheckedStore])
+@pytest.mark.parametrize("first", ["refused", "waiting"])
+@pytest.mark.asyncio
+async def test_a_rank_that_cannot_be_reached_is_refused_at_once_and_the_others_are_told(
+    kind: type[DictStore], first: str
+) -> None:
+    """Without a deadline: who waited for it would hang. The mended rank meets the others in the same store."""
+    store = kind()
+    async with engines(2) as (zero, two), at.open_engine(listen="0.0.0.0:0") as everywhere:
+
+        async def wait_for_it() -> None:
+            async def one(engine: at.Engine, rank: int) -> None:
+                with pytest.raises(at.RendezvousError, match=r"rank 1 cannot take part: .*0\.0\.0\.0:\d+ is where"):
+                    await rendezvous.over_store(engine, store, rank, 3, timeout=math.inf)
+
+            await asyncio.gather(one(zero, 0), one(two, 2))
+
+        async def refused() -> None:
+            with pytest.raises(at.ConfigurationError, match="no address that others could connect to"):
+                await rendezvous.over_store(everywhere, store, 1, 3, timeout=math.inf)
+
+        for _ in range(2):  # the second time the store holds what was said before
+            if first == "refused":
+                await refused()
+                await wait_for_it()
+            else:
+                waiting = asyncio.create_task(wait_for_it())
+                await asyncio.sleep(0.05)
+                assert not waiting.done()
+                await refused()
+                await waiting
+        async with engines(1) as (one,):
+            early = [asyncio.create_task(rendezvous.over_store(e, store, r, 3)) for e, r in ((zero, 0), (two, 2))]
+            await asyncio.sleep(0.05)  # the refusal of before is still there, and stands for nothing any more
+            there = await rendezvous.over_store(one, store, 1, 3)
+            assert [await task for task in early] == [there, there]
+
+
+@pytest.mark.asyncio
+async def test_what_somebody_else_wrote_where_refusals_stand_is_not_one() -> None:
+    store = CheckedStore()
+    async with engines(2) as members:
+        for junk in (b"", b"1", b"7", b"-1", b"9" * 100, b"\xff"):
+            store.set("aiotransfer/refused", junk)
+            assert len(await meet(members, store)) == 2
 
 
 @pytest.mark.asyncio
