@@ -19,6 +19,15 @@ GUARDS = (
         "if (one->peer->port->window != 0 && one->posted == 0) continue;", "", "tests/engine/test_withheld.py",
     ),
     Mutant(
+        "reposts: what is refused after a break stays asked for", "ffi/fabric/post.c",
+        "    at_fab_still_stalled(peer, &end->again);\n", "", "tests/native/test_reposts.py",
+    ),
+    Mutant(
+        "reposts: the same of a bundle", "ffi/fabric/bundle.c",
+        "    if (room) at_fab_still_stalled(peer, &bundle->again); /* else one that comes up will ask */\n", "",
+        "tests/native/test_reposts.py",
+    ),
+    Mutant(
         "withheld: a grant that is over ends what waits for a copier", "ffi/fabric/letters.c",
         "for (int risk = 0; risk < AT_RISKS; risk++) {\n        for (at_op *op",
         "for (int risk = 0; risk < 1; risk++) {\n        for (at_op *op",

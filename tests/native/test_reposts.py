@@ -1,0 +1,24 @@
+"""A post that a fabric put off after a connection broke is asked for again, also when another post came in between."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+FFI = HERE.parent.parent / "ffi"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or shutil.which("cc") is None, reason="needs Linux and a compiler")
+def test_what_is_refused_after_a_break_stays_asked_for(tmp_path: Path) -> None:
+    program = tmp_path / "reposts"
+    rest = [str(f) for folder in ("lane", "fabric") for f in sorted((FFI / folder).glob("*.c")) if f.name != "queue.c"]
+    command = ["cc", "-std=gnu11", "-O1", "-pthread", f"-I{FFI}", str(HERE / "reposts.c"), *rest, "-o", str(program), "-ldl"]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"{done.returncode}: {done.stdout}"
