@@ -19,6 +19,17 @@ async def engine_on(host: Place, **options: Any) -> AsyncIterator[at.Engine]:
             yield engine
 
 
+async def counted(engine: at.Engine, peer: at.Peer, expected: int, seconds: float = 20) -> None:
+    """The other process counts so many arrivals, and no more. A write is over here when the other side has its bytes; that
+    process may read what its queue says of them a moment after a message that was sent later."""
+    async with asyncio.timeout(seconds):
+        while (count := int(await told(engine, peer, "count"))) < expected:
+            await asyncio.sleep(0.01)
+    assert count == expected
+    await asyncio.sleep(0.05)
+    assert int(await told(engine, peer, "count")) == expected
+
+
 async def told(engine: at.Engine, peer: at.Peer, command: str, seconds: float = 20) -> str:
     """Send a command to the other process; its answer."""
     await peer.send(command.encode())

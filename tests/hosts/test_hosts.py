@@ -14,7 +14,7 @@ import pytest
 import aiotransfer as at
 from aiotransfer.testing import payload
 from tests.engine.processes import NBYTES, other_process
-from tests.hosts.engines import engine_on, told
+from tests.hosts.engines import counted, engine_on, told
 from tests.hosts.net import Hosts, Weather
 from tests.needs import needs_hosts
 
@@ -48,7 +48,7 @@ async def moved(engine: at.Engine, peer: at.Peer, nbytes: int) -> None:
     await engine.write_pages(source, pages, there, pages, page_bytes=PAGE, imm=1)
     await engine.read(readable[:nbytes], back)
     assert np.array_equal(back.numpy(), payload(nbytes))
-    assert int(await told(engine, peer, "count")) == before + 1 + len(pages)
+    await counted(engine, peer, before + 1 + len(pages))
 
 
 async def lost(peer: at.Peer) -> float:
@@ -73,7 +73,7 @@ async def test_hosts_reach_each_other_by_tcp_processes_of_one_by_shm() -> None:
                     way = await told(engine, peer, f"write {other.address}")
                     assert way == ("shm" if other.address.host == peer.address.host else "tcp")
             for peer in peers:
-                assert await told(engine, peer, "count") == "4"
+                await counted(engine, peer, 4)
             members = [str(engine.address), *(str(peer.address) for peer in peers)]
             orders = [peer.send(f"barrier {' '.join(members)}".encode()) for peer in peers]
             await asyncio.gather(engine.group(members).barrier(), *orders)
@@ -144,7 +144,7 @@ async def test_a_cable_that_is_put_in_again_in_time_is_nothing_but_a_delay(hosts
         hosts[1].mend()
         await at.wait_all(transfers)
         assert peer.state == "up"
-        assert await told(engine, peer, "count") == "4"
+        await counted(engine, peer, 4)
 
 
 @pytest.mark.parametrize("how", ["cable", "there", "back", "stopped", "address"])

@@ -337,7 +337,7 @@ async def _afterwards(survivor: Party, third: at.Engine, region: at.Region, oper
 
 async def stale(survivor: Party, address: str) -> None:
     """After a restart on the same port: a new peer, and nothing of the old one is worth anything."""
-    peer = await survivor.engine.connect(address)
+    peer = await survivor.engine.connect(address, timeout=60)  # it may have to start first: how long that takes is not asked here
     assert peer.incarnation != survivor.peer.incarnation
     await peer.ping()
     with pytest.raises(at.StaleRegionError):
