@@ -108,12 +108,8 @@ class ExpertParallel:
         out = self.thread.run(self.a2a.combine(results, got.handle))
         back = time.perf_counter()
         handle, kept = got.handle, int((idx // self.local == self.a2a.rank).sum())
-        self.calls.append(
-            Call(
-                handle.step, there - began, back - ready, int((idx >= 0).sum()) - kept, int(got.counts.sum()) - kept, handle.lost,
-                int(handle.dropped.sum()),
-            )
-        )  # fmt: skip
+        sent, returned, dropped = int((idx >= 0).sum()) - kept, int(got.counts.sum()) - kept, int(handle.dropped.sum())
+        self.calls.append(Call(handle.step, there - began, back - ready, sent, returned, handle.lost, dropped))
         return out.to(hidden.dtype)
 
     def compute(self, experts: Any, got: moe.Dispatched) -> torch.Tensor:
@@ -343,10 +339,11 @@ class World:
         """The results, by rank. Raises `RankFailed`."""
         everyone = range(len(self.pipes))
         addresses = [said["address"] for _, said in sorted(self.gather(everyone).items())]
-        self.tell(everyone, addresses)
+        for pipe in self.pipes:
+            pipe.send(addresses)
         results = self.gather(everyone)
-        self.tell(results, None)
-        for result in results.values():
+        for rank, result in results.items():
+            self.pipes[rank].send(None)
             result["calls"] = [Call(*call) for call in result["calls"]]
         return results
 
@@ -363,10 +360,6 @@ class World:
                     if rank != self.job["kill"]:
                         raise RankFailed(f"rank {rank} ended with status {self.processes[rank].exitcode}") from None
         return found
-
-    def tell(self, ranks: Any, what: Any) -> None:
-        for rank in ranks:
-            self.pipes[rank].send(what)
 
     def __enter__(self) -> World:
         return self
@@ -487,10 +480,8 @@ def main() -> int:
     figures = layers(results)
     say("\nlayer  dispatch   combine   tokens sent  results sent   (medians; bytes between all ranks, of one pass)")
     for layer, one in enumerate(figures):
-        say(
-            f"{layer:5} {one['dispatch_ms']:6.2f} ms {one['combine_ms']:6.2f} ms {one['dispatch_bytes']:13,.0f} "
-            f"{one['combine_bytes']:13,.0f}"
-        )
+        times = f"{one['dispatch_ms']:6.2f} ms {one['combine_ms']:6.2f} ms"
+        say(f"{layer:5} {times} {one['dispatch_bytes']:13,.0f} {one['combine_bytes']:13,.0f}")
     outcome = compare(job, results, loss)
     if args.json:
         tokens = {rank: result["tokens"] for rank, result in sorted(results.items())}
