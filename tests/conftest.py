@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import sys
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 
@@ -14,6 +15,7 @@ import pytest_asyncio
 import uvloop
 from hypothesis import HealthCheck, settings
 
+from aiotransfer.control.ratelimit import RateLimit
 from aiotransfer.testing import Pair, engine_pair, leaks_since, snapshot
 
 # How long an example took says how busy the machine is, not whether the code is right.
@@ -55,6 +57,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def key_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Key files of tests are not those of the user."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+
+
+@pytest.fixture(autouse=True)
+def every_test_may_log() -> None:
+    """Some limits of log lines are those of the process: lines of the tests before do not silence those of this one."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("aiotransfer.") and isinstance(limit := getattr(module, "_limit", None), RateLimit):
+            limit._kinds.clear()
 
 
 @pytest.fixture(autouse=True)
