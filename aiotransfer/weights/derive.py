@@ -1,9 +1,10 @@
-"""Layouts from torch: where the parts of a model's tensors lie on all ranks. torch is imported when this is used."""
+"""Layouts from a model: where the parts of its tensors lie on all ranks. torch is imported where its tensors are used."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -24,7 +25,7 @@ _Part: TypeAlias = tuple[Ints, Ints, Ints, Ints, Ints]  # of a tensor's pieces: 
 def layout_of(
     model: Any,
     *,
-    ranks: int | None = None,
+    ranks: int | Sequence[int] | None = None,
     shards: Mapping[str, int] | None = None,
     mesh_group: Callable[[str], str] | None = None,
     hosts: Sequence[str] | None = None,
@@ -33,7 +34,7 @@ def layout_of(
     process_group: Any = None,
 ) -> Layout:
     """The layout of a model as this process sees it: parameters and persistent buffers of a `torch.nn.Module`, or a mapping of
-    names to tensors.
+    names to tensors (torch tensors, NumPy arrays, regions of `Engine.allocate`).
 
     A `DTensor` says by its mesh and placements where every rank's part lies: `Shard` (uneven ones as torch cuts them),
     `Replicate` and `_StridedShard`, any mix; a pending sum (`Partial`) is refused. A tensor on a part of a larger mesh is held
@@ -42,43 +43,91 @@ def layout_of(
     dimension}) says that it is this rank's equal part along a dimension. Tensors of one memory (tied) become one with aliases.
     Each tensor lies in a buffer of its name: `memory_of(model)` is what `Bound` wants for them.
 
-    `ranks`: number of ranks (default: that of `torch.distributed`, or 1); `mesh_group(name)`: the text that groups tensors into
-    phases (default: "experts" where the name has "experts", else "dense"); `hosts`, `nics`: a text for each rank.
+    `ranks`: number of ranks (default: that of `torch.distributed`, or 1), or the ranks of `torch.distributed` that make up this
+    side, in the order of their numbers here (where trainers and inference ranks are one world); `mesh_group(name)`: the text
+    that groups tensors into phases (default: "experts" where the name has "experts", else "dense"); `hosts`, `nics`: a text for
+    each rank.
     `process_group`: with pipeline stages, whose ranks have different tensors: a torch process group over which all ranks'
     layouts are gathered and united (a collective call; `True`: the default group).
 
-    Raises `PlanError` that lists every tensor whose placement cannot be expressed.
+    Raises `PlanError` that lists every tensor whose placement or memory cannot be expressed; `TypeError` and `ValueError` for
+    arguments that cannot be.
     """
     named = _named(model)
-    count = _world(named) if ranks is None else ranks
+    members = _members(named, ranks)
     templates = [(Template(text), dim) for text, dim in (shards or {}).items()]
     group_of = mesh_group or _usual_group
-    builder, problems = _Builder(count, stages, _here(named, stages, count)), []
+    if mesh_group is not None and not callable(mesh_group):
+        raise TypeError(f"mesh_group is a function of a name, not {mesh_group!r}")
+    stages = (stages,) if isinstance(stages, str) else tuple(stages)
+    builder, problems = _Builder(members, stages, _here(named, stages, members)), []
     for name, thing in named.items():
         try:
             builder.add(name, thing, templates, group_of(name))
-        except _Refused as refused:
+        except (_Refused, *bind.UNFIT) as refused:
             problems.append(f"{name}: {refused}")
+    unused = [template.text for template, _ in templates if not any(template.match(name) is not None for name in named)]
+    problems += [f"shards names {text!r}, which is no tensor of this model" for text in unused]
     if problems:
         raise PlanError("the placements of some tensors cannot be expressed", problems=problems)
     layout = builder.layout(hosts, nics)
     layout = layout if process_group is None else _gathered(layout, None if process_group is True else process_group)
     layout.memory = memory_of(model)
+    here = _rank()
+    layout.memory_rank = members.index(here) if here in members else None
     return layout
 
 
-def memory_of(model: Any) -> dict[str, Any]:
+class ModelMemory(dict[str, Any]):
+    """What `memory_of` finds. Of a module it knows where each tensor stands, and so whether another has taken its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.homes: dict[str, tuple[Mapping[str, Any], str]] = {}  # the module's own table, and the key there
+
+    def replaced(self) -> list[str]:
+        """Names under which the module has other memory by now: what is here is not the model's any more. A tensor that FSDP2 has
+        gathered for a forward step replaces nothing."""
+        return [name for name, (home, key) in self.homes.items() if _is_other(self[name], home.get(key))]
+
+
+def _is_other(thing: Any, now: Any) -> bool:
+    if now is thing:
+        return False
+    mesh = getattr(thing, "device_mesh", None)
+    if now is not None and mesh is not None and getattr(now, "device_mesh", None) != mesh:
+        return False
+    try:
+        return now is None or bind.place(now) != bind.place(thing)
+    except bind.UNFIT:
+        return True
+
+
+def memory_of(model: Any) -> ModelMemory:
     """{buffer: tensor} of this rank for the layout of `layout_of(model)`: for tied tensors the first name, without parts that
-    have no element here."""
-    found: dict[str, Any] = {}
+    have no element here. Bound to a layout, it also tells when the module was given other tensors."""
+    found, homes = ModelMemory(), _homes(model)
     seen: set[Any] = set()
     for name, thing in _named(model).items():
         key = _identity(thing)
-        part = bind.local(thing)
-        if key not in seen and part.numel():
+        if key not in seen and 0 not in bind.form(thing).shape:
             found[name] = thing
+            if name in homes and homes[name][0].get(homes[name][1]) is thing:
+                found.homes[name] = homes[name]
         seen.add(key)
     return found
+
+
+def _homes(model: Any) -> dict[str, tuple[Mapping[str, Any], str]]:
+    """Where in a module each name is kept."""
+    if isinstance(model, Mapping) or not hasattr(model, "named_modules"):
+        return {}
+    return {
+        f"{path}.{key}" if path else key: (table, key)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for table in (module._parameters, module._buffers)
+        for key in table
+    }
 
 
 def _named(model: Any) -> dict[str, Any]:
@@ -89,15 +138,36 @@ def _named(model: Any) -> dict[str, Any]:
     else:
         raise TypeError(f"layout_of takes a torch module or a mapping of names to tensors, not {type(model).__name__}")
     for name, thing in named.items():
-        if not bind.is_torch(thing):
-            raise TypeError(f"{name!r} is no torch tensor but {type(thing).__name__}")
+        if not isinstance(name, str):
+            raise TypeError(f"the names of tensors are texts, not {name!r}")
+        if not (bind.is_torch(thing) or bind.is_region(thing) or isinstance(thing, np.ndarray)):
+            raise TypeError(f"{name!r} is no tensor, array or region but {type(thing).__name__}")
     return named
 
 
-def _world(named: Mapping[str, Any]) -> int:
-    import torch.distributed as dist
+def _members(named: Mapping[str, Any], ranks: int | Sequence[int] | None) -> list[int]:
+    """The ranks of `torch.distributed` of this side."""
+    if ranks is None:
+        return list(range(_world(named)))
+    if isinstance(ranks, bool) or not isinstance(ranks, int | Sequence) or isinstance(ranks, str):
+        raise TypeError(f"ranks is a number of ranks, or a list of them, not {ranks!r}")
+    members = list(range(ranks)) if isinstance(ranks, int) else [int(rank) for rank in ranks]
+    if not members or len(set(members)) != len(members) or min(members) < 0:
+        raise ValueError(f"ranks must be positive, or ranks that are different: {ranks!r}")
+    return members
 
-    if dist.is_available() and dist.is_initialized():
+
+def _rank() -> int | None:
+    """This process in `torch.distributed`; None: it is in none."""
+    torch = sys.modules.get("torch")
+    dist = None if torch is None else torch.distributed
+    return int(dist.get_rank()) if dist is not None and dist.is_available() and dist.is_initialized() else None
+
+
+def _world(named: Mapping[str, Any]) -> int:
+    if _rank() is not None:
+        import torch.distributed as dist
+
         return int(dist.get_world_size())
     meshes = [thing.device_mesh for thing in named.values() if hasattr(thing, "device_mesh")]
     return max([1, *(int(mesh.mesh.max()) + 1 for mesh in meshes)])
@@ -134,8 +204,8 @@ def _copies(mesh: Any, stages: Sequence[str]) -> tuple[Ints, int]:
     return flat[..., stage], len(repeated)
 
 
-def _here(named: Mapping[str, Any], stages: Sequence[str], count: int) -> Ints:
-    """The ranks of this pipeline stage: all, where no mesh says otherwise."""
+def _here(named: Mapping[str, Any], stages: Sequence[str], members: Sequence[int]) -> Ints:
+    """The ranks of `torch.distributed` of this pipeline stage: all, where no mesh says otherwise."""
     for thing in named.values():
         root = _root(thing.device_mesh) if hasattr(thing, "device_mesh") else None
         at = _coordinate(root.mesh) if root is not None else None
@@ -143,7 +213,7 @@ def _here(named: Mapping[str, Any], stages: Sequence[str], count: int) -> Ints:
             names = root.mesh_dim_names or ()
             mine = tuple(at[k] if name in stages else slice(None) for k, name in enumerate(names))
             return np.sort(root.mesh.numpy()[mine].reshape(-1)).astype(np.int64)
-    return np.arange(count)
+    return np.array(members, np.int64)
 
 
 def _usual_group(name: str) -> str:
@@ -153,6 +223,9 @@ def _usual_group(name: str) -> str:
 def _identity(thing: Any) -> Any:
     """Equal for tensors that are one memory."""
     part = bind.local(thing)
+    if not bind.is_torch(part):
+        form = bind.form(part)
+        return (bind.place(part).address, form) if form.span else id(thing)
     if part.device.type == "meta":
         return id(thing)
     storage = part.untyped_storage()._cdata
@@ -164,8 +237,8 @@ class _Refused(Exception):
 
 
 class _Builder:
-    def __init__(self, ranks: int, stages: Sequence[str], here: Ints) -> None:
-        self.ranks, self.stages, self.here = ranks, stages, here
+    def __init__(self, members: Sequence[int], stages: Sequence[str], here: Ints) -> None:
+        self.members, self.stages, self.here = list(members), stages, here
         self.tensors: list[Tensor] = []
         self.aliases: list[list[str]] = []
         self.index: dict[Any, int] = {}
@@ -173,34 +246,32 @@ class _Builder:
         self.cache: dict[Any, _Part] = {}
 
     def add(self, name: str, thing: Any, templates: Sequence[tuple[Template, int]], group: str) -> None:
+        form = bind.form(thing)
         key = _identity(thing)
         if key in self.index:
             self.aliases[self.index[key]].append(name)
             return
-        item = thing.element_size()
-        dtype = str(thing.dtype).removeprefix("torch.")
         if hasattr(thing, "placements"):
             shape = tuple(thing.shape)
-            part = self._distributed(thing, shape, item)
+            part = self._distributed(thing, shape, thing.element_size())
         else:
-            shape, part = self._plain(thing, [dim for t, dim in templates if t.match(name) is not None], item)
+            shape, part = self._plain(form, [dim for t, dim in templates if t.match(name) is not None])
         self.index[key] = len(self.tensors)
-        self.tensors.append(Tensor(name, shape, dtype, group))
+        self.tensors.append(Tensor(name, shape, form.dtype, group))
         self.aliases.append([])
         self.parts.append(part)
 
-    def _plain(self, thing: Any, dims: list[int], item: int) -> tuple[tuple[int, ...], _Part]:
-        local, count = tuple(thing.shape), len(self.here)
+    def _plain(self, form: bind.Form, dims: list[int]) -> tuple[tuple[int, ...], _Part]:
+        local, count = form.shape, len(self.here)
         start = np.zeros((count, len(local)), np.int64)
         shape = list(local)
         for dim in dims[:1]:
-            if not -len(local) <= dim < len(local):
+            if isinstance(dim, bool) or not isinstance(dim, int) or not -len(local) <= dim < len(local):
                 raise _Refused(f"shards says dimension {dim}, it has {len(local)}")
             start[:, dim] = np.arange(count) * local[dim]
             shape[dim] *= count
         extent, strides = (
-            np.tile(np.array(values, np.int64), (count, 1)).reshape(count, len(local))
-            for values in (local, [n * item for n in thing.stride()])
+            np.tile(np.array(values, np.int64), (count, 1)).reshape(count, len(local)) for values in (local, form.strides)
         )
         return tuple(shape), (self.here, start, extent, np.zeros(count, np.int64), strides)
 
@@ -256,10 +327,21 @@ class _Builder:
             + (np.zeros(0, np.int64), np.zeros((0, ndim), np.int64))
         )
         joined = {f"piece_{n}": np.concatenate([c[k] for c in [*columns, empty]]) for k, n in enumerate(names)}
+        holders = np.concatenate([*buffer_rank, empty[0]])
         return Layout.from_arrays(
-            tensors, ranks=self.ranks, buffers=buffers, buffer_rank=np.concatenate([*buffer_rank, empty[0]]), hosts=hosts,
-            nics=nics, **joined,
+            tensors, ranks=len(self.members), buffers=buffers, buffer_rank=self._numbers(holders), hosts=hosts, nics=nics,
+            **(joined | {"piece_rank": self._numbers(joined["piece_rank"])}),
         )  # fmt: skip
+
+    def _numbers(self, ranks: Ints) -> Ints:
+        """The numbers on this side of ranks of `torch.distributed`."""
+        table = np.full(max([*self.members, *ranks.tolist()], default=0) + 1, -1, np.int64)
+        table[self.members] = np.arange(len(self.members))
+        numbers = table[ranks]
+        if (numbers < 0).any():
+            outside = sorted(set(ranks[numbers < 0].tolist()))
+            raise PlanError(problems=[f"ranks {outside[:8]} of torch.distributed hold tensors, and are not among ranks="])
+        return numbers
 
 
 def _placement(placement: Any, ndim: int) -> tuple[Any, ...]:

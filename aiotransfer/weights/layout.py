@@ -114,6 +114,8 @@ class Layout:
         rows: list[tuple[Any, ...]] = []
         table: dict[tuple[int, str], int] = {}
         for piece in pieces:
+            if not isinstance(piece, Piece):
+                raise TypeError(f"a layout has Pieces, not {piece!r}")
             tensor = index.get(piece.tensor)
             if tensor is None:
                 raise ValueError(f"a piece is of {piece.tensor!r}, which is no tensor of this layout")
@@ -129,12 +131,17 @@ class Layout:
                 (piece.rank, tensor, buffer, start + (0,) * lacks, extent + (1,) * lacks, piece.offset, strides + (0,) * lacks)
             )
         for key in buffers or {}:
+            if not isinstance(key, tuple) or len(key) != 2:
+                raise TypeError(f"buffers is a mapping of (rank, buffer), not of {key!r}")
             table.setdefault(key, len(table))
         columns = list(zip(*rows, strict=True)) or [()] * len(PIECE_ARRAYS)
         arrays = {
-            name: np.array(values, np.int64).reshape((len(rows), ndim) if wide else len(rows))
+            name: _integers(name, values).reshape((len(rows), ndim) if wide else len(rows))
             for (name, (_, wide)), values in zip(PIECE_ARRAYS.items(), columns, strict=True)
         }
+        for (rank, name), nbytes in (buffers or {}).items():
+            if isinstance(nbytes, bool) or not isinstance(nbytes, int) or not 0 <= nbytes < 1 << 60:
+                raise ValueError(f"buffer {name!r} of rank {rank} cannot have {nbytes!r} bytes")
         self._take(tuple(b for _, b in table), [r for r, _ in table], [(buffers or {}).get(key, -1) for key in table], arrays)
 
     @classmethod
@@ -172,6 +179,10 @@ class Layout:
         self.hosts = self._texts("hosts", hosts)
         self.nics = self._texts("nics", nics)
         for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"a layout has Tensors, not {tensor!r}")
+            if not isinstance(tensor.shape, tuple | list) or not isinstance(tensor.aliases, tuple | list):
+                raise TypeError(f"{tensor!r}: shape and aliases are tuples")
             texts = (tensor.name, tensor.dtype, tensor.group, *tensor.aliases)
             if not all(isinstance(text, str) for text in texts) or any(type(n) is not int for n in tensor.shape):
                 raise TypeError(f"{tensor!r}: names, type and group are texts, the shape has integers")
@@ -180,6 +191,7 @@ class Layout:
             if np.prod([float(max(n, 1)) for n in tensor.shape]) >= 2.0**59:
                 raise ValueError(f"{tensor.name!r} of the shape {tuple(tensor.shape)} has too many elements")
         self.names = tuple(tensor.name for tensor in tensors)
+        _travels("name", [*self.names, *(alias for tensor in tensors for alias in tensor.aliases)])
         self.shapes = tuple(tuple(int(n) for n in tensor.shape) for tensor in tensors)
         known = {text: dtypes.lookup(text) for text in {tensor.dtype for tensor in tensors}}
         self.dtypes = tuple(known[tensor.dtype].name for tensor in tensors)
@@ -196,9 +208,12 @@ class Layout:
         self.repeated = tuple(repeated)  # names that stand more than once
 
     def _texts(self, what: str, values: Sequence[str] | None) -> tuple[str, ...]:
+        if isinstance(values, str):
+            raise TypeError(f"{what} is a list of texts, not {values!r}")
         texts = ("",) * self.ranks if values is None else tuple(values)
         if len(texts) != self.ranks or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{what} must be a text for each of the {self.ranks} ranks")
+        _travels(what, texts)
         return texts
 
     def _take(self, buffers: tuple[str, ...], buffer_rank: Any, buffer_bytes: Any, arrays: Mapping[str, Any]) -> None:
@@ -211,6 +226,7 @@ class Layout:
             setattr(self, name, _fixed(values.astype(kind)))
         if not all(isinstance(name, str) for name in buffers):
             raise TypeError("buffers have texts for names")
+        _travels("buffer", buffers)
         self.buffer_names = buffers
         self.buffer_rank = _fixed(np.asarray(buffer_rank).astype(np.int32).reshape(-1))
         sizes = np.array(buffer_bytes, np.int64).reshape(-1)
@@ -269,6 +285,7 @@ class Layout:
         return Bound(self, rank, memory)
 
     memory: Mapping[str, Any] | None = None  # of the rank that derived it from a model (`layout_of`)
+    memory_rank: int | None = None  # which rank that is; None: it says the same on all
 
     def problems(self) -> list[str]:
         """What is wrong with this side alone, as texts: a name twice, pieces outside their tensor or buffer, elements that no
@@ -285,6 +302,9 @@ class Layout:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layout.decode, (self.encode(),)  # without the memory of the rank that derived it
 
     def __repr__(self) -> str:
         total = int(self.piece_bytes.sum())
@@ -311,6 +331,8 @@ class Layout:
         `most_bytes`."""
         header, arrays = pack.decode(MAGIC, data, most_bytes)
         with pack.refusing("a layout"):
+            if len(header["names"]) > MOST_TENSORS or len(header["aliases"]) > MOST_TENSORS:
+                raise ValueError(f"a side has at most {MOST_TENSORS} tensors")
             aliases: dict[int, list[str]] = {}
             for alias, k in header["aliases"]:
                 aliases.setdefault(int(k), []).append(alias)
@@ -381,6 +403,27 @@ def dense(extent: Sequence[int], itemsize: int) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
+
+
+def _integers(what: str, values: Any) -> Ints:
+    found = np.array(values)
+    if found.size and found.dtype.kind not in "iu":
+        bad = next(x for row in values for x in (row if isinstance(row, tuple) else (row,)) if not _is_integer(x))
+        raise TypeError(f"{what} must hold integers that memory can have, not {bad!r}")
+    return found.astype(np.int64)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and abs(int(value)) < 1 << 62
+
+
+def _travels(what: str, texts: Sequence[str]) -> None:
+    """Raise `ValueError` unless these texts can be encoded."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        bad = next(text for text in texts if any("\ud800" <= letter <= "\udfff" for letter in text))
+        raise ValueError(f"a {what} that cannot be written as UTF-8: {bad[:100]!r}") from None
 
 
 def _fixed(values: Ints) -> Ints:

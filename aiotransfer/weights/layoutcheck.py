@@ -92,45 +92,65 @@ def _holes(layout: Layout, only: frozenset[int] | None) -> list[str]:
     return found
 
 
-def shared_bytes(layout: Layout) -> list[str]:
-    """Texts for pieces of a rank that have bytes in common: what is written to one would destroy the other."""
-    some = np.flatnonzero(layout.piece_span > 0)
-    begin = layout.piece_offset[some]
-    order = some[np.lexsort((begin, layout.piece_buffer[some]))]
-    buffer, begin = layout.piece_buffer[order].astype(np.int64), layout.piece_offset[order]
-    end = begin + layout.piece_span[order]
+def shared_bytes(layout: Layout, where: tuple[Ints, Ints] | None = None) -> list[str]:
+    """Texts for pieces of a rank that have bytes in common, also within one piece: what is written to one would destroy the
+    other. `where`: for each buffer the number of the memory that it lies in (-1: it is left out), and its first byte there
+    (default: each lies in a memory of its own)."""
+    group, base = (np.arange(len(layout.buffer_names)), np.zeros(len(layout.buffer_names), np.int64)) if where is None else where
+    some = np.flatnonzero((layout.piece_span > 0) & (group[layout.piece_buffer] >= 0))
+    memory, begin = group[layout.piece_buffer].astype(np.int64), layout.piece_offset + base[layout.piece_buffer]
+    order = some[np.lexsort((begin[some], memory[some]))]
     if not len(order):
         return []
-    span = int(end.max()) + 1
-    if span * (len(layout.buffer_names) + 1) >= 1 << 62:
-        buffer = np.unique(buffer, return_inverse=True)[1].reshape(-1)
-        span = min(span, (1 << 62) // (int(buffer.max()) + 2))
-    reach = np.maximum.accumulate(buffer * span + end)
-    near = np.flatnonzero((buffer[1:] == buffer[:-1]) & (begin[1:] + buffer[1:] * span < reach[:-1]))
+    number = np.unique(memory[order], return_inverse=True)[1].reshape(-1).astype(np.int64)
+    low, high = begin[order], begin[order] + layout.piece_span[order]
+    low, high = low - int(low.min()), high - int(low.min())
+    span = min(int(high.max()) + 1, (1 << 62) // (int(number.max()) + 2))
+    reach = np.maximum.accumulate(number * span + high)
+    apart = np.ones(len(order), bool)
+    apart[1:] = (number[1:] != number[:-1]) | (low[1:] + number[1:] * span >= reach[:-1])
+    cluster = np.cumsum(apart) - 1  # of pieces whose spans meet
+    doubtful = (np.bincount(cluster) > 1)[cluster]
+    doubtful[np.isin(order, _folded(layout, some))] = True
     found = []
-    for which in np.unique(layout.piece_buffer[order[near]]).tolist():
-        found += _compare(layout, order[layout.piece_buffer[order] == which])
+    for which in np.unique(cluster[doubtful]).tolist():
+        found += _compare(layout, order[cluster == which], begin)
         if len(found) >= 50:
             break
     return found
 
 
-def _compare(layout: Layout, pieces: Ints) -> list[str]:
-    """Pieces of one buffer whose spans meet, byte by byte."""
+def _folded(layout: Layout, pieces: Ints) -> Ints:
+    """Those whose elements may lie on one another: a stride is shorter than what it steps over."""
+    strides, extent = layout.piece_strides[pieces], layout.piece_extent[pieces]
+    order = np.argsort(np.where(extent > 1, strides, -1), axis=1, kind="stable")
+    strides, extent = np.take_along_axis(strides, order, 1), np.take_along_axis(extent, order, 1)
+    reach = layout.itemsizes[layout.piece_tensor[pieces]].copy()
+    folded = np.zeros(len(pieces), bool)
+    for d in range(strides.shape[1]):
+        long = extent[:, d] > 1
+        folded |= long & (strides[:, d] < reach)
+        reach += np.where(long, (extent[:, d] - 1) * strides[:, d], 0)
+    return pieces[folded]
+
+
+def _compare(layout: Layout, pieces: Ints, begin: Ints) -> list[str]:
+    """Pieces whose spans meet, byte by byte. `begin`: where each piece of the layout lies."""
     item = layout.itemsizes[layout.piece_tensor[pieces]]
     strides, zero = layout.piece_strides[pieces], np.zeros(len(pieces), np.int64)
     _, outer = boxes.run_lengths(layout.piece_extent[pieces], strides, strides, item)
     if int(np.prod(outer, axis=1, dtype=np.float64).sum()) > MOST_RUNS:
         name = layout.buffer_names[layout.piece_buffer[pieces[0]]]
         return [f"buffer {name}: its pieces lie between one another in more than {MOST_RUNS} runs, which cannot be checked"]
-    which, at, _, nbytes = boxes.runs(layout.piece_extent[pieces], layout.piece_offset[pieces], strides, zero, strides, item)
+    which, at, _, nbytes = boxes.runs(layout.piece_extent[pieces], begin[pieces], strides, zero, strides, item)
     order = np.argsort(at, kind="stable")
     which, at, nbytes = which[order], at[order], nbytes[order]
     reach = np.maximum.accumulate(at + nbytes)
     holder = np.maximum.accumulate(np.where(at + nbytes == reach, np.arange(len(at)), 0))
     meet = np.flatnonzero(at[1:] < reach[:-1])
     pairs = sorted({(int(which[holder[k]]), int(which[k + 1])) for k in meet[:10000].tolist()})
-    return [f"{describe(layout, int(pieces[a]))} and {describe(layout, int(pieces[b]))} share bytes" for a, b in pairs[:10]]
+    texts = [(describe(layout, int(pieces[a])), describe(layout, int(pieces[b])), a == b) for a, b in pairs[:10]]
+    return [f"{one} has elements on one another" if same else f"{one} and {two} share bytes" for one, two, same in texts]
 
 
 def describe(layout: Layout, piece: int) -> str:

@@ -86,15 +86,11 @@ class _Resolver:
         elif isinstance(rule, Cast):
             self.casts.append(Template(rule.target))
         elif isinstance(rule, Quantise):
-            if len(rule.block) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in rule.block):
-                raise ValueError(f"a block has two positive extents, not {rule.block!r}")
             self.quantised.append((Template(rule.target), Template(rule.scale), rule))
         elif isinstance(rule, Rename | Fuse | Stack):
             self.makers.append((Template(rule.target), 0, rule))
-        elif isinstance(rule, Split | Unstack):
-            self.makers += [(Template(target), k, rule) for k, target in enumerate(texts(rule.targets))]
         else:
-            raise TypeError(f"{rule!r} is no rule of weights")
+            self.makers += [(Template(target), k, rule) for k, target in enumerate(texts(rule.targets))]
 
     def run(self) -> Links:
         scales = self._scales()

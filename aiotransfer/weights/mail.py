@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aiotransfer.control.patience import Patience
 from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.errors import DescriptorError, TransferError
-from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.protocol import terms, wire
+from aiotransfer.weights.protocol.parts import Parts, parts
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -32,6 +33,14 @@ class Member(Protocol):
         ...
 
 
+class _Turn:
+    """Whose turn it is to send to a peer, and how many wait for it."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+
+
 class Mail:
     """Of one engine. `enter` and `leave` it."""
 
@@ -41,6 +50,9 @@ class Mail:
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._telling: dict[asyncio.Task[bool], None] = {}
         self._waiting: Counter[Peer] = Counter()
+        self._turns: dict[Peer, _Turn] = {}  # where a long message is being sent: others wait until it is
+        self._parts: dict[Peer, Parts] = {}  # of long messages that are coming
+        self._serial = 0
         self._reader: asyncio.Task[None] | None = None
 
     @classmethod
@@ -90,6 +102,10 @@ class Mail:
         """A message that cannot be read, or that a role cannot bear, ends nothing: the next one may be of another peer."""
         try:
             message = wire.decode(data)
+            if isinstance(message, terms.Part):
+                message = self._join(peer, message)
+                if message is None:
+                    return
             for member in list(self._members):
                 member.receive(peer, message)
         except DescriptorError as error:
@@ -102,6 +118,19 @@ class Mail:
             left_out = _limit.admit(f"failed: {type(error).__name__}")
             if left_out is not None:
                 _logger.error("a message of %s could not be handled: %r%s", peer, error, more(left_out), exc_info=error)
+
+    def _join(self, peer: Peer, part: terms.Part) -> Any:
+        """The message whose last part this was; None: more of it comes."""
+        if peer not in self._parts:
+            self._parts = {other: known for other, known in self._parts.items() if other.state in ("up", "busy")}
+        data = self._parts.setdefault(peer, Parts()).add(part)
+        if data is None:
+            return None
+        del self._parts[peer]
+        message = wire.decode(data)
+        if isinstance(message, terms.Part):
+            raise DescriptorError("a part of a message within a part")
+        return message
 
     def tell(self, peer: Peer, message: wire.Message, seconds: float) -> asyncio.Task[bool]:
         """Send in order, as soon as the peer has room, for at most `seconds`. The task says whether it was sent: a peer that is
@@ -121,7 +150,10 @@ class Mail:
             return False
         try:
             async with Patience(seconds):
-                await peer.send(data)
+                if len(data) > terms.PART or peer in self._turns:
+                    await self._send_in_turn(peer, data)
+                else:
+                    await peer.send(data)
         except (TransferError, TimeoutError, ValueError):
             return False  # that it is gone, or does not read, is learned where something waits for it
         finally:
@@ -129,6 +161,20 @@ class Mail:
             if not self._waiting[peer]:
                 del self._waiting[peer]
         return True
+
+    async def _send_in_turn(self, peer: Peer, data: bytes) -> None:
+        self._serial += 1
+        sent = parts(self._serial, data)
+        turn = self._turns.setdefault(peer, _Turn())
+        turn.users += 1
+        try:
+            async with turn.lock:
+                for part in sent:
+                    await peer.send(part)
+        finally:
+            turn.users -= 1
+            if not turn.users:
+                del self._turns[peer]
 
     def own(self, work: Coroutine[Any, Any, Any], done: Callable[[], object] | None = None) -> asyncio.Task[Any]:
         """Run it; nothing else keeps it."""

@@ -1,7 +1,8 @@
 """Texts and arrays as bytes and back: what layouts and plans share. Pure; no pickle.
 
 A message is: 8 bytes that name its kind and version, the lengths of its header and of its arrays, a digest of what follows, the
-header (msgpack) and the arrays (one after the other, compressed). Lengths are compared with a bound before anything is unpacked.
+header (msgpack) and the arrays (one after the other, compressed, and filled up to a share of their length). Lengths are compared
+with a bound before anything is unpacked, so a message costs a bounded multiple of its own length.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import numpy.typing as npt
 from aiotransfer.errors import DescriptorError
 
 MOST_HEADER = 1 << 28  # bytes of names and shapes: a million tensors and more
+MOST_TIMES = 64  # the arrays are at most so many times longer than what they are packed into
+FREE = 1 << 20  # bytes of arrays that may be packed into anything
 _LENGTHS = struct.Struct("<QQQ16s")  # the header, the arrays, the arrays compressed, the digest
 _KINDS: dict[str, np.dtype[Any]] = {kind: np.dtype(kind) for kind in ("<i4", "<i8", "|u1", "<i2")}
 
@@ -44,10 +47,11 @@ def encode(magic: bytes, header: Mapping[str, Any], arrays: Mapping[str, npt.NDA
     packer = zlib.compressobj(1)
     parts = [packer.compress(np.ascontiguousarray(values).data.cast("B")) for values in arrays.values() if values.size]
     parts.append(packer.flush())
+    length = sum(values.nbytes for values in arrays.values())
     body = b"".join(parts)
+    body += bytes(max(-(-(length - FREE) // MOST_TIMES) - len(body), 0))
     check = hashlib.blake2b(head, digest_size=16)
     check.update(body)
-    length = sum(values.nbytes for values in arrays.values())
     return b"".join((magic, _LENGTHS.pack(len(head), length, len(body), check.digest()), head, body))
 
 
@@ -64,6 +68,8 @@ def decode(magic: bytes, data: Any, most_bytes: int) -> tuple[dict[str, Any], di
     at = len(magic) + _LENGTHS.size
     if head_bytes > MOST_HEADER or head_bytes + length > most_bytes or len(data) != at + head_bytes + packed:
         raise DescriptorError(f"{len(data)} bytes say that they hold {head_bytes} + {length}; at most {most_bytes} are taken")
+    if length > FREE + packed * MOST_TIMES:
+        raise DescriptorError(f"{packed} bytes say that they hold {length}; at most {MOST_TIMES} times as many are taken")
     head, body = data[at : at + head_bytes], data[at + head_bytes :]
     check = hashlib.blake2b(head, digest_size=16)
     check.update(body)

@@ -237,7 +237,9 @@ class Plan:
     # ---- for people ----
 
     def diff(self, other: Plan) -> list[str]:
-        """How `other` differs from this plan, as texts; empty for equal plans."""
+        """How `other` differs from this plan, as texts; empty for equal plans. Raises `TypeError` for what is no plan."""
+        if not isinstance(other, Plan):
+            raise TypeError(f"a plan is compared with a plan, not with {type(other).__name__}")
         return explain.diff(self, other)
 
     def explain(self, *, svg: bool = False) -> str:
@@ -272,6 +274,9 @@ class Plan:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plan.decode, (self.encode(),)
 
     def __repr__(self) -> str:
         ends = f"{self.trainer.ranks} trainer ranks to {self.receivers} ranks of {len(self.instances)} instances"

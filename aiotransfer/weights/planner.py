@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 from aiotransfer.core import boxes
 from aiotransfer.weights import layoutcheck, relay, sources, staging
+from aiotransfer.weights.bind import Bound
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.layout import Layout
 from aiotransfer.weights.links import CAST, COPY, QUANTISE, SCALES, resolve
 from aiotransfer.weights.plan import Plan, block_table
-from aiotransfer.weights.rules import Rule
+from aiotransfer.weights.rules import Rule, checked
 from aiotransfer.weights.senders import Moves, choose
 
 Ints = npt.NDArray[Any]
@@ -25,7 +26,7 @@ GRAINS = 64  # parts that a sender's share is cut into, where several ranks coul
 def make_plan(
     trainer: Layout,
     inference: Layout | Mapping[str, Layout],
-    rules: Sequence[Rule] = (),
+    rules: Iterable[Rule] | None = (),
     *,
     staging_bytes: int = STAGING_BYTES,
     fanout: str = "direct",
@@ -48,21 +49,40 @@ def make_plan(
         raise TypeError(f"staging_bytes must be an integer, not {staging_bytes!r}")
     if staging_bytes < 1:
         raise ValueError(f"staging_bytes must be positive, not {staging_bytes}")
-    instances = {"inference": inference} if isinstance(inference, Layout) else dict(inference)
-    if not instances or not all(isinstance(x, Layout) for x in (trainer, *instances.values())):
-        raise TypeError("make_plan takes Layouts: the trainers', and one or more of the inference side")
-    return _Planner(trainer, instances, rules, staging_bytes, fanout, names).run()
+    trainer, inference = _layout(trainer), _layout(inference)
+    instances = {"inference": inference} if not isinstance(inference, Mapping) else dict(inference)
+    instances = {name: _layout(layout) for name, layout in instances.items()}
+    wrong = [layout for layout in (trainer, *instances.values()) if not isinstance(layout, Layout)]
+    if not instances or wrong:
+        what = f"not {type(wrong[0]).__name__}" if wrong else "there is none of the inference side"
+        raise TypeError(f"make_plan takes Layouts, the trainers' and one or more {{name: layout}} of the inference side: {what}")
+    if unnamed := [name for name in instances if not isinstance(name, str)]:
+        raise TypeError(f"instances have texts for names, not {unnamed[0]!r}")
+    return _Planner(trainer, instances, checked(rules), staging_bytes, fanout, _templates(names)).run()
+
+
+def _layout(given: Any) -> Any:
+    """Of a bound one its layout."""
+    return given.layout if isinstance(given, Bound) else given
+
+
+def _templates(names: Iterable[str] | None) -> list[str] | None:
+    if names is None or isinstance(names, str):
+        return None if names is None else [names]
+    if not isinstance(names, Iterable):
+        raise TypeError(f"names are templates of names of tensors, not {names!r}")
+    return list(names)
 
 
 class _Planner:
     def __init__(
         self, trainer: Layout, instances: dict[str, Layout], rules: Sequence[Rule], staging_bytes: int, fanout: str,
-        names: Iterable[str] | None,
+        names: list[str] | None,
     ) -> None:  # fmt: skip
         self.trainer, self.instances, self.fanout, self.staging_bytes = trainer, instances, fanout, staging_bytes
         self.catalog = next(iter(instances.values()))
-        self.names = None if names is None else [names] if isinstance(names, str) else list(names)
-        self.links = resolve(trainer, self.catalog, list(rules), self.names)
+        self.names = names
+        self.links = resolve(trainer, self.catalog, rules, self.names)
         self.ndim = self.catalog.ndim
 
     def run(self) -> Plan:

@@ -8,8 +8,11 @@ of the same name. One rule of `Rename`, `Fuse`, `Split`, `Stack`, `Unstack` may 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+from aiotransfer.weights.templates import Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +111,77 @@ class Quantise:
 
 
 Rule: TypeAlias = Rename | Fuse | Split | Stack | Unstack | Tie | Transpose | Cast | Quantise
+
+
+def checked(rules: Iterable[Rule] | None) -> tuple[Rule, ...]:
+    """Rules as users give them. Raises `TypeError` and `ValueError`, with the rule in the text."""
+    if rules is None:
+        return ()
+    if isinstance(rules, str | bytes) or not isinstance(rules, Iterable):
+        raise TypeError(f"rules are a list of rules, not {rules!r}")
+    found = tuple(rules)
+    for rule in found:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"{rule!r} is no rule of weights")
+        try:
+            _check(rule)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{rule!r}: {error}") from None
+    return found
+
+
+def _check(rule: Rule) -> None:
+    for name in ("source", "target", "scale"):
+        if hasattr(rule, name):
+            Template(getattr(rule, name))
+    for name, may_be_one in (
+        ("sources", isinstance(rule, Stack)),
+        ("targets", isinstance(rule, Split | Unstack)),
+        ("names", False),
+    ):
+        if hasattr(rule, name):
+            _texts(name, getattr(rule, name), may_be_one)
+    for name in ("dim", "fuse_dim"):
+        if hasattr(rule, name):
+            _integer(name, getattr(rule, name), None)
+    match rule:
+        case Fuse():
+            _integer("ranks", rule.ranks, 1)
+            for unit in () if rule.units is None else _several("units", rule.units):
+                _integer("a unit", unit, 1)
+        case Stack() | Unstack():
+            if not isinstance(rule.index, str) or not rule.index.isidentifier():
+                raise TypeError(f"index is the word in the braces of the templates, not {rule.index!r}")
+        case Transpose() if rule.axes is not None:
+            for axis in _several("axes", rule.axes):
+                _integer("an axis", axis, 0)
+        case Quantise():
+            block = _several("block", rule.block)
+            for size in block:
+                _integer("an extent of a block", size, 1)
+            if len(block) != 2:
+                raise ValueError(f"a block has two extents, not {len(block)}")
+
+
+def _integer(name: str, value: Any, least: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+def _several(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{name} must be a tuple, not {value!r}")
+    return tuple(value)
+
+
+def _texts(name: str, value: Any, may_be_one: bool) -> None:
+    values = (value,) if may_be_one and isinstance(value, str) else _several(name, value)
+    if not values:
+        raise ValueError(f"{name} must name a tensor")
+    for text in values:
+        if name == "names" and not isinstance(text, str):
+            raise TypeError(f"names must be texts, not {text!r}")
+        if name != "names":
+            Template(text)

@@ -6,6 +6,7 @@ from tests.guards.mutant import Mutant
 
 REFUSALS, CODEC, DERIVE = "tests/weights/test_refusals.py", "tests/weights/test_codec.py", "tests/weights/test_derive.py"
 SCALE = "tests/weights/scale"
+BIND = "tests/weights/test_bind.py"
 BALANCE, PLANNER = "tests/weights/test_balance.py", "tests/weights/test_planner.py"
 GUARDS = (
     Mutant(
@@ -76,7 +77,31 @@ GUARDS = (
     ),
     Mutant(
         "weights: memory that moved", "aiotransfer/weights/bind.py",
-        "if _place_or_none(thing) != self.places[name]]", "if False]", DERIVE,
+        " or _place_or_none(thing) != self.places[name]]", "]", BIND,
+    ),
+    Mutant(
+        "weights: tensors that a module has no more", "aiotransfer/weights/bind.py",
+        "if name in replaced or ", "if ", BIND,
+    ),
+    Mutant(
+        "weights: memory of another form than the layout says", "aiotransfer/weights/bind.py",
+        "elif why := _misfit(layout, pieces.get(name, []), given):", 'elif why := "":', BIND,
+    ),
+    Mutant(
+        "weights: a view is not all of its storage", "aiotransfer/weights/bind.py",
+        "if given.span < wanted[name]:", "if self.places[name].reach < wanted[name]:", BIND,
+    ),
+    Mutant(
+        "weights: memory that would be written twice", "aiotransfer/weights/subscriber/memory.py",
+        "(shared := bound.shared())", "(shared := [])", BIND,
+    ),
+    Mutant(
+        "weights: a piece that lies on itself", "aiotransfer/weights/layoutcheck.py",
+        "    doubtful[np.isin(order, _folded(layout, some))] = True\n", "", BIND,
+    ),
+    Mutant(
+        "weights: what is unpacked is bounded by what came", "aiotransfer/weights/pack.py",
+        "    if length > FREE + packed * MOST_TIMES:\n", "    if False:\n", CODEC,
     ),
     Mutant(
         "weights: a pipeline stage is no replica", "aiotransfer/weights/derive.py",

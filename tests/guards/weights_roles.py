@@ -6,6 +6,13 @@ from tests.guards.mutant import Mutant
 
 GUARDS = (
     Mutant(
+        "weights: a message longer than the engine's goes in parts",
+        "aiotransfer/weights/mail.py",
+        "                if len(data) > terms.PART or peer in self._turns:\n",
+        "                if False:\n",
+        "tests/weights/test_mail.py",
+    ),
+    Mutant(
         "weights: a report from before the last Pass says nothing",
         "aiotransfer/weights/protocol/agreement.py",
         "        member.held = passed == member.passes\n",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
+import struct
+import zlib
 from typing import Any
 
 import msgspec
@@ -12,7 +16,7 @@ from hypothesis import strategies as st
 
 from aiotransfer.errors import DescriptorError
 from aiotransfer.weights import Cast, Layout, Piece, Plan, PlanError, Tensor, make_plan, merge, pack, sharded
-from aiotransfer.weights.layout import MAGIC
+from aiotransfer.weights.layout import MAGIC, MOST_TENSORS
 
 
 def layout(dtype: str = "float32") -> Layout:
@@ -48,9 +52,37 @@ def test_more_bytes_than_are_taken_are_refused_unread() -> None:
     with pytest.raises(DescriptorError, match="at most 100 are taken"):
         Layout.decode(raw, most_bytes=100)
     huge = pack.encode(MAGIC, {}, {"piece_rank": np.zeros(1 << 20, np.int64)})
-    assert len(huge) < 1 << 16
-    with pytest.raises(DescriptorError, match="at most"):
+    assert len(huge) < 1 << 17
+    with pytest.raises(DescriptorError, match="at most 1048576 are taken"):
         Layout.decode(huge, most_bytes=1 << 20)
+
+
+def test_what_unpacks_to_far_more_than_its_length_is_refused_unread() -> None:
+    empty = np.zeros(pack.FREE // 4, np.int64)
+    raw = pack.encode(MAGIC, {}, {"piece_rank": empty})
+    _, arrays = pack.decode(MAGIC, raw, 1 << 30)
+    assert len(arrays["piece_rank"]) == len(empty)
+    at = len(MAGIC) + 40
+    head, length, _, _ = struct.unpack_from("<QQQ16s", raw, len(MAGIC))
+    body, start = zlib.compress(empty), raw[at : at + head]
+    assert len(body) < len(raw) - at - head
+    check = hashlib.blake2b(start + body, digest_size=16).digest()
+    bomb = MAGIC + struct.pack("<QQQ16s", head, length, len(body), check) + start + body
+    with pytest.raises(DescriptorError, match="at most 64 times as many"):
+        pack.decode(MAGIC, bomb, 1 << 30)
+    many = {"names": [""] * (MOST_TENSORS + 1), "aliases": []}
+    with pytest.raises(DescriptorError, match="at most 4194304 tensors"):
+        Layout.decode(pack.encode(MAGIC, many, {}))
+
+
+def test_layouts_and_plans_are_pickled_without_memory() -> None:
+    model = layout()
+    model.memory = {"a": np.zeros(1 << 20)}
+    data = pickle.dumps(model)
+    assert len(data) < 1 << 12
+    assert pickle.loads(data) == model
+    plan = make_plan(layout(), layout())
+    assert pickle.loads(pickle.dumps(plan)) == plan
 
 
 FORGED = [

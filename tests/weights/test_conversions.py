@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import aiotransfer as at
 from aiotransfer import weights
 from aiotransfer.engine.views import memory_of
 from aiotransfer.weights import Cast, Layout, Piece, Quantise, Tensor, Transpose
@@ -97,5 +96,5 @@ async def test_what_is_no_number_cannot_be_quantised_and_ends_the_version(party:
     trainer = Layout([Tensor("w", (8, 8), "float32")], [Piece("w", 0)], ranks=1)
     tensors = [Tensor("w", (8, 8), "float8_e4m3fn"), Tensor("w_scale", (1, 1), "float32")]
     inference = Layout(tensors, [Piece("w", 0), Piece("w_scale", 0)], ranks=1)
-    with pytest.raises(at.TransferError, match=r"nan at \(3, 4\)"):
+    with pytest.raises(weights.UpdateError, match=r"version 1\.1 was abandoned: w: nan at \(3, 4\)"):
         await push(party, trainer, [{"w": source}], inference, rules=[Quantise("w", "w_scale", block=(8, 8))])

@@ -10,11 +10,11 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import weights
-from aiotransfer.weights import Bound, Layout, Piece, Tensor
+from aiotransfer.weights import Bound, Cast, Layout, Piece, Tensor
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.publisher.update import Update
 from aiotransfer.weights.watch import Watch
-from tests.weights.party import Party, failures, inference_layout, shard, trainer_layout, values
+from tests.weights.party import TENSORS, Party, failures, inference_layout, shard, trainer_layout, values
 
 pytestmark = pytest.mark.asyncio
 
@@ -30,6 +30,55 @@ async def test_every_rank_has_its_part_of_every_version(party: Party, trainers: 
             assert await rank.subscriber.ready() == version
             assert rank.subscriber.version == version
             assert rank.holds() == number
+
+
+async def test_a_trainer_rank_that_sends_nothing_takes_part(party: Party) -> None:
+    tensors = [Tensor("w", (1, 4), "float32")]
+    trainer = Layout(tensors, [Piece("w", 1)], ranks=3)
+    engines = [await party.stack.enter_async_context(await party.open_engine()) for _ in range(4)]
+    members = [str(engine.address) for engine in engines[:3]]
+    source = np.arange(4, dtype=np.float32).reshape(1, 4)
+    memory: list[dict[str, Any]] = [{}, {"w": source}, {}]
+    publishers = []
+    for rank, engine in enumerate(engines[:3]):
+        publisher = weights.Publisher(engine, trainer.bind(rank, memory[rank]), group=engine.group(members))
+        publishers.append(await party.stack.enter_async_context(publisher))
+    await engines[3].connect(engines[0].address)
+    layout = Layout(tensors, [Piece("w", 0)], ranks=1)
+    subscriber = await party.stack.enter_async_context(weights.Subscriber(engines[3], layout, instance="a"))
+
+    async def publish(publisher: weights.Publisher) -> None:
+        async with publisher.publish(1):
+            pass
+
+    await asyncio.gather(*map(publish, publishers))
+    np.testing.assert_array_equal(subscriber.tensors["w"], source)
+
+
+async def test_a_model_without_a_byte_is_published(party: Party) -> None:
+    left = await party.stack.enter_async_context(await party.open_engine())
+    right = await party.stack.enter_async_context(await party.open_engine())
+    await right.connect(left.address)
+    nothing = weights.layout_of({"none": np.zeros((0, 3), np.float32)})
+    async with weights.Publisher(left, nothing) as publisher, weights.Subscriber(right, nothing, instance="a") as subscriber:
+        async with publisher.publish(1):
+            pass
+        assert subscriber.version == (1, 1)
+        assert subscriber.tensors["none"].shape == (0, 3)
+
+
+async def test_of_instances_with_other_tensors_than_one_another_some_have_the_version(party: Party) -> None:
+    (trainer,) = await party.train(1, timeout=20, rules=[Cast("norm")])
+    half = [Tensor(t.name, t.shape, "float16" if t.name == "norm" else t.dtype, t.group, t.aliases) for t in TENSORS]
+    (first,) = await party.serve("a", 1)
+    (other,) = await party.serve("b", 1, layout=inference_layout(1, half))
+    (second,) = await party.serve("c", 1)
+    with pytest.raises(weights.UpdateError) as caught:
+        await trainer.publish(1)
+    assert set(caught.value.committed) == {"a/0", "c/0"}
+    assert list(caught.value.missing) == ["b/0"]
+    assert "'a' has others: norm" in caught.value.missing["b/0"]
+    assert [first.holds(), second.holds(), other.subscriber.version] == [1, 1, None]
 
 
 async def test_a_tied_name_is_sent_once_and_seen_under_both(party: Party) -> None:

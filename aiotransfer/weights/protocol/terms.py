@@ -13,10 +13,12 @@ MOST_NAME = 256
 MOST_TEXT = 1000
 MOST_ENTRIES = 1 << 12  # subscriber ranks in one message
 MOST_PROBLEMS = 64
-MOST_BUFFERS = 1 << 14
+MOST_BUFFERS = 1 << 17
 MOST_DESCRIPTOR = 16 << 10
 MOST_STEPS = 1 << 12  # counted apart from one another: what one publisher rank writes to one subscriber rank
 MOST_SENDERS = 1 << 12
+PART = 512 << 10  # bytes of a message that is too long for one of the engine's
+MOST_PARTS = 64
 PIECE = 256 << 10  # bytes of a layout in one message
 MOST_LAYOUT = 64 << 20  # bytes of a whole one
 MOST_MESSAGE = 1 << 20
@@ -43,3 +45,12 @@ Descriptors: TypeAlias = Annotated[
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
     """What all messages are."""
+
+
+class Part(Message, frozen=True, tag=9):
+    """A part of a message of more than `PART` bytes. They come in order, with one `serial`."""
+
+    serial: Count
+    number: Annotated[int, msgspec.Meta(ge=0, lt=MOST_PARTS)]
+    of: Annotated[int, msgspec.Meta(ge=1, le=MOST_PARTS)]
+    data: Annotated[bytes, msgspec.Meta(max_length=PART)]

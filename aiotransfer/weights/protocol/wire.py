@@ -33,6 +33,26 @@ import msgspec
 from aiotransfer.errors import DescriptorError
 from aiotransfer.weights.protocol.relays import Gathered, Instead, Let, Pass, Passing, Settle, Short, Stood
 from aiotransfer.weights.protocol.terms import (
+    MOST_BUFFERS,
+    MOST_SENDERS,
+    MOST_STEPS,
+    PART,
+    Count,
+    Descriptors,
+    Digest,
+    Epoch,
+    Imm,
+    Incarnation,
+    Life,
+    Number,
+    Part,
+    Place,
+    Rank,
+    Seconds,
+    Text,
+    Word,
+)
+from aiotransfer.weights.protocol.terms import (
     MOST_DESCRIPTOR as MOST_DESCRIPTOR,
 )  # fmt: skip
 from aiotransfer.weights.protocol.terms import (
@@ -49,23 +69,6 @@ from aiotransfer.weights.protocol.terms import (
 )
 from aiotransfer.weights.protocol.terms import (
     MOST_RANKS as MOST_RANKS,
-)
-from aiotransfer.weights.protocol.terms import (
-    MOST_SENDERS,
-    MOST_STEPS,
-    Count,
-    Descriptors,
-    Digest,
-    Epoch,
-    Imm,
-    Incarnation,
-    Life,
-    Number,
-    Place,
-    Rank,
-    Seconds,
-    Text,
-    Word,
 )
 from aiotransfer.weights.protocol.terms import (
     MOST_TEXT as MOST_TEXT,
@@ -263,7 +266,7 @@ class Offer(Base, frozen=True, tag=20):
     seconds: Seconds
     members: Annotated[list[Place], msgspec.Meta(max_length=MOST_RANKS)]
     senders: Annotated[list[Sender], msgspec.Meta(max_length=MOST_SENDERS)]
-    names: Annotated[list[Text], msgspec.Meta(max_length=1 << 16)]
+    names: Annotated[list[Annotated[str, msgspec.Meta(max_length=PART)]], msgspec.Meta(max_length=MOST_BUFFERS)]
     source: Place
     source_instance: Word
     checksum: bool  # every sender sends a `Sum`, which must be that of what came
@@ -445,7 +448,7 @@ class Borrowed(Base, frozen=True, tag=41):
 
 
 Message: TypeAlias = (
-    Drop | Sure | Heard | Call | Announce | Leave | Refuse | Want | Piece | Enter | Withdraw | Begin | Planned | Go | Sent
+    Part | Drop | Sure | Heard | Call | Announce | Leave | Refuse | Want | Piece | Enter | Withdraw | Begin | Planned | Go | Sent
     | Outcome | Abandon | Offer | Accept | Decline | Ask | Grant | Allow | Done | Sum | Whole | Say | Held | Doubt |
     Answer | Fetch | Lend | Fetched | Borrow | Borrowed | Pass | Let | Short | Instead | Gathered | Settle | Stood
 )  # fmt: skip

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.engine.views import memory_of
+from aiotransfer.errors import TransferError
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.checksum import sum_runs
 from aiotransfer.weights.convert import convert, copy, place
+from aiotransfer.weights.kernels import NotFiniteError
 from aiotransfer.weights.tasks import Writes, strides_of
 
 if TYPE_CHECKING:
@@ -80,12 +82,18 @@ class Making:
                 memory, offset = memory_of(role.sources.regions[int(tasks.input_buffer[row])]), int(tasks.input_offset[row])
                 strides = tasks.input_strides[row]
             tensor = int(tasks.tensor[job])
-            convert(
-                int(tasks.kind[job]), self._source_dtype(job), plan.dtypes[tensor], memory, offset, extent, strides, staging,
-                int(tasks.out_offset[job]), int(tasks.scale_offset[job]), plan.block_table[tensor],
-                len(plan.shapes[tensor]),
-            )  # fmt: skip
-        journal.convert += time.perf_counter() - copied
+            try:
+                convert(
+                    int(tasks.kind[job]), self._source_dtype(job), plan.dtypes[tensor], memory, offset, extent, strides, staging,
+                    int(tasks.out_offset[job]), int(tasks.scale_offset[job]), plan.block_table[tensor],
+                    len(plan.shapes[tensor]),
+                )  # fmt: skip
+            except NotFiniteError as error:
+                at = tuple(int(a) + b for a, b in zip(tasks.start[job], error.position, strict=False))
+                raise TransferError(
+                    f"{plan.names[tensor]}: {error.value} at {at}: only finite numbers can be quantised"
+                ) from None
+            journal.convert += time.perf_counter() - copied
 
     def _source_tensor(self, job: int) -> int:
         plan = self._work.plan

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiotransfer.control.patience import Patience, despite_cancels
-from aiotransfer.errors import ClosedError, TransferError
+from aiotransfer.errors import ClosedError, ConfigurationError, TransferError
 from aiotransfer.weights.errors import PlanError, UpdateError, VersionError
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.roll import name_of
@@ -70,7 +71,8 @@ class Update:
         self._ends = asyncio.get_running_loop().time() + role.seconds
         self._watch = Watch(role.never, role.mail)
         try:
-            await self._within(self._enter)
+            with self._ended():
+                await self._within(self._enter)
         except GeneratorExit as error:  # the coroutine was dropped: nothing may be awaited
             self._abandon("its coroutine was dropped")
             self._leave(error)
@@ -134,7 +136,8 @@ class Update:
             await self._give_up(value)
             return
         try:
-            await self._within(self._finish)
+            with self._ended():
+                await self._within(self._finish)
         except GeneratorExit as error:
             self._abandon("its coroutine was dropped")
             self._leave(error)
@@ -203,9 +206,20 @@ class Update:
             )
         return self._failed(f"version {self.number} was not published within {role.seconds:g} s: {what}")
 
-    def _failed(self, text: str) -> UpdateError:
+    @contextlib.contextmanager
+    def _ended(self) -> Iterator[None]:
+        """What this rank finds (sources that did not rest, numbers that cannot be quantised) ends the version as an
+        `UpdateError`."""
+        try:
+            yield
+        except (PlanError, VersionError, UpdateError, ClosedError, ConfigurationError):
+            raise
+        except TransferError as error:
+            raise self._failed(f"version {self.version or self.number} was abandoned: {error.message}", error.hint) from error
+
+    def _failed(self, text: str, hint: str | None = None) -> UpdateError:
         missing = {name_of(entry.instance, entry.rank): text for entries in self.instances.values() for entry in entries}
-        return UpdateError(text, version=self.version or (0, self.number), missing=missing)
+        return UpdateError(text, version=self.version or (0, self.number), missing=missing, hint=hint)
 
     async def _until(self, value: Callable[[], T | None]) -> T:
         def check() -> bool:

@@ -159,7 +159,7 @@ class Works:
             try:
                 return Work(self._make(fitting), self._role.rank, misfits)
             except PlanError:
-                bad = self._alone(fitting) if len(layouts) > 1 else {}
+                bad = (self._alone(fitting) or _unlike(fitting)) if len(layouts) > 1 else {}
                 if not bad or len(bad) == len(fitting):
                     raise
                 misfits |= bad
@@ -177,3 +177,18 @@ class Works:
             except PlanError as error:
                 bad[name] = error.problems or (error.message,)
         return bad
+
+
+def _unlike(layouts: dict[str, Layout]) -> dict[str, tuple[str, ...]]:
+    """Instances whose tensors are not those of the others, though each would fit alone: all but the most that are alike."""
+    groups: dict[frozenset[Any], list[str]] = {}
+    for name, layout in layouts.items():
+        groups.setdefault(frozenset(zip(layout.names, layout.shapes, layout.dtypes, strict=True)), []).append(name)
+    most, others = max(groups.items(), key=lambda group: len(group[1]))  # the first of equal ones
+    bad: dict[str, tuple[str, ...]] = {}
+    for tensors, names in groups.items():
+        if names is not others:
+            unlike = sorted(tensors ^ most)
+            text = f"one version is planned for instances with equal tensors; {others[0]!r} has others: {unlike[0][0]}"
+            bad |= dict.fromkeys(names, (text,))
+    return bad

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aiotransfer.engine.views import memory_of
-from aiotransfer.errors import QuarantineError
+from aiotransfer.errors import QuarantineError, RegistrationError
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.bind import is_torch, local
 from aiotransfer.weights.binding import register
+from aiotransfer.weights.errors import PlanError
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -38,16 +39,25 @@ class Memory:
         self.sizes = layout.buffers_of(rank)
         self._tensor_bytes = _bytes_of_tensors(layout, rank)
         self._own: dict[Region, None] = {}
-        self.active = self._allocate() if bound is None else {name: self._register(bound, name) for name in self.sizes}
+        if bound is not None and (shared := bound.shared()):
+            raise PlanError("the memory of this rank cannot be written without a part being written twice", problems=shared)
+        try:
+            self.active = self._allocate() if bound is None else {name: self._register(bound, name) for name in self.sizes}
+            self.shadow = self._allocate() if double else self.active
+        except BaseException:
+            for region in self._own:
+                region.close()
+            raise
         self._is_torch = any(lookup(dtype).numpy is None for dtype in layout.dtypes) or (
             bound is not None and any(is_torch(local(thing)) for thing in bound.memory.values())
         )
-        self.shadow = self._allocate() if double else self.active
         self._views: dict[tuple[Region, ...], Mapping[str, Any]] = {}  # of each set
 
     def _register(self, bound: Bound, name: str) -> Region:
         region = register(self._engine, bound, name)
         self._own[region] = None
+        if not region._writable:
+            raise RegistrationError(f"the memory of {name} may not be written")
         return region
 
     def _allocate(self) -> dict[str, Region]:
@@ -100,7 +110,7 @@ class Memory:
 
     def _make(self, regions: Mapping[str, Region]) -> dict[str, Any]:
         layout = self._layout
-        if not regions:
+        if self.sizes and not regions:
             return {}  # closed
         bytes_of = {name: memory_of(region) for name, region in regions.items()}
         found: dict[int, list[Any]] = {}
@@ -112,6 +122,9 @@ class Memory:
             found.setdefault(tensor, []).append(
                 _view(memory, layout.dtypes[tensor], int(layout.piece_offset[piece]), extent, strides, self._is_torch)
             )
+        for tensor, shape in enumerate(layout.shapes):
+            if 0 in shape and tensor not in found:
+                found[tensor] = [_view(np.empty(0, np.uint8), layout.dtypes[tensor], 0, list(shape), [], self._is_torch)]
         names: dict[str, Any] = {}
         for name, tensor in [*((name, k) for k, name in enumerate(layout.names)), *layout.aliases.items()]:
             views = found.get(tensor)

@@ -81,7 +81,7 @@ class Subscriber:
         for name, hook in (("pause", pause), ("resume", resume)):
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name} must be callable, not {hook!r}")
-        self.layout, self.rank, self._bound = bound_of(layout, rank)
+        self.layout, self.rank, self._bound = bound_of(layout, rank, needed=False)
         self.observer = Observer(progress, on_record, "subscriber", self.rank)
         self.records = self.observer.records
         self._seconds = seconds(timeout, engine.timeout)
