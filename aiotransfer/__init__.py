@@ -17,6 +17,7 @@ from aiotransfer.engine.lease import Lease
 from aiotransfer.engine.open import open_engine
 from aiotransfer.engine.page_targets import PagesTarget
 from aiotransfer.engine.peer import Message, Peer
+from aiotransfer.engine.places import ScatterPlan, ScatterRows
 from aiotransfer.engine.plans import Plan
 from aiotransfer.engine.region import Region
 from aiotransfer.engine.scatter import ScatterTarget
@@ -78,6 +79,8 @@ __all__ = [
     "RemoteRegion",
     "RendezvousError",
     "ScatterError",
+    "ScatterPlan",
+    "ScatterRows",
     "ScatterTarget",
     "StaleRegionError",
     "Statistics",

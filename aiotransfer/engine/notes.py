@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
+from aiotransfer.errors import TransferError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -32,4 +34,11 @@ def noted(error: E, deed: Deed, nbytes: int, peers: Sequence[Peer], landed: int 
     if landed:
         text += f"; {landed:,} bytes had landed"
     error.add_note(text)
+    return error
+
+
+def at_target(index: int, error: Exception) -> Exception:
+    """The error, naming the target of a scatter that it is about."""
+    if isinstance(error, TransferError):
+        error.message = f"target {index}: {error.message}"
     return error

@@ -224,11 +224,12 @@ class Peer(Unpicklable):
         """The address of the other host that it uses."""
         return self._link.remote_address.host
 
-    async def ask(self, provider: str, body: bytes) -> bytes:
+    async def ask(self, provider: str, body: bytes, timeout: float | None = None) -> bytes:
         """Ask a provider of the other side."""
         number = next(self._ids)
+        seconds = math.inf if self._state == "connecting" else timeout  # `connect` has a deadline of its own
         return await self._question(
-            number, frames.Ask(id=number, provider=provider, body=body), None, f"{self} did not answer"
+            number, frames.Ask(id=number, provider=provider, body=body), seconds, f"{self} did not answer"
         )
 
     @contextmanager

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from aiotransfer.engine.arguments import RESERVED, Pages, check_imm
 from aiotransfer.engine.base import seconds
-from aiotransfer.engine.notes import noted
+from aiotransfer.engine.notes import at_target, noted
 from aiotransfer.engine.page_targets import PageTargets, post_pages
 from aiotransfer.engine.pages import Pager
+from aiotransfer.engine.places import ScatterPlan, ScatterRows
 from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.scatter import Posted, Targets, post_table
 from aiotransfer.engine.staging import Stager, page_spans, stager
@@ -153,13 +154,6 @@ class Plan(Unpicklable):
         return f"<Plan {self.nbytes} bytes, {who}>"
 
 
-def at_target(index: int, error: Exception) -> Exception:
-    """The error, naming the target of a scatter that it is about."""
-    if isinstance(error, TransferError):
-        error.message = f"target {index}: {error.message}"
-    return error
-
-
 def _is_bound(engine: object, region: RemoteRegion) -> bool:
     bound = region._box.bound
     return bound is not None and bound.peer._state == "up" and bound.good(engine, bound.peer)
@@ -233,6 +227,15 @@ class Planner(Pager):
         if posted is None:
             return self._scatter_plan(src, targets, require).post(imm=imm, timeout=timeout)
         return self._scattered(src, posted, value, timeout)
+
+    def prepare_scatter(self, sources: Sequence[RegionView], rows: ScatterRows) -> ScatterPlan:
+        """Writes from `sources`, regions of this engine, checked once: each `post(destinations)` of the plan is one native call.
+
+        `rows` are copied; any number of them. Raises `RegionError` (bounds, a closed region, memory of a GPU that is staged),
+        `ClosedError`, `TypeError` or `ValueError`, which name the row.
+        """
+        self._check()
+        return ScatterPlan(self, sources, ScatterRows(*rows))
 
     def scatter_pages(
         self,

@@ -10,6 +10,7 @@ Its operation waits for that in a task of the engine and is then submitted the s
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
 
 _new: Callable[[type[Transfer]], Transfer] = object.__new__
+BIND_SECONDS = 0.01  # between two attempts to learn where a peer's memory is
 
 
 @functools.cache
@@ -323,10 +325,19 @@ class Submitter(Outcomes):
         """Have the owner's answer where its memory is. Raises `TransferTimeout` after `left` seconds."""
         try:
             async with Patience(left):
-                await self._paths.bind(region, peer)
+                while not await self._bind_once(region, peer):
+                    await asyncio.sleep(BIND_SECONDS)
         except TimeoutError as error:
             if isinstance(error, TransferError):
                 raise
             raise TransferTimeout(
                 f"{peer} did not say in time where its region is", peer=str(peer.address), hint="is its event loop blocked?"
             ) from error
+
+    async def _bind_once(self, region: RemoteRegion, peer: Peer) -> bool:
+        """False when one attempt took too long, which says nothing of the next: the deadline is the operation's own."""
+        try:
+            await self._paths.bind(region, peer)
+        except TransferTimeout:
+            return False
+        return True

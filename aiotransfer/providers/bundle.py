@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -171,7 +172,7 @@ class BundlePath(Path):
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
         """Ask the owner for the keys of its memory, one for each rail."""
         ffi, lib = native.ffi, native.lib
-        body = await conversation.ask(self.provider, encode(Borrow(self._to, grant.slot, grant.epoch)))
+        body = await conversation.ask(self.provider, encode(Borrow(self._to, grant.slot, grant.epoch)), math.inf)
         lent = decode(lents_each, body, "loan", self.provider).each
         try:
             columns = [ffi.new(kind, list(column)) for kind, column in zip(_COLUMNS, zip(*lent, strict=True), strict=True)]

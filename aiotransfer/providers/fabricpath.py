@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import os
 from typing import Any
 
@@ -245,7 +246,7 @@ class FabricPath(Path):
 
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
         """Ask the owner for the key of its memory."""
-        body = await conversation.ask(self.provider, encode(Borrow(self._to, grant.slot, grant.epoch)))
+        body = await conversation.ask(self.provider, encode(Borrow(self._to, grant.slot, grant.epoch)), math.inf)
         lent = decode(lents, body, "loan", self.provider)
         try:
             remote = native.lib.at_fab_borrow(

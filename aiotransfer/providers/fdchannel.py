@@ -135,8 +135,8 @@ class FdChannel:
             close_all(self._unsent.popleft()[1])
         self._loop.remove_writer(self._sock.fileno())
 
-    async def expect(self, ticket: bytes, timeout: float) -> tuple[bytes, list[int]]:
-        """Body and descriptors (the caller's from now on) of the packet with this ticket.
+    async def expect(self, ticket: bytes, timeout: float | None) -> tuple[bytes, list[int]]:
+        """Body and descriptors (the caller's from now on) of the packet with this ticket, within `timeout` seconds (None: any).
 
         Raises `TimeoutError`, `ConnectionError`, or `OSError` (EMFILE) when this process had no room for the descriptors.
         """

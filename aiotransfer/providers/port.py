@@ -74,8 +74,9 @@ class Conversation(Protocol):
         """The address of the other host that it uses."""
         ...
 
-    async def ask(self, provider: str, body: bytes) -> bytes:
-        """Ask the provider of the other side; raises what it answered with, or `PeerLostError`."""
+    async def ask(self, provider: str, body: bytes, timeout: float | None = None) -> bytes:
+        """Ask the provider of the other side; raises what it answered with, `PeerLostError`, or `TransferTimeout` after `timeout`
+        seconds (None: the engine's). `math.inf` where the caller is bounded by the deadline of an operation."""
         ...
 
     def opening(self) -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import os
 import random
 import weakref
@@ -27,6 +28,7 @@ from aiotransfer.errors import (
     RegistrationError,
     StaleRegionError,
     TransferError,
+    TransferTimeout,
     shortage,
 )
 from aiotransfer.model.descriptor import Grant
@@ -80,6 +82,7 @@ class ShmPath(Path):
         self.channel = channel
         self._maps: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()
         self._mapping: dict[int, asyncio.Future[Segment]] = {}
+        self._wanted: dict[asyncio.Future[Segment], int] = {}
         self._closed = False
 
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
@@ -139,26 +142,35 @@ class ShmPath(Path):
             )
 
     async def _fetch(self, grant: Grant, conversation: Conversation) -> Segment:
-        known = self._mapping.get(grant.segment)
-        if known is not None:
-            return await asyncio.shield(known)
-        future = asyncio.ensure_future(self._fetch_once(grant, conversation))
-        self._mapping[grant.segment] = future
-        future.add_done_callback(lambda _: self._mapping.pop(grant.segment, None))
-        return await asyncio.shield(future)
+        """Once for all operations that wait for it; each has a deadline of its own, and it ends with the last that waits."""
+        number = grant.segment
+        future = self._mapping.get(number)
+        if future is None:
+            future = self._mapping[number] = asyncio.ensure_future(self._fetch_once(grant, conversation))
+        self._wanted[future] = self._wanted.get(future, 0) + 1
+        try:
+            return await asyncio.shield(future)
+        finally:
+            self._wanted[future] -= 1
+            if not self._wanted[future]:
+                del self._wanted[future], self._mapping[number]
+                future.cancel()
 
     async def _fetch_once(self, grant: Grant, conversation: Conversation) -> Segment:
         ticket = fdchannel.ticket()
         question = shmwire.Fetch(ticket, self._ticket, grant.slot, grant.epoch, grant.segment)
-        packet = asyncio.ensure_future(self.channel.expect(ticket, SETUP_SECONDS))
+        packet = asyncio.ensure_future(self.channel.expect(ticket, None))
         try:
             await asyncio.sleep(0)  # the expectation stands before the question leaves
-            answer = await conversation.ask("shm", shmwire.encode(question))
+            answer = await conversation.ask("shm", shmwire.encode(question), math.inf)
             nbytes = shmwire.size(answer)
-            _, fds = await packet
+            async with asyncio.timeout(SETUP_SECONDS):  # from the answer on, before which the packet was sent
+                _, fds = await packet
         except BaseException as error:  # also cancellation: what is expected must not arrive unowned
             fdchannel.discard(packet)
-            if isinstance(error, OSError):
+            if isinstance(error, TimeoutError) and not isinstance(error, TransferError):
+                raise TransferTimeout(_failure("no segment from the peer", error).message, provider="shm") from error
+            if isinstance(error, OSError) and not isinstance(error, TransferError):
                 raise _failure("no segment from the peer", error) from error
             raise
         try:
@@ -327,7 +339,7 @@ class ShmProvider:
             channel.close()
             raise
         ticket = fdchannel.ticket()
-        reply = asyncio.ensure_future(channel.expect(ticket, SETUP_SECONDS))
+        reply = asyncio.ensure_future(channel.expect(ticket, None))
         asked = asyncio.ensure_future(conversation.ask("shm", shmwire.encode(shmwire.Hello(ticket))))
         try:
             await asyncio.sleep(0)  # the question leaves first: whose ticket is known is no stranger
@@ -338,7 +350,8 @@ class ShmProvider:
                 await asyncio.wait([asked], timeout=REASON_SECONDS)
             if asked.done():
                 asked.result()  # raises what the peer said
-            their_body, their_fds = await reply
+            async with asyncio.timeout(SETUP_SECONDS):  # from the answer on: before that the peer's loop may be busy
+                their_body, their_fds = await reply
             await asked
         except BaseException as error:  # also cancellation: half a channel is of no use to anybody
             asked.cancel()
@@ -346,7 +359,7 @@ class ShmProvider:
             fdchannel.discard(reply)
             native.ffi.release(half)
             channel.close()
-            if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+            if isinstance(error, OSError) and not isinstance(error, ConnectionError | TransferError):
                 raise _failure("shared memory could not be set up", error) from error
             raise
         return self._finish(half, channel, ticket, conversation, their_body, their_fds)

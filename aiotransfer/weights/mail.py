@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakValueDictionary
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.control.ratelimit import RateLimit, more
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()
-_mails: dict[Engine, Mail] = {}  # of engines that have a role
+# Of engines that have a role, by their id. A mail refers to its engine, so neither is kept here: forgotten ones are collected.
+_mails: WeakValueDictionary[int, Mail] = WeakValueDictionary()
 MOST_WAITING = 128 << 20  # bytes of messages that wait for one peer to make room
 OVERHEAD = 1024  # of each
 
@@ -30,6 +32,10 @@ class Member(Protocol):
 
     def receive(self, peer: Peer, message: Any) -> object:
         """One message. Raises `DescriptorError` when it makes no sense here."""
+        ...
+
+    def engine_closed(self) -> object:
+        """The engine was closed before this role: nothing comes any more, and nothing may wait for it."""
         ...
 
 
@@ -58,10 +64,10 @@ class Mail:
     @classmethod
     def enter(cls, engine: Engine, member: Member) -> Mail:
         """The mail of this engine; the first member opens it. Raises `ClosedError`."""
-        mail = _mails.get(engine)
+        mail = _mails.get(id(engine))
         if mail is None:
             messages = engine.messages(wire.MARK[:-1])  # raises
-            mail = _mails[engine] = cls(engine)
+            mail = _mails[id(engine)] = cls(engine)
             mail._reader = asyncio.get_running_loop().create_task(mail._read(messages))
         mail._members[member] = None
         return mail
@@ -69,7 +75,8 @@ class Mail:
     @staticmethod
     def of(engine: Engine) -> tuple[Member, ...]:
         """All roles of this engine."""
-        return tuple(_mails[engine]._members) if engine in _mails else ()
+        mail = _mails.get(id(engine))
+        return () if mail is None else tuple(mail._members)
 
     async def leave(self, member: Member) -> None:
         """The last one out closes it, when what was told is sent or its time is over. Other tasks end then."""
@@ -87,16 +94,22 @@ class Mail:
         await asyncio.wait([self._reader])
 
     def _close(self) -> None:
-        if _mails.get(self._engine) is self:
-            del _mails[self._engine]
+        if _mails.get(id(self._engine)) is self:
+            del _mails[id(self._engine)]
 
     async def _read(self, messages: Any) -> None:
         try:
             async for peer, data in messages:
                 self._receive(peer, data)
+            for member in list(self._members):
+                member.engine_closed()
+        except GeneratorExit:  # forgotten with its loop: nothing may be awaited
+            raise
+        except BaseException:
+            await messages.aclose()
+            raise
         finally:
             self._close()
-            await messages.aclose()
 
     def _receive(self, peer: Peer, data: bytes) -> None:
         """A message that cannot be read, or that a role cannot bear, ends nothing: the next one may be of another peer."""

@@ -66,6 +66,6 @@ class Watch:
         self._tasks.clear()
 
 
-async def reach(engine: Engine, address: str, timeout: float) -> Peer:
+async def reach(engine: Engine, address: str, timeout: float, *, retry: bool = True) -> Peer:
     """The peer that is up at `address`, or a new connection to it. Raises as `Engine.connect`."""
-    return await engine.connect(address, timeout=timeout, reuse=True)
+    return await engine.connect(address, timeout=timeout, reuse=True, retry=retry)

@@ -191,11 +191,22 @@ at_plan *at_plan_scatter(at_lane *lane, int64_t region, uint64_t n, const int64_
 at_plan *at_plan_scatter_pages(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbytes, uint64_t n, const int64_t *remotes,
                                const uint64_t *bases, const uint64_t *limits, const at_page_target *targets, const int64_t *local_pages,
                                const int64_t *remote_pages, uint64_t rows, uint64_t page_bytes, int *status);
+/* Writes from several regions to places that each post names anew. Row: `nbytes` bytes from local_offset in the limits[source] bytes at
+ * bases[source] of regions[source], to remote_offset of a place. */
+typedef struct {
+    int64_t source, local_offset, nbytes, place, remote_offset;
+} at_place_row;
+at_plan *at_plan_places(at_lane *lane, uint64_t sources, const int64_t *regions, const uint64_t *bases, const uint64_t *limits, uint64_t n,
+                        const at_place_row *rows, uint64_t places, int *status);
 at_plan *at_plan_signals(at_lane *lane, uint64_t n, const int64_t *peers, const uint32_t *imms, int *status);
 void at_plan_free(at_plan *plan);
 /* [loop] Results as of at_write; AT_EUNKNOWN for NULL. Those of a scatter: AT_OK or AT_DUE when every target has landed, AT_E* when one was refused and
  * nothing was posted, else a cookie; its event's status is the first that was not AT_OK, and each target's waits for at_batch_take. */
 int64_t at_plan_post(at_lane *lane, const at_plan *plan, int64_t imm);
+/* [loop] The same for a plan of at_plan_places: place k is the limits[k] bytes at bases[k] of remotes[k]. When one was refused, at_lane_detail
+ * is its row, or -1 - k for place k. */
+int64_t at_plan_post_places(at_lane *lane, const at_plan *plan, uint64_t places, const int64_t *remotes, const uint64_t *bases,
+                            const uint64_t *limits, int64_t imm);
 /* [loop] A scatter without a plan, of at most 1024 targets (more: AT_ESIZE): sizes[i] bytes from local_offsets[i] in the `nbytes` bytes
  * at `offset` of the region, to remote_offsets[i] in the limits[i] bytes at bases[i] of the remote region (NULL: to all of them).
  * Arrays are lent until return. Results as of at_plan_post, but AT_ENOMEM and AT_EBUSY may come after targets before

@@ -14,6 +14,8 @@ struct at_plan {
     uint64_t count;
     int scatter;      /* its targets end as one, with a result each */
     int64_t *tables;  /* of pages */
+    uint64_t places;  /* of remote memory, which each post names; its orders have numbers of places for remotes then */
+    uint64_t *needs;  /* bytes of each place that the orders use; NULL: the orders name the remotes */
     at_order orders[];
 };
 
@@ -39,6 +41,17 @@ typedef struct {
     const at_page_target *targets;
     const int64_t *local_pages, *remote_pages;
 } at_rows;
+
+/* Where the places of a plan are: in one post. */
+typedef struct {
+    const int64_t *remotes;
+    const uint64_t *bases;
+} at_places;
+
+/* Whether [offset, offset + n) lies in `nbytes`; what is negative is too large here. */
+static int lies_in(int64_t offset, int64_t n, uint64_t nbytes) {
+    return (uint64_t)n <= nbytes && (uint64_t)offset <= nbytes - (uint64_t)n;
+}
 
 static at_plan *plan_new(uint64_t count, int scatter) {
     if (count > UINT32_MAX) return NULL;
@@ -175,12 +188,70 @@ at_plan *at_plan_signals(at_lane *lane, uint64_t n, const int64_t *peers, const 
     return plan_checked(lane, plan, status);
 }
 
+/* Where the rows of a plan of places come from: the first arguments of at_plan_places. */
+typedef struct {
+    uint64_t count;
+    const int64_t *regions;
+    const uint64_t *bases, *limits;
+} at_sources;
+
+/* What one row says. It is in bounds of its source; what it needs of its place is compared at each post. */
+static int place_order(at_lane *lane, const at_sources *from, const at_place_row *row, uint64_t places, at_order *order) {
+    uint64_t source = (uint64_t)row->source; /* what is negative is too large here */
+    if (source >= from->count || (uint64_t)row->place >= places) return AT_ESIZE;
+    if (!lies_in(row->local_offset, row->nbytes, from->limits[source])) return AT_ESRC;
+    if (row->remote_offset < 0 || row->nbytes > INT64_MAX - row->remote_offset) return AT_EDST;
+    const at_region *region = at_region_use(lane, from->regions[source]);
+    uint64_t offset = from->bases[source] + (uint64_t)row->local_offset, n = (uint64_t)row->nbytes;
+    if (region == NULL) return AT_ECLOSED;
+    if (offset > region->nbytes || n > region->nbytes - offset) return AT_ESRC;
+    *order = (at_order){.kind = AT_OP_WRITE, .remote = row->place, .region = from->regions[source], .local_offset = offset,
+                        .remote_offset = (uint64_t)row->remote_offset, .nbytes = n, .units = 1, .imm = -1};
+    return AT_OK;
+}
+
+at_plan *at_plan_places(at_lane *lane, uint64_t sources, const int64_t *regions, const uint64_t *bases, const uint64_t *limits, uint64_t n,
+                        const at_place_row *rows, uint64_t places, int *status) {
+    *status = lane == NULL ? AT_ESHUT : places >= UINT32_MAX ? AT_ESIZE : AT_OK;
+    if (*status != AT_OK) return NULL;
+    at_plan *plan = plan_new(n, 1);
+    if (plan != NULL) plan->needs = calloc((size_t)places + 1, sizeof *plan->needs);
+    if (plan == NULL || plan->needs == NULL) {
+        at_plan_free(plan);
+        *status = AT_ENOMEM;
+        return NULL;
+    }
+    plan->places = places;
+    at_sources from = {.count = sources, .regions = regions, .bases = bases, .limits = limits};
+    at_lock(lane);
+    for (uint64_t i = 0; i < n && *status == AT_OK; i++) {
+        at_order *order = &plan->orders[i];
+        *status = place_order(lane, &from, &rows[i], places, order);
+        if (*status != AT_OK) lane->detail = (int64_t)i;
+        else if (plan->needs[order->remote] < order->remote_offset + order->nbytes) plan->needs[order->remote] = order->remote_offset + order->nbytes;
+    }
+    at_unlock(lane);
+    if (*status == AT_OK) return plan;
+    at_plan_free(plan);
+    return NULL;
+}
+
 void at_plan_free(at_plan *plan) {
     if (plan != NULL) free(plan->tables);
+    if (plan != NULL) free(plan->needs);
     free(plan);
 }
 
 /* ---- posting ---- */
+
+static int resolve_order(at_lane *lane, const at_plan *plan, const at_places *at, uint64_t i, int64_t imm, at_op *op) {
+    if (at == NULL) return at_resolve(lane, &plan->orders[i], imm, op);
+    at_order order = plan->orders[i];
+    int64_t place = order.remote;
+    order.remote = at->remotes[place];
+    order.remote_offset += at->bases[place];
+    return at_resolve(lane, &order, imm, op);
+}
 
 /* One target that could not be moved at once, or failed: the batch knows of it from now on. Returns the batch's cookie, or AT_E*. */
 static int64_t join_batch(at_lane *lane, int64_t parent, uint64_t count, uint32_t child, at_op *op, int rc) {
@@ -226,11 +297,12 @@ static at_op *kept_for(at_lane *lane, uint64_t count) {
 
 /* The targets from i on that are moved inside the call, and together: *n of them. AT_HERE when that is all that can be said now; else what
  * became of the one behind them. */
-static int group(at_lane *lane, at_op *ops, uint64_t count, const at_order *orders, int64_t imm, uint64_t i, uint32_t *n, uint64_t *nbytes) {
+static int group(at_lane *lane, at_op *ops, uint64_t count, const at_plan *plan, const at_places *at, int64_t imm, uint64_t i, uint32_t *n,
+                 uint64_t *nbytes) {
     uint64_t bytes = 0, most = MOST_KEPT - i % MOST_KEPT < MOST_TOGETHER ? MOST_KEPT - i % MOST_KEPT : MOST_TOGETHER;
     for (; i < count && *n < most && bytes < AT_CHUNK; i++, ++*n) {
         at_op *op = &ops[i % MOST_KEPT];
-        int rc = count <= MOST_KEPT ? AT_OK : at_resolve(lane, &orders[i], imm, op);
+        int rc = count <= MOST_KEPT ? AT_OK : resolve_order(lane, plan, at, i, imm, op);
         if (rc == AT_OK) rc = at_submit_here(lane, op);
         if (rc != AT_HERE) return rc;
         bytes += op->nbytes * op->units;
@@ -239,15 +311,15 @@ static int group(at_lane *lane, at_op *ops, uint64_t count, const at_order *orde
     return AT_HERE;
 }
 
-/* Post what has been resolved: the op of target i is ops[i % MOST_KEPT], and where there are more than those, orders says it again. */
-static int64_t post_targets(at_lane *lane, at_op *ops, uint64_t count, const at_order *orders, int64_t imm) {
+/* Post what has been resolved: the op of target i is ops[i % MOST_KEPT], and where there are more than those, the plan says it again. */
+static int64_t post_targets(at_lane *lane, at_op *ops, uint64_t count, const at_plan *plan, const at_places *at, int64_t imm) {
     int64_t parent = 0;
     int queued = 0;
     uint64_t landed = 0;
     for (uint64_t i = 0; i < count && parent >= 0;) {
         uint32_t n = 0;
         uint64_t bytes = 0;
-        int rc = group(lane, ops, count, orders, imm, i, &n, &bytes);
+        int rc = group(lane, ops, count, plan, at, imm, i, &n, &bytes);
         if (n != 0 && at_move_here(lane, &ops[i % MOST_KEPT], n)) { /* the usual case: no look at each */
             landed += bytes;
             i += n;
@@ -274,26 +346,21 @@ static int64_t post_targets(at_lane *lane, at_op *ops, uint64_t count, const at_
     return parent;
 }
 
-static int64_t post_scatter(at_lane *lane, const at_plan *plan, int64_t imm) {
+static int64_t post_scatter(at_lane *lane, const at_plan *plan, const at_places *at, int64_t imm) {
     at_op *ops = kept_for(lane, plan->count);
     if (ops == NULL && plan->count != 0) return AT_ENOMEM;
     for (uint64_t i = 0; i < plan->count; i++) { /* all or nothing, as far as can be known beforehand */
-        int rc = at_resolve(lane, &plan->orders[i], imm, &ops[i % MOST_KEPT]);
+        int rc = resolve_order(lane, plan, at, i, imm, &ops[i % MOST_KEPT]);
         if (rc != AT_OK) {
             lane->detail = (int64_t)i;
             return rc;
         }
     }
-    return post_targets(lane, ops, plan->count, plan->orders, imm);
+    return post_targets(lane, ops, plan->count, plan, at, imm);
 }
 
 /* The caller's arrays may be changed by other threads meanwhile: each number is read once. */
 static int64_t once(const int64_t *at) { return *(const volatile int64_t *)at; }
-
-/* Whether [offset, offset + n) lies in `nbytes`; what is negative is too large here. */
-static int lies_in(int64_t offset, int64_t n, uint64_t nbytes) {
-    return (uint64_t)n <= nbytes && (uint64_t)offset <= nbytes - (uint64_t)n;
-}
 
 static int resolve_target(at_lane *lane, const at_source *src, const at_targets *to, uint64_t i, int64_t imm, at_op *op) {
     int64_t from = once(&to->local_offsets[i]), n = once(&to->nbytes[i]);
@@ -318,7 +385,7 @@ static int64_t scatter(at_lane *lane, const at_source *src, const at_targets *to
         }
         *total += ops[i].nbytes;
     }
-    return post_targets(lane, ops, to->count, NULL, imm);
+    return post_targets(lane, ops, to->count, NULL, NULL, imm);
 }
 
 int64_t at_scatter(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbytes, uint64_t n, const int64_t *remotes,
@@ -356,7 +423,7 @@ static int64_t scatter_pages(at_lane *lane, const at_rows *to, const at_tables *
         }
         *total += order.nbytes * order.units;
     }
-    return post_targets(lane, ops, to->count, NULL, imm);
+    return post_targets(lane, ops, to->count, NULL, NULL, imm);
 }
 
 int64_t at_scatter_pages(at_lane *lane, int64_t region, uint64_t offset, uint64_t nbytes, uint64_t n, const int64_t *remotes,
@@ -379,15 +446,32 @@ int64_t at_scatter_pages(at_lane *lane, int64_t region, uint64_t offset, uint64_
 int64_t at_plan_post(at_lane *lane, const at_plan *plan, int64_t imm) {
     int64_t result = at_check_owner(lane);
     if (result != AT_OK) return result;
-    if (plan == NULL) return AT_EUNKNOWN; /* not resolved yet */
+    if (plan == NULL || plan->needs != NULL) return AT_EUNKNOWN; /* not resolved yet, or it does not say where it goes */
     at_lock(lane);
     if (plan->scatter) {
-        result = post_scatter(lane, plan, imm);
+        result = post_scatter(lane, plan, NULL, imm);
     } else {
         at_op op;
         result = at_resolve(lane, &plan->orders[0], imm, &op);
         if (result == AT_OK) return at_submit_last(lane, &op);
     }
+    return at_unlock_and_progress(lane, result);
+}
+
+int64_t at_plan_post_places(at_lane *lane, const at_plan *plan, uint64_t places, const int64_t *remotes, const uint64_t *bases,
+                            const uint64_t *limits, int64_t imm) {
+    int64_t result = at_check_owner(lane);
+    if (result != AT_OK) return result;
+    if (plan == NULL || plan->needs == NULL || plan->places != places) return AT_EUNKNOWN;
+    at_lock(lane);
+    for (uint64_t k = 0; k < places && result == AT_OK; k++) {
+        const at_remote *remote = at_remote_use(lane, remotes[k]);
+        lane->detail = -1 - (int64_t)k; /* of a place and no target */
+        if (remote == NULL) result = AT_ESTALE;
+        else if (plan->needs[k] > limits[k] || bases[k] > remote->nbytes || limits[k] > remote->nbytes - bases[k]) result = AT_EDST;
+    }
+    at_places at = {.remotes = remotes, .bases = bases};
+    if (result == AT_OK) result = post_scatter(lane, plan, &at, imm);
     return at_unlock_and_progress(lane, result);
 }
 

@@ -70,10 +70,24 @@ GUARDS = (
     ),
     Mutant(
         "weights: a native call has so many writes",
-        "aiotransfer/weights/publisher/sending.py",
-        "for k in range(a, b, MOST_WRITES)]",
-        "for k in (a,)]",
+        "aiotransfer/weights/publisher/posting.py",
+        "            begin + most_writes, ",
+        "            len(nbytes), ",
         "tests/weights/scale/test_replay.py",
+    ),
+    Mutant(
+        "weights: what was prepared for other memory is prepared anew",
+        "aiotransfer/weights/publisher/posting.py",
+        "any(one is not other for one, other in zip(known[0], sources, strict=True))",
+        "False",
+        "tests/weights/test_posting.py",
+    ),
+    Mutant(
+        "weights: a subscriber rank says itself why it has taken its memory back",
+        "aiotransfer/weights/publisher/sending.py",
+        "if receiver.failed and not receiver.knows]",
+        "if receiver.failed]",
+        "tests/weights/test_reasons.py",
     ),
     Mutant(
         "weights: memory of a subscriber that left is let go",

@@ -6,7 +6,8 @@
 A run has one to three trainer ranks and two or three inference instances of one, two or four ranks, each with a second buffer or
 in place, and publishes version after version; in half of the runs the instances pass parts on to one another. Every subscriber
 rank has readers that hold versions for a while. Meanwhile connections are cut, engines are held as by SIGSTOP, ranks of either
-side are killed and come back, instances join late, blocks raise, calls are cancelled, and hosts close their roles.
+side are killed and come back, instances join late, blocks raise, calls are cancelled, hosts close their
+roles, and numbers are skipped by all trainers or by one.
 
 What must hold:
 
@@ -44,8 +45,9 @@ TIMEOUT = 0.5
 BOUND = TIMEOUT + 1.5 + 6 * CONFIG.peer_timeout  # of one update, in virtual seconds
 FAULTS = (
     "subscriber killed", "trainer killed", "held", "cut", "block raised", "cancelled", "subscriber closed", "publisher closed",
-    "late instance", "old number",
+    "late instance", "old number", "skipped number", "control cut",
 )  # fmt: skip
+KINDS = ("instances with two buffers", "instances in place", "runs with checksums", "runs with several trainers")
 OUTCOMES = ("whole", "in part", "abandoned", "refused", "cancelled here")
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "reliability" / "weights-chaos.md"
 
@@ -147,10 +149,14 @@ class Run:
         self.layouts = {name: inference_layout(size) for name, size in self.sizes.items()}
         self.modes = {name: rng.choice(["double", "double", "in_place"]) for name in self.sizes}
         self.checksum = rng.random() < 0.2
+        for mode in self.modes.values():
+            struck[KINDS[mode == "in_place"]] += 1
+        struck[KINDS[2]] += self.checksum
+        struck[KINDS[3]] += self.ranks > 1
         self.trainers: list[Trainer] = []
         self.servers: dict[str, list[Server]] = {}
         self.active: dict[str, list[tuple[Server, weights.Version]]] = {}
-        self.number = 0
+        self.before = self.number = 0
         self.is_stale = False
 
     async def engine(self) -> at.Engine:
@@ -195,7 +201,7 @@ class Run:
         await self.finish()
 
     async def update(self, faulty: bool, *, last: bool = False) -> None:
-        self.number += 1
+        self.before, self.number = self.number, self.number + self.rng.choice([1, 1, 1, 4])
         number, began = self.number, self.net.now
         tasks = [asyncio.create_task(trainer.publish(number)) for trainer in self.trainers]
         fault = asyncio.create_task(self.strike(tasks)) if faulty else None
@@ -271,10 +277,17 @@ class Run:
             trainer.raises = False
         elif fault == "old number":
             await asyncio.wait(tasks)
-            results = await asyncio.gather(*(one.publish(self.number - 1) for one in self.trainers), return_exceptions=True)
+            results = await asyncio.gather(*(one.publish(self.before) for one in self.trainers), return_exceptions=True)
             for error in results:
                 assert not isinstance(error, weights.Version), f"version {error} was published after {self.number}"
                 self.struck["refused"] += isinstance(error, weights.VersionError)
+        elif fault == "skipped number":
+            await asyncio.wait(tasks)
+            await self.skip(trainer)
+        elif fault == "control cut":
+            if server is None:
+                return
+            net.cut_control(trainer.engine, server.engine)
         elif fault == "cancelled":
             rng.choice(tasks).cancel()
         elif fault == "late instance":
@@ -283,6 +296,24 @@ class Run:
             await self.serve("b")
             await self.connect()
         self.struck[fault] += 1
+
+    async def skip(self, ahead: Trainer) -> None:
+        """One rank publishes a number that the others do not: they are refused, it waits, and all meet at that number."""
+        self.number += 2
+        others = [one for one in self.trainers if one is not ahead]
+        waiting = asyncio.create_task(ahead.publish(self.number))
+        await asyncio.sleep(self.rng.choice([0, 1e-4]))
+        behind = [asyncio.create_task(one.publish(self.number - 1)) for one in others]
+        if behind:
+            _, late = await asyncio.wait(behind, timeout=BOUND)
+            assert not late, f"hang: version {self.number - 1}, which rank {ahead.rank} skipped"
+        for task in behind:
+            assert task.exception() is not None, f"version {self.number - 1} was published without rank {ahead.rank}"
+        meeting = [waiting, *(asyncio.create_task(one.publish(self.number)) for one in others)]
+        _, late = await asyncio.wait(meeting, timeout=BOUND)
+        assert not late, f"hang: version {self.number}, after one that rank {ahead.rank} skipped"
+        for task in meeting:
+            self.judge(task, task.exception(), self.number, last=False)
 
     async def mend(self) -> None:
         """Whatever is gone comes back; instances that lost a rank are started anew, rank by rank."""
@@ -349,14 +380,14 @@ def runs(first: int, updates: int) -> Counter[str]:
     struck: Counter[str] = Counter()
     for seed in range(first, first + -(-updates // UPDATES)):
         run(seed, struck)
-    never = [name for name in (*FAULTS, *OUTCOMES) if not struck[name]] if updates >= 2000 else []
+    never = [name for name in (*FAULTS, *OUTCOMES, *KINDS) if not struck[name]] if updates >= 2000 else []
     assert not never, f"seeds from {first}: these never came: {never}"
     return struck
 
 
 def report(first: int, updates: int, struck: Counter[str], seconds: float) -> str:
     """A page of the documentation."""
-    rows = "\n".join(f"| {name} | {struck[name]:,} |" for name in (*OUTCOMES, *FAULTS))
+    rows = "\n".join(f"| {name} | {struck[name]:,} |" for name in (*OUTCOMES, *FAULTS, *KINDS))
     return f"""# Weights chaos report
 
 Written by `make test-chaos-weights` (`python -m tests.reliability.weights_chaos --updates {updates} --first {first} --report`).
@@ -366,7 +397,7 @@ seeds from {first} on: 0 mixed versions seen by readers, 0 updates past their bo
 counters and regions; {seconds:,.0f} s on {os.cpu_count()} cores. A single run again: `python -m tests.reliability.weights_chaos
 --seed N`.
 
-How updates ended on each trainer rank, and how often each fault struck (one that never did fails the run):
+How updates ended on each trainer rank, how often each fault struck, and of what kind the runs were (no row may be 0):
 
 | what | times |
 |---|--:|

@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from typing import Any
 
 import aiotransfer as at
@@ -41,7 +42,8 @@ async def publish(trainer: Trainer, number: int, commands: asyncio.StreamReader)
     try:
         async with trainer.publisher.publish(number) as update:
             say(entered=number)
-            await commands.readline()
+            while (line := (await commands.readline()).split())[:1] == [b"block"]:
+                time.sleep(float(line[1]))
     except weights.UpdateError as error:
         say(error="UpdateError", version=error.version, committed=error.committed, missing=error.missing)
     except at.TransferError as error:
@@ -70,6 +72,9 @@ async def serve(engine: at.Engine, options: dict[str, Any], instance: str, rank:
         server = Server(engine, subscriber)
         say(address=str(engine.address))  # the trainer that it is connected to hears of it when it next publishes
         while line := (await commands.readline()).decode().split():
+            if line[0] == "block":
+                time.sleep(float(line[1]))
+                continue
             if line[0] == "connect":
                 await engine.connect(line[1], timeout=SECONDS)
                 say(connected=line[1])

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from tests.needs import needs_tcp
-from tests.weights.processes import World
+from tests.weights.processes import CONFIG, World
 
 pytestmark = pytest.mark.timeout(180)
 SIGNALS = [signal.SIGKILL, signal.SIGSTOP]
@@ -92,3 +92,17 @@ def test_a_trainer_that_is_killed_or_stopped_ends_the_version_and_new_trainers_g
         assert world.publish(1) == [{"version": [2, 1]}] * 2
         for server in servers:
             assert server.look() | {"paths": []} == {"version": [2, 1], "holds": 1, "paths": []}
+
+
+@pytest.mark.parametrize("side", ["trainer", "server"])
+@pytest.mark.parametrize("providers", ["shm", pytest.param("tcp", marks=needs_tcp())])
+def test_a_blocked_loop_on_either_side_delays_a_version_and_loses_nobody(providers: str, side: str) -> None:
+    with World(providers=providers) as world:
+        trainers = world.train(None, None)
+        servers = world.serve("a", None, None)
+        assert world.publish(1) == [{"version": [1, 1]}] * 2
+        world.enter(2, rate=RATE)
+        blocked = (trainers if side == "trainer" else servers)[1]
+        blocked.tell(f"block {CONFIG['peer_timeout'] + 1}")  # longer than a silent peer is waited for
+        assert world.leave() == [{"version": [1, 2]}] * 2
+        assert [server.look()["holds"] for server in servers] == [2, 2]

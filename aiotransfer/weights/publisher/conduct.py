@@ -25,6 +25,7 @@ PARTIAL_SECONDS = 0.5  # in which the other ranks of an instance announce themse
 ACCEPT_SHARE = 1 / 3  # of the time that is left, in which a subscriber must say whether it takes the version
 DONE_SHARE = 0.9  # of the time that is left: what subscribers are given, so that their answers come in time
 CONNECTS = 32  # at a time
+REASON_SECONDS = 0.5  # of the time that is left, in which ranks of an instance that was left out say for themselves why
 UNHEARD = "it did not answer in time"
 NONE = Version(0, -1)
 
@@ -38,7 +39,8 @@ class Given(Exception):
 
 
 class Target:
-    """A subscriber rank in one update. `done`: how it ended there, "" when it has the version."""
+    """A subscriber rank in one update. `done`: how it ended there, "" when it has the version. `unwritten`: why a publisher rank
+    could not write there, which counts where the rank itself says nothing."""
 
     def __init__(self, entry: wire.Entry) -> None:
         self.entry = entry
@@ -46,6 +48,7 @@ class Target:
         self.peer: Peer | None = None
         self.accepted = False
         self.done: str | None = None
+        self.unwritten = ""
 
 
 class Conduct:
@@ -139,6 +142,8 @@ class Conduct:
             if chair.peer is not None:
                 role.tell(chair.peer, wire.Allow(self.update, name))
         await self._until(lambda: all(target.done is not None for target in self._taking()))
+        left_out = [target for key, target in self.targets.items() if target.accepted and key[0] not in self._going]
+        await self._until(lambda: all(target.done is not None for target in left_out), min(REASON_SECONDS, self.left()))
         self._finish()
 
     def _rank_lost(self, rank: int, peer: Peer, error: TransferError) -> None:
@@ -169,7 +174,10 @@ class Conduct:
         leader.partial = partial
         for name in partial:
             entries = role.roll.instances()[name]
-            self.missing |= {name_of(name, entry.rank): f"its instance is not whole: {gaps(entries)}" for entry in entries}
+            gone = {rank: why for (instance, rank), (_, why) in role.gone.items() if instance == name}
+            why = "; ".join(f"rank {rank}: {text}" for rank, text in gone.items()) or gaps(entries)
+            self.missing |= {name_of(name, entry.rank): f"its instance is not whole: {why}" for entry in entries}
+            self.missing |= {name_of(name, rank): text for rank, text in gone.items()}
         return whole
 
     def _differs(self, before: list[wire.Entry]) -> bool:
@@ -234,13 +242,18 @@ class Conduct:
     async def _offer_to(self, target: Target, offer: wire.Offer, limit: asyncio.Semaphore) -> None:
         try:
             async with limit:
-                target.peer = await reach(self.role.engine, target.entry.address, self.left())
+                target.peer = await reach(self.role.engine, target.entry.address, self.left(), retry=False)
             if target.peer.incarnation != target.entry.incarnation:
                 raise TransferError("another engine is at its address")
             self._watch.add(target.peer, self._lost)
             self.role.tell(target.peer, offer)
         except TransferError as error:
-            self.done(target, error.message)
+            self.done(target, self._unheard(target, error.message))
+
+    def _unheard(self, target: Target, why: str = UNHEARD) -> str:
+        """Why nothing was heard of it: another publisher rank may still have known it, when this one had lost it."""
+        life, known = self.role.gone.get((target.entry.instance, target.entry.rank), (0, ""))
+        return known if life == target.entry.life and known else why
 
     def _incarnation(self, sender: int) -> int:
         peer = self.enters[sender][0]
@@ -255,9 +268,9 @@ class Conduct:
         """An instance keeps the version that it has: each rank for a reason of its own, or because of another."""
         ranks = [target for (instance, _), target in self.targets.items() if instance == name]
         blame = next((target for target in ranks if target.done), None) or next(t for t in ranks if not t.accepted)
-        why = f"left out with rank {blame.entry.rank}: {blame.done or UNHEARD}"
+        why = f"left out with rank {blame.entry.rank}: {blame.done or self._unheard(blame)}"
         for target in ranks:
-            self.missing[target.name] = target.done or (why if target.accepted else UNHEARD)
+            self.missing[target.name] = target.done or (why if target.accepted else self._unheard(target))
             self._drop(target, why)
 
     def _drop(self, target: Target, why: str) -> None:
@@ -269,11 +282,11 @@ class Conduct:
         """A subscriber has announced itself."""
         self._changes.wake()
 
-    def left_by(self, message: wire.Leave) -> None:
-        """A subscriber has closed."""
-        target = self.targets.get((message.instance, message.rank))
-        if target is not None and target.entry.life == message.life:
-            self.done(target, "its subscriber was closed")
+    def gone(self, who: wire.Entry | wire.Leave, why: str) -> None:
+        """A subscriber was closed, or lost."""
+        target = self.targets.get((who.instance, who.rank))
+        if target is not None and target.entry.life == who.life:
+            self.done(target, why)
 
     def answer(self, peer: Peer, message: wire.Accept | wire.Decline | wire.Done) -> None:
         """Of a subscriber rank."""
@@ -290,17 +303,29 @@ class Conduct:
             self.done(target, message.text)
 
     def done(self, target: Target, text: str) -> None:
-        """How it ended at a subscriber rank. Rank 0 of its instance decides for the others, and must know of a loss."""
+        """How it ended at a subscriber rank."""
         if target.done is None:
             target.done = text
-            chair = self.targets.get((target.entry.instance, 0))
-            if text and chair is not None:
-                self._drop(chair, f"rank {target.entry.rank}: {text}")
-            if text and target.entry.instance in self._going:
-                word = wire.Drop(self.update, target.entry.instance, target.entry.rank, wire.clip(text))
-                for peer, _ in self.enters.values():
-                    self.leader.send(peer, word)
+            if text and not target.unwritten:
+                self._tell_others(target, text)
         self._changes.wake()
+
+    def _cannot_write(self, target: Target, text: str) -> None:
+        """A publisher rank cannot write there. What the subscriber rank says of it, or that it is lost, is the better reason."""
+        if target.done is None and not target.unwritten:
+            target.unwritten = text
+            self._tell_others(target, text)
+
+    def _tell_others(self, target: Target, text: str) -> None:
+        """Rank 0 of its instance decides for the others, and must know of a loss; of its own all are told. Publishers write
+        nothing more there."""
+        for (name, rank), other in self.targets.items():
+            if name == target.entry.instance and 0 in (rank, target.entry.rank):
+                self._drop(other, f"rank {target.entry.rank}: {text}")
+        if target.entry.instance in self._going:
+            word = wire.Drop(self.update, target.entry.instance, target.entry.rank, wire.clip(text))
+            for peer, _ in self.enters.values():
+                self.leader.send(peer, word)
 
     # ---- the publishers ----
 
@@ -314,7 +339,7 @@ class Conduct:
             self.sent.add(message.rank)
             for instance, rank, text in message.failed:
                 if (target := self.targets.get((instance, rank))) is not None:
-                    self.done(target, f"publisher rank {message.rank} could not write there: {text}")
+                    self._cannot_write(target, f"publisher rank {message.rank} could not write there: {text}")
         else:
             self.give(message.kind, message.text, Version(message.epoch, message.number), tuple(message.problems))
         self._changes.wake()
@@ -337,13 +362,14 @@ class Conduct:
 
     def _finish(self) -> None:
         committed = []
+        self.missing |= {target.name: target.done for target in self.targets.values() if target.done}
         for target in self._taking():
             if target.done == "":
                 committed.append(target.name)
                 self.role.took(target.entry, self.version, self.role.life)
             else:
-                self.missing[target.name] = target.done or UNHEARD
-                self._drop(target, UNHEARD)
+                why = self.missing[target.name] = target.done or target.unwritten or UNHEARD
+                self._drop(target, why)
         self.leader.last = max(self.leader.last, self.version.number)
         missing = [(name, wire.clip(why)) for name, why in sorted(self.missing.items())]
         for peer, _ in self.enters.values():

@@ -110,6 +110,7 @@ class Publisher:
         self._called: dict[Peer, None] = {}
         self._peers: dict[tuple[str, int], Peer] = {}  # who has announced which subscriber rank
         self._losses: dict[Peer, asyncio.Task[None]] = {}
+        self.gone: dict[tuple[str, int], tuple[int, str]] = {}  # lives of subscriber ranks that were known, and how they ended
         self.mappings = Mappings()
         self._layouts: dict[bytes, Layout] = {}
         self._pieces: dict[bytes, tuple[Peer, Pieces]] = {}
@@ -181,6 +182,7 @@ class Publisher:
         """The staging memory that a plan needs, at most `staging_bytes`."""
         if self._staging is None or self._staging.nbytes < work.staging_bytes:
             if self._staging is not None:
+                self.works.drop_prepared()
                 self._staging.close()
             self._staging = self.engine.allocate(work.staging_bytes)
         return self._staging
@@ -280,9 +282,10 @@ class Publisher:
                 self._announced(peer, message)
             case wire.Leave():
                 self.mappings.left(peer, message.instance, message.rank)
+                self._is_gone(message, "its subscriber was closed")
                 self.roll.remove(message.instance, message.rank, message.life)
                 if self.leader is not None and self.leader.conduct is not None:
-                    self.leader.conduct.left_by(message)
+                    self.leader.conduct.gone(message, "its subscriber was closed")
             case wire.Piece():
                 self._piece(peer, message)
             case wire.Enter() | wire.Withdraw() | wire.Heard() if self.leader is not None:
@@ -337,6 +340,7 @@ class Publisher:
             self.tell(peer, wire.Refuse(entry.life, "bound", why, []))
             return
         self._peers[entry.instance, entry.rank] = peer
+        self.gone.pop((entry.instance, entry.rank), None)
         self._peers = {key: peer for key, peer in self._peers.items() if self.roll.get(*key) is not None}
         if peer not in self._losses:
             self._losses[peer] = self.mail.own(self._await_loss(peer))
@@ -355,6 +359,14 @@ class Publisher:
             del self._peers[key]
             if (entry := self.roll.get(*key)) is not None:
                 self.roll.remove(*key, entry.life)
+                self._is_gone(entry, why := "it was lost" if peer.error is None else f"it was lost: {peer.error.message}")
+                if self.leader is not None and self.leader.conduct is not None:
+                    self.leader.conduct.gone(entry, why)
+
+    def _is_gone(self, who: wire.Entry | wire.Leave, why: str) -> None:
+        self.gone[who.instance, who.rank] = who.life, why
+        while len(self.gone) > wire.MOST_ENTRIES:
+            del self.gone[next(iter(self.gone))]
 
     def _piece(self, peer: Peer, piece: wire.Piece) -> None:
         holder, pieces = self._pieces.get(piece.digest, (None, None))
@@ -424,6 +436,16 @@ class Publisher:
             await despite_cancels(self._closing)
             raise
 
+    def engine_closed(self) -> None:
+        """The engine was closed first: what waits here is told at once."""
+        self._closed = True
+        error = ClosedError("the engine of this publisher is closed")
+        if self._current is not None:
+            self._current.fail(error)
+        if self.leader is not None and self.leader.conduct is not None:
+            self.leader.conduct.give("failed", f"publisher rank 0: {error.message}")
+        self._changes.wake()
+
     async def _close(self) -> None:
         if self._current is not None:
             await self._current.close()
@@ -437,6 +459,7 @@ class Publisher:
         self.mappings.close()
         self.watch.close()
         self.never.close()
+        self.works.drop_prepared()
         if self._staging is not None:
             self._staging.close()
         await self.mail.leave(self)

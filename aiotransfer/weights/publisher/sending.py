@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from aiotransfer.engine.scatter import ScatterTarget
-from aiotransfer.errors import BusyError, ClosedError, DescriptorError, ScatterError, TransferError, again
+from aiotransfer.errors import BusyError, ClosedError, DescriptorError, ScatterError, StaleRegionError, TransferError, again
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.publisher.making import Making
+from aiotransfer.weights.publisher.posting import SHARE, Batch
 from aiotransfer.weights.publisher.standing import Standing
 from aiotransfer.weights.tasks import STAGING, Call, Writes
 from aiotransfer.weights.watch import Watch, reach
@@ -27,11 +27,15 @@ if TYPE_CHECKING:
     from aiotransfer.weights.publisher.update import Update
 
 ASKS = 64  # subscriber ranks at a time
-MOST_WRITES = 1024  # in one native call: it takes no more without a prepared plan, which costs far more than a second call
-MOST_POSTED = 512 << 20  # bytes under way
+MOST_POSTED = 2 << 30  # bytes under way
+MOST_WRITES_POSTED = 1 << 15  # writes under way
 BUSY_SECONDS = 0.001  # before a write that the engine had no room for is tried again
 RATE_SECONDS = 0.01  # what a rate is kept over
 WRITE_SHARE = 0.6  # of the time, for what this rank writes itself where instances pass parts on: the rest is for what fails
+
+
+class GivenUp(TransferError):
+    """A subscriber rank, or publisher rank 0, has said that the version does not come there."""
 
 
 class Receiver:
@@ -44,7 +48,16 @@ class Receiver:
         self.regions: dict[int, RemoteRegion] = {}  # by the number of the buffer in its layout
         self.imms: Sequence[int] = ()
         self.failed = ""
+        self.knows = False  # it gave the version up itself, and says why
         self.sum = 0
+
+    def fail(self, error: TransferError) -> None:
+        """It cannot be written to, or not any more."""
+        if isinstance(error, ScatterError):
+            error = next((result for result in error.results if isinstance(result, TransferError)), error)
+        if not self.failed:
+            self.failed = error.message or type(error).__name__
+            self.knows = isinstance(error, GivenUp | StaleRegionError)
 
 
 class Sending:
@@ -67,9 +80,9 @@ class Sending:
         self.total = int(tasks.writes.nbytes[np.isin(tasks.writes.receiver, list(self.receivers))].sum())
         self._began = asyncio.get_running_loop().time()
         self._share = WRITE_SHARE
-        self._posted: deque[tuple[Transfer, Receiver]] = deque()
+        self._posted: deque[tuple[Transfer, Receiver, int]] = deque()  # with the number of writes
         self._asks: dict[int, asyncio.Task[None]] = {}
-        self._under_way = 0
+        self._under_way = self._writes_under_way = 0
         self._error: Exception | None = None
         self._next = 0.0  # when the rate lets the next write begin
         self._watch = Watch(role.never, role.mail)
@@ -83,13 +96,15 @@ class Sending:
 
     def landed(self) -> int:
         """Bytes that have been written so far, of `total`."""
-        return self.nbytes + sum(transfer.bytes_done for transfer, _ in self._posted)
+        return self.nbytes + sum(transfer.bytes_done for transfer, _, _ in self._posted)
 
     def result(self) -> list[tuple[str, int, str]]:
-        """Subscriber ranks that could not be written to, and why. Raises what ended all of it."""
+        """Subscriber ranks that could not be written to, and why; without those that have taken their memory back, and say
+        themselves why. Raises what ended all of it."""
         if self._error is not None:
             raise again(self._error)
-        return [(r.entry.instance, r.entry.rank, wire.clip(r.failed)) for r in self.receivers.values() if r.failed]
+        failed = [receiver for receiver in self.receivers.values() if receiver.failed and not receiver.knows]
+        return [(receiver.entry.instance, receiver.entry.rank, wire.clip(receiver.failed)) for receiver in failed]
 
     def cancel(self) -> None:
         """Write nothing more; what is posted is withdrawn or waited for."""
@@ -127,17 +142,15 @@ class Sending:
                 role.tell(peer, wire.Ask(self._update.update, entry.life, role.rank))
                 grant = await receiver.grant
             if grant.text:
-                raise ClosedError(grant.text)
+                raise GivenUp(grant.text)
             if len(grant.imms) != self._work.imms(receiver.number):
                 raise DescriptorError("a grant has not an immediate for each phase")
             receiver.regions = self.regions_of(receiver, peer, grant)
             receiver.imms = grant.imms
             await self.bind(receiver.regions)
             role.mappings.keep(peer, entry, receiver.regions.values())  # now: what this lets go is bound again
-        except ScatterError as error:
-            receiver.failed = receiver.failed or _first(error)
         except TransferError as error:
-            receiver.failed = receiver.failed or error.message
+            receiver.fail(error)
 
     def regions_of(self, receiver: Receiver, peer: Peer, grant: wire.Grant) -> dict[int, RemoteRegion]:
         """{number of the buffer in the layout: region} of a grant. Raises `DescriptorError`."""
@@ -169,11 +182,11 @@ class Sending:
         """A subscriber rank will not have the version."""
         for receiver in self.receivers.values():
             if (receiver.entry.instance, receiver.entry.rank) == (word.instance, word.rank):
-                receiver.failed = receiver.failed or word.text
+                receiver.fail(GivenUp(word.text))
                 if receiver.number in self._asks:
                     self._asks[receiver.number].cancel()  # it may be waiting for a connection to a rank that is gone
                 if not receiver.grant.done():
-                    receiver.grant.set_exception(ClosedError(word.text))
+                    receiver.grant.set_exception(GivenUp(word.text))
                     receiver.grant.exception()  # it may not have been asked yet
         if self.standing is not None:
             self.standing.drop(word)
@@ -246,46 +259,44 @@ class Sending:
             receiver.sum += self._sum_of(writes, call, making)
         return await self.write(receiver, writes, call, receiver.regions, imm, making)
 
-    def _edges(self, writes: Writes, call: Call) -> list[int]:
-        """Where the native calls of a call begin and end: each has one source buffer, and not too many writes."""
-        buffers = writes.source_buffer[call.begin : call.end]
-        changes = [0, *(np.flatnonzero(np.diff(buffers)) + 1).tolist(), call.end - call.begin]
-        return [call.begin + k for a, b in itertools.pairwise(changes) for k in range(a, b, MOST_WRITES)] + [call.end]
+    def _batches(self, writes: Writes, call: Call, making: Making) -> list[Batch]:
+        def source_of(number: int) -> Region:
+            region = making.region if number == STAGING else self._role.sources.regions[number]
+            assert region is not None
+            return region
 
-    def _source(self, writes: Writes, row: int, making: Making) -> Region:
-        number = int(writes.source_buffer[row])
-        source = making.region if number == STAGING else self._role.sources.regions[number]
-        assert source is not None
-        return source
+        return self._work.posting(writes).batches(call, source_of)
 
     async def write(
         self, receiver: Receiver, writes: Writes, call: Call, regions: dict[int, RemoteRegion], imm: int, making: Making
     ) -> list[Transfer]:
-        """The writes of a call: one native call for each source buffer, or more of very many. Failures are noted."""
-        role, posted = self._role, []
-        for begin, end in itertools.pairwise(self._edges(writes, call)):
-            source, nbytes = self._source(writes, begin, making), int(writes.nbytes[begin:end].sum())
-            targets = ScatterTarget(
-                writes.source_offset[begin:end], writes.nbytes[begin:end],
-                [regions[b] for b in writes.target_buffer[begin:end].tolist()], writes.target_offset[begin:end],
-            )  # fmt: skip
-            await self._room(nbytes)
+        """The writes of a call: one native call, or more of very many. Failures are noted."""
+        posted: list[Transfer] = []
+        for batch in self._batches(writes, call, making):
+            await self._room(batch.nbytes, batch.end - batch.begin)
             if receiver.failed:
                 break
-            while True:
-                try:
-                    transfer = role.engine.scatter(source, targets, imm=imm, timeout=self._timeout())
-                except BusyError:
-                    await asyncio.sleep(BUSY_SECONDS)
-                    continue
-                except TransferError as error:
-                    receiver.failed = error.message
-                    break
-                self._posted.append((transfer, receiver))
-                self._under_way += nbytes
-                posted.append(transfer)
+            transfer = await self._post(batch, receiver, regions, imm)
+            if transfer is None:
                 break
+            posted.append(transfer)
         return posted
+
+    async def _post(self, batch: Batch, receiver: Receiver, regions: dict[int, RemoteRegion], imm: int) -> Transfer | None:
+        """None when it cannot be."""
+        while True:
+            try:
+                transfer = batch.post(regions, imm=imm, timeout=self._timeout())
+            except BusyError:
+                await asyncio.sleep(BUSY_SECONDS)
+                continue
+            except TransferError as error:
+                receiver.fail(error)
+                return None
+            self._posted.append((transfer, receiver, batch.end - batch.begin))
+            self._under_way += batch.nbytes
+            self._writes_under_way += batch.end - batch.begin
+            return transfer
 
     def _timeout(self) -> float:
         """Seconds for a write. Where instances pass parts on, all writes of this rank end early enough for what fails then."""
@@ -298,9 +309,14 @@ class Sending:
         while self._posted:
             await self._oldest()
 
-    async def _room(self, nbytes: int) -> None:
-        """Wait until so much may be written: by the bound on what is under way, and by the rate."""
-        while self._posted and (self._under_way + nbytes > MOST_POSTED or self._posted[0][0].done()):
+    async def _room(self, nbytes: int, writes: int) -> None:
+        """Wait until so much may be written: by the bounds on what is under way, and by the rate."""
+        config = self._role.engine.config
+        while self._posted and (
+            self._under_way + nbytes > min(MOST_POSTED, config.max_queued_bytes // SHARE)
+            or self._writes_under_way + writes > min(MOST_WRITES_POSTED, config.max_queued_operations // SHARE)
+            or self._posted[0][0].done()
+        ):
             await self._oldest()
         rate = self._role.rate_limit
         now = asyncio.get_running_loop().time()
@@ -309,27 +325,26 @@ class Sending:
             await asyncio.sleep(begin - now)
 
     async def _oldest(self) -> None:
-        transfer, receiver = self._posted[0]
+        transfer, receiver, writes = self._posted[0]
         try:
             await transfer
-        except ScatterError as error:
-            receiver.failed = receiver.failed or _first(error)
         except TransferError as error:
-            receiver.failed = receiver.failed or error.message
+            receiver.fail(error)
         self._posted.popleft()
         self._under_way -= transfer.nbytes
+        self._writes_under_way -= writes
         self.nbytes += transfer.bytes_done
 
     async def _retire(self, posted: list[Transfer]) -> None:
         """Wait until a half of the staging memory is free again."""
         waiting = set(posted)
-        while any(transfer in waiting for transfer, _ in self._posted):
+        while any(transfer in waiting for transfer, _, _ in self._posted):
             await self._oldest()
 
     async def _withdraw(self) -> None:
-        for transfer, _ in self._posted:
+        for transfer, _, _ in self._posted:
             transfer.cancel()
-        for transfer, _ in self._posted:
+        for transfer, _, _ in self._posted:
             try:
                 await transfer
             except (TransferError, asyncio.CancelledError):
@@ -338,8 +353,11 @@ class Sending:
         self._posted.clear()
 
     def _sum_of(self, writes: Writes, call: Call, making: Making) -> int:
-        edges = itertools.pairwise(self._edges(writes, call))
-        return sum(making.sum_of(self._source(writes, begin, making), writes, begin, end) for begin, end in edges)
+        return sum(
+            making.sum_of(source, writes, begin, end)
+            for batch in self._batches(writes, call, making)
+            for source, begin, end in batch.by_source()
+        )
 
     def _sum_relayed(self, phase: int, part: int, making: Making) -> None:
         """The checksums of what relays pass on of this part, which is the same bytes."""
@@ -359,16 +377,10 @@ class Sending:
             try:
                 peer = receiver.peer or await self.reach(receiver)
             except TransferError as error:
-                receiver.failed = error.message
+                receiver.fail(error)
                 continue
             value = receiver.sum & ((1 << 64) - 1)
             self._role.tell(peer, wire.Sum(self._update.update, receiver.entry.life, self._role.rank, value))
-
-
-def _first(error: ScatterError) -> str:
-    """The error of the first target that failed."""
-    first = next((result for result in error.results if result is not None), error)
-    return str(getattr(first, "message", first))
 
 
 def _parts(calls: Sequence[Call]) -> Iterator[tuple[int, int, list[Call]]]:

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from aiotransfer.errors import ClosedError, DescriptorError, ScatterError, TransferError
+from aiotransfer.errors import ClosedError, DescriptorError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.tasks import Call
@@ -106,14 +106,9 @@ class Standing:
             await sending.bind(regions)
             self._ready.append(Ready(receiver, calls, regions, grant.imms[0]))
             self._changes.wake()
-        except ScatterError as error:
-            self._fail(receiver, error.message)
         except TransferError as error:
-            self._fail(receiver, error.message)
-
-    def _fail(self, receiver: Receiver, why: str) -> None:
-        receiver.failed = receiver.failed or why
-        self._changes.wake()
+            receiver.fail(error)
+            self._changes.wake()
 
     def granted(self, peer: Peer, grant: wire.Grant) -> None:
         """A subscriber rank lets this one write in the place of a relay. Raises `DescriptorError`."""

@@ -354,6 +354,11 @@ class Update:
         finally:
             self._leave(error)
 
+    def fail(self, error: Exception) -> None:
+        """It cannot go on on this rank."""
+        self._error = self._error or error
+        self._changes.wake()
+
     async def close(self) -> None:
         """The publisher is closed."""
         self._error = self._error or ClosedError("the publisher was closed")

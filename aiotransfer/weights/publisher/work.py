@@ -14,24 +14,28 @@ from aiotransfer.weights.passing import Coming, coming, route, step_of
 from aiotransfer.weights.plan import Plan
 from aiotransfer.weights.planner import make_plan
 from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.publisher.posting import Posting
 from aiotransfer.weights.tasks import Call, Tasks, Writes, expected, instead, tasks
 
 if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
     from aiotransfer.weights.publisher.publisher import Publisher
 
 MOST_WORKS = 8
+BURST_SECONDS = 0.1  # at the rate that a publisher may have: what is written at once
 
 
 class Work:
     """What one publisher rank does for a set of instances. `misfits`: {instance: problems} of those that no plan brings
-    anything."""
+    anything. `burst`: bytes that are written at once."""
 
-    def __init__(self, plan: Plan, rank: int, misfits: dict[str, tuple[str, ...]]) -> None:
+    def __init__(self, engine: Engine, plan: Plan, rank: int, misfits: dict[str, tuple[str, ...]], burst: float) -> None:
         self.plan = plan
         self.misfits = misfits
         self.tasks: Tasks = tasks(plan, rank)
         self.relays = plan.fanout == "relay"  # instances pass parts on to one another
         self.instead: Writes | None = instead(plan, rank) if self.relays else None
+        self._postings = [Posting(engine, writes, burst) for writes in (self.tasks.writes, self.instead) if writes is not None]
         self.instead_calls: dict[tuple[int, int], list[Call]] = {}  # by receiver and relay
         for call in () if self.instead is None else self.instead.calls():
             self.instead_calls.setdefault((call.receiver, call.feeder), []).append(call)
@@ -42,6 +46,15 @@ class Work:
         wanted = [k for k in range(len(plan.names)) if plan.tensor_kind[k] >= 0 or k in scales]
         self.staging_bytes = self._staging()
         self.names = [] if len(wanted) == len(plan.names) else [plan.names[k] for k in wanted]
+
+    def posting(self, writes: Writes) -> Posting:
+        """What posts these: `tasks.writes`, or `instead`."""
+        return next(posting for posting in self._postings if posting.writes is writes)
+
+    def drop_prepared(self) -> None:
+        """Memory that is written from is given back."""
+        for posting in self._postings:
+            posting.drop()
 
     def _staging(self) -> int:
         """Bytes of staging memory that this rank uses: up to the last byte that lies there."""
@@ -152,12 +165,18 @@ class Works:
                     return await aside(self._role.engine, route, work.plan, *work.plan.who(number))
         return None
 
+    def drop_prepared(self) -> None:
+        """Memory that is written from is given back."""
+        for work in self._known.values():
+            work.drop_prepared()
+
     def _plan(self, layouts: dict[str, Layout]) -> Work:
         misfits: dict[str, tuple[str, ...]] = {}
         while True:
             fitting = {name: layout for name, layout in layouts.items() if name not in misfits}
             try:
-                return Work(self._make(fitting), self._role.rank, misfits)
+                burst = self._role.rate_limit * BURST_SECONDS
+                return Work(self._role.engine, self._make(fitting), self._role.rank, misfits, burst)
             except PlanError:
                 bad = (self._alone(fitting) or _unlike(fitting)) if len(layouts) > 1 else {}
                 if not bad or len(bad) == len(fitting):

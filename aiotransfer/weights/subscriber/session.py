@@ -114,7 +114,7 @@ class Session:
         role.check_places()
         if role.in_place:
             self._paused = asyncio.get_running_loop().time()
-            await role.pause()
+            await role.fences.pause()
             role.gate.close()
             await self._changes.until(lambda: role.gate.active == 0)
             role.unset()
@@ -194,7 +194,7 @@ class Session:
         done = wire.Done(update, role.instance, role.rank, wire.clip(self._why))
         role.tell(self.leader, done)
         if role.version is not None:
-            await role.resume()
+            await role.fences.resume()
 
     # ---- what is seen of it ----
 
@@ -228,8 +228,8 @@ class Session:
             elif (peer := self._peers.get(rank)) is not None:
                 role.tell(peer, wire.Say(offer.update, role.instance, rank, say, wire.clip(self._why)))
 
-    def hear(self, say: str) -> None:
-        """What rank 0 decides."""
+    def hear(self, say: str, why: str = "") -> None:
+        """What rank 0 decides, and why where it gives the version up."""
         if not self.seat.hear(say):
             return
         role = self.role
@@ -245,7 +245,7 @@ class Session:
         elif say == "open":
             self._open()
         else:
-            self._why = self._why or "given up by its instance"
+            self._why = self._why or why or "given up by its instance"
             role.gate_follows()
             self._work.cancel()
         self._changes.wake()
@@ -351,7 +351,7 @@ class Session:
             if peer is self.leader and not self.chair.allowed:
                 self.fail(f"the publisher was lost: {error.message}", "lost")
             elif rank := next((rank for rank, known in self._peers.items() if known is peer), 0):
-                self._note(f"rank {rank} was lost", "lost")
+                self._note(f"rank {rank} was lost: {error.message}", "lost")
                 self._say(self.chair.release())
         elif peer is self._peers.get(0):
             if self.seat.is_closed:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from aiotransfer.weights.observer import Observer
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.pieces import pieces
 from aiotransfer.weights.protocol.version import Claims, Version
+from aiotransfer.weights.subscriber.fences import Fences, Hook
 from aiotransfer.weights.subscriber.gate import Gate
 from aiotransfer.weights.subscriber.lending import Lending
 from aiotransfer.weights.subscriber.memory import Memory
@@ -48,7 +48,7 @@ TELL_SECONDS = 10.0  # for a message; what it is about has a deadline of its own
 LOOK_SECONDS = 0.05  # between two looks for peers that may be publishers, while there is no version here
 MOST_EARLY = 1024  # messages of other ranks that came before the offer
 MOST_PAST = 256  # updates whose end is remembered for ranks in doubt
-Hook = Callable[[], object]
+CLOSED = "its subscriber was closed"
 
 
 class Subscriber:
@@ -98,14 +98,13 @@ class Subscriber:
         self.claims = Claims()
         self.gate = Gate(lambda: self._version, self._read_changed)
         self.life = int.from_bytes(world_of(engine).entropy(8)) >> 1
-        self._hooks = (pause, resume)
-        self._is_paused = False
+        self.fences = Fences(pause, resume)
         self._version: Version | None = None
         self._before: Version | None = None
         self._spoiled = ""
         self._changes = Changes()
         self._sessions: dict[int, Session] = {}
-        self._past: dict[int, str] = {}
+        self._past: dict[int, tuple[str, str]] = {}  # "open" or "not", and why not
         self._early: list[tuple[Peer, wire.Whole]] = []
         self._told: dict[Peer, None] = {}  # who was announced to
         self._refused: TransferError | None = None
@@ -214,22 +213,6 @@ class Subscriber:
             self._spare.append(counter.imm)
         counter.close()
 
-    async def _call(self, hook: Hook | None) -> None:
-        if hook is not None and inspect.isawaitable(result := hook()):
-            await result
-
-    async def pause(self) -> None:
-        """The first fence, unless the host stands still already."""
-        if not self._is_paused:
-            self._is_paused = True
-            await self._call(self._hooks[0])
-
-    async def resume(self) -> None:
-        """The second one."""
-        if self._is_paused:
-            self._is_paused = False
-            await self._call(self._hooks[1])
-
     def unset(self) -> None:
         """From here on the memory of readers is written."""
         self._before, self._version = self._version or self._before, None
@@ -284,7 +267,7 @@ class Subscriber:
         """A session has ended."""
         update = session.offer.update
         self._sessions.pop(update, None)
-        self._past[update] = "open" if opened else "not"
+        self._past[update] = "open" if opened else "not", why
         while len(self._past) > MOST_PAST:
             del self._past[next(iter(self._past))]
         if not self._sessions:
@@ -362,7 +345,7 @@ class Subscriber:
             case wire.Say(instance=self.instance, rank=self.rank):
                 session = self._sessions.get(message.update)
                 if session is not None and session._peers.get(0) is peer:
-                    session.hear(message.say)
+                    session.hear(message.say, message.text)
             case wire.Doubt(instance=self.instance, rank=self.rank):
                 self._doubted(peer, message)
             case wire.Fetch(instance=self.instance, rank=self.rank):
@@ -372,7 +355,7 @@ class Subscriber:
 
     def _offered(self, peer: Peer, offer: wire.Offer) -> None:
         version, update = wire.version_of(offer), offer.update
-        why = "the subscriber is closing" if self._closed else self._spoiled
+        why = CLOSED if self._closed else self._spoiled
         kind = "failed"
         keeps = bool(offer.source) and version == self._version
         if not why and len(offer.members) != self.layout.ranks:
@@ -398,7 +381,8 @@ class Subscriber:
         if before:
             await asyncio.wait([session.task for session in before])
         if self._closed or offer.update in self._past or self._sessions:
-            self.tell(peer, wire.Decline(offer.update, self.instance, self.rank, "failed", "another version came", 0, -1))
+            why = CLOSED if self._closed else "another version came"
+            self.tell(peer, wire.Decline(offer.update, self.instance, self.rank, "failed", why, 0, -1))
             return
         session = self._sessions[offer.update] = Session(self, peer, offer)
         self.watch.add(peer, self.peer_lost)
@@ -427,13 +411,14 @@ class Subscriber:
         if session is not None:
             session.from_rank(peer, message)
         elif message.update in self._past:
-            self.tell(peer, wire.Say(message.update, self.instance, message.rank, "release", "it is over at rank 0"))
+            why = wire.clip(self._past[message.update][1] or "it is over at rank 0")
+            self.tell(peer, wire.Say(message.update, self.instance, message.rank, "release", why))
         elif isinstance(message, wire.Whole) and len(self._early) < MOST_EARLY:
             self._early.append((peer, message))
 
     def _doubted(self, peer: Peer, message: wire.Doubt) -> None:
         session = self._sessions.get(message.update)
-        answer = self._past.setdefault(message.update, "not") if session is None else session.asked()
+        answer = self._past.setdefault(message.update, ("not", ""))[0] if session is None else session.asked()
         self.tell(peer, wire.Answer(message.update, message.number, answer))
 
     def _answered(self, peer: Peer, message: wire.Lend | wire.Answer) -> None:
@@ -461,9 +446,17 @@ class Subscriber:
             await despite_cancels(self._closing)
             raise
 
+    def engine_closed(self) -> None:
+        """The engine was closed first: what waits here is told at once."""
+        self._closed = True
+        for session in list(self._sessions.values()):
+            session.fail("the engine of this subscriber was closed", "closed")
+        self.gate.fail(ClosedError("the engine of this subscriber is closed"))
+        self._changes.wake()
+
     async def _close(self) -> None:
         for session in list(self._sessions.values()):
-            session.fail("its subscriber was closed", "closed")
+            session.fail(CLOSED, "closed")
         tasks = [session.task for session in self._sessions.values()]
         if tasks:
             await asyncio.wait(tasks)
