@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--layers", type=int, metavar="N", help="only so many layers (default: all)")
     plan.add_argument("--experts", type=int, metavar="N", help="only so many experts of each layer (default: all)")
     plan.add_argument("--bf16", action="store_true", help="bf16 at the inference side, too (default: fp8 with block scales)")
+    plan.add_argument("--on-gpu", action="store_true", help="trainers' weights lie on the GPUs (default: in the hosts' memory)")
     plan.add_argument("--fanout", choices=("direct", "relay"), default="direct", help="default: direct")
     plan.add_argument("--staging-mib", type=int, default=1024, metavar="N", help="temporary memory of a trainer rank (1024)")
     nic = f"of a NIC, of which {100 * c.NIC_USED.value:.0f} %% are used (default: {c.NIC_GBIT.value:g})"
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 def placement(args: argparse.Namespace) -> Placement:
     """The model's own placement with what was asked for in its place."""
     asked = {name: value for name in NUMBERS if (value := getattr(args, name)) is not None}
-    result = dataclasses.replace(DEFAULTS[args.model], **asked, quantise=not args.bf16)
+    result = dataclasses.replace(DEFAULTS[args.model], **asked, quantise=not args.bf16, offloaded=not args.on_gpu)
     if "fsdp" not in asked and result.pp > 0 and result.ep > 0:
         result = dataclasses.replace(result, fsdp=max(result.trainers // (result.pp * result.ep), 1))
     return result

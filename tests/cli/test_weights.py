@@ -18,10 +18,11 @@ SMALL = (
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_a_share_of_each_model_is_planned(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     picture = tmp_path / "plan.svg"
-    assert main(["weights", "plan", "--model", model, *SMALL, "--json", "--picture", str(picture)]) == 0
+    assert main(["weights", "plan", "--model", model, *SMALL, "--on-gpu", "--json", "--picture", str(picture)]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["model"]["name"] == model
-    assert (values["placement"]["fsdp"], values["placement"]["quantise"]) == (4, True)
+    assert (values["placement"]["fsdp"], values["placement"]["quantise"], values["placement"]["offloaded"]) == (4, True, False)
+    assert values["predicted_ms"]["plan"][0] == {"stage": "H2D memcpy", "ms": 0.0}
     assert values["balance"]["senders"]["over_bound"] <= 1.05
     assert values["bytes"]["received"] == values["bytes"]["sent"] > 0
     assert picture.read_text().startswith("<svg")

@@ -1,6 +1,6 @@
 """What the prediction for large models is made of: costs of stages, rates of NICs, published figures; each with its source.
 
-Written down before anything was compared with them.
+Written down before anything was compared with them. What has been mended since stands in docs/design/weights-scale.md.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ CALL_US = Constant(23, "us", f"a submit: {TABLE_5}")
 
 class Published(NamedTuple):
     """A published figure for a whole update. `model`: whose placement here is comparable ("" where none is), with `trainers`,
-    `inference`, `inference_ep` (ranks of an instance), `quantise`, and `seconds`; `assumed`: what its source does not say."""
+    `inference`, `inference_ep` (ranks of an instance), `quantise`, `offloaded` (as `Placement` has them), and `seconds`;
+    `assumed`: what its source does not say."""
 
     what: str
     seconds: float
@@ -68,6 +69,7 @@ class Published(NamedTuple):
     assumed: str = ""
     gb_per_gpu: float = 0.0  # received by each inference rank
     most_sent_gb: float = 0.0  # by a trainer rank
+    offloaded: bool = True
 
 
 PUBLISHED = (
@@ -89,7 +91,13 @@ PUBLISHED = (
     ),
     Published(
         "Qwen3-235B, 8 to 8 H100, bf16", 3.25, "github.com/vllm-project/vllm/pull/43375: 472 GB, 3.2 to 3.3 s", "qwen3-235b", 8,
-        8, 8, 1, 1, 8, False, assumed="FSDP 8; one instance of EP 8 (its own cuts attention, too)",
+        8, 8, 1, 1, 8, False, offloaded=False,
+        assumed="FSDP 8 within a host, weights on the GPUs, one instance of EP 8 and DP 8: so its example and its table",
+    ),
+    Published(
+        "Qwen3-235B, 16 to 16, bf16 (the same code in SkyRL)", 3.54,
+        "github.com/NovaSky-AI/SkyRL/pull/2090: 470 GB; an NCCL broadcast there: 64.72 s", "qwen3-235b", 16, 16, 1, 2, 8, 16,
+        False, offloaded=False, assumed="PP 2, EP 8, weights on the GPUs, one instance of EP 16 and DP 16; its TP 4 is left out",
     ),
     Published(
         "Kimi-K2 in SGLang over Mooncake", 7.2, "Mooncake's README, 2026-04 (53 s before)", "kimi-k2", 256, 128, 16, 2, 8, 32,

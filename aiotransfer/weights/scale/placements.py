@@ -31,7 +31,8 @@ ALIGN = 256  # of tensors within a memory
 class Placement:
     """`trainers` ranks as `pp` pipeline stages of `fsdp` shards of `ep` expert groups; `inference` ranks as instances of
     `inference_ep` ranks; `gpus_per_host` ranks on each host, `gpus_per_nic` of them behind each NIC; `quantise`: fp8 with block
-    scales at the inference side, else bfloat16 at both."""
+    scales at the inference side, else bfloat16 at both; `offloaded`: trainers keep their weights in the host's memory, and copy
+    them to the GPUs first."""
 
     trainers: int = 256
     inference: int = 128
@@ -42,10 +43,11 @@ class Placement:
     gpus_per_host: int = 8
     gpus_per_nic: int = 1
     quantise: bool = True
+    offloaded: bool = True
 
     def problems(self, model: Model) -> list[str]:
         """What does not fit, as texts; empty for a placement that can be."""
-        numbers = {name: getattr(self, name) for name in self.__slots__ if name != "quantise"}
+        numbers = {name: getattr(self, name) for name in self.__slots__ if name not in ("quantise", "offloaded")}
         found = [f"{name} must be at least 1, not {value}" for name, value in numbers.items() if value < 1]
         if found:
             return found

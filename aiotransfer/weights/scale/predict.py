@@ -100,6 +100,11 @@ def parameters(model: Model, placement: Placement) -> int:
     return int(count.max())
 
 
+def left_out(placement: Placement) -> set[str]:
+    """Stages that an update with this placement does not have."""
+    return {name for name, has in (("quantise", placement.quantise), ("H2D memcpy", placement.offloaded)) if not has}
+
+
 def paper_way(model: Model, placement: Placement, load: Loads, nic_gbit: float) -> list[Row]:
     """The stages one after the other, as the paper's table has them; the bytes are on their way meanwhile."""
     held = 2 * counted(model) / placement.trainers
@@ -108,7 +113,7 @@ def paper_way(model: Model, placement: Placement, load: Loads, nic_gbit: float) 
     ours = model == MODELS["kimi-k2"] and placement == DEFAULTS["kimi-k2"]
     rows = []
     for stage in c.STAGES:
-        skipped = stage.name == "quantise" and not placement.quantise
+        skipped = stage.name in left_out(placement)
         if stage.by != "wire":
             ms = 0.0 if skipped else stage.total_ms * grow[stage.by]
             rows.append(Row(stage.name, ms, stage.total_ms if ours else None))
@@ -125,10 +130,11 @@ def plan_way(model: Model, placement: Placement, load: Loads, nic_gbit: float) -
     held = 2 * counted(model) / placement.trainers
     by_name = {stage.name: stage.total_ms * held / c.STAGE_BYTES.value for stage in c.STAGES}
     speed = rate(nic_gbit) / 1e3  # bytes a millisecond
+    skipped = left_out(placement)
     before = [
-        Row("H2D memcpy", by_name["H2D memcpy"]),
+        Row("H2D memcpy", 0.0 if "H2D memcpy" in skipped else by_name["H2D memcpy"]),
         Row("blocks cut by shards, read from other trainers", load.gathered / speed),
-        Row("quantise", by_name["quantise"] if placement.quantise else 0.0),
+        Row("quantise", 0.0 if "quantise" in skipped else by_name["quantise"]),
         Row("posting", (load.writes * c.POST_US.value + load.calls * c.CALL_US.value) / 1e3),
     ]
     wire = [
@@ -163,8 +169,9 @@ def compared(nic_gbit: float, known: dict[tuple[Model, Placement], Loads]) -> li
 def placement_of(figure: c.Published) -> Placement:
     """The placement of a published figure."""
     return Placement(
-        figure.trainers, figure.inference, figure.fsdp, figure.pp, figure.ep, figure.inference_ep, quantise=figure.quantise
-    )
+        figure.trainers, figure.inference, figure.fsdp, figure.pp, figure.ep, figure.inference_ep, quantise=figure.quantise,
+        offloaded=figure.offloaded,
+    )  # fmt: skip
 
 
 DEFAULTS = {

@@ -70,6 +70,15 @@ def test_a_plans_stages_overlap() -> None:
     assert {row.name: row.ms for row in plain}["quantise"] == 0
 
 
+def test_weights_that_lie_on_the_gpus_are_not_copied_there() -> None:
+    model, place = MODELS["kimi-k2"], dataclasses.replace(DEFAULTS["kimi-k2"], offloaded=False)
+    load = Loads(sent=1, received=1, parts=8)
+    for way, total in ((predict.paper_way, 518 + 88 + (18 + 26) * 523 / 487), (predict.plan_way, 88 * 9 / 8)):
+        rows = {row.name: row.ms for row in way(model, place, load, 400.0)}
+        assert rows["H2D memcpy"] == 0
+        assert rows["total"] == pytest.approx(total, rel=1e-3)
+
+
 def test_every_published_figure_is_compared_or_says_that_it_cannot_be() -> None:
     compared = predict.compared(400.0, {})
     assert [x.figure for x in compared] == list(c.PUBLISHED)
