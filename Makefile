@@ -150,7 +150,8 @@ bench-moe-kernels: setup
 bench-quantise: setup
 	@$(PY) tests/benchmarks/quantise.py $(ARGS)
 
-# New weights from 2 trainers to 2 inference ranks over shm, beside a copy, gloo and files where there are torch and safetensors.
+# New weights from 2 trainers to 2 inference ranks over shm, beside a copy, gloo and files where there are torch and safetensors;
+# --report writes the table and the plot of docs/design/weights.md.
 bench-weights: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) -m tests.benchmarks.weights $(ARGS)

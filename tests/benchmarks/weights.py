@@ -2,6 +2,7 @@
 
     make bench-weights                          about 2 GB of bfloat16 in all; needs 13 GB of memory
     make bench-weights ARGS="--gigabytes 0.5 --rounds 3 --json weights.json"
+    make bench-weights ARGS=--report            the table and the plot of docs/design/weights.md; needs torch and safetensors
 
 The trainers hold the rows of every matrix in halves, the inference ranks what tensor parallelism gives them: rows of some,
 columns of the others. All memory is allocated and has been touched; the first two versions are not counted. In each round every
@@ -22,38 +23,28 @@ import importlib
 import importlib.util
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 import aiotransfer as at
 from aiotransfer import weights
+from aiotransfer.cli.bench import machine
 from aiotransfer.engine.views import memory_of
 from aiotransfer.weights import Bound, Layout, Quantise
 from tests.benchmarks.weights_model import BLOCK, RANKS, boxes, inference_layout, layers, numbers, overlap, shards, trainer_layout
+from tests.benchmarks.weights_report import Figures, Taken, text, told, write
 
 ROOT = Path(__file__).parents[2]
 CONFIG = at.Config(peer_timeout=60)  # a busy machine is no lost peer
 SECONDS, WARM = 300, 2  # versions that fill both buffers
-NAMES = {"copy": "copy", "aiotransfer": "aiotransfer", "gloo": "broadcast over gloo", "files": "safetensors in tmpfs"}
 RULE = Quantise("layers.{i}.{m}", "layers.{i}.{m}_scale", (BLOCK, BLOCK))
-
-
-class Taken(NamedTuple):
-    """By one way, once: seconds from the first process that began to the last that ended, processor seconds of all four
-    processes, and how many bytes the memory of a process that took part grew by at most."""
-
-    wall: float
-    cpu: float
-    memory: int
 
 
 # ---- one process ----
@@ -360,44 +351,6 @@ def one_round(four: Four, args: argparse.Namespace, *, small: bool) -> Iterator[
             file.unlink()
 
 
-def row(name: str, nbytes: int, found: dict[str, list[Taken]], way: str) -> str:
-    """Of the table."""
-    taken, copies, ours = found[way], found["copy"], found["aiotransfer"]
-    wall = [one.wall for one in taken]
-    middle = statistics.median(wall)
-    cells = [
-        name, f"{1e3 * middle:.0f} ({1e3 * min(wall):.0f}-{1e3 * max(wall):.0f})", f"{nbytes / middle / 1e9:.2f}",
-        f"{statistics.median(copy.wall / one.wall for copy, one in zip(copies, taken, strict=True)):.2f}",
-        f"{statistics.median(one.wall / our.wall for one, our in zip(taken, ours, strict=True)):.2f}",
-        f"{1e3 * statistics.median(one.cpu for one in taken):.0f}",
-        f"{statistics.median(copy.cpu / one.cpu for copy, one in zip(copies, taken, strict=True)):.2f}",
-        f"{max(max(one.memory for one in taken), 0) / 2**20:.0f}",
-    ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
-
-
-def report(nbytes: int, found: dict[str, dict[str, list[Taken]]], args: argparse.Namespace) -> None:
-    """The table."""
-    load = os.getloadavg()[0]
-    print(f"{nbytes / 1e9:.2f} GB of bfloat16, {args.rounds} rounds; {processor()}, {os.cpu_count()} cores, load {load:.1f};")
-    print(f"the watermark is {args.staging / 2**20:.0f} MiB\n")
-    print("| way | ms, median (spread) | GB/s | of the copy | times ours | CPU ms | of the copy, by CPU | memory, MiB |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
-    for way in found["bfloat16"]:
-        print(row(NAMES[way], nbytes, found["bfloat16"], way))
-    if "float8" in found:
-        print(row("copy, beside float8", nbytes, found["float8"], "copy"))
-        print(row("aiotransfer, to float8 with scales", nbytes, found["float8"], "aiotransfer"))
-    for name in args.absent:
-        print(f"\n{name} is not installed: what needs it was left out")
-
-
-def processor() -> str:
-    """What the machine says that it is."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of bfloat16 in all")
@@ -406,6 +359,7 @@ def main() -> None:
     parser.add_argument("--no-float8", action="store_true")
     parser.add_argument("--alone", action="store_true", help="neither gloo nor files")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--report", action="store_true", help="write the table and the plot of the documentation")
     parser.add_argument("--verbose", action="store_true", help="every round")
     for name in ("--role", "--trainer", "--folder"):
         parser.add_argument(name, default="", help=argparse.SUPPRESS)
@@ -418,15 +372,20 @@ def main() -> None:
         return
     args.layers = layers(args.gigabytes)
     args.absent = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
+    if args.report and (args.alone or args.no_float8):
+        parser.error("the page has all ways: neither --alone nor --no-float8")
+    if args.report and (lacking := [name for name in (*args.absent, "matplotlib") if importlib.util.find_spec(name) is None]):
+        parser.error(f"the page needs {' and '.join(lacking)}, which make test-demo installs, or pip")
     nbytes = 2 * sum(int(np.prod(shape)) for shape in trainer_layout(args.layers).shapes)
-    found = {"bfloat16": measure(args, small=False)}
-    if not args.no_float8:
-        found["float8"] = measure(args, small=True)
-    report(nbytes, found, args)
+    before = os.getloadavg()[0]
+    large = measure(args, small=False)
+    small = {} if args.no_float8 else measure(args, small=True)
+    figures = Figures(nbytes, args.staging, machine("asyncio"), (before, os.getloadavg()[0]), large, small, args.absent)
+    print(text(figures))
     if args.json:
-        told = {"bytes": nbytes, "processor": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-        ways = {model: {way: [one._asdict() for one in taken] for way, taken in of.items()} for model, of in found.items()}
-        args.json.write_text(json.dumps({**told, **ways}, indent=2))
+        args.json.write_text(json.dumps(told(figures), indent=2))
+    if args.report:
+        write(figures)
 
 
 if __name__ == "__main__":
