@@ -206,7 +206,7 @@ class Bench:
         yield seen
 
     async def death(self) -> AsyncIterator[Row]:
-        """A killed process."""
+        """How long it takes until the death of a process is noticed."""
         async for row in death_rows(self.engine, self.peer.path.provider):
             yield row
 
@@ -265,7 +265,7 @@ class Bench:
         yield row
 
     async def crowd(self) -> AsyncIterator[Row]:
-        """Idle, with 64 peers."""
+        """The CPU of an idle engine with 64 peers."""
         await self._more_peers(63, 4096)
         async for row in self.idle():
             row.case += ", 64 peers"
@@ -384,7 +384,7 @@ async def eventfd_rounds(write: int, read: int, count: int, *, first: bool) -> l
 
 
 async def serve(address: str, memory: str, provider: str, wake: tuple[int, int]) -> None:
-    """The target process."""
+    """The process at the other end: memory to write to, and answers to what the cases ask of it."""
     listeners: list[asyncio.Task[None]] = []
     small: list[at.Engine] = []
 

@@ -52,7 +52,7 @@ def _free() -> int:
 
 
 async def _run(setup: Setup, loop: str) -> list[dict[str, Any]]:
-    """What each rank tells."""
+    """Run all ranks as processes, and return what each of them reports."""
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "gloo") if _bench_moe_gloo.available() else ""
         processes: list[subprocess.Popen[str]] = []

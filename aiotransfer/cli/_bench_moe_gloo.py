@@ -17,7 +17,7 @@ SUMMED_AT_ONCE = 64  # tokens: what is summed stays in the cache
 
 
 def available() -> bool:
-    """Whether there is torch."""
+    """Whether torch is installed, with gloo in it."""
     return importlib.util.find_spec("torch") is not None
 
 
@@ -80,7 +80,7 @@ class Gloo:
         return self._rows(self.two, sum(self.receive), 2 * self.hidden).view(self.torch.bfloat16).view(self.torch.int16).numpy()
 
     def combine(self, results: Any) -> Any:
-        """The sums, as NumPy."""
+        """Send `results` back over gloo and sum them; the sums as NumPy."""
         torch, bf16 = self.torch, self.torch.bfloat16
         y = torch.from_numpy(results.view(np.int16)).view(bf16)
         back = self._rows(self.one, sum(self.receive), 2 * self.hidden).view(bf16)
@@ -99,5 +99,5 @@ class Gloo:
         return self.out.view(torch.int16).numpy().view(np.uint16)
 
     def close(self) -> None:
-        """Leave."""
+        """Leave gloo's group, as every rank has to."""
         self.dist.destroy_process_group()

@@ -44,12 +44,12 @@ class Setup:
     """A path at which gloo's ranks meet; empty: without gloo."""
 
     def encode(self) -> str:
-        """For the command line."""
+        """The set-up as text for the command line of a rank."""
         return json.dumps(asdict(self))
 
     @classmethod
     def decode(cls, text: str) -> Setup:
-        """From the command line."""
+        """The set-up out of what `encode` made."""
         return cls(**json.loads(text))
 
     @property
@@ -103,11 +103,11 @@ class Rank:
         return result
 
     def dispatch(self) -> Awaitable[moe.Dispatched]:
-        """Ours."""
+        """Begin one dispatch by this library."""
         return self.a2a.dispatch(self.x, self.idx, self.weights, x_scales=self.scales)
 
     async def step(self) -> None:
-        """Both halves of ours."""
+        """One dispatch and its combine by this library."""
         d = await self.dispatch()
         await self.a2a.combine(d.y, d.handle, out=self.out)
 
@@ -117,7 +117,7 @@ class Rank:
             await self.step()
 
     async def ours(self) -> None:
-        """One round."""
+        """One round of measurements of this library."""
         for _ in range(self.setup.steps):
             d = await self.timed("dispatch", self.dispatch())
             await self.timed("combine", self.a2a.combine(d.y, d.handle, out=self.out))
@@ -138,7 +138,7 @@ class Rank:
                 await self.timed(f"{name} {cold}", asyncio.to_thread(self.copy, n, repeats, cold))
 
     async def over_gloo(self) -> None:
-        """One round."""
+        """One round of measurements of gloo, on the same rows."""
         gloo = self.gloo
         assert gloo is not None
         for _ in range(1 if self.setup.tokens > 1024 else 3):
@@ -161,7 +161,7 @@ class Rank:
             raise RuntimeError("ours and gloo's do not give the same rows")
 
     async def run(self) -> None:
-        """All rounds."""
+        """Check once that all results agree, then measure one round of everything."""
         await self.group.barrier()
         await self.check()
         await self.ours()

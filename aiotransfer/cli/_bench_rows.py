@@ -26,13 +26,13 @@ class Row:
     note: str = ""
 
     def add(self, ours: float, limit: float | None) -> None:
-        """One round."""
+        """Add what one round measured, and its limit where there is one."""
         self.ours.append(ours)
         if limit is not None:
             self.limit.append(limit)
 
     def summary(self) -> dict[str, Any]:
-        """Medians and spreads."""
+        """Median, least and greatest of all rounds, and of their ratios to the limit."""
         out: dict[str, Any] = {"case": self.case, "unit": self.unit, "ours": statistics.median(self.ours), "note": self.note}
         out["ours_min"], out["ours_max"] = min(self.ours), max(self.ours)
         if self.limit:
@@ -43,5 +43,5 @@ class Row:
 
 
 def size_name(n: int) -> str:
-    """For people."""
+    """A number of bytes as people read it: 4 KiB, 16 MiB."""
     return f"{n >> 20} MiB" if n >= 1 << 20 else f"{n >> 10} KiB"

@@ -22,7 +22,7 @@ NAME = "smollm2-135m-instruct-bf16"
 
 
 def cache_directory() -> Path:
-    """`AIOTRANSFER_CACHE`, else `~/.cache/aiotransfer`."""
+    """Where downloads are kept: `AIOTRANSFER_CACHE`, else `~/.cache/aiotransfer`."""
     given = os.environ.get("AIOTRANSFER_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "aiotransfer"
 

@@ -80,7 +80,7 @@ class Host:
 
 
 def size(nbytes: int | None) -> str:
-    """For people."""
+    """A number of bytes as people read it; None is "unlimited"."""
     if nbytes is None:
         return "unlimited"
     value, unit = float(nbytes), 0

@@ -43,7 +43,7 @@ def draw(topology: Topology, allowed: Collection[int], pen: Pen = LINES) -> str:
 
 
 def record(topology: Topology, allowed: Collection[int]) -> dict[str, Any]:
-    """The same for programs."""
+    """The topology as values for JSON, for programs."""
     threads = {nic.name: pinning(topology, nic.name, allowed) for nic in topology.nics}
     return {
         "nodes": [{"node": n.number, "cpus": sorted(n.cpus), "distances": list(n.distances)} for n in topology.nodes],

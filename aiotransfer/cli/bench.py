@@ -24,7 +24,7 @@ from aiotransfer.providers.limits import Limits, routine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Declare the options of this command."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", action="store_true", help="print a markdown table")
     parser.add_argument("--provider", default="shm", help="the provider to measure (default shm)")
@@ -50,7 +50,7 @@ def _runner(loop: str) -> tuple[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print."""
+    """Measure what was asked for and print it; the exit status."""
     wanted = [name for name in args.cases.split(",") if name]
     unknown = sorted(set(wanted) - {*cases.CASES, *cases.MORE})
     if unknown or args.rounds < 5:
@@ -137,13 +137,13 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """For a terminal."""
+    """The result as a table for a terminal."""
     head = f"{result['machine']}\n{'case':<48} {'ours':>16} {'limit':>16}   ratio (spread)"
     return "\n".join([head, *(_line(row) for row in result["rows"])])
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """For a page."""
+    """The result as a table in Markdown."""
     where = f"{result['machine']}; memory: {result['memory']}"
     lines = [where, "", "| case | ours | limit | ratio (spread) |", "|---|--:|--:|--:|"]
     return "\n".join([*lines, *("| " + " | ".join(_cells(row)) + " |" for row in result["rows"])])

@@ -36,7 +36,7 @@ class WorkerFailed(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Declare the options of this command."""
     parser.add_argument("--prompt", action="append", help="a text to continue; may be given several times (default: three texts)")
     parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2", help="tiny: random weights, no download")
     parser.add_argument("--tokens", type=int, default=48, help="tokens to generate (default 48)")
@@ -93,7 +93,7 @@ class Worker:
         return [json.loads(line) for line in self.process.stdout]
 
     def end(self) -> None:
-        """It may go now."""
+        """Close its standard input: the process ends when it sees that."""
         if self.process.stdin is not None:
             self.process.stdin.close()
 
@@ -106,7 +106,7 @@ class Worker:
         return True
 
     def result(self) -> Any:
-        """Skip to its result."""
+        """Read its lines until one has a result, and return that."""
         while "result" not in (fields := self.next()):
             pass
         return fields["result"]
@@ -131,7 +131,7 @@ class Text:
             self._tokenizer = AutoTokenizer.from_pretrained(directory)
 
     def encode(self, prompt: str) -> list[int]:
-        """The prompt's tokens."""
+        """The prompt as the numbers of its tokens."""
         if self._tokenizer is None:
             return [2 + (ord(c) * 37 + i * 11) % 998 for i, c in enumerate(prompt)][:MOST_PROMPT]
         return [int(t) for t in self._tokenizer(prompt)["input_ids"]]

@@ -38,13 +38,13 @@ MARKS = {"ok": "    ", "note": "note", "problem": "BAD "}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Declare the options of this command."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--topology", action="store_true", help="only draw where NICs, GPUs and memory are")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, try, print."""
+    """Look at the machine, try what it offers, print; the exit status."""
     if args.topology:
         print(topology(Host(), as_json=args.json, encoding=sys.stdout.encoding))
         return 0
@@ -65,12 +65,12 @@ def works(facts: list[Fact]) -> bool:
 
 
 def record(facts: list[Fact]) -> dict[str, Any]:
-    """For programs."""
+    """The facts as values for JSON, for programs."""
     return {"works": works(facts), "facts": {fact.name: dataclasses.asdict(fact) for fact in facts}}
 
 
 def text(facts: list[Fact]) -> str:
-    """For a terminal."""
+    """The facts as text for a terminal."""
     lines = []
     for fact in facts:
         lines.append(f"{MARKS[fact.level]} {fact.name:<16} {fact.text}")

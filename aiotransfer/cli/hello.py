@@ -26,7 +26,7 @@ MOST_SECONDS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Declare the options of this command."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--target", help=argparse.SUPPRESS)
 

@@ -8,10 +8,10 @@ from aiotransfer.control.key import generate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """There are no options."""
+    """Declare nothing: this command has no options."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one."""
+    """Print a new random key; the exit status."""
     print(generate())
     return 0

@@ -32,7 +32,7 @@ PING, BULK = 1, 2  # immediates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Declare the options of this command."""
     parser.add_argument("address", nargs="?", metavar="HOST:PORT", help="the engine to ping")
     parser.add_argument("--listen", metavar="HOST:PORT", help="be the other side, until interrupted")
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds for each way (default 10)")
@@ -134,7 +134,7 @@ async def _way(address: str, provider: str, timeout: float) -> dict[str, Any]:
 
 
 async def _measure(engine: at.Engine, peer: at.Peer) -> dict[str, Any]:
-    """Real writes both ways."""
+    """Latency and bandwidth of real writes, there and back."""
     theirs = await peer.lookup(REGION)
     mine, source = engine.allocate(BLOCK), engine.allocate(BLOCK)
     source.numpy()[:] = np.random.default_rng().integers(0, 256, BLOCK, np.uint8)
@@ -165,7 +165,7 @@ async def _measure(engine: at.Engine, peer: at.Peer) -> dict[str, Any]:
 
 
 def text(report: dict[str, Any]) -> str:
-    """For a terminal."""
+    """The report as text for a terminal."""
     lines = [report["address"]]
     for name, way in report["ways"].items():
         if "refused" in way:

@@ -34,7 +34,7 @@ NUMBERS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Declare the options of this command."""
     sub = parser.add_subparsers(dest="what", required=True)
     text = "plan an update of a large model, and predict how long it takes"
     plan = sub.add_parser("plan", help=text, description=f"{text}; nothing is moved, and no weights are needed.")

@@ -48,7 +48,7 @@ class Proof(msgspec.Struct, tag=3, array_like=True):
 
 
 class OfferWire(msgspec.Struct, array_like=True, frozen=True):
-    """One provider's terms."""
+    """The terms of one provider (`Terms`): whether it is usable, else the `reason`; on which `host`, and `data` of its own."""
 
     provider: str
     usable: bool
@@ -99,13 +99,13 @@ class Lookup(msgspec.Struct, tag=10, array_like=True):
 
 
 class LookupCancel(msgspec.Struct, tag=11, array_like=True):
-    """No longer wanted."""
+    """The question of this `id` is not waited for any more: it need not be answered."""
 
     id: int
 
 
 class Found(msgspec.Struct, tag=12, array_like=True):
-    """An encoded descriptor."""
+    """The answer to a Lookup: the encoded descriptor of the region."""
 
     id: int
     descriptor: bytes
@@ -120,7 +120,7 @@ class Failed(msgspec.Struct, tag=13, array_like=True):
 
 
 class Ask(msgspec.Struct, tag=14, array_like=True):
-    """A provider's question."""
+    """A question of a provider to the other side's provider of the same name."""
 
     id: int
     provider: str
@@ -128,14 +128,14 @@ class Ask(msgspec.Struct, tag=14, array_like=True):
 
 
 class Answer(msgspec.Struct, tag=15, array_like=True):
-    """A provider's answer."""
+    """What the other side's provider answers to the Ask of this `id`."""
 
     id: int
     body: bytes
 
 
 class Message(msgspec.Struct, tag=16, array_like=True):
-    """An application's message."""
+    """A message of the application, for `Engine.messages` of the other side."""
 
     data: bytes
 
@@ -148,19 +148,19 @@ class Credit(msgspec.Struct, tag=17, array_like=True):
 
 
 class Ping(msgspec.Struct, tag=18, array_like=True):
-    """Are you there?"""
+    """A question whether the other event loop runs: a Pong with the same `id` answers it."""
 
     id: int
 
 
 class Pong(msgspec.Struct, tag=19, array_like=True):
-    """Yes."""
+    """The answer to the Ping with the same `id`: the event loop of this side runs."""
 
     id: int
 
 
 class Revoked(msgspec.Struct, tag=20, array_like=True):
-    """These grants are stale."""
+    """The grants in these `slots` are taken back. `epochs`: theirs, in the same order."""
 
     slots: list[int]
     reason: str

@@ -76,7 +76,7 @@ class Link(asyncio.Protocol):
 
     @property
     def incarnation(self) -> int:
-        """The other engine's."""
+        """The incarnation of the engine at the other end."""
         return self._session.peer_incarnation
 
     @property
@@ -112,7 +112,7 @@ class Link(asyncio.Protocol):
     # ---- asyncio.Protocol ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The TCP connection stands."""
+        """asyncio calls this when the TCP connection stands: the handshake begins."""
         transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but inheritance
         self._transport = transport
         if self._ended:  # given up before the connection stood
@@ -264,7 +264,7 @@ class Link(asyncio.Protocol):
         self._finish(None)
 
     def abort(self) -> None:
-        """End at once."""
+        """End the connection at once: what is not sent yet is lost."""
         self._closing = True
         if self._transport is not None:
             self._transport.abort()

@@ -19,7 +19,7 @@ Factory = Callable[[], asyncio.Protocol]
 
 
 class Server(Protocol):
-    """Something that listens."""
+    """What `Network.listen` gives: it listens until it is closed."""
 
     def close(self) -> None:
         """Stop listening. Twice is silent."""
@@ -27,7 +27,7 @@ class Server(Protocol):
 
 
 class Network(Protocol):
-    """Byte streams between addresses."""
+    """Where streams of bytes between addresses come from: TCP, or a simulated network in tests."""
 
     async def listen(self, address: Address, factory: Factory) -> tuple[Server, Address]:
         """Accept streams; the address with its real port. Raises `OSError` or `OverflowError`."""

@@ -163,5 +163,5 @@ class Silence:
 
     @property
     def doubtful(self) -> bool:
-        """Something is unconfirmed."""
+        """Whether something that was sent is still unconfirmed."""
         return self._since is not None

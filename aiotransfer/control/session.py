@@ -85,7 +85,7 @@ class Session:
 
     @property
     def established(self) -> bool:
-        """Both sides are authenticated."""
+        """Whether both sides have proved that they have the key."""
         return self.state == "established"
 
     @property

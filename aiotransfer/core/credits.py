@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class SendCredit:
-    """The sender's half."""
+    """What a sender may still send: `messages`, of `nbytes` in all."""
 
     def __init__(self, messages: int, nbytes: int) -> None:
         self.messages = messages
@@ -29,7 +29,7 @@ class SendCredit:
 
 
 class ReceiveCredit:
-    """The receiver's half."""
+    """What a receiver has granted, of a window of `messages` and `nbytes`, and what it owes for what was read."""
 
     def __init__(self, messages: int, nbytes: int) -> None:
         self._window = messages, nbytes

@@ -14,7 +14,7 @@ class Deadlines(dict[int, float]):
     """When each key is due, on whatever clock the caller uses; set, moved and discarded as the items of a dictionary are."""
 
     def next(self) -> float | None:
-        """The earliest deadline."""
+        """The earliest deadline, or None where there is none."""
         return min(self.values(), default=None)
 
     def due(self, now: float) -> list[int]:

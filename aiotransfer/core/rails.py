@@ -86,7 +86,7 @@ def pair(
 def pairing(
     ours: Sequence[tuple[str, str, int]], theirs: Sequence[tuple[str, str, int]], named: bool, first: tuple[str, str] | None
 ) -> tuple[tuple[str, str], ...]:
-    """`pair`, of plain tuples."""
+    """What `pair` decides, with the ends given as plain tuples of the fields of `End`."""
     return pair([End(*end) for end in ours], [End(*end) for end in theirs], named=named, first=first)
 
 

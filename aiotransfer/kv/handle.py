@@ -41,7 +41,7 @@ LOOK_SECONDS = 1.0  # between two looks whether a quarantine is over; that it is
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """Of one prefill rank."""
+    """What one prefill rank has been asked for: `tail` is where its tail arrives, `plan` what it said it would send."""
 
     peer: Peer
     number: int
@@ -82,7 +82,7 @@ class Handle(Unpicklable):
 
     @property
     def id(self) -> str:
-        """The request's."""
+        """The id of the request, as it was given to `Decoder.request`."""
         return self.order.id
 
     @property
@@ -178,7 +178,7 @@ class Handle(Unpicklable):
     # ---- what the other side says ----
 
     def receive(self, peer: Peer, message: wire.ToDecoder) -> None:
-        """An answer."""
+        """Take an answer of a prefill rank; answers that come too late change nothing."""
         part = next((p for p in self._parts if p.number == message.number), None)
         if part is None or part.peer is not peer:
             return

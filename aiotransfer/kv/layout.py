@@ -138,12 +138,12 @@ class KVLayout:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """How many bytes one element takes."""
         return lookup(self.dtype).itemsize
 
     @property
     def place(self) -> Place:
-        """Which rank this is."""
+        """Which rank this is, by its pipeline and tensor parallelism."""
         return Place(self.pp_rank, self.tp_rank)
 
     @property

@@ -45,7 +45,7 @@ class PageTable:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes move."""
+        """How many bytes are moved by all of these pages."""
         return len(self.src_pages) * self.page_bytes
 
 

@@ -103,7 +103,7 @@ class Prefiller(Role):
     # ---- reservations ----
 
     def receive(self, peer: Peer, message: wire.ToPrefiller) -> bool:
-        """See `Room`."""
+        """See `Room`: a decode rank asks for a request, or takes one back."""
         if isinstance(message, wire.Cancel):
             asked = self._ledger.asked.get(peer)
             wanted = asked.requests.get(message.number) if asked is not None else None
@@ -117,7 +117,7 @@ class Prefiller(Role):
         return True
 
     def unreadable(self, peer: Peer, number: int, error: DescriptorError) -> bool:
-        """See `Room`."""
+        """See `Room`: a request that cannot be read is refused."""
         self.room.tell(peer, wire.Refused(number, "protocol", str(error)), TELL_SECONDS)
         return True
 

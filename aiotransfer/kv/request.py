@@ -185,7 +185,7 @@ class PrefillRequest(Unpicklable):
 
     @property
     def delivered(self) -> bool:
-        """Whether everything has arrived."""
+        """Whether everything has arrived at all decode ranks."""
         return self._outcome == "delivered"
 
     @property
@@ -391,7 +391,7 @@ class PrefillRequest(Unpicklable):
             self._end("cancelled", RequestCancelled(text, id=self.id, peer=str(peer.address)))
 
     def lost(self, peer: Peer) -> None:
-        """A peer has gone."""
+        """A peer has gone: a request of which it is a decode rank ends."""
         if any(target.peer is peer for target in self.targets):
             self._origin = peer
             text = f"request {self.id!r}: its decode rank {peer} has gone"

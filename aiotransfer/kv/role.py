@@ -56,7 +56,7 @@ class Role(Unpicklable):
             self._host.call("on_record", lambda: tell(record))
 
     async def aclose(self) -> None:
-        """End everything."""
+        """End all requests and give back what they held. Twice is silent."""
         raise AssertionError("every role has its own")
 
     async def __aenter__(self: R) -> R:

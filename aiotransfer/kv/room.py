@@ -30,7 +30,7 @@ OVERHEAD = 1024
 
 
 class Member(Protocol):
-    """Who gets messages."""
+    """A decoder or a prefiller, as its room knows it."""
 
     def receive(self, peer: Peer, message: Any) -> bool:
         """Whether the message was for this one."""

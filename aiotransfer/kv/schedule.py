@@ -85,7 +85,7 @@ class _Class(Generic[T]):
         return [queue for _, _, queue in sorted(found)]
 
     def take(self, queue: _Queue[T]) -> Job[T]:
-        """Its first job begins."""
+        """Begin the first job of a queue: it has had its turn, and stands behind others with the next one."""
         job = queue.jobs.popleft()
         heapq.heappop(self.lanes[job.peer])
         self._clock = max(self._clock, queue.begin)
@@ -125,7 +125,7 @@ class Schedule(Generic[T]):
         self._waiting = 0
 
     def __len__(self) -> int:
-        """Jobs that wait."""
+        """How many jobs wait for their turn."""
         return self._waiting
 
     def in_flight(self, peer: Hashable) -> int:

@@ -36,7 +36,7 @@ class _Shelf:
 
 
 class Slots:
-    """Of one role."""
+    """The memory for tails of one decoder or prefiller: `take` a part, `give` it back."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

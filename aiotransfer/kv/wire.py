@@ -79,7 +79,7 @@ class Refused(_Message, frozen=True, tag=3):
 
 
 class Cancel(_Message, frozen=True, tag=4):
-    """Nobody waits any more."""
+    """The decode side does not wait for this request any more."""
 
     reason: str
 
@@ -98,7 +98,7 @@ _to_decoder = msgspec.msgpack.Decoder(ToDecoder)
 
 
 def encode(message: ToPrefiller | ToDecoder) -> bytes:
-    """For `Peer.send`."""
+    """A message as the bytes that `Peer.send` takes, with its mark, version and number in front."""
     mark = TO_PREFILLER if isinstance(message, Reserve | Cancel) else TO_DECODER
     if isinstance(message, Refused | Failed) and len(message.text) > MOST_TEXT:
         message = msgspec.structs.replace(message, text=message.text[: MOST_TEXT - 3] + "...")

@@ -67,7 +67,7 @@ class Topology:
         return next((gpu for gpu in self.gpus if short_address(gpu.place.address) == wanted), None)
 
     def node(self, number: int | None) -> Node | None:
-        """By its number."""
+        """The NUMA node with this number, or None."""
         return next((node for node in self.nodes if node.number == number), None)
 
 

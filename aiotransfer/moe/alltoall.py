@@ -380,7 +380,7 @@ class AllToAll(Unpicklable):
 
     @property
     def rank(self) -> int:
-        """This rank."""
+        """The number of this rank within its group."""
         return self._party.rank
 
     @property

@@ -158,11 +158,11 @@ class Buffers:
         return Rows(self._here, self.shape.rows(slot), self.shape.row_bytes, self.shape.row_bytes)
 
     def staging(self, slot: int) -> Rows:
-        """Rows that came packed."""
+        """Where rows arrive in one piece, before they are put at their places."""
         return Rows(self._here, self.shape.staging(slot), self.shape.row_bytes, self.shape.row_bytes)
 
     def results(self, slot: int) -> Rows:
-        """Rows that came back."""
+        """Where results arrive from the ranks of the experts."""
         return Rows(self._here, self.shape.results(slot), self.shape.result_bytes, self.shape.result_bytes)
 
     def computed(self, slot: int) -> Rows:

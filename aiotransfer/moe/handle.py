@@ -96,7 +96,7 @@ class _Half(Unpicklable):
 
     @property
     def handle(self) -> Handle:
-        """Of the step."""
+        """The handle of the step that this is a half of."""
         return self._handle
 
     def _until(self, timeout: float | None) -> Until:

@@ -58,7 +58,7 @@ class Route:
         self.sent: Ints = self.n if dp == 1 else np.where(np.arange(shape.ranks) % dp == rank % dp, self.n, 0)
 
     def rows_of(self, rank: int) -> slice:
-        """The rows for `rank`."""
+        """Which rows go to `rank`, of all that this rank sends."""
         first = int(self.first[rank])
         return slice(first, first + int(self.n[rank]))
 

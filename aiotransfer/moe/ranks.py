@@ -153,7 +153,7 @@ class Ranks:
         return self._base + (kind * self.shape.slots + slot) * self.shape.ranks + source
 
     def counter(self, kind: int, slot: int, source: int) -> Counter:
-        """Arrivals from `source`."""
+        """The counter of what arrives from `source` for one kind of message and one slot."""
         imm = self.imm(kind, slot, source)
         found = self._counters.get(imm)
         if found is None:
@@ -282,7 +282,7 @@ class Ranks:
         return [rank for rank in range(self.shape.ranks) if rank != self.rank]
 
     def who(self, rank: int) -> str:
-        """A rank by name."""
+        """A rank with the name or the address of its engine, for messages."""
         known = self.ranks[rank]
         name = (known.peer.name if known is not None else "") or str(self.addresses[rank])
         return f"rank {rank} ({name})"

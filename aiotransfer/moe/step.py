@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Step(Traffic):
-    """A step in flight."""
+    """A step in flight, from the first write to the last result."""
 
     # ---- first write ----
 

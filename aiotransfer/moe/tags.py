@@ -22,7 +22,7 @@ def encoded(tag: int | str | None) -> bytes:
 
 
 def shown(data: bytes) -> str:
-    """For messages."""
+    """An encoded tag as it is shown in messages."""
     if not data:
         return "no tag"
     text = data[1:].decode("utf-8", "replace")

@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     torch: Any  # the module, or None for NumPy
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: str = "cpu") -> Array:
-        """Fresh memory."""
+        """Fresh memory that is not initialised, of the same library as the arguments."""
         if self.torch is not None:
             return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=device)
         return np.empty(shape, numpy_type(dtype))

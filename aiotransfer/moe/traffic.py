@@ -105,7 +105,7 @@ class Traffic:
             self.ended(transfer, without)
 
     def ended(self, transfer: Transfer, without: Callable[[], None] | None) -> None:
-        """One of ours."""
+        """A transfer of this step has ended: whose loss made it fail is missed, and `without` posts what is left."""
         self._transfers.pop(transfer, None)
         error: BaseException | None = None
         with contextlib.suppress(asyncio.CancelledError):

@@ -83,7 +83,7 @@ def _forget(engine: Engine, key: bytes) -> None:
 
 
 class Unmade:
-    """One of them."""
+    """Answers of an all-to-all that could not be made: a task that tells every rank which asks the `reason`."""
 
     def __init__(self, engine: Engine, key: bytes, rank: int, reason: str) -> None:
         self._engine, self._key = engine, key

@@ -147,7 +147,7 @@ class Driver:
             self._call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(0))
 
     def unpin(self, ordinal: int, address: int) -> None:
-        """Undo `pin`."""
+        """Unlock host memory that `pin` has locked, by its first address."""
         with self._current(ordinal):
             self._call("cuMemHostUnregister", ctypes.c_void_p(address))
 

@@ -30,7 +30,7 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 def ticket() -> bytes:
-    """A fresh ticket."""
+    """A random number by which a packet with descriptors is told from all others."""
     return os.urandom(TICKET_BYTES)
 
 

@@ -277,7 +277,7 @@ class Segment:
 
     @property
     def pointer(self) -> Any:
-        """As `void *`."""
+        """The address as a `void *` for native calls."""
         return native.ffi.cast("void *", self.address)
 
     def close_fd(self) -> None:

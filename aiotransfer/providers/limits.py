@@ -64,7 +64,7 @@ class ForeignLimits:
         return self._best(len(target_pages), 1, tables, page)
 
     def close(self) -> None:
-        """Close /proc/PID/mem."""
+        """Close the descriptor of /proc/PID/mem."""
         os.close(self._memory)
 
 

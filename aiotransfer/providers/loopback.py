@@ -118,7 +118,7 @@ class LoopbackPath(Path):
         return Binding(self._lane, remote, self, peer, segment, 0 if segment is None else grant.base)
 
     def close(self) -> None:
-        """Free the lane's peer."""
+        """Free the peer of this path in the lane; twice is silent."""
         if not self._closed:
             self._closed = True
             if self._lane.usable:
@@ -126,7 +126,7 @@ class LoopbackPath(Path):
 
 
 class LoopbackProvider:
-    """loopback for one engine."""
+    """The simulated network as one engine uses it: all lanes of one process are reached by it."""
 
     name = "loopback"
 
@@ -150,7 +150,7 @@ class LoopbackProvider:
     chosen: Mapping[str, Any] = MappingProxyType({})
 
     def terms(self) -> Terms:
-        """Which process this is."""
+        """The terms of this side: only engines of the same process can be reached."""
         return Terms("loopback", True, "", _PROCESS, b"")
 
     async def dial(self, conversation: Conversation, theirs: Terms) -> LoopbackPath:

@@ -30,12 +30,12 @@ class Numbers(NamedTuple):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """How many bytes one element takes."""
         return lookup(self.dtype).itemsize
 
     @property
     def size(self) -> int:
-        """How many elements."""
+        """How many elements there are in all."""
         return math.prod(self.shape)
 
     @property

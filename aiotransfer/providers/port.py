@@ -202,7 +202,7 @@ class Provider(Protocol):
         ...
 
     def terms(self) -> Terms:
-        """What to tell peers."""
+        """What peers are told of this provider before they choose a way."""
         ...
 
     async def dial(self, conversation: Conversation, theirs: Terms) -> Path:

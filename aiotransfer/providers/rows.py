@@ -72,7 +72,7 @@ def addresses(rows: Rows, index: Any) -> Any:
 
 
 def address_of(rows: Rows) -> int:
-    """Where row 0 begins."""
+    """The address in this process at which row 0 begins."""
     return int(native.ffi.cast("uintptr_t", _pointer("rows", rows)))
 
 

@@ -409,10 +409,10 @@ class ShmProvider:
         return shmwire.encode(shmwire.Size(segment.nbytes))
 
     async def settle(self) -> None:
-        """Nothing goes on by itself."""
+        """Returns at once: this provider does nothing but answer questions."""
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening for descriptor channels of other processes."""
         self._listener.close()
         fdchannel.close_all(self._itself)
         self._itself = []

@@ -63,7 +63,7 @@ def _require(fits: bool, what: str) -> None:
 
 
 def question(body: bytes) -> Hello | Fetch:
-    """A peer's question."""
+    """The question of a peer, decoded. Raises `BrokenError` where it is malformed."""
     asked: Any = decode(_questions, body, "question", "shm")
     numbers = (asked.slot, asked.epoch, asked.segment) if isinstance(asked, Fetch) else ()
     tickets = (asked.ticket, asked.channel) if isinstance(asked, Fetch) else (asked.ticket,)
@@ -72,7 +72,7 @@ def question(body: bytes) -> Hello | Fetch:
 
 
 def offer(body: bytes) -> Offer:
-    """A peer's offer."""
+    """The offer of a peer, decoded. Raises `BrokenError` where it is malformed."""
     offered = decode(_offers, body, "offer", "shm")
     cookies = len(offered.control_cookie) == len(offered.channel_cookie) == COOKIE_BYTES
     _require(cookies and 0 <= offered.probe_va < _U64, "offer")
@@ -80,7 +80,7 @@ def offer(body: bytes) -> Offer:
 
 
 def size(body: bytes) -> int:
-    """The answer to Fetch."""
+    """The bytes of a segment, from the answer to Fetch. Raises `BrokenError` where it is malformed."""
     nbytes = decode(_sizes, body, "size", "shm").nbytes
     _require(0 <= nbytes <= MOST_SEGMENT, "size")
     return nbytes

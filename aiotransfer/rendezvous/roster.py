@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     place: str
 
     def encode(self) -> bytes:
-        """For the store."""
+        """The entry as the bytes that are written into the store."""
         return json.dumps([FORMAT, *self]).encode()
 
     @classmethod

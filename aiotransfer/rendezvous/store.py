@@ -47,11 +47,11 @@ class Caller:
 
     @property
     def left(self) -> float:
-        """Seconds to the deadline."""
+        """How many seconds are left until the deadline."""
         return self._deadline - asyncio.get_running_loop().time()
 
     async def set(self, key: str, value: bytes) -> None:
-        """Store a value."""
+        """Store a value under a key, in a thread."""
         await self._call(lambda: self._store.set(key, value))
 
     async def get_all(self, keys: Sequence[str]) -> list[bytes]:

@@ -78,7 +78,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super().__init__(_Selector(net))
 
     def time(self) -> float:
-        """Virtual seconds."""
+        """The time of the virtual clock, in seconds."""
         return self._net.now
 
 
@@ -300,7 +300,7 @@ class Fabric:
     # the network beneath loopback (see `providers.loopback`)
 
     def join(self, lane: Lane) -> None:
-        """For the provider."""
+        """Take a lane into the network; the provider calls this."""
         status = native.lib.at_net_join(self._pointer, lane.pointer)
         if status != 0:
             raise BusyError(f"cannot join the fabric: {native.text(status)}")
@@ -333,7 +333,7 @@ class Fabric:
             self.hold(engine, False)
 
     def hold(self, engine: Engine, on: bool) -> None:
-        """Begin or end `held`."""
+        """Begin (`on`) or end what `held` does to an engine."""
         native.lib.at_net_hold(self._pointer, engine.incarnation, on)
         wire = self._wires[engine]
         if on:
@@ -357,7 +357,7 @@ class Fabric:
         return len(pipes)
 
     def control_ways(self, engine: Engine) -> list[Address]:
-        """Where it listens."""
+        """The addresses at which an engine listens for control connections."""
         return list(self._wires[engine].addresses)
 
     def reach(self, address: Address, on: bool) -> None:

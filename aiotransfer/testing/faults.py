@@ -11,11 +11,11 @@ from typing import Protocol
 
 
 class Process(Protocol):
-    """`subprocess.Popen`, `asyncio.subprocess.Process`, `multiprocessing.Process`."""
+    """Any process object with a `pid`: of `subprocess`, `asyncio` or `multiprocessing`."""
 
     @property
     def pid(self) -> int | None:
-        """Its number."""
+        """Its number, or None before it was started."""
         ...
 
 

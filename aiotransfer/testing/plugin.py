@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def engine_pair(aiotransfer_engine_pair: Callable[..., Any]) -> Callable[..., Any]:
-    """`aiotransfer_engine_pair`."""
+    """The same as the fixture `aiotransfer_engine_pair`."""
     return aiotransfer_engine_pair
 
 
 @pytest.fixture
 def engine_group(aiotransfer_engine_group: Callable[..., Any]) -> Callable[..., Any]:
-    """`aiotransfer_engine_group`."""
+    """The same as the fixture `aiotransfer_engine_group`."""
     return aiotransfer_engine_group
 
 
 @pytest.fixture
 def fabric(aiotransfer_fabric: Callable[..., Fabric]) -> Callable[..., Fabric]:
-    """`aiotransfer_fabric`."""
+    """The same as the fixture `aiotransfer_fabric`."""
     return aiotransfer_fabric
 
 
 @pytest.fixture
 def payload(aiotransfer_payload: Callable[..., Any]) -> Callable[..., Any]:
-    """`aiotransfer_payload`."""
+    """The same as the fixture `aiotransfer_payload`."""
     return aiotransfer_payload
 
 
 @pytest.fixture
 def no_leaks(aiotransfer_no_leaks: None) -> None:
-    """`aiotransfer_no_leaks`."""
+    """The same as the fixture `aiotransfer_no_leaks`."""

@@ -34,7 +34,7 @@ class Room:
 
     @property
     def full(self) -> bool:
-        """No further entry fits."""
+        """Whether no further entry fits, whatever its size."""
         return self.entries >= MOST_ENTRIES
 
 
@@ -49,7 +49,7 @@ def words() -> str:
 
 
 def complain(where: str) -> None:
-    """Something was left out."""
+    """Log that entries at `where` were left out for these bounds; a limited number of times."""
     left_out = _limit.admit(where)
     if left_out is not None:
         _logger.warning("%s holds more than a registry may: %s%s", where, words(), more(left_out))

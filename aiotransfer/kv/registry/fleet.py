@@ -56,7 +56,7 @@ class Fleet(Unpicklable):
 
     @property
     def peers(self) -> dict[Member, Peer]:
-        """Who is connected now."""
+        """The peers that are connected now, by their entries."""
         return {member: peer for member, peer in self._peers.items() if peer.state in ("up", "busy")}
 
     async def wait_for(self, count: int = 1, *, timeout: float = 30.0) -> dict[Member, Peer]:

@@ -35,11 +35,11 @@ class CpuKernels:
         rows.weigh_at(out, at, weights, nbytes, dtype=dtype, out_dtype=out_dtype)
 
     def word(self) -> Any:
-        """Eight bytes, zero."""
+        """Eight bytes of host memory, zero, for `bump`."""
         return np.zeros(1, np.int64)
 
     def bump(self, word: Any) -> None:
-        """Add one."""
+        """Add one to a word: what was called before is done already."""
         word[0] += 1
 
     async def settle(self, timeout: float | None = None) -> None:
