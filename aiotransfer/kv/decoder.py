@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Decoder(Role):
-    """Receives KV caches into `pages`, a region that holds the pool of `layout`.
+    """Receives KV caches into `pages`, a region of `engine` that holds the pool of `layout`.
 
     `instance`: the name of the copy of the model that this rank belongs to, of 1 to 256 characters, the same at all of its
     ranks and at those of no other copy (vLLM: the `engine_id`). A prefill rank knows a request by its instance and its id.
@@ -129,7 +129,7 @@ class Decoder(Role):
         return frozenset(np.flatnonzero(self.pool.held).tolist())
 
     async def freed(self, page_ids: Iterable[int]) -> None:
-        """Returns when no request holds any of these pages any more: also the end of their quarantine. Raises `ClosedError`."""
+        """Returns when no request holds any of `page_ids` any more: also the end of their quarantine. Raises `ClosedError`."""
         await self.pool.freed(page_ids)
 
     # ---- messages ----

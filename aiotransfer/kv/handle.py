@@ -178,7 +178,7 @@ class Handle(Unpicklable):
     # ---- what the other side says ----
 
     def receive(self, peer: Peer, message: wire.ToDecoder) -> None:
-        """Take an answer of a prefill rank; answers that come too late change nothing."""
+        """Take `message`, an answer of the prefill rank `peer`; answers that come too late change nothing."""
         part = next((p for p in self._parts if p.number == message.number), None)
         if part is None or part.peer is not peer:
             return

@@ -157,13 +157,13 @@ class KVLayout:
         return self.heads_at(self.tp_rank) if self.head_range is None else range(*self.head_range)
 
     def layers_at(self, pp_rank: int) -> range:
-        """The layers of one pipeline rank of this instance, where layers are divided evenly."""
+        """The layers of pipeline rank `pp_rank` of this instance, where layers are divided evenly."""
         each, more = divmod(self.layers, self.pp)
         first = pp_rank * each + min(pp_rank, more)
         return range(first, first + each + (pp_rank < more))
 
     def heads_at(self, tp_rank: int) -> range:
-        """The heads of one tensor rank of this instance, where heads are divided evenly."""
+        """The heads of tensor rank `tp_rank` of this instance, where heads are divided evenly."""
         if self.replicas > 1 or self.kind == "mla":
             return range(tp_rank // self.replicas, tp_rank // self.replicas + 1)
         each = self.kv_heads // self.tp
@@ -220,7 +220,7 @@ class KVLayout:
         return Strides(found["layer"], found["plane"], found["page"], token * self.vector_bytes, head * self.vector_bytes)
 
     def pages_of(self, tokens: int) -> int:
-        """How many pages that many tokens take."""
+        """How many pages the first `tokens` tokens of a request take."""
         return -(-tokens // self.page_tokens)
 
     # ---- as plain values ----
@@ -231,7 +231,8 @@ class KVLayout:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KVLayout:
-        """The other way round. Raises `ValueError` or `TypeError`, naming the field, for what `to_dict` does not give."""
+        """The layout out of `values`, as `to_dict` gives them. Raises `ValueError` or `TypeError`, naming the field, for all
+        else."""
         if not isinstance(values, Mapping):
             raise TypeError(f"a layout is a mapping, not {type(values).__name__}")
         for name in values:

@@ -70,7 +70,8 @@ class _Side:
 
 
 def pairs(prefill: KVLayout, decode: KVLayout) -> list[tuple[Place, Place]]:
-    """Every (prefill rank, decode rank) of two instances that have something to say to each other, in order of the decode rank.
+    """Every (prefill rank, decode rank) of which the first sends the second something, in order of the decode rank. `prefill`,
+    `decode`: the layout of any rank of either instance.
 
     Each head and layer of a decode rank comes from exactly one prefill rank; of several that hold the same one, decode ranks
     take them in turn. The ranks named in the two layouts do not matter. Raises `LayoutMismatch`, or `ValueError`
@@ -93,7 +94,7 @@ def pairs(prefill: KVLayout, decode: KVLayout) -> list[tuple[Place, Place]]:
 
 
 def sources(prefill: KVLayout, decode: KVLayout) -> list[Place]:
-    """The prefill ranks that the rank of `decode` gets something of."""
+    """The prefill ranks that the rank of `decode` gets something of. `prefill`: the layout of any rank of their instance."""
     return [here for here, there in pairs(prefill, decode) if there == decode.place]
 
 
@@ -170,7 +171,7 @@ class Tables:
 
 
 def plan_transfer(prefill_layout: KVLayout, decode_layout: KVLayout) -> TransferPlan:
-    """What goes from this prefill rank to this decode rank. Raises `LayoutMismatch` (of different models)."""
+    """What goes from the rank of `prefill_layout` to that of `decode_layout`. Raises `LayoutMismatch` (of different models)."""
     return TransferPlan(prefill_layout, decode_layout, Tables())
 
 
@@ -205,7 +206,7 @@ class TransferPlan:
         tokens: int | None = None,
         chunk: tuple[int, int] | None = None,
     ) -> PageTable:
-        """The blocks of one layer for tokens [`skip_tokens`, `tokens`) of a request, or for a chunk of them.
+        """The blocks of `layer` for tokens [`skip_tokens`, `tokens`) of a request, or for a chunk of them.
 
         `src_pages`, `dst_pages`: the request's pages on either side, in order from its first token on (also of tokens that are
         not sent). `tokens`: past the last one; None: as many as both lists hold. `chunk`: the part [first, past the last) that
@@ -238,12 +239,13 @@ class TransferPlan:
         )  # fmt: skip
 
     def unit(self, skip_tokens: int = 0) -> int:
-        """Where a request may be cut into chunks: at multiples of so many tokens."""
+        """Where a request of which `skip_tokens` are not sent may be cut into chunks: at multiples of so many tokens."""
         self._range(None, skip_tokens, 0)
         return self._grain(skip_tokens).tokens
 
     def count(self, tokens: int, skip_tokens: int = 0) -> int:
-        """How many blocks all layers have for these tokens: what the decode side counts, in whatever chunks they come."""
+        """How many blocks all layers have for tokens [`skip_tokens`, `tokens`): what the decode side counts, whatever the
+        chunks."""
         grain = self._grain(skip_tokens)
         rows = 0
         for layer in self.layers:
@@ -255,11 +257,12 @@ class TransferPlan:
         return rows * (len(self._heads) // grain.heads) * (self.decode.planes // grain.planes)
 
     def nbytes(self, tokens: int, skip_tokens: int = 0) -> int:
-        """How many bytes that is."""
+        """How many bytes the blocks that `count` counts have for tokens [`skip_tokens`, `tokens`)."""
         return self.count(tokens, skip_tokens) * self._grain(skip_tokens).nbytes
 
     def pages_of_blocks(self, layer: int, *, tokens: int, skip_tokens: int = 0) -> Indices:
-        """For each block of `table(layer, ...)`, which of the request's decode pages it lies in: an index into `dst_pages`."""
+        """For each block of `table(layer, tokens=, skip_tokens=)`, in which of the request's decode pages it lies: an index into
+        `dst_pages`."""
         start, end = self._range(layer, skip_tokens, tokens)
         grain = self._grain(skip_tokens)
         token = np.arange(start, max(start, end), grain.tokens, dtype=np.int64) // self.decode.page_tokens

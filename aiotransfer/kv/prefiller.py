@@ -46,7 +46,7 @@ MOST_PLANS = 256  # layouts of decode ranks that are remembered
 
 
 class Prefiller(Role):
-    """Sends KV caches out of `pages`, a region that holds the pool of `layout`. One of an engine.
+    """Sends KV caches out of `pages`, a region of `engine` that holds the pool of `layout`. One of an engine.
 
     `most_requests`: how many may be known at a time, `reserved_bytes`: what these may take here (prompts, page numbers); beyond
     either, the decode rank that takes the most makes room for one that takes less, and others are refused. `peer_bytes`: written

@@ -121,12 +121,13 @@ class PrefillRequest(Unpicklable):
     # ---- reservations ----
 
     def joins(self, place: Place) -> bool:
-        """Whether this decode rank is one that this request still waits for."""
+        """Whether the decode rank at `place` is one that this request still waits for."""
         known = {target.plan.decode.place for target in self.targets}
         return self._saga.state == "gathering" and place in self._places and place not in known
 
     def differs(self, layout: KVLayout, message: wire.Reserve) -> str:
-        """What a further rank says of this request that the first one did not say, in words; empty: nothing."""
+        """What a further rank says of this request, by its `layout` and `message`, that the first one did not say: in words,
+        empty where they agree."""
         first = self.targets[0].plan.decode
         ours: dict[str, object] = {
             "tokens": self.tokens, "skip_tokens": self.skip_tokens, "checksums": self._checksums, "priority": self.priority,
@@ -142,7 +143,7 @@ class PrefillRequest(Unpicklable):
         return ""
 
     def add(self, target: Target) -> None:
-        """A decode rank has asked."""
+        """A decode rank has asked: `target` is what is to be written where."""
         self.targets.append(target)
         self._feed("complete" if len(self.targets) == len(self._places) else "reserved")
 
@@ -194,7 +195,7 @@ class PrefillRequest(Unpicklable):
         return self._role.layout.own_layers
 
     def use(self, page_ids: Any) -> None:
-        """The pages of this side's pool where the cache is (or will be), from the first token on.
+        """The cache is, or will be, in the pages `page_ids` of this side's pool, from the first token on.
 
         Raises `TypeError`, `IndexError` or `ValueError` (too few of them; called after a layer was ready).
         """
@@ -203,7 +204,7 @@ class PrefillRequest(Unpicklable):
         self._page_ids = page_ids_of(page_ids, self._role.layout, self.tokens)
 
     def layer_ready(self, layer: int, *, upto: int | None = None) -> None:
-        """The cache of this layer is in its pages for all tokens before `upto` (None: for all): send what has not been sent.
+        """The cache of `layer` is in its pages for all tokens before `upto` (None: for all): send what has not been sent.
 
         Returns at once; may be called from any thread, once for each chunk of a prompt. Tokens past the last whole block go
         with the next chunk. After the request has been cancelled nothing is sent, and nothing raised: see `cancelled`.
@@ -248,11 +249,12 @@ class PrefillRequest(Unpicklable):
         watcher.close()
 
     def fail(self, reason: str) -> None:
-        """Give it up, and tell the decode side why. Late calls change nothing."""
+        """Give the request up, and tell the decode side the `reason`. Late calls change nothing."""
         self._end("failed", RequestFailed(f"request {self.id!r} was given up: {reason}", id=self.id))
 
     async def finish(self, tail: Any = b"") -> None:
-        """Send the tail (bytes, at most what the decoder has room for) and return when everything has arrived there.
+        """Send `tail` (bytes or an array, at most what the decoder has room for: its `tail_bytes`; default: none) and return when
+        everything has arrived there.
 
         Raises `ValueError` (a layer is not ready, a tail too long, a second time), `RequestCancelled`, `PeerLostError`,
         `TransferTimeout` (the decode side's deadline).
@@ -357,7 +359,7 @@ class PrefillRequest(Unpicklable):
         return Write(self, target.peer, post, 0, nbytes)
 
     def ended(self, write: Write, error: BaseException | None = None) -> None:
-        """A write is over, or was never begun."""
+        """A `write` is over, or was never begun. `error`: why it failed, None where it did not."""
         del self._writes[write]
         if error is None and write.transfer is not None:
             now = time.time()
@@ -384,14 +386,14 @@ class PrefillRequest(Unpicklable):
     # ---- what ends it ----
 
     def cancelled_by(self, peer: Peer, message: wire.Cancel) -> None:
-        """A decode rank does not want it any more."""
+        """The decode rank `peer` does not want it any more, as `message` says."""
         if any(target.peer is peer and target.number == message.number for target in self.targets):
             self._origin = peer
             text = f"request {self.id!r} is not wanted any more by {peer} ({message.reason[:80]})"
             self._end("cancelled", RequestCancelled(text, id=self.id, peer=str(peer.address)))
 
     def lost(self, peer: Peer) -> None:
-        """A peer has gone: a request of which it is a decode rank ends."""
+        """`peer` has gone: a request of which it is a decode rank ends."""
         if any(target.peer is peer for target in self.targets):
             self._origin = peer
             text = f"request {self.id!r}: its decode rank {peer} has gone"
@@ -440,12 +442,13 @@ class PrefillRequest(Unpicklable):
             self._over.set_result(None)
 
     def abandon(self, why: str) -> asyncio.Future[None]:
-        """Give it up; done when nothing of it is being written any more."""
+        """Give it up, and tell the decode side `why`; done when nothing of it is being written any more."""
         self._end("failed", RequestFailed(f"request {self.id!r} was given up: {why}", id=self.id))
         return self._over
 
     async def ended_there(self, *, timeout: float | None = None) -> None:
-        """Returns when the request is over: to stop computing for somebody who has gone. Raises `TransferTimeout`."""
+        """Returns when the request is over, so that nothing is computed for a decode side that has gone. Raises `TransferTimeout`
+        after `timeout` seconds (None: waits without end)."""
         patience = seconds(timeout, math.inf)
         try:
             async with Patience(patience):

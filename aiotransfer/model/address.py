@@ -26,7 +26,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str | Address) -> Address:
-        """`host:port`, with IPv6 in brackets. Raises `TypeError` or `ValueError` with the value."""
+        """The address that `text` is: `host:port`, with IPv6 in brackets. Raises `TypeError` or `ValueError` with the value."""
         if isinstance(text, Address):
             return text
         if not isinstance(text, str):
@@ -48,7 +48,7 @@ class Address:
 
     @classmethod
     def parse_advertised(cls, text: str | Address) -> Address:
-        """`host[:port]`: where others reach an engine. Port 0, or none: the one that it listens on.
+        """`text` as `host[:port]`: where others reach an engine. Port 0, or none: the one that it listens on.
 
         Raises `TypeError` or `ValueError` with the value, also for an address that cannot be dialled.
         """

@@ -74,7 +74,7 @@ class RemoteRegion:
 
     @classmethod
     def of(cls, grant: Grant, start: int = 0, nbytes: int | None = None) -> RemoteRegion:
-        """The region that `grant` gives a right to, or a part of it."""
+        """The region that `grant` gives a right to, or of it `nbytes` bytes (None: all that follow) from `start` on."""
         return _make(Box(), grant, start, grant.nbytes - start if nbytes is None else nbytes)
 
     def __getitem__(self, key: slice) -> RemoteRegion:
@@ -129,7 +129,7 @@ class RemoteRegion:
 
     @classmethod
     def decode(cls, data: bytes | bytearray | memoryview) -> RemoteRegion:
-        """The region that `encode` made bytes of. Raises `DescriptorError` for anything else."""
+        """The region that `encode` made `data` of. Raises `DescriptorError` for anything else."""
         raw = bytes(memoryview(data))
         if len(raw) > MOST_BYTES or len(raw) < _HEAD.size + 4 or raw[:4] != MAGIC:
             raise DescriptorError(f"these {len(raw)} bytes are no region descriptor")

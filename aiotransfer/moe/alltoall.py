@@ -44,7 +44,7 @@ def _refusal(*, ahead: bool) -> Callable[[AllToAll, TypeError], Awaitable[object
 
 
 class AllToAll(Unpicklable):
-    """One rank's side. Awaitable and an async context manager: both return when all ranks have met.
+    """One rank's side, on `engine`. Awaitable and an async context manager: both return when all ranks have met.
 
     `group`: the ranks in order, rank r holding experts [r * E / ranks, (r + 1) * E / ranks) of E = `num_experts`. All sizes
     are the same on every rank (`ShapeMismatch` on all of them otherwise):
@@ -127,7 +127,7 @@ class AllToAll(Unpicklable):
     # ---- meeting ----
 
     async def ready(self, *, timeout: float | None = None) -> AllToAll:
-        """Returns when all ranks have met; the first dispatch does it, too.
+        """Returns when all ranks have met; the first dispatch does it, too. `timeout`: seconds (None: that of the all-to-all).
 
         Raises `ShapeMismatch` (on all ranks), `TransferTimeout` whose `.ranks` are those that are missing, `PeerLostError` (also
         where another rank could not set up, with its reason), `ConfigurationError` where the list of another member of the group
@@ -190,7 +190,8 @@ class AllToAll(Unpicklable):
         `x`: [tokens, hidden] of `dtype`; `topk_idx`: integers [tokens, choices], -1 for no expert; `topk_weights`: fp32 of the
         same shape, used by the combine; `x_scales`: fp32 [tokens, scales]. NumPy or torch; results are of the same kind. All of
         it is copied or at rest when this returns. `tag` (default None): what this step is for, a layer say, as an int of 64 bits
-        or up to 63 bytes of text; a step whose ranks give different tags is `StepRefused` on all of them.
+        or up to 63 bytes of text; a step whose ranks give different tags is `StepRefused` on all of them. `timeout`: seconds
+        (None: that of the all-to-all).
 
         Raises `TypeError`, `ValueError` or the exception that checking the arguments of this rank raised (the step then is
         `StepRefused` on all others, and the next may be called), `RoutingOverflow`, `BusyError` when `slots` steps are in flight,
@@ -204,8 +205,8 @@ class AllToAll(Unpicklable):
         self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, tag: int | str | None = None,
         timeout: float | None = None,
     ) -> DispatchHalf:  # fmt: skip
-        """The first half of `dispatch`: returns when the first rows are sent. The rest follows while the caller does
-        something else."""
+        """The first half of `dispatch`, with its arguments `x`, `topk_idx`, `topk_weights`, `x_scales`, `tag` and `timeout`
+        (seconds of either half): returns when the first rows are sent. The rest follows while the caller does something else."""
         return (await self._send(x, topk_idx, topk_weights, x_scales, tag, timeout, ahead=True))[0]
 
     async def _send(
@@ -344,6 +345,7 @@ class AllToAll(Unpicklable):
         returns (`Dispatched.y`: until a later dispatch gives it). Returns [tokens, hidden]: `out`, where that is given (fresh
         memory costs the system more than the sums of many tokens). The sum is in fp32, choice after choice, so it has the same
         bits whichever rank was faster. Choices whose expert is on a lost rank are left out and marked in `handle.dropped`.
+        `timeout`: seconds (None: that of the all-to-all).
 
         Raises `TypeError` or `ValueError` (also where `out` overlaps `y` or the memory of the all-to-all), `RegistrationError`,
         after which the right ones may be given; `TransferTimeout` (see `in_flight`), `EvictedError`.
@@ -355,8 +357,8 @@ class AllToAll(Unpicklable):
     async def combine_send(
         self, y: Array, handle: Handle, *, out: Array = None, timeout: float | None = None
     ) -> CombineHalf:
-        """The first half of `combine`: `y` may not be changed, nor `out` be read, until the second is over (of `Dispatched.y` see
-        there)."""
+        """The first half of `combine`, with its arguments `y`, `handle`, `out` and `timeout` (seconds of the second half): `y`
+        may not be changed, nor `out` be read, until the second is over (of `Dispatched.y` see there)."""
         if not isinstance(handle, Handle) or handle._step.party is not self._party:
             raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {handle!r}")
         if handle._state != "dispatched" and handle._state != "returning":
@@ -416,12 +418,13 @@ class AllToAll(Unpicklable):
         return handle
 
     def resume(self, handle: Handle) -> DispatchHalf | CombineHalf:
-        """The half of a step that was cut off by a deadline or a cancellation, to `receive()`."""
+        """The half of the step of `handle` that was cut off by a deadline or a cancellation, to `receive()`."""
         half = CombineHalf if handle._state == "returning" else DispatchHalf
         return half(handle, self._timeout)
 
     def evict(self, rank: int, reason: str = "evicted") -> None:
-        """Give a rank up, on all ranks, as if it were lost: one that hangs, say. It may come back by a new AllToAll."""
+        """Give `rank` up on all ranks, as if it were lost: one that hangs, say. All are told the `reason`. It may come back by a
+        new AllToAll."""
         if type(rank) is not int or not 0 <= rank < self.group_size or rank == self.rank:
             raise ValueError(f"another rank of {self.group_size} is evicted, not {rank!r}")
         self._party.evict(rank, reason)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Handle(Unpicklable):
-    """One step, between its dispatch and the end of its combine.
+    """One step, between its dispatch and the end of its combine. Made by `AllToAll.dispatch`.
 
     `step`: its number. `lost`: ranks that were lost while it was under way, or before; rows from them are zero. `dropped`,
     after the combine: bool [tokens, choices], choices whose result is missing in the sum (also None before).
@@ -62,7 +62,7 @@ class Handle(Unpicklable):
 
 
 class Dispatched:
-    """The tokens for the experts of this rank.
+    """The tokens for the experts of this rank. Made by `AllToAll.dispatch`.
 
     `x`: [rows, hidden] in the type of the tokens, expert after expert, in the all-to-all's own memory: valid until the combine
     of this step is over. `x_scales`: [rows, scales] of fp32, or None. `counts`: int64 [local experts], the rows of each that
@@ -125,11 +125,12 @@ class DispatchHalf(_Half):
     __slots__ = ()
 
     async def receive(self, *, timeout: float | None = None) -> Dispatched:
-        """The other half. Raises `StepRefused` (also on all other ranks), `TransferTimeout`, `EvictedError`."""
+        """The other half, within `timeout` seconds (None: those that the first half was given). Raises `StepRefused` (also on all
+        other ranks), `TransferTimeout`, `EvictedError`."""
         return await self.receive_until(self._until(timeout))
 
     async def receive_until(self, until: Until) -> Dispatched:
-        """`receive` by a deadline that holds for more than this half."""
+        """`receive` by the deadline `until`, which holds for more than this half."""
         handle = self._handle
         if handle._state != "sent":
             raise ClosedError(f"step {handle.step} was received already")
@@ -189,11 +190,12 @@ class CombineHalf(_Half):
         handle._y = None
 
     async def receive(self, *, timeout: float | None = None) -> Array:
-        """The other half: [tokens, hidden] in the combine's type. Raises `TransferTimeout` or `EvictedError`."""
+        """The other half: [tokens, hidden] in the combine's type, within `timeout` seconds (None: those that the first half was
+        given). Raises `TransferTimeout` or `EvictedError`."""
         return await self.receive_until(self._until(timeout))
 
     async def receive_until(self, until: Until) -> Array:
-        """`receive` by a deadline that holds for more than this half."""
+        """`receive` by the deadline `until`, which holds for more than this half."""
         handle = self._handle
         if handle._state != "returning":
             raise ClosedError(f"step {handle.step} is over")

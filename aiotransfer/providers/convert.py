@@ -61,8 +61,8 @@ def cast(dst: Any, src: Any) -> None:
 
 
 def cast_parts(dst: Any, src: Any, *, part_bytes: int | None = PART) -> Iterator[int]:
-    """As `cast`, step by step: each `next()` converts up to `part_bytes` of the source (None: everything) and yields how many
-    bytes of it that were. What cannot be done is refused by this call itself."""
+    """As `cast(dst, src)`, step by step: each `next()` converts up to `part_bytes` of the source (None: everything) and yields
+    how many bytes of it that were. What cannot be done is refused by this call itself."""
     to, of = checked("dst", dst, tuple(KINDS), writable=True), checked("src", src, tuple(KINDS))
     if to.shape != of.shape:
         raise ValueError(f"dst has the shape {to.shape}, src {of.shape}")
@@ -115,8 +115,9 @@ def quantise_parts(
     rows: tuple[int, int] | None = None,
     part_bytes: int | None = PART,
 ) -> Iterator[int]:
-    """As `quantise`, step by step: each `next()` does up to `part_bytes` of the source (None: everything), at least one row of
-    blocks, and yields how many bytes of it that were. What does not fit is refused by this call itself."""
+    """As `quantise(dst, scales, src, block, rows=)`, step by step: each `next()` does up to `part_bytes` of the source (None:
+    everything), at least one row of blocks, and yields how many bytes of it that were. What does not fit is refused by this call
+    itself."""
     given = fitting(
         checked("dst", dst, (FLOAT8,), writable=True),
         checked("scales", scales, ("float32",), writable=True),

@@ -46,13 +46,13 @@ class Numbers(NamedTuple):
         return self.address + self.itemsize + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
 
     def part(self, axis: int, begin: int, end: int) -> Numbers:
-        """The elements from `begin` to `end` along one dimension."""
+        """The elements from `begin` to `end` along the dimension `axis`."""
         shape = (*self.shape[:axis], end - begin, *self.shape[axis + 1 :])
         return self._replace(address=self.address + begin * self.strides[axis], shape=shape)
 
 
 def numbers(array: Any, dtype: Any = None, *, device: str = "cpu") -> Numbers:
-    """Describe an array of NumPy or a torch tensor in host memory; `Numbers` are returned as they are.
+    """Describe `array`, of NumPy or a torch tensor in host memory; `Numbers` are returned as they are.
 
     `dtype` names the element type where the array's own does not: "bfloat16" for an array of uint16, "float8_e4m3fn" for one of
     uint8. Its size must be that of the elements. `device` is where a tensor has to be. Raises `TypeError`, and `ValueError` for

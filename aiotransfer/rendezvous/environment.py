@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 async def from_environment(
     engine: Engine, *, name: str = "", timeout: float | None = None, environ: Mapping[str, str] | None = None
 ) -> PeerGroup:
-    """The group of all ranks of this job, connected; `group.rank` is this one's rank.
+    """The group of all ranks of this job, connected; `group.rank` is the rank of `engine`. `name`: of the group, where a job has
+    several; `environ`: the variables (None: `os.environ`).
 
     Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and meets over torch's TCPStore there: the one of torchrun's agent, or,
     without an agent, one that rank 0 makes (shared with torch.distributed in the same process). A restart by torchrun gets keys
@@ -47,7 +48,8 @@ async def from_environment(
 
 
 def listen_address(environ: Mapping[str, str] | None = None) -> str:
-    """Where an engine of this rank should listen: `open_engine(listen=listen_address())`.
+    """Where an engine of this rank should listen: `open_engine(listen=listen_address())`. `environ`: the variables (None:
+    `os.environ`).
 
     Loopback when all ranks are on this host (or the variables say nothing), else the address by which this host reaches
     MASTER_ADDR, on any free port. Looks a name up, which may block: call it before there is much of an event loop to block.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 async def over_store(
     engine: Engine, store: Store, rank: int, world_size: int, *, prefix: str = "", timeout: float | None = None
 ) -> list[str]:
-    """The addresses of all ranks, in order, when every rank has called it: `engine` is this one's.
+    """The addresses of all `world_size` ranks, in order, when every rank has called it: `engine` is that of `rank`.
 
     `store` is shared by the ranks: torch's `TCPStore`, or any `Store`. Keys begin with `prefix`, which may carry a generation;
     what earlier starts left in the store is told apart in any case. Ends within `timeout` seconds (None: the engine's).
@@ -72,7 +72,8 @@ async def meet(engine: Engine, caller: Caller, rank: int, world_size: int, prefi
 async def from_list(
     engine: Engine, addresses: Sequence[str | Address], *, name: str = "", timeout: float | None = None
 ) -> PeerGroup:
-    """The group of these engines, connected: every member calls it with the same list, itself included.
+    """The group of `engine` and all others at `addresses`, connected: every member calls it with the same list, itself included.
+    `name`: of the group, where the engines have several; ends within `timeout` seconds (None: the engine's).
 
     Raises what `Engine.group` and the group's first `barrier` raise: `ValueError` for a list that cannot be one,
     `TransferTimeout` naming those not heard of, `PeerLostError`.

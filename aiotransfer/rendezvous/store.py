@@ -25,15 +25,15 @@ class Store(Protocol):
     """
 
     def set(self, key: str, value: Any, /) -> Any:
-        """Store bytes, replacing what is there."""
+        """Store `value`, bytes, under `key`, replacing what is there."""
         ...
 
     def get(self, key: str, /) -> Any:
-        """The bytes of a key that is there."""
+        """The bytes of `key`, which is there."""
         ...
 
     def wait(self, keys: list[str], timeout: timedelta, /) -> Any:
-        """Return when all keys are there; raise after `timeout`."""
+        """Return when all `keys` are there; raise after `timeout`."""
         ...
 
 

@@ -235,12 +235,12 @@ class Fabric:
     # ---- running ----
 
     def run(self, scenario: Callable[[Fabric], Coroutine[Any, Any, T]]) -> T:
-        """Run a whole scenario on the virtual clock, then close every engine and the fabric."""
+        """Run a whole `scenario` on the virtual clock, then close every engine and the fabric."""
         with self:
             return self.call(scenario(self))
 
     def call(self, work: Awaitable[T]) -> T:
-        """Run one coroutine on the virtual clock, for tests that drive a fabric step by step."""
+        """Run one coroutine, `work`, on the virtual clock, for tests that drive a fabric step by step."""
         task = asyncio.ensure_future(work, loop=self.loop)
         try:
             return self.loop.run_until_complete(task)
@@ -268,7 +268,7 @@ class Fabric:
         return True
 
     def at_turn(self, turns: int, act: Callable[[], object]) -> None:
-        """Call `act` in so many turns of the loop from now: a test that does this for all of them misses no interleaving."""
+        """Call `act` in `turns` turns of the loop from now: a test that does this for all of them misses no interleaving."""
         self._at_turn[self.turns + 1 + turns] = act
 
     def _turn(self) -> bool:
@@ -300,7 +300,7 @@ class Fabric:
     # the network beneath loopback (see `providers.loopback`)
 
     def join(self, lane: Lane) -> None:
-        """Take a lane into the network; the provider calls this."""
+        """Take `lane` into the network; the provider calls this."""
         status = native.lib.at_net_join(self._pointer, lane.pointer)
         if status != 0:
             raise BusyError(f"cannot join the fabric: {native.text(status)}")
@@ -312,7 +312,7 @@ class Fabric:
 
     @contextmanager
     def faults(self, **changes: Any) -> Iterator[None]:
-        """Other `delay`, `refuse` or `split` meanwhile."""
+        """Other `delay`, `refuse` or `split` meanwhile: the `changes`."""
         if unknown := set(changes) - set(self._faults):
             raise TypeError(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(self._faults)}")
         before, self._faults = self._faults, {**self._faults, **changes}
@@ -325,7 +325,7 @@ class Fabric:
 
     @contextmanager
     def held(self, engine: Engine) -> Iterator[None]:
-        """Nothing of or for this engine is delivered meanwhile, as if its process were stopped."""
+        """Nothing of or for `engine` is delivered meanwhile, as if its process were stopped."""
         self.hold(engine, True)
         try:
             yield
@@ -333,7 +333,7 @@ class Fabric:
             self.hold(engine, False)
 
     def hold(self, engine: Engine, on: bool) -> None:
-        """Begin (`on`) or end what `held` does to an engine."""
+        """Begin (`on`) or end what `held` does to `engine`."""
         native.lib.at_net_hold(self._pointer, engine.incarnation, on)
         wire = self._wires[engine]
         if on:
@@ -344,11 +344,13 @@ class Fabric:
                 act()
 
     def cut(self, source: Engine, target: Engine) -> int:
-        """Break the connection: what is under way has landed wholly, by half or not at all, and fails. How many requests."""
+        """Break the connection of `source` and `target`: what is under way has landed wholly, by half or not at all, and fails.
+        How many requests."""
         return int(native.lib.at_net_break(self._pointer, source.incarnation, target.incarnation))
 
     def cut_control(self, one: Engine, other: Engine) -> int:
-        """Break the control connections between them, as when a NIC dies: what is under way is lost. How many there were."""
+        """Break the control connections between `one` and `other`, as when a NIC dies: what is under way is lost. How many there
+        were."""
         near, far = self._wires[one], self._wires[other]
         pipes = [pipe for pipe in near.pipes if pipe.other in far.pipes and not pipe._closing]
         for pipe in pipes:
@@ -357,15 +359,15 @@ class Fabric:
         return len(pipes)
 
     def control_ways(self, engine: Engine) -> list[Address]:
-        """The addresses at which an engine listens for control connections."""
+        """The addresses at which `engine` listens for control connections."""
         return list(self._wires[engine].addresses)
 
     def reach(self, address: Address, on: bool) -> None:
-        """Whether control connections can be made to there."""
+        """Whether control connections can be made to `address`: from now on they can (`on`), or cannot."""
         (self._unreachable.discard if on else self._unreachable.add)(address)
 
     def kill(self, engine: Engine) -> None:
-        """The engine's process ends without a word: its peers find out as they would from the operating system."""
+        """The process of `engine` ends without a word: its peers find out as they would from the operating system."""
         native.lib.at_net_kill(self._pointer, engine.incarnation)
         self._wires[engine].backlog = None
         self._wires[engine].cut()
@@ -406,6 +408,6 @@ class Fabric:
 def fabric(
     seed: int = 0, *, delay: tuple[float, float] = (1e-6, 1e-4), refuse: float = 0.0, split: float = 0.0
 ) -> Fabric:
-    """A simulated fabric. `delay`: least and most seconds from post to delivery (a range reorders); `refuse`, `split`: the chance
-    that a post is refused for now, and that a write lands in two halves."""
+    """A simulated fabric; all chances follow from `seed`. `delay`: least and most seconds from post to delivery (a range
+    reorders); `refuse`, `split`: the chance that a post is refused for now, and that a write lands in two halves."""
     return Fabric(seed, delay, refuse, split)

@@ -21,7 +21,7 @@ class Process(Protocol):
 
 @contextmanager
 def stopped(process: Process) -> Iterator[None]:
-    """A child process of yours does not run meanwhile (SIGSTOP, then SIGCONT)."""
+    """`process`, a child of yours, does not run meanwhile (SIGSTOP, then SIGCONT)."""
     if not process.pid:
         raise ValueError(f"the process is not running: {process!r}")
     os.kill(process.pid, signal.SIGSTOP)
@@ -35,5 +35,6 @@ def stopped(process: Process) -> Iterator[None]:
 
 
 def block_loop(seconds: float) -> None:
-    """Hold the interpreter's lock in C, as an extension that does not release it would: no Python runs in this process."""
+    """Hold the interpreter's lock in C for so many `seconds`, as an extension that does not release it would: no Python runs in
+    this process."""
     ctypes.PyDLL(None).usleep(int(seconds * 1e6))

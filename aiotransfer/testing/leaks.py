@@ -24,7 +24,7 @@ class Leaks:
     regions: int = 0
 
     def since(self, before: Leaks) -> list[str]:
-        """Human-readable differences; empty when nothing leaked."""
+        """Differences from `before`, each in words; empty when nothing leaked."""
         out = [f"descriptor {fd}: {what}" for fd, what in self.fds.items() if before.fds.get(fd) != what]
         if self.threads > before.threads:
             out.append(f"{self.threads - before.threads} native or Python threads")

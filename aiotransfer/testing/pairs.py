@@ -30,7 +30,8 @@ class Member(NamedTuple):
 
 @asynccontextmanager
 async def engine_group(n: int, provider: str = "auto", **options: Any) -> AsyncIterator[list[Member]]:
-    """Open `n` engines that form one group (its members connect at the first barrier), close all at the end."""
+    """Open `n` engines that form one group (its members connect at the first barrier), close all at the end. `provider`: the
+    `providers` of `open_engine`; `options`: what else it takes."""
     async with AsyncExitStack() as stack:
         engines = [
             await stack.enter_async_context(open_engine(providers=provider, name=f"member {i}", **options)) for i in range(n)
@@ -41,7 +42,8 @@ async def engine_group(n: int, provider: str = "auto", **options: Any) -> AsyncI
 
 @asynccontextmanager
 async def engine_pair(provider: str = "auto", **options: Any) -> AsyncIterator[Pair]:
-    """Open two engines, connect the first to the second, close both at the end."""
+    """Open two engines, connect the first to the second, close both at the end. `provider`: the
+    `providers` of `open_engine`; `options`: what else it takes."""
     async with (
         open_engine(providers=provider, name="left", **options) as left,
         open_engine(providers=provider, name="right", **options) as right,

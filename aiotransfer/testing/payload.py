@@ -20,7 +20,7 @@ def payload(nbytes: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def where_from(word: int) -> tuple[int, int]:
-    """(seed, byte offset) of an aligned 8-byte word of a payload."""
+    """(seed, byte offset) of `word`, an aligned 8-byte word of a payload."""
     inverse = pow(int(_MIX), -1, 1 << 64)
     index = (int(word) * inverse - 1) % (1 << 64)
     return index >> 40, (index & ((1 << 40) - 1)) * 8

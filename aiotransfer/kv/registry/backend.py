@@ -15,15 +15,15 @@ class Backend(Protocol):
     """
 
     async def put(self, key: str, value: bytes, ttl: float) -> None:
-        """Store an entry, replacing one of that key; it ends by itself after `ttl` seconds."""
+        """Store `value` as the entry `key`, replacing what is there; it ends by itself after `ttl` seconds."""
         ...
 
     async def keep_alive(self, key: str, ttl: float) -> bool:
-        """Its `ttl` seconds begin again. False: there is no such entry (any more)."""
+        """The `ttl` seconds of the entry `key` begin again. False: there is no such entry (any more)."""
         ...
 
     async def delete(self, key: str) -> None:
-        """End an entry; one that is not there is no error."""
+        """End the entry `key`; one that is not there is no error."""
         ...
 
     async def entries(self) -> dict[str, bytes]:
@@ -31,7 +31,7 @@ class Backend(Protocol):
         ...
 
     async def changed(self, seconds: float) -> None:
-        """Return when `entries` may give something else than before, and at the latest after so long."""
+        """Return when `entries` may give something else than before, and at the latest after so many `seconds`."""
         ...
 
     async def aclose(self) -> None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def member_of(
     rank: Decoder | Prefiller, *, name: str | None = None, address: str | None = None, labels: Mapping[str, str] | None = None
 ) -> Member:
-    """The entry of a rank that is open here. `name`: the engine's, unless given; `address`: one that others can dial, where the
-    engine's is not.
+    """The entry of `rank`, which is open here. `name`: the engine's, unless given; `address`: one that others can dial, where the
+    engine's is not; `labels`: words of the caller's own that travel with the entry (None: none).
 
     Raises `TypeError` or `ValueError`.
     """
@@ -33,7 +33,7 @@ def member_of(
 
 
 async def connect(engine: Engine, member: Member, *, timeout: float | None = None) -> Peer:
-    """The peer that `member` is. `timeout`: seconds, the engine's by default.
+    """The peer of `engine` that `member` is. `timeout`: seconds, the engine's by default.
 
     Raises `PeerLostError` when another incarnation answers at its address, and what `Engine.connect` raises.
     """

@@ -60,7 +60,7 @@ class Fleet(Unpicklable):
         return {member: peer for member, peer in self._peers.items() if peer.state in ("up", "busy")}
 
     async def wait_for(self, count: int = 1, *, timeout: float = 30.0) -> dict[Member, Peer]:
-        """`peers`, as soon as there are `count` or more. Raises `TransferTimeout`, `ClosedError`."""
+        """`peers`, as soon as there are `count` or more; `TransferTimeout` after `timeout` seconds. Raises `ClosedError`."""
         patience = seconds("timeout", timeout)
         try:
             async with Patience(patience):

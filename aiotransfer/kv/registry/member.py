@@ -84,7 +84,8 @@ class Member:
 
     @classmethod
     def decode(cls, data: bytes) -> Member:
-        """The other way round; fields of a later minor version are ignored. Raises `DescriptorError`."""
+        """The entry out of `data`, as `encode` gives it; fields of a later minor version are ignored. Raises
+        `DescriptorError`."""
         if len(data) > MOST_BYTES:
             raise DescriptorError(f"no member: {len(data)} bytes, at most {MOST_BYTES} may be")
         try:

@@ -41,8 +41,8 @@ class Membership(Unpicklable):
         self._left: asyncio.Task[None] | None = None
 
     async def enter(self, timeout: float) -> None:
-        """Put it there, trying again for so long. Raises `TransferTimeout`, with what the backend raised as its cause, or
-        `ClosedError` when it was taken out meanwhile."""
+        """Put the entry there, trying again for `timeout` seconds. Raises `TransferTimeout`, with what the backend raised as its
+        cause, or `ClosedError` when it was taken out meanwhile."""
         loop = asyncio.get_running_loop()
         self._keeper = loop.create_task(self._enter(timeout))
         await asyncio.wait([self._keeper])

@@ -55,7 +55,8 @@ class Registry(Unpicklable):
     # ---- who is there ----
 
     def members(self, role: str | None = None) -> tuple[Member, ...]:
-        """Those who are known now, of one role or of both; asks nobody. During an outage: the last who were known."""
+        """The members that are known now, of `role` ("prefill", "decode"; None: of both). The backend is not asked: during an
+        outage these are the last that were known."""
         _check_role(role)
         return tuple(member for member in self._cache.members.values() if role in (None, member.role))
 
@@ -87,7 +88,8 @@ class Registry(Unpicklable):
                 await self._next()
 
     async def wait_for(self, role: str | None, count: int = 1, *, timeout: float = 30.0) -> tuple[Member, ...]:
-        """The members of a role, as soon as there are `count` or more. Raises `TransferTimeout`, `ClosedError`, `ValueError`."""
+        """The members of `role` (None: of both), as soon as there are `count` or more; `TransferTimeout` after `timeout` seconds.
+        Raises `ClosedError`, `ValueError`."""
         patience = seconds("timeout", timeout)
         self._check()
         try:

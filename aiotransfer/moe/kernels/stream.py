@@ -30,7 +30,8 @@ class GraphWord:
         graph.replay()
         await word.reached(1)               # then post the write of what was packed
 
-    Any number of tasks may wait. Keep it as long as a graph that bumps it may be replayed: the graph knows only its address.
+    `engine`: whose native thread looks at the word; `kernels`: those of the GPU. Any number of tasks may wait. Keep it as long
+    as a graph that bumps it may be replayed: the graph knows only its address.
     """
 
     def __init__(self, engine: Engine, kernels: Kernels) -> None:
@@ -55,7 +56,8 @@ class GraphWord:
         self._kernels.bump(self._memory)
 
     async def reached(self, value: int, timeout: float | None = None) -> int:
-        """The word as it was seen, once that is at least `value`. Raises `TransferTimeout`, and `ClosedError` after `close`."""
+        """The word as it was seen, once that is at least `value`. Raises `TransferTimeout` after `timeout` seconds (None: waits
+        without end), and `ClosedError` after `close`."""
         try:
             async with Patience(timeout):
                 while self._watcher.value < value:
