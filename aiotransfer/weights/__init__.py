@@ -6,6 +6,7 @@ static schedule of writes, or refuses with everything that does not fit.
 
 from __future__ import annotations
 
+from aiotransfer.weights import checkpoint
 from aiotransfer.weights.balance import Balance
 from aiotransfer.weights.bind import Bound
 from aiotransfer.weights.derive import layout_of, memory_of
@@ -44,6 +45,7 @@ __all__ = [
     "UpdateRecord",
     "Version",
     "VersionError",
+    "checkpoint",
     "fused",
     "layout_of",
     "make_plan",

@@ -56,7 +56,7 @@ def layout_of(
     named = _named(model)
     members = _members(named, ranks)
     templates = [(Template(text), dim) for text, dim in (shards or {}).items()]
-    group_of = mesh_group or _usual_group
+    group_of = mesh_group or usual_group
     if mesh_group is not None and not callable(mesh_group):
         raise TypeError(f"mesh_group is a function of a name, not {mesh_group!r}")
     stages = (stages,) if isinstance(stages, str) else tuple(stages)
@@ -216,7 +216,8 @@ def _here(named: Mapping[str, Any], stages: Sequence[str], members: Sequence[int
     return np.array(members, np.int64)
 
 
-def _usual_group(name: str) -> str:
+def usual_group(name: str) -> str:
+    """The phase of a tensor, by its name."""
     return "experts" if "experts" in name.split(".") else "dense"
 
 

@@ -31,6 +31,7 @@ def make_plan(
     staging_bytes: int = STAGING_BYTES,
     fanout: str = "direct",
     names: Iterable[str] | None = None,
+    staged: bool = False,
 ) -> Plan:
     """A schedule of writes that brings every byte of the inference side's tensors from the trainers, each exactly once.
 
@@ -38,7 +39,8 @@ def make_plan(
     is named "inference"). `rules`: see `aiotransfer.weights.rules`. `staging_bytes` (default 1 GiB): temporary memory that each
     trainer rank may use for tensors that are cast or quantised on the way; larger ones go in parts. `fanout`: "direct"
     (trainers write to all instances) or "relay" (each byte leaves the trainers about once, instances pass parts on to one
-    another). `names`: templates of the inference tensors that are part of the update (default: all).
+    another). `names`: templates of the inference tensors that are part of the update (default: all). `staged`: the trainers'
+    tensors cannot be written from where they lie (files): what is only copied goes through the staging memory, too.
 
     Raises `PlanError`, whose `.problems` lists everything that does not fit, before anything is moved; `TypeError` and
     `ValueError` for arguments that cannot be.
@@ -58,7 +60,7 @@ def make_plan(
         raise TypeError(f"make_plan takes Layouts, the trainers' and one or more {{name: layout}} of the inference side: {what}")
     if unnamed := [name for name in instances if not isinstance(name, str)]:
         raise TypeError(f"instances have texts for names, not {unnamed[0]!r}")
-    return _Planner(trainer, instances, checked(rules), staging_bytes, fanout, _templates(names)).run()
+    return _Planner(trainer, instances, checked(rules), staging_bytes, fanout, _templates(names), bool(staged)).run()
 
 
 def _layout(given: Any) -> Any:
@@ -77,8 +79,9 @@ def _templates(names: Iterable[str] | None) -> list[str] | None:
 class _Planner:
     def __init__(
         self, trainer: Layout, instances: dict[str, Layout], rules: Sequence[Rule], staging_bytes: int, fanout: str,
-        names: list[str] | None,
+        names: list[str] | None, staged: bool,
     ) -> None:  # fmt: skip
+        self.staged = staged
         self.trainer, self.instances, self.fanout, self.staging_bytes = trainer, instances, fanout, staging_bytes
         self.catalog = next(iter(instances.values()))
         self.names = names
@@ -103,11 +106,14 @@ class _Planner:
             moves, relays = relay.separate(
                 moves, self.target_instance, len(self.instances), self.target_start, self.target_stop, units, self.blocks
             )
-        work = choose(self.trainer, (self.target_receiver, self.target_hosts), units, cells, have, self.links, moves)
+        made = (self.links.kind != COPY) | self.staged
+        work = choose(self.trainer, (self.target_receiver, self.target_hosts), units, cells, have, made, moves)
+        if self.staged:
+            work.gathers = self.links.kind[units.tensor[work.unit]] != COPY
         phases, tensor_phase = self._phases()
         arrays = staging.arrange(
             self.trainer, self.catalog, self.links, units, have, work, self.blocks, tensor_phase, self.staging_bytes,
-            self.target_receiver, relays=relays is not None,
+            self.target_receiver, made, relays=relays is not None,
         )  # fmt: skip
         arrays |= relay.arrays(relays, arrays.pop("move_order"), self.target_receiver, work)
         low, high, axes, shift = sources.link_table(links, self.trainer.ndim, self.ndim)
@@ -236,7 +242,8 @@ class _Planner:
         several = (units.cell >= 0) & (np.diff(cells.begin)[units.cell] > 1)
         even = np.maximum(np.maximum(grain // times, 1 << 12), self._whole_rows(units, item))
         most[several | (units.cell < 0)] = even[several | (units.cell < 0)]
-        most[kind != COPY] = np.minimum(most[kind != COPY], staging.largest(self.staging_bytes))
+        made = (kind != COPY) | self.staged
+        most[made] = np.minimum(most[made], staging.largest(self.staging_bytes))
         return sources.cut_to(most, units, self.blocks[units.tensor], item)
 
     def _whole_rows(self, units: sources.Units, item: Ints) -> Ints:

@@ -13,7 +13,6 @@ from aiotransfer.core import boxes
 from aiotransfer.weights import assign
 from aiotransfer.weights.balance import host_numbers, nic_numbers
 from aiotransfer.weights.layout import Layout
-from aiotransfer.weights.links import COPY, Links
 from aiotransfer.weights.sources import Cells, Held, Units
 
 Ints = npt.NDArray[Any]
@@ -67,18 +66,18 @@ class _Sets:
 
 
 def choose(
-    trainer: Layout, targets: tuple[Ints, list[str]], units: Units, cells: Cells, have: Held, links: Links, moves: Moves
+    trainer: Layout, targets: tuple[Ints, list[str]], units: Units, cells: Cells, have: Held, made: Ints, moves: Moves
 ) -> Work:
     """A sender for every move: of the ranks that hold the unit those on the receiver's host, where there are any; and of these
     so that all send about the same. A unit that is made on the way is made once, unless receivers on different hosts have
-    holders there."""
+    holders there. `made`: for each inference tensor whether its units are made on the way."""
     broken = np.flatnonzero(units.cell < 0)
     touch_unit, touch_cell = boxes.overlaps(
         units.tensor[broken], units.start[broken], units.stop[broken], cells.tensor, cells.start, cells.stop
     )
     sets = _holders(trainer, units, cells, broken, touch_unit, touch_cell)
     kind, candidates, near = _candidates(trainer, targets, sets, moves)
-    made = links.kind[units.tensor[moves.unit]] != COPY
+    made = made[units.tensor[moves.unit]]
     key = np.where(made, moves.unit.astype(np.int64) * len(candidates) + kind, -1)
     key[~made] = len(units.tensor) * len(candidates) + np.arange(int((~made).sum()))
     _, first, item = np.unique(key, return_index=True, return_inverse=True)

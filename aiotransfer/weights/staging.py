@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.layout import Layout
-from aiotransfer.weights.links import COPY, QUANTISE, Links
+from aiotransfer.weights.links import QUANTISE, Links
 from aiotransfer.weights.senders import Work
 from aiotransfer.weights.sources import Held, Units
 
@@ -30,25 +30,25 @@ def largest(staging_bytes: int) -> int:
 
 def arrange(
     trainer: Layout, catalog: Layout, links: Links, units: Units, have: Held, work: Work, blocks: Ints, tensor_phase: Ints,
-    staging_bytes: int, receiver: Ints, *, relays: bool,
+    staging_bytes: int, receiver: Ints, made: Ints, *, relays: bool,
 ) -> dict[str, Ints]:  # fmt: skip
     """The arrays of jobs, inputs and moves of a plan, sorted as it has them, and `move_order`: which of the work's moves each
-    is. `relays`: instances pass parts on to one another."""
+    is. `made`: for each inference tensor whether its units are made in staging memory; `relays`: instances pass parts on to one
+    another."""
     tensor = units.tensor[work.unit]
     phase = tensor_phase[tensor].astype(np.int64)
     order = _order(work, phase, receiver)
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     unit, sender, phase, tensor = work.unit[order], work.sender[order].astype(np.int64), phase[order], tensor[order]
-    sizes = _sizes(trainer, catalog, links, units, have, work, blocks, order, 64 if staging_bytes >= 1 << 16 else 16)
+    sizes = _sizes(trainer, catalog, links, units, have, work, blocks, made, order, 64 if staging_bytes >= 1 << 16 else 16)
     written = np.bincount(place[work.job], work.moves.nbytes, len(order)).astype(np.int64) if relays else None
     part, base = _parts(
         sender * (int(phase.max(initial=0)) + 1) + phase, sender, sizes.sum(axis=0), staging_bytes, catalog, tensor, written
     )
     at = np.stack([base, base + sizes[0], base + sizes[0] + sizes[1]])
     at[sizes == 0] = -1
-    made = links.kind[tensor] != COPY
-    at[1, ~made] = -1
+    at[1, ~made[tensor]] = -1
     input_order = np.argsort(place[work.input_job], kind="stable")
     input_job, row = place[work.input_job][input_order], work.input_row[input_order]
     job = place[work.job]
@@ -82,8 +82,9 @@ def _order(work: Work, phase: Ints, receiver: Ints) -> Ints:
 
 
 def _sizes(
-    trainer: Layout, catalog: Layout, links: Links, units: Units, have: Held, work: Work, blocks: Ints, order: Ints, align: int
-) -> Ints:
+    trainer: Layout, catalog: Layout, links: Links, units: Units, have: Held, work: Work, blocks: Ints, made: Ints, order: Ints,
+    align: int,
+) -> Ints:  # fmt: skip
     """Staging bytes [3, J] of each job in the new order: gathered input, output, scales; each rounded up."""
     unit = work.unit[order]
     tensor = units.tensor[unit]
@@ -95,7 +96,7 @@ def _sizes(
         trainer.itemsizes[trainer.piece_tensor[have.piece[work.input_row[first]]]] if len(work.unit) else np.zeros(0, np.int64)
     )
     sizes[0] = np.where(work.gathers[order], elements * source_item[order], 0)
-    sizes[1] = np.where(kind != COPY, elements * catalog.itemsizes[tensor], 0)
+    sizes[1] = np.where(made[tensor], elements * catalog.itemsizes[tensor], 0)
     per = blocks[tensor]
     scales = np.prod(-(-units.stop[unit] // per) - units.start[unit] // per, axis=1) * 4
     sizes[2] = np.where(kind == QUANTISE, scales, 0)

@@ -141,7 +141,7 @@ def make(plan: Plan, tasks: Tasks, job: int, source: list[Bytes], staging: Bytes
         assert tasks.input_rank[inputs[0]] == sender
         np.testing.assert_array_equal(tasks.input_start[inputs[0]], tasks.start[job])
         np.testing.assert_array_equal(tasks.input_stop[inputs[0]], tasks.stop[job])
-    if tasks.kind[job] == 0:
+    if tasks.kind[job] == 0 and tasks.out_offset[job] < 0:
         return
     tensor = int(tasks.tensor[job])
     ndim = len(plan.shapes[tensor])

@@ -160,14 +160,16 @@ def cases(draw: st.DrawFn) -> Any:
         if draw(st.booleans()):
             instances |= dict.fromkeys(("left", "right"), instances[name])
     fanout, staging = draw(st.sampled_from(["direct", "relay"])), draw(st.sampled_from([4096, 1 << 20]))
-    return trainer, instances, rules, values, wanted, fanout, staging
+    return trainer, instances, rules, values, wanted, fanout, staging, draw(st.booleans())
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_every_byte_is_written_once_and_is_what_the_reference_says(case: Any) -> None:
-    trainer, instances, rules, values, wanted, fanout, staging = case
-    plan = make_plan(trainer, instances, rules, fanout=fanout, staging_bytes=staging)
+    trainer, instances, rules, values, wanted, fanout, staging, staged = case
+    plan = make_plan(trainer, instances, rules, fanout=fanout, staging_bytes=staging, staged=staged)
+    for sender in range(trainer.ranks if staged else 0):
+        assert (plan.tasks(sender).writes.source_buffer < 0).all()
     for name, (memory, counts) in replay(plan, values).items():
         check(plan.instances[name], memory, counts, wanted)
     balance = plan.balance()

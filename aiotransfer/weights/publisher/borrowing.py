@@ -41,7 +41,7 @@ class Borrowing:
         reads: list[Transfer] = []
         try:
             for row, source, target, size in zip(which.tolist(), sources.tolist(), targets.tolist(), sizes.tolist(), strict=True):
-                regions = await self._of(update, int(tasks.input_rank[row]))
+                regions = await self.regions_of(update, int(tasks.input_rank[row]))
                 region = regions[int(tasks.input_buffer[row])]
                 while len(reads) >= MOST_READS:
                     await reads.pop(0)
@@ -62,7 +62,8 @@ class Borrowing:
                 except (TransferError, asyncio.CancelledError):
                     pass
 
-    async def _of(self, update: Update, rank: int) -> dict[int, RemoteRegion]:
+    async def regions_of(self, update: Update, rank: int) -> dict[int, RemoteRegion]:
+        """The sources of another rank, by the number of the buffer. Raises `TransferError`."""
         known = self._regions.get(rank)
         if known is None:
             known = self._regions[rank] = asyncio.get_running_loop().create_future()

@@ -9,9 +9,9 @@ import numpy as np
 
 from aiotransfer.engine.views import memory_of
 from aiotransfer.errors import TransferError
-from aiotransfer.weights.aside import aside
+from aiotransfer.weights.aside import steady
 from aiotransfer.weights.checksum import sum_runs
-from aiotransfer.weights.convert import convert, copy, place
+from aiotransfer.weights.convert import convert, place
 from aiotransfer.weights.kernels import NotFiniteError
 from aiotransfer.weights.tasks import Writes, strides_of
 
@@ -51,7 +51,7 @@ class Making:
             await self._role.borrowing.read(self._update, tasks, far, self.region)
             self._journal.gathered += sum(map(self._input_bytes, far.tolist()))
             self._journal.gather += time.perf_counter() - began
-        await aside(self._role.engine, self._make, jobs, inputs)
+        await steady(self._role.engine, self._make, jobs, inputs)
 
     def _make(self, jobs: Any, inputs: Any) -> None:
         tasks, plan, role = self._work.tasks, self._work.plan, self._role
@@ -62,11 +62,8 @@ class Making:
             extent = tasks.input_stop[row] - tasks.input_start[row]
             item = self._source_item(int(tasks.input_job[row]))
             journal.gathered += self._input_bytes(row)
-            source = memory_of(role.sources.regions[int(tasks.input_buffer[row])])
-            copy(
-                place(staging, item, int(tasks.input_to[row]), extent, tasks.input_to_strides[row]),
-                place(source, item, int(tasks.input_offset[row]), extent, tasks.input_strides[row]),
-            )
+            there = place(staging, item, int(tasks.input_to[row]), extent, tasks.input_to_strides[row])
+            role.sources.bring(there, int(tasks.input_buffer[row]), int(tasks.input_offset[row]), tasks.input_strides[row])
         copied = time.perf_counter()
         journal.gather += copied - began
         first = np.searchsorted(tasks.input_job, jobs)
@@ -74,13 +71,18 @@ class Making:
             if tasks.out_offset[job] < 0:
                 continue
             extent = tasks.stop[job] - tasks.start[job]
-            journal.converted += int(extent.prod()) * self._source_item(job)
+            dense = strides_of(extent[None], np.array([self._source_item(job)]))[0]
             if tasks.in_offset[job] >= 0:
-                memory, offset = staging, int(tasks.in_offset[job])
-                strides = strides_of(extent[None], np.array([self._source_item(job)]))[0]
+                memory, offset, strides = staging, int(tasks.in_offset[job]), dense
+            elif role.sources.staged:
+                there = place(staging, self._source_item(job), int(tasks.out_offset[job]), extent, dense)
+                role.sources.bring(there, int(tasks.input_buffer[row]), int(tasks.input_offset[row]), tasks.input_strides[row])
+                journal.gathered += self._input_bytes(row)
+                continue
             else:
                 memory, offset = memory_of(role.sources.regions[int(tasks.input_buffer[row])]), int(tasks.input_offset[row])
                 strides = tasks.input_strides[row]
+            journal.converted += int(extent.prod()) * self._source_item(job)
             tensor = int(tasks.tensor[job])
             try:
                 convert(
@@ -93,7 +95,7 @@ class Making:
                 raise TransferError(
                     f"{plan.names[tensor]}: {error.value} at {at}: only finite numbers can be quantised"
                 ) from None
-            journal.convert += time.perf_counter() - copied
+        journal.convert += time.perf_counter() - copied
 
     def _source_tensor(self, job: int) -> int:
         plan = self._work.plan

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from aiotransfer.engine.views import memory_of
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.binding import Moved, check_places, register
+from aiotransfer.weights.convert import copy, place
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -21,6 +22,8 @@ REMEDY = "make the Publisher anew"
 
 class Sources:
     """The memory of a rank. `regions`: by the number of the buffer in the layout."""
+
+    staged = False  # what is only copied is written from where it lies
 
     def __init__(self, engine: Engine, bound: Bound) -> None:
         layout = bound.layout
@@ -35,6 +38,10 @@ class Sources:
             raise
         self._versions: dict[str, tuple[int, ...]] = {}
         self._sums: dict[str, bytes] = {}
+
+    def bring(self, there: Any, buffer: int, offset: int, strides: Any) -> None:
+        """The box at `offset` of a buffer, with byte `strides`, into the array `there`."""
+        copy(there, place(memory_of(self.regions[buffer]), there.itemsize, offset, there.shape, strides))
 
     def note(self) -> None:
         """An update begins. Raises `Moved` when memory is not where it was when it was bound."""

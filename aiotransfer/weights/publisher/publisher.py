@@ -21,6 +21,7 @@ from aiotransfer.engine.base import seconds, world_of
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError
 from aiotransfer.weights.binding import bound_of
 from aiotransfer.weights.errors import PlanError
+from aiotransfer.weights.files import FileBound
 from aiotransfer.weights.layout import Layout
 from aiotransfer.weights.mail import Mail
 from aiotransfer.weights.mappings import Mappings
@@ -31,6 +32,7 @@ from aiotransfer.weights.protocol.roll import Roll
 from aiotransfer.weights.protocol.version import Version, check_epoch, check_number
 from aiotransfer.weights.publisher.borrowing import Borrowing
 from aiotransfer.weights.publisher.catching import Catching
+from aiotransfer.weights.publisher.filed import FileSources
 from aiotransfer.weights.publisher.leader import Leader
 from aiotransfer.weights.publisher.memory import Sources
 from aiotransfer.weights.publisher.update import Update
@@ -57,11 +59,12 @@ STAGING_BYTES = 1 << 30
 class Publisher:
     """One rank of the trainers, whose weights lie as `layout` says. One of an engine.
 
-    `layout`: of all trainer ranks, the same on each; bound to this rank's memory (`layout.bind`). `group`: the engines of all
-    ranks, in the order of their ranks (`Engine.group`); None: this rank is alone. `rules`: as for `make_plan`, the same on all
-    ranks. `epoch`: of the versions; None: one more than any subscriber knows, agreed by all ranks when the first version is
-    published. `staging_bytes`: temporary memory of this rank for what is cast, quantised or gathered on the way, never exceeded.
-    `timeout`: seconds from entering `publish` to its end (None: the engine's); subscribers that are late are left behind.
+    `layout`: of all trainer ranks, the same on each; bound to this rank's memory (`layout.bind`), or a `Checkpoint`. `group`:
+    the engines of all ranks, in the order of their ranks (`Engine.group`); None: this rank is alone. `rules`: as for `make_plan`,
+    the same on all ranks. `epoch`: of the versions; None: one more than any subscriber knows, agreed by all ranks when the first
+    version is published. `staging_bytes`: temporary memory of this rank for what is cast, quantised or gathered on the way, never
+    exceeded. `timeout`: seconds from entering `publish` to its end (None: the engine's); subscribers that are late are left
+    behind.
     `checksum`: compare all bytes of the sources at the start and before the commit, and those that arrived with those that were
     sent. `rate_limit`: bytes a second that this rank writes at most, over all subscribers. `names`: templates of the tensors that
     are published (None: all). `fanout`: "direct" (the trainers write to all instances) or "relay" (they write about the bytes of
@@ -123,7 +126,7 @@ class Publisher:
         self._closing: asyncio.Task[None] | None = None
         if any(isinstance(member, Publisher) for member in Mail.of(engine)):
             raise ConfigurationError("this engine has a Publisher already", hint="close that one first, or open another engine")
-        self.sources = Sources(engine, bound)
+        self.sources = FileSources(engine, bound) if isinstance(bound, FileBound) else Sources(engine, bound)
         self.mail = Mail.enter(engine, self)
         self.never = engine.counter()
         self.watch = Watch(self.never, self.mail)
@@ -167,6 +170,11 @@ class Publisher:
             self._current = None
         self.watch.close()
         self.borrowing.end()
+
+    @property
+    def current(self) -> Update | None:
+        """What is being published."""
+        return self._current
 
     @property
     def is_closed(self) -> bool:

@@ -166,10 +166,12 @@ class Sending:
 
     async def bind(self, regions: dict[int, RemoteRegion]) -> None:
         """Learn where the memory is, by writes of no bytes: tables of writes to regions that are bound are checked natively."""
-        for source in self._role.sources.regions.values():
+        source = next(iter(self._role.sources.regions.values()), None)
+        if source is None and self._work.staging_bytes:
+            source = self._role.staging(self._work)
+        if source is not None:
             targets = [ScatterTarget(0, 0, region, 0) for region in regions.values()]
             await self._role.engine.scatter(source, targets, timeout=self._seconds)
-            return
 
     def hear(self, message: wire.Drop | relays.Instead | relays.Settle) -> None:
         """Of publisher rank 0."""

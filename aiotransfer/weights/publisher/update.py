@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.errors import ClosedError, ConfigurationError, TransferError
+from aiotransfer.weights.aside import steady
 from aiotransfer.weights.errors import PlanError, UpdateError, VersionError
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.roll import name_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.weights.checkpoint.placing import Target
     from aiotransfer.weights.observer import Journal
     from aiotransfer.weights.progress import Showing
     from aiotransfer.weights.publisher.publisher import Publisher
@@ -54,6 +56,20 @@ class Update:
         self._kind = ""  # why it was given up, as in `wire.Abandon`
         self._showing: Showing | None = None
         self._watch: Watch | None = None
+        self._is_inside = False
+        self._targets: list[Target] = []
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether its block runs: sources rest."""
+        return self._is_inside
+
+    def afterwards(self, target: Target) -> None:
+        """Files of this version: they appear when all ranks have found their sources at rest, else not at all."""
+        if not self._is_inside:
+            target.discard()
+            raise ClosedError(f"the block of version {self.version} has ended before it was saved")
+        self._targets.append(target)
 
     @property
     def nbytes_sent(self) -> int:
@@ -80,6 +96,7 @@ class Update:
         except BaseException as error:
             await self._give_up(error)
             raise
+        self._is_inside = True
         return self
 
     async def _enter(self) -> None:
@@ -128,6 +145,7 @@ class Update:
         self._showing = role.observer.show(self.version, sending.total, sending.landed)
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self._is_inside = False
         if isinstance(value, GeneratorExit):
             self._abandon("its coroutine was dropped")
             self._leave(value)
@@ -161,6 +179,8 @@ class Update:
         if sending.standing is not None:
             self._tell(relays.Stood(self.update, role.rank))
         await self._until(lambda: self._outcome)
+        for target in self._targets:
+            await steady(role.engine, target.commit)
         self.journal.step("confirm")
 
     def tell_failed(self, failed: list[tuple[str, int, str]]) -> None:
@@ -315,6 +335,8 @@ class Update:
         if self._over:
             return
         self._over = True
+        for target in self._targets:
+            target.discard()
         if self._showing is not None:
             self._showing.close()
         if self._watch is not None:

@@ -142,7 +142,8 @@ class Works:
     @property
     def digest(self) -> bytes:
         """What all publisher ranks must have alike."""
-        parts = self._role.layout.digest, self._rules, self.staging_bytes, self._names, self._fanout
+        role = self._role
+        parts = role.layout.digest, role.sources.staged, self._rules, self.staging_bytes, self._names, self._fanout
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
     async def make(self, instances: dict[str, list[wire.Entry]]) -> Work:
@@ -185,6 +186,7 @@ class Works:
 
     def _make(self, layouts: dict[str, Layout]) -> Plan:
         how: Any = {"staging_bytes": self.staging_bytes, "fanout": self._fanout, "names": self._names}
+        how["staged"] = self._role.sources.staged
         return make_plan(self._role.layout, layouts, self._rules, **how)
 
     def _alone(self, layouts: dict[str, Layout]) -> dict[str, tuple[str, ...]]:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.errors import DescriptorError, PeerLostError, QuarantineError, TransferError, again
-from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.weights.protocol import relays, wire
+from aiotransfer.weights.subscriber.lending import borrow
 from aiotransfer.weights.subscriber.relayed import Relayed
 from aiotransfer.weights.watch import Changes, reach
 
@@ -43,7 +43,7 @@ class Filling:
         self._asked: set[int] = set()
         self._granted = False
         self._error: Exception | None = None
-        self._lent: asyncio.Future[wire.Lend] | None = None
+        self._fetched = False
         self.sums: dict[int, int] = {}  # by sender
         self.is_open = False
         self.relayed = Relayed(self, offer)
@@ -51,7 +51,7 @@ class Filling:
     @property
     def granted(self) -> bool:
         """Whether anything may have been written."""
-        return self._granted or self._lent is not None
+        return self._granted or self._fetched
 
     def share(self) -> float:
         """How much of it is here, from 0 to 1, by the writes that were counted."""
@@ -215,34 +215,23 @@ class Filling:
     async def _fetch(self) -> None:
         role, offer = self._role, self._offer
         peer = await reach(role.engine, offer.source, offer.seconds)
-        self._lent = asyncio.get_running_loop().create_future()
-        role.lends_expected[offer.update] = (peer, self._lent)
-        role.watch.add(peer, lambda peer, error: self._lost(error))
+        self._fetched = True
+        role.watch.add(peer, role.peer_lost)
         ask = wire.Fetch(offer.update, offer.source_instance, role.rank, role.digest, offer.epoch, offer.number)
         try:
-            role.tell(peer, ask)
-            lend = await self._lent
-            if lend.text:
-                raise PeerLostError(f"{offer.source} cannot lend the version: {lend.text}", peer=offer.source)
             regions = list(role.memory.shadow.values())
-            if len(lend.regions) != len(regions):
-                raise DescriptorError(f"{offer.source} lends {len(lend.regions)} buffers, where {len(regions)} are needed")
+            lent = await borrow(role, peer, ask, len(regions))
             reads = self._reads
             try:
-                for data, region in zip(lend.regions, regions, strict=True):
-                    reads.append(role.engine.read(RemoteRegion.decode(data), region[: region.nbytes], timeout=offer.seconds))
+                for source, region in zip(lent, regions, strict=True):
+                    reads.append(role.engine.read(source, region[: region.nbytes], timeout=offer.seconds))
                 for read in reads:
                     await read
             finally:
                 for read in reads:
                     read.cancel()
         finally:
-            role.lends_expected.pop(offer.update, None)
             role.tell(peer, wire.Fetched(offer.update, offer.source_instance, role.rank))
-
-    def _lost(self, error: Exception) -> None:
-        if self._lent is not None and not self._lent.done():
-            self._lent.set_exception(error)
 
     # ---- the end ----
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from aiotransfer.errors import TransferError
+from aiotransfer.errors import DescriptorError, PeerLostError, TransferError
+from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.watch import Watch
 
 if TYPE_CHECKING:
     from aiotransfer.engine.lease import Lease
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import Region
     from aiotransfer.weights.subscriber.subscriber import Subscriber
+
+    Regions: TypeAlias = dict[str, Region]
 
 MOST_LENDS = 64  # at a time
 
@@ -21,12 +26,12 @@ class Lending:
 
     def __init__(self, role: Subscriber) -> None:
         self._role = role
-        self._lends: dict[tuple[Peer, int], list[Lease]] = {}
+        self._lends: dict[tuple[Peer, int], tuple[Regions, list[Lease]]] = {}
 
     def fetch(self, peer: Peer, message: wire.Fetch) -> None:
         """A peer asks."""
         role, version = self._role, wire.version_of(message)
-        self._lends = {key: leases for key, leases in self._lends.items() if key[0].state in ("up", "busy")}
+        self._lends = {key: lend for key, lend in self._lends.items() if key[0].state in ("up", "busy")}
         why = ""
         if role.version != version:
             why = f"version {role.version} is here"
@@ -37,7 +42,7 @@ class Lending:
         descriptors: list[bytes] = []
         if not why:
             try:
-                leases = self._lends[peer, message.update] = []
+                _, leases = self._lends[peer, message.update] = role.memory.active, []
                 for region in role.memory.active.values():
                     leases.append(region.lease(peer, access="read"))
                     descriptors.append(leases[-1].descriptor.encode())
@@ -50,15 +55,41 @@ class Lending:
 
     def fetched(self, peer: Peer, update: int) -> None:
         """It was read, or the reader has given up."""
-        leases = self._lends.pop((peer, update), [])
+        _, leases = self._lends.pop((peer, update), (None, []))
         if leases:
             self._role.mail.own(self._revoke(leases))
 
-    async def revoke(self) -> None:
-        """Take all back. Returns when nobody can read any more, or after `drain_timeout`."""
-        lends, self._lends = self._lends, {}
-        await self._revoke([lease for leases in lends.values() for lease in leases])
+    async def revoke(self, of: Regions | None = None) -> None:
+        """Take back what was lent `of` one set of buffers, or all. Returns when it cannot be read any more, or after
+        `drain_timeout`."""
+        over = {key: leases for key, (regions, leases) in self._lends.items() if of is None or regions is of}
+        self._lends = {key: lend for key, lend in self._lends.items() if key not in over}
+        await self._revoke([lease for leases in over.values() for lease in leases])
 
     async def _revoke(self, leases: list[Lease]) -> None:
         seconds = self._role.engine.config.drain_timeout
         await asyncio.gather(*(lease.revoke(timeout=seconds) for lease in leases), return_exceptions=True)
+
+
+async def borrow(role: Subscriber, peer: Peer, ask: wire.Fetch, buffers: int) -> list[RemoteRegion]:
+    """The memory of another rank that has the version, until `Fetched` is told it. Raises `TransferError`."""
+    lent: asyncio.Future[wire.Lend] = asyncio.get_running_loop().create_future()
+
+    def lost(_: Peer, error: TransferError) -> None:
+        if not lent.done():
+            lent.set_exception(error)
+
+    watch = Watch(role.never, role.mail)
+    watch.add(peer, lost)
+    role.lends_expected[ask.update] = (peer, lent)
+    try:
+        role.tell(peer, ask)
+        answer = await lent
+    finally:
+        watch.close()
+        del role.lends_expected[ask.update]
+    if answer.text:
+        raise PeerLostError(f"{peer.address} cannot lend the version: {answer.text}", peer=str(peer.address))
+    if len(answer.regions) != buffers:
+        raise DescriptorError(f"{peer.address} lends {len(answer.regions)} buffers, where {buffers} are needed")
+    return [RemoteRegion.decode(data) for data in answer.regions]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from aiotransfer.engine.views import memory_of
 from aiotransfer.errors import QuarantineError, RegistrationError
 from aiotransfer.model.dtypes import lookup
-from aiotransfer.weights.aside import aside
+from aiotransfer.weights.aside import steady
 from aiotransfer.weights.bind import is_torch, local
 from aiotransfer.weights.binding import register
 from aiotransfer.weights.errors import PlanError
@@ -98,7 +98,7 @@ class Memory:
         """An update brings a part of the names: the others stay as they are."""
         if self._double:
             pairs = [(memory_of(self.active[name]), memory_of(self.shadow[name])) for name in self.sizes]
-            await aside(self._engine, _copy, pairs)
+            await steady(self._engine, _copy, pairs)
 
     def tensors(self) -> Mapping[str, Any]:
         """{name: tensor} of what readers see, also under aliases: NumPy arrays, or torch tensors where torch memory was bound or

@@ -265,6 +265,7 @@ class Session:
             self._say(self.chair.sure(rank))
 
     def _open(self) -> None:
+        self.role.members = tuple(self.offer.members)
         if self._keeps:
             self.role.gate_follows()
         else:

@@ -111,14 +111,15 @@ class Subscriber:
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
         self._spare: list[int] = []  # immediates that nothing can arrive for any more
+        self.members: tuple[str, ...] = ()  # addresses of all ranks of the instance, as of `version`
         self.lends_expected: dict[int, tuple[Peer, asyncio.Future[wire.Lend]]] = {}
         self.memory = Memory(engine, self.layout, self.rank, self._bound, double=not self.in_place)
         self._lending = Lending(self)
         self.routes = Routes(self)
         self.mappings = Mappings()  # of ranks that this one passes parts on to
         self.mail = Mail.enter(engine, self)
-        self._never = engine.counter()
-        self.watch = Watch(self._never, self.mail)
+        self.never = engine.counter()
+        self.watch = Watch(self.never, self.mail)
         self._looking: asyncio.Task[None] | None = None
         self._look()
 
@@ -254,8 +255,8 @@ class Subscriber:
         check_places(self._bound, "make the Subscriber anew")
 
     async def revoke_lends(self) -> None:
-        """The shadow is going to be written: whoever reads it has had its time."""
-        await self._lending.revoke()
+        """The shadow is going to be written: peers that read it have had their time."""
+        await self._lending.revoke(self.memory.shadow)
 
     async def check_sums(self, offer: wire.Offer, sums: Mapping[int, int]) -> None:
         """Compare what came with what was sent. Raises `TransferError`."""
@@ -467,7 +468,7 @@ class Subscriber:
                 self.mail.tell(peer, wire.Leave(self.instance, self.rank, self.life), self.engine.config.drain_timeout)
         self.watch.close()
         self.mappings.close()
-        self._never.close()
+        self.never.close()
         if self._looking is not None:
             self._looking.cancel()
         await self._lending.revoke()

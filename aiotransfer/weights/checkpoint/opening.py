@@ -1,0 +1,108 @@
+"""A checkpoint as the weights of a publisher."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from aiotransfer.weights.checkpoint.finding import files_of
+from aiotransfer.weights.checkpoint.header import Header, Unreadable, header_of, library
+from aiotransfer.weights.derive import usual_group
+from aiotransfer.weights.errors import PlanError
+from aiotransfer.weights.files import FileBound, FileMemory
+from aiotransfer.weights.layout import Layout, Piece, Tensor
+from aiotransfer.weights.protocol.version import Version
+
+VERSION, SAVE = "aiotransfer.version", "aiotransfer.save"  # texts in the header of a file that `save` wrote
+
+
+class Checkpoint(FileBound):
+    """The tensors of safetensors files, as rank `rank` of `layout.ranks` publisher ranks reads them. Made by `open_checkpoint`.
+
+    `layout`: every rank holds all of them, so the ranks share the reading; `version`: of the weights that `save` has written
+    here, else None; `metadata`: the texts of the files' headers.
+    """
+
+    version: Version | None
+    metadata: dict[str, str]
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    ranks: int = 1,
+    rank: int = 0,
+    mesh_group: Callable[[str], str] | None = None,
+    hosts: Sequence[str] | None = None,
+) -> Checkpoint:
+    """What `Publisher(engine, checkpoint)` publishes: the tensors of a safetensors file, of a folder with an index
+    (`model.safetensors.index.json`), of an index, or of several files. Headers alone are read here.
+
+    `ranks`, `rank`: of the publishers' group, all of which can read the files. `mesh_group`, `hosts`: as for `layout_of`. A name
+    that a header's texts say is another one's (as `safetensors.torch.save_model` writes tied tensors) becomes an alias. Where
+    there is an index, tensors that it does not name are no part of the checkpoint.
+
+    The files must rest until they are published; one that changes is found by its size and time, and ends the version. They
+    are closed when nothing holds the checkpoint any more.
+
+    Raises `PlanError` that lists what is wrong with all files (missing, cut short, not of this kind, of a type that cannot be
+    moved, an index that names what is not there, a name in two files, files of different saves), `OSError`,
+    `ConfigurationError` (the library safetensors is not installed), `TypeError`, `ValueError`.
+    """
+    library()
+    group_of = mesh_group or usual_group
+    problems: list[str] = []
+    files: dict[str, FileMemory] = {}
+    headers: dict[str, Header] = {}
+    tensors: dict[str, Tensor] = {}
+    pieces: list[Piece] = []
+    for name, wanted in files_of(path).items():
+        try:
+            files[name] = FileMemory(name)
+            header = headers[name] = header_of(files[name])
+        except (Unreadable, ValueError) as error:
+            problems.append(f"{name}: {error}")
+            continue
+        except OSError as error:
+            problems.append(f"{name}: {error.strerror}")
+            continue
+        problems += [f"{name}: it has no tensor {tensor}, which the index says is there"
+                     for tensor in sorted((wanted or frozenset()) - header.tensors.keys())]  # fmt: skip
+        aliases: dict[str, list[str]] = {}
+        for alias, of in header.metadata.items():
+            if of in header.tensors and alias not in header.tensors and alias != "format":
+                aliases.setdefault(of, []).append(alias)
+        for tensor, entry in header.tensors.items():
+            if wanted is not None and tensor not in wanted:
+                continue
+            if tensor in tensors:
+                problems.append(f"{name}: {tensor} stands in another file, too")
+            tied = tuple(aliases.get(tensor, ()))
+            tensors[tensor] = Tensor(tensor, entry.shape, entry.dtype, group_of(tensor), tied)
+            pieces += [Piece(tensor, r, buffer=name, offset=entry.offset) for r in range(ranks)]
+    problems += _mixed(headers)
+    if problems:
+        raise PlanError("the checkpoint cannot be used", problems=problems)
+    sizes = {(r, name): file.nbytes for name, file in files.items() for r in range(ranks)}
+    layout = Layout(tensors.values(), pieces, ranks=ranks, hosts=hosts, buffers=sizes)
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be an int, not {rank!r}")
+    if not 0 <= rank < ranks:
+        raise ValueError(f"there is no rank {rank} of {ranks}")
+    found = Checkpoint(layout, rank, files)
+    found.metadata = {key: text for header in headers.values() for key, text in header.metadata.items()}
+    number = re.fullmatch(r"(\d{1,10})\.(\d{1,19})", found.metadata.get(VERSION, ""), re.ASCII)
+    found.version = None if number is None else Version(int(number[1]), int(number[2]))
+    return found
+
+
+def _mixed(headers: dict[str, Header]) -> list[str]:
+    """Files that `save` did not write together."""
+    saves: dict[tuple[str | None, str | None], str] = {}
+    for name, header in headers.items():
+        saves.setdefault((header.metadata.get(SAVE), header.metadata.get(VERSION)), name)
+    if len(saves) < 2:
+        return []
+    said = ", ".join(f"{name} ({version or 'no version'})" for (_, version), name in saves.items())
+    return [f"these files were not saved together: {said}"]

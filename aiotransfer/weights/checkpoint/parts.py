@@ -1,0 +1,130 @@
+"""The memory of all ranks of one side, as the rank that saves it sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aiotransfer.engine.base import world_of
+from aiotransfer.engine.views import memory_of
+from aiotransfer.errors import BusyError, TransferError
+from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.subscriber.lending import borrow
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import RegionView
+    from aiotransfer.engine.transfer import Transfer
+    from aiotransfer.model.descriptor import RemoteRegion
+    from aiotransfer.weights.layout import Layout
+    from aiotransfer.weights.protocol.version import Version
+    from aiotransfer.weights.publisher.publisher import Publisher
+    from aiotransfer.weights.publisher.update import Update
+    from aiotransfer.weights.subscriber.subscriber import Subscriber
+
+MOST_READS = 1024  # under way
+BUSY_SECONDS = 0.001  # before a read that the engine had no room for is tried again
+
+
+class Parts(Protocol):
+    """`layout` and `rank` say whose; the two methods where the bytes are, by the number of the buffer in the layout."""
+
+    engine: Engine
+    layout: Layout
+    rank: int
+
+    def here(self, buffer: int) -> NDArray[np.uint8]:
+        """A buffer of this rank."""
+        ...
+
+    async def there(self, rank: int) -> Mapping[int, RemoteRegion]:
+        """The buffers of another rank. Raises `TransferError`."""
+        ...
+
+
+class OfInstance:
+    """Of an instance, at rank `role.rank`, while that holds `version`. `close` it."""
+
+    def __init__(self, role: Subscriber, version: Version) -> None:
+        self.engine, self.layout, self.rank = role.engine, role.layout, role.rank
+        self._role, self._version = role, version
+        self._update = int.from_bytes(world_of(role.engine).entropy(8)) >> 1
+        self._lenders: dict[int, Peer] = {}
+        self._regions: dict[int, dict[int, RemoteRegion]] = {}
+        mine = np.flatnonzero(self.layout.buffer_rank == self.rank).tolist()
+        self._own = dict(zip(mine, role.memory.active.values(), strict=True))
+
+    def here(self, buffer: int) -> NDArray[np.uint8]:
+        """A buffer of this rank."""
+        return memory_of(self._own[buffer])
+
+    async def there(self, rank: int) -> Mapping[int, RemoteRegion]:
+        """The buffers of another rank, as long as that has the version. Raises `TransferError`."""
+        if rank not in self._regions:
+            role, version = self._role, self._version
+            peer = self._lenders[rank] = await role.engine.connect(role.members[rank], reuse=True, retry=False)
+            numbers = np.flatnonzero(self.layout.buffer_rank == rank).tolist()
+            fetch = wire.Fetch(self._update, role.instance, rank, role.digest, version.epoch, version.number)
+            self._regions[rank] = dict(zip(numbers, await borrow(role, peer, fetch, len(numbers)), strict=True))
+        return self._regions[rank]
+
+    def close(self) -> None:
+        """Nothing is read any more."""
+        for rank, peer in self._lenders.items():
+            self._role.tell(peer, wire.Fetched(self._update, self._role.instance, rank))
+
+
+class OfTrainers:
+    """Of publisher ranks, inside an update of theirs, which lends their sources and sees that they rest."""
+
+    def __init__(self, role: Publisher, update: Update) -> None:
+        self.engine, self.layout, self.rank = role.engine, role.layout, role.rank
+        self._role, self._update = role, update
+
+    def here(self, buffer: int) -> NDArray[np.uint8]:
+        """A buffer of this rank."""
+        return memory_of(self._role.sources.regions[buffer])
+
+    async def there(self, rank: int) -> Mapping[int, RemoteRegion]:
+        """The buffers of another rank. Raises `TransferError`."""
+        return await self._role.borrowing.regions_of(self._update, rank)
+
+
+class Reads:
+    """Reads from other ranks, as many at a time as the engine has room for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._under_way: list[Transfer] = []
+
+    async def add(self, source: RemoteRegion, target: RegionView) -> None:
+        """Begin one. Raises `TransferError` of this or an earlier one."""
+        while len(self._under_way) >= MOST_READS:
+            await self._under_way.pop(0)
+        while True:
+            try:
+                self._under_way.append(self._engine.read(source, target))
+                return
+            except BusyError:
+                await asyncio.sleep(BUSY_SECONDS)
+
+    async def end(self) -> None:
+        """Returns when all have landed. Raises `TransferError`."""
+        while self._under_way:
+            await self._under_way.pop(0)
+
+    async def withdraw(self) -> None:
+        """Returns when none can land any more."""
+        for read in self._under_way:
+            read.cancel()
+        for read in self._under_way:
+            try:
+                await read
+            except (TransferError, asyncio.CancelledError):
+                pass
+        self._under_way.clear()
