@@ -83,7 +83,8 @@ void at_move_one(at_lane *lane, at_peer *peer, at_op *op, uint64_t budget, int m
 int at_queued_work(const at_lane *lane, int refused);        /* is anything left for at_move_queued, also counts refused just now? */
 int at_queued_for_two(const at_lane *lane);                  /* so much that two threads are faster? */
 void at_head_start(at_lane *lane, at_op *op);                /* move some of it while the native thread wakes up */
-void at_count_turn(at_lane *lane, uint64_t nbytes);          /* inline work was done: is a loop turn due? */
+void at_count_turn(at_lane *lane, uint32_t ops, uint64_t nbytes); /* so many were done inside calls: is a loop turn due? */
+#define AT_TOGETHER 64u /* operations that are moved while the lock is left once, at most */
 
 /* submit.c, with the lock */
 int at_resolve(at_lane *lane, const at_order *order, int64_t imm, at_op *op); /* everything that may have changed since it was checked */
@@ -98,7 +99,7 @@ int at_submit_here(at_lane *lane, at_op *op);
 void at_wait_here(at_lane *lane);
 int at_is_moving(at_lane *lane); /* with the lock: it does; lane->ended is told when it does not any more */
 void at_here_over(at_lane *lane); /* with the lock, of the loop's thread: it does not any more */
-/* Move ops[0..n), of the loop's thread, inside the submitting call, without the lock meanwhile. Each one's status: AT_OK; AT_EAGAIN when it has to be queued (it may have landed); else it failed. */
+/* Move ops[0..n), n at most AT_TOGETHER, of the loop's thread, inside the submitting call, without the lock meanwhile. Each one's status: AT_OK; AT_EAGAIN when it has to be queued (it may have landed); else it failed. */
 int at_move_here(at_lane *lane, at_op *ops, uint32_t n);
 int64_t at_submit(at_lane *lane, at_op *op); /* a resolved one: as at_write answers */
 int64_t at_submit_last(at_lane *lane, at_op *op); /* the same at the end of a call: it gives the lock back */

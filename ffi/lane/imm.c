@@ -205,7 +205,7 @@ int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm) {
         result = r->total - r->taken >= n;
         if (result) {
             r->taken += n;
-            at_count_turn(lane, 0);
+            at_count_turn(lane, 1, 0);
             result = lane->turn_due ? 2 : 1;
         } else if (arm) {
             r->want = n;
@@ -253,7 +253,7 @@ int at_imm_take_each(at_lane *lane, uint32_t n, const int64_t *records, const ui
         if (taken[i]) r->taken += wanted[i];
         found += taken[i];
     }
-    if (found != 0) at_count_turn(lane, 0);
+    if (found != 0) at_count_turn(lane, 1, 0);
     int result = found == 0 ? 0 : lane->turn_due ? 2 : 1;
     at_unlock(lane);
     return result;

@@ -148,6 +148,6 @@ void at_head_start(at_lane *lane, at_op *op) {
     do rc = at_op_move(op, portion(op, 4 * AT_CHUNK), AT_MOVER_CALLER, &oserror);
     while (rc == AT_OK && goes_on(op) && at_now() < until);
     at_here_over(lane);
-    at_count_turn(lane, before - unclaimed(op));
+    at_count_turn(lane, 1, before - unclaimed(op));
     (void)move_over(lane, op, rc, oserror);
 }

@@ -11,9 +11,10 @@
  * arm64, and x86 never shows it.
  *
  * Counting, by a writer (shm/queue.c). What was written lies before the total, the total before the marks, the marks before `dirty`. The
- * writer that turns `dirty` from 0 to 1 looks whether the owner is armed, and rings.
+ * writer that turns `dirty` from 0 to 1 looks whether the owner is armed, and rings. A mark that is there still is not made again: the
+ * owner takes it away before it looks at what is marked, so it will find the new total too.
  *   sequence name: store imm
- *   sequence count: store count, or bitmap, or summary, swap dirty, load armed
+ *   sequence count: store count, load bitmap, or bitmap, load summary, or summary, load dirty, swap dirty, load armed
  *
  * Counting, by the owner. It clears `dirty` first and looks at the marks after that; before it sleeps it arms and looks at `dirty` once
  * more. A count is then found by this look, or found by the next one, for which somebody has rung.

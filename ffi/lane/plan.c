@@ -293,13 +293,11 @@ static at_op *kept_for(at_lane *lane, uint64_t count) {
     return lane->kept;
 }
 
-#define MOST_TOGETHER 64u /* targets that are moved while the lock is left once */
-
 /* The targets from i on that are moved inside the call, and together: *n of them. AT_HERE when that is all that can be said now; else what
  * became of the one behind them. */
 static int group(at_lane *lane, at_op *ops, uint64_t count, const at_plan *plan, const at_places *at, int64_t imm, uint64_t i, uint32_t *n,
                  uint64_t *nbytes) {
-    uint64_t bytes = 0, most = MOST_KEPT - i % MOST_KEPT < MOST_TOGETHER ? MOST_KEPT - i % MOST_KEPT : MOST_TOGETHER;
+    uint64_t bytes = 0, most = MOST_KEPT - i % MOST_KEPT < AT_TOGETHER ? MOST_KEPT - i % MOST_KEPT : AT_TOGETHER;
     for (; i < count && *n < most && bytes < AT_CHUNK; i++, ++*n) {
         at_op *op = &ops[i % MOST_KEPT];
         int rc = count <= MOST_KEPT ? AT_OK : resolve_order(lane, plan, at, i, imm, op);

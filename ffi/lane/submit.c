@@ -13,13 +13,15 @@
 
 #define TURN_OPS 64u /* of a lane without a clock of its own */
 
-void at_count_turn(at_lane *lane, uint64_t nbytes) {
+void at_count_turn(at_lane *lane, uint32_t ops, uint64_t nbytes) {
+    uint32_t before = lane->turn_ops;
+    lane->turn_ops += ops;
     if (lane->config.flags & AT_LANE_NO_THREAD) { /* virtual time: the same calls give the same turns */
-        lane->turn_due = ++lane->turn_ops >= TURN_OPS;
+        lane->turn_due = lane->turn_ops >= TURN_OPS;
         return;
     }
     lane->turn_bytes += nbytes;
-    if (++lane->turn_ops % 16 != 0 && lane->turn_bytes < AT_CHUNK) return;
+    if (lane->turn_ops / 16 == before / 16 && lane->turn_bytes < AT_CHUNK) return;
     lane->turn_bytes = 0;
     if (at_now() - lane->turn_start > lane->config.turn_ns) lane->turn_due = 1;
 }
@@ -157,6 +159,14 @@ int at_submit_here(at_lane *lane, at_op *op) {
     return here || (lane->config.flags & AT_LANE_NO_THREAD) ? AT_HERE : AT_EAGAIN;
 }
 
+/* What it takes to tell the owner of memory of one operation that has landed there. */
+typedef struct {
+    at_peer *peer;
+    at_remote *remote; /* NULL for a signal */
+    int64_t imm;       /* -1: none */
+    uint64_t units, nbytes;
+} at_tell;
+
 /* All of it has landed. Without a call where there is no immediate: most operations are short. */
 static inline int whole_here(at_op *op) {
     op->cursor = op->moved = op->extent;
@@ -178,7 +188,7 @@ static int part_here(at_op *op, uint64_t moved, int rc) {
 /* What became of an operation that was moved inside the call. */
 static inline int moved_here(at_lane *lane, at_op *op, uint64_t moved, int rc, int oserror) {
     rc = rc == AT_OK && moved == op->extent ? whole_here(op) : part_here(op, moved, rc);
-    if (!op->detached) at_count_turn(lane, op->nbytes * op->units);
+    if (!op->detached) at_count_turn(lane, 1, op->nbytes * op->units);
     if (rc == AT_OK) {
         lane->stats.ops_inline++;
         lane->stats.units_written += op->units;
@@ -261,7 +271,7 @@ static int move_freely(at_lane *lane, at_op *op, int *result) {
     begin_here(lane, 0);
     int rc = op->peer->port->move(op->peer, op, 0, op->extent, AT_MOVER_CALLER, &moved, &oserror);
     if (rc == AT_OK && moved == op->extent) {
-        at_count_turn(lane, nbytes);
+        at_count_turn(lane, 1, nbytes);
         *result = lane->turn_due ? AT_DUE : AT_OK;
         if (atomic_exchange(&lane->moving_here, 0) == 1) return 1;
         at_lock(lane);
@@ -278,19 +288,41 @@ static int move_freely(at_lane *lane, at_op *op, int *result) {
     return 0;
 }
 
+/* All bytes of ops[0..n) have landed: tell their immediates, up to the first that cannot be told. Returns how many were, or had none.
+ * `tells` has what is needed for that: the operations themselves have left the first cache while other memory was copied. */
+static uint32_t tell_here(at_lane *lane, const at_tell *tells, uint32_t n, int detached) {
+    uint32_t told = 0;
+    uint64_t units = 0, nbytes = 0;
+    for (; told < n; told++) {
+        const at_tell *tell = &tells[told];
+        if (tell->imm >= 0 && tell->peer->port->count(tell->peer, tell->remote, (uint32_t)tell->imm, tell->units) != AT_OK) break;
+        units += tell->units;
+        nbytes += tell->nbytes;
+    }
+    lane->stats.ops_inline += told;
+    lane->stats.units_written += units;
+    lane->stats.bytes_written += nbytes;
+    if (!detached) at_count_turn(lane, told, nbytes);
+    return told;
+}
+
 int at_move_here(at_lane *lane, at_op *ops, uint32_t n) {
-    int bytes = 0, detached = ops[0].detached;
+    at_tell tells[AT_TOGETHER];
+    int bytes = 0, detached = ops[0].detached, mover = mover_of(&ops[0]), whole = 1;
     for (uint32_t i = 0; i < n; i++) bytes |= moves_bytes(&ops[i]);
     if (bytes) begin_here(lane, detached);
     for (uint32_t i = 0; i < n; i++) {
         at_op *op = &ops[i];
         op->landed = 0;
         op->oserror = 0;
-        op->status = op->peer->port->move(op->peer, op, 0, op->extent, mover_of(op), &op->landed, &op->oserror);
+        tells[i] = (at_tell){op->peer, op->remote, op->imm, op->units, op->nbytes * op->units};
+        op->status = op->peer->port->move(op->peer, op, 0, op->extent, mover, &op->landed, &op->oserror);
+        whole &= op->status == AT_OK && op->landed == op->extent;
     }
     if (bytes) at_lock(lane);
+    uint32_t told = whole ? tell_here(lane, tells, n, detached) : 0;
     int all = 1;
-    for (uint32_t i = 0; i < n; i++) {
+    for (uint32_t i = told; i < n; i++) {
         at_op *op = &ops[i];
         uint64_t moved = op->landed;
         op->landed = 0;

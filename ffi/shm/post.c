@@ -90,6 +90,27 @@ static int move_bytes(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, 
     return AT_OK;
 }
 
+#define SHORT 16384u /* bytes that are always one chunk */
+
+/* The usual case: few bytes of plain memory, all with one look at the grant, to where the peer's memory is mapped. */
+static int is_short(const at_op *op, uint64_t n) {
+    return op->kind == AT_OP_WRITE && n <= SHORT && op->remote->base != NULL && !op->region->file && !at_copy_prefers_cold(op->footprint);
+}
+
+static int move_short(at_shm *shm, const at_op *op, uint64_t first, uint64_t n, at_active *active, uint64_t *moved) {
+    at_remote *remote = op->remote;
+    uint64_t to = op->remote_offset + first;
+    active->begin = to, active->nbytes = n;
+    if (is_punched(remote, n)) return AT_EPROTO;
+    int rc = at_shm_enter(shm, active, remote);
+    if (rc != AT_OK) return rc;
+    hold(remote);
+    memcpy(remote->base + to, op->local + first, n);
+    at_shm_leave(active);
+    *moved = n;
+    return AT_OK;
+}
+
 static int foreign_pages(at_shm *shm, const at_op *op, uint64_t first, uint64_t n) {
     struct iovec memory[2][BATCH + 1], *here = memory[0] + 1, *there = memory[1] + 1; /* the first are at_shm_copy_by_pid's */
     uint64_t at = 0, page = op->nbytes, va = op->remote->va + op->remote_offset;
@@ -164,9 +185,10 @@ int at_shm_move(at_peer *peer, const at_op *op, uint64_t first, uint64_t n, int 
         *moved = n;
         return AT_OK;
     }
+    at_active *active = &shm->outbound->active[mover];
+    if (is_short(op, n)) return move_short(shm, op, first, n, active, moved);
     if (op->remote->base == NULL && atomic_load(&shm->foreign) == AT_FOREIGN_UNKNOWN) atomic_store(&shm->foreign, at_shm_probe(shm));
     if (op->remote->base == NULL && atomic_load(&shm->foreign) == 0) return failed(shm->foreign_why, 0, oserror);
-    at_active *active = &shm->outbound->active[mover];
     return op->kind & AT_OP_PAGES ? move_pages(shm, op, first, n, active, moved, oserror)
                                    : move_bytes(shm, op, first, n, active, moved, oserror);
 }

@@ -102,10 +102,16 @@ int at_shm_count(at_peer *peer, const at_remote *remote, uint32_t imm, uint64_t 
     if (rc != AT_OK) return rc;
     uint32_t slot = (uint32_t)found;
     shm->total[slot] += n;
-    atomic_store_explicit(&channel->count[slot], shm->total[slot], memory_order_release);       /* order: count 1 */
-    atomic_fetch_or(&channel->bitmap[slot / 64], UINT64_C(1) << (slot % 64));                   /* order: count 2 */
-    atomic_fetch_or(&channel->summary[slot / 4096], UINT64_C(1) << (slot / 64 % 64));           /* order: count 3 */
-    if (atomic_exchange(&channel->dirty, 1) == 0 && atomic_load(&shm->control->armed) != 0) {   /* order: count 4, count 5 */
+    _Atomic uint64_t *bitmap = &channel->bitmap[slot / 64], *summary = &channel->summary[slot / 4096];
+    uint64_t bit = UINT64_C(1) << (slot % 64), word = UINT64_C(1) << (slot / 64 % 64);
+    atomic_store(&channel->count[slot], shm->total[slot]);                  /* order: count 1 */
+    if ((atomic_load(bitmap) & bit) == 0)                                   /* order: count 2 */
+        atomic_fetch_or(bitmap, bit);                                       /* order: count 3 */
+    if ((atomic_load(summary) & word) == 0)                                 /* order: count 4 */
+        atomic_fetch_or(summary, word);                                     /* order: count 5 */
+    if (atomic_load(&channel->dirty) == 0 &&                                /* order: count 6 */
+        atomic_exchange(&channel->dirty, 1) == 0 &&                         /* order: count 7 */
+        atomic_load(&shm->control->armed) != 0) {                           /* order: count 8 */
         peer->lane->stats.doorbells_rung++;
         at_shm_ring(shm->outbound_doorbell);
     }
@@ -137,7 +143,7 @@ void at_shm_rung(at_peer *peer) { useless(peer, peer->impl); }
 static int take_slot(at_peer *peer, at_shm *shm, uint32_t slot) {
     at_channel *channel = shm->inbound;
     if (seen_room(shm, slot) != AT_OK) return 0;
-    uint64_t total = atomic_load_explicit(&channel->count[slot], memory_order_acquire); /* order: take 1 */
+    uint64_t total = atomic_load(&channel->count[slot]);                                /* order: take 1 */
     uint32_t imm = atomic_load_explicit(&channel->imm[slot], memory_order_relaxed);     /* order: take 2 */
     uint64_t n = total - shm->seen[slot];
     if (n == 0) {

@@ -112,6 +112,10 @@ def sequences() -> dict[str, list[Access]]:
 # ---- trying all orders ----
 
 
+class Impossible(Exception):
+    """Raised by a step that finds what its thread was said not to find: it would have gone another way."""
+
+
 @dataclass(frozen=True)
 class Step:
     """An access, and what it does to memory and to what its thread has loaded (names of its own in the same dictionary)."""
@@ -178,6 +182,9 @@ def outcomes(start: Memory, threads: Sequence[Sequence[Step]]) -> list[Memory]:
                 after = dict(memory)
                 try:
                     step.do(after)
+                except Impossible:
+                    more = True
+                    continue
                 except KeyError:  # it depends on what another step of its thread has to load first
                     continue
                 more = True
