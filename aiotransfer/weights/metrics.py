@@ -39,6 +39,8 @@ class _Metrics:
         self._received = counter("received_bytes_total", "Bytes of versions that came to subscribers.")
         self._gathered = counter("gathered_bytes_total", "Bytes that publishers brought together from several pieces or ranks.")
         self._converted = counter("converted_bytes_total", "Bytes of the sources that publishers have cast or quantised.")
+        self._relayed = counter("relayed_bytes_total", "Bytes that subscribers have passed on to other instances.")
+        self._instead = counter("instead_bytes_total", "Bytes that publishers wrote in the place of subscribers.")
         self._left_behind = counter(
             "left_behind_instances_total", "Instances without a version that others have; counted by publisher rank 0."
         )
@@ -77,6 +79,7 @@ class _Metrics:
         self._written.inc(record.nbytes)
         self._gathered.inc(record.gathered)
         self._converted.inc(record.converted)
+        self._instead.inc(record.instead)
         if record.rank == 0:
             self._left_behind.inc(len(record.left_behind))
         if record.update:
@@ -87,6 +90,7 @@ class _Metrics:
 
     def _took(self, record: UpdateRecord) -> None:
         self._received.inc(record.nbytes)
+        self._relayed.inc(record.relayed)
         if record.source and record.total:
             self._catch_ups.labels(record.outcome).inc()
         if record.pause:

@@ -57,7 +57,7 @@ class Journal:
         self._began = time.time()
         self._steps: dict[str, float] = {}
         self.gather = self.convert = 0.0
-        self.gathered = self.converted = self.staging_peak = 0
+        self.gathered = self.converted = self.staging_peak = self.instead = 0
 
     def step(self, stage: str) -> None:
         """A stage has ended."""
@@ -68,6 +68,6 @@ class Journal:
         observer, self._known = self._observer, self._known | known
         record = UpdateRecord(
             began=self._began, finished=time.time(), steps=dict(self._steps), gather=self.gather, convert=self.convert,
-            gathered=self.gathered, converted=self.converted, staging_peak=self.staging_peak, **self._known,
+            gathered=self.gathered, converted=self.converted, staging_peak=self.staging_peak, instead=self.instead, **self._known,
         )  # fmt: skip
         observer.over(record, self._context)

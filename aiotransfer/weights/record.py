@@ -10,7 +10,7 @@ from aiotransfer.weights.protocol.version import Version
 PUBLISHED = ("committed", "partial", "version", "plan", "late", "lost", "failed", "closed", "cancelled")
 RECEIVED = ("committed", "abandoned", "late", "lost", "failed", "closed")
 STAGES = {
-    "publisher": ("agree", "plan", "offer", "grant", "write", "block", "confirm"),
+    "publisher": ("agree", "plan", "offer", "grant", "write", "relay", "block", "confirm"),
     "subscriber": ("prepare", "receive", "confirm"),
 }
 
@@ -32,7 +32,9 @@ class UpdateRecord:
     `total`: bytes that were to be written by this rank, or to come to it; `nbytes`: those that were (for a subscriber that did
     not get the version: estimated by counted writes). `gathered`, `converted`: bytes that were brought together, and bytes of the
     sources that were cast or quantised. `staging`: staging memory that the rank holds, `staging_peak`: the most that this update
-    used of it. `subscribers`: ranks that the publishers knew. `left_behind`: instances without the version, where others have it.
+    used of it. `relayed`: bytes that a subscriber rank passed on to other instances; `instead`: those of `nbytes` that a
+    publisher rank wrote beyond `total` because a relay did not. `subscribers`: ranks that the publishers knew. `left_behind`:
+    instances without the version, where others have it.
 
     `present`: the version that readers of a subscriber see now, None for none; of a publisher the version that was committed.
     `pause`: how long no reading could begin on this rank, or, in place, from calling `pause` until `resume` returned; `waits`:
@@ -58,6 +60,8 @@ class UpdateRecord:
     converted: int = 0
     staging: int = 0
     staging_peak: int = 0
+    relayed: int = 0
+    instead: int = 0
     subscribers: int = 0
     left_behind: tuple[str, ...] = ()
     present: Version | None = None
@@ -74,9 +78,10 @@ class UpdateRecord:
         """{stage: seconds} of the stages that ended, and of gathering and converting where there was any.
 
         Of a publisher: "agree" (all ranks have entered, the version is agreed), "plan", "offer" (the subscribers take it, and
-        those in place have paused), "grant" (each lets this rank write), "write", "block" (the host's block went on longer than
-        the writes), "confirm" (the instances change). Of a subscriber: "prepare" (it pauses in place, and is ready), "receive"
-        (all bytes are there), "confirm".
+        those in place have paused), "grant" (each lets this rank write), "write", "relay" (with `fanout="relay"`: everything has
+        been passed on, or was written in the place of a relay), "block" (the host's block went on longer), "confirm" (the
+        instances change). Of a subscriber: "prepare" (it pauses in place, and is ready), "receive" (all bytes are there),
+        "confirm".
         """
         found, before = {}, self.began
         for stage, ended in self.steps.items():

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 NAMES = {"publisher": "weights.publish", "subscriber": "weights.receive"}
 ATTRIBUTES = (
-    "role", "rank", "instance", "update", "source", "outcome", "total", "nbytes", "gathered", "converted", "staging_peak",
-    "subscribers", "pause", "gather", "convert",
+    "role", "rank", "instance", "update", "source", "outcome", "total", "nbytes", "gathered", "converted", "relayed", "instead",
+    "staging_peak", "subscribers", "pause", "gather", "convert",
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def record(**other: Any) -> UpdateRecord:
         "role": "publisher", "rank": 0, "outcome": "committed", "began": 50.0, "finished": 52.0, "update": "0123",
         "version": Version(2, 7), "steps": {"agree": 50.25, "plan": 50.5, "write": 51.5}, "gather": 0.25, "convert": 0.5,
         "total": 4096, "nbytes": 4096, "gathered": 512, "converted": 8192, "staging": 2048, "staging_peak": 1024,
-        "subscribers": 6, "present": Version(2, 7),
+        "instead": 32, "subscribers": 6, "present": Version(2, 7),
     }  # fmt: skip
     return UpdateRecord(**(values | other))
 
@@ -34,7 +34,7 @@ def subscribed(**other: Any) -> UpdateRecord:
     values: dict[str, Any] = {
         "role": "subscriber", "rank": 1, "instance": "secret name", "outcome": "committed", "began": 50.0, "finished": 51.0,
         "update": "0123", "version": Version(2, 7), "steps": {"prepare": 50.25}, "total": 4096, "nbytes": 4096,
-        "present": Version(2, 7), "pause": 0.125, "waits": (0.0625, 0.125),
+        "present": Version(2, 7), "pause": 0.125, "waits": (0.0625, 0.125), "relayed": 16,
     }  # fmt: skip
     return UpdateRecord(**(values | other))
 
@@ -52,6 +52,7 @@ def test_an_update_is_counted_on_the_publishers_side_with_its_bytes_and_stages(r
     assert value(registry, "written_bytes_total") == 2 * 4096
     assert value(registry, "gathered_bytes_total") == 2 * 512
     assert value(registry, "converted_bytes_total") == 2 * 8192
+    assert value(registry, "instead_bytes_total") == 2 * 32
     assert value(registry, "update_seconds_sum", role="publisher", outcome="committed") == 4
     for stage, seconds in {"agree": 0.25, "plan": 0.25, "write": 1, "gather": 0.25, "convert": 0.5}.items():
         assert value(registry, "stage_seconds_sum", role="publisher", stage=stage) == 2 * seconds
@@ -67,6 +68,7 @@ def test_on_the_subscribers_side_pauses_and_waits_are_counted(registry: Any) -> 
     observe(subscribed(source="10.0.0.1:7", pause=0.0, waits=()))
     observe(subscribed(source="10.0.0.1:7", pause=0.0, waits=(), total=0, nbytes=0))  # it had the version, and lent it
     assert value(registry, "received_bytes_total") == 2 * 4096
+    assert value(registry, "relayed_bytes_total") == 3 * 16
     assert (value(registry, "pause_seconds_count"), value(registry, "pause_seconds_sum")) == (1, 0.125)
     assert (value(registry, "reading_wait_seconds_count"), value(registry, "reading_wait_seconds_sum")) == (2, 0.1875)
     assert value(registry, "catch_ups_total", outcome="committed") == 1

@@ -13,6 +13,7 @@ from aiotransfer import weights
 from aiotransfer.testing.fabric import Fabric
 from aiotransfer.weights import Layout, Piece, Quantise, Tensor, UpdateRecord
 from aiotransfer.weights.record import PUBLISHED, RECEIVED, STAGES
+from aiotransfer.weights.subscriber.relaying import Relaying
 from tests.weights.party import Party, Server, failures
 from tests.weights.test_conversions import push
 from tests.weights.test_faults import play
@@ -41,7 +42,7 @@ async def test_all_ranks_record_one_update_with_its_bytes_and_stages(party: Part
         ("publisher", 0, ""), ("publisher", 1, ""), ("subscriber", 0, "a"), ("subscriber", 1, "a"),
     ]  # fmt: skip
     for record in (*ours, *theirs):
-        assert tuple(record.steps) == tuple(record.stages) == STAGES[record.role]
+        assert tuple(record.steps) == tuple(record.stages) == tuple(s for s in STAGES[record.role] if s != "relay")
         assert record.nbytes == record.total > 0
         assert (record.error, record.left_behind, record.source, record.converted) == ("", (), "", 0)
     assert sum(r.nbytes for r in ours) == sum(r.nbytes for r in theirs)
@@ -135,6 +136,40 @@ def test_an_instance_without_the_version_is_left_behind_by_name() -> None:
             assert (record.outcome, record.left_behind, record.present) == ("partial", ("a",), (1, 2))
             assert "a/0" in record.error
         assert received([b])[0].outcome == "committed"
+
+    play(scenario)
+
+
+def test_what_instances_pass_on_to_each_other_is_counted_where_it_is_sent() -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        await party.train(2, timeout=2, fanout="relay")
+        servers = [server for name in "abc" for server in await party.serve(name, 2)]
+        await party.publish(1)
+        await asyncio.sleep(0.1)
+        ours, theirs = published(party), received(servers)
+        assert sum(r.total for r in theirs) == 3 * sum(r.nbytes for r in ours)
+        assert sum(r.relayed for r in theirs) == 2 * sum(r.nbytes for r in ours)
+        for record in ours:
+            assert tuple(record.stages) == STAGES["publisher"]
+            assert (record.nbytes, record.instead) == (record.total, 0)
+
+    play(scenario)
+
+
+def test_what_trainers_write_in_the_place_of_a_relay_is_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        await party.train(1, timeout=2, fanout="relay")
+        servers = [server for name in "ab" for server in await party.serve(name, 1)]
+
+        async def post(*_: Any) -> Any:
+            raise at.BrokenError("this relay passes nothing on")
+
+        monkeypatch.setattr(Relaying, "_post", post)
+        await party.publish(1)
+        await asyncio.sleep(0.1)
+        (ours,), theirs = published(party), received(servers)
+        assert (ours.outcome, ours.instead, sum(r.relayed for r in theirs)) == ("committed", ours.total, 0)
+        assert ours.nbytes == ours.total + ours.instead == sum(r.nbytes for r in theirs)
 
     play(scenario)
 

@@ -238,10 +238,13 @@ class Sending:
                     halves[part % 2] = posted
             await self.drain()
             await self._tell_sums()
+            journal, written = self._update.journal, self.nbytes
+            journal.step("write")
             if self.standing is not None:
                 self._share = 1.0
                 await self.standing.run(making)
-            self._update.journal.step("write")
+                journal.step("relay")
+                journal.instead = self.nbytes - written
         finally:
             self._watch.close()
             for ask in self._asks.values():

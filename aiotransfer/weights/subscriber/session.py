@@ -215,7 +215,7 @@ class Session:
             pause = asyncio.get_running_loop().time() - self._paused
         self._journal.close(
             outcome="committed" if opened else self._kind or "abandoned", error=self._why, present=role.version,
-            nbytes=self._total if opened else self._received(), pause=pause, waits=waits,
+            nbytes=self._total if opened else self._received(), relayed=self.relaying.nbytes, pause=pause, waits=waits,
         )  # fmt: skip
 
     # ---- the agreement ----
