@@ -6,6 +6,13 @@ from tests.guards.mutant import Mutant
 
 GUARDS = (
     Mutant(
+        "weights: a task that reads waits for nothing that waits for it",
+        "aiotransfer/weights/subscriber/gate.py",
+        "        if (held := self._held.get(asyncio.current_task())) is not None:\n",
+        "        if (held := None) is not None:\n",
+        "tests/weights/test_roles.py",
+    ),
+    Mutant(
         "weights: a message longer than the engine's goes in parts",
         "aiotransfer/weights/mail.py",
         "                if len(data) > terms.PART or peer in self._turns:\n",

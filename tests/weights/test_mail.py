@@ -59,3 +59,23 @@ async def test_a_grant_of_many_buffers_is_longer_than_one_message(party: Party, 
     assert max(sent) > 1
     for name, values in many.items():
         np.testing.assert_array_equal(target[name], values)
+
+
+@pytest.mark.asyncio
+async def test_a_subscriber_allocates_one_piece_of_memory_and_leases_it_as_one(party: Party) -> None:
+    many = {f"layers.{k}.weight": np.full(k % 5, k, np.float32) for k in range(60)}
+    left = await party.stack.enter_async_context(await party.open_engine())
+    right = await party.stack.enter_async_context(await party.open_engine())
+    await right.connect(left.address)
+    layout = layout_of(many)
+    async with Publisher(left, layout) as publisher:
+        layout.memory = None
+        async with Subscriber(right, layout, instance="a") as subscriber:
+            assert len(subscriber.memory._own) == 2
+            for number in (1, 2, 3):
+                for values in many.values():
+                    values += 1
+                async with publisher.publish(number):
+                    assert len(right._regions) == 2
+                for name, values in many.items():
+                    np.testing.assert_array_equal(subscriber.tensors[name], values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,58 @@ async def test_of_instances_with_other_tensors_than_one_another_some_have_the_ve
     assert list(caught.value.missing) == ["b/0"]
     assert "'a' has others: norm" in caught.value.missing["b/0"]
     assert [first.holds(), second.holds(), other.subscriber.version] == [1, 1, None]
+
+
+async def test_a_publisher_without_a_deadline_publishes(party: Party) -> None:
+    await party.train(2, timeout=math.inf)
+    (server,) = await party.serve("a", 1)
+    assert await party.publish(1) == (1, 1)
+    assert await server.subscriber.ready(timeout=math.inf) == (1, 1)
+
+
+async def test_a_task_that_reads_may_read_again_while_the_next_version_waits_for_its_end(party: Party) -> None:
+    await party.train(1, timeout=20)
+    (server,) = await party.serve("a", 1)
+    await party.publish(1)
+    subscriber = server.subscriber
+    async with subscriber.reading() as version:
+        publishing = asyncio.ensure_future(party.publish(2))
+        while subscriber.gate.is_open:
+            await asyncio.sleep(0.001)
+        async with subscriber.reading() as again:
+            assert again == version == (1, 1)
+        assert subscriber.gate.active == 1
+        assert server.holds() == 1
+    assert await publishing == (1, 2)
+    assert subscriber.gate.active == 0
+
+
+@pytest.mark.parametrize("who", ["trainer", "server"])
+async def test_whoever_waits_when_the_engine_closes_is_told(party: Party, who: str) -> None:
+    (trainer,) = await party.train(1, timeout=30)
+    (server,) = await party.serve("a", 1, connect=False)
+    subscriber = server.subscriber
+
+    async def read() -> None:
+        async with subscriber.reading(timeout=30):
+            pass
+
+    async def all_of() -> list[weights.Version]:
+        return [version async for version in subscriber]
+
+    tasks = [asyncio.ensure_future(trainer.publish(1))]
+    if who == "server":
+        tasks = [asyncio.ensure_future(each) for each in (subscriber.ready(timeout=30), read(), all_of())]  # type: ignore[misc]
+    await asyncio.sleep(0.02)
+    await (trainer if who == "trainer" else server).engine.aclose()
+    _, waiting = await asyncio.wait(tasks, timeout=20)
+    assert not waiting
+    if who == "server":
+        assert tasks.pop().result() == []
+        with pytest.raises(at.ClosedError):
+            subscriber._check()
+    for task in tasks:
+        assert isinstance(task.exception(), at.ClosedError | weights.UpdateError)
 
 
 async def test_a_tied_name_is_sent_once_and_seen_under_both(party: Party) -> None:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from aiotransfer.weights.publisher.work import Work
     from aiotransfer.weights.record import UpdateRecord
 
+MOST_SECONDS = 1e9  # of a deadline, also of none: what messages say of it is a number
 TELL_SECONDS = 10.0  # for a message; what it is about has a deadline of its own
 CALL_SECONDS = 0.5  # in which a peer that was not heard of says whether it subscribes
 MOST_LAYOUTS = 256  # of instances, remembered
@@ -103,7 +104,7 @@ class Publisher:
         self.observer = Observer(progress, on_record, "publisher", self.rank)
         self.records = self.observer.records
         self.engine = engine
-        self.seconds = seconds(timeout, engine.timeout)
+        self.seconds = min(seconds(timeout, engine.timeout), MOST_SECONDS)
         self.epoch = check_epoch(epoch)
         self.checksum = bool(checksum)
         self.rate_limit = math.inf if rate_limit is None else float(rate_limit)

@@ -383,9 +383,8 @@ class Update:
 
     async def close(self) -> None:
         """The publisher is closed."""
-        self._error = self._error or ClosedError("the publisher was closed")
+        self.fail(ClosedError("the publisher was closed"))
         self._abandon("it was closed")
-        self._changes.wake()
         if self._sending is not None:
             self._sending.cancel()
             await asyncio.wait([self._sending.task])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aiotransfer.errors import DescriptorError, PeerLostError, QuarantineError, TransferError, again
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.subscriber.lending import borrow
+from aiotransfer.weights.subscriber.memory import leased
 from aiotransfer.weights.subscriber.relayed import Relayed
 from aiotransfer.weights.watch import Changes, reach
 
@@ -145,14 +146,11 @@ class Filling:
     def lease(self, peer: Peer, leases: list[Lease]) -> list[bytes]:
         """Let a peer write to all buffers: descriptors. The leases are added to `leases` as they are made. Raises
         `TransferError`."""
-        descriptors = []
         self._granted = True
-        for region in self._role.memory.shadow.values():
-            lease = region.lease(peer)
-            leases.append(lease)
-            self._leases[lease] = None
-            descriptors.append(lease.descriptor.encode())
-        return descriptors
+        try:
+            return leased(self._role.memory.shadow.values(), peer, "write", leases)
+        finally:
+            self._leases.update(dict.fromkeys(leases))
 
     async def take_back(self, leases: list[Lease]) -> None:
         """Returns when nothing under these leases can land any more. Raises `QuarantineError`."""

@@ -10,6 +10,15 @@ from typing import Any
 MOST_WAITS = 1000  # that are noted between two questions
 
 
+class Reading:
+    """One that has begun, of `task`. `depth`: how often that task has entered."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.task = asyncio.current_task()
+        self.depth = 1
+
+
 class Gate:
     """Counts readings. `value()` is what one gets that begins now; `on_change` is called when one begins, ends, waits, or waits
     no longer."""
@@ -22,6 +31,7 @@ class Gate:
         self._shut: float | None = None  # since when it is closed; None before it was ever open
         self._closed_for = 0.0
         self._waits: deque[float] = deque(maxlen=MOST_WAITS)
+        self._held: dict[asyncio.Task[Any] | None, Reading] = {}
         self._value = value
         self._on_change = on_change
 
@@ -73,8 +83,17 @@ class Gate:
         self.begun += 1
         self.active += 1
 
-    async def enter(self) -> Any:
-        """Begin a reading, or wait until one may begin; returns what it gets. Cancelling it begins none."""
+    async def enter(self) -> Reading:
+        """Begin a reading, or wait until one may begin; cancelling it begins none. A task that reads already goes on with what it
+        reads: it would wait for what waits for its end."""
+        if (held := self._held.get(asyncio.current_task())) is not None:
+            held.depth += 1
+            return held
+        reading = Reading(await self._enter())
+        self._held[reading.task] = reading
+        return reading
+
+    async def _enter(self) -> Any:
         if self.is_open:
             self._begin()
             self._on_change()
@@ -95,10 +114,13 @@ class Gate:
         self._on_change()
         return value
 
-    def leave(self) -> None:
-        """End a reading."""
-        self.active -= 1
-        self._on_change()
+    def leave(self, reading: Reading) -> None:
+        """End it, in whichever task; the last end of several counts."""
+        reading.depth -= 1
+        if not reading.depth:
+            del self._held[reading.task]
+            self.active -= 1
+            self._on_change()
 
 
 def _now() -> float:

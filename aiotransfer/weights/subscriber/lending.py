@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from aiotransfer.errors import DescriptorError, PeerLostError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.subscriber.memory import leased
 from aiotransfer.weights.watch import Watch
 
 if TYPE_CHECKING:
@@ -43,9 +44,7 @@ class Lending:
         if not why:
             try:
                 _, leases = self._lends[peer, message.update] = role.memory.active, []
-                for region in role.memory.active.values():
-                    leases.append(region.lease(peer, access="read"))
-                    descriptors.append(leases[-1].descriptor.encode())
+                descriptors = leased(role.memory.active.values(), peer, "read", leases)
             except TransferError as error:
                 why = error.message
         if why:

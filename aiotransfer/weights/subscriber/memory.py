@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,14 @@ from aiotransfer.weights.errors import PlanError
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.lease import Lease
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import Region, RegionView
+    from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.weights.bind import Bound
     from aiotransfer.weights.layout import Layout
+
+PAGE, LINE = 4096, 64  # where buffers begin: large ones, small ones
 
 
 class Memory:
@@ -42,7 +47,9 @@ class Memory:
         if bound is not None and (shared := bound.shared()):
             raise PlanError("the memory of this rank cannot be written without a part being written twice", problems=shared)
         try:
-            self.active = self._allocate() if bound is None else {name: self._register(bound, name) for name in self.sizes}
+            self.active: dict[str, RegionView] = (
+                self._allocate() if bound is None else {name: self._register(bound, name) for name in self.sizes}
+            )
             self.shadow = self._allocate() if double else self.active
         except BaseException:
             for region in self._own:
@@ -51,7 +58,7 @@ class Memory:
         self._is_torch = any(lookup(dtype).numpy is None for dtype in layout.dtypes) or (
             bound is not None and any(is_torch(local(thing)) for thing in bound.memory.values())
         )
-        self._views: dict[tuple[Region, ...], Mapping[str, Any]] = {}  # of each set
+        self._views: dict[tuple[RegionView, ...], Mapping[str, Any]] = {}  # of each set
 
     def _register(self, bound: Bound, name: str) -> Region:
         region = register(self._engine, bound, name)
@@ -60,10 +67,15 @@ class Memory:
             raise RegistrationError(f"the memory of {name} may not be written")
         return region
 
-    def _allocate(self) -> dict[str, Region]:
-        regions = {name: self._engine.allocate(nbytes) for name, nbytes in self.sizes.items()}
-        self._own.update(dict.fromkeys(regions.values()))
-        return regions
+    def _allocate(self) -> dict[str, RegionView]:
+        """One piece of memory for all buffers: each piece takes a descriptor of this process, and a mapping at every writer."""
+        begin, places = 0, {}
+        for name, nbytes in self.sizes.items():
+            places[name] = begin = -(-begin // (align := PAGE if nbytes >= PAGE else LINE)) * align
+            begin += nbytes
+        memory = self._engine.allocate(begin)
+        self._own[memory] = None
+        return {name: memory[place : place + self.sizes[name]] for name, place in places.items()}
 
     @property
     def nbytes(self) -> int:
@@ -85,11 +97,11 @@ class Memory:
         """Somebody may still write into the shadow: take other memory. The engine keeps that one until it is proved free.
 
         In place there is no other memory: `QuarantineError`."""
-        old = list(self.shadow.values())
+        old = {region._root: None for region in self.shadow.values()}
         if not self._double or any(region not in self._own for region in old):
             raise QuarantineError("a publisher that was lost may still write into these weights", hint="restart this rank")
+        self._views.pop(tuple(self.shadow.values()), None)
         self.shadow = self._allocate()
-        self._views.pop(tuple(old), None)
         for region in old:
             del self._own[region]
             region.close()
@@ -108,7 +120,7 @@ class Memory:
             self._views[regions] = MappingProxyType(self._make(self.active))
         return self._views[regions]
 
-    def _make(self, regions: Mapping[str, Region]) -> dict[str, Any]:
+    def _make(self, regions: Mapping[str, RegionView]) -> dict[str, Any]:
         layout = self._layout
         if self.sizes and not regions:
             return {}  # closed
@@ -153,6 +165,20 @@ def _bytes_of_tensors(layout: Layout, rank: int) -> NDArray[np.int64]:
     found = np.zeros(len(layout.names), np.int64)
     np.add.at(found, layout.piece_tensor[mine], layout.piece_bytes[mine])
     return found
+
+
+def leased(regions: Iterable[RegionView], peer: Peer, access: str, leases: list[Lease]) -> list[bytes]:
+    """Give a peer a right to these buffers, one lease for each piece of memory: a descriptor for each buffer. The leases are
+    added to `leases` as they are made. Raises `TransferError`."""
+    known: dict[Region, RemoteRegion] = {}
+    descriptors = []
+    for region in regions:
+        root = region._root
+        if root not in known:
+            leases.append(root.lease(peer, access=access))
+            known[root] = leases[-1].descriptor
+        descriptors.append(known[root][region._start : region._start + region.nbytes].encode())
+    return descriptors
 
 
 def _torch() -> Any:

@@ -27,7 +27,7 @@ from aiotransfer.weights.watch import Changes, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.region import RegionView
     from aiotransfer.engine.transfer import Transfer
     from aiotransfer.weights.subscriber.subscriber import Subscriber
 
@@ -48,7 +48,7 @@ class Relaying:
         self._pace = Pace(0.0 if offer.passing is None else offer.passing.rate)
         self._lets: dict[int, asyncio.Future[relays.Let]] = {}
         self._peers: dict[int, Peer] = {}
-        self._regions: list[Region] = []
+        self._regions: list[RegionView] = []
         self._tasks: list[asyncio.Task[None]] = []
         self.nbytes = 0  # passed on so far
 

@@ -175,15 +175,15 @@ class Subscriber:
         self._check()
         try:
             async with Patience(within):
-                version: Version = await self.gate.enter()
+                reading = await self.gate.enter()
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
                 raise
             raise self._late(within) from None
         try:
-            yield version
+            yield reading.value
         finally:
-            self.gate.leave()
+            self.gate.leave(reading)
 
     async def __aiter__(self) -> AsyncIterator[Version]:
         """Each version as it becomes the present one; of several that came meanwhile the latest. Ends when the subscriber
