@@ -14,10 +14,10 @@ from aiotransfer.weights.watch import Watch
 if TYPE_CHECKING:
     from aiotransfer.engine.lease import Lease
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.region import RegionView
     from aiotransfer.weights.subscriber.subscriber import Subscriber
 
-    Regions: TypeAlias = dict[str, Region]
+    Regions: TypeAlias = dict[str, RegionView]
 
 MOST_LENDS = 64  # at a time
 
