@@ -181,7 +181,8 @@ def test_a_lost_trainer_is_a_lost_update_on_both_sides() -> None:
         await party.publish(1)
         publishing = asyncio.ensure_future(trainers[1].publish(2))
         dying = asyncio.ensure_future(trainers[0].publish(2))
-        await asyncio.sleep(4e-4)
+        while not servers[0].subscriber._sessions:
+            await asyncio.sleep(1e-5)
         net.kill(trainers[0].engine)
         await asyncio.wait([publishing])
         dying.cancel()
