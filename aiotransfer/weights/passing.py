@@ -7,7 +7,7 @@ counters, several calls that follow one another are one step. A *route* is the t
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,12 +17,13 @@ import numpy.typing as npt
 from aiotransfer.errors import DescriptorError
 from aiotransfer.weights import pack
 from aiotransfer.weights.protocol.terms import MOST_STEPS
-from aiotransfer.weights.tasks import expected, relays
+from aiotransfer.weights.tasks import relays, run_counts
 
 if TYPE_CHECKING:
     from aiotransfer.weights.plan import Plan
 
 Ints = npt.NDArray[Any]
+ROWS = 1 << 20  # moves that are looked at together
 MAGIC = b"\x93ATrou\x01"
 MOST_BYTES = 1 << 30  # of a route, unpacked
 COLUMNS = ("source_buffer", "source_offset", "target_buffer", "target_offset", "nbytes")
@@ -43,25 +44,51 @@ class Coming(NamedTuple):
     relayed: dict[int, dict[int, int]]
 
 
-def coming(plan: Plan, instance: str, rank: int) -> Coming:
-    """Of rank `rank` of `instance`."""
-    found = expected(plan, instance, rank)
-    table = np.stack([found.relayed, found.sender, found.feeder, found.phase, found.part, found.writes])
-    calls: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
-    relayed: defaultdict[int, defaultdict[int, int]] = defaultdict(lambda: defaultdict(int))
-    for is_relayed, sender, feeder, phase, part, writes in table[:, found.writes > 0].T.tolist():
-        if is_relayed:
-            relayed[sender][feeder] += writes
-        else:
-            calls[sender].append((phase, part, writes))
-    steps: dict[int, list[int]] = {}
-    step: dict[tuple[int, int, int], int] = {}
-    for sender, some in calls.items():
-        counts = steps[sender] = [0] * (step_of(len(some) - 1, len(some), plan.trainer.ranks) + 1)
+def comings(plan: Plan) -> list[Coming]:
+    """Of every receiver, by its number."""
+    found = [Coming({}, {}, {}) for _ in range(plan.receivers)]
+    ranks = plan.trainer.ranks
+    calls: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for receiver, sender, phase, part, writes in _counted(plan, plan.move_piece, None):
+        calls.setdefault((receiver, sender), []).append((phase, part, writes))
+    for (receiver, sender), some in calls.items():
+        counts = found[receiver].steps[sender] = [0] * (step_of(len(some) - 1, len(some), ranks) + 1)
         for k, (phase, part, writes) in enumerate(some):
-            step[sender, phase, part] = number = step_of(k, len(some), plan.trainer.ranks)
+            found[receiver].step[sender, phase, part] = number = step_of(k, len(some), ranks)
             counts[number] += writes
-    return Coming(steps, step, {number: dict(feeders) for number, feeders in relayed.items()})
+    for receiver, via, feeder, writes in _counted(plan, plan.relay_piece, plan.relay_move):
+        found[receiver].relayed.setdefault(via, {})[feeder] = writes
+    return found
+
+
+def _counted(plan: Plan, piece: Ints, relayed: Ints | None) -> list[list[int]]:
+    """Sorted rows: of direct moves (receiver, sender, phase, part, writes), of relays (receiver, relay, trainer rank, writes)."""
+    parts = []
+    for begin in range(0, len(piece), ROWS):
+        pieces = piece[begin : begin + ROWS]
+        moves = np.arange(begin, begin + len(pieces)) if relayed is None else relayed[begin : begin + ROWS]
+        job = plan.move_job[moves]
+        columns = [plan.piece_receiver[pieces]]
+        if relayed is None:
+            columns += [plan.job_sender[job], plan.job_phase[job], plan.job_part[job]]
+        else:
+            columns += [plan.piece_receiver[plan.move_piece[moves]], plan.job_sender[job]]
+        writes = run_counts(plan, moves, None if relayed is None else pieces)
+        parts.append(_summed(np.stack([*columns, writes]).astype(np.int64)))
+    table = _summed(np.concatenate(parts, axis=1)) if parts else np.zeros((5, 0), np.int64)
+    rows: list[list[int]] = table[:, table[-1] > 0].T.tolist()
+    return rows
+
+
+def _summed(table: Ints) -> Ints:
+    """Columns that differ in the last row alone become one, with the sum; sorted by the rows before, the first first."""
+    order = np.lexsort(table[-2::-1])
+    table = table[:, order]
+    new = np.ones(table.shape[1], bool)
+    new[1:] = np.any(table[:-1, 1:] != table[:-1, :-1], axis=0)
+    start = np.flatnonzero(new)
+    sums = np.add.reduceat(table[-1], start) if len(start) else table[-1]
+    return np.concatenate([table[:-1, start], sums[None]])
 
 
 class Hop(NamedTuple):
@@ -87,12 +114,11 @@ class Route:
     nbytes: Ints
 
 
-def route(plan: Plan, instance: str, rank: int) -> bytes:
-    """What a rank passes on, for `decode`; empty where that is nothing."""
+def route(plan: Plan, instance: str, rank: int, step: Mapping[tuple[int, int, int], int]) -> bytes:
+    """What a rank passes on, for `decode`; empty where that is nothing. `step`: of what comes to it."""
     writes = relays(plan, instance, rank)
     if not len(writes.phase):
         return b""
-    step = coming(plan, instance, rank).step
     hops = [
         Hop(call.feeder, step[call.feeder, call.phase, call.part], call.receiver, call.begin, call.end) for call in writes.calls()
     ]

@@ -209,9 +209,9 @@ def expected(plan: Plan, instance: str, rank: int) -> Expected:
     return Expected(keys[0].astype(bool), keys[1], keys[2], keys[3], keys[4], sums[0], sums[1])
 
 
-def run_counts(plan: Plan, moves: Ints) -> Ints:
-    """How many contiguous writes each of these moves is (int64)."""
-    return _runs_of(plan, moves, None)[0]
+def run_counts(plan: Plan, moves: Ints, pieces: Ints | None = None) -> Ints:
+    """How many contiguous writes each of these moves is (int64). `pieces`: of relays, the target pieces that they go to."""
+    return _runs_of(plan, moves, pieces)[0]
 
 
 def _runs_of(plan: Plan, moves: Ints, pieces: Ints | None) -> tuple[Ints, Ints]:

@@ -16,6 +16,7 @@ from tests.weights.party import inference_layout, trainer_layout
 PLAN = make_plan(
     trainer_layout(2), {"a": inference_layout(2), "b": inference_layout(1), "c": inference_layout(2)}, fanout="relay"
 )
+COMING = passing.comings(PLAN)
 WHO = [PLAN.who(number) for number in range(PLAN.receivers)]
 
 
@@ -23,12 +24,12 @@ def terms(number: int) -> tuple[list[int], dict[int, int], set[int]]:
     """What a receiver knows of its route."""
     name, rank = PLAN.who(number)
     sizes = list(PLAN.instances[name].buffers_of(rank).values())
-    steps = {sender: len(counts) for sender, counts in passing.coming(PLAN, name, rank).steps.items()}
+    steps = {sender: len(counts) for sender, counts in COMING[number].steps.items()}
     return sizes, steps, set(range(PLAN.receivers))
 
 
 def routes() -> dict[int, bytes]:
-    return {number: data for number, who in enumerate(WHO) if (data := passing.route(PLAN, *who))}
+    return {number: data for number, who in enumerate(WHO) if (data := passing.route(PLAN, *who, COMING[number].step))}
 
 
 def test_a_route_is_read_as_it_was_written_and_says_what_the_plan_says() -> None:
@@ -52,7 +53,9 @@ def test_a_route_is_read_as_it_was_written_and_says_what_the_plan_says() -> None
 
 def test_what_is_counted_is_what_is_written_and_what_trainers_write_instead_is_the_same_bytes() -> None:
     for number, who in enumerate(WHO):
-        coming = passing.coming(PLAN, *who)
+        coming, told = COMING[number], PLAN.expected(*who)
+        assert sum(map(sum, coming.steps.values())) == told.writes[~told.relayed].sum()
+        assert sum(sum(feeders.values()) for feeders in coming.relayed.values()) == told.writes[told.relayed].sum()
         for sender, counts in coming.steps.items():
             writes = PLAN.tasks(sender).writes
             assert sum(counts) == int((writes.receiver == number).sum())

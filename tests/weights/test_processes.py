@@ -51,17 +51,20 @@ def test_a_subscriber_that_is_killed_or_stopped_keeps_its_instance_back_and_no_o
         assert again.hear()["holds"] == alone.look()["holds"] == mate.look()["holds"] == 3
 
 
-@pytest.mark.parametrize("providers", ["shm", pytest.param("tcp", marks=needs_tcp())])
-def test_instances_pass_parts_on_to_one_another_and_one_that_is_killed_holds_up_no_other(providers: str) -> None:
+@pytest.mark.parametrize(
+    ("providers", "number"),
+    [("shm", signal.SIGKILL), ("shm", signal.SIGSTOP), pytest.param("tcp", signal.SIGSTOP, marks=needs_tcp())],
+)
+def test_instances_pass_parts_on_to_one_another_and_one_that_is_lost_holds_up_no_other(providers: str, number: int) -> None:
     with World(providers=providers, fanout="relay") as world:
         world.train(None, None)
         places = {name: world.serve(name, None, None) for name in "abc"}
-        for number in (1, 2, 5):
-            assert world.publish(number) == [{"version": [1, number]}] * 2
+        for version in (1, 2, 5):
+            assert world.publish(version) == [{"version": [1, version]}] * 2
             for server in (server for servers in places.values() for server in servers):
-                assert server.look() == {"version": [1, number], "holds": number, "paths": [providers]}
+                assert server.look() == {"version": [1, version], "holds": version, "paths": [providers]}
         world.enter(6, rate=RATE)
-        places["a"][0].close()
+        places["a"][0].process.send_signal(number)
         for said in world.leave():
             assert said["error"] == "UpdateError"
             assert set(said["missing"]) == {"a/0", "a/1"}

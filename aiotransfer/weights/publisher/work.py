@@ -10,7 +10,7 @@ import numpy as np
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.layout import Layout
-from aiotransfer.weights.passing import Coming, coming, route, step_of
+from aiotransfer.weights.passing import Coming, comings, route, step_of
 from aiotransfer.weights.plan import Plan
 from aiotransfer.weights.planner import make_plan
 from aiotransfer.weights.protocol import wire
@@ -115,17 +115,20 @@ class Offered:
     pass something on), whom each passes on to (`onward`), and how many bytes (`relayed`)."""
 
     def __init__(self, plan: Plan) -> None:
-        self.coming: dict[int, Coming] = {}
+        self.coming: list[Coming] = comings(plan)
         self.routes: dict[int, tuple[bytes, int]] = {}
         for number in range(plan.receivers):
-            self.coming[number] = coming(plan, *plan.who(number))
-            if data := route(plan, *plan.who(number)):
+            if data := self.route(plan, number):
                 self.routes[number] = hashlib.blake2b(data, digest_size=16).digest(), len(data)
         self.relayed = plan.balance().relayed
         self.onward: dict[int, list[int]] = {}
-        for number, what in self.coming.items():
+        for number, what in enumerate(self.coming):
             for via in what.relayed:
                 self.onward.setdefault(via, []).append(number)
+
+    def route(self, plan: Plan, number: int) -> bytes:
+        """The route of a receiver; empty where it passes nothing on."""
+        return route(plan, *plan.who(number), self.coming[number].step)
 
 
 class Works:
@@ -163,7 +166,7 @@ class Works:
         for work in self._known.values():
             for number, (known, _) in work.offered().routes.items() if work.relays else ():
                 if known == digest:
-                    return await aside(self._role.engine, route, work.plan, *work.plan.who(number))
+                    return await aside(self._role.engine, work.offered().route, work.plan, number)
         return None
 
     def drop_prepared(self) -> None:
