@@ -340,6 +340,8 @@ def demonstrate(job: dict[str, Any], say: Any) -> dict[str, Any]:
                 losses.append(trained["loss"])
                 say(f"version {answers[0]['version']}: loss {losses[-1]:.3f}, published {1e3 * trained['seconds']:.0f} ms; "
                     f"experts chosen: {answers[0]['used']}")  # fmt: skip
+                if differs:
+                    break
     return {
         "losses": losses, "loss_falls": losses[-1] < losses[0], "moved": moved, "slots": slots, "unequal": unequal,
         "logits_difference": worst, "logits_equal": worst <= TOLERANCE, "weights_equal": not unequal,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -73,8 +74,10 @@ def expected(rank: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def ends(stack: AsyncExitStack, folder: Path, ranks: int, **options: Any) -> tuple[list[Any], list[Any]]:
-    """Publishers of a checkpoint, and the subscribers of one instance."""
+async def ends(
+    stack: AsyncExitStack, folder: Path, ranks: int, instances: tuple[str, ...] = ("a",), **options: Any
+) -> tuple[list[Any], list[Any]]:
+    """Publishers of a checkpoint, and the subscribers of instances of two ranks."""
     engines = [await stack.enter_async_context(at.open_engine(providers="shm")) for _ in range(ranks)]
     members = [str(engine.address) for engine in engines]
     publishers = []
@@ -83,10 +86,10 @@ async def ends(stack: AsyncExitStack, folder: Path, ranks: int, **options: Any) 
         how: Any = {"group": engine.group(members), "rules": RULES, "timeout": 30} | options
         publishers.append(await stack.enter_async_context(weights.Publisher(engine, checkpoint, **how)))
     subscribers = []
-    for rank in range(2):
+    for name, rank in itertools.product(instances, range(2)):
         engine = await stack.enter_async_context(at.open_engine(providers="shm"))
         await engine.connect(members[0])
-        subscribers.append(await stack.enter_async_context(weights.Subscriber(engine, inference(), instance="a", rank=rank)))
+        subscribers.append(await stack.enter_async_context(weights.Subscriber(engine, inference(), instance=name, rank=rank)))
     return publishers, subscribers
 
 
@@ -98,22 +101,29 @@ async def publish(publishers: list[Any], number: int) -> None:
     await asyncio.gather(*map(one, publishers))
 
 
-@pytest.mark.parametrize(("ranks", "staging_bytes", "checksum"), [(1, 1 << 20, False), (2, 300_000, True)])
+@pytest.mark.parametrize(
+    ("ranks", "instances", "options"),
+    [
+        (1, ("a",), {"staging_bytes": 1 << 20}), (2, ("a",), {"staging_bytes": 300_000, "checksum": True}),
+        (2, ("a", "b"), {"staging_bytes": 300_000}), (2, ("a", "b"), {"staging_bytes": 300_000, "fanout": "relay"}),
+    ],
+)  # fmt: skip
 async def test_files_come_bit_for_bit_fused_cast_and_quantised_in_parts(
-    folder: Path, ranks: int, staging_bytes: int, checksum: bool
+    folder: Path, ranks: int, instances: tuple[str, ...], options: dict[str, Any]
 ) -> None:
     async with AsyncExitStack() as stack:
-        publishers, subscribers = await ends(stack, folder, ranks, staging_bytes=staging_bytes, checksum=checksum)
+        publishers, subscribers = await ends(stack, folder, ranks, instances, **options)
         for number in (1, 2):
             await publish(publishers, number)
-        for rank, subscriber in enumerate(subscribers):
+        assert len(subscribers) == 2 * len(instances)
+        for number, subscriber in enumerate(subscribers):
             assert subscriber.version == (1, 2)
-            wanted = expected(rank)
+            wanted = expected(number % 2)
             assert subscriber.tensors.keys() == wanted.keys()
             for name, value in wanted.items():
                 np.testing.assert_array_equal(bits(subscriber.tensors[name]), bits(value), err_msg=name)
         for publisher in publishers:
-            assert 0 < publisher._staging.nbytes <= staging_bytes
+            assert 0 < publisher._staging.nbytes <= options["staging_bytes"]
 
 
 @pytest.mark.parametrize("when", ["before", "inside"])
