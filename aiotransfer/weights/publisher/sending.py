@@ -237,6 +237,7 @@ class Sending:
                 if making.is_needed(phase, part):
                     halves[part % 2] = posted
             await self.drain()
+            await self._rest()
             await self._tell_sums()
             journal, written = self._update.journal, self.nbytes
             journal.step("write")
@@ -328,6 +329,14 @@ class Sending:
         self._next = max(self._next, now - RATE_SECONDS) + nbytes / rate
         if (begin := self._next - nbytes / rate) > now:
             await asyncio.sleep(begin - now)
+
+    async def _rest(self) -> None:
+        """A write that is longer than the rate allows at once is not cut: what it was too early is waited for here, for at most
+        half of the time that is left."""
+        now = asyncio.get_running_loop().time()
+        left = self._began + self._seconds - now
+        if self._next > now:
+            await asyncio.sleep(min(self._next - now, max(left, 0.0) / 2))
 
     async def _oldest(self) -> None:
         transfer, receiver, writes = self._posted[0]
