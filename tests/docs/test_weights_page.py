@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from aiotransfer import weights
 from aiotransfer.providers import native
 from tests.docs.complaints import complaints
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "guide" / "weights.md").read_text()
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text().partition("## `aiotransfer.weights`\n")[2].partition("\n## ")[0]
+    assert [name for name in weights.__all__ if f"`{name}`" not in text] == []
 
 
 @pytest.mark.skipif(native.lib is None, reason="no native extension")
