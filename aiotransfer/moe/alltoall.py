@@ -12,12 +12,12 @@ import numpy as np
 from aiotransfer.control.patience import Patience, Until
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.unpicklable import Unpicklable
-from aiotransfer.errors import BusyError, ClosedError, TransferError, TransferTimeout
+from aiotransfer.errors import BusyError, TransferError, TransferTimeout
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe import tensors
 from aiotransfer.moe.calls import told
 from aiotransfer.moe.errors import StepRefused, said
-from aiotransfer.moe.handle import CombineHalf, Dispatched, DispatchHalf, Handle, check_results, check_sums
+from aiotransfer.moe.handle import CombineHalf, Dispatched, DispatchHalf, Handle, belongs, half_of, send_back
 from aiotransfer.moe.kernels import kernels_for
 from aiotransfer.moe.kernels.cpu import CpuKernels
 from aiotransfer.moe.party import Party
@@ -25,7 +25,7 @@ from aiotransfer.moe.plan import Route
 from aiotransfer.moe.shape import Shape
 from aiotransfer.moe.step import Step
 from aiotransfer.moe.tags import encoded
-from aiotransfer.moe.tensors import Array, check_no_grad
+from aiotransfer.moe.tensors import Array
 from aiotransfer.moe.unmade import told_to_others
 
 if TYPE_CHECKING:
@@ -326,14 +326,14 @@ class AllToAll(Unpicklable):
         weights = tensors.weights("topk_weights", topk_weights)
         if weights.shape != idx.shape:
             raise ValueError(f"topk_weights must have the shape of topk_idx, {idx.shape}, not {weights.shape}")
-        memory, stride = tensors.rows("x", x, gpu=self._party._gpu)
+        memory, stride = tensors.rows("x", x, gpu=self._party.gpu)
         scale_rows, scales = None, 0
         if x_scales is not None:
             tensors.check("x_scales", x_scales, (n, None), "float32")
             scales = int(x_scales.shape[1])
             if not 1 <= scales <= shape.scales:
                 raise ValueError(f"x_scales has {scales} scales for each token; the all-to-all was made for up to {shape.scales}")
-            scale_rows = tensors.rows("x_scales", x_scales, gpu=self._party._gpu)
+            scale_rows = tensors.rows("x_scales", x_scales, gpu=self._party.gpu)
         return idx, weights, memory, stride, scale_rows, scales, kind
 
     # ---- combine ----
@@ -359,24 +359,9 @@ class AllToAll(Unpicklable):
     ) -> CombineHalf:
         """The first half of `combine`, with its arguments `y`, `handle`, `out` and `timeout` (seconds of the second half): `y`
         may not be changed, nor `out` be read, until the second is over (of `Dispatched.y` see there)."""
-        if not isinstance(handle, Handle) or handle._step.party is not self._party:
+        if not belongs(handle, self._party):
             raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {handle!r}")
-        if handle._state != "dispatched" and handle._state != "returning":
-            raise ClosedError(f"step {handle.step} is {'not received yet' if handle._state == 'sent' else 'over'}")
-        self._party.check()
-        half = CombineHalf(handle, timeout)
-        check_no_grad("y", y)
-        memory, stride = check_results(handle, y)
-        if out is not None:
-            check_no_grad("out", out)
-            check_sums(handle, out, memory, stride)
-        if handle._state == "dispatched":
-            half._hold(memory)
-            handle._state, handle._y = "returning", y
-        if out is not None:
-            handle._out = out
-        await half._send()
-        return half
+        return await send_back(handle, y, out, timeout)
 
     # ---- ranks ----
 
@@ -419,8 +404,7 @@ class AllToAll(Unpicklable):
 
     def resume(self, handle: Handle) -> DispatchHalf | CombineHalf:
         """The half of the step of `handle` that was cut off by a deadline or a cancellation, to `receive()`."""
-        half = CombineHalf if handle._state == "returning" else DispatchHalf
-        return half(handle, self._timeout)
+        return half_of(handle, self._timeout)
 
     def evict(self, rank: int, reason: str = "evicted") -> None:
         """Give `rank` up on all ranks, as if it were lost: one that hangs, say. All are told the `reason`. It may come back by a

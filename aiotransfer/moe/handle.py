@@ -12,11 +12,12 @@ from aiotransfer.engine.base import seconds
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.moe.errors import StepRefused
-from aiotransfer.moe.tensors import Array, Kind, check, overlap, rows
+from aiotransfer.moe.tensors import Array, Kind, check, check_no_grad, overlap, rows
 from aiotransfer.moe.traffic import MOVED_AT_ONCE, turn
 from aiotransfer.providers.rows import Rows, same_rows
 
 if TYPE_CHECKING:
+    from aiotransfer.moe.party import Party
     from aiotransfer.moe.step import Step
 
 
@@ -254,6 +255,37 @@ class CombineHalf(_Half):
                 step.kernels.weigh(target, source, places[part], self._handle._weights[part], **types)
             if begin + most < len(places):
                 await turn()
+
+
+def belongs(handle: object, party: Party) -> bool:
+    """Whether this is the handle of a step of this party."""
+    return isinstance(handle, Handle) and handle._step.party is party
+
+
+def half_of(handle: Handle, timeout: float | None) -> DispatchHalf | CombineHalf:
+    """The half of a step that is still to be received, within `timeout` seconds."""
+    return CombineHalf(handle, timeout) if handle._state == "returning" else DispatchHalf(handle, timeout)
+
+
+async def send_back(handle: Handle, y: Array, out: Array, timeout: float | None) -> CombineHalf:
+    """Send the results `y` of a step back; the sums are to go to `out` (None: to fresh memory). Raises `TypeError`, `ValueError`
+    or `ClosedError` before anything has happened, `RegistrationError`, or what ended the party."""
+    if handle._state != "dispatched" and handle._state != "returning":
+        raise ClosedError(f"step {handle.step} is {'not received yet' if handle._state == 'sent' else 'over'}")
+    handle._step.party.check()
+    half = CombineHalf(handle, timeout)
+    check_no_grad("y", y)
+    memory, stride = check_results(handle, y)
+    if out is not None:
+        check_no_grad("out", out)
+        check_sums(handle, out, memory, stride)
+    if handle._state == "dispatched":
+        half._hold(memory)
+        handle._state, handle._y = "returning", y
+    if out is not None:
+        handle._out = out
+    await half._send()
+    return half
 
 
 def check_sums(handle: Handle, out: Array, results: Any, results_stride: int) -> None:

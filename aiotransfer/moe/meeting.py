@@ -107,7 +107,7 @@ class Meeting(Ranks):
                     if tries == TRIES - 1:
                         raise
                 await asyncio.sleep(LOOK_AGAIN)
-            self._wake()
+            self.wake()
 
         def look() -> None:
             """Who is connected already is not dialled. A rank before this one dials; if it does not (it runs already), we do;
@@ -148,7 +148,7 @@ class Meeting(Ranks):
                         self._send_to(peer, wire.Who(rank=self.rank, incarnation=self.incarnation, present=None))
                 if not missing and staged is None:
                     staged = any(not self._is_direct(peer) for peer in found.values())
-                    self.buffers = Buffers(self.engine, self.shape, staged=staged, gpu=self._gpu, in_place=self._in_place)
+                    self.buffers = Buffers(self.engine, self.shape, staged=staged, gpu=self.gpu, in_place=self._in_place)
                 if staged is not None:
                     for rank, peer in found.items():
                         if rank not in greeted:
@@ -206,7 +206,7 @@ class Meeting(Ranks):
         """Until something has happened, or may have: a peer that dialed this engine, or was lost, is only known by looking."""
         change: asyncio.Future[None] = self.engine._loop.create_future()
         self._changed[change] = None
-        look = self.engine._loop.call_later(LOOK_AGAIN, self._wake)
+        look = self.engine._loop.call_later(LOOK_AGAIN, self.wake)
         try:
             await change
         finally:
@@ -219,7 +219,7 @@ class Meeting(Ranks):
     def _can_read(self, peer: Peer) -> bool:
         """Whether results can be fetched from its memory. In a DP group rows were placed by somebody else's plan."""
         mapped = peer.path.provider in ("shm", "loopback")
-        return mapped and self._is_direct(peer) and self.shape.dp_size == 1 and not self._gpu
+        return mapped and self._is_direct(peer) and self.shape.dp_size == 1 and not self.gpu
 
     def _greet(self, rank: int, peer: Peer, *, ask: bool) -> None:
         known = self.ranks[rank]

@@ -84,7 +84,7 @@ class Party(Meeting):
         except Exception as error:
             self._failed(peer, error)
             self._wrong(content, error)
-        self._wake()
+        self.wake()
 
     def _wrong(self, content: wire.Message, error: Exception) -> None:
         """What a rank said cannot be, or cannot be dealt with here: at work we go on without it; who is setting up cannot."""
@@ -225,7 +225,7 @@ class Party(Meeting):
         hello = self._hellos.get(rank)
         if hello is not None and hello[1].incarnation == leave.incarnation:
             self._unable[rank] = f"it has left again: {clip(leave.reason)}"
-            self._wake()
+            self.wake()
 
     async def _part(self, rank: int, leave: wire.Leave) -> None:
         """A rank has left: what it had sent before has landed, and only has to be counted still."""
@@ -321,7 +321,7 @@ class Party(Meeting):
                 self._forget(rank, error)
         if members.owes() and self._telling is None:
             self._telling = self.spawn(self._tell())
-        self._wake()
+        self.wake()
 
     async def _tell(self) -> None:
         """Tell all others what is owed to them, as often as there is something, when those who are gone can write no more."""
@@ -339,7 +339,7 @@ class Party(Meeting):
                     self._send(rank, wire.Told(rank=self.rank, incarnation=self.incarnation, view=view))
         finally:
             self._telling = None
-            self._wake()
+            self.wake()
 
     def _readers(self) -> list[tuple[int, Rank]]:
         """Who may not have read all results yet that lie here: it answers a goodbye when it has."""

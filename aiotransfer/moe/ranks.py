@@ -94,7 +94,7 @@ class Ranks:
         self.key = wire.key_of(name, group.members)
         self._base = immediates(name, members, shape)
         self._direct = direct
-        self._gpu = gpu
+        self.gpu = gpu
         self._in_place = in_place
         self.ranks: list[Rank | None] = [None] * shape.ranks
         self.members: Members | None = None
@@ -216,7 +216,7 @@ class Ranks:
             for counter in self._counters.values():
                 counter.close()
             self._counters.clear()
-            self._wake()
+            self.wake()
 
     def check(self) -> None:
         """Raises what ended it, if anything has."""
@@ -266,7 +266,8 @@ class Ranks:
         """Whoever waited for it was told that it is lost."""
         raise AssertionError("a party has its own")
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Something has happened to the ranks: who waits for `changed` or `views` looks again."""
         for change in self._changed:
             if not change.done():
                 change.set_result(None)

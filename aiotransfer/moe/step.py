@@ -384,7 +384,7 @@ class Step(Traffic):
         self.over = True
         self.party.steps.pop(self.number, None)
         self.party.handles.pop(self.number, None)
-        self.party._wake()
+        self.party.wake()
 
     async def _give_up(self) -> None:
         """The step does not take place anywhere: let everyone know that the slot is free here, and wait until it is there."""

@@ -75,7 +75,7 @@ def test_the_path_of_a_gpu_under_tritons_interpreter(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "kernels_for", lambda device: TritonKernels("cpu"))
 
     async def script(w: World) -> None:
-        assert w.a2a[0]._party._gpu
+        assert w.a2a[0]._party.gpu
         await w.every(lambda a2a: rank(a2a, torch, torch.bfloat16))
 
     world(2, script, dtype="bfloat16", hidden=HIDDEN, direct=direct)
