@@ -44,6 +44,7 @@ async def train(listen: str) -> None:
                     pass
                 if group.rank == 0:
                     print(f"version {number}: loss {loss:.3f}", flush=True)
+            await group.barrier()  # no rank leaves while another one is still in its last publish
 
 
 async def infer(trainers: str) -> None:
