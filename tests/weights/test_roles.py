@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -293,6 +294,30 @@ async def test_when_nothing_fits_nothing_is_published(party: Party) -> None:
     for error in await failures(party, 1):
         assert isinstance(error, weights.PlanError)
         assert any("strange" in problem for problem in error.problems)
+
+
+async def test_arguments_of_wrong_types_are_refused_with_their_value(party: Party) -> None:
+    engine = await party.stack.enter_async_context(await party.open_engine())
+    bound = Bound(trainer_layout(1), 0, shard(trainer_layout(1), 0, values(0)))
+    for name, wrong in (
+        ("checksum", "yes"), ("checksum", None), ("rate_limit", "fast"), ("rate_limit", True), ("staging_bytes", 1.5),
+        ("group", "x"), ("rules", "x"), ("rules", [3]), ("names", 3), ("names", [None]), ("epoch", "1"), ("timeout", "1"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=re.escape(repr(wrong[0] if isinstance(wrong, list) else wrong))):
+            weights.Publisher(engine, bound, **{name: wrong})  # type: ignore[arg-type]
+    for name, wrong in (("instance", 3), ("rank", "0"), ("rank", True), ("pause", 3), ("timeout", "1")):
+        with pytest.raises(TypeError, match=repr(wrong)):
+            weights.Subscriber(engine, inference_layout(1), **{"instance": "a", name: wrong})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="UTF-8"):
+        weights.Subscriber(engine, inference_layout(1), instance="a\ud800")
+    for nothing in (None, 3, "x"):
+        with pytest.raises(TypeError, match=f"not {nothing!r}"):
+            weights.Publisher(nothing, bound)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"not {nothing!r}"):
+            weights.Subscriber(nothing, inference_layout(1), instance="a")  # type: ignore[arg-type]
+    assert not engine._regions
+    async with weights.Publisher(engine, bound, names="{any}", rules=[], rate_limit=np.float32(1e9)) as publisher:
+        assert publisher.works._names == ("{any}",)
 
 
 async def test_the_roles_refuse_what_cannot_be_at_once(party: Party) -> None:

@@ -10,7 +10,6 @@ Behind the block every subscriber that was there has the version; else `UpdateEr
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import msgspec
 from aiotransfer.control.patience import despite_cancels
 from aiotransfer.engine.base import seconds, world_of
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError
+from aiotransfer.weights import arguments
 from aiotransfer.weights.binding import bound_of
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.files import FileBound
@@ -37,6 +37,7 @@ from aiotransfer.weights.publisher.leader import Leader
 from aiotransfer.weights.publisher.memory import Sources
 from aiotransfer.weights.publisher.update import Update
 from aiotransfer.weights.publisher.work import Works
+from aiotransfer.weights.rules import checked
 from aiotransfer.weights.watch import Changes, Watch, reach
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Publisher:
         names: Iterable[str] | None = None, fanout: str = "direct", progress: Progress = None,
         on_record: Callable[[UpdateRecord], object] | None = None,
     ) -> None:  # fmt: skip
+        engine, group = arguments.engine(engine), arguments.group(group)
         self.members = (str(engine.address),) if group is None else tuple(map(str, group.members))
         self.rank = 0 if group is None else group.rank
         self.ranks = len(self.members)
@@ -92,12 +94,8 @@ class Publisher:
             raise ValueError("a Publisher needs a layout with memory: layout.bind(rank, {buffer: tensor}), or layout_of(model)")
         if self.layout.ranks != self.ranks:
             raise ValueError(f"the layout has {self.layout.ranks} ranks, the group {self.ranks}")
-        if rate_limit is not None and not rate_limit > 0:
-            raise ValueError(f"rate_limit is a number of bytes a second above 0, or None: {rate_limit!r}")
-        if isinstance(staging_bytes, bool) or not isinstance(staging_bytes, int):
-            raise TypeError(f"staging_bytes must be an int, not {staging_bytes!r}")
-        if staging_bytes < 1:
-            raise ValueError(f"staging_bytes must be positive, not {staging_bytes}")
+        self.rate_limit, self.checksum = arguments.rate(rate_limit), arguments.flag("checksum", checksum)
+        staging_bytes, templates = arguments.count("staging_bytes", staging_bytes), arguments.names(names)
         if fanout not in ("direct", "relay"):
             raise ValueError(f"fanout is 'direct' or 'relay', not {fanout!r}")
         self.layout.check()
@@ -106,9 +104,7 @@ class Publisher:
         self.engine = engine
         self.seconds = min(seconds(timeout, engine.timeout), MOST_SECONDS)
         self.epoch = check_epoch(epoch)
-        self.checksum = bool(checksum)
-        self.rate_limit = math.inf if rate_limit is None else float(rate_limit)
-        self.works = Works(self, tuple(rules), staging_bytes, None if names is None else tuple(names), fanout)
+        self.works = Works(self, checked(rules), staging_bytes, templates, fanout)
         self.roll = Roll()
         self.life = self.random()
         self._called: dict[Peer, None] = {}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.engine.base import is_open, seconds, world_of
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, TransferTimeout, again
+from aiotransfer.weights import arguments
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.binding import bound_of, check_places
 from aiotransfer.weights.errors import PlanError
@@ -74,10 +75,7 @@ class Subscriber:
     ) -> None:  # fmt: skip
         if mode not in ("double", "in_place"):
             raise ValueError(f"mode is 'double' or 'in_place', not {mode!r}")
-        if not isinstance(instance, str):
-            raise TypeError(f"instance must be a str, not {instance!r}")
-        if len(instance) > wire.MOST_NAME:
-            raise ValueError(f"instance has at most {wire.MOST_NAME} characters, not {len(instance)}")
+        engine, instance = arguments.engine(engine), arguments.instance(instance, wire.MOST_NAME)
         for name, hook in (("pause", pause), ("resume", resume)):
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name} must be callable, not {hook!r}")
