@@ -14,7 +14,7 @@ MINUTES ?= 20
 RUNS ?= 50000
 CYCLES ?= 10000
 
-.PHONY: help setup hello demo demo-moe demo-weights test check test-distros test-demo test-triton test-wheel test-long lint bench bench-earlier bench-tcp bench-verbs bench-guest \
+.PHONY: help setup hello demo demo-moe demo-weights test check test-distros test-demo test-triton test-wheel test-long lint bench bench-earlier bench-handover bench-tcp bench-verbs bench-guest \
 	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-weights bench-scale bench-weights-replay docs test-rails test-chaos test-chaos-kv test-chaos-moe test-chaos-weights test-guest \
 	test-matrix test-cycles test-sanitize soak strangers fuzz sanitize mutants clean
 
@@ -125,6 +125,11 @@ bench-kv-stream: $(STAMPS)/demo $(STAMPS)/test
 bench-earlier: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) tests/benchmarks/earlier.py $(COMMIT) $(ARGS)
+
+# What handing copies of registered memory to another thread costs, beside an earlier commit.
+bench-handover: setup
+	@$(PIP) install --quiet uvloop
+	@$(PY) -m tests.benchmarks.handover $(COMMIT) $(ARGS)
 
 # KV caches: the planner on a long prompt, and many small requests at a time between two processes.
 bench-kv: setup
