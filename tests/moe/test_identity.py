@@ -541,12 +541,15 @@ async def test_a_rank_that_leaves_while_the_ranks_meet_is_missed_at_once(monkeyp
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["hello", "ready"])
-async def test_ranks_that_do_not_meet_in_time_name_exactly_who_is_missing(monkeypatch: pytest.MonkeyPatch, last: bool) -> None:
+@pytest.mark.parametrize("third", ["has no engine", "makes no all-to-all", "is not ready"])
+async def test_ranks_that_do_not_meet_in_time_name_exactly_who_is_missing(monkeypatch: pytest.MonkeyPatch, third: str) -> None:
     async with engines(3) as of:
         addresses = [str(engine.address) for engine in of]
-        sizes = SIZES | {"num_experts": 3, "timeout": 2}
+        sizes = SIZES | {"num_experts": 3, "timeout": 4}
+        if third == "has no engine":
+            await of.pop().aclose()
         a2a = [moe.AllToAll(e, e.group(addresses), **sizes) for e in of]
+        last = third == "is not ready"
         if last:
             keep_back(monkeypatch, [of[2]], wire.Ready)
         found = await asyncio.gather(*(one.ready() for one in a2a[: 2 + last]), return_exceptions=True)
