@@ -96,9 +96,9 @@ class Relaying:
                 for hop in todo.pop(await self._step(at), ()):
                     self._role.check_places()
                     for begin, end in self._calls(route, hop):
-                        await self._pace.room(int(route.nbytes[begin:end].sum()))
                         while len(posted) >= UNDER_WAY:
                             await self._oldest(posted)
+                        await self._pace.room(int(route.nbytes[begin:end].sum()))
                         posted.append(await self._post(route, begin, end, regions, imms[hop.feeder]))
             while posted:
                 await self._oldest(posted)
