@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from aiotransfer.errors import TransferError
@@ -64,6 +65,21 @@ class Watch:
         for task in self._tasks.values():
             task.cancel()
         self._tasks.clear()
+
+
+class Ending:
+    """`async with Ending(end):` calls or awaits `end()` behind the block, however it ends; not where its coroutine was forgotten
+    together with its loop, where nothing may be awaited and no task be woken."""
+
+    def __init__(self, end: Callable[[], Awaitable[object] | None]) -> None:
+        self._end = end
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        if not isinstance(value, GeneratorExit) and (ending := self._end()) is not None:
+            await ending
 
 
 async def reach(engine: Engine, address: str, timeout: float, *, retry: bool = True) -> Peer:

@@ -8,7 +8,7 @@ from tests.reliability import weights_chaos
 
 
 def test_random_losses_kills_and_restarts_mix_no_versions_and_leave_nothing_behind() -> None:
-    weights_chaos.runs(random.randrange(1 << 28), 120)
+    assert weights_chaos.Tally(random.randrange(1 << 28)).go_on(120)
 
 
 def test_a_seed_replays_its_run() -> None:

@@ -2,6 +2,7 @@
 
     python -m tests.reliability.weights_chaos --updates 10000        (`make test-chaos-weights`)
     python -m tests.reliability.weights_chaos --seed 1234            one run again, as it was
+    python -m tests.reliability.weights_chaos --state FILE --seconds 500    a portion; the same again goes on
 
 A run has one to three trainer ranks and two or three inference instances of one, two or four ranks, each with a second buffer or
 in place, and publishes version after version; in half of the runs the instances pass parts on to one another. Every subscriber
@@ -24,10 +25,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
+import math
 import os
 import random
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -277,9 +281,10 @@ class Run:
             trainer.raises = False
         elif fault == "old number":
             await asyncio.wait(tasks)
+            known = max((server.subscriber.claims.highest for server in self.all()), default=weights.Version(0, -1))
             results = await asyncio.gather(*(one.publish(self.before) for one in self.trainers), return_exceptions=True)
             for error in results:
-                assert not isinstance(error, weights.Version), f"version {error} was published after {self.number}"
+                assert not isinstance(error, weights.Version) or error > known, f"version {error} was published after {known}"
                 self.struck["refused"] += isinstance(error, weights.VersionError)
         elif fault == "skipped number":
             await asyncio.wait(tasks)
@@ -375,14 +380,29 @@ def run(seed: int, struck: Counter[str] | None = None) -> int:
         raise
 
 
-def runs(first: int, updates: int) -> Counter[str]:
-    """So many updates, from seed `first`. Raises at the first run that fails, or when a fault or an outcome never came."""
-    struck: Counter[str] = Counter()
-    for seed in range(first, first + -(-updates // UPDATES)):
-        run(seed, struck)
-    never = [name for name in (*FAULTS, *OUTCOMES, *KINDS) if not struck[name]] if updates >= 2000 else []
-    assert not never, f"seeds from {first}: these never came: {never}"
-    return struck
+@dataclass
+class Tally:
+    """What the runs so far came to: from seed `first`, `done` of them, in `seconds`."""
+
+    first: int
+    done: int = 0
+    seconds: float = 0.0
+    struck: Counter[str] = field(default_factory=Counter)
+
+    def go_on(self, updates: int, seconds: float = math.inf) -> bool:
+        """Run until there are so many updates, for about so many seconds. Whether all were run. Raises at the first run that
+        fails, and in the end when a fault or an outcome never came."""
+        begin, many = time.monotonic(), -(-updates // UPDATES)
+        before = self.seconds
+        while self.done < many and time.monotonic() - begin < seconds:
+            run(self.first + self.done, self.struck)
+            self.done += 1
+            self.seconds = before + time.monotonic() - begin
+        if self.done < many:
+            return False
+        never = [name for name in (*FAULTS, *OUTCOMES, *KINDS) if not self.struck[name]] if updates >= 2000 else []
+        assert not never, f"seeds from {self.first}: these never came: {never}"
+        return True
 
 
 def report(first: int, updates: int, struck: Counter[str], seconds: float) -> str:
@@ -411,13 +431,23 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=random.randrange(1 << 28))
     parser.add_argument("--seed", type=int)
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--state", type=Path, help="a file for what the runs so far came to: the next call goes on")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many, with --state")
     options = parser.parse_args()
     if options.seed is not None:
         print(run(options.seed))
         return
-    start = time.monotonic()
-    struck = runs(options.first, options.updates)
-    publish(REPORT, report(options.first, options.updates, struck, time.monotonic() - start), write=options.report)
+    tally = Tally(options.first)
+    if options.state is not None and options.state.exists():
+        known = json.loads(options.state.read_text())
+        tally = Tally(**known | {"struck": Counter(known["struck"])})
+    is_whole = tally.go_on(options.updates, options.seconds)
+    if options.state is not None:
+        options.state.write_text(json.dumps({name: getattr(tally, name) for name in ("first", "done", "seconds", "struck")}))
+    if is_whole:
+        publish(REPORT, report(tally.first, options.updates, tally.struck, tally.seconds), write=options.report)
+    else:
+        print(f"{tally.done * UPDATES:,} of {options.updates:,} updates, in {tally.seconds:,.0f} s; call it again to go on")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from aiotransfer.errors import TransferError
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.protocol.roll import lender
 from aiotransfer.weights.protocol.version import Version
-from aiotransfer.weights.watch import Changes, Watch, reach
+from aiotransfer.weights.watch import Changes, Ending, Watch, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
@@ -79,25 +79,28 @@ class CatchUp:
     async def _run(self) -> None:
         role, name = self._role, self._entries[0].instance
         everyone = range(len(self._entries))
-        try:
-            async with Patience(role.seconds):
-                await asyncio.gather(*map(self._offer, everyone))
-                await self._changes.until(lambda: len(self._accepted) == len(self._entries) or any(self._done.values()))
-                if (chair := self._peers[0]) is not None and not any(self._done.values()):
-                    role.tell(chair, wire.Allow(self.update, name))
-                await self._changes.until(lambda: all(rank in self._done for rank in everyone) or any(self._done.values()))
-        except (TransferError, TimeoutError):
-            self._done.setdefault(0, "late")
-        finally:
-            self._watch.close()
-            why = next((text for text in self._done.values() if text), "" if len(self._done) == len(self._entries) else "late")
-            for rank, entry in enumerate(self._entries):
-                peer = self._peers[rank]
-                if self._done.get(rank) == "":
-                    role.took(entry, self._version, self._source[0].trainer)
-                elif peer is not None and rank not in self._done and peer.state in ("up", "busy"):
-                    role.tell(peer, wire.Abandon(self.update, 0, "failed", wire.clip(why), 0, -1, []))
-            role.catching.over(name, self._tries)
+        async with Ending(self._end):
+            try:
+                async with Patience(role.seconds):
+                    await asyncio.gather(*map(self._offer, everyone))
+                    await self._changes.until(lambda: len(self._accepted) == len(self._entries) or any(self._done.values()))
+                    if (chair := self._peers[0]) is not None and not any(self._done.values()):
+                        role.tell(chair, wire.Allow(self.update, name))
+                    await self._changes.until(lambda: all(k in self._done for k in everyone) or any(self._done.values()))
+            except (TransferError, TimeoutError):
+                self._done.setdefault(0, "late")
+
+    def _end(self) -> None:
+        role = self._role
+        self._watch.close()
+        why = next((text for text in self._done.values() if text), "" if len(self._done) == len(self._entries) else "late")
+        for rank, entry in enumerate(self._entries):
+            peer = self._peers[rank]
+            if self._done.get(rank) == "":
+                role.took(entry, self._version, self._source[0].trainer)
+            elif peer is not None and rank not in self._done and peer.state in ("up", "busy"):
+                role.tell(peer, wire.Abandon(self.update, 0, "failed", wire.clip(why), 0, -1, []))
+        role.catching.over(self._entries[0].instance, self._tries)
 
     async def _offer(self, rank: int) -> None:
         role, entry, version = self._role, self._entries[rank], self._version

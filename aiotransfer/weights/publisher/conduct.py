@@ -14,7 +14,7 @@ from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.roll import gaps, name_of, stands_in_the_way
 from aiotransfer.weights.protocol.version import Version
 from aiotransfer.weights.publisher.settling import Settling
-from aiotransfer.weights.watch import Changes, Watch, reach
+from aiotransfer.weights.watch import Changes, Ending, Watch, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
@@ -93,17 +93,19 @@ class Conduct:
     # ---- from beginning to end ----
 
     async def _run(self) -> None:
-        try:
-            await self._publish()
-        except Given as given:
-            self._abandon(given)
-        except Exception as error:  # nothing may leave the others waiting
-            self._abandon(Given("failed", f"publisher rank 0: {type(error).__name__}: {error}"))
-        finally:
-            self._watch.close()
-            self.leader.conduct = None
-            self.leader.begin()
-            self.role.catching.look()
+        async with Ending(self._end):
+            try:
+                await self._publish()
+            except Given as given:
+                self._abandon(given)
+            except Exception as error:  # nothing may leave the others waiting
+                self._abandon(Given("failed", f"publisher rank 0: {type(error).__name__}: {error}"))
+
+    def _end(self) -> None:
+        self._watch.close()
+        self.leader.conduct = None
+        self.leader.begin()
+        self.role.catching.look()
 
     async def _publish(self) -> None:
         role = self.role

@@ -17,7 +17,7 @@ from aiotransfer.weights.publisher.making import Making
 from aiotransfer.weights.publisher.posting import SHARE, Batch
 from aiotransfer.weights.publisher.standing import Standing
 from aiotransfer.weights.tasks import STAGING, Call, Writes
-from aiotransfer.weights.watch import Watch, reach
+from aiotransfer.weights.watch import Ending, Watch, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
@@ -213,7 +213,7 @@ class Sending:
 
     async def _write(self) -> None:
         making = Making(self._role, self._update, self._work)
-        try:
+        async with Ending(lambda: self._end(making)):
             limit = asyncio.Semaphore(ASKS)
             self._asks = {
                 number: self._role.mail.own(self._ask(receiver, limit))
@@ -246,14 +246,15 @@ class Sending:
                 await self.standing.run(making)
                 journal.step("relay")
                 journal.instead = self.nbytes - written
-        finally:
-            self._watch.close()
-            for ask in self._asks.values():
-                ask.cancel()
-            if self.standing is not None:
-                self.standing.close()
-            await self._withdraw()
-            making.close()
+
+    async def _end(self, making: Making) -> None:
+        self._watch.close()
+        for ask in self._asks.values():
+            ask.cancel()
+        if self.standing is not None:
+            self.standing.close()
+        await self._withdraw()
+        making.close()
 
     async def _call(self, call: Call, making: Making) -> list[Transfer]:
         """All writes to one receiver in one phase and part."""

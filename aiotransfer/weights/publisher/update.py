@@ -258,7 +258,7 @@ class Update:
         """Of rank 0."""
         match message:
             case wire.Begin(attempt=self._attempt):
-                self._begun = message
+                self._begun, self.update = message, message.update  # at once: who is cancelled now gives this update up
             case wire.Go(update=self.update):
                 self._go = message
             case wire.Drop() | relays.Instead() | relays.Settle() if message.update == self.update:

@@ -13,7 +13,7 @@ from aiotransfer.weights.protocol.agreement import Chair, Say, Seat
 from aiotransfer.weights.protocol.version import Version
 from aiotransfer.weights.subscriber.filling import Filling
 from aiotransfer.weights.subscriber.relaying import Relaying
-from aiotransfer.weights.watch import Changes, reach
+from aiotransfer.weights.watch import Changes, Ending, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
@@ -57,19 +57,18 @@ class Session:
     # ---- the way of a version ----
 
     async def _run(self) -> None:
-        try:
+        async with Ending(self._end):
             await asyncio.wait([self._work], timeout=self.offer.seconds)
             if not self._work.done() and not self._decided():
                 self._note(f"not whole within {self.offer.seconds:g} s", "late")
                 await self._late()
-        finally:
-            self._hide()
-            self._work.cancel()
-            await asyncio.wait([self._work])
-            try:
-                await self._finish()
-            finally:
-                self._record()
+
+    async def _end(self) -> None:
+        self._hide()
+        self._work.cancel()
+        await asyncio.wait([self._work])
+        async with Ending(self._record):
+            await self._finish()
 
     async def _late(self) -> None:
         if self.chair is not None:

@@ -102,6 +102,7 @@ class Subscriber:
         self._spoiled = ""
         self._changes = Changes()
         self._sessions: dict[int, Session] = {}
+        self._beginning: dict[int, Peer] = {}  # updates that were offered, until they have a session
         self._past: dict[int, tuple[str, str]] = {}  # "open" or "not", and why not
         self._early: list[tuple[Peer, wire.Whole]] = []
         self._told: dict[Peer, None] = {}  # who was announced to
@@ -374,11 +375,15 @@ class Subscriber:
             known = self.claims.highest
             self.tell(peer, wire.Decline(update, self.instance, self.rank, kind, wire.clip(why), known.epoch, known.number))
             return
+        self._beginning[update] = peer
         self.mail.own(self._begin(peer, offer, list(self._sessions.values())))
 
     async def _begin(self, peer: Peer, offer: wire.Offer, before: list[Session]) -> None:
-        if before:
-            await asyncio.wait([session.task for session in before])
+        try:
+            if before:
+                await asyncio.wait([session.task for session in before])
+        finally:
+            self._beginning.pop(offer.update, None)
         if self._closed or offer.update in self._past or self._sessions:
             why = CLOSED if self._closed else "another version came"
             self.tell(peer, wire.Decline(offer.update, self.instance, self.rank, "failed", why, 0, -1))
@@ -398,6 +403,8 @@ class Subscriber:
                 self.tell(peer, wire.Grant(message.update, self.instance, self.rank, [], [], "the version is over here"))
             return
         if session is None:
+            if isinstance(message, wire.Abandon) and self._beginning.get(message.update) is peer:
+                self._past[message.update] = "not", message.text  # the offer came just before: it must not begin
             return
         match message:
             case wire.Sum():
