@@ -97,6 +97,16 @@ def _rebuild(cls: type[TransferError], message: str, state: dict[str, Any]) -> T
     return error
 
 
+def said(error: BaseException) -> str:
+    """An error of any kind in words for the other side; never empty, and never an error itself."""
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # the class may be the application's
+        return name
+    return text if text and isinstance(error, TypeError | ValueError) else f"{name}: {text}" if text else name
+
+
 class ConfigurationError(TransferError):
     """A setting that cannot work."""
 

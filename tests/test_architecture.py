@@ -37,7 +37,7 @@ PURE = (
     "model/", "core/", "control/frames.py", "control/session.py", "control/resume.py", "rendezvous/roster.py", "errors.py",
     "kv/layout.py", "kv/plan.py", "kv/checksum.py", "kv/record.py", "kv/wire.py", "kv/saga.py", "kv/schedule.py",
     "kv/registry/member.py", "kv/registry/changes.py", "kv/registry/cache.py", "kv/registry/stamp.py",
-    "moe/members.py", "moe/shape.py", "moe/plan.py", "moe/wire.py", "moe/errors.py", "moe/tags.py",
+    "moe/members.py", "moe/shape.py", "moe/plan.py", "moe/wire.py", "moe/errors.py", "moe/tags.py", "moe/waits.py",
     "weights/layout.py", "weights/layoutcheck.py", "weights/pack.py", "weights/rules.py", "weights/templates.py",
     "weights/links.py", "weights/sources.py", "weights/assign.py", "weights/senders.py", "weights/staging.py", "weights/relay.py",
     "weights/planner.py", "weights/plan.py", "weights/tasks.py", "weights/codec.py", "weights/balance.py", "weights/explain.py",
@@ -91,6 +91,13 @@ def test_a_module_is_short_has_a_docstring_and_imports_only_what_lies_beneath(fi
         if target.startswith("aiotransfer.") and (beneath := folder_of(target)) != folder:
             assert beneath in MAY_IMPORT[folder] | LEAVES or target == "aiotransfer._native" or folder == "cli", target
         assert target != "aiotransfer" or folder in ("cli", "testing"), "below them nothing names the package itself"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.py")), ids=lambda f: f.name)
+def test_an_example_is_short_and_has_a_docstring(file: Path) -> None:
+    source = file.read_text()
+    assert len(source.splitlines()) <= MOST_LINES
+    assert ast.get_docstring(ast.parse(source)), "an example says what it shows"
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if str(f.relative_to(PACKAGE)).startswith(PURE)], ids=lambda f: f.name)

@@ -12,11 +12,11 @@ import numpy as np
 from aiotransfer.control.patience import Patience, Until
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.unpicklable import Unpicklable
-from aiotransfer.errors import BusyError, TransferError, TransferTimeout
+from aiotransfer.errors import BusyError, TransferError, TransferTimeout, said
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe import tensors
 from aiotransfer.moe.calls import told
-from aiotransfer.moe.errors import StepRefused, said
+from aiotransfer.moe.errors import StepRefused
 from aiotransfer.moe.handle import CombineHalf, Dispatched, DispatchHalf, Handle, belongs, half_of, send_back
 from aiotransfer.moe.kernels import kernels_for
 from aiotransfer.moe.kernels.cpu import CpuKernels
@@ -264,7 +264,7 @@ class AllToAll(Unpicklable):
             raise refusal
         if ahead:
             step.ahead = party.spawn(step.exchange())
-        return DispatchHalf(handle, timeout), until
+        return DispatchHalf(handle, self._timeout if timeout is None else timeout), until
 
     def _until(self, timeout: float | None) -> Until:
         engine = self._party.engine
@@ -294,6 +294,7 @@ class AllToAll(Unpicklable):
     async def _until_it_may(self, number: int, until: Until) -> None:
         party, members = self._party, self._party.members
         assert members is not None
+        party.begins = number
         try:
             async with Patience(until.left()):
                 while not self._may_send(number):
@@ -305,6 +306,8 @@ class AllToAll(Unpicklable):
                 f"not heard of: {who}", ranks=members.awaited,
                 hint="nothing was sent: dispatch again, or give the missing rank up with evict()",
             ) from None  # fmt: skip
+        finally:
+            party.begins = None
 
     def _check(self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None) -> Any:
         """All arguments as memory. Raises `TypeError` or `ValueError` with the name and the value."""
@@ -361,7 +364,7 @@ class AllToAll(Unpicklable):
         may not be changed, nor `out` be read, until the second is over (of `Dispatched.y` see there)."""
         if not belongs(handle, self._party):
             raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {handle!r}")
-        return await send_back(handle, y, out, timeout)
+        return await send_back(handle, y, out, self._timeout if timeout is None else timeout)
 
     # ---- ranks ----
 

@@ -7,16 +7,6 @@ from typing import Any
 from aiotransfer.errors import BrokenError, ConfigurationError, TransferError
 
 
-def said(error: BaseException) -> str:
-    """An error in words for the other ranks; never empty."""
-    name = type(error).__name__
-    try:
-        text = str(error)
-    except Exception:  # the class may be the application's
-        return name
-    return text if text and isinstance(error, TypeError | ValueError) else f"{name}: {text}"
-
-
 class _Ranks:
     ranks: tuple[int, ...]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +16,16 @@ from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.moe.errors import StepRefused
 from aiotransfer.moe.tensors import Array, Kind, check, check_no_grad, overlap, rows
 from aiotransfer.moe.traffic import MOVED_AT_ONCE, turn
+from aiotransfer.moe.waits import WORDS
 from aiotransfer.providers.rows import Rows, same_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from aiotransfer.moe.party import Party
     from aiotransfer.moe.step import Step
+
+ASK_SECONDS = 0.5  # before the end of a deadline, or a quarter of it: then the others are asked what they wait for
 
 
 class Handle(Unpicklable):
@@ -86,6 +93,20 @@ class Dispatched:
         return f"<Dispatched {tuple(self.x.shape)} rows, step {self.handle.step}>"
 
 
+class _NotYet(Exception):
+    """A part of a deadline has passed."""
+
+
+async def _within(limit: float, work: Callable[[], Awaitable[Any]]) -> Any:
+    try:
+        async with Patience(limit):
+            return await work()
+    except TimeoutError as error:
+        if isinstance(error, TransferTimeout):
+            raise
+        raise _NotYet from None
+
+
 class _Half(Unpicklable):
     """What was sent and is to be received."""
 
@@ -106,18 +127,34 @@ class _Half(Unpicklable):
 
     async def _within(self, what: str, until: Until, work: Any) -> Any:
         step = self._handle._step
+        step.callers += 1
         try:
-            async with Patience(until.left()):
-                return await work()
-        except TimeoutError as error:
-            if isinstance(error, TransferTimeout):
-                raise
-            ranks = step.missing()
-            missing = ", ".join(map(step.party.who, ranks)) or "no rank in particular"
-            raise TransferTimeout(
-                f"the {what} of step {step.number} did not end within {until.seconds:g} s; not heard of: {missing}", ranks=ranks,
-                hint="the step is still in flight: receive() again, or give the missing rank up with evict()",
-            ) from None  # fmt: skip
+            if (left := until.left()) != math.inf:
+                with contextlib.suppress(_NotYet):
+                    return await _within(left - min(left / 4, ASK_SECONDS), work)
+                step.party.ask_who_waits()  # most calls end long before this
+            return await _within(until.left(), work)
+        except _NotYet:
+            raise self._late(what, until) from None
+        finally:
+            step.callers -= 1
+
+    def _late(self, what: str, until: Until) -> TransferTimeout:
+        """Who has not come: not a rank that only waits for another one itself."""
+        step = self._handle._step
+        party, culprits = step.party, step.party.culprits(step.waits_for())
+        names = [
+            (f"rank {rank}, which is this one" if rank == party.rank else party.who(rank))
+            + ("" if wait.step == step.number else f" with {WORDS[wait.kind]} of step {wait.step}")
+            for rank, wait in culprits.items()
+        ]
+        hint = "the step is still in flight: receive() again, or give the missing rank up with evict()"
+        if party.rank in culprits:
+            hint = f"call combine for step {culprits[party.rank].step} first: the others wait for it"
+        return TransferTimeout(
+            f"the {what} of step {step.number} did not end within {until.seconds:g} s; not heard of: "
+            + (", ".join(names) or "no rank in particular"), ranks=tuple(culprits), hint=hint,
+        )  # fmt: skip
 
 
 class DispatchHalf(_Half):

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.engine.reach import MISSED_SECONDS
-from aiotransfer.errors import BrokenError, PeerLostError, ProviderUnavailableError, TransferTimeout, again
+from aiotransfer.errors import BrokenError, PeerLostError, ProviderUnavailableError, TransferTimeout, again, said
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.moe import wire
 from aiotransfer.moe.buffers import Buffers
-from aiotransfer.moe.errors import EvictedError, ShapeMismatch, said
+from aiotransfer.moe.errors import EvictedError, ShapeMismatch
 from aiotransfer.moe.members import Members
 from aiotransfer.moe.ranks import Rank, Ranks
 

@@ -28,6 +28,7 @@ from aiotransfer.moe import wire
 from aiotransfer.moe.errors import EvictedError
 from aiotransfer.moe.meeting import Meeting
 from aiotransfer.moe.members import MOST_GONE, MOST_STEPS
+from aiotransfer.moe.waits import Wait
 
 if TYPE_CHECKING:
     from aiotransfer.engine.lease import Lease
@@ -123,6 +124,8 @@ class Party(Meeting):
             self._know_it.add(rank)
         elif isinstance(content, wire.Told):
             self._told(rank, content)
+        elif isinstance(content, wire.Waits):
+            self._heard_waits(rank, content)
         elif isinstance(content, wire.Leave):
             self._left(rank, content)
         elif content.present is not None:
@@ -132,6 +135,14 @@ class Party(Meeting):
         else:
             answer = wire.Who(rank=self.rank, incarnation=self.incarnation, present=self._taking_part())
             self._send_to(peer, answer)
+
+    def _heard_waits(self, rank: int, content: wire.Waits) -> None:
+        waits = [Wait(step, kind, sorted(self._ranks_in(ranks))) for step, kind, ranks in content.waits]
+        if self.members is None or self.members.incarnation(rank) != content.incarnation:
+            return  # it takes no part
+        self.waits[rank] = waits
+        if content.ask:
+            self.say_waits(rank, ask=False)
 
     def _ranks_in(self, present: list[int]) -> set[int]:
         if max(present, default=0) >= self.shape.ranks:

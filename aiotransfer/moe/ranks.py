@@ -13,6 +13,7 @@ from aiotransfer.moe import unmade, wire
 from aiotransfer.moe.buffers import Buffers
 from aiotransfer.moe.members import Members
 from aiotransfer.moe.shape import Shape, immediates
+from aiotransfer.moe.waits import BEGIN, Wait, culprits
 
 if TYPE_CHECKING:
     from aiotransfer.engine.counter import Counter
@@ -46,6 +47,15 @@ class InFlight(Protocol):
 
     def headers(self) -> dict[tuple[int, int], bytes]:
         """The headers that this step has, by the number of the step and the rank."""
+        ...
+
+    @property
+    def is_awaited(self) -> bool:
+        """Some call waits for it, or its first half goes on by itself."""
+        ...
+
+    def waits_for(self) -> Wait:
+        """What it waits for, and of which ranks."""
         ...
 
 
@@ -120,6 +130,8 @@ class Ranks:
         self._early: dict[int, wire.Told] = {}  # views that came before this rank knew of whom: the last of each
         self._limit = RateLimit(most=1)
         self._pieces: dict[int, wire.Pieces] = {}  # of long messages, by sender
+        self.waits: dict[int, list[Wait]] = {}  # what other ranks have said that they wait for
+        self.begins: int | None = None  # a step that may not begin before others have agreed
         self._unable: dict[int, str] = {}  # ranks that could not set up, and why
         self._know_it: set[int] = set()  # ranks that have heard that this one cannot
         self._failure: Exception | None = None  # why this one cannot
@@ -275,6 +287,30 @@ class Ranks:
     def _follow(self) -> None:
         """Draw the consequences of what became known about who is there."""
         raise AssertionError("a party has its own")
+
+    # ---- who waits for whom ----
+
+    def own_waits(self) -> list[Wait]:
+        """What calls of this rank wait for."""
+        found = [step.waits_for() for _, step in sorted(self.steps.items()) if step.is_awaited]
+        if self.begins is not None and self.members is not None:
+            found.append(Wait(self.begins, BEGIN, self.members.awaited))
+        return [wait for wait in found if wait.ranks]
+
+    def ask_who_waits(self) -> None:
+        """Have all others say what they wait for, so that by the end of a deadline it is known who has not come."""
+        self.waits.clear()
+        for rank in self.others():
+            self.say_waits(rank, ask=True)
+
+    def say_waits(self, rank: int, *, ask: bool) -> None:
+        """Tell a rank what this one waits for."""
+        waits = [(wait.step, wait.kind, list(wait.ranks)) for wait in self.own_waits()[: wire.MOST_WAITS]]
+        self._send(rank, wire.Waits(rank=self.rank, incarnation=self.incarnation, ask=ask, waits=waits))
+
+    def culprits(self, wait: Wait) -> dict[int, Wait]:
+        """Who has not come, where this rank waits like that, as far as the others have said."""
+        return culprits(self.rank, wait, self.waits | {self.rank: self.own_waits()})
 
     # ---- the rest ----
 

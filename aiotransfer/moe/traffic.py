@@ -28,6 +28,7 @@ from aiotransfer.moe.members import Members
 from aiotransfer.moe.party import Party
 from aiotransfer.moe.plan import Arrivals, Ranges, Route
 from aiotransfer.moe.ranks import FIRST, REST, RESULTS
+from aiotransfer.moe.waits import Wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +66,7 @@ class Traffic:
         self.in_place: InPlace
         self.error: StepRefused | None = None  # it does not take place
         self.over = False
+        self.callers = 0  # calls that wait for it
         self.ahead: asyncio.Task[None] | None = None  # `exchange`, begun by the first half: two would take each other's arrivals
         self.lost: set[int] = set()  # while it was under way: part of it is missing
         self.joined: set[int] = set()  # other ranks that were there when it began
@@ -266,16 +268,21 @@ class Traffic:
             )  # fmt: skip
             await turn()
 
-    def missing(self) -> list[int]:
+    @property
+    def is_awaited(self) -> bool:
+        """Some call waits for it, or its first half goes on by itself."""
+        return self.callers > 0 or (self.ahead is not None and not self.ahead.done())
+
+    def waits_for(self) -> Wait:
         """Of whom something has not come that this step waits for. What lies in a counter and is not taken yet has come."""
         party = self.party
         for kind, expected in self._waits.items():
             waited = [r for r in expected if r not in self._heard[kind] and r not in self.lost]
             if party.over is not None or not is_open(party.engine):  # the counters are closed
-                return waited
+                return Wait(self.number, kind, waited)
             if found := [r for r in waited if party.counter(kind, self.slot, r).value < expected[r]]:
-                return found
-        return []
+                return Wait(self.number, kind, found)
+        return Wait(self.number, FIRST, self._members.awaited)  # of those that are lost it is not agreed on what counts
 
     def _took(self, kind: int, rank: int) -> None:
         self._heard[kind].add(rank)

@@ -15,9 +15,8 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from aiotransfer.engine.base import is_open
 from aiotransfer.engine.group import PeerGroup
-from aiotransfer.errors import BrokenError, BusyError, ClosedError, DescriptorError
+from aiotransfer.errors import BrokenError, BusyError, ClosedError, DescriptorError, said
 from aiotransfer.moe import wire
-from aiotransfer.moe.errors import said
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine

@@ -21,6 +21,7 @@ from aiotransfer.moe.shape import MOST_RANKS
 MARK = b"\x93ATm\x02"  # the last byte is the version
 KEY_BYTES = 12
 MOST_TEXT = 1000
+MOST_WAITS = 64  # the earliest are told
 PIECE = 512 << 10  # bytes of a message that is longer, in each of its pieces
 MOST_REGION = 16 << 10
 
@@ -93,7 +94,16 @@ class Piece(_Message, frozen=True, tag=7):
     data: Annotated[bytes, msgspec.Meta(max_length=PIECE)]
 
 
-Message: TypeAlias = Hello | Ready | Told | Leave | Who | Unable | Piece | Heard
+class Waits(_Message, frozen=True, tag=9):
+    """What calls of the sender wait for just now: step, what of it, of which ranks."""
+
+    ask: bool  # the receiver is to say the same
+    waits: Annotated[
+        list[tuple[Step, Annotated[int, msgspec.Meta(ge=-1, le=2)], RankList]], msgspec.Meta(max_length=MOST_WAITS)
+    ]
+
+
+Message: TypeAlias = Hello | Ready | Told | Leave | Who | Unable | Piece | Heard | Waits
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
 

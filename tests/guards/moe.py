@@ -6,6 +6,14 @@ from tests.guards.mutant import Mutant
 
 GUARDS = (
     Mutant(
+        "MoE: who waits itself is not named", "aiotransfer/moe/waits.py",
+        "            left += earlier\n            if not earlier and", "            if", "tests/moe/test_waits.py",
+    ),
+    Mutant(
+        "MoE: others are asked what they wait for", "aiotransfer/moe/handle.py",
+        "                step.party.ask_who_waits()  # most calls end long before this\n", "", "tests/moe/test_waits.py",
+    ),
+    Mutant(
         "MoE: arguments that do not fit the call", "aiotransfer/moe/calls.py",
         "                await refuse(a2a, error)\n",
         "", "tests/moe/test_out_of_step.py",
