@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.control.patience import despite_cancels
-from aiotransfer.errors import QuarantineError
+from aiotransfer.engine.base import seconds
+from aiotransfer.errors import QuarantineError, TransferError
 from aiotransfer.kv import wire
+from aiotransfer.kv.absence import say_absent
 from aiotransfer.kv.handle import Handle
 from aiotransfer.kv.pool import Order, Pool, Settings
 from aiotransfer.kv.role import Role
@@ -94,8 +96,22 @@ class Decoder(Role):
         Raises `TypeError`, `ValueError`, `IndexError`, `BusyError` (a page that another request holds, too many requests),
         `PeerLostError` or `ClosedError`; entering the block raises what came of asking: `LayoutMismatch`, `RequestRefused`
         (also when the prefill ranks that were named do not bring every layer and head), `TransferTimeout`, `PeerLostError`.
+        Where arguments are wrong, or this rank could not ask, the other ranks of a named instance are told by the prefill side.
         """
         peers = tuple(peer) if isinstance(peer, list | tuple) else (peer,)
+        try:
+            order = self._order(peers, id, page_ids, tokens, skip_tokens, priority, data, timeout)
+        except BaseException as error:  # checking an argument may raise anything
+            if not isinstance(error, TransferError):  # these are no mistake, and it may be asked again
+                say_absent(self, self._settings, peers, id, error)
+            raise
+        return Handle(self, self.pool, self._settings, order)
+
+    def _order(
+        self, peers: tuple[Any, ...], id: Any, page_ids: Any, tokens: Any, skip_tokens: Any, priority: Any, data: Any,
+        timeout: Any,
+    ) -> Order:  # fmt: skip
+        """Arguments that were checked."""
         if not peers or len(set(peers)) != len(peers):
             raise ValueError(f"a request names each of its prefill ranks once, and at least one: {peers}")
         self.pool.check()
@@ -115,11 +131,12 @@ class Decoder(Role):
         written = ids[skip // self.layout.page_tokens : self.layout.pages_of(count)]
         if is_twice(written):
             raise ValueError("page_ids names a page twice")
+        seconds(timeout, self.engine.timeout)
         order = Order(peers, id, ids[: self.layout.pages_of(count)], written, count, skip, priority, bytes(data), timeout)
         self.pool.check_free(order)
         for one in peers:
             self.room.check(one)
-        return Handle(self, self.pool, self._settings, order)
+        return order
 
     # ---- pages ----
 
@@ -140,7 +157,7 @@ class Decoder(Role):
 
     def unreadable(self, peer: Peer, number: int, error: DescriptorError) -> bool:
         """See `Room`: an answer that cannot be read ends its request."""
-        return self.pool.deliver(peer, wire.Failed(number, str(error)))
+        return self.pool.unreadable(peer, number, error)
 
     # ---- the end ----
 

@@ -20,8 +20,8 @@ class RequestRefused(KVRequestError):
 
     `.reason`: `duplicate` (its instance has a request of this id), `mismatch` (another rank of its instance does not agree on the
     request), `instance` (another engine is this rank of the instance), `coverage` (the prefill ranks that were named do not
-    bring each layer and head once), `checksums` (the prefill side cannot make them), `busy`, `nothing` (to send), `closed` or
-    `protocol`.
+    bring each layer and head once), `absent` (another rank of its instance cannot take part), `checksums` (the prefill side
+    cannot make them), `busy`, `nothing` (to send), `closed` or `protocol`.
     """
 
     def __init__(self, message: str, *, reason: str = "", **fields: Any) -> None:

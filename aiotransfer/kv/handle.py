@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from aiotransfer.control.frames import clip
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.unpicklable import Unpicklable
-from aiotransfer.errors import ClosedError, PeerLostError, QuarantineError, TransferError, TransferTimeout, again
+from aiotransfer.errors import ClosedError, PeerLostError, QuarantineError, TransferError, TransferTimeout, again, said
 from aiotransfer.kv import tracing, wire
+from aiotransfer.kv.absence import say_absent
 from aiotransfer.kv.errors import KVRequestError, RequestCancelled, RequestFailed, RequestRefused
 from aiotransfer.kv.layout import KVLayout, LayoutMismatch
 from aiotransfer.kv.plan import TransferPlan, coverage, plan_transfer
@@ -48,6 +50,7 @@ class Part:
     tail: RegionView
     leases: list[Lease] = field(default_factory=list)
     plan: TransferPlan | None = None
+    waits: str = ""  # for which other decode ranks it waits, as it says
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +124,10 @@ class Handle(Unpicklable):
         except BaseException:
             self._feed("refused here")
             raise
+        asked = False
         try:
             self._feed("claimed")
+            asked = True
             if self._seconds != math.inf:
                 self._deadline = loop.call_later(self._seconds, self._late)
             await asyncio.shield(self._taken)
@@ -130,7 +135,9 @@ class Handle(Unpicklable):
             self._leave("the request was given up before it was taken")
             raise
         except BaseException as error:
-            self._leave("the request was given up before it was taken")
+            if not asked:
+                say_absent(self._role, self._settings, self.order.peers, self.id, error)
+            self._leave(f"the request was given up before it was taken: {said(error)}")
             await self._ended(error)
             raise
         return self
@@ -190,11 +197,19 @@ class Handle(Unpicklable):
             case wire.Refused():
                 text = f"{peer} refused request {self.id!r}: {message.text}"
                 self._end("refused", RequestRefused(text, id=self.id, reason=message.reason, peer=str(peer.address)))
+            case wire.Waiting():
+                part.waits = clip(message.text)
             case wire.Failed(late=True):
-                self._late()
+                self._late(f"; {peer} says: {clip(message.text)}")
             case wire.Failed():
                 text = f"{peer} gave request {self.id!r} up: {message.text}"
                 self._end("failed", RequestFailed(text, id=self.id, peer=str(peer.address)))
+
+    def unreadable(self, peer: Peer, number: int, error: Exception) -> None:
+        """An answer that this side could not read, or not deal with."""
+        if any(part.number == number and part.peer is peer for part in self._parts):
+            text = f"an answer of {peer} to request {self.id!r}: {error}"
+            self._end("failed", RequestFailed(text, id=self.id, peer=str(peer.address)))
 
     def _reserved(self, part: Part, message: wire.Reserved) -> None:
         if part.plan is not None:
@@ -252,6 +267,9 @@ class Handle(Unpicklable):
         except KVRequestError as error:
             self._end("wrong", error)
             return
+        except Exception as error:  # no memory for it, say; the deadline does not count any more, so nothing else ends this
+            self._end("wrong", RequestFailed(f"the tail of {self.id!r} could not be read: {said(error)}", id=self.id))
+            return
         if self._settings.checksums:
             self._counting = self._role.room.own(self._check_all())
         else:
@@ -263,7 +281,7 @@ class Handle(Unpicklable):
         except KVRequestError as error:
             self._end("wrong", error)
         except Exception as error:
-            self._end("wrong", RequestFailed(f"the checksums of {self.id!r} could not be compared: {error!r}", id=self.id))
+            self._end("wrong", RequestFailed(f"the checksums of {self.id!r} could not be compared: {said(error)}", id=self.id))
         else:
             self._feed("right")
 
@@ -311,12 +329,13 @@ class Handle(Unpicklable):
             return f"no answer of {', '.join(waiting)}"
         taken = int("first_page" in self._times)
         here = (self._counter.value if self._counter is not None else 0) + taken
-        return f"{here} of {self._blocks() + len(self._parts)} writes have landed"
+        waits = "".join(f"; {part.peer} says: {part.waits}" for part in self._parts if part.waits)
+        return f"{here} of {self._blocks() + len(self._parts)} writes have landed{waits}"
 
     # ---- failures ----
 
-    def _late(self) -> None:
-        text = f"request {self.id!r} was not filled within {self._seconds:g} s: {self._progress()}"
+    def _late(self, why: str = "") -> None:
+        text = f"request {self.id!r} was not filled within {self._seconds:g} s: {self._progress()}{why}"
         self._end("late", TransferTimeout(text))
 
     def _leave(self, why: str) -> None:
@@ -332,9 +351,12 @@ class Handle(Unpicklable):
                 future.set_exception(again(error))
 
     def _tell(self) -> None:
+        error = self._error
+        why = "" if error is None else error.message if isinstance(error, TransferError) else said(error)
         for part in self._parts:
             if part.peer.state in ("up", "busy"):
-                self._role.room.tell(part.peer, wire.Cancel(part.number, self._outcome), self._settings.revoke_timeout)
+                cancel = wire.Cancel(part.number, self._outcome, why.partition("\n")[0])
+                self._role.room.tell(part.peer, cancel, self._settings.revoke_timeout)
 
     # ---- release ----
 
@@ -350,16 +372,20 @@ class Handle(Unpicklable):
         results = await asyncio.gather(*(lease.revoke(timeout=seconds) for lease in leases), return_exceptions=True)
         if self._counting is not None:
             self._counting.cancel()
-        self._feed("unproved" if any(isinstance(result, BaseException) for result in results) else "proved")
-        if not self._over.done():
-            self._over.set_result(None)
+        try:
+            self._feed("unproved" if any(isinstance(result, BaseException) for result in results) else "proved")
+        finally:  # whatever that raised: who leaves the block waits for this without a deadline
+            if not self._over.done():
+                self._over.set_result(None)
 
     def _free(self) -> None:
-        if self._counter is not None:
-            self._role.engine._values.give_back(self._counter)  # every lease is revoked: nothing arrives for it any more
-        for part in self._parts:
-            self._role.slots.give(part.tail)
-        self._pool.release(self)
+        try:
+            if self._counter is not None:
+                self._role.engine._values.give_back(self._counter)  # every lease is revoked: nothing arrives for it any more
+            for part in self._parts:
+                self._role.slots.give(part.tail)
+        finally:
+            self._pool.release(self)
 
     def _watch(self) -> None:
         self._role.room.own(self._wait_for_proof())
@@ -408,8 +434,9 @@ class Handle(Unpicklable):
             error.add_note(str(proof))
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._leave("its block was left before it had arrived")
-        await self._ended(value)
+        self._leave("its block was left " + ("before it had arrived" if value is None else f"by {said(value)}"))
+        if not isinstance(value, GeneratorExit):  # the coroutine was dropped: nothing may be awaited
+            await self._ended(value)
 
     def __repr__(self) -> str:
         return f"<Handle {self.id!r} {self.state}>"

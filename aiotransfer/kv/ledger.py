@@ -101,7 +101,7 @@ class Ledger(Generic[R]):
         self.asked: dict[Peer, Asked[R]] = {}  # until the peer goes
         self._ranks: dict[tuple[str, Place], Peer] = {}
 
-    def key(self, peer: Peer, message: wire.Reserve, place: Place, places: Receivers) -> Key:
+    def key(self, peer: Peer, message: wire.Reserve | wire.Absent, place: Place, places: Receivers) -> Key:
         """What a request of this peer is known by. Raises `Refusal` when the peer cannot speak for its instance."""
         instance, id = message.instance, message.id
         if not instance:

@@ -59,6 +59,9 @@ class Holder(Protocol):
     def receive(self, peer: Peer, message: wire.ToDecoder) -> None:
         """Take an answer of a prefill rank."""
 
+    def unreadable(self, peer: Peer, number: int, error: Exception) -> None:
+        """End it: an answer of a prefill rank could not be read, or not be dealt with."""
+
     def abandon(self) -> asyncio.Future[None]:
         """End it, whatever it is doing; done when it has ended."""
         ...
@@ -136,6 +139,13 @@ class Pool:
         """Answers with these numbers come too late from now on."""
         for number in numbers:
             self._expected.pop(number, None)
+
+    def unreadable(self, peer: Peer, number: int, error: Exception) -> bool:
+        """As `deliver`, of an answer that could not be read."""
+        holder = self._expected.get(number)
+        if holder is not None:
+            holder.unreadable(peer, number, error)
+        return holder is not None
 
     def deliver(self, peer: Peer, message: wire.ToDecoder) -> bool:
         """Give an answer to its request; False where no request of this decoder expects it."""

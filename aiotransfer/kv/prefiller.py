@@ -14,21 +14,25 @@ A request that several decode ranks share is accepted when all of them have aske
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aiotransfer.control.frames import clip
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.engine.base import seconds
-from aiotransfer.errors import DescriptorError, TransferTimeout
+from aiotransfer.errors import DescriptorError, TransferTimeout, said
 from aiotransfer.kv import wire
+from aiotransfer.kv.absence import ABSENT_SECONDS, Absence, Absences
+from aiotransfer.kv.gathering import TELL_SECONDS, named
 from aiotransfer.kv.layout import KVLayout, LayoutMismatch
 from aiotransfer.kv.ledger import OVERHEAD, Ledger, Refusal, Target
 from aiotransfer.kv.offers import Offers
 from aiotransfer.kv.plan import Receivers, Tables, TransferPlan, receivers
-from aiotransfer.kv.request import CLASSES, TELL_SECONDS, PrefillRequest, Side
+from aiotransfer.kv.request import CLASSES, PrefillRequest, Side
 from aiotransfer.kv.role import Role
 from aiotransfer.kv.room import Room
 from aiotransfer.kv.schedule import Schedule
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import Region
+    from aiotransfer.kv.layout import Place
     from aiotransfer.kv.record import RequestRecord
 
 MOST_PLANS = 256  # layouts of decode ranks that are remembered
@@ -71,6 +76,7 @@ class Prefiller(Role):
         schedule: Schedule[Write] = Schedule(peer_bytes, class_bytes)
         self._plans: dict[KVLayout, tuple[TransferPlan, Receivers]] = {}
         self._tables = Tables()  # of all of these
+        self._absences = Absences()
         self._closed = False
         self.room = Room.enter(engine, wire.TO_PREFILLER, self)
         self._writer = Writer(self.room, loop, schedule)
@@ -104,6 +110,10 @@ class Prefiller(Role):
 
     def receive(self, peer: Peer, message: wire.ToPrefiller) -> bool:
         """See `Room`: a decode rank asks for a request, or takes one back."""
+        if isinstance(message, wire.Absent):
+            with contextlib.suppress(Refusal):  # it does not speak for that rank: none is told
+                self._missed(peer, message)
+            return True
         if isinstance(message, wire.Cancel):
             asked = self._ledger.asked.get(peer)
             wanted = asked.requests.get(message.number) if asked is not None else None
@@ -134,14 +144,34 @@ class Prefiller(Role):
             raise Refusal("duplicate", f"request {message.id!r} of this decode instance is under way already")
         if known is not None and (why := known.differs(plan.decode, message)):
             raise Refusal("mismatch", f"request {message.id!r} is not what another rank of its instance asked for: {why}")
+        if known is None and (why := self._absences.of(key, place, self._side.loop.time())):
+            raise Refusal("absent", why)
         asked = ledger.asked.get(peer)
         if asked is not None and message.number in asked.requests:
             raise Refusal("protocol", f"number {message.number} is that of a request which is under way")
         target = self._target(peer, message, plan, OVERHEAD + (len(message.data) if known is None else 0))
         ledger.make_room(peer, target.nbytes, new=known is None)
         request = known or PrefillRequest(self._side, key, message, places)
-        ledger.enter(request, target, lambda peer: self.room.own(self._await_loss(peer)))
-        request.add(target)
+        try:
+            ledger.enter(request, target, lambda peer: self.room.own(self._await_loss(peer)))
+            request.add(target)
+        except BaseException as error:  # half set up: the other decode ranks of it are not to wait
+            request.abandon(f"{named([place])} could not be taken in: {said(error)}")
+            raise
+
+    def _missed(self, peer: Peer, message: wire.Absent) -> None:
+        """A decode rank will not ask for a request that others of its instance may ask for, or have asked for."""
+        plan, places = self._plan(message.layout)
+        place = plan.decode.place
+        key = self._ledger.key(peer, message, place, places)
+        known = self._ledger.requests.get(key)
+        if len(places) == 1 or (known is not None and not known.joins(place)):
+            return  # no other rank waits for it
+        text = f"{named([place])} at {peer.address} cannot take part: {clip(message.text)}"
+        told: set[Place] = set() if known is None else known.gathering.known()
+        self._absences.note(key, Absence(peer, place, text, self._side.loop.time() + ABSENT_SECONDS, told))
+        if known is not None:
+            known.abandon(text)
 
     def _plan(self, values: dict[str, Any]) -> tuple[TransferPlan, Receivers]:
         try:

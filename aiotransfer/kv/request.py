@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from aiotransfer.control.frames import clip
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.unpicklable import Unpicklable
-from aiotransfer.errors import PeerLostError, StaleRegionError, TransferTimeout, again
+from aiotransfer.errors import PeerLostError, StaleRegionError, TransferTimeout, again, said
 from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.errors import RequestCancelled, RequestFailed
+from aiotransfer.kv.gathering import Gathering, tell
 from aiotransfer.kv.layout import KVLayout, Place
 from aiotransfer.kv.ledger import Key, Ledger, Target
 from aiotransfer.kv.offers import Offers
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from aiotransfer.kv.plan import Receivers
     from aiotransfer.kv.role import Role
 
-TELL_SECONDS = 5.0  # that a decode side may take to make room for the news that a request has failed
 GATHER_SECONDS = 600.0  # within which all decode ranks of a request must have asked
 CLASSES = range(-128, 128)  # of priorities that the order of writes tells apart; those beyond count as the nearest
 OF_RANK = ("tp_rank", "pp_rank", "num_pages", "offset", "layer_range", "head_range")  # what ranks of one instance may differ in
@@ -84,7 +85,7 @@ class PrefillRequest(Unpicklable):
         self._side = side
         self._role = side.role
         self._loop = side.loop
-        self._places = places
+        self.gathering = Gathering(places, self.targets, side.role.room)
         self._checksums = message.checksums
         self._saga = Saga(PREFILL, "gathering")
         self._page_ids: NDArray[np.int64] | None = None
@@ -103,6 +104,7 @@ class PrefillRequest(Unpicklable):
         self._deadline = side.loop.time() + self._seconds
         patience = self._seconds if len(places) == 1 else min(self._seconds, GATHER_SECONDS)
         self._timer = side.loop.call_later(patience, self._late)
+        self.gathering.begin(side.loop, patience)
         self._thread = threading.get_ident()
         self._error: Exception | None = None
 
@@ -122,8 +124,7 @@ class PrefillRequest(Unpicklable):
 
     def joins(self, place: Place) -> bool:
         """Whether the decode rank at `place` is one that this request still waits for."""
-        known = {target.plan.decode.place for target in self.targets}
-        return self._saga.state == "gathering" and place in self._places and place not in known
+        return self._saga.state == "gathering" and self.gathering.lacks(place)
 
     def differs(self, layout: KVLayout, message: wire.Reserve) -> str:
         """What a further rank says of this request, by its `layout` and `message`, that the first one did not say: in words,
@@ -145,7 +146,8 @@ class PrefillRequest(Unpicklable):
     def add(self, target: Target) -> None:
         """A decode rank has asked: `target` is what is to be written where."""
         self.targets.append(target)
-        self._feed("complete" if len(self.targets) == len(self._places) else "reserved")
+        self._feed("complete" if len(self.targets) == len(self.gathering.places) else "reserved")
+        self.gathering.changed()
 
     def _answer(self) -> None:
         target, role = self.targets[-1], self._role
@@ -153,7 +155,8 @@ class PrefillRequest(Unpicklable):
 
     def _offer(self) -> None:
         self._times["queued"] = time.time()
-        if len(self._places) > 1:
+        self.gathering.close()
+        if len(self.targets) > 1:
             self._timer.cancel()
             self._timer = self._loop.call_later(self._left(), self._late)
         self._side.offers.offer(self)
@@ -231,22 +234,24 @@ class PrefillRequest(Unpicklable):
         layers, done = self.layers, 0
         watcher = self._role.engine.watch(word)
         values = aiter(watcher)
-        while done < len(layers) and not self.cancelled:
-            following = asyncio.ensure_future(anext(values))
-            waited: list[asyncio.Future[Any]] = [following, self._over]
-            try:
-                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                if not following.done():
-                    following.cancel()
-                    await asyncio.wait([following])
-            if following.cancelled():
-                break
-            new = min(following.result()[1], len(layers))
-            for layer in layers[done:new]:
-                self.layer_ready(layer)
-            done = max(done, new)
-        watcher.close()
+        try:
+            while done < len(layers) and not self.cancelled:
+                following = asyncio.ensure_future(anext(values))
+                waited: list[asyncio.Future[Any]] = [following, self._over]
+                try:
+                    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    if not following.done():
+                        following.cancel()
+                        await asyncio.wait([following])
+                if following.cancelled():
+                    break
+                new = min(following.result()[1], len(layers))
+                for layer in layers[done:new]:
+                    self.layer_ready(layer)
+                done = max(done, new)
+        finally:
+            watcher.close()
 
     def fail(self, reason: str) -> None:
         """Give the request up, and tell the decode side the `reason`. Late calls change nothing."""
@@ -295,7 +300,7 @@ class PrefillRequest(Unpicklable):
         try:
             self._send(layer, end)
         except Exception as error:  # nobody is there to raise it to
-            self.fail(f"layer {layer} could not be sent: {error!r}")
+            self.fail(f"layer {layer} could not be sent: {said(error)}")
 
     def _send(self, layer: int, end: int) -> None:
         if self._saga.state != "streaming":
@@ -389,7 +394,8 @@ class PrefillRequest(Unpicklable):
         """The decode rank `peer` does not want it any more, as `message` says."""
         if any(target.peer is peer and target.number == message.number for target in self.targets):
             self._origin = peer
-            text = f"request {self.id!r} is not wanted any more by {peer} ({message.reason[:80]})"
+            why = f": {clip(message.text)}" if message.text else ""
+            text = f"request {self.id!r} is not wanted any more by {peer} ({message.reason}){why}"
             self._end("cancelled", RequestCancelled(text, id=self.id, peer=str(peer.address)))
 
     def lost(self, peer: Peer) -> None:
@@ -400,7 +406,7 @@ class PrefillRequest(Unpicklable):
             self._end("lost", PeerLostError(text, peer=str(peer.address)))
 
     def _late(self) -> None:
-        waits = f": {len(self.targets)} of {len(self._places)} decode ranks have asked" if self._saga.state == "gathering" else ""
+        waits = f": {self.gathering.missing()}" if self._saga.state == "gathering" else ""
         self._end("late", TransferTimeout(f"request {self.id!r} was not sent within the {self._seconds:g} s that it had{waits}"))
 
     def _end(self, event: str, error: Exception) -> None:
@@ -419,12 +425,15 @@ class PrefillRequest(Unpicklable):
     def _tell(self) -> None:
         why = str(self._error).partition("\n")[0]
         for target in self.targets:
-            if target.peer is not self._origin and target.peer.state in ("up", "busy"):
-                self._role.room.tell(target.peer, wire.Failed(target.number, why, self._outcome == "late"), TELL_SECONDS)
+            if target.peer is not self._origin:
+                tell(self._role.room, target, wire.Failed(target.number, why, self._outcome == "late"))
 
     def _record(self) -> None:
         self._timer.cancel()
+        self.gathering.close()
         self._side.ledger.leave(self)
+        if not self._over.done():  # whatever the rest raises: this is waited for without a deadline
+            self._over.set_result(None)
         for slot in self._tails:
             self._role.slots.give(slot)
         times = self._times
@@ -438,8 +447,6 @@ class PrefillRequest(Unpicklable):
             ),
             self._context,
         )  # fmt: skip
-        if not self._over.done():
-            self._over.set_result(None)
 
     def abandon(self, why: str) -> asyncio.Future[None]:
         """Give it up, and tell the decode side `why`; done when nothing of it is being written any more."""
@@ -461,7 +468,9 @@ class PrefillRequest(Unpicklable):
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self._saga.state != "over":
-            await despite_cancels(self.abandon(f"{kind.__name__}: {value}" if kind is not None else "it was left unfinished"))
+            ended = self.abandon(said(value) if value is not None else "it was left unfinished")
+            if not isinstance(value, GeneratorExit):  # the coroutine was dropped: nothing may be awaited
+                await despite_cancels(ended)
 
     def __repr__(self) -> str:
         return f"<PrefillRequest {self.id!r} {self.state}>"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.control.ratelimit import RateLimit, more
-from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, again
+from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, again, said
 from aiotransfer.kv import wire
 
 if TYPE_CHECKING:
@@ -107,15 +107,15 @@ class Room:
         if left_out is not None:
             _logger.error("a message of %s could not be handled: %r%s", peer, error, more(left_out), exc_info=error)
         number = wire.number(data)
-        answer = DescriptorError(f"the message could not be handled: {type(error).__name__}")
+        answer = DescriptorError(f"the message could not be handled: {said(error)}")
         if number is not None:
             with contextlib.suppress(Exception):
                 any(member.unreadable(peer, number, answer) for member in list(self._members))
 
-    def _complain(self, peer: Peer, error: Exception) -> None:
+    def _complain(self, peer: Peer, error: Exception, why: str = "cannot be read") -> None:
         left_out = _limit.admit(type(error).__name__)
         if left_out is not None:
-            _logger.warning("a message of %s cannot be read: %s%s", peer, error, more(left_out))
+            _logger.warning("a message of or for %s %s: %s%s", peer, why, said(error), more(left_out))
 
     # ---- sending ----
 
@@ -145,6 +145,8 @@ class Room:
                 await peer.send(data)
         except (TransferError, TimeoutError):
             pass  # that it is gone, or does not read, is learned where something waits for it
+        except Exception as error:
+            self._complain(peer, error, "cannot be sent")
 
     async def flush(self) -> None:
         """Wait until what was told is sent, or its time is over."""

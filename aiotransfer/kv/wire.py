@@ -4,8 +4,10 @@
     Reserve(number, id, layout, ...)  ->
                                       <-  Reserved(number, layout) or Refused(number, ...)
                                           one-sided writes: pages of layer after layer, then the tail
-    Cancel(number)                    ->
+    Cancel(number, reason)            ->
                                       <-  Failed(number, reason)
+                                      <-  Waiting(number, for whom): the request is also for decode ranks that have not asked
+    Absent(id, reason)                ->  this rank of the instance will not ask for the request
 
 There is no message that says "done": the decode side counts. A message begins with a mark that tells it from the application's
 own messages on the same engine and says which side it is for, a version, and the number; what cannot be read raises
@@ -24,7 +26,7 @@ import msgspec
 
 from aiotransfer.errors import DescriptorError
 
-VERSION = 2
+VERSION = 3
 TO_PREFILLER, TO_DECODER = b"\x93ATp", b"\x93ATd"
 _HEADER = struct.Struct("<4sBQ")
 MOST_PAGES = 1 << 18  # of one request: what a message of 1 MiB holds
@@ -82,6 +84,7 @@ class Cancel(_Message, frozen=True, tag=4):
     """The decode side does not wait for this request any more."""
 
     reason: str
+    text: str = ""
 
 
 class Failed(_Message, frozen=True, tag=5):
@@ -91,18 +94,39 @@ class Failed(_Message, frozen=True, tag=5):
     late: bool = False  # because the time was over, which may be seen there first
 
 
-ToPrefiller: TypeAlias = Reserve | Cancel
-ToDecoder: TypeAlias = Reserved | Refused | Failed
+class Waiting(_Message, frozen=True, tag=6):
+    """The request is also for decode ranks that have not asked: which, in words. Empty: they have."""
+
+    text: str
+
+
+class Absent(_Message, frozen=True, tag=7):
+    """A decode rank could not ask for a request that others of its instance may wait for."""
+
+    id: str
+    layout: dict[str, Plain]
+    text: str
+    instance: str
+
+
+ToPrefiller: TypeAlias = Reserve | Cancel | Absent
+ToDecoder: TypeAlias = Reserved | Refused | Failed | Waiting
 _to_prefiller = msgspec.msgpack.Decoder(ToPrefiller)
 _to_decoder = msgspec.msgpack.Decoder(ToDecoder)
 
 
 def encode(message: ToPrefiller | ToDecoder) -> bytes:
-    """A message as the bytes that `Peer.send` takes, with its mark, version and number in front."""
-    mark = TO_PREFILLER if isinstance(message, Reserve | Cancel) else TO_DECODER
-    if isinstance(message, Refused | Failed) and len(message.text) > MOST_TEXT:
-        message = msgspec.structs.replace(message, text=message.text[: MOST_TEXT - 3] + "...")
+    """A message as the bytes that `Peer.send` takes, with its mark, version and number in front. Reasons are made fit: they may
+    be an application's words."""
+    mark = TO_PREFILLER if isinstance(message, Reserve | Cancel | Absent) else TO_DECODER
+    if not isinstance(message, Reserve | Reserved) and message.text:
+        message = msgspec.structs.replace(message, text=_fit(message.text))
     return _HEADER.pack(mark, VERSION, message.number) + msgspec.msgpack.encode(message)
+
+
+def _fit(text: str) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= MOST_TEXT else text[: MOST_TEXT - 3] + "..."
 
 
 def number(data: bytes) -> int | None:
@@ -145,15 +169,18 @@ def _check(message: Reserve) -> None:
         raise DescriptorError("no message of the KV protocol: a reservation that makes no sense")
 
 
-def _is_short(message: Reserved | Refused | Cancel | Failed) -> bool:
+def _is_short(message: Reserved | Refused | Cancel | Failed | Waiting | Absent) -> bool:
     match message:
         case Refused():
             values = [value for value in (message.prefill, message.decode) if isinstance(value, str | list)]
             words = max(len(message.reason), len(message.field))
             return len(message.text) <= MOST_TEXT and words <= MOST_WORD and all(len(value) <= MOST_VALUES for value in values)
-        case Failed():
+        case Failed() | Waiting():
             return len(message.text) <= MOST_TEXT
         case Cancel():
-            return len(message.reason) <= MOST_WORD
+            return len(message.reason) <= MOST_WORD and len(message.text) <= MOST_TEXT
+        case Absent():
+            names = 0 < len(message.id) <= MOST_ID and 0 < len(message.instance) <= MOST_INSTANCE
+            return names and len(message.text) <= MOST_TEXT
         case _:
             return True  # the layout has bounds of its own

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aiotransfer.errors import BusyError, TransferError
+from aiotransfer.errors import BusyError, TransferError, said
 from aiotransfer.kv.errors import RequestFailed
 from aiotransfer.kv.schedule import Job, Schedule
 
@@ -89,7 +89,7 @@ class Writer:
             write.request.ended(write, error)
         except Exception as error:  # what a peer offered may be unfit in ways that are found only now
             self.schedule.done(job)
-            text = f"request {write.request.id!r}: what {write.peer} offered cannot be written to: {error!r}"
+            text = f"request {write.request.id!r}: what {write.peer} offered cannot be written to: {said(error)}"
             write.request.ended(write, RequestFailed(text, id=write.request.id, peer=str(write.peer.address)))
         else:
             self._room.own(self._carry(job, transfer))
@@ -111,7 +111,9 @@ class Writer:
         except asyncio.CancelledError as failure:
             error = failure  # by `drop`, or with the loop
         except Exception as failure:
-            error = RequestFailed(f"a write of request {write.request.id!r} failed: {failure!r}", id=write.request.id)
+            error = RequestFailed(f"a write of request {write.request.id!r} failed: {said(failure)}", id=write.request.id)
         self.schedule.done(job)
-        write.request.ended(write, error)
-        self._pump()
+        try:
+            write.request.ended(write, error)
+        finally:  # others wait for their turn
+            self._pump()

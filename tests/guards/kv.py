@@ -235,4 +235,55 @@ GUARDS = (
         "one look at etcd reads so much", "aiotransfer/kv/registry/etcd.py",
         "                if len(data) > most:", "                if not data:", "tests/kv/registry/test_bounds.py",
     ),
+    Mutant(
+        "kv: who has not asked is told to those that have", "aiotransfer/kv/gathering.py",
+        "self._timer = loop.call_later(min(NOTICE_SECONDS, seconds / 2), self._notice)", "pass", "tests/kv/test_told.py",
+    ),
+    Mutant(
+        "kv: a rank that cannot ask is not waited for", "aiotransfer/kv/prefiller.py",
+        "            known.abandon(text)\n", "            pass\n", "tests/kv/test_told.py",
+    ),
+    Mutant(
+        "kv: nor by those that ask later", "aiotransfer/kv/prefiller.py",
+        "if known is None and (why := self._absences.of(", "if False and (why := self._absences.of(", "tests/kv/test_told.py",
+    ),
+    Mutant(
+        "kv: who is absent speaks for itself", "aiotransfer/kv/prefiller.py",
+        "key = self._ledger.key(peer, message, place, places)\n        known = self._ledger.requests.get(key)\n        if len",
+        "key = message.instance, message.id\n        known = self._ledger.requests.get(key)\n        if len",
+        "tests/kv/test_told.py",
+    ),
+    Mutant(
+        "kv: a new attempt is one", "aiotransfer/kv/absence.py",
+        "known.place == place or place in known.told or now", "now", "tests/kv/test_told.py",
+    ),
+    Mutant(
+        "kv: arguments that are wrong are told", "aiotransfer/kv/decoder.py",
+        "                say_absent(self, self._settings, peers, id, error)\n", "                pass\n", "tests/kv/test_told.py",
+    ),
+    Mutant(
+        "kv: a rank without memory says so", "aiotransfer/kv/handle.py",
+        "                say_absent(self._role, self._settings, self.order.peers, self.id, error)\n", "                pass\n",
+        "tests/kv/test_told.py",
+    ),
+    Mutant(
+        "kv: a reservation that fails half way", "aiotransfer/kv/prefiller.py",
+        """            request.abandon(f"{named([place])} could not be taken in: {said(error)}")\n""", "",
+        "tests/kv/test_told.py",
+    ),
+    Mutant(
+        "kv: reasons are made fit", "aiotransfer/kv/wire.py",
+        "        message = msgspec.structs.replace(message, text=_fit(message.text))\n", "        pass\n",
+        "tests/kv/test_told.py",
+    ),
+    Mutant(
+        "kv: an end that fails is an end", "aiotransfer/kv/handle.py",
+        "        finally:\n            self._pool.release(self)\n",
+        "        except OSError:\n            raise\n        self._pool.release(self)\n", "tests/kv/test_told.py",
+    ),
+    Mutant(
+        "kv: a tail that cannot be read", "aiotransfer/kv/handle.py",
+        "        except Exception as error:  # no memory for it, say; the deadline",
+        "        except KVRequestError as error:  # no memory for it, say; the deadline", "tests/kv/test_told.py",
+    ),
 )

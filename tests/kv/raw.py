@@ -40,10 +40,11 @@ class RawDecoder:
         await self.peer.send(wire.encode(message))
 
     async def answer(self) -> wire.ToDecoder:
-        """The next."""
+        """The next, but for news of whom a request waits for: those come when time has passed."""
         async with asyncio.timeout(10):
-            message = wire.decode((await anext(self._answers)).data)
-        assert not isinstance(message, wire.Reserve | wire.Cancel)
+            while isinstance(message := wire.decode((await anext(self._answers)).data), wire.Waiting):
+                pass
+        assert not isinstance(message, wire.Reserve | wire.Cancel | wire.Absent)
         return message
 
     async def ask(self, id: str = "a", **other: Any) -> wire.ToDecoder:

@@ -254,7 +254,7 @@ async def test_ranks_that_never_ask_are_not_waited_for_without_end(monkeypatch: 
         assert isinstance(await raw.ask(seconds=math.inf, instance="A"), wire.Reserved)
         late = await raw.answer()
         assert isinstance(late, wire.Failed)
-        assert "1 of 2 decode ranks have asked" in late.text
+        assert "decode rank (0, 1) of 2 has not asked" in late.text
         for rank in (0, 1):  # when all have asked it has its own time
             layout = small(tp=2, tp_rank=rank).to_dict()
             assert isinstance(await raw.ask("b", seconds=30.0, instance="A", layout=layout), wire.Reserved)

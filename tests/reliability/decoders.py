@@ -289,8 +289,9 @@ def _kv_messages() -> list[bytes]:
     layout = KVLayout(4, 2, 8, "bfloat16", 4, 64, tp=2, pp=2, windows=(None, 8, None, 8)).to_dict()
     return [wire.encode(message) for message in (
         wire.Reserve(7, "request", layout, b"pool", b"tail", bytes(24), 12, 4, 5, 0, 1.5, True, b"prompt", "instance"),
-        wire.Reserved(7, layout), wire.Refused(7, "layout", "they differ", "windows", [None, 8], 3), wire.Cancel(7, "late"),
-        wire.Failed(7, "nan", True),
+        wire.Reserved(7, layout), wire.Refused(7, "layout", "they differ", "windows", [None, 8], 3),
+        wire.Cancel(7, "late", "why"), wire.Failed(7, "nan", True), wire.Waiting(7, "others"),
+        wire.Absent(7, "request", layout, "no memory", "instance"),
     )]  # fmt: skip
 
 

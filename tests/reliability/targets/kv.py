@@ -41,7 +41,8 @@ def _to_prefiller() -> list[Tree]:
         [1, 7, "request", layout, pool, tail, ids, 12, 4, 5, 0, 30.0, False, b"prompt", ""],
         [1, 8, "request", two, pool, tail, ids, 12, 0, 5, 3, math.inf, False, b"prompt", "instance"],
         [1, 9, "request", layout, pool, tail, ids, 11, 0, 5, -3, 5.0, True, b"", "another"],
-        [4, 7, "cancelled"],
+        [4, 7, "cancelled", "why"],
+        [7, 10, "absent", two, "no memory", "another instance"],
     ]
 
 
@@ -110,6 +111,7 @@ def _to_decoder() -> list[Tree]:
         [3, 7, "layout", "they differ", "windows", [None, 8, None, 8], [8, 8, 8, 8]],
         [3, 7, "busy", "too many", "", None, None],
         [5, 7, "nan", True],
+        [6, 7, "others"],
     ]
 
 

@@ -1,0 +1,69 @@
+"""A decode rank that could not ask for a request says so: the other ranks of its instance are told and do not wait for it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from aiotransfer.errors import said
+from aiotransfer.kv import wire
+from aiotransfer.kv.room import numbers
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.kv.layout import Place
+    from aiotransfer.kv.ledger import Key
+    from aiotransfer.kv.pool import Settings
+    from aiotransfer.kv.role import Role
+
+MOST_ABSENT, ABSENT_SECONDS = 256, 30.0  # what one prefill rank remembers: how many requests, how long
+
+
+def say_absent(role: Role, settings: Settings, peers: tuple[Any, ...], id: Any, error: BaseException) -> None:
+    """Tell prefill ranks that this rank of a named instance did not ask for a request, because of `error`. Raises nothing."""
+    if not settings.named or not isinstance(id, str) or not 0 < len(id) <= wire.MOST_ID:
+        return
+    for peer in peers:
+        with contextlib.suppress(Exception):  # arguments may be anything; what is wrong with them is raised already
+            role.room.check(peer)
+            absent = wire.Absent(next(numbers), id, role.layout.to_dict(), said(error), settings.named)
+            role.room.tell(peer, absent, settings.revoke_timeout)
+
+
+class Absence(NamedTuple):
+    """One rank and why. `told`: the ranks of its instance that know it."""
+
+    peer: Peer
+    place: Place
+    text: str
+    ends: float
+    told: set[Place]
+
+
+class Absences:
+    """Those that a prefill rank remembers, for ranks that ask later."""
+
+    def __init__(self) -> None:
+        self._known: dict[Key, Absence] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def note(self, key: Key, absence: Absence) -> None:
+        """Remember it. The oldest are forgotten."""
+        self._known.pop(key, None)
+        self._known[key] = absence
+        if len(self._known) > MOST_ABSENT:
+            del self._known[next(iter(self._known))]
+
+    def of(self, key: Key, place: Place, now: float) -> str:
+        """Why a request that `place` asks for cannot be whole, which that rank does not know yet; empty: there is no reason. One
+        that asks a second time, or that was absent, begins a new attempt."""
+        known = self._known.get(key)
+        if known is None:
+            return ""
+        if known.place == place or place in known.told or now > known.ends or known.peer.state not in ("up", "busy"):
+            del self._known[key]
+            return ""
+        known.told.add(place)
+        return known.text

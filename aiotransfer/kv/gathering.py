@@ -1,0 +1,84 @@
+"""The decode ranks that one request of a prefill rank is for, until all have asked: which are missing, and which are told so.
+
+A decode rank does not know the other ranks of its instance. When the request waits for one that does not come, only this side
+knows which one. So those that have asked are told after a while whom the request waits for, and again whenever that changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from aiotransfer.kv import wire
+from aiotransfer.kv.layout import Place
+
+if TYPE_CHECKING:
+    from aiotransfer.kv.ledger import Target
+    from aiotransfer.kv.plan import Receivers
+    from aiotransfer.kv.room import Room
+
+NOTICE_SECONDS = 1.0  # after which the decode ranks that have asked are told whom the request waits for
+TELL_SECONDS = 5.0  # that a decode side may take to make room for news of its request
+MOST_NAMED = 8
+
+
+def named(places: Iterable[Place]) -> str:
+    """Decode ranks in words, each as (pp_rank, tp_rank)."""
+    every = [str(tuple(place)) for place in sorted(places)]
+    more = f" and {len(every) - MOST_NAMED} more" if len(every) > MOST_NAMED else ""
+    return f"decode rank{'s' if len(every) > 1 else ''} {', '.join(every[:MOST_NAMED])}{more}"
+
+
+def tell(room: Room, target: Target, message: wire.ToDecoder) -> None:
+    """Send news to a decode rank of a request."""
+    if target.peer.state in ("up", "busy"):
+        room.tell(target.peer, message, TELL_SECONDS)
+
+
+class Gathering:
+    """Of one request, which is for the decode ranks at `places`; those of `targets` have asked. `room` sends to them."""
+
+    def __init__(self, places: Receivers, targets: Sequence[Target], room: Room) -> None:
+        self.places = places
+        self._targets = targets
+        self._room = room
+        self._noticed = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        """The first has asked; the others have so many seconds."""
+        if len(self.places) > 1:
+            self._timer = loop.call_later(min(NOTICE_SECONDS, seconds / 2), self._notice)
+
+    def known(self) -> set[Place]:
+        """Which have asked."""
+        return {target.plan.decode.place for target in self._targets}
+
+    def lacks(self, place: Place) -> bool:
+        """Whether this rank is one of those that are waited for."""
+        return place in self.places and place not in self.known()
+
+    def missing(self) -> str:
+        """Which have not asked, in words; empty: all have."""
+        known = self.known()
+        every = (Place(pp, tp) for pp in self.places.pp for tp in self.places.tp)
+        missing = [place for place in every if place not in known]
+        verb = "have" if len(missing) > 1 else "has"
+        return f"{named(missing)} of {len(self.places)} {verb} not asked for this request" if missing else ""
+
+    def _notice(self) -> None:
+        self._noticed = True
+        self.changed()
+
+    def changed(self) -> None:
+        """One more has asked: those that were told whom the request waits for are told anew."""
+        if self._noticed:
+            missing = self.missing()
+            for target in self._targets:
+                tell(self._room, target, wire.Waiting(target.number, missing))
+
+    def close(self) -> None:
+        """It waits for none any more."""
+        if self._timer is not None:
+            self._timer.cancel()
