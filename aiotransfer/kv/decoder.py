@@ -100,43 +100,35 @@ class Decoder(Role):
         """
         peers = tuple(peer) if isinstance(peer, list | tuple) else (peer,)
         try:
-            order = self._order(peers, id, page_ids, tokens, skip_tokens, priority, data, timeout)
+            if not peers or len(set(peers)) != len(peers):
+                raise ValueError(f"a request names each of its prefill ranks once, and at least one: {peers}")
+            self.pool.check()
+            if not isinstance(id, str) or not 0 < len(id) <= wire.MOST_ID:
+                raise ValueError(f"id must be a str of 1 to {wire.MOST_ID} characters, not {id!r}")
+            id.encode()  # raises for what is no text
+            skip = whole("skip_tokens", skip_tokens)
+            ids = page_ids_of(page_ids, self.layout, 0)
+            most = len(ids) * self.layout.page_tokens
+            count = most if tokens is None else whole("tokens", tokens)
+            if not skip <= count <= most:
+                raise ValueError(f"skip_tokens <= tokens <= {most} (what {len(ids)} pages hold) must be: {skip}, {count}")
+            if count > wire.MOST_TOKENS:
+                raise ValueError(f"a request has at most {wire.MOST_TOKENS} tokens, not {count}")
+            if isinstance(priority, bool) or not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
+                raise TypeError(f"priority must be an int of 32 bits, not {priority!r}")
+            written = ids[skip // self.layout.page_tokens : self.layout.pages_of(count)]
+            if is_twice(written):
+                raise ValueError("page_ids names a page twice")
+            seconds(timeout, self.engine.timeout)
+            order = Order(peers, id, ids[: self.layout.pages_of(count)], written, count, skip, priority, bytes(data), timeout)
+            self.pool.check_free(order)
+            for one in peers:
+                self.room.check(one)
         except BaseException as error:  # checking an argument may raise anything
             if not isinstance(error, TransferError):  # these are no mistake, and it may be asked again
                 say_absent(self, self._settings, peers, id, error)
             raise
         return Handle(self, self.pool, self._settings, order)
-
-    def _order(
-        self, peers: tuple[Any, ...], id: Any, page_ids: Any, tokens: Any, skip_tokens: Any, priority: Any, data: Any,
-        timeout: Any,
-    ) -> Order:  # fmt: skip
-        """Arguments that were checked."""
-        if not peers or len(set(peers)) != len(peers):
-            raise ValueError(f"a request names each of its prefill ranks once, and at least one: {peers}")
-        self.pool.check()
-        if not isinstance(id, str) or not 0 < len(id) <= wire.MOST_ID:
-            raise ValueError(f"id must be a str of 1 to {wire.MOST_ID} characters, not {id!r}")
-        id.encode()  # raises for what is no text
-        skip = whole("skip_tokens", skip_tokens)
-        ids = page_ids_of(page_ids, self.layout, 0)
-        most = len(ids) * self.layout.page_tokens
-        count = most if tokens is None else whole("tokens", tokens)
-        if not skip <= count <= most:
-            raise ValueError(f"skip_tokens <= tokens <= {most} (what {len(ids)} pages hold) must be: {skip}, {count}")
-        if count > wire.MOST_TOKENS:
-            raise ValueError(f"a request has at most {wire.MOST_TOKENS} tokens, not {count}")
-        if isinstance(priority, bool) or not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
-            raise TypeError(f"priority must be an int of 32 bits, not {priority!r}")
-        written = ids[skip // self.layout.page_tokens : self.layout.pages_of(count)]
-        if is_twice(written):
-            raise ValueError("page_ids names a page twice")
-        seconds(timeout, self.engine.timeout)
-        order = Order(peers, id, ids[: self.layout.pages_of(count)], written, count, skip, priority, bytes(data), timeout)
-        self.pool.check_free(order)
-        for one in peers:
-            self.room.check(one)
-        return order
 
     # ---- pages ----
 

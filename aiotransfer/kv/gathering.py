@@ -52,7 +52,7 @@ class Gathering:
             self._timer = loop.call_later(min(NOTICE_SECONDS, seconds / 2), self._notice)
 
     def known(self) -> set[Place]:
-        """Which have asked."""
+        """Which decode ranks have asked so far."""
         return {target.plan.decode.place for target in self._targets}
 
     def lacks(self, place: Place) -> bool:

@@ -206,7 +206,7 @@ class Handle(Unpicklable):
                 self._end("failed", RequestFailed(text, id=self.id, peer=str(peer.address)))
 
     def unreadable(self, peer: Peer, number: int, error: Exception) -> None:
-        """An answer that this side could not read, or not deal with."""
+        """The answer of `peer` to its `number` could not be read here, or not be dealt with: `error` says why."""
         if any(part.number == number and part.peer is peer for part in self._parts):
             text = f"an answer of {peer} to request {self.id!r}: {error}"
             self._end("failed", RequestFailed(text, id=self.id, peer=str(peer.address)))

@@ -25,7 +25,7 @@ class Wait(NamedTuple):
 
     @property
     def place(self) -> tuple[int, int]:
-        """Comparable."""
+        """Where it stands among all waits, earlier ones first."""
         return self.step, self.kind
 
 
