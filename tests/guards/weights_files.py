@@ -42,7 +42,7 @@ GUARDS = (
     ),
     Mutant(
         "weights: what is lent stays lent while other memory is written", f"{WEIGHTS}/subscriber/lending.py",
-        " if of is None or regions is of}", "}", f"{TESTS}/test_saving.py",
+        " if of is None or lend[0] is of}", "}", f"{TESTS}/test_saving.py",
     ),
     Mutant(
         "weights: files that an index names are not removed", f"{WEIGHTS}/checkpoint/placing.py",

@@ -160,6 +160,28 @@ GUARDS = (
         "tests/weights/test_relays.py",
     ),
     Mutant(
+        "weights: rights to write that a cancel left are taken back by the next call",
+        "aiotransfer/weights/subscriber/filling.py",
+        "            await self.take_back(list(self._leases))\n",
+        "            leases, self._leases = list(self._leases), {}\n            await self.take_back(leases)\n",
+        "tests/weights/test_cancel_everywhere.py",
+    ),
+    Mutant(
+        "weights: what is lent is known until it is taken back",
+        "aiotransfer/weights/subscriber/lending.py",
+        "        await self._revoke([lease for _, leases in over.values() for lease in leases])\n",
+        "        self._lends = {key: lend for key, lend in self._lends.items() if key not in over}\n"
+        "        await self._revoke([lease for _, leases in over.values() for lease in leases])\n",
+        "tests/weights/test_cancel_everywhere.py",
+    ),
+    Mutant(
+        "weights: a rank that leaves while a version begins is not waited for",
+        "aiotransfer/weights/publisher/leader.py",
+        "        if self.conduct is not None and self.conduct.enters[rank][1].attempt == attempt:\n",
+        "        if False:\n",
+        "tests/weights/test_cancel_everywhere.py",
+    ),
+    Mutant(
         "weights: relays keep the rate that they were told",
         "aiotransfer/weights/subscriber/relaying.py",
         "                        await self._pace.room(int(route.nbytes[begin:end].sum()))\n",

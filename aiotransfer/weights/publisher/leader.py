@@ -55,10 +55,12 @@ class Leader:
             self.conduct = Conduct(self, enters)
 
     def withdraw(self, rank: int, attempt: int) -> None:
-        """A rank has left before the update began."""
+        """A rank has left before it heard of an update. One that has begun meanwhile is given up: the rank will not answer."""
         known = self.enters.get(rank)
         if known is not None and known[1].attempt == attempt:
             del self.enters[rank]
+        if self.conduct is not None and self.conduct.enters[rank][1].attempt == attempt:
+            self.conduct.give("failed", f"publisher rank {rank} left before it heard that the version had begun")
 
     def send(self, peer: Peer | None, message: Any) -> None:
         """To a publisher rank; None: this one."""

@@ -234,15 +234,16 @@ class Filling:
     # ---- the end ----
 
     async def close(self) -> None:
-        """Take every right to write back; returns when nothing can land any more. Raises `QuarantineError`."""
+        """Take every right to write back; returns when nothing can land any more. The call after one that was cancelled takes
+        back what is left. Raises `QuarantineError`, once."""
         self.is_open = False
         self.relayed.close()
-        leases, self._leases = list(self._leases), {}
         unproved: QuarantineError | None = None
         try:
-            await self.take_back(leases)
+            await self.take_back(list(self._leases))
         except QuarantineError as error:
             unproved = error
+            self._leases.clear()
         for task in self._tasks:
             task.cancel()
         self.share()

@@ -60,10 +60,10 @@ class Lending:
 
     async def revoke(self, of: Regions | None = None) -> None:
         """Take back what was lent `of` one set of buffers, or all. Returns when it cannot be read any more, or after
-        `drain_timeout`."""
-        over = {key: leases for key, (regions, leases) in self._lends.items() if of is None or regions is of}
-        self._lends = {key: lend for key, lend in self._lends.items() if key not in over}
-        await self._revoke([lease for leases in over.values() for lease in leases])
+        `drain_timeout`. The call after one that was cancelled takes back what is left."""
+        over = {key: lend for key, lend in self._lends.items() if of is None or lend[0] is of}
+        await self._revoke([lease for _, leases in over.values() for lease in leases])
+        self._lends = {key: lend for key, lend in self._lends.items() if lend is not over.get(key)}
 
     async def _revoke(self, leases: list[Lease]) -> None:
         seconds = self._role.engine.config.drain_timeout
