@@ -97,6 +97,13 @@ GUARDS = (
         "tests/weights/test_reasons.py",
     ),
     Mutant(
+        "weights: an offer that was given up before it began is declined for that reason",
+        "aiotransfer/weights/subscriber/subscriber.py",
+        'given_up or "another version came"',
+        '"another version came"',
+        "tests/weights/test_reasons.py",
+    ),
+    Mutant(
         "weights: memory of a subscriber that left is let go",
         "aiotransfer/weights/publisher/publisher.py",
         "                self.mappings.left(peer, message.instance, message.rank)\n",

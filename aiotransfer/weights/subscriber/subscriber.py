@@ -385,8 +385,9 @@ class Subscriber:
         finally:
             self._beginning.pop(offer.update, None)
         if self._closed or offer.update in self._past or self._sessions:
-            why = CLOSED if self._closed else "another version came"
-            self.tell(peer, wire.Decline(offer.update, self.instance, self.rank, "failed", why, 0, -1))
+            _, given_up = self._past.get(offer.update, ("", ""))
+            why = CLOSED if self._closed else given_up or "another version came"
+            self.tell(peer, wire.Decline(offer.update, self.instance, self.rank, "failed", wire.clip(why), 0, -1))
             return
         session = self._sessions[offer.update] = Session(self, peer, offer)
         self.watch.add(peer, self.peer_lost)
