@@ -110,7 +110,7 @@ async def test_arrays_are_one_native_call_whatever_their_length(three: Star, n: 
     assert transfer.nbytes == sizes.sum()
     if n <= 1024:
         assert posted.pop("at_scatter") == 1
-        assert set(posted) <= {"at_poll", "at_turn"}
+        assert set(posted) <= {"at_poll", "at_turn", "at_peer_pong"}  # the last where a second passes meanwhile
     for i in range(3):
         expected = np.zeros(N, np.uint8)
         for start, size, place in zip(starts[i::3], sizes[i::3], places[i::3], strict=True):
