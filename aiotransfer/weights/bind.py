@@ -1,7 +1,7 @@
 """A rank's buffers as real memory: where they lie, and whether that or their content has changed since.
 
 Memory is a torch tensor (also a `DTensor`: its local part) or storage, a NumPy array, a region of `Engine.allocate`, or anything
-else with the buffer protocol. Neither torch nor the engine is imported here: their objects are recognised by their module.
+else with the buffer protocol. Neither torch nor regions are imported here: these objects are recognised by their module.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.weights import layoutcheck
 from aiotransfer.weights.errors import PlanError
@@ -55,8 +56,10 @@ class Form(NamedTuple):
         return True
 
 
-class Bound:
+class Bound(Unpicklable):
     """The memory of one rank. `layout`, `rank`, `memory` ({buffer: object}), `places` ({buffer: Place} when it was bound)."""
+
+    _instead = "bind the layout in the process that has the memory; send layout.encode()"
 
     def __init__(self, layout: Layout, rank: int, memory: Mapping[str, Any]) -> None:
         """Bind `memory`, one object for each buffer of `rank`. Raises `PlanError` that lists buffers without memory, memory

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import BrokenError
 from aiotransfer.weights.bind import Bound, Place
 from aiotransfer.weights.layout import Layout
@@ -23,9 +24,11 @@ SLAB = 1 << 20  # bytes of temporary memory, where what is needed does not lie i
 DIRECT = 16 << 10  # bytes of a run that is read by itself
 
 
-class FileMemory:
+class FileMemory(Unpicklable):
     """A regular file, opened for reading. `path`; `nbytes` and `stamp` as it was then. It is closed when nothing holds this
     object any more: a thread may be reading. Raises `OSError`, `ValueError` for what is no regular file."""
+
+    _instead = "open the file in the process that reads it; send its path"
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -89,6 +92,8 @@ class FileMemory:
 
 class FileBound(Bound):
     """A rank's buffers as files: {buffer: file}. They have no address, so nothing of them can be registered."""
+
+    _instead = "open the files in the process that reads them; send their path"
 
     def __init__(self, layout: Layout, rank: int, files: Mapping[str, FileMemory]) -> None:
         self.layout, self.rank = layout, rank

@@ -6,6 +6,20 @@ from tests.guards.mutant import Mutant
 
 GUARDS = (
     Mutant(
+        "weights: a publisher is not sent to another process",
+        "aiotransfer/weights/publisher/publisher.py",
+        "class Publisher(Unpicklable):\n",
+        "class Publisher:\n",
+        "tests/weights/test_pickles.py",
+    ),
+    Mutant(
+        "weights: a file is not read by the number that it has elsewhere",
+        "aiotransfer/weights/files.py",
+        "class FileMemory(Unpicklable):\n",
+        "class FileMemory:\n",
+        "tests/weights/test_pickles.py",
+    ),
+    Mutant(
         "weights: a task that reads waits for nothing that waits for it",
         "aiotransfer/weights/subscriber/gate.py",
         "        if (held := self._held.get(asyncio.current_task())) is not None:\n",

@@ -11,6 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control.patience import Patience
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from aiotransfer.moe.kernels.base import Kernels
 
 
-class GraphWord:
+class GraphWord(Unpicklable):
     """A word that kernels count in, and coroutines wait for.
 
         word = GraphWord(engine, kernels)
@@ -33,6 +34,8 @@ class GraphWord:
     `engine`: whose native thread looks at the word; `kernels`: those of the GPU. Any number of tasks may wait. Keep it as long
     as a graph that bumps it may be replayed: the graph knows only its address.
     """
+
+    _instead = "make a GraphWord where the graph is captured"
 
     def __init__(self, engine: Engine, kernels: Kernels) -> None:
         self._kernels, self._memory = kernels, kernels.word()

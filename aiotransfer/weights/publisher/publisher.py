@@ -17,6 +17,7 @@ import msgspec
 
 from aiotransfer.control.patience import despite_cancels
 from aiotransfer.engine.base import seconds, world_of
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError
 from aiotransfer.weights import arguments
 from aiotransfer.weights.binding import bound_of
@@ -58,7 +59,7 @@ MOST_LAYOUTS = 256  # of instances, remembered
 STAGING_BYTES = 1 << 30
 
 
-class Publisher:
+class Publisher(Unpicklable):
     """One rank of the trainers, whose weights lie as `layout` says. One of an engine.
 
     `layout`: of all trainer ranks, the same on each; bound to this rank's memory (`layout.bind`), or a `Checkpoint`. `group`:
@@ -78,6 +79,8 @@ class Publisher:
     Raises `PlanError` (the layout is not whole), `ConfigurationError` (a second one on this engine), `RegistrationError`,
     `ClosedError`, `TypeError`, `ValueError`.
     """
+
+    _instead = "make a Publisher on each trainer rank; send it layout.encode()"
 
     def __init__(
         self, engine: Engine, layout: Any, *, group: PeerGroup | None = None, rules: Sequence[Any] = (), epoch: int | None = None,

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiotransfer.control.patience import Patience, despite_cancels
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, TransferError
 from aiotransfer.weights.aside import steady
 from aiotransfer.weights.errors import PlanError, UpdateError, VersionError
@@ -32,8 +33,10 @@ GRACE = 1.0  # seconds after the deadline in which rank 0 says how it ended
 NEVER = -1  # no update has begun
 
 
-class Update:
+class Update(Unpicklable):
     """Made by `Publisher.publish`; `async with` it once. `number`; `version`: (epoch, number) once it has begun, else None."""
+
+    _instead = "publish where its Publisher is; send update.version"
 
     def __init__(self, role: Publisher, number: int) -> None:
         self._role = role

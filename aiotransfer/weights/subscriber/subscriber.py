@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.engine.base import is_open, seconds, world_of
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, TransferTimeout, again
 from aiotransfer.weights import arguments
 from aiotransfer.weights.aside import aside
@@ -52,7 +53,7 @@ MOST_PAST = 256  # updates whose end is remembered for ranks in doubt
 CLOSED = "its subscriber was closed"
 
 
-class Subscriber:
+class Subscriber(Unpicklable):
     """Rank `rank` of inference instance `instance`, whose weights lie as `layout` says.
 
     `layout`: of all ranks of the instance, the same on each; bound to this rank's memory (`layout.bind`), or unbound: the memory
@@ -67,6 +68,8 @@ class Subscriber:
 
     Raises `PlanError` (the layout is not whole), `RegistrationError`, `ClosedError`, `TypeError`, `ValueError`.
     """
+
+    _instead = "make a Subscriber in each inference rank; send it layout.encode()"
 
     def __init__(
         self, engine: Engine, layout: Any, *, instance: str = "", rank: int | None = None, mode: str = "double",
