@@ -13,10 +13,10 @@ from aiotransfer.weights.layout import Layout
 if TYPE_CHECKING:
     from aiotransfer.weights.plan import Plan
 
-MAGIC = b"\x93ATpln\x01"
+MAGIC = b"\x93ATpln\x02"
 MOST_BYTES = 1 << 33  # of a decoded plan
 PLAN_ARRAYS = (
-    "tensor_kind", "tensor_scale", "tensor_block", "tensor_phase",
+    "tensor_kind", "tensor_scale", "tensor_block", "tensor_phase", "tensor_home", "instance_tensor",
     "link_source", "link_target", "link_low", "link_high", "link_axes", "link_shift",
     "unit_tensor", "unit_start", "unit_stop",
     "job_unit", "job_sender", "job_part", "job_in", "job_out", "job_scale",
@@ -67,10 +67,11 @@ def decode(kind: type[Plan], data: Any, *, most_bytes: int = MOST_BYTES) -> Plan
 
 def _check(plan: Plan) -> None:
     """Every index points at something, every array has the shape that goes with the others."""
-    ndim, tensors = next(iter(plan.instances.values())).ndim, len(plan.names)
-    rows = {"tensor": tensors, "link": len(plan.link_source), "unit": len(plan.unit_tensor), "job": len(plan.job_unit),
+    ndim, tensors = plan.catalog.ndim, len(plan.names)
+    rows = {"tensor": tensors, "instance": int(plan.catalog.begin[-1]),
+            "link": len(plan.link_source), "unit": len(plan.unit_tensor), "job": len(plan.job_unit),
             "input": len(plan.input_job), "move": len(plan.move_job), "relay": len(plan.relay_move), "bound": 2}  # fmt: skip
-    wide = {"tensor_block": 2, "link_low": plan.trainer.ndim, "link_high": plan.trainer.ndim, "link_axes": ndim,
+    wide = {"tensor_block": 2, "tensor_home": 2, "link_low": plan.trainer.ndim, "link_high": plan.trainer.ndim, "link_axes": ndim,
             "link_shift": ndim, "unit_start": ndim, "unit_stop": ndim}  # fmt: skip
     for name in PLAN_ARRAYS:
         count = rows[name.split("_")[0]]
@@ -91,7 +92,7 @@ def _check(plan: Plan) -> None:
     _between("job_part", plan.job_part, 0, 1 << 31)
     for name in ("job_in", "job_out", "job_scale"):
         _between(name, getattr(plan, name), -1, plan.staging_bytes)
-    shape = next(iter(plan.instances.values())).shape_array[plan.unit_tensor]
+    shape = plan.catalog.shape_array[plan.unit_tensor]
     if not ((plan.unit_start >= 0) & (plan.unit_start <= plan.unit_stop) & (plan.unit_stop <= shape)).all():
         raise ValueError("a unit lies outside its tensor")
     for name in ("job_sender", "input_job", "move_job"):

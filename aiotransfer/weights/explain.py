@@ -69,7 +69,7 @@ def _kinds(plan: Plan, wanted: Ints) -> list[str]:
             names = ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
             source = plan.trainer.dtypes[plan.trainer.find(sources[0]) or 0] if sources else "nothing"
             scale = f", scales in {plan.names[plan.tensor_scale[k]]}" if plan.tensor_scale[k] >= 0 else ""
-            lines.append(f"  {KINDS[kind]} {plan.names[k]}: {source} to {plan.dtypes[k]}, of {names}{scale}")
+            lines.append(f"  {KINDS[kind]} {plan.catalog.title(k)}: {source} to {plan.dtypes[k]}, of {names}{scale}")
         if len(every) > MOST_LINES:
             lines.append(f"  {KINDS[kind]} {len(every) - MOST_LINES} more")
     return lines
@@ -149,6 +149,6 @@ def _tensors(plan: Plan, other: Plan) -> list[str]:
 
 def _described(plan: Plan) -> dict[str, str]:
     return {
-        plan.names[k]: f"{KINDS[plan.tensor_kind[k]]} to {plan.shapes[k]} {plan.dtypes[k]}"
-        for k in np.flatnonzero(plan.tensor_kind >= 0)
+        plan.catalog.title(k): f"{KINDS[plan.tensor_kind[k]]} to {plan.shapes[k]} {plan.dtypes[k]}"
+        for k in np.flatnonzero(plan.tensor_kind >= 0).tolist()
     }

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from aiotransfer.core import boxes
 from aiotransfer.weights import codec, explain, pack, picture, tasks
 from aiotransfer.weights.balance import Balance
+from aiotransfer.weights.catalog import Catalog, padded
 from aiotransfer.weights.codec import MOST_BYTES, PLAN_ARRAYS
 from aiotransfer.weights.layout import Layout
 from aiotransfer.weights.tasks import Expected, Tasks, Writes
@@ -23,13 +24,16 @@ class Plan:
     """A static schedule from one layout of trainers to one or more instances. Made by `make_plan` or `Plan.decode`.
 
     `trainer` (Layout), `instances` ({name: Layout}, in order), `fanout`, `staging_bytes`, `phases` (tuple of mesh groups in
-    order), `names`, `shapes`, `dtypes` (of the inference tensors, T of them: the first instance's order). *Receivers* are
-    numbered through all instances: `receiver(instance, rank)`. *Target pieces* are numbered through all instances, too:
-    `piece_base[i]` is the number of the first piece of instance i. D is the number of dimensions of the instances' arrays.
+    order), `names`, `shapes`, `dtypes` (of the inference tensors of all instances, T of them: those of the first instance in its
+    order, then those of the next that are made otherwise; a name may stand more than once). *Receivers* are numbered through
+    all instances: `receiver(instance, rank)`. *Target pieces* are numbered through all instances, too: `piece_base[i]` is
+    the number of the first piece of instance i. D is the number of dimensions of the instances' arrays, the most that any has.
 
     Tensors [T]: `tensor_kind` (0 copy, 1 cast or another order of dimensions, 2 quantise, 3 the
     scales of a quantised one; -1: not part of this update),
-    `tensor_scale` (the tensor that takes its scales, or -1), `tensor_block` [T, 2], `tensor_phase` (index into `phases`).
+    `tensor_scale` (the tensor that takes its scales, or -1), `tensor_block` [T, 2], `tensor_phase` (index into `phases`),
+    `tensor_home` [T, 2] (the instance whose layout describes it, and its number there). `instance_tensor`: the numbers of the
+    tensors of each instance, in the order of its layout, one instance after the other.
 
     Links [L]: a box of a trainer tensor is a box of an inference tensor: `link_source`, `link_target` (tensors), `link_low`,
     `link_high` (the box in the source), `link_axes`, `link_shift` [L, D]: dimension j of the target is dimension `axes[j]` of the
@@ -59,6 +63,8 @@ class Plan:
     tensor_scale: Ints
     tensor_block: Ints
     tensor_phase: Ints
+    tensor_home: Ints
+    instance_tensor: Ints
     link_source: Ints
     link_target: Ints
     link_low: Ints
@@ -100,8 +106,9 @@ class Plan:
         self.fanout = fanout
         self.staging_bytes = staging_bytes
         self.phases = phases
-        first = next(iter(self.instances.values()))
-        self.names, self.shapes, self.dtypes, self.itemsizes = first.names, first.shapes, first.dtypes, first.itemsizes
+        self.catalog = Catalog.checked(self.instances, arrays["tensor_home"], arrays["instance_tensor"])
+        tensors = self.catalog
+        self.names, self.shapes, self.dtypes, self.itemsizes = tensors.names, tensors.shapes, tensors.dtypes, tensors.itemsizes
         for name in PLAN_ARRAYS:
             values = arrays[name]
             values.flags.writeable = False
@@ -146,11 +153,11 @@ class Plan:
 
     def pieces(self, name: str, which: Ints) -> Ints:
         """Values `piece_*` of the instances' layouts for target pieces by number."""
-        wide = getattr(next(iter(self.instances.values())), name)
-        result = np.zeros((len(which), *wide.shape[1:]), wide.dtype)
+        first = padded(name, getattr(next(iter(self.instances.values())), name), self.catalog.ndim)
+        result = np.zeros((len(which), *first.shape[1:]), first.dtype)
         for k, layout in enumerate(self.instances.values()):
             mine = (which >= self.piece_base[k]) & (which < self.piece_base[k + 1])
-            result[mine] = getattr(layout, name)[which[mine] - self.piece_base[k]]
+            result[mine] = padded(name, getattr(layout, name)[which[mine] - self.piece_base[k]], self.catalog.ndim)
         return result
 
     # ---- what moves have in common ----
@@ -181,7 +188,7 @@ class Plan:
     def move_bytes(self, moves: Ints, pieces: Ints | None = None) -> Ints:
         """Bytes of moves (int64)."""
         tensor, start, stop = self.move_box(moves, pieces)
-        return boxes.volume(start, stop) * self.itemsizes[tensor]
+        return np.asarray(boxes.volume(start, stop) * self.itemsizes[tensor])
 
     def input_place(self, inputs: Ints) -> tuple[Ints, Ints, Ints, Ints]:
         """Where inputs lie: (`start`, `stop`) of the part of the unit that each brings, in elements of the target tensor;

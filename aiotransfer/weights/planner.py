@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from aiotransfer.core import boxes
-from aiotransfer.weights import layoutcheck, relay, sources, staging
+from aiotransfer.weights import catalog, layoutcheck, relay, sources, staging
 from aiotransfer.weights.bind import Bound
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.layout import Layout
-from aiotransfer.weights.links import CAST, COPY, QUANTISE, SCALES, resolve
+from aiotransfer.weights.links import CAST, COPY, QUANTISE, SCALES, Links
 from aiotransfer.weights.plan import Plan, block_table
-from aiotransfer.weights.rules import Rule, checked
+from aiotransfer.weights.rules import GivenRules, Rules, by_instance
 from aiotransfer.weights.senders import Moves, choose
 
 Ints = npt.NDArray[Any]
@@ -26,7 +26,7 @@ GRAINS = 64  # parts that a sender's share is cut into, where several ranks coul
 def make_plan(
     trainer: Layout,
     inference: Layout | Mapping[str, Layout],
-    rules: Iterable[Rule] | None = (),
+    rules: GivenRules = (),
     *,
     staging_bytes: int = STAGING_BYTES,
     fanout: str = "direct",
@@ -36,10 +36,11 @@ def make_plan(
     """A schedule of writes that brings every byte of the inference side's tensors from the trainers, each exactly once.
 
     `trainer`: where the trainers' tensors lie; `inference`: the same of one instance, or {name: layout} of several (alone, it
-    is named "inference"). `rules`: see `aiotransfer.weights.rules`. `staging_bytes` (default 1 GiB): temporary memory that each
-    trainer rank may use for tensors that are cast or quantised on the way; larger ones go in parts. `fanout`: "direct"
-    (trainers write to all instances) or "relay" (each byte leaves the trainers about once, instances pass parts on to one
-    another). `names`: templates of the inference tensors that are part of the update (default: all). `staged`: the trainers'
+    is named "inference"); they may hold the model in different types. `rules`: see `aiotransfer.weights.rules`; a list for all
+    instances, or {instance: list} with the key "" for those that are not named. `staging_bytes` (default 1 GiB): temporary
+    memory that each trainer rank may use for tensors that are cast or quantised on the way; larger ones go in parts. `fanout`:
+    "direct" (trainers write to all instances) or "relay" (each byte leaves the trainers about once, instances pass parts on to
+    one another). `names`: templates of the inference tensors that are part of the update (default: all). `staged`: the trainers'
     tensors cannot be written from where they lie (files): what is only copied goes through the staging memory, too.
 
     Raises `PlanError`, whose `.problems` lists everything that does not fit, before anything is moved; `TypeError` and
@@ -60,7 +61,7 @@ def make_plan(
         raise TypeError(f"make_plan takes Layouts, the trainers' and one or more {{name: layout}} of the inference side: {what}")
     if unnamed := [name for name in instances if not isinstance(name, str)]:
         raise TypeError(f"instances have texts for names, not {unnamed[0]!r}")
-    return _Planner(trainer, instances, checked(rules), staging_bytes, fanout, _templates(names), bool(staged)).run()
+    return _Planner(trainer, instances, by_instance(rules), staging_bytes, fanout, _templates(names), bool(staged)).run()
 
 
 def _layout(given: Any) -> Any:
@@ -78,20 +79,20 @@ def _templates(names: Iterable[str] | None) -> list[str] | None:
 
 class _Planner:
     def __init__(
-        self, trainer: Layout, instances: dict[str, Layout], rules: Sequence[Rule], staging_bytes: int, fanout: str,
+        self, trainer: Layout, instances: dict[str, Layout], rules: Rules, staging_bytes: int, fanout: str,
         names: list[str] | None, staged: bool,
     ) -> None:  # fmt: skip
         self.staged = staged
         self.trainer, self.instances, self.fanout, self.staging_bytes = trainer, instances, fanout, staging_bytes
-        self.catalog = next(iter(instances.values()))
         self.names = names
-        self.links = resolve(trainer, self.catalog, rules, self.names)
-        self.ndim = self.catalog.ndim
+        self.kinds = catalog.kinds(trainer, instances, rules, names)
 
     def run(self) -> Plan:
-        problems = [*self._sides(), *self.links.problems]
+        problems = [*self._sides(), *catalog.problems(self.kinds)]
         if problems:
             raise PlanError("the weights of the trainers and of the inference side do not fit", problems=problems)
+        self.catalog, self.links = catalog.join(self.kinds, self.instances)
+        self.ndim = self.catalog.ndim
         self._reordered()
         self._targets()
         links = self.links.links
@@ -121,6 +122,7 @@ class _Planner:
             "tensor_kind": self._kinds(),
             "tensor_scale": self.links.scale.astype(np.int32), "tensor_block": self.links.block.astype(np.int32),
             "tensor_phase": tensor_phase,
+            "tensor_home": self.catalog.home, "instance_tensor": self.catalog.of,
             "link_low": low, "link_high": high, "link_axes": axes.astype(np.int32), "link_shift": shift,
             "link_source": np.array([x.source for x in links], np.int32),
             "link_target": np.array([x.target for x in links], np.int32),
@@ -134,48 +136,18 @@ class _Planner:
 
     def _sides(self) -> list[str]:
         found = [f"trainers: {text}" for text in layoutcheck.problems(self.trainer, only=self._sources())]
-        scales = frozenset(np.flatnonzero(self.links.scale_of >= 0).tolist())
-        for name, layout in self.instances.items():
-            only = None if self.names is None else self._wanted(layout)
-            found += [
-                f"{name}: {text}"
-                for text in layoutcheck.problems(
-                    layout,
-                    scales=scales
-                    if layout is self.catalog
-                    else frozenset(k for k, n in enumerate(layout.names) if self.catalog.find(n) in scales),
-                    only=only,
-                )
-            ]
-            found += [f"{name}: {text}" for text in layoutcheck.shared_bytes(layout)]
-            found += self._differences(name, layout)
+        for kind in self.kinds:
+            scales = frozenset(np.flatnonzero(kind.links.scale_of >= 0).tolist())
+            only = None if self.names is None else _wanted(kind.links)
+            for name in kind.instances:
+                layout = self.instances[name]
+                found += [f"{name}: {text}" for text in layoutcheck.problems(layout, scales=scales, only=only)]
+                found += [f"{name}: {text}" for text in layoutcheck.shared_bytes(layout)]
         return found
 
     def _sources(self) -> frozenset[int] | None:
         """The trainer tensors that are sent; None: all."""
-        return None if self.names is None else frozenset(link.source for link in self.links.links)
-
-    def _wanted(self, layout: Layout) -> frozenset[int]:
-        wanted = {self.catalog.names[k] for k in np.flatnonzero(self.links.wanted)}
-        wanted |= {self.catalog.names[s] for k in np.flatnonzero(self.links.wanted) if (s := int(self.links.scale[k])) >= 0}
-        return frozenset(k for k, name in enumerate(layout.names) if name in wanted)
-
-    def _differences(self, name: str, layout: Layout) -> list[str]:
-        """How an instance's tensors differ from the first instance's."""
-        if layout is self.catalog or (
-            layout.names == self.catalog.names and layout.shapes == self.catalog.shapes and (layout.dtypes == self.catalog.dtypes)
-        ):
-            return []
-        found = []
-        theirs = dict(zip(layout.names, zip(layout.shapes, layout.dtypes, strict=True), strict=True))
-        ours = dict(zip(self.catalog.names, zip(self.catalog.shapes, self.catalog.dtypes, strict=True), strict=True))
-        first = next(iter(self.instances))
-        for tensor in sorted(ours.keys() ^ theirs.keys()):
-            found.append(f"{tensor}: {first if tensor in ours else name} has it, {name if tensor in ours else first} has not")
-        for tensor in sorted(ours.keys() & theirs.keys()):
-            if ours[tensor] != theirs[tensor]:
-                found.append(f"{tensor}: {first} has {ours[tensor]}, {name} has {theirs[tensor]}")
-        return found
+        return None if self.names is None else frozenset(link.source for kind in self.kinds for link in kind.links.links)
 
     def _covered(self, cells: sources.Cells) -> None:
         """Every element of a wanted tensor has a holder."""
@@ -187,7 +159,7 @@ class _Planner:
             gaps = boxes.holes(tuple(self.catalog.shape_array[k].tolist()), cells.start[mine], cells.stop[mine])
             ndim = len(self.catalog.shapes[k])
             where = ", ".join(layoutcheck.text(a[:ndim], b[:ndim]) for a, b in gaps)
-            problems.append(f"{self.catalog.names[k]}: no trainer rank holds what {where or 'some of it'} is made of")
+            problems.append(f"{self.catalog.title(k)}: no trainer rank holds what {where or 'some of it'} is made of")
         if problems:
             raise PlanError("some bytes of the inference side have no source", problems=problems)
 
@@ -201,15 +173,14 @@ class _Planner:
                 self.links.kind[link.target] = CAST
 
     def _targets(self) -> None:
-        """All instances' pieces in one table, in the numbers of the first instance's tensors."""
+        """All instances' pieces in one table, in the numbers of the catalog's tensors."""
         tensor, start, stop, receiver, instance = [], [], [], [], []
         hosts: list[str] = []
         base = 0
-        for k, layout in enumerate(self.instances.values()):
-            index = np.array([self.catalog.find(name) for name in layout.names], np.int64)
-            tensor.append(index[layout.piece_tensor] if len(index) else layout.piece_tensor.astype(np.int64))
-            start.append(layout.piece_start)
-            stop.append(layout.piece_stop)
+        for k, (name, layout) in enumerate(self.instances.items()):
+            tensor.append(self.catalog.numbers(name).astype(np.int64)[layout.piece_tensor])
+            start.append(catalog.padded("piece_start", layout.piece_start, self.ndim))
+            stop.append(catalog.padded("piece_stop", layout.piece_stop, self.ndim))
             receiver.append(layout.piece_rank.astype(np.int64) + base)
             instance.append(np.full(len(layout.piece_rank), k))
             hosts += layout.hosts
@@ -292,3 +263,9 @@ class _Planner:
         index = {text: k for k, text in enumerate(phases)}
         phase = np.array([index[group.get(k, phases[0])] for k in range(len(self.catalog.names))], np.int32)
         return phases, phase
+
+
+def _wanted(links: Links) -> frozenset[int]:
+    """The tensors of a kind of instances that are part of the update, and the scales that come with them."""
+    wanted = np.flatnonzero(links.wanted)
+    return frozenset([*wanted.tolist(), *(s for s in links.scale[wanted].tolist() if s >= 0)])

@@ -33,7 +33,10 @@ def separate(
     """
     of = instance[moves.piece]
     key = moves.unit.astype(np.int64) * 2 + moves.scale
-    root = of == moves.unit % instances
+    takes = np.unique(moves.unit.astype(np.int64) * instances + of)
+    unit, begin, many = np.unique(takes // instances, return_index=True, return_counts=True)  # of each unit, who takes it
+    at = np.searchsorted(unit, moves.unit)
+    root = of == takes[begin[at] + moves.unit % many[at]] % instances
     first, other = np.flatnonzero(root), np.flatnonzero(~root)
     first = first[np.argsort(key[first], kind="stable")]
     begin = np.searchsorted(key[first], key[other], side="left")

@@ -2,13 +2,14 @@
 
 Names are templates. `{x}` stands for a part of a name without dots, the same text wherever `{x}` stands in one rule:
 `Rename("layers.{i}.attn.wq", "model.layers.{i}.self_attn.q_proj.weight")`. A tensor that no rule makes is the trainers' tensor
-of the same name. One rule of `Rename`, `Fuse`, `Split`, `Stack`, `Unstack` may make a tensor; `Transpose` and one of `Cast` and
+of the same name. Where instances need different ones (they have other numbers of ranks, and fused tensors), rules are given as
+{instance: rules}. One rule of `Rename`, `Fuse`, `Split`, `Stack`, `Unstack` may make a tensor; `Transpose` and one of `Cast` and
 `Quantise` may come on top.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -111,6 +112,23 @@ class Quantise:
 
 
 Rule: TypeAlias = Rename | Fuse | Split | Stack | Unstack | Tie | Transpose | Cast | Quantise
+GivenRules: TypeAlias = Iterable[Rule] | Mapping[str, Iterable[Rule]] | None
+Rules: TypeAlias = dict[str, tuple[Rule, ...]]  # by instance; "": of those that are not named
+
+
+def by_instance(rules: GivenRules) -> Rules:
+    """Rules as users give them, for all instances or for each, in one form: equal ones are equal on every rank. Raises
+    `TypeError` and `ValueError`, with the rule in the text."""
+    if not isinstance(rules, Mapping):
+        return {"": checked(rules)}
+    if unnamed := [name for name in rules if not isinstance(name, str)]:
+        raise TypeError(f"rules of instances are {{instance: rules}}, not {{{unnamed[0]!r}: rules}}")
+    return {name: checked(rules[name]) for name in sorted(rules)}
+
+
+def rules_of(rules: Rules, instance: str) -> tuple[Rule, ...]:
+    """The rules of an instance: its own where it is named, else those of the key ""."""
+    return rules.get(instance, rules.get("", ()))
 
 
 def checked(rules: Iterable[Rule] | None) -> tuple[Rule, ...]:

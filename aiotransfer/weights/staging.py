@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aiotransfer.weights.catalog import Catalog
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.layout import Layout
 from aiotransfer.weights.links import QUANTISE, Links
@@ -29,7 +30,7 @@ def largest(staging_bytes: int) -> int:
 
 
 def arrange(
-    trainer: Layout, catalog: Layout, links: Links, units: Units, have: Held, work: Work, blocks: Ints, tensor_phase: Ints,
+    trainer: Layout, catalog: Catalog, links: Links, units: Units, have: Held, work: Work, blocks: Ints, tensor_phase: Ints,
     staging_bytes: int, receiver: Ints, made: Ints, *, relays: bool,
 ) -> dict[str, Ints]:  # fmt: skip
     """The arrays of jobs, inputs and moves of a plan, sorted as it has them, and `move_order`: which of the work's moves each
@@ -82,7 +83,7 @@ def _order(work: Work, phase: Ints, receiver: Ints) -> Ints:
 
 
 def _sizes(
-    trainer: Layout, catalog: Layout, links: Links, units: Units, have: Held, work: Work, blocks: Ints, made: Ints, order: Ints,
+    trainer: Layout, catalog: Catalog, links: Links, units: Units, have: Held, work: Work, blocks: Ints, made: Ints, order: Ints,
     align: int,
 ) -> Ints:  # fmt: skip
     """Staging bytes [3, J] of each job in the new order: gathered input, output, scales; each rounded up."""
@@ -104,7 +105,7 @@ def _sizes(
 
 
 def _parts(
-    group: Ints, sender: Ints, size: Ints, staging_bytes: int, catalog: Layout, tensor: Ints, written: Ints | None
+    group: Ints, sender: Ints, size: Ints, staging_bytes: int, catalog: Catalog, tensor: Ints, written: Ints | None
 ) -> tuple[Ints, Ints]:
     """The part of each job (counted through the phases of a sender) and where in staging memory its first byte lies. `written`:
     bytes that each job writes, where parts of about equal bytes are wanted."""

@@ -68,6 +68,24 @@ GUARDS = (
         "        _between(name, getattr(plan, name), 0, limit - 1)\n", "        pass\n", CODEC,
     ),
     Mutant(
+        "weights: a plan's tensors are those of each instance", "aiotransfer/weights/catalog.py",
+        "(found.shape_array[of] != theirs).any() or (found.itemsizes[of] != sizes).any()", "False", CODEC,
+    ),
+    Mutant(
+        "weights: tensors that are made otherwise are not one", "aiotransfer/weights/catalog.py",
+        "how, tuple(made.get(k, ()))", "how, ()", "tests/weights/test_types_of_instances.py",
+    ),
+    Mutant(
+        "weights: scales belong to the tensor of their instance", "aiotransfer/weights/catalog.py",
+        "np.where(mine < 0, -1, numbers[mine]).astype(np.int64) if name in", "mine if name in",
+        "tests/weights/test_types_of_instances.py",
+    ),
+    Mutant(
+        "weights: who passes a unit on is one that takes it", "aiotransfer/weights/relay.py",
+        "takes[begin[at] + moves.unit % many[at]] % instances", "moves.unit % instances",
+        "tests/weights/test_types_of_instances.py",
+    ),
+    Mutant(
         "weights: a plan's units", "aiotransfer/weights/codec.py",
         "    if not ((plan.unit_start >= 0) & ", "    if not (", CODEC,
     ),

@@ -115,6 +115,19 @@ def test_a_plan_that_points_at_nothing_is_refused(name: str) -> None:
         Plan.decode(plan.encode())
 
 
+@pytest.mark.parametrize(("name", "wrong"), [
+    ("tensor_home", [0, 7]), ("tensor_home", [2, 0]), ("tensor_home", [-1, 0]), ("tensor_home", [0, 1]), ("instance_tensor", 2),
+    ("instance_tensor", -1), ("instance_tensor", 0),
+])  # fmt: skip
+def test_a_plan_that_takes_one_tensor_for_another_is_refused(name: str, wrong: Any) -> None:
+    plan = make_plan(layout(), {"i": layout("float16"), "j": layout()}, [Cast("a")])
+    values = getattr(plan, name).copy()
+    values[-1 if name == "instance_tensor" else 0] = wrong
+    setattr(plan, name, values)
+    with pytest.raises(DescriptorError):
+        Plan.decode(plan.encode())
+
+
 def test_ranks_that_describe_themselves_make_one_layout() -> None:
     whole = Tensor("w", (4, 6), "float32")
     hosts = (["", "h"], ["h", ""])

@@ -84,13 +84,15 @@ def made_of(kind: str, v: dict[str, Any], a: int, b: int) -> dict[str, Any]:
     return {"heads.w": np.concatenate([part for pair in heads for part in pair])}
 
 
+Made = dict[str, tuple[Any, str]]
+
+
 @st.composite
-def models(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], list[Rule], dict[str, Any], dict[str, Any]]:
-    """(trainer tensors, inference tensors, rules, values, what the inference side must have)."""
+def models(draw: st.DrawFn) -> tuple[list[Tensor], list[Rule], Made]:
+    """(trainer tensors, rules that say what is made of them, {name: (values, type of the trainers)} of what is made)."""
     source: list[Tensor] = []
-    target: list[Tensor] = []
     rules: list[Rule] = []
-    wanted: dict[str, Any] = {}
+    made: Made = {}
     size = st.integers(1, 9)
     rows, columns = draw(size), draw(size)
     for kind in draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=4, unique=True)):
@@ -116,21 +118,30 @@ def models(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], list[Rule], dic
             new = [Tensor({"rename": "old", "turn": "turn.w", "same": "same.w"}[kind], (rows, columns), dtype, group)]
             rules += [Rename("old", "new.w")] if kind == "rename" else [Transpose("turn.w")] if kind == "turn" else []
         source += new
-        for name, value in made_of(kind, values_of(new), a, b).items():
-            how = draw(st.sampled_from(["copy", "cast", "quantise"])) if dtype == "float32" else "copy"
-            if how == "cast":
-                rules.append(Cast(name))
-                target.append(Tensor(name, value.shape, "float16"))
-                wanted[name] = value.astype(np.float16)
-            elif how == "quantise":
-                rules.append(Quantise(name, name + "_scale", BLOCK))
-                codes, scales = convert(value, 2, "float8_e4m3fn", BLOCK)
-                target += [Tensor(name, value.shape, "float8_e4m3fn"), Tensor(name + "_scale", scales.shape, "float32")]
-                wanted |= {name: codes, name + "_scale": scales}
-            else:
-                target.append(Tensor(name, value.shape, dtype))
-                wanted[name] = value
-    return source, target, rules, values_of_all(source), wanted
+        made |= {name: (value, dtype) for name, value in made_of(kind, values_of(new), a, b).items()}
+    return source, rules, made
+
+
+def form(draw: st.DrawFn, made: Made) -> tuple[list[Tensor], list[Rule], dict[str, Any]]:
+    """(tensors of an instance, rules for their types, what it must have)."""
+    target: list[Tensor] = []
+    rules: list[Rule] = []
+    wanted: dict[str, Any] = {}
+    for name, (value, dtype) in made.items():
+        how = draw(st.sampled_from(["copy", "cast", "quantise"])) if dtype == "float32" else "copy"
+        if how == "cast":
+            rules.append(Cast(name))
+            target.append(Tensor(name, value.shape, "float16"))
+            wanted[name] = value.astype(np.float16)
+        elif how == "quantise":
+            rules.append(Quantise(name, name + "_scale", BLOCK))
+            codes, scales = convert(value, 2, "float8_e4m3fn", BLOCK)
+            target += [Tensor(name, value.shape, "float8_e4m3fn"), Tensor(name + "_scale", scales.shape, "float32")]
+            wanted |= {name: codes, name + "_scale": scales}
+        else:
+            target.append(Tensor(name, value.shape, dtype))
+            wanted[name] = value
+    return target, rules, wanted
 
 
 def values_of_all(source: list[Tensor]) -> dict[str, Any]:
@@ -145,22 +156,31 @@ def values_of_all(source: list[Tensor]) -> dict[str, Any]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Any:
-    source, target, rules, values, wanted = draw(models())
+    source, common, made = draw(models())
     hosts = st.sampled_from(["", "a", "b"])
     ranks = draw(st.integers(1, 4))
     trainer = Layout(
         source, [piece for t in source for piece in pieces(draw, t, ranks)], ranks=ranks,
         hosts=[draw(hosts) for _ in range(ranks)], nics=[draw(st.sampled_from(["", "n0", "n1"])) for _ in range(ranks)],
     )  # fmt: skip
-    instances = {}
+    instances: dict[str, Layout] = {}
+    rules: dict[str, list[Rule]] = {}
+    wanted: dict[str, dict[str, Any]] = {}
+    alike = draw(st.booleans())
+    target, own, values = form(draw, made)
     for name in ("left", "right", "third")[: draw(st.integers(1, 3))]:
+        if not alike:
+            target, own, values = form(draw, made)
         ranks = draw(st.integers(1, 3))
         held = [piece for t in target for piece in pieces(draw, t, ranks)]
         instances[name] = Layout(target, held, ranks=ranks, hosts=[draw(hosts) for _ in range(ranks)])
+        rules[name], wanted[name] = [*common, *own], values
         if draw(st.booleans()):
-            instances |= dict.fromkeys(("left", "right"), instances[name])
+            for other in ("left", "right"):
+                instances[other], rules[other], wanted[other] = instances[name], rules[name], wanted[name]
     fanout, staging = draw(st.sampled_from(["direct", "relay"])), draw(st.sampled_from([4096, 1 << 20]))
-    return trainer, instances, rules, values, wanted, fanout, staging, draw(st.booleans())
+    given_rules = rules["left"] if alike else rules
+    return trainer, instances, given_rules, values_of_all(source), wanted, fanout, staging, draw(st.booleans())
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
@@ -171,7 +191,7 @@ def test_every_byte_is_written_once_and_is_what_the_reference_says(case: Any) ->
     for sender in range(trainer.ranks if staged else 0):
         assert (plan.tasks(sender).writes.source_buffer < 0).all()
     for name, (memory, counts) in replay(plan, values).items():
-        check(plan.instances[name], memory, counts, wanted)
+        check(plan.instances[name], memory, counts, wanted[name])
     balance = plan.balance()
     assert balance.received.sum() == balance.sent.sum() + balance.relayed.sum()
     assert balance.received.sum() == sum(int(layout.piece_bytes.sum()) for layout in instances.values())

@@ -133,11 +133,23 @@ def test_rules_that_do_not_fit_say_why(rules: Any, text: str) -> None:
     assert any(text in problem for problem in refused(trainer, side(W), rules))
 
 
-def test_instances_that_differ_from_one_another() -> None:
-    other = side(Tensor("w", (4, 6), "float16"))
-    assert refused(side(W), {"left": side(W), "right": other}) == (
-        "w: left has ((4, 6), 'float32'), right has ((4, 6), 'float16')",
+def test_what_is_wrong_with_one_of_several_instances_is_said_with_its_name() -> None:
+    half, more = Tensor("w", (4, 6), "float16"), Tensor("v", (2,), "float32")
+    assert refused(side(W), {"left": side(W), "right": side(half), "third": side(half)}) == (
+        "right: w: its type is float16 at the inference side and float32 at the trainers; a Cast or Quantise rule says how",
     )
+    problems = refused(side(W, more), {"left": side(W), "right": side(half)}, {"right": [Cast("w")]})
+    assert problems == ("v: the trainers have it, and no tensor of the inference side takes it",)
+    assert refused(side(W), {"left": side(W), "right": side(half)}, {"": [Cast("w")], "right": []}) == (
+        "right: w: its type is float16 at the inference side and float32 at the trainers; a Cast or Quantise rule says how",
+    )
+
+
+def test_rules_of_instances_are_a_mapping_of_their_names() -> None:
+    with pytest.raises(TypeError, match="rules of instances are"):
+        make_plan(side(W), side(W), {1: []})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="is no rule of weights"):
+        make_plan(side(W), side(W), {"a": [W]})  # type: ignore[list-item]
 
 
 def test_staging_memory_too_small_for_one_block() -> None:

@@ -12,11 +12,11 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import weights
-from aiotransfer.weights import Bound, Cast, Layout, Piece, Tensor
+from aiotransfer.weights import Bound, Layout, Piece, Tensor
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.publisher.update import Update
 from aiotransfer.weights.watch import Watch
-from tests.weights.party import TENSORS, Party, failures, inference_layout, shard, trainer_layout, values
+from tests.weights.party import Party, failures, inference_layout, shard, trainer_layout, values
 
 pytestmark = pytest.mark.asyncio
 
@@ -67,20 +67,6 @@ async def test_a_model_without_a_byte_is_published(party: Party) -> None:
             pass
         assert subscriber.version == (1, 1)
         assert subscriber.tensors["none"].shape == (0, 3)
-
-
-async def test_of_instances_with_other_tensors_than_one_another_some_have_the_version(party: Party) -> None:
-    (trainer,) = await party.train(1, timeout=20, rules=[Cast("norm")])
-    half = [Tensor(t.name, t.shape, "float16" if t.name == "norm" else t.dtype, t.group, t.aliases) for t in TENSORS]
-    (first,) = await party.serve("a", 1)
-    (other,) = await party.serve("b", 1, layout=inference_layout(1, half))
-    (second,) = await party.serve("c", 1)
-    with pytest.raises(weights.UpdateError) as caught:
-        await trainer.publish(1)
-    assert set(caught.value.committed) == {"a/0", "c/0"}
-    assert list(caught.value.missing) == ["b/0"]
-    assert "'a' has others: norm" in caught.value.missing["b/0"]
-    assert [first.holds(), second.holds(), other.subscriber.version] == [1, 1, None]
 
 
 async def test_a_publisher_without_a_deadline_publishes(party: Party) -> None:

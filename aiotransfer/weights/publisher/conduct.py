@@ -222,7 +222,7 @@ class Conduct:
             senders = [wire.Sender(s, self._incarnation(s), of) for s, of in sorted(counts.items())]
             offer = wire.Offer(
                 self.update, target.entry.life, self.role.life, self.version.epoch, self.version.number, seconds,
-                members[name], senders, work.names, "", "", self.role.checksum, passing,
+                members[name], senders, work.names(name), "", "", self.role.checksum, passing,
             )  # fmt: skip
             tasks.append(self.role.mail.own(self._offer_to(target, offer, limit)))
         try:

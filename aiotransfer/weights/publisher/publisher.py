@@ -10,7 +10,7 @@ Behind the block every subscriber that was there has the version; else `UpdateEr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -38,7 +38,7 @@ from aiotransfer.weights.publisher.leader import Leader
 from aiotransfer.weights.publisher.memory import Sources
 from aiotransfer.weights.publisher.update import Update
 from aiotransfer.weights.publisher.work import Works
-from aiotransfer.weights.rules import checked
+from aiotransfer.weights.rules import GivenRules, by_instance
 from aiotransfer.weights.watch import Changes, Watch, reach
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Publisher(Unpicklable):
     _instead = "make a Publisher on each trainer rank; send it layout.encode()"
 
     def __init__(
-        self, engine: Engine, layout: Any, *, group: PeerGroup | None = None, rules: Sequence[Any] = (), epoch: int | None = None,
+        self, engine: Engine, layout: Any, *, group: PeerGroup | None = None, rules: GivenRules = (), epoch: int | None = None,
         staging_bytes: int = STAGING_BYTES, timeout: float | None = None, checksum: bool = False, rate_limit: float | None = None,
         names: Iterable[str] | None = None, fanout: str = "direct", progress: Progress = None,
         on_record: Callable[[UpdateRecord], object] | None = None,
@@ -107,7 +107,7 @@ class Publisher(Unpicklable):
         self.engine = engine
         self.seconds = min(seconds(timeout, engine.timeout), MOST_SECONDS)
         self.epoch = check_epoch(epoch)
-        self.works = Works(self, checked(rules), staging_bytes, templates, fanout)
+        self.works = Works(self, by_instance(rules), staging_bytes, templates, fanout)
         self.roll = Roll()
         self.life = self.random()
         self._called: dict[Peer, None] = {}

@@ -15,6 +15,7 @@ from aiotransfer.weights.plan import Plan
 from aiotransfer.weights.planner import make_plan
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.publisher.posting import Posting
+from aiotransfer.weights.rules import Rules
 from aiotransfer.weights.tasks import Call, Tasks, Writes, expected, instead, tasks
 
 if TYPE_CHECKING:
@@ -42,10 +43,12 @@ class Work:
         self.steps = self._steps() if self.relays else {}
         self._offered: Offered | None = None
         self.digest = hashlib.blake2b(repr((plan.digest, sorted(misfits))).encode(), digest_size=16).digest()
-        scales = {int(k) for k in plan.tensor_scale[plan.tensor_kind >= 0] if k >= 0}
-        wanted = [k for k in range(len(plan.names)) if plan.tensor_kind[k] >= 0 or k in scales]
         self.staging_bytes = self._staging()
-        self.names = [] if len(wanted) == len(plan.names) else [plan.names[k] for k in wanted]
+
+    def names(self, instance: str) -> list[str]:
+        """The tensors of an instance that are part of the update; empty: all."""
+        wanted = self.plan.tensor_kind[self.plan.catalog.numbers(instance)] >= 0
+        return [] if wanted.all() else [self.plan.instances[instance].names[k] for k in np.flatnonzero(wanted)]
 
     def posting(self, writes: Writes) -> Posting:
         """What posts these: `tasks.writes`, or `instead`."""
@@ -135,7 +138,7 @@ class Works:
     """Of one publisher."""
 
     def __init__(
-        self, role: Publisher, rules: tuple[Any, ...], staging_bytes: int, names: tuple[str, ...] | None, fanout: str
+        self, role: Publisher, rules: Rules, staging_bytes: int, names: tuple[str, ...] | None, fanout: str
     ) -> None:
         self._role = role
         self._rules, self._names, self._fanout = rules, names, fanout
@@ -182,7 +185,7 @@ class Works:
                 burst = self._role.rate_limit * BURST_SECONDS
                 return Work(self._role.engine, self._make(fitting), self._role.rank, misfits, burst)
             except PlanError:
-                bad = (self._alone(fitting) or _unlike(fitting)) if len(layouts) > 1 else {}
+                bad = self._alone(fitting) if len(layouts) > 1 else {}
                 if not bad or len(bad) == len(fitting):
                     raise
                 misfits |= bad
@@ -201,18 +204,3 @@ class Works:
             except PlanError as error:
                 bad[name] = error.problems or (error.message,)
         return bad
-
-
-def _unlike(layouts: dict[str, Layout]) -> dict[str, tuple[str, ...]]:
-    """Instances whose tensors are not those of the others, though each would fit alone: all but the most that are alike."""
-    groups: dict[frozenset[Any], list[str]] = {}
-    for name, layout in layouts.items():
-        groups.setdefault(frozenset(zip(layout.names, layout.shapes, layout.dtypes, strict=True)), []).append(name)
-    most, others = max(groups.items(), key=lambda group: len(group[1]))  # the first of equal ones
-    bad: dict[str, tuple[str, ...]] = {}
-    for tensors, names in groups.items():
-        if names is not others:
-            unlike = sorted(tensors ^ most)
-            text = f"one version is planned for instances with equal tensors; {others[0]!r} has others: {unlike[0][0]}"
-            bad |= dict.fromkeys(names, (text,))
-    return bad
