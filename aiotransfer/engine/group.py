@@ -409,7 +409,7 @@ class PeerGroup(Unpicklable):
         why = f": {clip(join.reason)}" if join.reason else ""
         if join.imms[0] == 0 and 0 < join.imms[1] <= len(self):
             lost = self.members[join.imms[1] - 1]
-            return PeerLostError(f"{who} has lost member {join.imms[1] - 1} ({lost})", peer=str(lost))
+            return PeerLostError(f"{who} has lost member {join.imms[1] - 1} ({lost}){why}", peer=str(lost))
         return BrokenError(f"{who} has given the group up{why}", peer=str(peer.address))
 
     # ---- the end of a generation ----
@@ -435,7 +435,8 @@ class PeerGroup(Unpicklable):
         if self._failure is None:
             self._failure = again(cause)
         if tell and self._engine._state == "open":  # the goodbye of an engine that closes says it better
-            lost = next((rank for rank, (peer, _) in self._joins.items() if peer._state == "lost"), -1)
+            ends = ("lost", "closed") if isinstance(cause, PeerLostError) else ("lost",)  # a goodbye counts where it is the cause
+            lost = next((rank for end in ends for rank, (peer, _) in self._joins.items() if peer._state == end), -1)
             gave_up = Join(self._key, self.rank, self._generation + final, (0, lost + 1), self._reason(cause))
             otherwise = self._engine._groups.rosters.against(self)  # they have no such group, and may still make it
             for peer in {peer: None for peer, _ in (*self._joins.values(), *self._told.values())}:

@@ -67,6 +67,15 @@ def difference(theirs: Roster, ours: Roster) -> str:
     return " and ".join(said)
 
 
+class _Against:
+    """A list that contradicts that of a group. `counts` once `GRACE` is over: its timer says so, not a clock. A clock may show a
+    hair less than was asked for when a timer fires, and there is no second look."""
+
+    def __init__(self, theirs: Roster) -> None:
+        self.theirs = theirs
+        self.counts = False
+
+
 class Rosters:
     """One per engine."""
 
@@ -75,7 +84,7 @@ class Rosters:
         self._seen: dict[Peer, deque[Roster]] = {}
         self._shown: dict[bytes, WeakSet[Peer]] = {}  # by group: to whom
         self._answered: dict[Peer, set[tuple[bytes, bytes]]] = {}  # to answers: with which group, and for which list
-        self._against: dict[bytes, dict[Peer, tuple[float, Roster]]] = {}  # by group: lists that contradict it, and from when
+        self._against: dict[bytes, dict[Peer, _Against]] = {}  # by group: lists that contradict it
 
     def begin(self, group: PeerGroup) -> None:
         """The group is about to form (again): nothing is known of others."""
@@ -138,9 +147,13 @@ class Rosters:
 
     def contradicts(self, group: PeerGroup, peer: Peer, theirs: Roster) -> None:
         """A member has shown another list instead of the group's."""
-        loop = self._engine._loop
-        self._against.setdefault(group._key, {})[peer] = (loop.time() + GRACE, theirs)
-        loop.call_later(GRACE, group.look)
+        against = self._against.setdefault(group._key, {})[peer] = _Against(theirs)
+        self._engine._loop.call_later(GRACE, self._count, group, against)
+
+    @staticmethod
+    def _count(group: PeerGroup, against: _Against) -> None:
+        against.counts = True
+        group.look()
 
     def against(self, group: PeerGroup) -> Collection[Peer]:
         """Members that have shown another list instead of the group's."""
@@ -151,12 +164,12 @@ class Rosters:
         against = self._against.get(group._key)
         if not against:
             return None
-        now, here = self._engine._loop.time(), self._engine._groups.lists()
+        here = self._engine._groups.lists()
         odd = [
-            (rank, peer, theirs, due) for peer, (due, theirs) in against.items()
-            if peer._state == "up" and theirs not in here and (rank := self._rank(group, peer)) is not None
+            (rank, peer, one.theirs, one.counts) for peer, one in against.items()
+            if peer._state == "up" and one.theirs not in here and (rank := self._rank(group, peer)) is not None
         ]  # fmt: skip
-        if not any(now >= due for *_, due in odd):
+        if not any(counts for *_, counts in odd):
             return None
         odd.sort(key=lambda one: one[0])
         ours = group.roster

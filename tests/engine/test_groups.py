@@ -442,6 +442,26 @@ async def test_others_learn_that_the_engine_of_a_member_was_closed_inside_a_barr
         await tasks[0]
 
 
+@pytest.mark.parametrize("provider", ["shm", "loopback"])
+async def test_a_member_told_of_a_closed_engine_by_another_member_raises_what_that_one_does(provider: str) -> None:
+    """Both wait for late signals after the goodbye; the second is told by the first before its own time is over."""
+    async with AsyncExitStack() as stack:
+        first, second, closes, absent = [
+            await stack.enter_async_context(at.open_engine(providers=provider, config=at.Config(drain_timeout=s)))
+            for s in (0.2, 30, 1, 1)
+        ]
+        members = [str(engine.address) for engine in (first, second, closes, absent)]
+        groups = [engine.group(members) for engine in (first, second, closes, absent)]
+        await everyone(groups)
+        tasks = [asyncio.ensure_future(group.barrier(timeout=60)) for group in groups[:2]]
+        await asyncio.sleep(0.01)
+        await closes.aclose()
+        async with asyncio.timeout(20):
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(error) for error in found] == [at.PeerLostError, at.PeerLostError]
+        assert all(members[2] in (str(error.peer), str(error)) for error in found if isinstance(error, at.PeerLostError))
+
+
 async def test_a_target_that_is_no_member_is_refused(four: list[at.PeerGroup]) -> None:
     await everyone(four)
     async with at.open_engine(providers=four[0].peers[1].path.provider) as stranger:  # type: ignore[union-attr]
@@ -590,6 +610,32 @@ async def test_lists_that_contradict_each_other_end_the_wait_on_every_member_at_
         right = engines[1].group([a, b, c])
         groups.pop().close()
         await asyncio.gather(right.barrier(timeout=30), *map(mended, groups))
+
+
+class Behind:
+    """An object whose clock shows a hair less than its timers were set for, as a rounded clock may."""
+
+    def __init__(self, of: Any, **instead: Any) -> None:
+        self._of = of
+        self.__dict__.update(instead)
+
+    def time(self) -> float:
+        return float(self._of.time()) - 0.01
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
+
+
+async def test_lists_that_contradict_each_other_are_seen_by_a_timer_that_fires_a_hair_early() -> None:
+    async with AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(at.open_engine(providers="shm")) for _ in range(2)]
+        members = [str(engine.address) for engine in engines]
+        groups = [engines[0].group(members), engines[1].group(members[::-1])]
+        for engine in engines:
+            engine._groups.rosters._engine = Behind(engine, _loop=Behind(engine._loop))  # type: ignore[assignment]
+        async with asyncio.timeout(30):
+            found = await asyncio.gather(*(group.barrier(timeout=300) for group in groups), return_exceptions=True)
+        assert [type(error) for error in found] == [at.ConfigurationError, at.ConfigurationError]
 
 
 async def test_a_list_that_does_not_name_this_engine_is_told_of_by_the_deadline_alone() -> None:
