@@ -36,6 +36,7 @@ class Line:
         self._owed: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
         self.silent = False
+        self.is_last = False  # no other link will come: the process at the other end has ended
         self._muted = False
         self._closed = False
         self.on_silence: Callable[[], None] = lambda: None
@@ -45,7 +46,7 @@ class Line:
     @property
     def resumable(self) -> bool:
         """There is, or may be, another way."""
-        return self._ledger is not None
+        return self._ledger is not None and not self.is_last
 
     @property
     def down(self) -> bool:

@@ -27,6 +27,7 @@ MOST_UNSENT = 8 << 20
 MOST_EARLY = 256  # frames kept before start(), of at most so many bytes in all
 MOST_EARLY_BYTES = 256 << 10
 FLUSH_SECONDS = 1.0
+REST_BYTES = 256 << 10  # read at a time of a connection that has ended
 PLAIN_KEEPALIVE = (5, 2, 3)  # seconds of silence, seconds between probes, and how many stay unanswered before the end
 QUICK_KEEPALIVE = (1, 1, 3)  # where there is another way to go on by: what notices a dead NIC while nothing is sent
 _TCP_INFO = struct.Struct("=3xB20xI28xI")  # of struct tcp_info: probes, unacked, last_ack_recv
@@ -182,9 +183,19 @@ class Link(asyncio.Protocol):
         """The TCP connection has ended."""
         if self._flush is not None:
             self._flush.cancel()
+        if exc is not None:
+            self._read_rest()
         self.broke = not self._ended
         self._socket = None
         self._finish(exc or BrokenError("the connection ended without a goodbye"))
+
+    def _read_rest(self) -> None:
+        """A write has failed, because the other side has closed: what it said before that, a goodbye perhaps, is in the socket
+        still. The event loop does not read it any more, and closes the socket when this returns."""
+        sock = self._socket
+        with contextlib.suppress(OSError):
+            while sock is not None and not self._ended and (data := os.read(sock.fileno(), REST_BYTES)):
+                self.data_received(data)
 
     # ---- for the engine ----
 

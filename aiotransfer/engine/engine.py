@@ -394,7 +394,7 @@ class Engine(Planner, Unpicklable):
 
     def _peer_event(self, number: int, status: int) -> None:
         if (peer := self._by_lane_peer.get(number)) is not None:
-            peer._lose("its process has ended" if status == native.lib.AT_EPEER else native.text(status))
+            peer._event(status)
 
     def _rail_event(self, number: int, error: int) -> None:
         if (peer := self._by_lane_peer.get(number)) is not None:

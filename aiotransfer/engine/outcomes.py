@@ -149,7 +149,7 @@ class Outcomes(EngineBase):
 
     def _failure(self, status: int, peer: Peer, keep: object = None) -> Exception:
         if status == native.lib.AT_EPEER and peer._state == "up":  # the write noticed before the control connection did
-            peer._lose("its process has ended, or it has given this side up")
+            return peer._dies("its process has ended, or it has given this side up")
         kept = keep if isinstance(keep, tuple) else (getattr(keep, "_local", None),)  # a plan
         grant = next((one.grant for one in kept if isinstance(one, Binding)), None)
         return refusal(self, status, peer, grant=grant, local=next((one for one in kept if isinstance(one, RegionView)), None))

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from aiotransfer.providers.port import Path
 
 MOST_MESSAGE_BYTES = 1 << 20
+LAST_WORDS_SECONDS = 0.1  # without news, before the end of a dying process's connection is waited for no more
 MOST_PATHS = 16  # that a peer may have to this engine at a time: one or two for each provider, and those that give way
 _FAILURES: dict[str, type[TransferError]] = {
     "stale": StaleRegionError,
@@ -94,6 +95,7 @@ class Peer(Unpicklable):
         self._paths: list[Path] = []  # all of them
         self._state = "connecting"
         self._error: TransferError | None = None
+        self._dying = ""  # why it is lost once its connection has ended
         self._ids = itertools.count(1)
         self._asked: dict[int, asyncio.Future[bytes]] = {}
         self._lookups: dict[int, str] = {}  # theirs, unanswered
@@ -372,18 +374,46 @@ class Peer(Unpicklable):
 
     def _lose(self, cause: BaseException | str) -> None:
         """The peer is gone without a goodbye."""
-        if self._state in ("lost", "closed"):
-            return
+        if self._state not in ("lost", "closed"):
+            self._finish("lost", self._loss(self._dying or cause))
+
+    def _event(self, status: int) -> None:
+        """The lane says that its process has ended, or that it broke the protocol."""
+        if status == native.lib.AT_EPEER:
+            self._dies("its process has ended")
+        else:
+            self._lose(native.text(status))
+
+    def _dies(self, reason: str) -> TransferError:
+        """Its process has ended, or bars this side. What it said before that may not be read yet: messages, and a goodbye. The
+        end of its connection comes behind them and decides; a child of its process may hold that open, so the wait is short.
+        Returns the error of what has failed by this."""
+        if self._line.down:
+            self._lose(reason)
+        elif not self._dying:
+            self._dying = reason
+            self._line.is_last = True
+            self._await_end(-1)
+        return self._loss(reason) if self._error is None else again(self._error)
+
+    def _await_end(self, read: int) -> None:
+        """`read`: bytes of its connection that had been read when this was called last."""
+        received = self._link.bytes_received
+        if received == read:
+            self._lose(self._dying)
+        elif self._error is None:
+            self._ended.get_loop().call_later(LAST_WORDS_SECONDS, self._await_end, received)
+
+    def _loss(self, cause: BaseException | str) -> PeerLostError:
         reason = str(cause).partition("\nhint:")[0]
         who = f"{self.name!r} at {self.address}" if self.name else str(self.address)
-        error = PeerLostError(
+        return PeerLostError(
             f"peer {who} (incarnation {self.incarnation:016x}) is lost: {reason}",
             peer=str(self.address),
             **_where(self),
             code=(native.lib.AT_EPEER, native.text(native.lib.AT_EPEER)),
             hint="connect again when it is back; its memory and descriptors are of an old incarnation then",
         )
-        self._finish("lost", error)
 
     def _finish(self, state: str, error: TransferError, goodbye: str | None = None) -> None:
         if self._state in ("lost", "closed"):

@@ -139,6 +139,14 @@ async def main(address: str, providers: str, limits: str, listen: str = "127.0.0
                 await peer.send(str(child).encode())
             elif command == "leave":
                 return
+            elif command in ("last", "bye"):  # some messages, and then goodbye; without closing the engine
+                for number in range(int(argument)):
+                    await peer.send(str(number).encode())
+                if command == "bye":
+                    await peer.aclose()
+                    await asyncio.sleep(0.1)
+                    os._exit(0)
+                return
 
 
 if __name__ == "__main__":

@@ -120,6 +120,15 @@ GUARDS = (
         "if len(peer._answers) >= MOST_QUESTIONS or", "if", "tests/control/test_hostile_limits.py",
     ),
     Mutant(
+        "a process that has ended: what it said before is heard", "aiotransfer/engine/peer.py",
+        "        if self._line.down:\n            self._lose(reason)\n        elif not self._dying:",
+        "        self._lose(reason)\n        if self._error is None:", "tests/engine/test_last_words.py",
+    ),
+    Mutant(
+        "a connection that a write ended: what came by it is heard", "aiotransfer/control/link.py",
+        "        if exc is not None:\n            self._read_rest()\n", "", "tests/engine/test_last_words.py",
+    ),
+    Mutant(
         "kv: whose turn it is is not passed", "aiotransfer/kv/schedule.py", "full.add(job.peer)", "pass",
         "tests/kv/test_schedule.py",
     ),
