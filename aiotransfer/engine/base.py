@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.errors import ClosedError
@@ -17,21 +17,25 @@ from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.config import Config
-    from aiotransfer.core.ledger import Ledger
-    from aiotransfer.engine.connections import Connections
-    from aiotransfer.engine.liveness import Liveness
-    from aiotransfer.engine.paths import Paths
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.progress import Progress
-    from aiotransfer.engine.sweeper import Sweeper
-    from aiotransfer.engine.transfer import Transfer
     from aiotransfer.engine.world import World
-    from aiotransfer.errors import TransferError
     from aiotransfer.providers.lane import Lane
 
 
+class Poller(Protocol):
+    """What hands the lane's events on (`progress`)."""
+
+    def poll(self) -> None:
+        """Take all that the lane has and hand it on."""
+
+    def retry(self) -> None:
+        """Poll again soon: a post was refused for now."""
+
+    def close(self) -> None:
+        """Leave the loop alone."""
+
+
 class EngineBase:
-    """State of one engine on one event loop."""
+    """State of one engine on one event loop. What a part of an engine takes when it needs no other part."""
 
     name: str
     config: Config
@@ -41,16 +45,8 @@ class EngineBase:
     _p: Any
     _lane: Lane
     _loop: asyncio.AbstractEventLoop
-    _ledger: Ledger[Transfer]
-    _quarantined: dict[int, object]  # by cookie: what operations that were given up without proof still use
-    _revocations: dict[tuple[int, int, int], str]
-    _tasks: dict[asyncio.Task[None], None]
-    _gone: dict[int, TransferError]
-    _connections: Connections
-    _liveness: Liveness
-    _paths: Paths
-    _progress: Progress
-    _sweeper: Sweeper
+    _revocations: dict[tuple[int, int, int], str]  # reasons, by incarnation, slot and epoch
+    _progress: Poller
     _due: bool
     _limit: RateLimit
     _turn_scheduled: bool
@@ -93,11 +89,6 @@ class EngineBase:
 
     def _seconds(self, timeout: float | None) -> float:
         return seconds(timeout, self._timeout)
-
-    @property
-    def peers(self) -> tuple[Peer, ...]:
-        """Connected peers in order of arrival, inbound ones included."""
-        return tuple(p for p in self._connections.peers.values() if p._state == "up") if self._state != "new" else ()
 
     # ---- what nobody heard ----
 

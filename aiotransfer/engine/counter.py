@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from aiotransfer.engine.unpicklable import Unpicklable
@@ -18,7 +18,7 @@ from aiotransfer.errors import ClosedError, TransferError, TransferTimeout, agai
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.base import EngineBase
     from aiotransfer.engine.peer import Peer
 
 
@@ -27,12 +27,13 @@ class Counter(Unpicklable):
 
     _instead = "send counter.imm"
 
-    __slots__ = ("__weakref__", "_closed", "_engine", "_queue", "_record", "imm")
+    __slots__ = ("__weakref__", "_closed", "_engine", "_forget", "_queue", "_record", "imm")
 
-    def __init__(self, engine: Engine, imm: int, record: int) -> None:
+    def __init__(self, engine: EngineBase, imm: int, record: int, forget: Callable[[int, int], None]) -> None:
         self.imm = imm
         self._engine = engine
         self._record = record
+        self._forget = forget  # called with its value and its record when it is closed
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._closed = False
 
@@ -171,8 +172,7 @@ class Counter(Unpicklable):
         engine = self._engine
         if engine._lane.usable:
             native.lib.at_imm_close(engine._p, self._record)
-        engine._counters.pop(self.imm, None)
-        engine._records.pop(self._record, None)
+        self._forget(self.imm, self._record)
         self._fail_waits(ClosedError(f"the counter of immediate {self.imm} was closed"))
 
     def _fail_waits(self, error: Exception) -> None:

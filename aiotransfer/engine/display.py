@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.statistics import Statistics
+    from aiotransfer.model.address import Address
 
 
-def engine_text(engine: Engine) -> str:
-    """`repr` of an engine."""
-    if engine._state != "open" or not engine._lane.usable:
-        return f"<Engine {engine.name!r} {'closed' if engine._state != 'new' else 'not open'}>"
-    peers = ", ".join(f"{p.name or p.address} {p.state} by {p.path.provider}" for p in engine.peers) or "no peers"
-    pending = len(engine._ledger)
+class Shown(NamedTuple):
+    """What an open engine shows of itself."""
+
+    name: str
+    address: Address
+    incarnation: int
+    providers: Iterable[str]
+    peers: Iterable[Peer]
+
+
+def ended_text(name: str, state: str) -> str:
+    """`repr` of an engine that is not open: "new" (not yet), or closed."""
+    return f"<Engine {name!r} {'closed' if state != 'new' else 'not open'}>"
+
+
+def engine_text(shown: Shown, regions: int, pending: int) -> str:
+    """`repr` of an open engine with so many regions and operations in flight."""
+    peers = ", ".join(f"{p.name or p.address} {p.state} by {p.path.provider}" for p in shown.peers) or "no peers"
     return (
-        f"<Engine {engine.name!r} at {engine.address}, incarnation {engine.incarnation:016x}, "
-        f"providers {'+'.join(engine._providers)}, {peers}, {len(engine._regions)} regions, {pending} operations in flight>"
+        f"<Engine {shown.name!r} at {shown.address}, incarnation {shown.incarnation:016x}, "
+        f"providers {'+'.join(shown.providers)}, {peers}, {regions} regions, {pending} operations in flight>"
     )
 
 
@@ -32,18 +47,21 @@ def _table(title: str, rows: list[tuple[str, ...]]) -> str:
     return f"<b>{_escape(title)}</b><table>{body}</table>"
 
 
-def engine_html(engine: Engine) -> str:
-    """`_repr_html_` of an engine."""
-    if engine._state != "open" or not engine._lane.usable:
-        return f"<p>{_escape(engine_text(engine))}</p>"
+def ended_html(name: str, state: str) -> str:
+    """`_repr_html_` of an engine that is not open."""
+    return f"<p>{_escape(ended_text(name, state))}</p>"
+
+
+def engine_html(shown: Shown, missing: Iterable[tuple[str, str]], statistics: Statistics) -> str:
+    """`_repr_html_` of an open engine. `missing`: providers that it has not, and why."""
     head: list[tuple[str, ...]] = [
-        ("address", str(engine.address)),
-        ("incarnation", f"{engine.incarnation:016x}"),
-        ("providers", ", ".join(engine._providers)),
-        *((f"not {name}", why) for name, why in engine.missing),
+        ("address", str(shown.address)),
+        ("incarnation", f"{shown.incarnation:016x}"),
+        ("providers", ", ".join(shown.providers)),
+        *((f"not {name}", why) for name, why in missing),
     ]
-    peers: list[tuple[str, ...]] = [(p.name, str(p.address), p.state, p.path.provider) for p in engine.peers]
+    peers: list[tuple[str, ...]] = [(p.name, str(p.address), p.state, p.path.provider) for p in shown.peers]
     counts: list[tuple[str, ...]] = [
-        (name.replace("_", " "), f"{value:,}") for name, value in dataclasses.asdict(engine.statistics()).items() if value
+        (name.replace("_", " "), f"{value:,}") for name, value in dataclasses.asdict(statistics).items() if value
     ]
-    return _table(f"Engine {engine.name}", head) + _table("peers", peers) + _table("statistics", counts)
+    return _table(f"Engine {shown.name}", head) + _table("peers", peers) + _table("statistics", counts)

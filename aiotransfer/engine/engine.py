@@ -24,7 +24,7 @@ from aiotransfer.engine.arguments import advertised, check_rails, engine_name
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.connections import Connections
 from aiotransfer.engine.counter import Counter
-from aiotransfer.engine.display import engine_html, engine_text
+from aiotransfer.engine.display import Shown, ended_html, ended_text, engine_html, engine_text
 from aiotransfer.engine.ending import close, finish, take_apart
 from aiotransfer.engine.group import PeerGroup
 from aiotransfer.engine.groups import Groups
@@ -33,10 +33,9 @@ from aiotransfer.engine.mailbox import Mailbox
 from aiotransfer.engine.paths import Paths
 from aiotransfer.engine.peer import Message, Peer
 from aiotransfer.engine.plans import Planner
-from aiotransfer.engine.progress import Progress
+from aiotransfer.engine.progress import Handler, Progress
 from aiotransfer.engine.publications import Publications
 from aiotransfer.engine.quarantine import Quarantine
-from aiotransfer.engine.refusals import lacking
 from aiotransfer.engine.region import ACCESSES, Region
 from aiotransfer.engine.statistics import Statistics
 from aiotransfer.engine.sweeper import Sweeper
@@ -46,7 +45,7 @@ from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.engine.values import Values
 from aiotransfer.engine.watch import Watcher
 from aiotransfer.engine.world import REAL, World
-from aiotransfer.errors import BusyError, ClosedError, ConfigurationError, RegionError, TransferError
+from aiotransfer.errors import ClosedError, ConfigurationError, RegionError, TransferError
 from aiotransfer.model.address import Address
 from aiotransfer.model.dtypes import lookup as lookup_dtype
 from aiotransfer.providers import native
@@ -120,9 +119,8 @@ class Engine(Planner, Unpicklable):
         self._granted: dict[int, tuple[Region, Grant]] = {}  # by slot
         self._quarantine = Quarantine(self)
         self._revocations: dict[tuple[int, int, int], str] = {}  # reasons, by incarnation, slot and epoch
-        self._counters: dict[int, Counter] = {}
-        self._records: dict[int, Counter] = {}
-        self._values = Values(self)
+        self._values = Values(self, self._world.entropy)
+        self._counters = self._values.counters
         self._watchers: dict[int, Watcher] = {}
         self._handles: list[ThreadHandle] = []
         self._groups = Groups(self)
@@ -130,10 +128,12 @@ class Engine(Planner, Unpicklable):
         self._gone: dict[int, TransferError] = {}
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._identity = Identity(self.incarnation, self._info, self._world.entropy)
-        self._liveness = Liveness(self)
+        self._liveness = Liveness(
+            self, lambda peer: self._paths.suspect(peer), lambda peer, now, blocked: self._paths.look(peer, now, blocked)
+        )
         self._mailbox = Mailbox(self._loop)
-        self._publications = Publications(self)
-        self._sweeper = Sweeper(self)
+        self._publications = Publications()
+        self._sweeper = Sweeper(self, self._ledger, self._unproved)
         self._closer: asyncio.Task[None] | None = None
         self._limit = RateLimit()
         try:
@@ -145,7 +145,7 @@ class Engine(Planner, Unpicklable):
             )  # fmt: skip
             self._paths = Paths(self)
             self._connections = Connections(self)
-            self._progress = Progress(self)
+            self._progress = Progress(self, self._ended, self._values.counted, self._handlers())
             self.address = await self._connections.listen(self._listen, self._advertise)
         except BaseException:  # also cancellation: what was opened has no owner yet
             self._state = "closed"
@@ -299,25 +299,7 @@ class Engine(Planner, Unpicklable):
         Raises `BusyError` when arrivals of this value were lost to the bound on early values, or when every value has been used.
         """
         self._check()
-        value = self._values.fresh() if imm is None else self._values.named(imm)
-        known = self._counters.get(value)
-        if known is not None:
-            return known
-        return self._open_counter(value)
-
-    def _own_counter(self) -> Counter:
-        """A counter of a reserved value, used once and never again."""
-        return self._open_counter(self._values.own())
-
-    def _open_counter(self, value: int) -> Counter:
-        record = native.lib.at_imm_open(self._p, value)
-        if record < 0:
-            raise lacking(self, record, f"immediate {value} cannot be counted") or BusyError(
-                f"immediate {value} cannot be counted: {native.text(record)}",
-                hint="open counters before many distinct values arrive, or raise Config.early_values",
-            )
-        counter = self._counters[value] = self._records[record] = Counter(self, value, record)
-        return counter
+        return self._values.counter(imm)
 
     def watch(self, word: Any) -> Watcher:
         """Watch 8 aligned bytes of host memory that a kernel or another process changes: `async for old, new in ...`.
@@ -326,7 +308,7 @@ class Engine(Planner, Unpicklable):
         at every few ms, by the native thread.
         """
         self._check()
-        return Watcher(self, word)
+        return Watcher(self, self._watchers, word)
 
     def group(self, members: Sequence[str | Address], *, name: str = "") -> PeerGroup:
         """The group of these engines, named by address in the same order on every member, this engine included.
@@ -388,9 +370,28 @@ class Engine(Planner, Unpicklable):
 
     def statistics(self) -> Statistics:
         """A frozen record of everything counted so far."""
-        return Statistics.of(self)
+        if self._state == "new" or not self._lane.usable:
+            return Statistics.none()
+        return Statistics.of(
+            self._lane.statistics(), peers=len(self.peers), quarantined_bytes=self._quarantine.nbytes,
+            strays=self._ledger.strays, control_resumed=self._connections.redial.resumed,
+        )  # fmt: skip
 
     # ---- what the lane reports ----
+
+    def _handlers(self) -> dict[int, Handler]:
+        lib = native.lib
+        return {
+            lib.AT_EV_PEER: lambda number, status, count: self._peer_event(number, status),
+            lib.AT_EV_RAIL: lambda number, status, count: self._rail_event(number, count),
+            lib.AT_EV_GRANT: lambda number, status, count: self._quarantine.look(),
+            lib.AT_EV_REGION: lambda number, status, count: self._region_free(number),
+            lib.AT_EV_WATCH: lambda number, status, count: self._word_event(number, count),
+        }
+
+    def _word_event(self, number: int, value: int) -> None:
+        if (watcher := self._watchers.get(number)) is not None:
+            watcher._changed(value)
 
     def _peer_event(self, number: int, status: int) -> None:
         if (peer := self._by_lane_peer.get(number)) is not None:
@@ -459,7 +460,14 @@ class Engine(Planner, Unpicklable):
             warnings.warn(text, ResourceWarning, stacklevel=2)
 
     def __repr__(self) -> str:
-        return engine_text(self)
+        if self._state != "open" or not self._lane.usable:
+            return ended_text(self.name, self._state)
+        return engine_text(self._shown(), len(self._regions), len(self._ledger))
 
     def _repr_html_(self) -> str:
-        return engine_html(self)
+        if self._state != "open" or not self._lane.usable:
+            return ended_html(self.name, self._state)
+        return engine_html(self._shown(), self.missing, self.statistics())
+
+    def _shown(self) -> Shown:
+        return Shown(self.name, self.address, self.incarnation, self._providers, self.peers)

@@ -415,7 +415,7 @@ class PeerGroup(Unpicklable):
     # ---- the end of a generation ----
 
     def _open_counters(self) -> None:
-        own = self._engine._own_counter
+        own = self._engine._values.own_counter
         for rank in range(len(self)) if not self._counters else ():
             if rank != self.rank:
                 self._counters[rank] = (own(), own())

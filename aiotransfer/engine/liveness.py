@@ -8,12 +8,13 @@ Death of a process on this host is noticed by its pidfd, without any of this. Wi
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.base import EngineBase
     from aiotransfer.engine.peer import Peer
 
 PINGS_PER_TIMEOUT = 8
@@ -28,10 +29,15 @@ class _Sign:
 
 
 class Liveness:
-    """One per engine."""
+    """One per engine. `suspect` is called with a peer that has been silent for a while, `look` with each that is looked at, the
+    loop's time, and whether our own loop was stuck."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, engine: EngineBase, suspect: Callable[[Peer], None], look: Callable[[Peer, float, bool], None]
+    ) -> None:
         self._engine = engine
+        self._suspect = suspect
+        self._look_at_paths = look
         self._signs: dict[Peer, _Sign] = {}
         self.watched = self._signs.keys()
         self._timer: asyncio.TimerHandle | None = None
@@ -91,8 +97,8 @@ class Liveness:
             peer._lose(f"no sign of life for {now - sign.heard:.1f} s (stopped or unreachable)")
             return
         if sent and now - sign.heard > engine.config.peer_timeout / 2:
-            engine._paths.suspect(peer)
-        engine._paths.look(peer, now, blocked)
+            self._suspect(peer)
+        self._look_at_paths(peer, now, blocked)
         peer._line.look()
         native.lib.at_peer_ping(engine._p, peer._path.lane_peer)
 

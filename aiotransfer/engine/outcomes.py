@@ -20,14 +20,23 @@ from aiotransfer.providers import native
 from aiotransfer.providers.port import Binding
 
 if TYPE_CHECKING:
+    from aiotransfer.core.ledger import Ledger
+    from aiotransfer.engine.liveness import Liveness
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.staging import Stage
+    from aiotransfer.engine.sweeper import Sweeper
 
 _new: Callable[[type[Transfer]], Transfer] = object.__new__
 
 
 class Outcomes(EngineBase):
     """The part of `Engine` that waits for operations and ends them."""
+
+    _ledger: Ledger[Transfer]
+    _quarantined: dict[int, object]  # by cookie: what operations that were given up without proof still use
+    _tasks: dict[asyncio.Task[None], None]
+    _liveness: Liveness
+    _sweeper: Sweeper
 
     def _blank(self, nbytes: int, peers: tuple[Peer, ...], keep: object, deed: Deed) -> Transfer:
         transfer = _new(Transfer)

@@ -9,22 +9,32 @@ whoever was woken answers first.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.base import EngineBase
 
 
 RETRY_SECONDS = 0.001
 _COUNT, _OP = (native.lib.AT_EV_COUNT, native.lib.AT_EV_OP) if native.lib is not None else (0, 0)  # the frequent ones
 
 
-class Progress:
-    """One per engine."""
+Handler = Callable[[int, int, int], None]  # of one event: number, status and count, which mean what the kind says
 
-    def __init__(self, engine: Engine) -> None:
+
+class Progress:
+    """One per engine. `ended` takes the end of an operation. `counted` takes what the lane has taken for a counter, by the record
+    of that counter; counters that are opened and closed change it. `handlers` take the other events, by their kind."""
+
+    def __init__(
+        self, engine: EngineBase, ended: Handler, counted: Mapping[int, Callable[[int], None]], handlers: Mapping[int, Handler]
+    ) -> None:
+        self._ended = ended
+        self._counted = counted
+        self._handlers = handlers
         self._engine = engine
         self._loop: asyncio.AbstractEventLoop = engine._loop
         self._lane = engine._lane
@@ -58,27 +68,17 @@ class Progress:
         kinds, numbers, statuses, counts = events.kind, events.id, events.status, events.count
         for kind, number, status, count in [(kinds[i], numbers[i], statuses[i], counts[i]) for i in range(n)]:
             if kind == _COUNT:
-                counter = engine._records.get(number)
-                if counter is not None:
-                    counter._arrived(count)
+                arrived = self._counted.get(number)
+                if arrived is not None:
+                    arrived(count)
             elif kind == _OP:
-                engine._ended(number, status, count)
-            elif kind == lib.AT_EV_PEER:
-                engine._peer_event(number, status)
-            elif kind == lib.AT_EV_RAIL:
-                if count:
+                self._ended(number, status, count)
+            else:
+                if kind == lib.AT_EV_UP or (kind == lib.AT_EV_RAIL and count):
                     lane.news(number)
-                engine._rail_event(number, count)
-            elif kind == lib.AT_EV_UP:
-                lane.news(number)
-            elif kind == lib.AT_EV_GRANT:
-                engine._quarantine.look()
-            elif kind == lib.AT_EV_REGION:
-                engine._region_free(number)
-            elif kind == lib.AT_EV_WATCH:
-                watcher = engine._watchers.get(number)
-                if watcher is not None:
-                    watcher._changed(count)
+                handler = self._handlers.get(kind)
+                if handler is not None:
+                    handler(number, status, count)
         if more:
             self._loop.call_soon(self._ready)
 

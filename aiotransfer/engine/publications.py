@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from aiotransfer.control import frames
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import Region
     from aiotransfer.model.descriptor import RemoteRegion
@@ -19,8 +18,7 @@ MOST_NAME = 1024
 class Publications:
     """The names of one engine."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self) -> None:
         self._names: dict[str, tuple[Region, RemoteRegion]] = {}
         self._wanted: dict[str, dict[tuple[Peer, int], None]] = {}
 

@@ -8,22 +8,32 @@ whatever was under way, and opened again without the grant. Otherwise the memory
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.lease import Lease
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.base import EngineBase
 
 SETTLE_SECONDS = 0.02  # how often it is looked at
+
+
+class Held(Protocol):
+    """Memory that peers may still write into: a region or a lease. What it does for the engine is private to users."""
+
+    nbytes: int
+
+    def _fence(self) -> None:
+        """Cut off whoever has not confirmed that it is over, where that can be done to that peer alone."""
+
+    def _settle(self) -> bool:
+        """Look whether it is over; True when the memory is free."""
 
 
 class Quarantine:
     """One per engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineBase) -> None:
         self._engine = engine
-        self._held: dict[Region | Lease, float] = {}  # and when their holders are fenced
+        self._held: dict[Held, float] = {}  # and when their holders are fenced
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -31,14 +41,14 @@ class Quarantine:
         """Of all that is held."""
         return sum(held.nbytes for held in self._held)
 
-    def add(self, held: Region | Lease) -> None:
+    def add(self, held: Held) -> None:
         """A peer may be inside a write under one of its grants: look again until it is not. Again is fine."""
         engine = self._engine
         self._held.setdefault(held, engine._loop.time() + engine.config.drain_timeout)
         if self._timer is None and engine._state != "closed":
             self._timer = engine._loop.call_later(SETTLE_SECONDS, self._round)
 
-    def discard(self, held: Region | Lease) -> None:
+    def discard(self, held: Held) -> None:
         """It is over."""
         self._held.pop(held, None)
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -39,11 +36,16 @@ class Statistics:
     control_resumed: int
 
     @classmethod
-    def of(cls, engine: Engine) -> Statistics:
-        """The record now; all zero for an engine that is not open."""
-        if engine._state == "new" or not engine._lane.usable:
-            return cls(*([0] * len(cls.__dataclass_fields__)))
-        lane = engine._lane.statistics()
+    def none(cls) -> Statistics:
+        """All zero: of an engine that is not open."""
+        return cls(*([0] * len(cls.__dataclass_fields__)))
+
+    @classmethod
+    def of(
+        cls, lane: Mapping[str, int], *, peers: int, quarantined_bytes: int, strays: int, control_resumed: int
+    ) -> Statistics:
+        """The record now: of what the lane has counted (`lane`) and of what other parts of the engine have: `peers` that are up,
+        `quarantined_bytes` of memory, ends that belonged to no operation (`strays`), and `control_resumed` connections."""
         return cls(
             operations_inline=lane["ops_inline"],
             operations_queued=lane["ops_queued"],
@@ -57,8 +59,8 @@ class Statistics:
             regions=lane["regions"],
             remote_regions=lane["remote_regions"],
             grants=lane["grants"],
-            peers=len(engine.peers),
-            quarantined_bytes=engine._quarantine.nbytes,
+            peers=peers,
+            quarantined_bytes=quarantined_bytes,
             doorbells_rung=lane["doorbells_rung"],
             doorbells_heard=lane["doorbells_heard"],
             polls=lane["polls"],
@@ -67,6 +69,6 @@ class Statistics:
             spins_found=lane["spins_found"],
             native_chunks=lane["thread_chunks"],
             refused_posts=lane["refused_posts"],
-            unknown_completions=lane["unknown_completions"] + engine._ledger.strays,
-            control_resumed=engine._connections.redial.resumed,
+            unknown_completions=lane["unknown_completions"] + strays,
+            control_resumed=control_resumed,
         )

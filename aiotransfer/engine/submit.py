@@ -37,6 +37,8 @@ from aiotransfer.providers import native
 from aiotransfer.providers.port import Binding
 
 if TYPE_CHECKING:
+    from aiotransfer.engine.connections import Connections
+    from aiotransfer.engine.paths import Paths
     from aiotransfer.engine.peer import Peer
 
 _new: Callable[[type[Transfer]], Transfer] = object.__new__
@@ -52,6 +54,15 @@ def _peer_class() -> type[Peer]:
 
 class Submitter(Outcomes):
     """The part of `Engine` that moves bytes."""
+
+    _connections: Connections
+    _paths: Paths
+    _gone: dict[int, TransferError]  # by incarnation: what peers that were here before ended in
+
+    @property
+    def peers(self) -> tuple[Peer, ...]:
+        """Connected peers in order of arrival, inbound ones included."""
+        return tuple(p for p in self._connections.peers.values() if p._state == "up") if self._state != "new" else ()
 
     # ---- write ----
 

@@ -8,22 +8,27 @@ that peer is fenced: nothing posted can touch memory afterwards, and the operati
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from aiotransfer.core.deadlines import Deadlines
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
+    from aiotransfer.core.ledger import Ledger
+    from aiotransfer.engine.base import EngineBase
 
 CROWD, LOOK_SECONDS = 1000, 1e-6  # to look at so many takes a few per cent of a microsecond each: no sooner again than this
 
 
 class Sweeper:
-    """One per engine."""
+    """One per engine. `pending` holds the operations that have not ended, by cookie. `unproved` is called with the cookie of a
+    withdrawn operation whose posted part can be neither waited for nor fenced."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineBase, pending: Ledger[Any], unproved: Callable[[int], None]) -> None:
         self._engine = engine
+        self._pending = pending
+        self._unproved = unproved
         self._limits = Deadlines()
         self._drains = Deadlines()
         self._timer: asyncio.Handle | None = None
@@ -65,15 +70,15 @@ class Sweeper:
         now = engine._loop.time()
         for cookie in self._limits.due(now):
             native.lib.at_cancel(engine._p, cookie, native.lib.AT_ETIMEOUT)
-            if cookie in engine._ledger:
+            if cookie in self._pending:
                 self.draining(cookie)
         for cookie in self._drains.due(now):
-            if cookie in engine._ledger:
+            if cookie in self._pending:
                 native.lib.at_fence(engine._p, cookie)
                 self._drains[cookie] = now + engine.config.drain_timeout
                 engine._progress.poll()
-                if cookie in engine._ledger:
-                    engine._unproved(cookie)  # its fabric has no way to flush this peer alone
+                if cookie in self._pending:
+                    self._unproved(cookie)  # its fabric has no way to flush this peer alone
         engine._progress.poll()
         pause = (len(self._limits) + len(self._drains)) // CROWD * CROWD * LOOK_SECONDS
         for when in (self._limits.next(), self._drains.next()):

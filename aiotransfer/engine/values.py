@@ -11,28 +11,56 @@ they are told to the members that use them, nor know which they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiotransfer.engine.arguments import MOST_IMM, RESERVED, check_imm
+from aiotransfer.engine.counter import Counter
+from aiotransfer.engine.refusals import lacking
 from aiotransfer.errors import BusyError
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.counter import Counter
-    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.base import EngineBase
 
 TRIES = 1000  # at random, before nearly all of the library's own values are taken to be used
 
 
 class Values:
-    """The immediates of one engine."""
+    """The immediates of one engine, and the open counters of them. `entropy` gives so many random bytes."""
 
-    __slots__ = ("_engine", "_next", "_proved")
-
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineBase, entropy: Callable[[int], bytes]) -> None:
         self._engine = engine
+        self.entropy = entropy
+        self.counters: dict[int, Counter] = {}  # by value
+        self.counted: dict[int, Callable[[int], None]] = {}  # by record: who takes what the lane has taken for a counter
         self._next = RESERVED - 1
         self._proved: dict[int, None] = {}  # may be used again, the oldest first
+
+    def counter(self, imm: int | None) -> Counter:
+        """See `Engine.counter`."""
+        value = self.fresh() if imm is None else self.named(imm)
+        known = self.counters.get(value)
+        return known if known is not None else self._open(value)
+
+    def own_counter(self) -> Counter:
+        """A counter of one of the library's own values, used once and never again."""
+        return self._open(self.own())
+
+    def _open(self, value: int) -> Counter:
+        record = native.lib.at_imm_open(self._engine._p, value)
+        if record < 0:
+            raise lacking(self._engine, record, f"immediate {value} cannot be counted") or BusyError(
+                f"immediate {value} cannot be counted: {native.text(record)}",
+                hint="open counters before many distinct values arrive, or raise Config.early_values",
+            )
+        counter = self.counters[value] = Counter(self._engine, value, record, self._drop)
+        self.counted[record] = counter._arrived
+        return counter
+
+    def _drop(self, value: int, record: int) -> None:
+        self.counters.pop(value, None)
+        self.counted.pop(record, None)
 
     def fresh(self) -> int:
         """A value never used before in this engine. Raises `BusyError` when there is none left."""
@@ -52,7 +80,7 @@ class Values:
     def own(self) -> int:
         """One of the library's own, used once and never again. Raises `BusyError` when nearly none is left."""
         for _ in range(TRIES):
-            value = RESERVED + int.from_bytes(self._engine._identity.entropy(4)) % (MOST_IMM - RESERVED + 1)
+            value = RESERVED + int.from_bytes(self.entropy(4)) % (MOST_IMM - RESERVED + 1)
             if not native.lib.at_imm_known(self._engine._p, value):
                 return value
         raise BusyError("the reserved immediates of this engine are used up", hint="open a fresh engine")
@@ -60,9 +88,9 @@ class Values:
     def again(self) -> Counter:
         """A counter at 0 for uses that end in `give_back`: of a value that was given back, or a fresh one. Raises `BusyError`."""
         if not self._proved:
-            return self._engine.counter()
+            return self.counter(None)
         value = next(iter(self._proved))
-        counter = self._engine._open_counter(value)
+        counter = self._open(value)
         del self._proved[value]
         return counter
 

@@ -19,7 +19,7 @@ from aiotransfer.providers import native
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.base import EngineBase
 
 WORD = 8
 
@@ -27,8 +27,9 @@ WORD = 8
 class Watcher(Unpicklable):
     """`async for old, new in watcher`: ends when it is closed. Values may be skipped. Made by `Engine.watch`."""
 
-    def __init__(self, engine: Engine, word: Any) -> None:
+    def __init__(self, engine: EngineBase, watchers: dict[int, Watcher], word: Any) -> None:
         self._engine = engine
+        self._watchers = watchers  # of the engine, by number, while they are open
         address, self._keep = _word(engine, word)  # what keeps the memory comes second
         self._out = native.ffi.new("uint64_t *")
         self._id = int(native.lib.at_watch_add(engine._p, native.ffi.cast("void *", address), self._out))
@@ -38,7 +39,7 @@ class Watcher(Unpicklable):
         self._last = int(self._out[0])
         self._waiter: asyncio.Future[int | None] | None = None
         self._closed = False
-        engine._watchers[self._id] = self
+        watchers[self._id] = self
 
     @property
     def value(self) -> int:
@@ -87,7 +88,7 @@ class Watcher(Unpicklable):
         if engine._lane.usable:
             native.lib.at_watch_close(engine._p, self._id)
             engine._lane.holdings.drop("watch", self._id)
-        engine._watchers.pop(self._id, None)
+        self._watchers.pop(self._id, None)
         self._keep = None, None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -104,7 +105,7 @@ class Watcher(Unpicklable):
         return f"<Watcher at {self._last}{', closed' if self._closed else ''}>"
 
 
-def _word(engine: Engine, word: Any) -> tuple[int, tuple[object, object]]:
+def _word(engine: EngineBase, word: Any) -> tuple[int, tuple[object, object]]:
     keep: tuple[object, object]
     if isinstance(word, RegionView):
         root: Region = word._root

@@ -24,22 +24,22 @@ async def test_a_value_of_which_something_has_come_is_not_taken_for_the_librarys
             while not native.lib.at_imm_known(engine._p, FORGED):
                 await asyncio.sleep(0.001)
         chances = iter([FORGED, FORGED - 0xF000_0000, OTHER])
-        engine._identity = engine._identity._replace(entropy=lambda n: next(chances).to_bytes(n))
-        counter = engine._own_counter()
+        engine._values.entropy = lambda n: next(chances).to_bytes(n)
+        counter = engine._values.own_counter()
         assert (counter.imm, counter.value, counter.total) == (OTHER, 0, 0)
         await shm.close()
 
 
 async def test_own_values_are_reserved_ones_and_never_the_same_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     async with at.open_engine() as engine:
-        counters = [engine._own_counter() for _ in range(200)]
+        counters = [engine._values.own_counter() for _ in range(200)]
         assert len({counter.imm for counter in counters}) == 200
         assert all(RESERVED <= counter.imm <= MOST_IMM for counter in counters)
         for counter in counters:
             counter.close()
-        again = {engine._own_counter().imm for _ in range(200)}
+        again = {engine._values.own_counter().imm for _ in range(200)}
         assert not again & {counter.imm for counter in counters}
         monkeypatch.setattr(values, "TRIES", 5)
-        engine._identity = engine._identity._replace(entropy=lambda n: counters[0].imm.to_bytes(n))
+        engine._values.entropy = lambda n: counters[0].imm.to_bytes(n)
         with pytest.raises(at.BusyError, match="used up"):
-            engine._own_counter()
+            engine._values.own_counter()
