@@ -15,7 +15,7 @@ RUNS ?= 50000
 CYCLES ?= 10000
 
 .PHONY: help setup hello demo demo-moe demo-weights test check test-distros test-demo test-triton test-wheel test-long lint bench bench-earlier bench-handover bench-tcp bench-verbs bench-guest \
-	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-weights bench-scale bench-weights-replay docs test-rails test-chaos test-chaos-kv test-chaos-moe test-chaos-weights test-guest \
+	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-weights bench-weights-save bench-scale bench-weights-replay docs test-rails test-chaos test-chaos-kv test-chaos-moe test-chaos-weights test-guest \
 	test-matrix test-cycles test-sanitize soak strangers fuzz sanitize mutants clean
 
 help:
@@ -160,6 +160,11 @@ bench-quantise: setup
 bench-weights: setup
 	@$(PIP) install --quiet uvloop
 	@$(PY) -m tests.benchmarks.weights $(ARGS)
+
+# Saving the weights of two ranks, cut by rows or by columns, beside a plain write of the same bytes.
+bench-weights-save: setup
+	@$(PIP) install --quiet --editable '.[safetensors]'
+	@$(PY) -m tests.benchmarks.weights_save $(ARGS)
 
 # What Python costs the host in a step of MoE dispatch.
 bench-moe-host: setup

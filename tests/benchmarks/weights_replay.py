@@ -26,7 +26,7 @@ import numpy as np
 import aiotransfer as at
 from aiotransfer.providers import native
 from aiotransfer.weights import Plan, make_plan
-from aiotransfer.weights.publisher.posting import Posting
+from aiotransfer.weights.posting import Posting
 from aiotransfer.weights.publisher.sending import Sending
 from aiotransfer.weights.scale.models import MODELS, Model
 from aiotransfer.weights.scale.placements import Placement, inference_layouts, rules, trainer_layout
@@ -128,7 +128,7 @@ async def replay(plan: Plan, sender: int, rounds: int) -> Replay:
             every.append(spent / len(writes.nbytes))
             python.append((spent - timed.seconds) / len(writes.nbytes))
         landed = sum(counter.total for counter in counters) // (1 + rounds)
-        most = max(batch.end - batch.begin for _, batches in posting._known.values() for batch in batches)
+        most = max(batch.count for _, batches in posting._known.values() for batch in batches)
     assert not any(receiver.failed for receiver in receivers.values())
     return Replay(len(writes.nbytes), len(calls), sources, timed.calls, timed.others, landed, most, every, python)
 

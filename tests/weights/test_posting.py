@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
-from aiotransfer.weights.publisher import posting
-from aiotransfer.weights.publisher.posting import MOST_SMALL, SMALL, Posting, Prepared, _edges
+from aiotransfer.weights import posting
+from aiotransfer.weights.posting import MOST_SMALL, SMALL, Posting, Prepared, _edges
 from aiotransfer.weights.tasks import Writes
 
 N = 1 << 12
@@ -46,16 +46,16 @@ async def test_what_was_prepared_is_kept_until_its_memory_is_replaced() -> None:
         rows = writes([0, 0, 3, 3, 3])
         post = Posting(engine, rows)
         (call,) = rows.calls()
-        (batch,) = post.batches(call, memory.__getitem__)
+        (batch,) = post.batches(call.begin, call.end, memory.__getitem__)
         assert isinstance(batch, Prepared)
-        assert post.batches(call, memory.__getitem__) == [batch]
+        assert post.batches(call.begin, call.end, memory.__getitem__) == [batch]
         assert [(region, a, b) for region, a, b in batch.by_source()] == [(memory[0], 0, 2), (memory[3], 2, 5)]
         await batch.post({5 + k: lease.descriptor for k, lease in enumerate(leases)}, imm=1, timeout=5)
         for row, source in enumerate([0, 0, 3, 3, 3]):
             assert (targets[row % 2].numpy()[64 * row : 64 * row + 64] == source + 1).all()
         memory[3] = engine.allocate(N)
         memory[3].numpy()[:] = 9
-        (anew,) = post.batches(call, memory.__getitem__)
+        (anew,) = post.batches(call.begin, call.end, memory.__getitem__)
         await anew.post({5 + k: lease.descriptor for k, lease in enumerate(leases)}, imm=1, timeout=5)
         assert (targets[0].numpy()[128:192] == 9).all()
         await other.counter(1).wait(10, timeout=5)
@@ -68,9 +68,9 @@ async def test_the_bounds_of_an_engine_on_what_is_queued_bound_a_call(monkeypatc
         memory = engine.allocate(N)
         rows = writes([0] * 10)
         (call,) = rows.calls()
-        found = Posting(engine, rows).batches(call, lambda _: memory)
-        assert [(batch.begin, batch.end) for batch in found] == [(0, 3), (3, 6), (6, 9), (9, 10)]
+        found = Posting(engine, rows).batches(call.begin, call.end, lambda _: memory)
+        assert [batch.count for batch in found] == [3, 3, 3, 1]
         monkeypatch.setattr(posting, "MOST_WRITES", 2)
-        assert len(Posting(engine, rows).batches(call, lambda _: memory)) == 5
-        assert len(Posting(engine, rows, most_bytes=256).batches(call, lambda _: memory)) == 5
-        assert len(Posting(engine, rows, most_bytes=64).batches(call, lambda _: memory)) == 10
+        assert len(Posting(engine, rows).batches(call.begin, call.end, lambda _: memory)) == 5
+        assert len(Posting(engine, rows, most_bytes=256).batches(call.begin, call.end, lambda _: memory)) == 5
+        assert len(Posting(engine, rows, most_bytes=64).batches(call.begin, call.end, lambda _: memory)) == 10

@@ -12,9 +12,11 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import weights
+from aiotransfer.engine.views import memory_of
 from aiotransfer.errors import again
 from aiotransfer.testing.fabric import Fabric, fabric
 from aiotransfer.weights import Bound, Cast, Layout, Piece, Tensor
+from aiotransfer.weights.posting import Batch
 from aiotransfer.weights.subscriber.filling import Filling
 from aiotransfer.weights.subscriber.relaying import Relaying
 from tests.weights.party import Party, Server, failures
@@ -120,11 +122,10 @@ def test_what_a_relay_damages_is_found_by_its_checksum(monkeypatch: pytest.Monke
         await publish(party, 1)
         whole = Relaying._post
 
-        async def post(self: Relaying, route: Any, begin: int, end: int, *rest: Any) -> Any:
-            from aiotransfer.engine.views import memory_of
-
-            memory_of(self._regions[int(route.source_buffer[begin])])[int(route.source_offset[begin])] ^= 1
-            return await whole(self, route, begin, end, *rest)
+        async def post(self: Relaying, batch: Batch, *rest: Any) -> Any:
+            region, begin, _ = batch.by_source()[0]
+            memory_of(region)[int(batch.writes.source_offset[begin])] ^= 1
+            return await whole(self, batch, *rest)
 
         monkeypatch.setattr(Relaying, "_post", post)
         for error in await failures(party, 2):
@@ -387,9 +388,9 @@ def test_relays_keep_the_rate_that_they_were_told(monkeypatch: pytest.MonkeyPatc
         servers = await serve(party, 3, ranks=1)
         whole = Relaying._post
 
-        async def post(self: Relaying, route: Any, begin: int, end: int, *rest: Any) -> Any:
-            posted.setdefault(self._role.instance, []).append((net.now, int(route.nbytes[begin:end].sum())))
-            return await whole(self, route, begin, end, *rest)
+        async def post(self: Relaying, batch: Batch, *rest: Any) -> Any:
+            posted.setdefault(self._role.instance, []).append((net.now, batch.nbytes))
+            return await whole(self, batch, *rest)
 
         monkeypatch.setattr(Relaying, "_post", post)
         await publish(party, 1)

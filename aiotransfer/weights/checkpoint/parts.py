@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,24 +10,18 @@ from numpy.typing import NDArray
 
 from aiotransfer.engine.base import world_of
 from aiotransfer.engine.views import memory_of
-from aiotransfer.errors import BusyError, TransferError
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.subscriber.lending import borrow
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import RegionView
-    from aiotransfer.engine.transfer import Transfer
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.weights.layout import Layout
     from aiotransfer.weights.protocol.version import Version
     from aiotransfer.weights.publisher.publisher import Publisher
     from aiotransfer.weights.publisher.update import Update
     from aiotransfer.weights.subscriber.subscriber import Subscriber
-
-MOST_READS = 1024  # under way
-BUSY_SECONDS = 0.001  # before a read that the engine had no room for is tried again
 
 
 class Parts(Protocol):
@@ -93,38 +86,3 @@ class OfTrainers:
     async def there(self, rank: int) -> Mapping[int, RemoteRegion]:
         """The buffers of another rank. Raises `TransferError`."""
         return await self._role.borrowing.regions_of(self._update, rank)
-
-
-class Reads:
-    """Reads from other ranks, as many at a time as the engine has room for."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._under_way: list[Transfer] = []
-
-    async def add(self, source: RemoteRegion, target: RegionView) -> None:
-        """Begin one. Raises `TransferError` of this or an earlier one."""
-        while len(self._under_way) >= MOST_READS:
-            await self._under_way.pop(0)
-        while True:
-            try:
-                self._under_way.append(self._engine.read(source, target))
-                return
-            except BusyError:
-                await asyncio.sleep(BUSY_SECONDS)
-
-    async def end(self) -> None:
-        """Returns when all have landed. Raises `TransferError`."""
-        while self._under_way:
-            await self._under_way.pop(0)
-
-    async def withdraw(self) -> None:
-        """Returns when none can land any more."""
-        for read in self._under_way:
-            read.cancel()
-        for read in self._under_way:
-            try:
-                await read
-            except (TransferError, asyncio.CancelledError):
-                pass
-        self._under_way.clear()

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from aiotransfer.control.patience import despite_cancels
 from aiotransfer.engine.views import memory_of
 from aiotransfer.weights.aside import aside, steady
-from aiotransfer.weights.checkpoint.parts import Parts, Reads
+from aiotransfer.weights.checkpoint.parts import Parts
 from aiotransfer.weights.checkpoint.shards import Shard
 from aiotransfer.weights.layout import Layout, Piece, Tensor
 from aiotransfer.weights.planner import make_plan
+from aiotransfer.weights.reads import Reads, Step, copy, steps
 
 if TYPE_CHECKING:
     from aiotransfer.engine.region import Region
@@ -94,20 +95,24 @@ class Writer:
         begin = np.maximum(runs.offset[low:high], at)
         sizes = np.minimum(runs.offset[low:high] + runs.nbytes[low:high], end) - begin
         source = runs.source[low:high] + begin - runs.offset[low:high]
-        mine = runs.rank[low:high] == parts.rank
-        columns = runs.buffer[low:high], source, begin - at, sizes
-        far = [values[~mine].tolist() for values in (runs.rank[low:high], *columns)]
-        for rank, buffer, first, target, n in zip(*far, strict=True):
-            regions = await parts.there(rank)
-            await self._reads.add(regions[buffer][first : first + n], region[target : target + n])
-        own = list(zip(*(values[mine].tolist() for values in columns), strict=True))
+        own: list[tuple[int, Step]] = []
+        held = np.stack([runs.rank[low:high], runs.buffer[low:high]])
+        for rank, buffer in np.unique(held, axis=1).T.tolist():
+            rows = np.flatnonzero((held[0] == rank) & (held[1] == buffer))
+            found = steps(source[rows], begin[rows] - at, sizes[rows])
+            if rank == parts.rank:
+                own += [(buffer, step) for step in found]
+                continue
+            there = (await parts.there(rank))[buffer]
+            for step in found:
+                await self._reads.add(there, region, step)
         await steady(parts.engine, self._copy, own, memory_of(region))
         await self._reads.end()
 
-    def _copy(self, own: list[tuple[int, int, int, int]], memory: NDArray[np.uint8]) -> None:
-        buffers = {buffer: self._parts.here(buffer) for buffer in {buffer for buffer, _, _, _ in own}}
-        for buffer, source, target, n in own:
-            memory[target : target + n] = buffers[buffer][source : source + n]
+    def _copy(self, own: list[tuple[int, Step]], memory: NDArray[np.uint8]) -> None:
+        buffers = {buffer: self._parts.here(buffer) for buffer in {buffer for buffer, _ in own}}
+        for buffer, step in own:
+            copy(step, buffers[buffer], memory)
 
     async def _written(self, turn: int) -> None:
         task = self._writing.get(turn)

@@ -7,22 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.errors import BusyError, DescriptorError, TransferError
+from aiotransfer.errors import DescriptorError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.reads import Reads, steps
 from aiotransfer.weights.watch import reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.lease import Lease
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import Region
-    from aiotransfer.engine.transfer import Transfer
     from aiotransfer.weights.publisher.publisher import Publisher
     from aiotransfer.weights.publisher.update import Update
     from aiotransfer.weights.tasks import Tasks
-
-MOST_READS = 1024  # under way
-BUSY_SECONDS = 0.001  # before a read that the engine had no room for is tried again
 
 
 class Borrowing:
@@ -36,31 +33,17 @@ class Borrowing:
     async def read(self, update: Update, tasks: Tasks, rows: Any, staging: Region | None) -> None:
         """Bring the inputs `rows`, which are on other ranks, into the staging memory. Raises `TransferError`."""
         assert staging is not None
-        role = self._role
-        which, sources, targets, sizes = tasks.gather_runs(rows)
-        reads: list[Transfer] = []
-        try:
-            for row, source, target, size in zip(which.tolist(), sources.tolist(), targets.tolist(), sizes.tolist(), strict=True):
-                regions = await self.regions_of(update, int(tasks.input_rank[row]))
-                region = regions[int(tasks.input_buffer[row])]
-                while len(reads) >= MOST_READS:
-                    await reads.pop(0)
-                while True:
-                    try:
-                        reads.append(role.engine.read(region[source : source + size], staging[target : target + size]))
-                        break
-                    except BusyError:
-                        await asyncio.sleep(BUSY_SECONDS)
-            while reads:
-                await reads.pop(0)
-        finally:
-            for read in reads:
-                read.cancel()
-            for read in reads:
-                try:
-                    await read
-                except (TransferError, asyncio.CancelledError):
-                    pass
+        which, *columns = tasks.gather_runs(rows)
+        held = np.stack([tasks.input_rank[which], tasks.input_buffer[which]])
+        reads = Reads(self._role.engine)
+        async with reads:
+            for rank, buffer in np.unique(held, axis=1).T.tolist():
+                regions = await self.regions_of(update, rank)
+                some = np.flatnonzero((held[0] == rank) & (held[1] == buffer))
+                source, target, nbytes = (column[some] for column in columns)
+                order = np.argsort(target, kind="stable")
+                for step in steps(source[order], target[order], nbytes[order]):
+                    await reads.add(regions[buffer], staging, step)
 
     async def regions_of(self, update: Update, rank: int) -> dict[int, RemoteRegion]:
         """The sources of another rank, by the number of the buffer. Raises `TransferError`."""

@@ -16,7 +16,7 @@ from aiotransfer.weights.kernels import NotFiniteError
 from aiotransfer.weights.tasks import Writes, strides_of
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.region import Region, RegionView
     from aiotransfer.weights.publisher.publisher import Publisher
     from aiotransfer.weights.publisher.update import Update
     from aiotransfer.weights.publisher.work import Work
@@ -112,7 +112,7 @@ class Making:
         tasks = self._work.tasks
         return int((tasks.input_stop[row] - tasks.input_start[row]).prod()) * self._source_item(int(tasks.input_job[row]))
 
-    def sum_of(self, source: Region, writes: Writes, begin: int, end: int) -> int:
+    def sum_of(self, source: RegionView, writes: Writes, begin: int, end: int) -> int:
         """The checksum of the writes `begin` to `end`, by where they go."""
         some = slice(begin, end)
         return sum_runs(

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aiotransfer.engine.scatter import ScatterTarget
-from aiotransfer.errors import BusyError, ClosedError, DescriptorError, ScatterError, StaleRegionError, TransferError, again
+from aiotransfer.errors import ClosedError, DescriptorError, ScatterError, StaleRegionError, TransferError, again
 from aiotransfer.model.descriptor import RemoteRegion
+from aiotransfer.weights.posting import Batch, Posted, bind, post, room_of
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.publisher.making import Making
-from aiotransfer.weights.publisher.posting import SHARE, Batch
 from aiotransfer.weights.publisher.standing import Standing
 from aiotransfer.weights.tasks import STAGING, Call, Writes
 from aiotransfer.weights.watch import Ending, Watch, reach
@@ -22,14 +21,12 @@ from aiotransfer.weights.watch import Ending, Watch, reach
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import Region
-    from aiotransfer.engine.transfer import Transfer
     from aiotransfer.weights.publisher.publisher import Publisher
     from aiotransfer.weights.publisher.update import Update
 
 ASKS = 64  # subscriber ranks at a time
 MOST_POSTED = 2 << 30  # bytes under way
 MOST_WRITES_POSTED = 1 << 15  # writes under way
-BUSY_SECONDS = 0.001  # before a write that the engine had no room for is tried again
 RATE_SECONDS = 0.01  # what a rate is kept over
 WRITE_SHARE = 0.6  # of the time, for what this rank writes itself where instances pass parts on: the rest is for what fails
 
@@ -80,7 +77,7 @@ class Sending:
         self.total = int(tasks.writes.nbytes[np.isin(tasks.writes.receiver, list(self.receivers))].sum())
         self._began = asyncio.get_running_loop().time()
         self._share = WRITE_SHARE
-        self._posted: deque[tuple[Transfer, Receiver, int]] = deque()  # with the number of writes
+        self._posted: deque[tuple[Posted, Receiver]] = deque()
         self._asks: dict[int, asyncio.Task[None]] = {}
         self._under_way = self._writes_under_way = 0
         self._error: Exception | None = None
@@ -96,7 +93,7 @@ class Sending:
 
     def landed(self) -> int:
         """Bytes that have been written so far, of `total`."""
-        return self.nbytes + sum(transfer.bytes_done for transfer, _, _ in self._posted)
+        return self.nbytes + sum(posted.bytes_done for posted, _ in self._posted)
 
     def result(self) -> list[tuple[str, int, str]]:
         """Subscriber ranks that could not be written to, and why; without those that have taken their memory back, and say
@@ -165,13 +162,12 @@ class Sending:
         return regions
 
     async def bind(self, regions: dict[int, RemoteRegion]) -> None:
-        """Learn where the memory is, by writes of no bytes: tables of writes to regions that are bound are checked natively."""
+        """Learn where the memory is. Raises `TransferError`."""
         source = next(iter(self._role.sources.regions.values()), None)
         if source is None and self._work.staging_bytes:
             source = self._role.staging(self._work)
         if source is not None:
-            targets = [ScatterTarget(0, 0, region, 0) for region in regions.values()]
-            await self._role.engine.scatter(source, targets, timeout=self._seconds)
+            await bind(self._role.engine, source, list(regions.values()), self._seconds)
 
     def hear(self, message: wire.Drop | relays.Instead | relays.Settle) -> None:
         """Of publisher rank 0."""
@@ -225,13 +221,13 @@ class Sending:
                     raise result
             self._update.journal.step("grant")
             calls = list(self._work.tasks.writes.calls())
-            halves: dict[int, list[Transfer]] = {0: [], 1: []}  # what is written from each half of the staging memory
+            halves: dict[int, list[Posted]] = {0: [], 1: []}  # what is written from each half of the staging memory
             for phase, part, some in _parts(calls):
                 if making.is_needed(phase, part):
                     await self._retire(halves[part % 2])
                     await making.make(phase, part)
                 self._sum_relayed(phase, part, making)
-                posted: list[Transfer] = []
+                posted: list[Posted] = []
                 for call in some:
                     posted += await self._call(call, making)
                 if making.is_needed(phase, part):
@@ -256,7 +252,7 @@ class Sending:
         await self._withdraw()
         making.close()
 
-    async def _call(self, call: Call, making: Making) -> list[Transfer]:
+    async def _call(self, call: Call, making: Making) -> list[Posted]:
         """All writes to one receiver in one phase and part."""
         receiver = self.receivers.get(call.receiver)
         if receiver is None or receiver.failed:
@@ -272,38 +268,39 @@ class Sending:
             assert region is not None
             return region
 
-        return self._work.posting(writes).batches(call, source_of)
+        return self._work.posting(writes).batches(call.begin, call.end, source_of)
 
     async def write(
         self, receiver: Receiver, writes: Writes, call: Call, regions: dict[int, RemoteRegion], imm: int, making: Making
-    ) -> list[Transfer]:
+    ) -> list[Posted]:
         """The writes of a call: one native call, or more of very many. Failures are noted."""
-        posted: list[Transfer] = []
+        posted: list[Posted] = []
         for batch in self._batches(writes, call, making):
-            await self._room(batch.nbytes, batch.end - batch.begin)
-            if receiver.failed:
+            for piece in batch.before():
+                if (one := await self._post(piece, receiver, regions, None)) is None:
+                    return posted
+                posted.append(one)
+            if batch.is_last:
+                await self._retire(posted)
+            if (one := await self._post(batch, receiver, regions, imm)) is None:
                 break
-            transfer = await self._post(batch, receiver, regions, imm)
-            if transfer is None:
-                break
-            posted.append(transfer)
+            posted.append(one)
         return posted
 
-    async def _post(self, batch: Batch, receiver: Receiver, regions: dict[int, RemoteRegion], imm: int) -> Transfer | None:
+    async def _post(self, batch: Batch, receiver: Receiver, regions: dict[int, RemoteRegion], imm: int | None) -> Posted | None:
         """None when it cannot be."""
-        while True:
-            try:
-                transfer = batch.post(regions, imm=imm, timeout=self._timeout())
-            except BusyError:
-                await asyncio.sleep(BUSY_SECONDS)
-                continue
-            except TransferError as error:
-                receiver.fail(error)
-                return None
-            self._posted.append((transfer, receiver, batch.end - batch.begin))
-            self._under_way += batch.nbytes
-            self._writes_under_way += batch.end - batch.begin
-            return transfer
+        await self._room(batch.nbytes, batch.count)
+        if receiver.failed:
+            return None
+        try:
+            posted = await post(batch, regions, imm, self._timeout)
+        except TransferError as error:
+            receiver.fail(error)
+            return None
+        self._posted.append((posted, receiver))
+        self._under_way += posted.nbytes
+        self._writes_under_way += posted.count
+        return posted
 
     def _timeout(self) -> float:
         """Seconds for a write. Where instances pass parts on, all writes of this rank end early enough for what fails then."""
@@ -318,10 +315,10 @@ class Sending:
 
     async def _room(self, nbytes: int, writes: int) -> None:
         """Wait until so much may be written: by the bounds on what is under way, and by the rate."""
-        config = self._role.engine.config
+        room = room_of(self._role.engine)
         while self._posted and (
-            self._under_way + nbytes > min(MOST_POSTED, config.max_queued_bytes // SHARE)
-            or self._writes_under_way + writes > min(MOST_WRITES_POSTED, config.max_queued_operations // SHARE)
+            self._under_way + nbytes > min(MOST_POSTED, room.nbytes)
+            or self._writes_under_way + writes > min(MOST_WRITES_POSTED, room.operations)
             or self._posted[0][0].done()
         ):
             await self._oldest()
@@ -340,28 +337,28 @@ class Sending:
             await asyncio.sleep(min(self._next - now, max(left, 0.0) / 2))
 
     async def _oldest(self) -> None:
-        transfer, receiver, writes = self._posted[0]
+        posted, receiver = self._posted[0]
         try:
-            await transfer
+            await posted.landed()
         except TransferError as error:
             receiver.fail(error)
         self._posted.popleft()
-        self._under_way -= transfer.nbytes
-        self._writes_under_way -= writes
-        self.nbytes += transfer.bytes_done
+        self._under_way -= posted.nbytes
+        self._writes_under_way -= posted.count
+        self.nbytes += posted.bytes_done
 
-    async def _retire(self, posted: list[Transfer]) -> None:
-        """Wait until a half of the staging memory is free again."""
-        waiting = set(posted)
-        while any(transfer in waiting for transfer, _, _ in self._posted):
+    async def _retire(self, some: list[Posted]) -> None:
+        """Wait until these have ended: a half of the staging memory is free again, or the last piece of a write may go."""
+        waiting = set(some)
+        while any(posted in waiting for posted, _ in self._posted):
             await self._oldest()
 
     async def _withdraw(self) -> None:
-        for transfer, _, _ in self._posted:
-            transfer.cancel()
-        for transfer, _, _ in self._posted:
+        for posted, _ in self._posted:
+            posted.cancel()
+        for posted, _ in self._posted:
             try:
-                await transfer
+                await posted.landed()
             except (TransferError, asyncio.CancelledError):
                 pass
         self.nbytes = self.landed()

@@ -13,8 +13,8 @@ from aiotransfer.weights.layout import Layout
 from aiotransfer.weights.passing import Coming, comings, route, step_of
 from aiotransfer.weights.plan import Plan
 from aiotransfer.weights.planner import make_plan
+from aiotransfer.weights.posting import Posting
 from aiotransfer.weights.protocol import wire
-from aiotransfer.weights.publisher.posting import Posting
 from aiotransfer.weights.rules import Rules
 from aiotransfer.weights.tasks import Call, Tasks, Writes, expected, instead, tasks
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiotransfer.errors import DescriptorError, PeerLostError, QuarantineError, TransferError, again
 from aiotransfer.weights.protocol import relays, wire
+from aiotransfer.weights.reads import Reads, run
 from aiotransfer.weights.subscriber.lending import borrow
 from aiotransfer.weights.subscriber.memory import leased
 from aiotransfer.weights.subscriber.relayed import Relayed
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from aiotransfer.engine.counter import Counter
     from aiotransfer.engine.lease import Lease
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.transfer import Transfer
     from aiotransfer.weights.subscriber.subscriber import Subscriber
 
 
@@ -38,7 +38,7 @@ class Filling:
         self._leases: dict[Lease, None] = {}
         self._counters: dict[Counter, int] = {}  # of those that wait: the writes that are to come
         self._arrived = 0  # writes of those that have all come
-        self._reads: list[Transfer] = []
+        self._reads = Reads(role.engine, offer.seconds)
         self._share = 0.0
         self._tasks: list[asyncio.Task[Any]] = []
         self._asked: set[int] = set()
@@ -64,11 +64,11 @@ class Filling:
 
     def _here(self) -> int:
         counted = self._arrived + sum(min(counter.total, count) for counter, count in self._counters.items())
-        return counted + sum(read.bytes_done for read in self._reads)
+        return counted + self._reads.bytes_done
 
     def _whole(self) -> int:
         direct = sum(sum(sender.counts) for sender in self._offer.senders)
-        return direct + self.relayed.writes + sum(read.nbytes for read in self._reads)
+        return direct + self.relayed.writes + self._reads.nbytes
 
     async def run(self) -> None:
         """Returns when every byte is there. Raises what prevents it."""
@@ -219,15 +219,9 @@ class Filling:
         try:
             regions = list(role.memory.shadow.values())
             lent = await borrow(role, peer, ask, len(regions))
-            reads = self._reads
-            try:
+            async with self._reads:
                 for source, region in zip(lent, regions, strict=True):
-                    reads.append(role.engine.read(source, region[: region.nbytes], timeout=offer.seconds))
-                for read in reads:
-                    await read
-            finally:
-                for read in reads:
-                    read.cancel()
+                    await self._reads.add(source, region, run(0, 0, region.nbytes))
         finally:
             role.tell(peer, wire.Fetched(offer.update, offer.source_instance, role.rank))
 

@@ -11,29 +11,23 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from aiotransfer.engine.scatter import ScatterTarget
-from aiotransfer.errors import BusyError, ClosedError, DescriptorError, TransferError
+from aiotransfer.errors import ClosedError, DescriptorError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.weights import passing
 from aiotransfer.weights.pace import Pace
 from aiotransfer.weights.passing import Hop, Route
+from aiotransfer.weights.posting import MOST_BYTES, Batch, Posted, Posting, bind, post
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.watch import Changes, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import RegionView
-    from aiotransfer.engine.transfer import Transfer
     from aiotransfer.weights.subscriber.subscriber import Subscriber
 
-MOST_WRITES = 1024  # in one native call
 UNDER_WAY = 2  # calls to one receiver
-BUSY_SECONDS = 0.001  # before a call that the engine had no room for is made again
 
 
 class Relaying:
@@ -84,32 +78,34 @@ class Relaying:
                 self._tasks.append(role.mail.own(self._serve(one, route, hops)))
 
     async def _serve(self, one: relays.Onward, route: Route, hops: list[Hop]) -> None:
-        posted: deque[Transfer] = deque()
+        posted: deque[Posted] = deque()
         todo: dict[tuple[int, int], list[Hop]] = {}
         for hop in hops:
             todo.setdefault((hop.feeder, hop.step), []).append(hop)
         try:
             regions, imms = await self._ask(one, route, hops)
+            posting = Posting(self._role.engine, route, MOST_BYTES if self._pace.most is None else self._pace.most)
             for at in itertools.count():
                 if not todo:
                     break
                 for hop in todo.pop(await self._step(at), ()):
                     self._role.check_places()
-                    for begin, end in self._calls(route, hop):
-                        while len(posted) >= UNDER_WAY:
+                    for batch in posting.batches(hop.begin, hop.end, self._regions.__getitem__):
+                        for piece in batch.before():
+                            await self._call(posted, piece, regions, None)
+                        while posted and batch.is_last:
                             await self._oldest(posted)
-                        await self._pace.room(int(route.nbytes[begin:end].sum()))
-                        posted.append(await self._post(route, begin, end, regions, imms[hop.feeder]))
+                        await self._call(posted, batch, regions, imms[hop.feeder])
             while posted:
                 await self._oldest(posted)
         except TransferError:
             pass
         finally:
-            for transfer in posted:
-                transfer.cancel()
-            for transfer in posted:
+            for call in posted:
+                call.cancel()
+            for call in posted:
                 try:
-                    await transfer
+                    await call.landed()
                 except (TransferError, asyncio.CancelledError):
                     pass
 
@@ -118,13 +114,22 @@ class Relaying:
         await self._changes.until(lambda: len(self._landed) > at)
         return self._landed[at]
 
-    async def _oldest(self, posted: deque[Transfer]) -> None:
-        transfer = posted[0]
-        await transfer
+    async def _oldest(self, posted: deque[Posted]) -> None:
+        call = posted[0]
+        await call.landed()
         posted.popleft()
-        self.nbytes += transfer.nbytes
+        self.nbytes += call.nbytes
 
-    async def _ask(self, one: relays.Onward, route: Route, hops: list[Hop]) -> tuple[list[RemoteRegion], dict[int, int]]:
+    async def _call(self, posted: deque[Posted], batch: Batch, regions: dict[int, RemoteRegion], imm: int | None) -> None:
+        while len(posted) >= UNDER_WAY:
+            await self._oldest(posted)
+        await self._pace.room(batch.nbytes)
+        posted.append(await self._post(batch, regions, imm))
+
+    async def _post(self, batch: Batch, regions: dict[int, RemoteRegion], imm: int | None) -> Posted:
+        return await post(batch, regions, imm, lambda: self._offer.seconds)
+
+    async def _ask(self, one: relays.Onward, route: Route, hops: list[Hop]) -> tuple[dict[int, RemoteRegion], dict[int, int]]:
         role, offer = self._role, self._offer
         peer = self._peers[one.number] = await reach(role.engine, one.address, offer.seconds)
         if peer.incarnation != one.incarnation or self._passing is None:
@@ -140,12 +145,10 @@ class Relaying:
         if len(let.imms) != len(feeders) or any(region.incarnation != peer.incarnation for region in regions):
             raise DescriptorError("a subscriber lets other memory be written than was asked for")
         passing.check_targets(route, hops, [region.nbytes for region in regions])
-        if self._regions:  # learn where the memory is, by writes of no bytes: tables of writes are checked natively then
-            await role.engine.scatter(
-                self._regions[0], [ScatterTarget(0, 0, region, 0) for region in regions], timeout=offer.seconds
-            )
+        if self._regions:
+            await bind(role.engine, self._regions[0], regions, offer.seconds)
         role.mappings.keep(peer, one, regions)
-        return regions, dict(zip(feeders, let.imms, strict=True))
+        return dict(enumerate(regions)), dict(zip(feeders, let.imms, strict=True))
 
     def lost(self, peer: Peer, error: TransferError) -> None:
         """A receiver is gone."""
@@ -153,36 +156,6 @@ class Relaying:
             if self._peers.get(number) is peer and not waiting.done():
                 waiting.set_exception(error)
                 waiting.exception()  # its task may have ended
-
-    def _calls(self, route: Route, hop: Hop) -> Iterator[tuple[int, int]]:
-        """The slices of a hop that go in one call: of one source buffer, not too many, and not too long for the rate."""
-        buffers = route.source_buffer[hop.begin : hop.end]
-        changes = [0, *(np.flatnonzero(np.diff(buffers)) + 1).tolist(), hop.end - hop.begin]
-        edges = [hop.begin + k for a, b in itertools.pairwise(changes) for k in range(a, b, MOST_WRITES)] + [hop.end]
-        for begin, end in itertools.pairwise(edges):
-            if self._pace.most is None:
-                yield begin, end
-                continue
-            first, total = begin, 0
-            for k, nbytes in enumerate(route.nbytes[begin:end].tolist(), begin):
-                if total and total + nbytes > self._pace.most:
-                    yield first, k
-                    first, total = k, 0
-                total += nbytes
-            yield first, end
-
-    async def _post(self, route: Route, begin: int, end: int, regions: list[RemoteRegion], imm: int) -> Transfer:
-        some = slice(begin, end)
-        source = self._regions[int(route.source_buffer[begin])]
-        targets = ScatterTarget(
-            route.source_offset[some], route.nbytes[some], [regions[b] for b in route.target_buffer[some].tolist()],
-            route.target_offset[some],
-        )  # fmt: skip
-        while True:
-            try:
-                return self._role.engine.scatter(source, targets, imm=imm, timeout=self._offer.seconds)
-            except BusyError:
-                await asyncio.sleep(BUSY_SECONDS)
 
     async def close(self) -> None:
         """Pass nothing more on; returns when nothing is read from this memory any more."""
