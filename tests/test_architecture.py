@@ -37,7 +37,7 @@ PURE = (
     "model/", "core/", "control/frames.py", "control/session.py", "control/resume.py", "rendezvous/roster.py", "errors.py",
     "kv/layout.py", "kv/plan.py", "kv/checksum.py", "kv/record.py", "kv/wire.py", "kv/saga.py", "kv/schedule.py",
     "kv/registry/member.py", "kv/registry/changes.py", "kv/registry/cache.py", "kv/registry/stamp.py",
-    "moe/members.py", "moe/shape.py", "moe/plan.py", "moe/wire.py", "moe/errors.py", "moe/tags.py", "moe/waits.py",
+    "moe/protocol/",
     "weights/layout.py", "weights/layoutcheck.py", "weights/pack.py", "weights/rules.py", "weights/templates.py",
     "weights/links.py", "weights/sources.py", "weights/assign.py", "weights/senders.py", "weights/staging.py", "weights/relay.py",
     "weights/planner.py", "weights/plan.py", "weights/tasks.py", "weights/codec.py", "weights/balance.py", "weights/explain.py",

@@ -4,8 +4,8 @@ summed."""
 from __future__ import annotations
 
 from aiotransfer.moe.alltoall import AllToAll
-from aiotransfer.moe.errors import EvictedError, RoutingOverflow, ShapeMismatch, StepRefused
-from aiotransfer.moe.handle import CombineHalf, Dispatched, DispatchHalf, Handle
+from aiotransfer.moe.protocol.errors import EvictedError, RoutingOverflow, ShapeMismatch, StepRefused
+from aiotransfer.moe.step.handle import CombineHalf, Dispatched, DispatchHalf, Handle
 
 __all__ = [
     "AllToAll",

@@ -14,19 +14,19 @@ from aiotransfer.engine.base import seconds
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import BusyError, TransferError, TransferTimeout, said
 from aiotransfer.model.dtypes import lookup
-from aiotransfer.moe import tensors
 from aiotransfer.moe.calls import told
-from aiotransfer.moe.errors import StepRefused
-from aiotransfer.moe.handle import CombineHalf, Dispatched, DispatchHalf, Handle, belongs, half_of, send_back
+from aiotransfer.moe.communicator.communicator import Party
+from aiotransfer.moe.communicator.unmade import told_to_others
 from aiotransfer.moe.kernels import kernels_for
 from aiotransfer.moe.kernels.cpu import CpuKernels
-from aiotransfer.moe.party import Party
-from aiotransfer.moe.plan import Route
-from aiotransfer.moe.shape import Shape
-from aiotransfer.moe.step import Step
-from aiotransfer.moe.tags import encoded
-from aiotransfer.moe.tensors import Array
-from aiotransfer.moe.unmade import told_to_others
+from aiotransfer.moe.protocol.errors import StepRefused
+from aiotransfer.moe.protocol.routing import Route
+from aiotransfer.moe.protocol.shape import Shape
+from aiotransfer.moe.protocol.tags import encoded
+from aiotransfer.moe.step import tensors
+from aiotransfer.moe.step.handle import CombineHalf, Dispatched, DispatchHalf, Handle, belongs, half_of, send_back
+from aiotransfer.moe.step.step import Step
+from aiotransfer.moe.step.tensors import Array
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator

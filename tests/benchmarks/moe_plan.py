@@ -26,8 +26,8 @@ import numpy as np
 
 import aiotransfer as at
 from aiotransfer import moe
-from aiotransfer.moe.plan import Arrivals, Ranges, Route
-from aiotransfer.moe.shape import Shape
+from aiotransfer.moe.protocol.routing import Arrivals, Ranges, Route
+from aiotransfer.moe.protocol.shape import Shape
 from aiotransfer.providers import native
 from aiotransfer.testing.fabric import Fabric, fabric
 

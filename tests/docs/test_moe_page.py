@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from aiotransfer import moe
-from aiotransfer.moe.buffers import Buffers
-from aiotransfer.moe.shape import HEAD, TEXT_BYTES, Shape
+from aiotransfer.moe.communicator.buffers import Buffers
+from aiotransfer.moe.protocol.shape import HEAD, TEXT_BYTES, Shape
 from tests.docs.complaints import complaints
 
 ROOT = Path(__file__).parent.parent.parent

@@ -215,7 +215,7 @@ GUARDS = (
     Mutant(
         "reach: another engine is there", "aiotransfer/engine/reach.py",
         "        if found is not peer:\n            self._refused.add(peer)\n",
-        "        if False:\n            self._refused.add(peer)\n", "tests/moe/test_identity.py",
+        "        if False:\n            self._refused.add(peer)\n", "tests/moe/communicator/test_identity.py",
     ),
     Mutant(
         "reach: what is held of a stranger", "aiotransfer/engine/reach.py",

@@ -4,150 +4,155 @@ from __future__ import annotations
 
 from tests.guards.mutant import Mutant
 
+COMMUNICATOR = "aiotransfer/moe/communicator/communicator.py"
+BOOTSTRAP = "aiotransfer/moe/communicator/bootstrap.py"
+IDENTITY = "tests/moe/communicator/test_identity.py"
+MESSAGES = "tests/moe/protocol/test_messages.py"
+OUT_OF_STEP = "tests/moe/step/test_out_of_step.py"
 GUARDS = (
     Mutant(
-        "MoE: who waits itself is not named", "aiotransfer/moe/waits.py",
-        "            left += earlier\n            if not earlier and", "            if", "tests/moe/test_waits.py",
+        "MoE: who waits itself is not named", "aiotransfer/moe/protocol/waits.py",
+        "            left += earlier\n            if not earlier and", "            if", "tests/moe/protocol/test_waits.py",
     ),
     Mutant(
-        "MoE: others are asked what they wait for", "aiotransfer/moe/handle.py",
-        "                step.party.ask_who_waits()  # most calls end long before this\n", "", "tests/moe/test_waits.py",
+        "MoE: others are asked what they wait for", "aiotransfer/moe/step/handle.py",
+        "                step.party.ask_who_waits()  # most calls end long before this\n", "", "tests/moe/protocol/test_waits.py",
     ),
     Mutant(
         "MoE: arguments that do not fit the call", "aiotransfer/moe/calls.py",
         "                await refuse(a2a, error)\n",
-        "", "tests/moe/test_out_of_step.py",
+        "", OUT_OF_STEP,
     ),
     Mutant(
-        "MoE: who speaks for a rank", "aiotransfer/moe/party.py",
+        "MoE: who speaks for a rank", COMMUNICATOR,
         "or self._at(content.rank) is peer:",
-        "or True:", "tests/moe/test_identity.py",
+        "or True:", IDENTITY,
     ),
     Mutant(
-        "MoE: a reader goes on", "aiotransfer/moe/party.py",
+        "MoE: a reader goes on", COMMUNICATOR,
         "        except Exception as error:\n            self._failed(peer, error)",
-        "        except MemoryError as error:\n            self._failed(peer, error)", "tests/moe/test_identity.py",
+        "        except MemoryError as error:\n            self._failed(peer, error)", IDENTITY,
     ),
     Mutant(
-        "MoE: views that cannot be", "aiotransfer/moe/party.py",
+        "MoE: views that cannot be", COMMUNICATOR,
         "        if wrong and (self.rank,",
-        "        if False and (self.rank,", "tests/moe/test_identity.py",
+        "        if False and (self.rank,", IDENTITY,
     ),
     Mutant(
-        "MoE: pieces of one message", "aiotransfer/moe/wire.py",
+        "MoE: pieces of one message", "aiotransfer/moe/protocol/messages.py",
         "        if self._of != (piece.incarnation, piece.of) or piece.number != len(held):\n",
-        "        if False:\n", "tests/moe/test_identity.py",
+        "        if False:\n", MESSAGES,
     ),
     Mutant(
-        "MoE: length of a message in pieces", "aiotransfer/moe/wire.py",
+        "MoE: length of a message in pieces", "aiotransfer/moe/protocol/messages.py",
         "        if piece.of * PIECE > self._most + PIECE:\n",
-        "        if False:\n", "tests/moe/test_identity.py",
+        "        if False:\n", MESSAGES,
     ),
     Mutant(
-        "MoE: ranks that are gone", "aiotransfer/moe/members.py",
+        "MoE: ranks that are gone", "aiotransfer/moe/protocol/membership.py",
         "return len(self._gone) + len(self._present) >= MOST_GONE",
-        "return False", "tests/moe/test_identity.py",
+        "return False", IDENTITY,
     ),
     Mutant(
-        "MoE: a rank that cannot set up says so", "aiotransfer/moe/meeting.py",
+        "MoE: a rank that cannot set up says so", BOOTSTRAP,
         "            self._send_to(peer, unable)\n",
-        "            pass\n", "tests/moe/test_identity.py",
+        "            pass\n", IDENTITY,
     ),
     Mutant(
-        "MoE: the others know that a rank cannot set up", "aiotransfer/moe/party.py",
-        "            self._know_it.add(rank)\n", "            pass\n", "tests/moe/test_identity.py",
+        "MoE: the others know that a rank cannot set up", COMMUNICATOR,
+        "            self._know_it.add(rank)\n", "            pass\n", IDENTITY,
     ),
     Mutant(
-        "MoE: that is acknowledged", "aiotransfer/moe/party.py",
-        "            self._send_to(peer, wire.Heard(rank=self.rank, incarnation=self.incarnation))\n", "",
-        "tests/moe/test_identity.py",
+        "MoE: that is acknowledged", COMMUNICATOR,
+        "            self._send_to(peer, messages.Heard(rank=self.rank, incarnation=self.incarnation))\n", "",
+        IDENTITY,
     ),
     Mutant(
-        "MoE: whose memory a Hello describes", "aiotransfer/moe/party.py",
-        "        if region.incarnation != peer.incarnation:\n", "        if False:\n", "tests/moe/test_identity.py",
+        "MoE: whose memory a Hello describes", COMMUNICATOR,
+        "        if region.incarnation != peer.incarnation:\n", "        if False:\n", IDENTITY,
     ),
     Mutant(
-        "MoE: what an earlier incarnation said wrong", "aiotransfer/moe/party.py",
+        "MoE: what an earlier incarnation said wrong", COMMUNICATOR,
         "            if self.members.incarnation(content.rank) != content.incarnation:\n", "            if False:\n",
-        "tests/moe/test_identity.py",
+        IDENTITY,
     ),
     Mutant(
-        "MoE: an earlier incarnation that leaves", "aiotransfer/moe/party.py",
-        "if hello is not None and hello[1].incarnation == leave.incarnation:", "if True:", "tests/moe/test_identity.py",
+        "MoE: an earlier incarnation that leaves", COMMUNICATOR,
+        "if hello is not None and hello[1].incarnation == leave.incarnation:", "if True:", IDENTITY,
     ),
     Mutant(
-        "MoE: a rank that leaves while the ranks meet", "aiotransfer/moe/party.py",
-        "if hello is not None and hello[1].incarnation == leave.incarnation:", "if False:", "tests/moe/test_identity.py",
+        "MoE: a rank that leaves while the ranks meet", COMMUNICATOR,
+        "if hello is not None and hello[1].incarnation == leave.incarnation:", "if False:", IDENTITY,
     ),
     Mutant(
-        "MoE: an all-to-all that cannot be made is told of", "aiotransfer/moe/unmade.py",
-        "            _left_unmade(list(given), dict(named), error)\n", "", "tests/moe/test_identity.py",
+        "MoE: an all-to-all that cannot be made is told of", "aiotransfer/moe/communicator/unmade.py",
+        "            _left_unmade(list(given), dict(named), error)\n", "", IDENTITY,
     ),
     Mutant(
-        "MoE: one that is made answers for itself", "aiotransfer/moe/unmade.py",
+        "MoE: one that is made answers for itself", "aiotransfer/moe/communicator/unmade.py",
         "if any(one.key == key and one.over is None for one in _made.get(engine, ())):", "if False:",
-        "tests/moe/test_identity.py",
+        IDENTITY,
     ),
     Mutant(
-        "MoE: answers of one engine", "aiotransfer/moe/unmade.py",
-        "    while len(there) >= MOST:\n", "    while False:\n", "tests/moe/test_identity.py",
+        "MoE: answers of one engine", "aiotransfer/moe/communicator/unmade.py",
+        "    while len(there) >= MOST:\n", "    while False:\n", IDENTITY,
     ),
     Mutant(
-        "MoE: lists that contradict each other", "aiotransfer/moe/meeting.py",
-        "                self.group.check_lists()\n", "", "tests/moe/test_identity.py",
+        "MoE: lists that contradict each other", BOOTSTRAP,
+        "                self.group.check_lists()\n", "", IDENTITY,
     ),
     Mutant(
-        "MoE: innocents of ranks that do not meet", "aiotransfer/moe/meeting.py",
-        "        return silent or missing\n", "        return missing\n", "tests/moe/test_identity.py",
+        "MoE: innocents of ranks that do not meet", BOOTSTRAP,
+        "        return silent or missing\n", "        return missing\n", IDENTITY,
     ),
     Mutant(
-        "MoE: connected ranks are not dialled", "aiotransfer/moe/meeting.py",
+        "MoE: connected ranks are not dialled", BOOTSTRAP,
         "                if rank not in found and (known := self._at(rank)) is not None:\n",
-        "                if False and (known := self._at(rank)) is not None:\n", "tests/moe/test_identity.py",
+        "                if False and (known := self._at(rank)) is not None:\n", IDENTITY,
     ),
     Mutant(
         "MoE: whatever an argument raises", "aiotransfer/moe/alltoall.py",
         "            except BaseException as error:  # whatever it is", "            except (TypeError, ValueError) as error:  #",
-        "tests/moe/test_out_of_step.py",
+        OUT_OF_STEP,
     ),
     Mutant(
         "MoE: a deadline that cannot be uses up the step", "aiotransfer/moe/alltoall.py",
-        "            refusal, timeout = error, None\n", "            raise\n", "tests/moe/test_out_of_step.py",
+        "            refusal, timeout = error, None\n", "            raise\n", OUT_OF_STEP,
     ),
     Mutant(
-        "MoE: a first write that was not taken", "aiotransfer/moe/step.py",
-        "            party.next_step = self.number\n            raise\n", "            raise\n", "tests/moe/test_out_of_step.py",
+        "MoE: a first write that was not taken", "aiotransfer/moe/step/step.py",
+        "            party.next_step = self.number\n            raise\n", "            raise\n", OUT_OF_STEP,
     ),
     Mutant(
-        "MoE: digest of routing", "aiotransfer/moe/step.py",
-        "elif any(mate.digest != head.digest for mate in mates):", "elif False:", "tests/moe/test_out_of_step.py",
+        "MoE: digest of routing", "aiotransfer/moe/step/step.py",
+        "elif any(mate.digest != head.digest for mate in mates):", "elif False:", OUT_OF_STEP,
     ),
     Mutant(
-        "MoE: tags are compared", "aiotransfer/moe/step.py",
+        "MoE: tags are compared", "aiotransfer/moe/step/step.py",
         "if len(tags := {head.tag for head in heads.values()}) > 1:", "tags = set(b'')\n        if len(tags) > 1:",
-        "tests/moe/test_out_of_step.py",
+        OUT_OF_STEP,
     ),
     Mutant(
-        "MoE: counts of a header", "aiotransfer/moe/buffers.py",
-        "        if rows > self.tokens * shape.topk:\n", "        if False:\n", "tests/moe/test_out_of_step.py",
+        "MoE: counts of a header", "aiotransfer/moe/protocol/header.py",
+        "        if rows > self.tokens * shape.topk:\n", "        if False:\n", OUT_OF_STEP,
     ),
     Mutant(
-        "MoE: sums over what is still read", "aiotransfer/moe/handle.py",
+        "MoE: sums over what is still read", "aiotransfer/moe/step/handle.py",
         "    if overlap(memory, stride, results, results_stride, shape.result_bytes):\n", "    if False:\n",
-        "tests/moe/test_out_of_step.py",
+        OUT_OF_STEP,
     ),
     Mutant(
-        "MoE: innocents in deadlines", "aiotransfer/moe/traffic.py",
+        "MoE: innocents in deadlines", "aiotransfer/moe/step/exchange.py",
         "if found := [r for r in waited if party.counter(kind, self.slot, r).value < expected[r]]:", "if found := waited:",
-        "tests/moe/test_out_of_step.py",
+        OUT_OF_STEP,
     ),
     Mutant(
-        "MoE: gradients that nobody gets", "aiotransfer/moe/tensors.py",
+        "MoE: gradients that nobody gets", "aiotransfer/moe/step/tensors.py",
         'if getattr(array, "requires_grad", False) and', "if False and", "tests/moe/test_torch.py",
     ),
     Mutant(
-        "moe: a reader outlives any exception of one message", "aiotransfer/moe/party.py",
+        "moe: a reader outlives any exception of one message", COMMUNICATOR,
         "                except Exception as error:  # an error of ours in one message: the next one may be another rank's\n"
-        "                    self._failed(message.peer, error)\n", "", "tests/moe/test_identity.py",
+        "                    self._failed(message.peer, error)\n", "", IDENTITY,
     ),
 )  # fmt: skip

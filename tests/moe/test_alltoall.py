@@ -346,7 +346,7 @@ def test_a_cancelled_step_stays_in_flight_and_goes_on(turns: int) -> None:
 def test_a_combine_that_is_cancelled_while_it_packs_sends_the_rest_when_it_is_resumed(
     turns: int, direct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aiotransfer.moe.traffic.MOVED_AT_ONCE", 1)  # a turn of the loop after each row
+    monkeypatch.setattr("aiotransfer.moe.step.exchange.MOVED_AT_ONCE", 1)  # a turn of the loop after each row
     data = batches(2, 1)[0]
 
     async def script(w: World) -> None:

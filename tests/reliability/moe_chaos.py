@@ -868,9 +868,9 @@ def run(seed: int, struck: Counter[str] | None = None) -> tuple[int, int]:
 
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(moe.meeting, "DIAL_AFTER", rng.choice([0.01, 0.01, 0.1, 1.0])))
+            stack.enter_context(mock.patch.object(moe.communicator.bootstrap, "DIAL_AFTER", rng.choice([0.01, 0.01, 0.1, 1.0])))
             at_once = rng.choice([4 << 20, 4 << 20, 64])  # turns of the loop between rows
-            for module in (moe.traffic, moe.handle):
+            for module in (moe.step.exchange, moe.step.handle):
                 stack.enter_context(mock.patch.object(module, "MOVED_AT_ONCE", at_once))
             slow = random.Random(seed)
 
@@ -880,7 +880,7 @@ def run(seed: int, struck: Counter[str] | None = None) -> tuple[int, int]:
                 await asyncio.sleep(slow.choice([0] * 6 + [slow.uniform(0, PEER_TIMEOUT), slow.uniform(0, 6 * PEER_TIMEOUT)]))
 
             if rng.random() < 0.5:
-                stack.enter_context(mock.patch.object(moe.handle, "turn", turn))
+                stack.enter_context(mock.patch.object(moe.step.handle, "turn", turn))
             result = net.run(scenario)
         started.clear()
         del net, scenario

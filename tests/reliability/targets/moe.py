@@ -14,11 +14,11 @@ import numpy as np
 import aiotransfer as at
 from aiotransfer import moe
 from aiotransfer.errors import DescriptorError
-from aiotransfer.moe import wire
-from aiotransfer.moe.buffers import Header
-from aiotransfer.moe.members import View
-from aiotransfer.moe.plan import Arrivals, Ranges
-from aiotransfer.moe.shape import HEAD, Shape
+from aiotransfer.moe.protocol import messages
+from aiotransfer.moe.protocol.header import Header
+from aiotransfer.moe.protocol.membership import View
+from aiotransfer.moe.protocol.routing import Arrivals, Ranges
+from aiotransfer.moe.protocol.shape import HEAD, Shape
 from tests.reliability.absurd import Take, Target, Tree, alone
 
 SIZES: dict[str, Any] = {"num_experts": 4, "hidden": 8, "dtype": "float32", "max_tokens": 4, "topk": 2, "timeout": 10}
@@ -28,24 +28,24 @@ GONE = 0x4000_0000_0000_0C33
 REGION, HEADER = b"the region of rank 1", b"a header of rank 1"  # stand for what is longer, and known only then
 
 
-def _said() -> list[wire.Message]:
+def _said() -> list[messages.Message]:
     me: dict[str, Any] = {"rank": 1, "incarnation": SPEAKER}
     present = ((0, LISTENER, 0), (1, SPEAKER, 0))
     full = View(SPEAKER, ((1, GONE),), (), 1, ((0, 1, HEADER),), ((0, 1, HEADER),), present)
     return [
-        wire.Who(present=None, **me),
-        wire.Who(present=[0, 1], **me),
-        wire.Unable(reason="no memory", **me),
-        wire.Heard(**me),
-        wire.Ready(incarnations=[LISTENER, SPEAKER], **me),
-        wire.Told(view=View(SPEAKER, (), (), 0, (), (), present), **me),
-        wire.Told(view=full, **me),
-        wire.Hello(
+        messages.Who(present=None, **me),
+        messages.Who(present=[0, 1], **me),
+        messages.Unable(reason="no memory", **me),
+        messages.Heard(**me),
+        messages.Ready(incarnations=[LISTENER, SPEAKER], **me),
+        messages.Told(view=View(SPEAKER, (), (), 0, (), (), present), **me),
+        messages.Told(view=full, **me),
+        messages.Hello(
             shape=SHAPE.agreed(), region=REGION, direct=True, reads=False, computed=0, running=True, ask=True, present=[0, 1],
             **me,
         ),
-        wire.Leave(who=1, of=GONE, upto=3, reason="bye", **me),
-        wire.Piece(number=0, of=2, data=b"half", **me),
+        messages.Leave(who=1, of=GONE, upto=3, reason="bye", **me),
+        messages.Piece(number=0, of=2, data=b"half", **me),
     ]  # fmt: skip
 
 
@@ -97,15 +97,15 @@ class _Ranks:
         body = data
         try:
             body = msgspec.msgpack.encode(_replaced(msgspec.msgpack.decode(data), known))
-            wire.decode(listener.key, listener.key + body)
+            messages.decode(listener.key, listener.key + body)
             valid = True
         except (msgspec.MsgspecError, ValueError, RecursionError, DescriptorError):
             valid = False
         whole = listener.key + body
-        parts = [whole[begin : begin + wire.PIECE] for begin in range(0, len(whole), wire.PIECE)]
+        parts = [whole[begin : begin + messages.PIECE] for begin in range(0, len(whole), messages.PIECE)]
         me = {"rank": 1, "incarnation": speaker.incarnation, "of": len(parts)}
         for i, part in enumerate(parts):
-            piece = wire.encode(listener.key, wire.Piece(number=i, data=part, **me)) if len(parts) > 1 else whole
+            piece = messages.encode(listener.key, messages.Piece(number=i, data=part, **me)) if len(parts) > 1 else whole
             await rank.peer.send(piece)
         await rank.peer.ping()  # it was read
         found = await asyncio.gather(*map(self.step, self.a2a), return_exceptions=True)

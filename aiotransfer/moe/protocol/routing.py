@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from aiotransfer.moe.shape import Shape
+from aiotransfer.moe.protocol.shape import Shape
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 

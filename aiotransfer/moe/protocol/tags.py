@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aiotransfer.moe.shape import TAG_BYTES
+from aiotransfer.moe.protocol.shape import TAG_BYTES
 
 
 def encoded(tag: int | str | None) -> bytes:

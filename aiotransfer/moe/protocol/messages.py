@@ -15,8 +15,8 @@ import msgspec
 
 from aiotransfer.errors import DescriptorError
 from aiotransfer.model.address import Address
-from aiotransfer.moe.members import Step, View
-from aiotransfer.moe.shape import MOST_RANKS
+from aiotransfer.moe.protocol.membership import Step, View
+from aiotransfer.moe.protocol.shape import MOST_RANKS
 
 MARK = b"\x93ATm\x02"  # the last byte is the version
 KEY_BYTES = 12

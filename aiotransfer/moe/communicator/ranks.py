@@ -9,11 +9,12 @@ from weakref import WeakKeyDictionary, WeakSet
 from aiotransfer.control.ratelimit import RateLimit
 from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, TransferError, again
 from aiotransfer.model.descriptor import RemoteRegion
-from aiotransfer.moe import unmade, wire
-from aiotransfer.moe.buffers import Buffers
-from aiotransfer.moe.members import Members
-from aiotransfer.moe.shape import Shape, immediates
-from aiotransfer.moe.waits import BEGIN, Wait, culprits
+from aiotransfer.moe.communicator import unmade
+from aiotransfer.moe.communicator.buffers import Buffers
+from aiotransfer.moe.protocol import messages
+from aiotransfer.moe.protocol.membership import Members
+from aiotransfer.moe.protocol.shape import Shape, immediates
+from aiotransfer.moe.protocol.waits import BEGIN, Wait, culprits
 
 if TYPE_CHECKING:
     from aiotransfer.engine.counter import Counter
@@ -77,7 +78,7 @@ class Rank:
         self.direct = direct  # it writes to us row by row
         self.reads = reads  # its results are fetched from where they lie, if it lets us
         self.mapped: Mapped | None = None  # its memory as it lies in this process, once it was needed
-        self.hello: wire.Hello | None = None
+        self.hello: messages.Hello | None = None
         self.remote: RemoteRegion | None = None
         self.lost = False
 
@@ -101,7 +102,7 @@ class Ranks:
         self.shape = shape
         self.name = name
         members = ",".join(str(address) for address in group.members)
-        self.key = wire.key_of(name, group.members)
+        self.key = messages.key_of(name, group.members)
         self._base = immediates(name, members, shape)
         self._direct = direct
         self.gpu = gpu
@@ -115,7 +116,7 @@ class Ranks:
         self.losses: dict[int, TransferError] = {}
         self.over: TransferError | None = None
         self._counters: dict[int, Counter] = {}
-        self._hellos: dict[int, tuple[Peer, wire.Hello]] = {}
+        self._hellos: dict[int, tuple[Peer, messages.Hello]] = {}
         self._seen: dict[int, set[int]] = {}  # by those that are at work: who takes part
         self._ready: dict[int, list[int]] = {}
         self._listens = self._running = self._to_join = False
@@ -127,9 +128,9 @@ class Ranks:
         self._closing: asyncio.Future[None] | None = None
         self._fences: dict[int, asyncio.Task[None]] = {}  # by rank, the last
         self._telling: asyncio.Task[None] | None = None
-        self._early: dict[int, wire.Told] = {}  # views that came before this rank knew of whom: the last of each
+        self._early: dict[int, messages.Told] = {}  # views that came before this rank knew of whom: the last of each
         self._limit = RateLimit(most=1)
-        self._pieces: dict[int, wire.Pieces] = {}  # of long messages, by sender
+        self._pieces: dict[int, messages.Pieces] = {}  # of long messages, by sender
         self.waits: dict[int, list[Wait]] = {}  # what other ranks have said that they wait for
         self.begins: int | None = None  # a step that may not begin before others have agreed
         self._unable: dict[int, str] = {}  # ranks that could not set up, and why
@@ -192,14 +193,14 @@ class Ranks:
         if not task.cancelled():
             task.exception()  # whoever waits for it is told; where nobody does, nobody has to be
 
-    def _send(self, rank: int, message: wire.Message) -> None:
+    def _send(self, rank: int, message: messages.Message) -> None:
         known = self.ranks[rank]
         if known is not None:
             self._send_to(known.peer, message)
 
-    def _send_to(self, peer: Peer, message: wire.Message) -> None:
+    def _send_to(self, peer: Peer, message: messages.Message) -> None:
         if peer.state in ("up", "busy"):
-            for data in wire.pieces(self.key, message):  # tasks begin in this order, so no other message comes between
+            for data in messages.pieces(self.key, message):  # tasks begin in this order, so no other message comes between
                 task = self.spawn(self._post(peer, data))
                 self._posts.add(task)
                 task.add_done_callback(self._posts.discard)
@@ -210,12 +211,12 @@ class Ranks:
         except (BrokenError, ClosedError):
             pass  # whoever waits for it will miss it
 
-    def _leave(self, who: int, reason: str, of: int = 0) -> wire.Leave:
+    def _leave(self, who: int, reason: str, of: int = 0) -> messages.Leave:
         upto = min(self.steps, default=self.next_step)
-        text = wire.words(reason)
+        text = messages.words(reason)
         known = self.ranks[who]
         of = of or (self.incarnation if known is None else known.incarnation)
-        return wire.Leave(rank=self.rank, incarnation=self.incarnation, who=who, of=of, upto=upto, reason=text)
+        return messages.Leave(rank=self.rank, incarnation=self.incarnation, who=who, of=of, upto=upto, reason=text)
 
     # ---- what happens ----
 
@@ -305,8 +306,8 @@ class Ranks:
 
     def say_waits(self, rank: int, *, ask: bool) -> None:
         """Tell a rank what this one waits for."""
-        waits = [(wait.step, wait.kind, list(wait.ranks)) for wait in self.own_waits()[: wire.MOST_WAITS]]
-        self._send(rank, wire.Waits(rank=self.rank, incarnation=self.incarnation, ask=ask, waits=waits))
+        waits = [(wait.step, wait.kind, list(wait.ranks)) for wait in self.own_waits()[: messages.MOST_WAITS]]
+        self._send(rank, messages.Waits(rank=self.rank, incarnation=self.incarnation, ask=ask, waits=waits))
 
     def culprits(self, wait: Wait) -> dict[int, Wait]:
         """Who has not come, where this rank waits like that, as far as the others have said."""

@@ -16,10 +16,11 @@ import aiotransfer as at
 from aiotransfer import moe
 from aiotransfer.errors import DescriptorError
 from aiotransfer.model.address import Address
-from aiotransfer.moe import meeting, unmade, wire
-from aiotransfer.moe.buffers import Buffers, header
-from aiotransfer.moe.members import MOST_STEPS, Members, View
-from aiotransfer.moe.shape import Shape
+from aiotransfer.moe.communicator import bootstrap, unmade
+from aiotransfer.moe.communicator.buffers import Buffers
+from aiotransfer.moe.protocol import messages
+from aiotransfer.moe.protocol.membership import Members, View
+from aiotransfer.moe.protocol.shape import Shape
 from tests.moe.world import World, batch, combined, step, world
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.one_loop]
@@ -48,7 +49,7 @@ async def one_step(a2a: moe.AllToAll) -> None:
 NOTHING = (np.empty((0, 16), np.float32), np.empty((0, 1), np.int64), np.empty((0, 1), np.float32))
 
 
-def said(party: Any, about: Any) -> dict[str, Callable[[], wire.Message]]:
+def said(party: Any, about: Any) -> dict[str, Callable[[], messages.Message]]:
     """What an engine may say as rank 1 (`about`'s) to rank 0 (`party`)."""
     me = {"rank": 1, "incarnation": about.incarnation}
     none: View = View(about.incarnation, ((0, party.incarnation),), (), 0, (), (), ((1, about.incarnation, 0),))
@@ -56,13 +57,13 @@ def said(party: Any, about: Any) -> dict[str, Callable[[], wire.Message]]:
     region = known.lease.descriptor.encode() if known is not None else b""
     hello = {"shape": SHAPE.agreed(), "direct": True, "reads": False, "computed": 0, "ask": True, "present": []}
     return {
-        "it evicts": lambda: wire.Leave(who=0, of=party.incarnation, upto=0, reason="because", **me),
-        "it leaves": lambda: wire.Leave(who=1, of=about.incarnation, upto=0, reason="bye", **me),
-        "another one": lambda: wire.Hello(**(hello | {"region": region, "running": False, "rank": 1, "incarnation": 12345})),
-        "none of it": lambda: wire.Hello(**(hello | {"region": b"", "running": False, "rank": 1, "incarnation": 12345})),
-        "a view": lambda: wire.Told(view=none, **me),
-        "unable": lambda: wire.Unable(reason="no", **me),
-        "who": lambda: wire.Who(present=[0], **me),
+        "it evicts": lambda: messages.Leave(who=0, of=party.incarnation, upto=0, reason="because", **me),
+        "it leaves": lambda: messages.Leave(who=1, of=about.incarnation, upto=0, reason="bye", **me),
+        "another one": lambda: messages.Hello(**(hello | {"region": region, "running": False, "rank": 1, "incarnation": 12345})),
+        "none of it": lambda: messages.Hello(**(hello | {"region": b"", "running": False, "rank": 1, "incarnation": 12345})),
+        "a view": lambda: messages.Told(view=none, **me),
+        "unable": lambda: messages.Unable(reason="no", **me),
+        "who": lambda: messages.Who(present=[0], **me),
     }
 
 
@@ -78,7 +79,7 @@ async def test_an_engine_that_is_no_member_cannot_speak_for_a_rank(what: str, cl
         if claims:
             stranger.address = right.address
         peer = await stranger.connect(left.address)
-        await peer.send(wire.encode(a2a[0]._party.key, said(a2a[0]._party, a2a[1]._party)[what]()))
+        await peer.send(messages.encode(a2a[0]._party.key, said(a2a[0]._party, a2a[1]._party)[what]()))
         await peer.ping()
         await asyncio.sleep(0.3)  # a dial of rank 1's address
         await asyncio.gather(*map(one_step, a2a))
@@ -95,7 +96,7 @@ async def test_what_a_rank_says_before_it_is_known_is_heard_in_its_order_when_it
         second = moe.AllToAll(right, right.group(addresses), **SIZES)
         meets = asyncio.ensure_future(second.ready())
         peer = await stranger.connect(right.address)
-        await peer.send(wire.encode(second._party.key, wire.Unable(rank=0, incarnation=7, reason="never")))
+        await peer.send(messages.encode(second._party.key, messages.Unable(rank=0, incarnation=7, reason="never")))
         await asyncio.sleep(0.1)
         assert not meets.done()
         first = moe.AllToAll(left, left.group(addresses), **SIZES)
@@ -123,71 +124,8 @@ async def test_ranks_that_are_connected_are_not_dialled_again(caplog: Any, monke
 # ---- what a member may say ----
 
 
-@pytest.mark.parametrize("view", [
-    View(5, ((2, 9),), (), 0, (), (), ()),
-    View(5, (), ((1023, 9),), 0, (), (), ()),
-    View(5, (), (), 0, (), (), ((2, 5, 0),)),
-    View(5, (), (), 0, ((0, 2, bytes(SHAPE.header_bytes)),), (), ()),
-    View(5, (), (), 0, (), ((0, 1, b"short"),), ()),
-    View(5, (), (), 0, ((1, 1, header(SHAPE, 2, 5, 0, 0, None).tobytes()),), (), ()),
-    View(5, (), (), 101, (), (), ()),
-    View(5, (), (), 0, (), (), ((1, 5, 101),)),
-    View(5, (), (), 0, ((0, 1, bytes(SHAPE.header_bytes)),) * 33, (), ()),
-])  # fmt: skip
-async def test_a_view_says_what_of_it_cannot_be(view: View) -> None:
-    assert view.impossible(2, 100, SHAPE.header_bytes, 2)
-
-
-async def test_a_view_that_can_be_is_taken() -> None:
-    data = header(SHAPE, 3, 5, 0, 0, None).tobytes()
-    view = View(5, ((0, 9), (1, 8)), ((0, 10),), 100, ((3, 0, data),), ((3, 1, data),), ((1, 5, 100),))
-    assert view.impossible(2, 100, SHAPE.header_bytes, 2) == ""
-    assert View(1, (), (), MOST_STEPS, (), (), ()).impossible(2, MOST_STEPS, SHAPE.header_bytes, 2) == ""
-
-
-@pytest.mark.parametrize("message", [
-    wire.Who(rank=-1, incarnation=1, present=None),
-    wire.Who(rank=1024, incarnation=1, present=None),
-    wire.Who(rank=1, incarnation=1 << 63, present=None),
-    wire.Who(rank=1, incarnation=1, present=[0] * 1025),
-    wire.Ready(rank=1, incarnation=1, incarnations=[1] * 1025),
-    wire.Ready(rank=1, incarnation=1, incarnations=[-1]),
-    wire.Leave(rank=1, incarnation=1, who=1, of=1, upto=1 << 62, reason=""),
-    wire.Told(rank=1, incarnation=1, view=View(1, tuple((0, i) for i in range(1, 16_386)), (), 0, (), (), ())),
-    wire.Told(rank=1, incarnation=1, view=View(1, (), (), MOST_STEPS, (), (), ())),
-    wire.Told(rank=1, incarnation=1, view=View(1, ((0, 0),), (), 0, (), (), ())),
-    wire.Hello(rank=1, incarnation=1, shape={str(i): i for i in range(41)}, region=b"", direct=True, reads=True, computed=0,
-               running=True, ask=False, present=[]),
-    wire.Hello(rank=1, incarnation=1, shape={}, region=bytes(1 << 15), direct=True, reads=True, computed=0, running=True,
-               ask=False, present=[]),
-    wire.Hello(rank=1, incarnation=1, shape={}, region=b"", direct=True, reads=True, computed=1 << 62, running=True, ask=False,
-               present=[]),
-    wire.Piece(rank=1, incarnation=1, number=0, of=0, data=b""),
-    wire.Piece(rank=1, incarnation=1, number=0, of=1, data=bytes((512 << 10) + 1)),
-])  # fmt: skip
-async def test_numbers_and_lengths_beyond_their_bounds_are_not_read(message: wire.Message) -> None:
-    key = wire.prefix("", "a,b")
-    with pytest.raises(DescriptorError):
-        wire.decode(key, wire.encode(key, message))
-
-
-async def test_a_long_message_travels_in_pieces() -> None:
-    key = wire.prefix("", "a,b")
-    view = View(5, (), (), 1, tuple((0, r, bytes([r]) * 60_000) for r in range(50)), (), ())
-    told = wire.Told(rank=1, incarnation=5, view=view)
-    sent = wire.pieces(key, told)
-    assert len(sent) == 6
-    assert max(map(len, sent)) < 1 << 20
-    pieces = wire.Pieces(key, 16 << 20)
-    parts = [wire.decode(key, data) for data in sent]
-    assert [pieces.add(part) for part in parts] == [None] * 5 + [told]  # type: ignore[arg-type]
-    assert wire.pieces(key, wire.Who(rank=1, incarnation=5, present=None)) == [
-        wire.encode(key, wire.Who(rank=1, incarnation=5, present=None))
-    ]
-
-
 async def test_ranks_are_lost_and_come_back_by_messages_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "PIECE", 150)
+    monkeypatch.setattr(messages, "PIECE", 150)
 
     async def script(w: World) -> None:
         async def steps(a2a: moe.AllToAll, last: int) -> None:
@@ -213,33 +151,13 @@ async def test_ranks_are_lost_and_come_back_by_messages_in_pieces(monkeypatch: p
     await asyncio.to_thread(world, 4, script)
 
 
-async def test_pieces_that_are_not_of_one_message_are_refused_and_nothing_is_kept() -> None:
-    key = wire.prefix("", "a,b")
-    whole = wire.encode(key, wire.Who(rank=1, incarnation=5, present=None))
-
-    def piece(number: int, of: int, data: bytes = b"", incarnation: int = 5) -> wire.Piece:
-        return wire.Piece(rank=1, incarnation=incarnation, number=number, of=of, data=data)
-
-    for parts in (
-        [piece(1, 2)], [piece(0, 3), piece(2, 3)], [piece(0, 2), piece(1, 3)], [piece(0, 2), piece(1, 2, incarnation=6)],
-        [piece(0, 100)], [piece(0, 2, whole), piece(1, 2, b"more")], [piece(0, 2, whole), piece(1, 2, incarnation=7)],
-        [piece(0, 1, wire.encode(key, piece(0, 1, whole)))], [piece(0, 1, whole, 7)],
-    ):  # fmt: skip
-        pieces = wire.Pieces(key, 1 << 20)
-        assert [pieces.add(part) for part in parts[:-1]] == [None] * (len(parts) - 1)
-        with pytest.raises(DescriptorError):
-            pieces.add(parts[-1])
-        assert pieces._data == []
-        assert pieces.add(piece(0, 1, whole)) is not None
-
-
 async def test_a_member_that_says_what_cannot_be_is_lost_by_name_and_the_others_go_on(caplog: Any) -> None:
     async def script(w: World) -> None:
         await w.every(lambda a2a: a2a.ready())
         party = w.a2a[1]._party
         far = View(party.incarnation, (), (), 1 << 40, (), (), tuple((r, p._party.incarnation, 0) for r, p in enumerate(w.a2a)))
         for rank in (0, 2, 3):
-            party._send(rank, wire.Told(rank=1, incarnation=party.incarnation, view=far))
+            party._send(rank, messages.Told(rank=1, incarnation=party.incarnation, view=far))
 
         async def rank(a2a: moe.AllToAll) -> None:
             await asyncio.sleep(0.01)
@@ -270,7 +188,7 @@ async def test_a_reader_goes_on_after_a_message_that_it_fails_at(monkeypatch: py
 
             patch.setattr(party, "_taking_part", fail)
             await a2a[1]._party.ranks[0].peer.send(  # type: ignore[union-attr]
-                wire.encode(party.key, wire.Who(rank=1, incarnation=a2a[1]._party.incarnation, present=None))
+                messages.encode(party.key, messages.Who(rank=1, incarnation=a2a[1]._party.incarnation, present=None))
             )
             async with asyncio.timeout(5):
                 while not a2a[0].lost:
@@ -292,14 +210,14 @@ async def test_a_reader_goes_on_after_a_message_that_it_cannot_even_sort(monkeyp
     async with engines(2) as of:
         a2a = made(of)
         await asyncio.gather(*map(one_step, a2a))
-        party, decode = a2a[0]._party, wire.decode
+        party, decode = a2a[0]._party, messages.decode
 
         def fails(key: bytes, data: bytes) -> Any:
             if data.endswith(b"bad"):
                 raise ZeroDivisionError("ours")
             return decode(key, data)
 
-        monkeypatch.setattr(wire, "decode", fails)
+        monkeypatch.setattr(messages, "decode", fails)
         peer = a2a[1]._party.ranks[0].peer  # type: ignore[union-attr]
         await peer.send(party.key + b"bad")
         async with asyncio.timeout(10):
@@ -314,7 +232,7 @@ async def test_a_reader_goes_on_after_a_message_that_it_cannot_even_sort(monkeyp
 
 
 async def test_an_all_to_all_that_has_lost_very_many_takes_in_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotransfer.moe.members.MOST_GONE", 4)
+    monkeypatch.setattr("aiotransfer.moe.protocol.membership.MOST_GONE", 4)
     members = Members(0, [1, 2], slots=2)
     for number in range(3, 5):
         assert not members.full
@@ -336,7 +254,7 @@ async def test_a_rank_that_cannot_set_up_tells_the_others_at_once_and_why(
             raise error("none left\nat all")
         return Buffers(engine, *given, **named)
 
-    monkeypatch.setattr(meeting, "Buffers", buffers)
+    monkeypatch.setattr(bootstrap, "Buffers", buffers)
     async with engines(4) as of:
         short = [of[rank]]
         addresses = [str(engine.address) for engine in of]
@@ -379,7 +297,7 @@ async def test_a_rank_that_cannot_set_up_waits_until_the_others_know_it_and_no_l
         addresses = [str(engine.address) for engine in of]
         a2a = [moe.AllToAll(e, e.group(addresses), **(SIZES | {"num_experts": 3, "timeout": 600})) for e in of]
         with monkeypatch.context() as patch:
-            patch.setattr(meeting, "Buffers", buffers)
+            patch.setattr(bootstrap, "Buffers", buffers)
             found = await asyncio.wait_for(asyncio.gather(*(one.ready() for one in a2a), return_exceptions=True), 60)
         assert [type(one) for one in found] == [at.PeerLostError, at.PeerLostError, MemoryError]
         assert all("none left" in str(one) for one in found)
@@ -400,9 +318,9 @@ async def test_what_is_said_of_another_incarnation_does_not_count() -> None:
         strange = msgspec.structs.replace(known.hello, region=foreign.descriptor.encode(), computed=0)
         with pytest.raises(DescriptorError, match="somebody else"):
             party._check_hello(known.peer, strange)
-        party._wrong(wire.Who(rank=1, incarnation=other.incarnation ^ 2, present=None), ValueError("of an earlier one"))
+        party._wrong(messages.Who(rank=1, incarnation=other.incarnation ^ 2, present=None), ValueError("of an earlier one"))
         assert not a2a[0].lost
-        party._wrong(wire.Who(rank=1, incarnation=other.incarnation, present=None), ValueError("of this one"))
+        party._wrong(messages.Who(rank=1, incarnation=other.incarnation, present=None), ValueError("of this one"))
         assert "of this one" in str(a2a[0].lost[1])
         await asyncio.gather(*(one.aclose() for one in a2a))
 
@@ -433,7 +351,7 @@ async def test_a_rank_that_has_not_begun_believes_a_group_that_is_far_ahead() ->
         await asyncio.gather(*map(one_step, a2a))
         party, other = a2a[0]._party, a2a[1]._party
         both = ((0, party.incarnation, 0), (1, other.incarnation, 0))
-        far = wire.Told(rank=1, incarnation=other.incarnation, view=View(other.incarnation, (), (), 1 << 40, (), (), both))
+        far = messages.Told(rank=1, incarnation=other.incarnation, view=View(other.incarnation, (), (), 1 << 40, (), (), both))
         for running in (True, False):
             party._running = running
             if running:
@@ -494,24 +412,24 @@ async def test_an_all_to_all_that_is_made_already_answers_for_itself() -> None:
 
 
 async def test_an_engine_answers_for_so_many_that_could_not_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotransfer.moe.unmade.MOST", 2)
+    monkeypatch.setattr("aiotransfer.moe.communicator.unmade.MOST", 2)
     async with engines(1) as of:
         group = of[0].group([str(of[0].address)])
         for name in "abca":
             with pytest.raises(ValueError, match="topk"):
                 moe.AllToAll(of[0], group, **(SIZES | {"topk": 0, "name": name}))
         assert len(unmade._unmade[of[0]]) == 2
-        assert not unmade._unmade[of[0]].keys() ^ {wire.key_of(name, group.members) for name in "ca"}
+        assert not unmade._unmade[of[0]].keys() ^ {messages.key_of(name, group.members) for name in "ca"}
 
 
 # ---- ranks that do not meet ----
 
 
-def keep_back(monkeypatch: pytest.MonkeyPatch, of: list[at.Engine], kind: type[wire.Message]) -> None:
+def keep_back(monkeypatch: pytest.MonkeyPatch, of: list[at.Engine], kind: type[messages.Message]) -> None:
     """What the ranks of these engines say of one kind."""
     send, incarnations = moe.alltoall.Party._send_to, {engine.incarnation for engine in of}
 
-    def some(party: Any, peer: Any, said: wire.Message) -> None:
+    def some(party: Any, peer: Any, said: messages.Message) -> None:
         if party.engine.incarnation not in incarnations or not isinstance(said, kind):
             send(party, peer, said)
 
@@ -525,12 +443,12 @@ async def test_a_rank_that_leaves_while_the_ranks_meet_is_missed_at_once(monkeyp
         addresses = [str(engine.address) for engine in of]
         sizes = SIZES | {"num_experts": 3, "timeout": 300}
         a2a = [moe.AllToAll(e, e.group(addresses), **sizes) for e in of]
-        keep_back(monkeypatch, [of[0], of[2]] if last else [of[2]], wire.Ready if last else wire.Hello)
+        keep_back(monkeypatch, [of[0], of[2]] if last else [of[2]], messages.Ready if last else messages.Hello)
         waiting = [asyncio.ensure_future(one.ready()) for one in a2a]
         async with asyncio.timeout(60):
             while 1 not in a2a[0]._party._hellos or (last and 1 not in a2a[0]._party._ready):
                 await asyncio.sleep(0.01)
-        earlier = wire.Leave(rank=1, incarnation=7, who=1, of=7, upto=0, reason="long ago")
+        earlier = messages.Leave(rank=1, incarnation=7, who=1, of=7, upto=0, reason="long ago")
         a2a[0]._party._heard(a2a[0]._party._hellos[1][0], earlier)
         await asyncio.sleep(1.2)
         assert not waiting[0].done()
@@ -551,7 +469,7 @@ async def test_ranks_that_do_not_meet_in_time_name_exactly_who_is_missing(monkey
         a2a = [moe.AllToAll(e, e.group(addresses), **sizes) for e in of]
         last = third == "is not ready"
         if last:
-            keep_back(monkeypatch, [of[2]], wire.Ready)
+            keep_back(monkeypatch, [of[2]], messages.Ready)
         found = await asyncio.gather(*(one.ready() for one in a2a[: 2 + last]), return_exceptions=True)
         for one in found[:2]:  # each has found the other one, which waits for the third as well
             assert isinstance(one, at.TransferTimeout)

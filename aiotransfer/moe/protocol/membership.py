@@ -63,7 +63,7 @@ from typing import Annotated, Final, TypeAlias
 
 import msgspec
 
-from aiotransfer.moe.shape import HEAD, MOST_RANKS
+from aiotransfer.moe.protocol.shape import HEAD, MOST_RANKS
 
 MOST_GONE = 16_384  # incarnations that were lost in the life of an all-to-all: all are in every view
 MOST_STEPS = 1 << 48

@@ -13,17 +13,17 @@ from aiotransfer.control.patience import Patience, Until
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
-from aiotransfer.moe.errors import StepRefused
-from aiotransfer.moe.tensors import Array, Kind, check, check_no_grad, overlap, rows
-from aiotransfer.moe.traffic import MOVED_AT_ONCE, turn
-from aiotransfer.moe.waits import WORDS
+from aiotransfer.moe.protocol.errors import StepRefused
+from aiotransfer.moe.protocol.waits import WORDS
+from aiotransfer.moe.step.exchange import MOVED_AT_ONCE, turn
+from aiotransfer.moe.step.tensors import Array, Kind, check, check_no_grad, overlap, rows
 from aiotransfer.providers.rows import Rows, same_rows
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aiotransfer.moe.party import Party
-    from aiotransfer.moe.step import Step
+    from aiotransfer.moe.communicator.communicator import Party
+    from aiotransfer.moe.step.step import Step
 
 ASK_SECONDS = 0.5  # before the end of a deadline, or a quarter of it: then the others are asked what they wait for
 

@@ -2,7 +2,7 @@
 
 Every rank connects to every other, gives it a lease of its memory and says `Hello`. When it has everyone's, it says `Ready`;
 when everyone is, the first step may begin. One that finds the others at work (their Hello says so) joins: they take it into
-their views (`moe.members`), and it begins at the step that follows from them.
+their views (`moe.protocol.membership`), and it begins at the step that follows from them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from aiotransfer.control.patience import Patience
 from aiotransfer.engine.reach import MISSED_SECONDS
 from aiotransfer.errors import BrokenError, PeerLostError, ProviderUnavailableError, TransferTimeout, again, said
 from aiotransfer.model.descriptor import RemoteRegion
-from aiotransfer.moe import wire
-from aiotransfer.moe.buffers import Buffers
-from aiotransfer.moe.errors import EvictedError, ShapeMismatch
-from aiotransfer.moe.members import Members
-from aiotransfer.moe.ranks import Rank, Ranks
+from aiotransfer.moe.communicator.buffers import Buffers
+from aiotransfer.moe.communicator.ranks import Rank, Ranks
+from aiotransfer.moe.protocol import messages
+from aiotransfer.moe.protocol.errors import EvictedError, ShapeMismatch
+from aiotransfer.moe.protocol.membership import Members
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
@@ -78,7 +78,7 @@ class Meeting(Ranks):
         """Returns when the others know it, or after `drain_timeout`. This engine may end then; another rank may still have to see
         that it is who is reached at this one's address, or does not believe it."""
         known = found | {rank: peer for rank in self.others() if (peer := self._at(rank)) is not None}
-        unable = wire.Unable(rank=self.rank, incarnation=self.incarnation, reason=wire.words(reason))
+        unable = messages.Unable(rank=self.rank, incarnation=self.incarnation, reason=messages.words(reason))
         self._know_it.clear()
         for peer in known.values():
             self._send_to(peer, unable)
@@ -145,7 +145,7 @@ class Meeting(Ranks):
                 if missing and self.engine._loop.time() > asked + ASK_AGAIN:
                     asked = self.engine._loop.time()
                     for peer in found.values():  # those who are at work know who is not missing at all
-                        self._send_to(peer, wire.Who(rank=self.rank, incarnation=self.incarnation, present=None))
+                        self._send_to(peer, messages.Who(rank=self.rank, incarnation=self.incarnation, present=None))
                 if not missing and staged is None:
                     staged = any(not self._is_direct(peer) for peer in found.values())
                     self.buffers = Buffers(self.engine, self.shape, staged=staged, gpu=self.gpu, in_place=self._in_place)
@@ -227,7 +227,7 @@ class Meeting(Ranks):
             lease = self.buffers.received.lease(peer, access="both" if self.buffers.computed_at else "write")
             direct = self._is_direct(peer) or not self.buffers.staged
             known = self.ranks[rank] = Rank(peer, lease, direct=direct, reads=self._can_read(peer))
-        hello = wire.Hello(
+        hello = messages.Hello(
             rank=self.rank, incarnation=self.incarnation, shape=self.shape.agreed(),
             region=known.lease.descriptor.encode(), direct=known.direct, reads=known.reads,
             computed=self.buffers.computed_at, running=self._running, ask=ask,
@@ -243,7 +243,7 @@ class Meeting(Ranks):
         needed = self._present() if self._seen else set(self.others())
         return all(self._hello_of(rank) is not None for rank in needed - {self.rank})
 
-    def _hello_of(self, rank: int) -> wire.Hello | None:
+    def _hello_of(self, rank: int) -> messages.Hello | None:
         known = self.ranks[rank]
         if known is not None and known.hello is None and rank in self._hellos:
             peer, hello = self._hellos[rank]
@@ -290,7 +290,7 @@ class Meeting(Ranks):
         self._know(Members(self.rank, incarnations, slots=self.shape.slots, align=self.shape.align))
         self._open_counters(self.others())  # before Ready: then they write, and an earlier one may have retired the values
         for rank in self.others():
-            self._send(rank, wire.Ready(rank=self.rank, incarnation=self.incarnation, incarnations=incarnations))
+            self._send(rank, messages.Ready(rank=self.rank, incarnation=self.incarnation, incarnations=incarnations))
         while not self._running:
             if self._to_join:
                 self.members = None
@@ -330,7 +330,7 @@ class Meeting(Ranks):
             self._hello(rank, peer, hello)  # whoever came in between
         self._follow()
 
-    def _hello(self, rank: int, peer: Peer, hello: wire.Hello) -> None:
+    def _hello(self, rank: int, peer: Peer, hello: messages.Hello) -> None:
         raise AssertionError("a party has its own")
 
     async def _listen(self) -> None:

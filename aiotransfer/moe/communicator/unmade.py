@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from aiotransfer.engine.base import is_open
 from aiotransfer.engine.group import PeerGroup
 from aiotransfer.errors import BrokenError, BusyError, ClosedError, DescriptorError, said
-from aiotransfer.moe import wire
+from aiotransfer.moe.protocol import messages
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -60,14 +60,14 @@ def _left_unmade(given: list[Any], named: dict[str, Any], error: BaseException) 
         return
     if not is_open(engine) or engine._loop.is_closed():
         return
-    key = wire.key_of(name, group.members)
+    key = messages.key_of(name, group.members)
     if any(one.key == key and one.over is None for one in _made.get(engine, ())):
         return  # that one answers
     there = _unmade.setdefault(engine, {})
     _forget(engine, key)
     while len(there) >= MOST:
         _forget(engine, next(iter(there)))
-    there[key] = Unmade(engine, key, group.rank, wire.words(said(error)))
+    there[key] = Unmade(engine, key, group.rank, messages.words(said(error)))
 
 
 def made(one: Made) -> None:
@@ -86,7 +86,7 @@ class Unmade:
 
     def __init__(self, engine: Engine, key: bytes, rank: int, reason: str) -> None:
         self._engine, self._key = engine, key
-        self._answer = wire.encode(key, wire.Unable(rank=rank, incarnation=0, reason=reason))
+        self._answer = messages.encode(key, messages.Unable(rank=rank, incarnation=0, reason=reason))
         self._sending: dict[Peer, asyncio.Task[None]] = {}
         self.task = engine._loop.create_task(self._listen())
         engine._connections.own(self.task)
@@ -95,7 +95,7 @@ class Unmade:
         try:
             async for message in self._engine.messages(self._key):
                 try:
-                    asks = isinstance(wire.decode(self._key, message.data), wire.Hello | wire.Who)
+                    asks = isinstance(messages.decode(self._key, message.data), messages.Hello | messages.Who)
                 except DescriptorError:
                     continue
                 peer = message.peer

@@ -12,8 +12,8 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import moe
-from aiotransfer.moe import wire
-from aiotransfer.moe.party import Party
+from aiotransfer.moe.communicator.communicator import Party
+from aiotransfer.moe.protocol import messages
 from tests.moe.world import EXPERTS, HIDDEN, SIZES, Batch, World, batch, combined, compute, world
 
 MESSY = {"delay": (1e-6, 1e-3), "split": 0.3}
@@ -95,14 +95,14 @@ async def test_over_shared_memory_a_combine_moves_no_bytes() -> None:
 
 def slowly(monkeypatch: pytest.MonkeyPatch, rank: int, seconds: float) -> None:
     """Rank `rank` takes long before it sums what is there."""
-    whole = moe.handle.CombineHalf._weigh
+    whole = moe.step.handle.CombineHalf._weigh
 
     async def weigh(self: Any, *arguments: Any) -> None:
         if self.handle._step.party.rank == rank:
             await asyncio.sleep(seconds)
         await whole(self, *arguments)
 
-    monkeypatch.setattr(moe.handle.CombineHalf, "_weigh", weigh)
+    monkeypatch.setattr(moe.step.handle.CombineHalf, "_weigh", weigh)
 
 
 def test_who_leaves_waits_for_those_that_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_results_that_were_taken_back_while_they_were_read_are_dropped_and_their
 OWNER = """
 import asyncio, sys
 import aiotransfer as at
-from tests.moe.test_inplace import FULL, SIZES
+from tests.moe.step.test_inplace import FULL, SIZES
 from aiotransfer import moe
 
 async def main():
@@ -253,7 +253,7 @@ def test_a_goodbye_to_an_earlier_one_of_this_rank_is_no_answer(monkeypatch: pyte
             party = a2a._party
             if a2a.rank == 1:
                 mine, of = party.incarnation, party.ranks[0].incarnation + 2
-                late = wire.Leave(rank=1, incarnation=mine, who=0, of=of, upto=0, reason="late")
+                late = messages.Leave(rank=1, incarnation=mine, who=0, of=of, upto=0, reason="late")
                 party._send(0, late)
             d = await a2a.dispatch(*FULL)
             d.y[:] = d.x * 3
@@ -335,7 +335,7 @@ async def test_whoever_finds_everything_there_gives_the_loop_its_turns() -> None
 
 
 def test_results_in_memory_that_could_not_be_mapped_are_an_error_and_not_just_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotransfer.moe.inplace.mapped", lambda engine, region: None)
+    monkeypatch.setattr("aiotransfer.moe.step.inplace.mapped", lambda engine, region: None)
 
     async def rank(a2a: moe.AllToAll) -> None:
         d = await a2a.dispatch(*FULL)
@@ -349,10 +349,10 @@ def test_results_in_memory_that_could_not_be_mapped_are_an_error_and_not_just_mi
 
 
 def test_where_results_lie_is_no_negative_number() -> None:
-    hello = wire.Hello(1, 1, {}, b"", direct=True, reads=True, computed=-4096, running=False, ask=False, present=[])
-    key = wire.prefix("", "")
+    hello = messages.Hello(1, 1, {}, b"", direct=True, reads=True, computed=-4096, running=False, ask=False, present=[])
+    key = messages.prefix("", "")
     with pytest.raises(at.DescriptorError):
-        wire.decode(key, wire.encode(key, hello))
+        messages.decode(key, messages.encode(key, hello))
 
 
 def test_what_is_wrong_is_refused() -> None:

@@ -22,13 +22,13 @@ from aiotransfer.errors import (
     StaleRegionError,
     TransferError,
 )
-from aiotransfer.moe.errors import StepRefused
-from aiotransfer.moe.inplace import InPlace
-from aiotransfer.moe.members import Members
-from aiotransfer.moe.party import Party
-from aiotransfer.moe.plan import Arrivals, Ranges, Route
-from aiotransfer.moe.ranks import FIRST, REST, RESULTS
-from aiotransfer.moe.waits import Wait
+from aiotransfer.moe.communicator.communicator import Party
+from aiotransfer.moe.communicator.ranks import FIRST, REST, RESULTS
+from aiotransfer.moe.protocol.errors import StepRefused
+from aiotransfer.moe.protocol.membership import Members
+from aiotransfer.moe.protocol.routing import Arrivals, Ranges, Route
+from aiotransfer.moe.protocol.waits import Wait
+from aiotransfer.moe.step.inplace import InPlace
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import msgspec
 import pytest
 
-from aiotransfer.moe.members import UNDECIDED, Members, Undecided, View
-from tests.moe.network import Faults, Make, Network
+from aiotransfer.moe.protocol.membership import UNDECIDED, Members, Undecided, View
+from tests.moe.protocol.network import Faults, Make, Network
 
 RUNS = 50  # of each block
 

@@ -13,9 +13,9 @@ import pytest
 import aiotransfer as at
 from aiotransfer import moe
 from aiotransfer.errors import DescriptorError
-from aiotransfer.moe import wire
-from aiotransfer.moe.ranks import FIRST, REST, RESULTS
-from aiotransfer.moe.waits import BEGIN, Wait, culprits
+from aiotransfer.moe.communicator.ranks import FIRST, REST, RESULTS
+from aiotransfer.moe.protocol import messages
+from aiotransfer.moe.protocol.waits import BEGIN, Wait, culprits
 from tests.moe.world import Batch, World, batch, compute, step, world
 
 SLOW = {"timeout": 2}
@@ -144,8 +144,8 @@ def test_a_rank_that_sleeps_is_named_and_those_that_come_late_are_not() -> None:
     "waits", [[(0, 3, [])], [(0, -2, [])], [(-1, 0, [])], [(0, 0, [-1])], [(0, 0, [])] * 65, [(0, 0, "x")], 7]
 )
 def test_waits_that_cannot_be_are_not_read(waits: Any) -> None:
-    key = wire.prefix("", "")
+    key = messages.prefix("", "")
     good = msgspec.msgpack.encode([9, 1, 5, True, [(0, 0, [0])]])
-    assert wire.decode(key, key + good) == wire.Waits(rank=1, incarnation=5, ask=True, waits=[(0, 0, [0])])
+    assert messages.decode(key, key + good) == messages.Waits(rank=1, incarnation=5, ask=True, waits=[(0, 0, [0])])
     with pytest.raises(DescriptorError):
-        wire.decode(key, key + msgspec.msgpack.encode([9, 1, 5, True, waits]))
+        messages.decode(key, key + msgspec.msgpack.encode([9, 1, 5, True, waits]))

@@ -10,12 +10,12 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import moe
-from aiotransfer.moe import step as step_module
-from aiotransfer.moe.buffers import Header, header, stamp
-from aiotransfer.moe.plan import Route
-from aiotransfer.moe.shape import HEAD, Shape
-from aiotransfer.moe.tags import encoded
-from aiotransfer.moe.tensors import overlap, rows
+from aiotransfer.moe.protocol.header import Header, header, stamp
+from aiotransfer.moe.protocol.routing import Route
+from aiotransfer.moe.protocol.shape import HEAD, Shape
+from aiotransfer.moe.protocol.tags import encoded
+from aiotransfer.moe.step import step as step_module
+from aiotransfer.moe.step.tensors import overlap, rows
 from tests.moe.world import HIDDEN, TOKENS, TOPK, Batch, World, batch, combined, compute, step, world
 
 SLOW = {"timeout": 2}

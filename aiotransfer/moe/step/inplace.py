@@ -27,9 +27,9 @@ from aiotransfer.providers.rows import address_of
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aiotransfer.moe.party import Party
-    from aiotransfer.moe.plan import Ranges, Route
-    from aiotransfer.moe.ranks import Rank
+    from aiotransfer.moe.communicator.communicator import Party
+    from aiotransfer.moe.communicator.ranks import Rank
+    from aiotransfer.moe.protocol.routing import Ranges, Route
 
 
 class InPlace:

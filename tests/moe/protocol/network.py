@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from aiotransfer.moe.members import UNDECIDED, Member, Members
+from aiotransfer.moe.protocol.membership import UNDECIDED, Member, Members
 
 Layout = tuple[tuple[int, bytes], ...]  # rank and header of all that take part in a step: all places follow from it
 Make = Callable[..., Members]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiotransfer.moe.plan import Arrivals, Ranges, Route
-from aiotransfer.moe.shape import Shape, immediates
+from aiotransfer.moe.protocol.routing import Arrivals, Ranges, Route
+from aiotransfer.moe.protocol.shape import Shape, immediates
 
 
 @st.composite

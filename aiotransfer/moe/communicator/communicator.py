@@ -24,16 +24,16 @@ from aiotransfer.errors import (
     TransferError,
 )
 from aiotransfer.model.descriptor import RemoteRegion
-from aiotransfer.moe import wire
-from aiotransfer.moe.errors import EvictedError
-from aiotransfer.moe.meeting import Meeting
-from aiotransfer.moe.members import MOST_GONE, MOST_STEPS
-from aiotransfer.moe.waits import Wait
+from aiotransfer.moe.communicator.bootstrap import Meeting
+from aiotransfer.moe.protocol import messages
+from aiotransfer.moe.protocol.errors import EvictedError
+from aiotransfer.moe.protocol.membership import MOST_GONE, MOST_STEPS
+from aiotransfer.moe.protocol.waits import Wait
 
 if TYPE_CHECKING:
     from aiotransfer.engine.lease import Lease
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.moe.ranks import Rank
+    from aiotransfer.moe.communicator.ranks import Rank
 
 REASON_SECONDS = 1.0  # that a better reason has, when a rank leaves while the ranks meet
 MOST_VIEW = 16 << 20  # bytes of a view that is sent in pieces
@@ -60,7 +60,7 @@ class Party(Meeting):
 
     def _sort(self, claims: Claims, peer: Peer, data: bytes) -> None:
         """A message of a rank is taken; one of a peer that may be a rank waits until that is known. Raises `DescriptorError`."""
-        content = wire.decode(self.key, data)
+        content = messages.decode(self.key, data)
         if content.rank >= self.shape.ranks or content.rank == self.rank:
             raise DescriptorError(f"there is no other rank {content.rank}")
         known = self.ranks[content.rank]
@@ -75,7 +75,7 @@ class Party(Meeting):
             text = "%s: a message of %s could not be dealt with%s"
             _logger.error(text, repr(self), str(peer), more(left_out), exc_info=error)
 
-    def _take(self, peer: Peer, content: wire.Message) -> None:
+    def _take(self, peer: Peer, content: messages.Message) -> None:
         """A message of a rank. Whatever it does, the next one is read."""
         try:
             self._heard(peer, content)
@@ -87,7 +87,7 @@ class Party(Meeting):
             self._wrong(content, error)
         self.wake()
 
-    def _wrong(self, content: wire.Message, error: Exception) -> None:
+    def _wrong(self, content: messages.Message, error: Exception) -> None:
         """What a rank said cannot be, or cannot be dealt with here: at work we go on without it; who is setting up cannot."""
         reason = f"a message of it could not be dealt with: {error}"
         if self._running and self.members is not None:
@@ -102,41 +102,41 @@ class Party(Meeting):
         if left_out is not None:
             _logger.warning("%s: from %s: %s%s", repr(self), str(peer), str(error), more(left_out))
 
-    def _heard(self, peer: Peer, content: wire.Message) -> None:
+    def _heard(self, peer: Peer, content: messages.Message) -> None:
         rank = content.rank
-        if isinstance(content, wire.Piece):
-            whole = self._pieces.setdefault(rank, wire.Pieces(self.key, MOST_VIEW)).add(content)
+        if isinstance(content, messages.Piece):
+            whole = self._pieces.setdefault(rank, messages.Pieces(self.key, MOST_VIEW)).add(content)
             if whole is not None:
                 self._heard(peer, whole)
             return
-        if isinstance(content, wire.Leave) and (content.who == rank or content.of == self.incarnation):
+        if isinstance(content, messages.Leave) and (content.who == rank or content.of == self.incarnation):
             self._parted[rank] = content.incarnation
         if self.over is not None:
             return
-        if isinstance(content, wire.Hello):
+        if isinstance(content, messages.Hello):
             self._hello(rank, peer, content)
-        elif isinstance(content, wire.Ready):
+        elif isinstance(content, messages.Ready):
             self._ready[rank] = content.incarnations
-        elif isinstance(content, wire.Unable):
+        elif isinstance(content, messages.Unable):
             self._unable[rank] = clip(content.reason)
-            self._send_to(peer, wire.Heard(rank=self.rank, incarnation=self.incarnation))
-        elif isinstance(content, wire.Heard):
+            self._send_to(peer, messages.Heard(rank=self.rank, incarnation=self.incarnation))
+        elif isinstance(content, messages.Heard):
             self._know_it.add(rank)
-        elif isinstance(content, wire.Told):
+        elif isinstance(content, messages.Told):
             self._told(rank, content)
-        elif isinstance(content, wire.Waits):
+        elif isinstance(content, messages.Waits):
             self._heard_waits(rank, content)
-        elif isinstance(content, wire.Leave):
+        elif isinstance(content, messages.Leave):
             self._left(rank, content)
         elif content.present is not None:
             self._seen[rank] = self._ranks_in(content.present)
         elif not self._running:
             self._asked.add(rank)
         else:
-            answer = wire.Who(rank=self.rank, incarnation=self.incarnation, present=self._taking_part())
+            answer = messages.Who(rank=self.rank, incarnation=self.incarnation, present=self._taking_part())
             self._send_to(peer, answer)
 
-    def _heard_waits(self, rank: int, content: wire.Waits) -> None:
+    def _heard_waits(self, rank: int, content: messages.Waits) -> None:
         waits = [Wait(step, kind, sorted(self._ranks_in(ranks))) for step, kind, ranks in content.waits]
         if self.members is None or self.members.incarnation(rank) != content.incarnation:
             return  # it takes no part
@@ -149,7 +149,7 @@ class Party(Meeting):
             raise DescriptorError(f"it names rank {max(present)} of {self.shape.ranks}")
         return set(present)
 
-    def _check_hello(self, peer: Peer, hello: wire.Hello) -> None:
+    def _check_hello(self, peer: Peer, hello: messages.Hello) -> None:
         """Raises `DescriptorError` for what cannot be."""
         self._ranks_in(hello.present)
         region, shape = RemoteRegion.decode(hello.region), self.shape
@@ -161,7 +161,7 @@ class Party(Meeting):
             if region.nbytes < needed:
                 raise DescriptorError(f"a Hello describes {region.nbytes} bytes of memory, where {needed} are needed")
 
-    def _hello(self, rank: int, peer: Peer, hello: wire.Hello) -> None:
+    def _hello(self, rank: int, peer: Peer, hello: messages.Hello) -> None:
         self._check_hello(peer, hello)
         self._unable.pop(rank, None)
         self._hellos[rank] = (peer, hello)
@@ -199,7 +199,7 @@ class Party(Meeting):
             return MOST_STEPS
         return max(self.next_step, start) + 8 * self.shape.slots + 2 * self.shape.align
 
-    def _told(self, rank: int, told: wire.Told) -> None:
+    def _told(self, rank: int, told: messages.Told) -> None:
         view, shape = told.view, self.shape
         known = self.members is None or self.members.incarnation(rank) == view.incarnation  # else nothing of it is heeded
         wrong = view.impossible(shape.ranks, self._near() if known else MOST_STEPS, shape.header_bytes, shape.slots)
@@ -217,7 +217,7 @@ class Party(Meeting):
         self.members.hear(rank, told.view)
         self._follow()
 
-    def _left(self, rank: int, leave: wire.Leave) -> None:
+    def _left(self, rank: int, leave: messages.Leave) -> None:
         if not self._running and leave.who == rank:  # the ranks do not meet; what an earlier all-to-all says does not matter
             self.spawn(self._left_early(rank, leave))
             return
@@ -229,7 +229,7 @@ class Party(Meeting):
         elif leave.who == rank and leave.of == self.members.incarnation(rank):
             self.spawn(self._part(rank, leave))
 
-    async def _left_early(self, rank: int, leave: wire.Leave) -> None:
+    async def _left_early(self, rank: int, leave: messages.Leave) -> None:
         """A rank has left before all have met. What made it leave (shapes that differ, say) may be on its way here, too, or a
         view of ranks that are at work by now."""
         await asyncio.sleep(REASON_SECONDS)
@@ -238,7 +238,7 @@ class Party(Meeting):
             self._unable[rank] = f"it has left again: {clip(leave.reason)}"
             self.wake()
 
-    async def _part(self, rank: int, leave: wire.Leave) -> None:
+    async def _part(self, rank: int, leave: messages.Leave) -> None:
         """A rank has left: what it had sent before has landed, and only has to be counted still."""
         try:
             async with Patience(self.engine.config.drain_timeout):
@@ -347,7 +347,7 @@ class Party(Meeting):
                 headers = {key: data for step in self.steps.values() for key, data in step.headers().items()}
                 view = members.tell(self.next_step, headers)
                 for rank in members.audience:
-                    self._send(rank, wire.Told(rank=self.rank, incarnation=self.incarnation, view=view))
+                    self._send(rank, messages.Told(rank=self.rank, incarnation=self.incarnation, view=view))
         finally:
             self._telling = None
             self.wake()

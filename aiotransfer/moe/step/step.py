@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.errors import InternalError
-from aiotransfer.moe.buffers import Header, header, stamp
-from aiotransfer.moe.errors import RoutingOverflow, StepRefused
-from aiotransfer.moe.inplace import InPlace
-from aiotransfer.moe.members import UNDECIDED
-from aiotransfer.moe.plan import Arrivals, Ranges
-from aiotransfer.moe.ranks import FIRST, REST, RESULTS
-from aiotransfer.moe.shape import ROW_ALIGN
-from aiotransfer.moe.tags import shown
-from aiotransfer.moe.traffic import Traffic
+from aiotransfer.moe.communicator.ranks import FIRST, REST, RESULTS
+from aiotransfer.moe.protocol.errors import RoutingOverflow, StepRefused
+from aiotransfer.moe.protocol.header import Header, header, stamp
+from aiotransfer.moe.protocol.membership import UNDECIDED
+from aiotransfer.moe.protocol.routing import Arrivals, Ranges
+from aiotransfer.moe.protocol.shape import ROW_ALIGN
+from aiotransfer.moe.protocol.tags import shown
+from aiotransfer.moe.step.exchange import Traffic
+from aiotransfer.moe.step.inplace import InPlace
 from aiotransfer.providers.rows import same_rows
 
 if TYPE_CHECKING:

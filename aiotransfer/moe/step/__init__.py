@@ -1,0 +1,1 @@
+"""One dispatch and its combine, on one rank."""
