@@ -19,6 +19,7 @@ from aiotransfer.errors import SHORTAGES, BusyError, InternalError, Registration
 from aiotransfer.providers import native
 from aiotransfer.providers.fdchannel import Descriptors
 from aiotransfer.providers.holdings import Holdings
+from aiotransfer.providers.room import LEAST, room
 
 ACCESS = {"write": 1, "read": 2, "both": 3}
 _REFUSED = "memfd_create, eventfd and epoll must be permitted here (a seccomp filter?)"
@@ -243,6 +244,13 @@ class Segment:
     @classmethod
     def allocate(cls, nbytes: int) -> Segment:
         """Sealed, zeroed, preallocated. Raises `RegistrationError`."""
+        left = room() if nbytes >= LEAST else None
+        if left is not None and nbytes > left:
+            raise RegistrationError(
+                f"cannot allocate {nbytes} bytes of shared memory: {left} are free here, swap included",
+                code=(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+                hint=SHORTAGES[errno.ENOMEM],
+            )
         base, fd = native.ffi.new("void **"), native.ffi.new("int *")
         rc = native.lib.at_segment_new(nbytes, base, fd)
         if rc != 0:
