@@ -224,45 +224,7 @@ int64_t at_fab_bundle_borrow(at_lane *lane, int64_t id, uint32_t n, const int64_
     return remote;
 }
 
-/* ---- one of them has broken ---- */
-
-int at_fab_part(at_lane *lane, int64_t id, uint32_t generation, uint64_t *arrived) {
-    int rc = at_check_process(lane);
-    if (rc != AT_OK) return rc;
-    at_lock(lane);
-    at_fab_end *end = at_fab_end_of(lane, id);
-    at_fab *fab = end != NULL && end->bundle != NULL ? end->fab : NULL;
-    at_unlock(lane);
-    if (fab == NULL) return AT_EUNKNOWN;
-    (void)pthread_mutex_lock(&fab->turn);
-    (void)at_fab_drain(fab); /* what has arrived is counted before the endpoint goes, and what that brings out afterwards */
-    at_lock(lane);
-    end = at_fab_end_of(lane, id);
-    rc = end == NULL ? AT_EUNKNOWN : end->generation > generation ? AT_EAGAIN : AT_OK;
-    if (rc == AT_OK) at_fab_end_break(end, 0);
-    at_unlock(lane);
-    (void)at_fab_drain(fab);
-    at_lock(lane);
-    if ((end = at_fab_end_of(lane, id)) == NULL) rc = AT_EUNKNOWN;
-    if (rc == AT_OK) *arrived = end->arrived;
-    at_unlock(lane);
-    (void)pthread_mutex_unlock(&fab->turn);
-    return rc;
-}
-
-int at_fab_parted(at_lane *lane, int64_t id, uint32_t generation, uint64_t arrived) {
-    at_lock(lane);
-    at_fab_end *end = at_fab_end_of(lane, id);
-    int rc = end == NULL || end->bundle == NULL ? AT_EUNKNOWN : end->ep != NULL || end->generation > generation ? AT_EAGAIN : AT_OK;
-    if (rc == AT_OK) {
-        at_peer *peer = end->peer;
-        peer->users++;
-        at_fab_settle_with(end, arrived);
-        at_peer_release(peer);
-    }
-    at_unlock(lane);
-    return rc;
-}
+/* ---- given up ---- */
 
 int at_fab_bundle_retire(at_lane *lane, int64_t id) {
     at_lock(lane);

@@ -269,10 +269,17 @@ int at_fab_prepare(at_fab *fab, at_lane *lane, const at_fab_driver *driver);
 int at_fab_begin(at_fab *fab, const char *name); /* facts, fd and queue are there: the rail begins. AT_OK or AT_E* */
 void at_fab_undo(at_fab *fab, int oserror);
 
+/* wake.c */
+void at_fab_ring(at_fab *fab);  /* its thread wakes up */
+void at_fab_kick(at_fab *fab);  /* the same, where there is one */
+void at_fab_hurry(at_fab *fab); /* with the lane's lock: it is looked at soon, by the loop, or by the thread if that does not come */
+
 /* memory.c, with the lane's lock */
 int at_fab_register(at_fab *fab, const at_fab_memory *memory, unsigned use, at_fab_mr *out); /* AT_OK, or AT_EIO with at_lane_errno */
 int at_fab_register_host(at_fab *fab, void *base, uint64_t nbytes, unsigned use, at_fab_mr *out);
 void at_fab_unregister(at_fab *fab, at_fab_mr *mr);
+at_fab_memory at_fab_part_of(const at_region *region, uint64_t offset, uint64_t nbytes);
+void *at_fab_grown(void *items, uint32_t *room, uint32_t index, size_t each); /* with room for this index, zeroed; NULL: as it was */
 int at_fab_source(at_fab *fab, const at_op *op, void **desc); /* of the operation's local memory */
 /* Local memory that may be taken away (own.c) does not go to a provider that copies it later. libfabric's tcp would end the process where
  * it copies by itself, and where the kernel refuses, it sends the next message in the place of the bytes that it owes. So what is posted
@@ -280,9 +287,11 @@ int at_fab_source(at_fab *fab, const at_op *op, void **desc); /* of the operatio
 int at_fab_bounce(at_fab *fab, const at_op *op, at_fab_slot *slot, at_fab_vector *v);
 int at_fab_landed(at_fab_slot *slot); /* it was read: store it. AT_OK or AT_EMEMORY */
 void at_fab_bounce_free(at_fab *fab, at_fab_slot *slot);
-void at_fab_grant_over(at_rail *rail, uint32_t slot);
 void at_fab_region_over(at_rail *rail, uint32_t region);
 void at_fab_memory_close(at_fab *fab);
+
+/* keys.c, with the lane's lock */
+void at_fab_grant_over(at_rail *rail, uint32_t slot);
 
 /* slots.c, with the lane's lock */
 at_fab_slot *at_fab_slot_take(at_fab *fab); /* NULL: no memory */
@@ -298,24 +307,27 @@ void at_fab_bundle_leave(at_fab_end *end);        /* it is destroyed */
 void at_fab_bundle_refill(at_fab_bundle *bundle); /* there may be room for more */
 
 /* part.c, with the lane's lock */
-uint32_t at_fab_owed_parts(const at_fab_end *carrier); /* how many broken connections there are to tell of */
-void at_fab_write_parts(at_fab_end *carrier, at_fab_letter *letter);
-void at_fab_parts_sent(at_fab_end *carrier, const at_fab_letter *letter);
 void at_fab_read_parts(at_fab_end *carrier, const at_fab_letter *letter);
 void at_fab_owe_parts(at_fab_bundle *bundle); /* one has broken or come up: whatever is broken is to be told, also again */
 void at_fab_tell_parts(at_fab_bundle *bundle); /* by one that is up, as far as the numbers are final */
 
-/* peer.c, with the lane's lock */
+/* ends.c, with the lane's lock */
 int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_bundle *bundle, at_control *words); /* its id, or AT_E*; NO LOCK */
 at_control *at_fab_words_new(void);
 void at_fab_words_free(at_control *words);
 void at_fab_settle_with(at_fab_end *end, uint64_t arrived);
 void at_fab_end_unsettled(at_peer *peer, at_fab_list *list); /* what of it is over, or is of a peer that has ended */
 void at_fab_notes_free(at_fab_list *list);
+void at_fab_end_close(at_fab_end *end);            /* its endpoint, if there is one */
+void at_fab_owe(at_fab_bundle *bundle);            /* whatever of it is broken is to be told, also again */
+int at_fab_refused(at_fab_end *end);               /* the driver has put a post off: 1: for ever, the connection is broken now */
 void at_fab_end_break(at_fab_end *end, int error); /* close its endpoint; what was posted is unsettled, or over when it was withdrawn */
-void at_fab_end_refill(at_fab_end *end);
-void at_fab_up(at_fab_end *end); /* both sides have joined, and a letter has come */
 at_fab_end *at_fab_end_of(at_lane *lane, int64_t peer); /* NULL: no such peer of ours */
+
+/* peer.c, with the lane's lock */
+void at_fab_end_refill(at_fab_end *end);
+void at_fab_end_begin(at_fab_end *end); /* the other side's offer was taken: it is our turn to post */
+void at_fab_up(at_fab_end *end);        /* both sides have joined, and a letter has come */
 extern const at_port at_fab_port;
 
 /* post.c, with the lane's lock */
@@ -325,13 +337,13 @@ void at_fab_cut(at_peer *peer, at_op *op);
 int64_t at_fab_post(at_peer *peer, at_op *op);
 void at_fab_flush_posts(at_peer *peer); /* what was gathered goes out */
 void at_fab_still_stalled(at_peer *peer, const at_fab_list *again); /* a part of it */
-int at_fab_refused(at_fab_end *end); /* the driver has put a post off: 1: for ever, the connection is broken now */
 void at_fab_post_again(at_fab_end *end); /* what is to be posted again, as far as the window allows */
 
 /* letters.c, with the lane's lock */
 int at_fab_receive(at_fab_end *end);             /* post one more receive: AT_OK or AT_EIO */
 void at_fab_tell(at_fab_end *end);               /* send a letter if there is something to say and none under way */
-void at_fab_read(at_fab *fab, at_fab_slot *slot); /* a letter has come */
+at_fab_end *at_fab_letter_from(at_fab *fab, const at_fab_slot *slot); /* of whom a letter has come; NULL: of no connection that there is */
+void at_fab_read(at_fab_end *end, const at_fab_letter *letter);
 void at_fab_retired(at_fab_end *end);            /* something of it is no longer posted: may a grant be confirmed? */
 void at_fab_say_again(at_fab_end *end);          /* after opening again: what may have been lost */
 void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch); /* a grant of theirs is over: so are our operations under it */
@@ -348,6 +360,5 @@ int at_fab_thread_start(at_fab *fab); /* AT_OK or AT_EIO: nobody would answer le
 int at_fab_stop(at_rail *rail, uint64_t until);
 void at_fab_thread_stop(at_fab *fab);
 void at_fab_drain_now(at_rail *rail);
-void at_fab_kick(at_fab *fab);
 
 #endif

@@ -28,6 +28,40 @@ int at_fab_receive(at_fab_end *end) {
     return AT_OK;
 }
 
+/* ---- what a letter tells of connections that have broken: see part.c ---- */
+
+/* Closed, and its number is final. */
+static int is_ready(const at_fab_end *end) {
+    return end->owes && end->ep == NULL && end->closed_as <= end->fab->read_up_to && end->their_peer != 0 && !end->retired;
+}
+
+static uint32_t owed_parts(const at_fab_end *carrier) {
+    const at_fab_bundle *bundle = carrier->bundle;
+    uint32_t n = 0;
+    for (uint32_t i = 0; bundle != NULL && i < bundle->count; i++) n += bundle->members[i] != NULL && is_ready(bundle->members[i]);
+    return n;
+}
+
+static void write_parts(at_fab_end *carrier, at_fab_letter *letter) {
+    const at_fab_bundle *bundle = carrier->bundle;
+    for (uint32_t i = 0; bundle != NULL && i < bundle->count && letter->parts < AT_FAB_PARTS; i++) {
+        at_fab_end *end = bundle->members[i];
+        if (end == NULL || !is_ready(end)) continue;
+        letter->part[letter->parts].peer = end->their_peer;
+        letter->part[letter->parts].generation = end->generation;
+        letter->part[letter->parts++].arrived = end->arrived;
+    }
+}
+
+static void parts_sent(at_fab_end *carrier, const at_fab_letter *letter) {
+    const at_fab_bundle *bundle = carrier->bundle;
+    for (uint32_t i = 0; i < letter->parts; i++)
+        for (uint32_t k = 0; k < bundle->count; k++)
+            if (bundle->members[k] != NULL && bundle->members[k]->their_peer == letter->part[i].peer) bundle->members[k]->owes = 0;
+}
+
+/* ---- what we say ---- */
+
 /* Is anything of ours still posted that was allowed by this grant of theirs? */
 static int in_use(const at_fab_end *end, uint32_t grant, uint64_t epoch) {
     for (const at_fab_slot *slot = end->posted.head; slot != NULL; slot = slot->next)
@@ -81,7 +115,7 @@ static void write_letter(at_fab_end *end, at_fab_letter *letter) {
         letter->revoked++;
     }
     confirm(end, letter);
-    at_fab_write_parts(end, letter);
+    write_parts(end, letter);
 }
 
 /* It is under way: what it says need not be said again, unless the connection breaks. */
@@ -91,13 +125,13 @@ static void letter_sent(at_fab_end *end, const at_fab_letter *letter) {
     for (uint32_t i = 0; i < letter->revoked; i++) end->hold[letter->pairs[i].slot] = AT_HOLD_TOLD;
     end->to_tell -= letter->revoked;
     for (uint32_t i = 0; i < letter->over; i++) owed_no_more(end, letter->pairs[letter->revoked + i].slot);
-    at_fab_parts_sent(end, letter);
+    parts_sent(end, letter);
 }
 
 void at_fab_tell(at_fab_end *end) {
     at_fab *fab = end->fab;
     if (end->telling || end->ep == NULL || !end->begun || end->mute) return;
-    if (!end->news && end->to_tell == 0 && end->over_count == 0 && at_fab_owed_parts(end) == 0) return;
+    if (!end->news && end->to_tell == 0 && end->over_count == 0 && owed_parts(end) == 0) return;
     at_fab_slot *slot = at_fab_slot_take(fab);
     if (slot == NULL) return;
     write_letter(end, &slot->letter);
@@ -181,36 +215,34 @@ static void confirmed(at_fab_end *end, uint32_t slot, uint64_t epoch) {
     at_event_push(lane, AT_EV_GRANT, slot, AT_OK, 0);
 }
 
-void at_fab_read(at_fab *fab, at_fab_slot *slot) {
-    at_lane *lane = fab->rail.lane;
-    const at_fab_letter letter = slot->letter;
+at_fab_end *at_fab_letter_from(at_fab *fab, const at_fab_slot *slot) {
+    const at_fab_letter *letter = &slot->letter;
     at_fab_end *end = slot->end;
-    if (end == NULL) end = letter.mark < fab->end_count ? fab->ends[letter.mark] : NULL;
-    if (end == NULL || letter.mark != end->mark || letter.generation != end->generation || letter.revoked > AT_FAB_PAIRS ||
-        letter.over > AT_FAB_PAIRS - letter.revoked) {
-        lane->stats.unknown_completions++;
-        return;
-    }
-    int news = !end->heard;
-    end->heard = 1;
-    if (end->joined && news) at_fab_up(end); /* else it is as soon as the offer that the letter overtook is taken */
-    if (letter.ping > end->asked) {
-        end->asked = letter.ping;
+    if (end == NULL) end = letter->mark < fab->end_count ? fab->ends[letter->mark] : NULL;
+    if (end != NULL && letter->mark == end->mark && letter->generation == end->generation && letter->revoked <= AT_FAB_PAIRS &&
+        letter->over <= AT_FAB_PAIRS - letter->revoked)
+        return end;
+    fab->rail.lane->stats.unknown_completions++;
+    return NULL;
+}
+
+void at_fab_read(at_fab_end *end, const at_fab_letter *letter) {
+    at_lane *lane = end->peer->lane;
+    if (letter->ping > end->asked) {
+        end->asked = letter->ping;
         end->news = 1;
         lane->stats.pulses_answered++;
         lane->pulse_heard = 1;
         at_event_signal(lane);
     }
-    if (letter.pong_native > end->answered_native) end->answered_native = letter.pong_native;
-    if (letter.pong_loop > end->answered_loop) end->answered_loop = letter.pong_loop;
-    for (uint32_t i = 0; i < letter.revoked; i++) {
-        if (letter.pairs[i].slot >= AT_GRANTS || (letter.pairs[i].epoch & 1u) == 0) continue;
-        at_fab_taken_back(end, letter.pairs[i].slot, letter.pairs[i].epoch);
-        owe(end, letter.pairs[i].slot);
+    if (letter->pong_native > end->answered_native) end->answered_native = letter->pong_native;
+    if (letter->pong_loop > end->answered_loop) end->answered_loop = letter->pong_loop;
+    for (uint32_t i = 0; i < letter->revoked; i++) {
+        if (letter->pairs[i].slot >= AT_GRANTS || (letter->pairs[i].epoch & 1u) == 0) continue;
+        at_fab_taken_back(end, letter->pairs[i].slot, letter->pairs[i].epoch);
+        owe(end, letter->pairs[i].slot);
     }
-    for (uint32_t i = letter.revoked; i < letter.revoked + letter.over; i++) confirmed(end, letter.pairs[i].slot, letter.pairs[i].epoch);
-    at_fab_read_parts(end, &letter);
-    at_fab_tell(end);
+    for (uint32_t i = letter->revoked; i < letter->revoked + letter->over; i++) confirmed(end, letter->pairs[i].slot, letter->pairs[i].epoch);
 }
 
 void at_fab_retired(at_fab_end *end) {

@@ -1,7 +1,4 @@
-/* Memory regions: of what is lent to peers, by grant, and of local memory, where that is asked for, by region.
- *
- * A grant's region ends only when the grant has been proved to be over: a write that the other side had posted under a key that is gone
- * would tear the connection down, and others' writes with it. */
+/* Memory regions: of what is lent to peers, by grant (keys.c makes these), and of local memory, where that is asked for, by region. */
 
 #include "fabric.h"
 
@@ -31,7 +28,7 @@ int at_fab_register_host(at_fab *fab, void *base, uint64_t nbytes, unsigned use,
     return at_fab_register(fab, &memory, use, out);
 }
 
-static at_fab_memory part_of(const at_region *region, uint64_t offset, uint64_t nbytes) {
+at_fab_memory at_fab_part_of(const at_region *region, uint64_t offset, uint64_t nbytes) {
     return (at_fab_memory){(uint64_t)(uintptr_t)region->base + offset, nbytes, region->cuda, region->dmabuf_fd, region->dmabuf_start};
 }
 
@@ -43,7 +40,7 @@ void at_fab_unregister(at_fab *fab, at_fab_mr *mr) {
     mr->mr = NULL;
 }
 
-static void *grown(void *items, uint32_t *room, uint32_t index, size_t each) {
+void *at_fab_grown(void *items, uint32_t *room, uint32_t index, size_t each) {
     uint32_t next = *room ? *room : 64;
     while (next <= index) next *= 2;
     uint8_t *more = realloc(items, next * each);
@@ -53,76 +50,6 @@ static void *grown(void *items, uint32_t *room, uint32_t index, size_t each) {
     return more;
 }
 
-int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64_t region_id, uint64_t offset, uint64_t nbytes, int access,
-                uint64_t *address, uint64_t *key) {
-    int rc = AT_EPEER;
-    at_lock(lane);
-    at_fab_end *end = at_fab_end_of(lane, peer);
-    if (end == NULL || end->peer->status != AT_OK) goto out;
-    rc = AT_ESTALE;
-    const at_region *region = at_region_use(lane, region_id);
-    if (!at_grant_valid(lane, slot, epoch) || region == NULL) goto out;
-    at_fab *fab = end->fab;
-    rc = AT_EDEVICE;
-    if (region->cuda >= 0 && !at_fab_is(fab, AT_FAB_DEVICE)) goto out;
-    /* Its library would touch the memory itself, and a page that is gone would end this process. Shared memory (/dev/shm, memfds) is
-     * lent all the same: programs shorten files, not that, and what torch and multiprocessing share is of this kind. */
-    rc = AT_EFILE;
-    if (region->slow && !at_fab_is(fab, AT_FAB_LOCAL_MR)) goto out;
-    uint32_t index = (uint32_t)slot;
-    rc = AT_ENOMEM;
-    if (index >= fab->lent_room) {
-        void *more = grown(fab->lent, &fab->lent_room, index, sizeof *fab->lent);
-        if (more == NULL) goto out;
-        fab->lent = more;
-    }
-    if (index >= end->hold_room) {
-        void *more = grown(end->hold, &end->hold_room, index, 1);
-        if (more == NULL) goto out;
-        end->hold = more;
-    }
-    at_fab_mr *mr = &fab->lent[index];
-    unsigned rights = (access & AT_ACCESS_WRITE ? AT_USE_REMOTE_WRITE : 0u) | (access & AT_ACCESS_READ ? AT_USE_REMOTE_READ : 0u);
-    at_fab_memory memory = part_of(region, offset, nbytes);
-    rc = mr->mr != NULL ? AT_OK : at_fab_register(fab, &memory, rights, mr);
-    if (rc != AT_OK) goto out;
-    end->hold[index] = AT_HOLD_LENT;
-    *address = mr->base;
-    *key = mr->key;
-out:
-    at_unlock(lane);
-    return rc;
-}
-
-void at_fab_grant_over(at_rail *rail, uint32_t slot) {
-    at_fab *fab = (at_fab *)rail;
-    if (slot < fab->lent_room) at_fab_unregister(fab, &fab->lent[slot]);
-    for (uint32_t i = 0; i < fab->end_count; i++)
-        if (fab->ends[i] != NULL && slot < fab->ends[i]->hold_room) fab->ends[i]->hold[slot] = AT_HOLD_NONE;
-}
-
-int64_t at_fab_borrow(at_lane *lane, int64_t peer, uint64_t address, uint64_t key, uint64_t nbytes, int access, uint32_t slot,
-                      uint64_t epoch) {
-    at_lock(lane);
-    at_fab_end *end = at_fab_end_of(lane, peer);
-    int rc = end == NULL || end->peer->status != AT_OK ? AT_EPEER : slot >= AT_GRANTS || (epoch & 1u) == 0 ? AT_EPROTO : AT_OK;
-    if (rc == AT_OK) {
-        _Atomic uint64_t *word = &end->words->epoch[slot]; /* epochs of a slot only rise: a letter may have come before this */
-        uint64_t known = atomic_load(word);
-        if (known < epoch) atomic_store(word, epoch);
-        else if (known > epoch) rc = AT_ESTALE;
-    }
-    at_unlock(lane);
-    if (rc != AT_OK) return rc;
-    int64_t remote = at_remote_add(lane, peer, NULL, address, nbytes, access, slot, epoch);
-    if (remote < 0) return remote;
-    at_lock(lane);
-    at_remote *known = at_remote_use(lane, remote);
-    if (known != NULL) known->key = key;
-    at_unlock(lane);
-    return remote;
-}
-
 /* ---- local memory ---- */
 
 int at_fab_source(at_fab *fab, const at_op *op, void **desc) {
@@ -130,13 +57,13 @@ int at_fab_source(at_fab *fab, const at_op *op, void **desc) {
     if (op->region == NULL || op->region->nbytes == 0 || (!at_fab_is(fab, AT_FAB_LOCAL_MR) && op->region->cuda < 0)) return AT_OK;
     uint32_t index = op->region_index;
     if (index >= fab->local_room) {
-        void *more = grown(fab->local, &fab->local_room, index, sizeof *fab->local);
+        void *more = at_fab_grown(fab->local, &fab->local_room, index, sizeof *fab->local);
         if (more == NULL) return AT_EAGAIN;
         fab->local = more;
     }
     if (fab->local[index] == NULL) {
         at_fab_mr fresh;
-        at_fab_memory memory = part_of(op->region, 0, op->region->nbytes);
+        at_fab_memory memory = at_fab_part_of(op->region, 0, op->region->nbytes);
         int rc = at_fab_register(fab, &memory, AT_USE_LOCAL, &fresh);
         if (rc != AT_OK) return rc;
         fab->local[index] = fresh.mr;

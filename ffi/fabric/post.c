@@ -9,9 +9,6 @@
 
 #include <errno.h>
 
-#define REFUSALS 8u /* so many posts put off with nothing posted, over so long, none of them after a longer pause: it has broken */
-#define REFUSED_NS UINT64_C(100000000)
-#define REFUSALS_APART_NS UINT64_C(500000000)
 #define MERGED ((uint64_t)1 << 20) /* bytes of pages in one work request: more gains nothing, and holds the window up */
 
 static uint64_t piece_bytes(const at_fab *fab) { return fab->facts.most_bytes < AT_FAB_PIECE ? fab->facts.most_bytes : AT_FAB_PIECE; }
@@ -98,22 +95,6 @@ static at_remote_part part_for(const at_fab_end *end, const at_op *op) {
     const at_remote *remote = op->remote;
     if (remote == NULL) return (at_remote_part){0, 0};
     return remote->parts != NULL && end->bundle != NULL ? remote->parts[end->place] : (at_remote_part){remote->va, remote->key};
-}
-
-/* A connection of libfabric's tcp that breaks while nothing is posted says so to nobody. The next post makes another one, and is put off
- * meanwhile: for ever where the other side lets nobody in any more. */
-int at_fab_refused(at_fab_end *end) {
-    if (!end->alone || !end->heard || end->out != 0 || end->telling) return 0;
-    uint64_t now = at_now();
-    if (now - end->refused_last > REFUSALS_APART_NS) {
-        end->refused_first = now;
-        end->refusals = 0;
-    }
-    end->refused_last = now;
-    if (++end->refusals < REFUSALS || now - end->refused_first < REFUSED_NS) return 0;
-    end->refused_last = 0; /* the next connection begins anew */
-    at_fab_end_break(end, ECONNRESET);
-    return 1;
 }
 
 int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t first, uint64_t most) {

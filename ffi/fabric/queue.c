@@ -80,7 +80,16 @@ static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
 static void letter_in(at_fab *fab, at_fab_slot *slot, int good) {
     at_fab_end *end = slot->end;
     if (end != NULL) at_fab_list_remove(&end->letters, slot);
-    if (good) at_fab_read(fab, slot);
+    const at_fab_letter letter = slot->letter;
+    at_fab_end *from = good ? at_fab_letter_from(fab, slot) : NULL;
+    if (from != NULL) {
+        int first = !from->heard;
+        from->heard = 1;
+        if (from->joined && first) at_fab_up(from); /* else it is as soon as the offer that the letter overtook is taken */
+        at_fab_read(from, &letter);
+        at_fab_read_parts(from, &letter);
+        at_fab_tell(from);
+    }
     at_fab_slot_free(fab, slot);
     if (end == NULL && fab->driver->receive != NULL && fab->shared != NULL) { /* whichever end: the receive is the shared endpoint's */
         for (uint32_t i = 0; end == NULL && i < fab->end_count; i++) end = fab->ends[i];
@@ -333,16 +342,6 @@ static void nap(uint64_t ns) {
     (void)nanosleep(&span, NULL);
 }
 
-static void kick(at_fab *fab) {
-    uint64_t one = 1;
-    ssize_t written = write(fab->kick_fd, &one, sizeof one); /* full: it is awake */
-    (void)written;
-}
-
-void at_fab_kick(at_fab *fab) {
-    if (fab->started) kick(fab);
-}
-
 /* Sleep until the queue has something, or somebody kicks. Was it the queue? */
 static int sleep_on_queue(at_fab *fab, int ms) {
     struct pollfd fds[3] = {{.fd = fab->kick_fd, .events = POLLIN}, {.fd = fab->fd, .events = POLLIN}, {.fd = fab->news_fd, .events = POLLIN}};
@@ -458,6 +457,6 @@ void at_fab_thread_stop(at_fab *fab) {
     at_unlock(fab->rail.lane);
     if (!started) return;
     atomic_store(&fab->stop, 1);
-    kick(fab);
+    at_fab_ring(fab);
     (void)pthread_join(fab->thread, NULL);
 }

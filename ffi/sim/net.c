@@ -1,8 +1,7 @@
-/* The network: who is in it, its clock, its dice, and the requests under way in order of time. */
+/* The network: its members, its clock, its dice, and the requests under way in order of time. */
 #include "sim/sim.h"
 
 #include <stdlib.h>
-#include <time.h>
 
 /* splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014) */
 static uint64_t mix(uint64_t z) {
@@ -54,12 +53,6 @@ at_member *at_member_find(at_net *net, uint64_t incarnation) {
     return member;
 }
 
-at_member *at_member_of(at_lane *lane) {
-    at_rail *rail = lane->rails;
-    while (rail != NULL && rail->progress != at_sim_progress) rail = rail->next;
-    return (at_member *)rail;
-}
-
 at_end *at_end_find(at_net *net, uint64_t home, uint64_t to) {
     at_end *end = net->ends;
     while (end != NULL && (end->gone || end->home->incarnation != home || end->to != to)) end = end->next;
@@ -80,57 +73,6 @@ void at_net_unlock(at_net *net, at_member *member) {
     *link = member->next;
     free(member);
     net_release(net);
-}
-
-/* Nothing is delivered to or from it any more. */
-static int stop(at_rail *rail, uint64_t until) {
-    at_member *member = (at_member *)rail;
-    at_net *net = member->net;
-    (void)pthread_mutex_lock(&net->lock);
-    member->stopped = 1;
-    while (member->pins != 0 && at_now() < until) {
-        (void)pthread_mutex_unlock(&net->lock);
-        struct timespec span = {0, 100000};
-        (void)nanosleep(&span, NULL);
-        (void)pthread_mutex_lock(&net->lock);
-    }
-    int quiet = member->pins == 0;
-    (void)pthread_mutex_unlock(&net->lock);
-    return quiet;
-}
-
-/* Called when the lane is freed; its ends go afterwards, with its peers. */
-static void leave(at_rail *rail) {
-    at_member *member = (at_member *)rail;
-    at_net *net = member->net;
-    (void)pthread_mutex_lock(&net->lock);
-    member->left = 1;
-    while (member->pins != 0) (void)pthread_cond_wait(&net->unpinned, &net->lock);
-    for (at_end *end = net->ends; end != NULL; end = end->next)
-        if (end->home == member) end->gone = 1;
-    at_net_unlock(net, member);
-}
-
-int at_net_join(at_net *net, at_lane *lane) {
-    at_member *member = calloc(1, sizeof *member);
-    if (member == NULL) return AT_ENOMEM;
-    member->net = net;
-    member->lane = lane;
-    member->incarnation = lane->incarnation;
-    at_lock(lane);
-    (void)pthread_mutex_lock(&net->lock);
-    int taken = at_member_of(lane) != NULL || at_member_find(net, lane->incarnation) != NULL;
-    if (!taken) {
-        member->next = net->members;
-        net->members = member;
-        net->users++;
-        member->rail = (at_rail){.name = at_sim_port.name, .progress = at_sim_progress, .stop = stop, .leave = leave};
-        at_rail_add(lane, &member->rail);
-    }
-    (void)pthread_mutex_unlock(&net->lock);
-    at_unlock(lane);
-    if (taken) free(member);
-    return taken ? AT_EBUSY : AT_OK;
 }
 
 /* ---- requests in order of (when, serial) ---- */

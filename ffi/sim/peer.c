@@ -91,24 +91,6 @@ static int64_t sim_post(at_peer *peer, at_op *op) {
     return rc == AT_OK ? 1 : rc;
 }
 
-void at_sim_progress(at_rail *rail, int turn) {
-    (void)turn;
-    at_member *member = (at_member *)rail;
-    at_lane *lane = rail->lane;
-    at_lock(lane);
-    for (uint32_t i = 0; i < lane->peer_count; i++) /* what was refused before */
-        if (lane->peers[i] != NULL && lane->peers[i]->port == &at_sim_port) at_refill(lane->peers[i]);
-    at_unlock(lane);
-    at_net *net = member->net;
-    for (;;) {
-        (void)pthread_mutex_lock(&net->lock);
-        at_request *request = at_take_due(net, net->counts.now);
-        (void)pthread_mutex_unlock(&net->lock);
-        if (request == NULL) return;
-        at_deliver(net, request);
-    }
-}
-
 static int of_grant(const at_request *request, const at_end *end, uint32_t slot) {
     const at_member *writer = request->end->home;
     return request->state != AT_REQ_WAITING && request->word != NULL && request->slot == slot && !writer->dead &&

@@ -78,7 +78,6 @@ uint64_t at_net_draw(at_net *net);
 int at_net_chance(at_net *net, uint32_t per_mille);
 void at_net_mark(at_net *net, uint64_t what, uint64_t a, uint64_t b);
 at_member *at_member_find(at_net *net, uint64_t incarnation);
-at_member *at_member_of(at_lane *lane); /* with the lane's lock: its place in a network, or NULL */
 at_end *at_end_find(at_net *net, uint64_t home, uint64_t to);
 int at_heap_push(at_net *net, at_request *request);
 at_request *at_heap_pop(at_net *net);
@@ -93,8 +92,10 @@ at_request *at_take_due(at_net *net, uint64_t until); /* with the net's lock */
 void at_deliver(at_net *net, at_request *request);    /* without any lock */
 void at_request_end(at_net *net, at_request *request, uint64_t units, int status); /* without any lock */
 
+/* member.c */
+at_member *at_member_of(at_lane *lane); /* with the lane's lock: its place in a network, or NULL */
+
 /* peer.c */
-void at_sim_progress(at_rail *rail, int turn);
 extern const at_port at_sim_port;
 
 #endif

@@ -22,12 +22,6 @@ typedef struct {
 } address;
 _Static_assert(sizeof(address) <= sizeof(((at_fab_offer *)0)->address), "fits into an offer");
 
-at_vqp *at_vrb_qp_find(at_vrb *vrb, uint32_t number) {
-    for (at_vqp *q = vrb->buckets[number % AT_VRB_BUCKETS]; q != NULL; q = q->next)
-        if (q->qp->qp_num == number) return q;
-    return NULL;
-}
-
 static void unlink_qp(at_vrb *vrb, const at_vqp *q) {
     for (at_vqp **at = &vrb->buckets[q->qp->qp_num % AT_VRB_BUCKETS]; *at != NULL; at = &(*at)->next) {
         if (*at != q) continue;

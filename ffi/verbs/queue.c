@@ -25,9 +25,16 @@ static int errno_of(enum ibv_wc_status status) {
     }
 }
 
+/* The connection that a completion is of; NULL: it is closed. */
+static at_vqp *find(at_vrb *vrb, uint32_t number) {
+    for (at_vqp *q = vrb->buckets[number % AT_VRB_BUCKETS]; q != NULL; q = q->next)
+        if (q->qp->qp_num == number) return q;
+    return NULL;
+}
+
 /* Is there something to hand out? */
 static int translate(at_vrb *vrb, const struct ibv_wc *wc, at_fab_entry *out) {
-    at_vqp *q = at_vrb_qp_find(vrb, wc->qp_num);
+    at_vqp *q = find(vrb, wc->qp_num);
     *out = (at_fab_entry){.error = errno_of(wc->status), .mark = q != NULL ? q->mark : UINT32_MAX, .unique = q != NULL ? q->unique : 0};
     if (wc->wr_id == AT_VRB_CREDIT) {
         if (q != NULL) q->telling = 0;

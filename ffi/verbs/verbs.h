@@ -128,7 +128,6 @@ int at_vrb_qp_open(at_fab_end *end);
 void at_vrb_qp_close(at_fab_end *end);
 int at_vrb_qp_name(at_fab_end *end, at_fab_offer *out);
 int at_vrb_qp_join(at_fab_end *end, const at_fab_offer *theirs);
-at_vqp *at_vrb_qp_find(at_vrb *vrb, uint32_t number);
 
 /* post.c */
 int at_vrb_post(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int read, int counts, uint64_t data);

@@ -98,7 +98,7 @@ GUARDS = (
         "tests/engine/test_vanishing_targets.py",
     ),
     Mutant(
-        "vanishing memory: tcp does not lend it", "ffi/fabric/memory.c",
+        "vanishing memory: tcp does not lend it", "ffi/fabric/keys.c",
         "if (region->slow && !at_fab_is(fab, AT_FAB_LOCAL_MR)) goto out;", "", "tests/engine/test_vanishing_targets.py",
     ),
     Mutant(
@@ -241,7 +241,7 @@ GUARDS = (
         "tests/providers/test_data_ports.py tests/hosts/test_advertise.py",
     ),
     Mutant(
-        "a connection that broke while it was idle", "ffi/fabric/post.c",
+        "a connection that broke while it was idle", "ffi/fabric/ends.c",
         "    if (!end->alone || !end->heard || end->out != 0 || end->telling) return 0;", "    if (end != NULL) return 0;",
         "tests/providers/test_data_ports.py",
     ),

@@ -39,7 +39,8 @@ static void take_back_all(at_fab *fab, at_fab_end *end) {
             slot->letter.pairs[i].slot = AT_GRANTS - 1 - (first + i);
             slot->letter.pairs[i].epoch = 7;
         }
-        at_fab_read(fab, slot);
+        if (at_fab_letter_from(fab, slot) == end) at_fab_read(end, &slot->letter);
+        at_fab_tell(end);
     }
     at_fab_slot_free(fab, slot);
 }
