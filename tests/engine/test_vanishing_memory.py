@@ -147,13 +147,13 @@ async def test_one_operation_fails_and_names_its_memory(provider: str, make: Cal
 async def test_other_transfers_of_the_same_peer_arrive_whole_and_once(provider: str, tmp_path: Path) -> None:
     it = of_disk(tmp_path / "file")
     async with engine_pair(provider, timeout=20) as pair:
-        local, good, target = pair.left.register(it.memory), pair.left.allocate(N), pair.right.allocate(N)
+        local, good, target = pair.left.register(it.memory), pair.left.allocate(N), pair.right.allocate(20 * N)
         good.numpy()[:] = np.arange(N) % 251
         remote = target._grant("both")
         await pair.left.write(local[:64], remote[:64])
         it.vanish()
         counter = pair.right.counter(imm=5)
-        several = [pair.left.write(good if i % 2 else local, remote, imm=5) for i in range(20)]
+        several = [pair.left.write(good if i % 2 else local, remote[i * N :][:N], imm=5) for i in range(20)]
         failed = 0
         for transfer in several:
             try:
@@ -163,8 +163,10 @@ async def test_other_transfers_of_the_same_peer_arrive_whole_and_once(provider: 
         assert failed == 10
         await counter.wait(10, timeout=20)
         assert counter.value == 0
-        await pair.left.write(good, remote)
-        assert (target.numpy() == good.numpy()).all()
+        await pair.left.write(good, remote[:N])
+        rows = target.numpy().reshape(20, N)
+        assert (rows[0] == good.numpy()).all()
+        assert (rows[1::2] == good.numpy()).all()
     os.close(it.fd)
 
 
@@ -176,17 +178,18 @@ async def test_what_vanishes_under_way_takes_nothing_along(provider: str, tmp_pa
     fd = os.open(tmp_path / "file", os.O_RDWR)
     it = Mapping(fd, mmap.mmap(fd, large))
     async with engine_pair(provider, timeout=20) as pair:
-        local, good, target = pair.left.register(it.memory), pair.left.allocate(N), pair.right.allocate(large)
+        local, good, target = pair.left.register(it.memory), pair.left.allocate(N), pair.right.allocate(large + 6 * N)
         good.numpy()[:] = 9
         await pair.left.write(good[:64], target.descriptor[:64])
-        failing, others = pair.left.write(local, target.descriptor), [pair.left.write(good, target.descriptor[large - N :])]
+        failing, places = pair.left.write(local, target.descriptor[:large]), target.descriptor[large:]
+        others = [pair.left.write(good, places[:N])]
         it.vanish()
-        others += [pair.left.write(good, target.descriptor[large - N :], imm=3) for _ in range(5)]
+        others += [pair.left.write(good, places[i * N :][:N], imm=3) for i in range(1, 6)]
         with pytest.raises(at.RegistrationError, match="is not there any more"):
             await failing
         await at.wait_all(others)
         await pair.right.counter(imm=3).wait(5, timeout=20)
-        assert (target.numpy()[-N:] == 9).all()
+        assert (target.numpy()[large:] == 9).all()
         assert pair.right_peer.state == "up"
     os.close(fd)
 
