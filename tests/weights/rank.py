@@ -13,11 +13,13 @@ import asyncio
 import json
 import os
 import sys
+import threading
 import time
 from typing import Any
 
 import aiotransfer as at
 from aiotransfer import weights
+from aiotransfer.providers import native
 from aiotransfer.weights import Bound
 from tests.weights.party import Server, Trainer, inference_layout, shard, trainer_layout, values
 
@@ -75,6 +77,9 @@ async def serve(engine: at.Engine, options: dict[str, Any], instance: str, rank:
             if line[0] == "block":
                 time.sleep(float(line[1]))
                 continue
+            if line[0] == "hold":  # inside the next write by shared memory, until there is a file of that name
+                threading.Thread(target=hold, args=line[1:], daemon=True).start()
+                continue
             if line[0] == "connect":
                 await engine.connect(line[1], timeout=SECONDS)
                 say(connected=line[1])
@@ -85,18 +90,28 @@ async def serve(engine: at.Engine, options: dict[str, Any], instance: str, rank:
                 say(version=version, holds=server.holds(), paths=paths)
 
 
+def hold(path: str) -> None:
+    native.lib.at_shm_hold(1)
+    while not native.lib.at_shm_held():
+        time.sleep(0.001)
+    say(held=path)
+    while not os.path.exists(path):
+        time.sleep(0.001)
+    native.lib.at_shm_hold(0)
+
+
 async def main(role: str, *arguments: str) -> None:
     given = json.loads(os.environ.get("WEIGHTS_RANK", "{}"))
     config = at.Config(**given.pop("config", {}))
     options = {"timeout": given.pop("timeout", SECONDS)}
-    fanout = given.pop("fanout", "direct")
+    fanout, mode = given.pop("fanout", "direct"), given.pop("mode", "double")
     async with at.open_engine(config=config, **given) as engine:
         if role == "trainer":
             rank, ranks = map(int, arguments)
             await train(engine, {**options, "fanout": fanout}, rank, ranks)
         else:
             instance, number, of, address = arguments
-            await serve(engine, options, instance, int(number), int(of), address)
+            await serve(engine, {**options, "mode": mode}, instance, int(number), int(of), address)
 
 
 if __name__ == "__main__":

@@ -370,7 +370,7 @@ def test_an_instance_that_does_not_take_the_version_passes_nothing_on() -> None:
         await party.train(2, timeout=2, fanout="relay")
         servers = await serve(party, 3)
         await publish(party, 1)
-        servers[0].subscriber._spoiled = "its memory is not safe"
+        servers[0].subscriber.stopped.why = lambda: "its memory is not safe"  # type: ignore[method-assign]
         for error in await failures(party, 2):
             assert isinstance(error, weights.UpdateError)
             assert set(error.missing) == {"a/0", "a/1"}

@@ -318,7 +318,7 @@ class Grant(Base, frozen=True, tag=24):
 
 
 class Allow(Base, frozen=True, tag=25):
-    """To rank 0 of an instance: all of it is written and stands."""
+    """To rank 0 of an instance: all of it is written and stands. Where it catches up, to all its ranks: each takes it."""
 
     update: Life
     instance: Word

@@ -84,8 +84,9 @@ class CatchUp:
                 async with Patience(role.seconds):
                     await asyncio.gather(*map(self._offer, everyone))
                     await self._changes.until(lambda: len(self._accepted) == len(self._entries) or any(self._done.values()))
-                    if (chair := self._peers[0]) is not None and not any(self._done.values()):
-                        role.tell(chair, wire.Allow(self.update, name))
+                    if not any(self._done.values()):
+                        for peer in dict.fromkeys(peer for peer in self._peers if peer is not None):
+                            role.tell(peer, wire.Allow(self.update, name))
                     await self._changes.until(lambda: all(k in self._done for k in everyone) or any(self._done.values()))
             except (TransferError, TimeoutError):
                 self._done.setdefault(0, "late")

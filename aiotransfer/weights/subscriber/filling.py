@@ -46,6 +46,7 @@ class Filling:
         self._error: Exception | None = None
         self._fetched = False
         self.sums: dict[int, int] = {}  # by sender
+        self.stopped: list[Lease] = []  # of writers that were stopped inside a write, and may go on with it
         self.is_open = False
         self.relayed = Relayed(self, offer)
 
@@ -162,6 +163,12 @@ class Filling:
         for lease in leases:
             self._leases.pop(lease, None)
 
+    def leave(self, leases: list[Lease]) -> None:
+        """These writers were stopped. Others write in their place; they may write on, the same bytes and no others."""
+        self.stopped += leases
+        for lease in leases:
+            self._leases.pop(lease, None)
+
     def open_counter(self, count: int) -> Counter:
         """A counter at 0 of `count` writes, until the filling ends."""
         counter = self._role.open_counter()
@@ -173,10 +180,10 @@ class Filling:
         self._arrived += self._counters[counter]
         self._counters[counter] = 0
 
-    def close_counter(self, counter: Counter) -> None:
-        """Before that; it is proved that nothing can arrive for it any more."""
+    def close_counter(self, counter: Counter, *, proved: bool) -> None:
+        """Before that. `proved`: nothing can arrive for it any more."""
         del self._counters[counter]
-        self._role.close_counter(counter, again=True)
+        self._role.close_counter(counter, again=proved)
 
     def own(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run it until the filling ends."""
@@ -229,7 +236,7 @@ class Filling:
 
     async def close(self) -> None:
         """Take every right to write back; returns when nothing can land any more. The call after one that was cancelled takes
-        back what is left. Raises `QuarantineError`, once."""
+        back what is left. Raises `QuarantineError`, once; `stopped` has the leases that could not be taken back."""
         self.is_open = False
         self.relayed.close()
         unproved: QuarantineError | None = None
@@ -237,7 +244,8 @@ class Filling:
             await self.take_back(list(self._leases))
         except QuarantineError as error:
             unproved = error
-            self._leases.clear()
+            self.leave(list(self._leases))
+        self.stopped = [lease for lease in self.stopped if lease.state != "revoked"]
         for task in self._tasks:
             task.cancel()
         self.share()

@@ -94,16 +94,32 @@ class Memory:
         self.active, self.shadow = self.shadow, self.active
 
     def replace_shadow(self) -> None:
-        """Somebody may still write into the shadow: take other memory. The engine keeps that one until it is proved free.
+        """A writer that was stopped may still write into the shadow: take other memory. The engine keeps that one until it is
+        proved free.
 
         In place there is no other memory: `QuarantineError`."""
-        old = {region._root: None for region in self.shadow.values()}
-        if not self._double or any(region not in self._own for region in old):
-            raise QuarantineError("a publisher that was lost may still write into these weights", hint="restart this rank")
-        self._views.pop(tuple(self.shadow.values()), None)
-        self.shadow = self._allocate()
-        for region in old:
-            del self._own[region]
+        if not self._double:
+            raise QuarantineError("a writer that was stopped may still write into these weights")
+        self._take(self._allocate())
+
+    async def leave_shadow(self) -> None:
+        """The same in mode "double", where all bytes have come: they go along."""
+        fresh = self._allocate()
+        try:
+            await steady(self._engine, _copy, [(memory_of(self.shadow[name]), memory_of(fresh[name])) for name in self.sizes])
+        except BaseException:  # also cancellation
+            self._close(fresh)
+            raise
+        self._take(fresh)
+
+    def _take(self, fresh: dict[str, RegionView]) -> None:
+        old, self.shadow = self.shadow, fresh
+        self._views.pop(tuple(old.values()), None)
+        self._close(old)
+
+    def _close(self, regions: dict[str, RegionView]) -> None:
+        for region in {view._root: None for view in regions.values()}:
+            self._own.pop(region, None)
             region.close()
 
     async def copy_to_shadow(self) -> None:

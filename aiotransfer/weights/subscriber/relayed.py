@@ -1,7 +1,9 @@
 """What relays pass on to one subscriber rank: counted as what publishers write, and asked of these when it does not come.
 
 While bytes come nothing runs here. A relay is *out* when publishers write in its place. It is put out before any of them may: its
-lease is taken back, and only when that is proved is the next writer let in, so two never write to one place.
+lease is taken back, and only then is the next writer let in, so two do not write to one place. Only of a relay that was stopped
+inside a write that cannot be proved. It may write on when it wakes, but only the bytes of this version, as the publishers do; and
+no other version comes into that memory before it has left it (see `stopped`).
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Relayed:
         self.writes = sum(self._left.values())
         self._counting: dict[Key, tuple[Counter, asyncio.Task[None]]] = {}
         self._let: dict[int, tuple[Peer, list[Lease]]] = {}
-        self._out: dict[int, asyncio.Task[bool]] = {}
+        self._out: dict[int, asyncio.Task[None]] = {}
         self._asked: set[Key] = set()
         self._timers: list[asyncio.TimerHandle] = []
         self._began = 0.0
@@ -129,7 +131,7 @@ class Relayed:
             self._out[number] = self._filling.own(self._put_out(number))
         out = self._out[number]
         await asyncio.wait([out])
-        if not self._filling.is_open or out.cancelled() or not out.result():
+        if not self._filling.is_open or out.cancelled():
             return  # what ends it is told elsewhere
         try:
             if key not in self._left:
@@ -141,19 +143,19 @@ class Relayed:
         except TransferError as error:  # the peer is gone by now, or the memory
             self._filling.failed(again(error))
 
-    async def _put_out(self, number: int) -> bool:
-        """Whether it is proved that nothing which the relay writes can land any more."""
+    async def _put_out(self, number: int) -> None:
+        """Returns when nothing that the relay writes can land any more, or when it does not leave a write."""
         _, leases = self._let.get(number, (None, []))
+        proved = True
         try:
             await self._filling.take_back(leases)
-        except QuarantineError as error:
-            self._filling.failed(again(error))
-            return False
+        except QuarantineError:
+            self._filling.leave(leases)
+            proved = False
         for key in [key for key in self._counting if key[0] == number]:
             counter, task = self._counting.pop(key)
             task.cancel()
-            self._filling.close_counter(counter)
-        return True
+            self._filling.close_counter(counter, proved=proved)
 
     def close(self) -> None:
         """The filling has ended."""

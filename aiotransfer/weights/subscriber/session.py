@@ -34,7 +34,7 @@ class Session:
         self.version = Version(offer.epoch, offer.number)
         self.seat = Seat()
         self.chair = Chair(len(offer.members)) if role.rank == 0 else None
-        self.accepted = False
+        self.accepted = self._allowed = False
         self._changes = Changes()
         self.relaying = Relaying(role, offer, leader)
         self._filling = Filling(role, offer, self._changes, leader, self.relaying.landed)
@@ -96,6 +96,8 @@ class Session:
             role.tell(self.leader, wire.Accept(offer.update, role.instance, role.rank))
             self._journal.step("prepare")
             if not self._keeps:
+                if offer.source:  # nothing is overwritten before every rank has said that it takes the version
+                    await self._changes.until(lambda: self._allowed)
                 self._showing = role.observer.show(self.version, self._total, self._received)
                 await self._filling.run()
                 await self._close_filling()
@@ -122,11 +124,10 @@ class Session:
             await role.memory.copy_to_shadow()
 
     async def _close_filling(self) -> None:
-        try:
-            await self._filling.close()
-        except QuarantineError:
-            self.role.spoil()
-            raise
+        await self._filling.close()
+        if self._filling.stopped:
+            await self.role.stopped.leave(self._filling.stopped)
+            self._filling.stopped = []
         self.role.check_places()
         if self.offer.checksum and not self.offer.source:
             await self.role.check_sums(self.offer, self._filling.sums)
@@ -177,8 +178,9 @@ class Session:
         try:
             await self._filling.close()
         except QuarantineError as error:
-            role.spoil()
             self._note(error.message, "failed")
+        if self._filling.stopped:
+            role.stopped.spoil(self._filling.stopped)
         opened = self.seat.state == "open"
         if not opened:
             if self.seat.state == "cut off":
@@ -319,7 +321,9 @@ class Session:
             self._whole(rank)
 
     def allow(self) -> None:
-        """The publishers have written everything, and their sources were at rest."""
+        """The publishers have written everything, and their sources were at rest; or every rank catches up."""
+        self._allowed = True
+        self._changes.wake()
         if self.chair is not None:
             self._say(self.chair.allow())
 

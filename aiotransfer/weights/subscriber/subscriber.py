@@ -35,6 +35,7 @@ from aiotransfer.weights.subscriber.lending import Lending
 from aiotransfer.weights.subscriber.memory import Memory
 from aiotransfer.weights.subscriber.routes import Routes
 from aiotransfer.weights.subscriber.session import Session
+from aiotransfer.weights.subscriber.stopped import Stopped
 from aiotransfer.weights.watch import Changes, Watch
 
 if TYPE_CHECKING:
@@ -102,7 +103,6 @@ class Subscriber(Unpicklable):
         self.fences = Fences(pause, resume)
         self._version: Version | None = None
         self._before: Version | None = None
-        self._spoiled = ""
         self._changes = Changes()
         self._sessions: dict[int, Session] = {}
         self._beginning: dict[int, Peer] = {}  # updates that were offered, until they have a session
@@ -116,6 +116,7 @@ class Subscriber(Unpicklable):
         self.members: tuple[str, ...] = ()  # addresses of all ranks of the instance, as of `version`
         self.lends_expected: dict[int, tuple[Peer, asyncio.Future[wire.Lend]]] = {}
         self.memory = Memory(engine, self.layout, self.rank, self._bound, double=not self.in_place)
+        self.stopped = Stopped(self.memory, in_place=self.in_place)
         self._lending = Lending(self)
         self.routes = Routes(self)
         self.mappings = Mappings()  # of ranks that this one passes parts on to
@@ -245,13 +246,6 @@ class Subscriber(Unpicklable):
         else:
             self.gate.open()
 
-    def spoil(self) -> None:
-        """A writer that was lost may still write into the shadow."""
-        try:
-            self.memory.replace_shadow()
-        except TransferError as error:
-            self._spoiled = error.message
-
     def check_places(self) -> None:
         """Raise `TransferError` when the host has moved the memory."""
         check_places(self._bound, "make the Subscriber anew")
@@ -337,7 +331,7 @@ class Subscriber(Unpicklable):
                 self.routes.receive(peer, message)
             case wire.Leave():
                 self.mappings.left(peer, message.instance, message.rank)
-            case wire.Allow(instance=self.instance) if self.rank == 0:
+            case wire.Allow(instance=self.instance):
                 session = self._sessions.get(message.update)
                 if session is not None and session.leader is peer:
                     session.allow()
@@ -358,9 +352,9 @@ class Subscriber(Unpicklable):
 
     def _offered(self, peer: Peer, offer: wire.Offer) -> None:
         version, update = wire.version_of(offer), offer.update
-        why = CLOSED if self._closed else self._spoiled
-        kind = "failed"
         keeps = bool(offer.source) and version == self._version
+        why = CLOSED if self._closed else "" if keeps else self.stopped.why()
+        kind = "failed"
         if not why and len(offer.members) != self.layout.ranks:
             raise DescriptorError(f"an offer to {len(offer.members)} ranks, where the instance has {self.layout.ranks}")
         if update in self._past or update in self._sessions:
