@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.control.tasks import begin
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, again, said
 from aiotransfer.kv import wire
 
@@ -62,7 +63,7 @@ class Room:
         if room is None:
             messages = engine.messages(mark)  # raises
             room = _rooms[engine, mark] = cls(engine, mark)
-            room._reader = asyncio.get_running_loop().create_task(room._read(messages))
+            room._reader = begin(room._read(messages))
         room._members[member] = None
         return room
 
@@ -156,7 +157,7 @@ class Room:
 
     def own(self, work: Any) -> asyncio.Task[Any]:
         """Run it; nobody else keeps it."""
-        task = asyncio.get_running_loop().create_task(work)
+        task: asyncio.Task[Any] = begin(work)
         self._tasks[task] = None
         task.add_done_callback(self._tasks.pop)
         return task

@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.control.tasks import begin
 from aiotransfer.errors import DescriptorError, TransferError
 from aiotransfer.weights.protocol import terms, wire
 from aiotransfer.weights.protocol.parts import Parts, parts
@@ -68,7 +69,7 @@ class Mail:
         if mail is None:
             messages = engine.messages(wire.MARK[:-1])  # raises
             mail = _mails[id(engine)] = cls(engine)
-            mail._reader = asyncio.get_running_loop().create_task(mail._read(messages))
+            mail._reader = begin(mail._read(messages))
         mail._members[member] = None
         return mail
 
@@ -191,7 +192,7 @@ class Mail:
 
     def own(self, work: Coroutine[Any, Any, Any], done: Callable[[], object] | None = None) -> asyncio.Task[Any]:
         """Run it; nothing else keeps it."""
-        task = asyncio.get_running_loop().create_task(work)
+        task = begin(work)
         self._tasks[task] = None
 
         def over(task: asyncio.Task[Any]) -> None:

@@ -6,6 +6,20 @@ from tests.guards.mutant import Mutant
 
 GUARDS = (
     Mutant(
+        "weights: an update that is dropped with a closed loop tells no one",
+        "aiotransfer/weights/publisher/update.py",
+        "        if not self._loop.is_closed():\n",
+        "        if True:\n",
+        "tests/weights/test_endings.py",
+    ),
+    Mutant(
+        "weights: a program that closes its loop hears of its own tasks alone",
+        "aiotransfer/control/tasks.py",
+        "    task._log_destroy_pending = False",
+        "    task._log_destroy_pending = True",
+        "tests/weights/test_endings.py",
+    ),
+    Mutant(
         "weights: a publisher is not sent to another process",
         "aiotransfer/weights/publisher/publisher.py",
         "class Publisher(Unpicklable):\n",

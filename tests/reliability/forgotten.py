@@ -26,6 +26,7 @@ import numpy as np
 import uvloop
 
 import aiotransfer as at
+from aiotransfer import weights
 from aiotransfer.testing.leaks import snapshot
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
@@ -143,9 +144,29 @@ def ends_a_region(s: Scene) -> None:
     s.target.close()
 
 
+def weights_come(s: Scene) -> None:
+    layout = weights.Layout([weights.Tensor("w", (SIZE // 4,), "float32")], [weights.Piece("w", 0)], ranks=1)
+    memory = {"w": np.full(SIZE // 4, 1.0, np.float32)}
+    publisher = weights.Publisher(s.left, layout.bind(0, memory), timeout=5, staging_bytes=1 << 20)
+    subscriber = weights.Subscriber(s.right, layout, instance="a", mode="double")
+
+    async def publish() -> None:
+        for number in range(100):
+            async with publisher.publish(number):
+                await asyncio.sleep(0)
+
+    async def read() -> None:
+        async for _ in subscriber:
+            async with subscriber.reading():
+                await asyncio.sleep(0)
+
+    s.task(publish())
+    s.task(read())
+
+
 WORK: tuple[Callable[[Scene], None], ...] = (
     writes, writes_nobody_keeps, pages, reads, scatter, prepared, waits, watched, from_a_thread, messages, dials, opens, closes,
-    ends_a_region,
+    ends_a_region, weights_come,
 )  # fmt: skip
 
 

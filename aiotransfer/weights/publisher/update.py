@@ -87,14 +87,14 @@ class Update(Unpicklable):
             raise ClosedError(f"version {self.number} was published by this object before", hint="call publish again")
         self._attempt = role.begin(self)
         self.journal = role.observer.begin()
-        self._ends = asyncio.get_running_loop().time() + role.seconds
+        self._loop = asyncio.get_running_loop()
+        self._ends = self._loop.time() + role.seconds
         self._watch = Watch(role.never, role.mail)
         try:
             with self._ended():
                 await self._within(self._enter)
-        except GeneratorExit as error:  # the coroutine was dropped: nothing may be awaited
-            self._abandon("its coroutine was dropped")
-            self._leave(error)
+        except GeneratorExit as error:
+            self._dropped(error)
             raise
         except BaseException as error:
             await self._give_up(error)
@@ -150,8 +150,7 @@ class Update(Unpicklable):
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         self._is_inside = False
         if isinstance(value, GeneratorExit):
-            self._abandon("its coroutine was dropped")
-            self._leave(value)
+            self._dropped(value)
             return
         if value is not None:
             await self._give_up(value)
@@ -160,8 +159,7 @@ class Update(Unpicklable):
             with self._ended():
                 await self._within(self._finish)
         except GeneratorExit as error:
-            self._abandon("its coroutine was dropped")
-            self._leave(error)
+            self._dropped(error)
             raise
         except BaseException as error:
             await self._give_up(error)
@@ -332,6 +330,15 @@ class Update(Unpicklable):
             self._role.leader.withdraw(0, self._attempt)
         else:
             self._tell(wire.Withdraw(self._role.rank, self._attempt))
+
+    def _dropped(self, error: GeneratorExit) -> None:
+        """Its coroutine was: nothing may be awaited. Where its loop was closed, too, everything else of it is over."""
+        if not self._loop.is_closed():
+            self._abandon("its coroutine was dropped")
+            self._leave(error)
+            return
+        for target in self._targets:
+            target.discard()
 
     def _leave(self, error: BaseException | None = None) -> None:
         """Nothing is written any more, or nothing may be awaited. `error`: what ended it."""
