@@ -134,6 +134,77 @@ async def test_what_is_wrong_with_a_post_is_raised_at_once_and_nothing_is_posted
         three.engine.prepare_scatter(froms, ([0], [0], [1], [0], [0]))
 
 
+async def test_columns_of_different_lengths_are_refused(three: Star) -> None:
+    with pytest.raises(ValueError, match="different lengths"):
+        three.engine.prepare_scatter(sources(three, 1), ([0, 0], [0, 0], [8], [0, 0], [0, 8]))
+    with pytest.raises(TypeError, match="source 1"):
+        three.engine.prepare_scatter([three.engine.allocate(8), b"12345678"], ([0], [0], [8], [0], [0]))  # type: ignore[list-item]
+
+
+ROWS = {  # a row of two sources, the first the bytes 16 to 80 of its region, and of two places
+    "a source that is none": ((2, 0, 8, 0, 0), "AT_ESIZE"), "a negative source": ((-1, 0, 8, 0, 0), "AT_ESIZE"),
+    "a place that is none": ((0, 0, 8, 2, 0), "AT_ESIZE"), "a negative place": ((0, 0, 8, -1, 0), "AT_ESIZE"),
+    "beyond a slice": ((0, 57, 8, 0, 0), "AT_ESRC"), "before a slice": ((0, -1, 8, 0, 0), "AT_ESRC"),
+    "a negative place in a place": ((0, 0, 8, 0, -1), "AT_EDST"), "far beyond": ((0, 0, 8, 0, (1 << 63) - 4), "AT_EDST"),
+}  # fmt: skip
+
+
+def native_plan(engine: at.Engine, region: at.Region, row: tuple[int, ...], limits: tuple[int, int] = (64, 8)) -> tuple[Any, int]:
+    """A plan of a good row and this one, and what the native call says of it."""
+    table = np.array([(0, 0, 8, 0, 0), row], np.int64)
+    status = native.ffi.new("int *")
+    number = region._root._number
+    plan = native.lib.at_plan_places(
+        engine._p, 2, [number, number], [16, 0], limits, 2, native.ffi.from_buffer("at_place_row[]", table), 2, status
+    )
+    return plan, int(status[0])
+
+
+@pytest.mark.parametrize("what", ROWS)
+async def test_the_native_call_refuses_what_it_is_not_asked_for_from_here(three: Star, what: str) -> None:
+    """Whatever calls it: the arrays are looked at again there."""
+    row, code = ROWS[what]
+    plan, status = native_plan(three.engine, three.engine.allocate(N), row)
+    native.lib.at_plan_free(plan)
+    assert (plan == native.ffi.NULL, status) == (True, getattr(native.lib, code))
+    assert native.lib.at_lane_detail(three.engine._p) == 1, "it names the row"
+
+
+async def test_the_native_call_refuses_a_source_that_is_larger_than_its_region(three: Star) -> None:
+    region = three.engine.allocate(64)
+    plan, status = native_plan(three.engine, region, (0, 60, 4, 0, 0))
+    native.lib.at_plan_free(plan)
+    assert (plan == native.ffi.NULL, status) == (True, native.lib.AT_ESRC)
+    region.close()
+    plan, status = native_plan(three.engine, region, (0, 0, 4, 0, 0))
+    native.lib.at_plan_free(plan)
+    assert (plan == native.ffi.NULL, status) == (True, native.lib.AT_ECLOSED)
+
+
+async def test_the_native_post_refuses_places_that_are_not_those_of_the_plan(three: Star) -> None:
+    engine, region = three.engine, three.engine.allocate(N)
+    region.numpy()[:] = 9
+    await engine.scatter(region, [at.ScatterTarget(0, 8, remote[:8]) for remote in three.remotes])
+    remotes = [remote._box.bound.remote for remote in three.remotes[:2]]  # type: ignore[union-attr]
+    plan, status = native_plan(engine, region, (1, 0, 8, 1, 100))
+    assert status == native.lib.AT_OK
+    try:
+        for view in three.views:
+            view[:] = 0
+        for numbers, bases, limits, code in (
+            (remotes[:1], [0], [N], "AT_EUNKNOWN"), (remotes, [0, 0], [N, 107], "AT_EDST"),
+            (remotes, [0, N - 107], [N, 108], "AT_EDST"), (remotes, [0, N + 1], [N, 108], "AT_EDST"),
+            ([remotes[0], 1 << 40], [0, 0], [N, N], "AT_ESTALE"),
+        ):  # fmt: skip
+            result = native.lib.at_plan_post_places(engine._p, plan, len(numbers), numbers, bases, limits, -1)
+            assert result == getattr(native.lib, code), (bases, limits)
+            assert code == "AT_EUNKNOWN" or native.lib.at_lane_detail(engine._p) == -2, "it names the place"
+        assert native.lib.at_plan_post(engine._p, plan, -1) == native.lib.AT_EUNKNOWN, "it does not say where it goes"
+        assert not any(view.any() for view in three.views)
+    finally:
+        native.lib.at_plan_free(plan)
+
+
 @pytest.mark.parametrize("providers", [["shm"] * 2, ["loopback"] * 2], ids=["shm", "loopback"])
 async def test_a_lost_destination_fails_its_rows_and_no_others(providers: list[str]) -> None:
     async with AsyncExitStack() as stack:

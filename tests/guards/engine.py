@@ -244,4 +244,39 @@ GUARDS = (
         "            if not native.lib.at_imm_known(self._engine._p, value):\n                return value\n",
         "            return value\n", "tests/engine/test_forged_counts.py",
     ),
+    Mutant(
+        "scatter plans: columns of one length", "aiotransfer/engine/places.py",
+        "        if len({len(column) for column in columns}) > 1:\n",
+        "        if False:\n", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "scatter plans: numbers of sources and destinations", "aiotransfer/engine/places.py",
+        "            bad = np.flatnonzero((column < 0) | (column > most))\n",
+        "            bad = np.zeros(0)\n", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "scatter plans: rows lie in their sources", "aiotransfer/engine/places.py",
+        "(src_offset < 0) | (nbytes < 0) | (nbytes > limit) | (src_offset > limit - nbytes)",
+        "nbytes != nbytes", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "scatter plans: rows lie where a destination can be", "aiotransfer/engine/places.py",
+        "(dst_offset < 0) | (dst_offset > MOST - nbytes)",
+        "nbytes != nbytes", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "scatter plans: a post names as many destinations as the rows", "aiotransfer/engine/places.py",
+        "        if len(regions) != len(self.needs):\n",
+        "        if False:\n", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "scatter plans: a destination that is only read", "aiotransfer/engine/places.py",
+        '            if region.access == "read":\n',
+        "            if False:\n", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "scatter plans: a destination that is too small", "aiotransfer/engine/places.py",
+        "            if region.nbytes < need:\n",
+        "            if False:\n", "tests/engine/test_scatter_plans.py",
+    ),
 )  # fmt: skip

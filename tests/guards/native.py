@@ -310,4 +310,49 @@ GUARDS = (
     Mutant(
         "installation: the flags of the user", "ffi/build.py", "*of_the_user(), ", "", "tests/system/test_build.py",
     ),
+    Mutant(
+        "plans of places: a source and a place that there are", "ffi/lane/plan.c",
+        "if (source >= from->count || (uint64_t)row->place >= places) return AT_ESIZE;",
+        "if (source >= from->count && (uint64_t)row->place >= places) return AT_ESIZE;", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "plans of places: bounds of the slice of a source", "ffi/lane/plan.c",
+        "    if (!lies_in(row->local_offset, row->nbytes, from->limits[source])) return AT_ESRC;\n",
+        "", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "plans of places: bounds of the region of a source", "ffi/lane/plan.c",
+        "    if (offset > region->nbytes || n > region->nbytes - offset) return AT_ESRC;\n",
+        "", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "plans of places: an offset that a place can have", "ffi/lane/plan.c",
+        "    if (row->remote_offset < 0 || row->nbytes > INT64_MAX - row->remote_offset) return AT_EDST;\n",
+        "", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "posts of places: as many as the plan has", "ffi/lane/plan.c",
+        "plan == NULL || plan->needs == NULL || plan->places != places",
+        "plan == NULL || plan->needs == NULL", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "posts of places: what the rows need of each", "ffi/lane/plan.c",
+        "plan->needs[k] > limits[k] || bases[k] > remote->nbytes",
+        "bases[k] > remote->nbytes", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "posts of places: bounds of the remote region", "ffi/lane/plan.c",
+        " || bases[k] > remote->nbytes || limits[k] > remote->nbytes - bases[k]) result = AT_EDST;",
+        ") result = AT_EDST;", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "posts of places: a right that was taken back", "ffi/lane/plan.c",
+        "        if (remote == NULL) result = AT_ESTALE;\n        else if (plan->needs",
+        "        if (remote == NULL) continue;\n        else if (plan->needs", "tests/engine/test_scatter_plans.py",
+    ),
+    Mutant(
+        "posts of places: a plan says where it goes, or the post does", "ffi/lane/plan.c",
+        "if (plan == NULL || plan->needs != NULL) return AT_EUNKNOWN;",
+        "if (plan == NULL) return AT_EUNKNOWN;", "tests/engine/test_scatter_plans.py",
+    ),
 )  # fmt: skip
