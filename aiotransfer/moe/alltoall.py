@@ -15,7 +15,7 @@ from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import BusyError, TransferError, TransferTimeout, said
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe.calls import told
-from aiotransfer.moe.communicator.communicator import Party
+from aiotransfer.moe.communicator.communicator import Communicator
 from aiotransfer.moe.communicator.unmade import told_to_others
 from aiotransfer.moe.kernels import kernels_for
 from aiotransfer.moe.kernels.cpu import CpuKernels
@@ -118,7 +118,11 @@ class AllToAll(Unpicklable):
         gpu = not isinstance(self._kernels, CpuKernels)
         if gpu and results_in_place:
             raise ValueError("results_in_place is for host memory (device='cpu')")
-        self._party = Party(engine, group, shape, name, None if direct == "auto" else bool(direct), gpu, results_in_place)
+        self._communicator = Communicator(
+            engine, group, shape, name,
+            direct=None if direct == "auto" else bool(direct), gpu=gpu, in_place=results_in_place,
+        )  # fmt: skip
+        self._ranks = self._communicator.ranks
         self._timeout = timeout
         self._turn = asyncio.Lock()  # steps are sent in the order of their numbers
         self._meeting: asyncio.Task[None] | None = None
@@ -138,18 +142,18 @@ class AllToAll(Unpicklable):
 
     async def _ready(self, until: Until) -> None:
         if not self._met:
-            party = self._party
+            communicator, ranks = self._communicator, self._ranks
             if self._meeting is None:
-                party.check()
-                self._meeting = party.engine._loop.create_task(party.meet())
+                ranks.check()
+                self._meeting = ranks.engine._loop.create_task(communicator.meet())
             meeting = self._meeting
             try:
                 async with Patience(until.left()):
                     await asyncio.wait([meeting])
             except TimeoutError:
-                raise party.not_met(until.seconds) from None
+                raise communicator.bootstrap.not_met(until.seconds) from None
             if meeting.cancelled():
-                party.check()
+                ranks.check()
             elif meeting.exception() is not None:
                 self._meeting = None
             meeting.result()
@@ -176,7 +180,7 @@ class AllToAll(Unpicklable):
         """Leave: the others go on without this rank. Twice is silent."""
         if self._meeting is not None:
             self._meeting.cancel()
-        await self._party.close()
+        await self._communicator.close()
 
     # ---- dispatch ----
 
@@ -220,12 +224,12 @@ class AllToAll(Unpicklable):
             refusal, timeout = error, None
             until = self._until(None)
         await self._ready(until)
-        party, shape = self._party, self._party.shape
+        ranks, shape = self._ranks, self._ranks.shape
         await self._take_turn(until)
         try:
-            party.check()
-            number = party.next_step
-            busy = party.steps.get(number - shape.slots)
+            ranks.check()
+            number = ranks.next_step
+            busy = ranks.steps.get(number - shape.slots)
             if busy is not None and busy.refusal:  # it goes on by itself
                 with contextlib.suppress(StepRefused):
                     await DispatchHalf(self._handle(busy.number), timeout).receive_until(until)
@@ -236,7 +240,7 @@ class AllToAll(Unpicklable):
                 )
             try:
                 idx, weights, tokens, stride, scale_rows, scales, kind = self._check(x, topk_idx, topk_weights, x_scales)
-                step = Step(party, self._kernels, number, Route(shape, party.rank, idx), scales, tag=encoded(tag))
+                step = Step(self._communicator, self._kernels, number, Route(shape, ranks.rank, idx), scales, tag=encoded(tag))
             except BaseException as error:  # whatever it is: the others wait for this step, and must know that there is none
                 refusal = refusal or error
             if not self._may_send(number):
@@ -250,24 +254,24 @@ class AllToAll(Unpicklable):
                     refusal = error
             if refusal is not None:
                 idx, weights, tokens, kind = _nothing(shape)
-                step = Step(party, self._kernels, number, Route(shape, party.rank, idx), 0, said(refusal))
+                step = Step(self._communicator, self._kernels, number, Route(shape, ranks.rank, idx), 0, said(refusal))
                 await step.send(tokens, 0, None)
         finally:
             self._turn.release()
         handle = Handle(step, weights, kind)
-        party.handles[number] = handle
+        ranks.handles[number] = handle
         if refusal is not None:
-            step.ahead = party.spawn(step.receive())
+            step.ahead = ranks.spawn(step.receive())
             if not ahead:  # otherwise others may wait for the combine of an earlier step first
                 with contextlib.suppress(StepRefused):  # it is over everywhere
                     await DispatchHalf(handle, timeout).receive_until(until)
             raise refusal
         if ahead:
-            step.ahead = party.spawn(step.exchange())
+            step.ahead = ranks.spawn(step.send_rows())
         return DispatchHalf(handle, self._timeout if timeout is None else timeout), until
 
     def _until(self, timeout: float | None) -> Until:
-        engine = self._party.engine
+        engine = self._ranks.engine
         return Until(engine._loop, seconds(self._timeout if timeout is None else timeout, engine.timeout))
 
     async def _take_turn(self, until: Until) -> None:
@@ -279,39 +283,39 @@ class AllToAll(Unpicklable):
             raise TransferTimeout(text, hint="nothing was sent: dispatch again") from None
 
     def _may_send(self, number: int) -> bool:
-        """A rank that comes back is waited for before the step with which it may begin; whoever takes part must be known here."""
-        party = self._party
-        members = party.members
-        assert members is not None
-        limit = members.limit()
+        """A rank that comes back is waited for before the step with which it may begin, and every rank that takes part must be
+        known."""
+        ranks, membership = self._ranks, self._ranks.membership
+        assert membership is not None
+        limit = membership.limit()
         strangers = [
-            rank for rank in party.others()
-            if members.present(number, rank)
-            and ((known := party.ranks[rank]) is None or known.remote is None)
+            rank for rank in ranks.others()
+            if membership.present(number, rank)
+            and ((known := ranks.known[rank]) is None or known.remote is None)
         ]  # fmt: skip
         return (limit is None or number <= limit) and not strangers
 
     async def _until_it_may(self, number: int, until: Until) -> None:
-        party, members = self._party, self._party.members
-        assert members is not None
-        party.begins = number
+        waiting, membership = self._communicator.waiting, self._ranks.membership
+        assert membership is not None
+        waiting.begins = number
         try:
             async with Patience(until.left()):
                 while not self._may_send(number):
-                    await party.views()
+                    await self._communicator.losses.views()
         except TimeoutError:
-            who = ", ".join(map(party.who, members.awaited)) or "no rank in particular"
+            who = ", ".join(map(self._ranks.who, membership.awaited)) or "no rank in particular"
             raise TransferTimeout(
                 f"step {number} could not begin within {until.seconds:g} s: a rank comes back, and not all have agreed on when; "
-                f"not heard of: {who}", ranks=members.awaited,
+                f"not heard of: {who}", ranks=membership.awaited,
                 hint="nothing was sent: dispatch again, or give the missing rank up with evict()",
             ) from None  # fmt: skip
         finally:
-            party.begins = None
+            waiting.begins = None
 
     def _check(self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None) -> Any:
         """All arguments as memory. Raises `TypeError` or `ValueError` with the name and the value."""
-        shape = self._party.shape
+        shape = self._ranks.shape
         kind = tensors.kind_of(x, "x")
         if kind.torch is not None:
             for name, array in (("x", x), ("topk_weights", topk_weights), ("x_scales", x_scales)):
@@ -329,14 +333,14 @@ class AllToAll(Unpicklable):
         weights = tensors.weights("topk_weights", topk_weights)
         if weights.shape != idx.shape:
             raise ValueError(f"topk_weights must have the shape of topk_idx, {idx.shape}, not {weights.shape}")
-        memory, stride = tensors.rows("x", x, gpu=self._party.gpu)
+        memory, stride = tensors.rows("x", x, gpu=self._communicator.gpu)
         scale_rows, scales = None, 0
         if x_scales is not None:
             tensors.check("x_scales", x_scales, (n, None), "float32")
             scales = int(x_scales.shape[1])
             if not 1 <= scales <= shape.scales:
                 raise ValueError(f"x_scales has {scales} scales for each token; the all-to-all was made for up to {shape.scales}")
-            scale_rows = tensors.rows("x_scales", x_scales, gpu=self._party.gpu)
+            scale_rows = tensors.rows("x_scales", x_scales, gpu=self._communicator.gpu)
         return idx, weights, memory, stride, scale_rows, scales, kind
 
     # ---- combine ----
@@ -362,7 +366,7 @@ class AllToAll(Unpicklable):
     ) -> CombineHalf:
         """The first half of `combine`, with its arguments `y`, `handle`, `out` and `timeout` (seconds of the second half): `y`
         may not be changed, nor `out` be read, until the second is over (of `Dispatched.y` see there)."""
-        if not belongs(handle, self._party):
+        if not belongs(handle, self._ranks):
             raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {handle!r}")
         return await send_back(handle, y, out, self._timeout if timeout is None else timeout)
 
@@ -371,37 +375,37 @@ class AllToAll(Unpicklable):
     @property
     def rank(self) -> int:
         """The number of this rank within its group."""
-        return self._party.rank
+        return self._ranks.rank
 
     @property
     def group_size(self) -> int:
         """Number of ranks, lost ones included."""
-        return self._party.shape.ranks
+        return self._ranks.shape.ranks
 
     @property
     def mask(self) -> tuple[bool, ...]:
         """Which ranks take part, as far as this one knows."""
-        members = self._party.members
-        return tuple(members is None or r not in members.gone for r in range(self.group_size))
+        membership = self._ranks.membership
+        return tuple(membership is None or r not in membership.gone for r in range(self.group_size))
 
     @property
     def lost(self) -> dict[int, Exception]:
         """Why each rank that is missing is."""
-        return dict(self._party.losses)
+        return dict(self._communicator.losses.reasons)
 
     @property
     def next_step(self) -> int:
         """The number of the step that the next dispatch will be; where this rank came back, the one that it begins with."""
-        return self._party.next_step
+        return self._ranks.next_step
 
     @property
     def in_flight(self) -> tuple[Handle, ...]:
         """Steps that were begun and are not over."""
-        return tuple(self._handle(number) for number in sorted(self._party.handles) if number in self._party.steps)
+        return tuple(self._handle(number) for number in sorted(self._ranks.handles) if number in self._ranks.steps)
 
     def _handle(self, number: int) -> Handle:
         """The handle of a step in flight, which this object has made."""
-        handle = self._party.handles[number]
+        handle = self._ranks.handles[number]
         assert isinstance(handle, Handle)
         return handle
 
@@ -414,11 +418,11 @@ class AllToAll(Unpicklable):
         new AllToAll."""
         if type(rank) is not int or not 0 <= rank < self.group_size or rank == self.rank:
             raise ValueError(f"another rank of {self.group_size} is evicted, not {rank!r}")
-        self._party.evict(rank, reason)
+        self._communicator.losses.evict(rank, reason)
 
     def __repr__(self) -> str:
         lost = sum(not here for here in self.mask)
-        return f"{self._party!r}"[:-1] + (f", {lost} lost>" if lost else ">")
+        return f"{self._ranks!r}"[:-1] + (f", {lost} lost>" if lost else ">")
 
 
 def _nothing(shape: Shape) -> Any:

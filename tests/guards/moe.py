@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.guards.mutant import Mutant
 
-COMMUNICATOR = "aiotransfer/moe/communicator/communicator.py"
+LISTENER = "aiotransfer/moe/communicator/listener.py"
 BOOTSTRAP = "aiotransfer/moe/communicator/bootstrap.py"
 IDENTITY = "tests/moe/communicator/test_identity.py"
 MESSAGES = "tests/moe/protocol/test_messages.py"
@@ -16,7 +16,8 @@ GUARDS = (
     ),
     Mutant(
         "MoE: others are asked what they wait for", "aiotransfer/moe/step/handle.py",
-        "                step.party.ask_who_waits()  # most calls end long before this\n", "", "tests/moe/protocol/test_waits.py",
+        "                step.communicator.waiting.ask()  # most calls end long before this\n", "",
+        "tests/moe/protocol/test_waits.py",
     ),
     Mutant(
         "MoE: arguments that do not fit the call", "aiotransfer/moe/calls.py",
@@ -24,19 +25,19 @@ GUARDS = (
         "", OUT_OF_STEP,
     ),
     Mutant(
-        "MoE: who speaks for a rank", COMMUNICATOR,
-        "or self._at(content.rank) is peer:",
+        "MoE: who speaks for a rank", LISTENER,
+        "or ranks.at(content.rank) is peer:",
         "or True:", IDENTITY,
     ),
     Mutant(
-        "MoE: a reader goes on", COMMUNICATOR,
+        "MoE: a reader goes on", LISTENER,
         "        except Exception as error:\n            self._failed(peer, error)",
         "        except MemoryError as error:\n            self._failed(peer, error)", IDENTITY,
     ),
     Mutant(
-        "MoE: views that cannot be", COMMUNICATOR,
-        "        if wrong and (self.rank,",
-        "        if False and (self.rank,", IDENTITY,
+        "MoE: views that cannot be", LISTENER,
+        "        if wrong and me not in",
+        "        if False and me not in", IDENTITY,
     ),
     Mutant(
         "MoE: pieces of one message", "aiotransfer/moe/protocol/messages.py",
@@ -55,33 +56,33 @@ GUARDS = (
     ),
     Mutant(
         "MoE: a rank that cannot set up says so", BOOTSTRAP,
-        "            self._send_to(peer, unable)\n",
+        "            ranks.send_to(peer, unable)\n",
         "            pass\n", IDENTITY,
     ),
     Mutant(
-        "MoE: the others know that a rank cannot set up", COMMUNICATOR,
-        "            self._know_it.add(rank)\n", "            pass\n", IDENTITY,
+        "MoE: the others know that a rank cannot set up", LISTENER,
+        "            answers.know_it.add(rank)\n", "            pass\n", IDENTITY,
     ),
     Mutant(
-        "MoE: that is acknowledged", COMMUNICATOR,
-        "            self._send_to(peer, messages.Heard(rank=self.rank, incarnation=self.incarnation))\n", "",
+        "MoE: that is acknowledged", LISTENER,
+        "            ranks.send_to(peer, messages.Heard(rank=ranks.rank, incarnation=ranks.incarnation))\n", "",
         IDENTITY,
     ),
     Mutant(
-        "MoE: whose memory a Hello describes", COMMUNICATOR,
+        "MoE: whose memory a Hello describes", "aiotransfer/moe/communicator/greetings.py",
         "        if region.incarnation != peer.incarnation:\n", "        if False:\n", IDENTITY,
     ),
     Mutant(
-        "MoE: what an earlier incarnation said wrong", COMMUNICATOR,
-        "            if self.members.incarnation(content.rank) != content.incarnation:\n", "            if False:\n",
+        "MoE: what an earlier incarnation said wrong", LISTENER,
+        "            if ranks.membership.incarnation(content.rank) != content.incarnation:\n", "            if False:\n",
         IDENTITY,
     ),
     Mutant(
-        "MoE: an earlier incarnation that leaves", COMMUNICATOR,
+        "MoE: an earlier incarnation that leaves", LISTENER,
         "if hello is not None and hello[1].incarnation == leave.incarnation:", "if True:", IDENTITY,
     ),
     Mutant(
-        "MoE: a rank that leaves while the ranks meet", COMMUNICATOR,
+        "MoE: a rank that leaves while the ranks meet", LISTENER,
         "if hello is not None and hello[1].incarnation == leave.incarnation:", "if False:", IDENTITY,
     ),
     Mutant(
@@ -99,16 +100,16 @@ GUARDS = (
     ),
     Mutant(
         "MoE: lists that contradict each other", BOOTSTRAP,
-        "                self.group.check_lists()\n", "", IDENTITY,
+        "            ranks.group.check_lists()\n", "", IDENTITY,
     ),
     Mutant(
         "MoE: innocents of ranks that do not meet", BOOTSTRAP,
         "        return silent or missing\n", "        return missing\n", IDENTITY,
     ),
     Mutant(
-        "MoE: connected ranks are not dialled", BOOTSTRAP,
-        "                if rank not in found and (known := self._at(rank)) is not None:\n",
-        "                if False and (known := self._at(rank)) is not None:\n", IDENTITY,
+        "MoE: connected ranks are not dialled", "aiotransfer/moe/communicator/dials.py",
+        "            if rank not in found and (known := ranks.at(rank)) is not None:\n",
+        "            if False and (known := ranks.at(rank)) is not None:\n", IDENTITY,
     ),
     Mutant(
         "MoE: whatever an argument raises", "aiotransfer/moe/alltoall.py",
@@ -121,7 +122,7 @@ GUARDS = (
     ),
     Mutant(
         "MoE: a first write that was not taken", "aiotransfer/moe/step/step.py",
-        "            party.next_step = self.number\n            raise\n", "            raise\n", OUT_OF_STEP,
+        "            ranks.next_step = self.number\n            raise\n", "            raise\n", OUT_OF_STEP,
     ),
     Mutant(
         "MoE: digest of routing", "aiotransfer/moe/step/step.py",
@@ -143,7 +144,7 @@ GUARDS = (
     ),
     Mutant(
         "MoE: innocents in deadlines", "aiotransfer/moe/step/exchange.py",
-        "if found := [r for r in waited if party.counter(kind, self.slot, r).value < expected[r]]:", "if found := waited:",
+        "if found := [r for r in waited if self.ranks.counter(kind, self.slot, r).value < expected[r]]:", "if found := waited:",
         OUT_OF_STEP,
     ),
     Mutant(
@@ -151,7 +152,7 @@ GUARDS = (
         'if getattr(array, "requires_grad", False) and', "if False and", "tests/moe/test_torch.py",
     ),
     Mutant(
-        "moe: a reader outlives any exception of one message", COMMUNICATOR,
+        "moe: a reader outlives any exception of one message", LISTENER,
         "                except Exception as error:  # an error of ours in one message: the next one may be another rank's\n"
         "                    self._failed(message.peer, error)\n", "", IDENTITY,
     ),

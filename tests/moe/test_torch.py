@@ -30,7 +30,7 @@ async def rank(a2a: moe.AllToAll, torch: Any, dtype: Any) -> None:
             y = d.x.to(torch.float32)
             for e, (count, offset) in enumerate(zip(d.counts.tolist(), d.offsets.tolist(), strict=True)):
                 y[offset : offset + count] *= a2a.rank * len(d.counts) + e + 1
-            combine = getattr(torch, a2a._party.shape.combine_dtype)
+            combine = getattr(torch, a2a._ranks.shape.combine_dtype)
             out = await a2a.combine(y.to(combine), d.handle)
             assert out.dtype == combine
             assert torch.equal(out, torch.from_numpy(combined(b)).to(combine))
@@ -75,7 +75,7 @@ def test_the_path_of_a_gpu_under_tritons_interpreter(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "kernels_for", lambda device: TritonKernels("cpu"))
 
     async def script(w: World) -> None:
-        assert w.a2a[0]._party.gpu
+        assert w.a2a[0]._communicator.gpu
         await w.every(lambda a2a: rank(a2a, torch, torch.bfloat16))
 
     world(2, script, dtype="bfloat16", hidden=HIDDEN, direct=direct)

@@ -104,7 +104,7 @@ class Life:
         direct = run.direct if run.direct is not None else self.rng.random() < 0.5
         how = {"direct": direct, "results_in_place": self.in_place}
         self.a2a = moe.AllToAll(engine, engine.group(run.addresses), timeout=BOUND, **how, **run.sizes)
-        self.incarnation = self.a2a._party.incarnation
+        self.incarnation = self.a2a._ranks.incarnation
         self.state = "meeting"  # running, ended, killed
         self.why: BaseException | None = None
         self.leaving = self.hurried = False
@@ -168,9 +168,9 @@ class Life:
         await asyncio.sleep(0.1)
         if self.engine._regions:  # somebody who is held has not taken what was sent, or may write here still
             await asyncio.sleep(2 * LONG[1])
-        party = self.a2a._party
-        assert not party._tasks, f"leak: {self}: {party._tasks}"
-        left = [step for step in party.steps.values() if not step.refusal]  # those end by themselves, or not
+        ranks = self.a2a._ranks
+        assert not ranks.tasks, f"leak: {self}: {ranks.tasks}"
+        left = [step for step in ranks.steps.values() if not step.refusal]  # those end by themselves, or not
         assert not left or self.why or self.hurried or self.steps, f"leak: {self}: {left}"
         if self.run.lives[self.rank][-1] is self:
             assert not self.engine._regions, f"leak: {self}: {self.engine._regions} with {self.why!r}"
@@ -458,7 +458,7 @@ class Life:
 
     def sees(self, other: Life) -> bool:
         """It takes the other for one of its all-to-all."""
-        members = self.a2a._party.members
+        members = self.a2a._ranks.membership
         return members is not None and members.incarnation(other.rank) == other.incarnation
 
     def waits(self) -> str:
@@ -469,15 +469,15 @@ class Life:
         )  # fmt: skip
 
     def knows(self) -> str:
-        party, members = self.a2a._party, self.a2a._party.members
+        ranks, members = self.a2a._ranks, self.a2a._ranks.membership
         lines = [
-            f"step {n}: {sorted(step._stages)}, heard {step._heard}, lost {step.lost}, joined {step.joined}, {step._transfers}"
-            for n, step in party.steps.items()
+            f"step {n}: {sorted(ex.stages)}, heard {ex.heard}, lost {ex.lost}, joined {ex.joined}, {ex.transfers}"
+            for n, ex in ((n, step.exchange) for n, step in ranks.steps.items())
         ]
         if members is not None:
             awaited, limit = members.awaited, members.limit()
-            lines.append(f"present {members.audience}, awaited {awaited}, limit {limit}, start {members.start}, {party.over!r}")
-        lines.append(str([known and (known.peer.state, known.lease.state, known.lost) for known in party.ranks]))
+            lines.append(f"present {members.audience}, awaited {awaited}, limit {limit}, start {members.start}, {ranks.over!r}")
+        lines.append(str([known and (known.peer.state, known.lease.state, known.lost) for known in ranks.known]))
         return "\n".join("    " + line for line in lines)
 
     def __repr__(self) -> str:
@@ -572,7 +572,7 @@ class Run:
 
     def life_of(self, life: Life, rank: int) -> Life:
         """Whom this one knows as `rank`."""
-        known = life.a2a._party.ranks[rank]
+        known = life.a2a._ranks.known[rank]
         assert known is not None, f"{life} does not know rank {rank}"
         return self.by_incarnation[known.incarnation]
 
@@ -653,7 +653,7 @@ class Run:
         """All that run have named it, soon."""
         await asyncio.sleep(NAMED)
         for life in watch:
-            members = life.a2a._party.members
+            members = life.a2a._ranks.membership
             if life.state == "running" and not life.leaving and members is not None:
                 known = members.incarnation(dead.rank)
                 assert known != dead.incarnation, f"lost: {life} has not noticed that {dead} is\n{life.waits()}"
@@ -868,7 +868,7 @@ def run(seed: int, struck: Counter[str] | None = None) -> tuple[int, int]:
 
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(moe.communicator.bootstrap, "DIAL_AFTER", rng.choice([0.01, 0.01, 0.1, 1.0])))
+            stack.enter_context(mock.patch.object(moe.communicator.dials, "DIAL_AFTER", rng.choice([0.01, 0.01, 0.1, 1.0])))
             at_once = rng.choice([4 << 20, 4 << 20, 64])  # turns of the loop between rows
             for module in (moe.step.exchange, moe.step.handle):
                 stack.enter_context(mock.patch.object(module, "MOVED_AT_ONCE", at_once))
@@ -880,7 +880,7 @@ def run(seed: int, struck: Counter[str] | None = None) -> tuple[int, int]:
                 await asyncio.sleep(slow.choice([0] * 6 + [slow.uniform(0, PEER_TIMEOUT), slow.uniform(0, 6 * PEER_TIMEOUT)]))
 
             if rng.random() < 0.5:
-                stack.enter_context(mock.patch.object(moe.step.handle, "turn", turn))
+                stack.enter_context(mock.patch.object(moe.step.handle, "yield_to_loop", turn))
             result = net.run(scenario)
         started.clear()
         del net, scenario

@@ -12,59 +12,68 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from aiotransfer.control.patience import Patience
-from aiotransfer.engine.reach import MISSED_SECONDS
-from aiotransfer.errors import BrokenError, PeerLostError, ProviderUnavailableError, TransferTimeout, again, said
-from aiotransfer.model.descriptor import RemoteRegion
-from aiotransfer.moe.communicator.buffers import Buffers
-from aiotransfer.moe.communicator.ranks import Rank, Ranks
+from aiotransfer.errors import BrokenError, PeerLostError, TransferTimeout, again, said
+from aiotransfer.moe.communicator.answers import Answers
+from aiotransfer.moe.communicator.dials import Dials, lost_while_meeting
+from aiotransfer.moe.communicator.greetings import Greetings
+from aiotransfer.moe.communicator.listener import Listener
+from aiotransfer.moe.communicator.losses import Losses
+from aiotransfer.moe.communicator.ranks import Ranks
 from aiotransfer.moe.protocol import messages
 from aiotransfer.moe.protocol.errors import EvictedError, ShapeMismatch
-from aiotransfer.moe.protocol.membership import Members
+from aiotransfer.moe.protocol.membership import Membership
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
 
-DIALS_AT_ONCE, TRIES = 32, 3
-DIAL_AFTER, LOOK_AGAIN, ASK_AGAIN = 0.3, 0.02, 0.25  # seconds
+ASK_AGAIN = 0.25  # seconds
+ENDED = ("lost", "closed")  # states of peers
 
 
-class Meeting(Ranks):
-    """The part of `Party` that brings the ranks together."""
+class Bootstrap:
+    """Brings the ranks together, once or again after a try that failed."""
+
+    def __init__(self, ranks: Ranks, losses: Losses, greetings: Greetings, answers: Answers, listener: Listener) -> None:
+        self._ranks = ranks
+        self._losses = losses
+        self._greetings = greetings
+        self._answers = answers
+        self._listener = listener
 
     def not_met(self, seconds: float) -> TransferTimeout:
-        """What to raise when it takes too long."""
-        missing = self._missing()
-        who = ", ".join(map(self.who, missing)) or "no rank in particular"
-        lists = self.group.differences(missing)
+        """The error for ranks that have not met within `seconds`; it names those that are missing."""
+        ranks, missing = self._ranks, self._missing()
+        who = ", ".join(map(ranks.who, missing)) or "no rank in particular"
+        lists = ranks.group.differences(missing)
         return TransferTimeout(
-            f"the ranks of {self!r} did not meet within {seconds:g} s; not heard of: {who}{'; ' if lists else ''}{lists}",
+            f"the ranks of {ranks!r} did not meet within {seconds:g} s; not heard of: {who}{'; ' if lists else ''}{lists}",
             ranks=missing, hint="does every rank make an AllToAll of this name over the same group?",
         )  # fmt: skip
 
     def _missing(self) -> list[int]:
         """Ranks of which something has not come. One that looks for others, too, is waited for only where no other is missing."""
-        members = self.members
-        if members is not None and self._running:
-            return list(members.awaited)
-        needed = self._present() if self._seen else set(self.others())
-        missing = [rank for rank in sorted(needed) if rank not in self._hellos]
-        silent = [rank for rank in missing if rank not in self._asked or self._at(rank) is None]
-        if not missing and members is not None:
-            incarnations = [self._incarnations().get(rank, 0) for rank in range(self.shape.ranks)]
-            missing = [rank for rank in self.others() if self._ready.get(rank) != incarnations]
+        ranks, answers = self._ranks, self._answers
+        if ranks.membership is not None and ranks.running:
+            return list(ranks.membership.awaited)
+        needed = self._present() if answers.seen else set(ranks.others())
+        missing = [rank for rank in sorted(needed) if rank not in answers.hellos]
+        silent = [rank for rank in missing if rank not in answers.asked or ranks.at(rank) is None]
+        if not missing and ranks.membership is not None:
+            incarnations = self._greetings.incarnations()
+            missing = [rank for rank in ranks.others() if answers.ready.get(rank) != incarnations]
         return silent or missing
 
+    def _present(self) -> set[int]:
+        return self._answers.present(self._ranks.rank)
+
     async def meet(self) -> None:
-        """Returns when all are there. Raises `ShapeMismatch`, `PeerLostError`, `ConfigurationError` for lists that differ, or
-        `ValueError` for a name that is taken."""
-        await self.take_name()
-        if not self._listens:
-            self._listens = True
-            self.spawn(self._listen())
-        self._unable.clear()
-        self._asked.clear()
-        self._failure = None
-        self.group.compare()
+        """Returns when all are there. Raises `ShapeMismatch`, `PeerLostError`, or `ConfigurationError` for lists that differ."""
+        answers = self._answers
+        self._listener.start()
+        answers.unable.clear()
+        answers.asked.clear()
+        answers.failure = None
+        self._ranks.group.compare()
         found: dict[int, Peer] = {}
         try:
             await self._set_up(found)
@@ -76,262 +85,152 @@ class Meeting(Ranks):
 
     async def _say_unable(self, found: dict[int, Peer], reason: str) -> None:
         """Returns when the others know it, or after `drain_timeout`. This engine may end then; another rank may still have to see
-        that it is who is reached at this one's address, or does not believe it."""
-        known = found | {rank: peer for rank in self.others() if (peer := self._at(rank)) is not None}
-        unable = messages.Unable(rank=self.rank, incarnation=self.incarnation, reason=messages.words(reason))
-        self._know_it.clear()
+        that this rank is reached at its address, or does not believe it."""
+        ranks, know_it = self._ranks, self._answers.know_it
+        known = found | {rank: peer for rank in ranks.others() if (peer := ranks.at(rank)) is not None}
+        unable = messages.Unable(rank=ranks.rank, incarnation=ranks.incarnation, reason=messages.words(reason))
+        know_it.clear()
         for peer in known.values():
-            self._send_to(peer, unable)
+            ranks.send_to(peer, unable)
         with contextlib.suppress(TimeoutError):
-            async with Patience(self.engine.config.drain_timeout):
-                while any(rank not in self._know_it and peer.error is None for rank, peer in known.items()):
-                    await self._soon()
+            async with Patience(ranks.engine.config.drain_timeout):
+                while any(rank not in know_it and peer.error is None for rank, peer in known.items()):
+                    await ranks.soon()
 
     async def _set_up(self, found: dict[int, Peer]) -> None:
         """Meet, with the peers that are known by rank in `found`."""
-        by_address = {address: rank for rank, address in enumerate(self.addresses)}
-        limit = asyncio.Semaphore(DIALS_AT_ONCE)
-        begun = asked = self.engine._loop.time()
-        dials: dict[int, asyncio.Task[None]] = {}
-        claimed: dict[int, float] = {}  # ranks that some peer says it is, and when one was up last
-
-        async def dial(rank: int) -> None:
-            for tries in range(TRIES):
-                try:
-                    async with limit:
-                        peer = await self.engine._connections.reach.dial(self.addresses[rank])
-                    peer._check_other(self.who(rank))
-                    found[rank] = peer
-                    break
-                except (BrokenError, ProviderUnavailableError):  # also where the other one dies meanwhile
-                    if tries == TRIES - 1:
-                        raise
-                await asyncio.sleep(LOOK_AGAIN)
-            self.wake()
-
-        def look() -> None:
-            """Who is connected already is not dialled. A rank before this one dials; if it does not (it runs already), we do;
-            and when it has, to see that it is who is reached at its address."""
-            now = self.engine._loop.time()
-            late = now > begun + DIAL_AFTER
-            for peer in self.engine.peers:
-                if (rank := by_address.get(peer.address, self.rank)) != self.rank:
-                    claimed[rank] = now
-            for rank in self.others():
-                if rank not in found and (known := self._at(rank)) is not None:
-                    found[rank] = known
-                elif rank not in found and rank not in dials and (rank > self.rank or late or rank in claimed):
-                    dials[rank] = self.spawn(dial(rank))
-                needed = rank not in found and (not self._seen or rank in self._present())
-                if needed and rank in claimed and now > claimed[rank] + MISSED_SECONDS:
-                    raise self._lost_while_meeting(rank)
-
+        dials = Dials(self._ranks, self._answers, found)
         self._forget_lost(found)
-        greeted: set[int] = set()
-        # A meeting that failed may be tried again: others may know the memory of the first.
-        buffers: Buffers | None = getattr(self, "buffers", None)
-        staged = None if buffers is None else buffers.staged
         try:
-            while True:
-                for rank, (peer, _) in self._hellos.items():
-                    found.setdefault(rank, peer)
-                look()
-                for peer in found.values():
-                    self.group.show(peer)
-                self.group.check_lists()
-                missing = [rank for rank in self.others() if rank not in found]
-                if self._seen:
-                    missing = [rank for rank in missing if rank in self._present()]
-                if missing and self.engine._loop.time() > asked + ASK_AGAIN:
-                    asked = self.engine._loop.time()
-                    for peer in found.values():  # those who are at work know who is not missing at all
-                        self._send_to(peer, messages.Who(rank=self.rank, incarnation=self.incarnation, present=None))
-                if not missing and staged is None:
-                    staged = any(not self._is_direct(peer) for peer in found.values())
-                    self.buffers = Buffers(self.engine, self.shape, staged=staged, gpu=self.gpu, in_place=self._in_place)
-                if staged is not None:
-                    for rank, peer in found.items():
-                        if rank not in greeted:
-                            greeted.add(rank)
-                            self._greet(rank, peer, ask=True)
-                    if self._all_hello():
-                        break
-                self._check_able()  # first: who cannot may be gone as soon as it has said why
-                for rank in self._forget_lost(found):
-                    greeted.discard(rank)
-                    if not self._seen or rank in self._present():
-                        raise self._lost_while_meeting(rank)
-                for task in dials.values():
-                    if task.done() and (error := task.exception()) is not None:
-                        raise error
-                for rank in [rank for rank, task in dials.items() if task.done() and rank not in found]:
-                    del dials[rank]  # it was found, and was lost again
-                await self._soon()
+            await self._exchange_hellos(dials)
         except BrokenError as error:
-            self._check_shapes()  # the better reason: whoever has left has seen it, too
+            self._greetings.check_shapes()  # the better reason: a rank that has left has seen it, too
             self._check_able()
             raise self._named(error) from error
         finally:
-            for task in dials.values():
-                task.cancel()
-        self._check_shapes()
-        if self._seen:
+            dials.cancel()
+        self._greetings.check_shapes()
+        if self._answers.seen:
             await self._join()
         else:
             await self._start()
 
-    def _lost_while_meeting(self, rank: int) -> PeerLostError:
-        return PeerLostError(f"{self.who(rank)} was lost while the ranks met", peer=str(self.addresses[rank]))
-
-    def _at(self, rank: int) -> Peer | None:
-        """Who is reached at the address of a rank, where that is known: what a peer says of itself proves nothing."""
-        return self.engine._connections.reach.at(self.addresses[rank])
+    async def _exchange_hellos(self, dials: Dials) -> None:
+        """Returns when every rank that is needed has said Hello. Others may know the buffers from an earlier try to meet."""
+        ranks, greetings, answers, found = self._ranks, self._greetings, self._answers, dials.found
+        asked = ranks.engine._loop.time()
+        greeted: set[int] = set()
+        while True:
+            for rank, (peer, _) in answers.hellos.items():
+                found.setdefault(rank, peer)
+            dials.look()
+            for peer in found.values():
+                ranks.group.show(peer)
+            ranks.group.check_lists()
+            missing = [rank for rank in ranks.others() if rank not in found]
+            if answers.seen:
+                missing = [rank for rank in missing if rank in self._present()]
+            if missing and ranks.engine._loop.time() > asked + ASK_AGAIN:
+                asked = ranks.engine._loop.time()
+                for peer in found.values():  # ranks that are at work know which is not missing at all
+                    question = messages.WhoIsThere(rank=ranks.rank, incarnation=ranks.incarnation, present=None)
+                    ranks.send_to(peer, question)
+            if not missing and greetings.buffers is None:
+                greetings.make_buffers(found.values())
+            if greetings.buffers is not None:
+                for rank, peer in found.items():
+                    if rank not in greeted:
+                        greeted.add(rank)
+                        greetings.greet(rank, peer, ask=True)
+                if greetings.all_hello():
+                    return
+            self._check_able()  # first: a rank that cannot set up may be gone as soon as it has said why
+            for rank in self._forget_lost(found):
+                greeted.discard(rank)
+                if not answers.seen or rank in self._present():
+                    raise lost_while_meeting(ranks, rank)
+            dials.check()
+            await ranks.soon()
 
     def _check_able(self) -> None:
         """Raises why the ranks do not meet, where one of them has said so."""
-        if self._failure is not None:
-            raise self._failure
-        for rank, reason in self._unable.items():
-            if not self._seen or rank in self._present():
-                raise PeerLostError(f"{self.who(rank)} could not set up: {reason}", peer=str(self.addresses[rank]))
+        ranks, answers = self._ranks, self._answers
+        if answers.failure is not None:
+            raise answers.failure
+        for rank, reason in answers.unable.items():
+            if not answers.seen or rank in self._present():
+                raise PeerLostError(f"{ranks.who(rank)} could not set up: {reason}", peer=str(ranks.addresses[rank]))
 
     def _named(self, error: BrokenError) -> BrokenError:
         """The loss of a peer as that of a rank."""
-        rank = next((r for r in self.others() if error.peer == str(self.addresses[r])), None)
+        ranks = self._ranks
+        rank = next((r for r in ranks.others() if error.peer == str(ranks.addresses[r])), None)
         if rank is None or f"rank {rank}" in error.message:
             return again(error)
-        return PeerLostError(f"{self.who(rank)} was lost while the ranks met: {error.message}", peer=error.peer)
-
-    async def _soon(self) -> None:
-        """Until something has happened, or may have: a peer that dialed this engine, or was lost, is only known by looking."""
-        change: asyncio.Future[None] = self.engine._loop.create_future()
-        self._changed[change] = None
-        look = self.engine._loop.call_later(LOOK_AGAIN, self.wake)
-        try:
-            await change
-        finally:
-            look.cancel()
-            self._changed.pop(change, None)
-
-    def _is_direct(self, peer: Peer) -> bool:
-        return peer.path.provider == "shm" if self._direct is None else self._direct
-
-    def _can_read(self, peer: Peer) -> bool:
-        """Whether results can be fetched from its memory. In a DP group rows were placed by somebody else's plan."""
-        mapped = peer.path.provider in ("shm", "loopback")
-        return mapped and self._is_direct(peer) and self.shape.dp_size == 1 and not self.gpu
-
-    def _greet(self, rank: int, peer: Peer, *, ask: bool) -> None:
-        known = self.ranks[rank]
-        if known is None or known.peer is not peer:
-            lease = self.buffers.received.lease(peer, access="both" if self.buffers.computed_at else "write")
-            direct = self._is_direct(peer) or not self.buffers.staged
-            known = self.ranks[rank] = Rank(peer, lease, direct=direct, reads=self._can_read(peer))
-        hello = messages.Hello(
-            rank=self.rank, incarnation=self.incarnation, shape=self.shape.agreed(),
-            region=known.lease.descriptor.encode(), direct=known.direct, reads=known.reads,
-            computed=self.buffers.computed_at, running=self._running, ask=ask,
-            present=self._taking_part() if self._running else [],
-        )  # fmt: skip
-        self._send(rank, hello)
-
-    def _incarnations(self) -> dict[int, int]:
-        mine = {self.rank: self.incarnation}
-        return mine | {r: known.hello.incarnation for r, known in enumerate(self.ranks) if known is not None and known.hello}
-
-    def _all_hello(self) -> bool:
-        needed = self._present() if self._seen else set(self.others())
-        return all(self._hello_of(rank) is not None for rank in needed - {self.rank})
-
-    def _hello_of(self, rank: int) -> messages.Hello | None:
-        known = self.ranks[rank]
-        if known is not None and known.hello is None and rank in self._hellos:
-            peer, hello = self._hellos[rank]
-            if peer is known.peer:
-                known.hello, known.remote = hello, RemoteRegion.decode(hello.region)
-                if not hello.direct:
-                    self.buffers.pack()
-        return known.hello if known is not None else None
-
-    def _present(self) -> set[int]:
-        """Whom those who are at work know of."""
-        return set().union(*self._seen.values()) - {self.rank}
-
-    def _taking_part(self) -> list[int]:
-        assert self.members is not None
-        return [self.rank, *self.members.audience]
+        return lost_while_meeting(ranks, rank, f": {error.message}")
 
     def _forget_lost(self, found: dict[int, Peer]) -> list[int]:
-        """Whoever was lost while the ranks met may come back, or was not needed."""
-        ended = {"lost", "closed"}
-        lost = {rank for rank, peer in found.items() if peer.state in ended}
-        lost |= {rank for rank, (peer, _) in self._hellos.items() if peer.state in ended}
+        """Forget the peers that have ended: a rank may come back by another one, or was not needed. Returns those ranks that have
+        not come back."""
+        hellos, known = self._answers.hellos, self._ranks.known
+        lost = {rank for rank, peer in found.items() if peer.state in ENDED}
+        lost |= {rank for rank, (peer, _) in hellos.items() if peer.state in ENDED}
         for rank in lost:
             found.pop(rank, None)
-            if rank not in self._hellos or self._hellos[rank][0].state in ended:
-                self._hellos.pop(rank, None)
-                self._seen.pop(rank, None)
-            if (known := self.ranks[rank]) is not None and known.peer.state in ended:
-                self.ranks[rank] = None
-        return sorted(lost - self._hellos.keys())
-
-    def _check_shapes(self) -> None:
-        wrong = {
-            rank: text for rank, (_, hello) in sorted(self._hellos.items()) if (text := self.shape.difference(hello.shape))
-        }
-        if wrong:
-            raise ShapeMismatch(
-                f"the ranks of {self!r} do not agree: " + "; ".join(f"{self.who(r)} has {text}" for r, text in wrong.items()),
-                ranks=tuple(wrong), hint="make every AllToAll of a group with the same sizes",
-            )  # fmt: skip
+            if rank not in hellos or hellos[rank][0].state in ENDED:
+                hellos.pop(rank, None)
+                self._answers.seen.pop(rank, None)
+            if (one := known[rank]) is not None and one.peer.state in ENDED:
+                known[rank] = None
+        return sorted(lost - hellos.keys())
 
     async def _start(self) -> None:
-        incarnations = [self._incarnations().get(rank, 0) for rank in range(self.shape.ranks)]
-        self._know(Members(self.rank, incarnations, slots=self.shape.slots, align=self.shape.align))
-        self._open_counters(self.others())  # before Ready: then they write, and an earlier one may have retired the values
-        for rank in self.others():
-            self._send(rank, messages.Ready(rank=self.rank, incarnation=self.incarnation, incarnations=incarnations))
-        while not self._running:
-            if self._to_join:
-                self.members = None
+        """Begin together with all others, at step 0."""
+        ranks, answers = self._ranks, self._answers
+        incarnations = self._greetings.incarnations()
+        self._know(Membership(ranks.rank, incarnations, slots=ranks.shape.slots, align=ranks.shape.align))
+        ranks.open_counters(ranks.others())  # before Ready: then they write, and an earlier one may have retired the values
+        for rank in ranks.others():
+            ready = messages.Ready(rank=ranks.rank, incarnation=ranks.incarnation, incarnations=incarnations)
+            ranks.send(rank, ready)
+        while not ranks.running:
+            if answers.to_join:
+                ranks.membership = None
                 await self._join()
                 return
-            if all(self._ready.get(rank) == incarnations for rank in self.others()):
+            if all(answers.ready.get(rank) == incarnations for rank in ranks.others()):
                 break
-            for rank in self.others():
-                if (known := self.ranks[rank]) is not None and known.peer.state in ("lost", "closed"):
-                    raise PeerLostError(f"{self.who(rank)} was lost while the ranks met", peer=str(known.peer.address))
+            for rank in ranks.others():
+                if (known := ranks.known[rank]) is not None and known.peer.state in ENDED:
+                    raise PeerLostError(f"{ranks.who(rank)} was lost while the ranks met", peer=str(known.peer.address))
             self._check_able()
-            await self._soon()
-        self._running = True
+            await ranks.soon()
+        ranks.running = True
 
     async def _join(self) -> None:
-        self._to_join = False
-        for rank in self._hellos:
-            self._hello_of(rank)
-        incarnations = [self._incarnations().get(rank, 0) for rank in range(self.shape.ranks)]
-        self._open_counters(self.others())
-        self._running = True
-        members = Members(self.rank, incarnations, slots=self.shape.slots, start=None, align=self.shape.align)
-        self._know(members)
-        while members.start is None:
-            if members.evicted:
-                raise EvictedError(f"{self!r} could not join: the others lost this rank meanwhile")
-            await self.views()
-        self.next_step = members.start
+        """Begin with ranks that are at work, at the step that follows from their views."""
+        ranks, answers = self._ranks, self._answers
+        answers.to_join = False
+        for rank in answers.hellos:
+            self._greetings.hello_of(rank)
+        incarnations = self._greetings.incarnations()
+        ranks.open_counters(ranks.others())
+        ranks.running = True
+        membership = Membership(ranks.rank, incarnations, slots=ranks.shape.slots, start=None, align=ranks.shape.align)
+        self._know(membership)
+        while membership.start is None:
+            if membership.evicted:
+                raise EvictedError(f"{ranks!r} could not join: the others lost this rank meanwhile")
+            await self._losses.views()
+        ranks.next_step = membership.start
 
-    def _know(self, members: Members) -> None:
+    def _know(self, membership: Membership) -> None:
         """From now on views count, also those that came already."""
-        self.members = members
-        early, self._early = self._early, {}
-        for rank, told in early.items():
-            members.hear(rank, told.view)
-        for rank, (peer, hello) in list(self._hellos.items()) if self._running else ():
-            self._hello(rank, peer, hello)  # whoever came in between
-        self._follow()
-
-    def _hello(self, rank: int, peer: Peer, hello: messages.Hello) -> None:
-        raise AssertionError("a party has its own")
-
-    async def _listen(self) -> None:
-        raise AssertionError("a party has its own")
+        ranks, answers = self._ranks, self._answers
+        ranks.membership = membership
+        early, answers.early = answers.early, {}
+        for rank, update in early.items():
+            membership.hear(rank, update.view)
+        for rank, (peer, hello) in list(answers.hellos.items()) if ranks.running else ():
+            self._listener.hello(rank, peer, hello)  # ranks that came in between
+        self._losses.follow()

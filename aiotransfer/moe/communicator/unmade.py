@@ -95,7 +95,7 @@ class Unmade:
         try:
             async for message in self._engine.messages(self._key):
                 try:
-                    asks = isinstance(messages.decode(self._key, message.data), messages.Hello | messages.Who)
+                    asks = isinstance(messages.decode(self._key, message.data), messages.Hello | messages.WhoIsThere)
                 except DescriptorError:
                     continue
                 peer = message.peer

@@ -123,7 +123,7 @@ class View(msgspec.Struct, frozen=True, array_like=True):
         return ""
 
 
-class Members:
+class Membership:
     """What one rank knows of all.
 
     `incarnations`: one for each rank, 0 for those that are not there. Those that begin together give the same numbers and the

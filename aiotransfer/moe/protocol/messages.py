@@ -2,7 +2,7 @@
 
 A message begins with a mark that tells it from the application's own, then the all-to-all's key (its name and its members). What
 cannot be read raises `DescriptorError` and nothing else. Every number and length has a bound that holds while it is read; bounds
-that follow from the shape of an all-to-all are checked by `Party`.
+that follow from the shape of an all-to-all are checked by `Listener`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Ready(_Message, frozen=True, tag=2):
     incarnations: Annotated[list[Incarnation], msgspec.Meta(max_length=MOST_RANKS)]
 
 
-class Told(_Message, frozen=True, tag=3):
+class ViewUpdate(_Message, frozen=True, tag=3):
     """A view of who takes part."""
 
     view: View
@@ -70,7 +70,7 @@ class Leave(_Message, frozen=True, tag=4):
     reason: str
 
 
-class Who(_Message, frozen=True, tag=5):
+class WhoIsThere(_Message, frozen=True, tag=5):
     """A question of one who cannot find all, and the answer of one who is at work."""
 
     present: RankList | None  # ranks that take part, the sender too; None: tell me
@@ -103,7 +103,7 @@ class Waits(_Message, frozen=True, tag=9):
     ]
 
 
-Message: TypeAlias = Hello | Ready | Told | Leave | Who | Unable | Piece | Heard | Waits
+Message: TypeAlias = Hello | Ready | ViewUpdate | Leave | WhoIsThere | Unable | Piece | Heard | Waits
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
 

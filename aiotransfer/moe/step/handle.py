@@ -15,14 +15,14 @@ from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.moe.protocol.errors import StepRefused
 from aiotransfer.moe.protocol.waits import WORDS
-from aiotransfer.moe.step.exchange import MOVED_AT_ONCE, turn
+from aiotransfer.moe.step.exchange import MOVED_AT_ONCE, yield_to_loop
 from aiotransfer.moe.step.tensors import Array, Kind, check, check_no_grad, overlap, rows
 from aiotransfer.providers.rows import Rows, same_rows
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aiotransfer.moe.communicator.communicator import Party
+    from aiotransfer.moe.communicator.ranks import Ranks
     from aiotransfer.moe.step.step import Step
 
 ASK_SECONDS = 0.5  # before the end of a deadline, or a quarter of it: then the others are asked what they wait for
@@ -55,8 +55,8 @@ class Handle(Unpicklable):
     @property
     def lost(self) -> tuple[int, ...]:
         """Ranks that took no part in it, or not to its end."""
-        step, party = self._step, self._step.party
-        return tuple(r for r in range(party.shape.ranks) if r in step.lost or (r not in step.joined and r != party.rank))
+        ranks, exchange = self._step.ranks, self._step.exchange
+        return tuple(r for r in range(ranks.shape.ranks) if r in exchange.lost or (r not in exchange.joined and r != ranks.rank))
 
     def forget(self) -> None:
         """The memory of results and sums is the caller's alone again."""
@@ -108,7 +108,7 @@ async def _within(limit: float, work: Callable[[], Awaitable[Any]]) -> Any:
 
 
 class _Half(Unpicklable):
-    """What was sent and is to be received."""
+    """A dispatch or combine whose first half is over: what is sent, and is to be received."""
 
     __slots__ = ("_handle", "_timeout")
 
@@ -122,7 +122,7 @@ class _Half(Unpicklable):
         return self._handle
 
     def _until(self, timeout: float | None) -> Until:
-        engine = self._handle._step.party.engine
+        engine = self._handle._step.ranks.engine
         return Until(engine._loop, seconds(self._timeout if timeout is None else timeout, engine.timeout))
 
     async def _within(self, what: str, until: Until, work: Any) -> Any:
@@ -132,7 +132,7 @@ class _Half(Unpicklable):
             if (left := until.left()) != math.inf:
                 with contextlib.suppress(_NotYet):
                     return await _within(left - min(left / 4, ASK_SECONDS), work)
-                step.party.ask_who_waits()  # most calls end long before this
+                step.communicator.waiting.ask()  # most calls end long before this
             return await _within(until.left(), work)
         except _NotYet:
             raise self._late(what, until) from None
@@ -140,17 +140,17 @@ class _Half(Unpicklable):
             step.callers -= 1
 
     def _late(self, what: str, until: Until) -> TransferTimeout:
-        """Who has not come: not a rank that only waits for another one itself."""
+        """The error that names the ranks that have not come: none that only waits for another one itself."""
         step = self._handle._step
-        party, culprits = step.party, step.party.culprits(step.waits_for())
+        ranks, culprits = step.ranks, step.communicator.waiting.culprits(step.waits_for())
         names = [
-            (f"rank {rank}, which is this one" if rank == party.rank else party.who(rank))
+            (f"rank {rank}, which is this one" if rank == ranks.rank else ranks.who(rank))
             + ("" if wait.step == step.number else f" with {WORDS[wait.kind]} of step {wait.step}")
             for rank, wait in culprits.items()
         ]
         hint = "the step is still in flight: receive() again, or give the missing rank up with evict()"
-        if party.rank in culprits:
-            hint = f"call combine for step {culprits[party.rank].step} first: the others wait for it"
+        if ranks.rank in culprits:
+            hint = f"call combine for step {culprits[ranks.rank].step} first: the others wait for it"
         return TransferTimeout(
             f"the {what} of step {step.number} did not end within {until.seconds:g} s; not heard of: "
             + (", ".join(names) or "no rank in particular"), ranks=tuple(culprits), hint=hint,
@@ -178,18 +178,18 @@ class DispatchHalf(_Half):
             handle._state = "over"
             raise
         step = handle._step
-        shape, arrivals = step.party.shape, step.arrivals
+        shape, arrivals = step.ranks.shape, step.arrivals
         memory, kind = await step.rows_for_experts(), handle._kind
         handle._state = "dispatched"
         x = kind.of_bytes(memory, (arrivals.total, shape.hidden), shape.row_bytes, shape.dtype)
         scales = None
         if step.scales:
             scales = kind.of_bytes(memory[shape.token_bytes :], (arrivals.total, step.scales), shape.row_bytes, "float32")
-        local = slice(step.party.rank * shape.local_experts, (step.party.rank + 1) * shape.local_experts)
+        local = slice(step.ranks.rank * shape.local_experts, (step.ranks.rank + 1) * shape.local_experts)
         counts, offsets = arrivals.counts.copy(), step.ranges.base[local].copy()
         y = None
-        if step.party.buffers.computed_at:
-            computed = step.party.buffers.bytes_of_computed(step.slot)
+        if step.buffers.computed_at:
+            computed = step.buffers.bytes_of_computed(step.slot)
             y = kind.of_bytes(computed, (arrivals.total, shape.hidden), shape.result_bytes, shape.combine_dtype)
         return Dispatched(x, scales, y, kind.of_ints(counts), kind.of_ints(offsets), handle)
 
@@ -208,18 +208,18 @@ class CombineHalf(_Half):
     def _hold(self, memory: Any) -> None:
         """Results that are sent from where they lie are registered. Raises `RegistrationError`; then nothing has happened."""
         handle = self._handle
-        party = handle._step.party
-        if not party.buffers.gpu and memory.size and not party.buffers.computed_at and party.any_direct():
-            handle._region = party.engine.register(memory)
+        ranks, buffers = handle._step.ranks, handle._step.buffers
+        if not buffers.gpu and memory.size and not buffers.computed_at and ranks.any_direct():
+            handle._region = ranks.engine.register(memory)
 
     async def _send(self) -> None:
         """What of the results is not sent yet: a cancellation may have come while they were packed."""
         handle = self._handle
         if handle._y is None:
             return
-        step, party = handle._step, handle._step.party
+        step = handle._step
         memory, stride = check_results(handle, handle._y)
-        if party.buffers.gpu:
+        if step.buffers.gpu:
             await step.send_results(*await step.to_host(memory, stride))
         else:
             if handle._region is None:  # a rank that takes rows one by one may have come since
@@ -243,7 +243,7 @@ class CombineHalf(_Half):
 
     async def _receive(self) -> Array:
         handle = self._handle
-        step, shape = handle._step, handle._step.party.shape
+        step, shape = handle._step, handle._step.ranks.shape
         await self._send()
         there = await step.receive_results()
         out = handle._out
@@ -257,7 +257,7 @@ class CombineHalf(_Half):
             if not spoiled:
                 break
             there[spoiled] = False
-            step.taken_back(spoiled)
+            step.exchange.taken_back(spoiled)
         await step.finish()
         handle.forget()
         handle.dropped = handle._kind.of_ints(missing)
@@ -275,9 +275,9 @@ class CombineHalf(_Half):
         return np.where(missing, -1, places), missing
 
     async def _weigh(self, out: Array, places: Any, there: Any) -> None:
-        """Token by token, with turns for the event loop in between."""
-        step, shape = self._handle._step, self._handle._step.party.shape
-        buffers = step.party.buffers
+        """Sum the results token by token, with turns for the event loop in between."""
+        step, shape = self._handle._step, self._handle._step.ranks.shape
+        buffers = step.buffers
         source = buffers.results(step.slot)
         memory, stride = rows("out", out, gpu=buffers.gpu)
         at = step.in_place.addresses(step.route, step.ranges, places, there) if step.in_place else None
@@ -291,12 +291,12 @@ class CombineHalf(_Half):
             else:
                 step.kernels.weigh(target, source, places[part], self._handle._weights[part], **types)
             if begin + most < len(places):
-                await turn()
+                await yield_to_loop()
 
 
-def belongs(handle: object, party: Party) -> bool:
-    """Whether this is the handle of a step of this party."""
-    return isinstance(handle, Handle) and handle._step.party is party
+def belongs(handle: object, ranks: Ranks) -> bool:
+    """Whether `handle` is that of a step between these `ranks`."""
+    return isinstance(handle, Handle) and handle._step.ranks is ranks
 
 
 def half_of(handle: Handle, timeout: float | None) -> DispatchHalf | CombineHalf:
@@ -306,10 +306,10 @@ def half_of(handle: Handle, timeout: float | None) -> DispatchHalf | CombineHalf
 
 async def send_back(handle: Handle, y: Array, out: Array, timeout: float | None) -> CombineHalf:
     """Send the results `y` of a step back; the sums are to go to `out` (None: to fresh memory). Raises `TypeError`, `ValueError`
-    or `ClosedError` before anything has happened, `RegistrationError`, or what ended the party."""
+    or `ClosedError` before anything has happened, `RegistrationError`, or what ended the all-to-all."""
     if handle._state != "dispatched" and handle._state != "returning":
         raise ClosedError(f"step {handle.step} is {'not received yet' if handle._state == 'sent' else 'over'}")
-    handle._step.party.check()
+    handle._step.ranks.check()
     half = CombineHalf(handle, timeout)
     check_no_grad("y", y)
     memory, stride = check_results(handle, y)
@@ -329,7 +329,7 @@ def check_sums(handle: Handle, out: Array, results: Any, results_stride: int) ->
     """`out` can take the sums while `results`, the memory of what the experts made, is still sent or read by other ranks. Raises
     `TypeError` or `ValueError`."""
     step = handle._step
-    shape, buffers = step.party.shape, step.party.buffers
+    shape, buffers = step.ranks.shape, step.buffers
     check("out", out, (len(step.route.places), shape.hidden), shape.combine_dtype)
     memory, stride = rows("out", out, gpu=buffers.gpu)
     if not len(memory):
@@ -344,8 +344,8 @@ def check_sums(handle: Handle, out: Array, results: Any, results_stride: int) ->
 
 def check_results(handle: Handle, y: Array) -> tuple[Any, int]:
     """`y` as memory and stride. Raises `TypeError` or `ValueError`."""
-    step, shape = handle._step, handle._step.party.shape
-    buffers, total = step.party.buffers, step.arrivals.total
+    step, shape = handle._step, handle._step.ranks.shape
+    buffers, total = step.buffers, step.arrivals.total
     check("y", y, (total, shape.hidden), shape.combine_dtype)
     memory, stride = rows("y", y, gpu=buffers.gpu)
     if buffers.computed_at:

@@ -273,7 +273,7 @@ def test_a_rank_that_dies_while_it_comes_back_holds_nobody_up(when: float) -> No
         tasks[3].cancel()
         again = await w.again(3)
         coming = asyncio.create_task(again.ready())
-        while again._party.members is None and not coming.done():
+        while again._ranks.membership is None and not coming.done():
             await asyncio.sleep(1e-5)
         await asyncio.sleep(when)
         w.net.kill(w.engines[3])
@@ -315,9 +315,9 @@ def test_a_rank_that_hangs_while_it_comes_back_is_named_by_the_deadline_of_a_dis
         d, _ = await step(w.a2a[0], data(0, 0))
         assert d.handle.lost == (1,)
         again = await w.again(1)
-        again._party._tell = lambda: asyncio.sleep(3600)  # it says Hello, and then no more
+        again._communicator.losses._tell = lambda: asyncio.sleep(3600)  # it says Hello, and then no more
         coming = asyncio.create_task(again.ready())
-        while w.a2a[0]._party.members.limit() is None:
+        while w.a2a[0]._ranks.membership.limit() is None:
             await asyncio.sleep(0.01)
         with pytest.raises(at.TransferTimeout, match=r"not heard of: rank 1 \(r1\)"):
             for number in range(1, 5):
@@ -342,7 +342,7 @@ def test_rows_of_a_lost_rank_are_not_read_once_its_next_life_may_write_over_them
         await asyncio.sleep(0.01)  # those are there; rank 3 has not sent
         w.net.kill(w.engines[2])
         w.a2a[0].evict(2)
-        shape, buffers = w.a2a[0]._party.shape, w.a2a[0]._party.buffers
+        shape, buffers = w.a2a[0]._ranks.shape, w.a2a[0]._communicator.buffers
         begin = shape.first(0, 2)
         buffers.here[begin : begin + shape.first_bytes] = 0xFF
         halves.append(await w.a2a[3].dispatch_send(*one))

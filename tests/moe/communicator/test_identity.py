@@ -16,10 +16,11 @@ import aiotransfer as at
 from aiotransfer import moe
 from aiotransfer.errors import DescriptorError
 from aiotransfer.model.address import Address
-from aiotransfer.moe.communicator import bootstrap, unmade
+from aiotransfer.moe.communicator import greetings, unmade
 from aiotransfer.moe.communicator.buffers import Buffers
+from aiotransfer.moe.communicator.ranks import Ranks
 from aiotransfer.moe.protocol import messages
-from aiotransfer.moe.protocol.membership import Members, View
+from aiotransfer.moe.protocol.membership import Membership, View
 from aiotransfer.moe.protocol.shape import Shape
 from tests.moe.world import World, batch, combined, step, world
 
@@ -49,21 +50,21 @@ async def one_step(a2a: moe.AllToAll) -> None:
 NOTHING = (np.empty((0, 16), np.float32), np.empty((0, 1), np.int64), np.empty((0, 1), np.float32))
 
 
-def said(party: Any, about: Any) -> dict[str, Callable[[], messages.Message]]:
-    """What an engine may say as rank 1 (`about`'s) to rank 0 (`party`)."""
+def said(ranks: Any, about: Any) -> dict[str, Callable[[], messages.Message]]:
+    """What an engine may say as rank 1 (`about`'s) to rank 0 (`ranks`)."""
     me = {"rank": 1, "incarnation": about.incarnation}
-    none: View = View(about.incarnation, ((0, party.incarnation),), (), 0, (), (), ((1, about.incarnation, 0),))
-    known = about.ranks[0]
+    none: View = View(about.incarnation, ((0, ranks.incarnation),), (), 0, (), (), ((1, about.incarnation, 0),))
+    known = about.known[0]
     region = known.lease.descriptor.encode() if known is not None else b""
     hello = {"shape": SHAPE.agreed(), "direct": True, "reads": False, "computed": 0, "ask": True, "present": []}
     return {
-        "it evicts": lambda: messages.Leave(who=0, of=party.incarnation, upto=0, reason="because", **me),
+        "it evicts": lambda: messages.Leave(who=0, of=ranks.incarnation, upto=0, reason="because", **me),
         "it leaves": lambda: messages.Leave(who=1, of=about.incarnation, upto=0, reason="bye", **me),
         "another one": lambda: messages.Hello(**(hello | {"region": region, "running": False, "rank": 1, "incarnation": 12345})),
         "none of it": lambda: messages.Hello(**(hello | {"region": b"", "running": False, "rank": 1, "incarnation": 12345})),
-        "a view": lambda: messages.Told(view=none, **me),
+        "a view": lambda: messages.ViewUpdate(view=none, **me),
         "unable": lambda: messages.Unable(reason="no", **me),
-        "who": lambda: messages.Who(present=[0], **me),
+        "who": lambda: messages.WhoIsThere(present=[0], **me),
     }
 
 
@@ -79,12 +80,12 @@ async def test_an_engine_that_is_no_member_cannot_speak_for_a_rank(what: str, cl
         if claims:
             stranger.address = right.address
         peer = await stranger.connect(left.address)
-        await peer.send(messages.encode(a2a[0]._party.key, said(a2a[0]._party, a2a[1]._party)[what]()))
+        await peer.send(messages.encode(a2a[0]._ranks.key, said(a2a[0]._ranks, a2a[1]._ranks)[what]()))
         await peer.ping()
         await asyncio.sleep(0.3)  # a dial of rank 1's address
         await asyncio.gather(*map(one_step, a2a))
         assert "another engine is reached at" in caplog.text
-        assert [task for task in a2a[0]._party._tasks if "_listen" in repr(task)]
+        assert [task for task in a2a[0]._ranks.tasks if "Listener.listen" in repr(task)]
         await asyncio.gather(*(one.aclose() for one in a2a))
 
 
@@ -96,14 +97,14 @@ async def test_what_a_rank_says_before_it_is_known_is_heard_in_its_order_when_it
         second = moe.AllToAll(right, right.group(addresses), **SIZES)
         meets = asyncio.ensure_future(second.ready())
         peer = await stranger.connect(right.address)
-        await peer.send(messages.encode(second._party.key, messages.Unable(rank=0, incarnation=7, reason="never")))
+        await peer.send(messages.encode(second._ranks.key, messages.Unable(rank=0, incarnation=7, reason="never")))
         await asyncio.sleep(0.1)
         assert not meets.done()
         first = moe.AllToAll(left, left.group(addresses), **SIZES)
         await asyncio.gather(first.ready(), meets)
         await asyncio.gather(one_step(first), one_step(second))
-        assert second._party.ranks[0] is not None
-        assert second._party.ranks[0].peer.incarnation == left.incarnation
+        assert second._ranks.known[0] is not None
+        assert second._ranks.known[0].peer.incarnation == left.incarnation
         await asyncio.gather(first.aclose(), second.aclose())
 
 
@@ -154,10 +155,10 @@ async def test_ranks_are_lost_and_come_back_by_messages_in_pieces(monkeypatch: p
 async def test_a_member_that_says_what_cannot_be_is_lost_by_name_and_the_others_go_on(caplog: Any) -> None:
     async def script(w: World) -> None:
         await w.every(lambda a2a: a2a.ready())
-        party = w.a2a[1]._party
-        far = View(party.incarnation, (), (), 1 << 40, (), (), tuple((r, p._party.incarnation, 0) for r, p in enumerate(w.a2a)))
+        ranks = w.a2a[1]._ranks
+        far = View(ranks.incarnation, (), (), 1 << 40, (), (), tuple((r, p._ranks.incarnation, 0) for r, p in enumerate(w.a2a)))
         for rank in (0, 2, 3):
-            party._send(rank, messages.Told(rank=1, incarnation=party.incarnation, view=far))
+            ranks.send(rank, messages.ViewUpdate(rank=1, incarnation=ranks.incarnation, view=far))
 
         async def rank(a2a: moe.AllToAll) -> None:
             await asyncio.sleep(0.01)
@@ -181,21 +182,21 @@ async def test_a_reader_goes_on_after_a_message_that_it_fails_at(monkeypatch: py
     async with engines(2) as of:
         a2a = made(of)
         await asyncio.gather(*map(one_step, a2a))
-        party = a2a[0]._party
+        ranks = a2a[0]._ranks
         with monkeypatch.context() as patch:
             def fail(*_: Any) -> None:
                 raise ZeroDivisionError("ours")
 
-            patch.setattr(party, "_taking_part", fail)
-            await a2a[1]._party.ranks[0].peer.send(  # type: ignore[union-attr]
-                messages.encode(party.key, messages.Who(rank=1, incarnation=a2a[1]._party.incarnation, present=None))
+            patch.setattr(a2a[0]._communicator._greetings, "taking_part", fail)
+            await a2a[1]._ranks.known[0].peer.send(  # type: ignore[union-attr]
+                messages.encode(ranks.key, messages.WhoIsThere(rank=1, incarnation=a2a[1]._ranks.incarnation, present=None))
             )
             async with asyncio.timeout(5):
                 while not a2a[0].lost:
                     await asyncio.sleep(0.01)
         assert "ours" in str(a2a[0].lost[1])
         assert "could not be dealt with" in caplog.text
-        assert [task for task in party._tasks if "_listen" in repr(task)]
+        assert [task for task in ranks.tasks if "Listener.listen" in repr(task)]
         again = moe.AllToAll(of[1], of[1].group([str(e.address) for e in of]), **SIZES)
         await a2a[1].aclose()
         await asyncio.wait_for(again.ready(), 5)  # it is read: the rank that was lost is taken in again
@@ -210,7 +211,7 @@ async def test_a_reader_goes_on_after_a_message_that_it_cannot_even_sort(monkeyp
     async with engines(2) as of:
         a2a = made(of)
         await asyncio.gather(*map(one_step, a2a))
-        party, decode = a2a[0]._party, messages.decode
+        ranks, decode = a2a[0]._ranks, messages.decode
 
         def fails(key: bytes, data: bytes) -> Any:
             if data.endswith(b"bad"):
@@ -218,12 +219,12 @@ async def test_a_reader_goes_on_after_a_message_that_it_cannot_even_sort(monkeyp
             return decode(key, data)
 
         monkeypatch.setattr(messages, "decode", fails)
-        peer = a2a[1]._party.ranks[0].peer  # type: ignore[union-attr]
-        await peer.send(party.key + b"bad")
+        peer = a2a[1]._ranks.known[0].peer  # type: ignore[union-attr]
+        await peer.send(ranks.key + b"bad")
         async with asyncio.timeout(10):
             while "could not be dealt with" not in caplog.text:
                 await asyncio.sleep(0.01)
-        assert [task for task in party._tasks if "_listen" in repr(task) and not task.done()]
+        assert [task for task in ranks.tasks if "Listener.listen" in repr(task) and not task.done()]
         for _ in range(3):
             await asyncio.gather(*map(one_step, a2a))
         assert not a2a[0].lost
@@ -233,7 +234,7 @@ async def test_a_reader_goes_on_after_a_message_that_it_cannot_even_sort(monkeyp
 
 async def test_an_all_to_all_that_has_lost_very_many_takes_in_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiotransfer.moe.protocol.membership.MOST_GONE", 4)
-    members = Members(0, [1, 2], slots=2)
+    members = Membership(0, [1, 2], slots=2)
     for number in range(3, 5):
         assert not members.full
         assert members.join(1, number)
@@ -254,7 +255,7 @@ async def test_a_rank_that_cannot_set_up_tells_the_others_at_once_and_why(
             raise error("none left\nat all")
         return Buffers(engine, *given, **named)
 
-    monkeypatch.setattr(bootstrap, "Buffers", buffers)
+    monkeypatch.setattr(greetings, "Buffers", buffers)
     async with engines(4) as of:
         short = [of[rank]]
         addresses = [str(engine.address) for engine in of]
@@ -297,7 +298,7 @@ async def test_a_rank_that_cannot_set_up_waits_until_the_others_know_it_and_no_l
         addresses = [str(engine.address) for engine in of]
         a2a = [moe.AllToAll(e, e.group(addresses), **(SIZES | {"num_experts": 3, "timeout": 600})) for e in of]
         with monkeypatch.context() as patch:
-            patch.setattr(bootstrap, "Buffers", buffers)
+            patch.setattr(greetings, "Buffers", buffers)
             found = await asyncio.wait_for(asyncio.gather(*(one.ready() for one in a2a), return_exceptions=True), 60)
         assert [type(one) for one in found] == [at.PeerLostError, at.PeerLostError, MemoryError]
         assert all("none left" in str(one) for one in found)
@@ -309,18 +310,20 @@ async def test_what_is_said_of_another_incarnation_does_not_count() -> None:
     async with engines(3) as of:
         a2a = made(of[:2])
         await asyncio.gather(*map(one_step, a2a))
-        party, other = a2a[0]._party, a2a[1]._party
-        known = party.ranks[1]
+        communicator, other = a2a[0]._communicator, a2a[1]._ranks
+        known = communicator.ranks.known[1]
         assert known is not None
         assert known.hello is not None
-        party._check_hello(known.peer, known.hello)
+        communicator._greetings.check(known.peer, known.hello)
         foreign = of[2].register(np.zeros(1 << 20, np.uint8))
         strange = msgspec.structs.replace(known.hello, region=foreign.descriptor.encode(), computed=0)
-        with pytest.raises(DescriptorError, match="somebody else"):
-            party._check_hello(known.peer, strange)
-        party._wrong(messages.Who(rank=1, incarnation=other.incarnation ^ 2, present=None), ValueError("of an earlier one"))
+        with pytest.raises(DescriptorError, match="another engine"):
+            communicator._greetings.check(known.peer, strange)
+        earlier = messages.WhoIsThere(rank=1, incarnation=other.incarnation ^ 2, present=None)
+        communicator._listener.wrong(earlier, ValueError("of an earlier one"))
         assert not a2a[0].lost
-        party._wrong(messages.Who(rank=1, incarnation=other.incarnation, present=None), ValueError("of this one"))
+        this = messages.WhoIsThere(rank=1, incarnation=other.incarnation, present=None)
+        communicator._listener.wrong(this, ValueError("of this one"))
         assert "of this one" in str(a2a[0].lost[1])
         await asyncio.gather(*(one.aclose() for one in a2a))
 
@@ -349,16 +352,17 @@ async def test_a_rank_that_has_not_begun_believes_a_group_that_is_far_ahead() ->
     async with engines(2) as of:
         a2a = made(of)
         await asyncio.gather(*map(one_step, a2a))
-        party, other = a2a[0]._party, a2a[1]._party
-        both = ((0, party.incarnation, 0), (1, other.incarnation, 0))
-        far = messages.Told(rank=1, incarnation=other.incarnation, view=View(other.incarnation, (), (), 1 << 40, (), (), both))
+        ranks, other = a2a[0]._ranks, a2a[1]._ranks
+        both = ((0, ranks.incarnation, 0), (1, other.incarnation, 0))
+        view = View(other.incarnation, (), (), 1 << 40, (), (), both)
+        far = messages.ViewUpdate(rank=1, incarnation=other.incarnation, view=view)
         for running in (True, False):
-            party._running = running
+            ranks.running = running
             if running:
                 with pytest.raises(DescriptorError, match="speaks of step"):
-                    party._told(1, far)
+                    a2a[0]._communicator._listener.view_update(1, far)
             else:
-                party._told(1, far)
+                a2a[0]._communicator._listener.view_update(1, far)
         await asyncio.gather(*(one.aclose() for one in a2a))
 
 
@@ -427,13 +431,13 @@ async def test_an_engine_answers_for_so_many_that_could_not_be_made(monkeypatch:
 
 def keep_back(monkeypatch: pytest.MonkeyPatch, of: list[at.Engine], kind: type[messages.Message]) -> None:
     """What the ranks of these engines say of one kind."""
-    send, incarnations = moe.alltoall.Party._send_to, {engine.incarnation for engine in of}
+    send, incarnations = Ranks.send_to, {engine.incarnation for engine in of}
 
-    def some(party: Any, peer: Any, said: messages.Message) -> None:
-        if party.engine.incarnation not in incarnations or not isinstance(said, kind):
-            send(party, peer, said)
+    def some(ranks: Any, peer: Any, said: messages.Message) -> None:
+        if ranks.engine.incarnation not in incarnations or not isinstance(said, kind):
+            send(ranks, peer, said)
 
-    monkeypatch.setattr(moe.alltoall.Party, "_send_to", some)
+    monkeypatch.setattr(Ranks, "send_to", some)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["hello", "ready"])
@@ -446,10 +450,10 @@ async def test_a_rank_that_leaves_while_the_ranks_meet_is_missed_at_once(monkeyp
         keep_back(monkeypatch, [of[0], of[2]] if last else [of[2]], messages.Ready if last else messages.Hello)
         waiting = [asyncio.ensure_future(one.ready()) for one in a2a]
         async with asyncio.timeout(60):
-            while 1 not in a2a[0]._party._hellos or (last and 1 not in a2a[0]._party._ready):
+            while 1 not in a2a[0]._communicator._answers.hellos or (last and 1 not in a2a[0]._communicator._answers.ready):
                 await asyncio.sleep(0.01)
         earlier = messages.Leave(rank=1, incarnation=7, who=1, of=7, upto=0, reason="long ago")
-        a2a[0]._party._heard(a2a[0]._party._hellos[1][0], earlier)
+        a2a[0]._communicator._listener.heard(a2a[0]._communicator._answers.hellos[1][0], earlier)
         await asyncio.sleep(1.2)
         assert not waiting[0].done()
         await a2a[1].aclose()

@@ -1,4 +1,4 @@
-"""Ranks on a simulated network, each with `Members` and a model of the steps: what may happen in any order, does.
+"""Ranks on a simulated network, each with `Membership` and a model of the steps: what may happen in any order, does.
 
 A channel keeps the order of what one rank sends to another; everything else is up to the seed: when a message arrives, when a
 rank does what it could do, when it sends the next of the messages it has to send (a rank that crashes between two of them has
@@ -15,10 +15,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from aiotransfer.moe.protocol.membership import UNDECIDED, Member, Members
+from aiotransfer.moe.protocol.membership import UNDECIDED, Member, Membership
 
 Layout = tuple[tuple[int, bytes], ...]  # rank and header of all that take part in a step: all places follow from it
-Make = Callable[..., Members]
+Make = Callable[..., Membership]
 
 
 class Faults(NamedTuple):
@@ -37,7 +37,7 @@ class Node:
         self.rank, self.incarnation = rank, incarnation
         self.me: Member = (rank, incarnation)
         self.alive = True
-        self.members: Members | None = None
+        self.members: Membership | None = None
         self.to_meet: list[Node] = []  # while it sets up
         self.linked: dict[int, Node] = {}
         self.outbox: deque[tuple[Node, Any]] = deque()
@@ -53,7 +53,7 @@ class Node:
         self.done: dict[int, Layout] = {}  # dispatches that are complete
         self.over: set[int] = set()
 
-    def begin(self, members: Members, first: int | None) -> None:
+    def begin(self, members: Membership, first: int | None) -> None:
         self.members = members
         if first is not None:
             self.first = self.next = first
@@ -215,8 +215,9 @@ class Network:
     """All of them, and what is on its way."""
 
     def __init__(
-        self, seed: int, ranks: int, faults: Faults, *, slots: int = 2, make: Make = Members, absent: int = 0, deaf: bool = True
-    ) -> None:
+        self, seed: int, ranks: int, faults: Faults, *, slots: int = 2, make: Make = Membership, absent: int = 0,
+        deaf: bool = True,
+    ) -> None:  # fmt: skip
         self.random = random.Random(seed)
         self.ranks, self.slots, self.make = ranks, slots, make
         self.deaf = deaf  # else headers and views of gone ranks still come, which must make no difference

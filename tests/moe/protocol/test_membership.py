@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import msgspec
 import pytest
 
-from aiotransfer.moe.protocol.membership import UNDECIDED, Members, Undecided, View
+from aiotransfer.moe.protocol.membership import UNDECIDED, Membership, Undecided, View
 from tests.moe.protocol.network import Faults, Make, Network
 
 RUNS = 50  # of each block
 
 
-def run(seed: int, alarms: int = 0, make: Make = Members) -> Network:
+def run(seed: int, alarms: int = 0, make: Make = Membership) -> Network:
     r = random.Random(seed)
     ranks = r.randint(2, 7)
     faults = Faults(r.randint(0, 4), r.randint(0, alarms), r.randint(0, 4))
@@ -34,23 +34,23 @@ def test_those_that_remain_agree_and_finish(block: int, alarms: int) -> None:
             raise AssertionError(f"seed {seed}: {error}") from error
 
 
-class NoLimit(Members):
+class NoLimit(Membership):
     def limit(self) -> int | None:
         return None if self.start is not None else -1
 
 
-class Silent(Members):
+class Silent(Membership):
     def tell(self, next_step: int, headers: Mapping[tuple[int, int], bytes]) -> View:
         return msgspec.structs.replace(super().tell(next_step, headers), headers=())
 
 
-class Hasty(Members):
+class Hasty(Membership):
     def header(self, step: int, rank: int) -> bytes | Undecided | None:
         found = super().header(step, rank)
         return None if found is UNDECIDED else found
 
 
-class Forgetful(Members):
+class Forgetful(Membership):
     def tell(self, next_step: int, headers: Mapping[tuple[int, int], bytes]) -> View:
         view = super().tell(next_step, headers)
         joined = tuple((rank, number) for rank, number, step in view.starts if step)
@@ -67,11 +67,11 @@ def test_the_network_notices_a_rule_that_is_left_out(make: Make) -> None:
 # One rule at a time.
 
 
-def group(ranks: int, slots: int = 2) -> list[Members]:
-    return [Members(rank, range(1, ranks + 1), slots=slots) for rank in range(ranks)]
+def group(ranks: int, slots: int = 2) -> list[Membership]:
+    return [Membership(rank, range(1, ranks + 1), slots=slots) for rank in range(ranks)]
 
 
-def exchange(*members: Members, next_steps: Mapping[int, int] | None = None, headers: object = None) -> None:
+def exchange(*members: Membership, next_steps: Mapping[int, int] | None = None, headers: object = None) -> None:
     """Whoever owes a view tells it to those given, until nobody owes one."""
     held = headers if isinstance(headers, dict) else {}
     while owing := [one for one in members if one.owes()]:
@@ -82,13 +82,13 @@ def exchange(*members: Members, next_steps: Mapping[int, int] | None = None, hea
                     other.hear(one.rank, view)
 
 
-def joiner(rank: int, incarnation: int, others: list[Members]) -> Members:
+def joiner(rank: int, incarnation: int, others: list[Membership]) -> Membership:
     numbers = [0] * 8
     for one in others:
         numbers[one.rank] = one.incarnation(one.rank)
         one.join(rank, incarnation)
     numbers[rank] = incarnation
-    return Members(rank, numbers[: len(others) + 1], slots=2, start=None)
+    return Membership(rank, numbers[: len(others) + 1], slots=2, start=None)
 
 
 def test_a_header_that_one_holds_counts_for_all() -> None:
@@ -257,8 +257,8 @@ def test_two_that_join_at_once_begin_together_and_the_loss_of_one_is_as_any() ->
     for one in (a, b):
         one.lose(2)
         one.lose(3)
-    c = Members(2, [1, 2, 30, 0], slots=2, start=None)
-    d = Members(3, [1, 2, 30, 40], slots=2, start=None)
+    c = Membership(2, [1, 2, 30, 0], slots=2, start=None)
+    d = Membership(3, [1, 2, 30, 40], slots=2, start=None)
     for one in (a, b):
         one.join(2, 30)
         one.join(3, 40)
@@ -271,7 +271,7 @@ def test_two_that_join_at_once_begin_together_and_the_loss_of_one_is_as_any() ->
     a.join(3, 41)  # d has started anew: the old one is gone thereby
     assert a.gone == {1}
     c.join(3, 41)
-    d = Members(3, [1, 0, 30, 41], slots=2, start=None)
+    d = Membership(3, [1, 0, 30, 41], slots=2, start=None)
     exchange(a, c, d, next_steps={0: 6, 2: 6}, headers={2: {(6, 3): b"d"}})
     assert [one.header(6, 3) for one in (a, c, d)] == [b"d"] * 3
     assert a.takes_part(6, 3) is True
@@ -286,14 +286,14 @@ def test_a_rank_begins_after_what_its_earlier_self_has_sent() -> None:
     exchange(a, b)
     assert b.start == 2
     a.join(1, 10)  # the earlier one was two steps ahead
-    b = Members(1, [1, 10], slots=2, start=None)
+    b = Membership(1, [1, 10], slots=2, start=None)
     exchange(a, b, headers={0: {(2, 1): b"", (3, 1): b""}})
     assert b.start == 4
 
 
 def test_joiners_that_are_left_alone_begin_after_what_they_heard_of() -> None:
-    b = Members(1, [5, 6, 7], slots=2, start=None)
-    c = Members(2, [5, 6, 7], slots=2, start=None)
+    b = Membership(1, [5, 6, 7], slots=2, start=None)
+    c = Membership(2, [5, 6, 7], slots=2, start=None)
     b.lose(0)
     c.lose(0)
     exchange(b, c, headers={1: {(30, 0): b""}}, next_steps={1: 99})
@@ -319,6 +319,6 @@ def test_a_view_is_told_once_and_travels() -> None:
 
 def test_a_rank_is_not_its_own_neighbour() -> None:
     a, _ = group(2)
-    for wrong in (lambda: a.lose(0), lambda: a.lose(2), lambda: a.join(0, 7), lambda: Members(0, [0, 1], slots=2)):
+    for wrong in (lambda: a.lose(0), lambda: a.lose(2), lambda: a.join(0, 7), lambda: Membership(0, [0, 1], slots=2)):
         with pytest.raises(ValueError):
             wrong()

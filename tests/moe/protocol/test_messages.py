@@ -36,16 +36,16 @@ def test_a_view_that_can_be_is_taken() -> None:
 
 
 @pytest.mark.parametrize("message", [
-    messages.Who(rank=-1, incarnation=1, present=None),
-    messages.Who(rank=1024, incarnation=1, present=None),
-    messages.Who(rank=1, incarnation=1 << 63, present=None),
-    messages.Who(rank=1, incarnation=1, present=[0] * 1025),
+    messages.WhoIsThere(rank=-1, incarnation=1, present=None),
+    messages.WhoIsThere(rank=1024, incarnation=1, present=None),
+    messages.WhoIsThere(rank=1, incarnation=1 << 63, present=None),
+    messages.WhoIsThere(rank=1, incarnation=1, present=[0] * 1025),
     messages.Ready(rank=1, incarnation=1, incarnations=[1] * 1025),
     messages.Ready(rank=1, incarnation=1, incarnations=[-1]),
     messages.Leave(rank=1, incarnation=1, who=1, of=1, upto=1 << 62, reason=""),
-    messages.Told(rank=1, incarnation=1, view=View(1, tuple((0, i) for i in range(1, 16_386)), (), 0, (), (), ())),
-    messages.Told(rank=1, incarnation=1, view=View(1, (), (), MOST_STEPS, (), (), ())),
-    messages.Told(rank=1, incarnation=1, view=View(1, ((0, 0),), (), 0, (), (), ())),
+    messages.ViewUpdate(rank=1, incarnation=1, view=View(1, tuple((0, i) for i in range(1, 16_386)), (), 0, (), (), ())),
+    messages.ViewUpdate(rank=1, incarnation=1, view=View(1, (), (), MOST_STEPS, (), (), ())),
+    messages.ViewUpdate(rank=1, incarnation=1, view=View(1, ((0, 0),), (), 0, (), (), ())),
     messages.Hello(rank=1, incarnation=1, shape={str(i): i for i in range(41)}, region=b"", direct=True, reads=True, computed=0,
                    running=True, ask=False, present=[]),
     messages.Hello(rank=1, incarnation=1, shape={}, region=bytes(1 << 15), direct=True, reads=True, computed=0, running=True,
@@ -64,21 +64,21 @@ def test_numbers_and_lengths_beyond_their_bounds_are_not_read(message: messages.
 def test_a_long_message_travels_in_pieces() -> None:
     key = messages.prefix("", "a,b")
     view = View(5, (), (), 1, tuple((0, r, bytes([r]) * 60_000) for r in range(50)), (), ())
-    told = messages.Told(rank=1, incarnation=5, view=view)
+    told = messages.ViewUpdate(rank=1, incarnation=5, view=view)
     sent = messages.pieces(key, told)
     assert len(sent) == 6
     assert max(map(len, sent)) < 1 << 20
     pieces = messages.Pieces(key, 16 << 20)
     parts = [messages.decode(key, data) for data in sent]
     assert [pieces.add(part) for part in parts] == [None] * 5 + [told]  # type: ignore[arg-type]
-    assert messages.pieces(key, messages.Who(rank=1, incarnation=5, present=None)) == [
-        messages.encode(key, messages.Who(rank=1, incarnation=5, present=None))
+    assert messages.pieces(key, messages.WhoIsThere(rank=1, incarnation=5, present=None)) == [
+        messages.encode(key, messages.WhoIsThere(rank=1, incarnation=5, present=None))
     ]
 
 
 def test_pieces_that_are_not_of_one_message_are_refused_and_nothing_is_kept() -> None:
     key = messages.prefix("", "a,b")
-    whole = messages.encode(key, messages.Who(rank=1, incarnation=5, present=None))
+    whole = messages.encode(key, messages.WhoIsThere(rank=1, incarnation=5, present=None))
 
     def piece(number: int, of: int, data: bytes = b"", incarnation: int = 5) -> messages.Piece:
         return messages.Piece(rank=1, incarnation=incarnation, number=number, of=of, data=data)

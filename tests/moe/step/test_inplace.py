@@ -12,7 +12,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import moe
-from aiotransfer.moe.communicator.communicator import Party
+from aiotransfer.moe.communicator.losses import Losses
 from aiotransfer.moe.protocol import messages
 from tests.moe.world import EXPERTS, HIDDEN, SIZES, Batch, World, batch, combined, compute, world
 
@@ -98,7 +98,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch, rank: int, seconds: float) -> None:
     whole = moe.step.handle.CombineHalf._weigh
 
     async def weigh(self: Any, *arguments: Any) -> None:
-        if self.handle._step.party.rank == rank:
+        if self.handle._step.ranks.rank == rank:
             await asyncio.sleep(seconds)
         await whole(self, *arguments)
 
@@ -144,13 +144,13 @@ def test_results_that_were_taken_back_while_they_were_read_are_dropped_and_their
 ) -> None:
     """`late`: the right to read them ends only so long after its reader was given up."""
     slowly(monkeypatch, 1, 0.02)
-    fence = Party._fence
+    fence = Losses._fence
 
-    async def fence_late(self: Party, *arguments: Any) -> None:
+    async def fence_late(self: Losses, *arguments: Any) -> None:
         await asyncio.sleep(late)
         await fence(self, *arguments)
 
-    monkeypatch.setattr(Party, "_fence", fence_late)
+    monkeypatch.setattr(Losses, "_fence", fence_late)
 
     async def owner(a2a: moe.AllToAll) -> None:
         d = await a2a.dispatch(*FULL)
@@ -250,11 +250,11 @@ def test_a_goodbye_to_an_earlier_one_of_this_rank_is_no_answer(monkeypatch: pyte
 
     async def rank(a2a: moe.AllToAll) -> None:
         async with a2a:
-            party = a2a._party
+            ranks = a2a._ranks
             if a2a.rank == 1:
-                mine, of = party.incarnation, party.ranks[0].incarnation + 2
+                mine, of = ranks.incarnation, ranks.known[0].incarnation + 2
                 late = messages.Leave(rank=1, incarnation=mine, who=0, of=of, upto=0, reason="late")
-                party._send(0, late)
+                ranks.send(0, late)
             d = await a2a.dispatch(*FULL)
             d.y[:] = d.x * 3
             assert (await a2a.combine(d.y, d.handle) == 3).all()

@@ -108,7 +108,7 @@ def test_a_rank_that_fails_before_its_first_write_refuses_the_step(monkeypatch: 
         plan(self, shape, rank, idx)
 
     async def copied(self: Any, *given: Any) -> None:
-        if fails[0] and self.party.rank == 1:
+        if fails[0] and self.ranks.rank == 1:
             raise MemoryError("none")
         await rows_in(self, *given)
 
@@ -294,7 +294,7 @@ def test_counts_that_cannot_be_are_refused_everywhere_before_they_cost_anything(
 
     async def script(w: World) -> None:
         await w.every(lambda a2a: a2a.ready())
-        liar[0] = w.a2a[1]._party.incarnation
+        liar[0] = w.a2a[1]._ranks.incarnation
         found = await asyncio.gather(*(a2a.dispatch(**arguments(r)) for r, a2a in enumerate(w.a2a)), return_exceptions=True)
         for error in found:
             assert type(error) is moe.StepRefused
@@ -345,8 +345,8 @@ def test_sums_that_would_overwrite_what_is_still_read_are_refused(in_place: bool
                 for place in (memory[:2, :HIDDEN], memory[:2, 1 : HIDDEN + 1], memory[len(y) - 1 : len(y) + 1, :HIDDEN]):
                     with pytest.raises(ValueError, match="overlaps y"):
                         await a2a.combine(y, d.handle, out=place)
-                party = a2a._party
-                for own in (party.buffers.here, party.buffers.out):
+                buffers = a2a._communicator.buffers
+                for own in (buffers.here, buffers.out):
                     with pytest.raises(ValueError, match="own memory"):
                         await a2a.combine(y, d.handle, out=own[: 2 * HIDDEN * 4].view(np.float32).reshape(2, HIDDEN))
                 beside = memory[:2, HIDDEN:]

@@ -33,13 +33,13 @@ def _said() -> list[messages.Message]:
     present = ((0, LISTENER, 0), (1, SPEAKER, 0))
     full = View(SPEAKER, ((1, GONE),), (), 1, ((0, 1, HEADER),), ((0, 1, HEADER),), present)
     return [
-        messages.Who(present=None, **me),
-        messages.Who(present=[0, 1], **me),
+        messages.WhoIsThere(present=None, **me),
+        messages.WhoIsThere(present=[0, 1], **me),
         messages.Unable(reason="no memory", **me),
         messages.Heard(**me),
         messages.Ready(incarnations=[LISTENER, SPEAKER], **me),
-        messages.Told(view=View(SPEAKER, (), (), 0, (), (), present), **me),
-        messages.Told(view=full, **me),
+        messages.ViewUpdate(view=View(SPEAKER, (), (), 0, (), (), present), **me),
+        messages.ViewUpdate(view=full, **me),
         messages.Hello(
             shape=SHAPE.agreed(), region=REGION, direct=True, reads=False, computed=0, running=True, ask=True, present=[0, 1],
             **me,
@@ -89,9 +89,9 @@ class _Ranks:
         assert (out == 2).all() or d.handle.dropped.any()
 
     async def take(self, data: bytes) -> bool:
-        listener, speaker = (a2a._party for a2a in self.a2a)
+        listener, speaker = (a2a._ranks for a2a in self.a2a)
         known = {LISTENER: listener.incarnation, SPEAKER: speaker.incarnation, HEADER: bytes(SHAPE.header_bytes)}
-        rank = speaker.ranks[0]
+        rank = speaker.known[0]
         assert rank is not None
         known[REGION] = rank.lease.descriptor.encode()
         body = data
@@ -112,9 +112,9 @@ class _Ranks:
         for error in found:
             if error is not None and not isinstance(error, at.TransferError):
                 raise error
-        assert any(not task.done() and "_listen" in repr(task) for task in listener._tasks) or listener.over is not None
+        assert any(not task.done() and "Listener.listen" in repr(task) for task in listener.tasks) or listener.over is not None
         parted = any(error is not None for error in found) or any(a2a.lost for a2a in self.a2a)
-        if parted or listener._pieces:
+        if parted or self.a2a[0]._communicator._listener._pieces:
             await self.meet()
         return valid
 

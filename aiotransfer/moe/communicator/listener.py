@@ -1,0 +1,263 @@
+"""What becomes of each message that another rank sends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from aiotransfer.control.frames import clip
+from aiotransfer.control.patience import Patience
+from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.engine.reach import Claims
+from aiotransfer.errors import DescriptorError, PeerLostError
+from aiotransfer.moe.communicator.answers import Answers
+from aiotransfer.moe.communicator.greetings import Greetings
+from aiotransfer.moe.communicator.losses import Losses
+from aiotransfer.moe.communicator.ranks import Ranks
+from aiotransfer.moe.communicator.waiting import Waiting
+from aiotransfer.moe.protocol import messages
+from aiotransfer.moe.protocol.errors import EvictedError
+from aiotransfer.moe.protocol.membership import MOST_GONE, MOST_STEPS
+from aiotransfer.moe.protocol.waits import Wait
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.peer import Peer
+
+REASON_SECONDS = 1.0  # that a better reason has, when a rank leaves while the ranks meet
+MOST_VIEW = 16 << 20  # bytes of a view that is sent in pieces
+_logger = logging.getLogger("aiotransfer")
+
+
+class Listener:
+    """Reads the messages of all other ranks, in their order; whatever one of them does, the next is read."""
+
+    def __init__(self, ranks: Ranks, losses: Losses, waiting: Waiting, greetings: Greetings, answers: Answers) -> None:
+        self._ranks = ranks
+        self._losses = losses
+        self._waiting = waiting
+        self._greetings = greetings
+        self._answers = answers
+        self.parted: dict[int, int] = {}  # ranks that have said that they left, or lost this one, by their incarnation
+        self._listens = False
+        self._limit = RateLimit(most=1)
+        self._pieces: dict[int, messages.Pieces] = {}  # of long messages, by sender
+
+    def start(self) -> None:
+        """Read from now on. Twice is silent."""
+        if not self._listens:
+            self._listens = True
+            self._ranks.spawn(self.listen())
+
+    async def listen(self) -> None:
+        """Reads until the all-to-all ends."""
+        ranks = self._ranks
+        claims = Claims(ranks.engine, ranks.addresses, self._take, ranks)
+        try:
+            async for message in ranks.engine.messages(ranks.key):
+                try:
+                    self._sort(claims, message.peer, message.data)
+                except DescriptorError as error:
+                    self._unreadable(message.peer, error)
+                except Exception as error:  # an error of ours in one message: the next one may be another rank's
+                    self._failed(message.peer, error)
+        finally:
+            claims.close()
+
+    def _sort(self, claims: Claims, peer: Peer, data: bytes) -> None:
+        """A message of a rank is taken; one of a peer that may be a rank waits until that is known. Raises `DescriptorError`."""
+        ranks = self._ranks
+        content = messages.decode(ranks.key, data)
+        if content.rank >= ranks.shape.ranks or content.rank == ranks.rank:
+            raise DescriptorError(f"there is no other rank {content.rank}")
+        known = ranks.known[content.rank]
+        if (known is not None and known.peer is peer) or ranks.at(content.rank) is peer:
+            self._take(peer, content)
+        else:
+            claims.add(content.rank, peer, content, len(data))
+
+    def _failed(self, peer: Peer, error: Exception) -> None:
+        left_out = self._limit.admit("failed")
+        if left_out is not None:
+            text = "%s: a message of %s could not be dealt with%s"
+            _logger.error(text, repr(self._ranks), str(peer), more(left_out), exc_info=error)
+
+    def _unreadable(self, peer: Peer, error: DescriptorError) -> None:
+        left_out = self._limit.admit("unreadable")
+        if left_out is not None:
+            _logger.warning("%s: from %s: %s%s", repr(self._ranks), str(peer), str(error), more(left_out))
+
+    def _take(self, peer: Peer, content: messages.Message) -> None:
+        """A message of a rank. Whatever it does, the next one is read."""
+        try:
+            self.heard(peer, content)
+        except DescriptorError as error:  # it cannot be so
+            self._unreadable(peer, error)
+            self.wrong(content, error)
+        except Exception as error:
+            self._failed(peer, error)
+            self.wrong(content, error)
+        self._ranks.wake()
+
+    def wrong(self, content: messages.Message, error: Exception) -> None:
+        """`content` cannot be, or cannot be dealt with here, because of `error`. Steps go on without the rank that sent it; where
+        this rank is still setting up, that fails."""
+        ranks = self._ranks
+        if ranks.running and ranks.membership is not None:
+            if ranks.membership.incarnation(content.rank) != content.incarnation:
+                return  # another one than the rank that is at work
+            reason = f": a message of it could not be dealt with: {error}"
+            self._losses.lose(content.rank, self._losses.lost(content.rank, reason))
+        elif not isinstance(error, DescriptorError):
+            self._answers.failure = error
+
+    def heard(self, peer: Peer, content: messages.Message) -> None:
+        """Do what a message of a rank asks for. Raises `DescriptorError` for one that cannot be."""
+        rank, ranks, answers = content.rank, self._ranks, self._answers
+        if isinstance(content, messages.Piece):
+            whole = self._pieces.setdefault(rank, messages.Pieces(ranks.key, MOST_VIEW)).add(content)
+            if whole is not None:
+                self.heard(peer, whole)
+            return
+        if isinstance(content, messages.Leave) and (content.who == rank or content.of == ranks.incarnation):
+            self.parted[rank] = content.incarnation
+        if ranks.over is not None:
+            return
+        if isinstance(content, messages.Hello):
+            self.hello(rank, peer, content)
+        elif isinstance(content, messages.Ready):
+            answers.ready[rank] = content.incarnations
+        elif isinstance(content, messages.Unable):
+            answers.unable[rank] = clip(content.reason)
+            ranks.send_to(peer, messages.Heard(rank=ranks.rank, incarnation=ranks.incarnation))
+        elif isinstance(content, messages.Heard):
+            answers.know_it.add(rank)
+        elif isinstance(content, messages.ViewUpdate):
+            self.view_update(rank, content)
+        elif isinstance(content, messages.Waits):
+            self._waits(rank, content)
+        elif isinstance(content, messages.Leave):
+            self._left(rank, content)
+        elif content.present is not None:
+            answers.seen[rank] = self._ranks_in(content.present)
+        elif not ranks.running:
+            answers.asked.add(rank)
+        else:
+            present = self._greetings.taking_part()
+            ranks.send_to(peer, messages.WhoIsThere(rank=ranks.rank, incarnation=ranks.incarnation, present=present))
+
+    def _ranks_in(self, present: list[int]) -> set[int]:
+        if max(present, default=0) >= self._ranks.shape.ranks:
+            raise DescriptorError(f"it names rank {max(present)} of {self._ranks.shape.ranks}")
+        return set(present)
+
+    def _waits(self, rank: int, content: messages.Waits) -> None:
+        waits = [Wait(step, kind, sorted(self._ranks_in(ranks))) for step, kind, ranks in content.waits]
+        membership = self._ranks.membership
+        if membership is None or membership.incarnation(rank) != content.incarnation:
+            return  # it takes no part
+        self._waiting.heard[rank] = waits
+        if content.ask:
+            self._waiting.say(rank, ask=False)
+
+    # ---- who comes ----
+
+    def hello(self, rank: int, peer: Peer, hello: messages.Hello) -> None:
+        """A rank says where it is. Raises `DescriptorError` for what cannot be."""
+        ranks, losses, greetings, answers = self._ranks, self._losses, self._greetings, self._answers
+        present = self._ranks_in(hello.present)
+        greetings.check(peer, hello)
+        answers.unable.pop(rank, None)
+        answers.hellos[rank] = (peer, hello)
+        if hello.running:
+            answers.seen[rank] = present
+        membership = ranks.membership
+        if not ranks.running or membership is None:
+            if hello.ask and greetings.buffers is not None:
+                greetings.greet(rank, peer, ask=False)
+            return
+        known = ranks.known[rank]
+        if known is not None and known.incarnation == hello.incarnation:
+            return  # said twice
+        if ranks.shape.difference(hello.shape):
+            greetings.greet(rank, peer, ask=False)  # it will see that they differ
+            return
+        if membership.full or not membership.join(rank, hello.incarnation):
+            # Others have parted from it, and it does not know: it must not wait for this rank.
+            full = f"more than {MOST_GONE} ranks were lost in the life of this all-to-all: make it anew on every rank"
+            reason = full if membership.full else "others have lost it"
+            ranks.send_to(peer, ranks.leave(rank, reason, hello.incarnation))
+            return
+        if known is not None and known.hello is not None:  # otherwise it may have this rank's Hello, which stands
+            losses.forget(rank, PeerLostError(f"{ranks.who(rank)} has started anew", peer=str(peer.address)))
+            ranks.known[rank] = None
+        greetings.greet(rank, peer, ask=False)
+        greetings.hello_of(rank)
+        losses.reasons.pop(rank, None)
+        ranks.open_counters([rank])
+        losses.follow()
+
+    def _near(self) -> int:
+        """No step after this one is spoken of by a rank that is at work with this one: none is more than `slots` ahead of any
+        other, and one that comes back begins so much later, rounded up. A rank that joins, or has not begun, cannot know."""
+        ranks = self._ranks
+        start = None if ranks.membership is None else ranks.membership.start
+        if start is None or self._answers.to_join or not ranks.running:
+            return MOST_STEPS
+        return max(ranks.next_step, start) + 8 * ranks.shape.slots + 2 * ranks.shape.align
+
+    def view_update(self, rank: int, update: messages.ViewUpdate) -> None:
+        """A rank tells its view of all ranks. Raises `DescriptorError` for one that cannot be."""
+        ranks, answers, view, shape = self._ranks, self._answers, update.view, self._ranks.shape
+        me = (ranks.rank, ranks.incarnation)
+        known = ranks.membership is None or ranks.membership.incarnation(rank) == view.incarnation  # else it is not heeded
+        wrong = view.impossible(shape.ranks, self._near() if known else MOST_STEPS, shape.header_bytes, shape.slots)
+        if view.incarnation != update.incarnation:
+            wrong = "a view is not of the rank that sent it"
+        if wrong and me not in view.gone:
+            raise DescriptorError(f"a view that cannot be: {wrong}")
+        if not ranks.running and me in view.joining:
+            answers.to_join = True  # its Hello was of before it was at work: it does not start with this rank, it takes it in
+        if ranks.membership is None or answers.to_join:
+            answers.early.pop(rank, None)
+            answers.early[rank] = update
+            return
+        ranks.running = True  # a rank that tells views has the Ready of every rank
+        ranks.membership.hear(rank, view)
+        self._losses.follow()
+
+    # ---- who leaves ----
+
+    def _left(self, rank: int, leave: messages.Leave) -> None:
+        ranks = self._ranks
+        if not ranks.running and leave.who == rank:  # the ranks do not meet; what an earlier all-to-all says does not matter
+            ranks.spawn(self._left_early(rank, leave))
+            return
+        if ranks.membership is None or rank in ranks.membership.gone:
+            return
+        if leave.who == ranks.rank and leave.of == ranks.incarnation:
+            who, where = ranks.who(rank), str(ranks.addresses[rank])
+            ranks.end(EvictedError(f"{who} gave this rank up: {clip(leave.reason)}", peer=where, ranks=(rank,)))
+        elif leave.who == rank and leave.of == ranks.membership.incarnation(rank):
+            ranks.spawn(self._part(rank, leave))
+
+    async def _left_early(self, rank: int, leave: messages.Leave) -> None:
+        """A rank has left before all have met. What made it leave (shapes that differ, say) may be on its way here, too, or a
+        view of ranks that are at work by now."""
+        await asyncio.sleep(REASON_SECONDS)
+        hello = self._answers.hellos.get(rank)
+        if hello is not None and hello[1].incarnation == leave.incarnation:
+            self._answers.unable[rank] = f"it has left again: {clip(leave.reason)}"
+            self._ranks.wake()
+
+    async def _part(self, rank: int, leave: messages.Leave) -> None:
+        """A rank has left: what it had sent before has landed, and only has to be counted still."""
+        ranks = self._ranks
+        try:
+            async with Patience(ranks.engine.config.drain_timeout):
+                while any(number < leave.upto for number in ranks.steps):
+                    await ranks.changed()
+        except TimeoutError:
+            pass
+        if ranks.membership is not None and ranks.membership.incarnation(rank) == leave.of:  # it may be back already
+            self._losses.lose(rank, self._losses.lost(rank, f" has left: {clip(leave.reason)}"))
