@@ -20,7 +20,7 @@ FIRST_SLEEP, LONGEST_SLEEP = 50e-6, 1e-3  # seconds
 
 
 def kernels_of(package: str, device: Any, stream: Any) -> Any:
-    """The kernels of `package` (modules `cpu` and `triton`) for memory on "cpu", "cuda" or "cuda:1", or such a `torch.device`.
+    """The kernels of `package` (modules `cpu` and `gpu`) for memory on "cpu", "cuda" or "cuda:1", or such a `torch.device`.
 
     Raises `ConfigurationError` for other devices and where torch, Triton or the GPU is missing.
     """
@@ -30,7 +30,7 @@ def kernels_of(package: str, device: Any, stream: Any) -> Any:
     if kind != "cuda" or (colon and not (ordinal.isascii() and ordinal.isdecimal())):
         raise ConfigurationError(f"there are no kernels for {str(device)!r}: host memory ('cpu') and CUDA ('cuda:0') have them")
     try:
-        module = importlib.import_module(f"{package}.triton")
+        module = importlib.import_module(f"{package}.gpu")
     except ImportError as error:
         raise ConfigurationError(
             f"the kernels for a GPU's memory need torch and Triton: {error}",

@@ -31,7 +31,7 @@ def test_other_devices_are_refused(device: str) -> None:
 
 @pytest.mark.parametrize("module", ["torch", "triton"])
 def test_a_gpu_without_the_libraries_is_refused_with_what_is_missing(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    for name in ("aiotransfer.moe.kernels.triton", "aiotransfer.moe.kernels.programs"):
+    for name in ("aiotransfer.moe.kernels.gpu", "aiotransfer.moe.kernels.gpu_programs"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     if module == "triton":

@@ -69,7 +69,7 @@ def test_torch_tensors_of_every_type(dtype: str) -> None:
 def test_the_path_of_a_gpu_under_tritons_interpreter(monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
     skip_interpreter()
     torch = torch_or_skip()
-    from aiotransfer.moe.kernels.triton import TritonKernels
+    from aiotransfer.moe.kernels.gpu import TritonKernels
 
     module = sys.modules["aiotransfer.moe.alltoall"]
     monkeypatch.setattr(module, "kernels_for", lambda device: TritonKernels("cpu"))

@@ -8,6 +8,6 @@ how far it is.
 from __future__ import annotations
 
 from aiotransfer.moe.kernels.base import Kernels, Rows, kernels_for
-from aiotransfer.moe.kernels.stream import GraphWord
+from aiotransfer.moe.kernels.gpu_wait import GraphWord
 
 __all__ = ["GraphWord", "Kernels", "Rows", "kernels_for"]

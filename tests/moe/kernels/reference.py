@@ -31,7 +31,7 @@ def device(name: str) -> Device:
         skip_interpreter()
         import torch
 
-        from aiotransfer.moe.kernels.triton import TritonKernels
+        from aiotransfer.moe.kernels.gpu import TritonKernels
 
         return Device(name, TritonKernels("cpu"), lambda a: torch.from_numpy(a.copy()), lambda memory: memory.numpy())
     torch = skip_gpu()

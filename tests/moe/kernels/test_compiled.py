@@ -116,8 +116,8 @@ def main(capability: int) -> dict[str, Any]:
     import triton
 
     from aiotransfer.moe.kernels import Rows
-    from aiotransfer.moe.kernels import triton as ours
-    from aiotransfer.moe.kernels.programs import bump_kernel, move_kernel, weigh_kernel
+    from aiotransfer.moe.kernels import gpu as ours
+    from aiotransfer.moe.kernels.gpu_programs import bump_kernel, move_kernel, weigh_kernel
 
     driver = NoGpu(capability)
     triton.runtime.driver.set_active(driver)

@@ -62,8 +62,8 @@ def main(capability: int) -> dict[str, Any]:
     import torch
     import triton
 
-    from aiotransfer.weights.kernels import triton as ours
-    from aiotransfer.weights.kernels.programs import cast_kernel, quantise_kernel
+    from aiotransfer.weights.kernels import gpu as ours
+    from aiotransfer.weights.kernels.gpu_programs import cast_kernel, quantise_kernel
 
     driver = NoGpu(capability)
     triton.runtime.driver.set_active(driver)

@@ -46,7 +46,7 @@ class Device:
 def on(request: pytest.FixtureRequest) -> Iterator[Device]:
     if request.param == "interpreter":
         skip_interpreter()
-        from aiotransfer.weights.kernels.triton import TritonKernels
+        from aiotransfer.weights.kernels.gpu import TritonKernels
 
         kernels: Kernels = TritonKernels("cpu")
     elif request.param == "cuda":
@@ -242,7 +242,7 @@ async def test_other_devices_are_refused(device: str) -> None:
 
 @pytest.mark.parametrize("module", ["torch", "triton"])
 async def test_a_gpu_without_the_libraries_is_refused_with_what_is_missing(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    for name in ("aiotransfer.weights.kernels.triton", "aiotransfer.weights.kernels.programs"):
+    for name in ("aiotransfer.weights.kernels.gpu", "aiotransfer.weights.kernels.gpu_programs"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     if module == "triton":

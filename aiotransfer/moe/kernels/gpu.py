@@ -17,13 +17,13 @@ import triton
 
 from aiotransfer.engine.launches import Launches
 from aiotransfer.model.dtypes import lookup
-from aiotransfer.moe.kernels.programs import INTERPRETED, bump_kernel, move_kernel, weigh_kernel
+from aiotransfer.moe.kernels.gpu_programs import INTERPRETED, bump_kernel, move_kernel, weigh_kernel
 from aiotransfer.providers.rows import Rows
 
 WORD = 16
 BLOCK_UNITS = 4096  # of 4 bytes or of one: a program copies up to 16 KiB, each of its 128 threads eight words of 16 bytes
 BLOCK_NUMBERS = 1024  # each of 128 threads sums eight columns: 16 bytes of bfloat16 at once
-# How memory of each type is handed to `weigh_kernel`: as source and as result. See `programs` for why some are integers there.
+# How memory of each type is handed to `weigh_kernel`: as source and as result. See `gpu_programs` for why some are integers there.
 TYPES = {
     "float32": (torch.float32, torch.int32),
     "float16": (torch.float16, torch.int16),

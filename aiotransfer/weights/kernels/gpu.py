@@ -19,12 +19,12 @@ import triton
 from aiotransfer.engine.launches import Launches
 from aiotransfer.providers.convert import BLOCK, FLOAT8, SOURCES, Blocks, NotFiniteError, fitting, inner
 from aiotransfer.providers.numbers import Numbers, check_apart, checked, in_rows, merged
-from aiotransfer.weights.kernels.programs import INTERPRETED, cast_kernel, quantise_kernel
+from aiotransfer.weights.kernels.gpu_programs import INTERPRETED, cast_kernel, quantise_kernel
 
 COLUMNS = 1024  # of a cast, for one program: each of 128 threads converts eight
 MOST_IN_BLOCK = 1 << 16  # elements, with the sides rounded up to powers of two
 FAR = torch.iinfo(torch.int64).max  # no place
-# How memory of each type is handed to a program: as source and as result. Some are integers there, see `programs`.
+# How memory of each type is handed to a program: as source and as result. Some are integers there, see `gpu_programs`.
 TYPES = {
     "float32": (torch.float32, torch.int32),
     "float16": (torch.float16, torch.int16),
