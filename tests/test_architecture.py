@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import aiotransfer
+from tests.architecture.circles import out_of_rooms
+from tests.architecture.sources import package
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "aiotransfer"
@@ -31,6 +33,14 @@ MAY_IMPORT = {  # folder: the folders beneath it
     "weights": {"model", "core", "control", "engine", "providers", "telemetry"},
     "testing": {"model", "core", "providers", "control", "engine"},
     "cli": {"model", "core", "providers", "control", "engine", "testing"},
+}
+ROOMS: dict[str, dict[str, set[str]]] = {  # within a folder: each room, and those beneath it; the folder itself is above all
+    "moe": {
+        "protocol": set(),
+        "kernels": set(),
+        "communicator": {"protocol"},
+        "step": {"protocol", "communicator"},
+    },
 }
 PRIVATE_OF_THE_ENGINE = {"kv": {"_values"}, "moe": {"_check", "_connections", "_lane", "_loop"}}  # that components use: no more
 PURE = (
@@ -158,6 +168,15 @@ def test_components_use_no_private_name_of_the_engine_but_those_that_are_listed(
         and re.search(r"(^|[._])engine$", ast.unparse(node.value))
     }  # fmt: skip
     assert used == PRIVATE_OF_THE_ENGINE.get(folder, set())
+
+
+@pytest.mark.parametrize("folder", ROOMS)
+def test_rooms_import_only_those_beneath_them(folder: str) -> None:
+    modules = package()
+    assert {module.room for module in modules.values() if module.room.startswith(f"{folder}/")} == {
+        f"{folder}/{room}" for room in ROOMS[folder]
+    }
+    assert out_of_rooms(modules, folder, ROOMS[folder]) == []
 
 
 def test_imports_make_no_cycle() -> None:

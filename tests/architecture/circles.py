@@ -91,3 +91,16 @@ def upward_arrows(modules: Mapping[str, Module], may_import: Mapping[str, set[st
         if back and (len(ones), here_room) < (len(back), there_room):
             found += ones
     return found
+
+
+def out_of_rooms(modules: Mapping[str, Module], folder: str, rooms: Mapping[str, set[str]]) -> list[Finding]:
+    """Each import within `folder` that leaves a room for one that is not beneath it, or for the folder itself, whatever kind of
+    import it is. `rooms`: those beneath each."""
+    found = []
+    for arrow in arrows(modules):
+        here, there = modules[arrow.source], modules[arrow.target].room
+        inside = there.partition("/")[0] == folder and here.room.startswith(f"{folder}/")
+        beneath = rooms.get(here.room.removeprefix(f"{folder}/"), set())
+        if inside and there not in {here.room, *(f"{folder}/{room}" for room in beneath)}:
+            found.append(Finding(here.room, f"{here.path}:{arrow.line}", f"imports {arrow.target}"))
+    return found

@@ -63,6 +63,25 @@ def test_an_arrow_to_a_room_that_is_not_beneath_is_upward() -> None:
     assert [(one.room, one.where) for one in found] == [("core", "aiotransfer/core/a.py:3")]
 
 
+@pytest.mark.parametrize("text", [
+    "from aiotransfer.kv.high.x import X\n",
+    "from aiotransfer.kv.a import A\n",
+    "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from aiotransfer.kv.high.x import X\n",
+    "def f():\n    from aiotransfer.kv.high.x import X\n",
+])  # fmt: skip
+def test_a_room_that_imports_what_is_not_beneath_it_is_seen(text: str) -> None:
+    tree = {
+        "aiotransfer/kv/a.py": "from aiotransfer.kv.high.x import X\nfrom aiotransfer.kv.low.y import Y\n",
+        "aiotransfer/kv/high/x.py": "from aiotransfer.kv.low.y import Y\nfrom aiotransfer.kv.high.z import Z\n",
+        "aiotransfer/kv/high/z.py": "",
+        "aiotransfer/kv/low/y.py": "",
+    }
+    rooms: dict[str, set[str]] = {"low": set(), "high": {"low"}}
+    assert circles.out_of_rooms(package(tree), "kv", rooms) == []
+    found = circles.out_of_rooms(package(tree | {"aiotransfer/kv/low/y.py": text}), "kv", rooms)
+    assert [(one.room, one.where) for one in found] == [("kv/low", f"aiotransfer/kv/low/y.py:{text.count(chr(10))}")]
+
+
 def test_of_rooms_within_a_room_the_rarer_direction_is_upward() -> None:
     tree = package(
         {

@@ -1,8 +1,8 @@
 """How the ranks of an all-to-all meet.
 
-Every rank connects to every other, gives it a lease of its memory and says `Hello`. When it has everyone's, it says `Ready`;
-when everyone is, the first step may begin. One that finds the others at work (their Hello says so) joins: they take it into
-their views (`moe.protocol.membership`), and it begins at the step that follows from them.
+Every rank connects to every other, gives it a lease of its memory and says `Hello`. When it has the Hello of all, it says
+`Ready`; when all are, the first step may begin. A rank that finds the others at work (their Hello says so) joins: they take it
+into their views (`moe.protocol.membership`), and it begins at the step that follows from them.
 """
 
 from __future__ import annotations

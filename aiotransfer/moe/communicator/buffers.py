@@ -2,7 +2,7 @@
 
     received   one region, under a lease of its own for each other rank; results that they fetch lie in it, too
     sent       per slot: a first message for each rank, and the tokens as rows
-    packing    per slot, where somebody is reached by a network: packed rows and packed results
+    packing    per slot, where a rank is reached by a network: packed rows and packed results
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Buffers:
             self.pack()
 
     def pack(self) -> None:
-        """Somebody takes rows in one piece: have room to pack them, and results."""
+        """A rank takes rows in one piece: have room to pack them, and results. Twice is silent."""
         if self.packing is None:
             self._pack = -(-(self._results + self.shape.recv_rows * self.shape.result_bytes) // 4096) * 4096
             self.packing, _, self._packed = _allocate(self._engine, self.shape.slots * self._pack, self.gpu)

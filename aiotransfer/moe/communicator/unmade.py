@@ -52,7 +52,7 @@ def told_to_others(make: Callable[Given, None]) -> Callable[Given, None]:
 
 
 def _left_unmade(given: list[Any], named: dict[str, Any], error: BaseException) -> None:
-    """Answer for it from now on, where its name and its group can be known at all."""
+    """Answer for an all-to-all that could not be made, because of `error`, where its name and its group can be known at all."""
     engine = given[1] if len(given) > 1 else named.get("engine")
     group = given[2] if len(given) > 2 else named.get("group")
     name = named.get("name", "")

@@ -19,7 +19,7 @@ class CpuKernels:
     device = "cpu"
 
     def place(self, array: Any) -> Any:
-        """It is where it has to be; contiguous."""
+        """`array` itself, or a copy where it is not contiguous."""
         return np.ascontiguousarray(array)
 
     def move(self, dst: Rows, dst_rows: Any, src: Rows, src_rows: Any, n: int) -> None:
@@ -43,4 +43,4 @@ class CpuKernels:
         word[0] += 1
 
     async def settle(self, timeout: float | None = None) -> None:
-        """Nothing is ever under way."""
+        """Returns at once: calls are done when they return."""

@@ -23,7 +23,7 @@ from aiotransfer.providers.rows import Rows
 WORD = 16
 BLOCK_UNITS = 4096  # of 4 bytes or of one: a program copies up to 16 KiB, each of its 128 threads eight words of 16 bytes
 BLOCK_NUMBERS = 1024  # each of 128 threads sums eight columns: 16 bytes of bfloat16 at once
-# How memory of each type is handed to `weigh_kernel`: as source and as result. See `gpu_programs` for why some are integers there.
+# How memory of each type is handed to `weigh_kernel`: as source and as result. Some are integers, see `gpu_programs`.
 TYPES = {
     "float32": (torch.float32, torch.int32),
     "float16": (torch.float16, torch.int16),

@@ -84,5 +84,5 @@ def weigh_kernel(
 
 @triton.jit
 def bump_kernel(word):
-    """One more. The release reaches the whole system: whoever sees the new value sees what was written before it."""
+    """Add one. The release reaches the whole system: a reader of the new value sees what was written before it."""
     tl.atomic_add(word, 1, sem="release", scope="sys")

@@ -70,7 +70,7 @@ class GraphWord(Unpicklable):
         return self._watcher.value
 
     async def _change(self) -> None:
-        """One of those who wait looks, on behalf of all; when it ends, however it does, the others go on."""
+        """One of the tasks that wait looks, on behalf of all; when it ends, however it does, the others go on."""
         if self._closed:
             raise ClosedError("the word is no longer watched")
         if self._looking:
@@ -93,7 +93,7 @@ class GraphWord(Unpicklable):
                     turn.set_result(None)
 
     def close(self) -> None:
-        """Watch no more: who waits gets `ClosedError`. Twice is silent."""
+        """Watch no more: tasks that wait get `ClosedError`. Twice is silent."""
         self._closed = True
         self._watcher.close()
 

@@ -36,21 +36,21 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
 
 
 class Hello(_Message, frozen=True, tag=1):
-    """Here I am: my shape, and where to write to me."""
+    """The sender says where it is: its shape, and where to write to it."""
 
     shape: Annotated[dict[Annotated[str, msgspec.Meta(max_length=40)], int | Annotated[str, msgspec.Meta(max_length=40)]],
                      msgspec.Meta(max_length=40)]  # fmt: skip
     region: Annotated[bytes, msgspec.Meta(max_length=MOST_REGION)]  # descriptor, for the receiver alone
-    direct: bool  # rows may be put at their final places one by one; otherwise they come in one piece into my staging area
-    reads: bool  # I fetch results from where they lie in your region, where you let me
-    computed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]  # the byte of my region at which they begin; 0: I send them
+    direct: bool  # rows may be put at their final places one by one; otherwise they come in one piece into its staging area
+    reads: bool  # it fetches results from where they lie in the receiver's region, where that is allowed
+    computed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]  # the byte of its region at which results begin; 0: it sends them
     running: bool  # steps are being made already: the receiver joins
-    ask: bool  # the receiver is to answer with a Hello of its own: an earlier one may have come before anybody read them
+    ask: bool  # the receiver is to answer with a Hello of its own: an earlier one may have come before it was read
     present: RankList  # when running: ranks that take part, the sender too
 
 
 class Ready(_Message, frozen=True, tag=2):
-    """I have everyone's Hello; these are the incarnations."""
+    """The sender has the Hello of every rank, with these incarnations."""
 
     incarnations: Annotated[list[Incarnation], msgspec.Meta(max_length=MOST_RANKS)]
 
@@ -62,7 +62,7 @@ class ViewUpdate(_Message, frozen=True, tag=3):
 
 
 class Leave(_Message, frozen=True, tag=4):
-    """I take no part any more, or (of another rank) you do not."""
+    """The sender takes no part any more, or (`who` is the receiver) the receiver does not."""
 
     who: Rank
     of: Incarnation  # its incarnation
@@ -71,9 +71,9 @@ class Leave(_Message, frozen=True, tag=4):
 
 
 class WhoIsThere(_Message, frozen=True, tag=5):
-    """A question of one who cannot find all, and the answer of one who is at work."""
+    """The question of a rank that cannot find all others, and the answer of one that is at work."""
 
-    present: RankList | None  # ranks that take part, the sender too; None: tell me
+    present: RankList | None  # ranks that take part, the sender too; None: this is the question
 
 
 class Unable(_Message, frozen=True, tag=6):
@@ -109,17 +109,17 @@ _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
 
 
 def prefix(name: str, members: str) -> bytes:
-    """How all messages of one all-to-all begin."""
+    """How all messages of the all-to-all of this `name` begin, between these `members` (their addresses, with commas)."""
     return MARK + hashlib.blake2b(f"{name}\0{members}".encode(), digest_size=KEY_BYTES).digest()
 
 
 def key_of(name: str, members: Iterable[Address]) -> bytes:
-    """The same for the members of a group."""
+    """The same for the addresses of the `members` of a group."""
     return prefix(name, ",".join(map(str, members)))
 
 
 def words(text: str) -> str:
-    """A reason as it can travel: on one line."""
+    """`text`, the reason for something, as it can travel: on one line, and not too long."""
     return " ".join(text[:MOST_TEXT].split()).encode("utf-8", "backslashreplace").decode()[:MOST_TEXT]
 
 
@@ -129,7 +129,7 @@ def encode(key: bytes, message: Message) -> bytes:
 
 
 def pieces(key: bytes, message: Message) -> list[bytes]:
-    """The same as messages of the engine, which have at most 1 MiB: one, or several `Piece`s."""
+    """`message` as messages of the engine, which have at most 1 MiB: one, or several `Piece`s."""
     data = encode(key, message)
     if len(data) <= PIECE:
         return [data]

@@ -22,7 +22,7 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def exclusive(counts: Ints, axis: int = -1) -> Ints:
-    """Sums of what lies before each."""
+    """For each of `counts` along `axis`: the sum of those before it."""
     return np.cumsum(counts, axis=axis) - counts
 
 

@@ -6,7 +6,7 @@ from aiotransfer.moe.protocol.shape import TAG_BYTES
 
 
 def encoded(tag: int | str | None) -> bytes:
-    """As it travels in a header; empty for None. Raises `TypeError` or `ValueError`."""
+    """`tag` as it travels in a header; empty for None. Raises `TypeError` or `ValueError`."""
     if tag is None:
         return b""
     if type(tag) is int:

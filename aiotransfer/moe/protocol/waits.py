@@ -1,4 +1,4 @@
-"""Who waits for whom, and so who it is that has not come. Pure.
+"""Which rank waits for which, and so which one has not come. Pure.
 
 A rank that is late may itself wait for another one, in an earlier step: it is not to blame. What is waited for has a *place*: a
 step, and what of it. Each rank needs what comes at earlier places before it sends what comes at later ones. So a rank that waits
@@ -17,7 +17,7 @@ WORDS = {BEGIN: "its agreement to the begin", 0: "the first rows", 1: "the rest 
 
 
 class Wait(NamedTuple):
-    """A rank waits at a place for these."""
+    """A rank waits at a place for these `ranks`."""
 
     step: int
     kind: int
@@ -30,8 +30,8 @@ class Wait(NamedTuple):
 
 
 def culprits(rank: int, wait: Wait, others: Mapping[int, Sequence[Wait]]) -> dict[int, Wait]:
-    """Who has not come when `rank` waits like this: each with the wait that is in vain. `others`: what every rank waits for, as
-    it says, this one too; a rank that says nothing is not there. It ends, as places only become earlier."""
+    """The ranks that have not come when `rank` waits like `wait`, each with the wait that is in vain. `others`: what every rank
+    waits for, as it says, this one too; a rank that says nothing is not in it. The search ends, as places only become earlier."""
     found: dict[int, Wait] = {}
     seen: set[tuple[int, tuple[int, int]]] = set()
     left = [wait]

@@ -94,7 +94,7 @@ class Dispatched:
 
 
 class _NotYet(Exception):
-    """A part of a deadline has passed."""
+    """A part of a deadline has passed, and the work goes on."""
 
 
 async def _within(limit: float, work: Callable[[], Awaitable[Any]]) -> Any:
@@ -195,7 +195,7 @@ class DispatchHalf(_Half):
 
     async def _receive(self) -> None:
         step = self._handle._step
-        if step.ahead is not None:  # at work since the other half; what cancels us does not cancel it
+        if step.ahead is not None:  # at work since the other half; what cancels this call does not cancel it
             await asyncio.wait([step.ahead])
         await step.receive()
 

@@ -419,7 +419,7 @@ class Step:
         return rank // dp * dp + self.ranks.rank % dp
 
     async def receive_results(self) -> Any:
-        """Returns whose results are here, as bool by rank."""
+        """Returns which ranks' results are here, as bool by rank."""
         exchange = self.exchange
         ranks, shape, ranges = self.ranks, self.ranks.shape, self.ranges
         dp, local = shape.dp_size, shape.local_experts
