@@ -18,6 +18,7 @@ from aiotransfer.providers import native
 if TYPE_CHECKING:
     from aiotransfer.config import Config
     from aiotransfer.engine.world import World
+    from aiotransfer.model.address import Address
     from aiotransfer.providers.lane import Lane
 
 
@@ -40,6 +41,7 @@ class EngineBase:
     name: str
     config: Config
     incarnation: int
+    address: Address
     _state: str
     _timeout: float
     _p: Any

@@ -112,11 +112,7 @@ def _end_lane(engine: Engine, patience: float | None = None) -> None:
 
 async def _release_memory(engine: Engine, deadline: float) -> None:
     for region in list(engine._regions.values()):
-        region._keepers = 0
-        if not region._closed:
-            region.close()
-        elif not region._freed:
-            region._end()
+        region._abandon()
     held = [region for region in engine._regions.values() if not region._settle()]
     while held and engine._loop.time() < deadline:  # a peer that was inside a chunk leaves it soon
         await asyncio.sleep(0.001)

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.advice import advise
 from aiotransfer.config import Config
-from aiotransfer.control.frames import OfferWire, PeerInfo, Revoked
+from aiotransfer.control.frames import OfferWire, PeerInfo
 from aiotransfer.control.key import load_key
 from aiotransfer.control.link import Identity
 from aiotransfer.control.patience import despite_cancels
 from aiotransfer.control.ratelimit import RateLimit
 from aiotransfer.core.ledger import Ledger
 from aiotransfer.core.rails import pairing
-from aiotransfer.engine import memory
+from aiotransfer.engine import registrations
 from aiotransfer.engine.arguments import advertised, check_rails, engine_name
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.connections import Connections
 from aiotransfer.engine.counter import Counter
 from aiotransfer.engine.display import Shown, ended_html, ended_text, engine_html, engine_text
 from aiotransfer.engine.ending import close, finish, take_apart
+from aiotransfer.engine.grants import Grants
 from aiotransfer.engine.group import PeerGroup
 from aiotransfer.engine.groups import Groups
 from aiotransfer.engine.liveness import Liveness
@@ -36,7 +36,7 @@ from aiotransfer.engine.plans import Planner
 from aiotransfer.engine.progress import Handler, Progress
 from aiotransfer.engine.publications import Publications
 from aiotransfer.engine.quarantine import Quarantine
-from aiotransfer.engine.region import ACCESSES, Region
+from aiotransfer.engine.region import Region, Regions
 from aiotransfer.engine.statistics import Statistics
 from aiotransfer.engine.sweeper import Sweeper
 from aiotransfer.engine.threads import ThreadHandle
@@ -47,16 +47,13 @@ from aiotransfer.engine.watch import Watcher
 from aiotransfer.engine.world import REAL, World
 from aiotransfer.errors import ClosedError, ConfigurationError, RegionError, TransferError
 from aiotransfer.model.address import Address
-from aiotransfer.model.dtypes import lookup as lookup_dtype
 from aiotransfer.providers import native
-from aiotransfer.providers.lane import Lane, Segment
+from aiotransfer.providers.lane import Lane
 from aiotransfer.providers.port import Outside, Terms
 from aiotransfer.providers.select import check_names, open_providers
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from aiotransfer.model.descriptor import Grant
 
 MOST_REASONS = 4096  # of revocations, kept for errors
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -114,10 +111,11 @@ class Engine(Planner, Unpicklable):
         self._turn_scheduled = False
         self._ledger: Ledger[Transfer] = Ledger()
         self._quarantined: dict[int, object] = {}
-        self._regions: dict[int, Region] = {}
-        self._closing_regions: dict[int, Region] = {}
-        self._granted: dict[int, tuple[Region, Grant]] = {}  # by slot
+        self._publications = Publications()
         self._quarantine = Quarantine(self)
+        self._grants = Grants(self, self._quarantine, lambda: self.peers)
+        self._memory = Regions(self, self._grants, self._publications.unpublish_region)
+        self._regions = self._memory.by_number
         self._revocations: dict[tuple[int, int, int], str] = {}  # reasons, by incarnation, slot and epoch
         self._values = Values(self, self._world.entropy)
         self._counters = self._values.counters
@@ -132,14 +130,13 @@ class Engine(Planner, Unpicklable):
             self, lambda peer: self._paths.suspect(peer), lambda peer, now, blocked: self._paths.look(peer, now, blocked)
         )
         self._mailbox = Mailbox(self._loop)
-        self._publications = Publications()
         self._sweeper = Sweeper(self, self._ledger, self._unproved)
         self._closer: asyncio.Task[None] | None = None
         self._limit = RateLimit()
         try:
             self._providers, self.missing = open_providers(
-                self._preference, self._lane, self.incarnation, self._segment_of, self._lent_region,
-                lambda grant: memory.is_as_granted(grant, self._granted), self._world, self._chosen_rails, pairing,
+                self._preference, self._lane, self.incarnation, self._grants.segment_of,
+                self._grants.region_of, self._grants.is_as_granted, self._world, self._chosen_rails, pairing,
                 await self._outside(),
                 self._key.kind == "file",
             )  # fmt: skip
@@ -196,21 +193,7 @@ class Engine(Planner, Unpicklable):
         is for kernels to see after `await region.flush()`.
         """
         self._check()
-        if access != "auto" and access not in ACCESSES:
-            raise ValueError(f"access must be 'auto' or one of {ACCESSES}, not {access!r}")
-        plain = memory.describe(buffer)
-        if plain.device != "cpu":
-            from aiotransfer.engine.staging import region_of
-
-            region = region_of(self, plain, access, staging)
-        else:
-            region = Region(
-                self, plain.address, plain.nbytes, device=plain.device, writable=plain.writable, keep=plain.keep, access=access
-            )
-            if not plain.heap:
-                self._lane.look_at_region(region._number)
-        self._regions[region._number] = region
-        return region
+        return registrations.register(self._memory, buffer, access, staging, self._providers.values())
 
     def allocate(self, shape_or_nbytes: int | Sequence[int], dtype: Any = "uint8") -> Region:
         """Zeroed memory that peers of this host map directly; `.numpy()` and `.torch()` are views of it.
@@ -218,25 +201,7 @@ class Engine(Planner, Unpicklable):
         A plain int is a number of elements of `dtype`. Raises `RegistrationError` when the memory cannot be had.
         """
         self._check()
-        kind = lookup_dtype(dtype)
-        dims = (shape_or_nbytes,) if isinstance(shape_or_nbytes, int) else tuple(shape_or_nbytes)
-        shape = []
-        for dim in dims:
-            if isinstance(dim, bool) or not hasattr(dim, "__index__"):
-                raise TypeError(f"a shape holds ints, not {dim!r}")
-            if int(dim.__index__()) < 0:
-                raise ValueError(f"a shape has no negative dimensions: {tuple(dims)}")
-            shape.append(int(dim.__index__()))
-        nbytes = math.prod(shape) * kind.itemsize
-        if nbytes > memory.MOST_BYTES:
-            raise ValueError(f"{nbytes} bytes are more than an address space holds")
-        segment = Segment.allocate(nbytes)
-        region = Region(
-            self, segment.address, nbytes, device="cpu", writable=True, keep=segment, access="auto", segment=segment,
-            shape=tuple(shape), dtype=kind.name,
-        )  # fmt: skip
-        self._regions[region._number] = region
-        return region
+        return registrations.allocate(self._memory, shape_or_nbytes, dtype)
 
     def publish(self, name: str, region: Region, *, access: str = "write") -> None:
         """Let peers look `region` up by name; it is kept alive until `unpublish`. A taken name is a `ValueError`."""
@@ -252,30 +217,6 @@ class Engine(Planner, Unpicklable):
         self._check()
         self._publications.unpublish(name)
 
-    def _unpublish_region(self, region: Region) -> None:
-        self._publications.unpublish_region(region)
-
-    def _lent(self, slot: int, epoch: int, who: int) -> tuple[Region, Grant] | None:
-        region, grant = self._granted.get(slot, (None, None))
-        if region is None or grant is None or epoch != grant.epoch or grant.holder not in (0, who):
-            return None
-        if not self._lane.grant_valid(slot, epoch):
-            return None
-        return region, grant
-
-    def _segment_of(self, slot: int, epoch: int, segment: int, who: int) -> Segment | None:
-        lent = self._lent(slot, epoch, who)
-        return lent[0]._segment if lent is not None and lent[0]._number == segment else None
-
-    def _lent_region(self, slot: int, epoch: int, who: int) -> tuple[Grant, int, int] | None:
-        lent = self._lent(slot, epoch, who)
-        return None if lent is None else (lent[1], lent[0]._number, lent[1].base - lent[0]._address)
-
-    def _tell_revoked(self, peer: Peer, grants: Iterable[Grant], reason: str) -> None:
-        told = [(grant.slot, grant.epoch) for grant in grants]
-        if told and peer._state == "up" and peer.incarnation != self.incarnation:
-            peer._reply(Revoked(slots=[slot for slot, _ in told], reason=reason, epochs=[epoch for _, epoch in told]))
-
     def _remote_revoked(self, peer: Peer, slots: list[int], epochs: list[int], reason: str) -> None:
         """For the words of errors: the epoch word is what decides."""
         for slot, epoch in list(zip(slots, epochs, strict=False))[-MOST_REASONS:]:
@@ -284,12 +225,6 @@ class Engine(Planner, Unpicklable):
                 path.revoked(slot, epoch)
         while len(self._revocations) > MOST_REASONS:
             del self._revocations[next(iter(self._revocations))]
-
-    def _region_free(self, number: int) -> None:
-        region = self._closing_regions.pop(number, None)
-        if region is not None:
-            region._native_busy = False
-            region._settle()
 
     # ---- counters, messages, peers ----
 
@@ -385,7 +320,7 @@ class Engine(Planner, Unpicklable):
             lib.AT_EV_PEER: lambda number, status, count: self._peer_event(number, status),
             lib.AT_EV_RAIL: lambda number, status, count: self._rail_event(number, count),
             lib.AT_EV_GRANT: lambda number, status, count: self._quarantine.look(),
-            lib.AT_EV_REGION: lambda number, status, count: self._region_free(number),
+            lib.AT_EV_REGION: lambda number, status, count: self._memory.unused(number),
             lib.AT_EV_WATCH: lambda number, status, count: self._word_event(number, count),
         }
 

@@ -15,18 +15,20 @@ Between hosts there are no such words: the holder confirms that nothing is poste
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiotransfer.control.patience import Patience
 from aiotransfer.engine.unpicklable import Unpicklable
-from aiotransfer.errors import QuarantineError, RegionError
+from aiotransfer.errors import QuarantineError
 from aiotransfer.model.descriptor import Grant, RemoteRegion
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from aiotransfer.engine.base import EngineBase
+    from aiotransfer.engine.grants import Grants
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import RegionView
 
 DEATH_SECONDS = 0.1  # between the end of a dying process's connection and the news of its death
 SPINS = 16  # turns of the loop before the slower look: a chunk takes less
@@ -37,18 +39,18 @@ class Lease(Unpicklable):
 
     _instead = "send lease.descriptor.encode()"
 
-    def __init__(self, view: RegionView, peer: Peer, access: str) -> None:
-        region = view._root
-        self._engine = engine = view._engine
-        self._region = region
+    def __init__(
+        self, engine: EngineBase, grants: Grants, grant: Grant, nbytes: int, peer: Peer, over: Callable[[Lease], None]
+    ) -> None:
+        self._engine = engine
+        self._grants = grants
+        self._grant = grant
+        self._over = over  # its region's: called when it is revoked
         self.peer = peer
-        self.nbytes = view.nbytes
-        self._grant: Grant = region._new_grant(access, view._start, view.nbytes, peer.incarnation)
+        self.nbytes = nbytes
         self._state = "active"
         self._waiters: dict[asyncio.Future[None], None] = {}
-        region._leases[self] = None
-        peer._leases[self] = None
-        engine._granted[self._grant.slot] = region, self._grant
+        peer._holds(self)
 
     @property
     def descriptor(self) -> RemoteRegion:
@@ -116,7 +118,7 @@ class Lease(Unpicklable):
         engine = self._engine
         if engine._lane.usable:
             engine._lane.revoke_grant(self._grant.slot)
-            engine._tell_revoked(self.peer, [self._grant], reason)
+            self._grants.tell(self.peer, [self._grant], reason)
 
     def _settle(self) -> bool:
         """Look whether it is over. Otherwise it is looked at again."""
@@ -126,18 +128,17 @@ class Lease(Unpicklable):
         if not engine._lane.usable:  # closed: what could not be proved then was reported, and never will be here
             return True
         if engine._lane.grant_active(slot) != 0:
-            engine._quarantine.add(self)
+            self._grants.quarantine.add(self)
             return False
         engine._lane.free_grant(slot)
         self._state = "revoked"
-        engine._quarantine.discard(self)
-        engine._granted.pop(slot, None)
-        self._region._leases.pop(self, None)
-        self.peer._leases.pop(self, None)
+        self._grants.quarantine.discard(self)
+        self._grants.granted.pop(slot, None)
+        self.peer._holds_no_more(self)
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
-        self._region._lease_over()
+        self._over(self)
         return True
 
     def _peer_gone(self) -> None:
@@ -165,18 +166,3 @@ class Lease(Unpicklable):
 
     def __repr__(self) -> str:
         return f"<Lease {self.nbytes} bytes to {self.peer.name or self.peer.address} ({self.access}), {self._state}>"
-
-
-def lease(view: RegionView, peer: object, access: str) -> Lease:
-    """What `Region.lease` does. Raises as it says."""
-    from aiotransfer.engine.peer import Peer
-
-    engine = view._engine
-    engine._check()
-    if not isinstance(peer, Peer):
-        raise TypeError(f"a lease is given to a Peer, not to {type(peer).__name__}")
-    if peer._engine is not engine:
-        raise RegionError(f"{peer} belongs to another engine")
-    peer._check_up()
-    view._root._check_grantable(access)
-    return Lease(view, peer, access)

@@ -18,7 +18,7 @@ from aiotransfer.errors import RegistrationError
 from aiotransfer.providers import lane as native_lane
 
 if TYPE_CHECKING:
-    from aiotransfer.model.descriptor import Grant
+    pass
 
 MOST_BYTES = (1 << 63) - 1
 PARTS = "register the tensors that it is made of"
@@ -167,12 +167,3 @@ def describe(buffer: object) -> Plain:
         f"{type(buffer).__name__} is no memory: it has neither the buffer protocol nor __dlpack__",
         hint="pass an array, a tensor, bytes-like memory or (address, nbytes, device)",
     )
-
-
-def is_as_granted(grant: Grant, granted: dict[int, tuple[Any, Grant]]) -> bool:
-    """Whether a live grant of ours that somebody presents is as we gave it. Of another epoch it is none, as writers see."""
-    _, ours = granted.get(grant.slot, (None, None))
-    if ours is None or ours.epoch != grant.epoch:
-        return True
-    start, right = grant.base - ours.base, ours.access in (grant.access, "both") and ours.holder == grant.holder
-    return right and 0 <= start <= start + grant.nbytes <= ours.nbytes

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aiotransfer.core.ledger import Ledger
     from aiotransfer.engine.liveness import Liveness
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.staging import Stage
+    from aiotransfer.engine.staged import Stage
     from aiotransfer.engine.sweeper import Sweeper
 
 _new: Callable[[type[Transfer]], Transfer] = object.__new__

@@ -14,7 +14,7 @@ import numpy as np
 from aiotransfer.engine.arguments import Pages, check_imm
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.region import RegionView
-from aiotransfer.engine.staging import page_spans, stager
+from aiotransfer.engine.staged import page_spans, stager
 from aiotransfer.engine.submit import Submitter
 from aiotransfer.engine.transfer import Transfer
 from aiotransfer.model.descriptor import RemoteRegion

@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from aiotransfer.control import frames
 from aiotransfer.control.line import Line
@@ -40,7 +40,6 @@ from aiotransfer.providers import native
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.lease import Lease
     from aiotransfer.providers.port import Path
 
 MOST_MESSAGE_BYTES = 1 << 20
@@ -77,6 +76,13 @@ class Message(NamedTuple):
     data: bytes
 
 
+class Lent(Protocol):
+    """A right to memory of ours that a peer holds: a lease. What it does for the engine is private to users."""
+
+    def _peer_gone(self) -> None:
+        """The peer was lost or closed, and is barred: it is over, unless the peer is inside a write."""
+
+
 class Peer(Unpicklable):
     """Another engine. Made by `Engine.connect` or by its own connecting (`Engine.arrivals`)."""
 
@@ -106,7 +112,7 @@ class Peer(Unpicklable):
         self._receive_credit = ReceiveCredit(engine.config.message_window_count, engine.config.message_window_bytes)
         self._send_queue: deque[tuple[asyncio.Future[None], bytes]] = deque()
         self._waiting_ops = 0
-        self._leases: dict[Lease, None] = {}  # of our memory, to this peer
+        self._leases: dict[Lent, None] = {}  # of our memory, to this peer
         self._early_joins = 0  # for groups that are not known here yet
         self._answers: dict[asyncio.Task[None], int] = {}  # to its questions, under way; how long those are
         self._answer_bytes = 0
@@ -351,6 +357,14 @@ class Peer(Unpicklable):
                 turn.set_result(None)
             except BusyError as error:
                 turn.set_exception(error)
+
+    # ---- rights to memory of ours ----
+
+    def _holds(self, lent: Lent) -> None:
+        self._leases[lent] = None
+
+    def _holds_no_more(self, lent: Lent) -> None:
+        self._leases.pop(lent, None)
 
     # ---- dependents ----
 

@@ -18,7 +18,7 @@ from aiotransfer.engine.pages import Pager
 from aiotransfer.engine.places import ScatterPlan, ScatterRows
 from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.scatter import Posted, Targets, post_table
-from aiotransfer.engine.staging import Stager, page_spans, stager
+from aiotransfer.engine.staged import Stager, page_spans, stager
 from aiotransfer.engine.transfer import DONE, Transfer
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import TransferError

@@ -31,7 +31,7 @@ class Publications:
         if name in self._names:
             raise ValueError(f"the name {name!r} is taken; unpublish it first")
         descriptor = region._grant(access)
-        region._keepers += 1
+        region._add_keeper()
         self._names[name] = (region, descriptor)
         for peer, number in self._wanted.pop(name, {}):
             if peer._lookups.pop(number, None) is not None:

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control.patience import Patience
+from aiotransfer.engine.lease import Lease
+from aiotransfer.engine.peer import Peer
+from aiotransfer.engine.staging import flush
+from aiotransfer.engine.typed import as_numpy, as_torch
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, QuarantineError, RegionError
 from aiotransfer.model.descriptor import Grant, RemoteRegion
@@ -20,9 +25,8 @@ from aiotransfer.providers.lane import Segment
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.lease import Lease
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.base import EngineBase
+    from aiotransfer.engine.grants import Grants
     from aiotransfer.engine.staging import Staging
 
 ACCESSES = ("write", "read", "both")
@@ -36,7 +40,7 @@ class RegionView(Unpicklable):
 
     __slots__ = ("_engine", "_id", "_root", "_start", "nbytes")
 
-    _engine: Engine
+    _engine: EngineBase
     _id: int
     _root: Region
     _start: int
@@ -67,9 +71,15 @@ class RegionView(Unpicklable):
 
         Raises `ClosedError` (closed region), `PeerLostError`, `RegionError` (access; a peer of another engine) or `TypeError`.
         """
-        from aiotransfer.engine.lease import lease
-
-        return lease(self, peer, access)
+        engine, root = self._engine, self._root
+        engine._check()
+        if not isinstance(peer, Peer):
+            raise TypeError(f"a lease is given to a Peer, not to {type(peer).__name__}")
+        if peer._engine is not engine:
+            raise RegionError(f"{peer} belongs to another engine")
+        peer._check_up()
+        root._check_grantable(access)
+        return root._lend(self, peer, access)
 
     @property
     def device(self) -> str:
@@ -82,9 +92,18 @@ class RegionView(Unpicklable):
         Nothing to do for host memory. Staged memory of a GPU (see `Engine.register`) is copied there from the host memory that
         peers write into. Raises `ClosedError` (closed region) or `RegistrationError` (refused by the driver).
         """
-        from aiotransfer.engine.staging import flush
-
-        await flush(self)
+        root = self._root
+        root._engine._check()
+        if root._closed:
+            raise ClosedError("the region is closed")
+        if root._staging is not None:
+            root._add_keeper()
+            try:
+                await root._staging.copy([(self._start, self.nbytes)], to_host=False)
+            finally:
+                root._release_keeper()
+        elif root._device != "cpu":
+            await flush(root._device)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.nbytes} bytes at +{self._start} of region {self._root._number & 0xFFFFFFFF}>"
@@ -106,6 +125,7 @@ class Region(RegionView):
         "_dtype",
         "_freed",
         "_grants",
+        "_home",
         "_keep",
         "_keepers",
         "_leases",
@@ -120,7 +140,7 @@ class Region(RegionView):
 
     def __init__(
         self,
-        engine: Engine,
+        home: Regions,
         address: int,
         nbytes: int,
         *,
@@ -133,7 +153,8 @@ class Region(RegionView):
         dtype: str = "uint8",
         staging: Staging | None = None,
     ) -> None:
-        self._engine = engine
+        self._home = home
+        self._engine = engine = home.engine
         self._number = engine._lane.add_region(address, nbytes, keep)
         if segment is None and device == "cpu":
             engine._lane.region_lazy(self._number)
@@ -171,7 +192,7 @@ class Region(RegionView):
         grant = self._grants.get(access)
         if grant is None:
             grant = self._grants[access] = self._new_grant(access, 0, self.nbytes, 0)
-            self._engine._granted[grant.slot] = self, grant
+            self._home.grants.granted[grant.slot] = self, grant
         return RemoteRegion.of(grant)
 
     def _check_grantable(self, access: str) -> None:
@@ -208,6 +229,14 @@ class Region(RegionView):
             holder=holder,
         )
 
+    def _lend(self, view: RegionView, peer: Peer, access: str) -> Lease:
+        grants = self._home.grants
+        grant = self._new_grant(access, view._start, view.nbytes, peer.incarnation)
+        lease = Lease(self._engine, grants, grant, view.nbytes, peer, self._lease_over)
+        self._leases[lease] = None
+        grants.granted[grant.slot] = self, grant
+        return lease
+
     # ---- views ----
 
     def numpy(self) -> Any:
@@ -215,15 +244,21 @@ class Region(RegionView):
 
         For dtypes that NumPy lacks (bfloat16, float8) the array is of bytes with one more dimension.
         """
-        from aiotransfer.engine.views import as_numpy
-
-        return as_numpy(self)
+        return as_numpy(self._buffer, self.nbytes, self._shape, self._dtype)
 
     def torch(self) -> Any:
         """The memory as a torch tensor; valid as long as it lives, also after close."""
-        from aiotransfer.engine.views import as_torch
+        return as_torch(self._buffer, self.nbytes, self._shape, self._dtype)
 
-        return as_torch(self)
+    def _buffer(self) -> Any:
+        if self._staging is not None:
+            raise RegionError(f"this region is memory of yours on {self.device}", hint="use the tensor that it was made from")
+        if self._segment is None:
+            raise RegionError(
+                "this region was registered from memory of yours",
+                hint="use that object; only memory from engine.allocate() has views",
+            )
+        return self._segment.buffer
 
     # ---- the end ----
 
@@ -244,6 +279,9 @@ class Region(RegionView):
         if not self._keepers:
             self._end()
 
+    def _add_keeper(self) -> None:
+        self._keepers += 1
+
     def _release_keeper(self) -> None:
         self._keepers -= 1
         if self._closed and not self._keepers:
@@ -255,19 +293,27 @@ class Region(RegionView):
             return
         self._native_busy = not engine._lane.close_region(self._number)
         if self._native_busy:
-            engine._closing_regions[self._number] = self
+            self._home.closing[self._number] = self
         for grant in self._grants.values():
             engine._lane.revoke_grant(grant.slot)
         if self._segment is not None:
             self._segment.close_fd()
-        for peer in engine.peers:
-            engine._tell_revoked(peer, self._grants.values(), "closed by its owner")
+        self._home.grants.tell_all(self._grants.values(), "closed by its owner")
         for lease in list(self._leases):
             lease._withdraw("the region was closed by its owner")
             lease._settle()
         self._settle()
 
-    def _lease_over(self) -> None:
+    def _abandon(self) -> None:
+        """The engine ends: no name keeps it any more."""
+        self._keepers = 0
+        if not self._closed:
+            self.close()
+        elif not self._freed:
+            self._end()
+
+    def _lease_over(self, lease: Lease) -> None:
+        self._leases.pop(lease, None)
         if self._closed and not self._keepers:
             self._settle()
 
@@ -275,17 +321,16 @@ class Region(RegionView):
         """Look whether everything has let go; True when the memory is free."""
         if self._freed:
             return True
-        engine = self._engine
         if self._native_busy:
             return False
-        lane = engine._lane
+        lane, grants = self._engine._lane, self._home.grants
         for access, grant in list(self._grants.items()):
             if lane.grant_active(grant.slot) == 0:
                 lane.free_grant(grant.slot)
-                engine._granted.pop(grant.slot, None)
+                grants.granted.pop(grant.slot, None)
                 del self._grants[access]
         if self._grants:
-            engine._quarantine.add(self)
+            grants.quarantine.add(self)
             return False
         if self._leases:
             return False
@@ -295,19 +340,19 @@ class Region(RegionView):
     def _let_go(self) -> None:
         """Nothing uses the memory any more, or the lane has ended, and keeps itself what something still does."""
         self._closed = self._freed = True
-        engine = self._engine
+        engine, home = self._engine, self._home
         engine._lane.release_region(self._number)
         while self._grants:  # none, unless the lane has ended
-            engine._granted.pop(self._grants.popitem()[1].slot, None)
-        engine._quarantine.discard(self)
+            home.grants.granted.pop(self._grants.popitem()[1].slot, None)
+        home.grants.quarantine.discard(self)
         if self._staging is not None:
             self._staging.close()
         if self._segment is not None:
             self._segment.close_fd()
         self._dma_buf = None  # the lane's to close
         self._keep = None
-        engine._closing_regions.pop(self._number, None)
-        engine._regions.pop(self._number, None)
+        home.closing.pop(self._number, None)
+        home.by_number.pop(self._number, None)
         for waiter in self._waiters:
             if not waiter.done() and not engine._loop.is_closed():
                 waiter.set_result(None)
@@ -328,7 +373,7 @@ class Region(RegionView):
         stays quarantined until it can.
         """
         engine = self._engine
-        engine._unpublish_region(self)
+        self._home.unpublish(self)
         self.close()
         if self._settle() or not engine._lane.usable:
             return
@@ -372,3 +417,26 @@ class Region(RegionView):
         state = "closed" if self._closed else "open"
         kind = "staged" if self._staging is not None else "allocated" if self._segment is not None else "registered"
         return f"<Region {self.nbytes} bytes {kind} on {self._device}, {state}>"
+
+
+class Regions:
+    """The regions of one engine. `unpublish` has every name of a region forgotten."""
+
+    def __init__(self, engine: EngineBase, grants: Grants, unpublish: Callable[[Region], None]) -> None:
+        self.engine = engine
+        self.grants = grants
+        self.unpublish = unpublish
+        self.by_number: dict[int, Region] = {}
+        self.closing: dict[int, Region] = {}  # those that operations of ours still use
+
+    def add(self, region: Region) -> Region:
+        """It is known from now on, until its memory is given back."""
+        self.by_number[region._number] = region
+        return region
+
+    def unused(self, number: int) -> None:
+        """The lane says that no operation of ours uses a closed region any more."""
+        region = self.closing.pop(number, None)
+        if region is not None:
+            region._native_busy = False
+            region._settle()

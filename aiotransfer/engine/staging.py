@@ -14,24 +14,16 @@ A fetch reads memory of the caller's, so a transfer does not end during one: a c
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from aiotransfer.engine.region import Region
-from aiotransfer.errors import ClosedError, RegionError, RegistrationError
+from aiotransfer.errors import RegistrationError
 from aiotransfer.providers import cuda
 from aiotransfer.providers.lane import Segment
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from aiotransfer.engine.arguments import Pages
-    from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.memory import Plain
-    from aiotransfer.engine.region import RegionView
 
 Span = tuple[int, int]  # from byte, bytes
 
@@ -42,7 +34,7 @@ class Staging:
     def __init__(self, memory: Plain) -> None:
         self.address = memory.address
         self.nbytes = memory.nbytes
-        self.ordinal = _ordinal(memory.device)
+        self.ordinal = ordinal(memory.device)
         self.segment = Segment.allocate(memory.nbytes)
         self.pinned = False
         self._copies = 0
@@ -99,117 +91,12 @@ async def _finished(work: asyncio.Future[None]) -> None:
     work.result()
 
 
-class Stage:
-    """The part of one operation that a staged region adds. It keeps the region open until `release`."""
-
-    __slots__ = ("_held", "lands", "moving", "region", "spans", "withdrawn")
-
-    def __init__(self, region: Region, spans: Sequence[Span], *, lands: bool = False) -> None:
-        self.region = region
-        self.spans = spans
-        self.lands = lands  # it is a read: stored on the GPU afterwards, not fetched before
-        self.moving = False
-        self.withdrawn = False
-        self._held = True
-        region._keepers += 1
-
-    async def move(self) -> None:
-        """Fetch from the GPU, or store on it."""
-        assert self.region._staging is not None
-        self.moving = True
-        try:
-            await self.region._staging.copy(self.spans, to_host=not self.lands)
-        finally:
-            self.moving = False
-
-    def release(self) -> None:
-        """The operation has been handed to the lane, or is over."""
-        if self._held:
-            self._held = False
-            self.region._release_keeper()
+async def flush(device: str) -> None:
+    """Have kernels of this GPU that start from now on see what NICs have written to its memory."""
+    call = partial(cuda.driver().flush, ordinal(device))
+    await asyncio.get_running_loop().run_in_executor(None, call)
 
 
-async def flush(view: RegionView) -> None:
-    """See `RegionView.flush`."""
-    region = view._root
-    region._engine._check()
-    if region._closed:
-        raise ClosedError("the region is closed")
-    if region._staging is None:
-        if region._device != "cpu":
-            call = partial(cuda.driver().flush, _ordinal(region._device))
-            await asyncio.get_running_loop().run_in_executor(None, call)
-        return
-    stage = Stage(region, [(view._start, view.nbytes)], lands=True)
-    try:
-        await stage.move()
-    finally:
-        stage.release()
-
-
-Stager = Callable[[], Stage]
-
-
-def stager(
-    view: RegionView, spans: Callable[[], Sequence[Span]] | None = None, *, lands: bool = False
-) -> Stager | None:
-    """Makes the stage of each posting of an operation on `view` (of all of it, or of some bytes); None when it needs none."""
-    region = view._root
-    if region._staging is None:
-        return None
-    return lambda: Stage(region, [(view._start, view.nbytes)] if spans is None else spans(), lands=lands)
-
-
-def page_spans(view: RegionView, *tables: Pages, reads: bool = False) -> list[Span]:
-    """The local pages of tables of equal page sizes, neighbours as one, each byte once."""
-    sides = [table.sides(reads)[0] for table in tables]
-    starts = [np.unique(side.pages) * side.stride + (view._start + side.offset) for side in sides]
-    return merged(np.unique(np.concatenate(starts)), tables[0].page) if tables else []
-
-
-def merged(starts: NDArray[np.int64], n: int) -> list[Span]:
-    """Ascending pieces of `n` bytes each, those that touch as one."""
-    if not len(starts) or not n:
-        return []
-    first = np.flatnonzero(np.diff(starts, prepend=starts[0] - n - 1) > n)
-    last = np.append(first[1:], len(starts)) - 1
-    return [(int(a), int(b) + n - int(a)) for a, b in zip(starts[first], starts[last], strict=True)]
-
-
-def region_of(engine: Engine, plain: Plain, access: str, staging: bool | None) -> Region:
-    """A region on a GPU, for rails that take such memory or with host memory beside it. Raises `RegionError` (access) or
-    `RegistrationError`."""
-    if staging is None:
-        staging = not any(getattr(provider, "takes_device", False) for provider in engine._providers.values())
-    return _staged(engine, plain, access) if staging else _direct(engine, plain, access)
-
-
-def _staged(engine: Engine, plain: Plain, access: str) -> Region:
-    if access not in ("auto", "write"):
-        raise RegionError(f"memory on {plain.device} is staged through host memory and cannot be granted for reading")
-    beside = Staging(plain)
-    try:
-        return Region(
-            engine, beside.segment.address, plain.nbytes, device=plain.device, writable=plain.writable,
-            keep=(plain.keep, beside), access=access, segment=beside.segment, staging=beside,
-        )  # fmt: skip
-    except BaseException:
-        beside.close()
-        raise
-
-
-def _direct(engine: Engine, plain: Plain, access: str) -> Region:
-    region = Region(
-        engine, plain.address, plain.nbytes, device=plain.device, writable=plain.writable, keep=plain.keep, access=access
-    )
-    if plain.nbytes:
-        cuda.driver().keep_in_order(plain.address)
-        region._dma_buf = cuda.driver().dma_buf(plain.address, plain.nbytes)
-        if region._dma_buf is not None:
-            engine._lane.hold_descriptor(region._number, region._dma_buf[0])
-    engine._lane.region_on_device(region._number, _ordinal(plain.device), region._dma_buf)
-    return region
-
-
-def _ordinal(device: str) -> int:
+def ordinal(device: str) -> int:
+    """The number of a GPU, of its name as torch writes it."""
     return int(device.partition(":")[2])

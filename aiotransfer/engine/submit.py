@@ -22,7 +22,7 @@ from aiotransfer.engine.notes import Deed, noted
 from aiotransfer.engine.outcomes import Outcomes
 from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.region import RegionView
-from aiotransfer.engine.staging import Stager, stager
+from aiotransfer.engine.staged import Stager, stager
 from aiotransfer.engine.transfer import DONE, PENDING, Transfer
 from aiotransfer.errors import (
     ProviderUnavailableError,
@@ -103,7 +103,8 @@ class Submitter(Outcomes):
                         self._turn_is_due()
                     return done
                 if result > 1:
-                    return self._pending(result, n, (bound.peer,), timeout, (src._root, bound), ("write", value))
+                    pending: Transfer = self._pending(result, n, (bound.peer,), timeout, (src._root, bound), ("write", value))
+                    return pending
         except AttributeError:
             pass
         return self._write_slow(src, dst, imm, timeout, require)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.notes import Deed
     from aiotransfer.engine.outcomes import Outcomes
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.staging import Stage
+    from aiotransfer.engine.staged import Stage
 
 DONE, PENDING, FAILED, CANCELLED = 0, 1, 2, 3
 _FINISHED = cast("Generator[Any, None, None]", iter(()))  # an exhausted iterator: awaiting it returns at once

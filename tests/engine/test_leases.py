@@ -73,7 +73,7 @@ async def test_others_cannot_use_it(provider: str) -> None:
         lease = region.lease(pair.right_peer)
         with pytest.raises(at.RegionError, match="another engine"):
             third.write(third.allocate(N), at.RemoteRegion.decode(lease.descriptor.encode()))
-        assert pair.left._segment_of(lease._grant.slot, lease._grant.epoch, region._id, third.incarnation) is None
+        assert pair.left._grants.segment_of(lease._grant.slot, lease._grant.epoch, region._id, third.incarnation) is None
         assert not region.numpy().any()
 
 

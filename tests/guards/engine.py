@@ -84,7 +84,7 @@ GUARDS = (
         "page_spans(local, table, reads=reads)", "page_spans(local, table)", "tests/engine/test_staging.py",
     ),
     Mutant(
-        "memory of a GPU: pages that overlap are one piece", "aiotransfer/engine/staging.py", "prepend=starts[0] - n - 1) > n)",
+        "memory of a GPU: pages that overlap are one piece", "aiotransfer/engine/staged.py", "prepend=starts[0] - n - 1) > n)",
         "prepend=starts[0] - n - 1) != n)", "tests/engine/test_staging.py",
     ),
     Mutant(
