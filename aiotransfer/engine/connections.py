@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control import frames
@@ -41,7 +43,13 @@ from aiotransfer.providers.port import Terms
 
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
-    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.base import EngineBase
+    from aiotransfer.engine.door import Door
+    from aiotransfer.engine.liveness import Liveness
+    from aiotransfer.engine.paths import Paths
+    from aiotransfer.engine.tasks import Tasks
+    from aiotransfer.model.descriptor import RemoteRegion
+    from aiotransfer.providers.port import Provider
 
 _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()
@@ -59,28 +67,43 @@ class _Merged(BrokenError):
 
 
 class Connections:
-    """All peers of one engine."""
+    """All peers of one engine. Other parts of the engine add to `handlers` which frames of peers they take, and to `on_ended`
+    what they do when a peer was lost or closed."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, engine: EngineBase, door: Door, providers: Mapping[str, Provider], paths: Paths, liveness: Liveness, tasks: Tasks
+    ) -> None:
         self._engine = engine
+        self._door = door
+        self._providers = providers
+        self._paths = paths
+        self.handlers: dict[type[frames.Frame], Callable[[Peer, Any], None]] = {
+            frames.Ask: lambda peer, frame: self.answer(peer, frame.id, frame.provider, frame.body),
+            frames.Up: lambda peer, frame: self.came_up(peer),
+        }
+        self.on_ended: list[Callable[[Peer], None]] = []
+        self.watch = liveness.watch
+        self.is_busy = liveness.is_busy
         self.peers: dict[int, Peer] = {}  # by incarnation: connecting and up
         self._mirrors: dict[Address, Link] = {}  # accepted from this very engine, by the address that dialed
         self._mirror_known: asyncio.Event = asyncio.Event()
         self._listener: Listener | None = None
-        self._tasks: dict[asyncio.Task[Any], None] = {}
+        self._tasks = tasks
+        self.own = tasks.own
         self.arrivals: asyncio.Queue[Peer | None] = asyncio.Queue()
         self.further: list[str] = []  # addresses of ours, beside the one that was asked for
-        self.redial = Redial(engine)
-        self.reach = Reach(engine)
+        self.redial = Redial(engine, door, liveness, self.peers, tasks, self.listen_to)
+        self.silent = self.redial.silent
+        self.reach = Reach(engine, self.peers, lambda address: self.connect(address, math.inf, None), tasks)
 
     async def listen(self, address: Address, advertise: Address | None) -> Address:
         """Open the control port, also on the NICs of the rails unless an address is advertised; the address that others use."""
-        engine = self._engine
-        self._listener = Listener(address, engine._key, engine._identity, engine._world.network, self._accepted)
+        door = self._door
+        self._listener = Listener(address, door.key, door.identity, door.network, self._accepted)
         try:
             await self._listener.start()
             if advertise is None:
-                hosts = (host for provider in engine._providers.values() for host in provider.hosts)  # asked only if need be
+                hosts = (host for provider in self._providers.values() for host in provider.hosts)  # asked only if need be
                 self.further = [str(place) for place in await self._listener.start_further(hosts)]
         except BaseException:  # also cancellation, and a coroutine that is dropped: nothing may be awaited then
             self._listener.stop()
@@ -127,8 +150,8 @@ class Connections:
                 ) from error
 
     async def _dial(self, address: Address, deadline: float, retry: bool) -> Link:
-        engine = self._engine
-        return await dial(address, engine._key, engine._identity, engine._world.network, deadline=deadline, retry=retry)
+        door = self._door
+        return await dial(address, door.key, door.identity, door.network, deadline=deadline, retry=retry)
 
     async def _dialed(self, link: Link, address: Address, require: str | None) -> Peer | None:
         """The peer at the other end; None when it must be dialed again."""
@@ -145,14 +168,14 @@ class Connections:
                 raise
         if link.ended:
             return None
-        peer = Peer(engine, link)
+        peer = self._new_peer(link)
         peer.address = address
         self.peers[link.incarnation] = peer
         try:
             self._start(peer, link)
             if link.incarnation == engine.incarnation:
                 await self._join_mirror(peer)
-            await engine._paths.set_up(peer, require)
+            await self._paths.set_up(peer, require)
             peer._post(frames.Up())
             self.came_up(peer, inbound=False)
             if peer._error is not None:  # it gave way to their dial while its path came up
@@ -178,6 +201,9 @@ class Connections:
             return None
         _check_provider(peer, require)
         return peer
+
+    def _new_peer(self, link: Link) -> Peer:
+        return Peer(self._engine, self, link, trusted_user=self._door.key.kind == "file")
 
     def _start(self, peer: Peer, link: Link) -> None:
         self.listen_to(peer, link)
@@ -228,7 +254,7 @@ class Connections:
             link.post(frames.Merge())
             link.close("merged")
             return
-        peer = Peer(engine, link)
+        peer = self._new_peer(link)
         if known is not None:  # their dial wins over ours, which has not come up
             self.peers[link.incarnation] = peer
             known._finish("closed", _Merged("merged with the connection that the other side dialed"), "merged")
@@ -257,14 +283,8 @@ class Connections:
         peer._answer_bytes += len(body)
         task.add_done_callback(peer._answered)
 
-    def own(self, task: asyncio.Task[Any]) -> None:
-        """It ends with the engine."""
-        self._tasks[task] = None
-        task.add_done_callback(self._tasks.pop)
-
     async def _answer(self, peer: Peer, number: int, provider: str, body: bytes) -> None:
-        engine = self._engine
-        ours = engine._providers.get(provider)
+        ours = self._providers.get(provider)
         theirs = next((o for o in peer._link.info.offers if o.provider == provider), None)
         reply: frames.Frame
         try:
@@ -274,7 +294,7 @@ class Connections:
             data, path = await ours.answer(peer, terms, body)
             reply = frames.Answer(id=number, body=data)
             if path is not None:
-                engine._paths.take(peer, path)
+                self._paths.take(peer, path)
         except StaleRegionError as error:
             reply = frames.Failed(id=number, code="stale", text=str(error))
         except RegistrationError as error:
@@ -325,20 +345,28 @@ class Connections:
             else:
                 peer._lose(reason)
 
-    def gone(self, peer: Peer) -> None:
-        """Forget a peer that has ended."""
+    async def bind(self, region: RemoteRegion, peer: Peer, seconds: float) -> None:
+        """See `Paths.bind_within`."""
+        await self._paths.bind_within(region, peer, seconds)
+
+    def receive(self, peer: Peer, frame: frames.Frame) -> None:
+        """A frame of a peer for another part of the engine. One that no part takes is of a later minor version."""
+        handler = self.handlers.get(type(frame))
+        if handler is not None:
+            handler(peer, frame)
+
+    def ended(self, peer: Peer) -> None:
+        """Forget a peer that has ended, and have the other parts forget it."""
         if self.peers.get(peer.incarnation) is peer:
             del self.peers[peer.incarnation]
         self.reach.gone(peer)
-        self._engine._paths.gone(peer)
-        self._engine._publications.gone(peer)
-        self._engine._groups.gone(peer)
-        self._engine._mailbox.departed()
+        self._paths.gone(peer)
+        for forget in self.on_ended:
+            forget(peer)
 
     def stop(self) -> None:
         """Goodbye to everybody; no more connections. Twice is silent."""
-        for task in list(self._tasks):
-            task.cancel()
+        self._tasks.cancel()
         if self._listener is not None:
             self._listener.stop()
         self.redial.close()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiotransfer.advice import advise
 from aiotransfer.config import Config
+from aiotransfer.control import frames
 from aiotransfer.control.frames import OfferWire, PeerInfo
 from aiotransfer.control.key import load_key
 from aiotransfer.control.link import Identity
@@ -24,6 +25,7 @@ from aiotransfer.engine.base import seconds
 from aiotransfer.engine.connections import Connections
 from aiotransfer.engine.counter import Counter
 from aiotransfer.engine.display import Shown, ended_html, ended_text, engine_html, engine_text
+from aiotransfer.engine.door import Door
 from aiotransfer.engine.ending import close, finish, take_apart
 from aiotransfer.engine.grants import Grants
 from aiotransfer.engine.group import PeerGroup
@@ -39,6 +41,7 @@ from aiotransfer.engine.quarantine import Quarantine
 from aiotransfer.engine.region import Region, Regions
 from aiotransfer.engine.statistics import Statistics
 from aiotransfer.engine.sweeper import Sweeper
+from aiotransfer.engine.tasks import Tasks
 from aiotransfer.engine.threads import ThreadHandle
 from aiotransfer.engine.transfer import Transfer
 from aiotransfer.engine.unpicklable import Unpicklable
@@ -122,7 +125,6 @@ class Engine(Planner, Unpicklable):
         self._watchers: dict[int, Watcher] = {}
         self._handles: list[ThreadHandle] = []
         self._groups = Groups(self)
-        self._by_lane_peer: dict[int, Peer] = {}
         self._gone: dict[int, TransferError] = {}
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._identity = Identity(self.incarnation, self._info, self._world.entropy)
@@ -140,8 +142,11 @@ class Engine(Planner, Unpicklable):
                 await self._outside(),
                 self._key.kind == "file",
             )  # fmt: skip
-            self._paths = Paths(self)
-            self._connections = Connections(self)
+            tasks = Tasks()
+            self._paths = Paths(self, self._providers, self._preference, tasks)
+            door = Door(self._key, self._identity, self._world.network)
+            self._connections = Connections(self, door, self._providers, self._paths, self._liveness, tasks)
+            self._hear_peers()
             self._progress = Progress(self, self._ended, self._values.counted, self._handlers())
             self.address = await self._connections.listen(self._listen, self._advertise)
         except BaseException:  # also cancellation: what was opened has no owner yet
@@ -179,7 +184,7 @@ class Engine(Planner, Unpicklable):
         return tuple(rail for provider in getattr(self, "_providers", {}).values() for rail in provider.rails)
 
     def _terms(self) -> list[Terms]:
-        return [provider.terms() for provider in self._providers.values()]
+        return self._paths.terms()
 
     # ---- memory ----
 
@@ -217,10 +222,10 @@ class Engine(Planner, Unpicklable):
         self._check()
         self._publications.unpublish(name)
 
-    def _remote_revoked(self, peer: Peer, slots: list[int], epochs: list[int], reason: str) -> None:
+    def _remote_revoked(self, peer: Peer, said: frames.Revoked) -> None:
         """For the words of errors: the epoch word is what decides."""
-        for slot, epoch in list(zip(slots, epochs, strict=False))[-MOST_REASONS:]:
-            self._revocations[peer.incarnation, slot, epoch] = reason[:200]
+        for slot, epoch in list(zip(said.slots, said.epochs, strict=False))[-MOST_REASONS:]:
+            self._revocations[peer.incarnation, slot, epoch] = said.reason[:200]
             for path in peer._paths:
                 path.revoked(slot, epoch)
         while len(self._revocations) > MOST_REASONS:
@@ -312,6 +317,20 @@ class Engine(Planner, Unpicklable):
             strays=self._ledger.strays, control_resumed=self._connections.redial.resumed,
         )  # fmt: skip
 
+    # ---- what peers say, and their ends ----
+
+    def _hear_peers(self) -> None:
+        connections, publications = self._connections, self._publications
+        connections.handlers |= {
+            frames.Message: lambda peer, frame: self._mailbox.put(Message(peer, frame.data)),
+            frames.Lookup: lambda peer, frame: publications.looked_up(peer, frame.id, frame.name),
+            frames.LookupCancel: lambda peer, frame: publications.forget(peer, frame.id),
+            frames.Revoked: self._remote_revoked,
+            frames.Join: self._groups.joined,
+            frames.Roster: self._groups.listed,
+        }
+        connections.on_ended += [publications.gone, self._groups.gone, self._mailbox.departed, self._peer_ended]
+
     # ---- what the lane reports ----
 
     def _handlers(self) -> dict[int, Handler]:
@@ -329,17 +348,19 @@ class Engine(Planner, Unpicklable):
             watcher._changed(value)
 
     def _peer_event(self, number: int, status: int) -> None:
-        if (peer := self._by_lane_peer.get(number)) is not None:
+        if (peer := self._paths.by_lane_peer.get(number)) is not None:
             peer._event(status)
 
     def _rail_event(self, number: int, error: int) -> None:
-        if (peer := self._by_lane_peer.get(number)) is not None:
+        if (peer := self._paths.by_lane_peer.get(number)) is not None:
             self._paths.broke(peer, number, error)
             if error:
                 peer._line.suspect()  # it may have been the NIC of the control connection
 
-    def _fail_peer(self, peer: Peer) -> None:
+    def _peer_ended(self, peer: Peer) -> None:
         """The peer has ended: so do its operations."""
+        if peer._path is None or not self._lane.usable:
+            return
         if peer._error is not None:
             self._gone[peer.incarnation] = peer._error
             while len(self._gone) > 1024:

@@ -81,7 +81,7 @@ class PeerGroup(Unpicklable):
         self._waiting: asyncio.Future[None] | None = None  # woken by every Join while forming
         self._busy = False
         self.roster = roster(name, members)
-        self._claims = Claims(engine, members, self._heard, self)
+        self._claims = Claims(engine._connections.reach, members, self._heard, self)
 
     def __len__(self) -> int:
         return len(self.members)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from aiotransfer.control.ratelimit import RateLimit, more
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Message
+    from aiotransfer.engine.peer import Message, Peer
 
 
 MOST_ORPHANED = 256 << 20
@@ -83,7 +83,7 @@ class Mailbox:
         """What nobody has taken yet, of the application's."""
         return list(self._boxes[b""].messages)
 
-    def departed(self) -> None:
+    def departed(self, _: Peer) -> None:
         """A peer has gone: is what those who went have left unread still within the bound?"""
         orphans = [m for box in self._boxes.values() for m in box.messages if m.peer._state != "up"]
         excess = sum(len(message.data) + MESSAGE_BYTES for message in orphans) - MOST_ORPHANED

@@ -10,30 +10,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from aiotransfer.advice import advise
+from aiotransfer.control.patience import Patience
 from aiotransfer.core.paths import AUTOMATIC, Offer, Ranking, apart, rank
 from aiotransfer.engine.placement import cpus_for
-from aiotransfer.errors import BrokenError, ProviderUnavailableError, RegistrationError, TransferError, again
+from aiotransfer.errors import BrokenError, ProviderUnavailableError, RegistrationError, TransferError, TransferTimeout, again
 from aiotransfer.providers import native
 from aiotransfer.providers.port import Binding, Terms
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.base import EngineBase
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.tasks import Tasks
     from aiotransfer.model.descriptor import RemoteRegion
-    from aiotransfer.providers.port import Path
+    from aiotransfer.providers.port import Path, Provider
 
+BIND_SECONDS = 0.01  # between two attempts to learn where a peer's memory is
 MEND_SECONDS = 0.01  # between two attempts to open a broken path again, at first
 PATIENCE = 0.25  # of peer_timeout: for a path to heal before another one is taken
 
 
 class Paths:
-    """Of all peers of one engine."""
+    """Of all peers of one engine. `preference`: "auto", or the names of providers that the user chose."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, engine: EngineBase, providers: Mapping[str, Provider], preference: str | tuple[str, ...], tasks: Tasks
+    ) -> None:
         self._engine = engine
+        self._providers = providers
+        self._preference = preference
+        self._tasks = tasks
+        self.by_lane_peer: dict[int, Peer] = {}
         engine._lane.cpus_for = cpus_for(engine.config, engine._world)
         self._mending: dict[Path, asyncio.Event] = {}  # set: there is reason to try again at once
         self._dialing: dict[tuple[Peer, str], asyncio.Future[Path]] = {}
@@ -42,11 +52,14 @@ class Paths:
 
     # ---- finding ----
 
+    def terms(self) -> list[Terms]:
+        """What peers are told of each provider."""
+        return [provider.terms() for provider in self._providers.values()]
+
     def _ranking(self, peer: Peer, require: str | None = None) -> Ranking:
-        engine = self._engine
-        mine = [Offer(t.provider, t.usable, t.reason, t.host) for t in engine._terms()]
+        mine = [Offer(t.provider, t.usable, t.reason, t.host) for t in self.terms()]
         theirs = [Offer(o.provider, o.usable, o.reason, o.host) for o in peer._link.info.offers]
-        return rank(mine, theirs, engine._preference, require)
+        return rank(mine, theirs, self._preference, require)
 
     async def set_up(self, peer: Peer, require: str | None) -> None:
         """The default path. Raises `ProviderUnavailableError` with every reason."""
@@ -72,7 +85,7 @@ class Paths:
     async def _dial(self, peer: Peer, name: str) -> Path:
         offer = next(o for o in peer._link.info.offers if o.provider == name)
         terms = Terms(name, offer.usable, offer.reason, offer.host, offer.data)
-        path = await self._engine._providers[name].dial(peer, terms)
+        path = await self._providers[name].dial(peer, terms)
         self._attach(peer, path, dialled=True)
         return path
 
@@ -80,7 +93,7 @@ class Paths:
         peer._paths.append(path)
         path.on_retired = lambda: self._retired(peer, path)
         for one in (path, *path.members):
-            self._engine._by_lane_peer[one.lane_peer] = peer
+            self.by_lane_peer[one.lane_peer] = peer
         if path.members != (path,):
             for one in path.members:  # what was not up with the first joins when it is
                 if one.broken and dialled:
@@ -89,7 +102,7 @@ class Paths:
     def detach(self, path: Path) -> None:
         """Nothing comes of it any more."""
         for one in (path, *path.members):
-            self._engine._by_lane_peer.pop(one.lane_peer, None)
+            self.by_lane_peer.pop(one.lane_peer, None)
         path.close()
 
     def take(self, peer: Peer, path: Path) -> None:
@@ -134,7 +147,7 @@ class Paths:
         better = AUTOMATIC[: AUTOMATIC.index(path.provider)]
         failed = [(name, why) for name, why in path.reasons if name in better and self._in_use(peer, name)]
         key = str(peer.address), path.provider
-        if not failed or key in self._warned or self._engine._preference != "auto":
+        if not failed or key in self._warned or self._preference != "auto":
             return
         self._warned.add(key)
         why = "; ".join(f"{name}: {reason}" for name, reason in failed)
@@ -147,7 +160,7 @@ class Paths:
     def _warn_of_memory(self, peer: Peer, path: Path, why: RegistrationError) -> None:
         """Memory of a peer that its default path does not reach goes by a slower one: not silently, and once for each peer."""
         key = str(peer.address), f"memory by {path.provider}"
-        if key in self._warned or self._engine._preference != "auto" or path.provider not in AUTOMATIC:
+        if key in self._warned or self._preference != "auto" or path.provider not in AUTOMATIC:
             return
         if AUTOMATIC.index(path.provider) < AUTOMATIC.index(peer.path.provider):
             return
@@ -160,13 +173,34 @@ class Paths:
         )
 
     def _in_use(self, peer: Peer, name: str) -> bool:
-        if name not in self._engine._providers:
+        if name not in self._providers:
             return False
         theirs = next((o for o in peer._link.info.offers if o.provider == name), None)
-        ours = self._engine._providers[name].terms()
+        ours = self._providers[name].terms()
         return theirs is not None and not apart(name, ours.host, theirs.host)
 
     # ---- memory ----
+
+    async def bind_within(self, region: RemoteRegion, peer: Peer, seconds: float) -> None:
+        """Have the owner's answer where its memory is. Raises `TransferTimeout` after so many seconds."""
+        try:
+            async with Patience(seconds):
+                while not await self._bind_once(region, peer):
+                    await asyncio.sleep(BIND_SECONDS)
+        except TimeoutError as error:
+            if isinstance(error, TransferError):
+                raise
+            raise TransferTimeout(
+                f"{peer} did not say in time where its region is", peer=str(peer.address), hint="is its event loop blocked?"
+            ) from error
+
+    async def _bind_once(self, region: RemoteRegion, peer: Peer) -> bool:
+        """False when one attempt took too long, which says nothing of the next: the deadline is the operation's own."""
+        try:
+            await self.bind(region, peer)
+        except TransferTimeout:
+            return False
+        return True
 
     async def bind(self, region: RemoteRegion, peer: Peer) -> None:
         """Make the region's box hold a binding that is good for `peer`. Raises what the owner or the last path says."""
@@ -216,7 +250,7 @@ class Paths:
 
     def _start(self, peer: Peer, work: object) -> None:
         task = self._engine._loop.create_task(work)  # type: ignore[arg-type,var-annotated]
-        self._engine._connections.own(task)
+        self._tasks.own(task)
 
     async def _mend(self, peer: Peer, whole: Path, path: Path) -> None:
         loop, pause = self._engine._loop, MEND_SECONDS

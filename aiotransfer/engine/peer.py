@@ -39,7 +39,7 @@ from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
-    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.base import EngineBase
     from aiotransfer.providers.port import Path
 
 MOST_MESSAGE_BYTES = 1 << 20
@@ -83,20 +83,43 @@ class Lent(Protocol):
         """The peer was lost or closed, and is barred: it is over, unless the peer is inside a write."""
 
 
+class PeerServices(Protocol):
+    """What a peer needs of the other parts of its engine."""
+
+    def watch(self, peer: Peer) -> None:
+        """Something waits on the peer from now on."""
+
+    def is_busy(self, peer: Peer) -> bool:
+        """Whether the peer is alive while its event loop is stuck."""
+
+    def silent(self, peer: Peer) -> None:
+        """The host of the peer confirms nothing any more of what is sent to it."""
+
+    async def bind(self, region: RemoteRegion, peer: Peer, seconds: float) -> None:
+        """Learn where memory of the peer is. Raises `TransferTimeout` after so many seconds."""
+
+    def receive(self, peer: Peer, frame: frames.Frame) -> None:
+        """A frame of the peer that is not for the peer's own state."""
+
+    def ended(self, peer: Peer) -> None:
+        """The peer was lost or closed."""
+
+
 class Peer(Unpicklable):
     """Another engine. Made by `Engine.connect` or by its own connecting (`Engine.arrivals`)."""
 
     _instead = "send str(peer.address), and connect an engine of the other process to it"
 
-    def __init__(self, engine: Engine, link: Link) -> None:
+    def __init__(self, engine: EngineBase, services: PeerServices, link: Link, *, trusted_user: bool) -> None:
         self._engine = engine
+        self._services = services
         self._line = Line(link, engine.config.peer_timeout / 4, may_resume=link.incarnation != engine.incarnation)
-        self._line.on_silence = lambda: engine._connections.redial.silent(self)
+        self._line.on_silence = lambda: services.silent(self)
         self.incarnation: int = link.incarnation
         self.name: str = frames.clip(link.info.name)
         self.address: Address = link.remote_address if link.dialed else _listening(link)
         self.pid: int = link.info.pid
-        self.trusted_user: bool = engine._key.kind == "file"
+        self.trusted_user: bool = trusted_user
         self._path: Path | None = None
         self._paths: list[Path] = []  # all of them
         self._state = "connecting"
@@ -127,7 +150,7 @@ class Peer(Unpicklable):
     @property
     def state(self) -> str:
         """`up`, `busy` (alive, but its event loop is stuck), `lost` or `closed`."""
-        if self._state == "up" and self._engine._liveness.is_busy(self):
+        if self._state == "up" and self._services.is_busy(self):
             return "busy"
         return self._state
 
@@ -172,7 +195,7 @@ class Peer(Unpicklable):
         if region.incarnation != self.incarnation:
             raise DescriptorError("the answer describes memory of somebody else")
         left = seconds - (self._engine._loop.time() - started)
-        await self._engine._bind(region, self, max(left, self._engine.config.drain_timeout))  # the answer was in time
+        await self._services.bind(region, self, max(left, self._engine.config.drain_timeout))  # the answer was in time
         return region
 
     async def ping(self, *, timeout: float | None = None) -> float:
@@ -300,7 +323,7 @@ class Peer(Unpicklable):
                 if not self._receive_credit.arrived(len(data)):
                     self._lose(BrokenError(f"{self} sent more messages than it had credit for"))
                     return
-                self._engine._mailbox.put(Message(self, data))
+                self._services.receive(self, frame)
             case frames.Credit(messages=messages, nbytes=nbytes):
                 self._send_credit.grant(messages, nbytes)
                 self._send_queued()
@@ -314,22 +337,8 @@ class Peer(Unpicklable):
                     future.set_exception(_FAILURES.get(code, BrokenError)(frames.clip(text), peer=str(self.address)))
             case frames.Ping(id=number):
                 self._reply(frames.Pong(id=number))
-            case frames.Lookup(id=number, name=name):
-                self._engine._publications.looked_up(self, number, name)
-            case frames.LookupCancel(id=number):
-                self._engine._publications.forget(self, number)
-            case frames.Ask(id=number, provider=provider, body=body):
-                self._engine._connections.answer(self, number, provider, body)
-            case frames.Up():
-                self._engine._connections.came_up(self)
-            case frames.Join():
-                self._engine._groups.joined(self, frame)
-            case frames.Roster():
-                self._engine._groups.listed(self, frame)
-            case frames.Revoked(slots=slots, reason=reason, epochs=epochs):
-                self._engine._remote_revoked(self, slots, epochs, reason)
             case _:
-                pass  # a frame of a later minor version
+                self._services.receive(self, frame)
 
     def _answered(self, task: asyncio.Task[None]) -> None:
         self._answer_bytes -= self._answers.pop(task)
@@ -371,7 +380,7 @@ class Peer(Unpicklable):
     def _depend(self, future: asyncio.Future[Any]) -> None:
         """End `future` with this peer's error when it goes."""
         self._dependents[future] = None
-        self._engine._liveness.watch(self)
+        self._services.watch(self)
 
     def _forget(self, future: asyncio.Future[Any]) -> None:
         self._dependents.pop(future, None)
@@ -434,10 +443,7 @@ class Peer(Unpicklable):
             return
         self._state = state
         self._error = error
-        engine = self._engine
-        engine._connections.gone(self)
-        if self._path is not None and engine._lane.usable:
-            engine._fail_peer(self)
+        self._services.ended(self)
         for future in list(self._dependents):
             if not future.done():
                 future.set_exception(again(error))

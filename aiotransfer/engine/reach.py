@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -19,8 +18,9 @@ from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.errors import TransferError
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.base import EngineBase
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.tasks import Tasks
     from aiotransfer.model.address import Address
 
 GRACE_SECONDS = 1.0  # for a dial that nobody waits for any more: it is not cut off in the middle of a handshake
@@ -45,10 +45,15 @@ class _Dial:
 
 
 class Reach:
-    """One per engine."""
+    """One per engine. `peers`: those that connect or are up. `connect` dials an address, without a deadline."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, engine: EngineBase, peers: Mapping[int, Peer], connect: Callable[[Address], Coroutine[Any, Any, Peer]], tasks: Tasks
+    ) -> None:
         self._engine = engine
+        self._peers = peers
+        self._connect = connect
+        self.tasks = tasks
         self._found: dict[Address, Peer] = {}
         self._dials: dict[Address, _Dial] = {}
 
@@ -62,11 +67,11 @@ class Reach:
         found = self._found.get(address)
         if found is not None and found._state == "up":
             return found
-        return next((peer for peer in self._engine.peers if _is_at(peer, address)), None)
+        return next((peer for peer in self._peers.values() if peer._state == "up" and _is_at(peer, address)), None)
 
     def claimed(self, address: Address) -> Peer | None:
         """A peer that says it is reached there. No proof; but if no engine is found there, its loss is the best news of it."""
-        return next((peer for peer in self._engine.peers if peer.address == address), None)
+        return next((peer for peer in self._peers.values() if peer._state == "up" and peer.address == address), None)
 
     async def replaced(self, address: Address) -> bool:
         """Whether an engine is found there soon after the end of one that said it was reached there."""
@@ -91,9 +96,9 @@ class Reach:
         `Engine.connect` does."""
         dial = self._dials.get(address)
         if dial is None:
-            task = self._engine._loop.create_task(self._engine._connections.connect(address, math.inf, None))
+            task = self._engine._loop.create_task(self._connect(address))
             dial = self._dials[address] = _Dial(task)
-            self._engine._connections.own(task)
+            self.tasks.own(task)
             task.add_done_callback(lambda task: self._dialled(address, task))
         dial.waiters += 1
         try:
@@ -131,8 +136,9 @@ class Claims:
     """What peers say as members of a list before they are known to be those. `hear(peer, content)` is called for each thing
     that a member said, in its order, once its address was dialled and led to it."""
 
-    def __init__(self, engine: Engine, members: Sequence[Address], hear: Callable[[Peer, Any], None], who: Any) -> None:
-        self._engine = engine
+    def __init__(self, reach: Reach, members: Sequence[Address], hear: Callable[[Peer, Any], None], who: Any) -> None:
+        self._reach = reach
+        self._engine = reach._engine
         self._members = members
         self._hear = hear
         self._who = who  # for the log
@@ -153,7 +159,7 @@ class Claims:
             claim = self._claims[peer] = _Claim(rank)
             task = self._engine._loop.create_task(self._prove(peer, claim))
             self._tasks[task] = None
-            self._engine._connections.own(task)
+            self._reach.tasks.own(task)
             task.add_done_callback(self._tasks.pop)
         claim.nbytes += nbytes
         if claim.rank != rank or len(claim.held) >= MOST_HELD or claim.nbytes > MOST_HELD_BYTES:
@@ -168,7 +174,7 @@ class Claims:
             async with Patience(self._engine._seconds(None)):
                 for number in range(TRIES):  # it may have been started at this address only just now
                     await asyncio.sleep(number * PAUSE)
-                    found = await self._engine._connections.reach.dial(address)
+                    found = await self._reach.dial(address)
                     if found is peer:
                         break
         except (TransferError, TimeoutError) as error:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from aiotransfer.control import frames
@@ -22,8 +23,11 @@ from aiotransfer.errors import BrokenError, RendezvousError, TransferError
 
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
-    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.base import EngineBase
+    from aiotransfer.engine.door import Door
+    from aiotransfer.engine.liveness import Liveness
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.tasks import Tasks
 
 LIFE_SECONDS = 0.1
 LIFE_LOOKS = 20
@@ -55,10 +59,18 @@ class _Outage:
 
 
 class Redial:
-    """Of all peers of one engine."""
+    """Of all peers of one engine. `listen_to` has what comes by a new connection heard as that of a peer."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, engine: EngineBase, door: Door, liveness: Liveness, peers: Mapping[int, Peer], tasks: Tasks,
+        listen_to: Callable[[Peer, Link], None],
+    ) -> None:  # fmt: skip
         self._engine = engine
+        self._door = door
+        self._liveness = liveness
+        self._peers = peers
+        self._tasks = tasks
+        self._listen_to = listen_to
         self._outages: dict[Peer, _Outage] = {}
         self._unclaimed: dict[Link, asyncio.TimerHandle] = {}  # whose dialers mean to resume, and have not said what
         self.resumed = 0
@@ -83,7 +95,7 @@ class Redial:
         now, outage = self._engine._loop.time(), self._outages.get(peer)
         if outage is None:
             outage = self._outages[peer] = _Outage(peer, now, cause)
-            self._engine._connections.own(self._engine._loop.create_task(self._mend(outage, sure)))
+            self._tasks.own(self._engine._loop.create_task(self._mend(outage, sure)))
         elif outage.over:  # and its task has not seen that yet
             outage.over, outage.begun, outage.spent, outage.cause = False, now, 0.0, cause
 
@@ -113,12 +125,12 @@ class Redial:
         engine, peer = self._engine, outage.peer
         await asyncio.sleep(LIFE_SECONDS / LIFE_LOOKS)  # for what it said before it died, if it did
         engine._progress.poll()
-        before = engine._liveness.ask(peer)
+        before = self._liveness.ask(peer)
         for _ in range(LIFE_LOOKS):
             if not outage.lasts or before is None or all(one.broken for path in peer._paths for one in path.members):
                 break
             await asyncio.sleep(LIFE_SECONDS / LIFE_LOOKS)
-            if engine._liveness.ask(peer) != before:
+            if self._liveness.ask(peer) != before:
                 return True
         return False
 
@@ -142,13 +154,12 @@ class Redial:
         return min(2 * pause, LONGEST_PAUSE)
 
     async def _resume(self, peer: Peer) -> None:
-        engine, line, outage = self._engine, peer._line, self._outages[peer]
-        network = engine._world.network
-        link = await dial_first(line.ways(peer.address), engine._key, engine._identity, network, peer.incarnation)
+        line, outage, door = peer._line, self._outages[peer], self._door
+        link = await dial_first(line.ways(peer.address), door.key, door.identity, door.network, peer.incarnation)
         if not outage.lasts:
             link.abort()
             return
-        answer: asyncio.Future[None] = engine._loop.create_future()
+        answer: asyncio.Future[None] = self._engine._loop.create_future()
 
         def first(frame: frames.Frame) -> None:
             if not isinstance(frame, frames.Resumed):
@@ -177,7 +188,7 @@ class Redial:
                 link.drop()
 
     def _attached(self, peer: Peer, link: Link) -> None:
-        self._engine._connections.listen_to(peer, link)
+        self._listen_to(peer, link)
         self.resumed += 1
         if (outage := self._outages.get(peer)) is None:  # the other side noticed something, this one did not
             return
@@ -201,7 +212,7 @@ class Redial:
 
         def first(frame: frames.Frame) -> None:
             known()
-            peer = self._engine._connections.peers.get(link.incarnation)
+            peer = self._peers.get(link.incarnation)
             if peer is None or peer._link.dialed or not peer._line.resumable:
                 link.close("there is nothing to resume", lost=True)
             elif isinstance(frame, frames.Resume):

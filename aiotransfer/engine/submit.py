@@ -10,16 +10,14 @@ Its operation waits for that in a task of the engine and is then submitted the s
 
 from __future__ import annotations
 
-import asyncio
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from aiotransfer.control.patience import Patience
 from aiotransfer.engine.arguments import RESERVED, check_imm
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.notes import Deed, noted
 from aiotransfer.engine.outcomes import Outcomes
+from aiotransfer.engine.peer import Peer
 from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.region import RegionView
 from aiotransfer.engine.staged import Stager, stager
@@ -29,7 +27,6 @@ from aiotransfer.errors import (
     RegionError,
     StaleRegionError,
     TransferError,
-    TransferTimeout,
     again,
 )
 from aiotransfer.model.descriptor import RemoteRegion
@@ -39,17 +36,8 @@ from aiotransfer.providers.port import Binding
 if TYPE_CHECKING:
     from aiotransfer.engine.connections import Connections
     from aiotransfer.engine.paths import Paths
-    from aiotransfer.engine.peer import Peer
 
 _new: Callable[[type[Transfer]], Transfer] = object.__new__
-BIND_SECONDS = 0.01  # between two attempts to learn where a peer's memory is
-
-
-@functools.cache
-def _peer_class() -> type[Peer]:
-    from aiotransfer.engine.peer import Peer
-
-    return Peer
 
 
 class Submitter(Outcomes):
@@ -159,7 +147,7 @@ class Submitter(Outcomes):
     # ---- common ----
 
     def _addressee(self, dst: RemoteRegion | Peer) -> Peer:
-        peer = dst if isinstance(dst, _peer_class()) else self._owner(dst) if isinstance(dst, RemoteRegion) else None
+        peer = dst if isinstance(dst, Peer) else self._owner(dst) if isinstance(dst, RemoteRegion) else None
         if peer is None:
             raise TypeError(f"a signal goes to a Peer or a RemoteRegion, not to {type(dst).__name__}")
         if peer._engine is not self:
@@ -285,7 +273,7 @@ class Submitter(Outcomes):
         async def go() -> None:
             try:
                 for region, peer in regions:
-                    await self._bind(region, peer, deadline - self._loop.time())
+                    await self._paths.bind_within(region, peer, deadline - self._loop.time())
                     self._check_required(peer, require, region)  # which memory takes which path is known only now
                 if transfer._state == PENDING and transfer._stage is not None:
                     await self._fetch(transfer, transfer._stage, deadline)
@@ -330,26 +318,3 @@ class Submitter(Outcomes):
         raise RegionError(
             f"this engine is not connected to {dst.owner}, which owns the region", peer=dst.owner, hint="await connect() first"
         )
-
-    # ---- afterwards ----
-
-    async def _bind(self, region: RemoteRegion, peer: Peer, left: float) -> None:
-        """Have the owner's answer where its memory is. Raises `TransferTimeout` after `left` seconds."""
-        try:
-            async with Patience(left):
-                while not await self._bind_once(region, peer):
-                    await asyncio.sleep(BIND_SECONDS)
-        except TimeoutError as error:
-            if isinstance(error, TransferError):
-                raise
-            raise TransferTimeout(
-                f"{peer} did not say in time where its region is", peer=str(peer.address), hint="is its event loop blocked?"
-            ) from error
-
-    async def _bind_once(self, region: RemoteRegion, peer: Peer) -> bool:
-        """False when one attempt took too long, which says nothing of the next: the deadline is the operation's own."""
-        try:
-            await self._paths.bind(region, peer)
-        except TransferTimeout:
-            return False
-        return True

@@ -218,7 +218,7 @@ class ThreadHandle(Unpicklable):
             return transfer
 
         async def bind_then_post() -> None:
-            await engine._bind(region, peer, engine._timeout)
+            await engine._paths.bind_within(region, peer, engine._timeout)
             fresh = region._box.bound
             transfer._keep = (keep, fresh)
             self._post(transfer, lambda status: build(fresh.remote, status))

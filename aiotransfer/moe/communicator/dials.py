@@ -59,7 +59,7 @@ class Dials:
         for tries in range(TRIES):
             try:
                 async with self._limit:
-                    peer = await ranks.engine._connections.reach.dial(ranks.addresses[rank])
+                    peer = await ranks.reach().dial(ranks.addresses[rank])
                 peer._check_other(ranks.who(rank))
                 self.found[rank] = peer
                 break

@@ -52,7 +52,7 @@ class Listener:
     async def listen(self) -> None:
         """Reads until the all-to-all ends."""
         ranks = self._ranks
-        claims = Claims(ranks.engine, ranks.addresses, self._take, ranks)
+        claims = Claims(ranks.reach(), ranks.addresses, self._take, ranks)
         try:
             async for message in ranks.engine.messages(ranks.key):
                 try:

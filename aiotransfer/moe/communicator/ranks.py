@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.lease import Lease
     from aiotransfer.engine.mapped import Mapped
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.reach import Reach
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.moe.protocol.membership import Membership
     from aiotransfer.moe.protocol.waits import Wait
@@ -249,7 +250,11 @@ class Ranks:
 
     def at(self, rank: int) -> Peer | None:
         """The peer that was reached at the address of a rank, if any: what a peer says of itself proves nothing."""
-        return self.engine._connections.reach.at(self.addresses[rank])
+        return self.reach().at(self.addresses[rank])
+
+    def reach(self) -> Reach:
+        """Which engine is reached at which address, as this engine's own dials found it."""
+        return self.engine._connections.reach
 
     def any_direct(self) -> bool:
         """Whether any rank takes rows one by one."""
