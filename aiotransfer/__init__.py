@@ -14,6 +14,7 @@ from aiotransfer.engine.counter import Counter
 from aiotransfer.engine.engine import Engine
 from aiotransfer.engine.group import PeerGroup
 from aiotransfer.engine.lease import Lease
+from aiotransfer.engine.loop_thread import EngineThread, run_in_thread
 from aiotransfer.engine.open import open_engine
 from aiotransfer.engine.page_targets import PagesTarget
 from aiotransfer.engine.peer import Message, Peer
@@ -22,7 +23,7 @@ from aiotransfer.engine.plans import Plan
 from aiotransfer.engine.region import Region
 from aiotransfer.engine.scatter import ScatterTarget
 from aiotransfer.engine.statistics import Statistics
-from aiotransfer.engine.threads import EngineThread, ThreadHandle, ThreadTransfer, run_in_thread
+from aiotransfer.engine.threads import ThreadHandle, ThreadTransfer
 from aiotransfer.engine.transfer import Transfer, wait_all
 from aiotransfer.engine.watch import Watcher
 from aiotransfer.errors import (

@@ -26,7 +26,7 @@ from aiotransfer.engine.connections import Connections
 from aiotransfer.engine.counter import Counter
 from aiotransfer.engine.display import Shown, ended_html, ended_text, engine_html, engine_text
 from aiotransfer.engine.door import Door
-from aiotransfer.engine.ending import close, finish, take_apart
+from aiotransfer.engine.ending import Parts, close, finish, take_apart
 from aiotransfer.engine.grants import Grants
 from aiotransfer.engine.group import PeerGroup
 from aiotransfer.engine.groups import Groups
@@ -124,7 +124,7 @@ class Engine(Planner, Unpicklable):
         self._counters = self._values.counters
         self._watchers: dict[int, Watcher] = {}
         self._handles: list[ThreadHandle] = []
-        self._groups = Groups(self)
+        self._groups = Groups(self, self._values.own_counter)
         self._gone: dict[int, TransferError] = {}
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._identity = Identity(self.incarnation, self._info, self._world.entropy)
@@ -147,6 +147,10 @@ class Engine(Planner, Unpicklable):
             door = Door(self._key, self._identity, self._world.network)
             self._connections = Connections(self, door, self._providers, self._paths, self._liveness, tasks)
             self._hear_peers()
+            self._parts = Parts(
+                self._providers, self._regions, self._values.counters, self._watchers, self._handles, self._groups,
+                self._publications, self._mailbox, self._quarantine,
+            )  # fmt: skip
             self._progress = Progress(self, self._ended, self._values.counted, self._handlers())
             self.address = await self._connections.listen(self._listen, self._advertise)
         except BaseException:  # also cancellation: what was opened has no owner yet
@@ -388,13 +392,13 @@ class Engine(Planner, Unpicklable):
             self._state = "closed"
             return
         if self._loop.is_closed():
-            take_apart(self)
+            take_apart(self, self._parts)
             return
         if asyncio._get_running_loop() is not self._loop:
             raise RuntimeError("an engine is closed on its own event loop, which is still open")
         if self._closer is None:
-            self._closer = self._loop.create_task(close(self))
-            self._closer.add_done_callback(lambda _: finish(self))  # cancelled before it began
+            self._closer = self._loop.create_task(close(self, self._parts))
+            self._closer.add_done_callback(lambda _: finish(self, self._parts))  # cancelled before it began
             self._state = "closing"
         try:
             await asyncio.shield(self._closer)

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiotransfer.control.frames import MAX_TEXT, Join, Roster, clip
 from aiotransfer.control.patience import Patience
@@ -48,13 +48,27 @@ from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.engine.counter import Counter
-    from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.plans import Planner
     from aiotransfer.engine.region import RegionView
+    from aiotransfer.engine.rosters import Rosters
 
 DIALS_AT_ONCE = 32
 MOST_AHEAD = 1 << 32  # of our generation: nobody has formed a group so often
 JOIN_BYTES = 64
+
+
+class Home(Protocol):
+    """What a group needs of all groups of its engine."""
+
+    rosters: Rosters
+
+    @property
+    def own_counter(self) -> Callable[[], Counter]:
+        """Opens a counter of an immediate that nobody else uses."""
+
+    def forget(self, group: PeerGroup) -> None:
+        """The group was closed."""
 
 
 class PeerGroup(Unpicklable):
@@ -62,8 +76,10 @@ class PeerGroup(Unpicklable):
 
     _instead = "send the addresses of its members, and make a group of them there"
 
-    def __init__(self, engine: Engine, members: tuple[Address, ...], name: str, key: bytes) -> None:
+    def __init__(self, engine: Planner, home: Home, members: tuple[Address, ...], name: str, key: bytes) -> None:
         self._engine = engine
+        self._home = home
+        self._reach = engine._connections.reach
         self.members = members
         self.name = name
         self._key = key
@@ -81,7 +97,7 @@ class PeerGroup(Unpicklable):
         self._waiting: asyncio.Future[None] | None = None  # woken by every Join while forming
         self._busy = False
         self.roster = roster(name, members)
-        self._claims = Claims(engine._connections.reach, members, self._heard, self)
+        self._claims = Claims(self._reach, members, self._heard, self)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -118,7 +134,7 @@ class PeerGroup(Unpicklable):
         # Members that reform without this one are a generation ahead: they must not wait for it, either.
         self._generation = max([self._generation, *(join.generation for _, join in self._joins.values())])
         self._break(ClosedError("the group was closed"))
-        self._engine._groups.forget(self)
+        self._home.forget(self)
 
     # ---- one call at a time ----
 
@@ -166,20 +182,20 @@ class PeerGroup(Unpicklable):
 
     def show(self, peer: Peer) -> None:
         """Tell a peer which members this group lists, so that lists that differ are found."""
-        self._engine._groups.rosters.show(self, peer)
+        self._home.rosters.show(self, peer)
 
     def compare(self) -> None:
         """From now on lists are compared anew: what was found before does not count any more."""
-        self._engine._groups.rosters.begin(self)
+        self._home.rosters.begin(self)
 
     def check_lists(self) -> None:
         """Raises `ConfigurationError` where the list of another member is known to differ from this one."""
-        if (wrong := self._engine._groups.rosters.contradiction(self)) is not None:
+        if (wrong := self._home.rosters.contradiction(self)) is not None:
             raise wrong
 
     def differences(self, ranks: Sequence[int]) -> str:
         """Which of these members have another list under this name, in words; empty where that is not known."""
-        return self._engine._groups.rosters.differences(self, ranks)
+        return self._home.rosters.differences(self, ranks)
 
     async def _barrier(self) -> None:
         if self._failure is not None:
@@ -270,7 +286,7 @@ class PeerGroup(Unpicklable):
 
         async def dial(rank: int) -> None:
             async with limit:
-                peer = await engine._connections.reach.dial(self.members[rank])
+                peer = await self._reach.dial(self.members[rank])
             peer._check_other(f"member {rank} of the group ({self.members[rank]})")
             self._tell(rank, peer)
 
@@ -322,7 +338,7 @@ class PeerGroup(Unpicklable):
             if all(map(self._has_joined, others)):
                 return
             self._waiting = self._engine._loop.create_future()
-            reach = self._engine._connections.reach
+            reach = self._reach
             heard = [peer for rank in others if (peer := self._known(rank)) is not None]
             absent = [rank for rank in others if self._known(rank) is None]
             claimed = {rank: peer for rank in absent if (peer := reach.claimed(self.members[rank])) is not None}
@@ -360,7 +376,7 @@ class PeerGroup(Unpicklable):
         joined = self._joins.get(rank)
         if joined is not None and joined[0]._state == "up":
             return joined[0]
-        return self._engine._connections.reach.at(self.members[rank])
+        return self._reach.at(self.members[rank])
 
     def _has_joined(self, rank: int) -> bool:
         known = self._joins.get(rank)
@@ -387,7 +403,7 @@ class PeerGroup(Unpicklable):
         if isinstance(content, Join):
             self._joined(peer, content)
         else:
-            self._engine._groups.rosters.contradicts(self, peer, content)
+            self._home.rosters.contradicts(self, peer, content)
 
     def _joined(self, peer: Peer, join: Join) -> None:
         """A member's Join. May be of an older or newer generation than ours."""
@@ -415,7 +431,7 @@ class PeerGroup(Unpicklable):
     # ---- the end of a generation ----
 
     def _open_counters(self) -> None:
-        own = self._engine._values.own_counter
+        own = self._home.own_counter
         for rank in range(len(self)) if not self._counters else ():
             if rank != self.rank:
                 self._counters[rank] = (own(), own())
@@ -438,7 +454,7 @@ class PeerGroup(Unpicklable):
             ends = ("lost", "closed") if isinstance(cause, PeerLostError) else ("lost",)  # a goodbye counts where it is the cause
             lost = next((rank for end in ends for rank, (peer, _) in self._joins.items() if peer._state == end), -1)
             gave_up = Join(self._key, self.rank, self._generation + final, (0, lost + 1), self._reason(cause))
-            otherwise = self._engine._groups.rosters.against(self)  # they have no such group, and may still make it
+            otherwise = self._home.rosters.against(self)  # they have no such group, and may still make it
             for peer in {peer: None for peer, _ in (*self._joins.values(), *self._told.values())}:
                 if peer._state == "up" and peer not in otherwise:
                     peer._reply(gave_up)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aiotransfer.control.frames import MAX_TEXT, Join, Roster
@@ -14,8 +14,9 @@ from aiotransfer.errors import BrokenError, ClosedError
 from aiotransfer.model.address import Address
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
+    from aiotransfer.engine.counter import Counter
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.plans import Planner
 
 MOST_UNKNOWN = 1024  # Joins of one peer for groups that nobody has made here yet
 KEY_BYTES = 16
@@ -23,13 +24,14 @@ MOST_GENERATION = 1 << 48
 
 
 class Groups:
-    """One per engine."""
+    """One per engine. `own_counter` opens a counter of one of the library's own immediates."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Planner, own_counter: Callable[[], Counter]) -> None:
         self._engine = engine
+        self.own_counter = own_counter
         self._groups: dict[bytes, PeerGroup] = {}
         self._early: dict[bytes, dict[tuple[int, Peer], Join]] = {}
-        self.rosters = Rosters(engine)
+        self.rosters = Rosters(engine, lambda address: engine._connections.reach.at(address), self.lists)
 
     def get(self, members: Sequence[str | Address], name: str) -> PeerGroup:
         """The group of these members; the same object while it is not closed."""
@@ -50,7 +52,7 @@ class Groups:
         key = hashlib.sha256(text.encode()).digest()[:KEY_BYTES]
         group = self._groups.get(key)
         if group is None:
-            group = self._groups[key] = PeerGroup(self._engine, addresses, name, key)
+            group = self._groups[key] = PeerGroup(self._engine, self, addresses, name, key)
             for (_, peer), join in self._early.pop(key, {}).items():
                 peer._early_joins -= 1
                 if peer._state == "up":

@@ -23,8 +23,8 @@ from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.plans import Planner
     from aiotransfer.engine.region import RegionView
+    from aiotransfer.engine.submit import Submitter
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -46,7 +46,7 @@ class ScatterPlan(Unpicklable):
 
     __slots__ = ("__weakref__", "_dst", "_engine", "_native", "_sources", "nbytes", "needs")
 
-    def __init__(self, engine: Planner, sources: Sequence[RegionView], rows: ScatterRows) -> None:
+    def __init__(self, engine: Submitter, sources: Sequence[RegionView], rows: ScatterRows) -> None:
         self._engine = engine
         self._sources = tuple(sources)
         for i, view in enumerate(self._sources):

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
 from aiotransfer.control.frames import Roster
 from aiotransfer.errors import BrokenError, ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.group import PeerGroup
+    from aiotransfer.engine.base import EngineBase
     from aiotransfer.engine.peer import Peer
     from aiotransfer.model.address import Address
 
@@ -76,29 +75,48 @@ class _Against:
         self.counts = False
 
 
-class Rosters:
-    """One per engine."""
+class Listed(Protocol):
+    """A group, as far as lists of members are about it."""
 
-    def __init__(self, engine: Engine) -> None:
+    _key: bytes
+    members: tuple[Address, ...]
+    rank: int
+    roster: Roster
+
+    def said(self, rank: int, peer: Peer, content: Roster) -> None:
+        """A peer says as member `rank` that its list is another one."""
+
+    def look(self) -> None:
+        """Something that the group waits for may have happened."""
+
+
+class Rosters:
+    """One per engine. `at` gives the other engine that was found at an address, `lists` those of all groups of this engine."""
+
+    def __init__(
+        self, engine: EngineBase, at: Callable[[Address], Peer | None], lists: Callable[[], Collection[Roster]]
+    ) -> None:
         self._engine = engine
+        self._at = at
+        self._lists = lists
         self._seen: dict[Peer, deque[Roster]] = {}
         self._shown: dict[bytes, WeakSet[Peer]] = {}  # by group: to whom
         self._answered: dict[Peer, set[tuple[bytes, bytes]]] = {}  # to answers: with which group, and for which list
         self._against: dict[bytes, dict[Peer, _Against]] = {}  # by group: lists that contradict it
 
-    def begin(self, group: PeerGroup) -> None:
+    def begin(self, group: Listed) -> None:
         """The group is about to form (again): nothing is known of others."""
         self._shown.pop(group._key, None)
         self._against.pop(group._key, None)
 
-    def show(self, group: PeerGroup, peer: Peer) -> None:
+    def show(self, group: Listed, peer: Peer) -> None:
         """Tell a peer which members this group lists. Once for each peer, until `begin`; further calls do nothing."""
         shown = self._shown.setdefault(group._key, WeakSet())
         if peer not in shown:
             shown.add(peer)
             peer._reply(group.roster)
 
-    def seen(self, peer: Peer, theirs: Roster, groups: Sequence[PeerGroup]) -> None:
+    def seen(self, peer: Peer, theirs: Roster, groups: Sequence[Listed]) -> None:
         """A peer has shown a list. Where no group here has that one, it gets those that have its name."""
         size = len(theirs.members)
         answers = theirs.answers
@@ -127,7 +145,7 @@ class Rosters:
             if rank is not None and self._names_us(group, theirs):
                 group.said(rank, peer, theirs)
 
-    def _first_answer(self, peer: Peer, group: PeerGroup, theirs: Roster) -> bool:
+    def _first_answer(self, peer: Peer, group: Listed, theirs: Roster) -> bool:
         """Whether an answer has not been answered with this group yet: two engines do not answer each other for ever."""
         answered = self._answered.setdefault(peer, set())
         pair = (group._key, _of(theirs))
@@ -136,35 +154,34 @@ class Rosters:
         answered.add(pair)
         return True
 
-    def _rank(self, group: PeerGroup, peer: Peer) -> int | None:
+    def _rank(self, group: Listed, peer: Peer) -> int | None:
         """The member that a peer is, or says it is."""
-        at = self._engine._connections.reach.at
-        found = (rank for rank, address in enumerate(group.members) if peer.address == address or at(address) is peer)
+        found = (rank for rank, address in enumerate(group.members) if peer.address == address or self._at(address) is peer)
         return next((rank for rank in found if rank != group.rank), None)
 
-    def _names_us(self, group: PeerGroup, theirs: Roster) -> bool:
+    def _names_us(self, group: Listed, theirs: Roster) -> bool:
         return any(_lists(theirs, address) for address in {group.members[group.rank], self._engine.address})
 
-    def contradicts(self, group: PeerGroup, peer: Peer, theirs: Roster) -> None:
+    def contradicts(self, group: Listed, peer: Peer, theirs: Roster) -> None:
         """A member has shown another list instead of the group's."""
         against = self._against.setdefault(group._key, {})[peer] = _Against(theirs)
         self._engine._loop.call_later(GRACE, self._count, group, against)
 
     @staticmethod
-    def _count(group: PeerGroup, against: _Against) -> None:
+    def _count(group: Listed, against: _Against) -> None:
         against.counts = True
         group.look()
 
-    def against(self, group: PeerGroup) -> Collection[Peer]:
+    def against(self, group: Listed) -> Collection[Peer]:
         """Members that have shown another list instead of the group's."""
         return self._against.get(group._key, {}).keys()
 
-    def contradiction(self, group: PeerGroup) -> ConfigurationError | None:
+    def contradiction(self, group: Listed) -> ConfigurationError | None:
         """What to raise where lists of members contradict that of `group`; None where none is known to."""
         against = self._against.get(group._key)
         if not against:
             return None
-        here = self._engine._groups.lists()
+        here = self._lists()
         odd = [
             (rank, peer, one.theirs, one.counts) for peer, one in against.items()
             if peer._state == "up" and one.theirs not in here and (rank := self._rank(group, peer)) is not None
@@ -179,14 +196,14 @@ class Rosters:
             hint="give every member the same list, in the same order; groups that differ on purpose need a name= of their own",
         )  # fmt: skip
 
-    def differences(self, group: PeerGroup, ranks: Iterable[int]) -> str:
+    def differences(self, group: Listed, ranks: Iterable[int]) -> str:
         """Which of these members have shown only other lists under the name of `group`, in words; empty where none has."""
         ours, found = group.roster, []
         for rank in ranks:
             address = group.members[rank]
             for peer, kept in self._seen.items():
                 lists = [theirs for theirs in kept if theirs.name == ours.name]
-                there = peer.address == address or self._engine._connections.reach.at(address) is peer
+                there = peer.address == address or self._at(address) is peer
                 if there and lists and ours not in lists:
                     found.append(f"member {rank} ({peer.name or address}) lists {difference(lists[-1], ours)}")
         return "; ".join(found)
@@ -198,6 +215,6 @@ class Rosters:
         for against in self._against.values():
             against.pop(peer, None)
 
-    def forget(self, group: PeerGroup) -> None:
+    def forget(self, group: Listed) -> None:
         """It was closed."""
         self.begin(group)

@@ -1,4 +1,4 @@
-"""Other threads: submitting operations without the event loop, and an engine for programs that have no loop.
+"""Other threads: submitting operations without the event loop.
 
 A `ThreadHandle` makes a native plan of each operation and posts it from the calling thread; the event loop takes no part, so it
 may be blocked meanwhile. Completion is a record in the lane that the thread waits for natively, with the interpreter's lock
@@ -10,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import math
-import os
 import threading
 import time
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiotransfer.engine.arguments import Pages, check_imm
 from aiotransfer.engine.base import seconds
@@ -25,14 +24,11 @@ from aiotransfer.errors import ClosedError, RegistrationError, TransferTimeout, 
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import RegionView
+    from aiotransfer.engine.submit import Submitter
     from aiotransfer.model.descriptor import RemoteRegion
 
-T = TypeVar("T")
 SLICE_SECONDS = 0.05  # longest native wait: Ctrl-C is heard after it at the latest
 
 
@@ -128,7 +124,7 @@ class _Orphan(NamedTuple):
 class ThreadHandle(Unpicklable):
     """What other threads may call. Made by `Engine.from_thread`; may be shared between threads."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Submitter) -> None:
         self._engine = engine
         self._guard = threading.Condition()
         self._users = 0
@@ -319,99 +315,3 @@ class _Inside:
     def __exit__(self, *_: object) -> None:
         with self._handle._guard:
             self._handle._users -= 1
-
-
-class EngineThread(Unpicklable):
-    """An engine on an event loop in a thread of its own. Made by `run_in_thread`; a context manager."""
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        from aiotransfer.engine.open import open_engine
-
-        self._loop = _new_loop()
-        self._thread = threading.Thread(target=self._main, name="aiotransfer loop", daemon=True)
-        self._closed = False
-        self._process = os.getpid()
-        self._thread.start()
-
-        async def open_it() -> Engine:
-            return await open_engine(**options)
-
-        try:
-            self.engine: Engine = self.run(open_it())
-            self.handle: ThreadHandle = self.run(self._make_handle())
-        except BaseException:  # also Ctrl-C: no thread stays behind without an owner
-            self._stop()
-            raise
-
-    def _main(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_forever()
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        finally:
-            self._loop.close()  # here and not by `close`: its caller may be inside a loop of its own
-
-    async def _make_handle(self) -> ThreadHandle:
-        return self.engine.from_thread()
-
-    def run(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
-        """Run a coroutine on the engine's loop and return its result; it is cancelled after `timeout` seconds.
-
-        Raises what it raises, `TransferTimeout`, or `ClosedError` when the thread has ended.
-        """
-        if self._closed or not self._thread.is_alive():
-            work.close()
-            raise ClosedError("the engine's thread has ended")
-        if threading.current_thread() is self._thread:
-            work.close()
-            raise RuntimeError("run() was called on the engine's own thread; await it there")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(timeout if timeout is None else seconds(timeout))
-        except concurrent.futures.TimeoutError as error:
-            if future.done():
-                raise
-            future.cancel()
-            raise TransferTimeout(f"the call did not end within {timeout:g} s and was cancelled") from error
-        except BaseException:
-            future.cancel()  # Ctrl-C in the waiting thread
-            raise
-
-    def close(self) -> None:
-        """Close the engine, stop the loop, join the thread. Twice is silent, as is a forked child: all of it is its parent's."""
-        if self._closed or os.getpid() != self._process:
-            return
-        try:
-            self.run(self.engine.aclose())
-        finally:
-            self._stop()
-
-    def _stop(self) -> None:
-        self._closed = True
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-
-    def __enter__(self) -> EngineThread:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop
-
-
-def run_in_thread(**options: Any) -> EngineThread:
-    """An engine on a loop thread of its own, for programs without a loop. `options` are those of `open_engine`.
-
-    `.engine` is the engine, `.run(coroutine)` runs one on its loop, `.handle` submits operations from any thread.
-    """
-    return EngineThread(options)

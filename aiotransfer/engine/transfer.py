@@ -24,14 +24,41 @@ from aiotransfer.errors import QuarantineError, TransferError, again
 from aiotransfer.providers.port import Binding, Path
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.base import EngineBase
+    from aiotransfer.engine.base import Poller
     from aiotransfer.engine.notes import Deed
-    from aiotransfer.engine.outcomes import Outcomes
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.staged import Stage
+    from aiotransfer.providers.lane import Lane
 
 DONE, PENDING, FAILED, CANCELLED = 0, 1, 2, 3
 _FINISHED = cast("Generator[Any, None, None]", iter(()))  # an exhausted iterator: awaiting it returns at once
+
+
+class Keeper(Protocol):
+    """The engine, as far as a transfer knows it: what ends it, and where it is waited for. All of it is private to users."""
+
+    _due: bool
+    _lane: Lane
+    _loop: asyncio.AbstractEventLoop
+    _progress: Poller
+
+    def _on_loop(self) -> bool:
+        """Whether the caller may look for news now."""
+
+    def _check(self) -> None:
+        """Raise unless this is an open engine, called on its own loop's thread."""
+
+    def _check_loop(self) -> None:
+        """Raise unless the call was made on the engine's own loop."""
+
+    def _cancel(self, transfer: Transfer) -> None:
+        """Withdraw what is unposted of it."""
+
+    def _bytes_done(self, transfer: Transfer) -> int:
+        """Bytes of it that have landed, while it is under way."""
+
+    def _unheard(self, error: BaseException) -> None:
+        """A failed transfer was dropped without anybody having looked. From any thread."""
 
 
 class _Unheard:
@@ -39,7 +66,7 @@ class _Unheard:
 
     __slots__ = ("engine", "error")
 
-    def __init__(self, engine: EngineBase, error: BaseException) -> None:
+    def __init__(self, engine: Keeper, error: BaseException) -> None:
         self.engine = engine
         self.error: BaseException | None = error
 
@@ -75,7 +102,7 @@ class Transfer(Unpicklable):
     )
 
     nbytes: int
-    _engine: Outcomes
+    _engine: Keeper
     _peer: Peer | None
     _state: int
     _cookie: int

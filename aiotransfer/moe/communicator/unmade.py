@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from aiotransfer.engine.base import is_open
+from aiotransfer.engine.engine import Engine
 from aiotransfer.engine.group import PeerGroup
 from aiotransfer.errors import BrokenError, BusyError, ClosedError, DescriptorError, said
 from aiotransfer.moe.protocol import messages
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peer import Peer
     from aiotransfer.errors import TransferError
 
@@ -56,7 +56,9 @@ def _left_unmade(given: list[Any], named: dict[str, Any], error: BaseException) 
     engine = given[1] if len(given) > 1 else named.get("engine")
     group = given[2] if len(given) > 2 else named.get("group")
     name = named.get("name", "")
-    if not isinstance(group, PeerGroup) or group._engine is not engine or not isinstance(name, str):
+    if not isinstance(engine, Engine) or not isinstance(group, PeerGroup) or not isinstance(name, str):
+        return
+    if group._engine is not engine:
         return
     if not is_open(engine) or engine._loop.is_closed():
         return
