@@ -279,9 +279,7 @@ class Connections:
             return
         task = self._engine._loop.create_task(self._answer(peer, number, provider, body))
         self.own(task)
-        peer._answers[task] = len(body)
-        peer._answer_bytes += len(body)
-        task.add_done_callback(peer._answered)
+        peer._answering(task, len(body))
 
     async def _answer(self, peer: Peer, number: int, provider: str, body: bytes) -> None:
         ours = self._providers.get(provider)
@@ -314,8 +312,7 @@ class Connections:
         if peer._state != "connecting" or peer._path is None:
             return
         engine = self._engine
-        peer._state = "up"
-        peer._up.set_result(None)
+        peer._come_up()
         if inbound and peer.incarnation != engine.incarnation:
             self._announce(peer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ class Groups:
         self.own_counter = own_counter
         self._groups: dict[bytes, PeerGroup] = {}
         self._early: dict[bytes, dict[tuple[int, Peer], Join]] = {}
+        self._early_of: collections.Counter[Peer] = collections.Counter()  # how many of these are of whom
         self.rosters = Rosters(engine, lambda address: engine._connections.reach.at(address), self.lists)
 
     def get(self, members: Sequence[str | Address], name: str) -> PeerGroup:
@@ -54,7 +56,7 @@ class Groups:
         if group is None:
             group = self._groups[key] = PeerGroup(self._engine, self, addresses, name, key)
             for (_, peer), join in self._early.pop(key, {}).items():
-                peer._early_joins -= 1
+                self._early_of[peer] -= 1
                 if peer._state == "up":
                     self.joined(peer, join)
         return group
@@ -72,11 +74,11 @@ class Groups:
             if 0 <= join.rank < len(group) and join.rank != group.rank:
                 group.said(join.rank, peer, join)
             return
-        if peer._early_joins >= MOST_UNKNOWN:
+        if self._early_of[peer] >= MOST_UNKNOWN:
             peer._lose(BrokenError(f"{peer} joined more than {MOST_UNKNOWN} groups that are not known here"))
             return
         early = self._early.setdefault(join.key, {})
-        peer._early_joins += (join.rank, peer) not in early
+        self._early_of[peer] += (join.rank, peer) not in early
         early[join.rank, peer] = join
 
     def listed(self, peer: Peer, theirs: Roster) -> None:
@@ -90,7 +92,7 @@ class Groups:
     def gone(self, peer: Peer) -> None:
         """A peer has ended: so have its early Joins."""
         self.rosters.gone(peer)
-        if peer._early_joins:
+        if self._early_of.pop(peer, 0):
             for key, early in list(self._early.items()):
                 for rank in [rank for rank, who in early if who is peer]:
                     del early[rank, peer]

@@ -45,7 +45,7 @@ class Lease(Unpicklable):
         self._engine = engine
         self._grants = grants
         self._grant = grant
-        self._over = over  # its region's: called when it is revoked
+        self._lease_over = over  # its region's: called when it is revoked
         self.peer = peer
         self.nbytes = nbytes
         self._state = "active"
@@ -138,7 +138,7 @@ class Lease(Unpicklable):
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
-        self._over(self)
+        self._lease_over(self)
         return True
 
     def _peer_gone(self) -> None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.engine.base import EngineBase
 from aiotransfer.engine.notes import Deed
 from aiotransfer.engine.refusals import refusal, unflushed
 from aiotransfer.engine.region import RegionView
-from aiotransfer.engine.transfer import CANCELLED, DONE, PENDING, Transfer
+from aiotransfer.engine.transfer import CANCELLED, DONE, PENDING, Transfer, blank
 from aiotransfer.errors import ClosedError, ScatterError, TransferTimeout
 from aiotransfer.providers import native
 from aiotransfer.providers.port import Binding
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from aiotransfer.engine.staged import Stage
     from aiotransfer.engine.sweeper import Sweeper
 
-_new: Callable[[type[Transfer]], Transfer] = object.__new__
-
 
 class Outcomes(EngineBase):
     """The part of `Engine` that waits for operations and ends them."""
@@ -37,26 +35,6 @@ class Outcomes(EngineBase):
     _tasks: dict[asyncio.Task[None], None]
     _liveness: Liveness
     _sweeper: Sweeper
-
-    def _blank(self, nbytes: int, peers: tuple[Peer, ...], keep: object, deed: Deed) -> Transfer:
-        transfer = _new(Transfer)
-        transfer._engine = self
-        transfer._peer = peers[0] if len(peers) == 1 else None
-        transfer._peers = peers
-        transfer._deed = deed
-        transfer.nbytes = nbytes
-        transfer._state = PENDING
-        transfer._cookie = 0
-        transfer._waiters = []
-        transfer._callbacks = ()
-        transfer._error = None
-        transfer._guard = None
-        transfer._stage = None
-        transfer._keep = keep
-        transfer._landed = 0
-        transfer._started = self._loop.time()
-        transfer._targets = None
-        return transfer
 
     def _pending(
         self,
@@ -68,8 +46,7 @@ class Outcomes(EngineBase):
         deed: Deed,
         targets: Sequence[Peer] | None = None,
     ) -> Transfer:
-        transfer = self._blank(nbytes, peers, keep, deed)
-        transfer._targets = targets
+        transfer: Transfer = blank(self, nbytes, peers, keep, deed, targets)
         self._admit(transfer, cookie, transfer._started + (self._timeout if timeout is None else self._seconds(timeout)))
         return transfer
 

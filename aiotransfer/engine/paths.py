@@ -72,7 +72,7 @@ class Paths:
                 reasons.append((name, str(error).partition("\n")[0]))
                 continue
             path.reasons = tuple(reasons)
-            peer._path = path
+            peer._take_as_default(path)
             self._warn(peer, path)
             return
         raise ProviderUnavailableError(
@@ -90,7 +90,7 @@ class Paths:
         return path
 
     def _attach(self, peer: Peer, path: Path, *, dialled: bool = False) -> None:
-        peer._paths.append(path)
+        peer._add_path(path)
         path.on_retired = lambda: self._retired(peer, path)
         for one in (path, *path.members):
             self.by_lane_peer[one.lane_peer] = peer
@@ -111,10 +111,7 @@ class Paths:
             self._companions.append(path)
             return
         if peer._state == "connecting":  # what it offered before did not work from there
-            for former in peer._paths:
-                former.close()
-            peer._paths.clear()
-            peer._path = path
+            peer._start_anew(path)
             path.reasons = self._passed_over(peer, path.provider)
         self._attach(peer, path)
 
@@ -330,7 +327,7 @@ class Paths:
         old.dead = True
         if peer._path is old:
             new.reasons = (*new.reasons, (old.provider, "it broke, and did not heal"))
-            peer._path = new
+            peer._take_as_default(new)
         pairs: list[tuple[Binding, Binding]] = []
         for binding in list(old.bindings):
             if lib.at_remote_uses(engine._p, binding.remote) > 0:
@@ -346,7 +343,7 @@ class Paths:
             lib.at_reroute(engine._p, old.lane_peer, new.lane_peer, len(pairs), olds, news)
             self.detach(old)
             engine._progress.poll()
-        peer._paths.remove(old)
+        peer._drop_path(old)
         self._warn(peer, new)
 
     # ---- the end ----

@@ -40,6 +40,7 @@ from aiotransfer.providers import native
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
     from aiotransfer.engine.base import EngineBase
+    from aiotransfer.engine.quarantine import Lent
     from aiotransfer.providers.port import Path
 
 MOST_MESSAGE_BYTES = 1 << 20
@@ -74,13 +75,6 @@ class Message(NamedTuple):
 
     peer: Peer
     data: bytes
-
-
-class Lent(Protocol):
-    """A right to memory of ours that a peer holds: a lease. What it does for the engine is private to users."""
-
-    def _peer_gone(self) -> None:
-        """The peer was lost or closed, and is barred: it is over, unless the peer is inside a write."""
 
 
 class PeerServices(Protocol):
@@ -136,7 +130,6 @@ class Peer(Unpicklable):
         self._send_queue: deque[tuple[asyncio.Future[None], bytes]] = deque()
         self._waiting_ops = 0
         self._leases: dict[Lent, None] = {}  # of our memory, to this peer
-        self._early_joins = 0  # for groups that are not known here yet
         self._answers: dict[asyncio.Task[None], int] = {}  # to its questions, under way; how long those are
         self._answer_bytes = 0
         self._opening = 0  # paths that it asked for, and that are being set up
@@ -340,6 +333,20 @@ class Peer(Unpicklable):
             case _:
                 self._services.receive(self, frame)
 
+    def _asks(self, number: int, name: str) -> None:
+        """A question of the peer, which is not answered yet."""
+        self._lookups[number] = name
+
+    def _asked_for(self, number: int) -> str | None:
+        """What a question was about, which is answered or forgotten now; None where there is none of that number."""
+        return self._lookups.pop(number, None)
+
+    def _answering(self, task: asyncio.Task[None], nbytes: int) -> None:
+        """A question of so many bytes is being answered by a task."""
+        self._answers[task] = nbytes
+        self._answer_bytes += nbytes
+        task.add_done_callback(self._answered)
+
     def _answered(self, task: asyncio.Task[None]) -> None:
         self._answer_bytes -= self._answers.pop(task)
 
@@ -366,6 +373,28 @@ class Peer(Unpicklable):
                 turn.set_result(None)
             except BusyError as error:
                 turn.set_exception(error)
+
+    # ---- paths ----
+
+    def _add_path(self, path: Path) -> None:
+        self._paths.append(path)
+
+    def _drop_path(self, path: Path) -> None:
+        self._paths.remove(path)
+
+    def _start_anew(self, path: Path) -> None:
+        """Another path than those that did not work, before the peer is up."""
+        for former in self._paths:
+            former.close()
+        self._paths.clear()
+        self._path = path
+
+    def _take_as_default(self, path: Path) -> None:
+        self._path = path
+
+    def _come_up(self) -> None:
+        self._state = "up"
+        self._up.set_result(None)
 
     # ---- rights to memory of ours ----
 

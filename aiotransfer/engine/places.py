@@ -15,7 +15,7 @@ from aiotransfer.engine.arguments import MOST, check_imm, page_table
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.notes import at_target, noted
 from aiotransfer.engine.refusals import refusal
-from aiotransfer.engine.transfer import DONE, Transfer
+from aiotransfer.engine.transfer import DONE, Transfer, blank
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import RegionError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
@@ -110,8 +110,7 @@ class ScatterPlan(Unpicklable):
         if all(bound is not None and bound.good(engine, peer) for bound, peer in zip(bounds, owners, strict=True)):
             return self._posted(self._post(regions, value), regions, owners, value, timeout)
         peers = tuple(dict.fromkeys(owners))
-        transfer = engine._blank(self.nbytes, peers, self, ("scatter", value))
-        transfer._targets = self._targets(owners)
+        transfer: Transfer = blank(engine, self.nbytes, peers, self, ("scatter", value), self._targets(owners))
 
         def post() -> tuple[int, object]:
             return self._post(regions, value), self._kept(regions)
@@ -161,12 +160,12 @@ class ScatterPlan(Unpicklable):
             error = self._refusal(result, regions, owners)
             if result != native.lib.AT_EMEMORY:
                 raise noted(error, deed, self.nbytes, peers)
-            failed = engine._blank(self.nbytes, peers, None, deed)  # part of it may have landed
+            failed: Transfer = blank(engine, self.nbytes, peers, None, deed)  # part of it may have landed
             failed._fail(0, error)
             return failed
         if result:
             engine._turn_is_due()
-        done = engine._blank(self.nbytes, peers, None, deed)
+        done: Transfer = blank(engine, self.nbytes, peers, None, deed)
         done._state = DONE
         return done
 

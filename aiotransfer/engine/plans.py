@@ -19,7 +19,7 @@ from aiotransfer.engine.places import ScatterPlan, ScatterRows
 from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.scatter import Posted, Targets, post_table
 from aiotransfer.engine.staged import Stager, page_spans, stager
-from aiotransfer.engine.transfer import DONE, Transfer
+from aiotransfer.engine.transfer import DONE, Transfer, blank
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import TransferError
 from aiotransfer.providers import native
@@ -102,15 +102,14 @@ class Plan(Unpicklable):
             return engine._pending(result, self.nbytes, self._peers, timeout, self, (self._what, value), self._targets)
         engine._check()
         if result == native.lib.AT_EMEMORY:  # part of it may have landed: no refusal, but how the operation ended
-            failed = engine._blank(self.nbytes, self._peers, None, (self._what, value))
+            failed: Transfer = blank(engine, self.nbytes, self._peers, None, (self._what, value))
             failed._fail(0, self._refusal(result))
             return failed
         if self._native != native.ffi.NULL and not self._moved():
             raise noted(self._refusal(result), (self._what, value), self.nbytes, self._peers)
         if self._stage is None or self._moved():
             self._native = self._made = native.ffi.NULL
-        transfer = engine._blank(self.nbytes, self._peers, self, (self._what, value))
-        transfer._targets = self._targets
+        transfer: Transfer = blank(engine, self.nbytes, self._peers, self, (self._what, value), self._targets)
 
         def post() -> tuple[int, object]:
             self._resolve()

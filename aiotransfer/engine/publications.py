@@ -34,7 +34,7 @@ class Publications:
         region._add_keeper()
         self._names[name] = (region, descriptor)
         for peer, number in self._wanted.pop(name, {}):
-            if peer._lookups.pop(number, None) is not None:
+            if peer._asked_for(number) is not None:
                 peer._reply(frames.Found(id=number, descriptor=descriptor.encode()))
 
     def unpublish(self, name: str) -> None:
@@ -58,12 +58,12 @@ class Publications:
         elif len(peer._lookups) >= MOST_LOOKUPS:
             peer._reply(frames.Failed(id=number, code="broken", text=f"more than {MOST_LOOKUPS} lookups are unanswered"))
         else:
-            peer._lookups[number] = name
+            peer._asks(number, name)
             self._wanted.setdefault(name, {})[peer, number] = None
 
     def forget(self, peer: Peer, number: int) -> None:
         """A peer no longer wants to know."""
-        name = peer._lookups.pop(number, None)
+        name = peer._asked_for(number)
         if name is not None:
             wanted = self._wanted.get(name, {})
             wanted.pop((peer, number), None)

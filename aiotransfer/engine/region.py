@@ -180,6 +180,13 @@ class Region(RegionView):
         self._freed = False
         self._waiters: list[asyncio.Future[None]] = []
 
+    def _on_device(self, ordinal: int, dma_buf: tuple[int, int] | None) -> None:
+        lane = self._engine._lane
+        self._dma_buf = dma_buf
+        if dma_buf is not None:
+            lane.hold_descriptor(self._number, dma_buf[0])
+        lane.region_on_device(self._number, ordinal, dma_buf)
+
     # ---- what peers may hold ----
 
     @property

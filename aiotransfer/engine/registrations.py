@@ -80,8 +80,7 @@ def _direct(home: Regions, plain: Plain, access: str) -> Region:
     )
     if plain.nbytes:
         cuda.driver().keep_in_order(plain.address)
-        region._dma_buf = cuda.driver().dma_buf(plain.address, plain.nbytes)
-        if region._dma_buf is not None:
-            home.engine._lane.hold_descriptor(region._number, region._dma_buf[0])
-    home.engine._lane.region_on_device(region._number, ordinal(plain.device), region._dma_buf)
+        region._on_device(ordinal(plain.device), cuda.driver().dma_buf(plain.address, plain.nbytes))
+    else:
+        region._on_device(ordinal(plain.device), None)
     return region

@@ -21,7 +21,7 @@ from aiotransfer.engine.peer import Peer
 from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.region import RegionView
 from aiotransfer.engine.staged import Stager, stager
-from aiotransfer.engine.transfer import DONE, PENDING, Transfer
+from aiotransfer.engine.transfer import DONE, PENDING, Transfer, blank
 from aiotransfer.errors import (
     ProviderUnavailableError,
     RegionError,
@@ -220,7 +220,7 @@ class Submitter(Outcomes):
         if result > 1:
             return self._pending(result, nbytes, (peer,), timeout, (src, dst, bound), deed)
         if result == native.lib.AT_EMEMORY:  # part of it may have landed: no refusal, but how the operation ended
-            failed = self._blank(nbytes, (peer,), None, deed)
+            failed: Transfer = blank(self, nbytes, (peer,), None, deed)
             failed._fail(0, refusal(self, result, peer, dst, local=src))
             return failed
         if result < 0:
@@ -243,7 +243,7 @@ class Submitter(Outcomes):
         post: Callable[[int], int],
         stage: Stager | None,
     ) -> Transfer:
-        transfer = self._blank(nbytes, (peer,), (src, dst), deed)
+        transfer: Transfer = blank(self, nbytes, (peer,), (src, dst), deed)
 
         def bound() -> tuple[int, object]:
             return post(dst._box.bound.remote), (src, dst, dst._box.bound)

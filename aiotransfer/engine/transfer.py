@@ -308,6 +308,33 @@ class Transfer(Unpicklable):
         return f"<Transfer {self.nbytes} bytes, {who}, {state}>"
 
 
+_new: Callable[[type[Transfer]], Transfer] = object.__new__
+
+
+def blank(
+    engine: Keeper, nbytes: int, peers: tuple[Peer, ...], keep: object, deed: Deed, targets: Sequence[Peer] | None = None
+) -> Transfer:
+    """A transfer that has not ended, of no operation yet. `keep`: what must live as long as it; `targets`: of a scatter."""
+    transfer = _new(Transfer)
+    transfer._engine = engine
+    transfer._peer = peers[0] if len(peers) == 1 else None
+    transfer._peers = peers
+    transfer._deed = deed
+    transfer.nbytes = nbytes
+    transfer._state = PENDING
+    transfer._cookie = 0
+    transfer._waiters = []
+    transfer._callbacks = ()
+    transfer._error = None
+    transfer._guard = None
+    transfer._stage = None
+    transfer._keep = keep
+    transfer._landed = 0
+    transfer._started = engine._loop.time()
+    transfer._targets = targets
+    return transfer
+
+
 async def wait_all(transfers: Any) -> None:
     """Wait for every transfer, then raise an `ExceptionGroup` of all failures (none: return).
 

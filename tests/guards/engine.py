@@ -107,12 +107,12 @@ GUARDS = (
     ),
     Mutant(
         "lifetime: an engine whose loop is gone", "aiotransfer/engine/engine.py",
-        "        if self._loop.is_closed():\n            take_apart(self)\n            return\n", "",
+        "        if self._loop.is_closed():\n            take_apart(self, self._parts)\n            return\n", "",
         "tests/engine/test_lifetime.py",
     ),
     Mutant(
         "lifetime: a close that never began", "aiotransfer/engine/engine.py",
-        "            self._closer.add_done_callback(lambda _: finish(self))  # cancelled before it began\n", "",
+        "            self._closer.add_done_callback(lambda _: finish(self, self._parts))  # cancelled before it began\n", "",
         "tests/engine/test_lifetime.py",
     ),
     Mutant(
