@@ -142,11 +142,7 @@ class Engine(Planner, Unpicklable):
                 await self._outside(),
                 self._key.kind == "file",
             )  # fmt: skip
-            tasks = Tasks()
-            self._paths = Paths(self, self._providers, self._preference, tasks)
-            door = Door(self._key, self._identity, self._world.network)
-            self._connections = Connections(self, door, self._providers, self._paths, self._liveness, tasks)
-            self._hear_peers()
+            self._begin_peers()
             self._parts = Parts(
                 self._providers, self._regions, self._values.counters, self._watchers, self._handles, self._groups,
                 self._publications, self._mailbox, self._quarantine,
@@ -322,6 +318,13 @@ class Engine(Planner, Unpicklable):
         )  # fmt: skip
 
     # ---- what peers say, and their ends ----
+
+    def _begin_peers(self) -> None:
+        tasks = Tasks()
+        self._paths = Paths(self, self._providers, self._preference, tasks)
+        door = Door(self._key, self._identity, self._world.network)
+        self._connections = Connections(self, door, self._providers, self._paths, self._liveness, tasks)
+        self._hear_peers()
 
     def _hear_peers(self) -> None:
         connections, publications = self._connections, self._publications
