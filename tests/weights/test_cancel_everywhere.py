@@ -13,7 +13,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -36,26 +36,26 @@ Strike = Callable[[Stop], None]
 
 
 class Stage:
-    """Two trainer ranks and an instance of two. What is left behind is found by comparing with the beginning."""
+    """Two trainer ranks and instances of two. What is left behind is found by comparing with the beginning."""
 
     def __init__(self, net: Fabric, party: Party, mode: str) -> None:
         self.net, self.party, self.mode = net, party, mode
         self.number = 1
-        self.paused = {0: [0], 1: [0]}  # by server: how often the host of its subscriber was paused and not resumed
+        self.paused: dict[tuple[str, int], list[int]] = {}  # how often the host of a subscriber was paused and not resumed
         self.before: tuple[Any, ...] = ()
 
     @property
     def servers(self) -> list[Server]:
-        return self.party.instances["a"]
+        return [server for servers in self.party.instances.values() for server in servers]
 
     @property
     def trainers(self) -> list[Trainer]:
         return self.party.trainers
 
-    async def serve(self, rank: int) -> None:
+    async def serve(self, rank: int, instance: str = "a") -> None:
         """A subscriber on the engine of a server."""
-        server = self.servers[rank]
-        paused = self.paused[rank] = [0]
+        server = self.party.instances[instance][rank]
+        paused = self.paused[instance, rank] = [0]
 
         async def pause() -> None:
             paused[0] += 1
@@ -65,7 +65,7 @@ class Stage:
             await asyncio.sleep(1e-5)
             paused[0] -= 1
 
-        options: dict[str, Any] = {"instance": "a", "rank": rank, "mode": self.mode, "timeout": SECONDS}
+        options: dict[str, Any] = {"instance": instance, "rank": rank, "mode": self.mode, "timeout": SECONDS}
         if self.mode == "in_place":
             options |= {"pause": pause, "resume": resume}
         subscriber = weights.Subscriber(server.engine, server.subscriber.layout, **options)
@@ -82,24 +82,27 @@ class Stage:
         return tasks, *each
 
     async def settled(self) -> None:
-        """Nothing is left of an update; every rank has one version, byte for byte."""
+        """Nothing is left of an update; every rank has one version, byte for byte, and those of an instance the same."""
         await asyncio.sleep(0.1)
         if self.before:
             assert self.left() == self.before
         having = [server for server in self.servers if server.subscriber.version is not None]
-        assert len({server.subscriber.version for server in having}) <= 1
+        for servers in self.party.instances.values():
+            assert len({server.subscriber.version for server in servers} - {None}) <= 1
         for server in having:
             assert server.subscriber.version is not None
             assert server.holds() == server.subscriber.version.number
         if self.mode == "double":
-            assert len(having) == 2
-        assert [*self.paused.values()] == [[int(server.subscriber.version is None)] for server in self.servers]
+            assert len(having) == len(self.servers)
+        for instance, servers in self.party.instances.items():
+            for rank, server in enumerate(servers):
+                assert self.paused[instance, rank] == [int(server.subscriber.version is None)]
 
     async def next(self) -> None:
         """The next version comes to all."""
         self.number += 1
         version = await self.party.publish(self.number)
-        assert [server.holds() for server in self.servers] == [self.number] * 2
+        assert [server.holds() for server in self.servers] == [self.number] * len(self.servers)
         assert {server.subscriber.version for server in self.servers} == {version}
 
     def begin(self) -> list[asyncio.Task[Any]]:
@@ -118,17 +121,18 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(net: Fabric, mode: str) -> AsyncIterator[Stage]:
+async def stage(net: Fabric, mode: str, instances: str = "a", **options: Any) -> AsyncIterator[Stage]:
     async def open_engine(**options: Any) -> at.Engine:
         return await net.open_engine(config=CONFIG, timeout=SECONDS, **options)
 
     async with AsyncExitStack() as stack:
         party = Party(stack, open_engine)
         it = Stage(net, party, mode)
-        await party.train(2, timeout=SECONDS)
-        for rank, server in enumerate(await party.serve("a", 2)):
-            await server.subscriber.aclose()
-            await it.serve(rank)
+        await party.train(2, timeout=SECONDS, **options)
+        for instance in instances:
+            for rank, server in enumerate(await party.serve(instance, 2)):
+                await server.subscriber.aclose()
+                await it.serve(rank, instance)
         await party.publish(1)
         await it.next()  # the first in which every trainer rank has heard of every subscriber
         await it.settled()
@@ -254,6 +258,34 @@ async def publisher_closes(stage: Stage, strike: Strike) -> None:
             one.publisher = await stage.party.stack.enter_async_context(publisher)
 
 
+def everywhere(
+    call: Callable[[Stage, Strike], Awaitable[object]],
+    make: Callable[[Fabric], AbstractAsyncContextManager[Stage]],
+    some: int = TURNS,
+) -> None:
+    """`call` runs with a strike at `some` turns, drawn by lot, or at all. Behind each all is settled; the next version comes."""
+    seed = random.randrange(1 << 31)
+    print(f"seed {seed}")
+
+    async def run(net: Fabric) -> None:
+        async with make(net) as it:
+            begin = net.turns
+            await call(it, lambda stop: None)
+            turns = range(net.turns - begin + 1)
+            await it.settled()
+            for turn in turns if ALL else sorted(random.Random(seed).sample(turns, min(some, len(turns)))):
+                try:
+                    await call(it, lambda stop, turn=turn: net.at_turn(turn, stop))  # type: ignore[misc]
+                    await it.settled()
+                    await it.next()
+                    await it.settled()
+                except BaseException as error:
+                    error.add_note(f"seed {seed}, turn {turn} of {len(turns)}, {'all' if ALL else some} turns")
+                    raise
+
+    fabric(seed=seed, delay=(1e-6, 2e-5)).run(run)
+
+
 CALLS = (
     publish_on_rank_0, publish_on_rank_1, publish_on_both_ranks, publish_cancelled_again_and_again, readers, subscriber_closes,
     publisher_closes,
@@ -263,26 +295,7 @@ CALLS = (
 @pytest.mark.parametrize("mode", ["double", "in_place"])
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
 def test_a_call_is_cancelled_at_any_turn_of_an_update(call: Callable[[Stage, Strike], Awaitable[None]], mode: str) -> None:
-    seed = random.randrange(1 << 31)
-    print(f"seed {seed}")
-
-    async def run(net: Fabric) -> None:
-        async with stage(net, mode) as it:
-            begin = net.turns
-            await call(it, lambda stop: None)
-            turns = range(net.turns - begin + 1)
-            await it.settled()
-            for turn in turns if ALL else sorted(random.Random(seed).sample(turns, TURNS)):
-                try:
-                    await call(it, lambda stop, turn=turn: net.at_turn(turn, stop))  # type: ignore[misc]
-                    await it.settled()
-                    await it.next()
-                    await it.settled()
-                except BaseException as error:
-                    error.add_note(f"seed {seed}, turn {turn} of {len(turns)}, {'all' if ALL else TURNS} turns")
-                    raise
-
-    fabric(seed=seed, delay=(1e-6, 2e-5)).run(run)
+    everywhere(call, lambda net: stage(net, mode))
 
 
 @pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
