@@ -69,6 +69,8 @@ class Paths:
             try:
                 path = await self._dial(peer, name)
             except (BrokenError, RegistrationError) as error:
+                if peer.error is not None:  # it has gone: no other way would lead to it, and that is the reason
+                    raise
                 reasons.append((name, str(error).partition("\n")[0]))
                 continue
             path.reasons = tuple(reasons)

@@ -135,3 +135,17 @@ async def test_a_lost_peer_says_why(pair: Pair) -> None:
     assert pair.right_peer.state == "lost"
     assert isinstance(pair.right_peer.error, at.PeerLostError)
     assert "of this test" in str(pair.right_peer.error)
+
+
+async def test_a_peer_that_gives_up_while_its_path_comes_up_says_why(pair: Pair) -> None:
+    """And not that the two have no provider in common."""
+    async with at.open_engine() as third:
+
+        async def answer(peer: at.Peer, *rest: Any) -> Any:
+            peer._lose("it did not bring a path up within 10 s")
+            await asyncio.sleep(10)
+
+        for provider in third._providers.values():
+            provider.answer = answer  # type: ignore[method-assign]
+        with pytest.raises(at.PeerLostError, match=r"given this side up \(it did not bring a path up within 10 s\)"):
+            await pair.left.connect(third.address)
