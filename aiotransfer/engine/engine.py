@@ -434,3 +434,8 @@ class Engine(Planner, Unpicklable):
 
     def _shown(self) -> Shown:
         return Shown(self.name, self.address, self.incarnation, self._providers, self.peers)
+
+
+def takes_device(engine: Engine) -> bool:
+    """Whether `Engine.register` registers memory of a GPU for a rail. For the components that stand on an engine."""
+    return registrations.take_device(engine._providers.values())

@@ -26,8 +26,13 @@ def register(home: Regions, buffer: object, access: str, staging: bool | None, p
     if plain.device == "cpu":
         return home.add(_of_host(home, plain, access))
     if staging is None:
-        staging = not any(getattr(provider, "takes_device", False) for provider in providers)
+        staging = not take_device(providers)
     return home.add(_staged(home, plain, access) if staging else _direct(home, plain, access))
+
+
+def take_device(providers: Iterable[object]) -> bool:
+    """Whether a rail that is open takes memory of a GPU."""
+    return any(getattr(provider, "takes_device", False) for provider in providers)
 
 
 def allocate(home: Regions, shape_or_nbytes: int | Sequence[int], dtype: Any) -> Region:

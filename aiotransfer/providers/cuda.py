@@ -125,6 +125,25 @@ class Driver:
             with self._current(ordinal):
                 self._call("cuFlushGPUDirectRDMAWrites", ctypes.c_int(TARGET_CURRENT_CTX), ctypes.c_int(TO_OWNER))
 
+    # ---- memory and order ----
+
+    def synchronize(self, ordinal: int) -> None:
+        """Wait until everything is done that was launched on the device before, by this process, on any stream. Blocks."""
+        with self._current(ordinal):
+            self._call("cuCtxSynchronize")
+
+    def allocate(self, ordinal: int, nbytes: int) -> int:
+        """The address of new memory on the device, until `free`."""
+        address = ctypes.c_uint64()
+        with self._current(ordinal):
+            self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        return address.value
+
+    def free(self, ordinal: int, address: int) -> None:
+        """Give back what `allocate` gave."""
+        with self._current(ordinal):
+            self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
     # ---- copies ----
 
     @contextmanager

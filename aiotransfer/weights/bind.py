@@ -1,7 +1,8 @@
 """A rank's buffers as real memory: where they lie, and whether that or their content has changed since.
 
-Memory is a torch tensor (also a `DTensor`: its local part) or storage, a NumPy array, a region of `Engine.allocate`, or anything
-else with the buffer protocol. Neither torch nor regions are imported here: these objects are recognised by their module.
+Memory is a torch tensor (also a `DTensor`: its local part) or storage, a NumPy array, a region of `Engine.allocate`, an array on
+a GPU (`__cuda_array_interface__`), or anything else with the buffer protocol. Neither torch nor regions are imported here: these
+objects are recognised by their module.
 """
 
 from __future__ import annotations
@@ -149,6 +150,8 @@ def place(thing: Any) -> Place:
         if thing._root._closed:
             raise ValueError("a region that is closed")
         return Place(thing._root._address + thing._start, thing._root._address, thing.nbytes, thing.device)
+    if (interface := cuda_interface(thing)) is not None:
+        return Place(int(interface["data"][0] or 0), 0, _dense(interface).span, "cuda")  # the driver tells which GPU it is on
     if isinstance(thing, np.ndarray):
         low, high = np.lib.array_utils.byte_bounds(thing) if thing.size else (0, 0)
         address = thing.__array_interface__["data"][0]
@@ -175,12 +178,33 @@ def form(thing: Any) -> Form:
         if any(step < 0 and n > 1 for n, step in zip(part.shape, part.strides, strict=True)):
             raise ValueError("an array with negative strides cannot be bound")
         return Form(lookup(_named(part.dtype)).name, part.shape, part.strides)
+    if (interface := cuda_interface(part)) is not None:
+        return _dense(interface)
     if is_region(part) and part._shape:
         item = lookup(part._dtype).itemsize
-        steps = np.cumprod([item, *(max(n, 1) for n in part._shape[:0:-1])])[::-1]
-        return Form(part._dtype, tuple(part._shape), tuple(int(n) for n in steps))
+        return Form(part._dtype, tuple(part._shape), dense_strides(tuple(part._shape), item))
     nbytes = part.nbytes if is_region(part) else place(part).reach
     return Form("uint8", (nbytes,), (1,))
+
+
+def cuda_interface(thing: Any) -> Any:
+    """What an array on a GPU that is no torch tensor says of itself; None for anything else."""
+    return None if is_torch(thing) or isinstance(thing, np.ndarray) else getattr(thing, "__cuda_array_interface__", None)
+
+
+def _dense(interface: Any) -> Form:
+    """The form of an array on a GPU. Raises `ValueError` when it has gaps."""
+    kind, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
+    found = Form(lookup(_named(kind)).name, shape, dense_strides(shape, kind.itemsize))
+    if interface.get("strides") is not None and not found._replace(strides=tuple(interface["strides"])).is_plain:
+        raise ValueError("an array on a GPU with gaps cannot be bound")
+    return found
+
+
+def dense_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Bytes from one element to the next in each dimension, row after row without gaps."""
+    steps = np.cumprod([itemsize, *(max(n, 1) for n in shape[:0:-1])])[::-1] if shape else ()
+    return tuple(int(n) for n in steps)
 
 
 def _named(dtype: Any) -> Any:

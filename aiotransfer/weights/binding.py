@@ -48,15 +48,20 @@ def bound_of(layout: Any, rank: int | None, *, needed: bool = True) -> tuple[Lay
 
 
 def register(engine: Engine, bound: Bound, name: str) -> Region:
-    """A buffer as a region, which keeps the storage that it has now. Memory with gaps is taken from its first byte to its last.
-    Raises `RegistrationError`."""
+    """A buffer as a region, which keeps the storage that it has now; of a GPU's memory for rails that take it. Memory with gaps
+    is taken from its first byte to its last. Raises `RegistrationError`."""
+    return engine.register(plain_of(bound, name), staging=None if bound.places[name].device == "cpu" else False)
+
+
+def plain_of(bound: Bound, name: str) -> Any:
+    """A buffer as an object whose memory has no gaps."""
     thing = local(bound.memory[name])
     if is_region(thing):
-        return engine.register(memory_of(thing))
+        return memory_of(thing)
     if hasattr(thing, "detach"):
         thing = thing.detach()
     given = form(thing)
-    return engine.register(thing if is_dense(given.shape, given.strides, lookup(given.dtype).itemsize) else _flat(thing, given))
+    return thing if is_dense(given.shape, given.strides, lookup(given.dtype).itemsize) else _flat(thing, given)
 
 
 def _flat(thing: Any, given: Form) -> Any:

@@ -15,11 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aiotransfer.core import boxes
-from aiotransfer.engine.views import memory_of
 from aiotransfer.errors import BrokenError
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.region import Region
     from aiotransfer.weights.layout import Layout
 
 PERIOD = 1 << 20
@@ -40,7 +38,7 @@ def _of_period(buffer: int, period: int) -> int:
     return (x ^ (x >> 31)) | 1
 
 
-def sum_runs(memory: NDArray[np.uint8], offsets: Any, buffers: Any, targets: Any, sizes: Any) -> int:
+def sum_runs(memory: Any, offsets: Any, buffers: Any, targets: Any, sizes: Any) -> int:
     """Of runs of bytes at `offsets` of `memory`, whose places are `targets` in `buffers` (numbers of the receiver's layout)."""
     factors, total = _factors(), 0
     for offset, buffer, target, size in zip(*(np.asarray(x).tolist() for x in (offsets, buffers, targets, sizes)), strict=True):
@@ -55,8 +53,9 @@ def sum_runs(memory: NDArray[np.uint8], offsets: Any, buffers: Any, targets: Any
     return total
 
 
-def sum_of_pieces(layout: Layout, rank: int, regions: Mapping[str, Region], names: list[str]) -> int:
-    """Of all pieces of a rank, or of those of the tensors `names`, as they lie in its memory."""
+def sum_of_pieces(layout: Layout, rank: int, buffers: Mapping[str, Any], names: list[str]) -> int:
+    """Of all pieces of a rank, or of those of the tensors `names`, as they lie in its memory: `buffers`, of which slices give the
+    bytes."""
     mine = layout.piece_rank == rank
     if names:
         mine &= np.isin(layout.piece_tensor, [k for k, name in enumerate(layout.names) if name in set(names)])
@@ -68,14 +67,14 @@ def sum_of_pieces(layout: Layout, rank: int, regions: Mapping[str, Region], name
     total = 0
     for number in np.unique(buffer).tolist():
         some = buffer == number
-        memory = memory_of(regions[layout.buffer_names[number]])
+        memory = buffers[layout.buffer_names[number]]
         total += sum_runs(memory, begin[some], buffer[some], begin[some], sizes[some])
     return total & MASK
 
 
-def check(layout: Layout, rank: int, regions: Mapping[str, Region], names: list[str], sent: int) -> None:
+def check(layout: Layout, rank: int, buffers: Mapping[str, Any], names: list[str], sent: int) -> None:
     """Raise `BrokenError` unless what lies there is what was sent."""
-    if sum_of_pieces(layout, rank, regions, names) != sent & MASK:
+    if sum_of_pieces(layout, rank, buffers, names) != sent & MASK:
         raise BrokenError(
             "the checksum of the bytes that came is not that of the bytes that were sent", hint="see the guide, checksum="
         )

@@ -9,22 +9,16 @@ from __future__ import annotations
 import os
 import stat
 import weakref
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Mapping, Sequence
 
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import BrokenError
 from aiotransfer.weights.bind import Bound, Place
 from aiotransfer.weights.layout import Layout
-
-SLAB = 1 << 20  # bytes of temporary memory, where what is needed does not lie in one run
-DIRECT = 16 << 10  # bytes of a run that is read by itself
+from aiotransfer.weights.stored import Run, Stored
 
 
-class FileMemory(Unpicklable):
+class FileMemory(Stored, Unpicklable):
     """A regular file, opened for reading. `path`; `nbytes` and `stamp` as it was then. It is closed when nothing holds this
     object any more: a thread may be reading. Raises `OSError`, `ValueError` for what is no regular file."""
 
@@ -60,34 +54,10 @@ class FileMemory(Unpicklable):
                 )
             done += count
 
-    def bring(self, there: NDArray[Any], offset: int, strides: Any) -> None:
-        """Fill the array `there` with the box of its shape whose first element lies at byte `offset`, with byte `strides`."""
-        steps = [int(step) for step, n in zip(strides, there.shape, strict=True) if n != 1]
-        box = np.squeeze(there)
-        order = sorted(range(box.ndim), key=lambda d: -steps[d])
-        if box.size:
-            self._bring(box.transpose(order), offset, [steps[d] for d in order])
-
-    def _bring(self, there: NDArray[Any], offset: int, strides: list[int]) -> None:
-        """The same with falling strides."""
-        run = there.itemsize
-        for n, step in zip(reversed(there.shape), reversed(strides), strict=True):
-            if step != run:
-                break
-            run *= n
-        span = there.itemsize + sum((n - 1) * step for n, step in zip(there.shape, strides, strict=True))
-        if run == there.nbytes and there.flags.c_contiguous:
-            self.read(offset, there.reshape(-1).view(np.uint8).data)
-        elif span <= SLAB and (run < DIRECT or run == there.nbytes):
-            memory = np.empty(span, np.uint8)
+    def read_runs(self, runs: Sequence[Run]) -> None:
+        """`read` for each run. Raises `BrokenError`."""
+        for offset, memory in runs:
             self.read(offset, memory.data)
-            np.copyto(there, np.ndarray(there.shape, there.dtype, memory.data, 0, strides))
-        elif there.shape[0] == 1:
-            self._bring(there[0], offset, strides[1:])
-        else:
-            rows = 1 if run >= DIRECT else max(SLAB // strides[0], 1)
-            for low in range(0, there.shape[0], rows):
-                self._bring(there[low : low + rows], offset + low * strides[0], strides)
 
 
 class FileBound(Bound):

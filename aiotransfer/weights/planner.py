@@ -32,6 +32,7 @@ def make_plan(
     fanout: str = "direct",
     names: Iterable[str] | None = None,
     staged: bool = False,
+    apart: bool = False,
 ) -> Plan:
     """A schedule of writes that brings every byte of the inference side's tensors from the trainers, each exactly once.
 
@@ -41,7 +42,9 @@ def make_plan(
     memory that each trainer rank may use for tensors that are cast or quantised on the way; larger ones go in parts. `fanout`:
     "direct" (trainers write to all instances) or "relay" (each byte leaves the trainers about once, instances pass parts on to
     one another). `names`: templates of the inference tensors that are part of the update (default: all). `staged`: the trainers'
-    tensors cannot be written from where they lie (files): what is only copied goes through the staging memory, too.
+    tensors cannot be written from where they lie (files, a GPU): what is only copied goes through the staging memory, too.
+    `apart`: they can, but not be converted there (a GPU that rails reach): what is cast or quantised is first brought into the
+    staging memory.
 
     Raises `PlanError`, whose `.problems` lists everything that does not fit, before anything is moved; `TypeError` and
     `ValueError` for arguments that cannot be.
@@ -61,7 +64,8 @@ def make_plan(
         raise TypeError(f"make_plan takes Layouts, the trainers' and one or more {{name: layout}} of the inference side: {what}")
     if unnamed := [name for name in instances if not isinstance(name, str)]:
         raise TypeError(f"instances have texts for names, not {unnamed[0]!r}")
-    return _Planner(trainer, instances, by_instance(rules), staging_bytes, fanout, _templates(names), bool(staged)).run()
+    where = bool(staged), bool(apart)
+    return _Planner(trainer, instances, by_instance(rules), staging_bytes, fanout, _templates(names), where).run()
 
 
 def _layout(given: Any) -> Any:
@@ -80,9 +84,9 @@ def _templates(names: Iterable[str] | None) -> list[str] | None:
 class _Planner:
     def __init__(
         self, trainer: Layout, instances: dict[str, Layout], rules: Rules, staging_bytes: int, fanout: str,
-        names: list[str] | None, staged: bool,
+        names: list[str] | None, where: tuple[bool, bool],
     ) -> None:  # fmt: skip
-        self.staged = staged
+        self.staged, self.apart = where
         self.trainer, self.instances, self.fanout, self.staging_bytes = trainer, instances, fanout, staging_bytes
         self.names = names
         self.kinds = catalog.kinds(trainer, instances, rules, names)
@@ -109,7 +113,7 @@ class _Planner:
             )
         made = (self.links.kind != COPY) | self.staged
         work = choose(self.trainer, (self.target_receiver, self.target_hosts), units, cells, have, made, moves)
-        if self.staged:
+        if self.staged or self.apart:
             work.gathers = self.links.kind[units.tensor[work.unit]] != COPY
         phases, tensor_phase = self._phases()
         arrays = staging.arrange(

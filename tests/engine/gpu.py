@@ -31,6 +31,7 @@ class Gpu:
         self._library.fake_cuda_backing.restype = ctypes.c_void_p
         self._library.fake_cuda_backing.argtypes = [ctypes.c_uint64]
         self._library.fake_cuda_calls.argtypes = [ctypes.c_char_p]
+        self._library.fake_cuda_launch.argtypes = [ctypes.c_uint64, ctypes.c_size_t, ctypes.c_uint]
         self._used = 0
 
     def array(self, shape: int | tuple[int, ...], typestr: str = "|u1") -> tuple[Any, np.ndarray[Any, Any]]:
@@ -45,6 +46,17 @@ class Gpu:
         seen = np.frombuffer(behind, np.uint8)
         seen[:] = 0
         return SimpleNamespace(__cuda_array_interface__=interface), seen
+
+    def seen(self, address: int, nbytes: int) -> np.ndarray[Any, Any]:
+        """The bytes at an address of the GPU's, as only the GPU sees them."""
+        behind = (ctypes.c_uint8 * nbytes).from_address(self._library.fake_cuda_backing(address))
+        return np.frombuffer(behind, np.uint8)
+
+    def launch(self, array: Any, add: int) -> None:
+        """A kernel that adds to every byte of an array, and is not done before the device is waited for."""
+        interface = array.__cuda_array_interface__
+        nbytes = math.prod(interface["shape"]) * np.dtype(interface["typestr"]).itemsize
+        assert self._library.fake_cuda_launch(interface["data"][0], nbytes, add) == 0
 
     def calls(self, name: str) -> int:
         """How often the driver was called by this name."""

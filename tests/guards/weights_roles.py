@@ -20,6 +20,35 @@ GUARDS = (
         "tests/weights/test_endings.py",
     ),
     Mutant(
+        "weights: kernels that fill a GPU's weights are waited for", "aiotransfer/weights/publisher/update.py",
+        "        await role.sources.finished()\n", "", "tests/weights/test_devices.py",
+    ),
+    Mutant(
+        "weights: kernels that read a GPU's weights are waited for", "aiotransfer/weights/subscriber/ondevice.py",
+        "        await self._devices.finished()\n", "", "tests/weights/test_devices.py",
+    ),
+    Mutant(
+        "weights: what was counted is stored on the GPU before it opens", "aiotransfer/weights/subscriber/session.py",
+        "        await self.role.memory.put()\n", "", "tests/weights/test_devices.py",
+    ),
+    Mutant(
+        "weights: only tensors are stored on a GPU", "aiotransfer/weights/subscriber/ondevice.py",
+        "buffer.write_runs([(at, memory[at : at + n]) for at, n in runs])", "buffer.write_runs([(0, memory)])",
+        "tests/weights/test_devices.py",
+    ),
+    Mutant(
+        "weights: host memory that was written since is not lent as the version", "aiotransfer/weights/subscriber/lending.py",
+        "        elif role.memory.stale:\n", "        elif False:\n", "tests/weights/test_devices.py",
+    ),
+    Mutant(
+        "weights: a part of the names is added to what the GPU has", "aiotransfer/weights/subscriber/ondevice.py",
+        "        if part and not self._is_copy:\n", "        if False:\n", "tests/weights/test_devices.py",
+    ),
+    Mutant(
+        "weights: staging memory that was pinned is unpinned", "aiotransfer/weights/publisher/publisher.py",
+        "        self.sources.devices.unpin()\n", "", "tests/weights/test_devices.py",
+    ),
+    Mutant(
         "weights: a publisher is not sent to another process",
         "aiotransfer/weights/publisher/publisher.py",
         "class Publisher(Unpicklable):\n",
@@ -29,8 +58,8 @@ GUARDS = (
     Mutant(
         "weights: a file is not read by the number that it has elsewhere",
         "aiotransfer/weights/files.py",
-        "class FileMemory(Unpicklable):\n",
-        "class FileMemory:\n",
+        "class FileMemory(Stored, Unpicklable):\n",
+        "class FileMemory(Stored):\n",
         "tests/weights/test_pickles.py",
     ),
     Mutant(
@@ -120,7 +149,7 @@ GUARDS = (
     Mutant(
         "weights: bytes that came are those that were sent",
         "aiotransfer/weights/checksum.py",
-        "    if sum_of_pieces(layout, rank, regions, names) != sent & MASK:\n",
+        "    if sum_of_pieces(layout, rank, buffers, names) != sent & MASK:\n",
         "    if False:\n",
         "tests/weights/test_faults.py",
     ),

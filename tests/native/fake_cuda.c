@@ -2,7 +2,8 @@
  *
  * A few addresses are device memory: nothing may be read or written there by the host, which crashes if it tries. Behind the ranges
  * called "real" there is memory elsewhere, by which copies work; fake_cuda_backing tells a test where. FAKE_CUDA_FAIL names a call that
- * is refused with CUDA_ERROR_UNKNOWN. fake_cuda_calls counts the others by name; fake_cuda_slow_us makes every copy take so long. */
+ * is refused with CUDA_ERROR_UNKNOWN. fake_cuda_calls counts the others by name; fake_cuda_slow_us makes every copy take so long.
+ * fake_cuda_launch is a kernel that adds to bytes: it is done when the context is waited for, and no copy waits for it. */
 #define _GNU_SOURCE
 #include <stdint.h>
 #include <stdio.h>
@@ -31,7 +32,7 @@ volatile uint32_t fake_cuda_slow_us;
 static struct {
     char name[40];
     uint32_t count;
-} calls[32];
+} calls[48];
 
 static int called(const char *call) {
     const char *fail = getenv("FAKE_CUDA_FAIL");
@@ -125,6 +126,55 @@ int cuCtxPopCurrent_v2(void **context) {
     *context = NULL;
     contexts--;
     return called("cuCtxPopCurrent");
+}
+
+/* ---- kernels: what was launched is done when the context is waited for ---- */
+
+static struct {
+    uint8_t *at;
+    size_t n;
+    uint8_t add;
+} launched[64];
+static uint32_t launches;
+
+int fake_cuda_launch(uint64_t device, size_t n, unsigned add) {
+    uint8_t *at = fake_cuda_backing(device);
+    if (at == NULL || launches == sizeof launched / sizeof *launched) return 1;
+    launched[launches].at = at;
+    launched[launches].n = n;
+    launched[launches++].add = (uint8_t)add;
+    return 0;
+}
+
+int cuCtxSynchronize(void) {
+    if (contexts == 0) return 201;
+    if (called("cuCtxSynchronize")) return 999;
+    for (uint32_t k = 0; k < launches; k++)
+        for (size_t i = 0; i < launched[k].n; i++) launched[k].at[i] = (uint8_t)(launched[k].at[i] + launched[k].add);
+    launches = 0;
+    return 0;
+}
+
+/* ---- memory: handed out from the end; tests take theirs from the beginning ---- */
+
+static uint64_t handed;
+static uint32_t holders;
+
+int cuMemAlloc_v2(uint64_t *address, size_t n) {
+    uint64_t aligned = (n + 255) / 256 * 256;
+    if (contexts == 0 || n == 0) return 1;
+    if (called("cuMemAlloc")) return 999;
+    if (handed + aligned > REAL.size / 2) return 2;
+    handed += aligned;
+    holders++;
+    *address = REAL.start + REAL.size - handed;
+    return 0;
+}
+
+int cuMemFree_v2(uint64_t address) {
+    if (contexts == 0 || fake_cuda_backing(address) == NULL || holders == 0) return 1;
+    if (--holders == 0) handed = 0;
+    return called("cuMemFree");
 }
 
 /* ---- copies: they need a context, and a stream that is alive; what is copied is there only after the stream has been waited for ---- */

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aiotransfer.engine.base import world_of
-from aiotransfer.engine.views import memory_of
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.subscriber.lending import borrow
 
@@ -31,8 +29,8 @@ class Parts(Protocol):
     layout: Layout
     rank: int
 
-    def here(self, buffer: int) -> NDArray[np.uint8]:
-        """A buffer of this rank."""
+    def here(self, buffer: int) -> Any:
+        """A buffer of this rank: slices give its bytes."""
         ...
 
     async def there(self, rank: int) -> Mapping[int, RemoteRegion]:
@@ -50,11 +48,11 @@ class OfInstance:
         self._lenders: dict[int, Peer] = {}
         self._regions: dict[int, dict[int, RemoteRegion]] = {}
         mine = np.flatnonzero(self.layout.buffer_rank == self.rank).tolist()
-        self._own = dict(zip(mine, role.memory.active.values(), strict=True))
+        self._own = dict(zip(mine, role.memory.readable().values(), strict=True))
 
-    def here(self, buffer: int) -> NDArray[np.uint8]:
+    def here(self, buffer: int) -> Any:
         """A buffer of this rank."""
-        return memory_of(self._own[buffer])
+        return self._own[buffer]
 
     async def there(self, rank: int) -> Mapping[int, RemoteRegion]:
         """The buffers of another rank, as long as that has the version. Raises `TransferError`."""
@@ -79,9 +77,9 @@ class OfTrainers:
         self.engine, self.layout, self.rank = role.engine, role.layout, role.rank
         self._role, self._update = role, update
 
-    def here(self, buffer: int) -> NDArray[np.uint8]:
+    def here(self, buffer: int) -> Any:
         """A buffer of this rank."""
-        return memory_of(self._role.sources.regions[buffer])
+        return self._role.sources.bytes_of(self._role.sources.regions[buffer])
 
     async def there(self, rank: int) -> Mapping[int, RemoteRegion]:
         """The buffers of another rank. Raises `TransferError`."""

@@ -93,7 +93,9 @@ async def _trainers(role: Publisher, saving: _Saving) -> Version:
         hint = "async with publisher.publish(number): await save(publisher, path)"
         raise ConfigurationError("a Publisher is saved while it publishes: its sources rest then", hint=hint)
     if role.sources.staged:
-        raise ConfigurationError("the weights of this Publisher are files already", hint="copy the files")
+        where = "on a GPU, where no rail reaches them" if role.sources.devices.ordinals else "files already"
+        hint = "save them from a Subscriber" if role.sources.devices.ordinals else "copy the files"
+        raise ConfigurationError(f"the weights of this Publisher are {where}", hint=hint)
     update.afterwards(await saving.write(OfTrainers(role, update), update.version))
     return update.version
 

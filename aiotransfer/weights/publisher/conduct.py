@@ -115,7 +115,8 @@ class Conduct:
         first = self.enters[0][1]
         for rank, (_, enter) in self.enters.items():
             if enter.digest != first.digest:
-                raise Given("plan", f"publisher ranks 0 and {rank} differ in their layout, rules or staging_bytes")
+                what = "their layout, rules or staging_bytes, or in where their weights are (host, GPU, files)"
+                raise Given("plan", f"publisher ranks 0 and {rank} differ in {what}")
             if enter.epoch != first.epoch:
                 raise Given("version", f"publisher rank 0 names epoch {first.epoch}, rank {rank} epoch {enter.epoch}")
         instances = await self._instances()

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aiotransfer.engine.views import memory_of
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.binding import Moved
-from aiotransfer.weights.files import SLAB
+from aiotransfer.weights.devices import Devices
+from aiotransfer.weights.stored import SLAB
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 class FileSources:
     """As `Sources`, but nothing is registered: all that is written is first read into the staging memory."""
 
-    staged = True
+    staged, apart = True, False
 
     def __init__(self, engine: Engine, bound: FileBound) -> None:
         self._engine, self._bound = engine, bound
@@ -28,11 +30,19 @@ class FileSources:
         names = {int(b): layout.buffer_names[b] for b in np.flatnonzero(layout.buffer_rank == bound.rank)}
         self._files = {number: bound.memory[name] for number, name in names.items()}
         self.regions: dict[int, Region] = {}
+        self.devices = Devices(engine, ())
         self._sums: dict[int, bytes] = {}
 
     def bring(self, there: Any, buffer: int, offset: int, strides: Any) -> None:
         """The box at `offset` of a buffer, with byte `strides`, into the array `there`. Raises `BrokenError`."""
         self._files[buffer].bring(there, offset, strides)
+
+    def bytes_of(self, region: Region) -> Any:
+        """The bytes of a region in host memory."""
+        return memory_of(region)
+
+    async def finished(self) -> None:
+        """Files are read as they are."""
 
     def note(self) -> None:
         """An update begins. Raises `Moved` when a file is not what it was when it was opened."""

@@ -116,7 +116,7 @@ class Making:
         """The checksum of the writes `begin` to `end`, by where they go."""
         some = slice(begin, end)
         return sum_runs(
-            memory_of(source),
+            self._role.sources.bytes_of(source),
             writes.source_offset[some],
             writes.target_buffer[some],
             writes.target_offset[some],

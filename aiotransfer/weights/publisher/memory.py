@@ -11,6 +11,8 @@ from aiotransfer.engine.views import memory_of
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.binding import Moved, check_places, register
 from aiotransfer.weights.convert import copy, place
+from aiotransfer.weights.devices import DeviceBuffer, Devices, buffer_of, directly, on_device
+from aiotransfer.weights.stored import SLAB
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -21,27 +23,49 @@ REMEDY = "make the Publisher anew"
 
 
 class Sources:
-    """The memory of a rank. `regions`: by the number of the buffer in the layout."""
+    """The memory of a rank. `regions`: by the number of the buffer in the layout, of what is written from where it lies.
 
-    staged = False  # what is only copied is written from where it lies
+    `staging`: of memory on a GPU, as for `Engine.register`. What no rail reaches is brought into the staging memory first: all
+    that is written then comes from there (`staged`). What rails reach is written from where it lies, but the host cannot convert
+    it there (`apart`)."""
 
-    def __init__(self, engine: Engine, bound: Bound) -> None:
+    def __init__(self, engine: Engine, bound: Bound, staging: bool | None = None) -> None:
         layout = bound.layout
         self._engine, self._bound = engine, bound
         self._names = {int(b): layout.buffer_names[b] for b in np.flatnonzero(layout.buffer_rank == bound.rank)}
+        far = set(on_device(bound))
+        self.staged = bool(far) and not directly(engine, staging)
+        self.apart = bool(far) and not self.staged
         self.regions: dict[int, Region] = {}
+        self._far: dict[int, DeviceBuffer] = {}
         try:
             for number, name in self._names.items():
-                self.regions[number] = register(engine, bound, name)
+                if name in far:
+                    self._far[number] = buffer_of(bound, name)
+                if name not in far or self.apart:
+                    self.regions[number] = register(engine, bound, name)
         except BaseException:
             self.close()
             raise
+        self.devices = Devices(engine, (buffer.ordinal for buffer in self._far.values()))
         self._versions: dict[str, tuple[int, ...]] = {}
         self._sums: dict[str, bytes] = {}
 
     def bring(self, there: Any, buffer: int, offset: int, strides: Any) -> None:
-        """The box at `offset` of a buffer, with byte `strides`, into the array `there`."""
-        copy(there, place(memory_of(self.regions[buffer]), there.itemsize, offset, there.shape, strides))
+        """The box at `offset` of a buffer, with byte `strides`, into the array `there`. Raises `RegistrationError`."""
+        if buffer in self._far:
+            self._far[buffer].bring(there, offset, strides)
+        else:
+            copy(there, place(memory_of(self.regions[buffer]), there.itemsize, offset, there.shape, strides))
+
+    def bytes_of(self, region: Region) -> Any:
+        """What slices give the bytes of, of a region in `regions` or any in host memory."""
+        number = next((number for number in self._far if self.regions.get(number) is region), None)
+        return memory_of(region) if number is None else self._far[number]
+
+    async def finished(self) -> None:
+        """Kernels that were launched before have written what they write. Raises `RegistrationError`."""
+        await self.devices.finished()
 
     def note(self) -> None:
         """An update begins. Raises `Moved` when memory is not where it was when it was bound."""
@@ -67,8 +91,16 @@ class Sources:
             raise Moved(f"{changed[0]} was changed inside publish", hint="the weights must rest until its block has ended")
 
     def _hash(self) -> dict[str, bytes]:
-        regions = {name: memory_of(self.regions[number]) for number, name in self._names.items()}
-        return {name: hashlib.blake2b(memory.data, digest_size=16).digest() for name, memory in regions.items()}
+        found = {}
+        for number, name in self._names.items():
+            total = hashlib.blake2b(digest_size=16)
+            memory: Any = self._far.get(number)
+            if memory is None:
+                total.update(memory_of(self.regions[number]).data)
+            for at in range(0, 0 if memory is None else memory.nbytes, SLAB):
+                total.update(memory[at : at + SLAB].data)
+            found[name] = total.digest()
+        return found
 
     def close(self) -> None:
         """Give back what was registered."""

@@ -72,6 +72,8 @@ class Publisher(Unpicklable):
     sent. `rate_limit`: bytes a second that this rank writes at most, over all subscribers. `names`: templates of the tensors that
     are published (None: all). `fanout`: "direct" (the trainers write to all instances) or "relay" (they write about the bytes of
     one instance, and the instances pass parts on to one another, each of their ranks within `rate_limit`); the same on all ranks.
+    `staging`: of weights on a GPU, as for `Engine.register`: True: they go through pinned host memory, within `staging_bytes`;
+    False: rails read them from where they lie; None: the latter where an open rail can; the same on all ranks.
     `progress`: True shows on standard error how far an update has come that takes long; or a function that is called with (bytes
     done, bytes in all, version), those of this rank, and returns at once. `on_record`: is called with the `UpdateRecord` of each
     update that is over; `records` has the last 1,000.
@@ -85,7 +87,7 @@ class Publisher(Unpicklable):
     def __init__(
         self, engine: Engine, layout: Any, *, group: PeerGroup | None = None, rules: GivenRules = (), epoch: int | None = None,
         staging_bytes: int = STAGING_BYTES, timeout: float | None = None, checksum: bool = False, rate_limit: float | None = None,
-        names: Iterable[str] | None = None, fanout: str = "direct", progress: Progress = None,
+        names: Iterable[str] | None = None, fanout: str = "direct", staging: bool | None = None, progress: Progress = None,
         on_record: Callable[[UpdateRecord], object] | None = None,
     ) -> None:  # fmt: skip
         engine, group = arguments.engine(engine), arguments.group(group)
@@ -126,7 +128,7 @@ class Publisher(Unpicklable):
         self._closing: asyncio.Task[None] | None = None
         if any(isinstance(member, Publisher) for member in Mail.of(engine)):
             raise ConfigurationError("this engine has a Publisher already", hint="close that one first, or open another engine")
-        self.sources = FileSources(engine, bound) if isinstance(bound, FileBound) else Sources(engine, bound)
+        self.sources = FileSources(engine, bound) if isinstance(bound, FileBound) else Sources(engine, bound, staging)
         self.mail = Mail.enter(engine, self)
         self.never = engine.counter()
         self.watch = Watch(self.never, self.mail)
@@ -191,8 +193,10 @@ class Publisher(Unpicklable):
         if self._staging is None or self._staging.nbytes < work.staging_bytes:
             if self._staging is not None:
                 self.works.drop_prepared()
+                self.sources.devices.unpin(self._staging)
                 self._staging.close()
             self._staging = self.engine.allocate(work.staging_bytes)
+            self.sources.devices.pin(self._staging)
         return self._staging
 
     def refuse(self, instances: dict[str, list[wire.Entry]], error: PlanError) -> None:
@@ -468,6 +472,7 @@ class Publisher(Unpicklable):
         self.watch.close()
         self.never.close()
         self.works.drop_prepared()
+        self.sources.devices.unpin()
         if self._staging is not None:
             self._staging.close()
         await self.mail.leave(self)

@@ -105,6 +105,7 @@ class Update(Unpicklable):
     async def _enter(self) -> None:
         role = self._role
         role.sources.note()
+        await role.sources.finished()
         await role.call()
         if role.rank:
             try:

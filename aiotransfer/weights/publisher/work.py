@@ -149,7 +149,8 @@ class Works:
     def digest(self) -> bytes:
         """What all publisher ranks must have alike."""
         role = self._role
-        parts = role.layout.digest, role.sources.staged, self._rules, self.staging_bytes, self._names, self._fanout
+        where = role.sources.staged, role.sources.apart
+        parts = role.layout.digest, where, self._rules, self.staging_bytes, self._names, self._fanout
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
     async def make(self, instances: dict[str, list[wire.Entry]]) -> Work:
@@ -192,7 +193,7 @@ class Works:
 
     def _make(self, layouts: dict[str, Layout]) -> Plan:
         how: Any = {"staging_bytes": self.staging_bytes, "fanout": self._fanout, "names": self._names}
-        how["staged"] = self._role.sources.staged
+        how["staged"], how["apart"] = self._role.sources.staged, self._role.sources.apart
         return make_plan(self._role.layout, layouts, self._rules, **how)
 
     def _alone(self, layouts: dict[str, Layout]) -> dict[str, tuple[str, ...]]:

@@ -38,6 +38,8 @@ class Lending:
             why = f"version {role.version} is here"
         elif message.digest != role.digest:
             why = "the layouts differ"
+        elif role.memory.stale:
+            why = role.memory.stale
         elif len(self._lends) >= MOST_LENDS or (peer, message.update) in self._lends:
             why = f"{len(self._lends)} subscribers read here already"
         descriptors: list[bytes] = []

@@ -16,6 +16,7 @@ from aiotransfer.model.dtypes import lookup
 from aiotransfer.weights.aside import steady
 from aiotransfer.weights.bind import is_torch, local
 from aiotransfer.weights.binding import register
+from aiotransfer.weights.devices import DeviceBuffer
 from aiotransfer.weights.errors import PlanError
 
 if TYPE_CHECKING:
@@ -46,11 +47,10 @@ class Memory:
         self._own: dict[Region, None] = {}
         if bound is not None and (shared := bound.shared()):
             raise PlanError("the memory of this rank cannot be written without a part being written twice", problems=shared)
+        self.active: dict[str, RegionView] = {}
+        self.shadow: dict[str, RegionView] = {}
         try:
-            self.active: dict[str, RegionView] = (
-                self._allocate() if bound is None else {name: self._register(bound, name) for name in self.sizes}
-            )
-            self.shadow = self._allocate() if double else self.active
+            self._open(bound)
         except BaseException:
             for region in self._own:
                 region.close()
@@ -58,7 +58,11 @@ class Memory:
         self._is_torch = any(lookup(dtype).numpy is None for dtype in layout.dtypes) or (
             bound is not None and any(is_torch(local(thing)) for thing in bound.memory.values())
         )
-        self._views: dict[tuple[RegionView, ...], Mapping[str, Any]] = {}  # of each set
+        self._views: dict[tuple[Any, ...], Mapping[str, Any]] = {}  # of each set
+
+    def _open(self, bound: Bound | None) -> None:
+        self.active = self._allocate() if bound is None else {name: self._register(bound, name) for name in self.sizes}
+        self.shadow = self._allocate() if self._double else self.active
 
     def _register(self, bound: Bound, name: str) -> Region:
         region = register(self._engine, bound, name)
@@ -75,7 +79,11 @@ class Memory:
             begin += nbytes
         memory = self._engine.allocate(begin)
         self._own[memory] = None
+        self._took(memory)
         return {name: memory[place : place + self.sizes[name]] for name, place in places.items()}
+
+    def _took(self, memory: Region) -> None:
+        """Memory was allocated for all buffers."""
 
     @property
     def nbytes(self) -> int:
@@ -122,25 +130,48 @@ class Memory:
             self._own.pop(region, None)
             region.close()
 
-    async def copy_to_shadow(self) -> None:
-        """An update brings a part of the names: the others stay as they are."""
-        if self._double:
+    async def prepare(self, *, part: bool) -> None:
+        """Bytes are going to come. `part`: of some of the names: the others stay as they are."""
+        if part and self._double:
             pairs = [(memory_of(self.active[name]), memory_of(self.shadow[name])) for name in self.sizes]
             await steady(self._engine, _copy, pairs)
+
+    async def put(self) -> None:
+        """All bytes have come: returns when they are where readers will read them."""
+
+    def is_touched(self, granted: bool) -> bool:
+        """Whether bytes of a version that was `granted` to publishers may lie where readers read, in place."""
+        return granted
+
+    @property
+    def stale(self) -> str:
+        """Why peers cannot read the version that readers see; "" when they can."""
+        return ""
+
+    def readable(self) -> dict[str, Any]:
+        """What slices give the bytes of: of each buffer as readers see it."""
+        return {name: memory_of(region) for name, region in self.active.items()}
+
+    def written(self) -> dict[str, Any]:
+        """The same of what publishers have written."""
+        return {name: memory_of(region) for name, region in self.shadow.items()}
 
     def tensors(self) -> Mapping[str, Any]:
         """{name: tensor} of what readers see, also under aliases: NumPy arrays, or torch tensors where torch memory was bound or
         NumPy lacks a dtype. Of a tensor that lies here in several pieces a tuple of them. Shapes are those of the pieces."""
-        regions = tuple(self.active.values())
-        if regions not in self._views:
-            self._views[regions] = MappingProxyType(self._make(self.active))
-        return self._views[regions]
+        key = self._shown()
+        if key not in self._views:
+            self._views[key] = MappingProxyType(self._make(self.readable()))
+        return self._views[key]
 
-    def _make(self, regions: Mapping[str, RegionView]) -> dict[str, Any]:
+    def _shown(self) -> tuple[Any, ...]:
+        """What is another one when readers see another set."""
+        return tuple(self.active.values())
+
+    def _make(self, bytes_of: Mapping[str, Any]) -> dict[str, Any]:
         layout = self._layout
-        if self.sizes and not regions:
+        if self.sizes and not bytes_of:
             return {}  # closed
-        bytes_of = {name: memory_of(region) for name, region in regions.items()}
         found: dict[int, list[Any]] = {}
         for piece in np.flatnonzero(layout.piece_rank == self._rank).tolist():
             tensor = int(layout.piece_tensor[piece])
@@ -211,7 +242,9 @@ def _copy(pairs: list[tuple[Any, Any]]) -> None:
         np.copyto(there, here)
 
 
-def _view(memory: NDArray[np.uint8], dtype: str, offset: int, extent: list[int], strides: list[int], as_torch: bool) -> Any:
+def _view(memory: Any, dtype: str, offset: int, extent: list[int], strides: list[int], as_torch: bool) -> Any:
+    if isinstance(memory, DeviceBuffer):
+        return memory.view(dtype, offset, extent, strides)
     kind = lookup(dtype)
     if 0 in extent:
         memory, offset, strides = np.empty(kind.itemsize, np.uint8), 0, [kind.itemsize] * len(extent)

@@ -120,8 +120,7 @@ class Session:
             await self._changes.until(lambda: role.gate.active == 0)
             role.unset()
         await role.revoke_lends()
-        if self.offer.names and not role.in_place:
-            await role.memory.copy_to_shadow()
+        await role.memory.prepare(part=bool(self.offer.names))
 
     async def _close_filling(self) -> None:
         await self._filling.close()
@@ -131,6 +130,7 @@ class Session:
         self.role.check_places()
         if self.offer.checksum and not self.offer.source:
             await self.role.check_sums(self.offer, self._filling.sums)
+        await self.role.memory.put()
 
     def _report_whole(self, text: str) -> None:
         role = self.role
@@ -188,7 +188,7 @@ class Session:
                 role.unset()
                 role.gave_up(spoiled=True)
             elif not self._keeps:
-                role.gave_up(spoiled=role.in_place and self._filling.granted)
+                role.gave_up(spoiled=role.in_place and role.memory.is_touched(self._filling.granted))
             role.gate_follows()
         self._why = "" if opened else self._why or "given up by its instance"
         role.over(self, opened, self._why)

@@ -32,7 +32,7 @@ from aiotransfer.weights.protocol.version import Claims, Version
 from aiotransfer.weights.subscriber.fences import Fences, Hook
 from aiotransfer.weights.subscriber.gate import Gate
 from aiotransfer.weights.subscriber.lending import Lending
-from aiotransfer.weights.subscriber.memory import Memory
+from aiotransfer.weights.subscriber.ondevice import memory_for
 from aiotransfer.weights.subscriber.routes import Routes
 from aiotransfer.weights.subscriber.session import Session
 from aiotransfer.weights.subscriber.stopped import Stopped
@@ -63,9 +63,11 @@ class Subscriber(Unpicklable):
     "double" writes a version into a second buffer, "in_place" into the one that readers see, between `pause` and `resume`. These
     two are functions or coroutine functions without arguments; `pause` returns when no forward step runs or begins, `resume` lets
     them begin again. What becomes of running requests is the host's choice. `timeout`: seconds for waits that give none (None:
-    the engine's). `progress`: True shows on standard error how far a version has come that takes long; or a function that is
-    called with (bytes done, bytes in all, version) and returns at once. `on_record`: is called with the `UpdateRecord` of each
-    update that is over; `records` has the last 1,000.
+    the engine's). `staging`: of weights on a GPU, as for `Engine.register`: True: they come into pinned host memory and are
+    stored on the GPU before the version opens; False: rails write them there; None: the latter where an open rail can.
+    `progress`: True shows on standard error how far a version has come that takes long; or a function that is called with (bytes
+    done, bytes in all, version) and returns at once. `on_record`: is called with the `UpdateRecord` of each update that is over;
+    `records` has the last 1,000.
 
     Raises `PlanError` (the layout is not whole), `RegistrationError`, `ClosedError`, `TypeError`, `ValueError`.
     """
@@ -74,7 +76,8 @@ class Subscriber(Unpicklable):
 
     def __init__(
         self, engine: Engine, layout: Any, *, instance: str = "", rank: int | None = None, mode: str = "double",
-        pause: Hook | None = None, resume: Hook | None = None, timeout: float | None = None, progress: Progress = None,
+        pause: Hook | None = None, resume: Hook | None = None, timeout: float | None = None, staging: bool | None = None,
+        progress: Progress = None,
         on_record: Callable[[UpdateRecord], object] | None = None,
     ) -> None:  # fmt: skip
         if mode not in ("double", "in_place"):
@@ -115,7 +118,7 @@ class Subscriber(Unpicklable):
         self._spare: list[int] = []  # immediates that nothing can arrive for any more
         self.members: tuple[str, ...] = ()  # addresses of all ranks of the instance, as of `version`
         self.lends_expected: dict[int, tuple[Peer, asyncio.Future[wire.Lend]]] = {}
-        self.memory = Memory(engine, self.layout, self.rank, self._bound, double=not self.in_place)
+        self.memory = memory_for(engine, self.layout, self.rank, self._bound, double=not self.in_place, staging=staging)
         self.stopped = Stopped(self.memory, in_place=self.in_place)
         self._lending = Lending(self)
         self.routes = Routes(self)
@@ -224,8 +227,7 @@ class Subscriber(Unpicklable):
 
     def opened(self, version: Version, trainer: int) -> None:
         """All ranks of the instance have it: readers see it from now on."""
-        if not self.in_place:
-            self.memory.switch()
+        self.memory.switch()
         self._version, self._before, self._refused = version, None, None
         self.claims.took(version, trainer)
         self.gate_follows()
@@ -258,7 +260,7 @@ class Subscriber(Unpicklable):
         """Compare what came with what was sent. Raises `TransferError`."""
         from aiotransfer.weights.checksum import check
 
-        await aside(self.engine, check, self.layout, self.rank, self.memory.shadow, list(offer.names), sum(sums.values()))
+        await aside(self.engine, check, self.layout, self.rank, self.memory.written(), list(offer.names), sum(sums.values()))
 
     def over(self, session: Session, opened: bool, why: str) -> None:
         """A session has ended."""
