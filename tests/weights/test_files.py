@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aiotransfer as at
-from aiotransfer.weights import Layout, Piece, Tensor, files
+from aiotransfer.weights import Layout, Piece, Tensor, stored
 from aiotransfer.weights.files import FileBound, FileMemory
 
 
@@ -38,8 +38,8 @@ def test_a_box_is_read_as_it_lies_in_the_file(
     wanted = values[index].transpose(axes)
     offset = 7 + sum(low * stride for (low, _), stride in zip(box, values.strides, strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "SLAB", slab)
-        patch.setattr(files, "DIRECT", direct)
+        patch.setattr(stored, "SLAB", slab)
+        patch.setattr(stored, "DIRECT", direct)
         there = np.zeros(wanted.shape, np.uint32)
         file.bring(there, offset, wanted.strides)
         np.testing.assert_array_equal(there, wanted)
