@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from aiotransfer.errors import BusyError, TransferError
 from aiotransfer.weights.posting import BUSY_SECONDS, room_of
+from aiotransfer.weights.stored import Stored
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -96,11 +97,14 @@ def cut(step: Step, most: int) -> Iterator[Step]:
         )  # fmt: skip
 
 
-def copy(step: Step, source: NDArray[np.uint8], target: NDArray[np.uint8]) -> None:
+def copy(step: Step, source: NDArray[np.uint8] | Stored, target: NDArray[np.uint8]) -> None:
     """Its rows, within this process."""
     shape = (step.rows, step.nbytes)
-    here = np.ndarray(shape, np.uint8, source.data, step.source, (step.source_step, 1))
-    np.copyto(np.ndarray(shape, np.uint8, target.data, step.target, (step.target_step, 1)), here)
+    there = np.ndarray(shape, np.uint8, target.data, step.target, (step.target_step, 1))
+    if isinstance(source, Stored):
+        source.bring(there, step.source, (step.source_step, 1))
+    else:
+        np.copyto(there, np.ndarray(shape, np.uint8, source.data, step.source, (step.source_step, 1)))
 
 
 class Reads:

@@ -15,7 +15,7 @@ from aiotransfer.weights.stored import SLAB
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.region import Region, RegionView
     from aiotransfer.weights.files import FileBound
 
 
@@ -37,7 +37,7 @@ class FileSources:
         """The box at `offset` of a buffer, with byte `strides`, into the array `there`. Raises `BrokenError`."""
         self._files[buffer].bring(there, offset, strides)
 
-    def bytes_of(self, region: Region) -> Any:
+    def bytes_of(self, region: RegionView) -> Any:
         """The bytes of a region in host memory."""
         return memory_of(region)
 

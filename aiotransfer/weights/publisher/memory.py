@@ -16,7 +16,7 @@ from aiotransfer.weights.stored import SLAB
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.region import Region, RegionView
     from aiotransfer.weights.bind import Bound
 
 REMEDY = "make the Publisher anew"
@@ -58,7 +58,7 @@ class Sources:
         else:
             copy(there, place(memory_of(self.regions[buffer]), there.itemsize, offset, there.shape, strides))
 
-    def bytes_of(self, region: Region) -> Any:
+    def bytes_of(self, region: RegionView) -> Any:
         """What slices give the bytes of, of a region in `regions` or any in host memory."""
         number = next((number for number in self._far if self.regions.get(number) is region), None)
         return memory_of(region) if number is None else self._far[number]
