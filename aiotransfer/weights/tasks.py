@@ -113,6 +113,22 @@ class Tasks:
         )  # fmt: skip
         return rows[which], source, target, nbytes
 
+    def lent(self, rank: int) -> tuple[Ints, Ints, int]:
+        """The inputs that another rank brings for this one, where its memory cannot be read: their rows, the byte at which each
+        lies in what it lends, dense, one after the other, and how many bytes that are."""
+        rows = np.flatnonzero(self.input_rank == rank)
+        elements = np.prod(self.input_stop[rows] - self.input_start[rows], axis=1, dtype=np.int64)
+        ends = np.cumsum(-(-elements * self.input_to_strides[rows, -1] // 16) * 16)
+        return rows, np.concatenate([[0], ends])[:-1].astype(np.int64), int(ends[-1]) if len(ends) else 0
+
+    def lent_runs(self, rows: Ints, places: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """`gather_runs` of inputs that lie at `places` of what was lent."""
+        extent, item = self.input_stop[rows] - self.input_start[rows], self.input_to_strides[rows, -1]
+        which, source, target, nbytes = boxes.runs(
+            extent, places, strides_of(extent, item), self.input_to[rows], self.input_to_strides[rows], item
+        )
+        return rows[which], source, target, nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Expected:

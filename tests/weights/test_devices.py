@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from aiotransfer.engine.views import memory_of
 from aiotransfer.weights import Cast, Layout, Piece, PlanError, Quantise, Tensor, Transpose
 from aiotransfer.weights.devices import DeviceBuffer, torch_bytes
 from aiotransfer.weights.kernels import numbers, quantise
+from aiotransfer.weights.publisher import work
 from tests.engine.gpu import Gpu, build
 from tests.weights.party import Party
 
@@ -140,6 +142,40 @@ async def test_what_is_cast_quantised_or_turned_comes_right_from_a_gpu(party: Pa
         await publish(trainer, 2)
     assert role.version == (1, 1)
     assert equal(gpu, role, wanted)
+
+
+@pytest.mark.parametrize(("staging_bytes", "fits"), [(1 << 12, True), (1 << 16, True), (2400, False)])
+async def test_a_block_that_a_shards_edge_cuts_is_lent_by_a_copy(
+    party: Party, gpu: Gpu, staging_bytes: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fits:
+        monkeypatch.setattr(work, "LENT", 4)  # nothing is left for what is lent
+    trained = [Tensor("w", (40, 24), "float32")]
+    tensors = [Tensor("w", (40, 24), "float8_e4m3fn"), Tensor("s", (5, 3), "float32")]
+    edges = [0, 13, 20, 40]
+    rows = [Piece("w", r, (a, 0), (b - a, 24)) for r, (a, b) in enumerate(itertools.pairwise(edges))]
+    layout = Layout(trained, rows, ranks=3)
+    engines = [await party.stack.enter_async_context(await party.open_engine(name=f"trainer {r}")) for r in range(3)]
+    members, made = [str(engine.address) for engine in engines], values(1)["w"]
+    roles = []
+    for rank, engine in enumerate(engines):
+        side = Side(gpu, layout, rank)
+        side.set(w=made[edges[rank] : edges[rank + 1]])
+        role = weights.Publisher(engine, side.bound, group=engine.group(members), rules=[Quantise("w", "s", (8, 8))],
+                                 staging_bytes=staging_bytes, timeout=20, checksum=True)  # fmt: skip
+        roles.append(await party.stack.enter_async_context(role))
+    found = await subscriber(party, roles[0], Side(gpu, whole(tensors)).bound)
+    codes, scales = np.empty((40, 24), np.uint8), np.empty((5, 3), np.float32)
+    quantise(numbers(codes, "float8_e4m3fn"), scales, made, (8, 8))
+    for number in (1, 2):
+        results = await asyncio.gather(*(publish(role, number) for role in roles), return_exceptions=True)
+        if not fits:
+            assert all(isinstance(result, weights.UpdateError) for result in results), results
+            assert any("staging_bytes must be" in str(result) for result in results), results
+            continue
+        assert results == [None, None, None]
+        assert equal(gpu, found, {"w": codes, "s": scales})
+    assert all(role.staging_held <= staging_bytes for role in roles)
 
 
 async def test_a_training_step_that_has_not_ended_is_waited_for(party: Party, gpu: Gpu) -> None:

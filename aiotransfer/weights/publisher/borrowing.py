@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.errors import DescriptorError, TransferError
+from aiotransfer.engine.views import memory_of
+from aiotransfer.errors import ClosedError, DescriptorError, RegistrationError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
+from aiotransfer.weights.aside import aside, steady
+from aiotransfer.weights.convert import place
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.reads import Reads, steps
+from aiotransfer.weights.tasks import strides_of
 from aiotransfer.weights.watch import reach
 
 if TYPE_CHECKING:
@@ -28,11 +32,15 @@ class Borrowing:
     def __init__(self, role: Publisher) -> None:
         self._role = role
         self._lent: dict[Peer, list[Lease]] = {}
+        self._copies: list[Region] = []
         self._regions: dict[int, asyncio.Future[dict[int, RemoteRegion]]] = {}  # by rank, and number of the buffer
 
     async def read(self, update: Update, tasks: Tasks, rows: Any, staging: Region | None) -> None:
         """Bring the inputs `rows`, which are on other ranks, into the staging memory. Raises `TransferError`."""
         assert staging is not None
+        if self._role.sources.staged:
+            await self._read_copies(update, tasks, rows, staging)
+            return
         which, *columns = tasks.gather_runs(rows)
         held = np.stack([tasks.input_rank[which], tasks.input_buffer[which]])
         reads = Reads(self._role.engine)
@@ -44,6 +52,21 @@ class Borrowing:
                 order = np.argsort(target, kind="stable")
                 for step in steps(source[order], target[order], nbytes[order]):
                     await reads.add(regions[buffer], staging, step)
+
+    async def _read_copies(self, update: Update, tasks: Tasks, rows: Any, staging: Region) -> None:
+        """The same from what ranks lend whose sources cannot be read: dense copies of what this rank needs of them."""
+        reads = Reads(self._role.engine)
+        async with reads:
+            for rank in np.unique(tasks.input_rank[rows]).tolist():
+                lent, places, total = tasks.lent(rank)
+                (region,) = (await self.regions_of(update, rank)).values()
+                if region.nbytes < total:
+                    raise DescriptorError(f"publisher rank {rank} lends {region.nbytes} bytes, where {total} are needed")
+                some = np.isin(lent, rows)
+                _, source, target, nbytes = tasks.lent_runs(lent[some], places[some])
+                order = np.argsort(target, kind="stable")
+                for step in steps(source[order], target[order], nbytes[order]):
+                    await reads.add(region, staging, step)
 
     async def regions_of(self, update: Update, rank: int) -> dict[int, RemoteRegion]:
         """The sources of another rank, by the number of the buffer. Raises `TransferError`."""
@@ -61,13 +84,16 @@ class Borrowing:
         if message.rank >= self._role.ranks or str(peer.address) != self._role.members[message.rank]:
             raise DescriptorError(f"{peer} is not publisher rank {message.rank}")
         if isinstance(message, wire.Borrow):
-            self._lend(peer, message)
+            if self._role.sources.staged:
+                self._role.mail.own(self._lend_copies(peer, message))
+            else:
+                self._lend(peer, message)
             return
         waiting = self._regions.get(message.rank)
         if waiting is None or waiting.done():
             return
         layout = self._role.layout
-        buffers = np.flatnonzero(layout.buffer_rank == message.rank).tolist()
+        buffers = [0] if self._role.sources.staged else np.flatnonzero(layout.buffer_rank == message.rank).tolist()
         try:
             if message.text or len(message.regions) != len(buffers):
                 raise DescriptorError(f"publisher rank {message.rank} does not lend its sources: {message.text}")
@@ -87,13 +113,51 @@ class Borrowing:
         descriptors = [] if why else [lease.descriptor.encode() for lease in leases]
         role.tell(peer, wire.Borrowed(message.update, role.rank, descriptors, wire.clip(why)))
 
+    async def _lend_copies(self, peer: Peer, message: wire.Borrow) -> None:
+        """Of sources that peers cannot read: bring what the other rank needs into host memory, and lend that."""
+        role, why, descriptors = self._role, "", []
+        try:
+            descriptors.append(await self._copied(peer, message))
+        except TransferError as error:
+            why = error.message
+        role.tell(peer, wire.Borrowed(message.update, role.rank, descriptors, wire.clip(why)))
+
+    async def _copied(self, peer: Peer, message: wire.Borrow) -> bytes:
+        role, current = self._role, self._role.current
+        if current is None or current.update != message.update or current.work is None or peer in self._lent:
+            raise ClosedError("this update is over here, or has been asked for already")
+        leases, work = self._lent.setdefault(peer, []), current.work
+        theirs = await aside(role.engine, work.plan.tasks, message.rank)
+        rows, places, total = theirs.lent(role.rank)
+        needed = sum(region.nbytes for region in self._copies) + total + work.staging_bytes
+        if needed > role.works.staging_bytes:
+            raise RegistrationError(f"what it lends does not fit beside its staging memory: staging_bytes must be {needed}")
+        memory = role.engine.allocate(total)
+        self._copies.append(memory)
+        role.sources.devices.pin(memory)
+        await steady(role.engine, self._bring, theirs, rows, places, memory_of(memory))
+        leases.append(memory.lease(peer, access="read"))
+        return leases[-1].descriptor.encode()
+
+    def _bring(self, theirs: Tasks, rows: Any, places: Any, memory: Any) -> None:
+        for row, at in zip(rows.tolist(), places.tolist(), strict=True):
+            extent, item = theirs.input_stop[row] - theirs.input_start[row], int(theirs.input_to_strides[row, -1])
+            there = place(memory, item, at, extent, strides_of(extent[None], np.array([item]))[0])
+            self._role.sources.bring(
+                there, int(theirs.input_buffer[row]), int(theirs.input_offset[row]), theirs.input_strides[row]
+            )
+
     def end(self) -> None:
         """The update is over: nothing is lent or borrowed any more."""
         lent, self._lent, self._regions = self._lent, {}, {}
+        copies, self._copies = self._copies, []
         leases = [lease for some in lent.values() for lease in some]
-        if leases:
-            self._role.mail.own(self._revoke(leases))
+        if leases or copies:
+            self._role.mail.own(self._revoke(leases, copies))
 
-    async def _revoke(self, leases: list[Lease]) -> None:
+    async def _revoke(self, leases: list[Lease], copies: list[Region]) -> None:
         seconds = self._role.engine.config.drain_timeout
         await asyncio.gather(*(lease.revoke(timeout=seconds) for lease in leases), return_exceptions=True)
+        for memory in copies:
+            self._role.sources.devices.unpin(memory)
+            memory.close()

@@ -15,7 +15,7 @@ from aiotransfer.weights.plan import Plan
 from aiotransfer.weights.planner import make_plan
 from aiotransfer.weights.posting import Posting
 from aiotransfer.weights.protocol import wire
-from aiotransfer.weights.rules import Rules
+from aiotransfer.weights.rules import Quantise, Rules
 from aiotransfer.weights.tasks import Call, Tasks, Writes, expected, instead, tasks
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from aiotransfer.weights.publisher.publisher import Publisher
 
 MOST_WORKS = 8
+LENT = 3  # quarters of the staging memory that are left for a plan where the last one is lent
 BURST_SECONDS = 0.1  # at the rate that a publisher may have: what is written at once
 
 
@@ -192,9 +193,17 @@ class Works:
                 misfits |= bad
 
     def _make(self, layouts: dict[str, Layout]) -> Plan:
-        how: Any = {"staging_bytes": self.staging_bytes, "fanout": self._fanout, "names": self._names}
+        how: Any = {"staging_bytes": self._planned_bytes(), "fanout": self._fanout, "names": self._names}
         how["staged"], how["apart"] = self._role.sources.staged, self._role.sources.apart
         return make_plan(self._role.layout, layouts, self._rules, **how)
+
+    def _planned_bytes(self) -> int:
+        """Of the staging memory what a plan may use: where ranks lend one another copies (of blocks that a shard's edge cuts, on
+        a GPU), a part of it is left for these."""
+        role = self._role
+        lends = role.sources.staged and role.sources.devices.ordinals and role.ranks > 1
+        quantises = any(isinstance(rule, Quantise) for some in self._rules.values() for rule in some)
+        return max(self.staging_bytes * LENT // 4, 1) if lends and quantises else self.staging_bytes
 
     def _alone(self, layouts: dict[str, Layout]) -> dict[str, tuple[str, ...]]:
         """Which instances do not fit by themselves."""
