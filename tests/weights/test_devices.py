@@ -337,13 +337,17 @@ async def test_host_memory_that_a_lost_peer_may_still_write_into_is_replaced(par
     source.set(**values(1))
     await publish(trainer, 1)
     before = memory_of(role.memory.shadow["w"]).ctypes.data
-    role.spoil()
+    role.stopped.spoil([])
     assert memory_of(role.memory.shadow["w"]).ctypes.data != before
     assert role.memory.stale
     source.set(**values(2))
     await publish(trainer, 2)
     assert role.version == (1, 2)
     assert equal(gpu, role, values(2))
+    before = memory_of(role.memory.shadow["w"]).ctypes.data
+    await role.memory.leave_shadow()
+    assert memory_of(role.memory.shadow["w"]).ctypes.data != before
+    assert np.array_equal(memory_of(role.memory.shadow["w"]).view(np.float32), values(2)["w"].reshape(-1))
 
 
 async def test_bytes_of_torch_tensors_are_seen_as_they_lie() -> None:

@@ -85,6 +85,9 @@ class Memory:
     def _took(self, memory: Region) -> None:
         """Memory was allocated for all buffers."""
 
+    def _left(self, memory: Region) -> None:
+        """Memory that was allocated for all buffers is going to be given back."""
+
     @property
     def nbytes(self) -> int:
         """Of one set."""
@@ -114,7 +117,7 @@ class Memory:
         """The same in mode "double", where all bytes have come: they go along."""
         fresh = self._allocate()
         try:
-            await steady(self._engine, _copy, [(memory_of(self.shadow[name]), memory_of(fresh[name])) for name in self.sizes])
+            await steady(self._engine, copy_all, [(memory_of(self.shadow[name]), memory_of(fresh[name])) for name in self.sizes])
         except BaseException:  # also cancellation
             self._close(fresh)
             raise
@@ -128,13 +131,14 @@ class Memory:
     def _close(self, regions: dict[str, RegionView]) -> None:
         for region in {view._root: None for view in regions.values()}:
             self._own.pop(region, None)
+            self._left(region)
             region.close()
 
     async def prepare(self, *, part: bool) -> None:
         """Bytes are going to come. `part`: of some of the names: the others stay as they are."""
         if part and self._double:
             pairs = [(memory_of(self.active[name]), memory_of(self.shadow[name])) for name in self.sizes]
-            await steady(self._engine, _copy, pairs)
+            await steady(self._engine, copy_all, pairs)
 
     async def put(self) -> None:
         """All bytes have come: returns when they are where readers will read them."""
@@ -237,7 +241,8 @@ def _torch() -> Any:
     return torch
 
 
-def _copy(pairs: list[tuple[Any, Any]]) -> None:
+def copy_all(pairs: list[tuple[Any, Any]]) -> None:
+    """The first of each pair into the second."""
     for here, there in pairs:
         np.copyto(there, here)
 

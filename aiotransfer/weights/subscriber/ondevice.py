@@ -16,7 +16,7 @@ from aiotransfer.engine.views import memory_of
 from aiotransfer.errors import RegistrationError
 from aiotransfer.weights.aside import steady
 from aiotransfer.weights.devices import DeviceBuffer, Devices, buffer_of, directly, like, on_device
-from aiotransfer.weights.subscriber.memory import Memory
+from aiotransfer.weights.subscriber.memory import Memory, copy_all
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -40,7 +40,6 @@ class OnDevice(Memory):
         self._is_copy = False  # the host memory has the bytes of that set
         self._putting = False
         self._devices = Devices(engine, ())
-        self._landing: Region
         super().__init__(engine, layout, rank, bound, double=double)
         self._runs = _runs(layout, rank)
 
@@ -83,8 +82,10 @@ class OnDevice(Memory):
         self._is_copy = False
 
     def _took(self, memory: Region) -> None:
-        self._landing = memory
         self._devices.pin(memory)
+
+    def _left(self, memory: Region) -> None:
+        self._devices.unpin(memory)
 
     # ---- the way of a version ----
 
@@ -94,7 +95,7 @@ class OnDevice(Memory):
         await self._devices.finished()
         if self._direct:
             if part and self._double:
-                await steady(self._engine, self._copy_set)
+                await steady(self._engine, self._copy, self._sets[self._at], self._sets[1 - self._at])
             return
         if part and not self._is_copy:
             await steady(self._engine, self._load)
@@ -121,20 +122,39 @@ class OnDevice(Memory):
         return granted if self._direct else self._putting
 
     def replace_shadow(self) -> None:
-        """A peer may still write into the shadow: take other memory. The engine keeps that one until it is proved free."""
-        if self._direct and not self._double:
-            super().replace_shadow()
-        old = [region for region in self._own if region in self.shadow.values()] if self._direct else [self._landing]
-        if self._direct:
-            self._views.pop((1 - self._at,), None)
-            self._sets[1 - self._at] = self._like(self._sets[1 - self._at])
-            self.shadow = self._registered(self._sets[1 - self._at])
-        else:
+        """A writer that was stopped may still write into the shadow: take other memory. The engine keeps that one until it is
+        proved free. Where rails write in place, there is no other memory: `QuarantineError`."""
+        if not self._direct:
+            old = self.shadow
             self._land()
-        for region in old:
-            self._devices.unpin(region)
-            del self._own[region]
-            region.close()
+            self._close(old)
+        elif self._double:
+            self._take_set(self._like(self._sets[1 - self._at]))
+        else:
+            super().replace_shadow()
+
+    async def leave_shadow(self) -> None:
+        """The same where all bytes have come: they go along."""
+        if self._direct:
+            buffers = self._like(self._sets[1 - self._at])
+            await steady(self._engine, self._copy, self._sets[1 - self._at], buffers)
+            self._take_set(buffers)
+            return
+        fresh = self._allocate()
+        try:
+            pairs = [(memory_of(self.shadow[name]), memory_of(fresh[name])) for name in self.sizes]
+            await steady(self._engine, copy_all, pairs)
+        except BaseException:  # also cancellation
+            self._close(fresh)
+            raise
+        old, self.active, self.shadow = self.shadow, fresh, fresh
+        self._close(old)
+
+    def _take_set(self, buffers: Buffers) -> None:
+        old, self.shadow = self.shadow, self._registered(buffers)
+        self._sets[1 - self._at] = buffers
+        self._views.pop((1 - self._at, True), None)
+        self._close(old)
 
     # ---- who sees it ----
 
@@ -181,9 +201,8 @@ class OnDevice(Memory):
             else:
                 _fill(memory, buffer, runs)
 
-    def _copy_set(self) -> None:
-        """From the set that readers see to the other one."""
-        here, there = self._sets[self._at], self._sets[1 - self._at]
+    def _copy(self, here: Buffers, there: Buffers) -> None:
+        """From one set of buffers to another."""
         for name, runs in self._runs.items():
             if isinstance(there[name], DeviceBuffer):
                 there[name].take(here[name], runs)
