@@ -45,6 +45,18 @@ GUARDS = (
         "        if part and not self._is_copy:\n", "        if False:\n", "tests/weights/test_devices.py",
     ),
     Mutant(
+        "weights: what a NIC wrote on a GPU is seen before it opens", "aiotransfer/weights/subscriber/ondevice.py",
+        "                await region.flush()\n", "                pass\n", "tests/weights/test_devices_direct.py",
+    ),
+    Mutant(
+        "weights: what is converted is first brought from a GPU", "aiotransfer/weights/planner.py",
+        "        if self.staged or self.apart:\n", "        if self.staged:\n", "tests/weights/test_devices_direct.py",
+    ),
+    Mutant(
+        "weights: copies that are lent fit beside the staging memory", "aiotransfer/weights/publisher/borrowing.py",
+        "        if needed > role.works.staging_bytes:\n", "        if False:\n", "tests/weights/test_devices.py",
+    ),
+    Mutant(
         "weights: staging memory that was pinned is unpinned", "aiotransfer/weights/publisher/publisher.py",
         "        self.sources.devices.unpin()\n", "", "tests/weights/test_devices.py",
     ),
