@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
-from tests.guards import control, engine, kernels, kv, moe, native, providers, tools, weights, weights_files, weights_roles
+from tests.guards import (
+    control,
+    engine,
+    kernels,
+    kv,
+    moe,
+    native,
+    providers,
+    tools,
+    weights,
+    weights_devices,
+    weights_files,
+    weights_roles,
+)
 from tests.guards.mutant import Mutant
 
 EVERY: tuple[Mutant, ...] = tuple(
     guard
-    for room in (native, providers, control, engine, kv, moe, kernels, weights, weights_roles, weights_files, tools)
+    for room in (
+        native,
+        providers,
+        control,
+        engine,
+        kv,
+        moe,
+        kernels,
+        weights,
+        weights_roles,
+        weights_files,
+        weights_devices,
+        tools,
+    )
     for guard in room.GUARDS
 )

@@ -1,0 +1,49 @@
+"""Guards of weights on a GPU."""
+
+from __future__ import annotations
+
+from tests.guards.mutant import Mutant
+
+GUARDS = (
+    Mutant(
+        "weights: kernels that fill a GPU's weights are waited for", "aiotransfer/weights/publisher/update.py",
+        "        await role.sources.finished()\n", "", "tests/weights/test_devices.py",
+    ),
+    Mutant(
+        "weights: kernels that read a GPU's weights are waited for", "aiotransfer/weights/subscriber/ondevice.py",
+        "        await self._devices.finished()\n", "", "tests/weights/test_devices.py",
+    ),
+    Mutant(
+        "weights: what was counted is stored on the GPU before it opens", "aiotransfer/weights/subscriber/session.py",
+        "        await self.role.memory.put()\n", "", "tests/weights/test_devices.py",
+    ),
+    Mutant(
+        "weights: only tensors are stored on a GPU", "aiotransfer/weights/subscriber/ondevice.py",
+        "buffer.write_runs([(at, memory[at : at + n]) for at, n in runs])", "buffer.write_runs([(0, memory)])",
+        "tests/weights/test_devices.py",
+    ),
+    Mutant(
+        "weights: host memory that was written since is not lent as the version", "aiotransfer/weights/subscriber/lending.py",
+        "        elif role.memory.stale:\n", "        elif False:\n", "tests/weights/test_devices.py",
+    ),
+    Mutant(
+        "weights: a part of the names is added to what the GPU has", "aiotransfer/weights/subscriber/ondevice.py",
+        "        if part and not self._is_copy:\n", "        if False:\n", "tests/weights/test_devices.py",
+    ),
+    Mutant(
+        "weights: what a NIC wrote on a GPU is seen before it opens", "aiotransfer/weights/subscriber/ondevice.py",
+        "                await region.flush()\n", "                pass\n", "tests/weights/test_devices_direct.py",
+    ),
+    Mutant(
+        "weights: what is converted is first brought from a GPU", "aiotransfer/weights/planner.py",
+        "        if self.staged or self.apart:\n", "        if self.staged:\n", "tests/weights/test_devices_direct.py",
+    ),
+    Mutant(
+        "weights: copies that are lent fit beside the staging memory", "aiotransfer/weights/publisher/borrowing.py",
+        "        if needed > role.works.staging_bytes:\n", "        if False:\n", "tests/weights/test_devices.py",
+    ),
+    Mutant(
+        "weights: staging memory that was pinned is unpinned", "aiotransfer/weights/publisher/publisher.py",
+        "        self.sources.devices.unpin()\n", "", "tests/weights/test_devices.py",
+    ),
+)
