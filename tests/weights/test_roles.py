@@ -109,7 +109,7 @@ async def test_whoever_waits_when_the_engine_closes_is_told(party: Party, who: s
     tasks = [asyncio.ensure_future(trainer.publish(1))]
     if who == "server":
         tasks = [asyncio.ensure_future(each) for each in (subscriber.ready(timeout=30), read(), all_of())]  # type: ignore[misc]
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0.02)  # they begin to wait; what has not begun yet ends as well
     await (trainer if who == "trainer" else server).engine.aclose()
     _, waiting = await asyncio.wait(tasks, timeout=20)
     assert not waiting
@@ -133,7 +133,7 @@ async def test_a_tied_name_is_sent_once_and_seen_under_both(party: Party) -> Non
 async def test_publishing_waits_for_a_subscriber_that_comes_and_a_subscriber_for_a_publisher(party: Party) -> None:
     await party.train(2, timeout=20)
     publishing = asyncio.ensure_future(party.publish(1))
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0.02)  # it begins to wait; it comes to the same when it has not
     (server,) = await party.serve("a", 1)
     assert await publishing == (1, 1)
     assert await server.subscriber.ready() == (1, 1)
@@ -223,7 +223,7 @@ async def test_readers_hold_a_version_until_their_block_ends(party: Party) -> No
     await party.publish(1)
     async with servers[0].subscriber.reading() as version:
         publishing = asyncio.ensure_future(party.publish(2))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # time in which it could go wrong: a slow machine sees less, and nothing that is not so
         assert version == servers[0].subscriber.version == servers[1].subscriber.version == (1, 1)
         assert servers[0].holds() == 1
         assert not publishing.done()

@@ -141,7 +141,7 @@ async def test_one_that_comes_while_another_rank_is_read_does_not_end_the_save(
             publishing.append(asyncio.ensure_future(party.publish(2)))
             while not any(subscriber._sessions for subscriber in subscribers):
                 await asyncio.sleep(0.001)
-            await asyncio.sleep(0.05)  # it takes back what it needs
+            await asyncio.sleep(0.05)  # time to take back what it needs; what comes later meets the next part
 
     monkeypatch.setattr(writing.Writer, "_gather", after)
     assert await save(subscribers[0], tmp_path / "x.safetensors", staging_bytes=50) == (1, 1)
