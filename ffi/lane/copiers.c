@@ -21,7 +21,6 @@
 #define AT_COPIERS 32u                   /* most threads of one lane, held up or not */
 #define AT_ONCE 2u                       /* copy at the same time: more do not fill the memory bus any better */
 #define HELD_NS UINT64_C(5000000)        /* inside one part for so long: held up */
-#define ROUND_BYTES ((uint64_t)4 << 20)  /* one operation is served this long before others are looked at */
 #define MOST_LOOKS 64u                   /* operations of one queue that are looked at for one that may begin */
 #define STACK_BYTES ((size_t)256 << 10)
 
@@ -115,29 +114,6 @@ static uint32_t copying(const at_copiers *copiers) {
 
 static void another(at_lane *lane);
 
-/* Local memory first, where both sides may hold it up: afterwards only the peer's can. */
-static void fetch_local(at_lane *lane, at_op *op) {
-    at_op_dequeue(op);
-    op->running++;
-    at_unlock(lane);
-    at_fetch_local(op);
-    at_lock(lane);
-    op->running--;
-    op->waits = 0;
-    if (atomic_load(&op->withdrawn) || op->peer->status != AT_OK) at_op_stop(op, op->peer->status);
-    else at_op_enqueue(op);
-}
-
-/* For a port that only posts: local memory is made ready, and then the port has its turn. */
-static void make_ready(at_lane *lane, at_peer *peer, at_op *op) {
-    at_stage_next(lane, op);
-    at_refill(peer);
-    at_rail *rails = lane->rails;
-    at_unlock(lane);
-    at_rails_progress(rails, AT_TURN_POST);
-    at_lock(lane);
-}
-
 static void run(copier *me, const job *job) {
     at_lane *lane = me->lane;
     at_copiers *copiers = lane->copiers;
@@ -152,20 +128,7 @@ static void run(copier *me, const job *job) {
     copiers->busy++;
     copiers->turn = peer->index + 1;
     if (lane->risky > 1) another(lane);
-    if (job->op != NULL && peer->port->window != 0) {
-        make_ready(lane, peer, job->op);
-    } else if (job->op != NULL && job->risk == job->op->risk) {
-        at_move_one(lane, peer, job->op, ROUND_BYTES, job->mover, &me->since);
-    } else if (job->op != NULL) {
-        fetch_local(lane, job->op);
-    } else {
-        peer->probe = AT_PROBE_RUNS;
-        at_unlock(lane);
-        peer->port->probe(peer);
-        at_lock(lane);
-        peer->probe = AT_PROBE_NONE;
-        lane->risky--;
-    }
+    lane->copier_job(lane, peer, job->op, job->risk, job->mover, &me->since);
     copiers->busy--;
     me->state = AWAKE;
     at_peer_release(peer);

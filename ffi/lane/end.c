@@ -4,6 +4,7 @@
  *                 it may be called again. It frees nothing, so other threads may be inside any other call (daemon threads at exit).
  *   at_lane_end   Threads are joined, peers and rails are destroyed, descriptors are closed. No other thread is in a call of this lane.
  *   at_lane_free  The lane itself. Until then it answers late calls, of a coroutine that is taken apart for example: there is nothing. */
+#include "copiers.h"
 #include "lane.h"
 #include "stage.h"
 
@@ -72,6 +73,7 @@ int at_lane_stop(at_lane *lane, uint64_t patience_ns, int *inside) {
     if (!lock_by(lane, until)) return AT_EAGAIN;
     shut_out(lane);
     at_thread_ask(lane);
+    at_copiers_ask(lane);
     at_rail *rails = lane->rails;
     at_unlock(lane);
     if (!rails_stop(rails, until) || !lock_by(lane, until)) return AT_EAGAIN;
@@ -118,6 +120,7 @@ void at_lane_end(at_lane *lane) {
         rail->leave(rail);
     }
     lane->rails = NULL;
+    at_copiers_join(lane);
     at_thread_join(lane);
     at_lock(lane);
     for (uint32_t i = 0; i < lane->peer_count; i++) {

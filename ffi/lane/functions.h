@@ -4,24 +4,19 @@
 
 #include "lane.h"
 
-/* lane.c */
-void at_control_release(at_control_ref *ref);
+/* base.c */
 void at_lock(at_lane *lane);
 void at_unlock(at_lane *lane);
 uint64_t at_now(void); /* CLOCK_MONOTONIC, ns */
 int at_is_forked(const at_lane *lane);     /* it is of a parent of this process */
-void at_lane_destroy(at_lane *lane);       /* frees what at_lane_end has left, and the lane */
+void at_belongs_here(at_lane *lane);       /* to this process, and this thread is its owner */
 int at_check_owner(const at_lane *lane);   /* this process, this thread, not shut */
 int at_check_process(const at_lane *lane); /* this process, not shut */
-/* With the lock: a new peer; takes no ownership of impl until it succeeds. */
-at_peer *at_peer_add(at_lane *lane, const at_port *port, void *impl, const at_control *control);
-at_peer *at_peer_find(at_lane *lane, int64_t id); /* NULL when unknown or freed */
+/* With the lock, which it may drop: another thread than the loop's is about to close something. Not while that one moves bytes. */
+void at_wait_here(at_lane *lane);
+int at_is_moving(at_lane *lane); /* with the lock: it does; lane->ended is told when it does not any more */
 void at_rail_add(at_lane *lane, at_rail *rail);   /* with the lock; gone with the lane */
 void at_rails_progress(at_rail *first, int turn); /* without the lock; AT_TURN_* */
-void at_peer_release(at_peer *peer);              /* drop one use; destroys a freed peer with the last */
-void at_peer_end(at_peer *peer, int status);      /* with the lock: what at_peer_fail does */
-void at_peer_broke(at_peer *peer);                /* with the lock: it broke the protocol, the loop is told once */
-void at_peers_reap(at_lane *lane);                /* with the lock: let go of lingering peers that have left */
 
 /* Room for one more pointer; existing ones never move, so that ids and pointers stay good. */
 int at_grow(void ***items, uint32_t *capacity, uint32_t count);
@@ -30,6 +25,39 @@ int64_t at_make_id(uint32_t generation, uint32_t index);
 /* A slot whose generations are used up stays out of use: ids come never again. An odd one is in use, and this is what ends it. */
 #define AT_MOST_LIVES 0x7fffffffu
 static inline uint32_t at_life_over(uint32_t generation) { return generation < AT_MOST_LIVES ? generation + 1 : AT_MOST_LIVES + 2; }
+
+#define AT_TURN_OPS 64u /* of a lane without a clock of its own */
+
+/* So many were done inside calls: is a loop turn due? */
+static inline void at_count_turn(at_lane *lane, uint32_t ops, uint64_t nbytes) {
+    uint32_t before = lane->turn_ops;
+    lane->turn_ops += ops;
+    if (lane->config.flags & AT_LANE_NO_THREAD) { /* virtual time: the same calls give the same turns */
+        lane->turn_due = lane->turn_ops >= AT_TURN_OPS;
+        return;
+    }
+    lane->turn_bytes += nbytes;
+    if (lane->turn_ops / 16 == before / 16 && lane->turn_bytes < AT_CHUNK) return;
+    lane->turn_bytes = 0;
+    if (at_now() - lane->turn_start > lane->config.turn_ns) lane->turn_due = 1;
+}
+
+/* With the lock, of the loop's thread: it does not move bytes any more. Those that write a 2 have the lock: no exchange is needed. */
+static inline void at_here_over(at_lane *lane) {
+    if (atomic_load_explicit(&lane->moving_here, memory_order_relaxed) == 2) (void)pthread_cond_broadcast(&lane->ended); /* order: alone: the lock orders it */
+    atomic_store_explicit(&lane->moving_here, 0, memory_order_relaxed); /* order: alone: the lock orders it */
+}
+
+/* peers.c, with the lock: a new peer; takes no ownership of impl until it succeeds. */
+at_peer *at_peer_add(at_lane *lane, const at_port *port, void *impl, const at_control *control);
+at_peer *at_peer_find(at_lane *lane, int64_t id); /* NULL when unknown or freed */
+void at_peer_release(at_peer *peer);              /* drop one use; destroys a freed peer with the last */
+void at_peer_broke(at_peer *peer);                /* it broke the protocol, the loop is told once */
+void at_peers_reap(at_lane *lane);                /* let go of lingering peers that have left */
+
+/* lane.c */
+void at_control_release(at_control_ref *ref);
+void at_lane_destroy(at_lane *lane); /* frees what at_lane_end has left, and the lane */
 
 /* memory.c, with the lock */
 at_region *at_region_use(at_lane *lane, int64_t id); /* NULL when closed or unknown */
@@ -65,6 +93,7 @@ void at_op_stop(at_op *op, int status);
 void at_op_enqueue(at_op *op);                               /* behind the others of its peer */
 void at_op_dequeue(at_op *op);
 void at_ops_close(at_lane *lane);
+void at_peer_end(at_peer *peer, int status);                 /* what at_peer_fail does */
 void at_op_end(at_op *op);                                   /* everything is retired: tell whoever asked */
 void at_stall(at_peer *peer, int stalled);
 /* One posted work request retired: what of it has landed. */
@@ -83,7 +112,6 @@ void at_move_one(at_lane *lane, at_peer *peer, at_op *op, uint64_t budget, int m
 int at_queued_work(const at_lane *lane, int refused);        /* is anything left for at_move_queued, also counts refused just now? */
 int at_queued_for_two(const at_lane *lane);                  /* so much that two threads are faster? */
 void at_head_start(at_lane *lane, at_op *op);                /* move some of it while the native thread wakes up */
-void at_count_turn(at_lane *lane, uint32_t ops, uint64_t nbytes); /* so many were done inside calls: is a loop turn due? */
 #define AT_TOGETHER 64u /* operations that are moved while the lock is left once, at most */
 
 /* submit.c, with the lock */
@@ -95,10 +123,6 @@ int at_check_pages(at_lane *lane, const at_order *order, at_op *op, uint64_t her
 /* Only decides: AT_HERE: at_move_here may move it; AT_OK: there is nothing to move; AT_EAGAIN: it has to be queued; else it fails. */
 enum { AT_HERE = 2 };
 int at_submit_here(at_lane *lane, at_op *op);
-/* With the lock, which it may drop: another thread than the loop's is about to close something. Not while that one moves bytes. */
-void at_wait_here(at_lane *lane);
-int at_is_moving(at_lane *lane); /* with the lock: it does; lane->ended is told when it does not any more */
-void at_here_over(at_lane *lane); /* with the lock, of the loop's thread: it does not any more */
 /* Move ops[0..n), n at most AT_TOGETHER, of the loop's thread, inside the submitting call, without the lock meanwhile. Each one's status: AT_OK; AT_EAGAIN when it has to be queued (it may have landed); else it failed. */
 int at_move_here(at_lane *lane, at_op *ops, uint32_t n);
 int64_t at_submit(at_lane *lane, at_op *op); /* a resolved one: as at_write answers */

@@ -1,48 +1,19 @@
-/* The lane itself: its birth and death, its peers, its words for what happened. */
+/* The lane itself: its birth and death, where its threads run, peers that are given up, its words for what happened. */
 #ifdef __linux__
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <sys/mman.h>
 #endif
+#include "copiers.h"
 #include "lane.h"
+#include "threads.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #define CONTROL_MAGIC UINT64_C(0x4154434f4e54524c)
-
-/* A forked child inherits lanes whose threads are gone and whose shared words belong to the parent: every lane remembers
- * the generation it was made in and refuses work in any other. */
-static uint32_t fork_generation;
-static void forked(void) { fork_generation++; }
-static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
-static void fork_hook(void) { (void)pthread_atfork(NULL, NULL, forked); }
-
-void at_lock(at_lane *lane) { (void)pthread_mutex_lock(&lane->lock); }
-void at_unlock(at_lane *lane) { (void)pthread_mutex_unlock(&lane->lock); }
-
-uint64_t at_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-int at_is_forked(const at_lane *lane) { return lane->fork_generation != fork_generation; }
-
-int at_check_owner(const at_lane *lane) {
-    if (lane == NULL) return AT_ESHUT; /* freed: its engine has forgotten it */
-    if (lane->fork_generation != fork_generation) return AT_EFORK;
-    if (!pthread_equal(lane->owner, pthread_self())) return AT_ETHREAD;
-    return lane->shut ? AT_ESHUT : AT_OK;
-}
-
-int at_check_process(const at_lane *lane) {
-    if (lane == NULL) return AT_ESHUT;
-    return lane->fork_generation != fork_generation ? AT_EFORK : lane->shut ? AT_ESHUT : AT_OK;
-}
 
 /* Others map this segment read-only (F_SEAL_FUTURE_WRITE keeps our own mapping writable). */
 static at_control *control_new(int *fd_out) {
@@ -135,7 +106,6 @@ static int usable_cores(void) {
 }
 
 at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config) {
-    (void)pthread_once(&fork_once, fork_hook);
     at_lane *lane = calloc(1, sizeof *lane);
     if (lane == NULL) return NULL;
     (void)pthread_mutex_init(&lane->lock, NULL);
@@ -147,12 +117,15 @@ at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config) {
     (void)pthread_cond_init(&lane->ended, &monotonic);
     (void)pthread_cond_init(&lane->help, NULL);
     (void)pthread_condattr_destroy(&monotonic);
-    lane->owner = pthread_self();
-    lane->fork_generation = fork_generation;
+    at_belongs_here(lane);
     lane->config = *config;
     lane->incarnation = incarnation;
     lane->epoll_fd = lane->wake_fd = lane->thread_epoll_fd = lane->thread_wake_fd = lane->pulse_fd = -1;
     lane->turn_start = at_now();
+    lane->copier_job = at_copier_job;
+#ifdef __linux__
+    lane->thread_main = at_thread_main;
+#endif
     lane->cores = usable_cores();
     lane->control_ref = control_ref_new();
     lane->grant_free = calloc(AT_GRANTS, sizeof *lane->grant_free);
@@ -166,6 +139,22 @@ at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config) {
     lane->control->magic = CONTROL_MAGIC;
     lane->control->incarnation = incarnation;
     return lane;
+}
+
+int at_lane_pin(at_lane *lane, const int32_t *cpus, uint32_t count) {
+    int rc = at_check_process(lane);
+    if (rc != AT_OK) return rc;
+#ifdef __linux__
+    at_lock(lane);
+    at_cpus_add(&lane->cpus, cpus, count);
+    if (lane->thread_started) at_cpus_give(&lane->cpus, lane->thread);
+    if (lane->helper_started == 1) at_cpus_give(&lane->cpus, lane->helper);
+    at_copiers_pin(lane);
+    at_unlock(lane);
+#else
+    (void)cpus, (void)count;
+#endif
+    return AT_OK;
 }
 
 void at_lane_shut(at_lane *lane) {
@@ -196,84 +185,7 @@ void at_lane_stats_get(at_lane *lane, at_lane_stats *out) {
     at_unlock(lane);
 }
 
-int at_grow(void ***items, uint32_t *capacity, uint32_t count) {
-    if (count < *capacity) return 0;
-    uint32_t next = *capacity ? *capacity * 2 : 16;
-    void **more = realloc(*items, next * sizeof *more);
-    if (more == NULL) return AT_ENOMEM;
-    memset(more + *capacity, 0, (next - *capacity) * sizeof *more);
-    *items = more;
-    *capacity = next;
-    return 0;
-}
-
-int64_t at_make_id(uint32_t generation, uint32_t index) {
-    return (int64_t)(((uint64_t)generation << 32) | index); /* at most AT_MOST_LIVES */
-}
-
-/* ---- peers ---- */
-
-at_peer *at_peer_add(at_lane *lane, const at_port *port, void *impl, const at_control *control) {
-    uint32_t index = 0;
-    while (index < lane->peer_count && lane->peers[index] != NULL) index++;
-    if (index >> AT_PEER_BITS != 0 || lane->peer_serial >= (UINT64_C(1) << (63 - AT_PEER_BITS)) - 1) return NULL;
-    if (at_grow((void ***)&lane->peers, &lane->peer_capacity, index) != 0) return NULL;
-    at_peer *peer = calloc(1, sizeof *peer);
-    if (peer == NULL) return NULL;
-    peer->lane = lane;
-    peer->port = port;
-    peer->impl = impl;
-    peer->index = index;
-    peer->id = (int64_t)(++lane->peer_serial << AT_PEER_BITS | index); /* slots are reused, ids are not */
-    peer->users = 1;
-    peer->control = control;
-    lane->peers[index] = peer;
-    if (index == lane->peer_count) lane->peer_count++;
-    lane->stats.peers++;
-    return peer;
-}
-
-void at_rail_add(at_lane *lane, at_rail *rail) {
-    rail->lane = lane;
-    rail->next = lane->rails;
-    lane->rails = rail;
-}
-
-void at_rails_progress(at_rail *first, int turn) {
-    for (at_rail *rail = first; rail != NULL; rail = rail->next) rail->progress(rail, turn);
-}
-
-at_peer *at_peer_find(at_lane *lane, int64_t id) {
-    uint32_t index = (uint32_t)id & ((1u << AT_PEER_BITS) - 1u);
-    if (id < 0 || index >= lane->peer_count) return NULL;
-    at_peer *peer = lane->peers[index];
-    return peer != NULL && peer->id == id && !peer->freed ? peer : NULL;
-}
-
-void at_peer_release(at_peer *peer) {
-    at_lane *lane = peer->lane;
-    if (--peer->users != 0) return;
-    lane->peers[peer->index] = NULL;
-    lane->stats.peers--;
-    peer->port->destroy(peer);
-    free(peer);
-}
-
-void at_peer_broke(at_peer *peer) {
-    if (peer->broke) return;
-    peer->broke = 1;
-    at_event_push(peer->lane, AT_EV_PEER, (uint64_t)peer->id, AT_EPROTO, 0);
-}
-
-void at_peers_reap(at_lane *lane) {
-    for (uint32_t i = 0; i < lane->peer_count && lane->lingering != 0; i++) {
-        at_peer *peer = lane->peers[i];
-        if (peer == NULL || !peer->lingers || peer->port->inside(peer)) continue;
-        peer->lingers = 0;
-        lane->lingering--;
-        at_peer_release(peer);
-    }
-}
+/* ---- what becomes of peers ---- */
 
 int at_peer_fail(at_lane *lane, int64_t id, int status) {
     int result = AT_EUNKNOWN;
@@ -307,39 +219,6 @@ int at_peer_free(at_lane *lane, int64_t id) {
     }
     at_unlock(lane);
     return result;
-}
-
-int at_peer_ping(at_lane *lane, int64_t id) {
-    int result = AT_EUNKNOWN;
-    at_lock(lane);
-    at_peer *peer = at_peer_find(lane, id);
-    if (peer != NULL) {
-        peer->port->ping(peer, ++peer->ping);
-        result = AT_OK;
-    }
-    at_unlock(lane);
-    return result;
-}
-
-int at_peer_pong(at_lane *lane, int64_t id, uint64_t *sent, uint64_t *native, uint64_t *loop) {
-    int result = AT_EUNKNOWN;
-    at_lock(lane);
-    at_peer *peer = at_peer_find(lane, id);
-    if (peer != NULL) {
-        *sent = peer->ping;
-        peer->port->pong(peer, native, loop);
-        result = AT_OK;
-    }
-    at_unlock(lane);
-    return result;
-}
-
-int64_t at_peer_queued(at_lane *lane, int64_t id) {
-    at_lock(lane);
-    at_peer *peer = at_peer_find(lane, id);
-    int64_t count = peer != NULL ? (int64_t)peer->queued_ops : AT_EUNKNOWN;
-    at_unlock(lane);
-    return count;
 }
 
 const char *at_version(void) {

@@ -338,6 +338,8 @@ struct at_lane {
     int moving_other; /* the same of another submitting thread */
     uint32_t risky;   /* queued operations for copiers, and probes */
     at_copiers *copiers; /* NULL until there is something that may hold up a thread */
+    void *(*thread_main)(void *lane); /* see threads.h */
+    void (*copier_job)(at_lane *lane, at_peer *peer, at_op *op, int risk, int mover, uint64_t *since);
     uint32_t soon;                   /* large operations whose last parts are being moved */
     uint32_t lingering;              /* peers kept for that */
     _Atomic uint32_t stalled;        /* peers whose next post was refused and must be tried again; at_stalled has no lock */

@@ -133,7 +133,10 @@ void at_op_end(at_op *op) {
     peer->queued_bytes -= op->nbytes * op->units;
     if (region != NULL) at_region_release(lane, op->region_index);
     if (remote != NULL) at_remote_release(lane, op->remote_index);
-    if (op->stage != NULL) at_stage_drop(op);
+    if (op->stage != NULL) {
+        at_stage_drop(op);
+        at_copiers_call(lane); /* there is room for another one's */
+    }
     free(op->table);
     op->table = NULL;
     if (op->detached == AT_DETACHED) {
@@ -255,7 +258,12 @@ void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, uint64_t counted,
     } else if (op_over(op) && (op->moved == op->extent || atomic_load(&op->withdrawn))) {
         at_op_end(op);
     } else if (op->tail != 0 && op->moved == op->extent - op->tail && !atomic_load(&op->withdrawn)) {
-        if (!at_stage_landed(op)) go_first(op); /* all bytes have landed: now their immediates may go, before everything else */
+        if (at_stage_landed(op)) {
+            at_op_enqueue(op);
+            at_copiers_call(peer->lane);
+        } else {
+            go_first(op); /* all bytes have landed: now their immediates may go, before everything else */
+        }
     }
     at_refill(peer);
     at_peer_release(peer);

@@ -16,7 +16,6 @@
 
 #include <stdlib.h>
 
-#include "copiers.h"
 #include "own.h"
 
 #define STAGE ((uint64_t)8 << 20) /* at least one step, however large that is */
@@ -39,7 +38,7 @@ static uint64_t place(const at_stage *stage, const at_op *op, uint64_t step) {
     return step / stage->pieces * op->nbytes + step % stage->pieces * op->piece;
 }
 
-static at_stage *stage_new(const at_op *op) {
+static at_stage *made(const at_op *op) {
     uint64_t pieces = op->piece == 0 || op->nbytes <= op->piece ? 1 : (op->nbytes - 1) / op->piece + 1;
     uint64_t each = pieces == 1 ? op->nbytes : op->piece, most = each < STAGE ? STAGE / each : 1, whole = op->nbytes * op->units;
     uint64_t room = most * each < whole ? most * each : whole;
@@ -76,8 +75,8 @@ static int exchange(at_stage *stage, const at_op *op, int to_memory) {
     return 0;
 }
 
-/* Without the lock: what has been read goes to memory, or the next part of what is written comes from there. Its status. */
-static int copy(at_stage *stage, const at_op *op) {
+int at_stage_copy(const at_op *op) {
+    at_stage *stage = op->stage;
     if (stage->reads && stage->end != 0 && exchange(stage, op, 1) != 0) return AT_EMEMORY;
     if (stage->end == stage->steps || atomic_load(&op->withdrawn)) return AT_OK;
     stage->begin = stage->end;
@@ -86,8 +85,7 @@ static int copy(at_stage *stage, const at_op *op) {
     return stage->reads || exchange(stage, op, 0) == 0 ? AT_OK : AT_EMEMORY;
 }
 
-/* The port sees the copy from here on. */
-static void show(at_op *op) {
+void at_stage_show(at_op *op) {
     const at_stage *stage = op->stage;
     op->local = (uint8_t *)((uintptr_t)stage->bytes - (uintptr_t)place(stage, op, stage->begin));
     if (stage->order != NULL) {
@@ -97,6 +95,15 @@ static void show(at_op *op) {
     op->extent = stage->steps + (stage->reads ? 1 : stage->tail);
     op->tail = op->extent - stage->end;
 }
+
+int at_stage_new(at_op *op) {
+    op->stage = made(op);
+    if (op->stage == NULL) return AT_ENOMEM;
+    op->peer->staged += op->stage->room;
+    return AT_OK;
+}
+
+int at_stage_is_over(const at_op *op) { return op->moved == op->stage->steps; }
 
 int at_stage_may(const at_op *op) {
     return op->stage != NULL || !op->region->slow || op->peer->pins || op->peer->staged < AT_STAGED_BYTES;
@@ -116,43 +123,11 @@ void at_stage_drop(at_op *op) {
     op->local_stride = stage->stride;
     op->peer->staged -= stage->room;
     at_stage_free(stage);
-    at_copiers_call(op->peer->lane); /* there is room for another one's */
 }
 
 int at_stage_landed(at_op *op) {
     if (op->stage == NULL || !op->stage->more) return 0;
     op->risk = AT_RISK_SLOW;
     op->waits = 1;
-    at_op_enqueue(op);
-    at_copiers_call(op->peer->lane);
     return 1;
-}
-
-void at_stage_next(at_lane *lane, at_op *op) {
-    int rc = AT_OK, staged = op->region->slow && !op->peer->pins;
-    at_op_dequeue(op);
-    if (staged && op->stage == NULL) {
-        op->stage = stage_new(op);
-        if (op->stage == NULL) rc = AT_ENOMEM;
-        else op->peer->staged += op->stage->room;
-    }
-    op->running++;
-    at_unlock(lane);
-    if (!staged) at_fetch_local(op);
-    else if (rc == AT_OK) rc = copy(op->stage, op);
-    at_lock(lane);
-    op->running--;
-    op->waits = 0;
-    op->risk = AT_RISK_NONE;
-    int over = rc != AT_OK || atomic_load(&op->withdrawn) || op->peer->status != AT_OK || lane->shut;
-    if (over) {
-        at_op_stop(op, rc != AT_OK ? rc : op->peer->status != AT_OK ? op->peer->status : AT_ESHUT);
-    } else if (staged && op->moved == op->stage->steps) { /* of a read: all of it is where it belongs */
-        op->moved = op->extent;
-        op->landed = op->units;
-        at_op_end(op);
-    } else {
-        if (staged) show(op);
-        at_op_enqueue(op);
-    }
 }

@@ -11,21 +11,6 @@
 #define LATE_BYTES ((uint64_t)64 << 10) /* once a turn is overdue, only smaller operations run inside the call */
 #define RECENT_LEAST ((uint64_t)64 << 10)
 
-#define TURN_OPS 64u /* of a lane without a clock of its own */
-
-void at_count_turn(at_lane *lane, uint32_t ops, uint64_t nbytes) {
-    uint32_t before = lane->turn_ops;
-    lane->turn_ops += ops;
-    if (lane->config.flags & AT_LANE_NO_THREAD) { /* virtual time: the same calls give the same turns */
-        lane->turn_due = lane->turn_ops >= TURN_OPS;
-        return;
-    }
-    lane->turn_bytes += nbytes;
-    if (lane->turn_ops / 16 == before / 16 && lane->turn_bytes < AT_CHUNK) return;
-    lane->turn_bytes = 0;
-    if (at_now() - lane->turn_start > lane->config.turn_ns) lane->turn_due = 1;
-}
-
 /* How much has been written since this place was written last, or to other places if it has not been: more than a cache holds? */
 static void note_footprint(at_lane *lane, at_op *op, uint64_t nbytes) {
     op->footprint = nbytes;
@@ -217,21 +202,6 @@ static void end_here(at_lane *lane, int detached) {
     }
     lane->moving_other = 0;
     if (lane->shut) (void)pthread_cond_broadcast(&lane->ended);
-}
-
-void at_here_over(at_lane *lane) { /* with the lock, as those that write a 2: no exchange is needed */
-    if (atomic_load_explicit(&lane->moving_here, memory_order_relaxed) == 2) (void)pthread_cond_broadcast(&lane->ended); /* order: alone: the lock orders it */
-    atomic_store_explicit(&lane->moving_here, 0, memory_order_relaxed); /* order: alone: the lock orders it */
-}
-
-int at_is_moving(at_lane *lane) {
-    int here = 1;
-    return atomic_compare_exchange_strong(&lane->moving_here, &here, 2) || here == 2;
-}
-
-void at_wait_here(at_lane *lane) {
-    if (pthread_equal(lane->owner, pthread_self())) return;
-    while (at_is_moving(lane)) (void)pthread_cond_wait(&lane->ended, &lane->lock);
 }
 
 /* What the operation uses stays while the loop's thread moves it: nothing is closed by another one meanwhile (at_wait_here). Operations of

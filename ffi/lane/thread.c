@@ -1,72 +1,22 @@
-/* The native thread of a lane: large copies in chunks, signs of life, and watched words, while the loop does something else.
+/* The native threads of a lane: started, woken, told to leave. What they do stands in mover.c and jobs.c.
  *
- * It holds no Python object and never needs the interpreter's lock. It sleeps in its own epoll on two eventfds: one that
+ * The thread holds no Python object and never needs the interpreter's lock. It sleeps in its own epoll on two eventfds: one that
  * this lane writes when it queues work, one that peers write to ask whether we are alive. Doorbells of ordinary arrivals are
  * not among them: those belong to the loop, and the thread must not wake for each. It starts with the first peer or the first
- * large copy; an engine that never needs it has none.
- *
- * One core does not fill the memory bus. Where the process may run on more than one, a second thread, the helper, moves the
- * parts of large copies that the first has not claimed; it starts with the first of them and otherwise sleeps. */
+ * large copy; an engine that never needs it has none. */
 #ifdef __linux__
 #define _GNU_SOURCE
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #endif
-#include "copiers.h"
 #include "lane.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <sched.h>
 #include <signal.h>
-#include <time.h>
 #include <unistd.h>
 
-#define PULSE_NS UINT64_C(200000)       /* pulses that come faster than this wait: they are no honest peer's */
-#define ROUND_BYTES ((uint64_t)4 << 20) /* one operation is served this long before others are looked at */
-
 #ifdef __linux__
-static void answer_pings(at_lane *lane) {
-    lane->stats.pulses_answered++;
-    for (uint32_t i = 0; i < lane->peer_count; i++)
-        if (lane->peers[i] != NULL) lane->peers[i]->port->answer(lane->peers[i], 0);
-    lane->pulse_heard = 1;
-    lane->pulse_answered = at_now();
-    at_event_signal(lane);
-}
-
-/* A flood of pulses costs us a nap, not a core. With the lock, which it drops. */
-static void pulse(at_lane *lane) {
-    if (at_now() - lane->pulse_answered < PULSE_NS) {
-        at_unlock(lane);
-        struct timespec nap = {0, (long)PULSE_NS};
-        (void)nanosleep(&nap, NULL);
-        at_lock(lane);
-    }
-    answer_pings(lane);
-}
-
-/* Sleep until somebody rings, or for `pause` ns when words are watched (0: none are). */
-static int wait_for_news(at_lane *lane, struct epoll_event *ready, int most, uint64_t pause) {
-    if (pause == 0) return epoll_wait(lane->thread_epoll_fd, ready, most, -1);
-    struct pollfd fd = {.fd = lane->thread_epoll_fd, .events = POLLIN};
-    struct timespec span = {(time_t)(pause / 1000000000u), (long)(pause % 1000000000u)};
-    return ppoll(&fd, 1, &span, NULL) > 0 ? epoll_wait(lane->thread_epoll_fd, ready, most, 0) : 0;
-}
-
-/* Moves what two threads are faster for, and sleeps otherwise. */
-static void *helper_main(void *argument) {
-    at_lane *lane = argument;
-    at_lock(lane);
-    while (!lane->thread_stop) {
-        if (at_queued_for_two(lane)) at_move_queued(lane, ROUND_BYTES, AT_MOVER_HELPER);
-        else (void)pthread_cond_wait(&lane->help, &lane->lock);
-    }
-    at_thread_left(lane);
-    at_unlock(lane);
-    return NULL;
-}
-
 void at_cpus_add(at_cpus *cpus, const int32_t *more, uint32_t count) {
     for (uint32_t i = 0; i < count; i++)
         if (more[i] >= 0 && more[i] < AT_MOST_CPUS) cpus->bits[more[i] / 64] |= UINT64_C(1) << (more[i] % 64);
@@ -78,48 +28,6 @@ void at_cpus_give(const at_cpus *cpus, pthread_t thread) {
     for (int i = 0; i < AT_MOST_CPUS; i++)
         if (cpus->bits[i / 64] >> (i % 64) & 1) CPU_SET((size_t)i, &set);
     if (CPU_COUNT(&set) != 0) (void)pthread_setaffinity_np(thread, sizeof set, &set); /* a cpuset may have changed: then it stays where it is */
-}
-
-static int may_use_two_cores(void) {
-    cpu_set_t cpus;
-    return sched_getaffinity(0, sizeof cpus, &cpus) == 0 && CPU_COUNT(&cpus) > 1;
-}
-
-static void call_helper(at_lane *lane) {
-    if (!at_queued_for_two(lane)) return;
-    if (!lane->helper_started) lane->helper_started = may_use_two_cores() && at_thread_new(lane, &lane->helper, helper_main, lane, "aiotransfer+", 0) == 0 ? 1 : -1;
-    if (lane->helper_started == 1) (void)pthread_cond_signal(&lane->help);
-}
-
-static void *thread_main(void *argument) {
-    at_lane *lane = argument;
-    struct epoll_event ready[4];
-    at_lock(lane);
-    while (!lane->thread_stop) {
-        lane->thread_work = 0; /* with the lock, after the queue was seen empty: the next kick must ring */
-        uint64_t pause = at_watch_look(lane);
-        at_unlock(lane);
-        int n = wait_for_news(lane, ready, 4, pause);
-        at_lock(lane);
-        for (int i = 0; i < n; i++)
-            if (ready[i].data.fd == lane->pulse_fd) pulse(lane);
-        while (!lane->thread_stop && !(lane->config.flags & AT_LANE_LOOP) && at_queued_work(lane, 1)) {
-            uint64_t before = lane->stats.thread_chunks;
-            call_helper(lane);
-            at_move_queued(lane, ROUND_BYTES, AT_MOVER_THREAD);
-            (void)at_watch_look(lane);
-            if (epoll_wait(lane->thread_epoll_fd, ready, 4, 0) > 0) answer_pings(lane); /* long queues: stay alive */
-            if (lane->stats.thread_chunks == before) { /* only counts that a full table refused: wait for the other side */
-                at_unlock(lane);
-                struct timespec pause = {0, 1000000};
-                (void)nanosleep(&pause, NULL);
-                at_lock(lane);
-            }
-        }
-    }
-    at_thread_left(lane);
-    at_unlock(lane);
-    return NULL;
 }
 
 static int watch(at_lane *lane, int fd) {
@@ -175,28 +83,12 @@ int at_thread_start(at_lane *lane) {
             return AT_EIO;
         }
     }
-    int rc = at_thread_new(lane, &lane->thread, thread_main, lane, "aiotransfer", 0);
+    int rc = at_thread_new(lane, &lane->thread, lane->thread_main, lane, "aiotransfer", 0);
     if (rc != 0) {
         lane->oserror = rc;
         return AT_EIO;
     }
     lane->thread_started = 1;
-#endif
-    return AT_OK;
-}
-
-int at_lane_pin(at_lane *lane, const int32_t *cpus, uint32_t count) {
-    int rc = at_check_process(lane);
-    if (rc != AT_OK) return rc;
-#ifdef __linux__
-    at_lock(lane);
-    at_cpus_add(&lane->cpus, cpus, count);
-    if (lane->thread_started) at_cpus_give(&lane->cpus, lane->thread);
-    if (lane->helper_started == 1) at_cpus_give(&lane->cpus, lane->helper);
-    at_copiers_pin(lane);
-    at_unlock(lane);
-#else
-    (void)cpus, (void)count;
 #endif
     return AT_OK;
 }
@@ -219,7 +111,6 @@ void at_thread_ask(at_lane *lane) {
     (void)written;
 #endif
     (void)pthread_cond_broadcast(&lane->help);
-    at_copiers_ask(lane);
 }
 
 void at_thread_join(at_lane *lane) {
@@ -228,6 +119,5 @@ void at_thread_join(at_lane *lane) {
     if (lane->helper_started == 1) (void)pthread_join(lane->helper, NULL);
     lane->thread_started = lane->helper_started = 0;
 #endif
-    at_copiers_join(lane);
     close_descriptors(lane);
 }
