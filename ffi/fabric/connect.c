@@ -58,6 +58,7 @@ static int make(at_fab_end *end, uint32_t generation, at_fab_offer *out) {
     if (rc == AT_OK && end->fab->driver->handed_out != NULL) end->fab->driver->handed_out(end->fab); /* receives for one more */
     if (rc == AT_OK) rc = describe(end, out);
     if (rc != AT_OK) at_fab_end_close(end);
+    at_fab_stepped(end);
     return rc;
 }
 
@@ -113,6 +114,7 @@ int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int
             at_fab_say_again(end);
             if (first) at_fab_end_begin(end);
             if (end->heard) at_fab_up(end);
+            at_fab_stepped(end);
             at_peer_release(peer);
         }
     }

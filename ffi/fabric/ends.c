@@ -4,6 +4,7 @@
 #include "fabric.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
@@ -108,6 +109,29 @@ static void unsettle(at_fab_end *end, at_fab_slot *slot) {
     at_op_unpost(op);
 }
 
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
+#define TO(state) (1u << AT_CONN_##state)
+
+void at_fab_stepped(at_fab_end *end) {
+    static const unsigned may[] = { /* each also stay, or be closed */
+        [AT_CONN_CLOSED] = TO(MADE), [AT_CONN_MADE] = TO(EARLY) | TO(JOINED) | TO(BEGUN), [AT_CONN_EARLY] = TO(UP),
+        [AT_CONN_JOINED] = TO(UP), [AT_CONN_BEGUN] = TO(UP), [AT_CONN_UP] = 0,
+    };
+    int joined = end->joined, begun = end->begun, heard = end->heard, now = AT_CONN_CLOSED, known = 1;
+    if (end->ep != NULL) {
+        now = joined && begun ? (heard ? AT_CONN_UP : AT_CONN_BEGUN) : joined ? AT_CONN_JOINED : heard ? AT_CONN_EARLY : AT_CONN_MADE;
+        known = begun ? joined : !(joined && heard);
+    }
+    if (known && (now == end->state || now == AT_CONN_CLOSED || (may[end->state] >> now & 1u))) {
+        end->state = now;
+        return;
+    }
+    (void)fprintf(stderr, "a connection of generation %u steps from state %d to %d, joined %d, begun %d, heard %d\n", end->generation, end->state,
+                  now, joined, begun, heard);
+    abort();
+}
+#endif
+
 /* Its endpoint is closed: nothing of it touches memory any more, and no letter is under way. */
 void at_fab_end_close(at_fab_end *end) {
     at_fab *fab = end->fab;
@@ -122,6 +146,7 @@ void at_fab_end_close(at_fab_end *end) {
         at_fab_slot_retire(fab, slot);
     }
     end->telling = 0;
+    at_fab_stepped(end);
 }
 
 void at_fab_owe(at_fab_bundle *bundle) {

@@ -95,6 +95,30 @@ typedef struct {
     at_fab_slot *head, *tail;
 } at_fab_list;
 
+/* In what state a connection is, one generation after the other: `ep`, `joined`, `begun` and `heard` say it together. There are no others.
+ *
+ *   state    ep joined begun heard
+ *   CLOSED   -    any   any   any   never opened, or broken: the rest is of the generation that is over, until the next one is made
+ *   MADE     x     -     -     -    our offer goes to the other side
+ *   EARLY    x     -     -     x    its first letter has overtaken its offer
+ *   JOINED   x     x     -     -    its offer was taken, and it is the other side that begins: we post nothing yet
+ *   BEGUN    x     x     x     -    its offer was taken, and we begin: letters go out, and posts of a connection that is the only one
+ *   UP       x     x     x     x    a letter has come: bytes get through
+ *
+ *   from     to       by
+ *   CLOSED   MADE     at_fab_offer_make
+ *   MADE     EARLY    a letter, see letter_in of queue.c
+ *   MADE     JOINED   at_fab_offer_take, `first` is 0
+ *   MADE     BEGUN    at_fab_offer_take, `first` is 1
+ *   EARLY    UP       at_fab_offer_take
+ *   JOINED   UP       a letter
+ *   BEGUN    UP       a letter
+ *   each     CLOSED   at_fab_end_close, mostly by at_fab_end_break
+ *
+ * at_fab_stepped stands where a step is over; builds with a sanitizer check it there. What else is said of an end goes beside this, in each
+ * state: `retired` (not opened again), `troubled` (it broke by itself), `owes` (the other side is to be told), `alone` (the door is shut). */
+enum at_fab_state { AT_CONN_CLOSED, AT_CONN_MADE, AT_CONN_EARLY, AT_CONN_JOINED, AT_CONN_BEGUN, AT_CONN_UP };
+
 enum at_fab_hold { AT_HOLD_NONE, AT_HOLD_LENT, AT_HOLD_TELL, AT_HOLD_TOLD };
 
 struct at_fab_end {
@@ -114,6 +138,7 @@ struct at_fab_end {
     int joined;          /* the other side's offer of this generation was taken */
     int begun;           /* and it is our turn to post */
     int heard;           /* a letter has come: bytes do get through */
+    int state;           /* AT_CONN_*: what these said after the last step. Only builds with a sanitizer look at it */
     uint64_t closed_as;  /* which closing its last one was; see at_fab.closings */
     int troubled;        /* its connection broke by itself: the other side may be making another one */
     int retired;         /* given up: it is not opened again */
@@ -318,6 +343,11 @@ void at_fab_words_free(at_control *words);
 void at_fab_settle_with(at_fab_end *end, uint64_t arrived);
 void at_fab_end_unsettled(at_peer *peer, at_fab_list *list); /* what of it is over, or is of a peer that has ended */
 void at_fab_notes_free(at_fab_list *list);
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
+void at_fab_stepped(at_fab_end *end); /* its state is another one now: ends the process where the table of at_fab_state has no such step */
+#else
+static inline void at_fab_stepped(at_fab_end *end) { (void)end; }
+#endif
 void at_fab_end_close(at_fab_end *end);            /* its endpoint, if there is one */
 void at_fab_owe(at_fab_bundle *bundle);            /* whatever of it is broken is to be told, also again */
 int at_fab_refused(at_fab_end *end);               /* the driver has put a post off: 1: for ever, the connection is broken now */

@@ -86,6 +86,7 @@ static void letter_in(at_fab *fab, at_fab_slot *slot, int good) {
         int first = !from->heard;
         from->heard = 1;
         if (from->joined && first) at_fab_up(from); /* else it is as soon as the offer that the letter overtook is taken */
+        at_fab_stepped(from);
         at_fab_read(from, &letter);
         at_fab_read_parts(from, &letter);
         at_fab_tell(from);

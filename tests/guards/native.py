@@ -224,6 +224,10 @@ GUARDS = (
         "    end->over_count += (end->over[slot / 64] & bit) == 0;\n", "    end->over_count++;\n", "tests/native/test_letters.py",
     ),
     Mutant(
+        "connections: a step that the table has not", "ffi/fabric/ends.c",
+        "    if (known && (now == end->state", "    if (known || (now == end->state", "tests/native/test_states.py",
+    ),
+    Mutant(
         "strangers: silent connections to a data port", "ffi/fabric/halfway.c",
         "    int seconds = DEFERRED;", "    int seconds = 0;", "tests/providers/test_data_ports.py",
     ),
