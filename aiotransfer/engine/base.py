@@ -82,6 +82,7 @@ class EngineBase:
             raise RuntimeError(
                 "an engine belongs to one event loop and its thread; this call came from "
                 + ("outside of any loop" if running is None else "another loop")
+                + " (other threads: engine.from_thread(), or run(coroutine) of run_in_thread())"
             )
 
     @property

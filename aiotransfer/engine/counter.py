@@ -45,7 +45,7 @@ class Counter(Unpicklable):
         the counter or the engine is closed.
         """
         engine = self._engine
-        if type(n) is not int or n < 0:
+        if type(n) is not int or not 0 <= n < 1 << 63:
             n = _count(n)
         if engine._not_here():
             engine._check()
@@ -204,6 +204,8 @@ class Counter(Unpicklable):
     def __repr__(self) -> str:
         if self._closed or not self._engine._lane.usable:
             return f"<Counter imm={self.imm} closed>"
+        if self._engine._not_here():  # a debugger, another thread: only the loop may ask
+            return f"<Counter imm={self.imm}>"
         total, taken = self._numbers()
         return f"<Counter imm={self.imm} value={total - taken} total={total} waiting={len(self._queue)}>"
 
@@ -230,4 +232,6 @@ def _count(n: object) -> int:
     value = int(n.__index__())
     if value < 0:
         raise ValueError(f"the number of arrivals must not be negative: {value}")
+    if value >= 1 << 63:
+        raise ValueError(f"the number of arrivals must be below 2**63: {value}")
     return value

@@ -84,6 +84,8 @@ class Engine(Planner, Unpicklable):
     ) -> None:
         if progress not in ("auto", "loop", "thread"):
             raise ValueError(f"progress is 'auto', 'loop' or 'thread', not {progress!r}")
+        if not isinstance(config, Config | None):
+            raise TypeError(f"config is a Config, not {config!r}")
         self.config = (config or Config()).with_environment(environ)
         self._preference = check_names(providers)
         if providers == "auto" and (named := environ.get("AIOTRANSFER_PROVIDERS")):
@@ -203,7 +205,8 @@ class Engine(Planner, Unpicklable):
     def allocate(self, shape_or_nbytes: int | Sequence[int], dtype: Any = "uint8") -> Region:
         """Zeroed memory that peers of this host map directly; `.numpy()` and `.torch()` are views of it.
 
-        A plain int is a number of elements of `dtype`. Raises `RegistrationError` when the memory cannot be had.
+        A plain int is a number of elements of `dtype`. All of the memory is taken at once. Raises `RegistrationError` when there
+        is less than that, or it cannot be had.
         """
         self._check()
         return registrations.allocate(self._memory, shape_or_nbytes, dtype)
@@ -306,6 +309,8 @@ class Engine(Planner, Unpicklable):
         With a `prefix` those that begin with it, which nobody else then sees: for components that share the engine with others.
         """
         self._check()
+        if not isinstance(prefix, bytes | bytearray | memoryview):
+            raise TypeError(f"a prefix is bytes, not {prefix!r}")
         return self._mailbox.messages(bytes(prefix))
 
     def statistics(self) -> Statistics:

@@ -39,6 +39,7 @@ class Groups:
         """The group of these members; the same object while it is not closed."""
         if not isinstance(name, str):
             raise TypeError(f"a group's name must be a str, not {name!r}")
+        name.encode()  # half a surrogate pair is a UnicodeEncodeError, which is a ValueError
         if isinstance(members, str | bytes | Address):
             raise TypeError(f"members are a list of addresses, not {members!r}")
         addresses = tuple(Address.parse(member).dialable() for member in members)

@@ -19,6 +19,7 @@ from aiotransfer.control import frames
 from aiotransfer.control.line import Line
 from aiotransfer.control.patience import Patience
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
+from aiotransfer.engine.publications import check_name
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import (
     BrokenError,
@@ -170,10 +171,9 @@ class Peer(Unpicklable):
         """The region published there under `name`, waiting for it to be published.
 
         Raises `TransferTimeout`, `PeerLostError`, `RegistrationError` when its memory cannot be reached from here, or `BusyError`
-        when this process has no descriptors left to map it.
+        when this process has no descriptors left to map it; `TypeError` or `ValueError` for what cannot be such a name.
         """
-        if not isinstance(name, str):
-            raise TypeError(f"a name must be a str, not {name!r}")
+        check_name(name)
         number = next(self._ids)
         what = f"no region {name!r} was published by {self.name or self.address}"
         seconds = self._engine._seconds(timeout)

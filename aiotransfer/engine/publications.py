@@ -15,6 +15,16 @@ MOST_LOOKUPS = 4096  # unanswered ones of one peer
 MOST_NAME = 1024
 
 
+def check_name(name: object) -> None:
+    """Raises `TypeError` or `ValueError` for what no region can be published as."""
+    if not isinstance(name, str):
+        raise TypeError(f"a name must be a str, not {name!r}")
+    if not name or len(name) > MOST_NAME:
+        raise ValueError(f"a name has 1 to {MOST_NAME} characters, not {len(name)}")
+    if not name.isascii():
+        name.encode()  # half a surrogate pair is a UnicodeEncodeError, which is a ValueError
+
+
 class Publications:
     """The names of one engine."""
 
@@ -24,10 +34,7 @@ class Publications:
 
     def publish(self, name: str, region: Region, access: str) -> None:
         """Make it known, and answer who asked already."""
-        if not isinstance(name, str):
-            raise TypeError(f"a name must be a str, not {name!r}")
-        if not name or len(name) > MOST_NAME:
-            raise ValueError(f"a name has 1 to {MOST_NAME} characters, not {len(name)}")
+        check_name(name)
         if name in self._names:
             raise ValueError(f"the name {name!r} is taken; unpublish it first")
         descriptor = region._grant(access)

@@ -107,8 +107,8 @@ def refusal(
         case lib.AT_EIO:
             number, words = engine._lane.system_error()
             return RemoteAccessError(
-                f"the operating system refused to write into {peer}: {words}",
-                hint="its memory may have been unmapped, or its file shortened, or this process lost the right to write there",
+                f"the operating system refused a copy to or from memory of {peer}: {words}",
+                hint="its memory may have been unmapped, or its file shortened, or this process lost the right to use it",
                 **(where | {"code": (number, words)}),
             )
         case lib.AT_ETIMEOUT:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Callable
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.control.patience import Patience
@@ -51,8 +52,8 @@ class RegionView(Unpicklable):
         if type(key) is not slice or key.step is not None:
             raise TypeError(f"a region takes byte ranges [a:b] without a step, not {key!r}")
         n = self.nbytes
-        start = 0 if key.start is None else key.start.__index__()
-        stop = n if key.stop is None else key.stop.__index__()
+        start = 0 if key.start is None else index(key.start)
+        stop = n if key.stop is None else index(key.stop)
         if not 0 <= start <= stop <= n:
             raise RegionError(f"[{key.start}:{key.stop}] does not lie in a region of {n} bytes")
         view = _new_view(RegionView)

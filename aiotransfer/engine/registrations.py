@@ -38,7 +38,11 @@ def take_device(providers: Iterable[object]) -> bool:
 def allocate(home: Regions, shape_or_nbytes: int | Sequence[int], dtype: Any) -> Region:
     """See `Engine.allocate`."""
     kind = lookup(dtype)
-    dims = (shape_or_nbytes,) if isinstance(shape_or_nbytes, int) else tuple(shape_or_nbytes)
+    if isinstance(shape_or_nbytes, str | bytes | bytearray | memoryview | dict | set | frozenset):
+        raise TypeError(f"a shape is an int or a sequence of ints, not {shape_or_nbytes!r}")
+    given: Any = shape_or_nbytes
+    plain = hasattr(given, "__index__") and not getattr(given, "shape", ())  # NumPy's integers as well
+    dims = (given,) if plain else tuple(given)
     shape = []
     for dim in dims:
         if isinstance(dim, bool) or not hasattr(dim, "__index__"):

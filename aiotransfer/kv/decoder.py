@@ -64,10 +64,13 @@ class Decoder(Role):
     ) -> None:  # fmt: skip
         super().__init__(engine, layout, pages, on_record, checksums=checksums)
         named = _checked(instance)
+        if type(checksums) is not bool:
+            raise TypeError(f"checksums is True or False, not {checksums!r}")
         self._settings = Settings(
-            named, named or f"{engine.incarnation:016x}", checksums, whole("tail_bytes", tail_bytes), revoke_timeout
+            named, named or f"{engine.incarnation:016x}", checksums, whole("tail_bytes", tail_bytes),
+            seconds(revoke_timeout, 5.0),
         )
-        self.pool = Pool(layout.num_pages, most_requests)
+        self.pool = Pool(layout.num_pages, whole("most_requests", most_requests))
         self.room = Room.enter(engine, wire.TO_DECODER, self)
 
     @property
@@ -120,6 +123,8 @@ class Decoder(Role):
             if is_twice(written):
                 raise ValueError("page_ids names a page twice")
             seconds(timeout, self.engine.timeout)
+            if not isinstance(data, bytes | bytearray | memoryview):
+                raise TypeError(f"data must be bytes, not {data!r}")
             order = Order(peers, id, ids[: self.layout.pages_of(count)], written, count, skip, priority, bytes(data), timeout)
             self.pool.check_free(order)
             for one in peers:

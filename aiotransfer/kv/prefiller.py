@@ -71,9 +71,10 @@ class Prefiller(Role):
         if class_bytes is not None and (beyond := [priority for priority in class_bytes if priority not in CLASSES]):
             raise ValueError(f"class_bytes: priorities from {CLASSES.start} to {CLASSES.stop - 1} have a bound, not {beyond[0]}")
         loop = asyncio.get_running_loop()
-        self._ledger: Ledger[PrefillRequest] = Ledger(most_requests, whole("reserved_bytes", reserved_bytes))
+        most, reserved = whole("most_requests", most_requests), whole("reserved_bytes", reserved_bytes)
+        self._ledger: Ledger[PrefillRequest] = Ledger(most, reserved)
         self._offers: Offers[PrefillRequest] = Offers(loop)
-        schedule: Schedule[Write] = Schedule(peer_bytes, class_bytes)
+        schedule: Schedule[Write] = Schedule(whole("peer_bytes", peer_bytes), class_bytes)
         self._plans: dict[KVLayout, tuple[TransferPlan, Receivers]] = {}
         self._tables = Tables()  # of all of these
         self._absences = Absences()

@@ -45,6 +45,8 @@ class Role(Unpicklable):
         self.pages = pages
         self.slots = Slots(engine)
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
+        if on_record is not None and not callable(on_record):
+            raise TypeError(f"on_record must be a function, not {on_record!r}")
         self.on_record = on_record
         self._host = Host()
 

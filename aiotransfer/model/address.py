@@ -22,6 +22,8 @@ class Address:
     port: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.host, str):
+            raise TypeError(f"a host is a str, not {self.host!r}")
         object.__setattr__(self, "host", _canonical(self.host))
 
     @classmethod

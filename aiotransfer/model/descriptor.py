@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from operator import index
 from typing import Any
 
 import msgspec
@@ -81,8 +82,8 @@ class RemoteRegion:
         if type(key) is not slice or key.step is not None:
             raise TypeError(f"a remote region takes byte ranges [a:b] without a step, not {key!r}")
         n = self.nbytes
-        start = 0 if key.start is None else key.start.__index__()
-        stop = n if key.stop is None else key.stop.__index__()
+        start = 0 if key.start is None else index(key.start)
+        stop = n if key.stop is None else index(key.stop)
         if not 0 <= start <= stop <= n:
             raise RegionError(f"[{key.start}:{key.stop}] does not lie in a remote region of {n} bytes")
         return _make(self._box, self._grant, self._start + start, stop - start)

@@ -108,6 +108,10 @@ class AllToAll(Unpicklable):
             private_tokens=private_tokens, padding=expert_alignment, dp_size=dp_size, max_recv=max_recv_tokens or 0, slots=slots,
             align=align,
         )  # fmt: skip
+        if max_recv_tokens is not None and not max_recv_tokens:
+            raise ValueError(f"max_recv_tokens is None or at least 1, not {max_recv_tokens!r}")
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, not {name!r}")
         if direct not in ("auto", True, False):
             raise ValueError(f"direct is 'auto', True or False, not {direct!r}")
         if timeout is not None:

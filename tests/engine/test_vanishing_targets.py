@@ -53,7 +53,7 @@ async def test_the_peers_operation_fails_and_the_owner_lives(
         it.vanish()
         for local in (pair.left.allocate(N), pair.left.register(bytearray(N))):
             for act in ACTS[:-1]:
-                with pytest.raises(at.RemoteAccessError, match=r"refused to write into .*: Bad address"):
+                with pytest.raises(at.RemoteAccessError, match=r"refused a copy .*: Bad address"):
                     await act(pair, local, remote)
             with pytest.raises(at.ScatterError, match="Bad address"):
                 await pair.left.scatter(local, [(0, 64, remote[:64]), (64, 64, remote[N - 64 :])])
