@@ -352,12 +352,12 @@ class Engine(Planner, Unpicklable):
             lib.AT_EV_RAIL: lambda number, status, count: self._rail_event(number, count),
             lib.AT_EV_GRANT: lambda number, status, count: self._quarantine.look(),
             lib.AT_EV_REGION: lambda number, status, count: self._memory.unused(number),
-            lib.AT_EV_WATCH: lambda number, status, count: self._word_event(number, count),
+            lib.AT_EV_WATCH: lambda number, status, count: self._word_event(number, status, count),
         }
 
-    def _word_event(self, number: int, value: int) -> None:
+    def _word_event(self, number: int, status: int, value: int) -> None:
         if (watcher := self._watchers.get(number)) is not None:
-            watcher._changed(value)
+            watcher._changed(status, value)
 
     def _peer_event(self, number: int, status: int) -> None:
         if (peer := self._paths.by_lane_peer.get(number)) is not None:

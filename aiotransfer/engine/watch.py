@@ -25,7 +25,10 @@ WORD = 8
 
 
 class Watcher(Unpicklable):
-    """`async for old, new in watcher`: ends when it is closed. Values may be skipped. Made by `Engine.watch`."""
+    """`async for old, new in watcher`: ends when it is closed. Values may be skipped. Made by `Engine.watch`.
+
+    Raises `RegistrationError` when the word lies in a mapping of a file that was shortened.
+    """
 
     def __init__(self, engine: EngineBase, watchers: dict[int, Watcher], word: Any) -> None:
         self._engine = engine
@@ -34,7 +37,7 @@ class Watcher(Unpicklable):
         self._out = native.ffi.new("uint64_t *")
         self._id = int(native.lib.at_watch_add(engine._p, native.ffi.cast("void *", address), self._out))
         if self._id < 0:
-            raise lacking(engine, self._id, "cannot watch") or InternalError(f"cannot watch: {native.text(self._id)}")
+            raise self._refusal(self._id, "cannot watch")
         engine._lane.holdings.hold("watch", self._id, self._keep[1])
         self._last = int(self._out[0])
         self._waiter: asyncio.Future[int | None] | None = None
@@ -57,9 +60,7 @@ class Watcher(Unpicklable):
             raise RuntimeError("a watcher is iterated over by one task at a time")
         status = native.lib.at_watch_next(self._engine._p, self._id, self._out)
         if status < 0:
-            raise lacking(self._engine, status, "the word cannot be watched") or InternalError(
-                f"the word cannot be watched: {native.text(status)}"
-            )
+            raise self._refusal(status, "the word cannot be watched")
         value: int | None = int(self._out[0])
         # Not what the lane has told but what was yielded decides: a look that was cancelled may have been told of a change.
         if value != self._last:
@@ -75,9 +76,18 @@ class Watcher(Unpicklable):
         old, self._last = self._last, value
         return old, value
 
-    def _changed(self, value: int) -> None:
-        if self._waiter is not None and not self._waiter.done():
+    def _changed(self, status: int, value: int) -> None:
+        if self._waiter is None or self._waiter.done():
+            return
+        if status < 0:
+            self._waiter.set_exception(self._refusal(status, "the word cannot be watched"))
+        else:
             self._waiter.set_result(value)
+
+    def _refusal(self, status: int, what: str) -> Exception:
+        if status == native.lib.AT_EMEMORY:
+            return RegistrationError(f"{what}: its memory is not there any more", hint="its file was shortened")
+        return lacking(self._engine, status, what) or InternalError(f"{what}: {native.text(status)}")
 
     def close(self) -> None:
         """Look no more; the memory is the caller's again when this returns. Twice is silent."""

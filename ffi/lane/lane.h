@@ -276,6 +276,7 @@ typedef struct {
     uint64_t told;                /* the value that was handed out last */
     uint32_t generation;
     int armed;
+    int file; /* in a mapping of a file, whose pages may be taken away */
 } at_watch;
 
 struct at_lane {

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import mmap
+import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,3 +153,27 @@ async def test_only_one_task_iterates() -> None:
                 await anext(watcher)
             task.cancel()
             await asyncio.wait([task])
+
+
+async def test_a_word_whose_file_is_shortened_ends_the_watch_and_not_the_process(tmp_path: Path) -> None:
+    file = tmp_path / "word"
+    file.write_bytes(bytes(8))
+    with file.open("r+b") as opened:
+        word = mmap.mmap(opened.fileno(), 8)
+    async with at.open_engine() as engine, asyncio.timeout(30):
+        with engine.watch(word) as seen, engine.watch(word) as watcher:
+            word[0] = 1
+            assert await anext(seen) == (0, 1)
+            assert await anext(watcher) == (0, 1)
+            look = asyncio.ensure_future(anext(watcher))
+            await asyncio.sleep(0)
+            os.truncate(file, 0)
+            with pytest.raises(at.RegistrationError, match="not there any more"):
+                await look
+            with pytest.raises(at.RegistrationError, match="not there any more"):
+                await anext(seen)
+        with pytest.raises(at.RegistrationError, match="not there any more"):
+            engine.watch(word)
+        async with engine.register(np.zeros(1)) as region, engine.allocate(8) as other:
+            await (await engine.connect(engine.address)).ping()
+            await engine.write(region, other.descriptor)  # the engine goes on
