@@ -51,7 +51,7 @@ class Config:
     max_queued_operations: int = 65536
     """Operations queued per peer before BusyError."""
     max_queued_bytes: int = 4 << 30
-    """Bytes queued per peer before BusyError."""
+    """Bytes queued per peer before BusyError; one operation alone may have more."""
     message_window_count: int = 256
     """Messages a peer may have unread here."""
     message_window_bytes: int = 4 << 20

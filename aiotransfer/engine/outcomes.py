@@ -84,7 +84,7 @@ class Outcomes(EngineBase):
         finally:
             stage.release()
 
-    def _background(self, work: Coroutine[Any, Any, None], transfer: Transfer) -> None:
+    def _background(self, work: Coroutine[Any, Any, None], transfer: Transfer) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks[task] = None
 
@@ -97,6 +97,7 @@ class Outcomes(EngineBase):
                 transfer._fail(0, ClosedError("the engine was closed", hint="it was closed while this was under way"))
 
         task.add_done_callback(over)
+        return task
 
     def _ended(self, cookie: int, status: int, landed: int) -> None:
         ended = self._ledger.retire(cookie, status)

@@ -264,8 +264,18 @@ class Submitter(Outcomes):
         stager: Stager | None,
         require: str | None,
     ) -> None:
-        """Ask the owners, fetch what is staged, then post: its result, and what the operation keeps alive."""
+        """Ask the owners, fetch what is staged, then post: its result, and what the operation keeps alive.
+
+        What waits here counts against the bounds of `Config` as what is queued does, but by itself. Bytes of a scatter to several
+        peers belong to none of them. Raises `BusyError`.
+        """
         left = self._seconds(timeout)
+        peers, config = transfer._peers, self.config
+        nbytes = transfer.nbytes if len(peers) == 1 else 0
+        for peer in peers:
+            much = peer._binding_bytes and peer._binding_bytes + nbytes > config.max_queued_bytes
+            if much or peer._binding_ops >= config.max_queued_operations:
+                raise noted(refusal(self, native.lib.AT_EBUSY, peer), transfer._deed, transfer.nbytes, peers)
         deadline = self._loop.time() + left
         if stager is not None:
             transfer._stage = stager()
@@ -296,7 +306,15 @@ class Submitter(Outcomes):
             else:
                 transfer._end(DONE, transfer.nbytes, None)
 
-        self._background(go(), transfer)
+        def over(_: asyncio.Task[None]) -> None:
+            for peer in peers:
+                peer._binding_ops -= 1
+                peer._binding_bytes -= nbytes
+
+        for peer in peers:
+            peer._binding_ops += 1
+            peer._binding_bytes += nbytes
+        self._background(go(), transfer).add_done_callback(over)
 
     def _owner(self, dst: RemoteRegion) -> Peer:
         """The live peer that owns it. Raises `StaleRegionError`, `PeerLostError` or `RegionError`."""

@@ -68,7 +68,7 @@ typedef struct {
     uint64_t turn_ns;        /* inline work per loop turn before AT_DUE */
     uint64_t spin_ns;        /* how long at_imm_take_soon looks before it arms */
     uint64_t max_ops;        /* queued operations per peer before AT_EBUSY */
-    uint64_t max_bytes;      /* queued bytes per peer before AT_EBUSY */
+    uint64_t max_bytes;      /* queued bytes per peer before AT_EBUSY; one operation alone may have more */
     uint32_t early_values;   /* distinct unopened immediates kept per sender */
     uint32_t flags;          /* AT_LANE_* */
 } at_lane_config;
@@ -228,7 +228,8 @@ int64_t at_thread_post(at_lane *lane, const at_plan *plan, int64_t imm);
 int at_thread_wait(at_lane *lane, int64_t cookie, uint64_t ns);
 int at_thread_drop(at_lane *lane, int64_t cookie); /* forget it: AT_OK; 1: not yet, it goes on */
 
-/* [loop] Watched words: 8 aligned bytes that somebody else changes, lent until at_watch_close. *value: what it is now. */
+/* [loop] Watched words: 8 aligned bytes that somebody else changes, lent until at_watch_close. *value: what it is now.
+ * AT_EMEMORY, also of the event, when the page is gone: its file was shortened. */
 int64_t at_watch_add(at_lane *lane, const void *word, uint64_t *value);
 /* 1: it has changed since it was told last, to *value. 0: it has not; an AT_EV_WATCH comes when it has. */
 int at_watch_next(at_lane *lane, int64_t watch, uint64_t *value);

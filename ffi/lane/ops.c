@@ -274,7 +274,8 @@ void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, uint64_t counted,
 int64_t at_op_keep(at_lane *lane, const at_op *template) {
     at_peer *peer = template->peer;
     uint64_t nbytes = template->nbytes * template->units;
-    if (peer->queued_ops >= lane->config.max_ops || nbytes > lane->config.max_bytes - peer->queued_bytes) return AT_EBUSY;
+    uint64_t queued = peer->queued_bytes, most = lane->config.max_bytes; /* one alone may be larger: it would never be taken else */
+    if (peer->queued_ops >= lane->config.max_ops || (queued != 0 && (queued >= most || nbytes > most - queued))) return AT_EBUSY;
     if (at_events_reserve(lane) != AT_OK) return AT_ENOMEM;
     int ready = template->risk != AT_RISK_NONE ? at_copiers_ready(lane) : AT_OK;
     if (ready != AT_OK) return ready;
