@@ -44,11 +44,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One run for each provider of the marker."""
-    if "aiotransfer_provider" not in metafunc.fixturenames:
-        return
     marker = metafunc.definition.get_closest_marker("aiotransfer")
-    providers = list((marker.kwargs.get("providers") if marker else None) or ["loopback"])
-    metafunc.parametrize("aiotransfer_provider", providers, ids=providers if marker else [""] * len(providers))
+    if marker is None:
+        return
+    providers = marker.kwargs.get("providers")
+    if marker.args or len(marker.kwargs) != 1 or not isinstance(providers, list | tuple) or not providers:
+        node = metafunc.definition.nodeid
+        pytest.fail(f'{node}: the marker is aiotransfer(providers=["shm", ...]), not {marker}', pytrace=False)
+    if "aiotransfer_provider" in metafunc.fixturenames:
+        metafunc.parametrize("aiotransfer_provider", providers, ids=providers)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -59,6 +63,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.failed and seeds:
         report.sections.append(("aiotransfer", f"repeat with --aiotransfer-seed={seeds[0]} (fabrics: {seeds})"))
     return report
+
+
+@pytest.fixture
+def aiotransfer_provider() -> str:
+    """The provider of this run of the test, if its marker does not say otherwise."""
+    return "loopback"
 
 
 @pytest.fixture

@@ -22,12 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="aiotransfer", description="One-sided memory transfers behind await.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
         if name in arguments[:1]:
             importlib.import_module(f"aiotransfer.cli.{name}").add_arguments(sub)
     args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        return 2
     command = importlib.import_module(f"aiotransfer.cli.{args.command}")
     try:
         return int(command.run(args))

@@ -56,7 +56,7 @@ def _why_not(name: str, mine: Offer | None, theirs: Offer | None, require: str |
     if not theirs.usable:
         return f"unusable on the other side: {theirs.reason}"
     if apart(name, mine.host, theirs.host):
-        return "the two sides are on different hosts"
+        return "the two sides are " + ("in different processes" if name == "loopback" else "on different hosts")
     if name in SAME_HOST and mine.host != theirs.host:
         return f"{'the other' if mine.host else 'this'} side cannot tell which host it is on (is /proc mounted there?)"
     return None

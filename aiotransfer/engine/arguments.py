@@ -14,6 +14,7 @@ from aiotransfer.model.address import Address
 RESERVED = 0xF000_0000  # immediates from here on are the library's own
 MOST_IMM = (1 << 32) - 1
 MOST = (1 << 63) - 1
+MOST_PUBLISHED = 1024  # characters of the name of a region
 MOST_NAME = 255  # characters of the name of an engine
 
 
@@ -66,6 +67,16 @@ def size(name: str, value: object, least: int) -> int:
     if not least <= number <= MOST:
         raise ValueError(f"{name} must lie in [{least}, 2**63), not {number}")
     return number
+
+
+def check_name(name: object) -> None:
+    """Raises `TypeError` or `ValueError` for what no region can be published as."""
+    if not isinstance(name, str):
+        raise TypeError(f"a name must be a str, not {name!r}")
+    if not name or len(name) > MOST_PUBLISHED:
+        raise ValueError(f"a name has 1 to {MOST_PUBLISHED} characters, not {len(name)}")
+    if not name.isascii():
+        name.encode()  # half a surrogate pair is a UnicodeEncodeError, which is a ValueError
 
 
 class Side(NamedTuple):

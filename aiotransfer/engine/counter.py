@@ -204,9 +204,10 @@ class Counter(Unpicklable):
     def __repr__(self) -> str:
         if self._closed or not self._engine._lane.usable:
             return f"<Counter imm={self.imm} closed>"
-        if self._engine._not_here():  # a debugger, another thread: only the loop may ask
+        try:
+            total, taken = self._numbers()
+        except RuntimeError:  # a debugger, another thread: only the loop may ask
             return f"<Counter imm={self.imm}>"
-        total, taken = self._numbers()
         return f"<Counter imm={self.imm} value={total - taken} total={total} waiting={len(self._queue)}>"
 
 

@@ -44,6 +44,7 @@ from aiotransfer.engine.sweeper import Sweeper
 from aiotransfer.engine.tasks import Tasks
 from aiotransfer.engine.threads import ThreadHandle
 from aiotransfer.engine.transfer import Transfer
+from aiotransfer.engine.unbound import Unbound
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.engine.values import Values
 from aiotransfer.engine.watch import Watcher
@@ -109,6 +110,7 @@ class Engine(Planner, Unpicklable):
         if self._state != "new":
             raise ClosedError("an engine is opened once")
         self._loop = asyncio.get_running_loop()
+        self._binding = Unbound(self.config.max_queued_operations, self.config.max_queued_bytes)
         self._lane = Lane(self.incarnation, self.config, progress=self.progress, threadless=not self._world.threads)
         self._state = "open"
         self._p: Any = self._lane.pointer

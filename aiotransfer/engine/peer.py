@@ -19,7 +19,7 @@ from aiotransfer.control import frames
 from aiotransfer.control.line import Line
 from aiotransfer.control.patience import Patience
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
-from aiotransfer.engine.publications import check_name
+from aiotransfer.engine.arguments import check_name
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import (
     BrokenError,

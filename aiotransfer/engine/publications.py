@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiotransfer.control import frames
+from aiotransfer.engine.arguments import MOST_PUBLISHED, check_name
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
@@ -12,17 +13,6 @@ if TYPE_CHECKING:
     from aiotransfer.model.descriptor import RemoteRegion
 
 MOST_LOOKUPS = 4096  # unanswered ones of one peer
-MOST_NAME = 1024
-
-
-def check_name(name: object) -> None:
-    """Raises `TypeError` or `ValueError` for what no region can be published as."""
-    if not isinstance(name, str):
-        raise TypeError(f"a name must be a str, not {name!r}")
-    if not name or len(name) > MOST_NAME:
-        raise ValueError(f"a name has 1 to {MOST_NAME} characters, not {len(name)}")
-    if not name.isascii():
-        name.encode()  # half a surrogate pair is a UnicodeEncodeError, which is a ValueError
 
 
 class Publications:
@@ -60,8 +50,8 @@ class Publications:
         known = self._names.get(name)
         if known is not None:
             peer._reply(frames.Found(id=number, descriptor=known[1].encode()))
-        elif len(name) > MOST_NAME:  # of a name that is never published, a part would be kept for nothing
-            peer._reply(frames.Failed(id=number, code="broken", text=f"a name has at most {MOST_NAME} characters"))
+        elif len(name) > MOST_PUBLISHED:  # of a name that is never published, a part would be kept for nothing
+            peer._reply(frames.Failed(id=number, code="broken", text=f"a name has at most {MOST_PUBLISHED} characters"))
         elif len(peer._lookups) >= MOST_LOOKUPS:
             peer._reply(frames.Failed(id=number, code="broken", text=f"more than {MOST_LOOKUPS} lookups are unanswered"))
         else:

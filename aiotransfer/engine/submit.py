@@ -22,6 +22,7 @@ from aiotransfer.engine.refusals import refusal
 from aiotransfer.engine.region import RegionView
 from aiotransfer.engine.staged import Stager, stager
 from aiotransfer.engine.transfer import DONE, PENDING, Transfer, blank
+from aiotransfer.engine.unbound import Unbound
 from aiotransfer.errors import (
     ProviderUnavailableError,
     RegionError,
@@ -45,6 +46,7 @@ class Submitter(Outcomes):
 
     _connections: Connections
     _paths: Paths
+    _binding: Unbound
     _gone: dict[int, TransferError]  # by incarnation: what peers that were here before ended in
 
     @property
@@ -270,12 +272,11 @@ class Submitter(Outcomes):
         peers belong to none of them. Raises `BusyError`.
         """
         left = self._seconds(timeout)
-        peers, config = transfer._peers, self.config
+        peers = tuple(dict.fromkeys(peer for _, peer in regions))
         nbytes = transfer.nbytes if len(peers) == 1 else 0
-        for peer in peers:
-            much = peer._binding_bytes and peer._binding_bytes + nbytes > config.max_queued_bytes
-            if much or peer._binding_ops >= config.max_queued_operations:
-                raise noted(refusal(self, native.lib.AT_EBUSY, peer), transfer._deed, transfer.nbytes, peers)
+        full = self._binding.take(peers, nbytes)
+        if full is not None:
+            raise refusal(self, native.lib.AT_EBUSY, full)
         deadline = self._loop.time() + left
         if stager is not None:
             transfer._stage = stager()
@@ -306,15 +307,7 @@ class Submitter(Outcomes):
             else:
                 transfer._end(DONE, transfer.nbytes, None)
 
-        def over(_: asyncio.Task[None]) -> None:
-            for peer in peers:
-                peer._binding_ops -= 1
-                peer._binding_bytes -= nbytes
-
-        for peer in peers:
-            peer._binding_ops += 1
-            peer._binding_bytes += nbytes
-        self._background(go(), transfer).add_done_callback(over)
+        self._background(go(), transfer).add_done_callback(lambda _: self._binding.give(peers, nbytes))
 
     def _owner(self, dst: RemoteRegion) -> Peer:
         """The live peer that owns it. Raises `StaleRegionError`, `PeerLostError` or `RegionError`."""

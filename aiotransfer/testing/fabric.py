@@ -260,7 +260,7 @@ class Fabric:
         """Move the clock to the next delivery or by `timeout`, whichever comes first. False: there is nothing to wait for."""
         due = int(native.lib.at_net_next(self._pointer))
         if timeout is None and due < 0:
-            waiting = [task.get_name() for task in asyncio.all_tasks(self.loop)]
+            waiting = [_where(task) for task in asyncio.all_tasks(self.loop)]
             raise Deadlock(f"seed {self.seed}: nothing can happen any more; {len(waiting)} tasks wait: {', '.join(waiting)}")
         left = None if timeout is None else int(timeout * _SECOND) + 1
         step = due if left is None else left if due < 0 else min(due, left)
@@ -411,3 +411,9 @@ def fabric(
     """A simulated fabric; all chances follow from `seed`. `delay`: least and most seconds from post to delivery (a range
     reorders); `refuse`, `split`: the chance that a post is refused for now, and that a write lands in two halves."""
     return Fabric(seed, delay, refuse, split)
+
+
+def _where(task: asyncio.Task[Any]) -> str:
+    """The task's name, and which line of which coroutine it is at."""
+    at = [f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}" for frame in task.get_stack(limit=1)]
+    return " ".join([task.get_name(), getattr(task.get_coro(), "__qualname__", ""), *at])

@@ -33,7 +33,7 @@ def test_real_writes_go_both_ways_by_each_provider_and_the_other_side_serves_aga
             assert {name for name, way in report["ways"].items() if way.get("verified")} == usable
             for name in usable:
                 assert min(report["ways"][name][key] for key in ("control_us", "round_trip_us", "there_GBps", "back_GBps")) > 0
-            assert "different hosts" in report["ways"]["loopback"]["refused"]
+            assert "different processes" in report["ways"]["loopback"]["refused"]
         server.send_signal(signal.SIGINT)
         assert server.wait(10) == 130
     finally:

@@ -65,6 +65,11 @@ async def test_what_is_looked_up_could_be_a_name(pair: Pair) -> None:
             await pair.right_peer.lookup(name)
 
 
+async def test_names_may_have_1024_characters(pair: Pair) -> None:
+    pair.right.publish("n" * 1024, pair.right.allocate(8))
+    assert (await pair.right_peer.lookup("n" * 1024)).nbytes == 8
+
+
 async def test_more_arrivals_than_can_be_counted_are_refused(pair: Pair) -> None:
     with pytest.raises(ValueError, match=r"2\*\*63"):
         await pair.left.counter(imm=1).wait(1 << 64)

@@ -45,6 +45,22 @@ def test_the_fixtures_work_under_both_plugins(pytester: pytest.Pytester, source:
     result.assert_outcomes(passed=4)
 
 
+@pytest.mark.parametrize("mark", ['["shm"]', 'provider=["shm"]', 'providers="shm"', "providers=[]", ""])
+def test_a_marker_that_says_something_else_is_refused(pytester: pytest.Pytester, mark: str) -> None:
+    pytester.makepyfile(f"import pytest\n@pytest.mark.aiotransfer({mark})\ndef test_x(aiotransfer_engine_pair):\n    pass\n")
+    result = pytester.runpytest_subprocess(*QUIET)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*the marker is aiotransfer(providers=*"])
+
+
+def test_a_test_without_the_marker_keeps_its_name(pytester: pytest.Pytester) -> None:
+    body = "assert aiotransfer_provider == 'loopback'"
+    pytester.makepyfile(f"def test_x(aiotransfer_engine_pair, aiotransfer_provider):\n    {body}\n")
+    result = pytester.runpytest_subprocess(*QUIET, "-v")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*::test_x PASSED*"])
+
+
 def test_a_failing_fabric_names_its_seed_and_the_seed_repeats_it(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """

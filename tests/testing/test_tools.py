@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
 from aiotransfer.testing import engine_pair, leaks_since, payload, snapshot, where_from
+from aiotransfer.testing.fabric import Deadlock, fabric
 
 
 def test_every_word_of_a_payload_says_where_it_belongs() -> None:
@@ -44,3 +47,11 @@ async def test_a_pair_is_connected_both_ways(provider: str) -> None:
 def test_no_property_is_judged_by_how_long_its_examples_took() -> None:
     assert settings().deadline is None
     assert HealthCheck.too_slow in settings().suppress_health_check
+
+
+def test_a_deadlock_names_the_line_that_waits() -> None:
+    async def waits_for_nothing(_: Any) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(Deadlock, match=r"waits_for_nothing test_tools\.py:\d+"):
+        fabric(seed=1).run(waits_for_nothing)
