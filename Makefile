@@ -254,7 +254,7 @@ mutants: $(STAMPS)/test
 
 docs: setup
 	@$(PIP) install --quiet --editable '.[docs]'
-	$(VENV)/bin/mkdocs build --strict --quiet
+	$(VENV)/bin/mkdocs build --strict
 
 clean:
 	rm -rf build site $(STAMPS) aiotransfer/_native*.so aiotransfer/_build_facts.json

@@ -25,6 +25,7 @@ import numpy as np
 import aiotransfer as at
 from aiotransfer.cli import _facts_devices, _facts_host, _topology
 from aiotransfer.cli._facts import Fact, Host
+from aiotransfer.config import PREFIX, Config
 from aiotransfer.control.key import LEAST_BYTES, key_place
 from aiotransfer.errors import ConfigurationError
 from aiotransfer.providers import libfabric, native
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 def examine(host: Host) -> list[Fact]:
     """Everything that `doctor` prints: what was tried here, and what `host` shows."""
-    here = [versions(), extension(), key(host), memfd(), foreign_memory(), providers(), fabric_library(host)]
+    here = [versions(), extension(), settings(host), key(host), memfd(), foreign_memory(), providers(), fabric_library(host)]
     return [*here, *(look(host) for look in (*_facts_host.ALL, *_facts_devices.ALL)), self_test()]
 
 
@@ -118,6 +119,18 @@ def extension() -> Fact:
         return Fact("extension", f"built, {native.ffi.string(native.lib.at_version()).decode()}")
     hint = f"install a C compiler and the headers of this Python, then `{native.REINSTALL}`"
     return Fact("extension", f"missing: {native.failure}", "problem", hint)
+
+
+def settings(host: Host) -> Fact:
+    """What an engine that is opened here is given where the program says nothing; as text only what the environment changes."""
+    try:
+        given = Config().with_environment(host.environ)
+    except ConfigurationError as error:
+        return Fact("settings", error.message, "problem", "no engine can be opened until that variable is corrected or unset")
+    data = dataclasses.asdict(given)
+    changed = [f"{name} {value!r}" for name, value in data.items() if value != getattr(Config(), name)]
+    text = ", ".join(changed) + " (from the environment)" if changed else f"defaults; {PREFIX}... changes them"
+    return Fact("settings", text, data=data)
 
 
 def key(host: Host) -> Fact:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from aiotransfer.cli import _facts_devices, _facts_host, doctor
 from aiotransfer.cli._facts import Fact, Host
+from aiotransfer.config import Config
 from tests.cli.trees import ALL_CAPS, CONNECTX, CONTAINER, LAPTOP, LIMITS, PORT, STATUS, ZERO, host, without
 
 
@@ -106,6 +108,20 @@ def test_text_and_json_are_made_of_the_same_records(tmp_path: Path) -> None:
     bad = [*facts, Fact("key", "too short", "problem")]
     assert doctor.text(bad).endswith("aiotransfer does not work here: key")
     assert doctor.record(bad)["works"] is False
+
+
+def test_every_setting_is_shown_and_a_variable_that_cannot_be_used_is_a_problem() -> None:
+    plain = doctor.settings(Host(environ={}))
+    assert plain.text.startswith("defaults")
+    assert plain.data == asdict(Config())
+    changed = doctor.settings(Host(environ={"AIOTRANSFER_PEER_TIMEOUT": "7.5", "AIOTRANSFER_PIN_THREADS": "off"}))
+    assert changed.text == "peer_timeout 7.5, pin_threads False (from the environment)"
+    assert changed.data == asdict(Config(peer_timeout=7.5, pin_threads=False))
+    for text in ("soon", "-1"):
+        bad = doctor.settings(Host(environ={"AIOTRANSFER_PEER_TIMEOUT": text}))
+        assert bad.level == "problem"
+        assert text in bad.text
+    assert not doctor.works([bad])
 
 
 def test_the_key_is_judged_and_never_shown(tmp_path: Path) -> None:
