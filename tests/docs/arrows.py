@@ -9,6 +9,8 @@ A step of a page is a list item of one of two forms:
 NAME, and the second uses it, too (the kind of an event, a message), or a table or an attribute of that name is filled with it (a
 function of a port, a callback). Only such an arrow may go up. A function of Python is named with its classes, one of C by itself.
 The sources are read as text, so nothing is imported or built. A function that is not where the page says is looked for elsewhere.
+
+    python -m tests.docs.arrows     writes into the page where functions are now that were moved; what was renamed stays as it is
 """
 
 from __future__ import annotations
@@ -130,15 +132,22 @@ def broken(step: Step, sources: Mapping[str, str]) -> list[str]:
     return _led(step, sources) if step.by else _called(step, sources)
 
 
+def elsewhere(place: Place, sources: Mapping[str, str]) -> list[Place]:
+    """Where functions of that name are in other files, those with the same classes first."""
+    suffix, last = Path(place.path).suffix, place.name.rpartition(".")[2]
+    found = [
+        Place(path, name)
+        for path, text in sources.items()
+        if Path(path).suffix == suffix and path != place.path and re.search(rf"\b{last}\b", text)
+        for name in bodies(path, text)
+        if name.rpartition(".")[2] == last
+    ]
+    return sorted(found, key=lambda one: one.name != place.name)
+
+
 def _elsewhere(place: Place, sources: Mapping[str, str]) -> str:
-    suffix = Path(place.path).suffix
-    last = place.name.rpartition(".")[2]
-    for path, text in sources.items():
-        if Path(path).suffix == suffix and re.search(rf"\b{last}\b", text):
-            for name in bodies(path, text):
-                if name == place.name or (name.rpartition(".")[2] == last and path != place.path):
-                    return f"; {path} has {name}"
-    return ""
+    there = elsewhere(place, sources)
+    return f"; {there[0].path} has {there[0].name}" if there else ""
 
 
 def _called(step: Step, sources: Mapping[str, str]) -> list[str]:
@@ -190,3 +199,19 @@ def _room(path: str, known: Mapping[str, set[str]]) -> str:
     inner = path.partition("/")[2]
     rooms = [room for room in known if inner.startswith(f"{room}/")]
     return max(rooms, key=len) if rooms else inner.rpartition(".")[0]
+
+
+def moved(text: str, sources: Mapping[str, str]) -> str:
+    """A page with the files in which its functions are now, where there is one of that name alone."""
+    for path, name in sorted(set(re.findall(r"`([\w/.]+\.(?:py|c|h))` `([\w.]+)`", text))):
+        if name not in bodies(path, sources.get(path, "")):
+            there = [place for place in elsewhere(Place(path, name), sources) if place.name == name]
+            near = [place for place in there if place.path.split("/")[:2] == path.split("/")[:2]]
+            if len(there := near or there) == 1:
+                text = text.replace(f"`{path}` `{name}`", f"`{there[0].path}` `{name}`")
+    return text
+
+
+if __name__ == "__main__":
+    page = ROOT / "docs" / "development" / "six-ways.md"
+    page.write_text(moved(page.read_text(), tree()))

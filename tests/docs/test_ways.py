@@ -101,6 +101,10 @@ def test_where_a_function_went_is_said() -> None:
     assert arrows.faults(GO, moved) == ["aiotransfer/core/b.py B.work is not there; aiotransfer/core/c.py has B.work"]
     wrong = "aiotransfer/engine/z.py go is not there; aiotransfer/engine/a.py has go"
     assert arrows.faults(GO.replace("a.py", "z.py"), CODE) == [wrong]
+    assert arrows.moved(GO, moved) == GO.replace("core/b.py", "core/c.py")
+    assert arrows.moved(GO, CODE) == GO
+    twice = {**moved, "aiotransfer/core/d.py": CODE["aiotransfer/core/b.py"]}
+    assert arrows.moved(GO, twice) == GO, "which of them is not known"
 
 
 def test_a_comment_is_no_arrow() -> None:
