@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from aiotransfer.config import Config
+from tests.architecture import native
 from tests.docs import arrows, folders
 from tests.guards import EVERY
 
@@ -126,3 +127,10 @@ def test_the_site_is_strict_and_not_quiet() -> None:
     """mkdocs counts the warnings that it shows: a quiet strict build lets every one of them pass."""
     (line,) = re.findall(r"mkdocs build (.*)", (ROOT / "Makefile").read_text())
     assert line.split() == ["--strict"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_native_names_of_a_page_are_there(page: Path) -> None:
+    known = set(re.findall(r"\b(?:at_|AT_)\w+", "\n".join(native.tree().values())))
+    named = {name for name in re.findall(r"\b(?:at_|AT_)\w+", page.read_text()) if not name.endswith("_")}
+    assert named - known == set()
