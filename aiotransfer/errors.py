@@ -120,7 +120,7 @@ class ProviderUnavailableError(ConfigurationError):
 
 
 class RegistrationError(TransferError):
-    """Memory was refused."""
+    """Memory was refused: it cannot be registered, shared or mapped. The message says why, and the hint what would do."""
 
 
 class DescriptorError(TransferError):

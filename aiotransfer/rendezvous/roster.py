@@ -64,7 +64,7 @@ class Refusal(NamedTuple):
     reason: str
 
     def encode(self) -> bytes:
-        """For the store."""
+        """The refusal as the bytes that a rank writes into the store."""
         return json.dumps([FORMAT, "refused", self.rank, self.mark, self.reason[:MOST_REASON]]).encode()
 
     @classmethod
