@@ -1,7 +1,7 @@
 """Settings of an engine, from code and from the environment.
 
-`AIOTRANSFER_<FIELD>` overrides a field of `Config`; a variable that is nobody's is warned about once, with what it may have been
-meant to be, because a misspelt setting that silently does nothing costs days.
+`AIOTRANSFER_<FIELD>` overrides a field of `Config`. A variable that names no field is warned about once, with the field that may
+have been meant, because a misspelt setting that silently does nothing costs days.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Config:
     message_window_bytes: int = 4 << 20
     """Message bytes a peer may have unread here (at least one whole message of 1 MiB)."""
     early_values: int = 65536
-    """Distinct immediates kept per sender before anybody opened a counter for them; also for all together who have gone."""
+    """Distinct immediates kept per sender before a counter is opened for them; also for all together who have gone."""
     inline_bytes: int = 1 << 20
     """Largest copy made inside the submitting call; larger ones go to the native thread."""
     turn_seconds: float = 0.001

@@ -65,13 +65,13 @@ class TransferError(Exception):
 
 
 def again(error: E) -> E:
-    """A stored error, to be raised once more: a copy, because raising would tie the frames of whoever catches it to the original,
-    and with them everything in those frames, for as long as it is stored."""
+    """A copy of a stored error, to be raised once more. Raising the original would tie the frames of each catcher to it, and with
+    them everything in those frames, for as long as it is stored."""
     if not isinstance(error, TransferError):
         return error.with_traceback(None)
     copy = _rebuild(type(error), error.message, error.__dict__.copy())
     copy.__cause__ = _without_frames(error.__cause__)
-    if isinstance(copy, ScatterError):  # whoever raises one of these ties his frames to it
+    if isinstance(copy, ScatterError):  # a caller that raises one of these ties its frames to it
         copy.results = [None if result is None else again(result) for result in copy.results]
     if hasattr(error, "__notes__"):
         copy.__notes__ = list(error.__notes__)  # what is noted on the copy is not said of the original
@@ -86,7 +86,7 @@ def _without_frames(cause: BaseException | None) -> BaseException | None:
         return again(cause)
     try:
         return copy_object(cause)
-    except Exception:  # somebody else's class, which cannot be copied: the message has to do
+    except Exception:  # a foreign class that cannot be copied: the message has to do
         return None
 
 
@@ -176,7 +176,7 @@ class ScatterError(TransferError):
 
 
 class QuarantineError(TransferError):
-    """Memory that must not be reused yet: somebody may still touch it."""
+    """Memory that must not be reused yet: a peer or an operation may still access it."""
 
 
 class RendezvousError(TransferError):

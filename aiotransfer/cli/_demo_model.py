@@ -48,7 +48,7 @@ def prepare(say: Callable[[str], None]) -> Path:
         try:
             os.rename(work / "model", target)
         except OSError:
-            if not target.exists():  # somebody else was faster
+            if not target.exists():  # another process was faster
                 raise
     return target
 

@@ -141,7 +141,7 @@ async def _measure(engine: at.Engine, peer: at.Peer) -> dict[str, Any]:
     echoed = engine.counter(imm=PING)
     messages = engine.messages()
     await peer.send(mine.descriptor.encode())
-    await anext(messages)  # it may be busy with somebody else
+    await anext(messages)  # it may be busy with another peer
 
     trips = []
     for _ in range(ROUNDS):

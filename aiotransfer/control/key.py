@@ -96,7 +96,7 @@ class Place(NamedTuple):
 
 def key_place(environ: Mapping[str, str]) -> Place:
     """Where the user's key file lives: in XDG_RUNTIME_DIR, else in the temporary directory; or at home, where another user has
-    taken that place, as anybody may in a temporary directory. Raises `ConfigurationError` when there is no such place."""
+    taken that place, as any user may in a temporary directory. Raises `ConfigurationError` when there is no such place."""
     import tempfile  # here: the import of the package stays quick
 
     runtime = environ.get("XDG_RUNTIME_DIR")
@@ -152,7 +152,7 @@ def _user_key(environ: Mapping[str, str]) -> tuple[bytes, str]:
     try:
         directory.mkdir(mode=0o700)
     except FileExistsError:
-        if _owner(directory) != os.getuid():  # somebody was quicker than we
+        if _owner(directory) != os.getuid():  # another user made it first
             directory, why = key_place(environ)
     except OSError as error:
         raise _unmade(directory / "key", why, error) from error

@@ -2,7 +2,7 @@
 
 The pure session decides; this class moves its bytes, bounds what may pile up and guarantees one end: `on_closed` is called
 exactly once, with None for a goodbye of either side and with the cause otherwise. Writing never blocks and never awaits.
-A conversation may outlive its connection (see `line`): then the link is dropped, and ends without a word to anybody.
+A conversation may outlive its connection (see `line`): then the link is dropped, and ends without telling its owner.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class Link(asyncio.Protocol):
             raise BusyError("the peer does not read its control connection", peer=str(self.remote_address))
 
     def mute(self) -> None:
-        """What comes by it, its end too, is nobody's from now on."""
+        """Discard what comes by this link from now on, its end too."""
         self.on_frame = lambda frame: None
         self.on_closed = lambda error: None
 

@@ -3,8 +3,8 @@
 Strangers cost little: at most 128 unauthenticated connections at a time, five seconds each, a few KiB of input. When there
 are more, one of them at random makes room for the newcomer: friends and strangers may come from one address (loopback, NAT).
 If it were always the oldest, the newest or the slowest, strangers could arrange that this is the friend. So a friend gets in
-after a few attempts, whatever strangers do. What goes wrong with them is logged at most once a second and never leaves this
-module.
+after a few attempts, even if strangers keep coming. What goes wrong with them is logged at most once a second and never leaves
+this module.
 
 An engine that is reached by several NICs listens on an address of each, so that peers find another way when one dies.
 """
@@ -49,8 +49,8 @@ class Listener:
         self.address = await self._listen(self.address)
 
     async def start_further(self, hosts: Iterable[str]) -> list[Address]:
-        """Listen on these too; where. Raises `BusyError`. By any port: the one that was asked for may be wanted there by somebody
-        else, an engine for each NIC, say."""
+        """Listen on these hosts too, on any port. Returns the addresses. Raises `BusyError`. The port that was asked for may be
+        wanted there by another process, an engine for each NIC, say."""
         found: list[Address] = []
         try:
             others = await self._network.further(self.address, hosts)

@@ -2,7 +2,7 @@
 
 `asyncio.timeout` judges as soon as its timer is due. After a loop was blocked that may be before the loop has looked at its
 descriptors even once, and what had come long before the deadline is reported as late. Here a due timer first lets the loop
-take what is there and wake whoever waits for it; only what still waits then is late.
+take what is there and wake its waiters; only what still waits then is late.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Until:
 
 
 async def despite_cancels(future: asyncio.Future[Any]) -> None:
-    """Wait until it is done, whatever cancels come: the first is raised then. Its result is not looked at."""
+    """Wait until it is done, through any number of cancels: the first is raised then. Its result is not looked at."""
     import anyio
 
     cancelled: asyncio.CancelledError | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 
 class Deadlines(dict[int, float]):
-    """When each key is due, on whatever clock the caller uses; set, moved and discarded as the items of a dictionary are."""
+    """When each key is due, on the clock that the caller uses; set, moved and discarded as the items of a dictionary are."""
 
     def next(self) -> float | None:
         """The earliest deadline, or None where there is none."""

@@ -1,4 +1,4 @@
-"""Whether memory is dense: its elements fill one range of addresses, each byte once, in whatever order its dimensions lie."""
+"""Whether memory is dense: its elements fill one range of addresses, each byte once, in any order of its dimensions."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Distance(IntEnum):
     OTHER = 3
     """They are on different nodes."""
     UNKNOWN = 4
-    """Nobody knows where one of them is."""
+    """The place of one of them is not known."""
 
 
 WORDS = {

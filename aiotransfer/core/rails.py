@@ -52,9 +52,9 @@ def pair(
 ) -> tuple[tuple[str, str], ...]:
     """The rails between two sides, as pairs of names: each end of either side in at least one, where it leads anywhere.
 
-    The two sides may have different numbers of ends. Ends of one network belong together; where somebody `named` them, those that
-    share none are taken to be routed. Without names an address that both sides have is no way from one to the other, and `first`
-    (addresses) has to be among the pairs: otherwise there are none.
+    The two sides may have different numbers of ends. Ends of one network belong together; where the application `named` them,
+    those that share none are taken to be routed. Without names an address that both sides have is no way from one to the other,
+    and `first` (addresses) has to be among the pairs: otherwise there are none.
     """
     if not named:
         both = {end.address for end in ours} & {end.address for end in theirs}

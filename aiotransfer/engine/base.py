@@ -93,10 +93,10 @@ class EngineBase:
     def _seconds(self, timeout: float | None) -> float:
         return seconds(timeout, self._timeout)
 
-    # ---- what nobody heard ----
+    # ---- failures that were never awaited ----
 
     def _unheard(self, error: BaseException) -> None:
-        """An operation failed and its transfer was dropped without anybody having looked: logged, once. From any thread."""
+        """Log, once, an operation that failed and whose transfer was dropped before its result was looked at. From any thread."""
         left_out = self._limit.admit((type(error).__name__, getattr(error, "peer", None)))
         if left_out is not None:
             self._log_unheard("an aiotransfer operation failed and nobody awaited it" + more(left_out), error)

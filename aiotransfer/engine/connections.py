@@ -4,8 +4,8 @@ Two engines may dial each other at the same moment; both connections authenticat
 conversation: the connection dialed by the smaller incarnation wins, unless the other one is up already. Only its dialer knows
 that, who is up first: so the greater incarnation decides between its own dial and one that it accepts, and the smaller one, where
 it has begun to answer the other's dial, waits for what becomes of that. The side that finds a loser says Merge and closes it; the
-dialer of the loser then waits for the peer that the other connection makes. Whoever waits for an attempt of somebody else that
-is given up dials for himself.
+dialer of the loser then waits for the peer that the other connection makes. A caller that waits for another caller's attempt
+dials for itself when that attempt is given up.
 
 An engine may connect to itself. Both ends of the connection then belong to one peer: each frame it posts comes back to it
 through the mirror end, and the two halves of the path are kept together. Mirrors are told apart by the address that dialed them.
@@ -55,8 +55,8 @@ _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()
 
 ACCEPT_SECONDS = 10.0  # for a connected peer to bring its path up
-MOST_MIRRORS = 64  # connections from this very engine that nobody has asked for yet
-MOST_UNSEEN = 1024  # arrivals that nobody has looked at, before those that have gone again are forgotten
+MOST_MIRRORS = 64  # connections from this very engine that no dial has asked for yet
+MOST_UNSEEN = 1024  # arrivals that were not looked at, before those that have gone again are forgotten
 MOST_QUESTIONS = 4096  # of one peer to our providers, unanswered
 MOST_QUESTION_BYTES = 1 << 20
 DEATH_SECONDS = 0.002  # between the end of a dying process's connections and the news of its death
@@ -242,7 +242,7 @@ class Connections:
             return
         if link.incarnation == engine.incarnation:
             self._mirrors = {here: mirror for here, mirror in self._mirrors.items() if not mirror.ended}
-            if len(self._mirrors) >= MOST_MIRRORS:  # impostors: nobody dials himself so often at a time
+            if len(self._mirrors) >= MOST_MIRRORS:  # impostors: no engine dials itself so often at a time
                 self._mirrors.pop(next(iter(self._mirrors))).abort()
             self._mirrors[link.remote_address] = link
             self._mirror_known.set()

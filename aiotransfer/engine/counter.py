@@ -120,7 +120,7 @@ class Counter(Unpicklable):
             self._serve(n)
 
     def _arrived(self, taken: int) -> None:
-        """The lane has taken arrivals for whoever is first."""
+        """The lane has taken `taken` arrivals for the first waiter of the queue."""
         self._serve(taken)
 
     def _serve(self, credit: int) -> None:
@@ -146,7 +146,7 @@ class Counter(Unpicklable):
 
     @property
     def value(self) -> int:
-        """Arrivals that nobody has taken yet."""
+        """Arrivals that were not taken yet."""
         total, taken = self._numbers()
         return total - taken
 
@@ -212,7 +212,7 @@ class Counter(Unpicklable):
 
 
 def take_each(counters: Sequence[Counter], wanted: Sequence[int]) -> tuple[list[bool], bool]:
-    """Take from each counter what is wanted of it, where so many arrivals are there and nobody waits for them, in one call.
+    """Take from each counter what is wanted of it, in one call: where so many arrivals are there and no task waits for them.
 
     Returns which were taken from, and whether the caller should give the event loop a turn."""
     n = len(counters)

@@ -71,7 +71,7 @@ def _share(buffer: Any) -> object:
         return None
     try:
         return buffer.__dlpack__(stream=-1)
-    except Exception:  # whatever a foreign exporter raises: the object is all there is to keep then
+    except Exception:  # a foreign exporter may raise anything: then only the object itself can be kept
         return None
 
 

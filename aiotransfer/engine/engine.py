@@ -308,7 +308,7 @@ class Engine(Planner, Unpicklable):
     def messages(self, prefix: bytes = b"") -> AsyncIterator[Message]:
         """Messages of all peers: `.peer`, `.data`. Ends when the engine closes.
 
-        With a `prefix` those that begin with it, which nobody else then sees: for components that share the engine with others.
+        With a `prefix` those that begin with it, which no other reader then sees: for components that share the engine.
         """
         self._check()
         if not isinstance(prefix, bytes | bytearray | memoryview):

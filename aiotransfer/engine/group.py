@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.rosters import Rosters
 
 DIALS_AT_ONCE = 32
-MOST_AHEAD = 1 << 32  # of our generation: nobody has formed a group so often
+MOST_AHEAD = 1 << 32  # of our generation: no group is formed so often
 JOIN_BYTES = 64
 
 
@@ -65,7 +65,7 @@ class Home(Protocol):
 
     @property
     def own_counter(self) -> Callable[[], Counter]:
-        """Opens a counter of an immediate that nobody else uses."""
+        """Opens a counter of an immediate that nothing else uses."""
 
     def forget(self, group: PeerGroup) -> None:
         """The group was closed."""
@@ -447,7 +447,7 @@ class PeerGroup(Unpicklable):
         self._told.clear()
 
     def _break(self, cause: TransferError, *, tell: bool = True, final: bool = True) -> None:
-        """`final`: whoever forms this generation is to give it up, too."""
+        """`final`: members that form this generation are to give it up, too."""
         if self._failure is None:
             self._failure = again(cause)
         if tell and self._engine._state == "open":  # the goodbye of an engine that closes says it better

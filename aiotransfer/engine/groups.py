@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.plans import Planner
 
-MOST_UNKNOWN = 1024  # Joins of one peer for groups that nobody has made here yet
+MOST_UNKNOWN = 1024  # Joins of one peer for groups that were not made here yet
 KEY_BYTES = 16
 MOST_GENERATION = 1 << 48
 

@@ -54,7 +54,7 @@ class Lease(Unpicklable):
 
     @property
     def descriptor(self) -> RemoteRegion:
-        """For the peer, in whatever channel the application has. Sliceable; of no use to anybody else."""
+        """For the peer; the application carries it by a channel of its own. Sliceable; of no use to any other peer."""
         return RemoteRegion.of(self._grant)
 
     @property
@@ -99,7 +99,7 @@ class Lease(Unpicklable):
             self._waiters.pop(waiter, None)
 
     def _fence(self) -> None:
-        """Whoever has not confirmed that it is over is cut off, where that can be done to him alone."""
+        """Cut off a holder that has not confirmed that it is over, where that can be done to this peer alone."""
         if self._state != "revoked":
             self._engine._lane.expel_grant(self._grant.slot)
 

@@ -110,7 +110,8 @@ class Liveness:
         return int(out[0]), int(out[1]), int(out[2])
 
     def ask(self, peer: Peer) -> int | None:
-        """For a sign of life, whoever waits. Another number than before: one has come. None: there is no way to ask."""
+        """Ask for a sign of life, even if no operation waits for this peer. Returns a number: when it differs from the one
+        before, a sign has come. None: there is no way to ask."""
         if peer._path is None or not self._engine._lane.usable or peer._state not in ("up", "connecting"):
             return None
         native.lib.at_peer_ping(self._engine._p, peer._path.lane_peer)

@@ -15,7 +15,7 @@ from aiotransfer.providers.sysfs import read_topology
 
 @cache
 def machine(root: Path) -> Topology:
-    """Read once in the life of a process: what is plugged in later is nobody's reason to move a thread or a rail."""
+    """Read once in the life of a process: no thread or rail is moved for a device that is plugged in later."""
     return read_topology(root)
 
 

@@ -1,12 +1,12 @@
 """Messages received from all peers, in order per peer, until the application takes them.
 
 What may pile up here is bounded by the credit each peer was given; taking a message gives its credit back. What peers that have
-gone left unread is kept within one bound for all of them, or anybody could fill our memory by coming again and again; the oldest
+gone left unread is kept within one bound for all of them, or a peer could fill our memory by coming again and again; the oldest
 goes first, with a warning.
 
-Components that talk over the same engine as the application have boxes of their own: messages that begin with a prefix which
-somebody reads by are his, what is nobody's is the application's. What begins as only the library's own components begin is
-never the application's: where none of them is there (yet, or any more) the latest of it is kept for them.
+Components that talk over the same engine as the application have boxes of their own: a message that begins with the prefix of a
+reader goes to that reader, any other message to the application. A message that begins as only the library's own components begin
+theirs never goes to the application: where none of them is there (yet, or any more), the latest ones are kept for them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Box:
         self.readers = 0
 
     def wake(self) -> None:
-        """Somebody has something to take, or to know."""
+        """Wake one waiter: there is a message to take, or the box has ended."""
         while self.waiters:
             waiter = self.waiters.popleft()
             if not waiter.done():
@@ -73,14 +73,14 @@ class Mailbox:
             oldest.peer._consumed(len(oldest.data))
 
     def _prefix(self, data: bytes) -> bytes:
-        """The longest one somebody reads by."""
+        """The longest prefix of `data` that has a reader."""
         if data[:1] != LIBRARY[:1] and len(self._boxes) == 2:
             return b""
         return max((prefix for prefix in self._boxes if data.startswith(prefix)), key=len)
 
     @property
     def unread(self) -> list[Message]:
-        """What nobody has taken yet, of the application's."""
+        """Messages for the application that were not taken yet."""
         return list(self._boxes[b""].messages)
 
     def departed(self, _: Peer) -> None:
@@ -111,7 +111,7 @@ class Mailbox:
                 await waiter
             except BaseException:  # cancelled: the message is not lost
                 if waiter.done() and not waiter.cancelled():
-                    box.wake()  # the message that woke us is somebody else's now
+                    box.wake()  # the message that woke us is for another waiter now
                 raise
         message = box.messages.popleft()
         if box.messages:
@@ -120,7 +120,7 @@ class Mailbox:
         return message
 
     async def messages(self, prefix: bytes) -> AsyncIterator[Message]:
-        """Every message that begins with `prefix`, or with no prefix that somebody reads by, until the engine closes."""
+        """Every message that begins with `prefix`, or with no prefix that has a reader, until the engine closes."""
         box = self._open(prefix)
         try:
             while (message := await self._take(box)) is not None:

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Mapped:
-    """A remote region at `address` of this process. It stays mapped as long as this lives, whatever becomes of its owner.
+    """A remote region at `address` of this process. It stays mapped as long as this object lives, even if its owner has gone.
 
-    Nothing is announced to the owner, who does not wait for readers when it takes the right back: whoever has read asks `valid`
-    afterwards, and forgets what he has read where it says no.
+    Nothing is announced to the owner, which does not wait for readers when it takes the right back. A reader asks `valid`
+    afterwards, and discards what it has read where the answer is no.
     """
 
     __slots__ = ("_binding", "_engine", "address", "nbytes")

@@ -1,4 +1,4 @@
-"""What may be registered: finding address, length and device of whatever a user hands in.
+"""What may be registered: finding address, length and device of the object that a caller hands in.
 
 Every kind of buffer is reduced to a `Plain` record or refused with `RegistrationError` before anything native is called. The
 record keeps the exporting object and its storage alive and in place (hold.py), since the lane knows only an address.

@@ -285,7 +285,7 @@ class Paths:
         self._start(peer, self._find_out(peer, path))
 
     def look(self, peer: Peer, now: float, blocked: bool) -> None:
-        """Rails of which nothing comes any more, while something comes by others, are broken: nobody else would say so."""
+        """Break rails of which nothing comes any more while something comes by others: nothing else would report them."""
         for path in peer._paths:
             for one in path.silent(now, self._engine.config.peer_timeout / 2, blocked):
                 one.strike()
@@ -338,7 +338,7 @@ class Paths:
                 except TransferError:
                     continue  # taken back meanwhile: its operations end
                 fresh.engine, fresh.grant = engine, binding.grant
-                binding.outlive(fresh)  # whoever keeps the old one for his operation keeps the memory that it moves to
+                binding.outlive(fresh)  # an operation that keeps the old one keeps the memory that it moves to
                 pairs.append((binding, fresh))
         if engine._lane.usable:
             olds, news = [b.remote for b, _ in pairs], [b.remote for _, b in pairs]

@@ -180,7 +180,7 @@ class Peer(Unpicklable):
         started = self._engine._loop.time()
         try:
             answer = await self._question(number, frames.Lookup(id=number, name=name), seconds, what)
-        except BaseException:  # nobody waits for the answer any more
+        except BaseException:  # the caller does not wait for the answer any more
             if self._state == "up":
                 self._reply(frames.LookupCancel(id=number))
             raise
@@ -303,7 +303,7 @@ class Peer(Unpicklable):
         self._line.post(frame)
 
     def _reply(self, frame: frames.Frame) -> None:
-        """Send what nobody here would handle a failure of: a peer that takes nothing any more is lost, soon."""
+        """Send where no caller would handle a failure: a peer that takes nothing any more is lost soon."""
         try:
             self._line.post(frame)
         except BusyError as error:
@@ -476,7 +476,7 @@ class Peer(Unpicklable):
         for future in list(self._dependents):
             if not future.done():
                 future.set_exception(again(error))
-                future.exception()  # whoever waits raises it; if nobody does any more, that is no news
+                future.exception()  # a waiter raises it; without a waiter asyncio shall not report it
         self._dependents.clear()
         self._lookups.clear()
         for task in list(self._answers):

@@ -13,7 +13,7 @@ from aiotransfer.engine.world import World
 def cpus_for(config: Config, world: World) -> Callable[[str], tuple[int, ...]] | None:
     """What is asked, in any thread, for the CPUs of a NIC's threads by its name, and reads files then. None: nothing is pinned.
 
-    The CPUs that the calling thread may use are the bounds: whoever restricted it meant the threads that it starts as well.
+    The CPUs that the calling thread may use are the bounds: its restriction is meant for the threads that it starts as well.
     """
     if not config.pin_threads or not world.threads or not hasattr(os, "sched_getaffinity"):
         return None

@@ -1,9 +1,9 @@
 """Progress: the event loop reads the lane's descriptor and turns its events into the ends of transfers and waits.
 
 Nothing here runs while nothing happens: the lane's one descriptor becomes readable when an operation of ours has ended, a
-counter that somebody waits for was reached, or a peer's process has ended. Work per wake-up is bounded by the lane's batch; a
-full batch re-schedules itself behind whatever else is ready. So does one that the lane handed out before it had looked for more:
-whoever was woken answers first.
+counter that a task waits for was reached, or a peer's process has ended. Work per wake-up is bounded by the lane's batch; a
+full batch re-schedules itself behind the other ready callbacks. So does one that the lane handed out before it had looked for
+more: tasks that were woken run first.
 """
 
 from __future__ import annotations

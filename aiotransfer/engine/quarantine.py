@@ -1,8 +1,8 @@
-"""Memory that a peer may still write into: looked at until nobody can.
+"""Memory that a peer may still write into: looked at until no peer can.
 
 What is taken back is over when every holder has left it or confirmed that nothing is posted under it. A holder that has done
 neither within `drain_timeout` is fenced where its provider can do that to one peer alone: its connection is closed, which ends
-whatever was under way, and opened again without the grant. Otherwise the memory waits for the holder to move on or to die.
+what was under way, and opened again without the grant. Otherwise the memory waits for the holder to move on or to die.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Held(Protocol):
     nbytes: int
 
     def _fence(self) -> None:
-        """Cut off whoever has not confirmed that it is over, where that can be done to that peer alone."""
+        """Cut off a holder that has not confirmed that it is over, where that can be done to this peer alone."""
 
     def _settle(self) -> bool:
         """Look whether it is over; True when the memory is free."""

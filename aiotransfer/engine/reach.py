@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.tasks import Tasks
     from aiotransfer.model.address import Address
 
-GRACE_SECONDS = 1.0  # for a dial that nobody waits for any more: it is not cut off in the middle of a handshake
+GRACE_SECONDS = 1.0  # for a dial without a waiter: it is not cut off in the middle of a handshake
 MOST_STRANGERS = 64  # peers that speak for a member without being known as one, beside one for each member
 MOST_HELD, MOST_HELD_BYTES = 64, 256 << 10  # of what each of them says
 TRIES, PAUSE = 2, 0.05
@@ -39,7 +39,7 @@ class _Dial:
         self.waiters = 0
 
     def end(self) -> None:
-        """Unless somebody waits for it again."""
+        """End the dial, unless a task waits for it again."""
         if not self.waiters:
             self.task.cancel()
 

@@ -54,7 +54,7 @@ class _Outage:
 
     @property
     def lasts(self) -> bool:
-        """The peer is there as far as anybody knows, and there is no connection to it."""
+        """Whether the peer is not known to be lost, but has no connection."""
         return self.peer._state in ("up", "connecting") and self.peer._line.down
 
 
@@ -149,7 +149,7 @@ class Redial:
         """Once. How long to wait before the next time, if that is needed."""
         try:
             await self._resume(peer)
-        except (OSError, TransferError):  # a refusal, too: whoever is there instead need not be all there is
+        except (OSError, TransferError):  # a refusal, too: another process at that address does not mean that the peer is gone
             await asyncio.sleep(pause)
         return min(2 * pause, LONGEST_PAUSE)
 
@@ -226,6 +226,6 @@ class Redial:
         link.start()
 
     def close(self) -> None:
-        """Nobody resumes anything any more."""
+        """End the connections that no peer has claimed: nothing is resumed any more."""
         for link in list(self._unclaimed):
             link.abort()

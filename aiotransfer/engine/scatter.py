@@ -1,4 +1,4 @@
-"""Targets of a scatter, from whatever the caller has them in.
+"""Targets of a scatter, from the containers that callers hand in.
 
 Arrays of int64 with regions that are bound go straight to one native call (`post_table`), which checks them all before it posts
 any. It only says that something is wrong: what that is, `Targets` finds out, as for targets in any other form.

@@ -6,7 +6,7 @@ it is stored on the GPU before the transfer ends. What peers write lands in the 
 here runs between an arrival and its count: `await region[a:b].flush()` stores it on the GPU.
 
 No native call may take stale host memory for what is on the GPU. Therefore the views of a staged region carry no number of the
-lane: whoever submits one without having gone through a `Stage` is refused by the lane itself.
+lane: the lane itself refuses a view that was submitted without a `Stage`.
 
 A fetch reads memory of the caller's, so a transfer does not end during one: a cancel waits for it, like for what is posted.
 """
@@ -78,7 +78,7 @@ class Staging:
 
 
 async def _finished(work: asyncio.Future[None]) -> None:
-    """Wait for it whatever happens to this task: it copies from or to memory that its caller gets back afterwards."""
+    """Wait for it even if this task is cancelled: it copies from or to memory that its caller gets back afterwards."""
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
         try:

@@ -119,7 +119,7 @@ class Submitter(Outcomes):
     ) -> Transfer:
         """Copy `src`, memory of a peer, into `dst` (equal lengths in bytes). Nothing tells the peer.
 
-        The bytes are those of some moment during the transfer; whoever reads what is being written sees a mixture. Errors as
+        The bytes are those of some moment during the transfer; a read of memory that is being written sees a mixture. Errors as
         for `write`; a read whose right was revoked before it ended raises `StaleRegionError`.
         """
         self._check_operands(dst, src, "read")
@@ -291,7 +291,7 @@ class Submitter(Outcomes):
                 if transfer._state != PENDING:
                     return
                 result, keep = post()
-            except Exception as error:  # it belongs to whoever awaits the transfer
+            except Exception as error:  # it belongs to the task that awaits the transfer
                 result, keep = 0, again(error)  # several may have waited for one answer
             if transfer._state != PENDING:
                 return

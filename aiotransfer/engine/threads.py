@@ -40,7 +40,7 @@ class ThreadTransfer(Unpicklable):
     def __init__(self, handle: ThreadHandle, nbytes: int, peer: Peer, keep: object, deed: Deed) -> None:
         self._handle = handle
         self._deed = deed
-        self._heard = False  # somebody was told what it ended in
+        self._heard = False  # a caller was told how it ended
         self.nbytes = nbytes
         self._peer = peer
         self._keep = keep
@@ -72,7 +72,7 @@ class ThreadTransfer(Unpicklable):
                 return False
             try:
                 self._bound.result()
-            except Exception as error:  # whatever the question to the owner ended in is what the operation ended in
+            except Exception as error:  # an operation ends as the question to the owner ended
                 self._finish(again(error))
             if self._over:
                 return True
@@ -112,7 +112,7 @@ class ThreadTransfer(Unpicklable):
 
 
 class _Orphan(NamedTuple):
-    """An operation that nobody waits for any more; what it uses must live until it has ended."""
+    """An operation without a waiter; what it uses must live until it has ended."""
 
     cookie: int
     keep: object
@@ -245,7 +245,7 @@ class ThreadHandle(Unpicklable):
         return _Inside(self)
 
     def _orphan(self, orphan: _Orphan) -> None:
-        """Nobody waits for it any more; what it uses must live until it has ended. Called in whatever thread forgets it."""
+        """Keep what an operation without a waiter uses until it has ended. Called in any thread that forgets the operation."""
         self._orphans.append(orphan)
         if not self._engine._lane.usable:
             return
@@ -272,11 +272,11 @@ class ThreadHandle(Unpicklable):
                 self._unheard(noted(refusal(engine, status, orphan.peer), orphan.deed, orphan.nbytes, (orphan.peer,)))
 
     def _unheard(self, error: BaseException) -> None:
-        """Nobody will be told of it any more: the loop logs it."""
+        """Have the loop log a failure that no caller will be told of any more."""
         try:
             self._engine._loop.call_soon_threadsafe(self._engine._unheard, error)
         except RuntimeError:
-            pass  # the loop is closed: there is nobody to tell
+            pass  # the loop is closed: it logs nothing any more
 
     def _shut(self) -> None:
         """No thread enters any more."""

@@ -58,11 +58,11 @@ class Keeper(Protocol):
         """Bytes of it that have landed, while it is under way."""
 
     def _unheard(self, error: BaseException) -> None:
-        """A failed transfer was dropped without anybody having looked. From any thread."""
+        """A failed transfer was dropped before its result was looked at. From any thread."""
 
 
 class _Unheard:
-    """Has it logged once when a failed transfer is dropped without anybody having looked."""
+    """Has a failed transfer logged once when it is dropped before its result was looked at."""
 
     __slots__ = ("engine", "error")
 
@@ -161,7 +161,7 @@ class Transfer(Unpicklable):
                 waiter.cancel()
 
     def _drain(self) -> Generator[Any, None, None]:
-        """Wait, whatever happens to this task, until the operation has ended."""
+        """Wait until the operation has ended, even if this task is cancelled."""
         if self._state != PENDING:
             return
         anyio = sys.modules.get("anyio")
@@ -243,8 +243,8 @@ class Transfer(Unpicklable):
         """Have the loop call `fn(transfer)` soon after the transfer has ended, in whichever way; soon, if it has ended already.
 
         As that of an asyncio future: in `context` (by default a copy of the caller's), once for each time that it was added, in
-        that order; what `fn` raises goes to the loop's exception handler. `fn` may submit again, and does not count as somebody
-        who has heard of a failure unless it asks for it. Raises `TypeError`, and `RuntimeError` on another loop or thread.
+        that order; what `fn` raises goes to the loop's exception handler. `fn` may submit again. A failure still counts as not
+        looked at unless `fn` asks for it. Raises `TypeError`, and `RuntimeError` on another loop or thread.
         """
         if not callable(fn):
             raise TypeError(f"a callback is called with the transfer; {fn!r} cannot be called")
@@ -389,7 +389,7 @@ class _Countdown:
         self.left = left
 
     def done(self) -> bool:
-        """Whether nobody waits any more."""
+        """Whether the wait is over: the future has a result or was cancelled."""
         return self.future.done()
 
     def set_result(self, _: None) -> None:

@@ -1,6 +1,6 @@
 """Watching a 64-bit word that a kernel or another process increments.
 
-Nobody rings a bell for such a word, so the lane's native thread looks at it: every 50 us while it changes, ever more rarely
+No doorbell is rung for such a word, so the lane's native thread looks at it: every 50 us while it changes, ever more rarely
 (down to every 4 ms) while it does not. The event loop sleeps until it has changed.
 """
 
@@ -64,7 +64,7 @@ class Watcher(Unpicklable):
         value: int | None = int(self._out[0])
         # Not what the lane has told but what was yielded decides: a look that was cancelled may have been told of a change.
         if value != self._last:
-            await asyncio.sleep(0)  # a word that never rests starves nobody
+            await asyncio.sleep(0)  # a word that never rests starves no other task
         else:
             self._waiter = self._engine._loop.create_future()
             try:

@@ -4,7 +4,7 @@
     async with decoder.request(peer, "request 7", page_ids, tokens=513) as handle:
         arrival = await handle.arrived()
         ...                                      # the pages are full; decode from arrival.tail on
-    # here the pages are provably nobody else's, however the block ended
+    # here no other process can write to the pages, however the block ended
 
 Pages belong to the caller, who says which of them a request may fill. From then on until the block ends they are *held*: no other
 request may name them. Their right to be written is leased to the prefill ranks of that request alone, and taken back at the end.

@@ -239,7 +239,7 @@ class Handle(Unpicklable):
         self._taken.set_result(None)
 
     def _count(self) -> None:
-        """From before anybody has answered: whoever is counted on is also noticed to be lost."""
+        """Count from before the first answer, so that the loss of a rank that is counted on is noticed too."""
         self._counting = self._role.room.own(self._count_all())
 
     def _blocks(self) -> int:
@@ -374,7 +374,7 @@ class Handle(Unpicklable):
             self._counting.cancel()
         try:
             self._feed("unproved" if any(isinstance(result, BaseException) for result in results) else "proved")
-        finally:  # whatever that raised: who leaves the block waits for this without a deadline
+        finally:  # also if that raised: leaving the block waits for this without a deadline
             if not self._over.done():
                 self._over.set_result(None)
 
@@ -418,7 +418,7 @@ class Handle(Unpicklable):
         )  # fmt: skip
 
     def abandon(self) -> asyncio.Future[None]:
-        """End it, whatever it is doing; done when it has ended."""
+        """End it at once, in any state; done when it has ended."""
         self._leave("its decoder was closed")
         return self._over
 

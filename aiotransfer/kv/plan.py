@@ -244,8 +244,8 @@ class TransferPlan:
         return self._grain(skip_tokens).tokens
 
     def count(self, tokens: int, skip_tokens: int = 0) -> int:
-        """How many blocks all layers have for tokens [`skip_tokens`, `tokens`): what the decode side counts, whatever the
-        chunks."""
+        """How many blocks all layers have for tokens [`skip_tokens`, `tokens`): what the decode side counts, with any division
+        into chunks."""
         grain = self._grain(skip_tokens)
         rows = 0
         for layer in self.layers:

@@ -63,7 +63,7 @@ class Holder(Protocol):
         """End it: an answer of a prefill rank could not be read, or not be dealt with."""
 
     def abandon(self) -> asyncio.Future[None]:
-        """End it, whatever it is doing; done when it has ended."""
+        """End it at once, in any state; done when it has ended."""
         ...
 
 

@@ -67,7 +67,7 @@ class LayerWrite(NamedTuple):
 
 
 class PrefillRequest(Unpicklable):
-    """A request that was accepted. Made by `Prefiller.accept`; `async with` it: the decode side is told of whatever ends it."""
+    """A request that was accepted. Made by `Prefiller.accept`; `async with` it: the decode side is told how it ended."""
 
     _instead = "what the model needs is in .id, .tokens and .data"
 
@@ -299,7 +299,7 @@ class PrefillRequest(Unpicklable):
     def _send_for_thread(self, layer: int, end: int) -> None:
         try:
             self._send(layer, end)
-        except Exception as error:  # nobody is there to raise it to
+        except Exception as error:  # no caller is there to raise it to
             self.fail(f"layer {layer} could not be sent: {said(error)}")
 
     def _send(self, layer: int, end: int) -> None:
@@ -432,7 +432,7 @@ class PrefillRequest(Unpicklable):
         self._timer.cancel()
         self.gathering.close()
         self._side.ledger.leave(self)
-        if not self._over.done():  # whatever the rest raises: this is waited for without a deadline
+        if not self._over.done():  # even if the rest raises: this is waited for without a deadline
             self._over.set_result(None)
         for slot in self._tails:
             self._role.slots.give(slot)

@@ -1,6 +1,6 @@
-"""The mail of one side of one engine: reads the messages that are for it, and sends without making anybody wait.
+"""The mail of one side of one engine: reads the messages that are for it, and sends without making its caller wait.
 
-All decoders of an engine share one room, as do its prefillers, so that each message finds its request whoever made it.
+All decoders of an engine share one room, as do its prefillers, so that each message finds its request, of any of them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()
-_rooms: dict[tuple[Engine, bytes], Room] = {}  # that somebody is in, of engines that are open
-numbers = itertools.count(1)  # of this process: an answer names its request whatever the engine
+_rooms: dict[tuple[Engine, bytes], Room] = {}  # in use, of engines that are open
+numbers = itertools.count(1)  # of this process: an answer names its request, of any engine
 MOST_TOLD = 8 << 20  # bytes of messages that wait for one peer to make room, with `OVERHEAD` for each
 OVERHEAD = 1024
 
@@ -156,7 +156,7 @@ class Room:
             await asyncio.wait(sending)
 
     def own(self, work: Any) -> asyncio.Task[Any]:
-        """Run it; nobody else keeps it."""
+        """Run it as a task, and keep the task until it has ended: no other code holds it."""
         task: asyncio.Task[Any] = begin(work)
         self._tasks[task] = None
         task.add_done_callback(self._tasks.pop)

@@ -1,7 +1,7 @@
 """Memory for tails: parts of a few regions of an engine, used again by the next request.
 
 A region of their own for each would cost a descriptor, a registration and a mapping by the other side, for each request. They
-share regions instead, each as large as all before it together (within bounds); those that nobody uses any more are given back.
+share regions instead, each as large as all before it together (within bounds); those that are not used any more are given back.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HEADER_BYTES = 16  # two 64-bit numbers: the length of the tail, how many checksums stand before it
 LEAST_BYTES, MOST_BYTES = 1 << 18, 1 << 24  # of a region, if a slot is not larger
-MOST_KEPT = 64  # free slots of one size, past which a region that nobody uses is given back
+MOST_KEPT = 64  # free slots of one size, past which a region that is not in use is given back
 
 
 class _Shelf:
@@ -57,7 +57,7 @@ class Slots:
         return slot
 
     def give(self, slot: RegionView) -> None:
-        """Nobody writes there any more."""
+        """Take back a slot that no peer writes to any more."""
         shelves = self._shelves[slot.nbytes]
         shelf = shelves[slot._root]
         shelf.free.append(slot)

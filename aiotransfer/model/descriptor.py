@@ -1,4 +1,4 @@
-"""Remote regions: what a peer may hold of somebody's memory.
+"""Remote regions: descriptors of memory that its owner granted to peers.
 
 A `RemoteRegion` is a value. It names its owner by address and incarnation, the memory by address, length and (for shared
 allocations) segment, and the right to use it by an epoch word and the value that word must have. All slices of one descriptor
@@ -123,7 +123,7 @@ class RemoteRegion:
         return self._grant.base + self._start
 
     def encode(self) -> bytes:
-        """As bytes, to be carried by whatever channel the application has."""
+        """As bytes; the application carries them by a channel of its own."""
         body = msgspec.msgpack.encode(_Wire(self._grant, self._start, self.nbytes))
         data = _HEAD.pack(MAGIC, VERSION) + body
         return data + zlib.crc32(data).to_bytes(4, "little")

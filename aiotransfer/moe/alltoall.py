@@ -245,7 +245,7 @@ class AllToAll(Unpicklable):
             try:
                 idx, weights, tokens, stride, scale_rows, scales, kind = self._check(x, topk_idx, topk_weights, x_scales)
                 step = Step(self._communicator, self._kernels, number, Route(shape, ranks.rank, idx), scales, tag=encoded(tag))
-            except BaseException as error:  # whatever it is: the others wait for this step, and must know that there is none
+            except BaseException as error:  # of any kind: the others wait for this step, and must know that there is none
                 refusal = refusal or error
             if not self._may_send(number):
                 await self._until_it_may(number, until)

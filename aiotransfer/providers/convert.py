@@ -1,8 +1,8 @@
 """Numbers of one type as another, and quantised with scales for blocks: in C (`ffi/rows`), on one core of the host.
 
 Everything that can be refused is refused before anything is written. The interpreter's lock is not held meanwhile, so the calls
-belong on a worker thread. The `_parts` of either do the same in steps: whoever drives them can stop between two, and nothing that
-is stopped holds memory for longer than one step takes.
+belong on a worker thread. The `_parts` of either do the same in steps: their caller can stop between two, and work that is
+stopped holds memory no longer than one step takes.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Driver:
         return ordinal or 0
 
     def pci_address(self, ordinal: int) -> str:
-        """Where the device is on the PCI bus: the same GPU, whatever CUDA_VISIBLE_DEVICES makes of its number."""
+        """The device's address on the PCI bus. It names the same GPU however CUDA_VISIBLE_DEVICES numbers the devices."""
         device, text = ctypes.c_int(), ctypes.create_string_buffer(32)
         self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal))
         self._call("cuDeviceGetPCIBusId", text, ctypes.c_int(len(text)), device)

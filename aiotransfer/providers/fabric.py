@@ -101,7 +101,7 @@ class FabricProvider:
         return Terms(self.name, True, "", b"", encode(Side(ends, bool(self._chosen))) if ends else b"")
 
     def _pairs(self, conversation: Conversation, theirs: Terms) -> tuple[tuple[str, str], ...]:
-        """The rails to that peer, by both sides' names; none: whatever the control connection goes by."""
+        """The rails to that peer, by both sides' names; none: one rail, by the addresses of the control connection."""
         if self._pairing is None or self._hidden or not theirs.data or not (mine := self._ends()):
             return ()
         theirs_said = side(theirs.data, self.name)
@@ -131,7 +131,7 @@ class FabricProvider:
             loop = asyncio.get_running_loop()
             limits = self._limits._replace(verbs_device=device) if device else self._limits
             future = asyncio.ensure_future(loop.run_in_executor(None, self._open, host, limits))
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever waited may be gone by then
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # the waiter may be gone by then
             self._rails[key] = future
         rail: Rail = await asyncio.shield(future)
         self.takes_device = self.takes_device or bool(rail.flags & native.lib.AT_FAB_DEVICE)

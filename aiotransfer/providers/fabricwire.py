@@ -105,7 +105,7 @@ class RetireEach(msgspec.Struct, tag="retire each", array_like=True):
 
 
 class Side(msgspec.Struct, array_like=True):
-    """What a side says of its rails beforehand: names, addresses and prefixes; whether somebody chose them."""
+    """What a side says of its rails beforehand: names, addresses and prefixes; whether its application chose them."""
 
     ends: list[tuple[str, str, int]]
     named: bool

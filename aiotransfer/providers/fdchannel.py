@@ -1,8 +1,8 @@
 """Passing file descriptors between two engines of one host.
 
 Messages are small and fixed in shape: a 16-byte ticket that was agreed on over the control connection, a body, at most five
-descriptors. Whatever comes without an expected ticket is closed at once, and elsewhere than on the event loop (`elsewhere`). Who
-may speak here at all is the business of `fdlistener`.
+descriptors. A packet without an expected ticket is closed at once, on a thread other than the event loop's (`elsewhere`). Which
+processes may connect here at all is decided by `fdlistener`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def none_left() -> OSError:
 
 
 def discard(packet: asyncio.Future[tuple[bytes, list[int]]]) -> None:
-    """Nobody wants this packet any more, whether it has come or not."""
+    """Drop this packet, now or when it comes: no caller wants it any more."""
 
     def drop(done: asyncio.Future[tuple[bytes, list[int]]]) -> None:
         if not done.cancelled() and done.exception() is None:
@@ -180,7 +180,7 @@ class FdChannel:
     def _readable(self) -> None:
         try:
             packet = self.receive()
-        except Exception:  # whatever it was, the next look would find it again
+        except Exception:  # of any kind: the next look would find it again
             self.close()
             return
         if packet is None:
@@ -221,7 +221,7 @@ async def connect(name: str, loop: asyncio.AbstractEventLoop, seconds: float) ->
     except BlockingIOError:  # no shortage of this process: others crowd that socket
         sock.close()
         sock = await _Line(name, seconds).wait(loop)
-    except BaseException:  # nobody else knows the socket
+    except BaseException:  # no other code holds the socket
         sock.close()
         raise
     try:
@@ -232,8 +232,8 @@ async def connect(name: str, loop: asyncio.AbstractEventLoop, seconds: float) ->
 
 
 class _Line:
-    """A place in the line before a socket that is full. The kernel wakes those who wait in it one by one, so that nobody who only
-    comes again and again keeps them out; it has no way to wait but a call that blocks, which a thread makes."""
+    """A place in the line before a socket that is full. The kernel wakes the waiting processes one by one, so that a process
+    that only tries again and again cannot keep them out. The only way to wait is a call that blocks, which a thread makes."""
 
     def __init__(self, name: str, seconds: float) -> None:
         self._name = name
@@ -246,7 +246,7 @@ class _Line:
         """A connected socket. Raises `OSError`."""
         try:
             return await loop.run_in_executor(None, self._connect)
-        except BaseException:  # also cancellation: a socket that came too late is closed by whoever comes second
+        except BaseException:  # also cancellation: a socket that came too late is closed by the later of the two threads
             with self._lock:
                 self._given_up = True
                 if self._sock is not None:

@@ -54,7 +54,7 @@ class FdListener:
         try:
             self._sock.bind(self.name)
             self._sock.listen(BACKLOG)
-        except BaseException:  # nobody else knows the socket
+        except BaseException:  # no other code holds the socket
             self._sock.close()
             raise
         self._retry: asyncio.TimerHandle | None = None
@@ -127,7 +127,7 @@ class FdListener:
             ticket, _ = parse(sock.recv(MOST_BYTES + 1, socket.MSG_PEEK), 0)
         except (BlockingIOError, InterruptedError):
             return
-        except Exception:  # its end, or no packet; whatever it was, the next look would find it again
+        except Exception:  # its end, or no packet: the next look would find it again
             self._drop(stranger)
             return
         waiting = self._waiting.get(ticket)

@@ -1,6 +1,6 @@
 """What the native code of one lane uses, and its end, also when its engine was forgotten.
 
-A lane knows addresses only: native threads, peers and the system go on with them whatever becomes of Python's objects. So the
+A lane knows addresses only: native threads, peers and the system go on using them after Python's objects are gone. So the
 objects behind these addresses (segments, registered memory, mappings of peers) are held here and not by the engine. They are let
 go when the lane has been proved to use them no more, or after its end: the lane refuses new work, peers are shut out, its threads
 leave. Threads that do not leave in time keep what they use for the life of the process.
@@ -52,7 +52,7 @@ class Holdings:
         self.patience = patience
         self.forks = _forks
         self._kept: dict[tuple[str, int], object] = {}
-        self._husk: Any = native.ffi.gc(pointer, native.lib.at_lane_free)  # late calls find it until nobody has it any more
+        self._husk: Any = native.ffi.gc(pointer, native.lib.at_lane_free)  # late calls find it until the last reference is gone
         self._lock = threading.RLock()  # two threads may end it at once; the collector may do so within either
         _open[id(self)] = self
 
@@ -97,7 +97,7 @@ class Holdings:
             if self.pointer is None:
                 return
             if _exiting:
-                if known is not None:  # opened by somebody's last words, after ours
+                if known is not None:  # opened by another exit handler, after ours
                     leak(self)
                 return
             quiet, inside = self.stop(self.patience if seconds is None else seconds)

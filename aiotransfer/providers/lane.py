@@ -37,7 +37,7 @@ class Event(NamedTuple):
     kind: int
     id: int
     status: int
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls on an event
+    count: int  # type: ignore[assignment]  # hides tuple.count, which is never called on an event
 
 
 class Lane:
@@ -84,7 +84,7 @@ class Lane:
     def free(self, seconds: float | None = None) -> None:
         """Destroy the lane, after so many seconds at most (None: `drain_timeout`). What it uses is let go, or kept for ever with
         a warning. Later calls through this object do nothing."""
-        self.pointer = None  # first: nobody begins anything while it is freed
+        self.pointer = None  # first: no call may begin while it is freed
         self.holdings.end(seconds)
 
     def abandon(self) -> None:

@@ -4,8 +4,8 @@ All engines of a process share one simulated network without delays or faults; a
 it. The network is in C beneath the lane, so that everything above the port is what other fabrics get. Networks with a seed, a
 virtual clock and faults are made by `aiotransfer.testing`.
 
-An address is all that a write needs here, and descriptors come from whoever has the key: before the first write the owner, found
-in this process by its incarnation, is asked whether it ever granted that memory.
+An address is all that a write needs here, and any holder of the key can make a descriptor. So before the first write the owner,
+found in this process by its incarnation, is asked whether it ever granted that memory.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class LoopbackProvider:
         return Terms("loopback", True, "", _PROCESS, b"")
 
     async def dial(self, conversation: Conversation, theirs: Terms) -> LoopbackPath:
-        """The other side connects first, so that nothing is sent to where nobody is."""
+        """The other side connects first, so that no packet is sent before its receiver is there."""
         await conversation.ask("loopback", b"")
         return LoopbackPath(self._lane, conversation.incarnation, self._incarnation)
 

@@ -1,8 +1,8 @@
 """The provider port: what the engine asks of a way to reach peers.
 
 A provider sets paths up and binds remote memory; both need a conversation with the other side, which the engine lends as a
-`Conversation` (questions over the authenticated control connection). After that the engine talks to the lane alone, whatever
-the provider.
+`Conversation` (questions over the authenticated control connection). After that the engine talks to the lane alone, with every
+provider.
 """
 
 from __future__ import annotations

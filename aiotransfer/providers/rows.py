@@ -1,7 +1,7 @@
 """Rows of token memory: moved by tables of row numbers, and summed with weights (`ffi/rows`).
 
 Everything that can be refused is refused before a byte moves. That the memory of source and destination do not overlap is the
-caller's business, and so is that nobody else writes there meanwhile: the interpreter's lock is not held.
+caller's business, and so is that no other thread writes there meanwhile: the interpreter's lock is not held.
 """
 
 from __future__ import annotations

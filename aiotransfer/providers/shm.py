@@ -353,7 +353,7 @@ class ShmProvider:
             async with asyncio.timeout(SETUP_SECONDS):  # from the answer on: before that the peer's loop may be busy
                 their_body, their_fds = await reply
             await asked
-        except BaseException as error:  # also cancellation: half a channel is of no use to anybody
+        except BaseException as error:  # also cancellation: half a channel is of no use
             asked.cancel()
             asked.add_done_callback(lambda done: done.cancelled() or done.exception())
             fdchannel.discard(reply)

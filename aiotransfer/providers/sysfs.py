@@ -62,7 +62,7 @@ def _nodes(root: Path) -> tuple[Node, ...]:
 
 
 def _place(root: Path, path: Path, only: int | None) -> Place | None:
-    """Of whatever the path leads to: the last PCI function on the way there."""
+    """The place of the last PCI function on the way to what the path leads to."""
     try:
         parts = path.resolve().relative_to(root.resolve()).parts
     except (OSError, ValueError, RuntimeError):  # it leads out of the folder, or in circles

@@ -1,10 +1,10 @@
-"""Ranks that somebody else started (torchrun, Ray, a batch system) find each other and become a `PeerGroup`.
+"""Ranks that a launcher started (torchrun, Ray, a batch system) find each other and become a `PeerGroup`.
 
 Three ways in, the most automatic first::
 
     group = await rendezvous.from_environment(engine)                     # torchrun's variables, its TCPStore
     addresses = await rendezvous.over_store(engine, store, rank, size)    # any key-value store of yours
-    group = await rendezvous.from_list(engine, addresses)                 # addresses that came by whatever way
+    group = await rendezvous.from_list(engine, addresses)                 # addresses that came by any way
 
 Nothing here starts a process. Only addresses travel through the store, never payload and never the key.
 """

@@ -99,7 +99,7 @@ def _tcp_store() -> Any:
 
 
 async def _answers(launch: Launch, deadline: float, seconds: float) -> None:
-    """Wait until somebody listens there: torch would block, and log, for as long."""
+    """Wait until the store listens there: torch would block, and log, for as long."""
     loop = asyncio.get_running_loop()
     pause, turn = FIRST_PAUSE, 0
     reason: BaseException = TimeoutError()

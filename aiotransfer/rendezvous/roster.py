@@ -1,9 +1,9 @@
 """What ranks write into a shared store, and what they conclude from it. Pure: no store, no clock.
 
-Each rank writes one *entry* (its address and the incarnation of its engine). Whoever has read all entries writes the *digest* of
-what he read, and has arrived when all ranks wrote his own digest. A store that outlives a start (torchrun keeps one over its
+Each rank writes one *entry* (its address and the incarnation of its engine). A rank that has read all entries writes the *digest*
+of what it read, and has arrived when all ranks wrote this same digest. A store that outlives a start (torchrun keeps one over its
 restarts) may hold entries and digests of processes that are gone; an incarnation is new at every start, so nothing that was
-written before this rank's entry can be equal to its digest, and nobody leaves with the address of a process that is gone.
+written before this rank's entry can be equal to its digest, and no rank leaves with the address of a process that is gone.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def named(ranks: Collection[int]) -> str:
 
 
 class Launch(NamedTuple):
-    """What the environment of a rank says. `hosts_store`: this rank makes the store, nobody else has."""
+    """What the environment of a rank says. `hosts_store`: this rank makes the store; the launcher did not."""
 
     rank: int
     size: int

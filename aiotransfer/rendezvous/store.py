@@ -1,4 +1,4 @@
-"""Somebody else's blocking store, used from an event loop: calls run in a thread, end with a deadline, and can be cancelled."""
+"""A foreign, blocking store used from an event loop: calls run in a thread, end with a deadline, and can be cancelled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Store(Protocol):
     """What is asked of a store; torch's `TCPStore`, `FileStore`, `HashStore` and `PrefixStore` are such.
 
     Calls may block and must be safe from another thread. One with `check(keys) -> bool` (all there?) is asked by that; otherwise
-    `wait` is called again and again for a tenth of a second, and may raise whatever it likes when that passes.
+    `wait` is called again and again for a tenth of a second, and may raise any exception when that passes.
     """
 
     def set(self, key: str, value: Any, /) -> Any:
@@ -100,12 +100,12 @@ class Caller:
         def run() -> None:
             try:
                 answer: tuple[T | None, BaseException | None] = (asked.pop()(), None)
-            except BaseException as error:  # handed to whoever waits, in his own thread
+            except BaseException as error:  # handed to the waiter, in its own thread
                 answer = (None, error)
-            # From here on this thread holds nothing of the store, which may be destroyed in the thread of whoever waited.
+            # From here on this thread holds nothing of the store, which may be destroyed in the thread of the waiter.
             try:
                 loop.call_soon_threadsafe(settle, *answer)
-            except RuntimeError:  # the loop was closed: nobody waits any more
+            except RuntimeError:  # the loop was closed: no task waits any more
                 pass
 
         # A daemon: a store that never answers must not keep the process from ending.
@@ -138,10 +138,10 @@ class Caller:
 
 
 async def _outlast(done: asyncio.Future[Any]) -> None:
-    """Wait until it is done, at most the grace, whatever further cancels come."""
+    """Wait until it is done, at most the grace, through any number of further cancels."""
     import anyio
 
-    done.add_done_callback(lambda future: future.cancelled() or future.exception())  # nobody else asks
+    done.add_done_callback(lambda future: future.cancelled() or future.exception())  # no other code reads its result
     deadline = asyncio.get_running_loop().time() + GRACE_SECONDS
     with anyio.CancelScope(shield=True):
         while not done.done() and (left := deadline - asyncio.get_running_loop().time()) > 0:

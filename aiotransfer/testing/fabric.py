@@ -42,7 +42,7 @@ _SECOND = 1_000_000_000
 
 
 class Deadlock(AssertionError):
-    """Nothing is under way and no timer runs: whoever waits would wait for ever."""
+    """Nothing is under way and no timer runs: a task that waits would wait for ever."""
 
 
 class _Selector(selectors.DefaultSelector):
@@ -57,7 +57,7 @@ class _Selector(selectors.DefaultSelector):
         ready = super().select(0)
         busy = self._net._turn() or timeout == 0
         self._busy_turns = self._busy_turns + 1 if busy else 0
-        if self._busy_turns > BUSY_TURNS:  # whoever is always ready (a cancel on every turn) must not stop the clock
+        if self._busy_turns > BUSY_TURNS:  # a task that is always ready (a cancel on every turn) must not stop the clock
             self._net._pass_time(BUSY_SECONDS)
         if busy:
             return ready  # what was done now may have made callbacks ready: no time passes before them
@@ -192,7 +192,7 @@ class _Wire:
                 del self._net._listening[address]
 
     def cut(self) -> None:
-        """Every connection ends without a word, and nobody gets a new one."""
+        """End every connection without a goodbye, and refuse new ones."""
         self.close()
         for pipe in self.pipes:
             pipe.cut()

@@ -26,7 +26,7 @@ class FileMemory(Stored, Unpicklable):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe of that name makes nobody wait
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # the open of a pipe of that name must not block
         weakref.finalize(self, os.close, self._fd)
         now = os.fstat(self._fd)
         if not stat.S_ISREG(now.st_mode):
@@ -35,7 +35,7 @@ class FileMemory(Stored, Unpicklable):
         self.stamp = self.look()
 
     def look(self) -> tuple[int, int]:
-        """Size and time of the last change, as of now: another one than `stamp` where somebody has written to the file."""
+        """Size and time of the last change, as of now: they differ from `stamp` where the file was written to."""
         now = os.fstat(self._fd)
         return now.st_size, now.st_mtime_ns
 

@@ -127,7 +127,7 @@ class Mail:
             if left_out is not None:
                 _logger.warning("a message of %s cannot be read: %s%s", peer, error, more(left_out))
         except TransferError:
-            pass  # the peer is lost by now, or this side is closed: whatever waits for either is told
+            pass  # the peer is lost by now, or this side is closed: the waiters for either are told
         except Exception as error:
             left_out = _limit.admit(f"failed: {type(error).__name__}")
             if left_out is not None:

@@ -93,7 +93,7 @@ def decode(magic: bytes, data: Any, most_bytes: int) -> tuple[dict[str, Any], di
 
 @contextlib.contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Whatever is wrong with decoded values becomes a `DescriptorError`."""
+    """Turn any error in decoded values into a `DescriptorError`."""
     try:
         yield
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, zlib.error, msgspec.MsgspecError) as error:

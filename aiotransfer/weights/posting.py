@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MOST_WRITES = 1 << 14  # in one call
 MOST_BYTES = 1 << 30  # in one call
 SHARE = 2  # of what an engine may have queued for one peer a call is at most this part
-SMALL = 64 << 10  # bytes of a write that is copied inside the call, whatever else goes on
+SMALL = 64 << 10  # bytes of a write that is always copied inside the call
 MOST_SMALL = 64 << 20  # bytes of such writes in one call, which holds the event loop meanwhile
 MOST_STAGED = 1024  # writes of a call from memory of a GPU, which cannot be prepared
 BUSY_SECONDS = 0.001  # before what the engine had no room for is tried again

@@ -61,7 +61,7 @@ class Watch:
                 lost(peer, error)
 
     def close(self) -> None:
-        """Watch nobody any more."""
+        """Stop watching: cancel the task of each peer."""
         for task in self._tasks.values():
             task.cancel()
         self._tasks.clear()

@@ -1,4 +1,4 @@
-"""What one look at a registry may cost, whatever stands there.
+"""What one look at a registry may cost at most, with any content.
 
 A process that may write into the store may write any number of entries of any size. So much is taken, entries that were known
 before first; the rest is left where it is, with a warning every ten minutes.
@@ -34,7 +34,7 @@ class Room:
 
     @property
     def full(self) -> bool:
-        """Whether no further entry fits, whatever its size."""
+        """Whether no further entry fits, of any size."""
         return self.entries >= MOST_ENTRIES
 
 

@@ -1,6 +1,6 @@
 """The local view of the members, which outlives the registry's outages. Pure: entries and times go in.
 
-Nobody is dropped because the registry does not answer. When it is back it may know less than before, because leases could not
+No member is dropped because the registry does not answer. When it is back it may know less than before, because leases could not
 be kept alive meanwhile: those who are missing then have `grace` seconds to come back before they are dropped.
 """
 

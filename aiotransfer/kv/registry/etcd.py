@@ -69,7 +69,7 @@ class EtcdBackend:
         def refresh() -> bool:
             client = self._connected()
             lease = self._leases.get(key)
-            # A key that somebody deleted leaves its lease behind, so both are asked for.
+            # A deleted key leaves its lease behind, so both are asked for.
             return lease is not None and lease.refresh() > 0 and bool(client.get(self.prefix + key, keys_only=True))
 
         return await self._call(refresh)

@@ -1,6 +1,6 @@
 """A registry in a directory that all ranks see: of one host, or of several over a network file system.
 
-An entry is a file; it is written beside its place and renamed onto it, so that nobody reads half of one, and it holds the end
+An entry is a file; it is written beside its place and renamed onto it, so that no reader sees half of one, and it holds the end
 of its lease (`stamp`). Entries that ended a while ago, and files that a killed writer left half written, are removed by the next
 process that looks. Files belong to the user who wrote them and are read by that user alone. Files of another user, who can put
 them there when the directory is /tmp, say, are ignored.
@@ -33,7 +33,7 @@ _limit = RateLimit()
 SUFFIX = ".member"
 HALF_WRITTEN = ".writing-"
 MOST_FILE_BYTES = MOST_BYTES + 4096
-MOST_NAMES = 2 * bounds.MOST_ENTRIES  # of files, of whatever kind and owner, that one look goes through
+MOST_NAMES = 2 * bounds.MOST_ENTRIES  # of files, of any kind and owner, that one look goes through
 MOST_UNREADABLE = 1024  # remembered
 REMOVE_SECONDS = 10.0  # an entry that has ended stays for so long: its writer may only have been late
 HALF_WRITTEN_SECONDS = 60.0
@@ -94,7 +94,7 @@ class FileBackend:
         return await self._worker.call(self._list)
 
     async def changed(self, seconds: float) -> None:
-        """See `Backend`: files tell nobody."""
+        """See `Backend`. It sleeps: the file backend has no notification of changes."""
         await asyncio.sleep(seconds)
 
     async def aclose(self) -> None:

@@ -1,6 +1,6 @@
 """One rank as the registry knows it. Pure: values to bytes and back.
 
-JSON, so that whoever looks into the registry can read it; it begins with a version and has a bound. What cannot be read raises
+JSON, so that an operator can read it in the registry; it begins with a version and has a bound. What cannot be read raises
 `DescriptorError` and nothing else.
 """
 

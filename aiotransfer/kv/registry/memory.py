@@ -82,7 +82,7 @@ class MemoryBackend:
         for loop, future in waiters:
             try:
                 loop.call_soon_threadsafe(_settle, future)
-            except RuntimeError:  # that loop was closed: nobody waits any more
+            except RuntimeError:  # that loop was closed: no task waits any more
                 pass
 
 

@@ -74,8 +74,8 @@ class Registry(Unpicklable):
     async def changes(self) -> AsyncGenerator[Change, None]:
         """Those who are there already, as "joined", then every change. Ends when the registry is closed.
 
-        Somebody who reads slowly misses what was undone meanwhile and nothing else. Raises `ClosedError` when the registry is
-        not open.
+        A slow reader misses changes that were undone meanwhile and nothing else. Raises `ClosedError` when the registry is not
+        open.
         """
         self._check()
         told: dict[str, Member] = {}
@@ -134,7 +134,7 @@ class Registry(Unpicklable):
                 self._memberships.pop(member.key, None)
 
     async def _replace(self, member: Member) -> None:
-        """Whoever had this address before is gone: only one engine listens there, and it is this one."""
+        """Drop an earlier member of this address: only one engine listens there, and it is this one."""
         try:
             await within(self._call_timeout, self._look)  # others may be looking: in time, or not at all
             for other in self.members():

@@ -1,9 +1,9 @@
-"""Until when an entry in a file is good, whatever clocks do. Pure: readings of clocks go in.
+"""Until when an entry in a file is good, even if clocks are wrong. Pure: readings of clocks go in.
 
-A stamp holds the end of a lease twice: by the wall clock, and by the time since this host was booted, which nobody sets and which
+A stamp holds the end of a lease twice: by the wall clock, and by the time since this host was booted. That time cannot be set and
 goes on while the host sleeps. On the host that wrote it the second decides. Elsewhere the wall clock is believed only until the
-entry has been seen to be renewed; from then on the reader measures by his own clock how long ago that was. Nor does anybody
-believe for longer than one lease in an entry that does not change, whatever its wall clock says.
+entry has been seen to be renewed; from then on the reader measures by its own clock how long ago that was. No reader believes
+for longer than one lease in an entry that does not change, even if the wall clock says that it is still good.
 """
 
 from __future__ import annotations

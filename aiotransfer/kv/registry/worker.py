@@ -35,7 +35,7 @@ class Worker:
         def run() -> None:
             try:
                 result, error = work(), None
-            except Exception as caught:  # handed to whoever waits
+            except Exception as caught:  # handed to the waiter
                 result, error = None, caught
             _post(loop, _settle, future, result, error)
 
@@ -60,7 +60,7 @@ class Worker:
                 self._changed.wait_for(lambda: self._calls)
                 call = self._calls.popleft()
                 if call is None:
-                    if self._calls:  # somebody came after the end
+                    if self._calls:  # a call came after the end
                         continue
                     self._thread = None
                     return
@@ -84,7 +84,7 @@ class Worker:
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: Any) -> None:
     try:
         loop.call_soon_threadsafe(call, *arguments)
-    except RuntimeError:  # the loop was closed: nobody waits any more
+    except RuntimeError:  # the loop was closed: no task waits any more
         pass
 
 

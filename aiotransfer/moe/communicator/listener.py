@@ -30,7 +30,7 @@ _logger = logging.getLogger("aiotransfer")
 
 
 class Listener:
-    """Reads the messages of all other ranks, in their order; whatever one of them does, the next is read."""
+    """Reads the messages of all other ranks, in their order; an error in one of them does not stop the reading."""
 
     def __init__(self, ranks: Ranks, losses: Losses, waiting: Waiting, greetings: Greetings, answers: Answers) -> None:
         self._ranks = ranks
@@ -88,7 +88,7 @@ class Listener:
             _logger.warning("%s: from %s: %s%s", repr(self._ranks), str(peer), str(error), more(left_out))
 
     def _take(self, peer: Peer, content: messages.Message) -> None:
-        """A message of a rank. Whatever it does, the next one is read."""
+        """Handle one message of a rank. An error in it does not stop the reading."""
         try:
             self.heard(peer, content)
         except DescriptorError as error:  # it cannot be so

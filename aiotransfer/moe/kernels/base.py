@@ -1,7 +1,7 @@
 """The interface of the kernels, and which of them serves a device.
 
 Rows are bytes at a stride in some memory: whether a row holds numbers, scales beside numbers or anything else does not matter to
-`move`. `weigh` reads numbers, and sums them so that the result is the same to the bit whatever the device: in fp32, choice 0
+`move`. `weigh` reads numbers, and sums them so that the result is the same to the bit on every device: in fp32, choice 0
 first, each product rounded before it is added. (What a NaN's bits are is not promised.)
 """
 

@@ -22,10 +22,10 @@ has marked the other as gone, they have parted; see below.)
 2. S = T: who is present follows from the state alone, so both use views of the same ranks, and a view for one state exists once.
 3. S < T: p decided in S before it made its view for T, which therefore carries what p decided, and q uses this view. That no two
    views in T carry different decisions is the same claim for their senders, in smaller states.
-4. "Takes no part" is carried by nobody, and stands nevertheless: what a rank holds of a gone one is fixed with the first view
+4. "Takes no part" is carried by no view, and stands nevertheless: what a rank holds of a gone one is fixed with the first view
    that names it gone. Who is present in both states held no header then, and so holds none later.
-5. Who used a header before anybody was lost, holds it, and says so in its view: so it counts. It may leave out a step that is
-   over for it, because then all that are present have completed the dispatch of that step, and need no decision.
+5. A rank that used a header before any rank was lost holds it and says so in its view: so it counts. It may leave out a step that
+   is over for it, because then all that are present have completed the dispatch of that step, and need no decision.
 
 (If q is not in S because it joined later: it has set up with p first, so p is in its states from the beginning, and told its view
 for T. So p's chain orders S and T.)
@@ -33,9 +33,9 @@ for T. So p's chain orders S and T.)
 The joiner's view is waited for, too, although it holds nothing. If it only listened, it could be the one that remains of those
 that decided its start; the others, overtaken by another loss, would decide again without it: another start than it uses.
 
-**Starts.** Whoever has told its `next` while a join is open sends no header of `next + slots` or later (`limit`), and this limit
-stays where the *first* of these views has put it, however often another loss makes it tell again: anybody may have decided from
-that one. So nobody has sent a header of the step with which a rank begins before it knows about that rank. `next` also lies less
+**Starts.** A rank that has told its `next` while a join is open sends no header of `next + slots` or later (`limit`). This limit
+stays where the *first* of these views has put it, however often another loss makes it tell again: any rank may have decided from
+that one. So no rank has sent a header of the step with which a rank begins before it knows about that rank. `next` also lies less
 than `slots` before the headers that are known of gone ranks (one that had just joined may have been ahead of all), so a rank
 begins after the last header of its earlier incarnation, and step and rank name a header.
 
@@ -47,7 +47,7 @@ written rows to places that mean something else. This does no harm if
 - what a gone rank wrote to places that follow from headers is used only if these places were known here before it was marked as
   gone; otherwise its rows are zero. (Present ranks agree, so then it had used the same.)
 
-A rank that comes back is held back by nobody at first: its headers of `start` to `start + slots - 1` may come while a step of its
+No rank holds back a rank that has come back, at first: its headers of `start` to `start + slots - 1` may come while a step of its
 earlier incarnation is under way here. What is still needed of that one has to be out of the way before `join`.
 
 **Parted.** Without a majority rule, false alarms can part the ranks: each side decides alone and never hears the other again.
@@ -77,7 +77,7 @@ _Headers: TypeAlias = Annotated[tuple[tuple[Step, _Rank, bytes], ...], msgspec.M
 
 
 class Undecided(Enum):
-    """The answer is not known yet. It has no truth value, so that nobody takes it for one of the answers."""
+    """The answer is not known yet. It has no truth value, so that no code takes it for one of the answers."""
 
     UNDECIDED = "undecided"
 
@@ -97,7 +97,7 @@ class View(msgspec.Struct, frozen=True, array_like=True):
     """Present, and their first step is not known to the sender."""
     next: Step
     """The sender has begun to send no header of this step or later, and has none of gone ranks of next + slots or later."""
-    headers: _Headers  # step, rank, header: of gone ranks, as far as they may matter to anybody
+    headers: _Headers  # step, rank, header: of gone ranks, as far as they may matter to any rank
     decided: _Headers  # the same, decided in smaller states
     starts: Annotated[tuple[tuple[_Rank, _Number, Step], ...], msgspec.Meta(max_length=MOST_RANKS)]
     """Rank, incarnation, first step: of all present ones whose step is decided."""

@@ -75,7 +75,7 @@ class Ranges:
     def __init__(self, shape: Shape, rank: int, counts: Any) -> None:
         self.shape, self.rank = shape, rank
         self.counts: Ints = np.asarray(counts)
-        # Without a cast a sum takes a third of the time; none overflows where all counts together do not, whatever others say.
+        # Without a cast a sum takes a third of the time; no sum overflows where all counts together do not, even wrong counts.
         self._wide = np.int64 if int(self.counts.max()) * self.counts.size >> 32 else self.counts.dtype
         self.sums = np.add.reduce(self.counts, axis=1, dtype=self._wide)
         self.below = self._sum(0, rank)

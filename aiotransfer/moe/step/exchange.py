@@ -1,4 +1,4 @@
-"""What a step sends, waits for and moves, whatever it is for; and what becomes of it when a rank is lost."""
+"""What a step of any kind sends, waits for and moves; and what becomes of it when a rank is lost."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def yield_to_loop() -> None:
 
 
 class Exchange:
-    """What one step sends to and hears from the other ranks, whatever it is for: `Step` says which rows, and when.
+    """What one step of any kind sends to and hears from the other ranks: `Step` says which rows, and when.
 
     `communicator`: whose ranks these are; `kernels`: what moves rows here; `number`: of the step.
     """

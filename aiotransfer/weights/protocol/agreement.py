@@ -3,11 +3,11 @@
 Rank 0 (`Chair`) leads; every rank has a `Seat`, rank 0 too. No reader of the old version may ever run beside a reader of the
 new one, on any rank, and a forward pass that has begun on some ranks must be able to begin on the others.
 
-    seat   Whole  ->     all bytes are here, and nobody can write here any more
+    seat   Whole  ->     all bytes are here, and no peer can write here any more
            <-  Hold      all are whole, and the trainers allow it: begin no reading
     seat   Held   ->     how many readings ever began, run now, and wait to begin; again at each change
            <-  Pass      let those who wait begin under the old version: a rank that runs a later pass waits for them
-           <-  Ready     nobody reads anywhere, and all will change
+           <-  Ready     no reader runs on any rank, and all will change
     seat   Sure   ->     I have heard it
            <-  Open      all have heard it: change, and let readers in
            <-  Release   it did not come to that: let readers in under the old version
@@ -15,8 +15,8 @@ new one, on any rank, and a forward pass that has begun on some ranks must be ab
 A rank whose readers wait passes only while some other rank runs a reading that this one has not begun, so the ranks come to
 rest. A rank that is lost before Open is said makes rank 0 release the others. When rank 0 is lost, a seat that is held asks the
 others, and one that is asked heeds rank 0 no more, so the answers of all that live agree: as any of them has opened or was
-released, else opened where any has heard Ready. One that nobody answers may be cut off from others that go on: it keeps the old
-version where that is the only way it can have ended, and has none otherwise.
+released, else opened where any has heard Ready. A seat that gets no answer may be cut off from others that go on: it keeps the
+old version where that is the only way it can have ended, and has none otherwise.
 """
 
 from __future__ import annotations

@@ -41,4 +41,4 @@ class Fences:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            raise ClosedError(f"the host has cancelled its {name} hook") from None  # not this task: nobody else would hear of it
+            raise ClosedError(f"the host has cancelled its {name} hook") from None  # not this task: no caller would hear of it

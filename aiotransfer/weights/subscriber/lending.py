@@ -1,4 +1,4 @@
-"""A subscriber that has a version lends its memory to one that lacks it, for as long as that disturbs nobody."""
+"""A subscriber that has a version lends its memory to one that lacks it, for as long as that disturbs no other work."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class Session:
             self._why, self._kind = why, kind
 
     async def _finish(self) -> None:
-        """Whatever has happened: no byte can come any more, and the publishers are told how it ended."""
+        """After any outcome: no byte can come any more, and the publishers are told how it ended."""
         role, update = self.role, self.offer.update
         if not self._decided():
             self.seat.lose_chair()
