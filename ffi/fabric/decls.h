@@ -121,5 +121,5 @@ int64_t at_fab_borrow(at_lane *lane, int64_t peer, uint64_t address, uint64_t ke
 int at_fab_revoked(at_lane *lane, int64_t peer, uint32_t slot, uint64_t epoch);
 /* Tests: the connection breaks as if an error had come. */
 int at_fab_break(at_lane *lane, int64_t peer);
-/* Tests: nothing of this side gets through any more, and nobody is told: a network that drops everything. */
+/* Tests: nothing of this side gets through any more, and neither side is told: a network that drops everything. */
 int at_fab_mute(at_lane *lane, int64_t peer);

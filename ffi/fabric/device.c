@@ -9,7 +9,7 @@
 #include <stdbool.h>
 
 enum {
-    OPT_CUDA_API_PERMITTED = 10,      /* bool: may the provider call CUDA? It may deadlock with whoever else does (API 1.18) */
+    OPT_CUDA_API_PERMITTED = 10,      /* bool: may the provider call CUDA? It may deadlock with other callers of CUDA (API 1.18) */
     OPT_SHARED_MEMORY_PERMITTED = 11, /* bool: with it there is no descriptor for the queue, and a copy more on one host */
     OPT_MAX_RMA_SIZE = 14,            /* size_t: of one work request */
     OPT_EFA_EMULATED_WRITE = -(0xefa << 16) + 2 /* bool: writes are messages that the other side's processor carries out */

@@ -1,5 +1,5 @@
 /* The ends of connections: made, found, broken, and what was under way by one that broke. What follows from that is for those above:
- * whoever makes progress tells the other side, and posts again. */
+ * the thread that makes progress tells the other side, and posts again. */
 
 #include "fabric.h"
 
@@ -85,7 +85,7 @@ int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_bundle *bundle, at_con
 
 /* ---- breaking ---- */
 
-/* What was posted on an endpoint that is closed now: nobody reads its memory any more. */
+/* What was posted on an endpoint that is closed now: the provider reads its memory no more. */
 static void unsettle(at_fab_end *end, at_fab_slot *slot) {
     at_fab *fab = end->fab;
     at_op *op = slot->op;
@@ -97,7 +97,7 @@ static void unsettle(at_fab_end *end, at_fab_slot *slot) {
     at_fab_slot *note = at_fab_slot_take(fab); /* remembers what is to be found out; the slot itself stays the provider's for a while */
     at_fab_slot_retire(fab, slot);
     int over = op->peer->status;
-    if (over == AT_OK && end->bundle != NULL && !at_fab_tells(fab)) over = AT_ERAIL; /* nobody will know whether it was counted */
+    if (over == AT_OK && end->bundle != NULL && !at_fab_tells(fab)) over = AT_ERAIL; /* neither side will know whether it was counted */
     if (atomic_load(&op->withdrawn) || over != AT_OK || note == NULL) {
         if (note != NULL) at_fab_slot_free(fab, note);
         at_op_complete(op, 0, 0, 0, op->status != AT_OK ? op->status : over != AT_OK ? over : AT_ERAIL);
@@ -178,8 +178,8 @@ void at_fab_end_break(at_fab_end *end, int error) {
     at_peer_release(peer);
 }
 
-/* A connection of libfabric's tcp that breaks while nothing is posted says so to nobody. The next post makes another one, and is put off
- * meanwhile: for ever where the other side lets nobody in any more. */
+/* libfabric's tcp reports no error when a connection breaks while nothing is posted. The next post makes another one, and is put off
+ * meanwhile: for ever where the other side accepts no connection any more. */
 int at_fab_refused(at_fab_end *end) {
     if (!end->alone || !end->heard || end->out != 0 || end->telling) return 0;
     uint64_t now = at_now();

@@ -4,24 +4,24 @@
  * (at_fab_driver) that posts, reads completions, registers and closes, and decides nothing.
  *
  * A rail (at_fab) is one domain with one completion queue and one address vector. An end is this lane's side of the connection to one
- * peer: an endpoint of its own, so that closing it fences that peer and nobody else. A slot is one posted work request; it is the
+ * peer: an endpoint of its own, so that closing it fences that peer and no other. A slot is one posted work request; it is the
  * provider's context and therefore never freed before the rail.
  *
- * Locks, in this order: fab->turn (whoever makes progress: reads the queue and hands out what it read), the lane's lock (everything the
+ * Locks, in this order: fab->turn (held to make progress: to read the queue and hand out what was read), the lane's lock (everything the
  * lane knows, and ends and slots), fab->lock (each call into the library). A fence is called with the lane's lock and closes an endpoint
- * while somebody else may hold completions of it that he has read and not handed out: the slots of a closed endpoint go into limbo,
+ * while another thread may hold completions of it that it has read and not handed out: the slots of a closed endpoint go into limbo,
  * and are used again only after a whole turn that began later.
  *
  * Granting. A fabric cannot tell whether a peer is inside a write under some key, and closing a memory region does not stop a write
  * whose header was accepted. So memory is lent to one peer after the other on request (at_fab_lend remembers to whom), a revocation is
  * a letter to each of them, and each answers when nothing of it is posted under that grant any more. Both are written and answered by
- * whoever makes progress, without the event loop. What does not answer is fenced by closing its endpoint.
+ * the thread that makes progress, without the event loop. What does not answer is fenced by closing its endpoint.
  *
  * Counting. A marked immediate names its sender. Each side numbers its work requests that carry immediates, and counts those that have
  * arrived. When a connection breaks, both sides close their endpoints, hand out what has arrived, tell each other how many that were,
  * and post again what was not among them: the order of one connection makes a number enough.
  *
- * Progress. The loop serves the queue through its descriptor. On software providers nothing moves while nobody calls into the library,
+ * Progress. The loop serves the queue through its descriptor. On software providers nothing moves while no thread calls into the library,
  * so a thread stands in when the loop has not come round for a millisecond; where the queue has no descriptor, it does all the work. */
 #ifndef AT_FABRIC_H
 #define AT_FABRIC_H
@@ -145,7 +145,7 @@ struct at_fab_end {
     int mute;            /* tests: it posts nothing */
     int door, first;     /* the driver's: the descriptor by which the other side may come in, -1: none that is known of; and the number
                           * that was free first when it was made: who was let in since has that one or a greater one */
-    int alone;           /* the driver's: nobody else can come in any more, and the other side not again: see at_fab_refused */
+    int alone;           /* the driver's: no connection can come in any more, not even the other side again: see at_fab_refused */
     uint64_t refused_first, refused_last; /* posts that were put off while nothing was posted */
     uint32_t refusals;
     uint64_t mailbox, mailbox_key; /* theirs */
@@ -212,7 +212,7 @@ typedef struct {
 typedef struct {
     int (*open)(at_fab_end *end);  /* an endpoint for it: end->ep */
     void (*close)(at_fab_end *end); /* afterwards nothing of it touches memory, and end->ep is NULL */
-    void (*settle)(at_fab_end *end); /* both sides are in: nobody else is let in from now on. NULL: nobody else ever is */
+    void (*settle)(at_fab_end *end); /* both sides are in: no other is let in from now on. NULL: no other ever is */
     int (*name)(at_fab_end *end, at_fab_offer *out); /* what the other side joins by */
     int (*join)(at_fab_end *end, const at_fab_offer *theirs);
     int (*receive)(at_fab_end *end, at_fab_slot *slot); /* NULL: the driver keeps receives of its own */
@@ -222,7 +222,7 @@ typedef struct {
     int (*read)(at_fab *fab, at_fab_entry *entries, int most); /* how many */
     void (*handed_out)(at_fab *fab); /* with the lane's lock INSTEAD: a batch was. NULL: of no interest */
     void (*look)(at_fab *fab);       /* with the turn INSTEAD: before the queue is armed. NULL: of no interest */
-    int (*arm)(at_fab *fab);         /* 1: whoever sleeps on its descriptor will be woken; 0: there is more to read */
+    int (*arm)(at_fab *fab);         /* 1: a thread that sleeps on its descriptor will be woken; 0: there is more to read */
     int (*enroll)(at_fab *fab, const at_fab_memory *memory, unsigned use, at_fab_mr *out);
     void (*dismiss)(at_fab *fab, void *mr);
     void *(*desc)(void *mr); /* what work requests name local memory by */
@@ -261,7 +261,7 @@ struct at_fab {
     at_fab_slot *limbo;
     uint64_t closings, read_up_to; /* endpoints that were closed; those of which everything that had arrived has been handed out */
     uint32_t posted; /* work requests, of the rail */
-    int saturated;   /* somebody was refused for that */
+    int saturated;   /* a post was refused for that */
     int gathering;       /* a batch of completions is handed out: what they make room for goes out together */
     int eager;       /* an end has something to post or to tell although nothing has completed */
 
@@ -271,8 +271,8 @@ struct at_fab {
     _Atomic int started, stop, running;
     _Atomic uint64_t turned; /* when the loop or a post made progress last */
     _Atomic uint64_t last; /* when the loop came round last */
-    _Atomic int left;      /* the loop has left off before the queue was armed, and comes again: nobody may sleep on it */
-    _Atomic int missed;    /* somebody wanted a turn while another had it, perhaps too late for that one to see what for */
+    _Atomic int left;      /* the loop has left off before the queue was armed, and comes again: no thread may sleep on it */
+    _Atomic int missed;    /* a thread wanted a turn while another had it, perhaps too late for that one to see what for */
 };
 
 static inline int at_fab_is(const at_fab *fab, uint32_t flag) { return (fab->facts.flags & flag) != 0; }
@@ -321,7 +321,7 @@ void at_fab_grant_over(at_rail *rail, uint32_t slot);
 /* slots.c, with the lane's lock */
 at_fab_slot *at_fab_slot_take(at_fab *fab); /* NULL: no memory */
 void at_fab_slot_free(at_fab *fab, at_fab_slot *slot);
-void at_fab_slot_retire(at_fab *fab, at_fab_slot *slot); /* posted, and nobody waits for it any more */
+void at_fab_slot_retire(at_fab *fab, at_fab_slot *slot); /* posted, and no operation waits for it any more */
 void at_fab_list_add(at_fab_list *list, at_fab_slot *slot);
 void at_fab_list_remove(at_fab_list *list, at_fab_slot *slot);
 void at_fab_slots_close(at_fab *fab);
@@ -333,7 +333,7 @@ void at_fab_bundle_refill(at_fab_bundle *bundle); /* there may be room for more 
 
 /* part.c, with the lane's lock */
 void at_fab_read_parts(at_fab_end *carrier, const at_fab_letter *letter);
-void at_fab_owe_parts(at_fab_bundle *bundle); /* one has broken or come up: whatever is broken is to be told, also again */
+void at_fab_owe_parts(at_fab_bundle *bundle); /* one has broken or come up: what is broken is to be told, also again */
 void at_fab_tell_parts(at_fab_bundle *bundle); /* by one that is up, as far as the numbers are final */
 
 /* ends.c, with the lane's lock */
@@ -349,7 +349,7 @@ void at_fab_stepped(at_fab_end *end); /* its state is another one now: ends the 
 static inline void at_fab_stepped(at_fab_end *end) { (void)end; }
 #endif
 void at_fab_end_close(at_fab_end *end);            /* its endpoint, if there is one */
-void at_fab_owe(at_fab_bundle *bundle);            /* whatever of it is broken is to be told, also again */
+void at_fab_owe(at_fab_bundle *bundle);            /* what of it is broken is to be told, also again */
 int at_fab_refused(at_fab_end *end);               /* the driver has put a post off: 1: for ever, the connection is broken now */
 void at_fab_end_break(at_fab_end *end, int error); /* close its endpoint; what was posted is unsettled, or over when it was withdrawn */
 at_fab_end *at_fab_end_of(at_lane *lane, int64_t peer); /* NULL: no such peer of ours */
@@ -386,7 +386,7 @@ void at_fab_answer(at_peer *peer, int from_loop);
 /* queue.c */
 void at_fab_progress(at_rail *rail, int turn); /* AT_TURN_* */
 int at_fab_drain(at_fab *fab); /* with the turn only: hand out all that has completed; how much that was */
-int at_fab_thread_start(at_fab *fab); /* AT_OK or AT_EIO: nobody would answer letters while the loop is blocked */
+int at_fab_thread_start(at_fab *fab); /* AT_OK or AT_EIO: no thread would answer letters while the loop is blocked */
 int at_fab_stop(at_rail *rail, uint64_t until);
 void at_fab_thread_stop(at_fab *fab);
 void at_fab_drain_now(at_rail *rail);

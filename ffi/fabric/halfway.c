@@ -4,16 +4,16 @@
  * descriptor of ours for each. So the kernel is told to keep such connections to itself until the first byte has come (it does so for
  * hours): at_fab_defer. A peer sends its request at once.
  *
- * Who does send a request that parses is let in by that provider, whoever it is: it takes a descriptor for each, and one that claims to
+ * A stranger that sends a request that parses is let in by that provider: it takes a descriptor for each, and one that claims to
  * come from the peer takes the place of the peer's own connection. So the door is shut as soon as the peer is in (at_fab_shut_door): the
  * socket that listens gives way to one that is bound to the same port and does not, under the same number, as the provider goes on
  * using that. The kernel refuses what comes afterwards. Those who came in before the peer are shut down; they have not sent a letter.
  *
  * Closing. That provider (seen in 1.17 and 2.5) accepts a connection, and reads the request that follows it later; by then it looks at the
  * endpoint, also when that was closed in between, and reads freed memory (fi_dupinfo within fi_cq_read, found by the address sanitizer).
- * The request may come any time, from a process that was stopped, say. So whatever was accepted for an endpoint is shut down first: the
- * provider meets the end of the stream instead of the request, and forgets the connection. Accepting happens only within fi_cq_read,
- * which nobody else calls meanwhile; what waits in the backlog goes with the listening socket. */
+ * The request may come any time, from a process that was stopped, say. So each accepted connection of an endpoint is shut down first:
+ * the provider meets the end of the stream instead of the request, and forgets the connection. Accepting happens only within fi_cq_read,
+ * which no other thread calls meanwhile; what waits in the backlog goes with the listening socket. */
 #define _GNU_SOURCE
 #if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 

@@ -1,6 +1,6 @@
-/* Letters: signs of life, revocations and their confirmations, written and answered by whoever makes progress, without the loop.
+/* Letters: signs of life, revocations and their confirmations, written and answered by the thread that makes progress, without the loop.
  *
- * One letter at a time is under way in each direction, and says whatever there is to say when it is written. What a lost one said is
+ * One letter at a time is under way in each direction, and says all that is to be said when it is written. What a lost one said is
  * said again once the connection is open again: grants that are taken back stay AT_HOLD_TELL or AT_HOLD_TOLD until they are confirmed. */
 
 #include "fabric.h"
@@ -15,7 +15,7 @@ int at_fab_receive(at_fab_end *end) {
     if (slot == NULL) return AT_ENOMEM;
     slot->kind = AT_SLOT_LETTER_IN;
     slot->state = AT_SLOT_POSTED;
-    slot->end = fab->shared != NULL ? NULL : end; /* a shared endpoint's belong to nobody */
+    slot->end = fab->shared != NULL ? NULL : end; /* those of a shared endpoint belong to no end */
     (void)pthread_mutex_lock(&fab->lock);
     int rc = fab->driver->receive(end, slot);
     (void)pthread_mutex_unlock(&fab->lock);
@@ -83,7 +83,7 @@ static void owed_no_more(at_fab_end *end, uint32_t slot) {
 }
 
 /* Those that nothing is posted under any more, as many as there is room for. What is posted is bounded by the window, so few are passed
- * over, whatever the other side has named. */
+ * over, also when the other side has named many. */
 static void confirm(at_fab_end *end, at_fab_letter *letter) {
     uint32_t left = end->over_count;
     for (uint32_t word = 0; left != 0 && letter->revoked + letter->over < AT_FAB_PAIRS; word++) {

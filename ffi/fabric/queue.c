@@ -1,9 +1,9 @@
 /* Progress: the completion queue, read by the loop, or by a thread that stands in for it.
  *
- * Whoever holds fab->turn reads until nothing is left, posts what that has made room for, reads once more when it has posted anything,
- * and arms the queue last: only then may anybody sleep on its descriptor. One turn is bounded; if it was not enough, the
- * loop is told to come again. The loop itself leaves off when the first events are there: what they bring about, an answer to whoever
- * waits on the other side, is worth more than the system calls of one more look, which it takes afterwards. */
+ * The thread that holds fab->turn reads until nothing is left, posts what that has made room for, reads once more when it has posted
+ * anything, and arms the queue last: only then may a thread sleep on its descriptor. One turn is bounded; if it was not enough, the
+ * loop is told to come again. The loop itself leaves off when the first events are there: what they bring about, an answer to a peer
+ * that waits, is worth more than the system calls of one more look, which it takes afterwards. */
 #define _GNU_SOURCE
 
 #include "fabric.h"
@@ -107,7 +107,7 @@ static void completed(at_fab *fab, at_fab_slot *slot, int error) {
     } else if (slot->kind == AT_SLOT_LETTER_IN) {
         letter_in(fab, slot, error == 0);
     } else if (error != 0 && at_fab_is(fab, AT_FAB_PRIVATE)) {
-        at_fab_end_break(end, error); /* whatever it was: what else is posted there may never complete */
+        at_fab_end_break(end, error); /* after any error: what else is posted there may never complete */
     } else if (slot->kind == AT_SLOT_LETTER_OUT) {
         at_fab_list_remove(&end->letters, slot);
         at_fab_slot_free(fab, slot);
@@ -241,7 +241,7 @@ static int leaves_off(at_fab *fab) {
     return 1;
 }
 
-/* With the turn. 1: the queue is armed, whoever likes may sleep on it. 0: there is more to do. */
+/* With the turn. 1: the queue is armed, any thread may sleep on it. 0: there is more to do. */
 static int progress(at_fab *fab, int turn) {
     uint64_t until = at_now() + TURN_NS;
     for (int i = 0; i < ROUNDS; i++) {
@@ -271,7 +271,7 @@ static int progress(at_fab *fab, int turn) {
     return 0;
 }
 
-/* Give the turn back. Is the queue armed, and has nobody been turned away meanwhile? */
+/* Give the turn back. Is the queue armed, and was no thread turned away meanwhile? */
 static int turn_over(at_fab *fab, int armed) {
     (void)pthread_mutex_unlock(&fab->turn);            /* order: turn over 1 */
     return armed && !atomic_exchange(&fab->missed, 0); /* order: turn over 2 */
@@ -284,7 +284,7 @@ static int is_dedicated(const at_fab *fab) { return fab->started && (fab->fd < 0
 static int is_burst(at_fab *fab) {
     at_lane *lane = fab->rail.lane;
     int recent = at_now() - atomic_load(&fab->turned) < BURST_NS;
-    if (fab->driver->by_itself) { /* but so often that nobody has to stand in for whoever posts without a pause */
+    if (fab->driver->by_itself) { /* but so often that no thread has to stand in for one that posts without a pause */
         at_lock(lane);
         int room = fab->posted < AT_FAB_WINDOW / 2;
         at_unlock(lane);
@@ -328,7 +328,7 @@ void at_fab_progress(at_rail *rail, int turn) {
     int armed = turn_over(fab, progress(fab, turn));
     uint64_t now = at_now();
     atomic_store(&fab->turned, now);
-    atomic_store(&fab->last, now); /* also for posts: while they take turns, nobody has to stand in */
+    atomic_store(&fab->last, now); /* also for posts: while they take turns, no thread has to stand in */
     if (armed) return;
     at_lock(rail->lane);
     rail->lane->again = 1;
@@ -343,7 +343,7 @@ static void nap(uint64_t ns) {
     (void)nanosleep(&span, NULL);
 }
 
-/* Sleep until the queue has something, or somebody kicks. Was it the queue? */
+/* Sleep until the queue has something, or another thread kicks. Was it the queue? */
 static int sleep_on_queue(at_fab *fab, int ms) {
     struct pollfd fds[3] = {{.fd = fab->kick_fd, .events = POLLIN}, {.fd = fab->fd, .events = POLLIN}, {.fd = fab->news_fd, .events = POLLIN}};
     int n = poll(fds, 3, ms); /* those that there are not are passed over */
@@ -438,7 +438,7 @@ int at_fab_pin(at_lane *lane, at_fab *fab, const int32_t *cpus, uint32_t count) 
     return AT_OK;
 }
 
-/* Its thread has left, and so has whoever else made progress; nobody begins again. */
+/* Its thread has left, and so has every other that made progress; none begins again. */
 int at_fab_stop(at_rail *rail, uint64_t until) {
     at_fab *fab = (at_fab *)rail;
     atomic_store(&fab->stop, 1);

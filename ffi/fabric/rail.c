@@ -1,4 +1,4 @@
-/* A rail, whatever moves its bytes: what is common to opening and closing one. */
+/* A rail of any driver: what is common to opening and closing one. */
 #include "fabric.h"
 
 #include <errno.h>

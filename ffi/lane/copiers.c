@@ -1,4 +1,4 @@
-/* Copiers: native threads for what may hold up whoever touches it, for any time.
+/* Copiers: native threads for memory that may block the thread that touches it, for any time.
  *
  * A page of memory that a peer registered is the peer's: it may withhold it (userfaultfd, a file on NFS or FUSE), and the system call
  * that copies to it then returns when the peer likes. The same holds for a page of ours that is not plain memory. Such copies are

@@ -59,8 +59,8 @@ typedef struct {
     uint64_t count[256];
     int32_t status[256];
     int32_t kind[256];
-    int32_t stalled; /* at any time: a post was refused and nobody knows for how long, poll again within a millisecond */
-    int32_t more;    /* of at_poll_first: a rail was left as it was when its first events came, poll again before anybody sleeps */
+    int32_t stalled; /* at any time: a post was refused, for an unknown time: poll again within a millisecond */
+    int32_t more;    /* of at_poll_first: a rail was left as it was when its first events came, poll again before sleeping */
 } at_events;
 
 typedef struct {
@@ -123,9 +123,9 @@ void at_turn(at_lane *lane);
 int64_t at_region_add(at_lane *lane, void *base, uint64_t nbytes);
 /* Before it is used: it is memory of this GPU, and base an address there. dmabuf_fd: of the range from dmabuf_start, or -1; lent as base is. */
 int at_region_on_device(at_lane *lane, int64_t region, int cuda, int dmabuf_fd, uint64_t dmabuf_start);
-/* Before it is used: we have not allocated it, so its pages may not be there, and somebody may withhold them: AT_OK or AT_ENOMEM. */
+/* Before it is used: we have not allocated it, so its pages may not be there, and a process may withhold them: AT_OK or AT_ENOMEM. */
 int at_region_lazy(at_lane *lane, int64_t region);
-/* Before it is used: look whether it is a mapping of a file, whose pages somebody may take away. */
+/* Before it is used: look whether it is a mapping of a file, whose pages a process may take away. */
 int at_region_look(at_lane *lane, int64_t region);
 int at_region_is_file(at_lane *lane, int64_t region); /* what that look has found: 1 or 0; AT_ECLOSED */
 int at_region_close(at_lane *lane, int64_t region); /* 0: free now; 1: an AT_EV_REGION event will come */
@@ -228,7 +228,7 @@ int64_t at_thread_post(at_lane *lane, const at_plan *plan, int64_t imm);
 int at_thread_wait(at_lane *lane, int64_t cookie, uint64_t ns);
 int at_thread_drop(at_lane *lane, int64_t cookie); /* forget it: AT_OK; 1: not yet, it goes on */
 
-/* [loop] Watched words: 8 aligned bytes that somebody else changes, lent until at_watch_close. *value: what it is now.
+/* [loop] Watched words: 8 aligned bytes that other code changes, lent until at_watch_close. *value: what it is now.
  * AT_EMEMORY, also of the event, when the page is gone: its file was shortened. */
 int64_t at_watch_add(at_lane *lane, const void *word, uint64_t *value);
 /* 1: it has changed since it was told last, to *value. 0: it has not; an AT_EV_WATCH comes when it has. */
@@ -247,15 +247,15 @@ int64_t at_progress(at_lane *lane, int64_t cookie);
 int64_t at_imm_open(at_lane *lane, uint32_t imm);   /* record, or AT_EOVERFLOW; an open value gives the same record */
 int at_imm_known(at_lane *lane, uint32_t imm);      /* was ever opened, closed or arrived */
 /* 1: n arrivals are taken; 2: the same, and the loop has not had a turn for a while; 0: not so many. With `arm` an AT_EV_COUNT
- * will then come once, with n arrivals taken for whoever waits; a later call replaces the wish. */
+ * will then come once, with n arrivals taken for the waiter; a later call replaces the wish. */
 int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm);
 /* The same with `arm`, by the loop: where counts usually come at once, it looks for them for a while before it arms. */
 int at_imm_take_soon(at_lane *lane, int64_t record, uint64_t n);
 /* wanted[i] arrivals of each of n records, where they are there and no wish is armed; taken[i]: whether they were. 1: some; 2: the same,
  * and the loop has not had a turn for a while; 0: none. */
 int at_imm_take_each(at_lane *lane, uint32_t n, const int64_t *records, const uint64_t *wanted, int32_t *taken);
-int at_imm_give(at_lane *lane, int64_t record, uint64_t n); /* taken, but nobody had them */
-int at_imm_disarm(at_lane *lane, int64_t record);           /* nobody waits; an event may already be under way */
+int at_imm_give(at_lane *lane, int64_t record, uint64_t n); /* taken, but no waiter had them */
+int at_imm_disarm(at_lane *lane, int64_t record);           /* no task waits; an event may already be under way */
 int at_imm_value(at_lane *lane, int64_t record, uint64_t *total, uint64_t *taken);
 int at_imm_close(at_lane *lane, int64_t record);
 

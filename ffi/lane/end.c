@@ -77,7 +77,7 @@ int at_lane_stop(at_lane *lane, uint64_t patience_ns, int *inside) {
     at_rail *rails = lane->rails;
     at_unlock(lane);
     if (!rails_stop(rails, until) || !lock_by(lane, until)) return AT_EAGAIN;
-    for (uint32_t i = 0; i < lane->peer_count; i++) /* what they had posted is fenced: only now, as a fence waits for nobody */
+    for (uint32_t i = 0; i < lane->peer_count; i++) /* what they had posted is fenced: only now, as a fence waits for no thread */
         if (lane->peers[i] != NULL) at_peer_end(lane->peers[i], AT_ESHUT);
     struct timespec end = {(time_t)(until / SECOND), (long)(until % SECOND)};
     while (is_busy(lane) && at_now() < until) (void)pthread_cond_timedwait(&lane->ended, &lane->lock, &end);

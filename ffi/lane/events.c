@@ -1,9 +1,9 @@
 /* Events for the loop: a growing queue in C, handed out in flat arrays.
  *
  * The loop watches one descriptor, a private epoll that holds the lane's own eventfd, every peer's doorbell and every
- * peer's pidfd, all edge-triggered. Nobody ever reads a doorbell: the peer holds the same open file and could have emptied
+ * peer's pidfd, all edge-triggered. A doorbell is never read: the peer holds the same open file and could have emptied
  * it or switched its flags, and a read could then block the loop. With edges, asking the private epoll is enough: each write
- * to an eventfd is a new edge, whatever its count. Doorbells are written a 0 (see at_shm_ring), so they are watched for writability
+ * to an eventfd is a new edge, with any count. Doorbells are written a 0 (see at_shm_ring), so they are watched for writability
  * too: an edge is told only with a state that is looked for, and a count of 0 is not readable. */
 #ifdef __linux__
 #define _GNU_SOURCE
@@ -91,7 +91,7 @@ int at_events_reserve(at_lane *lane) {
 }
 
 void at_event_push(at_lane *lane, int kind, uint64_t id, int status, uint64_t count) {
-    /* An event may not be lost, whoever waits for it would wait for ever: room is reserved before an operation is admitted. */
+    /* An event may not be lost, or its waiter would wait for ever: room is reserved before an operation is admitted. */
     if (lane->queue_count == lane->queue_capacity && grow(lane) != AT_OK) abort();
     uint32_t at = (lane->queue_head + lane->queue_count) & (lane->queue_capacity - 1);
     lane->queue[at] = (at_event){.id = id, .count = count, .status = status, .kind = kind};

@@ -94,7 +94,7 @@ void at_op_enqueue(at_op *op);                               /* behind the other
 void at_op_dequeue(at_op *op);
 void at_ops_close(at_lane *lane);
 void at_peer_end(at_peer *peer, int status);                 /* what at_peer_fail does */
-void at_op_end(at_op *op);                                   /* everything is retired: tell whoever asked */
+void at_op_end(at_op *op);                                   /* everything is retired: tell the caller */
 void at_stall(at_peer *peer, int stalled);
 /* One posted work request retired: what of it has landed. */
 void at_op_complete(at_op *op, uint64_t steps, uint64_t bytes, uint64_t counted, int status);
@@ -107,7 +107,7 @@ void at_move_queued(at_lane *lane, uint64_t budget, int mover);
 int at_op_move(at_op *op, uint64_t n, int mover, int *oserror);
 void at_op_moved(at_op *op, uint64_t n); /* n of its extent were moved */
 int at_op_publish(at_op *op);                                /* the immediates of what has landed */
-/* Parts of one operation, for at most `budget` bytes; *since: when the part began that is being moved (NULL: nobody asks). */
+/* Parts of one operation, for at most `budget` bytes; *since: when the part began that is being moved (NULL: not asked for). */
 void at_move_one(at_lane *lane, at_peer *peer, at_op *op, uint64_t budget, int mover, uint64_t *since);
 int at_queued_work(const at_lane *lane, int refused);        /* is anything left for at_move_queued, also counts refused just now? */
 int at_queued_for_two(const at_lane *lane);                  /* so much that two threads are faster? */
@@ -127,14 +127,14 @@ int at_submit_here(at_lane *lane, at_op *op);
 int at_move_here(at_lane *lane, at_op *ops, uint32_t n);
 int64_t at_submit(at_lane *lane, at_op *op); /* a resolved one: as at_write answers */
 int64_t at_submit_last(at_lane *lane, at_op *op); /* the same at the end of a call: it gives the lock back */
-/* What was queued for synchronous ports finds somebody to move it; cookie: an operation that the caller may begin itself, or 0. */
+/* Wake a thread that moves what was queued for synchronous ports; cookie: an operation that the caller may begin itself, or 0. */
 void at_wake_mover(at_lane *lane, int64_t cookie);
 
 int64_t at_unlock_and_progress(at_lane *lane, int64_t result); /* the end of a submitting call */
 int at_pages_make_sense(uint64_t n, uint64_t page_bytes, uint64_t from_stride, uint64_t to_stride);
 
 /* watch.c, with the lock */
-uint64_t at_watch_look(at_lane *lane); /* tell of changes; ns until the next look, 0: nobody watches */
+uint64_t at_watch_look(at_lane *lane); /* tell of changes; ns until the next look, 0: no word is watched */
 
 /* For tests, with the lock: what is unused, and AT_AGED more of each kind, is as if it had been used so often. */
 #define AT_AGED 64u

@@ -1,6 +1,6 @@
-/* The immediate table: how many writes with each 32-bit value have landed, whoever brought them and by whatever rail.
+/* The immediate table: how many writes with each 32-bit value have landed, of all senders and by all rails.
  *
- * A value is unknown, early (arrived before anybody opened it; kept, within a bound per sender), open (a counter exists),
+ * A value is unknown, early (arrived before it was opened; kept, within a bound per sender), open (a counter exists),
  * retired (its counter was closed: later arrivals are strays) or lost (it arrived early when its sender's bound was
  * exhausted: opening it raises, because its count is not known). A retired value costs eight bytes.
  *
@@ -66,7 +66,7 @@ void at_imm_departed(at_peer *peer) {
     }
 }
 
-/* Records are reused, ids are not: an event under way when its counter was closed finds nobody. */
+/* Records are reused, ids are not: an event under way when its counter was closed finds no record. */
 static int64_t record_id(const at_lane *lane, int32_t index) {
     return (int64_t)(((uint64_t)record_at(lane, index)->generation << 32) | (uint32_t)index);
 }
@@ -127,7 +127,7 @@ void at_imm_arrive(at_peer *peer, uint32_t imm, uint64_t n) {
     if (record->want != 0 && record->total - record->taken >= record->want) {
         uint64_t want = record->want;
         record->taken += want;
-        record->want = 0; /* stays armed: whoever waited usually waits again, and one idle ring disarms it */
+        record->want = 0; /* stays armed: a waiter usually waits again, and one idle ring disarms it */
         at_event_push(lane, AT_EV_COUNT, (uint64_t)record_id(lane, e->value), AT_OK, want);
     } else if (record->want == 0 && record->armed) {
         disarm(lane, record);
@@ -192,7 +192,7 @@ int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm) {
     if (r != NULL) {
         r->want = 0;
         if (r->total - r->taken < n) {
-            if (arm) { /* before the last look: whoever counts later rings */
+            if (arm) { /* before the last look: a writer that counts later rings */
                 r->want = UINT64_MAX; /* what the look finds must not disarm again */
                 if (!r->armed) {
                     r->armed = 1;
@@ -227,7 +227,7 @@ int at_imm_take_soon(at_lane *lane, int64_t record, uint64_t n) {
     if (result != 0) return result;
     uint64_t until = at_now() + lane->config.spin_ns;
     do {
-        (void)sched_yield(); /* on a crowded machine, to whoever is about to count */
+        (void)sched_yield(); /* on a crowded machine, to the thread that is about to count */
         result = at_imm_take(lane, record, n, 0);
     } while (result == 0 && at_now() < until);
     at_lock(lane);

@@ -160,7 +160,7 @@ int at_lane_pin(at_lane *lane, const int32_t *cpus, uint32_t count) {
 void at_lane_shut(at_lane *lane) {
     at_lock(lane);
     lane->shut = 1;
-    for (uint32_t i = 0; i < lane->op_count; i++) /* those of other threads: whoever waits for them shall leave */
+    for (uint32_t i = 0; i < lane->op_count; i++) /* those of other threads: their waiters shall leave */
         if (lane->ops[i] != NULL && lane->ops[i]->detached) at_op_stop(lane->ops[i], AT_ESHUT);
     at_unlock(lane);
 }

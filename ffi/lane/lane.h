@@ -70,7 +70,7 @@ typedef struct {
     uint64_t magic;
     uint64_t incarnation;
     uint8_t cookie[16];
-    _Alignas(64) _Atomic uint32_t armed;    /* somebody waits for a count: ring the doorbell */
+    _Alignas(64) _Atomic uint32_t armed;    /* the owner waits for a count: ring the doorbell */
     _Alignas(64) _Atomic uint64_t epoch[AT_GRANTS];
 } at_control;
 
@@ -163,7 +163,7 @@ struct at_op {
     uint64_t units;         /* 1, or the number of pages */
     uint64_t piece;         /* asynchronous: bytes of one step, where the port cuts units into several */
     uint64_t extent;        /* what it is moved in. Synchronous: pages, or bytes (1 where there are none); else the port's steps */
-    uint64_t cursor;        /* first of `extent` that is not posted, or that nobody has claimed */
+    uint64_t cursor;        /* first of `extent` that is not posted, or that no thread has claimed */
     uint64_t moved;         /* how many of `extent` have landed: in any order */
     uint64_t bytes;         /* asynchronous: bytes that have landed */
     uint64_t landed;        /* units that have landed */
@@ -175,7 +175,7 @@ struct at_op {
     int oserror;            /* of a move inside the submitting call */
     int running;            /* how many threads move parts of it now, without the lock */
     int risk;               /* AT_RISK_*: which queue it is for */
-    int waits;              /* local memory of it may hold up whoever touches it */
+    int waits;              /* local memory of it may block the thread that touches it */
     int queued;             /* linked in peer->lines[risk] */
     uint64_t tail;          /* asynchronous: so many of its last steps wait until all others have landed */
     int soon;               /* counted in lane->soon */
@@ -185,7 +185,7 @@ struct at_op {
     int64_t parent;         /* cookie of the batch it belongs to, or 0 */
     uint32_t child;         /* which result of that is its own */
     _Atomic int withdrawn;
-    at_stage *stage;        /* asynchronous, owned: a copy of local memory that can hold up whoever touches it; NULL: none */
+    at_stage *stage;        /* asynchronous, owned: a copy of local memory that can block the thread that touches it; NULL: none */
 };
 
 /* Who moves bytes, each with an active word of its own: the loop's thread, another submitting thread, the native thread, the one that
@@ -217,7 +217,7 @@ typedef struct at_port {
     /* Asynchronous. Cut a kept operation into steps: sets extent and tail. Steps of pages are pages. NULL: one for each unit. */
     void (*cut)(at_peer *peer, at_op *op);
     /* Asynchronous. Post one work request, from step op->cursor on; how many steps it covers. 0: a completion will come
-     * first. AT_EAGAIN: refused, nobody knows for how long. */
+     * first. AT_EAGAIN: refused, for an unknown time. */
     int64_t (*post)(at_peer *peer, at_op *op);
     void (*flush)(at_peer *peer);                    /* what post has only gathered goes out. NULL: it does not gather */
 

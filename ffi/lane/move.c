@@ -1,7 +1,7 @@
 /* Moving bytes for synchronous providers: by whom, how much at a time, and what is done when some of it is over.
  *
  * An operation is claimed part by part, with the lock; parts are moved without it, by the submitting thread (a head start, while
- * the native thread wakes up), by the native thread and by its helper, in any order. Whoever finishes the last part ends the
+ * the native thread wakes up), by the native thread and by its helper, in any order. The thread that finishes the last part ends the
  * operation; its immediates are published with the lock, for what has been moved by then. */
 #include "lane.h"
 
@@ -63,11 +63,11 @@ static int move_over(at_lane *lane, at_op *op, int rc, int oserror) {
         at_op_stop(op, rc != AT_OK ? rc : peer->status); /* ends it, or the last who moves some of it does */
         return 1;
     }
-    if (op->landed != op->units) return op->cursor == op->extent; /* somebody else moves the rest */
+    if (op->landed != op->units) return op->cursor == op->extent; /* another thread moves the rest */
     if (published == AT_EAGAIN) {
         lane->soon -= (uint32_t)op->soon; /* the end is not near: the loop must not wait for it */
         op->soon = 0;
-        if (op->risk != AT_RISK_NONE) { /* all of it has landed: what is left holds nobody up */
+        if (op->risk != AT_RISK_NONE) { /* all of it has landed: what is left blocks no thread */
             at_op_dequeue(op);
             op->risk = AT_RISK_NONE;
         }

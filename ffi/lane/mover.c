@@ -35,7 +35,7 @@ static void pulse(at_lane *lane) {
     answer_pings(lane);
 }
 
-/* Sleep until somebody rings, or for `pause` ns when words are watched (0: none are). */
+/* Sleep until another thread or process rings, or for `pause` ns when words are watched (0: none are). */
 static int wait_for_news(at_lane *lane, struct epoll_event *ready, int most, uint64_t pause) {
     if (pause == 0) return epoll_wait(lane->thread_epoll_fd, ready, most, -1);
     struct pollfd fd = {.fd = lane->thread_epoll_fd, .events = POLLIN};

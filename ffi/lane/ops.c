@@ -112,13 +112,13 @@ int at_ops_age(at_lane *lane, uint64_t lives) {
     return lane->op_count < AT_AGED ? AT_ENOMEM : AT_OK;
 }
 
-/* Everything is retired: give back what was lent and tell whoever asked: the loop, a batch, or another thread. */
 static uint64_t op_bytes(const at_op *op) {
     if (op->peer->port->window != 0) return op->bytes;
     int whole_bytes = !(op->kind & AT_OP_PAGES) && op->nbytes != 0; /* its extent are bytes */
     return whole_bytes ? op->moved : op->landed * op->nbytes;
 }
 
+/* Everything is retired: give back what was lent and tell the caller: the loop, a batch, or another thread. */
 void at_op_end(at_op *op) {
     at_lane *lane = op->peer->lane;
     at_peer *peer = op->peer;
@@ -464,7 +464,7 @@ int at_thread_wait(at_lane *lane, int64_t cookie, uint64_t ns) {
         const at_op *op = at_op_find(lane, cookie);
         result = op == NULL || op->detached != AT_DETACHED ? AT_EUNKNOWN : op->over ? op->status : 1;
         if (result != 1 || at_now() >= deadline) break;
-        if (lane->shut && op->running != 0) { /* a copier is held up: whoever waits does not wait with it */
+        if (lane->shut && op->running != 0) { /* a copier is blocked: the waiter does not wait with it */
             if (leave == 0) leave = at_now() + LEAVE_NS;
             if (at_now() >= leave) {
                 result = AT_ESHUT;

@@ -17,7 +17,7 @@
  *   sequence count: store count, load bitmap, or bitmap, load summary, or summary, load dirty, swap dirty, load armed
  *
  * Counting, by the owner. It clears `dirty` first and looks at the marks after that; before it sleeps it arms and looks at `dirty` once
- * more. A count is then found by this look, or found by the next one, for which somebody has rung.
+ * more. A count is then found by this look, or found by the next one, for which the writer has rung.
  *   sequence drain: load dirty, store dirty, load summary, swap summary, swap bitmap
  *   sequence take: load count, load imm, store drained
  *   sequence arm: store armed
@@ -26,7 +26,7 @@
  *   sequence recycle: load drained
  *
  * Writing under a grant (shm/shm.h). The writer says where it is and then looks whether it may be there; the owner forbids and then looks
- * where the writer is. Counts are published in between, so that they are final when the owner has found nobody inside.
+ * where the writer is. Counts are published in between, so that they are final when the owner has found no writer inside.
  *   sequence enter: store grant, load barred, load word
  *   sequence leave: store grant
  *   sequence revoke: store word

@@ -1,4 +1,4 @@
-/* Memory of ours whose pages may be taken away while it is registered: a mapping of a file that somebody shortens (a checkpoint that is
+/* Memory of ours whose pages may be taken away while it is registered: a mapping of a file that a process shortens (a checkpoint that is
  * replaced while it is served). Touching such a page raises SIGBUS, which ends the process.
  *
  * A handler for this signal would be the whole process's, and others have theirs (faulthandler, sanitizers, other languages). So such

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-/* What the memory is: a mapping of a file that somebody may shorten, and perhaps of a file system that takes its time. */
+/* What the memory is: a mapping of a file that a process may shorten, and perhaps of a file system that takes its time. */
 enum { AT_FILE_NONE, AT_FILE_MEMORY, AT_FILE_SLOW };
 int at_own_kind(const void *base, uint64_t nbytes);
 

@@ -46,7 +46,7 @@ static void wait_for_the_last_parts(at_lane *lane) {
     uint64_t until = lane->turn_start + LAST_PARTS_NS;
     while (lane->soon != 0 && lane->queue_count == 0 && at_now() < until) {
         at_unlock(lane);
-        (void)sched_yield(); /* on a crowded machine, to whoever moves them */
+        (void)sched_yield(); /* on a crowded machine, to the thread that moves them */
         at_lock(lane);
     }
 }

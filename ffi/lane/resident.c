@@ -1,8 +1,8 @@
-/* Which pages of registered memory are there: what is not may be withheld from whoever touches it (userfaultfd), and is left to a copier.
+/* Which pages of registered memory are there. A missing page may block the thread that touches it (userfaultfd): it is left to a copier.
  *
  * Memory that we did not allocate is looked at when it is first used, a block of it at a time (mincore, which never waits for a page).
- * Blocks that are there as a whole are remembered and cost a bit each from then on, a region that is there as a whole nothing. Whoever
- * takes pages away again while the memory is registered takes that risk; so does the system when it swaps. */
+ * Blocks that are there as a whole are remembered and cost a bit each from then on, a region that is there as a whole nothing. An
+ * application that takes pages away again while the memory is registered takes that risk; so does the system when it swaps. */
 #ifdef __linux__
 #define _GNU_SOURCE
 #include <sys/mman.h>

@@ -1,5 +1,5 @@
-/* Local memory that can hold up whoever touches it, for ports that only post work requests. What a port has been given is read or written
- * by a library, a device or the loop's thread, with locks held. So a copier touches such memory first, outside of the lock.
+/* Local memory that can block the thread that touches it, for ports that only post work requests. What a port has been given is read or
+ * written by a library, a device or the loop's thread, with locks held. So a copier touches such memory first, outside of the lock.
  *
  * Pages that are not there yet (resident.c) are fetched, and then they are posted as they are. A file on a file system that takes its time
  * can lose its pages again. So the port is given a copy, STAGE bytes of the operation at a time:

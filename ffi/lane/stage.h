@@ -1,4 +1,4 @@
-/* Local memory that can hold up whoever touches it, for ports that only post: see stage.c. All with the lock. */
+/* Local memory that can block the thread that touches it, for ports that only post: see stage.c. All with the lock. */
 #ifndef AT_STAGE_H
 #define AT_STAGE_H
 

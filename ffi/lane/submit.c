@@ -219,7 +219,7 @@ static inline int move_bytes_here(at_lane *lane, at_op *op, int detached) {
     if (rc == AT_EAGAIN && !(op->remote->open && op->region->open)) rc = AT_ESTALE; /* closed meanwhile: it cannot be kept */
     if (detached) at_op_let_go(lane, op);
     end_here(lane, detached);
-    return rc == AT_EAGAIN && lane->shut ? AT_ESHUT : rc; /* shut meanwhile: nobody would end it */
+    return rc == AT_EAGAIN && lane->shut ? AT_ESHUT : rc; /* shut meanwhile: no thread would end it */
 }
 
 static int move_here(at_lane *lane, at_op *op) {

@@ -16,7 +16,7 @@ typedef struct {
     uint32_t generation;
     int state;          /* AT_IMM_* */
     int armed;          /* counted in lane->armed */
-    uint64_t total, taken, want; /* want 0: nobody waits */
+    uint64_t total, taken, want; /* want 0: no task waits */
     int64_t sender;     /* the peer that brought it first, for the bound */
     uint32_t next_free; /* of those that are free, + 1; 0: the last */
 } at_imm_record;

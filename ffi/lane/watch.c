@@ -1,4 +1,4 @@
-/* Watched words: 64-bit words that something outside this library changes (a kernel, another process). Nobody rings for them, so
+/* Watched words: 64-bit words that something outside this library changes (a kernel, another process). No doorbell rings for them, so
  * the native thread looks: often while they change, ever more rarely while they do not. */
 #include "lane.h"
 #include "own.h"

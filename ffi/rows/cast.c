@@ -1,7 +1,7 @@
 /* Numbers of one kind to another, row by row.
  *
  * What is written in all decides, as in move.c, whether it goes by streaming stores: then through a buffer that stays in the first
- * cache. Numbers of the same kind are copied, whatever their bits. */
+ * cache. Numbers of the same kind are copied bit by bit. */
 #include "rows/copy.h"
 #include "rows/mode.h"
 #include "rows/numbers.h"

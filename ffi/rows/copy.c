@@ -5,7 +5,7 @@
  * the cache sizes that a virtual machine reports, which are often wrong; measured between two touched memfd mappings on an EPYC
  * guest, streaming stores give 1.6-2 times the C library from 4 MiB up and 1.2-2.4 times on random cold pages.
  *
- * Streaming stores are weakly ordered: each routine ends with a store fence, so that whoever is told afterwards sees the bytes. */
+ * Streaming stores are weakly ordered: each routine ends with a store fence, so that a thread that is told afterwards sees the bytes. */
 #include "rows/copy.h"
 
 #include <pthread.h>

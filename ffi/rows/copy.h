@@ -7,7 +7,7 @@
 
 /* One contiguous copy; the routine is chosen by n. */
 void at_copy(void *dst, const void *src, size_t n);
-/* Streaming stores whatever n. */
+/* One contiguous copy by streaming stores, for any n. */
 void at_copy_cold(void *dst, const void *src, size_t n);
 /* The same in parts: what the parts wrote is in order for others only after at_copy_end. at_copy_ahead: this is read next. */
 void at_copy_part(void *dst, const void *src, size_t n);

@@ -2,7 +2,7 @@
 
 /* Sealed, preallocated, zeroed shared memory. Returns 0 or -errno; *base stays mapped until at_segment_unmap. */
 int at_segment_new(uint64_t nbytes, void **base, int *fd);
-/* Maps a segment made by somebody else after verifying its seals, its size and that it is allocated, by our own fstat: 0, -EPERM (not
+/* Maps a segment that another process made, after verifying its seals, its size and that it is allocated, by our own fstat: 0, -EPERM (not
  * sealed), -ERANGE (another size), -ENODATA (its owner has not allocated it), or -errno. fd is not kept. */
 int at_segment_map(int fd, uint64_t nbytes, void **base);
 /* Touch every page of a mapping so that the first write does not fault; no Python lock is held. */
@@ -26,7 +26,7 @@ typedef struct {
 /* What this side brings to a connection with the engine `incarnation`. */
 at_shm_half *at_shm_begin(at_lane *lane, uint64_t incarnation, at_shm_offer *out);
 void at_shm_abort(at_lane *lane, at_shm_half *half);
-/* Takes the other side's offer and makes the peer: its id, or AT_E*. The half is gone afterwards, whatever the result. *taken 1: the
+/* Takes the other side's offer and makes the peer: its id, or AT_E*. The half is gone afterwards, with any result. *taken 1: the
  * descriptors of the offer are what they have to be, and they, pidfd and mem_fd are the peer's or closed; 0: all of them are still the
  * caller's, and those of the offer may be of any kind, so that closing one may take as long as their sender likes.
  * mem_fd is an open /proc/PID/mem of the peer or -1; allow_foreign 0 refuses process_vm. */
@@ -36,6 +36,6 @@ int64_t at_shm_finish(at_lane *lane, at_shm_half *half, const at_shm_offer *thei
  * AT_FOREIGN_UNKNOWN: that is being found out, ask again. AT_E* when it cannot be. */
 enum { AT_FOREIGN_UNKNOWN = 3 };
 int at_shm_foreign(at_lane *lane, int64_t peer, int *why);
-/* Tests: stop inside a chunk. The next chunk of whoever copies waits until released (0); 2: only if it is of foreign memory. */
+/* Tests: stop inside a chunk. The next chunk of any thread that copies waits until released (0); 2: only if it is of foreign memory. */
 void at_shm_hold(int on);
 int at_shm_held(void);

@@ -1,11 +1,11 @@
 /* Shared segments and foreign memory.
  *
- * A segment is sealed against shrinking, growing and unsealing before anybody else sees it, and fully allocated, so that no
+ * A segment is sealed against shrinking, growing and unsealing before any other process sees it, and fully allocated, so that no
  * access to it can raise SIGBUS; the mapper verifies both. Foreign memory (buffers we did not allocate) is reached through
  * the kernel: process_vm_writev copies once, /proc/PID/mem through a bounce page but survives yama when it was opened with
  * the peer's blessing.
  *
- * A pid names whatever program runs there: after an exec of the peer its addresses are another program's. A descriptor of
+ * A pid names the program that runs there now: after an exec of the peer its addresses are another program's. A descriptor of
  * /proc/PID/mem stays with the memory that it was opened for, and reads and writes nothing once that is gone. So small copies go through
  * it, where it is as fast; before each of the others, of 1 MiB at most, it is asked whether that memory is still there. A program may
  * be replaced just after the answer. So the kernel call itself begins with the peer's control cookie (at_shm_copy_by_pid): the kernel
@@ -111,7 +111,7 @@ int at_memory_mapped(void *base, uint64_t nbytes) {
     return msync((void *)start, (size_t)((uintptr_t)base + nbytes - start), MS_ASYNC) == 0 ? 0 : -errno;
 }
 
-/* Whether the control cookie is seen where the peer said, by either way: the memory behind mem_fd, or of whoever has the pid now. */
+/* Whether the control cookie is seen where the peer said: in the memory behind mem_fd, or in that of the process that has the pid now. */
 static int sees(const at_shm *shm, int by_fd) {
     uint8_t seen[16] = {0};
     struct iovec here = {seen, sizeof seen}, there = {(void *)(uintptr_t)shm->probe_va, sizeof seen};

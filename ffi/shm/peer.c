@@ -216,7 +216,7 @@ int at_shm_foreign(at_lane *lane, int64_t id, int *why) {
     return result;
 }
 
-/* It touches the peer's own memory, which may hold up whoever does: a copier. */
+/* For a copier: it touches the peer's own memory, which may block the thread that does. */
 static void shm_probe(at_peer *peer) {
     at_shm *shm = peer->impl;
     int found = at_shm_probe(shm);

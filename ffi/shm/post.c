@@ -39,8 +39,8 @@ static int revoked(const at_remote *remote) {
 
 #define UNCHECKED ((uint64_t)1 << 20)
 
-/* Its owner cannot shrink a segment, but punch holes into it; whoever touches them pays for new pages, or is killed for them. That cannot
- * be prevented, only noticed soon. */
+/* The owner of a segment cannot shrink it, but can punch holes into it. A process that touches a hole pays for a new page, or is killed
+ * for it. That cannot be prevented, only noticed soon. */
 static int is_punched(at_remote *remote, uint64_t n) {
     struct stat info;
     if (remote->segment_fd < 0) return 0;

@@ -84,7 +84,7 @@ static int64_t slot_of(at_shm *shm, uint32_t imm) {
 }
 
 /* An eventfd of the peer's making, of which it may have filled the counter and cleared O_NONBLOCK: a 1 would then wait here for
- * ever. A 0 always fits, and wakes whoever waits with an edge all the same. */
+ * ever. A 0 always fits, and wakes a thread that waits for an edge all the same. */
 void at_shm_ring(int fd) {
     uint64_t nothing = 0;
     ssize_t written = write(fd, &nothing, sizeof nothing);

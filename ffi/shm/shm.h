@@ -13,8 +13,8 @@
  * that was stopped and comes back finds itself shut out. What it was inside of stays in `active` until it moves on or dies.
  *
  * Counting. The writer gives each immediate value a slot and keeps the running total there (one producer, no lock, no ring
- * that could fill while the target's loop is blocked), then marks the slot in a bitmap, its summary, and `dirty`. Whoever
- * turns `dirty` from 0 to 1 while the owner is `armed` rings the owner's eventfd. The owner clears `dirty` first and reads
+ * that could fill while the target's loop is blocked), then marks the slot in a bitmap, its summary, and `dirty`. The writer
+ * that turns `dirty` from 0 to 1 while the owner is `armed` rings the owner's eventfd. The owner clears `dirty` first and reads
  * the totals last, so nothing is missed; differences to what it has seen before are the arrivals. A slot whose total the
  * owner has confirmed in `drained` may be given to another value.
  *
@@ -22,7 +22,7 @@
  * difference of two totals; indexes come from bit positions, never from memory. Marks and rings that bring no arrivals are counted
  * (`patience`), and so is what no honest peer does in one step: such a peer is given up. Descriptors are taken from a peer only after
  * a look at what they are: sealed memory of tmpfs (huge pages could be punched out from under us), eventfds. What cannot be prevented:
- * whoever shares an eventfd may have the kernel itself fill its counter (aio), and block even a 0. */
+ * a process that shares an eventfd may have the kernel itself fill its counter (aio), and block even a 0. */
 #ifndef AT_SHM_H
 #define AT_SHM_H
 

@@ -1,4 +1,4 @@
-/* A lane's place in the network: taken, brought on by whoever polls the lane, left. */
+/* A lane's place in the network: taken, advanced by the thread that polls the lane, left. */
 #include "sim/sim.h"
 
 #include <stdlib.h>

@@ -156,7 +156,7 @@ static void sim_answer(at_peer *peer, int from_loop) { (void)peer, (void)from_lo
 
 static int of_end(const at_request *request, const void *end) { return request->end == end; }
 
-/* With the lane's lock. Whatever of this end is still under way belongs to a lane that is being freed. */
+/* With the lane's lock. What is still under way of this end belongs to a lane that is being freed. */
 static void sim_destroy(at_peer *peer) {
     at_end *end = peer->impl;
     at_member *home = end->home;
@@ -174,7 +174,7 @@ static void sim_destroy(at_peer *peer) {
     at_net_unlock(net, home);
     for (at_request *next; list != NULL; list = next) next = list->next, free(list);
     at_control_release(control);
-    if (!pinned) free(end); /* else whoever pins it frees it */
+    if (!pinned) free(end); /* else the holder of the pin frees it */
 }
 
 const at_port at_sim_port = {

@@ -1,4 +1,4 @@
-/* Memory regions of libibverbs. Writes may pass each other on the bus (relaxed ordering) where the caller's data goes: nobody looks at
+/* Memory regions of libibverbs. Writes may pass each other on the bus (relaxed ordering) where the caller's data goes: no reader looks at
  * it before a completion that waits for them. */
 #if __has_include(<infiniband/verbs.h>)
 

@@ -71,7 +71,7 @@ static const char *open_objects(at_vrb *vrb) {
     if (unblock(vrb->channel->fd) != 0 || unblock(vrb->context->async_fd) != 0) return "descriptor that does not block";
     uint32_t completions = attr.max_cqe < MOST_COMPLETIONS ? (uint32_t)attr.max_cqe : MOST_COMPLETIONS;
     if ((vrb->cq = at_vrb_library.create_cq(vrb->context, (int)completions, NULL, vrb->channel, 0)) == NULL) return "completion queue";
-    if (ibv_req_notify_cq(vrb->cq, 0) != 0) return "events of the completion queue"; /* the first one; later ones whoever makes progress asks for */
+    if (ibv_req_notify_cq(vrb->cq, 0) != 0) return "events of the completion queue"; /* the first; progress asks for later ones */
     uint32_t receives = completions / AT_VRB_PER_PEER * AT_VRB_CREDITS;
     if (receives > (uint32_t)attr.max_srq_wr) receives = (uint32_t)attr.max_srq_wr;
     struct ibv_srq_init_attr srq = {.attr = {.max_wr = receives, .max_sge = 1}};

@@ -11,7 +11,7 @@
  *
  * Fencing. Closing moves the queue pair to the error state, posts a marker and reads the queue until that has come back, so that every
  * arrival that was accepted is read and none is accepted any more, and then destroys it. What was read meanwhile is kept in a stash
- * for whoever reads next. */
+ * for the thread that reads next. */
 #ifndef AT_VERBS_H
 #define AT_VERBS_H
 

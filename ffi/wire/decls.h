@@ -11,5 +11,5 @@ int at_wire_rail(at_lane *lane, at_wire *wire, uint32_t cable, uint32_t flags, u
 int at_wire_step(at_wire *wire, uint32_t steps);
 /* Nothing gets through a dead cable, from either end of a connection, in either direction, nor can a connection be opened by it. */
 void at_wire_cut(at_wire *wire, uint32_t cable, int dead);
-/* What would have been a write into memory that was not lent, or an answer that nobody had asked for: 0. */
+/* What would have been a write into memory that was not lent, or an answer that was not asked for: 0. */
 int at_wire_violations(const at_wire *wire);

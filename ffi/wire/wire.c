@@ -137,7 +137,7 @@ static void wire_close(at_fab_end *end) {
     e->tail = NULL;
     while (*at != NULL) {
         message *m = *at;
-        if (m->kind == WIRE_READ) { /* its answer finds nobody */
+        if (m->kind == WIRE_READ) { /* its answer has no receiver any more */
             *at = m->next;
             message_free(m);
             continue;
@@ -293,7 +293,7 @@ static int land(at_wire *wire, message *m, endpoint *there) {
 }
 
 static int lost(at_wire *wire, endpoint *e, int error) {
-    if (e->end == NULL) { /* nobody is there to notice */
+    if (e->end == NULL) { /* no end is there to notice */
         while (e->head != NULL) message_free(pop(e));
         return 1;
     }
