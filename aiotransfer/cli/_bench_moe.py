@@ -96,17 +96,17 @@ class _Times:
         self._setup, self._told = setup, told
 
     def steps(self, name: str) -> Any:
-        """Of each step: [rounds, steps]."""
+        """Microseconds of each step: [rounds, steps]."""
         times = np.array([rank["times"][name] for rank in self._told])  # rank, step, (begin, end, CPU)
         spans = (times[..., 1].max(axis=0) - times[..., 0].min(axis=0)) * 1e6
         return spans.reshape(self._setup.rounds, -1)
 
     def rounds(self, name: str) -> Any:
-        """The middle of each round."""
+        """The median step of each round, in microseconds."""
         return np.median(self.steps(name), axis=1)
 
     def cpu(self, name: str) -> Any:
-        """Of a rank, the middle of each round."""
+        """CPU microseconds of a step, mean of all ranks: the median of each round."""
         times = np.array([rank["times"][name] for rank in self._told])[..., 2].mean(axis=0) * 1e6
         return np.median(times.reshape(self._setup.rounds, -1), axis=1)
 

@@ -31,7 +31,7 @@ SPAN = 0.03  # seconds of copies in a round, at least
 
 @dataclass(frozen=True)
 class Setup:
-    """What a rank is told."""
+    """The parameters that each rank gets."""
 
     rank: int
     ranks: int

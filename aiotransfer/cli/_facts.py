@@ -30,7 +30,7 @@ class Host:
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
     def path(self, name: str) -> Path:
-        """Of an absolute name on that machine."""
+        """The path of an absolute name on that machine."""
         return self.root / name.lstrip("/")
 
     def read(self, name: str) -> str | None:

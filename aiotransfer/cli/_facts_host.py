@@ -39,7 +39,7 @@ def container(host: Host) -> Fact:
 
 
 def yama(host: Host) -> Fact:
-    """Who may write registered memory of other processes of this user."""
+    """Whether yama lets a process write registered memory of other processes of this user."""
     scope = host.number("/proc/sys/kernel/yama/ptrace_scope")
     data = {"ptrace_scope": scope}
     if not scope:
@@ -102,7 +102,7 @@ def shared_memory(host: Host) -> Fact:
 
 
 def huge_pages(host: Host) -> Fact:
-    """For information: nothing here needs them."""
+    """Huge pages, for information: the library does not need them."""
     meminfo = host.fields("/proc/meminfo")
     total, each = meminfo.get("HugePages_Total", "0"), meminfo.get("Hugepagesize", "?")
     modes = {name: _chosen(host.read(f"/sys/kernel/mm/transparent_hugepage/{name}")) for name in ("enabled", "shmem_enabled")}
@@ -155,7 +155,7 @@ def _kib(text: str | None) -> int | None:
 
 
 def _chosen(text: str | None) -> str | None:
-    """`always [madvise] never` is madvise."""
+    """The chosen word of a list as sysfs writes it: that of `always [madvise] never` is `madvise`."""
     return text.partition("[")[2].partition("]")[0] if text else None
 
 

@@ -133,7 +133,7 @@ def _lines(branches: list[Branch], margin: str, pen: Pen) -> Iterator[str]:
 
 
 def _rankings(topology: Topology) -> Iterator[tuple[str, tuple[Ranked, ...]]]:
-    """Of the RDMA devices; of the interfaces where there are none."""
+    """Rankings of the RDMA devices; of the interfaces where there are none."""
     names = [nic.name for nic in topology.nics if nic.rdma] or [nic.name for nic in topology.nics]
     for gpu in topology.gpus:
         yield f"GPU{gpu.number}", rank_nics(topology, names, GpuMemory(gpu.place.address))

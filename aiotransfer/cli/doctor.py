@@ -134,7 +134,7 @@ def settings(host: Host) -> Fact:
 
 
 def key(host: Host) -> Fact:
-    """By what engines know each other."""
+    """The key by which engines authenticate each other."""
     secret = host.environ.get("AIOTRANSFER_KEY")
     if secret:
         if len(secret.encode(errors="surrogateescape")) < LEAST_BYTES:

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """One side or the other."""
+    """Run the side that the arguments name: `--listen`, or an address to measure."""
     if (args.address is None) == (args.listen is None):
         print("ping: give either HOST:PORT or --listen HOST:PORT")
         return 2

@@ -102,7 +102,7 @@ async def _first_of(
             link.abort()
             tried[place] = _words(error) if not isinstance(error, TimeoutError) else "it answered, but not as an engine"
             refusal = error if isinstance(error, RendezvousError) or refusal is None else refusal
-        except BaseException:  # also cancellation: half a link belongs to no one else
+        except BaseException:  # also cancellation: half a link has no other owner
             link.abort()
             raise
     assert refusal is not None
@@ -204,7 +204,7 @@ async def _once(address: Address, key: Key, identity: Identity, network: Network
         await asyncio.shield(link.established)
         if incarnation != link.incarnation:
             raise RendezvousError(f"at {address} there is another engine")
-    except BaseException:  # also cancellation: half a link belongs to no one else
+    except BaseException:  # also cancellation: half a link has no other owner
         link.abort()
         raise
     return link

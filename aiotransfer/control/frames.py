@@ -212,7 +212,7 @@ class Resumed(msgspec.Struct, tag=26, array_like=True):
 
 
 class Acknowledge(msgspec.Struct, tag=27, array_like=True):
-    """So many frames of this conversation have come: they need not be kept any more."""
+    """An acknowledgement: the sender has received so many frames of this conversation, and the other side need not keep them."""
 
     received: int
 

@@ -172,7 +172,7 @@ def _secret_in(directory: Path, why: str) -> bytes:
         return _read(path)
     except FileNotFoundError:
         pass
-    # Racing creators each write a file of their own; the first link wins and everybody reads that one.
+    # Racing creators each write a file of their own; the first link wins and all of them read that one.
     import tempfile
 
     try:

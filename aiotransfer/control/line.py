@@ -45,7 +45,7 @@ class Line:
 
     @property
     def resumable(self) -> bool:
-        """There is, or may be, another way."""
+        """Whether another connection can take this one's place."""
         return self._ledger is not None and not self.is_last
 
     @property

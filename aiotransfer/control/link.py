@@ -217,7 +217,7 @@ class Link(asyncio.Protocol):
         self._write(encode(frame))
 
     def write(self, data: bytes) -> None:
-        """As `post`, for a frame that is encoded."""
+        """Post a frame that is encoded already; else as `post`."""
         if not (self._ended or self._closing):
             self._write(data)
 
@@ -303,7 +303,7 @@ class Link(asyncio.Protocol):
         if not self.established.done():
             failure = error or BrokenError("the connection was closed during the handshake")
             self.established.set_exception(failure)
-            self.established.exception()  # not everybody waits for it
+            self.established.exception()  # there may be no waiter
         if self._started:
             self.on_closed(error)
         else:

@@ -94,7 +94,7 @@ class Session:
         return self.state in ("await info", "established")
 
     def take_output(self) -> bytes:
-        """What must be sent now."""
+        """Take the bytes that must be sent now."""
         data = bytes(self._output)
         self._output.clear()
         return data
@@ -141,7 +141,7 @@ class Session:
         return b"".join(parts) + (b"resumes" if self.resumes else b"")
 
     def tag(self, use: Literal["session", "resume"]) -> bytes:
-        """What only these two sides of this very handshake, and who has the key and heard them, can know."""
+        """A secret that only the two sides of this handshake can know, and a holder of the key that has heard them."""
         return self._key.mac(use, self._transcript())
 
     def _greet(self, frame: Greeting | Frame) -> None:

@@ -126,7 +126,7 @@ def _why(how: Distance, place: Place, gpu: Gpu) -> str:
 
 
 def _place(topology: Topology, name: str) -> Place | str:
-    """Or why there is none."""
+    """The place of a NIC, or a text that says why it is not known."""
     nic = topology.nic(name)
     if nic is None:
         return f"no NIC {name} is known"

@@ -32,7 +32,7 @@ class Poller(Protocol):
         """Poll again soon: a post was refused for now."""
 
     def close(self) -> None:
-        """Leave the loop alone."""
+        """Stop: remove the reader and the timer from the event loop."""
 
 
 class EngineBase:

@@ -308,7 +308,7 @@ class Connections:
             peer._reply(reply)
 
     def came_up(self, peer: Peer, inbound: bool = True) -> None:
-        """Both sides have the path."""
+        """Mark `peer` as up: both sides have opened the path. `inbound`: announce it to the application."""
         if peer._state != "connecting" or peer._path is None:
             return
         engine = self._engine
@@ -362,7 +362,7 @@ class Connections:
             forget(peer)
 
     def stop(self) -> None:
-        """Goodbye to everybody; no more connections. Twice is silent."""
+        """Say goodbye to all peers and accept no more connections. A second call does nothing."""
         self._tasks.cancel()
         if self._listener is not None:
             self._listener.stop()

@@ -1,4 +1,4 @@
-"""By what an engine dials other engines, and lets them in."""
+"""What an engine needs to dial other engines and to accept their connections."""
 
 from __future__ import annotations
 

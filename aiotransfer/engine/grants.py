@@ -66,7 +66,7 @@ class Grants:
             peer._reply(Revoked(slots=[slot for slot, _ in told], reason=reason, epochs=[epoch for _, epoch in told]))
 
     def tell_all(self, grants: Iterable[Grant], reason: str) -> None:
-        """The same to every peer."""
+        """Tell every peer that may hold these grants that they were taken back."""
         known = list(grants)
         for peer in self._holders():
             self.tell(peer, known, reason)

@@ -68,7 +68,7 @@ class Home(Protocol):
         """Opens a counter of an immediate that nothing else uses."""
 
     def forget(self, group: PeerGroup) -> None:
-        """The group was closed."""
+        """Drop a group that was closed."""
 
 
 class PeerGroup(Unpicklable):
@@ -89,7 +89,7 @@ class PeerGroup(Unpicklable):
         self._joins: dict[int, tuple[Peer, Join]] = {}  # by rank: the latest of each member
         self._told: dict[int, tuple[Peer, int]] = {}  # by rank: to whom we sent a Join, and of which generation
         self._counters: dict[int, tuple[Counter, Counter]] = {}  # by rank: its signals in even and in odd rounds
-        self._signalled: set[int] | None = None  # who has, in the barrier under way; None before this member has
+        self._signalled: set[int] | None = None  # ranks that have, in the barrier under way; None before this member has
         self._plans: tuple[Plan, ...] = ()
         self._peers: tuple[Peer, ...] = ()
         self._rounds = 0
@@ -231,7 +231,7 @@ class PeerGroup(Unpicklable):
         return due
 
     def _not_broken(self) -> set[int]:
-        """Who has signalled. Raises what has broken the group while a signal was waited for."""
+        """The ranks that have signalled. Raises the error that has broken the group while a signal was waited for."""
         if self._signalled is None:
             assert self._failure is not None
             raise again(self._failure)

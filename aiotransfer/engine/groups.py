@@ -63,7 +63,7 @@ class Groups:
         return group
 
     def joined(self, peer: Peer, join: Join) -> None:
-        """A Join came."""
+        """Handle a Join frame of a peer."""
         even, odd = join.imms
         numbers = even == 0 <= odd or RESERVED <= even <= MOST_IMM >= odd >= RESERVED
         numbers = numbers and len(join.reason) <= MAX_TEXT
@@ -87,7 +87,7 @@ class Groups:
         self.rosters.seen(peer, theirs, list(self._groups.values()))
 
     def lists(self) -> list[Roster]:
-        """Those of all groups."""
+        """The rosters of all groups of this engine."""
         return [group.roster for group in self._groups.values()]
 
     def gone(self, peer: Peer) -> None:
@@ -101,13 +101,13 @@ class Groups:
                     del self._early[key]
 
     def forget(self, group: PeerGroup) -> None:
-        """It was closed."""
+        """Drop a group that was closed."""
         if self._groups.get(group._key) is group:
             del self._groups[group._key]
             self.rosters.forget(group)
 
     def close(self) -> None:
-        """The engine ends."""
+        """Break all groups, because the engine is closed."""
         for group in list(self._groups.values()):
             group._break(ClosedError("the engine was closed"), tell=False)
         self._groups.clear()

@@ -40,7 +40,7 @@ def kernels_of(package: str, device: Any, stream: Any) -> Any:
 
 
 class Event(Protocol):
-    """What `torch.cuda.Event` has of this."""
+    """The part of `torch.cuda.Event` that is used here."""
 
     def query(self) -> bool:
         """Whether all that was recorded by it is done."""

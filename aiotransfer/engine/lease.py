@@ -111,7 +111,7 @@ class Lease(Unpicklable):
         )
 
     def _withdraw(self, reason: str) -> None:
-        """From now on nothing begins under it."""
+        """Take the grant back: from now on no operation begins under it."""
         if self._state != "active":
             return
         self._state = "revoking"

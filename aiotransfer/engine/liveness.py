@@ -125,7 +125,7 @@ class Liveness:
         return sign.heard - sign.loop_heard > self._engine.config.peer_timeout / 2
 
     def close(self) -> None:
-        """No more timers."""
+        """Cancel the timer and forget all peers."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

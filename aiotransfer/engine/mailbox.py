@@ -57,7 +57,7 @@ class Mailbox:
         self._limit = RateLimit(most=1)
 
     def put(self, message: Message) -> None:
-        """A message came."""
+        """Add a message that came, and wake a reader."""
         prefix = self._prefix(message.data)
         box = self._boxes[prefix]
         box.messages.append(message)

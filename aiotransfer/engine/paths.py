@@ -351,7 +351,7 @@ class Paths:
     # ---- the end ----
 
     def gone(self, peer: Peer) -> None:
-        """A peer has ended."""
+        """Let go of what belongs to a peer that has ended."""
         if peer.incarnation == self._engine.incarnation:
             for path in self._companions:
                 path.close()

@@ -142,7 +142,7 @@ class ScatterPlan(Unpicklable):
         return [owners[k] for k in self._dst.tolist()]
 
     def _kept(self, regions: tuple[RemoteRegion, ...]) -> tuple[object, ...]:
-        """What an operation keeps alive."""
+        """The objects that an operation keeps alive until it has ended."""
         return self, *(region._box.bound for region in regions)
 
     def _post(self, regions: tuple[RemoteRegion, ...], imm: int) -> int:

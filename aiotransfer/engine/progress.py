@@ -92,7 +92,7 @@ class Progress:
         self.poll()
 
     def close(self) -> None:
-        """Leave the loop alone."""
+        """Remove the reader and the timer from the event loop."""
         if self._retry is not None:
             self._retry.cancel()
         if self._fd >= 0:

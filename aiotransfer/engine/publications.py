@@ -68,7 +68,7 @@ class Publications:
                 self._wanted.pop(name, None)
 
     def gone(self, peer: Peer) -> None:
-        """Forget all its questions."""
+        """Forget all lookups of a peer that has ended."""
         for number in list(peer._lookups):
             self.forget(peer, number)
 

@@ -45,7 +45,7 @@ class Quarantine:
 
     @property
     def nbytes(self) -> int:
-        """Of all that is held."""
+        """Bytes of all memory in quarantine."""
         return sum(held.nbytes for held in self._held)
 
     def add(self, held: Held) -> None:
@@ -56,7 +56,7 @@ class Quarantine:
             self._timer = engine._loop.call_later(SETTLE_SECONDS, self._round)
 
     def discard(self, held: Held) -> None:
-        """It is over."""
+        """Release `held`: no peer can write into it any more."""
         self._held.pop(held, None)
 
     def _round(self) -> None:
@@ -64,7 +64,7 @@ class Quarantine:
         self.look()
 
     def look(self) -> None:
-        """Something may be over now."""
+        """Look which memory is free now: an event may have released it."""
         if not self._engine._lane.usable:
             return
         waiting, self._held = self._held, {}
@@ -76,7 +76,7 @@ class Quarantine:
                 self._held[held] = fenced
 
     def close(self) -> None:
-        """No more timers."""
+        """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

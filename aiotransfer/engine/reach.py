@@ -87,7 +87,7 @@ class Reach:
         self._found[address] = peer
 
     def gone(self, peer: Peer) -> None:
-        """It has ended."""
+        """Forget a peer that has ended."""
         for address in [address for address, found in self._found.items() if found is peer]:
             del self._found[address]
 
@@ -198,7 +198,7 @@ class Claims:
             _logger.warning("%s: what %s says is not taken: %s%s", repr(self._who), str(peer), text, more(left_out))
 
     def close(self) -> None:
-        """Nothing is heard any more."""
+        """Cancel all tasks and forget all claims."""
         for task in list(self._tasks):
             task.cancel()
         self._claims.clear()

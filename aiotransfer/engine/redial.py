@@ -42,7 +42,7 @@ _limit = RateLimit()
 
 
 class _Outage:
-    """Of the control connection to one peer."""
+    """An outage of the control connection to one peer."""
 
     def __init__(self, peer: Peer, begun: float, cause: str) -> None:
         self.peer = peer
@@ -121,7 +121,7 @@ class Redial:
             del self._outages[peer]  # in the same turn as the last look: what breaks from here on begins anew
 
     async def _lives(self, outage: _Outage) -> bool:
-        """Whether its native thread answers. Not when all that led to it has gone."""
+        """Whether the peer's native thread answers. It cannot when all paths to the peer are broken."""
         engine, peer = self._engine, outage.peer
         await asyncio.sleep(LIFE_SECONDS / LIFE_LOOKS)  # for what it said before it died, if it did
         engine._progress.poll()

@@ -1,4 +1,4 @@
-"""From a negative status of the lane to the error a user sees."""
+"""Errors that the application sees, made from negative statuses of the lane."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ class Rosters:
         return self._against.get(group._key, {}).keys()
 
     def contradiction(self, group: Listed) -> ConfigurationError | None:
-        """What to raise where lists of members contradict that of `group`; None where none is known to."""
+        """The error to raise where a peer's list of members contradicts that of `group`; None where no such list is known."""
         against = self._against.get(group._key)
         if not against:
             return None
@@ -209,12 +209,12 @@ class Rosters:
         return "; ".join(found)
 
     def gone(self, peer: Peer) -> None:
-        """It has ended."""
+        """Forget a peer that has ended."""
         self._seen.pop(peer, None)
         self._answered.pop(peer, None)
         for against in self._against.values():
             against.pop(peer, None)
 
     def forget(self, group: Listed) -> None:
-        """It was closed."""
+        """Forget what was said against a group that was closed."""
         self.begin(group)

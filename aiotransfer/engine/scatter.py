@@ -47,7 +47,7 @@ class Posted(NamedTuple):
 
 
 def post_table(engine: EngineBase, src: RegionView, targets: Any, imm: int) -> Posted | None:
-    """Post targets in one native call; None, and nothing was posted, where they come in another form or are not to be had so."""
+    """Post targets in one native call; None, and nothing was posted, where they come in another form or cannot be posted so."""
     if not isinstance(targets, tuple) or len(targets) not in (3, 4):
         return None
     starts, sizes, regions = targets[:3]

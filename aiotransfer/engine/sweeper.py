@@ -48,7 +48,7 @@ class Sweeper:
         self._schedule(when)
 
     def discard(self, cookie: int) -> None:
-        """The operation has ended."""
+        """Drop the deadlines of an operation that has ended."""
         self._limits.pop(cookie, None)
         if self._drains:
             self._drains.pop(cookie, None)
@@ -86,7 +86,7 @@ class Sweeper:
                 self._schedule(max(when, now + pause) if pause else when)
 
     def close(self) -> None:
-        """No more timers."""
+        """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

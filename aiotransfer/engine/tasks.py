@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Tasks:
-    """Those under way, in the order in which they began."""
+    """The tasks that are under way, in the order in which they began."""
 
     def __init__(self) -> None:
         self._tasks: dict[asyncio.Task[Any], None] = {}
@@ -16,7 +16,7 @@ class Tasks:
         return len(self._tasks)
 
     def own(self, task: asyncio.Task[Any]) -> None:
-        """It ends with the engine."""
+        """Keep the task until it has ended; the engine cancels it when it closes."""
         self._tasks[task] = None
         task.add_done_callback(self._tasks.pop)
 

@@ -239,7 +239,7 @@ class ThreadHandle(Unpicklable):
         else:
             transfer._finish(None)
 
-    # ---- who is inside ----
+    # ---- threads that are inside ----
 
     def _inside(self) -> _Inside:
         return _Inside(self)
@@ -279,7 +279,7 @@ class ThreadHandle(Unpicklable):
             pass  # the loop is closed: it logs nothing any more
 
     def _shut(self) -> None:
-        """No thread enters any more."""
+        """Refuse calls of other threads from now on."""
         with self._guard:
             self._closed = True
 

@@ -140,7 +140,7 @@ class Transfer(Unpicklable):
                 if self._state == PENDING:
                     engine._cancel(self)
                     yield from self._drain()
-                self._disarm()  # who is cancelled does not want to hear of it
+                self._disarm()  # a task that is cancelled does not want to hear of it
                 if isinstance(self._error, QuarantineError):  # more important than the cancel: the source is not free
                     raise again(self._error) from None
                 raise
@@ -370,13 +370,13 @@ async def wait_all(transfers: Any) -> None:
 
 
 class Waiter(Protocol):
-    """Who is told that a transfer has ended: a future, or something in its place."""
+    """A waiter that is told when a transfer has ended: a future, or an object in its place."""
 
     def done(self) -> bool:
-        """Whether it need not be told any more."""
+        """Whether the waiter need not be told any more."""
 
     def set_result(self, result: None, /) -> object:
-        """It has."""
+        """Tell the waiter that the transfer has ended."""
 
 
 class _Countdown:
@@ -393,7 +393,7 @@ class _Countdown:
         return self.future.done()
 
     def set_result(self, _: None) -> None:
-        """One of them has ended."""
+        """Count one transfer that has ended; after the last one, wake the future."""
         self.left -= 1
         if self.left == 0:
             self.future.set_result(None)

@@ -46,7 +46,7 @@ class Watcher(Unpicklable):
 
     @property
     def value(self) -> int:
-        """What was seen last."""
+        """The value of the word that was seen last."""
         return self._last
 
     def __aiter__(self) -> Watcher:

@@ -41,7 +41,7 @@ class Absence(NamedTuple):
 
 
 class Absences:
-    """Those that a prefill rank remembers, for ranks that ask later."""
+    """The absences that a prefill rank remembers, for ranks that ask later."""
 
     def __init__(self) -> None:
         self._known: dict[Key, Absence] = {}

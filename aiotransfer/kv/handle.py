@@ -116,7 +116,7 @@ class Handle(Unpicklable):
         self._arrived: asyncio.Future[Arrival] = loop.create_future()
         self._over: asyncio.Future[None] = loop.create_future()  # released or quarantined
         for future in (self._taken, self._arrived):
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # not everybody waits for both
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # a caller need not wait for both
         self._seconds = seconds(self.order.timeout, self._role.engine.timeout)
         self._ends = loop.time() + self._seconds
         try:

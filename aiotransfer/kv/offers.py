@@ -18,7 +18,7 @@ class Offered(Protocol):
 
     @property
     def state(self) -> str:
-        """Whether it is "offered" still."""
+        """The state of the request: "offered" until it is accepted or over."""
         ...
 
     def accept(self) -> bool:
@@ -83,7 +83,7 @@ class Offers(Generic[R]):
             self._withdrawn = 0
 
     def close(self) -> None:
-        """Who waits for a request, or will, gets `ClosedError`."""
+        """Close: a caller that waits for a request, now or later, gets `ClosedError`."""
         self._closed = True
         for waiter in self._waiters:
             if not waiter.done():

@@ -193,7 +193,7 @@ class TransferPlan:
 
     @property
     def heads(self) -> range:
-        """The model's heads that move."""
+        """The heads of the model that this plan moves."""
         return self._heads
 
     def table(

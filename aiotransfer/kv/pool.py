@@ -125,7 +125,7 @@ class Pool:
                 waiter.set_result(None)
 
     def close(self) -> None:
-        """Take no more requests; who waits for pages that are still held gets `ClosedError`."""
+        """Take no more requests; a caller that waits for pages that are still held gets `ClosedError`."""
         self._closed = True
         self._wake()
 
@@ -141,7 +141,7 @@ class Pool:
             self._expected.pop(number, None)
 
     def unreadable(self, peer: Peer, number: int, error: Exception) -> bool:
-        """As `deliver`, of an answer that could not be read."""
+        """Tell a request that its answer could not be read; returns as `deliver` does."""
         holder = self._expected.get(number)
         if holder is not None:
             holder.unreadable(peer, number, error)

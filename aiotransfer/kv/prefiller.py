@@ -85,7 +85,7 @@ class Prefiller(Role):
 
     @property
     def requests(self) -> dict[tuple[str, str], PrefillRequest]:
-        """Those that are under way, by their decode instance and id."""
+        """The requests that are under way, by their decode instance and id."""
         return {(request.instance, request.id): request for request in self._ledger.requests.values()}
 
     @property

@@ -39,5 +39,5 @@ class RequestRecord:
 
     @property
     def seconds(self) -> float:
-        """From the beginning to the end."""
+        """Seconds from the beginning to the end."""
         return self.finished - self.queued

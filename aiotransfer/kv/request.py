@@ -95,7 +95,7 @@ class PrefillRequest(Unpicklable):
         self._times: dict[str, float] = {"queued": time.time()}
         self._context: Any = None  # of the application's task that accepts it
         self._outcome = ""
-        self._origin: Peer | None = None  # who need not be told
+        self._origin: Peer | None = None  # the peer that need not be told
         self._tails: list[RegionView] = []
         self._timeline: list[LayerWrite] = []
         self._over: asyncio.Future[None] = side.loop.create_future()

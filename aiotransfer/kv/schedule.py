@@ -40,7 +40,7 @@ class Job(Generic[T]):
 
 @dataclass(slots=True, eq=False)
 class _Queue(Generic[T]):
-    """Of one request, within its class."""
+    """The queue of one request, within its class."""
 
     request: Hashable
     begin: int  # when its first job would have begun if all requests of the class were served bit by bit, in bytes
@@ -73,7 +73,7 @@ class _Class(Generic[T]):
         heapq.heappush(self.lanes.setdefault(queue.jobs[0].peer, []), (queue.begin, queue.entry, queue))
 
     def firsts(self) -> list[_Queue[T]]:
-        """Of each peer whose turn it is, the earliest first."""
+        """For each peer the queue whose turn it is, the earliest first."""
         found = []
         for peer, lane in list(self.lanes.items()):
             while lane and lane[0][1] != lane[0][2].entry:
@@ -113,7 +113,7 @@ class _Class(Generic[T]):
 
 
 class Schedule(Generic[T]):
-    """`add` what there is to do, `next` what may be done now, `done` when it is over, `drop` what is not wanted any more."""
+    """`add` a job, `next` what may be done now, `done` when it is over, `drop` what is not wanted any more."""
 
     def __init__(self, peer_bytes: int, class_bytes: Mapping[int, int] | None = None) -> None:
         self._peer_bytes = peer_bytes

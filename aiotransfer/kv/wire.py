@@ -130,7 +130,7 @@ def _fit(text: str) -> str:
 
 
 def number(data: bytes) -> int | None:
-    """Of a message that may be of another version."""
+    """The number in a message that may be of another version; None: it is too short."""
     return int(_HEADER.unpack_from(data)[2]) if len(data) >= _HEADER.size else None
 
 

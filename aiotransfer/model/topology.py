@@ -57,7 +57,7 @@ class Topology:
     gpus: tuple[Gpu, ...] = ()
 
     def nic(self, name: str) -> Nic | None:
-        """By its own name, or else by that of one of its interfaces."""
+        """The NIC of this name, or else the one that has an interface of this name. None: there is neither."""
         named = (nic for nic in self.nics if nic.name == name)
         return next(named, None) or next((nic for nic in self.nics if name in nic.interfaces), None)
 

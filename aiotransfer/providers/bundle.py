@@ -199,7 +199,7 @@ class BundlePath(Path):
             one.flush()
 
     def revoked(self, slot: int, epoch: int) -> None:
-        """By the control connection: also while some are broken."""
+        """Note a revocation that came by the control connection, also while some connections of the bundle are broken."""
         for one in self._members:
             one.revoked(slot, epoch)
 

@@ -72,12 +72,12 @@ class FabricProvider:
 
     @property
     def rails(self) -> tuple[str, ...]:
-        """Those that may be used, by name."""
+        """The names of the rails that may be used."""
         return tuple(f"{self.name}:{name} {nic.address}" for name, nic in self._ends().items())
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """The addresses of their NICs."""
+        """The addresses of the NICs of all rails."""
         return tuple(nic.address for nic in self._ends().values())
 
     def _ends(self) -> dict[str, nics.Nic]:

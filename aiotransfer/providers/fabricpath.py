@@ -305,7 +305,7 @@ class FabricPath(Path):
         native.lib.at_fab_flush(self._lane.pointer, self.lane_peer)
 
     def revoked(self, slot: int, epoch: int) -> None:
-        """By the control connection: also while this one is broken."""
+        """Note a revocation that came by the control connection, also while this connection is broken."""
         if self._lane.usable and 0 <= slot < 1 << 32 and 0 <= epoch < 1 << 64:
             native.lib.at_fab_revoked(self._lane.pointer, self.lane_peer, slot, epoch)
 

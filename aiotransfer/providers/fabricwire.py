@@ -1,4 +1,4 @@
-"""What the two sides' fabric providers ask each other, and the answers. Ranges are judged by who asks.
+"""What the two sides' fabric providers ask each other, and the answers. The caller checks ranges.
 
 Two engines may have several connections, also by one provider: a question names the asked side's end, by the number it gave
 it. Rails are named as their own side names them.

@@ -174,7 +174,8 @@ class Lane:
         return int(native.lib.at_grant_active(self.pointer, slot)) if self.usable else 0
 
     def expel_grant(self, slot: int) -> int:
-        """Cut off who is still inside a write under a revoked grant, where his provider can fence him alone; who is left."""
+        """Cut off peers that are still inside a write under a revoked grant, where their provider can fence one peer alone.
+        Returns the number of peers that are left."""
         return int(native.lib.at_grant_expel(self.pointer, slot)) if self.usable else 0
 
     def free_grant(self, slot: int) -> None:
@@ -289,7 +290,7 @@ class Segment:
         return native.ffi.cast("void *", self.address)
 
     def close_fd(self) -> None:
-        """No more peers can be given this memory."""
+        """Close the descriptor: from then on this memory cannot be shared with further peers."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

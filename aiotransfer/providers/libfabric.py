@@ -64,7 +64,7 @@ def candidates(environ: Mapping[str, str] = os.environ, prefixes: tuple[str, ...
 
 
 def choose(environ: Mapping[str, str] = os.environ) -> Candidate | None:
-    """The one that is taken."""
+    """The first candidate that can be used; None: there is none."""
     return next((one for one in candidates(environ) if one.reason is None), None)
 
 

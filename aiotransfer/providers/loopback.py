@@ -171,7 +171,7 @@ class LoopbackProvider:
         return lent is not None and int(native.lib.at_region_is_file(self._lane.pointer, lent[1])) == 1
 
     async def settle(self) -> None:
-        """Nothing goes on by itself."""
+        """Return at once: nothing is under way without a poll."""
 
     def close(self) -> None:
         """Leave the network of this process."""

@@ -188,7 +188,7 @@ class Provider(Protocol):
 
     @property
     def rails(self) -> tuple[str, ...]:
-        """Those that may be used, by name."""
+        """The names of the rails that may be used."""
         ...
 
     @property

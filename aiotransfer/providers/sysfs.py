@@ -17,7 +17,7 @@ DISPLAY, NVIDIA = "0x03", "0x10de"  # the PCI class and the vendor of what is a 
 
 
 def read_topology(root: Path = Path("/")) -> Topology:
-    """Of this machine, or of the folder that looks like one."""
+    """The topology of this machine, or of a folder that looks like its root."""
     nodes = _nodes(root)
     only = nodes[0].number if len(nodes) == 1 else None
     return Topology(nodes, tuple(_nics(root, only)), tuple(_gpus(root, only)))

@@ -43,7 +43,7 @@ async def from_environment(
         await _answers(launch, deadline, patience)
     caller = Caller(make(launch), deadline, patience)  # the port is open, or ours to open: this takes no time
     addresses = await meet(engine, caller, launch.rank, launch.size, launch.prefix)
-    # `caller` holds the store, which on rank 0 serves the others, until the barrier says that everybody has read it.
+    # `caller` holds the store, which on rank 0 serves the others, until the barrier says that all ranks have read it.
     return await from_list(engine, addresses, name=name, timeout=max(caller.left, 0.001))
 
 

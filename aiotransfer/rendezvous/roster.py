@@ -69,7 +69,7 @@ class Refusal(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> Refusal | None:
-        """None for what is no refusal."""
+        """The refusal that these bytes are; None where they are none."""
         try:
             if len(data) > MOST_ENTRY:
                 return None
@@ -81,7 +81,7 @@ class Refusal(NamedTuple):
         return cls(rank, mark, reason[:MOST_REASON])
 
     def error(self) -> RendezvousError:
-        """What the other ranks raise."""
+        """The error that the other ranks raise."""
         return RendezvousError(
             f"rank {self.rank} cannot take part: {' '.join(self.reason.split())}",
             hint=f"mend it on rank {self.rank}, then start all ranks again",
@@ -115,12 +115,12 @@ def check_place(rank: int, size: int, address: Address) -> None:
 
 
 def digest(entries: Sequence[bytes]) -> bytes:
-    """Of everything that was read, in order of rank."""
+    """The digest of all entries, in order of rank."""
     return hashlib.sha256(b"\n".join(entries)).hexdigest().encode()
 
 
 def addresses(own: Entry, found: Sequence[bytes]) -> list[str]:
-    """Of all ranks, from their entries. Raises `RendezvousError` when they cannot be one group."""
+    """The addresses of all ranks, from their entries. Raises `RendezvousError` when they cannot be one group."""
     entries = [Entry.decode(data, rank) for rank, data in enumerate(found)]
     if entries[own.rank] != own:
         raise RendezvousError(

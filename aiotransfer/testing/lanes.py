@@ -63,11 +63,11 @@ class SimLane:
         return remote
 
     def write(self, remote: int, to: int, at: int, nbytes: int, imm: int = -1) -> int:
-        """A cookie, or a status."""
+        """Write bytes. Returns a cookie (positive), or a status."""
         return int(native.lib.at_write(self.lane.pointer, remote, to, self.region, at, nbytes, imm))
 
     def write_pages(self, remote: int, to: Sequence[int], at: Sequence[int], page: int, imm: int = -1) -> int:
-        """A cookie, or a status."""
+        """Write pages of `page` bytes. Returns a cookie (positive), or a status."""
         tables = [native.ffi.new("int64_t[]", list(pages)) for pages in (at, to)]
         return int(
             native.lib.at_write_pages(
@@ -83,7 +83,7 @@ class SimLane:
         )
 
     def signal(self, other: SimLane, imm: int) -> int:
-        """A cookie, or a status."""
+        """Send an immediate. Returns a cookie (positive), or a status."""
         return int(native.lib.at_signal(self.lane.pointer, self.peers[other.incarnation], imm))
 
     def cancel(self, cookie: int) -> int:
@@ -133,7 +133,7 @@ class LaneNet:
                     lane.peers[other.incarnation] = int(native.lib.at_sim_connect(lane.lane.pointer, other.incarnation))
 
     def step(self) -> bool:
-        """Deliver one work request and let everybody look."""
+        """Deliver one work request and poll all lanes."""
         moved = bool(native.lib.at_net_step(self.pointer))
         for lane in self.lanes:
             if lane.lane.usable:

@@ -32,7 +32,7 @@ _LIMITS = {  # an array of indices: the array or count that it points into
 
 
 def encode(plan: Plan) -> bytes:
-    """As bytes for `decode`: versioned, compressed, with a checksum."""
+    """Encode as bytes for `decode`: versioned, compressed, with a checksum."""
     layouts = [plan.trainer.encode(), *(layout.encode() for layout in plan.instances.values())]
     arrays = {name: getattr(plan, name) for name in PLAN_ARRAYS}
     arrays |= {f"layout {k}": np.frombuffer(data, np.uint8) for k, data in enumerate(layouts)}

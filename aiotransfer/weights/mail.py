@@ -29,7 +29,7 @@ OVERHEAD = 1024  # of each
 
 
 class Member(Protocol):
-    """A role that gets messages."""
+    """A publisher or subscriber that receives messages."""
 
     def receive(self, peer: Peer, message: Any) -> object:
         """One message. Raises `DescriptorError` when it makes no sense here."""
@@ -75,7 +75,7 @@ class Mail:
 
     @staticmethod
     def of(engine: Engine) -> tuple[Member, ...]:
-        """All roles of this engine."""
+        """All publishers and subscribers of this engine."""
         mail = _mails.get(id(engine))
         return () if mail is None else tuple(mail._members)
 

@@ -42,7 +42,7 @@ class Observer:
         return self._shows.show(version, total, done)
 
     def over(self, record: UpdateRecord, context: Any) -> None:
-        """An update has ended."""
+        """Keep and hand on the record of an update that has ended."""
         self.records.append(record)
         self._host.call("the trace of an update", lambda: trace(record, context))
         if (tell := self._on_record) is not None:
@@ -60,7 +60,7 @@ class Journal:
         self.gathered = self.converted = self.staging_peak = self.instead = 0
 
     def step(self, stage: str) -> None:
-        """A stage has ended."""
+        """Note the time at which a stage has ended."""
         self._steps[stage] = time.time()
 
     def close(self, **known: Any) -> None:

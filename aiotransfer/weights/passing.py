@@ -45,7 +45,7 @@ class Coming(NamedTuple):
 
 
 def comings(plan: Plan) -> list[Coming]:
-    """Of every receiver, by its number."""
+    """What comes to every receiver, by its number."""
     found = [Coming({}, {}, {}) for _ in range(plan.receivers)]
     ranks = plan.trainer.ranks
     calls: dict[tuple[int, int], list[tuple[int, int, int]]] = {}

@@ -1,4 +1,4 @@
-"""A plan as a picture (SVG): who sends how much to whom. Pure; no dependencies."""
+"""A plan as a picture (SVG): how much each rank sends to each other. Pure; no dependencies."""
 
 from __future__ import annotations
 

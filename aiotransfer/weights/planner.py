@@ -69,7 +69,7 @@ def make_plan(
 
 
 def _layout(given: Any) -> Any:
-    """Of a bound one its layout."""
+    """The layout itself, or that of a `Bound`."""
     return given.layout if isinstance(given, Bound) else given
 
 

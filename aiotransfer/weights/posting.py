@@ -93,7 +93,7 @@ class Posting:
         return found
 
     def _staged_edges(self, first: int, last: int) -> list[int]:
-        """Of calls from one source each."""
+        """Where calls begin and end, with one source for each call."""
         buffers, nbytes = self.writes.source_buffer[first:last], self.writes.nbytes[first:last]
         changes = [0, *(np.flatnonzero(np.diff(buffers)) + 1).tolist(), len(buffers)]
         most = min(self._most_writes, MOST_STAGED)
@@ -156,7 +156,7 @@ class Batch:
 
 
 class Prepared(Batch):
-    """One that is checked once."""
+    """A batch that is checked once, as a plan of the engine."""
 
     def __init__(self, engine: Engine, writes: Writes | Route, sources: dict[int, RegionView], rows: Any) -> None:
         super().__init__(engine, writes, sources, rows)
@@ -206,7 +206,7 @@ class Long(Piece):
         super().__init__(engine, writes, sources, rows, self._begin, nbytes)
 
     def before(self) -> Iterator[Batch]:
-        """All pieces but the last."""
+        """All pieces but the last, which is the batch itself."""
         for low in range(0, self._begin, self._most):
             yield Piece(self._engine, self.writes, self._sources, self._rows, low, low + self._most)
 

@@ -28,10 +28,10 @@ class Display(Protocol):
     """Shows one update."""
 
     def show(self, done: int, total: int, seconds: float, *, last: bool) -> None:
-        """So many bytes are there, so long after the first was on its way."""
+        """Show that `done` of `total` bytes are there, `seconds` after the first was on its way. `last`: nothing follows."""
 
     def end(self) -> None:
-        """Leave nothing half shown."""
+        """End the display, also in the middle of an update."""
 
 
 class Shows:
@@ -96,17 +96,17 @@ class Showing:
 
 
 class Call:
-    """A function of the host."""
+    """Shows the progress by a function of the application."""
 
     def __init__(self, function: Callable[[int, int, Version], object], version: Version) -> None:
         self._function, self._version = function, version
 
     def show(self, done: int, total: int, seconds: float, *, last: bool) -> None:
-        """Call it."""
+        """Call the function."""
         self._function(done, total, self._version)
 
     def end(self) -> None:
-        """Nothing is shown here."""
+        """Do nothing: a function has nothing to end."""
 
 
 class Bar:
@@ -135,7 +135,7 @@ class Bar:
             print(f"{self._title}: {text}", file=sys.stderr)
 
     def end(self) -> None:
-        """Take it off the screen."""
+        """Take the bar off the screen."""
         bar, self._bar = self._bar, None
         if bar is not None:
             bar.close()
@@ -194,5 +194,5 @@ class Tqdm:
         self._bar.refresh()
 
     def close(self) -> None:
-        """Its line ends."""
+        """Close the bar: its line ends."""
         self._bar.close()

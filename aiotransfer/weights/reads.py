@@ -98,7 +98,7 @@ def cut(step: Step, most: int) -> Iterator[Step]:
 
 
 def copy(step: Step, source: NDArray[np.uint8] | Stored, target: NDArray[np.uint8]) -> None:
-    """Its rows, within this process."""
+    """Copy the rows of a step within this process."""
     shape = (step.rows, step.nbytes)
     there = np.ndarray(shape, np.uint8, target.data, step.target, (step.target_step, 1))
     if isinstance(source, Stored):

@@ -70,7 +70,7 @@ class UpdateRecord:
 
     @property
     def seconds(self) -> float:
-        """From the beginning to the end."""
+        """Seconds from the beginning to the end."""
         return max(0.0, self.finished - self.began)
 
     @property

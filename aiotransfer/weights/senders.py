@@ -31,13 +31,13 @@ class Moves:
 
     @classmethod
     def join(cls, parts: Sequence[Moves]) -> Moves:
-        """All of them, in order."""
+        """The moves of all parts, in order."""
         if not parts:
             return cls(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int64))
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
 
     def take(self, rows: Ints) -> Moves:
-        """Some of them."""
+        """The moves of these rows."""
         return Moves(self.unit[rows], self.piece[rows], self.scale[rows], self.nbytes[rows])
 
 

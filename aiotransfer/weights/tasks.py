@@ -147,7 +147,7 @@ class Expected:
 
 
 def tasks(plan: Plan, sender: int) -> Tasks:
-    """What trainer rank `sender` does."""
+    """The jobs and moves of trainer rank `sender`."""
     if not 0 <= sender < plan.trainer.ranks:
         raise IndexError(f"the trainers have no rank {sender}")
     first, last = (int(x) for x in np.searchsorted(plan.job_sender, [sender, sender + 1]))

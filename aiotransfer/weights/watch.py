@@ -23,7 +23,7 @@ class Changes:
         self._waiters: dict[asyncio.Future[None], None] = {}
 
     def wake(self) -> None:
-        """Something has changed."""
+        """Have all waiters look again, because a state has changed."""
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)

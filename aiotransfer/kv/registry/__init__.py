@@ -1,4 +1,4 @@
-"""Who is there: prefill and decode ranks that come and go, found through a registry with leases.
+"""Prefill and decode ranks that come and go, found through a registry with leases.
 
     async with kv_registry.Registry(kv_registry.FileBackend("/shared/ranks")) as registry:
         async with registry.join(kv_registry.member_of(prefiller, name="prefill-0")):
@@ -8,8 +8,8 @@
             await fleet.wait_for(1, timeout=30)        # on the other side
             peer = next(iter(fleet.peers.values()))
 
-The registry says who is where; it moves no payload and holds no key. While it is unreachable everybody goes on with whom they
-know. Backends: `MemoryBackend` (one process), `FileBackend` (a directory), `EtcdBackend` (the extra `etcd`).
+The registry says which rank is where; it moves no payload and holds no key. While it is unreachable, ranks go on with those that
+they know. Backends: `MemoryBackend` (one process), `FileBackend` (a directory), `EtcdBackend` (the extra `etcd`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _limit = RateLimit(most=1, seconds=600.0)  # a store that is full stays so for a
 
 
 class Room:
-    """For the entries of one look."""
+    """The room that is left for entries of one look."""
 
     def __init__(self) -> None:
         self.entries = 0

@@ -27,7 +27,7 @@ class Cache:
         self._left_out = 0
 
     def failed(self) -> None:
-        """The registry did not answer."""
+        """Note that the registry did not answer: the members stay as they were."""
         self._failing = self.seen is not None
 
     def take(self, entries: Mapping[str, bytes], now: float) -> list[str]:

@@ -1,4 +1,4 @@
-"""From a rank to its entry, and from an entry to a peer."""
+"""Makes the entry of a rank, and a peer of an entry."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ class FileBackend:
         return _Found(signature, value, sight(None if known is None else known.seen, stamp, now))
 
     def _owner(self) -> int:
-        """Of files that this process writes there."""
+        """The user who owns files that this process writes there."""
         if self._uid is None:
             try:
                 descriptor, name = tempfile.mkstemp(prefix=HALF_WRITTEN, dir=self.directory)

@@ -52,7 +52,7 @@ class Registry(Unpicklable):
         self._memberships: dict[str, Membership] = {}
         self._waiters: dict[asyncio.Future[None], None] = {}
 
-    # ---- who is there ----
+    # ---- members ----
 
     def members(self, role: str | None = None) -> tuple[Member, ...]:
         """The members that are known now, of `role` ("prefill", "decode"; None: of both). The backend is not asked: during an

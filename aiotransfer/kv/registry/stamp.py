@@ -37,7 +37,7 @@ class Stamp(msgspec.Struct, frozen=True):
 
     @classmethod
     def until(cls, ttl: float, now: Clocks) -> Stamp:
-        """Of a lease that begins now."""
+        """The stamp of a lease that begins now and lasts `ttl` seconds."""
         return cls(VERSION, ttl, now.wall + ttl, now.up + ttl, now.boot)
 
 

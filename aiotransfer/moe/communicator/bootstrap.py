@@ -225,7 +225,7 @@ class Bootstrap:
         ranks.next_step = membership.start
 
     def _know(self, membership: Membership) -> None:
-        """From now on views count, also those that came already."""
+        """Begin to take views into account, also those that came already."""
         ranks, answers = self._ranks, self._answers
         ranks.membership = membership
         early, answers.early = answers.early, {}

@@ -96,7 +96,7 @@ class Buffers:
     # ---- what is received ----
 
     def header(self, slot: int, source: int) -> bytes:
-        """The header that lies there."""
+        """The bytes of the header of rank `source` in this slot."""
         begin = self.shape.first(slot, source)
         return bytes(self.here[begin : begin + self.shape.header_bytes])
 

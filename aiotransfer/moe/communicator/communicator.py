@@ -30,7 +30,7 @@ _open: WeakKeyDictionary[Engine, WeakSet[Communicator]] = WeakKeyDictionary()  #
 class Communicator:
     """One rank's part of an all-to-all.
 
-    `ranks`: who they are; `losses`: who is missing; `waiting`: which calls wait for which rank. `group`, `shape` and `name` are
+    `ranks`: all ranks; `losses`: missing ranks; `waiting`: which calls wait for which rank. `group`, `shape` and `name` are
     those of the `AllToAll`; `direct`, `gpu` and `in_place` are explained in `Greetings`.
     """
 

@@ -1,4 +1,4 @@
-"""How a rank finds the others while all meet: it waits to be dialled, dials, and looks who is connected."""
+"""How a rank finds the others while all meet: it waits to be dialled, dials, and looks which ranks are connected."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ class Listener:
         if content.ask:
             self._waiting.say(rank, ask=False)
 
-    # ---- who comes ----
+    # ---- ranks that come ----
 
     def hello(self, rank: int, peer: Peer, hello: messages.Hello) -> None:
         """A rank says where it is. Raises `DescriptorError` for what cannot be."""
@@ -226,7 +226,7 @@ class Listener:
         ranks.membership.hear(rank, view)
         self._losses.follow()
 
-    # ---- who leaves ----
+    # ---- ranks that leave ----
 
     def _left(self, rank: int, leave: messages.Leave) -> None:
         ranks = self._ranks

@@ -184,7 +184,7 @@ class Ranks:
             pass  # waits for that rank end by its loss
 
     def leave(self, who: int, reason: str, of: int = 0) -> messages.Leave:
-        """The message that says so."""
+        """The message that rank `who` (its incarnation `of`; 0: the known one) takes part no more."""
         upto = min(self.steps, default=self.next_step)
         text = messages.words(reason)
         known = self.known[who]
@@ -242,7 +242,7 @@ class Ranks:
             if not change.done():
                 change.set_result(None)
 
-    # ---- who is who ----
+    # ---- ranks and their peers ----
 
     def others(self) -> list[int]:
         """All ranks but this one."""

@@ -62,7 +62,7 @@ class TritonKernels:
         return tensor
 
     def _memory(self, what: str, rows: Rows, *, apart: bool = False) -> tuple[Any, int]:
-        """From its first row on, and how many rows it holds."""
+        """The memory from its first row on, and how many rows it holds."""
         memory = rows.memory
         if not isinstance(memory, torch.Tensor) or memory.dtype is not torch.uint8 or memory.dim() != 1:
             raise TypeError(f"the memory of {what} must be a one-dimensional torch tensor of uint8")

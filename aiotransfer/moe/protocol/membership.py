@@ -1,12 +1,12 @@
-"""Who takes part in which step, agreed on by all ranks that remain. Pure.
+"""Which ranks take part in which step, agreed on by all ranks that remain. Pure.
 
 The places of all rows of a step follow from the headers of all ranks. So it must be the same everywhere whether the header of a
 lost rank counts, which may have reached some and not others, and with which step a rank begins that comes back.
 
     lose, join  ->  owes()  ->  tell() to all of `audience`  ->  hear() from all of them  ->  settled
 
-A rank is known by its number and its *incarnation*. What a rank knows, its *state*, are two sets: who is gone and who is present.
-It only grows: who is gone never returns (another incarnation may), and who was present still is or is gone. Each new state is
+A rank is known by its number and its *incarnation*. What a rank knows, its *state*, are two sets: the gone and the present ranks.
+It only grows: a gone rank never returns (another incarnation may), and a present rank stays present or is gone. Each new state is
 told to all that are present, by a `View` that is made once and never changed. Whom a view calls gone is gone here, too; but who
 joins is present only when it has set up with this rank, which it does with every one. When the views of *all* that are present
 are in, for exactly this state, everything open is decided from them:
@@ -23,7 +23,7 @@ has marked the other as gone, they have parted; see below.)
 3. S < T: p decided in S before it made its view for T, which therefore carries what p decided, and q uses this view. That no two
    views in T carry different decisions is the same claim for their senders, in smaller states.
 4. "Takes no part" is carried by no view, and stands nevertheless: what a rank holds of a gone one is fixed with the first view
-   that names it gone. Who is present in both states held no header then, and so holds none later.
+   that names it gone. A rank present in both states held no header then, and so holds none later.
 5. A rank that used a header before any rank was lost holds it and says so in its view: so it counts. It may leave out a step that
    is over for it, because then all that are present have completed the dispatch of that step, and need no decision.
 
@@ -89,7 +89,7 @@ UNDECIDED: Final = Undecided.UNDECIDED
 
 
 class View(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank tells all others. Who is present stands either in `joining` or in `starts`."""
+    """What a rank tells all others. A present rank stands either in `joining` or in `starts`."""
 
     incarnation: _Number  # its sender's
     gone: Annotated[tuple[tuple[_Rank, _Number], ...], msgspec.Meta(max_length=MOST_GONE)]
@@ -103,7 +103,7 @@ class View(msgspec.Struct, frozen=True, array_like=True):
     """Rank, incarnation, first step: of all present ones whose step is decided."""
 
     def present(self) -> set[Member]:
-        """Who takes part or wants to."""
+        """The ranks that take part or want to."""
         return {*self.joining, *((rank, incarnation) for rank, incarnation, _ in self.starts)}
 
     def impossible(self, ranks: int, most: int, header_bytes: int, slots: int) -> str:
@@ -149,7 +149,7 @@ class Membership:
         self._owes = start is None
         self._limit: int | None = None
         self._views: dict[int, View] = {}  # the last one of each present rank
-        self._agree: set[int] = set()  # whose is for this very state
+        self._agree: set[int] = set()  # ranks whose view is for this very state
         self._fixed: set[Member] = set()  # the gone ones named in a view of this rank
         self._held: dict[tuple[int, int], bytes] = {}  # by step and rank
         self._decided: dict[tuple[int, int], bytes] = {}
@@ -244,7 +244,7 @@ class Membership:
 
     @property
     def full(self) -> bool:
-        """No more ranks are taken in: those that are gone have to be named in every view."""
+        """Whether no more ranks are taken in: ranks that are gone have to be named in every view."""
         return len(self._gone) + len(self._present) >= MOST_GONE
 
     @property
@@ -258,7 +258,7 @@ class Membership:
         return tuple(sorted(self._present.keys() - self._agree - {self.rank})) if not self.settled else ()
 
     def incarnation(self, rank: int) -> int:
-        """Of a present rank, else 0."""
+        """The incarnation of a present rank, else 0."""
         return self._present.get(rank, 0)
 
     def limit(self) -> int | None:
@@ -320,7 +320,7 @@ class Membership:
             self._agree.add(rank)
 
     def _conclude(self) -> None:
-        """Decide, if the views of all are in. Everybody who comes here in this state has the same views before it."""
+        """Decide, if the views of all are in. Every rank that comes here in this state has the same views."""
         if self.settled or self._owes or self.evicted or not self._agree >= self._present.keys():
             return
         views = [self._views[rank] for rank in sorted(self._present)]

@@ -95,7 +95,7 @@ class _Said(msgspec.Struct):
 
 
 def _said(head: bytearray) -> dict[str, _Said]:
-    """Of all tensors. Raises `msgspec.DecodeError`."""
+    """The entries of all tensors in a header, by name. Raises `msgspec.DecodeError`."""
     content = msgspec.json.decode(memoryview(head)[8:], type=dict[str, msgspec.Raw])
     content.pop(TEXTS, None)
     return {name: msgspec.json.decode(text, type=_Said) for name, text in content.items()}

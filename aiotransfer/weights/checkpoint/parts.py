@@ -65,7 +65,7 @@ class OfInstance:
         return self._regions[rank]
 
     def close(self) -> None:
-        """Nothing is read any more."""
+        """Tell the lenders that nothing is read any more."""
         for rank, peer in self._lenders.items():
             self._role.tell(peer, wire.Fetched(self._update, self._role.instance, rank))
 

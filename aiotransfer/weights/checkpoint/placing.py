@@ -50,7 +50,7 @@ class Target:
             raise
 
     def name(self, number: int, of: int) -> str:
-        """Of a file of the save."""
+        """The name of file `number` of the `of` files of the save."""
         return os.path.basename(self.path) if self.is_file else f"model-{self._token}-{number:05d}-of-{of:05d}{SUFFIX}"
 
     def add(self, name: str) -> int:

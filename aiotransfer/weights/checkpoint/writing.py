@@ -36,7 +36,7 @@ class Runs(NamedTuple):
     source: Ints
 
     def of_file(self, number: int) -> Runs:
-        """Those of one file."""
+        """The runs of one file."""
         first, last = np.searchsorted(self.file, [number, number + 1]).tolist()
         return Runs(*(values[first:last] for values in self))
 

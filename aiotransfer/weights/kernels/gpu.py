@@ -163,5 +163,5 @@ def _bytes(corner: tuple[int, ...], strides: list[int]) -> int:
 
 
 def _elements(strides: list[int], of: Numbers) -> tuple[int, int]:
-    """From matrix to matrix and from row to row."""
+    """The strides from matrix to matrix and from row to row, in elements."""
     return strides[-3] // of.itemsize, strides[-2] // of.itemsize

@@ -55,11 +55,11 @@ class Chair:
 
     @property
     def over(self) -> bool:
-        """Whether it is decided."""
+        """Whether the change is decided: opened or released."""
         return self.state in ("open", "released")
 
     def missing(self) -> list[int]:
-        """Ranks that are not whole."""
+        """Ranks that do not have all bytes yet."""
         return [rank for rank, member in enumerate(self.members) if not member.whole]
 
     def whole(self, rank: int) -> list[tuple[int, Say]]:
@@ -130,7 +130,7 @@ class Seat:
         return self.state in ("held", "sure", "doubt")
 
     def whole(self) -> None:
-        """All bytes are here."""
+        """Note that all bytes are here."""
         if self.state == "coming":
             self.state = "whole"
 

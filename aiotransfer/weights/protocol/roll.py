@@ -34,7 +34,7 @@ class Roll:
         return self._entries.get((instance, rank))
 
     def remove(self, instance: str, rank: int, life: int) -> None:
-        """It has left; not if another has its place by now."""
+        """Remove a subscriber that has left, unless another has its place by now."""
         entry = self._entries.get((instance, rank))
         if entry is not None and entry.life == life:
             del self._entries[instance, rank]
@@ -45,7 +45,7 @@ class Roll:
 
     @property
     def entries(self) -> list[Entry]:
-        """All, by instance and rank."""
+        """All entries, ordered by instance and rank."""
         return [self._entries[key] for key in sorted(self._entries)]
 
     def instances(self) -> dict[str, list[Entry]]:
@@ -60,7 +60,7 @@ class Roll:
         return {name: entries for name, entries in self.instances().items() if not gaps(entries)}
 
     def epoch(self) -> int:
-        """Of trainers that start."""
+        """The epoch for trainers that start now."""
         return next_epoch(entry.epoch for entry in self._entries.values())
 
 

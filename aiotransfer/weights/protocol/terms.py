@@ -44,7 +44,7 @@ Descriptors: TypeAlias = Annotated[
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
-    """What all messages are."""
+    """Base of all messages."""
 
 
 class Part(Message, frozen=True, tag=9):

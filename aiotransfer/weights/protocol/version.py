@@ -78,7 +78,7 @@ class Claims:
         self.life = life or self.life
 
     def took(self, version: Version, life: int) -> None:
-        """It is whole here."""
+        """Note that this version is whole here; `life`: of its trainers."""
         if version > self.highest:
             if version.epoch > self.highest.epoch:
                 self.life = life

@@ -164,14 +164,14 @@ class Enter(Base, frozen=True, tag=10):
 
 
 class Withdraw(Base, frozen=True, tag=11):
-    """It has left `publish` before it began."""
+    """A publisher rank has left `publish` before the update began."""
 
     rank: Rank
     attempt: Count
 
 
 class Begin(Base, frozen=True, tag=12):
-    """The update begins: everyone plans for these subscribers."""
+    """The update begins: all publisher ranks plan for these subscribers."""
 
     attempt: Count  # the receiver's
     update: Life
@@ -205,7 +205,7 @@ class Sent(Base, frozen=True, tag=15):
 
 
 class Outcome(Base, frozen=True, tag=16):
-    """Who has the version in the end."""
+    """Which instances have the version in the end, and why others lack it."""
 
     update: Life
     committed: Annotated[list[Word], msgspec.Meta(max_length=MOST_ENTRIES)]
@@ -274,7 +274,7 @@ class Offer(Base, frozen=True, tag=20):
 
 
 class Accept(Base, frozen=True, tag=21):
-    """It can come."""
+    """A subscriber rank accepts the offer: the version can come."""
 
     update: Life
     instance: Word
@@ -385,7 +385,7 @@ class Sure(Base, frozen=True, tag=38):
 
 
 class Doubt(Base, frozen=True, tag=33):
-    """Rank 0 is lost: did you open this version? `rank`: who is asked; `number`: of the question."""
+    """Rank 0 is lost: did you open this version? `rank`: that is asked; `number`: of the question."""
 
     update: Life
     instance: Word
@@ -394,7 +394,7 @@ class Doubt(Base, frozen=True, tag=33):
 
 
 class Answer(Base, frozen=True, tag=34):
-    """To `Doubt`."""
+    """The answer to `Doubt`."""
 
     update: Life
     number: Count
@@ -463,7 +463,7 @@ def clip(text: str, most: int = MOST_TEXT) -> str:
 
 
 def encode(message: Message) -> bytes:
-    """For `Peer.send`."""
+    """The bytes of a message, for `Peer.send`."""
     return MARK + _encoder.encode(message)
 
 
@@ -485,5 +485,5 @@ def decode(data: bytes) -> Message:
 
 
 def version_of(message: Any) -> Version:
-    """Of a message or entry that has one."""
+    """The version that a message or entry names."""
     return Version(message.epoch, message.number)

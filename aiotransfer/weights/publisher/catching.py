@@ -31,7 +31,7 @@ class Catching:
 
     @property
     def under_way(self) -> tuple[CatchUp, ...]:
-        """Those that have not ended."""
+        """The catch-ups that have not ended."""
         return tuple(self._by_instance.values())
 
     def look(self) -> None:
@@ -51,12 +51,12 @@ class Catching:
             self._by_instance[name] = CatchUp(role, entries, source, tries)
 
     def over(self, name: str, tries: int) -> None:
-        """One has ended."""
+        """Forget a catch-up that has ended, and look again later."""
         self._by_instance.pop(name, None)
         asyncio.get_running_loop().call_later(AGAIN_SECONDS * 2**tries, self.look)
 
     def close(self) -> None:
-        """The publisher is closed."""
+        """Cancel all catch-ups, because the publisher is closed."""
         for one in self.under_way:
             one.task.cancel()
 
@@ -119,7 +119,7 @@ class CatchUp:
         self._changes.wake()
 
     def answer(self, peer: Peer, message: wire.Accept | wire.Decline | wire.Done) -> None:
-        """Of a subscriber rank."""
+        """Handle an answer of a subscriber rank."""
         if message.instance != self._entries[0].instance or message.rank >= len(self._peers):
             return
         if self._peers[message.rank] is peer:

@@ -282,7 +282,7 @@ class Conduct:
             self.role.tell(target.peer, self._word(Given("failed", why)))
 
     def heard(self) -> None:
-        """A subscriber has announced itself."""
+        """Look again, because a subscriber has announced itself."""
         self._changes.wake()
 
     def gone(self, who: wire.Entry | wire.Leave, why: str) -> None:
@@ -292,7 +292,7 @@ class Conduct:
             self.done(target, why)
 
     def answer(self, peer: Peer, message: wire.Accept | wire.Decline | wire.Done) -> None:
-        """Of a subscriber rank."""
+        """Handle an answer of a subscriber rank."""
         target = self.targets.get((message.instance, message.rank))
         if target is None or target.peer is not peer:
             return
@@ -348,7 +348,7 @@ class Conduct:
         self._changes.wake()
 
     def give(self, kind: str, text: str, current: Version = NONE, problems: tuple[str, ...] = ()) -> None:
-        """Give the version up."""
+        """Give the version up, for the reason that is named first."""
         self._given = self._given or Given(kind, text, current, problems)
         self._changes.wake()
 

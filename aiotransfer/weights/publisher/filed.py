@@ -58,7 +58,7 @@ class FileSources:
             raise Moved(f"{changed[0]} was changed after it was opened", hint=hint)
 
     async def note_sums(self) -> None:
-        """Remember what the bytes are."""
+        """Remember the checksums of the bytes."""
         self._sums = await aside(self._engine, self._hash)
 
     async def check_sums(self) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Leader:
-    """Of one publisher group, for one update after another."""
+    """Rank 0 of a publisher group: it conducts one update after another."""
 
     def __init__(self, role: Publisher) -> None:
         self.role = role
@@ -63,7 +63,7 @@ class Leader:
             self.conduct.give("failed", f"publisher rank {rank} left before it heard that the version had begun")
 
     def send(self, peer: Peer | None, message: Any) -> None:
-        """To a publisher rank; None: this one."""
+        """Send a message to a publisher rank; None: to this one."""
         if peer is None:
             asyncio.get_running_loop().call_soon(self.role.from_leader, None, message)
         elif peer.state in ("up", "busy"):

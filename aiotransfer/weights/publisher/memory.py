@@ -78,7 +78,7 @@ class Sources:
         self._check_changed(self._bound.changed(self._versions))
 
     async def note_sums(self) -> None:
-        """Remember what the bytes are."""
+        """Remember the checksums of the bytes."""
         self._sums = await aside(self._engine, self._hash)
 
     async def check_sums(self) -> None:

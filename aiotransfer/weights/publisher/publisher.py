@@ -113,13 +113,13 @@ class Publisher(Unpicklable):
         self.roll = Roll()
         self.life = self.random()
         self._called: dict[Peer, None] = {}
-        self._peers: dict[tuple[str, int], Peer] = {}  # who has announced which subscriber rank
+        self._peers: dict[tuple[str, int], Peer] = {}  # the peer that has announced each subscriber rank
         self._losses: dict[Peer, asyncio.Task[None]] = {}
         self.gone: dict[tuple[str, int], tuple[int, str]] = {}  # lives of subscriber ranks that were known, and how they ended
         self.mappings = Mappings()
         self._layouts: dict[bytes, Layout] = {}
         self._pieces: dict[bytes, tuple[Peer, Pieces]] = {}
-        self._routing: set[tuple[Peer, bytes]] = set()  # who is being told which route
+        self._routing: set[tuple[Peer, bytes]] = set()  # peers and the routes that they are being told
         self._changes = Changes()
         self._attempts = 0
         self._current: Update | None = None
@@ -167,7 +167,7 @@ class Publisher(Unpicklable):
         return self._attempts
 
     def end(self, update: Update) -> None:
-        """It is over."""
+        """Forget an update that is over."""
         if self._current is update:
             self._current = None
         self.watch.close()
@@ -222,7 +222,7 @@ class Publisher(Unpicklable):
     # ---- peers ----
 
     def tell(self, peer: Peer, message: wire.Message) -> None:
-        """Send it soon."""
+        """Queue the message for `peer`, which gets it soon."""
         self.mail.tell(peer, message, TELL_SECONDS)
 
     def call_new(self) -> None:

@@ -170,7 +170,7 @@ class Sending:
             await bind(self._role.engine, source, list(regions.values()), self._seconds)
 
     def hear(self, message: wire.Drop | relays.Instead | relays.Settle) -> None:
-        """Of publisher rank 0."""
+        """Handle a message of publisher rank 0."""
         if isinstance(message, wire.Drop):
             self._drop(message)
         elif self.standing is not None:
@@ -288,7 +288,7 @@ class Sending:
         return posted
 
     async def _post(self, batch: Batch, receiver: Receiver, regions: dict[int, RemoteRegion], imm: int | None) -> Posted | None:
-        """None when it cannot be."""
+        """Post a batch; None when it cannot be posted."""
         await self._room(batch.nbytes, batch.count)
         if receiver.failed:
             return None

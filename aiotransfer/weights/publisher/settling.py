@@ -18,7 +18,7 @@ LATE = "its bytes had not all come when the other instances had to change"
 
 
 class Settling:
-    """Of one `Conduct`."""
+    """How one `Conduct` settles an update that goes by relays."""
 
     def __init__(self, conduct: Conduct) -> None:
         self._conduct = conduct
@@ -28,7 +28,7 @@ class Settling:
     # ---- what offers say ----
 
     def passing(self, work: Work, instance: str, rank: int) -> relays.Passing | None:
-        """Of the offer to a subscriber rank; None where the publishers write to all instances."""
+        """The relay part of the offer to a subscriber rank; None where the publishers write to all instances."""
         if not work.relays:
             return None
         plan, offered, rate = work.plan, work.offered(), self._conduct.role.rate_limit
@@ -57,7 +57,7 @@ class Settling:
     # ---- until all bytes have come ----
 
     def hear(self, peer: Peer, message: relays.Short | relays.Gathered) -> None:
-        """Of a subscriber rank."""
+        """Handle a message of a subscriber rank."""
         conduct = self._conduct
         rank = message.rank if isinstance(message, relays.Short) else 0
         target = conduct.targets.get((message.instance, rank))

@@ -62,7 +62,7 @@ class Standing:
     # ---- in whose place ----
 
     def hear(self, message: relays.Instead | relays.Settle) -> None:
-        """Of publisher rank 0."""
+        """Handle a message of publisher rank 0."""
         if isinstance(message, relays.Settle):
             self._settled = True
             self._changes.wake()
@@ -122,7 +122,7 @@ class Standing:
         raise DescriptorError("a subscriber grants what was not asked for")
 
     def lost(self, peer: Peer, error: TransferError) -> None:
-        """A subscriber rank is gone."""
+        """End the waits for a subscriber rank that was lost."""
         for (number, _), waiting in self._asking.items():
             if self._sending.receivers[number].peer is peer and not waiting.done():
                 waiting.set_exception(error)

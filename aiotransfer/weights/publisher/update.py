@@ -257,10 +257,10 @@ class Update(Unpicklable):
     # ---- what is heard ----
 
     def hear(self, message: Any) -> None:
-        """Of rank 0."""
+        """Handle a message of rank 0."""
         match message:
             case wire.Begin(attempt=self._attempt):
-                self._begun, self.update = message, message.update  # at once: who is cancelled now gives this update up
+                self._begun, self.update = message, message.update  # at once: a rank that is cancelled now gives this update up
             case wire.Go(update=self.update):
                 self._go = message
             case wire.Drop() | relays.Instead() | relays.Settle() if message.update == self.update:

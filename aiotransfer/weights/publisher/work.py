@@ -136,7 +136,7 @@ class Offered:
 
 
 class Works:
-    """Of one publisher."""
+    """The works of one publisher, kept for each set of subscribers."""
 
     def __init__(
         self, role: Publisher, rules: Rules, staging_bytes: int, names: tuple[str, ...] | None, fanout: str

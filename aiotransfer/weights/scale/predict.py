@@ -147,7 +147,7 @@ def plan_way(model: Model, placement: Placement, load: Loads, nic_gbit: float) -
 
 
 def total(rows: list[Row]) -> float:
-    """Seconds of all."""
+    """Seconds of the row "total", the last one."""
     return rows[-1].ms / 1e3
 
 

@@ -39,7 +39,7 @@ class Report:
     def of(
         cls, model: Model, placement: Placement, nic_gbit: float, plan: Plan, seconds: tuple[float, float], peak_bytes: int
     ) -> Report:
-        """Count, and predict."""
+        """The report of a plan: its counts, and the predicted times."""
         balance = plan.balance()
         load, writes = predict.loads(plan, balance)
         return cls(
@@ -213,7 +213,7 @@ def error(value: float | None, figure: float | None) -> float | None:
 
 
 def percent(value: float | None, figure: float | None) -> str:
-    """The same for people."""
+    """The error as a text in per cent; "" where it is not known."""
     wrong = error(value, figure)
     return "" if wrong is None else f"{100 * wrong:+.0f} %"
 

@@ -27,7 +27,7 @@ class Fences:
                 await self._call("pause", self._hooks[0])
 
     async def resume(self) -> None:
-        """The second one."""
+        """Call the second hook, if the first one was called."""
         async with self._one_at_a_time:
             if self.is_paused:
                 self.is_paused = False

@@ -176,12 +176,12 @@ class Filling:
         return counter
 
     def counted(self, counter: Counter) -> None:
-        """All of them have come."""
+        """Note that all writes of this counter have come."""
         self._arrived += self._counters[counter]
         self._counters[counter] = 0
 
     def close_counter(self, counter: Counter, *, proved: bool) -> None:
-        """Before that. `proved`: nothing can arrive for it any more."""
+        """Close the counter before that. `proved`: nothing can arrive for it any more."""
         del self._counters[counter]
         self._role.close_counter(counter, again=proved)
 
@@ -192,16 +192,16 @@ class Filling:
         return task
 
     def failed(self, error: Exception) -> None:
-        """The version cannot come."""
+        """Note the error by which the version cannot come, the first one."""
         self._error = self._error or error
         self._changes.wake()
 
     def wake(self) -> None:
-        """Something has come."""
+        """Look again, because bytes or a message have come."""
         self._changes.wake()
 
     def let(self, peer: Peer, regions: list[bytes], imms: list[int], text: str) -> None:
-        """Answer a relay."""
+        """Answer a relay that asked for a grant."""
         number = 0 if self._offer.passing is None else self._offer.passing.number
         self._role.tell(peer, relays.Let(self._offer.update, number, regions, imms, wire.clip(text)))
 

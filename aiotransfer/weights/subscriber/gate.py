@@ -65,7 +65,7 @@ class Gate:
                 waiter.set_result(self._value())
 
     def fail(self, error: Exception) -> None:
-        """End every wait."""
+        """End every wait with this error."""
         waiters, self._waiters = self._waiters, deque()
         for waiter, _ in waiters:
             if not waiter.done():

@@ -30,7 +30,7 @@ class Lending:
         self._lends: dict[tuple[Peer, int], tuple[Regions, list[Lease]]] = {}
 
     def fetch(self, peer: Peer, message: wire.Fetch) -> None:
-        """A peer asks."""
+        """Handle the request of a peer for the version that is here."""
         role, version = self._role, wire.version_of(message)
         self._lends = {key: lend for key, lend in self._lends.items() if key[0].state in ("up", "busy")}
         why = ""

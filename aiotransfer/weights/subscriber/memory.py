@@ -90,7 +90,7 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        """Of one set."""
+        """Bytes of one set of buffers."""
         return sum(self.sizes.values())
 
     def nbytes_of(self, names: Sequence[str]) -> int:

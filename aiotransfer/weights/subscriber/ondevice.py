@@ -202,7 +202,7 @@ class OnDevice(Memory):
                 _fill(memory, buffer, runs)
 
     def _copy(self, here: Buffers, there: Buffers) -> None:
-        """From one set of buffers to another."""
+        """Copy one set of buffers to another."""
         for name, runs in self._runs.items():
             if isinstance(there[name], DeviceBuffer):
                 there[name].take(here[name], runs)

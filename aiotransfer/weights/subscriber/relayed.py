@@ -53,7 +53,7 @@ class Relayed:
     # ---- patience ----
 
     def begin(self) -> None:
-        """The offer was accepted."""
+        """Start the timer for bytes of relays: the offer was accepted."""
         if self._left:
             seconds = self._offer.seconds * PATIENCE_SHARE
             self._timers.append(asyncio.get_running_loop().call_later(seconds, self._short))

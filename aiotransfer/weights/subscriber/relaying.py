@@ -151,7 +151,7 @@ class Relaying:
         return dict(enumerate(regions)), dict(zip(feeders, let.imms, strict=True))
 
     def lost(self, peer: Peer, error: TransferError) -> None:
-        """A receiver is gone."""
+        """End the waits for a receiver that was lost."""
         for number, waiting in self._lets.items():
             if self._peers.get(number) is peer and not waiting.done():
                 waiting.set_exception(error)

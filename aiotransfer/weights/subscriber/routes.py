@@ -58,7 +58,7 @@ class Routes:
             role.tell(peer, relays.Let(message.update, message.to, [], [], "the version is over here"))
 
     def _piece(self, peer: Peer, piece: wire.Piece) -> None:
-        """A part of one."""
+        """Handle a piece of a route."""
         holder, pieces, came = self._coming.get(piece.digest, (None, None, None))
         if holder is not peer or pieces is None or came is None or came.done():
             return

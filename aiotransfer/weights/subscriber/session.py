@@ -349,7 +349,7 @@ class Session:
     # ---- losses and doubt ----
 
     def lost(self, peer: Peer, error: TransferError) -> None:
-        """A peer is gone."""
+        """Handle the loss of a peer."""
         self.relaying.lost(peer, error)
         if self.chair is not None:
             if peer is self.leader and not self.chair.allowed:
@@ -400,7 +400,7 @@ class Session:
             future.set_result(message.answer)
 
     def asked(self) -> str:
-        """Another rank is in doubt."""
+        """Answer another rank that is in doubt whether the version was opened."""
         if self.chair is not None:
             self._say(self.chair.release())
             return "open" if self.chair.state == "open" else "not"

@@ -18,7 +18,7 @@ MOST_NAMED = 8
 
 
 class Stopped:
-    """Those of one subscriber, until their leases are over."""
+    """The stopped writers of one subscriber, until their leases are over."""
 
     def __init__(self, memory: Memory, *, in_place: bool) -> None:
         self._memory, self._in_place = memory, in_place

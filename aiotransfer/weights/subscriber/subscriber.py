@@ -111,7 +111,7 @@ class Subscriber(Unpicklable):
         self._beginning: dict[int, Peer] = {}  # updates that were offered, until they have a session
         self._past: dict[int, tuple[str, str]] = {}  # "open" or "not", and why not
         self._early: list[tuple[Peer, wire.Whole]] = []
-        self._told: dict[Peer, None] = {}  # who was announced to
+        self._told: dict[Peer, None] = {}  # peers that this subscriber was announced to
         self._refused: TransferError | None = None
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
@@ -207,7 +207,7 @@ class Subscriber(Unpicklable):
     # ---- what a session does with the role ----
 
     def tell(self, peer: Peer, message: wire.Message) -> None:
-        """Send it soon."""
+        """Queue the message for `peer`, which gets it soon."""
         self.mail.tell(peer, message, TELL_SECONDS)
 
     def open_counter(self) -> Counter:
@@ -221,7 +221,7 @@ class Subscriber(Unpicklable):
         counter.close()
 
     def unset(self) -> None:
-        """From here on the memory of readers is written."""
+        """Take the version from readers: their memory is written from now on."""
         self._before, self._version = self._version or self._before, None
         self._changes.wake()
 
@@ -263,7 +263,7 @@ class Subscriber(Unpicklable):
         await aside(self.engine, check, self.layout, self.rank, self.memory.written(), list(offer.names), sum(sums.values()))
 
     def over(self, session: Session, opened: bool, why: str) -> None:
-        """A session has ended."""
+        """Keep how a session has ended, and forget the session."""
         update = session.offer.update
         self._sessions.pop(update, None)
         self._past[update] = "open" if opened else "not", why
