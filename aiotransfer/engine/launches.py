@@ -109,3 +109,14 @@ class Launches:
             event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
             event.record()
         await passed(event, timeout)
+
+    def finish(self) -> None:
+        """Return when everything launched so far is done; the calling thread waits, as long as it takes."""
+        if self.host:
+            return
+        import torch
+
+        with self.here():
+            event: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call, unused-ignore]
+            event.record()
+        event.synchronize()

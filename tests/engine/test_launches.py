@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine.launches import LONGEST_SLEEP, TURNS, passed
+from aiotransfer.engine.launches import LONGEST_SLEEP, TURNS, Launches, passed
 
 pytestmark = pytest.mark.asyncio
 
@@ -80,3 +82,18 @@ async def test_an_error_of_the_gpu_goes_to_whoever_waits() -> None:
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
         await passed(Broken(), 5)
+
+
+async def test_a_thread_waits_for_an_event_of_the_stream_that_kernels_are_launched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    done: list[str] = []
+    event = SimpleNamespace(record=lambda: done.append("record"), synchronize=lambda: done.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(done.append(stream)))
+    launches = Launches("cpu", "a stream", interpreted=True)
+    launches.finish()
+    assert not done, "nothing is under way on the host"
+    launches.host = False
+    launches.finish()
+    assert done == ["a stream", "record", "synchronize"]

@@ -10,6 +10,28 @@ GUARDS = (
         "        await role.sources.finished()\n", "", "tests/weights/test_devices.py",
     ),
     Mutant(
+        "weights: what the GPU converts is waited for", "aiotransfer/weights/publisher/on_gpu.py",
+        "            gpu.kernels.finish()\n", "", "tests/weights/test_on_gpu.py",
+    ),
+    Mutant(
+        "weights: memory of a GPU is part of the staging memory", "aiotransfer/weights/publisher/work.py",
+        "        return max(lent - self.on_gpu_bytes, 1)\n", "        return max(lent, 1)\n", "tests/weights/test_on_gpu.py",
+    ),
+    Mutant(
+        "weights: a slab takes no more memory of the GPU than there is", "aiotransfer/weights/publisher/on_gpu.py",
+        "        if self.nbytes(shape) <= most:\n", "        if self.nbytes(shape) <= 2 * most:\n",
+        "tests/weights/test_on_gpu.py",
+    ),
+    Mutant(
+        "weights: memory of a GPU is given back when an update has ended", "aiotransfer/weights/publisher/making.py",
+        "        self._role.sources.on_gpu.release()\n", "", "tests/weights/test_on_gpu.py",
+    ),
+    Mutant(
+        "weights: a GPU whose kernels failed is not asked again", "aiotransfer/weights/publisher/on_gpu.py",
+        "            self._gpus[source.ordinal] = None\n            self._say(source.device, error)\n            return False\n",
+        "            raise\n", "tests/weights/test_on_gpu.py",
+    ),
+    Mutant(
         "weights: kernels that read a GPU's weights are waited for", "aiotransfer/weights/subscriber/ondevice.py",
         "        await self._devices.finished()\n", "", "tests/weights/test_devices.py",
     ),

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from aiotransfer.providers.convert import BLOCK, NotFiniteError, cast, cast_parts, quantise, quantise_parts
 from aiotransfer.providers.numbers import Numbers, numbers
-from aiotransfer.weights.kernels.base import Kernels, kernels_for
+from aiotransfer.weights.kernels.base import MOST_IN_BLOCK, Kernels, kernels_for
 
 __all__ = [
     "BLOCK",
+    "MOST_IN_BLOCK",
     "Kernels",
     "NotFiniteError",
     "Numbers",

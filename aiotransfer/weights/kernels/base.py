@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from aiotransfer.engine.launches import kernels_of
 
+MOST_IN_BLOCK = 1 << 16  # elements, with the sides rounded up to powers of two, on a GPU
+
 
 class Kernels(Protocol):
     """What can be done to weights on one device. Calls may return before it is done: `settle` tells."""
@@ -27,6 +29,9 @@ class Kernels(Protocol):
         """Return when everything launched so far is done. Raises `NotFiniteError` for the first of these calls that met a NaN or
         an infinity, and `TransferTimeout` after so many seconds; what was launched goes on then, and so it does when the wait is
         cancelled: its memory is not free before another `settle` has returned."""
+
+    def finish(self) -> None:
+        """As `settle`, and the calling thread waits, as long as it takes. Raises `NotFiniteError`."""
 
 
 def kernels_for(device: Any, stream: Any = None) -> Kernels:

@@ -27,3 +27,6 @@ class CpuKernels:
 
     async def settle(self, timeout: float | None = None) -> None:
         """Return at once: calls of this kernel have ended when they return."""
+
+    def finish(self) -> None:
+        """Return at once: calls of this kernel have ended when they return."""

@@ -19,10 +19,10 @@ import triton
 from aiotransfer.engine.launches import Launches
 from aiotransfer.providers.convert import BLOCK, FLOAT8, SOURCES, Blocks, NotFiniteError, fitting, inner
 from aiotransfer.providers.numbers import Numbers, check_apart, checked, in_rows, merged
+from aiotransfer.weights.kernels.base import MOST_IN_BLOCK
 from aiotransfer.weights.kernels.gpu_programs import INTERPRETED, cast_kernel, quantise_kernel
 
 COLUMNS = 1024  # of a cast, for one program: each of 128 threads converts eight
-MOST_IN_BLOCK = 1 << 16  # elements, with the sides rounded up to powers of two
 FAR = torch.iinfo(torch.int64).max  # no place
 # How memory of each type is handed to a program: as source and as result. Some are integers there, see `gpu_programs`.
 TYPES = {
@@ -137,7 +137,17 @@ class TritonKernels:
         except BaseException:
             self._launched = [*launched, *self._launched]
             raise
-        for one, place in zip(launched, [] if places is None else places.tolist(), strict=True):
+        self._report(launched, [] if places is None else places.tolist())
+
+    def finish(self) -> None:
+        """As `settle`, and the calling thread waits; see `Kernels.finish`."""
+        self._launches.finish()
+        launched, self._launched = self._launched, []
+        with self._launches.here():
+            self._report(launched, [int(one.first) for one in launched])
+
+    def _report(self, launched: list[Launched], places: list[int]) -> None:
+        for one, place in zip(launched, places, strict=True):
             if place != FAR:
                 raise self._not_finite(one, place)
 

@@ -129,7 +129,7 @@ class Borrowing:
         leases, work = self._lent.setdefault(peer, []), current.work
         theirs = await aside(role.engine, work.plan.tasks, message.rank)
         rows, places, total = theirs.lent(role.rank)
-        needed = sum(region.nbytes for region in self._copies) + total + work.staging_bytes
+        needed = sum(region.nbytes for region in self._copies) + total + work.staging_bytes + role.works.on_gpu_bytes
         if needed > role.works.staging_bytes:
             raise RegistrationError(f"what it lends does not fit beside its staging memory: staging_bytes must be {needed}")
         memory = role.engine.allocate(total)

@@ -11,6 +11,7 @@ from aiotransfer.engine.views import memory_of
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.binding import Moved
 from aiotransfer.weights.devices import Devices
+from aiotransfer.weights.publisher.on_gpu import Box, OnGpu
 from aiotransfer.weights.stored import SLAB
 
 if TYPE_CHECKING:
@@ -30,12 +31,16 @@ class FileSources:
         names = {int(b): layout.buffer_names[b] for b in np.flatnonzero(layout.buffer_rank == bound.rank)}
         self._files = {number: bound.memory[name] for number, name in names.items()}
         self.regions: dict[int, Region] = {}
-        self.devices = Devices(engine, ())
+        self.devices, self.on_gpu = Devices(engine, ()), OnGpu()
         self._sums: dict[int, bytes] = {}
 
     def bring(self, there: Any, buffer: int, offset: int, strides: Any) -> None:
         """The box at `offset` of a buffer, with byte `strides`, into the array `there`. Raises `BrokenError`."""
         self._files[buffer].bring(there, offset, strides)
+
+    def convert(self, buffer: int, box: Box, host: Any, most: int) -> bool:
+        """Return False: nothing of a file is on a GPU, so the host converts it."""
+        return False
 
     def bytes_of(self, region: RegionView) -> Any:
         """The bytes of a region in host memory."""

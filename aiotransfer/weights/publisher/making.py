@@ -13,6 +13,8 @@ from aiotransfer.weights.aside import steady
 from aiotransfer.weights.checksum import sum_runs
 from aiotransfer.weights.convert import convert, place
 from aiotransfer.weights.kernels import NotFiniteError
+from aiotransfer.weights.links import COPY
+from aiotransfer.weights.publisher.on_gpu import Box
 from aiotransfer.weights.tasks import Writes, strides_of
 
 if TYPE_CHECKING:
@@ -58,6 +60,11 @@ class Making:
         assert self.region is not None
         staging, journal = memory_of(self.region), self._journal
         began = time.perf_counter()
+        converted = [job for job in jobs.tolist() if self._convert_on_gpu(job)]
+        self._journal.staging_peak = max(self._journal.staging_peak, self._work.staging_bytes + role.sources.on_gpu.held)
+        jobs = jobs[~np.isin(jobs, converted)]
+        inputs = inputs[~np.isin(tasks.input_job[inputs], converted)]
+        on_gpu = time.perf_counter() - began
         for row in inputs[(tasks.input_rank[inputs] == role.rank) & (tasks.input_to[inputs] >= 0)].tolist():
             extent = tasks.input_stop[row] - tasks.input_start[row]
             item = self._source_item(int(tasks.input_job[row]))
@@ -65,7 +72,7 @@ class Making:
             there = place(staging, item, int(tasks.input_to[row]), extent, tasks.input_to_strides[row])
             role.sources.bring(there, int(tasks.input_buffer[row]), int(tasks.input_offset[row]), tasks.input_strides[row])
         copied = time.perf_counter()
-        journal.gather += copied - began
+        journal.gather += copied - began - on_gpu
         first = np.searchsorted(tasks.input_job, jobs)
         for job, row in zip(jobs.tolist(), first.tolist(), strict=True):
             if tasks.out_offset[job] < 0:
@@ -91,11 +98,42 @@ class Making:
                     len(plan.shapes[tensor]),
                 )  # fmt: skip
             except NotFiniteError as error:
-                at = tuple(int(a) + b for a, b in zip(tasks.start[job], error.position, strict=False))
-                raise TransferError(
-                    f"{plan.names[tensor]}: {error.value} at {at}: only finite numbers can be quantised"
-                ) from None
-        journal.convert += time.perf_counter() - copied
+                raise self._not_finite(job, error) from None
+        journal.convert += time.perf_counter() - copied + on_gpu
+
+    def _convert_on_gpu(self, job: int) -> bool:
+        """Whether a job was cast or quantised on the GPU where its only input lies."""
+        tasks, plan, role = self._work.tasks, self._work.plan, self._role
+        first, end = np.searchsorted(tasks.input_job, [job, job + 1]).tolist()
+        most = role.works.on_gpu_bytes
+        if not most or tasks.kind[job] == COPY or tasks.out_offset[job] < 0 or end - first != 1:
+            return False
+        if tasks.input_rank[first] != role.rank:
+            return False
+        assert self.region is not None
+        tensor = int(tasks.tensor[job])
+        dims = len(plan.shapes[tensor])
+        shape = tuple(map(int, (tasks.stop[job] - tasks.start[job])[:dims]))
+        box = Box(
+            int(tasks.kind[job]), self._source_dtype(job), plan.dtypes[tensor], shape, int(tasks.input_offset[first]),
+            tuple(map(int, tasks.input_strides[first][:dims])), tuple(map(int, plan.block_table[tensor][:dims])),
+            int(tasks.out_offset[job]), int(tasks.scale_offset[job]),
+        )  # fmt: skip
+        wrong = None
+        try:
+            done = role.sources.convert(int(tasks.input_buffer[first]), box, memory_of(self.region), most)
+        except NotFiniteError as error:
+            wrong = self._not_finite(job, error)
+        if wrong is not None:
+            raise wrong  # not above: it would hold the error that was met, and so memory of the GPU
+        if done:
+            self._journal.converted += self._input_bytes(first)
+        return done
+
+    def _not_finite(self, job: int, error: NotFiniteError) -> TransferError:
+        at = tuple(int(a) + b for a, b in zip(self._work.tasks.start[job], error.position, strict=False))
+        name = self._work.plan.names[int(self._work.tasks.tensor[job])]
+        return TransferError(f"{name}: {error.value} at {at}: only finite numbers can be quantised")
 
     def _source_tensor(self, job: int) -> int:
         plan = self._work.plan
@@ -124,5 +162,6 @@ class Making:
         )
 
     def close(self) -> None:
-        """The staging memory stays with the publisher, for the next version."""
+        """The staging memory stays with the publisher, for the next version; memory of a GPU does not."""
         self.region = None
+        self._role.sources.on_gpu.release()

@@ -12,6 +12,7 @@ from aiotransfer.weights.aside import aside
 from aiotransfer.weights.binding import Moved, check_places, register
 from aiotransfer.weights.convert import copy, place
 from aiotransfer.weights.devices import DeviceBuffer, Devices, buffer_of, directly, on_device
+from aiotransfer.weights.publisher.on_gpu import Box, OnGpu
 from aiotransfer.weights.stored import SLAB
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Sources:
         self.apart = bool(far) and not self.staged
         self.regions: dict[int, Region] = {}
         self._far: dict[int, DeviceBuffer] = {}
+        self.on_gpu = OnGpu()
         try:
             for number, name in self._names.items():
                 if name in far:
@@ -57,6 +59,10 @@ class Sources:
             self._far[buffer].bring(there, offset, strides)
         else:
             copy(there, place(memory_of(self.regions[buffer]), there.itemsize, offset, there.shape, strides))
+
+    def convert(self, buffer: int, box: Box, host: Any, most: int) -> bool:
+        """Whether a box of a buffer was converted on its GPU, see `OnGpu.convert`, which also says what is raised."""
+        return buffer in self._far and self.on_gpu.convert(self._far[buffer], box, host, most)
 
     def bytes_of(self, region: RegionView) -> Any:
         """What slices give the bytes of, of a region in `regions` or any in host memory."""

@@ -15,7 +15,7 @@ from aiotransfer.weights.plan import Plan
 from aiotransfer.weights.planner import make_plan
 from aiotransfer.weights.posting import Posting
 from aiotransfer.weights.protocol import wire
-from aiotransfer.weights.rules import Quantise, Rules
+from aiotransfer.weights.rules import Cast, Quantise, Rules
 from aiotransfer.weights.tasks import Call, Tasks, Writes, expected, instead, tasks
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MOST_WORKS = 8
 LENT = 3  # quarters of the staging memory that are left for a plan where the last one is lent
+ON_GPU = 8  # what part of the staging memory is left for memory of a GPU, on which weights are cast and quantised
+LEAST_ON_GPU = 16 << 20  # bytes of staging memory: of less, nothing is left for a GPU
 BURST_SECONDS = 0.1  # at the rate that a publisher may have: what is written at once
 
 
@@ -150,7 +152,7 @@ class Works:
     def digest(self) -> bytes:
         """What all publisher ranks must have alike."""
         role = self._role
-        where = role.sources.staged, role.sources.apart
+        where = role.sources.staged, role.sources.apart, bool(role.sources.devices.ordinals)
         parts = role.layout.digest, where, self._rules, self.staging_bytes, self._names, self._fanout
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
@@ -199,11 +201,21 @@ class Works:
 
     def _planned_bytes(self) -> int:
         """Of the staging memory what a plan may use: where ranks lend one another copies (of blocks that a shard's edge cuts, on
-        a GPU), a part of it is left for these."""
+        a GPU), a part of it is left for these, and so it is for `on_gpu_bytes`."""
         role = self._role
         lends = role.sources.staged and role.sources.devices.ordinals and role.ranks > 1
-        quantises = any(isinstance(rule, Quantise) for some in self._rules.values() for rule in some)
-        return max(self.staging_bytes * LENT // 4, 1) if lends and quantises else self.staging_bytes
+        lent = self.staging_bytes * LENT // 4 if lends and self._has(Quantise) else self.staging_bytes
+        return max(lent - self.on_gpu_bytes, 1)
+
+    @property
+    def on_gpu_bytes(self) -> int:
+        """Memory of a GPU that a rank may take while it casts and quantises there: a part of `staging_bytes`. Whether it can
+        use it makes no difference, so that all ranks have the same plan."""
+        idle = self.staging_bytes < LEAST_ON_GPU or not self._role.sources.devices.ordinals or not self._has(Cast, Quantise)
+        return 0 if idle else self.staging_bytes // ON_GPU
+
+    def _has(self, *kinds: type) -> bool:
+        return any(isinstance(rule, kinds) for some in self._rules.values() for rule in some)
 
     def _alone(self, layouts: dict[str, Layout]) -> dict[str, tuple[str, ...]]:
         """Which instances do not fit by themselves."""

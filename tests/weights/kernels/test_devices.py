@@ -174,6 +174,22 @@ async def test_what_is_not_finite_is_refused_with_its_position(on: Device) -> No
     assert caught.value.position == (0, 1, 290, 7)
 
 
+@on_all
+async def test_a_thread_may_wait_instead(on: Device) -> None:
+    raw = some((3, 4), "bfloat16", 7)
+    codes, scales = quantised(raw, "bfloat16")
+    dst, per = on.put(np.zeros(raw.shape, np.uint8), "float8_e4m3fn"), on.put(np.zeros((1, 1), np.uint32), "float32")
+    on.kernels.quantise(dst, per, on.put(raw, "bfloat16"))
+    on.kernels.finish()
+    assert np.array_equal(on.get(per), scales.view(np.uint32))
+    assert np.array_equal(on.get(dst), codes)
+    raw[1, 2] = 0x7FC0
+    with pytest.raises(NotFiniteError, match=r"nan at \(1, 2\)"):
+        on.kernels.quantise(dst, per, on.put(raw, "bfloat16"))
+        on.kernels.finish()
+    on.kernels.finish()  # what was reported is not reported again
+
+
 @on_triton
 async def test_a_call_that_met_what_is_not_finite_is_reported_by_the_next_settle_that_ends(on: Device) -> None:
     raw = some((3, 4), "bfloat16", 6)

@@ -1,0 +1,227 @@
+"""Weights on a GPU that are cast or quantised there, by Triton, before they are brought to the host.
+
+It is done by slabs, in memory of the GPU of bounded size. What the GPU's kernels do not do is left to the host: other types,
+boxes with several inputs, a block too large for a kernel, a GPU without torch, Triton or memory left. The bits are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.engine.memory import describe
+from aiotransfer.errors import ConfigurationError, RegistrationError
+from aiotransfer.model.dtypes import lookup
+from aiotransfer.providers.convert import FLOAT8, SOURCES
+from aiotransfer.weights.bind import is_torch
+from aiotransfer.weights.convert import dense
+from aiotransfer.weights.devices import DeviceBuffer
+from aiotransfer.weights.kernels import MOST_IN_BLOCK, NotFiniteError, kernels_for
+from aiotransfer.weights.links import CAST
+
+_logger = logging.getLogger("aiotransfer")
+_limit = RateLimit()
+ALIGN = 256  # bytes: where the scales begin behind the numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """What is converted: elements of `source` (a type's name) at byte `offset` of a buffer, with byte `strides`; to elements of
+    `target`, dense at byte `out` of host memory, and for each `block` a scale, dense at byte `scale`. `kind`: as in `Tasks`."""
+
+    kind: int
+    source: str
+    target: str
+    shape: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+    out: int
+    scale: int
+
+    @property
+    def step(self) -> tuple[int, ...]:
+        """What is converted as one: the block of a scale, else an element."""
+        return (1,) * len(self.shape) if self.kind == CAST else self.block
+
+    def scales(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """How many blocks a box of this shape has in each dimension."""
+        return tuple(-(-n // size) for n, size in zip(shape, self.block, strict=True))
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Memory that a converted box of this shape takes, with its scales."""
+        size = math.prod(shape) * lookup(self.target).itemsize
+        return size if self.kind == CAST else -(-size // ALIGN) * ALIGN + 4 * math.prod(self.scales(shape))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a GPU's kernels do this."""
+        if self.source not in SOURCES or self.source == self.target or 0 in self.shape:
+            return False
+        if self.kind == CAST:
+            return self.target in SOURCES
+        tile = [1 << (min(side, n) - 1).bit_length() for side, n in zip(self.block[-2:], self.shape[-2:], strict=True)]
+        return self.target == FLOAT8 and math.prod(tile) <= MOST_IN_BLOCK
+
+    def slabs(self, most: int, start: tuple[int, ...] = (), shape: tuple[int, ...] = ()) -> Iterator[tuple[Any, Any]]:
+        """(start, shape) of boxes that take at most so many bytes each, in order; each is dense where the whole is. Raises
+        `ValueError` where there are none."""
+        start, shape = start or (0,) * len(self.shape), shape or self.shape
+        if self.nbytes(shape) <= most:
+            yield start, shape
+            return
+        dim = next((d for d, n in enumerate(shape) if n > 1), 0)
+        steps = -(-shape[dim] // self.step[dim])
+        if steps == 1:
+            raise ValueError("a block row is too large")
+        rows = max(steps * most // self.nbytes(shape), 1) * self.step[dim]
+        for low in range(0, shape[dim], rows):
+            n = min(rows, shape[dim] - low)
+            yield from self.slabs(most, (*start[:dim], start[dim] + low, *start[dim + 1 :]), (*shape[:dim], n, *shape[dim + 1 :]))
+
+
+class Gpu:
+    """torch and Triton on one GPU, on a stream of its own. Raises `ConfigurationError` where one of these is missing."""
+
+    def __init__(self, device: str) -> None:
+        kernels_for(device)  # says what is missing, before torch is asked for a stream
+        import torch
+
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
+        self.kernels = kernels_for(device, self._stream)
+
+    def memory(self, other: DeviceBuffer, nbytes: int) -> DeviceBuffer:
+        """New memory on this GPU that no other stream uses. Raises `RegistrationError` where none is left."""
+        import torch
+
+        try:
+            with torch.cuda.stream(self._stream):
+                thing = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        except RuntimeError as error:
+            raise RegistrationError(f"torch has no {nbytes} bytes left on {self._device}: {error}") from error
+        return DeviceBuffer(describe(thing), thing)
+
+    def numbers(self, buffer: DeviceBuffer, dtype: str, offset: int, shape: Any, strides: Any) -> Any:
+        """Elements of a buffer as a tensor of torch, with byte `strides`."""
+        return buffer.view(dtype, offset, list(shape), list(strides))
+
+    @staticmethod
+    def takes(buffer: DeviceBuffer) -> bool:
+        """Whether torch allocated the memory of this buffer."""
+        return is_torch(buffer.thing)
+
+
+class OnGpu:
+    """Converts the weights of one publisher rank on its GPUs. `release` gives the memory back when an update has ended."""
+
+    def __init__(self) -> None:
+        self._gpus: dict[int, Gpu | None] = {}
+        self._memory: DeviceBuffer | None = None
+        self._lock = threading.Lock()
+        self._said = False
+
+    @property
+    def held(self) -> int:
+        """How many bytes of memory of a GPU are held for conversions."""
+        return 0 if self._memory is None else self._memory.nbytes
+
+    def release(self) -> None:
+        """Give the memory of the GPU back: no conversion is under way."""
+        self._memory = None
+
+    def convert(self, source: DeviceBuffer, box: Box, host: NDArray[np.uint8], most: int) -> bool:
+        """Convert a box of `source` into the memory `host` by at most `most` bytes of memory on its GPU. Blocks. Returns False
+        where the host has to do it. Raises `NotFiniteError`, and `RegistrationError` when a copy is refused."""
+        if not box.is_known:
+            return False
+        try:
+            slabs = list(box.slabs(most))
+        except ValueError:
+            return False
+        with self._lock:
+            gpu = self._gpu(source)
+            memory = None if gpu is None else self._room(gpu, source, max(box.nbytes(shape) for _, shape in slabs))
+            if gpu is None or memory is None:
+                return False
+            for start, shape in slabs:
+                if not self._launch(gpu, source, box, start, shape, memory):
+                    return False
+                memory.read_runs(self._runs(box, start, shape, host))
+        return True
+
+    def _launch(self, gpu: Gpu, source: DeviceBuffer, box: Box, start: Any, shape: Any, memory: DeviceBuffer) -> bool:
+        """Convert one slab to the beginning of `memory`, and wait for the end of it."""
+        item = lookup(box.target).itemsize
+        try:
+            offset = box.offset + sum(n * step for n, step in zip(start, box.strides, strict=True))
+            src = gpu.numbers(source, box.source, offset, shape, box.strides)
+            dst = gpu.numbers(memory, box.target, 0, shape, dense(list(shape), item))
+            if box.kind == CAST:
+                gpu.kernels.cast(dst, src)
+            else:
+                counts = box.scales(shape)
+                behind = box.nbytes(shape) - 4 * math.prod(counts)
+                scales = gpu.numbers(memory, "float32", behind, counts, dense(list(counts), 4))
+                gpu.kernels.quantise(dst, scales, src, (box.block[-2], box.block[-1]))
+            gpu.kernels.finish()
+        except NotFiniteError as error:
+            raise NotFiniteError(tuple(a + b for a, b in zip(start, error.position, strict=True)), error.value) from None
+        except Exception as error:  # a compiler that is not there, a version of Triton that is too old: the host can do it
+            self._gpus[source.ordinal] = None
+            self._say(source.device, error)
+            return False
+        return True
+
+    @staticmethod
+    def _runs(box: Box, start: Any, shape: Any, host: NDArray[np.uint8]) -> list[tuple[int, NDArray[np.uint8]]]:
+        """Where the bytes of a converted slab go: a slab is dense in what it is a slab of."""
+        item = lookup(box.target).itemsize
+        size = math.prod(shape) * item
+        at = box.out + sum(n * step for n, step in zip(start, dense(list(box.shape), item), strict=True))
+        runs = [(0, host[at : at + size])]
+        if box.kind != CAST:
+            counts = box.scales(shape)
+            first = [n // side for n, side in zip(start, box.block, strict=True)]
+            at = box.scale + sum(n * step for n, step in zip(first, dense(list(box.scales(box.shape)), 4), strict=True))
+            runs.append((box.nbytes(shape) - 4 * math.prod(counts), host[at : at + 4 * math.prod(counts)]))
+        return runs
+
+    def _gpu(self, source: DeviceBuffer) -> Gpu | None:
+        """What serves the GPU of a buffer; None: nothing does."""
+        if not Gpu.takes(source):
+            return None
+        if source.ordinal not in self._gpus:
+            self._gpus[source.ordinal] = None
+            try:
+                self._gpus[source.ordinal] = Gpu(source.device)
+            except ConfigurationError as error:
+                self._say(source.device, error)
+        return self._gpus[source.ordinal]
+
+    def _room(self, gpu: Gpu, source: DeviceBuffer, nbytes: int) -> DeviceBuffer | None:
+        """Memory on the GPU of a buffer; None where there is none left."""
+        if self._memory is None or self._memory.ordinal != source.ordinal or self._memory.nbytes < nbytes:
+            self._memory = None  # given back first: never more than one
+            try:
+                self._memory = gpu.memory(source, nbytes)
+            except RegistrationError as error:
+                self._say(source.device, error)
+        return self._memory
+
+    def _say(self, device: str, why: Exception) -> None:
+        if self._said:
+            return
+        self._said = True
+        left_out = _limit.admit(device)
+        if left_out is not None:
+            text = str(why)  # the error itself holds memory
+            _logger.info("weights on %s are cast and quantised on the host: %s%s", device, text, more(left_out))
