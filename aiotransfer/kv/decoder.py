@@ -123,7 +123,7 @@ class Decoder(Role):
             if is_twice(written):
                 raise ValueError("page_ids names a page twice")
             seconds(timeout, self.engine.timeout)
-            if not isinstance(data, bytes | bytearray | memoryview):
+            if not isinstance(data, bytearray | memoryview) and not hasattr(type(data), "__bytes__"):  # bytes(3) are zeros
                 raise TypeError(f"data must be bytes, not {data!r}")
             order = Order(peers, id, ids[: self.layout.pages_of(count)], written, count, skip, priority, bytes(data), timeout)
             self.pool.check_free(order)

@@ -49,7 +49,7 @@ async def test_an_update_that_is_abandoned_while_a_part_is_copied_leaves_the_nex
     (part,) = await party.train(1, timeout=20, names=["embed", "norm"])
     await server.engine.connect(part.engine.address)
     number = 3
-    begun, go, over, copy = threading.Event(), threading.Event(), threading.Event(), subscriber_memory._copy
+    begun, go, over, copy = threading.Event(), threading.Event(), threading.Event(), subscriber_memory.copy_all
 
     def slow(pairs: Any) -> None:
         begun.set()
@@ -58,7 +58,7 @@ async def test_an_update_that_is_abandoned_while_a_part_is_copied_leaves_the_nex
         over.set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(subscriber_memory, "_copy", slow)
+        patch.setattr(subscriber_memory, "copy_all", slow)
         task = asyncio.ensure_future(part.publish(2))
         await asyncio.to_thread(begun.wait, 60)
         task.cancel()
