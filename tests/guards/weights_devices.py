@@ -27,6 +27,11 @@ GUARDS = (
         "        self._role.sources.on_gpu.release()\n", "", "tests/weights/test_on_gpu.py",
     ),
     Mutant(
+        "weights: a Triton that cannot be imported leaves the host to convert", "aiotransfer/weights/publisher/on_gpu.py",
+        "            except Exception as error:  # one of them is", "            except ValueError as error:  # one of them is",
+        "tests/weights/test_on_gpu.py",
+    ),
+    Mutant(
         "weights: a GPU whose kernels failed is not asked again", "aiotransfer/weights/publisher/on_gpu.py",
         "            self._gpus[source.ordinal] = None\n            self._say(source.device, error)\n            return False\n",
         "            raise\n", "tests/weights/test_on_gpu.py",

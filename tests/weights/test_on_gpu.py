@@ -255,6 +255,14 @@ def missing(kernels: type[OnHost], monkeypatch: pytest.MonkeyPatch) -> str:
     return "Triton is missing"
 
 
+def too_old(kernels: type[OnHost], monkeypatch: pytest.MonkeyPatch) -> str:
+    def refuse(self: OnHost, device: str) -> None:
+        raise AttributeError("module 'triton' has no attribute 'knobs'")
+
+    monkeypatch.setattr(kernels, "__init__", refuse)
+    return "no attribute 'knobs'"
+
+
 def failing(kernels: type[OnHost], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(kernels, "failing", True)
     return "no compiler is installed"
@@ -270,7 +278,7 @@ def full(kernels: type[OnHost], monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("kernels", ["host"], indirect=True)
-@pytest.mark.parametrize("break_it", [missing, failing, full])
+@pytest.mark.parametrize("break_it", [missing, too_old, failing, full])
 async def test_where_the_gpu_cannot_the_host_does_it_and_one_line_says_why(
     party: Party, gpu: Gpu, kernels: type[OnHost], by_host: Any, break_it: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

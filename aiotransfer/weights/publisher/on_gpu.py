@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.engine.memory import describe
-from aiotransfer.errors import ConfigurationError, RegistrationError
+from aiotransfer.errors import RegistrationError
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.providers.convert import FLOAT8, SOURCES
 from aiotransfer.weights.bind import is_torch
@@ -203,7 +203,7 @@ class OnGpu:
             self._gpus[source.ordinal] = None
             try:
                 self._gpus[source.ordinal] = Gpu(source.device)
-            except ConfigurationError as error:
+            except Exception as error:  # one of them is missing, or is too old to be imported
                 self._say(source.device, error)
         return self._gpus[source.ordinal]
 
