@@ -146,7 +146,7 @@ class Mailbox:
                 rest.wake()
 
     def _deal(self) -> None:
-        """What came before there was a reader for it is his."""
+        """Sort all unread messages anew: a new reader gets those that came before it was there."""
         for box in list(self._boxes.values()):
             unread, box.messages = box.messages, deque()
             for message in unread:

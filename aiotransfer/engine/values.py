@@ -33,7 +33,7 @@ class Values:
         self._engine = engine
         self.entropy = entropy
         self.counters: dict[int, Counter] = {}  # by value
-        self.counted: dict[int, Callable[[int], None]] = {}  # by record: who takes what the lane has taken for a counter
+        self.counted: dict[int, Callable[[int], None]] = {}  # by record: gets what the lane has taken for a counter
         self._next = RESERVED - 1
         self._proved: dict[int, None] = {}  # may be used again, the oldest first
 

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def decode(decoder: msgspec.msgpack.Decoder[T], body: bytes, what: str, provider: str) -> T:
-    """What the other side's provider said: pure, any bytes in, a value or `BrokenError` out. Ranges are judged by who asks."""
+    """What the other side's provider said: pure, any bytes in, a value or `BrokenError` out. The caller checks ranges."""
     if len(body) > MOST_SAID:
         raise BrokenError(f"{len(body)} bytes are no {what}", provider=provider)
     try:

@@ -1,4 +1,4 @@
-"""Who sends what: work of which each part may be done by one of several ranks, spread so that the busiest has as little as can
+"""Which rank sends what: work of which one of several ranks may do each part, spread so that the busiest has as little as can
 be.
 
 Parts with the same candidates form a class. How much of each class each rank does is a flow problem that is solved exactly, in
@@ -150,7 +150,7 @@ def deal(sizes: Ints, kind: Ints, candidates: Sequence[Sequence[int]], shares: S
 def even_out(
     sizes: Ints, kind: Ints, candidates: Sequence[Sequence[int]], chosen: Ints, groups: Sequence[int], most: int
 ) -> Ints:
-    """Move parts, largest first, to candidates that have less to do than who has them, and are of the same group (`groups`: of
+    """Move parts, largest first, to candidates that have less to do than their rank has, and are of the same group (`groups`: of
     each rank; the NIC that it shares). Looks at `most` parts, one by one, twice."""
     load = np.zeros(len(groups), np.int64)
     np.add.at(load, chosen, sizes)

@@ -250,7 +250,7 @@ class Plan:
         return explain.diff(self, other)
 
     def explain(self, *, svg: bool = False) -> str:
-        """Who sends how much to whom, and what is made on the way: as a text, or as a picture (SVG)."""
+        """How much each rank sends to each other, and what is made on the way: as a text, or as a picture (SVG)."""
         return picture.svg(self) if svg else explain.text(self)
 
     # ---- as bytes ----

@@ -34,7 +34,7 @@ def separate(
     of = instance[moves.piece]
     key = moves.unit.astype(np.int64) * 2 + moves.scale
     takes = np.unique(moves.unit.astype(np.int64) * instances + of)
-    unit, begin, many = np.unique(takes // instances, return_index=True, return_counts=True)  # of each unit, who takes it
+    unit, begin, many = np.unique(takes // instances, return_index=True, return_counts=True)  # the takers of each unit
     at = np.searchsorted(unit, moves.unit)
     root = of == takes[begin[at] + moves.unit % many[at]] % instances
     first, other = np.flatnonzero(root), np.flatnonzero(~root)

@@ -32,7 +32,7 @@ class Held:
 @dataclass(slots=True)
 class Cells:
     """Boxes of inference tensors that do not overlap and are each held whole by one or more trainer ranks (C of them):
-    `tensor`, `start`, `stop` [C, D]; and who holds them, sorted by cell and rank (each rank once): `holder_cell`,
+    `tensor`, `start`, `stop` [C, D]; and their holders, sorted by cell and rank (each rank once): `holder_cell`,
     `holder_rank`, `holder` (row of `Held`), `begin` [C + 1]: where each cell's holders begin."""
 
     tensor: Ints

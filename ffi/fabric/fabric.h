@@ -144,7 +144,7 @@ struct at_fab_end {
     int retired;         /* given up: it is not opened again */
     int mute;            /* tests: it posts nothing */
     int door, first;     /* the driver's: the descriptor by which the other side may come in, -1: none that is known of; and the number
-                          * that was free first when it was made: who was let in since has that one or a greater one */
+                          * that was free first when it was made: a connection that came since has that one or a greater one */
     int alone;           /* the driver's: no connection can come in any more, not even the other side again: see at_fab_refused */
     uint64_t refused_first, refused_last; /* posts that were put off while nothing was posted */
     uint32_t refusals;

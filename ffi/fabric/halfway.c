@@ -1,6 +1,6 @@
 /* Connections to an endpoint of libfabric's tcp provider that are half made.
  *
- * Anyone who reaches the port of an endpoint may connect to it and say nothing, and the provider waits for the request for ever, with a
+ * Any host that reaches the port of an endpoint may connect to it and say nothing, and the provider waits for the request for ever, with a
  * descriptor of ours for each. So the kernel is told to keep such connections to itself until the first byte has come (it does so for
  * hours): at_fab_defer. A peer sends its request at once.
  *
@@ -34,7 +34,7 @@
 #define RECEIVED_AT 128 /* bytes_received in struct tcp_info, which some headers do not know yet */
 #define FEW 1024
 #define NEAR 64     /* descriptors above the first free one among which a new one is looked for first */
-#define LOOKS 8 /* each may let one more in; who connects that often has other troubles */
+#define LOOKS 8 /* each may let one more in; a host with so many connections has other troubles */
 
 static in_port_t port_of(const struct sockaddr_storage *address) {
     if (address->ss_family == AF_INET) return ((const struct sockaddr_in *)(const void *)address)->sin_port;

@@ -232,7 +232,7 @@ static int post_waiting(at_fab *fab) {
     return posted;
 }
 
-/* Are there events for the loop, who will come again? */
+/* Are there events for the loop, which will come again? */
 static int leaves_off(at_fab *fab) {
     at_lane *lane = fab->rail.lane;
     if (lane->queue_count == 0) return 0;

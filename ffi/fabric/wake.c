@@ -1,4 +1,4 @@
-/* Who is to look at a rail: its thread, and the loop. */
+/* Waking the threads that look at a rail: its own, and the loop's. */
 #define _GNU_SOURCE
 
 #include "fabric.h"

@@ -50,7 +50,7 @@ typedef struct {
     int risk, mover;
 } job;
 
-/* ---- who may begin ---- */
+/* ---- which job may begin ---- */
 
 /* Which active word one more copier may use with this peer; -1: none. */
 static int free_word(const at_copiers *copiers, const at_peer *peer, int risk) {

@@ -151,7 +151,7 @@ int64_t at_remote_add(at_lane *lane, int64_t peer, void *base, uint64_t va, uint
 int at_remote_guard(at_lane *lane, int64_t remote, int fd, uint64_t nbytes);
 /* Before it is used: it is memory of this process that may be taken away, as at_region_is_file says of its owner's region. */
 int at_remote_is_file(at_lane *lane, int64_t remote);
-/* For who has read there by a mapping of its own: AT_OK when all that was read before this call was the owner's to give, AT_ESTALE
+/* For a reader with a mapping of its own: AT_OK when all that was read before this call was the owner's to give, AT_ESTALE
  * when it may be of the memory's next user. */
 int at_remote_valid(at_lane *lane, int64_t remote);
 /* 0 when freed, 1 when operations still use it (freed with the last one). */

@@ -4,7 +4,7 @@
  * retired (its counter was closed: later arrivals are strays) or lost (it arrived early when its sender's bound was
  * exhausted: opening it raises, because its count is not known). A retired value costs eight bytes.
  *
- * What peers can make us hold is bounded: `early_values` early values and as many lost ones for each sender, who is given up when he
+ * What peers can make us hold is bounded: `early_values` early values and as many lost ones for each sender, which is given up when it
  * goes past both, and as many for all senders that have gone: those that went first are forgotten first.
  *
  * Where they lie: values.h. Retired values stay (they are ours). */
@@ -216,8 +216,8 @@ int at_imm_take(at_lane *lane, int64_t record, uint64_t n, int arm) {
 }
 
 /* An answer that another process gives at once is here before this one would be asleep, and waking costs ten times as much as looking.
- * A look that finds nothing makes the next ones rarer, MOST_SKIPPED waits apart at last: who waits for long loses next to nothing, and
- * who waits for ever does not look again. */
+ * A look that finds nothing makes the next ones rarer, MOST_SKIPPED waits apart at last: a long wait loses next to nothing, and
+ * an endless one does not look again. */
 int at_imm_take_soon(at_lane *lane, int64_t record, uint64_t n) {
     if (lane->config.spin_ns == 0 || lane->cores < 2 || atomic_load(&lane->neighbours) == 0 || lane->spin_skip != 0) {
         lane->spin_skip -= lane->spin_skip != 0;

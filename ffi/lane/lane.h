@@ -46,7 +46,7 @@ typedef struct {
 
 /* What an asynchronous provider shares between all its peers of a lane: a place in a simulated network, the domain of a NIC. */
 typedef struct at_rail at_rail;
-enum at_turn { /* who lets a rail make progress */
+enum at_turn { /* which call lets a rail make progress */
     AT_TURN_POST,  /* a submitting call, also of another thread */
     AT_TURN_LOOP,  /* at_poll */
     AT_TURN_FIRST, /* at_poll_first: the rail may leave off once there are events, when it sets lane->more */
@@ -188,8 +188,8 @@ struct at_op {
     at_stage *stage;        /* asynchronous, owned: a copy of local memory that can block the thread that touches it; NULL: none */
 };
 
-/* Who moves bytes, each with an active word of its own: the loop's thread, another submitting thread, the native thread, the one that
- * helps it, and copiers (copiers.c): one for foreign memory, several for slow memory of ours. */
+/* The threads that move bytes, each with an active word of its own: the loop's thread, another submitting thread, the native thread, its
+ * helper, and copiers (copiers.c): one for foreign memory, several for slow memory of ours. */
 #define AT_SLOW_WORDS 8
 enum { AT_MOVER_CALLER, AT_MOVER_OTHER, AT_MOVER_THREAD, AT_MOVER_HELPER, AT_MOVER_FOREIGN, AT_MOVER_SLOW, AT_MOVERS = AT_MOVER_SLOW + AT_SLOW_WORDS };
 

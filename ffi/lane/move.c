@@ -60,7 +60,7 @@ static int move_over(at_lane *lane, at_op *op, int rc, int oserror) {
     int published = at_op_publish(op);
     if (rc == AT_OK && published != AT_EAGAIN) rc = published;
     if (rc != AT_OK || atomic_load(&op->withdrawn) || peer->status != AT_OK) {
-        at_op_stop(op, rc != AT_OK ? rc : peer->status); /* ends it, or the last who moves some of it does */
+        at_op_stop(op, rc != AT_OK ? rc : peer->status); /* ends it, or the last thread that moves some of it does */
         return 1;
     }
     if (op->landed != op->units) return op->cursor == op->extent; /* another thread moves the rest */

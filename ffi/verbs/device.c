@@ -18,7 +18,7 @@ static int is_mapped(const union ibv_gid *gid) {
     return memcmp(gid->raw, prefix, sizeof prefix) == 0;
 }
 
-/* 0: of no use. */
+/* How well an address (GID) fits the one of this host: 4, equal, down to 1; 0: it cannot be used. */
 static int rank_of(const at_vrb *vrb, const union ibv_gid *gid) {
     uint8_t wanted[16] = {0};
     struct in_addr v4;

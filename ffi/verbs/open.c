@@ -62,7 +62,7 @@ static int unblock(int fd) {
     return flags < 0 ? -1 : fcntl(fd, F_SETFL, flags | O_NONBLOCK);
 }
 
-/* What failed, or NULL. */
+/* Returns the name of the object that could not be opened, or NULL. */
 static const char *open_objects(at_vrb *vrb) {
     struct ibv_device_attr attr;
     if (at_vrb_library.query_device(vrb->context, &attr) != 0) return "attributes";

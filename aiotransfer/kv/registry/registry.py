@@ -31,7 +31,7 @@ MOST_SECONDS = 1e9
 
 
 class Registry(Unpicklable):
-    """Who is there, by `backend`: `async with` it, where the event loop runs.
+    """The members of a serving system, by `backend`: `async with` it, where the event loop runs.
 
     `poll`: seconds between looks at a backend that does not tell of changes. `call_timeout`: after so long a call of the
     backend is given up, and counts as an outage. `grace`: after an outage members whose lease has ended meanwhile have so many
@@ -72,7 +72,7 @@ class Registry(Unpicklable):
         return self._error
 
     async def changes(self) -> AsyncGenerator[Change, None]:
-        """Those who are there already, as "joined", then every change. Ends when the registry is closed.
+        """Members that are there already, as "joined", then every change. Ends when the registry is closed.
 
         A slow reader misses changes that were undone meanwhile and nothing else. Raises `ClosedError` when the registry is not
         open.

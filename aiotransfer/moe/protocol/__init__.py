@@ -1,1 +1,1 @@
-"""What all ranks of an all-to-all must agree on: sizes, routing, messages, and who takes part. Pure."""
+"""What all ranks of an all-to-all must agree on: sizes, routing, messages, and membership. Pure."""

@@ -19,7 +19,7 @@ has marked the other as gone, they have parted; see below.)
 
 1. Each told its view for the other's state, or else the other could not have decided. The states of one rank form a chain, so
    S and T are comparable. Let S be the smaller one.
-2. S = T: who is present follows from the state alone, so both use views of the same ranks, and a view for one state exists once.
+2. S = T: the present ranks follow from the state alone. So both use views of the same ranks; a view for one state exists once.
 3. S < T: p decided in S before it made its view for T, which therefore carries what p decided, and q uses this view. That no two
    views in T carry different decisions is the same claim for their senders, in smaller states.
 4. "Takes no part" is carried by no view, and stands nevertheless: what a rank holds of a gone one is fixed with the first view
@@ -51,8 +51,8 @@ No rank holds back a rank that has come back, at first: its headers of `start` t
 earlier incarnation is under way here. What is still needed of that one has to be out of the way before `join`.
 
 **Parted.** Without a majority rule, false alarms can part the ranks: each side decides alone and never hears the other again.
-A rank that learns that others have marked it as gone says so (`evicted`), decides nothing any more and has to leave. Who sees
-all others gone and was not told cannot know whether it is the last one or alone.
+A rank that learns that others have marked it as gone says so (`evicted`), decides nothing any more and has to leave. A rank
+that sees all others gone and was not told cannot know whether it is the last one or alone.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Ready(_Message, frozen=True, tag=2):
 
 
 class ViewUpdate(_Message, frozen=True, tag=3):
-    """A view of who takes part."""
+    """A view of the ranks that take part."""
 
     view: View
 

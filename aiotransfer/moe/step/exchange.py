@@ -143,7 +143,7 @@ class Exchange:
 
     @property
     def membership(self) -> Membership:
-        """What this rank knows of who takes part."""
+        """What this rank knows of the ranks that take part."""
         membership = self.ranks.membership
         assert membership is not None, "steps begin when all have met"
         return membership

@@ -73,7 +73,7 @@ class Pass(Message, frozen=True, tag=50):
 
 
 class Let(Message, frozen=True, tag=51):
-    """To `Pass`: write there. `number`: who says so; `regions`: as in `Grant`; `imms`: one for each publisher rank whose bytes
+    """To `Pass`: write there. `number`: of the sender; `regions`: as in `Grant`; `imms`: one for each publisher rank whose bytes
     the relay passes on, in their order. `text`: why not."""
 
     update: Life

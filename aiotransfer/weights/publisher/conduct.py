@@ -1,4 +1,4 @@
-"""One update as publisher rank 0 conducts it: who takes part, the offer to the subscribers, and how it ended."""
+"""One update as publisher rank 0 conducts it: its members, the offer to the subscribers, and how it ended."""
 
 from __future__ import annotations
 

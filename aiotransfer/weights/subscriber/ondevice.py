@@ -156,7 +156,7 @@ class OnDevice(Memory):
         self._views.pop((1 - self._at, True), None)
         self._close(old)
 
-    # ---- who sees it ----
+    # ---- readers ----
 
     @property
     def stale(self) -> str:
