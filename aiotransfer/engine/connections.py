@@ -1,11 +1,11 @@
 """Connections: dialing, accepting, choosing a path, and merging two dials that cross.
 
 Two engines may dial each other at the same moment; both connections authenticate, and exactly one may stay. The rule needs no
-conversation: the connection dialed by the smaller incarnation wins, unless the other one is up already. Only the dialer of that one
-knows it, because it is up first: so the greater incarnation decides between its own dial and one that it accepts. The smaller one,
-where it has begun to answer the other's dial, waits for what becomes of that. The side that finds a loser says Merge and closes it; the
-dialer of the loser then waits for the peer that the other connection makes. A caller that waits for another caller's attempt
-dials for itself when that attempt is given up.
+conversation: the connection dialed by the smaller incarnation wins, unless the other one is up already. Only the dialer of that
+one knows it, because it is up first: so the greater incarnation decides between its own dial and one that it accepts. The smaller
+one, where it has begun to answer the other's dial, waits for what becomes of that. The side that finds a loser says Merge and
+closes it; the dialer of the loser then waits for the peer that the other connection makes. A caller that waits for another
+caller's attempt dials for itself when that attempt is given up.
 
 An engine may connect to itself. Both ends of the connection then belong to one peer: each frame it posts comes back to it
 through the mirror end, and the two halves of the path are kept together. Mirrors are told apart by the address that dialed them.
