@@ -82,13 +82,13 @@ class Worker:
         return fields
 
     def tell(self, text: str) -> None:
-        """One line to its standard input."""
+        """Write one line to its standard input."""
         assert self.process.stdin is not None
         self.process.stdin.write(text.encode() + b"\n")
         self.process.stdin.flush()
 
     def rest(self) -> list[dict[str, Any]]:
-        """All that it still says, to its end."""
+        """Read all lines that it still prints, to its end."""
         assert self.process.stdout is not None
         return [json.loads(line) for line in self.process.stdout]
 

@@ -185,7 +185,7 @@ async def dial_first(addresses: Sequence[Address], key: Key, identity: Identity,
 
 
 def _abort(late: asyncio.Task[Link]) -> None:
-    """It was not cancelled in time."""
+    """Close the link of a dial that was not cancelled in time."""
     if not late.cancelled() and late.exception() is None:
         late.result().abort()
 

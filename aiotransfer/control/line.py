@@ -50,7 +50,7 @@ class Line:
 
     @property
     def down(self) -> bool:
-        """Nothing that is said gets through, or is heard, until there is another link."""
+        """Whether no frame gets through, in either direction, until there is another link."""
         return self.link.ended or self.silent or self._muted
 
     def ways(self, first: Address) -> list[Address]:
@@ -128,7 +128,7 @@ class Line:
             self._look_later()
 
     def look(self) -> None:
-        """Has the other kernel been silent for too long?"""
+        """Look whether the other side's kernel has been silent for too long."""
         if self._ledger is None or (seen := self.link.heard()) is None:
             return
         silent = self._silence.look(self._loop.time(), *seen, self._patience)
@@ -172,7 +172,7 @@ class Line:
             self._look_later()
 
     def close(self) -> None:
-        """Nothing more is sent, and nothing kept; no more timers."""
+        """Stop: send and keep nothing more, and cancel the timers."""
         self._closed = True
         for timer in (self._owed, self._watch):
             if timer is not None:

@@ -107,7 +107,7 @@ class Link(asyncio.Protocol):
 
     @property
     def ended(self) -> bool:
-        """Nothing comes or goes any more."""
+        """Whether the link has ended: it sends and receives no more."""
         return self._ended
 
     # ---- asyncio.Protocol ----

@@ -184,7 +184,7 @@ class Engine(Planner, Unpicklable):
 
     @property
     def rails(self) -> tuple[str, ...]:
-        """Those that this engine may use: the ones that were named, or all that lead out of this host."""
+        """The rails that this engine may use: those that were named, or all that lead out of this host."""
         return tuple(rail for provider in getattr(self, "_providers", {}).values() for rail in provider.rails)
 
     def _terms(self) -> list[Terms]:

@@ -67,7 +67,7 @@ _STAYS = "_aiotransfer_stays"
 
 
 class _Stays:
-    """While this lives, its storage is not moved into shared memory."""
+    """A token: while it lives, its storage is not moved into shared memory."""
 
     __slots__ = ("__weakref__",)
 

@@ -55,7 +55,7 @@ class _Scattered(NamedTuple):
     dst_pages: np.ndarray[Any, np.dtype[np.int64]]
 
     def arguments(self, src: RegionView, number: int) -> tuple[Any, ...]:
-        """Those of at_scatter_pages between the lane and the size of a page; `number`: of the region that `src` is part of."""
+        """Arguments of at_scatter_pages from after the lane to before the page size; `number`: of the region that has `src`."""
         regions = self.regions
         return (
             number, src._start, src.nbytes, len(regions), [region._box.bound.remote for region in regions],

@@ -102,7 +102,7 @@ class Paths:
                     self.broke(peer, one.lane_peer)
 
     def detach(self, path: Path) -> None:
-        """Nothing comes of it any more."""
+        """Close a path: events of it are not handed on any more."""
         for one in (path, *path.members):
             self.by_lane_peer.pop(one.lane_peer, None)
         path.close()
@@ -269,7 +269,7 @@ class Paths:
             del self._mending[path]  # in the same turn as the last look: what breaks from here on begins anew
 
     async def _pause(self, path: Path, seconds: float) -> None:
-        """Before the next attempt, unless there is news."""
+        """Wait before the next attempt, less if there is news of this path."""
         news = self._mending[path]
         news.clear()
         with contextlib.suppress(TimeoutError):
@@ -277,7 +277,7 @@ class Paths:
                 await news.wait()
 
     def suspect(self, peer: Peer) -> None:
-        """It has been silent on its default path for a while. Does the process answer otherwise, and is there another path?"""
+        """Find out about a peer that has been silent on its default path: whether it answers otherwise, and has another path."""
         path = peer._path
         if path is None or path in self._mending or len(self._ranking(peer).paths) < 2:
             return

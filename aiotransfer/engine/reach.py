@@ -32,7 +32,7 @@ _logger = logging.getLogger("aiotransfer")
 
 
 class _Dial:
-    """One that several may wait for."""
+    """A dial that several tasks may wait for."""
 
     def __init__(self, task: asyncio.Task[Peer]) -> None:
         self.task = task

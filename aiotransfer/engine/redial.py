@@ -87,7 +87,7 @@ class Redial:
         return True
 
     def silent(self, peer: Peer) -> None:
-        """Nothing that is sent by it is confirmed any more. It may come back by itself."""
+        """Begin an outage: the peer's host confirms nothing any more. The connection may come back by itself."""
         if peer._state == "up":
             self._begin(peer, "its host confirmed nothing any more", sure=True)
 
@@ -146,7 +146,7 @@ class Redial:
     # ---- the side that dials ----
 
     async def _try(self, peer: Peer, pause: float) -> float:
-        """Once. How long to wait before the next time, if that is needed."""
+        """Try once to resume. Returns the seconds to wait before the next attempt, if one is needed."""
         try:
             await self._resume(peer)
         except (OSError, TransferError):  # a refusal, too: another process at that address does not mean that the peer is gone

@@ -438,7 +438,7 @@ class Regions:
         self.closing: dict[int, Region] = {}  # those that operations of ours still use
 
     def add(self, region: Region) -> Region:
-        """It is known from now on, until its memory is given back."""
+        """Keep a region by its number until its memory is given back."""
         self.by_number[region._number] = region
         return region
 

@@ -56,7 +56,7 @@ def _lists(theirs: Roster, address: Address) -> bool:
 
 
 def difference(theirs: Roster, ours: Roster) -> str:
-    """In words; both have one name."""
+    """How two lists of members of one group differ, in words."""
     there, here = len(theirs.members) // MEMBER_BYTES, len(ours.members) // MEMBER_BYTES
     places = range(0, min(len(theirs.members), len(ours.members)), MEMBER_BYTES)
     odd = [i // MEMBER_BYTES for i in places if theirs.members[i : i + MEMBER_BYTES] != ours.members[i : i + MEMBER_BYTES]]

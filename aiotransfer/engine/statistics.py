@@ -37,7 +37,7 @@ class Statistics:
 
     @classmethod
     def none(cls) -> Statistics:
-        """All zero: of an engine that is not open."""
+        """A record of zeros, for an engine that is not open."""
         return cls(*([0] * len(cls.__dataclass_fields__)))
 
     @classmethod

@@ -52,10 +52,10 @@ class Keeper(Protocol):
         """Raise unless the call was made on the engine's own loop."""
 
     def _cancel(self, transfer: Transfer) -> None:
-        """Withdraw what is unposted of it."""
+        """Withdraw what is not posted yet of the transfer."""
 
     def _bytes_done(self, transfer: Transfer) -> int:
-        """Bytes of it that have landed, while it is under way."""
+        """Bytes of the transfer that have landed, while it is under way."""
 
     def _unheard(self, error: BaseException) -> None:
         """A failed transfer was dropped before its result was looked at. From any thread."""

@@ -18,7 +18,7 @@ class Unbound:
         self._bytes: Counter[Hashable] = Counter()
 
     def take(self, peers: Sequence[K], nbytes: int) -> K | None:
-        """One more, of so many bytes for each. Nothing is taken where one of them has too much: that one is returned."""
+        """Count one more operation of `nbytes` for each peer. Where one of them has too much, count nothing and return it."""
         for peer in peers:
             already = self._bytes[peer]
             if self._waiting[peer] >= self._most or (already and already + nbytes > self._most_bytes):

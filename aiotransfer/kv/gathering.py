@@ -72,13 +72,13 @@ class Gathering:
         self.changed()
 
     def changed(self) -> None:
-        """One more has asked: those that were told whom the request waits for are told anew."""
+        """One more rank has asked: tell the ranks anew that were told which ones the request waits for."""
         if self._noticed:
             missing = self.missing()
             for target in self._targets:
                 tell(self._room, target, wire.Waiting(target.number, missing))
 
     def close(self) -> None:
-        """It waits for none any more."""
+        """Cancel the timer: the request waits for no rank any more."""
         if self._timer is not None:
             self._timer.cancel()

@@ -70,7 +70,7 @@ class Offers(Generic[R]):
                 return
 
     def offer(self, request: R) -> None:
-        """All decode ranks of a request have asked: it may be taken."""
+        """Offer a request to `accept`: all its decode ranks have asked."""
         heapq.heappush(self._offered, (-request.priority, next(self._order), request))
         self._wake()
 

@@ -332,7 +332,7 @@ class TransferPlan:
 
     @staticmethod
     def _places(side: _Side, pages: Indices, plane: Indices, token: Indices, head: Indices, grain: _Grain) -> Indices:
-        """In grains from the first head of a layer."""
+        """The places of all vectors, in grains from the beginning of a layer."""
         size, strides = side.layout.page_tokens, side.strides
         places = (pages[token // size] * strides.page + token % size * strides.token) // grain.nbytes
         by_head = head * strides.head // grain.nbytes

@@ -96,7 +96,7 @@ class Saga:
 
 
 def states(table: Table) -> list[str]:
-    """All of them, in order of appearance."""
+    """All states of a table, in order of appearance."""
     return list(dict.fromkeys(name for (state, _), step in table.items() for name in (state, step.state)))
 
 

@@ -133,7 +133,7 @@ class Schedule(Generic[T]):
         return self._peer.get(peer, 0)
 
     def add(self, job: Job[T]) -> None:
-        """It waits behind what its request has added before."""
+        """Add a job behind those of the same request."""
         if job.priority not in self._classes:
             self._classes[job.priority] = _Class()
         self._classes[job.priority].add(job)
@@ -167,7 +167,7 @@ class Schedule(Generic[T]):
         self._class[job.priority] += job.nbytes
 
     def done(self, job: Job[T]) -> None:
-        """It is over, in whichever way."""
+        """Give back the room of a job that is over, in any way."""
         if job not in self._running:
             raise ValueError("a job that is not under way")
         self._running.discard(job)

@@ -65,13 +65,13 @@ class Reserve(_Message, frozen=True, tag=1):
 
 
 class Reserved(_Message, frozen=True, tag=2):
-    """They will be filled from a cache of this layout."""
+    """The answer to `Reserve`: the pages will be filled from a cache of this layout."""
 
     layout: dict[str, Plain]
 
 
 class Refused(_Message, frozen=True, tag=3):
-    """They will not. `field` and its values on both sides where the two caches differ."""
+    """The answer to `Reserve`: the pages will not be filled. `field`, `prefill`, `decode`: where the two caches differ."""
 
     reason: str
     text: str

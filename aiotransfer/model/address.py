@@ -71,7 +71,7 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        """It names the host that it is used on."""
+        """Whether it names the host that it is used on."""
         number = _number(self.host)
         return number.is_loopback if number is not None else self.host in (LOCALHOST, "localhost.localdomain")
 

@@ -129,7 +129,7 @@ class BundlePath(Path):
         return max((one.generation for one in self._members), default=0)
 
     def silent(self, now: float, seconds: float, blocked: bool) -> list[Path]:
-        """Those that have been up and silent for so long, while something came by others."""
+        """Connections that have been up and silent for so long, while something came by others."""
         quiet: list[Path] = []
         heard = False
         for one in self._members:

@@ -114,7 +114,7 @@ class FabricProvider:
         return pairs if named or len(pairs) > 1 else ()
 
     def _open(self, host: str, limits: Limits) -> Rail:
-        """In a thread of the executor."""
+        """Open a rail. Called in a thread of the executor."""
         rail = open_rail(self._lane, self.name, host, limits, self._outside)
         self._lane.place(rail.pointer, nic_of(rail.domain))
         return rail

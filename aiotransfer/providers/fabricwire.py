@@ -70,7 +70,7 @@ class Borrow(msgspec.Struct, tag="borrow", array_like=True):
 
 
 class Lent(msgspec.Struct, array_like=True):
-    """It can be reached by this key."""
+    """The answer of the owner: the memory can be reached by this address and key."""
 
     address: int
     key: int

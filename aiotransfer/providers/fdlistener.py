@@ -108,7 +108,7 @@ class FdListener:
             self._drop(stranger)
 
     def _forget(self, stranger: _Stranger) -> None:
-        """It is dropped, or no stranger any more."""
+        """Forget a stranger that was dropped, or is no stranger any more."""
         del self._strangers[stranger.sock]
         stranger.timer.cancel()
         if not self._loop.is_closed():

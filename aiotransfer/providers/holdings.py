@@ -118,7 +118,7 @@ class Holdings:
                 native.lib.at_lane_end(self.pointer)  # a library that is closed has no threads of its own when it is unloaded
 
     def abandon(self) -> None:
-        """Let go of nothing, ever."""
+        """Keep for ever what the lane uses, with a warning: its threads could not be stopped."""
         with self._lock:
             _open.pop(id(self), None)
             if self.pointer is not None:

@@ -98,7 +98,7 @@ class Lane:
 
     @property
     def forked(self) -> bool:
-        """It is of a parent of this process."""
+        """Whether the lane was made by a parent of this process."""
         return self.holdings.forked
 
     def poll(self) -> list[Event]:
@@ -132,12 +132,12 @@ class Lane:
         return int(region)
 
     def region_lazy(self, region: int) -> None:
-        """It was not allocated by us: its pages may not be there yet, and are not waited for by the loop."""
+        """Mark a region that we did not allocate: its pages may not be there yet, and the loop does not wait for them."""
         if native.lib.at_region_lazy(self.pointer, region) == native.lib.AT_ENOMEM:
             raise shortage(errno.ENOMEM, "cannot register") or BusyError("cannot register")
 
     def release_region(self, region: int) -> None:
-        """Nothing of ours or of a peer's touches the memory any more."""
+        """Let go of memory that neither we nor a peer access any more."""
         self.holdings.drop("region", region)
         self.holdings.drop("descriptor", region)
 
@@ -150,7 +150,7 @@ class Lane:
         native.lib.at_region_look(self.pointer, region)
 
     def region_on_device(self, region: int, cuda: int, dma_buf: tuple[int, int] | None) -> None:
-        """It is memory of this GPU; `dma_buf` is a descriptor, which stays the caller's, and where what it stands for begins."""
+        """Mark a region as memory of this GPU; `dma_buf`: the caller's descriptor, and the address where its range begins."""
         native.lib.at_region_on_device(self.pointer, region, cuda, *(dma_buf or (-1, 0)))
 
     def close_region(self, region: int) -> bool:

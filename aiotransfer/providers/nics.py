@@ -32,7 +32,7 @@ class Nic(NamedTuple):
 
 
 def interfaces() -> list[Nic]:
-    """Those that are up, IPv4 first. In the network namespace of this thread."""
+    """Interfaces that are up, IPv4 first, in the network namespace of this thread."""
     found: list[Nic] = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         room = bytearray(IFREQ * MOST_INTERFACES)

@@ -325,7 +325,7 @@ class ShmProvider:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _dial(self, conversation: Conversation, name: str, until: float) -> ShmPath:
-        """Once. Raises `ConnectionError` when the connection ended too soon or its socket was full, else as `dial`."""
+        """Dial once. Raises `ConnectionError` when the connection ended too soon or its socket was full, else as `dial`."""
         try:
             channel = await fdchannel.connect(name, self._loop, until - self._loop.time())
         except ConnectionError:

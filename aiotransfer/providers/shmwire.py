@@ -46,7 +46,7 @@ class Fetch(msgspec.Struct, tag="fetch"):
 
 
 class Size(msgspec.Struct):
-    """It is on its way, with so many bytes."""
+    """The answer to `Fetch`: the descriptor is on its way, of `nbytes` bytes."""
 
     nbytes: int
 

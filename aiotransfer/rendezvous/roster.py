@@ -23,7 +23,7 @@ MOST_REASON = 500  # characters of a refusal
 
 
 class Entry(NamedTuple):
-    """One rank. `place` is equal for ranks that reach each other's loopback addresses."""
+    """The entry of one rank. `place` is equal for ranks that reach each other's loopback addresses."""
 
     rank: int
     size: int

@@ -325,7 +325,7 @@ class Fabric:
 
     @contextmanager
     def held(self, engine: Engine) -> Iterator[None]:
-        """Nothing of or for `engine` is delivered meanwhile, as if its process were stopped."""
+        """Inside the block deliver nothing of or for `engine`, as if its process were stopped."""
         self.hold(engine, True)
         try:
             yield

@@ -141,7 +141,7 @@ class LaneNet:
         return moved
 
     def run(self, most: int = 1_000_000) -> None:
-        """Until nothing is under way and nothing more can be posted."""
+        """Run until nothing is under way and nothing more can be posted."""
         quiet = 0
         for _ in range(most):
             quiet = 0 if self.step() else quiet + 1

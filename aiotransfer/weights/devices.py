@@ -174,7 +174,7 @@ class Devices:
             self._pinned[region] = self.ordinals[0], address
 
     def unpin(self, region: Region | None = None) -> None:
-        """Before this memory (or all of it) is given back."""
+        """Unpin this memory (or all of it). To be called before it is given back."""
         for some in list(self._pinned) if region is None else [region]:
             if some in self._pinned:
                 cuda.driver().unpin(*self._pinned.pop(some))

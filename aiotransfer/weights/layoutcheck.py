@@ -121,7 +121,7 @@ def shared_bytes(layout: Layout, where: tuple[Ints, Ints] | None = None) -> list
 
 
 def _folded(layout: Layout, pieces: Ints) -> Ints:
-    """Those whose elements may lie on one another: a stride is shorter than what it steps over."""
+    """Pieces whose elements may lie on one another: a stride is shorter than what it steps over."""
     strides, extent = layout.piece_strides[pieces], layout.piece_extent[pieces]
     order = np.argsort(np.where(extent > 1, strides, -1), axis=1, kind="stable")
     strides, extent = np.take_along_axis(strides, order, 1), np.take_along_axis(extent, order, 1)

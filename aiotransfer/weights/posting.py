@@ -144,7 +144,7 @@ class Batch:
         return self._engine.scatter(source, targets, imm=imm, timeout=timeout)
 
     def again(self, failed: Sequence[int]) -> Batch:
-        """Those of its rows alone, counted from 0, in the order of the results of a scatter."""
+        """A batch of the failed rows alone; rows count from 0, in the order of the results of a scatter."""
         return type(self)(self._engine, self.writes, self._sources, self._rows[np.array(failed, np.int64)])
 
     def by_source(self) -> Sequence[tuple[RegionView, int, int]]:
@@ -232,7 +232,7 @@ class Posted:
         return self._transfer.done()
 
     def cancel(self) -> None:
-        """Nothing is posted again; what is under way is withdrawn. `landed` waits for that."""
+        """Post nothing again, and withdraw what is under way. `landed` waits for that."""
         self._withdrawn = True
         self._transfer.cancel()
 

@@ -162,7 +162,7 @@ class Reads:
         self._done += transfer.nbytes
 
     async def __aenter__(self) -> None:
-        """Nothing is read before `add`."""
+        """Do nothing: reading begins with `add`."""
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         if isinstance(value, GeneratorExit):  # the coroutine was dropped: nothing may be awaited

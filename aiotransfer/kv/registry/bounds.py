@@ -39,7 +39,7 @@ class Room:
 
 
 def is_too_long(value: bytes) -> bool:
-    """It is no entry: no member takes so many bytes."""
+    """Whether these bytes are too many for an entry of a member."""
     return len(value) > MOST_BYTES
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Answers:
-    """All of it, by the number of the rank that said it. `Listener` writes it down, `Bootstrap` waits for it."""
+    """What ranks have answered, by their numbers. `Listener` writes it down, `Bootstrap` waits for it."""
 
     hellos: dict[int, tuple[Peer, Hello]] = field(default_factory=dict)
     seen: dict[int, set[int]] = field(default_factory=dict)  # by ranks that are at work: which ranks take part

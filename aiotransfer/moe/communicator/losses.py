@@ -64,7 +64,7 @@ class Losses:
         self.follow()
 
     def forget(self, rank: int, error: TransferError) -> None:
-        """Nothing of what `rank` has been so far is heard any more, because of `error`."""
+        """Mark the known incarnation of `rank` as lost, because of `error`: it is not heard any more."""
         ranks = self._ranks
         known = ranks.known[rank]
         self.reasons[rank] = error

@@ -50,7 +50,7 @@ class InFlight(Protocol):
 
     @property
     def is_awaited(self) -> bool:
-        """Some call waits for it, or its first half goes on by itself."""
+        """Whether a call waits for the step, or its first half goes on by itself."""
         ...
 
     def waits_for(self) -> Wait:
@@ -142,7 +142,7 @@ class Ranks:
                     self.counter(kind, slot, source)
 
     def close_counters(self, source: int) -> None:
-        """Nothing that arrives from `source` is counted any more."""
+        """Close the counters of `source`: its arrivals are not counted any more."""
         for kind in range(3):
             for slot in range(self.shape.slots):
                 counter = self._counters.pop(self.imm(kind, slot, source), None)

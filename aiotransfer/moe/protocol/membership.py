@@ -271,7 +271,7 @@ class Membership:
         return start is not None and step >= start
 
     def takes_part(self, step: int, rank: int) -> bool | Undecided:
-        """It is present and has begun, or it is gone and its header counts."""
+        """Whether a rank is present and has begun, or is gone and its header counts."""
         if self.evicted or self.start is None:
             return UNDECIDED
         if self.present(step, rank):

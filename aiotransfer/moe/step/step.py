@@ -74,7 +74,7 @@ class Step:
 
     @property
     def is_awaited(self) -> bool:
-        """Some call waits for it, or its first half goes on by itself."""
+        """Whether a call waits for the step, or its first half goes on by itself."""
         return self.callers > 0 or (self.ahead is not None and not self.ahead.done())
 
     def waits_for(self) -> Wait:

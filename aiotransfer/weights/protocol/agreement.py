@@ -63,7 +63,7 @@ class Chair:
         return [rank for rank, member in enumerate(self.members) if not member.whole]
 
     def whole(self, rank: int) -> list[tuple[int, Say]]:
-        """All bytes of the version are at `rank`."""
+        """Note that all bytes of the version are at `rank`."""
         self.members[rank].whole = True
         return self._hold()
 
@@ -118,7 +118,7 @@ class Chair:
 
 @dataclass(slots=True)
 class Seat:
-    """One rank's part in it: whether readers may begin, and what this rank may still do."""
+    """One rank's part in the agreement: whether readers may begin, and what this rank may still do."""
 
     state: SeatState = "coming"
     passed: int = 0  # how many a Pass was heard

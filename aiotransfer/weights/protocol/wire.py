@@ -112,7 +112,7 @@ class Call(Base, frozen=True, tag=1):
 
 
 class Announce(Base, frozen=True, tag=2):
-    """Here is a subscriber."""
+    """A subscriber announces itself."""
 
     entry: Entry
 
@@ -282,7 +282,7 @@ class Accept(Base, frozen=True, tag=21):
 
 
 class Decline(Base, frozen=True, tag=22):
-    """It cannot. `kind`: "version" (with the one that stands in the way) or "failed"."""
+    """A subscriber rank declines the offer. `kind`: "version" (with the one that stands in the way) or "failed"."""
 
     update: Life
     instance: Word
@@ -421,7 +421,7 @@ class Lend(Base, frozen=True, tag=36):
 
 
 class Fetched(Base, frozen=True, tag=37):
-    """It was read, or given up."""
+    """The reader of `Fetch` has read the version, or given up."""
 
     update: Life
     instance: Word

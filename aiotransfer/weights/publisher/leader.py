@@ -45,7 +45,7 @@ class Leader:
             self.conduct.heard()
 
     def begin(self) -> None:
-        """When all have entered and no update is under way."""
+        """Begin an update, if all ranks have entered and none is under way."""
         if len(self.enters) == self.role.ranks and self.conduct is None:
             enters, self.enters = self.enters, {}
             told = {(entry.instance, entry.rank) for _, enter in enters.values() for entry in enter.entries}

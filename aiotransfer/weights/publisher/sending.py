@@ -49,7 +49,7 @@ class Receiver:
         self.sum = 0
 
     def fail(self, error: TransferError) -> None:
-        """It cannot be written to, or not any more."""
+        """Note the error by which this receiver cannot be written to (any more)."""
         if isinstance(error, ScatterError):
             error = next((result for result in error.results if isinstance(result, TransferError)), error)
         if not self.failed:

@@ -38,7 +38,7 @@ class Ready(NamedTuple):
 
 
 class Standing:
-    """Of one `Sending`."""
+    """The part of one `Sending` that writes in the place of relays that failed."""
 
     def __init__(self, role: Publisher, update: Update, sending: Sending, going: Sequence[str]) -> None:
         assert update.work is not None

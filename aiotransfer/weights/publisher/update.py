@@ -388,7 +388,7 @@ class Update(Unpicklable):
             self._leave(error)
 
     def fail(self, error: Exception) -> None:
-        """It cannot go on on this rank."""
+        """Note the error by which the update cannot go on on this rank."""
         self._error = self._error or error
         self._changes.wake()
 

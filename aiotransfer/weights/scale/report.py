@@ -190,7 +190,7 @@ def bytes_rows() -> Iterator[tuple[str, ...]]:
 
 
 def constant_rows() -> Iterator[tuple[str, str, str]]:
-    """All that is taken as given."""
+    """The table of the constants that the prediction takes as given."""
     for stage in c.STAGES:
         calls = f"{stage.calls} calls" if stage.calls else "no calls given"
         yield f"{stage.name} (grows with {stage.by})", f"{stage.total_ms:g} ms, {calls}", c.TABLE_5

@@ -11,7 +11,7 @@ MOST_WAITS = 1000  # that are noted between two questions
 
 
 class Reading:
-    """One that has begun, of `task`. `depth`: how often that task has entered."""
+    """A reading that has begun, of `task`. `depth`: how often that task has entered."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -55,7 +55,7 @@ class Lending:
         role.tell(peer, wire.Lend(message.update, descriptors, wire.clip(why)))
 
     def fetched(self, peer: Peer, update: int) -> None:
-        """It was read, or the reader has given up."""
+        """Take back what was lent to `peer`: it has read the version, or given up."""
         _, leases = self._lends.pop((peer, update), (None, []))
         if leases:
             self._role.mail.own(self._revoke(leases))

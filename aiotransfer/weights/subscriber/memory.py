@@ -141,7 +141,7 @@ class Memory:
             await steady(self._engine, copy_all, pairs)
 
     async def put(self) -> None:
-        """All bytes have come: returns when they are where readers will read them."""
+        """Return when all bytes, which have come, are where readers will read them."""
 
     def is_touched(self, granted: bool) -> bool:
         """Whether bytes of a version that was `granted` to publishers may lie where readers read, in place."""

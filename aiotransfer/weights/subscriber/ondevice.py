@@ -118,7 +118,7 @@ class OnDevice(Memory):
         super().switch()
 
     def is_touched(self, granted: bool) -> bool:
-        """Nothing has come to the GPU before it is `put` there."""
+        """As of `Memory`. Nothing has come to the GPU before it is `put` there, unless rails write in place."""
         return granted if self._direct else self._putting
 
     def replace_shadow(self) -> None:

@@ -27,7 +27,7 @@ Key = tuple[int, int]  # a relay, and the publisher rank whose bytes it passes o
 
 
 class Relayed:
-    """Of one `Filling`."""
+    """The part of one `Filling` that comes by relays."""
 
     def __init__(self, filling: Filling, offer: wire.Offer) -> None:
         self._filling = filling

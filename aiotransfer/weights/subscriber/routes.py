@@ -19,7 +19,7 @@ MOST_ROUTES = 4  # the latest are kept
 
 
 class Routes:
-    """Of one subscriber."""
+    """The routes that one subscriber knows, by digest."""
 
     def __init__(self, role: Subscriber) -> None:
         self._role = role

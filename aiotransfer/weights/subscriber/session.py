@@ -143,7 +143,7 @@ class Session:
             self._whole(0)
 
     def _whole(self, rank: int) -> None:
-        """All bytes are at `rank`. Where instances pass parts on, the publishers wait until that is so at all ranks."""
+        """Note that all bytes are at `rank`. Where instances pass parts on, the publishers wait until that is so at all ranks."""
         assert self.chair is not None
         if self.offer.passing is not None and self.chair.missing() == [rank] and not self.chair.over:
             self.role.tell(self.leader, relays.Gathered(self.offer.update, self.role.instance))
@@ -207,7 +207,7 @@ class Session:
             self._showing.close()
 
     def _record(self) -> None:
-        """All is over: readers read on, or the host is paused until another version comes."""
+        """Make the record of a session that is over: readers read on, or the host is paused until another version comes."""
         role, opened = self.role, self.seat.state == "open"
         if opened:
             self._journal.step("confirm")
