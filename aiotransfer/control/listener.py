@@ -45,7 +45,7 @@ class Listener:
         self._limit = RateLimit(most=1)
 
     async def start(self) -> None:
-        """Listen. Raises `ConfigurationError` when the address cannot be had, `BusyError` when a descriptor cannot."""
+        """Listen. Raises `ConfigurationError` when the address cannot be bound, `BusyError` when no descriptor is free."""
         self.address = await self._listen(self.address)
 
     async def start_further(self, hosts: Iterable[str]) -> list[Address]:

@@ -208,7 +208,7 @@ class Engine(Planner, Unpicklable):
         """Zeroed memory that peers of this host map directly; `.numpy()` and `.torch()` are views of it.
 
         A plain int is a number of elements of `dtype`. All of the memory is taken at once. Raises `RegistrationError` when there
-        is less than that, or it cannot be had.
+        is less than that, or it cannot be allocated.
         """
         self._check()
         return registrations.allocate(self._memory, shape_or_nbytes, dtype)

@@ -29,7 +29,7 @@ Span = tuple[int, int]  # from byte, bytes
 
 
 class Staging:
-    """The host memory beside one region on a GPU. Raises `RegistrationError` when there is none to be had."""
+    """The host memory beside one region on a GPU. Raises `RegistrationError` when none can be allocated."""
 
     def __init__(self, memory: Plain) -> None:
         self.address = memory.address

@@ -104,7 +104,7 @@ int64_t at_fab_bundle_borrow(at_lane *lane, int64_t bundle, uint32_t n, const in
  * side has counted: what is left goes out by the others. AT_EAGAIN: a later connection is open. */
 int at_fab_part(at_lane *lane, int64_t peer, uint32_t generation, uint64_t *arrived);
 int at_fab_parted(at_lane *lane, int64_t peer, uint32_t generation, uint64_t arrived);
-/* Nothing is posted by it any more: before its connections are given up one after the other. */
+/* Post nothing by this bundle any more: called before its connections are given up one after the other. */
 int at_fab_bundle_retire(at_lane *lane, int64_t bundle);
 
 /* Hand out what has arrived by now: before a peer is failed, whose arrivals count still. */

@@ -132,7 +132,7 @@ void at_fab_stepped(at_fab_end *end) {
 }
 #endif
 
-/* Its endpoint is closed: nothing of it touches memory any more, and no letter is under way. */
+/* Close its endpoint: afterwards nothing of it touches memory, and no letter is under way. */
 void at_fab_end_close(at_fab_end *end) {
     at_fab *fab = end->fab;
     if (end->ep != NULL) {

@@ -277,7 +277,7 @@ struct at_fab {
 
 static inline int at_fab_is(const at_fab *fab, uint32_t flag) { return (fab->facts.flags & flag) != 0; }
 
-/* Does the number of arrivals tell which have arrived, and of whom? */
+/* Whether the number of arrivals tells which have arrived, and of which peer. */
 static inline int at_fab_tells(const at_fab *fab) {
     return at_fab_is(fab, AT_FAB_ORDERED) && (at_fab_is(fab, AT_FAB_MARKS) || at_fab_is(fab, AT_FAB_SENDERS));
 }
@@ -289,7 +289,7 @@ static inline at_peer *at_fab_owner(const at_fab_end *end) {
 
 /* rail.c */
 void at_fab_say(const char *format, ...) __attribute__((format(printf, 1, 2))); /* why something failed, in this thread */
-/* Calloc'ed by a driver, which has filled in nothing but its own. Afterwards at_fab_undo gives back what there is. */
+/* The driver has calloc'ed fab and filled in only its own fields. Afterwards at_fab_undo gives back what was made. */
 int at_fab_prepare(at_fab *fab, at_lane *lane, const at_fab_driver *driver);
 int at_fab_begin(at_fab *fab, const char *name); /* facts, fd and queue are there: the rail begins. AT_OK or AT_E* */
 void at_fab_undo(at_fab *fab, int oserror);

@@ -62,7 +62,7 @@ static void parts_sent(at_fab_end *carrier, const at_fab_letter *letter) {
 
 /* ---- what we say ---- */
 
-/* Is anything of ours still posted that was allowed by this grant of theirs? */
+/* Whether anything of ours is still posted that this grant of theirs allowed. */
 static int in_use(const at_fab_end *end, uint32_t grant, uint64_t epoch) {
     for (const at_fab_slot *slot = end->posted.head; slot != NULL; slot = slot->next)
         if (slot->op->remote != NULL && slot->op->remote->slot == grant && slot->op->remote->epoch == epoch) return 1;
@@ -75,7 +75,7 @@ static void pair_up(at_fab_letter *letter, uint32_t slot, uint64_t epoch) {
     letter->pairs[i].epoch = epoch;
 }
 
-/* Not owed any more: it is under way, or of a grant whose slot has another since. */
+/* A confirmation is not owed any more: it is under way, or its grant's slot has another grant since. */
 static void owed_no_more(at_fab_end *end, uint32_t slot) {
     uint64_t bit = UINT64_C(1) << (slot % 64);
     end->over_count -= (end->over[slot / 64] & bit) != 0;
@@ -118,7 +118,7 @@ static void write_letter(at_fab_end *end, at_fab_letter *letter) {
     write_parts(end, letter);
 }
 
-/* It is under way: what it says need not be said again, unless the connection breaks. */
+/* Note that a letter is under way: what it says need not be said again, unless the connection breaks. */
 static void letter_sent(at_fab_end *end, const at_fab_letter *letter) {
     end->telling = 1;
     end->news = 0;

@@ -46,7 +46,7 @@ static struct fi_info *ask_for(const at_fab_options *options, int device_memory)
     return rc == 0 ? found : NULL;
 }
 
-/* With memory of a GPU where it is wanted and to be had. Below API 1.18 efa may not use the GPU's own way to the NIC. */
+/* With memory of a GPU where it is wanted and supported. Below API 1.18 efa may not use the GPU's own way to the NIC. */
 static struct fi_info *ask(const at_fab_options *options) {
     int wanted = (options->device_memory || is_device(options->provider)) && at_fab_library.version() >= FI_VERSION(1, 18);
     struct fi_info *found = wanted ? ask_for(options, 1) : NULL;

@@ -232,7 +232,7 @@ static int post_waiting(at_fab *fab) {
     return posted;
 }
 
-/* Are there events for the loop, which will come again? */
+/* Whether there are events for the loop, which will come again. */
 static int leaves_off(at_fab *fab) {
     at_lane *lane = fab->rail.lane;
     if (lane->queue_count == 0) return 0;
@@ -271,7 +271,7 @@ static int progress(at_fab *fab, int turn) {
     return 0;
 }
 
-/* Give the turn back. Is the queue armed, and was no thread turned away meanwhile? */
+/* Give the turn back. Returns whether the queue is armed and no thread was turned away meanwhile. */
 static int turn_over(at_fab *fab, int armed) {
     (void)pthread_mutex_unlock(&fab->turn);            /* order: turn over 1 */
     return armed && !atomic_exchange(&fab->missed, 0); /* order: turn over 2 */
@@ -343,7 +343,7 @@ static void nap(uint64_t ns) {
     (void)nanosleep(&span, NULL);
 }
 
-/* Sleep until the queue has something, or another thread kicks. Was it the queue? */
+/* Sleep until the queue has something, or another thread kicks. Returns whether it was the queue. */
 static int sleep_on_queue(at_fab *fab, int ms) {
     struct pollfd fds[3] = {{.fd = fab->kick_fd, .events = POLLIN}, {.fd = fab->fd, .events = POLLIN}, {.fd = fab->news_fd, .events = POLLIN}};
     int n = poll(fds, 3, ms); /* those that there are not are passed over */
@@ -358,7 +358,7 @@ static int turn(at_fab *fab) {
     return turn_over(fab, progress(fab, AT_TURN_POST));
 }
 
-/* Is there something to do of which the queue's descriptor need not tell? */
+/* Whether there is something to do of which the queue's descriptor need not tell. */
 static int is_stalled(at_fab *fab) {
     at_lock(fab->rail.lane);
     int stalled = fab->rail.lane->stalled != 0 || fab->eager || fab->left;

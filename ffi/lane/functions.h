@@ -28,7 +28,7 @@ static inline uint32_t at_life_over(uint32_t generation) { return generation < A
 
 #define AT_TURN_OPS 64u /* of a lane without a clock of its own */
 
-/* So many were done inside calls: is a loop turn due? */
+/* Count operations that were done inside calls, and note whether a loop turn is due. */
 static inline void at_count_turn(at_lane *lane, uint32_t ops, uint64_t nbytes) {
     uint32_t before = lane->turn_ops;
     lane->turn_ops += ops;
@@ -65,14 +65,14 @@ void at_region_release(at_lane *lane, uint32_t index);
 at_remote *at_remote_use(at_lane *lane, int64_t id);
 void at_remote_release(at_lane *lane, uint32_t index);
 
-/* What an operation uses outlives it. */
+/* Keep what an operation uses (region, remote region, peer) until at_op_let_go. */
 static inline void at_op_hold(at_op *op) {
     if (op->region != NULL) op->region->users++;
     if (op->remote != NULL) op->remote->users++;
     op->peer->users++;
 }
 
-/* No more: it may be gone afterwards. */
+/* Give back what at_op_hold kept: it may be gone afterwards. */
 static inline void at_op_let_go(at_lane *lane, at_op *op) {
     if (op->region != NULL && (op->region->users > 1 || op->region->open)) op->region->users--;
     else if (op->region != NULL) at_region_release(lane, op->region_index);

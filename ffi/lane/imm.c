@@ -30,7 +30,7 @@ static void early_leave(at_lane *lane, at_imm_record *record) {
     lane->stats.early_values--;
 }
 
-/* As if it had never arrived. */
+/* Forget a value, as if it had never arrived. */
 static void forget(at_lane *lane, uint32_t index) {
     at_imm_record *record = record_at(lane, index);
     at_values_remove(&lane->values, record->imm);

@@ -18,7 +18,7 @@ static void fetch_local(at_lane *lane, at_op *op) {
     else at_op_enqueue(op);
 }
 
-/* Of an operation that `waits`. Afterwards it is queued for its port, or it has ended. */
+/* Bring the next step of an operation that `waits`. Afterwards it is queued for its port, or it has ended. */
 static void stage_next(at_lane *lane, at_op *op) {
     int rc = AT_OK, staged = op->region->slow && !op->peer->pins;
     at_op_dequeue(op);

@@ -42,7 +42,7 @@ typedef struct {
     const int64_t *local_pages, *remote_pages;
 } at_rows;
 
-/* Where the places of a plan are: in one post. */
+/* Where the places of a plan are, for one post. */
 typedef struct {
     const int64_t *remotes;
     const uint64_t *bases;
@@ -63,7 +63,7 @@ static at_plan *plan_new(uint64_t count, int scatter) {
     return plan;
 }
 
-/* They are the plan's from now on, and cannot change any more. */
+/* Copy the tables into the plan, so that they cannot change any more. */
 static int copy_tables(at_plan *plan, const int64_t *local_pages, const int64_t *remote_pages, uint64_t n) {
     plan->tables = malloc((size_t)n * 2 * sizeof *plan->tables + 1);
     if (plan->tables == NULL) return AT_ENOMEM;
@@ -129,7 +129,7 @@ at_plan *at_plan_scatter(at_lane *lane, int64_t region, uint64_t n, const int64_
     return plan_checked(lane, plan, status);
 }
 
-/* What goes to target i. Its pages are checked next. */
+/* Make the order of what goes to target i. Its pages are checked next. */
 static int rows_order(const at_rows *to, uint64_t i, at_order *order) {
     const at_page_target *t = &to->targets[i];
     uint64_t n = (uint64_t)t->count, begin = (uint64_t)t->begin; /* what is negative is too large here */

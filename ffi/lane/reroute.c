@@ -21,7 +21,7 @@ typedef struct {
     const int64_t *olds, *news;
 } mapping;
 
-/* The same memory by the new path; NULL: it is not to be had there. */
+/* The same memory by the new path; NULL: it cannot be reached there. */
 static at_remote *counterpart(at_lane *lane, const at_op *op, const at_peer *to, const mapping *map, uint32_t *index) {
     for (uint64_t i = 0; i < map->n; i++) {
         if ((uint32_t)map->olds[i] != op->remote_index) continue;

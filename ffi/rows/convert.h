@@ -70,7 +70,7 @@ TARGET uint64_t NAME(at_most)(const at_block *b, uint32_t *most) {
 
 /* ---- a block as float8_e4m3fn ---- */
 
-/* Of magnitudes; without the sign. */
+/* The bits of magnitudes, without the sign. */
 TARGET static inline __attribute__((always_inline)) RAW NAME(e4m3)(V size) {
     size = MIN(size, SPLAT(E4M3_MOST));
     RAW power = AND(AS_I(MAX(size, SPLAT(E4M3_NORMAL))), SPLAT_I(0x7F800000)), lifted = PLUS(power, SPLAT_I((int)E4M3_LIFT));

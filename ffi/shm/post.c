@@ -55,7 +55,7 @@ static int withdrawn(const at_op *op) {
     return atomic_load_explicit(&op->withdrawn, memory_order_relaxed); /* order: alone: seen a chunk later is soon enough */
 }
 
-/* Of [from, from + n) in the operation's local memory. */
+/* Whether [from, from + n) of the operation's local memory was taken away (its file was shortened). */
 static int is_gone(const at_op *op, uint64_t from, uint64_t n) { return op->region->file && !at_own_readable(op->local + from, n); }
 
 static int failed(int error, int local, int *oserror) {

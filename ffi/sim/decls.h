@@ -33,9 +33,9 @@ int at_net_step(at_net *net);
 int64_t at_net_advance(at_net *net, uint64_t ns);
 /* Virtual ns until the next work request is due; -1: nothing is under way (what is held does not count). */
 int64_t at_net_next(at_net *net);
-/* Nothing of or for this lane is delivered while it is held. */
+/* Hold a lane, or let go: while it is held, nothing of or for it is delivered. */
 int at_net_hold(at_net *net, uint64_t incarnation, int on);
-/* It is gone without a word: what was for it fails, what was from it never lands, its peers get AT_EV_PEER. */
+/* The lane dies without a goodbye: what was for it fails, what was from it never lands, its peers get AT_EV_PEER. */
 int at_net_kill(at_net *net, uint64_t incarnation);
 /* The connection breaks: what is under way fails with AT_ERAIL, and has landed wholly, by half or not at all. How many. */
 int64_t at_net_break(at_net *net, uint64_t from, uint64_t to);

@@ -28,7 +28,7 @@ at_member *at_member_of(at_lane *lane) {
     return (at_member *)rail;
 }
 
-/* Nothing is delivered to or from it any more. */
+/* Stop: nothing is delivered to or from this lane any more. */
 static int stop(at_rail *rail, uint64_t until) {
     at_member *member = (at_member *)rail;
     at_net *net = member->net;

@@ -109,7 +109,7 @@ static int sim_active(at_peer *peer, uint32_t slot) {
     return found;
 }
 
-/* Of this end, and its operation was withdrawn (as all are when the peer has ended). */
+/* Whether the request is of this end, and its operation was withdrawn (as all are when the peer has ended). */
 static int to_fence(const at_request *request, const void *arg) {
     const at_end *end = arg;
     return request->end == end && (end->peer->status != AT_OK || atomic_load(&request->op->withdrawn));

@@ -32,7 +32,7 @@ static at_vqp *find(at_vrb *vrb, uint32_t number) {
     return NULL;
 }
 
-/* Is there something to hand out? */
+/* Whether there is something to hand out. */
 static int translate(at_vrb *vrb, const struct ibv_wc *wc, at_fab_entry *out) {
     at_vqp *q = find(vrb, wc->qp_num);
     *out = (at_fab_entry){.error = errno_of(wc->status), .mark = q != NULL ? q->mark : UINT32_MAX, .unique = q != NULL ? q->unique : 0};
@@ -88,7 +88,7 @@ static uint32_t how_many_are_missing(at_vrb *vrb, uint32_t wanted) {
     return missing;
 }
 
-/* As many receives as are missing, in chains. Are all there now? */
+/* Post as many receives as are missing, in chains. Returns whether all are there now. */
 static int stock(at_vrb *vrb) {
     at_fab *fab = &vrb->fab;
     struct ibv_recv_wr chain[BATCH], *bad = NULL;
