@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,16 +24,22 @@ pytestmark = [
 STRANGERS = 40
 
 
-def sockets(listening: bool) -> list[tuple[str, int]]:
-    """The sockets of this process that listen, or that are connected: where they are bound."""
-    found = []
+def own_sockets() -> Iterator[socket.socket]:
+    """A duplicate of each socket of this process, whose native threads close and open descriptors meanwhile."""
     for name in os.listdir("/proc/self/fd"):
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 continue
-        except FileNotFoundError:  # of the listing itself
+            yield socket.socket(fileno=os.dup(int(name)))
+        except OSError:  # it is closed by now, or of the listing itself
             continue
-        with socket.socket(fileno=os.dup(int(name))) as one:
+
+
+def sockets(listening: bool) -> list[tuple[str, int]]:
+    """The sockets of this process that listen, or that are connected: where they are bound."""
+    found = []
+    for one in own_sockets():
+        with one:
             if one.family != socket.AF_INET or bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) != listening:
                 continue
             found.append(one.getsockname())
@@ -157,8 +163,9 @@ async def test_a_connection_that_breaks_while_it_is_idle_is_opened_again(side: s
     async with engine_pair("tcp", timeout=20) as pair:
         await writes(pair, 2)
         for _ in range(2):
-            ports = {data_ports(engine.peers[0]._path) for engine in (pair.left, pair.right)}
-            assert _shut_down(ports, side) > 0
+            async with asyncio.timeout(20):  # a write may be there before both ends have settled on their ports
+                while not _shut_down({data_ports(engine.peers[0]._path) for engine in (pair.left, pair.right)}, side):
+                    await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)
             await writes(pair, 3)
         assert (pair.left_peer.state, pair.right_peer.state) == ("up", "up")
@@ -168,10 +175,8 @@ async def test_a_connection_that_breaks_while_it_is_idle_is_opened_again(side: s
 def _shut_down(ports: set[int], side: str) -> int:
     """The network's connection between these ports, at one of its ends: the one that was accepted there, or the other."""
     found = 0
-    for name in os.listdir("/proc/self/fd"):
-        if not (link := Path(f"/proc/self/fd/{name}")).is_symlink() or not os.readlink(link).startswith("socket:"):
-            continue
-        with socket.socket(fileno=os.dup(int(name))) as one:
+    for one in own_sockets():
+        with one:
             try:
                 here, there = one.getsockname(), one.getpeername()
             except OSError:

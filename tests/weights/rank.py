@@ -80,6 +80,12 @@ async def serve(engine: at.Engine, options: dict[str, Any], instance: str, rank:
             if line[0] == "hold":  # inside the next write by shared memory, until there is a file of that name
                 threading.Thread(target=hold, args=line[1:], daemon=True).start()
                 continue
+            if line[0] == "settle":  # until no writer is inside a write into the memory of this rank
+                async with asyncio.timeout(SECONDS):
+                    while why := subscriber.stopped.why():
+                        await asyncio.sleep(0.01)
+                say(settled=not why)
+                continue
             if line[0] == "connect":
                 await engine.connect(line[1], timeout=SECONDS)
                 say(connected=line[1])

@@ -242,6 +242,9 @@ def test_a_process_that_is_stopped_inside_a_write_into_shared_memory(mode: str, 
         relay.process.send_signal(signal.SIGCONT)
         relay.tell(f"connect {world.trainers[0].address}")
         assert relay.hear() == {"connected": world.trainers[0].address}
+        for server in others:
+            server.tell("settle")
+            assert server.hear() == {"settled": True}
         assert [server.look() for server in others] == [seen] * 4
         assert world.publish(5) == [{"version": [1, 5]}] * 2
         assert [server.look()["holds"] for server in (*places["a"], *others)] == [5] * 6
