@@ -62,18 +62,26 @@ static int make(at_fab_end *end, uint32_t generation, at_fab_offer *out) {
     return rc;
 }
 
+/* The fabric of a peer's end (member: of one that belongs to a bundle), with its turn taken, which the caller gives back; NULL: there is
+ * none. What has arrived is counted by then: the caller may end the endpoint, and drains once more what that brings out. */
+static at_fab *take_turn(at_lane *lane, int64_t id, int member) {
+    at_lock(lane);
+    const at_fab_end *end = at_fab_end_of(lane, id);
+    at_fab *fab = end != NULL && (!member || end->bundle != NULL) ? end->fab : NULL;
+    at_unlock(lane);
+    if (fab == NULL) return NULL;
+    (void)pthread_mutex_lock(&fab->turn);
+    (void)at_fab_drain(fab);
+    return fab;
+}
+
 int at_fab_offer_make(at_lane *lane, int64_t id, uint32_t generation, at_fab_offer *out) {
     int rc = at_check_process(lane);
     if (rc != AT_OK) return rc;
+    at_fab *fab = take_turn(lane, id, 0);
+    if (fab == NULL) return AT_EUNKNOWN;
     at_lock(lane);
     at_fab_end *end = at_fab_end_of(lane, id);
-    at_fab *fab = end != NULL ? end->fab : NULL;
-    at_unlock(lane);
-    if (fab == NULL) return AT_EUNKNOWN;
-    (void)pthread_mutex_lock(&fab->turn);
-    (void)at_fab_drain(fab); /* what has arrived is counted before the endpoint goes, and what that brings out afterwards */
-    at_lock(lane);
-    end = at_fab_end_of(lane, id);
     if (end != NULL && generation > end->generation) at_fab_end_break(end, 0);
     at_unlock(lane);
     (void)at_fab_drain(fab);
@@ -176,15 +184,10 @@ int at_fab_settle(at_lane *lane, int64_t id, uint64_t arrived) {
 int at_fab_part(at_lane *lane, int64_t id, uint32_t generation, uint64_t *arrived) {
     int rc = at_check_process(lane);
     if (rc != AT_OK) return rc;
+    at_fab *fab = take_turn(lane, id, 1);
+    if (fab == NULL) return AT_EUNKNOWN;
     at_lock(lane);
     at_fab_end *end = at_fab_end_of(lane, id);
-    at_fab *fab = end != NULL && end->bundle != NULL ? end->fab : NULL;
-    at_unlock(lane);
-    if (fab == NULL) return AT_EUNKNOWN;
-    (void)pthread_mutex_lock(&fab->turn);
-    (void)at_fab_drain(fab); /* what has arrived is counted before the endpoint goes, and what that brings out afterwards */
-    at_lock(lane);
-    end = at_fab_end_of(lane, id);
     rc = end == NULL ? AT_EUNKNOWN : end->generation > generation ? AT_EAGAIN : AT_OK;
     if (rc == AT_OK) at_fab_end_break(end, 0);
     at_unlock(lane);
