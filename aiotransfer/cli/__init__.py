@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 COMMANDS = {
     "hello": "two processes: writes, pages, counters, speed beside memcpy, a killed peer",
@@ -16,6 +17,12 @@ COMMANDS = {
     "bench": "bandwidth, rates, latency and idle CPU, each beside its limit",
     "weights": "the plan of a large model's update, from its shapes alone: balance, bytes, predicted times",
 }
+FOLDERS = {"demo", "doctor"}  # commands of more than one file: theirs is `command.py`
+
+
+def _command(name: str) -> ModuleType:
+    """The module of a command, imported only when it is asked for."""
+    return importlib.import_module(f"aiotransfer.cli.{name}.command" if name in FOLDERS else f"aiotransfer.cli.{name}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,12 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text)
         if name in arguments[:1]:
-            importlib.import_module(f"aiotransfer.cli.{name}").add_arguments(sub)
+            _command(name).add_arguments(sub)
     args = parser.parse_args(arguments)
     if args.command is None:
         parser.print_help()
         return 2
-    command = importlib.import_module(f"aiotransfer.cli.{args.command}")
+    command = _command(args.command)
     try:
         return int(command.run(args))
     except KeyboardInterrupt:

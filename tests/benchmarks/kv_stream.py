@@ -101,9 +101,9 @@ async def decode(model: Any, address: str) -> None:
 
 def measure(model: str) -> list[dict[str, Any]]:
     """One row per prompt length: medians of all rounds but the first."""
-    from aiotransfer.cli import _demo_model
+    from aiotransfer.cli.demo.model import prepare
 
-    directory = str(_demo_model.prepare(lambda text: print(text, file=sys.stderr))) if model == "smollm2" else ""
+    directory = str(prepare(lambda text: print(text, file=sys.stderr))) if model == "smollm2" else ""
     job = json.dumps({"model": model, "directory": directory})
     here = [sys.executable, __file__, "--worker"]
     with subprocess.Popen([*here, "prefill", job], stdout=subprocess.PIPE, text=True) as one:

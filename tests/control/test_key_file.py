@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from aiotransfer.cli import doctor, main
-from aiotransfer.cli._facts import Host
+from aiotransfer.cli import main
+from aiotransfer.cli.doctor import command as doctor
+from aiotransfer.cli.doctor.facts import Host
 from aiotransfer.control import key as module
 from aiotransfer.control.frames import PeerInfo
 from aiotransfer.control.key import KEY_BYTES, load_key

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-from aiotransfer.cli import _demo_model
+from aiotransfer.cli.demo.model import prepare
 from aiotransfer.errors import TransferError
 
 PROMPTS = (
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def example_path() -> Path:
     """Where the workers are: installed with the package, or in the checkout."""
-    package = Path(__file__).parent.parent
+    package = Path(__file__).parents[2]
     for path in (package / "_examples" / "kv_handoff.py", package.parent / "examples" / "kv_handoff.py"):
         if path.exists():
             return path
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
     directory = ""
     try:
         if args.model == "smollm2":
-            directory = str(_demo_model.prepare(lambda text: print(text, file=sys.stderr)))
+            directory = str(prepare(lambda text: print(text, file=sys.stderr)))
         text = Text(args.model, directory)
         args.prompt = args.prompt or list(PROMPTS)
         prompts = [text.encode(prompt) for prompt in args.prompt]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from aiotransfer.cli._facts import Fact, Host
+from aiotransfer.cli.doctor.facts import Fact, Host
 
 CLASS = "/sys/class/infiniband"
 FOLDERS = (

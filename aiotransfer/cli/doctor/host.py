@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from aiotransfer.cli._facts import Fact, Host, Level, size
+from aiotransfer.cli.doctor.facts import Fact, Host, Level, size
 
 LEAST_FILES, FEWEST_FILES = 1024, 64  # a peer takes about ten; below the second not even one engine is at ease
 SYS_PTRACE, IPC_LOCK = 19, 14

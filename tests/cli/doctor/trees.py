@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from aiotransfer.cli._facts import Host
+from aiotransfer.cli.doctor.facts import Host
 
 LIMITS = """Limit                     Soft Limit           Hard Limit           Units
 Max open files            {files}                 1048576              files

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from aiotransfer.cli import _facts_devices, _facts_host, doctor
-from aiotransfer.cli._facts import Fact, Host
+from aiotransfer.cli.doctor import command as doctor
+from aiotransfer.cli.doctor.devices import ALL as OF_DEVICES
+from aiotransfer.cli.doctor.facts import Fact, Host
+from aiotransfer.cli.doctor.host import ALL as OF_HOST
 from aiotransfer.config import Config
-from tests.cli.trees import ALL_CAPS, CONNECTX, CONTAINER, LAPTOP, LIMITS, PORT, STATUS, ZERO, host, without
+from tests.cli.doctor.trees import ALL_CAPS, CONNECTX, CONTAINER, LAPTOP, LIMITS, PORT, STATUS, ZERO, host, without
 
 
 def look(where: Host) -> dict[str, Fact]:
-    return {fact.name: fact for fact in (look(where) for look in (*_facts_host.ALL, *_facts_devices.ALL))}
+    return {fact.name: fact for fact in (look(where) for look in (*OF_HOST, *OF_DEVICES))}
 
 
 def levels(facts: dict[str, Fact]) -> dict[str, str]:

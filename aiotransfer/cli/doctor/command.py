@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 
 import aiotransfer as at
-from aiotransfer.cli import _facts_devices, _facts_host, _topology
-from aiotransfer.cli._facts import Fact, Host
+from aiotransfer.cli.doctor import topology as tree
+from aiotransfer.cli.doctor.devices import ALL as OF_DEVICES
+from aiotransfer.cli.doctor.facts import Fact, Host
+from aiotransfer.cli.doctor.host import ALL as OF_HOST
 from aiotransfer.config import PREFIX, Config
 from aiotransfer.control.key import LEAST_BYTES, key_place
 from aiotransfer.errors import ConfigurationError
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 def examine(host: Host) -> list[Fact]:
     """Everything that `doctor` prints: what was tried here, and what `host` shows."""
     here = [versions(), extension(), settings(host), key(host), memfd(), foreign_memory(), providers(), fabric_library(host)]
-    return [*here, *(look(host) for look in (*_facts_host.ALL, *_facts_devices.ALL)), self_test()]
+    return [*here, *(look(host) for look in (*OF_HOST, *OF_DEVICES)), self_test()]
 
 
 def works(facts: list[Fact]) -> bool:
@@ -87,9 +89,9 @@ def topology(host: Host, *, as_json: bool, encoding: str | None) -> str:
     found = read_topology(host.root)
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else frozenset[int]()
     if as_json:
-        return json.dumps(_topology.record(found, allowed))
-    pen = _topology.LINES if (encoding or "").lower().replace("-", "") == "utf8" else _topology.ASCII
-    return _topology.draw(found, allowed, pen)
+        return json.dumps(tree.record(found, allowed))
+    pen = tree.LINES if (encoding or "").lower().replace("-", "") == "utf8" else tree.ASCII
+    return tree.draw(found, allowed, pen)
 
 
 # ---- what is tried on this machine ----

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from aiotransfer.cli import doctor
-from aiotransfer.cli._facts import Host
-from aiotransfer.cli._topology import ASCII, draw, record
+from aiotransfer.cli.doctor import command as doctor
+from aiotransfer.cli.doctor.facts import Host
+from aiotransfer.cli.doctor.topology import ASCII, draw, record
 from aiotransfer.model.topology import Topology
 from aiotransfer.providers.sysfs import read_topology
 from tests import topologies
@@ -59,7 +59,7 @@ def test_a_machine_with_one_nic_is_drawn_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_guide_shows_that_machine() -> None:
-    assert ONE_NIC in (Path(__file__).parents[2] / "docs/guide/doctor.md").read_text()
+    assert ONE_NIC in (Path(__file__).parents[3] / "docs/guide/doctor.md").read_text()
 
 
 def test_software_devices_and_nodes_without_cpus_are_drawn_too(tmp_path: Path) -> None:
