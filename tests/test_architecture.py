@@ -49,10 +49,11 @@ PURE = (
     "kv/layout.py", "kv/plan.py", "kv/checksum.py", "kv/record.py", "kv/wire.py", "kv/saga.py", "kv/schedule.py",
     "kv/registry/member.py", "kv/registry/changes.py", "kv/registry/cache.py", "kv/registry/stamp.py",
     "moe/protocol/",
-    "weights/layout.py", "weights/layoutcheck.py", "weights/pack.py", "weights/rules.py", "weights/templates.py",
-    "weights/links.py", "weights/sources.py", "weights/assign.py", "weights/senders.py", "weights/staging.py", "weights/relay.py",
-    "weights/planner.py", "weights/plan.py", "weights/tasks.py", "weights/codec.py", "weights/balance.py", "weights/explain.py",
-    "weights/picture.py", "weights/record.py", "weights/errors.py", "weights/passing.py", "weights/protocol/",
+    "weights/arrays.py", "weights/layout.py", "weights/layoutcheck.py", "weights/pack.py", "weights/rules.py",
+    "weights/templates.py", "weights/links.py", "weights/sources.py", "weights/assign.py", "weights/senders.py",
+    "weights/staging.py", "weights/relay.py", "weights/planner.py", "weights/schedule.py", "weights/plan.py", "weights/tasks.py",
+    "weights/codec.py", "weights/balance.py", "weights/explain.py", "weights/picture.py", "weights/record.py",
+    "weights/errors.py", "weights/passing.py", "weights/protocol/",
 )  # fmt: skip
 IMPURE = {"asyncio", "time", "socket", "logging", "select", "threading", "subprocess", "random", "anyio", "pathlib"}
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from aiotransfer.weights.plan import Plan
+    from aiotransfer.weights.schedule import Schedule
 
 Ints = npt.NDArray[Any]
 
@@ -35,7 +35,7 @@ class Balance:
     nic_bound: int
 
     @classmethod
-    def of(cls, plan: Plan) -> Balance:
+    def of(cls, plan: Schedule) -> Balance:
         """Count the bytes of a plan."""
         trainer = plan.trainer
         sent, gathered = np.zeros(trainer.ranks, np.int64), np.zeros(trainer.ranks, np.int64)

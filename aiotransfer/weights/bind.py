@@ -8,17 +8,15 @@ objects are recognised by their module.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.weights import layoutcheck
+from aiotransfer.weights.arrays import LayoutArrays
 from aiotransfer.weights.errors import PlanError
-
-if TYPE_CHECKING:
-    from aiotransfer.weights.layout import Layout
 
 
 class Place(NamedTuple):
@@ -62,7 +60,7 @@ class Bound(Unpicklable):
 
     _instead = "bind the layout in the process that has the memory; send layout.encode()"
 
-    def __init__(self, layout: Layout, rank: int, memory: Mapping[str, Any]) -> None:
+    def __init__(self, layout: LayoutArrays, rank: int, memory: Mapping[str, Any]) -> None:
         """Bind `memory`, one object for each buffer of `rank`. Raises `PlanError` that lists buffers without memory, memory
         without a buffer, and memory that is too small, not there (a meta tensor), or of another type or order of dimensions
         than the layout says; `TypeError` and `IndexError`."""
@@ -214,7 +212,7 @@ def _named(dtype: Any) -> Any:
     )
 
 
-def _pieces_of(layout: Layout, rank: int) -> dict[str, list[int]]:
+def _pieces_of(layout: LayoutArrays, rank: int) -> dict[str, list[int]]:
     """The pieces of each buffer of a rank."""
     found: dict[str, list[int]] = {}
     for piece in np.flatnonzero(layout.piece_rank == rank).tolist():
@@ -222,7 +220,7 @@ def _pieces_of(layout: Layout, rank: int) -> dict[str, list[int]]:
     return found
 
 
-def _misfit(layout: Layout, pieces: list[int], given: Form) -> str:
+def _misfit(layout: LayoutArrays, pieces: list[int], given: Form) -> str:
     """Why memory of this form does not hold these pieces as the layout says; "" when it does, or says nothing of its form."""
     if not pieces or not given.span:
         return ""

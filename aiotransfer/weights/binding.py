@@ -28,6 +28,7 @@ def bound_of(layout: Any, rank: int | None, *, needed: bool = True) -> tuple[Lay
     if isinstance(layout, Bound):
         if rank is not None and rank != layout.rank:
             raise ValueError(f"the layout is bound to the memory of rank {layout.rank}, not of rank {rank}")
+        assert isinstance(layout.layout, Layout)
         return layout.layout, layout.rank, layout
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be a Layout, bound or not, not {type(layout).__name__}")

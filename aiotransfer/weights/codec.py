@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from aiotransfer.errors import DescriptorError
 from aiotransfer.weights import pack
 from aiotransfer.weights.layout import Layout
+from aiotransfer.weights.schedule import PLAN_ARRAYS, Schedule
 
-if TYPE_CHECKING:
-    from aiotransfer.weights.plan import Plan
-
+PlanT = TypeVar("PlanT", bound=Schedule)
 MAGIC = b"\x93ATpln\x02"
 MOST_BYTES = 1 << 33  # of a decoded plan
-PLAN_ARRAYS = (
-    "tensor_kind", "tensor_scale", "tensor_block", "tensor_phase", "tensor_home", "instance_tensor",
-    "link_source", "link_target", "link_low", "link_high", "link_axes", "link_shift",
-    "unit_tensor", "unit_start", "unit_stop",
-    "job_unit", "job_sender", "job_part", "job_in", "job_out", "job_scale",
-    "input_job", "input_piece", "input_link",
-    "move_job", "move_piece", "move_scale", "relay_move", "relay_piece", "bound",
-)  # fmt: skip
 MOST_INSTANCES = 1 << 12
 _LIMITS = {  # an array of indices: the array or count that it points into
     "link_source": "trainer tensors", "link_target": "tensors", "unit_tensor": "tensors", "job_unit": "unit_tensor",
@@ -31,7 +22,7 @@ _LIMITS = {  # an array of indices: the array or count that it points into
 }  # fmt: skip
 
 
-def encode(plan: Plan) -> bytes:
+def encode(plan: Schedule) -> bytes:
     """Encode as bytes for `decode`: versioned, compressed, with a checksum."""
     layouts = [plan.trainer.encode(), *(layout.encode() for layout in plan.instances.values())]
     arrays = {name: getattr(plan, name) for name in PLAN_ARRAYS}
@@ -42,7 +33,7 @@ def encode(plan: Plan) -> bytes:
     return pack.encode(MAGIC, header, arrays)
 
 
-def decode(kind: type[Plan], data: Any, *, most_bytes: int = MOST_BYTES) -> Plan:
+def decode(kind: type[PlanT], data: Any, *, most_bytes: int = MOST_BYTES) -> PlanT:
     """The plan that `encode` was given. Raises `DescriptorError` for anything else, and before it would take more than
     `most_bytes`."""
     header, arrays = pack.decode(MAGIC, data, most_bytes)
@@ -65,7 +56,7 @@ def decode(kind: type[Plan], data: Any, *, most_bytes: int = MOST_BYTES) -> Plan
         return plan
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: Schedule) -> None:
     """Every index points at something, every array has the shape that goes with the others."""
     ndim, tensors = plan.catalog.ndim, len(plan.names)
     rows = {"tensor": tensors, "instance": int(plan.catalog.begin[-1]),

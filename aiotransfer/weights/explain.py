@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from aiotransfer.weights.balance import Balance
 from aiotransfer.weights.links import KINDS
 
 if TYPE_CHECKING:
-    from aiotransfer.weights.plan import Plan
+    from aiotransfer.weights.schedule import Schedule
 
 Ints = npt.NDArray[Any]
 MOST_LINES = 16  # of a list in a text
@@ -26,9 +27,9 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
-def text(plan: Plan) -> str:
+def text(plan: Schedule) -> str:
     """What the plan does."""
-    balance = plan.balance()
+    balance = Balance.of(plan)
     trainer = plan.trainer
     wanted = np.flatnonzero(plan.tensor_kind >= 0)
     lines = [
@@ -60,7 +61,7 @@ def _spread(what: str, values: Ints, bound: int) -> str:
     return f"{what}: {len(values)}, the most loaded {size(int(values.max()))}, {over:.3f} of the mean{best}"
 
 
-def _kinds(plan: Plan, wanted: Ints) -> list[str]:
+def _kinds(plan: Schedule, wanted: Ints) -> list[str]:
     lines = []
     for kind in (1, 2):
         every = wanted[plan.tensor_kind[wanted] == kind].tolist()
@@ -75,7 +76,7 @@ def _kinds(plan: Plan, wanted: Ints) -> list[str]:
     return lines
 
 
-def matrix(plan: Plan) -> tuple[Ints, Ints]:
+def matrix(plan: Schedule) -> tuple[Ints, Ints]:
     """Bytes from each trainer rank to each receiver [trainer ranks, receivers], and passed on between receivers [receivers,
     receivers]."""
     direct = np.zeros((plan.trainer.ranks, plan.receivers), np.int64)
@@ -92,7 +93,7 @@ def matrix(plan: Plan) -> tuple[Ints, Ints]:
     return direct, passed
 
 
-def _table(plan: Plan) -> list[str]:
+def _table(plan: Schedule) -> list[str]:
     direct, passed = matrix(plan)
     found: list[tuple[int, int, str]] = []
     for values, name in ((direct, "trainer {}"), (passed, "")):
@@ -108,7 +109,7 @@ def _table(plan: Plan) -> list[str]:
     return lines + ([f"  and {total - len(lines)} more pairs"] if total > len(lines) else [])
 
 
-def diff(plan: Plan, other: Plan) -> list[str]:
+def diff(plan: Schedule, other: Schedule) -> list[str]:
     """How `other` differs from `plan`."""
     if plan == other:
         return []
@@ -124,7 +125,7 @@ def diff(plan: Plan, other: Plan) -> list[str]:
         if name in other.instances and plan.instances[name] != other.instances[name]:
             found.append(f"instance {name}: {plan.instances[name]!r} became {other.instances[name]!r}")
     found += _tensors(plan, other)
-    one, two = plan.balance(), other.balance()
+    one, two = Balance.of(plan), Balance.of(other)
     for what in ("sent", "received", "relayed"):
         a, b = getattr(one, what), getattr(two, what)
         if len(a) != len(b):
@@ -139,7 +140,7 @@ def diff(plan: Plan, other: Plan) -> list[str]:
     return found or ["the same moves in another order, or by other ranks"]
 
 
-def _tensors(plan: Plan, other: Plan) -> list[str]:
+def _tensors(plan: Schedule, other: Schedule) -> list[str]:
     ours, theirs = _described(plan), _described(other)
     found = [f"{name}: no longer part of the update" for name in ours if name not in theirs]
     found += [f"{name}: new" for name in theirs if name not in ours]
@@ -147,7 +148,7 @@ def _tensors(plan: Plan, other: Plan) -> list[str]:
     return found
 
 
-def _described(plan: Plan) -> dict[str, str]:
+def _described(plan: Schedule) -> dict[str, str]:
     return {
         plan.catalog.title(k): f"{KINDS[plan.tensor_kind[k]]} to {plan.shapes[k]} {plan.dtypes[k]}"
         for k in np.flatnonzero(plan.tensor_kind >= 0).tolist()

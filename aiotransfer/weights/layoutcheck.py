@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from aiotransfer.core import boxes
-
-if TYPE_CHECKING:
-    from aiotransfer.weights.layout import Layout
+from aiotransfer.weights.arrays import LayoutArrays
 
 MOST_RUNS = 1 << 22  # of one buffer, when pieces that lie between one another are compared byte by byte
 Ints = npt.NDArray[Any]
 
 
-def within(layout: Layout) -> None:
+def within(layout: LayoutArrays) -> None:
     """Raise `ValueError` unless every index and number of the arrays is one that can be."""
     limits = {"piece_rank": layout.ranks, "piece_tensor": len(layout.names), "piece_buffer": len(layout.buffer_names)}
     for name, limit in limits.items():
@@ -42,7 +40,7 @@ def within(layout: Layout) -> None:
         raise ValueError("a rank has two buffers of one name")
 
 
-def problems(layout: Layout, *, scales: frozenset[int] = frozenset(), only: frozenset[int] | None = None) -> list[str]:
+def problems(layout: LayoutArrays, *, scales: frozenset[int] = frozenset(), only: frozenset[int] | None = None) -> list[str]:
     """Texts of everything that is wrong. Pieces of the tensors `scales` may overlap (two ranks hold the scale of a block that
     their edge cuts); `only` restricts holes and overlaps of elements to these tensors."""
     found = [f"{name}: this name stands more than once" for name in sorted(set(layout.repeated))]
@@ -59,13 +57,13 @@ def problems(layout: Layout, *, scales: frozenset[int] = frozenset(), only: froz
     return found
 
 
-def _chosen(layout: Layout, only: frozenset[int] | None) -> Ints:
+def _chosen(layout: LayoutArrays, only: frozenset[int] | None) -> Ints:
     if only is None:
         return np.arange(len(layout.piece_tensor))
     return np.flatnonzero(np.isin(layout.piece_tensor, np.fromiter(only, np.int64, len(only))))
 
 
-def _overlaps(layout: Layout, scales: frozenset[int], only: frozenset[int] | None) -> list[str]:
+def _overlaps(layout: LayoutArrays, scales: frozenset[int], only: frozenset[int] | None) -> list[str]:
     rows = _chosen(layout, None if only is None and not scales else frozenset(only or range(len(layout.names))) - scales)
     i, j = boxes.partial_overlaps(layout.piece_tensor[rows], layout.piece_start[rows], layout.piece_stop[rows])
     return [
@@ -74,7 +72,7 @@ def _overlaps(layout: Layout, scales: frozenset[int], only: frozenset[int] | Non
     ]
 
 
-def _holes(layout: Layout, only: frozenset[int] | None) -> list[str]:
+def _holes(layout: LayoutArrays, only: frozenset[int] | None) -> list[str]:
     rows = _chosen(layout, only)
     group, start, stop, _, _ = boxes.refine(layout.piece_tensor[rows], layout.piece_start[rows], layout.piece_stop[rows])
     held = boxes.covered(len(layout.names), group, start, stop)
@@ -92,7 +90,7 @@ def _holes(layout: Layout, only: frozenset[int] | None) -> list[str]:
     return found
 
 
-def shared_bytes(layout: Layout, where: tuple[Ints, Ints] | None = None) -> list[str]:
+def shared_bytes(layout: LayoutArrays, where: tuple[Ints, Ints] | None = None) -> list[str]:
     """Texts for pieces of a rank that have bytes in common, also within one piece: what is written to one would destroy the
     other. `where`: for each buffer the number of the memory that it lies in (-1: it is left out), and its first byte there
     (default: each lies in a memory of its own)."""
@@ -120,7 +118,7 @@ def shared_bytes(layout: Layout, where: tuple[Ints, Ints] | None = None) -> list
     return found
 
 
-def _folded(layout: Layout, pieces: Ints) -> Ints:
+def _folded(layout: LayoutArrays, pieces: Ints) -> Ints:
     """Pieces whose elements may lie on one another: a stride is shorter than what it steps over."""
     strides, extent = layout.piece_strides[pieces], layout.piece_extent[pieces]
     order = np.argsort(np.where(extent > 1, strides, -1), axis=1, kind="stable")
@@ -134,7 +132,7 @@ def _folded(layout: Layout, pieces: Ints) -> Ints:
     return pieces[folded]
 
 
-def _compare(layout: Layout, pieces: Ints, begin: Ints) -> list[str]:
+def _compare(layout: LayoutArrays, pieces: Ints, begin: Ints) -> list[str]:
     """Pieces whose spans meet, byte by byte. `begin`: where each piece of the layout lies."""
     item = layout.itemsizes[layout.piece_tensor[pieces]]
     strides, zero = layout.piece_strides[pieces], np.zeros(len(pieces), np.int64)
@@ -153,7 +151,7 @@ def _compare(layout: Layout, pieces: Ints, begin: Ints) -> list[str]:
     return [f"{one} has elements on one another" if same else f"{one} and {two} share bytes" for one, two, same in texts]
 
 
-def describe(layout: Layout, piece: int) -> str:
+def describe(layout: LayoutArrays, piece: int) -> str:
     """A piece for a person: its tensor, box, rank and buffer."""
     tensor = int(layout.piece_tensor[piece])
     ndim = len(layout.shapes[tensor])

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from aiotransfer.weights import explain
 
 if TYPE_CHECKING:
-    from aiotransfer.weights.plan import Plan
+    from aiotransfer.weights.schedule import Schedule
 
 Ints = npt.NDArray[Any]
 MOST_BARS = 64  # of a side: with more ranks neighbours share a bar
@@ -21,7 +21,7 @@ COLOURS = ("#9aa7b5", "#5b8def", "#e08a3c")  # copied, cast, quantised
 KINDS = ("copied", "cast", "quantised")
 
 
-def svg(plan: Plan) -> str:
+def svg(plan: Schedule) -> str:
     """Trainers on the left, receivers on the right, a band for each pair as thick as its bytes; bars show what is made on the
     way."""
     direct, passed = explain.matrix(plan)
@@ -69,7 +69,7 @@ def _sum(values: Ints, groups: list[tuple[int, int]], axis: int) -> Ints:
     return np.asarray(np.add.reduceat(values, [first for first, _ in groups], axis=axis))
 
 
-def _by_kind(plan: Plan) -> Ints:
+def _by_kind(plan: Schedule) -> Ints:
     """Bytes of each trainer rank by what is done with them [ranks, 3]."""
     result = np.zeros((plan.trainer.ranks, 3), np.int64)
     for begin in range(0, len(plan.move_job), explain.STEP):

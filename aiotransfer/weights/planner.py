@@ -14,8 +14,9 @@ from aiotransfer.weights.bind import Bound
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.layout import Layout
 from aiotransfer.weights.links import CAST, COPY, QUANTISE, SCALES, Links
-from aiotransfer.weights.plan import Plan, block_table
+from aiotransfer.weights.plan import Plan
 from aiotransfer.weights.rules import GivenRules, Rules, by_instance
+from aiotransfer.weights.schedule import block_table
 from aiotransfer.weights.senders import Moves, choose
 
 Ints = npt.NDArray[Any]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from aiotransfer.core import boxes
 
 if TYPE_CHECKING:
-    from aiotransfer.weights.plan import Plan
+    from aiotransfer.weights.schedule import Schedule
 
 Ints = npt.NDArray[Any]
 STAGING = -1  # in place of a buffer's number: the sender's staging memory
@@ -146,7 +146,7 @@ class Expected:
     nbytes: Ints
 
 
-def tasks(plan: Plan, sender: int) -> Tasks:
+def tasks(plan: Schedule, sender: int) -> Tasks:
     """The jobs and moves of trainer rank `sender`."""
     if not 0 <= sender < plan.trainer.ranks:
         raise IndexError(f"the trainers have no rank {sender}")
@@ -170,7 +170,7 @@ def tasks(plan: Plan, sender: int) -> Tasks:
     )  # fmt: skip
 
 
-def relays(plan: Plan, instance: str, rank: int) -> Writes:
+def relays(plan: Schedule, instance: str, rank: int) -> Writes:
     """What a receiver passes on to other instances, from its own buffers, once it has landed."""
     number = plan.receiver(instance, rank)
     rows = np.flatnonzero(plan.piece_receiver[plan.move_piece[plan.relay_move]] == number)
@@ -182,7 +182,7 @@ def relays(plan: Plan, instance: str, rank: int) -> Writes:
                    plan.pieces("piece_buffer", own), source, plan.pieces("piece_strides", own))  # fmt: skip
 
 
-def instead(plan: Plan, sender: int) -> Writes:
+def instead(plan: Schedule, sender: int) -> Writes:
     """What trainer rank `sender` writes where relays do not pass its parts on: `feeder` is the number of the receiver whose place
     it takes. Sorted as all `Writes`; those from the staging memory once their job is done."""
     rows = np.flatnonzero(plan.job_sender[plan.move_job[plan.relay_move]] == sender)
@@ -193,7 +193,7 @@ def instead(plan: Plan, sender: int) -> Writes:
     return _sorted(plan, moves, pieces, via, tensor, start, stop, buffer, offset, strides)
 
 
-def expected(plan: Plan, instance: str, rank: int) -> Expected:
+def expected(plan: Schedule, instance: str, rank: int) -> Expected:
     """What a receiver is sent by whom."""
     number = plan.receiver(instance, rank)
     rows = []
@@ -225,12 +225,12 @@ def expected(plan: Plan, instance: str, rank: int) -> Expected:
     return Expected(keys[0].astype(bool), keys[1], keys[2], keys[3], keys[4], sums[0], sums[1])
 
 
-def run_counts(plan: Plan, moves: Ints, pieces: Ints | None = None) -> Ints:
+def run_counts(plan: Schedule, moves: Ints, pieces: Ints | None = None) -> Ints:
     """How many contiguous writes each of these moves is (int64). `pieces`: of relays, the target pieces that they go to."""
     return _runs_of(plan, moves, pieces)[0]
 
 
-def _runs_of(plan: Plan, moves: Ints, pieces: Ints | None) -> tuple[Ints, Ints]:
+def _runs_of(plan: Schedule, moves: Ints, pieces: Ints | None) -> tuple[Ints, Ints]:
     """How many contiguous runs each move is, and its bytes."""
     tensor, start, stop = plan.move_box(moves, pieces)
     item = plan.itemsizes[tensor]
@@ -243,7 +243,7 @@ def _runs_of(plan: Plan, moves: Ints, pieces: Ints | None) -> tuple[Ints, Ints]:
     return np.prod(outer, axis=1, dtype=np.int64), boxes.volume(start, stop) * item
 
 
-def _writes(plan: Plan, moves: Ints) -> Writes:
+def _writes(plan: Schedule, moves: Ints) -> Writes:
     tensor, start, stop = plan.move_box(moves)
     buffer, offset, strides = _sources(plan, moves, start, plan.itemsizes[tensor])
     pieces = plan.move_piece[moves]
@@ -251,7 +251,7 @@ def _writes(plan: Plan, moves: Ints) -> Writes:
 
 
 def _sorted(
-    plan: Plan,
+    plan: Schedule,
     moves: Ints,
     pieces: Ints,
     feeder: Ints,
@@ -284,7 +284,7 @@ def _sorted(
     return Writes(*(x[order] for x in (phase, part, fed, receiver, from_buffer, source, to_buffer, target, nbytes)))
 
 
-def _sources(plan: Plan, moves: Ints, start: Ints, item: Ints) -> tuple[Ints, Ints, Ints]:
+def _sources(plan: Schedule, moves: Ints, start: Ints, item: Ints) -> tuple[Ints, Ints, Ints]:
     """Where the bytes of direct moves lie at their sender: (buffer or STAGING, offset of the first element of the box,
     strides)."""
     job = plan.move_job[moves]
@@ -307,7 +307,7 @@ def _sources(plan: Plan, moves: Ints, start: Ints, item: Ints) -> tuple[Ints, In
     return buffer, offset, strides
 
 
-def _in_piece(plan: Plan, pieces: Ints, start: Ints) -> Ints:
+def _in_piece(plan: Schedule, pieces: Ints, start: Ints) -> Ints:
     """The byte in its buffer of an element of a target piece."""
     away = (start - plan.pieces("piece_start", pieces)) * plan.pieces("piece_strides", pieces)
     return np.asarray(plan.pieces("piece_offset", pieces) + np.sum(away, axis=1))
