@@ -8,19 +8,12 @@ rounds, the ratio is the median of the rounds' ratios with its spread.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 import sys
 from typing import Any
 
-import aiotransfer as at
-from aiotransfer.cli import _bench_cases as cases
-from aiotransfer.cli._bench_rows import REGION
-from aiotransfer.providers.limits import Limits, routine
+from aiotransfer.bench import cases
+from aiotransfer.bench.session import Wanted, machine, measure, runner
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,18 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--moe-rank", help=argparse.SUPPRESS)
 
 
-def _runner(loop: str) -> tuple[str, Any]:
-    if loop != "asyncio":
-        try:
-            import uvloop
-
-            return f"uvloop {importlib.metadata.version('uvloop')}", uvloop.run
-        except ImportError:
-            if loop == "uvloop":
-                raise
-    return "asyncio", asyncio.run
-
-
 def run(args: argparse.Namespace) -> int:
     """Measure what was asked for and print it; the exit status."""
     wanted = [name for name in args.cases.split(",") if name]
@@ -56,67 +37,26 @@ def run(args: argparse.Namespace) -> int:
     if unknown or args.rounds < 5:
         print(f"unknown cases: {unknown}" if unknown else "at least 5 rounds, please", file=sys.stderr)
         return 2
-    name, runner = _runner(args.loop)
+    name, on_loop = runner(args.loop)
     if args.moe_rank:
-        from aiotransfer.cli._bench_moe_rank import serve
+        from aiotransfer.bench.moe_rank import serve
 
-        runner(serve(args.moe_rank))
+        on_loop(serve(args.moe_rank))
         return 0
     if args.target:
+        from aiotransfer.bench.target import serve as serve_target
+
         first, second = (int(x) for x in args.wake.split(","))
-        runner(cases.serve(args.target, args.memory, args.provider, (first, second)))
+        on_loop(serve_target(args.target, args.memory, args.provider, (first, second)))
         return 0
-    rows = runner(_measure(args, wanted))
+    sought = Wanted(wanted, args.provider, args.memory, args.rounds, args.loop)
+    rows = on_loop(measure(sought, lambda row: print(_line(row), file=sys.stderr)))
     result = {"machine": machine(name), "memory": args.memory, "provider": args.provider, "rows": rows}
     if args.json:
         print(json.dumps(result))
     else:
         print(markdown(result) if args.markdown else table(result))
     return 0
-
-
-async def _measure(args: argparse.Namespace, wanted: list[str]) -> list[dict[str, Any]]:
-    wake = (os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK))
-    rows: list[dict[str, Any]] = []
-    async with at.open_engine(name="bench", providers=args.provider, config=at.Config(spin_seconds=0)) as engine:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "aiotransfer", "bench", "--target", str(engine.address), "--memory", args.memory,
-             "--provider", args.provider, "--loop", args.loop, "--wake", f"{wake[0]},{wake[1]}"],
-            pass_fds=wake,
-        )  # fmt: skip
-        try:
-            peer = await anext(engine.arrivals())
-            source = engine.allocate(REGION)
-            source.numpy()[:] = 1
-            remote = await peer.lookup("target")
-            bench = cases.Bench(engine, peer, remote, source, Limits(REGION), args.rounds, wake, args.loop)
-            await engine.write(source, remote)  # touch everything once
-            for case in wanted:
-                async for row in getattr(bench, case)():
-                    rows.append(row.summary())
-                    print(_line(rows[-1]), file=sys.stderr)
-            await peer.send(b"leave")
-            await asyncio.to_thread(process.wait, 20)
-        finally:
-            process.kill()
-            process.wait()
-            for fd in wake:
-                os.close(fd)
-    return rows
-
-
-def machine(loop: str) -> str:
-    """One line that names where the figures are from."""
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as info:
-            model = next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return (
-        f"{model}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, {loop}, "
-        f"aiotransfer {at.__version__}, streaming copies by {routine()}"
-    )
 
 
 def _number(value: float) -> str:

@@ -26,8 +26,8 @@ from typing import Any
 
 from rivals.compare import HERE, ROOT, SPAN, TABLE, Contender, size
 
+from aiotransfer.bench.rows import REGION, Row
 from aiotransfer.cli import bench
-from aiotransfer.cli._bench_rows import REGION, Row
 from aiotransfer.providers import libfabric
 
 SOURCE, PROGRAM = ROOT / "tests" / "native" / "fabric_reference.c", ROOT / "build" / "fabric_reference"

@@ -35,7 +35,7 @@ import numpy as np
 
 import aiotransfer as at
 from aiotransfer import weights
-from aiotransfer.cli.bench import machine
+from aiotransfer.bench.session import machine
 from aiotransfer.engine.views import memory_of
 from aiotransfer.weights import Bound, Layout, Quantise
 from tests.benchmarks.weights_model import BLOCK, RANKS, boxes, inference_layout, layers, numbers, overlap, shards, trainer_layout

@@ -48,15 +48,6 @@ def test_doctor_without_the_extension_says_what_to_do() -> None:
     assert done.stderr == ""
 
 
-def test_the_benchmark_measures_ours_beside_its_limit() -> None:
-    done = run("bench", "--json", "--rounds", "5", "--cases", "scatter")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
-    assert len(rows) == 3
-    assert [row["ratio"] > 0 for row in rows if "limit" in row] == [True, True]  # the third row has no limit to stand beside
-    assert run("bench", "--cases", "nonsense").returncode == 2
-
-
 def test_every_command_explains_itself() -> None:
     for name in COMMANDS:
         assert run(name, "--help").returncode == 0

@@ -257,7 +257,7 @@ def main() -> None:
         names = [name.strip().replace(";", ",") for name in names]
     variables = TCP_ONLY if args.tcp else {}
     cases, rounds = args.cases.split(","), max(5, args.rounds)
-    from aiotransfer.cli.bench import machine
+    from aiotransfer.bench.session import machine
 
     rows: list[Any] = []
     contenders = [rival(name, variables=variables) for name in names]

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 import numpy as np
 
 import aiotransfer as at
-from aiotransfer.cli._bench_rows import PASSES, REGION, SPAN, TABLE, Row, size_name
-from aiotransfer.providers.limits import ForeignLimits
+from aiotransfer.bench.baselines import ForeignBaselines
+from aiotransfer.bench.rows import PASSES, REGION, SPAN, TABLE, Row, size_name
 
 SIZES = (64 << 10, 1 << 20, 16 << 20, 256 << 20)
 PAGES = (4 << 10, 64 << 10)
@@ -25,7 +25,7 @@ async def foreign_rows(engine: at.Engine, peer: at.Peer, rounds: int) -> AsyncIt
     remote = await peer.lookup("foreign")
     memory = np.ones(REGION, np.uint8)
     source = engine.register(memory)
-    limits = ForeignLimits(peer.pid, remote.base, memory)
+    baselines = ForeignBaselines(peer.pid, remote.base, memory)
     try:
         await engine.write(source, remote)
         for size in SIZES:
@@ -35,7 +35,7 @@ async def foreign_rows(engine: at.Engine, peer: at.Peer, rounds: int) -> AsyncIt
             await engine.write(part, target)
             repeats = max(2, int(SPAN / (time.perf_counter() - start)))
             for _ in range(rounds):
-                limit = limits.copy(size, repeats) / 1e9
+                limit = baselines.copy(size, repeats) / 1e9
                 start = time.perf_counter()
                 for _ in range(repeats):
                     await engine.write(part, target)
@@ -52,10 +52,10 @@ async def foreign_rows(engine: at.Engine, peer: at.Peer, rounds: int) -> AsyncIt
                     await engine.write_pages(source, here, remote, there, page_bytes=page)
                     ours += time.perf_counter() - start
                     there, here = (rng.permutation(REGION // page)[:TABLE].astype(np.int64) for _ in range(2))
-                    theirs += limits.pages(there, here, page)
+                    theirs += baselines.pages(there, here, page)
                 volume = PASSES * page * TABLE / 1e9
                 row.add(volume / ours, volume / theirs)
             yield row
     finally:
-        limits.close()
+        baselines.close()
         source.close()

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator
 
 import aiotransfer as at
-from aiotransfer.cli._bench_rows import Row
+from aiotransfer.bench.rows import Row
 
 KILLS = 100
 _VICTIM = """

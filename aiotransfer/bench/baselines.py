@@ -1,4 +1,4 @@
-"""The machine's own limits, for the benchmark: plain copies between two shared mappings, or through the kernel."""
+"""The machine's own speed, for the benchmark to stand beside: plain copies between two shared mappings, or through the kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aiotransfer.providers import native
 from aiotransfer.providers.lane import Segment
 
 
-class Limits:
+class Baselines:
     """Two touched memfd mappings of `nbytes`."""
 
     def __init__(self, nbytes: int) -> None:
@@ -39,7 +39,7 @@ class Limits:
         )
 
 
-class ForeignLimits:
+class ForeignBaselines:
     """Another process's memory at `address`, written through the kernel from `source` (touched memory of this process)."""
 
     def __init__(self, pid: int, address: int, source: Any) -> None:

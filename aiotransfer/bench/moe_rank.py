@@ -19,7 +19,7 @@ import numpy as np
 
 import aiotransfer as at
 from aiotransfer import moe
-from aiotransfer.cli._bench_moe_gloo import Gloo
+from aiotransfer.bench.moe_gloo import Gloo
 from aiotransfer.providers import native
 
 EXPERTS, TOPK, HIDDEN, SCALES = 256, 8, 7168, 56

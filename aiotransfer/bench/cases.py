@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import resource
 import subprocess
@@ -17,15 +16,14 @@ from typing import Any
 import numpy as np
 
 import aiotransfer as at
-from aiotransfer.cli._bench_death import death_rows
-from aiotransfer.cli._bench_foreign import foreign_rows
-from aiotransfer.cli._bench_moe import moe_rows
-from aiotransfer.cli._bench_rows import PAGES, PASSES, REGION, SIZES, SPAN, TABLE, Row, size_name
+from aiotransfer.bench.baselines import Baselines
+from aiotransfer.bench.death import death_rows
+from aiotransfer.bench.foreign import foreign_rows
+from aiotransfer.bench.moe import moe_rows
+from aiotransfer.bench.process import IDLE_SECONDS, eventfd_rounds, usage_since
+from aiotransfer.bench.rows import PAGES, PASSES, REGION, SIZES, SPAN, TABLE, Row, size_name
 from aiotransfer.engine.region import RegionView
-from aiotransfer.providers.limits import Limits
-from aiotransfer.testing.faults import block_loop
 
-IDLE_SECONDS = 10.0
 PING_PONGS = 2000
 
 
@@ -37,7 +35,7 @@ class Bench:
     peer: at.Peer
     remote: at.RemoteRegion
     source: at.Region
-    limits: Limits
+    baselines: Baselines
     rounds: int
     wake: tuple[int, int]  # eventfds to and from the target
     loop: str = "auto"
@@ -58,7 +56,7 @@ class Bench:
             source, target = self.source[:size], self.remote[:size]
             repeats = await self._calibrate(source, target)
             for _ in range(self.rounds):
-                limit = self.limits.copy(size, repeats) / 1e9
+                limit = self.baselines.copy(size, repeats) / 1e9
                 start = time.perf_counter()
                 for _ in range(repeats):
                     await self.engine.write(source, target)
@@ -70,7 +68,7 @@ class Bench:
             row = Row(f"write {size_name(size)}, 16 in flight", "GB/s")
             times = max(1, (await self._calibrate(*pairs[0])) // 16)
             for _ in range(self.rounds):
-                limit = self.limits.copy(size, 16 * times, 16) / 1e9
+                limit = self.baselines.copy(size, 16 * times, 16) / 1e9
                 start = time.perf_counter()
                 for _ in range(times):
                     await at.wait_all([self.engine.write(s, t) for s, t in pairs])
@@ -109,7 +107,7 @@ class Bench:
                                 await write(self.source, here, self.remote, there, page_bytes=page)
                             spent[how] += time.perf_counter() - start
                         else:
-                            spent[how] += self.limits.pages(there, here, page, cold=how == "streaming")
+                            spent[how] += self.baselines.pages(there, here, page, cold=how == "streaming")
                 volume = PASSES * page * TABLE / 1e9
                 row.add(volume / spent["ours"], volume / min(spent["memcpy"], spent["streaming"]))
             yield row
@@ -135,7 +133,7 @@ class Bench:
         for name, way in ways.items():
             row = Row(name, "/s")
             for _ in range(self.rounds):
-                limit = self.limits.copy(size, count) / size
+                limit = self.baselines.copy(size, count) / size
                 start = time.perf_counter()
                 for _ in range(count):
                     await way()
@@ -145,7 +143,7 @@ class Bench:
         large = 64 << 10
         plan = engine.prepare_write(self.source[:large], self.remote[:large])
         for _ in range(self.rounds):
-            limit = self.limits.copy(large, 4000) / 1e9
+            limit = self.baselines.copy(large, 4000) / 1e9
             start = time.perf_counter()
             for _ in range(4000):
                 await plan.post()
@@ -162,7 +160,7 @@ class Bench:
         for imm, note in ((None, ""), (1, ", with an immediate")):
             row = Row(f"prepared scatter to {n} x 4 KiB{note}", "us", lower_is_better=True)
             for _ in range(self.rounds):
-                limit = size * n / self.limits.copy(size, count * n, n) * 1e6
+                limit = size * n / self.baselines.copy(size, count * n, n) * 1e6
                 start = time.perf_counter()
                 for _ in range(count):
                     await plan.post(imm=imm)
@@ -346,117 +344,3 @@ class Bench:
 
 CASES = ("write", "pages", "foreign", "rate", "scatter", "wakeup", "blocked", "idle", "scale", "startup")
 MORE = ("crowd", "death", "moe")  # part of another, or on its own when asked for
-
-
-def usage_since(before: resource.struct_rusage) -> tuple[float, float]:
-    """(percent of a core, context switches) over IDLE_SECONDS."""
-    now = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime
-    switches = now.ru_nvcsw + now.ru_nivcsw - before.ru_nvcsw - before.ru_nivcsw
-    return 100 * cpu / IDLE_SECONDS, float(switches)
-
-
-async def eventfd_rounds(write: int, read: int, count: int, *, first: bool) -> list[float]:
-    """Ping-pong over two eventfds with one persistent reader; microseconds of half a round trip."""
-    loop = asyncio.get_running_loop()
-    waiter: list[asyncio.Future[None]] = [loop.create_future()]
-
-    def readable() -> None:
-        os.eventfd_read(read)
-        if not waiter[0].done():
-            waiter[0].set_result(None)
-
-    loop.add_reader(read, readable)
-    samples = []
-    try:
-        for _ in range(count):
-            start = time.perf_counter()
-            if first:
-                os.eventfd_write(write, 1)
-            await waiter[0]
-            waiter[0] = loop.create_future()
-            if not first:
-                os.eventfd_write(write, 1)
-            samples.append((time.perf_counter() - start) * 5e5)
-    finally:
-        loop.remove_reader(read)
-    return samples
-
-
-async def serve(address: str, memory: str, provider: str, wake: tuple[int, int]) -> None:
-    """The process at the other end: memory to write to, and answers to what the cases ask of it."""
-    listeners: list[asyncio.Task[None]] = []
-    small: list[at.Engine] = []
-
-    async def listen(one: at.Engine) -> None:
-        arrived = one.counter(imm=1)
-        while True:
-            await arrived.wait(1)
-
-    async with contextlib.AsyncExitStack() as others, at.open_engine(
-        name="target", providers=provider, config=at.Config(spin_seconds=0)
-    ) as engine:
-        engine.publish("foreign", engine.register(np.ones(REGION, np.uint8)), access="both")
-        if memory == "foreign":
-            region = engine.register(np.ones(REGION, np.uint8))
-        else:
-            region = engine.allocate(REGION)
-            region.numpy()[:] = 0
-        engine.publish("target", region, access="both")
-        counter = engine.counter(imm=2)
-        source = engine.allocate(64)
-        peer = await engine.connect(address)
-        async for message in engine.messages():
-            command, _, argument = message.data.decode().partition(" ")
-            if command == "drop":
-                engine.counter(imm=1).close()
-                await peer.send(b"ok")
-            elif command == "engines":
-                number, size = argument.split()
-                for _ in range(int(number)):
-                    one = await others.enter_async_context(at.open_engine(name="small", providers=provider))
-                    one.publish("small", one.allocate(int(size)))
-                    await one.connect(address)
-                    small.append(one)
-                await peer.send(b"ok")
-            elif command == "listen":
-                listeners = [asyncio.ensure_future(listen(one)) for one in small]
-                await peer.send(b"ok")
-            elif command == "deaf":
-                for task in listeners:
-                    task.cancel()
-                await peer.send(b"ok")
-            elif command == "block":
-                await peer.send(b"ok")
-                await asyncio.sleep(0.1)
-                block_loop(1.5)
-                back = time.perf_counter()
-                await counter.wait(1)
-                await peer.send(str((time.perf_counter() - back) * 1e6).encode())
-            elif command == "floor":
-                await peer.send(b"ok")
-                await eventfd_rounds(wake[1], wake[0], int(argument), first=False)
-            elif command == "pingpong":
-                pong = (await peer.lookup("pong"))[:64]
-                await peer.send(b"ok")
-                for _ in range(int(argument)):
-                    await counter.wait(1)
-                    await engine.write(source, pong, imm=3)
-            elif command == "answer":
-                whom, times = argument.split()
-                async with at.open_engine(name="soon", providers=provider) as one:
-                    one.publish("ping", one.allocate(64))
-                    arrived, answer = one.counter(imm=2), one.allocate(64)
-                    pong = await (await one.connect(whom)).lookup("pong")
-                    for _ in range(int(times)):
-                        await arrived.wait(1)
-                        await one.write(answer, pong, imm=3)
-            elif command == "idle":
-                waiting = asyncio.ensure_future(engine.counter(imm=99).wait(1))
-                await asyncio.sleep(0.3)
-                before = resource.getrusage(resource.RUSAGE_SELF)
-                await asyncio.sleep(float(argument))
-                await peer.send(" ".join(str(x) for x in usage_since(before)).encode())
-                waiting.cancel()
-            else:
-                return

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from aiotransfer.cli import _bench_moe_gloo
-from aiotransfer.cli._bench_moe_rank import RESULT, ROW, Setup, copies
-from aiotransfer.cli._bench_rows import Row
+from aiotransfer.bench import moe_gloo
+from aiotransfer.bench.moe_rank import RESULT, ROW, Setup, copies
+from aiotransfer.bench.rows import Row
 
 SIZES: tuple[tuple[int, int], ...] = ((4, 128), (8, 128), (4, 4096), (8, 4096))  # ranks, tokens of each
 STEPS = {128: 20, 4096: 2}  # in a round
@@ -31,7 +31,7 @@ async def moe_rows(rounds: int, provider: str, loop: str) -> AsyncIterator[Row]:
     sizes = SIZES
     if asked := os.environ.get("BENCH_MOE"):  # "8x128,4x128"
         sizes = tuple((int(a), int(b)) for a, b in (size.split("x") for size in asked.split(",")))
-    if not _bench_moe_gloo.available():
+    if not moe_gloo.available():
         print("moe: there is no torch, so nothing is compared with gloo", file=sys.stderr)
     for ranks, tokens in sizes:
         setup = Setup(0, ranks, tokens, rounds, STEPS.get(tokens, 5), 1 if tokens > 1024 else 2, provider, "")
@@ -54,7 +54,7 @@ def _free() -> int:
 async def _run(setup: Setup, loop: str) -> list[dict[str, Any]]:
     """Run all ranks as processes, and return what each of them reports."""
     with tempfile.TemporaryDirectory() as folder:
-        store = os.path.join(folder, "gloo") if _bench_moe_gloo.available() else ""
+        store = os.path.join(folder, "gloo") if moe_gloo.available() else ""
         processes: list[subprocess.Popen[str]] = []
         try:
             for rank in range(setup.ranks):
