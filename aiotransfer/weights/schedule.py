@@ -69,8 +69,8 @@ class Schedule:
         phases: tuple[str, ...],
         arrays: Mapping[str, Ints],
     ) -> None:
-        """Not for users: `make_plan` makes plans. `trainer`, `instances`, `fanout`, `staging_bytes`, `phases`, `arrays` (by name):
-        as the class `Plan` describes them."""
+        """Not for users: `make_plan` makes plans. `trainer`, `instances`, `fanout`, `staging_bytes`, `phases`, `arrays` (by
+        name): as the class `Plan` describes them."""
         self.trainer = trainer
         self.instances = dict(instances)
         self.fanout = fanout
