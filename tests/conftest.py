@@ -15,7 +15,7 @@ import pytest_asyncio
 import uvloop
 from hypothesis import HealthCheck, settings
 
-from aiotransfer.control.ratelimit import RateLimit
+from aiotransfer.aio.ratelimit import RateLimit
 from aiotransfer.testing import Pair, engine_pair, leaks_since, snapshot
 
 # How long an example took says how busy the machine is, not whether the code is right.

@@ -22,16 +22,17 @@ MOST_LINES = 500
 LEAVES = {"errors", "config", "advice"}
 PACKAGE_ITSELF = ""  # `import aiotransfer`: only what stands above the package's own names uses them
 MAY_IMPORT = {  # folder: the folders beneath it
+    "aio": set(),
     "model": set(),
-    "telemetry": {"control"},
-    "kv": {"model", "control", "engine", "telemetry"},
+    "telemetry": {"aio"},
+    "kv": {"aio", "model", "control", "engine", "telemetry"},
     "core": {"model"},
     "providers": {"model"},
-    "control": {"model"},
-    "engine": {"model", "core", "providers", "control"},
+    "control": {"aio", "model"},
+    "engine": {"aio", "model", "core", "providers", "control"},
     "rendezvous": {"model", "engine"},
-    "moe": {"model", "control", "engine", "providers"},
-    "weights": {"model", "core", "control", "engine", "providers", "telemetry"},
+    "moe": {"aio", "model", "control", "engine", "providers"},
+    "weights": {"aio", "model", "core", "engine", "providers", "telemetry"},
     "testing": {"model", "core", "providers", "control", "engine"},
     "bench": {PACKAGE_ITSELF, "engine", "moe", "providers", "testing"},
     "cli": {PACKAGE_ITSELF, "bench", "model", "core", "providers", "control", "engine", "weights", "testing"},

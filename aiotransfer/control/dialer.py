@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.control.key import Key
 from aiotransfer.control.link import Identity, Link
 from aiotransfer.control.network import Network
-from aiotransfer.control.patience import Patience
 from aiotransfer.errors import BrokenError, RendezvousError, TransferTimeout, shortage
 from aiotransfer.model.address import Address
 

@@ -16,9 +16,9 @@ import struct
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
+from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.control.frames import Frame, Goodbye, PeerInfo, clip, encode
 from aiotransfer.control.key import Key
-from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.control.session import NONCE_BYTES, Role, Session
 from aiotransfer.errors import BrokenError, BusyError, RendezvousError, shortage
 from aiotransfer.model.address import Address

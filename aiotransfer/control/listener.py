@@ -16,11 +16,11 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable
 
+from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.control.frames import MOST_FURTHER
 from aiotransfer.control.key import Key
 from aiotransfer.control.link import Identity, Link
 from aiotransfer.control.network import Network, Server
-from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.errors import ConfigurationError, shortage
 from aiotransfer.model.address import Address
 

@@ -11,7 +11,7 @@ import asyncio
 import math
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.errors import ClosedError
 from aiotransfer.providers import native
 

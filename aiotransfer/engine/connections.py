@@ -19,11 +19,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from aiotransfer.aio.ratelimit import RateLimit, more
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.control import frames
 from aiotransfer.control.dialer import dial
 from aiotransfer.control.listener import Listener
-from aiotransfer.control.patience import Patience
-from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.engine.peer import Peer
 from aiotransfer.engine.reach import Reach
 from aiotransfer.engine.redial import Redial

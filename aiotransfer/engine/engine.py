@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.advice import advise
+from aiotransfer.aio.ratelimit import RateLimit
+from aiotransfer.aio.timeouts import despite_cancels
 from aiotransfer.config import Config
 from aiotransfer.control import frames
 from aiotransfer.control.frames import OfferWire, PeerInfo
 from aiotransfer.control.key import load_key
 from aiotransfer.control.link import Identity
-from aiotransfer.control.patience import despite_cancels
-from aiotransfer.control.ratelimit import RateLimit
 from aiotransfer.core.ledger import Ledger
 from aiotransfer.core.rails import pairing
 from aiotransfer.engine import registrations

@@ -26,8 +26,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.control.frames import MAX_TEXT, Join, Roster, clip
-from aiotransfer.control.patience import Patience
 from aiotransfer.engine.counter import take_each
 from aiotransfer.engine.plans import Plan
 from aiotransfer.engine.reach import Claims

@@ -18,7 +18,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from aiotransfer.control.patience import Patience
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import QuarantineError
 from aiotransfer.model.descriptor import Grant, RemoteRegion

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.control import frames
 from aiotransfer.control.line import Line
-from aiotransfer.control.patience import Patience
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
 from aiotransfer.engine.arguments import check_name
 from aiotransfer.engine.unpicklable import Unpicklable

@@ -13,8 +13,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from aiotransfer.control.patience import Patience
-from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.aio.ratelimit import RateLimit, more
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.errors import TransferError
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.control import frames
 from aiotransfer.control.dialer import dial_first
-from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.errors import BrokenError, RendezvousError, TransferError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.control.patience import Patience
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.engine.lease import Lease
 from aiotransfer.engine.peer import Peer
 from aiotransfer.engine.staging import flush

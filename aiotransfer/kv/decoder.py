@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.control.patience import despite_cancels
+from aiotransfer.aio.timeouts import despite_cancels
 from aiotransfer.engine.base import seconds
 from aiotransfer.errors import QuarantineError, TransferError
 from aiotransfer.kv import wire

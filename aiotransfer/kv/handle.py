@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.control.frames import clip
-from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, PeerLostError, QuarantineError, TransferError, TransferTimeout, again, said

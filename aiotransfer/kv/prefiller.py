@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.control.frames import clip
-from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.engine.base import seconds
 from aiotransfer.errors import DescriptorError, TransferTimeout, said
 from aiotransfer.kv import wire

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.control.frames import clip
-from aiotransfer.control.patience import Patience, despite_cancels
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import PeerLostError, StaleRegionError, TransferTimeout, again, said

@@ -12,9 +12,9 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aiotransfer.control.patience import Patience
-from aiotransfer.control.ratelimit import RateLimit, more
-from aiotransfer.control.tasks import begin
+from aiotransfer.aio.ratelimit import RateLimit, more
+from aiotransfer.aio.tasks import begin
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, again, said
 from aiotransfer.kv import wire
 

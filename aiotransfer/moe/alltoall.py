@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.control.patience import Patience, Until
+from aiotransfer.aio.timeouts import Patience, Until
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import BusyError, TransferError, TransferTimeout, said

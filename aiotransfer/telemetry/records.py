@@ -6,7 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable
 
-from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.aio.ratelimit import RateLimit, more
 
 _logger = logging.getLogger("aiotransfer")
 MOST_RECORDS = 1000  # that a role keeps

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aiotransfer.control.patience import despite_cancels
+from aiotransfer.aio.timeouts import despite_cancels
 from aiotransfer.engine.base import world_of
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
-from aiotransfer.control.patience import Patience
-from aiotransfer.control.ratelimit import RateLimit, more
-from aiotransfer.control.tasks import begin
+from aiotransfer.aio.ratelimit import RateLimit, more
+from aiotransfer.aio.tasks import begin
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.errors import DescriptorError, TransferError
 from aiotransfer.weights.protocol import terms, wire
 from aiotransfer.weights.protocol.parts import Parts, parts

@@ -14,7 +14,7 @@ GUARDS = (
     ),
     Mutant(
         "weights: a program that closes its loop hears of its own tasks alone",
-        "aiotransfer/control/tasks.py",
+        "aiotransfer/aio/tasks.py",
         "    task._log_destroy_pending = False",
         "    task._log_destroy_pending = True",
         "tests/weights/test_endings.py",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.kv.registry.member import MOST_BYTES
 
 MOST_ENTRIES = 16_384

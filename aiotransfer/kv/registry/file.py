@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.errors import DescriptorError
 from aiotransfer.kv.registry import bounds
 from aiotransfer.kv.registry.member import MOST_BYTES

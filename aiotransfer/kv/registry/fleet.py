@@ -7,8 +7,8 @@ import logging
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from aiotransfer.control.patience import Patience
-from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.aio.ratelimit import RateLimit, more
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.engine.base import is_open
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout

@@ -9,8 +9,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from aiotransfer.control.patience import Patience, despite_cancels
-from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.aio.ratelimit import RateLimit, more
+from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import BusyError, ClosedError, TransferError, TransferTimeout
 from aiotransfer.kv.registry.cache import Cache

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from aiotransfer.control.patience import Patience
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.errors import BrokenError, PeerLostError, TransferTimeout, again, said
 from aiotransfer.moe.communicator.answers import Answers
 from aiotransfer.moe.communicator.dials import Dials, lost_while_meeting

@@ -7,7 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
-from aiotransfer.control.patience import Patience
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.errors import ClosedError, QuarantineError
 from aiotransfer.moe.communicator import unmade
 from aiotransfer.moe.communicator.answers import Answers

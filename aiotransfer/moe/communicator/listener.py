@@ -6,9 +6,9 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from aiotransfer.aio.ratelimit import RateLimit, more
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.control.frames import clip
-from aiotransfer.control.patience import Patience
-from aiotransfer.control.ratelimit import RateLimit, more
 from aiotransfer.engine.reach import Claims
 from aiotransfer.errors import DescriptorError, PeerLostError
 from aiotransfer.moe.communicator.answers import Answers

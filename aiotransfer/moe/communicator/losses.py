@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aiotransfer.control.patience import Patience
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, QuarantineError, TransferError
 from aiotransfer.moe.communicator.ranks import Ranks
 from aiotransfer.moe.protocol import messages

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 
-from aiotransfer.control.patience import Patience
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.engine.base import seconds, world_of
 from aiotransfer.errors import ConfigurationError, TransferError, TransferTimeout
 from aiotransfer.weights.aside import aside, steady

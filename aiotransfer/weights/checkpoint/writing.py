@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aiotransfer.control.patience import despite_cancels
+from aiotransfer.aio.timeouts import despite_cancels
 from aiotransfer.engine.views import memory_of
 from aiotransfer.weights.aside import aside, steady
 from aiotransfer.weights.checkpoint.parts import Parts

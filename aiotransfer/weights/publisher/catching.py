@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aiotransfer.control.patience import Patience
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.errors import TransferError
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.protocol.roll import lender

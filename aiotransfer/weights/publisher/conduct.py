@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from aiotransfer.control.patience import Patience
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.errors import TransferError
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.protocol import relays, wire

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aiotransfer.control.ratelimit import RateLimit, more
+from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.engine.memory import describe
 from aiotransfer.errors import RegistrationError
 from aiotransfer.model.dtypes import lookup

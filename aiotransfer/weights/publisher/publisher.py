@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aiotransfer.control.patience import despite_cancels
+from aiotransfer.aio.timeouts import despite_cancels
 from aiotransfer.engine.base import seconds, world_of
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError

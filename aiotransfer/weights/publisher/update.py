@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aiotransfer.control.patience import Patience, despite_cancels
+from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, TransferError
 from aiotransfer.weights.aside import steady

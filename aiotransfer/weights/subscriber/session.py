@@ -6,7 +6,7 @@ import asyncio
 import itertools
 from typing import TYPE_CHECKING
 
-from aiotransfer.control.patience import Patience
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.errors import DescriptorError, QuarantineError, TransferError
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.agreement import Chair, Say, Seat

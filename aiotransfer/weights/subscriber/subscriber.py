@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.control.patience import Patience, despite_cancels
+from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.engine.base import is_open, seconds, world_of
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, TransferTimeout, again

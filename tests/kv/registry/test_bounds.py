@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import aiotransfer as at
-from aiotransfer.control.ratelimit import RateLimit
+from aiotransfer.aio.ratelimit import RateLimit
 from aiotransfer.kv.registry import EtcdBackend, FileBackend, Member, MemoryBackend, bounds, etcd, file
 from aiotransfer.kv.registry.cache import Cache
 from aiotransfer.kv.registry.member import MOST_BYTES

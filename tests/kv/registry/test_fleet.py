@@ -13,7 +13,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import kv
-from aiotransfer.control.ratelimit import RateLimit
+from aiotransfer.aio.ratelimit import RateLimit
 from aiotransfer.kv.registry import FileBackend, Fleet, Member, MemoryBackend, Registry, connect, member_of
 from aiotransfer.kv.registry import fleet as fleet_module
 from tests.kv.party import Rank, cache_of, rank, small

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aiotransfer.control.ratelimit import MOST_KINDS, RateLimit, more
+from aiotransfer.aio.ratelimit import MOST_KINDS, RateLimit, more
 
 
 class Clock:

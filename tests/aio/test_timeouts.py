@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aiotransfer.control.patience import Patience
+from aiotransfer.aio.timeouts import Patience
 
 pytestmark = pytest.mark.asyncio
 

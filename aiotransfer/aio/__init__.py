@@ -1,0 +1,1 @@
+"""What all layers that wait share: deadlines that hold although the loop was blocked, tasks of the library, limited log lines."""
