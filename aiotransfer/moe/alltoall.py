@@ -138,8 +138,9 @@ class AllToAll(Unpicklable):
         """Returns when all ranks have met; the first dispatch does it, too. `timeout`: seconds (None: that of the all-to-all).
 
         Raises `ShapeMismatch` (on all ranks), `TransferTimeout` whose `.ranks` are those that are missing, `PeerLostError` (also
-        where another rank could not set up, with its reason), `ConfigurationError` where the list of another member of the group
-        differs, or `ValueError` where the engine has an open one of this name.
+        where another rank could not set up, with its reason), `EvictedError` where the ranks at work have given this one up,
+        `ConfigurationError` where the list of another member of the group differs, or `ValueError` where the engine has an open
+        one of this name.
         """
         await self._ready(self._until(timeout))
         return self

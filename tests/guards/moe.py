@@ -6,6 +6,7 @@ from tests.guards.mutant import Mutant
 
 LISTENER = "aiotransfer/moe/communicator/listener.py"
 BOOTSTRAP = "aiotransfer/moe/communicator/bootstrap.py"
+COMING_BACK = "tests/moe/communicator/test_coming_back.py"
 IDENTITY = "tests/moe/communicator/test_identity.py"
 MESSAGES = "tests/moe/protocol/test_messages.py"
 OUT_OF_STEP = "tests/moe/step/test_out_of_step.py"
@@ -79,11 +80,55 @@ GUARDS = (
     ),
     Mutant(
         "MoE: an earlier incarnation that leaves", LISTENER,
-        "if hello is not None and hello[1].incarnation == leave.incarnation:", "if True:", IDENTITY,
+        "        if hello is None or hello.incarnation != leave.incarnation:\n", "        if hello is None:\n", IDENTITY,
     ),
     Mutant(
         "MoE: a rank that leaves while the ranks meet", LISTENER,
-        "if hello is not None and hello[1].incarnation == leave.incarnation:", "if False:", IDENTITY,
+        "        ranks.spawn(self._missed_early(rank, leave))\n", "", IDENTITY,
+    ),
+    Mutant(
+        "MoE: a rank that has left has said nothing", LISTENER,
+        "            del answers.hellos[rank]\n", "            return\n", COMING_BACK,
+    ),
+    Mutant(
+        "MoE: memory that was offered to an earlier all-to-all of the engine", LISTENER,
+        "        if hello.to not in (0, ranks.incarnation):", "        if False:", COMING_BACK,
+    ),
+    Mutant(
+        "MoE: a Hello to an earlier all-to-all is answered", LISTENER,
+        "                greetings.greet(rank, peer, ask=True)\n", "                pass\n", COMING_BACK,
+    ),
+    Mutant(
+        "MoE: a rank that begins anew is not at work", LISTENER,
+        "        if not hello.running or (rank in answers.early", "        if (rank in answers.early", COMING_BACK,
+    ),
+    Mutant(
+        "MoE: a rank that is given up while it meets the others", LISTENER,
+        "        if leave.who == ranks.rank and leave.of == ranks.incarnation:",
+        "        if membership is not None and leave.who == ranks.rank and leave.of == ranks.incarnation:", COMING_BACK,
+    ),
+    Mutant(
+        "MoE: what was said by ranks that did not take this one in", "aiotransfer/moe/communicator/answers.py",
+        "        named = (self.taken_in or self.seen).values()\n", "        named = (self.taken_in | self.seen).values()\n",
+        COMING_BACK,
+    ),
+    Mutant(
+        "MoE: the last view says which ranks are needed", "aiotransfer/moe/communicator/answers.py",
+        "        self.taken_in.pop(rank, None)\n", "        if rank in self.taken_in:\n            return\n", COMING_BACK,
+    ),
+    Mutant(
+        "MoE: the last Hello of a rank holds", "aiotransfer/moe/communicator/greetings.py",
+        "            if peer is known.peer and hello is not known.hello:\n",
+        "            if peer is known.peer and known.hello is None:\n", COMING_BACK,
+    ),
+    Mutant(
+        "MoE: a rank that starts anew before all are ready", BOOTSTRAP,
+        "                if rank in answers.hellos and answers.hellos[rank][1].incarnation != incarnations[rank]:\n",
+        "                if False:\n", COMING_BACK,
+    ),
+    Mutant(
+        "MoE: another try to meet where the others have begun", BOOTSTRAP,
+        "        if self._ranks.running:\n            return", "        if False:\n            return", COMING_BACK,
     ),
     Mutant(
         "MoE: an all-to-all that cannot be made is told of", "aiotransfer/moe/communicator/unmade.py",

@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peer import Peer
+    from aiotransfer.moe.protocol.membership import Member
     from aiotransfer.moe.protocol.messages import Hello, ViewUpdate
 
 
 @dataclass
 class Answers:
-    """What ranks have answered, by their numbers. `Listener` writes it down, `Bootstrap` waits for it."""
+    """What ranks have answered to `me`, by their numbers. `Listener` writes it down, `Bootstrap` waits for it."""
 
+    me: Member
     hellos: dict[int, tuple[Peer, Hello]] = field(default_factory=dict)
-    seen: dict[int, set[int]] = field(default_factory=dict)  # by ranks that are at work: which ranks take part
+    seen: dict[int, set[int]] = field(default_factory=dict)  # by ranks that said that they are at work: which ranks take part
     ready: dict[int, list[int]] = field(default_factory=dict)  # the incarnations that it has Hellos of
     asked: set[int] = field(default_factory=set)  # ranks that look for others, as this one does
     unable: dict[int, str] = field(default_factory=dict)  # ranks that could not set up, and why
     know_it: set[int] = field(default_factory=set)  # ranks that have heard that this one cannot
     failure: Exception | None = None  # why this one cannot
     early: dict[int, ViewUpdate] = field(default_factory=dict)  # before this rank knew of which ranks: the last of each
-    to_join: bool = False  # the others are at work: they take this rank in, it does not begin with them
+    taken_in: dict[int, set[int]] = field(default_factory=dict)  # of those, where they name this rank: the ranks that they name
 
-    def present(self, rank: int) -> set[int]:
-        """The ranks that those at work know of, without `rank` itself."""
-        return set().union(*self.seen.values()) - {rank}
+    @property
+    def at_work(self) -> bool:
+        """Whether others make steps already: this rank joins them, it does not begin with them."""
+        return bool(self.taken_in or self.seen)
+
+    def needed(self, others: Iterable[int]) -> set[int]:
+        """The ranks that this one has to meet: all `others`, or those that the ranks at work name.
+
+        A rank that has taken this one in tells it whenever the ranks change, and when it leaves. What the others have said may
+        be out of date: nothing tells this rank when one of them ends. So it counts only where no rank has taken this one in.
+        """
+        named = (self.taken_in or self.seen).values()
+        return set().union(*named) - {self.me[0]} if named else set(others)
+
+    def view(self, rank: int, update: ViewUpdate) -> None:
+        """A view has come before this rank has a membership that it belongs to."""
+        self.early.pop(rank, None)  # in the order in which they came
+        self.early[rank] = update
+        self.taken_in.pop(rank, None)
+        present = update.view.present()
+        if self.me in present:
+            self.taken_in[rank] = {number for number, _ in present}
+
+    def not_at_work(self, rank: int) -> None:
+        """What `rank` has said of ranks at work does not count any more: it is not one of them."""
+        for said in (self.seen, self.early, self.taken_in):
+            said.pop(rank, None)

@@ -55,16 +55,15 @@ class Bootstrap:
         ranks, answers = self._ranks, self._answers
         if ranks.membership is not None and ranks.running:
             return list(ranks.membership.awaited)
-        needed = self._present() if answers.seen else set(ranks.others())
-        missing = [rank for rank in sorted(needed) if rank not in answers.hellos]
+        missing = [rank for rank in sorted(self._needed()) if rank not in answers.hellos]
         silent = [rank for rank in missing if rank not in answers.asked or ranks.at(rank) is None]
         if not missing and ranks.membership is not None:
             incarnations = self._greetings.incarnations()
             missing = [rank for rank in ranks.others() if answers.ready.get(rank) != incarnations]
         return silent or missing
 
-    def _present(self) -> set[int]:
-        return self._answers.present(self._ranks.rank)
+    def _needed(self) -> set[int]:
+        return self._answers.needed(self._ranks.others())
 
     async def meet(self) -> None:
         """Returns when all are there. Raises `ShapeMismatch`, `PeerLostError`, or `ConfigurationError` for lists that differ."""
@@ -99,6 +98,8 @@ class Bootstrap:
 
     async def _set_up(self, found: dict[int, Peer]) -> None:
         """Meet, with the peers that are known by rank in `found`."""
+        if self._ranks.running:
+            return  # after a try that failed another rank has said that all have met
         dials = Dials(self._ranks, self._answers, found)
         self._forget_lost(found)
         try:
@@ -110,7 +111,7 @@ class Bootstrap:
         finally:
             dials.cancel()
         self._greetings.check_shapes()
-        if self._answers.seen:
+        if self._answers.at_work:
             await self._join()
         else:
             await self._start()
@@ -121,15 +122,14 @@ class Bootstrap:
         asked = ranks.engine._loop.time()
         greeted: set[int] = set()
         while True:
+            ranks.check()
             for rank, (peer, _) in answers.hellos.items():
                 found.setdefault(rank, peer)
             dials.look()
             for peer in found.values():
                 ranks.group.show(peer)
             ranks.group.check_lists()
-            missing = [rank for rank in ranks.others() if rank not in found]
-            if answers.seen:
-                missing = [rank for rank in missing if rank in self._present()]
+            missing = self._needed() - found.keys()
             if missing and ranks.engine._loop.time() > asked + ASK_AGAIN:
                 asked = ranks.engine._loop.time()
                 for peer in found.values():  # ranks that are at work know which is not missing at all
@@ -147,7 +147,7 @@ class Bootstrap:
             self._check_able()  # first: a rank that cannot set up may be gone as soon as it has said why
             for rank in self._forget_lost(found):
                 greeted.discard(rank)
-                if not answers.seen or rank in self._present():
+                if rank in self._needed():
                     raise lost_while_meeting(ranks, rank)
             dials.check()
             await ranks.soon()
@@ -158,7 +158,7 @@ class Bootstrap:
         if answers.failure is not None:
             raise answers.failure
         for rank, reason in answers.unable.items():
-            if not answers.seen or rank in self._present():
+            if rank in self._needed():
                 raise PeerLostError(f"{ranks.who(rank)} could not set up: {reason}", peer=str(ranks.addresses[rank]))
 
     def _named(self, error: BrokenError) -> BrokenError:
@@ -179,7 +179,7 @@ class Bootstrap:
             found.pop(rank, None)
             if rank not in hellos or hellos[rank][0].state in ENDED:
                 hellos.pop(rank, None)
-                self._answers.seen.pop(rank, None)
+                self._answers.not_at_work(rank)
             if (one := known[rank]) is not None and one.peer.state in ENDED:
                 known[rank] = None
         return sorted(lost - hellos.keys())
@@ -194,7 +194,8 @@ class Bootstrap:
             ready = messages.Ready(rank=ranks.rank, incarnation=ranks.incarnation, incarnations=incarnations)
             ranks.send(rank, ready)
         while not ranks.running:
-            if answers.to_join:
+            ranks.check()
+            if answers.taken_in:  # the Hello of these was of before they were at work
                 ranks.membership = None
                 await self._join()
                 return
@@ -202,7 +203,9 @@ class Bootstrap:
                 break
             for rank in ranks.others():
                 if (known := ranks.known[rank]) is not None and known.peer.state in ENDED:
-                    raise PeerLostError(f"{ranks.who(rank)} was lost while the ranks met", peer=str(known.peer.address))
+                    raise lost_while_meeting(ranks, rank)
+                if rank in answers.hellos and answers.hellos[rank][1].incarnation != incarnations[rank]:
+                    raise lost_while_meeting(ranks, rank, ": it has started anew")
             self._check_able()
             await ranks.soon()
         ranks.running = True
@@ -210,7 +213,6 @@ class Bootstrap:
     async def _join(self) -> None:
         """Begin with ranks that are at work, at the step that follows from their views."""
         ranks, answers = self._ranks, self._answers
-        answers.to_join = False
         for rank in answers.hellos:
             self._greetings.hello_of(rank)
         incarnations = self._greetings.incarnations()
@@ -228,7 +230,7 @@ class Bootstrap:
         """Begin to take views into account, also those that came already."""
         ranks, answers = self._ranks, self._answers
         ranks.membership = membership
-        early, answers.early = answers.early, {}
+        early, answers.early, answers.taken_in = answers.early, {}, {}
         for rank, update in early.items():
             membership.hear(rank, update.view)
         for rank, (peer, hello) in list(answers.hellos.items()) if ranks.running else ():

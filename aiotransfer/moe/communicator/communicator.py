@@ -41,7 +41,7 @@ class Communicator:
         self.ranks = Ranks(engine, group, shape, name)
         self.losses = Losses(self.ranks)
         self.waiting = Waiting(self.ranks)
-        self._answers = Answers()
+        self._answers = Answers((self.ranks.rank, self.ranks.incarnation))
         self._greetings = Greetings(self.ranks, self._answers, direct, gpu=gpu, in_place=in_place)
         self._listener = Listener(self.ranks, self.losses, self.waiting, self._greetings, self._answers)
         self.bootstrap = Bootstrap(self.ranks, self.losses, self._greetings, self._answers, self._listener)

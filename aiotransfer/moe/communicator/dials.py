@@ -41,6 +41,7 @@ class Dials:
         ranks, found, claimed = self._ranks, self.found, self._claimed
         now = ranks.engine._loop.time()
         late = now > self._begun + DIAL_AFTER
+        needed = self._answers.needed(ranks.others())
         for peer in ranks.engine.peers:
             if (rank := self._by_address.get(peer.address, ranks.rank)) != ranks.rank:
                 claimed[rank] = now
@@ -49,9 +50,7 @@ class Dials:
                 found[rank] = known
             elif rank not in found and rank not in self._tasks and (rank > ranks.rank or late or rank in claimed):
                 self._tasks[rank] = ranks.spawn(self._dial(rank))
-            seen = self._answers.seen
-            needed = rank not in found and (not seen or rank in self._answers.present(ranks.rank))
-            if needed and rank in claimed and now > claimed[rank] + MISSED_SECONDS:
+            if rank in needed and rank not in found and rank in claimed and now > claimed[rank] + MISSED_SECONDS:
                 raise lost_while_meeting(ranks, rank)
 
     async def _dial(self, rank: int) -> None:

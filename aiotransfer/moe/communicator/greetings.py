@@ -56,11 +56,13 @@ class Greetings:
             lease = buffers.received.lease(peer, access="both" if buffers.computed_at else "write")
             direct = self.is_direct(peer) or not buffers.staged
             known = ranks.known[rank] = Rank(peer, lease, direct=direct, reads=self._can_read(peer))
+        heard = self._answers.hellos.get(rank)
         hello = messages.Hello(
             rank=ranks.rank, incarnation=ranks.incarnation, shape=ranks.shape.agreed(),
             region=known.lease.descriptor.encode(), direct=known.direct, reads=known.reads,
             computed=buffers.computed_at, running=ranks.running, ask=ask,
             present=self.taking_part() if ranks.running else [],
+            to=heard[1].incarnation if heard is not None and heard[0] is peer else 0,
         )  # fmt: skip
         ranks.send(rank, hello)
 
@@ -78,20 +80,20 @@ class Greetings:
 
     def all_hello(self) -> bool:
         """Whether the Hello of every rank that is needed is taken in."""
-        ranks, answers = self._ranks, self._answers
-        needed = answers.present(ranks.rank) if answers.seen else set(ranks.others())
-        return all(self.hello_of(rank) is not None for rank in needed - {ranks.rank})
+        return all(self.hello_of(rank) is not None for rank in self._answers.needed(self._ranks.others()))
 
     def hello_of(self, rank: int) -> messages.Hello | None:
-        """The Hello of a rank, taken in if it has come from the peer that this rank has said Hello to."""
+        """The last Hello of a rank, taken in if it has come from the peer that this rank has said Hello to."""
         known = self._ranks.known[rank]
-        if known is not None and known.hello is None and rank in self._answers.hellos:
+        if known is None:
+            return None
+        if rank in self._answers.hellos:
             peer, hello = self._answers.hellos[rank]
-            if peer is known.peer:
+            if peer is known.peer and hello is not known.hello:
                 known.hello, known.remote = hello, RemoteRegion.decode(hello.region)
                 if not hello.direct and self.buffers is not None:
                     self.buffers.pack()
-        return known.hello if known is not None else None
+        return known.hello
 
     def check(self, peer: Peer, hello: messages.Hello) -> None:
         """Raises `DescriptorError` for a Hello of `peer` that cannot be."""

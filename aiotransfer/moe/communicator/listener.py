@@ -167,18 +167,24 @@ class Listener:
         ranks, losses, greetings, answers = self._ranks, self._losses, self._greetings, self._answers
         present = self._ranks_in(hello.present)
         greetings.check(peer, hello)
+        known, membership = ranks.known[rank], ranks.membership
+        if hello.to not in (0, ranks.incarnation):  # to an earlier one of this engine: that memory is not for this one
+            if greetings.buffers is not None and (known is None or known.hello is None):
+                greetings.greet(rank, peer, ask=True)
+            return
         answers.unable.pop(rank, None)
         answers.hellos[rank] = (peer, hello)
+        if not hello.running or (rank in answers.early and answers.early[rank].incarnation != hello.incarnation):
+            answers.not_at_work(rank)
         if hello.running:
             answers.seen[rank] = present
-        membership = ranks.membership
         if not ranks.running or membership is None:
             if hello.ask and greetings.buffers is not None:
                 greetings.greet(rank, peer, ask=False)
             return
-        known = ranks.known[rank]
         if known is not None and known.incarnation == hello.incarnation:
-            return  # said twice
+            greetings.hello_of(rank)  # said twice, before it takes this rank in; the last one holds
+            return
         if ranks.shape.difference(hello.shape):
             greetings.greet(rank, peer, ask=False)  # it will see that they differ
             return
@@ -202,7 +208,7 @@ class Listener:
         other, and one that comes back begins so much later, rounded up. A rank that joins, or has not begun, cannot know."""
         ranks = self._ranks
         start = None if ranks.membership is None else ranks.membership.start
-        if start is None or self._answers.to_join or not ranks.running:
+        if start is None or not ranks.running:
             return MOST_STEPS
         return max(ranks.next_step, start) + 8 * ranks.shape.slots + 2 * ranks.shape.align
 
@@ -216,11 +222,8 @@ class Listener:
             wrong = "a view is not of the rank that sent it"
         if wrong and me not in view.gone:
             raise DescriptorError(f"a view that cannot be: {wrong}")
-        if not ranks.running and me in view.joining:
-            answers.to_join = True  # its Hello was of before it was at work: it does not start with this rank, it takes it in
-        if ranks.membership is None or answers.to_join:
-            answers.early.pop(rank, None)
-            answers.early[rank] = update
+        if ranks.membership is None or (not ranks.running and (answers.taken_in or me in view.joining)):
+            answers.view(rank, update)  # those that are at work take this rank in: it does not start with them
             return
         ranks.running = True  # a rank that tells views has the Ready of every rank
         ranks.membership.hear(rank, view)
@@ -229,25 +232,37 @@ class Listener:
     # ---- ranks that leave ----
 
     def _left(self, rank: int, leave: messages.Leave) -> None:
-        ranks = self._ranks
-        if not ranks.running and leave.who == rank:  # the ranks do not meet; what an earlier all-to-all says does not matter
-            ranks.spawn(self._left_early(rank, leave))
+        ranks, membership = self._ranks, self._ranks.membership
+        if membership is not None and rank in membership.gone:
             return
-        if ranks.membership is None or rank in ranks.membership.gone:
-            return
-        if leave.who == ranks.rank and leave.of == ranks.incarnation:
+        if leave.who == ranks.rank and leave.of == ranks.incarnation:  # also while the ranks meet: it is not taken in any more
             who, where = ranks.who(rank), str(ranks.addresses[rank])
             ranks.end(EvictedError(f"{who} gave this rank up: {clip(leave.reason)}", peer=where, ranks=(rank,)))
-        elif leave.who == rank and leave.of == ranks.membership.incarnation(rank):
+        elif leave.who == rank and (membership is None or not ranks.running):
+            self._left_early(rank, leave)
+        elif leave.who == rank and membership is not None and leave.of == membership.incarnation(rank):
             ranks.spawn(self._part(rank, leave))
 
-    async def _left_early(self, rank: int, leave: messages.Leave) -> None:
-        """A rank has left before all have met. What made it leave (shapes that differ, say) may be on its way here, too, or a
-        view of ranks that are at work by now."""
+    def _left_early(self, rank: int, leave: messages.Leave) -> None:
+        """A rank has left before this one has met all others: what it has said does not count any more."""
+        ranks, answers = self._ranks, self._answers
+        hello = answers.hellos[rank][1] if rank in answers.hellos else None
+        if hello is None or hello.incarnation != leave.incarnation:
+            return
+        answers.not_at_work(rank)
+        if ranks.membership is None and not ranks.shape.difference(hello.shape):  # shapes that differ are the better reason
+            del answers.hellos[rank]
+            if (known := ranks.known[rank]) is not None:
+                known.hello = known.remote = None  # this rank's Hello stands: another one of that engine may have it
+        ranks.spawn(self._missed_early(rank, leave))
+
+    async def _missed_early(self, rank: int, leave: messages.Leave) -> None:
+        """What made a rank leave (shapes that differ, say) may be on its way here, too, or a view of ranks that are at work by
+        now, or the rank itself may be back."""
         await asyncio.sleep(REASON_SECONDS)
-        hello = self._answers.hellos.get(rank)
-        if hello is not None and hello[1].incarnation == leave.incarnation:
-            self._answers.unable[rank] = f"it has left again: {clip(leave.reason)}"
+        answers = self._answers
+        if rank not in answers.hellos or answers.hellos[rank][1].incarnation == leave.incarnation:
+            answers.unable[rank] = f"it has left again: {clip(leave.reason)}"
             self._ranks.wake()
 
     async def _part(self, rank: int, leave: messages.Leave) -> None:

@@ -18,7 +18,7 @@ from aiotransfer.model.address import Address
 from aiotransfer.moe.protocol.membership import Step, View
 from aiotransfer.moe.protocol.shape import MOST_RANKS
 
-MARK = b"\x93ATm\x02"  # the last byte is the version
+MARK = b"\x93ATm\x03"  # the last byte is the version
 KEY_BYTES = 12
 MOST_TEXT = 1000
 MOST_WAITS = 64  # the earliest are told
@@ -47,6 +47,7 @@ class Hello(_Message, frozen=True, tag=1):
     running: bool  # steps are being made already: the receiver joins
     ask: bool  # the receiver is to answer with a Hello of its own: an earlier one may have come before it was read
     present: RankList  # when running: ranks that take part, the sender too
+    to: Incarnation  # of the receiver, as far as the sender knows; 0: the sender has not heard of it yet
 
 
 class Ready(_Message, frozen=True, tag=2):

@@ -56,7 +56,7 @@ def said(ranks: Any, about: Any) -> dict[str, Callable[[], messages.Message]]:
     none: View = View(about.incarnation, ((0, ranks.incarnation),), (), 0, (), (), ((1, about.incarnation, 0),))
     known = about.known[0]
     region = known.lease.descriptor.encode() if known is not None else b""
-    hello = {"shape": SHAPE.agreed(), "direct": True, "reads": False, "computed": 0, "ask": True, "present": []}
+    hello = {"shape": SHAPE.agreed(), "direct": True, "reads": False, "computed": 0, "ask": True, "present": [], "to": 0}
     return {
         "it evicts": lambda: messages.Leave(who=0, of=ranks.incarnation, upto=0, reason="because", **me),
         "it leaves": lambda: messages.Leave(who=1, of=about.incarnation, upto=0, reason="bye", **me),

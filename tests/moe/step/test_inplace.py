@@ -349,7 +349,7 @@ def test_results_in_memory_that_could_not_be_mapped_are_an_error_and_not_just_mi
 
 
 def test_where_results_lie_is_no_negative_number() -> None:
-    hello = messages.Hello(1, 1, {}, b"", direct=True, reads=True, computed=-4096, running=False, ask=False, present=[])
+    hello = messages.Hello(1, 1, {}, b"", direct=True, reads=True, computed=-4096, running=False, ask=False, present=[], to=0)
     key = messages.prefix("", "")
     with pytest.raises(at.DescriptorError):
         messages.decode(key, messages.encode(key, hello))

@@ -42,7 +42,7 @@ def _said() -> list[messages.Message]:
         messages.ViewUpdate(view=full, **me),
         messages.Hello(
             shape=SHAPE.agreed(), region=REGION, direct=True, reads=False, computed=0, running=True, ask=True, present=[0, 1],
-            **me,
+            to=LISTENER, **me,
         ),
         messages.Leave(who=1, of=GONE, upto=3, reason="bye", **me),
         messages.Piece(number=0, of=2, data=b"half", **me),
