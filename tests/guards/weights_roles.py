@@ -92,7 +92,7 @@ GUARDS = (
     Mutant(
         "weights: versions only rise",
         "aiotransfer/weights/protocol/version.py",
-        "        if version <= self.highest:\n",
+        "        if version < self.highest or (version == self.highest and not again):\n",
         "        if False:\n",
         "tests/weights/test_agreement.py",
     ),
@@ -129,6 +129,27 @@ GUARDS = (
         "aiotransfer/weights/subscriber/session.py",
         "            role.unset()\n        await role.revoke_lends()\n",
         "        await role.revoke_lends()\n",
+        "tests/weights/test_faults.py",
+    ),
+    Mutant(
+        "weights: in place there is none after a version was given up, however early",
+        "aiotransfer/weights/subscriber/session.py",
+        "spoiled = self._begun or role.memory",
+        "spoiled = role.memory",
+        "tests/weights/test_faults.py",
+    ),
+    Mutant(
+        "weights: publishers hear that a version is not there any more",
+        "aiotransfer/weights/subscriber/subscriber.py",
+        "        if self._has_lost and not self._closed:",
+        "        if False:",
+        "tests/weights/test_faults.py",
+    ),
+    Mutant(
+        "weights: the version that is not here any more may come once more",
+        "aiotransfer/weights/protocol/version.py",
+        "or (version == self.highest and not again):",
+        "or version == self.highest:",
         "tests/weights/test_faults.py",
     ),
     Mutant(

@@ -214,6 +214,46 @@ def test_in_place_a_version_comes_between_two_fences_and_there_is_none_meanwhile
     play(scenario)
 
 
+@pytest.mark.parametrize("seconds", [0, 1e-4, 1e-3, 0.02])
+def test_in_place_there_is_no_version_after_a_failure_until_one_comes_from_another_instance(seconds: float) -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        (trainer,) = await party.train(1, timeout=2)
+        hooks: list[str] = []
+        in_place = {"mode": "in_place", "pause": lambda: hooks.append("pause"), "resume": lambda: hooks.append("resume")}
+        servers = await party.serve("alone", 2, **in_place)  # type: ignore[arg-type]
+        await party.publish(1)
+
+        async def fails(number: int) -> None:
+            trainer.load(number)
+            async with trainer.publisher.publish(number):
+                await asyncio.sleep(seconds)
+                raise ArithmeticError
+
+        hooks.clear()
+        with pytest.raises(ArithmeticError):
+            await fails(2)
+        await asyncio.sleep(1)
+        assert versions(servers) == [None, None]
+        assert hooks == ["pause"] * 2
+        await party.publish(3)
+        assert holds(servers) == [3, 3]
+        keeps = await party.serve("second buffer", 2)
+        for server in keeps:
+            await server.subscriber.ready(timeout=1)
+        hooks.clear()
+        with pytest.raises(ArithmeticError):
+            await fails(4)
+        for server in servers:  # the last version may come once more, and no other
+            assert await server.subscriber.ready(timeout=1) == (1, 3)
+        await asyncio.sleep(0.1)
+        assert holds(servers) == holds(keeps) == [3, 3]
+        assert hooks == ["pause"] * 2 + ["resume"] * 2
+        await party.publish(4)
+        assert holds(servers) == holds(keeps) == [4, 4]
+
+    play(scenario)
+
+
 @pytest.mark.parametrize("side", ["publisher", "subscriber"])
 def test_closing_in_the_middle_ends_the_version_by_name_on_the_other_side(side: str) -> None:
     async def scenario(party: Party, net: Fabric) -> None:

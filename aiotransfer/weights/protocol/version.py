@@ -61,13 +61,14 @@ class Claims:
         self.highest = Version(0, -1)
         self.life = 0
 
-    def refusal(self, version: Version, life: int) -> str:
-        """Why `version` of the trainers `life` cannot be taken; "" where it can."""
+    def refusal(self, version: Version, life: int, *, again: bool = False) -> str:
+        """Why `version` of the trainers `life` cannot be taken; "" where it can. `again`: the highest one may come once more,
+        because it is not here any more."""
         if version.epoch < self.highest.epoch:
             return f"epoch {version.epoch} is over: this subscriber knows epoch {self.highest.epoch}"
         if version.epoch == self.highest.epoch and self.life not in (0, life):
             return f"epoch {version.epoch} belongs to other trainers"
-        if version <= self.highest:
+        if version < self.highest or (version == self.highest and not again):
             return f"version {version} is not higher than {self.highest}"
         return ""
 

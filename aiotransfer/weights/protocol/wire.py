@@ -217,7 +217,7 @@ class Abandon(Base, frozen=True, tag=17):
 
     update: Life
     attempt: Count
-    kind: Word  # "version", "plan", "late", "lost", "failed"
+    kind: Word  # "version", "plan", "late", "lost", "failed"; to subscribers "begun": of the blocks of the publishers
     text: Text
     epoch: Epoch  # of the version that stands in the way
     number: Number
@@ -346,22 +346,25 @@ class Sum(Base, frozen=True, tag=27):
 
 
 class Whole(Base, frozen=True, tag=30):
-    """All bytes of the version are at this rank (`text` empty), or it cannot have them."""
+    """All bytes of the version are at this rank (`text` empty), or it cannot have them. `begun`: the publishers, whose blocks had
+    begun, gave it up."""
 
     update: Life
     instance: Word
     rank: Rank
     text: Text
+    begun: bool = False
 
 
 class Say(Base, frozen=True, tag=31):
-    """Rank 0 to a rank: see `agreement`."""
+    """Rank 0 to a rank: see `agreement`. `begun`: as of `Whole`."""
 
     update: Life
     instance: Word
     rank: Rank
     say: Word
     text: Text
+    begun: bool = False
 
 
 class Held(Base, frozen=True, tag=32):

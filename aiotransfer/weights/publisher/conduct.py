@@ -65,6 +65,7 @@ class Conduct:
         self.sent: set[int] = set()
         self.version = NONE
         self._going: list[str] = []
+        self._has_begun = False  # the publishers' blocks
         self.settling = Settling(self)
         self._given: Given | None = None
         self._changes = Changes()
@@ -132,6 +133,7 @@ class Conduct:
         if len(set(self.planned.values())) > 1:
             raise Given("plan", "publisher ranks made different plans: do all have the same layout and rules?")
         await self._offer()
+        self._has_begun = True
         for peer, _ in self.enters.values():
             self.leader.send(peer, wire.Go(self.update, self._going))
         if role.work_of(self.update).relays:
@@ -276,10 +278,10 @@ class Conduct:
             self.missing[target.name] = target.done or (why if target.accepted else self._unheard(target))
             self._drop(target, why)
 
-    def _drop(self, target: Target, why: str) -> None:
+    def _drop(self, target: Target, why: str, kind: str = "failed") -> None:
         """Tell a subscriber rank that the version does not come."""
         if target.peer is not None and target.done is None and target.peer.state in ("up", "busy"):
-            self.role.tell(target.peer, self._word(Given("failed", why)))
+            self.role.tell(target.peer, self._word(Given(kind, why)))
 
     def heard(self) -> None:
         """Look again, because a subscriber has announced itself."""
@@ -361,7 +363,7 @@ class Conduct:
         for peer, enter in self.enters.values():
             self.leader.send(peer, self._word(given, enter.attempt))
         for target in self.targets.values():
-            self._drop(target, given.text)
+            self._drop(target, given.text, "begun" if self._has_begun else "failed")
 
     def _finish(self) -> None:
         committed = []

@@ -41,6 +41,7 @@ class Session:
         self._keeps = bool(offer.source) and role.version == self.version  # the others of the instance catch up
         self._peers: dict[int, Peer] = {}  # rank 0 knows the others, the others know rank 0
         self._why = self._kind = ""
+        self._begun = False  # it was given up when the publishers' blocks had begun
         self._total = 0 if self._keeps else role.memory.nbytes_of(offer.names)
         self._journal = role.observer.begin(
             traced=False, instance=role.instance, update=f"{offer.update:016x}", version=self.version, source=offer.source,
@@ -136,7 +137,7 @@ class Session:
         role = self.role
         if self.chair is None:
             if (peer := self._peers.get(0)) is not None:
-                role.tell(peer, wire.Whole(self.offer.update, role.instance, role.rank, wire.clip(text)))
+                role.tell(peer, wire.Whole(self.offer.update, role.instance, role.rank, wire.clip(text), self._begun))
         elif text:
             self._say(self.chair.release())
         else:
@@ -163,6 +164,12 @@ class Session:
         self._work.cancel()
         self._changes.wake()
 
+    def abandoned(self, why: str, *, begun: bool) -> None:
+        """The publishers give the version up. `begun`: their blocks had begun. In place there is no version then, whether or not
+        some of its bytes had come by chance."""
+        self._begun = self._begun or begun
+        self.fail(why or "abandoned by its publisher", "abandoned")
+
     def _note(self, why: str, kind: str) -> None:
         """Why this rank does not get the version, unless that is known."""
         if not self._why:
@@ -188,7 +195,8 @@ class Session:
                 role.unset()
                 role.gave_up(spoiled=True)
             elif not self._keeps:
-                role.gave_up(spoiled=role.in_place and role.memory.is_touched(self._filling.granted))
+                spoiled = self._begun or role.memory.is_touched(self._filling.granted)
+                role.gave_up(spoiled=role.in_place and spoiled)
             role.gate_follows()
         self._why = "" if opened else self._why or "given up by its instance"
         role.over(self, opened, self._why)
@@ -227,10 +235,11 @@ class Session:
             if rank == role.rank:
                 self.hear(say)
             elif (peer := self._peers.get(rank)) is not None:
-                role.tell(peer, wire.Say(offer.update, role.instance, rank, say, wire.clip(self._why)))
+                role.tell(peer, wire.Say(offer.update, role.instance, rank, say, wire.clip(self._why), self._begun))
 
-    def hear(self, say: str, why: str = "") -> None:
-        """What rank 0 decides, and why where it gives the version up."""
+    def hear(self, say: str, why: str = "", *, begun: bool = False) -> None:
+        """What rank 0 decides, and why where it gives the version up. `begun`: as of `abandoned`."""
+        self._begun = self._begun or begun
         if not self.seat.hear(say):
             return
         role = self.role
@@ -314,6 +323,7 @@ class Session:
         elif isinstance(message, wire.Sure):
             self._sure(rank)
         elif message.text or self.chair.over:
+            self._begun = self._begun or message.begun
             self._why = self._why or f"rank {rank}: {message.text}"
             self._say(self.chair.release() or ([(rank, "release")] if self.chair.state == "released" else []))
         else:

@@ -106,6 +106,7 @@ class Subscriber(Unpicklable):
         self.fences = Fences(pause, resume)
         self._version: Version | None = None
         self._before: Version | None = None
+        self._has_lost = False  # a version of which publishers believe that it is here
         self._changes = Changes()
         self._sessions: dict[int, Session] = {}
         self._beginning: dict[int, Peer] = {}  # updates that were offered, until they have a session
@@ -236,7 +237,7 @@ class Subscriber(Unpicklable):
     def gave_up(self, *, spoiled: bool) -> None:
         """A version did not come. `spoiled`: some of its bytes lie where readers would read."""
         if spoiled:
-            self._before = None
+            self._has_lost, self._before = self._has_lost or self._before is not None, None
         elif self._before is not None:
             self._version, self._before = self._before, None
         self._changes.wake()
@@ -271,6 +272,10 @@ class Subscriber(Unpicklable):
             del self._past[next(iter(self._past))]
         if not self._sessions:
             self.watch.close()
+        if self._has_lost and not self._closed:  # publishers bring it together with an instance that has one
+            self._has_lost = False
+            for peer in [peer for peer in self._told if peer.state in ("up", "busy")]:
+                self._announce(peer)
         self._look()
         self._changes.wake()
 
@@ -344,7 +349,7 @@ class Subscriber(Unpicklable):
             case wire.Say(instance=self.instance, rank=self.rank):
                 session = self._sessions.get(message.update)
                 if session is not None and session._peers.get(0) is peer:
-                    session.hear(message.say, message.text)
+                    session.hear(message.say, message.text, begun=message.begun)
             case wire.Doubt(instance=self.instance, rank=self.rank):
                 self._doubted(peer, message)
             case wire.Fetch(instance=self.instance, rank=self.rank):
@@ -355,13 +360,14 @@ class Subscriber(Unpicklable):
     def _offered(self, peer: Peer, offer: wire.Offer) -> None:
         version, update = wire.version_of(offer), offer.update
         keeps = bool(offer.source) and version == self._version
+        is_lost = bool(offer.source) and self._version is None
         why = CLOSED if self._closed else "" if keeps else self.stopped.why()
         kind = "failed"
         if not why and len(offer.members) != self.layout.ranks:
             raise DescriptorError(f"an offer to {len(offer.members)} ranks, where the instance has {self.layout.ranks}")
         if update in self._past or update in self._sessions:
             why = why or "this update is over here"
-        elif not keeps and (stands := self.claims.refusal(version, offer.trainer)) and not why:
+        elif not keeps and (stands := self.claims.refusal(version, offer.trainer, again=is_lost)) and not why:
             kind, why = "version", stands
         elif not why and offer.names and self._version is None and not offer.source:
             why = "a part of the names comes, and there is no whole version here that it could be added to"
@@ -410,7 +416,7 @@ class Subscriber(Unpicklable):
             case wire.Sum():
                 session.sum(message)
             case _ if session.leader is peer:
-                session.fail(message.text or "abandoned by its publisher", "abandoned")
+                session.abandoned(message.text, begun=message.kind == "begun")
 
     def _from_rank(self, peer: Peer, message: wire.Whole | wire.Held | wire.Sure) -> None:
         session = self._sessions.get(message.update)
