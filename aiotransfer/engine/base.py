@@ -1,8 +1,7 @@
 """What every part of an engine stands on: its state, its clock, and the checks at the door.
 
-`Engine` is put together from six files, each a class that extends the one before: this one (may this call be made at all?),
-`outcomes` (how operations end), `submit` (operations), `pages` (those on tables of pages), `plans` (prepared ones) and `engine`
-(memory, peers, opening and closing).
+`Engine` extends `Operations`, the public calls that move bytes, and that extends `EngineBase`: regions, bindings and transfers
+compare the engine of a call with their own, and one object is both. All other parts are objects that an engine has.
 """
 
 from __future__ import annotations
@@ -35,6 +34,16 @@ class Poller(Protocol):
         """Stop: remove the reader and the timer from the event loop."""
 
 
+class Flight(Protocol):
+    """What ends operations that go on after their call (`inflight`), as far as their transfers ask for it."""
+
+    def cancel(self, transfer: Any, /) -> None:
+        """Withdraw what is not posted yet of the transfer."""
+
+    def bytes_done(self, transfer: Any, /) -> int:
+        """Bytes of the transfer that have landed, while it is under way."""
+
+
 class EngineBase:
     """State of one engine on one event loop. What a part of an engine takes when it needs no other part."""
 
@@ -49,6 +58,7 @@ class EngineBase:
     _loop: asyncio.AbstractEventLoop
     _revocations: dict[tuple[int, int, int], str]  # reasons, by incarnation, slot and epoch
     _progress: Poller
+    _flight: Flight
     _due: bool
     _limit: RateLimit
     _turn_scheduled: bool
@@ -84,6 +94,14 @@ class EngineBase:
                 + ("outside of any loop" if running is None else "another loop")
                 + " (other threads: engine.from_thread(), or run(coroutine) of run_in_thread())"
             )
+
+    def _shut(self) -> None:
+        """Refuse every call from now on."""
+        self._state = "closed"
+
+    def _lane_is_freed(self) -> None:
+        """Late calls find nothing that was freed: the lane refuses this pointer."""
+        self._p = native.ffi.NULL
 
     @property
     def timeout(self) -> float:

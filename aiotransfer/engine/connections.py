@@ -74,6 +74,7 @@ class Connections:
         self, engine: EngineBase, door: Door, providers: Mapping[str, Provider], paths: Paths, liveness: Liveness, tasks: Tasks
     ) -> None:
         self._engine = engine
+        self._loop = engine._loop
         self._door = door
         self._providers = providers
         self._paths = paths
@@ -131,7 +132,7 @@ class Connections:
         if reuse and (known := self.reach.up_at(address)) is not None:
             _check_provider(known, require)
             return known
-        loop = self._engine._loop
+        loop = self._loop
         deadline = loop.time() + seconds
         while True:
             link = await self._dial(address, deadline, retry)
@@ -246,7 +247,7 @@ class Connections:
                 self._mirrors.pop(next(iter(self._mirrors))).abort()
             self._mirrors[link.remote_address] = link
             self._mirror_known.set()
-            engine._loop.call_later(ACCEPT_SECONDS, self._unclaimed, link)
+            self._loop.call_later(ACCEPT_SECONDS, self._unclaimed, link)
             return
         known = self.peers.get(link.incarnation)
         mine = engine.incarnation < link.incarnation
@@ -260,7 +261,7 @@ class Connections:
             known._finish("closed", _Merged("merged with the connection that the other side dialed"), "merged")
         self.peers[link.incarnation] = peer
         self._start(peer, link)
-        timer = engine._loop.call_later(ACCEPT_SECONDS, self._overdue, peer)
+        timer = self._loop.call_later(ACCEPT_SECONDS, self._overdue, peer)
         peer._up.add_done_callback(lambda _: timer.cancel())
 
     def _overdue(self, peer: Peer) -> None:
@@ -277,7 +278,7 @@ class Connections:
         if len(peer._answers) >= MOST_QUESTIONS or peer._answer_bytes + len(body) > MOST_QUESTION_BYTES:
             peer._reply(frames.Failed(id=number, code="broken", text="too many questions are unanswered"))
             return
-        task = self._engine._loop.create_task(self._answer(peer, number, provider, body))
+        task = self._loop.create_task(self._answer(peer, number, provider, body))
         self.own(task)
         peer._answering(task, len(body))
 
@@ -338,7 +339,7 @@ class Connections:
             self._engine._progress.poll()
             if peer._path is not None and peer._path.watches_process:
                 # A dying process closes its connections first: its death, a moment later, is the better reason.
-                self._engine._loop.call_later(DEATH_SECONDS, peer._lose, reason)
+                self._loop.call_later(DEATH_SECONDS, peer._lose, reason)
             else:
                 peer._lose(reason)
 

@@ -15,15 +15,21 @@ from aiotransfer.providers.holdings import leak
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from aiotransfer.engine.base import EngineBase
+    from aiotransfer.engine.connections import Connections
+    from aiotransfer.engine.copies import Copies
     from aiotransfer.engine.counter import Counter
     from aiotransfer.engine.groups import Groups
+    from aiotransfer.engine.inflight import InFlight
+    from aiotransfer.engine.liveness import Liveness
     from aiotransfer.engine.mailbox import Mailbox
-    from aiotransfer.engine.plans import Planner
+    from aiotransfer.engine.progress import Progress
     from aiotransfer.engine.publications import Publications
     from aiotransfer.engine.quarantine import Quarantine
     from aiotransfer.engine.region import Region
     from aiotransfer.engine.threads import ThreadHandle
     from aiotransfer.engine.watch import Watcher
+    from aiotransfer.providers.lane import Lane
     from aiotransfer.providers.port import Provider
 
 
@@ -33,7 +39,7 @@ SHARE = 0.1  # of `drain_timeout`: what each later step gets where an earlier on
 
 @dataclass(frozen=True)
 class Parts:
-    """What ends with an engine, beside its operations and its connections."""
+    """What ends with an engine."""
 
     providers: Mapping[str, Provider]
     regions: Mapping[int, Region]
@@ -44,9 +50,15 @@ class Parts:
     publications: Publications
     mailbox: Mailbox
     quarantine: Quarantine
+    connections: Connections
+    liveness: Liveness
+    flight: InFlight
+    copies: Copies
+    progress: Progress
+    lane: Lane
 
 
-async def close(engine: Planner, parts: Parts) -> None:
+async def close(engine: EngineBase, parts: Parts) -> None:
     """Refuse new work, retire what is posted, say goodbye, free everything. However it ends, the engine is closed.
 
     All steps share one deadline, because one withheld page makes each of them wait.
@@ -55,50 +67,50 @@ async def close(engine: Planner, parts: Parts) -> None:
     try:
         _withdraw(engine, parts)
         deadline = engine._loop.time() + engine.config.drain_timeout
-        engine._progress.poll()
-        while len(engine._ledger) and engine._loop.time() < deadline:
+        parts.progress.poll()
+        while len(parts.flight.ledger) and engine._loop.time() < deadline:
             await asyncio.sleep(0.002)
-            engine._progress.poll()
+            parts.progress.poll()
         _part(engine, parts)
         await asyncio.sleep(0)  # for farewells
         for handle in parts.handles:
             await handle._close(_later(engine, deadline))
-        engine._progress.poll()
+        parts.progress.poll()
         await _release_memory(engine, parts, _later(engine, deadline))
         for provider in parts.providers.values():
             await provider.settle()
         deadline = _later(engine, deadline)
-        while not engine._lane.quiet() and engine._loop.time() < deadline:
+        while not parts.lane.quiet() and engine._loop.time() < deadline:
             await asyncio.sleep(0.001)
         patience = 0.0
     finally:
         finish(engine, parts, patience)
 
 
-def _later(engine: Planner, deadline: float) -> float:
+def _later(engine: EngineBase, deadline: float) -> float:
     return max(deadline, engine._loop.time() + SHARE * engine.config.drain_timeout)
 
 
-def _withdraw(engine: Planner, parts: Parts) -> None:
+def _withdraw(engine: EngineBase, parts: Parts) -> None:
     lib = native.lib
     lib.at_lane_shut(engine._p)
-    for task in list(engine._tasks):
+    for task in list(parts.copies.tasks):
         task.cancel()
     for watcher in list(parts.watchers.values()):
         watcher.close()
     parts.groups.close()
-    for cookie in engine._ledger.shut():
+    for cookie in parts.flight.ledger.shut():
         lib.at_cancel(engine._p, cookie, lib.AT_ESHUT)
 
 
-def _part(engine: Planner, parts: Parts) -> None:
+def _part(engine: EngineBase, parts: Parts) -> None:
     for counter in list(parts.counters.values()):
         counter.close()
     parts.publications.close()
-    engine._connections.stop()
+    parts.connections.stop()
 
 
-def finish(engine: Planner, parts: Parts, patience: float | None = None) -> None:
+def finish(engine: EngineBase, parts: Parts, patience: float | None = None) -> None:
     """The part that waits for no turn of the loop; all of it (`patience` None) where `close` was cut off. Twice is silent."""
     if engine._state == "closed":
         return
@@ -106,62 +118,62 @@ def finish(engine: Planner, parts: Parts, patience: float | None = None) -> None
         if patience is None:
             _withdraw(engine, parts)
             _part(engine, parts)
-            engine._lane.quiet()
-            engine._progress.poll()  # what was under way has ended
-        engine._liveness.close()
-        engine._sweeper.close()
+            parts.lane.quiet()
+            parts.progress.poll()  # what was under way has ended
+        parts.liveness.close()
+        parts.flight.deadlines.close()
         engine._tell_left_out()
         parts.mailbox.close()
         parts.quarantine.close()
         for provider in parts.providers.values():
             provider.close()
-        engine._progress.close()
+        parts.progress.close()
     finally:
         _end_lane(engine, parts, patience)
 
 
-def _end_lane(engine: Planner, parts: Parts, patience: float | None = None) -> None:
-    engine._state = "closed"
+def _end_lane(engine: EngineBase, parts: Parts, patience: float | None = None) -> None:
+    engine._shut()
     for handle in parts.handles:
         handle._shut()
-    engine._lane.quiet()  # wakes other threads that wait for their operations
+    parts.lane.quiet()  # wakes other threads that wait for their operations
     deadline = time.monotonic() + engine.config.drain_timeout
     while any(handle._users for handle in parts.handles) and time.monotonic() < deadline:
         time.sleep(0.001)
     if any(handle._users for handle in parts.handles):
-        engine._lane.abandon()
+        parts.lane.abandon()
         return
-    engine._p = native.ffi.NULL  # which the lane refuses: late calls find nothing freed
-    engine._lane.free(patience)
+    engine._lane_is_freed()
+    parts.lane.free(patience)
     for region in list(parts.regions.values()):  # of an engine that was closed without its loop; the others have gone
         region._let_go()
 
 
-async def _release_memory(engine: Planner, parts: Parts, deadline: float) -> None:
+async def _release_memory(engine: EngineBase, parts: Parts, deadline: float) -> None:
     for region in list(parts.regions.values()):
         region._abandon()
     held = [region for region in parts.regions.values() if not region._settle()]
     while held and engine._loop.time() < deadline:  # a peer that was inside a chunk leaves it soon
         await asyncio.sleep(0.001)
-        engine._progress.poll()
+        parts.progress.poll()
         held = [region for region in held if not region._settle()]
     for region in held:
         leak(region._keep)
-        engine._lane.release_region(region._number)
+        parts.lane.release_region(region._number)
     if leaked := sum(region.nbytes for region in held):
         warnings.warn(
             f"{leaked} bytes stay allocated: a stopped peer may still write into them", ResourceWarning, stacklevel=2
         )
 
 
-def take_apart(engine: Planner, parts: Parts) -> None:
+def take_apart(engine: EngineBase, parts: Parts) -> None:
     """End an engine whose loop is closed: end the native part, close sockets. No farewell can be said, no task woken."""
     _end_lane(engine, parts)
-    paths = (path for peer in engine._connections.peers.values() for path in peer._paths)
+    paths = (path for peer in parts.connections.peers.values() for path in peer._paths)
     for close_it in [*(path.close for path in paths), *(provider.close for provider in parts.providers.values())]:
         with contextlib.suppress(RuntimeError):  # "Event loop is closed"
             close_it()
-    engine._connections.abandon()
+    parts.connections.abandon()
     elsewhere.settle(CLOSED_SECONDS)
     warnings.warn(
         f"{engine.name!r}: the event loop of this engine was closed first; what was under way was cut off, peers see a broken "

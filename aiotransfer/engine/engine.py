@@ -17,39 +17,40 @@ from aiotransfer.control import frames
 from aiotransfer.control.frames import OfferWire, PeerInfo
 from aiotransfer.control.key import load_key
 from aiotransfer.control.link import Identity
-from aiotransfer.core.ledger import Ledger
 from aiotransfer.core.rails import pairing
 from aiotransfer.engine import registrations
 from aiotransfer.engine.arguments import advertised, check_rails, engine_name
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.connections import Connections
+from aiotransfer.engine.copies import Copies
 from aiotransfer.engine.counter import Counter
+from aiotransfer.engine.deferred import Deferred
 from aiotransfer.engine.display import Shown, ended_html, ended_text, engine_html, engine_text
 from aiotransfer.engine.door import Door
 from aiotransfer.engine.ending import Parts, close, finish, take_apart
 from aiotransfer.engine.grants import Grants
 from aiotransfer.engine.group import PeerGroup
 from aiotransfer.engine.groups import Groups
+from aiotransfer.engine.inflight import InFlight
 from aiotransfer.engine.liveness import Liveness
 from aiotransfer.engine.mailbox import Mailbox
+from aiotransfer.engine.operations import Operations
+from aiotransfer.engine.owners import Owners
 from aiotransfer.engine.paths import Paths
 from aiotransfer.engine.peer import Message, Peer
-from aiotransfer.engine.plans import Planner
 from aiotransfer.engine.progress import Handler, Progress
 from aiotransfer.engine.publications import Publications
 from aiotransfer.engine.quarantine import Quarantine
 from aiotransfer.engine.region import Region, Regions
 from aiotransfer.engine.statistics import Statistics
-from aiotransfer.engine.sweeper import Sweeper
+from aiotransfer.engine.submit import Submitter
 from aiotransfer.engine.tasks import Tasks
 from aiotransfer.engine.threads import ThreadHandle
-from aiotransfer.engine.transfer import Transfer
-from aiotransfer.engine.unbound import Unbound
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.engine.values import Values
 from aiotransfer.engine.watch import Watcher
 from aiotransfer.engine.world import REAL, World
-from aiotransfer.errors import ClosedError, ConfigurationError, RegionError, TransferError
+from aiotransfer.errors import ClosedError, ConfigurationError, RegionError
 from aiotransfer.model.address import Address
 from aiotransfer.providers import native
 from aiotransfer.providers.lane import Lane
@@ -63,7 +64,7 @@ MOST_REASONS = 4096  # of revocations, kept for errors
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-class Engine(Planner, Unpicklable):
+class Engine(Operations, Unpicklable):
     """Made by `open_engine`. Belongs to one event loop and its thread."""
 
     _instead = "open an engine in the other process, and connect it to str(engine.address)"
@@ -110,14 +111,11 @@ class Engine(Planner, Unpicklable):
         if self._state != "new":
             raise ClosedError("an engine is opened once")
         self._loop = asyncio.get_running_loop()
-        self._binding = Unbound(self.config.max_queued_operations, self.config.max_queued_bytes)
         self._lane = Lane(self.incarnation, self.config, progress=self.progress, threadless=not self._world.threads)
         self._state = "open"
         self._p: Any = self._lane.pointer
         self._due = False
         self._turn_scheduled = False
-        self._ledger: Ledger[Transfer] = Ledger()
-        self._quarantined: dict[int, object] = {}
         self._publications = Publications()
         self._quarantine = Quarantine(self)
         self._grants = Grants(self, self._quarantine, lambda: self.peers)
@@ -128,15 +126,11 @@ class Engine(Planner, Unpicklable):
         self._counters = self._values.counters
         self._watchers: dict[int, Watcher] = {}
         self._handles: list[ThreadHandle] = []
-        self._groups = Groups(self, self._values.own_counter)
-        self._gone: dict[int, TransferError] = {}
-        self._tasks: dict[asyncio.Task[None], None] = {}
         self._identity = Identity(self.incarnation, self._info, self._world.entropy)
         self._liveness = Liveness(
             self, lambda peer: self._paths.suspect(peer), lambda peer, now, blocked: self._paths.look(peer, now, blocked)
         )
         self._mailbox = Mailbox(self._loop)
-        self._sweeper = Sweeper(self, self._ledger, self._unproved)
         self._closer: asyncio.Task[None] | None = None
         self._limit = RateLimit()
         try:
@@ -147,11 +141,15 @@ class Engine(Planner, Unpicklable):
                 self._key.kind == "file",
             )  # fmt: skip
             self._begin_peers()
+            self._begin_operations()
+            self._groups = Groups(self, self._connections, self._values.own_counter)
+            self._hear_peers()
+            self._progress = Progress(self, self._flight.ended, self._values.counted, self._handlers())
             self._parts = Parts(
                 self._providers, self._regions, self._values.counters, self._watchers, self._handles, self._groups,
-                self._publications, self._mailbox, self._quarantine,
+                self._publications, self._mailbox, self._quarantine, self._connections, self._liveness, self._flight,
+                self._copies, self._progress, self._lane,
             )  # fmt: skip
-            self._progress = Progress(self, self._ended, self._values.counted, self._handlers())
             self.address = await self._connections.listen(self._listen, self._advertise)
         except BaseException:  # also cancellation: what was opened has no owner yet
             self._state = "closed"
@@ -267,7 +265,7 @@ class Engine(Planner, Unpicklable):
     def from_thread(self) -> ThreadHandle:
         """A handle by which other threads submit operations, without the event loop."""
         self._check()
-        handle = ThreadHandle(self)
+        handle = ThreadHandle(self._submitter, self._paths)
         self._handles.append(handle)
         return handle
 
@@ -321,7 +319,7 @@ class Engine(Planner, Unpicklable):
             return Statistics.none()
         return Statistics.of(
             self._lane.statistics(), peers=len(self.peers), quarantined_bytes=self._quarantine.nbytes,
-            strays=self._ledger.strays, control_resumed=self._connections.redial.resumed,
+            strays=self._flight.ledger.strays, control_resumed=self._connections.redial.resumed,
         )  # fmt: skip
 
     # ---- what peers say, and their ends ----
@@ -331,7 +329,12 @@ class Engine(Planner, Unpicklable):
         self._paths = Paths(self, self._providers, self._preference, tasks)
         door = Door(self._key, self._identity, self._world.network)
         self._connections = Connections(self, door, self._providers, self._paths, self._liveness, tasks)
-        self._hear_peers()
+
+    def _begin_operations(self) -> None:
+        self._copies = Copies(self)
+        self._flight = InFlight(self, self._liveness, self._copies)
+        deferred = Deferred(self, self._paths, self._copies, self._flight)
+        self._submitter = Submitter(self, Owners(self, self._connections), deferred, self._flight)
 
     def _hear_peers(self) -> None:
         connections, publications = self._connections, self._publications
@@ -375,10 +378,7 @@ class Engine(Planner, Unpicklable):
         """The peer has ended: so do its operations."""
         if peer._path is None or not self._lane.usable:
             return
-        if peer._error is not None:
-            self._gone[peer.incarnation] = peer._error
-            while len(self._gone) > 1024:
-                del self._gone[next(iter(self._gone))]
+        self._submitter.owners.ended(peer)
         for path in peer._paths:
             path.flush()  # what it had counted before it went is still ours
             native.lib.at_peer_fail(self._p, path.lane_peer, native.lib.AT_EPEER)
@@ -432,7 +432,7 @@ class Engine(Planner, Unpicklable):
     def __repr__(self) -> str:
         if self._state != "open" or not self._lane.usable:
             return ended_text(self.name, self._state)
-        return engine_text(self._shown(), len(self._regions), len(self._ledger))
+        return engine_text(self._shown(), len(self._regions), len(self._flight.ledger))
 
     def _repr_html_(self) -> str:
         if self._state != "open" or not self._lane.usable:

@@ -47,9 +47,10 @@ from aiotransfer.model.address import Address
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
+    from aiotransfer.engine.connections import Connections
     from aiotransfer.engine.counter import Counter
+    from aiotransfer.engine.operations import Operations
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.plans import Planner
     from aiotransfer.engine.region import RegionView
     from aiotransfer.engine.rosters import Rosters
 
@@ -61,6 +62,7 @@ JOIN_BYTES = 64
 class Home(Protocol):
     """What a group needs of all groups of its engine."""
 
+    connections: Connections
     rosters: Rosters
 
     @property
@@ -76,14 +78,14 @@ class PeerGroup(Unpicklable):
 
     _instead = "send the addresses of its members, and make a group of them there"
 
-    def __init__(self, engine: Planner, home: Home, members: tuple[Address, ...], name: str, key: bytes) -> None:
+    def __init__(self, engine: Operations, home: Home, members: tuple[Address, ...], name: str, key: bytes) -> None:
         self._engine = engine
         self._home = home
-        self._reach = engine._connections.reach
+        self._reach = home.connections.reach
         self.members = members
         self.name = name
         self._key = key
-        self.rank = next(rank for rank, member in enumerate(members) if engine._connections.is_here(member))
+        self.rank = next(rank for rank, member in enumerate(members) if home.connections.is_here(member))
         self._generation = 1
         self._formed = False
         self._joins: dict[int, tuple[Peer, Join]] = {}  # by rank: the latest of each member
@@ -310,7 +312,7 @@ class PeerGroup(Unpicklable):
         def plan(turn: int) -> Plan:
             imms = [self._joins[rank][1].imms[turn] for rank in others]
             return Plan(
-                engine, 0, (), self._peers, what="barrier",
+                engine._submitter, 0, (), self._peers, what="barrier",
                 build=lambda status: native.lib.at_plan_signals(engine._p, len(imms), lane_peers, imms, status),
             )  # fmt: skip
 

@@ -15,9 +15,10 @@ from aiotransfer.errors import BrokenError, ClosedError
 from aiotransfer.model.address import Address
 
 if TYPE_CHECKING:
+    from aiotransfer.engine.connections import Connections
     from aiotransfer.engine.counter import Counter
+    from aiotransfer.engine.operations import Operations
     from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.plans import Planner
 
 MOST_UNKNOWN = 1024  # Joins of one peer for groups that were not made here yet
 KEY_BYTES = 16
@@ -27,13 +28,14 @@ MOST_GENERATION = 1 << 48
 class Groups:
     """One per engine. `own_counter` opens a counter of one of the library's own immediates."""
 
-    def __init__(self, engine: Planner, own_counter: Callable[[], Counter]) -> None:
+    def __init__(self, engine: Operations, connections: Connections, own_counter: Callable[[], Counter]) -> None:
         self._engine = engine
+        self.connections = connections
         self.own_counter = own_counter
         self._groups: dict[bytes, PeerGroup] = {}
         self._early: dict[bytes, dict[tuple[int, Peer], Join]] = {}
         self._early_of: collections.Counter[Peer] = collections.Counter()  # how many of these are of whom
-        self.rosters = Rosters(engine, lambda address: engine._connections.reach.at(address), self.lists)
+        self.rosters = Rosters(engine, connections.reach.at, self.lists)
 
     def get(self, members: Sequence[str | Address], name: str) -> PeerGroup:
         """The group of these members; the same object while it is not closed."""
@@ -43,7 +45,7 @@ class Groups:
         if isinstance(members, str | bytes | Address):
             raise TypeError(f"members are a list of addresses, not {members!r}")
         addresses = tuple(Address.parse(member).dialable() for member in members)
-        here = [address for address in addresses if self._engine._connections.is_here(address)]
+        here = [address for address in addresses if self.connections.is_here(address)]
         if len(set(addresses)) != len(addresses) or len(here) > 1:
             raise ValueError(f"a group names each member once{', not ' + ' and '.join(map(str, here)) if len(here) > 1 else ''}")
         if not here:

@@ -73,7 +73,7 @@ class Liveness:
         blocked = self._last_round is not None and now - self._last_round > self._silence
         self._last_round = now
         for peer in list(self._signs):
-            if not peer._is_waited_for or peer._path is None or peer._state != "up":
+            if not peer._awaited_by or peer._path is None or peer._state != "up":
                 del self._signs[peer]
                 continue
             self._look(peer, now, blocked)

@@ -21,6 +21,7 @@ from aiotransfer.control.line import Line
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
 from aiotransfer.engine.arguments import check_name
 from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.waits import Waits
 from aiotransfer.errors import (
     BrokenError,
     BusyError,
@@ -41,7 +42,6 @@ from aiotransfer.providers import native
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
     from aiotransfer.engine.base import EngineBase
-    from aiotransfer.engine.quarantine import Lent
     from aiotransfer.providers.port import Path
 
 MOST_MESSAGE_BYTES = 1 << 20
@@ -76,6 +76,13 @@ class Message(NamedTuple):
 
     peer: Peer
     data: bytes
+
+
+class Lent(Protocol):
+    """A right to memory of ours that one peer holds: a lease. What it does for the engine is private to users."""
+
+    def _peer_gone(self) -> None:
+        """The peer was lost or closed, and is barred: it is over, unless the peer is inside a write."""
 
 
 class PeerServices(Protocol):
@@ -123,13 +130,12 @@ class Peer(Unpicklable):
         self._ids = itertools.count(1)
         self._asked: dict[int, asyncio.Future[bytes]] = {}
         self._lookups: dict[int, str] = {}  # theirs, unanswered
-        self._dependents: dict[asyncio.Future[Any], None] = {}
+        self._awaited_by = Waits()
         self._up: asyncio.Future[None] = engine._loop.create_future()
         self._ended: asyncio.Future[None] = engine._loop.create_future()
         self._send_credit = SendCredit(*link.info.window)
         self._receive_credit = ReceiveCredit(engine.config.message_window_count, engine.config.message_window_bytes)
         self._send_queue: deque[tuple[asyncio.Future[None], bytes]] = deque()
-        self._waiting_ops = 0
         self._leases: dict[Lent, None] = {}  # of our memory, to this peer
         self._answers: dict[asyncio.Task[None], int] = {}  # to its questions, under way; how long those are
         self._answer_bytes = 0
@@ -408,15 +414,11 @@ class Peer(Unpicklable):
 
     def _depend(self, future: asyncio.Future[Any]) -> None:
         """End `future` with this peer's error when it goes."""
-        self._dependents[future] = None
+        self._awaited_by.futures[future] = None
         self._services.watch(self)
 
     def _forget(self, future: asyncio.Future[Any]) -> None:
-        self._dependents.pop(future, None)
-
-    @property
-    def _is_waited_for(self) -> bool:
-        return bool(self._dependents) or self._waiting_ops > 0
+        self._awaited_by.futures.pop(future, None)
 
     def _check_up(self) -> None:
         if self._error is not None:
@@ -473,11 +475,11 @@ class Peer(Unpicklable):
         self._state = state
         self._error = error
         self._services.ended(self)
-        for future in list(self._dependents):
+        for future in list(self._awaited_by.futures):
             if not future.done():
                 future.set_exception(again(error))
                 future.exception()  # a waiter raises it; without a waiter asyncio shall not report it
-        self._dependents.clear()
+        self._awaited_by.futures.clear()
         self._lookups.clear()
         for task in list(self._answers):
             task.cancel()

@@ -15,13 +15,14 @@ from aiotransfer.engine.arguments import MOST, check_imm, page_table
 from aiotransfer.engine.base import seconds
 from aiotransfer.engine.notes import at_target, noted
 from aiotransfer.engine.refusals import refusal
-from aiotransfer.engine.transfer import DONE, Transfer, blank
+from aiotransfer.engine.transfer import Transfer, blank, finished
 from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import RegionError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
+    from aiotransfer.engine.base import EngineBase
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import RegionView
     from aiotransfer.engine.submit import Submitter
@@ -44,13 +45,14 @@ class ScatterPlan(Unpicklable):
     """A scatter whose destinations each post names. Made by `prepare_scatter`. `nbytes`: bytes of one post; `needs`: bytes that
     each destination has at least, in their order."""
 
-    __slots__ = ("__weakref__", "_dst", "_engine", "_native", "_sources", "nbytes", "needs")
+    __slots__ = ("__weakref__", "_dst", "_engine", "_native", "_sources", "_submitter", "nbytes", "needs")
 
-    def __init__(self, engine: Submitter, sources: Sequence[RegionView], rows: ScatterRows) -> None:
-        self._engine = engine
+    def __init__(self, submitter: Submitter, sources: Sequence[RegionView], rows: ScatterRows) -> None:
+        self._submitter = submitter
+        self._engine: EngineBase = submitter.engine
         self._sources = tuple(sources)
         for i, view in enumerate(self._sources):
-            engine._check_local(view, f"source {i}")
+            submitter.check_local(view, f"source {i}")
             if view._root._staging is not None:
                 raise RegionError(f"source {i} is memory of a GPU that is staged", hint="scatter(...) takes it")
         columns = [page_table(name, column) for name, column in zip(ScatterRows._fields, rows, strict=True)]
@@ -118,7 +120,7 @@ class ScatterPlan(Unpicklable):
         def refused(result: int) -> Exception:
             return self._refusal(result, regions, owners)
 
-        engine._bind_then(transfer, list(zip(regions, owners, strict=True)), timeout, post, refused, None, None)
+        self._submitter.deferred.post_later(transfer, list(zip(regions, owners, strict=True)), timeout, post, refused, None, None)
         return transfer
 
     def _owners(self, regions: tuple[RemoteRegion, ...]) -> list[Peer]:
@@ -132,7 +134,7 @@ class ScatterPlan(Unpicklable):
                 raise RegionError(f"destination {k} does not grant writing (its access is 'read')")
             if region.nbytes < need:
                 raise RegionError(f"destination {k} has {region.nbytes} bytes, where the rows need {need}")
-            owners.append(self._engine._owner(region))
+            owners.append(self._submitter.owners.of(region))
         return owners
 
     def _targets(self, owners: list[Peer]) -> list[Peer]:
@@ -155,7 +157,9 @@ class ScatterPlan(Unpicklable):
     ) -> Transfer:
         engine, deed, peers = self._engine, ("scatter", imm), tuple(dict.fromkeys(owners))
         if result > 1:
-            return engine._pending(result, self.nbytes, peers, timeout, self._kept(regions), deed, self._targets(owners))
+            return self._submitter.flight.pending(
+                result, self.nbytes, peers, timeout, self._kept(regions), deed, self._targets(owners)
+            )
         if result < 0:
             error = self._refusal(result, regions, owners)
             if result != native.lib.AT_EMEMORY:
@@ -165,9 +169,7 @@ class ScatterPlan(Unpicklable):
             return failed
         if result:
             engine._turn_is_due()
-        done: Transfer = blank(engine, self.nbytes, peers, None, deed)
-        done._state = DONE
-        return done
+        return finished(engine, peers[0] if len(peers) == 1 else None, self.nbytes)
 
     def _refusal(self, result: int, regions: tuple[RemoteRegion, ...], owners: list[Peer]) -> Exception:
         engine, lib = self._engine, native.lib
@@ -177,7 +179,7 @@ class ScatterPlan(Unpicklable):
         if k >= len(regions):
             return refusal(engine, result, None)
         try:
-            peer = engine._owner(regions[k])
+            peer = self._submitter.owners.of(regions[k])
         except TransferError as better:
             return better
         error = refusal(engine, result, peer, regions[k])

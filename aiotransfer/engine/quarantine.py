@@ -28,13 +28,6 @@ class Held(Protocol):
         """Look whether it is over; True when the memory is free."""
 
 
-class Lent(Protocol):
-    """A right to memory of ours that one peer holds: a lease. What it does for the engine is private to users."""
-
-    def _peer_gone(self) -> None:
-        """The peer was lost or closed, and is barred: it is over, unless the peer is inside a write."""
-
-
 class Quarantine:
     """One per engine."""
 

@@ -66,6 +66,7 @@ class Redial:
         listen_to: Callable[[Peer, Link], None],
     ) -> None:  # fmt: skip
         self._engine = engine
+        self._loop = engine._loop
         self._door = door
         self._liveness = liveness
         self._peers = peers
@@ -92,15 +93,15 @@ class Redial:
             self._begin(peer, "its host confirmed nothing any more", sure=True)
 
     def _begin(self, peer: Peer, cause: str, *, sure: bool) -> None:
-        now, outage = self._engine._loop.time(), self._outages.get(peer)
+        now, outage = self._loop.time(), self._outages.get(peer)
         if outage is None:
             outage = self._outages[peer] = _Outage(peer, now, cause)
-            self._tasks.own(self._engine._loop.create_task(self._mend(outage, sure)))
+            self._tasks.own(self._loop.create_task(self._mend(outage, sure)))
         elif outage.over:  # and its task has not seen that yet
             outage.over, outage.begun, outage.spent, outage.cause = False, now, 0.0, cause
 
     async def _mend(self, outage: _Outage, sure: bool) -> None:
-        loop, peer = self._engine._loop, outage.peer
+        loop, peer = self._loop, outage.peer
         seconds = self._engine.config.peer_timeout + (0 if peer._link.dialed else NOTICE_SECONDS)
         try:
             if not sure and not await self._lives(outage) and outage.lasts:
@@ -159,7 +160,7 @@ class Redial:
         if not outage.lasts:
             link.abort()
             return
-        answer: asyncio.Future[None] = self._engine._loop.create_future()
+        answer: asyncio.Future[None] = self._loop.create_future()
 
         def first(frame: frames.Frame) -> None:
             if not isinstance(frame, frames.Resumed):
@@ -192,7 +193,7 @@ class Redial:
         self.resumed += 1
         if (outage := self._outages.get(peer)) is None:  # the other side noticed something, this one did not
             return
-        seconds = self._engine._loop.time() - outage.begun
+        seconds = self._loop.time() - outage.begun
         outage.over = True
         outage.news.set()
         left_out = _limit.admit("resumed")
@@ -222,7 +223,7 @@ class Redial:
                 raise RendezvousError("the peer did not say what it resumes")
 
         link.on_frame, link.on_closed = first, lambda error: known()
-        self._unclaimed[link] = self._engine._loop.call_later(ANSWER_SECONDS, link.abort)
+        self._unclaimed[link] = self._loop.call_later(ANSWER_SECONDS, link.abort)
         link.start()
 
     def close(self) -> None:

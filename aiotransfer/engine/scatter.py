@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from aiotransfer.engine.arguments import size
+from aiotransfer.engine.notes import at_target, noted
+from aiotransfer.engine.refusals import refusal
+from aiotransfer.engine.transfer import finished
 from aiotransfer.errors import RegionError
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.providers import native
@@ -19,6 +22,8 @@ from aiotransfer.providers import native
 if TYPE_CHECKING:
     from aiotransfer.engine.base import EngineBase
     from aiotransfer.engine.region import RegionView
+    from aiotransfer.engine.submit import Submitter
+    from aiotransfer.engine.transfer import Transfer
     from aiotransfer.providers.port import Binding
 
 _INT64 = np.dtype(np.int64)
@@ -76,6 +81,22 @@ def post_table(engine: EngineBase, src: RegionView, targets: Any, imm: int) -> P
     if result < 0 and result != native.lib.AT_ENOMEM and result != native.lib.AT_EBUSY:  # of these, some may have landed
         return None
     return Posted(result, total[0], bounds)
+
+
+def scattered(submitter: Submitter, src: RegionView, posted: Posted, imm: int, timeout: float | None) -> Transfer:
+    """The transfer of targets that were posted in one native call. Raises the error of a refusal."""
+    engine: EngineBase = submitter.engine
+    result, nbytes, bounds = posted
+    if 0 <= result <= 1:
+        several = not bounds or bounds[0].peer is not bounds[-1].peer or len({bound.peer for bound in bounds}) > 1
+        if result:
+            engine._turn_is_due()
+        return finished(engine, None if several else bounds[0].peer, nbytes)
+    peers, deed = tuple(dict.fromkeys(bound.peer for bound in bounds)), ("scatter", imm)
+    if result < 0:
+        index = int(native.lib.at_lane_detail(engine._p))
+        raise noted(at_target(index, refusal(engine, result, bounds[index].peer)), deed, nbytes, peers)
+    return submitter.flight.pending(result, nbytes, peers, timeout, (src._root, *bounds), deed, [bound.peer for bound in bounds])
 
 
 class Targets:

@@ -27,6 +27,7 @@ class Sweeper:
 
     def __init__(self, engine: EngineBase, pending: Ledger[Any], unproved: Callable[[int], None]) -> None:
         self._engine = engine
+        self._loop = engine._loop
         self._pending = pending
         self._unproved = unproved
         self._limits = Deadlines()
@@ -43,7 +44,7 @@ class Sweeper:
     def draining(self, cookie: int) -> None:
         """The operation was withdrawn; its posted part has `drain_timeout` to retire."""
         self._limits.pop(cookie, None)
-        when = self._engine._loop.time() + self._engine.config.drain_timeout
+        when = self._loop.time() + self._engine.config.drain_timeout
         self._drains[cookie] = when
         self._schedule(when)
 
@@ -59,7 +60,7 @@ class Sweeper:
                 return
             self._timer.cancel()
         self._timer_when = when
-        self._timer = self._engine._loop.call_at(when, self._sweep)
+        self._timer = self._loop.call_at(when, self._sweep)
 
     def _sweep(self) -> None:
         self._timer = None
@@ -67,7 +68,7 @@ class Sweeper:
         if not engine._lane.usable:
             return
         engine._progress.poll()
-        now = engine._loop.time()
+        now = self._loop.time()
         for cookie in self._limits.due(now):
             native.lib.at_cancel(engine._p, cookie, native.lib.AT_ETIMEOUT)
             if cookie in self._pending:

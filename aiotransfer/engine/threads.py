@@ -24,6 +24,8 @@ from aiotransfer.errors import ClosedError, RegistrationError, TransferTimeout, 
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
+    from aiotransfer.engine.base import EngineBase
+    from aiotransfer.engine.paths import Paths
     from aiotransfer.engine.peer import Peer
     from aiotransfer.engine.region import RegionView
     from aiotransfer.engine.submit import Submitter
@@ -124,8 +126,10 @@ class _Orphan(NamedTuple):
 class ThreadHandle(Unpicklable):
     """What other threads may call. Made by `Engine.from_thread`; may be shared between threads."""
 
-    def __init__(self, engine: Submitter) -> None:
-        self._engine = engine
+    def __init__(self, submitter: Submitter, paths: Paths) -> None:
+        self._submitter = submitter
+        self._paths = paths
+        self._engine: EngineBase = submitter.engine
         self._guard = threading.Condition()
         self._users = 0
         self._closed = False
@@ -185,14 +189,14 @@ class ThreadHandle(Unpicklable):
         with self._inside():
             engine = self._engine
             value = check_imm(imm)
-            peer = engine._addressee(dst)
+            peer = self._submitter.addressee(dst)
             number = peer.path.lane_peer
             transfer = ThreadTransfer(self, 0, peer, None, ("signal", value))
             self._post(transfer, lambda status: native.lib.at_plan_signals(engine._p, 1, [number], [value], status))
             return transfer
 
     def _check(self, local: RegionView, remote: RemoteRegion, access: str = "write") -> None:
-        self._engine._check_views(local, remote, access)
+        self._submitter.check_views(local, remote, access)
         if local._root._staging is not None:
             raise RegistrationError("staged memory of a GPU is copied by the event loop's side: call the engine itself")
 
@@ -205,7 +209,7 @@ class ThreadHandle(Unpicklable):
         self, region: RemoteRegion, nbytes: int, keep: object, deed: Deed, build: Callable[[int, Any], Any]
     ) -> ThreadTransfer:
         engine = self._engine
-        peer = engine._owner(region)
+        peer = self._submitter.owners.of(region)
         transfer = ThreadTransfer(self, nbytes, peer, None, deed)
         bound = region._box.bound
         if bound is not None and bound.good(engine, peer):
@@ -214,7 +218,7 @@ class ThreadHandle(Unpicklable):
             return transfer
 
         async def bind_then_post() -> None:
-            await engine._paths.bind_within(region, peer, engine._timeout)
+            await self._paths.bind_within(region, peer, engine._timeout)
             fresh = region._box.bound
             transfer._keep = (keep, fresh)
             self._post(transfer, lambda status: build(fresh.remote, status))

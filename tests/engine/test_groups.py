@@ -361,7 +361,7 @@ async def test_a_member_that_has_passed_may_close_before_all_signals_have_come()
             peer, join = slow._joins[rank]
             imm = join.imms[slow._rounds % 2]
             return Plan(
-                slow._engine, 0, (), (peer,), what="barrier",
+                slow._engine._submitter, 0, (), (peer,), what="barrier",
                 build=lambda status: native.lib.at_plan_signals(slow._engine._p, 1, [peer.path.lane_peer], [imm], status),
             )  # fmt: skip
 
@@ -557,7 +557,7 @@ async def test_a_member_that_has_dialled_and_ends_while_the_group_forms(monkeypa
         await there.connect(here.address)
         waits = asyncio.ensure_future(here.group(members).barrier(timeout=300))
         async with asyncio.timeout(30):
-            while not any(peer._dependents for peer in here.peers):
+            while not any(peer._awaited_by.futures for peer in here.peers):
                 await asyncio.sleep(0.005)
         await there.aclose()
         if back:

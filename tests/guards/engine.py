@@ -6,8 +6,8 @@ from tests.guards.mutant import Mutant
 
 GUARDS = (
     Mutant(
-        "drain on cancel", "aiotransfer/engine/outcomes.py",
-        "        self._sweeper.draining(cookie)\n        self._progress.poll()\n",
+        "drain on cancel", "aiotransfer/engine/inflight.py",
+        "        self.deadlines.draining(cookie)\n        engine._progress.poll()\n",
         "        transfer._end(CANCELLED, 0, None)\n",
         "tests/engine/test_cancellation.py tests/engine/test_write.py",
     ),
@@ -36,8 +36,8 @@ GUARDS = (
         "        return pages.copy()\n", "        return pages\n", "tests/engine/test_changing_tables.py",
     ),
     Mutant(
-        "memory of a GPU: a cancel waits for the copy", "aiotransfer/engine/outcomes.py",
-        "        if stage is not None and stage.moving and self._lane.usable:\n", "        if False:\n",
+        "memory of a GPU: a cancel waits for the copy", "aiotransfer/engine/inflight.py",
+        "        if stage is not None and stage.moving and engine._lane.usable:\n", "        if False:\n",
         "tests/engine/test_staging.py",
     ),
     Mutant(
@@ -62,8 +62,8 @@ GUARDS = (
         "Address.parse(address)", "tests/engine/test_addresses.py",
     ),
     Mutant(
-        "a required provider holds for the memory", "aiotransfer/engine/submit.py",
-        "                    self._check_required(peer, require, region)", "                    pass",
+        "a required provider holds for the memory", "aiotransfer/engine/deferred.py",
+        "                    check_required(peer, require, region)", "                    pass",
         "tests/engine/test_paths.py",
     ),
     Mutant(
@@ -88,8 +88,8 @@ GUARDS = (
         "prepend=starts[0] - n - 1) != n)", "tests/engine/test_staging.py",
     ),
     Mutant(
-        "lease: only its holder", "aiotransfer/engine/submit.py",
-        "if dst._grant.holder not in (0, self.incarnation):", "if False:", "tests/engine/test_leases.py",
+        "lease: only its holder", "aiotransfer/engine/owners.py",
+        "if dst._grant.holder not in (0, self._engine.incarnation):", "if False:", "tests/engine/test_leases.py",
     ),
     Mutant(
         "fence of who does not confirm", "aiotransfer/engine/quarantine.py",
