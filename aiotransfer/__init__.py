@@ -10,22 +10,22 @@
 from __future__ import annotations
 
 from aiotransfer.config import Config
-from aiotransfer.engine.counter import Counter
 from aiotransfer.engine.engine import Engine
-from aiotransfer.engine.group import PeerGroup
-from aiotransfer.engine.lease import Lease
 from aiotransfer.engine.loop_thread import EngineThread, run_in_thread
+from aiotransfer.engine.memory.lease import Lease
+from aiotransfer.engine.memory.region import Region
 from aiotransfer.engine.open import open_engine
-from aiotransfer.engine.page_targets import PagesTarget
-from aiotransfer.engine.peer import Message, Peer
-from aiotransfer.engine.places import ScatterPlan, ScatterRows
-from aiotransfer.engine.plans import Plan
-from aiotransfer.engine.region import Region
-from aiotransfer.engine.scatter import ScatterTarget
+from aiotransfer.engine.operations.page_targets import PagesTarget
+from aiotransfer.engine.operations.places import ScatterPlan, ScatterRows
+from aiotransfer.engine.operations.plans import Plan
+from aiotransfer.engine.operations.scatter import ScatterTarget
+from aiotransfer.engine.operations.threads import ThreadHandle, ThreadTransfer
+from aiotransfer.engine.operations.transfer import Transfer, wait_all
+from aiotransfer.engine.peers.peer import Message, Peer
 from aiotransfer.engine.statistics import Statistics
-from aiotransfer.engine.threads import ThreadHandle, ThreadTransfer
-from aiotransfer.engine.transfer import Transfer, wait_all
-from aiotransfer.engine.watch import Watcher
+from aiotransfer.engine.sync.counter import Counter
+from aiotransfer.engine.sync.group import PeerGroup
+from aiotransfer.engine.sync.watch import Watcher
 from aiotransfer.errors import (
     BrokenError,
     BusyError,

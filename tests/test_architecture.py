@@ -39,6 +39,13 @@ MAY_IMPORT = {  # folder: the folders beneath it
 }
 ROOMS: dict[str, dict[str, set[str]]] = {  # within a folder: each room, and those beneath it; the folder itself is above all
     "cli": {"demo": set(), "doctor": set()},
+    "engine": {
+        "runtime": set(),
+        "peers": {"runtime"},
+        "memory": {"runtime", "peers"},
+        "operations": {"runtime", "peers", "memory"},
+        "sync": {"runtime", "peers", "memory", "operations"},
+    },
     "moe": {
         "protocol": set(),
         "kernels": set(),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import aiotransfer
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 
 PACKAGES = ["aiotransfer", *(
     found.name for found in pkgutil.walk_packages(aiotransfer.__path__, "aiotransfer.")

@@ -22,7 +22,7 @@ from aiotransfer.bench.foreign import foreign_rows
 from aiotransfer.bench.moe import moe_rows
 from aiotransfer.bench.process import IDLE_SECONDS, eventfd_rounds, usage_since
 from aiotransfer.bench.rows import PAGES, PASSES, REGION, SIZES, SPAN, TABLE, Row, size_name
-from aiotransfer.engine.region import RegionView
+from aiotransfer.engine.memory.region import RegionView
 
 PING_PONGS = 2000
 

@@ -15,20 +15,20 @@ from aiotransfer.providers.holdings import leak
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from aiotransfer.engine.base import EngineBase
-    from aiotransfer.engine.connections import Connections
-    from aiotransfer.engine.copies import Copies
-    from aiotransfer.engine.counter import Counter
-    from aiotransfer.engine.groups import Groups
-    from aiotransfer.engine.inflight import InFlight
-    from aiotransfer.engine.liveness import Liveness
-    from aiotransfer.engine.mailbox import Mailbox
-    from aiotransfer.engine.progress import Progress
-    from aiotransfer.engine.publications import Publications
-    from aiotransfer.engine.quarantine import Quarantine
-    from aiotransfer.engine.region import Region
-    from aiotransfer.engine.threads import ThreadHandle
-    from aiotransfer.engine.watch import Watcher
+    from aiotransfer.engine.memory.publications import Publications
+    from aiotransfer.engine.memory.quarantine import Quarantine
+    from aiotransfer.engine.memory.region import Region
+    from aiotransfer.engine.operations.copies import Copies
+    from aiotransfer.engine.operations.inflight import InFlight
+    from aiotransfer.engine.operations.threads import ThreadHandle
+    from aiotransfer.engine.peers.connections import Connections
+    from aiotransfer.engine.peers.liveness import Liveness
+    from aiotransfer.engine.peers.mailbox import Mailbox
+    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.progress import Progress
+    from aiotransfer.engine.sync.counter import Counter
+    from aiotransfer.engine.sync.groups import Groups
+    from aiotransfer.engine.sync.watch import Watcher
     from aiotransfer.providers.lane import Lane
     from aiotransfer.providers.port import Provider
 

@@ -18,38 +18,38 @@ from aiotransfer.control.frames import OfferWire, PeerInfo
 from aiotransfer.control.key import load_key
 from aiotransfer.control.link import Identity
 from aiotransfer.core.rails import pairing
-from aiotransfer.engine import registrations
-from aiotransfer.engine.arguments import advertised, check_rails, engine_name
-from aiotransfer.engine.base import seconds
-from aiotransfer.engine.connections import Connections
-from aiotransfer.engine.copies import Copies
-from aiotransfer.engine.counter import Counter
-from aiotransfer.engine.deferred import Deferred
 from aiotransfer.engine.display import Shown, ended_html, ended_text, engine_html, engine_text
-from aiotransfer.engine.door import Door
 from aiotransfer.engine.ending import Parts, close, finish, take_apart
-from aiotransfer.engine.grants import Grants
-from aiotransfer.engine.group import PeerGroup
-from aiotransfer.engine.groups import Groups
-from aiotransfer.engine.inflight import InFlight
-from aiotransfer.engine.liveness import Liveness
-from aiotransfer.engine.mailbox import Mailbox
-from aiotransfer.engine.operations import Operations
-from aiotransfer.engine.owners import Owners
-from aiotransfer.engine.paths import Paths
-from aiotransfer.engine.peer import Message, Peer
-from aiotransfer.engine.progress import Handler, Progress
-from aiotransfer.engine.publications import Publications
-from aiotransfer.engine.quarantine import Quarantine
-from aiotransfer.engine.region import Region, Regions
+from aiotransfer.engine.memory import registrations
+from aiotransfer.engine.memory.grants import Grants
+from aiotransfer.engine.memory.publications import Publications
+from aiotransfer.engine.memory.quarantine import Quarantine
+from aiotransfer.engine.memory.region import Region, Regions
+from aiotransfer.engine.operations.copies import Copies
+from aiotransfer.engine.operations.deferred import Deferred
+from aiotransfer.engine.operations.inflight import InFlight
+from aiotransfer.engine.operations.operations import Operations
+from aiotransfer.engine.operations.submit import Submitter
+from aiotransfer.engine.operations.threads import ThreadHandle
+from aiotransfer.engine.peers.connections import Connections
+from aiotransfer.engine.peers.door import Door
+from aiotransfer.engine.peers.liveness import Liveness
+from aiotransfer.engine.peers.mailbox import Mailbox
+from aiotransfer.engine.peers.owners import Owners
+from aiotransfer.engine.peers.paths import Paths
+from aiotransfer.engine.peers.peer import Message, Peer
+from aiotransfer.engine.runtime.arguments import advertised, check_rails, engine_name
+from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.progress import Handler, Progress
+from aiotransfer.engine.runtime.tasks import Tasks
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.world import REAL, World
 from aiotransfer.engine.statistics import Statistics
-from aiotransfer.engine.submit import Submitter
-from aiotransfer.engine.tasks import Tasks
-from aiotransfer.engine.threads import ThreadHandle
-from aiotransfer.engine.unpicklable import Unpicklable
-from aiotransfer.engine.values import Values
-from aiotransfer.engine.watch import Watcher
-from aiotransfer.engine.world import REAL, World
+from aiotransfer.engine.sync.counter import Counter
+from aiotransfer.engine.sync.group import PeerGroup
+from aiotransfer.engine.sync.groups import Groups
+from aiotransfer.engine.sync.values import Values
+from aiotransfer.engine.sync.watch import Watcher
 from aiotransfer.errors import ClosedError, ConfigurationError, RegionError
 from aiotransfer.model.address import Address
 from aiotransfer.providers import native

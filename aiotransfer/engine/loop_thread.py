@@ -9,16 +9,16 @@ import threading
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aiotransfer.engine.base import seconds
 from aiotransfer.engine.open import open_engine
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.threads import ThreadHandle
+    from aiotransfer.engine.operations.threads import ThreadHandle
 
 T = TypeVar("T")
 

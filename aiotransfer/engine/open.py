@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiotransfer.config import Config
 from aiotransfer.engine.engine import Engine
-from aiotransfer.engine.unpicklable import Unpicklable
-from aiotransfer.engine.world import REAL, World
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.world import REAL, World
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:

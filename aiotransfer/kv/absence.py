@@ -10,7 +10,7 @@ from aiotransfer.kv import wire
 from aiotransfer.kv.room import numbers
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.kv.layout import Place
     from aiotransfer.kv.ledger import Key
     from aiotransfer.kv.pool import Settings

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.aio.timeouts import despite_cancels
-from aiotransfer.engine.base import seconds
+from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.errors import QuarantineError, TransferError
 from aiotransfer.kv import wire
 from aiotransfer.kv.absence import say_absent
@@ -32,8 +32,8 @@ from aiotransfer.kv.slots import is_twice, page_ids_of, whole
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.memory.region import Region
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.errors import DescriptorError
     from aiotransfer.kv.layout import KVLayout
     from aiotransfer.kv.record import RequestRecord

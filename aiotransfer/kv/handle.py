@@ -13,8 +13,8 @@ import numpy as np
 
 from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.control.frames import clip
-from aiotransfer.engine.base import seconds
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, PeerLostError, QuarantineError, TransferError, TransferTimeout, again, said
 from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.absence import say_absent
@@ -30,10 +30,10 @@ from aiotransfer.kv.verify import check_sums
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aiotransfer.engine.counter import Counter
-    from aiotransfer.engine.lease import Lease
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import RegionView
+    from aiotransfer.engine.memory.lease import Lease
+    from aiotransfer.engine.memory.region import RegionView
+    from aiotransfer.engine.peers.peer import Peer
+    from aiotransfer.engine.sync.counter import Counter
     from aiotransfer.kv.pool import Order, Pool, Settings
     from aiotransfer.kv.role import Role
 

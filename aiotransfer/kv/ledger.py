@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.kv import wire
     from aiotransfer.kv.layout import Place
     from aiotransfer.kv.plan import Receivers, TransferPlan

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from aiotransfer.errors import BusyError, ClosedError
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.kv import wire
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.control.frames import clip
-from aiotransfer.engine.base import seconds
+from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.errors import DescriptorError, TransferTimeout, said
 from aiotransfer.kv import wire
 from aiotransfer.kv.absence import ABSENT_SECONDS, Absence, Absences
@@ -42,8 +42,8 @@ from aiotransfer.model.descriptor import RemoteRegion
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.memory.region import Region
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.kv.layout import Place
     from aiotransfer.kv.record import RequestRecord
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.control.frames import clip
-from aiotransfer.engine.base import seconds
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import PeerLostError, StaleRegionError, TransferTimeout, again, said
 from aiotransfer.kv import tracing, wire
 from aiotransfer.kv.errors import RequestCancelled, RequestFailed
@@ -34,9 +34,9 @@ from aiotransfer.kv.writer import Write, Writer
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import RegionView
-    from aiotransfer.engine.transfer import Transfer
+    from aiotransfer.engine.memory.region import RegionView
+    from aiotransfer.engine.operations.transfer import Transfer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.kv.plan import Receivers
     from aiotransfer.kv.role import Role
 

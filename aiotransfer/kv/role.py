@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.kv.layout import KVLayout
 from aiotransfer.kv.slots import Slots, check_pool
 from aiotransfer.kv.tracing import trace
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.memory.region import Region
     from aiotransfer.kv.record import RequestRecord
     from aiotransfer.kv.room import Room
 

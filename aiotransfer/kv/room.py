@@ -20,7 +20,7 @@ from aiotransfer.kv import wire
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
 
 _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()
@@ -164,7 +164,7 @@ class Room:
 
     def check(self, peer: object) -> None:
         """Raise unless this is a peer of the engine that is up."""
-        from aiotransfer.engine.peer import Peer
+        from aiotransfer.engine.peers.peer import Peer
 
         if not isinstance(peer, Peer):
             raise TypeError(f"a Peer is asked, not {type(peer).__name__}")

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aiotransfer.engine.views import memory_of as memory_of
+from aiotransfer.engine.memory.views import memory_of as memory_of
 from aiotransfer.errors import ConfigurationError, RegionError
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import Region, RegionView
+    from aiotransfer.engine.memory.region import Region, RegionView
     from aiotransfer.kv.layout import KVLayout
 
 HEADER_BYTES = 16  # two 64-bit numbers: the length of the tail, how many checksums stand before it

@@ -13,8 +13,8 @@ from aiotransfer.kv.errors import RequestFailed
 from aiotransfer.kv.schedule import Job, Schedule
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.transfer import Transfer
+    from aiotransfer.engine.operations.transfer import Transfer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.kv.room import Room
 
 BUSY_SECONDS = 0.001  # before a write that the engine had no room for is tried again

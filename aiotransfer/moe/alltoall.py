@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.aio.timeouts import Patience, Until
-from aiotransfer.engine.base import seconds
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import BusyError, TransferError, TransferTimeout, said
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe.calls import told
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.group import PeerGroup
+    from aiotransfer.engine.sync.group import PeerGroup
 
 SCALED_ELEMENTS = 128  # elements of float8 that share a scale, usually
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.engine.base import seconds
+from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.errors import ConfigurationError, RendezvousError
 from aiotransfer.model.address import Address
 from aiotransfer.rendezvous.meeting import from_list, meet
@@ -19,7 +19,7 @@ from aiotransfer.rendezvous.store import FIRST_PAUSE, LONGEST_PAUSE, Caller, Sto
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.group import PeerGroup
+    from aiotransfer.engine.sync.group import PeerGroup
 
 
 async def from_environment(

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiotransfer.engine.base import seconds
+from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.errors import ConfigurationError, RendezvousError
 from aiotransfer.rendezvous import roster
 from aiotransfer.rendezvous.store import FIRST_PAUSE, LONGEST_PAUSE, Caller, Store
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.group import PeerGroup
+    from aiotransfer.engine.sync.group import PeerGroup
     from aiotransfer.model.address import Address
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from aiotransfer.engine.engine import Engine
-from aiotransfer.engine.page_targets import PagesTarget
-from aiotransfer.engine.region import Region
-from aiotransfer.engine.scatter import ScatterTarget
+from aiotransfer.engine.memory.region import Region
+from aiotransfer.engine.operations.page_targets import PagesTarget
+from aiotransfer.engine.operations.scatter import ScatterTarget
 from aiotransfer.errors import PeerLostError, RegionError, StaleRegionError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.testing.pairs import Member, Pair, engine_group, engine_pair

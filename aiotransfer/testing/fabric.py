@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from aiotransfer.control.network import Factory, Server
 from aiotransfer.engine.engine import Engine
 from aiotransfer.engine.open import open_engine
-from aiotransfer.engine.world import World
+from aiotransfer.engine.runtime.world import World
 from aiotransfer.errors import BusyError
 from aiotransfer.model.address import Address
 from aiotransfer.providers import native

@@ -7,9 +7,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, NamedTuple
 
 from aiotransfer.engine.engine import Engine
-from aiotransfer.engine.group import PeerGroup
 from aiotransfer.engine.open import open_engine
-from aiotransfer.engine.peer import Peer
+from aiotransfer.engine.peers.peer import Peer
+from aiotransfer.engine.sync.group import PeerGroup
 
 
 class Pair(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aiotransfer.engine.engine import Engine
-from aiotransfer.engine.group import PeerGroup
+from aiotransfer.engine.sync.group import PeerGroup
 from aiotransfer.weights.templates import Template
 
 

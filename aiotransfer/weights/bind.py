@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.weights import layoutcheck
 from aiotransfer.weights.arrays import LayoutArrays
@@ -268,7 +268,7 @@ def is_meta(thing: Any) -> bool:
 
 def is_region(thing: Any) -> bool:
     """Whether this is a region of an engine."""
-    return _is_of(thing, "aiotransfer.engine.region", "Region")
+    return _is_of(thing, "aiotransfer.engine.memory.region", "Region")
 
 
 def _is_of(thing: Any, module: str, name: str) -> bool:

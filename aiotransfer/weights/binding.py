@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.core.dense import is_dense
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import RegistrationError, TransferError
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.weights.bind import Bound, Form, form, is_meta, is_region, is_torch, local
@@ -15,7 +15,7 @@ from aiotransfer.weights.layout import Layout
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.memory.region import Region
 
 
 class Moved(TransferError):

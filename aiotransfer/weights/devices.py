@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aiotransfer.engine.engine import takes_device
-from aiotransfer.engine.memory import Plain, describe
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.buffers import Plain, describe
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import RegistrationError
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.providers import cuda
@@ -27,7 +27,7 @@ from aiotransfer.weights.stored import SLAB, Run, Stored
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.memory.region import Region
     from aiotransfer.weights.bind import Bound
 
 MOST_PIECES = 1024  # that are copied by one call

@@ -11,7 +11,7 @@ import stat
 import weakref
 from collections.abc import Mapping, Sequence
 
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import BrokenError
 from aiotransfer.weights.bind import Bound, Place
 from aiotransfer.weights.layout import Layout

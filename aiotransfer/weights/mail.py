@@ -18,7 +18,7 @@ from aiotransfer.weights.protocol.parts import Parts, parts
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
 
 _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()

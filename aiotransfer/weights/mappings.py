@@ -10,7 +10,7 @@ from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.weights.protocol import relays, wire
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
 
 SETS = 2  # buffers of a subscriber that take turns (mode "double")
 

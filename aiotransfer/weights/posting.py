@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from aiotransfer.engine.places import ScatterPlan, ScatterRows
-from aiotransfer.engine.scatter import ScatterTarget
+from aiotransfer.engine.operations.places import ScatterPlan, ScatterRows
+from aiotransfer.engine.operations.scatter import ScatterTarget
 from aiotransfer.errors import BusyError, ScatterError, TransferError
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import RegionView
-    from aiotransfer.engine.transfer import Transfer
+    from aiotransfer.engine.memory.region import RegionView
+    from aiotransfer.engine.operations.transfer import Transfer
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.weights.passing import Route
     from aiotransfer.weights.tasks import Writes

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import RegionView
-    from aiotransfer.engine.transfer import Transfer
+    from aiotransfer.engine.memory.region import RegionView
+    from aiotransfer.engine.operations.transfer import Transfer
     from aiotransfer.model.descriptor import RemoteRegion
 
 MOST_READS = 1024  # calls under way

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from aiotransfer.errors import TransferError
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.counter import Counter
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
+    from aiotransfer.engine.sync.counter import Counter
     from aiotransfer.weights.mail import Mail
 
 

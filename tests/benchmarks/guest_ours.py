@@ -10,7 +10,7 @@ from typing import Any
 from rivals.worker import Pipes, main, start_target
 
 import aiotransfer as at
-from aiotransfer.engine.world import World
+from aiotransfer.engine.runtime.world import World
 from aiotransfer.providers.fabric import Limits
 
 REGION = int(os.environ.get("REGION", 4 << 20))

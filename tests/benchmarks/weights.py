@@ -36,7 +36,7 @@ import numpy as np
 import aiotransfer as at
 from aiotransfer import weights
 from aiotransfer.bench.session import machine
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.weights import Bound, Layout, Quantise
 from tests.benchmarks.weights_model import BLOCK, RANKS, boxes, inference_layout, layers, numbers, overlap, shards, trainer_layout
 from tests.benchmarks.weights_report import Figures, Taken, text, told, write

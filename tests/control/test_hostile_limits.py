@@ -15,9 +15,9 @@ from aiotransfer.control import frames, listener
 from aiotransfer.control.frames import PREAMBLE, OfferWire, PeerInfo
 from aiotransfer.control.key import load_key
 from aiotransfer.control.session import Session
-from aiotransfer.engine import connections, mailbox
-from aiotransfer.engine.connections import Connections
-from aiotransfer.engine.peer import MOST_PATHS
+from aiotransfer.engine.peers import connections, mailbox
+from aiotransfer.engine.peers.connections import Connections
+from aiotransfer.engine.peers.peer import MOST_PATHS
 from aiotransfer.model.address import Address
 from aiotransfer.model.descriptor import Grant, RemoteRegion
 from aiotransfer.providers import shmwire

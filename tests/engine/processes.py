@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiotransfer as at
-from aiotransfer.engine.world import World
+from aiotransfer.engine.runtime.world import World
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric import Limits
 from tests.engine.stuck import Stuck

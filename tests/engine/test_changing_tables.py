@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine.arguments import Pages
+from aiotransfer.engine.runtime.arguments import Pages
 from aiotransfer.testing import Pair
 
 PAGE, COUNT, ROUNDS = 64, 4096, 150

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine import connections
+from aiotransfer.engine.peers import connections
 from aiotransfer.testing import Pair
 
 pytestmark = pytest.mark.asyncio

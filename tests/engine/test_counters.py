@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine.counter import take_each
+from aiotransfer.engine.sync.counter import take_each
 from aiotransfer.providers import native
 from aiotransfer.testing import Pair, engine_pair
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine import devicememory, memory
+from aiotransfer.engine.memory import buffers, device_buffers
 from tests.engine.gpu import build
 
 ONE, ZERO, MANAGED, END = 0x500000000000, 0x500000020000, 0x600000000000, 0x500000030000
@@ -33,16 +33,16 @@ def array(address: int, shape: tuple[int, ...], strides: Any = None, readonly: b
 
 @pytest.mark.usefixtures("driver")
 def test_an_array_of_a_gpu_is_described_as_the_driver_knows_it() -> None:
-    found = memory.describe(array(ONE, (4, 8), (32, 4), readonly=True))
+    found = buffers.describe(array(ONE, (4, 8), (32, 4), readonly=True))
     assert found[:4] == (ONE, 128, "cuda:1", False)
-    assert memory.describe((ZERO, 16, "cuda"))[:4] == (ZERO, 16, "cuda:0", True)
+    assert buffers.describe((ZERO, 16, "cuda"))[:4] == (ZERO, 16, "cuda:0", True)
 
 
 @pytest.mark.usefixtures("driver")
 def test_memory_may_span_mappings_of_one_device_and_not_of_two() -> None:
-    assert memory.describe((ONE, 0x20000, "cuda:1")).nbytes == 0x20000
+    assert buffers.describe((ONE, 0x20000, "cuda:1")).nbytes == 0x20000
     with pytest.raises(at.RegistrationError, match="is on cuda:0, not on cuda:1"):
-        memory.describe((ONE, 0x20001, "cuda:1"))
+        buffers.describe((ONE, 0x20001, "cuda:1"))
 
 
 @pytest.mark.usefixtures("driver")
@@ -61,7 +61,7 @@ def test_memory_may_span_mappings_of_one_device_and_not_of_two() -> None:
 )
 def test_what_is_no_plain_memory_of_that_device_is_refused(buffer: Any, why: str) -> None:
     with pytest.raises(at.RegistrationError, match=why):
-        memory.describe(buffer)
+        buffers.describe(buffer)
 
 
 class Exporter:
@@ -71,7 +71,7 @@ class Exporter:
         length = len(shape)
         self.shape = (ctypes.c_int64 * length)(*shape)
         self.strides = (ctypes.c_int64 * length)(*strides) if strides else None
-        self.tensor = devicememory._Tensor(ONE, 2, 1, length, 2, 32, 1, self.shape, self.strides, 64)
+        self.tensor = device_buffers._Tensor(ONE, 2, 1, length, 2, 32, 1, self.shape, self.strides, 64)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, 1
@@ -86,21 +86,21 @@ class Exporter:
 @pytest.mark.usefixtures("driver")
 @pytest.mark.parametrize("strides", [None, (8, 1), (1, 4)])
 def test_a_dlpack_tensor_of_a_gpu_is_described_from_its_capsule(strides: tuple[int, ...] | None) -> None:
-    assert memory.describe(Exporter((4, 8), strides))[:4] == (ONE + 64, 128, "cuda:1", True)
+    assert buffers.describe(Exporter((4, 8), strides))[:4] == (ONE + 64, 128, "cuda:1", True)
     with pytest.raises(at.RegistrationError, match=r"shape \(4, 8\), strides \(16, 1\)"):
-        memory.describe(Exporter((4, 8), (16, 1)))
+        buffers.describe(Exporter((4, 8), (16, 1)))
 
 
 def test_without_a_driver_the_error_names_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIOTRANSFER_LIBCUDA", "/nowhere/libcuda.so.1")
     with pytest.raises(at.RegistrationError, match=r"/nowhere/libcuda\.so\.1 cannot be used"):
-        memory.describe((ONE, 8, "cuda:0"))
+        buffers.describe((ONE, 8, "cuda:0"))
 
 
 @pytest.mark.usefixtures("driver")
 def test_what_the_driver_refuses_is_told_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory.describe((ONE, 8, "cuda:1"))
+    buffers.describe((ONE, 8, "cuda:1"))
     monkeypatch.setenv("FAKE_CUDA_FAIL", "cuPointerGetAttribute")
     with pytest.raises(at.RegistrationError) as caught:
-        memory.describe((ONE, 8, "cuda:1"))
+        buffers.describe((ONE, 8, "cuda:1"))
     assert caught.value.code == (999, "CUDA_ERROR_UNKNOWN")

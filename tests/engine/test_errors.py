@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine.refusals import refusal
+from aiotransfer.engine.operations.refusals import refusal
 from aiotransfer.errors import again
 from aiotransfer.providers import native
 from aiotransfer.testing import Pair, engine_pair

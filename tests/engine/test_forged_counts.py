@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine import values
-from aiotransfer.engine.arguments import MOST_IMM, RESERVED
+from aiotransfer.engine.runtime.arguments import MOST_IMM, RESERVED
+from aiotransfer.engine.sync import values
 from aiotransfer.providers import native
 from tests.control.rawshm import RawShm
 

@@ -15,9 +15,9 @@ import pytest_asyncio
 
 import aiotransfer as at
 from aiotransfer.control.frames import Join, Roster
-from aiotransfer.engine import rosters as rosters_module
-from aiotransfer.engine.plans import Plan
-from aiotransfer.engine.rosters import roster
+from aiotransfer.engine.operations.plans import Plan
+from aiotransfer.engine.sync import rosters as rosters_module
+from aiotransfer.engine.sync.rosters import roster
 from aiotransfer.providers import native
 
 pytestmark = pytest.mark.asyncio
@@ -328,7 +328,7 @@ async def test_one_barrier_at_a_time(four: list[at.PeerGroup]) -> None:
 
 
 async def test_joins_that_came_before_their_group_do_not_add_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotransfer.engine.groups.MOST_UNKNOWN", 8)
+    monkeypatch.setattr("aiotransfer.engine.sync.groups.MOST_UNKNOWN", 8)
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(at.open_engine(timeout=10)) for _ in range(2)]
         members = [str(engine.address) for engine in engines]
@@ -549,7 +549,7 @@ async def test_what_is_said_for_members_is_bounded(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("back", [True, False], ids=["restarted", "gone"])
 async def test_a_member_that_has_dialled_and_ends_while_the_group_forms(monkeypatch: pytest.MonkeyPatch, back: bool) -> None:
     """Its successor at its address takes its place; where there is none, the wait ends at once."""
-    monkeypatch.setattr("aiotransfer.engine.reach.MISSED_SECONDS", 30 if back else 0.1)
+    monkeypatch.setattr("aiotransfer.engine.peers.reach.MISSED_SECONDS", 30 if back else 0.1)
     async with AsyncExitStack() as stack:
         here = await stack.enter_async_context(at.open_engine(providers="shm"))
         there = await stack.enter_async_context(at.open_engine(providers="shm"))
@@ -657,7 +657,7 @@ async def test_a_list_that_does_not_name_this_engine_is_told_of_by_the_deadline_
 
 async def test_a_group_that_is_made_while_lists_are_compared_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each engine has two tasks, and each makes its first group before it hears of the other one's."""
-    monkeypatch.setattr("aiotransfer.engine.rosters.GRACE", 5.0)
+    monkeypatch.setattr("aiotransfer.engine.sync.rosters.GRACE", 5.0)
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(at.open_engine(providers="shm")) for _ in range(3)]
         a, b, c = (str(engine.address) for engine in engines)

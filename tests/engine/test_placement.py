@@ -13,9 +13,9 @@ import pytest
 import aiotransfer as at
 from aiotransfer.core import pinning
 from aiotransfer.core.nearest import rank_nics
-from aiotransfer.engine.machine import machine, whereabouts
-from aiotransfer.engine.placement import cpus_for
-from aiotransfer.engine.world import World
+from aiotransfer.engine.runtime.machine import machine, whereabouts
+from aiotransfer.engine.runtime.placement import cpus_for
+from aiotransfer.engine.runtime.world import World
 from aiotransfer.model.topology import GpuMemory, HostMemory
 from aiotransfer.providers import cuda, native
 from aiotransfer.providers.fabric import nic_of
@@ -110,7 +110,7 @@ async def test_a_restricted_thread_restricts_those_that_it_starts(tmp_path: Path
 
 
 def test_a_rail_comes_up_although_the_machine_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "aiotransfer.engine.machine", None)
+    monkeypatch.setitem(sys.modules, "aiotransfer.engine.runtime.machine", None)
     ask = cpus_for(at.Config(), World())
     assert ask is not None
     assert ask("eth0") == ()

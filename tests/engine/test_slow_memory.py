@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine.world import World
+from aiotransfer.engine.runtime.world import World
 from aiotransfer.errors import BrokenError
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric import FabricPath, Limits

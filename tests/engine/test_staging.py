@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 import aiotransfer as at
-from aiotransfer.engine.staged import merged
+from aiotransfer.engine.operations.staged import merged
 from aiotransfer.providers import native
 from aiotransfer.testing import Pair, engine_pair
 from tests.engine.gpu import DEVICE, Gpu, build

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine import memory
+from aiotransfer.engine.memory import buffers
 from aiotransfer.testing import Pair, engine_pair
 from tests.needs import needs_tcp
 
@@ -196,7 +196,7 @@ async def test_what_vanishes_under_way_takes_nothing_along(provider: str, tmp_pa
 
 def test_memory_of_the_heap_is_known_without_asking_the_kernel(tmp_path: Path) -> None:
     for heap in (np.zeros(8), np.zeros((4, 4)).T, np.zeros(64)[3:9], bytearray(8), b"12345678", memoryview(bytearray(8))):
-        assert memory.describe(heap).heap
+        assert buffers.describe(heap).heap
     (tmp_path / "file").write_bytes(bytes(64))
     for other in (mmap.mmap(-1, 8), np.frombuffer(mmap.mmap(-1, 8), np.uint8), np.memmap(tmp_path / "file", np.uint8)):
-        assert not memory.describe(other).heap
+        assert not buffers.describe(other).heap

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine.paths import Paths
-from aiotransfer.engine.world import World
+from aiotransfer.engine.peers.paths import Paths
+from aiotransfer.engine.runtime.world import World
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric import Limits
 from aiotransfer.testing import Pair

@@ -12,7 +12,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any, cast
 
 import aiotransfer as at
-from aiotransfer.engine.region import RegionView
+from aiotransfer.engine.memory.region import RegionView
 from aiotransfer.testing.pairs import Member, Pair
 from tests.hosts.engines import engine_on
 from tests.hosts.net import KEY, Host, Hosts, Place

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from aiotransfer.engine.world import World
+from aiotransfer.engine.runtime.world import World
 from aiotransfer.testing import Pair
 from aiotransfer.testing.contract import ProviderContract
 from aiotransfer.testing.pairs import Member

@@ -10,7 +10,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import kv
-from aiotransfer.engine.lease import Lease
+from aiotransfer.engine.memory.lease import Lease
 from aiotransfer.kv import wire
 from tests.kv.party import Party, cache_of, party, small
 

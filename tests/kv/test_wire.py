@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aiotransfer.engine.arguments import RESERVED
+from aiotransfer.engine.runtime.arguments import RESERVED
 from aiotransfer.errors import DescriptorError
 from aiotransfer.kv import wire
 

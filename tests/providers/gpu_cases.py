@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine.world import World
+from aiotransfer.engine.runtime.world import World
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric import Limits
 from aiotransfer.testing import Pair, engine_pair

@@ -14,8 +14,8 @@ import pytest
 import aiotransfer as at
 from aiotransfer.control import frames
 from aiotransfer.control.session import Session
-from aiotransfer.engine.mailbox import Mailbox
-from aiotransfer.engine.peer import Peer
+from aiotransfer.engine.peers.mailbox import Mailbox
+from aiotransfer.engine.peers.peer import Peer
 from aiotransfer.errors import RendezvousError
 from aiotransfer.kv.registry import FileBackend, Fleet, Member, MemoryBackend, Registry
 from aiotransfer.kv.registry import fleet as fleets

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from aiotransfer.engine.world import World
+from aiotransfer.engine.runtime.world import World
 from aiotransfer.providers.fabric import Limits
 
 ENGINE: dict[str, Any] = {"providers": "verbs", "_world": World(limits=Limits(verbs_device="rxea0"))}

@@ -15,7 +15,7 @@ import pytest_asyncio
 
 import aiotransfer as at
 from aiotransfer import weights
-from aiotransfer.engine.world import World
+from aiotransfer.engine.runtime.world import World
 from aiotransfer.providers.fabric import Limits
 from aiotransfer.weights import Cast, Tensor
 from tests.engine.gpu import Gpu

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from aiotransfer import weights
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.weights import Cast, Layout, Piece, Quantise, Tensor, Transpose
 from aiotransfer.weights.kernels import numbers, quantise
 from tests.weights.party import Party

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.weights import Cast, Layout, Piece, Quantise, Tensor, UpdateError
 from tests.weights.kernels.reference import RAW, converted, quantised, some
 from tests.weights.party import Party

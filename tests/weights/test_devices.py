@@ -14,7 +14,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import weights
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.weights import Cast, Layout, Piece, PlanError, Quantise, Tensor, Transpose
 from aiotransfer.weights.devices import DeviceBuffer, torch_bytes
 from aiotransfer.weights.kernels import numbers, quantise

@@ -12,7 +12,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import weights
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.testing.fabric import Fabric, fabric
 from aiotransfer.weights import Layout, Piece, Tensor
 from aiotransfer.weights.subscriber.filling import Filling

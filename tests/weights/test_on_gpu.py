@@ -19,7 +19,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import weights
-from aiotransfer.engine.memory import Plain
+from aiotransfer.engine.memory.buffers import Plain
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.providers import native
 from aiotransfer.providers.numbers import Numbers

@@ -13,7 +13,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import weights
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.testing.fabric import Fabric, fabric
 from aiotransfer.weights import Cast, Fuse, Layout, Piece, Plan, Quantise, Tensor, make_plan
 from aiotransfer.weights.kernels import cast, numbers, quantise

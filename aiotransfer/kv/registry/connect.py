@@ -12,7 +12,7 @@ from aiotransfer.kv.registry.member import Member
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
 
 
 def member_of(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.aio.timeouts import Patience
-from aiotransfer.engine.base import is_open
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.base import is_open
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.kv.registry.connect import connect
 from aiotransfer.kv.registry.membership import words_of
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.kv.registry.member import Member
     from aiotransfer.kv.registry.registry import Registry
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.aio.timeouts import Patience, despite_cancels
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 
 if TYPE_CHECKING:

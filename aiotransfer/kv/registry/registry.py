@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.aio.timeouts import Patience, despite_cancels
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import BusyError, ClosedError, TransferError, TransferTimeout
 from aiotransfer.kv.registry.cache import Cache
 from aiotransfer.kv.registry.changes import Change, differences

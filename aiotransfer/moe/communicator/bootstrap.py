@@ -24,7 +24,7 @@ from aiotransfer.moe.protocol.errors import EvictedError, ShapeMismatch
 from aiotransfer.moe.protocol.membership import Membership
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
 
 ASK_AGAIN = 0.25  # seconds
 ENDED = ("lost", "closed")  # states of peers

@@ -14,7 +14,7 @@ from aiotransfer.providers.rows import Rows
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import Region, RegionView
+    from aiotransfer.engine.memory.region import Region, RegionView
 
 
 def _allocate(engine: Engine, nbytes: int, gpu: bool) -> tuple[Region, Any, Any]:

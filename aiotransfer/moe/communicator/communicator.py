@@ -20,7 +20,7 @@ from aiotransfer.moe.communicator.waiting import Waiting
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.group import PeerGroup
+    from aiotransfer.engine.sync.group import PeerGroup
     from aiotransfer.moe.communicator.buffers import Buffers
     from aiotransfer.moe.protocol.shape import Shape
 

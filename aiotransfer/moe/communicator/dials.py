@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aiotransfer.engine.reach import MISSED_SECONDS
+from aiotransfer.engine.peers.reach import MISSED_SECONDS
 from aiotransfer.errors import BrokenError, PeerLostError, ProviderUnavailableError
 from aiotransfer.moe.communicator.answers import Answers
 from aiotransfer.moe.communicator.ranks import LOOK_AGAIN, Ranks
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
 
 DIALS_AT_ONCE, TRIES = 32, 3
 DIAL_AFTER = 0.3  # seconds

@@ -14,7 +14,7 @@ from aiotransfer.moe.protocol import messages
 from aiotransfer.moe.protocol.errors import ShapeMismatch
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
 
 
 class Greetings:

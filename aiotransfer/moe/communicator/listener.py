@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.aio.timeouts import Patience
 from aiotransfer.control.frames import clip
-from aiotransfer.engine.reach import Claims
+from aiotransfer.engine.peers.reach import Claims
 from aiotransfer.errors import DescriptorError, PeerLostError
 from aiotransfer.moe.communicator.answers import Answers
 from aiotransfer.moe.communicator.greetings import Greetings
@@ -22,7 +22,7 @@ from aiotransfer.moe.protocol.membership import MOST_GONE, MOST_STEPS
 from aiotransfer.moe.protocol.waits import Wait
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
 
 REASON_SECONDS = 1.0  # that a better reason has, when a rank leaves while the ranks meet
 MOST_VIEW = 16 << 20  # bytes of a view that is sent in pieces

@@ -16,8 +16,8 @@ from aiotransfer.moe.protocol import messages
 from aiotransfer.moe.protocol.errors import EvictedError
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.lease import Lease
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.memory.lease import Lease
+    from aiotransfer.engine.peers.peer import Peer
 
 
 class Losses:

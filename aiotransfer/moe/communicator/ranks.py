@@ -11,13 +11,13 @@ from aiotransfer.moe.protocol import messages
 from aiotransfer.moe.protocol.shape import Shape, immediates
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.counter import Counter
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.group import PeerGroup
-    from aiotransfer.engine.lease import Lease
-    from aiotransfer.engine.mapped import Mapped
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.reach import Reach
+    from aiotransfer.engine.memory.lease import Lease
+    from aiotransfer.engine.memory.mapped import Mapped
+    from aiotransfer.engine.peers.peer import Peer
+    from aiotransfer.engine.peers.reach import Reach
+    from aiotransfer.engine.sync.counter import Counter
+    from aiotransfer.engine.sync.group import PeerGroup
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.moe.protocol.membership import Membership
     from aiotransfer.moe.protocol.waits import Wait

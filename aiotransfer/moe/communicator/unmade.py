@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
-from aiotransfer.engine.base import is_open
 from aiotransfer.engine.engine import Engine
-from aiotransfer.engine.group import PeerGroup
+from aiotransfer.engine.runtime.base import is_open
+from aiotransfer.engine.sync.group import PeerGroup
 from aiotransfer.errors import BrokenError, BusyError, ClosedError, DescriptorError, said
 from aiotransfer.moe.protocol import messages
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.errors import TransferError
 
 MOST = 64  # all-to-alls of one engine that could not be made, the latest: for those there is an answer

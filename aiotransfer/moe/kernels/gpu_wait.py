@@ -11,7 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.aio.timeouts import Patience
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 
 if TYPE_CHECKING:

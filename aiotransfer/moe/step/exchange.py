@@ -8,10 +8,10 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.engine.base import is_open
-from aiotransfer.engine.counter import take_each
-from aiotransfer.engine.page_targets import PagesTarget
-from aiotransfer.engine.scatter import ScatterTarget
+from aiotransfer.engine.operations.page_targets import PagesTarget
+from aiotransfer.engine.operations.scatter import ScatterTarget
+from aiotransfer.engine.runtime.base import is_open
+from aiotransfer.engine.sync.counter import take_each
 from aiotransfer.errors import (
     BrokenError,
     ClosedError,
@@ -29,9 +29,9 @@ from aiotransfer.moe.protocol.waits import Wait
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import RegionView
-    from aiotransfer.engine.transfer import Transfer
+    from aiotransfer.engine.memory.region import RegionView
+    from aiotransfer.engine.operations.transfer import Transfer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.moe.communicator.communicator import Communicator
 
 UNREACHED = BrokenError, StaleRegionError, RegistrationError  # a target, before anything was posted

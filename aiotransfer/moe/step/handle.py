@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.aio.timeouts import Patience, Until
-from aiotransfer.engine.base import seconds
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.moe.protocol.errors import StepRefused
 from aiotransfer.moe.protocol.waits import WORDS

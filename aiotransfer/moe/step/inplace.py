@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.engine.mapped import mapped
+from aiotransfer.engine.memory.mapped import mapped
 from aiotransfer.errors import InternalError, RegistrationError
 from aiotransfer.providers.rows import address_of
 

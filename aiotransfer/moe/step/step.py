@@ -25,7 +25,7 @@ from aiotransfer.moe.step.inplace import InPlace
 from aiotransfer.providers.rows import same_rows
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.region import RegionView
+    from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.moe.communicator.communicator import Communicator
     from aiotransfer.moe.protocol.routing import Route
     from aiotransfer.moe.protocol.waits import Wait

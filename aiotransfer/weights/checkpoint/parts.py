@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from aiotransfer.engine.base import world_of
+from aiotransfer.engine.runtime.base import world_of
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.subscriber.lending import borrow
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.weights.layout import Layout
     from aiotransfer.weights.protocol.version import Version

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 
 from aiotransfer.aio.timeouts import Patience
-from aiotransfer.engine.base import seconds, world_of
+from aiotransfer.engine.runtime.base import seconds, world_of
 from aiotransfer.errors import ConfigurationError, TransferError, TransferTimeout
 from aiotransfer.weights.aside import aside, steady
 from aiotransfer.weights.checkpoint.header import library

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aiotransfer.aio.timeouts import despite_cancels
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.weights.aside import aside, steady
 from aiotransfer.weights.checkpoint.parts import Parts
 from aiotransfer.weights.checkpoint.shards import Shard
@@ -19,7 +19,7 @@ from aiotransfer.weights.planner import make_plan
 from aiotransfer.weights.reads import Reads, Step, copy, steps
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.memory.region import Region
 
 Ints = NDArray[Any]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import ClosedError, DescriptorError, RegistrationError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.weights.aside import aside, steady
@@ -18,9 +18,9 @@ from aiotransfer.weights.tasks import strides_of
 from aiotransfer.weights.watch import reach
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.lease import Lease
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.memory.lease import Lease
+    from aiotransfer.engine.memory.region import Region
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.publisher.publisher import Publisher
     from aiotransfer.weights.publisher.update import Update
     from aiotransfer.weights.tasks import Tasks

@@ -13,7 +13,7 @@ from aiotransfer.weights.protocol.version import Version
 from aiotransfer.weights.watch import Changes, Ending, Watch, reach
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.publisher.publisher import Publisher
 
 TRIES = 6  # for one set of subscribers; the source may change to another version meanwhile

@@ -17,7 +17,7 @@ from aiotransfer.weights.publisher.settling import Settling
 from aiotransfer.weights.watch import Changes, Ending, Watch, reach
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.publisher.leader import Leader
 
 LOOK_SECONDS = 0.05  # between two looks for peers that may be subscribers, while there is none

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.binding import Moved
 from aiotransfer.weights.devices import Devices
@@ -16,7 +16,7 @@ from aiotransfer.weights.stored import SLAB
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import Region, RegionView
+    from aiotransfer.engine.memory.region import Region, RegionView
     from aiotransfer.weights.files import FileBound
 
 

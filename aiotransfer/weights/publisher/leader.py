@@ -9,7 +9,7 @@ from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.publisher.conduct import Conduct
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.publisher.publisher import Publisher
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import TransferError
 from aiotransfer.weights.aside import steady
 from aiotransfer.weights.checksum import sum_runs
@@ -18,7 +18,7 @@ from aiotransfer.weights.publisher.on_gpu import Box
 from aiotransfer.weights.tasks import Writes, strides_of
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.region import Region, RegionView
+    from aiotransfer.engine.memory.region import Region, RegionView
     from aiotransfer.weights.publisher.publisher import Publisher
     from aiotransfer.weights.publisher.update import Update
     from aiotransfer.weights.publisher.work import Work

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.weights.aside import aside
 from aiotransfer.weights.binding import Moved, check_places, register
 from aiotransfer.weights.convert import copy, place
@@ -17,7 +17,7 @@ from aiotransfer.weights.stored import SLAB
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import Region, RegionView
+    from aiotransfer.engine.memory.region import Region, RegionView
     from aiotransfer.weights.bind import Bound
 
 REMEDY = "make the Publisher anew"

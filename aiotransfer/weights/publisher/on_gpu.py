@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aiotransfer.aio.ratelimit import RateLimit, more
-from aiotransfer.engine.memory import describe
+from aiotransfer.engine.memory.buffers import describe
 from aiotransfer.errors import RegistrationError
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.providers.convert import FLOAT8, SOURCES

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aiotransfer.aio.timeouts import despite_cancels
-from aiotransfer.engine.base import seconds, world_of
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.base import seconds, world_of
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError
 from aiotransfer.weights import arguments
 from aiotransfer.weights.binding import bound_of
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.group import PeerGroup
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.memory.region import Region
+    from aiotransfer.engine.peers.peer import Peer
+    from aiotransfer.engine.sync.group import PeerGroup
     from aiotransfer.weights.progress import Progress
     from aiotransfer.weights.publisher.work import Work
     from aiotransfer.weights.record import UpdateRecord

@@ -19,8 +19,8 @@ from aiotransfer.weights.tasks import STAGING, Call, Writes
 from aiotransfer.weights.watch import Ending, Watch, reach
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import Region
+    from aiotransfer.engine.memory.region import Region
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.publisher.publisher import Publisher
     from aiotransfer.weights.publisher.update import Update
 

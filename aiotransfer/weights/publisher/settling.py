@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from aiotransfer.weights.protocol import relays, wire
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.publisher.conduct import Conduct
     from aiotransfer.weights.publisher.work import Work
 

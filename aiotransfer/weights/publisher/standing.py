@@ -19,7 +19,7 @@ from aiotransfer.weights.tasks import Call
 from aiotransfer.weights.watch import Changes
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.publisher.making import Making
     from aiotransfer.weights.publisher.publisher import Publisher
     from aiotransfer.weights.publisher.sending import Receiver, Sending

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiotransfer.aio.timeouts import Patience, despite_cancels
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, TransferError
 from aiotransfer.weights.aside import steady
 from aiotransfer.weights.errors import PlanError, UpdateError, VersionError
@@ -21,7 +21,7 @@ from aiotransfer.weights.watch import Changes, Watch, reach
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.checkpoint.placing import Target
     from aiotransfer.weights.observer import Journal
     from aiotransfer.weights.progress import Showing

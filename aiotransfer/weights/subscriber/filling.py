@@ -16,9 +16,9 @@ from aiotransfer.weights.subscriber.relayed import Relayed
 from aiotransfer.weights.watch import Changes, reach
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.counter import Counter
-    from aiotransfer.engine.lease import Lease
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.memory.lease import Lease
+    from aiotransfer.engine.peers.peer import Peer
+    from aiotransfer.engine.sync.counter import Counter
     from aiotransfer.weights.subscriber.subscriber import Subscriber
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import QuarantineError, RegistrationError
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.weights.aside import steady
@@ -21,9 +21,9 @@ from aiotransfer.weights.errors import PlanError
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.lease import Lease
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import Region, RegionView
+    from aiotransfer.engine.memory.lease import Lease
+    from aiotransfer.engine.memory.region import Region, RegionView
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.weights.bind import Bound
     from aiotransfer.weights.layout import Layout

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.core import boxes
-from aiotransfer.engine.views import memory_of
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import RegistrationError
 from aiotransfer.weights.aside import steady
 from aiotransfer.weights.devices import DeviceBuffer, Devices, buffer_of, directly, like, on_device
@@ -20,7 +20,7 @@ from aiotransfer.weights.subscriber.memory import Memory, copy_all
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.region import Region, RegionView
+    from aiotransfer.engine.memory.region import Region, RegionView
     from aiotransfer.weights.bind import Bound
     from aiotransfer.weights.layout import Layout
 

@@ -16,7 +16,7 @@ from aiotransfer.weights.subscriber.relaying import Relaying
 from aiotransfer.weights.watch import Changes, Ending, reach
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.progress import Showing
     from aiotransfer.weights.subscriber.subscriber import Subscriber
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from aiotransfer.errors import TransferError
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.lease import Lease
+    from aiotransfer.engine.memory.lease import Lease
     from aiotransfer.weights.subscriber.memory import Memory
 
 MOST_NAMED = 8

@@ -1,0 +1,1 @@
+"""Memory of this engine, and the rights to it that peers hold."""

@@ -1,0 +1,134 @@
+"""Errors that the application sees, made from negative statuses of the lane."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+from aiotransfer.errors import (
+    BrokenError,
+    BusyError,
+    ClosedError,
+    InternalError,
+    PeerLostError,
+    QuarantineError,
+    RailBrokenError,
+    RegionError,
+    RegistrationError,
+    RemoteAccessError,
+    StaleRegionError,
+    TransferTimeout,
+    again,
+    shortage,
+)
+from aiotransfer.providers import native
+
+if TYPE_CHECKING:
+    from aiotransfer.engine.memory.region import RegionView
+    from aiotransfer.engine.peers.peer import Peer
+    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.model.descriptor import Grant, RemoteRegion
+
+
+def lacking(engine: EngineBase, status: int, what: str, **fields: Any) -> BusyError | None:
+    """The error when the lane had no memory, or the operating system nothing left to give it; None when it was something else."""
+    lib = native.lib
+    number = errno.ENOMEM if status == lib.AT_ENOMEM else engine._lane.system_error()[0] if status == lib.AT_EIO else None
+    return shortage(number, what, **{name: field for name, field in fields.items() if name != "code"})
+
+
+def refusal(
+    engine: EngineBase,
+    status: int,
+    peer: Peer | None,
+    dst: RemoteRegion | None = None,
+    grant: Grant | None = None,
+    local: RegionView | None = None,
+) -> Exception:
+    """The error for a negative status of the lane: with the peer, the path, the status and what to do next."""
+    lib, text = native.lib, native.text(status)
+    where: dict[str, Any] = {"code": (status, text)}
+    if peer is not None:
+        where["peer"] = str(peer.address)
+        if peer._path is not None:
+            where |= {"provider": peer._path.provider, "rail": 0}
+        if status in (lib.AT_EPEER, lib.AT_ESHUT) and peer._error is not None:
+            return again(peer._error)
+    match status:
+        case lib.AT_ETHREAD:
+            return RuntimeError("an engine belongs to the thread of its event loop; this is another thread")
+        case lib.AT_EFORK | lib.AT_ESHUT:
+            forked = status == lib.AT_EFORK
+            return ClosedError(
+                f"the engine is {'abandoned in this forked child' if forked else 'closed'}",
+                hint="open one in the child" if forked else "open another one",
+                **where,
+            )
+        case lib.AT_ESTALE:
+            grant = dst._grant if dst is not None else grant
+            known = grant and engine._revocations.get((grant.incarnation, grant.slot, grant.epoch))
+            return StaleRegionError(
+                f"the peer's memory is no longer ours to use: {known or 'revoked or closed by its owner'}",
+                hint="look it up again, or ask its owner for a new lease",
+                **where,
+            )
+        case lib.AT_ECLOSED:
+            return RegionError("the source region is closed", hint="keep it open until its operations have ended", **where)
+        case lib.AT_ESRC | lib.AT_EDST | lib.AT_EINDEX_SRC | lib.AT_EINDEX_DST | lib.AT_EGRANT:
+            return RegionError(text, hint="compare it with .nbytes and .access of the two regions", **where)
+        case lib.AT_EMEMORY:
+            which = "" if local is None else f", {local!r} at {local._root._address + local._start:#x},"
+            return RegistrationError(
+                f"the local memory{which} is not there any more",
+                hint="its file was shortened, or it was unmapped, while it was registered; only this operation has failed",
+                **where,
+            )
+        case lib.AT_EDEVICE:
+            return RegistrationError(
+                f"{peer} is reached by a path that does not take memory of a GPU", hint="register it with staging=True", **where
+            )
+        case lib.AT_ENOMEM:
+            return lacking(engine, status, "the operation cannot be queued", **where) or InternalError(text)
+        case lib.AT_EBUSY:
+            return BusyError(
+                f"{text}: the bounds are {engine.config.max_queued_operations} operations and "
+                f"{engine.config.max_queued_bytes} bytes per peer",
+                hint="await some transfers first, or raise Config.max_queued_operations / max_queued_bytes",
+                **where,
+            )
+        case lib.AT_EPEER:
+            return PeerLostError(f"{peer} is lost", hint="connect again when it is back", **where)
+        case lib.AT_ERAIL:
+            return RailBrokenError(
+                f"the path to {peer} broke", hint="what this operation has landed is not known; connect again", **where
+            )
+        case lib.AT_EPROTO:
+            return BrokenError(f"{peer} broke the protocol", hint="do both sides run the same version?", **where)
+        case lib.AT_EIO:
+            number, words = engine._lane.system_error()
+            return RemoteAccessError(
+                f"the operating system refused a copy to or from memory of {peer}: {words}",
+                hint="its memory may have been unmapped, or its file shortened, or this process lost the right to use it",
+                **(where | {"code": (number, words)}),
+            )
+        case lib.AT_ETIMEOUT:
+            return TransferTimeout(
+                f"a transfer to {peer} did not finish in time",
+                hint="nothing is known to be broken: try again, or give it a longer timeout=",
+                **where,
+            )
+        case _:
+            return InternalError(f"the lane answered {status} ({text})", hint="please report this", **where)
+
+
+def unflushed(peer: Peer) -> QuarantineError:
+    """For a transfer that cannot be ended: a page holds it up, or its fabric cannot be made to forget it."""
+    shm = peer.path.provider == "shm"
+    why = "its memory or of ours" if shm else "ours"
+    fabric = "" if shm else ", or its fabric cannot tell when it is over"
+    return QuarantineError(
+        f"a transfer to {peer} was given up, and a page of {why} is withheld{fabric}",
+        peer=str(peer.address),
+        provider=peer.path.provider,
+        hint="do not reuse the source: it stays registered until what was posted of it has retired",
+    )

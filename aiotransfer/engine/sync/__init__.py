@@ -1,0 +1,1 @@
+"""Waiting for others: counters of immediates, barriers, watched words."""
