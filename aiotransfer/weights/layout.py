@@ -130,6 +130,8 @@ class Layout:
             rows.append(
                 (piece.rank, tensor, buffer, start + (0,) * lacks, extent + (1,) * lacks, piece.offset, strides + (0,) * lacks)
             )
+        if not isinstance(buffers, Mapping | None):
+            raise TypeError(f"buffers is a mapping of (rank, buffer) to bytes, not {buffers!r}")
         for key in buffers or {}:
             if not isinstance(key, tuple) or len(key) != 2:
                 raise TypeError(f"buffers is a mapping of (rank, buffer), not of {key!r}")
@@ -164,8 +166,10 @@ class Layout:
         self._name(list(tensors), ranks, hosts, nics)
         if set(pieces) != set(PIECE_ARRAYS):
             raise TypeError(f"the arrays of pieces are {', '.join(PIECE_ARRAYS)}; not {', '.join(sorted(pieces))}")
-        sizes = np.full(len(buffers), -1, np.int64) if buffer_bytes is None else buffer_bytes
-        self._take(tuple(buffers), buffer_rank, sizes, pieces)
+        if isinstance(buffers, str):
+            raise TypeError(f"buffers is a list of names, not {buffers!r}")
+        names = tuple(buffers)
+        self._take(names, buffer_rank, [-1] * len(names) if buffer_bytes is None else buffer_bytes, pieces)
         return self
 
     def _name(self, tensors: list[Tensor], ranks: int, hosts: Sequence[str] | None, nics: Sequence[str] | None) -> None:
@@ -228,8 +232,8 @@ class Layout:
             raise TypeError("buffers have texts for names")
         _travels("buffer", buffers)
         self.buffer_names = buffers
-        self.buffer_rank = _fixed(np.asarray(buffer_rank).astype(np.int32).reshape(-1))
-        sizes = np.array(buffer_bytes, np.int64).reshape(-1)
+        self.buffer_rank = _fixed(_whole_numbers("buffer_rank", buffer_rank).astype(np.int32))
+        sizes = _whole_numbers("buffer_bytes", buffer_bytes)
         if not len(buffers) == len(self.buffer_rank) == len(sizes):
             raise ValueError("buffers, buffer_rank and buffer_bytes must have one length")
         layoutcheck.within(self)
@@ -347,7 +351,7 @@ class Layout:
             )
 
 
-def merge(layouts: Sequence[Layout]) -> Layout:
+def merge(layouts: Iterable[Layout]) -> Layout:
     """One layout of a side whose ranks described only themselves: tensors are united by name, pieces are put together. What an
     earlier layout says of a rank's buffer holds; later ones add buffers.
 
@@ -356,6 +360,11 @@ def merge(layouts: Sequence[Layout]) -> Layout:
     """
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}
+    layouts = list(layouts)
+    if wrong := [layout for layout in layouts if not isinstance(layout, Layout)]:
+        raise TypeError(f"merge takes Layouts, not {wrong[0]!r}")
+    if not layouts:
+        raise ValueError("merge takes one layout or more")
     if len({layout.ranks for layout in layouts}) != 1:
         raise PlanError("layouts of one side differ in their number of ranks", problems=[repr(layout) for layout in layouts])
     for number, layout in enumerate(layouts):
@@ -410,6 +419,13 @@ def _integers(what: str, values: Any) -> Ints:
     if found.size and found.dtype.kind not in "iu":
         bad = next(x for row in values for x in (row if isinstance(row, tuple) else (row,)) if not _is_integer(x))
         raise TypeError(f"{what} must hold integers that memory can have, not {bad!r}")
+    return found.astype(np.int64)
+
+
+def _whole_numbers(what: str, values: Any) -> Ints:
+    found = np.array(values if hasattr(values, "__len__") else list(values)).reshape(-1)
+    if found.size and found.dtype.kind not in "iu":
+        raise TypeError(f"{what} must hold integers, not {found.tolist()[0]!r}")
     return found.astype(np.int64)
 
 

@@ -174,6 +174,8 @@ def _check(rule: Rule) -> None:
             for axis in _several("axes", rule.axes):
                 _integer("an axis", axis, 0)
         case Quantise():
+            if rule.scale == rule.target:
+                raise ValueError("its scales are in a tensor of their own")
             block = _several("block", rule.block)
             for size in block:
                 _integer("an extent of a block", size, 1)

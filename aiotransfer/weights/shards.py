@@ -16,12 +16,15 @@ def chunk(size: int, parts: int, part: int) -> tuple[int, int]:
 
 
 def replicated(tensor: Tensor, ranks: Iterable[int], *, buffer: str | None = None) -> list[Piece]:
-    """The whole tensor on each of `ranks`, in `buffer` (default: its name)."""
+    """The whole tensor on each of `ranks`, in `buffer` (default: its name). Raises `TypeError`."""
+    _are_tensors([tensor])
     return [Piece(tensor.name, rank, buffer=buffer) for rank in ranks]
 
 
 def sharded(tensor: Tensor, ranks: Iterable[int], dim: int = 0, *, buffer: str | None = None) -> list[Piece]:
-    """One part along `dim` on each of `ranks` in order, cut as `torch.chunk` does; ranks without a row have no piece."""
+    """One part along `dim` on each of `ranks` in order, cut as `torch.chunk` does; ranks without a row have no piece. Raises
+    `TypeError`, `ValueError`."""
+    _are_tensors([tensor])
     ranks, axis = list(ranks), _axis(tensor, dim)
     pieces = []
     for k, rank in enumerate(ranks):
@@ -32,14 +35,18 @@ def sharded(tensor: Tensor, ranks: Iterable[int], dim: int = 0, *, buffer: str |
 
 
 def fused(
-    buffer: str, tensors: Sequence[Tensor], ranks: Iterable[int], dim: int = 0, *, units: Sequence[int] | None = None
+    buffer: str, tensors: Iterable[Tensor], ranks: Iterable[int], dim: int = 0, *, units: Sequence[int] | None = None
 ) -> list[Piece]:
     """Tensors that each of `ranks` keeps fused in one `buffer`: rank r holds [q_r; k_r; v_r] along `dim`, without gaps.
 
     `units`: into how many parts each tensor may be divided at most (heads; default: as many as ranks). A tensor with fewer
-    units than ranks is repeated: rank r holds unit r * units // ranks. Raises `ValueError` for sizes that cannot be divided so.
+    units than ranks is repeated: rank r holds unit r * units // ranks. Raises `ValueError` for sizes that cannot be divided so,
+    `TypeError`.
     """
-    ranks = list(ranks)
+    ranks, tensors = list(ranks), list(tensors)
+    _are_tensors(tensors)
+    if not tensors:
+        raise ValueError(f"nothing is fused in {buffer!r}: there are no tensors")
     many = [len(ranks)] * len(tensors) if units is None else list(units)
     if len(many) != len(tensors):
         raise ValueError(f"{len(many)} units for {len(tensors)} tensors")
@@ -59,7 +66,8 @@ def fused(
 def placed(tensor: Tensor, slots: Mapping[int, Sequence[int]], *, buffer: str | None = None) -> list[Piece]:
     """Entries of `tensor` along its first dimension (logical experts) in the slots of ranks: `slots` is {rank: [entry of slot
     0, ...]}. An entry may be in several slots, on one rank or on several: all are written. A negative entry is a slot without
-    one."""
+    one. Raises `TypeError`."""
+    _are_tensors([tensor])
     item = dtypes.lookup(tensor.dtype).itemsize
     step = dense(tensor.shape, item)[0] if tensor.shape else item
     inner = tuple(tensor.shape[1:])
@@ -85,6 +93,12 @@ def _side_by_side(buffer: str, tensors: Sequence[Tensor], rank: int, dim: int, r
         pieces.append(Piece(tensor.name, rank, *_rows(tensor, axis, start, stop), buffer, at * strides[axis], strides))
         at += stop - start
     return pieces
+
+
+def _are_tensors(values: Sequence[Tensor]) -> None:
+    """Raise `TypeError` unless they are."""
+    if wrong := [value for value in values if not isinstance(value, Tensor)]:
+        raise TypeError(f"pieces are of a Tensor, not of {wrong[0]!r}")
 
 
 def _axis(tensor: Tensor, dim: int) -> int:

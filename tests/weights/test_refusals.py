@@ -158,7 +158,8 @@ def test_staging_memory_too_small_for_one_block() -> None:
     make_plan(side(W), side(q, s), [Quantise("w", "w_scale")], staging_bytes=96)
 
 
-@pytest.mark.parametrize("options", [{"fanout": "some"}, {"staging_bytes": 0}, {"staging_bytes": 1.5}, {"rules": ["Cast"]}])
+@pytest.mark.parametrize("options", [{"fanout": "some"}, {"staging_bytes": 0}, {"staging_bytes": 1.5}, {"rules": ["Cast"]},
+                                     {"rules": [Quantise("{x}", "{x}")]}, {"names": [7]}, {"names": 7}])  # fmt: skip
 def test_arguments_that_cannot_be(options: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         make_plan(side(W), side(W), **options)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aiotransfer.weights import Layout, Piece, Tensor, fused, make_plan, placed, replicated, sharded
+from aiotransfer.weights import Layout, Piece, Tensor, fused, make_plan, merge, placed, replicated, sharded
+from aiotransfer.weights.layout import PIECE_ARRAYS
 from tests.weights.replay import check, replay
 
 
@@ -71,3 +72,35 @@ def test_what_cannot_be_a_layout_is_refused() -> None:
         Layout([Tensor("w", (4,), "float33")], [], ranks=1)
     with pytest.raises(ValueError, match="hosts"):
         Layout([tensor], [], ranks=2, hosts=["one"])
+    for buffers in (iter([((0, "w"), 32)]), [(0, "w")], "w"):
+        with pytest.raises(TypeError, match="buffers is a mapping"):
+            Layout([tensor], [Piece("w", 0)], ranks=1, buffers=buffers)  # type: ignore[arg-type]
+
+
+def test_arrays_that_are_no_integers_are_refused_and_iterators_are_taken() -> None:
+    tensor = Tensor("w", (4, 2), "float32")
+    whole = Layout(iter([tensor]), iter([Piece("w", 0)]), ranks=1)
+    arrays = {name: getattr(whole, name) for name in PIECE_ARRAYS}
+    given = {"ranks": 1, "buffers": ["w"], "buffer_rank": [0], "buffer_bytes": [32], **arrays}
+    taken = Layout.from_arrays([tensor], **given | {"buffers": iter(["w"]), "buffer_rank": iter([0]), "buffer_bytes": iter([32])})
+    assert taken == whole == merge(iter([whole, taken]))
+    for name, value, why in (
+        ("buffers", "w", "buffers is a list of names"), ("buffer_rank", [0.5], "buffer_rank must hold integers, not 0.5"),
+        ("buffer_bytes", ["32"], "buffer_bytes must hold integers, not '32'"), ("buffer_bytes", [None], "buffer_bytes must hold"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=why):
+            Layout.from_arrays([tensor], **given | {name: value})
+
+
+def test_what_is_no_tensor_has_no_pieces() -> None:
+    tensor = Tensor("w", (4, 2), "float32")
+    for make in (
+        lambda: replicated("w", [0]), lambda: sharded("w", [0]), lambda: fused("b", "w", [0]),
+        lambda: fused("b", iter(["w"]), [0]), lambda: placed("w", {0: [0]}), lambda: merge(["w"]),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="'w'"):
+            make()
+    assert fused("b", iter([tensor, Tensor("v", (4, 2), "float32")]), iter([0]))[1].offset == 32
+    for nothing, why in ((lambda: fused("b", [], [0]), "there are no tensors"), (lambda: merge([]), "one layout or more")):
+        with pytest.raises(ValueError, match=why):
+            nothing()
