@@ -195,6 +195,7 @@ async def test_two_trainers_cannot_claim_one_epoch(party: Party) -> None:
     (error,) = await failures(party, 2)
     assert isinstance(error, weights.VersionError)
     assert error.current == (4, 1)
+    assert "subscriber a/0 knows 4.1 of other trainers, and epoch 4 is theirs" in str(error)
     assert server.holds() == 1
 
 

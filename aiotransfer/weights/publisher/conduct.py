@@ -200,7 +200,8 @@ class Conduct:
             )
         if (stands := stands_in_the_way(entries, version, role.life)) is not None:
             who, has = name_of(stands.instance, stands.rank), Version(stands.epoch, stands.number)
-            raise Given("version", f"version {version} cannot be published: subscriber {who} knows {has}", has)
+            why = "" if has >= version else f" of other trainers, and epoch {version.epoch} is theirs"
+            raise Given("version", f"version {version} cannot be published: subscriber {who} knows {has}{why}", has)
 
     # ---- the subscribers ----
 
