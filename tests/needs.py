@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aiotransfer.providers import libfabric, libibverbs
+from aiotransfer.providers.fabric import libfabric, libibverbs
 
 REQUIRED = frozenset(filter(None, os.environ.get("TESTS_REQUIRE", "").split(",")))
 

@@ -102,7 +102,7 @@ SANITIZERS = {
             "tests/engine/test_leases.py::test_nothing_lands_or_counts_after_a_revoke_under_fire",
             # libfabric is not instrumented: no race is reported, but some connections among several are not made within
             # peer_timeout when everything around it is ten times slower
-            "tests/providers/test_fabric.py",
+            "tests/providers/fabric/test_fabric.py",
         ),
     ),
 }

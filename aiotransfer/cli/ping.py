@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import aiotransfer as at
-from aiotransfer.providers.select import availability
+from aiotransfer.providers.selection.availability import availability
 
 SERVER = "aiotransfer ping"  # the name of an engine that serves `ping`
 REGION = "aiotransfer ping"

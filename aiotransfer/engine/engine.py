@@ -55,7 +55,8 @@ from aiotransfer.model.address import Address
 from aiotransfer.providers import native
 from aiotransfer.providers.lane import Lane
 from aiotransfer.providers.port import Outside, Terms
-from aiotransfer.providers.select import check_names, open_providers
+from aiotransfer.providers.selection.availability import check_names
+from aiotransfer.providers.selection.opening import open_providers
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -131,6 +131,14 @@ def close_elsewhere(fds: list[int]) -> None:
     _closer.close(fds)
 
 
+class Descriptors(list[int]):
+    """Received ones. The code that takes them over clears the list; those that are left in it are closed with it."""
+
+    def __del__(self) -> None:
+        if self:
+            close_elsewhere(self)
+
+
 def settle(seconds: float) -> None:
     """Wait, at most so long, until everything is closed and the threads have ended: for tests that count descriptors."""
     _closer.settle(seconds)

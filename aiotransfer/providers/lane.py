@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from aiotransfer.config import Config
 from aiotransfer.errors import SHORTAGES, BusyError, InternalError, RegistrationError, shortage
 from aiotransfer.providers import native
-from aiotransfer.providers.fdchannel import Descriptors
+from aiotransfer.providers.elsewhere import Descriptors
 from aiotransfer.providers.holdings import Holdings
-from aiotransfer.providers.room import LEAST, room
+from aiotransfer.providers.host.free_memory import LEAST, room
 
 ACCESS = {"write": 1, "read": 2, "both": 3}
 _REFUSED = "memfd_create, eventfd and epoll must be permitted here (a seccomp filter?)"

@@ -19,7 +19,7 @@ from aiotransfer.engine.memory.buffers import Plain, describe
 from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import RegistrationError
 from aiotransfer.model.dtypes import lookup
-from aiotransfer.providers import cuda
+from aiotransfer.providers.host import cuda
 from aiotransfer.weights.aside import steady
 from aiotransfer.weights.bind import is_torch, local
 from aiotransfer.weights.binding import plain_of

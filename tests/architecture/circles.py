@@ -94,13 +94,12 @@ def upward_arrows(modules: Mapping[str, Module], may_import: Mapping[str, set[st
 
 
 def out_of_rooms(modules: Mapping[str, Module], folder: str, rooms: Mapping[str, set[str]]) -> list[Finding]:
-    """Each import within `folder` that leaves a room for one that is not beneath it, or for the folder itself, whatever kind of
-    import it is. `rooms`: those beneath each."""
+    """Each import within `folder` that leaves a room for one that is not beneath it, whatever kind of import it is.
+    `rooms`: those beneath each. The folder's own files are the room "", which is above all where it is not named."""
+    allowed = {f"{folder}/{room}".rstrip("/"): {f"{folder}/{one}".rstrip("/") for one in (room, *rooms[room])} for room in rooms}
     found = []
     for arrow in arrows(modules):
         here, there = modules[arrow.source], modules[arrow.target].room
-        inside = there.partition("/")[0] == folder and here.room.startswith(f"{folder}/")
-        beneath = rooms.get(here.room.removeprefix(f"{folder}/"), set())
-        if inside and there not in {here.room, *(f"{folder}/{room}" for room in beneath)}:
+        if here.room in allowed and there.partition("/")[0] == folder and there not in allowed[here.room]:
             found.append(Finding(here.room, f"{here.path}:{arrow.line}", f"imports {arrow.target}"))
     return found

@@ -82,6 +82,19 @@ def test_a_room_that_imports_what_is_not_beneath_it_is_seen(text: str) -> None:
     assert [(one.room, one.where) for one in found] == [("kv/low", f"aiotransfer/kv/low/y.py:{text.count(chr(10))}")]
 
 
+def test_a_folder_whose_own_files_are_the_ground_imports_no_room_above_it() -> None:
+    rooms: dict[str, set[str]] = {"low": set(), "": {"low"}, "high": {"", "low"}}
+    tree = {
+        "aiotransfer/kv/a.py": "from aiotransfer.kv.low.y import Y\n",
+        "aiotransfer/kv/high/x.py": "from aiotransfer.kv.a import A\nfrom aiotransfer.kv.low.y import Y\n",
+        "aiotransfer/kv/low/y.py": "",
+    }
+    assert circles.out_of_rooms(package(tree), "kv", rooms) == []
+    tree["aiotransfer/kv/a.py"] += "from aiotransfer.kv.high.x import X\n"
+    tree["aiotransfer/kv/low/y.py"] = "from aiotransfer.kv.a import A\n"
+    assert [one.room for one in circles.out_of_rooms(package(tree), "kv", rooms)] == ["kv", "kv/low"]
+
+
 def test_of_rooms_within_a_room_the_rarer_direction_is_upward() -> None:
     tree = package(
         {

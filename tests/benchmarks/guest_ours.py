@@ -11,7 +11,7 @@ from rivals.worker import Pipes, main, start_target
 
 import aiotransfer as at
 from aiotransfer.engine.runtime.world import World
-from aiotransfer.providers.fabric import Limits
+from aiotransfer.providers.fabric.provider import Limits
 
 REGION = int(os.environ.get("REGION", 4 << 20))
 

@@ -28,7 +28,7 @@ from rivals.compare import HERE, ROOT, SPAN, TABLE, Contender, size
 
 from aiotransfer.bench.rows import REGION, Row
 from aiotransfer.cli import bench
-from aiotransfer.providers import libfabric
+from aiotransfer.providers.fabric import libfabric
 
 SOURCE, PROGRAM = ROOT / "tests" / "native" / "fabric_reference.c", ROOT / "build" / "fabric_reference"
 SIZES = {4 << 10: 4096, 64 << 10: 1024, 1 << 20: 64, 16 << 20: 16, 256 << 20: 2}  # bytes: so many of them at once

@@ -12,7 +12,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.cli import ping
-from aiotransfer.providers.select import availability
+from aiotransfer.providers.selection.availability import availability
 
 
 def command(*arguments: str) -> list[str]:

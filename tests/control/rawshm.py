@@ -16,7 +16,7 @@ import aiotransfer as at
 from aiotransfer.control import frames
 from aiotransfer.control.frames import Found
 from aiotransfer.model.descriptor import Grant, RemoteRegion
-from aiotransfer.providers import fdchannel, shmwire
+from aiotransfer.providers.shm import fd_passing, messages
 
 from .rawpeer import RawPeer
 
@@ -77,7 +77,7 @@ class RawShm:
         self.outbound = Segment.new(CHANNEL, u64(MAGIC, incarnation, engine.incarnation) + b"c" * 16)
         self.control = Segment.new(CONTROL, u64(0, incarnation) + b"d" * 16)
         self.doorbell, self.pulse = (os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2))
-        self.offer = shmwire.encode(shmwire.Offer(b"d" * 16, b"c" * 16, 0))
+        self.offer = messages.encode(messages.Offer(b"d" * 16, b"c" * 16, 0))
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.connect(next(t.data for t in engine._terms() if t.provider == "shm"))
         self.theirs: list[int] = []
@@ -103,11 +103,11 @@ class RawShm:
         """Our packet, and the question that announces it."""
         fds = [self.control.fd, self.outbound.fd, self.doorbell, self.pulse]
         socket.send_fds(self._sock, [ticket + self.offer], fds)
-        await self.raw.say(frames.Ask(1, "shm", shmwire.encode(shmwire.Hello(ticket))))
+        await self.raw.say(frames.Ask(1, "shm", messages.encode(messages.Hello(ticket))))
 
     def accept(self) -> None:
         """Map what the engine offers."""
-        _, self.theirs, _, _ = socket.recv_fds(self._sock, fdchannel.MOST_BYTES, 4)
+        _, self.theirs, _, _ = socket.recv_fds(self._sock, fd_passing.MOST_BYTES, 4)
         assert os.fstat(self.theirs[1]).st_size == CHANNEL, "the layout above is that of ffi/shm/shm.h"
         self.inbound = Segment(self.theirs[1], CHANNEL)
 

@@ -20,8 +20,8 @@ from aiotransfer.engine.peers.connections import Connections
 from aiotransfer.engine.peers.peer import MOST_PATHS
 from aiotransfer.model.address import Address
 from aiotransfer.model.descriptor import Grant, RemoteRegion
-from aiotransfer.providers import shmwire
 from aiotransfer.providers.port import Terms
+from aiotransfer.providers.shm import messages
 from aiotransfer.testing import engine_pair
 
 from .rawpeer import RawPeer
@@ -51,7 +51,7 @@ async def test_questions_that_wait_are_bounded_and_end_with_the_peer(
     monkeypatch.setattr(connections, "MOST_QUESTIONS", 8)
     monkeypatch.setattr(Connections, "answer", counted)
     raw = await RawPeer.connect(engine)
-    hellos = [frames.Ask(n, "shm", shmwire.encode(shmwire.Hello(n.to_bytes(16)))) for n in range(1000)]
+    hellos = [frames.Ask(n, "shm", messages.encode(messages.Hello(n.to_bytes(16)))) for n in range(1000)]
     await raw.say(*hellos, frames.Ping(1))
     await raw.hear(frames.Pong)
     assert max(waiting) == 8, "more came in one packet than may wait"
@@ -410,7 +410,7 @@ async def test_paths_of_one_peer_are_bounded(provider: str) -> None:
 @pytest.mark.asyncio
 async def test_paths_that_are_being_set_up_count_too(engine: at.Engine) -> None:
     raw = await RawPeer.connect(engine)
-    await raw.say(*[frames.Ask(n, "shm", shmwire.encode(shmwire.Hello(n.to_bytes(16)))) for n in range(3 * MOST_PATHS)])
+    await raw.say(*[frames.Ask(n, "shm", messages.encode(messages.Hello(n.to_bytes(16)))) for n in range(3 * MOST_PATHS)])
     failures = [await raw.hear(frames.Failed) for _ in range(2 * MOST_PATHS)]
     assert all("paths" in failed.text for failed in failures if isinstance(failed, frames.Failed))
     await raw.close()

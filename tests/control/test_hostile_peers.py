@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import aiotransfer as at
 from aiotransfer.control import frames
 from aiotransfer.control.frames import OfferWire, PeerInfo
-from aiotransfer.providers import shmwire
+from aiotransfer.providers.shm import messages
 
 from .rawpeer import RawPeer
 
@@ -49,10 +49,10 @@ TOLERATED: dict[str, list[frames.Frame | bytes]] = {
     "revocations of nothing": [frames.Revoked([0, -5, BIG], "x")],
     "half a million revocations": [frames.Revoked([1] * 500_000, "x" * 1000, [1] * 500_000)],
     "shm questions out of range": [
-        frames.Ask(1, "shm", shmwire.encode(question))
+        frames.Ask(1, "shm", messages.encode(question))
         for question in (
-            shmwire.Hello(b""), shmwire.Hello(bytes(1 << 19)), shmwire.Fetch(b"t" * 16, b"c" * 16, -1, 1, 1),
-            shmwire.Fetch(b"t" * 16, b"c" * 16, 0, -1, 1), shmwire.Fetch(b"t" * 16, b"c" * 16, BIG, BIG, BIG),
+            messages.Hello(b""), messages.Hello(bytes(1 << 19)), messages.Fetch(b"t" * 16, b"c" * 16, -1, 1, 1),
+            messages.Fetch(b"t" * 16, b"c" * 16, 0, -1, 1), messages.Fetch(b"t" * 16, b"c" * 16, BIG, BIG, BIG),
         )
     ],
     "a loopback question that is none": [frames.Ask(1, "loopback", b"?")],

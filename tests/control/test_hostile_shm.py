@@ -18,7 +18,7 @@ import pytest_asyncio
 
 import aiotransfer as at
 from aiotransfer.control import frames
-from aiotransfer.providers import fdlistener, shmwire
+from aiotransfer.providers.shm import fd_listener, messages
 
 from .rawshm import ACTIVE, WORDS, RawShm, block
 
@@ -166,9 +166,9 @@ async def fetched(shm: RawShm, peer: at.Peer, fd: int, nbytes: int, told: int | 
         await shm.answer_lookup(RemoteRegion.of(grant))
         asked = await shm.raw.hear(frames.Ask)
         assert isinstance(asked, frames.Ask)
-        question = shmwire.question(asked.body)
+        question = messages.question(asked.body)
         shm.send_descriptors(question.ticket, [fd])
-        await shm.raw.say(frames.Answer(asked.id, shmwire.encode(shmwire.Size(nbytes if told is None else told))))
+        await shm.raw.say(frames.Answer(asked.id, messages.encode(messages.Size(nbytes if told is None else told))))
         return await lookup
     finally:
         lookup.cancel()
@@ -270,7 +270,7 @@ async def test_descriptors_of_another_kind_are_refused(engine: at.Engine, wrong:
 @pytest.mark.asyncio
 async def test_one_ticket_for_two_questions_is_answered_twice_with_one_path(engine: at.Engine) -> None:
     shm = await RawShm.begin(engine)
-    hello = shmwire.encode(shmwire.Hello(b"u" * 16))
+    hello = messages.encode(messages.Hello(b"u" * 16))
     await shm.raw.say(frames.Ask(5, "shm", hello), frames.Ask(6, "shm", hello))
     refused = await shm.raw.hear(frames.Failed)
     assert isinstance(refused, frames.Failed)
@@ -305,7 +305,7 @@ async def test_strangers_at_the_descriptor_socket_do_not_shut_friends_out(engine
 async def test_who_says_nothing_at_the_descriptor_socket_is_dropped_in_time(
     engine: at.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fdlistener, "EARLY_SECONDS", 0.1)
+    monkeypatch.setattr(fd_listener, "EARLY_SECONDS", 0.1)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.connect(next(t.data for t in engine._terms() if t.provider == "shm"))
     sock.setblocking(False)

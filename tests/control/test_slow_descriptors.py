@@ -12,7 +12,7 @@ import pytest
 import aiotransfer as at
 from aiotransfer.control import frames
 from aiotransfer.model.descriptor import Grant, RemoteRegion
-from aiotransfer.providers import shmwire
+from aiotransfer.providers.shm import messages
 from tests.providers.slow import LINGER, slow_to_close
 
 from .rawshm import RawShm
@@ -50,7 +50,7 @@ async def test_in_an_offer(slow: socket.socket, place: str) -> None:
             fds += [shm.pulse] * {"process": 0, "one too many": 1, "the last of fifty": 45}[place] + [slow.fileno()]
         socket.send_fds(shm._sock, [TICKET + shm.offer], fds)
         slow.close()
-        await shm.raw.say(frames.Ask(1, "shm", shmwire.encode(shmwire.Hello(TICKET))))
+        await shm.raw.say(frames.Ask(1, "shm", messages.encode(messages.Hello(TICKET))))
         if place == "process":  # only where the kernel does not know the process by itself is it looked at
             assert isinstance(await shm.raw.hear(frames.Answer), frames.Answer)
         else:
@@ -70,10 +70,10 @@ async def test_as_the_segment_of_a_region(slow: socket.socket, more: int) -> Non
         await shm.answer_lookup(RemoteRegion.of(grant))
         asked = await shm.raw.hear(frames.Ask)
         assert isinstance(asked, frames.Ask)
-        question = shmwire.question(asked.body)
+        question = messages.question(asked.body)
         shm.send_descriptors(question.ticket, [*[shm.pulse] * more, slow.fileno()])
         slow.close()
-        await shm.raw.say(frames.Answer(asked.id, shmwire.encode(shmwire.Size(4096))))
+        await shm.raw.say(frames.Answer(asked.id, messages.encode(messages.Size(4096))))
         with pytest.raises(at.TransferError):
             await lookup
         await goes_on(engine, begun)

@@ -9,7 +9,7 @@ import pytest
 
 from aiotransfer.core.nearest import Distance, Ranked, distance, rank_nics
 from aiotransfer.model.topology import Gpu, GpuMemory, HostMemory, Nic, Node, Place, Topology
-from aiotransfer.providers.sysfs import read_topology
+from aiotransfer.providers.host.sysfs import read_topology
 from tests import topologies
 
 SMI = {"PIX": Distance.SWITCH, "PXB": Distance.SWITCH, "PHB": Distance.ROOT, "NODE": Distance.NODE, "SYS": Distance.OTHER}

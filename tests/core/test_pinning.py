@@ -8,7 +8,7 @@ import pytest
 
 from aiotransfer.core.pinning import pinning
 from aiotransfer.model.topology import Nic, Node, Place, Topology
-from aiotransfer.providers.sysfs import read_topology
+from aiotransfer.providers.host.sysfs import read_topology
 from tests import topologies
 
 EVERY = range(1024)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aiotransfer.providers import native
-from tests.providers.test_efa import RECORDS
+from tests.providers.fabric.test_efa import RECORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "fabrics" / "index.md"
@@ -62,7 +62,7 @@ class Rail(NamedTuple):
 
 
 def libfabric_rail(record: str) -> Rail:
-    """What a recorded answer of libfabric makes of one. See `tests/providers/test_efa.py`."""
+    """What a recorded answer of libfabric makes of one. See `tests/providers/fabric/test_efa.py`."""
     facts = native.ffi.new("at_fab_facts *")
     assert native.lib.at_fab_facts_of(*RECORDS[record], 0, facts) == 0
     return Rail(facts.flags, facts.most_posted, facts.most_bytes, constant("AT_FAB_IOV", "fabric/fabric.h"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aiotransfer.providers import native
-from aiotransfer.providers.select import KNOWN
+from aiotransfer.providers.selection.availability import KNOWN
 
 
 @pytest.mark.skipif(not (native.has_fabric and native.has_verbs), reason="built without the headers of libfabric or libibverbs")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import aiotransfer as at
 from aiotransfer.engine.runtime.world import World
 from aiotransfer.providers import native
-from aiotransfer.providers.fabric import Limits
+from aiotransfer.providers.fabric.provider import Limits
 from tests.engine.stuck import Stuck
 
 if TYPE_CHECKING:

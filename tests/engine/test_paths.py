@@ -12,9 +12,11 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.errors import BrokenError, RegistrationError
-from aiotransfer.providers import libfabric, native, shm
-from aiotransfer.providers.fabric import FabricPath, FabricProvider
-from aiotransfer.providers.shm import ShmPath, ShmProvider
+from aiotransfer.providers import native
+from aiotransfer.providers.fabric import libfabric
+from aiotransfer.providers.fabric.provider import FabricPath, FabricProvider
+from aiotransfer.providers.shm import provider
+from aiotransfer.providers.shm.provider import ShmPath, ShmProvider
 from aiotransfer.testing import Pair, engine_pair
 
 pytestmark = [
@@ -59,7 +61,7 @@ async def test_the_best_common_way_is_taken_and_says_why_not_a_better_one(monkey
 async def test_a_peer_that_cannot_tell_its_host_is_reached_more_slowly_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """No /proc in one of two containers of a host."""
     async with at.open_engine() as one:
-        monkeypatch.setattr(shm, "_boot", lambda: b"")
+        monkeypatch.setattr(provider, "_boot", lambda: b"")
         async with at.open_engine() as other:
             with pytest.warns(RuntimeWarning, match=r"reached by tcp, .*cannot tell which host"):
                 peer = await other.connect(one.address)
@@ -198,7 +200,7 @@ async def test_two_engines_that_need_another_way_at_once_both_get_it(monkeypatch
 async def test_of_two_ways_that_were_set_up_at_once_each_brings_segments_by_its_own_channel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("aiotransfer.providers.shm.SETUP_SECONDS", 0.5)
+    monkeypatch.setattr("aiotransfer.providers.shm.provider.SETUP_SECONDS", 0.5)
     async with ready(["tcp", "shm"]) as (pair, _, remote, _):
         back = pair.left.allocate(PAGE)
         pair.left.publish("back", back)

@@ -17,10 +17,11 @@ from aiotransfer.engine.runtime.machine import machine, whereabouts
 from aiotransfer.engine.runtime.placement import cpus_for
 from aiotransfer.engine.runtime.world import World
 from aiotransfer.model.topology import GpuMemory, HostMemory
-from aiotransfer.providers import cuda, native
-from aiotransfer.providers.fabric import nic_of
+from aiotransfer.providers import native
+from aiotransfer.providers.fabric.provider import nic_of
+from aiotransfer.providers.host import cuda
+from aiotransfer.providers.host.sysfs import read_topology
 from aiotransfer.providers.lane import Lane
-from aiotransfer.providers.sysfs import read_topology
 from aiotransfer.testing import engine_pair
 from tests import topologies
 from tests.engine.gpu import build

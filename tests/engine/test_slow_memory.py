@@ -16,7 +16,7 @@ import aiotransfer as at
 from aiotransfer.engine.runtime.world import World
 from aiotransfer.errors import BrokenError
 from aiotransfer.providers import native
-from aiotransfer.providers.fabric import FabricPath, Limits
+from aiotransfer.providers.fabric.provider import FabricPath, Limits
 from aiotransfer.testing import Pair, engine_pair
 from tests.needs import needs_tcp
 

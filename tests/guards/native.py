@@ -229,25 +229,25 @@ GUARDS = (
     ),
     Mutant(
         "strangers: silent connections to a data port", "ffi/fabric/halfway.c",
-        "    int seconds = DEFERRED;", "    int seconds = 0;", "tests/providers/test_data_ports.py",
+        "    int seconds = DEFERRED;", "    int seconds = 0;", "tests/providers/fabric/test_data_ports.py",
     ),
     Mutant(
         "strangers: the door is shut once the peer is in", "ffi/fabric/driver.c",
-        "    .settle = ofi_settle,\n", "", "tests/providers/test_data_ports.py",
+        "    .settle = ofi_settle,\n", "", "tests/providers/fabric/test_data_ports.py",
     ),
     Mutant(
         "strangers: who came in before the peer", "ffi/fabric/halfway.c",
-        "    drop_strangers(end->first, port);\n", "    (void)drop_strangers;\n", "tests/providers/test_data_ports.py",
+        "    drop_strangers(end->first, port);\n", "    (void)drop_strangers;\n", "tests/providers/fabric/test_data_ports.py",
     ),
     Mutant(
         "strangers: no other process takes the port", "ffi/fabric/halfway.c",
         "    if (rc == 0) rc = setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &no, sizeof no);", "",
-        "tests/providers/test_data_ports.py tests/hosts/test_advertise.py",
+        "tests/providers/fabric/test_data_ports.py tests/hosts/test_advertise.py",
     ),
     Mutant(
         "a connection that broke while it was idle", "ffi/fabric/ends.c",
         "    if (!end->alone || !end->heard || end->out != 0 || end->telling) return 0;", "    if (end != NULL) return 0;",
-        "tests/providers/test_data_ports.py",
+        "tests/providers/fabric/test_data_ports.py",
     ),
     Mutant(
         "orders: the look after clearing", "ffi/shm/queue.c",

@@ -6,7 +6,7 @@ from tests.guards.mutant import Mutant
 
 GUARDS = (
     Mutant(
-        "pods: the kernel names the process at the other end", "aiotransfer/providers/pidfd.py",
+        "pods: the kernel names the process at the other end", "aiotransfer/providers/shm/pidfd.py",
         "        return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)\n", "        return -1\n", "tests/hosts/test_pods.py",
     ),
     Mutant(
@@ -22,8 +22,8 @@ GUARDS = (
         "atexit.register(_at_exit)", "atexit", "tests/engine/test_lifetime.py",
     ),
     Mutant(
-        "lifetime: descriptors that nobody took", "aiotransfer/providers/fdchannel.py",
-        "        if self:\n            close_elsewhere(self)\n", "        pass\n", "tests/providers/test_fdchannel.py",
+        "lifetime: descriptors that nobody took", "aiotransfer/providers/elsewhere.py",
+        "        if self:\n            close_elsewhere(self)\n", "        pass\n", "tests/providers/shm/test_fd_passing.py",
     ),
     Mutant(
         "hostile: forged loopback memory", "aiotransfer/providers/loopback.py",
@@ -31,39 +31,39 @@ GUARDS = (
     ),
     Mutant(
         "what strangers sent is not closed on the loop", "aiotransfer/providers/elsewhere.py",
-        "    _closer.close(fds)\n", "    for fd in fds:\n        _close(fd)\n", "tests/providers/test_fdlistener.py",
+        "    _closer.close(fds)\n", "    for fd in fds:\n        _close(fd)\n", "tests/providers/shm/test_fd_listener.py",
     ),
     Mutant(
         "exit: every thread that was started has begun", "aiotransfer/providers/elsewhere.py",
         "atexit.register(_at_exit)", "atexit", "tests/providers/test_elsewhere.py",
     ),
     Mutant(
-        "what a refused offer brought is not closed on the loop", "aiotransfer/providers/shm.py",
+        "what a refused offer brought is not closed on the loop", "aiotransfer/providers/shm/provider.py",
         "            close_elsewhere([*fds, *(fd for fd in (process, mem) if fd >= 0)])\n",
-        "            fdchannel.close_all([*fds, *(fd for fd in (process, mem) if fd >= 0)])\n",
+        "            fd_passing.close_all([*fds, *(fd for fd in (process, mem) if fd >= 0)])\n",
         "tests/control/test_slow_descriptors.py",
     ),
     Mutant(
-        "every descriptor of a packet is taken", "aiotransfer/providers/fdchannel.py",
+        "every descriptor of a packet is taken", "aiotransfer/providers/shm/fd_passing.py",
         "MOST_BYTES, KERNEL_FDS, socket", "MOST_BYTES, MOST_FDS, socket", "tests/control/test_slow_descriptors.py",
     ),
     Mutant(
-        "what strangers sent is only looked at", "aiotransfer/providers/fdlistener.py",
+        "what strangers sent is only looked at", "aiotransfer/providers/shm/fd_listener.py",
         "parse(sock.recv(MOST_BYTES + 1, socket.MSG_PEEK), 0)", "parse(socket.recv_fds(sock, MOST_BYTES, 4)[0], 0)",
-        "tests/providers/test_fdlistener.py",
+        "tests/providers/shm/test_fd_listener.py",
     ),
     Mutant(
-        "another user is dropped at once", "aiotransfer/providers/fdlistener.py",
-        "welcome = self._uid in (None, uid)", "welcome = True", "tests/providers/test_fdlistener.py",
+        "another user is dropped at once", "aiotransfer/providers/shm/fd_listener.py",
+        "welcome = self._uid in (None, uid)", "welcome = True", "tests/providers/shm/test_fd_listener.py",
     ),
     Mutant(
-        "one at random makes room: descriptors", "aiotransfer/providers/fdlistener.py",
+        "one at random makes room: descriptors", "aiotransfer/providers/shm/fd_listener.py",
         "random.choice([stranger for stranger in self._strangers.values() if users[stranger.uid] == most])",
         "next(stranger for stranger in self._strangers.values() if users[stranger.uid] == most)",
-        "tests/providers/test_fdlistener.py",
+        "tests/providers/shm/test_fd_listener.py",
     ),
     Mutant(
-        "a friend waits in line", "aiotransfer/providers/fdchannel.py",
-        "        sock = await _Line(name, seconds).wait(loop)\n", "        raise\n", "tests/providers/test_fdlistener.py",
+        "a friend waits in line", "aiotransfer/providers/shm/fd_passing.py",
+        "        sock = await _Line(name, seconds).wait(loop)\n", "        raise\n", "tests/providers/shm/test_fd_listener.py",
     ),
 )  # fmt: skip

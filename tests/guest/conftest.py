@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aiotransfer.providers import libibverbs
+from aiotransfer.providers.fabric import libibverbs
 from tests.needs import REQUIRED
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ import pytest
 from aiotransfer.testing import Pair
 from tests.guest import rails
 from tests.needs import needs_verbs
-from tests.providers.breaking import BreakingConnections, ready
+from tests.providers.fabric.breaking import BreakingConnections, ready
 
 pytestmark = [pytest.mark.asyncio, *needs_verbs()]
 

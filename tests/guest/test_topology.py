@@ -12,8 +12,8 @@ import pytest
 
 from aiotransfer.core.nearest import Distance, distance, rank_nics
 from aiotransfer.model.topology import HostMemory
-from aiotransfer.providers.numa import node_of
-from aiotransfer.providers.sysfs import read_topology
+from aiotransfer.providers.host.numa import node_of
+from aiotransfer.providers.host.sysfs import read_topology
 from tests.engine.test_placement import threads
 from tests.guest.test_verbs import cable
 from tests.needs import needs, needs_verbs

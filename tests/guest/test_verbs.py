@@ -15,10 +15,10 @@ import aiotransfer as at
 from aiotransfer.engine.peers.paths import Paths
 from aiotransfer.engine.runtime.world import World
 from aiotransfer.providers import native
-from aiotransfer.providers.fabric import Limits
+from aiotransfer.providers.fabric.provider import Limits
 from aiotransfer.testing import Pair
 from tests.needs import needs_verbs
-from tests.providers.breaking import PAGE, BreakingConnections, ready
+from tests.providers.fabric.breaking import PAGE, BreakingConnections, ready
 
 pytestmark = [pytest.mark.asyncio, *needs_verbs()]
 PATIENT = at.Config(peer_timeout=30)  # emulated, beside others: nobody is lost for being slow

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import aiotransfer as at
-from aiotransfer.providers.fabricpath import FabricPath
+from aiotransfer.providers.fabric.path import FabricPath
 from tests.hosts.cables import Cables
 from tests.hosts.engines import told
 from tests.hosts.net import KEY

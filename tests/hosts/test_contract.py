@@ -15,7 +15,7 @@ from aiotransfer.testing.pairs import Member
 from tests.hosts.faraway import carried, group_between, pair_between
 from tests.hosts.net import Hosts
 from tests.needs import needs_hosts
-from tests.providers.test_fabric import LIKE_EFA
+from tests.providers.fabric.test_fabric import LIKE_EFA
 
 pytestmark = [pytest.mark.asyncio, *needs_hosts()]
 NBYTES = 8 << 20

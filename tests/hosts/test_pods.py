@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import aiotransfer as at
-from aiotransfer.providers import pidfd
+from aiotransfer.providers.shm import pidfd
 
 KEY = "a key that both pods have"
 POD = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, str(Path(__file__))]

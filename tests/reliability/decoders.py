@@ -37,8 +37,11 @@ from aiotransfer.kv.layout import MOST_POOL_BYTES, MOST_RANKS, KVLayout
 from aiotransfer.kv.plan import receivers
 from aiotransfer.model import descriptor
 from aiotransfer.model.descriptor import Grant, RemoteRegion
-from aiotransfer.providers import fabricwire, fdchannel, loopback, shmwire
+from aiotransfer.providers import loopback
+from aiotransfer.providers.fabric import messages as fabric_messages
 from aiotransfer.providers.port import decode
+from aiotransfer.providers.shm import fd_passing
+from aiotransfer.providers.shm import messages as shm_messages
 
 KEY = Key("shared", b"k" * 32)
 INFO = PeerInfo("x", "127.0.0.1:1", 1, [OfferWire("shm", True, "", b"boot", b"\0aiotransfer-" + b"0" * 32)], (256, 1 << 22),
@@ -59,7 +62,7 @@ FRAMES: tuple[Greeting | Frame, ...] = (
     frames.LookupCancel(1),
     frames.Found(1, REGION.encode()),
     frames.Failed(1, "stale", "gone"),
-    frames.Ask(1, "shm", shmwire.encode(shmwire.Hello(b"t" * 16))),
+    frames.Ask(1, "shm", shm_messages.encode(shm_messages.Hello(b"t" * 16))),
     frames.Answer(1, b""),
     frames.Message(b"hello"),
     frames.Credit(64, 1 << 20),
@@ -240,13 +243,13 @@ def _broken(decode: Callable[[bytes], T], holds: Callable[[T], bool] = lambda pa
     return check
 
 
-def _fits(asked: shmwire.Hello | shmwire.Fetch) -> bool:
-    numbers = (asked.slot, asked.epoch, asked.segment) if isinstance(asked, shmwire.Fetch) else ()
-    tickets = (asked.ticket, asked.channel) if isinstance(asked, shmwire.Fetch) else (asked.ticket,)
-    return all(len(t) == fdchannel.TICKET_BYTES for t in tickets) and all(0 <= n < 1 << 64 for n in numbers)
+def _fits(asked: shm_messages.Hello | shm_messages.Fetch) -> bool:
+    numbers = (asked.slot, asked.epoch, asked.segment) if isinstance(asked, shm_messages.Fetch) else ()
+    tickets = (asked.ticket, asked.channel) if isinstance(asked, shm_messages.Fetch) else (asked.ticket,)
+    return all(len(t) == fd_passing.TICKET_BYTES for t in tickets) and all(0 <= n < 1 << 64 for n in numbers)
 
 
-def _fits_offer(offer: shmwire.Offer) -> bool:
+def _fits_offer(offer: shm_messages.Offer) -> bool:
     return len(offer.control_cookie) == len(offer.channel_cookie) == 16 and 0 <= offer.probe_va < 1 << 64
 
 
@@ -254,10 +257,10 @@ def _packet(data: bytes) -> bool:
     """A packet; the first two bytes are the flags that the kernel would report."""
     flags = _FLAGS.unpack(data[:2])[0] if len(data) >= 2 else 0
     try:
-        ticket, body = fdchannel.parse(data[2:], flags)
+        ticket, body = fd_passing.parse(data[2:], flags)
     except ConnectionError:
         return False
-    assert len(ticket) == fdchannel.TICKET_BYTES
+    assert len(ticket) == fd_passing.TICKET_BYTES
     assert ticket + body == data[2:]
     return True
 
@@ -306,27 +309,30 @@ DECODERS = (
             lambda: [b"10.0.0.1:1", b"[fd00::1]:2,127.0.0.1:3,10.0.0.2:4"]),
     Decoder("descriptor", "`RemoteRegion.decode`", _region, lambda: [REGION.encode(), REGION[10:20].encode()]),
     Decoder("grant", "the same behind a good checksum", _summed, lambda: [REGION.encode()[5:-4], REGION[10:20].encode()[5:-4]]),
-    Decoder("shm question", "what a peer asks the shm provider", _broken(shmwire.question, _fits),
-            lambda: [shmwire.encode(q) for q in (shmwire.Hello(b"t" * 16), shmwire.Fetch(b"t" * 16, b"c" * 16, 1, 1, 3))]),
-    Decoder("shm offer", "what comes with a peer's descriptors", _broken(shmwire.offer, _fits_offer),
-            lambda: [shmwire.encode(shmwire.Offer(b"c" * 16, b"d" * 16, 1 << 46))]),
-    Decoder("shm size", "the answer to a question for a segment", _broken(shmwire.size, lambda size: 0 <= size < 1 << 63),
-            lambda: [shmwire.encode(shmwire.Size(1 << 20))]),
-    Decoder("shm name", "the name of a peer's socket", _broken(shmwire.socket_name), lambda: [b"\0aiotransfer-" + b"0a" * 16]),
+    Decoder("shm question", "what a peer asks the shm provider", _broken(shm_messages.question, _fits),
+            lambda: [shm_messages.encode(q) for q in (shm_messages.Hello(b"t" * 16),
+                                                      shm_messages.Fetch(b"t" * 16, b"c" * 16, 1, 1, 3))]),
+    Decoder("shm offer", "what comes with a peer's descriptors", _broken(shm_messages.offer, _fits_offer),
+            lambda: [shm_messages.encode(shm_messages.Offer(b"c" * 16, b"d" * 16, 1 << 46))]),
+    Decoder("shm size", "the answer to a question for a segment", _broken(shm_messages.size, lambda size: 0 <= size < 1 << 63),
+            lambda: [shm_messages.encode(shm_messages.Size(1 << 20))]),
+    Decoder("shm name", "the name of a peer's socket", _broken(shm_messages.socket_name),
+            lambda: [b"\0aiotransfer-" + b"0a" * 16]),
     Decoder("fabric question", "what a peer asks a fabric provider",
-            _broken(lambda data: decode(fabricwire.questions, data, "question", "tcp")),
-            lambda: [fabricwire.encode(q) for q in (
-                fabricwire.Offer(0, 1, b"a" * 16, 1, 2, 3, 4, 1, 0, "eth0"), fabricwire.Borrow(1, 2, 3), fabricwire.Retire(1, 2),
-                fabricwire.Gather(1, [(2, "eth0"), (3, "eth1")]), fabricwire.Part(2, 1, 70),
-                fabricwire.RetireEach(1, [(2, 70), (3, 0)]))]),
+            _broken(lambda data: decode(fabric_messages.questions, data, "question", "tcp")),
+            lambda: [fabric_messages.encode(q) for q in (
+                fabric_messages.Offer(0, 1, b"a" * 16, 1, 2, 3, 4, 1, 0, "eth0"),
+                fabric_messages.Borrow(1, 2, 3), fabric_messages.Retire(1, 2),
+                fabric_messages.Gather(1, [(2, "eth0"), (3, "eth1")]), fabric_messages.Part(2, 1, 70),
+                fabric_messages.RetireEach(1, [(2, 70), (3, 0)]))]),
     Decoder("fabric loan", "the answer to a question for a key",
-            _broken(lambda data: decode(fabricwire.lents, data, "loan", "tcp")),
-            lambda: [fabricwire.encode(fabricwire.Lent(1 << 46, 7))]),
+            _broken(lambda data: decode(fabric_messages.lents, data, "loan", "tcp")),
+            lambda: [fabric_messages.encode(fabric_messages.Lent(1 << 46, 7))]),
     Decoder("fabric loans", "the same, for several rails",
-            _broken(lambda data: decode(fabricwire.lents_each, data, "loan", "tcp")),
-            lambda: [fabricwire.encode(fabricwire.LentEach([(2, 1 << 46, 7), (3, 0, 8)]))]),
-    Decoder("fabric rails", "what a peer says of its rails", _broken(fabricwire.side),
-            lambda: [fabricwire.encode(fabricwire.Side([("eth0", "10.0.0.1", 24), ("eth1", "fd00::1", 64)], True))]),
+            _broken(lambda data: decode(fabric_messages.lents_each, data, "loan", "tcp")),
+            lambda: [fabric_messages.encode(fabric_messages.LentEach([(2, 1 << 46, 7), (3, 0, 8)]))]),
+    Decoder("fabric rails", "what a peer says of its rails", _broken(fabric_messages.side),
+            lambda: [fabric_messages.encode(fabric_messages.Side([("eth0", "10.0.0.1", 24), ("eth1", "fd00::1", 64)], True))]),
     Decoder("loopback question", "what a peer asks the loopback provider", _broken(loopback.question), lambda: [b""]),
     Decoder("kv message", "what a decode rank and a prefill rank say to each other, and the layout in it", _kv, _kv_messages),
     Decoder("fd packet", "packets of the descriptor channel", _packet,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 import aiotransfer as at
-from aiotransfer.providers.select import availability
+from aiotransfer.providers.selection.availability import availability
 from aiotransfer.testing import Pair, engine_pair
 from tests.engine.processes import other_process
 

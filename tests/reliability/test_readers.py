@@ -19,7 +19,8 @@ from aiotransfer.engine.peers.peer import Peer
 from aiotransfer.errors import RendezvousError
 from aiotransfer.kv.registry import FileBackend, Fleet, Member, MemoryBackend, Registry
 from aiotransfer.kv.registry import fleet as fleets
-from aiotransfer.providers import fdlistener, shmwire
+from aiotransfer.providers.shm import fd_listener
+from aiotransfer.providers.shm import messages as shm_messages
 from aiotransfer.rendezvous import roster
 from tests.control.rawpeer import RawPeer
 from tests.kv.registry.members import member
@@ -76,10 +77,10 @@ async def test_a_greeting_ends_its_connection_alone(breaks: Breaks) -> None:
 
 
 async def test_a_question_is_answered_all_the_same(breaks: Breaks, caplog: pytest.LogCaptureFixture) -> None:
-    breaks(shmwire, "question", lambda body: b"x" * 16 in body)
+    breaks(shm_messages, "question", lambda body: b"x" * 16 in body)
     async with _served() as engine:
         raw = await RawPeer.connect(engine)
-        await raw.say(frames.Ask(1, "shm", shmwire.encode(shmwire.Hello(b"x" * 16))), frames.Ping(2))
+        await raw.say(frames.Ask(1, "shm", shm_messages.encode(shm_messages.Hello(b"x" * 16))), frames.Ping(2))
         assert isinstance(await raw.hear(frames.Failed), frames.Failed)
         assert isinstance(await raw.hear(frames.Pong), frames.Pong)
         await raw.close()
@@ -87,7 +88,7 @@ async def test_a_question_is_answered_all_the_same(breaks: Breaks, caplog: pytes
 
 
 async def test_a_packet_of_the_descriptor_socket_ends_its_connection_alone(breaks: Breaks) -> None:
-    breaks(fdlistener, "parse", lambda data, flags: data == b"y" * 16)
+    breaks(fd_listener, "parse", lambda data, flags: data == b"y" * 16)
     async with _served() as engine:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.connect(next(t.data for t in engine._terms() if t.provider == "shm"))

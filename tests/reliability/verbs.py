@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aiotransfer.engine.runtime.world import World
-from aiotransfer.providers.fabric import Limits
+from aiotransfer.providers.fabric.provider import Limits
 
 ENGINE: dict[str, Any] = {"providers": "verbs", "_world": World(limits=Limits(verbs_device="rxea0"))}
 ENVIRON = {"AIOTRANSFER_PROVIDERS": "verbs", "AIOTRANSFER_VERBS_DEVICE": "rxeb0"}

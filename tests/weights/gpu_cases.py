@@ -16,7 +16,7 @@ import pytest_asyncio
 import aiotransfer as at
 from aiotransfer import weights
 from aiotransfer.engine.runtime.world import World
-from aiotransfer.providers.fabric import Limits
+from aiotransfer.providers.fabric.provider import Limits
 from aiotransfer.weights import Cast, Tensor
 from tests.engine.gpu import Gpu
 from tests.weights.party import Party

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from aiotransfer.providers import libfabric, native
+from aiotransfer.providers import native
+from aiotransfer.providers.fabric import libfabric
 from tests.engine.gpu import build
 from tests.needs import needs_tcp
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aiotransfer.providers.shm import ShmPath
+from aiotransfer.providers.shm.provider import ShmPath
 from aiotransfer.weights.mappings import SETS
 from tests.weights.party import Party
 

@@ -30,9 +30,10 @@ from aiotransfer.cli.doctor.host import ALL as OF_HOST
 from aiotransfer.config import PREFIX, Config
 from aiotransfer.control.key import LEAST_BYTES, key_place
 from aiotransfer.errors import ConfigurationError
-from aiotransfer.providers import libfabric, native
-from aiotransfer.providers.select import availability
-from aiotransfer.providers.sysfs import read_topology
+from aiotransfer.providers import native
+from aiotransfer.providers.fabric import libfabric
+from aiotransfer.providers.host.sysfs import read_topology
+from aiotransfer.providers.selection.availability import availability
 
 PACKAGES = ("numpy", "cffi", "msgspec", "anyio", "uvloop", "torch")
 TEST_BYTES = 1 << 20

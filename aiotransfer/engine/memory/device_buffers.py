@@ -13,7 +13,7 @@ import numpy as np
 
 from aiotransfer.core.dense import is_dense
 from aiotransfer.errors import RegistrationError
-from aiotransfer.providers import cuda
+from aiotransfer.providers.host import cuda
 
 DLPACK_CUDA = 2
 

@@ -11,7 +11,7 @@ from aiotransfer.engine.memory.region import ACCESSES, Region, Regions
 from aiotransfer.engine.memory.staging import Staging, ordinal
 from aiotransfer.errors import RegionError
 from aiotransfer.model.dtypes import lookup
-from aiotransfer.providers import cuda
+from aiotransfer.providers.host import cuda
 from aiotransfer.providers.lane import Segment
 
 if TYPE_CHECKING:

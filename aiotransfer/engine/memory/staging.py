@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from aiotransfer.errors import RegistrationError
-from aiotransfer.providers import cuda
+from aiotransfer.providers.host import cuda
 from aiotransfer.providers.lane import Segment
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from aiotransfer.errors import (
     TransferTimeout,
 )
 from aiotransfer.model.address import LOCALHOST, Address
-from aiotransfer.providers.nics import interfaces
+from aiotransfer.providers.fabric.nics import interfaces
 from aiotransfer.providers.port import Terms
 
 if TYPE_CHECKING:

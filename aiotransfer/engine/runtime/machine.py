@@ -8,9 +8,9 @@ from pathlib import Path
 
 from aiotransfer.core.pinning import pinning
 from aiotransfer.model.topology import GpuMemory, HostMemory, Topology
-from aiotransfer.providers import cuda
-from aiotransfer.providers.numa import node_of
-from aiotransfer.providers.sysfs import read_topology
+from aiotransfer.providers.host import cuda
+from aiotransfer.providers.host.numa import node_of
+from aiotransfer.providers.host.sysfs import read_topology
 
 
 @cache

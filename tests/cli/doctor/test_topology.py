@@ -12,7 +12,7 @@ from aiotransfer.cli.doctor import command as doctor
 from aiotransfer.cli.doctor.facts import Host
 from aiotransfer.cli.doctor.topology import ASCII, draw, record
 from aiotransfer.model.topology import Topology
-from aiotransfer.providers.sysfs import read_topology
+from aiotransfer.providers.host.sysfs import read_topology
 from tests import topologies
 from tests.cli.test_commands import run
 

@@ -15,21 +15,22 @@ from aiotransfer.control import frames
 from aiotransfer.control.frames import OfferWire, PeerInfo
 from aiotransfer.control.key import load_key
 from aiotransfer.control.session import Session
-from aiotransfer.providers import fabricwire, shmwire
+from aiotransfer.providers.fabric import messages as fabric_messages
+from aiotransfer.providers.shm import messages as shm_messages
 from tests.control.rawpeer import RawPeer
 from tests.reliability.absurd import Take, Target, Tree
 from tests.reliability.decoders import FRAMES, INFO
 
 KEY = b"k" * 32
 QUESTIONS: tuple[tuple[str, Any], ...] = (
-    ("shm", shmwire.Hello(b"t" * 16)),
-    ("shm", shmwire.Fetch(b"t" * 16, b"c" * 16, 1, 1, 3)),
-    ("tcp", fabricwire.Offer(0, 1, b"a" * 28, 1, 2, 3, 4, 1, 0, "")),
-    ("tcp", fabricwire.Borrow(1, 2, 3)),
-    ("tcp", fabricwire.Retire(1, 2)),
-    ("tcp", fabricwire.Gather(1, [(2, "lo"), (3, "lo")])),
-    ("tcp", fabricwire.Part(2, 1, 70)),
-    ("tcp", fabricwire.RetireEach(1, [(2, 70), (3, 0)])),
+    ("shm", shm_messages.Hello(b"t" * 16)),
+    ("shm", shm_messages.Fetch(b"t" * 16, b"c" * 16, 1, 1, 3)),
+    ("tcp", fabric_messages.Offer(0, 1, b"a" * 28, 1, 2, 3, 4, 1, 0, "")),
+    ("tcp", fabric_messages.Borrow(1, 2, 3)),
+    ("tcp", fabric_messages.Retire(1, 2)),
+    ("tcp", fabric_messages.Gather(1, [(2, "lo"), (3, "lo")])),
+    ("tcp", fabric_messages.Part(2, 1, 70)),
+    ("tcp", fabric_messages.RetireEach(1, [(2, 70), (3, 0)])),
 )
 
 

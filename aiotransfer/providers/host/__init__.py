@@ -1,0 +1,1 @@
+"""What this machine has: its topology, the NUMA node of memory, memory that is free, the CUDA driver."""
