@@ -300,3 +300,21 @@ def foreign(modules: Mapping[str, Module]) -> dict[str, list[Finding]]:
         if not access.owner or modules[access.owner].room != access.module.room:
             found[f"{what} across folders"].append(finding)
     return found
+
+
+def across_rooms(modules: Mapping[str, Module], folder: str) -> tuple[dict[str, set[str]], list[Finding]]:
+    """Of private names of another room or folder: those that a folder and its rooms read, by the file that defines them ("" where
+    that is not known), and each place that changes one."""
+    reads: dict[str, set[str]] = {}
+    writes: list[Finding] = []
+    for access in accesses(modules):
+        room = access.module.room
+        owner = modules[access.owner] if access.owner else None
+        if room.partition("/")[0] != folder or (owner is not None and owner.room == room):
+            continue
+        path = "" if owner is None else owner.path
+        if access.writes:
+            writes.append(Finding(room, f"{access.module.path}:{access.line}", f"writes {access.text} of {path or 'several'}"))
+        else:
+            reads.setdefault(path, set()).add(access.text.rpartition(".")[2])
+    return reads, writes

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from tests.architecture import native
 from tests.architecture.native import MAY_INCLUDE
 from tests.architecture.sources import functions
-from tests.test_architecture import LEAVES, MAY_IMPORT
+from tests.test_architecture import LEAVES, MAY_IMPORT, ROOMS
 
 ROOT = Path(__file__).parent.parent.parent
 STEP = re.compile(r"- `([^`]+)` `([^`]+)` (?:calls|leads by `([^`]+)` to) `([^`]+)` `([^`]+)`: \S.*")
@@ -191,7 +191,15 @@ def goes_down(source: str, target: str) -> bool:
         return False
     beneath = MAY_IMPORT if source.endswith(".py") else MAY_INCLUDE
     rooms = [_room(path, beneath) for path in (source, target)]
+    if rooms[0] == rooms[1] and rooms[0] in ROOMS and source.endswith(".py"):
+        return _goes_down_within(rooms[0], source, target)
     return rooms[0] == rooms[1] or rooms[1] in beneath.get(rooms[0], set()) | LEAVES
+
+
+def _goes_down_within(folder: str, source: str, target: str) -> bool:
+    """Whether a file may call another of the same folder: of its room, or of one beneath that. The folder is above its rooms."""
+    here, there = ("/".join(path.removeprefix(f"aiotransfer/{folder}/").split("/")[:-1]) for path in (source, target))
+    return here in ("", there) or there in ROOMS[folder].get(here, set())
 
 
 def _room(path: str, known: Mapping[str, set[str]]) -> str:

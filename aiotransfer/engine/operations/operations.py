@@ -76,7 +76,7 @@ class Operations(EngineBase):
                     value = check_imm(imm)
                 result: int = _at_write(self._p, bound.remote, dst._start, src._id, src._start, n, value)
                 if 0 <= result <= 1:
-                    done = _new(Transfer)
+                    done: Transfer = _new(Transfer)
                     done._engine = self
                     done._peer = bound.peer
                     done.nbytes = n

@@ -86,7 +86,7 @@ class Plan(Unpicklable):
             seconds(timeout)
         result = _post(engine._p, self._native, value)
         if 0 <= result <= 1:
-            done = _new(Transfer)
+            done: Transfer = _new(Transfer)
             done._engine = engine
             done._peer = self._peer
             done.nbytes = self.nbytes

@@ -1,0 +1,69 @@
+"""Private names between the rooms of the engine: none is changed from another room, and only those listed here are read."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from tests.architecture.private import across_rooms
+from tests.architecture.sources import Finding, package
+
+READ = {  # by the file that defines them
+    # The ground, which every room is given. These are no names of users, and `Engine` is one of these objects.
+    "aiotransfer/engine/runtime/base.py": "_check _check_loop _closing _due _flight _lane _lane_is_freed _loop _not_here "
+    "_on_loop _p _progress _revocations _seconds _shut _state _tell_left_out _timeout _turn_is_due _unheard _world",
+    # A peer is what users see and what rooms above tell and ask; users are not to see that.
+    "aiotransfer/engine/peers/peer.py": "_asked_for _asks _awaited_by _check_other _check_up _depend _dies _ended _engine _error "
+    "_event _forget _holds _holds_no_more _leases _line _lookups _lose _path _paths _reply _state",
+    # So is a region. On the way of a write `_engine`, `_id`, `_root` and `_start` are read with no function between.
+    "aiotransfer/engine/memory/region.py": "_add_keeper _address _closed _device _engine _id _keep _number _release_keeper _root "
+    "_staging _start _writable",
+    "aiotransfer/model/descriptor.py": "_box _grant _start",
+    "aiotransfer/engine/operations/operations.py": "_scatter_plan _submitter",
+    "aiotransfer/engine/operations/plans.py": "_targets",
+    # Of objects whose class does not follow from annotations.
+    "": "_abandon _changed _check _close _end _engine _finish _keep _let_go _number _p _path _paths _peer_gone _peers _settle "
+    "_shut _stage _staging _start _state _targets _users _withdraw",
+}  # fmt: skip
+
+
+@functools.cache
+def found() -> tuple[dict[str, set[str]], list[Finding]]:
+    return across_rooms(package(), "engine")
+
+
+@pytest.mark.parametrize("path", READ)
+def test_rooms_read_the_private_names_that_are_listed_and_no_others(path: str) -> None:
+    assert found()[0].get(path, set()) == set(READ[path].split())
+
+
+def test_rooms_read_private_names_of_no_other_file() -> None:
+    assert set(found()[0]) == set(READ)
+
+
+def test_no_room_changes_a_private_name_of_another() -> None:
+    assert found()[1] == []
+
+
+TREE = {
+    "aiotransfer/engine/low/a.py": "class A:\n    def __init__(self):\n        self._own = []\n",
+    "aiotransfer/engine/low/b.py": "from aiotransfer.engine.low.a import A\ndef f(a: A):\n    a._own = 1\n",
+}
+
+
+@pytest.mark.parametrize("where", ["aiotransfer/engine/high/c.py", "aiotransfer/engine/c.py"])
+@pytest.mark.parametrize("line", ["a._own = 1", "a._own.append(1)", "del a._own", "a._own", "print(a._own)"])
+def test_what_a_room_reads_and_changes_of_another_is_seen(where: str, line: str) -> None:
+    text = f"from aiotransfer.engine.low.a import A\ndef f(a: A):\n    {line}\n"
+    reads, writes = across_rooms(package(TREE | {where: text}), "engine")
+    if line in ("a._own", "print(a._own)"):
+        assert (reads, writes) == ({"aiotransfer/engine/low/a.py": {"_own"}}, [])
+    else:
+        assert reads == {}
+        assert [(one.room, one.where) for one in writes] == [(where.split("/", 1)[1].rpartition("/")[0], f"{where}:3")]
+
+
+def test_what_a_room_does_with_its_own_private_names_and_other_folders_do_is_left_alone() -> None:
+    elsewhere = "from aiotransfer.engine.low.a import A\ndef f(a: A):\n    a._own\n"
+    assert across_rooms(package(TREE | {"aiotransfer/kv/a.py": elsewhere}), "engine") == ({}, [])
