@@ -42,7 +42,7 @@ GUARDS = (
     ),
     Mutant(
         "weights: what was counted is stored on the GPU before it opens", "aiotransfer/weights/subscriber/session.py",
-        "        await self.role.memory.put()\n", "", "tests/weights/test_devices.py",
+        "        await self._context.memory.put()\n", "", "tests/weights/test_devices.py",
     ),
     Mutant(
         "weights: only tensors are stored on a GPU", "aiotransfer/weights/subscriber/ondevice.py",
@@ -51,7 +51,7 @@ GUARDS = (
     ),
     Mutant(
         "weights: host memory that was written since is not lent as the version", "aiotransfer/weights/subscriber/lending.py",
-        "        elif role.memory.stale:\n", "        elif False:\n", "tests/weights/test_devices.py",
+        "        elif context.memory.stale:\n", "        elif False:\n", "tests/weights/test_devices.py",
     ),
     Mutant(
         "weights: a part of the names is added to what the GPU has", "aiotransfer/weights/subscriber/ondevice.py",

@@ -78,8 +78,8 @@ GUARDS = (
     Mutant(
         "weights: others write in the place of a relay that does not leave a write",
         "aiotransfer/weights/subscriber/relayed.py",
-        "            self._filling.leave(leases)\n",
-        "            self._filling.failed(QuarantineError())\n",
+        "            self._arrivals.leave(leases)\n",
+        "            self._arrivals.failed(QuarantineError())\n",
         "tests/weights/test_stopped_relays.py",
     ),
     Mutant(
@@ -127,8 +127,8 @@ GUARDS = (
     Mutant(
         "weights: in place there is no version from the first fence on",
         "aiotransfer/weights/subscriber/session.py",
-        "            role.unset()\n        await role.revoke_lends()\n",
-        "        await role.revoke_lends()\n",
+        "            present.unset()\n        await self._lending.revoke(",
+        "        await self._lending.revoke(",
         "tests/weights/test_faults.py",
     ),
     Mutant(
@@ -274,13 +274,13 @@ GUARDS = (
     Mutant(
         "weights: a relay is put out before another one writes in its place",
         "aiotransfer/weights/subscriber/relayed.py",
-        "            await self._filling.take_back(leases)\n",
+        "            await self._arrivals.take_back(leases)\n",
         "            pass\n",
         "tests/weights/test_relays.py",
     ),
     Mutant(
         "weights: rights to write that a cancel left are taken back by the next call",
-        "aiotransfer/weights/subscriber/filling.py",
+        "aiotransfer/weights/subscriber/arrivals.py",
         "            await self.take_back(list(self._leases))\n",
         "            leases, self._leases = list(self._leases), {}\n            await self.take_back(leases)\n",
         "tests/weights/test_cancel_everywhere.py",

@@ -339,8 +339,8 @@ def test_a_session_that_is_given_up_while_it_takes_rights_back_takes_all_back() 
             subscriber, leases, loop = it.servers[0].subscriber, list[Any](), asyncio.get_running_loop()
 
             async def give_up(filling: Filling) -> None:
-                if filling._role is subscriber and not leases:
-                    leases.extend(filling._leases)
+                if filling._context is subscriber.context and not leases:
+                    leases.extend(filling.arrivals._leases)
                     (session,) = subscriber._sessions.values()
                     loop.call_soon(session.fail, "given up")  # when `close` has begun to wait, before anything is taken back
                 await close(filling)
@@ -366,14 +366,14 @@ def test_what_is_lent_is_taken_back_after_a_wait_for_that_was_cancelled() -> Non
             peer, version = next(iter(subscriber.engine.peers)), subscriber.version
             assert version is not None
             fetch = wire.Fetch(1, "a", 0, subscriber.digest, version.epoch, version.number)
-            subscriber._lending.fetch(peer, fetch)
+            subscriber.lending.fetch(peer, fetch)
             (lease,) = peer._leases
-            taking = asyncio.ensure_future(subscriber._lending.revoke(subscriber.memory.active))
+            taking = asyncio.ensure_future(subscriber.lending.revoke(subscriber.memory.active))
             loop.call_soon(taking.cancel)  # when it has begun to wait, before anything is taken back
             with pytest.raises(asyncio.CancelledError):
                 await taking
             assert lease.state == "active"
-            await subscriber._lending.revoke(subscriber.memory.active)
+            await subscriber.lending.revoke(subscriber.memory.active)
             assert lease.state == "revoked"
             await it.settled()
 

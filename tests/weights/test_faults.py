@@ -321,7 +321,7 @@ def test_bytes_that_are_not_those_that_were_sent_are_found_by_their_checksum(mon
 
         async def close(self: Filling) -> None:
             await whole(self)
-            if self._role.rank == 1:
+            if self._context.rank == 1:
                 damaged[3] ^= 1
 
         monkeypatch.setattr(Filling, "close", close)

@@ -17,7 +17,8 @@ from aiotransfer.errors import again
 from aiotransfer.testing.fabric import Fabric, fabric
 from aiotransfer.weights import Bound, Cast, Layout, Piece, Tensor
 from aiotransfer.weights.posting import Batch
-from aiotransfer.weights.subscriber.filling import Filling
+from aiotransfer.weights.subscriber.arrivals import Arrivals
+from aiotransfer.weights.subscriber.relayed import Relayed
 from aiotransfer.weights.subscriber.relaying import Relaying
 from tests.weights.party import Party, Server, failures
 
@@ -324,20 +325,25 @@ def test_a_slow_relay_is_put_out_before_another_one_writes_in_its_place(mode: st
         whole = Relaying._post
 
         async def post(self: Relaying, *arguments: Any) -> Any:
-            if self._role.engine is slow:
+            if self._context.engine is slow:
                 await asyncio.sleep(seconds)
             return await whole(self, *arguments)
 
-        granted = Filling.grant_instead
+        ready, granted = Relayed.ready, Arrivals.grant_instead
+        let: dict[tuple[Arrivals, int], list[Any]] = {}  # the leases of each relay
 
-        def grant(self: Filling, peer: Any, ask: Any, *rest: Any) -> None:
-            _, leases = self.relayed._let.get(ask.instead, (None, []))
-            assert all(lease.state == "revoked" for lease in leases)
+        def note(self: Relayed, peer: Any, message: Any) -> None:
+            ready(self, peer, message)
+            let[self._arrivals, message.number] = self._let.get(message.number, (None, []))[1]
+
+        def grant(self: Arrivals, peer: Any, ask: Any, *rest: Any) -> None:
+            assert all(lease.state == "revoked" for lease in let.get((self, ask.instead), ()))
             granted(self, peer, ask, *rest)
 
         with monkeypatch.context() as patch:
             patch.setattr(Relaying, "_post", post)
-            patch.setattr(Filling, "grant_instead", grant)
+            patch.setattr(Relayed, "ready", note)
+            patch.setattr(Arrivals, "grant_instead", grant)
             sent = [await publish(party, number) for number in (1, 2)]
         check(servers, 2)
         assert await publish(party, 3) == one
@@ -389,7 +395,7 @@ def test_relays_keep_the_rate_that_they_were_told(monkeypatch: pytest.MonkeyPatc
         whole = Relaying._post
 
         async def post(self: Relaying, batch: Batch, *rest: Any) -> Any:
-            posted.setdefault(self._role.instance, []).append((net.now, batch.nbytes))
+            posted.setdefault(self._context.instance, []).append((net.now, batch.nbytes))
             return await whole(self, batch, *rest)
 
         monkeypatch.setattr(Relaying, "_post", post)

@@ -59,7 +59,7 @@ class Stage:
 
         def watched(relayed: Relayed, peer: Any, message: Any) -> None:
             ready(relayed, peer, message)
-            (target,) = (one for one in self.servers if one.subscriber is relayed._filling._role)
+            (target,) = (one for one in self.servers if one.subscriber.context is relayed._arrivals._context)
             _, leases = relayed._let.get(message.number, (None, []))
             self.leases += leases
             for lease in leases:

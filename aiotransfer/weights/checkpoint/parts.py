@@ -9,7 +9,6 @@ import numpy as np
 
 from aiotransfer.engine.runtime.base import world_of
 from aiotransfer.weights.protocol import wire
-from aiotransfer.weights.subscriber.lending import borrow
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -61,13 +60,13 @@ class OfInstance:
             peer = self._lenders[rank] = await role.engine.connect(role.members[rank], reuse=True, retry=False)
             numbers = np.flatnonzero(self.layout.buffer_rank == rank).tolist()
             fetch = wire.Fetch(self._update, role.instance, rank, role.digest, version.epoch, version.number)
-            self._regions[rank] = dict(zip(numbers, await borrow(role, peer, fetch, len(numbers)), strict=True))
+            self._regions[rank] = dict(zip(numbers, await role.lending.borrow(peer, fetch, len(numbers)), strict=True))
         return self._regions[rank]
 
     def close(self) -> None:
         """Tell the lenders that nothing is read any more."""
         for rank, peer in self._lenders.items():
-            self._role.tell(peer, wire.Fetched(self._update, self._role.instance, rank))
+            self._role.context.tell(peer, wire.Fetched(self._update, self._role.instance, rank))
 
 
 class OfTrainers:

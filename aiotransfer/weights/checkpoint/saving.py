@@ -77,7 +77,7 @@ async def save(
 
 async def _instance(role: Subscriber, saving: _Saving, within: float) -> Version:
     async with role.reading(timeout=within) as version:
-        role.check_places()
+        role.memory.check_places()
         parts = OfInstance(role, version)
         try:
             target = await saving.write(parts, version)

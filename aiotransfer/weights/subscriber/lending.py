@@ -12,10 +12,11 @@ from aiotransfer.weights.subscriber.memory import leased
 from aiotransfer.weights.watch import Watch
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.memory.lease import Lease
-    from aiotransfer.engine.memory.region import RegionView
-    from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.weights.subscriber.subscriber import Subscriber
+    from aiotransfer.engine.lease import Lease
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import RegionView
+    from aiotransfer.weights.subscriber.context import Context
+    from aiotransfer.weights.subscriber.present import Present
 
     Regions: TypeAlias = dict[str, RegionView]
 
@@ -23,42 +24,44 @@ MOST_LENDS = 64  # at a time
 
 
 class Lending:
-    """Of one subscriber. A lease is taken back when it was read, and as soon as its memory is needed for the next version."""
+    """What one subscriber rank lends, and what it borrows. A lease is taken back when it was read, and as soon as its memory is
+    needed for the next version."""
 
-    def __init__(self, role: Subscriber) -> None:
-        self._role = role
+    def __init__(self, context: Context, present: Present) -> None:
+        self._context, self._present = context, present
+        self._expected: dict[int, tuple[Peer, asyncio.Future[wire.Lend]]] = {}  # by update, what this rank has asked for
         self._lends: dict[tuple[Peer, int], tuple[Regions, list[Lease]]] = {}
 
     def fetch(self, peer: Peer, message: wire.Fetch) -> None:
         """Handle the request of a peer for the version that is here."""
-        role, version = self._role, wire.version_of(message)
+        context, present, version = self._context, self._present, wire.version_of(message)
         self._lends = {key: lend for key, lend in self._lends.items() if key[0].state in ("up", "busy")}
         why = ""
-        if role.version != version:
-            why = f"version {role.version} is here"
-        elif message.digest != role.digest:
+        if present.version != version:
+            why = f"version {present.version} is here"
+        elif message.digest != context.digest:
             why = "the layouts differ"
-        elif role.memory.stale:
-            why = role.memory.stale
+        elif context.memory.stale:
+            why = context.memory.stale
         elif len(self._lends) >= MOST_LENDS or (peer, message.update) in self._lends:
             why = f"{len(self._lends)} subscribers read here already"
         descriptors: list[bytes] = []
         if not why:
             try:
-                _, leases = self._lends[peer, message.update] = role.memory.active, []
-                descriptors = leased(role.memory.active.values(), peer, "read", leases)
+                _, leases = self._lends[peer, message.update] = context.memory.active, []
+                descriptors = leased(context.memory.active.values(), peer, "read", leases)
             except TransferError as error:
                 why = error.message
         if why:
             descriptors = []
             self.fetched(peer, message.update)
-        role.tell(peer, wire.Lend(message.update, descriptors, wire.clip(why)))
+        context.tell(peer, wire.Lend(message.update, descriptors, wire.clip(why)))
 
     def fetched(self, peer: Peer, update: int) -> None:
         """Take back what was lent to `peer`: it has read the version, or given up."""
         _, leases = self._lends.pop((peer, update), (None, []))
         if leases:
-            self._role.mail.own(self._revoke(leases))
+            self._context.mail.own(self._revoke(leases))
 
     async def revoke(self, of: Regions | None = None) -> None:
         """Take back what was lent `of` one set of buffers, or all. Returns when it cannot be read any more, or after
@@ -68,29 +71,36 @@ class Lending:
         self._lends = {key: lend for key, lend in self._lends.items() if lend is not over.get(key)}
 
     async def _revoke(self, leases: list[Lease]) -> None:
-        seconds = self._role.engine.config.drain_timeout
+        seconds = self._context.engine.config.drain_timeout
         await asyncio.gather(*(lease.revoke(timeout=seconds) for lease in leases), return_exceptions=True)
 
+    # ---- what others lend this one ----
 
-async def borrow(role: Subscriber, peer: Peer, ask: wire.Fetch, buffers: int) -> list[RemoteRegion]:
-    """The memory of another rank that has the version, until `Fetched` is told it. Raises `TransferError`."""
-    lent: asyncio.Future[wire.Lend] = asyncio.get_running_loop().create_future()
+    async def borrow(self, peer: Peer, ask: wire.Fetch, buffers: int) -> list[RemoteRegion]:
+        """The memory of another rank that has the version, until `Fetched` is told it. Raises `TransferError`."""
+        lent: asyncio.Future[wire.Lend] = asyncio.get_running_loop().create_future()
 
-    def lost(_: Peer, error: TransferError) -> None:
-        if not lent.done():
-            lent.set_exception(error)
+        def lost(_: Peer, error: TransferError) -> None:
+            if not lent.done():
+                lent.set_exception(error)
 
-    watch = Watch(role.never, role.mail)
-    watch.add(peer, lost)
-    role.lends_expected[ask.update] = (peer, lent)
-    try:
-        role.tell(peer, ask)
-        answer = await lent
-    finally:
-        watch.close()
-        del role.lends_expected[ask.update]
-    if answer.text:
-        raise PeerLostError(f"{peer.address} cannot lend the version: {answer.text}", peer=str(peer.address))
-    if len(answer.regions) != buffers:
-        raise DescriptorError(f"{peer.address} lends {len(answer.regions)} buffers, where {buffers} are needed")
-    return [RemoteRegion.decode(data) for data in answer.regions]
+        watch = Watch(self._context.never, self._context.mail)
+        watch.add(peer, lost)
+        self._expected[ask.update] = (peer, lent)
+        try:
+            self._context.tell(peer, ask)
+            answer = await lent
+        finally:
+            watch.close()
+            del self._expected[ask.update]
+        if answer.text:
+            raise PeerLostError(f"{peer.address} cannot lend the version: {answer.text}", peer=str(peer.address))
+        if len(answer.regions) != buffers:
+            raise DescriptorError(f"{peer.address} lends {len(answer.regions)} buffers, where {buffers} are needed")
+        return [RemoteRegion.decode(data) for data in answer.regions]
+
+    def answered(self, peer: Peer, message: wire.Lend) -> None:
+        """What a rank that was asked lends, or why it does not."""
+        lender, future = self._expected.get(message.update, (None, None))
+        if lender is peer and future is not None and not future.done():
+            future.set_result(message)

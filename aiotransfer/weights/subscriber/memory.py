@@ -15,7 +15,7 @@ from aiotransfer.errors import QuarantineError, RegistrationError
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.weights.aside import steady
 from aiotransfer.weights.bind import is_torch, local
-from aiotransfer.weights.binding import register
+from aiotransfer.weights.binding import check_places, register
 from aiotransfer.weights.devices import DeviceBuffer
 from aiotransfer.weights.errors import PlanError
 
@@ -42,6 +42,7 @@ class Memory:
         self._layout = layout
         self._rank = rank
         self._double = double
+        self._bound = bound
         self.sizes = layout.buffers_of(rank)
         self._tensor_bytes = _bytes_of_tensors(layout, rank)
         self._own: dict[Region, None] = {}
@@ -87,6 +88,10 @@ class Memory:
 
     def _left(self, memory: Region) -> None:
         """Memory that was allocated for all buffers is going to be given back."""
+
+    def check_places(self) -> None:
+        """Raise `TransferError` when the host has moved the memory."""
+        check_places(self._bound, "make the Subscriber anew")
 
     @property
     def nbytes(self) -> int:

@@ -15,10 +15,10 @@ from aiotransfer.errors import DescriptorError, PeerLostError, QuarantineError, 
 from aiotransfer.weights.protocol import relays, wire
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.memory.lease import Lease
-    from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.sync.counter import Counter
-    from aiotransfer.weights.subscriber.filling import Filling
+    from aiotransfer.engine.counter import Counter
+    from aiotransfer.engine.lease import Lease
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.weights.subscriber.arrivals import Arrivals
 
 PATIENCE_SECONDS = 0.25  # that relays have at least, once everything else has come
 PATIENCE_TIMES = 2.0  # that they have beside it: as long as all instances would take for what the publishers write to this rank
@@ -27,10 +27,10 @@ Key = tuple[int, int]  # a relay, and the publisher rank whose bytes it passes o
 
 
 class Relayed:
-    """The part of one `Filling` that comes by relays."""
+    """The part of one offer that comes by relays."""
 
-    def __init__(self, filling: Filling, offer: wire.Offer) -> None:
-        self._filling = filling
+    def __init__(self, arrivals: Arrivals, offer: wire.Offer) -> None:
+        self._arrivals = arrivals
         self._offer = offer
         passing = offer.passing
         self._passing = passing
@@ -71,9 +71,9 @@ class Relayed:
             self._timers.append(loop.call_later(seconds, self._short))
 
     def _short(self) -> None:
-        if self._left and not self._is_short and self._filling.is_open:
+        if self._left and not self._is_short and self._arrivals.is_open:
             self._is_short = True
-            self._filling.tell_short()
+            self._arrivals.tell_short()
 
     # ---- relays ----
 
@@ -82,25 +82,25 @@ class Relayed:
         relay, number = self._relays.get(message.number), message.number
         if relay is None or relay.incarnation != peer.incarnation or number in self._let:
             raise DescriptorError(f"{peer} asks to pass on what was not offered")
-        if not self._filling.is_open or number in self._out:
-            self._filling.let(peer, [], [], "the publishers write it themselves")
+        if not self._arrivals.is_open or number in self._out:
+            self._arrivals.let(peer, [], [], "the publishers write it themselves")
             return
         leases: list[Lease] = []
         self._let[number] = peer, leases
         try:
-            descriptors = self._filling.lease(peer, leases)
+            descriptors = self._arrivals.lease(peer, leases)
         except TransferError as error:  # it is gone by now: the publishers hear of that
-            self._filling.let(peer, [], [], error.message)
+            self._arrivals.let(peer, [], [], error.message)
             return
         imms = []
         for feeder, count in relay.feeders:
             if count:
                 imms.append(self._count((number, feeder), count, None))
-        self._filling.let(peer, descriptors, imms, "")
+        self._arrivals.let(peer, descriptors, imms, "")
 
     def _count(self, key: Key, count: int, peer: Peer | None) -> int:
-        counter = self._filling.open_counter(count)
-        self._counting[key] = counter, self._filling.own(self._await(counter, count, key, peer))
+        counter = self._arrivals.open_counter(count)
+        self._counting[key] = counter, self._arrivals.own(self._await(counter, count, key, peer))
         return counter.imm
 
     async def _await(self, counter: Counter, count: int, key: Key, peer: Peer | None) -> None:
@@ -108,11 +108,11 @@ class Relayed:
             await counter.wait(count, peers=None if peer is None else (peer,))
         except TransferError as error:  # of a publisher, or of this engine
             where = "" if peer is None else str(peer.address)
-            self._filling.failed(PeerLostError(f"publisher rank {key[1]} was lost: {error.message}", peer=where))
+            self._arrivals.failed(PeerLostError(f"publisher rank {key[1]} was lost: {error.message}", peer=where))
             return
         self._left.pop(key, None)
-        self._filling.counted(counter)
-        self._filling.wake()
+        self._arrivals.all_came(counter)
+        self._arrivals.wake()
 
     # ---- in their place ----
 
@@ -123,39 +123,39 @@ class Relayed:
         if relay is None or ask.sender not in dict(relay.feeders) or key in self._asked or ask.writes < 1:
             raise DescriptorError(f"publisher rank {ask.sender} asks to write what was not offered")
         self._asked.add(key)
-        self._filling.own(self._instead(peer, ask, key))
+        self._arrivals.own(self._instead(peer, ask, key))
 
     async def _instead(self, peer: Peer, ask: wire.Ask, key: Key) -> None:
         number = key[0]
         if number not in self._out:
-            self._out[number] = self._filling.own(self._put_out(number))
+            self._out[number] = self._arrivals.own(self._put_out(number))
         out = self._out[number]
         await asyncio.wait([out])
-        if not self._filling.is_open or out.cancelled():
+        if not self._arrivals.is_open or out.cancelled():
             return  # what ends it is told elsewhere
         try:
             if key not in self._left:
-                self._filling.grant_instead(peer, ask, [], [])
+                self._arrivals.grant_instead(peer, ask, [], [])
                 return
             leases: list[Lease] = []
-            descriptors = self._filling.lease(peer, leases)
-            self._filling.grant_instead(peer, ask, descriptors, [self._count(key, ask.writes, peer)])
+            descriptors = self._arrivals.lease(peer, leases)
+            self._arrivals.grant_instead(peer, ask, descriptors, [self._count(key, ask.writes, peer)])
         except TransferError as error:  # the peer is gone by now, or the memory
-            self._filling.failed(again(error))
+            self._arrivals.failed(again(error))
 
     async def _put_out(self, number: int) -> None:
         """Returns when nothing that the relay writes can land any more, or when it does not leave a write."""
         _, leases = self._let.get(number, (None, []))
         proved = True
         try:
-            await self._filling.take_back(leases)
+            await self._arrivals.take_back(leases)
         except QuarantineError:
-            self._filling.leave(leases)
+            self._arrivals.leave(leases)
             proved = False
         for key in [key for key in self._counting if key[0] == number]:
             counter, task = self._counting.pop(key)
             task.cancel()
-            self._filling.close_counter(counter, proved=proved)
+            self._arrivals.close_counter(counter, proved=proved)
 
     def close(self) -> None:
         """The filling has ended."""

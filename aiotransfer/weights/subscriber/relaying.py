@@ -23,9 +23,10 @@ from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.watch import Changes, reach
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.memory.region import RegionView
-    from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.weights.subscriber.subscriber import Subscriber
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.region import RegionView
+    from aiotransfer.weights.subscriber.context import Context
+    from aiotransfer.weights.subscriber.routes import Routes
 
 UNDER_WAY = 2  # calls to one receiver
 
@@ -33,8 +34,8 @@ UNDER_WAY = 2  # calls to one receiver
 class Relaying:
     """Of one offer. `start` it when the publishers begin to write; `close` it before the memory is needed for anything else."""
 
-    def __init__(self, role: Subscriber, offer: wire.Offer, leader: Peer) -> None:
-        self._role, self._offer, self._leader = role, offer, leader
+    def __init__(self, context: Context, routes: Routes, offer: wire.Offer, leader: Peer) -> None:
+        self._context, self._routes, self._offer, self._leader = context, routes, offer, leader
         self._passing = offer.passing
         self._onward = {} if offer.passing is None else {one.number: one for one in offer.passing.onward}
         self._landed: list[tuple[int, int]] = []  # in the order in which they came
@@ -49,8 +50,8 @@ class Relaying:
     def start(self) -> None:
         """The publishers begin to write: every instance that takes the version has said so."""
         if self._passing is not None and self._passing.route and not self._tasks:
-            self._regions = list(self._role.memory.shadow.values())
-            self._tasks.append(self._role.mail.own(self._run(self._passing)))
+            self._regions = list(self._context.memory.shadow.values())
+            self._tasks.append(self._context.mail.own(self._run(self._passing)))
 
     def landed(self, sender: int, step: int) -> None:
         """All writes of a step of a publisher rank are here."""
@@ -64,9 +65,8 @@ class Relaying:
             waiting.set_result(message)
 
     async def _run(self, passing_: relays.Passing) -> None:
-        role = self._role
         try:
-            data = await role.routes.get(self._leader, passing_.route, passing_.route_bytes)
+            data = await self._routes.get(self._leader, passing_.route, passing_.route_bytes)
             sizes = [region.nbytes for region in self._regions]
             steps = {sender.rank: len(sender.counts) for sender in self._offer.senders}
             route = passing.decode(data, sizes, steps, set(self._onward))
@@ -75,7 +75,7 @@ class Relaying:
         for number, one in self._onward.items():
             hops = [hop for hop in route.hops if hop.receiver == number]
             if hops:
-                self._tasks.append(role.mail.own(self._serve(one, route, hops)))
+                self._tasks.append(self._context.mail.own(self._serve(one, route, hops)))
 
     async def _serve(self, one: relays.Onward, route: Route, hops: list[Hop]) -> None:
         posted: deque[Posted] = deque()
@@ -84,12 +84,12 @@ class Relaying:
             todo.setdefault((hop.feeder, hop.step), []).append(hop)
         try:
             regions, imms = await self._ask(one, route, hops)
-            posting = Posting(self._role.engine, route, MOST_BYTES if self._pace.most is None else self._pace.most)
+            posting = Posting(self._context.engine, route, MOST_BYTES if self._pace.most is None else self._pace.most)
             for at in itertools.count():
                 if not todo:
                     break
                 for hop in todo.pop(await self._step(at), ()):
-                    self._role.check_places()
+                    self._context.memory.check_places()
                     for batch in posting.batches(hop.begin, hop.end, self._regions.__getitem__):
                         for piece in batch.before():
                             await self._call(posted, piece, regions, None)
@@ -130,13 +130,13 @@ class Relaying:
         return await post(batch, regions, imm, lambda: self._offer.seconds)
 
     async def _ask(self, one: relays.Onward, route: Route, hops: list[Hop]) -> tuple[dict[int, RemoteRegion], dict[int, int]]:
-        role, offer = self._role, self._offer
-        peer = self._peers[one.number] = await reach(role.engine, one.address, offer.seconds)
+        context, offer = self._context, self._offer
+        peer = self._peers[one.number] = await reach(context.engine, one.address, offer.seconds)
         if peer.incarnation != one.incarnation or self._passing is None:
             raise DescriptorError("another engine is at its address")
         waiting = self._lets[one.number] = asyncio.get_running_loop().create_future()
-        role.watch.add(peer, role.peer_lost)
-        role.tell(peer, relays.Pass(offer.update, one.life, self._passing.number, one.number))
+        context.watch(peer)
+        context.tell(peer, relays.Pass(offer.update, one.life, self._passing.number, one.number))
         let = await waiting
         if let.text:
             raise ClosedError(let.text)
@@ -146,8 +146,8 @@ class Relaying:
             raise DescriptorError("a subscriber lets other memory be written than was asked for")
         passing.check_targets(route, hops, [region.nbytes for region in regions])
         if self._regions:
-            await bind(role.engine, self._regions[0], regions, offer.seconds)
-        role.mappings.keep(peer, one, regions)
+            await bind(context.engine, self._regions[0], regions, offer.seconds)
+        self._routes.mappings.keep(peer, one, regions)
         return dict(enumerate(regions)), dict(zip(feeders, let.imms, strict=True))
 
     def lost(self, peer: Peer, error: TransferError) -> None:

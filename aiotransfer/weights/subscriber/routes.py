@@ -1,5 +1,4 @@
-"""The routes of one subscriber rank: tables of what it passes on, asked for once and kept for the versions that follow; and the
-other messages of passing on."""
+"""The routes of one subscriber rank: tables of what it passes on, asked for once and kept for the versions that follow."""
 
 from __future__ import annotations
 
@@ -8,21 +7,23 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from aiotransfer.errors import DescriptorError
-from aiotransfer.weights.protocol import relays, wire
+from aiotransfer.weights.mappings import Mappings
+from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.protocol.pieces import Pieces
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.weights.subscriber.subscriber import Subscriber
+    from aiotransfer.engine.peer import Peer
+    from aiotransfer.weights.subscriber.context import Context
 
 MOST_ROUTES = 4  # the latest are kept
 
 
 class Routes:
-    """The routes that one subscriber knows, by digest."""
+    """The routes that one subscriber knows, by digest. `mappings`: memory of the ranks that it passes parts on to."""
 
-    def __init__(self, role: Subscriber) -> None:
-        self._role = role
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.mappings = Mappings()
         self._known: dict[bytes, bytes] = {}
         self._coming: dict[bytes, tuple[Peer, Pieces, asyncio.Future[bytes]]] = {}
 
@@ -32,7 +33,7 @@ class Routes:
         if digest not in self._known:
             came = asyncio.get_running_loop().create_future()
             self._coming[digest] = peer, Pieces(nbytes), came
-            self._role.tell(peer, wire.Want(digest))
+            self._context.tell(peer, wire.Want(digest))
             try:
                 self._known[digest] = await came
             finally:
@@ -42,23 +43,8 @@ class Routes:
             del self._known[next(iter(self._known))]
         return route
 
-    def receive(self, peer: Peer, message: relays.Pass | relays.Let | wire.Piece) -> None:
-        """What concerns passing on, of any peer. Raises `DescriptorError`."""
-        role = self._role
-        if isinstance(message, wire.Piece):
-            self._piece(peer, message)
-            return
-        session = role._sessions.get(message.update)
-        if isinstance(message, relays.Let):
-            if session is not None:
-                session.relaying.answer(peer, message)
-            return
-        role._told[peer] = None  # it is to know when this subscriber closes
-        if session is None or not session.pass_on(peer, message):
-            role.tell(peer, relays.Let(message.update, message.to, [], [], "the version is over here"))
-
-    def _piece(self, peer: Peer, piece: wire.Piece) -> None:
-        """Handle a piece of a route."""
+    def piece(self, peer: Peer, piece: wire.Piece) -> None:
+        """Handle a piece of a route, of any peer."""
         holder, pieces, came = self._coming.get(piece.digest, (None, None, None))
         if holder is not peer or pieces is None or came is None or came.done():
             return

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiotransfer.aio.timeouts import Patience
 from aiotransfer.errors import DescriptorError, QuarantineError, TransferError
+from aiotransfer.weights.aside import aside
+from aiotransfer.weights.checksum import check
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.agreement import Chair, Say, Seat
 from aiotransfer.weights.protocol.version import Version
@@ -18,33 +21,40 @@ from aiotransfer.weights.watch import Changes, Ending, reach
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.progress import Showing
-    from aiotransfer.weights.subscriber.subscriber import Subscriber
+    from aiotransfer.weights.subscriber.context import Context
+    from aiotransfer.weights.subscriber.lending import Lending
+    from aiotransfer.weights.subscriber.present import Present
+    from aiotransfer.weights.subscriber.routes import Routes
 
 GRACE = 1.0  # seconds after the deadline in which rank 0, which keeps the same deadline, must have been heard
 _numbers = itertools.count(1)
 
 
 class Session:
-    """A version on its way in. `leader`: the publisher that offers it."""
+    """A version on its way in. `leader`: the publisher that offers it. `over(session, opened, why)` is called when it has
+    ended."""
 
-    def __init__(self, role: Subscriber, leader: Peer, offer: wire.Offer) -> None:
-        self.role = role
+    def __init__(
+        self, context: Context, present: Present, routes: Routes, lending: Lending, leader: Peer, offer: wire.Offer,
+        over: Callable[[Session, bool, str], object],
+    ) -> None:  # fmt: skip
+        self._context, self._present, self._lending, self._over = context, present, lending, over
         self.leader = leader
         self.offer = offer
         self.version = Version(offer.epoch, offer.number)
         self.seat = Seat()
-        self.chair = Chair(len(offer.members)) if role.rank == 0 else None
+        self.chair = Chair(len(offer.members)) if context.rank == 0 else None
         self.accepted = self._allowed = False
         self._changes = Changes()
-        self.relaying = Relaying(role, offer, leader)
-        self._filling = Filling(role, offer, self._changes, leader, self.relaying.landed)
-        self._keeps = bool(offer.source) and role.version == self.version  # the others of the instance catch up
+        self.relaying = Relaying(context, routes, offer, leader)
+        self._filling = Filling(context, lending, offer, self._changes, leader, self.relaying.landed)
+        self._keeps = bool(offer.source) and present.version == self.version  # the others of the instance catch up
         self._peers: dict[int, Peer] = {}  # rank 0 knows the others, the others know rank 0
         self._why = self._kind = ""
         self._begun = False  # it was given up when the publishers' blocks had begun
-        self._total = 0 if self._keeps else role.memory.nbytes_of(offer.names)
-        self._journal = role.observer.begin(
-            traced=False, instance=role.instance, update=f"{offer.update:016x}", version=self.version, source=offer.source,
+        self._total = 0 if self._keeps else context.memory.nbytes_of(offer.names)
+        self._journal = context.observer.begin(
+            traced=False, instance=context.instance, update=f"{offer.update:016x}", version=self.version, source=offer.source,
             total=self._total,
         )  # fmt: skip
         self._showing: Showing | None = None
@@ -52,8 +62,8 @@ class Session:
         self._answers: dict[int, asyncio.Future[str]] = {}
         self._reporting = False
         self._ends = asyncio.get_running_loop().time() + offer.seconds
-        self._work = role.mail.own(self._take())
-        self.task = role.mail.own(self._run())
+        self._work = context.mail.own(self._take())
+        self.task = context.mail.own(self._run())
 
     # ---- the way of a version ----
 
@@ -77,7 +87,7 @@ class Session:
         elif self.seat.is_closed:  # rank 0 decides, and keeps the same deadline
             await asyncio.wait([self._work], timeout=GRACE)
             self._doubt()
-            await asyncio.wait([self._work], timeout=2 * self.role.engine.config.peer_timeout)
+            await asyncio.wait([self._work], timeout=2 * self._context.engine.config.peer_timeout)
         else:
             self.fail(self._why)
 
@@ -85,21 +95,21 @@ class Session:
         return self.seat.state in ("open", "released", "cut off")
 
     async def _take(self) -> None:
-        role, offer = self.role, self.offer
+        context, present, offer = self._context, self._present, self.offer
         try:
-            if role.rank != 0:
-                peer = self._peers[0] = await reach(role.engine, offer.members[0], offer.seconds)
-                role.watch.add(peer, role.peer_lost)
+            if context.rank != 0:
+                peer = self._peers[0] = await reach(context.engine, offer.members[0], offer.seconds)
+                context.watch(peer)
             if not self._keeps:
                 await self._prepare()
-            role.claims.claim(self.version, offer.trainer)
+            present.claims.claim(self.version, offer.trainer)
             self.accepted = True
-            role.tell(self.leader, wire.Accept(offer.update, role.instance, role.rank))
+            context.tell(self.leader, wire.Accept(offer.update, context.instance, context.rank))
             self._journal.step("prepare")
             if not self._keeps:
                 if offer.source:  # nothing is overwritten before every rank has said that it takes the version
                     await self._changes.until(lambda: self._allowed)
-                self._showing = role.observer.show(self.version, self._total, self._received)
+                self._showing = context.observer.show(self.version, self._total, self._received)
                 await self._filling.run()
                 await self._close_filling()
             self._journal.step("receive")
@@ -112,32 +122,38 @@ class Session:
             self.fail(f"{type(error).__name__}: {error}")
 
     async def _prepare(self) -> None:
-        role = self.role
-        role.check_places()
-        if role.in_place:
+        context, present = self._context, self._present
+        context.memory.check_places()
+        if context.in_place:
             self._paused = asyncio.get_running_loop().time()
-            await role.fences.pause()
-            role.gate.close()
-            await self._changes.until(lambda: role.gate.active == 0)
-            role.unset()
-        await role.revoke_lends()
-        await role.memory.prepare(part=bool(self.offer.names))
+            await present.fences.pause()
+            present.gate.close()
+            await self._changes.until(lambda: present.gate.active == 0)
+            present.unset()
+        await self._lending.revoke(context.memory.shadow)  # its readers have had their time
+        await context.memory.prepare(part=bool(self.offer.names))
 
     async def _close_filling(self) -> None:
         await self._filling.close()
-        if self._filling.stopped:
-            await self.role.stopped.leave(self._filling.stopped)
-            self._filling.stopped = []
-        self.role.check_places()
+        if self._filling.arrivals.stopped:
+            await self._context.stopped.leave(self._filling.arrivals.stopped)
+            self._filling.arrivals.stopped = []
+        self._context.memory.check_places()
         if self.offer.checksum and not self.offer.source:
-            await self.role.check_sums(self.offer, self._filling.sums)
-        await self.role.memory.put()
+            await self._check_sums()
+        await self._context.memory.put()
+
+    async def _check_sums(self) -> None:
+        """Compare what came with what was sent. Raises `TransferError`."""
+        context, sent = self._context, sum(self._filling.sums.values())
+        names = list(self.offer.names)
+        await aside(context.engine, check, context.layout, context.rank, context.memory.written(), names, sent)
 
     def _report_whole(self, text: str) -> None:
-        role = self.role
+        context = self._context
         if self.chair is None:
             if (peer := self._peers.get(0)) is not None:
-                role.tell(peer, wire.Whole(self.offer.update, role.instance, role.rank, wire.clip(text), self._begun))
+                context.tell(peer, wire.Whole(self.offer.update, context.instance, context.rank, wire.clip(text), self._begun))
         elif text:
             self._say(self.chair.release())
         else:
@@ -147,7 +163,7 @@ class Session:
         """Note that all bytes are at `rank`. Where instances pass parts on, the publishers wait until that is so at all ranks."""
         assert self.chair is not None
         if self.offer.passing is not None and self.chair.missing() == [rank] and not self.chair.over:
-            self.role.tell(self.leader, relays.Gathered(self.offer.update, self.role.instance))
+            self._context.tell(self.leader, relays.Gathered(self.offer.update, self._context.instance))
         self._say(self.chair.whole(rank))
 
     def fail(self, why: str, kind: str = "failed") -> None:
@@ -177,7 +193,7 @@ class Session:
 
     async def _finish(self) -> None:
         """After any outcome: no byte can come any more, and the publishers are told how it ended."""
-        role, update = self.role, self.offer.update
+        context, present, update = self._context, self._present, self.offer.update
         if not self._decided():
             self.seat.lose_chair()
             self.seat.resolve([], len(self.offer.members) - 1)
@@ -186,24 +202,24 @@ class Session:
             await self._filling.close()
         except QuarantineError as error:
             self._note(error.message, "failed")
-        if self._filling.stopped:
-            role.stopped.spoil(self._filling.stopped)
+        if self._filling.arrivals.stopped:
+            context.stopped.spoil(self._filling.arrivals.stopped)
         opened = self.seat.state == "open"
         if not opened:
             if self.seat.state == "cut off":
                 self._note("cut off from its instance, which may have changed", "lost")
-                role.unset()
-                role.gave_up(spoiled=True)
+                present.unset()
+                present.gave_up(spoiled=True)
             elif not self._keeps:
-                spoiled = self._begun or role.memory.is_touched(self._filling.granted)
-                role.gave_up(spoiled=role.in_place and spoiled)
-            role.gate_follows()
+                spoiled = self._begun or context.memory.is_touched(self._filling.granted)
+                present.gave_up(spoiled=context.in_place and spoiled)
+            present.gate_follows()
         self._why = "" if opened else self._why or "given up by its instance"
-        role.over(self, opened, self._why)
-        done = wire.Done(update, role.instance, role.rank, wire.clip(self._why))
-        role.tell(self.leader, done)
-        if role.version is not None:
-            await role.fences.resume()
+        self._over(self, opened, self._why)
+        done = wire.Done(update, context.instance, context.rank, wire.clip(self._why))
+        context.tell(self.leader, done)
+        if present.version is not None:
+            await present.fences.resume()
 
     # ---- what is seen of it ----
 
@@ -216,39 +232,39 @@ class Session:
 
     def _record(self) -> None:
         """Make the record of a session that is over: readers read on, or the host is paused until another version comes."""
-        role, opened = self.role, self.seat.state == "open"
+        present, opened = self._present, self.seat.state == "open"
         if opened:
             self._journal.step("confirm")
-        pause, waits = role.gate.notes()
+        pause, waits = present.gate.notes()
         if self._paused is not None:
             pause = asyncio.get_running_loop().time() - self._paused
         self._journal.close(
-            outcome="committed" if opened else self._kind or "abandoned", error=self._why, present=role.version,
+            outcome="committed" if opened else self._kind or "abandoned", error=self._why, present=present.version,
             nbytes=self._total if opened else self._received(), relayed=self.relaying.nbytes, pause=pause, waits=waits,
         )  # fmt: skip
 
     # ---- the agreement ----
 
     def _say(self, said: list[tuple[int, Say]]) -> None:
-        role, offer = self.role, self.offer
+        context, offer = self._context, self.offer
         for rank, say in said:
-            if rank == role.rank:
+            if rank == context.rank:
                 self.hear(say)
             elif (peer := self._peers.get(rank)) is not None:
-                role.tell(peer, wire.Say(offer.update, role.instance, rank, say, wire.clip(self._why), self._begun))
+                context.tell(peer, wire.Say(offer.update, context.instance, rank, say, wire.clip(self._why), self._begun))
 
     def hear(self, say: str, why: str = "", *, begun: bool = False) -> None:
         """What rank 0 decides, and why where it gives the version up. `begun`: as of `abandoned`."""
         self._begun = self._begun or begun
         if not self.seat.hear(say):
             return
-        role = self.role
+        present = self._present
         if say == "hold":
-            role.gate.close()
+            present.gate.close()
             self.report()
         elif say == "pass":
-            if role.version is not None:
-                role.gate.let_in()
+            if present.version is not None:
+                present.gate.let_in()
             self.report()
         elif say == "ready":
             self._tell_sure()
@@ -256,16 +272,16 @@ class Session:
             self._open()
         else:
             self._why = self._why or why or "given up by its instance"
-            role.gate_follows()
+            present.gate_follows()
             self._work.cancel()
         self._changes.wake()
 
     def _tell_sure(self) -> None:
-        role = self.role
+        context = self._context
         if self.chair is not None:
             self._sure(0)
         elif (peer := self._peers.get(0)) is not None:
-            role.tell(peer, wire.Sure(self.offer.update, role.instance, role.rank))
+            context.tell(peer, wire.Sure(self.offer.update, context.instance, context.rank))
 
     def _sure(self, rank: int) -> None:
         assert self.chair is not None
@@ -275,11 +291,11 @@ class Session:
             self._say(self.chair.sure(rank))
 
     def _open(self) -> None:
-        self.role.members = tuple(self.offer.members)
+        self._present.members = tuple(self.offer.members)
         if self._keeps:
-            self.role.gate_follows()
+            self._present.gate_follows()
         else:
-            self.role.opened(self.version, self.offer.trainer)
+            self._present.opened(self.version, self.offer.trainer)
 
     def report(self) -> None:
         """Readers have come or gone: rank 0 is told, once a turn."""
@@ -290,16 +306,17 @@ class Session:
 
     def _report(self) -> None:
         self._reporting = False
-        gate, role = self.role.gate, self.role
-        waiting = 0 if role.version is None else gate.waiting  # those wait for a first version
+        context, present = self._context, self._present
+        gate = present.gate
+        waiting = 0 if present.version is None else gate.waiting  # those wait for a first version
         if self.seat.state != "held":
             return
         if self.chair is not None:
             self._heard(0, gate.begun, gate.active, waiting, self.seat.passed)
         elif (peer := self._peers.get(0)) is not None:
-            role.tell(
+            context.tell(
                 peer,
-                wire.Held(self.offer.update, role.instance, role.rank, gate.begun, gate.active, waiting, self.seat.passed),
+                wire.Held(self.offer.update, context.instance, context.rank, gate.begun, gate.active, waiting, self.seat.passed),
             )
 
     def _heard(self, rank: int, begun: int, active: int, waiting: int, passed: int) -> None:
@@ -316,7 +333,7 @@ class Session:
         """Of another rank to rank 0. Raises `DescriptorError`."""
         rank = message.rank
         if self.chair is None or not 0 < rank < len(self.offer.members) or str(peer.address) != self.offer.members[rank]:
-            raise DescriptorError(f"{peer} is not rank {rank} of instance {self.role.instance!r}, or this is not its rank 0")
+            raise DescriptorError(f"{peer} is not rank {rank} of instance {self._context.instance!r}, or this is not its rank 0")
         self._peers[rank] = peer
         if isinstance(message, wire.Held):
             self._heard(rank, message.begun, message.active, message.waiting, message.passed)
@@ -327,7 +344,7 @@ class Session:
             self._why = self._why or f"rank {rank}: {message.text}"
             self._say(self.chair.release() or ([(rank, "release")] if self.chair.state == "released" else []))
         else:
-            self.role.watch.add(peer, self.role.peer_lost)
+            self._context.watch(peer)
             self._whole(rank)
 
     def allow(self) -> None:
@@ -376,11 +393,11 @@ class Session:
     def _doubt(self) -> None:
         before = self.seat.state
         if self.seat.lose_chair() and before != "doubt":
-            self.role.mail.own(self._resolve())
+            self._context.mail.own(self._resolve())
         self._changes.wake()
 
     async def _resolve(self) -> None:
-        ranks = [rank for rank in range(len(self.offer.members)) if rank != self.role.rank]
+        ranks = [rank for rank in range(len(self.offer.members)) if rank != self._context.rank]
         answers = await asyncio.gather(*map(self._question, ranks))
         self.seat.resolve([answer for answer in answers if answer], len(ranks))
         if self.seat.state == "open":
@@ -390,18 +407,22 @@ class Session:
         self._changes.wake()
 
     async def _question(self, rank: int) -> str:
-        role, number = self.role, next(_numbers)
+        context, number = self._context, next(_numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
-            async with Patience(role.engine.config.peer_timeout):
-                peer = await reach(role.engine, self.offer.members[rank], role.engine.config.peer_timeout)
-                role.tell(peer, wire.Doubt(self.offer.update, role.instance, rank, number))
+            async with Patience(context.engine.config.peer_timeout):
+                peer = await reach(context.engine, self.offer.members[rank], context.engine.config.peer_timeout)
+                context.tell(peer, wire.Doubt(self.offer.update, context.instance, rank, number))
                 found: str = await answer
                 return found
         except (TransferError, TimeoutError):
             return ""
         finally:
             del self._answers[number]
+
+    def is_chair(self, peer: Peer) -> bool:
+        """Whether this peer is rank 0 of the instance, as another rank of it knows it."""
+        return self._peers.get(0) is peer
 
     def answered(self, message: wire.Answer) -> None:
         """What another rank says of this version."""
@@ -417,7 +438,7 @@ class Session:
         before = self.seat.state
         answer = self.seat.asked()
         if before in ("held", "sure"):
-            self.role.mail.own(self._resolve())
+            self._context.mail.own(self._resolve())
         elif answer == "not" and before in ("coming", "whole"):
             self._note("another rank has lost rank 0 of the instance", "lost")
             self._work.cancel()

@@ -16,27 +16,25 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.aio.timeouts import Patience, despite_cancels
-from aiotransfer.engine.runtime.base import is_open, seconds, world_of
-from aiotransfer.engine.runtime.unpicklable import Unpicklable
+from aiotransfer.engine.base import is_open, seconds
+from aiotransfer.engine.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, TransferTimeout, again
 from aiotransfer.weights import arguments
-from aiotransfer.weights.aside import aside
-from aiotransfer.weights.binding import bound_of, check_places
+from aiotransfer.weights.binding import bound_of
 from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.mail import Mail
-from aiotransfer.weights.mappings import Mappings
 from aiotransfer.weights.observer import Observer
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.pieces import pieces
-from aiotransfer.weights.protocol.version import Claims, Version
+from aiotransfer.weights.protocol.version import Version
+from aiotransfer.weights.subscriber.context import Context
 from aiotransfer.weights.subscriber.fences import Fences, Hook
-from aiotransfer.weights.subscriber.gate import Gate
 from aiotransfer.weights.subscriber.lending import Lending
 from aiotransfer.weights.subscriber.ondevice import memory_for
+from aiotransfer.weights.subscriber.present import Present
 from aiotransfer.weights.subscriber.routes import Routes
 from aiotransfer.weights.subscriber.session import Session
-from aiotransfer.weights.subscriber.stopped import Stopped
-from aiotransfer.weights.watch import Changes, Watch
+from aiotransfer.weights.watch import Changes
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -47,7 +45,6 @@ if TYPE_CHECKING:
     from aiotransfer.weights.progress import Progress
     from aiotransfer.weights.record import UpdateRecord
 
-TELL_SECONDS = 10.0  # for a message; what it is about has a deadline of its own
 LOOK_SECONDS = 0.05  # between two looks for peers that may be publishers, while there is no version here
 MOST_EARLY = 1024  # messages of other ranks that came before the offer
 MOST_PAST = 256  # updates whose end is remembered for ranks in doubt
@@ -86,7 +83,7 @@ class Subscriber(Unpicklable):
         for name, hook in (("pause", pause), ("resume", resume)):
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name} must be callable, not {hook!r}")
-        self.layout, self.rank, self._bound = bound_of(layout, rank, needed=False)
+        self.layout, self.rank, bound = bound_of(layout, rank, needed=False)
         self.observer = Observer(progress, on_record, "subscriber", self.rank)
         self.records = self.observer.records
         self._seconds = seconds(timeout, engine.timeout)
@@ -94,39 +91,30 @@ class Subscriber(Unpicklable):
         self.instance = instance or f"{engine.incarnation:016x}"
         if not instance and self.layout.ranks > 1:
             raise ValueError(f"an instance of {self.layout.ranks} ranks needs a name: instance=")
-        self.in_place = mode == "in_place"
         self.mode = mode
-        self.digest = bytes.fromhex(self.layout.digest)
         self._encoded = self.layout.encode()
         if len(self._encoded) > wire.MOST_LAYOUT:
             raise ValueError(f"a layout takes at most {wire.MOST_LAYOUT} bytes, this one {len(self._encoded)}")
-        self.claims = Claims()
-        self.gate = Gate(lambda: self._version, self._read_changed)
-        self.life = int.from_bytes(world_of(engine).entropy(8)) >> 1
-        self.fences = Fences(pause, resume)
-        self._version: Version | None = None
-        self._before: Version | None = None
-        self._has_lost = False  # a version of which publishers believe that it is here
         self._changes = Changes()
         self._sessions: dict[int, Session] = {}
         self._beginning: dict[int, Peer] = {}  # updates that were offered, until they have a session
         self._past: dict[int, tuple[str, str]] = {}  # "open" or "not", and why not
         self._early: list[tuple[Peer, wire.Whole]] = []
         self._told: dict[Peer, None] = {}  # peers that this subscriber was announced to
-        self._refused: TransferError | None = None
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
-        self._spare: list[int] = []  # immediates that nothing can arrive for any more
-        self.members: tuple[str, ...] = ()  # addresses of all ranks of the instance, as of `version`
-        self.lends_expected: dict[int, tuple[Peer, asyncio.Future[wire.Lend]]] = {}
-        self.memory = memory_for(engine, self.layout, self.rank, self._bound, double=not self.in_place, staging=staging)
-        self.stopped = Stopped(self.memory, in_place=self.in_place)
-        self._lending = Lending(self)
-        self.routes = Routes(self)
-        self.mappings = Mappings()  # of ranks that this one passes parts on to
+        in_place = mode == "in_place"
+        self.memory = memory_for(engine, self.layout, self.rank, bound, double=not in_place, staging=staging)
         self.mail = Mail.enter(engine, self)
-        self.never = engine.counter()
-        self.watch = Watch(self.never, self.mail)
+        self.context = Context(
+            engine, self.layout, self.rank, self.instance, in_place, self.memory, self.mail, self.observer, self._peer_lost
+        )
+        self.life, self.digest, self.stopped = self.context.life, self.context.digest, self.context.stopped
+        self._present = Present(self.memory, Fences(pause, resume), self._changes, self._read_changed)
+        self.claims, self.gate = self._present.claims, self._present.gate
+        self.lending = Lending(self.context, self._present)
+        self.routes = Routes(self.context)
+        self.mappings = self.routes.mappings
         self._looking: asyncio.Task[None] | None = None
         self._look()
 
@@ -135,7 +123,12 @@ class Subscriber(Unpicklable):
     @property
     def version(self) -> Version | None:
         """(epoch, number) of the weights that readers see; None while there is no whole version here."""
-        return self._version
+        return self._present.version
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Addresses of all ranks of the instance, as of `version`."""
+        return self._present.members
 
     @property
     def tensors(self) -> Mapping[str, Any]:
@@ -152,13 +145,13 @@ class Subscriber(Unpicklable):
         within = seconds(timeout, self._seconds)
         try:
             async with Patience(within):
-                await self._changes.until(lambda: self._check() and self._version is not None)
+                await self._changes.until(lambda: self._check() and self._present.version is not None)
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
                 raise
             raise self._late(within) from None
-        assert self._version is not None
-        return self._version
+        assert self._present.version is not None
+        return self._present.version
 
     def _late(self, seconds: float) -> TransferTimeout:
         why = "a version is on its way" if self._sessions else "no publisher has offered one"
@@ -167,8 +160,8 @@ class Subscriber(Unpicklable):
     def _check(self) -> bool:
         if self._closed:
             raise ClosedError("the subscriber is closed")
-        if self._refused is not None and self._version is None:
-            raise again(self._refused)
+        if self._present.refused is not None and self._present.version is None:
+            raise again(self._present.refused)
         return True
 
     @contextlib.asynccontextmanager
@@ -198,72 +191,16 @@ class Subscriber(Unpicklable):
         seen: list[Version | None] = [None]
         while True:
             try:
-                await self._changes.until(lambda: self._check() and self._version not in (None, seen[0]))
+                await self._changes.until(lambda: self._check() and self._present.version not in (None, seen[0]))
             except ClosedError:
                 return
-            version = seen[0] = self._version
+            version = seen[0] = self._present.version
             assert version is not None
             yield version
 
-    # ---- what a session does with the role ----
+    # ---- sessions ----
 
-    def tell(self, peer: Peer, message: wire.Message) -> None:
-        """Queue the message for `peer`, which gets it soon."""
-        self.mail.tell(peer, message, TELL_SECONDS)
-
-    def open_counter(self) -> Counter:
-        """A counter at 0 of a value that nothing can arrive for yet."""
-        return self.engine.counter(self._spare.pop() if self._spare else None)
-
-    def close_counter(self, counter: Counter, *, again: bool) -> None:
-        """`again`: it is proved that nothing can arrive for it any more."""
-        if again:
-            self._spare.append(counter.imm)
-        counter.close()
-
-    def unset(self) -> None:
-        """Take the version from readers: their memory is written from now on."""
-        self._before, self._version = self._version or self._before, None
-        self._changes.wake()
-
-    def opened(self, version: Version, trainer: int) -> None:
-        """All ranks of the instance have it: readers see it from now on."""
-        self.memory.switch()
-        self._version, self._before, self._refused = version, None, None
-        self.claims.took(version, trainer)
-        self.gate_follows()
-        self._changes.wake()
-
-    def gave_up(self, *, spoiled: bool) -> None:
-        """A version did not come. `spoiled`: some of its bytes lie where readers would read."""
-        if spoiled:
-            self._has_lost, self._before = self._has_lost or self._before is not None, None
-        elif self._before is not None:
-            self._version, self._before = self._before, None
-        self._changes.wake()
-
-    def gate_follows(self) -> None:
-        """Readers may begin while there is a version."""
-        if self._version is None:
-            self.gate.close()
-        else:
-            self.gate.open()
-
-    def check_places(self) -> None:
-        """Raise `TransferError` when the host has moved the memory."""
-        check_places(self._bound, "make the Subscriber anew")
-
-    async def revoke_lends(self) -> None:
-        """The shadow is going to be written: peers that read it have had their time."""
-        await self._lending.revoke(self.memory.shadow)
-
-    async def check_sums(self, offer: wire.Offer, sums: Mapping[int, int]) -> None:
-        """Compare what came with what was sent. Raises `TransferError`."""
-        from aiotransfer.weights.checksum import check
-
-        await aside(self.engine, check, self.layout, self.rank, self.memory.written(), list(offer.names), sum(sums.values()))
-
-    def over(self, session: Session, opened: bool, why: str) -> None:
+    def _over(self, session: Session, opened: bool, why: str) -> None:
         """Keep how a session has ended, and forget the session."""
         update = session.offer.update
         self._sessions.pop(update, None)
@@ -271,15 +208,15 @@ class Subscriber(Unpicklable):
         while len(self._past) > MOST_PAST:
             del self._past[next(iter(self._past))]
         if not self._sessions:
-            self.watch.close()
-        if self._has_lost and not self._closed:  # publishers bring it together with an instance that has one
-            self._has_lost = False
+            self.context.rest()
+        if self._present.has_lost and not self._closed:  # publishers bring it together with an instance that has one
+            self._present.has_lost = False
             for peer in [peer for peer in self._told if peer.state in ("up", "busy")]:
                 self._announce(peer)
         self._look()
         self._changes.wake()
 
-    def peer_lost(self, peer: Peer, error: TransferError) -> None:
+    def _peer_lost(self, peer: Peer, error: TransferError) -> None:
         """A peer that a session depends on."""
         for session in list(self._sessions.values()):
             session.lost(peer, error)
@@ -291,12 +228,12 @@ class Subscriber(Unpicklable):
     # ---- finding publishers ----
 
     def _look(self) -> None:
-        if not self._closed and self._version is None and (self._looking is None or self._looking.done()):
+        if not self._closed and self._present.version is None and (self._looking is None or self._looking.done()):
             self._looking = self.mail.own(self._look_on())
 
     async def _look_on(self) -> None:
         with contextlib.suppress(ClosedError):
-            while not self._closed and self._version is None:
+            while not self._closed and self._present.version is None:
                 for peer in self.engine.peers:
                     if peer not in self._told:
                         self._announce(peer)
@@ -306,9 +243,9 @@ class Subscriber(Unpicklable):
     def _announce(self, peer: Peer) -> None:
         self._told[peer] = None
         known = self.claims.highest
-        self.tell(peer, wire.Announce(wire.Entry(
+        self.context.tell(peer, wire.Announce(wire.Entry(
             self.instance, self.rank, self.layout.ranks, self.life, str(self.engine.address), self.engine.incarnation,
-            self.digest, len(self._encoded), known.epoch, known.number, self._version == known, self.claims.life,
+            self.digest, len(self._encoded), known.epoch, known.number, self._present.version == known, self.claims.life,
         )))  # fmt: skip
 
     # ---- messages ----
@@ -321,7 +258,7 @@ class Subscriber(Unpicklable):
             case wire.Offer(life=self.life):
                 self._offered(peer, message)
             case wire.Refuse(life=self.life):
-                self._refused = (
+                self._present.refused = (
                     PlanError(message.text, problems=message.problems)
                     if message.kind == "plan"
                     else ConfigurationError(message.text, peer=str(peer.address))
@@ -329,13 +266,18 @@ class Subscriber(Unpicklable):
                 self._changes.wake()
             case wire.Want(digest=self.digest):
                 for piece in pieces(self.digest, self._encoded):
-                    self.tell(peer, piece)
-            case wire.Lend() | wire.Answer():
-                self._answered(peer, message)
+                    self.context.tell(peer, piece)
+            case wire.Lend():
+                self.lending.answered(peer, message)
+            case wire.Answer():
+                if (session := self._sessions.get(message.update)) is not None:
+                    session.answered(message)
             case wire.Ask(life=self.life) | wire.Sum(life=self.life) | wire.Abandon():
                 self._from_publisher(peer, message)
-            case relays.Pass(life=self.life) | relays.Let() | wire.Piece():
-                self.routes.receive(peer, message)
+            case wire.Piece():
+                self.routes.piece(peer, message)
+            case relays.Pass(life=self.life) | relays.Let():
+                self._passing(peer, message)
             case wire.Leave():
                 self.mappings.left(peer, message.instance, message.rank)
             case wire.Allow(instance=self.instance):
@@ -348,19 +290,19 @@ class Subscriber(Unpicklable):
                 self._from_rank(peer, message)
             case wire.Say(instance=self.instance, rank=self.rank):
                 session = self._sessions.get(message.update)
-                if session is not None and session._peers.get(0) is peer:
+                if session is not None and session.is_chair(peer):
                     session.hear(message.say, message.text, begun=message.begun)
             case wire.Doubt(instance=self.instance, rank=self.rank):
                 self._doubted(peer, message)
             case wire.Fetch(instance=self.instance, rank=self.rank):
-                self._lending.fetch(peer, message)
+                self.lending.fetch(peer, message)
             case wire.Fetched(instance=self.instance, rank=self.rank):
-                self._lending.fetched(peer, message.update)
+                self.lending.fetched(peer, message.update)
 
     def _offered(self, peer: Peer, offer: wire.Offer) -> None:
         version, update = wire.version_of(offer), offer.update
-        keeps = bool(offer.source) and version == self._version
-        is_lost = bool(offer.source) and self._version is None
+        keeps = bool(offer.source) and version == self._present.version
+        is_lost = bool(offer.source) and self._present.version is None
         why = CLOSED if self._closed else "" if keeps else self.stopped.why()
         kind = "failed"
         if not why and len(offer.members) != self.layout.ranks:
@@ -369,7 +311,7 @@ class Subscriber(Unpicklable):
             why = why or "this update is over here"
         elif not keeps and (stands := self.claims.refusal(version, offer.trainer, again=is_lost)) and not why:
             kind, why = "version", stands
-        elif not why and offer.names and self._version is None and not offer.source:
+        elif not why and offer.names and self._present.version is None and not offer.source:
             why = "a part of the names comes, and there is no whole version here that it could be added to"
         for other in list(self._sessions.values()):
             if not why and (other.leader is peer or version.epoch > other.version.epoch):
@@ -378,7 +320,8 @@ class Subscriber(Unpicklable):
                 why = f"version {other.version} is on its way"
         if why:
             known = self.claims.highest
-            self.tell(peer, wire.Decline(update, self.instance, self.rank, kind, wire.clip(why), known.epoch, known.number))
+            decline = wire.Decline(update, self.instance, self.rank, kind, wire.clip(why), known.epoch, known.number)
+            self.context.tell(peer, decline)
             return
         self._beginning[update] = peer
         self.mail.own(self._begin(peer, offer, list(self._sessions.values())))
@@ -392,10 +335,12 @@ class Subscriber(Unpicklable):
         if self._closed or offer.update in self._past or self._sessions:
             _, given_up = self._past.get(offer.update, ("", ""))
             why = CLOSED if self._closed else given_up or "another version came"
-            self.tell(peer, wire.Decline(offer.update, self.instance, self.rank, "failed", wire.clip(why), 0, -1))
+            self.context.tell(peer, wire.Decline(offer.update, self.instance, self.rank, "failed", wire.clip(why), 0, -1))
             return
-        session = self._sessions[offer.update] = Session(self, peer, offer)
-        self.watch.add(peer, self.peer_lost)
+        session = self._sessions[offer.update] = Session(
+            self.context, self._present, self.routes, self.lending, peer, offer, self._over
+        )
+        self.context.watch(peer)
         early, self._early = self._early, []
         for sender, message in early:
             if message.update == offer.update:
@@ -406,7 +351,7 @@ class Subscriber(Unpicklable):
         if isinstance(message, wire.Ask):
             self._told[peer] = None  # it is to know when this subscriber closes
             if session is None or not session.ask(peer, message):
-                self.tell(peer, wire.Grant(message.update, self.instance, self.rank, [], [], "the version is over here"))
+                self.context.tell(peer, wire.Grant(message.update, self.instance, self.rank, [], [], "the version is over here"))
             return
         if session is None:
             if isinstance(message, wire.Abandon) and self._beginning.get(message.update) is peer:
@@ -424,23 +369,24 @@ class Subscriber(Unpicklable):
             session.from_rank(peer, message)
         elif message.update in self._past:
             why = wire.clip(self._past[message.update][1] or "it is over at rank 0")
-            self.tell(peer, wire.Say(message.update, self.instance, message.rank, "release", why))
+            self.context.tell(peer, wire.Say(message.update, self.instance, message.rank, "release", why))
         elif isinstance(message, wire.Whole) and len(self._early) < MOST_EARLY:
             self._early.append((peer, message))
 
     def _doubted(self, peer: Peer, message: wire.Doubt) -> None:
         session = self._sessions.get(message.update)
         answer = self._past.setdefault(message.update, ("not", ""))[0] if session is None else session.asked()
-        self.tell(peer, wire.Answer(message.update, message.number, answer))
+        self.context.tell(peer, wire.Answer(message.update, message.number, answer))
 
-    def _answered(self, peer: Peer, message: wire.Lend | wire.Answer) -> None:
-        if isinstance(message, wire.Answer):
-            if (session := self._sessions.get(message.update)) is not None:
-                session.answered(message)
+    def _passing(self, peer: Peer, message: relays.Pass | relays.Let) -> None:
+        session = self._sessions.get(message.update)
+        if isinstance(message, relays.Let):
+            if session is not None:
+                session.relaying.answer(peer, message)
             return
-        lender, future = self.lends_expected.get(message.update, (None, None))
-        if lender is peer and future is not None and not future.done():
-            future.set_result(message)
+        self._told[peer] = None  # it is to know when this subscriber closes
+        if session is None or not session.pass_on(peer, message):
+            self.context.tell(peer, relays.Let(message.update, message.to, [], [], "the version is over here"))
 
     # ---- the end ----
 
@@ -476,13 +422,14 @@ class Subscriber(Unpicklable):
         self._changes.wake()
         for peer in self._told:
             if peer.state in ("up", "busy"):
-                self.mail.tell(peer, wire.Leave(self.instance, self.rank, self.life), self.engine.config.drain_timeout)
-        self.watch.close()
+                leave = wire.Leave(self.instance, self.rank, self.life)
+                self.context.tell(peer, leave, self.engine.config.drain_timeout)
+        self.context.rest()
         self.mappings.close()
-        self.never.close()
+        self.context.never.close()
         if self._looking is not None:
             self._looking.cancel()
-        await self._lending.revoke()
+        await self.lending.revoke()
         await self.mail.leave(self)
         if is_open(self.engine):
             await self.memory.aclose(self.engine.config.drain_timeout)
@@ -496,4 +443,4 @@ class Subscriber(Unpicklable):
         await self.aclose()
 
     def __repr__(self) -> str:
-        return f"<Subscriber {self.instance}/{self.rank} of {self.engine.address}, version {self._version}>"
+        return f"<Subscriber {self.instance}/{self.rank} of {self.engine.address}, version {self._present.version}>"
