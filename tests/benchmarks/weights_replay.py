@@ -27,7 +27,7 @@ import aiotransfer as at
 from aiotransfer.providers import native
 from aiotransfer.weights import Plan, make_plan
 from aiotransfer.weights.posting import Posting
-from aiotransfer.weights.publisher.sending import Sending
+from aiotransfer.weights.publisher.writing import Writing
 from aiotransfer.weights.scale.models import MODELS, Model
 from aiotransfer.weights.scale.placements import Placement, inference_layouts, rules, trainer_layout
 from aiotransfer.weights.tasks import Tasks
@@ -104,11 +104,11 @@ async def replay(plan: Plan, sender: int, rounds: int) -> Replay:
             engine=engine, checksum=False, rate_limit=float("inf"),
             sources=SimpleNamespace(regions={n: engine.allocate(SMALL) for n in np.unique(writes.source_buffer).tolist()}),
         )  # fmt: skip
-        rank: Any = Sending.__new__(Sending)
+        rank: Any = Writing.__new__(Writing)
         work = SimpleNamespace(tasks=tasks, imm_of=lambda receiver, phase, part: phase, posting=lambda _: posting)
         vars(rank).update(
-            receivers=receivers, _role=role, _work=work, _seconds=60.0, _posted=deque(), _under_way=0,
-            _writes_under_way=0, _next=0.0, nbytes=0, standing=None,
+            receivers=receivers, _context=role, _work=work, _seconds=60.0, _posted=deque(), _under_way=0,
+            _writes_under_way=0, _next=0.0, nbytes=0, share=None,
         )  # fmt: skip
         making: Any = SimpleNamespace(region=source)
         calls = list(writes.calls())
@@ -119,7 +119,7 @@ async def replay(plan: Plan, sender: int, rounds: int) -> Replay:
                 native.lib = timed
                 try:
                     begin = time.thread_time()
-                    await rank._call(call, making)
+                    await rank.call(call, making)
                     spent += time.thread_time() - begin
                 finally:
                     native.lib = real

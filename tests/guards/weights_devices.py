@@ -7,7 +7,7 @@ from tests.guards.mutant import Mutant
 GUARDS = (
     Mutant(
         "weights: kernels that fill a GPU's weights are waited for", "aiotransfer/weights/publisher/update.py",
-        "        await role.sources.finished()\n", "", "tests/weights/test_devices.py",
+        "        await context.sources.finished()\n", "", "tests/weights/test_devices.py",
     ),
     Mutant(
         "weights: what the GPU converts is waited for", "aiotransfer/weights/publisher/on_gpu.py",
@@ -24,7 +24,7 @@ GUARDS = (
     ),
     Mutant(
         "weights: memory of a GPU is given back when an update has ended", "aiotransfer/weights/publisher/making.py",
-        "        self._role.sources.on_gpu.release()\n", "", "tests/weights/test_on_gpu.py",
+        "        self._context.sources.on_gpu.release()\n", "", "tests/weights/test_on_gpu.py",
     ),
     Mutant(
         "weights: a Triton that cannot be imported leaves the host to convert", "aiotransfer/weights/publisher/on_gpu.py",
@@ -67,10 +67,10 @@ GUARDS = (
     ),
     Mutant(
         "weights: copies that are lent fit beside the staging memory", "aiotransfer/weights/publisher/borrowing.py",
-        "        if needed > role.works.staging_bytes:\n", "        if False:\n", "tests/weights/test_devices.py",
+        "        if needed > self._works.staging_bytes:\n", "        if False:\n", "tests/weights/test_devices.py",
     ),
     Mutant(
-        "weights: staging memory that was pinned is unpinned", "aiotransfer/weights/publisher/publisher.py",
-        "        self.sources.devices.unpin()\n", "", "tests/weights/test_devices.py",
+        "weights: staging memory that was pinned is unpinned", "aiotransfer/weights/publisher/work.py",
+        "        self._context.sources.devices.unpin()\n", "", "tests/weights/test_devices.py",
     ),
 )

@@ -26,7 +26,7 @@ GUARDS = (
     ),
     Mutant(
         "weights: publishers of files and of memory have no plan in common", f"{WEIGHTS}/publisher/work.py",
-        "role.layout.digest, where, self._rules", "role.layout.digest, self._rules", f"{TESTS}/test_publishing.py",
+        "context.layout.digest, where, self._rules", "context.layout.digest, self._rules", f"{TESTS}/test_publishing.py",
     ),
     Mutant(
         "weights: an index names files of its own folder", f"{WEIGHTS}/checkpoint/finding.py",

@@ -134,14 +134,14 @@ GUARDS = (
     Mutant(
         "weights: in place there is none after a version was given up, however early",
         "aiotransfer/weights/subscriber/session.py",
-        "spoiled = self._begun or role.memory",
-        "spoiled = role.memory",
+        "spoiled = self._begun or context.memory",
+        "spoiled = context.memory",
         "tests/weights/test_faults.py",
     ),
     Mutant(
         "weights: publishers hear that a version is not there any more",
         "aiotransfer/weights/subscriber/subscriber.py",
-        "        if self._has_lost and not self._closed:",
+        "        if self._present.has_lost and not self._closed:",
         "        if False:",
         "tests/weights/test_faults.py",
     ),
@@ -168,8 +168,8 @@ GUARDS = (
     ),
     Mutant(
         "weights: the last piece of a write, which is counted, waits for the others",
-        "aiotransfer/weights/publisher/sending.py",
-        "            if batch.is_last:\n                await self._retire(posted)\n",
+        "aiotransfer/weights/publisher/writing.py",
+        "            if batch.is_last:\n                await self.retire(posted)\n",
         "",
         "tests/weights/test_room.py",
     ),
@@ -203,7 +203,7 @@ GUARDS = (
     ),
     Mutant(
         "weights: a subscriber rank says itself why it has taken its memory back",
-        "aiotransfer/weights/publisher/sending.py",
+        "aiotransfer/weights/publisher/writing.py",
         "if receiver.failed and not receiver.knows]",
         "if receiver.failed]",
         "tests/weights/test_reasons.py",

@@ -42,7 +42,7 @@ async def push(
 
     await asyncio.gather(*map(publish, publishers))
     for publisher in publishers:
-        used = 0 if publisher._staging is None else publisher._staging.nbytes
+        used = publisher.staging_held
         assert used <= publisher.works.staging_bytes
     return subscribers
 

@@ -52,7 +52,7 @@ async def test_what_a_lost_peer_had_is_let_go_and_of_others_no_more_than_two_gra
     await party.publish(1)
     mappings = trainers[0].publisher.mappings
     (one, some), (other, _) = mappings._held.values()
-    entry = trainers[0].publisher.roll.get("a", 0)
+    entry = trainers[0].publisher.subscribers.roll.get("a", 0)
     assert entry is not None
     for _ in range(SETS + 1):
         mappings.keep(one, entry, some[0])

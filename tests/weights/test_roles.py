@@ -398,7 +398,7 @@ async def test_an_outcome_that_was_heard_stands_when_rank_0_leaves_at_once(party
         if isinstance(message, wire.Outcome) and self.leader is not None:
             for lost in [lost for peer, lost in losses if peer is self.leader]:
                 lost(self.leader, at.PeerLostError("it said goodbye"))
-                told.append(self._role.rank)
+                told.append(self._context.rank)
 
     told: list[int] = []
     monkeypatch.setattr(Watch, "add", add)

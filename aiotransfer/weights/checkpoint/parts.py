@@ -82,4 +82,4 @@ class OfTrainers:
 
     async def there(self, rank: int) -> Mapping[int, RemoteRegion]:
         """The buffers of another rank. Raises `TransferError`."""
-        return await self._role.borrowing.regions_of(self._update, rank)
+        return await self._role.borrowing.regions_of(self._update.update, rank)

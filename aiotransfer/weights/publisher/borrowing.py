@@ -21,29 +21,35 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.lease import Lease
     from aiotransfer.engine.memory.region import Region
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.weights.publisher.publisher import Publisher
-    from aiotransfer.weights.publisher.update import Update
+    from aiotransfer.weights.publisher.context import Context
+    from aiotransfer.weights.publisher.work import Work, Works
     from aiotransfer.weights.tasks import Tasks
 
 
 class Borrowing:
     """Of one publisher, for the update that is under way: what it may read, and what it lets others read."""
 
-    def __init__(self, role: Publisher) -> None:
-        self._role = role
+    def __init__(self, context: Context, works: Works) -> None:
+        self._context, self._works = context, works
+        self._update: int | None = None  # whose plan is known here
+        self._work: Work | None = None
         self._lent: dict[Peer, list[Lease]] = {}
         self._copies: list[Region] = []
         self._regions: dict[int, asyncio.Future[dict[int, RemoteRegion]]] = {}  # by rank, and number of the buffer
 
-    async def read(self, update: Update, tasks: Tasks, rows: Any, staging: Region | None) -> None:
+    def begin(self, update: int, work: Work) -> None:
+        """The plan of an update is known: others may ask for what it needs of this rank."""
+        self._update, self._work = update, work
+
+    async def read(self, update: int, tasks: Tasks, rows: Any, staging: Region | None) -> None:
         """Bring the inputs `rows`, which are on other ranks, into the staging memory. Raises `TransferError`."""
         assert staging is not None
-        if self._role.sources.staged:
+        if self._context.sources.staged:
             await self._read_copies(update, tasks, rows, staging)
             return
         which, *columns = tasks.gather_runs(rows)
         held = np.stack([tasks.input_rank[which], tasks.input_buffer[which]])
-        reads = Reads(self._role.engine)
+        reads = Reads(self._context.engine)
         async with reads:
             for rank, buffer in np.unique(held, axis=1).T.tolist():
                 regions = await self.regions_of(update, rank)
@@ -53,9 +59,9 @@ class Borrowing:
                 for step in steps(source[order], target[order], nbytes[order]):
                     await reads.add(regions[buffer], staging, step)
 
-    async def _read_copies(self, update: Update, tasks: Tasks, rows: Any, staging: Region) -> None:
+    async def _read_copies(self, update: int, tasks: Tasks, rows: Any, staging: Region) -> None:
         """The same from what ranks lend whose sources cannot be read: dense copies of what this rank needs of them."""
-        reads = Reads(self._role.engine)
+        reads = Reads(self._context.engine)
         async with reads:
             for rank in np.unique(tasks.input_rank[rows]).tolist():
                 lent, places, total = tasks.lent(rank)
@@ -68,32 +74,32 @@ class Borrowing:
                 for step in steps(source[order], target[order], nbytes[order]):
                     await reads.add(region, staging, step)
 
-    async def regions_of(self, update: Update, rank: int) -> dict[int, RemoteRegion]:
+    async def regions_of(self, update: int, rank: int) -> dict[int, RemoteRegion]:
         """The sources of another rank, by the number of the buffer. Raises `TransferError`."""
         known = self._regions.get(rank)
         if known is None:
             known = self._regions[rank] = asyncio.get_running_loop().create_future()
             known.add_done_callback(lambda done: done.cancelled() or done.exception())
-            peer = await reach(self._role.engine, self._role.members[rank], self._role.seconds)
-            self._role.watch.add(peer, lambda _, error: None if known.done() else known.set_exception(error))
-            self._role.tell(peer, wire.Borrow(update.update, self._role.rank))
+            peer = await reach(self._context.engine, self._context.members[rank], self._context.seconds)
+            self._context.watch.add(peer, lambda _, error: None if known.done() else known.set_exception(error))
+            self._context.tell(peer, wire.Borrow(update, self._context.rank))
         return await asyncio.shield(known)
 
     def receive(self, peer: Peer, message: wire.Borrow | wire.Borrowed) -> None:
         """Of another publisher rank, in the same update. Raises `DescriptorError`."""
-        if message.rank >= self._role.ranks or str(peer.address) != self._role.members[message.rank]:
+        if not self._context.is_member(peer, message.rank):
             raise DescriptorError(f"{peer} is not publisher rank {message.rank}")
         if isinstance(message, wire.Borrow):
-            if self._role.sources.staged:
-                self._role.mail.own(self._lend_copies(peer, message))
+            if self._context.sources.staged:
+                self._context.mail.own(self._lend_copies(peer, message))
             else:
                 self._lend(peer, message)
             return
         waiting = self._regions.get(message.rank)
         if waiting is None or waiting.done():
             return
-        layout = self._role.layout
-        buffers = [0] if self._role.sources.staged else np.flatnonzero(layout.buffer_rank == message.rank).tolist()
+        layout = self._context.layout
+        buffers = [0] if self._context.sources.staged else np.flatnonzero(layout.buffer_rank == message.rank).tolist()
         try:
             if message.text or len(message.regions) != len(buffers):
                 raise DescriptorError(f"publisher rank {message.rank} does not lend its sources: {message.text}")
@@ -102,40 +108,40 @@ class Borrowing:
             waiting.set_exception(error)
 
     def _lend(self, peer: Peer, message: wire.Borrow) -> None:
-        role, why = self._role, ""
+        context, why = self._context, ""
         leases = self._lent.setdefault(peer, [])
         try:
             if not leases:
-                for region in role.sources.regions.values():
+                for region in context.sources.regions.values():
                     leases.append(region.lease(peer, access="read"))
         except TransferError as error:
             why = error.message
         descriptors = [] if why else [lease.descriptor.encode() for lease in leases]
-        role.tell(peer, wire.Borrowed(message.update, role.rank, descriptors, wire.clip(why)))
+        context.tell(peer, wire.Borrowed(message.update, context.rank, descriptors, wire.clip(why)))
 
     async def _lend_copies(self, peer: Peer, message: wire.Borrow) -> None:
         """Of sources that peers cannot read: bring what the other rank needs into host memory, and lend that."""
-        role, why, descriptors = self._role, "", []
+        context, why, descriptors = self._context, "", []
         try:
             descriptors.append(await self._copied(peer, message))
         except TransferError as error:
             why = error.message
-        role.tell(peer, wire.Borrowed(message.update, role.rank, descriptors, wire.clip(why)))
+        context.tell(peer, wire.Borrowed(message.update, context.rank, descriptors, wire.clip(why)))
 
     async def _copied(self, peer: Peer, message: wire.Borrow) -> bytes:
-        role, current = self._role, self._role.current
-        if current is None or current.update != message.update or current.work is None or peer in self._lent:
+        context, work = self._context, self._work
+        if work is None or self._update != message.update or peer in self._lent:
             raise ClosedError("this update is over here, or has been asked for already")
-        leases, work = self._lent.setdefault(peer, []), current.work
-        theirs = await aside(role.engine, work.plan.tasks, message.rank)
-        rows, places, total = theirs.lent(role.rank)
-        needed = sum(region.nbytes for region in self._copies) + total + work.staging_bytes + role.works.on_gpu_bytes
-        if needed > role.works.staging_bytes:
+        leases = self._lent.setdefault(peer, [])
+        theirs = await aside(context.engine, work.plan.tasks, message.rank)
+        rows, places, total = theirs.lent(context.rank)
+        needed = sum(region.nbytes for region in self._copies) + total + work.staging_bytes + self._works.on_gpu_bytes
+        if needed > self._works.staging_bytes:
             raise RegistrationError(f"what it lends does not fit beside its staging memory: staging_bytes must be {needed}")
-        memory = role.engine.allocate(total)
+        memory = context.engine.allocate(total)
         self._copies.append(memory)
-        role.sources.devices.pin(memory)
-        await steady(role.engine, self._bring, theirs, rows, places, memory_of(memory))
+        context.sources.devices.pin(memory)
+        await steady(context.engine, self._bring, theirs, rows, places, memory_of(memory))
         leases.append(memory.lease(peer, access="read"))
         return leases[-1].descriptor.encode()
 
@@ -143,21 +149,22 @@ class Borrowing:
         for row, at in zip(rows.tolist(), places.tolist(), strict=True):
             extent, item = theirs.input_stop[row] - theirs.input_start[row], int(theirs.input_to_strides[row, -1])
             there = place(memory, item, at, extent, strides_of(extent[None], np.array([item]))[0])
-            self._role.sources.bring(
+            self._context.sources.bring(
                 there, int(theirs.input_buffer[row]), int(theirs.input_offset[row]), theirs.input_strides[row]
             )
 
     def end(self) -> None:
         """The update is over: nothing is lent or borrowed any more."""
+        self._update, self._work = None, None
         lent, self._lent, self._regions = self._lent, {}, {}
         copies, self._copies = self._copies, []
         leases = [lease for some in lent.values() for lease in some]
         if leases or copies:
-            self._role.mail.own(self._revoke(leases, copies))
+            self._context.mail.own(self._revoke(leases, copies))
 
     async def _revoke(self, leases: list[Lease], copies: list[Region]) -> None:
-        seconds = self._role.engine.config.drain_timeout
+        seconds = self._context.engine.config.drain_timeout
         await asyncio.gather(*(lease.revoke(timeout=seconds) for lease in leases), return_exceptions=True)
         for memory in copies:
-            self._role.sources.devices.unpin(memory)
+            self._context.sources.devices.unpin(memory)
             memory.close()

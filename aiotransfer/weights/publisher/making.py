@@ -19,23 +19,20 @@ from aiotransfer.weights.tasks import Writes, strides_of
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import Region, RegionView
-    from aiotransfer.weights.publisher.publisher import Publisher
-    from aiotransfer.weights.publisher.update import Update
-    from aiotransfer.weights.publisher.work import Work
+    from aiotransfer.weights.publisher.run import Run
 
 
 class Making:
     """Of one update. `region`: the staging memory, None where the plan needs none."""
 
-    def __init__(self, role: Publisher, update: Update, work: Work) -> None:
-        self._role, self._update, self._work = role, update, work
-        tasks = work.tasks
+    def __init__(self, run: Run) -> None:
+        self._run, self._context, self._work, self._journal = run, run.context, run.work, run.journal
+        tasks = run.work.tasks
         self._staged = (tasks.in_offset >= 0) | (tasks.out_offset >= 0)
         self._needed = set(zip(tasks.phase[self._staged].tolist(), tasks.part[self._staged].tolist(), strict=True))
-        self.region: Region | None = role.staging(work) if self._staged.any() else None
-        self._journal = update.journal
+        self.region: Region | None = run.works.staging(run.work) if self._staged.any() else None
         if self.region is not None:
-            self._journal.staging_peak = work.staging_bytes
+            self._journal.staging_peak = run.work.staging_bytes
 
     def is_needed(self, phase: int, part: int) -> bool:
         """Whether some of this part is made in the staging memory."""
@@ -47,30 +44,30 @@ class Making:
         tasks = self._work.tasks
         jobs = np.flatnonzero(self._staged & (tasks.phase == phase) & (tasks.part == part))
         inputs = np.flatnonzero(np.isin(tasks.input_job, jobs))
-        far = inputs[tasks.input_rank[inputs] != self._role.rank]
+        far = inputs[tasks.input_rank[inputs] != self._context.rank]
         if len(far):
             began = time.perf_counter()
-            await self._role.borrowing.read(self._update, tasks, far, self.region)
+            await self._run.borrowing.read(self._run.update, tasks, far, self.region)
             self._journal.gathered += sum(map(self._input_bytes, far.tolist()))
             self._journal.gather += time.perf_counter() - began
-        await steady(self._role.engine, self._make, jobs, inputs)
+        await steady(self._context.engine, self._make, jobs, inputs)
 
     def _make(self, jobs: Any, inputs: Any) -> None:
-        tasks, plan, role = self._work.tasks, self._work.plan, self._role
+        tasks, plan, context = self._work.tasks, self._work.plan, self._context
         assert self.region is not None
         staging, journal = memory_of(self.region), self._journal
         began = time.perf_counter()
         converted = [job for job in jobs.tolist() if self._convert_on_gpu(job)]
-        self._journal.staging_peak = max(self._journal.staging_peak, self._work.staging_bytes + role.sources.on_gpu.held)
+        self._journal.staging_peak = max(self._journal.staging_peak, self._work.staging_bytes + context.sources.on_gpu.held)
         jobs = jobs[~np.isin(jobs, converted)]
         inputs = inputs[~np.isin(tasks.input_job[inputs], converted)]
         on_gpu = time.perf_counter() - began
-        for row in inputs[(tasks.input_rank[inputs] == role.rank) & (tasks.input_to[inputs] >= 0)].tolist():
+        for row in inputs[(tasks.input_rank[inputs] == context.rank) & (tasks.input_to[inputs] >= 0)].tolist():
             extent = tasks.input_stop[row] - tasks.input_start[row]
             item = self._source_item(int(tasks.input_job[row]))
             journal.gathered += self._input_bytes(row)
             there = place(staging, item, int(tasks.input_to[row]), extent, tasks.input_to_strides[row])
-            role.sources.bring(there, int(tasks.input_buffer[row]), int(tasks.input_offset[row]), tasks.input_strides[row])
+            context.sources.bring(there, int(tasks.input_buffer[row]), int(tasks.input_offset[row]), tasks.input_strides[row])
         copied = time.perf_counter()
         journal.gather += copied - began - on_gpu
         first = np.searchsorted(tasks.input_job, jobs)
@@ -81,13 +78,13 @@ class Making:
             dense = strides_of(extent[None], np.array([self._source_item(job)]))[0]
             if tasks.in_offset[job] >= 0:
                 memory, offset, strides = staging, int(tasks.in_offset[job]), dense
-            elif role.sources.staged:
+            elif context.sources.staged:
                 there = place(staging, self._source_item(job), int(tasks.out_offset[job]), extent, dense)
-                role.sources.bring(there, int(tasks.input_buffer[row]), int(tasks.input_offset[row]), tasks.input_strides[row])
+                context.sources.bring(there, int(tasks.input_buffer[row]), int(tasks.input_offset[row]), tasks.input_strides[row])
                 journal.gathered += self._input_bytes(row)
                 continue
             else:
-                memory, offset = memory_of(role.sources.regions[int(tasks.input_buffer[row])]), int(tasks.input_offset[row])
+                memory, offset = memory_of(context.sources.regions[int(tasks.input_buffer[row])]), int(tasks.input_offset[row])
                 strides = tasks.input_strides[row]
             journal.converted += int(extent.prod()) * self._source_item(job)
             tensor = int(tasks.tensor[job])
@@ -103,12 +100,12 @@ class Making:
 
     def _convert_on_gpu(self, job: int) -> bool:
         """Whether a job was cast or quantised on the GPU where its only input lies."""
-        tasks, plan, role = self._work.tasks, self._work.plan, self._role
+        tasks, plan, context = self._work.tasks, self._work.plan, self._context
         first, end = np.searchsorted(tasks.input_job, [job, job + 1]).tolist()
-        most = role.works.on_gpu_bytes
+        most = self._run.works.on_gpu_bytes
         if not most or tasks.kind[job] == COPY or tasks.out_offset[job] < 0 or end - first != 1:
             return False
-        if tasks.input_rank[first] != role.rank:
+        if tasks.input_rank[first] != context.rank:
             return False
         assert self.region is not None
         tensor = int(tasks.tensor[job])
@@ -121,7 +118,7 @@ class Making:
         )  # fmt: skip
         wrong = None
         try:
-            done = role.sources.convert(int(tasks.input_buffer[first]), box, memory_of(self.region), most)
+            done = context.sources.convert(int(tasks.input_buffer[first]), box, memory_of(self.region), most)
         except NotFiniteError as error:
             wrong = self._not_finite(job, error)
         if wrong is not None:
@@ -154,7 +151,7 @@ class Making:
         """The checksum of the writes `begin` to `end`, by where they go."""
         some = slice(begin, end)
         return sum_runs(
-            self._role.sources.bytes_of(source),
+            self._context.sources.bytes_of(source),
             writes.source_offset[some],
             writes.target_buffer[some],
             writes.target_offset[some],
@@ -164,4 +161,4 @@ class Making:
     def close(self) -> None:
         """The staging memory stays with the publisher, for the next version; memory of a GPU does not."""
         self.region = None
-        self._role.sources.on_gpu.release()
+        self._context.sources.on_gpu.release()

@@ -10,42 +10,38 @@ Behind the block every subscriber that was there has the version; else `UpdateEr
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from aiotransfer.aio.timeouts import despite_cancels
-from aiotransfer.engine.runtime.base import seconds, world_of
+from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
-from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError
+from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError
 from aiotransfer.weights import arguments
 from aiotransfer.weights.binding import bound_of
-from aiotransfer.weights.errors import PlanError
 from aiotransfer.weights.files import FileBound
-from aiotransfer.weights.layout import Layout
 from aiotransfer.weights.mail import Mail
-from aiotransfer.weights.mappings import Mappings
 from aiotransfer.weights.observer import Observer
 from aiotransfer.weights.protocol import relays, wire
-from aiotransfer.weights.protocol.pieces import Pieces, pieces
-from aiotransfer.weights.protocol.roll import Roll
-from aiotransfer.weights.protocol.version import Version, check_epoch, check_number
+from aiotransfer.weights.protocol.pieces import pieces
+from aiotransfer.weights.protocol.version import check_epoch, check_number
 from aiotransfer.weights.publisher.borrowing import Borrowing
 from aiotransfer.weights.publisher.catching import Catching
+from aiotransfer.weights.publisher.context import Context
 from aiotransfer.weights.publisher.filed import FileSources
+from aiotransfer.weights.publisher.layouts import Layouts
 from aiotransfer.weights.publisher.leader import Leader
 from aiotransfer.weights.publisher.memory import Sources
-from aiotransfer.weights.publisher.update import Update
+from aiotransfer.weights.publisher.subscribers import Subscribers
+from aiotransfer.weights.publisher.update import Parts, Turn, Update
 from aiotransfer.weights.publisher.work import Works
 from aiotransfer.weights.rules import GivenRules, by_instance
-from aiotransfer.weights.watch import Changes, Watch, reach
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.memory.region import Region
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.engine.sync.group import PeerGroup
     from aiotransfer.weights.progress import Progress
@@ -53,9 +49,6 @@ if TYPE_CHECKING:
     from aiotransfer.weights.record import UpdateRecord
 
 MOST_SECONDS = 1e9  # of a deadline, also of none: what messages say of it is a number
-TELL_SECONDS = 10.0  # for a message; what it is about has a deadline of its own
-CALL_SECONDS = 0.5  # in which a peer that was not heard of says whether it subscribes
-MOST_LAYOUTS = 256  # of instances, remembered
 STAGING_BYTES = 1 << 30
 
 
@@ -99,7 +92,7 @@ class Publisher(Unpicklable):
             raise ValueError("a Publisher needs a layout with memory: layout.bind(rank, {buffer: tensor}), or layout_of(model)")
         if self.layout.ranks != self.ranks:
             raise ValueError(f"the layout has {self.layout.ranks} ranks, the group {self.ranks}")
-        self.rate_limit, self.checksum = arguments.rate(rate_limit), arguments.flag("checksum", checksum)
+        rate_limit, checksum = arguments.rate(rate_limit), arguments.flag("checksum", checksum)
         staging_bytes, templates = arguments.count("staging_bytes", staging_bytes), arguments.names(names)
         if fanout not in ("direct", "relay"):
             raise ValueError(f"fanout is 'direct' or 'relay', not {fanout!r}")
@@ -107,39 +100,30 @@ class Publisher(Unpicklable):
         self.observer = Observer(progress, on_record, "publisher", self.rank)
         self.records = self.observer.records
         self.engine = engine
-        self.seconds = min(seconds(timeout, engine.timeout), MOST_SECONDS)
-        self.epoch = check_epoch(epoch)
-        self.works = Works(self, by_instance(rules), staging_bytes, templates, fanout)
-        self.roll = Roll()
-        self.life = self.random()
-        self._called: dict[Peer, None] = {}
-        self._peers: dict[tuple[str, int], Peer] = {}  # the peer that has announced each subscriber rank
-        self._losses: dict[Peer, asyncio.Task[None]] = {}
-        self.gone: dict[tuple[str, int], tuple[int, str]] = {}  # lives of subscriber ranks that were known, and how they ended
-        self.mappings = Mappings()
-        self._layouts: dict[bytes, Layout] = {}
-        self._pieces: dict[bytes, tuple[Peer, Pieces]] = {}
+        within = min(seconds(timeout, engine.timeout), MOST_SECONDS)
+        epoch, known_rules = check_epoch(epoch), by_instance(rules)
         self._routing: set[tuple[Peer, bytes]] = set()  # peers and the routes that they are being told
-        self._changes = Changes()
-        self._attempts = 0
-        self._current: Update | None = None
-        self._staging: Region | None = None
-        self._closed = False
         self._closing: asyncio.Task[None] | None = None
         if any(isinstance(member, Publisher) for member in Mail.of(engine)):
             raise ConfigurationError("this engine has a Publisher already", hint="close that one first, or open another engine")
         self.sources = FileSources(engine, bound) if isinstance(bound, FileBound) else Sources(engine, bound, staging)
         self.mail = Mail.enter(engine, self)
-        self.never = engine.counter()
-        self.watch = Watch(self.never, self.mail)
-        self.leader = Leader(self) if self.rank == 0 else None
-        self.catching = Catching(self)
-        self.borrowing = Borrowing(self)
-        self.call_new()
-
-    def random(self) -> int:
-        """63 bits that no other role has."""
-        return int.from_bytes(world_of(self.engine).entropy(8)) >> 1
+        self.context = context = Context(
+            engine, self.members, self.rank, self.layout, self.sources, self.mail, self.observer, within, rate_limit, checksum
+        )
+        self.mappings = context.mappings
+        self.subscribers = Subscribers(context, self._came, self._went)
+        self._layouts = Layouts(context)
+        self.works = Works(context, self._layouts, known_rules, staging_bytes, templates, fanout)
+        self.borrowing = Borrowing(context, self.works)
+        self.leader: Leader | None = None
+        if self.rank == 0:
+            hear = functools.partial(self._from_leader, None)
+            self.leader = Leader(context, self.subscribers, hear, self._work_of, lambda: self.catching.look())
+        self.catching = Catching(context, self.subscribers, self._is_idle)
+        self._turn = Turn()
+        self._parts = Parts(context, self.subscribers, self.works, self.borrowing, self.leader, self._turn, epoch or 0)
+        self.subscribers.call_new()
 
     # ---- for the host ----
 
@@ -154,136 +138,50 @@ class Publisher(Unpicklable):
         subscriber fits), `UpdateError` (`.committed` has the version, `.missing` says of each other rank why not), `ClosedError`;
         `TypeError` and `ValueError` at once.
         """
-        return Update(self, check_number(number))
-
-    def begin(self, update: Update) -> int:
-        """An update begins on this rank. Returns the number of its attempt. Raises `ClosedError`, `ConfigurationError`."""
-        if self._closed:
-            raise ClosedError("the publisher is closed")
-        if self._current is not None:
-            raise ConfigurationError(f"version {self._current.number} is being published", hint="one version at a time")
-        self._current = update
-        self._attempts += 1
-        return self._attempts
-
-    def end(self, update: Update) -> None:
-        """Forget an update that is over."""
-        if self._current is update:
-            self._current = None
-        self.watch.close()
-        self.borrowing.end()
+        return Update(self._parts, check_number(number))
 
     @property
     def current(self) -> Update | None:
-        """What is being published."""
-        return self._current
+        """The update that is under way; None between two."""
+        return self._turn.current
 
     @property
     def is_closed(self) -> bool:
         """Whether nothing begins here any more."""
-        return self._closed
+        return self._turn.is_closed
 
     @property
     def staging_held(self) -> int:
         """Bytes of staging memory that this rank holds; kept between versions."""
-        return 0 if self._staging is None else self._staging.nbytes
+        return self.works.staging_held
 
-    def staging(self, work: Work) -> Region:
-        """The staging memory that a plan needs, at most `staging_bytes`."""
-        if self._staging is None or self._staging.nbytes < work.staging_bytes:
-            if self._staging is not None:
-                self.works.drop_prepared()
-                self.sources.devices.unpin(self._staging)
-                self._staging.close()
-            self._staging = self.engine.allocate(work.staging_bytes)
-            self.sources.devices.pin(self._staging)
-        return self._staging
+    def _is_idle(self) -> bool:
+        """Whether instances may catch up: publisher rank 0 sees to that, while nothing is published."""
+        return self.leader is not None and self.leader.conduct is None and not self.is_closed
 
-    def refuse(self, instances: dict[str, list[wire.Entry]], error: PlanError) -> None:
-        """Tell subscribers that nothing here fits them."""
-        problems = [wire.clip(text) for text in error.problems[: wire.MOST_PROBLEMS]]
-        text = wire.clip(error.message.partition("\n")[0])
-        for entry in (entry for entries in instances.values() for entry in entries):
-            if (peer := self._peers.get((entry.instance, entry.rank))) is not None and peer.state in ("up", "busy"):
-                self.tell(peer, wire.Refuse(entry.life, "plan", text, problems))
-
-    def refuse_misfits(self, instances: dict[str, list[wire.Entry]], work: Work) -> None:
-        """The same for those that do not fit, where others do."""
-        for name, problems in work.misfits.items():
-            self.refuse({name: instances[name]}, PlanError(problems=problems))
-
-    def work_of(self, update: int) -> Work:
+    def _work_of(self, update: int) -> Work:
         """The plan of the update that is under way."""
-        assert self._current is not None
-        assert self._current.work is not None
-        assert self._current.update == update
-        return self._current.work
+        current = self._turn.current
+        assert current is not None
+        assert current.work is not None
+        assert current.update == update
+        return current.work
 
-    # ---- peers ----
+    # ---- subscribers ----
 
-    def tell(self, peer: Peer, message: wire.Message) -> None:
-        """Queue the message for `peer`, which gets it soon."""
-        self.mail.tell(peer, message, TELL_SECONDS)
+    def _came(self, entry: wire.Entry) -> None:
+        """A subscriber rank has announced itself."""
+        if self._turn.current is not None:
+            self._turn.current.forward(entry)
+        if self.leader is not None:
+            if self.leader.conduct is not None:
+                self.leader.conduct.heard()
+            self.catching.look()
 
-    def call_new(self) -> None:
-        """Ask peers that were not asked before whether they subscribe."""
-        self._called = {peer: None for peer in self._called if peer.state in ("up", "busy")}
-        for peer in self.engine.peers:
-            if peer not in self._called:
-                self._called[peer] = None
-                self.tell(peer, wire.Call())
-
-    def knows(self, instance: str, rank: int) -> bool:
-        """Whether this rank hears of a subscriber rank itself."""
-        return (instance, rank) in self._peers
-
-    def known(self) -> list[wire.Entry]:
-        """Subscriber ranks that this rank hears of itself."""
-        return [entry for entry in self.roll.entries if self.knows(entry.instance, entry.rank)]
-
-    async def call(self) -> None:
-        """Returns when every peer that subscribes by now has been heard of; one that does not answer is waited for briefly."""
-        self._called.clear()
-        self.call_new()
-        first = self._attempts == 1 or (self.leader is not None and self.leader.epoch is None)  # the epoch is still to be found
-        unknown = [peer for peer in self.engine.peers if first or peer not in self._peers.values()]
-
-        async def ask(peer: Peer) -> None:
-            try:
-                await peer.ping(timeout=min(CALL_SECONDS, self.seconds))  # an announcement comes before its answer
-            except TransferError:
-                pass
-
-        await asyncio.gather(*map(ask, unknown))
-
-    def took(self, entry: wire.Entry, version: Version, trainer: int) -> None:
-        """A subscriber rank has a version now."""
-        known = self.roll.get(entry.instance, entry.rank)
-        if known is not None and known.life == entry.life:
-            now: Any = {"epoch": version.epoch, "number": version.number, "whole": True, "trainer": trainer}
-            self.roll.add(msgspec.structs.replace(known, **now))
-
-    async def layout_of(self, entries: list[wire.Entry]) -> Layout:
-        """Of an instance: known, or asked of one of its ranks. Raises `TransferError`. The deadline is the caller's."""
-        digest = entries[0].digest
-        while digest not in self._layouts:
-            entry = entries[self.rank % len(entries)]
-            peer = await reach(self.engine, entry.address, self.seconds)
-            self.watch.add(peer, lambda _, error: self._changes.wake())
-            if digest not in self._pieces:
-                self._pieces[digest] = peer, Pieces(entry.layout_bytes)
-                self.tell(peer, wire.Want(digest))
-
-            def came(peer: Peer = peer) -> bool:
-                if peer.error is not None:
-                    raise peer.error
-                return digest not in self._pieces or digest in self._layouts
-
-            try:
-                await self._changes.until(came)
-            finally:
-                self._pieces.pop(digest, None)
-        return self._layouts[digest]
+    def _went(self, who: wire.Entry | wire.Leave, why: str) -> None:
+        """A subscriber rank was closed, or lost."""
+        if self.leader is not None and self.leader.conduct is not None:
+            self.leader.conduct.gone(who, why)
 
     # ---- messages ----
 
@@ -291,24 +189,21 @@ class Publisher(Unpicklable):
         """One message of `peer`. Raises `DescriptorError`."""
         match message:
             case wire.Announce():
-                self._announced(peer, message)
+                self.subscribers.announced(peer, message)
             case wire.Leave():
                 self.mappings.left(peer, message.instance, message.rank)
-                self._is_gone(message, "its subscriber was closed")
-                self.roll.remove(message.instance, message.rank, message.life)
-                if self.leader is not None and self.leader.conduct is not None:
-                    self.leader.conduct.gone(message, "its subscriber was closed")
+                self.subscribers.left(message)
             case wire.Piece():
-                self._piece(peer, message)
+                self._layouts.piece(peer, message)
             case wire.Enter() | wire.Withdraw() | wire.Heard() if self.leader is not None:
                 self._entered(peer, message)
             case wire.Planned() | wire.Sent() | relays.Stood() if self.leader is not None:
                 self._from_rank(peer, message)
-            case wire.Abandon() if self.leader is not None and str(peer.address) in self.members:
+            case wire.Abandon() if self.leader is not None and self.context.is_member(peer):
                 if self.leader.conduct is not None and self.leader.conduct.update == message.update:
                     self.leader.conduct.from_rank(message)
             case wire.Begin() | wire.Go() | wire.Drop() | wire.Outcome() | wire.Abandon() | relays.Instead() | relays.Settle():
-                self.from_leader(peer, message)
+                self._from_leader(peer, message)
             case wire.Accept() | wire.Decline() | wire.Done() if self.leader is not None:
                 self._answered(peer, message)
             case relays.Short() | relays.Gathered() if self.leader is not None:
@@ -319,89 +214,15 @@ class Publisher(Unpicklable):
                     self._routing.add((peer, message.digest))
                     self.mail.own(self._tell_route(peer, message.digest))
             case wire.Borrow() | wire.Borrowed():
-                if str(peer.address) in self.members and self._current is not None and self._current.update == message.update:
+                if self.context.is_member(peer) and self.current is not None and self.current.update == message.update:
                     self.borrowing.receive(peer, message)
             case wire.Grant():
-                if self._current is not None and self._current.update == message.update:
-                    self._current.granted(peer, message)
-
-    def _announced(self, peer: Peer, message: wire.Announce) -> None:
-        entry = message.entry
-        if entry.incarnation != peer.incarnation:
-            raise DescriptorError("a subscriber announces itself for another engine")
-        key = entry.instance, entry.rank
-        known, holder = self.roll.get(*key), self._peers.get(key)
-        taken = known is not None and known.life != entry.life and holder is not None and holder is not peer
-        if taken and holder is not None and holder.state == "up":
-            self.mail.own(self._contest(peer, holder, entry))
-            return
-        self._take(peer, entry)
-
-    async def _contest(self, peer: Peer, holder: Peer, entry: wire.Entry) -> None:
-        """Another engine has this instance and rank: it may have died without a word."""
-        try:
-            await holder.ping(timeout=self.engine.config.peer_timeout)
-        except TransferError:
-            self._take(peer, entry)
-            return
-        text = f"instance {entry.instance!r} has a rank {entry.rank} at {holder.address} already"
-        self.tell(peer, wire.Refuse(entry.life, "name", wire.clip(text), []))
-
-    def _take(self, peer: Peer, entry: wire.Entry) -> None:
-        if why := self.roll.add(entry):
-            self.tell(peer, wire.Refuse(entry.life, "bound", why, []))
-            return
-        self._peers[entry.instance, entry.rank] = peer
-        self.gone.pop((entry.instance, entry.rank), None)
-        self._peers = {key: peer for key, peer in self._peers.items() if self.roll.get(*key) is not None}
-        if peer not in self._losses:
-            self._losses[peer] = self.mail.own(self._await_loss(peer))
-        if self._current is not None:
-            self._current.forward(entry)
-        if self.leader is not None:
-            if self.leader.conduct is not None:
-                self.leader.conduct.heard()
-            self.catching.look()
-
-    async def _await_loss(self, peer: Peer) -> None:
-        await peer.closed()
-        del self._losses[peer]
-        self.mappings.lost(peer)
-        for key in [key for key, holder in self._peers.items() if holder is peer]:
-            del self._peers[key]
-            if (entry := self.roll.get(*key)) is not None:
-                self.roll.remove(*key, entry.life)
-                self._is_gone(entry, why := "it was lost" if peer.error is None else f"it was lost: {peer.error.message}")
-                if self.leader is not None and self.leader.conduct is not None:
-                    self.leader.conduct.gone(entry, why)
-
-    def _is_gone(self, who: wire.Entry | wire.Leave, why: str) -> None:
-        self.gone[who.instance, who.rank] = who.life, why
-        while len(self.gone) > wire.MOST_ENTRIES:
-            del self.gone[next(iter(self.gone))]
-
-    def _piece(self, peer: Peer, piece: wire.Piece) -> None:
-        holder, pieces = self._pieces.get(piece.digest, (None, None))
-        if holder is not peer or pieces is None:
-            return
-        try:
-            data = pieces.add(piece)
-            if data is None:
-                return
-            layout = Layout.decode(data)
-            if bytes.fromhex(layout.digest) != piece.digest:
-                raise DescriptorError("a layout is not the one that was announced")
-            self._layouts[piece.digest] = layout
-            while len(self._layouts) > MOST_LAYOUTS:
-                del self._layouts[next(iter(self._layouts))]
-        finally:
-            if pieces.over:
-                self._pieces.pop(piece.digest, None)
-                self._changes.wake()
+                if self.current is not None and self.current.update == message.update:
+                    self.current.granted(peer, message)
 
     def _entered(self, peer: Peer, message: wire.Enter | wire.Withdraw | wire.Heard) -> None:
         assert self.leader is not None
-        if not 0 < message.rank < self.ranks or str(peer.address) != self.members[message.rank]:
+        if not message.rank or not self.context.is_member(peer, message.rank):
             raise DescriptorError(f"{peer} is not publisher rank {message.rank}")
         if isinstance(message, wire.Enter):
             self.leader.enter(peer, message)
@@ -414,7 +235,7 @@ class Publisher(Unpicklable):
         try:
             data = await self.works.route(digest)
             for piece in [] if data is None else pieces(digest, data):
-                self.tell(peer, piece)
+                self.context.tell(peer, piece)
         finally:
             self._routing.discard((peer, digest))
 
@@ -424,10 +245,10 @@ class Publisher(Unpicklable):
         if conduct is not None and conduct.update == message.update and conduct.enters[message.rank][0] is peer:
             conduct.from_rank(message)
 
-    def from_leader(self, peer: Peer | None, message: Any) -> None:
+    def _from_leader(self, peer: Peer | None, message: Any) -> None:
         """What rank 0 says to this rank; of this rank itself where `peer` is None."""
-        if self._current is not None and self._current.leader is peer:
-            self._current.hear(message)
+        if self.current is not None and self.current.leader is peer:
+            self.current.hear(message)
 
     def _answered(self, peer: Peer, message: wire.Accept | wire.Decline | wire.Done) -> None:
         assert self.leader is not None
@@ -440,7 +261,7 @@ class Publisher(Unpicklable):
     async def aclose(self) -> None:
         """Abandon what is under way, tell the others, give memory back. Twice is silent."""
         if self._closing is None:
-            self._closed = True
+            self._turn.is_closed = True
             self._closing = asyncio.get_running_loop().create_task(self._close())
         try:
             await asyncio.shield(self._closing)
@@ -450,31 +271,27 @@ class Publisher(Unpicklable):
 
     def engine_closed(self) -> None:
         """The engine was closed first: what waits here is told at once."""
-        self._closed = True
+        self._turn.is_closed = True
         error = ClosedError("the engine of this publisher is closed")
-        if self._current is not None:
-            self._current.fail(error)
+        if self.current is not None:
+            self.current.fail(error)
         if self.leader is not None and self.leader.conduct is not None:
             self.leader.conduct.give("failed", f"publisher rank 0: {error.message}")
-        self._changes.wake()
+        self._layouts.wake()
 
     async def _close(self) -> None:
-        if self._current is not None:
-            await self._current.close()
-        self._changes.wake()
+        if self.current is not None:
+            await self.current.close()
+        self._layouts.wake()
         if self.leader is not None and self.leader.conduct is not None:
             self.leader.conduct.give("failed", "publisher rank 0 was closed")
             await asyncio.wait([self.leader.conduct.task])
         self.catching.close()
-        for waiting in self._losses.values():
-            waiting.cancel()
+        self.subscribers.close()
         self.mappings.close()
-        self.watch.close()
-        self.never.close()
-        self.works.drop_prepared()
-        self.sources.devices.unpin()
-        if self._staging is not None:
-            self._staging.close()
+        self.context.watch.close()
+        self.context.never.close()
+        self.works.close()
         await self.mail.leave(self)
         self.sources.close()
 

@@ -9,7 +9,8 @@ from aiotransfer.weights.protocol import relays, wire
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.weights.publisher.conduct import Conduct
+    from aiotransfer.weights.publisher.context import Context
+    from aiotransfer.weights.publisher.course import Course
     from aiotransfer.weights.publisher.work import Work
 
 GATHER_SHARE = 0.85  # of the time that is left: instances that are not whole by then are left behind
@@ -18,10 +19,11 @@ LATE = "its bytes had not all come when the other instances had to change"
 
 
 class Settling:
-    """How one `Conduct` settles an update that goes by relays."""
+    """Of one update that goes by relays. `gathered`: instances that have all bytes; `stood`: publisher ranks whose sources were
+    at rest until all had."""
 
-    def __init__(self, conduct: Conduct) -> None:
-        self._conduct = conduct
+    def __init__(self, context: Context, course: Course) -> None:
+        self._context, self._course = context, course
         self.gathered: set[str] = set()
         self.stood: set[int] = set()
 
@@ -31,7 +33,7 @@ class Settling:
         """The relay part of the offer to a subscriber rank; None where the publishers write to all instances."""
         if not work.relays:
             return None
-        plan, offered, rate = work.plan, work.offered(), self._conduct.role.rate_limit
+        plan, offered, rate = work.plan, work.offered(), self._context.rate_limit
         number = plan.receiver(instance, rank)
         digest, nbytes = offered.routes.get(number, (b"", 0))
         return relays.Passing(
@@ -48,7 +50,7 @@ class Settling:
         return feeders | work.offered().coming[passing.number].steps
 
     def _entry(self, work: Work, number: int) -> wire.Entry:
-        return self._conduct.targets[work.plan.who(number)].entry
+        return self._course.targets[work.plan.who(number)].entry
 
     def _onward(self, work: Work, number: int) -> relays.Onward:
         entry = self._entry(work, number)
@@ -58,33 +60,29 @@ class Settling:
 
     def hear(self, peer: Peer, message: relays.Short | relays.Gathered) -> None:
         """Handle a message of a subscriber rank."""
-        conduct = self._conduct
+        course = self._course
         rank = message.rank if isinstance(message, relays.Short) else 0
-        target = conduct.targets.get((message.instance, rank))
-        if target is None or target.peer is not peer or message.instance not in conduct._going or target.done is not None:
+        target = course.targets.get((message.instance, rank))
+        if target is None or target.peer is not peer or message.instance not in course.going or target.done is not None:
             return
         if isinstance(message, relays.Gathered):
             self.gathered.add(message.instance)
-            conduct.heard()
+            course.wake()
         else:
-            self._tell(relays.Instead(conduct.update, message.instance, message.rank))
+            course.tell_ranks(relays.Instead(course.update, message.instance, message.rank))
 
     def _is_over(self, instance: str) -> bool:
-        targets = self._conduct.targets
+        targets = self._course.targets
         return instance in self.gathered or any(target.done for (name, _), target in targets.items() if name == instance)
 
     async def run(self) -> bool:
         """Returns when each instance is whole or left behind: whether all sources were at rest until then. Raises `Given`."""
-        conduct = self._conduct
-        await conduct._until(lambda: all(map(self._is_over, conduct._going)), conduct.left() * GATHER_SHARE)
-        late = [name for name in conduct._going if not self._is_over(name)]
-        for (name, _), target in conduct.targets.items():
+        course = self._course
+        await course.until(lambda: all(map(self._is_over, course.going)), course.left() * GATHER_SHARE)
+        late = [name for name in course.going if not self._is_over(name)]
+        for (name, _), target in course.targets.items():
             if name in late:
-                conduct._drop(target, LATE)
-                conduct.done(target, LATE)
-        self._tell(relays.Settle(conduct.update))
-        return await conduct._until(lambda: len(self.stood) == conduct.role.ranks)
-
-    def _tell(self, message: relays.Instead | relays.Settle) -> None:
-        for peer, _ in self._conduct.enters.values():
-            self._conduct.leader.send(peer, message)
+                course.drop(target, LATE)
+                course.done(target, LATE)
+        course.tell_ranks(relays.Settle(course.update))
+        return await course.until(lambda: len(self.stood) == self._context.ranks)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from aiotransfer.errors import ClosedError, DescriptorError, TransferError
@@ -21,9 +21,8 @@ from aiotransfer.weights.watch import Changes
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.publisher.making import Making
-    from aiotransfer.weights.publisher.publisher import Publisher
-    from aiotransfer.weights.publisher.sending import Receiver, Sending
-    from aiotransfer.weights.publisher.update import Update
+    from aiotransfer.weights.publisher.run import Run
+    from aiotransfer.weights.publisher.writing import Receiver, Writing
 
 Key = tuple[int, int]  # a receiver, and the relay in whose place this rank writes
 
@@ -38,13 +37,12 @@ class Ready(NamedTuple):
 
 
 class Standing:
-    """The part of one `Sending` that writes in the place of relays that failed."""
+    """Of one update: what is written in the place of relays that failed. `going`: the instances that take the version."""
 
-    def __init__(self, role: Publisher, update: Update, sending: Sending, going: Sequence[str]) -> None:
-        assert update.work is not None
-        assert update.work.instead is not None
-        self._role, self._update, self._sending, self._plan = role, update, sending, update.work.plan
-        self.writes, self._calls = update.work.instead, update.work.instead_calls
+    def __init__(self, run: Run, writing: Writing, going: Container[str]) -> None:
+        assert run.work.instead is not None
+        self._run, self._context, self._writing, self._plan = run, run.context, writing, run.work.plan
+        self.writes, self._calls = run.work.instead, run.work.instead_calls
         self._asking: dict[Key, asyncio.Future[wire.Grant]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._ready: list[Ready] = []
@@ -82,28 +80,28 @@ class Standing:
                 waiting.exception()  # it may not have been asked yet
 
     def _want(self, key: Key) -> None:
-        receiver = self._sending.receivers.get(key[0])
+        receiver = self._writing.receivers.get(key[0])
         if receiver is None or receiver.failed or key in self._asking or self._settled:
             return
         self._asking[key] = asyncio.get_running_loop().create_future()
-        self._tasks.append(self._role.mail.own(self._ask(receiver, key)))
+        self._tasks.append(self._context.mail.own(self._ask(receiver, key)))
 
     # ---- the right to write ----
 
     async def _ask(self, receiver: Receiver, key: Key) -> None:
-        sending, (_, via) = self._sending, key
+        writing, (_, via) = self._writing, key
         try:
-            peer = await sending.reach(receiver)
+            peer = await writing.reach(receiver)
             calls = self._calls[key]
             writes = sum(call.end - call.begin for call in calls)
-            self._role.tell(peer, wire.Ask(self._update.update, receiver.entry.life, self._role.rank, via, writes))
+            self._context.tell(peer, wire.Ask(self._run.update, receiver.entry.life, self._context.rank, via, writes))
             grant = await self._asking[key]
             if grant.text or not grant.imms:
                 return  # it has ended there, or everything has come
             if len(grant.imms) != 1:
                 raise DescriptorError("a grant in the place of a relay has one immediate")
-            regions = sending.regions_of(receiver, peer, grant)
-            await sending.bind(regions)
+            regions = writing.regions_of(receiver, peer, grant)
+            await writing.bind(regions)
             self._ready.append(Ready(receiver, calls, regions, grant.imms[0]))
             self._changes.wake()
         except TransferError as error:
@@ -113,7 +111,7 @@ class Standing:
     def granted(self, peer: Peer, grant: wire.Grant) -> None:
         """A subscriber rank lets this one write in the place of a relay. Raises `DescriptorError`."""
         for (number, via), waiting in self._asking.items():
-            receiver = self._sending.receivers[number]
+            receiver = self._writing.receivers[number]
             entry = receiver.entry
             if via == grant.instead and (entry.instance, entry.rank) == (grant.instance, grant.rank) and receiver.peer is peer:
                 if not waiting.done():
@@ -124,7 +122,7 @@ class Standing:
     def lost(self, peer: Peer, error: TransferError) -> None:
         """End the waits for a subscriber rank that was lost."""
         for (number, _), waiting in self._asking.items():
-            if self._sending.receivers[number].peer is peer and not waiting.done():
+            if self._writing.receivers[number].peer is peer and not waiting.done():
                 waiting.set_exception(error)
                 waiting.exception()
 
@@ -141,25 +139,25 @@ class Standing:
             await self._write(ready, making)
 
     def _news(self) -> list[int]:
-        return [number for number, receiver in self._sending.receivers.items() if receiver.failed and number not in self._told]
+        return [number for number, receiver in self._writing.receivers.items() if receiver.failed and number not in self._told]
 
     def _tell_failed(self) -> None:
         if news := self._news():
             self._told.update(news)
-            self._update.tell_failed(self._sending.result())
+            self._run.tell_failed(self._writing.failed())
 
     async def _write(self, ready: list[Ready], making: Making) -> None:
         calls = sorted(((call.phase, call.part, k, call) for k, one in enumerate(ready) for call in one.calls))
         for (phase, part), some in itertools.groupby(calls, key=lambda item: item[:2]):
             if making.is_needed(phase, part):
-                await self._sending.drain()
+                await self._writing.drain()
                 await making.make(phase, part)
             for _, _, k, call in some:
                 one = ready[k]
-                await self._sending.write(one.receiver, self.writes, call, one.regions, one.imm, making)
-        await self._sending.drain()
+                await self._writing.write(one.receiver, self.writes, call, one.regions, one.imm, making)
+        await self._writing.drain()
 
     def close(self) -> None:
-        """The sending has ended."""
+        """Ask for no more rights to write: the update has ended here."""
         for task in self._tasks:
             task.cancel()

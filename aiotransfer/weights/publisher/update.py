@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
@@ -15,6 +16,7 @@ from aiotransfer.weights.errors import PlanError, UpdateError, VersionError
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.roll import name_of
 from aiotransfer.weights.protocol.version import Version
+from aiotransfer.weights.publisher.run import Run
 from aiotransfer.weights.publisher.sending import Sending
 from aiotransfer.weights.watch import Changes, Watch, reach
 
@@ -22,15 +24,67 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.weights.checkpoint.placing import Target
     from aiotransfer.weights.observer import Journal
     from aiotransfer.weights.progress import Showing
-    from aiotransfer.weights.publisher.publisher import Publisher
-    from aiotransfer.weights.publisher.work import Work
+    from aiotransfer.weights.publisher.borrowing import Borrowing
+    from aiotransfer.weights.publisher.context import Context
+    from aiotransfer.weights.publisher.leader import Leader
+    from aiotransfer.weights.publisher.subscribers import Subscribers
+    from aiotransfer.weights.publisher.work import Work, Works
 
 T = TypeVar("T")
 GRACE = 1.0  # seconds after the deadline in which rank 0 says how it ended
 NEVER = -1  # no update has begun
+
+
+class Files(Protocol):
+    """What was saved inside of an update, under names that it has until then."""
+
+    def commit(self) -> None:
+        """Give the files their real names. Raises `OSError`."""
+        ...
+
+    def discard(self) -> None:
+        """Remove them, where they have not got their real names."""
+        ...
+
+
+class Turn:
+    """One update at a time. `current`: the one that is under way."""
+
+    def __init__(self) -> None:
+        self.current: Update | None = None
+        self.is_closed = False
+        self._attempts = 0
+
+    def begin(self, update: Update) -> int:
+        """An update begins on this rank. Returns the number of its attempt. Raises `ClosedError`, `ConfigurationError`."""
+        if self.is_closed:
+            raise ClosedError("the publisher is closed")
+        if self.current is not None:
+            raise ConfigurationError(f"version {self.current.number} is being published", hint="one version at a time")
+        self.current = update
+        self._attempts += 1
+        return self._attempts
+
+    def end(self, update: Update) -> None:
+        """Forget an update that is over."""
+        if self.current is update:
+            self.current = None
+
+
+@dataclass(eq=False)
+class Parts:
+    """What an update is made with. `leader`: what publisher rank 0 does for all, None on other ranks; `epoch`: that the host has
+    named, else 0."""
+
+    context: Context
+    subscribers: Subscribers
+    works: Works
+    borrowing: Borrowing
+    leader: Leader | None
+    turn: Turn
+    epoch: int
 
 
 class Update(Unpicklable):
@@ -38,8 +92,8 @@ class Update(Unpicklable):
 
     _instead = "publish where its Publisher is; send update.version"
 
-    def __init__(self, role: Publisher, number: int) -> None:
-        self._role = role
+    def __init__(self, parts: Parts, number: int) -> None:
+        self._parts, self._context, self._lead = parts, parts.context, parts.leader
         self.number = number
         self.version: Version | None = None
         self.update = NEVER
@@ -60,14 +114,14 @@ class Update(Unpicklable):
         self._showing: Showing | None = None
         self._watch: Watch | None = None
         self._is_inside = False
-        self._targets: list[Target] = []
+        self._targets: list[Files] = []
 
     @property
     def is_inside(self) -> bool:
         """Whether its block runs: sources rest."""
         return self._is_inside
 
-    def afterwards(self, target: Target) -> None:
+    def afterwards(self, target: Files) -> None:
         """Files of this version: they appear when all ranks have found their sources at rest, else not at all."""
         if not self._is_inside:
             target.discard()
@@ -82,14 +136,14 @@ class Update(Unpicklable):
     # ---- the block ----
 
     async def __aenter__(self) -> Update:
-        role = self._role
+        context = self._context
         if self._attempt:
             raise ClosedError(f"version {self.number} was published by this object before", hint="call publish again")
-        self._attempt = role.begin(self)
-        self.journal = role.observer.begin()
+        self._attempt = self._parts.turn.begin(self)
+        self.journal = context.observer.begin()
         self._loop = asyncio.get_running_loop()
-        self._ends = self._loop.time() + role.seconds
-        self._watch = Watch(role.never, role.mail)
+        self._ends = self._loop.time() + context.seconds
+        self._watch = Watch(context.never, context.mail)
         try:
             with self._ended():
                 await self._within(self._enter)
@@ -103,22 +157,23 @@ class Update(Unpicklable):
         return self
 
     async def _enter(self) -> None:
-        role = self._role
-        role.sources.note()
-        await role.sources.finished()
-        await role.call()
-        if role.rank:
+        parts, context = self._parts, self._context
+        context.sources.note()
+        await context.sources.finished()
+        is_first = self._attempt == 1 or (self._lead is not None and self._lead.history.epoch is None)
+        await parts.subscribers.call(all_peers=is_first)  # of the first one the epoch is still to be found
+        if context.rank:
             try:
-                self.leader = await reach(role.engine, role.members[0], self._left())
+                self.leader = await reach(context.engine, context.members[0], self._left())
             except TransferError as error:
                 raise self._failed(
                     f"version {self.number} was not published: no way to publisher rank 0: {error.message}"
                 ) from error
             self._add_watch(self.leader, "publisher rank 0")
-        enter = wire.Enter(role.rank, self._attempt, self.number, role.epoch or 0, role.works.digest, role.known())
+        enter = wire.Enter(context.rank, self._attempt, self.number, parts.epoch, parts.works.digest, parts.subscribers.known())
         self._entered = True
-        if role.leader is not None:
-            role.leader.enter(None, enter)
+        if self._lead is not None:
+            self._lead.enter(None, enter)
         else:
             self._tell(enter)
         begun = await self._until(lambda: self._begun)
@@ -128,25 +183,31 @@ class Update(Unpicklable):
         for entry in begun.entries:
             self.instances.setdefault(entry.instance, []).append(entry)
         try:
-            self.work = await role.works.make(self.instances)
+            self.work = await parts.works.make(self.instances)
         except PlanError as error:
             self._tell(wire.Abandon(self.update, 0, "plan", wire.clip(error.message.partition("\n")[0]), 0, -1,
                                     [wire.clip(text) for text in error.problems[: wire.MOST_PROBLEMS]]))  # fmt: skip
-            if role.leader is not None:
-                role.refuse(self.instances, error)
+            if self._lead is not None:
+                parts.subscribers.refuse(self.instances, error)
             raise
-        if role.leader is not None:
-            role.refuse_misfits(self.instances, self.work)
-        if role.checksum:
-            await role.sources.note_sums()
+        parts.borrowing.begin(self.update, self.work)
+        if self._lead is not None:
+            for name, problems in self.work.misfits.items():  # those that do not fit, where others do
+                parts.subscribers.refuse({name: self.instances[name]}, PlanError(problems=problems))
+        if context.checksum:
+            await context.sources.note_sums()
         self.journal.step("plan")
-        self._tell(wire.Planned(self.update, role.rank, self.work.digest))
+        self._tell(wire.Planned(self.update, context.rank, self.work.digest))
         go = await self._until(lambda: self._go)
         self.journal.step("offer")
-        sending = self._sending = Sending(role, self, go.instances, self._left())
+        run = Run(
+            context, parts.works, parts.borrowing, self.update, self.work, self.journal, self.tell_failed, self._changes.wake
+        )
+        entries = {(entry.instance, entry.rank): entry for name in go.instances for entry in self.instances[name]}
+        sending = self._sending = Sending(run, entries, self._left())
         for message in self._early:
             sending.hear(message)
-        self._showing = role.observer.show(self.version, sending.total, sending.landed)
+        self._showing = context.observer.show(self.version, sending.total, sending.landed)
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         self._is_inside = False
@@ -169,25 +230,25 @@ class Update(Unpicklable):
         self._raise_outcome()
 
     async def _finish(self) -> None:
-        role, sending = self._role, self._sending
+        context, sending = self._context, self._sending
         assert sending is not None
         await self._until(lambda: sending.is_over or None)
         self.journal.step("block")
         failed = sending.result()
-        role.sources.check()
-        if role.checksum:
-            await role.sources.check_sums()
+        context.sources.check()
+        if context.checksum:
+            await context.sources.check_sums()
         self.tell_failed(failed)
         if sending.standing is not None:
-            self._tell(relays.Stood(self.update, role.rank))
+            self._tell(relays.Stood(self.update, context.rank))
         await self._until(lambda: self._outcome)
         for target in self._targets:
-            await steady(role.engine, target.commit)
+            await steady(context.engine, target.commit)
         self.journal.step("confirm")
 
     def tell_failed(self, failed: list[tuple[str, int, str]]) -> None:
         """This rank has written what it can; it could not write to these."""
-        self._tell(wire.Sent(self.update, self._role.rank, failed))
+        self._tell(wire.Sent(self.update, self._context.rank, failed))
 
     def _raise_outcome(self) -> None:
         assert self._outcome is not None
@@ -216,17 +277,16 @@ class Update(Unpicklable):
             raise self._late() from None
 
     def _late(self) -> UpdateError:
-        role = self._role
         self._kind = self._kind or "late"
         what = "publisher rank 0 did not say how it ended"
         if self._begun is None:
-            missing = role.leader.missing() if role.leader is not None else []
+            missing = self._lead.missing() if self._lead is not None else []
             what = (
                 f"publisher ranks {missing} did not enter publish({self.number})"
                 if missing
                 else "publisher rank 0 did not begin it"
             )
-        return self._failed(f"version {self.number} was not published within {role.seconds:g} s: {what}")
+        return self._failed(f"version {self.number} was not published within {self._context.seconds:g} s: {what}")
 
     @contextlib.contextmanager
     def _ended(self) -> Iterator[None]:
@@ -295,12 +355,8 @@ class Update(Unpicklable):
 
     def forward(self, entry: wire.Entry) -> None:
         """A subscriber was heard of: rank 0 may wait for it."""
-        if self._role.rank and self._entered and self._begun is None:
-            self._tell(wire.Heard(self._role.rank, entry))
-
-    def wake(self) -> None:
-        """The writes have come to an end."""
-        self._changes.wake()
+        if self._context.rank and self._entered and self._begun is None:
+            self._tell(wire.Heard(self._context.rank, entry))
 
     def _add_watch(self, peer: Peer, who: str) -> None:
         assert self._watch is not None
@@ -313,12 +369,11 @@ class Update(Unpicklable):
         self._watch.add(peer, lost)
 
     def _tell(self, message: Any) -> None:
-        role = self._role
-        if role.leader is None:
+        if self._lead is None:
             if self.leader is not None and self.leader.state in ("up", "busy"):
-                role.tell(self.leader, message)
-        elif role.leader.conduct is not None and role.leader.conduct.update == self.update:
-            role.leader.conduct.from_rank(message)
+                self._context.tell(self.leader, message)
+        elif self._lead.conduct is not None and self._lead.conduct.update == self.update:
+            self._lead.conduct.from_rank(message)
 
     # ---- the end ----
 
@@ -326,11 +381,12 @@ class Update(Unpicklable):
         if self._over or not self._entered or self._error is not None:
             return
         if self._begun is not None:
-            self._tell(wire.Abandon(self.update, 0, "failed", wire.clip(f"publisher rank {self._role.rank}: {why}"), 0, -1, []))
-        elif self._role.leader is not None:
-            self._role.leader.withdraw(0, self._attempt)
+            text = wire.clip(f"publisher rank {self._context.rank}: {why}")
+            self._tell(wire.Abandon(self.update, 0, "failed", text, 0, -1, []))
+        elif self._lead is not None:
+            self._lead.withdraw(0, self._attempt)
         else:
-            self._tell(wire.Withdraw(self._role.rank, self._attempt))
+            self._tell(wire.Withdraw(self._context.rank, self._attempt))
 
     def _dropped(self, error: GeneratorExit) -> None:
         """Its coroutine was: nothing may be awaited. Where its loop was closed, too, everything else of it is over."""
@@ -354,12 +410,14 @@ class Update(Unpicklable):
             self._watch.close()
         if self._sending is not None:
             self._sending.cancel()
-        self._role.end(self)
+        self._parts.turn.end(self)
+        self._context.watch.close()
+        self._parts.borrowing.end()
         self._record(error)
 
     def _record(self, error: BaseException | None) -> None:
         """What is known of it in the end."""
-        role, outcome = self._role, self._outcome
+        outcome, staging = self._outcome, self._parts.works.staging_held
         missing = dict(outcome.missing) if outcome is not None and error is None else {}
         committed = bool(outcome is not None and outcome.committed and error is None)
         if error is not None:
@@ -370,7 +428,7 @@ class Update(Unpicklable):
         known: dict[str, Any] = {} if self._begun is None else {"update": f"{self.update:016x}", "version": self.version}
         self.journal.close(
             outcome=how, error=text if error is None else str(getattr(error, "message", None) or repr(error)),
-            total=0 if self._sending is None else self._sending.total, nbytes=self.nbytes_sent, staging=role.staging_held,
+            total=0 if self._sending is None else self._sending.total, nbytes=self.nbytes_sent, staging=staging,
             subscribers=sum(map(len, self.instances.values())), present=self.version if committed else None,
             left_behind=tuple(sorted({name.rpartition("/")[0] for name in missing})) if committed else (), **known,
         )  # fmt: skip
@@ -393,7 +451,7 @@ class Update(Unpicklable):
         self._changes.wake()
 
     async def close(self) -> None:
-        """The publisher is closed."""
+        """Give the version up, because the publisher is closed."""
         self.fail(ClosedError("the publisher was closed"))
         self._abandon("it was closed")
         if self._sending is not None:

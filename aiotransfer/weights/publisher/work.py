@@ -20,7 +20,9 @@ from aiotransfer.weights.tasks import Call, Tasks, Writes, expected, instead, ta
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.weights.publisher.publisher import Publisher
+    from aiotransfer.engine.memory.region import Region
+    from aiotransfer.weights.publisher.context import Context
+    from aiotransfer.weights.publisher.layouts import Layouts
 
 MOST_WORKS = 8
 LENT = 3  # quarters of the staging memory that are left for a plan where the last one is lent
@@ -138,22 +140,23 @@ class Offered:
 
 
 class Works:
-    """The works of one publisher, kept for each set of subscribers."""
+    """The works of one publisher, kept for each set of subscribers, and the staging memory that they share."""
 
     def __init__(
-        self, role: Publisher, rules: Rules, staging_bytes: int, names: tuple[str, ...] | None, fanout: str
+        self, context: Context, layouts: Layouts, rules: Rules, staging_bytes: int, names: tuple[str, ...] | None, fanout: str
     ) -> None:
-        self._role = role
+        self._context, self._layouts = context, layouts
         self._rules, self._names, self._fanout = rules, names, fanout
         self.staging_bytes = staging_bytes
         self._known: dict[tuple[tuple[str, bytes], ...], Work] = {}
+        self._staging: Region | None = None
 
     @property
     def digest(self) -> bytes:
         """What all publisher ranks must have alike."""
-        role = self._role
-        where = role.sources.staged, role.sources.apart, bool(role.sources.devices.ordinals)
-        parts = role.layout.digest, where, self._rules, self.staging_bytes, self._names, self._fanout
+        context = self._context
+        where = context.sources.staged, context.sources.apart, bool(context.sources.devices.ordinals)
+        parts = context.layout.digest, where, self._rules, self.staging_bytes, self._names, self._fanout
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
     async def make(self, instances: dict[str, list[wire.Entry]]) -> Work:
@@ -161,8 +164,8 @@ class Works:
         key = tuple((name, entries[0].digest) for name, entries in instances.items())
         work = self._known.get(key)
         if work is None:
-            layouts = {name: await self._role.layout_of(entries) for name, entries in instances.items()}
-            work = await aside(self._role.engine, self._plan, layouts)
+            layouts = {name: await self._layouts.of(entries) for name, entries in instances.items()}
+            work = await aside(self._context.engine, self._plan, layouts)
             self._known[key] = work
             while len(self._known) > MOST_WORKS:
                 del self._known[next(iter(self._known))]
@@ -173,10 +176,34 @@ class Works:
         for work in self._known.values():
             for number, (known, _) in work.offered().routes.items() if work.relays else ():
                 if known == digest:
-                    return await aside(self._role.engine, work.offered().route, work.plan, number)
+                    return await aside(self._context.engine, work.offered().route, work.plan, number)
         return None
 
-    def drop_prepared(self) -> None:
+    @property
+    def staging_held(self) -> int:
+        """Bytes of staging memory that this rank holds; kept between versions."""
+        return 0 if self._staging is None else self._staging.nbytes
+
+    def staging(self, work: Work) -> Region:
+        """The staging memory that a plan needs, at most `staging_bytes`."""
+        devices = self._context.sources.devices
+        if self._staging is None or self._staging.nbytes < work.staging_bytes:
+            if self._staging is not None:
+                self._drop_prepared()
+                devices.unpin(self._staging)
+                self._staging.close()
+            self._staging = self._context.engine.allocate(work.staging_bytes)
+            devices.pin(self._staging)
+        return self._staging
+
+    def close(self) -> None:
+        """Give back the staging memory, and what was prepared for writes."""
+        self._drop_prepared()
+        self._context.sources.devices.unpin()
+        if self._staging is not None:
+            self._staging.close()
+
+    def _drop_prepared(self) -> None:
         """Memory that is written from is given back."""
         for work in self._known.values():
             work.drop_prepared()
@@ -186,8 +213,8 @@ class Works:
         while True:
             fitting = {name: layout for name, layout in layouts.items() if name not in misfits}
             try:
-                burst = self._role.rate_limit * BURST_SECONDS
-                return Work(self._role.engine, self._make(fitting), self._role.rank, misfits, burst)
+                burst = self._context.rate_limit * BURST_SECONDS
+                return Work(self._context.engine, self._make(fitting), self._context.rank, misfits, burst)
             except PlanError:
                 bad = self._alone(fitting) if len(layouts) > 1 else {}
                 if not bad or len(bad) == len(fitting):
@@ -196,14 +223,14 @@ class Works:
 
     def _make(self, layouts: dict[str, Layout]) -> Plan:
         how: Any = {"staging_bytes": self._planned_bytes(), "fanout": self._fanout, "names": self._names}
-        how["staged"], how["apart"] = self._role.sources.staged, self._role.sources.apart
-        return make_plan(self._role.layout, layouts, self._rules, **how)
+        how["staged"], how["apart"] = self._context.sources.staged, self._context.sources.apart
+        return make_plan(self._context.layout, layouts, self._rules, **how)
 
     def _planned_bytes(self) -> int:
         """Of the staging memory what a plan may use: where ranks lend one another copies (of blocks that a shard's edge cuts, on
         a GPU), a part of it is left for these, and so it is for `on_gpu_bytes`."""
-        role = self._role
-        lends = role.sources.staged and role.sources.devices.ordinals and role.ranks > 1
+        context = self._context
+        lends = context.sources.staged and context.sources.devices.ordinals and context.ranks > 1
         lent = self.staging_bytes * LENT // 4 if lends and self._has(Quantise) else self.staging_bytes
         return max(lent - self.on_gpu_bytes, 1)
 
@@ -211,7 +238,7 @@ class Works:
     def on_gpu_bytes(self) -> int:
         """Memory of a GPU that a rank may take while it casts and quantises there: a part of `staging_bytes`. Whether it can
         use it makes no difference, so that all ranks have the same plan."""
-        idle = self.staging_bytes < LEAST_ON_GPU or not self._role.sources.devices.ordinals or not self._has(Cast, Quantise)
+        idle = self.staging_bytes < LEAST_ON_GPU or not self._context.sources.devices.ordinals or not self._has(Cast, Quantise)
         return 0 if idle else self.staging_bytes // ON_GPU
 
     def _has(self, *kinds: type) -> bool:

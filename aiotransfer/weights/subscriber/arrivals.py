@@ -11,9 +11,9 @@ from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.subscriber.memory import leased
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.counter import Counter
-    from aiotransfer.engine.lease import Lease
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.memory.lease import Lease
+    from aiotransfer.engine.peers.peer import Peer
+    from aiotransfer.engine.sync.counter import Counter
     from aiotransfer.weights.subscriber.context import Context
     from aiotransfer.weights.watch import Changes
 

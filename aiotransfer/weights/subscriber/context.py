@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aiotransfer.engine.base import world_of
+from aiotransfer.engine.runtime.base import world_of
 from aiotransfer.weights.subscriber.stopped import Stopped
 from aiotransfer.weights.watch import Watch
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.counter import Counter
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
+    from aiotransfer.engine.sync.counter import Counter
     from aiotransfer.errors import TransferError
     from aiotransfer.weights.layout import Layout
     from aiotransfer.weights.mail import Mail

@@ -14,8 +14,8 @@ from aiotransfer.weights.subscriber.relayed import Relayed
 from aiotransfer.weights.watch import Changes, reach
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.counter import Counter
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
+    from aiotransfer.engine.sync.counter import Counter
     from aiotransfer.weights.subscriber.context import Context
     from aiotransfer.weights.subscriber.lending import Lending
 

@@ -12,9 +12,9 @@ from aiotransfer.weights.subscriber.memory import leased
 from aiotransfer.weights.watch import Watch
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.lease import Lease
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import RegionView
+    from aiotransfer.engine.memory.lease import Lease
+    from aiotransfer.engine.memory.region import RegionView
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.subscriber.context import Context
     from aiotransfer.weights.subscriber.present import Present
 

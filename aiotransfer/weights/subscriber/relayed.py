@@ -15,9 +15,9 @@ from aiotransfer.errors import DescriptorError, PeerLostError, QuarantineError, 
 from aiotransfer.weights.protocol import relays, wire
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.counter import Counter
-    from aiotransfer.engine.lease import Lease
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.memory.lease import Lease
+    from aiotransfer.engine.peers.peer import Peer
+    from aiotransfer.engine.sync.counter import Counter
     from aiotransfer.weights.subscriber.arrivals import Arrivals
 
 PATIENCE_SECONDS = 0.25  # that relays have at least, once everything else has come

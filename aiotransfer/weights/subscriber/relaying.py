@@ -23,8 +23,8 @@ from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.watch import Changes, reach
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
-    from aiotransfer.engine.region import RegionView
+    from aiotransfer.engine.memory.region import RegionView
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.subscriber.context import Context
     from aiotransfer.weights.subscriber.routes import Routes
 

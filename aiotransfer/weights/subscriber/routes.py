@@ -12,7 +12,7 @@ from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.protocol.pieces import Pieces
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.peer import Peer
+    from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.subscriber.context import Context
 
 MOST_ROUTES = 4  # the latest are kept

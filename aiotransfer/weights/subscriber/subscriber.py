@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.aio.timeouts import Patience, despite_cancels
-from aiotransfer.engine.base import is_open, seconds
-from aiotransfer.engine.unpicklable import Unpicklable
+from aiotransfer.engine.runtime.base import is_open, seconds
+from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, TransferTimeout, again
 from aiotransfer.weights import arguments
 from aiotransfer.weights.binding import bound_of
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.sync.counter import Counter
     from aiotransfer.weights.progress import Progress
     from aiotransfer.weights.record import UpdateRecord
 

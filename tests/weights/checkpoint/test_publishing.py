@@ -123,7 +123,7 @@ async def test_files_come_bit_for_bit_fused_cast_and_quantised_in_parts(
             for name, value in wanted.items():
                 np.testing.assert_array_equal(bits(subscriber.tensors[name]), bits(value), err_msg=name)
         for publisher in publishers:
-            assert 0 < publisher._staging.nbytes <= options["staging_bytes"]
+            assert 0 < publisher.staging_held <= options["staging_bytes"]
 
 
 @pytest.mark.parametrize("when", ["before", "inside"])
