@@ -53,6 +53,13 @@ ROOMS: dict[str, dict[str, set[str]]] = {  # by folder: each room, and those ben
         "fabric": {"", "host"},
         "selection": {"", "host", "shm", "fabric"},
     },
+    "kv": {
+        "protocol": set(),
+        "roles": {"protocol"},
+        "decode": {"protocol", "roles"},
+        "prefill": {"protocol", "roles"},
+        "registry": {"protocol", "decode", "prefill"},
+    },
     "moe": {
         "protocol": set(),
         "kernels": set(),
@@ -63,7 +70,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {  # by folder: each room, and those ben
 PRIVATE_OF_THE_ENGINE = {"kv": {"_values"}, "moe": {"_check", "_connections", "_lane", "_loop"}}  # that components use: no more
 PURE = (
     "model/", "core/", "control/frames.py", "control/session.py", "control/resume.py", "rendezvous/roster.py", "errors.py",
-    "kv/layout.py", "kv/plan.py", "kv/checksum.py", "kv/record.py", "kv/wire.py", "kv/saga.py", "kv/schedule.py",
+    "kv/protocol/", "kv/prefill/schedule.py",
     "kv/registry/member.py", "kv/registry/changes.py", "kv/registry/cache.py", "kv/registry/stamp.py",
     "moe/protocol/",
     "weights/arrays.py", "weights/layout.py", "weights/layoutcheck.py", "weights/pack.py", "weights/rules.py",

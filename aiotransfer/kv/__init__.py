@@ -7,14 +7,14 @@ provably free.
 
 from __future__ import annotations
 
-from aiotransfer.kv.decoder import Decoder
-from aiotransfer.kv.errors import KVRequestError, RequestCancelled, RequestFailed, RequestRefused, WrongPageError
-from aiotransfer.kv.handle import Arrival, Handle
-from aiotransfer.kv.layout import KVLayout, LayoutMismatch, Place
-from aiotransfer.kv.plan import PageTable, TransferPlan, pairs, plan_transfer, sources
-from aiotransfer.kv.prefiller import Prefiller
-from aiotransfer.kv.record import RequestRecord
-from aiotransfer.kv.request import LayerWrite, PrefillRequest
+from aiotransfer.kv.decode.decoder import Decoder
+from aiotransfer.kv.decode.handle import Arrival, Handle
+from aiotransfer.kv.prefill.prefiller import Prefiller
+from aiotransfer.kv.prefill.request import LayerWrite, PrefillRequest
+from aiotransfer.kv.protocol.errors import KVRequestError, RequestCancelled, RequestFailed, RequestRefused, WrongPageError
+from aiotransfer.kv.protocol.layout import KVLayout, LayoutMismatch, Place
+from aiotransfer.kv.protocol.plan import PageTable, TransferPlan, pairs, plan_transfer, sources
+from aiotransfer.kv.protocol.record import RequestRecord
 
 __all__ = [
     "Arrival",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from aiotransfer.telemetry.prometheus import SECONDS, Maker
 
 if TYPE_CHECKING:
-    from aiotransfer.kv.record import RequestRecord
+    from aiotransfer.kv.protocol.record import RequestRecord
 
 BYTES = tuple(float(1 << power) for power in range(12, 36, 2))  # 4 KiB to 16 GiB
 TOKENS = tuple(float(1 << power) for power in range(4, 20))  # 16 to 524,288

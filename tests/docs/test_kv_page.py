@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from aiotransfer.kv import saga
+from aiotransfer.kv.protocol import saga
 from tests.docs.complaints import complaints
 
 ROOT = Path(__file__).parent.parent.parent

@@ -100,7 +100,7 @@ GUARDS = (
         "                held._fence()\n", "                pass\n", "tests/hosts/test_leases.py",
     ),
     Mutant(
-        "kv: the immediate of a request only after the proof", "aiotransfer/kv/handle.py",
+        "kv: the immediate of a request only after the proof", "aiotransfer/kv/decode/handle.py",
         "        self._pool.forget(part.number for part in self._parts)\n",
         "        self._role.engine._values.give_back(self._counter)\n",
         "tests/kv/test_many.py",
@@ -133,29 +133,32 @@ GUARDS = (
         "        if exc is not None:\n            self._read_rest()\n", "", "tests/engine/test_last_words.py",
     ),
     Mutant(
-        "kv: whose turn it is is not passed", "aiotransfer/kv/schedule.py", "full.add(job.peer)", "pass",
-        "tests/kv/test_schedule.py",
+        "kv: whose turn it is is not passed", "aiotransfer/kv/prefill/schedule.py", "full.add(job.peer)", "pass",
+        "tests/kv/prefill/test_schedule.py",
     ),
     Mutant(
-        "kv: who has had more than others waits", "aiotransfer/kv/schedule.py",
-        "max(self._clock, self._ends.pop(job.request, 0))", "self._clock", "tests/kv/test_schedule.py",
+        "kv: who has had more than others waits", "aiotransfer/kv/prefill/schedule.py",
+        "max(self._clock, self._ends.pop(job.request, 0))", "self._clock", "tests/kv/prefill/test_schedule.py",
     ),
     Mutant(
-        "kv: blocks that changed places", "aiotransfer/kv/checksum.py", "blocks * weights[place]", "blocks",
-        "tests/kv/test_checksum.py",
+        "kv: blocks that changed places", "aiotransfer/kv/protocol/checksum.py", "blocks * weights[place]", "blocks",
+        "tests/kv/protocol/test_checksum.py",
     ),
-    Mutant("kv: another version", "aiotransfer/kv/wire.py", "if version != VERSION:", "if False:", "tests/kv/test_wire.py"),
     Mutant(
-        "kv: what was mapped stays so", "aiotransfer/kv/ledger.py", "if request.delivered else asked.kept",
+        "kv: another version", "aiotransfer/kv/protocol/messages.py", "if version != VERSION:", "if False:",
+        "tests/kv/protocol/test_messages.py",
+    ),
+    Mutant(
+        "kv: what was mapped stays so", "aiotransfer/kv/prefill/ledger.py", "if request.delivered else asked.kept",
         "if False else asked.kept", "tests/kv/test_many.py",
     ),
     Mutant(
-        "kv: withdrawn requests are taken out", "aiotransfer/kv/offers.py",
+        "kv: withdrawn requests are taken out", "aiotransfer/kv/prefill/offers.py",
         "if 2 * self._withdrawn > len(self._offered):", "if False:", "tests/kv/test_many.py",
     ),
     Mutant(
         "kv: a span's parent", "aiotransfer/telemetry/spans.py", "contexts.Context() if context is None else context", "None",
-        "tests/kv/test_tracing.py",
+        "tests/kv/roles/test_tracing.py",
     ),
     Mutant(
         "paths of one peer are bounded", "aiotransfer/engine/peers/peer.py",

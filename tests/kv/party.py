@@ -11,8 +11,8 @@ import numpy as np
 
 import aiotransfer as at
 from aiotransfer import kv
-from aiotransfer.kv.slots import memory_of
-from tests.kv.reference import Bytes, fill, logical
+from aiotransfer.engine.memory.views import memory_of
+from tests.kv.protocol.reference import Bytes, fill, logical
 
 SMALL: dict[str, Any] = {"layers": 4, "kv_heads": 2, "head_dim": 8, "dtype": "bfloat16", "page_tokens": 4, "num_pages": 64}
 

@@ -13,7 +13,7 @@ import numpy as np
 
 import aiotransfer as at
 from aiotransfer import kv
-from aiotransfer.kv import wire
+from aiotransfer.kv.protocol import messages
 
 
 class RawDecoder:
@@ -25,29 +25,29 @@ class RawDecoder:
         self.tail = engine.allocate(1 << 16)
         self.leases = [self.pool.lease(peer), self.tail.lease(peer)]
         self.numbers = itertools.count(1)
-        self._answers = engine.messages(wire.TO_DECODER)
+        self._answers = engine.messages(messages.TO_DECODER)
 
-    def reserve(self, id: str = "a", **other: Any) -> wire.Reserve:
+    def reserve(self, id: str = "a", **other: Any) -> messages.Reserve:
         """A reservation that is taken, but for what `other` says."""
         pool, tail = (lease.descriptor.encode() for lease in self.leases)
-        good = wire.Reserve(
+        good = messages.Reserve(
             next(self.numbers), id, self.layout.to_dict(), pool, tail, np.arange(3).tobytes(), 3 * self.layout.page_tokens,
             0, 5, 0, 30.0, False, b"",
         )  # fmt: skip
         return msgspec.structs.replace(good, **other)
 
-    async def send(self, message: wire.ToPrefiller | wire.ToDecoder) -> None:
-        await self.peer.send(wire.encode(message))
+    async def send(self, message: messages.ToPrefiller | messages.ToDecoder) -> None:
+        await self.peer.send(messages.encode(message))
 
-    async def answer(self) -> wire.ToDecoder:
+    async def answer(self) -> messages.ToDecoder:
         """The next, but for news of whom a request waits for: those come when time has passed."""
         async with asyncio.timeout(10):
-            while isinstance(message := wire.decode((await anext(self._answers)).data), wire.Waiting):
+            while isinstance(message := messages.decode((await anext(self._answers)).data), messages.Waiting):
                 pass
-        assert not isinstance(message, wire.Reserve | wire.Cancel | wire.Absent)
+        assert not isinstance(message, messages.Reserve | messages.Cancel | messages.Absent)
         return message
 
-    async def ask(self, id: str = "a", **other: Any) -> wire.ToDecoder:
+    async def ask(self, id: str = "a", **other: Any) -> messages.ToDecoder:
         """Reserve, and what comes back."""
         await self.send(self.reserve(id, **other))
         return await self.answer()

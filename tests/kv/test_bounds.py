@@ -13,10 +13,11 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import kv
-from aiotransfer.kv import layout as layouts
-from aiotransfer.kv import ledger, request, wire
-from aiotransfer.kv.plan import pairs, receivers
-from aiotransfer.kv.room import Room
+from aiotransfer.kv.prefill import ledger, request
+from aiotransfer.kv.protocol import layout as layouts
+from aiotransfer.kv.protocol import messages
+from aiotransfer.kv.protocol.plan import pairs, receivers
+from aiotransfer.kv.roles.dispatcher import Room
 from tests.kv.party import Party, cache_of, party, small
 from tests.kv.raw import raw_decoder
 
@@ -78,8 +79,8 @@ async def test_ranks_that_have_something_to_say_to_each_other_are_found_at_once_
 async def test_an_absurd_layout_is_refused_at_once_by_either_side(change: dict[str, Any]) -> None:
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
         answer = await raw.ask(layout=LAYOUT | change)
-        assert isinstance(answer, wire.Refused)
-        assert len(answer.text) <= wire.MOST_TEXT
+        assert isinstance(answer, messages.Refused)
+        assert len(answer.text) <= messages.MOST_TEXT
         assert not both.prefiller.requests
         await still_serves(both)
 
@@ -87,8 +88,8 @@ async def test_an_absurd_layout_is_refused_at_once_by_either_side(change: dict[s
         peer = await both.decode.engine.connect(prefill.address, timeout=10)
         with pytest.raises(kv.RequestFailed, match="makes no sense here"):
             asking = asyncio.create_task(both.decoder.request(peer, "a", [1]).__aenter__())
-            inbound, data = await anext(prefill.messages(wire.TO_PREFILLER))
-            await inbound.send(wire.encode(wire.Reserved(wire.number(data) or 0, LAYOUT | change)))
+            inbound, data = await anext(prefill.messages(messages.TO_PREFILLER))
+            await inbound.send(messages.encode(messages.Reserved(messages.number(data) or 0, LAYOUT | change)))
             await asking
         assert not both.decoder.held
         await still_serves(both)
@@ -108,7 +109,7 @@ def offered(region: at.Region, peer: at.Peer) -> bytes:
         ({"page_ids": np.array([5, 7, 5]).tobytes()}, "names a page twice"),
         ({"page_ids": np.array([0, 1, 1 << 62]).tobytes()}, "holds page"),
         ({"page_ids": np.array([0, 1, -1]).tobytes()}, "holds page -1"),
-        ({"tokens": wire.MOST_TOKENS}, "pages of 4, not 3"),
+        ({"tokens": messages.MOST_TOKENS}, "pages of 4, not 3"),
         ({"layout": LAYOUT | {"page_tokens": 1 << 20, "num_pages": 3}, "page_ids": bytes(8)}, "less than its layout"),
         ({"layout": LAYOUT | {"num_pages": 65}}, "less than its layout"),
         ({"layout": LAYOUT | {"offset": 1}}, "less than its layout"),
@@ -119,7 +120,7 @@ async def test_a_reservation_that_a_layer_would_stumble_over_is_refused_before_i
 ) -> None:
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
         answer = await raw.ask(**change)
-        assert isinstance(answer, wire.Refused)
+        assert isinstance(answer, messages.Refused)
         assert words in answer.text
         assert not both.prefiller.requests
         await still_serves(both)
@@ -128,17 +129,17 @@ async def test_a_reservation_that_a_layer_would_stumble_over_is_refused_before_i
 async def test_pages_before_the_first_token_that_is_written_may_be_named_twice() -> None:
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
         answer = await raw.ask(page_ids=np.array([5, 5, 6]).tobytes(), skip_tokens=8)
-        assert isinstance(answer, wire.Reserved)
+        assert isinstance(answer, messages.Reserved)
 
 
 async def test_checksums_take_room_in_the_tail() -> None:
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
         enough = 16 + 8 * 3 * 4
         tail = raw.tail[:enough].lease(raw.peer).descriptor
-        assert isinstance(await raw.ask("a", tail=tail.encode(), checksums=True), wire.Reserved)
+        assert isinstance(await raw.ask("a", tail=tail.encode(), checksums=True), messages.Reserved)
         answer = await raw.ask("b", tail=tail[: enough - 1].encode(), checksums=True)
-        assert isinstance(answer, wire.Refused)
-        assert isinstance(await raw.ask("b", tail=tail[: enough - 1].encode()), wire.Reserved)
+        assert isinstance(answer, messages.Refused)
+        assert isinstance(await raw.ask("b", tail=tail[: enough - 1].encode()), messages.Reserved)
 
 
 @pytest.mark.parametrize("name", ["pages", "tail"])
@@ -146,7 +147,7 @@ async def test_memory_of_another_engine_cannot_be_offered(name: str) -> None:
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
         foreign = both.decode.region.lease(both.peer)  # to the prefill rank, by another engine
         answer = await raw.ask(**{name: foreign.descriptor.encode()})
-        assert isinstance(answer, wire.Refused)
+        assert isinstance(answer, messages.Refused)
         assert "does not belong to the engine that offers it" in answer.text
         await foreign.revoke(timeout=10)
 
@@ -155,8 +156,8 @@ async def test_a_peer_cannot_cancel_the_request_of_another() -> None:
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
         async with both.decoder.request(both.peer, "a", [1, 2, 3], tokens=12) as handle:
             number = handle._parts[0].number
-            await raw.send(wire.Cancel(number, "cancelled"))
-            assert isinstance(await raw.ask("b"), wire.Reserved)  # that was read before
+            await raw.send(messages.Cancel(number, "cancelled"))
+            assert isinstance(await raw.ask("b"), messages.Reserved)  # that was read before
             serving = asyncio.create_task(both.serve(cache_of(both.prefill.layout, 12), [0, 1, 2]))
             await handle.arrived(timeout=10)
             await serving
@@ -169,28 +170,28 @@ async def test_what_reservations_take_is_bounded_and_the_peer_that_takes_the_mos
     options = {"reserved_bytes": 1 << 20}
     async with party(prefill_options=options) as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
         answers = [await raw.ask(str(i), data=bytes(100_000), seconds=math.inf) for i in range(12)]
-        taken = [isinstance(answer, wire.Reserved) for answer in answers]
+        taken = [isinstance(answer, messages.Reserved) for answer in answers]
         assert taken == [True] * 10 + [False] * 2
-        assert isinstance(answers[-1], wire.Refused)
+        assert isinstance(answers[-1], messages.Refused)
         assert answers[-1].reason == "busy"
         assert both.prefiller._ledger.nbytes <= 1 << 20
         for turn in range(3):  # a friend has room, with a long prompt and with none
             async with both.decoder.request(both.peer, f"friend {turn}", [1], data=bytes(200_000 if turn else 0)) as handle:
                 assert handle.state == "streaming"
         gave_way = await raw.answer()
-        assert isinstance(gave_way, wire.Failed)
+        assert isinstance(gave_way, messages.Failed)
         assert "made room" in gave_way.text
         await raw.send(raw.reserve("long", data=bytes(1_045_000)))
-        while isinstance(answer := await raw.answer(), wire.Failed):
+        while isinstance(answer := await raw.answer(), messages.Failed):
             assert "made room" in answer.text
-        assert isinstance(answer, wire.Refused)
+        assert isinstance(answer, messages.Refused)
     assert both.prefiller._ledger.nbytes == 0
 
 
 async def test_one_peer_does_not_take_all_the_requests() -> None:
     options = {"most_requests": 6}
     async with party(prefill_options=options) as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
-        assert [type(await raw.ask(str(i))) for i in range(7)] == [wire.Reserved] * 6 + [wire.Refused]
+        assert [type(await raw.ask(str(i))) for i in range(7)] == [messages.Reserved] * 6 + [messages.Refused]
         handles = [both.decoder.request(both.peer, str(i), [i], tokens=4, timeout=10) for i in range(4)]
         for handle in handles[:3]:
             await handle.__aenter__()
@@ -218,7 +219,7 @@ async def test_a_peer_that_goes_leaves_nothing() -> None:
     async with party() as both:
         async with raw_decoder(both.prefill.engine, both.decode.layout) as raw:
             for i in range(5):
-                assert isinstance(await raw.ask(str(i), instance=f"i{i}", seconds=math.inf, data=bytes(1000)), wire.Reserved)
+                assert isinstance(await raw.ask(str(i), instance=f"i{i}", seconds=math.inf, data=bytes(1000)), messages.Reserved)
             book = both.prefiller._ledger
             assert (len(book.requests), len(book.asked), len(book._ranks)) == (5, 1, 5)
         async with asyncio.timeout(10):
@@ -230,19 +231,19 @@ async def test_a_peer_that_goes_leaves_nothing() -> None:
 async def test_one_engine_speaks_for_so_many_ranks() -> None:
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
         answers = [await raw.ask("a", instance=f"i{i}") for i in range(ledger.MOST_RANKS + 1)]
-        assert [type(answer) for answer in answers] == [wire.Reserved] * ledger.MOST_RANKS + [wire.Refused]
-        assert isinstance(await raw.ask("b", instance="i0"), wire.Reserved)
+        assert [type(answer) for answer in answers] == [messages.Reserved] * ledger.MOST_RANKS + [messages.Refused]
+        assert isinstance(await raw.ask("b", instance="i0"), messages.Reserved)
 
 
 # ---- times ----
 
 
 async def test_a_deadline_without_end_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "MOST_SECONDS", 0.2)
+    monkeypatch.setattr(messages, "MOST_SECONDS", 0.2)
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
-        assert isinstance(await raw.ask(seconds=math.inf), wire.Reserved)
+        assert isinstance(await raw.ask(seconds=math.inf), messages.Reserved)
         late = await raw.answer()
-        assert isinstance(late, wire.Failed)
+        assert isinstance(late, messages.Failed)
         assert late.late
         assert not both.prefiller.requests
 
@@ -251,13 +252,13 @@ async def test_ranks_that_never_ask_are_not_waited_for_without_end(monkeypatch: 
     monkeypatch.setattr(request, "GATHER_SECONDS", 0.2)
     two = small(tp=2)
     async with party() as both, raw_decoder(both.prefill.engine, two) as raw:
-        assert isinstance(await raw.ask(seconds=math.inf, instance="A"), wire.Reserved)
+        assert isinstance(await raw.ask(seconds=math.inf, instance="A"), messages.Reserved)
         late = await raw.answer()
-        assert isinstance(late, wire.Failed)
+        assert isinstance(late, messages.Failed)
         assert "decode rank (0, 1) of 2 has not asked" in late.text
         for rank in (0, 1):  # when all have asked it has its own time
             layout = small(tp=2, tp_rank=rank).to_dict()
-            assert isinstance(await raw.ask("b", seconds=30.0, instance="A", layout=layout), wire.Reserved)
+            assert isinstance(await raw.ask("b", seconds=30.0, instance="A", layout=layout), messages.Reserved)
         await asyncio.sleep(0.4)
         assert [known.state for known in both.prefiller.requests.values()] == ["offered"]
 
@@ -286,7 +287,7 @@ async def test_any_number_of_priorities_makes_a_bounded_number_of_classes() -> N
 
 
 async def test_tables_of_all_plans_share_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotransfer.kv.plan.MOST_ROWS", 200)
+    monkeypatch.setattr("aiotransfer.kv.protocol.plan.MOST_ROWS", 200)
     async with party() as both, raw_decoder(both.prefill.engine, small(num_pages=128)) as raw:
         for i in range(20):
             await raw.ask(str(i), layout=small(num_pages=100 + i).to_dict())
@@ -311,7 +312,7 @@ async def test_a_reader_goes_on_after_any_exception_of_one_message(
             patch.setattr(type(role), "receive", lambda *_: [][0])
             if side == "prefill":
                 answer = await raw.ask()
-                assert isinstance(answer, wire.Refused)
+                assert isinstance(answer, messages.Refused)
                 assert "could not be handled" in answer.text
             else:
                 with pytest.raises(kv.RequestFailed, match="could not be handled"):
@@ -337,12 +338,12 @@ async def test_a_message_that_even_its_answer_cannot_bear_ends_no_reader(
             patch.setattr(kv.Prefiller, "receive", fail)
             patch.setattr(kv.Prefiller, "unreadable", fail)
             await raw.send(raw.reserve())
-            await raw.peer.send(wire.TO_PREFILLER + b"\xff" * 30)
+            await raw.peer.send(messages.TO_PREFILLER + b"\xff" * 30)
             await raw.peer.ping(timeout=10)
             await asyncio.sleep(0.05)
         assert caplog.text.count("could not be handled") == 2
         caplog.clear()
-        assert isinstance(await raw.ask(), wire.Reserved)
+        assert isinstance(await raw.ask(), messages.Reserved)
         await still_serves(both)
 
 
@@ -361,14 +362,14 @@ async def test_what_the_host_does_with_a_record_ends_no_reader(caplog: pytest.Lo
 # ---- what a prefill rank says and writes ----
 
 
-async def the_request(both: Party, prefill: at.Engine) -> tuple[kv.Handle, at.Peer, wire.Reserve, asyncio.Task[Any]]:
+async def the_request(both: Party, prefill: at.Engine) -> tuple[kv.Handle, at.Peer, messages.Reserve, asyncio.Task[Any]]:
     """A request to an engine without a Prefiller, which speaks for one by hand."""
     peer = await both.decode.engine.connect(prefill.address, timeout=10)
     handle = both.decoder.request(peer, "a", [1, 2, 3], tokens=12, timeout=20)
     entering = asyncio.create_task(handle.__aenter__())
-    inbound, data = await anext(prefill.messages(wire.TO_PREFILLER))
-    message = wire.decode(data)
-    assert isinstance(message, wire.Reserve)
+    inbound, data = await anext(prefill.messages(messages.TO_PREFILLER))
+    message = messages.decode(data)
+    assert isinstance(message, messages.Reserve)
     return handle, inbound, message, entering
 
 
@@ -376,7 +377,7 @@ async def the_request(both: Party, prefill: at.Engine) -> tuple[kv.Handle, at.Pe
 async def test_a_tail_that_says_absurd_lengths_fails_its_request(header: tuple[int, int]) -> None:
     async with at.open_engine() as prefill, party() as both:
         handle, inbound, message, entering = await the_request(both, prefill)
-        await inbound.send(wire.encode(wire.Reserved(message.number, LAYOUT)))
+        await inbound.send(messages.encode(messages.Reserved(message.number, LAYOUT)))
         await entering
         tail = at.RemoteRegion.decode(message.tail)
         source = prefill.allocate(2, "uint64")
@@ -394,11 +395,11 @@ async def test_a_tail_that_says_absurd_lengths_fails_its_request(header: tuple[i
 async def test_what_a_prefill_rank_said_of_itself_stays_said() -> None:
     async with at.open_engine() as prefill, party() as both:
         handle, inbound, message, entering = await the_request(both, prefill)
-        await inbound.send(wire.encode(wire.Reserved(message.number, LAYOUT)))
+        await inbound.send(messages.encode(messages.Reserved(message.number, LAYOUT)))
         await entering
         blocks = handle._blocks()
-        await inbound.send(wire.encode(wire.Reserved(message.number, small(page_tokens=1, num_pages=256).to_dict())))
-        await inbound.send(wire.encode(wire.Failed(message.number, "the end")))
+        await inbound.send(messages.encode(messages.Reserved(message.number, small(page_tokens=1, num_pages=256).to_dict())))
+        await inbound.send(messages.encode(messages.Failed(message.number, "the end")))
         with pytest.raises(kv.RequestFailed, match="the end"):
             await handle.arrived(timeout=10)
         assert handle._blocks() == blocks
@@ -409,11 +410,11 @@ async def test_answers_of_another_peer_are_none() -> None:
     async with at.open_engine() as prefill, at.open_engine() as stranger, party() as both:
         handle, inbound, message, entering = await the_request(both, prefill)
         spy = await stranger.connect(both.decode.engine.address, timeout=10)
-        for forged in (wire.Refused(message.number, "busy", "no"), wire.Failed(message.number, "no")):
-            await spy.send(wire.encode(forged))
-        await spy.send(wire.TO_DECODER + wire.encode(wire.Failed(message.number, "no"))[4:13])  # unreadable
+        for forged in (messages.Refused(message.number, "busy", "no"), messages.Failed(message.number, "no")):
+            await spy.send(messages.encode(forged))
+        await spy.send(messages.TO_DECODER + messages.encode(messages.Failed(message.number, "no"))[4:13])  # unreadable
         await spy.ping(timeout=10)
-        await inbound.send(wire.encode(wire.Reserved(message.number, LAYOUT)))
+        await inbound.send(messages.encode(messages.Reserved(message.number, LAYOUT)))
         await entering
         assert handle.state == "streaming"
         await handle.__aexit__(None, None, None)
@@ -425,8 +426,8 @@ async def test_a_peer_that_reads_nothing_is_not_told_without_end() -> None:
         (inbound,) = [peer for peer in both.prefill.engine.peers if peer.incarnation == raw.engine.incarnation]
         room: Room = both.prefiller.room
         for number in range(30_000):
-            room.tell(inbound, wire.Refused(number, "busy", "x" * 500), 5.0)
+            room.tell(inbound, messages.Refused(number, "busy", "x" * 500), 5.0)
         assert 0 < room._waiting[inbound] <= 8 << 20
         assert len(room._telling) < 6000
-        assert isinstance(await raw.answer(), wire.Refused)
+        assert isinstance(await raw.answer(), messages.Refused)
         await still_serves(both)

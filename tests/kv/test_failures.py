@@ -10,7 +10,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import kv
-from aiotransfer.kv import wire
+from aiotransfer.kv.protocol import messages
 from tests.kv.party import Party, cache_of, party, small
 
 pytestmark = pytest.mark.asyncio
@@ -112,7 +112,7 @@ async def test_what_makes_no_sense_is_refused_before_anything_happens(arguments:
 
 
 async def test_a_request_has_a_most_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "MOST_TOKENS", 11)
+    monkeypatch.setattr(messages, "MOST_TOKENS", 11)
     async with party() as both:
         with pytest.raises(ValueError, match="at most 11 tokens, not 12"):
             both.decoder.request(both.peer, "a", [1, 2, 3], tokens=12)
@@ -349,9 +349,9 @@ async def test_an_engine_that_closes_takes_its_requests_along() -> None:
 async def test_messages_that_nobody_can_read_are_answered_and_hurt_nobody() -> None:
     async with party() as both:
         for data in (b"", b"\x00" * 8, b"\xff" * 40):
-            for mark in (wire.TO_PREFILLER, wire.TO_DECODER):
+            for mark in (messages.TO_PREFILLER, messages.TO_DECODER):
                 await both.peer.send(mark + data)
-        await both.peer.send(wire.encode(wire.Cancel(77, "nobody")))
+        await both.peer.send(messages.encode(messages.Cancel(77, "nobody")))
         await all_is_free(both)
 
 
@@ -361,7 +361,7 @@ async def test_a_forged_reservation_is_refused() -> None:
         async with handle:
             part = handle._parts[0]
             pool, tail = (lease.descriptor for lease in part.leases)
-            good = wire.Reserve(
+            good = messages.Reserve(
                 1 << 40, "b", both.decode.layout.to_dict(), pool.encode(), tail.encode(), np.arange(3).tobytes(), 12, 0, 5, 0,
                 5.0, False, b"",
             )  # fmt: skip
@@ -375,7 +375,7 @@ async def test_a_forged_reservation_is_refused() -> None:
                     await _answer(both, msgspec.structs.replace(good, **change))
 
 
-async def _answer(both: Party, message: wire.Reserve) -> None:
+async def _answer(both: Party, message: messages.Reserve) -> None:
     answers: asyncio.Queue[Any] = asyncio.Queue()
 
     class Listener:
@@ -384,10 +384,10 @@ async def _answer(both: Party, message: wire.Reserve) -> None:
 
     both.decoder.pool.expect(message.number, Listener())  # type: ignore[arg-type]
     try:
-        await both.peer.send(wire.encode(message))
+        await both.peer.send(messages.encode(message))
         async with asyncio.timeout(5):
             answer = await answers.get()
     finally:
         both.decoder.pool.forget([message.number])
-    assert isinstance(answer, wire.Refused), answer
+    assert isinstance(answer, messages.Refused), answer
     raise at.DescriptorError(answer.text)

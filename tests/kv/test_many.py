@@ -11,7 +11,7 @@ import pytest
 import aiotransfer as at
 from aiotransfer import kv
 from aiotransfer.engine.memory.lease import Lease
-from aiotransfer.kv import wire
+from aiotransfer.kv.protocol import messages
 from tests.kv.party import Party, cache_of, party, small
 
 pytestmark = pytest.mark.asyncio
@@ -78,7 +78,7 @@ async def test_the_immediate_of_a_request_whose_end_is_not_proved_is_not_used_ag
     async with party() as both:
         await filled(both, "before", [1, 2, 3])
         monkeypatch.setattr(Lease, "revoke", revoke)
-        monkeypatch.setattr("aiotransfer.kv.handle.LOOK_SECONDS", 0.01)
+        monkeypatch.setattr("aiotransfer.kv.decode.handle.LOOK_SECONDS", 0.01)
         handle = both.decoder.request(both.peer, "stuck", [4])
         with pytest.raises(at.QuarantineError):
             async with handle:
@@ -97,7 +97,7 @@ async def test_the_immediate_of_a_request_whose_end_is_not_proved_is_not_used_ag
 async def test_a_number_that_is_under_way_is_refused() -> None:
     async with party() as both:
         await filled(both, "before", [1, 2, 3])
-        sent: list[wire.ToDecoder] = []
+        sent: list[messages.ToDecoder] = []
         both.prefiller.room.tell = lambda peer, message, seconds: sent.append(message)  # type: ignore[assignment,misc]
         layout = both.decode.layout.to_dict()
         (inbound,) = both.prefill.engine.peers
@@ -105,14 +105,14 @@ async def test_a_number_that_is_under_way_is_refused() -> None:
         pool = tail = lease.descriptor.encode()
 
         def ask(number: int, id: str) -> None:
-            reserve = wire.Reserve(number, id, layout, pool, tail, bytes(8), 4, 0, 1, 0, 10.0, False, b"")
+            reserve = messages.Reserve(number, id, layout, pool, tail, bytes(8), 4, 0, 1, 0, 10.0, False, b"")
             both.prefiller.receive(inbound, reserve)
 
         ask(5, "a")
         ask(5, "b")
         ask(6, "b")
-        assert [type(message) for message in sent] == [wire.Reserved, wire.Refused, wire.Reserved]
-        assert isinstance(sent[1], wire.Refused)
+        assert [type(message) for message in sent] == [messages.Reserved, messages.Refused, messages.Reserved]
+        assert isinstance(sent[1], messages.Refused)
         assert sent[1].reason == "protocol"
         await lease.revoke(timeout=10)
 

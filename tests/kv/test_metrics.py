@@ -11,7 +11,7 @@ import pytest
 import aiotransfer as at
 from aiotransfer.kv import RequestRecord
 from aiotransfer.kv.metrics import on_record
-from aiotransfer.kv.record import OUTCOMES
+from aiotransfer.kv.protocol.record import OUTCOMES
 from tests.kv.party import cache_of, party
 
 prometheus = pytest.importorskip("prometheus_client", reason="prometheus_client is not installed (the extra `metrics`)")

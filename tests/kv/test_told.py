@@ -13,9 +13,11 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import kv
-from aiotransfer.kv import gathering, handle, request, wire
-from aiotransfer.kv.absence import say_absent
-from aiotransfer.kv.slots import Slots
+from aiotransfer.kv.decode import handle
+from aiotransfer.kv.decode.absence import say_absent
+from aiotransfer.kv.prefill import gathering, request
+from aiotransfer.kv.protocol import messages
+from aiotransfer.kv.roles.tails import Slots
 from tests.kv.party import Rank, cache_of, party, rank, small
 from tests.kv.test_failures import all_is_free, until
 
@@ -94,7 +96,7 @@ async def test_a_decode_rank_that_never_asks_is_named_on_both_sides(monkeypatch:
 
 
 async def test_when_the_prefill_rank_gives_it_up_first_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiotransfer.kv.request.GATHER_SECONDS", 0.1)
+    monkeypatch.setattr("aiotransfer.kv.prefill.request.GATHER_SECONDS", 0.1)
     async with two_ranks() as (_, decoders, peers):
         with pytest.raises(at.TransferTimeout, match=r"decode rank \(0, 0\) of 2 has not asked for this request"):
             await waits(decoders[1], peers[1])
@@ -179,10 +181,10 @@ async def test_nobody_is_absent_because_another_engine_says_so_nor_while_its_req
         first = asyncio.create_task(waits(decoders[0], peers[0]))
         await until(lambda: prefiller.requests)
         for decoder in decoders:
-            await lies.send(wire.encode(wire.Absent(1, "a", decoder.layout.to_dict(), "a lie", "A")))
-        await lies.send(wire.encode(wire.Reserve(2, "x", {}, b"", b"", b"", 0, 0, 0, 0, 1.0, False, b"")))
-        async for _, data in stranger.messages(wire.TO_DECODER):
-            assert isinstance(wire.decode(data), wire.Refused)  # so those before it were read
+            await lies.send(messages.encode(messages.Absent(1, "a", decoder.layout.to_dict(), "a lie", "A")))
+        await lies.send(messages.encode(messages.Reserve(2, "x", {}, b"", b"", b"", 0, 0, 0, 0, 1.0, False, b"")))
+        async for _, data in stranger.messages(messages.TO_DECODER):
+            assert isinstance(messages.decode(data), messages.Refused)  # so those before it were read
             break
         second = asyncio.create_task(waits(decoders[1], peers[1]))
         async with await prefiller.accept() as request:

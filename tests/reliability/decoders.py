@@ -32,9 +32,9 @@ from aiotransfer.control.key import Key
 from aiotransfer.control.resume import Ledger, further
 from aiotransfer.control.session import Role, Session
 from aiotransfer.errors import BrokenError, DescriptorError, RendezvousError
-from aiotransfer.kv import wire
-from aiotransfer.kv.layout import MOST_POOL_BYTES, MOST_RANKS, KVLayout
-from aiotransfer.kv.plan import receivers
+from aiotransfer.kv.protocol import messages
+from aiotransfer.kv.protocol.layout import MOST_POOL_BYTES, MOST_RANKS, KVLayout
+from aiotransfer.kv.protocol.plan import receivers
 from aiotransfer.model import descriptor
 from aiotransfer.model.descriptor import Grant, RemoteRegion
 from aiotransfer.providers import loopback
@@ -272,13 +272,13 @@ def _dialogues(role: Role) -> Callable[[], list[bytes]]:
 def _kv(data: bytes) -> bool:
     """A KV message, and the layout in it."""
     try:
-        message = wire.decode(data)
+        message = messages.decode(data)
     except DescriptorError:
         return False
-    assert message.number == wire.number(data)
-    if isinstance(message, wire.Reserve):
-        assert message.skip_tokens <= message.tokens <= wire.MOST_TOKENS
-    if isinstance(message, wire.Reserve | wire.Reserved):
+    assert message.number == messages.number(data)
+    if isinstance(message, messages.Reserve):
+        assert message.skip_tokens <= message.tokens <= messages.MOST_TOKENS
+    if isinstance(message, messages.Reserve | messages.Reserved):
         try:
             layout = KVLayout.from_dict(message.layout)
         except (TypeError, ValueError):
@@ -290,11 +290,11 @@ def _kv(data: bytes) -> bool:
 
 def _kv_messages() -> list[bytes]:
     layout = KVLayout(4, 2, 8, "bfloat16", 4, 64, tp=2, pp=2, windows=(None, 8, None, 8)).to_dict()
-    return [wire.encode(message) for message in (
-        wire.Reserve(7, "request", layout, b"pool", b"tail", bytes(24), 12, 4, 5, 0, 1.5, True, b"prompt", "instance"),
-        wire.Reserved(7, layout), wire.Refused(7, "layout", "they differ", "windows", [None, 8], 3),
-        wire.Cancel(7, "late", "why"), wire.Failed(7, "nan", True), wire.Waiting(7, "others"),
-        wire.Absent(7, "request", layout, "no memory", "instance"),
+    return [messages.encode(message) for message in (
+        messages.Reserve(7, "request", layout, b"pool", b"tail", bytes(24), 12, 4, 5, 0, 1.5, True, b"prompt", "instance"),
+        messages.Reserved(7, layout), messages.Refused(7, "layout", "they differ", "windows", [None, 8], 3),
+        messages.Cancel(7, "late", "why"), messages.Failed(7, "nan", True), messages.Waiting(7, "others"),
+        messages.Absent(7, "request", layout, "no memory", "instance"),
     )]  # fmt: skip
 
 

@@ -33,7 +33,7 @@ FOUND = ROOT / "build" / "fuzz"  # inputs that failed
 FUZZED = ("aiotransfer.control.frames", "aiotransfer.control.session", "aiotransfer.control.resume",
           "aiotransfer.model.descriptor", "aiotransfer.providers.port", "aiotransfer.providers.shm.messages",
           "aiotransfer.providers.shm.fd_passing", "aiotransfer.providers.loopback", "aiotransfer.providers.fabric.messages",
-          "aiotransfer.kv.layout", "aiotransfer.kv.wire")  # fmt: skip
+          "aiotransfer.kv.protocol.layout", "aiotransfer.kv.protocol.messages")  # fmt: skip
 CHECKS = "tests.reliability.decoders"
 MOST_SECONDS, MOST_MIB, MOST_BYTES = 0.5, 512, 20_000  # for one input: CPU time, memory of the process, length
 EVERY = 10_000

@@ -33,7 +33,7 @@ import aiotransfer as at
 from aiotransfer import kv
 from aiotransfer.testing.fabric import Fabric, fabric
 from tests.kv.party import Rank, rank
-from tests.kv.reference import Bytes, fill, logical
+from tests.kv.protocol.reference import Bytes, fill, logical
 from tests.reliability.reports import publish
 
 PAGES, MOST_PAGES, REQUESTS = 48, 3, 20

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from aiotransfer.errors import PeerLostError
-from aiotransfer.kv.decoder import Decoder
-from aiotransfer.kv.prefiller import Prefiller
+from aiotransfer.kv.decode.decoder import Decoder
+from aiotransfer.kv.prefill.prefiller import Prefiller
 from aiotransfer.kv.registry.member import Member
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from aiotransfer.errors import DescriptorError
-from aiotransfer.kv.layout import KVLayout
+from aiotransfer.kv.protocol.layout import KVLayout
 from aiotransfer.model.address import Address
 
 VERSION = 1

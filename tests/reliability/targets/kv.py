@@ -12,7 +12,7 @@ import numpy as np
 
 import aiotransfer as at
 from aiotransfer import kv
-from aiotransfer.kv import wire
+from aiotransfer.kv.protocol import messages as wire
 from tests.kv.party import Party, party, small
 from tests.kv.raw import RawDecoder, raw_decoder
 from tests.reliability.absurd import Take, Target, Tree

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiotransfer.kv.handle import ACTIONS as DECODE_ACTIONS
-from aiotransfer.kv.record import OUTCOMES
-from aiotransfer.kv.request import ACTIONS as PREFILL_ACTIONS
-from aiotransfer.kv.saga import DECODE, DECODE_FAILURES, PREFILL, Saga, Step, Table, chart, states
+from aiotransfer.kv.decode.handle import ACTIONS as DECODE_ACTIONS
+from aiotransfer.kv.prefill.request import ACTIONS as PREFILL_ACTIONS
+from aiotransfer.kv.protocol.record import OUTCOMES
+from aiotransfer.kv.protocol.saga import DECODE, DECODE_FAILURES, PREFILL, Saga, Step, Table, chart, states
 
 TABLES = {"decode": DECODE, "prefill": PREFILL}
 FIRST = {"decode": "new", "prefill": "gathering"}

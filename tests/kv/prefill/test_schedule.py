@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from aiotransfer.kv.schedule import Job, Schedule
+from aiotransfer.kv.prefill.schedule import Job, Schedule
 
 QUANTUM = 1 << 20
 REQUESTS, PEERS, PRIORITIES = range(5), ("a", "b", "c"), (-1, 0, 7)

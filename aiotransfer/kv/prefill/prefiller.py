@@ -25,27 +25,28 @@ from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.control.frames import clip
 from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.errors import DescriptorError, TransferTimeout, said
-from aiotransfer.kv import wire
-from aiotransfer.kv.absence import ABSENT_SECONDS, Absence, Absences
-from aiotransfer.kv.gathering import TELL_SECONDS, named
-from aiotransfer.kv.layout import KVLayout, LayoutMismatch
-from aiotransfer.kv.ledger import OVERHEAD, Ledger, Refusal, Target
-from aiotransfer.kv.offers import Offers
-from aiotransfer.kv.plan import Receivers, Tables, TransferPlan, receivers
-from aiotransfer.kv.request import CLASSES, PrefillRequest, Side
-from aiotransfer.kv.role import Role
-from aiotransfer.kv.room import Room
-from aiotransfer.kv.schedule import Schedule
-from aiotransfer.kv.slots import HEADER_BYTES, is_twice, page_ids_of, whole
-from aiotransfer.kv.writer import Write, Writer
+from aiotransfer.kv.prefill.absences import ABSENT_SECONDS, Absence, Absences
+from aiotransfer.kv.prefill.gathering import TELL_SECONDS, named
+from aiotransfer.kv.prefill.ledger import OVERHEAD, Ledger, Refusal, Target
+from aiotransfer.kv.prefill.offers import Offers
+from aiotransfer.kv.prefill.request import CLASSES, PrefillRequest, Side
+from aiotransfer.kv.prefill.schedule import Schedule
+from aiotransfer.kv.prefill.writer import Write, Writer
+from aiotransfer.kv.protocol import messages
+from aiotransfer.kv.protocol.layout import KVLayout, LayoutMismatch
+from aiotransfer.kv.protocol.plan import Receivers, Tables, TransferPlan, receivers
+from aiotransfer.kv.roles.arguments import is_twice, page_ids_of, whole
+from aiotransfer.kv.roles.dispatcher import Room
+from aiotransfer.kv.roles.role import Role
+from aiotransfer.kv.roles.tails import HEADER_BYTES
 from aiotransfer.model.descriptor import RemoteRegion
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.memory.region import Region
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.kv.layout import Place
-    from aiotransfer.kv.record import RequestRecord
+    from aiotransfer.kv.protocol.layout import Place
+    from aiotransfer.kv.protocol.record import RequestRecord
 
 MOST_PLANS = 256  # layouts of decode ranks that are remembered
 
@@ -79,7 +80,7 @@ class Prefiller(Role):
         self._tables = Tables()  # of all of these
         self._absences = Absences()
         self._closed = False
-        self.room = Room.enter(engine, wire.TO_PREFILLER, self)
+        self.room = Room.enter(engine, messages.TO_PREFILLER, self)
         self._writer = Writer(self.room, loop, schedule)
         self._side = Side(self, loop, self._ledger, self._offers, self._writer)
 
@@ -109,13 +110,13 @@ class Prefiller(Role):
 
     # ---- reservations ----
 
-    def receive(self, peer: Peer, message: wire.ToPrefiller) -> bool:
+    def receive(self, peer: Peer, message: messages.ToPrefiller) -> bool:
         """See `Room`: a decode rank asks for a request, or takes one back."""
-        if isinstance(message, wire.Absent):
+        if isinstance(message, messages.Absent):
             with contextlib.suppress(Refusal):  # it does not speak for that rank: none is told
                 self._missed(peer, message)
             return True
-        if isinstance(message, wire.Cancel):
+        if isinstance(message, messages.Cancel):
             asked = self._ledger.asked.get(peer)
             wanted = asked.requests.get(message.number) if asked is not None else None
             if wanted is not None:
@@ -124,15 +125,15 @@ class Prefiller(Role):
         try:
             self._reserve(peer, message)
         except Refusal as refusal:
-            self.room.tell(peer, wire.Refused(message.number, refusal.reason, str(refusal), **refusal.fields), TELL_SECONDS)
+            self.room.tell(peer, messages.Refused(message.number, refusal.reason, str(refusal), **refusal.fields), TELL_SECONDS)
         return True
 
     def unreadable(self, peer: Peer, number: int, error: DescriptorError) -> bool:
         """See `Room`: a request that cannot be read is refused."""
-        self.room.tell(peer, wire.Refused(number, "protocol", str(error)), TELL_SECONDS)
+        self.room.tell(peer, messages.Refused(number, "protocol", str(error)), TELL_SECONDS)
         return True
 
-    def _reserve(self, peer: Peer, message: wire.Reserve) -> None:
+    def _reserve(self, peer: Peer, message: messages.Reserve) -> None:
         if self._closed:
             raise Refusal("closed", "this prefill rank takes no more requests")
         plan, places = self._plan(message.layout)
@@ -160,7 +161,7 @@ class Prefiller(Role):
             request.abandon(f"{named([place])} could not be taken in: {said(error)}")
             raise
 
-    def _missed(self, peer: Peer, message: wire.Absent) -> None:
+    def _missed(self, peer: Peer, message: messages.Absent) -> None:
         """A decode rank will not ask for a request that others of its instance may ask for, or have asked for."""
         plan, places = self._plan(message.layout)
         place = plan.decode.place
@@ -194,7 +195,7 @@ class Prefiller(Role):
         found = self._plans[layout] = plan, receivers(self.layout, layout)
         return found
 
-    def _target(self, peer: Peer, message: wire.Reserve, plan: TransferPlan, nbytes: int) -> Target:
+    def _target(self, peer: Peer, message: messages.Reserve, plan: TransferPlan, nbytes: int) -> Target:
         """What is to be written where. Everything that a layer or the tail would stumble over later is refused here."""
         layout, tokens, skip = plan.decode, message.tokens, message.skip_tokens
         try:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from aiotransfer.kv.layout import KVLayout, Place, Strides, check_match
+from aiotransfer.kv.protocol.layout import KVLayout, Place, Strides, check_match
 
 Indices = NDArray[np.int64]
 MOST_CACHED = 4096  # tables: as many requests may be under way at a time without their tables being made again

@@ -8,7 +8,7 @@ from aiotransfer.telemetry import spans
 from aiotransfer.telemetry.spans import current
 
 if TYPE_CHECKING:
-    from aiotransfer.kv.record import RequestRecord
+    from aiotransfer.kv.protocol.record import RequestRecord
 
 __all__ = ["current", "trace"]
 ATTRIBUTES = ("id", "instance", "path", "priority", "tokens", "skip_tokens", "pages", "nbytes", "retries", "outcome")

@@ -6,18 +6,13 @@ share regions instead, each as large as all before it together (within bounds); 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from aiotransfer.engine.memory.views import memory_of as memory_of
-from aiotransfer.errors import ConfigurationError, RegionError
+from aiotransfer.engine.memory.views import memory_of
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.memory.region import Region, RegionView
-    from aiotransfer.kv.layout import KVLayout
 
 HEADER_BYTES = 16  # two 64-bit numbers: the length of the tail, how many checksums stand before it
 LEAST_BYTES, MOST_BYTES = 1 << 18, 1 << 24  # of a region, if a slot is not larger
@@ -76,44 +71,3 @@ class Slots:
                 if len(shelf.free) == shelf.count:
                     del shelves[region]
                     region.close()
-
-
-def check_pool(pages: Region, layout: KVLayout, checksums: bool) -> None:
-    """Raise unless the pool of `layout` lies in this region, in memory that can be read here if need be."""
-    if pages.nbytes < layout.offset + layout.pool_bytes:
-        raise RegionError(
-            f"{layout.num_pages} such pages take {layout.offset + layout.pool_bytes} bytes, the region has {pages.nbytes}"
-        )
-    if checksums and pages.device != "cpu":
-        raise ConfigurationError(f"checksums are computed in host memory, and the pages are on {pages.device}")
-
-
-def page_ids_of(page_ids: Any, layout: KVLayout, tokens: int) -> NDArray[np.int64]:
-    """Page numbers as an array of its own. Raises `TypeError`, `ValueError` (too few) or `IndexError`."""
-    array: NDArray[Any] = np.asarray(page_ids)
-    if array.size == 0:
-        array = np.empty(0, np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise TypeError(f"page_ids must be a list of page numbers, not shape {array.shape} of {array.dtype}")
-    outside = array[(array < 0) | (array >= layout.num_pages)]
-    if len(outside):
-        raise IndexError(f"page_ids holds page {outside[0]}; the pool has pages 0 to {layout.num_pages - 1}")
-    if len(array) < layout.pages_of(tokens):
-        raise ValueError(f"{tokens} tokens take {layout.pages_of(tokens)} pages of {layout.page_tokens}, not {len(array)}")
-    return array.astype(np.int64)  # a copy
-
-
-def is_twice(ids: NDArray[np.int64]) -> bool:
-    """Whether a page is among these more than once."""
-    if len(ids) < 64:
-        return len(set(ids.tolist())) < len(ids)
-    return len(np.unique(ids)) < len(ids)
-
-
-def whole(name: str, value: object) -> int:
-    """An int that is not negative. Raises `TypeError` or `ValueError`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must not be negative: {value}")
-    return int(value)

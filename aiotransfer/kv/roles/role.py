@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
-from aiotransfer.kv.layout import KVLayout
-from aiotransfer.kv.slots import Slots, check_pool
-from aiotransfer.kv.tracing import trace
+from aiotransfer.kv.protocol.layout import KVLayout
+from aiotransfer.kv.roles.arguments import check_pool
+from aiotransfer.kv.roles.tails import Slots
+from aiotransfer.kv.roles.tracing import trace
 from aiotransfer.telemetry.records import MOST_RECORDS, Host
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.memory.region import Region
-    from aiotransfer.kv.record import RequestRecord
-    from aiotransfer.kv.room import Room
+    from aiotransfer.kv.protocol.record import RequestRecord
+    from aiotransfer.kv.roles.dispatcher import Room
 
 R = TypeVar("R", bound="Role")
 

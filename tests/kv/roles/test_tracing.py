@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from aiotransfer import kv
-from aiotransfer.kv.tracing import trace
+from aiotransfer.kv.roles.tracing import trace
 from tests.kv.party import cache_of, party, small
 
 REASON = "opentelemetry-sdk is not installed (the extra `test`)"
@@ -139,20 +139,20 @@ def test_without_opentelemetry_nothing_is_imported_and_nothing_happens() -> None
     program = """
 import sys
 from aiotransfer import kv
-from aiotransfer.kv.tracing import current, trace
+from aiotransfer.kv.roles.tracing import current, trace
 assert current() is None
 trace(kv.RequestRecord("a", "decode", (), "shm", 0, 1, 0, 0, 0, 1.0, None, None, None, 2.0, 0, "delivered"))
 assert not [name for name in sys.modules if name.startswith("opentelemetry")]
 """
-    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[3], check=True)
 
 
 def test_a_host_that_has_only_imported_it_gets_no_provider() -> None:
     program = """
 from opentelemetry import trace as api
 from aiotransfer import kv
-from aiotransfer.kv.tracing import current, trace
+from aiotransfer.kv.roles.tracing import current, trace
 trace(kv.RequestRecord("a", "decode", (), "shm", 0, 1, 0, 0, 0, 1.0, None, None, None, 2.0, 0, "delivered"), current())
 assert api._TRACER_PROVIDER is None
 """
-    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[3], check=True)

@@ -22,21 +22,21 @@ import numpy as np
 from aiotransfer.aio.timeouts import despite_cancels
 from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.errors import QuarantineError, TransferError
-from aiotransfer.kv import wire
-from aiotransfer.kv.absence import say_absent
-from aiotransfer.kv.handle import Handle
-from aiotransfer.kv.pool import Order, Pool, Settings
-from aiotransfer.kv.role import Role
-from aiotransfer.kv.room import Room
-from aiotransfer.kv.slots import is_twice, page_ids_of, whole
+from aiotransfer.kv.decode.absence import say_absent
+from aiotransfer.kv.decode.handle import Handle
+from aiotransfer.kv.decode.pool import Order, Pool, Settings
+from aiotransfer.kv.protocol import messages
+from aiotransfer.kv.roles.arguments import is_twice, page_ids_of, whole
+from aiotransfer.kv.roles.dispatcher import Room
+from aiotransfer.kv.roles.role import Role
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.memory.region import Region
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.errors import DescriptorError
-    from aiotransfer.kv.layout import KVLayout
-    from aiotransfer.kv.record import RequestRecord
+    from aiotransfer.kv.protocol.layout import KVLayout
+    from aiotransfer.kv.protocol.record import RequestRecord
 
 
 class Decoder(Role):
@@ -71,7 +71,7 @@ class Decoder(Role):
             seconds(revoke_timeout, 5.0),
         )
         self.pool = Pool(layout.num_pages, whole("most_requests", most_requests))
-        self.room = Room.enter(engine, wire.TO_DECODER, self)
+        self.room = Room.enter(engine, messages.TO_DECODER, self)
 
     @property
     def instance(self) -> str:
@@ -106,8 +106,8 @@ class Decoder(Role):
             if not peers or len(set(peers)) != len(peers):
                 raise ValueError(f"a request names each of its prefill ranks once, and at least one: {peers}")
             self.pool.check()
-            if not isinstance(id, str) or not 0 < len(id) <= wire.MOST_ID:
-                raise ValueError(f"id must be a str of 1 to {wire.MOST_ID} characters, not {id!r}")
+            if not isinstance(id, str) or not 0 < len(id) <= messages.MOST_ID:
+                raise ValueError(f"id must be a str of 1 to {messages.MOST_ID} characters, not {id!r}")
             id.encode()  # raises for what is no text
             skip = whole("skip_tokens", skip_tokens)
             ids = page_ids_of(page_ids, self.layout, 0)
@@ -115,8 +115,8 @@ class Decoder(Role):
             count = most if tokens is None else whole("tokens", tokens)
             if not skip <= count <= most:
                 raise ValueError(f"skip_tokens <= tokens <= {most} (what {len(ids)} pages hold) must be: {skip}, {count}")
-            if count > wire.MOST_TOKENS:
-                raise ValueError(f"a request has at most {wire.MOST_TOKENS} tokens, not {count}")
+            if count > messages.MOST_TOKENS:
+                raise ValueError(f"a request has at most {messages.MOST_TOKENS} tokens, not {count}")
             if isinstance(priority, bool) or not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
                 raise TypeError(f"priority must be an int of 32 bits, not {priority!r}")
             written = ids[skip // self.layout.page_tokens : self.layout.pages_of(count)]
@@ -148,7 +148,7 @@ class Decoder(Role):
 
     # ---- messages ----
 
-    def receive(self, peer: Peer, message: wire.ToDecoder) -> bool:
+    def receive(self, peer: Peer, message: messages.ToDecoder) -> bool:
         """See `Room`: an answer is for one of this decoder's requests, or for another decoder's."""
         return self.pool.deliver(peer, message)
 
@@ -184,7 +184,7 @@ def _checked(instance: object) -> str:
         return ""
     if not isinstance(instance, str):
         raise TypeError(f"instance must be a str, not {instance!r}")
-    if not 0 < len(instance) <= wire.MOST_INSTANCE:
-        raise ValueError(f"instance must have 1 to {wire.MOST_INSTANCE} characters, not {len(instance)}")
+    if not 0 < len(instance) <= messages.MOST_INSTANCE:
+        raise ValueError(f"instance must have 1 to {messages.MOST_INSTANCE} characters, not {len(instance)}")
     instance.encode()  # raises for what is no text
     return instance

@@ -13,19 +13,21 @@ import numpy as np
 
 from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.control.frames import clip
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, PeerLostError, QuarantineError, TransferError, TransferTimeout, again, said
-from aiotransfer.kv import tracing, wire
-from aiotransfer.kv.absence import say_absent
-from aiotransfer.kv.errors import KVRequestError, RequestCancelled, RequestFailed, RequestRefused
-from aiotransfer.kv.layout import KVLayout, LayoutMismatch
-from aiotransfer.kv.plan import TransferPlan, coverage, plan_transfer
-from aiotransfer.kv.record import RequestRecord
-from aiotransfer.kv.room import numbers
-from aiotransfer.kv.saga import DECODE, Saga
-from aiotransfer.kv.slots import HEADER_BYTES, memory_of
-from aiotransfer.kv.verify import check_sums
+from aiotransfer.kv.decode.absence import say_absent
+from aiotransfer.kv.protocol import messages
+from aiotransfer.kv.protocol.errors import KVRequestError, RequestCancelled, RequestFailed, RequestRefused
+from aiotransfer.kv.protocol.layout import KVLayout, LayoutMismatch
+from aiotransfer.kv.protocol.plan import TransferPlan, coverage, plan_transfer
+from aiotransfer.kv.protocol.record import RequestRecord
+from aiotransfer.kv.protocol.saga import DECODE, Saga
+from aiotransfer.kv.roles import tracing
+from aiotransfer.kv.roles.dispatcher import numbers
+from aiotransfer.kv.roles.tails import HEADER_BYTES
+from aiotransfer.kv.roles.verify import check_sums
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.engine.sync.counter import Counter
-    from aiotransfer.kv.pool import Order, Pool, Settings
-    from aiotransfer.kv.role import Role
+    from aiotransfer.kv.decode.pool import Order, Pool, Settings
+    from aiotransfer.kv.roles.role import Role
 
 MOST_BLOCKS = 1 << 40  # of one request: far more than bytes of any
 LOOK_SECONDS = 1.0  # between two looks whether a quarantine is over; that it is over is heard at once
@@ -161,12 +163,12 @@ class Handle(Unpicklable):
         for part in self._parts:
             pool, tail = part.leases
             self._pool.expect(part.number, self)
-            message = wire.Reserve(
+            message = messages.Reserve(
                 part.number, order.id, role.layout.to_dict(), pool.descriptor.encode(), tail.descriptor.encode(),
                 order.page_ids.tobytes(), order.tokens, order.skip_tokens, counter.imm, order.priority, self._left(),
                 self._settings.checksums, order.data, self._settings.named,
             )  # fmt: skip
-            role.room.own(self._send(part.peer, wire.encode(message)))
+            role.room.own(self._send(part.peer, messages.encode(message)))
 
     async def _send(self, peer: Peer, data: bytes) -> None:
         try:
@@ -184,24 +186,24 @@ class Handle(Unpicklable):
 
     # ---- what the other side says ----
 
-    def receive(self, peer: Peer, message: wire.ToDecoder) -> None:
+    def receive(self, peer: Peer, message: messages.ToDecoder) -> None:
         """Take `message`, an answer of the prefill rank `peer`; answers that come too late change nothing."""
         part = next((p for p in self._parts if p.number == message.number), None)
         if part is None or part.peer is not peer:
             return
         match message:
-            case wire.Reserved():
+            case messages.Reserved():
                 self._reserved(part, message)
-            case wire.Refused(reason="layout"):
+            case messages.Refused(reason="layout"):
                 self._end("refused", LayoutMismatch(message.field, message.prefill, message.decode))
-            case wire.Refused():
+            case messages.Refused():
                 text = f"{peer} refused request {self.id!r}: {message.text}"
                 self._end("refused", RequestRefused(text, id=self.id, reason=message.reason, peer=str(peer.address)))
-            case wire.Waiting():
+            case messages.Waiting():
                 part.waits = clip(message.text)
-            case wire.Failed(late=True):
+            case messages.Failed(late=True):
                 self._late(f"; {peer} says: {clip(message.text)}")
-            case wire.Failed():
+            case messages.Failed():
                 text = f"{peer} gave request {self.id!r} up: {message.text}"
                 self._end("failed", RequestFailed(text, id=self.id, peer=str(peer.address)))
 
@@ -211,7 +213,7 @@ class Handle(Unpicklable):
             text = f"an answer of {peer} to request {self.id!r}: {error}"
             self._end("failed", RequestFailed(text, id=self.id, peer=str(peer.address)))
 
-    def _reserved(self, part: Part, message: wire.Reserved) -> None:
+    def _reserved(self, part: Part, message: messages.Reserved) -> None:
         if part.plan is not None:
             return  # what was said once, and was counted and checked by, stays
         try:
@@ -355,7 +357,7 @@ class Handle(Unpicklable):
         why = "" if error is None else error.message if isinstance(error, TransferError) else said(error)
         for part in self._parts:
             if part.peer.state in ("up", "busy"):
-                cancel = wire.Cancel(part.number, self._outcome, why.partition("\n")[0])
+                cancel = messages.Cancel(part.number, self._outcome, why.partition("\n")[0])
                 self._role.room.tell(part.peer, cancel, self._settings.revoke_timeout)
 
     # ---- release ----

@@ -15,21 +15,24 @@ from numpy.typing import NDArray
 
 from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.control.frames import clip
+from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import PeerLostError, StaleRegionError, TransferTimeout, again, said
-from aiotransfer.kv import tracing, wire
-from aiotransfer.kv.errors import RequestCancelled, RequestFailed
-from aiotransfer.kv.gathering import Gathering, tell
-from aiotransfer.kv.layout import KVLayout, Place
-from aiotransfer.kv.ledger import Key, Ledger, Target
-from aiotransfer.kv.offers import Offers
-from aiotransfer.kv.record import RequestRecord
-from aiotransfer.kv.saga import PREFILL, Saga
-from aiotransfer.kv.schedule import Job
-from aiotransfer.kv.slots import HEADER_BYTES, memory_of, page_ids_of, whole
-from aiotransfer.kv.verify import sums_of_layer
-from aiotransfer.kv.writer import Write, Writer
+from aiotransfer.kv.prefill.gathering import Gathering, tell
+from aiotransfer.kv.prefill.ledger import Key, Ledger, Target
+from aiotransfer.kv.prefill.offers import Offers
+from aiotransfer.kv.prefill.schedule import Job
+from aiotransfer.kv.prefill.writer import Write, Writer
+from aiotransfer.kv.protocol import messages
+from aiotransfer.kv.protocol.errors import RequestCancelled, RequestFailed
+from aiotransfer.kv.protocol.layout import KVLayout, Place
+from aiotransfer.kv.protocol.record import RequestRecord
+from aiotransfer.kv.protocol.saga import PREFILL, Saga
+from aiotransfer.kv.roles import tracing
+from aiotransfer.kv.roles.arguments import page_ids_of, whole
+from aiotransfer.kv.roles.tails import HEADER_BYTES
+from aiotransfer.kv.roles.verify import sums_of_layer
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -37,8 +40,8 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.engine.operations.transfer import Transfer
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.kv.plan import Receivers
-    from aiotransfer.kv.role import Role
+    from aiotransfer.kv.protocol.plan import Receivers
+    from aiotransfer.kv.roles.role import Role
 
 GATHER_SECONDS = 600.0  # within which all decode ranks of a request must have asked
 CLASSES = range(-128, 128)  # of priorities that the order of writes tells apart; those beyond count as the nearest
@@ -71,7 +74,7 @@ class PrefillRequest(Unpicklable):
 
     _instead = "what the model needs is in .id, .tokens and .data"
 
-    def __init__(self, side: Side, key: Key, message: wire.Reserve, places: Receivers) -> None:
+    def __init__(self, side: Side, key: Key, message: messages.Reserve, places: Receivers) -> None:
         self.key = key
         self.id: str = message.id
         self.instance: str = key[0] if isinstance(key[0], str) else f"{key[0]:016x}"
@@ -100,7 +103,7 @@ class PrefillRequest(Unpicklable):
         self._timeline: list[LayerWrite] = []
         self._over: asyncio.Future[None] = side.loop.create_future()
         self._idle: asyncio.Future[None] | None = None
-        self._seconds = min(message.seconds, wire.MOST_SECONDS)
+        self._seconds = min(message.seconds, messages.MOST_SECONDS)
         self._deadline = side.loop.time() + self._seconds
         patience = self._seconds if len(places) == 1 else min(self._seconds, GATHER_SECONDS)
         self._timer = side.loop.call_later(patience, self._late)
@@ -126,7 +129,7 @@ class PrefillRequest(Unpicklable):
         """Whether the decode rank at `place` is one that this request still waits for."""
         return self._saga.state == "gathering" and self.gathering.lacks(place)
 
-    def differs(self, layout: KVLayout, message: wire.Reserve) -> str:
+    def differs(self, layout: KVLayout, message: messages.Reserve) -> str:
         """What a further rank says of this request, by its `layout` and `message`, that the first one did not say: in words,
         empty where they agree."""
         first = self.targets[0].plan.decode
@@ -151,7 +154,7 @@ class PrefillRequest(Unpicklable):
 
     def _answer(self) -> None:
         target, role = self.targets[-1], self._role
-        role.room.tell(target.peer, wire.Reserved(target.number, role.layout.to_dict()), self._left())
+        role.room.tell(target.peer, messages.Reserved(target.number, role.layout.to_dict()), self._left())
 
     def _offer(self) -> None:
         self._times["queued"] = time.time()
@@ -390,7 +393,7 @@ class PrefillRequest(Unpicklable):
 
     # ---- what ends it ----
 
-    def cancelled_by(self, peer: Peer, message: wire.Cancel) -> None:
+    def cancelled_by(self, peer: Peer, message: messages.Cancel) -> None:
         """The decode rank `peer` does not want it any more, as `message` says."""
         if any(target.peer is peer and target.number == message.number for target in self.targets):
             self._origin = peer
@@ -426,7 +429,7 @@ class PrefillRequest(Unpicklable):
         why = str(self._error).partition("\n")[0]
         for target in self.targets:
             if target.peer is not self._origin:
-                tell(self._role.room, target, wire.Failed(target.number, why, self._outcome == "late"))
+                tell(self._role.room, target, messages.Failed(target.number, why, self._outcome == "late"))
 
     def _record(self) -> None:
         self._timer.cancel()

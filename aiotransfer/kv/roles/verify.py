@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aiotransfer.kv.checksum import Sums, block_sums, page_sums
-from aiotransfer.kv.errors import WrongPageError
-from aiotransfer.kv.slots import HEADER_BYTES
+from aiotransfer.kv.protocol.checksum import Sums, block_sums, page_sums
+from aiotransfer.kv.protocol.errors import WrongPageError
+from aiotransfer.kv.roles.tails import HEADER_BYTES
 
 if TYPE_CHECKING:
-    from aiotransfer.kv.plan import TransferPlan
+    from aiotransfer.kv.protocol.plan import TransferPlan
 
 Bytes = NDArray[np.uint8]
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiotransfer.kv import KVLayout, LayoutMismatch, PageTable, Place, pairs, plan_transfer
-from tests.kv.reference import fill, logical
+from tests.kv.protocol.reference import fill, logical
 
 MODEL: dict[str, Any] = {"layers": 4, "kv_heads": 4, "head_dim": 2, "dtype": "float16"}
 
@@ -225,8 +225,8 @@ def test_heads_that_are_not_divided_evenly_are_named_by_a_range() -> None:
 def test_tables_that_are_kept_are_bounded_in_number_and_size(
     monkeypatch: pytest.MonkeyPatch, tables: int, rows: int, kept: int
 ) -> None:
-    monkeypatch.setattr("aiotransfer.kv.plan.MOST_CACHED", tables)
-    monkeypatch.setattr("aiotransfer.kv.plan.MOST_ROWS", rows)
+    monkeypatch.setattr("aiotransfer.kv.protocol.plan.MOST_CACHED", tables)
+    monkeypatch.setattr("aiotransfer.kv.protocol.plan.MOST_ROWS", rows)
     layout = KVLayout(**MODEL, page_tokens=4, num_pages=8)
     plan = plan_transfer(layout, layout)
     for page in range(7):  # of 4 rows each, made from 4 pages

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.kv import wire
-    from aiotransfer.kv.layout import Place
-    from aiotransfer.kv.plan import Receivers, TransferPlan
+    from aiotransfer.kv.protocol import messages
+    from aiotransfer.kv.protocol.layout import Place
+    from aiotransfer.kv.protocol.plan import Receivers, TransferPlan
     from aiotransfer.model.descriptor import RemoteRegion
 
 MOST_RANKS = 64  # of named instances that one engine may speak for
@@ -101,7 +101,7 @@ class Ledger(Generic[R]):
         self.asked: dict[Peer, Asked[R]] = {}  # until the peer goes
         self._ranks: dict[tuple[str, Place], Peer] = {}
 
-    def key(self, peer: Peer, message: wire.Reserve | wire.Absent, place: Place, places: Receivers) -> Key:
+    def key(self, peer: Peer, message: messages.Reserve | messages.Absent, place: Place, places: Receivers) -> Key:
         """What a request of this peer is known by. Raises `Refusal` when the peer cannot speak for its instance."""
         instance, id = message.instance, message.id
         if not instance:

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import aiotransfer as at
-from aiotransfer.kv.slots import HEADER_BYTES, MOST_KEPT, Slots, memory_of
+from aiotransfer.engine.memory.views import memory_of
+from aiotransfer.kv.roles.tails import HEADER_BYTES, MOST_KEPT, Slots
 from tests.kv.party import cache_of, party
 
 pytestmark = pytest.mark.asyncio

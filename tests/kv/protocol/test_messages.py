@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aiotransfer.engine.runtime.arguments import RESERVED
 from aiotransfer.errors import DescriptorError
-from aiotransfer.kv import wire
+from aiotransfer.kv.protocol import messages
 
 NUMBERS = st.integers(0, 2**64 - 1)
 TEXT = st.text(max_size=40)
@@ -22,73 +22,73 @@ LAYOUTS = st.dictionaries(st.text(max_size=12), VALUES, max_size=6)
 
 
 @st.composite
-def reservations(draw: st.DrawFn) -> wire.Reserve:
-    tokens = draw(st.integers(0, wire.MOST_TOKENS))
-    return wire.Reserve(
-        draw(NUMBERS), draw(st.text(min_size=1, max_size=wire.MOST_ID)), draw(LAYOUTS), draw(st.binary(max_size=80)),
+def reservations(draw: st.DrawFn) -> messages.Reserve:
+    tokens = draw(st.integers(0, messages.MOST_TOKENS))
+    return messages.Reserve(
+        draw(NUMBERS), draw(st.text(min_size=1, max_size=messages.MOST_ID)), draw(LAYOUTS), draw(st.binary(max_size=80)),
         draw(st.binary(max_size=80)), bytes(8 * draw(st.integers(0, 20))), tokens, draw(st.integers(0, tokens)),
-        draw(st.integers(0, wire.MOST_IMM)), draw(st.integers(-(2**31), 2**31 - 1)),
+        draw(st.integers(0, messages.MOST_IMM)), draw(st.integers(-(2**31), 2**31 - 1)),
         draw(st.floats(0, 1e9) | st.just(math.inf)), draw(st.booleans()), draw(st.binary(max_size=100)),
-        draw(st.text(max_size=wire.MOST_INSTANCE)),
+        draw(st.text(max_size=messages.MOST_INSTANCE)),
     )  # fmt: skip
 
 
 MESSAGES = st.one_of(
     reservations(),
-    st.builds(wire.Reserved, NUMBERS, LAYOUTS),  # flat values, see `wire.Plain`
-    st.builds(wire.Refused, NUMBERS, TEXT, TEXT, TEXT, VALUES, VALUES),
-    st.builds(wire.Cancel, NUMBERS, TEXT),
-    st.builds(wire.Failed, NUMBERS, TEXT, st.booleans()),
+    st.builds(messages.Reserved, NUMBERS, LAYOUTS),  # flat values, see `messages.Plain`
+    st.builds(messages.Refused, NUMBERS, TEXT, TEXT, TEXT, VALUES, VALUES),
+    st.builds(messages.Cancel, NUMBERS, TEXT),
+    st.builds(messages.Failed, NUMBERS, TEXT, st.booleans()),
 )
-RESERVE = wire.Reserve(7, "a", {"layers": 1}, b"pool", b"tail", bytes(16), 20, 4, 9, 0, 1.5, False, b"prompt")
+RESERVE = messages.Reserve(7, "a", {"layers": 1}, b"pool", b"tail", bytes(16), 20, 4, 9, 0, 1.5, False, b"prompt")
 
 
 def parse(data: bytes) -> Any:
     """Anything is a message or a `DescriptorError`; and whoever sent it can be answered if it has a header."""
-    number = wire.number(data)
+    number = messages.number(data)
     assert (number is None) == (len(data) < 13)
     try:
-        message = wire.decode(data)
+        message = messages.decode(data)
     except DescriptorError:
         return None
     assert message.number == number
     return message
 
 
-def replaced(message: wire.Reserve, **other: Any) -> bytes:
-    return wire.encode(msgspec.structs.replace(message, **other))
+def replaced(message: messages.Reserve, **other: Any) -> bytes:
+    return messages.encode(msgspec.structs.replace(message, **other))
 
 
 @settings(max_examples=200)
 @given(MESSAGES)
 def test_what_is_encoded_is_decoded(message: Any) -> None:
-    data = wire.encode(message)
-    assert wire.decode(data) == message
-    assert type(wire.decode(data)) is type(message)
-    assert wire.number(data) == message.number
-    assert data[:4] == (wire.TO_PREFILLER if isinstance(message, wire.Reserve | wire.Cancel) else wire.TO_DECODER)
+    data = messages.encode(message)
+    assert messages.decode(data) == message
+    assert type(messages.decode(data)) is type(message)
+    assert messages.number(data) == message.number
+    assert data[:4] == (messages.TO_PREFILLER if isinstance(message, messages.Reserve | messages.Cancel) else messages.TO_DECODER)
 
 
 @settings(max_examples=300)
 @given(st.binary(max_size=200))
 @example(b"")
-@example(wire.TO_PREFILLER)
+@example(messages.TO_PREFILLER)
 def test_any_bytes_are_a_message_or_a_descriptor_error(data: bytes) -> None:
     parse(data)
 
 
 @settings(max_examples=300)
-@given(st.sampled_from([wire.TO_PREFILLER, wire.TO_DECODER]), NUMBERS, st.binary(max_size=200))
-@example(wire.TO_DECODER, 0, b"\xdd\xff\xff\xff\xff")  # an array of four billion
-@example(wire.TO_PREFILLER, 0, b"\x91" * 190)
+@given(st.sampled_from([messages.TO_PREFILLER, messages.TO_DECODER]), NUMBERS, st.binary(max_size=200))
+@example(messages.TO_DECODER, 0, b"\xdd\xff\xff\xff\xff")  # an array of four billion
+@example(messages.TO_PREFILLER, 0, b"\x91" * 190)
 def test_any_body_behind_a_header_is_a_message_or_a_descriptor_error(mark: bytes, number: int, body: bytes) -> None:
-    parse(struct.pack("<4sBQ", mark, wire.VERSION, number) + body)
+    parse(struct.pack("<4sBQ", mark, messages.VERSION, number) + body)
 
 
 @settings(max_examples=300)
 @given(MESSAGES, st.data())
 def test_a_damaged_message_is_a_message_or_a_descriptor_error(message: Any, data: st.DataObject) -> None:
-    whole = bytearray(wire.encode(message))
+    whole = bytearray(messages.encode(message))
     for _ in range(data.draw(st.integers(1, 3))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     parse(bytes(whole))
@@ -96,11 +96,13 @@ def test_a_damaged_message_is_a_message_or_a_descriptor_error(message: Any, data
 
 
 @settings(max_examples=200)
-@given(st.sampled_from([wire.TO_PREFILLER, wire.TO_DECODER]), st.integers(0, 9), st.lists(VALUES | st.floats(), max_size=14))
+@given(
+    st.sampled_from([messages.TO_PREFILLER, messages.TO_DECODER]), st.integers(0, 9), st.lists(VALUES | st.floats(), max_size=14)
+)
 def test_values_of_any_types_in_the_place_of_fields_are_a_message_or_a_descriptor_error(
     mark: bytes, tag: int, values: list[Any]
 ) -> None:
-    parse(struct.pack("<4sBQ", mark, wire.VERSION, 1) + msgspec.msgpack.encode([tag, 1, *values]))
+    parse(struct.pack("<4sBQ", mark, messages.VERSION, 1) + msgspec.msgpack.encode([tag, 1, *values]))
 
 
 @pytest.mark.parametrize(
@@ -113,42 +115,42 @@ def test_what_is_nested_or_of_another_kind_in_a_flat_value_is_refused(tag: int, 
     layout = {"layers": value}
     number, id, _, *rest = msgspec.structs.astuple(RESERVE)
     body = {1: [number, id, layout, *rest], 2: [7, layout], 3: [7, "layout", "text", "layers", value, None]}[tag]
-    mark = wire.TO_PREFILLER if tag == 1 else wire.TO_DECODER
-    data = struct.pack("<4sBQ", mark, wire.VERSION, 7) + msgspec.msgpack.encode([tag, *body])
+    mark = messages.TO_PREFILLER if tag == 1 else messages.TO_DECODER
+    data = struct.pack("<4sBQ", mark, messages.VERSION, 7) + msgspec.msgpack.encode([tag, *body])
     with pytest.raises(DescriptorError, match="no message of the KV protocol: "):
-        wire.decode(data)
+        messages.decode(data)
 
 
-@pytest.mark.parametrize("mark", [wire.TO_PREFILLER, wire.TO_DECODER])
+@pytest.mark.parametrize("mark", [messages.TO_PREFILLER, messages.TO_DECODER])
 @pytest.mark.parametrize("place", range(1, 14))
 def test_a_value_of_ten_thousand_levels_is_refused_wherever_it_stands(mark: bytes, place: int) -> None:
     good = msgspec.msgpack.encode(7)
     deep = b"\x91" * 10_000 + b"\x90"
     for tag in range(1, 6):
         body = b"\xdc\x00\x0f" + msgspec.msgpack.encode(tag) + good * (place - 1) + deep + good * (14 - place)
-        assert parse(struct.pack("<4sBQ", mark, wire.VERSION, 7) + body) is None
+        assert parse(struct.pack("<4sBQ", mark, messages.VERSION, 7) + body) is None
         keyed = b"\x81" + msgspec.msgpack.encode("layers") + deep
         body = b"\xdc\x00\x0f" + msgspec.msgpack.encode(tag) + good * (place - 1) + keyed + good * (14 - place)
-        assert parse(struct.pack("<4sBQ", mark, wire.VERSION, 7) + body) is None
+        assert parse(struct.pack("<4sBQ", mark, messages.VERSION, 7) + body) is None
 
 
-@pytest.mark.parametrize("make", [lambda text: wire.Refused(7, "busy", text), lambda text: wire.Failed(7, text)])
+@pytest.mark.parametrize("make", [lambda text: messages.Refused(7, "busy", text), lambda text: messages.Failed(7, text)])
 def test_a_long_text_is_cut_by_its_sender_and_refused_by_its_receiver(make: Any) -> None:
-    sent = wire.decode(wire.encode(make("x" * 100_000)))
-    assert isinstance(sent, wire.Refused | wire.Failed)
-    assert len(sent.text) == wire.MOST_TEXT
+    sent = messages.decode(messages.encode(make("x" * 100_000)))
+    assert isinstance(sent, messages.Refused | messages.Failed)
+    assert len(sent.text) == messages.MOST_TEXT
     with pytest.raises(DescriptorError, match="too long"):
-        body = msgspec.msgpack.encode(make("x" * (wire.MOST_TEXT + 1)))
-        wire.decode(struct.pack("<4sBQ", wire.TO_DECODER, wire.VERSION, 7) + body)
+        body = msgspec.msgpack.encode(make("x" * (messages.MOST_TEXT + 1)))
+        messages.decode(struct.pack("<4sBQ", messages.TO_DECODER, messages.VERSION, 7) + body)
 
 
 def test_the_immediates_that_may_be_named_are_those_that_can_be_written() -> None:
-    assert wire.MOST_IMM == RESERVED - 1
+    assert messages.MOST_IMM == RESERVED - 1
 
 
 @given(MESSAGES)
 def test_a_message_cut_short_is_none(message: Any) -> None:
-    data = wire.encode(message)
+    data = messages.encode(message)
     for length in range(0, len(data), max(1, len(data) // 20)):
         assert parse(data[:length]) is None
     assert parse(data + b"\x00") is None
@@ -156,48 +158,50 @@ def test_a_message_cut_short_is_none(message: Any) -> None:
 
 @given(MESSAGES)
 def test_a_message_for_one_side_is_none_for_the_other(message: Any) -> None:
-    data = wire.encode(message)
-    other = wire.TO_DECODER if data[:4] == wire.TO_PREFILLER else wire.TO_PREFILLER
+    data = messages.encode(message)
+    other = messages.TO_DECODER if data[:4] == messages.TO_PREFILLER else messages.TO_PREFILLER
     assert parse(other + data[4:]) is None
 
 
-@given(MESSAGES, st.integers(0, 255).filter(lambda version: version != wire.VERSION))
+@given(MESSAGES, st.integers(0, 255).filter(lambda version: version != messages.VERSION))
 def test_another_version_is_refused_by_name_and_can_be_answered(message: Any, version: int) -> None:
-    data = wire.encode(message)
+    data = messages.encode(message)
     data = data[:4] + bytes([version]) + data[5:]
-    with pytest.raises(DescriptorError, match=f"version {version} .* not {wire.VERSION}"):
-        wire.decode(data)
-    assert wire.number(data) == message.number
+    with pytest.raises(DescriptorError, match=f"version {version} .* not {messages.VERSION}"):
+        messages.decode(data)
+    assert messages.number(data) == message.number
 
 
 def test_two_numbers_are_refused() -> None:
-    data = wire.encode(RESERVE)
+    data = messages.encode(RESERVE)
     with pytest.raises(DescriptorError, match="two numbers"):
-        wire.decode(data[:5] + struct.pack("<Q", 8) + data[13:])
+        messages.decode(data[:5] + struct.pack("<Q", 8) + data[13:])
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"id": "x" * (wire.MOST_ID + 1)}, {"id": ""}, {"instance": "x" * (wire.MOST_INSTANCE + 1)}, {"priority": 1 << 31},
-        {"priority": -(1 << 31) - 1}, {"page_ids": bytes(7)}, {"page_ids": bytes(8 * wire.MOST_PAGES + 8)}, {"tokens": -1},
-        {"tokens": wire.MOST_TOKENS + 1}, {"skip_tokens": -1}, {"skip_tokens": 21}, {"imm": -1}, {"imm": wire.MOST_IMM + 1},
+        {"id": "x" * (messages.MOST_ID + 1)}, {"id": ""}, {"instance": "x" * (messages.MOST_INSTANCE + 1)}, {"priority": 1 << 31},
+        {"priority": -(1 << 31) - 1}, {"page_ids": bytes(7)}, {"page_ids": bytes(8 * messages.MOST_PAGES + 8)}, {"tokens": -1},
+        {"tokens": messages.MOST_TOKENS + 1}, {"skip_tokens": -1}, {"skip_tokens": 21}, {"imm": -1},
+        {"imm": messages.MOST_IMM + 1},
         {"seconds": -0.5}, {"seconds": math.nan}, {"seconds": -math.inf},
     ],
     ids=lambda other: next(iter(other)),
 )  # fmt: skip
 def test_a_reservation_that_makes_no_sense_is_refused(other: dict[str, Any]) -> None:
     with pytest.raises(DescriptorError, match="makes no sense"):
-        wire.decode(replaced(RESERVE, **other))
+        messages.decode(replaced(RESERVE, **other))
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"page_ids": bytes(8 * wire.MOST_PAGES)}, {"seconds": math.inf}, {"tokens": wire.MOST_TOKENS}, {"id": "x" * wire.MOST_ID},
-        {"instance": "x" * wire.MOST_INSTANCE}, {"priority": -(1 << 31)}, {"imm": wire.MOST_IMM},
+        {"page_ids": bytes(8 * messages.MOST_PAGES)}, {"seconds": math.inf},
+        {"tokens": messages.MOST_TOKENS}, {"id": "x" * messages.MOST_ID},
+        {"instance": "x" * messages.MOST_INSTANCE}, {"priority": -(1 << 31)}, {"imm": messages.MOST_IMM},
     ],
     ids=lambda other: next(iter(other)),
 )  # fmt: skip
 def test_the_bounds_of_a_reservation_lie_within(other: dict[str, Any]) -> None:
-    assert wire.decode(replaced(RESERVE, **other)) == msgspec.structs.replace(RESERVE, **other)
+    assert messages.decode(replaced(RESERVE, **other)) == msgspec.structs.replace(RESERVE, **other)

@@ -1,33 +1,15 @@
-"""A decode rank that could not ask for a request says so: the other ranks of its instance are told and do not wait for it."""
+"""Decode ranks that could not ask for a request: a prefill rank remembers them for the other ranks of their instance."""
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from aiotransfer.errors import said
-from aiotransfer.kv import wire
-from aiotransfer.kv.room import numbers
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.kv.layout import Place
-    from aiotransfer.kv.ledger import Key
-    from aiotransfer.kv.pool import Settings
-    from aiotransfer.kv.role import Role
+    from aiotransfer.kv.prefill.ledger import Key
+    from aiotransfer.kv.protocol.layout import Place
 
 MOST_ABSENT, ABSENT_SECONDS = 256, 30.0  # what one prefill rank remembers: how many requests, how long
-
-
-def say_absent(role: Role, settings: Settings, peers: tuple[Any, ...], id: Any, error: BaseException) -> None:
-    """Tell prefill ranks that this rank of a named instance did not ask for a request, because of `error`. Raises nothing."""
-    if not settings.named or not isinstance(id, str) or not 0 < len(id) <= wire.MOST_ID:
-        return
-    for peer in peers:
-        with contextlib.suppress(Exception):  # arguments may be anything; what is wrong with them is raised already
-            role.room.check(peer)
-            absent = wire.Absent(next(numbers), id, role.layout.to_dict(), said(error), settings.named)
-            role.room.tell(peer, absent, settings.revoke_timeout)
 
 
 class Absence(NamedTuple):

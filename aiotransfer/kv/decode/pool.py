@@ -18,7 +18,7 @@ from aiotransfer.errors import BusyError, ClosedError
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.kv import wire
+    from aiotransfer.kv.protocol import messages
 
 
 class Order(NamedTuple):
@@ -56,7 +56,7 @@ class Holder(Protocol):
 
     order: Order
 
-    def receive(self, peer: Peer, message: wire.ToDecoder) -> None:
+    def receive(self, peer: Peer, message: messages.ToDecoder) -> None:
         """Take an answer of a prefill rank."""
 
     def unreadable(self, peer: Peer, number: int, error: Exception) -> None:
@@ -147,7 +147,7 @@ class Pool:
             holder.unreadable(peer, number, error)
         return holder is not None
 
-    def deliver(self, peer: Peer, message: wire.ToDecoder) -> bool:
+    def deliver(self, peer: Peer, message: messages.ToDecoder) -> bool:
         """Give an answer to its request; False where no request of this decoder expects it."""
         holder = self._expected.get(message.number)
         if holder is not None:

@@ -10,13 +10,13 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from aiotransfer.kv import wire
-from aiotransfer.kv.layout import Place
+from aiotransfer.kv.protocol import messages
+from aiotransfer.kv.protocol.layout import Place
 
 if TYPE_CHECKING:
-    from aiotransfer.kv.ledger import Target
-    from aiotransfer.kv.plan import Receivers
-    from aiotransfer.kv.room import Room
+    from aiotransfer.kv.prefill.ledger import Target
+    from aiotransfer.kv.protocol.plan import Receivers
+    from aiotransfer.kv.roles.dispatcher import Room
 
 NOTICE_SECONDS = 1.0  # after which the decode ranks that have asked are told whom the request waits for
 TELL_SECONDS = 5.0  # that a decode side may take to make room for news of its request
@@ -30,7 +30,7 @@ def named(places: Iterable[Place]) -> str:
     return f"decode rank{'s' if len(every) > 1 else ''} {', '.join(every[:MOST_NAMED])}{more}"
 
 
-def tell(room: Room, target: Target, message: wire.ToDecoder) -> None:
+def tell(room: Room, target: Target, message: messages.ToDecoder) -> None:
     """Send news to a decode rank of a request."""
     if target.peer.state in ("up", "busy"):
         room.tell(target.peer, message, TELL_SECONDS)
@@ -76,7 +76,7 @@ class Gathering:
         if self._noticed:
             missing = self.missing()
             for target in self._targets:
-                tell(self._room, target, wire.Waiting(target.number, missing))
+                tell(self._room, target, messages.Waiting(target.number, missing))
 
     def close(self) -> None:
         """Cancel the timer: the request waits for no rank any more."""

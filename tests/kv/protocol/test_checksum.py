@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from aiotransfer.kv import checksum
-from aiotransfer.kv.checksum import block_sums, multipliers, page_sums
+from aiotransfer.kv.protocol import checksum
+from aiotransfer.kv.protocol.checksum import block_sums, multipliers, page_sums
 
 Bytes = NDArray[np.uint8]
 SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 30, 31, 32, 33, 256, 1022, 4096]

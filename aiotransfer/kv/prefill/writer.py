@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiotransfer.errors import BusyError, TransferError, said
-from aiotransfer.kv.errors import RequestFailed
-from aiotransfer.kv.schedule import Job, Schedule
+from aiotransfer.kv.prefill.schedule import Job, Schedule
+from aiotransfer.kv.protocol.errors import RequestFailed
 
 if TYPE_CHECKING:
     from aiotransfer.engine.operations.transfer import Transfer
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.kv.room import Room
+    from aiotransfer.kv.roles.dispatcher import Room
 
 BUSY_SECONDS = 0.001  # before a write that the engine had no room for is tried again
 

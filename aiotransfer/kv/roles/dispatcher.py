@@ -16,7 +16,7 @@ from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.aio.tasks import begin
 from aiotransfer.aio.timeouts import Patience
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, again, said
-from aiotransfer.kv import wire
+from aiotransfer.kv.protocol import messages
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -58,12 +58,12 @@ class Room:
     def enter(cls, engine: Engine, mark: bytes, member: Member) -> Room:
         """The room of this engine; the first one in opens it. Raises `ClosedError`, `ConfigurationError` (a second prefiller)."""
         room = _rooms.get((engine, mark))
-        if room is not None and mark == wire.TO_PREFILLER:
+        if room is not None and mark == messages.TO_PREFILLER:
             raise ConfigurationError("this engine has a Prefiller already", hint="close that one first, or open another engine")
         if room is None:
-            messages = engine.messages(mark)  # raises
+            incoming = engine.messages(mark)  # raises
             room = _rooms[engine, mark] = cls(engine, mark)
-            room._reader = begin(room._read(messages))
+            room._reader = begin(room._read(incoming))
         room._members[member] = None
         return room
 
@@ -79,22 +79,22 @@ class Room:
         if _rooms.get((self._engine, self._mark)) is self:
             del _rooms[self._engine, self._mark]
 
-    async def _read(self, messages: Any) -> None:
+    async def _read(self, incoming: Any) -> None:
         try:
-            async for peer, data in messages:
+            async for peer, data in incoming:
                 try:
                     self._receive(peer, data)
                 except Exception as error:  # of one message: the next one may be another peer's
                     self._failed(peer, data, error)
         finally:
             self._close()
-            await messages.aclose()
+            await incoming.aclose()
 
     def _receive(self, peer: Peer, data: bytes) -> None:
         try:
-            message = wire.decode(data)
+            message = messages.decode(data)
         except DescriptorError as error:
-            number = wire.number(data)
+            number = messages.number(data)
             if number is None or not any(member.unreadable(peer, number, error) for member in list(self._members)):
                 self._complain(peer, error)
             return
@@ -107,7 +107,7 @@ class Room:
         left_out = _limit.admit(f"failed: {type(error).__name__}")
         if left_out is not None:
             _logger.error("a message of %s could not be handled: %r%s", peer, error, more(left_out), exc_info=error)
-        number = wire.number(data)
+        number = messages.number(data)
         answer = DescriptorError(f"the message could not be handled: {said(error)}")
         if number is not None:
             with contextlib.suppress(Exception):
@@ -120,12 +120,12 @@ class Room:
 
     # ---- sending ----
 
-    def tell(self, peer: Peer, message: wire.ToPrefiller | wire.ToDecoder, seconds: float) -> None:
+    def tell(self, peer: Peer, message: messages.ToPrefiller | messages.ToDecoder, seconds: float) -> None:
         """Send as soon as the peer has room, for at most so long. A peer that is gone is not told.
 
         Nor is one that leaves `MOST_TOLD` bytes unread: its own deadline tells it.
         """
-        data = wire.encode(message)
+        data = messages.encode(message)
         cost = len(data) + OVERHEAD
         if self._waiting[peer] + cost > MOST_TOLD:
             return

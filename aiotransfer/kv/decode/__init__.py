@@ -1,0 +1,1 @@
+"""The decode side: which pages requests hold, and one request from its question to its pages."""
