@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from aiotransfer.weights import Layout, Tensor, sharded
-from aiotransfer.weights.shards import chunk
+from aiotransfer.weights.layouts.shards import chunk
 
 WORDS = 509  # a prime number: no number of ranks divides it
 TRAINERS, SERVERS = 2, 2  # ranks of all trainers, and of one inference instance

@@ -6,13 +6,12 @@ import ast
 import re
 import subprocess
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import aiotransfer
-from tests.architecture.circles import out_of_rooms
+from tests.architecture.circles import arrows_on_circles, out_of_rooms, upward_arrows
 from tests.architecture.sources import package
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +65,19 @@ ROOMS: dict[str, dict[str, set[str]]] = {  # by folder: each room, and those ben
         "communicator": {"protocol"},
         "step": {"protocol", "communicator"},
     },
+    "weights": {
+        "protocol": set(),
+        "kernels": set(),
+        "layouts": set(),
+        "planning": {"layouts", "protocol"},
+        "records": {"protocol"},
+        "memory": {"layouts", "planning", "kernels"},
+        "roles": {"layouts", "planning", "protocol", "memory"},
+        "publisher": {"layouts", "planning", "protocol", "kernels", "records", "memory", "roles"},
+        "subscriber": {"layouts", "planning", "protocol", "records", "memory", "roles"},
+        "checkpoint": {"layouts", "planning", "protocol", "memory", "roles", "publisher", "subscriber"},
+        "scale": {"layouts", "planning"},
+    },
 }
 PRIVATE_OF_THE_ENGINE = {"kv": {"_values"}, "moe": {"_check", "_connections", "_lane", "_loop"}}  # that components use: no more
 PURE = (
@@ -73,11 +85,7 @@ PURE = (
     "kv/protocol/", "kv/prefill/schedule.py",
     "kv/registry/member.py", "kv/registry/changes.py", "kv/registry/cache.py", "kv/registry/stamp.py",
     "moe/protocol/",
-    "weights/arrays.py", "weights/layout.py", "weights/layoutcheck.py", "weights/pack.py", "weights/rules.py",
-    "weights/templates.py", "weights/links.py", "weights/sources.py", "weights/assign.py", "weights/senders.py",
-    "weights/staging.py", "weights/relay.py", "weights/planner.py", "weights/schedule.py", "weights/plan.py", "weights/tasks.py",
-    "weights/codec.py", "weights/balance.py", "weights/explain.py", "weights/picture.py", "weights/record.py",
-    "weights/errors.py", "weights/passing.py", "weights/protocol/",
+    "weights/layouts/", "weights/planning/", "weights/protocol/", "weights/records/record.py",
 )  # fmt: skip
 IMPURE = {"asyncio", "time", "socket", "logging", "select", "threading", "subprocess", "random", "anyio", "pathlib"}
 
@@ -92,8 +100,8 @@ def folder_of(module: str) -> str:
     return parts[1] if len(parts) > 1 else ""
 
 
-def imports(file: Path, *, lazy: bool = True) -> Iterator[str]:
-    """Modules imported at run time (never under TYPE_CHECKING); without `lazy`, only those at the top of the file."""
+def imports(file: Path) -> Iterator[str]:
+    """Modules imported at run time (never under TYPE_CHECKING)."""
 
     def visit(nodes: list[ast.stmt]) -> Iterator[str]:
         for node in nodes:
@@ -105,7 +113,7 @@ def imports(file: Path, *, lazy: bool = True) -> Iterator[str]:
                     yield full if full in MODULES else str(node.module)
             elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
                 yield from visit(node.orelse)
-            elif lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            else:
                 for field in ("body", "orelse", "finalbody", "handlers", "cases"):
                     yield from visit(getattr(node, field, None) or [])
 
@@ -205,17 +213,14 @@ def test_rooms_import_only_those_beneath_them(folder: str) -> None:
     assert out_of_rooms(modules, folder, ROOMS[folder]) == []
 
 
-def test_imports_make_no_cycle() -> None:
-    graph = {name_of(f): {m for m in imports(f, lazy=False) if m in MODULES and m != "aiotransfer"} for f in FILES}
-    try:
-        list(TopologicalSorter(graph).static_order())
-    except CycleError as error:
-        pytest.fail(f"a cycle: {error.args[1]}")
+def test_no_module_reaches_itself_by_imports() -> None:
+    """Those for annotations and those inside functions included."""
+    assert arrows_on_circles(package()) == []
 
 
-def test_a_cycle_would_be_seen() -> None:
-    with pytest.raises(CycleError):
-        list(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
+def test_no_folder_imports_what_is_not_beneath_it() -> None:
+    """The same ones included; and of two rooms within a folder at most one imports the other."""
+    assert upward_arrows(package(), MAY_IMPORT, LEAVES | {"_native"}) == []
 
 
 def test_public_names_are_few_and_documented() -> None:

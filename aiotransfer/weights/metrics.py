@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from aiotransfer.telemetry.prometheus import SECONDS, Maker
 
 if TYPE_CHECKING:
-    from aiotransfer.weights.record import UpdateRecord
+    from aiotransfer.weights.records.record import UpdateRecord
 
 
 def on_record(*, registry: Any = None, seconds: Sequence[float] = SECONDS) -> Callable[[UpdateRecord], None]:

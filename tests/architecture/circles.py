@@ -49,18 +49,9 @@ def components(edges: Iterable[tuple[str, str]]) -> list[set[str]]:
     return found
 
 
-def modules_on_circles(modules: Mapping[str, Module]) -> list[Finding]:
-    """Each module that reaches itself by imports, those for annotations and those inside functions included."""
-    found = []
-    for circle in components((arrow.source, arrow.target) for arrow in arrows(modules)):
-        rooms = ", ".join(sorted({modules[name].room for name in circle}))
-        text = f"on a circle of {len(circle)} modules in {rooms}"
-        found += [Finding(modules[name].room, modules[name].path, text) for name in sorted(circle)]
-    return found
-
-
 def arrows_on_circles(modules: Mapping[str, Module]) -> list[Finding]:
-    """Each import between two modules of the same circle: the number falls with every cut, the circle only with the last."""
+    """Each import between two modules of which each reaches the other by imports, those for annotations and those inside
+    functions included."""
     every = arrows(modules)
     circle_of = {name: number for number, one in enumerate(components((a.source, a.target) for a in every)) for name in one}
     once: dict[tuple[str, str], Arrow] = {}

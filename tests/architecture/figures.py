@@ -8,16 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.architecture import circles, docstrings, native, private, sizes
+from tests.architecture import docstrings, native, private, sizes
 from tests.architecture.sources import Finding, package
-from tests.test_architecture import LEAVES, MAY_IMPORT
 
 COMMITTED = Path(__file__).parent / "figures.json"
 Figures = dict[str, dict[str, int]]
 RULES = (
-    "modules on circles",
-    "arrows on circles",
-    "upward arrows",
     "foreign reads",
     "foreign writes",
     "reads across folders",
@@ -40,9 +36,6 @@ def findings() -> dict[str, tuple[Finding, ...]]:
     """By rule. Only these are kept: the trees would be looked at by every collection of every later test."""
     modules, sources, c_files = package(), dict(sizes.files()), native.tree()
     found: dict[str, list[Finding]] = {
-        "modules on circles": circles.modules_on_circles(modules),
-        "arrows on circles": circles.arrows_on_circles(modules),
-        "upward arrows": circles.upward_arrows(modules, MAY_IMPORT, LEAVES | {"_native"}),
         **private.foreign(modules),
         "long functions": sizes.long_functions(sources),
         "long files": sizes.long_files(sources),

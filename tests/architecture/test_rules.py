@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.architecture import circles, docstrings, figures, native, private, sizes
-from tests.architecture.sources import Module, arrows, exported, package
+from tests.architecture.sources import ROOT, Module, arrows, exported, package
+from tests.test_architecture import LEAVES, MAY_IMPORT, ROOMS
 
 
 def modules(**texts: str) -> dict[str, Module]:
@@ -29,26 +30,25 @@ PLAIN = ["from aiotransfer.kv.a import A\n", "from aiotransfer.kv import a\n", "
 def test_a_circle_is_seen_whatever_closes_it(back: str) -> None:
     forth = "from aiotransfer.kv.b import B\n"
     tree = modules(kv_a=f"{forth}class A: ...\n", kv_b=f"{back}class B: ...\n", kv_c=forth)
-    assert [(one.room, one.where) for one in circles.modules_on_circles(tree)] == [
-        ("kv", "aiotransfer/kv/a.py"),
-        ("kv", "aiotransfer/kv/b.py"),
-    ]
-    assert [one.where for one in circles.arrows_on_circles(tree)] == [
-        "aiotransfer/kv/a.py:1",
-        f"aiotransfer/kv/b.py:{[n for n, line in enumerate(back.splitlines(), 1) if 'kv' in line][-1]}",
+    assert [(one.room, one.where) for one in circles.arrows_on_circles(tree)] == [
+        ("kv", "aiotransfer/kv/a.py:1"),
+        ("kv", f"aiotransfer/kv/b.py:{[n for n, line in enumerate(back.splitlines(), 1) if 'kv' in line][-1]}"),
     ]
 
 
 def test_a_circle_between_folders_belongs_to_both() -> None:
     tree = modules(kv_a="from aiotransfer.moe.b import B\n", moe_b="from aiotransfer.kv.a import A\n")
-    found = circles.modules_on_circles(tree)
-    assert [(one.room, one.what) for one in found] == [(room, "on a circle of 2 modules in kv, moe") for room in ("kv", "moe")]
+    found = circles.arrows_on_circles(tree)
+    assert [(one.room, one.what) for one in found] == [
+        ("kv", "imports aiotransfer.moe.b (top)"),
+        ("moe", "imports aiotransfer.kv.a (top)"),
+    ]
 
 
 def test_no_circle_is_seen_where_there_is_none() -> None:
     to_c = "from aiotransfer.kv.c import C\n"
     tree = modules(kv_a=f"from aiotransfer.kv.b import B\n{to_c}", kv_b=to_c, kv_c="")
-    assert circles.modules_on_circles(tree) == circles.arrows_on_circles(tree) == []
+    assert circles.arrows_on_circles(tree) == []
 
 
 def test_circles_that_touch_are_one_and_others_are_apart() -> None:
@@ -104,6 +104,39 @@ def test_of_rooms_within_a_room_the_rarer_direction_is_upward() -> None:
         }
     )
     assert [one.where for one in circles.upward_arrows(tree, {"kv": set()}, set())] == ["aiotransfer/kv/registry/x.py:1"]
+
+
+ABOVE = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import aiotransfer.{}\n"
+
+
+def with_an_import(path: str, of: str) -> dict[str, Module]:
+    """The modules of this tree, one of which imports a module more, for annotations alone."""
+    files = sorted((ROOT / "aiotransfer").rglob("*.py"))
+    texts = {str(file.relative_to(ROOT)): file.read_text() for file in files}
+    assert path in texts
+    return package(texts | {path: texts[path] + ABOVE.format(of)})
+
+
+def test_one_import_upward_in_this_tree_is_seen() -> None:
+    tree = with_an_import("aiotransfer/errors.py", "engine.engine")
+    assert {"aiotransfer/errors.py", "aiotransfer/engine/engine.py"} <= {
+        one.where.partition(":")[0] for one in circles.arrows_on_circles(tree)
+    }
+    tree = with_an_import("aiotransfer/core/boxes.py", "engine.engine")
+    found = circles.upward_arrows(tree, MAY_IMPORT, LEAVES | {"_native"})
+    assert [(one.room, one.what) for one in found] == [("core", "imports aiotransfer.engine.engine (typing)")]
+
+
+@pytest.mark.parametrize(("path", "of"), [
+    ("weights/protocol/wire.py", "weights.publisher.publisher"),
+    ("weights/subscriber/gate.py", "weights.publisher.work"),
+    ("weights/layouts/pack.py", "weights.planning.plan"),
+    ("moe/protocol/messages.py", "moe.communicator.communicator"),
+])  # fmt: skip
+def test_one_import_out_of_a_room_of_this_tree_is_seen(path: str, of: str) -> None:
+    folder = path.partition("/")[0]
+    found = circles.out_of_rooms(with_an_import(f"aiotransfer/{path}", of), folder, ROOMS[folder])
+    assert [(one.room, one.what) for one in found] == [(path.rpartition("/")[0], f"imports aiotransfer.{of}")]
 
 
 A = """

@@ -26,11 +26,11 @@ import numpy as np
 import aiotransfer as at
 from aiotransfer.providers import native
 from aiotransfer.weights import Plan, make_plan
-from aiotransfer.weights.posting import Posting
+from aiotransfer.weights.planning.tasks import Tasks
 from aiotransfer.weights.publisher.writing import Writing
+from aiotransfer.weights.roles.posting import Posting
 from aiotransfer.weights.scale.models import MODELS, Model
 from aiotransfer.weights.scale.placements import Placement, inference_layouts, rules, trainer_layout
-from aiotransfer.weights.tasks import Tasks
 
 SMALL = 4096  # bytes of the only memory there is
 NBYTES = 8

@@ -62,7 +62,7 @@ GUARDS = (
         "                await region.flush()\n", "                pass\n", "tests/weights/test_devices_direct.py",
     ),
     Mutant(
-        "weights: what is converted is first brought from a GPU", "aiotransfer/weights/planner.py",
+        "weights: what is converted is first brought from a GPU", "aiotransfer/weights/planning/planner.py",
         "        if self.staged or self.apart:\n", "        if self.staged:\n", "tests/weights/test_devices_direct.py",
     ),
     Mutant(

@@ -11,11 +11,11 @@ GUARDS = (
         "    if length > min(MOST_HEADER, file.nbytes - 8):\n", "    if length > 1 << 64:\n", f"{TESTS}/test_opening.py",
     ),
     Mutant(
-        "weights: what is no regular file is not read", f"{WEIGHTS}/files.py",
+        "weights: what is no regular file is not read", f"{WEIGHTS}/memory/files.py",
         "        if not stat.S_ISREG(now.st_mode):\n", "        if False:\n", "tests/weights/test_files.py",
     ),
     Mutant(
-        "weights: a read that comes back short", f"{WEIGHTS}/files.py",
+        "weights: a read that comes back short", f"{WEIGHTS}/memory/files.py",
         "            if not count:\n", "            if not count:\n                return\n            if False:\n",
         "tests/weights/test_files.py",
     ),
@@ -60,7 +60,7 @@ GUARDS = (
         "    (await saving.write(OfTrainers(role, update), update.version)).commit()\n", f"{TESTS}/test_saving.py",
     ),
     Mutant(
-        "weights: a cancel waits for work on memory that is used again", f"{WEIGHTS}/aside.py",
+        "weights: a cancel waits for work on memory that is used again", f"{WEIGHTS}/memory/aside.py",
         "        await despite_cancels(task)\n        if not task.cancelled():\n", "        if task.done():\n",
         "tests/weights/test_aside.py",
     ),

@@ -68,9 +68,10 @@ def test_the_components_import_none_of_the_libraries() -> None:
     program = """
 import sys
 from aiotransfer import kv, moe, weights
-from aiotransfer.weights import metrics, tracing
+from aiotransfer.weights import metrics
+from aiotransfer.weights.records import tracing
 from aiotransfer.telemetry.records import Host
-from aiotransfer.weights.progress import Shows
+from aiotransfer.weights.records.progress import Shows
 Shows(None, Host()), Shows(print, Host())
 libraries = {"prometheus_client", "opentelemetry", "rich", "tqdm"}
 assert not libraries & {name.partition(".")[0] for name in sys.modules}

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aiotransfer.weights import Layout, Plan
-from aiotransfer.weights.tasks import Tasks, Writes, strides_of
+from aiotransfer.weights.planning.tasks import Tasks, Writes, strides_of
 
 Bytes = npt.NDArray[np.uint8]
 TYPES = {"float32": np.float32, "float16": np.float16, "float64": np.float64, "uint8": np.uint8, "float8_e4m3fn": np.uint8}

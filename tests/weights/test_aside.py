@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aiotransfer import weights
-from aiotransfer.weights.aside import steady
+from aiotransfer.weights.memory.aside import steady
 from aiotransfer.weights.subscriber import memory as subscriber_memory
 from tests.weights.party import Party
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiotransfer.weights import Layout, Piece, Quantise, Tensor, assign, make_plan, placed, sharded
+from aiotransfer.weights import Layout, Piece, Quantise, Tensor, make_plan, placed, sharded
+from aiotransfer.weights.planning import assign
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiotransfer.errors import DescriptorError
-from aiotransfer.weights import Cast, Layout, Piece, Plan, PlanError, Tensor, make_plan, merge, pack, sharded
-from aiotransfer.weights.layout import MAGIC, MOST_TENSORS
+from aiotransfer.weights import Cast, Layout, Piece, Plan, PlanError, Tensor, make_plan, merge, sharded
+from aiotransfer.weights.layouts import pack
+from aiotransfer.weights.layouts.layout import MAGIC, MOST_TENSORS
 
 
 def layout(dtype: str = "float32") -> Layout:

@@ -16,8 +16,8 @@ import aiotransfer as at
 from aiotransfer import weights
 from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.weights import Cast, Layout, Piece, PlanError, Quantise, Tensor, Transpose
-from aiotransfer.weights.devices import DeviceBuffer, torch_bytes
 from aiotransfer.weights.kernels import numbers, quantise
+from aiotransfer.weights.memory.devices import DeviceBuffer, torch_bytes
 from aiotransfer.weights.publisher import work
 from tests.engine.gpu import Gpu, build
 from tests.weights.party import Party

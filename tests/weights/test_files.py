@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aiotransfer as at
-from aiotransfer.weights import Layout, Piece, Tensor, stored
-from aiotransfer.weights.files import FileBound, FileMemory
+from aiotransfer.weights import Layout, Piece, Tensor
+from aiotransfer.weights.memory import stored
+from aiotransfer.weights.memory.files import FileBound, FileMemory
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from aiotransfer.errors import DescriptorError
-from aiotransfer.weights import Publisher, Subscriber, layout_of, mail
+from aiotransfer.weights import Publisher, Subscriber, layout_of
 from aiotransfer.weights.protocol import terms, wire
 from aiotransfer.weights.protocol.parts import Parts, parts
+from aiotransfer.weights.roles import mail
 from tests.weights.party import Party
 
 

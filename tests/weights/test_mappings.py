@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aiotransfer.providers.shm.provider import ShmPath
-from aiotransfer.weights.mappings import SETS
+from aiotransfer.weights.roles.mappings import SETS
 from tests.weights.party import Party
 
 pytestmark = pytest.mark.asyncio

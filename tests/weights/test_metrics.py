@@ -8,7 +8,7 @@ import pytest
 
 from aiotransfer.weights import UpdateRecord, Version
 from aiotransfer.weights.metrics import on_record
-from aiotransfer.weights.record import PUBLISHED, RECEIVED
+from aiotransfer.weights.records.record import PUBLISHED, RECEIVED
 from tests.weights.party import Party
 
 prometheus = pytest.importorskip("prometheus_client", reason="prometheus_client is not installed (the extra `metrics`)")

@@ -24,10 +24,10 @@ from aiotransfer.model.dtypes import lookup
 from aiotransfer.providers import native
 from aiotransfer.providers.numbers import Numbers
 from aiotransfer.weights import Cast, Layout, Piece, Quantise, Tensor, Transpose
-from aiotransfer.weights.convert import dense
-from aiotransfer.weights.devices import DeviceBuffer, like
 from aiotransfer.weights.kernels import kernels_for, numbers, quantise
-from aiotransfer.weights.links import CAST, QUANTISE
+from aiotransfer.weights.memory.convert import dense
+from aiotransfer.weights.memory.devices import DeviceBuffer, like
+from aiotransfer.weights.planning.links import CAST, QUANTISE
 from aiotransfer.weights.publisher import making, on_gpu, work
 from aiotransfer.weights.publisher.on_gpu import Box
 from tests.engine.gpu import Gpu, build

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiotransfer.errors import DescriptorError
-from aiotransfer.weights import Layout, Piece, Tensor, make_plan, pack, passing
+from aiotransfer.weights import Layout, Piece, Tensor, make_plan
+from aiotransfer.weights.layouts import pack
+from aiotransfer.weights.planning import passing
+from aiotransfer.weights.planning.tasks import instead
 from aiotransfer.weights.protocol.terms import MOST_STEPS
-from aiotransfer.weights.tasks import instead
 from tests.weights.party import inference_layout, trainer_layout
 
 PLAN = make_plan(

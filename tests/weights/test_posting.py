@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
-from aiotransfer.weights import posting
-from aiotransfer.weights.posting import MOST_SMALL, SMALL, Posting, Prepared, _edges
-from aiotransfer.weights.tasks import Writes
+from aiotransfer.weights.planning.tasks import Writes
+from aiotransfer.weights.roles import posting
+from aiotransfer.weights.roles.posting import MOST_SMALL, SMALL, Posting, Prepared, _edges
 
 N = 1 << 12
 

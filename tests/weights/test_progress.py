@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from aiotransfer.telemetry.records import Host
-from aiotransfer.weights import Version, progress
-from aiotransfer.weights.progress import Shows
+from aiotransfer.weights import Version
+from aiotransfer.weights.records import progress
+from aiotransfer.weights.records.progress import Shows
 from tests.weights.party import Party
 
 pytestmark = pytest.mark.asyncio

@@ -25,7 +25,7 @@ from aiotransfer.weights import (
     Transpose,
     make_plan,
 )  # fmt: skip
-from aiotransfer.weights.layout import dense
+from aiotransfer.weights.layouts.layout import dense
 from tests.weights.replay import TYPES, check, convert, replay
 
 BLOCK = (3, 4)

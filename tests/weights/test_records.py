@@ -12,7 +12,7 @@ import aiotransfer as at
 from aiotransfer import weights
 from aiotransfer.testing.fabric import Fabric
 from aiotransfer.weights import Layout, Piece, Quantise, Tensor, UpdateRecord
-from aiotransfer.weights.record import PUBLISHED, RECEIVED, STAGES
+from aiotransfer.weights.records.record import PUBLISHED, RECEIVED, STAGES
 from aiotransfer.weights.subscriber.relaying import Relaying
 from tests.weights.party import Party, Server, failures
 from tests.weights.test_conversions import push

@@ -16,7 +16,7 @@ from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import again
 from aiotransfer.testing.fabric import Fabric, fabric
 from aiotransfer.weights import Bound, Cast, Layout, Piece, Tensor
-from aiotransfer.weights.posting import Batch
+from aiotransfer.weights.roles.posting import Batch
 from aiotransfer.weights.subscriber.arrivals import Arrivals
 from aiotransfer.weights.subscriber.relayed import Relayed
 from aiotransfer.weights.subscriber.relaying import Relaying

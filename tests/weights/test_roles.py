@@ -15,7 +15,7 @@ from aiotransfer import weights
 from aiotransfer.weights import Bound, Layout, Piece, Tensor
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.publisher.update import Update
-from aiotransfer.weights.watch import Watch
+from aiotransfer.weights.roles.watch import Watch
 from tests.weights.party import Party, failures, inference_layout, shard, trainer_layout, values
 
 pytestmark = pytest.mark.asyncio

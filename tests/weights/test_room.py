@@ -16,9 +16,10 @@ import aiotransfer as at
 from aiotransfer import weights
 from aiotransfer.errors import BusyError, RegionError, ScatterError
 from aiotransfer.testing.fabric import Fabric, fabric
-from aiotransfer.weights import Bound, Cast, Layout, Piece, Quantise, Tensor, posting
-from aiotransfer.weights.posting import without_room
-from aiotransfer.weights.reads import Step, copy, cut, run, steps
+from aiotransfer.weights import Bound, Cast, Layout, Piece, Quantise, Tensor
+from aiotransfer.weights.roles import posting
+from aiotransfer.weights.roles.posting import without_room
+from aiotransfer.weights.roles.reads import Step, copy, cut, run, steps
 from tests.weights.party import Party, Server
 
 QUEUES = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aiotransfer.weights import Layout, Piece, Tensor, fused, make_plan, merge, placed, replicated, sharded
-from aiotransfer.weights.layout import PIECE_ARRAYS
+from aiotransfer.weights.layouts.layout import PIECE_ARRAYS
 from tests.weights.replay import check, replay
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from aiotransfer.weights import UpdateRecord
-from aiotransfer.weights.tracing import trace
+from aiotransfer.weights.records.tracing import trace
 from tests.weights.party import Party, failures
 
 REASON = "opentelemetry-sdk is not installed (the extra `test`)"
@@ -94,7 +94,7 @@ def test_without_opentelemetry_nothing_is_imported_and_nothing_happens() -> None
     program = """
 import sys
 from aiotransfer.weights import UpdateRecord
-from aiotransfer.weights.tracing import trace
+from aiotransfer.weights.records.tracing import trace
 trace(UpdateRecord(role="publisher", rank=0, outcome="committed", began=1.0, finished=2.0))
 assert not [name for name in sys.modules if name.startswith("opentelemetry")]
 """
@@ -105,7 +105,7 @@ def test_a_host_that_has_only_imported_it_gets_no_provider() -> None:
     program = """
 from opentelemetry import trace as api
 from aiotransfer.weights import UpdateRecord
-from aiotransfer.weights.tracing import trace
+from aiotransfer.weights.records.tracing import trace
 trace(UpdateRecord(role="subscriber", rank=0, outcome="committed", began=1.0, finished=2.0))
 assert api._TRACER_PROVIDER is None
 """

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from aiotransfer.weights.errors import PlanError
+from aiotransfer.weights.layouts.errors import PlanError
 
 MOST_INDEX = 256 << 20  # bytes
 MOST_FILES = 1 << 14

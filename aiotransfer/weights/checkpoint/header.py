@@ -11,7 +11,7 @@ import msgspec
 
 from aiotransfer.errors import BrokenError, ConfigurationError
 from aiotransfer.model.dtypes import lookup
-from aiotransfer.weights.files import FileMemory
+from aiotransfer.weights.memory.files import FileMemory
 
 TEXTS = "__metadata__"  # in a header the texts, where a tensor's name would be
 MOST_HEADER = 100_000_000  # bytes, as the library has it

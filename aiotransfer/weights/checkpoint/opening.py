@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from aiotransfer.weights.checkpoint.finding import files_of
 from aiotransfer.weights.checkpoint.header import Header, Unreadable, header_of, library
-from aiotransfer.weights.derive import usual_group
-from aiotransfer.weights.errors import PlanError
-from aiotransfer.weights.files import FileBound, FileMemory
-from aiotransfer.weights.layout import Layout, Piece, Tensor
+from aiotransfer.weights.layouts.derive import usual_group
+from aiotransfer.weights.layouts.errors import PlanError
+from aiotransfer.weights.layouts.layout import Layout, Piece, Tensor
+from aiotransfer.weights.memory.files import FileBound, FileMemory
 from aiotransfer.weights.protocol.version import Version
 
 VERSION, SAVE = "aiotransfer.version", "aiotransfer.save"  # texts in the header of a file that `save` wrote

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.model.descriptor import RemoteRegion
-    from aiotransfer.weights.layout import Layout
+    from aiotransfer.weights.layouts.layout import Layout
     from aiotransfer.weights.protocol.version import Version
     from aiotransfer.weights.publisher.publisher import Publisher
     from aiotransfer.weights.publisher.update import Update

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from aiotransfer.errors import ConfigurationError
 from aiotransfer.weights.checkpoint.finding import INDEX, SUFFIX, WHOLE, read_index
-from aiotransfer.weights.errors import PlanError
+from aiotransfer.weights.layouts.errors import PlanError
 
 OURS = re.compile(r"model-[0-9a-f]{16}-\d{5}-of-\d{5}\.safetensors")  # of a save into a folder
 PART = ".part"  # behind the name of what is not whole yet

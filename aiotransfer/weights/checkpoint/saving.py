@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from aiotransfer.aio.timeouts import Patience
 from aiotransfer.engine.runtime.base import seconds, world_of
 from aiotransfer.errors import ConfigurationError, TransferError, TransferTimeout
-from aiotransfer.weights.aside import aside, steady
 from aiotransfer.weights.checkpoint.header import library
 from aiotransfer.weights.checkpoint.opening import SAVE, VERSION
 from aiotransfer.weights.checkpoint.parts import OfInstance, OfTrainers, Parts
 from aiotransfer.weights.checkpoint.placing import Target
 from aiotransfer.weights.checkpoint.shards import shards_of
 from aiotransfer.weights.checkpoint.writing import Writer, runs_of
+from aiotransfer.weights.memory.aside import aside, steady
 from aiotransfer.weights.protocol.version import Version
 from aiotransfer.weights.publisher.publisher import Publisher
 from aiotransfer.weights.subscriber.subscriber import Subscriber

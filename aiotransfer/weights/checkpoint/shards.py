@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from aiotransfer.weights.checkpoint.header import NAMES, TEXTS
-from aiotransfer.weights.errors import PlanError
-from aiotransfer.weights.layout import Layout
+from aiotransfer.weights.layouts.errors import PlanError
+from aiotransfer.weights.layouts.layout import Layout
 
 
 class Shard(NamedTuple):

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from aiotransfer.aio.timeouts import despite_cancels
 from aiotransfer.engine.memory.views import memory_of
-from aiotransfer.weights.aside import aside, steady
 from aiotransfer.weights.checkpoint.parts import Parts
 from aiotransfer.weights.checkpoint.shards import Shard
-from aiotransfer.weights.layout import Layout, Piece, Tensor
-from aiotransfer.weights.planner import make_plan
-from aiotransfer.weights.reads import Reads, Step, copy, steps
+from aiotransfer.weights.layouts.layout import Layout, Piece, Tensor
+from aiotransfer.weights.memory.aside import aside, steady
+from aiotransfer.weights.planning.planner import make_plan
+from aiotransfer.weights.roles.reads import Reads, Step, copy, steps
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import Region

@@ -10,20 +10,20 @@ import numpy as np
 from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import ClosedError, DescriptorError, RegistrationError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
-from aiotransfer.weights.aside import aside, steady
-from aiotransfer.weights.convert import place
+from aiotransfer.weights.memory.aside import aside, steady
+from aiotransfer.weights.memory.convert import place
+from aiotransfer.weights.planning.tasks import strides_of
 from aiotransfer.weights.protocol import wire
-from aiotransfer.weights.reads import Reads, steps
-from aiotransfer.weights.tasks import strides_of
-from aiotransfer.weights.watch import reach
+from aiotransfer.weights.roles.reads import Reads, steps
+from aiotransfer.weights.roles.watch import reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.lease import Lease
     from aiotransfer.engine.memory.region import Region
     from aiotransfer.engine.peers.peer import Peer
+    from aiotransfer.weights.planning.tasks import Tasks
     from aiotransfer.weights.publisher.context import Context
     from aiotransfer.weights.publisher.work import Work, Works
-    from aiotransfer.weights.tasks import Tasks
 
 
 class Borrowing:

@@ -12,7 +12,7 @@ from aiotransfer.errors import TransferError
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.protocol.roll import lender
 from aiotransfer.weights.protocol.version import Version
-from aiotransfer.weights.watch import Changes, Ending, Watch, reach
+from aiotransfer.weights.roles.watch import Changes, Ending, Watch, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer

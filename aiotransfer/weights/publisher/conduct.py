@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiotransfer.errors import TransferError
-from aiotransfer.weights.aside import aside
+from aiotransfer.weights.memory.aside import aside
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.roll import gaps, name_of, stands_in_the_way
 from aiotransfer.weights.protocol.version import Version
 from aiotransfer.weights.publisher.course import Course, Given, Target
 from aiotransfer.weights.publisher.settling import Settling
-from aiotransfer.weights.watch import Ending, Watch, reach
+from aiotransfer.weights.roles.watch import Ending, Watch, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer

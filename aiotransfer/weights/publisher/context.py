@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aiotransfer.engine.runtime.base import world_of
-from aiotransfer.weights.mappings import Mappings
-from aiotransfer.weights.watch import Watch
+from aiotransfer.weights.roles.mappings import Mappings
+from aiotransfer.weights.roles.watch import Watch
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.weights.layout import Layout
-    from aiotransfer.weights.mail import Mail
-    from aiotransfer.weights.observer import Observer
+    from aiotransfer.weights.layouts.layout import Layout
     from aiotransfer.weights.protocol import wire
     from aiotransfer.weights.publisher.filed import FileSources
     from aiotransfer.weights.publisher.memory import Sources
+    from aiotransfer.weights.records.observer import Observer
+    from aiotransfer.weights.roles.mail import Mail
 
 TELL_SECONDS = 10.0  # for a message; what it is about has a deadline of its own
 

@@ -10,7 +10,7 @@ from aiotransfer.aio.timeouts import Patience
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.protocol.roll import name_of
 from aiotransfer.weights.protocol.version import Version
-from aiotransfer.weights.watch import Changes
+from aiotransfer.weights.roles.watch import Changes
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer

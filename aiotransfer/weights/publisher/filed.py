@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.engine.memory.views import memory_of
-from aiotransfer.weights.aside import aside
-from aiotransfer.weights.binding import Moved
-from aiotransfer.weights.devices import Devices
+from aiotransfer.weights.memory.aside import aside
+from aiotransfer.weights.memory.binding import Moved
+from aiotransfer.weights.memory.devices import Devices
+from aiotransfer.weights.memory.stored import SLAB
 from aiotransfer.weights.publisher.on_gpu import Box, OnGpu
-from aiotransfer.weights.stored import SLAB
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.memory.region import Region, RegionView
-    from aiotransfer.weights.files import FileBound
+    from aiotransfer.weights.memory.files import FileBound
 
 
 class FileSources:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiotransfer.errors import DescriptorError
-from aiotransfer.weights.layout import Layout
+from aiotransfer.weights.layouts.layout import Layout
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.protocol.pieces import Pieces
-from aiotransfer.weights.watch import Changes, reach
+from aiotransfer.weights.roles.watch import Changes, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer

@@ -9,13 +9,13 @@ import numpy as np
 
 from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import TransferError
-from aiotransfer.weights.aside import steady
-from aiotransfer.weights.checksum import sum_runs
-from aiotransfer.weights.convert import convert, place
 from aiotransfer.weights.kernels import NotFiniteError
-from aiotransfer.weights.links import COPY
+from aiotransfer.weights.memory.aside import steady
+from aiotransfer.weights.memory.checksum import sum_runs
+from aiotransfer.weights.memory.convert import convert, place
+from aiotransfer.weights.planning.links import COPY
+from aiotransfer.weights.planning.tasks import Writes, strides_of
 from aiotransfer.weights.publisher.on_gpu import Box
-from aiotransfer.weights.tasks import Writes, strides_of
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import Region, RegionView

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.engine.memory.views import memory_of
-from aiotransfer.weights.aside import aside
-from aiotransfer.weights.binding import Moved, check_places, register
-from aiotransfer.weights.convert import copy, place
-from aiotransfer.weights.devices import DeviceBuffer, Devices, buffer_of, directly, on_device
+from aiotransfer.weights.memory.aside import aside
+from aiotransfer.weights.memory.binding import Moved, check_places, register
+from aiotransfer.weights.memory.convert import copy, place
+from aiotransfer.weights.memory.devices import DeviceBuffer, Devices, buffer_of, directly, on_device
+from aiotransfer.weights.memory.stored import SLAB
 from aiotransfer.weights.publisher.on_gpu import Box, OnGpu
-from aiotransfer.weights.stored import SLAB
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.memory.region import Region, RegionView
-    from aiotransfer.weights.bind import Bound
+    from aiotransfer.weights.layouts.bind import Bound
 
 REMEDY = "make the Publisher anew"
 

@@ -21,11 +21,11 @@ from aiotransfer.engine.memory.buffers import describe
 from aiotransfer.errors import RegistrationError
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.providers.convert import FLOAT8, SOURCES
-from aiotransfer.weights.bind import is_torch
-from aiotransfer.weights.convert import dense
-from aiotransfer.weights.devices import DeviceBuffer
 from aiotransfer.weights.kernels import MOST_IN_BLOCK, NotFiniteError, kernels_for
-from aiotransfer.weights.links import CAST
+from aiotransfer.weights.layouts.bind import is_torch
+from aiotransfer.weights.memory.convert import dense
+from aiotransfer.weights.memory.devices import DeviceBuffer
+from aiotransfer.weights.planning.links import CAST
 
 _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()

@@ -18,11 +18,9 @@ from aiotransfer.aio.timeouts import despite_cancels
 from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError
-from aiotransfer.weights import arguments
-from aiotransfer.weights.binding import bound_of
-from aiotransfer.weights.files import FileBound
-from aiotransfer.weights.mail import Mail
-from aiotransfer.weights.observer import Observer
+from aiotransfer.weights.memory.binding import bound_of
+from aiotransfer.weights.memory.files import FileBound
+from aiotransfer.weights.planning.rules import GivenRules, by_instance
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.pieces import pieces
 from aiotransfer.weights.protocol.version import check_epoch, check_number
@@ -36,7 +34,9 @@ from aiotransfer.weights.publisher.memory import Sources
 from aiotransfer.weights.publisher.subscribers import Subscribers
 from aiotransfer.weights.publisher.update import Parts, Turn, Update
 from aiotransfer.weights.publisher.work import Works
-from aiotransfer.weights.rules import GivenRules, by_instance
+from aiotransfer.weights.records.observer import Observer
+from aiotransfer.weights.roles import arguments
+from aiotransfer.weights.roles.mail import Mail
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.engine.sync.group import PeerGroup
-    from aiotransfer.weights.progress import Progress
     from aiotransfer.weights.publisher.work import Work
-    from aiotransfer.weights.record import UpdateRecord
+    from aiotransfer.weights.records.progress import Progress
+    from aiotransfer.weights.records.record import UpdateRecord
 
 MOST_SECONDS = 1e9  # of a deadline, also of none: what messages say of it is a number
 STAGING_BYTES = 1 << 30

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aiotransfer.weights.observer import Journal
     from aiotransfer.weights.publisher.borrowing import Borrowing
     from aiotransfer.weights.publisher.context import Context
     from aiotransfer.weights.publisher.work import Work, Works
+    from aiotransfer.weights.records.observer import Journal
 
 
 @dataclass(eq=False)

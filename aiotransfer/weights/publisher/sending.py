@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from aiotransfer.errors import ClosedError, DescriptorError, TransferError, again
-from aiotransfer.weights.posting import Posted
+from aiotransfer.weights.planning.tasks import Call
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.publisher.making import Making
 from aiotransfer.weights.publisher.standing import Standing
 from aiotransfer.weights.publisher.writing import GivenUp, Receiver, Writing
-from aiotransfer.weights.tasks import Call
-from aiotransfer.weights.watch import Ending
+from aiotransfer.weights.roles.posting import Posted
+from aiotransfer.weights.roles.watch import Ending
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aiotransfer.errors import ClosedError, DescriptorError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
+from aiotransfer.weights.planning.tasks import Call
 from aiotransfer.weights.protocol import relays, wire
-from aiotransfer.weights.tasks import Call
-from aiotransfer.weights.watch import Changes
+from aiotransfer.weights.roles.watch import Changes
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aiotransfer.errors import DescriptorError, TransferError
-from aiotransfer.weights.errors import PlanError
+from aiotransfer.weights.layouts.errors import PlanError
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.protocol.roll import Roll
 

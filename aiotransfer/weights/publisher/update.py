@@ -11,26 +11,27 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, TransferError
-from aiotransfer.weights.aside import steady
-from aiotransfer.weights.errors import PlanError, UpdateError, VersionError
+from aiotransfer.weights.layouts.errors import PlanError
+from aiotransfer.weights.memory.aside import steady
 from aiotransfer.weights.protocol import relays, wire
+from aiotransfer.weights.protocol.errors import UpdateError, VersionError
 from aiotransfer.weights.protocol.roll import name_of
 from aiotransfer.weights.protocol.version import Version
 from aiotransfer.weights.publisher.run import Run
 from aiotransfer.weights.publisher.sending import Sending
-from aiotransfer.weights.watch import Changes, Watch, reach
+from aiotransfer.weights.roles.watch import Changes, Watch, reach
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.weights.observer import Journal
-    from aiotransfer.weights.progress import Showing
     from aiotransfer.weights.publisher.borrowing import Borrowing
     from aiotransfer.weights.publisher.context import Context
     from aiotransfer.weights.publisher.leader import Leader
     from aiotransfer.weights.publisher.subscribers import Subscribers
     from aiotransfer.weights.publisher.work import Work, Works
+    from aiotransfer.weights.records.observer import Journal
+    from aiotransfer.weights.records.progress import Showing
 
 T = TypeVar("T")
 GRACE = 1.0  # seconds after the deadline in which rank 0 says how it ended

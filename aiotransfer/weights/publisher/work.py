@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.weights.aside import aside
-from aiotransfer.weights.errors import PlanError
-from aiotransfer.weights.layout import Layout
-from aiotransfer.weights.passing import Coming, comings, route, step_of
-from aiotransfer.weights.plan import Plan
-from aiotransfer.weights.planner import make_plan
-from aiotransfer.weights.posting import Posting
+from aiotransfer.weights.layouts.errors import PlanError
+from aiotransfer.weights.layouts.layout import Layout
+from aiotransfer.weights.memory.aside import aside
+from aiotransfer.weights.planning.passing import Coming, comings, route, step_of
+from aiotransfer.weights.planning.plan import Plan
+from aiotransfer.weights.planning.planner import make_plan
+from aiotransfer.weights.planning.rules import Cast, Quantise, Rules
+from aiotransfer.weights.planning.tasks import Call, Tasks, Writes, expected, instead, tasks
 from aiotransfer.weights.protocol import wire
-from aiotransfer.weights.rules import Cast, Quantise, Rules
-from aiotransfer.weights.tasks import Call, Tasks, Writes, expected, instead, tasks
+from aiotransfer.weights.roles.posting import Posting
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine

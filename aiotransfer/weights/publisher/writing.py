@@ -11,10 +11,10 @@ import numpy as np
 
 from aiotransfer.errors import DescriptorError, ScatterError, StaleRegionError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
-from aiotransfer.weights.posting import Batch, Posted, bind, post, room_of
+from aiotransfer.weights.planning.tasks import STAGING, Call, Writes
 from aiotransfer.weights.protocol import wire
-from aiotransfer.weights.tasks import STAGING, Call, Writes
-from aiotransfer.weights.watch import Watch, reach
+from aiotransfer.weights.roles.posting import Batch, Posted, bind, post, room_of
+from aiotransfer.weights.roles.watch import Watch, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import Region

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from aiotransfer.weights.explain import size
+from aiotransfer.weights.planning.explain import size
 from aiotransfer.weights.scale.predict import Row
 from aiotransfer.weights.scale.report import Report, title
 

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from aiotransfer.model import dtypes
-from aiotransfer.weights.layout import Layout, Tensor
-from aiotransfer.weights.rules import Quantise
+from aiotransfer.weights.layouts.layout import Layout, Tensor
+from aiotransfer.weights.layouts.shards import chunk
+from aiotransfer.weights.planning.rules import Quantise
 from aiotransfer.weights.scale.models import BLOCK, Model, Weight, weights
-from aiotransfer.weights.shards import chunk
 
 Ints = npt.NDArray[Any]
 ALIGN = 256  # of tensors within a memory

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from aiotransfer.weights.balance import Balance, nic_numbers
-from aiotransfer.weights.plan import Plan
+from aiotransfer.weights.planning.balance import Balance, nic_numbers
+from aiotransfer.weights.planning.plan import Plan
+from aiotransfer.weights.planning.tasks import run_counts
 from aiotransfer.weights.scale import constants as c
 from aiotransfer.weights.scale.models import MODELS, Model, weights
 from aiotransfer.weights.scale.placements import Placement, received_bytes
-from aiotransfer.weights.tasks import run_counts
 
 STEP = 1 << 19  # moves that are looked at together
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from aiotransfer.weights.balance import Balance
-from aiotransfer.weights.explain import size
-from aiotransfer.weights.plan import Plan
+from aiotransfer.weights.planning.balance import Balance
+from aiotransfer.weights.planning.explain import size
+from aiotransfer.weights.planning.plan import Plan
 from aiotransfer.weights.scale import constants as c
 from aiotransfer.weights.scale import predict
 from aiotransfer.weights.scale.models import MODELS, Model

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.lease import Lease
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.engine.sync.counter import Counter
+    from aiotransfer.weights.roles.watch import Changes
     from aiotransfer.weights.subscriber.context import Context
-    from aiotransfer.weights.watch import Changes
 
 
 class Arrivals:

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aiotransfer.engine.runtime.base import world_of
+from aiotransfer.weights.roles.watch import Watch
 from aiotransfer.weights.subscriber.stopped import Stopped
-from aiotransfer.weights.watch import Watch
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.engine.sync.counter import Counter
     from aiotransfer.errors import TransferError
-    from aiotransfer.weights.layout import Layout
-    from aiotransfer.weights.mail import Mail
-    from aiotransfer.weights.observer import Observer
+    from aiotransfer.weights.layouts.layout import Layout
     from aiotransfer.weights.protocol import wire
+    from aiotransfer.weights.records.observer import Observer
+    from aiotransfer.weights.roles.mail import Mail
     from aiotransfer.weights.subscriber.memory import Memory
 
 TELL_SECONDS = 10.0  # for a message; what it is about has a deadline of its own

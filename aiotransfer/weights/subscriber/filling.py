@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.errors import DescriptorError, PeerLostError, TransferError, again
 from aiotransfer.weights.protocol import wire
-from aiotransfer.weights.reads import Reads, run
+from aiotransfer.weights.roles.reads import Reads, run
+from aiotransfer.weights.roles.watch import Changes, reach
 from aiotransfer.weights.subscriber.arrivals import Arrivals
 from aiotransfer.weights.subscriber.relayed import Relayed
-from aiotransfer.weights.watch import Changes, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from aiotransfer.errors import DescriptorError, PeerLostError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.weights.protocol import wire
+from aiotransfer.weights.roles.watch import Watch
 from aiotransfer.weights.subscriber.memory import leased
-from aiotransfer.weights.watch import Watch
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.lease import Lease

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import QuarantineError, RegistrationError
 from aiotransfer.model.dtypes import lookup
-from aiotransfer.weights.aside import steady
-from aiotransfer.weights.bind import is_torch, local
-from aiotransfer.weights.binding import check_places, register
-from aiotransfer.weights.devices import DeviceBuffer
-from aiotransfer.weights.errors import PlanError
+from aiotransfer.weights.layouts.bind import is_torch, local
+from aiotransfer.weights.layouts.errors import PlanError
+from aiotransfer.weights.memory.aside import steady
+from aiotransfer.weights.memory.binding import check_places, register
+from aiotransfer.weights.memory.devices import DeviceBuffer
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import Region, RegionView
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.model.descriptor import RemoteRegion
-    from aiotransfer.weights.bind import Bound
-    from aiotransfer.weights.layout import Layout
+    from aiotransfer.weights.layouts.bind import Bound
+    from aiotransfer.weights.layouts.layout import Layout
 
 PAGE, LINE = 4096, 64  # where buffers begin: large ones, small ones
 

@@ -14,15 +14,15 @@ import numpy as np
 from aiotransfer.core import boxes
 from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import RegistrationError
-from aiotransfer.weights.aside import steady
-from aiotransfer.weights.devices import DeviceBuffer, Devices, buffer_of, directly, like, on_device
+from aiotransfer.weights.memory.aside import steady
+from aiotransfer.weights.memory.devices import DeviceBuffer, Devices, buffer_of, directly, like, on_device
 from aiotransfer.weights.subscriber.memory import Memory, copy_all
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.memory.region import Region, RegionView
-    from aiotransfer.weights.bind import Bound
-    from aiotransfer.weights.layout import Layout
+    from aiotransfer.weights.layouts.bind import Bound
+    from aiotransfer.weights.layouts.layout import Layout
 
 Buffers = dict[str, Any]  # a DeviceBuffer, or an array of bytes in host memory
 

@@ -10,9 +10,9 @@ from aiotransfer.weights.subscriber.gate import Gate
 
 if TYPE_CHECKING:
     from aiotransfer.errors import TransferError
+    from aiotransfer.weights.roles.watch import Changes
     from aiotransfer.weights.subscriber.fences import Fences
     from aiotransfer.weights.subscriber.memory import Memory
-    from aiotransfer.weights.watch import Changes
 
 
 class Present:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.errors import ClosedError, DescriptorError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
-from aiotransfer.weights import passing
-from aiotransfer.weights.pace import Pace
-from aiotransfer.weights.passing import Hop, Route
-from aiotransfer.weights.posting import MOST_BYTES, Batch, Posted, Posting, bind, post
+from aiotransfer.weights.planning import passing
+from aiotransfer.weights.planning.passing import Hop, Route
 from aiotransfer.weights.protocol import relays, wire
-from aiotransfer.weights.watch import Changes, reach
+from aiotransfer.weights.roles.pace import Pace
+from aiotransfer.weights.roles.posting import MOST_BYTES, Batch, Posted, Posting, bind, post
+from aiotransfer.weights.roles.watch import Changes, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView

@@ -7,9 +7,9 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from aiotransfer.errors import DescriptorError
-from aiotransfer.weights.mappings import Mappings
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.protocol.pieces import Pieces
+from aiotransfer.weights.roles.mappings import Mappings
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer

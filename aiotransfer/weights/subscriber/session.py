@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.aio.timeouts import Patience
 from aiotransfer.errors import DescriptorError, QuarantineError, TransferError
-from aiotransfer.weights.aside import aside
-from aiotransfer.weights.checksum import check
+from aiotransfer.weights.memory.aside import aside
+from aiotransfer.weights.memory.checksum import check
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.agreement import Chair, Say, Seat
 from aiotransfer.weights.protocol.version import Version
+from aiotransfer.weights.roles.watch import Changes, Ending, reach
 from aiotransfer.weights.subscriber.filling import Filling
 from aiotransfer.weights.subscriber.relaying import Relaying
-from aiotransfer.weights.watch import Changes, Ending, reach
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.weights.progress import Showing
+    from aiotransfer.weights.records.progress import Showing
     from aiotransfer.weights.subscriber.context import Context
     from aiotransfer.weights.subscriber.lending import Lending
     from aiotransfer.weights.subscriber.present import Present

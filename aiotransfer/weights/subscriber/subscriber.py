@@ -19,14 +19,15 @@ from aiotransfer.aio.timeouts import Patience, despite_cancels
 from aiotransfer.engine.runtime.base import is_open, seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, TransferTimeout, again
-from aiotransfer.weights import arguments
-from aiotransfer.weights.binding import bound_of
-from aiotransfer.weights.errors import PlanError
-from aiotransfer.weights.mail import Mail
-from aiotransfer.weights.observer import Observer
+from aiotransfer.weights.layouts.errors import PlanError
+from aiotransfer.weights.memory.binding import bound_of
 from aiotransfer.weights.protocol import relays, wire
 from aiotransfer.weights.protocol.pieces import pieces
 from aiotransfer.weights.protocol.version import Version
+from aiotransfer.weights.records.observer import Observer
+from aiotransfer.weights.roles import arguments
+from aiotransfer.weights.roles.mail import Mail
+from aiotransfer.weights.roles.watch import Changes
 from aiotransfer.weights.subscriber.context import Context
 from aiotransfer.weights.subscriber.fences import Fences, Hook
 from aiotransfer.weights.subscriber.lending import Lending
@@ -34,15 +35,14 @@ from aiotransfer.weights.subscriber.ondevice import memory_for
 from aiotransfer.weights.subscriber.present import Present
 from aiotransfer.weights.subscriber.routes import Routes
 from aiotransfer.weights.subscriber.session import Session
-from aiotransfer.weights.watch import Changes
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.weights.progress import Progress
-    from aiotransfer.weights.record import UpdateRecord
+    from aiotransfer.weights.records.progress import Progress
+    from aiotransfer.weights.records.record import UpdateRecord
 
 LOOK_SECONDS = 0.05  # between two looks for peers that may be publishers, while there is no version here
 MOST_EARLY = 1024  # messages of other ranks that came before the offer

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from aiotransfer.weights import Layout, Piece, Tensor, make_plan
+from aiotransfer.weights.layouts.shards import chunk
 from aiotransfer.weights.scale.models import MODELS, Model, weights
 from aiotransfer.weights.scale.placements import Placement, inference_layouts, received_bytes, rules, trainer_layout
 from aiotransfer.weights.scale.predict import DEFAULTS
-from aiotransfer.weights.shards import chunk
 
 SMALL = Model(
     "small", hidden=256, layers=3, vocab=300, experts=4, expert_intermediate=128, heads=4, dense_layers=1, intermediate=384,

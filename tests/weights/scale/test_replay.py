@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aiotransfer.weights import posting
+from aiotransfer.weights.roles import posting
 from aiotransfer.weights.scale.models import MODELS
 from aiotransfer.weights.scale.placements import Placement
 from tests.benchmarks.weights_replay import busiest, replay

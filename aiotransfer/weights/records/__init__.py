@@ -1,0 +1,1 @@
+"""What is told of an update: its record, its progress and its spans."""
