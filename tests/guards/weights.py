@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from tests.guards.mutant import Mutant
 
-REFUSALS, CODEC, DERIVE = "tests/weights/test_refusals.py", "tests/weights/test_codec.py", "tests/weights/test_derive.py"
+REFUSALS = "tests/weights/test_refusals.py"
+CODEC = "tests/weights/planning/test_codec.py"
+DERIVE = "tests/weights/layouts/test_derive.py"
 SCALE = "tests/weights/scale"
-BIND = "tests/weights/test_bind.py"
-BALANCE, PLANNER = "tests/weights/test_balance.py", "tests/weights/test_planner.py"
+BIND = "tests/weights/layouts/test_bind.py"
+BALANCE, PLANNER = "tests/weights/planning/test_balance.py", "tests/weights/planning/test_planner.py"
 GUARDS = (
     Mutant(
         "weights: elements that no rank holds", "aiotransfer/weights/layouts/layoutcheck.py",
@@ -45,7 +47,7 @@ GUARDS = (
     ),
     Mutant(
         "weights: the same host first", "aiotransfer/weights/planning/senders.py",
-        "[rank for rank in ranks if ours[rank] == where]", "[]", "tests/weights/test_random_plans.py",
+        "[rank for rank in ranks if ours[rank] == where]", "[]", "tests/weights/planning/test_random_plans.py",
     ),
     Mutant(
         "weights: only what came whole is passed on", "aiotransfer/weights/planning/relay.py",

@@ -12,12 +12,12 @@ GUARDS = (
     ),
     Mutant(
         "weights: what is no regular file is not read", f"{WEIGHTS}/memory/files.py",
-        "        if not stat.S_ISREG(now.st_mode):\n", "        if False:\n", "tests/weights/test_files.py",
+        "        if not stat.S_ISREG(now.st_mode):\n", "        if False:\n", "tests/weights/memory/test_files.py",
     ),
     Mutant(
         "weights: a read that comes back short", f"{WEIGHTS}/memory/files.py",
         "            if not count:\n", "            if not count:\n                return\n            if False:\n",
-        "tests/weights/test_files.py",
+        "tests/weights/memory/test_files.py",
     ),
     Mutant(
         "weights: files must rest", f"{WEIGHTS}/publisher/filed.py",
@@ -62,6 +62,6 @@ GUARDS = (
     Mutant(
         "weights: a cancel waits for work on memory that is used again", f"{WEIGHTS}/memory/aside.py",
         "        await despite_cancels(task)\n        if not task.cancelled():\n", "        if task.done():\n",
-        "tests/weights/test_aside.py",
+        "tests/weights/memory/test_aside.py",
     ),
 )  # fmt: skip

@@ -98,7 +98,7 @@ from aiotransfer.weights.records.tracing import trace
 trace(UpdateRecord(role="publisher", rank=0, outcome="committed", began=1.0, finished=2.0))
 assert not [name for name in sys.modules if name.startswith("opentelemetry")]
 """
-    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[3], check=True)
 
 
 def test_a_host_that_has_only_imported_it_gets_no_provider() -> None:
@@ -109,7 +109,7 @@ from aiotransfer.weights.records.tracing import trace
 trace(UpdateRecord(role="subscriber", rank=0, outcome="committed", began=1.0, finished=2.0))
 assert api._TRACER_PROVIDER is None
 """
-    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[3], check=True)
 
 
 @pytest.mark.parametrize("role", ["publisher", "subscriber"])
