@@ -132,6 +132,13 @@ GUARDS = (
         "tests/weights/test_faults.py",
     ),
     Mutant(
+        "weights: publisher ranks that leave while instances change end no version",
+        "aiotransfer/weights/publisher/conduct.py",
+        "if self._given is not None and (not self._is_allowed or self.role.is_closed):",
+        "if self._given is not None:",
+        "tests/weights/test_faults.py",
+    ),
+    Mutant(
         "weights: in place there is none after a version was given up, however early",
         "aiotransfer/weights/subscriber/session.py",
         "spoiled = self._begun or context.memory",

@@ -273,6 +273,63 @@ def test_closing_in_the_middle_ends_the_version_by_name_on_the_other_side(side: 
     play(scenario)
 
 
+@pytest.mark.parametrize("how", ["cancelled", "closed", "lost"])
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_trainer_rank_that_leaves_while_instances_change_ends_no_version(who: int, how: str) -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        trainers = await party.train(2, timeout=2)
+        a, b = await party.serve("a", 2), await party.serve("b", 2)
+        await party.publish(1)
+        async with a[1].subscriber.reading():  # "a" cannot change before this has ended
+            tasks = [asyncio.ensure_future(trainer.publish(2)) for trainer in trainers]
+            while versions(b) != [(1, 2)] * 2:
+                await asyncio.sleep(1e-3)
+            if how == "cancelled":
+                tasks[who].cancel()
+            elif how == "closed":
+                await trainers[who].publisher.aclose()
+            else:
+                net.kill(trainers[who].engine)
+            await asyncio.sleep(0.1)
+            assert versions(a) == [(1, 1)] * 2
+        (left,) = await asyncio.gather(tasks[1 - who], return_exceptions=True)
+        if who == 1 or how == "cancelled":
+            assert left == (1, 2), "all have it"
+        else:
+            assert isinstance(left, weights.UpdateError)
+        if (who, how) == (0, "closed"):
+            assert isinstance(left, weights.UpdateError)
+            assert (left.committed, left.missing.keys()) == (("b/0", "b/1"), {"a/0", "a/1"})
+            assert "2 of 4 ranks have version 1.2" in str(left)
+        await asyncio.sleep(0.1)
+        assert versions(a + b) == [(1, 2)] * 4
+        assert holds(a + b) == [2] * 4
+        tasks[who].cancel()
+        await asyncio.gather(tasks[who], return_exceptions=True)
+        if how == "cancelled":
+            assert await party.publish(3) == (1, 3)
+            assert holds(a + b) == [3] * 4
+
+    play(scenario)
+
+
+def test_a_version_that_is_abandoned_is_said_to_be_at_no_rank() -> None:
+    async def scenario(party: Party, net: Fabric) -> None:
+        trainers = await party.train(2, timeout=2)
+        await party.serve("a", 2)
+
+        async def fails() -> None:
+            async with trainers[1].publisher.publish(1):
+                raise ArithmeticError
+
+        error, _ = await asyncio.gather(trainers[0].publish(1), fails(), return_exceptions=True)
+        assert isinstance(error, weights.UpdateError)
+        assert "; 0 of 2 ranks have version 1.1" in str(error)
+        assert (error.committed, error.missing.keys()) == ((), {"a/0", "a/1"})
+
+    play(scenario)
+
+
 def test_publishing_may_be_cancelled_at_every_turn_and_the_next_version_comes() -> None:
     async def scenario(party: Party, net: Fabric) -> None:
         trainers = await party.train(2, timeout=2)

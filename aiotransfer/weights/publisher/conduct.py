@@ -67,7 +67,10 @@ class Conduct:
             try:
                 await self._publish()
             except Given as given:
-                self._abandon(given)
+                if self._course.is_allowed:
+                    await self._give_up_late(given)
+                else:
+                    self._abandon(given)
             except Exception as error:  # nothing may leave the others waiting
                 self._abandon(Given("failed", f"publisher rank 0: {type(error).__name__}: {error}"))
 
@@ -108,6 +111,7 @@ class Conduct:
             is_written, ranks = await course.until(lambda: len(self._sent) == context.ranks), self._sent
         if not is_written:
             raise Given("late", f"publisher ranks {self._without(ranks)} had not written everything in time")
+        course.is_allowed = True
         for name in course.going:
             chair = course.targets[name, 0]
             if chair.peer is not None:
@@ -294,6 +298,19 @@ class Conduct:
     def give(self, kind: str, text: str) -> None:
         """Give the version up, for the reason that is named first."""
         self._course.give(kind, text)
+
+    def close(self, why: str) -> None:
+        """This rank ends: so does the update, whatever has come of it."""
+        self._course.give("failed", why, ends=True)
+
+    async def _give_up_late(self, given: Given) -> None:
+        """This rank is closed while instances change: it says which have the version, as far as it has heard."""
+        course = self._course
+        for target in course.taking():
+            course.drop(target, given.text, "begun")
+            target.unwritten = target.unwritten or given.text
+        await course.await_ends(min(REASON_SECONDS, course.left()))
+        self._finish()
 
     def _abandon(self, given: Given) -> None:
         course = self._course

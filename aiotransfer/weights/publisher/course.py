@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ class Course:
         self.going: list[str] = []
         self.missing: dict[str, str] = {}
         self.given: Given | None = None
+        self.is_allowed = False  # instances may change: what publisher ranks do from then on is nothing to them
         self._changes = Changes()
 
     # ---- waits ----
@@ -81,10 +83,19 @@ class Course:
         """Look again, because something has come."""
         self._changes.wake()
 
-    def give(self, kind: str, text: str, current: Version = NONE, problems: tuple[str, ...] = ()) -> None:
-        """Give the version up, for the reason that is named first."""
-        self.given = self.given or Given(kind, text, current, problems)
-        self._changes.wake()
+    async def await_ends(self, seconds: float) -> None:
+        """Wait until it is known how it ended at every rank that takes the version, within `seconds`, also where it is given up."""
+        with contextlib.suppress(TimeoutError):
+            async with Patience(seconds):
+                await self._changes.until(lambda: all(target.done is not None for target in self.taking()))
+
+    def give(
+        self, kind: str, text: str, current: Version = NONE, problems: tuple[str, ...] = (), *, ends: bool = False
+    ) -> None:
+        """Give the version up, for the reason that is named first. Once instances may change, only where this rank `ends`."""
+        if not self.is_allowed or ends:
+            self.given = self.given or Given(kind, text, current, problems)
+            self._changes.wake()
 
     # ---- the publisher ranks ----
 

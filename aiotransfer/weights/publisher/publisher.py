@@ -276,7 +276,7 @@ class Publisher(Unpicklable):
         if self.current is not None:
             self.current.fail(error)
         if self.leader is not None and self.leader.conduct is not None:
-            self.leader.conduct.give("failed", f"publisher rank 0: {error.message}")
+            self.leader.conduct.close(f"publisher rank 0: {error.message}")
         self._layouts.wake()
 
     async def _close(self) -> None:
@@ -284,7 +284,7 @@ class Publisher(Unpicklable):
             await self.current.close()
         self._layouts.wake()
         if self.leader is not None and self.leader.conduct is not None:
-            self.leader.conduct.give("failed", "publisher rank 0 was closed")
+            self.leader.conduct.close("publisher rank 0 was closed")
             await asyncio.wait([self.leader.conduct.task])
         self.catching.close()
         self.subscribers.close()

@@ -298,7 +298,13 @@ class Update(Unpicklable):
         except (PlanError, VersionError, UpdateError, ClosedError, ConfigurationError):
             raise
         except TransferError as error:
-            raise self._failed(f"version {self.version or self.number} was abandoned: {error.message}", error.hint) from error
+            raise self._abandoned(error.message, error.hint) from error
+
+    def _abandoned(self, why: str, hint: str | None = None) -> UpdateError:
+        """The version was given up. Before rank 0 has said how it ended, no subscriber rank has it."""
+        ranks = sum(map(len, self.instances.values()))
+        none = f"; 0 of {ranks} ranks have version {self.version}" if ranks and self._outcome is None else ""
+        return self._failed(f"version {self.version or self.number} was abandoned: {why}{none}", hint)
 
     def _failed(self, text: str, hint: str | None = None) -> UpdateError:
         missing = {name_of(entry.instance, entry.rank): text for entries in self.instances.values() for entry in entries}
@@ -347,7 +353,7 @@ class Update(Unpicklable):
             case "plan":
                 return PlanError(message.text, problems=message.problems)
             case _:
-                return self._failed(f"version {self.version or self.number} was abandoned: {message.text}")
+                return self._abandoned(message.text)
 
     def granted(self, peer: Peer, message: wire.Grant) -> None:
         """A subscriber rank lets this one write."""
