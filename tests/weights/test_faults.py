@@ -290,7 +290,7 @@ def test_a_trainer_rank_that_leaves_while_instances_change_ends_no_version(who: 
                 await trainers[who].publisher.aclose()
             else:
                 net.kill(trainers[who].engine)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.8)
             assert versions(a) == [(1, 1)] * 2
         (left,) = await asyncio.gather(tasks[1 - who], return_exceptions=True)
         if who == 1 or how == "cancelled":
