@@ -133,9 +133,9 @@ GUARDS = (
     ),
     Mutant(
         "weights: publisher ranks that leave while instances change end no version",
-        "aiotransfer/weights/publisher/conduct.py",
-        "if self._given is not None and (not self._is_allowed or self.role.is_closed):",
-        "if self._given is not None:",
+        "aiotransfer/weights/publisher/course.py",
+        "        if not self.is_allowed or ends:\n",
+        "        if True:\n",
         "tests/weights/test_faults.py",
     ),
     Mutant(

@@ -84,7 +84,7 @@ class Course:
         self._changes.wake()
 
     async def await_ends(self, seconds: float) -> None:
-        """Wait until it is known how it ended at every rank that takes the version, within `seconds`, also where it is given up."""
+        """Wait for at most `seconds` until it is known how it ended at every rank that takes the version, also one given up."""
         with contextlib.suppress(TimeoutError):
             async with Patience(seconds):
                 await self._changes.until(lambda: all(target.done is not None for target in self.taking()))
