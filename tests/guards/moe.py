@@ -109,7 +109,7 @@ GUARDS = (
     ),
     Mutant(
         "MoE: what was said by ranks that did not take this one in", "aiotransfer/moe/communicator/answers.py",
-        "        named = (self.taken_in or self.seen).values()\n", "        named = (self.taken_in | self.seen).values()\n",
+        "        said = self.taken_in or self.seen\n", "        said = self.seen | self.taken_in\n",
         COMING_BACK,
     ),
     Mutant(

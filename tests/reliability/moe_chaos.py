@@ -5,8 +5,9 @@
 
 A run has 2 to 6 ranks of a random shape, which make step after step, whole or by halves, each at its own pace. Meanwhile
 deadlines pass and calls are cancelled (and go on), arguments are wrong, ranks take too little, connections are cut, ranks are
-killed, held as by SIGSTOP, given up, leave, and come back, two at a time, too. A life is what a rank is from one start of its
-all-to-all to the end of it. Every row carries its rank, life, step and token. What must hold:
+killed, held as by SIGSTOP, given up, leave, and come back, two at a time, too. In some runs ranks leave before all have met, and
+start anew on the same engine. A life is what a rank is from one start of its all-to-all to the end of it. Every row carries its
+rank, life, step and token. What must hold:
 
 - *rows*: an expert gets, source by source, exactly that source's rows for it, in order. Of a source that is lost
   (`handle.lost`) it gets them, zeros, or nothing, and all ranks that are together have decided alike. Padding is zero. Nothing
@@ -49,6 +50,7 @@ BOUND = 2.0  # of a call without a deadline of its own, in virtual seconds
 NAMED = 1.0  # until all others have named a rank that was killed
 LAST = 4.0  # until everybody has made the last steps
 MEET = 6.0
+RESTLESS = 0.15  # of the runs: ranks do not wait long for the others, leave, and come back by the same engine
 TAGS = 5  # elements of a row that say what it is
 BRIEF, LONG = (1e-4, 0.4 * PEER_TIMEOUT), (1.5 * PEER_TIMEOUT, 4 * PEER_TIMEOUT)
 ROUTINGS = ("uniform", "one expert", "hot rank", "sparse", "nothing")
@@ -57,7 +59,7 @@ STRIKES = (
     "killed", "two killed", "held briefly", "held long", "cut", "evicted", "left", "left in a step", "came back", "two came back",
     "came back by the same engine",
 )  # fmt: skip
-CALLS = ("deadline", "cancelled", "bad call", "overflow", "too many steps", "wrong results", "halves")
+CALLS = ("deadline", "cancelled", "bad call", "overflow", "too many steps", "wrong results", "halves", "left while they met")
 OUTCOMES = ("whole", "with loss", "not done")
 WEATHER = ("refused", "delayed", "reordered", "split")
 DEMANDED = 100_000  # steps, some 700 runs: each of these comes in one run of thirty at least, so all are there
@@ -109,6 +111,10 @@ class Life:
         self.state = "meeting"  # running, ended, killed
         self.why: BaseException | None = None
         self.leaving = self.hurried = False
+        moods = random.Random(f"{run.seed} {rank} {number} moods")
+        restless = run.restless and number < 4 and moods.random() < 0.6
+        self.patience = moods.choice([1e-4, 1e-3, 3e-3, 0.01, 0.1]) if restless else MEET
+        self.fled = False  # left before all had met, and comes back by the same engine
         self.since = 0.0  # running since then
         self.doing, self.at = "meet", run.net.now
         self.batches: dict[int, Batch] = {}
@@ -143,14 +149,17 @@ class Life:
     async def meet(self) -> None:
         while True:
             try:
-                await self.cut_short(lambda limit: self.a2a.ready(timeout=MEET if limit == BOUND else limit))
+                await self.cut_short(lambda limit: self.a2a.ready(timeout=self.patience if limit == BOUND else limit))
                 return
             except asyncio.CancelledError:
                 if self.state == "killed" or not self.shaken:
                     raise
             except at.TransferTimeout as error:
                 if not self.shaken:
-                    if self.run.running(but=self):
+                    if self.patience < MEET:  # its own deadline
+                        self.run.blame("left while they met", self)
+                        self.fled = True
+                    elif self.run.running(but=self):
                         raise AssertionError(f"hang: {self} does not come in: {error}") from error
                     self.why, self.leaving = error, True
                     return
@@ -159,7 +168,7 @@ class Life:
                     raise AssertionError(f"{self} could not meet the others: {error}") from error
                 self.run.struck["lost while they met"] += 1
                 if self.rng.random() < 0.3:
-                    self.why, self.leaving = error, True
+                    self.why, self.leaving, self.fled = error, True, self.run.restless
                     return
 
     async def leave(self) -> None:
@@ -176,7 +185,7 @@ class Life:
         if self.run.lives[self.rank][-1] is self:
             assert not self.engine._regions, f"leak: {self}: {self.engine._regions} with {self.why!r}"
         assert not self.engine._counters, f"leak: {self}: {self.engine._counters}"
-        if self.rng.random() < 0.3 and self.run.may_come and self.run.running():
+        if self.fled or (self.rng.random() < 0.3 and self.run.may_come and self.run.running()):
             self.run.blame("came back by the same engine", self)
             await self.run.start(self.rank, self.engine)
         else:
@@ -510,6 +519,7 @@ class Run:
         self.in_place = rng.choice([0, 0.5, 1])  # how many let the others fetch results
         self.bad = rng.random() < 0.3
         self.kinds = rng.sample(STRIKES, rng.randint(0, 4))
+        self.restless = random.Random(f"{seed} restless").random() < RESTLESS
         slow = net._faults["delay"][1] >= 1e-3  # a step takes a while by itself
         self.think = rng.choice([2e-3, THINK]) if slow else THINK
         self.routed: dict[tuple[int, int], tuple[Any, Any]] = {}
@@ -756,6 +766,7 @@ class Run:
             await self.start(rank, engine)
         rng = self.rng
         while not all(lives[-1].state == "running" for lives in self.lives):
+            assert self.net.now < 10 * MEET, f"hang: not all meet\n{self.lives[0][-1].waits()}"
             await self.look(0.005)
         for _ in range(rng.randint(2, 10) if self.kinds else 1):
             await self.look(rng.choice([0, 0.003, 0.03, 0.1, 0.3]) * rng.random())

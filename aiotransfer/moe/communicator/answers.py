@@ -38,8 +38,8 @@ class Answers:
         A rank that has taken this one in tells it whenever the ranks change, and when it leaves. What the others have said may
         be out of date: nothing tells this rank when one of them ends. So it counts only where no rank has taken this one in.
         """
-        named = (self.taken_in or self.seen).values()
-        return set().union(*named) - {self.me[0]} if named else set(others)
+        said = self.taken_in or self.seen
+        return {*said}.union(*said.values()) - {self.me[0]} if said else set(others)
 
     def view(self, rank: int, update: ViewUpdate) -> None:
         """A view has come before this rank has a membership that it belongs to."""

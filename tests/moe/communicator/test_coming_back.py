@@ -12,7 +12,9 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer import moe
+from aiotransfer.moe.communicator.answers import Answers
 from aiotransfer.moe.protocol import messages
+from aiotransfer.moe.protocol.membership import View
 from tests.moe.communicator.test_faults import MESSY, RANKS, data, run_steps
 from tests.moe.world import World, step, world
 
@@ -277,3 +279,14 @@ def test_a_hello_to_an_earlier_all_to_all_of_the_engine_is_answered_by_the_next_
             await a2a.aclose()
 
     world(RANKS, script, net=MESSY)
+
+
+def test_a_rank_that_takes_another_one_in_is_met_whatever_its_view_names() -> None:
+    answers = Answers((0, 1))
+    assert answers.needed([1, 2]) == {1, 2}
+    answers.seen[2] = {2, 3}
+    assert answers.needed([1, 2, 3]) == {2, 3}
+    answers.view(1, messages.ViewUpdate(rank=1, incarnation=5, view=View(5, (), ((0, 1),), 0, (), (), ())))
+    assert answers.needed([1, 2, 3]) == {1}
+    answers.not_at_work(1)
+    assert answers.needed([1, 2, 3]) == {2, 3}
