@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peers.connections import Connections
     from aiotransfer.engine.peers.liveness import Liveness
     from aiotransfer.engine.peers.mailbox import Mailbox
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.engine.runtime.progress import Progress
     from aiotransfer.engine.sync.counter import Counter
     from aiotransfer.engine.sync.groups import Groups
@@ -58,7 +58,7 @@ class Parts:
     lane: Lane
 
 
-async def close(engine: EngineBase, parts: Parts) -> None:
+async def close(engine: Runtime, parts: Parts) -> None:
     """Refuse new work, retire what is posted, say goodbye, free everything. However it ends, the engine is closed.
 
     All steps share one deadline, because one withheld page makes each of them wait.
@@ -87,11 +87,11 @@ async def close(engine: EngineBase, parts: Parts) -> None:
         finish(engine, parts, patience)
 
 
-def _later(engine: EngineBase, deadline: float) -> float:
+def _later(engine: Runtime, deadline: float) -> float:
     return max(deadline, engine._loop.time() + SHARE * engine.config.drain_timeout)
 
 
-def _withdraw(engine: EngineBase, parts: Parts) -> None:
+def _withdraw(engine: Runtime, parts: Parts) -> None:
     lib = native.lib
     lib.at_lane_shut(engine._p)
     for task in list(parts.copies.tasks):
@@ -103,14 +103,14 @@ def _withdraw(engine: EngineBase, parts: Parts) -> None:
         lib.at_cancel(engine._p, cookie, lib.AT_ESHUT)
 
 
-def _part(engine: EngineBase, parts: Parts) -> None:
+def _part(engine: Runtime, parts: Parts) -> None:
     for counter in list(parts.counters.values()):
         counter.close()
     parts.publications.close()
     parts.connections.stop()
 
 
-def finish(engine: EngineBase, parts: Parts, patience: float | None = None) -> None:
+def finish(engine: Runtime, parts: Parts, patience: float | None = None) -> None:
     """The part that waits for no turn of the loop; all of it (`patience` None) where `close` was cut off. Twice is silent."""
     if engine._state == "closed":
         return
@@ -132,7 +132,7 @@ def finish(engine: EngineBase, parts: Parts, patience: float | None = None) -> N
         _end_lane(engine, parts, patience)
 
 
-def _end_lane(engine: EngineBase, parts: Parts, patience: float | None = None) -> None:
+def _end_lane(engine: Runtime, parts: Parts, patience: float | None = None) -> None:
     engine._shut()
     for handle in parts.handles:
         handle._shut()
@@ -149,7 +149,7 @@ def _end_lane(engine: EngineBase, parts: Parts, patience: float | None = None) -
         region._let_go()
 
 
-async def _release_memory(engine: EngineBase, parts: Parts, deadline: float) -> None:
+async def _release_memory(engine: Runtime, parts: Parts, deadline: float) -> None:
     for region in list(parts.regions.values()):
         region._abandon()
     held = [region for region in parts.regions.values() if not region._settle()]
@@ -166,7 +166,7 @@ async def _release_memory(engine: EngineBase, parts: Parts, deadline: float) -> 
         )
 
 
-def take_apart(engine: EngineBase, parts: Parts) -> None:
+def take_apart(engine: Runtime, parts: Parts) -> None:
     """End an engine whose loop is closed: end the native part, close sockets. No farewell can be said, no task woken."""
     _end_lane(engine, parts)
     paths = (path for peer in parts.connections.peers.values() for path in peer._paths)

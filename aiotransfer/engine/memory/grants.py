@@ -10,7 +10,7 @@ from aiotransfer.control.frames import Revoked
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.quarantine import Quarantine
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.model.descriptor import Grant
     from aiotransfer.providers.lane import Segment
 
@@ -26,7 +26,7 @@ class Lender(Protocol):
 class Grants:
     """One per engine. `holders` gives the peers that are up."""
 
-    def __init__(self, engine: EngineBase, quarantine: Quarantine, holders: Callable[[], Iterable[Peer]]) -> None:
+    def __init__(self, engine: Runtime, quarantine: Quarantine, holders: Callable[[], Iterable[Peer]]) -> None:
         self._engine = engine
         self._holders = holders
         self.quarantine = quarantine

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from aiotransfer.engine.memory.grants import Grants
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 DEATH_SECONDS = 0.1  # between the end of a dying process's connection and the news of its death
 SPINS = 16  # turns of the loop before the slower look: a chunk takes less
@@ -40,7 +40,7 @@ class Lease(Unpicklable):
     _instead = "send lease.descriptor.encode()"
 
     def __init__(
-        self, engine: EngineBase, grants: Grants, grant: Grant, nbytes: int, peer: Peer, over: Callable[[Lease], None]
+        self, engine: Runtime, grants: Grants, grant: Grant, nbytes: int, peer: Peer, over: Callable[[Lease], None]
     ) -> None:
         self._engine = engine
         self._grants = grants

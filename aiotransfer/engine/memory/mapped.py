@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.providers.port import Binding
 
@@ -21,7 +21,7 @@ class Mapped:
 
     __slots__ = ("_binding", "_engine", "address", "nbytes")
 
-    def __init__(self, engine: EngineBase, binding: Binding, address: int, nbytes: int) -> None:
+    def __init__(self, engine: Runtime, binding: Binding, address: int, nbytes: int) -> None:
         self._engine = engine
         self._binding = binding
         self.address = address
@@ -33,7 +33,7 @@ class Mapped:
         return engine._lane.usable and native.lib.at_remote_valid(engine._p, self._binding.remote) == native.lib.AT_OK
 
 
-def mapped(engine: EngineBase, region: RemoteRegion) -> Mapped | None:
+def mapped(engine: Runtime, region: RemoteRegion) -> Mapped | None:
     """The region as it is mapped here; None where it is not (or not yet: the first write to it sees to that)."""
     binding = region._box.bound
     if binding is None or binding.engine is not engine or not binding.address or region.access == "write":

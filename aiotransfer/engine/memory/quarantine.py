@@ -11,7 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 SETTLE_SECONDS = 0.02  # how often it is looked at
 
@@ -31,7 +31,7 @@ class Held(Protocol):
 class Quarantine:
     """One per engine."""
 
-    def __init__(self, engine: EngineBase) -> None:
+    def __init__(self, engine: Runtime) -> None:
         self._engine = engine
         self._held: dict[Held, float] = {}  # and when their holders are fenced
         self._timer: asyncio.TimerHandle | None = None

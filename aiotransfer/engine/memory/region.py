@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from aiotransfer.engine.memory.grants import Grants
     from aiotransfer.engine.memory.staging import Staging
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 ACCESSES = ("write", "read", "both")
 UNSTAGED = 0  # no region of a lane has this number: what names it is refused
@@ -41,7 +41,7 @@ class RegionView(Unpicklable):
 
     __slots__ = ("_engine", "_id", "_root", "_start", "nbytes")
 
-    _engine: EngineBase
+    _engine: Runtime
     _id: int
     _root: Region
     _start: int
@@ -430,7 +430,7 @@ class Region(RegionView):
 class Regions:
     """The regions of one engine. `unpublish` has every name of a region forgotten."""
 
-    def __init__(self, engine: EngineBase, grants: Grants, unpublish: Callable[[Region], None]) -> None:
+    def __init__(self, engine: Runtime, grants: Grants, unpublish: Callable[[Region], None]) -> None:
         self.engine = engine
         self.grants = grants
         self.unpublish = unpublish

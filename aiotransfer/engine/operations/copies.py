@@ -11,13 +11,13 @@ from aiotransfer.errors import ClosedError, TransferTimeout
 
 if TYPE_CHECKING:
     from aiotransfer.engine.operations.staged import Stage
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 
 class Copies:
     """One per engine. `tasks`: those under way, which the engine cancels when it closes."""
 
-    def __init__(self, engine: EngineBase) -> None:
+    def __init__(self, engine: Runtime) -> None:
         self._engine = engine
         self.tasks: dict[asyncio.Task[None], None] = {}
 

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from aiotransfer.engine.operations.staged import Stager
     from aiotransfer.engine.peers.paths import Paths
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.model.descriptor import RemoteRegion
 
 
 class Deferred:
     """One per engine. `paths` asks the owners, `copies` runs the tasks, `flight` takes what was posted and goes on."""
 
-    def __init__(self, engine: EngineBase, paths: Paths, copies: Copies, flight: InFlight) -> None:
+    def __init__(self, engine: Runtime, paths: Paths, copies: Copies, flight: InFlight) -> None:
         self._engine = engine
         self._paths = paths
         self._copies = copies

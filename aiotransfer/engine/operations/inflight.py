@@ -24,13 +24,13 @@ from aiotransfer.providers.port import Binding
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.liveness import Liveness
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 
 class InFlight:
     """One per engine. `ledger`: the transfers under way, by cookie. `deadlines` withdraws what is overdue."""
 
-    def __init__(self, engine: EngineBase, liveness: Liveness, copies: Copies) -> None:
+    def __init__(self, engine: Runtime, liveness: Liveness, copies: Copies) -> None:
         self._engine = engine
         self._liveness = liveness
         self._copies = copies

@@ -20,7 +20,7 @@ from aiotransfer.engine.operations.staged import page_spans, stager
 from aiotransfer.engine.operations.transfer import Transfer
 from aiotransfer.engine.peers.owners import check_required
 from aiotransfer.engine.runtime.arguments import RESERVED, Pages, check_imm
-from aiotransfer.engine.runtime.base import EngineBase, seconds
+from aiotransfer.engine.runtime.base import Runtime, seconds
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _at_write: Any = None if native.lib is None else native.lib.at_write
 _from_buffer: Any = getattr(native.ffi, "from_buffer", None)
 
 
-class Operations(EngineBase):
+class Operations(Runtime):
     """The calls of an engine that move bytes. `Engine` opens and closes what they need."""
 
     _flight: InFlight

@@ -20,7 +20,7 @@ from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 _INT64 = np.dtype(np.int64)
 _from_buffer: Any = getattr(native.ffi, "from_buffer", None)
@@ -65,7 +65,7 @@ class _Scattered(NamedTuple):
         )  # fmt: skip
 
 
-def post_pages(engine: EngineBase, src: RegionView, targets: Any, page: int, imm: int) -> Posted | None:
+def post_pages(engine: Runtime, src: RegionView, targets: Any, page: int, imm: int) -> Posted | None:
     """Post targets in one native call; None, and nothing was posted, where they come in another form or cannot be posted so."""
     try:
         if src._engine is not engine or type(page) is not int or not isinstance(targets, list | tuple):

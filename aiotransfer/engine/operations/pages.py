@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.operations.notes import Deed
     from aiotransfer.engine.operations.submit import Submitter
     from aiotransfer.engine.operations.transfer import Transfer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.model.descriptor import RemoteRegion
 
 _from_buffer: Any = getattr(native.ffi, "from_buffer", None)
@@ -51,7 +51,7 @@ def submit_pages(
     require: str | None,
 ) -> Transfer:  # fmt: skip
     """Write the pages of a table, or read them, as `deed` says. Raises `RegionError` for an index beyond a region."""
-    engine: EngineBase = submitter.engine
+    engine: Runtime = submitter.engine
     bound = remote._box.bound
     reads, value = deed[0] == READ_PAGES, deed[1]
     stage = stager(local, lambda: page_spans(local, table, reads=reads), lands=reads)

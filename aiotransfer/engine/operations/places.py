@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.engine.operations.submit import Submitter
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -49,7 +49,7 @@ class ScatterPlan(Unpicklable):
 
     def __init__(self, submitter: Submitter, sources: Sequence[RegionView], rows: ScatterRows) -> None:
         self._submitter = submitter
-        self._engine: EngineBase = submitter.engine
+        self._engine: Runtime = submitter.engine
         self._sources = tuple(sources)
         for i, view in enumerate(self._sources):
             submitter.check_local(view, f"source {i}")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.engine.operations.submit import Submitter
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.model.descriptor import RemoteRegion
 
 _post: Any = getattr(native.lib, "at_plan_post", None)
@@ -54,7 +54,7 @@ class Plan(Unpicklable):
         require: str | None = None,
         local: RegionView | None = None,
     ) -> None:
-        engine: EngineBase = submitter.engine
+        engine: Runtime = submitter.engine
         self._engine = engine
         self._submitter = submitter
         self._local = local

@@ -26,11 +26,11 @@ from aiotransfer.providers import native
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.model.descriptor import Grant, RemoteRegion
 
 
-def lacking(engine: EngineBase, status: int, what: str, **fields: Any) -> BusyError | None:
+def lacking(engine: Runtime, status: int, what: str, **fields: Any) -> BusyError | None:
     """The error when the lane had no memory, or the operating system nothing left to give it; None when it was something else."""
     lib = native.lib
     number = errno.ENOMEM if status == lib.AT_ENOMEM else engine._lane.system_error()[0] if status == lib.AT_EIO else None
@@ -38,7 +38,7 @@ def lacking(engine: EngineBase, status: int, what: str, **fields: Any) -> BusyEr
 
 
 def refusal(
-    engine: EngineBase,
+    engine: Runtime,
     status: int,
     peer: Peer | None,
     dst: RemoteRegion | None = None,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.engine.operations.submit import Submitter
     from aiotransfer.engine.operations.transfer import Transfer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.providers.port import Binding
 
 _INT64 = np.dtype(np.int64)
@@ -51,7 +51,7 @@ class Posted(NamedTuple):
     bounds: list[Binding]
 
 
-def post_table(engine: EngineBase, src: RegionView, targets: Any, imm: int) -> Posted | None:
+def post_table(engine: Runtime, src: RegionView, targets: Any, imm: int) -> Posted | None:
     """Post targets in one native call; None, and nothing was posted, where they come in another form or cannot be posted so."""
     if not isinstance(targets, tuple) or len(targets) not in (3, 4):
         return None
@@ -85,7 +85,7 @@ def post_table(engine: EngineBase, src: RegionView, targets: Any, imm: int) -> P
 
 def scattered(submitter: Submitter, src: RegionView, posted: Posted, imm: int, timeout: float | None) -> Transfer:
     """The transfer of targets that were posted in one native call. Raises the error of a refusal."""
-    engine: EngineBase = submitter.engine
+    engine: Runtime = submitter.engine
     result, nbytes, bounds = posted
     if 0 <= result <= 1:
         several = not bounds or bounds[0].peer is not bounds[-1].peer or len({bound.peer for bound in bounds}) > 1

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from aiotransfer.engine.operations.deferred import Deferred
     from aiotransfer.engine.operations.inflight import InFlight
     from aiotransfer.engine.peers.owners import Owners
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 
 class Submitter:
     """One per engine. `owners` says whose memory it is, `deferred` takes what cannot be posted yet, `flight` what goes on."""
 
-    def __init__(self, engine: EngineBase, owners: Owners, deferred: Deferred, flight: InFlight) -> None:
+    def __init__(self, engine: Runtime, owners: Owners, deferred: Deferred, flight: InFlight) -> None:
         self.engine = engine
         self.owners = owners
         self.deferred = deferred

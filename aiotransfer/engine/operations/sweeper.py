@@ -16,7 +16,7 @@ from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.core.ledger import Ledger
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 CROWD, LOOK_SECONDS = 1000, 1e-6  # to look at so many takes a few per cent of a microsecond each: no sooner again than this
 
@@ -25,7 +25,7 @@ class Sweeper:
     """One per engine. `pending` holds the operations that have not ended, by cookie. `unproved` is called with the cookie of a
     withdrawn operation whose posted part can be neither waited for nor fenced."""
 
-    def __init__(self, engine: EngineBase, pending: Ledger[Any], unproved: Callable[[int], None]) -> None:
+    def __init__(self, engine: Runtime, pending: Ledger[Any], unproved: Callable[[int], None]) -> None:
         self._engine = engine
         self._loop = engine._loop
         self._pending = pending

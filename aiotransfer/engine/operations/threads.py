@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.operations.submit import Submitter
     from aiotransfer.engine.peers.paths import Paths
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.model.descriptor import RemoteRegion
 
 SLICE_SECONDS = 0.05  # longest native wait: Ctrl-C is heard after it at the latest
@@ -129,7 +129,7 @@ class ThreadHandle(Unpicklable):
     def __init__(self, submitter: Submitter, paths: Paths) -> None:
         self._submitter = submitter
         self._paths = paths
-        self._engine: EngineBase = submitter.engine
+        self._engine: Runtime = submitter.engine
         self._guard = threading.Condition()
         self._users = 0
         self._closed = False

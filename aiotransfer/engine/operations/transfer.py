@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.operations.notes import Deed
     from aiotransfer.engine.operations.staged import Stage
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 DONE, PENDING, FAILED, CANCELLED = 0, 1, 2, 3
 _FINISHED = cast("Generator[Any, None, None]", iter(()))  # an exhausted iterator: awaiting it returns at once
@@ -38,7 +38,7 @@ class _Unheard:
 
     __slots__ = ("engine", "error")
 
-    def __init__(self, engine: EngineBase, error: BaseException) -> None:
+    def __init__(self, engine: Runtime, error: BaseException) -> None:
         self.engine = engine
         self.error: BaseException | None = error
 
@@ -74,7 +74,7 @@ class Transfer(Unpicklable):
     )
 
     nbytes: int
-    _engine: EngineBase
+    _engine: Runtime
     _peer: Peer | None
     _state: int
     _cookie: int
@@ -296,7 +296,7 @@ _new: Callable[[type[Transfer]], Transfer] = object.__new__
 
 
 def blank(
-    engine: EngineBase,
+    engine: Runtime,
     nbytes: int,
     peers: tuple[Peer, ...],
     keep: object,
@@ -326,7 +326,7 @@ def blank(
     return transfer
 
 
-def finished(engine: EngineBase, peer: Peer | None, nbytes: int) -> Transfer:
+def finished(engine: Runtime, peer: Peer | None, nbytes: int) -> Transfer:
     """A transfer that was born done. `write` and `Plan.post` make theirs in place, which saves a tenth of their time."""
     done = _new(Transfer)
     done._engine, done._peer, done.nbytes, done._state = engine, peer, nbytes, DONE
@@ -401,7 +401,7 @@ async def _all_ended(pending: list[Transfer]) -> None:
     loop = asyncio.get_running_loop()
     countdown = _Countdown(loop.create_future(), len(pending))
     for transfer in pending:
-        engine: EngineBase = transfer._engine
+        engine: Runtime = transfer._engine
         if not engine._lane.usable:
             engine._check()  # a forked child: it would never be told
         transfer._waiters.append(countdown)

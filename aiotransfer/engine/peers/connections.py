@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peers.door import Door
     from aiotransfer.engine.peers.liveness import Liveness
     from aiotransfer.engine.peers.paths import Paths
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.engine.runtime.tasks import Tasks
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.providers.port import Provider
@@ -71,7 +71,7 @@ class Connections:
     what they do when a peer was lost or closed."""
 
     def __init__(
-        self, engine: EngineBase, door: Door, providers: Mapping[str, Provider], paths: Paths, liveness: Liveness, tasks: Tasks
+        self, engine: Runtime, door: Door, providers: Mapping[str, Provider], paths: Paths, liveness: Liveness, tasks: Tasks
     ) -> None:
         self._engine = engine
         self._loop = engine._loop

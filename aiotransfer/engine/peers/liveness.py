@@ -15,7 +15,7 @@ from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 PINGS_PER_TIMEOUT = 8
 
@@ -33,7 +33,7 @@ class Liveness:
     loop's time, and whether our own loop was stuck."""
 
     def __init__(
-        self, engine: EngineBase, suspect: Callable[[Peer], None], look: Callable[[Peer, float, bool], None]
+        self, engine: Runtime, suspect: Callable[[Peer], None], look: Callable[[Peer, float, bool], None]
     ) -> None:
         self._engine = engine
         self._suspect = suspect

@@ -15,7 +15,7 @@ from aiotransfer.errors import (
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.connections import Connections
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.model.descriptor import RemoteRegion
 
 MOST_GONE = 1024  # peers that have ended, of which the error is kept
@@ -24,7 +24,7 @@ MOST_GONE = 1024  # peers that have ended, of which the error is kept
 class Owners:
     """One per engine, over the peers of its connections."""
 
-    def __init__(self, engine: EngineBase, connections: Connections) -> None:
+    def __init__(self, engine: Runtime, connections: Connections) -> None:
         self._engine = engine
         self._peers = connections.peers
         self._gone: dict[int, TransferError] = {}  # by incarnation: what peers that were here before ended in

@@ -23,7 +23,7 @@ from aiotransfer.providers.port import Binding, Terms
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.engine.runtime.tasks import Tasks
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.providers.port import Path, Provider
@@ -37,7 +37,7 @@ class Paths:
     """Of all peers of one engine. `preference`: "auto", or the names of providers that the user chose."""
 
     def __init__(
-        self, engine: EngineBase, providers: Mapping[str, Provider], preference: str | tuple[str, ...], tasks: Tasks
+        self, engine: Runtime, providers: Mapping[str, Provider], preference: str | tuple[str, ...], tasks: Tasks
     ) -> None:
         self._engine = engine
         self._providers = providers

@@ -41,7 +41,7 @@ from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.providers.port import Path
 
 MOST_MESSAGE_BYTES = 1 << 20
@@ -112,7 +112,7 @@ class Peer(Unpicklable):
 
     _instead = "send str(peer.address), and connect an engine of the other process to it"
 
-    def __init__(self, engine: EngineBase, services: PeerServices, link: Link, *, trusted_user: bool) -> None:
+    def __init__(self, engine: Runtime, services: PeerServices, link: Link, *, trusted_user: bool) -> None:
         self._engine = engine
         self._services = services
         self._line = Line(link, engine.config.peer_timeout / 4, may_resume=link.incarnation != engine.incarnation)

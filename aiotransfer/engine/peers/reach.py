@@ -19,7 +19,7 @@ from aiotransfer.errors import TransferError
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.engine.runtime.tasks import Tasks
     from aiotransfer.model.address import Address
 
@@ -48,7 +48,7 @@ class Reach:
     """One per engine. `peers`: those that connect or are up. `connect` dials an address, without a deadline."""
 
     def __init__(
-        self, engine: EngineBase, peers: Mapping[int, Peer], connect: Callable[[Address], Coroutine[Any, Any, Peer]], tasks: Tasks
+        self, engine: Runtime, peers: Mapping[int, Peer], connect: Callable[[Address], Coroutine[Any, Any, Peer]], tasks: Tasks
     ) -> None:
         self._engine = engine
         self._peers = peers

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peers.door import Door
     from aiotransfer.engine.peers.liveness import Liveness
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.engine.runtime.tasks import Tasks
 
 LIFE_SECONDS = 0.1
@@ -62,7 +62,7 @@ class Redial:
     """Of all peers of one engine. `listen_to` has what comes by a new connection heard as that of a peer."""
 
     def __init__(
-        self, engine: EngineBase, door: Door, liveness: Liveness, peers: Mapping[int, Peer], tasks: Tasks,
+        self, engine: Runtime, door: Door, liveness: Liveness, peers: Mapping[int, Peer], tasks: Tasks,
         listen_to: Callable[[Peer, Link], None],
     ) -> None:  # fmt: skip
         self._engine = engine

@@ -1,6 +1,6 @@
 """What every part of an engine stands on: its state, its clock, and the checks at the door.
 
-`Engine` extends `Operations`, the public calls that move bytes, and that extends `EngineBase`: regions, bindings and transfers
+`Engine` extends `Operations`, the public calls that move bytes, and that extends `Runtime`: regions, bindings and transfers
 compare the engine of a call with their own, and one object is both. All other parts are objects that an engine has.
 """
 
@@ -44,8 +44,8 @@ class Flight(Protocol):
         """Bytes of the transfer that have landed, while it is under way."""
 
 
-class EngineBase:
-    """State of one engine on one event loop. What a part of an engine takes when it needs no other part."""
+class Runtime:
+    """The ground of one engine on one event loop: all that a part of an engine takes when it needs no other part."""
 
     name: str
     config: Config
@@ -143,12 +143,12 @@ class EngineBase:
             native.lib.at_turn(self._p)
 
 
-def is_open(engine: EngineBase) -> bool:
+def is_open(engine: Runtime) -> bool:
     """Whether calls may be made. For the components that stand on an engine."""
     return engine._state == "open"
 
 
-def world_of(engine: EngineBase) -> World:
+def world_of(engine: Runtime) -> World:
     """What the engine takes from the world around it. For the components that stand on an engine."""
     return engine._world
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 
 RETRY_SECONDS = 0.001
@@ -30,7 +30,7 @@ class Progress:
     of that counter; counters that are opened and closed change it. `handlers` take the other events, by their kind."""
 
     def __init__(
-        self, engine: EngineBase, ended: Handler, counted: Mapping[int, Callable[[int], None]], handlers: Mapping[int, Handler]
+        self, engine: Runtime, ended: Handler, counted: Mapping[int, Callable[[int], None]], handlers: Mapping[int, Handler]
     ) -> None:
         self._ended = ended
         self._counted = counted

@@ -19,7 +19,7 @@ from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 
 class Counter(Unpicklable):
@@ -29,7 +29,7 @@ class Counter(Unpicklable):
 
     __slots__ = ("__weakref__", "_closed", "_engine", "_forget", "_queue", "_record", "imm")
 
-    def __init__(self, engine: EngineBase, imm: int, record: int, forget: Callable[[int, int], None]) -> None:
+    def __init__(self, engine: Runtime, imm: int, record: int, forget: Callable[[int, int], None]) -> None:
         self.imm = imm
         self._engine = engine
         self._record = record

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.model.address import Address
 
 NAME_BYTES, MEMBER_BYTES, ANSWER_BYTES = 8, 4, 8
@@ -94,7 +94,7 @@ class Rosters:
     """One per engine. `at` gives the other engine that was found at an address, `lists` those of all groups of this engine."""
 
     def __init__(
-        self, engine: EngineBase, at: Callable[[Address], Peer | None], lists: Callable[[], Collection[Roster]]
+        self, engine: Runtime, at: Callable[[Address], Peer | None], lists: Callable[[], Collection[Roster]]
     ) -> None:
         self._engine = engine
         self._at = at

@@ -21,7 +21,7 @@ from aiotransfer.errors import BusyError
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 TRIES = 1000  # at random, before nearly all of the library's own values are taken to be used
 
@@ -29,7 +29,7 @@ TRIES = 1000  # at random, before nearly all of the library's own values are tak
 class Values:
     """The immediates of one engine, and the open counters of them. `entropy` gives so many random bytes."""
 
-    def __init__(self, engine: EngineBase, entropy: Callable[[int], bytes]) -> None:
+    def __init__(self, engine: Runtime, entropy: Callable[[int], bytes]) -> None:
         self._engine = engine
         self.entropy = entropy
         self.counters: dict[int, Counter] = {}  # by value

@@ -19,7 +19,7 @@ from aiotransfer.providers import native
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aiotransfer.engine.runtime.base import EngineBase
+    from aiotransfer.engine.runtime.base import Runtime
 
 WORD = 8
 
@@ -30,7 +30,7 @@ class Watcher(Unpicklable):
     Raises `RegistrationError` when the word lies in a mapping of a file that was shortened.
     """
 
-    def __init__(self, engine: EngineBase, watchers: dict[int, Watcher], word: Any) -> None:
+    def __init__(self, engine: Runtime, watchers: dict[int, Watcher], word: Any) -> None:
         self._engine = engine
         self._watchers = watchers  # of the engine, by number, while they are open
         address, self._keep = _word(engine, word)  # what keeps the memory comes second
@@ -115,7 +115,7 @@ class Watcher(Unpicklable):
         return f"<Watcher at {self._last}{', closed' if self._closed else ''}>"
 
 
-def _word(engine: EngineBase, word: Any) -> tuple[int, tuple[object, object]]:
+def _word(engine: Runtime, word: Any) -> tuple[int, tuple[object, object]]:
     keep: tuple[object, object]
     if isinstance(word, RegionView):
         root: Region = word._root
