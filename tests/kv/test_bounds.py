@@ -17,7 +17,7 @@ from aiotransfer.kv.prefill import ledger, request
 from aiotransfer.kv.protocol import layout as layouts
 from aiotransfer.kv.protocol import messages
 from aiotransfer.kv.protocol.plan import pairs, receivers
-from aiotransfer.kv.roles.dispatcher import Room
+from aiotransfer.kv.roles.dispatcher import Dispatcher
 from tests.kv.party import Party, cache_of, party, small
 from tests.kv.raw import raw_decoder
 
@@ -320,8 +320,8 @@ async def test_a_reader_goes_on_after_any_exception_of_one_message(
                         pass
         assert "IndexError" in caplog.text
         caplog.clear()  # its frames hold what the test has opened
-        assert role.room._reader is not None
-        assert not role.room._reader.done()
+        assert role.dispatcher._reader is not None
+        assert not role.dispatcher._reader.done()
         await still_serves(both)
 
 
@@ -424,10 +424,10 @@ async def test_a_peer_that_reads_nothing_is_not_told_without_end() -> None:
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
         await raw.ask()
         (inbound,) = [peer for peer in both.prefill.engine.peers if peer.incarnation == raw.engine.incarnation]
-        room: Room = both.prefiller.room
+        dispatcher: Dispatcher = both.prefiller.dispatcher
         for number in range(30_000):
-            room.tell(inbound, messages.Refused(number, "busy", "x" * 500), 5.0)
-        assert 0 < room._waiting[inbound] <= 8 << 20
-        assert len(room._telling) < 6000
+            dispatcher.tell(inbound, messages.Refused(number, "busy", "x" * 500), 5.0)
+        assert 0 < dispatcher._waiting[inbound] <= 8 << 20
+        assert len(dispatcher._telling) < 6000
         assert isinstance(await raw.answer(), messages.Refused)
         await still_serves(both)

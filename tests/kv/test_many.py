@@ -98,7 +98,7 @@ async def test_a_number_that_is_under_way_is_refused() -> None:
     async with party() as both:
         await filled(both, "before", [1, 2, 3])
         sent: list[messages.ToDecoder] = []
-        both.prefiller.room.tell = lambda peer, message, seconds: sent.append(message)  # type: ignore[assignment,misc]
+        both.prefiller.dispatcher.tell = lambda peer, message, seconds: sent.append(message)  # type: ignore[assignment,misc]
         layout = both.decode.layout.to_dict()
         (inbound,) = both.prefill.engine.peers
         lease = both.decode.region.lease(both.peer)

@@ -115,7 +115,7 @@ SHORT: dict[str, Any] = {
     "memory": lambda patch, decoder: patch.setattr(decoder.slots, "take", _raise(at.RegistrationError("no memory"))),
     "any": lambda patch, decoder: patch.setattr(decoder.slots, "take", _raise(MemoryError("no memory"))),
     "a lease": lambda patch, decoder: patch.setattr(type(decoder.pages), "lease", _raise(at.BusyError("no memory"))),
-    "half asked": lambda patch, decoder: patch.setattr(decoder.room, "own", _raise(RuntimeError("no memory"))),
+    "half asked": lambda patch, decoder: patch.setattr(decoder.dispatcher, "own", _raise(RuntimeError("no memory"))),
 }
 
 
@@ -142,7 +142,7 @@ async def test_a_decode_rank_that_cannot_ask_is_named_with_its_reason(
             with monkeypatch.context() as patch:
                 if what in SHORT:
                     if what == "half asked":  # what is told goes by the same way
-                        own = decoders[1].room.own
+                        own = decoders[1].dispatcher.own
                         calls = [RuntimeError("no memory")]
 
                         def once(work: Any) -> Any:
@@ -151,7 +151,7 @@ async def test_a_decode_rank_that_cannot_ask_is_named_with_its_reason(
                             work.close()
                             raise calls.pop()
 
-                        patch.setattr(decoders[1].room, "own", once)
+                        patch.setattr(decoders[1].dispatcher, "own", once)
                     else:
                         SHORT[what](patch, decoders[1])
                 with pytest.raises(Exception, match=text):

@@ -20,6 +20,6 @@ def say_absent(role: Role, settings: Settings, peers: tuple[Any, ...], id: Any, 
         return
     for peer in peers:
         with contextlib.suppress(Exception):  # arguments may be anything; what is wrong with them is raised already
-            role.room.check(peer)
+            role.dispatcher.check(peer)
             absent = messages.Absent(next(numbers), id, role.layout.to_dict(), said(error), settings.named)
-            role.room.tell(peer, absent, settings.revoke_timeout)
+            role.dispatcher.tell(peer, absent, settings.revoke_timeout)

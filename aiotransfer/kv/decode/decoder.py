@@ -27,7 +27,7 @@ from aiotransfer.kv.decode.handle import Handle
 from aiotransfer.kv.decode.pool import Order, Pool, Settings
 from aiotransfer.kv.protocol import messages
 from aiotransfer.kv.roles.arguments import is_twice, page_ids_of, whole
-from aiotransfer.kv.roles.dispatcher import Room
+from aiotransfer.kv.roles.dispatcher import Dispatcher
 from aiotransfer.kv.roles.role import Role
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Decoder(Role):
             seconds(revoke_timeout, 5.0),
         )
         self.pool = Pool(layout.num_pages, whole("most_requests", most_requests))
-        self.room = Room.enter(engine, messages.TO_DECODER, self)
+        self.dispatcher = Dispatcher.enter(engine, messages.TO_DECODER, self)
 
     @property
     def instance(self) -> str:
@@ -128,7 +128,7 @@ class Decoder(Role):
             order = Order(peers, id, ids[: self.layout.pages_of(count)], written, count, skip, priority, bytes(data), timeout)
             self.pool.check_free(order)
             for one in peers:
-                self.room.check(one)
+                self.dispatcher.check(one)
         except BaseException as error:  # checking an argument may raise anything
             if not isinstance(error, TransferError):  # these are no mistake, and it may be asked again
                 say_absent(self, self._settings, peers, id, error)
@@ -149,11 +149,11 @@ class Decoder(Role):
     # ---- messages ----
 
     def receive(self, peer: Peer, message: messages.ToDecoder) -> bool:
-        """See `Room`: an answer is for one of this decoder's requests, or for another decoder's."""
+        """See `Dispatcher`: an answer is for one of this decoder's requests, or for another decoder's."""
         return self.pool.deliver(peer, message)
 
     def unreadable(self, peer: Peer, number: int, error: DescriptorError) -> bool:
-        """See `Room`: an answer that cannot be read ends its request."""
+        """See `Dispatcher`: an answer that cannot be read ends its request."""
         return self.pool.unreadable(peer, number, error)
 
     # ---- the end ----
@@ -170,7 +170,7 @@ class Decoder(Role):
                 await despite_cancels(asyncio.ensure_future(asyncio.wait(ending)))
         finally:
             self.slots.close()
-            await self.room.leave(self)
+            await self.dispatcher.leave(self)
         if self.pool.holders:
             stuck = list(itertools.chain.from_iterable(holder.order.written.tolist() for holder in self.pool.holders))
             raise QuarantineError(f"{len(stuck)} pages stay quarantined: {stuck[:8]}", hint="do not reuse them")

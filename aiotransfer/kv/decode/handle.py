@@ -168,7 +168,7 @@ class Handle(Unpicklable):
                 order.page_ids.tobytes(), order.tokens, order.skip_tokens, counter.imm, order.priority, self._left(),
                 self._settings.checksums, order.data, self._settings.named,
             )  # fmt: skip
-            role.room.own(self._send(part.peer, messages.encode(message)))
+            role.dispatcher.own(self._send(part.peer, messages.encode(message)))
 
     async def _send(self, peer: Peer, data: bytes) -> None:
         try:
@@ -242,7 +242,7 @@ class Handle(Unpicklable):
 
     def _count(self) -> None:
         """Count from before the first answer, so that the loss of a rank that is counted on is noticed too."""
-        self._counting = self._role.room.own(self._count_all())
+        self._counting = self._role.dispatcher.own(self._count_all())
 
     def _blocks(self) -> int:
         return sum(part.plan.count(self.order.tokens, self.order.skip_tokens) for part in self._parts if part.plan is not None)
@@ -273,7 +273,7 @@ class Handle(Unpicklable):
             self._end("wrong", RequestFailed(f"the tail of {self.id!r} could not be read: {said(error)}", id=self.id))
             return
         if self._settings.checksums:
-            self._counting = self._role.room.own(self._check_all())
+            self._counting = self._role.dispatcher.own(self._check_all())
         else:
             self._feed("right")
 
@@ -358,7 +358,7 @@ class Handle(Unpicklable):
         for part in self._parts:
             if part.peer.state in ("up", "busy"):
                 cancel = messages.Cancel(part.number, self._outcome, why.partition("\n")[0])
-                self._role.room.tell(part.peer, cancel, self._settings.revoke_timeout)
+                self._role.dispatcher.tell(part.peer, cancel, self._settings.revoke_timeout)
 
     # ---- release ----
 
@@ -366,7 +366,7 @@ class Handle(Unpicklable):
         if self._deadline is not None:
             self._deadline.cancel()
         self._pool.forget(part.number for part in self._parts)
-        self._role.room.own(self._release())
+        self._role.dispatcher.own(self._release())
 
     async def _release(self) -> None:
         seconds = self._settings.revoke_timeout
@@ -390,7 +390,7 @@ class Handle(Unpicklable):
             self._pool.release(self)
 
     def _watch(self) -> None:
-        self._role.room.own(self._wait_for_proof())
+        self._role.dispatcher.own(self._wait_for_proof())
 
     async def _wait_for_proof(self) -> None:
         for lease in [lease for part in self._parts for lease in part.leases]:

@@ -16,7 +16,7 @@ from aiotransfer.kv.protocol.layout import Place
 if TYPE_CHECKING:
     from aiotransfer.kv.prefill.ledger import Target
     from aiotransfer.kv.protocol.plan import Receivers
-    from aiotransfer.kv.roles.dispatcher import Room
+    from aiotransfer.kv.roles.dispatcher import Dispatcher
 
 NOTICE_SECONDS = 1.0  # after which the decode ranks that have asked are told whom the request waits for
 TELL_SECONDS = 5.0  # that a decode side may take to make room for news of its request
@@ -30,19 +30,19 @@ def named(places: Iterable[Place]) -> str:
     return f"decode rank{'s' if len(every) > 1 else ''} {', '.join(every[:MOST_NAMED])}{more}"
 
 
-def tell(room: Room, target: Target, message: messages.ToDecoder) -> None:
+def tell(dispatcher: Dispatcher, target: Target, message: messages.ToDecoder) -> None:
     """Send news to a decode rank of a request."""
     if target.peer.state in ("up", "busy"):
-        room.tell(target.peer, message, TELL_SECONDS)
+        dispatcher.tell(target.peer, message, TELL_SECONDS)
 
 
 class Gathering:
-    """Of one request, which is for the decode ranks at `places`; those of `targets` have asked. `room` sends to them."""
+    """Of one request, which is for the decode ranks at `places`; those of `targets` have asked. `dispatcher` sends to them."""
 
-    def __init__(self, places: Receivers, targets: Sequence[Target], room: Room) -> None:
+    def __init__(self, places: Receivers, targets: Sequence[Target], dispatcher: Dispatcher) -> None:
         self.places = places
         self._targets = targets
-        self._room = room
+        self._dispatcher = dispatcher
         self._noticed = False
         self._timer: asyncio.TimerHandle | None = None
 
@@ -76,7 +76,7 @@ class Gathering:
         if self._noticed:
             missing = self.missing()
             for target in self._targets:
-                tell(self._room, target, messages.Waiting(target.number, missing))
+                tell(self._dispatcher, target, messages.Waiting(target.number, missing))
 
     def close(self) -> None:
         """Cancel the timer: the request waits for no rank any more."""

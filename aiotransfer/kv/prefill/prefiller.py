@@ -36,7 +36,7 @@ from aiotransfer.kv.protocol import messages
 from aiotransfer.kv.protocol.layout import KVLayout, LayoutMismatch
 from aiotransfer.kv.protocol.plan import Receivers, Tables, TransferPlan, receivers
 from aiotransfer.kv.roles.arguments import is_twice, page_ids_of, whole
-from aiotransfer.kv.roles.dispatcher import Room
+from aiotransfer.kv.roles.dispatcher import Dispatcher
 from aiotransfer.kv.roles.role import Role
 from aiotransfer.kv.roles.tails import HEADER_BYTES
 from aiotransfer.model.descriptor import RemoteRegion
@@ -80,8 +80,8 @@ class Prefiller(Role):
         self._tables = Tables()  # of all of these
         self._absences = Absences()
         self._closed = False
-        self.room = Room.enter(engine, messages.TO_PREFILLER, self)
-        self._writer = Writer(self.room, loop, schedule)
+        self.dispatcher = Dispatcher.enter(engine, messages.TO_PREFILLER, self)
+        self._writer = Writer(self.dispatcher, loop, schedule)
         self._side = Side(self, loop, self._ledger, self._offers, self._writer)
 
     @property
@@ -111,7 +111,7 @@ class Prefiller(Role):
     # ---- reservations ----
 
     def receive(self, peer: Peer, message: messages.ToPrefiller) -> bool:
-        """See `Room`: a decode rank asks for a request, or takes one back."""
+        """See `Dispatcher`: a decode rank asks for a request, or takes one back."""
         if isinstance(message, messages.Absent):
             with contextlib.suppress(Refusal):  # it does not speak for that rank: none is told
                 self._missed(peer, message)
@@ -125,12 +125,13 @@ class Prefiller(Role):
         try:
             self._reserve(peer, message)
         except Refusal as refusal:
-            self.room.tell(peer, messages.Refused(message.number, refusal.reason, str(refusal), **refusal.fields), TELL_SECONDS)
+            refused = messages.Refused(message.number, refusal.reason, str(refusal), **refusal.fields)
+            self.dispatcher.tell(peer, refused, TELL_SECONDS)
         return True
 
     def unreadable(self, peer: Peer, number: int, error: DescriptorError) -> bool:
-        """See `Room`: a request that cannot be read is refused."""
-        self.room.tell(peer, messages.Refused(number, "protocol", str(error)), TELL_SECONDS)
+        """See `Dispatcher`: a request that cannot be read is refused."""
+        self.dispatcher.tell(peer, messages.Refused(number, "protocol", str(error)), TELL_SECONDS)
         return True
 
     def _reserve(self, peer: Peer, message: messages.Reserve) -> None:
@@ -155,7 +156,7 @@ class Prefiller(Role):
         ledger.make_room(peer, target.nbytes, new=known is None)
         request = known or PrefillRequest(self._side, key, message, places)
         try:
-            ledger.enter(request, target, lambda peer: self.room.own(self._await_loss(peer)))
+            ledger.enter(request, target, lambda peer: self.dispatcher.own(self._await_loss(peer)))
             request.add(target)
         except BaseException as error:  # half set up: the other decode ranks of it are not to wait
             request.abandon(f"{named([place])} could not be taken in: {said(error)}")
@@ -230,11 +231,11 @@ class Prefiller(Role):
         try:
             if ending:
                 await despite_cancels(asyncio.ensure_future(asyncio.wait(ending)))
-            await self.room.flush()
+            await self.dispatcher.flush()
         finally:
             self._ledger.close()
             self.slots.close()
-            await self.room.leave(self)
+            await self.dispatcher.leave(self)
 
     def __repr__(self) -> str:
         waiting = len(self._writer.schedule)

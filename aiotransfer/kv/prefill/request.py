@@ -88,7 +88,7 @@ class PrefillRequest(Unpicklable):
         self._side = side
         self._role = side.role
         self._loop = side.loop
-        self.gathering = Gathering(places, self.targets, side.role.room)
+        self.gathering = Gathering(places, self.targets, side.role.dispatcher)
         self._checksums = message.checksums
         self._saga = Saga(PREFILL, "gathering")
         self._page_ids: NDArray[np.int64] | None = None
@@ -154,7 +154,7 @@ class PrefillRequest(Unpicklable):
 
     def _answer(self) -> None:
         target, role = self.targets[-1], self._role
-        role.room.tell(target.peer, messages.Reserved(target.number, role.layout.to_dict()), self._left())
+        role.dispatcher.tell(target.peer, messages.Reserved(target.number, role.layout.to_dict()), self._left())
 
     def _offer(self) -> None:
         self._times["queued"] = time.time()
@@ -429,7 +429,7 @@ class PrefillRequest(Unpicklable):
         why = str(self._error).partition("\n")[0]
         for target in self.targets:
             if target.peer is not self._origin:
-                tell(self._role.room, target, messages.Failed(target.number, why, self._outcome == "late"))
+                tell(self._role.dispatcher, target, messages.Failed(target.number, why, self._outcome == "late"))
 
     def _record(self) -> None:
         self._timer.cancel()

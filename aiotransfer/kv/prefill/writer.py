@@ -15,7 +15,7 @@ from aiotransfer.kv.protocol.errors import RequestFailed
 if TYPE_CHECKING:
     from aiotransfer.engine.operations.transfer import Transfer
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.kv.roles.dispatcher import Room
+    from aiotransfer.kv.roles.dispatcher import Dispatcher
 
 BUSY_SECONDS = 0.001  # before a write that the engine had no room for is tried again
 
@@ -48,11 +48,11 @@ class Write:
 
 
 class Writer:
-    """Begins the writes of all requests of a prefiller, as `schedule` lets them. Its tasks are those of `room`."""
+    """Begins the writes of all requests of a prefiller, as `schedule` lets them. Its tasks are those of `dispatcher`."""
 
-    def __init__(self, room: Room, loop: asyncio.AbstractEventLoop, schedule: Schedule[Write]) -> None:
+    def __init__(self, dispatcher: Dispatcher, loop: asyncio.AbstractEventLoop, schedule: Schedule[Write]) -> None:
         self.schedule = schedule
-        self._room = room
+        self._dispatcher = dispatcher
         self._loop = loop
         self._held_back: Job[Write] | None = None  # the engine had no room for it
 
@@ -92,7 +92,7 @@ class Writer:
             text = f"request {write.request.id!r}: what {write.peer} offered cannot be written to: {said(error)}"
             write.request.ended(write, RequestFailed(text, id=write.request.id, peer=str(write.peer.address)))
         else:
-            self._room.own(self._carry(job, transfer))
+            self._dispatcher.own(self._carry(job, transfer))
 
     def _again(self, job: Job[Write]) -> None:
         if self._held_back is job:

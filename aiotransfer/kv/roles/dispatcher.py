@@ -1,6 +1,6 @@
-"""The mail of one side of one engine: reads the messages that are for it, and sends without making its caller wait.
+"""Reads the messages for one side of one engine, hands each to its receiver, and sends without making its caller wait.
 
-All decoders of an engine share one room, as do its prefillers, so that each message finds its request, of any of them.
+All decoders of an engine share one dispatcher, as do its prefillers, so that each message finds its request, of any of them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()
-_rooms: dict[tuple[Engine, bytes], Room] = {}  # in use, of engines that are open
+_dispatchers: dict[tuple[Engine, bytes], Dispatcher] = {}  # in use, of engines that are open
 numbers = itertools.count(1)  # of this process: an answer names its request, of any engine
 MOST_TOLD = 8 << 20  # bytes of messages that wait for one peer to make room, with `OVERHEAD` for each
 OVERHEAD = 1024
 
 
-class Member(Protocol):
-    """A decoder or a prefiller, as its room knows it."""
+class Receiver(Protocol):
+    """A decoder or a prefiller, as its dispatcher knows it."""
 
     def receive(self, peer: Peer, message: Any) -> bool:
         """Whether the message was for this one."""
@@ -42,42 +42,42 @@ class Member(Protocol):
         ...
 
 
-class Room:
-    """Of one engine and side. `enter` and `leave` it."""
+class Dispatcher:
+    """The dispatcher of one engine and side: receivers `enter` and `leave` it."""
 
     def __init__(self, engine: Engine, mark: bytes) -> None:
         self._engine = engine
         self._mark = mark
-        self._members: dict[Member, None] = {}
+        self._receivers: dict[Receiver, None] = {}
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._telling: dict[asyncio.Task[Any], tuple[Peer, int]] = {}
         self._waiting: Counter[Peer] = Counter()  # how many bytes of these are for whom
         self._reader: asyncio.Task[None] | None = None
 
     @classmethod
-    def enter(cls, engine: Engine, mark: bytes, member: Member) -> Room:
-        """The room of this engine; the first one in opens it. Raises `ClosedError`, `ConfigurationError` (a second prefiller)."""
-        room = _rooms.get((engine, mark))
-        if room is not None and mark == messages.TO_PREFILLER:
+    def enter(cls, engine: Engine, mark: bytes, receiver: Receiver) -> Dispatcher:
+        """The dispatcher of this engine, opened for its first receiver. Raises `ClosedError`, `ConfigurationError` (a second prefiller)."""
+        dispatcher = _dispatchers.get((engine, mark))
+        if dispatcher is not None and mark == messages.TO_PREFILLER:
             raise ConfigurationError("this engine has a Prefiller already", hint="close that one first, or open another engine")
-        if room is None:
+        if dispatcher is None:
             incoming = engine.messages(mark)  # raises
-            room = _rooms[engine, mark] = cls(engine, mark)
-            room._reader = begin(room._read(incoming))
-        room._members[member] = None
-        return room
+            dispatcher = _dispatchers[engine, mark] = cls(engine, mark)
+            dispatcher._reader = begin(dispatcher._read(incoming))
+        dispatcher._receivers[receiver] = None
+        return dispatcher
 
-    async def leave(self, member: Member) -> None:
-        """The last one out closes it."""
-        self._members.pop(member, None)
-        if not self._members and self._reader is not None:
+    async def leave(self, receiver: Receiver) -> None:
+        """Take a receiver out; with the last one the dispatcher closes."""
+        self._receivers.pop(receiver, None)
+        if not self._receivers and self._reader is not None:
             self._close()
             self._reader.cancel()
             await asyncio.wait([self._reader])
 
     def _close(self) -> None:
-        if _rooms.get((self._engine, self._mark)) is self:
-            del _rooms[self._engine, self._mark]
+        if _dispatchers.get((self._engine, self._mark)) is self:
+            del _dispatchers[self._engine, self._mark]
 
     async def _read(self, incoming: Any) -> None:
         try:
@@ -95,11 +95,11 @@ class Room:
             message = messages.decode(data)
         except DescriptorError as error:
             number = messages.number(data)
-            if number is None or not any(member.unreadable(peer, number, error) for member in list(self._members)):
+            if number is None or not any(receiver.unreadable(peer, number, error) for receiver in list(self._receivers)):
                 self._complain(peer, error)
             return
-        for member in list(self._members):
-            if member.receive(peer, message):
+        for receiver in list(self._receivers):
+            if receiver.receive(peer, message):
                 return
 
     def _failed(self, peer: Peer, data: bytes, error: Exception) -> None:
@@ -111,7 +111,7 @@ class Room:
         answer = DescriptorError(f"the message could not be handled: {said(error)}")
         if number is not None:
             with contextlib.suppress(Exception):
-                any(member.unreadable(peer, number, answer) for member in list(self._members))
+                any(receiver.unreadable(peer, number, answer) for receiver in list(self._receivers))
 
     def _complain(self, peer: Peer, error: Exception, why: str = "cannot be read") -> None:
         left_out = _limit.admit(type(error).__name__)

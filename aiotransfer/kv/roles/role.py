@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.memory.region import Region
     from aiotransfer.kv.protocol.record import RequestRecord
-    from aiotransfer.kv.roles.dispatcher import Room
+    from aiotransfer.kv.roles.dispatcher import Dispatcher
 
 R = TypeVar("R", bound="Role")
 
@@ -32,7 +32,7 @@ class Role(Unpicklable):
     """
 
     _instead = "make it in the process that has the memory"
-    room: Room  # entered last, by the subclass: it needs nothing else that can fail
+    dispatcher: Dispatcher  # entered last, by the subclass: it needs nothing else that can fail
 
     def __init__(
         self, engine: Engine, layout: KVLayout, pages: Region, on_record: Callable[[RequestRecord], object] | None, *,
