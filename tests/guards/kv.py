@@ -263,7 +263,7 @@ GUARDS = (
     ),
     Mutant(
         "kv: a rank without memory says so", "aiotransfer/kv/decode/handle.py",
-        "                say_absent(self._role, self._settings, self.order.peers, self.id, error)\n", "                pass\n",
+        "                say_absent(self._role, self._settings, self.spec.peers, self.id, error)\n", "                pass\n",
         "tests/kv/test_told.py",
     ),
     Mutant(

@@ -129,7 +129,7 @@ async def test_a_shortage_on_the_decode_side_ends_the_request_before_anything_is
             raise at.RegistrationError("no memory") if what == "memory" else at.BusyError("no counters")
 
         with monkeypatch.context() as patch:
-            patch.setattr(*((both.decoder.slots, "take") if what == "memory" else (both.decoder.engine._values, "again")), refuse)
+            patch.setattr(*((both.decoder.tails, "take") if what == "memory" else (both.decoder.engine._values, "again")), refuse)
             with pytest.raises((at.RegistrationError, at.BusyError), match="no "):
                 async with both.decoder.request(both.peer, "a", [1, 2, 3]):
                     pass

@@ -17,7 +17,7 @@ from aiotransfer.kv.decode import handle
 from aiotransfer.kv.decode.absence import say_absent
 from aiotransfer.kv.prefill import gathering, request
 from aiotransfer.kv.protocol import messages
-from aiotransfer.kv.roles.tails import Slots
+from aiotransfer.kv.roles.tails import TailPool
 from tests.kv.party import Rank, cache_of, party, rank, small
 from tests.kv.test_failures import all_is_free, until
 
@@ -112,8 +112,8 @@ async def test_a_rank_that_comes_after_all_is_not_named_any_more(monkeypatch: py
 
 
 SHORT: dict[str, Any] = {
-    "memory": lambda patch, decoder: patch.setattr(decoder.slots, "take", _raise(at.RegistrationError("no memory"))),
-    "any": lambda patch, decoder: patch.setattr(decoder.slots, "take", _raise(MemoryError("no memory"))),
+    "memory": lambda patch, decoder: patch.setattr(decoder.tails, "take", _raise(at.RegistrationError("no memory"))),
+    "any": lambda patch, decoder: patch.setattr(decoder.tails, "take", _raise(MemoryError("no memory"))),
     "a lease": lambda patch, decoder: patch.setattr(type(decoder.pages), "lease", _raise(at.BusyError("no memory"))),
     "half asked": lambda patch, decoder: patch.setattr(decoder.dispatcher, "own", _raise(RuntimeError("no memory"))),
 }
@@ -345,7 +345,7 @@ async def test_an_end_that_fails_is_an_end(monkeypatch: pytest.MonkeyPatch) -> N
         asyncio.get_running_loop().set_exception_handler(lambda _, context: found.append(context))
         serving = asyncio.create_task(both.serve(cache_of(both.prefill.layout, 12), [0, 1, 2]))
         with monkeypatch.context() as patch:
-            patch.setattr(Slots, "give", _raise(MemoryError("no memory")))
+            patch.setattr(TailPool, "give", _raise(MemoryError("no memory")))
             await waits(both.decoder, both.peer)
             with contextlib.suppress(MemoryError):
                 await serving

@@ -24,7 +24,7 @@ from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.errors import QuarantineError, TransferError
 from aiotransfer.kv.decode.absence import say_absent
 from aiotransfer.kv.decode.handle import Handle
-from aiotransfer.kv.decode.pool import Order, Pool, Settings
+from aiotransfer.kv.decode.pool import Pool, RequestSpec, Settings
 from aiotransfer.kv.protocol import messages
 from aiotransfer.kv.roles.arguments import is_twice, page_ids_of, whole
 from aiotransfer.kv.roles.dispatcher import Dispatcher
@@ -125,15 +125,16 @@ class Decoder(Role):
             seconds(timeout, self.engine.timeout)
             if not isinstance(data, bytearray | memoryview) and not hasattr(type(data), "__bytes__"):  # bytes(3) are zeros
                 raise TypeError(f"data must be bytes, not {data!r}")
-            order = Order(peers, id, ids[: self.layout.pages_of(count)], written, count, skip, priority, bytes(data), timeout)
-            self.pool.check_free(order)
+            ids = ids[: self.layout.pages_of(count)]
+            spec = RequestSpec(peers, id, ids, written, count, skip, priority, bytes(data), timeout)
+            self.pool.check_free(spec)
             for one in peers:
                 self.dispatcher.check(one)
         except BaseException as error:  # checking an argument may raise anything
             if not isinstance(error, TransferError):  # these are no mistake, and it may be asked again
                 say_absent(self, self._settings, peers, id, error)
             raise
-        return Handle(self, self.pool, self._settings, order)
+        return Handle(self, self.pool, self._settings, spec)
 
     # ---- pages ----
 
@@ -169,10 +170,10 @@ class Decoder(Role):
             if ending:
                 await despite_cancels(asyncio.ensure_future(asyncio.wait(ending)))
         finally:
-            self.slots.close()
+            self.tails.close()
             await self.dispatcher.leave(self)
         if self.pool.holders:
-            stuck = list(itertools.chain.from_iterable(holder.order.written.tolist() for holder in self.pool.holders))
+            stuck = list(itertools.chain.from_iterable(holder.spec.written.tolist() for holder in self.pool.holders))
             raise QuarantineError(f"{len(stuck)} pages stay quarantined: {stuck[:8]}", hint="do not reuse them")
 
     def __repr__(self) -> str:

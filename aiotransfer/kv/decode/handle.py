@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.engine.sync.counter import Counter
-    from aiotransfer.kv.decode.pool import Order, Pool, Settings
+    from aiotransfer.kv.decode.pool import Pool, RequestSpec, Settings
     from aiotransfer.kv.roles.role import Role
 
 MOST_BLOCKS = 1 << 40  # of one request: far more than bytes of any
@@ -70,8 +70,8 @@ class Handle(Unpicklable):
 
     _instead = "make the request in the process that waits for it"
 
-    def __init__(self, role: Role, pool: Pool, settings: Settings, order: Order) -> None:
-        self.order = order
+    def __init__(self, role: Role, pool: Pool, settings: Settings, spec: RequestSpec) -> None:
+        self.spec = spec
         self._role = role
         self._pool = pool
         self._settings = settings
@@ -88,7 +88,7 @@ class Handle(Unpicklable):
     @property
     def id(self) -> str:
         """The id of the request, as it was given to `Decoder.request`."""
-        return self.order.id
+        return self.spec.id
 
     @property
     def state(self) -> str:
@@ -119,7 +119,7 @@ class Handle(Unpicklable):
         self._over: asyncio.Future[None] = loop.create_future()  # released or quarantined
         for future in (self._taken, self._arrived):
             future.add_done_callback(lambda done: done.cancelled() or done.exception())  # a caller need not wait for both
-        self._seconds = seconds(self.order.timeout, self._role.engine.timeout)
+        self._seconds = seconds(self.spec.timeout, self._role.engine.timeout)
         self._ends = loop.time() + self._seconds
         try:
             self._feed("enter")
@@ -138,7 +138,7 @@ class Handle(Unpicklable):
             raise
         except BaseException as error:
             if not asked:
-                say_absent(self._role, self._settings, self.order.peers, self.id, error)
+                say_absent(self._role, self._settings, self.spec.peers, self.id, error)
             self._leave(f"the request was given up before it was taken: {said(error)}")
             await self._ended(error)
             raise
@@ -148,25 +148,25 @@ class Handle(Unpicklable):
         self._pool.claim(self)
 
     def _lease(self) -> None:
-        role, order, settings = self._role, self.order, self._settings
-        sums = 8 * len(order.page_ids) * len(role.layout.own_layers) if settings.checksums else 0
+        role, spec, settings = self._role, self.spec, self._settings
+        sums = 8 * len(spec.page_ids) * len(role.layout.own_layers) if settings.checksums else 0
         self._counter = role.engine._values.again()
-        for peer in order.peers:
-            part = Part(peer, next(numbers), role.slots.take(HEADER_BYTES + sums + settings.tail_bytes))
+        for peer in spec.peers:
+            part = Part(peer, next(numbers), role.tails.take(HEADER_BYTES + sums + settings.tail_bytes))
             self._parts.append(part)
             for memory in (role.pages, part.tail):
                 part.leases.append(memory.lease(peer))
 
     def _ask(self) -> None:
-        role, order, counter = self._role, self.order, self._counter
+        role, spec, counter = self._role, self.spec, self._counter
         assert counter is not None
         for part in self._parts:
             pool, tail = part.leases
             self._pool.expect(part.number, self)
             message = messages.Reserve(
-                part.number, order.id, role.layout.to_dict(), pool.descriptor.encode(), tail.descriptor.encode(),
-                order.page_ids.tobytes(), order.tokens, order.skip_tokens, counter.imm, order.priority, self._left(),
-                self._settings.checksums, order.data, self._settings.named,
+                part.number, spec.id, role.layout.to_dict(), pool.descriptor.encode(), tail.descriptor.encode(),
+                spec.page_ids.tobytes(), spec.tokens, spec.skip_tokens, counter.imm, spec.priority, self._left(),
+                self._settings.checksums, spec.data, self._settings.named,
             )  # fmt: skip
             role.dispatcher.own(self._send(part.peer, messages.encode(message)))
 
@@ -245,16 +245,16 @@ class Handle(Unpicklable):
         self._counting = self._role.dispatcher.own(self._count_all())
 
     def _blocks(self) -> int:
-        return sum(part.plan.count(self.order.tokens, self.order.skip_tokens) for part in self._parts if part.plan is not None)
+        return sum(part.plan.count(self.spec.tokens, self.spec.skip_tokens) for part in self._parts if part.plan is not None)
 
     async def _count_all(self) -> None:
         counter = self._counter
         assert counter is not None
         try:
-            await counter.wait(1, peers=self.order.peers)
+            await counter.wait(1, peers=self.spec.peers)
             self._times["first_page"] = time.time()
             await asyncio.shield(self._taken)
-            await counter.wait(self._blocks() + len(self._parts) - 1, peers=self.order.peers)
+            await counter.wait(self._blocks() + len(self._parts) - 1, peers=self.spec.peers)
             self._times["last_page"] = time.time()
         except PeerLostError as error:
             self._end("lost", error)
@@ -291,13 +291,13 @@ class Handle(Unpicklable):
         memory = memory_of(self._role.pages)  # keeps it, should the region be closed meanwhile
         for part in self._parts:
             assert part.plan is not None
-            check_sums(part.plan, memory, memory_of(part.tail), self.order.page_ids, self.order, part.peer)
+            check_sums(part.plan, memory, memory_of(part.tail), self.spec.page_ids, self.spec, part.peer)
 
     def _deliver(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
         tails = self._tails
-        found = Arrival(next((tail for tail in tails if tail), b""), tails, self.order.tokens, self.order.skip_tokens)
+        found = Arrival(next((tail for tail in tails if tail), b""), tails, self.spec.tokens, self.spec.skip_tokens)
         self._arrived.set_result(found)
 
     def _tail(self, part: Part) -> bytes:
@@ -385,7 +385,7 @@ class Handle(Unpicklable):
             if self._counter is not None:
                 self._role.engine._values.give_back(self._counter)  # every lease is revoked: nothing arrives for it any more
             for part in self._parts:
-                self._role.slots.give(part.tail)
+                self._role.tails.give(part.tail)
         finally:
             self._pool.release(self)
 
@@ -403,16 +403,16 @@ class Handle(Unpicklable):
         self._feed("proved")
 
     def _record(self) -> None:
-        order, times = self.order, self._times
+        spec, times = self.spec, self._times
         plans = [part.plan for part in self._parts if part.plan is not None]
         delivered = self._outcome == "delivered"
         outcome = "quarantined" if self._saga.state == "quarantined" else self._outcome
         path = next((part.peer.path.provider for part in self._parts if part.peer._path is not None), "")
         self._role.recorded(
             RequestRecord(
-                order.id, "decode", tuple(str(peer.address) for peer in order.peers), path, order.priority, order.tokens,
-                order.skip_tokens, self._blocks() if delivered else 0,
-                sum(plan.nbytes(order.tokens, order.skip_tokens) for plan in plans) if delivered else 0,
+                spec.id, "decode", tuple(str(peer.address) for peer in spec.peers), path, spec.priority, spec.tokens,
+                spec.skip_tokens, self._blocks() if delivered else 0,
+                sum(plan.nbytes(spec.tokens, spec.skip_tokens) for plan in plans) if delivered else 0,
                 times["queued"], times.get("reserved"), times.get("first_page"), times.get("last_page"), time.time(), 0,
                 outcome, "" if self._error is None else str(self._error), self._settings.instance,
             ),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from aiotransfer.kv.protocol import messages
 
 
-class Order(NamedTuple):
+class RequestSpec(NamedTuple):
     """What was asked for. `written`: those of the pages that are filled."""
 
     peers: tuple[Peer, ...]
@@ -54,7 +54,7 @@ class Settings:
 class Holder(Protocol):
     """A request, as the pool knows it."""
 
-    order: Order
+    spec: RequestSpec
 
     def receive(self, peer: Peer, message: messages.ToDecoder) -> None:
         """Take an answer of a prefill rank."""
@@ -83,12 +83,12 @@ class Pool:
         if self._closed:
             raise ClosedError("the decoder is closed")
 
-    def check_free(self, order: Order) -> None:
+    def check_free(self, spec: RequestSpec) -> None:
         """Raise `BusyError` unless the request could begin now, `ClosedError` when the decoder is closed."""
         self.check()
         if len(self.holders) >= self.most_requests:
             raise BusyError(f"{len(self.holders)} requests are under way", hint="most_requests is the bound")
-        taken = order.written[self.held[order.written]]
+        taken = spec.written[self.held[spec.written]]
         if len(taken):
             raise BusyError(
                 f"page {taken[0]} is held by another request",
@@ -97,13 +97,13 @@ class Pool:
 
     def claim(self, holder: Holder) -> None:
         """Hold the pages of a request from now on. Raises what `check_free` raises."""
-        self.check_free(holder.order)
-        self.held[holder.order.written] = True
+        self.check_free(holder.spec)
+        self.held[holder.spec.written] = True
         self.holders[holder] = None
 
     def release(self, holder: Holder) -> None:
         """The pages of a request are free, and those who wait for that look again."""
-        self.held[holder.order.written] = False
+        self.held[holder.spec.written] = False
         self.holders.pop(holder, None)
         self._wake()
 

@@ -234,7 +234,7 @@ class Prefiller(Role):
             await self.dispatcher.flush()
         finally:
             self._ledger.close()
-            self.slots.close()
+            self.tails.close()
             await self.dispatcher.leave(self)
 
     def __repr__(self) -> str:

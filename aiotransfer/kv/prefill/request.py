@@ -353,7 +353,7 @@ class PrefillRequest(Unpicklable):
         if nbytes > target.tail.nbytes:
             room = target.tail.nbytes - HEADER_BYTES - sums.nbytes
             raise ValueError(f"a tail of {len(body)} bytes is too long: the decoder has room for {room} (its tail_bytes)")
-        slot = self._role.slots.take(nbytes)
+        slot = self._role.tails.take(nbytes)
         self._tails.append(slot)
         memory = memory_of(slot)
         memory[:HEADER_BYTES] = np.array([len(body), len(sums)], np.uint64).view(np.uint8)
@@ -438,7 +438,7 @@ class PrefillRequest(Unpicklable):
         if not self._over.done():  # even if the rest raises: this is waited for without a deadline
             self._over.set_result(None)
         for slot in self._tails:
-            self._role.slots.give(slot)
+            self._role.tails.give(slot)
         times = self._times
         path = next((target.peer.path.provider for target in self.targets if target.peer._path is not None), "")
         self._role.recorded(

@@ -56,7 +56,7 @@ class Dispatcher:
 
     @classmethod
     def enter(cls, engine: Engine, mark: bytes, receiver: Receiver) -> Dispatcher:
-        """The dispatcher of this engine, opened for its first receiver. Raises `ClosedError`, `ConfigurationError` (a second prefiller)."""
+        """That of this engine; its first receiver opens it. Raises `ClosedError`, `ConfigurationError` (a second prefiller)."""
         dispatcher = _dispatchers.get((engine, mark))
         if dispatcher is not None and mark == messages.TO_PREFILLER:
             raise ConfigurationError("this engine has a Prefiller already", hint="close that one first, or open another engine")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.kv.protocol.layout import KVLayout
 from aiotransfer.kv.roles.arguments import check_pool
-from aiotransfer.kv.roles.tails import Slots
+from aiotransfer.kv.roles.tails import TailPool
 from aiotransfer.kv.roles.tracing import trace
 from aiotransfer.telemetry.records import MOST_RECORDS, Host
 
@@ -44,7 +44,7 @@ class Role(Unpicklable):
         self.engine = engine
         self.layout = layout
         self.pages = pages
-        self.slots = Slots(engine)
+        self.tails = TailPool(engine)
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
         if on_record is not None and not callable(on_record):
             raise TypeError(f"on_record must be a function, not {on_record!r}")

@@ -30,7 +30,7 @@ class _Shelf:
         self.free = [region[k * size : (k + 1) * size] for k in range(self.count)]
 
 
-class Slots:
+class TailPool:
     """The memory for tails of one decoder or prefiller: `take` a part, `give` it back."""
 
     def __init__(self, engine: Engine) -> None:
