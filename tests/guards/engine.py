@@ -101,7 +101,7 @@ GUARDS = (
     ),
     Mutant(
         "kv: the immediate of a request only after the proof", "aiotransfer/kv/decode/handle.py",
-        "        self._pool.forget(part.number for part in self._parts)\n",
+        "        self._pool.forget(source.number for source in self._sources)\n",
         "        self._role.engine._values.give_back(self._counter)\n",
         "tests/kv/test_many.py",
     ),

@@ -211,15 +211,15 @@ GUARDS = (
     Mutant(
         "kv: what a prefill rank said stays said",
         "aiotransfer/kv/decode/handle.py",
-        "        if part.plan is not None:\n",
+        "        if source.plan is not None:\n",
         "        if False:\n",
         "tests/kv/test_bounds.py",
     ),
     Mutant(
         "kv: answers of another peer",
         "aiotransfer/kv/decode/handle.py",
-        "if part is None or part.peer is not peer:",
-        "if part is None:",
+        "if source is None or source.peer is not peer:",
+        "if source is None:",
         "tests/kv/test_bounds.py",
     ),
     Mutant(

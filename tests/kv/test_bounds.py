@@ -155,7 +155,7 @@ async def test_memory_of_another_engine_cannot_be_offered(name: str) -> None:
 async def test_a_peer_cannot_cancel_the_request_of_another() -> None:
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
         async with both.decoder.request(both.peer, "a", [1, 2, 3], tokens=12) as handle:
-            number = handle._parts[0].number
+            number = handle._sources[0].number
             await raw.send(messages.Cancel(number, "cancelled"))
             assert isinstance(await raw.ask("b"), messages.Reserved)  # that was read before
             serving = asyncio.create_task(both.serve(cache_of(both.prefill.layout, 12), [0, 1, 2]))

@@ -359,7 +359,7 @@ async def test_a_forged_reservation_is_refused() -> None:
     async with party() as both:
         handle = both.decoder.request(both.peer, "a", [1, 2, 3])
         async with handle:
-            part = handle._parts[0]
+            part = handle._sources[0]
             pool, tail = (lease.descriptor for lease in part.leases)
             good = messages.Reserve(
                 1 << 40, "b", both.decode.layout.to_dict(), pool.encode(), tail.encode(), np.arange(3).tobytes(), 12, 0, 5, 0,

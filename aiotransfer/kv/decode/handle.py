@@ -44,7 +44,7 @@ LOOK_SECONDS = 1.0  # between two looks whether a quarantine is over; that it is
 
 
 @dataclass(slots=True, eq=False)
-class Part:
+class Source:
     """What one prefill rank has been asked for: `tail` is where its tail arrives, `plan` what it said it would send."""
 
     peer: Peer
@@ -76,7 +76,7 @@ class Handle(Unpicklable):
         self._pool = pool
         self._settings = settings
         self._saga = Saga(DECODE, "new")
-        self._parts: list[Part] = []
+        self._sources: list[Source] = []
         self._counter: Counter | None = None
         self._counting: asyncio.Task[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -152,23 +152,23 @@ class Handle(Unpicklable):
         sums = 8 * len(spec.page_ids) * len(role.layout.own_layers) if settings.checksums else 0
         self._counter = role.engine._values.again()
         for peer in spec.peers:
-            part = Part(peer, next(numbers), role.tails.take(HEADER_BYTES + sums + settings.tail_bytes))
-            self._parts.append(part)
-            for memory in (role.pages, part.tail):
-                part.leases.append(memory.lease(peer))
+            source = Source(peer, next(numbers), role.tails.take(HEADER_BYTES + sums + settings.tail_bytes))
+            self._sources.append(source)
+            for memory in (role.pages, source.tail):
+                source.leases.append(memory.lease(peer))
 
     def _ask(self) -> None:
         role, spec, counter = self._role, self.spec, self._counter
         assert counter is not None
-        for part in self._parts:
-            pool, tail = part.leases
-            self._pool.expect(part.number, self)
+        for source in self._sources:
+            pool, tail = source.leases
+            self._pool.expect(source.number, self)
             message = messages.Reserve(
-                part.number, spec.id, role.layout.to_dict(), pool.descriptor.encode(), tail.descriptor.encode(),
+                source.number, spec.id, role.layout.to_dict(), pool.descriptor.encode(), tail.descriptor.encode(),
                 spec.page_ids.tobytes(), spec.tokens, spec.skip_tokens, counter.imm, spec.priority, self._left(),
                 self._settings.checksums, spec.data, self._settings.named,
             )  # fmt: skip
-            role.dispatcher.own(self._send(part.peer, messages.encode(message)))
+            role.dispatcher.own(self._send(source.peer, messages.encode(message)))
 
     async def _send(self, peer: Peer, data: bytes) -> None:
         try:
@@ -188,19 +188,19 @@ class Handle(Unpicklable):
 
     def receive(self, peer: Peer, message: messages.ToDecoder) -> None:
         """Take `message`, an answer of the prefill rank `peer`; answers that come too late change nothing."""
-        part = next((p for p in self._parts if p.number == message.number), None)
-        if part is None or part.peer is not peer:
+        source = next((one for one in self._sources if one.number == message.number), None)
+        if source is None or source.peer is not peer:
             return
         match message:
             case messages.Reserved():
-                self._reserved(part, message)
+                self._reserved(source, message)
             case messages.Refused(reason="layout"):
                 self._end("refused", LayoutMismatch(message.field, message.prefill, message.decode))
             case messages.Refused():
                 text = f"{peer} refused request {self.id!r}: {message.text}"
                 self._end("refused", RequestRefused(text, id=self.id, reason=message.reason, peer=str(peer.address)))
             case messages.Waiting():
-                part.waits = clip(message.text)
+                source.waits = clip(message.text)
             case messages.Failed(late=True):
                 self._late(f"; {peer} says: {clip(message.text)}")
             case messages.Failed():
@@ -209,20 +209,20 @@ class Handle(Unpicklable):
 
     def unreadable(self, peer: Peer, number: int, error: Exception) -> None:
         """The answer of `peer` to its `number` could not be read here, or not be dealt with: `error` says why."""
-        if any(part.number == number and part.peer is peer for part in self._parts):
+        if any(source.number == number and source.peer is peer for source in self._sources):
             text = f"an answer of {peer} to request {self.id!r}: {error}"
             self._end("failed", RequestFailed(text, id=self.id, peer=str(peer.address)))
 
-    def _reserved(self, part: Part, message: messages.Reserved) -> None:
-        if part.plan is not None:
+    def _reserved(self, source: Source, message: messages.Reserved) -> None:
+        if source.plan is not None:
             return  # what was said once, and was counted and checked by, stays
         try:
-            part.plan = plan_transfer(KVLayout.from_dict(message.layout), self._role.layout)
+            source.plan = plan_transfer(KVLayout.from_dict(message.layout), self._role.layout)
         except (TypeError, ValueError) as error:
-            self._end("failed", RequestFailed(f"the layout of {part.peer} makes no sense here: {error}", id=self.id))
+            self._end("failed", RequestFailed(f"the layout of {source.peer} makes no sense here: {error}", id=self.id))
             return
-        plans = [p.plan for p in self._parts if p.plan is not None]
-        if len(plans) < len(self._parts):
+        plans = [p.plan for p in self._sources if p.plan is not None]
+        if len(plans) < len(self._sources):
             return
         lacks = coverage(plans, self._role.layout)
         if lacks:
@@ -245,7 +245,8 @@ class Handle(Unpicklable):
         self._counting = self._role.dispatcher.own(self._count_all())
 
     def _blocks(self) -> int:
-        return sum(part.plan.count(self.spec.tokens, self.spec.skip_tokens) for part in self._parts if part.plan is not None)
+        plans = [source.plan for source in self._sources if source.plan is not None]
+        return sum(plan.count(self.spec.tokens, self.spec.skip_tokens) for plan in plans)
 
     async def _count_all(self) -> None:
         counter = self._counter
@@ -254,7 +255,7 @@ class Handle(Unpicklable):
             await counter.wait(1, peers=self.spec.peers)
             self._times["first_page"] = time.time()
             await asyncio.shield(self._taken)
-            await counter.wait(self._blocks() + len(self._parts) - 1, peers=self.spec.peers)
+            await counter.wait(self._blocks() + len(self._sources) - 1, peers=self.spec.peers)
             self._times["last_page"] = time.time()
         except PeerLostError as error:
             self._end("lost", error)
@@ -265,7 +266,7 @@ class Handle(Unpicklable):
 
     def _check(self) -> None:
         try:
-            self._tails = tuple(self._tail(part) for part in self._parts)
+            self._tails = tuple(self._tail(source) for source in self._sources)
         except KVRequestError as error:
             self._end("wrong", error)
             return
@@ -289,9 +290,9 @@ class Handle(Unpicklable):
 
     def _check_now(self) -> None:
         memory = memory_of(self._role.pages)  # keeps it, should the region be closed meanwhile
-        for part in self._parts:
-            assert part.plan is not None
-            check_sums(part.plan, memory, memory_of(part.tail), self.spec.page_ids, self.spec, part.peer)
+        for source in self._sources:
+            assert source.plan is not None
+            check_sums(source.plan, memory, memory_of(source.tail), self.spec.page_ids, self.spec, source.peer)
 
     def _deliver(self) -> None:
         if self._deadline is not None:
@@ -300,12 +301,13 @@ class Handle(Unpicklable):
         found = Arrival(next((tail for tail in tails if tail), b""), tails, self.spec.tokens, self.spec.skip_tokens)
         self._arrived.set_result(found)
 
-    def _tail(self, part: Part) -> bytes:
-        memory = memory_of(part.tail)
+    def _tail(self, source: Source) -> bytes:
+        memory = memory_of(source.tail)
         length, sums = memory[:HEADER_BYTES].view(np.uint64).tolist()
         start = HEADER_BYTES + 8 * sums
         if start + length > len(memory):
-            raise RequestFailed(f"{part.peer} sent a tail that is longer than its place", id=self.id, peer=str(part.peer.address))
+            text = f"{source.peer} sent a tail that is longer than its place"
+            raise RequestFailed(text, id=self.id, peer=str(source.peer.address))
         return memory[start : start + length].tobytes()
 
     async def arrived(self, *, timeout: float | None = None) -> Arrival:
@@ -327,12 +329,12 @@ class Handle(Unpicklable):
 
     def _progress(self) -> str:
         if self._saga.state == "reserving":
-            waiting = [str(part.peer.address) for part in self._parts if part.plan is None]
+            waiting = [str(source.peer.address) for source in self._sources if source.plan is None]
             return f"no answer of {', '.join(waiting)}"
         taken = int("first_page" in self._times)
         here = (self._counter.value if self._counter is not None else 0) + taken
-        waits = "".join(f"; {part.peer} says: {part.waits}" for part in self._parts if part.waits)
-        return f"{here} of {self._blocks() + len(self._parts)} writes have landed{waits}"
+        waits = "".join(f"; {source.peer} says: {source.waits}" for source in self._sources if source.waits)
+        return f"{here} of {self._blocks() + len(self._sources)} writes have landed{waits}"
 
     # ---- failures ----
 
@@ -355,22 +357,22 @@ class Handle(Unpicklable):
     def _tell(self) -> None:
         error = self._error
         why = "" if error is None else error.message if isinstance(error, TransferError) else said(error)
-        for part in self._parts:
-            if part.peer.state in ("up", "busy"):
-                cancel = messages.Cancel(part.number, self._outcome, why.partition("\n")[0])
-                self._role.dispatcher.tell(part.peer, cancel, self._settings.revoke_timeout)
+        for source in self._sources:
+            if source.peer.state in ("up", "busy"):
+                cancel = messages.Cancel(source.number, self._outcome, why.partition("\n")[0])
+                self._role.dispatcher.tell(source.peer, cancel, self._settings.revoke_timeout)
 
     # ---- release ----
 
     def _revoke(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._pool.forget(part.number for part in self._parts)
+        self._pool.forget(source.number for source in self._sources)
         self._role.dispatcher.own(self._release())
 
     async def _release(self) -> None:
         seconds = self._settings.revoke_timeout
-        leases = [lease for part in self._parts for lease in part.leases]
+        leases = [lease for source in self._sources for lease in source.leases]
         results = await asyncio.gather(*(lease.revoke(timeout=seconds) for lease in leases), return_exceptions=True)
         if self._counting is not None:
             self._counting.cancel()
@@ -384,8 +386,8 @@ class Handle(Unpicklable):
         try:
             if self._counter is not None:
                 self._role.engine._values.give_back(self._counter)  # every lease is revoked: nothing arrives for it any more
-            for part in self._parts:
-                self._role.tails.give(part.tail)
+            for source in self._sources:
+                self._role.tails.give(source.tail)
         finally:
             self._pool.release(self)
 
@@ -393,7 +395,7 @@ class Handle(Unpicklable):
         self._role.dispatcher.own(self._wait_for_proof())
 
     async def _wait_for_proof(self) -> None:
-        for lease in [lease for part in self._parts for lease in part.leases]:
+        for lease in [lease for source in self._sources for lease in source.leases]:
             while True:
                 try:
                     await lease.revoke(timeout=LOOK_SECONDS)
@@ -404,10 +406,10 @@ class Handle(Unpicklable):
 
     def _record(self) -> None:
         spec, times = self.spec, self._times
-        plans = [part.plan for part in self._parts if part.plan is not None]
+        plans = [source.plan for source in self._sources if source.plan is not None]
         delivered = self._outcome == "delivered"
         outcome = "quarantined" if self._saga.state == "quarantined" else self._outcome
-        path = next((part.peer.path.provider for part in self._parts if part.peer._path is not None), "")
+        path = next((source.peer.path.provider for source in self._sources if source.peer._path is not None), "")
         self._role.recorded(
             RequestRecord(
                 spec.id, "decode", tuple(str(peer.address) for peer in spec.peers), path, spec.priority, spec.tokens,
