@@ -1,6 +1,6 @@
 """A conversation with another engine, over one connection or, where there are several ways, over one after another.
 
-Where neither side has a further way, this is its one link, and nothing is kept or counted. Otherwise the pure `Ledger` decides
+Where neither side has a further way, this is its one link, and nothing is kept or counted. Otherwise the pure `ReplayLog` decides
 what is sent again by the next link; this class has the timers: one for an acknowledgement that is owed, and one that looks, while
 something is unconfirmed, whether the other side's kernel still confirms. That is asked of TCP and not of the other process,
 because a process that is stuck must not look like a NIC that died.
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from aiotransfer.control.frames import Acknowledge, Frame, Resume, Resumed, encode
 from aiotransfer.control.link import QUICK_KEEPALIVE, Link
-from aiotransfer.control.resume import Ledger, Silence, counted, ways
+from aiotransfer.control.resume import ReplayLog, Silence, counted, ways
 from aiotransfer.errors import BusyError, RendezvousError
 from aiotransfer.model.address import Address
 
@@ -29,7 +29,7 @@ class Line:
         self._loop = asyncio.get_running_loop()
         self.link = link
         here, self.there = ways(link.told, link.info) if may_resume else ([], [])
-        self._ledger = Ledger(link.tag("session")) if here or self.there else None
+        self._replay = ReplayLog(link.tag("session")) if here or self.there else None
         self._seconds = silence
         self._silence = Silence()
         self._suspected = False
@@ -40,13 +40,13 @@ class Line:
         self._muted = False
         self._closed = False
         self.on_silence: Callable[[], None] = lambda: None
-        if self._ledger is not None:
+        if self._replay is not None:
             link.keep_alive(QUICK_KEEPALIVE)
 
     @property
     def resumable(self) -> bool:
         """Whether another connection can take this one's place."""
-        return self._ledger is not None and not self.is_last
+        return self._replay is not None and not self.is_last
 
     @property
     def down(self) -> bool:
@@ -63,7 +63,7 @@ class Line:
 
     def post(self, frame: Frame) -> None:
         """Send, now or by the next link. Raises `BusyError` when 8 MiB are unsent or 16 MiB unacknowledged."""
-        if self._ledger is None:
+        if self._replay is None:
             self.link.post(frame)
             return
         if self._closed:
@@ -71,7 +71,7 @@ class Line:
         self.link.has_room()
         data = encode(frame)
         try:
-            self._ledger.send(data)
+            self._replay.send(data)
         except BusyError as error:
             error.peer = str(self.link.remote_address)
             raise
@@ -80,13 +80,13 @@ class Line:
 
     def heard(self, frame: Frame) -> bool:
         """Count a frame that came. True: it is for the engine. Raises `RendezvousError` for a count that cannot be."""
-        if self._ledger is None:
+        if self._replay is None:
             return not isinstance(frame, (Acknowledge, Resume, Resumed))
         if isinstance(frame, Acknowledge):
-            self._ledger.acknowledged(frame.received)
+            self._replay.acknowledged(frame.received)
         if not counted(frame):
             return False
-        if self._ledger.receive(len(getattr(frame, "data", b""))):
+        if self._replay.receive(len(getattr(frame, "data", b""))):
             self._acknowledge()
         elif self._owed is None and not self._closed:
             self._owed = self._loop.call_later(ACK_SECONDS, self._acknowledge)
@@ -96,17 +96,17 @@ class Line:
         if self._owed is not None:
             self._owed.cancel()
             self._owed = None
-        if not self._closed and self._ledger is not None and self._ledger.owes:
-            self.link.write(encode(self._ledger.acknowledge()))
+        if not self._closed and self._replay is not None and self._replay.owes:
+            self.link.write(encode(self._replay.acknowledge()))
 
     # ---- silence ----
 
     def suspect(self) -> None:
         """A NIC died, perhaps this one's: have something confirmed."""
-        if self._ledger is None or self.link.ended or self._closed:
+        if self._replay is None or self.link.ended or self._closed:
             return
         self._suspected = True
-        self.link.write(encode(self._ledger.acknowledge()))
+        self.link.write(encode(self._replay.acknowledge()))
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
@@ -124,12 +124,12 @@ class Line:
         self._watch = None
         self.look()
         self._suspected = self._suspected and self._silence.doubtful
-        if self._ledger is not None and (self._ledger.keeps or self._silence.doubtful):
+        if self._replay is not None and (self._replay.keeps or self._silence.doubtful):
             self._look_later()
 
     def look(self) -> None:
         """Look whether the other side's kernel has been silent for too long."""
-        if self._ledger is None or (seen := self.link.heard()) is None:
+        if self._replay is None or (seen := self.link.heard()) is None:
             return
         silent = self._silence.look(self._loop.time(), *seen, self._patience)
         before, self.silent = self.silent, silent
@@ -141,21 +141,21 @@ class Line:
     def resume(self, link: Link) -> Resume:
         """Dialer: what to say first on a new link. The old one is not heard any more, but stays until that one has its place:
         its end, seen first, would look like our death."""
-        assert self._ledger is not None
+        assert self._replay is not None
         self.link.mute()
         self._muted = True
-        return self._ledger.resume(link.tag("resume"))
+        return self._replay.resume(link.tag("resume"))
 
     def go_on(self, link: Link, answer: Resumed) -> None:
         """Dialer: the other side agrees. Raises `RendezvousError`."""
-        assert self._ledger is not None
-        self._attach(link, self._ledger.go_on(answer, link.tag("resume")))
+        assert self._replay is not None
+        self._attach(link, self._replay.go_on(answer, link.tag("resume")))
 
     def take(self, link: Link, offer: Resume) -> None:
         """Acceptor: a new link. Raises `RendezvousError` when it is not the same conversation's; then nothing has changed."""
-        if self._ledger is None:
+        if self._replay is None:
             raise RendezvousError("there is nothing to resume")
-        answer, unheard = self._ledger.resumed(offer, link.tag("resume"))
+        answer, unheard = self._replay.resumed(offer, link.tag("resume"))
         link.post(answer)
         self._attach(link, unheard)
 

@@ -60,7 +60,7 @@ def ways(mine: PeerInfo, theirs: PeerInfo) -> tuple[list[Address], list[Address]
     return here, there
 
 
-class Ledger:
+class ReplayLog:
     """One side of a conversation. `secret` is of its first handshake."""
 
     def __init__(self, secret: bytes, most_kept: int = MOST_KEPT) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from aiotransfer.control import frames
 from aiotransfer.control.frames import PeerInfo
-from aiotransfer.control.resume import ACK_FRAMES, Ledger, Silence, counted, further, ways
+from aiotransfer.control.resume import ACK_FRAMES, ReplayLog, Silence, counted, further, ways
 from aiotransfer.errors import BusyError, RendezvousError
 
 SECRET = b"s" * 32
@@ -16,11 +16,11 @@ Sent = bytes | frames.Acknowledge | frames.Resume | frames.Resumed
 
 
 class Side:
-    """One engine's end: what it has said and heard, its ledger, and its present connection, by number (0: none)."""
+    """One engine's end: what it has said and heard, its log, and its present connection, by number (0: none)."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.ledger = Ledger(SECRET)
+        self.log = ReplayLog(SECRET)
         self.connection = 1
         self.said: list[bytes] = []
         self.heard: list[bytes] = []
@@ -45,12 +45,12 @@ class World:
         side = self.sides[name]
         data = f"{name} {len(side.said)}".encode()
         side.said.append(data)
-        side.ledger.send(data)
+        side.log.send(data)
         self.write(side, side.connection, data)
 
     def acknowledge(self, name: str) -> None:
         side = self.sides[name]
-        self.write(side, side.connection, side.ledger.acknowledge())
+        self.write(side, side.connection, side.log.acknowledge())
 
     def deliver(self, name: str, number: int, count: int) -> None:
         """So many frames of one connection, also of one that this side has given up: it does not listen then."""
@@ -64,7 +64,7 @@ class World:
         tag = b"connection %d" % number
         if isinstance(frame, frames.Resume):
             try:
-                answer, unheard = side.ledger.resumed(frame, tag)
+                answer, unheard = side.log.resumed(frame, tag)
             except RendezvousError:
                 assert frame.attempt < self.offered, "only an attempt that was overtaken is refused"
                 return
@@ -72,15 +72,15 @@ class World:
             self.write(side, number, answer, *unheard)
         elif isinstance(frame, frames.Resumed):
             if number == self.offered:
-                self.write(side, number, *side.ledger.go_on(frame, tag))
+                self.write(side, number, *side.log.go_on(frame, tag))
                 side.connection = number
         elif number != side.connection:
             pass
         elif isinstance(frame, frames.Acknowledge):
-            side.ledger.acknowledged(frame.received)
+            side.log.acknowledged(frame.received)
         else:
             side.heard.append(frame)
-            side.ledger.receive(len(frame))
+            side.log.receive(len(frame))
 
     def cut(self, number: int) -> None:
         """All that is under way by it is lost."""
@@ -92,7 +92,7 @@ class World:
         number = max([*self.wires, self.offered, 1]) + 1
         self.wires[number] = {"dialer": [], "acceptor": []}
         self.offered, side.connection = number, 0
-        self.write(side, number, side.ledger.resume(b"connection %d" % number))
+        self.write(side, number, side.log.resume(b"connection %d" % number))
 
     def check(self) -> None:
         for side in self.sides.values():
@@ -133,19 +133,19 @@ def test_whatever_is_cut_each_frame_is_heard_once_and_in_order(steps: list[tuple
     for name in ("acceptor", "dialer"):
         world.deliver(name, world.offered, 10_000)
     for side in world.sides.values():
-        assert not side.ledger.keeps
-        assert side.ledger.kept_bytes == 0
+        assert not side.log.keeps
+        assert side.log.kept_bytes == 0
 
 
-def pair() -> tuple[Ledger, Ledger]:
-    return Ledger(SECRET), Ledger(SECRET)
+def pair() -> tuple[ReplayLog, ReplayLog]:
+    return ReplayLog(SECRET), ReplayLog(SECRET)
 
 
 def test_nobody_resumes_without_the_secret_of_the_session_or_by_another_connection() -> None:
     dialer, acceptor = pair()
     dialer.send(b"one")
     for offer, tag in (
-        (Ledger(b"x" * 32).resume(b"new"), b"new"),  # has the key, but did not make the session
+        (ReplayLog(b"x" * 32).resume(b"new"), b"new"),  # has the key, but did not make the session
         (dialer.resume(b"recorded"), b"new"),  # a recorded one, by another connection
         (frames.Resume(9, 0, b""), b"new"),
         (frames.Resume(-1, 0, b"m" * 32), b"new"),
@@ -181,33 +181,33 @@ def test_an_attempt_that_was_overtaken_is_refused() -> None:
 
 @pytest.mark.parametrize("count", [-1, 0, 4, 1 << 70])
 def test_counts_that_cannot_be_are_refused_and_change_nothing(count: int) -> None:
-    ledger = Ledger(SECRET)
+    log = ReplayLog(SECRET)
     for data in (b"1", b"2", b"3"):
-        ledger.send(data)
-    ledger.acknowledged(1)
+        log.send(data)
+    log.acknowledged(1)
     with pytest.raises(RendezvousError):
-        ledger.acknowledged(count)
-    ledger.acknowledged(3)
-    assert not ledger.keeps
+        log.acknowledged(count)
+    log.acknowledged(3)
+    assert not log.keeps
 
 
 def test_what_is_kept_is_bounded() -> None:
-    ledger = Ledger(SECRET, most_kept=100)
-    ledger.send(bytes(200))  # one frame always has room
-    ledger.acknowledged(1)
-    ledger.send(bytes(60))
+    log = ReplayLog(SECRET, most_kept=100)
+    log.send(bytes(200))  # one frame always has room
+    log.acknowledged(1)
+    log.send(bytes(60))
     with pytest.raises(BusyError):
-        ledger.send(bytes(60))
-    assert (ledger.kept_bytes, ledger.sent) == (60, 2)
+        log.send(bytes(60))
+    assert (log.kept_bytes, log.sent) == (60, 2)
 
 
 def test_acknowledgements_are_few() -> None:
-    ledger = Ledger(SECRET)
-    assert not any(ledger.receive(10) for _ in range(ACK_FRAMES - 1))
-    assert ledger.receive(10)
-    assert ledger.acknowledge() == frames.Acknowledge(ACK_FRAMES)
-    assert not ledger.owes
-    assert ledger.receive(1 << 20), "large ones are not kept for long"
+    log = ReplayLog(SECRET)
+    assert not any(log.receive(10) for _ in range(ACK_FRAMES - 1))
+    assert log.receive(10)
+    assert log.acknowledge() == frames.Acknowledge(ACK_FRAMES)
+    assert not log.owes
+    assert log.receive(1 << 20), "large ones are not kept for long"
 
 
 def test_what_is_of_the_connection_is_not_counted() -> None:

@@ -98,7 +98,7 @@ def test_messages_lookups_and_revocations_go_on_whenever_the_connection_is_cut(s
             await region.aclose()
             with pytest.raises(at.StaleRegionError):
                 await one.write(one.register(np.zeros(64, np.uint8)), dst)
-            assert not peer._line._ledger.keeps or await until(lambda: not peer._line._ledger.keeps) is None
+            assert not peer._line._replay.keeps or await until(lambda: not peer._line._replay.keeps) is None
 
     fabric(seed, delay=(1e-5, 3e-3)).run(scenario)
 
@@ -335,7 +335,7 @@ def test_a_peer_that_acknowledges_nothing_is_held_against_a_bound() -> None:
             with pytest.raises(at.BusyError, match="acknowledges nothing"):
                 while True:
                     await peer.send(bytes(1 << 20))
-            assert peer._line._ledger is not None
-            assert (15 << 20) < peer._line._ledger.kept_bytes <= MOST_KEPT
+            assert peer._line._replay is not None
+            assert (15 << 20) < peer._line._replay.kept_bytes <= MOST_KEPT
 
     fabric(11).run(scenario)

@@ -29,7 +29,7 @@ from aiotransfer.control.frames import (
     Resumed,
 )
 from aiotransfer.control.key import Key
-from aiotransfer.control.resume import Ledger, further
+from aiotransfer.control.resume import ReplayLog, further
 from aiotransfer.control.session import Role, Session
 from aiotransfer.errors import BrokenError, DescriptorError, RendezvousError
 from aiotransfer.kv.protocol import messages
@@ -166,7 +166,7 @@ def _session(role: Role) -> Callable[[bytes], bool]:
 
 def _resumption(data: bytes) -> bool:
     """Frames of a connection that resumes, for either side: nothing changes what a ledger keeps without the proof."""
-    dialer, acceptor = Ledger(b"s" * 32), Ledger(b"s" * 32)
+    dialer, acceptor = ReplayLog(b"s" * 32), ReplayLog(b"s" * 32)
     for ledger in (dialer, acceptor):
         for _ in range(4):
             ledger.send(b"kept")
@@ -195,7 +195,7 @@ def _resumption(data: bytes) -> bool:
 
 
 def _resumptions() -> list[bytes]:
-    dialer = Ledger(b"s" * 32)
+    dialer = ReplayLog(b"s" * 32)
     for _ in range(4):
         dialer.send(b"kept")
         dialer.receive(4)
