@@ -11,14 +11,15 @@ from rivals.worker import Pipes, main, start_target
 
 import aiotransfer as at
 from aiotransfer.engine.runtime.world import World
-from aiotransfer.providers.fabric.provider import Limits
+from aiotransfer.providers.fabric.provider import Restrictions
 
 REGION = int(os.environ.get("REGION", 4 << 20))
 
 
 def engine(device: str) -> AbstractAsyncContextManager[at.Engine]:
     """One whose rail is that device. While the other contender is measured it is stopped, and so is its peer."""
-    return at.open_engine(providers="verbs", config=at.Config(peer_timeout=120), _world=World(limits=Limits(verbs_device=device)))
+    world = World(limits=Restrictions(verbs_device=device))
+    return at.open_engine(providers="verbs", config=at.Config(peer_timeout=120), _world=world)
 
 
 class Ours:

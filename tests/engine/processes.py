@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING
 import aiotransfer as at
 from aiotransfer.engine.runtime.world import World
 from aiotransfer.providers import native
-from aiotransfer.providers.fabric.provider import Limits
+from aiotransfer.providers.fabric.provider import Restrictions
 from tests.engine.stuck import Stuck
 
 if TYPE_CHECKING:
     from tests.hosts.net import Host
 
 NBYTES = 64 << 20
-NONE = Limits()
+NONE = Restrictions()
 PATIENCE = 20 * float(os.environ.get("TESTS_SLOWNESS", "1"))
 
 
 @contextlib.asynccontextmanager
 async def other_process(
-    engine: at.Engine, providers: str = "auto", limits: Limits = NONE, host: Host | None = None, *, contained: bool = False
+    engine: at.Engine, providers: str = "auto", limits: Restrictions = NONE, host: Host | None = None, *, contained: bool = False
 ) -> AsyncIterator[tuple[subprocess.Popen[bytes], at.Peer]]:
     """Start it, on another host if one is given, wait until it has connected, kill it at the end."""
     command = [sys.executable, str(Path(__file__)), str(engine.address), providers, ",".join(map(str, limits[:4]))]
@@ -82,7 +82,7 @@ async def main(address: str, providers: str, limits: str, listen: str = "127.0.0
 
     tasks: list[asyncio.Task[None]] = []
 
-    world = World(limits=Limits(*map(int, limits.split(","))))
+    world = World(limits=Restrictions(*map(int, limits.split(","))))
     async with at.open_engine(name="other", providers=providers, listen=listen, _world=world) as engine:
         allocated, foreign = engine.allocate(NBYTES), engine.register(bytearray(NBYTES))
         engine.publish("allocated", allocated)

@@ -16,13 +16,13 @@ import aiotransfer as at
 from aiotransfer.engine.runtime.world import World
 from aiotransfer.errors import BrokenError
 from aiotransfer.providers import native
-from aiotransfer.providers.fabric.provider import FabricPath, Limits
+from aiotransfer.providers.fabric.provider import FabricPath, Restrictions
 from aiotransfer.testing import Pair, engine_pair
 from tests.needs import needs_tcp
 
 N = (20 << 20) + 4321
-SMALL_PIECES = Limits(most_bytes=1 << 20)
-NO_ORDER = Limits(most_bytes=1 << 20, without=native.lib.AT_FAB_ORDERED) if native.lib is not None else Limits()
+SMALL_PIECES = Restrictions(most_bytes=1 << 20)
+NO_ORDER = Restrictions(most_bytes=1 << 20, without=native.lib.AT_FAB_ORDERED) if native.lib is not None else Restrictions()
 WAYS: list[Any] = [
     pytest.param({"provider": "shm"}, id="shm"),
     pytest.param({"provider": "loopback"}, id="loopback"),

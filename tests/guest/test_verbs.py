@@ -15,7 +15,7 @@ import aiotransfer as at
 from aiotransfer.engine.peers.paths import Paths
 from aiotransfer.engine.runtime.world import World
 from aiotransfer.providers import native
-from aiotransfer.providers.fabric.provider import Limits
+from aiotransfer.providers.fabric.provider import Restrictions
 from aiotransfer.testing import Pair
 from tests.needs import needs_verbs
 from tests.providers.fabric.breaking import PAGE, BreakingConnections, ready
@@ -31,7 +31,8 @@ async def cable() -> AsyncIterator[Pair]:
         left, right = [
             await stack.enter_async_context(
                 at.open_engine(
-                    providers="verbs", timeout=30, name=name, config=PATIENT, _world=World(limits=Limits(verbs_device=device))
+                    providers="verbs", timeout=30, name=name, config=PATIENT,
+                    _world=World(limits=Restrictions(verbs_device=device)),
                 )
             )
             for name, device in (("left", "rxea0"), ("right", "rxeb0"))

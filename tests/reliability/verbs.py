@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from aiotransfer.engine.runtime.world import World
-from aiotransfer.providers.fabric.provider import Limits
+from aiotransfer.providers.fabric.provider import Restrictions
 
-ENGINE: dict[str, Any] = {"providers": "verbs", "_world": World(limits=Limits(verbs_device="rxea0"))}
+ENGINE: dict[str, Any] = {"providers": "verbs", "_world": World(limits=Restrictions(verbs_device="rxea0"))}
 ENVIRON = {"AIOTRANSFER_PROVIDERS": "verbs", "AIOTRANSFER_VERBS_DEVICE": "rxeb0"}
 PORTS = [Path(f"/sys/class/infiniband/{device}/ports/1/state") for device in ("rxea0", "rxeb0")]
 

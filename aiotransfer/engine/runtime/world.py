@@ -12,7 +12,7 @@ from aiotransfer.control.network import Network, Tcp
 
 class World(NamedTuple):
     """Randomness, control connections, native threads, the network beneath `loopback` (None: that of this process), what the
-    rails of libfabric do without (`providers.fabric.rail.Limits`), and where the machine's /sys is."""
+    rails of libfabric do without (`providers.fabric.rail.Restrictions`), and where the machine's /sys is."""
 
     entropy: Callable[[int], bytes] = os.urandom
     network: Network = Tcp()

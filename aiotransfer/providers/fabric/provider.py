@@ -33,11 +33,11 @@ from aiotransfer.providers.fabric.messages import (
 )
 from aiotransfer.providers.fabric.multirail import DIAL_SECONDS, BundlePath
 from aiotransfer.providers.fabric.path import FabricPath
-from aiotransfer.providers.fabric.rail import Limits, Rail, libfabric_names, nic_of, open_rail
+from aiotransfer.providers.fabric.rail import Rail, Restrictions, libfabric_names, nic_of, open_rail
 from aiotransfer.providers.lane import Lane
 from aiotransfer.providers.port import AS_IT_IS, Conversation, Outside, Pairing, Path, Terms, decode
 
-__all__ = ["FabricPath", "FabricProvider", "Limits", "Rail", "libfabric_names", "nic_of", "open_rail"]
+__all__ = ["FabricPath", "FabricProvider", "Rail", "Restrictions", "libfabric_names", "nic_of", "open_rail"]
 
 LOOK_SECONDS = 5.0  # how long what was seen of this host's interfaces is believed
 
@@ -48,14 +48,14 @@ class FabricProvider:
 
     def __init__(
         self, name: str, lane: Lane, incarnation: int, lent: Callable[[int, int, int], tuple[Grant, int, int] | None],
-        limits: Limits | None = None, chosen: Sequence[str] = (), pairing: Pairing | None = None,
+        limits: Restrictions | None = None, chosen: Sequence[str] = (), pairing: Pairing | None = None,
         outside: Outside = AS_IT_IS,
     ) -> None:
         self.name = name
         self._lane = lane
         self._incarnation = incarnation
         self._lent = lent
-        self._limits = limits or Limits()
+        self._limits = limits or Restrictions()
         self._chosen = nics.named(name, chosen)
         self._pairing = pairing
         self._outside = outside
@@ -114,7 +114,7 @@ class FabricProvider:
             raise BrokenError("no rail of this side leads to one of the other", provider=self.name)
         return pairs if named or len(pairs) > 1 else ()
 
-    def _open(self, host: str, limits: Limits) -> Rail:
+    def _open(self, host: str, limits: Restrictions) -> Rail:
         """Open a rail. Called in a thread of the executor."""
         rail = open_rail(self._lane, self.name, host, limits, self._outside)
         self._lane.place(rail.pointer, nic_of(rail.domain))

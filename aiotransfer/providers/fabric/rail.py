@@ -30,7 +30,7 @@ class Rail(NamedTuple):
     outside: Outside = AS_IT_IS  # how others reach its endpoints
 
 
-class Limits(NamedTuple):
+class Restrictions(NamedTuple):
     """What a rail does without although the library has it: tests of what other fabrics lack. See `at_fab_options`."""
 
     without: int = 0
@@ -44,7 +44,7 @@ def _why() -> str:
     return str(native.ffi.string(native.lib.at_fab_why()).decode())
 
 
-def _open_verbs(lane: Lane, host: str, limits: Limits) -> Rail:
+def _open_verbs(lane: Lane, host: str, limits: Restrictions) -> Rail:
     try:
         libibverbs.load()
     except OSError as error:
@@ -72,7 +72,7 @@ def nic_of(domain: str) -> str:
     return domain.partition("/")[0].removesuffix("-rdm").removesuffix("-dgrm")
 
 
-def open_rail(lane: Lane, provider: str, host: str, limits: Limits, outside: Outside = AS_IT_IS) -> Rail:
+def open_rail(lane: Lane, provider: str, host: str, limits: Restrictions, outside: Outside = AS_IT_IS) -> Rail:
     """Load the library and open a rail at a local address. May take half a second; any thread. Raises `BrokenError`."""
     if provider == "verbs":
         return _open_verbs(lane, host, limits)

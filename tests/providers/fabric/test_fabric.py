@@ -14,7 +14,7 @@ import aiotransfer as at
 from aiotransfer.engine.runtime.world import World
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric import libfabric
-from aiotransfer.providers.fabric.provider import Limits
+from aiotransfer.providers.fabric.provider import Restrictions
 from aiotransfer.testing import engine_pair, stopped
 from aiotransfer.testing.contract import ProviderContract
 from tests.engine.processes import NBYTES, other_process
@@ -28,18 +28,18 @@ pytestmark = [
 
 lib = native.lib  # None without the extension: then everything here is skipped
 # What SRD lacks, taken from tcp: order, 64 bits beside a write, an endpoint for each peer, a descriptor; and what it asks for.
-LIKE_EFA = Limits(
+LIKE_EFA = Restrictions(
     lib.AT_FAB_ORDERED | lib.AT_FAB_MARKS | lib.AT_FAB_PRIVATE | lib.AT_FAB_FD | lib.AT_FAB_LOCAL_MR,
     most_bytes=8192,
     most_posted=256,
 )
 EACH = {
-    "unordered": Limits(lib.AT_FAB_ORDERED, most_bytes=65536),
-    "4-byte immediates": Limits(lib.AT_FAB_MARKS),
-    "shared endpoint": Limits(lib.AT_FAB_PRIVATE),
-    "no descriptor": Limits(lib.AT_FAB_FD),
-    "local registration": Limits(lib.AT_FAB_LOCAL_MR),
-    "small work requests": Limits(0, most_bytes=4096, most_posted=16),
+    "unordered": Restrictions(lib.AT_FAB_ORDERED, most_bytes=65536),
+    "4-byte immediates": Restrictions(lib.AT_FAB_MARKS),
+    "shared endpoint": Restrictions(lib.AT_FAB_PRIVATE),
+    "no descriptor": Restrictions(lib.AT_FAB_FD),
+    "local registration": Restrictions(lib.AT_FAB_LOCAL_MR),
+    "small work requests": Restrictions(0, most_bytes=4096, most_posted=16),
 }
 
 
@@ -53,7 +53,7 @@ class TestLikeEfa(ProviderContract):
 
 
 @pytest.mark.parametrize("limits", EACH.values(), ids=EACH)
-async def test_nothing_that_another_fabric_lacks_is_relied_upon(limits: Limits) -> None:
+async def test_nothing_that_another_fabric_lacks_is_relied_upon(limits: Restrictions) -> None:
     async with ready(engine_pair("tcp", timeout=20, _world=World(limits=limits))) as (pair, target, remote, source):
         there = np.random.default_rng(5).permutation(PAGES)
         await pair.left.write_pages(source, np.arange(PAGES), remote, there, page_bytes=PAGE, imm=1)
@@ -89,7 +89,7 @@ async def test_a_library_that_is_not_there_is_a_reason() -> None:
 
 
 async def test_a_write_that_can_be_neither_drained_nor_fenced_keeps_its_source() -> None:
-    limits = Limits(lib.AT_FAB_PRIVATE)
+    limits = Restrictions(lib.AT_FAB_PRIVATE)
     config = at.Config(drain_timeout=0.2, peer_timeout=30)
     async with at.open_engine(providers="tcp", config=config, _world=World(limits=limits)) as engine:
         async with other_process(engine, "tcp", limits) as (process, peer):
@@ -118,14 +118,14 @@ async def awaited(transfer: at.Transfer) -> None:
 
 
 async def test_sides_that_mark_their_writes_differently_do_not_connect() -> None:
-    async with at.open_engine(providers="tcp", _world=World(limits=Limits(lib.AT_FAB_MARKS))) as left:
+    async with at.open_engine(providers="tcp", _world=World(limits=Restrictions(lib.AT_FAB_MARKS))) as left:
         async with at.open_engine(providers="tcp") as right:
             with pytest.raises(at.ProviderUnavailableError, match="no common way"):
                 await left.connect(right.address)
 
 
-@pytest.mark.parametrize("limits", [Limits(), LIKE_EFA], ids=["tcp", "like EFA"])
-async def test_what_a_peer_had_counted_before_it_closed_is_kept(limits: Limits) -> None:
+@pytest.mark.parametrize("limits", [Restrictions(), LIKE_EFA], ids=["tcp", "like EFA"])
+async def test_what_a_peer_had_counted_before_it_closed_is_kept(limits: Restrictions) -> None:
     for _ in range(10):
         async with engine_pair("tcp", timeout=10, _world=World(limits=limits)) as pair:
             await at.wait_all([pair.left.signal(pair.right_peer, 1) for _ in range(200)])
