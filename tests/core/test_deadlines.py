@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
 from aiotransfer.core.deadlines import Deadlines
-from aiotransfer.core.paths import Offer, rank
+from aiotransfer.core.ranking import Offer, rank
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "discard", "due"]), st.integers(0, 9), st.integers(0, 50)), max_size=200))

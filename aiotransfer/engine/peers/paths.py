@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.advice import advise
 from aiotransfer.aio.timeouts import Patience
-from aiotransfer.core.paths import AUTOMATIC, Offer, Ranking, apart, rank
+from aiotransfer.core.ranking import AUTOMATIC, Offer, Ranking, apart, rank
 from aiotransfer.engine.runtime.placement import cpus_for
 from aiotransfer.errors import BrokenError, ProviderUnavailableError, RegistrationError, TransferError, TransferTimeout, again
 from aiotransfer.providers import native

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiotransfer.core.paths import AUTOMATIC, SAME_HOST, Offer, apart, rank
+from aiotransfer.core.ranking import AUTOMATIC, SAME_HOST, Offer, apart, rank
 
 names = st.sampled_from(AUTOMATIC)
 offers = st.lists(
