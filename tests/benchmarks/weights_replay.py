@@ -3,7 +3,7 @@
     make bench-weights-replay ARGS="[--layers 8] [--rounds 5]"
 
 The plan is that of `aiotransfer weights plan --model kimi-k2` with its own placement and fewer layers; the rank is the one with
-the most writes. Its code is the publisher's own (`Sending`), its writes are all there, in their order, from their source buffers
+the most writes. Its code is the publisher's own (`Writing`), its writes are all there, in their order, from their source buffers
 to their target buffers. Only their bytes are not: each write has 8, and buffers are small regions of an engine in the same
 process (loopback); each source buffer is a region of its own. Microseconds of this thread for each write: of the first round,
 which prepares the calls, and medians of the others (spread): all until a call is posted, and without the native calls in it. No
