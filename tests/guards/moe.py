@@ -127,8 +127,14 @@ GUARDS = (
         "                if False:\n", COMING_BACK,
     ),
     Mutant(
-        "MoE: another try to meet where the others have begun", BOOTSTRAP,
-        "        if self._ranks.running:\n            return", "        if False:\n            return", COMING_BACK,
+        "MoE: the others have begun while this one tries again to meet", BOOTSTRAP,
+        "        if self._ranks.running:\n            return\n        if self._answers.at_work:\n",
+        "        if self._answers.at_work:\n", COMING_BACK,
+    ),
+    Mutant(
+        "MoE: what a rank had sent that was lost before all had met", BOOTSTRAP,
+        "                    self._losses.forget(rank, lost_while_meeting(self._ranks, rank))\n", "                    pass\n",
+        COMING_BACK,
     ),
     Mutant(
         "MoE: an all-to-all that cannot be made is told of", "aiotransfer/moe/communicator/unmade.py",

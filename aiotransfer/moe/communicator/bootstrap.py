@@ -111,6 +111,8 @@ class Bootstrap:
         finally:
             dials.cancel()
         self._greetings.check_shapes()
+        if self._ranks.running:
+            return
         if self._answers.at_work:
             await self._join()
         else:
@@ -121,7 +123,7 @@ class Bootstrap:
         ranks, greetings, answers, found = self._ranks, self._greetings, self._answers, dials.found
         asked = ranks.engine._loop.time()
         greeted: set[int] = set()
-        while True:
+        while not ranks.running:  # a view may say that the others have begun: this rank was Ready in an earlier try
             ranks.check()
             for rank, (peer, _) in answers.hellos.items():
                 found.setdefault(rank, peer)
@@ -181,6 +183,8 @@ class Bootstrap:
                 hellos.pop(rank, None)
                 self._answers.not_at_work(rank)
             if (one := known[rank]) is not None and one.peer.state in ENDED:
+                if self._ranks.membership is not None:  # it may have begun: nothing of it counts for the one that comes
+                    self._losses.forget(rank, lost_while_meeting(self._ranks, rank))
                 known[rank] = None
         return sorted(lost - hellos.keys())
 
@@ -189,6 +193,9 @@ class Bootstrap:
         ranks, answers = self._ranks, self._answers
         incarnations = self._greetings.incarnations()
         self._know(Membership(ranks.rank, incarnations, slots=ranks.shape.slots, align=ranks.shape.align))
+        for rank in ranks.others():
+            await self._losses.fenced(rank)
+            self._losses.reasons.pop(rank, None)
         ranks.open_counters(ranks.others())  # before Ready: then they write, and an earlier one may have retired the values
         for rank in ranks.others():
             ready = messages.Ready(rank=ranks.rank, incarnation=ranks.incarnation, incarnations=incarnations)
