@@ -273,8 +273,12 @@ async def held_inside_a_copy() -> None:
                 continue
             raise AssertionError(f"a write that was held up ended without {kind.__name__}")
         assert copiers() == 1, copiers()
+        assert (stuck.source_in_use(), behind.source_in_use()) == (True, False)
         native.lib.at_shm_hold(0)
         await engine.write(source, foreign, timeout=SLACK)
+        async with asyncio.timeout(SLACK):
+            while stuck.source_in_use():
+                await asyncio.sleep(0.001)
         native.lib.at_shm_hold(2)
         assert not engine.write(source[:64], foreign[:64]).done()
         ends = time.monotonic()

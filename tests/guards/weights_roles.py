@@ -69,6 +69,13 @@ GUARDS = (
         "tests/weights/test_stopped_relays.py",
     ),
     Mutant(
+        "weights: no version comes while a copy still reads the one before",
+        "aiotransfer/weights/subscriber/session.py",
+        "context.stopped.held += self.relaying.held",
+        "pass",
+        "tests/weights/test_stopped_relays.py",
+    ),
+    Mutant(
         "weights: what readers see is out of reach of a stopped relay",
         "aiotransfer/weights/subscriber/stopped.py",
         "            await self._memory.leave_shadow()\n",

@@ -14,6 +14,7 @@ import pytest
 import aiotransfer as at
 from aiotransfer import weights
 from aiotransfer.testing.fabric import Fabric, fabric
+from aiotransfer.weights.subscriber import relaying
 from aiotransfer.weights.subscriber.relayed import Relayed
 from tests.weights.party import Party, Server
 from tests.weights.processes import CONFIG as PROCESSES
@@ -213,6 +214,61 @@ def test_a_publisher_that_is_stopped_inside_a_write_leaves_an_instance_that_new_
             assert [server.holds() for server in servers] == [1, 1]
 
     fabric(seed=5, delay=(1e-5, 1e-4)).run(run)
+
+
+class Withheld:
+    """A call whose copy waits for a page of its own source, and has been given up."""
+
+    nbytes = 0
+    over = False
+
+    def cancel(self) -> None:
+        pass
+
+    async def landed(self) -> None:
+        raise at.QuarantineError("a page of its source is withheld")
+
+    def source_in_use(self) -> bool:
+        return not self.over
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_relay_whose_own_memory_is_still_read_takes_no_version_that_would_change_what_is_read(mode: str) -> None:
+    """The copy would write bytes of that version into a receiver that has the one before whole."""
+    calls: list[Withheld] = []
+
+    async def withheld(*arguments: Any) -> Withheld:
+        calls.append(Withheld())
+        return calls[-1]
+
+    async def run(net: Fabric) -> None:
+        async def open_engine(**engine: Any) -> at.Engine:
+            return await net.open_engine(config=CONFIG, timeout=SECONDS, **engine)
+
+        async with AsyncExitStack() as stack:
+            party = Party(stack, open_engine)
+            await party.train(2, timeout=SECONDS, fanout="relay")
+            for name in "ab":
+                await party.serve(name, 2, mode=mode)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(relaying, "post", withheld)
+                assert await party.publish(1) == (1, 1)
+            assert calls, "nothing was passed on"
+            tasks = [asyncio.ensure_future(trainer.publish(2)) for trainer in party.trainers]
+            await asyncio.wait(tasks)
+            for task in tasks:
+                error = task.exception()
+                assert isinstance(error, weights.UpdateError)
+                assert any("a page of these weights is withheld from a copy to" in why for why in error.missing.values())
+            servers = [server for name in "ab" for server in party.instances[name]]
+            assert [(server.subscriber.version, server.holds()) for server in servers] == [((1, 1), 1)] * 4
+            Withheld.over = True
+            assert await party.publish(3) == (1, 3)
+            assert [server.holds() for server in servers] == [3] * 4
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Withheld, "over", False)
+        fabric(seed=11, delay=(1e-5, 1e-4)).run(run)
 
 
 @pytest.mark.timeout(180)

@@ -99,6 +99,10 @@ class InFlight:
         else:
             transfer._fail(landed, self._failure(status, transfer._peers[0], transfer._keep))
 
+    def is_quarantined(self, cookie: int) -> bool:
+        """Whether what is posted of an operation that was given up has not retired."""
+        return cookie in self._quarantined
+
     def _unproved(self, cookie: int) -> None:
         """What is posted of a withdrawn operation can be neither waited for nor fenced: it keeps its memory until it retires."""
         transfer = self.ledger.item(cookie)

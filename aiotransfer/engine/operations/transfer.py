@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.operations.notes import Deed
     from aiotransfer.engine.operations.staged import Stage
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.base import Flight, Runtime
 
 DONE, PENDING, FAILED, CANCELLED = 0, 1, 2, 3
 _FINISHED = cast("Generator[Any, None, None]", iter(()))  # an exhausted iterator: awaiting it returns at once
@@ -187,6 +187,9 @@ class Transfer(Unpicklable):
     def _fail(self, landed: int, error: BaseException) -> None:
         self._end(FAILED, landed, noted(error, self._deed, self.nbytes, self._peers, landed))
 
+    def _flight(self) -> Flight:
+        return self._engine._flight
+
     def _disarm(self) -> None:
         guard = getattr(self, "_guard", None)
         if guard is not None:
@@ -200,6 +203,11 @@ class Transfer(Unpicklable):
             self._engine._progress.poll()
         return self._state != PENDING
 
+    def source_in_use(self) -> bool:
+        """Whether the engine may still use the local memory: while the transfer is under way, and after a `QuarantineError` until
+        what was posted of it has retired."""
+        return self._flight().is_quarantined(self._cookie) if self._state == FAILED else not self.done()
+
     def cancel(self) -> bool:
         """Withdraw what is unposted. False when it has ended already; further cancels change nothing.
 
@@ -207,7 +215,7 @@ class Transfer(Unpicklable):
         """
         if self._state != PENDING:
             return False
-        self._engine._flight.cancel(self)
+        self._flight().cancel(self)
         return True
 
     def exception(self) -> BaseException | None:
@@ -259,7 +267,7 @@ class Transfer(Unpicklable):
         if self._state == DONE:
             return self.nbytes
         if self._state == PENDING:
-            return self._engine._flight.bytes_done(self)
+            return self._flight().bytes_done(self)
         return self._landed
 
     @property

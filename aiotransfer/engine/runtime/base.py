@@ -43,6 +43,9 @@ class Flight(Protocol):
     def bytes_done(self, transfer: Any, /) -> int:
         """Bytes of the transfer that have landed, while it is under way."""
 
+    def is_quarantined(self, cookie: int, /) -> bool:
+        """Whether what is posted of an operation that was given up has not retired."""
+
 
 class Runtime:
     """The ground of one engine on one event loop: all that a part of an engine takes when it needs no other part."""

@@ -231,6 +231,10 @@ class Posted:
         """Whether `landed` has something to do, or nothing to wait for."""
         return self._transfer.done()
 
+    def source_in_use(self) -> bool:
+        """Whether its sources may still be read, also after an error: a page of them is withheld from the copy."""
+        return self._transfer.source_in_use()
+
     def cancel(self) -> None:
         """Post nothing again, and withdraw what is under way. `landed` waits for that."""
         self._withdrawn = True

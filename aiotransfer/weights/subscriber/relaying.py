@@ -46,6 +46,7 @@ class Relaying:
         self._regions: list[RegionView] = []
         self._tasks: list[asyncio.Task[None]] = []
         self.nbytes = 0  # passed on so far
+        self.held: list[tuple[str, Posted]] = []  # to whom, and what was given up while it read this memory, and may go on to
 
     def start(self) -> None:
         """The publishers begin to write: every instance that takes the version has said so."""
@@ -108,6 +109,8 @@ class Relaying:
                     await call.landed()
                 except (TransferError, asyncio.CancelledError):
                     pass
+                if call.source_in_use():
+                    self.held.append((f"{one.instance}/{one.rank}", call))
 
     async def _step(self, at: int) -> tuple[int, int]:
         """The step that has landed as number `at`."""
@@ -158,7 +161,7 @@ class Relaying:
                 waiting.exception()  # its task may have ended
 
     async def close(self) -> None:
-        """Pass nothing more on; returns when nothing is read from this memory any more."""
+        """Pass nothing more on; returns when nothing is read from this memory any more, but by what `held` names."""
         tasks, self._passing = self._tasks, None
         for task in tasks:
             task.cancel()

@@ -198,6 +198,7 @@ class Session:
             self.seat.lose_chair()
             self.seat.resolve([], len(self.offer.members) - 1)
         await self.relaying.close()
+        context.stopped.held += self.relaying.held
         try:
             await self._filling.close()
         except QuarantineError as error:
