@@ -122,6 +122,10 @@ GUARDS = (
         "            if peer is known.peer and known.hello is None:\n", COMING_BACK,
     ),
     Mutant(
+        "MoE: a Hello that is said twice", "aiotransfer/moe/communicator/greetings.py",
+        "                if known.hello is None or known.hello.region != hello.region:", "                if True:", COMING_BACK,
+    ),
+    Mutant(
         "MoE: a rank that starts anew before all are ready", BOOTSTRAP,
         "                if rank in answers.hellos and answers.hellos[rank][1].incarnation != incarnations[rank]:\n",
         "                if False:\n", COMING_BACK,

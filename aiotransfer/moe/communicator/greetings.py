@@ -90,7 +90,9 @@ class Greetings:
         if rank in self._answers.hellos:
             peer, hello = self._answers.hellos[rank]
             if peer is known.peer and hello is not known.hello:
-                known.hello, known.remote = hello, RemoteRegion.decode(hello.region)
+                if known.hello is None or known.hello.region != hello.region:  # else it may be mapped, and in use
+                    known.remote = RemoteRegion.decode(hello.region)
+                known.hello = hello
                 if not hello.direct and self.buffers is not None:
                     self.buffers.pack()
         return known.hello

@@ -15,8 +15,8 @@ from aiotransfer import moe
 from aiotransfer.moe.communicator.answers import Answers
 from aiotransfer.moe.protocol import messages
 from aiotransfer.moe.protocol.membership import View
-from tests.moe.communicator.test_faults import MESSY, RANKS, data, run_steps
-from tests.moe.world import World, step, world
+from tests.moe.communicator.test_faults import MESSY, RANKS, check, data, run_steps
+from tests.moe.world import World, compute, step, world
 
 
 def anew(w: World, rank: int) -> moe.AllToAll:
@@ -289,6 +289,28 @@ def test_a_hello_to_an_earlier_all_to_all_of_the_engine_is_answered_by_the_next_
             await a2a.aclose()
 
     world(RANKS, script, net=MESSY)
+
+
+def test_a_hello_that_is_said_twice_changes_nothing_under_a_step() -> None:
+    """Two ranks ask each other at once, and answer: the last answer may come when steps are made."""
+
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+
+        async def rank(a2a: moe.AllToAll) -> None:
+            d = await a2a.dispatch(*data(0, a2a.rank))
+            half = await a2a.combine_send(compute(d, a2a.rank), d.handle)
+            for other in range(RANKS):
+                if other != a2a.rank:
+                    communicator = w.a2a[other]._communicator
+                    communicator._greetings.greet(a2a.rank, communicator.ranks.known[a2a.rank].peer, ask=False)
+            await asyncio.sleep(0.01)
+            check(data(0, a2a.rank), await half.receive(), d.handle.dropped, d.handle.lost)
+            await a2a.aclose()
+
+        await w.every(rank)
+
+    world(RANKS, script, net=MESSY, results_in_place=True, direct=True)
 
 
 def test_a_rank_that_takes_another_one_in_is_met_whatever_its_view_names() -> None:
