@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from aiotransfer.weights import Layout, Tensor, sharded
-from aiotransfer.weights.layouts.shards import chunk
 
 WORDS = 509  # a prime number: no number of ranks divides it
 TRAINERS, SERVERS = 2, 2  # ranks of all trainers, and of one inference instance
@@ -36,6 +35,12 @@ def trainer_layout() -> Layout:
 def server_layout() -> Layout:
     """Columns."""
     return Layout(TENSORS, [piece for tensor in TENSORS for piece in sharded(tensor, range(SERVERS), 1)], ranks=SERVERS)
+
+
+def chunk(size: int, parts: int, part: int) -> tuple[int, int]:
+    """(start, stop) of one part of `size` rows, cut as `sharded` and `torch.chunk` cut them: the last part has what is left."""
+    step = -(-size // parts)
+    return min(part * step, size), min((part + 1) * step, size)
 
 
 def text() -> tuple[list[str], Any]:
