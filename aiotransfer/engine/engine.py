@@ -192,9 +192,12 @@ class Engine(Operations, Unpicklable):
     # ---- memory ----
 
     def register(self, buffer: object, *, access: str = "auto", staging: bool | None = None) -> Region:
-        """Register memory of yours: anything with the buffer protocol or `__dlpack__`, a torch tensor or storage, or
+        """Register memory of yours. `buffer`: anything with the buffer protocol or `__dlpack__`, a torch tensor or storage, or
         `(address, nbytes, device)`. The object and the storage that it has now are kept alive while registered, also when the
-        object is made to point to other memory later. Any dense order of dimensions is taken. Raises `RegistrationError`.
+        object is made to point to other memory later. Any dense order of dimensions is taken.
+
+        `access` says what peers may be granted: "write", "read", "both", or "auto" (default: whatever is asked for later).
+        Raises `RegistrationError`, `RegionError` (GPU memory that is staged, for reading), `TypeError` or `ValueError`.
 
         Memory of a GPU goes to the NIC directly where an open rail of this engine can do that, or (`staging`) through as much
         pinned host memory beside it. It must be ready: synchronise with the kernels that fill it first. What peers write there
@@ -206,14 +209,19 @@ class Engine(Operations, Unpicklable):
     def allocate(self, shape_or_nbytes: int | Sequence[int], dtype: Any = "uint8") -> Region:
         """Zeroed memory that peers of this host map directly; `.numpy()` and `.torch()` are views of it.
 
-        A plain int is a number of elements of `dtype`. All of the memory is taken at once. Raises `RegistrationError` when there
-        is less than that, or it cannot be allocated.
+        `shape_or_nbytes`: a shape, or a plain int: a number of elements of `dtype` (default "uint8", so a number of bytes; a
+        type of NumPy or torch, or its name). All of the memory is taken at once. Raises `RegistrationError` when there is less
+        than that, or it cannot be allocated; `TypeError` or `ValueError` for what is no shape or no type.
         """
         self._check()
         return registrations.allocate(self._memory, shape_or_nbytes, dtype)
 
     def publish(self, name: str, region: Region, *, access: str = "write") -> None:
-        """Let peers look `region` up by name; it is kept alive until `unpublish`. A taken name is a `ValueError`."""
+        """Let peers look `region` up by `name` (1 to 1,024 characters); it is kept alive until `unpublish`.
+
+        `access`: what they may do with its memory: "write" (default), "read" or "both". Raises `ValueError` (the name is taken or
+        cannot be one), `RegionError` (of another engine, or not to be granted so), `ClosedError` or `TypeError`.
+        """
         self._check()
         if not isinstance(region, Region):
             raise TypeError(f"a Region is published, not {type(region).__name__} (slice the descriptor instead)")
@@ -222,7 +230,7 @@ class Engine(Operations, Unpicklable):
         self._publications.publish(name, region, access)
 
     def unpublish(self, name: str) -> None:
-        """Forget a name; raises `KeyError` when it is not published. Descriptors that peers hold stay good."""
+        """Forget `name`; raises `KeyError` when it is not published. Descriptors that peers hold stay good."""
         self._check()
         self._publications.unpublish(name)
 
@@ -238,9 +246,11 @@ class Engine(Operations, Unpicklable):
     # ---- counters, messages, peers ----
 
     def counter(self, imm: int | None = None) -> Counter:
-        """The counter of an immediate; None: a value never used before in this engine. Early arrivals are in it.
+        """The counter of the immediate `imm`, 0 to 0xEFFFFFFF; None (default): a value never used before in this engine. Early
+        arrivals are in it. While the counter of a value is open, asking for it again gives the same one.
 
-        Raises `BusyError` when arrivals of this value were lost to the bound on early values, or when every value has been used.
+        Raises `BusyError` when arrivals of this value were lost to the bound on early values, or when every value has been used;
+        `TypeError` or `ValueError` for what is no such value.
         """
         self._check()
         return self._values.counter(imm)
@@ -255,10 +265,11 @@ class Engine(Operations, Unpicklable):
         return Watcher(self, self._watchers, word)
 
     def group(self, members: Sequence[str | Address], *, name: str = "") -> PeerGroup:
-        """The group of these engines, named by address in the same order on every member, this engine included.
+        """The group of the engines `members`: their addresses, in the same order on every member, this engine included.
 
-        The members connect at the first barrier. The same members and name give the same group. Raises `ValueError` when this
-        engine's address is not among them or one is named twice.
+        The members connect at the first barrier. The same members and `name` (default: empty) give the same group; groups of the
+        same members are told apart by their names. Raises `ValueError` when this engine's address is not among them or one is
+        named twice, and `TypeError`.
         """
         self._check()
         return self._groups.get(members, name)

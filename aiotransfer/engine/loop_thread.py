@@ -55,9 +55,10 @@ class EngineThread(Unpicklable):
         return self.engine.from_thread()
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
-        """Run a coroutine on the engine's loop and return its result; it is cancelled after `timeout` seconds.
+        """Run `work`, a coroutine, on the engine's loop and return its result; it is cancelled after `timeout` seconds (None: it
+        may take any time).
 
-        Raises what it raises, `TransferTimeout`, or `ClosedError` when the thread has ended.
+        Raises what it raises, `TransferTimeout`, `ClosedError` when the thread has ended, or `RuntimeError` on that thread.
         """
         if self._closed or not self._thread.is_alive():
             work.close()

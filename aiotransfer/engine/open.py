@@ -108,7 +108,9 @@ def open_engine(
     makes copies too large for the submitting call: "auto", a native thread, the caller beginning; "thread", the thread alone and
     also of smaller ones; "loop", the event loop in its own turns (a blocked loop then delays its own large writes, never those of
     others). `name` (at most 255 printable characters; None: the process id) is what logs and errors of others call this engine.
-    `timeout` (seconds) is the default deadline of transfers, connect, lookup and ping.
+    `timeout` (seconds) is the default deadline of transfers, connect, lookup and ping. `config` has limits and times (None: the
+    defaults of `Config`); a variable `AIOTRANSFER_<FIELD>` of the environment overrides its field. `_world` is for tests: it puts
+    a simulated network, randomness and machine in the place of the real ones.
 
     Opening raises `RuntimeError` where no asyncio loop runs the caller (trio). Await the result or enter it by `async with`:
     before that its attributes raise an `AttributeError` that says so, and dropping it unused warns.

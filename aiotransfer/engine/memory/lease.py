@@ -59,7 +59,7 @@ class Lease(Unpicklable):
 
     @property
     def access(self) -> str:
-        """ "write", "read" or "both"."""
+        """What the peer may do: "write", "read" or "both"."""
         return self._grant.access
 
     @property

@@ -29,7 +29,7 @@ class Held(Protocol):
 
 
 class Quarantine:
-    """One per engine."""
+    """Memory of one engine that may not be used again yet: looked at until no peer can write into it any more."""
 
     def __init__(self, engine: Runtime) -> None:
         self._engine = engine
@@ -69,7 +69,7 @@ class Quarantine:
                 self._held[held] = fenced
 
     def close(self) -> None:
-        """Cancel the timer."""
+        """Cancel the timer: nothing is looked at any more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

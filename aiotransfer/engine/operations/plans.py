@@ -74,7 +74,10 @@ class Plan(Unpicklable):
             self._resolve()
 
     def post(self, *, imm: int | None = None, timeout: float | None = None) -> Transfer:
-        """Post it once more; posts may overlap. Errors as of the plain call, at the same places."""
+        """Post it once more; posts may overlap. Errors as of the plain call, at the same places.
+
+        `imm`: the immediate that is counted as by the plain call (None: none). `timeout`: seconds (None: the engine's).
+        """
         engine = self._engine
         if imm is None:
             value = -1

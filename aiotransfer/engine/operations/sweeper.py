@@ -87,7 +87,7 @@ class Sweeper:
                 self._schedule(max(when, now + pause) if pause else when)
 
     def close(self) -> None:
-        """Cancel the timer."""
+        """Cancel the timer: no deadline is judged any more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

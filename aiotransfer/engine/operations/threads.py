@@ -35,7 +35,7 @@ SLICE_SECONDS = 0.05  # longest native wait: Ctrl-C is heard after it at the lat
 
 
 class ThreadTransfer(Unpicklable):
-    """An operation submitted by a thread. `wait()` returns, or raises what it ended in."""
+    """An operation submitted by a thread. Made by the calls of `ThreadHandle`. `wait()` returns, or raises what it ended in."""
 
     __slots__ = ("_bound", "_cookie", "_deed", "_error", "_handle", "_heard", "_keep", "_over", "_peer", "nbytes")
 
@@ -138,7 +138,12 @@ class ThreadHandle(Unpicklable):
     # ---- operations ----
 
     def write(self, src: RegionView, dst: RemoteRegion, *, imm: int | None = None) -> ThreadTransfer:
-        """As `Engine.write`, from any thread; returns at once."""
+        """As `Engine.write`, from any thread; returns at once.
+
+        Copies `src` (a region of this engine, or a slice) into `dst` (memory of a peer); both have the same length in bytes.
+        `imm`: the immediate of which one arrival is counted at the owner then (None: none). There is no deadline; `wait` of the
+        result takes one. Memory of a GPU that is staged is a `RegistrationError`.
+        """
         with self._inside():
             engine = self._engine
             self._check(src, dst)
@@ -148,7 +153,11 @@ class ThreadHandle(Unpicklable):
                 engine._p, 0, remote, dst._start, src._id, src._start, src.nbytes, status))  # fmt: skip
 
     def read(self, src: RemoteRegion, dst: RegionView) -> ThreadTransfer:
-        """As `Engine.read`, from any thread; returns at once."""
+        """As `Engine.read`, from any thread; returns at once.
+
+        Copies `src` (memory of a peer) into `dst` (a region of this engine, or a slice); both have the same length in bytes.
+        Deadlines and memory of a GPU as for `write`.
+        """
         with self._inside():
             engine = self._engine
             self._check(dst, src, "read")
@@ -170,7 +179,13 @@ class ThreadHandle(Unpicklable):
         dst_offset: int = 0,
         imm: int | None = None,
     ) -> ThreadTransfer:
-        """As `Engine.write_pages`, from any thread; returns at once."""
+        """As `Engine.write_pages`, from any thread; returns at once.
+
+        Copies page `src_pages[i]` of `src` to page `dst_pages[i]` of `dst`, for each i; the tables are copied at the call. Page k
+        of `src` lies at `src_offset + k * src_stride` and has `page_bytes`, that of `dst` at `dst_offset + k * dst_stride`, all
+        in bytes; the offsets are 0 by default, a stride of None is `page_bytes`. With `imm` each page counts one arrival (None:
+        none). Deadlines and memory of a GPU as for `write`.
+        """
         with self._inside():
             engine = self._engine
             self._check(src, dst)
@@ -185,7 +200,10 @@ class ThreadHandle(Unpicklable):
                     src._start + table.from_offset, dst._start + table.to_offset, status))  # fmt: skip
 
     def signal(self, dst: RemoteRegion | Peer, imm: int) -> ThreadTransfer:
-        """As `Engine.signal`, from any thread; returns at once."""
+        """As `Engine.signal`, from any thread; returns at once.
+
+        One arrival of the immediate `imm` is counted at `dst`: a peer, or the owner of a region. Deadlines as for `write`.
+        """
         with self._inside():
             engine = self._engine
             value = check_imm(imm)

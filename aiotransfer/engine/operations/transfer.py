@@ -342,7 +342,7 @@ def finished(engine: Runtime, peer: Peer | None, nbytes: int) -> Transfer:
 
 
 async def wait_all(transfers: Any) -> None:
-    """Wait for every transfer, then raise an `ExceptionGroup` of all failures (none: return).
+    """Wait for every one of `transfers` (any iterable of them), then raise an `ExceptionGroup` of all failures (none: return).
 
     It wakes once, when the last has ended. Cancelling it cancels the transfers that are still under way and waits until their
     sources are free. `TypeError` for what is no `Transfer`, before anything is waited for.

@@ -48,7 +48,7 @@ class _Box:
 
 
 class Mailbox:
-    """One per engine."""
+    """Messages of all peers of one engine that no reader has taken yet, apart for each prefix that has readers."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

@@ -72,7 +72,7 @@ def _listening(link: Link) -> Address:
 
 
 class Message(NamedTuple):
-    """What `Engine.messages` yields."""
+    """One message, as `Engine.messages` yields it: `data`, the bytes that `peer` has sent."""
 
     peer: Peer
     data: bytes
@@ -167,14 +167,14 @@ class Peer(Unpicklable):
         return self._path
 
     def path_for(self, region: RemoteRegion) -> Path:
-        """The path that is used for this memory of it: the default one, until it turned out that another is needed."""
+        """The path that is used for `region`, memory of this peer: the default one, until another turned out to be needed."""
         if not isinstance(region, RemoteRegion):
             raise TypeError(f"a RemoteRegion is asked about, not {type(region).__name__}")
         bound = region._box.bound
         return bound.path if bound is not None and bound.good(self._engine, self) else self.path
 
     async def lookup(self, name: str, *, timeout: float | None = None) -> RemoteRegion:
-        """The region published there under `name`, waiting for it to be published.
+        """The region published there under `name`, waiting for it at most `timeout` seconds (None: the engine's).
 
         Raises `TransferTimeout`, `PeerLostError`, `RegistrationError` when its memory cannot be reached from here, or `BusyError`
         when this process has no descriptors left to map it; `TypeError` or `ValueError` for what cannot be such a name.
@@ -198,17 +198,15 @@ class Peer(Unpicklable):
         return region
 
     async def ping(self, *, timeout: float | None = None) -> float:
-        """Seconds for a round trip between the two event loops over the control connection."""
+        """Seconds of a round trip between the two event loops. `TransferTimeout` after `timeout` seconds (None: the engine's)."""
         start = self._engine._loop.time()
         number = next(self._ids)
         await self._question(number, frames.Ping(id=number), timeout, f"{self} did not answer a ping")
         return self._engine._loop.time() - start
 
     async def send(self, data: bytes | bytearray | memoryview) -> None:
-        """Send one message: reliable, in order, at most 1 MiB. Waits while the peer has no room for it.
-
-        Raises `ValueError` when it is too long, `PeerLostError` or `ClosedError` when the peer goes.
-        """
+        """Send `data` as one message: reliable, in order, at most 1 MiB. Waits while the peer has no room for it. Raises
+        `ValueError` when it is too long, `TypeError` for no buffer, `PeerLostError` or `ClosedError` when the peer goes."""
         body = bytes(memoryview(data))
         if len(body) > MOST_MESSAGE_BYTES:
             raise ValueError(f"a message holds at most {MOST_MESSAGE_BYTES} bytes, not {len(body)}")
@@ -230,7 +228,7 @@ class Peer(Unpicklable):
             self._send_queued()  # when this one gave up, a smaller one behind it may have its turn
 
     async def closed(self, *, timeout: float | None = None) -> None:
-        """Returns when the peer has gone, by goodbye or by loss."""
+        """Returns when the peer has gone, by goodbye or by loss. `TransferTimeout` after `timeout` seconds (None: no limit)."""
         seconds = math.inf if timeout is None else self._engine._seconds(timeout)
         try:
             async with Patience(seconds):
@@ -255,7 +253,9 @@ class Peer(Unpicklable):
         return self._link.remote_address.host
 
     async def ask(self, provider: str, body: bytes, timeout: float | None = None) -> bytes:
-        """Ask a provider of the other side."""
+        """Ask the other side's provider of the name `provider`: `body` is the question, the result the answer. `timeout`: seconds
+        (None: the engine's); before the peer is up, the deadline of `connect` counts instead. Raises `TransferTimeout`,
+        `PeerLostError`, `ClosedError`, or the error that the other side answers with."""
         number = next(self._ids)
         seconds = math.inf if self._state == "connecting" else timeout  # `connect` has a deadline of its own
         return await self._question(

@@ -21,6 +21,6 @@ class Tasks:
         task.add_done_callback(self._tasks.pop)
 
     def cancel(self) -> None:
-        """Cancel all of them."""
+        """Cancel every task that has not ended."""
         for task in list(self._tasks):
             task.cancel()

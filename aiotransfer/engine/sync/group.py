@@ -110,7 +110,8 @@ class PeerGroup(Unpicklable):
         return tuple(self._joins[rank][0] if rank in self._joins else None for rank in range(len(self)))
 
     async def barrier(self, *, timeout: float | None = None) -> None:
-        """Returns when every member has called it as often. The first one connects the members.
+        """Returns when every member has called it as often. The first one connects the members. `timeout`: seconds (None: the
+        engine's).
 
         Raises `PeerLostError` when a member is lost, `TransferTimeout` whose `.ranks` are those members that have not come,
         `BrokenError` when another member gave the group up (with its reason), or `ConfigurationError` when the list of another
@@ -119,11 +120,16 @@ class PeerGroup(Unpicklable):
         await self._exclusively(self._barrier, timeout, "barrier")
 
     async def reform(self, *, timeout: float | None = None) -> None:
-        """Mend a broken group: every member calls it. Members that were restarted at their address are connected again."""
+        """Mend a broken group: every member calls it. Members that were restarted at their address are connected again.
+        `timeout`: seconds (None: the engine's). Errors as for `barrier`."""
         await self._exclusively(self._reform, timeout, "reform")
 
     def scatter_plan(self, src: RegionView, targets: Any, *, require: str | None = None) -> Plan:
-        """A prepared scatter to members: `plan.post(imm=...)` replays it. Arguments and errors as for `Engine.scatter`."""
+        """A prepared scatter to members: `plan.post(imm=...)` replays it.
+
+        `src`: a region of this engine, or a slice; `targets`: `ScatterTarget`s, or one whose fields are arrays; `require`: the
+        provider that must be used (None: any). Errors as for `Engine.scatter`; `ValueError` for a target at no member.
+        """
         plan = self._engine._scatter_plan(src, targets, require)
         for i, peer in enumerate(plan._targets or ()):
             if peer.address not in self.members and peer not in self._peers:
@@ -183,7 +189,7 @@ class PeerGroup(Unpicklable):
         return [rank for rank in others if rank not in come and not self._counters[rank][turn].value]
 
     def show(self, peer: Peer) -> None:
-        """Tell a peer which members this group lists, so that lists that differ are found."""
+        """Tell `peer` which members this group lists, so that lists that differ are found."""
         self._home.rosters.show(self, peer)
 
     def compare(self) -> None:
@@ -196,7 +202,7 @@ class PeerGroup(Unpicklable):
             raise wrong
 
     def differences(self, ranks: Sequence[int]) -> str:
-        """Which of these members have another list under this name, in words; empty where that is not known."""
+        """Which of the members `ranks` have another list under this name, in words; empty where that is not known."""
         return self._home.rosters.differences(self, ranks)
 
     async def _barrier(self) -> None:
@@ -393,7 +399,7 @@ class PeerGroup(Unpicklable):
             peer._reply(Join(key=self._key, rank=self.rank, generation=self._generation, imms=imms))
 
     def said(self, rank: int, peer: Peer, content: Join | Roster) -> None:
-        """A peer says something as member `rank`. It counts when this peer is reached at the member's address."""
+        """`peer` says `content` as member `rank`. It counts when this peer is reached at the member's address."""
         known = self._joins.get(rank)
         if (known is not None and known[0] is peer) or self._known(rank) is peer:
             self._heard(peer, content)

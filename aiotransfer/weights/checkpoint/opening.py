@@ -36,12 +36,15 @@ def open_checkpoint(
     mesh_group: Callable[[str], str] | None = None,
     hosts: Sequence[str] | None = None,
 ) -> Checkpoint:
-    """What `Publisher(engine, checkpoint)` publishes: the tensors of a safetensors file, of a folder with an index
-    (`model.safetensors.index.json`), of an index, or of several files. Headers alone are read here.
+    """What `Publisher(engine, checkpoint)` publishes: the tensors of safetensors files. Headers alone are read here.
 
-    `ranks`, `rank`: of the publishers' group, all of which can read the files. `mesh_group`, `hosts`: as for `layout_of`. A name
-    that a header's texts say is another one's (as `safetensors.torch.save_model` writes tied tensors) becomes an alias. Where
-    there is an index, tensors that it does not name are no part of the checkpoint.
+    `path`: a file, an index (`model.safetensors.index.json`), several files, or a folder: of it `model.safetensors`, else what
+    its one index names, else every file that ends with `.safetensors`.
+
+    `ranks`, `rank`: of the publishers' group, all of which can read the files (default: 1 and 0, a publisher alone).
+    `mesh_group`, `hosts`: as for `layout_of`. A name that a header's texts say is another one's (as
+    `safetensors.torch.save_model` writes tied tensors) becomes an alias. Where there is an index, tensors that it does not name
+    are no part of the checkpoint.
 
     The files must rest until they are published; one that changes is found by its size and time, and ends the version. They
     are closed when nothing holds the checkpoint any more.

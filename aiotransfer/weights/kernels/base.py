@@ -23,21 +23,25 @@ class Kernels(Protocol):
     def quantise(
         self, dst: Any, scales: Any, src: Any, block: tuple[int, int] = ..., *, rows: tuple[int, int] | None = None
     ) -> None:
-        """Elements of `src` as float8_e4m3fn, with a scale for each block; see `providers.convert.quantise`."""
+        """Elements of `src` as float8_e4m3fn in `dst` (of the shape of `src`), with a float32 scale for each block in `scales`.
+
+        `block`: rows and columns of a block (default: 128 of each). `rows`: (begin, end) of the rows to do, in whole blocks
+        (None: all). See `providers.convert.quantise`, which also says what is raised.
+        """
 
     async def settle(self, timeout: float | None = None) -> None:
         """Return when everything launched so far is done. Raises `NotFiniteError` for the first of these calls that met a NaN or
-        an infinity, and `TransferTimeout` after so many seconds; what was launched goes on then, and so it does when the wait is
-        cancelled: its memory is not free before another `settle` has returned."""
+        an infinity, and `TransferTimeout` after `timeout` seconds (None: no limit); what was launched goes on then, and so it
+        does when the wait is cancelled: its memory is not free before another `settle` has returned."""
 
     def finish(self) -> None:
         """As `settle`, and the calling thread waits, as long as it takes. Raises `NotFiniteError`."""
 
 
 def kernels_for(device: Any, stream: Any = None) -> Kernels:
-    """The kernels for memory on "cpu", "cuda" or "cuda:1" (or such a `torch.device`).
+    """The kernels for memory on `device`: "cpu", "cuda" or "cuda:1" (or such a `torch.device`).
 
-    On a GPU they are launched on `stream`, or on whichever is torch's current stream at each call. Raises `ConfigurationError`
+    On a GPU they are launched on `stream`, a stream of torch (None: its current stream at each call). Raises `ConfigurationError`
     for other devices and where torch, Triton or the GPU is missing.
     """
     kernels: Kernels = kernels_of("aiotransfer.weights.kernels", device, stream)

@@ -18,7 +18,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # what `triton.jit` made of 
 
 @triton.jit
 def widened(value, SRC: tl.constexpr):
-    """The value as float32."""
+    """`value` as float32: as it is, or of `SRC` "bfloat16" from the integer of its 16 bits."""
     if SRC == "bfloat16":
         number = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:

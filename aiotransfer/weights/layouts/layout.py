@@ -104,8 +104,9 @@ class Layout:
         nics: Sequence[str] | None = None,
         buffers: Mapping[tuple[int, str], int] | None = None,
     ) -> None:
-        """By hand. `ranks`: their number; `hosts`, `nics`: a text for each rank (default: unknown); `buffers`: {(rank, buffer):
-        bytes} (default: up to the end of the last piece in it). Raises `TypeError` or `ValueError` for values that cannot be;
+        """By hand. `tensors`: of the whole side, in an order that is kept; `pieces`: what each rank holds of them; `ranks`: their
+        number (1 to 65,536); `hosts`, `nics`: a text for each rank (default: unknown); `buffers`: {(rank, buffer): bytes}
+        (default: up to the end of the last piece in it). Raises `TypeError` or `ValueError` for values that cannot be;
         whether the pieces make whole tensors is checked by `problems()` and by `make_plan`."""
         tensors = list(tensors)
         self._name(tensors, ranks, hosts, nics)
@@ -160,8 +161,8 @@ class Layout:
         **pieces: Any,
     ) -> Layout:
         """From arrays, for many pieces: `buffers` (a name for each), `buffer_rank`, `buffer_bytes` (default, and where
-        negative: up to the end of the last piece in it), and the arrays `piece_*` as the class describes them. Raises as the
-        constructor does."""
+        negative: up to the end of the last piece in it), and `pieces`: all of the arrays `piece_*`, as the class describes them.
+        `tensors`, `ranks`, `hosts` and `nics` are those of the constructor, and so is what is raised."""
         self = cls.__new__(cls)
         self._name(list(tensors), ranks, hosts, nics)
         if set(pieces) != set(PIECE_ARRAYS):
@@ -273,7 +274,7 @@ class Layout:
         return pack.digest(self._header(), self._arrays())
 
     def find(self, name: str) -> int | None:
-        """The index of the tensor with this name or alias, or None."""
+        """The index of the tensor whose name or alias is `name`, or None."""
         return self._index.get(name)
 
     @functools.cached_property
@@ -281,11 +282,14 @@ class Layout:
         return {**self.aliases, **{name: k for k, name in reversed(list(enumerate(self.names)))}}
 
     def buffers_of(self, rank: int) -> dict[str, int]:
-        """{name: bytes} of the buffers of a rank: what `bind` wants memory for."""
+        """{name: bytes} of the buffers of rank `rank`: what `bind` wants memory for. Empty for a rank without any."""
         return {self.buffer_names[b]: int(self.buffer_bytes[b]) for b in np.flatnonzero(self.buffer_rank == rank)}
 
     def bind(self, rank: int, memory: Mapping[str, Any]) -> Bound:
-        """The memory of a rank's buffers: {buffer: torch tensor, NumPy array or other buffer}. Errors as for `Bound`."""
+        """This layout with the memory of rank `rank`, for a `Publisher` or `Subscriber`. `memory`: {buffer: torch tensor, NumPy
+        array or other buffer}, one for each of `buffers_of(rank)`.
+
+        Raises `PlanError` that lists what does not fit, `IndexError` for a rank that the layout has not, and `TypeError`."""
         return Bound(self, rank, memory)
 
     memory: Mapping[str, Any] | None = None  # of the rank that derived it from a model (`layout_of`)
@@ -331,8 +335,8 @@ class Layout:
 
     @classmethod
     def decode(cls, data: Any, *, most_bytes: int = MOST_BYTES) -> Layout:
-        """The layout that `encode` made. Raises `DescriptorError` for anything else, and before it would take more than
-        `most_bytes`."""
+        """The layout of which `encode` made `data` (bytes or another buffer). Raises `DescriptorError` for anything else, and
+        before it would take more than `most_bytes` (default: 2 GiB)."""
         header, arrays = pack.decode(MAGIC, data, most_bytes)
         with pack.refusing("a layout"):
             if len(header["names"]) > MOST_TENSORS or len(header["aliases"]) > MOST_TENSORS:
@@ -357,11 +361,12 @@ def held_bytes(layout: Layout) -> int:
 
 
 def merge(layouts: Iterable[Layout]) -> Layout:
-    """One layout of a side whose ranks described only themselves: tensors are united by name, pieces are put together. What an
-    earlier layout says of a rank's buffer holds; later ones add buffers.
+    """One layout of a side whose ranks described only themselves in `layouts` (one or more): tensors are united by name, pieces
+    are put together. What an earlier layout says of a rank's buffer holds; later ones add buffers.
 
-    All must have the same number of ranks, and each tensor's shape and dtype must agree, else `PlanError` lists the
-    differences. Hosts and NICs are taken from the first that knows them.
+    All must have the same number of ranks, and each tensor must be the same in all that have it (shape, dtype, group, aliases),
+    else `PlanError` lists the differences. Hosts and NICs are taken from the first that knows them. Raises `TypeError` for what
+    is no layout, and `ValueError` where there is none.
     """
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}

@@ -16,14 +16,15 @@ def chunk(size: int, parts: int, part: int) -> tuple[int, int]:
 
 
 def replicated(tensor: Tensor, ranks: Iterable[int], *, buffer: str | None = None) -> list[Piece]:
-    """The whole tensor on each of `ranks`, in `buffer` (default: its name). Raises `TypeError`."""
+    """All of `tensor` on each of `ranks`, in `buffer` (default: the tensor's name). Raises `TypeError`."""
     _are_tensors([tensor])
     return [Piece(tensor.name, rank, buffer=buffer) for rank in ranks]
 
 
 def sharded(tensor: Tensor, ranks: Iterable[int], dim: int = 0, *, buffer: str | None = None) -> list[Piece]:
-    """One part along `dim` on each of `ranks` in order, cut as `torch.chunk` does; ranks without a row have no piece. Raises
-    `TypeError`, `ValueError`."""
+    """One part of `tensor` along `dim` (default: the first dimension) on each of `ranks` in order, cut as `torch.chunk` does;
+    ranks without a row have no piece. `buffer`: the memory on each rank (default: the tensor's name). Raises `TypeError`, and
+    `ValueError` for a dimension that the tensor has not."""
     _are_tensors([tensor])
     ranks, axis = list(ranks), _axis(tensor, dim)
     pieces = []
@@ -37,7 +38,8 @@ def sharded(tensor: Tensor, ranks: Iterable[int], dim: int = 0, *, buffer: str |
 def fused(
     buffer: str, tensors: Iterable[Tensor], ranks: Iterable[int], dim: int = 0, *, units: Sequence[int] | None = None
 ) -> list[Piece]:
-    """Tensors that each of `ranks` keeps fused in one `buffer`: rank r holds [q_r; k_r; v_r] along `dim`, without gaps.
+    """`tensors` that each of `ranks` keeps fused in one `buffer`: rank r holds [q_r; k_r; v_r] along `dim` (default: the first
+    dimension), without gaps. They have one dtype, and the same sizes in all other dimensions.
 
     `units`: into how many parts each tensor may be divided at most (heads; default: as many as ranks). A tensor with fewer
     units than ranks is repeated: rank r holds unit r * units // ranks. Raises `ValueError` for sizes that cannot be divided so,
@@ -66,7 +68,8 @@ def fused(
 def placed(tensor: Tensor, slots: Mapping[int, Sequence[int]], *, buffer: str | None = None) -> list[Piece]:
     """Entries of `tensor` along its first dimension (logical experts) in the slots of ranks: `slots` is {rank: [entry of slot
     0, ...]}. An entry may be in several slots, on one rank or on several: all are written. A negative entry is a slot without
-    one. Raises `TypeError`."""
+    one. `buffer`: the memory on each rank, in which the slots lie one after the other (default: the tensor's name). Raises
+    `TypeError`."""
     _are_tensors([tensor])
     item = dtypes.lookup(tensor.dtype).itemsize
     step = dense(tensor.shape, item)[0] if tensor.shape else item

@@ -26,7 +26,7 @@ def place(memory: Bytes, itemsize: int, offset: int, extent: Any, strides: Any) 
 
 
 def copy(there: Any, here: Any) -> None:
-    """Element by element."""
+    """Copy the elements of `here` to `there`, of the same shape; their strides may differ."""
     np.copyto(there, here)
 
 

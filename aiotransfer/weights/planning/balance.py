@@ -36,7 +36,7 @@ class Balance:
 
     @classmethod
     def of(cls, plan: Schedule) -> Balance:
-        """Count the bytes of a plan."""
+        """Count the bytes that `plan` moves in one update."""
         trainer = plan.trainer
         sent, gathered = np.zeros(trainer.ranks, np.int64), np.zeros(trainer.ranks, np.int64)
         received, relayed = np.zeros(plan.receivers, np.int64), np.zeros(plan.receivers, np.int64)
@@ -83,7 +83,7 @@ class Balance:
 
     @staticmethod
     def over_mean(values: Ints) -> float:
-        """The largest of the values over their mean; 1.0 where all are equal."""
+        """The largest of `values` (an array) over their mean; 1.0 where all are equal, and where there are none."""
         mean = float(values.mean()) if len(values) else 0.0
         return float(values.max()) / mean if mean else 1.0
 

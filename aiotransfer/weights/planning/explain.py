@@ -28,7 +28,7 @@ def size(nbytes: float) -> str:
 
 
 def text(plan: Schedule) -> str:
-    """What the plan does."""
+    """The plan for people: totals, how even they are, what is cast or quantised, and the largest of what ranks send."""
     balance = Balance.of(plan)
     trainer = plan.trainer
     wanted = np.flatnonzero(plan.tensor_kind >= 0)

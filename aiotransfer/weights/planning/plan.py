@@ -61,11 +61,13 @@ class Plan(Schedule):
         return tasks.tasks(self, sender)
 
     def relays(self, instance: str, rank: int) -> Writes:
-        """What a rank of an instance passes on to other instances (nothing but with fanout "relay")."""
+        """What rank `rank` of `instance` (a name) passes on to other instances; nothing but with fanout "relay". Raises
+        `KeyError` for an instance and `IndexError` for a rank that does not exist."""
         return tasks.relays(self, instance, rank)
 
     def expected(self, instance: str, rank: int) -> Expected:
-        """What a rank of an instance is sent, by whom, in which phase and part: whole is what got all of it."""
+        """What rank `rank` of `instance` (a name) is sent, by whom, in which phase and part: it is whole when all of that has
+        come. Raises `KeyError` for an instance and `IndexError` for a rank that does not exist."""
         return tasks.expected(self, instance, rank)
 
     # ---- for people ----
@@ -77,7 +79,7 @@ class Plan(Schedule):
         return explain.diff(self, other)
 
     def explain(self, *, svg: bool = False) -> str:
-        """How much each rank sends to each other, and what is made on the way: as a text, or as a picture (SVG)."""
+        """How much each rank sends to each other, and what is made on the way: as a text, or with `svg` as a picture (SVG)."""
         return picture.svg(self) if svg else explain.text(self)
 
     # ---- as bytes ----
@@ -88,8 +90,8 @@ class Plan(Schedule):
 
     @staticmethod
     def decode(data: Any, *, most_bytes: int = MOST_BYTES) -> Plan:
-        """The plan that `encode` made. Raises `DescriptorError` for anything else, and before it would take more than
-        `most_bytes`."""
+        """The plan of which `encode` made `data` (bytes or another buffer). Raises `DescriptorError` for anything else, and
+        before it would take more than `most_bytes` (default: 8 GiB)."""
         return codec.decode(Plan, data, most_bytes=most_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -44,7 +44,7 @@ Descriptors: TypeAlias = Annotated[
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag_field="t"):
-    """Base of all messages."""
+    """Base of all messages: an array whose first entry, the tag, says which message it is."""
 
 
 class Part(Message, frozen=True, tag=9):

@@ -112,13 +112,13 @@ class Call(Base, frozen=True, tag=1):
 
 
 class Announce(Base, frozen=True, tag=2):
-    """A subscriber announces itself."""
+    """A subscriber rank says to a publisher rank that it is there, with what, and which version it has."""
 
     entry: Entry
 
 
 class Leave(Base, frozen=True, tag=3):
-    """A subscriber has closed."""
+    """A subscriber rank has closed: it takes no versions any more."""
 
     instance: Word
     rank: Rank
@@ -397,7 +397,7 @@ class Doubt(Base, frozen=True, tag=33):
 
 
 class Answer(Base, frozen=True, tag=34):
-    """The answer to `Doubt`."""
+    """To `Doubt`, with its `number`. `answer`: as `Seat.asked` says it."""
 
     update: Life
     number: Count

@@ -61,7 +61,7 @@ class Course:
     # ---- waits ----
 
     def left(self) -> float:
-        """Seconds until the deadline."""
+        """Seconds until the deadline of this version; never less than 0."""
         return max(self.ends - asyncio.get_running_loop().time(), 0.0)
 
     async def until(self, holds: Callable[[], bool], seconds: float | None = None) -> bool:

@@ -53,8 +53,9 @@ STAGING_BYTES = 1 << 30
 
 
 class Publisher(Unpicklable):
-    """One rank of the trainers, whose weights lie as `layout` says. One of an engine.
+    """One rank of the trainers, whose weights lie as `layout` says.
 
+    `engine`: an open one of this rank, which has no other publisher.
     `layout`: of all trainer ranks, the same on each; bound to this rank's memory (`layout.bind`), or a `Checkpoint`. `group`:
     the engines of all ranks, in the order of their ranks (`Engine.group`); None: this rank is alone. `rules`: as for `make_plan`,
     the same on all ranks. `epoch`: of the versions; None: one more than any subscriber knows, agreed by all ranks when the first
@@ -186,7 +187,8 @@ class Publisher(Unpicklable):
     # ---- messages ----
 
     def receive(self, peer: Peer, message: Any) -> None:
-        """One message of `peer`. Raises `DescriptorError`."""
+        """Handle one message of `peer`: `message` is as it was decoded. Called by the library. Raises `DescriptorError` for what
+        the peer may not say."""
         match message:
             case wire.Announce():
                 self.subscribers.announced(peer, message)

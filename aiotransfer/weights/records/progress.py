@@ -25,7 +25,7 @@ LINE_SECONDS = 5.0  # between two lines
 
 
 class Display(Protocol):
-    """Shows one update."""
+    """Shows to people how far one update has come."""
 
     def show(self, done: int, total: int, seconds: float, *, last: bool) -> None:
         """Show that `done` of `total` bytes are there, `seconds` after the first was on its way. `last`: nothing follows."""
@@ -102,7 +102,7 @@ class Call:
         self._function, self._version = function, version
 
     def show(self, done: int, total: int, seconds: float, *, last: bool) -> None:
-        """Call the function."""
+        """Call the function with `done` and `total` (bytes) and the version."""
         self._function(done, total, self._version)
 
     def end(self) -> None:
@@ -173,7 +173,7 @@ class Rich:
         self._bar.start()
 
     def draw(self, done: int) -> None:
-        """Show so many bytes."""
+        """Draw the bar at `done` bytes."""
         self._bar.update(self._task, completed=done, refresh=True)
 
     def close(self) -> None:
@@ -189,7 +189,7 @@ class Tqdm:
         self._bar = kind(desc=title, total=total, initial=done, unit="B", unit_scale=True, mininterval=0, file=sys.stderr)
 
     def draw(self, done: int) -> None:
-        """Show so many bytes."""
+        """Draw the bar at `done` bytes."""
         self._bar.n = done
         self._bar.refresh()
 

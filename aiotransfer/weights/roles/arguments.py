@@ -14,7 +14,7 @@ from aiotransfer.weights.layouts.templates import Template
 
 
 def engine(value: Any) -> Engine:
-    """An engine. Raises `TypeError`."""
+    """The engine of a role. Raises `TypeError`."""
     if not isinstance(value, Engine):
         raise TypeError(f"engine must be an open Engine, not {value!r}")
     return value

@@ -43,5 +43,5 @@ class Mappings:
         self._held = {key: held for key, held in self._held.items() if held[0] is not peer}
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Let go of the regions of all subscribers."""
         self._held.clear()

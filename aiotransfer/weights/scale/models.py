@@ -99,7 +99,7 @@ class Weight(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Elements, of all experts."""
+        """How many elements it has, those of all experts together."""
         size = 1
         for n in self.shape:
             size *= n

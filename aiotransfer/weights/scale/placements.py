@@ -82,7 +82,7 @@ class Placement:
 
 
 def trainer_layout(model: Model, placement: Placement) -> Layout:
-    """The trainers' side."""
+    """The layout of all trainer ranks, placed as the head of this module says."""
     table = _Table()
     fsdp, ep = placement.fsdp, placement.ep
     filled: dict[tuple[str, int], Ints] = defaultdict(lambda: np.zeros(fsdp, np.int64))  # bytes of a memory, by stage and shard
@@ -113,7 +113,7 @@ def trainer_layout(model: Model, placement: Placement) -> Layout:
 
 
 def inference_layouts(model: Model, placement: Placement) -> dict[str, Layout]:
-    """The instances, by name."""
+    """The layouts of the instances by name, placed as the head of this module says."""
     table = _Table()
     ranks = np.arange(placement.inference_ep)
     stacks: dict[str, int] = defaultdict(int)  # bytes of one expert in each memory

@@ -75,7 +75,7 @@ def by_nic(plan: Plan, balance: Balance) -> npt.NDArray[Any]:
 
 
 def counted(model: Model) -> int:
-    """Parameters of all tensors."""
+    """How many parameters the tensors of a model have together."""
     return sum(weight.parameters for weight in weights(model))
 
 

@@ -93,7 +93,7 @@ class Report:
     # ---- for people ----
 
     def text(self) -> str:
-        """Everything, for a terminal."""
+        """The whole report as lines for a terminal."""
         plan = self.plan
         parts = [
             [title(self.model, self.placement)],
@@ -122,7 +122,7 @@ class Report:
         yield "planning", f"{self.seconds[1]:.1f} s, and {self.seconds[0]:.1f} s for the layouts; at most {size(self.peak_bytes)}"
 
     def balance_rows(self) -> list[tuple[str, ...]]:
-        """The table of balance."""
+        """The rows of the table of balance as texts: `spreads` with units."""
         return [
             (who, f"{count}", size(most), f"{mean:.3f}", "" if bound is None else f"{bound:.3f}")
             for who, count, most, mean, bound in self.spreads()

@@ -41,7 +41,7 @@ class Gate:
         return sum(not waiter.done() for waiter, _ in self._waiters)
 
     def open(self) -> None:
-        """Let all in."""
+        """Let in those who wait, and from now on everyone."""
         self.is_open = True
         self.let_in()
         if self._shut is not None:

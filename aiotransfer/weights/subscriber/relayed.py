@@ -158,6 +158,6 @@ class Relayed:
             self._arrivals.close_counter(counter, proved=proved)
 
     def close(self) -> None:
-        """The filling has ended."""
+        """The filling has ended: cancel the timers, so no relay is called late any more."""
         for timer in self._timers:
             timer.cancel()

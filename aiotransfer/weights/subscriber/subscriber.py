@@ -53,6 +53,7 @@ CLOSED = "its subscriber was closed"
 class Subscriber(Unpicklable):
     """Rank `rank` of inference instance `instance`, whose weights lie as `layout` says.
 
+    `engine`: an open one of this rank.
     `layout`: of all ranks of the instance, the same on each; bound to this rank's memory (`layout.bind`), or unbound: the memory
     is then allocated here. `instance`: a name of 1 to 256 characters, the same at all ranks of the instance and at no other;
     empty: the engine's incarnation, for an instance of one rank. `rank`: default that of the bound layout, else 0. `mode`:
@@ -250,7 +251,8 @@ class Subscriber(Unpicklable):
     # ---- messages ----
 
     def receive(self, peer: Peer, message: Any) -> None:
-        """One message of `peer`. Raises `DescriptorError`."""
+        """Handle one message of `peer`: `message` is as it was decoded. Called by the library. Raises `DescriptorError` for what
+        the peer may not say."""
         match message:
             case wire.Call():
                 self._announce(peer)
