@@ -32,8 +32,7 @@ SHAPE = Shape(ranks=2, num_experts=2, hidden=16, dtype="float32", combine_dtype=
 @asynccontextmanager
 async def engines(n: int) -> AsyncIterator[list[at.Engine]]:
     async with AsyncExitStack() as stack:
-        config = at.Config(drain_timeout=0.1)
-        yield [await stack.enter_async_context(at.open_engine(providers="shm", config=config)) for _ in range(n)]
+        yield [await stack.enter_async_context(at.open_engine(providers="shm")) for _ in range(n)]
 
 
 def made(of: list[at.Engine]) -> list[moe.AllToAll]:

@@ -122,8 +122,7 @@ class _Ranks:
 @asynccontextmanager
 async def _ranks() -> AsyncIterator[Take]:
     async with AsyncExitStack() as stack:
-        config = at.Config(drain_timeout=0.1)
-        ranks = _Ranks([await stack.enter_async_context(at.open_engine(providers="shm", config=config)) for _ in range(2)])
+        ranks = _Ranks([await stack.enter_async_context(at.open_engine(providers="shm")) for _ in range(2)])
         try:
             await ranks.meet()
             yield ranks.take
