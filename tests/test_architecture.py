@@ -12,6 +12,7 @@ import pytest
 
 import aiotransfer
 from tests.architecture.circles import arrows_on_circles, out_of_rooms, upward_arrows
+from tests.architecture.docstrings import short_docstrings, unnamed_parameters
 from tests.architecture.sources import package
 
 ROOT = Path(__file__).parent.parent
@@ -221,6 +222,15 @@ def test_no_module_reaches_itself_by_imports() -> None:
 def test_no_folder_imports_what_is_not_beneath_it() -> None:
     """The same ones included; and of two rooms within a folder at most one imports the other."""
     assert upward_arrows(package(), MAY_IMPORT, LEAVES | {"_native"}) == []
+
+
+def test_what_users_may_give_is_named_in_a_docstring() -> None:
+    """Each parameter between backticks, with meaning, unit and default; of a constructor also in the docstring of the class."""
+    assert unnamed_parameters(package()) == []
+
+
+def test_a_docstring_says_more_than_a_name() -> None:
+    assert short_docstrings(package()) == []
 
 
 def test_public_names_are_few_and_documented() -> None:

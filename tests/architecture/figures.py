@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.architecture import docstrings, native, private, sizes
+from tests.architecture import native, private, sizes
 from tests.architecture.sources import Finding, package
 
 COMMITTED = Path(__file__).parent / "figures.json"
@@ -21,8 +21,6 @@ RULES = (
     "long functions",
     "long files",
     "many parameters",
-    "unnamed parameters",
-    "short docstrings",
     "C files on circles",
     "C calls on circles",
     "C folders on circles",
@@ -40,8 +38,6 @@ def findings() -> dict[str, tuple[Finding, ...]]:
         "long functions": sizes.long_functions(sources),
         "long files": sizes.long_files(sources),
         "many parameters": sizes.many_parameters(modules),
-        "unnamed parameters": docstrings.unnamed_parameters(modules),
-        "short docstrings": docstrings.short_docstrings(modules),
         "C files on circles": native.files_on_circles(c_files),
         "C calls on circles": native.calls_on_circles(c_files),
         "C folders on circles": native.folders_on_circles(c_files),

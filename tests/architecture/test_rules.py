@@ -109,12 +109,16 @@ def test_of_rooms_within_a_room_the_rarer_direction_is_upward() -> None:
 ABOVE = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import aiotransfer.{}\n"
 
 
+def texts() -> dict[str, str]:
+    """The files of the package, by path."""
+    return {str(file.relative_to(ROOT)): file.read_text() for file in sorted((ROOT / "aiotransfer").rglob("*.py"))}
+
+
 def with_an_import(path: str, of: str) -> dict[str, Module]:
     """The modules of this tree, one of which imports a module more, for annotations alone."""
-    files = sorted((ROOT / "aiotransfer").rglob("*.py"))
-    texts = {str(file.relative_to(ROOT)): file.read_text() for file in files}
-    assert path in texts
-    return package(texts | {path: texts[path] + ABOVE.format(of)})
+    files = texts()
+    assert path in files
+    return package(files | {path: files[path] + ABOVE.format(of)})
 
 
 def test_one_import_upward_in_this_tree_is_seen() -> None:
@@ -284,6 +288,25 @@ def test_a_docstring_of_few_words_is_seen() -> None:
     text = 'class A:\n    """One of those."""\n    def f(self):\n        """Says what it is for."""\n    def g(self): ...\n'
     text += '    def h(self):\n        """See `Room`."""\n'
     assert [one.what for one in docstrings.short_docstrings(modules(kv_a=text))] == ["A: 'One of those.'"]
+
+
+@pytest.mark.parametrize(("path", "before", "name"), [
+    ("engine/open.py", "def open_engine(\n    *,", "open_engine"),
+    ("engine/peers/peer.py", "async def send(self,", "Peer.send"),
+    ("weights/layouts/shards.py", "def sharded(", "sharded"),
+    ("weights/subscriber/subscriber.py", "self, engine: Engine,", "Subscriber.__init__"),
+])  # fmt: skip
+def test_one_parameter_more_in_this_tree_that_no_docstring_names_is_seen(path: str, before: str, name: str) -> None:
+    files, path = texts(), f"aiotransfer/{path}"
+    assert files[path].count(before) == 1
+    found = docstrings.unnamed_parameters(package(files | {path: files[path].replace(before, f"{before} unsaid,")}))
+    assert [one.what for one in found] == [f"{name} does not name unsaid"]
+
+
+def test_one_short_docstring_more_in_this_tree_is_seen() -> None:
+    files, path = texts(), "aiotransfer/kv/protocol/layout.py"
+    found = docstrings.short_docstrings(package(files | {path: files[path] + 'def _late():\n    """It is late."""\n'}))
+    assert [(one.room, one.what) for one in found] == [("kv/protocol", "_late: 'It is late.'")]
 
 
 C = {
