@@ -127,7 +127,7 @@ async def _decoder() -> AsyncIterator[Take]:
             entering = asyncio.create_task(handle.__aenter__())
             while not isinstance(asked := wire.decode((message := await anext(messages)).data), wire.Reserve):
                 pass
-            handle._parts[0].number = 7  # what the messages name
+            handle._sources[0].number = 7  # what the messages name
             both.decoder.pool.expect(7, handle)
             await message.peer.send(data)
             await message.peer.send(wire.encode(wire.Failed(7, "the end")))
