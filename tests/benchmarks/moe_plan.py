@@ -124,14 +124,14 @@ async def scatter_times(targets: int, rounds: int) -> tuple[list[float], list[fl
         await engine.write(source[:8], remote[:8])
         places = np.zeros(targets, np.int64)
         target = at.ScatterTarget(places, np.full(targets, 8), (remote,) * targets, places)
-        tables = (np.arange(targets), np.ones(targets, np.int64), places, places)
-        several = (remote,) * targets
+        count, first = np.ones(targets, np.int64), np.arange(targets)
+        several = at.PagesTarget((remote,) * targets, places, places, src_stride=8, count=count, first=first)
 
         def scatter() -> Any:
             return engine.scatter(source, target, imm=1)
 
         def pages() -> Any:
-            return engine._scatter_pages(source, several, *tables, page_bytes=8, src_stride=8, imm=1)
+            return engine.scatter_pages(source, several, page_bytes=8, imm=1)
 
         async def measure(call: Callable[[], Any]) -> list[float]:
             found = []
