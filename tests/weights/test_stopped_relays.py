@@ -205,7 +205,7 @@ def test_a_publisher_that_is_stopped_inside_a_write_leaves_an_instance_that_new_
             assert [server.subscriber.version for server in servers] == [expected] * 2
             await trainers[0].publisher.aclose()
             net.kill(stopped)
-            await asyncio.wait(tasks)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await party.train(2, timeout=SECONDS)
             for server in servers:
                 await server.engine.connect(party.trainers[0].engine.address)
