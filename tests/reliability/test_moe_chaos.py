@@ -26,5 +26,10 @@ def test_seeds_that_showed_a_fault_show_none(seed: int) -> None:
     moe_chaos.run(seed)
 
 
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a known fault, shown by its seed: some one run in 1,000 ends so")
+def test_ranks_that_are_together_at_the_end_all_say_so() -> None:
+    moe_chaos.run(154724916)
+
+
 def test_a_seed_replays_its_run() -> None:
     assert [moe_chaos.run(seed) for seed in range(3)] == [moe_chaos.run(seed) for seed in range(3)]
