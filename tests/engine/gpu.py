@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,22 @@ def build(name: str, folder: Path, *flags: str) -> Path:
     command = ["cc", "-Wall", "-Wextra", "-shared", "-fPIC", str(SOURCES / f"{name}.c"), "-o", str(target), *flags]
     subprocess.run(command, check=True)
     return target
+
+
+def run_beside_libfabric_for_gpus(cases: str, libfabric: str, folder: Path, seconds: float) -> None:
+    """Run the tests of the file `cases` in a process with our driver and a library in front of `libfabric` that takes memory of
+    a GPU. All must pass, and none may be skipped."""
+    environ = {
+        **os.environ,
+        "REAL_LIBFABRIC": libfabric,
+        "AIOTRANSFER_LIBFABRIC": str(build("fake_hmem", folder, "-ldl")),
+        "AIOTRANSFER_LIBCUDA": str(build("fake_cuda", folder)),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases]
+    root = SOURCES.parent.parent
+    done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True, timeout=seconds, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " skipped" not in done.stdout.splitlines()[-1]
 
 
 class Gpu:
