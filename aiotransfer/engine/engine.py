@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiotransfer.advice import advise
 from aiotransfer.aio.ratelimit import RateLimit
-from aiotransfer.aio.timeouts import despite_cancels
+from aiotransfer.aio.timeouts import wait_shielded
 from aiotransfer.config import Config
 from aiotransfer.control import frames
 from aiotransfer.control.frames import OfferWire, PeerInfo
@@ -425,7 +425,7 @@ class Engine(Operations, Unpicklable):
         try:
             await asyncio.shield(self._closer)
         except asyncio.CancelledError:
-            await despite_cancels(self._closer)
+            await wait_shielded(self._closer)
             raise
 
     async def __aenter__(self) -> Engine:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.errors import ConfigurationError, TransferTimeout
 
 TURNS = 50  # of the loop, before it sleeps between two looks
@@ -49,7 +49,7 @@ class Event(Protocol):
 async def passed(event: Event, timeout: float | None = None) -> None:
     """Return when the event has passed; `TransferTimeout` after so many seconds. What `query` raises goes to the caller."""
     try:
-        async with Patience(timeout):
+        async with Timeout(timeout):
             turns, pause = TURNS, FIRST_SLEEP
             while not event.query():
                 if turns:

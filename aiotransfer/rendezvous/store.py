@@ -117,9 +117,9 @@ class Caller:
             raise
 
     async def _answer(self, done: asyncio.Future[T]) -> T:
-        patience = max(self.left, 0) + GRACE_SECONDS
+        timeout = max(self.left, 0) + GRACE_SECONDS
         try:
-            async with asyncio.timeout(None if patience == float("inf") else patience):
+            async with asyncio.timeout(None if timeout == float("inf") else timeout):
                 return await asyncio.shield(done)
         except TimeoutError as error:
             if done.done():

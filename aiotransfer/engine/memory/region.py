@@ -13,7 +13,7 @@ from collections.abc import Callable
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.engine.memory.lease import Lease
 from aiotransfer.engine.memory.staging import flush
 from aiotransfer.engine.memory.typed import as_numpy, as_torch
@@ -390,7 +390,7 @@ class Region(RegionView):
         self._waiters.append(waiter)
         seconds = engine._seconds(timeout)
         try:
-            async with Patience(seconds):
+            async with Timeout(seconds):
                 await waiter
         except TimeoutError:
             self._fence()

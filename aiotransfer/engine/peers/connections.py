@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.aio.ratelimit import RateLimit, more
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.control import frames
 from aiotransfer.control.dialer import dial
 from aiotransfer.control.listener import Listener
@@ -137,7 +137,7 @@ class Connections:
         while True:
             link = await self._dial(address, deadline, retry)
             try:
-                async with Patience(deadline - loop.time()):
+                async with Timeout(deadline - loop.time()):
                     if (peer := await self._dialed(link, address, require)) is not None:
                         self.reach.found(address, peer)
                         return peer

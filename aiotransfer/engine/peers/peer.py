@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.control import frames
 from aiotransfer.control.line import Line
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
@@ -231,7 +231,7 @@ class Peer(Unpicklable):
         """Returns when the peer has gone, by goodbye or by loss. `TransferTimeout` after `timeout` seconds (None: no limit)."""
         seconds = math.inf if timeout is None else self._engine._seconds(timeout)
         try:
-            async with Patience(seconds):
+            async with Timeout(seconds):
                 await asyncio.shield(self._ended)
         except TimeoutError as error:
             raise TransferTimeout(f"{self} is still there after {seconds} s", peer=str(self.address)) from error
@@ -283,7 +283,7 @@ class Peer(Unpicklable):
         seconds = self._engine._seconds(timeout)
         try:
             self._post(frame)
-            async with Patience(seconds):
+            async with Timeout(seconds):
                 return await future
         except TransferError as error:
             error.add_note(f"while waiting for the answer to {frame!r}"[:300])

@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.control.frames import MAX_TEXT, Join, Roster, clip
 from aiotransfer.engine.operations.plans import Plan
 from aiotransfer.engine.peers.reach import Claims
@@ -154,7 +154,7 @@ class PeerGroup(Unpicklable):
         self._busy = True
         broken = what == "barrier" and self._failure is not None  # the others were told then
         try:
-            async with Patience(left):
+            async with Timeout(left):
                 await work()
         except TimeoutError as error:
             missing = self._missing()

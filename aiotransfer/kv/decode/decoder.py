@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.aio.timeouts import despite_cancels
+from aiotransfer.aio.timeouts import wait_shielded
 from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.errors import QuarantineError, TransferError
 from aiotransfer.kv.decode.absence import say_absent
@@ -168,7 +168,7 @@ class Decoder(Role):
         ending = [holder.abandon() for holder in self.pool.holders]
         try:
             if ending:
-                await despite_cancels(asyncio.ensure_future(asyncio.wait(ending)))
+                await wait_shielded(asyncio.ensure_future(asyncio.wait(ending)))
         finally:
             self.tails.close()
             await self.dispatcher.leave(self)

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.engine.runtime.base import seconds, world_of
 from aiotransfer.errors import ConfigurationError, TransferError, TransferTimeout
 from aiotransfer.weights.checkpoint.header import library
@@ -65,7 +65,7 @@ async def save(
     within = seconds(timeout)
     saving = _Saving(os.fspath(path), shard_bytes, staging_bytes, texts, world_of(role.engine).entropy(8).hex())
     try:
-        async with Patience(within):
+        async with Timeout(within):
             if isinstance(role, Subscriber):
                 return await _instance(role, saving, within)
             return await _trainers(role, saving)

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.aio.timeouts import despite_cancels
+from aiotransfer.aio.timeouts import wait_shielded
 from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError
@@ -268,7 +268,7 @@ class Publisher(Unpicklable):
         try:
             await asyncio.shield(self._closing)
         except asyncio.CancelledError:
-            await despite_cancels(self._closing)
+            await wait_shielded(self._closing)
             raise
 
     def engine_closed(self) -> None:

@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.aio.timeouts import Patience, despite_cancels
+from aiotransfer.aio.timeouts import Timeout, wait_shielded
 from aiotransfer.engine.runtime.base import is_open, seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, TransferTimeout, again
@@ -144,7 +144,7 @@ class Subscriber(Unpicklable):
         """
         within = seconds(timeout, self._seconds)
         try:
-            async with Patience(within):
+            async with Timeout(within):
                 await self._changes.until(lambda: self._check() and self._present.version is not None)
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
@@ -174,7 +174,7 @@ class Subscriber(Unpicklable):
         within = seconds(timeout, self._seconds)
         self._check()
         try:
-            async with Patience(within):
+            async with Timeout(within):
                 reading = await self.gate.enter()
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
@@ -402,7 +402,7 @@ class Subscriber(Unpicklable):
         try:
             await asyncio.shield(self._closing)
         except asyncio.CancelledError:
-            await despite_cancels(self._closing)
+            await wait_shielded(self._closing)
             raise
 
     def engine_closed(self) -> None:
