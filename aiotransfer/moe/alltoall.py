@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.aio.timeouts import Deadline, Timeout
+from aiotransfer.engine.engine import Engine
 from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
+from aiotransfer.engine.sync.group import PeerGroup
 from aiotransfer.errors import BusyError, TransferError, TransferTimeout, said
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe.calls import told
@@ -27,13 +29,12 @@ from aiotransfer.moe.step import tensors
 from aiotransfer.moe.step.handle import CombineHalf, Dispatched, DispatchHalf, Handle, belongs, half_of, send_back
 from aiotransfer.moe.step.step import Step
 from aiotransfer.moe.step.tensors import Array
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
     from types import TracebackType
 
-    from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.sync.group import PeerGroup
 
 SCALED_ELEMENTS = 128  # elements of float8 that share a scale, usually
 
@@ -98,6 +99,8 @@ class AllToAll(Unpicklable):
         name: str = "",
         timeout: float | None = None,
     ) -> None:
+        if not isinstance(engine, Engine) or not isinstance(group, PeerGroup):
+            raise TypeError(f"an open Engine and what its group() returns are needed, not {quote(engine)} and {quote(group)}")
         kind = lookup(dtype).name
         eight = kind.startswith("float8")
         shape = Shape(
@@ -109,15 +112,15 @@ class AllToAll(Unpicklable):
             align=align,
         )  # fmt: skip
         if max_recv_tokens is not None and not max_recv_tokens:
-            raise ValueError(f"max_recv_tokens is None or at least 1, not {max_recv_tokens!r}")
+            raise ValueError(f"max_recv_tokens is None or at least 1, not {quote(max_recv_tokens)}")
         if not isinstance(name, str):
-            raise TypeError(f"name must be a str, not {name!r}")
+            raise TypeError(f"name must be a str, not {quote(name)}")
         if direct not in ("auto", True, False):
-            raise ValueError(f"direct is 'auto', True or False, not {direct!r}")
+            raise ValueError(f"direct is 'auto', True or False, not {quote(direct)}")
         if timeout is not None:
             seconds(timeout)
         if type(results_in_place) is not bool:
-            raise TypeError(f"results_in_place is True or False, not {results_in_place!r}")
+            raise TypeError(f"results_in_place is True or False, not {quote(results_in_place)}")
         self._kernels = kernels_for(device)
         gpu = not isinstance(self._kernels, CpuKernels)
         if gpu and results_in_place:
@@ -372,7 +375,7 @@ class AllToAll(Unpicklable):
         """The first half of `combine`, with its arguments `y`, `handle`, `out` and `timeout` (seconds of the second half): `y`
         may not be changed, nor `out` be read, until the second is over (of `Dispatched.y` see there)."""
         if not belongs(handle, self._ranks):
-            raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {handle!r}")
+            raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {quote(handle)}")
         return await send_back(handle, y, out, self._timeout if timeout is None else timeout)
 
     # ---- ranks ----
@@ -422,7 +425,7 @@ class AllToAll(Unpicklable):
         """Give `rank` up on all ranks, as if it were lost: one that hangs, say. All are told the `reason`. It may come back by a
         new AllToAll."""
         if type(rank) is not int or not 0 <= rank < self.group_size or rank == self.rank:
-            raise ValueError(f"another rank of {self.group_size} is evicted, not {rank!r}")
+            raise ValueError(f"another rank of {self.group_size} is evicted, not {quote(rank)}")
         self._communicator.losses.evict(rank, reason)
 
     def __repr__(self) -> str:

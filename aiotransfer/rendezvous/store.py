@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 from aiotransfer.errors import RendezvousError
+from aiotransfer.quote import quote
 
 T = TypeVar("T")
 
@@ -123,7 +124,7 @@ class Caller:
                 return await asyncio.shield(done)
         except TimeoutError as error:
             if done.done():
-                raise RendezvousError(f"the store failed: {error!r}") from error
+                raise RendezvousError(f"the store failed: {quote(error)}") from error
             raise RendezvousError(
                 "the store does not answer any more", hint="is the process that hosts it (rank 0 or torchrun) still there?"
             ) from None

@@ -37,9 +37,10 @@ from aiotransfer.errors import (
     TransferError,
     TransferTimeout,
 )
-from aiotransfer.model.address import LOCALHOST, Address
+from aiotransfer.model.address import LOCALHOST, Address, engine_at
 from aiotransfer.providers.fabric.nics import interfaces
 from aiotransfer.providers.port import Terms
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
@@ -386,7 +387,7 @@ class Connections:
 def _check_provider(peer: Peer, require: str | None) -> None:
     if require is not None and peer.path.provider != require:
         raise ProviderUnavailableError(
-            f"{peer} is reached by {peer.path.provider}, not by {require!r}", attempts=list(peer.path.reasons)
+            f"{peer} is reached by {peer.path.provider}, not by {quote(require)}", attempts=list(peer.path.reasons)
         )
 
 
@@ -394,7 +395,7 @@ def _goodbye(peer: Peer, reason: str) -> TransferError:
     from aiotransfer.errors import PeerLostError
 
     return PeerLostError(
-        f"peer {peer.name or peer.address} said goodbye ({reason})",
+        f"peer {engine_at(peer.name, peer.address)} said goodbye ({reason})",
         peer=str(peer.address),
         hint="it closed its engine on purpose; connect again when it is back",
     )

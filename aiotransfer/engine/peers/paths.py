@@ -20,6 +20,7 @@ from aiotransfer.engine.runtime.placement import cpus_for
 from aiotransfer.errors import BrokenError, ProviderUnavailableError, RegistrationError, TransferError, TransferTimeout, again
 from aiotransfer.providers import native
 from aiotransfer.providers.port import Binding, Terms
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
@@ -78,7 +79,7 @@ class Paths:
             self._warn(peer, path)
             return
         raise ProviderUnavailableError(
-            f"no common way to {peer.address}" + (f" by {require!r}" if require else ""),
+            f"no common way to {peer.address}" + (f" by {quote(require)}" if require else ""),
             attempts=reasons,
             peer=str(peer.address),
             hint="; ".join(f"{name}: {why}" for name, why in reasons) or "the two sides share no provider",

@@ -35,7 +35,7 @@ from aiotransfer.errors import (
     TransferTimeout,
     again,
 )
-from aiotransfer.model.address import Address
+from aiotransfer.model.address import Address, engine_at
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.providers import native
 
@@ -181,7 +181,7 @@ class Peer(Unpicklable):
         """
         check_name(name)
         number = next(self._ids)
-        what = f"no region {name!r} was published by {self.name or self.address}"
+        what = f"no region {name!r} was published by {engine_at(self.name, self.address)}"
         seconds = self._engine._seconds(timeout)
         started = self._engine._loop.time()
         try:
@@ -460,9 +460,8 @@ class Peer(Unpicklable):
 
     def _loss(self, cause: BaseException | str) -> PeerLostError:
         reason = str(cause).partition("\nhint:")[0]
-        who = f"{self.name!r} at {self.address}" if self.name else str(self.address)
         return PeerLostError(
-            f"peer {who} (incarnation {self.incarnation:016x}) is lost: {reason}",
+            f"peer {engine_at(self.name, self.address)} (incarnation {self.incarnation:016x}) is lost: {reason}",
             peer=str(self.address),
             **_where(self),
             code=(native.lib.AT_EPEER, native.text(native.lib.AT_EPEER)),

@@ -33,6 +33,7 @@ from aiotransfer.kv.roles import tracing
 from aiotransfer.kv.roles.arguments import page_ids_of, whole
 from aiotransfer.kv.roles.tails import HEADER_BYTES
 from aiotransfer.kv.roles.verify import sums_of_layer
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -218,7 +219,7 @@ class PrefillRequest(Unpicklable):
         Raises `IndexError` (a layer that is not this rank's), `TypeError` or `ValueError`.
         """
         if layer not in self.layers:
-            raise IndexError(f"layer {layer!r} is not one of this rank's: {self.layers}")
+            raise IndexError(f"layer {quote(layer)} is not one of this rank's: {self.layers}")
         if self._page_ids is None:
             raise ValueError("the request's pages are not known: call use(page_ids) first")
         end = self.tokens if upto is None else whole("upto", upto)

@@ -17,6 +17,7 @@ from aiotransfer.kv.registry.cache import Cache
 from aiotransfer.kv.registry.changes import Change, differences
 from aiotransfer.kv.registry.member import ROLES, Member
 from aiotransfer.kv.registry.membership import LONGEST_PAUSE, Membership, within, words_of
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -250,12 +251,12 @@ class Registry(Unpicklable):
 def seconds(name: str, value: object, least: float = 0.0) -> float:
     """A number of seconds that makes sense. Raises `TypeError` or `ValueError`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number of seconds, not {value!r}")
+        raise TypeError(f"{name} must be a number of seconds, not {quote(value)}")
     if not least <= value <= MOST_SECONDS or value == 0:
-        raise ValueError(f"{name} must be a number of seconds above {least:g}, not {value!r}")
+        raise ValueError(f"{name} must be a number of seconds above {least:g}, not {quote(value)}")
     return float(value)
 
 
 def _check_role(role: str | None) -> None:
     if role is not None and role not in ROLES:
-        raise ValueError(f"role must be one of {ROLES} or None, not {role!r}")
+        raise ValueError(f"role must be one of {ROLES} or None, not {quote(role)}")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.engine.runtime.base import seconds, world_of
 from aiotransfer.errors import ConfigurationError, TransferError, TransferTimeout
+from aiotransfer.quote import quote
 from aiotransfer.weights.checkpoint.header import library
 from aiotransfer.weights.checkpoint.opening import SAVE, VERSION
 from aiotransfer.weights.checkpoint.parts import OfInstance, OfTrainers, Parts
@@ -57,9 +58,9 @@ async def save(
         raise TypeError("metadata maps texts to texts")
     for name, value in (("shard_bytes", shard_bytes), ("staging_bytes", staging_bytes)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, not {value!r}")
+            raise TypeError(f"{name} must be an int, not {quote(value)}")
         if value < 1:
-            raise ValueError(f"{name} must be positive, not {value}")
+            raise ValueError(f"{name} must be positive, not {quote(value)}")
     if not isinstance(role, Subscriber | Publisher):
         raise TypeError(f"save takes a Subscriber or a Publisher, not {type(role).__name__}")
     within = seconds(timeout)

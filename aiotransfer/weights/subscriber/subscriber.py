@@ -19,6 +19,7 @@ from aiotransfer.aio.timeouts import Timeout, wait_shielded
 from aiotransfer.engine.runtime.base import is_open, seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, TransferTimeout, again
+from aiotransfer.quote import quote
 from aiotransfer.weights.layouts.errors import PlanError
 from aiotransfer.weights.memory.binding import bound_of
 from aiotransfer.weights.protocol import relays, wire
@@ -78,11 +79,11 @@ class Subscriber(Unpicklable):
         on_record: Callable[[UpdateRecord], object] | None = None,
     ) -> None:  # fmt: skip
         if mode not in ("double", "in_place"):
-            raise ValueError(f"mode is 'double' or 'in_place', not {mode!r}")
+            raise ValueError(f"mode is 'double' or 'in_place', not {quote(mode)}")
         engine, instance = arguments.engine(engine), arguments.instance(instance, wire.MOST_NAME)
         for name, hook in (("pause", pause), ("resume", resume)):
             if hook is not None and not callable(hook):
-                raise TypeError(f"{name} must be callable, not {hook!r}")
+                raise TypeError(f"{name} must be callable, not {quote(hook)}")
         self.layout, self.rank, bound = bound_of(layout, rank, needed=False)
         self.observer = Observer(progress, on_record, "subscriber", self.rank)
         self.records = self.observer.records
