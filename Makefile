@@ -14,7 +14,7 @@ MINUTES ?= 20
 RUNS ?= 50000
 CYCLES ?= 10000
 
-.PHONY: help setup hello demo demo-moe demo-weights test check test-distros test-demo test-triton test-wheel test-long lint bench bench-earlier bench-handover bench-tcp bench-verbs bench-guest \
+.PHONY: help setup hello demo demo-moe demo-weights test check test-distros test-demo test-triton test-vllm test-wheel test-long lint bench bench-earlier bench-handover bench-tcp bench-verbs bench-guest \
 	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-weights bench-weights-save bench-scale bench-weights-replay docs test-rails test-chaos test-chaos-kv test-chaos-moe test-chaos-weights test-guest \
 	test-matrix test-cycles test-sanitize soak strangers fuzz sanitize mutants clean
 
@@ -87,6 +87,16 @@ $(STAMPS)/ray: $(STAMPS)/package
 # What needs torch, transformers or Ray: the model demo, torchrun, Ray actors.
 test-demo: $(STAMPS)/demo $(STAMPS)/ray $(STAMPS)/test
 	$(PY) -m pytest -m demo $(ARGS)
+
+# An environment of its own (3.5 GB, some five minutes): vLLM pins its torch, transformers and NumPy.
+VLLM := .venv-vllm
+$(STAMPS)/vllm: $(STAMPS)/system pyproject.toml $(NATIVE) examples/install_vllm.sh
+	@PYTHON=$$(cat $(STAMPS)/python) bash examples/install_vllm.sh $(VLLM) pytest pytest-asyncio pytest-timeout uvloop hypothesis
+	@touch $@
+
+# What needs vLLM: real engines on the CPU, SmolLM2 (93 MB, downloaded once) and tiny models with random weights.
+test-vllm: $(STAMPS)/vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm tests/integrations $(ARGS)
 
 $(STAMPS)/triton: $(STAMPS)/demo
 	@echo "installing Triton (about 200 MB, 690 MB unpacked) into $(VENV)"

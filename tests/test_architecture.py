@@ -35,6 +35,7 @@ MAY_IMPORT = {  # folder: the folders beneath it
     "weights": {"aio", "model", "core", "engine", "providers", "telemetry"},
     "testing": {"model", "core", "providers", "control", "engine"},
     "bench": {PACKAGE_ITSELF, "engine", "moe", "providers", "testing"},
+    "integrations": {PACKAGE_ITSELF, "rendezvous", "kv", "weights"},
     "cli": {PACKAGE_ITSELF, "bench", "model", "core", "providers", "control", "engine", "weights", "testing"},
 }
 ROOMS: dict[str, dict[str, set[str]]] = {  # by folder: each room, and those beneath it; "" is the folder itself, else above all
@@ -193,7 +194,7 @@ def test_only_providers_import_the_extension() -> None:
     assert users == [PACKAGE / "providers" / "native.py"]
 
 
-@pytest.mark.parametrize("folder", ["kv", "moe", "rendezvous", "weights"])
+@pytest.mark.parametrize("folder", ["kv", "moe", "rendezvous", "weights", "integrations"])
 def test_components_use_no_private_name_of_the_engine_but_those_that_are_listed(folder: str) -> None:
     used = {
         node.attr

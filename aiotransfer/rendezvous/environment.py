@@ -25,15 +25,14 @@ if TYPE_CHECKING:
 async def from_environment(
     engine: Engine, *, name: str = "", timeout: float | None = None, environ: Mapping[str, str] | None = None
 ) -> PeerGroup:
-    """The group of all ranks of this job, connected; `group.rank` is the rank of `engine`. `name`: of the group, where a job has
-    several; `environ`: the variables (None: `os.environ`).
+    """The group of all ranks of this job, connected; `group.rank` is the rank of `engine`. `name`: of the group, where a job
+    has several; `environ`: the variables (None: `os.environ`).
 
     Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and meets over torch's TCPStore there: the one of torchrun's agent, or,
     without an agent, one that rank 0 makes (shared with torch.distributed in the same process). A restart by torchrun gets keys
     of its own. Ends within `timeout` seconds (None: the engine's).
 
-    Raises `ConfigurationError` for missing variables or a missing torch, else as `over_store` and `from_list`.
-    """
+    Raises `ConfigurationError` for missing variables or a missing torch, else as `over_store` and `from_list`. """
     launch = Launch.parse(os.environ if environ is None else environ)
     make = _tcp_store()
     loop = asyncio.get_running_loop()
@@ -47,28 +46,34 @@ async def from_environment(
     return await from_list(engine, addresses, name=name, timeout=max(caller.left, 0.001))
 
 
-def listen_address(environ: Mapping[str, str] | None = None) -> str:
+def listen_address(environ: Mapping[str, str] | None = None, *, towards: str | Address | None = None) -> str:
     """Where an engine of this rank should listen: `open_engine(listen=listen_address())`. `environ`: the variables (None:
-    `os.environ`).
+    `os.environ`). `towards`: without a launcher, the address of an engine that this one will meet (None: the variables say).
 
     Loopback when all ranks are on this host (or the variables say nothing), else the address by which this host reaches
-    MASTER_ADDR, on any free port. Looks a name up, which may block: call it before there is much of an event loop to block.
-    """
+    MASTER_ADDR, or `towards`, on any free port. Looks a name up, which may block: call it before there is much of an event loop
+    to block. Raises `ConfigurationError` when there is no way there. """
+    if towards is not None:
+        address = Address.parse(towards)
+        return _route_to(address.host, address.port, str(address))
     environ = os.environ if environ is None else environ
     if not environ.get("MASTER_ADDR"):
         return "127.0.0.1:0"
     launch = Launch.parse(environ)
     if launch.one_host:
         return "127.0.0.1:0"
+    return _route_to(launch.host, launch.port, f"MASTER_ADDR={launch.host}")
+
+
+def _route_to(host: str, port: int, said: str) -> str:
     try:
-        family, _, _, _, target = socket.getaddrinfo(launch.host, launch.port, type=socket.SOCK_DGRAM)[0]
+        family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(target)  # sends nothing: the kernel only picks the route
             return str(Address(probe.getsockname()[0], 0))
     except OSError as error:
         raise ConfigurationError(
-            f"no way from here to MASTER_ADDR={launch.host}: {error}",
-            hint="open_engine(listen='ADDRESS:0') with this host's address",
+            f"no way from here to {said}: {error}", hint="open_engine(listen='ADDRESS:0') with this host's address"
         ) from error
 
 

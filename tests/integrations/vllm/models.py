@@ -1,0 +1,26 @@
+"""Tiny models with seeded random weights as folders that vLLM loads: a Llama of a million parameters, with numbers for words."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+LAYERS, HIDDEN, WORDS = 2, 128, 1000
+
+
+def build(seed: int) -> Any:
+    """The model of a seed, in bfloat16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=WORDS, hidden_size=HIDDEN, intermediate_size=256, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+if __name__ == "__main__":
+    build(int(sys.argv[2])).save_pretrained(sys.argv[1])

@@ -1,0 +1,60 @@
+"""A program: a trainer in this process, a vLLM engine in another. Prints one line of JSON with what was seen.
+
+    python -m tests.integrations.vllm.update_weights FOLDER
+
+The engine serves the model of seed 1 in FOLDER. The trainer sends that of seed 2, then the first one again, and so on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from tests.integrations.vllm import engine as engines
+from tests.integrations.vllm import models
+
+TOKENS = 16
+
+
+async def main(folder: str) -> dict[str, Any]:
+    from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
+
+    from aiotransfer.integrations.vllm import register
+    from aiotransfer.integrations.vllm.weights.trainer import AioTransferTrainerInitInfo
+
+    register()
+    began = time.perf_counter()
+    seen: dict[str, Any] = {}
+    engine = engines.start(folder)
+    seen["started"] = time.perf_counter() - began
+    requests, client = engines.Requests(engine), engines.Client(engine, asyncio.get_running_loop())
+    seen["first"] = await requests.run(TOKENS)
+    model, other = models.build(1), models.build(2)
+
+    def init() -> Any:
+        return WeightTransferTrainerFactory.trainer_init(
+            AioTransferTrainerInitInfo(rank=0, timeout=60), client=client, source=ModuleSource(model)
+        )
+
+    trainer = await asyncio.to_thread(init)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, weights in (("other", other.state_dict()), ("back", own)):
+        model.load_state_dict(weights)
+        began = time.perf_counter()
+        await asyncio.to_thread(trainer.send_weights)
+        seen[f"{name} sent"] = time.perf_counter() - began
+        seen[name] = await requests.run(TOKENS)
+        seen[f"{name} version"] = await engine.get_weight_version()
+    seen["calls"] = client.calls
+    await asyncio.to_thread(trainer.shutdown)
+    engine.shutdown()
+    return seen
+
+
+if __name__ == "__main__":
+    print("SEEN", json.dumps(asyncio.run(main(sys.argv[1]))), flush=True)
+    os._exit(0)
