@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from aiotransfer.quote import quote
-
 
 class Process(Protocol):
     """Any process object with a `pid`: of `subprocess`, `asyncio` or `multiprocessing`."""
@@ -25,7 +23,7 @@ class Process(Protocol):
 def stopped(process: Process) -> Iterator[None]:
     """`process`, a child of yours, does not run meanwhile (SIGSTOP, then SIGCONT)."""
     if not process.pid:
-        raise ValueError(f"the process is not running: {quote(process)}")
+        raise ValueError(f"the process is not running: {process!r}")
     os.kill(process.pid, signal.SIGSTOP)
     try:
         yield

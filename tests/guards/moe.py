@@ -7,6 +7,7 @@ from tests.guards.mutant import Mutant
 LISTENER = "aiotransfer/moe/communicator/listener.py"
 BOOTSTRAP = "aiotransfer/moe/communicator/bootstrap.py"
 COMING_BACK = "tests/moe/communicator/test_coming_back.py"
+PARTED = "tests/moe/communicator/test_parted.py"
 IDENTITY = "tests/moe/communicator/test_identity.py"
 MESSAGES = "tests/moe/protocol/test_messages.py"
 OUT_OF_STEP = "tests/moe/step/test_out_of_step.py"
@@ -104,13 +105,63 @@ GUARDS = (
     ),
     Mutant(
         "MoE: a rank that is given up while it meets the others", LISTENER,
-        "        if leave.who == ranks.rank and leave.of == ranks.incarnation:",
-        "        if membership is not None and leave.who == ranks.rank and leave.of == ranks.incarnation:", COMING_BACK,
+        "        if given_up:  # also", "        if given_up and membership is not None:  # also", COMING_BACK,
+    ),
+    Mutant(
+        "MoE: of two sides one goes on", LISTENER,
+        "            given_up = given_up and outweighs(present, {ranks.rank, *membership.audience})\n", "            return\n",
+        PARTED,
+    ),
+    Mutant(
+        "MoE: the other side goes on", LISTENER,
+        "            given_up = given_up and outweighs(present, {ranks.rank, *membership.audience})\n", "", PARTED,
+    ),
+    Mutant(
+        "MoE: which of two sides goes on", "aiotransfer/moe/protocol/membership.py",
+        "    return theirs.isdisjoint(mine) and (len(theirs)", "    return (len(theirs)", PARTED,
+    ),
+    Mutant(
+        "MoE: which of two sides a rank joins", "aiotransfer/moe/communicator/answers.py",
+        "            best = side if outweighs(side, best) else best\n", "            best = best | side\n", PARTED,
+    ),
+    Mutant(
+        "MoE: ranks of the other side are not joined", BOOTSTRAP,
+        "            if hello.running and rank not in side:", "            if False:", PARTED,
+    ),
+    Mutant(
+        "MoE: a side that takes in a rank of another one", LISTENER,
+        "        return hello.running and bool(theirs)", "        return False and bool(theirs)", PARTED,
+    ),
+    Mutant(
+        "MoE: a rank that has joined the lesser side", LISTENER,
+        "        if hello.running and not membership.full and outweighs(", "        if False and outweighs(", PARTED,
+    ),
+    Mutant(
+        "MoE: the lesser side is told", LISTENER,
+        "                ranks.send(other, ranks.leave(other, reason))\n", "                pass\n", PARTED,
+    ),
+    Mutant(
+        "MoE: a rank that ends tells all", "aiotransfer/moe/communicator/ranks.py",
+        "            for rank in self.others():  # also",
+        "            for rank in self.membership.audience if self.membership else self.others():  #", PARTED,
+    ),
+    Mutant(
+        "MoE: a lost rank that says Hello again", LISTENER,
+        "known.incarnation == hello.incarnation == membership.incarnation(rank):", "known.incarnation == hello.incarnation:",
+        PARTED,
+    ),
+    Mutant(
+        "MoE: a rank that says Hello by another connection", LISTENER,
+        "            if known.peer is peer:\n                greetings", "            if True:\n                greetings",
+        PARTED,
+    ),
+    Mutant(
+        "MoE: a rank that was given up takes no part", "aiotransfer/moe/alltoall.py",
+        " and (r != ranks.rank or ranks.over is None)", "", PARTED,
     ),
     Mutant(
         "MoE: what was said by ranks that did not take this one in", "aiotransfer/moe/communicator/answers.py",
-        "        said = self.taken_in or self.seen\n", "        said = self.seen | self.taken_in\n",
-        COMING_BACK,
+        "            return self.side()\n", "            self.seen = self.seen | self.taken_in\n", COMING_BACK,
     ),
     Mutant(
         "MoE: the last view says which ranks are needed", "aiotransfer/moe/communicator/answers.py",

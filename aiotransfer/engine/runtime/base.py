@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.errors import ClosedError
 from aiotransfer.providers import native
-from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.config import Config
@@ -162,7 +161,7 @@ def seconds(timeout: float | None, default: float | None = None) -> float:
     if timeout is None and default is not None:
         return default
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"a timeout is a number of seconds, not {quote(timeout)}")
+        raise TypeError(f"a timeout is a number of seconds, not {timeout!r}")
     if math.isnan(timeout) or timeout < 0:
-        raise ValueError(f"a timeout is not negative: {quote(timeout)}")
+        raise ValueError(f"a timeout is not negative: {timeout!r}")
     return float(timeout)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from aiotransfer.moe.protocol.membership import outweighs
+
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.moe.protocol.membership import Member
@@ -25,7 +27,7 @@ class Answers:
     know_it: set[int] = field(default_factory=set)  # ranks that have heard that this one cannot
     failure: Exception | None = None  # why this one cannot
     early: dict[int, ViewUpdate] = field(default_factory=dict)  # before this rank knew of which ranks: the last of each
-    taken_in: dict[int, set[int]] = field(default_factory=dict)  # of those, where they name this rank: the ranks that they name
+    taken_in: dict[int, set[int]] = field(default_factory=dict)  # by ranks that have taken this one in: the ranks that they name
 
     @property
     def at_work(self) -> bool:
@@ -38,8 +40,22 @@ class Answers:
         A rank that has taken this one in tells it whenever the ranks change, and when it leaves. What the others have said may
         be out of date: nothing tells this rank when one of them ends. So it counts only where no rank has taken this one in.
         """
-        said = self.taken_in or self.seen
-        return {*said}.union(*said.values()) - {self.me[0]} if said else set(others)
+        if self.taken_in:
+            return self.side()
+        return {*self.seen}.union(*self.seen.values()) - {self.me[0]} if self.seen else set(others)
+
+    def side(self) -> set[int]:
+        """The ranks that have taken this one in, and those that they name. Where these have given each other up: the side that
+        goes on."""
+        sides: list[set[int]] = []
+        for rank, named in self.taken_in.items():
+            one = {rank, *named} - {self.me[0]}
+            one = one.union(*(side for side in sides if not side.isdisjoint(one)))
+            sides = [side for side in sides if side.isdisjoint(one)] + [one]
+        best: set[int] = set()
+        for side in sides:
+            best = side if outweighs(side, best) else best
+        return best
 
     def view(self, rank: int, update: ViewUpdate) -> None:
         """A view has come before this rank has a membership that it belongs to."""

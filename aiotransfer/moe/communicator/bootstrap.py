@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from aiotransfer.aio.timeouts import Timeout
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.errors import BrokenError, PeerLostError, TransferTimeout, again, said
 from aiotransfer.moe.communicator.answers import Answers
 from aiotransfer.moe.communicator.dials import Dials, lost_while_meeting
@@ -92,7 +92,7 @@ class Bootstrap:
         for peer in known.values():
             ranks.send_to(peer, unable)
         with contextlib.suppress(TimeoutError):
-            async with Timeout(ranks.engine.config.drain_timeout):
+            async with Patience(ranks.engine.config.drain_timeout):
                 while any(rank not in know_it and peer.error is None for rank, peer in known.items()):
                     await ranks.soon()
 
@@ -220,9 +220,13 @@ class Bootstrap:
     async def _join(self) -> None:
         """Begin with ranks that are at work, at the step that follows from their views."""
         ranks, answers = self._ranks, self._answers
+        side = answers.side() or answers.needed(ranks.others())
         for rank in answers.hellos:
             self._greetings.hello_of(rank)
         incarnations = self._greetings.incarnations()
+        for rank, (_, hello) in answers.hellos.items():
+            if hello.running and rank not in side:  # of ranks that have parted from these: `Listener.hello` tells it so
+                incarnations[rank] = 0
         ranks.open_counters(ranks.others())
         ranks.running = True
         membership = Membership(ranks.rank, incarnations, slots=ranks.shape.slots, start=None, align=ranks.shape.align)

@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from aiotransfer.aio.ratelimit import RateLimit, more
-from aiotransfer.aio.timeouts import Timeout
+from aiotransfer.aio.timeouts import Patience
 from aiotransfer.control.frames import clip
 from aiotransfer.engine.peers.reach import Claims
 from aiotransfer.errors import DescriptorError, PeerLostError
@@ -18,7 +18,7 @@ from aiotransfer.moe.communicator.ranks import Ranks
 from aiotransfer.moe.communicator.waiting import Waiting
 from aiotransfer.moe.protocol import messages
 from aiotransfer.moe.protocol.errors import EvictedError
-from aiotransfer.moe.protocol.membership import MOST_GONE, MOST_STEPS
+from aiotransfer.moe.protocol.membership import MOST_GONE, MOST_STEPS, outweighs
 from aiotransfer.moe.protocol.waits import Wait
 
 if TYPE_CHECKING:
@@ -178,21 +178,22 @@ class Listener:
             answers.not_at_work(rank)
         if hello.running:
             answers.seen[rank] = present
+            if ranks.rank in present:  # its view follows, and it tells this rank when it leaves
+                answers.taken_in[rank] = present
         if not ranks.running or membership is None:
             if hello.ask and greetings.buffers is not None:
                 greetings.greet(rank, peer, ask=False)
             return
-        if known is not None and known.incarnation == hello.incarnation:
-            greetings.hello_of(rank)  # said twice, before it takes this rank in; the last one holds
-            return
+        if known is not None and known.incarnation == hello.incarnation == membership.incarnation(rank):
+            if known.peer is peer:
+                greetings.hello_of(rank)  # said twice, before it takes this rank in; the last one holds
+                return
+            losses.lose(rank, losses.lost(rank, " has lost its connection"))  # what was said by that one may not have come
         if ranks.shape.difference(hello.shape):
             greetings.greet(rank, peer, ask=False)  # it will see that they differ
             return
-        if membership.full or not membership.join(rank, hello.incarnation):
-            # Others have parted from it, and it does not know: it must not wait for this rank.
-            full = f"more than {MOST_GONE} ranks were lost in the life of this all-to-all: make it anew on every rank"
-            reason = full if membership.full else "others have lost it"
-            ranks.send_to(peer, ranks.leave(rank, reason, hello.incarnation))
+        if membership.full or self._parted(rank, hello, present) or not membership.join(rank, hello.incarnation):
+            self._turn_away(rank, peer, hello, present)
             return
         if known is not None and known.hello is not None:  # otherwise it may have this rank's Hello, which stands
             losses.forget(rank, PeerLostError(f"{ranks.who(rank)} has started anew", peer=str(peer.address)))
@@ -202,6 +203,29 @@ class Listener:
         losses.reasons.pop(rank, None)
         ranks.open_counters([rank])
         losses.follow()
+
+    def _parted(self, rank: int, hello: messages.Hello, present: set[int]) -> bool:
+        """Whether `rank` is at work with other ranks than this one. To take it in would be to hear of each side that the other
+        one is gone."""
+        ranks, membership = self._ranks, self._ranks.membership
+        assert membership is not None
+        theirs, mine = present - {ranks.rank, rank}, {*membership.audience} - {rank}
+        return hello.running and bool(theirs) and bool(mine) and theirs.isdisjoint(mine)
+
+    def _turn_away(self, rank: int, peer: Peer, hello: messages.Hello, present: set[int]) -> None:
+        """Others have parted from `rank`, and it does not know: it must not wait for this rank. Where it belongs to the side that
+        goes on, all those leave that this rank has joined."""
+        ranks, membership = self._ranks, self._ranks.membership
+        assert membership is not None
+        if hello.running and not membership.full and outweighs(present - {ranks.rank}, {*membership.audience} - {rank}):
+            reason = f"{ranks.who(rank)} is at work with more ranks, or the lowest one"
+            for other in membership.audience:
+                ranks.send(other, ranks.leave(other, reason))
+            ranks.end(EvictedError(f"{reason}, and the ranks that this one joined have parted from it", ranks=(rank,)))
+            return
+        full = f"more than {MOST_GONE} ranks were lost in the life of this all-to-all: make it anew on every rank"
+        reason = full if membership.full else "others have lost it"
+        ranks.send_to(peer, ranks.leave(rank, reason, hello.incarnation))
 
     def _near(self) -> int:
         """No step after this one is spoken of by a rank that is at work with this one: none is more than `slots` ahead of any
@@ -225,6 +249,8 @@ class Listener:
         if ranks.membership is None or (not ranks.running and (answers.taken_in or me in view.joining)):
             answers.view(rank, update)  # those that are at work take this rank in: it does not start with them
             return
+        if not known:
+            return
         ranks.running = True  # a rank that tells views has the Ready of every rank
         ranks.membership.hear(rank, view)
         self._losses.follow()
@@ -233,9 +259,13 @@ class Listener:
 
     def _left(self, rank: int, leave: messages.Leave) -> None:
         ranks, membership = self._ranks, self._ranks.membership
-        if membership is not None and rank in membership.gone:
-            return
-        if leave.who == ranks.rank and leave.of == ranks.incarnation:  # also while the ranks meet: it is not taken in any more
+        present = self._ranks_in(leave.present)
+        given_up = leave.who == ranks.rank and leave.of == ranks.incarnation
+        if membership is not None and rank in membership.gone:  # each has given the other up: one of the two sides goes on
+            given_up = given_up and outweighs(present, {ranks.rank, *membership.audience})
+            if not given_up:
+                return
+        if given_up:  # also while the ranks meet: it is not taken in any more
             who, where = ranks.who(rank), str(ranks.addresses[rank])
             ranks.end(EvictedError(f"{who} gave this rank up: {clip(leave.reason)}", peer=where, ranks=(rank,)))
         elif leave.who == rank and (membership is None or not ranks.running):
@@ -269,7 +299,7 @@ class Listener:
         """A rank has left: what it had sent before has landed, and only has to be counted still."""
         ranks = self._ranks
         try:
-            async with Timeout(ranks.engine.config.drain_timeout):
+            async with Patience(ranks.engine.config.drain_timeout):
                 while any(number < leave.upto for number in ranks.steps):
                     await ranks.changed()
         except TimeoutError:

@@ -189,7 +189,10 @@ class Ranks:
         text = messages.words(reason)
         known = self.known[who]
         of = of or (self.incarnation if known is None else known.incarnation)
-        return messages.Leave(rank=self.rank, incarnation=self.incarnation, who=who, of=of, upto=upto, reason=text)
+        present = [self.rank, *(self.membership.audience if self.membership is not None else ())]
+        return messages.Leave(
+            rank=self.rank, incarnation=self.incarnation, who=who, of=of, upto=upto, reason=text, present=present
+        )
 
     # ---- what happens ----
 
@@ -197,7 +200,7 @@ class Ranks:
         """This rank takes no part any more, because of `error`. Twice is silent."""
         if self.over is None:
             self.over = again(error)
-            for rank in self.membership.audience if self.membership is not None else self.others():
+            for rank in self.others():  # also to one that has taken this rank in, and is not known of here yet
                 self.send(rank, self.leave(self.rank, error.message))
             for counter in self._counters.values():
                 counter.close()

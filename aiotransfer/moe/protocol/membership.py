@@ -50,14 +50,15 @@ written rows to places that mean something else. This does no harm if
 No rank holds back a rank that has come back, at first: its headers of `start` to `start + slots - 1` may come while a step of its
 earlier incarnation is under way here. What is still needed of that one has to be out of the way before `join`.
 
-**Parted.** Without a majority rule, false alarms can part the ranks: each side decides alone and never hears the other again.
-A rank that learns that others have marked it as gone says so (`evicted`), decides nothing any more and has to leave. A rank
-that sees all others gone and was not told cannot know whether it is the last one or alone.
+**Parted.** Without a majority rule, false alarms can part the ranks: each side decides alone and hears no view of the other.
+A rank that learns from one it counts as present that it is marked as gone says so (`evicted`), decides nothing any more and has
+to leave. A rank that sees all others gone and was not told cannot know whether it is the last one or alone. Where a word of the
+other side arrives nevertheless, or a rank that comes back has met both, one side goes on and the other leaves: `outweighs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from enum import Enum
 from typing import Annotated, Final, TypeAlias
 
@@ -121,6 +122,15 @@ class View(msgspec.Struct, frozen=True, array_like=True):
             if len(data) != header_bytes or HEAD.unpack_from(data)[0] != step:
                 return f"what it holds as a header of step {step} is none"
         return ""
+
+
+def outweighs(theirs: Set[int], mine: Set[int]) -> bool:
+    """Whether the ranks `theirs` go on rather than the ranks `mine`, where the two sides have given each other up.
+
+    The side with more ranks goes on; of two with as many, the one that has the lowest rank. Where a rank is on both sides they
+    have not parted (yet), and neither outweighs the other.
+    """
+    return theirs.isdisjoint(mine) and (len(theirs), -min(theirs, default=0)) > (len(mine), -min(mine, default=0))
 
 
 class Membership:

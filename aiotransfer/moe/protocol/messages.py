@@ -18,7 +18,7 @@ from aiotransfer.model.address import Address
 from aiotransfer.moe.protocol.membership import Step, View
 from aiotransfer.moe.protocol.shape import MOST_RANKS
 
-MARK = b"\x93ATm\x03"  # the last byte is the version
+MARK = b"\x93ATm\x04"  # the last byte is the version
 KEY_BYTES = 12
 MOST_TEXT = 1000
 MOST_WAITS = 64  # the earliest are told
@@ -69,6 +69,7 @@ class Leave(_Message, frozen=True, tag=4):
     of: Incarnation  # its incarnation
     upto: Step  # of the sender itself: all its steps before this one are over, and everything of them has landed
     reason: str
+    present: RankList  # ranks that take part with the sender, which is one of them
 
 
 class WhoIsThere(_Message, frozen=True, tag=5):

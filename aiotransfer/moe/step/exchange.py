@@ -291,7 +291,7 @@ class Exchange:
                     for r in expected:
                         known = self.ranks.known[r]
                         if known is not None and known.peer.state in ("lost", "closed"):
-                            self.losses.missed(r, error)
+                            self.losses.missed(r, known.peer.error or error)
                     peers = self._peers(kind)
                 except ClosedError:
                     self.ranks.check()

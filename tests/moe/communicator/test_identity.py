@@ -57,8 +57,8 @@ def said(ranks: Any, about: Any) -> dict[str, Callable[[], messages.Message]]:
     region = known.lease.descriptor.encode() if known is not None else b""
     hello = {"shape": SHAPE.agreed(), "direct": True, "reads": False, "computed": 0, "ask": True, "present": [], "to": 0}
     return {
-        "it evicts": lambda: messages.Leave(who=0, of=ranks.incarnation, upto=0, reason="because", **me),
-        "it leaves": lambda: messages.Leave(who=1, of=about.incarnation, upto=0, reason="bye", **me),
+        "it evicts": lambda: messages.Leave(who=0, of=ranks.incarnation, upto=0, reason="because", present=[], **me),
+        "it leaves": lambda: messages.Leave(who=1, of=about.incarnation, upto=0, reason="bye", present=[], **me),
         "another one": lambda: messages.Hello(**(hello | {"region": region, "running": False, "rank": 1, "incarnation": 12345})),
         "none of it": lambda: messages.Hello(**(hello | {"region": b"", "running": False, "rank": 1, "incarnation": 12345})),
         "a view": lambda: messages.ViewUpdate(view=none, **me),
@@ -451,7 +451,7 @@ async def test_a_rank_that_leaves_while_the_ranks_meet_is_missed_at_once(monkeyp
         async with asyncio.timeout(60):
             while 1 not in a2a[0]._communicator._answers.hellos or (last and 1 not in a2a[0]._communicator._answers.ready):
                 await asyncio.sleep(0.01)
-        earlier = messages.Leave(rank=1, incarnation=7, who=1, of=7, upto=0, reason="long ago")
+        earlier = messages.Leave(rank=1, incarnation=7, who=1, of=7, upto=0, reason="long ago", present=[])
         a2a[0]._communicator._listener.heard(a2a[0]._communicator._answers.hellos[1][0], earlier)
         await asyncio.sleep(1.2)
         assert not waiting[0].done()

@@ -42,7 +42,7 @@ def test_a_view_that_can_be_is_taken() -> None:
     messages.WhoIsThere(rank=1, incarnation=1, present=[0] * 1025),
     messages.Ready(rank=1, incarnation=1, incarnations=[1] * 1025),
     messages.Ready(rank=1, incarnation=1, incarnations=[-1]),
-    messages.Leave(rank=1, incarnation=1, who=1, of=1, upto=1 << 62, reason=""),
+    messages.Leave(rank=1, incarnation=1, who=1, of=1, upto=1 << 62, reason="", present=[]),
     messages.ViewUpdate(rank=1, incarnation=1, view=View(1, tuple((0, i) for i in range(1, 16_386)), (), 0, (), (), ())),
     messages.ViewUpdate(rank=1, incarnation=1, view=View(1, (), (), MOST_STEPS, (), (), ())),
     messages.ViewUpdate(rank=1, incarnation=1, view=View(1, ((0, 0),), (), 0, (), (), ())),

@@ -253,7 +253,7 @@ def test_a_goodbye_to_an_earlier_one_of_this_rank_is_no_answer(monkeypatch: pyte
             ranks = a2a._ranks
             if a2a.rank == 1:
                 mine, of = ranks.incarnation, ranks.known[0].incarnation + 2
-                late = messages.Leave(rank=1, incarnation=mine, who=0, of=of, upto=0, reason="late")
+                late = messages.Leave(rank=1, incarnation=mine, who=0, of=of, upto=0, reason="late", present=[])
                 ranks.send(0, late)
             d = await a2a.dispatch(*FULL)
             d.y[:] = d.x * 3

@@ -44,7 +44,7 @@ def _said() -> list[messages.Message]:
             shape=SHAPE.agreed(), region=REGION, direct=True, reads=False, computed=0, running=True, ask=True, present=[0, 1],
             to=LISTENER, **me,
         ),
-        messages.Leave(who=1, of=GONE, upto=3, reason="bye", **me),
+        messages.Leave(who=1, of=GONE, upto=3, reason="bye", present=[], **me),
         messages.Piece(number=0, of=2, data=b"half", **me),
     ]  # fmt: skip
 
