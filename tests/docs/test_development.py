@@ -111,6 +111,15 @@ def test_the_walk_begins_with_the_pages() -> None:
     assert "accept_timeout" not in Config.__dataclass_fields__, "the example of first-change.md is a setting that there is not"
 
 
+def test_the_guard_of_the_walk_is_a_line_of_the_code_but_for_the_setting() -> None:
+    walk = (FOLDER / "first-change.md").read_text()
+    (block,) = re.findall(r"    Mutant\(\n(.+?)\n    \),", walk, re.DOTALL)
+    _, path, guard, instead, tests = eval(f"({block})")
+    for text in (guard.replace("engine.config.accept_timeout", "ACCEPT_SECONDS"), instead.replace("1e6", "ACCEPT_SECONDS")):
+        assert (ROOT / path).read_text().count(text) == 1, text
+    assert (ROOT / tests).is_file()
+
+
 def test_the_architecture_has_the_folders_in_their_own_words() -> None:
     assert folders.written() == folders.table(), "python -m tests.docs.folders writes it"
     for folder, sentence in folders.folders().items():
