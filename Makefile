@@ -106,7 +106,8 @@ $(STAMPS)/triton: $(STAMPS)/demo
 # The kernels for a GPU's memory under Triton's interpreter, on the CPU, and compiled but not run; then on a GPU, where there is one.
 # Triton is of the version that torch 2.13 asks for in its builds for CUDA; its CPU builds bring none.
 test-triton: $(STAMPS)/triton $(STAMPS)/test
-	TESTS_REQUIRE=triton TRITON_INTERPRET=1 $(PY) -m pytest tests/moe/kernels tests/weights/kernels tests/weights/test_on_gpu.py $(ARGS)
+	TESTS_REQUIRE=triton TRITON_INTERPRET=1 $(PY) -m pytest tests/moe/kernels tests/moe/test_torch.py tests/weights/kernels \
+		tests/weights/test_on_gpu.py $(ARGS)
 	$(PY) -m pytest tests/moe/kernels tests/weights/kernels tests/weights/test_real_gpu.py -m gpu $(ARGS)
 
 # The network provider once more, with the newer libfabric that a wheel carries (make test takes the first one that it finds).

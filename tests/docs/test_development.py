@@ -83,6 +83,17 @@ def test_the_page_on_testing_has_every_stage_of_the_continuous_integration() -> 
         assert stage in ("test", "lint", "docs") or re.search(rf"`make {stage}` \(\*\)", rows), stage
 
 
+def test_a_file_that_asks_for_torch_is_run_by_a_stage_that_has_it() -> None:
+    """`make test` has no torch: what only skips there would never run."""
+    (triton,) = re.findall(r"TESTS_REQUIRE=triton .*? -m pytest (.+?) \$\(ARGS\)", (ROOT / "Makefile").read_text(), re.DOTALL)
+    with_triton = triton.replace("\\", "").split()
+    asking = [file for file in (ROOT / "tests").rglob("test_*.py") if 'importorskip("torch' in file.read_text()]
+    assert len(asking) > 10
+    for file in asking:
+        name = str(file.relative_to(ROOT))
+        assert "mark.demo" in file.read_text() or name.startswith(tuple(with_triton)), f"{name}: mark what needs torch as demo"
+
+
 def test_the_number_of_guards_is_about_right() -> None:
     (said,) = set(re.findall(r"(\d+) (?:guards taken|of them)", (FOLDER / "testing.md").read_text()))
     assert abs(int(said) - len(EVERY)) < len(EVERY) / 5

@@ -84,6 +84,7 @@ async def test_an_error_of_the_gpu_goes_to_whoever_waits() -> None:
         await passed(Broken(), 5)
 
 
+@pytest.mark.demo
 async def test_a_thread_waits_for_an_event_of_the_stream_that_kernels_are_launched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     done: list[str] = []

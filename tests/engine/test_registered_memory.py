@@ -16,6 +16,7 @@ import aiotransfer as at
 from aiotransfer.testing import Pair
 
 N = 65536
+OF_TORCH = pytest.param("torch", marks=pytest.mark.demo)
 
 
 def tensors() -> Any:
@@ -50,6 +51,7 @@ def by_set_nothing(tensor: Any, torch: Any) -> None:
     tensor.set_()
 
 
+@pytest.mark.demo
 @pytest.mark.asyncio
 @pytest.mark.parametrize("form", ["tensor", "parameter", "view", "numpy", "numpy view"])
 @pytest.mark.parametrize("move", [by_data, by_set, by_set_nothing])
@@ -69,6 +71,7 @@ async def test_a_tensor_with_another_storage_leaves_the_first_in_place(pair: Pai
     assert not tensor.numel() or form == "view" or not tensor.any()
 
 
+@pytest.mark.demo
 @pytest.mark.asyncio
 @pytest.mark.parametrize("form", ["tensor", "storage", "view", "transposed", "numpy"])
 async def test_a_registered_storage_of_torch_cannot_be_resized(pair: Pair, form: str) -> None:
@@ -86,6 +89,7 @@ async def test_a_registered_storage_of_torch_cannot_be_resized(pair: Pair, form:
     assert (other == 9).all()  # (`tensor` has the new shape already: torch refuses too late)
 
 
+@pytest.mark.demo
 @pytest.mark.asyncio
 async def test_a_registered_storage_is_not_moved_into_shared_memory(pair: Pair) -> None:
     torch = tensors()
@@ -179,7 +183,7 @@ class SimpleExporter:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("owner", ["numpy", "memoryview", "dlpack", "torch"])
+@pytest.mark.parametrize("owner", ["numpy", "memoryview", "dlpack", OF_TORCH])
 async def test_every_dense_order_is_taken_byte_by_byte(pair: Pair, owner: str) -> None:
     heads = np.arange(2 * 4 * 2 * 2 * 8, dtype=np.int16).reshape(2, 4, 2, 2, 8)
     view = heads.transpose(0, 1, 3, 2, 4)  # neither C nor Fortran order
@@ -196,7 +200,7 @@ async def test_every_dense_order_is_taken_byte_by_byte(pair: Pair, owner: str) -
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("owner", ["numpy", "memoryview", "torch"])
+@pytest.mark.parametrize("owner", ["numpy", "memoryview", OF_TORCH])
 async def test_gaps_and_overlaps_are_refused_with_shape_and_strides(pair: Pair, owner: str) -> None:
     base = np.zeros((4, 6, 2), np.uint8)
     overlap = np.lib.stride_tricks.as_strided(base, (4, 6), (1, 1))
@@ -207,6 +211,7 @@ async def test_gaps_and_overlaps_are_refused_with_shape_and_strides(pair: Pair, 
         assert f"shape {view.shape}, strides {view.strides}" in str(caught.value)
 
 
+@pytest.mark.demo
 @pytest.mark.asyncio
 async def test_tensors_whose_memory_is_not_their_values_are_refused(pair: Pair) -> None:
     torch = tensors()

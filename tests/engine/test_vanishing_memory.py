@@ -109,7 +109,7 @@ ACTS = [write, write_little, read, read_little, prepared, prepared_little, pages
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("make", [of_disk, of_memory, of_numpy, of_torch, of_address])
+@pytest.mark.parametrize("make", [of_disk, of_memory, of_numpy, pytest.param(of_torch, marks=pytest.mark.demo), of_address])
 async def test_one_operation_fails_and_names_its_memory(provider: str, make: Callable[[Path], Any], tmp_path: Path) -> None:
     it = make(tmp_path / "file")
     async with engine_pair(provider, timeout=20) as pair:

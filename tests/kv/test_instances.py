@@ -217,7 +217,7 @@ async def test_all_the_prefill_ranks_that_hold_it_make_a_cache() -> None:
 # ---- memory of the program's own ----
 
 
-@pytest.mark.parametrize("kind", ["array", "bytearray", "address", "bfloat16 tensor"])
+@pytest.mark.parametrize("kind", ["array", "bytearray", "address", pytest.param("bfloat16 tensor", marks=pytest.mark.demo)])
 async def test_checksums_are_made_and_compared_over_registered_memory(kind: str) -> None:
     layout = small()
 

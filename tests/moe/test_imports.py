@@ -29,7 +29,7 @@ def test_other_devices_are_refused(device: str) -> None:
         kernels_for(device)
 
 
-@pytest.mark.parametrize("module", ["torch", "triton"])
+@pytest.mark.parametrize("module", ["torch", pytest.param("triton", marks=pytest.mark.demo)])
 def test_a_gpu_without_the_libraries_is_refused_with_what_is_missing(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     for name in ("aiotransfer.moe.kernels.gpu", "aiotransfer.moe.kernels.gpu_programs"):
         monkeypatch.delitem(sys.modules, name, raising=False)

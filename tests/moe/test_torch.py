@@ -12,7 +12,7 @@ from aiotransfer import moe
 from tests.moe.world import HIDDEN, World, batch, combined, world
 from tests.needs import skip_interpreter
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [pytest.mark.demo, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 def torch_or_skip() -> Any:

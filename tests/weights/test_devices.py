@@ -350,6 +350,7 @@ async def test_host_memory_that_a_lost_peer_may_still_write_into_is_replaced(par
     assert np.array_equal(memory_of(role.memory.shadow["w"]).view(np.float32), values(2)["w"].reshape(-1))
 
 
+@pytest.mark.demo
 async def test_bytes_of_torch_tensors_are_seen_as_they_lie() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     storage = torch.arange(24, dtype=torch.int16)

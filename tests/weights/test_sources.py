@@ -11,8 +11,8 @@ import aiotransfer as at
 from aiotransfer import weights
 from tests.weights.party import Party
 
-torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.asyncio
+torch = pytest.importorskip("torch", reason="make test-demo installs torch")
+pytestmark = [pytest.mark.demo, pytest.mark.asyncio]
 
 
 async def model_party(party: Party, **options: Any) -> tuple[Any, weights.Publisher, weights.Subscriber]:

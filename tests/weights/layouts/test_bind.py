@@ -44,6 +44,7 @@ def test_arguments_of_bind() -> None:
         W.bind(1, {"w": SQUARE[:4]})
 
 
+@pytest.mark.demo
 def test_a_view_is_bound_as_far_as_it_goes_and_not_to_the_end_of_its_storage() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(PlanError, match="w: 48 bytes of memory for a buffer of 96"):
@@ -52,6 +53,7 @@ def test_a_view_is_bound_as_far_as_it_goes_and_not_to_the_end_of_its_storage() -
         W.bind(0, {"w": torch.zeros(6, 4).T})
 
 
+@pytest.mark.demo
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 def test_memory_that_does_not_hold_its_values_is_refused_by_name() -> None:
     torch = pytest.importorskip("torch")
@@ -114,6 +116,7 @@ MOVES: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+@pytest.mark.demo
 @pytest.mark.parametrize("move", MOVES)
 def test_tensors_that_a_module_has_no_more_have_moved(move: str) -> None:
     torch = pytest.importorskip("torch")
@@ -128,6 +131,7 @@ def test_tensors_that_a_module_has_no_more_have_moved(move: str) -> None:
     del before
 
 
+@pytest.mark.demo
 def test_tensors_that_torch_does_not_count_changes_of_are_bound() -> None:
     torch = pytest.importorskip("torch")
     with torch.inference_mode():

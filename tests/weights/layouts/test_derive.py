@@ -12,7 +12,8 @@ import pytest
 from aiotransfer.weights import Layout, Piece, PlanError, Tensor, layout_of, make_plan, memory_of
 from tests.weights.replay import check, replay
 
-torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.demo
+torch = pytest.importorskip("torch", reason="make test-demo installs torch")
 
 
 @contextmanager
