@@ -14,6 +14,7 @@ from typing import Any
 
 from aiotransfer.advice import advise
 from aiotransfer.errors import ConfigurationError
+from aiotransfer.quote import quote
 
 PREFIX = "AIOTRANSFER_"
 OTHER_NAMES = frozenset(
@@ -36,7 +37,7 @@ def port_range(text: str) -> tuple[int, int]:
     first, dash, last = text.partition("-")
     ports = [int(part) if part.isascii() and part.isdigit() else 0 for part in (first, last if dash else first)]
     if not 0 < ports[0] <= ports[1] < 1 << 16:
-        raise ValueError(f"data_ports must be a port or a range of ports such as '7100-7163', not {text!r}")
+        raise ValueError(f"data_ports must be a port or a range of ports such as '7100-7163', not {quote(text)}")
     return ports[0], ports[1]
 
 
@@ -76,18 +77,18 @@ class Config:
             kind: type[object] = type(field.default)
             if kind is bool:
                 if not isinstance(value, bool):
-                    raise TypeError(f"{field.name} must be True or False, not {value!r}")
+                    raise TypeError(f"{field.name} must be True or False, not {quote(value)}")
                 continue
             if kind is str:
                 if not isinstance(value, str):
-                    raise TypeError(f"{field.name} must be a str, not {value!r}")
+                    raise TypeError(f"{field.name} must be a str, not {quote(value)}")
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-                raise TypeError(f"{field.name} must be {'a number' if kind is float else 'an int'}, not {value!r}")
+                raise TypeError(f"{field.name} must be {'a number' if kind is float else 'an int'}, not {quote(value)}")
             if not (value > 0 or (value == 0 and field.name in _MAY_BE_ZERO)) or not math.isfinite(value):
-                raise ValueError(f"{field.name} must be positive and finite, not {value!r}")
+                raise ValueError(f"{field.name} must be positive and finite, not {quote(value)}")
             if value > (most := _MOST.get(field.name, _MOST_SECONDS if kind is float else _MOST_INT)):
-                raise ValueError(f"{field.name} may be at most {most!r}, not {value!r}")
+                raise ValueError(f"{field.name} may be at most {most!r}, not {quote(value)}")
         if self.message_window_bytes < 1 << 20:
             raise ValueError(f"message_window_bytes must hold one message of 1 MiB, not {self.message_window_bytes}")
         port_range(self.data_ports)
@@ -109,7 +110,7 @@ class Config:
                 try:
                     changes[key] = _SWITCH[text.strip().lower()] if kinds[key] is bool else kinds[key](text)
                 except (ValueError, KeyError):
-                    raise ConfigurationError(f"{name}={text!r} is no {kinds[key].__name__}") from None
+                    raise ConfigurationError(f"{name}={quote(text)} is no {kinds[key].__name__}") from None
             elif name[len(PREFIX) :] not in OTHER_NAMES and name not in _warned and not _OF_KUBERNETES.fullmatch(name):
                 _warned.add(name)
                 known = [PREFIX + n for n in (*OTHER_NAMES, *(k.upper() for k in kinds))]

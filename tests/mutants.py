@@ -25,7 +25,7 @@ from tests.guards import EVERY  # noqa: E402
 from tests.guards.mutant import Mutant  # noqa: E402
 
 LOG = "mutants.log"
-PATIENCE = 300  # a mutant that hangs is a mutant that was noticed
+TIMEOUT = 300  # a mutant that hangs is a mutant that was noticed
 
 
 def copy(where: Path) -> None:
@@ -39,14 +39,14 @@ def copy(where: Path) -> None:
     shutil.copy2(ROOT / "aiotransfer" / "_build_facts.json", where / "aiotransfer")
 
 
-def run(where: Path, tests: str, patience: float = PATIENCE) -> int | None:
-    """pytest's exit status there, negative for a signal; None when it did not end in `patience` seconds."""
+def run(where: Path, tests: str, timeout: float = TIMEOUT) -> int | None:
+    """pytest's exit status there, negative for a signal; None when it did not end in `timeout` seconds."""
     environ = {**os.environ, "PYTHONPATH": str(where), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", *tests.split()]
     with open(where / LOG, "wb") as log:
         process = subprocess.Popen(command, cwd=where, env=environ, stdout=log, stderr=log)
     try:
-        return process.wait(patience)
+        return process.wait(timeout)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -106,7 +106,7 @@ def main() -> int:
             where = Path(folder)
             copy(where)
             tests = sorted({test for mutant in chosen for test in mutant.tests.split()})
-            if (status := run(where, " ".join(tests), 20 * PATIENCE)) != 0:
+            if (status := run(where, " ".join(tests), 20 * TIMEOUT)) != 0:
                 print((where / LOG).read_text()[-3000:])
                 print(f"the tests are not green as they are: pytest ended with {status}")
                 return 1

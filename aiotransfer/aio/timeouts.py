@@ -15,8 +15,8 @@ from typing import Any
 TURNS = 8  # of the loop: one for its descriptors, the others for the tasks that wait for each other for what came
 
 
-class Patience:
-    """`async with Patience(seconds):` raises `TimeoutError` like `asyncio.timeout`; None and infinity are none."""
+class Timeout:
+    """`async with Timeout(seconds):` raises `TimeoutError` like `asyncio.timeout`; None and infinity are none."""
 
     __slots__ = ("_loop", "_scope", "_seconds", "_timer")
 
@@ -46,7 +46,7 @@ class Patience:
         await self._scope.__aexit__(kind, value, trace)
 
 
-class Until:
+class Deadline:
     """One deadline for all that a call awaits: `seconds` as they were asked for (for messages), `left()` as of now."""
 
     __slots__ = ("_end", "_loop", "seconds")
@@ -61,7 +61,7 @@ class Until:
         return max(self._end - self._loop.time(), 0.0)
 
 
-async def despite_cancels(future: asyncio.Future[Any]) -> None:
+async def wait_shielded(future: asyncio.Future[Any]) -> None:
     """Wait until it is done, through any number of cancels: the first is raised then. Its result is not looked at."""
     import anyio
 

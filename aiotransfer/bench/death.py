@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 
 import aiotransfer as at
 from aiotransfer.bench.rows import Row
+from aiotransfer.quote import quote
 
 KILLS = 100
 _VICTIM = """
@@ -39,7 +40,7 @@ async def death_rows(engine: at.Engine, provider: str) -> AsyncIterator[Row]:
             await asyncio.wait([wait])
             taken.append((time.perf_counter() - begun) * 1e3)
             if not isinstance(wait.exception(), at.PeerLostError):
-                raise at.InternalError(f"a wait for a killed peer ended in {wait.exception()!r}")
+                raise at.InternalError(f"a wait for a killed peer ended in {quote(wait.exception())}")
         finally:
             process.kill()
             await asyncio.to_thread(process.wait)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.control.key import Key
 from aiotransfer.control.link import Identity, Link
 from aiotransfer.control.network import Network
@@ -19,7 +19,7 @@ from aiotransfer.model.address import Address
 
 FIRST_PAUSE = 0.01
 LONGEST_PAUSE = 0.25
-FIRST_PATIENCE = 2.0  # seconds for the first attempt, twice as many for each that follows: where strangers crowd the port, the
+FIRST_TIMEOUT = 2.0  # seconds for the first attempt, twice as many for each that follows: where strangers crowd the port, the
 # kernel drops connections without a word
 MOST_AT_ONCE = 8  # attempts without an answer; several at one address, whose system may drop some while strangers crowd it
 STAGGER = 0.25  # seconds before the next of several addresses is tried beside those that have not answered (RFC 8305, section 5)
@@ -36,11 +36,11 @@ async def dial(address: Address, key: Key, identity: Identity, network: Network,
     obstacle.
     """
     loop = asyncio.get_running_loop()
-    pause, patience = FIRST_PAUSE, FIRST_PATIENCE
+    pause, timeout = FIRST_PAUSE, FIRST_TIMEOUT
     tried: dict[Address, str] = {}
     while True:
         try:
-            async with Patience(min(deadline - loop.time(), patience)):
+            async with Timeout(min(deadline - loop.time(), timeout)):
                 return await _first_of(await network.resolve(address), key, identity, network, tried)
         except RendezvousError as error:
             error.peer = str(address)
@@ -64,7 +64,7 @@ async def dial(address: Address, key: Key, identity: Identity, network: Network,
                 hint="is the other engine up, and is this its control address?",
             )
         await asyncio.sleep(min(pause * (0.5 + identity.chance() / 2), left))
-        pause, patience = min(pause * 2, LONGEST_PAUSE), patience * 2
+        pause, timeout = min(pause * 2, LONGEST_PAUSE), timeout * 2
 
 
 def _words(error: BaseException) -> str:

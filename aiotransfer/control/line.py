@@ -113,12 +113,12 @@ class Line:
         self._look_later()
 
     @property
-    def _patience(self) -> float:
+    def _timeout(self) -> float:
         return self._seconds / SUSPECTED if self._suspected else self._seconds
 
     def _look_later(self) -> None:
         if self._watch is None and not self.link.ended and not self._closed:
-            self._watch = self._loop.call_later(self._patience / LOOKS, self._look)
+            self._watch = self._loop.call_later(self._timeout / LOOKS, self._look)
 
     def _look(self) -> None:
         self._watch = None
@@ -131,7 +131,7 @@ class Line:
         """Look whether the other side's kernel has been silent for too long."""
         if self._replay is None or (seen := self.link.heard()) is None:
             return
-        silent = self._silence.look(self._loop.time(), *seen, self._patience)
+        silent = self._silence.look(self._loop.time(), *seen, self._timeout)
         before, self.silent = self.silent, silent
         if silent and not before:
             self.on_silence()

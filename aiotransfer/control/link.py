@@ -22,6 +22,7 @@ from aiotransfer.control.key import Key
 from aiotransfer.control.session import NONCE_BYTES, Role, Session
 from aiotransfer.errors import BrokenError, BusyError, RendezvousError, shortage
 from aiotransfer.model.address import Address
+from aiotransfer.quote import quote
 
 MOST_UNSENT = 8 << 20
 MOST_EARLY = 256  # frames kept before start(), of at most so many bytes in all
@@ -177,7 +178,7 @@ class Link(asyncio.Protocol):
         left_out = _limit.admit(type(error).__name__)
         if left_out is not None:
             _logger.exception("a control frame could not be handled; closing the connection%s", more(left_out))
-        self._finish(BrokenError(f"a control frame could not be handled: {error!r}"))
+        self._finish(BrokenError(f"a control frame could not be handled: {quote(error)}"))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The TCP connection has ended."""

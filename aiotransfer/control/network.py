@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from aiotransfer.model.address import Address
+from aiotransfer.quote import quote
 
 BACKLOG = 1024
 MOST_RESOLVED = 16  # addresses of one name that are tried
@@ -86,7 +87,7 @@ class Tcp:
         places = await _places(asyncio.get_running_loop(), address)
         found = [place for place in dict.fromkeys(Address(host, address.port) for _, host in places) if not place.is_wildcard]
         if not found:
-            raise OSError(errno.EADDRNOTAVAIL, f"the name {address.host!r} stands for no address that can be dialled")
+            raise OSError(errno.EADDRNOTAVAIL, f"the name {quote(address.host)} stands for no address that can be dialled")
         first = ":" in found[0].host
         these, others = ([place for place in found if (":" in place.host) is (first is same)] for same in (True, False))
         mixed: list[Address] = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from aiotransfer.quote import quote
+
 AUTOMATIC = ("shm", "verbs", "efa", "tcp", "loopback")
 SAME_HOST = frozenset({"shm", "loopback"})
 
@@ -46,7 +48,7 @@ def rank(
 
 def _why_not(name: str, mine: Offer | None, theirs: Offer | None, require: str | None) -> str | None:
     if require is not None and name != require:
-        return f"{require!r} is required"
+        return f"{quote(require)} is required"
     if mine is None:
         return "not in use on this side"
     if theirs is None:

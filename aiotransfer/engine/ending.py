@@ -63,7 +63,7 @@ async def close(engine: Runtime, parts: Parts) -> None:
 
     All steps share one deadline, because one withheld page makes each of them wait.
     """
-    patience: float | None = None
+    timeout: float | None = None
     try:
         _withdraw(engine, parts)
         deadline = engine._loop.time() + engine.config.drain_timeout
@@ -82,9 +82,9 @@ async def close(engine: Runtime, parts: Parts) -> None:
         deadline = _later(engine, deadline)
         while not parts.lane.quiet() and engine._loop.time() < deadline:
             await asyncio.sleep(0.001)
-        patience = 0.0
+        timeout = 0.0
     finally:
-        finish(engine, parts, patience)
+        finish(engine, parts, timeout)
 
 
 def _later(engine: Runtime, deadline: float) -> float:
@@ -110,12 +110,12 @@ def _part(engine: Runtime, parts: Parts) -> None:
     parts.connections.stop()
 
 
-def finish(engine: Runtime, parts: Parts, patience: float | None = None) -> None:
-    """The part that waits for no turn of the loop; all of it (`patience` None) where `close` was cut off. Twice is silent."""
+def finish(engine: Runtime, parts: Parts, timeout: float | None = None) -> None:
+    """The part that waits for no turn of the loop; all of it (`timeout` None) where `close` was cut off. Twice is silent."""
     if engine._state == "closed":
         return
     try:
-        if patience is None:
+        if timeout is None:
             _withdraw(engine, parts)
             _part(engine, parts)
             parts.lane.quiet()
@@ -129,10 +129,10 @@ def finish(engine: Runtime, parts: Parts, patience: float | None = None) -> None
             provider.close()
         parts.progress.close()
     finally:
-        _end_lane(engine, parts, patience)
+        _end_lane(engine, parts, timeout)
 
 
-def _end_lane(engine: Runtime, parts: Parts, patience: float | None = None) -> None:
+def _end_lane(engine: Runtime, parts: Parts, timeout: float | None = None) -> None:
     engine._shut()
     for handle in parts.handles:
         handle._shut()
@@ -144,7 +144,7 @@ def _end_lane(engine: Runtime, parts: Parts, patience: float | None = None) -> N
         parts.lane.abandon()
         return
     engine._lane_is_freed()
-    parts.lane.free(patience)
+    parts.lane.free(timeout)
     for region in list(parts.regions.values()):  # of an engine that was closed without its loop; the others have gone
         region._let_go()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiotransfer.advice import advise
 from aiotransfer.aio.ratelimit import RateLimit
-from aiotransfer.aio.timeouts import despite_cancels
+from aiotransfer.aio.timeouts import wait_shielded
 from aiotransfer.config import Config
 from aiotransfer.control import frames
 from aiotransfer.control.frames import OfferWire, PeerInfo
@@ -57,6 +57,7 @@ from aiotransfer.providers.lane import Lane
 from aiotransfer.providers.port import Outside, Terms
 from aiotransfer.providers.selection.availability import check_names
 from aiotransfer.providers.selection.opening import open_providers
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -86,16 +87,16 @@ class Engine(Operations, Unpicklable):
         world: World = REAL,
     ) -> None:
         if progress not in ("auto", "loop", "thread"):
-            raise ValueError(f"progress is 'auto', 'loop' or 'thread', not {progress!r}")
+            raise ValueError(f"progress is 'auto', 'loop' or 'thread', not {quote(progress)}")
         if not isinstance(config, Config | None):
-            raise TypeError(f"config is a Config, not {config!r}")
+            raise TypeError(f"config is a Config, not {quote(config)}")
         self.config = (config or Config()).with_environment(environ)
         self._preference = check_names(providers)
         if providers == "auto" and (named := environ.get("AIOTRANSFER_PROVIDERS")):
             try:
                 self._preference = check_names("auto" if named == "auto" else [name.strip() for name in named.split(",")])
             except ValueError as error:
-                raise ConfigurationError(f"AIOTRANSFER_PROVIDERS={named!r}: {error}") from None
+                raise ConfigurationError(f"AIOTRANSFER_PROVIDERS={quote(named)}: {error}") from None
         self._listen = Address.parse(listen)
         self._advertise = advertised(advertise, environ)
         self._key = load_key(key, environ)
@@ -322,7 +323,7 @@ class Engine(Operations, Unpicklable):
         """
         self._check()
         if not isinstance(prefix, bytes | bytearray | memoryview):
-            raise TypeError(f"a prefix is bytes, not {prefix!r}")
+            raise TypeError(f"a prefix is bytes, not {quote(prefix)}")
         return self._mailbox.messages(bytes(prefix))
 
     def statistics(self) -> Statistics:
@@ -425,7 +426,7 @@ class Engine(Operations, Unpicklable):
         try:
             await asyncio.shield(self._closer)
         except asyncio.CancelledError:
-            await despite_cancels(self._closer)
+            await wait_shielded(self._closer)
             raise
 
     async def __aenter__(self) -> Engine:

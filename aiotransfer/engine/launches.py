@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.errors import ConfigurationError, TransferTimeout
+from aiotransfer.quote import quote
 
 TURNS = 50  # of the loop, before it sleeps between two looks
 FIRST_SLEEP, LONGEST_SLEEP = 50e-6, 1e-3  # seconds
@@ -28,7 +29,9 @@ def kernels_of(package: str, device: Any, stream: Any) -> Any:
     if kind == "cpu" and ordinal in ("", "0"):
         return importlib.import_module(f"{package}.cpu").CpuKernels()
     if kind != "cuda" or (colon and not (ordinal.isascii() and ordinal.isdecimal())):
-        raise ConfigurationError(f"there are no kernels for {str(device)!r}: host memory ('cpu') and CUDA ('cuda:0') have them")
+        raise ConfigurationError(
+            f"there are no kernels for {quote(str(device))}: host memory ('cpu') and CUDA ('cuda:0') have them"
+        )
     try:
         module = importlib.import_module(f"{package}.gpu")
     except ImportError as error:
@@ -49,7 +52,7 @@ class Event(Protocol):
 async def passed(event: Event, timeout: float | None = None) -> None:
     """Return when the event has passed; `TransferTimeout` after so many seconds. What `query` raises goes to the caller."""
     try:
-        async with Patience(timeout):
+        async with Timeout(timeout):
             turns, pause = TURNS, FIRST_SLEEP
             while not event.query():
                 if turns:
@@ -77,13 +80,13 @@ class Launches:
         if not self.host:
             if not torch.cuda.is_available():
                 raise ConfigurationError(
-                    f"torch {torch.__version__} finds no GPU, so there are no kernels for {device!r}",
+                    f"torch {torch.__version__} finds no GPU, so there are no kernels for {quote(device)}",
                     hint="see whether nvidia-smi works here, and whether this is a build of torch for CUDA",
                 )
             given = torch.device(device)
             index = torch.cuda.current_device() if given.index is None else given.index
             if index >= torch.cuda.device_count():
-                raise ConfigurationError(f"there is no {device!r}: torch finds {torch.cuda.device_count()} GPUs")
+                raise ConfigurationError(f"there is no {quote(device)}: torch finds {torch.cuda.device_count()} GPUs")
             device = f"cuda:{index}"
         self.device, self._stream = device, stream
 

@@ -14,6 +14,7 @@ from aiotransfer.engine.engine import Engine
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.engine.runtime.world import REAL, World
 from aiotransfer.providers import native
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -55,9 +56,9 @@ class Opening(Unpicklable):
     def __getattr__(self, name: str) -> NoReturn:
         kind = type(self).__name__
         if name.startswith("__"):
-            raise AttributeError(f"{kind!r} object has no attribute {name!r}", name=name, obj=self)
+            raise AttributeError(f"{kind!r} object has no attribute {quote(name)}", name=name, obj=self)
         self._awaited = True  # said here, and not once more at the end
-        raise AttributeError(f"open_engine() was not awaited, so there is no {name!r} yet: {OPEN}", name=name, obj=self)
+        raise AttributeError(f"open_engine() was not awaited, so there is no {quote(name)} yet: {OPEN}", name=name, obj=self)
 
     def __repr__(self) -> str:
         return "<open_engine(), not awaited yet>" if not self._awaited else "<open_engine()>"

@@ -6,6 +6,8 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
+from aiotransfer.quote import quote
+
 _NUMBERS = re.compile(r"(0x[0-9a-f]+|[0-9]+)(\.(0x[0-9a-f]+|[0-9]+)){0,3}")
 LOCALHOST = "localhost"
 
@@ -23,7 +25,7 @@ class Address:
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str):
-            raise TypeError(f"a host is a str, not {self.host!r}")
+            raise TypeError(f"a host is a str, not {quote(self.host)}")
         object.__setattr__(self, "host", _canonical(self.host))
 
     @classmethod
@@ -32,20 +34,20 @@ class Address:
         if isinstance(text, Address):
             return text
         if not isinstance(text, str):
-            raise TypeError(f"an address is a str 'host:port', not {text!r}")
+            raise TypeError(f"an address is a str 'host:port', not {quote(text)}")
         host, colon, port = text.rpartition(":")
         if "/" in text or not text.isprintable() or any(letter.isspace() for letter in text):
-            raise ValueError(f"an address is 'host:port', without a scheme, a path or blanks, not {text!r}")
+            raise ValueError(f"an address is 'host:port', without a scheme, a path or blanks, not {quote(text)}")
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
         elif ":" in host:
-            raise ValueError(f"an IPv6 host needs brackets: {text!r}")
-        if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-            raise ValueError(f"an address is 'host:port' with a port of 0 to 65535, not {text!r}")
+            raise ValueError(f"an IPv6 host needs brackets: {quote(text)}")
+        if not colon or not host or not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 65535:
+            raise ValueError(f"an address is 'host:port' with a port of 0 to 65535, not {quote(text)}")
         try:
             host.encode("idna")
         except UnicodeError:
-            raise ValueError(f"no host can be called {host!r}: {text!r}") from None
+            raise ValueError(f"no host can be called {quote(host)}: {quote(text)}") from None
         return cls(host, int(port))
 
     @classmethod
@@ -60,7 +62,7 @@ class Address:
             text = f"[{text}]:0" if ":" in text and not text.endswith("]") else f"{text}:0"
         address = cls.parse(text)
         if address.is_wildcard:
-            raise ValueError(f"advertise must be an address that others can dial, not the wildcard {text!r}")
+            raise ValueError(f"advertise must be an address that others can dial, not the wildcard {quote(text)}")
         return address
 
     @property
@@ -119,3 +121,8 @@ def _classful(name: str) -> ipaddress.IPv4Address | None:
     if any(part > 255 for part in firsts) or last >= 1 << 8 * (4 - len(firsts)):
         return None
     return ipaddress.IPv4Address(sum(part << 8 * (3 - i) for i, part in enumerate(firsts)) + last)
+
+
+def engine_at(name: str, address: Address) -> str:
+    """How errors name an engine: what it calls itself (`name`, may be empty), and its `address`."""
+    return f"{name!r} at {address}" if name else str(address)

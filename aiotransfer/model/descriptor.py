@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from aiotransfer.errors import DescriptorError, RegionError
+from aiotransfer.quote import quote
 
 MAGIC = b"ATRR"
 VERSION = 1
@@ -80,7 +81,7 @@ class RemoteRegion:
 
     def __getitem__(self, key: slice) -> RemoteRegion:
         if type(key) is not slice or key.step is not None:
-            raise TypeError(f"a remote region takes byte ranges [a:b] without a step, not {key!r}")
+            raise TypeError(f"a remote region takes byte ranges [a:b] without a step, not {quote(key)}")
         n = self.nbytes
         start = 0 if key.start is None else index(key.start)
         stop = n if key.stop is None else index(key.stop)
@@ -89,10 +90,10 @@ class RemoteRegion:
         return _make(self._box, self._grant, self._start + start, stop - start)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"a RemoteRegion is immutable; {name!r} cannot be set")
+        raise AttributeError(f"a RemoteRegion is immutable; {quote(name)} cannot be set")
 
     def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"a RemoteRegion is immutable; {name!r} cannot be deleted")
+        raise AttributeError(f"a RemoteRegion is immutable; {quote(name)} cannot be deleted")
 
     def __len__(self) -> int:
         return self.nbytes

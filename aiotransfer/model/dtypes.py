@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aiotransfer.quote import quote
+
 _TORCH_ONLY = {
     "bfloat16": 2,
     "float8_e4m3fn": 1,
@@ -48,8 +50,8 @@ def _lookup(dtype: Any, text: str | None) -> DType:
         dtype = name
     try:
         found = np.dtype(dtype)
-    except (TypeError, ValueError, SyntaxError) as error:  # NumPy parses strings, and says so in its own ways
-        raise TypeError(f"not an element type: {dtype!r}") from error
+    except Exception as error:  # NumPy parses strings, and words objects: any error of theirs may come
+        raise TypeError(f"not an element type: {quote(dtype)}") from error
     if found.kind not in "biufcmM":
         raise TypeError(f"{found} elements are no plain numbers")
     if not found.isnative:

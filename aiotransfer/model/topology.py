@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from aiotransfer.quote import quote
+
 MOST_CPUS = 1 << 16  # a list that names a higher one is not believed
 
 
@@ -98,7 +100,7 @@ def cpus_of(text: str) -> frozenset[int]:
         first, dash, last = part.partition("-")
         low, high = int(first), int(last) if dash else int(first)
         if not 0 <= low <= high < MOST_CPUS:
-            raise ValueError(f"{part!r} is no range of CPUs")
+            raise ValueError(f"{quote(part)} is no range of CPUs")
         cpus.update(range(low, high + 1))
     return frozenset(cpus)
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.aio.timeouts import Patience, Until
+from aiotransfer.aio.timeouts import Deadline, Timeout
+from aiotransfer.engine.engine import Engine
 from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
+from aiotransfer.engine.sync.group import PeerGroup
 from aiotransfer.errors import BusyError, TransferError, TransferTimeout, said
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.moe.calls import told
@@ -27,13 +29,12 @@ from aiotransfer.moe.step import tensors
 from aiotransfer.moe.step.handle import CombineHalf, Dispatched, DispatchHalf, Handle, belongs, half_of, send_back
 from aiotransfer.moe.step.step import Step
 from aiotransfer.moe.step.tensors import Array
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
     from types import TracebackType
 
-    from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.sync.group import PeerGroup
 
 SCALED_ELEMENTS = 128  # elements of float8 that share a scale, usually
 
@@ -98,6 +99,8 @@ class AllToAll(Unpicklable):
         name: str = "",
         timeout: float | None = None,
     ) -> None:
+        if not isinstance(engine, Engine) or not isinstance(group, PeerGroup):
+            raise TypeError(f"an open Engine and what its group() returns are needed, not {quote(engine)} and {quote(group)}")
         kind = lookup(dtype).name
         eight = kind.startswith("float8")
         shape = Shape(
@@ -109,15 +112,15 @@ class AllToAll(Unpicklable):
             align=align,
         )  # fmt: skip
         if max_recv_tokens is not None and not max_recv_tokens:
-            raise ValueError(f"max_recv_tokens is None or at least 1, not {max_recv_tokens!r}")
+            raise ValueError(f"max_recv_tokens is None or at least 1, not {quote(max_recv_tokens)}")
         if not isinstance(name, str):
-            raise TypeError(f"name must be a str, not {name!r}")
+            raise TypeError(f"name must be a str, not {quote(name)}")
         if direct not in ("auto", True, False):
-            raise ValueError(f"direct is 'auto', True or False, not {direct!r}")
+            raise ValueError(f"direct is 'auto', True or False, not {quote(direct)}")
         if timeout is not None:
             seconds(timeout)
         if type(results_in_place) is not bool:
-            raise TypeError(f"results_in_place is True or False, not {results_in_place!r}")
+            raise TypeError(f"results_in_place is True or False, not {quote(results_in_place)}")
         self._kernels = kernels_for(device)
         gpu = not isinstance(self._kernels, CpuKernels)
         if gpu and results_in_place:
@@ -142,10 +145,10 @@ class AllToAll(Unpicklable):
         `ConfigurationError` where the list of another member of the group differs, or `ValueError` where the engine has an open
         one of this name.
         """
-        await self._ready(self._until(timeout))
+        await self._ready(self._deadline(timeout))
         return self
 
-    async def _ready(self, until: Until) -> None:
+    async def _ready(self, deadline: Deadline) -> None:
         if not self._met:
             communicator, ranks = self._communicator, self._ranks
             if self._meeting is None:
@@ -153,10 +156,10 @@ class AllToAll(Unpicklable):
                 self._meeting = ranks.engine._loop.create_task(communicator.meet())
             meeting = self._meeting
             try:
-                async with Patience(until.left()):
+                async with Timeout(deadline.left()):
                     await asyncio.wait([meeting])
             except TimeoutError:
-                raise communicator.bootstrap.not_met(until.seconds) from None
+                raise communicator.bootstrap.not_met(deadline.seconds) from None
             if meeting.cancelled():
                 ranks.check()
             elif meeting.exception() is not None:
@@ -206,8 +209,8 @@ class AllToAll(Unpicklable):
         `StepRefused` on all others, and the next may be called), `RoutingOverflow`, `BusyError` when `slots` steps are in flight,
         `TransferTimeout` (see `in_flight`), `EvictedError`.
         """
-        half, until = await self._send(x, topk_idx, topk_weights, x_scales, tag, timeout, ahead=False)
-        return await half.receive_until(until)
+        half, deadline = await self._send(x, topk_idx, topk_weights, x_scales, tag, timeout, ahead=False)
+        return await half.receive_until(deadline)
 
     @told(_refusal(ahead=True))
     async def dispatch_send(
@@ -221,23 +224,23 @@ class AllToAll(Unpicklable):
     async def _send(
         self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None, tag: int | str | None,
         timeout: float | None, *, ahead: bool, refusal: BaseException | None = None,
-    ) -> tuple[DispatchHalf, Until]:  # fmt: skip
+    ) -> tuple[DispatchHalf, Deadline]:  # fmt: skip
         """`refusal`: why there can be no step, where that is known already; it is raised when the other ranks have been told."""
         try:
-            until = self._until(timeout)
+            deadline = self._deadline(timeout)
         except (TypeError, ValueError) as error:
             refusal, timeout = error, None
-            until = self._until(None)
-        await self._ready(until)
+            deadline = self._deadline(None)
+        await self._ready(deadline)
         ranks, shape = self._ranks, self._ranks.shape
-        await self._take_turn(until)
+        await self._take_turn(deadline)
         try:
             ranks.check()
             number = ranks.next_step
             busy = ranks.steps.get(number - shape.slots)
             if busy is not None and busy.refusal:  # it goes on by itself
                 with contextlib.suppress(StepRefused):
-                    await DispatchHalf(self._handle(busy.number), timeout).receive_until(until)
+                    await DispatchHalf(self._handle(busy.number), timeout).receive_until(deadline)
             elif busy is not None:
                 raise BusyError(
                     f"step {busy.number} is still in flight, and there are {shape.slots} slots",
@@ -249,7 +252,7 @@ class AllToAll(Unpicklable):
             except BaseException as error:  # of any kind: the others wait for this step, and must know that there is none
                 refusal = refusal or error
             if not self._may_send(number):
-                await self._until_it_may(number, until)
+                await self._until_it_may(number, deadline)
             if refusal is None:
                 try:
                     await step.send(tokens, stride, scale_rows)
@@ -269,19 +272,19 @@ class AllToAll(Unpicklable):
             step.ahead = ranks.spawn(step.receive())
             if not ahead:  # otherwise others may wait for the combine of an earlier step first
                 with contextlib.suppress(StepRefused):  # it is over everywhere
-                    await DispatchHalf(handle, timeout).receive_until(until)
+                    await DispatchHalf(handle, timeout).receive_until(deadline)
             raise refusal
         if ahead:
             step.ahead = ranks.spawn(step.send_rows())
-        return DispatchHalf(handle, self._timeout if timeout is None else timeout), until
+        return DispatchHalf(handle, self._timeout if timeout is None else timeout), deadline
 
-    def _until(self, timeout: float | None) -> Until:
+    def _deadline(self, timeout: float | None) -> Deadline:
         engine = self._ranks.engine
-        return Until(engine._loop, seconds(self._timeout if timeout is None else timeout, engine.timeout))
+        return Deadline(engine._loop, seconds(self._timeout if timeout is None else timeout, engine.timeout))
 
-    async def _take_turn(self, until: Until) -> None:
+    async def _take_turn(self, deadline: Deadline) -> None:
         try:
-            async with Patience(until.left()):
+            async with Timeout(deadline.left()):
                 await self._turn.acquire()
         except TimeoutError:
             text = "another dispatch of this rank has not been sent yet"
@@ -300,19 +303,19 @@ class AllToAll(Unpicklable):
         ]  # fmt: skip
         return (limit is None or number <= limit) and not strangers
 
-    async def _until_it_may(self, number: int, until: Until) -> None:
+    async def _until_it_may(self, number: int, deadline: Deadline) -> None:
         waiting, membership = self._communicator.waiting, self._ranks.membership
         assert membership is not None
         waiting.begins = number
         try:
-            async with Patience(until.left()):
+            async with Timeout(deadline.left()):
                 while not self._may_send(number):
                     await self._communicator.losses.views()
         except TimeoutError:
             who = ", ".join(map(self._ranks.who, membership.awaited)) or "no rank in particular"
             raise TransferTimeout(
-                f"step {number} could not begin within {until.seconds:g} s: a rank comes back, and not all have agreed on when; "
-                f"not heard of: {who}", ranks=membership.awaited,
+                f"step {number} could not begin within {deadline.seconds:g} s: a rank comes back, and not all have agreed on "
+                f"when; not heard of: {who}", ranks=membership.awaited,
                 hint="nothing was sent: dispatch again, or give the missing rank up with evict()",
             ) from None  # fmt: skip
         finally:
@@ -362,9 +365,9 @@ class AllToAll(Unpicklable):
         Raises `TypeError` or `ValueError` (also where `out` overlaps `y` or the memory of the all-to-all), `RegistrationError`,
         after which the right ones may be given; `TransferTimeout` (see `in_flight`), `EvictedError`.
         """
-        until = self._until(timeout)
+        deadline = self._deadline(timeout)
         half = await self.combine_send(y, handle, out=out, timeout=timeout)
-        return await half.receive_until(until)
+        return await half.receive_until(deadline)
 
     async def combine_send(
         self, y: Array, handle: Handle, *, out: Array = None, timeout: float | None = None
@@ -372,7 +375,7 @@ class AllToAll(Unpicklable):
         """The first half of `combine`, with its arguments `y`, `handle`, `out` and `timeout` (seconds of the second half): `y`
         may not be changed, nor `out` be read, until the second is over (of `Dispatched.y` see there)."""
         if not belongs(handle, self._ranks):
-            raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {handle!r}")
+            raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {quote(handle)}")
         return await send_back(handle, y, out, self._timeout if timeout is None else timeout)
 
     # ---- ranks ----
@@ -423,7 +426,7 @@ class AllToAll(Unpicklable):
         """Give `rank` up on all ranks, as if it were lost: one that hangs, say. All are told the `reason`. It may come back by a
         new AllToAll."""
         if type(rank) is not int or not 0 <= rank < self.group_size or rank == self.rank:
-            raise ValueError(f"another rank of {self.group_size} is evicted, not {rank!r}")
+            raise ValueError(f"another rank of {self.group_size} is evicted, not {quote(rank)}")
         self._communicator.losses.evict(rank, reason)
 
     def __repr__(self) -> str:

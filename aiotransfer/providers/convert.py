@@ -19,6 +19,7 @@ import numpy as np
 from aiotransfer.errors import TransferError
 from aiotransfer.providers import native
 from aiotransfer.providers.numbers import Numbers, check_apart, checked, in_rows, merged
+from aiotransfer.quote import quote
 
 KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
 SOURCES = ("float32", "bfloat16", "float16")  # of float8
@@ -215,7 +216,7 @@ def _at(side: Numbers, corner: Sequence[int], strides: Sequence[int]) -> Any:
 
 def _positive(what: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
-        raise ValueError(f"{what}: a whole number above 0 is needed, not {value!r}")
+        raise ValueError(f"{what}: a whole number above 0 is needed, not {quote(value)}")
     return operator.index(value)
 
 

@@ -43,13 +43,13 @@ def leak(thing: object) -> None:
 
 
 class Holdings:
-    """The lane behind `pointer`, and everything that it uses. `patience`: seconds to wait for its threads at the end."""
+    """The lane behind `pointer`, and everything that it uses. `timeout`: seconds to wait for its threads at the end."""
 
-    __slots__ = ("_husk", "_kept", "_lock", "forks", "patience", "pointer")
+    __slots__ = ("_husk", "_kept", "_lock", "forks", "pointer", "timeout")
 
-    def __init__(self, pointer: Any, patience: float) -> None:
+    def __init__(self, pointer: Any, timeout: float) -> None:
         self.pointer: Any = pointer
-        self.patience = patience
+        self.timeout = timeout
         self.forks = _forks
         self._kept: dict[tuple[str, int], object] = {}
         self._husk: Any = native.ffi.gc(pointer, native.lib.at_lane_free)  # late calls find it until the last reference is gone
@@ -87,7 +87,7 @@ class Holdings:
         return quiet, int(inside[0])
 
     def end(self, seconds: float | None = None) -> None:
-        """End the lane and let go of what it used. What cannot be proved to be over within `seconds` (None: `patience`) is kept
+        """End the lane and let go of what it used. What cannot be proved to be over within `seconds` (None: `timeout`) is kept
         for ever, with a `ResourceWarning`. Any thread; twice is silent."""
         if self.forked:  # nothing native runs there, and the lock may be another thread's of the parent for ever
             self._let_go()
@@ -100,7 +100,7 @@ class Holdings:
                 if known is not None:  # opened by another exit handler, after ours
                     leak(self)
                 return
-            quiet, inside = self.stop(self.patience if seconds is None else seconds)
+            quiet, inside = self.stop(self.timeout if seconds is None else seconds)
             if quiet:
                 native.lib.at_lane_end(self.pointer)
                 if inside:
@@ -142,7 +142,7 @@ def _at_exit() -> None:
     for holdings in left:
         leak(holdings)
         holdings.exit(0.0, alone=False)  # all of them begin to stop
-    deadline = time.monotonic() + max((holdings.patience for holdings in left), default=0.0)
+    deadline = time.monotonic() + max((holdings.timeout for holdings in left), default=0.0)
     for holdings in left:
         holdings.exit(deadline - time.monotonic(), alone=alone)
 

@@ -36,11 +36,11 @@ async def from_environment(
     launch = Launch.parse(os.environ if environ is None else environ)
     make = _tcp_store()
     loop = asyncio.get_running_loop()
-    patience = seconds(timeout, engine.timeout)
-    deadline = loop.time() + patience
+    timeout = seconds(timeout, engine.timeout)
+    deadline = loop.time() + timeout
     if not launch.hosts_store:
-        await _answers(launch, deadline, patience)
-    caller = Caller(make(launch), deadline, patience)  # the port is open, or ours to open: this takes no time
+        await _answers(launch, deadline, timeout)
+    caller = Caller(make(launch), deadline, timeout)  # the port is open, or ours to open: this takes no time
     addresses = await meet(engine, caller, launch.rank, launch.size, launch.prefix)
     # `caller` holds the store, which on rank 0 serves the others, until the barrier says that all ranks have read it.
     return await from_list(engine, addresses, name=name, timeout=max(caller.left, 0.001))

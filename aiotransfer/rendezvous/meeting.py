@@ -33,8 +33,8 @@ async def over_store(
     when this engine listens on no address that others could use (at once; the other ranks raise a `RendezvousError` that names
     this one and its reason, as soon as they look), `TypeError` or `ValueError`.
     """
-    patience = seconds(timeout, engine.timeout)
-    return await meet(engine, Caller(store, asyncio.get_running_loop().time() + patience, patience), rank, world_size, prefix)
+    timeout = seconds(timeout, engine.timeout)
+    return await meet(engine, Caller(store, asyncio.get_running_loop().time() + timeout, timeout), rank, world_size, prefix)
 
 
 async def meet(engine: Engine, caller: Caller, rank: int, world_size: int, prefix: str) -> list[str]:

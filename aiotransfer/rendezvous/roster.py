@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from aiotransfer.errors import ConfigurationError, RendezvousError
 from aiotransfer.model.address import Address
+from aiotransfer.quote import quote
 
 FORMAT = 1
 MOST_NAMED = 8
@@ -50,7 +51,7 @@ class Entry(NamedTuple):
                 raise ValueError
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise RendezvousError(
-                f"what the store holds for rank {rank} is no entry of this version: {data[:80]!r}",
+                f"what the store holds for rank {rank} is no entry of this version: {quote(data)}",
                 hint="do all ranks run the same version of aiotransfer, with a prefix of their own in the store?",
             ) from None
         return entry
@@ -103,9 +104,9 @@ def check_place(rank: int, size: int, address: Address) -> None:
     """Whether this rank can take part. Raises `TypeError`, `ValueError` or `ConfigurationError`."""
     for what, value in (("rank", rank), ("world_size", size)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{what} must be an int, not {value!r}")
+            raise TypeError(f"{what} must be an int, not {quote(value)}")
     if not 0 <= rank < size:
-        raise ValueError(f"rank must be from 0 to world_size - 1, not {rank} of {size}")
+        raise ValueError(f"rank must be from 0 to world_size - 1, not {quote(rank)} of {quote(size)}")
     if address.is_wildcard:
         raise ConfigurationError(
             f"{address} is where this engine listens, but no address that others could connect to",
@@ -179,7 +180,7 @@ class Launch(NamedTuple):
         for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
             text = environ.get(name) or "0"
             if not (text.isascii() and text.isdigit()):
-                raise ConfigurationError(f"{name}={text!r} is no number")
+                raise ConfigurationError(f"{name}={quote(text)} is no number")
             numbers[name] = int(text)
         rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
         if not 0 < numbers["MASTER_PORT"] < 1 << 16:

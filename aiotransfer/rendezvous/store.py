@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 from aiotransfer.errors import RendezvousError
+from aiotransfer.quote import quote
 
 T = TypeVar("T")
 
@@ -117,13 +118,13 @@ class Caller:
             raise
 
     async def _answer(self, done: asyncio.Future[T]) -> T:
-        patience = max(self.left, 0) + GRACE_SECONDS
+        timeout = max(self.left, 0) + GRACE_SECONDS
         try:
-            async with asyncio.timeout(None if patience == float("inf") else patience):
+            async with asyncio.timeout(None if timeout == float("inf") else timeout):
                 return await asyncio.shield(done)
         except TimeoutError as error:
             if done.done():
-                raise RendezvousError(f"the store failed: {error!r}") from error
+                raise RendezvousError(f"the store failed: {quote(error)}") from error
             raise RendezvousError(
                 "the store does not answer any more", hint="is the process that hosts it (rank 0 or torchrun) still there?"
             ) from None

@@ -32,6 +32,7 @@ from aiotransfer.errors import BusyError
 from aiotransfer.model.address import Address
 from aiotransfer.providers import native
 from aiotransfer.providers.lane import Lane
+from aiotransfer.quote import quote
 
 T = TypeVar("T")
 HOST = "127.0.0.1"
@@ -223,12 +224,12 @@ class Fabric:
     def _settings(self) -> Any:
         low, high = (round(seconds * _SECOND) for seconds in self._faults["delay"])
         if not 0 <= low <= high:
-            raise ValueError(f"delay is (least, most) in seconds, not {self._faults['delay']!r}")
+            raise ValueError(f"delay is (least, most) in seconds, not {quote(self._faults['delay'])}")
         settings = native.ffi.new("at_net_config *")
         settings.seed, settings.delay_min, settings.delay_max = self.seed, low, high
         for name in ("refuse", "split"):
             if not 0 <= self._faults[name] <= 1:
-                raise ValueError(f"{name} is a chance between 0 and 1, not {self._faults[name]!r}")
+                raise ValueError(f"{name} is a chance between 0 and 1, not {quote(self._faults[name])}")
             setattr(settings, name, round(self._faults[name] * 1000))
         return settings
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from aiotransfer.quote import quote
+
 
 class Process(Protocol):
     """Any process object with a `pid`: of `subprocess`, `asyncio` or `multiprocessing`."""
@@ -23,7 +25,7 @@ class Process(Protocol):
 def stopped(process: Process) -> Iterator[None]:
     """`process`, a child of yours, does not run meanwhile (SIGSTOP, then SIGCONT)."""
     if not process.pid:
-        raise ValueError(f"the process is not running: {process!r}")
+        raise ValueError(f"the process is not running: {quote(process)}")
     os.kill(process.pid, signal.SIGSTOP)
     try:
         yield

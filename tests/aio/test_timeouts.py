@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 
 pytestmark = pytest.mark.asyncio
 
@@ -33,7 +33,7 @@ async def test_what_came_while_the_loop_was_blocked_is_not_late() -> None:
     came, there, transport = await connected()
 
     async def wait() -> bytes:
-        async with Patience(0.02):
+        async with Timeout(0.02):
             return await came
 
     task = asyncio.ensure_future(wait())
@@ -49,20 +49,20 @@ async def test_what_does_not_come_is_late() -> None:
     loop = asyncio.get_running_loop()
     start = loop.time()
     with pytest.raises(TimeoutError):
-        async with Patience(0.03):
+        async with Timeout(0.03):
             await loop.create_future()
     assert loop.time() - start >= 0.029  # uvloop counts whole milliseconds
 
 
 @pytest.mark.parametrize("seconds", [None, math.inf])
 async def test_no_deadline(seconds: float | None) -> None:
-    async with Patience(seconds):
+    async with Timeout(seconds):
         await asyncio.sleep(0.01)
 
 
 async def test_a_cancel_from_outside_stays_one() -> None:
     async def wait() -> None:
-        async with Patience(10):
+        async with Timeout(10):
             await asyncio.get_running_loop().create_future()
 
     task: asyncio.Task[Any] = asyncio.ensure_future(wait())

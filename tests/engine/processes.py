@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NBYTES = 64 << 20
 NONE = Restrictions()
-PATIENCE = 20 * float(os.environ.get("TESTS_SLOWNESS", "1"))
+TIMEOUT = 20 * float(os.environ.get("TESTS_SLOWNESS", "1"))
 
 
 @contextlib.asynccontextmanager
@@ -36,7 +36,7 @@ async def other_process(
     process = subprocess.Popen(command) if host is None else host.popen([*command, host.listen], contained=contained)
     arrivals = engine.arrivals()
     try:
-        yield process, await asyncio.wait_for(anext(arrivals), PATIENCE)
+        yield process, await asyncio.wait_for(anext(arrivals), TIMEOUT)
     finally:
         process.kill()
         process.wait()

@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 
 POLLFD = "ihh"
-MOST_SECONDS = 60  # less than the patience of a test
+MOST_SECONDS = 60  # less than the timeout of a test
 
 
 class Stuck:

@@ -9,6 +9,7 @@ import re
 import traceback
 import weakref
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -170,3 +171,23 @@ async def test_a_copy_of_an_error_has_notes_of_its_own() -> None:
     copy.add_note("second")
     assert (error.__notes__, copy.__notes__) == (["first"], ["first", "second"])
     assert (copy.peer, copy.hint) == (error.peer, error.hint)
+
+
+async def test_the_error_of_a_group_names_the_rank_and_the_address_of_who_has_left() -> None:
+    async with AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(at.open_engine(name=f"e{i}")) for i in range(3)]
+        members = [str(engine.address) for engine in engines]
+        groups = [engine.group(members) for engine in engines]
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(group.barrier(timeout=30) for group in groups))
+            await engines[1].aclose()
+            stay = (groups[0], groups[2])
+            first = await asyncio.gather(*(group.barrier(timeout=30) for group in stay), return_exceptions=True)
+            again = await asyncio.gather(*(group.barrier(timeout=30) for group in stay), return_exceptions=True)
+        for error in first + again:
+            assert isinstance(error, at.BrokenError)
+            assert f"member 1 ({members[1]})" in error.message
+            assert f"'e1' at {members[1]}" in error.message or f"has lost member 1 ({members[1]})" in error.message
+            assert error.peer == members[1]
+            assert "target" not in error.message
+        assert all(error.message.count("member 1") == 1 for error in first)

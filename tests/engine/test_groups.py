@@ -601,11 +601,11 @@ async def test_lists_that_contradict_each_other_end_the_wait_on_every_member_at_
         async with asyncio.timeout(30):
             found = await asyncio.gather(*(group.barrier(timeout=300) for group in groups), return_exceptions=True)
         assert type(found[0]) is at.ConfigurationError
-        assert f"member 1 (e1) {text}" in str(found[0])
+        assert f"member 1 ('e1' at {b}) {text}" in str(found[0])
         assert "the same list" in found[0].hint
-        assert f"member 1 (e1) {text}" in str(found[1])  # it compared itself, or was told by the first one
+        assert f"member 1 ('e1' at {b}) {text}" in str(found[1])  # it compared itself, or was told by the first one
         assert type(found[2]) is at.ConfigurationError
-        assert re.search(r"member \d \(e[02]\) lists ", str(found[2]))
+        assert re.search(r"member \d \('e[02]' at [\d.:]+\) lists ", str(found[2]))
         with pytest.raises(at.BrokenError, match="broken"):
             await groups[0].barrier(timeout=300)
         right = engines[1].group([a, b, c])
@@ -646,7 +646,7 @@ async def test_a_list_that_does_not_name_this_engine_is_told_of_by_the_deadline_
         engines = [await stack.enter_async_context(at.open_engine(providers="shm", name=f"e{i}")) for i in range(3)]
         a, b, c = (str(engine.address) for engine in engines)
         theirs, ours = engines[1].group([b, c]), engines[0].group([a, b])
-        with pytest.raises(at.TransferTimeout, match=r"member 1 \(e1\) lists another member at place 0, 1") as caught:
+        with pytest.raises(at.TransferTimeout, match=rf"member 1 \('e1' at {b}\) lists another member at place 0, 1") as caught:
             await ours.barrier(timeout=1)
         assert caught.value.ranks == (1,)
         assert "the same list" in caught.value.hint

@@ -12,7 +12,7 @@ import pytest
 import aiotransfer as at
 from aiotransfer.control import frames
 from aiotransfer.providers import native
-from tests.engine.processes import PATIENCE, other_process
+from tests.engine.processes import TIMEOUT, other_process
 
 pytestmark = pytest.mark.asyncio
 MESSAGES = 20
@@ -24,11 +24,11 @@ async def says_goodbye(
     """The loop runs again when the process has ended and `first` has been called: then all that it said is read."""
     messages = engine.messages()
     await peer.send(f"{how} {MESSAGES}".encode())
-    process.wait(PATIENCE)
+    process.wait(TIMEOUT)
     first()
-    heard = [int((await asyncio.wait_for(anext(messages), PATIENCE)).data) for _ in range(MESSAGES)]
+    heard = [int((await asyncio.wait_for(anext(messages), TIMEOUT)).data) for _ in range(MESSAGES)]
     assert heard == list(range(MESSAGES))
-    await asyncio.wait_for(peer.closed(), PATIENCE)
+    await asyncio.wait_for(peer.closed(), TIMEOUT)
     assert peer.state == "closed"
     assert "said goodbye" in str(peer.error)
     await messages.aclose()  # type: ignore[attr-defined]
@@ -46,7 +46,7 @@ async def test_the_end_of_its_process_is_seen_first() -> None:
         engine._peer_event = event  # type: ignore[method-assign]
 
         def first() -> None:
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + TIMEOUT
             while not seen and time.monotonic() < deadline:
                 engine._progress.poll()
             assert seen == [native.lib.AT_EPEER]

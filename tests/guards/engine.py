@@ -188,6 +188,10 @@ GUARDS = (
         "        if pair in answered or len(answered) >= MOST_ANSWERED:\n", "        if False:\n", "tests/engine/test_groups.py",
     ),
     Mutant(
+        "group: which member has left", "aiotransfer/engine/sync/group.py",
+        "                self._name_member(error)\n", "                pass\n", "tests/engine/test_errors.py",
+    ),
+    Mutant(
         "group: whose signal has not come", "aiotransfer/engine/sync/group.py",
         "if rank not in come and not self._counters[rank][turn].value]", "]", "tests/engine/test_groups.py",
     ),

@@ -61,7 +61,7 @@ GUARDS = (
     ),
     Mutant(
         "weights: a cancel waits for work on memory that is used again", f"{WEIGHTS}/memory/aside.py",
-        "        await despite_cancels(task)\n        if not task.cancelled():\n", "        if task.done():\n",
+        "        await wait_shielded(task)\n        if not task.cancelled():\n", "        if task.done():\n",
         "tests/weights/memory/test_aside.py",
     ),
 )  # fmt: skip

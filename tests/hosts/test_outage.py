@@ -38,8 +38,8 @@ async def test_without_any_traffic_the_kernel_notices() -> None:
 async def test_a_peer_that_dies_or_stops_is_lost_as_soon_as_ever(number: signal.Signals, cut: bool) -> None:
     """Also where there are further ways to it, and one of them has been lost."""
     with Cables(2) as cables:
-        patience = 10.0 if number == signal.SIGKILL else 1.0  # a death is noticed without the pulses
-        async with outage.connected(cables, config=at.Config(peer_timeout=patience)) as (engine, peer):
+        timeout = 10.0 if number == signal.SIGKILL else 1.0  # a death is noticed without the pulses
+        async with outage.connected(cables, config=at.Config(peer_timeout=timeout)) as (engine, peer):
             assert peer._line.resumable
             waiting = asyncio.ensure_future(peer.lookup("never"))
             await asyncio.sleep(0.2)

@@ -18,7 +18,7 @@ from aiotransfer.providers.shm import pidfd
 KEY = "a key that both pods have"
 POD = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, str(Path(__file__))]
 NBYTES = 256 << 20
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 
 def _missing() -> str | None:
@@ -46,7 +46,7 @@ def test_the_death_of_a_sibling_is_proof_and_its_pages_come_back(kernel: str) ->
 
 
 async def owner() -> None:
-    async with at.open_engine(timeout=PATIENCE) as engine:
+    async with at.open_engine(timeout=TIMEOUT) as engine:
         print("listening at", engine.address, flush=True)
         pool = engine.allocate(NBYTES)
         peer = await anext(engine.arrivals())
@@ -55,14 +55,14 @@ async def owner() -> None:
         print(f"its number here is {peer.path.channel.pid}", flush=True)  # type: ignore[attr-defined]
         with contextlib.suppress(at.PeerLostError):
             await peer.closed()
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while engine.statistics().quarantined_bytes:
                 await asyncio.sleep(0.01)
         print("lost:", lease.state, engine.statistics().quarantined_bytes, flush=True)
 
 
 async def writer(address: str) -> None:
-    async with at.open_engine(timeout=PATIENCE) as engine:
+    async with at.open_engine(timeout=TIMEOUT) as engine:
         await engine.connect(address)
         async for message in engine.messages():
             there = at.RemoteRegion.decode(message.data)

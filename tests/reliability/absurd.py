@@ -41,7 +41,7 @@ MOST_SECONDS = 0.5  # of processor time, for one message
 MOST_PEAK = 8 << 20  # of Python memory beside what the message itself takes
 PEAK_PER_BYTE = 64  # a message of N bytes may cost so many times N: a list of small numbers, parsed
 MOST_MAPPED = 128 << 20  # of address space that one message leaves behind
-PATIENCE = 20.0  # seconds: a reader that has not answered by then does not go on
+TIMEOUT = 20.0  # seconds: a reader that has not answered by then does not go on
 PAGE = 4096
 THREAD = 136 << 20  # what the C library maps for one: its stack, and an arena, for a moment twice as large
 
@@ -263,7 +263,7 @@ async def _taken(take: Take, data: bytes, where: str) -> tuple[bool, int]:
     """Whether it was taken, and the address space that it left behind."""
     mapped = _mapped()
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             taken = await take(data)
     except Exception as error:
         raise AssertionError(f"{where}: {error!r}") from error

@@ -30,7 +30,7 @@ from aiotransfer import weights
 from aiotransfer.testing.leaks import snapshot
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
-PATIENCE = 20 * float(os.environ.get("TESTS_SLOWNESS", "1"))
+TIMEOUT = 20 * float(os.environ.get("TESTS_SLOWNESS", "1"))
 SIZE = 4 << 20
 PATTERN = 0x5A
 Keep = list[Any]
@@ -277,7 +277,7 @@ def survives(loop: str, provider: str, dice: random.Random) -> object:
     canaries = collected()
     time.sleep(0.005)
     check(canaries)
-    writing.result(PATIENCE)
+    writing.result(TIMEOUT)
     survivor.close()
     return None
 
@@ -325,7 +325,7 @@ def living(loop: str, provider: str, seed: int, points: int) -> None:
         except BaseException:
             print(f"point {seed + point} of {provider} on {loop}", file=sys.stderr)
             raise
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + TIMEOUT
     while (left := _counted(before)) and time.monotonic() < until:
         gc.collect()
         time.sleep(0.01)
@@ -353,7 +353,7 @@ def ending(loop: str, provider: str, seed: int, points: int) -> None:
             else:
                 HELD.append(one(loop, provider, dice))
             return
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + TIMEOUT
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
             if time.monotonic() > until:
                 os.kill(child, 9)

@@ -165,7 +165,7 @@ class Decode:
 
 
 class Instance:
-    """A decode instance with clients that may lose their patience."""
+    """A decode instance with clients that may give up."""
 
     def __init__(self, run: Run, name: str) -> None:
         self.run, self.name = run, name

@@ -113,7 +113,7 @@ class Life:
         self.leaving = self.hurried = False
         moods = random.Random(f"{run.seed} {rank} {number} moods")
         restless = run.restless and number < 4 and moods.random() < 0.6
-        self.patience = moods.choice([1e-4, 1e-3, 3e-3, 0.01, 0.1]) if restless else MEET
+        self.timeout = moods.choice([1e-4, 1e-3, 3e-3, 0.01, 0.1]) if restless else MEET
         self.fled = False  # left before all had met, and comes back by the same engine
         self.since = 0.0  # running since then
         self.doing, self.at = "meet", run.net.now
@@ -149,14 +149,14 @@ class Life:
     async def meet(self) -> None:
         while True:
             try:
-                await self.cut_short(lambda limit: self.a2a.ready(timeout=self.patience if limit == BOUND else limit))
+                await self.cut_short(lambda limit: self.a2a.ready(timeout=self.timeout if limit == BOUND else limit))
                 return
             except asyncio.CancelledError:
                 if self.state == "killed" or not self.shaken:
                     raise
             except at.TransferTimeout as error:
                 if not self.shaken:
-                    if self.patience < MEET:  # its own deadline
+                    if self.timeout < MEET:  # its own deadline
                         self.run.blame("left while they met", self)
                         self.fled = True
                     elif self.run.running(but=self):

@@ -45,7 +45,7 @@ AT_DATA_PORTS = ("byte", "request")
 HOLD = {"slow": 0.45, "redial": 0.02, "socket": 0.02, "byte": 2.0, "request": 2.0}  # seconds until it hangs up by itself
 DATA_PORTS = (22100, 22131)  # of the engine that is dialled
 NOBODY = 65534
-PATIENCE = 30.0  # of a friend: the default of an engine
+TIMEOUT = 30.0  # of a friend: the default of an engine
 
 
 class Outcome(NamedTuple):
@@ -164,7 +164,7 @@ async def friends(address: str, count: int, kind: str, strangers: int, pid: int)
         async with at.open_engine(providers=_providers(kind)) as engine:
             begun = time.monotonic()
             try:
-                peer = await engine.connect(address, timeout=PATIENCE)
+                peer = await engine.connect(address, timeout=TIMEOUT)
                 await peer.ping()
                 paths[peer.path.provider] += 1
             except at.TransferError as error:
@@ -219,7 +219,7 @@ Written by `make strangers` (`python -m tests.reliability.strangers --report`) o
 Strangers without the key hold so many connections to the control port (and to the socket that passes descriptors) of one engine
 all the time, and dial again as soon as one ends; friends connect one after the other. An engine keeps at most 128 unproven
 connections at its control port and 64 at that socket, and one at random makes room; a friend that was dropped dials again until
-its deadline ({PATIENCE:g} s here, the default), and takes the next path where one stays crowded.
+its deadline ({TIMEOUT:g} s here, the default), and takes the next path where one stays crowded.
 
 "byte" and "request" are at the data ports of tcp, which strangers know only where `Config(data_ports=)` fixes them. Such a port
 lets connections in from when it is offered to a peer until that peer is there; the kernel refuses all others.

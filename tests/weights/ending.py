@@ -26,7 +26,7 @@ from aiotransfer import weights
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 WAYS = ("returns", "raises", "exits", "closes", "leaves")
 PLACES = ("publish", "for", "reading")
-PATIENCE = 60 * float(os.environ.get("TESTS_SLOWNESS", "1"))
+TIMEOUT = 60 * float(os.environ.get("TESTS_SLOWNESS", "1"))
 SIZE = 1 << 18
 LAYOUT = weights.Layout([weights.Tensor("w", (SIZE,), "float32")], [weights.Piece("w", 0)], ranks=1)
 BUG = "a bug of the program"
@@ -84,7 +84,7 @@ def end(loop: str, way: str, place: str) -> None:
 
 def watched(child: int) -> int:
     """The status of a child; one that hangs is killed."""
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + TIMEOUT
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
         if time.monotonic() > until:
             os.kill(child, 9)

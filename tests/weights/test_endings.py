@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.weights.ending import BUG, PATIENCE, PLACES, WAYS
+from tests.weights.ending import BUG, PLACES, TIMEOUT, WAYS
 
 STATUS = {"raises": 1, "exits": 3}
 # asyncio names the two tasks of the program when their loop goes with them. A task that had no turn before its loop was closed is
@@ -21,7 +21,7 @@ NO_TURN = r".*RuntimeWarning: coroutine '.*' was never awaited\n"
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_program_may_end_anywhere_with_roles_of_weights(loop: str) -> None:
     command = [sys.executable, "-X", "faulthandler", "-m", "tests.weights.ending", loop]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=len(WAYS) * len(PLACES) * PATIENCE)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=len(WAYS) * len(PLACES) * TIMEOUT)
     cases = [json.loads(line) for line in done.stdout.splitlines()]
     assert (done.returncode, len(cases)) == (0, len(WAYS) * len(PLACES)), done.stderr
     for case in cases:

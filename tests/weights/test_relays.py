@@ -307,7 +307,7 @@ def test_the_trainers_write_what_a_rank_does_not_pass_on(instances: int, mode: s
         for number in (1, 2):
             began = net.now
             assert one < await publish(party, number) < one * instances
-            assert net.now - began < 1.5, "within their patience, not at the deadline"
+            assert net.now - began < 1.5, "within their timeout, not at the deadline"
             check(servers, number)
 
     play(scenario)

@@ -16,6 +16,7 @@ from aiotransfer.engine.memory import device_buffers
 from aiotransfer.engine.memory.hold import hold
 from aiotransfer.errors import RegistrationError
 from aiotransfer.providers import lane as native_lane
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     pass
@@ -80,15 +81,15 @@ def _of_torch(owner: Any, nbytes: int) -> Plain:
 
 def _of_triple(triple: tuple[Any, ...]) -> Plain:
     if len(triple) != 3:
-        raise TypeError(f"expected (address, nbytes, device), got {len(triple)} values: {triple!r}")
+        raise TypeError(f"expected (address, nbytes, device), got {len(triple)} values: {quote(triple)}")
     address, nbytes, device = triple
     for name, value in (("address", address), ("nbytes", nbytes)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, not {value!r}")
+            raise TypeError(f"{name} must be an int, not {quote(value)}")
         if value < 0:
             raise ValueError(f"{name} must not be negative: {value}")
     if not isinstance(device, str):
-        raise TypeError(f"device must be a str such as 'cpu', not {device!r}")
+        raise TypeError(f"device must be a str such as 'cpu', not {quote(device)}")
     if nbytes > MOST_BYTES or address + nbytes > 1 << 64:
         raise RegistrationError(f"{nbytes} bytes at {address:#x} are more than an address space holds")
     if nbytes and address == 0:

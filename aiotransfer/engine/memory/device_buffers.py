@@ -14,6 +14,7 @@ import numpy as np
 from aiotransfer.core.dense import is_dense
 from aiotransfer.errors import RegistrationError
 from aiotransfer.providers.host import cuda
+from aiotransfer.quote import quote
 
 DLPACK_CUDA = 2
 
@@ -42,7 +43,7 @@ def ordinal_of(device: str) -> int | None:
     """The number in "cuda:1"; None for plain "cuda", whose ordinal the driver tells. Other devices: `RegistrationError`."""
     kind, colon, number = device.partition(":")
     if kind != "cuda" or (colon and not (number.isascii() and number.isdecimal())):
-        raise RegistrationError(f"memory on {device!r} is not supported: host memory ('cpu') and CUDA ('cuda:0') are")
+        raise RegistrationError(f"memory on {quote(device)} is not supported: host memory ('cpu') and CUDA ('cuda:0') are")
     return int(number) if colon else None
 
 

@@ -18,7 +18,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import QuarantineError
 from aiotransfer.model.descriptor import Grant, RemoteRegion
@@ -88,7 +88,7 @@ class Lease(Unpicklable):
         waiter: asyncio.Future[None] = engine._loop.create_future()
         self._waiters[waiter] = None
         try:
-            async with Patience(seconds):
+            async with Timeout(seconds):
                 await waiter
         except TimeoutError:
             self._fence()

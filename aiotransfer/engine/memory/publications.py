@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.control import frames
 from aiotransfer.engine.runtime.arguments import MOST_PUBLISHED, check_name
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import Region
@@ -26,7 +27,7 @@ class Publications:
         """Make it known, and answer who asked already."""
         check_name(name)
         if name in self._names:
-            raise ValueError(f"the name {name!r} is taken; unpublish it first")
+            raise ValueError(f"the name {quote(name)} is taken; unpublish it first")
         descriptor = region._grant(access)
         region._add_keeper()
         self._names[name] = (region, descriptor)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.engine.memory.lease import Lease
 from aiotransfer.engine.memory.staging import flush
 from aiotransfer.engine.memory.typed import as_numpy, as_torch
@@ -22,6 +22,7 @@ from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, QuarantineError, RegionError
 from aiotransfer.model.descriptor import Grant, RemoteRegion
 from aiotransfer.providers.lane import Segment
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -50,7 +51,7 @@ class RegionView(Unpicklable):
     def __getitem__(self, key: slice) -> RegionView:
         """Bytes `[a:b]` of it. Never clamps (`RegionError`); steps and single indexes are a `TypeError`."""
         if type(key) is not slice or key.step is not None:
-            raise TypeError(f"a region takes byte ranges [a:b] without a step, not {key!r}")
+            raise TypeError(f"a region takes byte ranges [a:b] without a step, not {quote(key)}")
         n = self.nbytes
         start = 0 if key.start is None else index(key.start)
         stop = n if key.stop is None else index(key.stop)
@@ -208,9 +209,9 @@ class Region(RegionView):
         if self._closed:
             raise ClosedError("the region is closed")
         if access not in ACCESSES:
-            raise ValueError(f"access must be one of {ACCESSES}, not {access!r}")
+            raise ValueError(f"access must be one of {ACCESSES}, not {quote(access)}")
         if self._access != "auto" and access not in (self._access, *(("write", "read") if self._access == "both" else ())):
-            raise RegionError(f"the region was registered for {self._access!r}, not for {access!r}")
+            raise RegionError(f"the region was registered for {self._access!r}, not for {quote(access)}")
         if access != "read" and not self._writable:
             raise RegionError("read-only memory cannot be granted for writing")
         if access != "write" and self._staging is not None:
@@ -390,7 +391,7 @@ class Region(RegionView):
         self._waiters.append(waiter)
         seconds = engine._seconds(timeout)
         try:
-            async with Patience(seconds):
+            async with Timeout(seconds):
                 await waiter
         except TimeoutError:
             self._fence()

@@ -13,6 +13,7 @@ from aiotransfer.errors import RegionError
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.providers.host import cuda
 from aiotransfer.providers.lane import Segment
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.buffers import Plain
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def register(home: Regions, buffer: object, access: str, staging: bool | None, providers: Iterable[object]) -> Region:
     """See `Engine.register`. `providers`: those of the engine, some of which may take memory of a GPU."""
     if access != "auto" and access not in ACCESSES:
-        raise ValueError(f"access must be 'auto' or one of {ACCESSES}, not {access!r}")
+        raise ValueError(f"access must be 'auto' or one of {ACCESSES}, not {quote(access)}")
     plain = buffers.describe(buffer)
     if plain.device == "cpu":
         return home.add(_of_host(home, plain, access))
@@ -39,20 +40,20 @@ def allocate(home: Regions, shape_or_nbytes: int | Sequence[int], dtype: Any) ->
     """See `Engine.allocate`."""
     kind = lookup(dtype)
     if isinstance(shape_or_nbytes, str | bytes | bytearray | memoryview | dict | set | frozenset):
-        raise TypeError(f"a shape is an int or a sequence of ints, not {shape_or_nbytes!r}")
+        raise TypeError(f"a shape is an int or a sequence of ints, not {quote(shape_or_nbytes)}")
     given: Any = shape_or_nbytes
     plain = hasattr(given, "__index__") and not getattr(given, "shape", ())  # NumPy's integers as well
     dims = (given,) if plain else tuple(given)
     shape = []
     for dim in dims:
         if isinstance(dim, bool) or not hasattr(dim, "__index__"):
-            raise TypeError(f"a shape holds ints, not {dim!r}")
+            raise TypeError(f"a shape holds ints, not {quote(dim)}")
         if int(dim.__index__()) < 0:
-            raise ValueError(f"a shape has no negative dimensions: {tuple(dims)}")
+            raise ValueError(f"a shape has no negative dimensions: {quote(tuple(dims))}")
         shape.append(int(dim.__index__()))
     nbytes = math.prod(shape) * kind.itemsize
     if nbytes > buffers.MOST_BYTES:
-        raise ValueError(f"{nbytes} bytes are more than an address space holds")
+        raise ValueError(f"{quote(nbytes)} bytes are more than an address space holds")
     segment = Segment.allocate(nbytes)
     return home.add(Region(
         home, segment.address, nbytes, device="cpu", writable=True, keep=segment, access="auto", segment=segment,

@@ -17,6 +17,7 @@ from aiotransfer.engine.runtime.arguments import Pages, page_table, size
 from aiotransfer.errors import RegionError
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.providers import native
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
@@ -176,7 +177,7 @@ def _one(target: Any) -> PagesTarget:
         return PagesTarget(**target) if isinstance(target, Mapping) else PagesTarget(*target)
     except TypeError:
         names = ", ".join(PagesTarget._fields[:7])
-        raise TypeError(f"a target is a PagesTarget, or its fields ({names}), not {target!r}") from None
+        raise TypeError(f"a target is a PagesTarget, or its fields ({names}), not {quote(target)}") from None
 
 
 def _targets(targets: Any) -> Iterable[Any]:
@@ -186,7 +187,7 @@ def _targets(targets: Any) -> Iterable[Any]:
     try:
         return list(targets)
     except TypeError:
-        raise TypeError(f"targets are PagesTargets, or one that stands for many, not {targets!r}") from None
+        raise TypeError(f"targets are PagesTargets, or one that stands for many, not {quote(targets)}") from None
 
 
 def _apart(targets: PagesTarget) -> Iterable[PagesTarget]:

@@ -18,6 +18,7 @@ from aiotransfer.engine.runtime.arguments import size
 from aiotransfer.errors import RegionError
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.providers import native
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
@@ -144,10 +145,10 @@ def _rows(targets: Any) -> Iterable[tuple[Any, ...]]:
     try:
         rows = [tuple(target) for target in targets]
     except TypeError:
-        raise TypeError(f"targets are ScatterTargets, or one that holds arrays, not {targets!r}") from None
+        raise TypeError(f"targets are ScatterTargets, or one that holds arrays, not {quote(targets)}") from None
     for i, row in enumerate(rows):
         if len(row) not in (3, 4):
-            raise TypeError(f"target {i} is (src_offset, nbytes, dst) with an optional dst_offset, not {row!r}")
+            raise TypeError(f"target {i} is (src_offset, nbytes, dst) with an optional dst_offset, not {quote(row)}")
     return rows
 
 

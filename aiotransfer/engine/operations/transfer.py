@@ -22,6 +22,7 @@ from aiotransfer.engine.operations.notes import noted
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import QuarantineError, TransferError, again
 from aiotransfer.providers.port import Binding, Path
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.operations.notes import Deed
@@ -239,7 +240,7 @@ class Transfer(Unpicklable):
         looked at unless `fn` asks for it. Raises `TypeError`, and `RuntimeError` on another loop or thread.
         """
         if not callable(fn):
-            raise TypeError(f"a callback is called with the transfer; {fn!r} cannot be called")
+            raise TypeError(f"a callback is called with the transfer; {quote(fn)} cannot be called")
         engine = self._engine
         if engine._lane.forked:
             engine._check()  # it would never be told

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.aio.ratelimit import RateLimit, more
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.control import frames
 from aiotransfer.control.dialer import dial
 from aiotransfer.control.listener import Listener
@@ -37,9 +37,10 @@ from aiotransfer.errors import (
     TransferError,
     TransferTimeout,
 )
-from aiotransfer.model.address import LOCALHOST, Address
+from aiotransfer.model.address import LOCALHOST, Address, engine_at
 from aiotransfer.providers.fabric.nics import interfaces
 from aiotransfer.providers.port import Terms
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
@@ -137,7 +138,7 @@ class Connections:
         while True:
             link = await self._dial(address, deadline, retry)
             try:
-                async with Patience(deadline - loop.time()):
+                async with Timeout(deadline - loop.time()):
                     if (peer := await self._dialed(link, address, require)) is not None:
                         self.reach.found(address, peer)
                         return peer
@@ -386,7 +387,7 @@ class Connections:
 def _check_provider(peer: Peer, require: str | None) -> None:
     if require is not None and peer.path.provider != require:
         raise ProviderUnavailableError(
-            f"{peer} is reached by {peer.path.provider}, not by {require!r}", attempts=list(peer.path.reasons)
+            f"{peer} is reached by {peer.path.provider}, not by {quote(require)}", attempts=list(peer.path.reasons)
         )
 
 
@@ -394,7 +395,7 @@ def _goodbye(peer: Peer, reason: str) -> TransferError:
     from aiotransfer.errors import PeerLostError
 
     return PeerLostError(
-        f"peer {peer.name or peer.address} said goodbye ({reason})",
+        f"peer {engine_at(peer.name, peer.address)} said goodbye ({reason})",
         peer=str(peer.address),
         hint="it closed its engine on purpose; connect again when it is back",
     )

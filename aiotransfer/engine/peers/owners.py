@@ -11,6 +11,7 @@ from aiotransfer.errors import (
     TransferError,
     again,
 )
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.connections import Connections
@@ -67,5 +68,5 @@ def check_required(peer: Peer, require: str | None, region: RemoteRegion | None 
     path = peer.path if region is None else peer.path_for(region)
     if require is not None and path.provider != require:
         raise ProviderUnavailableError(
-            f"{peer} is reached by {path.provider}, not by {require!r}", attempts=list(path.reasons), peer=str(peer.address)
+            f"{peer} is reached by {path.provider}, not by {quote(require)}", attempts=list(path.reasons), peer=str(peer.address)
         )

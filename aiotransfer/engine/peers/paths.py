@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from aiotransfer.advice import advise
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.core.ranking import AUTOMATIC, Offer, Ranking, apart, rank
 from aiotransfer.engine.runtime.placement import cpus_for
 from aiotransfer.errors import BrokenError, ProviderUnavailableError, RegistrationError, TransferError, TransferTimeout, again
 from aiotransfer.providers import native
 from aiotransfer.providers.port import Binding, Terms
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 BIND_SECONDS = 0.01  # between two attempts to learn where a peer's memory is
 MEND_SECONDS = 0.01  # between two attempts to open a broken path again, at first
-PATIENCE = 0.25  # of peer_timeout: for a path to heal before another one is taken
+GIVE_UP_SHARE = 0.25  # of peer_timeout: for a path to heal before another one is taken
 
 
 class Paths:
@@ -78,7 +79,7 @@ class Paths:
             self._warn(peer, path)
             return
         raise ProviderUnavailableError(
-            f"no common way to {peer.address}" + (f" by {require!r}" if require else ""),
+            f"no common way to {peer.address}" + (f" by {quote(require)}" if require else ""),
             attempts=reasons,
             peer=str(peer.address),
             hint="; ".join(f"{name}: {why}" for name, why in reasons) or "the two sides share no provider",
@@ -183,7 +184,7 @@ class Paths:
     async def bind_within(self, region: RemoteRegion, peer: Peer, seconds: float) -> None:
         """Have the owner's answer where its memory is. Raises `TransferTimeout` after so many seconds."""
         try:
-            async with Patience(seconds):
+            async with Timeout(seconds):
                 while not await self._bind_once(region, peer):
                     await asyncio.sleep(BIND_SECONDS)
         except TimeoutError as error:
@@ -253,18 +254,18 @@ class Paths:
 
     async def _mend(self, peer: Peer, whole: Path, path: Path) -> None:
         loop, pause = self._engine._loop, MEND_SECONDS
-        patience = loop.time() + PATIENCE * self._engine.config.peer_timeout
+        give_up_at = loop.time() + GIVE_UP_SHARE * self._engine.config.peer_timeout
         try:
             while self._is_to_be_mended(peer, whole, path) and path.broken:
                 try:
-                    async with asyncio.timeout_at(max(patience, loop.time() + pause)):
+                    async with asyncio.timeout_at(max(give_up_at, loop.time() + pause)):
                         await path.reopen(peer)
                 except (TransferError, TimeoutError):
                     await self._pause(path, pause)  # the peer itself is lost when it is silent for long enough
                     pause = min(2 * pause, 32 * MEND_SECONDS)
-                late = path.broken and whole.broken and loop.time() >= patience
+                late = path.broken and whole.broken and loop.time() >= give_up_at
                 if late and not await self._give_up(peer, whole):
-                    patience = loop.time() + PATIENCE * self._engine.config.peer_timeout
+                    give_up_at = loop.time() + GIVE_UP_SHARE * self._engine.config.peer_timeout
         finally:
             del self._mending[path]  # in the same turn as the last look: what breaks from here on begins anew
 

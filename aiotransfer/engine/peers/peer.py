@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.control import frames
 from aiotransfer.control.line import Line
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
@@ -35,7 +35,7 @@ from aiotransfer.errors import (
     TransferTimeout,
     again,
 )
-from aiotransfer.model.address import Address
+from aiotransfer.model.address import Address, engine_at
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.providers import native
 
@@ -181,7 +181,7 @@ class Peer(Unpicklable):
         """
         check_name(name)
         number = next(self._ids)
-        what = f"no region {name!r} was published by {self.name or self.address}"
+        what = f"no region {name!r} was published by {engine_at(self.name, self.address)}"
         seconds = self._engine._seconds(timeout)
         started = self._engine._loop.time()
         try:
@@ -231,7 +231,7 @@ class Peer(Unpicklable):
         """Returns when the peer has gone, by goodbye or by loss. `TransferTimeout` after `timeout` seconds (None: no limit)."""
         seconds = math.inf if timeout is None else self._engine._seconds(timeout)
         try:
-            async with Patience(seconds):
+            async with Timeout(seconds):
                 await asyncio.shield(self._ended)
         except TimeoutError as error:
             raise TransferTimeout(f"{self} is still there after {seconds} s", peer=str(self.address)) from error
@@ -283,7 +283,7 @@ class Peer(Unpicklable):
         seconds = self._engine._seconds(timeout)
         try:
             self._post(frame)
-            async with Patience(seconds):
+            async with Timeout(seconds):
                 return await future
         except TransferError as error:
             error.add_note(f"while waiting for the answer to {frame!r}"[:300])
@@ -460,9 +460,8 @@ class Peer(Unpicklable):
 
     def _loss(self, cause: BaseException | str) -> PeerLostError:
         reason = str(cause).partition("\nhint:")[0]
-        who = f"{self.name!r} at {self.address}" if self.name else str(self.address)
         return PeerLostError(
-            f"peer {who} (incarnation {self.incarnation:016x}) is lost: {reason}",
+            f"peer {engine_at(self.name, self.address)} (incarnation {self.incarnation:016x}) is lost: {reason}",
             peer=str(self.address),
             **_where(self),
             code=(native.lib.AT_EPEER, native.text(native.lib.AT_EPEER)),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from aiotransfer.aio.ratelimit import RateLimit, more
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.errors import TransferError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Reach:
     async def replaced(self, address: Address) -> bool:
         """Whether an engine is found there soon after the end of one that said it was reached there."""
         try:
-            async with Patience(MISSED_SECONDS):
+            async with Timeout(MISSED_SECONDS):
                 await self.dial(address)
         except (TransferError, TimeoutError):
             return False
@@ -171,7 +171,7 @@ class Claims:
     async def _prove(self, peer: Peer, claim: _Claim) -> None:
         address, found = self._members[claim.rank], None
         try:
-            async with Patience(self._engine._seconds(None)):
+            async with Timeout(self._engine._seconds(None)):
                 for number in range(TRIES):  # it may have been started at this address only just now
                     await asyncio.sleep(number * PAUSE)
                     found = await self._reach.dial(address)

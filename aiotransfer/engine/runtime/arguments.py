@@ -10,6 +10,7 @@ import numpy as np
 
 from aiotransfer.errors import ConfigurationError, RegionError
 from aiotransfer.model.address import Address
+from aiotransfer.quote import quote
 
 RESERVED = 0xF000_0000  # immediates from here on are the library's own
 MOST_IMM = (1 << 32) - 1
@@ -21,10 +22,10 @@ MOST_NAME = 255  # characters of the name of an engine
 def check_imm(imm: object) -> int:
     """A user's immediate. Raises `TypeError` or `ValueError` with the value."""
     if isinstance(imm, bool) or not hasattr(imm, "__index__"):
-        raise TypeError(f"an immediate is an int, not {imm!r}")
+        raise TypeError(f"an immediate is an int, not {quote(imm)}")
     value = int(imm.__index__())
     if not 0 <= value < RESERVED:
-        raise ValueError(f"an immediate lies in [0, {RESERVED:#x}), not {value}; those from there on are reserved")
+        raise ValueError(f"an immediate lies in [0, {RESERVED:#x}), not {quote(value)}; those from there on are reserved")
     return value
 
 
@@ -62,17 +63,17 @@ def size(name: str, value: object, least: int) -> int:
     if type(value) is int and least <= value <= MOST:
         return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, not {value!r}")
+        raise TypeError(f"{name} must be an int, not {quote(value)}")
     number = int(value.__index__())
     if not least <= number <= MOST:
-        raise ValueError(f"{name} must lie in [{least}, 2**63), not {number}")
+        raise ValueError(f"{name} must lie in [{least}, 2**63), not {quote(number)}")
     return number
 
 
 def check_name(name: object) -> None:
     """Raises `TypeError` or `ValueError` for what no region can be published as."""
     if not isinstance(name, str):
-        raise TypeError(f"a name must be a str, not {name!r}")
+        raise TypeError(f"a name must be a str, not {quote(name)}")
     if not name or len(name) > MOST_PUBLISHED:
         raise ValueError(f"a name has 1 to {MOST_PUBLISHED} characters, not {len(name)}")
     if not name.isascii():
@@ -152,7 +153,7 @@ def engine_name(name: object) -> str:
     if name is None:
         return str(os.getpid())
     if not isinstance(name, str):
-        raise TypeError(f"an engine's name is a str, not {name!r}")
+        raise TypeError(f"an engine's name is a str, not {quote(name)}")
     if len(name) > MOST_NAME or not name.isprintable():
         raise ValueError(f"an engine's name has at most {MOST_NAME} printable characters, not {len(name)}: {name[:64]!a}")
     return name
@@ -169,7 +170,7 @@ def advertised(address: str | Address | None, environ: Mapping[str, str]) -> Add
     try:
         return Address.parse_advertised(text)
     except ValueError as error:
-        raise ConfigurationError(f"AIOTRANSFER_ADVERTISE={text!r}: {error}") from None
+        raise ConfigurationError(f"AIOTRANSFER_ADVERTISE={quote(text)}: {error}") from None
 
 
 def check_rails(rails: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -177,7 +178,7 @@ def check_rails(rails: str | Sequence[str] | None) -> tuple[str, ...]:
     names = (rails,) if isinstance(rails, str) else tuple(rails or ())
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"a rail is the name of an interface or device, or an address, not {name!r}")
+            raise TypeError(f"a rail is the name of an interface or device, or an address, not {quote(name)}")
     if rails is not None and not names:
         raise ValueError("rails must name at least one, or be None")
     if len(set(names)) != len(names):

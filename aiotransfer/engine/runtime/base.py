@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.errors import ClosedError
 from aiotransfer.providers import native
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.config import Config
@@ -161,7 +162,7 @@ def seconds(timeout: float | None, default: float | None = None) -> float:
     if timeout is None and default is not None:
         return default
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"a timeout is a number of seconds, not {timeout!r}")
+        raise TypeError(f"a timeout is a number of seconds, not {quote(timeout)}")
     if math.isnan(timeout) or timeout < 0:
-        raise ValueError(f"a timeout is not negative: {timeout!r}")
+        raise ValueError(f"a timeout is not negative: {quote(timeout)}")
     return float(timeout)

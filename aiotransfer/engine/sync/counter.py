@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferError, TransferTimeout, again
 from aiotransfer.providers import native
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
@@ -229,7 +230,7 @@ def take_each(counters: Sequence[Counter], wanted: Sequence[int]) -> tuple[list[
 
 def _count(n: object) -> int:
     if isinstance(n, bool) or not hasattr(n, "__index__"):
-        raise TypeError(f"the number of arrivals must be an int, not {n!r}")
+        raise TypeError(f"the number of arrivals must be an int, not {quote(n)}")
     value = int(n.__index__())
     if value < 0:
         raise ValueError(f"the number of arrivals must not be negative: {value}")

@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.control.frames import MAX_TEXT, Join, Roster, clip
 from aiotransfer.engine.operations.plans import Plan
 from aiotransfer.engine.peers.reach import Claims
@@ -43,8 +44,9 @@ from aiotransfer.errors import (
     TransferTimeout,
     again,
 )
-from aiotransfer.model.address import Address
+from aiotransfer.model.address import Address, engine_at
 from aiotransfer.providers import native
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 DIALS_AT_ONCE = 32
 MOST_AHEAD = 1 << 32  # of our generation: no group is formed so often
 JOIN_BYTES = 64
+_AS_TARGET = re.compile(r"^target \d+: ")
 
 
 class Home(Protocol):
@@ -154,7 +157,7 @@ class PeerGroup(Unpicklable):
         self._busy = True
         broken = what == "barrier" and self._failure is not None  # the others were told then
         try:
-            async with Patience(left):
+            async with Timeout(left):
                 await work()
         except TimeoutError as error:
             missing = self._missing()
@@ -172,13 +175,21 @@ class PeerGroup(Unpicklable):
             self._break(late, final=self._formed)
             raise late from (None if not isinstance(error, TransferTimeout) else error)
         except BaseException as error:  # also cancellation: the others are somewhere else now
-            cause = error if isinstance(error, TransferError) else BrokenError(f"a {what} was given up: {error!r}")
+            if isinstance(error, BrokenError):
+                self._name_member(error)
+            cause = error if isinstance(error, TransferError) else BrokenError(f"a {what} was given up: {quote(error)}")
             self._break(cause, tell=not broken, final=self._formed or isinstance(error, Exception))
             if cause is error:
                 error.add_note(f"in the {what} of {self!r}")
             raise
         finally:
             self._busy = False
+
+    def _name_member(self, error: BrokenError) -> None:
+        """Have an error that concerns one member begin with its rank and address, not with its place among those signalled."""
+        rank = next((rank for rank, address in enumerate(self.members) if str(address) == error.peer), None)
+        if rank is not None and not error.message.startswith(("member ", "the group is broken")):
+            error.message = f"member {rank} ({error.peer}): {_AS_TARGET.sub('', error.message)}"
 
     def _missing(self) -> list[int]:
         """Of whom something has not come that is waited for. A signal that lies in a counter has come."""
@@ -429,12 +440,12 @@ class PeerGroup(Unpicklable):
         return join.generation > self._generation or (join.generation == self._generation and not join.imms[0])
 
     def _given_up(self, peer: Peer, join: Join) -> BrokenError:
-        who = f"member {join.rank} ({peer.name or peer.address})"
+        teller = f"member {join.rank} ({engine_at(peer.name, peer.address)})"
         why = f": {clip(join.reason)}" if join.reason else ""
         if join.imms[0] == 0 and 0 < join.imms[1] <= len(self):
             lost = self.members[join.imms[1] - 1]
-            return PeerLostError(f"{who} has lost member {join.imms[1] - 1} ({lost}){why}", peer=str(lost))
-        return BrokenError(f"{who} has given the group up{why}", peer=str(peer.address))
+            return PeerLostError(f"{teller} has lost member {join.imms[1] - 1} ({lost}){why}", peer=str(lost))
+        return BrokenError(f"{teller} has given the group up{why}", peer=str(peer.address))
 
     # ---- the end of a generation ----
 

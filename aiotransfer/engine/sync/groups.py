@@ -13,6 +13,7 @@ from aiotransfer.engine.sync.group import PeerGroup
 from aiotransfer.engine.sync.rosters import Rosters
 from aiotransfer.errors import BrokenError, ClosedError
 from aiotransfer.model.address import Address
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.operations.operations import Operations
@@ -40,10 +41,10 @@ class Groups:
     def get(self, members: Sequence[str | Address], name: str) -> PeerGroup:
         """The group of these members; the same object while it is not closed."""
         if not isinstance(name, str):
-            raise TypeError(f"a group's name must be a str, not {name!r}")
+            raise TypeError(f"a group's name must be a str, not {quote(name)}")
         name.encode()  # half a surrogate pair is a UnicodeEncodeError, which is a ValueError
         if isinstance(members, str | bytes | Address):
-            raise TypeError(f"members are a list of addresses, not {members!r}")
+            raise TypeError(f"members are a list of addresses, not {quote(members)}")
         addresses = tuple(Address.parse(member).dialable() for member in members)
         here = [address for address in addresses if self.connections.is_here(address)]
         if len(set(addresses)) != len(addresses) or len(here) > 1:

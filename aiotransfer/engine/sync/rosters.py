@@ -19,13 +19,13 @@ from weakref import WeakSet
 
 from aiotransfer.control.frames import Roster
 from aiotransfer.errors import BrokenError, ConfigurationError
+from aiotransfer.model.address import Address, engine_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.engine.runtime.base import Runtime
-    from aiotransfer.model.address import Address
 
 NAME_BYTES, MEMBER_BYTES, ANSWER_BYTES = 8, 4, 8
 MOST_MEMBERS = 4096
@@ -190,7 +190,9 @@ class Rosters:
             return None
         odd.sort(key=lambda one: one[0])
         ours = group.roster
-        text = "; ".join(f"member {rank} ({p.name or p.address}) lists {difference(theirs, ours)}" for rank, p, theirs, _ in odd)
+        text = "; ".join(
+            f"member {rank} ({engine_at(p.name, p.address)}) lists {difference(theirs, ours)}" for rank, p, theirs, _ in odd
+        )
         return ConfigurationError(
             f"the members of the group do not agree on who they are: {text}", peer=str(odd[0][1].address),
             hint="give every member the same list, in the same order; groups that differ on purpose need a name= of their own",
@@ -205,7 +207,7 @@ class Rosters:
                 lists = [theirs for theirs in kept if theirs.name == ours.name]
                 there = peer.address == address or self._at(address) is peer
                 if there and lists and ours not in lists:
-                    found.append(f"member {rank} ({peer.name or address}) lists {difference(lists[-1], ours)}")
+                    found.append(f"member {rank} ({engine_at(peer.name, address)}) lists {difference(lists[-1], ours)}")
         return "; ".join(found)
 
     def gone(self, peer: Peer) -> None:

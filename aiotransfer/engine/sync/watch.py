@@ -15,6 +15,7 @@ from aiotransfer.engine.operations.refusals import lacking
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, InternalError, RegionError, RegistrationError
 from aiotransfer.providers import native
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -130,5 +131,7 @@ def _word(engine: Runtime, word: Any) -> tuple[int, tuple[object, object]]:
     if nbytes != WORD or address % WORD:
         raise ValueError(f"a watched word has {WORD} aligned bytes, not {nbytes} at {address:#x}")
     if device.partition(":")[0] != "cpu":
-        raise RegistrationError(f"only words in host memory can be watched, not on {device!r}", hint="use pinned host memory")
+        raise RegistrationError(
+            f"only words in host memory can be watched, not on {quote(device)}", hint="use pinned host memory"
+        )
     return address, keep

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.aio.timeouts import despite_cancels
+from aiotransfer.aio.timeouts import wait_shielded
 from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.errors import QuarantineError, TransferError
 from aiotransfer.kv.decode.absence import say_absent
@@ -29,6 +29,7 @@ from aiotransfer.kv.protocol import messages
 from aiotransfer.kv.roles.arguments import is_twice, page_ids_of, whole
 from aiotransfer.kv.roles.dispatcher import Dispatcher
 from aiotransfer.kv.roles.role import Role
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -65,7 +66,7 @@ class Decoder(Role):
         super().__init__(engine, layout, pages, on_record, checksums=checksums)
         named = _checked(instance)
         if type(checksums) is not bool:
-            raise TypeError(f"checksums is True or False, not {checksums!r}")
+            raise TypeError(f"checksums is True or False, not {quote(checksums)}")
         self._settings = Settings(
             named, named or f"{engine.incarnation:016x}", checksums, whole("tail_bytes", tail_bytes),
             seconds(revoke_timeout, 5.0),
@@ -107,7 +108,7 @@ class Decoder(Role):
                 raise ValueError(f"a request names each of its prefill ranks once, and at least one: {peers}")
             self.pool.check()
             if not isinstance(id, str) or not 0 < len(id) <= messages.MOST_ID:
-                raise ValueError(f"id must be a str of 1 to {messages.MOST_ID} characters, not {id!r}")
+                raise ValueError(f"id must be a str of 1 to {messages.MOST_ID} characters, not {quote(id)}")
             id.encode()  # raises for what is no text
             skip = whole("skip_tokens", skip_tokens)
             ids = page_ids_of(page_ids, self.layout, 0)
@@ -118,13 +119,13 @@ class Decoder(Role):
             if count > messages.MOST_TOKENS:
                 raise ValueError(f"a request has at most {messages.MOST_TOKENS} tokens, not {count}")
             if isinstance(priority, bool) or not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
-                raise TypeError(f"priority must be an int of 32 bits, not {priority!r}")
+                raise TypeError(f"priority must be an int of 32 bits, not {quote(priority)}")
             written = ids[skip // self.layout.page_tokens : self.layout.pages_of(count)]
             if is_twice(written):
                 raise ValueError("page_ids names a page twice")
             seconds(timeout, self.engine.timeout)
             if not isinstance(data, bytearray | memoryview) and not hasattr(type(data), "__bytes__"):  # bytes(3) are zeros
-                raise TypeError(f"data must be bytes, not {data!r}")
+                raise TypeError(f"data must be bytes, not {quote(data)}")
             ids = ids[: self.layout.pages_of(count)]
             spec = RequestSpec(peers, id, ids, written, count, skip, priority, bytes(data), timeout)
             self.pool.check_free(spec)
@@ -168,7 +169,7 @@ class Decoder(Role):
         ending = [holder.abandon() for holder in self.pool.holders]
         try:
             if ending:
-                await despite_cancels(asyncio.ensure_future(asyncio.wait(ending)))
+                await wait_shielded(asyncio.ensure_future(asyncio.wait(ending)))
         finally:
             self.tails.close()
             await self.dispatcher.leave(self)
@@ -184,7 +185,7 @@ def _checked(instance: object) -> str:
     if instance is None:
         return ""
     if not isinstance(instance, str):
-        raise TypeError(f"instance must be a str, not {instance!r}")
+        raise TypeError(f"instance must be a str, not {quote(instance)}")
     if not 0 < len(instance) <= messages.MOST_INSTANCE:
         raise ValueError(f"instance must have 1 to {messages.MOST_INSTANCE} characters, not {len(instance)}")
     instance.encode()  # raises for what is no text

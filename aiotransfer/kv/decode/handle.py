@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aiotransfer.aio.timeouts import Patience, despite_cancels
+from aiotransfer.aio.timeouts import Timeout, wait_shielded
 from aiotransfer.control.frames import clip
 from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.engine.runtime.base import seconds
@@ -172,7 +172,7 @@ class Handle(Unpicklable):
 
     async def _send(self, peer: Peer, data: bytes) -> None:
         try:
-            async with Patience(self._left()):
+            async with Timeout(self._left()):
                 await peer.send(data)
         except TimeoutError:
             self._late()
@@ -316,16 +316,16 @@ class Handle(Unpicklable):
         Raises `TransferTimeout` after `timeout` seconds, with the request still under way; else what ended the request:
         `TransferTimeout` (its own deadline), `PeerLostError`, `RequestFailed`, `WrongPageError`, `RequestCancelled`.
         """
-        patience = seconds(timeout, math.inf)
+        timeout = seconds(timeout, math.inf)
         if self._saga.state == "new":
             raise ClosedError(f"request {self.id!r} has not been entered")
         try:
-            async with Patience(patience):
+            async with Timeout(timeout):
                 return await asyncio.shield(self._arrived)
         except TransferError as error:
             raise again(error) from None
         except TimeoutError:
-            raise TransferTimeout(f"request {self.id!r} has not arrived after {patience:g} s: {self._progress()}") from None
+            raise TransferTimeout(f"request {self.id!r} has not arrived after {timeout:g} s: {self._progress()}") from None
 
     def _progress(self) -> str:
         if self._saga.state == "reserving":
@@ -427,7 +427,7 @@ class Handle(Unpicklable):
         return self._over
 
     async def _ended(self, error: BaseException | None) -> None:
-        await despite_cancels(self._over)
+        await wait_shielded(self._over)
         if self._saga.state == "quarantined":
             proof = QuarantineError(
                 f"pages of request {self.id!r} may still be written",

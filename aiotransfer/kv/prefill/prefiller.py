@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.aio.timeouts import Patience, despite_cancels
+from aiotransfer.aio.timeouts import Timeout, wait_shielded
 from aiotransfer.control.frames import clip
 from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.errors import DescriptorError, TransferTimeout, said
@@ -99,14 +99,14 @@ class Prefiller(Role):
 
         Waits for one, without a deadline unless `timeout` (seconds) is given: `TransferTimeout`. Raises `ClosedError`.
         """
-        patience = seconds(timeout, math.inf)
+        timeout = seconds(timeout, math.inf)
         try:
-            async with Patience(patience):
+            async with Timeout(timeout):
                 return await self._offers.accept()
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
                 raise
-            raise TransferTimeout(f"no request came within {patience:g} s") from None
+            raise TransferTimeout(f"no request came within {timeout:g} s") from None
 
     # ---- reservations ----
 
@@ -230,7 +230,7 @@ class Prefiller(Role):
         ending = [request.abandon("its prefiller was closed") for request in list(self._ledger.requests.values())]
         try:
             if ending:
-                await despite_cancels(asyncio.ensure_future(asyncio.wait(ending)))
+                await wait_shielded(asyncio.ensure_future(asyncio.wait(ending)))
             await self.dispatcher.flush()
         finally:
             self._ledger.close()

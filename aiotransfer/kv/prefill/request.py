@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aiotransfer.aio.timeouts import Patience, despite_cancels
+from aiotransfer.aio.timeouts import Timeout, wait_shielded
 from aiotransfer.control.frames import clip
 from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.engine.runtime.base import seconds
@@ -33,6 +33,7 @@ from aiotransfer.kv.roles import tracing
 from aiotransfer.kv.roles.arguments import page_ids_of, whole
 from aiotransfer.kv.roles.tails import HEADER_BYTES
 from aiotransfer.kv.roles.verify import sums_of_layer
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -105,9 +106,9 @@ class PrefillRequest(Unpicklable):
         self._idle: asyncio.Future[None] | None = None
         self._seconds = min(message.seconds, messages.MOST_SECONDS)
         self._deadline = side.loop.time() + self._seconds
-        patience = self._seconds if len(places) == 1 else min(self._seconds, GATHER_SECONDS)
-        self._timer = side.loop.call_later(patience, self._late)
-        self.gathering.begin(side.loop, patience)
+        timeout = self._seconds if len(places) == 1 else min(self._seconds, GATHER_SECONDS)
+        self._timer = side.loop.call_later(timeout, self._late)
+        self.gathering.begin(side.loop, timeout)
         self._thread = threading.get_ident()
         self._error: Exception | None = None
 
@@ -218,7 +219,7 @@ class PrefillRequest(Unpicklable):
         Raises `IndexError` (a layer that is not this rank's), `TypeError` or `ValueError`.
         """
         if layer not in self.layers:
-            raise IndexError(f"layer {layer!r} is not one of this rank's: {self.layers}")
+            raise IndexError(f"layer {quote(layer)} is not one of this rank's: {self.layers}")
         if self._page_ids is None:
             raise ValueError("the request's pages are not known: call use(page_ids) first")
         end = self.tokens if upto is None else whole("upto", upto)
@@ -459,12 +460,12 @@ class PrefillRequest(Unpicklable):
     async def ended_there(self, *, timeout: float | None = None) -> None:
         """Returns when the request is over, so that nothing is computed for a decode side that has gone. Raises `TransferTimeout`
         after `timeout` seconds (None: waits without end)."""
-        patience = seconds(timeout, math.inf)
+        timeout = seconds(timeout, math.inf)
         try:
-            async with Patience(patience):
+            async with Timeout(timeout):
                 await asyncio.shield(self._over)
         except TimeoutError:
-            raise TransferTimeout(f"request {self.id!r} is still under way after {patience:g} s") from None
+            raise TransferTimeout(f"request {self.id!r} is still under way after {timeout:g} s") from None
 
     async def __aenter__(self) -> PrefillRequest:
         return self
@@ -473,7 +474,7 @@ class PrefillRequest(Unpicklable):
         if self._saga.state != "over":
             ended = self.abandon(said(value) if value is not None else "it was left unfinished")
             if not isinstance(value, GeneratorExit):  # the coroutine was dropped: nothing may be awaited
-                await despite_cancels(ended)
+                await wait_shielded(ended)
 
     def __repr__(self) -> str:
         return f"<PrefillRequest {self.id!r} {self.state}>"

@@ -9,12 +9,12 @@ that.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from aiotransfer.model.dtypes import lookup
+from aiotransfer.quote import quote
 
 ORDERS = ("NHD", "HND")
 KINDS = ("apart", "together", "mla")
@@ -31,7 +31,9 @@ class LayoutMismatch(ValueError):
     """Two caches that cannot be matched: `field`, and what each side has there."""
 
     def __init__(self, field: str, prefill: object, decode: object) -> None:
-        super().__init__(f"the two caches differ in {field}: the prefill side has {prefill!r}, the decode side {decode!r}")
+        super().__init__(
+            f"the two caches differ in {field}: the prefill side has {quote(prefill)}, the decode side {quote(decode)}"
+        )
         self.field = field
         self.prefill = prefill
         self.decode = decode
@@ -103,9 +105,9 @@ class KVLayout:
             _whole(name, getattr(self, name), 0)
         for name, known in (("order", ORDERS), ("kind", KINDS), ("outermost", OUTERMOST)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, not {reprlib.repr(getattr(self, name))}")
+                raise ValueError(f"{name} must be one of {known}, not {quote(getattr(self, name))}")
         if not isinstance(self.dtype, str):
-            raise TypeError(f"dtype must be a name such as 'bfloat16', not {reprlib.repr(self.dtype)}")
+            raise TypeError(f"dtype must be a name such as 'bfloat16', not {quote(self.dtype)}")
         object.__setattr__(self, "dtype", lookup(self.dtype).name)
         if self.tp * self.pp > MOST_RANKS:
             raise ValueError(f"tp * pp must not exceed {MOST_RANKS} ranks: {self.tp} * {self.pp}")
@@ -125,7 +127,7 @@ class KVLayout:
             raise ValueError(f"pp must not exceed the number of layers: {self.pp} ranks for {self.layers}")
         if not isinstance(self.windows, tuple | list) or len(self.windows) not in (0, self.layers):
             raise ValueError(
-                f"windows must be empty or have one entry for each of {self.layers} layers, not {reprlib.repr(self.windows)}"
+                f"windows must be empty or have one entry for each of {self.layers} layers, not {quote(self.windows)}"
             )
         for window in self.windows:
             if window is not None:
@@ -237,7 +239,7 @@ class KVLayout:
             raise TypeError(f"a layout is a mapping, not {type(values).__name__}")
         for name in values:
             if name not in _FIELDS:
-                raise ValueError(f"a layout has no field {reprlib.repr(name)}")
+                raise ValueError(f"a layout has no field {quote(name)}")
         try:
             given = dict(values)
             return cls(**given)
@@ -250,23 +252,23 @@ _FIELDS = tuple(field.name for field in fields(KVLayout))
 
 def _whole(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {reprlib.repr(value)}")
+        raise TypeError(f"{name} must be an int, not {quote(value)}")
     most = MOST.get(name, 1 << 48)
     if not least <= value <= most:
-        raise ValueError(f"{name} must lie in [{least}, {most}], not {value}")
+        raise ValueError(f"{name} must lie in [{least}, {most}], not {quote(value)}")
     return value
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise TypeError(f"{name} must be two ints, not {reprlib.repr(value)}")
+        raise TypeError(f"{name} must be two ints, not {quote(value)}")
     return _whole(name, value[0], 0), _whole(name, value[1], 0)
 
 
 def _range(name: str, value: Any, most: int) -> tuple[int, int]:
     low, high = _pair(name, value)
     if not 0 <= low < high <= most:
-        raise ValueError(f"{name} must lie in [0, {most}] and not be empty, not {value!r}")
+        raise ValueError(f"{name} must lie in [0, {most}] and not be empty, not {quote(value)}")
     return low, high
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aiotransfer.kv.protocol.layout import KVLayout, Place, Strides, check_match
+from aiotransfer.quote import quote
 
 Indices = NDArray[np.int64]
 MOST_CACHED = 4096  # tables: as many requests may be under way at a time without their tables being made again
@@ -274,7 +275,7 @@ class TransferPlan:
     def _range(self, layer: int | None, skip: int, tokens: int) -> tuple[int, int]:
         for name, value in (("skip_tokens", skip), ("tokens", tokens)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise TypeError(f"{name} must be an int, not {value!r}")
+                raise TypeError(f"{name} must be an int, not {quote(value)}")
             if value < 0:
                 raise ValueError(f"{name} must not be negative: {value}")
         window = self.decode.windows[layer] if self.decode.windows and layer is not None else None
@@ -287,7 +288,7 @@ class TransferPlan:
     def _part(chunk: tuple[int, int], grain: _Grain, skip: int, start: int, end: int) -> tuple[int, int]:
         first, past = chunk
         if not skip <= first <= past <= end:
-            raise ValueError(f"the chunk {chunk!r} does not lie in the tokens [{skip}, {end}) of the request")
+            raise ValueError(f"the chunk {quote(chunk)} does not lie in the tokens [{skip}, {end}) of the request")
         for cut in chunk:
             if cut % grain.tokens and cut != end:
                 raise ValueError(f"a chunk of this request ends at multiples of {grain.tokens} tokens, not at {cut}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aiotransfer.errors import BrokenError, ConfigurationError
 from aiotransfer.kv.registry import bounds
 from aiotransfer.kv.registry.worker import Worker
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +46,7 @@ class EtcdBackend:
         except ImportError as error:
             raise ConfigurationError(f"etcd cannot be spoken to: {error}", hint="pip install 'aiotransfer[etcd]'") from error
         if not prefix or not prefix.isascii() or not prefix.isprintable():
-            raise ValueError(f"prefix must be printable ASCII characters, not {prefix!r}")
+            raise ValueError(f"prefix must be printable ASCII characters, not {quote(prefix)}")
         self.prefix = prefix
         self._connect: Callable[[], Any] = lambda: Etcd3Client(host=host, port=port, timeout=timeout, **options)
         self._client: Any = None

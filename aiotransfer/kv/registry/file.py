@@ -26,6 +26,7 @@ from aiotransfer.kv.registry import bounds
 from aiotransfer.kv.registry.member import MOST_BYTES
 from aiotransfer.kv.registry.stamp import Clocks, Sighting, Stamp, is_good, pack, sight, unpack
 from aiotransfer.kv.registry.worker import Worker
+from aiotransfer.quote import quote
 
 _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()
@@ -109,7 +110,7 @@ class FileBackend:
 
     def _path(self, key: str) -> Path:
         if not key or not all(letter.isascii() and (letter.isalnum() or letter == "-") for letter in key):
-            raise ValueError(f"a key is made of letters, digits and hyphens, not {key!r}")
+            raise ValueError(f"a key is made of letters, digits and hyphens, not {quote(key)}")
         return self.directory / f"{key}{SUFFIX}"
 
     def _write(self, key: str, value: bytes, ttl: float) -> None:

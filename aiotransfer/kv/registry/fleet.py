@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from aiotransfer.aio.ratelimit import RateLimit, more
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.engine.runtime.base import is_open
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
@@ -61,9 +61,9 @@ class Fleet(Unpicklable):
 
     async def wait_for(self, count: int = 1, *, timeout: float = 30.0) -> dict[Member, Peer]:
         """`peers`, as soon as there are `count` or more; `TransferTimeout` after `timeout` seconds. Raises `ClosedError`."""
-        patience = seconds("timeout", timeout)
+        timeout = seconds("timeout", timeout)
         try:
-            async with Patience(patience):
+            async with Timeout(timeout):
                 while len(self.peers) < count:
                     if self._task is None or self._task.done():
                         raise ClosedError("the fleet is not open, or its registry is closed")
@@ -78,7 +78,7 @@ class Fleet(Unpicklable):
             members = self._registry.members(self._role)
             own = sum(member.incarnation == self._engine.incarnation for member in members)
             raise TransferTimeout(
-                f"{len(self.peers)} of {count} {self._role} ranks were connected within {patience:g} s; the registry has "
+                f"{len(self.peers)} of {count} {self._role} ranks were connected within {timeout:g} s; the registry has "
                 f"{len(members)}{', and one of them is this engine itself, which is not waited for' if own else ''}"
             ) from None
 

@@ -15,6 +15,7 @@ import msgspec
 from aiotransfer.errors import DescriptorError
 from aiotransfer.kv.protocol.layout import KVLayout
 from aiotransfer.model.address import Address
+from aiotransfer.quote import quote
 
 VERSION = 1
 ROLES = ("prefill", "decode")
@@ -43,17 +44,17 @@ class Member:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise ValueError(f"role must be one of {ROLES}, not {self.role!r}")
+            raise ValueError(f"role must be one of {ROLES}, not {quote(self.role)}")
         address = Address.parse(self.address)
         try:
             address.dialable()
         except ValueError as error:
-            raise ValueError(f"address must be one that others can dial, not {self.address!r}: {error}") from None
+            raise ValueError(f"address must be one that others can dial, not {quote(self.address)}: {error}") from None
         object.__setattr__(self, "address", str(address))
         _text("address", self.address, 1, MOST_NAME)
         _text("name", self.name, 1, MOST_NAME)
         if isinstance(self.incarnation, bool) or not isinstance(self.incarnation, int):
-            raise TypeError(f"incarnation must be an int, not {self.incarnation!r}")
+            raise TypeError(f"incarnation must be an int, not {quote(self.incarnation)}")
         if not 0 <= self.incarnation < 1 << 64:
             raise ValueError(f"incarnation must lie in [0, 2**64), not {self.incarnation}")
         if not isinstance(self.layout, KVLayout):
@@ -122,6 +123,6 @@ class _Wire(msgspec.Struct):
 
 def _text(field_name: str, value: object, least: int, most: int) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{field_name} must be a str, not {value!r}")
+        raise TypeError(f"{field_name} must be a str, not {quote(value)}")
     if not least <= len(value) <= most or not value.isprintable():
-        raise ValueError(f"{field_name} must be {least} to {most} printable characters, not {value[:64]!r}")
+        raise ValueError(f"{field_name} must be {least} to {most} printable characters, not {quote(value)}")

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from aiotransfer.aio.ratelimit import RateLimit, more
-from aiotransfer.aio.timeouts import Patience, despite_cancels
+from aiotransfer.aio.timeouts import Timeout, wait_shielded
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 
@@ -75,7 +75,7 @@ class Membership(Unpicklable):
         try:
             await asyncio.shield(self._left)
         except asyncio.CancelledError:
-            await despite_cancels(self._left)
+            await wait_shielded(self._left)
             raise
 
     async def _leave(self) -> None:
@@ -89,15 +89,15 @@ class Membership(Unpicklable):
             self._complain("left, which the registry learns when its lease ends", error)
 
     async def _keep(self) -> None:
-        patience = min(self._call_timeout, max(self.ttl / PARTS, LEAST_CALL_SECONDS))
+        timeout = min(self._call_timeout, max(self.ttl / PARTS, LEAST_CALL_SECONDS))
         tries = 0
         while True:
             often = self.ttl / PARTS * random.uniform(0.85, 1.0)  # so that not all ranks come at once
             await asyncio.sleep(min(often, FIRST_PAUSE * 2**tries, LONGEST_PAUSE) if tries else often)
             try:
-                if not await within(patience, lambda: self._backend.keep_alive(self.member.key, self.ttl)):
+                if not await within(timeout, lambda: self._backend.keep_alive(self.member.key, self.ttl)):
                     self.registered = False
-                    await self._put(patience)
+                    await self._put(timeout)
             except Exception as error:
                 tries = min(tries + 1, 30)
                 self.registered = False
@@ -118,7 +118,7 @@ class Membership(Unpicklable):
 
 async def within(seconds: float, call: Callable[[], Awaitable[T]]) -> T:
     """What the call returns, in time. Raises `TimeoutError` or what the call raises."""
-    async with Patience(seconds):
+    async with Timeout(seconds):
         return await call()
 
 

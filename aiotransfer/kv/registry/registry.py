@@ -10,13 +10,14 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from aiotransfer.aio.ratelimit import RateLimit, more
-from aiotransfer.aio.timeouts import Patience, despite_cancels
+from aiotransfer.aio.timeouts import Timeout, wait_shielded
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import BusyError, ClosedError, TransferError, TransferTimeout
 from aiotransfer.kv.registry.cache import Cache
 from aiotransfer.kv.registry.changes import Change, differences
 from aiotransfer.kv.registry.member import ROLES, Member
 from aiotransfer.kv.registry.membership import LONGEST_PAUSE, Membership, within, words_of
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -90,10 +91,10 @@ class Registry(Unpicklable):
     async def wait_for(self, role: str | None, count: int = 1, *, timeout: float = 30.0) -> tuple[Member, ...]:
         """The members of `role` (None: of both), as soon as there are `count` or more; `TransferTimeout` after `timeout` seconds.
         Raises `ClosedError`, `ValueError`."""
-        patience = seconds("timeout", timeout)
+        timeout = seconds("timeout", timeout)
         self._check()
         try:
-            async with Patience(patience):
+            async with Timeout(timeout):
                 while len(found := self.members(role)) < count:
                     await self._next()
                     self._check()
@@ -101,7 +102,7 @@ class Registry(Unpicklable):
         except TimeoutError:
             what = "" if self._error is None else f"; the registry does not answer: {self._error}"
             raise TransferTimeout(
-                f"{len(self.members(role))} of {count} {role or ''} members were there within {patience:g} s{what}"
+                f"{len(self.members(role))} of {count} {role or ''} members were there within {timeout:g} s{what}"
             ) from None
 
     # ---- joining ----
@@ -117,13 +118,13 @@ class Registry(Unpicklable):
         Raises `TransferTimeout` when the registry does not take it within `timeout`, `BusyError` when it is a member already,
         `ClosedError`, `ValueError`.
         """
-        ttl, patience = seconds("ttl", ttl), seconds("timeout", timeout)
+        ttl, timeout = seconds("ttl", ttl), seconds("timeout", timeout)
         self._check()
         if member.key in self._memberships:
             raise BusyError(f"{member} is a member already")
         membership = self._memberships[member.key] = Membership(self._backend, member, ttl, self._call_timeout)
         try:
-            await membership.enter(patience)
+            await membership.enter(timeout)
             self._check()
             await self._replace(member)
             yield membership
@@ -218,7 +219,7 @@ class Registry(Unpicklable):
         try:
             await asyncio.shield(closing)
         except asyncio.CancelledError:
-            await despite_cancels(closing)
+            await wait_shielded(closing)
             raise
 
     async def _close(self) -> None:
@@ -250,12 +251,12 @@ class Registry(Unpicklable):
 def seconds(name: str, value: object, least: float = 0.0) -> float:
     """A number of seconds that makes sense. Raises `TypeError` or `ValueError`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number of seconds, not {value!r}")
+        raise TypeError(f"{name} must be a number of seconds, not {quote(value)}")
     if not least <= value <= MOST_SECONDS or value == 0:
-        raise ValueError(f"{name} must be a number of seconds above {least:g}, not {value!r}")
+        raise ValueError(f"{name} must be a number of seconds above {least:g}, not {quote(value)}")
     return float(value)
 
 
 def _check_role(role: str | None) -> None:
     if role is not None and role not in ROLES:
-        raise ValueError(f"role must be one of {ROLES} or None, not {role!r}")
+        raise ValueError(f"role must be one of {ROLES} or None, not {quote(role)}")

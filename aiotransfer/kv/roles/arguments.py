@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aiotransfer.engine.memory.region import RegionView
 from aiotransfer.errors import ConfigurationError, RegionError
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.memory.region import Region
     from aiotransfer.kv.protocol.layout import KVLayout
 
 
-def check_pool(pages: Region, layout: KVLayout, checksums: bool) -> None:
+def check_pool(pages: RegionView, layout: KVLayout, checksums: bool) -> None:
     """Raise unless the pool of `layout` lies in this region, in memory that can be read here if need be."""
+    if not isinstance(pages, RegionView):
+        raise TypeError(f"pages must be a region of this engine, not {quote(pages)}")
     if pages.nbytes < layout.offset + layout.pool_bytes:
         raise RegionError(
             f"{layout.num_pages} such pages take {layout.offset + layout.pool_bytes} bytes, the region has {pages.nbytes}"
@@ -49,7 +52,7 @@ def is_twice(ids: NDArray[np.int64]) -> bool:
 def whole(name: str, value: object) -> int:
     """An int that is not negative. Raises `TypeError` or `ValueError`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an int, not {value!r}")
+        raise TypeError(f"{name} must be an int, not {quote(value)}")
     if value < 0:
-        raise ValueError(f"{name} must not be negative: {value}")
+        raise ValueError(f"{name} must not be negative: {quote(value)}")
     return int(value)

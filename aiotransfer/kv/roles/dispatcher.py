@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.aio.tasks import begin
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, again, said
 from aiotransfer.kv.protocol import messages
 
@@ -142,7 +142,7 @@ class Dispatcher:
 
     async def _send(self, peer: Peer, data: bytes, seconds: float) -> None:
         try:
-            async with Patience(seconds):
+            async with Timeout(seconds):
                 await peer.send(data)
         except (TransferError, TimeoutError):
             pass  # that it is gone, or does not read, is learned where something waits for it

@@ -6,17 +6,18 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from aiotransfer.engine.engine import Engine
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.kv.protocol.layout import KVLayout
 from aiotransfer.kv.roles.arguments import check_pool
 from aiotransfer.kv.roles.tails import TailPool
 from aiotransfer.kv.roles.tracing import trace
+from aiotransfer.quote import quote
 from aiotransfer.telemetry.records import MOST_RECORDS, Host
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.memory.region import Region
     from aiotransfer.kv.protocol.record import RequestRecord
     from aiotransfer.kv.roles.dispatcher import Dispatcher
@@ -27,8 +28,8 @@ R = TypeVar("R", bound="Role")
 class Role(Unpicklable):
     """A decoder or a prefiller, as its requests know it: `pages` holds the pool of `layout`.
 
-    Raises `TypeError` where `layout` is none, `RegionError` when the pool does not lie in the region, and `ConfigurationError`
-    for `checksums` of memory that the host cannot read.
+    Raises `TypeError` where `engine`, `layout` or `pages` is something else, `RegionError` when the pool does not lie in the
+    region, and `ConfigurationError` for `checksums` of memory that the host cannot read.
     """
 
     _instead = "make it in the process that has the memory"
@@ -38,6 +39,8 @@ class Role(Unpicklable):
         self, engine: Engine, layout: KVLayout, pages: Region, on_record: Callable[[RequestRecord], object] | None, *,
         checksums: bool,
     ) -> None:  # fmt: skip
+        if not isinstance(engine, Engine):
+            raise TypeError(f"engine must be an open Engine, not {quote(engine)}")
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
         check_pool(pages, layout, checksums)
@@ -47,7 +50,7 @@ class Role(Unpicklable):
         self.tails = TailPool(engine)
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
         if on_record is not None and not callable(on_record):
-            raise TypeError(f"on_record must be a function, not {on_record!r}")
+            raise TypeError(f"on_record must be a function, not {quote(on_record)}")
         self.on_record = on_record
         self._host = Host()
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.errors import BrokenError, PeerLostError, TransferTimeout, again, said
 from aiotransfer.moe.communicator.answers import Answers
 from aiotransfer.moe.communicator.dials import Dials, lost_while_meeting
@@ -92,7 +92,7 @@ class Bootstrap:
         for peer in known.values():
             ranks.send_to(peer, unable)
         with contextlib.suppress(TimeoutError):
-            async with Patience(ranks.engine.config.drain_timeout):
+            async with Timeout(ranks.engine.config.drain_timeout):
                 while any(rank not in know_it and peer.error is None for rank, peer in known.items()):
                     await ranks.soon()
 

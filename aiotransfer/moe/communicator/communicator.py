@@ -7,7 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.errors import ClosedError, QuarantineError
 from aiotransfer.moe.communicator import unmade
 from aiotransfer.moe.communicator.answers import Answers
@@ -100,7 +100,7 @@ class Communicator:
             if ranks.posts:
                 await asyncio.wait(ranks.posts, timeout=ranks.engine.config.drain_timeout)
             with contextlib.suppress(TimeoutError):  # what they have not read by then is missing there, and they see it
-                async with Patience(ranks.engine.config.drain_timeout):
+                async with Timeout(ranks.engine.config.drain_timeout):
                     while any(self._reads_on(rank, known) for rank, known in readers):
                         await ranks.soon()
         finally:

@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from aiotransfer.aio.ratelimit import RateLimit, more
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.control.frames import clip
 from aiotransfer.engine.peers.reach import Claims
 from aiotransfer.errors import DescriptorError, PeerLostError
@@ -299,7 +299,7 @@ class Listener:
         """A rank has left: what it had sent before has landed, and only has to be counted still."""
         ranks = self._ranks
         try:
-            async with Patience(ranks.engine.config.drain_timeout):
+            async with Timeout(ranks.engine.config.drain_timeout):
                 while any(number < leave.upto for number in ranks.steps):
                     await ranks.changed()
         except TimeoutError:

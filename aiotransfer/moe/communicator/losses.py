@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.errors import BrokenError, ClosedError, PeerLostError, QuarantineError, TransferError
 from aiotransfer.moe.communicator.ranks import Ranks
 from aiotransfer.moe.protocol import messages
@@ -44,7 +44,7 @@ class Losses:
         ranks = self._ranks
         known = ranks.known[rank]
         try:
-            async with Patience(ranks.engine.config.peer_timeout):
+            async with Timeout(ranks.engine.config.peer_timeout):
                 while known is ranks.known[rank] and known is not None and not known.lost:
                     await ranks.changed()
         except TimeoutError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 
@@ -62,7 +62,7 @@ class GraphWord(Unpicklable):
         """The word as it was seen, once that is at least `value`. Raises `TransferTimeout` after `timeout` seconds (None: waits
         without end), and `ClosedError` after `close`."""
         try:
-            async with Patience(timeout):
+            async with Timeout(timeout):
                 while self._watcher.value < value:
                     await self._change()
         except TimeoutError as error:

@@ -19,6 +19,7 @@ import struct
 from dataclasses import dataclass, field, fields
 
 from aiotransfer.model.dtypes import lookup
+from aiotransfer.quote import quote
 
 TOKEN_TYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 RESULT_TYPES = ("float32", "bfloat16", "float16")
@@ -85,13 +86,13 @@ class Shape:
         ):  # fmt: skip
             value = getattr(self, name)
             if type(value) is not int:
-                raise TypeError(f"{name} must be an int, not {value!r}")
+                raise TypeError(f"{name} must be an int, not {quote(value)}")
             if not least <= value <= most:
-                raise ValueError(f"{name} must lie in [{least}, {most}], not {value}")
+                raise ValueError(f"{name} must lie in [{least}, {most}], not {quote(value)}")
         if self.dtype not in TOKEN_TYPES:
-            raise ValueError(f"tokens are of {', '.join(TOKEN_TYPES)}, not {self.dtype!r}")
+            raise ValueError(f"tokens are of {', '.join(TOKEN_TYPES)}, not {quote(self.dtype)}")
         if self.combine_dtype not in RESULT_TYPES:
-            raise ValueError(f"results are of {', '.join(RESULT_TYPES)}, not {self.combine_dtype!r}")
+            raise ValueError(f"results are of {', '.join(RESULT_TYPES)}, not {quote(self.combine_dtype)}")
         if self.num_experts % self.ranks:
             raise ValueError(f"{self.num_experts} experts cannot be divided equally among {self.ranks} ranks")
         if self.ranks % self.dp_size:
@@ -144,7 +145,7 @@ class Shape:
         """How another rank's shape differs from this one, in words; empty where it does not."""
         mine = self.agreed()
         return ", ".join(
-            f"{name} {other.get(name)!r} there and {mine.get(name)!r} here"
+            f"{name} {quote(other.get(name))} there and {quote(mine.get(name))} here"
             for name in {**mine, **other}
             if mine.get(name) != other.get(name)
         )

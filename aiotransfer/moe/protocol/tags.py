@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aiotransfer.moe.protocol.shape import TAG_BYTES
+from aiotransfer.quote import quote
 
 
 def encoded(tag: int | str | None) -> bytes:
@@ -11,7 +12,7 @@ def encoded(tag: int | str | None) -> bytes:
         return b""
     if type(tag) is int:
         if not -(1 << 63) <= tag < 1 << 64:
-            raise ValueError(f"a tag that is an int has at most 64 bits, not {tag}")
+            raise ValueError(f"a tag that is an int has at most 64 bits, not {quote(tag)}")
         return b"i%d" % tag
     if not isinstance(tag, str):
         raise TypeError(f"a tag is an int, a str or None, not {type(tag).__name__}")

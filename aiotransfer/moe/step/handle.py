@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aiotransfer.aio.timeouts import Patience, Until
+from aiotransfer.aio.timeouts import Deadline, Timeout
 from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
@@ -99,7 +99,7 @@ class _NotYet(Exception):
 
 async def _within(limit: float, work: Callable[[], Awaitable[Any]]) -> Any:
     try:
-        async with Patience(limit):
+        async with Timeout(limit):
             return await work()
     except TimeoutError as error:
         if isinstance(error, TransferTimeout):
@@ -121,25 +121,25 @@ class _Half(Unpicklable):
         """The handle of the step that this is a half of."""
         return self._handle
 
-    def _until(self, timeout: float | None) -> Until:
+    def _deadline(self, timeout: float | None) -> Deadline:
         engine = self._handle._step.ranks.engine
-        return Until(engine._loop, seconds(self._timeout if timeout is None else timeout, engine.timeout))
+        return Deadline(engine._loop, seconds(self._timeout if timeout is None else timeout, engine.timeout))
 
-    async def _within(self, what: str, until: Until, work: Any) -> Any:
+    async def _within(self, what: str, deadline: Deadline, work: Any) -> Any:
         step = self._handle._step
         step.callers += 1
         try:
-            if (left := until.left()) != math.inf:
+            if (left := deadline.left()) != math.inf:
                 with contextlib.suppress(_NotYet):
                     return await _within(left - min(left / 4, ASK_SECONDS), work)
                 step.communicator.waiting.ask()  # most calls end long before this
-            return await _within(until.left(), work)
+            return await _within(deadline.left(), work)
         except _NotYet:
-            raise self._late(what, until) from None
+            raise self._late(what, deadline) from None
         finally:
             step.callers -= 1
 
-    def _late(self, what: str, until: Until) -> TransferTimeout:
+    def _late(self, what: str, deadline: Deadline) -> TransferTimeout:
         """The error that names the ranks that have not come: none that only waits for another one itself."""
         step = self._handle._step
         ranks, culprits = step.ranks, step.communicator.waiting.culprits(step.waits_for())
@@ -152,7 +152,7 @@ class _Half(Unpicklable):
         if ranks.rank in culprits:
             hint = f"call combine for step {culprits[ranks.rank].step} first: the others wait for it"
         return TransferTimeout(
-            f"the {what} of step {step.number} did not end within {until.seconds:g} s; not heard of: "
+            f"the {what} of step {step.number} did not end within {deadline.seconds:g} s; not heard of: "
             + (", ".join(names) or "no rank in particular"), ranks=tuple(culprits), hint=hint,
         )  # fmt: skip
 
@@ -165,15 +165,15 @@ class DispatchHalf(_Half):
     async def receive(self, *, timeout: float | None = None) -> Dispatched:
         """The other half, within `timeout` seconds (None: those that the first half was given). Raises `StepRefused` (also on all
         other ranks), `TransferTimeout`, `EvictedError`."""
-        return await self.receive_until(self._until(timeout))
+        return await self.receive_until(self._deadline(timeout))
 
-    async def receive_until(self, until: Until) -> Dispatched:
-        """`receive` by the deadline `until`, which holds for more than this half."""
+    async def receive_until(self, deadline: Deadline) -> Dispatched:
+        """`receive` by the `deadline`, which holds for more than this half."""
         handle = self._handle
         if handle._state != "sent":
             raise ClosedError(f"step {handle.step} was received already")
         try:
-            await self._within("dispatch", until, self._receive)
+            await self._within("dispatch", deadline, self._receive)
         except StepRefused:
             handle._state = "over"
             raise
@@ -230,14 +230,14 @@ class CombineHalf(_Half):
     async def receive(self, *, timeout: float | None = None) -> Array:
         """The other half: [tokens, hidden] in the combine's type, within `timeout` seconds (None: those that the first half was
         given). Raises `TransferTimeout` or `EvictedError`."""
-        return await self.receive_until(self._until(timeout))
+        return await self.receive_until(self._deadline(timeout))
 
-    async def receive_until(self, until: Until) -> Array:
-        """`receive` by the deadline `until`, which holds for more than this half."""
+    async def receive_until(self, deadline: Deadline) -> Array:
+        """`receive` by the `deadline`, which holds for more than this half."""
         handle = self._handle
         if handle._state != "returning":
             raise ClosedError(f"step {handle.step} is over")
-        out = await self._within("combine", until, self._receive)
+        out = await self._within("combine", deadline, self._receive)
         handle._state = "over"
         return out
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aiotransfer.providers import native
+from aiotransfer.quote import quote
 
 VARIABLE = "AIOTRANSFER_LIBFABRIC"
 FILE = "libfabric.so.1"
@@ -75,7 +76,7 @@ def missing(environ: Mapping[str, str] = os.environ) -> str | None:
     if choose(environ) is not None:
         return None
     if named := environ.get(VARIABLE):
-        return f"{VARIABLE}={named!r} is no file"
+        return f"{VARIABLE}={quote(named)} is no file"
     return "libfabric is not installed (apt-get install libfabric1, or the extra aiotransfer[tcp])"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric.libfabric import SYSTEM_FOLDERS
+from aiotransfer.quote import quote
 
 FILE = "libibverbs.so.1"
 DEVICE = "AIOTRANSFER_VERBS_DEVICE"
@@ -49,7 +50,7 @@ def missing(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> 
     if choose(environ) is None:
         return "libibverbs is not installed (apt-get install libibverbs1 ibverbs-providers)"
     if (named := environ.get(DEVICE)) and named not in found:
-        return f"{DEVICE}={named!r} is none of {', '.join(found)}"
+        return f"{DEVICE}={quote(named)} is none of {', '.join(found)}"
     return None
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from aiotransfer.errors import ConfigurationError
 from aiotransfer.providers.fabric import libibverbs
+from aiotransfer.quote import quote
 
 SIOCGIFCONF, SIOCGIFFLAGS, SIOCGIFNETMASK = 0x8912, 0x8913, 0x891B
 IFF_UP, IFF_LOOPBACK = 1, 8
@@ -126,6 +127,6 @@ def check(names: Iterable[str], known: Iterable[Mapping[str, Nic]]) -> None:
         if name not in found:
             there = sorted({nic.name for nic in interfaces()} | set(libibverbs.devices()))
             raise ConfigurationError(
-                f"there is no rail {name!r}", hint=f"a rail is an address of this host, or one of {', '.join(there)}"
+                f"there is no rail {quote(name)}", hint=f"a rail is an address of this host, or one of {', '.join(there)}"
             )
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric import libfabric, libibverbs
+from aiotransfer.quote import quote
 
 KNOWN = ("shm", "loopback", "tcp", "efa", "verbs")
 
@@ -29,9 +30,9 @@ def check_names(providers: str | Sequence[str]) -> str | tuple[str, ...]:
     names = (providers,) if isinstance(providers, str) else tuple(providers)
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"a provider is a str, not {name!r}")
+            raise TypeError(f"a provider is a str, not {quote(name)}")
         if name not in KNOWN:
-            raise ValueError(f"{name!r} is no provider; there are {', '.join(KNOWN)}")
+            raise ValueError(f"{quote(name)} is no provider; there are {', '.join(KNOWN)}")
     if not names:
         raise ValueError("providers must name at least one")
     return names

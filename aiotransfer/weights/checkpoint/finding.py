@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from aiotransfer.quote import quote
 from aiotransfer.weights.layouts.errors import PlanError
 
 MOST_INDEX = 256 << 20  # bytes
@@ -59,7 +60,7 @@ def read_index(path: str) -> dict[str, str]:
         found = msgspec.json.decode(data, type=_Index).weight_map
         outside = next((name for name in found.values() if name != os.path.basename(name) or name in ("", ".", "..")), None)
         if outside is not None:
-            raise ValueError(f"{outside!r} is no file beside it")
+            raise ValueError(f"{quote(outside)} is no file beside it")
         if len(set(found.values())) > MOST_FILES:
             raise ValueError(f"it names more than {MOST_FILES} files")
     except (ValueError, msgspec.DecodeError) as error:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 
+from aiotransfer.quote import quote
 from aiotransfer.weights.checkpoint.finding import files_of
 from aiotransfer.weights.checkpoint.header import Header, Unreadable, header_of, library
 from aiotransfer.weights.layouts.derive import usual_group
@@ -90,7 +91,7 @@ def open_checkpoint(
     sizes = {(r, name): file.nbytes for name, file in files.items() for r in range(ranks)}
     layout = Layout(tensors.values(), pieces, ranks=ranks, hosts=hosts, buffers=sizes)
     if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank must be an int, not {rank!r}")
+        raise TypeError(f"rank must be an int, not {quote(rank)}")
     if not 0 <= rank < ranks:
         raise ValueError(f"there is no rank {rank} of {ranks}")
     found = Checkpoint(layout, rank, files)

@@ -6,9 +6,10 @@ import math
 import os
 from collections.abc import Mapping
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.engine.runtime.base import seconds, world_of
 from aiotransfer.errors import ConfigurationError, TransferError, TransferTimeout
+from aiotransfer.quote import quote
 from aiotransfer.weights.checkpoint.header import library
 from aiotransfer.weights.checkpoint.opening import SAVE, VERSION
 from aiotransfer.weights.checkpoint.parts import OfInstance, OfTrainers, Parts
@@ -57,15 +58,15 @@ async def save(
         raise TypeError("metadata maps texts to texts")
     for name, value in (("shard_bytes", shard_bytes), ("staging_bytes", staging_bytes)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, not {value!r}")
+            raise TypeError(f"{name} must be an int, not {quote(value)}")
         if value < 1:
-            raise ValueError(f"{name} must be positive, not {value}")
+            raise ValueError(f"{name} must be positive, not {quote(value)}")
     if not isinstance(role, Subscriber | Publisher):
         raise TypeError(f"save takes a Subscriber or a Publisher, not {type(role).__name__}")
     within = seconds(timeout)
     saving = _Saving(os.fspath(path), shard_bytes, staging_bytes, texts, world_of(role.engine).entropy(8).hex())
     try:
-        async with Patience(within):
+        async with Timeout(within):
             if isinstance(role, Subscriber):
                 return await _instance(role, saving, within)
             return await _trainers(role, saving)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aiotransfer.aio.timeouts import despite_cancels
+from aiotransfer.aio.timeouts import wait_shielded
 from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.weights.checkpoint.parts import Parts
 from aiotransfer.weights.checkpoint.shards import Shard
@@ -124,7 +124,7 @@ class Writer:
         """Returns when nothing reads or writes any more."""
         await self._reads.withdraw()
         for task in self._writing.values():
-            await despite_cancels(task)
+            await wait_shielded(task)
             if not task.cancelled():
                 task.exception()  # it was raised already, or does not matter any more
         self._writing.clear()

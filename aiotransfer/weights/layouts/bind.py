@@ -14,6 +14,7 @@ import numpy as np
 
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.model.dtypes import lookup
+from aiotransfer.quote import quote
 from aiotransfer.weights.layouts import layoutcheck
 from aiotransfer.weights.layouts.arrays import LayoutArrays
 from aiotransfer.weights.layouts.errors import PlanError
@@ -65,7 +66,7 @@ class Bound(Unpicklable):
         without a buffer, and memory that is too small, not there (a meta tensor), or of another type or order of dimensions
         than the layout says; `TypeError` and `IndexError`."""
         if isinstance(rank, bool) or not isinstance(rank, int):
-            raise TypeError(f"rank must be an int, not {rank!r}")
+            raise TypeError(f"rank must be an int, not {quote(rank)}")
         if not 0 <= rank < layout.ranks:
             raise IndexError(f"the layout has no rank {rank}")
         if not isinstance(memory, Mapping):

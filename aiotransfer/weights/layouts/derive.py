@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from aiotransfer.quote import quote
 from aiotransfer.weights.layouts import bind
 from aiotransfer.weights.layouts.errors import PlanError
 from aiotransfer.weights.layouts.layout import Layout, Tensor, dense, merge
@@ -58,7 +59,7 @@ def layout_of(
     templates = [(Template(text), dim) for text, dim in (shards or {}).items()]
     group_of = mesh_group or usual_group
     if mesh_group is not None and not callable(mesh_group):
-        raise TypeError(f"mesh_group is a function of a name, not {mesh_group!r}")
+        raise TypeError(f"mesh_group is a function of a name, not {quote(mesh_group)}")
     stages = (stages,) if isinstance(stages, str) else tuple(stages)
     builder, problems = _Builder(members, stages, _here(named, stages, members)), []
     for name, thing in named.items():
@@ -67,7 +68,7 @@ def layout_of(
         except (_Refused, *bind.UNFIT) as refused:
             problems.append(f"{name}: {refused}")
     unused = [template.text for template, _ in templates if not any(template.match(name) is not None for name in named)]
-    problems += [f"shards names {text!r}, which is no tensor of this model" for text in unused]
+    problems += [f"shards names {quote(text)}, which is no tensor of this model" for text in unused]
     if problems:
         raise PlanError("the placements of some tensors cannot be expressed", problems=problems)
     layout = builder.layout(hosts, nics)
@@ -139,9 +140,9 @@ def _named(model: Any) -> dict[str, Any]:
         raise TypeError(f"layout_of takes a torch module or a mapping of names to tensors, not {type(model).__name__}")
     for name, thing in named.items():
         if not isinstance(name, str):
-            raise TypeError(f"the names of tensors are texts, not {name!r}")
+            raise TypeError(f"the names of tensors are texts, not {quote(name)}")
         if not (bind.is_torch(thing) or bind.is_region(thing) or isinstance(thing, np.ndarray)):
-            raise TypeError(f"{name!r} is no tensor, array or region but {type(thing).__name__}")
+            raise TypeError(f"{quote(name)} is no tensor, array or region but {type(thing).__name__}")
     return named
 
 
@@ -150,10 +151,10 @@ def _members(named: Mapping[str, Any], ranks: int | Sequence[int] | None) -> lis
     if ranks is None:
         return list(range(_world(named)))
     if isinstance(ranks, bool) or not isinstance(ranks, int | Sequence) or isinstance(ranks, str):
-        raise TypeError(f"ranks is a number of ranks, or a list of them, not {ranks!r}")
+        raise TypeError(f"ranks is a number of ranks, or a list of them, not {quote(ranks)}")
     members = list(range(ranks)) if isinstance(ranks, int) else [int(rank) for rank in ranks]
     if not members or len(set(members)) != len(members) or min(members) < 0:
-        raise ValueError(f"ranks must be positive, or ranks that are different: {ranks!r}")
+        raise ValueError(f"ranks must be positive, or ranks that are different: {quote(ranks)}")
     return members
 
 

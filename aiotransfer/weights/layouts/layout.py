@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aiotransfer.model import dtypes
+from aiotransfer.quote import quote
 from aiotransfer.weights.layouts import layoutcheck, pack
 from aiotransfer.weights.layouts.bind import Bound
 from aiotransfer.weights.layouts.errors import PlanError
@@ -116,26 +117,26 @@ class Layout:
         table: dict[tuple[int, str], int] = {}
         for piece in pieces:
             if not isinstance(piece, Piece):
-                raise TypeError(f"a layout has Pieces, not {piece!r}")
+                raise TypeError(f"a layout has Pieces, not {quote(piece)}")
             tensor = index.get(piece.tensor)
             if tensor is None:
-                raise ValueError(f"a piece is of {piece.tensor!r}, which is no tensor of this layout")
+                raise ValueError(f"a piece is of {quote(piece.tensor)}, which is no tensor of this layout")
             shape, item = self.shapes[tensor], int(self.itemsizes[tensor])
             start = (0,) * len(shape) if piece.start is None else tuple(piece.start)
             extent = tuple(n - a for n, a in zip(shape, start, strict=False)) if piece.extent is None else tuple(piece.extent)
             strides = dense(extent, item) if piece.strides is None else tuple(piece.strides)
             if not len(start) == len(extent) == len(strides) == len(shape):
-                raise ValueError(f"{piece.tensor!r} has {len(shape)} dimensions; its piece {piece} has not")
+                raise ValueError(f"{quote(piece.tensor)} has {len(shape)} dimensions; its piece {piece} has not")
             lacks = ndim - len(shape)
             buffer = table.setdefault((piece.rank, self.names[tensor] if piece.buffer is None else piece.buffer), len(table))
             rows.append(
                 (piece.rank, tensor, buffer, start + (0,) * lacks, extent + (1,) * lacks, piece.offset, strides + (0,) * lacks)
             )
         if not isinstance(buffers, Mapping | None):
-            raise TypeError(f"buffers is a mapping of (rank, buffer) to bytes, not {buffers!r}")
+            raise TypeError(f"buffers is a mapping of (rank, buffer) to bytes, not {quote(buffers)}")
         for key in buffers or {}:
             if not isinstance(key, tuple) or len(key) != 2:
-                raise TypeError(f"buffers is a mapping of (rank, buffer), not of {key!r}")
+                raise TypeError(f"buffers is a mapping of (rank, buffer), not of {quote(key)}")
             table.setdefault(key, len(table))
         columns = list(zip(*rows, strict=True)) or [()] * len(PIECE_ARRAYS)
         arrays = {
@@ -144,7 +145,7 @@ class Layout:
         }
         for (rank, name), nbytes in (buffers or {}).items():
             if isinstance(nbytes, bool) or not isinstance(nbytes, int) or not 0 <= nbytes < 1 << 60:
-                raise ValueError(f"buffer {name!r} of rank {rank} cannot have {nbytes!r} bytes")
+                raise ValueError(f"buffer {quote(name)} of rank {rank} cannot have {quote(nbytes)} bytes")
         self._take(tuple(b for _, b in table), [r for r, _ in table], [(buffers or {}).get(key, -1) for key in table], arrays)
 
     @classmethod
@@ -168,16 +169,16 @@ class Layout:
         if set(pieces) != set(PIECE_ARRAYS):
             raise TypeError(f"the arrays of pieces are {', '.join(PIECE_ARRAYS)}; not {', '.join(sorted(pieces))}")
         if isinstance(buffers, str):
-            raise TypeError(f"buffers is a list of names, not {buffers!r}")
+            raise TypeError(f"buffers is a list of names, not {quote(buffers)}")
         names = tuple(buffers)
         self._take(names, buffer_rank, [-1] * len(names) if buffer_bytes is None else buffer_bytes, pieces)
         return self
 
     def _name(self, tensors: list[Tensor], ranks: int, hosts: Sequence[str] | None, nics: Sequence[str] | None) -> None:
         if isinstance(ranks, bool) or not isinstance(ranks, int):
-            raise TypeError(f"ranks must be an integer, not {ranks!r}")
+            raise TypeError(f"ranks must be an integer, not {quote(ranks)}")
         if not 0 < ranks <= MOST_RANKS:
-            raise ValueError(f"a side has 1 to {MOST_RANKS} ranks, not {ranks}")
+            raise ValueError(f"a side has 1 to {MOST_RANKS} ranks, not {quote(ranks)}")
         if len(tensors) > MOST_TENSORS:
             raise ValueError(f"a side has at most {MOST_TENSORS} tensors, not {len(tensors)}")
         self.ranks = ranks
@@ -185,16 +186,16 @@ class Layout:
         self.nics = self._texts("nics", nics)
         for tensor in tensors:
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"a layout has Tensors, not {tensor!r}")
+                raise TypeError(f"a layout has Tensors, not {quote(tensor)}")
             if not isinstance(tensor.shape, tuple | list) or not isinstance(tensor.aliases, tuple | list):
-                raise TypeError(f"{tensor!r}: shape and aliases are tuples")
+                raise TypeError(f"{quote(tensor)}: shape and aliases are tuples")
             texts = (tensor.name, tensor.dtype, tensor.group, *tensor.aliases)
             if not all(isinstance(text, str) for text in texts) or any(type(n) is not int for n in tensor.shape):
-                raise TypeError(f"{tensor!r}: names, type and group are texts, the shape has integers")
+                raise TypeError(f"{quote(tensor)}: names, type and group are texts, the shape has integers")
             if len(tensor.shape) > MOST_NDIM or any(not 0 <= n <= MOST_SIZE for n in tensor.shape):
-                raise ValueError(f"{tensor.name!r} cannot have the shape {tuple(tensor.shape)}")
+                raise ValueError(f"{quote(tensor.name)} cannot have the shape {quote(tuple(tensor.shape))}")
             if np.prod([float(max(n, 1)) for n in tensor.shape]) >= 2.0**59:
-                raise ValueError(f"{tensor.name!r} of the shape {tuple(tensor.shape)} has too many elements")
+                raise ValueError(f"{quote(tensor.name)} of the shape {quote(tuple(tensor.shape))} has too many elements")
         self.names = tuple(tensor.name for tensor in tensors)
         _travels("name", [*self.names, *(alias for tensor in tensors for alias in tensor.aliases)])
         self.shapes = tuple(tuple(int(n) for n in tensor.shape) for tensor in tensors)
@@ -214,7 +215,7 @@ class Layout:
 
     def _texts(self, what: str, values: Sequence[str] | None) -> tuple[str, ...]:
         if isinstance(values, str):
-            raise TypeError(f"{what} is a list of texts, not {values!r}")
+            raise TypeError(f"{what} is a list of texts, not {quote(values)}")
         texts = ("",) * self.ranks if values is None else tuple(values)
         if len(texts) != self.ranks or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{what} must be a text for each of the {self.ranks} ranks")
@@ -372,7 +373,7 @@ def merge(layouts: Iterable[Layout]) -> Layout:
     tensors: dict[str, Tensor] = {}
     layouts = list(layouts)
     if wrong := [layout for layout in layouts if not isinstance(layout, Layout)]:
-        raise TypeError(f"merge takes Layouts, not {wrong[0]!r}")
+        raise TypeError(f"merge takes Layouts, not {quote(wrong[0])}")
     if not layouts:
         raise ValueError("merge takes one layout or more")
     if len({layout.ranks for layout in layouts}) != 1:
@@ -428,14 +429,14 @@ def _integers(what: str, values: Any) -> Ints:
     found = np.array(values)
     if found.size and found.dtype.kind not in "iu":
         bad = next(x for row in values for x in (row if isinstance(row, tuple) else (row,)) if not _is_integer(x))
-        raise TypeError(f"{what} must hold integers that memory can have, not {bad!r}")
+        raise TypeError(f"{what} must hold integers that memory can have, not {quote(bad)}")
     return found.astype(np.int64)
 
 
 def _whole_numbers(what: str, values: Any) -> Ints:
     found = np.array(values if hasattr(values, "__len__") else list(values)).reshape(-1)
     if found.size and found.dtype.kind not in "iu":
-        raise TypeError(f"{what} must hold integers, not {found.tolist()[0]!r}")
+        raise TypeError(f"{what} must hold integers, not {quote(found.tolist()[0])}")
     return found.astype(np.int64)
 
 
@@ -449,7 +450,7 @@ def _travels(what: str, texts: Sequence[str]) -> None:
         "".join(texts).encode()
     except UnicodeEncodeError:
         bad = next(text for text in texts if any("\ud800" <= letter <= "\udfff" for letter in text))
-        raise ValueError(f"a {what} that cannot be written as UTF-8: {bad[:100]!r}") from None
+        raise ValueError(f"a {what} that cannot be written as UTF-8: {quote(bad)}") from None
 
 
 def _fixed(values: Ints) -> Ints:

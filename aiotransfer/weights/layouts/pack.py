@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aiotransfer.errors import DescriptorError
+from aiotransfer.quote import quote
 
 MOST_HEADER = 1 << 28  # bytes of names and shapes: a million tensors and more
 MOST_TIMES = 64  # the arrays are at most so many times longer than what they are packed into
@@ -61,7 +62,7 @@ def decode(magic: bytes, data: Any, most_bytes: int) -> tuple[dict[str, Any], di
         data = memoryview(data).cast("B")
     if bytes(data[: len(magic)]) != magic:
         kind = "of another version" if bytes(data[:6]) == magic[:6] else "of another kind"
-        raise DescriptorError(f"bytes {kind}: they begin with {bytes(data[: len(magic)])!r} instead of {magic!r}")
+        raise DescriptorError(f"bytes {kind}: they begin with {quote(bytes(data[: len(magic)]))} instead of {magic!r}")
     if len(data) < len(magic) + _LENGTHS.size:
         raise DescriptorError("the bytes end early")
     head_bytes, length, packed, wanted = _LENGTHS.unpack_from(data, len(magic))

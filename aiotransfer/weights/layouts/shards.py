@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from aiotransfer.model import dtypes
+from aiotransfer.quote import quote
 from aiotransfer.weights.layouts.layout import Piece, Tensor, dense
 
 
@@ -48,7 +49,7 @@ def fused(
     ranks, tensors = list(ranks), list(tensors)
     _are_tensors(tensors)
     if not tensors:
-        raise ValueError(f"nothing is fused in {buffer!r}: there are no tensors")
+        raise ValueError(f"nothing is fused in {quote(buffer)}: there are no tensors")
     many = [len(ranks)] * len(tensors) if units is None else list(units)
     if len(many) != len(tensors):
         raise ValueError(f"{len(many)} units for {len(tensors)} tensors")
@@ -101,7 +102,7 @@ def _side_by_side(buffer: str, tensors: Sequence[Tensor], rank: int, dim: int, r
 def _are_tensors(values: Sequence[Tensor]) -> None:
     """Raise `TypeError` unless they are."""
     if wrong := [value for value in values if not isinstance(value, Tensor)]:
-        raise TypeError(f"pieces are of a Tensor, not of {wrong[0]!r}")
+        raise TypeError(f"pieces are of a Tensor, not of {quote(wrong[0])}")
 
 
 def _axis(tensor: Tensor, dim: int) -> int:

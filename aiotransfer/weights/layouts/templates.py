@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from aiotransfer.quote import quote
+
 _HOLE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -13,12 +15,12 @@ class Template:
 
     def __init__(self, text: str) -> None:
         if not isinstance(text, str) or not text:
-            raise TypeError(f"a template of names must be a text, not {text!r}")
+            raise TypeError(f"a template of names must be a text, not {quote(text)}")
         self.text = text
         self.holes = tuple(dict.fromkeys(_HOLE.findall(text)))
         plain = _HOLE.sub("", text)
         if "{" in plain or "}" in plain:
-            raise ValueError(f"{text!r}: braces in a template hold one word, as in {{i}}")
+            raise ValueError(f"{quote(text)}: braces in a template hold one word, as in {{i}}")
         pattern, at, seen = [], 0, set()
         for hole in _HOLE.finditer(text):
             pattern.append(re.escape(text[at : hole.start()]))

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aiotransfer.aio.timeouts import despite_cancels
+from aiotransfer.aio.timeouts import wait_shielded
 from aiotransfer.engine.runtime.base import world_of
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ async def steady(engine: Engine, work: Callable[..., T], *arguments: Any) -> T:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await despite_cancels(task)
+        await wait_shielded(task)
         if not task.cancelled():
             task.exception()  # it was not asked for
         raise

@@ -10,6 +10,7 @@ from aiotransfer.core.dense import is_dense
 from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import RegistrationError, TransferError
 from aiotransfer.model.dtypes import lookup
+from aiotransfer.quote import quote
 from aiotransfer.weights.layouts.bind import Bound, Form, form, is_meta, is_region, is_torch, local
 from aiotransfer.weights.layouts.layout import Layout
 
@@ -35,7 +36,7 @@ def bound_of(layout: Any, rank: int | None, *, needed: bool = True) -> tuple[Lay
     derived = None if layout.memory is None else layout.memory_rank
     number = (derived or 0) if rank is None else rank
     if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"rank must be an int, not {rank!r}")
+        raise TypeError(f"rank must be an int, not {quote(rank)}")
     if not 0 <= number < layout.ranks:
         raise ValueError(f"the layout has {layout.ranks} ranks; there is no rank {number}")
     if derived is not None and derived != number:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from aiotransfer.quote import quote
 from aiotransfer.weights.layouts.layout import Layout
 from aiotransfer.weights.layouts.templates import Template
 from aiotransfer.weights.planning.rules import Cast, Fuse, Quantise, Rename, Rule, Split, Stack, Tie, Transpose, Unstack
@@ -265,7 +266,7 @@ class _Resolver:
         dim = self._dim(name, rule.dim, len(theirs))
         fuse = self._dim(name, rule.fuse_dim, len(shape))
         if not entry.isdecimal() or not int(entry) < theirs[dim]:
-            raise _Unfit(f"{name}: {self.trainer.names[source]} has no entry {entry!r} among {theirs[dim]}")
+            raise _Unfit(f"{name}: {self.trainer.names[source]} has no entry {quote(entry)} among {theirs[dim]}")
         inner = theirs[:dim] + theirs[dim + 1 :]
         sizes = self._sizes(name, [self._fill(t, values) for t in texts(rule.targets)], rule.fuse_dim)
         if tuple(sum(sizes) if d == fuse else n for d, n in enumerate(shape)) != inner:

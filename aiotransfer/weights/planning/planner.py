@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aiotransfer.core import boxes
+from aiotransfer.quote import quote
 from aiotransfer.weights.layouts import layoutcheck
 from aiotransfer.weights.layouts.bind import Bound
 from aiotransfer.weights.layouts.errors import PlanError
@@ -52,11 +53,11 @@ def make_plan(
     `ValueError` for arguments that cannot be.
     """
     if fanout not in ("direct", "relay"):
-        raise ValueError(f'fanout is "direct" or "relay", not {fanout!r}')
+        raise ValueError(f'fanout is "direct" or "relay", not {quote(fanout)}')
     if isinstance(staging_bytes, bool) or not isinstance(staging_bytes, int):
-        raise TypeError(f"staging_bytes must be an integer, not {staging_bytes!r}")
+        raise TypeError(f"staging_bytes must be an integer, not {quote(staging_bytes)}")
     if staging_bytes < 1:
-        raise ValueError(f"staging_bytes must be positive, not {staging_bytes}")
+        raise ValueError(f"staging_bytes must be positive, not {quote(staging_bytes)}")
     trainer, inference = _layout(trainer), _layout(inference)
     instances = {"inference": inference} if not isinstance(inference, Mapping) else dict(inference)
     instances = {name: _layout(layout) for name, layout in instances.items()}
@@ -65,7 +66,7 @@ def make_plan(
         what = f"not {type(wrong[0]).__name__}" if wrong else "there is none of the inference side"
         raise TypeError(f"make_plan takes Layouts, the trainers' and one or more {{name: layout}} of the inference side: {what}")
     if unnamed := [name for name in instances if not isinstance(name, str)]:
-        raise TypeError(f"instances have texts for names, not {unnamed[0]!r}")
+        raise TypeError(f"instances have texts for names, not {quote(unnamed[0])}")
     where = bool(staged), bool(apart)
     return _Planner(trainer, instances, by_instance(rules), staging_bytes, fanout, _templates(names), where).run()
 
@@ -79,7 +80,7 @@ def _templates(names: Iterable[str] | None) -> list[str] | None:
     if names is None or isinstance(names, str):
         return None if names is None else [names]
     if not isinstance(names, Iterable):
-        raise TypeError(f"names are templates of names of tensors, not {names!r}")
+        raise TypeError(f"names are templates of names of tensors, not {quote(names)}")
     return list(names)
 
 

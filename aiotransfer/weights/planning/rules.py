@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from aiotransfer.quote import quote
 from aiotransfer.weights.layouts.templates import Template
 
 
@@ -122,7 +123,7 @@ def by_instance(rules: GivenRules) -> Rules:
     if not isinstance(rules, Mapping):
         return {"": checked(rules)}
     if unnamed := [name for name in rules if not isinstance(name, str)]:
-        raise TypeError(f"rules of instances are {{instance: rules}}, not {{{unnamed[0]!r}: rules}}")
+        raise TypeError(f"rules of instances are {{instance: rules}}, not {{{quote(unnamed[0])}: rules}}")
     return {name: checked(rules[name]) for name in sorted(rules)}
 
 
@@ -136,15 +137,15 @@ def checked(rules: Iterable[Rule] | None) -> tuple[Rule, ...]:
     if rules is None:
         return ()
     if isinstance(rules, str | bytes) or not isinstance(rules, Iterable):
-        raise TypeError(f"rules are a list of rules, not {rules!r}")
+        raise TypeError(f"rules are a list of rules, not {quote(rules)}")
     found = tuple(rules)
     for rule in found:
         if not isinstance(rule, Rule):
-            raise TypeError(f"{rule!r} is no rule of weights")
+            raise TypeError(f"{quote(rule)} is no rule of weights")
         try:
             _check(rule)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{rule!r}: {error}") from None
+            raise type(error)(f"{quote(rule)}: {error}") from None
     return found
 
 
@@ -169,7 +170,7 @@ def _check(rule: Rule) -> None:
                 _integer("a unit", unit, 1)
         case Stack() | Unstack():
             if not isinstance(rule.index, str) or not rule.index.isidentifier():
-                raise TypeError(f"index is the word in the braces of the templates, not {rule.index!r}")
+                raise TypeError(f"index is the word in the braces of the templates, not {quote(rule.index)}")
         case Transpose() if rule.axes is not None:
             for axis in _several("axes", rule.axes):
                 _integer("an axis", axis, 0)
@@ -185,14 +186,14 @@ def _check(rule: Rule) -> None:
 
 def _integer(name: str, value: Any, least: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, not {value!r}")
+        raise TypeError(f"{name} must be an integer, not {quote(value)}")
     if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
+        raise ValueError(f"{name} must be at least {least}, not {quote(value)}")
 
 
 def _several(name: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, tuple | list):
-        raise TypeError(f"{name} must be a tuple, not {value!r}")
+        raise TypeError(f"{name} must be a tuple, not {quote(value)}")
     return tuple(value)
 
 
@@ -202,6 +203,6 @@ def _texts(name: str, value: Any, may_be_one: bool) -> None:
         raise ValueError(f"{name} must name a tensor")
     for text in values:
         if name == "names" and not isinstance(text, str):
-            raise TypeError(f"names must be texts, not {text!r}")
+            raise TypeError(f"names must be texts, not {quote(text)}")
         if name != "names":
             Template(text)

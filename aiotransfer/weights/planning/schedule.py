@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aiotransfer.core import boxes
+from aiotransfer.quote import quote
 from aiotransfer.weights.layouts import pack
 from aiotransfer.weights.layouts.layout import Layout
 from aiotransfer.weights.planning.catalog import Catalog, padded
@@ -105,9 +106,9 @@ class Schedule:
         """The number of rank `rank` of `instance`. Raises `KeyError` or `IndexError` for one that does not exist."""
         number = list(self.instances).index(instance) if instance in self.instances else None
         if number is None:
-            raise KeyError(f"this plan has the instances {', '.join(self.instances)}; not {instance!r}")
+            raise KeyError(f"this plan has the instances {', '.join(self.instances)}; not {quote(instance)}")
         if not 0 <= rank < list(self.instances.values())[number].ranks:
-            raise IndexError(f"{instance!r} has no rank {rank}")
+            raise IndexError(f"{quote(instance)} has no rank {rank}")
         return int(self.receiver_base[number]) + rank
 
     def who(self, receiver: int) -> tuple[str, int]:

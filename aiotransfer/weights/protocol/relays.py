@@ -50,7 +50,7 @@ class Onward(msgspec.Struct, frozen=True, array_like=True):
 class Passing(msgspec.Struct, frozen=True, array_like=True):
     """What an offer says where `instances` instances pass parts on to one another. `number`: of the receiver; `relays`: who
     passes on to it; `onward`: whom it passes on to; `route`: the digest of the table of its writes, of `route_bytes` bytes
-    (`Want` it), empty where it passes nothing on; `rate`: bytes a second that it may write at most, 0: no limit; `patience`:
+    (`Want` it), empty where it passes nothing on; `rate`: bytes a second that it may write at most, 0: no limit; `seconds`:
     seconds that relays need at that rate."""
 
     instances: Receiver
@@ -60,7 +60,7 @@ class Passing(msgspec.Struct, frozen=True, array_like=True):
     route: Digest
     route_bytes: Annotated[int, msgspec.Meta(ge=0, le=MOST_LAYOUT)]
     rate: Rate
-    patience: Seconds
+    seconds: Seconds
 
 
 class Pass(Message, frozen=True, tag=50):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from aiotransfer.quote import quote
+
 MOST_EPOCH = (1 << 32) - 1
 MOST_NUMBER = (1 << 62) - 1
 
@@ -27,7 +29,7 @@ class Version(NamedTuple):
 def check_number(number: object) -> int:
     """The number of a version as users give it. Raises `TypeError` and `ValueError`."""
     if isinstance(number, bool) or not hasattr(number, "__index__"):
-        raise TypeError(f"the number of a version must be an int, not {number!r}")
+        raise TypeError(f"the number of a version must be an int, not {quote(number)}")
     value = int(number.__index__())
     if not 0 <= value <= MOST_NUMBER:
         raise ValueError(f"the number of a version lies between 0 and {MOST_NUMBER}: {value}")
@@ -39,7 +41,7 @@ def check_epoch(epoch: object) -> int | None:
     if epoch is None:
         return None
     if isinstance(epoch, bool) or not hasattr(epoch, "__index__"):
-        raise TypeError(f"an epoch must be an int or None, not {epoch!r}")
+        raise TypeError(f"an epoch must be an int or None, not {quote(epoch)}")
     value = int(epoch.__index__())
     if not 1 <= value <= MOST_EPOCH:
         raise ValueError(f"an epoch lies between 1 and {MOST_EPOCH}: {value}")

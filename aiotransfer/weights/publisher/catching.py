@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.errors import TransferError
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.protocol.roll import lender
@@ -90,7 +90,7 @@ class CatchUp:
         everyone = range(len(self._entries))
         async with Ending(self._end):
             try:
-                async with Patience(context.seconds):
+                async with Timeout(context.seconds):
                     await asyncio.gather(*map(self._offer, everyone))
                     await self._changes.until(lambda: len(self._accepted) == len(self._entries) or any(self._done.values()))
                     if not any(self._done.values()):

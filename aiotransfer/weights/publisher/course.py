@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.weights.protocol import wire
 from aiotransfer.weights.protocol.roll import name_of
 from aiotransfer.weights.protocol.version import Version
@@ -73,7 +73,7 @@ class Course:
             return holds()
 
         try:
-            async with Patience(self.left() if seconds is None else seconds):
+            async with Timeout(self.left() if seconds is None else seconds):
                 await self._changes.until(check)
         except TimeoutError:
             return check()
@@ -86,7 +86,7 @@ class Course:
     async def await_ends(self, seconds: float) -> None:
         """Wait for at most `seconds` until it is known how it ended at every rank that takes the version, also one given up."""
         with contextlib.suppress(TimeoutError):
-            async with Patience(seconds):
+            async with Timeout(seconds):
                 await self._changes.until(lambda: all(target.done is not None for target in self.taking()))
 
     def give(

@@ -14,10 +14,11 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.aio.timeouts import despite_cancels
+from aiotransfer.aio.timeouts import wait_shielded
 from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError
+from aiotransfer.quote import quote
 from aiotransfer.weights.memory.binding import bound_of
 from aiotransfer.weights.memory.files import FileBound
 from aiotransfer.weights.planning.rules import GivenRules, by_instance
@@ -96,7 +97,7 @@ class Publisher(Unpicklable):
         rate_limit, checksum = arguments.rate(rate_limit), arguments.flag("checksum", checksum)
         staging_bytes, templates = arguments.count("staging_bytes", staging_bytes), arguments.names(names)
         if fanout not in ("direct", "relay"):
-            raise ValueError(f"fanout is 'direct' or 'relay', not {fanout!r}")
+            raise ValueError(f"fanout is 'direct' or 'relay', not {quote(fanout)}")
         self.layout.check()
         self.observer = Observer(progress, on_record, "publisher", self.rank)
         self.records = self.observer.records
@@ -268,7 +269,7 @@ class Publisher(Unpicklable):
         try:
             await asyncio.shield(self._closing)
         except asyncio.CancelledError:
-            await despite_cancels(self._closing)
+            await wait_shielded(self._closing)
             raise
 
     def engine_closed(self) -> None:

@@ -1,8 +1,8 @@
 """What one trainer rank writes in the place of subscriber ranks that should pass its parts on, and do not.
 
-These are ranks of instances that do not take the version, ranks that were lost or gave up, and those that a receiver has lost
-its patience with. The receiver takes the right to write back from the relay before it grants it to this rank, and says so where
-it has all bytes already. Parts that are made on the way are made again.
+These are ranks of instances that do not take the version, ranks that were lost or gave up, and those whose receiver does not wait
+any longer. The receiver takes the right to write back from the relay before it grants it to this rank, and says so where it has
+all bytes already. Parts that are made on the way are made again.
 """
 
 from __future__ import annotations

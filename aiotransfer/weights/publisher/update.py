@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from aiotransfer.aio.timeouts import Patience, despite_cancels
+from aiotransfer.aio.timeouts import Timeout, wait_shielded
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, TransferError
 from aiotransfer.weights.layouts.errors import PlanError
@@ -270,7 +270,7 @@ class Update(Unpicklable):
 
     async def _within(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
-            async with Patience(self._left() + GRACE):
+            async with Timeout(self._left() + GRACE):
                 await work()
         except TimeoutError as error:
             if isinstance(error, TransferError):
@@ -448,7 +448,7 @@ class Update(Unpicklable):
         try:
             if self._sending is not None:
                 self._sending.cancel()
-                await despite_cancels(self._sending.task)
+                await wait_shielded(self._sending.task)
         finally:
             self._leave(error)
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from aiotransfer.quote import quote
 from aiotransfer.telemetry import spans
 from aiotransfer.telemetry.records import MOST_RECORDS, Host
 from aiotransfer.weights.records.progress import Shows
@@ -26,7 +27,7 @@ class Observer:
 
     def __init__(self, progress: Progress, on_record: Callable[[UpdateRecord], object] | None, role: str, rank: int) -> None:
         if on_record is not None and not callable(on_record):
-            raise TypeError(f"on_record is called with each record, not {on_record!r}")
+            raise TypeError(f"on_record is called with each record, not {quote(on_record)}")
         self._host = Host()
         self._shows = Shows(progress, self._host)
         self._on_record = on_record

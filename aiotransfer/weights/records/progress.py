@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from aiotransfer.quote import quote
+
 if TYPE_CHECKING:
     from aiotransfer.telemetry.records import Host
     from aiotransfer.weights.protocol.version import Version
@@ -40,7 +42,7 @@ class Shows:
 
     def __init__(self, wanted: Any, host: Host) -> None:
         if not (wanted is None or isinstance(wanted, bool) or callable(wanted)) or inspect.iscoroutinefunction(wanted):
-            raise TypeError(f"progress is None, True or a function of (bytes done, bytes in all, version), not {wanted!r}")
+            raise TypeError(f"progress is None, True or a function of (bytes done, bytes in all, version), not {quote(wanted)}")
         self._wanted, self._host = wanted, host
         if wanted is True:
             self._bar = _choose()  # here: to import a library takes longer than an update may be held up

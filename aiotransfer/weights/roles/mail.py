@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.aio.tasks import begin
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.errors import DescriptorError, TransferError
 from aiotransfer.weights.protocol import terms, wire
 from aiotransfer.weights.protocol.parts import Parts, parts
@@ -163,7 +163,7 @@ class Mail:
         if not cost:
             return False
         try:
-            async with Patience(seconds):
+            async with Timeout(seconds):
                 if len(data) > terms.PART or peer in self._turns:
                     await self._send_in_turn(peer, data)
                 else:

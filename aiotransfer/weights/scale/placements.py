@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aiotransfer.model import dtypes
+from aiotransfer.quote import quote
 from aiotransfer.weights.layouts.layout import Layout, Tensor
 from aiotransfer.weights.layouts.shards import chunk
 from aiotransfer.weights.planning.rules import Quantise
@@ -48,7 +49,7 @@ class Placement:
     def problems(self, model: Model) -> list[str]:
         """What does not fit, as texts; empty for a placement that can be."""
         numbers = {name: getattr(self, name) for name in self.__slots__ if name not in ("quantise", "offloaded")}
-        found = [f"{name} must be at least 1, not {value}" for name, value in numbers.items() if value < 1]
+        found = [f"{name} must be at least 1, not {quote(value)}" for name, value in numbers.items() if value < 1]
         if found:
             return found
         if self.fsdp * self.pp * self.ep != self.trainers:

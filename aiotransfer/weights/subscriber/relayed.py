@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from aiotransfer.engine.sync.counter import Counter
     from aiotransfer.weights.subscriber.arrivals import Arrivals
 
-PATIENCE_SECONDS = 0.25  # that relays have at least, once everything else has come
-PATIENCE_TIMES = 2.0  # that they have beside it: as long as all instances would take for what the publishers write to this rank
-PATIENCE_SHARE = 1 / 3  # of the time of the offer, that they have at most
+RELAY_SECONDS = 0.25  # that relays have at least, once everything else has come
+RELAY_TIMES = 2.0  # that they have beside it: as long as all instances would take for what the publishers write to this rank
+RELAY_SHARE = 1 / 3  # of the time of the offer, that they have at most
 Key = tuple[int, int]  # a relay, and the publisher rank whose bytes it passes on
 
 
@@ -50,12 +50,12 @@ class Relayed:
         """Whether nothing is left to come."""
         return not self._left
 
-    # ---- patience ----
+    # ---- how long to wait for relays ----
 
     def begin(self) -> None:
         """Start the timer for bytes of relays: the offer was accepted."""
         if self._left:
-            seconds = self._offer.seconds * PATIENCE_SHARE
+            seconds = self._offer.seconds * RELAY_SHARE
             self._timers.append(asyncio.get_running_loop().call_later(seconds, self._short))
 
     def asked(self) -> None:
@@ -67,7 +67,7 @@ class Relayed:
         if self._left and self._passing is not None:
             loop = asyncio.get_running_loop()
             own = loop.time() - self._began
-            seconds = PATIENCE_SECONDS + self._passing.patience + PATIENCE_TIMES * self._passing.instances * own
+            seconds = RELAY_SECONDS + self._passing.seconds + RELAY_TIMES * self._passing.instances * own
             self._timers.append(loop.call_later(seconds, self._short))
 
     def _short(self) -> None:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from aiotransfer.aio.timeouts import Patience
+from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.errors import DescriptorError, QuarantineError, TransferError
 from aiotransfer.weights.memory.aside import aside
 from aiotransfer.weights.memory.checksum import check
@@ -411,7 +411,7 @@ class Session:
         context, number = self._context, next(_numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
-            async with Patience(context.engine.config.peer_timeout):
+            async with Timeout(context.engine.config.peer_timeout):
                 peer = await reach(context.engine, self.offer.members[rank], context.engine.config.peer_timeout)
                 context.tell(peer, wire.Doubt(self.offer.update, context.instance, rank, number))
                 found: str = await answer

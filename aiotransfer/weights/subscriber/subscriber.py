@@ -15,10 +15,11 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.aio.timeouts import Patience, despite_cancels
+from aiotransfer.aio.timeouts import Timeout, wait_shielded
 from aiotransfer.engine.runtime.base import is_open, seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, TransferTimeout, again
+from aiotransfer.quote import quote
 from aiotransfer.weights.layouts.errors import PlanError
 from aiotransfer.weights.memory.binding import bound_of
 from aiotransfer.weights.protocol import relays, wire
@@ -78,11 +79,11 @@ class Subscriber(Unpicklable):
         on_record: Callable[[UpdateRecord], object] | None = None,
     ) -> None:  # fmt: skip
         if mode not in ("double", "in_place"):
-            raise ValueError(f"mode is 'double' or 'in_place', not {mode!r}")
+            raise ValueError(f"mode is 'double' or 'in_place', not {quote(mode)}")
         engine, instance = arguments.engine(engine), arguments.instance(instance, wire.MOST_NAME)
         for name, hook in (("pause", pause), ("resume", resume)):
             if hook is not None and not callable(hook):
-                raise TypeError(f"{name} must be callable, not {hook!r}")
+                raise TypeError(f"{name} must be callable, not {quote(hook)}")
         self.layout, self.rank, bound = bound_of(layout, rank, needed=False)
         self.observer = Observer(progress, on_record, "subscriber", self.rank)
         self.records = self.observer.records
@@ -144,7 +145,7 @@ class Subscriber(Unpicklable):
         """
         within = seconds(timeout, self._seconds)
         try:
-            async with Patience(within):
+            async with Timeout(within):
                 await self._changes.until(lambda: self._check() and self._present.version is not None)
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
@@ -174,7 +175,7 @@ class Subscriber(Unpicklable):
         within = seconds(timeout, self._seconds)
         self._check()
         try:
-            async with Patience(within):
+            async with Timeout(within):
                 reading = await self.gate.enter()
         except TimeoutError as error:
             if isinstance(error, TransferTimeout):
@@ -402,7 +403,7 @@ class Subscriber(Unpicklable):
         try:
             await asyncio.shield(self._closing)
         except asyncio.CancelledError:
-            await despite_cancels(self._closing)
+            await wait_shielded(self._closing)
             raise
 
     def engine_closed(self) -> None:

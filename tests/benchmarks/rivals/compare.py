@@ -26,7 +26,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
 SPAN = 0.12  # seconds of work per turn
-PATIENCE = 60.0
+TIMEOUT = 60.0
 CONTENDERS: dict[str, tuple[str, str, dict[str, str]]] = {  # name: environment, module, variables
     "ours": ("ours", "run_ours.py", {}),
     "ours, foreign memory": ("ours", "run_ours.py", {"FOREIGN": "1"}),
@@ -80,8 +80,8 @@ class Contender:
         assert process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
-            if not selector.select(PATIENCE):
-                raise Broken(f"no answer within {PATIENCE:g} s")
+            if not selector.select(TIMEOUT):
+                raise Broken(f"no answer within {TIMEOUT:g} s")
         line = process.stdout.readline()
         if not line:
             raise Broken("it ended without a word")

@@ -69,7 +69,7 @@ def test_anything_else_is_refused(data: bytes) -> None:
         wire.Grant(1, "a", 0, [], [0] * (terms.MOST_STEPS + 1), ""),
         *(
             wire.Offer(1, 2, 3, 4, 5, 6.0, ["x:1"], [], [], "", "", True, msgspec.structs.replace(PASSING, **wrong))
-            for wrong in ({"route_bytes": terms.MOST_LAYOUT + 1}, {"rate": -1.0}, {"patience": 2e9}, {"route": b"d" * 65})
+            for wrong in ({"route_bytes": terms.MOST_LAYOUT + 1}, {"rate": -1.0}, {"seconds": 2e9}, {"route": b"d" * 65})
         ),
     ],
 )
