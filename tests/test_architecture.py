@@ -83,7 +83,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {  # by folder: each room, and those ben
 }
 PRIVATE_OF_THE_ENGINE = {"kv": {"_values"}, "moe": {"_check", "_connections", "_lane", "_loop"}}  # that components use: no more
 PURE = (
-    "model/", "core/", "control/frames.py", "control/session.py", "control/resume.py", "rendezvous/roster.py", "errors.py",
+    "model/", "core/", "control/frames.py", "control/handshake.py", "control/resume.py", "rendezvous/roster.py", "errors.py",
     "kv/protocol/", "kv/prefill/schedule.py",
     "kv/registry/member.py", "kv/registry/changes.py", "kv/registry/cache.py", "kv/registry/stamp.py",
     "moe/protocol/",

@@ -1,8 +1,8 @@
 """One control connection after (and during) its handshake, as an asyncio protocol.
 
-The pure session decides; this class moves its bytes, bounds what may pile up and guarantees one end: `on_closed` is called
+The pure handshake decides; this class moves its bytes, bounds what may pile up and guarantees one end: `on_closed` is called
 exactly once, with None for a goodbye of either side and with the cause otherwise. Writing never blocks and never awaits.
-A conversation may outlive its connection (see `line`): then the link is dropped, and ends without telling its owner.
+A conversation may outlive its connection (see `channel`): then the link is dropped, and ends without telling its owner.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple, cast
 
 from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.control.frames import Frame, Goodbye, PeerInfo, clip, encode
+from aiotransfer.control.handshake import NONCE_BYTES, Handshake, Role
 from aiotransfer.control.key import Key
-from aiotransfer.control.session import NONCE_BYTES, Role, Session
 from aiotransfer.errors import BrokenError, BusyError, RendezvousError, shortage
 from aiotransfer.model.address import Address
 from aiotransfer.quote import quote
@@ -56,7 +56,7 @@ class Link(asyncio.Protocol):
         self.dialed = role == "dialer"
         nonce = identity.entropy(NONCE_BYTES)
         info = identity.info() if self.dialed else identity.info  # for strangers it is not made
-        self._session = Session(role, key, identity.incarnation, info, nonce, resumes=resumes)
+        self._handshake = Handshake(role, key, identity.incarnation, info, nonce, resumes=resumes)
         self.established: asyncio.Future[None] = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
         self._started = False
@@ -79,32 +79,32 @@ class Link(asyncio.Protocol):
     @property
     def incarnation(self) -> int:
         """The incarnation of the engine at the other end."""
-        return self._session.peer_incarnation
+        return self._handshake.peer_incarnation
 
     @property
     def info(self) -> PeerInfo:
         """What the other engine says of itself."""
-        assert self._session.peer_info is not None
-        return self._session.peer_info
+        assert self._handshake.peer_info is not None
+        return self._handshake.peer_info
 
     @property
     def told(self) -> PeerInfo:
         """What this one said of itself."""
-        return self._session.info
+        return self._handshake.info
 
     @property
     def resumes(self) -> bool:
         """Its dialer means to go on with a conversation that lost its connection."""
-        return self._session.resumes
+        return self._handshake.resumes
 
     @property
     def proven(self) -> bool:
         """The other side has shown that it has the key."""
-        return self._session.proven
+        return self._handshake.proven
 
     def tag(self, use: Literal["session", "resume"]) -> bytes:
         """What only the two ends know."""
-        return self._session.tag(use)
+        return self._handshake.tag(use)
 
     @property
     def ended(self) -> bool:
@@ -129,18 +129,18 @@ class Link(asyncio.Protocol):
             self.keep_alive(PLAIN_KEEPALIVE)
         self.local_address = _address(transport.get_extra_info("sockname"))
         self.remote_address = _address(transport.get_extra_info("peername"))
-        self._write(self._session.take_output())
+        self._write(self._handshake.take_output())
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the other side."""
         if self._ended:
             return
         self.bytes_received += len(data)
-        was_established = self._session.established
+        was_established = self._handshake.established
         try:
-            frames = self._session.receive(data)
+            frames = self._handshake.receive(data)
         except RendezvousError as error:
-            self._write(self._session.take_output())
+            self._write(self._handshake.take_output())
             self._finish(error)
             return
         except Exception as error:  # what a stranger says ends its connection, and nothing else
@@ -150,8 +150,8 @@ class Link(asyncio.Protocol):
             else:
                 self._finish(short)
             return
-        self._write(self._session.take_output())
-        if self._session.established and not was_established and not self.established.done():
+        self._write(self._handshake.take_output())
+        if self._handshake.established and not was_established and not self.established.done():
             self.established.set_result(None)
         for frame in frames:
             self._deliver(frame)
@@ -268,7 +268,7 @@ class Link(asyncio.Protocol):
         """Say goodbye, flush for at most a second, end. In any state; twice is silent."""
         if self._closing or self._transport is None:
             return
-        if self._session.established and not self._ended:
+        if self._handshake.established and not self._ended:
             self._write(encode(Goodbye(reason, lost)))
         self._closing = True
         self._transport.close()

@@ -385,7 +385,7 @@ class Engine(Operations, Unpicklable):
         if (peer := self._paths.by_lane_peer.get(number)) is not None:
             self._paths.broke(peer, number, error)
             if error:
-                peer._line.suspect()  # it may have been the NIC of the control connection
+                peer._channel.suspect()  # it may have been the NIC of the control connection
 
     def _peer_ended(self, peer: Peer) -> None:
         """The peer has ended: so do its operations."""

@@ -8,15 +8,15 @@ import os
 import aiotransfer as at
 from aiotransfer.control import frames
 from aiotransfer.control.frames import OfferWire, PeerInfo
+from aiotransfer.control.handshake import Handshake
 from aiotransfer.control.key import load_key
-from aiotransfer.control.session import Session
 
 
 class RawPeer:
     """Authenticated over a plain stream."""
 
-    def __init__(self, session: Session, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.session = session
+    def __init__(self, handshake: Handshake, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.handshake = handshake
         self._reader = reader
         self._writer = writer
         self.received: list[frames.Frame] = []
@@ -28,12 +28,12 @@ class RawPeer:
         """Dial and shake hands; by default with the offers of an engine of this process."""
         info = info or PeerInfo("raw", "127.0.0.1:1", os.getpid(), [OfferWire(*terms) for terms in engine._terms()])
         number = int.from_bytes(os.urandom(8)) if incarnation is None else incarnation
-        session = Session("dialer", load_key(key, os.environ), number, info, os.urandom(32))
-        self = cls(session, *await asyncio.open_connection(engine.address.host, engine.address.port))
-        while not session.established:
-            await self.say(session.take_output())
-            self.received += session.receive(await asyncio.wait_for(self._reader.read(1 << 16), 10))
-        await self.say(session.take_output())
+        handshake = Handshake("dialer", load_key(key, os.environ), number, info, os.urandom(32))
+        self = cls(handshake, *await asyncio.open_connection(engine.address.host, engine.address.port))
+        while not handshake.established:
+            await self.say(handshake.take_output())
+            self.received += handshake.receive(await asyncio.wait_for(self._reader.read(1 << 16), 10))
+        await self.say(handshake.take_output())
         if number != engine.incarnation:
             await self.say(frames.Ping(0))
             await self.hear(frames.Pong)  # from now on it is a known peer
@@ -61,7 +61,7 @@ class RawPeer:
                 return None
             if not data:
                 return None
-            self.received += self.session.receive(data)
+            self.received += self.handshake.receive(data)
 
     async def close(self) -> None:
         """Hang up."""

@@ -13,26 +13,26 @@ from hypothesis import strategies as st
 
 from aiotransfer.control import frames
 from aiotransfer.control.frames import PREAMBLE, VERSION, FrameReader, PeerInfo, Proof, encode
+from aiotransfer.control.handshake import Handshake
 from aiotransfer.control.key import Key, load_key
-from aiotransfer.control.session import Session
 from aiotransfer.errors import ConfigurationError, RendezvousError
 
 KEY = Key("shared", b"k" * 32)
 INFO = PeerInfo("x", "127.0.0.1:1", 1, [])
 
 
-def session(role: str, key: Key = KEY, number: int = 1, **more: Any) -> Session:
-    return Session(role, key, number, INFO, os.urandom(32), **more)  # type: ignore[arg-type]
+def handshake(role: str, key: Key = KEY, number: int = 1, **more: Any) -> Handshake:
+    return Handshake(role, key, number, INFO, os.urandom(32), **more)  # type: ignore[arg-type]
 
 
-def talk(dialer: Session, acceptor: Session) -> None:
+def talk(dialer: Handshake, acceptor: Handshake) -> None:
     for _ in range(4):
         acceptor.receive(dialer.take_output())
         dialer.receive(acceptor.take_output())
 
 
 def test_two_sides_with_one_key_meet() -> None:
-    dialer, acceptor = session("dialer"), session("acceptor", number=2)
+    dialer, acceptor = handshake("dialer"), handshake("acceptor", number=2)
     talk(dialer, acceptor)
     assert dialer.established
     assert acceptor.established
@@ -48,7 +48,7 @@ def test_two_sides_with_one_key_meet() -> None:
     ],
 )
 def test_wrong_keys_and_versions_are_told_to_both_sides(mine: Key, version: int, words: str) -> None:
-    dialer, acceptor = session("dialer", mine, version=version), session("acceptor", number=2)
+    dialer, acceptor = handshake("dialer", mine, version=version), handshake("acceptor", number=2)
     with pytest.raises(RendezvousError, match=words) as first:
         talk(dialer, acceptor)
     with pytest.raises(RendezvousError, match=words):
@@ -60,16 +60,16 @@ def test_wrong_keys_and_versions_are_told_to_both_sides(mine: Key, version: int,
 
 def test_who_resumes_says_so_and_cannot_be_made_to() -> None:
     """The proofs cover it: whoever changes it on the way ends the handshake."""
-    dialer, acceptor = session("dialer", resumes=True), session("acceptor", number=2)
+    dialer, acceptor = handshake("dialer", resumes=True), handshake("acceptor", number=2)
     talk(dialer, acceptor)
     assert acceptor.established
     assert acceptor.resumes
     assert dialer.tag("resume") == acceptor.tag("resume") != dialer.tag("session") == acceptor.tag("session")
-    again, other = session("dialer", resumes=True), session("acceptor", number=2)
+    again, other = handshake("dialer", resumes=True), handshake("acceptor", number=2)
     talk(again, other)
     assert again.tag("resume") != dialer.tag("resume"), "each connection has its own"
     for truth in (True, False):
-        dialer, acceptor = session("dialer", resumes=truth), session("acceptor", number=2)
+        dialer, acceptor = handshake("dialer", resumes=truth), handshake("acceptor", number=2)
         dialer.take_output()
         acceptor.receive(PREAMBLE + encode(frames.Hello(VERSION, 0, dialer._mine[2], "shared", not truth)))
         dialer.receive(acceptor.take_output())
@@ -78,21 +78,21 @@ def test_who_resumes_says_so_and_cannot_be_made_to() -> None:
 
 
 def test_a_stranger_learns_nothing_before_its_proof() -> None:
-    acceptor = session("acceptor")
+    acceptor = handshake("acceptor")
     acceptor.receive(PREAMBLE + encode(frames.Hello(VERSION, 0, b"n" * 32, "shared")))
     assert INFO.address.encode() not in acceptor.take_output()
 
 
 def test_a_proof_can_neither_be_replayed_nor_reflected() -> None:
-    dialer, acceptor = session("dialer"), session("acceptor", number=2)
+    dialer, acceptor = handshake("dialer"), handshake("acceptor", number=2)
     acceptor.receive(dialer.take_output())
     dialer.receive(acceptor.take_output())
     proof = dialer.take_output()
-    other = session("acceptor", number=3)
+    other = handshake("acceptor", number=3)
     other.receive(PREAMBLE + encode(frames.Hello(VERSION, 0, b"n" * 32, "shared")))
     with pytest.raises(RendezvousError):
         other.receive(proof)
-    mirror = session("dialer", number=2)
+    mirror = handshake("dialer", number=2)
     mirror.receive(PREAMBLE + encode(frames.Welcome(VERSION, 0, b"n" * 32, "shared")))
     mac = proof[-32:]
     with pytest.raises(RendezvousError):
@@ -103,8 +103,8 @@ def test_a_proof_can_neither_be_replayed_nor_reflected() -> None:
 def test_a_stranger_learns_nothing_of_an_engine_before_the_proof(teller: str) -> None:
     """Neither by dialling it nor by being dialled."""
     number = 0x1122334455667788
-    dialer = session("dialer", number=number if teller == "dialer" else 1)
-    acceptor = session("acceptor", number=number if teller == "acceptor" else 2)
+    dialer = handshake("dialer", number=number if teller == "dialer" else 1)
+    acceptor = handshake("acceptor", number=number if teller == "acceptor" else 2)
     said = {"dialer": b"", "acceptor": b""}
     while not (dialer if teller == "acceptor" else acceptor).established:
         assert number.to_bytes(8, "big") not in said[teller], "told before the other side's proof was checked"
@@ -120,7 +120,7 @@ def test_a_stranger_learns_nothing_of_an_engine_before_the_proof(teller: str) ->
 def test_an_engine_that_dials_a_stranger_tells_it_nothing() -> None:
     """The stranger answers as an engine does, but cannot prove that it has the key."""
     number = 0x1122334455667788
-    dialer = session("dialer", number=number)
+    dialer = handshake("dialer", number=number)
     said = dialer.take_output()
     dialer.receive(PREAMBLE + encode(frames.Welcome(VERSION, 0, b"n" * 32, "shared")))
     said += dialer.take_output()
@@ -134,7 +134,7 @@ def test_an_engine_that_dials_a_stranger_tells_it_nothing() -> None:
 @pytest.mark.parametrize("changed", [3, -1, 1 << 63])
 @pytest.mark.parametrize("teller", ["dialer", "acceptor"])
 def test_a_proof_covers_the_incarnation_that_is_told_with_it(teller: str, changed: int) -> None:
-    dialer, acceptor = session("dialer"), session("acceptor", number=2)
+    dialer, acceptor = handshake("dialer"), handshake("acceptor", number=2)
     acceptor.receive(dialer.take_output())
     dialer.receive(acceptor.take_output())
     acceptor.receive(dialer.take_output())
@@ -154,7 +154,7 @@ def test_a_proof_covers_the_incarnation_that_is_told_with_it(teller: str, change
 
 
 def test_the_dialers_first_proof_is_not_its_last() -> None:
-    dialer, acceptor = session("dialer"), session("acceptor", number=2)
+    dialer, acceptor = handshake("dialer"), handshake("acceptor", number=2)
     acceptor.receive(dialer.take_output())
     dialer.receive(acceptor.take_output())
     proof = dialer.take_output()
@@ -166,8 +166,8 @@ def test_the_dialers_first_proof_is_not_its_last() -> None:
 @pytest.mark.parametrize(
     "frame", [Proof(b"m" * 32), frames.Info(b"m" * 32, 1, INFO), frames.Up(), frames.Message(b"x"), frames.Ping(1)]
 )
-def test_frames_out_of_turn_end_the_session(frame: frames.Frame) -> None:
-    acceptor = session("acceptor")
+def test_frames_out_of_turn_end_the_handshake(frame: frames.Frame) -> None:
+    acceptor = handshake("acceptor")
     with pytest.raises(RendezvousError, match="out of turn"):
         acceptor.receive(PREAMBLE + encode(frame))
     with pytest.raises(RendezvousError):
@@ -190,7 +190,7 @@ def test_any_bytes_parse_or_raise_the_one_error(data: bytes, piece: int) -> None
 
 @given(st.binary(max_size=200), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=5), st.booleans())
 def test_damaged_bytes_never_open_with_the_wrong_key(data: bytes, flips: list[tuple[int, int]], append: bool) -> None:
-    dialer, acceptor = session("dialer", Key("shared", b"w" * 32)), session("acceptor", number=2)
+    dialer, acceptor = handshake("dialer", Key("shared", b"w" * 32)), handshake("acceptor", number=2)
     try:
         for _ in range(4):
             stream = bytearray(dialer.take_output() + (data if append else b""))

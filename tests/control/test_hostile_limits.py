@@ -13,8 +13,8 @@ import pytest
 import aiotransfer as at
 from aiotransfer.control import frames, listener
 from aiotransfer.control.frames import PREAMBLE, OfferWire, PeerInfo
+from aiotransfer.control.handshake import Handshake
 from aiotransfer.control.key import load_key
-from aiotransfer.control.session import Session
 from aiotransfer.engine.peers import connections, mailbox
 from aiotransfer.engine.peers.connections import Connections
 from aiotransfer.engine.peers.peer import MOST_PATHS
@@ -273,17 +273,17 @@ async def test_one_stranger_at_random_makes_room(engine: at.Engine, monkeypatch:
 @pytest.mark.asyncio
 async def test_who_has_shown_the_key_makes_room_for_no_stranger(engine: at.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "MOST_STRANGERS", 1)
-    session = Session("dialer", load_key(None, os.environ), 77, TINY, os.urandom(32))
+    handshake = Handshake("dialer", load_key(None, os.environ), 77, TINY, os.urandom(32))
     reader, writer = await asyncio.open_connection(engine.address.host, engine.address.port)
-    while not session.established:
-        writer.write(session.take_output())
-        session.receive(await asyncio.wait_for(reader.read(1 << 16), 10))
+    while not handshake.established:
+        writer.write(handshake.take_output())
+        handshake.receive(await asyncio.wait_for(reader.read(1 << 16), 10))
     crowd = [(await asyncio.open_connection(engine.address.host, engine.address.port))[1] for _ in range(20)]
     await asyncio.sleep(0.1)
-    writer.write(session.take_output() + frames.encode(frames.Ping(1)))  # its last word, after all of them
+    writer.write(handshake.take_output() + frames.encode(frames.Ping(1)))  # its last word, after all of them
     heard: list[frames.Frame] = []
     while not heard:
-        heard = session.receive(await asyncio.wait_for(reader.readexactly(1), 10))
+        heard = handshake.receive(await asyncio.wait_for(reader.readexactly(1), 10))
     assert isinstance(heard[0], frames.Pong)
     for one in (writer, *crowd):
         one.close()
@@ -305,13 +305,13 @@ async def recorded(engine: at.Engine) -> bytes:
     """All that an honest dialer says in a full handshake and after it."""
     said = b""
     info = PeerInfo("raw", "127.0.0.1:1", os.getpid(), [OfferWire(*terms) for terms in engine._terms()])
-    session = Session("dialer", load_key(None, os.environ), 77, info, os.urandom(32))
+    handshake = Handshake("dialer", load_key(None, os.environ), 77, info, os.urandom(32))
     reader, writer = await asyncio.open_connection(engine.address.host, engine.address.port)
-    while not session.established:
-        said += (out := session.take_output())
+    while not handshake.established:
+        said += (out := handshake.take_output())
         writer.write(out)
-        session.receive(await asyncio.wait_for(reader.read(1 << 16), 10))
-    said += (out := session.take_output() + frames.encode(frames.Ping(5)))
+        handshake.receive(await asyncio.wait_for(reader.read(1 << 16), 10))
+    said += (out := handshake.take_output() + frames.encode(frames.Ping(5)))
     writer.write(out)
     await reader.readexactly(1)
     writer.close()

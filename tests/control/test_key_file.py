@@ -19,8 +19,8 @@ from aiotransfer.cli.doctor import command as doctor
 from aiotransfer.cli.doctor.facts import Host
 from aiotransfer.control import key as module
 from aiotransfer.control.frames import PeerInfo
+from aiotransfer.control.handshake import Handshake
 from aiotransfer.control.key import KEY_BYTES, load_key
-from aiotransfer.control.session import Session
 from aiotransfer.errors import ConfigurationError, RendezvousError
 
 
@@ -153,10 +153,11 @@ def test_which_variable_chose_which_file_is_said(tmp_path: Path, monkeypatch: py
 
 
 def test_two_files_of_one_user_are_named_on_both_sides() -> None:
-    def session(role: Any, path: str) -> Session:
-        return Session(role, module.Key("file", os.urandom(32), f"it is that of {path}"), 1, PeerInfo("x", "", 1, []), bytes(32))
+    def handshake(role: Any, path: str) -> Handshake:
+        key = module.Key("file", os.urandom(32), f"it is that of {path}")
+        return Handshake(role, key, 1, PeerInfo("x", "", 1, []), bytes(32))
 
-    dialer, acceptor = session("dialer", "/one/key"), session("acceptor", "/other/key")
+    dialer, acceptor = handshake("dialer", "/one/key"), handshake("acceptor", "/other/key")
     acceptor.receive(dialer.take_output())
     dialer.receive(acceptor.take_output())
     with pytest.raises(RendezvousError, match="/other/key"):

@@ -98,7 +98,7 @@ def test_messages_lookups_and_revocations_go_on_whenever_the_connection_is_cut(s
             await region.aclose()
             with pytest.raises(at.StaleRegionError):
                 await one.write(one.register(np.zeros(64, np.uint8)), dst)
-            assert not peer._line._replay.keeps or await until(lambda: not peer._line._replay.keeps) is None
+            assert not peer._channel._replay.keeps or await until(lambda: not peer._channel._replay.keeps) is None
 
     fabric(seed, delay=(1e-5, 3e-3)).run(scenario)
 
@@ -315,7 +315,7 @@ def test_a_false_alarm_costs_nothing(seed: int) -> None:
             async def alarm() -> None:
                 for _ in range(5):
                     await asyncio.sleep(net.random.random() * 0.02)
-                    peer._line.silent = True
+                    peer._channel.silent = True
                     one._connections.redial.silent(peer)
 
             await asyncio.gather(talk(peer), talk(back), alarm())
@@ -330,12 +330,12 @@ def test_a_false_alarm_costs_nothing(seed: int) -> None:
 def test_a_peer_that_acknowledges_nothing_is_held_against_a_bound() -> None:
     async def scenario(net: Fabric) -> None:
         _, other, peer, back = await two(net)
-        back._line._acknowledge = lambda: None  # type: ignore[method-assign]
+        back._channel._acknowledge = lambda: None  # type: ignore[method-assign]
         with collected(other):
             with pytest.raises(at.BusyError, match="acknowledges nothing"):
                 while True:
                     await peer.send(bytes(1 << 20))
-            assert peer._line._replay is not None
-            assert (15 << 20) < peer._line._replay.kept_bytes <= MOST_KEPT
+            assert peer._channel._replay is not None
+            assert (15 << 20) < peer._channel._replay.kept_bytes <= MOST_KEPT
 
     fabric(11).run(scenario)

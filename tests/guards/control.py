@@ -31,7 +31,7 @@ GUARDS = (
         "for _ in range(received - least - 1):", "tests/control/test_resume.py",
     ),
     Mutant(
-        "resume: the old connection is not heard", "aiotransfer/control/line.py", "        self.link.mute()\n", "",
+        "resume: the old connection is not heard", "aiotransfer/control/channel.py", "        self.link.mute()\n", "",
         "tests/engine/test_redial.py",
     ),
     Mutant(
@@ -61,17 +61,17 @@ GUARDS = (
         "tests/control/test_hostile_limits.py",
     ),
     Mutant(
-        "who has shown the key is no stranger", "aiotransfer/control/session.py",
+        "who has shown the key is no stranger", "aiotransfer/control/handshake.py",
         "return self.state in (\"await info\", \"established\")", "return self.state == \"established\"",
         "tests/control/test_hostile_limits.py",
     ),
     Mutant(
-        "an incarnation is told after the proof, and covered", "aiotransfer/control/session.py",
+        "an incarnation is told after the proof, and covered", "aiotransfer/control/handshake.py",
         "        self._theirs = (version, frame.incarnation, nonce)\n", "        self._theirs = (version, 2, nonce)\n",
         "tests/control/test_handshake.py",
     ),
     Mutant(
-        "a dialer tells its incarnation after the other side's proof", "aiotransfer/control/session.py",
+        "a dialer tells its incarnation after the other side's proof", "aiotransfer/control/handshake.py",
         "Hello(version, 0, nonce, key.kind, resumes)", "Hello(version, incarnation, nonce, key.kind, resumes)",
         "tests/control/test_handshake.py",
     ),

@@ -125,7 +125,7 @@ GUARDS = (
     ),
     Mutant(
         "a process that has ended: what it said before is heard", "aiotransfer/engine/peers/peer.py",
-        "        if self._line.down:\n            self._lose(reason)\n        elif not self._dying:",
+        "        if self._channel.down:\n            self._lose(reason)\n        elif not self._dying:",
         "        self._lose(reason)\n        if self._error is None:", "tests/engine/test_last_words.py",
     ),
     Mutant(

@@ -28,9 +28,9 @@ from aiotransfer.control.frames import (
     Resume,
     Resumed,
 )
+from aiotransfer.control.handshake import Handshake, Role
 from aiotransfer.control.key import Key
 from aiotransfer.control.resume import ReplayLog, further
-from aiotransfer.control.session import Role, Session
 from aiotransfer.errors import BrokenError, DescriptorError, RendezvousError
 from aiotransfer.kv.protocol import messages
 from aiotransfer.kv.protocol.layout import MOST_POOL_BYTES, MOST_RANKS, KVLayout
@@ -92,14 +92,14 @@ class Decoder:
     seeds: Callable[[], list[bytes]]
 
 
-def session(role: Role) -> Session:
+def handshake(role: Role) -> Handshake:
     """One side of a handshake that can be repeated byte for byte."""
-    return Session(role, KEY, NUMBERS[role], INFO, NONCES[role])
+    return Handshake(role, KEY, NUMBERS[role], INFO, NONCES[role])
 
 
 def conversation(role: Role, *more: Frame) -> bytes:
     """What that side hears in a good handshake, and then these frames."""
-    dialer, acceptor = session("dialer"), session("acceptor")
+    dialer, acceptor = handshake("dialer"), handshake("acceptor")
     heard = {"dialer": b"", "acceptor": b""}
     while not (dialer.established and acceptor.established):
         for side, speaker, listener in (("acceptor", dialer, acceptor), ("dialer", acceptor, dialer)):
@@ -142,13 +142,13 @@ def _frame(data: bytes) -> bool:
     return True
 
 
-def _session(role: Role) -> Callable[[bytes], bool]:
-    other = session("acceptor" if role == "dialer" else "dialer")
-    other._theirs = session(role)._mine
+def _handshake(role: Role) -> Callable[[bytes], bool]:
+    other = handshake("acceptor" if role == "dialer" else "dialer")
+    other._theirs = handshake(role)._mine
     proof = KEY.mac(other.role, other._transcript(other.role))
 
     def check(data: bytes) -> bool:
-        mine = session(role)
+        mine = handshake(role)
         piece, rest = data[0] + 1 if data else 1, data[1:]
         try:
             for at in range(0, len(rest), piece):
@@ -302,8 +302,8 @@ DECODERS = (
     Decoder("stream", "control frames in a stream, cut anywhere", _stream,
             lambda: [b"\x1f" + PREAMBLE + b"".join(map(frames.encode, FRAMES[i : i + 4])) for i in range(0, len(FRAMES), 4)]),
     Decoder("frame", "one control frame", _frame, lambda: [frames.encode(frame)[4:] for frame in FRAMES]),
-    Decoder("acceptor", "the greeting, on the side that was dialed", _session("acceptor"), _dialogues("acceptor")),
-    Decoder("dialer", "the greeting, on the side that dialed", _session("dialer"), _dialogues("dialer")),
+    Decoder("acceptor", "the greeting, on the side that was dialed", _handshake("acceptor"), _dialogues("acceptor")),
+    Decoder("dialer", "the greeting, on the side that dialed", _handshake("dialer"), _dialogues("dialer")),
     Decoder("resumption", "the first frames of a connection that resumes, and acknowledgements", _resumption, _resumptions),
     Decoder("addresses", "a peer's further control addresses", _addresses,
             lambda: [b"10.0.0.1:1", b"[fd00::1]:2,127.0.0.1:3,10.0.0.2:4"]),

@@ -30,7 +30,7 @@ from tests.reliability.targets import TARGETS
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "docs" / "reliability" / "fuzz.md"
 FOUND = ROOT / "build" / "fuzz"  # inputs that failed
-FUZZED = ("aiotransfer.control.frames", "aiotransfer.control.session", "aiotransfer.control.resume",
+FUZZED = ("aiotransfer.control.frames", "aiotransfer.control.handshake", "aiotransfer.control.resume",
           "aiotransfer.model.descriptor", "aiotransfer.providers.port", "aiotransfer.providers.shm.messages",
           "aiotransfer.providers.shm.fd_passing", "aiotransfer.providers.loopback", "aiotransfer.providers.fabric.messages",
           "aiotransfer.kv.protocol.layout", "aiotransfer.kv.protocol.messages")  # fmt: skip

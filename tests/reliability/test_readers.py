@@ -13,7 +13,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.control import frames
-from aiotransfer.control.session import Session
+from aiotransfer.control.handshake import Handshake
 from aiotransfer.engine.peers.mailbox import Mailbox
 from aiotransfer.engine.peers.peer import Peer
 from aiotransfer.errors import RendezvousError
@@ -67,7 +67,7 @@ async def test_a_frame_ends_its_connection_alone(breaks: Breaks) -> None:
 
 
 async def test_a_greeting_ends_its_connection_alone(breaks: Breaks) -> None:
-    breaks(Session, "_greet", lambda session, frame: isinstance(frame, frames.Hello) and frame.nonce == b"13" * 16)
+    breaks(Handshake, "_greet", lambda handshake, frame: isinstance(frame, frames.Hello) and frame.nonce == b"13" * 16)
     async with _served() as engine:
         reader, writer = await asyncio.open_connection(engine.address.host, engine.address.port)
         writer.write(frames.PREAMBLE + frames.encode(frames.Hello(frames.VERSION, 0, b"13" * 16, "file")))

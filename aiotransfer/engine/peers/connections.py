@@ -220,7 +220,7 @@ class Connections:
         def receive(frame: frames.Frame) -> None:
             if isinstance(frame, frames.Merge):
                 peer._finish("closed", _Merged("merged with the connection that the other side dialed"), "merged")
-            elif peer._line.heard(frame):
+            elif peer._channel.heard(frame):
                 peer._receive(frame)
 
         return receive

@@ -99,7 +99,7 @@ class Liveness:
         if sent and now - sign.heard > engine.config.peer_timeout / 2:
             self._suspect(peer)
         self._look_at_paths(peer, now, blocked)
-        peer._line.look()
+        peer._channel.look()
         native.lib.at_peer_ping(engine._p, peer._path.lane_peer)
 
     def _numbers(self, peer: Peer) -> tuple[int, int, int]:

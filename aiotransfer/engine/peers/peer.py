@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.control import frames
-from aiotransfer.control.line import Line
+from aiotransfer.control.channel import Channel
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
 from aiotransfer.engine.peers.waits import Waits
 from aiotransfer.engine.runtime.arguments import check_name
@@ -115,8 +115,8 @@ class Peer(Unpicklable):
     def __init__(self, engine: Runtime, services: PeerServices, link: Link, *, trusted_user: bool) -> None:
         self._engine = engine
         self._services = services
-        self._line = Line(link, engine.config.peer_timeout / 4, may_resume=link.incarnation != engine.incarnation)
-        self._line.on_silence = lambda: services.silent(self)
+        self._channel = Channel(link, engine.config.peer_timeout / 4, may_resume=link.incarnation != engine.incarnation)
+        self._channel.on_silence = lambda: services.silent(self)
         self.incarnation: int = link.incarnation
         self.name: str = frames.clip(link.info.name)
         self.address: Address = link.remote_address if link.dialed else _listening(link)
@@ -143,7 +143,7 @@ class Peer(Unpicklable):
 
     @property
     def _link(self) -> Link:
-        return self._line.link
+        return self._channel.link
 
     # ---- what users see ----
 
@@ -306,12 +306,12 @@ class Peer(Unpicklable):
             )  # fmt: skip
 
     def _post(self, frame: frames.Frame) -> None:
-        self._line.post(frame)
+        self._channel.post(frame)
 
     def _reply(self, frame: frames.Frame) -> None:
         """Send where no caller would handle a failure: a peer that takes nothing any more is lost soon."""
         try:
-            self._line.post(frame)
+            self._channel.post(frame)
         except BusyError as error:
             self._engine._loop.call_soon(self._lose, error)
 
@@ -442,11 +442,11 @@ class Peer(Unpicklable):
         """Its process has ended, or bars this side. What it said before that may not be read yet: messages, and a goodbye. The
         end of its connection comes behind them and decides; a child of its process may hold that open, so the wait is short.
         Returns the error of what has failed by this."""
-        if self._line.down:
+        if self._channel.down:
             self._lose(reason)
         elif not self._dying:
             self._dying = reason
-            self._line.is_last = True
+            self._channel.is_last = True
             self._await_end(-1)
         return self._loss(reason) if self._error is None else again(self._error)
 
@@ -482,7 +482,7 @@ class Peer(Unpicklable):
         self._lookups.clear()
         for task in list(self._answers):
             task.cancel()
-        self._line.close()
+        self._channel.close()
         if goodbye is None:
             self._link.give_up(str(error.message).rpartition("is lost: ")[2])  # it may only be stopped: it shall know why
         else:

@@ -55,7 +55,7 @@ class _Outage:
     @property
     def lasts(self) -> bool:
         """Whether the peer is not known to be lost, but has no connection."""
-        return self.peer._state in ("up", "connecting") and self.peer._line.down
+        return self.peer._state in ("up", "connecting") and self.peer._channel.down
 
 
 class Redial:
@@ -81,7 +81,7 @@ class Redial:
     def broke(self, peer: Peer, cause: BaseException) -> bool:
         """Its connection has ended by itself. False: there is nothing to be done about it."""
         ready = peer._state == "up" or (peer._state == "connecting" and not peer._link.dialed and peer._path is not None)
-        if not peer._line.resumable or not ready:
+        if not peer._channel.resumable or not ready:
             return False
         ours = isinstance(cause, OSError) and cause.errno in OURS
         self._begin(peer, str(cause) or type(cause).__name__, sure=ours)
@@ -155,8 +155,8 @@ class Redial:
         return min(2 * pause, LONGEST_PAUSE)
 
     async def _resume(self, peer: Peer) -> None:
-        line, outage, door = peer._line, self._outages[peer], self._door
-        link = await dial_first(line.ways(peer.address), door.key, door.identity, door.network, peer.incarnation)
+        channel, outage, door = peer._channel, self._outages[peer], self._door
+        link = await dial_first(channel.ways(peer.address), door.key, door.identity, door.network, peer.incarnation)
         if not outage.lasts:
             link.abort()
             return
@@ -168,7 +168,7 @@ class Redial:
             if peer._state != "up":  # it has ended here meanwhile
                 link.close("given up", lost=peer._state == "lost")
                 return
-            line.go_on(link, frame)
+            channel.go_on(link, frame)
             self._attached(peer, link)
             answer.set_result(None)
 
@@ -179,13 +179,13 @@ class Redial:
                 peer._lose(f"it has given this side up ({link.goodbye})")
 
         link.on_frame, link.on_closed = first, ended
-        offer = line.resume(link)
+        offer = channel.resume(link)
         link.start()
         link.post(offer)
         try:
             await answer
         finally:  # also cancellation
-            if line.link is not link:
+            if channel.link is not link:
                 link.drop()
 
     def _attached(self, peer: Peer, link: Link) -> None:
@@ -214,10 +214,10 @@ class Redial:
         def first(frame: frames.Frame) -> None:
             known()
             peer = self._peers.get(link.incarnation)
-            if peer is None or peer._link.dialed or not peer._line.resumable:
+            if peer is None or peer._link.dialed or not peer._channel.resumable:
                 link.close("there is nothing to resume", lost=True)
             elif isinstance(frame, frames.Resume):
-                peer._line.take(link, frame)
+                peer._channel.take(link, frame)
                 self._attached(peer, link)
             else:
                 raise RendezvousError("the peer did not say what it resumes")

@@ -13,8 +13,8 @@ import msgspec
 import aiotransfer as at
 from aiotransfer.control import frames
 from aiotransfer.control.frames import OfferWire, PeerInfo
+from aiotransfer.control.handshake import Handshake
 from aiotransfer.control.key import load_key
-from aiotransfer.control.session import Session
 from aiotransfer.providers.fabric import messages as fabric_messages
 from aiotransfer.providers.shm import messages as shm_messages
 from tests.control.rawpeer import RawPeer
@@ -78,7 +78,7 @@ MAC = b"m" * 32  # stands for the proof of this very handshake
 NUMBER = 7  # and this for the incarnation of the one who speaks
 
 
-class _Odd(Session):
+class _Odd(Handshake):
     """It has the key, and says one frame of the handshake its own way."""
 
     odd: dict[type, bytes]
@@ -110,10 +110,10 @@ def _odd(role: Any, data: bytes) -> _Odd | None:
     if kind is None:
         return None
     info = PeerInfo("odd", "127.0.0.1:1", os.getpid(), [])
-    session = _Odd.__new__(_Odd)
-    session.odd = {kind: data}
-    session.__init__(role, load_key(KEY, {}), int.from_bytes(os.urandom(8)), info, b"n" * 32)  # type: ignore[misc]
-    return session
+    handshake = _Odd.__new__(_Odd)
+    handshake.odd = {kind: data}
+    handshake.__init__(role, load_key(KEY, {}), int.from_bytes(os.urandom(8)), info, b"n" * 32)  # type: ignore[misc]
+    return handshake
 
 
 @asynccontextmanager
@@ -122,17 +122,17 @@ async def _acceptor() -> AsyncIterator[Take]:
     async with at.open_engine(key=KEY, config=at.Config(early_values=100)) as engine:
 
         async def take(data: bytes) -> bool:
-            session = _odd("dialer", data)
-            if session is None:
+            handshake = _odd("dialer", data)
+            if handshake is None:
                 return False
-            raw = RawPeer(session, *await asyncio.open_connection(engine.address.host, engine.address.port))
+            raw = RawPeer(handshake, *await asyncio.open_connection(engine.address.host, engine.address.port))
             try:
-                while not session.established:
-                    await raw.say(session.take_output())
+                while not handshake.established:
+                    await raw.say(handshake.take_output())
                     if not (more := await raw._reader.read(1 << 16)):
                         return False
-                    session.receive(more)
-                await raw.say(session.take_output(), frames.Ping(1))
+                    handshake.receive(more)
+                await raw.say(handshake.take_output(), frames.Ping(1))
                 return await raw.hear(frames.Pong) is not None
             except (ConnectionError, at.RendezvousError):
                 return False
@@ -150,20 +150,20 @@ async def _dialer() -> AsyncIterator[Take]:
     async with at.open_engine(key=KEY) as engine:
 
         async def take(data: bytes) -> bool:
-            session = _odd("acceptor", data)
-            if session is None:
+            handshake = _odd("acceptor", data)
+            if handshake is None:
                 return False
 
             over = asyncio.Event()
 
             async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                raw = RawPeer(session, reader, writer)
+                raw = RawPeer(handshake, reader, writer)
                 try:
                     while more := await reader.read(1 << 16):
-                        for frame in session.receive(more):
+                        for frame in handshake.receive(more):
                             if isinstance(frame, frames.Ask):
                                 await raw.say(frames.Failed(frame.id, "broken", "no"))
-                        await raw.say(session.take_output())
+                        await raw.say(handshake.take_output())
                 except (ConnectionError, at.RendezvousError):
                     pass
                 finally:
@@ -178,7 +178,7 @@ async def _dialer() -> AsyncIterator[Take]:
             finally:
                 server.close()
             await over.wait()
-            return session.established
+            return handshake.established
 
         yield take
 

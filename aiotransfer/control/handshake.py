@@ -11,7 +11,7 @@
 Neither side tells its incarnation before the other has proved that it has the key: a dialer may have been led to a stranger.
 Each of the three proofs covers both nonces, the version, whether a conversation is resumed, which proof it is, and the
 incarnations that have been told by then, so that it can neither be replayed nor reflected. What each state accepts stands in
-one table; anything else is the peer's fault and ends the session, and nothing a stranger sends is kept beyond one small frame.
+one table; anything else is the peer's fault and ends the handshake, and nothing a stranger sends is kept beyond one small frame.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _EXPECTED: dict[str, type[Greeting]] = {
 }
 
 
-class Session:
+class Handshake:
     """One side of a handshake. `take_output` after construction and after every `receive`."""
 
     def __init__(

@@ -22,7 +22,7 @@ LOOKS = 4  # while the silence becomes too long
 SUSPECTED = 3  # times as soon, where a NIC is known to have died
 
 
-class Line:
+class Channel:
     """`silence`: seconds without any sign of the other kernel that are too many. `on_silence` is called once for each."""
 
     def __init__(self, link: Link, silence: float, *, may_resume: bool) -> None:
