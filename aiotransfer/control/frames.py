@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from aiotransfer.errors import RendezvousError
+from aiotransfer.model.offer import ProviderOffer
 
 PREAMBLE = b"aiotransfer/1\r\n\x00"
 VERSION = 4
@@ -47,23 +48,13 @@ class Proof(msgspec.Struct, tag=3, array_like=True):
     mac: bytes
 
 
-class OfferWire(msgspec.Struct, array_like=True, frozen=True):
-    """The terms of one provider (`Terms`): whether it is usable, else the `reason`; on which `host`, and `data` of its own."""
-
-    provider: str
-    usable: bool
-    reason: str
-    host: bytes
-    data: bytes
-
-
 class PeerInfo(msgspec.Struct, array_like=True, frozen=True):
     """What authenticated engines tell each other."""
 
     name: str
     address: str
     pid: int
-    offers: list[OfferWire]
+    offers: list[ProviderOffer]
     window: tuple[int, int] = (0, 0)  # messages and bytes that it takes unread
     further: list[str] = []  # control addresses beside the one that was dialled: one for each rail
 

@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from aiotransfer.model.offer import ProviderOffer
 from aiotransfer.quote import quote
 
 AUTOMATIC = ("shm", "verbs", "efa", "tcp", "loopback")
 SAME_HOST = frozenset({"shm", "loopback"})
-
-
-class Offer(NamedTuple):
-    """What one side says of a provider. `host` is equal on both sides when a same-host provider may work; empty: not known."""
-
-    provider: str
-    usable: bool
-    reason: str
-    host: bytes
 
 
 class Ranking(NamedTuple):
@@ -28,7 +20,10 @@ class Ranking(NamedTuple):
 
 
 def rank(
-    mine: Sequence[Offer], theirs: Sequence[Offer], preference: Sequence[str] | str = "auto", require: str | None = None
+    mine: Sequence[ProviderOffer],
+    theirs: Sequence[ProviderOffer],
+    preference: Sequence[str] | str = "auto",
+    require: str | None = None,
 ) -> Ranking:
     """Order the providers that both sides can use by my preference; `require` leaves only that one."""
     order = AUTOMATIC if preference == "auto" else (preference,) if isinstance(preference, str) else tuple(preference)
@@ -46,7 +41,7 @@ def rank(
     return Ranking(tuple(paths), tuple(reasons))
 
 
-def _why_not(name: str, mine: Offer | None, theirs: Offer | None, require: str | None) -> str | None:
+def _why_not(name: str, mine: ProviderOffer | None, theirs: ProviderOffer | None, require: str | None) -> str | None:
     if require is not None and name != require:
         return f"{quote(require)} is required"
     if mine is None:

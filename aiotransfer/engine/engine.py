@@ -14,7 +14,7 @@ from aiotransfer.aio.ratelimit import RateLimit
 from aiotransfer.aio.timeouts import wait_shielded
 from aiotransfer.config import Config
 from aiotransfer.control import frames
-from aiotransfer.control.frames import OfferWire, PeerInfo
+from aiotransfer.control.frames import PeerInfo
 from aiotransfer.control.key import load_key
 from aiotransfer.control.link import Identity
 from aiotransfer.core.rails import pairing
@@ -52,9 +52,10 @@ from aiotransfer.engine.sync.values import Values
 from aiotransfer.engine.sync.watch import Watcher
 from aiotransfer.errors import ClosedError, ConfigurationError, RegionError
 from aiotransfer.model.address import Address
+from aiotransfer.model.offer import ProviderOffer
 from aiotransfer.providers import native
 from aiotransfer.providers.lane import Lane
-from aiotransfer.providers.port import Outside, Terms
+from aiotransfer.providers.port import Outside
 from aiotransfer.providers.selection.availability import check_names
 from aiotransfer.providers.selection.opening import open_providers
 from aiotransfer.quote import quote
@@ -178,17 +179,16 @@ class Engine(Operations, Unpicklable):
     # ---- state ----
 
     def _info(self) -> PeerInfo:
-        offers = [OfferWire(t.provider, t.usable, t.reason, t.host, t.data) for t in self._terms()]
         window = self.config.message_window_count, self.config.message_window_bytes
-        return PeerInfo(self.name, str(self.address), os.getpid(), offers, window, self._connections.further)
+        return PeerInfo(self.name, str(self.address), os.getpid(), self._offers(), window, self._connections.further)
 
     @property
     def rails(self) -> tuple[str, ...]:
         """The rails that this engine may use: those that were named, or all that lead out of this host."""
         return tuple(rail for provider in getattr(self, "_providers", {}).values() for rail in provider.rails)
 
-    def _terms(self) -> list[Terms]:
-        return self._paths.terms()
+    def _offers(self) -> list[ProviderOffer]:
+        return self._paths.offers()
 
     # ---- memory ----
 

@@ -20,9 +20,10 @@ from typing import Any
 
 from aiotransfer.errors import BrokenError, RegistrationError, TransferError, shortage
 from aiotransfer.model.descriptor import Grant
+from aiotransfer.model.offer import ProviderOffer
 from aiotransfer.providers import native
 from aiotransfer.providers.lane import ACCESS, Lane, Segment
-from aiotransfer.providers.port import Binding, Conversation, Path, Terms
+from aiotransfer.providers.port import Binding, Conversation, Path
 
 _PROCESS = os.urandom(16)
 
@@ -149,16 +150,16 @@ class LoopbackProvider:
     hosts: tuple[str, ...] = ()
     chosen: Mapping[str, Any] = MappingProxyType({})
 
-    def terms(self) -> Terms:
-        """The terms of this side: only engines of the same process can be reached."""
-        return Terms("loopback", True, "", _PROCESS, b"")
+    def offer(self) -> ProviderOffer:
+        """What this side tells: only engines of the same process can be reached."""
+        return ProviderOffer("loopback", True, "", _PROCESS, b"")
 
-    async def dial(self, conversation: Conversation, theirs: Terms) -> LoopbackPath:
+    async def dial(self, conversation: Conversation, theirs: ProviderOffer) -> LoopbackPath:
         """The other side connects first, so that no packet is sent before its receiver is there."""
         await conversation.ask("loopback", b"")
         return LoopbackPath(self._lane, conversation.incarnation, self._incarnation)
 
-    async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
+    async def answer(self, conversation: Conversation, theirs: ProviderOffer, body: bytes) -> tuple[bytes, Path | None]:
         """The other side of `dial`."""
         question(body)
         if theirs.host != _PROCESS:

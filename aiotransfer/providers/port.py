@@ -16,6 +16,7 @@ import msgspec
 
 from aiotransfer.errors import BrokenError, RegistrationError
 from aiotransfer.model.descriptor import Grant
+from aiotransfer.model.offer import ProviderOffer
 
 
 class Outside(NamedTuple):
@@ -42,19 +43,6 @@ def decode(decoder: msgspec.msgpack.Decoder[T], body: bytes, what: str, provider
         return decoder.decode(body)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise BrokenError(f"not a {what}: {error}", provider=provider) from None
-
-
-class Terms(NamedTuple):
-    """What one side tells the other about a provider at the handshake.
-
-    `host` proves nothing by itself; it only spares attempts that cannot succeed. `data` is the provider's own.
-    """
-
-    provider: str
-    usable: bool
-    reason: str
-    host: bytes
-    data: bytes
 
 
 class Conversation(Protocol):
@@ -201,15 +189,15 @@ class Provider(Protocol):
         """Of the names of rails that were given, those that stand for something here."""
         ...
 
-    def terms(self) -> Terms:
+    def offer(self) -> ProviderOffer:
         """What peers are told of this provider before they choose a way."""
         ...
 
-    async def dial(self, conversation: Conversation, theirs: Terms) -> Path:
+    async def dial(self, conversation: Conversation, theirs: ProviderOffer) -> Path:
         """Set a path up from the side that connected. Raises `BrokenError` or `ConfigurationError` with the reason."""
         ...
 
-    async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
+    async def answer(self, conversation: Conversation, theirs: ProviderOffer, body: bytes) -> tuple[bytes, Path | None]:
         """Answer one question of a peer's provider; a new path when the question set one up."""
         ...
 

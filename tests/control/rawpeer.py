@@ -7,7 +7,7 @@ import os
 
 import aiotransfer as at
 from aiotransfer.control import frames
-from aiotransfer.control.frames import OfferWire, PeerInfo
+from aiotransfer.control.frames import PeerInfo
 from aiotransfer.control.handshake import Handshake
 from aiotransfer.control.key import load_key
 
@@ -26,7 +26,7 @@ class RawPeer:
         cls, engine: at.Engine, info: PeerInfo | None = None, incarnation: int | None = None, key: bytes | None = None
     ) -> RawPeer:
         """Dial and shake hands; by default with the offers of an engine of this process."""
-        info = info or PeerInfo("raw", "127.0.0.1:1", os.getpid(), [OfferWire(*terms) for terms in engine._terms()])
+        info = info or PeerInfo("raw", "127.0.0.1:1", os.getpid(), engine._offers())
         number = int.from_bytes(os.urandom(8)) if incarnation is None else incarnation
         handshake = Handshake("dialer", load_key(key, os.environ), number, info, os.urandom(32))
         self = cls(handshake, *await asyncio.open_connection(engine.address.host, engine.address.port))

@@ -79,7 +79,7 @@ class RawShm:
         self.doorbell, self.pulse = (os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2))
         self.offer = messages.encode(messages.Offer(b"d" * 16, b"c" * 16, 0))
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._sock.connect(next(t.data for t in engine._terms() if t.provider == "shm"))
+        self._sock.connect(next(t.data for t in engine._offers() if t.provider == "shm"))
         self.theirs: list[int] = []
 
     @classmethod

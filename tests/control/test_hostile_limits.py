@@ -12,7 +12,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.control import frames, listener
-from aiotransfer.control.frames import PREAMBLE, OfferWire, PeerInfo
+from aiotransfer.control.frames import PREAMBLE, PeerInfo
 from aiotransfer.control.handshake import Handshake
 from aiotransfer.control.key import load_key
 from aiotransfer.engine.peers import connections, mailbox
@@ -20,7 +20,6 @@ from aiotransfer.engine.peers.connections import Connections
 from aiotransfer.engine.peers.peer import MOST_PATHS
 from aiotransfer.model.address import Address
 from aiotransfer.model.descriptor import Grant, RemoteRegion
-from aiotransfer.providers.port import Terms
 from aiotransfer.providers.shm import messages
 from aiotransfer.testing import engine_pair
 
@@ -304,7 +303,7 @@ async def test_slow_strangers_make_room_for_friends(engine: at.Engine) -> None:
 async def recorded(engine: at.Engine) -> bytes:
     """All that an honest dialer says in a full handshake and after it."""
     said = b""
-    info = PeerInfo("raw", "127.0.0.1:1", os.getpid(), [OfferWire(*terms) for terms in engine._terms()])
+    info = PeerInfo("raw", "127.0.0.1:1", os.getpid(), engine._offers())
     handshake = Handshake("dialer", load_key(None, os.environ), 77, info, os.urandom(32))
     reader, writer = await asyncio.open_connection(engine.address.host, engine.address.port)
     while not handshake.established:
@@ -394,11 +393,10 @@ async def test_paths_of_one_peer_are_bounded(provider: str) -> None:
             pytest.skip("needs libfabric")
         peer = await greedy.connect(engine.address, timeout=10)
         offer = next(o for o in peer._link.info.offers if o.provider == provider)
-        terms = Terms(provider, offer.usable, offer.reason, offer.host, offer.data)
         kept = []
         with pytest.raises(at.BrokenError, match="paths"):
             for _ in range(2 * MOST_PATHS):
-                kept.append(await greedy._providers[provider].dial(peer, terms))
+                kept.append(await greedy._providers[provider].dial(peer, offer))
         assert len(kept) == MOST_PATHS - 1, "one was there before"
         assert peer.state == "up"
         async with at.open_engine() as friend:

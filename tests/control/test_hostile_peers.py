@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import aiotransfer as at
 from aiotransfer.control import frames
-from aiotransfer.control.frames import OfferWire, PeerInfo
+from aiotransfer.control.frames import PeerInfo
+from aiotransfer.model.offer import ProviderOffer
 from aiotransfer.providers.shm import messages
 
 from .rawpeer import RawPeer
@@ -123,7 +124,7 @@ async def test_one_number_for_two_lookups_is_forgotten_with_both(engine: at.Engi
 @pytest.mark.parametrize("pid", [0, -5, 1, BIG])
 @pytest.mark.parametrize("data", [b"", b"\xff" * 200, b"\0no such socket"])
 async def test_what_a_peer_says_of_itself_is_not_believed(engine: at.Engine, pid: int, data: bytes) -> None:
-    offers = [OfferWire(t.provider, True, "", t.host, data) for t in engine._terms()] * 3
+    offers = [ProviderOffer(t.provider, True, "", t.host, data) for t in engine._offers()] * 3
     raw = await RawPeer.connect(engine, PeerInfo("n" * 3000, "\0nowhere:-1", pid, offers, (BIG, -1)))
     await raw.say(frames.Ask(1, "loopback", b""))
     assert isinstance(await raw.hear(frames.Failed), frames.Failed)

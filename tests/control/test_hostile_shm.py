@@ -282,7 +282,7 @@ async def test_one_ticket_for_two_questions_is_answered_twice_with_one_path(engi
 
 @pytest.mark.asyncio
 async def test_strangers_at_the_descriptor_socket_do_not_shut_friends_out(engine: at.Engine) -> None:
-    name = next(t.data for t in engine._terms() if t.provider == "shm")
+    name = next(t.data for t in engine._offers() if t.provider == "shm")
     silent, early = [], []
     for i in range(150):
         for kind, packet in ((silent, b""), (early, i.to_bytes(16, "little"))):
@@ -307,7 +307,7 @@ async def test_who_says_nothing_at_the_descriptor_socket_is_dropped_in_time(
 ) -> None:
     monkeypatch.setattr(fd_listener, "EARLY_SECONDS", 0.1)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.connect(next(t.data for t in engine._terms() if t.provider == "shm"))
+    sock.connect(next(t.data for t in engine._offers() if t.provider == "shm"))
     sock.setblocking(False)
     assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 1), 5) == b""
     sock.close()

@@ -96,7 +96,7 @@ async def test_behind_a_connection_that_is_never_accepted(slow: socket.socket) -
     loop = asyncio.get_running_loop()
     async with at.open_engine(providers="shm", timeout=LINGER) as engine:
         stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        stranger.connect(next(t.data for t in engine._terms() if t.provider == "shm"))
+        stranger.connect(next(t.data for t in engine._offers() if t.provider == "shm"))
         socket.send_fds(stranger, [b"x" * 16], [slow.fileno()])
         slow.close()
         stranger.close()

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from aiotransfer.core.credits import ReceiveCredit, SendCredit
 from aiotransfer.core.deadlines import Deadlines
-from aiotransfer.core.ranking import Offer, rank
+from aiotransfer.core.ranking import rank
+from aiotransfer.model.offer import ProviderOffer
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "discard", "due"]), st.integers(0, 9), st.integers(0, 50)), max_size=200))
@@ -55,8 +56,8 @@ def test_a_sender_without_credit_is_noticed() -> None:
     assert not receiver.arrived(1)
 
 
-def offer(name: str, *, usable: bool = True, host: bytes = b"h") -> Offer:
-    return Offer(name, usable, "" if usable else "broken", host)
+def offer(name: str, *, usable: bool = True, host: bytes = b"h") -> ProviderOffer:
+    return ProviderOffer(name, usable, "" if usable else "broken", host, b"")
 
 
 def test_the_best_common_path_comes_first_and_the_others_have_reasons() -> None:

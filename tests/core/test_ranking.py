@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiotransfer.core.ranking import AUTOMATIC, SAME_HOST, Offer, apart, rank
+from aiotransfer.core.ranking import AUTOMATIC, SAME_HOST, apart, rank
+from aiotransfer.model.offer import ProviderOffer
 
 names = st.sampled_from(AUTOMATIC)
 offers = st.lists(
-    st.builds(Offer, names, st.booleans(), st.just("why not"), st.sampled_from([b"", b"a", b"b"])),
+    st.builds(ProviderOffer, names, st.booleans(), st.just("why not"), st.sampled_from([b"", b"a", b"b"]), st.just(b"")),
     max_size=6,
     unique_by=lambda offer: offer.provider,
 )
@@ -20,7 +21,7 @@ requirements = st.one_of(st.none(), names)
 
 @given(offers, offers, preferences, requirements)
 def test_each_provider_is_a_path_or_has_exactly_one_reason(
-    mine: list[Offer], theirs: list[Offer], preference: str | list[str], require: str | None
+    mine: list[ProviderOffer], theirs: list[ProviderOffer], preference: str | list[str], require: str | None
 ) -> None:
     ranking = rank(mine, theirs, preference, require)
     refused = [name for name, _ in ranking.reasons]
@@ -42,13 +43,14 @@ def test_each_provider_is_a_path_or_has_exactly_one_reason(
 
 
 @given(offers, offers)
-def test_both_sides_see_the_same_paths(mine: list[Offer], theirs: list[Offer]) -> None:
+def test_both_sides_see_the_same_paths(mine: list[ProviderOffer], theirs: list[ProviderOffer]) -> None:
     assert rank(mine, theirs).paths == rank(theirs, mine).paths
 
 
 @pytest.mark.parametrize(("mine", "theirs", "who"), [(b"", b"a", "this side"), (b"a", b"", "the other side")])
 def test_a_side_that_does_not_know_its_host_is_not_said_to_be_on_another_one(mine: bytes, theirs: bytes, who: str) -> None:
-    here, there = ([Offer("shm", True, "", host), Offer("tcp", True, "", b"")] for host in (mine, theirs))
+    tcp = ProviderOffer("tcp", True, "", b"", b"")
+    here, there = ([ProviderOffer("shm", True, "", host, b""), tcp] for host in (mine, theirs))
     ranking = rank(here, there)
     assert ranking.paths == ("tcp",)
     assert dict(ranking.reasons)["shm"].startswith(f"{who} cannot tell which host")

@@ -23,7 +23,6 @@ from aiotransfer.control.frames import (
     Frame,
     FrameReader,
     Greeting,
-    OfferWire,
     PeerInfo,
     Resume,
     Resumed,
@@ -37,6 +36,7 @@ from aiotransfer.kv.protocol.layout import MOST_POOL_BYTES, MOST_RANKS, KVLayout
 from aiotransfer.kv.protocol.plan import receivers
 from aiotransfer.model import descriptor
 from aiotransfer.model.descriptor import Grant, RemoteRegion
+from aiotransfer.model.offer import ProviderOffer
 from aiotransfer.providers import loopback
 from aiotransfer.providers.fabric import messages as fabric_messages
 from aiotransfer.providers.port import decode
@@ -44,7 +44,7 @@ from aiotransfer.providers.shm import fd_passing
 from aiotransfer.providers.shm import messages as shm_messages
 
 KEY = Key("shared", b"k" * 32)
-INFO = PeerInfo("x", "127.0.0.1:1", 1, [OfferWire("shm", True, "", b"boot", b"\0aiotransfer-" + b"0" * 32)], (256, 1 << 22),
+INFO = PeerInfo("x", "127.0.0.1:1", 1, [ProviderOffer("shm", True, "", b"boot", b"\0aiotransfer-" + b"0" * 32)], (256, 1 << 22),
                 ["10.0.0.1:1", "[fd00::1]:2"])  # fmt: skip
 NONCES: dict[str, bytes] = {"dialer": b"d" * 32, "acceptor": b"a" * 32}
 NUMBERS = {"dialer": 7, "acceptor": 9}
@@ -322,15 +322,15 @@ DECODERS = (
             _broken(lambda data: decode(fabric_messages.questions, data, "question", "tcp")),
             lambda: [fabric_messages.encode(q) for q in (
                 fabric_messages.Offer(0, 1, b"a" * 16, 1, 2, 3, 4, 1, 0, "eth0"),
-                fabric_messages.Borrow(1, 2, 3), fabric_messages.Retire(1, 2),
+                fabric_messages.KeyRequest(1, 2, 3), fabric_messages.Retire(1, 2),
                 fabric_messages.Gather(1, [(2, "eth0"), (3, "eth1")]), fabric_messages.Part(2, 1, 70),
                 fabric_messages.RetireEach(1, [(2, 70), (3, 0)]))]),
-    Decoder("fabric loan", "the answer to a question for a key",
-            _broken(lambda data: decode(fabric_messages.lents, data, "loan", "tcp")),
-            lambda: [fabric_messages.encode(fabric_messages.Lent(1 << 46, 7))]),
-    Decoder("fabric loans", "the same, for several rails",
-            _broken(lambda data: decode(fabric_messages.lents_each, data, "loan", "tcp")),
-            lambda: [fabric_messages.encode(fabric_messages.LentEach([(2, 1 << 46, 7), (3, 0, 8)]))]),
+    Decoder("fabric key reply", "the answer to a question for a key",
+            _broken(lambda data: decode(fabric_messages.key_replies, data, "key reply", "tcp")),
+            lambda: [fabric_messages.encode(fabric_messages.KeyReply(1 << 46, 7))]),
+    Decoder("fabric key replies", "the same, for several rails",
+            _broken(lambda data: decode(fabric_messages.key_replies_each, data, "key reply", "tcp")),
+            lambda: [fabric_messages.encode(fabric_messages.KeyReplies([(2, 1 << 46, 7), (3, 0, 8)]))]),
     Decoder("fabric rails", "what a peer says of its rails", _broken(fabric_messages.side),
             lambda: [fabric_messages.encode(fabric_messages.Side([("eth0", "10.0.0.1", 24), ("eth1", "fd00::1", 64)], True))]),
     Decoder("loopback question", "what a peer asks the loopback provider", _broken(loopback.question), lambda: [b""]),

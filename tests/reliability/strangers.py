@@ -77,7 +77,7 @@ def victim(providers: str) -> None:
     async def main() -> None:
         config = at.Config(data_ports="{}-{}".format(*DATA_PORTS) if providers == "tcp" else "")
         async with at.open_engine(providers=providers, config=config) as engine:
-            name = next((t.data.decode() for t in engine._terms() if t.provider == "shm"), "")
+            name = next((t.data.decode() for t in engine._offers() if t.provider == "shm"), "")
             print(engine.address, name.lstrip("\0"), flush=True)
             await asyncio.sleep(3600)
 

@@ -91,7 +91,7 @@ async def test_a_packet_of_the_descriptor_socket_ends_its_connection_alone(break
     breaks(fd_listener, "parse", lambda data, flags: data == b"y" * 16)
     async with _served() as engine:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sock.connect(next(t.data for t in engine._terms() if t.provider == "shm"))
+        sock.connect(next(t.data for t in engine._offers() if t.provider == "shm"))
         sock.send(b"y" * 16)
         sock.setblocking(False)
         try:

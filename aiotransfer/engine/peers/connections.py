@@ -39,7 +39,6 @@ from aiotransfer.errors import (
 )
 from aiotransfer.model.address import LOCALHOST, Address, engine_at
 from aiotransfer.providers.fabric.nics import interfaces
-from aiotransfer.providers.port import Terms
 from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
@@ -290,8 +289,7 @@ class Connections:
         try:
             if ours is None or theirs is None:
                 raise BrokenError(f"{frames.clip(provider)} is not in use here")
-            terms = Terms(provider, theirs.usable, theirs.reason, theirs.host, theirs.data)
-            data, path = await ours.answer(peer, terms, body)
+            data, path = await ours.answer(peer, theirs, body)
             reply = frames.Answer(id=number, body=data)
             if path is not None:
                 self._paths.take(peer, path)

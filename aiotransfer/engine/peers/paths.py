@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.advice import advise
 from aiotransfer.aio.timeouts import Timeout
-from aiotransfer.core.ranking import AUTOMATIC, Offer, Ranking, apart, rank
+from aiotransfer.core.ranking import AUTOMATIC, Ranking, apart, rank
 from aiotransfer.engine.runtime.placement import cpus_for
 from aiotransfer.errors import BrokenError, ProviderUnavailableError, RegistrationError, TransferError, TransferTimeout, again
+from aiotransfer.model.offer import ProviderOffer
 from aiotransfer.providers import native
-from aiotransfer.providers.port import Binding, Terms
+from aiotransfer.providers.port import Binding
 from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
@@ -53,14 +54,12 @@ class Paths:
 
     # ---- finding ----
 
-    def terms(self) -> list[Terms]:
+    def offers(self) -> list[ProviderOffer]:
         """What peers are told of each provider."""
-        return [provider.terms() for provider in self._providers.values()]
+        return [provider.offer() for provider in self._providers.values()]
 
     def _ranking(self, peer: Peer, require: str | None = None) -> Ranking:
-        mine = [Offer(t.provider, t.usable, t.reason, t.host) for t in self.terms()]
-        theirs = [Offer(o.provider, o.usable, o.reason, o.host) for o in peer._link.info.offers]
-        return rank(mine, theirs, self._preference, require)
+        return rank(self.offers(), peer._link.info.offers, self._preference, require)
 
     async def set_up(self, peer: Peer, require: str | None) -> None:
         """The default path. Raises `ProviderUnavailableError` with every reason."""
@@ -86,9 +85,8 @@ class Paths:
         )
 
     async def _dial(self, peer: Peer, name: str) -> Path:
-        offer = next(o for o in peer._link.info.offers if o.provider == name)
-        terms = Terms(name, offer.usable, offer.reason, offer.host, offer.data)
-        path = await self._providers[name].dial(peer, terms)
+        theirs = next(o for o in peer._link.info.offers if o.provider == name)
+        path = await self._providers[name].dial(peer, theirs)
         self._attach(peer, path, dialled=True)
         return path
 
@@ -176,7 +174,7 @@ class Paths:
         if name not in self._providers:
             return False
         theirs = next((o for o in peer._link.info.offers if o.provider == name), None)
-        ours = self._providers[name].terms()
+        ours = self._providers[name].offer()
         return theirs is not None and not apart(name, ours.host, theirs.host)
 
     # ---- memory ----

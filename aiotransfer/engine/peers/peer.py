@@ -78,7 +78,7 @@ class Message(NamedTuple):
     data: bytes
 
 
-class Lent(Protocol):
+class HeldRight(Protocol):
     """A right to memory of ours that one peer holds: a lease. What it does for the engine is private to users."""
 
     def _peer_gone(self) -> None:
@@ -136,7 +136,7 @@ class Peer(Unpicklable):
         self._send_credit = SendCredit(*link.info.window)
         self._receive_credit = ReceiveCredit(engine.config.message_window_count, engine.config.message_window_bytes)
         self._send_queue: deque[tuple[asyncio.Future[None], bytes]] = deque()
-        self._leases: dict[Lent, None] = {}  # of our memory, to this peer
+        self._leases: dict[HeldRight, None] = {}  # of our memory, to this peer
         self._answers: dict[asyncio.Task[None], int] = {}  # to its questions, under way; how long those are
         self._answer_bytes = 0
         self._opening = 0  # paths that it asked for, and that are being set up
@@ -404,11 +404,11 @@ class Peer(Unpicklable):
 
     # ---- rights to memory of ours ----
 
-    def _holds(self, lent: Lent) -> None:
-        self._leases[lent] = None
+    def _holds(self, right: HeldRight) -> None:
+        self._leases[right] = None
 
-    def _holds_no_more(self, lent: Lent) -> None:
-        self._leases.pop(lent, None)
+    def _holds_no_more(self, right: HeldRight) -> None:
+        self._leases.pop(right, None)
 
     # ---- dependents ----
 

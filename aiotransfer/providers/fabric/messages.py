@@ -61,23 +61,23 @@ class Gathered(msgspec.Struct, array_like=True):
     members: list[int]
 
 
-class Borrow(msgspec.Struct, tag="borrow", array_like=True):
-    """Lend us what we present this grant for."""
+class KeyRequest(msgspec.Struct, tag="borrow", array_like=True):
+    """By which address and key can the memory of this grant be reached?"""
 
     to: int
     slot: int
     epoch: int
 
 
-class Lent(msgspec.Struct, array_like=True):
-    """The answer of the owner: the memory can be reached by this address and key."""
+class KeyReply(msgspec.Struct, array_like=True):
+    """The answer of the owner."""
 
     address: int
     key: int
 
 
-class LentEach(msgspec.Struct, array_like=True):
-    """The same, for each connection of a bundle: the asker's number, address and key."""
+class KeyReplies(msgspec.Struct, array_like=True):
+    """The same, for each connection of a bundle: the asker's number, the address and the key."""
 
     each: list[tuple[int, int, int]]
 
@@ -111,11 +111,11 @@ class Side(msgspec.Struct, array_like=True):
     named: bool
 
 
-questions = msgspec.msgpack.Decoder(Offer | Gather | Borrow | Retire | Part | RetireEach)
+questions = msgspec.msgpack.Decoder(Offer | Gather | KeyRequest | Retire | Part | RetireEach)
 offers = msgspec.msgpack.Decoder(Offer)
 gathereds = msgspec.msgpack.Decoder(Gathered)
-lents = msgspec.msgpack.Decoder(Lent)
-lents_each = msgspec.msgpack.Decoder(LentEach)
+key_replies = msgspec.msgpack.Decoder(KeyReply)
+key_replies_each = msgspec.msgpack.Decoder(KeyReplies)
 retireds = msgspec.msgpack.Decoder(Retire)
 parteds = msgspec.msgpack.Decoder(Part)
 retireds_each = msgspec.msgpack.Decoder(RetireEach)

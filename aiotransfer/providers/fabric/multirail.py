@@ -17,14 +17,14 @@ from aiotransfer.errors import BrokenError, StaleRegionError, shortage
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric.messages import (
-    Borrow,
     Gather,
     Gathered,
-    LentEach,
+    KeyReplies,
+    KeyRequest,
     RetireEach,
     encode,
     gathereds,
-    lents_each,
+    key_replies_each,
     retireds_each,
 )
 from aiotransfer.providers.fabric.path import FabricPath
@@ -172,12 +172,12 @@ class BundlePath(Path):
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
         """Ask the owner for the keys of its memory, one for each rail."""
         ffi, lib = native.ffi, native.lib
-        body = await conversation.ask(self.provider, encode(Borrow(self._to, grant.slot, grant.epoch)), math.inf)
-        lent = decode(lents_each, body, "loan", self.provider).each
+        body = await conversation.ask(self.provider, encode(KeyRequest(self._to, grant.slot, grant.epoch)), math.inf)
+        replies = decode(key_replies_each, body, "key reply", self.provider).each
         try:
-            columns = [ffi.new(kind, list(column)) for kind, column in zip(_COLUMNS, zip(*lent, strict=True), strict=True)]
+            columns = [ffi.new(kind, list(column)) for kind, column in zip(_COLUMNS, zip(*replies, strict=True), strict=True)]
             remote = lib.at_fab_bundle_borrow(
-                self._lane.pointer, self.lane_peer, len(lent), *columns, grant.nbytes, ACCESS[grant.access], grant.slot,
+                self._lane.pointer, self.lane_peer, len(replies), *columns, grant.nbytes, ACCESS[grant.access], grant.slot,
                 grant.epoch,
             )  # fmt: skip
         except (OverflowError, ValueError) as error:
@@ -188,10 +188,10 @@ class BundlePath(Path):
             raise BrokenError(f"cannot bind: {native.text(remote)}", provider=self.provider)
         return Binding(self._lane, int(remote), self, peer, None)
 
-    def lend(self, grant: Grant, region: int, offset: int) -> LentEach:
+    def export_key(self, grant: Grant, region: int, offset: int) -> KeyReplies:
         """Register memory of ours with each rail. Raises as that of one connection does."""
-        each = [(one.to, one.lend(grant, region, offset)) for one in self._members]
-        return LentEach([(to, lent.address, lent.key) for to, lent in each])
+        each = [(one.to, one.export_key(grant, region, offset)) for one in self._members]
+        return KeyReplies([(to, reply.address, reply.key) for to, reply in each])
 
     def flush(self) -> None:
         """Hand out what has arrived by now."""

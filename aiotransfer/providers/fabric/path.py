@@ -18,13 +18,13 @@ from aiotransfer.errors import BrokenError, RegistrationError, StaleRegionError,
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric.messages import (
-    Borrow,
-    Lent,
+    KeyReply,
+    KeyRequest,
     Offer,
     Part,
     Retire,
     encode,
-    lents,
+    key_replies,
     offers,
     parteds,
     readdressed,
@@ -246,11 +246,11 @@ class FabricPath(Path):
 
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
         """Ask the owner for the key of its memory."""
-        body = await conversation.ask(self.provider, encode(Borrow(self._to, grant.slot, grant.epoch)), math.inf)
-        lent = decode(lents, body, "loan", self.provider)
+        body = await conversation.ask(self.provider, encode(KeyRequest(self._to, grant.slot, grant.epoch)), math.inf)
+        reply = decode(key_replies, body, "key reply", self.provider)
         try:
             remote = native.lib.at_fab_borrow(
-                self._lane.pointer, self.lane_peer, lent.address, lent.key, grant.nbytes, ACCESS[grant.access],
+                self._lane.pointer, self.lane_peer, reply.address, reply.key, grant.nbytes, ACCESS[grant.access],
                 grant.slot, grant.epoch,
             )  # fmt: skip
         except OverflowError as error:
@@ -261,7 +261,7 @@ class FabricPath(Path):
             raise BrokenError(f"cannot bind: {native.text(remote)}", provider=self.provider)
         return Binding(self._lane, int(remote), self, peer, None)
 
-    def lend(self, grant: Grant, region: int, offset: int) -> Lent:
+    def export_key(self, grant: Grant, region: int, offset: int) -> KeyReply:
         """Register memory of ours for this peer: of this region of the lane, from `offset` on. Raises `StaleRegionError`,
         `RegistrationError` or `BrokenError`."""
         lib, ffi = native.lib, native.ffi
@@ -288,7 +288,7 @@ class FabricPath(Path):
             )  # fmt: skip
         if status != 0:
             raise BrokenError(f"cannot lend memory: {native.text(status)}", provider=self.provider)
-        return Lent(int(address[0]), int(key[0]))
+        return KeyReply(int(address[0]), int(key[0]))
 
     def strike(self) -> None:
         """Break it, as the network would."""

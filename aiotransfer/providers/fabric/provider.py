@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 
 from aiotransfer.errors import BrokenError, StaleRegionError, TransferError
 from aiotransfer.model.descriptor import Grant
+from aiotransfer.model.offer import ProviderOffer
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric import nics
 from aiotransfer.providers.fabric.libibverbs import named_device
 from aiotransfer.providers.fabric.messages import (
     MOST_ENDS,
-    Borrow,
     Gather,
+    KeyRequest,
     Offer,
     Part,
     Retire,
@@ -35,7 +36,7 @@ from aiotransfer.providers.fabric.multirail import DIAL_SECONDS, BundlePath
 from aiotransfer.providers.fabric.path import FabricPath
 from aiotransfer.providers.fabric.rail import Rail, Restrictions, libfabric_names, nic_of, open_rail
 from aiotransfer.providers.lane import Lane
-from aiotransfer.providers.port import AS_IT_IS, Conversation, Outside, Pairing, Path, Terms, decode
+from aiotransfer.providers.port import AS_IT_IS, Conversation, Outside, Pairing, Path, decode
 
 __all__ = ["FabricPath", "FabricProvider", "Rail", "Restrictions", "libfabric_names", "nic_of", "open_rail"]
 
@@ -96,12 +97,12 @@ class FabricProvider:
         """Whether others see another address than those of its interfaces, which are of no use to them then."""
         return self.name == "tcp" and bool(self._outside.hosts) and not self._chosen
 
-    def terms(self) -> Terms:
+    def offer(self) -> ProviderOffer:
         """That it is there, and by which ends: their endpoints' addresses are exchanged when a path is set up."""
         ends = [] if self._hidden else [(name, nic.address, nic.prefix) for name, nic in self._ends().items()]
-        return Terms(self.name, True, "", b"", encode(Side(ends, bool(self._chosen))) if ends else b"")
+        return ProviderOffer(self.name, True, "", b"", encode(Side(ends, bool(self._chosen))) if ends else b"")
 
-    def _pairs(self, conversation: Conversation, theirs: Terms) -> tuple[tuple[str, str], ...]:
+    def _pairs(self, conversation: Conversation, theirs: ProviderOffer) -> tuple[tuple[str, str], ...]:
         """The rails to that peer, by both sides' names; none: one rail, by the addresses of the control connection."""
         if self._pairing is None or self._hidden or not theirs.data or not (mine := self._ends()):
             return ()
@@ -185,7 +186,7 @@ class FabricProvider:
 
     # ---- connecting ----
 
-    async def dial(self, conversation: Conversation, theirs: Terms) -> Path:
+    async def dial(self, conversation: Conversation, theirs: ProviderOffer) -> Path:
         """Open endpoints for the peer, offer their addresses, take the other side's, and hear from it."""
         pairs = self._pairs(conversation, theirs)
         if len(pairs) > 1:
@@ -212,7 +213,7 @@ class FabricProvider:
             raise
         return path
 
-    async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
+    async def answer(self, conversation: Conversation, theirs: ProviderOffer, body: bytes) -> tuple[bytes, Path | None]:
         """The other side of `dial`, of opening again, of giving up, and of binding memory."""
         question = decode(questions, body, "question", self.name)
         if isinstance(question, Gather):
@@ -224,11 +225,11 @@ class FabricProvider:
         path = self._paths.get(question.to)
         if path is None or path.closed or path.incarnation != conversation.incarnation:
             raise BrokenError("there is no such connection", provider=self.name)
-        if isinstance(question, Borrow):
+        if isinstance(question, KeyRequest):
             lent = self._lent(question.slot, question.epoch, conversation.incarnation)
             if lent is None:
                 raise StaleRegionError("the descriptor names no live region of this engine", provider=self.name)
-            return encode(path.lend(*lent)), None
+            return encode(path.export_key(*lent)), None
         match path, question:
             case BundlePath(), RetireEach():
                 return encode(path.retired(question)), None

@@ -32,10 +32,11 @@ from aiotransfer.errors import (
     shortage,
 )
 from aiotransfer.model.descriptor import Grant
+from aiotransfer.model.offer import ProviderOffer
 from aiotransfer.providers import native
 from aiotransfer.providers.elsewhere import close_elsewhere
 from aiotransfer.providers.lane import ACCESS, Lane, Segment
-from aiotransfer.providers.port import Binding, Conversation, Path, Terms
+from aiotransfer.providers.port import Binding, Conversation, Path
 from aiotransfer.providers.shm import fd_passing, messages, pidfd
 from aiotransfer.providers.shm.fd_listener import FdListener
 
@@ -227,9 +228,9 @@ class ShmProvider:
     hosts: tuple[str, ...] = ()
     chosen: Mapping[str, Any] = MappingProxyType({})
 
-    def terms(self) -> Terms:
+    def offer(self) -> ProviderOffer:
         """The socket's name and which boot of which machine this is."""
-        return Terms("shm", True, "", self._boot, self._listener.name.encode())
+        return ProviderOffer("shm", True, "", self._boot, self._listener.name.encode())
 
     def _begin(self, incarnation: int) -> tuple[Any, Any]:
         offer = native.ffi.new("at_shm_offer *")
@@ -309,7 +310,7 @@ class ShmProvider:
                 raise
             return -1
 
-    async def dial(self, conversation: Conversation, theirs: Terms) -> ShmPath:
+    async def dial(self, conversation: Conversation, theirs: ProviderOffer) -> ShmPath:
         """Offer our memory, take theirs. Where others crowd the peer's socket it is tried again, for `SETUP_SECONDS` in all."""
         name = messages.socket_name(theirs.data)
         until, pause = self._loop.time() + SETUP_SECONDS, FIRST_PAUSE
@@ -365,7 +366,7 @@ class ShmProvider:
             raise
         return self._finish(half, channel, ticket, conversation, their_body, their_fds)
 
-    async def answer(self, conversation: Conversation, theirs: Terms, body: bytes) -> tuple[bytes, Path | None]:
+    async def answer(self, conversation: Conversation, theirs: ProviderOffer, body: bytes) -> tuple[bytes, Path | None]:
         """The other side of `dial`, and of binding a segment."""
         question = messages.question(body)
         if isinstance(question, messages.Fetch):

@@ -12,9 +12,10 @@ import msgspec
 
 import aiotransfer as at
 from aiotransfer.control import frames
-from aiotransfer.control.frames import OfferWire, PeerInfo
+from aiotransfer.control.frames import PeerInfo
 from aiotransfer.control.handshake import Handshake
 from aiotransfer.control.key import load_key
+from aiotransfer.model.offer import ProviderOffer
 from aiotransfer.providers.fabric import messages as fabric_messages
 from aiotransfer.providers.shm import messages as shm_messages
 from tests.control.rawpeer import RawPeer
@@ -26,7 +27,7 @@ QUESTIONS: tuple[tuple[str, Any], ...] = (
     ("shm", shm_messages.Hello(b"t" * 16)),
     ("shm", shm_messages.Fetch(b"t" * 16, b"c" * 16, 1, 1, 3)),
     ("tcp", fabric_messages.Offer(0, 1, b"a" * 28, 1, 2, 3, 4, 1, 0, "")),
-    ("tcp", fabric_messages.Borrow(1, 2, 3)),
+    ("tcp", fabric_messages.KeyRequest(1, 2, 3)),
     ("tcp", fabric_messages.Retire(1, 2)),
     ("tcp", fabric_messages.Gather(1, [(2, "lo"), (3, "lo")])),
     ("tcp", fabric_messages.Part(2, 1, 70)),
@@ -188,7 +189,7 @@ def _dialled() -> list[Tree]:
 
 
 def _accepted() -> list[Tree]:
-    info = PeerInfo("x", "127.0.0.1:1", 1, [OfferWire("loopback", True, "", b"boot", b"")], (256, 1 << 22), ["10.0.0.1:1"])
+    info = PeerInfo("x", "127.0.0.1:1", 1, [ProviderOffer("loopback", True, "", b"boot", b"")], (256, 1 << 22), ["10.0.0.1:1"])
     return _bodies((frames.Accepted(MAC, NUMBER, info),))
 
 
