@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peers.connections import Connections
     from aiotransfer.engine.peers.liveness import Liveness
     from aiotransfer.engine.peers.mailbox import Mailbox
-    from aiotransfer.engine.runtime.base import Runtime
     from aiotransfer.engine.runtime.progress import Progress
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.engine.sync.counter import Counter
     from aiotransfer.engine.sync.groups import Groups
     from aiotransfer.engine.sync.watch import Watcher

@@ -39,8 +39,8 @@ from aiotransfer.engine.peers.owners import Owners
 from aiotransfer.engine.peers.paths import Paths
 from aiotransfer.engine.peers.peer import Message, Peer
 from aiotransfer.engine.runtime.arguments import advertised, check_rails, engine_name
-from aiotransfer.engine.runtime.base import seconds
 from aiotransfer.engine.runtime.progress import Handler, Progress
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.engine.runtime.tasks import Tasks
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.engine.runtime.world import REAL, World

@@ -11,7 +11,7 @@ import numpy as np
 
 from aiotransfer.aio.timeouts import Deadline, Timeout
 from aiotransfer.engine.engine import Engine
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.engine.sync.group import PeerGroup
 from aiotransfer.errors import BusyError, TransferError, TransferTimeout, said

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.errors import ConfigurationError, RendezvousError
 from aiotransfer.model.address import Address
 from aiotransfer.rendezvous.meeting import from_list, meet

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.errors import ConfigurationError, RendezvousError
 from aiotransfer.rendezvous import roster
 from aiotransfer.rendezvous.store import FIRST_PAUSE, LONGEST_PAUSE, Caller, Store

@@ -11,7 +11,7 @@ from tests.architecture.sources import Finding, package
 
 READ = {  # by the file that defines them
     # The ground, which every room is given. These are no names of users, and `Engine` is one of these objects.
-    "aiotransfer/engine/runtime/base.py": "_check _check_loop _closing _due _flight _lane _lane_is_freed _loop _not_here "
+    "aiotransfer/engine/runtime/runtime.py": "_check _check_loop _closing _due _flight _lane _lane_is_freed _loop _not_here "
     "_on_loop _p _progress _revocations _seconds _shut _state _tell_left_out _timeout _turn_is_due _unheard _world",
     # A peer is what users see and what rooms above tell and ask; users are not to see that.
     "aiotransfer/engine/peers/peer.py": "_asked_for _asks _awaited_by _check_other _check_up _depend _dies _ended _engine _error "

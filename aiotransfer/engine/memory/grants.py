@@ -10,7 +10,7 @@ from aiotransfer.control.frames import Revoked
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.quarantine import Quarantine
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.model.descriptor import Grant
     from aiotransfer.providers.lane import Segment
 

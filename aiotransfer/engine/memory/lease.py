@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from aiotransfer.engine.memory.grants import Grants
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 DEATH_SECONDS = 0.1  # between the end of a dying process's connection and the news of its death
 SPINS = 16  # turns of the loop before the slower look: a chunk takes less

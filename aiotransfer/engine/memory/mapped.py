@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.providers.port import Binding
 

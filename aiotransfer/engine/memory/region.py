@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from aiotransfer.engine.memory.grants import Grants
     from aiotransfer.engine.memory.staging import Staging
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 ACCESSES = ("write", "read", "both")
 UNSTAGED = 0  # no region of a lane has this number: what names it is refused

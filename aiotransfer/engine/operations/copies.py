@@ -11,7 +11,7 @@ from aiotransfer.errors import ClosedError, TransferTimeout
 
 if TYPE_CHECKING:
     from aiotransfer.engine.operations.staged import Stage
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 
 class Copies:

@@ -9,7 +9,7 @@ from aiotransfer.engine.operations.refusals import refusal
 from aiotransfer.engine.operations.transfer import DONE, PENDING, Transfer
 from aiotransfer.engine.operations.unbound import Unbound
 from aiotransfer.engine.peers.owners import check_required
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.errors import again
 from aiotransfer.providers import native
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.operations.staged import Stager
     from aiotransfer.engine.peers.paths import Paths
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.model.descriptor import RemoteRegion
 
 

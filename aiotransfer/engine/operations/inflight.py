@@ -16,7 +16,7 @@ from aiotransfer.engine.operations.notes import Deed
 from aiotransfer.engine.operations.refusals import refusal, unflushed
 from aiotransfer.engine.operations.sweeper import Sweeper
 from aiotransfer.engine.operations.transfer import CANCELLED, DONE, PENDING, Transfer, blank
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.errors import ScatterError
 from aiotransfer.providers import native
 from aiotransfer.providers.port import Binding
@@ -24,7 +24,7 @@ from aiotransfer.providers.port import Binding
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.liveness import Liveness
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 
 class InFlight:

@@ -20,7 +20,7 @@ from aiotransfer.engine.operations.staged import page_spans, stager
 from aiotransfer.engine.operations.transfer import Transfer
 from aiotransfer.engine.peers.owners import check_required
 from aiotransfer.engine.runtime.arguments import RESERVED, Pages, check_imm
-from aiotransfer.engine.runtime.base import Runtime, seconds
+from aiotransfer.engine.runtime.runtime import Runtime, seconds
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 _INT64 = np.dtype(np.int64)
 _from_buffer: Any = getattr(native.ffi, "from_buffer", None)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.operations.notes import Deed
     from aiotransfer.engine.operations.submit import Submitter
     from aiotransfer.engine.operations.transfer import Transfer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.model.descriptor import RemoteRegion
 
 _from_buffer: Any = getattr(native.ffi, "from_buffer", None)

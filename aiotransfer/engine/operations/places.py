@@ -15,7 +15,7 @@ from aiotransfer.engine.operations.notes import at_target, noted
 from aiotransfer.engine.operations.refusals import refusal
 from aiotransfer.engine.operations.transfer import Transfer, blank, finished
 from aiotransfer.engine.runtime.arguments import MOST, check_imm, page_table
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import RegionError, TransferError
 from aiotransfer.model.descriptor import RemoteRegion
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.engine.operations.submit import Submitter
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 

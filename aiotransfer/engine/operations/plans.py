@@ -15,7 +15,7 @@ from aiotransfer.engine.operations.refusals import refusal
 from aiotransfer.engine.operations.staged import Stager
 from aiotransfer.engine.operations.transfer import Transfer, blank
 from aiotransfer.engine.runtime.arguments import RESERVED, check_imm
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import TransferError
 from aiotransfer.providers import native
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.engine.operations.submit import Submitter
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.model.descriptor import RemoteRegion
 
 _post: Any = getattr(native.lib, "at_plan_post", None)

@@ -26,7 +26,7 @@ from aiotransfer.providers import native
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.model.descriptor import Grant, RemoteRegion
 
 

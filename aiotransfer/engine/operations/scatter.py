@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.engine.operations.submit import Submitter
     from aiotransfer.engine.operations.transfer import Transfer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.providers.port import Binding
 
 _INT64 = np.dtype(np.int64)

@@ -17,7 +17,7 @@ from aiotransfer.engine.operations.staged import Stager
 from aiotransfer.engine.operations.transfer import Transfer, blank, finished
 from aiotransfer.engine.peers.owners import check_required
 from aiotransfer.engine.peers.peer import Peer
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.errors import RegionError
 from aiotransfer.model.descriptor import RemoteRegion
 from aiotransfer.providers import native
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.operations.deferred import Deferred
     from aiotransfer.engine.operations.inflight import InFlight
     from aiotransfer.engine.peers.owners import Owners
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 
 class Submitter:

@@ -16,7 +16,7 @@ from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.core.ledger import Ledger
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 CROWD, LOOK_SECONDS = 1000, 1e-6  # to look at so many takes a few per cent of a microsecond each: no sooner again than this
 

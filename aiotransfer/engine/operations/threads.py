@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aiotransfer.engine.operations.notes import Deed, noted
 from aiotransfer.engine.operations.refusals import refusal
 from aiotransfer.engine.runtime.arguments import Pages, check_imm
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, RegistrationError, TransferTimeout, again
 from aiotransfer.providers import native
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.operations.submit import Submitter
     from aiotransfer.engine.peers.paths import Paths
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.model.descriptor import RemoteRegion
 
 SLICE_SECONDS = 0.05  # longest native wait: Ctrl-C is heard after it at the latest

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.operations.notes import Deed
     from aiotransfer.engine.operations.staged import Stage
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Flight, Runtime
+    from aiotransfer.engine.runtime.runtime import Flight, Runtime
 
 DONE, PENDING, FAILED, CANCELLED = 0, 1, 2, 3
 _FINISHED = cast("Generator[Any, None, None]", iter(()))  # an exhausted iterator: awaiting it returns at once

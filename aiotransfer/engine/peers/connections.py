@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peers.door import Door
     from aiotransfer.engine.peers.liveness import Liveness
     from aiotransfer.engine.peers.paths import Paths
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.engine.runtime.tasks import Tasks
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.providers.port import Provider

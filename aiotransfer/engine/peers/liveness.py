@@ -15,7 +15,7 @@ from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 PINGS_PER_TIMEOUT = 8
 

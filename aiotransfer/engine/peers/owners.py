@@ -16,7 +16,7 @@ from aiotransfer.quote import quote
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.connections import Connections
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.model.descriptor import RemoteRegion
 
 MOST_GONE = 1024  # peers that have ended, of which the error is kept

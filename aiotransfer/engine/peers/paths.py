@@ -25,7 +25,7 @@ from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.engine.runtime.tasks import Tasks
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.providers.port import Path, Provider

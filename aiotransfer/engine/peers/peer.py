@@ -41,7 +41,7 @@ from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.control.link import Link
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.providers.port import Path
 
 MOST_MESSAGE_BYTES = 1 << 20

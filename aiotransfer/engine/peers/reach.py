@@ -19,7 +19,7 @@ from aiotransfer.errors import TransferError
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.engine.runtime.tasks import Tasks
     from aiotransfer.model.address import Address
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peers.door import Door
     from aiotransfer.engine.peers.liveness import Liveness
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.engine.runtime.tasks import Tasks
 
 LIFE_SECONDS = 0.1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 
 RETRY_SECONDS = 0.001

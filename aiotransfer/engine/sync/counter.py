@@ -20,7 +20,7 @@ from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 
 class Counter(Unpicklable):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 NAME_BYTES, MEMBER_BYTES, ANSWER_BYTES = 8, 4, 8
 MOST_MEMBERS = 4096

@@ -21,7 +21,7 @@ from aiotransfer.errors import BusyError
 from aiotransfer.providers import native
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 TRIES = 1000  # at random, before nearly all of the library's own values are taken to be used
 

@@ -20,7 +20,7 @@ from aiotransfer.quote import quote
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aiotransfer.engine.runtime.base import Runtime
+    from aiotransfer.engine.runtime.runtime import Runtime
 
 WORD = 8
 

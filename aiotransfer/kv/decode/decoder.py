@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.aio.timeouts import wait_shielded
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.errors import QuarantineError, TransferError
 from aiotransfer.kv.decode.absence import say_absent
 from aiotransfer.kv.decode.handle import Handle

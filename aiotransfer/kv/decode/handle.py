@@ -14,7 +14,7 @@ import numpy as np
 from aiotransfer.aio.timeouts import Timeout, wait_shielded
 from aiotransfer.control.frames import clip
 from aiotransfer.engine.memory.views import memory_of
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, PeerLostError, QuarantineError, TransferError, TransferTimeout, again, said
 from aiotransfer.kv.decode.absence import say_absent

@@ -23,7 +23,7 @@ import numpy as np
 
 from aiotransfer.aio.timeouts import Timeout, wait_shielded
 from aiotransfer.control.frames import clip
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.errors import DescriptorError, TransferTimeout, said
 from aiotransfer.kv.prefill.absences import ABSENT_SECONDS, Absence, Absences
 from aiotransfer.kv.prefill.gathering import TELL_SECONDS, named

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from aiotransfer.aio.timeouts import Timeout, wait_shielded
 from aiotransfer.control.frames import clip
 from aiotransfer.engine.memory.views import memory_of
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import PeerLostError, StaleRegionError, TransferTimeout, again, said
 from aiotransfer.kv.prefill.gathering import Gathering, tell

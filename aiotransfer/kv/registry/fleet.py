@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.aio.timeouts import Timeout
-from aiotransfer.engine.runtime.base import is_open
+from aiotransfer.engine.runtime.runtime import is_open
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.kv.registry.connect import connect

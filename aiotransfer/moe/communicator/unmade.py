@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from aiotransfer.engine.engine import Engine
-from aiotransfer.engine.runtime.base import is_open
+from aiotransfer.engine.runtime.runtime import is_open
 from aiotransfer.engine.sync.group import PeerGroup
 from aiotransfer.errors import BrokenError, BusyError, ClosedError, DescriptorError, said
 from aiotransfer.moe.protocol import messages

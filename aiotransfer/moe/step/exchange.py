@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiotransfer.engine.operations.page_targets import PagesTarget
 from aiotransfer.engine.operations.scatter import ScatterTarget
-from aiotransfer.engine.runtime.base import is_open
+from aiotransfer.engine.runtime.runtime import is_open
 from aiotransfer.engine.sync.counter import take_each
 from aiotransfer.errors import (
     BrokenError,

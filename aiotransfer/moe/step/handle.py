@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aiotransfer.aio.timeouts import Deadline, Timeout
-from aiotransfer.engine.runtime.base import seconds
+from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
 from aiotransfer.moe.protocol.errors import StepRefused

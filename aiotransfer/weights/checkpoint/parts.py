@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from aiotransfer.engine.runtime.base import world_of
+from aiotransfer.engine.runtime.runtime import world_of
 from aiotransfer.weights.protocol import wire
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 
 from aiotransfer.aio.timeouts import Timeout
-from aiotransfer.engine.runtime.base import seconds, world_of
+from aiotransfer.engine.runtime.runtime import seconds, world_of
 from aiotransfer.errors import ConfigurationError, TransferError, TransferTimeout
 from aiotransfer.quote import quote
 from aiotransfer.weights.checkpoint.header import library

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiotransfer.aio.timeouts import wait_shielded
-from aiotransfer.engine.runtime.base import world_of
+from aiotransfer.engine.runtime.runtime import world_of
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aiotransfer.engine.runtime.base import world_of
+from aiotransfer.engine.runtime.runtime import world_of
 from aiotransfer.weights.roles.mappings import Mappings
 from aiotransfer.weights.roles.watch import Watch
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aiotransfer.engine.runtime.base import world_of
+from aiotransfer.engine.runtime.runtime import world_of
 from aiotransfer.weights.roles.watch import Watch
 from aiotransfer.weights.subscriber.stopped import Stopped
 

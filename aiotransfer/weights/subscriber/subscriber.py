@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiotransfer.aio.timeouts import Timeout, wait_shielded
-from aiotransfer.engine.runtime.base import is_open, seconds
+from aiotransfer.engine.runtime.runtime import is_open, seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, TransferTimeout, again
 from aiotransfer.quote import quote
