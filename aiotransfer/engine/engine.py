@@ -39,11 +39,11 @@ from aiotransfer.engine.peers.owners import Owners
 from aiotransfer.engine.peers.paths import Paths
 from aiotransfer.engine.peers.peer import Message, Peer
 from aiotransfer.engine.runtime.arguments import advertised, check_rails, engine_name
+from aiotransfer.engine.runtime.platform import REAL, Platform
 from aiotransfer.engine.runtime.progress import Handler, Progress
 from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.engine.runtime.tasks import Tasks
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
-from aiotransfer.engine.runtime.world import REAL, World
 from aiotransfer.engine.statistics import Statistics
 from aiotransfer.engine.sync.counter import Counter
 from aiotransfer.engine.sync.group import PeerGroup
@@ -85,7 +85,7 @@ class Engine(Operations, Unpicklable):
         timeout: float,
         config: Config | None,
         environ: Mapping[str, str],
-        world: World = REAL,
+        platform: Platform = REAL,
     ) -> None:
         if progress not in ("auto", "loop", "thread"):
             raise ValueError(f"progress is 'auto', 'loop' or 'thread', not {quote(progress)}")
@@ -105,8 +105,8 @@ class Engine(Operations, Unpicklable):
         self.name = engine_name(name)
         self._chosen_rails = check_rails(rails)
         self.progress = progress
-        self._world = world
-        self.incarnation: int = int.from_bytes(world.entropy(8))
+        self._platform = platform
+        self.incarnation: int = int.from_bytes(platform.entropy(8))
         self.address = self._listen
         self._state = "new"
 
@@ -114,7 +114,7 @@ class Engine(Operations, Unpicklable):
         if self._state != "new":
             raise ClosedError("an engine is opened once")
         self._loop = asyncio.get_running_loop()
-        self._lane = Lane(self.incarnation, self.config, progress=self.progress, threadless=not self._world.threads)
+        self._lane = Lane(self.incarnation, self.config, progress=self.progress, threadless=not self._platform.threads)
         self._state = "open"
         self._p: Any = self._lane.pointer
         self._due = False
@@ -125,11 +125,11 @@ class Engine(Operations, Unpicklable):
         self._memory = Regions(self, self._grants, self._publications.unpublish_region)
         self._regions = self._memory.by_number
         self._revocations: dict[tuple[int, int, int], str] = {}  # reasons, by incarnation, slot and epoch
-        self._values = Values(self, self._world.entropy)
+        self._values = Values(self, self._platform.entropy)
         self._counters = self._values.counters
         self._watchers: dict[int, Watcher] = {}
         self._handles: list[ThreadHandle] = []
-        self._identity = Identity(self.incarnation, self._info, self._world.entropy)
+        self._identity = Identity(self.incarnation, self._info, self._platform.entropy)
         self._liveness = Liveness(
             self, lambda peer: self._paths.suspect(peer), lambda peer, now, blocked: self._paths.look(peer, now, blocked)
         )
@@ -139,7 +139,7 @@ class Engine(Operations, Unpicklable):
         try:
             self._providers, self.missing = open_providers(
                 self._preference, self._lane, self.incarnation, self._grants.segment_of,
-                self._grants.region_of, self._grants.is_as_granted, self._world, self._chosen_rails, pairing,
+                self._grants.region_of, self._grants.is_as_granted, self._platform, self._chosen_rails, pairing,
                 await self._outside(),
                 self._key.kind == "file",
             )  # fmt: skip
@@ -170,7 +170,7 @@ class Engine(Operations, Unpicklable):
         hosts: tuple[str, ...] = ()
         if self._advertise is not None:
             try:
-                hosts = tuple(place.host for place in await self._world.network.resolve(self._advertise))
+                hosts = tuple(place.host for place in await self._platform.network.resolve(self._advertise))
             except OSError as error:
                 advise(f"advertise: {self._advertise.host} has no address here ({error}): tcp offers data connections at its own",
                        RuntimeWarning)  # fmt: skip
@@ -340,7 +340,7 @@ class Engine(Operations, Unpicklable):
     def _begin_peers(self) -> None:
         tasks = Tasks()
         self._paths = Paths(self, self._providers, self._preference, tasks)
-        door = Door(self._key, self._identity, self._world.network)
+        door = Door(self._key, self._identity, self._platform.network)
         self._connections = Connections(self, door, self._providers, self._paths, self._liveness, tasks)
 
     def _begin_operations(self) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiotransfer.config import Config
 from aiotransfer.engine.engine import Engine
+from aiotransfer.engine.runtime.platform import REAL, Platform
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
-from aiotransfer.engine.runtime.world import REAL, World
 from aiotransfer.providers import native
 from aiotransfer.quote import quote
 
@@ -94,7 +94,7 @@ def open_engine(
     progress: str = "auto",
     timeout: float = 30.0,
     config: Config | None = None,
-    _world: World = REAL,
+    _platform: Platform = REAL,
 ) -> Opening:
     """An engine for the running event loop.
 
@@ -110,8 +110,8 @@ def open_engine(
     also of smaller ones; "loop", the event loop in its own turns (a blocked loop then delays its own large writes, never those of
     others). `name` (at most 255 printable characters; None: the process id) is what logs and errors of others call this engine.
     `timeout` (seconds) is the default deadline of transfers, connect, lookup and ping. `config` has limits and times (None: the
-    defaults of `Config`); a variable `AIOTRANSFER_<FIELD>` of the environment overrides its field. `_world` is for tests: it puts
-    a simulated network, randomness and machine in the place of the real ones.
+    defaults of `Config`); a variable `AIOTRANSFER_<FIELD>` of the environment overrides its field. `_platform` is for tests: a
+    simulated network, randomness and machine in the place of the real ones.
 
     Opening raises `RuntimeError` where no asyncio loop runs the caller (trio). Await the result or enter it by `async with`:
     before that its attributes raise an `AttributeError` that says so, and dropping it unused warns.
@@ -132,6 +132,6 @@ def open_engine(
             timeout=timeout,
             config=config,
             environ=os.environ,
-            world=_world,
+            platform=_platform,
         )
     )

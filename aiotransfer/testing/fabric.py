@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from aiotransfer.control.network import Factory, Server
 from aiotransfer.engine.engine import Engine
 from aiotransfer.engine.open import open_engine
-from aiotransfer.engine.runtime.world import World
+from aiotransfer.engine.runtime.platform import Platform
 from aiotransfer.errors import BusyError
 from aiotransfer.model.address import Address
 from aiotransfer.providers import native
@@ -288,8 +288,8 @@ class Fabric:
         """An engine on this fabric; `options` are those of `open_engine`, but for providers and key. `ways`: how many NICs its
         control connections may run by."""
         wire = _Wire(self, [f"10.0.{way}.{len(self.engines) + 1}" for way in range(1, ways)])
-        world = World(entropy=self.random.randbytes, network=wire, threads=False, simulator=self)
-        engine: Engine = await open_engine(providers="loopback", key=KEY, _world=world, **{"name": "", **options})
+        platform = Platform(entropy=self.random.randbytes, network=wire, threads=False, simulator=self)
+        engine: Engine = await open_engine(providers="loopback", key=KEY, _platform=platform, **{"name": "", **options})
         self.engines.append(engine)
         self._wires[engine] = wire
         return engine

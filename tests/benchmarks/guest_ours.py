@@ -10,7 +10,7 @@ from typing import Any
 from rivals.worker import Pipes, main, start_target
 
 import aiotransfer as at
-from aiotransfer.engine.runtime.world import World
+from aiotransfer.engine.runtime.platform import Platform
 from aiotransfer.providers.fabric.provider import Restrictions
 
 REGION = int(os.environ.get("REGION", 4 << 20))
@@ -18,8 +18,8 @@ REGION = int(os.environ.get("REGION", 4 << 20))
 
 def engine(device: str) -> AbstractAsyncContextManager[at.Engine]:
     """One whose rail is that device. While the other contender is measured it is stopped, and so is its peer."""
-    world = World(limits=Restrictions(verbs_device=device))
-    return at.open_engine(providers="verbs", config=at.Config(peer_timeout=120), _world=world)
+    platform = Platform(restrictions=Restrictions(verbs_device=device))
+    return at.open_engine(providers="verbs", config=at.Config(peer_timeout=120), _platform=platform)
 
 
 class Ours:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiotransfer as at
-from aiotransfer.engine.runtime.world import World
+from aiotransfer.engine.runtime.platform import Platform
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric.provider import Restrictions
 from tests.engine.stuck import Stuck
@@ -82,8 +82,8 @@ async def main(address: str, providers: str, limits: str, listen: str = "127.0.0
 
     tasks: list[asyncio.Task[None]] = []
 
-    world = World(limits=Restrictions(*map(int, limits.split(","))))
-    async with at.open_engine(name="other", providers=providers, listen=listen, _world=world) as engine:
+    platform = Platform(restrictions=Restrictions(*map(int, limits.split(","))))
+    async with at.open_engine(name="other", providers=providers, listen=listen, _platform=platform) as engine:
         allocated, foreign = engine.allocate(NBYTES), engine.register(bytearray(NBYTES))
         engine.publish("allocated", allocated)
         engine.publish("foreign", foreign)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine.runtime.world import World
+from aiotransfer.engine.runtime.platform import Platform
 from aiotransfer.errors import BrokenError
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric.provider import FabricPath, Restrictions
@@ -27,8 +27,8 @@ WAYS: list[Any] = [
     pytest.param({"provider": "shm"}, id="shm"),
     pytest.param({"provider": "loopback"}, id="loopback"),
     pytest.param({"provider": "tcp"}, id="tcp", marks=needs_tcp()),
-    pytest.param({"provider": "tcp", "_world": World(limits=SMALL_PIECES)}, id="tcp-small", marks=needs_tcp()),
-    pytest.param({"provider": "tcp", "_world": World(limits=NO_ORDER)}, id="tcp-no-order", marks=needs_tcp()),
+    pytest.param({"provider": "tcp", "_platform": Platform(restrictions=SMALL_PIECES)}, id="tcp-small", marks=needs_tcp()),
+    pytest.param({"provider": "tcp", "_platform": Platform(restrictions=NO_ORDER)}, id="tcp-no-order", marks=needs_tcp()),
     pytest.param({"provider": "tcp", "rails": ["127.0.0.1", "127.0.0.2"]}, id="two-rails", marks=needs_tcp()),
 ]
 pytestmark = [pytest.mark.asyncio, pytest.mark.one_loop, pytest.mark.parametrize("way", WAYS)]

@@ -14,7 +14,7 @@ from aiotransfer.core.nearest import Distance, distance, rank_nics
 from aiotransfer.model.topology import HostMemory
 from aiotransfer.providers.host.numa import node_of
 from aiotransfer.providers.host.sysfs import read_topology
-from tests.engine.test_placement import threads
+from tests.engine.test_affinity import threads
 from tests.guest.test_verbs import cable
 from tests.needs import needs, needs_verbs
 

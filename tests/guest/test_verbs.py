@@ -13,7 +13,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.engine.peers.paths import Paths
-from aiotransfer.engine.runtime.world import World
+from aiotransfer.engine.runtime.platform import Platform
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric.provider import Restrictions
 from aiotransfer.testing import Pair
@@ -32,7 +32,7 @@ async def cable() -> AsyncIterator[Pair]:
             await stack.enter_async_context(
                 at.open_engine(
                     providers="verbs", timeout=30, name=name, config=PATIENT,
-                    _world=World(limits=Restrictions(verbs_device=device)),
+                    _platform=Platform(restrictions=Restrictions(verbs_device=device)),
                 )
             )
             for name, device in (("left", "rxea0"), ("right", "rxeb0"))

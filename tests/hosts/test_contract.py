@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from aiotransfer.engine.runtime.world import World
+from aiotransfer.engine.runtime.platform import Platform
 from aiotransfer.testing import Pair
 from aiotransfer.testing.contract import ProviderContract
 from aiotransfer.testing.pairs import Member
@@ -49,7 +49,7 @@ class TestTcp(BetweenHosts):
 
 
 class TestLikeEfa(BetweenHosts):
-    options: ClassVar[dict[str, Any]] = {"_world": World(limits=LIKE_EFA)}
+    options: ClassVar[dict[str, Any]] = {"_platform": Platform(restrictions=LIKE_EFA)}
 
 
 async def test_bytes_both_ways_are_seen_at_both_ends_of_the_cable(hosts: Hosts) -> None:

@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from aiotransfer.engine.runtime.world import World
+from aiotransfer.engine.runtime.platform import Platform
 from aiotransfer.providers.fabric.provider import Restrictions
 
-ENGINE: dict[str, Any] = {"providers": "verbs", "_world": World(limits=Restrictions(verbs_device="rxea0"))}
+ENGINE: dict[str, Any] = {"providers": "verbs", "_platform": Platform(restrictions=Restrictions(verbs_device="rxea0"))}
 ENVIRON = {"AIOTRANSFER_PROVIDERS": "verbs", "AIOTRANSFER_VERBS_DEVICE": "rxeb0"}
 PORTS = [Path(f"/sys/class/infiniband/{device}/ports/1/state") for device in ("rxea0", "rxeb0")]
 

@@ -15,7 +15,7 @@ import pytest_asyncio
 
 import aiotransfer as at
 from aiotransfer import weights
-from aiotransfer.engine.runtime.world import World
+from aiotransfer.engine.runtime.platform import Platform
 from aiotransfer.providers.fabric.provider import Restrictions
 from aiotransfer.weights import Cast, Tensor
 from tests.engine.gpu import Gpu
@@ -35,7 +35,7 @@ def gpu() -> Gpu:
 @pytest_asyncio.fixture
 async def party() -> AsyncIterator[Party]:
     async def open_engine(**options: Any) -> at.Engine:
-        rails: Any = {"providers": "tcp", "_world": World(limits=Restrictions(device_memory=1)), **options}
+        rails: Any = {"providers": "tcp", "_platform": Platform(restrictions=Restrictions(device_memory=1)), **options}
         return at.open_engine(**rails)  # type: ignore[return-value]
 
     async with AsyncExitStack() as stack:

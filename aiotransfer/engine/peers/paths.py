@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from aiotransfer.advice import advise
 from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.core.ranking import AUTOMATIC, Ranking, apart, rank
-from aiotransfer.engine.runtime.placement import cpus_for
+from aiotransfer.engine.runtime.affinity import cpus_for
 from aiotransfer.errors import BrokenError, ProviderUnavailableError, RegistrationError, TransferError, TransferTimeout, again
 from aiotransfer.model.offer import ProviderOffer
 from aiotransfer.providers import native
@@ -46,7 +46,7 @@ class Paths:
         self._preference = preference
         self._tasks = tasks
         self.by_lane_peer: dict[int, Peer] = {}
-        engine._lane.cpus_for = cpus_for(engine.config, engine._world)
+        engine._lane.cpus_for = cpus_for(engine.config, engine._platform)
         self._mending: dict[Path, asyncio.Event] = {}  # set: there is reason to try again at once
         self._dialing: dict[tuple[Peer, str], asyncio.Future[Path]] = {}
         self._companions: list[Path] = []  # the other halves of a connection to ourselves

@@ -17,7 +17,7 @@ from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.config import Config
-    from aiotransfer.engine.runtime.world import World
+    from aiotransfer.engine.runtime.platform import Platform
     from aiotransfer.model.address import Address
     from aiotransfer.providers.lane import Lane
 
@@ -66,7 +66,7 @@ class Runtime:
     _due: bool
     _limit: RateLimit
     _turn_scheduled: bool
-    _world: World
+    _platform: Platform
 
     @property
     def _closing(self) -> bool:
@@ -152,9 +152,9 @@ def is_open(engine: Runtime) -> bool:
     return engine._state == "open"
 
 
-def world_of(engine: Runtime) -> World:
-    """What the engine takes from the world around it. For the components that stand on an engine."""
-    return engine._world
+def platform_of(engine: Runtime) -> Platform:
+    """What the engine takes from its platform. For the components that stand on an engine."""
+    return engine._platform
 
 
 def seconds(timeout: float | None, default: float | None = None) -> float:

@@ -16,14 +16,14 @@ from aiotransfer.providers.selection.availability import KNOWN, availability
 
 def open_providers(
     providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None],
-    lent: Callable[[int, int, int], tuple[Grant, int, int] | None], covers: Callable[[Grant], bool], world: Any,
+    lent: Callable[[int, int, int], tuple[Grant, int, int] | None], covers: Callable[[Grant], bool], platform: Any,
     rails: Sequence[str], pairing: Pairing, outside: Outside, same_user: bool,
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
     """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left, and `BusyError`
     rather than do without a provider that this machine has no descriptors or memory for just now. A rail
     that no provider has is a `ConfigurationError`.
 
-    `outside`: how others reach tcp's endpoints. `world`: its `simulator` is the network of `loopback`, if not that of this
+    `outside`: how others reach tcp's endpoints. `platform`: its `simulator` is the network of `loopback`, if not that of this
     process; its `limits` what fabrics do without.
     `same_user`: only processes of this user are let in.
     """
@@ -43,11 +43,11 @@ def open_providers(
 
                     opened[name] = ShmProvider(lane, incarnation, segment_of, same_user=same_user)
                 elif name in ("tcp", "efa", "verbs"):
-                    opened[name] = FabricProvider(name, lane, incarnation, lent, world.limits, rails, pairing, outside)
+                    opened[name] = FabricProvider(name, lane, incarnation, lent, platform.restrictions, rails, pairing, outside)
                 else:
                     from aiotransfer.providers.loopback import LoopbackProvider
 
-                    opened[name] = LoopbackProvider(lane, incarnation, covers, segment_of, lent, world.simulator)
+                    opened[name] = LoopbackProvider(lane, incarnation, covers, segment_of, lent, platform.simulator)
                 continue
             except (OSError, TransferError) as error:
                 reason = str(error)

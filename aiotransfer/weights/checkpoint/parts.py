@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from aiotransfer.engine.runtime.runtime import world_of
+from aiotransfer.engine.runtime.runtime import platform_of
 from aiotransfer.weights.protocol import wire
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class OfInstance:
     def __init__(self, role: Subscriber, version: Version) -> None:
         self.engine, self.layout, self.rank = role.engine, role.layout, role.rank
         self._role, self._version = role, version
-        self._update = int.from_bytes(world_of(role.engine).entropy(8)) >> 1
+        self._update = int.from_bytes(platform_of(role.engine).entropy(8)) >> 1
         self._lenders: dict[int, Peer] = {}
         self._regions: dict[int, dict[int, RemoteRegion]] = {}
         mine = np.flatnonzero(self.layout.buffer_rank == self.rank).tolist()

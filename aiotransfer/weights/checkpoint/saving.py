@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 
 from aiotransfer.aio.timeouts import Timeout
-from aiotransfer.engine.runtime.runtime import seconds, world_of
+from aiotransfer.engine.runtime.runtime import platform_of, seconds
 from aiotransfer.errors import ConfigurationError, TransferError, TransferTimeout
 from aiotransfer.quote import quote
 from aiotransfer.weights.checkpoint.header import library
@@ -64,7 +64,7 @@ async def save(
     if not isinstance(role, Subscriber | Publisher):
         raise TypeError(f"save takes a Subscriber or a Publisher, not {type(role).__name__}")
     within = seconds(timeout)
-    saving = _Saving(os.fspath(path), shard_bytes, staging_bytes, texts, world_of(role.engine).entropy(8).hex())
+    saving = _Saving(os.fspath(path), shard_bytes, staging_bytes, texts, platform_of(role.engine).entropy(8).hex())
     try:
         async with Timeout(within):
             if isinstance(role, Subscriber):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiotransfer.aio.timeouts import wait_shielded
-from aiotransfer.engine.runtime.runtime import world_of
+from aiotransfer.engine.runtime.runtime import platform_of
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 async def steady(engine: Engine, work: Callable[..., T], *arguments: Any) -> T:
     """As `aside`, for work on memory or files that are used again afterwards: a cancel waits until the thread has ended."""
-    if not world_of(engine).threads:
+    if not platform_of(engine).threads:
         return work(*arguments)
     task = asyncio.get_running_loop().create_task(asyncio.to_thread(work, *arguments))
     try:
@@ -31,4 +31,4 @@ async def steady(engine: Engine, work: Callable[..., T], *arguments: Any) -> T:
 
 async def aside(engine: Engine, work: Callable[..., T], *arguments: Any) -> T:
     """`work(*arguments)` in a thread; on the simulator, whose clock does not wait for threads, at once."""
-    return await asyncio.to_thread(work, *arguments) if world_of(engine).threads else work(*arguments)
+    return await asyncio.to_thread(work, *arguments) if platform_of(engine).threads else work(*arguments)

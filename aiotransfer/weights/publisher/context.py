@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aiotransfer.engine.runtime.runtime import world_of
+from aiotransfer.engine.runtime.runtime import platform_of
 from aiotransfer.weights.roles.mappings import Mappings
 from aiotransfer.weights.roles.watch import Watch
 
@@ -46,7 +46,7 @@ class Context:
 
     def random(self) -> int:
         """63 bits that no other role has."""
-        return int.from_bytes(world_of(self.engine).entropy(8)) >> 1
+        return int.from_bytes(platform_of(self.engine).entropy(8)) >> 1
 
     def tell(self, peer: Peer, message: wire.Message) -> None:
         """Queue the message for `peer`, which gets it soon."""

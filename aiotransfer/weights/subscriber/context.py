@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aiotransfer.engine.runtime.runtime import world_of
+from aiotransfer.engine.runtime.runtime import platform_of
 from aiotransfer.weights.roles.watch import Watch
 from aiotransfer.weights.subscriber.stopped import Stopped
 
@@ -40,7 +40,7 @@ class Context:
 
     def __post_init__(self) -> None:
         self.digest = bytes.fromhex(self.layout.digest)
-        self.life = int.from_bytes(world_of(self.engine).entropy(8)) >> 1
+        self.life = int.from_bytes(platform_of(self.engine).entropy(8)) >> 1
         self.stopped = Stopped(self.memory, in_place=self.in_place)
         self.never = self.engine.counter()
         self._watch = Watch(self.never, self.mail)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine.runtime.world import World
+from aiotransfer.engine.runtime.platform import Platform
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric.provider import Restrictions
 from aiotransfer.testing import Pair, engine_pair
@@ -23,7 +23,7 @@ from tests.engine.gpu import Gpu
 
 pytestmark = pytest.mark.asyncio
 PLAIN, DMABUF, REFUSED, OPERATIONS = range(4)
-ASKED = {"_world": World(limits=Restrictions(device_memory=1))}
+ASKED = {"_platform": Platform(restrictions=Restrictions(device_memory=1))}
 N = 1 << 16
 
 
@@ -112,7 +112,7 @@ async def test_a_lease_of_it_ends_like_any_other(gpu: Gpu) -> None:
 
 
 async def test_a_rail_that_was_not_given_it_refuses_and_staging_serves(gpu: Gpu) -> None:
-    without = {"_world": World(limits=Restrictions(native.lib.AT_FAB_DEVICE, device_memory=1))}
+    without = {"_platform": Platform(restrictions=Restrictions(native.lib.AT_FAB_DEVICE, device_memory=1))}
     async with engine_pair("tcp", timeout=10, **without) as pair:
         array, seen = gpu.array(N)
         seen[:] = 6

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine.runtime.world import World
+from aiotransfer.engine.runtime.platform import Platform
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric import libfabric
 from aiotransfer.providers.fabric.provider import Restrictions
@@ -49,12 +49,12 @@ class TestTcp(ProviderContract, BreakingConnections):
 
 class TestLikeEfa(ProviderContract):
     provider = "tcp"
-    options = {"_world": World(limits=LIKE_EFA)}  # noqa: RUF012 - read only
+    options = {"_platform": Platform(restrictions=LIKE_EFA)}  # noqa: RUF012 - read only
 
 
 @pytest.mark.parametrize("limits", EACH.values(), ids=EACH)
 async def test_nothing_that_another_fabric_lacks_is_relied_upon(limits: Restrictions) -> None:
-    async with ready(engine_pair("tcp", timeout=20, _world=World(limits=limits))) as (pair, target, remote, source):
+    async with ready(engine_pair("tcp", timeout=20, _platform=Platform(restrictions=limits))) as (pair, target, remote, source):
         there = np.random.default_rng(5).permutation(PAGES)
         await pair.left.write_pages(source, np.arange(PAGES), remote, there, page_bytes=PAGE, imm=1)
         await pair.left.write(source, remote, imm=1)
@@ -91,7 +91,7 @@ async def test_a_library_that_is_not_there_is_a_reason() -> None:
 async def test_a_write_that_can_be_neither_drained_nor_fenced_keeps_its_source() -> None:
     limits = Restrictions(lib.AT_FAB_PRIVATE)
     config = at.Config(drain_timeout=0.2, peer_timeout=30)
-    async with at.open_engine(providers="tcp", config=config, _world=World(limits=limits)) as engine:
+    async with at.open_engine(providers="tcp", config=config, _platform=Platform(restrictions=limits)) as engine:
         async with other_process(engine, "tcp", limits) as (process, peer):
             remote = await peer.lookup("allocated")
             memory = np.ones(NBYTES, np.uint8)
@@ -118,7 +118,7 @@ async def awaited(transfer: at.Transfer) -> None:
 
 
 async def test_sides_that_mark_their_writes_differently_do_not_connect() -> None:
-    async with at.open_engine(providers="tcp", _world=World(limits=Restrictions(lib.AT_FAB_MARKS))) as left:
+    async with at.open_engine(providers="tcp", _platform=Platform(restrictions=Restrictions(lib.AT_FAB_MARKS))) as left:
         async with at.open_engine(providers="tcp") as right:
             with pytest.raises(at.ProviderUnavailableError, match="no common way"):
                 await left.connect(right.address)
@@ -127,7 +127,7 @@ async def test_sides_that_mark_their_writes_differently_do_not_connect() -> None
 @pytest.mark.parametrize("limits", [Restrictions(), LIKE_EFA], ids=["tcp", "like EFA"])
 async def test_what_a_peer_had_counted_before_it_closed_is_kept(limits: Restrictions) -> None:
     for _ in range(10):
-        async with engine_pair("tcp", timeout=10, _world=World(limits=limits)) as pair:
+        async with engine_pair("tcp", timeout=10, _platform=Platform(restrictions=limits)) as pair:
             await at.wait_all([pair.left.signal(pair.right_peer, 1) for _ in range(200)])
             closing = asyncio.ensure_future(pair.left.aclose())
             await pair.left_peer.closed()

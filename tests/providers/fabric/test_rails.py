@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
-from aiotransfer.engine.runtime.world import World
+from aiotransfer.engine.runtime.platform import Platform
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric.provider import FabricPath
 from aiotransfer.testing import Pair, engine_pair
@@ -53,7 +53,7 @@ class TestTwoRails(ProviderContract, BreakingConnections):
 
 class TestTwoRailsLikeEfa(ProviderContract):
     provider = "tcp"
-    options = {"rails": loopbacks(2), "_world": World(limits=LIKE_EFA)}  # noqa: RUF012 - read only
+    options = {"rails": loopbacks(2), "_platform": Platform(restrictions=LIKE_EFA)}  # noqa: RUF012 - read only
 
 
 async def all_up(pair: Pair) -> None:
@@ -160,8 +160,8 @@ async def test_a_rail_that_falls_silent_is_given_up_and_opened_again() -> None:
 
 
 async def test_an_operation_that_a_fabric_cannot_settle_says_that_its_rail_broke() -> None:
-    limits = World(limits=LIKE_EFA._replace(without=native.lib.AT_FAB_ORDERED))
-    async with ready(joined(loopbacks(2), loopbacks(2), _world=limits)) as (pair, _, remote, source):
+    platform = Platform(restrictions=LIKE_EFA._replace(without=native.lib.AT_FAB_ORDERED))
+    async with ready(joined(loopbacks(2), loopbacks(2), _platform=platform)) as (pair, _, remote, source):
         await all_up(pair)
         transfer = pair.left.write(source, remote, imm=1)
         pair.right_peer.path.members[0].strike()

@@ -1,4 +1,4 @@
-"""What an engine takes from the world around it. Tests put a simulated one in its place."""
+"""What an engine takes from its platform. Tests put a simulated one in its place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from aiotransfer.control.network import Network, Tcp
 
 
-class World(NamedTuple):
+class Platform(NamedTuple):
     """Randomness, control connections, native threads, the network beneath `loopback` (None: that of this process), what the
     rails of libfabric do without (`providers.fabric.rail.Restrictions`), and where the machine's /sys is."""
 
@@ -18,8 +18,8 @@ class World(NamedTuple):
     network: Network = Tcp()
     threads: bool = True
     simulator: Any = None
-    limits: Any = None
+    restrictions: Any = None
     machine: Path = Path("/")
 
 
-REAL = World()
+REAL = Platform()

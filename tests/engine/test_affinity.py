@@ -13,9 +13,9 @@ import pytest
 import aiotransfer as at
 from aiotransfer.core import pinning
 from aiotransfer.core.nearest import rank_nics
+from aiotransfer.engine.runtime.affinity import cpus_for
 from aiotransfer.engine.runtime.machine import machine, whereabouts
-from aiotransfer.engine.runtime.placement import cpus_for
-from aiotransfer.engine.runtime.world import World
+from aiotransfer.engine.runtime.platform import Platform
 from aiotransfer.model.topology import GpuMemory, HostMemory
 from aiotransfer.providers import native
 from aiotransfer.providers.fabric.provider import nic_of
@@ -31,14 +31,14 @@ HERE = sorted(os.sched_getaffinity(0))
 two_cpus = pytest.mark.skipif(len(HERE) < 2, reason="needs two CPUs")
 
 
-def with_lo(root: Path, *, cpus: str) -> World:
+def with_lo(root: Path, *, cpus: str) -> Platform:
     """Its `lo` is a NIC of node 1, which has these CPUs; node 0 has all that it may."""
     topologies.write(root / "sys/devices/system/node/node0/cpulist", "0-1023")
     topologies.write(root / "sys/devices/system/node/node1/cpulist", cpus)
     nic = root / "sys/devices/pci0000:00/0000:00:01.0"
     topologies.write(nic / "numa_node", 1)
     topologies.link(root / "sys/class/net/lo/device", nic)
-    return World(machine=root)
+    return Platform(machine=root)
 
 
 def threads() -> dict[str, list[set[int]]]:
@@ -67,7 +67,7 @@ async def written(**options: Any) -> dict[str, list[set[int]]]:
 @pytest.mark.asyncio
 async def test_threads_run_near_the_nic_and_the_loop_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinning, "FEWEST", 1)
-    found = await written(_world=with_lo(tmp_path, cpus=f"{HERE[-1]}"))
+    found = await written(_platform=with_lo(tmp_path, cpus=f"{HERE[-1]}"))
     assert found["aiotransfer~"] == [{HERE[-1]}] * 2
     assert all(cpus == {HERE[-1]} for several in found.values() for cpus in several)
     assert sorted(os.sched_getaffinity(0)) == HERE
@@ -78,7 +78,7 @@ async def test_threads_run_near_the_nic_and_the_loop_where_it_was(tmp_path: Path
 @pytest.mark.asyncio
 @pytest.mark.parametrize("cpus", ["0-1023", "900-1000", "", "nonsense"])
 async def test_threads_stay_free_where_the_node_offers_nothing(tmp_path: Path, cpus: str) -> None:
-    found = await written(_world=with_lo(tmp_path, cpus=cpus))
+    found = await written(_platform=with_lo(tmp_path, cpus=cpus))
     assert found["aiotransfer~"] == [set(HERE)] * 2
 
 
@@ -87,11 +87,11 @@ async def test_threads_stay_free_where_the_node_offers_nothing(tmp_path: Path, c
 @pytest.mark.asyncio
 async def test_pinning_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinning, "FEWEST", 1)
-    world = with_lo(tmp_path, cpus=f"{HERE[-1]}")
-    found = await written(_world=world, config=at.Config(pin_threads=False))
+    platform = with_lo(tmp_path, cpus=f"{HERE[-1]}")
+    found = await written(_platform=platform, config=at.Config(pin_threads=False))
     assert found["aiotransfer~"] == [set(HERE)] * 2
     monkeypatch.setenv("AIOTRANSFER_PIN_THREADS", "off")
-    found = await written(_world=world)
+    found = await written(_platform=platform)
     assert found["aiotransfer~"] == [set(HERE)] * 2
 
 
@@ -100,10 +100,10 @@ async def test_pinning_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.asyncio
 async def test_a_restricted_thread_restricts_those_that_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinning, "FEWEST", 1)
-    world = with_lo(tmp_path, cpus=f"{HERE[-1]}")
+    platform = with_lo(tmp_path, cpus=f"{HERE[-1]}")
     os.sched_setaffinity(0, {HERE[0]})
     try:
-        found = await written(_world=world)
+        found = await written(_platform=platform)
     finally:
         os.sched_setaffinity(0, HERE)
     assert all(cpus <= set(HERE) for several in found.values() for cpus in several)
@@ -112,17 +112,17 @@ async def test_a_restricted_thread_restricts_those_that_it_starts(tmp_path: Path
 
 def test_a_rail_comes_up_although_the_machine_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aiotransfer.engine.runtime.machine", None)
-    ask = cpus_for(at.Config(), World())
+    ask = cpus_for(at.Config(), Platform())
     assert ask is not None
     assert ask("eth0") == ()
 
 
 def test_a_machine_of_one_node_and_a_world_without_threads_ask_for_nothing(tmp_path: Path) -> None:
-    ask = cpus_for(at.Config(), World(machine=topologies.build(tmp_path, "no_nic")))
+    ask = cpus_for(at.Config(), Platform(machine=topologies.build(tmp_path, "no_nic")))
     assert ask is not None
     assert ask("eth0") == ()
-    assert cpus_for(at.Config(), World(threads=False)) is None
-    assert cpus_for(at.Config(pin_threads=False), World()) is None
+    assert cpus_for(at.Config(), Platform(threads=False)) is None
+    assert cpus_for(at.Config(pin_threads=False), Platform()) is None
 
 
 @two_cpus

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aiotransfer.config import Config
-from aiotransfer.engine.runtime.world import World
+from aiotransfer.engine.runtime.platform import Platform
 
 
-def cpus_for(config: Config, world: World) -> Callable[[str], tuple[int, ...]] | None:
+def cpus_for(config: Config, platform: Platform) -> Callable[[str], tuple[int, ...]] | None:
     """What is asked, in any thread, for the CPUs of a NIC's threads by its name, and reads files then. None: nothing is pinned.
 
     The CPUs that the calling thread may use are the bounds: its restriction is meant for the threads that it starts as well.
     """
-    if not config.pin_threads or not world.threads or not hasattr(os, "sched_getaffinity"):
+    if not config.pin_threads or not platform.threads or not hasattr(os, "sched_getaffinity"):
         return None
     allowed = frozenset(os.sched_getaffinity(0))
-    return lambda nic: _near(world.machine, nic, allowed)
+    return lambda nic: _near(platform.machine, nic, allowed)
 
 
 def _near(root: Path, nic: str, allowed: frozenset[int]) -> tuple[int, ...]:
