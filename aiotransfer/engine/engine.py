@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiotransfer.advice import advise
 from aiotransfer.aio.ratelimit import RateLimit
+from aiotransfer.aio.tasks import Tasks
 from aiotransfer.aio.timeouts import wait_shielded
 from aiotransfer.config import Config
 from aiotransfer.control import frames
@@ -42,7 +43,6 @@ from aiotransfer.engine.runtime.arguments import advertised, check_rails, engine
 from aiotransfer.engine.runtime.platform import REAL, Platform
 from aiotransfer.engine.runtime.progress import Handler, Progress
 from aiotransfer.engine.runtime.runtime import seconds
-from aiotransfer.engine.runtime.tasks import Tasks
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.engine.statistics import Statistics
 from aiotransfer.engine.sync.counter import Counter

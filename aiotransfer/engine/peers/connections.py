@@ -42,12 +42,12 @@ from aiotransfer.providers.fabric.nics import interfaces
 from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
+    from aiotransfer.aio.tasks import Tasks
     from aiotransfer.control.link import Link
     from aiotransfer.engine.peers.door import Door
     from aiotransfer.engine.peers.liveness import Liveness
     from aiotransfer.engine.peers.paths import Paths
     from aiotransfer.engine.runtime.runtime import Runtime
-    from aiotransfer.engine.runtime.tasks import Tasks
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.providers.port import Provider
 

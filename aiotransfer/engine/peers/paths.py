@@ -24,9 +24,9 @@ from aiotransfer.providers.port import Binding
 from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
+    from aiotransfer.aio.tasks import Tasks
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.engine.runtime.runtime import Runtime
-    from aiotransfer.engine.runtime.tasks import Tasks
     from aiotransfer.model.descriptor import RemoteRegion
     from aiotransfer.providers.port import Path, Provider
 

@@ -18,9 +18,9 @@ from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.errors import TransferError
 
 if TYPE_CHECKING:
+    from aiotransfer.aio.tasks import Tasks
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.engine.runtime.runtime import Runtime
-    from aiotransfer.engine.runtime.tasks import Tasks
     from aiotransfer.model.address import Address
 
 GRACE_SECONDS = 1.0  # for a dial without a waiter: it is not cut off in the middle of a handshake

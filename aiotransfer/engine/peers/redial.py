@@ -22,12 +22,12 @@ from aiotransfer.control.dialer import dial_first
 from aiotransfer.errors import BrokenError, RendezvousError, TransferError
 
 if TYPE_CHECKING:
+    from aiotransfer.aio.tasks import Tasks
     from aiotransfer.control.link import Link
     from aiotransfer.engine.peers.door import Door
     from aiotransfer.engine.peers.liveness import Liveness
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.engine.runtime.runtime import Runtime
-    from aiotransfer.engine.runtime.tasks import Tasks
 
 LIFE_SECONDS = 0.1
 LIFE_LOOKS = 20
