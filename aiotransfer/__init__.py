@@ -17,7 +17,7 @@ from aiotransfer.engine.memory.region import Region
 from aiotransfer.engine.open import open_engine
 from aiotransfer.engine.operations.page_targets import PagesTarget
 from aiotransfer.engine.operations.places import ScatterPlan, ScatterRows
-from aiotransfer.engine.operations.plans import Plan
+from aiotransfer.engine.operations.plan import Plan
 from aiotransfer.engine.operations.scatter import ScatterTarget
 from aiotransfer.engine.operations.threads import ThreadHandle, ThreadTransfer
 from aiotransfer.engine.operations.transfer import Transfer, wait_all

@@ -21,7 +21,7 @@ READ = {  # by the file that defines them
     "_staging _start _writable",
     "aiotransfer/model/descriptor.py": "_box _grant _start",
     "aiotransfer/engine/operations/operations.py": "_scatter_plan _submitter",
-    "aiotransfer/engine/operations/plans.py": "_targets",
+    "aiotransfer/engine/operations/plan.py": "_targets",
     # Of objects whose class does not follow from annotations.
     "": "_abandon _changed _check _close _end _engine _finish _keep _let_go _number _p _path _paths _peer_gone _peers _settle "
     "_shut _stage _staging _start _state _targets _users _withdraw",

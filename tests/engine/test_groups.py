@@ -15,7 +15,7 @@ import pytest_asyncio
 
 import aiotransfer as at
 from aiotransfer.control.frames import Join, Roster
-from aiotransfer.engine.operations.plans import Plan
+from aiotransfer.engine.operations.plan import Plan
 from aiotransfer.engine.sync import rosters as rosters_module
 from aiotransfer.engine.sync.rosters import roster
 from aiotransfer.providers import native

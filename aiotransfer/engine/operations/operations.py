@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aiotransfer.engine.operations.page_targets import PageTargets, post_pages
 from aiotransfer.engine.operations.pages import READ_PAGES, REFUSED, are_ints, are_tables, refused_first, submit_pages
 from aiotransfer.engine.operations.places import ScatterPlan, ScatterRows
-from aiotransfer.engine.operations.plans import Plan
+from aiotransfer.engine.operations.plan import Plan
 from aiotransfer.engine.operations.scatter import Targets, post_table, scattered
 from aiotransfer.engine.operations.staged import page_spans, stager
 from aiotransfer.engine.operations.transfer import Transfer

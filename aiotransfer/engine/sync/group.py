@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.control.frames import MAX_TEXT, Join, Roster, clip
-from aiotransfer.engine.operations.plans import Plan
+from aiotransfer.engine.operations.plan import Plan
 from aiotransfer.engine.peers.reach import Claims
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.engine.sync.counter import take_each
