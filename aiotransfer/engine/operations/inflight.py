@@ -14,7 +14,7 @@ from aiotransfer.engine.memory.region import RegionView
 from aiotransfer.engine.operations.copies import Copies
 from aiotransfer.engine.operations.notes import Deed
 from aiotransfer.engine.operations.refusals import refusal, unflushed
-from aiotransfer.engine.operations.sweeper import Sweeper
+from aiotransfer.engine.operations.timeouts import OperationTimeouts
 from aiotransfer.engine.operations.transfer import CANCELLED, DONE, PENDING, Transfer, blank
 from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.errors import ScatterError
@@ -35,7 +35,7 @@ class InFlight:
         self._liveness = liveness
         self._copies = copies
         self.ledger: Ledger[Transfer] = Ledger()
-        self.deadlines = Sweeper(engine, self.ledger, self._unproved)
+        self.deadlines = OperationTimeouts(engine, self.ledger, self._unproved)
         self._quarantined: dict[int, object] = {}  # by cookie: what operations that were given up without proof still use
 
     def pending(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CROWD, LOOK_SECONDS = 1000, 1e-6  # to look at so many takes a few per cent of a microsecond each: no sooner again than this
 
 
-class Sweeper:
+class OperationTimeouts:
     """One per engine. `pending` holds the operations that have not ended, by cookie. `unproved` is called with the cookie of a
     withdrawn operation whose posted part can be neither waited for nor fenced."""
 
