@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from aiotransfer.core.ledger import Ledger
 from aiotransfer.engine.memory.region import RegionView
+from aiotransfer.engine.operations.annotate import Label
 from aiotransfer.engine.operations.copies import Copies
-from aiotransfer.engine.operations.notes import Deed
 from aiotransfer.engine.operations.refusals import refusal, unflushed
 from aiotransfer.engine.operations.timeouts import OperationTimeouts
 from aiotransfer.engine.operations.transfer import CANCELLED, DONE, PENDING, Transfer, blank
@@ -45,12 +45,12 @@ class InFlight:
         peers: tuple[Peer, ...],
         timeout: float | None,
         keep: object,
-        deed: Deed,
+        label: Label,
         targets: Sequence[Peer] | None = None,
     ) -> Transfer:
         """The transfer of an operation that the lane has queued."""
         engine = self._engine
-        transfer: Transfer = blank(engine, nbytes, peers, keep, deed, targets, cookie)
+        transfer: Transfer = blank(engine, nbytes, peers, keep, label, targets, cookie)
         self._admit(transfer, cookie, transfer._started + (engine._timeout if timeout is None else seconds(timeout)))
         return transfer
 

@@ -189,8 +189,8 @@ class Operations(Runtime):
         self._check()
         self._submitter.check_views(src, dst)
         table = Pages(src_pages, dst_pages, page_bytes, src_stride, dst_stride, src_offset, dst_offset)
-        deed = ("pages", -1 if imm is None else check_imm(imm))
-        return submit_pages(self._submitter, src, dst, table, deed, timeout, require)
+        label = ("pages", -1 if imm is None else check_imm(imm))
+        return submit_pages(self._submitter, src, dst, table, label, timeout, require)
 
     def read_pages(
         self,

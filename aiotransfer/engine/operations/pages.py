@@ -17,7 +17,7 @@ from aiotransfer.providers import native
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
-    from aiotransfer.engine.operations.notes import Deed
+    from aiotransfer.engine.operations.annotate import Label
     from aiotransfer.engine.operations.submit import Submitter
     from aiotransfer.engine.operations.transfer import Transfer
     from aiotransfer.engine.runtime.runtime import Runtime
@@ -47,13 +47,13 @@ def are_ints(*numbers: object) -> bool:
 
 
 def submit_pages(
-    submitter: Submitter, local: RegionView, remote: RemoteRegion, table: Pages, deed: Deed, timeout: float | None,
+    submitter: Submitter, local: RegionView, remote: RemoteRegion, table: Pages, label: Label, timeout: float | None,
     require: str | None,
 ) -> Transfer:  # fmt: skip
-    """Write the pages of a table, or read them, as `deed` says. Raises `RegionError` for an index beyond a region."""
+    """Write the pages of a table, or read them, as `label` says. Raises `RegionError` for an index beyond a region."""
     engine: Runtime = submitter.engine
     bound = remote._box.bound
-    reads, value = deed[0] == READ_PAGES, deed[1]
+    reads, value = label[0] == READ_PAGES, label[1]
     stage = stager(local, lambda: page_spans(local, table, reads=reads), lands=reads)
     from_nbytes, to_nbytes = (remote.nbytes, local.nbytes) if reads else (local.nbytes, remote.nbytes)
     now = bound is not None and bound.engine is engine and stage is None
@@ -78,4 +78,4 @@ def submit_pages(
             table.check_targets(to_nbytes)
         return result
 
-    return submitter.submit(local, remote, table.count * table.page, timeout, require, deed, post, stage)
+    return submitter.submit(local, remote, table.count * table.page, timeout, require, label, post, stage)

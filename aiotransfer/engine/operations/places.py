@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from aiotransfer.engine.operations.notes import at_target, noted
+from aiotransfer.engine.operations.annotate import annotated, at_target
 from aiotransfer.engine.operations.refusals import refusal
 from aiotransfer.engine.operations.transfer import Transfer, blank, finished
 from aiotransfer.engine.runtime.arguments import MOST, check_imm, page_table
@@ -155,16 +155,16 @@ class ScatterPlan(Unpicklable):
     def _posted(
         self, result: int, regions: tuple[RemoteRegion, ...], owners: list[Peer], imm: int, timeout: float | None
     ) -> Transfer:
-        engine, deed, peers = self._engine, ("scatter", imm), tuple(dict.fromkeys(owners))
+        engine, label, peers = self._engine, ("scatter", imm), tuple(dict.fromkeys(owners))
         if result > 1:
             return self._submitter.flight.pending(
-                result, self.nbytes, peers, timeout, self._kept(regions), deed, self._targets(owners)
+                result, self.nbytes, peers, timeout, self._kept(regions), label, self._targets(owners)
             )
         if result < 0:
             error = self._refusal(result, regions, owners)
             if result != native.lib.AT_EMEMORY:
-                raise noted(error, deed, self.nbytes, peers)
-            failed: Transfer = blank(engine, self.nbytes, peers, None, deed)  # part of it may have landed
+                raise annotated(error, label, self.nbytes, peers)
+            failed: Transfer = blank(engine, self.nbytes, peers, None, label)  # part of it may have landed
             failed._fail(0, error)
             return failed
         if result:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from aiotransfer.engine.operations.notes import at_target, noted
+from aiotransfer.engine.operations.annotate import annotated, at_target
 from aiotransfer.engine.operations.refusals import refusal
 from aiotransfer.engine.operations.staged import Stager
 from aiotransfer.engine.operations.transfer import Transfer, blank
@@ -102,15 +102,15 @@ class Plan(Unpicklable):
     def _post_slow(self, result: int, value: int, timeout: float | None) -> Transfer:
         engine = self._engine
         if result > 1:
-            flight, deed = self._submitter.flight, (self._what, value)
-            return flight.pending(result, self.nbytes, self._peers, timeout, self, deed, self._targets)
+            flight, label = self._submitter.flight, (self._what, value)
+            return flight.pending(result, self.nbytes, self._peers, timeout, self, label, self._targets)
         engine._check()
         if result == native.lib.AT_EMEMORY:  # part of it may have landed: no refusal, but how the operation ended
             failed: Transfer = blank(engine, self.nbytes, self._peers, None, (self._what, value))
             failed._fail(0, self._refusal(result))
             return failed
         if self._native != native.ffi.NULL and not self._moved():
-            raise noted(self._refusal(result), (self._what, value), self.nbytes, self._peers)
+            raise annotated(self._refusal(result), (self._what, value), self.nbytes, self._peers)
         if self._stage is None or self._moved():
             self._native = self._made = native.ffi.NULL
         transfer: Transfer = blank(engine, self.nbytes, self._peers, self, (self._what, value), self._targets)

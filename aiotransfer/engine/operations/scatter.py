@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from aiotransfer.engine.operations.notes import at_target, noted
+from aiotransfer.engine.operations.annotate import annotated, at_target
 from aiotransfer.engine.operations.refusals import refusal
 from aiotransfer.engine.operations.transfer import finished
 from aiotransfer.engine.runtime.arguments import size
@@ -93,11 +93,11 @@ def scattered(submitter: Submitter, src: RegionView, posted: Posted, imm: int, t
         if result:
             engine._turn_is_due()
         return finished(engine, None if several else bounds[0].peer, nbytes)
-    peers, deed = tuple(dict.fromkeys(bound.peer for bound in bounds)), ("scatter", imm)
+    peers, label = tuple(dict.fromkeys(bound.peer for bound in bounds)), ("scatter", imm)
     if result < 0:
         index = int(native.lib.at_lane_detail(engine._p))
-        raise noted(at_target(index, refusal(engine, result, bounds[index].peer)), deed, nbytes, peers)
-    return submitter.flight.pending(result, nbytes, peers, timeout, (src._root, *bounds), deed, [bound.peer for bound in bounds])
+        raise annotated(at_target(index, refusal(engine, result, bounds[index].peer)), label, nbytes, peers)
+    return submitter.flight.pending(result, nbytes, peers, timeout, (src._root, *bounds), label, [bound.peer for bound in bounds])
 
 
 class Targets:

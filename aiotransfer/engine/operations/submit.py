@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aiotransfer.engine.memory.region import RegionView
-from aiotransfer.engine.operations.notes import Deed, noted
+from aiotransfer.engine.operations.annotate import Label, annotated
 from aiotransfer.engine.operations.refusals import refusal
 from aiotransfer.engine.operations.staged import Stager
 from aiotransfer.engine.operations.transfer import Transfer, blank, finished
@@ -86,7 +86,7 @@ class Submitter:
         nbytes: int,
         timeout: float | None,
         require: str | None,
-        deed: Deed,
+        label: Label,
         post: Callable[[int], int],
         stage: Stager | None,
     ) -> Transfer:
@@ -98,9 +98,9 @@ class Submitter:
             check_required(peer, require, dst)
         bound: Binding | None = dst._box.bound
         if bound is None or not bound.good(self.engine, peer) or stage is not None:
-            return self._later(src, dst, nbytes, timeout, require, peer, deed, post, stage)
+            return self._later(src, dst, nbytes, timeout, require, peer, label, post, stage)
         result = post(bound.remote)
-        return self.outcome(result, nbytes, peer, timeout, src, dst, bound, deed)
+        return self.outcome(result, nbytes, peer, timeout, src, dst, bound, label)
 
     def outcome(
         self,
@@ -111,18 +111,18 @@ class Submitter:
         src: RegionView | None,
         dst: RemoteRegion | None,
         bound: object,
-        deed: Deed,
+        label: Label,
     ) -> Transfer:
         """The transfer of an operation that was posted with this result. Raises the error of a refusal."""
         engine = self.engine
         if result > 1:
-            return self.flight.pending(result, nbytes, (peer,), timeout, (src, dst, bound), deed)
+            return self.flight.pending(result, nbytes, (peer,), timeout, (src, dst, bound), label)
         if result == native.lib.AT_EMEMORY:  # part of it may have landed: no refusal, but how the operation ended
-            failed: Transfer = blank(engine, nbytes, (peer,), None, deed)
+            failed: Transfer = blank(engine, nbytes, (peer,), None, label)
             failed._fail(0, refusal(engine, result, peer, dst, local=src))
             return failed
         if result < 0:
-            raise noted(refusal(engine, result, peer, dst), deed, nbytes, (peer,))
+            raise annotated(refusal(engine, result, peer, dst), label, nbytes, (peer,))
         if result:
             engine._turn_is_due()
         return finished(engine, peer, nbytes)
@@ -135,11 +135,11 @@ class Submitter:
         timeout: float | None,
         require: str | None,
         peer: Peer,
-        deed: Deed,
+        label: Label,
         post: Callable[[int], int],
         stage: Stager | None,
     ) -> Transfer:
-        transfer: Transfer = blank(self.engine, nbytes, (peer,), (src, dst), deed)
+        transfer: Transfer = blank(self.engine, nbytes, (peer,), (src, dst), label)
 
         def bound() -> tuple[int, object]:
             return post(dst._box.bound.remote), (src, dst, dst._box.bound)

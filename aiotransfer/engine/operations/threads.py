@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aiotransfer.engine.operations.notes import Deed, noted
+from aiotransfer.engine.operations.annotate import Label, annotated
 from aiotransfer.engine.operations.refusals import refusal
 from aiotransfer.engine.runtime.arguments import Pages, check_imm
 from aiotransfer.engine.runtime.runtime import seconds
@@ -37,11 +37,11 @@ SLICE_SECONDS = 0.05  # longest native wait: Ctrl-C is heard after it at the lat
 class ThreadTransfer(Unpicklable):
     """An operation submitted by a thread. Made by the calls of `ThreadHandle`. `wait()` returns, or raises what it ended in."""
 
-    __slots__ = ("_bound", "_cookie", "_deed", "_error", "_handle", "_heard", "_keep", "_over", "_peer", "nbytes")
+    __slots__ = ("_bound", "_cookie", "_error", "_handle", "_heard", "_keep", "_label", "_over", "_peer", "nbytes")
 
-    def __init__(self, handle: ThreadHandle, nbytes: int, peer: Peer, keep: object, deed: Deed) -> None:
+    def __init__(self, handle: ThreadHandle, nbytes: int, peer: Peer, keep: object, label: Label) -> None:
         self._handle = handle
-        self._deed = deed
+        self._label = label
         self._heard = False  # a caller was told how it ended
         self.nbytes = nbytes
         self._peer = peer
@@ -94,7 +94,7 @@ class ThreadTransfer(Unpicklable):
         return True
 
     def _finish(self, error: BaseException | None) -> None:
-        self._error = None if error is None else noted(error, self._deed, self.nbytes, (self._peer,))
+        self._error = None if error is None else annotated(error, self._label, self.nbytes, (self._peer,))
         self._over = True
         self._keep = None
 
@@ -103,11 +103,11 @@ class ThreadTransfer(Unpicklable):
             if self._error is not None and not self._heard:
                 self._handle._unheard(self._error)
         elif self._cookie:
-            self._handle._orphan(_Orphan(self._cookie, self._keep, self._deed, self.nbytes, self._peer))
+            self._handle._orphan(_Orphan(self._cookie, self._keep, self._label, self.nbytes, self._peer))
         elif self._bound is not None and self._bound.done() and not self._bound.cancelled():
             error = self._bound.exception()
             if error is not None:
-                self._handle._unheard(noted(again(error), self._deed, self.nbytes, (self._peer,)))
+                self._handle._unheard(annotated(again(error), self._label, self.nbytes, (self._peer,)))
 
     def __repr__(self) -> str:
         return f"<ThreadTransfer {self.nbytes} bytes, {'ended' if self._over else 'under way'}>"
@@ -118,7 +118,7 @@ class _Orphan(NamedTuple):
 
     cookie: int
     keep: object
-    deed: Deed
+    label: Label
     nbytes: int
     peer: Peer
 
@@ -224,11 +224,11 @@ class ThreadHandle(Unpicklable):
             raise ValueError(f"the source has {src.nbytes} bytes, the destination {dst.nbytes}")
 
     def _submit(
-        self, region: RemoteRegion, nbytes: int, keep: object, deed: Deed, build: Callable[[int, Any], Any]
+        self, region: RemoteRegion, nbytes: int, keep: object, label: Label, build: Callable[[int, Any], Any]
     ) -> ThreadTransfer:
         engine = self._engine
         peer = self._submitter.owners.of(region)
-        transfer = ThreadTransfer(self, nbytes, peer, None, deed)
+        transfer = ThreadTransfer(self, nbytes, peer, None, label)
         bound = region._box.bound
         if bound is not None and bound.good(engine, peer):
             transfer._keep = (keep, bound)
@@ -251,7 +251,7 @@ class ThreadHandle(Unpicklable):
         if plan == native.ffi.NULL:
             raise refusal(engine, int(status[0]), transfer._peer)
         try:
-            result = native.lib.at_thread_post(engine._p, plan, transfer._deed[1])
+            result = native.lib.at_thread_post(engine._p, plan, transfer._label[1])
         finally:
             native.lib.at_plan_free(plan)
         if result < 0:
@@ -291,7 +291,7 @@ class ThreadHandle(Unpicklable):
                 continue
             lib.at_thread_drop(engine._p, orphan.cookie)
             if status < 0 and status != lib.AT_EUNKNOWN:
-                self._unheard(noted(refusal(engine, status, orphan.peer), orphan.deed, orphan.nbytes, (orphan.peer,)))
+                self._unheard(annotated(refusal(engine, status, orphan.peer), orphan.label, orphan.nbytes, (orphan.peer,)))
 
     def _unheard(self, error: BaseException) -> None:
         """Have the loop log a failure that no caller will be told of any more."""

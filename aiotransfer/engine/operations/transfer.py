@@ -18,14 +18,14 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from aiotransfer.engine.operations.notes import noted
+from aiotransfer.engine.operations.annotate import annotated
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import QuarantineError, TransferError, again
 from aiotransfer.providers.port import Binding, Path
 from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
-    from aiotransfer.engine.operations.notes import Deed
+    from aiotransfer.engine.operations.annotate import Label
     from aiotransfer.engine.operations.staged import Stage
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.engine.runtime.runtime import Flight, Runtime
@@ -57,12 +57,12 @@ class Transfer(Unpicklable):
         "__weakref__",
         "_callbacks",
         "_cookie",
-        "_deed",
         "_elapsed",
         "_engine",
         "_error",
         "_guard",
         "_keep",
+        "_label",
         "_landed",
         "_peer",
         "_peers",
@@ -79,7 +79,7 @@ class Transfer(Unpicklable):
     _peer: Peer | None
     _state: int
     _cookie: int
-    _deed: Deed
+    _label: Label
     _peers: tuple[Peer, ...]
     _targets: Sequence[Peer] | None  # of a scatter, one for each target
     _error: BaseException | None
@@ -186,7 +186,7 @@ class Transfer(Unpicklable):
         self._callbacks = ()
 
     def _fail(self, landed: int, error: BaseException) -> None:
-        self._end(FAILED, landed, noted(error, self._deed, self.nbytes, self._peers, landed))
+        self._end(FAILED, landed, annotated(error, self._label, self.nbytes, self._peers, landed))
 
     def _flight(self) -> Flight:
         return self._engine._flight
@@ -309,7 +309,7 @@ def blank(
     nbytes: int,
     peers: tuple[Peer, ...],
     keep: object,
-    deed: Deed,
+    label: Label,
     targets: Sequence[Peer] | None = None,
     cookie: int = 0,
 ) -> Transfer:
@@ -319,7 +319,7 @@ def blank(
     transfer._engine = engine
     transfer._peer = peers[0] if len(peers) == 1 else None
     transfer._peers = peers
-    transfer._deed = deed
+    transfer._label = label
     transfer.nbytes = nbytes
     transfer._state = PENDING
     transfer._cookie = cookie

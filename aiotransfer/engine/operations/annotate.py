@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
 
 E = TypeVar("E", bound=BaseException)
-Deed = tuple[str, int]  # what kind of operation, with which immediate (-1: none)
+Label = tuple[str, int]  # what kind of operation, with which immediate (-1: none)
 _DOING = {
     "write": "writing {n:,} bytes to {who}",
     "pages": "writing {n:,} bytes in pages to {who}",
@@ -24,9 +24,9 @@ _DOING = {
 }
 
 
-def noted(error: E, deed: Deed, nbytes: int, peers: Sequence[Peer], landed: int = 0) -> E:
+def annotated(error: E, label: Label, nbytes: int, peers: Sequence[Peer], landed: int = 0) -> E:
     """The error, with a note of the operation that ended in it."""
-    kind, imm = deed
+    kind, imm = label
     who = ", ".join(map(str, peers[:3])) + (f" and {len(peers) - 3} more" if len(peers) > 3 else "")
     text = "while " + _DOING[kind].format(n=nbytes, who=who)
     if imm >= 0:
