@@ -15,11 +15,11 @@ from aiotransfer.engine.loop_thread import EngineThread, run_in_thread
 from aiotransfer.engine.memory.lease import Lease
 from aiotransfer.engine.memory.region import Region
 from aiotransfer.engine.open import open_engine
+from aiotransfer.engine.operations.from_thread import ThreadHandle, ThreadTransfer
 from aiotransfer.engine.operations.page_targets import PagesTarget
 from aiotransfer.engine.operations.places import ScatterPlan, ScatterRows
 from aiotransfer.engine.operations.plan import Plan
 from aiotransfer.engine.operations.scatter import ScatterTarget
-from aiotransfer.engine.operations.threads import ThreadHandle, ThreadTransfer
 from aiotransfer.engine.operations.transfer import Transfer, wait_all
 from aiotransfer.engine.peers.peer import Message, Peer
 from aiotransfer.engine.statistics import Statistics

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.quarantine import Quarantine
     from aiotransfer.engine.memory.region import Region
     from aiotransfer.engine.operations.copies import Copies
+    from aiotransfer.engine.operations.from_thread import ThreadHandle
     from aiotransfer.engine.operations.inflight import InFlight
-    from aiotransfer.engine.operations.threads import ThreadHandle
     from aiotransfer.engine.peers.connections import Connections
     from aiotransfer.engine.peers.liveness import Liveness
     from aiotransfer.engine.peers.mailbox import Mailbox

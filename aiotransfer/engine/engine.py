@@ -28,10 +28,10 @@ from aiotransfer.engine.memory.quarantine import Quarantine
 from aiotransfer.engine.memory.region import Region, Regions
 from aiotransfer.engine.operations.copies import Copies
 from aiotransfer.engine.operations.deferred import Deferred
+from aiotransfer.engine.operations.from_thread import ThreadHandle
 from aiotransfer.engine.operations.inflight import InFlight
 from aiotransfer.engine.operations.operations import Operations
 from aiotransfer.engine.operations.submit import Submitter
-from aiotransfer.engine.operations.threads import ThreadHandle
 from aiotransfer.engine.peers.connections import Connections
 from aiotransfer.engine.peers.door import Door
 from aiotransfer.engine.peers.liveness import Liveness

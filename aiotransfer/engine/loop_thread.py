@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.operations.threads import ThreadHandle
+    from aiotransfer.engine.operations.from_thread import ThreadHandle
 
 T = TypeVar("T")
 
