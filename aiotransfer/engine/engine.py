@@ -332,7 +332,7 @@ class Engine(Operations, Unpicklable):
             return Statistics.none()
         return Statistics.of(
             self._lane.statistics(), peers=len(self.peers), quarantined_bytes=self._quarantine.nbytes,
-            strays=self._flight.ledger.strays, control_resumed=self._connections.redial.resumed,
+            strays=self._flight.ledger.strays, control_resumed=self._connections.reconnector.resumed,
         )  # fmt: skip
 
     # ---- what peers say, and their ends ----

@@ -32,7 +32,7 @@ GUARDS = (
     ),
     Mutant(
         "resume: the old connection is not heard", "aiotransfer/control/channel.py", "        self.link.mute()\n", "",
-        "tests/engine/test_redial.py",
+        "tests/engine/test_reconnect.py",
     ),
     Mutant(
         "connecting: without retry a refusal is the end", "aiotransfer/control/dialer.py", "if not retry and not ours:",
@@ -40,7 +40,7 @@ GUARDS = (
     ),
     Mutant(
         "resume: not by another incarnation", "aiotransfer/control/dialer.py", "if incarnation != link.incarnation:",
-        "if False:", "tests/engine/test_redial.py",
+        "if False:", "tests/engine/test_reconnect.py",
     ),
     Mutant(
         "a passphrase is stretched", "aiotransfer/control/key.py",

@@ -132,16 +132,16 @@ class _Talk:
 
 async def once(cables: Cables, engine: at.Engine, peer: at.Peer, strike: str, busy: str) -> Outage:
     """Raises AssertionError when anything is missing, doubled or out of order."""
-    loop, redial, talk = asyncio.get_running_loop(), engine._connections.redial, _Talk(engine, peer)
+    loop, reconnector, talk = asyncio.get_running_loop(), engine._connections.reconnector, _Talk(engine, peer)
     states: set[str] = set()
     noticed, resumed = loop.create_future(), loop.create_future()
 
     async def watch() -> None:
         while not resumed.done():
             states.add(peer.state)
-            if redial._outages and not noticed.done():
+            if reconnector._outages and not noticed.done():
                 noticed.set_result(time.perf_counter())
-            if redial.resumed:
+            if reconnector.resumed:
                 if not noticed.done():
                     noticed.set_result(time.perf_counter())
                 resumed.set_result(time.perf_counter())
@@ -158,7 +158,7 @@ async def once(cables: Cables, engine: at.Engine, peer: at.Peer, strike: str, bu
     answered = begun
     if busy == "talking":
         await asyncio.sleep(0.01)
-        assert not redial.resumed
+        assert not reconnector.resumed
         await peer.send(b"publish later")
         await peer.lookup("later")
         answered = time.perf_counter()

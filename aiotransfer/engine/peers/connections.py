@@ -26,7 +26,7 @@ from aiotransfer.control.dialer import dial
 from aiotransfer.control.listener import Listener
 from aiotransfer.engine.peers.peer import Peer
 from aiotransfer.engine.peers.reach import Reach
-from aiotransfer.engine.peers.redial import Redial
+from aiotransfer.engine.peers.reconnect import Reconnector
 from aiotransfer.errors import (
     BrokenError,
     ClosedError,
@@ -93,8 +93,8 @@ class Connections:
         self.own = tasks.own
         self.arrivals: asyncio.Queue[Peer | None] = asyncio.Queue()
         self.further: list[str] = []  # addresses of ours, beside the one that was asked for
-        self.redial = Redial(engine, door, liveness, self.peers, tasks, self.listen_to)
-        self.silent = self.redial.silent
+        self.reconnector = Reconnector(engine, door, liveness, self.peers, tasks, self.listen_to)
+        self.silent = self.reconnector.silent
         self.reach = Reach(engine, self.peers, lambda address: self.connect(address, math.inf, None), tasks)
 
     async def listen(self, address: Address, advertise: Address | None) -> Address:
@@ -239,7 +239,7 @@ class Connections:
             link.close("closing")
             return
         if link.resumes:
-            self.redial.accepted(link)
+            self.reconnector.accepted(link)
             return
         if link.incarnation == engine.incarnation:
             self._mirrors = {here: mirror for here, mirror in self._mirrors.items() if not mirror.ended}
@@ -333,7 +333,7 @@ class Connections:
             peer._finish("closed", _goodbye(peer, reason))
         elif isinstance(error, RendezvousError):
             peer._lose(error)
-        elif not (link.broke and self.redial.broke(peer, error)):
+        elif not (link.broke and self.reconnector.broke(peer, error)):
             reason = f"its control connection broke ({str(error) or type(error).__name__})"
             self._engine._progress.poll()
             if peer._path is not None and peer._path.watches_process:
@@ -366,7 +366,7 @@ class Connections:
         self._tasks.cancel()
         if self._listener is not None:
             self._listener.stop()
-        self.redial.close()
+        self.reconnector.close()
         for peer in list(self.peers.values()):
             peer._finish("closed", ClosedError("the engine is closed"), goodbye="engine closed")
         for mirror in self._mirrors.values():

@@ -1,7 +1,7 @@
 """Peers: another engine, seen from this one, for the life of one incarnation of it.
 
 A peer is up from the moment both sides have a path; it is lost when its process ends, its control connection breaks and cannot
-be resumed (see `redial`), or it gives no sign of life while something waits on it; it is closed when either side said goodbye.
+be resumed (see `reconnect`), or it gives no sign of life while something waits on it; it is closed when either side said goodbye.
 It never heals. Everything that names it registers a future here (`_depend`), so that its end wakes them all.
 """
 

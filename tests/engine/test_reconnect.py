@@ -316,7 +316,7 @@ def test_a_false_alarm_costs_nothing(seed: int) -> None:
                 for _ in range(5):
                     await asyncio.sleep(net.random.random() * 0.02)
                     peer._channel.silent = True
-                    one._connections.redial.silent(peer)
+                    one._connections.reconnector.silent(peer)
 
             await asyncio.gather(talk(peer), talk(back), alarm())
             await until(lambda: len(by_one) >= 200 and len(by_other) >= 200)

@@ -58,7 +58,7 @@ class _Outage:
         return self.peer._state in ("up", "connecting") and self.peer._channel.down
 
 
-class Redial:
+class Reconnector:
     """Of all peers of one engine. `listen_to` has what comes by a new connection heard as that of a peer."""
 
     def __init__(
