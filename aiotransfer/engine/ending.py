@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from aiotransfer.engine.operations.from_thread import ThreadHandle
     from aiotransfer.engine.operations.inflight import InFlight
     from aiotransfer.engine.peers.connections import Connections
+    from aiotransfer.engine.peers.inbox import Inbox
     from aiotransfer.engine.peers.liveness import Liveness
-    from aiotransfer.engine.peers.mailbox import Mailbox
     from aiotransfer.engine.runtime.progress import Progress
     from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.engine.sync.counter import Counter
@@ -48,7 +48,7 @@ class Parts:
     handles: list[ThreadHandle]
     groups: Groups
     publications: Publications
-    mailbox: Mailbox
+    inbox: Inbox
     quarantine: Quarantine
     connections: Connections
     liveness: Liveness
@@ -123,7 +123,7 @@ def finish(engine: Runtime, parts: Parts, timeout: float | None = None) -> None:
         parts.liveness.close()
         parts.flight.deadlines.close()
         engine._tell_left_out()
-        parts.mailbox.close()
+        parts.inbox.close()
         parts.quarantine.close()
         for provider in parts.providers.values():
             provider.close()

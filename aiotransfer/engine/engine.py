@@ -34,8 +34,8 @@ from aiotransfer.engine.operations.operations import Operations
 from aiotransfer.engine.operations.submit import Submitter
 from aiotransfer.engine.peers.connections import Connections
 from aiotransfer.engine.peers.door import Door
+from aiotransfer.engine.peers.inbox import Inbox
 from aiotransfer.engine.peers.liveness import Liveness
-from aiotransfer.engine.peers.mailbox import Mailbox
 from aiotransfer.engine.peers.owners import Owners
 from aiotransfer.engine.peers.paths import Paths
 from aiotransfer.engine.peers.peer import Message, Peer
@@ -133,7 +133,7 @@ class Engine(Operations, Unpicklable):
         self._liveness = Liveness(
             self, lambda peer: self._paths.suspect(peer), lambda peer, now, blocked: self._paths.look(peer, now, blocked)
         )
-        self._mailbox = Mailbox(self._loop)
+        self._inbox = Inbox(self._loop)
         self._closer: asyncio.Task[None] | None = None
         self._limit = RateLimit()
         try:
@@ -150,7 +150,7 @@ class Engine(Operations, Unpicklable):
             self._progress = Progress(self, self._flight.ended, self._values.counted, self._handlers())
             self._parts = Parts(
                 self._providers, self._regions, self._values.counters, self._watchers, self._handles, self._groups,
-                self._publications, self._mailbox, self._quarantine, self._connections, self._liveness, self._flight,
+                self._publications, self._inbox, self._quarantine, self._connections, self._liveness, self._flight,
                 self._copies, self._progress, self._lane,
             )  # fmt: skip
             self.address = await self._connections.listen(self._listen, self._advertise)
@@ -324,7 +324,7 @@ class Engine(Operations, Unpicklable):
         self._check()
         if not isinstance(prefix, bytes | bytearray | memoryview):
             raise TypeError(f"a prefix is bytes, not {quote(prefix)}")
-        return self._mailbox.messages(bytes(prefix))
+        return self._inbox.messages(bytes(prefix))
 
     def statistics(self) -> Statistics:
         """A frozen record of everything counted so far."""
@@ -352,14 +352,14 @@ class Engine(Operations, Unpicklable):
     def _hear_peers(self) -> None:
         connections, publications = self._connections, self._publications
         connections.handlers |= {
-            frames.Message: lambda peer, frame: self._mailbox.put(Message(peer, frame.data)),
+            frames.Message: lambda peer, frame: self._inbox.put(Message(peer, frame.data)),
             frames.Lookup: lambda peer, frame: publications.looked_up(peer, frame.id, frame.name),
             frames.LookupCancel: lambda peer, frame: publications.forget(peer, frame.id),
             frames.Revoked: self._remote_revoked,
             frames.Join: self._groups.joined,
             frames.Roster: self._groups.listed,
         }
-        connections.on_ended += [publications.gone, self._groups.gone, self._mailbox.departed, self._peer_ended]
+        connections.on_ended += [publications.gone, self._groups.gone, self._inbox.departed, self._peer_ended]
 
     # ---- what the lane reports ----
 

@@ -15,7 +15,7 @@ from aiotransfer.control import frames, listener
 from aiotransfer.control.frames import PREAMBLE, PeerInfo
 from aiotransfer.control.handshake import Handshake
 from aiotransfer.control.key import load_key
-from aiotransfer.engine.peers import connections, mailbox
+from aiotransfer.engine.peers import connections, inbox
 from aiotransfer.engine.peers.connections import Connections
 from aiotransfer.engine.peers.peer import MOST_PATHS
 from aiotransfer.model.address import Address
@@ -77,7 +77,7 @@ async def test_who_reads_nothing_is_lost_and_nobody_elses_call_fails(engine: at.
     peer = engine.peers[0]
     await until(lambda: len(peer._lookups) == 4000)
     await deaf.raw.say(frames.Message(b"x"))
-    await until(lambda: engine._mailbox.unread)
+    await until(lambda: engine._inbox.unread)
     monkeypatch.setattr(peer._link, "_transport", _Full(peer._link._transport))
     engine.publish("wanted", region)
     await lease.revoke(timeout=5)
@@ -149,14 +149,14 @@ async def test_who_brings_no_path_up_is_dropped_in_time(engine: at.Engine, monke
 async def test_unread_messages_of_peers_that_come_and_go_are_bounded(
     engine: at.Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(mailbox, "MOST_ORPHANED", 5 << 20)
+    monkeypatch.setattr(inbox, "MOST_ORPHANED", 5 << 20)
     for n in range(8):
         raw = await RawPeer.connect(engine)
         await raw.say(*[frames.Message(bytes([n]) * (1 << 20))] * 3, frames.Ping(1))
         await raw.hear(frames.Pong)
         await raw.close()
         await until(lambda: not engine._connections.peers)
-    held = [message.data[0] for message in engine._mailbox.unread]
+    held = [message.data[0] for message in engine._inbox.unread]
     assert held == [6, 7, 7, 7]
     assert "were dropped" in caplog.text
     caplog.clear()

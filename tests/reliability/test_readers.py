@@ -14,7 +14,7 @@ import pytest
 import aiotransfer as at
 from aiotransfer.control import frames
 from aiotransfer.control.handshake import Handshake
-from aiotransfer.engine.peers.mailbox import Mailbox
+from aiotransfer.engine.peers.inbox import Inbox
 from aiotransfer.engine.peers.peer import Peer
 from aiotransfer.errors import RendezvousError
 from aiotransfer.kv.registry import FileBackend, Fleet, Member, MemoryBackend, Registry
@@ -103,7 +103,7 @@ async def test_a_packet_of_the_descriptor_socket_ends_its_connection_alone(break
 
 async def test_a_message_that_cannot_be_put_into_the_mailbox_ends_its_connection_alone(breaks: Breaks) -> None:
     """Those who read messages go on, and hear the others."""
-    breaks(Mailbox, "put", lambda mailbox, message: message.data == b"bad")
+    breaks(Inbox, "put", lambda inbox, message: message.data == b"bad")
     async with _served() as engine, at.open_engine() as bad, at.open_engine() as good:
         messages = engine.messages()
         ends, goes_on = await bad.connect(engine.address, timeout=10), await good.connect(engine.address, timeout=10)

@@ -47,7 +47,7 @@ class _Box:
                 return
 
 
-class Mailbox:
+class Inbox:
     """Messages of all peers of one engine that no reader has taken yet, apart for each prefix that has readers."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
