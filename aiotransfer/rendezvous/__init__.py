@@ -11,8 +11,8 @@ Nothing here starts a process. Only addresses travel through the store, never pa
 
 from __future__ import annotations
 
+from aiotransfer.rendezvous.connect import from_list, over_store
 from aiotransfer.rendezvous.environment import from_environment, listen_address
-from aiotransfer.rendezvous.meeting import from_list, over_store
 from aiotransfer.rendezvous.store import Store
 
 __all__ = ["Store", "from_environment", "from_list", "listen_address", "over_store"]

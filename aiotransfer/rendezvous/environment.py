@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.errors import ConfigurationError, RendezvousError
 from aiotransfer.model.address import Address
-from aiotransfer.rendezvous.meeting import from_list, meet
+from aiotransfer.rendezvous.connect import from_list, meet
 from aiotransfer.rendezvous.roster import Launch
 from aiotransfer.rendezvous.store import FIRST_PAUSE, LONGEST_PAUSE, Caller, Store
 

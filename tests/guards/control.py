@@ -76,11 +76,11 @@ GUARDS = (
         "tests/control/test_handshake.py",
     ),
     Mutant(
-        "a refusal is told by the store", "aiotransfer/rendezvous/meeting.py",
+        "a refusal is told by the store", "aiotransfer/rendezvous/connect.py",
         "        await caller.set(keys.refused, b\"%d\" % rank)\n", "", "tests/rendezvous/test_meeting.py",
     ),
     Mutant(
-        "a refusal of an earlier start is none", "aiotransfer/rendezvous/meeting.py",
+        "a refusal of an earlier start is none", "aiotransfer/rendezvous/connect.py",
         "if await caller.have([told]) and await caller.get_all([told]) == [entry]:", "if False:",
         "tests/rendezvous/test_meeting.py",
     ),
