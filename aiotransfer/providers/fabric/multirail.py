@@ -36,7 +36,7 @@ DIAL_SECONDS = 5.0  # for the first sign by any of the rails
 OTHERS_SECONDS = 0.5  # for the others, after that; later they join by themselves
 
 
-class BundlePath(Path):
+class MultirailPath(Path):
     """All connections to one peer."""
 
     def __init__(self, provider: str, lane: Lane, incarnation: int) -> None:

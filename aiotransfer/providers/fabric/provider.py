@@ -1,6 +1,6 @@
 """tcp and efa by libfabric, verbs by libibverbs: peers on other hosts.
 
-A peer is reached by one rail (`FabricPath`) or by several taken as one (`BundlePath`). Which they are is agreed upon by
+A peer is reached by one rail (`FabricPath`) or by several taken as one (`MultirailPath`). Which they are is agreed upon by
 names: each side says beforehand which ends its rails have, the one that dials makes pairs of them (`core.rails.pair`), and
 every question after that names the connection that it is about.
 """
@@ -32,7 +32,7 @@ from aiotransfer.providers.fabric.messages import (
     questions,
     side,
 )
-from aiotransfer.providers.fabric.multirail import DIAL_SECONDS, BundlePath
+from aiotransfer.providers.fabric.multirail import DIAL_SECONDS, MultirailPath
 from aiotransfer.providers.fabric.path import FabricPath
 from aiotransfer.providers.fabric.rail import Rail, Restrictions, libfabric_names, nic_of, open_rail
 from aiotransfer.providers.lane import Lane
@@ -63,7 +63,7 @@ class FabricProvider:
         self._seen: tuple[float, dict[str, nics.Nic]] = (-math.inf, {})
         self._rails: dict[tuple[str, str], asyncio.Future[Rail]] = {}
         self.takes_device = False  # a rail that is open takes memory of GPUs
-        self._paths: dict[int, FabricPath | BundlePath] = {}  # by their numbers in the lane
+        self._paths: dict[int, FabricPath | MultirailPath] = {}  # by their numbers in the lane
 
     # ---- rails ----
 
@@ -139,7 +139,7 @@ class FabricProvider:
         self.takes_device = self.takes_device or bool(rail.flags & native.lib.AT_FAB_DEVICE)
         return rail
 
-    def _keep(self, path: FabricPath | BundlePath) -> None:
+    def _keep(self, path: FabricPath | MultirailPath) -> None:
         self._paths = {number: known for number, known in self._paths.items() if not known.closed}
         self._paths[path.lane_peer] = path
 
@@ -153,11 +153,11 @@ class FabricProvider:
         return path
 
     async def _bundle(self, conversation: Conversation, names: Sequence[tuple[str, str]], *, dialled: bool) -> tuple[
-        BundlePath, dict[int, FabricPath]
+        MultirailPath, dict[int, FabricPath]
     ]:  # fmt: skip
         """A bundle of connections by those of these rails that can be opened, and the places of these."""
         opened = await asyncio.gather(*(self._rail(ours, "") for ours, _ in names), return_exceptions=True)
-        path, first = BundlePath(self.name, self._lane, conversation.incarnation), self._begins(conversation, dialled=dialled)
+        path, first = MultirailPath(self.name, self._lane, conversation.incarnation), self._begins(conversation, dialled=dialled)
         joined: dict[int, FabricPath] = {}
         why: BaseException | None = None
         try:
@@ -190,7 +190,7 @@ class FabricProvider:
         """Open endpoints for the peer, offer their addresses, take the other side's, and hear from it."""
         pairs = self._pairs(conversation, theirs)
         if len(pairs) > 1:
-            return await self._dial_bundle(conversation, pairs)
+            return await self._dial_multirail(conversation, pairs)
         ours, their_rail = pairs[0] if pairs else ("", "")
         path = await self._path(conversation, ours, first=self._begins(conversation, dialled=True))
         try:
@@ -204,7 +204,7 @@ class FabricProvider:
             raise
         return path
 
-    async def _dial_bundle(self, conversation: Conversation, pairs: Sequence[tuple[str, str]]) -> BundlePath:
+    async def _dial_multirail(self, conversation: Conversation, pairs: Sequence[tuple[str, str]]) -> MultirailPath:
         path, joined = await self._bundle(conversation, [(ours, f"{ours} to {theirs}") for ours, theirs in pairs], dialled=True)
         try:
             await path.dial(conversation, [pairs[place][1] for place in joined])
@@ -231,7 +231,7 @@ class FabricProvider:
                 raise StaleRegionError("the descriptor names no live region of this engine", provider=self.name)
             return encode(path.export_key(*lent)), None
         match path, question:
-            case BundlePath(), RetireEach():
+            case MultirailPath(), RetireEach():
                 return encode(path.retired(question)), None
             case FabricPath(), Retire():
                 return encode(path.retired(question)), None
