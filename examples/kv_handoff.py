@@ -144,7 +144,7 @@ class StreamingCache(DynamicCache):
 
 
 class GoneAway(Exception):
-    """Nobody waits for what the model is computing."""
+    """No request waits any more for what the model computes."""
 
 
 class PrefillRank:
@@ -216,7 +216,7 @@ class DecodeRank:
         self.model_turn = asyncio.Lock()
 
     def listen(self) -> None:
-        """Lines of {"rank": ..., "address": ...}, from whoever starts the ranks."""
+        """Lines of {"rank": ..., "address": ...}, from the process that starts the ranks."""
         loop = asyncio.get_running_loop()
 
         def read() -> None:
@@ -251,7 +251,7 @@ class DecodeRank:
                 token, landed, path = await self.fill(f"prompt {number}, attempt {attempt}", prompt, pages)
                 break
             except (at.PeerLostError, at.ClosedError, kv.RequestFailed):
-                self.say(lost=number)  # the pages are free again: ask whoever takes the place of the one that has gone
+                self.say(lost=number)  # the pages are free again: ask the rank that takes the place of the one that has gone
         first, tokens = time.time(), [token]
         cache = DynamicCache(config=self.model.config)
         cache.layers = [PagedLayer(layer, torch.tensor(pages), len(prompt)) for layer in self.pool]
@@ -324,7 +324,7 @@ async def decode(model: Any, job: dict[str, Any], say: Callable[..., None]) -> d
 
 
 async def prefill(model: Any, job: dict[str, Any], say: Callable[..., None]) -> None:
-    """Serve until nobody talks to this process any more."""
+    """Serve until no process talks to this one any more."""
     serving = asyncio.create_task(PrefillRank(model, job["rank"], job, say).run())
     told = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
     await asyncio.wait([serving, told], return_when=asyncio.FIRST_COMPLETED)

@@ -98,7 +98,7 @@ class ExpertParallel:
     def forward(self, experts: Any, hidden: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Tokens to their experts, those of this rank applied to what came, results back and summed."""
         if self.real is not None:
-            idx = idx.masked_fill(~self.real[:, None], -1)  # nobody needs to see padding
+            idx = idx.masked_fill(~self.real[:, None], -1)  # no expert needs to see padding
         began = time.perf_counter()
         got = self.thread.run(self.a2a.dispatch(hidden, idx, weights.float()))
         there = time.perf_counter()
@@ -262,7 +262,7 @@ def rank_main(rank: int, job: dict[str, Any], main: Connection) -> None:
         a2a = thread.run(meet(thread.engine, addresses, job["max_tokens"]))
         try:
             main.send(decode(job, model, thread, a2a, thread.run(Turns(thread.engine, addresses).open())))
-            main.recv()  # all are done: nobody is missed any more
+            main.recv()  # all are done: no rank is missed any more
         finally:
             thread.run(a2a.aclose())
 

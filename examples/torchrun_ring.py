@@ -1,4 +1,4 @@
-"""Ranks in a ring pass blocks to their neighbours until everybody has every block.
+"""Ranks in a ring pass blocks to their neighbours until every rank has every block.
 
     torchrun --nproc-per-node 4 examples/torchrun_ring.py
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 examples/torchrun_ring.py
@@ -21,12 +21,12 @@ from aiotransfer import rendezvous
 
 
 def block_of(rank: int, nbytes: int) -> np.ndarray:
-    """What a rank starts with: bytes that nobody else has."""
+    """What a rank starts with: bytes that no other rank has."""
     return np.random.default_rng(rank).integers(0, 256, nbytes, np.uint8)
 
 
 async def ring(nbytes: int) -> None:
-    """Everybody gets every block; rank 0 says so. Ends with an error when a byte is wrong."""
+    """Every rank gets every block; rank 0 says so. Ends with an error when a byte is wrong."""
     async with at.open_engine(listen=rendezvous.listen_address(), name="ring", timeout=60) as engine:
         group = await rendezvous.from_environment(engine)
         rank, size = group.rank, len(group)
@@ -53,7 +53,7 @@ async def ring(nbytes: int) -> None:
         wrong = [row for row in range(size) if not np.array_equal(mine[row], block_of(row, nbytes))]
         if wrong:
             raise SystemExit(f"rank {rank}: the blocks of ranks {wrong} are not what those ranks began with")
-        await group.barrier()  # whoever is beyond it knows that all ranks have verified theirs
+        await group.barrier()  # a rank that is beyond it knows that all ranks have verified theirs
         if rank == 0:
             print(f"ring of {size} ranks by {right.path.provider}: each has all {size} blocks of {nbytes} bytes, verified")
 

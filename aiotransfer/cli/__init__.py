@@ -13,7 +13,7 @@ COMMANDS = {
     "demo": "a language model whose KV cache crosses from a prefill to a decode process",
     "doctor": "what this machine offers, what is missing and what to do",
     "ping": "latency and bandwidth to an engine by each way to it, and why the others are none",
-    "key": "a new random key for AIOTRANSFER_KEY, which nobody can guess",
+    "key": "a new random key for AIOTRANSFER_KEY, which cannot be guessed",
     "bench": "bandwidth, rates, latency and idle CPU, each beside its limit",
     "weights": "the plan of a large model's update, from its shapes alone: balance, bytes, predicted times",
 }

@@ -162,7 +162,7 @@ def _user_key(environ: Mapping[str, str]) -> tuple[bytes, str]:
     except OSError as error:
         raise _unreadable(directory, error) from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise _refuse(directory, "its directory belongs to or is open to somebody else")
+        raise _refuse(directory, "its directory belongs to another user or is open to others")
     return _secret_in(directory, why), f"it is that of {directory / 'key'} ({why})"
 
 
@@ -200,7 +200,7 @@ def _read(path: Path) -> bytes:
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-            raise _refuse(path, "it belongs to or is open to somebody else")
+            raise _refuse(path, "it belongs to another user or is open to others")
         secret = os.read(fd, KEY_BYTES + 1)
     finally:
         os.close(fd)

@@ -144,7 +144,7 @@ class ReplayLog:
         if not (0 <= attempt < 1 << 64 and 0 <= received < 1 << 64):
             raise RendezvousError("the numbers of a resumption are malformed")
         if not self._secret.verify(role, tag + attempt.to_bytes(8, "little") + received.to_bytes(8, "little"), mac):
-            raise RendezvousError("a connection was to be resumed by somebody who did not make it")
+            raise RendezvousError("a connection was to be resumed by a side that did not make it")
 
 
 class Silence:

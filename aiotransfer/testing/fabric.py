@@ -178,7 +178,7 @@ class _Wire:
         if address in self._net._unreachable:
             raise OSError(113, "No route to host")
         if server is None:
-            raise ConnectionRefusedError(111, f"nobody listens on {address}")
+            raise ConnectionRefusedError(111, f"no engine listens on {address}")
         here, there, place = factory(), server.factory(), self._net._fresh_address()
         near, far = _Pipe(self._net, self, here, place, address), _Pipe(self._net, server, there, address, place)
         near.other, far.other = far, near

@@ -175,7 +175,7 @@ async def test_a_failure_that_nobody_awaits_is_reported_once() -> None:
         await asyncio.sleep(0.01)
         assert failed
         assert len(reported) == 2
-        assert all("nobody awaited" in str(c["message"]) for c in reported)
+        assert all("never awaited" in str(c["message"]) for c in reported)
 
 
 async def test_wait_all_collects_every_failure() -> None:

@@ -386,7 +386,7 @@ def run(seed: int, struck: Counter[str] | None = None) -> int:
         chaos = Run(net, seed, struck)
         net.loop.set_exception_handler(
             lambda loop, context: (
-                None if "nobody awaited" in str(context.get("message")) else loop.default_exception_handler(context)
+                None if "never awaited" in str(context.get("message")) else loop.default_exception_handler(context)
             )
         )
         await chaos.scenario()

@@ -336,7 +336,7 @@ def run(seed: int, struck: Counter[str] | None = None) -> int:
 
     async def scenario(net: Fabric) -> int:
         net.loop.set_exception_handler(
-            lambda loop, context: None if "nobody awaited" in str(context["message"]) else loop.default_exception_handler(context)
+            lambda loop, context: None if "never awaited" in str(context["message"]) else loop.default_exception_handler(context)
         )
         await Run(net, seed, struck).scenario()
         return net.counts()["trace"]

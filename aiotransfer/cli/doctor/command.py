@@ -142,7 +142,7 @@ def key(host: Host) -> Fact:
     if secret:
         if len(secret.encode(errors="surrogateescape")) < LEAST_BYTES:
             return Fact("key", "AIOTRANSFER_KEY is too short", "problem", f"it needs at least {LEAST_BYTES} bytes")
-        return Fact("key", "AIOTRANSFER_KEY: whoever has it may connect")
+        return Fact("key", "AIOTRANSFER_KEY: every process that has it may connect")
     try:
         directory, why = key_place(host.environ)
     except ConfigurationError as error:
@@ -157,7 +157,7 @@ def key(host: Host) -> Fact:
         return Fact("key", f"{directory} cannot be read: {error}", "problem", "set AIOTRANSFER_KEY")
     if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
         hint = f"remove {directory}, or set AIOTRANSFER_KEY"
-        return Fact("key", f"{directory} belongs to or is open to somebody else", "problem", hint)
+        return Fact("key", f"{directory} belongs to another user or is open to others", "problem", hint)
     return Fact("key", f"a file in {directory} ({why}): {only}", hint=advice)
 
 

@@ -217,7 +217,7 @@ class Region(RegionView):
         if access != "write" and self._staging is not None:
             raise RegionError(
                 f"memory on {self._device} that is staged through host memory cannot be granted for reading",
-                hint="nobody would fetch it from the GPU: write it to the peer instead",
+                hint="a peer cannot fetch its bytes from the GPU: write them to the peer instead",
             )
 
     def _new_grant(self, access: str, start: int, nbytes: int, holder: int) -> Grant:

@@ -192,7 +192,7 @@ class Peer(Unpicklable):
             raise
         region = RemoteRegion.decode(answer)
         if region.incarnation != self.incarnation:
-            raise DescriptorError("the answer describes memory of somebody else")
+            raise DescriptorError("the answer describes memory of another engine")
         left = seconds - (self._engine._loop.time() - started)
         await self._services.bind(region, self, max(left, self._engine.config.drain_timeout))  # the answer was in time
         return region

@@ -121,7 +121,7 @@ class Runtime:
         """Log, once, an operation that failed and whose transfer was dropped before its result was looked at. From any thread."""
         left_out = self._limit.admit((type(error).__name__, getattr(error, "peer", None)))
         if left_out is not None:
-            self._log_unheard("an aiotransfer operation failed and nobody awaited it" + more(left_out), error)
+            self._log_unheard("an aiotransfer operation failed and was never awaited" + more(left_out), error)
 
     def _log_unheard(self, message: str, error: BaseException | None = None) -> None:
         if not self._loop.is_closed():
@@ -129,7 +129,7 @@ class Runtime:
 
     def _tell_left_out(self) -> None:
         for kind, count in self._limit.left_out().items():
-            self._log_unheard(f"{count:,} more aiotransfer operations failed and nobody awaited them: {kind}")
+            self._log_unheard(f"{count:,} more aiotransfer operations failed and were never awaited: {kind}")
 
     # ---- turns ----
 

@@ -258,7 +258,7 @@ class _Line:
                         raise ConnectionError("too many others crowd its descriptor socket") from None
             with self._lock:
                 if self._given_up:
-                    raise ConnectionError("nobody waits for the connection any more")
+                    raise ConnectionError("the connection is not waited for any more")
                 self._sock = sock
             return sock
         except BaseException:

@@ -50,7 +50,7 @@ class FileMemory(Stored, Unpicklable):
             if not count:
                 raise BrokenError(
                     f"{self.path} ends at byte {self.look()[0]}: it had {self.nbytes} bytes when it was opened",
-                    hint="somebody has cut it short; open the checkpoint anew when it is whole",
+                    hint="another process has cut it short; open the checkpoint anew when it is whole",
                 )
             done += count
 
