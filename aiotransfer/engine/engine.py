@@ -117,7 +117,7 @@ class Engine(Operations, Unpicklable):
         self._lane = Lane(self.incarnation, self.config, progress=self.progress, threadless=not self._platform.threads)
         self._state = "open"
         self._p: Any = self._lane.pointer
-        self._due = False
+        self._yield_due = False
         self._turn_scheduled = False
         self._publications = Publications()
         self._quarantine = Quarantine(self)

@@ -11,8 +11,9 @@ from tests.architecture.sources import Finding, package
 
 READ = {  # by the file that defines them
     # The ground, which every room is given. These are no names of users, and `Engine` is one of these objects.
-    "aiotransfer/engine/runtime/runtime.py": "_check _check_loop _closing _due _flight _lane _lane_is_freed _loop _not_here "
-    "_on_loop _p _platform _progress _revocations _seconds _shut _state _tell_left_out _timeout _turn_is_due _unheard",
+    "aiotransfer/engine/runtime/runtime.py": "_check _check_loop _closing _flight _lane _lane_is_freed _loop _never_retrieved "
+    "_not_here _on_loop _p _platform _progress _revocations _seconds _shut _spend_budget _state _tell_left_out _timeout "
+    "_yield_due",
     # A peer is what users see and what rooms above tell and ask; users are not to see that.
     "aiotransfer/engine/peers/peer.py": "_asked_for _asks _awaited_by _channel _check_other _check_up _depend _dies _ended "
     "_engine _error _event _forget _holds _holds_no_more _leases _lookups _lose _path _paths _reply _state",

@@ -101,13 +101,13 @@ class ThreadTransfer(Unpicklable):
     def __del__(self) -> None:
         if self._over:
             if self._error is not None and not self._heard:
-                self._handle._unheard(self._error)
+                self._handle._never_retrieved(self._error)
         elif self._cookie:
             self._handle._orphan(_Orphan(self._cookie, self._keep, self._label, self.nbytes, self._peer))
         elif self._bound is not None and self._bound.done() and not self._bound.cancelled():
             error = self._bound.exception()
             if error is not None:
-                self._handle._unheard(annotated(again(error), self._label, self.nbytes, (self._peer,)))
+                self._handle._never_retrieved(annotated(again(error), self._label, self.nbytes, (self._peer,)))
 
     def __repr__(self) -> str:
         return f"<ThreadTransfer {self.nbytes} bytes, {'ended' if self._over else 'under way'}>"
@@ -291,12 +291,13 @@ class ThreadHandle(Unpicklable):
                 continue
             lib.at_thread_drop(engine._p, orphan.cookie)
             if status < 0 and status != lib.AT_EUNKNOWN:
-                self._unheard(annotated(refusal(engine, status, orphan.peer), orphan.label, orphan.nbytes, (orphan.peer,)))
+                error = refusal(engine, status, orphan.peer)
+                self._never_retrieved(annotated(error, orphan.label, orphan.nbytes, (orphan.peer,)))
 
-    def _unheard(self, error: BaseException) -> None:
+    def _never_retrieved(self, error: BaseException) -> None:
         """Have the loop log a failure that no caller will be told of any more."""
         try:
-            self._engine._loop.call_soon_threadsafe(self._engine._unheard, error)
+            self._engine._loop.call_soon_threadsafe(self._engine._never_retrieved, error)
         except RuntimeError:
             pass  # the loop is closed: it logs nothing any more
 

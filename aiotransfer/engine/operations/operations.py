@@ -82,7 +82,7 @@ class Operations(Runtime):
                     done.nbytes = n
                     done._state = 0
                     if result:
-                        self._turn_is_due()
+                        self._spend_budget()
                     return done
                 if result > 1:
                     flight: InFlight = self._flight

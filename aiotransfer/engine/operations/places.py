@@ -168,7 +168,7 @@ class ScatterPlan(Unpicklable):
             failed._fail(0, error)
             return failed
         if result:
-            engine._turn_is_due()
+            engine._spend_budget()
         return finished(engine, peers[0] if len(peers) == 1 else None, self.nbytes)
 
     def _refusal(self, result: int, regions: tuple[RemoteRegion, ...], owners: list[Peer]) -> Exception:

@@ -95,7 +95,7 @@ class Plan(Unpicklable):
             done.nbytes = self.nbytes
             done._state = 0
             if result:
-                engine._turn_is_due()
+                engine._spend_budget()
             return done
         return self._post_slow(result, value, timeout)
 

@@ -91,7 +91,7 @@ def scattered(submitter: Submitter, src: RegionView, posted: Posted, imm: int, t
     if 0 <= result <= 1:
         several = not bounds or bounds[0].peer is not bounds[-1].peer or len({bound.peer for bound in bounds}) > 1
         if result:
-            engine._turn_is_due()
+            engine._spend_budget()
         return finished(engine, None if several else bounds[0].peer, nbytes)
     peers, label = tuple(dict.fromkeys(bound.peer for bound in bounds)), ("scatter", imm)
     if result < 0:

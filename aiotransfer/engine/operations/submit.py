@@ -124,7 +124,7 @@ class Submitter:
         if result < 0:
             raise annotated(refusal(engine, result, peer, dst), label, nbytes, (peer,))
         if result:
-            engine._turn_is_due()
+            engine._spend_budget()
         return finished(engine, peer, nbytes)
 
     def _later(

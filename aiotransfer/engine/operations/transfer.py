@@ -45,7 +45,7 @@ class _Unheard:
 
     def __del__(self) -> None:
         if self.error is not None:
-            self.engine._unheard(self.error)
+            self.engine._never_retrieved(self.error)
 
 
 class Transfer(Unpicklable):
@@ -95,7 +95,7 @@ class Transfer(Unpicklable):
     # Instances are made by the engine with object.__new__: a finished one carries only _engine, _peer, nbytes and _state.
 
     def __await__(self) -> Generator[Any, None, None]:
-        if self._state == DONE and not self._engine._due:
+        if self._state == DONE and not self._engine._yield_due:
             return _FINISHED
         return self._wait()
 

@@ -56,7 +56,7 @@ class Progress:
     def _hand_out(self, n: int) -> None:
         engine = self._engine
         lane = self._lane
-        engine._due = False
+        engine._yield_due = False
         events = lane.events
         if events.stalled:
             self.retry()

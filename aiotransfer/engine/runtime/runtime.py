@@ -63,7 +63,7 @@ class Runtime:
     _revocations: dict[tuple[int, int, int], str]  # reasons, by incarnation, slot and epoch
     _progress: Poller
     _flight: Flight
-    _due: bool
+    _yield_due: bool
     _limit: RateLimit
     _turn_scheduled: bool
     _platform: Platform
@@ -117,32 +117,32 @@ class Runtime:
 
     # ---- failures that were never awaited ----
 
-    def _unheard(self, error: BaseException) -> None:
+    def _never_retrieved(self, error: BaseException) -> None:
         """Log, once, an operation that failed and whose transfer was dropped before its result was looked at. From any thread."""
         left_out = self._limit.admit((type(error).__name__, getattr(error, "peer", None)))
         if left_out is not None:
-            self._log_unheard("an aiotransfer operation failed and was never awaited" + more(left_out), error)
+            self._log_never_retrieved("an aiotransfer operation failed and was never awaited" + more(left_out), error)
 
-    def _log_unheard(self, message: str, error: BaseException | None = None) -> None:
+    def _log_never_retrieved(self, message: str, error: BaseException | None = None) -> None:
         if not self._loop.is_closed():
             self._loop.call_exception_handler({"message": message, **({"exception": error} if error is not None else {})})
 
     def _tell_left_out(self) -> None:
         for kind, count in self._limit.left_out().items():
-            self._log_unheard(f"{count:,} more aiotransfer operations failed and were never awaited: {kind}")
+            self._log_never_retrieved(f"{count:,} more aiotransfer operations failed and were never awaited: {kind}")
 
     # ---- turns ----
 
-    def _turn_is_due(self) -> None:
+    def _spend_budget(self) -> None:
         """Finished awaits have gone on for a while: the next one gives the loop a turn."""
-        self._due = True
+        self._yield_due = True
         if not self._turn_scheduled:
             self._turn_scheduled = True
             self._loop.call_soon(self._new_turn)
 
     def _new_turn(self) -> None:
         self._turn_scheduled = False
-        self._due = False
+        self._yield_due = False
         if self._lane.usable:
             native.lib.at_turn(self._p)
 

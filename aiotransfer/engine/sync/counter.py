@@ -57,7 +57,7 @@ class Counter(Unpicklable):
             if taken == 1:
                 return
             if taken == 2:
-                engine._turn_is_due()
+                engine._spend_budget()
                 try:
                     await asyncio.sleep(0)
                 except BaseException:  # cancelled: it loses no arrival
@@ -224,7 +224,7 @@ def take_each(counters: Sequence[Counter], wanted: Sequence[int]) -> tuple[list[
     engine._check()
     due = native.lib.at_imm_take_each(engine._p, n, [counter._record for counter in counters], wanted, taken) == 2
     if due:
-        engine._turn_is_due()
+        engine._spend_budget()
     return [bool(one) for one in taken], due
 
 
