@@ -12,11 +12,13 @@ from aiotransfer.kv.decode.handle import Arrival, Handle
 from aiotransfer.kv.prefill.prefiller import Prefiller
 from aiotransfer.kv.prefill.request import LayerWrite, PrefillRequest
 from aiotransfer.kv.protocol.errors import KVRequestError, RequestCancelled, RequestFailed, RequestRefused, WrongPageError
-from aiotransfer.kv.protocol.layout import KVLayout, LayoutMismatch, Place
-from aiotransfer.kv.protocol.plan import PageTable, TransferPlan, pairs, plan_transfer, sources
+from aiotransfer.kv.protocol.layout import NO_PAGE, KVLayout, LayoutMismatch, Place
+from aiotransfer.kv.protocol.plan import PageTable, TransferPlan, plan_transfer
+from aiotransfer.kv.protocol.ranks import pairs, sources
 from aiotransfer.kv.protocol.record import RequestRecord
 
 __all__ = [
+    "NO_PAGE",
     "Arrival",
     "Decoder",
     "Handle",

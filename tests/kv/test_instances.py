@@ -214,6 +214,95 @@ async def test_all_the_prefill_ranks_that_hold_it_make_a_cache() -> None:
         await asyncio.gather(*serving)
 
 
+# ---- any cut ----
+
+LAYERS: dict[str, Any] = {"layers": 8, "kv_heads": 4}
+
+
+async def whole(prefill: list[kv.KVLayout], decode: list[kv.KVLayout], id: str = "cmpl-42") -> list[int]:
+    """One request of one instance, of all these prefill ranks that have to do with it. Returns how many requests each served."""
+    async with ranks(*prefill, *decode) as both, contextlib.AsyncExitStack() as stack:
+        here, there = both[: len(prefill)], both[len(prefill) :]
+        prefillers = [await stack.enter_async_context(kv.Prefiller(one.engine, one.layout, one.region)) for one in here]
+        serving = [asyncio.create_task(serve(one, prefiller, 1)) for one, prefiller in zip(here, prefillers, strict=True)]
+        asking = []
+        for one in there:
+            plans = [(rank, kv.plan_transfer(rank.layout, one.layout, request=id)) for rank in here]
+            asking.append(ask(one, [rank for rank, plan in plans if plan.layers], "decode", id))
+        assert set(await asyncio.gather(*asking)) == {b"of A"}
+        for one in serving:
+            one.cancel()
+        await asyncio.wait(serving)
+        return [sum(record.outcome == "delivered" for record in prefiller.records) for prefiller in prefillers]
+
+
+@pytest.mark.parametrize(
+    "cut", ["prefill by range", "prefill by partition", "decode by range", "decode by partition", "both by range"]
+)
+@pytest.mark.parametrize("other", [{"tp": 2}, {"pp": 2}, {"pp": 2, "tp": 2}], ids=str)
+async def test_pipelines_are_cut_anywhere_with_several_ranks_on_the_other_side(cut: str, other: dict[str, int]) -> None:
+    def by_range(*ends: int) -> list[kv.KVLayout]:
+        cuts = zip((0, *ends), (*ends, 8), strict=True)
+        return [small(**LAYERS, pp=len(ends) + 1, pp_rank=k, layer_range=each) for k, each in enumerate(cuts)]
+
+    def by_partition(*sizes: int) -> list[kv.KVLayout]:
+        return [small(**LAYERS, pp=len(sizes), pp_rank=k, partition=sizes) for k in range(len(sizes))]
+
+    places = [(pp, tp) for pp in range(other.get("pp", 1)) for tp in range(other.get("tp", 1))]
+    even = [small(**LAYERS, **other, pp_rank=pp, tp_rank=tp) for pp, tp in places]
+    uneven = by_partition(5, 3) if cut.endswith("partition") else by_range(5)
+    prefill, decode = (uneven, even) if cut.startswith("prefill") else (even, uneven)
+    if cut == "both by range":
+        prefill, decode = by_range(5), by_range(2, 3)
+    assert await whole(prefill, decode) == [1] * len(prefill)
+
+
+async def test_heads_that_decode_ranks_name_by_a_range_are_waited_for() -> None:
+    model = {"kv_heads": 3}
+    decode = [small(**model, tp=2, tp_rank=k, head_range=each) for k, each in enumerate([(0, 2), (2, 3)])]
+    assert await whole([small(**model)], decode) == [1]
+
+
+async def test_a_rank_that_is_missing_by_its_range_is_said_to_be_missing() -> None:
+    decode = small(**LAYERS, pp=2, pp_rank=0, layer_range=(0, 5))
+    async with ranks(small(**LAYERS), decode) as (here, there):
+        async with kv.Prefiller(here.engine, here.layout, here.region):
+            with pytest.raises(at.TransferTimeout, match="decode ranks for 3 of 8 parts of what is here have not asked"):
+                await ask(there, here, "decode", timeout=4)
+            with pytest.raises(kv.RequestRefused, match=r"sent to several decode ranks .* rank \(0, 0\) does not say"):
+                await ask(there, here, None, id="b")
+
+
+@pytest.mark.parametrize("decode", [1, 2])
+async def test_replicas_share_the_load_by_request(decode: int) -> None:
+    model: dict[str, Any] = {"kv_heads": 1, "kind": "mla"}
+    prefill = [small(**model, tp=4, tp_rank=k) for k in range(4)]
+    served = np.zeros(4, int)
+    for k in range(6):
+        served += await whole(prefill, [small(**model, tp=decode, tp_rank=rank) for rank in range(decode)], f"request {k}")
+    assert served.sum() == 6 * decode
+    assert (served > 0).sum() >= 3  # these six ids, in any run
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [((2, 4), (1, 1)), ((1, 1), (2, 1)), ((2, 4), (2, 4)), ((3, 1), (2, 4))],
+    ids=["by blocks", "singly", "alike", "one way to another"],
+)
+async def test_tokens_are_dealt_to_context_ranks(prefill: tuple[int, int], decode: tuple[int, int]) -> None:
+    here, there = ([small(cp=cp, cp_tokens=each, cp_rank=k) for k in range(cp)] for cp, each in (prefill, decode))
+    assert await whole(here, there) == [1] * len(here)
+
+
+async def test_padded_pages_of_any_order_and_opaque_pages_arrive() -> None:
+    plain = small(kind="packed", order="HND")
+    strides = plain.byte_strides
+    padded = small(kind="packed", order="HND", strides=(strides.layer * 2, 0, strides.page + 48, *strides[3:]))
+    assert await whole([padded], [plain]) == await whole([plain], [padded]) == [1]
+    opaque: dict[str, Any] = {"kind": "packed", "order": "HND", "opaque": True}
+    assert await whole([small(**opaque)], [small(**opaque, tp=2, tp_rank=k) for k in range(2)]) == [1]
+
+
 # ---- memory of the program's own ----
 
 

@@ -299,7 +299,7 @@ async def test_an_answer_that_cannot_be_dealt_with_ends_the_request_on_both_side
 ) -> None:
     async with party() as both:
         with monkeypatch.context() as patch:
-            patch.setattr(handle, "plan_transfer", _raise(MemoryError("no memory")))
+            patch.setattr(handle, "TransferPlan", _raise(MemoryError("no memory")))
             with pytest.raises(kv.RequestFailed, match=r"an answer of .* could not be handled: MemoryError: no memory"):
                 await waits(both.decoder, both.peer)
         await until(lambda: both.prefiller.records)

@@ -33,7 +33,7 @@ from aiotransfer.control.resume import ReplayLog, further
 from aiotransfer.errors import BrokenError, DescriptorError, RendezvousError
 from aiotransfer.kv.protocol import messages
 from aiotransfer.kv.protocol.layout import MOST_POOL_BYTES, MOST_RANKS, KVLayout
-from aiotransfer.kv.protocol.plan import receivers
+from aiotransfer.kv.protocol.ranks import receivers
 from aiotransfer.model import descriptor
 from aiotransfer.model.descriptor import Grant, RemoteRegion
 from aiotransfer.model.offer import ProviderOffer

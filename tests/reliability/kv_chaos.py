@@ -196,7 +196,7 @@ class Instance:
 
 def pages_of(place: Rank, pages: list[int]) -> list[Bytes]:
     """The bytes of these pages, plane by plane and layer by layer."""
-    layout, strides = place.layout, place.layout.strides
+    layout, strides = place.layout, place.layout.byte_strides
     found = []
     for layer in range(len(layout.own_layers)):
         for plane in range(layout.planes):

@@ -112,7 +112,7 @@ class Decoder(Role):
             id.encode()  # raises for what is no text
             skip = whole("skip_tokens", skip_tokens)
             ids = page_ids_of(page_ids, self.layout, 0)
-            most = len(ids) * self.layout.page_tokens
+            most = self.layout.tokens_in(len(ids))
             count = most if tokens is None else whole("tokens", tokens)
             if not skip <= count <= most:
                 raise ValueError(f"skip_tokens <= tokens <= {most} (what {len(ids)} pages hold) must be: {skip}, {count}")
@@ -120,7 +120,8 @@ class Decoder(Role):
                 raise ValueError(f"a request has at most {messages.MOST_TOKENS} tokens, not {count}")
             if isinstance(priority, bool) or not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
                 raise TypeError(f"priority must be an int of 32 bits, not {quote(priority)}")
-            written = ids[skip // self.layout.page_tokens : self.layout.pages_of(count)]
+            self.layout.check_skip(skip)
+            written = ids[self.layout.written(skip, count)]
             if is_twice(written):
                 raise ValueError("page_ids names a page twice")
             seconds(timeout, self.engine.timeout)

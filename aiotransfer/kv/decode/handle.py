@@ -21,7 +21,8 @@ from aiotransfer.kv.decode.absence import say_absent
 from aiotransfer.kv.protocol import messages
 from aiotransfer.kv.protocol.errors import KVRequestError, RequestCancelled, RequestFailed, RequestRefused
 from aiotransfer.kv.protocol.layout import KVLayout, LayoutMismatch
-from aiotransfer.kv.protocol.plan import TransferPlan, coverage, plan_transfer
+from aiotransfer.kv.protocol.plan import Tables, TransferPlan
+from aiotransfer.kv.protocol.ranks import coverage
 from aiotransfer.kv.protocol.record import RequestRecord
 from aiotransfer.kv.protocol.saga import DECODE, Saga
 from aiotransfer.kv.roles import tracing
@@ -217,7 +218,7 @@ class Handle(Unpicklable):
         if source.plan is not None:
             return  # what was said once, and was counted and checked by, stays
         try:
-            source.plan = plan_transfer(KVLayout.from_dict(message.layout), self._role.layout)
+            source.plan = TransferPlan(KVLayout.from_dict(message.layout), self._role.layout, Tables())
         except (TypeError, ValueError) as error:
             self._end("failed", RequestFailed(f"the layout of {source.peer} makes no sense here: {error}", id=self.id))
             return

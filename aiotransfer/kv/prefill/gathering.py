@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from aiotransfer.kv.protocol import messages
-from aiotransfer.kv.protocol.layout import Place
 
 if TYPE_CHECKING:
     from aiotransfer.kv.prefill.ledger import Target
-    from aiotransfer.kv.protocol.plan import Receivers
+    from aiotransfer.kv.protocol.layout import KVLayout, Place
+    from aiotransfer.kv.protocol.ranks import Receivers
     from aiotransfer.kv.roles.dispatcher import Dispatcher
 
 NOTICE_SECONDS = 1.0  # after which the decode ranks that have asked are told whom the request waits for
@@ -25,7 +25,7 @@ MOST_NAMED = 8
 
 def named(places: Iterable[Place]) -> str:
     """Decode ranks in words, each as (pp_rank, tp_rank)."""
-    every = [str(tuple(place)) for place in sorted(places)]
+    every = [str(place) for place in sorted(places)]
     more = f" and {len(every) - MOST_NAMED} more" if len(every) > MOST_NAMED else ""
     return f"decode rank{'s' if len(every) > 1 else ''} {', '.join(every[:MOST_NAMED])}{more}"
 
@@ -37,35 +37,44 @@ def tell(dispatcher: Dispatcher, target: Target, message: messages.ToDecoder) ->
 
 
 class Gathering:
-    """Of one request, which is for the decode ranks at `places`; those of `targets` have asked. `dispatcher` sends to them."""
+    """Of one request, which is for the decode ranks of `places`; those of `targets` have asked. `dispatcher` sends to them."""
 
     def __init__(self, places: Receivers, targets: Sequence[Target], dispatcher: Dispatcher) -> None:
         self.places = places
         self._targets = targets
         self._dispatcher = dispatcher
+        self._lack = len(places)
         self._noticed = False
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         """The first has asked; the others have so many seconds."""
-        if len(self.places) > 1:
+        if self._lack > 1:
             self._timer = loop.call_later(min(NOTICE_SECONDS, seconds / 2), self._notice)
 
     def known(self) -> set[Place]:
         """Which decode ranks have asked so far."""
         return {target.plan.decode.place for target in self._targets}
 
-    def lacks(self, place: Place) -> bool:
-        """Whether this rank is one of those that are waited for."""
-        return place in self.places and place not in self.known()
+    def lacks(self, layout: KVLayout) -> bool:
+        """Whether the rank of this layout is one of those that are waited for."""
+        return self.places.share(layout) > 0 and not any(self.places.clash(layout, each.plan.decode) for each in self._targets)
+
+    def asked(self, layout: KVLayout) -> bool:
+        """The rank of this layout, which was waited for, has asked. Returns whether all have."""
+        self._lack -= self.places.share(layout)
+        return not self._lack
 
     def missing(self) -> str:
         """Which have not asked, in words; empty: all have."""
+        if not self._lack:
+            return ""
+        if not self.places.are_known:
+            return f"decode ranks for {self._lack} of {len(self.places)} parts of what is here have not asked for this request"
         known = self.known()
-        every = (Place(pp, tp) for pp in self.places.pp for tp in self.places.tp)
-        missing = [place for place in every if place not in known]
+        missing = [place for place in self.places.places() if place not in known]
         verb = "have" if len(missing) > 1 else "has"
-        return f"{named(missing)} of {len(self.places)} {verb} not asked for this request" if missing else ""
+        return f"{named(missing)} of {len(self.places)} {verb} not asked for this request"
 
     def _notice(self) -> None:
         self._noticed = True

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.kv.protocol import messages
-    from aiotransfer.kv.protocol.layout import Place
-    from aiotransfer.kv.protocol.plan import Receivers, TransferPlan
+    from aiotransfer.kv.protocol.layout import KVLayout, Place
+    from aiotransfer.kv.protocol.plan import TransferPlan
+    from aiotransfer.kv.protocol.ranks import Receivers
     from aiotransfer.model.descriptor import RemoteRegion
 
 MOST_RANKS = 64  # of named instances that one engine may speak for
@@ -101,15 +102,16 @@ class Ledger(Generic[R]):
         self.asked: dict[Peer, Asked[R]] = {}  # until the peer goes
         self._ranks: dict[tuple[str, Place], Peer] = {}
 
-    def key(self, peer: Peer, message: messages.Reserve | messages.Absent, place: Place, places: Receivers) -> Key:
+    def key(self, peer: Peer, message: messages.Reserve | messages.Absent, layout: KVLayout, places: Receivers) -> Key:
         """What a request of this peer is known by. Raises `Refusal` when the peer cannot speak for its instance."""
-        instance, id = message.instance, message.id
+        instance, id, place = message.instance, message.id, layout.place
         if not instance:
-            if len(places) > 1:
+            if places.share(layout) < len(places):
+                many = f"{len(places)}" if places.are_known else "several"
                 raise Refusal(
                     "instance",
-                    f"a request is sent to {len(places)} decode ranks from here, and rank {tuple(place)} does not say of which "
-                    "instance it is: give all ranks of one copy of the model, and no others, the same Decoder(instance=)",
+                    f"a request is sent to {many} decode ranks from here, and rank {place} does not say of which instance "
+                    "it is: give all ranks of one copy of the model, and no others, the same Decoder(instance=)",
                 )
             return peer.incarnation, id
         rank = instance, place
@@ -117,7 +119,7 @@ class Ledger(Generic[R]):
         if holder is not None and holder is not peer and holder.state in ("up", "busy"):
             raise Refusal(
                 "instance",
-                f"rank {tuple(place)} of the decode instance {instance!r} is {holder.address} already: "
+                f"rank {place} of the decode instance {instance!r} is {holder.address} already: "
                 "give each instance a name of its own, or wait until that engine is known to be gone",
             )
         asked = self.asked.get(peer)

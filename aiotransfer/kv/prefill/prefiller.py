@@ -34,7 +34,8 @@ from aiotransfer.kv.prefill.schedule import Schedule
 from aiotransfer.kv.prefill.writer import Write, Writer
 from aiotransfer.kv.protocol import messages
 from aiotransfer.kv.protocol.layout import KVLayout, LayoutMismatch
-from aiotransfer.kv.protocol.plan import Receivers, Tables, TransferPlan, receivers
+from aiotransfer.kv.protocol.plan import Tables, TransferPlan
+from aiotransfer.kv.protocol.ranks import Receivers, receivers
 from aiotransfer.kv.roles.arguments import is_twice, page_ids_of, whole
 from aiotransfer.kv.roles.dispatcher import Dispatcher
 from aiotransfer.kv.roles.role import Role
@@ -139,11 +140,11 @@ class Prefiller(Role):
             raise Refusal("closed", "this prefill rank takes no more requests")
         plan, places = self._plan(message.layout)
         ledger, place = self._ledger, plan.decode.place
-        key = ledger.key(peer, message, place, places)
+        key = ledger.key(peer, message, plan.decode, places)
         if message.checksums and self.pages.device != "cpu":
             raise Refusal("checksums", f"checksums are computed in host memory, and the pages here are on {self.pages.device}")
         known = ledger.requests.get(key)
-        if known is not None and not known.joins(place):
+        if known is not None and not known.joins(plan.decode):
             raise Refusal("duplicate", f"request {message.id!r} of this decode instance is under way already")
         if known is not None and (why := known.differs(plan.decode, message)):
             raise Refusal("mismatch", f"request {message.id!r} is not what another rank of its instance asked for: {why}")
@@ -166,9 +167,9 @@ class Prefiller(Role):
         """A decode rank will not ask for a request that others of its instance may ask for, or have asked for."""
         plan, places = self._plan(message.layout)
         place = plan.decode.place
-        key = self._ledger.key(peer, message, place, places)
+        key = self._ledger.key(peer, message, plan.decode, places)
         known = self._ledger.requests.get(key)
-        if len(places) == 1 or (known is not None and not known.joins(place)):
+        if places.share(plan.decode) == len(places) or (known is not None and not known.joins(plan.decode)):
             return  # no other rank waits for it
         text = f"{named([place])} at {peer.address} cannot take part: {clip(message.text)}"
         told: set[Place] = set() if known is None else known.gathering.known()
@@ -189,7 +190,7 @@ class Prefiller(Role):
             raise Refusal("protocol", f"the layout makes no sense here: {error}") from None
         if not plan.layers:
             raise Refusal(
-                "nothing", f"prefill rank {tuple(self.layout.place)} has nothing that decode rank {tuple(layout.place)} holds"
+                "nothing", f"prefill rank {self.layout.place} has nothing that decode rank {layout.place} holds"
             )
         if len(self._plans) >= MOST_PLANS:
             self._plans.pop(next(iter(self._plans)))
@@ -202,13 +203,14 @@ class Prefiller(Role):
         try:
             pool, tail = RemoteRegion.decode(message.pages), RemoteRegion.decode(message.tail)
             ids = page_ids_of(np.frombuffer(message.page_ids, np.int64), layout, tokens)
+            plan.unit(skip)
         except (DescriptorError, IndexError, ValueError) as error:
             raise Refusal("protocol", str(error)) from None
         if pool.incarnation != peer.incarnation or tail.incarnation != peer.incarnation:
             raise Refusal("protocol", "the memory that was offered does not belong to the engine that offers it")
         if len(ids) > layout.pages_of(tokens):
             raise Refusal("protocol", f"{tokens} tokens take {layout.pages_of(tokens)} pages, not {len(ids)}")
-        if is_twice(ids[skip // layout.page_tokens :]):
+        if is_twice(ids[layout.written(skip, tokens)]):
             raise Refusal("protocol", "page_ids names a page twice")
         sums = 8 * len(ids) * len(plan.layers) if message.checksums else 0
         if pool.nbytes < layout.offset + layout.pool_bytes or tail.nbytes < HEADER_BYTES + sums:

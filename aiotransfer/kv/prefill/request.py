@@ -26,7 +26,7 @@ from aiotransfer.kv.prefill.schedule import Job
 from aiotransfer.kv.prefill.writer import Write, Writer
 from aiotransfer.kv.protocol import messages
 from aiotransfer.kv.protocol.errors import RequestCancelled, RequestFailed
-from aiotransfer.kv.protocol.layout import KVLayout, Place
+from aiotransfer.kv.protocol.layout import KVLayout
 from aiotransfer.kv.protocol.record import RequestRecord
 from aiotransfer.kv.protocol.saga import PREFILL, Saga
 from aiotransfer.kv.roles import tracing
@@ -41,12 +41,14 @@ if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.engine.operations.transfer import Transfer
     from aiotransfer.engine.peers.peer import Peer
-    from aiotransfer.kv.protocol.plan import Receivers
+    from aiotransfer.kv.protocol.ranks import Receivers
     from aiotransfer.kv.roles.role import Role
 
 GATHER_SECONDS = 600.0  # within which all decode ranks of a request must have asked
 CLASSES = range(-128, 128)  # of priorities that the order of writes tells apart; those beyond count as the nearest
-OF_RANK = ("tp_rank", "pp_rank", "num_pages", "offset", "layer_range", "head_range")  # what ranks of one instance may differ in
+OF_RANK = (  # what ranks of one instance may differ in
+    "tp_rank", "pp_rank", "cp_rank", "num_pages", "offset", "strides", "layer_range", "head_range",
+)  # fmt: skip
 
 
 class Side(NamedTuple):
@@ -126,9 +128,9 @@ class PrefillRequest(Unpicklable):
 
     # ---- reservations ----
 
-    def joins(self, place: Place) -> bool:
-        """Whether the decode rank at `place` is one that this request still waits for."""
-        return self._saga.state == "gathering" and self.gathering.lacks(place)
+    def joins(self, layout: KVLayout) -> bool:
+        """Whether the decode rank of `layout` is one that this request still waits for."""
+        return self._saga.state == "gathering" and self.gathering.lacks(layout)
 
     def differs(self, layout: KVLayout, message: messages.Reserve) -> str:
         """What a further rank says of this request, by its `layout` and `message`, that the first one did not say: in words,
@@ -150,7 +152,7 @@ class PrefillRequest(Unpicklable):
     def add(self, target: Target) -> None:
         """A decode rank has asked: `target` is what is to be written where."""
         self.targets.append(target)
-        self._feed("complete" if len(self.targets) == len(self.gathering.places) else "reserved")
+        self._feed("complete" if self.gathering.asked(target.plan.decode) else "reserved")
         self.gathering.changed()
 
     def _answer(self) -> None:
@@ -160,7 +162,7 @@ class PrefillRequest(Unpicklable):
     def _offer(self) -> None:
         self._times["queued"] = time.time()
         self.gathering.close()
-        if len(self.targets) > 1:
+        if len(self.gathering.places) > 1:
             self._timer.cancel()
             self._timer = self._loop.call_later(self._left(), self._late)
         self._side.offers.offer(self)

@@ -26,7 +26,7 @@ import msgspec
 
 from aiotransfer.errors import DescriptorError
 
-VERSION = 3
+VERSION = 4
 TO_PREFILLER, TO_DECODER = b"\x93ATp", b"\x93ATd"
 _HEADER = struct.Struct("<4sBQ")
 MOST_PAGES = 1 << 18  # of one request: what a message of 1 MiB holds

@@ -1,9 +1,9 @@
 """From two layouts to page tables: which bytes of a prefill rank go where at a decode rank.
 
-Both layouts are strided (see `layout`), so one grain serves a whole table: the largest block of tokens and heads that is
-contiguous on both sides and that every boundary (pages, heads, the first token) is a multiple of. Its place is a whole number
-of grains from the beginning of the layer on either side; a table is those numbers, and one call of `write_pages` moves a layer.
-The last grain of a request may hold tokens past its last one: those of the same page on either side, which is the request's
+Both layouts are strided (see `layout`), so one grain serves a whole table (see `grain`): the largest block of tokens, heads and
+planes that is contiguous on both sides and that every boundary (pages, the first token, tokens that are dealt to several ranks)
+is a multiple of. A table is the places of these blocks in units of either side, and one call of `write_pages` moves a layer.
+The last block of a request may hold tokens past its last one: those of the same page on either side, which is the request's
 own. Tables of different layers differ by an offset alone, and are made once.
 
 Pure: NumPy, no clock, no engine.
@@ -11,16 +11,18 @@ Pure: NumPy, no clock, no engine.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from aiotransfer.kv.protocol.layout import KVLayout, Place, Strides, check_match
+from aiotransfer.kv.protocol.dealing import unit_of
+from aiotransfer.kv.protocol.grain import Dimension, Grain, is_fine, largest, unit
+from aiotransfer.kv.protocol.layout import NO_PAGE, KVLayout, LayoutMismatch, Strides, check_match
+from aiotransfer.kv.protocol.ranks import common, serves, turn_of
 from aiotransfer.quote import quote
 
 Indices = NDArray[np.int64]
@@ -51,99 +53,15 @@ class PageTable:
 
 
 @dataclass(frozen=True, slots=True)
-class _Grain:
-    """A block: so many tokens and heads of `planes` planes, contiguous on both sides."""
-
-    tokens: int
-    heads: int
-    planes: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Side:
     layout: KVLayout
     strides: Strides
     first_head: int  # of the heads that move, among this side's own
 
     def offset(self, layer: int) -> int:
-        return self.layout.offset + (layer - self.layout.own_layers.start) * self.strides.layer
-
-
-def pairs(prefill: KVLayout, decode: KVLayout) -> list[tuple[Place, Place]]:
-    """Every (prefill rank, decode rank) of which the first sends the second something, in order of the decode rank. `prefill`,
-    `decode`: the layout of any rank of either instance.
-
-    Each head and layer of a decode rank comes from exactly one prefill rank; of several that hold the same one, decode ranks
-    take them in turn. The ranks named in the two layouts do not matter. Raises `LayoutMismatch`, or `ValueError`
-    where a layout says by a range what its rank has: then that of others is not known.
-    """
-    check_match(prefill, decode)
-    if not (prefill.is_regular and decode.is_regular):
-        raise ValueError("with layer_range or head_range it is not known what other ranks hold: ask plan_transfer for each pair")
-    layers = [
-        [here for here in range(prefill.pp) if len(_common(prefill.layers_at(here), decode.layers_at(there)))]
-        for there in range(decode.pp)
-    ]
-    heads = [
-        [here for here in range(prefill.tp) if len(_heads_between(prefill, here, decode, there))] for there in range(decode.tp)
-    ]
-    return [
-        (Place(source_pp, source_tp), Place(pp, tp))
-        for pp, tp in np.ndindex(decode.pp, decode.tp) for source_pp in layers[pp] for source_tp in heads[tp]
-    ]  # fmt: skip
-
-
-def sources(prefill: KVLayout, decode: KVLayout) -> list[Place]:
-    """The prefill ranks that the rank of `decode` gets something of. `prefill`: the layout of any rank of their instance."""
-    return [here for here, there in pairs(prefill, decode) if there == decode.place]
-
-
-@dataclass(frozen=True, slots=True)
-class Receivers:
-    """The decode ranks that one prefill rank sends something to: of each of these pipeline ranks, each of these tensor ranks."""
-
-    pp: frozenset[int]
-    tp: frozenset[int]
-
-    def __contains__(self, place: Place) -> bool:
-        return place.pp_rank in self.pp and place.tp_rank in self.tp
-
-    def __len__(self) -> int:
-        return len(self.pp) * len(self.tp)
-
-
-def receivers(prefill: KVLayout, decode: KVLayout) -> Receivers:
-    """Those of the rank of `prefill`, in the instance that the rank of `decode` belongs to.
-
-    Where a layout says by a range what its rank has, that of others is not known: the rank of `decode` alone.
-    """
-    if not (prefill.is_regular and decode.is_regular):
-        return Receivers(frozenset({decode.pp_rank}), frozenset({decode.tp_rank}))
-    return Receivers(
-        frozenset(pp for pp in range(decode.pp) if len(_common(prefill.own_layers, decode.layers_at(pp)))),
-        frozenset(tp for tp in range(decode.tp) if len(_heads_between(prefill, prefill.tp_rank, decode, tp))),
-    )
-
-
-def coverage(plans: Sequence[TransferPlan], decode: KVLayout) -> str:
-    """What these plans together do not bring of this decode rank's cache, or bring more than once, in words; empty: nothing."""
-    own_layers, own_heads = decode.own_layers, decode.own_heads
-    cuts = {own_layers.start, own_layers.stop}
-    for plan in plans:
-        cuts |= {plan.layers.start, plan.layers.stop}
-    edges = sorted(cut for cut in cuts if own_layers.start <= cut <= own_layers.stop)
-    for first, past in itertools.pairwise(edges):  # between two edges every plan has all layers or none
-        where, at = f"layers {first} to {past - 1}", own_heads.start
-        for heads in sorted((plan.heads for plan in plans if first in plan.layers), key=lambda heads: heads.start):
-            if heads.start > at:
-                break
-            if heads.start < at:
-                return f"{where}, heads {heads.start} to {min(at, heads.stop) - 1} come from more than one of them"
-            at = heads.stop
-        if at < own_heads.stop:
-            return f"{where}, heads from {at} on (this rank has {own_heads.start} to {own_heads.stop - 1}) come from none of them"
-    return ""
+        """Where the first head that moves begins, in the memory of this layer."""
+        k = 0 if self.layout.layers_in_memory == 1 else layer - self.layout.own_layers.start
+        return self.layout.offset + k * self.strides.layer + self.first_head * self.strides.head
 
 
 class Tables:
@@ -171,26 +89,43 @@ class Tables:
         return made
 
 
-def plan_transfer(prefill_layout: KVLayout, decode_layout: KVLayout) -> TransferPlan:
-    """What goes from the rank of `prefill_layout` to that of `decode_layout`. Raises `LayoutMismatch` (of different models)."""
-    return TransferPlan(prefill_layout, decode_layout, Tables())
+def plan_transfer(prefill_layout: KVLayout, decode_layout: KVLayout, *, request: str = "") -> TransferPlan:
+    """What goes from the rank of `prefill_layout` to that of `decode_layout`.
+
+    `request`: the id of the request. Of prefill ranks that hold the same, one serves a decode rank, in turn by this id
+    (`sources`); the plans of the others move nothing. Raises `LayoutMismatch` (of different models).
+    """
+    turn = turn_of(request)
+    plan = TransferPlan(prefill_layout, decode_layout, Tables())
+    if not serves(prefill_layout, prefill_layout.tp_rank, decode_layout.tp_rank, turn):
+        plan.layers = range(plan.layers.start, plan.layers.start)
+    return plan
 
 
 class TransferPlan:
-    """What goes from one prefill rank to one decode rank. Made by `plan_transfer`."""
+    """What goes from one prefill rank, which is the one that is asked, to one decode rank. Made by `plan_transfer`.
+
+    Raises `LayoutMismatch` where the cache of the one cannot become that of the other.
+    """
 
     def __init__(self, prefill: KVLayout, decode: KVLayout, tables: Tables) -> None:
         check_match(prefill, decode)
         self.prefill = prefill
         self.decode = decode
-        heads = _heads(prefill, decode)
-        layers = _common(prefill.own_layers, decode.own_layers)
-        self.layers = layers if len(heads) else range(layers.start, layers.start)
+        heads = common(prefill.own_heads, decode.own_heads)
+        layers = common(prefill.own_layers, decode.own_layers)
+        moves = len(heads) and prefill.deal.meets(decode.deal)
+        self.layers = layers if moves else range(layers.start, layers.start)
         self._heads = heads
-        self._here = _Side(prefill, prefill.strides, heads.start - prefill.own_heads.start)
-        self._there = _Side(decode, decode.strides, heads.start - decode.own_heads.start)
-        self._grains: dict[int, _Grain] = {}
+        if moves and prefill.opaque and prefill.order == "NHD" and not prefill.own_heads == decode.own_heads == heads:
+            raise LayoutMismatch("heads of opaque pages", str(prefill.own_heads), str(decode.own_heads))
+        self._here = _Side(prefill, prefill.byte_strides, heads.start - prefill.own_heads.start)
+        self._there = _Side(decode, decode.byte_strides, heads.start - decode.own_heads.start)
+        self._alike = prefill.deal.way == decode.deal.way  # what one rank has the other has, in the same order
+        self._grains: dict[int, Grain] = {}
         self._tables = tables
+        if moves:
+            self._grain(0)  # raises where the strides are unfit
 
     @property
     def heads(self) -> range:
@@ -198,22 +133,17 @@ class TransferPlan:
         return self._heads
 
     def table(
-        self,
-        layer: int,
-        src_pages: ArrayLike,
-        dst_pages: ArrayLike,
-        *,
-        skip_tokens: int = 0,
-        tokens: int | None = None,
-        chunk: tuple[int, int] | None = None,
-    ) -> PageTable:
+        self, layer: int, src_pages: ArrayLike, dst_pages: ArrayLike, *, skip_tokens: int = 0, tokens: int | None = None,
+        chunk: tuple[int, int] | None = None, window: int | None = None,
+    ) -> PageTable:  # fmt: skip
         """The blocks of `layer` for tokens [`skip_tokens`, `tokens`) of a request, or for a chunk of them.
 
         `src_pages`, `dst_pages`: the request's pages on either side, in order from its first token on (also of tokens that are
-        not sent). `tokens`: past the last one; None: as many as both lists hold. `chunk`: the part [first, past the last) that
-        is ready; its ends are multiples of `unit(skip_tokens)`, or those of the request, so that all chunks together count what
-        `count` says. Nothing before `skip_tokens` is written and nothing past the page of the last token; of a layer with a
-        sliding window, what the window reaches from `tokens`.
+        not sent). Where `dst_pages` says `NO_PAGE` nothing is written; there the other list may say so too. `tokens`: past the
+        last one; None: as many as both lists hold. `chunk`: the part [first, past the last) that is ready; its ends are multiples
+        of `unit(skip_tokens)`, or those of the request, so that all chunks together count what `count` says. Nothing before
+        `skip_tokens` is written and nothing past the page of the last token; of a layer with a sliding window, and of a request
+        with a `window` (in tokens), what the window reaches from `tokens`.
 
         Raises `IndexError` (a layer or page that is not there), `ValueError` (too few pages, a destination page twice, a range
         that makes no sense) or `TypeError`.
@@ -222,143 +152,174 @@ class TransferPlan:
             raise IndexError(f"layer {layer} does not go from this prefill rank to this decode rank: {self.layers} do")
         here, there = _pages("src_pages", src_pages, self.prefill), _pages("dst_pages", dst_pages, self.decode)
         if tokens is None:
-            tokens = min(len(here) * self.prefill.page_tokens, len(there) * self.decode.page_tokens)
-        start, end = self._range(layer, skip_tokens, tokens)
+            tokens = min(self.prefill.tokens_in(len(here)), self.decode.tokens_in(len(there)))
+        start, end = self._range(layer, skip_tokens, tokens, window)
         grain = self._grain(skip_tokens)
         if chunk is not None:
-            start, end = self._part(chunk, grain, skip_tokens, start, end)
+            start, end = self._part(chunk, self.unit(skip_tokens), skip_tokens, start, end)
         if end > start:
             for name, pages, layout in (("src_pages", here, self.prefill), ("dst_pages", there, self.decode)):
                 if len(pages) < layout.pages_of(end):
                     raise ValueError(f"{name} has {len(pages)} pages of {layout.page_tokens} tokens: too few for {end} tokens")
-        key = self, here.tobytes(), there.tobytes(), start, end, grain.tokens
+        key = self, here.tobytes(), there.tobytes(), start, end, grain
         ours, theirs = self._tables.get(key, len(here) + len(there), lambda: self._blocks(here, there, start, end, grain))
         return PageTable(
-            ours, theirs, grain.nbytes, grain.nbytes, grain.nbytes,
-            self._here.offset(layer) + self._here.first_head * self._here.strides.head,
-            self._there.offset(layer) + self._there.first_head * self._there.strides.head,
-        )  # fmt: skip
+            ours, theirs, grain.nbytes, grain.here, grain.there, self._here.offset(layer), self._there.offset(layer)
+        )
 
     def unit(self, skip_tokens: int = 0) -> int:
         """Where a request of which `skip_tokens` are not sent may be cut into chunks: at multiples of so many tokens."""
-        self._range(None, skip_tokens, 0)
-        return self._grain(skip_tokens).tokens
+        self._range(None, skip_tokens, 0, None)
+        tokens = self._grain(skip_tokens).tokens
+        return unit_of(self.decode.deal, tokens) if self._alike else tokens
 
-    def count(self, tokens: int, skip_tokens: int = 0) -> int:
-        """How many blocks all layers have for tokens [`skip_tokens`, `tokens`): what the decode side counts, with any division
-        into chunks."""
+    def count(
+        self, tokens: int, skip_tokens: int = 0, *, window: int | None = None, dst_pages: ArrayLike | None = None
+    ) -> int:  # fmt: skip
+        """How many blocks all layers have for tokens [`skip_tokens`, `tokens`), or for the `window` at their end: what the
+        decode side counts, with any division into chunks. `dst_pages`: its pages, where `NO_PAGE` is among them; else None."""
         grain = self._grain(skip_tokens)
+        pages = None if dst_pages is None else _pages("dst_pages", dst_pages, self.decode)
+        found: dict[int, int] = {}  # by the first token: layers with one window are alike
         rows = 0
         for layer in self.layers:
-            start, end = self._range(layer, skip_tokens, tokens)
-            rows += -(-max(0, end - start) // grain.tokens)
-            if not self.decode.windows:  # all layers are alike
-                rows *= len(self.layers)
-                break
-        return rows * (len(self._heads) // grain.heads) * (self.decode.planes // grain.planes)
+            start, end = self._range(layer, skip_tokens, tokens, window)
+            if start not in found:
+                found[start] = self._count(start, end, grain, pages)
+            rows += found[start]
+        return rows * (len(self._heads) // grain.heads) * (self.decode.planes // grain.planes) * grain.pieces
 
-    def nbytes(self, tokens: int, skip_tokens: int = 0) -> int:
-        """How many bytes the blocks that `count` counts have for tokens [`skip_tokens`, `tokens`)."""
-        return self.count(tokens, skip_tokens) * self._grain(skip_tokens).nbytes
+    def nbytes(
+        self, tokens: int, skip_tokens: int = 0, *, window: int | None = None, dst_pages: ArrayLike | None = None
+    ) -> int:  # fmt: skip
+        """How many bytes the blocks have that `count` counts."""
+        return self.count(tokens, skip_tokens, window=window, dst_pages=dst_pages) * self._grain(skip_tokens).nbytes
 
-    def pages_of_blocks(self, layer: int, *, tokens: int, skip_tokens: int = 0) -> Indices:
+    def pages_of_blocks(
+        self, layer: int, *, tokens: int, skip_tokens: int = 0, window: int | None = None, dst_pages: ArrayLike | None = None
+    ) -> Indices:  # fmt: skip
         """For each block of `table(layer, tokens=, skip_tokens=)`, in which of the request's decode pages it lies: an index into
-        `dst_pages`."""
-        start, end = self._range(layer, skip_tokens, tokens)
+        `dst_pages`, which is given where it has `NO_PAGE`."""
+        start, end = self._range(layer, skip_tokens, tokens, window)
         grain = self._grain(skip_tokens)
-        token = np.arange(start, max(start, end), grain.tokens, dtype=np.int64) // self.decode.page_tokens
-        shape = (self.decode.planes // grain.planes, len(token), len(self._heads) // grain.heads)
-        return np.ascontiguousarray(np.broadcast_to(token[None, :, None], shape).reshape(-1))
+        index = self._tokens(start, end, grain.tokens)[1] // self.decode.page_tokens
+        if dst_pages is not None:
+            index = index[_pages("dst_pages", dst_pages, self.decode)[index] != NO_PAGE]
+        shape = (self.decode.planes // grain.planes, len(index), len(self._heads) // grain.heads, grain.pieces)
+        return np.ascontiguousarray(np.broadcast_to(index[None, :, None, None], shape).reshape(-1))
 
     # ---- how ----
 
-    def _range(self, layer: int | None, skip: int, tokens: int) -> tuple[int, int]:
-        for name, value in (("skip_tokens", skip), ("tokens", tokens)):
+    def _range(self, layer: int | None, skip: int, tokens: int, window: int | None) -> tuple[int, int]:
+        for name, value in (("skip_tokens", skip), ("tokens", tokens), ("window", window or 0)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer):
                 raise TypeError(f"{name} must be an int, not {quote(value)}")
             if value < 0:
                 raise ValueError(f"{name} must not be negative: {value}")
-        window = self.decode.windows[layer] if self.decode.windows and layer is not None else None
-        if window is None:
+        for side in (self.prefill, self.decode):
+            side.check_skip(int(skip))
+        of_layer = self.decode.windows[layer] if self.decode.windows and layer is not None else None
+        reach = min((each for each in (of_layer, window) if each is not None), default=None)
+        if reach is None:
             return int(skip), int(tokens)
-        unit = math.gcd(self.prefill.page_tokens, self.decode.page_tokens)  # a few tokens more, and larger blocks
-        return max(int(skip), (int(tokens) - window) // unit * unit), int(tokens)
+        page = math.gcd(self.prefill.page_tokens, self.decode.page_tokens)  # a few tokens more, and larger blocks
+        whole = unit_of(self.decode.deal, page) if self._alike else page
+        return max(int(skip), (int(tokens) - reach) // whole * whole), int(tokens)
 
     @staticmethod
-    def _part(chunk: tuple[int, int], grain: _Grain, skip: int, start: int, end: int) -> tuple[int, int]:
+    def _part(chunk: tuple[int, int], unit: int, skip: int, start: int, end: int) -> tuple[int, int]:
         first, past = chunk
         if not skip <= first <= past <= end:
             raise ValueError(f"the chunk {quote(chunk)} does not lie in the tokens [{skip}, {end}) of the request")
         for cut in chunk:
-            if cut % grain.tokens and cut != end:
-                raise ValueError(f"a chunk of this request ends at multiples of {grain.tokens} tokens, not at {cut}")
+            if cut % unit and cut not in (skip, end):
+                raise ValueError(f"a chunk of this request ends at multiples of {unit} tokens, not at {cut}")
         return max(first, start), past
 
-    def _grain(self, start: int) -> _Grain:
-        most_tokens = math.gcd(self.prefill.page_tokens, self.decode.page_tokens, start)
-        found = self._grains.get(most_tokens)
+    def _grain(self, skip: int) -> Grain:
+        """The blocks of requests that begin at token `skip`."""
+        here, there = self.prefill, self.decode
+        if self._alike:
+            most = math.gcd(here.page_tokens, there.page_tokens, there.deal.count(skip))
+        else:
+            dealt = [side.cp_tokens for side in (here, there) if side.cp > 1]
+            most = math.gcd(here.page_tokens, there.page_tokens, skip, *dealt)
+        found = self._grains.get(most)
         if found is None:
-            found = self._grains[most_tokens] = self._largest(most_tokens)
+            found = self._grains[most] = self._largest(most)
         return found
 
-    def _largest(self, most_tokens: int) -> _Grain:
-        here, there, heads = self.prefill, self.decode, max(1, len(self._heads))
-        n, m = len(here.own_heads), len(there.own_heads)
-        most_heads = math.gcd(heads, n, m)
-        blocks = [(1, 1)]
-        if all(side.strides.head == here.vector_bytes for side in (self._here, self._there)):
-            blocks.append((1, most_heads))
-        if all(side.strides.token == here.vector_bytes for side in (self._here, self._there)):
-            blocks.append((most_tokens, 1))
-        if here.order == there.order == "NHD" and most_heads == n == m:
-            blocks.append((most_tokens, most_heads))
-        if here.order == there.order == "HND" and most_tokens == here.page_tokens == there.page_tokens:
-            blocks.append((most_tokens, most_heads))
-        tokens, size = max(blocks, key=math.prod)
-        page = tokens * size == here.page_tokens * n == there.page_tokens * m
-        planes = 2 if page and here.kind == there.kind == "together" else 1
-        return _Grain(tokens, size, planes, tokens * size * planes * here.vector_bytes)
+    def _largest(self, most_tokens: int) -> Grain:
+        a, b, vector, heads = self._here, self._there, self.prefill.vector_bytes, max(1, len(self._heads))
+        if self.prefill.opaque:  # the bytes within have no order that this side knows: a block is a page, or a head of it
+            size = 1 if self.prefill.order == "HND" else heads
+            tokens, size, planes = self.prefill.page_tokens, size, 1
+        else:
+            dimensions = (
+                Dimension(most_tokens, a.strides.token, b.strides.token),
+                Dimension(heads, a.strides.head, b.strides.head),
+                Dimension(self.decode.planes, a.strides.plane, b.strides.plane),
+            )
+            tokens, size, planes = largest(vector, dimensions)
+        steps = []
+        for side in (a, b):
+            strides = [side.strides.page]
+            strides += [tokens * side.strides.token] if tokens < side.layout.page_tokens else []
+            strides += [size * side.strides.head] if size < heads else []
+            strides += [planes * side.strides.plane] if planes < self.decode.planes else []
+            steps.append(strides)
+        nbytes = tokens * size * planes * vector
+        piece, left, right = unit(nbytes, *steps)
+        if not is_fine(piece, vector):
+            raise LayoutMismatch("strides", list(a.strides), list(b.strides))
+        return Grain(tokens, size, planes, nbytes // piece, piece, left, right)
 
-    def _blocks(self, here: Indices, there: Indices, start: int, end: int, grain: _Grain) -> tuple[Indices, Indices]:
+    def _tokens(self, start: int, end: int, step: int) -> tuple[Indices, Indices]:
+        """The first token of each block, as its place among those that either side holds."""
+        if self._alike:
+            deal = self.decode.deal
+            first, past = deal.count(start), deal.count(end)
+            same = np.arange(first, max(first, past), step, dtype=np.int64)
+            return same, same
+        token = np.arange(start, max(start, end), step, dtype=np.int64)
+        ours, theirs = self.prefill.deal, self.decode.deal
+        token = token[ours.has(token) & theirs.has(token)]
+        return ours.own(token), theirs.own(token)
+
+    def _count(self, start: int, end: int, grain: Grain, pages: Indices | None) -> int:
+        if pages is None and self._alike:
+            deal = self.decode.deal
+            return -(-max(0, deal.count(end) - deal.count(start)) // grain.tokens)
+        theirs = self._tokens(start, end, grain.tokens)[1]
+        return len(theirs) if pages is None else int((pages[theirs // self.decode.page_tokens] != NO_PAGE).sum())
+
+    def _blocks(self, here: Indices, there: Indices, start: int, end: int, grain: Grain) -> tuple[Indices, Indices]:
         if end <= start:
             nothing = np.empty(0, np.int64)
             return nothing, nothing
-        token = np.arange(start, end, grain.tokens, dtype=np.int64)
-        head = np.arange(0, len(self._heads), grain.heads, dtype=np.int64)
-        plane = np.arange(0, self.decode.planes, grain.planes, dtype=np.int64)
-        if len(np.unique(used := there[start // self.decode.page_tokens : self.decode.pages_of(end)])) != len(used):
+        used = there[self.decode.written(start, end)]
+        used = used[used != NO_PAGE]
+        if len(np.unique(used)) != len(used):
             raise ValueError("dst_pages names a page twice")
-        ours = self._places(self._here, here, plane, token, head, grain)
-        return ours, self._places(self._there, there, plane, token, head, grain)
+        ours, theirs = self._tokens(start, end, grain.tokens)
+        wanted = there[theirs // self.decode.page_tokens] != NO_PAGE
+        if not wanted.all():
+            ours, theirs = ours[wanted], theirs[wanted]
+        if (here[ours // self.prefill.page_tokens] == NO_PAGE).any():
+            raise ValueError("src_pages says that there is no page where dst_pages names one")
+        left = self._places(self._here, here, ours, grain, grain.here)
+        return left, self._places(self._there, there, theirs, grain, grain.there)
 
-    @staticmethod
-    def _places(side: _Side, pages: Indices, plane: Indices, token: Indices, head: Indices, grain: _Grain) -> Indices:
-        """The places of all vectors, in grains from the beginning of a layer."""
+    def _places(self, side: _Side, pages: Indices, token: Indices, grain: Grain, unit: int) -> Indices:
+        """The places of all pieces, in units from where a layer begins."""
         size, strides = side.layout.page_tokens, side.strides
-        places = (pages[token // size] * strides.page + token % size * strides.token) // grain.nbytes
-        by_head = head * strides.head // grain.nbytes
-        by_plane = plane * strides.plane // grain.nbytes
-        return np.ascontiguousarray((by_plane[:, None, None] + places[None, :, None] + by_head[None, None, :]).reshape(-1))
-
-
-def _common(a: range, b: range) -> range:
-    start, stop = max(a.start, b.start), min(a.stop, b.stop)
-    return range(start, max(start, stop))
-
-
-def _heads(prefill: KVLayout, decode: KVLayout) -> range:
-    """The heads that go from this one to that one. Of prefill ranks that hold the same, decode ranks take one in turn."""
-    return _in_turn(_common(prefill.own_heads, decode.own_heads), prefill, prefill.tp_rank, decode.tp_rank)
-
-
-def _heads_between(prefill: KVLayout, here: int, decode: KVLayout, there: int) -> range:
-    """The same for two tensor ranks of two regular layouts."""
-    return _in_turn(_common(prefill.heads_at(here), decode.heads_at(there)), prefill, here, there)
-
-
-def _in_turn(heads: range, prefill: KVLayout, here: int, there: int) -> range:
-    replicas = prefill.replicas
-    return range(heads.start, heads.start) if replicas > 1 and here % replicas != there % replicas else heads
+        by_token = (pages[token // size] * strides.page + token % size * strides.token) // unit
+        by_head = np.arange(0, len(self._heads), grain.heads, dtype=np.int64) * strides.head // unit
+        by_plane = np.arange(0, self.decode.planes, grain.planes, dtype=np.int64) * strides.plane // unit
+        places = by_plane[:, None, None] + by_token[None, :, None] + by_head[None, None, :]
+        if grain.pieces == 1:
+            return np.ascontiguousarray(places.reshape(-1))
+        return np.ascontiguousarray((places[..., None] + np.arange(grain.pieces, dtype=np.int64)).reshape(-1))
 
 
 def _pages(name: str, pages: ArrayLike, layout: KVLayout) -> Indices:
@@ -368,6 +329,6 @@ def _pages(name: str, pages: ArrayLike, layout: KVLayout) -> Indices:
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be a list of page numbers, not shape {array.shape} of {array.dtype}")
     low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= layout.num_pages:
-        raise IndexError(f"{name} holds page {low if low < 0 else high}; the pool has pages 0 to {layout.num_pages - 1}")
+    if low < NO_PAGE or high >= layout.num_pages:
+        raise IndexError(f"{name} holds page {low if low < NO_PAGE else high}; the pool has pages 0 to {layout.num_pages - 1}")
     return np.ascontiguousarray(array, np.int64)

@@ -19,6 +19,8 @@ def check_pool(pages: RegionView, layout: KVLayout, checksums: bool) -> None:
     """Raise unless the pool of `layout` lies in this region, in memory that can be read here if need be."""
     if not isinstance(pages, RegionView):
         raise TypeError(f"pages must be a region of this engine, not {quote(pages)}")
+    if layout.outermost == "tensors":
+        raise ValueError("outermost: a pool with a memory for each layer is planned, but not moved yet")
     if pages.nbytes < layout.offset + layout.pool_bytes:
         raise RegionError(
             f"{layout.num_pages} such pages take {layout.offset + layout.pool_bytes} bytes, the region has {pages.nbytes}"

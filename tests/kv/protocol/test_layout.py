@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aiotransfer.kv import KVLayout, LayoutMismatch
+from aiotransfer.kv import KVLayout, LayoutMismatch, plan_transfer
 
 MODEL: dict[str, Any] = {
     "layers": 10, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "page_tokens": 16, "num_pages": 100,
@@ -25,11 +25,12 @@ def test_a_rank_holds_its_share_of_layers_and_heads() -> None:
 
 def test_its_strides_are_those_of_the_tensor_that_it_describes() -> None:
     vector = 256
-    assert KVLayout(**MODEL).strides == (2 * 100 * 16 * 8 * vector, 100 * 16 * 8 * vector, 16 * 8 * vector, 8 * vector, vector)
+    page = 16 * 8 * vector
+    assert KVLayout(**MODEL).byte_strides == (2 * 100 * page, 100 * page, page, 8 * vector, vector)
     flashinfer = KVLayout(**MODEL, kind="together", order="HND")
-    assert flashinfer.strides == (100 * 2 * 16 * 8 * vector, 16 * 8 * vector, 2 * 16 * 8 * vector, vector, 16 * vector)
+    assert flashinfer.byte_strides == (100 * 2 * 16 * 8 * vector, 16 * 8 * vector, 2 * 16 * 8 * vector, vector, 16 * vector)
     by_page = KVLayout(**MODEL, kind="together", outermost="pages")
-    assert by_page.strides[:3] == (2 * 16 * 8 * vector, 16 * 8 * vector, 10 * 2 * 16 * 8 * vector)
+    assert by_page.byte_strides[:3] == (2 * 16 * 8 * vector, 16 * 8 * vector, 10 * 2 * 16 * 8 * vector)
 
 
 def test_plain_values_make_it_again() -> None:
@@ -47,7 +48,10 @@ def test_plain_values_make_it_again() -> None:
         ("page_tokens", 0), ("num_pages", 1 << 60), ("order", "DNH"), ("kind", "both"), ("outermost", "heads"), ("tp", 3),
         ("tp_rank", 1), ("pp", 11),
         ("pp_rank", 1), ("layer_range", (3, 3)), ("layer_range", (0, 11)), ("layer_range", 5), ("windows", (4,)),
-        ("windows", (0,) * 10), ("windows", 7), ("offset", -1), ("nonsense", 1),
+        ("windows", (0,) * 10), ("windows", 7), ("offset", -1), ("nonsense", 1), ("strides", (1, 2, 3)),
+        ("strides", (1, -2, 3, 4, 5)), ("strides", (0,) * 5), ("strides", "abcde"), ("opaque", 1), ("partition", (4, 6)),
+        ("partition", (9,)), ("partition", (0,)), ("cp", 0), ("cp_rank", 1), ("cp_tokens", 0), ("cp_tokens", 1 << 21),
+        ("cp", 513),
     ],
 )  # fmt: skip
 def test_what_is_no_layout_is_refused_by_the_name_of_the_field(field: str, value: object) -> None:
@@ -59,3 +63,56 @@ def test_what_is_no_layout_is_refused_by_the_name_of_the_field(field: str, value
 def test_what_is_no_mapping_of_its_fields_is_refused(values: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="layout"):
         KVLayout.from_dict(values)
+
+
+def test_strides_that_overlap_are_refused_with_what_overlaps() -> None:
+    good = KVLayout(**MODEL, kind="packed")
+    strides = good.byte_strides
+    assert KVLayout(**MODEL, kind="packed", strides=tuple(strides)).pool_bytes == good.pool_bytes
+    with pytest.raises(ValueError, match="strides: from one page to the next are 32512 bytes, and what lies between has 32768"):
+        KVLayout(**MODEL, kind="packed", strides=tuple(strides._replace(page=strides.page - 256)))
+
+
+def test_strides_of_a_dimension_that_has_one_entry_do_not_matter() -> None:
+    layout = KVLayout(**(MODEL | {"layers": 1, "kv_heads": 1}), kind="mla", strides=(0, 0, 16 * 256, 256, 0))
+    assert layout.pool_bytes == 100 * 16 * 256
+
+
+def test_a_memory_for_each_layer_has_the_pages_of_one() -> None:
+    layout = KVLayout(**MODEL, outermost="tensors", pp=3)
+    assert (layout.memories, layout.layers_in_memory) == (4, 1)
+    assert layout.pool_bytes * 10 == KVLayout(**MODEL).pool_bytes
+    assert (KVLayout(**MODEL).memories, KVLayout(**MODEL).layers_in_memory) == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("order", "strides"),
+    [("NHD", (0, 0, 1 << 20, 1 << 12, 256)), ("HND", (0, 0, 1 << 20, 512, 1 << 14)), ("NHD", (0, 0, 1 << 20, 4096, 512))],
+)
+def test_an_opaque_page_has_no_gaps(order: str, strides: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="strides: an opaque page has no gaps"):
+        KVLayout(**(MODEL | {"layers": 1}), kind="packed", opaque=True, order=order, strides=strides)
+
+
+@pytest.mark.parametrize(
+    ("other", "field"),
+    [
+        ({"page_tokens": 32}, "page_tokens"), ({"order": "HND"}, "order"), ({"opaque": False}, "opaque"),
+        ({"tp": 2}, "heads of opaque"), ({"cp": 2, "cp_tokens": 8}, "cp_tokens"),
+    ],
+)
+def test_opaque_pages_are_not_cut(other: dict[str, Any], field: str) -> None:
+    """Tokens would land in the places of others, and nothing would say so."""
+    model = MODEL | {"kind": "packed", "opaque": True}
+    with pytest.raises(LayoutMismatch, match=field):
+        plan_transfer(KVLayout(**model), KVLayout(**(model | other)))
+    assert plan_transfer(KVLayout(**model), KVLayout(**(model | {"num_pages": 7, "outermost": "pages"}))).count(16) == 10
+
+
+def test_opaque_pages_of_heads_apart_are_cut_by_head_and_skipped_whole() -> None:
+    model = MODEL | {"kind": "packed", "opaque": True, "order": "HND"}
+    plan = plan_transfer(KVLayout(**model, tp=2), KVLayout(**model, tp=4))
+    assert plan.table(0, [0, 1], [0, 1]).page_bytes == 16 * 256
+    assert plan.unit() == 16
+    with pytest.raises(ValueError, match="opaque pages of 16 tokens are skipped whole: skip_tokens is 8"):
+        plan.table(0, [0, 1], [0, 1], skip_tokens=8)

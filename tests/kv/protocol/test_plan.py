@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from aiotransfer.kv import KVLayout, LayoutMismatch, PageTable, Place, pairs, plan_transfer
-from tests.kv.protocol.reference import fill, logical
+from aiotransfer.kv import NO_PAGE, KVLayout, LayoutMismatch, PageTable, Place, TransferPlan, pairs, plan_transfer, sources
+from aiotransfer.kv.protocol.ranks import coverage
+from tests.kv.protocol.reference import Bytes, fill, logical, memory
 
 MODEL: dict[str, Any] = {"layers": 4, "kv_heads": 4, "head_dim": 2, "dtype": "float16"}
 
@@ -24,105 +27,184 @@ class Case(NamedTuple):
     decode: KVLayout
     start: int
     end: int
+    window: int | None
+    nulls: frozenset[int]  # of the decode side's pages: which are none
     seed: int
+
+
+def parts(draw: st.DrawFn, whole: int, ranks: int) -> tuple[int, ...]:
+    """`whole` as a sum of `ranks` positive numbers."""
+    cuts = sorted(draw(st.permutations(range(1, whole)))[: ranks - 1])
+    return tuple(past - first for first, past in pairwise([0, *cuts, whole]))
+
+
+def strided(draw: st.DrawFn, layout: KVLayout) -> KVLayout:
+    """The same rank with strides of its own: any order of dimensions, with gaps."""
+    lengths = [layout.layers_in_memory, layout.planes, layout.num_pages, layout.page_tokens, len(layout.own_heads)]
+    order = draw(st.permutations(range(3 if layout.opaque else 5)))
+    found, step = list(layout.byte_strides), layout.page_bytes if layout.opaque else layout.vector_bytes
+    for dimension in order:
+        found[dimension] = step + draw(st.sampled_from([0, 0, 1, 2])) * layout.vector_bytes
+        step = found[dimension] * lengths[dimension]
+    return replace(layout, strides=tuple(found))
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    mla = draw(st.booleans())
-    heads = 1 if mla else draw(st.sampled_from([1, 2, 4, 6]))
-    layers = draw(st.integers(1, 4))
+    kind = draw(st.sampled_from(["two planes", "mla", "packed"]))
+    heads = 1 if kind == "mla" else draw(st.sampled_from([1, 2, 4, 6]))
+    layers, opaque = draw(st.integers(1, 4)), draw(st.booleans()) and draw(st.booleans())
     windows = draw(st.lists(st.none() | st.integers(1, 12), min_size=layers, max_size=layers) | st.just([]))
     model = {
         "layers": layers, "kv_heads": heads, "head_dim": draw(st.integers(1, 3)), "windows": tuple(windows),
-        "dtype": draw(st.sampled_from(["bfloat16", "float8_e4m3fn", "float32"])),
+        "dtype": draw(st.sampled_from(["bfloat16", "fp8", "float32"])), "opaque": opaque,
     }  # fmt: skip
+    sizes, orders = st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from(["NHD", "HND"])
+    degrees = st.sampled_from([n for n in (1, 2, 3, 4, 6, 8, 12) if kind == "mla" or max(n, heads) % min(n, heads) == 0])
+    same = {"page_tokens": draw(sizes), "order": draw(orders), "tp": draw(degrees)} if opaque else {}
+    if opaque and same["order"] == "HND":
+        del same["tp"]  # pages are cut by head
+    one_deal = draw(st.booleans())
+    deal = (draw(st.integers(1, 3)), draw(st.integers(1, 6)))
 
     def side() -> KVLayout:
-        degrees = [n for n in (1, 2, 3, 4, 6, 8, 12) if mla or max(n, heads) % min(n, heads) == 0]
-        return KVLayout(
-            **model, page_tokens=draw(st.sampled_from([1, 2, 3, 4, 8])), num_pages=draw(st.integers(24, 30)),
-            order=draw(st.sampled_from(["NHD", "HND"])), kind="mla" if mla else draw(st.sampled_from(["apart", "together"])),
-            outermost=draw(st.sampled_from(["layers", "pages"])), tp=draw(st.sampled_from(degrees)),
-            pp=draw(st.integers(1, layers)), offset=draw(st.sampled_from([0, 5, 64])),
+        drawn = {"page_tokens": draw(sizes), "order": draw(orders), "tp": draw(degrees)} | same
+        cp, each = deal if one_deal else (draw(st.integers(1, 3)), draw(st.integers(1, 6)))
+        pp = draw(st.integers(1, layers))
+        layout = KVLayout(
+            **model, **drawn, num_pages=draw(st.integers(24, 30)),
+            kind=kind if kind != "two planes" else draw(st.sampled_from(["apart", "together"])),
+            outermost=draw(st.sampled_from(["layers", "pages", "tensors"])), offset=draw(st.sampled_from([0, 5, 64])),
+            pp=pp, partition=parts(draw, layers, pp) if draw(st.booleans()) else (),
+            cp=cp, cp_tokens=each * drawn["page_tokens"] if opaque and not one_deal else each,
         )  # fmt: skip
+        return layout
 
-    end = draw(st.integers(0, 20))
-    return Case(side(), side(), draw(st.integers(0, end)), end, draw(st.integers(0, 1 << 30)))
+    prefill, decode, end = side(), side(), draw(st.integers(0, 20))
+    start = draw(st.integers(0, end))
+    if opaque:
+        whole = decode.page_tokens * decode.cp * decode.cp_tokens
+        start = start // whole * whole
+    nulls = draw(st.frozensets(st.integers(0, 19), max_size=3)) if draw(st.booleans()) else frozenset()
+    return Case(prefill, decode, start, end, draw(st.none() | st.integers(1, 12)), nulls, draw(st.integers(0, 1 << 30)))
 
 
 def ranks(layout: KVLayout) -> list[KVLayout]:
-    places = [(pp, tp) for pp in range(layout.pp) for tp in range(layout.tp)]
-    return [KVLayout.from_dict(layout.to_dict() | {"pp_rank": pp, "tp_rank": tp}) for pp, tp in places]
+    places = [(pp, tp, cp) for pp in range(layout.pp) for tp in range(layout.tp) for cp in range(layout.cp)]
+    return [replace(layout, pp_rank=pp, tp_rank=tp, cp_rank=cp) for pp, tp, cp in places]
 
 
-def carry(table: PageTable, source: np.ndarray[Any, Any], target: np.ndarray[Any, Any], written: np.ndarray[Any, Any]) -> None:
-    """What `write_pages` does."""
-    within = np.arange(table.page_bytes)
-    here = (table.src_offset + table.src_pages * table.src_stride)[:, None] + within
-    there = (table.dst_offset + table.dst_pages * table.dst_stride)[:, None] + within
-    for places, memory in ((here, source), (there, target)):
-        assert places.size == 0 or 0 <= places.min() <= places.max() < len(memory)
-    target[there] = source[here]
-    np.add.at(written, there, 1)
+class Sides(NamedTuple):
+    """The memory of two ranks, of all their regions, and how often each byte of the second was written."""
+
+    prefill: KVLayout
+    decode: KVLayout
+    source: Bytes
+    target: Bytes
+    written: NDArray[np.uint8]
+
+    def carry(self, layer: int, table: PageTable) -> None:
+        """What `write_pages` does, in the memories of this layer."""
+        assert table.src_stride >= table.page_bytes <= table.dst_stride
+        within = np.arange(table.page_bytes)
+        here = (table.src_offset + table.src_pages * table.src_stride)[:, None] + within
+        there = (table.dst_offset + table.dst_pages * table.dst_stride)[:, None] + within
+        found = []
+        for layout, region, places in ((self.prefill, self.source, here), (self.decode, self.target, there)):
+            size = len(region) // layout.memories
+            assert places.size == 0 or 0 <= places.min() <= places.max() < size
+            found.append(places + (size * (layer - layout.own_layers.start) if layout.memories > 1 else 0))
+        self.target[found[1]] = self.source[found[0]]
+        np.add.at(self.written, found[1], 1)
 
 
-def window_start(layout: KVLayout, other: KVLayout, layer: int, end: int) -> int:
-    window = layout.windows[layer] if layout.windows else None
-    unit = math.gcd(layout.page_tokens, other.page_tokens)
-    return 0 if window is None else max(0, end - window) // unit * unit
+def first_token(case: Case, layer: int) -> int:
+    """Where a window begins: at the beginning of the pages of both sides that it reaches, counted by what one rank has."""
+    windows = [case.window, case.decode.windows[layer] if case.decode.windows else None]
+    reach = min((window for window in windows if window is not None), default=None)
+    if reach is None:
+        return case.start
+    unit, deal = math.gcd(case.prefill.page_tokens, case.decode.page_tokens), case.decode.deal
+    if deal.way == case.prefill.deal.way and deal.ranks > 1:
+        unit = deal.ranks * math.lcm(deal.each, unit)
+    return max(case.start, (case.end - reach) // unit * unit)
 
 
-@settings(max_examples=60)
-@given(cases())
-def test_every_byte_of_a_request_is_written_once_and_no_other(case: Case) -> None:
+def past_token(case: Case, plan: TransferPlan) -> int:
+    """The end of the last block."""
+    tokens, deal = plan._grain(case.start).tokens, case.decode.deal
+    if deal.way != case.prefill.deal.way:
+        return -(-case.end // tokens) * tokens
+    return plan.decode.deal.holding(-(-plan.decode.deal.count(case.end) // tokens) * tokens)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.data())
+def test_every_byte_of_a_request_is_written_once_and_no_other(case: Case, data: st.DataObject) -> None:
     rng = np.random.default_rng(case.seed)
-    here = rng.permutation(case.prefill.num_pages)[: case.prefill.pages_of(case.end)].tolist()
-    there = rng.permutation(case.decode.num_pages)[: case.decode.pages_of(case.end)].tolist()
-    room = min(len(here) * case.prefill.page_tokens, len(there) * case.decode.page_tokens)
-    cache = logical(case.prefill, room, case.seed)
-    decode = ranks(case.decode)[case.seed % (case.decode.pp * case.decode.tp)]
-    target = np.zeros(decode.offset + decode.pool_bytes + 7, np.uint8)
+    every = ranks(case.decode)
+    decode = every[case.seed % len(every)]
+    decode = strided(data.draw, decode) if data.draw(st.booleans()) else decode
+    there = rng.permutation(decode.num_pages)[: decode.pages_of(case.end)].tolist()
+    there = [NO_PAGE if k in case.nulls else page for k, page in enumerate(there)]
+    nulls = there if NO_PAGE in there else None
+    cache = logical(case.prefill, 128, case.seed)
+    target = memory(decode, 7)
     written, expected = np.zeros_like(target), np.zeros_like(target)
-    missing = {(layer, head) for layer in decode.own_layers for head in decode.own_heads}
+    request = f"request {case.seed}"
+    asked, plans = sources(case.prefill, decode, request=request), []
     for prefill in ranks(case.prefill):
-        plan = plan_transfer(prefill, decode)
+        if data.draw(st.booleans()):
+            prefill = strided(data.draw, prefill)
+        plan = plan_transfer(prefill, decode, request=request)
+        assert bool(plan.layers) == (prefill.place in asked)
         if not plan.layers:
             continue
-        filled = np.zeros(prefill.offset + prefill.pool_bytes + 3, np.uint8)
-        fill(prefill, filled, here, cache, 0, room)
-        tables = {layer: plan.table(layer, here, there, skip_tokens=case.start, tokens=case.end) for layer in plan.layers}
-        assert sum(map(len, tables.values())) == plan.count(case.end, case.start)
-        unit = plan.unit(case.start)
-        past = -(-case.end // unit) * unit  # within the last page of either side
-        assert past <= room
+        plans.append(plan)
+        here = rng.permutation(prefill.num_pages)[: prefill.pages_of(case.end)].tolist()
+        past, options = past_token(case, plan), {"skip_tokens": case.start, "window": case.window}
+        source = memory(prefill, 3)
+        fill(prefill, source, here, cache, 0, past)
+        tables = {layer: plan.table(layer, here, there, tokens=case.end, **options) for layer in plan.layers}
+        counted = plan.count(case.end, case.start, window=case.window, dst_pages=nulls)
+        assert sum(map(len, tables.values())) == counted
+        assert sum(table.nbytes for table in tables.values()) == plan.nbytes(
+            case.end, case.start, window=case.window, dst_pages=nulls
+        )
         for layer, table in tables.items():
-            carry(table, filled, target, written)
-            first = max(case.start, window_start(decode, prefill, layer, case.end))
-            fill(decode, expected, there, cache, first, past if case.end > first else first, range(layer, layer + 1), plan.heads)
-            missing -= {(layer, head) for head in plan.heads}
-    assert not missing
+            Sides(prefill, decode, source, target, written).carry(layer, table)
+            index = plan.pages_of_blocks(layer, tokens=case.end, skip_tokens=case.start, window=case.window, dst_pages=nulls)
+            assert len(index) == len(table)
+    if plans:
+        assert coverage(plans, decode) == ""
+        for layer in decode.own_layers:
+            first = first_token(case, layer)
+            for plan in plans:
+                past = past_token(case, plan) if case.end > first else first
+                if layer in plan.layers:
+                    fill(decode, expected, there, cache, first, past, range(layer, layer + 1), plan.heads)
     assert np.array_equal(target, expected)
     assert np.array_equal(written != 0, expected != 0)
     assert written.max(initial=0) <= 1
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(cases(), st.lists(st.integers(0, 20), max_size=4))
 def test_chunks_of_a_request_are_together_what_it_is_in_one_and_count_as_much(case: Case, cuts: list[int]) -> None:
     here, there = list(range(case.prefill.pages_of(case.end))), list(range(case.decode.pages_of(case.end)))
+    there = [NO_PAGE if k in case.nulls else page for k, page in enumerate(there)]
     plan = plan_transfer(case.prefill, case.decode)
     unit, counted = plan.unit(case.start), 0
+    options: dict[str, Any] = {"skip_tokens": case.start, "tokens": case.end, "window": case.window}
     ends = sorted({case.start, case.end, *(cut // unit * unit for cut in cuts if case.start <= cut // unit * unit <= case.end)})
     for layer in plan.layers:
-        whole = plan.table(layer, here, there, skip_tokens=case.start, tokens=case.end)
-        parts = [
-            plan.table(layer, here, there, skip_tokens=case.start, tokens=case.end, chunk=chunk) for chunk in pairwise(ends)
-        ]
-        assert sorted(k for part in parts for k in part.dst_pages.tolist()) == sorted(whole.dst_pages.tolist())
-        assert {part.page_bytes for part in parts} <= {whole.page_bytes}
-        counted += sum(map(len, parts))
-    assert counted == plan.count(case.end, case.start) or case.start == case.end
+        whole = plan.table(layer, here, there, **options)
+        chunks = [plan.table(layer, here, there, chunk=chunk, **options) for chunk in pairwise(ends)]
+        assert sorted(k for part in chunks for k in part.dst_pages.tolist()) == sorted(whole.dst_pages.tolist())
+        assert {part.page_bytes for part in chunks} <= {whole.page_bytes}
+        counted += sum(map(len, chunks))
+    expected = plan.count(case.end, case.start, window=case.window, dst_pages=there)
+    assert counted == expected or case.start == case.end
 
 
 def test_a_request_of_any_length_moves_in_whole_pages() -> None:
@@ -176,7 +258,8 @@ def test_latents_and_heads_do_not_match() -> None:
     [
         ({"layer": 4}, IndexError, "layer 4"),
         ({"src_pages": [0, 8]}, IndexError, "src_pages holds page 8"),
-        ({"dst_pages": [-1, 0]}, IndexError, "dst_pages holds page -1"),
+        ({"dst_pages": [-2, 0]}, IndexError, "dst_pages holds page -2"),
+        ({"src_pages": [-1, 0]}, ValueError, "no page where dst_pages names one"),
         ({"dst_pages": [1, 1]}, ValueError, "a page twice"),
         ({"tokens": 9}, ValueError, "too few for 9 tokens"),
         ({"tokens": -1}, ValueError, "negative"),
@@ -214,7 +297,8 @@ def test_heads_that_are_not_divided_evenly_are_named_by_a_range() -> None:
         source = np.zeros(prefill.pool_bytes, np.uint8)
         fill(prefill, source, [1, 7], cache, 0, 8)
         for layer in (0, 1):
-            carry(plan_transfer(prefill, decode).table(layer, [1, 7], [5, 2]), source, target, written)
+            table = plan_transfer(prefill, decode).table(layer, [1, 7], [5, 2])
+            Sides(prefill, decode, source, target, written).carry(layer, table)
     assert np.array_equal(target, expected)
     assert written.max() == 1
     with pytest.raises(ValueError, match="not known what other ranks hold"):
