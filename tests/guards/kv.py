@@ -129,7 +129,7 @@ GUARDS = (
         "aiotransfer/kv/protocol/ranks.py",
         "    elif decode.layer_range is None:\n",
         "    else:\n",
-        "tests/kv/protocol/test_ranks.py",
+        "tests/kv/test_instances.py",
     ),
     Mutant(
         "kv: who is asked is not waited for a second time",
@@ -164,7 +164,7 @@ GUARDS = (
         "aiotransfer/kv/protocol/plan.py",
         "math.gcd(here.page_tokens, there.page_tokens, skip, *dealt)",
         "math.gcd(here.page_tokens, there.page_tokens, skip)",
-        "tests/kv/protocol/test_plan.py",
+        "tests/kv/test_instances.py",
     ),
     Mutant(
         "kv: places have a common unit",

@@ -81,7 +81,7 @@ def cases(draw: st.DrawFn) -> Case:
         return layout
 
     prefill, decode, end = side(), side(), draw(st.integers(0, 20))
-    start = draw(st.integers(0, end))
+    start = draw(st.just(0) | st.integers(0, end))
     if opaque:
         whole = decode.page_tokens * decode.cp * decode.cp_tokens
         start = start // whole * whole
