@@ -30,9 +30,10 @@ class RawDecoder:
     def reserve(self, id: str = "a", **other: Any) -> messages.Reserve:
         """A reservation that is taken, but for what `other` says."""
         pool, tail = (lease.descriptor.encode() for lease in self.leases)
+        pages = np.arange(3, dtype=np.uint32).tobytes()
         good = messages.Reserve(
-            next(self.numbers), id, self.layout.to_dict(), pool, tail, np.arange(3).tobytes(), 3 * self.layout.page_tokens,
-            0, 5, 0, 30.0, False, b"",
+            next(self.numbers), id, self.layout.to_dict(), [pool], tail, pages, 3 * self.layout.page_tokens, 0, 5, 0, 30.0, False,
+            b"",
         )  # fmt: skip
         return msgspec.structs.replace(good, **other)
 

@@ -104,12 +104,13 @@ def offered(region: at.Region, peer: at.Peer) -> bytes:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"page_ids": np.arange(4).tobytes()}, "12 tokens take 3 pages, not 4"),
-        ({"page_ids": np.array([5, 7, 5]).tobytes()}, "names a page twice"),
-        ({"page_ids": np.array([0, 1, 1 << 62]).tobytes()}, "holds page"),
-        ({"page_ids": np.array([0, 1, -1]).tobytes()}, "holds page -1"),
+        ({"page_ids": np.arange(4, dtype=np.uint32).tobytes()}, "12 tokens take 3 pages, not 4"),
+        ({"page_ids": np.array([5, 7, 5], np.uint32).tobytes()}, "names a page twice"),
+        ({"page_ids": np.array([0, 1, 1 << 31], np.uint32).tobytes()}, "holds page"),
+        ({"page_ids": np.array([0, 1, 64], np.uint32).tobytes()}, "holds page 64"),
+        ({"pages": [b"", b""]}, "descriptor"),
         ({"tokens": messages.MOST_TOKENS}, "pages of 4, not 3"),
-        ({"layout": LAYOUT | {"page_tokens": 1 << 20, "num_pages": 3}, "page_ids": bytes(8)}, "less than its layout"),
+        ({"layout": LAYOUT | {"page_tokens": 1 << 20, "num_pages": 3}, "page_ids": bytes(4)}, "less than its layout"),
         ({"layout": LAYOUT | {"num_pages": 65}}, "less than its layout"),
         ({"layout": LAYOUT | {"offset": 1}}, "less than its layout"),
     ],
@@ -127,7 +128,7 @@ async def test_a_reservation_that_a_layer_would_stumble_over_is_refused_before_i
 
 async def test_pages_before_the_first_token_that_is_written_may_be_named_twice() -> None:
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
-        answer = await raw.ask(page_ids=np.array([5, 5, 6]).tobytes(), skip_tokens=8)
+        answer = await raw.ask(page_ids=np.array([5, 5, 6], np.uint32).tobytes(), skip_tokens=8)
         assert isinstance(answer, messages.Reserved)
 
 
@@ -145,7 +146,8 @@ async def test_checksums_take_room_in_the_tail() -> None:
 async def test_memory_of_another_engine_cannot_be_offered(name: str) -> None:
     async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
         foreign = both.decode.region.lease(both.peer)  # to the prefill rank, by another engine
-        answer = await raw.ask(**{name: foreign.descriptor.encode()})
+        descriptor = foreign.descriptor.encode()
+        answer = await raw.ask(**{name: [descriptor] if name == "pages" else descriptor})
         assert isinstance(answer, messages.Refused)
         assert "does not belong to the engine that offers it" in answer.text
         await foreign.revoke(timeout=10)

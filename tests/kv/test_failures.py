@@ -140,8 +140,8 @@ async def test_a_shortage_on_the_decode_side_ends_the_request_before_anything_is
 
 async def test_too_much_data_for_a_message_is_an_error_and_not_a_wait() -> None:
     async with party() as both:
-        with pytest.raises(ValueError, match="at most 1048576 bytes"):
-            async with both.decoder.request(both.peer, "a", [1], data=b"x" * (1 << 20)):
+        with pytest.raises(ValueError, match="at most 16777216 bytes"):
+            async with both.decoder.request(both.peer, "a", [1], data=b"x" * (1 << 24)):
                 pass
         await all_is_free(both)
 
@@ -361,15 +361,17 @@ async def test_a_forged_reservation_is_refused() -> None:
         async with handle:
             part = handle._sources[0]
             pool, tail = (lease.descriptor for lease in part.leases)
+            pages = np.arange(3, dtype=np.uint32)
             good = messages.Reserve(
-                1 << 40, "b", both.decode.layout.to_dict(), pool.encode(), tail.encode(), np.arange(3).tobytes(), 12, 0, 5, 0,
-                5.0, False, b"",
+                1 << 40, "b", both.decode.layout.to_dict(), [pool.encode()], tail.encode(), pages.tobytes(), 12, 0, 5, 0, 5.0,
+                False, b"",
             )  # fmt: skip
             import msgspec
 
             for change in (
-                {"pages": b"nonsense"}, {"pages": pool[:64].encode()}, {"page_ids": np.arange(2).tobytes()},
-                {"page_ids": np.array([0, 1, 64]).tobytes()}, {"layout": {"layers": 3}}, {"layout": {"layers": "many"}},
+                {"pages": [b"nonsense"]}, {"pages": [pool[:64].encode()]}, {"pages": 2 * [pool.encode()]},
+                {"page_ids": pages[:2].tobytes()}, {"page_ids": np.array([0, 1, 64], np.uint32).tobytes()},
+                {"layout": {"layers": 3}}, {"layout": {"layers": "many"}},
             ):  # fmt: skip
                 with pytest.raises(at.TransferError):
                     await _answer(both, msgspec.structs.replace(good, **change))

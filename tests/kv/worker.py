@@ -58,7 +58,7 @@ async def serve(here: Any, request: kv.PrefillRequest) -> None:
                 while not request.cancelled:  # what a rank that is out of its mind would do: write, and never come to an end
                     table = target.plan.table(0, pages, target.page_ids, tokens=request.tokens)
                     await here.engine.write_pages(
-                        here.region, table.src_pages, target.pool, table.dst_pages, page_bytes=table.page_bytes,
+                        here.region, table.src_pages, target.pools[0], table.dst_pages, page_bytes=table.page_bytes,
                         src_offset=table.src_offset, dst_offset=table.dst_offset,
                     )  # fmt: skip
             here.fill(pages, cache_of(here.layout, request.tokens), request.tokens)

@@ -291,7 +291,7 @@ def _kv(data: bytes) -> bool:
 def _kv_messages() -> list[bytes]:
     layout = KVLayout(4, 2, 8, "bfloat16", 4, 64, tp=2, pp=2, windows=(None, 8, None, 8)).to_dict()
     return [messages.encode(message) for message in (
-        messages.Reserve(7, "request", layout, b"pool", b"tail", bytes(24), 12, 4, 5, 0, 1.5, True, b"prompt", "instance"),
+        messages.Reserve(7, "request", layout, [b"pool"], b"tail", bytes(24), 12, 4, 5, 0, 1.5, True, b"prompt", "instance"),
         messages.Reserved(7, layout), messages.Refused(7, "layout", "they differ", "windows", [None, 8], 3),
         messages.Cancel(7, "late", "why"), messages.Failed(7, "nan", True), messages.Waiting(7, "others"),
         messages.Absent(7, "request", layout, "no memory", "instance"),

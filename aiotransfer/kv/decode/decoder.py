@@ -28,12 +28,11 @@ from aiotransfer.kv.decode.pool import Pool, RequestSpec, Settings
 from aiotransfer.kv.protocol import messages
 from aiotransfer.kv.roles.arguments import is_twice, page_ids_of, whole
 from aiotransfer.kv.roles.dispatcher import Dispatcher
-from aiotransfer.kv.roles.role import Role
+from aiotransfer.kv.roles.role import Pages, Role
 from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.memory.region import Region
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.errors import DescriptorError
     from aiotransfer.kv.protocol.layout import KVLayout
@@ -41,7 +40,8 @@ if TYPE_CHECKING:
 
 
 class Decoder(Role):
-    """Receives KV caches into `pages`, a region of `engine` that holds the pool of `layout`.
+    """Receives KV caches into `pages`, a region of `engine` (or a part of one) that holds the pool of `layout`; a list of these,
+    one for each layer of this rank, where `layout.outermost` is "tensors".
 
     `instance`: the name of the copy of the model that this rank belongs to, of 1 to 256 characters, the same at all of its
     ranks and at those of no other copy (vLLM: the `engine_id`). A prefill rank knows a request by its instance and its id.
@@ -59,7 +59,7 @@ class Decoder(Role):
     """
 
     def __init__(
-        self, engine: Engine, layout: KVLayout, pages: Region, *, instance: str | None = None, tail_bytes: int = 64 << 10,
+        self, engine: Engine, layout: KVLayout, pages: Pages, *, instance: str | None = None, tail_bytes: int = 64 << 10,
         checksums: bool = False, most_requests: int = 4096, revoke_timeout: float = 5.0,
         on_record: Callable[[RequestRecord], object] | None = None,
     ) -> None:  # fmt: skip
@@ -94,7 +94,7 @@ class Decoder(Role):
         instance, and the same at all of its ranks. These must agree on the request in everything but their pages and
         `timeout`. `page_ids`: from the first token on; of them those before `skip_tokens` (a cached prefix) are neither
         written nor held. `tokens`: of the prompt; None: as many as the pages hold. `priority`: higher goes first. `data`: for
-        the prefill application (the prompt, say; with it at most about 1 MiB). All of it, until the last page, within
+        the prefill application (the prompt, say; with it at most about 16 MiB). All of it, until the last page, within
         `timeout` seconds (None: the engine's).
 
         Raises `TypeError`, `ValueError`, `IndexError`, `BusyError` (a page that another request holds, too many requests),

@@ -155,26 +155,26 @@ class Handle(Unpicklable):
         for peer in spec.peers:
             source = Source(peer, next(numbers), role.tails.take(HEADER_BYTES + sums + settings.tail_bytes))
             self._sources.append(source)
-            for memory in (role.pages, source.tail):
+            for memory in (*role.memories, source.tail):
                 source.leases.append(memory.lease(peer))
 
     def _ask(self) -> None:
         role, spec, counter = self._role, self.spec, self._counter
         assert counter is not None
         for source in self._sources:
-            pool, tail = source.leases
+            *pools, tail = [lease.descriptor.encode() for lease in source.leases]
             self._pool.expect(source.number, self)
             message = messages.Reserve(
-                source.number, spec.id, role.layout.to_dict(), pool.descriptor.encode(), tail.descriptor.encode(),
-                spec.page_ids.tobytes(), spec.tokens, spec.skip_tokens, counter.imm, spec.priority, self._left(),
-                self._settings.checksums, spec.data, self._settings.named,
+                source.number, spec.id, role.layout.to_dict(), pools, tail, spec.page_ids.astype(np.uint32).tobytes(),
+                spec.tokens, spec.skip_tokens, counter.imm, spec.priority, self._left(), self._settings.checksums, spec.data,
+                self._settings.named,
             )  # fmt: skip
             role.dispatcher.own(self._send(source.peer, messages.encode(message)))
 
     async def _send(self, peer: Peer, data: bytes) -> None:
         try:
             async with Timeout(self._left()):
-                await peer.send(data)
+                await self._role.dispatcher.deliver(peer, data)
         except TimeoutError:
             self._late()
         except PeerLostError as error:
@@ -290,10 +290,10 @@ class Handle(Unpicklable):
             self._feed("right")
 
     def _check_now(self) -> None:
-        memory = memory_of(self._role.pages)  # keeps it, should the region be closed meanwhile
+        memories = [memory_of(memory) for memory in self._role.memories]  # keeps them, should a region be closed meanwhile
         for source in self._sources:
             assert source.plan is not None
-            check_sums(source.plan, memory, memory_of(source.tail), self.spec.page_ids, self.spec, source.peer)
+            check_sums(source.plan, memories, memory_of(source.tail), self.spec.page_ids, self.spec, source.peer)
 
     def _deliver(self) -> None:
         if self._deadline is not None:

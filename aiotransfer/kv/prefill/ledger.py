@@ -40,7 +40,7 @@ class Target:
     peer: Peer
     number: int
     plan: TransferPlan
-    pool: RemoteRegion
+    pools: tuple[RemoteRegion, ...]
     tail: RemoteRegion
     page_ids: NDArray[np.int64]
     imm: int
@@ -175,7 +175,7 @@ class Ledger(Generic[R]):
             asked = self.asked.get(target.peer)
             if asked is not None and asked.requests.pop(target.number, None) is not None:
                 asked.nbytes -= target.nbytes
-                asked.kept = (target.pool, target.tail) if request.delivered else asked.kept
+                asked.kept = (*target.pools, target.tail) if request.delivered else asked.kept
 
     def gone(self, peer: Peer) -> list[R]:
         """Forget a peer that has gone, and return its requests."""

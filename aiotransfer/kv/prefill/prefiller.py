@@ -38,13 +38,12 @@ from aiotransfer.kv.protocol.plan import Tables, TransferPlan
 from aiotransfer.kv.protocol.ranks import Receivers, receivers
 from aiotransfer.kv.roles.arguments import is_twice, page_ids_of, whole
 from aiotransfer.kv.roles.dispatcher import Dispatcher
-from aiotransfer.kv.roles.role import Role
+from aiotransfer.kv.roles.role import Pages, Role
 from aiotransfer.kv.roles.tails import HEADER_BYTES
 from aiotransfer.model.descriptor import RemoteRegion
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
-    from aiotransfer.engine.memory.region import Region
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.kv.protocol.layout import Place
     from aiotransfer.kv.protocol.record import RequestRecord
@@ -53,7 +52,7 @@ MOST_PLANS = 256  # layouts of decode ranks that are remembered
 
 
 class Prefiller(Role):
-    """Sends KV caches out of `pages`, a region of `engine` that holds the pool of `layout`. One of an engine.
+    """Sends KV caches out of `pages`, memory of `engine` as `Decoder` takes it that holds the pool of `layout`. One of an engine.
 
     `most_requests`: how many may be known at a time, `reserved_bytes`: what these may take here (prompts, page numbers); beyond
     either, the decode rank that takes the most makes room for one that takes less, and others are refused. `peer_bytes`: written
@@ -65,7 +64,7 @@ class Prefiller(Role):
     """
 
     def __init__(
-        self, engine: Engine, layout: KVLayout, pages: Region, *, most_requests: int = 4096,
+        self, engine: Engine, layout: KVLayout, pages: Pages, *, most_requests: int = 4096,
         reserved_bytes: int = 256 << 20, peer_bytes: int = 256 << 20, class_bytes: Mapping[int, int] | None = None,
         on_record: Callable[[RequestRecord], object] | None = None,
     ) -> None:  # fmt: skip
@@ -141,8 +140,9 @@ class Prefiller(Role):
         plan, places = self._plan(message.layout)
         ledger, place = self._ledger, plan.decode.place
         key = ledger.key(peer, message, plan.decode, places)
-        if message.checksums and self.pages.device != "cpu":
-            raise Refusal("checksums", f"checksums are computed in host memory, and the pages here are on {self.pages.device}")
+        if message.checksums and any(memory.device != "cpu" for memory in self.memories):
+            device = self.memories[0].device
+            raise Refusal("checksums", f"checksums are computed in host memory, and the pages here are on {device}")
         known = ledger.requests.get(key)
         if known is not None and not known.joins(plan.decode):
             raise Refusal("duplicate", f"request {message.id!r} of this decode instance is under way already")
@@ -201,22 +201,25 @@ class Prefiller(Role):
         """What is to be written where. Everything that a layer or the tail would stumble over later is refused here."""
         layout, tokens, skip = plan.decode, message.tokens, message.skip_tokens
         try:
-            pool, tail = RemoteRegion.decode(message.pages), RemoteRegion.decode(message.tail)
-            ids = page_ids_of(np.frombuffer(message.page_ids, np.int64), layout, tokens)
+            pools, tail = [RemoteRegion.decode(each) for each in message.pages], RemoteRegion.decode(message.tail)
+            ids = page_ids_of(np.frombuffer(message.page_ids, np.uint32), layout, tokens)
             plan.unit(skip)
         except (DescriptorError, IndexError, ValueError) as error:
             raise Refusal("protocol", str(error)) from None
-        if pool.incarnation != peer.incarnation or tail.incarnation != peer.incarnation:
+        if any(memory.incarnation != peer.incarnation for memory in (*pools, tail)):
             raise Refusal("protocol", "the memory that was offered does not belong to the engine that offers it")
         if len(ids) > layout.pages_of(tokens):
             raise Refusal("protocol", f"{tokens} tokens take {layout.pages_of(tokens)} pages, not {len(ids)}")
         if is_twice(ids[layout.written(skip, tokens)]):
             raise Refusal("protocol", "page_ids names a page twice")
         sums = 8 * len(ids) * len(plan.layers) if message.checksums else 0
-        if pool.nbytes < layout.offset + layout.pool_bytes or tail.nbytes < HEADER_BYTES + sums:
+        if len(pools) != layout.memories:
+            raise Refusal("protocol", f"{len(pools)} descriptors of memory, where the layout has {layout.memories}")
+        least = layout.offset + layout.pool_bytes
+        if any(pool.nbytes < least for pool in pools) or tail.nbytes < HEADER_BYTES + sums:
             raise Refusal("protocol", "the memory that was offered is less than its layout, or than its checksums, take")
-        nbytes += len(message.page_ids) + len(message.pages) + len(message.tail)
-        return Target(peer, message.number, plan, pool, tail, ids, message.imm, nbytes)
+        nbytes += ids.nbytes + sum(map(len, message.pages)) + len(message.tail)
+        return Target(peer, message.number, plan, tuple(pools), tail, ids, message.imm, nbytes)
 
     async def _await_loss(self, peer: Peer) -> None:
         await peer.closed()

@@ -321,8 +321,8 @@ class PrefillRequest(Unpicklable):
         ours, theirs = self._page_ids, target.page_ids
         assert ours is not None
         if self._checksums and end == tokens and layer not in target.sums:
-            memory = memory_of(self._role.pages)
-            target.sums[layer] = sums_of_layer(plan, layer, memory, (ours, theirs), tokens, skip, here=True)
+            memories = [memory_of(memory) for memory in self._role.memories]
+            target.sums[layer] = sums_of_layer(plan, layer, memories, (ours, theirs), tokens, skip, here=True)
         unit = plan.unit(skip)
         first = max(skip, self._cut(self._ready.get(layer, 0), unit))
         past = self._cut(end, unit)
@@ -331,12 +331,12 @@ class PrefillRequest(Unpicklable):
         table = plan.table(layer, ours, theirs, skip_tokens=skip, tokens=tokens, chunk=(first, past))
         if not len(table):
             return
-        engine, pages = self._role.engine, self._role.pages
+        engine, pages, pool = self._role.engine, self._role.memories[table.src_memory], target.pools[table.dst_memory]
 
         def post() -> Transfer:
             self._times.setdefault("first_page", time.time())
             return engine.write_pages(
-                pages, table.src_pages, target.pool, table.dst_pages, page_bytes=table.page_bytes, src_stride=table.src_stride,
+                pages, table.src_pages, pool, table.dst_pages, page_bytes=table.page_bytes, src_stride=table.src_stride,
                 dst_stride=table.dst_stride, src_offset=table.src_offset, dst_offset=table.dst_offset, imm=target.imm,
                 timeout=self._left(),
             )  # fmt: skip

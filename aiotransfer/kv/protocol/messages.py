@@ -11,7 +11,7 @@
 
 There is no message that says "done": the decode side counts. A message begins with a mark that tells it from the application's
 own messages on the same engine and says which side it is for, a version, and the number; what cannot be read raises
-`DescriptorError` and nothing else, and the receiver can still answer by the number.
+`DescriptorError` and nothing else, and the receiver can still answer by the number. A large one travels in pieces (see `pieces`).
 
 Every number and text of a message has a bound here, and every value a flat type: a message costs its receiver no more than its
 length.
@@ -29,7 +29,12 @@ from aiotransfer.errors import DescriptorError
 VERSION = 4
 TO_PREFILLER, TO_DECODER = b"\x93ATp", b"\x93ATd"
 _HEADER = struct.Struct("<4sBQ")
-MOST_PAGES = 1 << 18  # of one request: what a message of 1 MiB holds
+HEADER_BYTES = _HEADER.size
+MOST_PAGES = 1 << 21  # of one request
+MOST_DESCRIPTORS = 1024  # of its pages: one, or one for each layer
+MOST_MESSAGE = 16 << 20  # bytes; what is larger than a piece travels in pieces
+PIECE_BYTES = 512 << 10
+MOST_PIECES = MOST_MESSAGE // PIECE_BYTES
 MOST_ID = 512
 MOST_INSTANCE = 256
 MOST_TOKENS = 1 << 26
@@ -51,9 +56,9 @@ class Reserve(_Message, frozen=True, tag=1):
 
     id: str
     layout: dict[str, Plain]
-    pages: bytes  # the descriptor of the pool
+    pages: list[bytes]  # the descriptor of the pool, or one for each layer
     tail: bytes  # and of the tail's place
-    page_ids: bytes  # int64
+    page_ids: bytes  # uint32
     tokens: int
     skip_tokens: int
     imm: int
@@ -161,7 +166,7 @@ def decode(data: bytes) -> ToPrefiller | ToDecoder:
 def _check(message: Reserve) -> None:
     wrong = (
         not 0 < len(message.id) <= MOST_ID or len(message.instance) > MOST_INSTANCE
-        or len(message.page_ids) % 8 or len(message.page_ids) > 8 * MOST_PAGES
+        or len(message.page_ids) % 4 or len(message.page_ids) > 4 * MOST_PAGES or not 0 < len(message.pages) <= MOST_DESCRIPTORS
         or not 0 <= message.skip_tokens <= message.tokens <= MOST_TOKENS or not 0 <= message.imm <= MOST_IMM
         or not -(1 << 31) <= message.priority < 1 << 31 or not message.seconds >= 0
     )  # fmt: skip

@@ -33,7 +33,10 @@ MOST_ROWS = 1 << 21  # of all of these, with the pages they were made from: 32 M
 @dataclass(frozen=True, slots=True)
 class PageTable:
     """What `write_pages` takes, for one layer: block k goes from `src_offset + src_pages[k] * src_stride` to
-    `dst_offset + dst_pages[k] * dst_stride`, `page_bytes` each. Its length is what it counts."""
+    `dst_offset + dst_pages[k] * dst_stride`, `page_bytes` each. Its length is what it counts.
+
+    `src_memory`, `dst_memory`: in which region, where there is one for each layer of a rank.
+    """
 
     src_pages: Indices
     dst_pages: Indices
@@ -42,6 +45,8 @@ class PageTable:
     dst_stride: int
     src_offset: int
     dst_offset: int
+    src_memory: int = 0
+    dst_memory: int = 0
 
     def __len__(self) -> int:
         return len(self.src_pages)
@@ -57,6 +62,10 @@ class _Side:
     layout: KVLayout
     strides: Strides
     first_head: int  # of the heads that move, among this side's own
+
+    def memory(self, layer: int) -> int:
+        """Which region of this side the layer lies in."""
+        return 0 if self.layout.outermost != "tensors" else layer - self.layout.own_layers.start
 
     def offset(self, layer: int) -> int:
         """Where the first head that moves begins, in the memory of this layer."""
@@ -164,8 +173,9 @@ class TransferPlan:
         key = self, here.tobytes(), there.tobytes(), start, end, grain
         ours, theirs = self._tables.get(key, len(here) + len(there), lambda: self._blocks(here, there, start, end, grain))
         return PageTable(
-            ours, theirs, grain.nbytes, grain.here, grain.there, self._here.offset(layer), self._there.offset(layer)
-        )
+            ours, theirs, grain.nbytes, grain.here, grain.there, self._here.offset(layer), self._there.offset(layer),
+            self._here.memory(layer), self._there.memory(layer),
+        )  # fmt: skip
 
     def unit(self, skip_tokens: int = 0) -> int:
         """Where a request of which `skip_tokens` are not sent may be cut into chunks: at multiples of so many tokens."""

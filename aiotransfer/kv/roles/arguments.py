@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,18 +16,29 @@ if TYPE_CHECKING:
     from aiotransfer.kv.protocol.layout import KVLayout
 
 
-def check_pool(pages: RegionView, layout: KVLayout, checksums: bool) -> None:
-    """Raise unless the pool of `layout` lies in this region, in memory that can be read here if need be."""
-    if not isinstance(pages, RegionView):
-        raise TypeError(f"pages must be a region of this engine, not {quote(pages)}")
-    if layout.outermost == "tensors":
-        raise ValueError("outermost: a pool with a memory for each layer is planned, but not moved yet")
-    if pages.nbytes < layout.offset + layout.pool_bytes:
-        raise RegionError(
-            f"{layout.num_pages} such pages take {layout.offset + layout.pool_bytes} bytes, the region has {pages.nbytes}"
-        )
-    if checksums and pages.device != "cpu":
-        raise ConfigurationError(f"checksums are computed in host memory, and the pages are on {pages.device}")
+def memories_of(pages: RegionView | Sequence[RegionView], layout: KVLayout) -> tuple[RegionView, ...]:
+    """The regions of a pool. Raises `TypeError` unless they are regions, and `ValueError` unless there are as many as its layout
+    says."""
+    found = tuple(pages) if isinstance(pages, list | tuple) else (pages,)
+    for each in found:
+        if not isinstance(each, RegionView):
+            raise TypeError(f"pages must be a region of this engine, not {quote(each)}")
+    if len(found) != layout.memories or isinstance(pages, list | tuple) != (layout.outermost == "tensors"):
+        said = f"a list of {layout.memories}, one for each layer" if layout.outermost == "tensors" else "one region"
+        raise ValueError(f"pages: outermost={layout.outermost!r} takes {said}, not {len(found)} in a {type(pages).__name__}")
+    return found
+
+
+def check_pool(memories: Sequence[RegionView], layout: KVLayout, checksums: bool) -> None:
+    """Raise unless the pool of `layout` lies in these regions, in memory that can be read here if need be."""
+    for k, pages in enumerate(memories):
+        if pages.nbytes < layout.offset + layout.pool_bytes:
+            which = f"region {k}" if len(memories) > 1 else "the region"
+            raise RegionError(
+                f"{layout.num_pages} such pages take {layout.offset + layout.pool_bytes} bytes, {which} has {pages.nbytes}"
+            )
+        if checksums and pages.device != "cpu":
+            raise ConfigurationError(f"checksums are computed in host memory, and the pages are on {pages.device}")
 
 
 def page_ids_of(page_ids: Any, layout: KVLayout, tokens: int) -> NDArray[np.int64]:

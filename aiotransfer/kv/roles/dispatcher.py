@@ -17,6 +17,7 @@ from aiotransfer.aio.tasks import begin
 from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.errors import ClosedError, ConfigurationError, DescriptorError, TransferError, again, said
 from aiotransfer.kv.protocol import messages
+from aiotransfer.kv.protocol.pieces import STALE_SECONDS, Pieces, is_piece, split
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
@@ -53,6 +54,8 @@ class Dispatcher:
         self._telling: dict[asyncio.Task[Any], tuple[Peer, int]] = {}
         self._waiting: Counter[Peer] = Counter()  # how many bytes of these are for whom
         self._reader: asyncio.Task[None] | None = None
+        self._pieces = Pieces()
+        self._sweeping: asyncio.TimerHandle | None = None
 
     @classmethod
     def enter(cls, engine: Engine, mark: bytes, receiver: Receiver) -> Dispatcher:
@@ -71,6 +74,8 @@ class Dispatcher:
         """Take a receiver out; with the last one the dispatcher closes."""
         self._receivers.pop(receiver, None)
         if not self._receivers and self._reader is not None:
+            if self._sweeping is not None:
+                self._sweeping.cancel()
             self._close()
             self._reader.cancel()
             await asyncio.wait([self._reader])
@@ -91,16 +96,34 @@ class Dispatcher:
             await incoming.aclose()
 
     def _receive(self, peer: Peer, data: bytes) -> None:
+        number = messages.number(data)
         try:
+            if is_piece(data):
+                whole = self._pieces.add(peer, data, asyncio.get_running_loop().time())
+                self._sweep_later()
+                if whole is None:
+                    return
+                data = whole
             message = messages.decode(data)
         except DescriptorError as error:
-            number = messages.number(data)
             if number is None or not any(receiver.unreadable(peer, number, error) for receiver in list(self._receivers)):
                 self._complain(peer, error)
             return
+        if isinstance(message, messages.Cancel):
+            self._pieces.drop(peer, message.number)
         for receiver in list(self._receivers):
             if receiver.receive(peer, message):
                 return
+
+    def _sweep_later(self) -> None:
+        """Forget, after a while, messages whose next piece does not come."""
+        if len(self._pieces) and self._sweeping is None:
+            self._sweeping = asyncio.get_running_loop().call_later(STALE_SECONDS, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeping = None
+        self._pieces.sweep(asyncio.get_running_loop().time())
+        self._sweep_later()
 
     def _failed(self, peer: Peer, data: bytes, error: Exception) -> None:
         """A message was more than this side could bear: say so here and there."""
@@ -143,11 +166,16 @@ class Dispatcher:
     async def _send(self, peer: Peer, data: bytes, seconds: float) -> None:
         try:
             async with Timeout(seconds):
-                await peer.send(data)
+                await self.deliver(peer, data)
         except (TransferError, TimeoutError):
             pass  # that it is gone, or does not read, is learned where something waits for it
         except Exception as error:
             self._complain(peer, error, "cannot be sent")
+
+    async def deliver(self, peer: Peer, data: bytes) -> None:
+        """Send a message, in pieces if need be. Raises what `Peer.send` raises, and `ValueError` for one that is too large."""
+        for piece in split(data):
+            await peer.send(piece)
 
     async def flush(self) -> None:
         """Wait until what was told is sent, or its time is over."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from aiotransfer.engine.engine import Engine
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.kv.protocol.layout import KVLayout
-from aiotransfer.kv.roles.arguments import check_pool
+from aiotransfer.kv.roles.arguments import check_pool, memories_of
 from aiotransfer.kv.roles.tails import TailPool
 from aiotransfer.kv.roles.tracing import trace
 from aiotransfer.quote import quote
@@ -18,15 +18,16 @@ from aiotransfer.telemetry.records import MOST_RECORDS, Host
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from aiotransfer.engine.memory.region import Region
+    from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.kv.protocol.record import RequestRecord
     from aiotransfer.kv.roles.dispatcher import Dispatcher
 
 R = TypeVar("R", bound="Role")
+Pages: TypeAlias = "RegionView | Sequence[RegionView]"  # a region, a part of one, or one for each layer
 
 
 class Role(Unpicklable):
-    """A decoder or a prefiller, as its requests know it: `pages` holds the pool of `layout`.
+    """A decoder or a prefiller, as its requests know it: `pages` holds the pool of `layout`, in `memories`.
 
     Raises `TypeError` where `engine`, `layout` or `pages` is something else, `RegionError` when the pool does not lie in the
     region, and `ConfigurationError` for `checksums` of memory that the host cannot read.
@@ -36,14 +37,15 @@ class Role(Unpicklable):
     dispatcher: Dispatcher  # entered last, by the subclass: it needs nothing else that can fail
 
     def __init__(
-        self, engine: Engine, layout: KVLayout, pages: Region, on_record: Callable[[RequestRecord], object] | None, *,
+        self, engine: Engine, layout: KVLayout, pages: Pages, on_record: Callable[[RequestRecord], object] | None, *,
         checksums: bool,
     ) -> None:  # fmt: skip
         if not isinstance(engine, Engine):
             raise TypeError(f"engine must be an open Engine, not {quote(engine)}")
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be a KVLayout, not {type(layout).__name__}")
-        check_pool(pages, layout, checksums)
+        self.memories = memories_of(pages, layout)
+        check_pool(self.memories, layout, checksums)
         self.engine = engine
         self.layout = layout
         self.pages = pages

@@ -25,8 +25,9 @@ LAYOUTS = st.dictionaries(st.text(max_size=12), VALUES, max_size=6)
 def reservations(draw: st.DrawFn) -> messages.Reserve:
     tokens = draw(st.integers(0, messages.MOST_TOKENS))
     return messages.Reserve(
-        draw(NUMBERS), draw(st.text(min_size=1, max_size=messages.MOST_ID)), draw(LAYOUTS), draw(st.binary(max_size=80)),
-        draw(st.binary(max_size=80)), bytes(8 * draw(st.integers(0, 20))), tokens, draw(st.integers(0, tokens)),
+        draw(NUMBERS), draw(st.text(min_size=1, max_size=messages.MOST_ID)), draw(LAYOUTS),
+        draw(st.lists(st.binary(max_size=80), min_size=1, max_size=4)), draw(st.binary(max_size=80)),
+        bytes(4 * draw(st.integers(0, 20))), tokens, draw(st.integers(0, tokens)),
         draw(st.integers(0, messages.MOST_IMM)), draw(st.integers(-(2**31), 2**31 - 1)),
         draw(st.floats(0, 1e9) | st.just(math.inf)), draw(st.booleans()), draw(st.binary(max_size=100)),
         draw(st.text(max_size=messages.MOST_INSTANCE)),
@@ -40,7 +41,7 @@ MESSAGES = st.one_of(
     st.builds(messages.Cancel, NUMBERS, TEXT),
     st.builds(messages.Failed, NUMBERS, TEXT, st.booleans()),
 )
-RESERVE = messages.Reserve(7, "a", {"layers": 1}, b"pool", b"tail", bytes(16), 20, 4, 9, 0, 1.5, False, b"prompt")
+RESERVE = messages.Reserve(7, "a", {"layers": 1}, [b"pool"], b"tail", bytes(16), 20, 4, 9, 0, 1.5, False, b"prompt")
 
 
 def parse(data: bytes) -> Any:
@@ -182,7 +183,8 @@ def test_two_numbers_are_refused() -> None:
     "other",
     [
         {"id": "x" * (messages.MOST_ID + 1)}, {"id": ""}, {"instance": "x" * (messages.MOST_INSTANCE + 1)}, {"priority": 1 << 31},
-        {"priority": -(1 << 31) - 1}, {"page_ids": bytes(7)}, {"page_ids": bytes(8 * messages.MOST_PAGES + 8)}, {"tokens": -1},
+        {"priority": -(1 << 31) - 1}, {"page_ids": bytes(7)}, {"page_ids": bytes(4 * messages.MOST_PAGES + 4)}, {"pages": []},
+        {"pages": [b""] * 1025}, {"tokens": -1},
         {"tokens": messages.MOST_TOKENS + 1}, {"skip_tokens": -1}, {"skip_tokens": 21}, {"imm": -1},
         {"imm": messages.MOST_IMM + 1},
         {"seconds": -0.5}, {"seconds": math.nan}, {"seconds": -math.inf},
@@ -197,7 +199,7 @@ def test_a_reservation_that_makes_no_sense_is_refused(other: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     "other",
     [
-        {"page_ids": bytes(8 * messages.MOST_PAGES)}, {"seconds": math.inf},
+        {"page_ids": bytes(4 * messages.MOST_PAGES)}, {"pages": [b""] * 1024}, {"seconds": math.inf},
         {"tokens": messages.MOST_TOKENS}, {"id": "x" * messages.MOST_ID},
         {"instance": "x" * messages.MOST_INSTANCE}, {"priority": -(1 << 31)}, {"imm": messages.MOST_IMM},
     ],

@@ -35,12 +35,12 @@ def _encode(mark: bytes, tree: Tree) -> bytes:
 def _to_prefiller() -> list[Tree]:
     pool, tail = _offers
     layout = msgspec.to_builtins(LAYOUT.to_dict())
-    ids = np.arange(3).tobytes()
+    ids = np.arange(3, dtype=np.uint32).tobytes()
     two = layout | {"tp": 2, "tp_rank": 1}
     return [
-        [1, 7, "request", layout, pool, tail, ids, 12, 4, 5, 0, 30.0, False, b"prompt", ""],
-        [1, 8, "request", two, pool, tail, ids, 12, 0, 5, 3, math.inf, False, b"prompt", "instance"],
-        [1, 9, "request", layout, pool, tail, ids, 11, 0, 5, -3, 5.0, True, b"", "another"],
+        [1, 7, "request", layout, [pool], tail, ids, 12, 4, 5, 0, 30.0, False, b"prompt", ""],
+        [1, 8, "request", two, [pool], tail, ids, 12, 0, 5, 3, math.inf, False, b"prompt", "instance"],
+        [1, 9, "request", layout, [pool], tail, ids, 11, 0, 5, -3, 5.0, True, b"", "another"],
         [4, 7, "cancelled", "why"],
         [7, 10, "absent", two, "no memory", "another instance"],
     ]
