@@ -16,6 +16,7 @@ from aiotransfer.kv.protocol.layout import NO_PAGE, KVLayout, LayoutMismatch, Pl
 from aiotransfer.kv.protocol.plan import PageTable, TransferPlan, plan_transfer
 from aiotransfer.kv.protocol.ranks import pairs, sources
 from aiotransfer.kv.protocol.record import RequestRecord
+from aiotransfer.kv.tensors import TensorPool, layout_from_tensors
 
 __all__ = [
     "NO_PAGE",
@@ -34,8 +35,10 @@ __all__ = [
     "RequestFailed",
     "RequestRecord",
     "RequestRefused",
+    "TensorPool",
     "TransferPlan",
     "WrongPageError",
+    "layout_from_tensors",
     "pairs",
     "plan_transfer",
     "sources",
