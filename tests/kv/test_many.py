@@ -105,7 +105,7 @@ async def test_a_number_that_is_under_way_is_refused() -> None:
         pool = tail = lease.descriptor.encode()
 
         def ask(number: int, id: str) -> None:
-            reserve = messages.Reserve(number, id, layout, pool, tail, bytes(8), 4, 0, 1, 0, 10.0, False, b"")
+            reserve = messages.Reserve(number, id, layout, [pool], tail, bytes(4), 4, 0, 1, 0, 10.0, False, b"")
             both.prefiller.receive(inbound, reserve)
 
         ask(5, "a")

@@ -286,7 +286,7 @@ class KVLayout:
         return self.deal.holding(pages * self.page_tokens)
 
     def written(self, skip_tokens: int, tokens: int) -> slice:
-        """Which of the request's pages hold tokens from `skip_tokens` on."""
+        """Which of a request's pages hold tokens from `skip_tokens` on, of `tokens` in all."""
         return slice(self.deal.count(skip_tokens) // self.page_tokens, self.pages_of(tokens))
 
     def check_skip(self, skip_tokens: int) -> None:

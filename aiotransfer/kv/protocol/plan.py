@@ -202,14 +202,14 @@ class TransferPlan:
     def nbytes(
         self, tokens: int, skip_tokens: int = 0, *, window: int | None = None, dst_pages: ArrayLike | None = None
     ) -> int:  # fmt: skip
-        """How many bytes the blocks have that `count` counts."""
+        """How many bytes the blocks have that `count` counts for the same `tokens`, `skip_tokens`, `window` and `dst_pages`."""
         return self.count(tokens, skip_tokens, window=window, dst_pages=dst_pages) * self._grain(skip_tokens).nbytes
 
     def pages_of_blocks(
         self, layer: int, *, tokens: int, skip_tokens: int = 0, window: int | None = None, dst_pages: ArrayLike | None = None
     ) -> Indices:  # fmt: skip
-        """For each block of `table(layer, tokens=, skip_tokens=)`, in which of the request's decode pages it lies: an index into
-        `dst_pages`, which is given where it has `NO_PAGE`."""
+        """For each block of the `table` of `layer` with the same `tokens`, `skip_tokens` and `window`, in which of the request's
+        decode pages it lies: an index into `dst_pages`, which is given where it has `NO_PAGE`."""
         start, end = self._range(layer, skip_tokens, tokens, window)
         grain = self._grain(skip_tokens)
         index = self._tokens(start, end, grain.tokens)[1] // self.decode.page_tokens

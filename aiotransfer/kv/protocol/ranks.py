@@ -11,15 +11,24 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from aiotransfer.kv.protocol.dealing import Deal, with_rank
 from aiotransfer.kv.protocol.layout import KVLayout, Place, check_match
 
-if TYPE_CHECKING:
-    from aiotransfer.kv.protocol.plan import TransferPlan
+
+class Moving(Protocol):
+    """What goes from one prefill rank to one decode rank, as it counts here: a `TransferPlan`."""
+
+    prefill: KVLayout
+    layers: range
+
+    @property
+    def heads(self) -> range:
+        """The heads of the model that move."""
+        ...
 
 
 def common(a: range, b: range) -> range:
@@ -144,7 +153,7 @@ def receivers(prefill: KVLayout, decode: KVLayout) -> Receivers:
     return Receivers(prefill.own_layers, prefill.own_heads, pp, tp, cp)
 
 
-def coverage(plans: Sequence[TransferPlan], decode: KVLayout) -> str:
+def coverage(plans: Sequence[Moving], decode: KVLayout) -> str:
     """What these plans together do not bring of this decode rank's cache, or bring more than once, in words; empty: nothing."""
     if len({plan.prefill.deal.way for plan in plans}) > 1:
         return "some deal tokens out in another way than others"
@@ -160,7 +169,7 @@ def _dealers(prefill: KVLayout, deal: Deal) -> list[int]:
     return [here for here in range(prefill.cp) if with_rank(prefill.deal, here).meets(deal)]
 
 
-def _lacks(plans: Sequence[TransferPlan], decode: KVLayout) -> str:
+def _lacks(plans: Sequence[Moving], decode: KVLayout) -> str:
     own_layers, own_heads = decode.own_layers, decode.own_heads
     cuts = {own_layers.start, own_layers.stop}
     for plan in plans:
