@@ -11,6 +11,7 @@ from tests.guards import (
     native,
     providers,
     tools,
+    vllm,
     weights,
     weights_devices,
     weights_files,
@@ -32,6 +33,7 @@ EVERY: tuple[Mutant, ...] = tuple(
         weights_roles,
         weights_files,
         weights_devices,
+        vllm,
         tools,
     )
     for guard in room.GUARDS

@@ -8,7 +8,7 @@ changed. What is used:
 | the factories of weight transfer | `register_engine`; `_registry`, to see what is registered |
 | `VllmConfig` | `instance_id`; `parallel_config.rank`, `.world_size`, `.data_parallel_index` |
 | `ModelConfig` | `quantization` |
-| the model | `load_weights`, `named_parameters` |
+| the model | `load_weights`, `named_parameters`, `named_modules`; of a layer `quant_method.process_weights_after_loading` |
 | `model_executor.model_loader.reload` | `initialize_layerwise_reload`, `finalize_layerwise_reload` |
 | `WeightSource` | `metadata` (a method in 0.32, a property in 0.33); iteration (0.32) or `iter_full` and `owned_names` (0.33) |
 | `ModuleSource` | `_module` |
@@ -50,9 +50,29 @@ def place_of(vllm_config: Any) -> Place:
     return Place(name, int(parallel.rank), int(parallel.world_size))
 
 
+def tied_layers(model: Any) -> dict[str, Any]:
+    """{name of a parameter: its layer} of parameters that are another layer's, too (a head that is the embedding). To be asked
+    before a reload begins, which parts them."""
+    seen, found = [], {}
+    for path, layer in model.named_modules():
+        for key, parameter in layer.named_parameters(recurse=False):
+            if any(parameter is one for one in seen):
+                found[f"{path}.{key}"] = layer
+            seen.append(parameter)
+    return found
+
+
+def pack_again(layer: Any) -> None:
+    """Have a layer pack its weights for its kernel. A reload does not do so for one whose weights are another layer's: on CPUs
+    it would go on with the copy that it packed of the weights before."""
+    method = getattr(layer, "quant_method", None)
+    if method is not None:
+        method.process_weights_after_loading(layer)
+
+
 def wanted_parameters(model: Any, model_config: Any) -> set[str] | None:
-    """The parameters that a whole checkpoint fills, under the names that `load` returns. None: quantised models have some that
-    no checkpoint has, so nothing can be said of them."""
+    """The parameters that a whole checkpoint fills, under the names that `load` returns; those of `tied_layers` are among them
+    while a reload goes on. None: quantised models have some that no checkpoint has, so nothing can be said of them."""
     if model_config.quantization is not None:
         return None
     return {name for name, _ in model.named_parameters()}

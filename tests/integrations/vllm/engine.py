@@ -38,6 +38,13 @@ class Client:
         self.calls.append(name)
         asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
+    def pause(self) -> None:
+        """Without it, prompts that were seen before are continued from what the weights before have left in the cache."""
+        self.call(self.engine.pause_generation(mode="keep"), "pause")
+
+    def resume(self) -> None:
+        self.call(self.engine.resume_generation(), "resume")
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 

@@ -8,8 +8,8 @@ from typing import Any
 LAYERS, HIDDEN, WORDS = 2, 128, 1000
 
 
-def build(seed: int) -> Any:
-    """The model of a seed, in bfloat16."""
+def build(seed: int, tied: bool = False) -> Any:
+    """The model of a seed, in bfloat16. `tied`: its head is its embedding."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,10 +17,21 @@ def build(seed: int) -> Any:
     config = LlamaConfig(
         vocab_size=WORDS, hidden_size=HIDDEN, intermediate_size=256, num_hidden_layers=LAYERS, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
+def continued(model: Any, prompt: list[int], tokens: int) -> list[int]:
+    """What the model says by itself, without vLLM."""
+    import torch
+
+    with torch.no_grad():
+        ids = torch.tensor([prompt])
+        for _ in range(tokens):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return [int(token) for token in ids[0, len(prompt) :]]
+
+
 if __name__ == "__main__":
-    build(int(sys.argv[2])).save_pretrained(sys.argv[1])
+    build(int(sys.argv[2]), sys.argv[3:] == ["tied"]).save_pretrained(sys.argv[1])

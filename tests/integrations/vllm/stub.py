@@ -149,9 +149,13 @@ class Model:
         self.parameters: dict[str, Any] = dict.fromkeys(names)
         self.reloading: dict[str, Any] | None = None
         self.reloads = 0
+        self.layers: dict[str, Any] = {}
 
     def named_parameters(self) -> Iterator[tuple[str, Any]]:
         return iter(self.parameters.items())
+
+    def named_modules(self) -> Iterator[tuple[str, Any]]:
+        return iter(self.layers.items())
 
     def load_weights(self, tensors: Iterable[tuple[str, Any]]) -> set[str]:
         assert self.reloading is not None, "a model is loaded within a reload"
@@ -163,6 +167,21 @@ class Model:
             self.reloading[name] = tensor.copy()
             filled.add(name)
         return filled
+
+
+class Layer:
+    """A layer of a model, with the one parameter "weight". It counts how often its weights were packed for its kernel."""
+
+    def __init__(self, weight: Any) -> None:
+        self.weight, self.packed = weight, 0
+        self.quant_method = self
+
+    def named_parameters(self, recurse: bool) -> Iterator[tuple[str, Any]]:
+        return iter([("weight", self.weight)])
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        assert layer is self
+        self.packed += 1
 
 
 def initialize_layerwise_reload(model: Model) -> None:

@@ -30,17 +30,22 @@ def run(program: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny model of seed 1."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    subprocess.run([sys.executable, "-m", "tests.integrations.vllm.models", str(path), "1"], cwd=ROOT, check=True)
-    return str(path)
-
-
-def test_a_trainer_changes_what_a_running_engine_answers(folder: str) -> None:
-    seen = run("update_weights", folder)
+@pytest.mark.parametrize("tied", [(), ("tied",)], ids=["apart", "tied"])
+def test_a_trainer_changes_what_a_running_engine_answers(tied: tuple[str, ...], tmp_path: Path) -> None:
+    folder = str(tmp_path / "tiny")
+    subprocess.run([sys.executable, "-m", "tests.integrations.vllm.models", folder, "1", *tied], cwd=ROOT, check=True)
+    seen = run("update_weights", folder, *tied)
     assert seen["other"] != seen["first"]
     assert seen["back"] == seen["first"]
+    for alone, name in zip(seen["alone"], ("first", "other"), strict=True):  # bfloat16 differs in the last bits
+        assert alone[:4] == seen[name][0][:4]
     assert (seen["other version"], seen["back version"]) == ("1.1", "1.2")
-    assert seen["calls"] == ["init", *["start", "update", "finish"] * 2]
+    assert seen["calls"] == ["init", *["pause", "start", "update", "finish", "resume"] * 2]
+
+
+@pytest.mark.parametrize("policy", ["keep", "wait", "abort"])
+def test_the_example_with_a_server_and_requests_that_run(policy: str) -> None:
+    example = str(ROOT / "examples" / "rl_vllm.py")
+    command = [sys.executable, example, "--policy", policy, "--tokens", "60"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["as it should be: yes"]), f"{done.stdout}\n{done.stderr}"

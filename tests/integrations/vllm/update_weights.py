@@ -1,8 +1,9 @@
 """A program: a trainer in this process, a vLLM engine in another. Prints one line of JSON with what was seen.
 
-    python -m tests.integrations.vllm.update_weights FOLDER
+    python -m tests.integrations.vllm.update_weights FOLDER [tied]
 
-The engine serves the model of seed 1 in FOLDER. The trainer sends that of seed 2, then the first one again, and so on.
+The engine serves the model of seed 1 in FOLDER, whose head is its embedding where it is "tied". The trainer sends that of seed 2,
+then the first one again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tests.integrations.vllm import models
 TOKENS = 16
 
 
-async def main(folder: str) -> dict[str, Any]:
+async def main(folder: str, tied: bool) -> dict[str, Any]:
     from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
 
     from aiotransfer.integrations.vllm import register
@@ -33,12 +34,12 @@ async def main(folder: str) -> dict[str, Any]:
     seen["started"] = time.perf_counter() - began
     requests, client = engines.Requests(engine), engines.Client(engine, asyncio.get_running_loop())
     seen["first"] = await requests.run(TOKENS)
-    model, other = models.build(1), models.build(2)
+    model, other = models.build(1, tied), models.build(2, tied)
+    seen["alone"] = [models.continued(one, engines.PROMPT, TOKENS) for one in (model, other)]
 
     def init() -> Any:
-        return WeightTransferTrainerFactory.trainer_init(
-            AioTransferTrainerInitInfo(rank=0, timeout=60), client=client, source=ModuleSource(model)
-        )
+        info = AioTransferTrainerInitInfo(rank=0, timeout=60, pause=client.pause, resume=client.resume)
+        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(model))
 
     trainer = await asyncio.to_thread(init)
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -56,5 +57,5 @@ async def main(folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print("SEEN", json.dumps(asyncio.run(main(sys.argv[1]))), flush=True)
+    print("SEEN", json.dumps(asyncio.run(main(sys.argv[1], sys.argv[2:] == ["tied"]))), flush=True)
     os._exit(0)

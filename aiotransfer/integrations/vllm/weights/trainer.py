@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 
+from aiotransfer.errors import ClosedError
 from aiotransfer.integrations.vllm.weights import messages
-from aiotransfer.integrations.vllm.weights.sender import Options, Sender
+from aiotransfer.integrations.vllm.weights.sender import FLOATS, Options, Sender
 from aiotransfer.integrations.vllm.weights.sources import Weights, weights_of
 from aiotransfer.weights import Version
 
@@ -60,6 +61,7 @@ class AioTransferTrainerWeightTransferEngine(TrainerWeightTransferEngine):
     ) -> None:
         super().__init__(client=client, source=source, is_sender=info.is_sender)
         self._weights, self._sender, self._info = weights, sender, info
+        self._is_closed = False
         self.version: Version | None = None  # that the workers' models have, as far as this rank knows; None: of none
 
     @classmethod
@@ -70,6 +72,8 @@ class AioTransferTrainerWeightTransferEngine(TrainerWeightTransferEngine):
         serving engine, called by rank 0 alone; `source`: vLLM's `WeightSource`. Returns what sends.
 
         Raises `ValueError`, `TransferError`, and what `client` raises."""
+        if init_info.dtype and init_info.dtype not in FLOATS:
+            raise ValueError(f"dtype is one of {', '.join(sorted(FLOATS))}, or empty, not {init_info.dtype!r}")
         weights = weights_of(source, init_info.rank)
         weights.refresh()
         sender = None
@@ -97,10 +101,13 @@ class AioTransferTrainerWeightTransferEngine(TrainerWeightTransferEngine):
 
         Raises `aiotransfer.weights.UpdateError` when it did not come to all workers: they serve the version before. What is
         raised later, by the client, means that a worker may have loaded a part; `resume` has not been called then."""
-        if self._weights.refresh() and self._sender is not None and self._weights.memory is not None:
-            self._sender.rebind(self._weights.memory)
-        if self._sender is None:
+        if self._is_closed:
+            raise ClosedError("this trainer has been shut down", hint="trainer_init makes another")
+        is_other = self._weights.refresh()
+        if self._sender is None or self._weights.memory is None:
             return
+        if is_other:
+            self._sender.rebind(self._weights.memory)
         version = self._sender.publish()
         if self.is_sender:
             self._apply(version)
@@ -124,8 +131,9 @@ class AioTransferTrainerWeightTransferEngine(TrainerWeightTransferEngine):
 
     def shutdown(self) -> None:
         """Leave the workers, which keep the weights that they have. Twice is silent."""
-        if self._sender is not None:
-            self._sender.close()
+        self._is_closed, sender, self._sender = True, self._sender, None
+        if sender is not None:
+            sender.close()
 
 
 def alone(address: str) -> list[str]:

@@ -86,15 +86,18 @@ def load(model: Any, model_config: Any, tensors: Mapping[str, Any], version: Any
     """Fill `model`, whose `model_config` is vLLM's, with the `tensors` of a whole checkpoint, by vLLM's layerwise reload: it
     packs the weights for the kernels and keeps the memory that captured graphs read. `version`: for the text of errors."""
     missing: set[str] = set()
+    tied = fields.tied_layers(model)
     fields.begin_reload(model)
     try:
         wanted = fields.wanted_parameters(model, model_config)
         filled = fields.load(model, ((name, as_torch(tensor)) for name, tensor in tensors.items()))
         if wanted is not None and filled is not None:
-            missing = wanted - filled
+            missing = wanted - filled - tied.keys()
     finally:
         # After an error, too: layers remember what they were given until this, and would mix it with the next version.
         fields.end_reload(model, model_config)
+    for layer in tied.values():
+        fields.pack_again(layer)
     if missing:
         raise UpdateError(
             f"version {version} lacks {len(missing)} parameters of the model: {', '.join(sorted(missing)[:5])}",
