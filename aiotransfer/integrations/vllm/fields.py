@@ -53,7 +53,8 @@ def place_of(vllm_config: Any) -> Place:
 def tied_layers(model: Any) -> dict[str, Any]:
     """{name of a parameter: its layer} of parameters that are another layer's, too (a head that is the embedding). To be asked
     before a reload begins, which parts them."""
-    seen, found = [], {}
+    seen: list[Any] = []
+    found: dict[str, Any] = {}
     for path, layer in model.named_modules():
         for key, parameter in layer.named_parameters(recurse=False):
             if any(parameter is one for one in seen):
