@@ -18,8 +18,11 @@ GUARDS = (
         "    except ZeroDivisionError:\n        # After", WEIGHTS,
     ),
     Mutant(
-        "vllm: parameters that nothing fills", f"{FOLDER}/worker.py", "missing = wanted - filled - tied.keys()",
-        "missing = wanted - wanted", WEIGHTS,
+        "vllm: parameters that nothing fills", f"{FOLDER}/worker.py", "sorted(wanted - filled - tied.keys())", "()", WEIGHTS,
+    ),
+    Mutant(
+        "vllm: layers of which a part came", f"{FOLDER}/worker.py",
+        "            missing |= fields.half_filled(model, model_config)\n", "", WEIGHTS,
     ),
     Mutant(
         "vllm: a tied head is packed again", f"{FOLDER}/worker.py",

@@ -9,7 +9,7 @@ changed. What is used:
 | `VllmConfig` | `instance_id`; `parallel_config.rank`, `.world_size`, `.data_parallel_index` |
 | `ModelConfig` | `quantization` |
 | the model | `load_weights`, `named_parameters`, `named_modules`; of a layer `quant_method.process_weights_after_loading` |
-| `model_executor.model_loader.reload` | `initialize_layerwise_reload`, `finalize_layerwise_reload` |
+| `model_executor.model_loader.reload` | `initialize_layerwise_reload`, `finalize_layerwise_reload`; `get_layerwise_info` |
 | `WeightSource` | `metadata` (a method in 0.32, a property in 0.33); iteration (0.32) or `iter_full` and `owned_names` (0.33) |
 | `ModuleSource` | `_module` |
 """
@@ -77,6 +77,20 @@ def wanted_parameters(model: Any, model_config: Any) -> set[str] | None:
     if model_config.quantization is not None:
         return None
     return {name for name, _ in model.named_parameters()}
+
+
+def half_filled(model: Any, model_config: Any) -> dict[str, str]:
+    """{layer: how much of it came} of layers that were given a part of what they hold, to be asked while a reload goes on: vLLM
+    fills the rest with whatever lies in memory, and a layer into which q, k and v are loaded counts as loaded when one of them
+    came. Nothing is said of quantised models, nor of embeddings, which take whole tensors and pad them."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    found: dict[str, str] = {}
+    for path, layer in model.named_modules() if model_config.quantization is None else ():
+        info = get_layerwise_info(layer)
+        if info.can_load() and 0 < info.load_numel < info.load_numel_total and not hasattr(layer, "shard_indices"):
+            found[path] = f"{info.load_numel} of its {info.load_numel_total} elements came"
+    return found
 
 
 def begin_reload(model: Any) -> None:

@@ -22,6 +22,22 @@ def build(seed: int, tied: bool = False) -> Any:
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
+def with_more(seed: int, tied: bool) -> Any:
+    """The same with a parameter that vLLM's model has not."""
+    import torch
+
+    model = build(seed, tied)
+    model.model.layers[1].register_parameter("more", torch.nn.Parameter(torch.ones(3)))
+    return model
+
+
+def with_less(seed: int, tied: bool) -> Any:
+    """The same without the keys of a layer, which vLLM's model has in one parameter with the queries and values."""
+    model = build(seed, tied)
+    del model.model.layers[0].self_attn.k_proj
+    return model
+
+
 def continued(model: Any, prompt: list[int], tokens: int) -> list[int]:
     """What the model says by itself, without vLLM."""
     import torch

@@ -40,6 +40,9 @@ def test_a_trainer_changes_what_a_running_engine_answers(tied: tuple[str, ...], 
     for alone, name in zip(seen["alone"], ("first", "other"), strict=True):  # bfloat16 differs in the last bits
         assert alone[:4] == seen[name][0][:4]
     assert (seen["other version"], seen["back version"]) == ("1.1", "1.2")
+    for name, text in (("too much", "layers.1.more"), ("too little", "layers.0.self_attn.qkv_proj: 24576 of its 32768 elements")):
+        assert text in seen[name][0]
+        assert seen[name][1], "an engine whose model is of no use stays paused"
     assert seen["calls"] == ["init", *["pause", "start", "update", "finish", "resume"] * 2]
 
 

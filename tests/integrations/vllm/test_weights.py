@@ -141,11 +141,25 @@ def test_a_checkpoint_that_lacks_a_parameter_is_an_error_that_names_it(make: Mak
     world = make(names=(*SHAPES, "lm_head.weight"))
     resumed: list[str] = []
     trainer = world.trainer(resume=lambda: resumed.append("resume"))
-    with listed(weights.UpdateError, "version 1.1 lacks 1 parameters", "lm_head.weight") as error:
+    with listed(weights.UpdateError, "version 1.1 does not fill 1 parameters", "lm_head.weight") as error:
         trainer.send_weights()
     assert set(error.value.missing) == {"lm_head.weight"}
     assert trainer.version is None
     assert resumed == []
+
+
+def test_a_layer_of_which_a_part_came_is_an_error(make: Make) -> None:
+    """Of q, k and v, which are one parameter of the model, two came: vLLM says nothing, and serves what lay in memory."""
+    world = make()
+    (model,) = world.models
+    model.layers = {"layers.0.qkv": stub.Layer(object(), came=1), "layers.1.qkv": stub.Layer(object(), came=0)}
+    trainer = world.trainer()
+    with listed(weights.UpdateError, "layers.0.qkv: 1 of its 2 elements came"):
+        trainer.send_weights()
+    assert trainer.version is None
+    model.layers = {"layers.0.qkv": stub.Layer(object())}
+    trainer.send_weights()
+    assert str(trainer.version) == "1.2"
 
 
 def test_a_head_that_is_the_embedding_needs_no_tensor_and_is_packed_again(make: Make) -> None:

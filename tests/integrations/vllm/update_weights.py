@@ -2,8 +2,8 @@
 
     python -m tests.integrations.vllm.update_weights FOLDER [tied]
 
-The engine serves the model of seed 1 in FOLDER, whose head is its embedding where it is "tied". The trainer sends that of seed 2,
-then the first one again.
+The engine serves the model of seed 1 in FOLDER, whose head is its embedding where it is "tied". Trainers send
+models that do not fit, then that of seed 2, then the first one again.
 """
 
 from __future__ import annotations
@@ -37,11 +37,25 @@ async def main(folder: str, tied: bool) -> dict[str, Any]:
     model, other = models.build(1, tied), models.build(2, tied)
     seen["alone"] = [models.continued(one, engines.PROMPT, TOKENS) for one in (model, other)]
 
-    def init() -> Any:
+    def init(sent: Any) -> Any:
         info = AioTransferTrainerInitInfo(rank=0, timeout=60, pause=client.pause, resume=client.resume)
-        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(model))
+        return WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(sent))
 
-    trainer = await asyncio.to_thread(init)
+    async def fails(sent: Any) -> list[Any]:
+        """What a model that does not fit comes to, and whether the engine is paused then."""
+        trainer = await asyncio.to_thread(init, sent)
+        try:
+            await asyncio.to_thread(trainer.send_weights)
+        except Exception as error:
+            return [str(error), await engine.is_paused()]
+        finally:
+            await asyncio.to_thread(trainer.shutdown)
+        return ["", False]
+
+    seen["too much"] = await fails(models.with_more(2, tied))
+    seen["too little"] = await fails(models.with_less(2, tied))
+    client.calls.clear()
+    trainer = await asyncio.to_thread(init, model)
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, weights in (("other", other.state_dict()), ("back", own)):
         model.load_state_dict(weights)

@@ -85,24 +85,26 @@ class AioTransferWeightTransferEngine(WeightTransferEngine):
 def load(model: Any, model_config: Any, tensors: Mapping[str, Any], version: Any) -> None:
     """Fill `model`, whose `model_config` is vLLM's, with the `tensors` of a whole checkpoint, by vLLM's layerwise reload: it
     packs the weights for the kernels and keeps the memory that captured graphs read. `version`: for the text of errors."""
-    missing: set[str] = set()
+    missing: dict[str, str] = {}
     tied = fields.tied_layers(model)
     fields.begin_reload(model)
     try:
         wanted = fields.wanted_parameters(model, model_config)
         filled = fields.load(model, ((name, as_torch(tensor)) for name, tensor in tensors.items()))
         if wanted is not None and filled is not None:
-            missing = wanted - filled - tied.keys()
+            missing = dict.fromkeys(sorted(wanted - filled - tied.keys()), "no tensor of the checkpoint fills it")
+            missing |= fields.half_filled(model, model_config)
     finally:
         # After an error, too: layers remember what they were given until this, and would mix it with the next version.
         fields.end_reload(model, model_config)
     for layer in tied.values():
         fields.pack_again(layer)
     if missing:
+        some = "; ".join(f"{name}: {why}" for name, why in list(missing.items())[:5])
         raise UpdateError(
-            f"version {version} lacks {len(missing)} parameters of the model: {', '.join(sorted(missing)[:5])}",
+            f"version {version} does not fill {len(missing)} parameters or layers of the model: {some}",
             version=version,
-            missing=dict.fromkeys(sorted(missing), "no tensor of the checkpoint fills it"),
+            missing=missing,
             hint="the model is of no use until a whole version has been loaded; compare the names of the trainer's model",
         )
 
