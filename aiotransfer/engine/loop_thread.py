@@ -6,8 +6,8 @@ import asyncio
 import concurrent.futures
 import os
 import threading
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from aiotransfer.engine.open import open_engine
 from aiotransfer.engine.runtime.runtime import seconds
@@ -23,6 +23,67 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class Submitted(concurrent.futures.Future[T], Generic[T]):
+    """A coroutine that runs on an engine's loop. Made by `EngineThread.submit`; every method may be called from any thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> None:
+        super().__init__()
+        self._loop = loop
+        self._work = work
+        self._task: asyncio.Task[None] | None = None
+        self._unwanted = False  # cancelled, perhaps before its first step
+
+    def cancel(self) -> bool:
+        """Ask the coroutine to end. False when it has ended already.
+
+        The future is done when the coroutine has ended, and not before: what it had lent to the engine is free then. It is
+        `cancelled()` if the coroutine ended by that; a coroutine that ended otherwise has its result or error.
+        """
+        if self.done():
+            return False
+        self._unwanted = True
+        try:
+            self._loop.call_soon_threadsafe(self._cancel_task)
+        except RuntimeError:
+            return False  # the loop is closed, so the coroutine has ended
+        return True
+
+    def _cancel_task(self) -> None:
+        if self._task is not None and not self.done():
+            self._task.cancel()
+
+    def _begin(self) -> None:
+        if self._unwanted:
+            self._end_cancelled()
+        else:
+            self._task = asyncio.get_running_loop().create_task(self._follow())
+
+    async def _follow(self) -> None:
+        try:
+            result = await self._work
+        except asyncio.CancelledError:
+            self._end_cancelled()
+        except BaseException as error:
+            self.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self.set_result(result)
+        finally:
+            del self  # this frame is in the traceback of the error, which the future holds
+
+    def _end_cancelled(self) -> None:
+        self._work.close()
+        super().cancel()
+        self.set_running_or_notify_cancel()
+
+    def _abandon(self) -> None:
+        """The loop is closed and takes no more steps."""
+        if not self.done():
+            self._work.close()
+            self.set_exception(ClosedError("the engine's thread has ended"))
+
+
 class EngineThread(Unpicklable):
     """An engine on an event loop in a thread of its own. Made by `run_in_thread`; a context manager."""
 
@@ -30,6 +91,7 @@ class EngineThread(Unpicklable):
         self._loop = _new_loop()
         self._thread = threading.Thread(target=self._main, name="aiotransfer loop", daemon=True)
         self._closed = False
+        self._submitted: set[Submitted[Any]] = set()
         self._process = os.getpid()
         self._thread.start()
 
@@ -47,9 +109,12 @@ class EngineThread(Unpicklable):
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
+            self._loop.run_until_complete(_end_tasks())  # those that are left: threads may wait for their ends
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()  # here and not by `close`: its caller may be inside a loop of its own
+            for future in list(self._submitted):
+                future._abandon()
 
     async def _make_handle(self) -> ThreadHandle:
         return self.engine.from_thread()
@@ -78,6 +143,34 @@ class EngineThread(Unpicklable):
             future.cancel()  # Ctrl-C in the waiting thread
             raise
 
+    def submit(self, work: Coroutine[Any, Any, T]) -> Submitted[T]:
+        """Have `work`, a coroutine, run on the engine's loop, and return at once. From any thread, the engine's own included.
+
+        Returns a `concurrent.futures.Future`. Its `cancel()` asks the coroutine to end, and the future is done when the
+        coroutine has ended, not before. Closing the thread cancels what still runs. Raises `ClosedError`.
+        """
+        future = Submitted(self._loop, work)
+        self._submitted.add(future)
+        future.add_done_callback(self._submitted.discard)
+        try:
+            self.call_soon(future._begin)
+        except ClosedError:
+            future._abandon()
+            raise
+        return future
+
+    def call_soon(self, fn: Callable[..., object], *args: Any) -> None:
+        """Have the engine's loop call `fn(*args)` soon, and return at once. From any thread. Raises `ClosedError`.
+
+        What `fn` raises goes to the loop's exception handler.
+        """
+        if self._closed or not self._thread.is_alive():  # the latter also in a forked child
+            raise ClosedError("the engine's thread has ended")
+        try:
+            self._loop.call_soon_threadsafe(fn, *args)
+        except RuntimeError as error:
+            raise ClosedError("the engine's thread has ended") from error
+
     def close(self) -> None:
         """Close the engine, stop the loop, join the thread. Twice is silent, as is a forked child: all of it is its parent's."""
         if self._closed or os.getpid() != self._process:
@@ -101,6 +194,14 @@ class EngineThread(Unpicklable):
         self.close()
 
 
+async def _end_tasks() -> None:
+    await asyncio.sleep(0)  # what was handed over at the last moment begins
+    while left := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+
 def _new_loop() -> asyncio.AbstractEventLoop:
     try:
         import uvloop
@@ -113,6 +214,7 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 def run_in_thread(**options: Any) -> EngineThread:
     """An engine on a loop thread of its own, for programs without a loop. `options` are those of `open_engine`.
 
-    `.engine` is the engine, `.run(coroutine)` runs one on its loop, `.handle` submits operations from any thread.
+    `.engine` is the engine, `.run(coroutine)` runs one on its loop and waits, `.submit(coroutine)` returns a future,
+    `.handle` submits operations from any thread.
     """
     return EngineThread(options)

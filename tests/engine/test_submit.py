@@ -1,0 +1,159 @@
+"""Coroutines that other threads hand to the loop of an engine: how they end, and when their futures say so."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+import aiotransfer as at
+
+SECONDS = 30.0  # of every wait here
+
+
+@pytest.fixture
+def host() -> Iterator[at.EngineThread]:
+    with at.run_in_thread(providers="loopback") as thread:
+        yield thread
+
+
+def test_a_result_and_an_error_come_back(host: at.EngineThread) -> None:
+    async def divide(by: int) -> float:
+        await asyncio.sleep(0)
+        return 6 / by
+
+    assert host.submit(divide(3)).result(SECONDS) == 2
+    with pytest.raises(ZeroDivisionError):
+        host.submit(divide(0)).result(SECONDS)
+
+
+def test_a_cancelled_future_is_done_when_its_coroutine_has_ended(host: at.EngineThread) -> None:
+    began, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    async def work() -> None:
+        try:
+            began.set()
+            await asyncio.sleep(SECONDS)
+        finally:
+            await asyncio.to_thread(may_end.wait, SECONDS)
+            ended.set()
+
+    future = host.submit(work())
+    assert began.wait(SECONDS)
+    assert future.cancel()
+    with pytest.raises(concurrent.futures.TimeoutError):
+        future.result(0.02)
+    assert not future.done()
+    may_end.set()
+    with pytest.raises(concurrent.futures.CancelledError):
+        future.result(SECONDS)
+    assert ended.is_set()
+    assert future.cancelled()
+    assert not future.cancel()
+
+
+def test_a_coroutine_that_ends_otherwise_than_it_was_asked_to_has_its_result(host: at.EngineThread) -> None:
+    began = threading.Event()
+
+    async def work() -> str:
+        try:
+            began.set()
+            await asyncio.sleep(SECONDS)
+        except asyncio.CancelledError:
+            return "kept"
+        return "late"
+
+    future = host.submit(work())
+    assert began.wait(SECONDS)
+    assert future.cancel()
+    assert future.result(SECONDS) == "kept"
+
+
+def test_what_is_cancelled_before_its_first_step_takes_none(host: at.EngineThread) -> None:
+    stuck, go, stepped = threading.Event(), threading.Event(), []
+
+    def block() -> None:
+        stuck.set()
+        go.wait(SECONDS)
+
+    async def work() -> None:
+        stepped.append(1)
+
+    host.call_soon(block)
+    assert stuck.wait(SECONDS)
+    future = host.submit(work())
+    assert future.cancel()
+    go.set()
+    with pytest.raises(concurrent.futures.CancelledError):
+        future.result(SECONDS)
+    assert not stepped
+
+
+def test_closing_the_thread_cancels_what_runs_there() -> None:
+    began, ended = threading.Event(), threading.Event()
+
+    async def work() -> None:
+        try:
+            began.set()
+            await asyncio.sleep(SECONDS)
+        finally:
+            ended.set()
+
+    with at.run_in_thread(providers="loopback") as host:
+        future = host.submit(work())
+        assert began.wait(SECONDS)
+    assert future.done()
+    assert ended.is_set()
+    with pytest.raises(at.ClosedError):
+        host.submit(work())
+    with pytest.raises(at.ClosedError):
+        host.call_soon(print)
+
+
+def test_futures_of_a_thread_that_is_closed_meanwhile_all_end() -> None:
+    """Whatever the moment: each future is done, and no coroutine is left behind (that would warn)."""
+
+    async def work() -> int:
+        await asyncio.sleep(0)
+        return 1
+
+    host = at.run_in_thread(providers="loopback")
+    futures: list[concurrent.futures.Future[int]] = []
+    several = threading.Event()
+
+    def submit() -> None:
+        while True:
+            try:
+                futures.append(host.submit(work()))
+            except at.ClosedError:
+                return
+            if len(futures) > 20:
+                several.set()
+
+    submitter = threading.Thread(target=submit)
+    submitter.start()
+    assert several.wait(SECONDS)
+    host.close()
+    submitter.join(SECONDS)
+    assert not submitter.is_alive()
+    done, late = concurrent.futures.wait(futures, SECONDS)
+    assert not late
+    for future in done:
+        assert future.cancelled() or isinstance(future.exception(), at.ClosedError) or future.result() == 1
+
+
+def test_work_may_be_handed_over_on_the_loop_itself(host: at.EngineThread) -> None:
+    seen: list[object] = []
+
+    async def inner() -> None:
+        seen.append(asyncio.get_running_loop())
+
+    async def outer() -> concurrent.futures.Future[None]:
+        seen.append(asyncio.get_running_loop())
+        return host.submit(inner())
+
+    host.run(outer()).result(SECONDS)
+    assert seen[0] is seen[1]
