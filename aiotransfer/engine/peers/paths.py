@@ -17,7 +17,16 @@ from aiotransfer.advice import advise
 from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.core.ranking import AUTOMATIC, Ranking, apart, rank
 from aiotransfer.engine.runtime.affinity import cpus_for
-from aiotransfer.errors import BrokenError, ProviderUnavailableError, RegistrationError, TransferError, TransferTimeout, again
+from aiotransfer.engine.runtime.runtime import is_open
+from aiotransfer.errors import (
+    BrokenError,
+    ClosedError,
+    ProviderUnavailableError,
+    RegistrationError,
+    TransferError,
+    TransferTimeout,
+    again,
+)
 from aiotransfer.model.offer import ProviderOffer
 from aiotransfer.providers import native
 from aiotransfer.providers.port import Binding
@@ -85,6 +94,8 @@ class Paths:
         )
 
     async def _dial(self, peer: Peer, name: str) -> Path:
+        if not is_open(self._engine):  # closed while another way was tried
+            raise ClosedError("the engine was closed while the connection was being set up")
         theirs = next(o for o in peer._link.info.offers if o.provider == name)
         path = await self._providers[name].dial(peer, theirs)
         self._attach(peer, path, dialled=True)

@@ -24,6 +24,7 @@ from typing import Any
 from aiotransfer.errors import (
     SHORTAGES,
     BrokenError,
+    ClosedError,
     ConfigurationError,
     RegistrationError,
     StaleRegionError,
@@ -233,12 +234,18 @@ class ShmProvider:
         return ProviderOffer("shm", True, "", self._boot, self._listener.name.encode())
 
     def _begin(self, incarnation: int) -> tuple[Any, Any]:
+        self._check_open()
         offer = native.ffi.new("at_shm_offer *")
         half = native.lib.at_shm_begin(self._lane.pointer, incarnation, offer)
         if half == native.ffi.NULL:
             raise _failure("cannot prepare shared memory", OSError(*self._lane.system_error()))
         abort, nothing = native.lib.at_shm_abort, native.ffi.NULL
         return native.ffi.gc(half, lambda forgotten: abort(nothing, forgotten)), offer
+
+    def _check_open(self) -> None:
+        """The engine may have been closed while a connection was being set up: there is no lane any more."""
+        if not self._lane.usable:
+            raise ClosedError("the engine was closed while the connection was being set up")
 
     def _packet(self, offer: Any) -> tuple[bytes, list[int]]:
         body = messages.Offer(bytes(offer.control_cookie), bytes(offer.channel_cookie), offer.probe_va)
@@ -254,6 +261,7 @@ class ShmProvider:
     ) -> ShmPath:
         """Verify the other side's packet and make the lane's peer. Takes over `half`, `channel` and `fds`."""
         try:
+            self._check_open()
             theirs = messages.offer(body)
             if len(fds) not in (OFFERED, OFFERED + 1):
                 raise BrokenError("the peer's offer is malformed", provider="shm")
@@ -264,11 +272,11 @@ class ShmProvider:
             except OSError:
                 fd_passing.close_all([mem] if mem >= 0 else [])
                 raise
-        except (OSError, BrokenError) as error:
+        except (OSError, TransferError) as error:
             native.ffi.release(half)
             close_elsewhere(fds)
             channel.close()
-            if isinstance(error, BrokenError):
+            if isinstance(error, BrokenError | ClosedError):
                 raise
             raise _failure("the peer's offer cannot be used", error) from error
         close_elsewhere(fds[OFFERED:])
