@@ -14,8 +14,8 @@ MINUTES ?= 20
 RUNS ?= 50000
 CYCLES ?= 10000
 
-.PHONY: help setup hello demo demo-moe demo-weights test check test-distros test-demo test-triton test-vllm test-wheel test-long lint bench bench-earlier bench-handover bench-tcp bench-verbs bench-guest \
-	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-weights bench-weights-save bench-scale bench-weights-replay docs test-rails test-chaos test-chaos-kv test-chaos-moe test-chaos-weights test-guest \
+.PHONY: help setup hello demo demo-moe demo-weights test check test-distros test-demo test-triton test-ray test-vllm test-wheel test-long lint bench bench-earlier bench-handover bench-tcp bench-verbs bench-guest \
+	bench-kv bench-kv-stream bench-moe bench-moe-kernels bench-moe-host bench-quantise bench-ray bench-weights bench-weights-save bench-scale bench-weights-replay docs test-rails test-chaos test-chaos-kv test-chaos-moe test-chaos-weights test-guest \
 	test-matrix test-cycles test-sanitize soak strangers fuzz sanitize mutants clean
 
 help:
@@ -87,6 +87,25 @@ $(STAMPS)/ray: $(STAMPS)/package
 # What needs torch, transformers or Ray: the model demo, torchrun, Ray actors.
 test-demo: $(STAMPS)/demo $(STAMPS)/ray $(STAMPS)/test
 	$(PY) -m pytest -m demo $(ARGS)
+
+# An environment of its own (some 1.2 GB), so that what needs Ray is tested with the newest one.
+RAY := .venv-ray
+$(STAMPS)/ray-alone: $(STAMPS)/system pyproject.toml $(NATIVE)
+	@$$(cat $(STAMPS)/python) -m venv $(RAY)
+	@echo "installing torch (CPU build, about 200 MB), Ray and the test tools (about 150 MB) into $(RAY)"
+	@$(RAY)/bin/pip --disable-pip-version-check install --quiet 'torch==2.13.0+cpu' 2>/dev/null \
+		|| $(RAY)/bin/pip --disable-pip-version-check install --quiet torch --index-url https://download.pytorch.org/whl/cpu \
+		|| $(RAY)/bin/pip --disable-pip-version-check install --quiet torch
+	@$(RAY)/bin/pip --disable-pip-version-check install --quiet --editable '.[ray,test]' 'ray>=2.60'
+	@touch $@
+
+# What needs Ray: actors that send tensors by the transport, killed and stopped at each point.
+test-ray: $(STAMPS)/ray-alone
+	RAY_TESTS=1 OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest -m ray tests/integrations $(ARGS)
+
+# Tensors between two actors of this host: by aiotransfer, by Ray's object store, by gloo; ARGS="--rounds 5 --most 256MiB" for less.
+bench-ray: $(STAMPS)/ray-alone
+	@$(RAY)/bin/python tests/benchmarks/ray_objects.py $(ARGS)
 
 # An environment of its own (3.5 GB, some five minutes): vLLM pins its torch, transformers and NumPy.
 VLLM := .venv-vllm
