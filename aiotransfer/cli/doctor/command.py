@@ -10,7 +10,6 @@ import asyncio
 import ctypes
 import dataclasses
 import errno
-import importlib.metadata
 import json
 import mmap
 import os
@@ -27,6 +26,7 @@ from aiotransfer.cli.doctor import topology as tree
 from aiotransfer.cli.doctor.devices import ALL as OF_DEVICES
 from aiotransfer.cli.doctor.facts import Fact, Host
 from aiotransfer.cli.doctor.host import ALL as OF_HOST
+from aiotransfer.cli.doctor.systems import installed, ray
 from aiotransfer.config import PREFIX, Config
 from aiotransfer.control.key import LEAST_BYTES, key_place
 from aiotransfer.errors import ConfigurationError
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 def examine(host: Host) -> list[Fact]:
     """Everything that `doctor` prints: what was tried here, and what `host` shows."""
     here = [versions(), extension(), settings(host), key(host), memfd(), foreign_memory(), providers(), fabric_library(host)]
-    return [*here, *(look(host) for look in (*OF_HOST, *OF_DEVICES)), self_test()]
+    return [*here, *(look(host) for look in (*OF_HOST, *OF_DEVICES)), ray(), self_test()]
 
 
 def works(facts: list[Fact]) -> bool:
@@ -100,20 +100,13 @@ def topology(host: Host, *, as_json: bool, encoding: str | None) -> str:
 
 def versions() -> Fact:
     """This package, Python, the system, and the packages that matter."""
-    packages = {name: _version(name) for name in PACKAGES}
+    packages = {name: installed(name) for name in PACKAGES}
     shown = ", ".join(f"{name} {version or '-'}" for name, version in packages.items())
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     python, cores = platform.python_version(), os.cpu_count()
     data = {"aiotransfer": at.__version__, "python": python, "system": system, "cores": cores, "packages": packages}
     text = f"aiotransfer {at.__version__}, Python {python}, {shown}; {system}, {cores} cores"
     return Fact("versions", text, data=data)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def extension() -> Fact:
