@@ -17,6 +17,7 @@ from aiotransfer.integrations.ray.exports import Offer, Place
 from aiotransfer.integrations.ray.node import AbortedError, Node
 from aiotransfer.integrations.ray.parts import part_of
 from aiotransfer.testing import payload
+from tests.needs import needs_tcp
 
 SECONDS = 30.0
 MIB = 1 << 20
@@ -55,6 +56,20 @@ def test_all_arrays_of_an_object_come_at_once(nodes: tuple[Node, Node]) -> None:
     del found
     gc.collect()
     until(lambda: reader.statistics().receive_bytes_in_use == 0)
+
+
+@needs_tcp()
+def test_objects_come_over_a_network_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOTRANSFER_PROVIDERS", "tcp")
+    owner, reader = Node("127.0.0.1:0", "owner", SECONDS), Node("127.0.0.1:0", "reader", SECONDS)
+    try:
+        sent = [payload(nbytes) for nbytes in (1, 1000, 3 * MIB + 7)]
+        found = reader.fetch("x", offered(owner, "x", *sent)).result(SECONDS)
+        assert all(np.array_equal(*pair) for pair in zip(found, sent, strict=True))
+        assert reader.statistics().ways == {owner.statistics().address: "tcp"}
+    finally:
+        reader.close()
+        owner.close()
 
 
 def test_more_arrays_than_are_read_at_once(nodes: tuple[Node, Node]) -> None:
