@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 import aiotransfer as at
+from aiotransfer.engine.loop_thread import Submitted
 
 SECONDS = 30.0  # of every wait here
 
@@ -143,6 +144,17 @@ def test_futures_of_a_thread_that_is_closed_meanwhile_all_end() -> None:
     assert not late
     for future in done:
         assert future.cancelled() or isinstance(future.exception(), at.ClosedError) or future.result() == 1
+
+
+def test_what_was_handed_over_too_late_to_begin_ends_with_the_thread() -> None:
+    async def work() -> None:
+        pass
+
+    with at.run_in_thread(providers="loopback") as host:
+        late = Submitted(host._loop, work())
+        host._submitted.add(late)  # as by a thread that the loop's end overtakes
+    with pytest.raises(at.ClosedError):
+        late.result(0)
 
 
 def test_work_may_be_handed_over_on_the_loop_itself(host: at.EngineThread) -> None:

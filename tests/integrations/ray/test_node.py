@@ -194,6 +194,18 @@ def test_no_fetch_goes_on_for_longer_than_it_may(nodes: tuple[Node, Node]) -> No
         hasty.close()
 
 
+def test_a_fetch_that_waits_for_its_turn_ends_at_its_deadline(nodes: tuple[Node, Node]) -> None:
+    owner, _ = nodes
+    hasty = Node("127.0.0.1:0", "hasty", 0.2)
+    try:
+        offer = offered(owner, "x", payload(1000))
+        hasty._thread.run(hasty._fetches._room.enter(1 << 40))  # all that may be under way at once
+        with pytest.raises(at.TransferTimeout, match="did not come within"):
+            hasty.fetch("x", offer).result(SECONDS)
+    finally:
+        hasty.close()
+
+
 def test_offers_that_make_no_sense_are_refused(nodes: tuple[Node, Node]) -> None:
     owner, reader = nodes
     good = offered(owner, "x", payload(1000))
