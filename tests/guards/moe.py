@@ -58,12 +58,28 @@ GUARDS = (
     ),
     Mutant(
         "MoE: a rank that cannot set up says so", BOOTSTRAP,
-        "            ranks.send_to(peer, unable)\n",
+        "            self._listener.say_unable(rank, peer, self._answers.incarnation(rank))\n",
         "            pass\n", IDENTITY,
     ),
     Mutant(
         "MoE: the others know that a rank cannot set up", LISTENER,
         "            answers.know_it.add(rank)\n", "            pass\n", IDENTITY,
+    ),
+    Mutant(
+        "MoE: a rank that could not set up, and tries again", LISTENER,
+        "        if unable.to == ranks.incarnation:\n", "        if True:\n", COMING_BACK,
+    ),
+    Mutant(
+        "MoE: a rank is told once that another could not set up", LISTENER,
+        "        if to and self._answers.told_to.get(rank) == to:\n            return\n", "", COMING_BACK,
+    ),
+    Mutant(
+        "MoE: a rank that could not set up is asked", LISTENER,
+        "            if answers.told:\n                self", "            if False:\n                self", COMING_BACK,
+    ),
+    Mutant(
+        "MoE: a rank that could not set up hears a Hello", LISTENER,
+        "            if hello.ask and answers.told:\n", "            if False:\n", COMING_BACK,
     ),
     Mutant(
         "MoE: that is acknowledged", LISTENER,

@@ -22,10 +22,12 @@ class Answers:
     hellos: dict[int, tuple[Peer, Hello]] = field(default_factory=dict)
     seen: dict[int, set[int]] = field(default_factory=dict)  # by ranks that said that they are at work: which ranks take part
     ready: dict[int, list[int]] = field(default_factory=dict)  # the incarnations that it has Hellos of
-    asked: set[int] = field(default_factory=set)  # ranks that look for others, as this one does
+    asked: dict[int, int] = field(default_factory=dict)  # ranks that look for others, as this one does, and their incarnations
     unable: dict[int, str] = field(default_factory=dict)  # ranks that could not set up, and why
     know_it: set[int] = field(default_factory=set)  # ranks that have heard that this one cannot
     failure: Exception | None = None  # why this one cannot
+    told: str = ""  # why this one could not, as the others are told; empty while it tries
+    told_to: dict[int, int] = field(default_factory=dict)  # ranks that were told so since then, and their incarnations
     early: dict[int, ViewUpdate] = field(default_factory=dict)  # before this rank knew of which ranks: the last of each
     taken_in: dict[int, set[int]] = field(default_factory=dict)  # by ranks that have taken this one in: the ranks that they name
 
@@ -56,6 +58,11 @@ class Answers:
         for side in sides:
             best = side if outweighs(side, best) else best
         return best
+
+    def incarnation(self, rank: int) -> int:
+        """The last all-to-all of a rank that was heard of; 0: of none."""
+        hello = self.hellos.get(rank)
+        return self.asked.get(rank, 0) if hello is None else hello[1].incarnation
 
     def view(self, rank: int, update: ViewUpdate) -> None:
         """A view has come before this rank has a membership that it belongs to."""

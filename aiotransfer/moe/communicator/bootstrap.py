@@ -71,7 +71,8 @@ class Bootstrap:
         self._listener.start()
         answers.unable.clear()
         answers.asked.clear()
-        answers.failure = None
+        answers.failure, answers.told = None, ""
+        answers.told_to.clear()
         self._ranks.group.compare()
         found: dict[int, Peer] = {}
         try:
@@ -79,18 +80,18 @@ class Bootstrap:
         except (BrokenError, ShapeMismatch, asyncio.CancelledError):
             raise
         except Exception as error:  # the others must not wait for this rank
-            await self._say_unable(found, said(error))
+            answers.told = messages.words(said(error)) or "it does not say why"
+            await self._say_unable(found)
             raise
 
-    async def _say_unable(self, found: dict[int, Peer], reason: str) -> None:
+    async def _say_unable(self, found: dict[int, Peer]) -> None:
         """Returns when the others know it, or after `drain_timeout`. This engine may end then; another rank may still have to see
         that this rank is reached at its address, or does not believe it."""
         ranks, know_it = self._ranks, self._answers.know_it
         known = found | {rank: peer for rank in ranks.others() if (peer := ranks.at(rank)) is not None}
-        unable = messages.Unable(rank=ranks.rank, incarnation=ranks.incarnation, reason=messages.words(reason))
         know_it.clear()
-        for peer in known.values():
-            ranks.send_to(peer, unable)
+        for rank, peer in known.items():
+            self._listener.say_unable(rank, peer, self._answers.incarnation(rank))
         with contextlib.suppress(TimeoutError):
             async with Timeout(ranks.engine.config.drain_timeout):
                 while any(rank not in know_it and peer.error is None for rank, peer in known.items()):

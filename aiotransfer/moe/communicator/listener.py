@@ -128,8 +128,7 @@ class Listener:
         elif isinstance(content, messages.Ready):
             answers.ready[rank] = content.incarnations
         elif isinstance(content, messages.Unable):
-            answers.unable[rank] = clip(content.reason)
-            ranks.send_to(peer, messages.Heard(rank=ranks.rank, incarnation=ranks.incarnation))
+            self._unable(rank, peer, content)
         elif isinstance(content, messages.Heard):
             answers.know_it.add(rank)
         elif isinstance(content, messages.ViewUpdate):
@@ -141,10 +140,31 @@ class Listener:
         elif content.present is not None:
             answers.seen[rank] = self._ranks_in(content.present)
         elif not ranks.running:
-            answers.asked.add(rank)
+            answers.asked[rank] = content.incarnation
+            if answers.told:
+                self.say_unable(rank, peer, content.incarnation)
         else:
             present = self._greetings.taking_part()
             ranks.send_to(peer, messages.WhoIsThere(rank=ranks.rank, incarnation=ranks.incarnation, present=present))
+
+    def say_unable(self, rank: int, peer: Peer, to: int) -> None:
+        """Tell `rank`, which is reached as `peer`, why this one could not set up. `to`: its incarnation; 0: it is not known. Once
+        for each try of this rank: if it came again it would end the other's next try."""
+        ranks = self._ranks
+        if to and self._answers.told_to.get(rank) == to:
+            return
+        self._answers.told_to[rank] = to
+        said = messages.Unable(rank=ranks.rank, incarnation=ranks.incarnation, reason=self._answers.told, to=to)
+        ranks.send_to(peer, said)
+
+    def _unable(self, rank: int, peer: Peer, unable: messages.Unable) -> None:
+        """A rank could not set up. Where it does not say so to this incarnation it may have tried again since: it is asked."""
+        ranks = self._ranks
+        if unable.to == ranks.incarnation:
+            self._answers.unable[rank] = clip(unable.reason)
+            ranks.send_to(peer, messages.Heard(rank=ranks.rank, incarnation=ranks.incarnation))
+        else:
+            ranks.send_to(peer, messages.WhoIsThere(rank=ranks.rank, incarnation=ranks.incarnation, present=None))
 
     def _ranks_in(self, present: list[int]) -> set[int]:
         if max(present, default=0) >= self._ranks.shape.ranks:
@@ -181,7 +201,9 @@ class Listener:
             if ranks.rank in present:  # its view follows, and it tells this rank when it leaves
                 answers.taken_in[rank] = present
         if not ranks.running or membership is None:
-            if hello.ask and greetings.buffers is not None:
+            if hello.ask and answers.told:
+                self.say_unable(rank, peer, hello.incarnation)
+            elif hello.ask and greetings.buffers is not None:
                 greetings.greet(rank, peer, ask=False)
             return
         if known is not None and known.incarnation == hello.incarnation == membership.incarnation(rank):

@@ -88,7 +88,7 @@ class Unmade:
 
     def __init__(self, engine: Engine, key: bytes, rank: int, reason: str) -> None:
         self._engine, self._key = engine, key
-        self._answer = messages.encode(key, messages.Unable(rank=rank, incarnation=0, reason=reason))
+        self._rank, self._reason = rank, reason
         self._sending: dict[Peer, asyncio.Task[None]] = {}
         self.task = engine._loop.create_task(self._listen())
         engine._connections.own(self.task)
@@ -97,20 +97,23 @@ class Unmade:
         try:
             async for message in self._engine.messages(self._key):
                 try:
-                    asks = isinstance(messages.decode(self._key, message.data), messages.Hello | messages.WhoIsThere)
+                    asks = messages.decode(self._key, message.data)
                 except DescriptorError:
                     continue
+                if not isinstance(asks, messages.Hello | messages.WhoIsThere):
+                    continue
                 peer = message.peer
-                if asks and peer not in self._sending:  # one that takes nothing holds up only itself
-                    task = self._sending[peer] = self._engine._loop.create_task(self._send(peer))
+                if peer not in self._sending:  # one that takes nothing holds up only itself
+                    task = self._sending[peer] = self._engine._loop.create_task(self._send(peer, asks.incarnation))
                     self._engine._connections.own(task)
         finally:
             for task in self._sending.values():
                 task.cancel()
 
-    async def _send(self, peer: Peer) -> None:
+    async def _send(self, peer: Peer, to: int) -> None:
+        answer = messages.Unable(rank=self._rank, incarnation=0, reason=self._reason, to=to)
         try:
-            await peer.send(self._answer)
+            await peer.send(messages.encode(self._key, answer))
         except (BrokenError, BusyError, ClosedError):
             pass  # it has gone, or asks again
         finally:

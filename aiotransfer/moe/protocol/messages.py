@@ -79,9 +79,10 @@ class WhoIsThere(_Message, frozen=True, tag=5):
 
 
 class Unable(_Message, frozen=True, tag=6):
-    """The sender cannot set up, so the ranks do not meet."""
+    """The sender cannot set up, so the ranks do not meet. One for another incarnation counts only when it is asked for again."""
 
     reason: str
+    to: Incarnation  # of the receiver, as far as the sender knows; 0: the sender has not heard of it yet
 
 
 class Heard(_Message, frozen=True, tag=8):

@@ -313,6 +313,67 @@ def test_a_hello_that_is_said_twice_changes_nothing_under_a_step() -> None:
     world(RANKS, script, net=MESSY, results_in_place=True, direct=True)
 
 
+@pytest.mark.parametrize("to", ["an earlier one", "none"])
+def test_that_a_rank_could_not_set_up_once_does_not_count_when_it_tries_again(to: str) -> None:
+    """It said so to an earlier all-to-all of the engine, which had ended: the next one reads it."""
+
+    async def script(w: World) -> None:
+        await w.every(lambda a2a: a2a.ready())
+        ranks, peer = w.a2a[0]._ranks, w.a2a[0]._ranks.known[1].peer
+        await w.every(lambda a2a: a2a.aclose())
+        earlier = w.a2a[1]._ranks.incarnation if to == "an earlier one" else 0
+        unable = messages.Unable(rank=0, incarnation=7, reason="no memory", to=earlier)
+        await peer.send(messages.encode(ranks.key, unable))
+        await peer.ping()
+        coming = asyncio.ensure_future(anew(w, 1).ready(timeout=5))
+        await asyncio.sleep(0.5)
+        assert not coming.done()
+        await asyncio.gather(coming, *(anew(w, r).ready(timeout=5) for r in (0, 2, 3)))
+        await all_are_together(w, list(range(RANKS)))
+        for a2a in w.a2a:
+            await a2a.aclose()
+
+    world(RANKS, script, net=MESSY)
+
+
+@pytest.mark.parametrize("when", ["it tries", "it has failed", "it has failed, and was not heard"])
+def test_a_rank_that_cannot_set_up_says_so_to_one_that_comes_later(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And then it can."""
+
+    async def script(w: World) -> None:
+        def fail(*_: Any) -> None:
+            raise MemoryError("none is left")
+
+        w.a2a[0]._communicator._greetings.make_buffers = fail  # type: ignore[method-assign]
+        hear = drop(w.a2a[0], messages.Unable) if when == "it has failed, and was not heard" else None
+        trying = asyncio.ensure_future(w.a2a[0].ready(timeout=5))
+        later = [1]
+        if when == "it tries":
+            await until(lambda: w.a2a[0]._communicator._answers.told)
+        else:
+            await asyncio.wait([trying])
+        if hear is not None:  # it answers their Hello
+            hear()
+            later = [1, 2, 3]
+        elif when == "it has failed":  # it answers a question: there is no Hello while a rank is missing
+            w.net.kill(w.engines[3])
+        found = await asyncio.gather(*(w.a2a[r].ready(timeout=2) for r in later), return_exceptions=True)
+        for error in found:
+            assert isinstance(error, at.PeerLostError)
+            assert "could not set up: MemoryError: none is left" in str(error)
+        with pytest.raises(MemoryError):
+            await trying
+        del w.a2a[0]._communicator._greetings.make_buffers
+        if when == "it has failed":
+            await w.again(3)
+        await w.every(lambda a2a: a2a.ready(timeout=5))
+        await all_are_together(w, list(range(RANKS)))
+        for a2a in w.a2a:
+            await a2a.aclose()
+
+    world(RANKS, script, net=MESSY)
+
+
 def test_a_rank_that_takes_another_one_in_is_met_whatever_its_view_names() -> None:
     answers = Answers((0, 1))
     assert answers.needed([1, 2]) == {1, 2}

@@ -62,7 +62,7 @@ def said(ranks: Any, about: Any) -> dict[str, Callable[[], messages.Message]]:
         "another one": lambda: messages.Hello(**(hello | {"region": region, "running": False, "rank": 1, "incarnation": 12345})),
         "none of it": lambda: messages.Hello(**(hello | {"region": b"", "running": False, "rank": 1, "incarnation": 12345})),
         "a view": lambda: messages.ViewUpdate(view=none, **me),
-        "unable": lambda: messages.Unable(reason="no", **me),
+        "unable": lambda: messages.Unable(reason="no", to=ranks.incarnation, **me),
         "who": lambda: messages.WhoIsThere(present=[0], **me),
     }
 
@@ -96,7 +96,8 @@ async def test_what_a_rank_says_before_it_is_known_is_heard_in_its_order_when_it
         second = moe.AllToAll(right, right.group(addresses), **SIZES)
         meets = asyncio.ensure_future(second.ready())
         peer = await stranger.connect(right.address)
-        await peer.send(messages.encode(second._ranks.key, messages.Unable(rank=0, incarnation=7, reason="never")))
+        unable = messages.Unable(rank=0, incarnation=7, reason="never", to=second._ranks.incarnation)
+        await peer.send(messages.encode(second._ranks.key, unable))
         await asyncio.sleep(0.1)
         assert not meets.done()
         first = moe.AllToAll(left, left.group(addresses), **SIZES)

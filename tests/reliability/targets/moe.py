@@ -35,7 +35,7 @@ def _said() -> list[messages.Message]:
     return [
         messages.WhoIsThere(present=None, **me),
         messages.WhoIsThere(present=[0, 1], **me),
-        messages.Unable(reason="no memory", **me),
+        messages.Unable(reason="no memory", to=LISTENER, **me),
         messages.Heard(**me),
         messages.Ready(incarnations=[LISTENER, SPEAKER], **me),
         messages.ViewUpdate(view=View(SPEAKER, (), (), 0, (), (), present), **me),
