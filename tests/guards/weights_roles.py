@@ -6,6 +6,11 @@ from tests.guards.mutant import Mutant
 
 GUARDS = (
     Mutant(
+        "weights: attempts of an earlier publisher of the engine", "aiotransfer/weights/publisher/update.py",
+        "        number = _attempts[self._engine] = _attempts.get(self._engine, 0) + 1\n",
+        "        number = self.__dict__['n'] = self.__dict__.get('n', 0) + 1\n", "tests/weights/test_successors.py",
+    ),
+    Mutant(
         "weights: an update that is dropped with a closed loop tells no one",
         "aiotransfer/weights/publisher/update.py",
         "        if not self._loop.is_closed():\n",

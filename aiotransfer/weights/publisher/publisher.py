@@ -123,7 +123,7 @@ class Publisher(Unpicklable):
             hear = functools.partial(self._from_leader, None)
             self.leader = Leader(context, self.subscribers, hear, self._work_of, lambda: self.catching.look())
         self.catching = Catching(context, self.subscribers, self._is_idle)
-        self._turn = Turn()
+        self._turn = Turn(engine)
         self._parts = Parts(context, self.subscribers, self.works, self.borrowing, self.leader, self._turn, epoch or 0)
         self.subscribers.call_new()
 

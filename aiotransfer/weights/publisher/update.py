@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 from aiotransfer.aio.timeouts import Timeout, wait_shielded
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
@@ -24,6 +25,7 @@ from aiotransfer.weights.roles.watch import Changes, Watch, reach
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from aiotransfer.engine.engine import Engine
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.weights.publisher.borrowing import Borrowing
     from aiotransfer.weights.publisher.context import Context
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 GRACE = 1.0  # seconds after the deadline in which rank 0 says how it ended
 NEVER = -1  # no update has begun
+_attempts: WeakKeyDictionary[Engine, int] = WeakKeyDictionary()  # the last one of each engine
 
 
 class Files(Protocol):
@@ -51,22 +54,24 @@ class Files(Protocol):
 
 
 class Turn:
-    """One update at a time. `current`: the one that is under way."""
+    """One update at a time. `current`: the one that is under way; `is_first`: no other one has begun on this rank before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.current: Update | None = None
-        self.is_closed = False
-        self._attempts = 0
+        self.is_closed = self.is_first = False
+        self._engine, self._has_begun = engine, False
 
     def begin(self, update: Update) -> int:
-        """An update begins on this rank. Returns the number of its attempt. Raises `ClosedError`, `ConfigurationError`."""
+        """An update begins on this rank. Returns the number of its attempt. No other one of this engine has it: what is said to
+        an earlier publisher may arrive when the next one publishes. Raises `ClosedError`, `ConfigurationError`."""
         if self.is_closed:
             raise ClosedError("the publisher is closed")
         if self.current is not None:
             raise ConfigurationError(f"version {self.current.number} is being published", hint="one version at a time")
-        self.current = update
-        self._attempts += 1
-        return self._attempts
+        self.is_first = not self._has_begun
+        self.current, self._has_begun = update, True
+        number = _attempts[self._engine] = _attempts.get(self._engine, 0) + 1
+        return number
 
     def end(self, update: Update) -> None:
         """Forget an update that is over."""
@@ -161,7 +166,7 @@ class Update(Unpicklable):
         parts, context = self._parts, self._context
         context.sources.note()
         await context.sources.finished()
-        is_first = self._attempt == 1 or (self._lead is not None and self._lead.history.epoch is None)
+        is_first = parts.turn.is_first or (self._lead is not None and self._lead.history.epoch is None)
         await parts.subscribers.call(all_peers=is_first)  # of the first one the epoch is still to be found
         if context.rank:
             try:
