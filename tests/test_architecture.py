@@ -61,6 +61,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {  # by folder: each room, and those ben
         "decode": {"protocol", "roles"},
         "prefill": {"protocol", "roles"},
         "registry": {"protocol", "decode", "prefill"},
+        "threads": {"protocol", "roles", "decode", "prefill"},
     },
     "moe": {
         "protocol": set(),

@@ -57,6 +57,11 @@ class Submitted(concurrent.futures.Future[T], Generic[T]):
             self._end_cancelled()
         else:
             self._task = asyncio.get_running_loop().create_task(self._follow())
+            self._task.add_done_callback(self._never_began)
+
+    def _never_began(self, _: object) -> None:
+        if not self.done():  # the task was cancelled before its first step
+            self._end_cancelled()
 
     async def _follow(self) -> None:
         try:
@@ -90,7 +95,7 @@ class EngineThread(Unpicklable):
     def __init__(self, options: dict[str, Any]) -> None:
         self._loop = _new_loop()
         self._thread = threading.Thread(target=self._main, name="aiotransfer loop", daemon=True)
-        self._closed = False
+        self._closing = self._closed = False
         self._submitted: set[Submitted[Any]] = set()
         self._process = os.getpid()
         self._thread.start()
@@ -115,6 +120,11 @@ class EngineThread(Unpicklable):
             self._loop.close()  # here and not by `close`: its caller may be inside a loop of its own
             for future in list(self._submitted):
                 future._abandon()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called; what ends from then on may end by that. From any thread."""
+        return self._closing
 
     async def _make_handle(self) -> ThreadHandle:
         return self.engine.from_thread()
@@ -175,6 +185,7 @@ class EngineThread(Unpicklable):
         """Close the engine, stop the loop, join the thread. Twice is silent, as is a forked child: all of it is its parent's."""
         if self._closed or os.getpid() != self._process:
             return
+        self._closing = True
         try:
             self.run(self.engine.aclose())
         finally:

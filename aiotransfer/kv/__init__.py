@@ -17,11 +17,17 @@ from aiotransfer.kv.protocol.plan import PageTable, TransferPlan, plan_transfer
 from aiotransfer.kv.protocol.ranks import pairs, sources
 from aiotransfer.kv.protocol.record import RequestRecord
 from aiotransfer.kv.tensors import TensorPool, layout_from_tensors
+from aiotransfer.kv.threads.decoder_thread import DecoderThread
+from aiotransfer.kv.threads.prefiller_thread import Asked, PrefillerThread
+from aiotransfer.kv.threads.requests import Finished
 
 __all__ = [
     "NO_PAGE",
     "Arrival",
+    "Asked",
     "Decoder",
+    "DecoderThread",
+    "Finished",
     "Handle",
     "KVLayout",
     "KVRequestError",
@@ -31,6 +37,7 @@ __all__ = [
     "Place",
     "PrefillRequest",
     "Prefiller",
+    "PrefillerThread",
     "RequestCancelled",
     "RequestFailed",
     "RequestRecord",

@@ -23,3 +23,10 @@ def test_its_program_runs() -> None:
     assert snippet.read_text() in PAGE
     done = subprocess.run([sys.executable, str(snippet)], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, complaints(done.stderr)) == (0, "first token 98304\n", "")
+
+
+def test_its_program_for_engines_without_a_loop_runs() -> None:
+    snippet = ROOT / "docs" / "snippets" / "kv_threads.py"
+    assert snippet.read_text() in PAGE
+    done = subprocess.run([sys.executable, str(snippet)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, complaints(done.stderr)) == (0, "request 1 first token\n", "")

@@ -169,3 +169,21 @@ def test_work_may_be_handed_over_on_the_loop_itself(host: at.EngineThread) -> No
 
     host.run(outer()).result(SECONDS)
     assert seen[0] is seen[1]
+
+
+def test_what_is_cancelled_when_its_task_was_made_and_has_not_begun_ends(host: at.EngineThread) -> None:
+    stepped: list[int] = []
+
+    async def work() -> None:
+        stepped.append(1)
+
+    async def on_the_loop() -> concurrent.futures.Future[None]:
+        future = Submitted(asyncio.get_running_loop(), work())
+        future._begin()
+        future._cancel_task()  # another thread's cancel may come between the task and its first step
+        return future
+
+    future = host.run(on_the_loop())
+    with pytest.raises(concurrent.futures.CancelledError):
+        future.result(SECONDS)
+    assert not stepped
