@@ -40,7 +40,7 @@ async def test_a_peer_that_dies_or_stops_is_lost_as_soon_as_ever(number: signal.
     with Cables(2) as cables:
         timeout = 10.0 if number == signal.SIGKILL else 1.0  # a death is noticed without the pulses
         async with outage.connected(cables, config=at.Config(peer_timeout=timeout)) as (engine, peer):
-            assert peer._line.resumable
+            assert peer._channel.resumable
             waiting = asyncio.ensure_future(peer.lookup("never"))
             await asyncio.sleep(0.2)
             if cut:
