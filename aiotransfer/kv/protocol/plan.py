@@ -57,20 +57,27 @@ class PageTable:
         return len(self.src_pages) * self.page_bytes
 
 
-@dataclass(frozen=True, slots=True)
 class _Side:
-    layout: KVLayout
-    strides: Strides
-    first_head: int  # of the heads that move, among this side's own
+    """One of the two ranks, with what is asked of it for every table."""
+
+    __slots__ = ("_base", "_first_layer", "_is_apart", "_layer_step", "layout", "strides")
+
+    def __init__(self, layout: KVLayout, first_head: int) -> None:
+        """`first_head`: the first one that moves, among this side's own."""
+        self.layout = layout
+        self.strides: Strides = layout.byte_strides
+        self._is_apart = layout.outermost == "tensors"
+        self._first_layer = layout.own_layers.start
+        self._layer_step = 0 if self._is_apart else self.strides.layer
+        self._base = layout.offset + first_head * self.strides.head
 
     def memory(self, layer: int) -> int:
         """Which region of this side the layer lies in."""
-        return 0 if self.layout.outermost != "tensors" else layer - self.layout.own_layers.start
+        return layer - self._first_layer if self._is_apart else 0
 
     def offset(self, layer: int) -> int:
         """Where the first head that moves begins, in the memory of this layer."""
-        k = 0 if self.layout.layers_in_memory == 1 else layer - self.layout.own_layers.start
-        return self.layout.offset + k * self.strides.layer + self.first_head * self.strides.head
+        return self._base + (layer - self._first_layer) * self._layer_step
 
 
 class Tables:
@@ -128,8 +135,9 @@ class TransferPlan:
         self._heads = heads
         if moves and prefill.opaque and prefill.order == "NHD" and not prefill.own_heads == decode.own_heads == heads:
             raise LayoutMismatch("heads of opaque pages", str(prefill.own_heads), str(decode.own_heads))
-        self._here = _Side(prefill, prefill.byte_strides, heads.start - prefill.own_heads.start)
-        self._there = _Side(decode, decode.byte_strides, heads.start - decode.own_heads.start)
+        self._here = _Side(prefill, heads.start - prefill.own_heads.start)
+        self._there = _Side(decode, heads.start - decode.own_heads.start)
+        self._deals = prefill.deal, decode.deal
         self._alike = prefill.deal.way == decode.deal.way  # what one rank has the other has, in the same order
         self._grains: dict[int, Grain] = {}
         self._tables = tables
@@ -181,7 +189,7 @@ class TransferPlan:
         """Where a request of which `skip_tokens` are not sent may be cut into chunks: at multiples of so many tokens."""
         self._range(None, skip_tokens, 0, None)
         tokens = self._grain(skip_tokens).tokens
-        return unit_of(self.decode.deal, tokens) if self._alike else tokens
+        return unit_of(self._deals[1], tokens) if self._alike else tokens
 
     def count(
         self, tokens: int, skip_tokens: int = 0, *, window: int | None = None, dst_pages: ArrayLike | None = None
@@ -222,18 +230,21 @@ class TransferPlan:
 
     def _range(self, layer: int | None, skip: int, tokens: int, window: int | None) -> tuple[int, int]:
         for name, value in (("skip_tokens", skip), ("tokens", tokens), ("window", window or 0)):
+            if type(value) is int and value >= 0:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | np.integer):
                 raise TypeError(f"{name} must be an int, not {quote(value)}")
             if value < 0:
                 raise ValueError(f"{name} must not be negative: {value}")
-        for side in (self.prefill, self.decode):
-            side.check_skip(int(skip))
+        if self.decode.opaque:
+            for side in (self.prefill, self.decode):
+                side.check_skip(int(skip))
         of_layer = self.decode.windows[layer] if self.decode.windows and layer is not None else None
-        reach = min((each for each in (of_layer, window) if each is not None), default=None)
-        if reach is None:
+        if of_layer is None and window is None:
             return int(skip), int(tokens)
+        reach = min(each for each in (of_layer, window) if each is not None)
         page = math.gcd(self.prefill.page_tokens, self.decode.page_tokens)  # a few tokens more, and larger blocks
-        whole = unit_of(self.decode.deal, page) if self._alike else page
+        whole = unit_of(self._deals[1], page) if self._alike else page
         return max(int(skip), (int(tokens) - reach) // whole * whole), int(tokens)
 
     @staticmethod
@@ -250,7 +261,7 @@ class TransferPlan:
         """The blocks of requests that begin at token `skip`."""
         here, there = self.prefill, self.decode
         if self._alike:
-            most = math.gcd(here.page_tokens, there.page_tokens, there.deal.count(skip))
+            most = math.gcd(here.page_tokens, there.page_tokens, self._deals[1].count(skip))
         else:
             dealt = [side.cp_tokens for side in (here, there) if side.cp > 1]
             most = math.gcd(here.page_tokens, there.page_tokens, skip, *dealt)
@@ -287,18 +298,18 @@ class TransferPlan:
     def _tokens(self, start: int, end: int, step: int) -> tuple[Indices, Indices]:
         """The first token of each block, as its place among those that either side holds."""
         if self._alike:
-            deal = self.decode.deal
+            deal = self._deals[1]
             first, past = deal.count(start), deal.count(end)
             same = np.arange(first, max(first, past), step, dtype=np.int64)
             return same, same
         token = np.arange(start, max(start, end), step, dtype=np.int64)
-        ours, theirs = self.prefill.deal, self.decode.deal
+        ours, theirs = self._deals
         token = token[ours.has(token) & theirs.has(token)]
         return ours.own(token), theirs.own(token)
 
     def _count(self, start: int, end: int, grain: Grain, pages: Indices | None) -> int:
         if pages is None and self._alike:
-            deal = self.decode.deal
+            deal = self._deals[1]
             return -(-max(0, deal.count(end) - deal.count(start)) // grain.tokens)
         theirs = self._tokens(start, end, grain.tokens)[1]
         return len(theirs) if pages is None else int((pages[theirs // self.decode.page_tokens] != NO_PAGE).sum())
