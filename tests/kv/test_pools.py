@@ -11,8 +11,11 @@ import pytest
 import aiotransfer as at
 from aiotransfer import kv
 from aiotransfer.engine.memory.views import memory_of
+from aiotransfer.kv.protocol import messages
+from aiotransfer.kv.protocol.pieces import split
 from tests.kv.party import cache_of, party, small
 from tests.kv.protocol.reference import fill
+from tests.kv.raw import raw_decoder
 
 pytestmark = pytest.mark.asyncio
 
@@ -58,6 +61,30 @@ async def test_a_large_request_that_is_taken_back_leaves_nothing() -> None:
         async with asyncio.timeout(20):
             while both.prefiller.requests or len(pieces):
                 await asyncio.sleep(0.01)
+
+
+async def test_the_pieces_of_a_request_that_is_taken_back_are_forgotten() -> None:
+    async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
+        large = raw.reserve("large", data=bytes(1 << 20))
+        await raw.peer.send(split(messages.encode(large))[0])
+        assert isinstance(await raw.ask("small"), messages.Reserved)  # what was sent before has been read
+        assert len(both.prefiller.dispatcher._pieces) == 1
+        await raw.send(messages.Cancel(large.number, "cancelled"))
+        assert isinstance(await raw.ask("another"), messages.Reserved)
+        assert len(both.prefiller.dispatcher._pieces) == 0
+
+
+async def test_pieces_that_make_no_sense_are_answered_and_change_nothing() -> None:
+    async with party() as both, raw_decoder(both.prefill.engine, both.decode.layout) as raw:
+        large = raw.reserve("large", data=bytes(1 << 20))
+        await raw.peer.send(split(messages.encode(large))[1])
+        answer = await raw.answer()
+        assert isinstance(answer, messages.Refused)
+        assert (answer.number, answer.reason) == (large.number, "protocol")
+        assert "pieces do not follow" in answer.text
+        for piece in split(messages.encode(large)):
+            await raw.peer.send(piece)
+        assert isinstance(await raw.answer(), messages.Reserved)
 
 
 async def test_a_prompt_may_be_larger_than_a_message_of_an_engine() -> None:
