@@ -32,7 +32,7 @@ ROOT = HERE.parent
 PACKAGE = ROOT / "aiotransfer"
 FACTS = PACKAGE / "_build_facts.json"
 EVERYWHERE = ("lane", "sim", "rows")
-FOLDERS = (*EVERYWHERE, "fabric", "wire", "verbs", "shm", "bench") if sys.platform.startswith("linux") else EVERYWHERE
+FOLDERS = (*EVERYWHERE, "fabric", "ofi", "simrail", "verbs", "shm", "bench") if sys.platform.startswith("linux") else EVERYWHERE
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion"]
 # What the code relies on stands after the flags of the user. A product and a sum that one processor fuses and another does not
 # would give other bits (ffi/rows), and so would arithmetic without infinities.

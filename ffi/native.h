@@ -10,7 +10,8 @@
 #include "rows/decls.h"
 #ifdef __linux__
 #include "fabric/decls.h"
-#include "wire/decls.h"
+#include "ofi/decls.h"
+#include "simrail/decls.h"
 #include "verbs/decls.h"
 #include "shm/decls.h"
 #endif

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import aiotransfer
+from tests.architecture import native, private
 from tests.architecture.circles import arrows_on_circles, out_of_rooms, upward_arrows
 from tests.architecture.docstrings import short_docstrings, unnamed_parameters
 from tests.architecture.sources import package
@@ -227,6 +228,10 @@ def test_no_folder_imports_what_is_not_beneath_it() -> None:
     assert upward_arrows(package(), MAY_IMPORT, LEAVES | {"_native"}) == []
 
 
+def test_no_folder_changes_a_private_name_of_another() -> None:
+    assert private.foreign(package())["writes across folders"] == []
+
+
 def test_what_users_may_give_is_named_in_a_docstring() -> None:
     """Each parameter between backticks, with meaning, unit and default; of a constructor also in the docstring of the class."""
     assert unnamed_parameters(package()) == []
@@ -252,6 +257,21 @@ def test_a_c_file_is_short_and_says_what_it_is_for(file: Path) -> None:
     source = file.read_text()
     assert len(source.splitlines()) <= MOST_LINES
     assert source.startswith("/*")
+
+
+def test_c_files_and_their_folders_call_each_other_in_no_circle() -> None:
+    tree = native.tree()
+    assert native.calls_on_circles(tree) == native.files_on_circles(tree) == native.folders_on_circles(tree) == []
+
+
+def test_a_c_folder_includes_headers_of_its_own_and_of_those_beneath_it() -> None:
+    tree = native.tree()
+    assert native.folders(tree) == set(native.MAY_INCLUDE)
+    assert native.upward_includes(tree) == []
+
+
+def test_a_c_function_fits_on_a_screen() -> None:
+    assert native.long_functions(native.tree()) == []
 
 
 def test_no_tracked_file_names_a_place_of_this_machine() -> None:

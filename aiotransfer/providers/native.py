@@ -34,7 +34,7 @@ except ImportError as error:
 REINSTALL = "pip install --no-cache-dir --force-reinstall aiotransfer"
 
 has_shm: bool = lib is not None and hasattr(lib, "at_shm_begin")
-has_fabric: bool = lib is not None and hasattr(lib, "at_fab_built") and lib.at_fab_built() != 0
+has_fabric: bool = lib is not None and hasattr(lib, "at_ofi_built") and lib.at_ofi_built() != 0
 has_verbs: bool = lib is not None and hasattr(lib, "at_verbs_built") and lib.at_verbs_built() != 0
 has_loopback: bool = lib is not None and hasattr(lib, "at_sim_connect")
 

@@ -1,6 +1,5 @@
-/* fabric: peers on other hosts, by libfabric (tcp, efa) or libibverbs (verbs/decls.h). See fabric.h for how it works.
- *
- * libfabric is opened at run time. Where its headers were missing at build time, at_fab_built is 0 and at_fab_open answers AT_EUNKNOWN. */
+/* fabric: peers on other hosts, by libfabric (ofi/decls.h) or libibverbs (verbs/decls.h), which open its rails. See fabric.h for how it
+ * works. */
 
 typedef struct at_fab at_fab;
 
@@ -16,17 +15,6 @@ enum at_fab_flags {
     AT_FAB_DEVICE = 256,  /* memory of a GPU may be registered */
     AT_FAB_SENDERS = 512  /* the queue says whose a write is, and a completion stands for all that were posted before */
 };
-
-typedef struct {
-    const char *provider; /* libfabric's name of it */
-    const char *fabric;   /* its fabric of this name, or NULL for whichever comes first */
-    const char *node;     /* the local address to be reached at, or NULL for the provider's own choice */
-    int device_memory;    /* ask for AT_FAB_DEVICE first, and do without where that is refused; efa is asked in any case */
-    uint32_t without;     /* at_fab_flags to do without although they are there: tests of what other fabrics lack */
-    uint64_t most_bytes;  /* of one work request, 0: as many as the provider takes */
-    uint32_t most_posted; /* work requests of the rail, 0: no bound but that of each peer */
-    uint16_t first_port, last_port; /* of its endpoints, one for each peer, where they have ports; 0: any */
-} at_fab_options;
 
 typedef struct {
     uint32_t flags;       /* at_fab_flags */
@@ -48,16 +36,8 @@ typedef struct {
     uint32_t marks;          /* whether 64 bits travel with a write: both sides must agree */
 } at_fab_offer;
 
-int at_fab_built(void); /* the version of libfabric whose headers were there: major << 16 | minor; 0: none */
-/* Load the library of this process, once: AT_OK also when it is loaded already, AT_EIO with the reason in at_fab_why. */
-int at_fab_load(const char *path);
-uint32_t at_fab_version(void); /* of the loaded library: major << 16 | minor; 0: none */
-/* The reason of the last failure of at_fab_load or at_fab_open in this thread. */
+/* The reason why a library could not be loaded or a rail not be opened, the last time that this happened in this thread. */
 const char *at_fab_why(void);
-
-/* Tests: what a rail would be whose library said so. `device`: EFA rather than software. order, mr_mode: as fi_info has them. */
-int at_fab_facts_of(int device, uint64_t order, uint64_t data_bytes, int mr_mode, uint64_t most_rma, int emulated, uint32_t without,
-                    at_fab_facts *out);
 
 /* Memory to be registered. cuda: the ordinal of its GPU, or -1. dmabuf_fd: what the driver handed out for the range from dmabuf_start, or -1. */
 typedef struct {
@@ -65,12 +45,6 @@ typedef struct {
     int cuda, dmabuf_fd;
     uint64_t dmabuf_start;
 } at_fab_memory;
-/* Tests: flags, pieces, access, key, interface, ordinal, address, length, offset and descriptor that libfabric would be told. */
-int at_fab_attributes_of(const at_fab_memory *memory, uint64_t access, uint64_t key, uint64_t out[10]);
-
-/* A rail of the lane: AT_OK, AT_EIO (see at_fab_why) or AT_E*. It lives as long as the lane. May take half a second; any thread. */
-int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_fab_facts *facts);
-
 /* The rail's own thread runs on these CPUs from here on, and the threads of the lane as at_lane_pin says. Any thread. */
 int at_fab_pin(at_lane *lane, at_fab *fab, const int32_t *cpus, uint32_t count);
 

@@ -1,6 +1,6 @@
 /* The fabric provider: peers by completion queues, one endpoint for each where the fabric allows it.
  *
- * Everything here is common to what moves the bytes: libfabric (ofi.h) or libibverbs (verbs/verbs.h), each a table of functions
+ * Everything here is common to what moves the bytes: libfabric (ofi/ofi.h) or libibverbs (verbs/verbs.h), each a table of functions
  * (at_fab_driver) that posts, reads completions, registers and closes, and decides nothing.
  *
  * A rail (at_fab) is one domain with one completion queue and one address vector. An end is this lane's side of the connection to one

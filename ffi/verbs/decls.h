@@ -7,7 +7,7 @@ int at_verbs_built(void); /* 1, or 0: built without the headers of libibverbs */
 /* Load the library of this process, once: AT_OK also when it is loaded already, AT_EIO with the reason in at_fab_why. */
 int at_verbs_load(const char *path);
 /* A rail of the lane on the named device (NULL: any). `node`: the local IPv4 or IPv6 address that it had best be reached by, or NULL.
- * most_bytes, most_posted: as in at_fab_options. AT_OK, AT_EIO (see at_fab_why) or AT_E*. Any thread. */
+ * most_bytes, most_posted: as in at_ofi_options. AT_OK, AT_EIO (see at_fab_why) or AT_E*. Any thread. */
 int at_verbs_open(at_lane *lane, const char *device, const char *node, uint64_t most_bytes, uint32_t most_posted, at_fab **out, at_fab_facts *facts);
 /* What every rail of verbs is (at_fab_flags), but for AT_FAB_DEVICE, which the device decides; 0: built without the headers. */
 uint32_t at_verbs_flags(void);

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.architecture import native, private, sizes
+from tests.architecture import private, sizes
 from tests.architecture.sources import Finding, package
 
 COMMITTED = Path(__file__).parent / "figures.json"
@@ -17,32 +17,21 @@ RULES = (
     "foreign reads",
     "foreign writes",
     "reads across folders",
-    "writes across folders",
     "long functions",
     "long files",
     "many parameters",
-    "C files on circles",
-    "C calls on circles",
-    "C folders on circles",
-    "C upward includes",
-    "C long functions",
 )
 
 
 @functools.cache
 def findings() -> dict[str, tuple[Finding, ...]]:
     """By rule. Only these are kept: the trees would be looked at by every collection of every later test."""
-    modules, sources, c_files = package(), dict(sizes.files()), native.tree()
+    modules, sources = package(), dict(sizes.files())
     found: dict[str, list[Finding]] = {
         **private.foreign(modules),
         "long functions": sizes.long_functions(sources),
         "long files": sizes.long_files(sources),
         "many parameters": sizes.many_parameters(modules),
-        "C files on circles": native.files_on_circles(c_files),
-        "C calls on circles": native.calls_on_circles(c_files),
-        "C folders on circles": native.folders_on_circles(c_files),
-        "C upward includes": native.upward_includes(c_files),
-        "C long functions": native.long_functions(c_files),
     }
     return {rule: tuple(found[rule]) for rule in RULES}
 

@@ -25,7 +25,8 @@ MAY_INCLUDE = {  # folder: those beneath it, whose headers it may include
     "sim": {"lane"},
     "fabric": {"lane"},
     "shm": {"lane", "rows"},
-    "wire": {"lane", "fabric"},
+    "ofi": {"lane", "fabric"},
+    "simrail": {"lane", "fabric"},
     "verbs": {"lane", "fabric"},
     "bench": {"rows"},
 }
@@ -150,6 +151,11 @@ def folders_on_circles(sources: Mapping[str, str]) -> list[Finding]:
     """Each folder of `ffi/` that is reached again by the calls that it makes."""
     between = {(room_of(source), room_of(target)) for source, target in calls(sources)}
     return [Finding(room, room, f"on a circle of {len(one)} folders") for one in components(between) for room in sorted(one)]
+
+
+def folders(sources: Mapping[str, str]) -> set[str]:
+    """The folders of `ffi/` that have C files."""
+    return {PurePosixPath(path).parts[1] for path in sources if path.count("/") > 1}
 
 
 def upward_includes(sources: Mapping[str, str]) -> list[Finding]:

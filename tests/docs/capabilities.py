@@ -64,7 +64,7 @@ class Rail(NamedTuple):
 def libfabric_rail(record: str) -> Rail:
     """What a recorded answer of libfabric makes of one. See `tests/providers/fabric/test_efa.py`."""
     facts = native.ffi.new("at_fab_facts *")
-    assert native.lib.at_fab_facts_of(*RECORDS[record], 0, facts) == 0
+    assert native.lib.at_ofi_facts_of(*RECORDS[record], 0, facts) == 0
     return Rail(facts.flags, facts.most_posted, facts.most_bytes, constant("AT_FAB_IOV", "fabric/fabric.h"))
 
 

@@ -208,7 +208,7 @@ GUARDS = (
         "|| lane->watches[i].generation == AT_MOST_LIVES)", ")", "tests/native/test_generations.py",
     ),
     Mutant(
-        "simulated network: what lies behind a region's end", "ffi/wire/wire.c",
+        "simulated network: what lies behind a region's end", "ffi/simrail/simrail.c",
         " && address - m->address <= m->nbytes &&", " &&", "tests/native/test_wire.py",
     ),
     Mutant(
@@ -228,19 +228,19 @@ GUARDS = (
         "    if (known && (now == end->state", "    if (known || (now == end->state", "tests/native/test_states.py",
     ),
     Mutant(
-        "strangers: silent connections to a data port", "ffi/fabric/halfway.c",
+        "strangers: silent connections to a data port", "ffi/ofi/half_open.c",
         "    int seconds = DEFERRED;", "    int seconds = 0;", "tests/providers/fabric/test_data_ports.py",
     ),
     Mutant(
-        "strangers: the door is shut once the peer is in", "ffi/fabric/driver.c",
+        "strangers: the door is shut once the peer is in", "ffi/ofi/driver.c",
         "    .settle = ofi_settle,\n", "", "tests/providers/fabric/test_data_ports.py",
     ),
     Mutant(
-        "strangers: who came in before the peer", "ffi/fabric/halfway.c",
+        "strangers: who came in before the peer", "ffi/ofi/half_open.c",
         "    drop_strangers(end->first, port);\n", "    (void)drop_strangers;\n", "tests/providers/fabric/test_data_ports.py",
     ),
     Mutant(
-        "strangers: no other process takes the port", "ffi/fabric/halfway.c",
+        "strangers: no other process takes the port", "ffi/ofi/half_open.c",
         "    if (rc == 0) rc = setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &no, sizeof no);", "",
         "tests/providers/fabric/test_data_ports.py tests/hosts/test_advertise.py",
     ),

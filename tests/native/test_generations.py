@@ -180,14 +180,14 @@ def test_statuses_and_cookies_never_meet() -> None:
         assert a.ended == {first: 0}
 
 
-@pytest.mark.skipif(not hasattr(native.lib, "at_wire_new"), reason="needs Linux")
+@pytest.mark.skipif(not hasattr(native.lib, "at_simrail_new"), reason="needs Linux")
 def test_a_connection_is_not_opened_again_once_the_other_side_has_named_the_last_time_there_is() -> None:
     lib, last = native.lib, 2**32 - 1
     lane = Lane(1, Config(), threadless=True)
-    wire = lib.at_wire_new(1)
+    wire = lib.at_simrail_new(1)
     rail, offer = native.ffi.new("at_fab **"), native.ffi.new("at_fab_offer *")
     try:
-        assert lib.at_wire_rail(lane.pointer, wire, 0, lib.AT_FAB_MARKS | lib.AT_FAB_ORDERED, 1 << 20, 4, rail) == 0
+        assert lib.at_simrail_rail(lane.pointer, wire, 0, lib.AT_FAB_MARKS | lib.AT_FAB_ORDERED, 1 << 20, 4, rail) == 0
         member = lib.at_fab_bundle_add(lane.pointer, lib.at_fab_bundle_new(lane.pointer), rail[0])
         assert lib.at_fab_offer_make(lane.pointer, member, 1, offer) == 0
         assert lib.at_fab_offer_make(lane.pointer, member, last, offer) == 0
@@ -197,4 +197,4 @@ def test_a_connection_is_not_opened_again_once_the_other_side_has_named_the_last
             assert lib.at_fab_offer_make(lane.pointer, member, generation, offer) == lib.AT_EPROTO
     finally:
         lane.free()
-        lib.at_wire_free(wire)
+        lib.at_simrail_free(wire)

@@ -57,7 +57,7 @@ class Side:
         self.rails: list[Any] = []
         for rail in range(rails):
             out = ffi.new("at_fab **")
-            status = lib.at_wire_rail(self.pointer, run.wire, index * 8 + rail, run.flags, run.most_bytes, run.iov, out)
+            status = lib.at_simrail_rail(self.pointer, run.wire, index * 8 + rail, run.flags, run.most_bytes, run.iov, out)
             assert status == 0, native.text(status)
             self.rails.append(out[0])
         self.bundle = lib.at_fab_bundle_new(self.pointer)
@@ -282,7 +282,7 @@ class Run:
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
         self.data = np.random.default_rng(seed)
-        self.wire = lib.at_wire_new(rng.getrandbits(64))
+        self.wire = lib.at_simrail_new(rng.getrandbits(64))
         self.flags = lib.AT_FAB_ORDERED | rng.choice((lib.AT_FAB_MARKS, lib.AT_FAB_SENDERS))
         self.most_bytes, self.iov = rng.choice((500, 3001, 1 << 20)), rng.choice((1, 4))
         self.imms = self.breaks = 0
@@ -317,7 +317,7 @@ class Run:
         rng = self.rng
         side, what = rng.choice(self.sides), rng.random()
         if what < 0.45:
-            lib.at_wire_step(self.wire, rng.randrange(1, 40))
+            lib.at_simrail_step(self.wire, rng.randrange(1, 40))
         elif what < 0.65:
             side.poll()
             if rng.random() < 0.3:
@@ -339,7 +339,7 @@ class Run:
             cable = rng.choice(self.cables)
             self.breaks += 1
             self.dead ^= {cable}
-            lib.at_wire_cut(self.wire, cable, cable in self.dead)
+            lib.at_simrail_cut(self.wire, cable, cable in self.dead)
 
     def go(self) -> None:
         """Raises AssertionError when a promise was broken."""
@@ -350,7 +350,7 @@ class Run:
         for _ in range(self.rng.randrange(50, 400)):
             self.turn(False)
         for cable in self.cables:
-            lib.at_wire_cut(self.wire, cable, 0)
+            lib.at_simrail_cut(self.wire, cable, 0)
         self.until(self.all_have_ended)
         self.silent = False
         self.until(self.all_are_up)
@@ -358,7 +358,7 @@ class Run:
             self.turn(True)
         for side in self.sides:
             side.check()
-        assert lib.at_wire_violations(self.wire) == 0, "memory that is not lent was written"
+        assert lib.at_simrail_violations(self.wire) == 0, "memory that is not lent was written"
 
     def until(self, done: Callable[[], bool]) -> None:
         for _ in range(MOST_TURNS):
@@ -386,7 +386,7 @@ class Run:
                 lib.at_peer_free(side.pointer, member)
             lib.at_peer_free(side.pointer, side.bundle)
             side.lane.free()
-        lib.at_wire_free(self.wire)
+        lib.at_simrail_free(self.wire)
 
 
 def once(seed: int) -> tuple[int, int]:

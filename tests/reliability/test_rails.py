@@ -9,7 +9,7 @@ import pytest
 from aiotransfer.providers import native
 from tests.reliability import rails
 
-pytestmark = pytest.mark.skipif(native.lib is None or not hasattr(native.lib, "at_wire_new"), reason="needs Linux")
+pytestmark = pytest.mark.skipif(native.lib is None or not hasattr(native.lib, "at_simrail_new"), reason="needs Linux")
 RUNS = 50_000 if os.environ.get("LONG_TESTS") else 300
 
 

@@ -98,6 +98,6 @@ def load(environ: Mapping[str, str] = os.environ) -> str:
     # A library beneath Debian's libfabric (libinfinipath) takes SIGINT, SIGTERM and the signals of crashes for itself when it is
     # loaded, and ends the process with status 1; this variable is how it is told not to.
     os.environ.setdefault("IPATH_NO_BACKTRACE", "1")
-    if native.lib.at_fab_load(chosen.path.encode()) != 0:
+    if native.lib.at_ofi_load(chosen.path.encode()) != 0:
         raise OSError(f"{chosen.path} cannot be loaded: {native.ffi.string(native.lib.at_fab_why()).decode()}")
     return chosen.path

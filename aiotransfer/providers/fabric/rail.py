@@ -31,7 +31,7 @@ class Rail(NamedTuple):
 
 
 class Restrictions(NamedTuple):
-    """What a rail does without although the library has it: tests of what other fabrics lack. See `at_fab_options`."""
+    """What a rail does without although the library has it: tests of what other fabrics lack. See `at_ofi_options`."""
 
     without: int = 0
     most_bytes: int = 0
@@ -84,13 +84,13 @@ def open_rail(lane: Lane, provider: str, host: str, limits: Restrictions, outsid
         raise BrokenError(str(error), provider=provider) from error
     ffi, lib = native.ffi, native.lib
     out, facts, attempts = ffi.new("at_fab **"), ffi.new("at_fab_facts *"), []
-    for name, fabric in libfabric_names(provider, int(lib.at_fab_version())):
+    for name, fabric in libfabric_names(provider, int(lib.at_ofi_version())):
         words = [ffi.NULL if word is None else ffi.new("char[]", word.encode()) for word in (name, fabric, host)]
-        options = ffi.new("at_fab_options *")
+        options = ffi.new("at_ofi_options *")
         options.provider, options.fabric, options.node = words
         options.without, options.most_bytes, options.most_posted, options.device_memory = limits[:4]
         options.first_port, options.last_port = outside.ports if provider == "tcp" else (0, 0)
-        rc = lib.at_fab_open(lane.pointer, options, out, facts)
+        rc = lib.at_ofi_open(lane.pointer, options, out, facts)
         if rc == 0:
             version = f"{facts.version >> 16}.{facts.version & 0xFFFF}"
             provider, domain = (ffi.string(field).decode() for field in (facts.provider, facts.domain))

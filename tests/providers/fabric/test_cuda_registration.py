@@ -15,7 +15,7 @@ ADDRESS, NBYTES, START = 0x7F0000012340, 4096, 0x7F0000010000
 def told(cuda: int, fd: int, start: int = 0) -> list[int]:
     memory = native.ffi.new("at_fab_memory *", (ADDRESS, NBYTES, cuda, fd, start))
     out = native.ffi.new("uint64_t[10]")
-    assert native.lib.at_fab_attributes_of(memory, REMOTE_WRITE, 7, out) == 0
+    assert native.lib.at_ofi_attributes_of(memory, REMOTE_WRITE, 7, out) == 0
     return list(out)
 
 

@@ -32,7 +32,7 @@ RECORDS = {  # device, order, bytes of data, memory modes, most of one RMA, emul
 
 def facts(name: str, without: int = 0) -> Any:
     out = native.ffi.new("at_fab_facts *")
-    assert native.lib.at_fab_facts_of(*RECORDS[name], without, out) == 0
+    assert native.lib.at_ofi_facts_of(*RECORDS[name], without, out) == 0
     return out
 
 

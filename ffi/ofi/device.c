@@ -17,23 +17,23 @@ enum {
 
 static void permit(struct fid_ep *ep, int option, bool value) { (void)fi_setopt(&ep->fid, FI_OPT_ENDPOINT, option, &value, sizeof value); }
 
-void at_fab_device_prepare(struct fid_ep *ep) {
+void at_ofi_device_prepare(struct fid_ep *ep) {
     permit(ep, OPT_CUDA_API_PERMITTED, false);
     permit(ep, OPT_SHARED_MEMORY_PERMITTED, false);
 }
 
-void at_fab_device_limits(at_fab_facts *facts, uint64_t most_rma, int emulated) {
+void at_ofi_device_limits(at_fab_facts *facts, uint64_t most_rma, int emulated) {
     if (most_rma != 0 && most_rma < facts->most_bytes) facts->most_bytes = most_rma;
     if (emulated) facts->flags |= AT_FAB_DELIVERY; /* a completion says no more than that it was sent, then */
 }
 
-void at_fab_device_ask(struct fid_ep *ep, at_fab_facts *facts) {
+void at_ofi_device_ask(struct fid_ep *ep, at_fab_facts *facts) {
     size_t most = 0, n = sizeof most;
     if (fi_getopt(&ep->fid, FI_OPT_ENDPOINT, OPT_MAX_RMA_SIZE, &most, &n) != 0) most = 0;
     bool emulated = false;
     n = sizeof emulated;
     if (fi_getopt(&ep->fid, FI_OPT_ENDPOINT, OPT_EFA_EMULATED_WRITE, &emulated, &n) != 0) emulated = false;
-    at_fab_device_limits(facts, most, emulated);
+    at_ofi_device_limits(facts, most, emulated);
 }
 
 #endif

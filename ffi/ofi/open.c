@@ -14,8 +14,8 @@
 
 static int is_device(const char *provider) { return strncmp(provider, "efa", 3) == 0; }
 
-static struct fi_info *ask_for(const at_fab_options *options, int device_memory) {
-    struct fi_info *hints = at_fab_library.dupinfo(NULL), *found = NULL;
+static struct fi_info *ask_for(const at_ofi_options *options, int device_memory) {
+    struct fi_info *hints = at_ofi_library.dupinfo(NULL), *found = NULL;
     if (hints == NULL) {
         at_fab_say("no memory");
         return NULL;
@@ -38,24 +38,24 @@ static struct fi_info *ask_for(const at_fab_options *options, int device_memory)
     }
     hints->fabric_attr->prov_name = strdup(options->provider);
     if (options->fabric != NULL) hints->fabric_attr->name = strdup(options->fabric);
-    uint32_t version = at_fab_library.version() < NEWEST ? at_fab_library.version() : NEWEST;
-    int rc = at_fab_library.getinfo(version, device ? NULL : options->node, NULL, device || options->node == NULL ? 0 : FI_SOURCE, hints, &found);
-    at_fab_library.freeinfo(hints);
+    uint32_t version = at_ofi_library.version() < NEWEST ? at_ofi_library.version() : NEWEST;
+    int rc = at_ofi_library.getinfo(version, device ? NULL : options->node, NULL, device || options->node == NULL ? 0 : FI_SOURCE, hints, &found);
+    at_ofi_library.freeinfo(hints);
     if (rc != 0) at_fab_say("%s offers nothing fitting%s%s: %s", options->provider, options->node != NULL ? " at " : "",
-                            options->node != NULL ? options->node : "", at_fab_library.strerror(-rc));
+                            options->node != NULL ? options->node : "", at_ofi_library.strerror(-rc));
     return rc == 0 ? found : NULL;
 }
 
 /* With memory of a GPU where it is wanted and supported. Below API 1.18 efa may not use the GPU's own way to the NIC. */
-static struct fi_info *ask(const at_fab_options *options) {
-    int wanted = (options->device_memory || is_device(options->provider)) && at_fab_library.version() >= FI_VERSION(1, 18);
+static struct fi_info *ask(const at_ofi_options *options) {
+    int wanted = (options->device_memory || is_device(options->provider)) && at_ofi_library.version() >= FI_VERSION(1, 18);
     struct fi_info *found = wanted ? ask_for(options, 1) : NULL;
     return found != NULL ? found : ask_for(options, 0);
 }
 
 static uint32_t least(size_t a, size_t b) { return (uint32_t)(a < b ? a : b); }
 
-uint32_t at_fab_flags_of(int device, uint64_t order, size_t data_bytes, int mr_mode, uint32_t without) {
+uint32_t at_ofi_flags_of(int device, uint64_t order, size_t data_bytes, int mr_mode, uint32_t without) {
     uint32_t flags = AT_FAB_FD | (device ? 0u : (uint32_t)(AT_FAB_DELIVERY | AT_FAB_PRIVATE));
     if (order & FI_ORDER_WAW) flags |= AT_FAB_ORDERED;
     if (data_bytes >= 8) flags |= AT_FAB_MARKS;
@@ -67,24 +67,24 @@ uint32_t at_fab_flags_of(int device, uint64_t order, size_t data_bytes, int mr_m
     return flags;
 }
 
-int at_fab_facts_of(int device, uint64_t order, uint64_t data_bytes, int mr_mode, uint64_t most_rma, int emulated, uint32_t without,
+int at_ofi_facts_of(int device, uint64_t order, uint64_t data_bytes, int mr_mode, uint64_t most_rma, int emulated, uint32_t without,
                     at_fab_facts *out) {
     memset(out, 0, sizeof *out);
-    out->flags = at_fab_flags_of(device, order, (size_t)data_bytes, mr_mode, without);
+    out->flags = at_ofi_flags_of(device, order, (size_t)data_bytes, mr_mode, without);
     out->most_bytes = UINT64_MAX;
     out->most_posted = device ? DEVICE_POSTED : SOFTWARE_POSTED;
-    at_fab_device_limits(out, most_rma, emulated);
+    at_ofi_device_limits(out, most_rma, emulated);
     return AT_OK;
 }
 
-static void note_facts(at_fab *fab, const at_fab_options *options) {
+static void note_facts(at_fab *fab, const at_ofi_options *options) {
     const struct fi_info *info = at_ofi_of(fab)->info;
     at_fab_facts *facts = &fab->facts;
     int device = is_device(options->provider);
-    facts->flags = at_fab_flags_of(device, info->tx_attr->msg_order, info->domain_attr->cq_data_size, info->domain_attr->mr_mode,
+    facts->flags = at_ofi_flags_of(device, info->tx_attr->msg_order, info->domain_attr->cq_data_size, info->domain_attr->mr_mode,
                                    options->without);
     if ((info->caps & FI_HMEM) && !(options->without & AT_FAB_DEVICE)) facts->flags |= AT_FAB_DEVICE;
-    facts->version = at_fab_library.version();
+    facts->version = at_ofi_library.version();
     facts->iov = least(AT_FAB_IOV, least(info->tx_attr->iov_limit, info->tx_attr->rma_iov_limit));
     if (facts->iov == 0) facts->iov = 1;
     uint64_t most = info->ep_attr->max_msg_size;
@@ -131,11 +131,11 @@ static int open_shared(at_ofi *ofi, int device) {
     struct fid_ep *ep = NULL;
     int rc = fi_endpoint(ofi->domain, ofi->info, &ep, NULL);
     ofi->fab.shared = ep;
-    if (rc == 0 && device) at_fab_device_prepare(ep);
+    if (rc == 0 && device) at_ofi_device_prepare(ep);
     if (rc == 0) rc = fi_ep_bind(ep, &ofi->av->fid, 0);
     if (rc == 0) rc = fi_ep_bind(ep, &ofi->cq->fid, FI_TRANSMIT | FI_RECV);
     if (rc == 0) rc = fi_enable(ep);
-    if (rc == 0 && device) at_fab_device_ask(ep, &ofi->fab.facts);
+    if (rc == 0 && device) at_ofi_device_ask(ep, &ofi->fab.facts);
     return rc;
 }
 
@@ -151,13 +151,13 @@ void at_ofi_free(at_fab *fab) {
     CLOSE(ofi->av);
     CLOSE(ofi->domain);
     CLOSE(ofi->fabric);
-    if (ofi->info != NULL) at_fab_library.freeinfo(ofi->info);
+    if (ofi->info != NULL) at_ofi_library.freeinfo(ofi->info);
     free(ofi);
 }
 
 static const char *open_objects(at_ofi *ofi, int device, int *rc) {
     struct fi_av_attr av = {.type = FI_AV_TABLE};
-    if ((*rc = at_fab_library.fabric(ofi->info->fabric_attr, &ofi->fabric, NULL)) != 0) return "fabric";
+    if ((*rc = at_ofi_library.fabric(ofi->info->fabric_attr, &ofi->fabric, NULL)) != 0) return "fabric";
     if ((*rc = fi_domain(ofi->fabric, ofi->info, &ofi->domain, NULL)) != 0) return "domain";
     if ((*rc = fi_av_open(ofi->domain, &av, &ofi->av, NULL)) != 0) return "address vector";
     if ((*rc = open_queue(ofi)) != 0) return "completion queue";
@@ -165,8 +165,8 @@ static const char *open_objects(at_ofi *ofi, int device, int *rc) {
     return NULL;
 }
 
-int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_fab_facts *facts) {
-    if (at_fab_library.getinfo == NULL) {
+int at_ofi_open(at_lane *lane, const at_ofi_options *options, at_fab **out, at_fab_facts *facts) {
+    if (at_ofi_library.getinfo == NULL) {
         at_fab_say("libfabric is not loaded");
         return AT_EIO;
     }
@@ -184,7 +184,7 @@ int at_fab_open(at_lane *lane, const at_fab_options *options, at_fab **out, at_f
         ofi->last_port = options->last_port;
         const char *what = open_objects(ofi, is_device(options->provider), &code);
         if (what != NULL) {
-            at_fab_say("%s: no %s: %s", options->provider, what, at_fab_library.strerror(-code));
+            at_fab_say("%s: no %s: %s", options->provider, what, at_ofi_library.strerror(-code));
             rc = AT_EIO;
         }
     }

@@ -4,7 +4,7 @@
  * buffers are. Memory is read when something lands, as a NIC does, and copied when the endpoint is closed before that. */
 #include "fabric/fabric.h"
 
-#include "wire/decls.h"
+#include "simrail/decls.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -47,7 +47,7 @@ typedef struct {
 
 struct rail {
     at_fab fab; /* first */
-    at_wire *wire;
+    at_simrail *net;
     uint32_t cable;
     at_fab_entry *entries;
     size_t first, count, room;
@@ -55,7 +55,7 @@ struct rail {
     uint32_t memory_count, memory_room;
 };
 
-struct at_wire {
+struct at_simrail {
     uint64_t state;
     endpoint **endpoints;
     uint32_t count, room;
@@ -64,18 +64,18 @@ struct at_wire {
     int violations;
 };
 
-static uint32_t chance(at_wire *wire, uint32_t n) { /* splitmix64 */
-    uint64_t z = (wire->state += UINT64_C(0x9e3779b97f4a7c15));
+static uint32_t chance(at_simrail *net, uint32_t n) { /* splitmix64 */
+    uint64_t z = (net->state += UINT64_C(0x9e3779b97f4a7c15));
     z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
     z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
     return (uint32_t)((z ^ (z >> 31)) % n);
 }
 
-static int is_dead(const at_wire *wire, uint32_t cable) { return (wire->dead >> cable & 1u) != 0; }
+static int is_dead(const at_simrail *net, uint32_t cable) { return (net->dead >> cable & 1u) != 0; }
 
-static endpoint *find(const at_wire *wire, uint64_t id) {
-    for (uint32_t i = 0; i < wire->count; i++)
-        if (wire->endpoints[i]->id == id) return wire->endpoints[i];
+static endpoint *find(const at_simrail *net, uint64_t id) {
+    for (uint32_t i = 0; i < net->count; i++)
+        if (net->endpoints[i]->id == id) return net->endpoints[i];
     return NULL;
 }
 
@@ -94,15 +94,15 @@ static void tell(rail *r, at_fab_entry entry) {
 
 /* ---- the driver ---- */
 
-static int wire_open(at_fab_end *end) {
+static int simrail_open(at_fab_end *end) {
     rail *r = (rail *)end->fab;
-    at_wire *wire = r->wire;
-    if (is_dead(wire, r->cable) && chance(wire, 2)) return ENETDOWN; /* or it opens, and nothing gets through */
-    if (at_grow((void ***)&wire->endpoints, &wire->room, wire->count) != 0) return ENOMEM;
+    at_simrail *net = r->net;
+    if (is_dead(net, r->cable) && chance(net, 2)) return ENETDOWN; /* or it opens, and nothing gets through */
+    if (at_grow((void ***)&net->endpoints, &net->room, net->count) != 0) return ENOMEM;
     endpoint *e = calloc(1, sizeof *e);
     if (e == NULL) return ENOMEM;
-    *e = (endpoint){.id = ++wire->ids, .rail = r, .end = end, .mark = end->mark, .unique = end->unique};
-    wire->endpoints[wire->count++] = e;
+    *e = (endpoint){.id = ++net->ids, .rail = r, .end = end, .mark = end->mark, .unique = end->unique};
+    net->endpoints[net->count++] = e;
     end->ep = e;
     return 0;
 }
@@ -130,7 +130,7 @@ static void keep_copy(message *m) {
     }
 }
 
-static void wire_close(at_fab_end *end) {
+static void simrail_close(at_fab_end *end) {
     endpoint *e = end->ep;
     while (e->head != NULL && e->head->landed) message_free(pop(e));
     message **at = &e->head;
@@ -152,19 +152,19 @@ static void wire_close(at_fab_end *end) {
     end->ep = NULL;
 }
 
-static int wire_name(at_fab_end *end, at_fab_offer *out) {
+static int simrail_name(at_fab_end *end, at_fab_offer *out) {
     const endpoint *e = end->ep;
     memcpy(out->address, &e->id, sizeof e->id);
     out->address_bytes = sizeof e->id;
     return 0;
 }
 
-static int wire_join(at_fab_end *end, const at_fab_offer *theirs) {
+static int simrail_join(at_fab_end *end, const at_fab_offer *theirs) {
     memcpy(&((endpoint *)end->ep)->to, theirs->address, sizeof(uint64_t));
     return 0;
 }
 
-static int wire_receive(at_fab_end *end, at_fab_slot *slot) {
+static int simrail_receive(at_fab_end *end, at_fab_slot *slot) {
     endpoint *e = end->ep;
     if (e->receive_count == AT_FAB_RECEIVES * 2) return ENOBUFS;
     e->receives[e->receive_count++] = slot;
@@ -182,31 +182,31 @@ static int enqueue(at_fab_end *end, const message *what) {
     return 0;
 }
 
-static int wire_send(at_fab_end *end, at_fab_slot *slot) {
-    if (chance(((rail *)end->fab)->wire, REFUSED) == 0) return EAGAIN;
+static int simrail_send(at_fab_end *end, at_fab_slot *slot) {
+    if (chance(((rail *)end->fab)->net, REFUSED) == 0) return EAGAIN;
     message m = {.slot = slot, .kind = WIRE_LETTER, .letter = slot->letter};
     return enqueue(end, &m);
 }
 
-static int wire_post(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int read, int counts, uint64_t data) {
-    if (chance(((rail *)end->fab)->wire, REFUSED) == 0) return EAGAIN;
+static int simrail_post(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int read, int counts, uint64_t data) {
+    if (chance(((rail *)end->fab)->net, REFUSED) == 0) return EAGAIN;
     message m = {.slot = slot, .kind = read ? WIRE_READ : WIRE_WRITE, .counts = counts, .data = data, .v = *v};
     return enqueue(end, &m);
 }
 
-static int wire_read(at_fab *fab, at_fab_entry *out, int most) {
+static int simrail_read(at_fab *fab, at_fab_entry *out, int most) {
     rail *r = (rail *)fab;
     int n = 0;
     for (; n < most && r->count != 0; r->count--) out[n++] = r->entries[r->first++];
     return n;
 }
 
-static int wire_arm(at_fab *fab) {
+static int simrail_arm(at_fab *fab) {
     (void)fab;
     return 1;
 }
 
-static int wire_enroll(at_fab *fab, const at_fab_memory *wanted, unsigned use, at_fab_mr *out) {
+static int simrail_enroll(at_fab *fab, const at_fab_memory *wanted, unsigned use, at_fab_mr *out) {
     (void)use;
     rail *r = (rail *)fab;
     if (at_grow((void ***)&r->memories, &r->memory_room, r->memory_count) != 0) return ENOMEM;
@@ -219,15 +219,15 @@ static int wire_enroll(at_fab *fab, const at_fab_memory *wanted, unsigned use, a
     return 0;
 }
 
-static void wire_dismiss(at_fab *fab, void *mr) {
+static void simrail_dismiss(at_fab *fab, void *mr) {
     (void)fab;
     ((memory *)mr)->live = 0;
 }
 
-static void *wire_desc(void *mr) { return mr; }
-static const char *wire_text(int error) { return strerror(error); }
+static void *simrail_desc(void *mr) { return mr; }
+static const char *simrail_text(int error) { return strerror(error); }
 
-static void wire_free(at_fab *fab) {
+static void simrail_free(at_fab *fab) {
     rail *r = (rail *)fab;
     for (uint32_t i = 0; i < r->memory_count; i++) free(r->memories[i]);
     free(r->memories);
@@ -236,15 +236,15 @@ static void wire_free(at_fab *fab) {
 }
 
 static const at_fab_driver driver = {
-    .open = wire_open, .close = wire_close, .name = wire_name, .join = wire_join, .receive = wire_receive, .send = wire_send,
-    .post = wire_post, .read = wire_read, .arm = wire_arm, .enroll = wire_enroll, .dismiss = wire_dismiss, .desc = wire_desc,
-    .text = wire_text, .free = wire_free,
+    .open = simrail_open, .close = simrail_close, .name = simrail_name, .join = simrail_join, .receive = simrail_receive, .send = simrail_send,
+    .post = simrail_post, .read = simrail_read, .arm = simrail_arm, .enroll = simrail_enroll, .dismiss = simrail_dismiss, .desc = simrail_desc,
+    .text = simrail_text, .free = simrail_free,
 };
 
-int at_wire_rail(at_lane *lane, at_wire *wire, uint32_t cable, uint32_t flags, uint64_t most_bytes, uint32_t iov, at_fab **out) {
+int at_simrail_rail(at_lane *lane, at_simrail *net, uint32_t cable, uint32_t flags, uint64_t most_bytes, uint32_t iov, at_fab **out) {
     rail *r = calloc(1, sizeof *r);
     if (r == NULL) return AT_ENOMEM;
-    r->wire = wire;
+    r->net = net;
     r->cable = cable;
     at_fab *fab = &r->fab;
     int rc = at_fab_prepare(fab, lane, &driver);
@@ -252,7 +252,7 @@ int at_wire_rail(at_lane *lane, at_wire *wire, uint32_t cable, uint32_t flags, u
     fab->facts.iov = iov;
     fab->facts.most_bytes = most_bytes;
     fab->facts.most_posted = 4096;
-    if (rc == AT_OK) rc = at_fab_begin(fab, "wire");
+    if (rc == AT_OK) rc = at_fab_begin(fab, "simrail");
     if (rc != AT_OK) at_fab_undo(fab, 0);
     else *out = fab;
     return rc;
@@ -260,17 +260,17 @@ int at_wire_rail(at_lane *lane, at_wire *wire, uint32_t cable, uint32_t flags, u
 
 /* ---- what happens ---- */
 
-static int is_lent(at_wire *wire, const rail *r, uint64_t key, uint64_t address, uint64_t nbytes) {
+static int is_lent(at_simrail *net, const rail *r, uint64_t key, uint64_t address, uint64_t nbytes) {
     uint32_t n = (uint32_t)key;
     const memory *m = n != 0 && n <= r->memory_count ? r->memories[n - 1] : NULL;
     if (m != NULL && m->key == key && m->live && address >= m->address && address - m->address <= m->nbytes &&
         nbytes <= m->nbytes - (address - m->address))
         return 1;
-    wire->violations++;
+    net->violations++;
     return 0;
 }
 
-static int land(at_wire *wire, message *m, endpoint *there) {
+static int land(at_simrail *net, message *m, endpoint *there) {
     rail *r = there->rail;
     if (m->kind == WIRE_LETTER) {
         if (there->receive_count == 0) return 0;
@@ -282,7 +282,7 @@ static int land(at_wire *wire, message *m, endpoint *there) {
     const uint8_t *from = m->copy;
     for (uint32_t i = 0; i < m->v.count; i++) {
         uint64_t n = m->v.nbytes[i];
-        if (n == 0 || !is_lent(wire, r, m->v.key, m->v.there[i], n)) continue;
+        if (n == 0 || !is_lent(net, r, m->v.key, m->v.there[i], n)) continue;
         uint8_t *far = (uint8_t *)(uintptr_t)m->v.there[i];
         if (m->kind == WIRE_READ) memcpy(m->v.here[i], far, n);
         else memcpy(far, from != NULL ? from : m->v.here[i], n);
@@ -292,32 +292,32 @@ static int land(at_wire *wire, message *m, endpoint *there) {
     return 1;
 }
 
-static int lost(at_wire *wire, endpoint *e, int error) {
+static int lost(at_simrail *net, endpoint *e, int error) {
     if (e->end == NULL) { /* no end is there to notice */
         while (e->head != NULL) message_free(pop(e));
         return 1;
     }
-    if (e->failed || chance(wire, NOTICED) != 0) return 0;
+    if (e->failed || chance(net, NOTICED) != 0) return 0;
     e->failed = 1;
     tell(e->rail, (at_fab_entry){.slot = e->head->slot, .error = error});
     return 1;
 }
 
-static int step(at_wire *wire) {
-    if (wire->count == 0) return 0;
-    endpoint *e = wire->endpoints[chance(wire, wire->count)];
+static int step(at_simrail *net) {
+    if (net->count == 0) return 0;
+    endpoint *e = net->endpoints[chance(net, net->count)];
     if (e->head == NULL) return 0;
-    endpoint *there = find(wire, e->to);
-    if (is_dead(wire, e->rail->cable) || (there != NULL && is_dead(wire, there->rail->cable))) return e->end != NULL && lost(wire, e, ETIMEDOUT);
-    if (there == NULL || there->end == NULL) return lost(wire, e, ECONNRESET);
+    endpoint *there = find(net, e->to);
+    if (is_dead(net, e->rail->cable) || (there != NULL && is_dead(net, there->rail->cable))) return e->end != NULL && lost(net, e, ETIMEDOUT);
+    if (there == NULL || there->end == NULL) return lost(net, e, ECONNRESET);
     message *m = e->head;
-    if (m->landed && chance(wire, 2)) {
+    if (m->landed && chance(net, 2)) {
         if (e->end != NULL) tell(e->rail, (at_fab_entry){.slot = m->slot});
         message_free(pop(e));
         return 1;
     }
     while (m != NULL && m->landed) m = m->next;
-    if (m == NULL || !land(wire, m, there)) return 0;
+    if (m == NULL || !land(net, m, there)) return 0;
     m->landed = 1;
     if (e->end == NULL) { /* its sender has gone: nothing confirms it */
         while (e->head != NULL && e->head->landed) message_free(pop(e));
@@ -325,40 +325,40 @@ static int step(at_wire *wire) {
     return 1;
 }
 
-static void sweep(at_wire *wire) {
+static void sweep(at_simrail *net) {
     uint32_t kept = 0;
-    for (uint32_t i = 0; i < wire->count; i++) {
-        endpoint *e = wire->endpoints[i];
+    for (uint32_t i = 0; i < net->count; i++) {
+        endpoint *e = net->endpoints[i];
         if (e->end == NULL && e->head == NULL) free(e);
-        else wire->endpoints[kept++] = e;
+        else net->endpoints[kept++] = e;
     }
-    wire->count = kept;
+    net->count = kept;
 }
 
-int at_wire_step(at_wire *wire, uint32_t steps) {
+int at_simrail_step(at_simrail *net, uint32_t steps) {
     int done = 0;
-    sweep(wire);
-    for (uint32_t i = 0; i < steps; i++) done += step(wire);
+    sweep(net);
+    for (uint32_t i = 0; i < steps; i++) done += step(net);
     return done;
 }
 
-void at_wire_cut(at_wire *wire, uint32_t cable, int dead) {
-    wire->dead = dead ? wire->dead | UINT64_C(1) << cable : wire->dead & ~(UINT64_C(1) << cable);
+void at_simrail_cut(at_simrail *net, uint32_t cable, int dead) {
+    net->dead = dead ? net->dead | UINT64_C(1) << cable : net->dead & ~(UINT64_C(1) << cable);
 }
 
-int at_wire_violations(const at_wire *wire) { return wire->violations; }
+int at_simrail_violations(const at_simrail *net) { return net->violations; }
 
-at_wire *at_wire_new(uint64_t seed) {
-    at_wire *wire = calloc(1, sizeof *wire);
-    if (wire != NULL) wire->state = seed;
-    return wire;
+at_simrail *at_simrail_new(uint64_t seed) {
+    at_simrail *net = calloc(1, sizeof *net);
+    if (net != NULL) net->state = seed;
+    return net;
 }
 
-void at_wire_free(at_wire *wire) {
-    for (uint32_t i = 0; wire != NULL && i < wire->count; i++) {
-        while (wire->endpoints[i]->head != NULL) message_free(pop(wire->endpoints[i]));
-        free(wire->endpoints[i]);
+void at_simrail_free(at_simrail *net) {
+    for (uint32_t i = 0; net != NULL && i < net->count; i++) {
+        while (net->endpoints[i]->head != NULL) message_free(pop(net->endpoints[i]));
+        free(net->endpoints[i]);
     }
-    if (wire != NULL) free(wire->endpoints);
-    free(wire);
+    if (net != NULL) free(net->endpoints);
+    free(net);
 }

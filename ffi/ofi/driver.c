@@ -15,14 +15,14 @@ static struct fid_ep *endpoint(const at_fab_end *end) { return end->ep; }
 static int open_one(at_fab_end *end) {
     at_ofi *ofi = at_ofi_of(end->fab);
     struct fid_ep *ep = NULL;
-    int first = at_fab_first_free(end->fab);
+    int first = at_ofi_first_free(end->fab);
     int rc = fi_endpoint(ofi->domain, ofi->info, &ep, NULL);
     if (rc == 0) rc = fi_ep_bind(ep, &ofi->av->fid, 0);
     if (rc == 0) rc = fi_ep_bind(ep, &ofi->cq->fid, FI_TRANSMIT | FI_RECV);
     if (rc == 0) rc = fi_enable(ep);
     if (rc != 0 && ep != NULL) (void)fi_close(&ep->fid);
     if (rc == 0) {
-        end->door = at_fab_defer(ep, first);
+        end->door = at_ofi_defer(ep, first);
         end->first = first;
         end->alone = 0;
         end->ep = ep;
@@ -61,7 +61,7 @@ static int ofi_open(at_fab_end *end) {
 
 static void ofi_close(at_fab_end *end) {
     at_fab *fab = end->fab;
-    if (end->ep != fab->shared && (!end->heard || end->troubled)) at_fab_shut_halfway(fab, endpoint(end));
+    if (end->ep != fab->shared && (!end->heard || end->troubled)) at_ofi_shut_half_open(fab, endpoint(end));
     if (end->ep != fab->shared) (void)fi_close(&endpoint(end)->fid);
     fi_addr_t to = end->to;
     if (to != FI_ADDR_UNSPEC) (void)fi_av_remove(at_ofi_of(fab)->av, &to, 1, 0);
@@ -70,7 +70,7 @@ static void ofi_close(at_fab_end *end) {
 }
 
 static void ofi_settle(at_fab_end *end) {
-    if (end->ep != end->fab->shared && !end->alone) end->alone = end->door >= 0 && at_fab_shut_door(end) == 0;
+    if (end->ep != end->fab->shared && !end->alone) end->alone = end->door >= 0 && at_ofi_shut_door(end) == 0;
 }
 
 static int ofi_name(at_fab_end *end, at_fab_offer *out) {
@@ -152,8 +152,8 @@ static int ofi_enroll(at_fab *fab, const at_fab_memory *wanted, unsigned use, at
     struct fid_mr *mr = NULL;
     int rc = -FI_EINVAL;
     for (int again = 1; again; memory.dmabuf_fd = -1) {
-        at_fab_attr filled;
-        uint64_t flags = at_fab_attributes(&filled, &memory, access, at_fab_is(fab, AT_FAB_KEYS) ? 0 : ++fab->next_key);
+        at_ofi_attr filled;
+        uint64_t flags = at_ofi_attributes(&filled, &memory, access, at_fab_is(fab, AT_FAB_KEYS) ? 0 : ++fab->next_key);
         rc = fi_mr_regattr(at_ofi_of(fab)->domain, &filled.room.attr, flags, &mr);
         again = rc != 0 && memory.dmabuf_fd >= 0; /* a kernel or a NIC without dma-bufs: the provider may have another way */
     }
@@ -168,7 +168,7 @@ static void ofi_dismiss(at_fab *fab, void *mr) {
 }
 
 static void *ofi_desc(void *mr) { return fi_mr_desc((struct fid_mr *)mr); }
-static const char *ofi_text(int error) { return at_fab_library.strerror(error); }
+static const char *ofi_text(int error) { return at_ofi_library.strerror(error); }
 
 static void ofi_quit(at_fab *fab) {
     if (fab->shared != NULL) (void)fi_close(&((struct fid_ep *)fab->shared)->fid);

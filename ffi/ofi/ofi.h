@@ -2,7 +2,9 @@
 #ifndef AT_OFI_H
 #define AT_OFI_H
 
-#include "fabric.h"
+#include "fabric/fabric.h"
+
+#include "ofi/decls.h"
 
 #include <rdma/fabric.h>
 #include <rdma/fi_cm.h>
@@ -30,7 +32,7 @@ typedef struct { /* struct fi_mr_dmabuf, which headers before 1.20 lack */
     uint64_t offset;
     size_t len;
     void *base_addr;
-} at_fab_dmabuf;
+} at_ofi_dmabuf;
 
 typedef struct {
     union { /* larger than any libfabric's of today: newer ones look at fields that old headers do not have */
@@ -38,35 +40,35 @@ typedef struct {
         uint8_t more[sizeof(struct fi_mr_attr) + 128];
     } room;
     struct iovec piece;
-    at_fab_dmabuf dmabuf;
-} at_fab_attr;
+    at_ofi_dmabuf dmabuf;
+} at_ofi_attr;
 
 /* What a registration says: returns its flags. `out` points into itself, and stays where it is. */
-uint64_t at_fab_attributes(at_fab_attr *out, const at_fab_memory *memory, uint64_t access, uint64_t key);
+uint64_t at_ofi_attributes(at_ofi_attr *out, const at_fab_memory *memory, uint64_t access, uint64_t key);
 
 /* The library, once loaded. */
-extern struct at_fab_calls {
+extern struct at_ofi_calls {
     int (*getinfo)(uint32_t, const char *, const char *, uint64_t, const struct fi_info *, struct fi_info **);
     void (*freeinfo)(struct fi_info *);
     struct fi_info *(*dupinfo)(const struct fi_info *);
     int (*fabric)(struct fi_fabric_attr *, struct fid_fabric **, void *);
     uint32_t (*version)(void);
     const char *(*strerror)(int);
-} at_fab_library;
+} at_ofi_library;
 
 /* device.c */
-void at_fab_device_prepare(struct fid_ep *ep);                     /* before it is enabled */
-void at_fab_device_ask(struct fid_ep *ep, at_fab_facts *facts);    /* afterwards */
-void at_fab_device_limits(at_fab_facts *facts, uint64_t most_rma, int emulated);
+void at_ofi_device_prepare(struct fid_ep *ep);                     /* before it is enabled */
+void at_ofi_device_ask(struct fid_ep *ep, at_fab_facts *facts);    /* afterwards */
+void at_ofi_device_limits(at_fab_facts *facts, uint64_t most_rma, int emulated);
 /* open.c */
-uint32_t at_fab_flags_of(int device, uint64_t order, size_t data_bytes, int mr_mode, uint32_t without);
+uint32_t at_ofi_flags_of(int device, uint64_t order, size_t data_bytes, int mr_mode, uint32_t without);
 
-/* halfway.c, with fab->lock */
-int at_fab_first_free(const at_fab *fab);        /* the number that the next descriptor will have */
-int at_fab_defer(struct fid_ep *ep, int first); /* strangers who say nothing get no descriptor of ours; first: that number, before it was made.
+/* half_open.c, with fab->lock */
+int at_ofi_first_free(const at_fab *fab);        /* the number that the next descriptor will have */
+int at_ofi_defer(struct fid_ep *ep, int first); /* strangers who say nothing get no descriptor of ours; first: that number, before it was made.
                                                    * The descriptor by which it listens, or -1 */
-int at_fab_shut_door(const at_fab_end *end); /* its peer is in: no other comes in any more. 0, or -1: the door stays open */
-void at_fab_shut_halfway(at_fab *fab, struct fid_ep *ep);
+int at_ofi_shut_door(const at_fab_end *end); /* its peer is in: no other comes in any more. 0, or -1: the door stays open */
+void at_ofi_shut_half_open(at_fab *fab, struct fid_ep *ep);
 
 /* driver.c */
 extern const at_fab_driver at_ofi_driver;

@@ -2,10 +2,10 @@
  *
  * Any host that reaches the port of an endpoint may connect to it and say nothing, and the provider waits for the request for ever, with a
  * descriptor of ours for each. So the kernel is told to keep such connections to itself until the first byte has come (it does so for
- * hours): at_fab_defer. A peer sends its request at once.
+ * hours): at_ofi_defer. A peer sends its request at once.
  *
  * A stranger that sends a request that parses is let in by that provider: it takes a descriptor for each, and one that claims to
- * come from the peer takes the place of the peer's own connection. So the door is shut as soon as the peer is in (at_fab_shut_door): the
+ * come from the peer takes the place of the peer's own connection. So the door is shut as soon as the peer is in (at_ofi_shut_door): the
  * socket that listens gives way to one that is bound to the same port and does not, under the same number, as the provider goes on
  * using that. The kernel refuses what comes afterwards. Those who came in before the peer are shut down; they have not sent a letter.
  *
@@ -64,13 +64,13 @@ static in_port_t port_of_endpoint(struct fid_ep *ep) {
     return fi_getname(&ep->fid, &address, &n) == 0 ? port_of(&address) : 0;
 }
 
-int at_fab_first_free(const at_fab *fab) {
+int at_ofi_first_free(const at_fab *fab) {
     int fd = dup(fab->kick_fd);
     if (fd >= 0) (void)close(fd);
     return fd;
 }
 
-int at_fab_defer(struct fid_ep *ep, int first) {
+int at_ofi_defer(struct fid_ep *ep, int first) {
     in_port_t port = port_of_endpoint(ep);
     int found = -1;
     if (port == 0) return -1;
@@ -133,7 +133,7 @@ static void drop_strangers(int first, in_port_t port) {
     if (drop_from(from, INT_MAX, port) != 0 && from > 0) (void)drop_from(0, from, port);
 }
 
-int at_fab_shut_door(const at_fab_end *end) {
+int at_ofi_shut_door(const at_fab_end *end) {
     in_port_t port = port_of_endpoint(end->ep);
     int instead = port != 0 && role_at(end->door, port) == 1 ? bound_beside(end->door) : -1;
     if (instead < 0) return -1;
@@ -158,7 +158,7 @@ static int shut_down_at(in_port_t port) {
     return found;
 }
 
-void at_fab_shut_halfway(at_fab *fab, struct fid_ep *ep) {
+void at_ofi_shut_half_open(at_fab *fab, struct fid_ep *ep) {
     in_port_t port = port_of_endpoint(ep);
     for (int i = 0; port != 0 && i < LOOKS; i++) {
         (void)fi_cq_read(at_ofi_of(fab)->cq, NULL, 0); /* accepts, and meets the ends of those that were shut down */

@@ -11,7 +11,7 @@
 
 #define MR_DMABUF ((uint64_t)1 << 40) /* FI_MR_DMABUF (API 1.20) */
 
-uint64_t at_fab_attributes(at_fab_attr *out, const at_fab_memory *memory, uint64_t access, uint64_t key) {
+uint64_t at_ofi_attributes(at_ofi_attr *out, const at_fab_memory *memory, uint64_t access, uint64_t key) {
     memset(out, 0, sizeof *out);
     out->piece = (struct iovec){(void *)(uintptr_t)memory->address, (size_t)memory->nbytes};
     struct fi_mr_attr *attr = &out->room.attr;
@@ -31,9 +31,9 @@ uint64_t at_fab_attributes(at_fab_attr *out, const at_fab_memory *memory, uint64
     return MR_DMABUF;
 }
 
-int at_fab_attributes_of(const at_fab_memory *memory, uint64_t access, uint64_t key, uint64_t out[10]) {
-    at_fab_attr filled;
-    out[0] = at_fab_attributes(&filled, memory, access, key);
+int at_ofi_attributes_of(const at_fab_memory *memory, uint64_t access, uint64_t key, uint64_t out[10]) {
+    at_ofi_attr filled;
+    out[0] = at_ofi_attributes(&filled, memory, access, key);
     const struct fi_mr_attr *attr = &filled.room.attr;
     out[1] = attr->iov_count;
     out[2] = attr->access;
@@ -45,7 +45,7 @@ int at_fab_attributes_of(const at_fab_memory *memory, uint64_t access, uint64_t 
         out[7] = attr->mr_iov->iov_len;
         out[8] = out[9] = 0;
     } else {
-        const at_fab_dmabuf *dmabuf = (const at_fab_dmabuf *)(const void *)attr->mr_iov;
+        const at_ofi_dmabuf *dmabuf = (const at_ofi_dmabuf *)(const void *)attr->mr_iov;
         out[6] = (uint64_t)(uintptr_t)dmabuf->base_addr;
         out[7] = dmabuf->len;
         out[8] = dmabuf->offset;
