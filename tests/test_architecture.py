@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import aiotransfer
-from tests.architecture import native, private
+from tests.architecture import native, private, sizes
 from tests.architecture.circles import arrows_on_circles, out_of_rooms, upward_arrows
 from tests.architecture.docstrings import short_docstrings, unnamed_parameters
+from tests.architecture.exceptions import MORE_PARAMETERS
 from tests.architecture.sources import package
 
 ROOT = Path(__file__).parent.parent
@@ -239,6 +240,10 @@ def test_what_users_may_give_is_named_in_a_docstring() -> None:
 
 def test_a_docstring_says_more_than_a_name() -> None:
     assert short_docstrings(package()) == []
+
+
+def test_a_function_has_at_most_seven_parameters_but_for_those_that_are_listed() -> None:
+    assert sizes.listed(sizes.many_parameters(package())) == set(MORE_PARAMETERS)
 
 
 def test_public_names_are_few_and_documented() -> None:

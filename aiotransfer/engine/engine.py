@@ -55,9 +55,9 @@ from aiotransfer.model.address import Address
 from aiotransfer.model.offer import ProviderOffer
 from aiotransfer.providers import native
 from aiotransfer.providers.lane import Lane
-from aiotransfer.providers.port import Outside
+from aiotransfer.providers.port import Outside, Ways
 from aiotransfer.providers.selection.availability import check_names
-from aiotransfer.providers.selection.opening import open_providers
+from aiotransfer.providers.selection.opening import Rights, open_providers
 from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
@@ -138,10 +138,9 @@ class Engine(Operations, Unpicklable):
         self._limit = RateLimit()
         try:
             self._providers, self.missing = open_providers(
-                self._preference, self._lane, self.incarnation, self._grants.segment_of,
-                self._grants.region_of, self._grants.is_as_granted, self._platform, self._chosen_rails, pairing,
-                await self._outside(),
-                self._key.kind == "file",
+                self._preference, self._lane, self.incarnation,
+                Rights(self._grants.segment_of, self._grants.region_of, self._grants.is_as_granted), self._platform,
+                Ways(self._chosen_rails, pairing, await self._outside()), same_user=self._key.kind == "file",
             )  # fmt: skip
             self._begin_peers()
             self._begin_operations()

@@ -41,7 +41,7 @@ SCALED_ELEMENTS = 128  # elements of float8 that share a scale, usually
 
 def _refusal(*, ahead: bool) -> Callable[[AllToAll, TypeError], Awaitable[object]]:
     """What tells the other ranks that a dispatch, or its first half (`ahead`), was called with arguments that do not fit."""
-    return lambda a2a, error: a2a._send(None, None, None, None, None, None, ahead=ahead, refusal=error)
+    return lambda a2a, error: a2a._send((None,) * 4, None, None, ahead=ahead, refusal=error)
 
 
 class AllToAll(Unpicklable):
@@ -209,7 +209,7 @@ class AllToAll(Unpicklable):
         `StepRefused` on all others, and the next may be called), `RoutingOverflow`, `BusyError` when `slots` steps are in flight,
         `TransferTimeout` (see `in_flight`), `EvictedError`.
         """
-        half, deadline = await self._send(x, topk_idx, topk_weights, x_scales, tag, timeout, ahead=False)
+        half, deadline = await self._send((x, topk_idx, topk_weights, x_scales), tag, timeout, ahead=False)
         return await half.receive_until(deadline)
 
     @told(_refusal(ahead=True))
@@ -219,13 +219,14 @@ class AllToAll(Unpicklable):
     ) -> DispatchHalf:  # fmt: skip
         """The first half of `dispatch`, with its arguments `x`, `topk_idx`, `topk_weights`, `x_scales`, `tag` and `timeout`
         (seconds of either half): returns when the first rows are sent. The rest follows while the caller does something else."""
-        return (await self._send(x, topk_idx, topk_weights, x_scales, tag, timeout, ahead=True))[0]
+        return (await self._send((x, topk_idx, topk_weights, x_scales), tag, timeout, ahead=True))[0]
 
     async def _send(
-        self, x: Array, topk_idx: Array, topk_weights: Array, x_scales: Array | None, tag: int | str | None,
-        timeout: float | None, *, ahead: bool, refusal: BaseException | None = None,
+        self, given: tuple[Array, Array, Array, Array | None], tag: int | str | None, timeout: float | None, *, ahead: bool,
+        refusal: BaseException | None = None,
     ) -> tuple[DispatchHalf, Deadline]:  # fmt: skip
-        """`refusal`: why there can be no step, where that is known already; it is raised when the other ranks have been told."""
+        """`given`: rows, choices, weights and scales, as `dispatch` takes them. `refusal`: why there can be no step, where that
+        is known already; it is raised when the other ranks have been told."""
         try:
             deadline = self._deadline(timeout)
         except (TypeError, ValueError) as error:
@@ -247,7 +248,7 @@ class AllToAll(Unpicklable):
                     hint="combine it first; a dispatch or combine that was cut off goes on by receive(), see in_flight",
                 )
             try:
-                idx, weights, tokens, stride, scale_rows, scales, kind = self._check(x, topk_idx, topk_weights, x_scales)
+                idx, weights, tokens, stride, scale_rows, scales, kind = self._check(*given)
                 step = Step(self._communicator, self._kernels, number, Route(shape, ranks.rank, idx), scales, tag=encoded(tag))
             except BaseException as error:  # of any kind: the others wait for this step, and must know that there is none
                 refusal = refusal or error

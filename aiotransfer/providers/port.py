@@ -31,6 +31,19 @@ AS_IT_IS = Outside()
 
 Ends = Sequence[tuple[str, str, int]]  # of the rails of one side: names, addresses, bits of the network
 Pairing = Callable[[Ends, Ends, bool, tuple[str, str] | None], tuple[tuple[str, str], ...]]
+
+
+class Ways(NamedTuple):
+    """By which NICs others are reached: `rails`, the names that the application chose, none: all that fit; `pairing`, which
+    of both sides' rails go together, None: one rail, by the addresses of the control connection; `outside`."""
+
+    rails: Sequence[str] = ()
+    pairing: Pairing | None = None
+    outside: Outside = AS_IT_IS
+
+
+ANY_WAY = Ways()
+
 MOST_SAID = 4096  # bytes of one question, answer or offer
 T = TypeVar("T")
 

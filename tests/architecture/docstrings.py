@@ -6,10 +6,16 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 
-from tests.architecture.sizes import is_public, methods
+from tests.architecture.sizes import methods
 from tests.architecture.sources import Finding, Function, Module, exported, functions, parameters
 
 LEAST_WORDS = 5  # of a docstring
+
+
+def is_public(module: Module, name: str, public: Mapping[str, set[str]]) -> bool:
+    """Whether a function, or the class that it is a method of, is one that a package exports."""
+    first, _, rest = name.partition(".")
+    return first in public.get(module.name, ()) and (not rest.startswith("_") or rest == "__init__") and "." not in rest
 
 
 def named(parameter: str, docstring: str) -> bool:

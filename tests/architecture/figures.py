@@ -19,7 +19,6 @@ RULES = (
     "reads across folders",
     "long functions",
     "long files",
-    "many parameters",
 )
 
 
@@ -31,7 +30,6 @@ def findings() -> dict[str, tuple[Finding, ...]]:
         **private.foreign(modules),
         "long functions": sizes.long_functions(sources),
         "long files": sizes.long_files(sources),
-        "many parameters": sizes.many_parameters(modules),
     }
     return {rule: tuple(found[rule]) for rule in RULES}
 

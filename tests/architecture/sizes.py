@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from tests.architecture.sources import PACKAGE, ROOT, Finding, Function, Module, exported, functions, parameters
+from tests.architecture.sources import PACKAGE, ROOT, Finding, Function, Module, functions, parameters
 
 MOST_FUNCTION = 60  # lines, from `def` to the last
 MOST_PARAMETERS = 7
@@ -45,12 +45,6 @@ def long_functions(sources: Mapping[str, str]) -> list[Finding]:
     return found
 
 
-def is_public(module: Module, name: str, public: Mapping[str, set[str]]) -> bool:
-    """Whether a function, or the class that it is a method of, is one that a package exports."""
-    first, _, rest = name.partition(".")
-    return first in public.get(module.name, ()) and (not rest.startswith("_") or rest == "__init__") and "." not in rest
-
-
 def methods(module: Module) -> set[Function]:
     """The functions that stand directly in a class."""
     bodies = (node.body for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef))
@@ -58,13 +52,18 @@ def methods(module: Module) -> set[Function]:
 
 
 def many_parameters(modules: Mapping[str, Module]) -> list[Finding]:
-    """Functions of more than `MOST_PARAMETERS`, without what users call: they give theirs by name, and most have defaults. A data
-    class has no `__init__` of its own in the source, so that it does not count either."""
-    public, found = exported(modules), []
+    """Functions of more than `MOST_PARAMETERS`. A data class has no `__init__` of its own in the source, so that it does not
+    count."""
+    found = []
     for module in modules.values():
         inner = methods(module)
         for name, function in functions(module.tree):
-            given = parameters(function, method=function in inner)
-            if len(given) > MOST_PARAMETERS and not is_public(module, name, public):
-                found.append(Finding(module.room, f"{module.path}:{function.lineno}", f"{name} has {len(given)} parameters"))
+            n = len(parameters(function, method=function in inner))
+            if n > MOST_PARAMETERS:
+                found.append(Finding(module.room, f"{module.path}:{function.lineno}", f"{name} has {n} parameters"))
     return found
+
+
+def listed(findings: Iterable[Finding]) -> set[str]:
+    """Findings about functions as the lists of exceptions name them: the path and the function, without the line."""
+    return {f"{one.where.partition(':')[0]} {one.what.partition(' ')[0]}" for one in findings}

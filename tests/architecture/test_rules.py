@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.architecture import circles, docstrings, figures, native, private, sizes
+from tests.architecture.exceptions import MORE_PARAMETERS
 from tests.architecture.sources import ROOT, Module, arrows, exported, package
 from tests.test_architecture import LEAVES, MAY_IMPORT, ROOMS
 
@@ -259,12 +260,23 @@ def test_long_functions_and_files_are_counted_from_one_line_more() -> None:
 PUBLIC = "from aiotransfer.kv.a import A, f\n__all__ = ['A', 'f']\n"
 
 
-def test_more_than_seven_parameters_are_seen_but_for_what_users_call() -> None:
+def test_more_than_seven_parameters_are_seen() -> None:
     eight = "a, b, c, d, *, e, f, g, h=1"
-    inner = f"class A:\n    def __init__(self, {eight}): ...\n    def use(self, {eight}): ...\n    def _use(self, {eight}): ...\n"
-    text = inner + f"def f({eight}): ...\ndef other({eight}): ...\ndef seven(a, b, c, d, e, f, *, g): ...\n"
+    inner = f"class A:\n    def __init__(self, {eight}): ...\n    def seven(self, a, b, c, d, e, f, g): ...\n"
+    text = inner + f"def f({eight}): ...\ndef seven(a, b, c, d, e, f, *, g): ...\n"
     found = sizes.many_parameters(modules(kv=PUBLIC, kv_a=text))
-    assert [one.what for one in found] == ["A._use has 8 parameters", "other has 8 parameters"]
+    assert [one.what for one in found] == ["A.__init__ has 8 parameters", "f has 8 parameters"]
+    assert sizes.listed(found) == {"aiotransfer/kv/a.py A.__init__", "aiotransfer/kv/a.py f"}
+
+
+def test_an_eighth_parameter_in_this_tree_is_seen_and_so_is_an_exception_without_a_need() -> None:
+    files, path = texts(), "aiotransfer/engine/operations/submit.py"
+    assert files[path].count("def submit(\n        self,") == 1
+    more = files | {path: files[path].replace("def submit(\n        self,", "def submit(\n        self, one_more,")}
+    assert sizes.listed(sizes.many_parameters(package(more))) - set(MORE_PARAMETERS) == {f"{path} Submitter.submit"}
+    path = "aiotransfer/engine/open.py"
+    fewer = files | {path: files[path].replace("def open_engine(", "def open_it(")}
+    assert set(MORE_PARAMETERS) - sizes.listed(sizes.many_parameters(package(fewer))) == {f"{path} open_engine"}
 
 
 def test_a_parameter_that_its_docstring_does_not_name_is_seen() -> None:

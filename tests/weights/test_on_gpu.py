@@ -25,11 +25,11 @@ from aiotransfer.providers import native
 from aiotransfer.providers.numbers import Numbers
 from aiotransfer.weights import Cast, Layout, Piece, Quantise, Tensor, Transpose
 from aiotransfer.weights.kernels import kernels_for, numbers, quantise
+from aiotransfer.weights.memory.box import Box
 from aiotransfer.weights.memory.convert import dense
 from aiotransfer.weights.memory.devices import DeviceBuffer, like
 from aiotransfer.weights.planning.links import CAST, QUANTISE
 from aiotransfer.weights.publisher import making, on_gpu, work
-from aiotransfer.weights.publisher.on_gpu import Box
 from tests.engine.gpu import Gpu, build
 from tests.needs import skip_interpreter
 from tests.weights.party import Party
@@ -143,9 +143,9 @@ def by_host(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     seen: list[tuple[str, str]] = []
     real = making.convert
 
-    def noted(kind: int, of: str, to: str, *rest: Any) -> None:
-        seen.append((of, to))
-        real(kind, of, to, *rest)
+    def noted(box: Box, source: Any, target: Any) -> None:
+        seen.append((box.source, box.target))
+        real(box, source, target)
 
     monkeypatch.setattr(making, "convert", noted)
     return seen

@@ -101,7 +101,7 @@ class Operations(Runtime):
         value = -1 if imm is None else check_imm(imm)
         start, number, offset, n = src._start, src._root._number, dst._start, src.nbytes
         return self._submitter.submit(
-            src, dst, n, timeout, require, ("write", value),
+            (src, dst), n, timeout, require, ("write", value),
             lambda remote: native.lib.at_write(self._p, remote, offset, number, start, n, value), stager(src),
         )  # fmt: skip
 
@@ -121,7 +121,7 @@ class Operations(Runtime):
             raise ValueError(f"the source has {src.nbytes} bytes, the destination {dst.nbytes}")
         start, number, offset, n = dst._start, dst._root._number, src._start, src.nbytes
         return self._submitter.submit(
-            dst, src, n, timeout, require, ("read", -1),
+            (dst, src), n, timeout, require, ("read", -1),
             lambda remote: native.lib.at_read(self._p, remote, offset, number, start, n), stager(dst, lands=True),
         )  # fmt: skip
 
@@ -139,7 +139,7 @@ class Operations(Runtime):
         if require is not None:
             check_required(peer, require)
         result = native.lib.at_signal(self._p, peer.path.lane_peer, value)
-        return self._submitter.outcome(result, 0, peer, timeout, None, None, None, ("signal", value))
+        return self._submitter.outcome(result, 0, peer, timeout, (None, None, None), ("signal", value))
 
     # ---- pages ----
 
@@ -185,12 +185,12 @@ class Operations(Runtime):
             pass
         if result > REFUSED and result not in refused_first():
             nbytes = len(src_pages) * page_bytes
-            return self._submitter.outcome(result, nbytes, bound.peer, timeout, src, dst, bound, ("pages", value))
+            return self._submitter.outcome(result, nbytes, bound.peer, timeout, (src, dst, bound), ("pages", value))
         self._check()
         self._submitter.check_views(src, dst)
         table = Pages(src_pages, dst_pages, page_bytes, src_stride, dst_stride, src_offset, dst_offset)
         label = ("pages", -1 if imm is None else check_imm(imm))
-        return submit_pages(self._submitter, src, dst, table, label, timeout, require)
+        return submit_pages(self._submitter, (src, dst), table, label, timeout, require)
 
     def read_pages(
         self,
@@ -217,7 +217,7 @@ class Operations(Runtime):
         self._check()
         self._submitter.check_views(dst, src, "read")
         table = Pages(src_pages, dst_pages, page_bytes, src_stride, dst_stride, src_offset, dst_offset)
-        return submit_pages(self._submitter, dst, src, table, (READ_PAGES, -1), timeout, require)
+        return submit_pages(self._submitter, (dst, src), table, (READ_PAGES, -1), timeout, require)
 
     # ---- prepared operations, and several targets ----
 

@@ -18,7 +18,7 @@ from aiotransfer.providers import native
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import RegionView
     from aiotransfer.engine.operations.annotate import Label
-    from aiotransfer.engine.operations.submit import Submitter
+    from aiotransfer.engine.operations.submit import Ends, Submitter
     from aiotransfer.engine.operations.transfer import Transfer
     from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.model.descriptor import RemoteRegion
@@ -47,11 +47,12 @@ def are_ints(*numbers: object) -> bool:
 
 
 def submit_pages(
-    submitter: Submitter, local: RegionView, remote: RemoteRegion, table: Pages, label: Label, timeout: float | None,
-    require: str | None,
-) -> Transfer:  # fmt: skip
+    submitter: Submitter, ends: Ends, table: Pages, label: Label, timeout: float | None, require: str | None
+) -> Transfer:
     """Write the pages of a table, or read them, as `label` says. Raises `RegionError` for an index beyond a region."""
     engine: Runtime = submitter.engine
+    local: RegionView = ends[0]
+    remote: RemoteRegion = ends[1]
     bound = remote._box.bound
     reads, value = label[0] == READ_PAGES, label[1]
     stage = stager(local, lambda: page_spans(local, table, reads=reads), lands=reads)
@@ -78,4 +79,4 @@ def submit_pages(
             table.check_targets(to_nbytes)
         return result
 
-    return submitter.submit(local, remote, table.count * table.page, timeout, require, label, post, stage)
+    return submitter.submit(ends, table.count * table.page, timeout, require, label, post, stage)

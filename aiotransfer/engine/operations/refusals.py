@@ -17,6 +17,7 @@ from aiotransfer.errors import (
     RegistrationError,
     RemoteAccessError,
     StaleRegionError,
+    TransferError,
     TransferTimeout,
     again,
     shortage,
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from aiotransfer.engine.peers.peer import Peer
     from aiotransfer.engine.runtime.runtime import Runtime
     from aiotransfer.model.descriptor import Grant, RemoteRegion
+
+
+Refusal = tuple[type[TransferError], str, str]  # what is raised, its message, and what to do next
 
 
 def lacking(engine: Runtime, status: int, what: str, **fields: Any) -> BusyError | None:
@@ -54,71 +58,81 @@ def refusal(
             where |= {"provider": peer._path.provider, "rail": 0}
         if status in (lib.AT_EPEER, lib.AT_ESHUT) and peer._error is not None:
             return again(peer._error)
+    if status == lib.AT_ETHREAD:
+        return RuntimeError("an engine belongs to the thread of its event loop; this is another thread")
+    if status == lib.AT_ENOMEM:
+        return lacking(engine, status, "the operation cannot be queued", **where) or InternalError(text)
+    if status == lib.AT_EIO:
+        where["code"] = engine._lane.system_error()
+    kind, what, hint = _of_memory(engine, status, peer, dst, grant, local) or _of_engine(engine, status, peer, where["code"][1])
+    return kind(what, hint=hint, **where)
+
+
+def _of_memory(
+    engine: Runtime, status: int, peer: Peer | None, dst: RemoteRegion | None, grant: Grant | None, local: RegionView | None
+) -> Refusal | None:
+    """What is wrong with memory, of ours or of the peer; None for another status."""
+    lib = native.lib
     match status:
-        case lib.AT_ETHREAD:
-            return RuntimeError("an engine belongs to the thread of its event loop; this is another thread")
-        case lib.AT_EFORK | lib.AT_ESHUT:
-            forked = status == lib.AT_EFORK
-            return ClosedError(
-                f"the engine is {'abandoned in this forked child' if forked else 'closed'}",
-                hint="open one in the child" if forked else "open another one",
-                **where,
-            )
         case lib.AT_ESTALE:
             grant = dst._grant if dst is not None else grant
             known = grant and engine._revocations.get((grant.incarnation, grant.slot, grant.epoch))
-            return StaleRegionError(
+            return (
+                StaleRegionError,
                 f"the peer's memory is no longer ours to use: {known or 'revoked or closed by its owner'}",
-                hint="look it up again, or ask its owner for a new lease",
-                **where,
+                "look it up again, or ask its owner for a new lease",
             )
         case lib.AT_ECLOSED:
-            return RegionError("the source region is closed", hint="keep it open until its operations have ended", **where)
+            return RegionError, "the source region is closed", "keep it open until its operations have ended"
         case lib.AT_ESRC | lib.AT_EDST | lib.AT_EINDEX_SRC | lib.AT_EINDEX_DST | lib.AT_EGRANT:
-            return RegionError(text, hint="compare it with .nbytes and .access of the two regions", **where)
+            return RegionError, native.text(status), "compare it with .nbytes and .access of the two regions"
         case lib.AT_EMEMORY:
             which = "" if local is None else f", {local!r} at {local._root._address + local._start:#x},"
-            return RegistrationError(
+            return (
+                RegistrationError,
                 f"the local memory{which} is not there any more",
-                hint="its file was shortened, or it was unmapped, while it was registered; only this operation has failed",
-                **where,
+                "its file was shortened, or it was unmapped, while it was registered; only this operation has failed",
             )
         case lib.AT_EDEVICE:
-            return RegistrationError(
-                f"{peer} is reached by a path that does not take memory of a GPU", hint="register it with staging=True", **where
-            )
-        case lib.AT_ENOMEM:
-            return lacking(engine, status, "the operation cannot be queued", **where) or InternalError(text)
+            what = f"{peer} is reached by a path that does not take memory of a GPU"
+            return RegistrationError, what, "register it with staging=True"
+        case _:
+            return None
+
+
+def _of_engine(engine: Runtime, status: int, peer: Peer | None, words: str) -> Refusal:
+    """What is wrong with the engine or with the way to the peer. `words`: of the status, or of the operating system."""
+    lib = native.lib
+    match status:
+        case lib.AT_EFORK:
+            return ClosedError, "the engine is abandoned in this forked child", "open one in the child"
+        case lib.AT_ESHUT:
+            return ClosedError, "the engine is closed", "open another one"
         case lib.AT_EBUSY:
-            return BusyError(
-                f"{text}: the bounds are {engine.config.max_queued_operations} operations and "
+            return (
+                BusyError,
+                f"{words}: the bounds are {engine.config.max_queued_operations} operations and "
                 f"{engine.config.max_queued_bytes} bytes per peer",
-                hint="await some transfers first, or raise Config.max_queued_operations / max_queued_bytes",
-                **where,
+                "await some transfers first, or raise Config.max_queued_operations / max_queued_bytes",
             )
         case lib.AT_EPEER:
-            return PeerLostError(f"{peer} is lost", hint="connect again when it is back", **where)
+            return PeerLostError, f"{peer} is lost", "connect again when it is back"
         case lib.AT_ERAIL:
-            return RailBrokenError(
-                f"the path to {peer} broke", hint="what this operation has landed is not known; connect again", **where
-            )
+            what = f"the path to {peer} broke"
+            return RailBrokenError, what, "what this operation has landed is not known; connect again"
         case lib.AT_EPROTO:
-            return BrokenError(f"{peer} broke the protocol", hint="do both sides run the same version?", **where)
+            return BrokenError, f"{peer} broke the protocol", "do both sides run the same version?"
         case lib.AT_EIO:
-            number, words = engine._lane.system_error()
-            return RemoteAccessError(
+            return (
+                RemoteAccessError,
                 f"the operating system refused a copy to or from memory of {peer}: {words}",
-                hint="its memory may have been unmapped, or its file shortened, or this process lost the right to use it",
-                **(where | {"code": (number, words)}),
+                "its memory may have been unmapped, or its file shortened, or this process lost the right to use it",
             )
         case lib.AT_ETIMEOUT:
-            return TransferTimeout(
-                f"a transfer to {peer} did not finish in time",
-                hint="nothing is known to be broken: try again, or give it a longer timeout=",
-                **where,
-            )
+            what = f"a transfer to {peer} did not finish in time"
+            return TransferTimeout, what, "nothing is known to be broken: try again, or give it a longer timeout="
         case _:
-            return InternalError(f"the lane answered {status} ({text})", hint="please report this", **where)
+            return InternalError, f"the lane answered {status} ({words})", "please report this"
 
 
 def unflushed(peer: Peer) -> QuarantineError:

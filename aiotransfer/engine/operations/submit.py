@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from aiotransfer.engine.runtime.runtime import Runtime
 
 
+Ends = tuple[RegionView, RemoteRegion]  # memory of ours and of the peer, in whichever direction bytes go
+Used = tuple[RegionView | None, RemoteRegion | None, object]  # the same and the binding that was used; a signal has none of them
+Post = Callable[[int], int]
+
+
 class Submitter:
     """One per engine. `owners` says whose memory it is, `deferred` takes what cannot be posted yet, `flight` what goes on."""
 
@@ -80,17 +85,11 @@ class Submitter:
         return owners
 
     def submit(
-        self,
-        src: RegionView,
-        dst: RemoteRegion,
-        nbytes: int,
-        timeout: float | None,
-        require: str | None,
-        label: Label,
-        post: Callable[[int], int],
-        stage: Stager | None,
+        self, ends: Ends, nbytes: int, timeout: float | None, require: str | None, label: Label, post: Post, stage: Stager | None
     ) -> Transfer:
         """Post it by `post`, which takes the number of the remote region; later, where that is not known or there is a stage."""
+        src: RegionView = ends[0]
+        dst: RemoteRegion = ends[1]
         if timeout is not None:
             seconds(timeout)
         peer = self.owners.of(dst)
@@ -98,48 +97,32 @@ class Submitter:
             check_required(peer, require, dst)
         bound: Binding | None = dst._box.bound
         if bound is None or not bound.good(self.engine, peer) or stage is not None:
-            return self._later(src, dst, nbytes, timeout, require, peer, label, post, stage)
+            return self._later(blank(self.engine, nbytes, (peer,), ends, label), ends, peer, timeout, require, post, stage)
         result = post(bound.remote)
-        return self.outcome(result, nbytes, peer, timeout, src, dst, bound, label)
+        return self.outcome(result, nbytes, peer, timeout, (src, dst, bound), label)
 
-    def outcome(
-        self,
-        result: int,
-        nbytes: int,
-        peer: Peer,
-        timeout: float | None,
-        src: RegionView | None,
-        dst: RemoteRegion | None,
-        bound: object,
-        label: Label,
-    ) -> Transfer:
-        """The transfer of an operation that was posted with this result. Raises the error of a refusal."""
+    def outcome(self, result: int, nbytes: int, peer: Peer, timeout: float | None, held: Used, label: Label) -> Transfer:
+        """The transfer of an operation that was posted with this result, and holds `held` until it ends. Raises the error of a
+        refusal."""
         engine = self.engine
         if result > 1:
-            return self.flight.pending(result, nbytes, (peer,), timeout, (src, dst, bound), label)
+            return self.flight.pending(result, nbytes, (peer,), timeout, held, label)
         if result == native.lib.AT_EMEMORY:  # part of it may have landed: no refusal, but how the operation ended
             failed: Transfer = blank(engine, nbytes, (peer,), None, label)
-            failed._fail(0, refusal(engine, result, peer, dst, local=src))
+            failed._fail(0, refusal(engine, result, peer, held[1], local=held[0]))
             return failed
         if result < 0:
-            raise annotated(refusal(engine, result, peer, dst), label, nbytes, (peer,))
+            raise annotated(refusal(engine, result, peer, held[1]), label, nbytes, (peer,))
         if result:
             engine._spend_budget()
         return finished(engine, peer, nbytes)
 
     def _later(
-        self,
-        src: RegionView,
-        dst: RemoteRegion,
-        nbytes: int,
-        timeout: float | None,
-        require: str | None,
-        peer: Peer,
-        label: Label,
-        post: Callable[[int], int],
+        self, transfer: Transfer, ends: Ends, peer: Peer, timeout: float | None, require: str | None, post: Post,
         stage: Stager | None,
-    ) -> Transfer:
-        transfer: Transfer = blank(self.engine, nbytes, (peer,), (src, dst), label)
+    ) -> Transfer:  # fmt: skip
+        src: RegionView = ends[0]
+        dst: RemoteRegion = ends[1]
 
         def bound() -> tuple[int, object]:
             return post(dst._box.bound.remote), (src, dst, dst._box.bound)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiotransfer.engine.operations.page_targets import PagesTarget
 from aiotransfer.engine.operations.scatter import ScatterTarget
@@ -36,6 +36,24 @@ if TYPE_CHECKING:
 
 UNREACHED = BrokenError, StaleRegionError, RegistrationError  # a target, before anything was posted
 MOVED_AT_ONCE = 16 << 20  # bytes between two turns of the event loop: a millisecond, at most
+
+
+class Rows(NamedTuple):
+    """Where rows lie here: `nbytes` of each, the first at byte `offset` of `source`, the next `stride` bytes on."""
+
+    source: RegionView
+    nbytes: int
+    stride: int
+    offset: int
+
+
+class Tables(NamedTuple):
+    """Which of them go where: row `rows[i]` to place `places[i]`. Of each rank: where its own `begins`, and how many `counts`."""
+
+    rows: Any
+    places: Any
+    begins: Any
+    counts: Any
 
 
 async def yield_to_loop() -> None:
@@ -211,17 +229,14 @@ class Exchange:
                 if not any(rank in self.lost or rank in self._shut for rank in ranks):
                     raise
 
-    def put(
-        self, kind: int, ranks: list[int], begins: Any, counts: Any, source: RegionView, rows: Any, places: Any, nbytes: int,
-        stride: int, offset: int, there: int,
-    ) -> None:  # fmt: skip
-        """Rows of `nbytes` from `source`, at `offset` and `stride`, to their places at each of `ranks`, behind the byte `there`,
-        as arrivals of this `kind`. Of the tables `rows` and `places` each rank gets its `counts`, from its `begins` on: by one
-        call for all of them or, where one of them has gone, one for each."""
+    def put(self, kind: int, ranks: list[int], rows: Rows, tables: Tables, there: int) -> None:
+        """Rows to their places at each of `ranks`, behind the byte `there`, as arrivals of this `kind`: by one call for all of
+        them or, where one of them has gone, one for each."""
         left = [i for i, rank in enumerate(ranks) if self.once(f"put {kind} {rank}")]
         if not left:
             return
-        ranks, begins, counts = [ranks[i] for i in left], begins[left], counts[left]
+        ranks, begins, counts = [ranks[i] for i in left], tables.begins[left], tables.counts[left]
+        source, nbytes, stride, offset = rows
         imm, remotes = self.ranks.imm(kind, self.slot, self.ranks.rank), [self._remote(rank) for rank in ranks]
 
         def each() -> None:
@@ -230,11 +245,11 @@ class Exchange:
                     continue
                 part = slice(begin, begin + n)
                 self._post(rank, lambda remote=remote, part=part: self.ranks.engine.write_pages(
-                    source, rows[part], remote, places[part], page_bytes=nbytes, src_stride=stride, src_offset=offset,
-                    dst_offset=there, imm=imm, timeout=math.inf,
+                    source, tables.rows[part], remote, tables.places[part], page_bytes=nbytes, src_stride=stride,
+                    src_offset=offset, dst_offset=there, imm=imm, timeout=math.inf,
                 ))  # fmt: skip
 
-        targets = PagesTarget(remotes, rows, places, stride, None, offset, there, counts, begins)
+        targets = PagesTarget(remotes, tables.rows, tables.places, stride, None, offset, there, counts, begins)
         try:
             self._watch(self.ranks.engine.scatter_pages(source, targets, page_bytes=nbytes, imm=imm, timeout=math.inf), each)
         except (BrokenError, StaleRegionError):

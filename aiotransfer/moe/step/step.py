@@ -20,7 +20,7 @@ from aiotransfer.moe.protocol.membership import UNDECIDED
 from aiotransfer.moe.protocol.routing import Arrivals, Ranges
 from aiotransfer.moe.protocol.shape import ROW_ALIGN
 from aiotransfer.moe.protocol.tags import shown
-from aiotransfer.moe.step.exchange import Exchange
+from aiotransfer.moe.step.exchange import Exchange, Rows, Tables
 from aiotransfer.moe.step.inplace import InPlace
 from aiotransfer.providers.rows import same_rows
 
@@ -245,9 +245,10 @@ class Step:
         directly = [rank for rank in left if exchange.reaches_directly(rank)]
         packed = [rank for rank in left if rank not in directly]
         if directly:
+            begins, counts = (route.first + ahead)[directly], (route.sent - ahead)[directly]
             exchange.put(
-                REST, directly, (route.first + ahead)[directly], (route.sent - ahead)[directly], buffers.sent, route.tokens,
-                self.ranges.destinations(route), shape.row_bytes, shape.row_bytes, buffers.tokens(slot).offset, shape.rows(slot),
+                REST, directly, Rows(buffers.sent, shape.row_bytes, shape.row_bytes, buffers.tokens(slot).offset),
+                Tables(route.tokens, self.ranges.destinations(route), begins, counts), shape.rows(slot),
             )  # fmt: skip
         if packed:
             spans = [route.rows_of(rank) for rank in packed]
@@ -397,8 +398,8 @@ class Step:
             assert region is not None
             sources = [self._sender_for(rank) for rank in directly]
             exchange.put(
-                RESULTS, directly, arrivals.first[sources], arrivals.n[sources], region, arrivals.rows, arrivals.back(),
-                shape.result_bytes, stride, offset, shape.results(slot),
+                RESULTS, directly, Rows(region, shape.result_bytes, stride, offset),
+                Tables(arrivals.rows, arrivals.back(), arrivals.first[sources], arrivals.n[sources]), shape.results(slot),
             )  # fmt: skip
         if packed and "packed results" not in exchange.stages:
             sources = sorted({self._sender_for(rank) for rank in packed})

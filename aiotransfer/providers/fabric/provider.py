@@ -36,7 +36,7 @@ from aiotransfer.providers.fabric.multirail import DIAL_SECONDS, MultirailPath
 from aiotransfer.providers.fabric.path import FabricPath
 from aiotransfer.providers.fabric.rail import Rail, Restrictions, libfabric_names, nic_of, open_rail
 from aiotransfer.providers.lane import Lane
-from aiotransfer.providers.port import AS_IT_IS, Conversation, Outside, Pairing, Path, decode
+from aiotransfer.providers.port import ANY_WAY, Conversation, Path, Ways, decode
 
 __all__ = ["FabricPath", "FabricProvider", "Rail", "Restrictions", "libfabric_names", "nic_of", "open_rail"]
 
@@ -49,17 +49,16 @@ class FabricProvider:
 
     def __init__(
         self, name: str, lane: Lane, incarnation: int, lent: Callable[[int, int, int], tuple[Grant, int, int] | None],
-        limits: Restrictions | None = None, chosen: Sequence[str] = (), pairing: Pairing | None = None,
-        outside: Outside = AS_IT_IS,
-    ) -> None:
+        limits: Restrictions | None = None, ways: Ways = ANY_WAY,
+    ) -> None:  # fmt: skip
         self.name = name
         self._lane = lane
         self._incarnation = incarnation
         self._lent = lent
         self._limits = limits or Restrictions()
-        self._chosen = nics.named(name, chosen)
-        self._pairing = pairing
-        self._outside = outside
+        self._chosen = nics.named(name, ways.rails)
+        self._pairing = ways.pairing
+        self._outside = ways.outside
         self._seen: tuple[float, dict[str, nics.Nic]] = (-math.inf, {})
         self._rails: dict[tuple[str, str], asyncio.Future[Rail]] = {}
         self.takes_device = False  # a rail that is open takes memory of GPUs

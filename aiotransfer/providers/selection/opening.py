@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from aiotransfer.errors import BusyError, ConfigurationError, ProviderUnavailableError, TransferError, shortage
 from aiotransfer.model.descriptor import Grant
 from aiotransfer.providers.fabric import nics
 from aiotransfer.providers.fabric.provider import FabricProvider
 from aiotransfer.providers.lane import Lane, Segment
-from aiotransfer.providers.port import Outside, Pairing, Provider
+from aiotransfer.providers.port import Provider, Ways
 from aiotransfer.providers.selection.availability import KNOWN, availability
 
 
+class Rights(NamedTuple):
+    """What providers ask of the memory that is lent. `segment_of`: the shared memory of a registration; `lent`: the grant, the
+    region's number and the offset that it begins at, of what a peer presents; `covers`: whether a grant is live."""
+
+    segment_of: Callable[[int, int, int, int], Segment | None]
+    lent: Callable[[int, int, int], tuple[Grant, int, int] | None]
+    covers: Callable[[Grant], bool]
+
+
 def open_providers(
-    providers: str | tuple[str, ...], lane: Lane, incarnation: int, segment_of: Callable[[int, int, int, int], Segment | None],
-    lent: Callable[[int, int, int], tuple[Grant, int, int] | None], covers: Callable[[Grant], bool], platform: Any,
-    rails: Sequence[str], pairing: Pairing, outside: Outside, same_user: bool,
+    providers: str | tuple[str, ...], lane: Lane, incarnation: int, rights: Rights, platform: Any, ways: Ways, *, same_user: bool
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
     """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left, and `BusyError`
     rather than do without a provider that this machine has no descriptors or memory for just now. A rail
     that no provider has is a `ConfigurationError`.
 
-    `outside`: how others reach tcp's endpoints. `platform`: its `simulator` is the network of `loopback`, if not that of this
-    process; its `limits` what fabrics do without.
+    `ways`: by which NICs, and how others reach tcp's endpoints. `platform`: its `simulator` is the network of `loopback`, if not
+    that of this process; its `limits` what fabrics do without.
     `same_user`: only processes of this user are let in.
     """
     wanted = KNOWN if providers == "auto" else providers
@@ -41,13 +48,15 @@ def open_providers(
                 if name == "shm":
                     from aiotransfer.providers.shm.provider import ShmProvider  # in here: reading it takes a descriptor too
 
-                    opened[name] = ShmProvider(lane, incarnation, segment_of, same_user=same_user)
+                    opened[name] = ShmProvider(lane, incarnation, rights.segment_of, same_user=same_user)
                 elif name in ("tcp", "efa", "verbs"):
-                    opened[name] = FabricProvider(name, lane, incarnation, lent, platform.restrictions, rails, pairing, outside)
+                    opened[name] = FabricProvider(name, lane, incarnation, rights.lent, platform.restrictions, ways)
                 else:
                     from aiotransfer.providers.loopback import LoopbackProvider
 
-                    opened[name] = LoopbackProvider(lane, incarnation, covers, segment_of, lent, platform.simulator)
+                    opened[name] = LoopbackProvider(
+                        lane, incarnation, rights.covers, rights.segment_of, rights.lent, platform.simulator
+                    )
                 continue
             except (OSError, TransferError) as error:
                 reason = str(error)
@@ -64,7 +73,7 @@ def open_providers(
             hint="; ".join(f"{name}: {why}" for name, why in attempts),
         )
     try:
-        nics.check(rails, [provider.chosen for provider in opened.values()])
+        nics.check(ways.rails, [provider.chosen for provider in opened.values()])
     except ConfigurationError:
         for other in opened.values():
             other.close()

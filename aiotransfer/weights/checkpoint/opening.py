@@ -55,24 +55,49 @@ def open_checkpoint(
     `ConfigurationError` (the library safetensors is not installed), `TypeError`, `ValueError`.
     """
     library()
-    group_of = mesh_group or usual_group
-    problems: list[str] = []
-    files: dict[str, FileMemory] = {}
-    headers: dict[str, Header] = {}
-    tensors: dict[str, Tensor] = {}
-    pieces: list[Piece] = []
+    read = _Contents(mesh_group or usual_group, ranks)
     for name, wanted in files_of(path).items():
+        read.add(name, wanted)
+    problems = [*read.problems, *_mixed(read.headers)]
+    if problems:
+        raise PlanError("the checkpoint cannot be used", problems=problems)
+    sizes = {(r, name): file.nbytes for name, file in read.files.items() for r in range(ranks)}
+    layout = Layout(read.tensors.values(), read.pieces, ranks=ranks, hosts=hosts, buffers=sizes)
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be an int, not {quote(rank)}")
+    if not 0 <= rank < ranks:
+        raise ValueError(f"there is no rank {rank} of {ranks}")
+    found = Checkpoint(layout, rank, read.files)
+    found.metadata = {key: text for header in read.headers.values() for key, text in header.metadata.items()}
+    number = re.fullmatch(r"(\d{1,10})\.(\d{1,19})", found.metadata.get(VERSION, ""), re.ASCII)
+    found.version = None if number is None else Version(int(number[1]), int(number[2]))
+    return found
+
+
+class _Contents:
+    """What the headers of files say, one file after the other, and all that is wrong with them."""
+
+    def __init__(self, group_of: Callable[[str], str], ranks: int) -> None:
+        self._group_of, self._ranks = group_of, ranks
+        self.problems: list[str] = []
+        self.files: dict[str, FileMemory] = {}
+        self.headers: dict[str, Header] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.pieces: list[Piece] = []
+
+    def add(self, name: str, wanted: frozenset[str] | None) -> None:
+        """Read the header of one file, of which the tensors `wanted` (None: all) are part of the checkpoint."""
         try:
-            files[name] = FileMemory(name)
-            header = headers[name] = header_of(files[name])
+            file = self.files[name] = FileMemory(name)
+            header = self.headers[name] = header_of(file)
         except (Unreadable, ValueError) as error:
-            problems.append(f"{name}: {error}")
-            continue
+            self.problems.append(f"{name}: {error}")
+            return
         except OSError as error:
-            problems.append(f"{name}: {error.strerror}")
-            continue
-        problems += [f"{name}: it has no tensor {tensor}, which the index says is there"
-                     for tensor in sorted((wanted or frozenset()) - header.tensors.keys())]  # fmt: skip
+            self.problems.append(f"{name}: {error.strerror}")
+            return
+        self.problems += [f"{name}: it has no tensor {tensor}, which the index says is there"
+                          for tensor in sorted((wanted or frozenset()) - header.tensors.keys())]  # fmt: skip
         aliases: dict[str, list[str]] = {}
         for alias, of in header.metadata.items():
             if of in header.tensors and alias not in header.tensors and alias != "format":
@@ -80,25 +105,11 @@ def open_checkpoint(
         for tensor, entry in header.tensors.items():
             if wanted is not None and tensor not in wanted:
                 continue
-            if tensor in tensors:
-                problems.append(f"{name}: {tensor} stands in another file, too")
+            if tensor in self.tensors:
+                self.problems.append(f"{name}: {tensor} stands in another file, too")
             tied = tuple(aliases.get(tensor, ()))
-            tensors[tensor] = Tensor(tensor, entry.shape, entry.dtype, group_of(tensor), tied)
-            pieces += [Piece(tensor, r, buffer=name, offset=entry.offset) for r in range(ranks)]
-    problems += _mixed(headers)
-    if problems:
-        raise PlanError("the checkpoint cannot be used", problems=problems)
-    sizes = {(r, name): file.nbytes for name, file in files.items() for r in range(ranks)}
-    layout = Layout(tensors.values(), pieces, ranks=ranks, hosts=hosts, buffers=sizes)
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank must be an int, not {quote(rank)}")
-    if not 0 <= rank < ranks:
-        raise ValueError(f"there is no rank {rank} of {ranks}")
-    found = Checkpoint(layout, rank, files)
-    found.metadata = {key: text for header in headers.values() for key, text in header.metadata.items()}
-    number = re.fullmatch(r"(\d{1,10})\.(\d{1,19})", found.metadata.get(VERSION, ""), re.ASCII)
-    found.version = None if number is None else Version(int(number[1]), int(number[2]))
-    return found
+            self.tensors[tensor] = Tensor(tensor, entry.shape, entry.dtype, self._group_of(tensor), tied)
+            self.pieces += [Piece(tensor, r, buffer=name, offset=entry.offset) for r in range(self._ranks)]
 
 
 def _mixed(headers: dict[str, Header]) -> list[str]:

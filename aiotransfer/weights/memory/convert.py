@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.providers.numbers import Numbers
 from aiotransfer.weights.kernels import kernels_for
+from aiotransfer.weights.memory.box import Box
 from aiotransfer.weights.planning.links import CAST
 
 Bytes = NDArray[np.uint8]
@@ -30,39 +31,24 @@ def copy(there: Any, here: Any) -> None:
     np.copyto(there, here)
 
 
-def convert(
-    kind: int,
-    from_dtype: str,
-    to_dtype: str,
-    source: Bytes,
-    offset: int,
-    extent: Any,
-    strides: Any,
-    target: Bytes,
-    out: int,
-    scale: int,
-    block: Any,
-    dims: int,
-) -> None:
-    """A box of `extent` at `offset` of `source` (byte `strides`) as `to_dtype`, dense at `out` of `target`; when it is quantised
-    with one scale for each `block`, these are dense at `scale`. `dims`: dimensions that the tensor has; others have extent 1.
+def convert(box: Box, source: Bytes, target: Bytes) -> None:
+    """Convert `box` from the memory `source` to the memory `target`.
 
     Raises `NotFiniteError` where a number that is no number, or infinite, would be quantised."""
-    before, after = lookup(from_dtype), lookup(to_dtype)
-    shape = [int(n) for n in extent[:dims]] or [1]
-    box = place(source, before.itemsize, offset, shape, [int(n) for n in strides[:dims]] or [before.itemsize])
-    there = place(target, after.itemsize, out, shape, dense(shape, after.itemsize))
+    before, after = lookup(box.source), lookup(box.target)
+    shape = list(box.shape) or [1]
+    here = place(source, before.itemsize, box.offset, shape, box.strides or [before.itemsize])
+    there = place(target, after.itemsize, box.out, shape, dense(shape, after.itemsize))
     if before.name == after.name:
-        copy(there, box)
-    elif kind == CAST:
-        for low, high in _slabs(box):
-            _cast(there[low:high], after.name, box[low:high], before.name)
+        copy(there, here)
+    elif box.kind == CAST:
+        for low, high in _slabs(here):
+            _cast(there[low:high], after.name, here[low:high], before.name)
     else:
-        per = [int(n) for n in block[:dims]]
-        counts = [-(-n // p) for n, p in zip(shape, per, strict=True)]
-        scales = place(target, 4, scale, counts, dense(counts, 4))
-        kernels_for("cpu").quantise(_numbers(there, after.name), _numbers(scales, "float32"), _numbers(box, before.name),
-                                    (per[-2], per[-1]))  # fmt: skip
+        counts = list(box.scales(box.shape))
+        scales = place(target, 4, box.scale, counts, dense(counts, 4))
+        kernels_for("cpu").quantise(_numbers(there, after.name), _numbers(scales, "float32"), _numbers(here, before.name),
+                                    (box.block[-2], box.block[-1]))  # fmt: skip
 
 
 def dense(extent: list[int], itemsize: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,14 @@ class Links:
     wanted: Ints
     scale_of: Ints
     problems: list[str] = field(default_factory=list)
+
+
+class _Rows(NamedTuple):
+    """Rows of a source: `size` of them from `low`, which are the target's from `at`."""
+
+    low: int
+    size: int
+    at: int
 
 
 def resolve(trainer: Layout, inference: Layout, rules: Sequence[Rule], names: Iterable[str] | None) -> Links:
@@ -169,7 +177,8 @@ class _Resolver:
         if isinstance(rule, Split):
             sizes = self._sizes(name, [self._fill(t, values) for t in rule.targets], rule.dim)
             source = self._source(name, self._fill(rule.source, values))
-            return [self._part(k, name, source, shape, rule.dim, sum(sizes[:place]), sizes[place], 0, total=sum(sizes))]
+            part = _Rows(sum(sizes[:place]), sizes[place], 0)
+            return [self._part(k, name, source, shape, rule.dim, part, total=sum(sizes))]
         if isinstance(rule, Stack):
             return self._stacked(k, name, shape, rule, values)
         assert isinstance(rule, Unstack)
@@ -184,19 +193,9 @@ class _Resolver:
         return [Link(source, k, (0,) * len(shape), shape, tuple(range(len(shape))), (0,) * len(shape))]
 
     def _part(
-        self,
-        k: int,
-        name: str,
-        source: int,
-        shape: tuple[int, ...],
-        dim: int,
-        low: int,
-        size: int,
-        at: int,
-        total: int | None = None,
+        self, k: int, name: str, source: int, shape: tuple[int, ...], dim: int, part: _Rows, total: int | None = None
     ) -> Link:
-        """`size` rows of a source along `dim`, from `low`, are those of the target from `at`. `total`: rows that the source
-        must have."""
+        """A part of the rows of a source along `dim`. `total`: rows that the source must have."""
         theirs = self.trainer.shapes[source]
         dim = self._dim(name, dim, len(shape))
         others = [n for d, n in enumerate(shape) if d != dim]
@@ -209,7 +208,7 @@ class _Resolver:
             wanted = tuple("*" if d == dim and total is None else total if d == dim else n for d, n in enumerate(shape))
             raise _Unfit(f"{name}: {self.trainer.names[source]} has the shape {theirs} at the trainers and would need {wanted}")
         lows, highs, shift = [0] * len(shape), list(theirs), [0] * len(shape)
-        lows[dim], highs[dim], shift[dim] = low, low + size, at - low
+        lows[dim], highs[dim], shift[dim] = part.low, part.low + part.size, part.at - part.low
         return Link(source, k, tuple(lows), tuple(highs), tuple(range(len(shape))), tuple(shift))
 
     def _fused(self, k: int, name: str, shape: tuple[int, ...], rule: Fuse, values: dict[str, str]) -> list[Link]:
@@ -231,7 +230,7 @@ class _Resolver:
                 else:
                     many = max(unit // rule.ranks, 1)
                     low, rows = rank * unit // rule.ranks * (size // unit), many * (size // unit)
-                links.append(self._part(k, name, source, shape, dim, low, rows, at))
+                links.append(self._part(k, name, source, shape, dim, _Rows(low, rows, at)))
                 at += rows
         if at != shape[dim]:
             raise _Unfit(f"{name}: its sources have {at} rows along dimension {dim}, the shape {shape} has {shape[dim]}")
@@ -247,7 +246,8 @@ class _Resolver:
             for template in texts(rule.sources):
                 source = self._source(name, self._fill(template, {**values, rule.index: str(entry)}))
                 theirs = self.trainer.shapes[source]
-                part = self._part(k, name, source, inner, fuse, 0, theirs[fuse] if fuse < len(theirs) else 0, at)
+                every = _Rows(0, theirs[fuse] if fuse < len(theirs) else 0, at)
+                part = self._part(k, name, source, inner, fuse, every)
                 at += theirs[fuse]
                 axes, shift = list(part.axes), list(part.shift)
                 axes.insert(dim, -1)

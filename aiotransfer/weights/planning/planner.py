@@ -119,10 +119,10 @@ class _Planner:
         if self.staged or self.apart:
             work.gathers = self.links.kind[units.tensor[work.unit]] != COPY
         phases, tensor_phase = self._phases()
+        material = staging.Material(self.trainer, self.catalog, self.links, units, have, self.blocks, made)
         arrays = staging.arrange(
-            self.trainer, self.catalog, self.links, units, have, work, self.blocks, tensor_phase, self.staging_bytes,
-            self.target_receiver, made, relays=relays is not None,
-        )  # fmt: skip
+            material, work, tensor_phase, self.staging_bytes, self.target_receiver, relays=relays is not None
+        )
         arrays |= relay.arrays(relays, arrays.pop("move_order"), self.target_receiver, work)
         low, high, axes, shift = sources.link_table(links, self.trainer.ndim, self.ndim)
         arrays |= {

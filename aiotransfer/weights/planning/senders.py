@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,15 @@ class Work:
     bound: tuple[int, int]
 
 
+class _Touched(NamedTuple):
+    """The units that are no single cell (`broken`, by number), and which cells they touch: pairs of `unit`, an index of
+    `broken`, and `cell`, sorted by unit."""
+
+    broken: Ints
+    unit: Ints
+    cell: Ints
+
+
 @dataclass(slots=True)
 class _Sets:
     """Sets of ranks: `of_unit` the set of each unit, `ranks` of each set."""
@@ -72,10 +81,10 @@ def choose(
     so that all send about the same. A unit that is made on the way is made once, unless receivers on different hosts have
     holders there. `made`: for each inference tensor whether its units are made on the way."""
     broken = np.flatnonzero(units.cell < 0)
-    touch_unit, touch_cell = boxes.overlaps(
+    touched = _Touched(broken, *boxes.overlaps(
         units.tensor[broken], units.start[broken], units.stop[broken], cells.tensor, cells.start, cells.stop
-    )
-    sets = _holders(trainer, units, cells, broken, touch_unit, touch_cell)
+    ))  # fmt: skip
+    sets = _holders(trainer, units, cells, touched)
     kind, candidates, near = _candidates(trainer, targets, sets, moves)
     made = made[units.tensor[moves.unit]]
     key = np.where(made, moves.unit.astype(np.int64) * len(candidates) + kind, -1)
@@ -88,17 +97,18 @@ def choose(
     sender = chosen[item]
     job_key, job = np.unique(moves.unit.astype(np.int64) * trainer.ranks + sender, return_inverse=True)
     unit, who = job_key // trainer.ranks, (job_key % trainer.ranks).astype(np.int32)
-    rows = _inputs(trainer, unit, who, units, cells, broken, touch_unit, touch_cell)
+    rows = _inputs(trainer, unit, who, units, cells, touched)
     many = np.bincount(rows[0], minlength=len(unit)) > 1
     return Work(unit, who, moves, job.reshape(-1), rows[0], rows[1], many, bound)
 
 
-def _holders(trainer: Layout, units: Units, cells: Cells, broken: Ints, touch_unit: Ints, touch_cell: Ints) -> _Sets:
+def _holders(trainer: Layout, units: Units, cells: Cells, touched: _Touched) -> _Sets:
     """The set of ranks that hold (a part of) each unit."""
+    broken = touched.broken
     held_by = np.diff(cells.begin)
-    count = held_by[touch_cell]
-    owner = np.repeat(touch_unit, count)
-    at = np.repeat(cells.begin[touch_cell], count) + np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+    count = held_by[touched.cell]
+    owner = np.repeat(touched.unit, count)
+    at = np.repeat(cells.begin[touched.cell], count) + np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
     pairs = np.unique(owner * trainer.ranks + cells.holder_rank[at])
     owners = np.concatenate([cells.holder_cell, len(cells.tensor) + pairs // trainer.ranks])
     ranks = np.concatenate([cells.holder_rank, pairs % trainer.ranks])
@@ -201,19 +211,17 @@ def _share(every: list[list[int]], used: list[int], weights: Ints, candidates: l
     return bound
 
 
-def _inputs(
-    trainer: Layout, unit: Ints, sender: Ints, units: Units, cells: Cells, broken: Ints, touch_unit: Ints, touch_cell: Ints
-) -> tuple[Ints, Ints]:
+def _inputs(trainer: Layout, unit: Ints, sender: Ints, units: Units, cells: Cells, touched: _Touched) -> tuple[Ints, Ints]:
     """(job, row of `Held`) of all that jobs are made of: the sender's own pieces where it has them, else those of another rank,
     on the sender's host where there is one."""
     whole = np.flatnonzero(units.cell[unit] >= 0)
     parts = np.flatnonzero(units.cell[unit] < 0)
-    begin = np.searchsorted(touch_unit, np.arange(len(broken) + 1))
-    place = np.searchsorted(broken, unit[parts])
+    begin = np.searchsorted(touched.unit, np.arange(len(touched.broken) + 1))
+    place = np.searchsorted(touched.broken, unit[parts])
     count = (begin[1:] - begin[:-1])[place]
     job = np.concatenate([whole, np.repeat(parts, count)])
     at = np.repeat(begin[place], count) + np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
-    cell = np.concatenate([units.cell[unit[whole]], touch_cell[at]])
+    cell = np.concatenate([units.cell[unit[whole]], touched.cell[at]])
     order = np.argsort(job, kind="stable")
     job, cell = job[order], cell[order]
     keys = cells.holder_cell * trainer.ranks + cells.holder_rank

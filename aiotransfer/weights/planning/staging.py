@@ -6,7 +6,7 @@ half, the next is made in the other.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,24 +29,35 @@ def largest(staging_bytes: int) -> int:
     return max(staging_bytes // 8, 1)
 
 
+class Material(NamedTuple):
+    """What jobs are made from. Of each inference tensor: `blocks`, the elements that have one scale together, and `made`, whether
+    its units are made in staging memory."""
+
+    trainer: Layout
+    catalog: Catalog
+    links: Links
+    units: Units
+    have: Held
+    blocks: Ints
+    made: Ints
+
+
 def arrange(
-    trainer: Layout, catalog: Catalog, links: Links, units: Units, have: Held, work: Work, blocks: Ints, tensor_phase: Ints,
-    staging_bytes: int, receiver: Ints, made: Ints, *, relays: bool,
-) -> dict[str, Ints]:  # fmt: skip
+    material: Material, work: Work, tensor_phase: Ints, staging_bytes: int, receiver: Ints, *, relays: bool
+) -> dict[str, Ints]:
     """The arrays of jobs, inputs and moves of a plan, sorted as it has them, and `move_order`: which of the work's moves each
-    is. `made`: for each inference tensor whether its units are made in staging memory; `relays`: instances pass parts on to one
-    another."""
+    is. `relays`: instances pass parts on to one another."""
+    units, have, made = material.units, material.have, material.made
     tensor = units.tensor[work.unit]
     phase = tensor_phase[tensor].astype(np.int64)
     order = _order(work, phase, receiver)
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     unit, sender, phase, tensor = work.unit[order], work.sender[order].astype(np.int64), phase[order], tensor[order]
-    sizes = _sizes(trainer, catalog, links, units, have, work, blocks, made, order, 64 if staging_bytes >= 1 << 16 else 16)
+    sizes = _sizes(material, work, order, 64 if staging_bytes >= 1 << 16 else 16)
     written = np.bincount(place[work.job], work.moves.nbytes, len(order)).astype(np.int64) if relays else None
-    part, base = _parts(
-        sender * (int(phase.max(initial=0)) + 1) + phase, sender, sizes.sum(axis=0), staging_bytes, catalog, tensor, written
-    )
+    group = sender * (int(phase.max(initial=0)) + 1) + phase
+    part, base = _parts(group, sender, sizes.sum(axis=0), staging_bytes, material.catalog, tensor, written)
     at = np.stack([base, base + sizes[0], base + sizes[0] + sizes[1]])
     at[sizes == 0] = -1
     at[1, ~made[tensor]] = -1
@@ -82,23 +93,21 @@ def _order(work: Work, phase: Ints, receiver: Ints) -> Ints:
     return order[np.lexsort((turn, number))]
 
 
-def _sizes(
-    trainer: Layout, catalog: Catalog, links: Links, units: Units, have: Held, work: Work, blocks: Ints, made: Ints, order: Ints,
-    align: int,
-) -> Ints:  # fmt: skip
+def _sizes(material: Material, work: Work, order: Ints, align: int) -> Ints:
     """Staging bytes [3, J] of each job in the new order: gathered input, output, scales; each rounded up."""
+    trainer, units, have = material.trainer, material.units, material.have
     unit = work.unit[order]
     tensor = units.tensor[unit]
     elements = np.prod(units.stop[unit] - units.start[unit], axis=1)
     sizes = np.zeros((3, len(order)), np.int64)
-    kind = links.kind[tensor]
+    kind = material.links.kind[tensor]
     first = np.searchsorted(work.input_job, np.arange(len(work.unit)))
     source_item = (
         trainer.itemsizes[trainer.piece_tensor[have.piece[work.input_row[first]]]] if len(work.unit) else np.zeros(0, np.int64)
     )
     sizes[0] = np.where(work.gathers[order], elements * source_item[order], 0)
-    sizes[1] = np.where(made[tensor], elements * catalog.itemsizes[tensor], 0)
-    per = blocks[tensor]
+    sizes[1] = np.where(material.made[tensor], elements * material.catalog.itemsizes[tensor], 0)
+    per = material.blocks[tensor]
     scales = np.prod(-(-units.stop[unit] // per) - units.start[unit] // per, axis=1) * 4
     sizes[2] = np.where(kind == QUANTISE, scales, 0)
     return -(-sizes // align) * align

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from aiotransfer.weights.planning.schedule import Schedule
 
 Ints = npt.NDArray[Any]
+Columns = tuple[Ints, Ints, Ints]
 STAGING = -1  # in place of a buffer's number: the sender's staging memory
 
 
@@ -177,9 +178,8 @@ def relays(plan: Schedule, instance: str, rank: int) -> Writes:
     moves, pieces = plan.relay_move[rows], plan.relay_piece[rows]
     tensor, start, stop = plan.move_box(moves, pieces)
     own = plan.move_piece[moves]
-    source = _in_piece(plan, own, start)
-    return _sorted(plan, moves, pieces, plan.job_sender[plan.move_job[moves]], tensor, start, stop,
-                   plan.pieces("piece_buffer", own), source, plan.pieces("piece_strides", own))  # fmt: skip
+    here = plan.pieces("piece_buffer", own), _in_piece(plan, own, start), plan.pieces("piece_strides", own)
+    return _sorted(plan, moves, pieces, plan.job_sender[plan.move_job[moves]], (tensor, start, stop), here)
 
 
 def instead(plan: Schedule, sender: int) -> Writes:
@@ -188,9 +188,9 @@ def instead(plan: Schedule, sender: int) -> Writes:
     rows = np.flatnonzero(plan.job_sender[plan.move_job[plan.relay_move]] == sender)
     moves, pieces = plan.relay_move[rows], plan.relay_piece[rows]
     tensor, start, stop = plan.move_box(moves, pieces)
-    buffer, offset, strides = _sources(plan, moves, start, plan.itemsizes[tensor])
+    here = _sources(plan, moves, start, plan.itemsizes[tensor])
     via = plan.piece_receiver[plan.move_piece[moves]]
-    return _sorted(plan, moves, pieces, via, tensor, start, stop, buffer, offset, strides)
+    return _sorted(plan, moves, pieces, via, (tensor, start, stop), here)
 
 
 def expected(plan: Schedule, instance: str, rank: int) -> Expected:
@@ -245,23 +245,15 @@ def _runs_of(plan: Schedule, moves: Ints, pieces: Ints | None) -> tuple[Ints, In
 
 def _writes(plan: Schedule, moves: Ints) -> Writes:
     tensor, start, stop = plan.move_box(moves)
-    buffer, offset, strides = _sources(plan, moves, start, plan.itemsizes[tensor])
-    pieces = plan.move_piece[moves]
-    return _sorted(plan, moves, pieces, np.full(len(moves), -1), tensor, start, stop, buffer, offset, strides)
+    here = _sources(plan, moves, start, plan.itemsizes[tensor])
+    return _sorted(plan, moves, plan.move_piece[moves], np.full(len(moves), -1), (tensor, start, stop), here)
 
 
-def _sorted(
-    plan: Schedule,
-    moves: Ints,
-    pieces: Ints,
-    feeder: Ints,
-    tensor: Ints,
-    start: Ints,
-    stop: Ints,
-    buffer: Ints,
-    offset: Ints,
-    strides: Ints,
-) -> Writes:
+def _sorted(plan: Schedule, moves: Ints, pieces: Ints, feeder: Ints, box: Columns, source_of: Columns) -> Writes:
+    """Writes of moves to pieces, in order. `box`: the tensor, start and stop of each; `source_of`: the buffer, the offset of its
+    first element and the strides, where it lies before."""
+    tensor, start, stop = box
+    buffer, offset, strides = source_of
     which, source, target, nbytes = boxes.runs(
         stop - start,
         offset,

@@ -10,9 +10,10 @@ import numpy as np
 from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.weights.memory.aside import aside
 from aiotransfer.weights.memory.binding import Moved
+from aiotransfer.weights.memory.box import Box
 from aiotransfer.weights.memory.devices import Devices
 from aiotransfer.weights.memory.stored import SLAB
-from aiotransfer.weights.publisher.on_gpu import Box, OnGpu
+from aiotransfer.weights.publisher.on_gpu import OnGpu
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine

@@ -11,11 +11,11 @@ from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import TransferError
 from aiotransfer.weights.kernels import NotFiniteError
 from aiotransfer.weights.memory.aside import steady
+from aiotransfer.weights.memory.box import Box
 from aiotransfer.weights.memory.checksum import sum_runs
 from aiotransfer.weights.memory.convert import convert, place
 from aiotransfer.weights.planning.links import COPY
 from aiotransfer.weights.planning.tasks import Writes, strides_of
-from aiotransfer.weights.publisher.on_gpu import Box
 
 if TYPE_CHECKING:
     from aiotransfer.engine.memory.region import Region, RegionView
@@ -53,7 +53,7 @@ class Making:
         await steady(self._context.engine, self._make, jobs, inputs)
 
     def _make(self, jobs: Any, inputs: Any) -> None:
-        tasks, plan, context = self._work.tasks, self._work.plan, self._context
+        tasks, context = self._work.tasks, self._context
         assert self.region is not None
         staging, journal = memory_of(self.region), self._journal
         began = time.perf_counter()
@@ -87,20 +87,15 @@ class Making:
                 memory, offset = memory_of(context.sources.regions[int(tasks.input_buffer[row])]), int(tasks.input_offset[row])
                 strides = tasks.input_strides[row]
             journal.converted += int(extent.prod()) * self._source_item(job)
-            tensor = int(tasks.tensor[job])
             try:
-                convert(
-                    int(tasks.kind[job]), self._source_dtype(job), plan.dtypes[tensor], memory, offset, extent, strides, staging,
-                    int(tasks.out_offset[job]), int(tasks.scale_offset[job]), plan.block_table[tensor],
-                    len(plan.shapes[tensor]),
-                )  # fmt: skip
+                convert(self._conversion(job, offset, strides), memory, staging)
             except NotFiniteError as error:
                 raise self._not_finite(job, error) from None
         journal.convert += time.perf_counter() - copied + on_gpu
 
     def _convert_on_gpu(self, job: int) -> bool:
         """Whether a job was cast or quantised on the GPU where its only input lies."""
-        tasks, plan, context = self._work.tasks, self._work.plan, self._context
+        tasks, context = self._work.tasks, self._context
         first, end = np.searchsorted(tasks.input_job, [job, job + 1]).tolist()
         most = self._run.works.on_gpu_bytes
         if not most or tasks.kind[job] == COPY or tasks.out_offset[job] < 0 or end - first != 1:
@@ -108,14 +103,7 @@ class Making:
         if tasks.input_rank[first] != context.rank:
             return False
         assert self.region is not None
-        tensor = int(tasks.tensor[job])
-        dims = len(plan.shapes[tensor])
-        shape = tuple(map(int, (tasks.stop[job] - tasks.start[job])[:dims]))
-        box = Box(
-            int(tasks.kind[job]), self._source_dtype(job), plan.dtypes[tensor], shape, int(tasks.input_offset[first]),
-            tuple(map(int, tasks.input_strides[first][:dims])), tuple(map(int, plan.block_table[tensor][:dims])),
-            int(tasks.out_offset[job]), int(tasks.scale_offset[job]),
-        )  # fmt: skip
+        box = self._conversion(job, int(tasks.input_offset[first]), tasks.input_strides[first])
         wrong = None
         try:
             done = context.sources.convert(int(tasks.input_buffer[first]), box, memory_of(self.region), most)
@@ -126,6 +114,19 @@ class Making:
         if done:
             self._journal.converted += self._input_bytes(first)
         return done
+
+    def _conversion(self, job: int, offset: int, strides: Any) -> Box:
+        """What a job converts, whose elements lie at byte `offset` of some memory, with byte `strides`."""
+        tasks, plan = self._work.tasks, self._work.plan
+        tensor = int(tasks.tensor[job])
+        dims = len(plan.shapes[tensor])
+        shape, strides, block = (
+            tuple(map(int, numbers[:dims])) for numbers in (tasks.stop[job] - tasks.start[job], strides, plan.block_table[tensor])
+        )
+        return Box(
+            int(tasks.kind[job]), self._source_dtype(job), plan.dtypes[tensor], shape, offset, strides, block,
+            int(tasks.out_offset[job]), int(tasks.scale_offset[job]),
+        )  # fmt: skip
 
     def _not_finite(self, job: int, error: NotFiniteError) -> TransferError:
         at = tuple(int(a) + b for a, b in zip(self._work.tasks.start[job], error.position, strict=False))

@@ -10,10 +10,11 @@ import numpy as np
 from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.weights.memory.aside import aside
 from aiotransfer.weights.memory.binding import Moved, check_places, register
+from aiotransfer.weights.memory.box import Box
 from aiotransfer.weights.memory.convert import copy, place
 from aiotransfer.weights.memory.devices import DeviceBuffer, Devices, buffer_of, directly, on_device
 from aiotransfer.weights.memory.stored import SLAB
-from aiotransfer.weights.publisher.on_gpu import Box, OnGpu
+from aiotransfer.weights.publisher.on_gpu import OnGpu
 
 if TYPE_CHECKING:
     from aiotransfer.engine.engine import Engine
