@@ -18,7 +18,7 @@ GUARDS = (
         "        return max(lent - self.on_gpu_bytes, 1)\n", "        return max(lent, 1)\n", "tests/weights/test_on_gpu.py",
     ),
     Mutant(
-        "weights: a slab takes no more memory of the GPU than there is", "aiotransfer/weights/publisher/on_gpu.py",
+        "weights: a slab takes no more memory of the GPU than there is", "aiotransfer/weights/memory/box.py",
         "        if self.nbytes(shape) <= most:\n", "        if self.nbytes(shape) <= 2 * most:\n",
         "tests/weights/test_on_gpu.py",
     ),
