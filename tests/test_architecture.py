@@ -242,6 +242,11 @@ def test_a_docstring_says_more_than_a_name() -> None:
     assert short_docstrings(package()) == []
 
 
+def test_a_function_fits_on_a_screen() -> None:
+    """Those of tests, examples and benchmarks, too."""
+    assert sizes.long_functions(dict(sizes.files())) == []
+
+
 def test_a_function_has_at_most_seven_parameters_but_for_those_that_are_listed() -> None:
     assert sizes.listed(sizes.many_parameters(package())) == set(MORE_PARAMETERS)
 

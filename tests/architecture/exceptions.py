@@ -21,7 +21,7 @@ MORE_PARAMETERS = {  # of more than seven: path and function
     # Classes that users see and the library makes, in few places and by name.
     "aiotransfer/engine/engine.py Engine.__init__": "takes what open_engine takes, with the platform and the environment",
     "aiotransfer/engine/memory/region.py Region.__init__": "one registration: its place, its rights and what keeps it",
-    "aiotransfer/engine/operations/plans.py Plan.__init__": "one prepared operation of any kind: what it moves, and how",
+    "aiotransfer/engine/operations/plan.py Plan.__init__": "one prepared operation of any kind: what it moves, and how",
     # Programs for a GPU: a launch takes addresses and numbers, and no structure of them.
     "aiotransfer/moe/kernels/gpu_programs.py move_kernel": "Triton passes each address, count and stride by itself",
     "aiotransfer/moe/kernels/gpu_programs.py weigh_kernel": "Triton passes each address, count and stride by itself",

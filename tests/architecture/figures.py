@@ -17,7 +17,6 @@ RULES = (
     "foreign reads",
     "foreign writes",
     "reads across folders",
-    "long functions",
     "long files",
 )
 
@@ -28,7 +27,6 @@ def findings() -> dict[str, tuple[Finding, ...]]:
     modules, sources = package(), dict(sizes.files())
     found: dict[str, list[Finding]] = {
         **private.foreign(modules),
-        "long functions": sizes.long_functions(sources),
         "long files": sizes.long_files(sources),
     }
     return {rule: tuple(found[rule]) for rule in RULES}

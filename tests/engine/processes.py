@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import subprocess
 import sys
@@ -77,9 +78,31 @@ async def tell(peer: at.Peer, whom: at.Peer) -> None:
         await whom.send(f"{peer.state} {type(error).__name__}: {error}".encode())
 
 
-async def main(address: str, providers: str, limits: str, listen: str = "127.0.0.1:0") -> None:
-    import ctypes
+async def stand_still(command: str, argument: str, peer: at.Peer, counter: at.Counter) -> None:
+    """Hold the interpreter's lock in C, or end the other side's doing so."""
+    if command == "block":  # for so many seconds
+        await peer.send(b"blocking")
+        await asyncio.sleep(0.05)
+        ctypes.PyDLL(None).usleep(int(float(argument) * 1e6))
+        await peer.send(str(counter.total).encode())
+    elif command == "stuck":  # until it is ended
+        stuck = Stuck(Path(argument))
+        await peer.send(b"stuck")
+        await asyncio.sleep(0.05)
+        ended = stuck.wait()
+        stuck.close()
+        await peer.send(str(counter.total if ended else -1).encode())
+    else:  # end it, once this has been counted
+        number, path = argument.split()
+        stuck = Stuck(Path(path))
+        await peer.send(b"waiting")
+        await counter.wait(int(number))
+        stuck.end()
+        await peer.send(b"ended")
+        stuck.close()
 
+
+async def main(address: str, providers: str, limits: str, listen: str = "127.0.0.1:0") -> None:
     tasks: list[asyncio.Task[None]] = []
 
     platform = Platform(restrictions=Restrictions(*map(int, limits.split(","))))
@@ -93,26 +116,8 @@ async def main(address: str, providers: str, limits: str, listen: str = "127.0.0
         peer = await engine.connect(address)
         async for message in engine.messages():
             command, _, argument = message.data.decode().partition(" ")
-            if command == "block":  # hold the interpreter's lock in C
-                await peer.send(b"blocking")
-                await asyncio.sleep(0.05)
-                ctypes.PyDLL(None).usleep(int(float(argument) * 1e6))
-                await peer.send(str(counter.total).encode())
-            elif command == "stuck":  # the same until it is ended
-                stuck = Stuck(Path(argument))
-                await peer.send(b"stuck")
-                await asyncio.sleep(0.05)
-                ended = stuck.wait()
-                stuck.close()
-                await peer.send(str(counter.total if ended else -1).encode())
-            elif command == "end":  # the other side's being stuck, once this has been counted
-                number, path = argument.split()
-                stuck = Stuck(Path(path))
-                await peer.send(b"waiting")
-                await counter.wait(int(number))
-                stuck.end()
-                await peer.send(b"ended")
-                stuck.close()
+            if command in ("block", "stuck", "end"):
+                await stand_still(command, argument, peer, counter)
             elif command == "count":
                 await peer.send(str(counter.total).encode())
             elif command == "flood":  # write under a lease until that is refused, standing in a chunk first, pausing after each

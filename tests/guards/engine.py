@@ -167,25 +167,26 @@ GUARDS = (
     Mutant(
         "group: who speaks for a member", "aiotransfer/engine/sync/group.py",
         "        if (known is not None and known[0] is peer) or self._known(rank) is peer:\n",
-        "        if True:\n", "tests/engine/test_groups.py",
+        "        if True:\n", "tests/engine/test_group_members.py",
     ),
     Mutant(
         "group: lists that differ", "aiotransfer/engine/sync/rosters.py",
         "if there and lists and ours not in lists:",
-        "if False:", "tests/engine/test_groups.py",
+        "if False:", "tests/engine/test_group_members.py",
     ),
     Mutant(
         "group: lists that contradict each other", "aiotransfer/engine/sync/rosters.py",
-        "        if not any(counts for *_, counts in odd):\n", "        if True:\n", "tests/engine/test_groups.py",
+        "        if not any(counts for *_, counts in odd):\n", "        if True:\n", "tests/engine/test_group_members.py",
     ),
     Mutant(
         "group: a group that is made while lists are compared", "aiotransfer/engine/sync/rosters.py",
         "                self._against.get(group._key, {}).pop(peer, None)\n", "                pass\n",
-        "tests/engine/test_groups.py",
+        "tests/engine/test_group_members.py",
     ),
     Mutant(
         "group: answers to answers", "aiotransfer/engine/sync/rosters.py",
-        "        if pair in answered or len(answered) >= MOST_ANSWERED:\n", "        if False:\n", "tests/engine/test_groups.py",
+        "        if pair in answered or len(answered) >= MOST_ANSWERED:\n", "        if False:\n",
+        "tests/engine/test_group_members.py",
     ),
     Mutant(
         "group: which member has left", "aiotransfer/engine/sync/group.py",
@@ -206,22 +207,22 @@ GUARDS = (
     ),
     Mutant(
         "group: a list that cannot be", "aiotransfer/engine/sync/rosters.py",
-        "            or size % MEMBER_BYTES or size > MOST_MEMBERS * MEMBER_BYTES\n", "", "tests/engine/test_groups.py",
+        "            or size % MEMBER_BYTES or size > MOST_MEMBERS * MEMBER_BYTES\n", "", "tests/engine/test_group_members.py",
     ),
     Mutant(
         "group: a member that was restarted while it forms", "aiotransfer/engine/sync/group.py",
         "                    if not await reach.replaced(self.members[rank]):\n", "                    if True:\n",
-        "tests/engine/test_groups.py",
+        "tests/engine/test_group_members.py",
     ),
     Mutant(
         "group: a member that ended while it forms", "aiotransfer/engine/sync/group.py",
         "                    if not await reach.replaced(self.members[rank]):\n",
-        "                    if await reach.replaced(self.members[rank]):\n", "tests/engine/test_groups.py",
+        "                    if await reach.replaced(self.members[rank]):\n", "tests/engine/test_group_members.py",
     ),
     Mutant(
         "reach: this engine is no other one", "aiotransfer/engine/peers/reach.py",
         'peer._state == "up" and peer.incarnation != self._engine.incarnation', 'peer._state == "up"',
-        "tests/engine/test_groups.py",
+        "tests/engine/test_group_members.py",
     ),
     Mutant(
         "reach: another engine is there", "aiotransfer/engine/peers/reach.py",
@@ -231,7 +232,7 @@ GUARDS = (
     Mutant(
         "reach: what is held of a stranger", "aiotransfer/engine/peers/reach.py",
         "len(claim.held) >= MOST_HELD or",
-        "", "tests/engine/test_groups.py",
+        "", "tests/engine/test_group_members.py",
     ),
     Mutant(
         "mistakes: what belongs to a loop is not pickled", "aiotransfer/engine/runtime/unpicklable.py",

@@ -21,6 +21,8 @@ SIZES: dict[str, Any] = {
     "num_experts": EXPERTS, "hidden": HIDDEN, "dtype": "float32", "max_tokens": TOKENS, "topk": TOPK, "private_tokens": 2,
 }  # fmt: skip
 
+MESSY = {"delay": (1e-6, 1e-3), "split": 0.3}  # a network
+
 
 class Batch(NamedTuple):
     """What a rank dispatches."""
@@ -35,6 +37,12 @@ def batch(rng: np.random.Generator, n: int | None = None, *, experts: int = EXPE
     n = int(rng.integers(0, TOKENS + 1)) if n is None else n
     x = rng.integers(-8, 9, (n, HIDDEN)).astype(np.float32)
     return Batch(x, rng.integers(-1, experts, (n, topk)), rng.integers(1, 5, (n, topk)).astype(np.float32) / 4)
+
+
+def batches(ranks: int, steps: int, seed: int = 0, **sizes: int) -> list[list[Batch]]:
+    """Of each step, of each rank."""
+    rng = np.random.default_rng(seed)
+    return [[batch(rng, **sizes) for _ in range(ranks)] for _ in range(steps)]
 
 
 def combined(b: Batch, dropped: Any = None) -> Any:

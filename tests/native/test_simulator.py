@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,6 +203,45 @@ def test_queued_operations_are_bounded() -> None:
         assert len(a.ended) == 100
 
 
+def what_landed(operations: list[Any], begun: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """The memory of each lane as these operations may have left it, each checked against how it ended."""
+    expected = {k: v.copy() for k, v in begun.items()}
+    for poster, b, a, cookie, pages, imm in operations:
+        status = 0 if cookie == 0 or cookie == lib.AT_DUE else cookie if cookie < 0 else poster.ended[cookie]
+        landed = 0
+        for to_page, at_page in pages:
+            place = slice(to_page * PAGE, (to_page + 1) * PAGE)
+            source = begun[a.incarnation][at_page * PAGE :][:PAGE]
+            whole = np.array_equal(b.memory[place], source)
+            landed += whole
+            if status == 0:
+                assert whole, "success, but the bytes are not there"
+            elif not whole:  # what failed may have landed by any part, from its front
+                same = b.memory[place] == source
+                front = int(np.argmin(same))
+                assert np.array_equal(b.memory[place][front:], begun[b.incarnation][place][front:])
+            expected[b.incarnation][place] = b.memory[place]
+        units = len(pages) or 1
+        if imm is None:
+            continue
+        if status == 0:
+            assert b.arrived(imm) == (0 if cookie == 0 and not pages else units)
+        else:
+            assert b.arrived(imm) <= (landed if pages else 1), "counted what has not landed"
+    return expected
+
+
+def check_memory(lane: Any, expected: np.ndarray, revoked: np.ndarray | None, others: np.ndarray) -> None:
+    """`revoked`: its memory when its grant was taken back; `others`: the pages that no read of its own changes."""
+    assert np.array_equal(lane.memory, expected), "a byte landed where it may not"
+    if revoked is not None:
+        now, then = (memory.reshape(PAGES, PAGE)[others] for memory in (lane.memory, revoked))
+        assert np.array_equal(now, then), "a byte landed after the revocation"
+    stats = lane.lane.statistics()
+    assert stats["pending_ops"] == 0
+    assert stats["ops_ended"] == len(lane.ended)
+
+
 def chaos(seed: int, struck: Counter[str]) -> int:
     """A random run against a model of every byte and count; returns the trace."""
     rng = random.Random(seed)
@@ -245,39 +285,11 @@ def chaos(seed: int, struck: Counter[str]) -> int:
         net.run()
         counts = net.counts()
         assert counts["waiting"] == 0
-        expected = {k: v.copy() for k, v in begun.items()}
-        for poster, b, a, cookie, pages, imm in operations:
-            status = 0 if cookie == 0 or cookie == lib.AT_DUE else cookie if cookie < 0 else poster.ended[cookie]
-            landed = 0
-            for to_page, at_page in pages:
-                place = slice(to_page * PAGE, (to_page + 1) * PAGE)
-                source = begun[a.incarnation][at_page * PAGE :][:PAGE]
-                whole = np.array_equal(b.memory[place], source)
-                landed += whole
-                if status == 0:
-                    assert whole, "success, but the bytes are not there"
-                elif not whole:  # what failed may have landed by any part, from its front
-                    same = b.memory[place] == source
-                    front = int(np.argmin(same))
-                    assert np.array_equal(b.memory[place][front:], begun[b.incarnation][place][front:])
-                expected[b.incarnation][place] = b.memory[place]
-            units = len(pages) or 1
-            if imm is None:
-                continue
-            if status == 0:
-                assert b.arrived(imm) == (0 if cookie == 0 and not pages else units)
-            else:
-                assert b.arrived(imm) <= (landed if pages else 1), "counted what has not landed"
+        expected = what_landed(operations, begun)
         for lane in net.lanes:
-            assert np.array_equal(lane.memory, expected[lane.incarnation]), "a byte landed where it may not"
-            if lane.incarnation in revoked:
-                others = np.ones(PAGES, bool)
-                others[own[lane.incarnation]] = False
-                now, then = (memory.reshape(PAGES, PAGE)[others] for memory in (lane.memory, revoked[lane.incarnation]))
-                assert np.array_equal(now, then), "a byte landed after the revocation"
-            stats = lane.lane.statistics()
-            assert stats["pending_ops"] == 0
-            assert stats["ops_ended"] == len(lane.ended)
+            others = np.ones(PAGES, bool)
+            others[own[lane.incarnation]] = False
+            check_memory(lane, expected[lane.incarnation], revoked.get(lane.incarnation), others)
         struck.update({name: n for name, n in counts.items() if name not in ("now", "trace", "waiting")})
         return counts["trace"]
 
