@@ -8,7 +8,7 @@ MORE_PARAMETERS = {  # of more than seven: path and function
     "aiotransfer/engine/operations/operations.py Operations.write_pages": "two tables of pages, each with its stride and offset",
     "aiotransfer/engine/operations/operations.py Operations.read_pages": "the same as write_pages, from a peer",
     "aiotransfer/engine/operations/operations.py Operations.prepare_pages": "the same as write_pages, to be posted later",
-    "aiotransfer/engine/operations/threads.py ThreadHandle.write_pages": "the same as write_pages, from another thread",
+    "aiotransfer/engine/operations/from_thread.py ThreadHandle.write_pages": "the same as write_pages, from another thread",
     "aiotransfer/kv/decode/decoder.py Decoder.__init__": "the layout of a KV cache, and the waits of a request",
     "aiotransfer/kv/decode/decoder.py Decoder.request": "what one request may say, which differs from request to request",
     "aiotransfer/kv/prefill/prefiller.py Prefiller.__init__": "the layout of a KV cache, and the bounds of the role",
