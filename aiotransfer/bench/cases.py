@@ -23,6 +23,7 @@ from aiotransfer.bench.moe import moe_rows
 from aiotransfer.bench.process import IDLE_SECONDS, eventfd_rounds, usage_since
 from aiotransfer.bench.rows import PAGES, PASSES, REGION, SIZES, SPAN, TABLE, Row, size_name
 from aiotransfer.engine.memory.region import RegionView
+from aiotransfer.engine.operations.operations import scatter_plan
 
 PING_PONGS = 2000
 
@@ -156,7 +157,7 @@ class Bench:
         size, count, n = 4096, 10_000, 8
         remotes = await self._more_peers(n, size)
         targets = [at.ScatterTarget(i * size, size, remote) for i, remote in enumerate(remotes)]
-        plan = self.engine._scatter_plan(self.source, targets, None)
+        plan = scatter_plan(self.engine, self.source, targets, None)
         for imm, note in ((None, ""), (1, ", with an immediate")):
             row = Row(f"prepared scatter to {n} x 4 KiB{note}", "us", lower_is_better=True)
             for _ in range(self.rounds):

@@ -9,6 +9,7 @@ is read together.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -302,19 +303,19 @@ def foreign(modules: Mapping[str, Module]) -> dict[str, list[Finding]]:
     return found
 
 
-def across_rooms(modules: Mapping[str, Module], folder: str) -> tuple[dict[str, set[str]], list[Finding]]:
-    """Of private names of another room or folder: those that a folder and its rooms read, by the file that defines them ("" where
-    that is not known), and each place that changes one."""
-    reads: dict[str, set[str]] = {}
-    writes: list[Finding] = []
+def across_rooms(modules: Mapping[str, Module]) -> dict[str, tuple[dict[str, set[str]], list[Finding]]]:
+    """By folder, its rooms included, of private names of another room or folder: those that it reads, by the file that defines
+    them ("" where that is not known), and each place that changes one."""
+    found: dict[str, tuple[dict[str, set[str]], list[Finding]]] = {}
     for access in accesses(modules):
         room = access.module.room
         owner = modules[access.owner] if access.owner else None
-        if room.partition("/")[0] != folder or (owner is not None and owner.room == room):
+        if owner is not None and owner.room == room:
             continue
+        reads, writes = found.setdefault(room.partition("/")[0], ({}, []))
         path = "" if owner is None else owner.path
         if access.writes:
             writes.append(Finding(room, f"{access.module.path}:{access.line}", f"writes {access.text} of {path or 'several'}"))
         else:
-            reads.setdefault(path, set()).add(access.text.rpartition(".")[2])
-    return reads, writes
+            reads.setdefault(path, set()).add(re.split(r"[. ]", access.text)[-1])
+    return found

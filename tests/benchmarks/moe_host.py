@@ -23,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import aiotransfer as at
+from aiotransfer.engine.operations.operations import scatter_plan
 from aiotransfer.testing.pairs import Pair, engine_pair
 
 EXPERTS, TOP = 256, 8
@@ -62,7 +63,7 @@ async def calls(pair: Pair, peers: int, times: int) -> tuple[float, float]:
     remote = await _there(pair, target)
     places = np.arange(peers) * 8
     sizes = np.full(peers, 8)
-    prepared = pair.left._scatter_plan(source, at.ScatterTarget(places, sizes, remote, places), None)
+    prepared = scatter_plan(pair.left, source, at.ScatterTarget(places, sizes, remote, places), None)
     await prepared.post()
     spent = [0.0, 0.0]
     for _ in range(times):

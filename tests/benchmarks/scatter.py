@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import aiotransfer as at
+from aiotransfer.engine.operations.operations import scatter_plan
 
 LARGE = 16 << 10
 CALLS = 300
@@ -77,7 +78,7 @@ async def measure(stack: AsyncExitStack, args: argparse.Namespace) -> None:
             starts, sizes, places = np.arange(n) * nbytes, np.full(n, nbytes), np.full(n, 4096)
             regions = tuple(remotes[:n])
             target = at.ScatterTarget(starts, sizes, regions, places)
-            plan = engine._scatter_plan(src, target, None)
+            plan = scatter_plan(engine, src, target, None)
             for what, work in (("scatter", partial(engine.scatter, src, target, imm=1)), ("plan", partial(plan.post, imm=1))):
                 print(f"| {what} | {nbytes} | {n} | {await timed(work, args.rounds, n)} |", flush=True)
     pages = np.arange(8)

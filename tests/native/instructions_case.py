@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
+from aiotransfer.engine.operations.operations import scatter_plan
 from aiotransfer.testing import engine_pair
 
 os.pidfd_open = lambda pid, flags=0: os.eventfd(0)  # valgrind does not know the call; nobody dies here
@@ -23,7 +24,7 @@ async def main() -> None:
         small, there = source[:64], remote[:64]
         tables = list(range(PAGES)), list(range(PAGES))
         write = pair.left.prepare_write(small, there)
-        scatter = pair.left._scatter_plan(source, [(64 * i, 64, remote[64 * i : 64 * i + 64]) for i in range(TARGETS)], None)
+        scatter = scatter_plan(pair.left, source, [(64 * i, 64, remote[64 * i : 64 * i + 64]) for i in range(TARGETS)], None)
         for _ in range(CALLS):
             await pair.left.write(small, there, imm=1)
             await pair.left.write_pages(source, tables[0], remote, tables[1], page_bytes=64)

@@ -11,7 +11,7 @@ import asyncio
 import warnings
 from collections.abc import Callable
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.engine.memory.lease import Lease
@@ -449,3 +449,27 @@ class Regions:
         if region is not None:
             region._native_busy = False
             region._settle()
+
+
+class Spot(NamedTuple):
+    """Where a region or a slice of one lies: `start` bytes into `region`, whose first byte is at the address `begin`. `is_open`,
+    `is_writable`, `shape` (empty: bytes without one) and `dtype` are the whole region's."""
+
+    region: Region
+    start: int
+    begin: int
+    is_open: bool
+    is_writable: bool
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def address(self) -> int:
+        """The address of the first byte."""
+        return self.begin + self.start
+
+
+def spot_of(view: RegionView) -> Spot:
+    """Where it lies, for components; of closed memory, where it lay."""
+    root = view._root
+    return Spot(root, view._start, root._address, not root._closed, root._writable, root._shape, root._dtype)

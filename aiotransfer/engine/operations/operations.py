@@ -355,9 +355,16 @@ class Operations(Runtime):
         def build(status: Any) -> Any:
             remotes = [region._box.bound.remote for region in table.regions]
             return native.lib.at_plan_scatter(
-                self._p, src._root._number, len(remotes), remotes, table.local_offsets, table.remote_offsets, table.sizes, status
-            )
+                self._p, src._root._number, len(remotes), remotes, table.local_offsets, table.remote_offsets, table.sizes,
+                status,
+            )  # fmt: skip
 
         stage = stager(src, lambda: list(zip(table.local_offsets, table.sizes, strict=True)))
         owners, n = self._submitter.owners_of(table.regions, require), sum(table.sizes)
         return Plan(self._submitter, n, table.regions, owners, build, what="scatter", stage=stage, require=require, local=src)
+
+
+def scatter_plan(operations: Operations, src: RegionView, targets: Any, require: str | None) -> Plan:
+    """A prepared scatter to any peers: for groups, which check whose the targets are, and for benchmarks. Errors as for
+    `Operations.scatter`."""
+    return operations._scatter_plan(src, targets, require)

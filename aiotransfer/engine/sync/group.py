@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from aiotransfer.aio.timeouts import Timeout
 from aiotransfer.control.frames import MAX_TEXT, Join, Roster, clip
+from aiotransfer.engine.operations.operations import scatter_plan
 from aiotransfer.engine.operations.plan import Plan
 from aiotransfer.engine.peers.reach import Claims
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
@@ -133,7 +134,7 @@ class PeerGroup(Unpicklable):
         `src`: a region of this engine, or a slice; `targets`: `ScatterTarget`s, or one whose fields are arrays; `require`: the
         provider that must be used (None: any). Errors as for `Engine.scatter`; `ValueError` for a target at no member.
         """
-        plan = self._engine._scatter_plan(src, targets, require)
+        plan: Plan = scatter_plan(self._engine, src, targets, require)
         for i, peer in enumerate(plan._targets or ()):
             if peer.address not in self.members and peer not in self._peers:
                 raise ValueError(f"target {i}: {peer} is no member of this group")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aiotransfer.engine.memory.region import spot_of
 from aiotransfer.engine.memory.views import memory_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class TailPool:
     def give(self, slot: RegionView) -> None:
         """Take back a slot that no peer writes to any more."""
         shelves = self._shelves[slot.nbytes]
-        shelf = shelves[slot._root]
+        shelf = shelves[spot_of(slot).region]
         shelf.free.append(slot)
         if len(shelf.free) < shelf.count:
             return

@@ -7,11 +7,13 @@ objects are recognised by their module.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from aiotransfer.engine.memory.region import spot_of
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.model.dtypes import lookup
 from aiotransfer.quote import quote
@@ -146,9 +148,10 @@ def place(thing: Any) -> Place:
     if _is_of(thing, "torch.storage", "UntypedStorage"):
         return Place(thing.data_ptr(), thing.data_ptr(), thing.nbytes(), str(thing.device))
     if is_region(thing):
-        if thing._root._closed:
+        spot = spot_of(thing)
+        if not spot.is_open:
             raise ValueError("a region that is closed")
-        return Place(thing._root._address + thing._start, thing._root._address, thing.nbytes, thing.device)
+        return Place(spot.address, spot.begin, thing.nbytes, thing.device)
     if (interface := cuda_interface(thing)) is not None:
         return Place(int(interface["data"][0] or 0), 0, _dense(interface).span, "cuda")  # the driver tells which GPU it is on
     if isinstance(thing, np.ndarray):
@@ -179,9 +182,8 @@ def form(thing: Any) -> Form:
         return Form(lookup(_named(part.dtype)).name, part.shape, part.strides)
     if (interface := cuda_interface(part)) is not None:
         return _dense(interface)
-    if is_region(part) and part._shape:
-        item = lookup(part._dtype).itemsize
-        return Form(part._dtype, tuple(part._shape), dense_strides(tuple(part._shape), item))
+    if is_region(part) and (spot := spot_of(part)).shape:
+        return Form(spot.dtype, tuple(spot.shape), dense_strides(tuple(spot.shape), lookup(spot.dtype).itemsize))
     nbytes = part.nbytes if is_region(part) else place(part).reach
     return Form("uint8", (nbytes,), (1,))
 
@@ -245,13 +247,16 @@ def _misfit(layout: LayoutArrays, pieces: list[int], given: Form) -> str:
     return ""
 
 
+_changes = operator.attrgetter("_version")  # torch's name
+
+
 def version(thing: Any) -> tuple[int, ...]:
     """torch's counts of changes in place, of a tensor and of its local part; empty for anything else."""
     part = local(thing)
     if not is_torch(part):
         return ()
     try:
-        return (part._version,) if part is thing else (thing._version, part._version)
+        return (_changes(part),) if part is thing else (_changes(thing), _changes(part))
     except RuntimeError:  # made in inference mode: torch does not count
         return ()
 

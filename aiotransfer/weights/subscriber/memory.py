@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aiotransfer.engine.memory.region import spot_of
 from aiotransfer.engine.memory.views import memory_of
 from aiotransfer.errors import QuarantineError, RegistrationError
 from aiotransfer.model.dtypes import lookup
@@ -68,7 +69,7 @@ class Memory:
     def _register(self, bound: Bound, name: str) -> Region:
         region = register(self._engine, bound, name)
         self._own[region] = None
-        if not region._writable:
+        if not spot_of(region).is_writable:
             raise RegistrationError(f"the memory of {name} may not be written")
         return region
 
@@ -134,7 +135,7 @@ class Memory:
         self._close(old)
 
     def _close(self, regions: dict[str, RegionView]) -> None:
-        for region in {view._root: None for view in regions.values()}:
+        for region in {spot_of(view).region: None for view in regions.values()}:
             self._own.pop(region, None)
             self._left(region)
             region.close()
@@ -229,11 +230,11 @@ def leased(regions: Iterable[RegionView], peer: Peer, access: str, leases: list[
     known: dict[Region, RemoteRegion] = {}
     descriptors = []
     for region in regions:
-        root = region._root
+        root, start, *_ = spot_of(region)
         if root not in known:
             leases.append(root.lease(peer, access=access))
             known[root] = leases[-1].descriptor
-        descriptors.append(known[root][region._start : region._start + region.nbytes].encode())
+        descriptors.append(known[root][start : start + region.nbytes].encode())
     return descriptors
 
 
