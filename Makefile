@@ -141,6 +141,7 @@ test-long: $(STAMPS)/test
 lint: $(STAMPS)/test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --config-file tests/mypy.ini
 	$(PY) ffi/build.py --strict $(filter-out %/canary.c,$(wildcard tests/native/*.c))
 
 bench: setup

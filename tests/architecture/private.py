@@ -114,7 +114,7 @@ class Package:
                     one.private |= {target.id} if is_private(target.id) else set()
                     if isinstance(node, ast.AnnAssign):
                         one.types[target.id] = node.annotation
-                    if target.id == "__slots__" and node.value is not None:
+                    if target.id == "__slots__" and isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
                         slots = [leaf.value for leaf in ast.walk(node.value) if isinstance(leaf, ast.Constant)]
                         one.private |= {slot for slot in slots if isinstance(slot, str) and is_private(slot)}
 

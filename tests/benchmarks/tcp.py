@@ -27,6 +27,7 @@ from typing import Any
 from rivals.compare import HERE, ROOT, SPAN, TABLE, Contender, size
 
 from aiotransfer.bench.rows import REGION, Row
+from aiotransfer.bench.session import machine, runner
 from aiotransfer.cli import bench
 from aiotransfer.providers.fabric import libfabric
 
@@ -191,7 +192,7 @@ def main() -> None:
         raise SystemExit(f"no libfabric: {libfabric.missing()}")
     build()
     result = {
-        "machine": bench.machine(bench._runner("uvloop")[0]),
+        "machine": machine(runner("uvloop")[0]),
         "libraries": [one_library(library, args.cases.split(","), max(5, args.rounds)) for library in libraries],
     }
     if args.json:

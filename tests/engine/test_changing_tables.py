@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import aiotransfer as at
+from aiotransfer.engine.memory.region import RegionView
 from aiotransfer.engine.runtime.arguments import Pages
 from aiotransfer.testing import Pair
 
@@ -37,21 +38,21 @@ def changing(table: np.ndarray[Any, Any], good: int, bad: int) -> Iterator[None]
         thread.join()
 
 
-def pages(pair: Pair, source: at.RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer:
+def pages(pair: Pair, source: RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer:
     return pair.left.write_pages(source, good, target, table, page_bytes=PAGE)
 
 
-def scattered(pair: Pair, source: at.RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer:
+def scattered(pair: Pair, source: RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer:
     n = 1000
     return pair.left.scatter(source, (good[-n:] * PAGE, np.full(n, PAGE), target, table[-n:]))
 
 
-def scattered_pages(pair: Pair, source: at.RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer:
+def scattered_pages(pair: Pair, source: RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer:
     targets = at.PagesTarget([target, target], good, table, count=np.full(2, COUNT // 2))
     return pair.left.scatter_pages(source, targets, page_bytes=PAGE, imm=1)
 
 
-def separate_tables(pair: Pair, source: at.RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer:
+def separate_tables(pair: Pair, source: RegionView, target: at.RemoteRegion, good: Any, table: Any) -> at.Transfer:
     half = COUNT // 2
     targets = [at.PagesTarget(target, good[:half], table[:half]), at.PagesTarget(target, good[half:], table[half:])]
     return pair.left.scatter_pages(source, targets, page_bytes=PAGE, imm=1)

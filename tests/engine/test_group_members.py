@@ -241,7 +241,7 @@ async def test_an_engine_that_is_no_member_cannot_contradict_a_list() -> None:
 
 async def test_two_engines_do_not_answer_each_other_for_ever(four: list[at.PeerGroup]) -> None:
     await everyone(four)
-    engine, peer = four[0]._engine, four[0].peers[1]
+    engine, peer = engine_of(four[0]), four[0].peers[1]
     assert peer is not None
     theirs = Roster(four[0].roster.name, b"abcd", b"12345678")
     answers: list[Any] = []
@@ -256,7 +256,7 @@ async def test_two_engines_do_not_answer_each_other_for_ever(four: list[at.PeerG
 
 
 async def test_groups_of_one_name_and_other_members_are_no_mistake(four: list[at.PeerGroup]) -> None:
-    engines = [group._engine for group in four]
+    engines = [engine_of(group) for group in four]
     halves = [engine.group([str(e.address) for e in engines[i // 2 * 2 :][:2]], name="all") for i, engine in enumerate(engines)]
     await asyncio.gather(*(group.barrier(timeout=5) for group in (*four, *halves)))
 

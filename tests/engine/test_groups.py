@@ -29,7 +29,7 @@ async def four(request: pytest.FixtureRequest) -> AsyncIterator[list[at.PeerGrou
 async def test_ranks_are_places_in_the_list(four: list[at.PeerGroup]) -> None:
     assert [group.rank for group in four] == [0, 1, 2, 3]
     assert len(four[0]) == 4
-    engine = four[0]._engine
+    engine = engine_of(four[0])
     assert engine.group([str(member) for member in four[0].members], name="all") is four[0]
     assert engine.group([str(member) for member in four[0].members]) is not four[0]
 

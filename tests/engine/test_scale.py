@@ -14,6 +14,7 @@ import pytest
 
 import aiotransfer as at
 from aiotransfer.testing import Fabric, fabric, stopped
+from tests.engine.groups import engine_of
 
 SIZE = 256
 IMPATIENT = 0.8  # seconds
@@ -72,7 +73,7 @@ async def members(
 @pytest.mark.parametrize("n", [2, 8, pytest.param(64, marks=pytest.mark.long)])
 async def test_processes_form_a_group_and_a_plan_reaches_each(n: int) -> None:
     async with members(n) as (_, group):
-        engine = group._engine
+        engine = engine_of(group)
         counter = engine.counter(imm=5)
         source = engine.allocate(SIZE * n)
         remotes = [await peer.lookup("memory") for peer in group.peers if peer is not None]

@@ -219,7 +219,7 @@ async def test_what_fails_under_way_is_reported_per_target_and_the_others_land()
         transfer = large.engine.scatter(source, [(0, remote.nbytes, remote) for remote in large.remotes], imm=1)
         assert not transfer.done()
         region.close()
-        region._engine._publications.unpublish_region(region)
+        large.others[1]._publications.unpublish_region(region)
         with pytest.raises(at.ScatterError, match="1 of 3 targets") as caught:
             await transfer
         results = caught.value.results
@@ -311,7 +311,7 @@ async def test_arrays_that_fail_under_way_report_each_target() -> None:
         assert not transfer.done()
         assert transfer.peer is None
         region.close()
-        region._engine._publications.unpublish_region(region)
+        large.others[1]._publications.unpublish_region(region)
         with pytest.raises(at.ScatterError, match="1 of 3 targets") as caught:
             await transfer
         assert [type(r) for r in caught.value.results] == [type(None), at.StaleRegionError, type(None)]

@@ -300,7 +300,7 @@ async def test_what_fails_under_way_is_reported_by_target_and_the_others_land() 
         transfer = large.engine.scatter_pages(source, targets, page_bytes=1 << 20, imm=1)
         assert not transfer.done()
         region.close()
-        region._engine._publications.unpublish_region(region)
+        large.others[1]._publications.unpublish_region(region)
         with pytest.raises(at.ScatterError, match="1 of 3 targets") as caught:
             await transfer
         assert [type(r) for r in caught.value.results] == [type(None), at.StaleRegionError, type(None)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,11 +31,12 @@ async def test_both_rails_are_named_and_both_carry_something() -> None:
         peer = pair.right_peer
         assert [rail.split()[0] for rail in peer.path.rails] == ["verbs:rxea0/1", "verbs:rxea1/1"]
         assert [rail.rpartition(" ")[2] for rail in peer.path.rails] == ["rxeb0", "rxeb1"]
-        before = [one.signs() for one in peer.path.members]
+        path: Any = peer.path
+        before = [one.signs() for one in path.members]
         await pair.left.write(source, remote, imm=1)
         await pair.right.counter(imm=1).wait(1, timeout=10)
         assert np.array_equal(target.numpy(), source.numpy())
-        assert all(one.signs() > some for one, some in zip(peer.path.members, before, strict=True))
+        assert all(one.signs() > some for one, some in zip(path.members, before, strict=True))
 
 
 @pytest.mark.parametrize("strike", rails.STRIKES)

@@ -7,6 +7,7 @@ import errno
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,8 @@ async def test_a_rail_that_dies_and_heals_loses_nothing_and_counts_nothing_twice
         expected = np.empty((256, PAGE), np.uint8)
         expected[there] = source.numpy().reshape(256, PAGE)
         assert np.array_equal(target.numpy().reshape(256, PAGE), expected)
-        assert pair.right_peer.path.generation > 1
+        path: Any = pair.right_peer.path
+        assert path.generation > 1
 
 
 async def test_a_port_that_goes_and_comes_back_is_news_to_an_idle_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ async def test_an_instance_is_a_text_of_some_length(instance: Any) -> None:
 
 # ---- half a cache ----
 
-HALVES = {
+HALVES: dict[str, tuple[list[dict[str, Any]], str]] = {
     "half the heads": ([{"tp": 2, "tp_rank": 0}], r"layers 0 to 3, heads from 1 on \(this rank has 0 to 1\) come from none"),
     "the other half": ([{"tp": 2, "tp_rank": 1}], "layers 0 to 3, heads from 0 on .* come from none"),
     "half the layers": ([{"pp": 2, "pp_rank": 0}], "layers 2 to 3, heads from 0 on .* come from none"),

@@ -168,7 +168,8 @@ def test_a_bad_call_is_told_to_all_ranks_by_name_and_the_next_step_takes_place(c
                     await a2a.dispatch(*arguments)
                 if not bad:
                     assert "rank 2 (r2)" in str(caught.value)
-                    assert caught.value.ranks == (2,)
+                    refused: Any = caught.value
+                    assert refused.ranks == (2,)
                 _, out = await step(a2a, Batch(*good.values()))
                 assert np.array_equal(out, combined(Batch(*good.values())))
                 assert a2a.in_flight == ()

@@ -279,7 +279,8 @@ class Run:
 
     async def hold(self) -> None:
         """As if by SIGSTOP."""
-        place = self.rng.choice([*self.prefills, *self.decodes()]).rank
+        role: Any = self.rng.choice([*self.prefills, *self.decodes()])
+        place = role.rank
         self.struck["held"] += 1
         with self.net.held(place.engine):
             await asyncio.sleep(self.rng.choice([1e-4, 1e-2, 0.12]))

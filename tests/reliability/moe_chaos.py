@@ -480,7 +480,8 @@ class Life:
         )  # fmt: skip
 
     def knows(self) -> str:
-        ranks, members = self.a2a._ranks, self.a2a._ranks.membership
+        ranks: Any = self.a2a._ranks
+        members = ranks.membership
         lines = [
             f"step {n}: {sorted(ex.stages)}, heard {ex.heard}, lost {ex.lost}, joined {ex.joined}, {ex.transfers}"
             for n, ex in ((n, step.exchange) for n, step in ranks.steps.items())
@@ -748,8 +749,7 @@ class Run:
         if not self.running():
             return
         for rank in self.rng.sample(gone, min(most, len(gone))):
-            life = await self.start(rank, await self.engine(rank))
-            life.a2a_met = False
+            await self.start(rank, await self.engine(rank))
             self.struck["comes"] += 1
             if self.rng.random() < 0.5:
                 await asyncio.sleep(self.rng.random() * 0.02)

@@ -63,7 +63,7 @@ async def train(engine: at.Engine, options: dict[str, Any], rank: int, ranks: in
     async with weights.Publisher(engine, Bound(layout, rank, memory), group=engine.group(members), **options) as publisher:
         trainer = Trainer(engine, publisher, memory)
         while line := (await commands.readline()).split():
-            publisher.rate_limit = float(line[1])
+            publisher.context.rate_limit = float(line[1])
             await publish(trainer, int(line[0]), commands)
 
 

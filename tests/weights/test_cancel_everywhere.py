@@ -368,6 +368,7 @@ def test_what_is_lent_is_taken_back_after_a_wait_for_that_was_cancelled() -> Non
             fetch = wire.Fetch(1, "a", 0, subscriber.digest, version.epoch, version.number)
             subscriber.lending.fetch(peer, fetch)
             (lease,) = peer._leases
+            assert isinstance(lease, at.Lease)
             taking = asyncio.ensure_future(subscriber.lending.revoke(subscriber.memory.active))
             loop.call_soon(taking.cancel)  # when it has begun to wait, before anything is taken back
             with pytest.raises(asyncio.CancelledError):

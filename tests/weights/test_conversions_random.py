@@ -53,7 +53,7 @@ async def test_any_cut_of_any_shape_is_what_the_reference_says(party: Party, see
     shape, dtype = SHAPES[seed], ("bfloat16", "float32")[seed % 2]
     raw = some(shape, dtype, seed)
     raw[..., : min(128, shape[-2]), : min(128, shape[-1])] = 0  # a block of zeros, of which some are negative
-    raw[..., 0, 0] = np.array(1 << (RAW[dtype]().nbytes * 8 - 1), RAW[dtype])
+    raw[..., 0, 0] = np.array(1 << (np.dtype(RAW[dtype]).itemsize * 8 - 1), RAW[dtype])
     codes, scales = quantised(raw, dtype)
     assert scales.reshape(-1)[0] == 1
     cast = some(shape, "float32", seed + 100)

@@ -190,6 +190,7 @@ def test_a_publisher_that_is_stopped_inside_a_write_leaves_an_instance_that_new_
                 for server in servers:
                     for peer in server.engine.peers:
                         for lease in peer._leases:
+                            assert isinstance(lease, at.Lease)
                             if peer.incarnation == stopped.incarnation and server.engine._lane.grant_active(lease._grant.slot):
                                 net.hold(stopped, True)
                                 return

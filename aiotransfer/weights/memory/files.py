@@ -63,6 +63,7 @@ class FileMemory(Stored, Unpicklable):
 class FileBound(Bound):
     """A rank's buffers as files: {buffer: file}. They have no address, so nothing of them can be registered."""
 
+    layout: Layout
     _instead = "open the files in the process that reads them; send their path"
 
     def __init__(self, layout: Layout, rank: int, files: Mapping[str, FileMemory]) -> None:
