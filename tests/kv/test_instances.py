@@ -230,8 +230,8 @@ async def whole(prefill: list[kv.KVLayout], decode: list[kv.KVLayout], id: str =
             plans = [(rank, kv.plan_transfer(rank.layout, one.layout, request=id)) for rank in here]
             asking.append(ask(one, [rank for rank, plan in plans if plan.layers], "decode", id))
         assert set(await asyncio.gather(*asking)) == {b"of A"}
-        for one in serving:
-            one.cancel()
+        for task in serving:
+            task.cancel()
         await asyncio.wait(serving)
         return [sum(record.outcome == "delivered" for record in prefiller.records) for prefiller in prefillers]
 
