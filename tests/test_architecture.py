@@ -247,6 +247,11 @@ def test_a_function_fits_on_a_screen() -> None:
     assert sizes.long_functions(dict(sizes.files())) == []
 
 
+def test_a_file_has_at_most_five_hundred_lines() -> None:
+    """The same ones, and C."""
+    assert sizes.long_files(dict(sizes.files())) == []
+
+
 def test_a_function_has_at_most_seven_parameters_but_for_those_that_are_listed() -> None:
     assert sizes.listed(sizes.many_parameters(package())) == set(MORE_PARAMETERS)
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.architecture import private, sizes
+from tests.architecture import private
 from tests.architecture.sources import Finding, package
 
 COMMITTED = Path(__file__).parent / "figures.json"
@@ -17,18 +17,13 @@ RULES = (
     "foreign reads",
     "foreign writes",
     "reads across folders",
-    "long files",
 )
 
 
 @functools.cache
 def findings() -> dict[str, tuple[Finding, ...]]:
     """By rule. Only these are kept: the trees would be looked at by every collection of every later test."""
-    modules, sources = package(), dict(sizes.files())
-    found: dict[str, list[Finding]] = {
-        **private.foreign(modules),
-        "long files": sizes.long_files(sources),
-    }
+    found = private.foreign(package())
     return {rule: tuple(found[rule]) for rule in RULES}
 
 
