@@ -11,6 +11,7 @@ MORE_PARAMETERS = {  # of more than seven: path and function
     "aiotransfer/engine/operations/from_thread.py ThreadHandle.write_pages": "the same as write_pages, from another thread",
     "aiotransfer/kv/decode/decoder.py Decoder.__init__": "the layout of a KV cache, and the waits of a request",
     "aiotransfer/kv/decode/decoder.py Decoder.request": "what one request may say, which differs from request to request",
+    "aiotransfer/kv/threads/decoder_thread.py DecoderThread.start": "the same as Decoder.request, from another thread",
     "aiotransfer/kv/prefill/prefiller.py Prefiller.__init__": "the layout of a KV cache, and the bounds of the role",
     "aiotransfer/moe/alltoall.py AllToAll.__init__": "the shape of a mixture of experts, which every rank must give alike",
     "aiotransfer/weights/layouts/derive.py layout_of": "what a framework's tensors do not say by themselves",
