@@ -230,7 +230,7 @@ class PrefillerThread(RequestsThread[Send]):
                 request.fail("it was cancelled on the prefill side")
 
     async def _send(self, send: Send) -> None:
-        request = await self._asked_for(send)
+        request = await self._request_of(send)
         async with request:
             try:
                 request.use(send.page_ids)
@@ -246,7 +246,7 @@ class PrefillerThread(RequestsThread[Send]):
                 request.fail("it was cancelled on the prefill side")
                 raise
 
-    async def _asked_for(self, send: Send) -> PrefillRequest:
+    async def _request_of(self, send: Send) -> PrefillRequest:
         """The oldest request of that name that is not over; waits for one."""
         self._given_up.pop(send.id, None)
         while True:
