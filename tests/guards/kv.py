@@ -419,4 +419,18 @@ GUARDS = (
         "        except Exception as error:  # no memory for it, say; the deadline",
         "        except KVRequestError as error:  # no memory for it, say; the deadline", "tests/kv/test_told.py",
     ),
+    Mutant(
+        "kv: a forked child gets no lock of its parent's", "aiotransfer/kv/threads/requests.py",
+        "        if os.getpid() != self._process:\n            raise ClosedError(",
+        "        if False:\n            raise ClosedError(", "tests/kv/threads/test_ends.py",
+    ),
+    Mutant(
+        "kv: what is not taken is bounded", "aiotransfer/kv/threads/requests.py",
+        "            if len(self._works) + len(self._finished) >= self._most:\n", "            if False:\n",
+        "tests/kv/threads/test_requests.py",
+    ),
+    Mutant(
+        "kv: what was given up is refused when it is asked for", "aiotransfer/kv/threads/prefiller_thread.py",
+        "        if id in self._given_up:\n", "        if False:\n", "tests/kv/threads/test_requests.py",
+    ),
 )
