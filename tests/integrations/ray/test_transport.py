@@ -74,6 +74,7 @@ def test_arrays_arrive_as_they_were(both: tuple[Any, Any]) -> None:
         assert got.flags.writeable
 
 
+@pytest.mark.demo
 def test_tensors_of_torch_arrive_as_they_were(both: tuple[Any, Any]) -> None:
     torch = pytest.importorskip("torch")
     torch.set_num_threads(1)  # its own threads would stay
