@@ -189,7 +189,7 @@ int at_fab_bundle_joins(at_lane *lane, int64_t id, int64_t theirs) {
     return end != NULL ? AT_OK : AT_EUNKNOWN;
 }
 
-int64_t at_fab_bundle_borrow(at_lane *lane, int64_t id, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
+int64_t at_fab_bundle_import_keys(at_lane *lane, int64_t id, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
                              uint64_t nbytes, int access, uint32_t slot, uint64_t epoch) {
     at_remote_part *parts = calloc(AT_FAB_MOST_RAILS, sizeof *parts);
     if (parts == NULL) return AT_ENOMEM;
@@ -214,9 +214,9 @@ int64_t at_fab_bundle_borrow(at_lane *lane, int64_t id, uint32_t n, const int64_
     at_unlock(lane);
     int64_t remote = rc == AT_OK ? at_remote_add(lane, id, NULL, parts[0].va, nbytes, access, slot, epoch) : rc;
     at_lock(lane);
-    at_remote *borrowed = remote >= 0 ? at_remote_use(lane, remote) : NULL;
-    if (borrowed != NULL) {
-        borrowed->parts = parts;
+    at_remote *imported = remote >= 0 ? at_remote_use(lane, remote) : NULL;
+    if (imported != NULL) {
+        imported->parts = parts;
         parts = NULL;
     }
     at_unlock(lane);

@@ -72,7 +72,7 @@ int64_t at_fab_bundle_add(at_lane *lane, int64_t bundle, at_fab *fab);
 /* What the other side calls one of its connections: its peer's id there. */
 int at_fab_bundle_joins(at_lane *lane, int64_t peer, int64_t theirs);
 /* Memory that the peer has lent to each of its connections: address and key by peers[i]. A remote region, or AT_E*. */
-int64_t at_fab_bundle_borrow(at_lane *lane, int64_t bundle, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
+int64_t at_fab_bundle_import_keys(at_lane *lane, int64_t bundle, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
                              uint64_t nbytes, int access, uint32_t slot, uint64_t epoch);
 /* One of them has broken: fence what is open up to this generation, and count what has arrived. Then at_fab_parted, with what the other
  * side has counted: what is left goes out by the others. AT_EAGAIN: a later connection is open. */
@@ -86,10 +86,10 @@ int at_fab_flush(at_lane *lane, int64_t peer);
 
 /* Memory of ours for one peer, under a live grant: what its descriptor stands for. AT_ESTALE: the grant or the region is over.
  * AT_EDEVICE: it is memory of a GPU, which this rail does not take. AT_EFILE: it is a mapping of a file (shared memory is none here), and this rail does not pin pages. */
-int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64_t region, uint64_t offset, uint64_t nbytes, int access,
+int at_fab_export_key(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64_t region, uint64_t offset, uint64_t nbytes, int access,
                 uint64_t *address, uint64_t *key);
 /* Memory of a peer that has lent it: a remote region, or AT_E*. */
-int64_t at_fab_borrow(at_lane *lane, int64_t peer, uint64_t address, uint64_t key, uint64_t nbytes, int access, uint32_t slot,
+int64_t at_fab_import_key(at_lane *lane, int64_t peer, uint64_t address, uint64_t key, uint64_t nbytes, int access, uint32_t slot,
                       uint64_t epoch);
 /* The owner says that a grant of its is over, by another way than this fabric: nothing more is posted under it. */
 int at_fab_revoked(at_lane *lane, int64_t peer, uint32_t slot, uint64_t epoch);

@@ -13,7 +13,7 @@
  * and are used again only after a whole turn that began later.
  *
  * Granting. A fabric cannot tell whether a peer is inside a write under some key, and closing a memory region does not stop a write
- * whose header was accepted. So memory is lent to one peer after the other on request (at_fab_lend remembers to whom), a revocation is
+ * whose header was accepted. So memory is lent to one peer after the other on request (at_fab_export_key remembers to whom), a revocation is
  * a letter to each of them, and each answers when nothing of it is posted under that grant any more. Both are written and answered by
  * the thread that makes progress, without the event loop. What does not answer is fenced by closing its endpoint.
  *
@@ -248,8 +248,8 @@ struct at_fab {
 
     at_fab_end **ends;
     uint32_t end_count, end_room;
-    at_fab_mr *lent; /* by grant */
-    uint32_t lent_room;
+    at_fab_mr *exported; /* by grant */
+    uint32_t exported_room;
     void **local; /* by region */
     uint32_t local_room;
     uint8_t *bounces[AT_FAB_BOUNCES]; /* spare ones: memory that is taken anew each time costs as much as the copy */

@@ -5,7 +5,7 @@
 
 #include "fabric.h"
 
-int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64_t region_id, uint64_t offset, uint64_t nbytes, int access,
+int at_fab_export_key(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64_t region_id, uint64_t offset, uint64_t nbytes, int access,
                 uint64_t *address, uint64_t *key) {
     int rc = AT_EPEER;
     at_lock(lane);
@@ -23,17 +23,17 @@ int at_fab_lend(at_lane *lane, int64_t peer, int64_t slot, uint64_t epoch, int64
     if (region->slow && !at_fab_is(fab, AT_FAB_LOCAL_MR)) goto out;
     uint32_t index = (uint32_t)slot;
     rc = AT_ENOMEM;
-    if (index >= fab->lent_room) {
-        void *more = at_fab_grown(fab->lent, &fab->lent_room, index, sizeof *fab->lent);
+    if (index >= fab->exported_room) {
+        void *more = at_fab_grown(fab->exported, &fab->exported_room, index, sizeof *fab->exported);
         if (more == NULL) goto out;
-        fab->lent = more;
+        fab->exported = more;
     }
     if (index >= end->hold_room) {
         void *more = at_fab_grown(end->hold, &end->hold_room, index, 1);
         if (more == NULL) goto out;
         end->hold = more;
     }
-    at_fab_mr *mr = &fab->lent[index];
+    at_fab_mr *mr = &fab->exported[index];
     unsigned rights = (access & AT_ACCESS_WRITE ? AT_USE_REMOTE_WRITE : 0u) | (access & AT_ACCESS_READ ? AT_USE_REMOTE_READ : 0u);
     at_fab_memory memory = at_fab_part_of(region, offset, nbytes);
     rc = mr->mr != NULL ? AT_OK : at_fab_register(fab, &memory, rights, mr);
@@ -48,12 +48,12 @@ out:
 
 void at_fab_grant_over(at_rail *rail, uint32_t slot) {
     at_fab *fab = (at_fab *)rail;
-    if (slot < fab->lent_room) at_fab_unregister(fab, &fab->lent[slot]);
+    if (slot < fab->exported_room) at_fab_unregister(fab, &fab->exported[slot]);
     for (uint32_t i = 0; i < fab->end_count; i++)
         if (fab->ends[i] != NULL && slot < fab->ends[i]->hold_room) fab->ends[i]->hold[slot] = AT_HOLD_NONE;
 }
 
-int64_t at_fab_borrow(at_lane *lane, int64_t peer, uint64_t address, uint64_t key, uint64_t nbytes, int access, uint32_t slot,
+int64_t at_fab_import_key(at_lane *lane, int64_t peer, uint64_t address, uint64_t key, uint64_t nbytes, int access, uint32_t slot,
                       uint64_t epoch) {
     at_lock(lane);
     at_fab_end *end = at_fab_end_of(lane, peer);

@@ -110,9 +110,9 @@ void at_fab_region_over(at_rail *rail, uint32_t region) {
 
 void at_fab_memory_close(at_fab *fab) {
     at_fab_unregister(fab, &fab->mailbox_mr);
-    for (uint32_t i = 0; i < fab->lent_room; i++) at_fab_unregister(fab, &fab->lent[i]);
+    for (uint32_t i = 0; i < fab->exported_room; i++) at_fab_unregister(fab, &fab->exported[i]);
     for (uint32_t i = 0; i < fab->local_room; i++)
         if (fab->local[i] != NULL) fab->driver->dismiss(fab, fab->local[i]);
-    free(fab->lent);
+    free(fab->exported);
     free(fab->local);
 }

@@ -89,8 +89,8 @@ static void connect_them(connection *c) {
     uint64_t epoch, address, key;
     int64_t slot = at_grant_new(target.lane, &epoch);
     check(slot, "no grant");
-    check(at_fab_lend(target.lane, back, slot, epoch, target.region, 0, NBYTES, AT_ACCESS_WRITE, &address, &key), "not lent");
-    c->remote = at_fab_borrow(writer.lane, c->peer, address, key, NBYTES, AT_ACCESS_WRITE, (uint32_t)slot, epoch);
+    check(at_fab_export_key(target.lane, back, slot, epoch, target.region, 0, NBYTES, AT_ACCESS_WRITE, &address, &key), "not lent");
+    c->remote = at_fab_import_key(writer.lane, c->peer, address, key, NBYTES, AT_ACCESS_WRITE, (uint32_t)slot, epoch);
     check(c->remote, "not borrowed");
 }
 

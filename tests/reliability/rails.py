@@ -87,11 +87,11 @@ class Side:
         addresses, keys = (ffi.new("uint64_t[]", len(self.members)) for _ in range(2))
         for i, member in enumerate(self.other.members):
             there = self.other
-            status = lib.at_fab_lend(
+            status = lib.at_fab_export_key(
                 there.pointer, member, there.slot, there.epoch, there.region, 0, MEMORY, 3, addresses + i, keys + i
             )
             assert status == 0, native.text(status)
-        self.remote = lib.at_fab_bundle_borrow(
+        self.remote = lib.at_fab_bundle_import_keys(
             self.pointer, self.bundle, len(self.members), self.members, addresses, keys, MEMORY, 3, there.slot, there.epoch
         )
         assert self.remote >= 0, native.text(self.remote)

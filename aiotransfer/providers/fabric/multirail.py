@@ -165,7 +165,7 @@ class MultirailPath(Path):
         for one in self._members:
             if one.lane_peer not in counts:
                 raise BrokenError("the peer's counts are of other rails", provider=self.provider)
-            one.settle_with(counts[one.lane_peer])
+            one.reconcile(counts[one.lane_peer])
 
     # ---- memory ----
 
@@ -176,7 +176,7 @@ class MultirailPath(Path):
         replies = decode(key_replies_each, body, "key reply", self.provider).each
         try:
             columns = [ffi.new(kind, list(column)) for kind, column in zip(_COLUMNS, zip(*replies, strict=True), strict=True)]
-            remote = lib.at_fab_bundle_borrow(
+            remote = lib.at_fab_bundle_import_keys(
                 self._lane.pointer, self.lane_peer, len(replies), *columns, grant.nbytes, ACCESS[grant.access], grant.slot,
                 grant.epoch,
             )  # fmt: skip

@@ -125,7 +125,7 @@ class FabricPath(Path):
         self._raise(status, "no endpoint can be opened" + (f" at one of data_ports {first}-{last}" if first else ""))
         address = readdressed(bytes(native.ffi.buffer(out.address, out.address_bytes)), self._outside.hosts)
         return Offer(
-            self._to, self.lane_peer, address, out.mark, out.mailbox, out.mailbox_key, out.arrived, out.generation, out.marks
+            self._to, self.lane_peer, address, out.mark, out.signal_target, out.signal_target_key, out.arrived, out.generation, out.marks
         )
 
     def take(self, theirs: Offer) -> None:
@@ -134,7 +134,7 @@ class FabricPath(Path):
         try:
             native.ffi.buffer(ours.address)[: len(theirs.address)] = theirs.address
             ours.address_bytes, ours.mark, ours.generation = len(theirs.address), theirs.mark, theirs.generation
-            ours.mailbox, ours.mailbox_key, ours.arrived = theirs.mailbox, theirs.mailbox_key, theirs.arrived
+            ours.signal_target, ours.signal_target_key, ours.arrived = theirs.signal_target, theirs.signal_target_key, theirs.arrived
             ours.marks = theirs.marks
         except (OverflowError, ValueError) as error:
             raise BrokenError(f"the peer's offer is malformed: {error}", provider=self.provider) from error
@@ -208,7 +208,7 @@ class FabricPath(Path):
         """Given up with the others: what has arrived in all."""
         return self._part(0xFFFFFFFF)
 
-    def settle_with(self, arrived: int) -> None:
+    def reconcile(self, arrived: int) -> None:
         """The other side's count of a connection that is given up with the others."""
         self._parted(0xFFFFFFFF, arrived)
 
@@ -249,7 +249,7 @@ class FabricPath(Path):
         body = await conversation.ask(self.provider, encode(KeyRequest(self._to, grant.slot, grant.epoch)), math.inf)
         reply = decode(key_replies, body, "key reply", self.provider)
         try:
-            remote = native.lib.at_fab_borrow(
+            remote = native.lib.at_fab_import_key(
                 self._lane.pointer, self.lane_peer, reply.address, reply.key, grant.nbytes, ACCESS[grant.access],
                 grant.slot, grant.epoch,
             )  # fmt: skip
@@ -266,7 +266,7 @@ class FabricPath(Path):
         `RegistrationError` or `BrokenError`."""
         lib, ffi = native.lib, native.ffi
         address, key = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-        status = lib.at_fab_lend(
+        status = lib.at_fab_export_key(
             self._lane.pointer, self.lane_peer, grant.slot, grant.epoch, region, offset, grant.nbytes, ACCESS[grant.access],
             address, key,
         )  # fmt: skip
