@@ -33,8 +33,8 @@ static int describe(at_fab_end *end, at_fab_offer *out) {
         return AT_EIO;
     }
     out->mark = end->mark;
-    out->mailbox = fab->mailbox_mr.base;
-    out->mailbox_key = fab->mailbox_mr.key;
+    out->signal_target = fab->signal_target_mr.base;
+    out->signal_target_key = fab->signal_target_mr.key;
     out->arrived = end->arrived_before;
     out->generation = end->generation;
     out->marks = at_fab_is(fab, AT_FAB_MARKS) ? 1 : 0;
@@ -113,8 +113,8 @@ int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int
         } else {
             at_peer *peer = end->peer;
             end->their_mark = theirs->mark;
-            end->mailbox = theirs->mailbox;
-            end->mailbox_key = theirs->mailbox_key;
+            end->signal_target = theirs->signal_target;
+            end->signal_target_key = theirs->signal_target_key;
             end->joined = 1;
             peer->users++;
             at_fab_settle_with(end, theirs->arrived);

@@ -30,7 +30,7 @@ typedef struct {
     uint8_t address[256];
     uint32_t address_bytes;
     uint32_t mark;           /* by which the receiver of this offer marks what it sends here */
-    uint64_t mailbox, mailbox_key; /* where signals go: memory of no bytes */
+    uint64_t signal_target, signal_target_key; /* where signals go: memory of no bytes */
     uint64_t arrived;        /* work requests with immediates that were counted here in the connection before this one */
     uint32_t generation;     /* how often it was opened, this time included */
     uint32_t marks;          /* whether 64 bits travel with a write: both sides must agree */

@@ -148,7 +148,7 @@ struct at_fab_end {
     int alone;           /* the driver's: no connection can come in any more, not even the other side again: see at_fab_refused */
     uint64_t refused_first, refused_last; /* posts that were put off while nothing was posted */
     uint32_t refusals;
-    uint64_t mailbox, mailbox_key; /* theirs */
+    uint64_t signal_target, signal_target_key; /* theirs */
     uint64_t posted_bytes;
     uint64_t serial, arrived;      /* work requests with immediates: posted (less those that never arrived), counted here */
     uint64_t arrived_before;       /* what of these the offer of this generation says */
@@ -242,9 +242,9 @@ struct at_fab {
     uint64_t uniques;
     at_fab_facts facts;
     uint64_t next_key;
-    uint8_t mailbox[64];
-    at_fab_mr mailbox_mr;
-    void *mailbox_desc;
+    uint8_t signal_target[64];
+    at_fab_mr signal_target_mr;
+    void *signal_target_desc;
 
     at_fab_end **ends;
     uint32_t end_count, end_room;

@@ -10,7 +10,7 @@
 int at_fab_register(at_fab *fab, const at_fab_memory *wanted, unsigned use, at_fab_mr *out) {
     at_fab_memory memory = *wanted;
     if (memory.nbytes == 0) /* there is no memory to name, and none will be written */
-        memory = (at_fab_memory){(uint64_t)(uintptr_t)fab->mailbox, 1, -1, -1, 0};
+        memory = (at_fab_memory){(uint64_t)(uintptr_t)fab->signal_target, 1, -1, -1, 0};
     (void)pthread_mutex_lock(&fab->lock);
     int rc = fab->driver->enroll(fab, &memory, use, out);
     (void)pthread_mutex_unlock(&fab->lock);
@@ -109,7 +109,7 @@ void at_fab_region_over(at_rail *rail, uint32_t region) {
 }
 
 void at_fab_memory_close(at_fab *fab) {
-    at_fab_unregister(fab, &fab->mailbox_mr);
+    at_fab_unregister(fab, &fab->signal_target_mr);
     for (uint32_t i = 0; i < fab->exported_room; i++) at_fab_unregister(fab, &fab->exported[i]);
     for (uint32_t i = 0; i < fab->local_room; i++)
         if (fab->local[i] != NULL) fab->driver->dismiss(fab, fab->local[i]);

@@ -65,9 +65,9 @@ static uint64_t gather(const at_fab_end *end, const at_op *op, const at_remote_p
     const at_fab *fab = end->fab;
     uint64_t pieces = pieces_of(op), body = pieces * op->units;
     if (op->remote == NULL || first >= body) { /* a signal, or a tail */
-        add(v, (uint8_t *)(uintptr_t)fab->mailbox, end->mailbox, 0);
-        v->key = end->mailbox_key;
-        v->desc = fab->mailbox_desc;
+        add(v, (uint8_t *)(uintptr_t)fab->signal_target, end->signal_target, 0);
+        v->key = end->signal_target_key;
+        v->desc = fab->signal_target_desc;
         *counts = op->imm >= 0 && (op->remote == NULL ? 0 : first - body) >= op->precounted;
         return 1;
     }

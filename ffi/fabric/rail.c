@@ -57,10 +57,10 @@ int at_fab_prepare(at_fab *fab, at_lane *lane, const at_fab_driver *driver) {
 int at_fab_begin(at_fab *fab, const char *name) {
     at_lane *lane = fab->rail.lane;
     at_lock(lane);
-    int rc = lane->shut ? AT_ESHUT : at_fab_register_host(fab, fab->mailbox, sizeof fab->mailbox, AT_USE_LOCAL | AT_USE_REMOTE_WRITE, &fab->mailbox_mr);
+    int rc = lane->shut ? AT_ESHUT : at_fab_register_host(fab, fab->signal_target, sizeof fab->signal_target, AT_USE_LOCAL | AT_USE_REMOTE_WRITE, &fab->signal_target_mr);
     if (rc == AT_EIO) at_fab_say("%s: no memory region: %s", name, fab->driver->text(lane->oserror));
     if (rc == AT_OK) {
-        fab->mailbox_desc = at_fab_is(fab, AT_FAB_LOCAL_MR) ? fab->driver->desc(fab->mailbox_mr.mr) : NULL;
+        fab->signal_target_desc = at_fab_is(fab, AT_FAB_LOCAL_MR) ? fab->driver->desc(fab->signal_target_mr.mr) : NULL;
         int watched = fab->fd < 0 || at_watch_fd(lane, fab->fd, AT_TAG(AT_TAG_RAIL, 0), 0) == 0;
         if (fab->news_fd >= 0 && at_watch_fd(lane, fab->news_fd, AT_TAG(AT_TAG_RAIL, 0), 0) != 0) watched = 0;
         if (!watched) {

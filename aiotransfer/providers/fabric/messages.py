@@ -26,8 +26,8 @@ class Offer(msgspec.Struct, tag="offer", array_like=True):
     name: int
     address: bytes
     mark: int
-    mailbox: int
-    mailbox_key: int
+    signal_target: int
+    signal_target_key: int
     arrived: int
     generation: int
     marks: int
