@@ -259,15 +259,15 @@ static void fence(at_peer *peer) {
         if (end == NULL) continue;
         if (peer->status != AT_OK) at_peer_end(end->peer, peer->status);
         else if (at_fab_is(end->fab, AT_FAB_PRIVATE) && is_withdrawn(end)) at_fab_end_break(end, ECANCELED);
-        at_fab_end_unsettled(peer, &end->unsettled);
+        at_fab_end_unconfirmed(peer, &end->unconfirmed);
     }
-    at_fab_end_unsettled(peer, &bundle->again);
+    at_fab_end_unconfirmed(peer, &bundle->again);
 }
 
 static void forget(at_peer *peer) {
     at_fab_bundle *bundle = peer->impl;
     for (uint32_t i = 0; i < bundle->count; i++)
-        if (bundle->members[i] != NULL) at_fab_notes_free(&bundle->members[i]->unsettled);
+        if (bundle->members[i] != NULL) at_fab_notes_free(&bundle->members[i]->unconfirmed);
     at_fab_notes_free(&bundle->again);
 }
 

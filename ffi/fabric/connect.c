@@ -117,7 +117,7 @@ int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int
             end->signal_target_key = theirs->signal_target_key;
             end->joined = 1;
             peer->users++;
-            at_fab_settle_with(end, theirs->arrived);
+            at_fab_reconcile(end, theirs->arrived);
             if (end->bundle != NULL) at_fab_bundle_refill(end->bundle);
             at_fab_say_again(end);
             if (first) at_fab_end_begin(end);
@@ -171,7 +171,7 @@ int at_fab_settle(at_lane *lane, int64_t id, uint64_t arrived) {
     int rc = end == NULL || !end->retired ? AT_EUNKNOWN : AT_OK;
     if (rc == AT_OK) {
         end->peer->users++;
-        at_fab_settle_with(end, arrived);
+        at_fab_reconcile(end, arrived);
         if (end->bundle != NULL) at_fab_bundle_refill(end->bundle);
         at_peer_release(end->peer);
     }
@@ -207,7 +207,7 @@ int at_fab_parted(at_lane *lane, int64_t id, uint32_t generation, uint64_t arriv
     if (rc == AT_OK) {
         at_peer *peer = end->peer;
         peer->users++;
-        at_fab_settle_with(end, arrived);
+        at_fab_reconcile(end, arrived);
         at_fab_bundle_refill(end->bundle);
         at_peer_release(peer);
     }

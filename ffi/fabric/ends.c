@@ -86,7 +86,7 @@ int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_bundle *bundle, at_con
 /* ---- breaking ---- */
 
 /* What was posted on an endpoint that is closed now: the provider reads its memory no more. */
-static void unsettle(at_fab_end *end, at_fab_slot *slot) {
+static void unconfirm(at_fab_end *end, at_fab_slot *slot) {
     at_fab *fab = end->fab;
     at_op *op = slot->op;
     at_fab_list_remove(&end->posted, slot);
@@ -104,8 +104,8 @@ static void unsettle(at_fab_end *end, at_fab_slot *slot) {
         return;
     }
     *note = (at_fab_slot){.end = end, .cookie = slot->cookie, .first = slot->first, .steps = slot->steps, .bytes = slot->bytes,
-                          .counts = slot->counts, .serial = slot->serial, .desc = note->desc, .state = AT_SLOT_UNSETTLED};
-    at_fab_list_add(&end->unsettled, note);
+                          .counts = slot->counts, .serial = slot->serial, .desc = note->desc, .state = AT_SLOT_UNCONFIRMED};
+    at_fab_list_add(&end->unconfirmed, note);
     at_op_unpost(op);
 }
 
@@ -168,11 +168,11 @@ void at_fab_end_break(at_fab_end *end, int error) {
     at_stall(peer, 0);
     for (at_fab_slot *slot; (slot = end->again.head) != NULL;) { /* posted again and broken again: still to be found out */
         at_fab_list_remove(&end->again, slot);
-        slot->state = AT_SLOT_UNSETTLED;
+        slot->state = AT_SLOT_UNCONFIRMED;
         slot->serial = 0; /* it was not posted since that was settled last */
-        at_fab_list_add(&end->unsettled, slot);
+        at_fab_list_add(&end->unconfirmed, slot);
     }
-    while (end->posted.head != NULL) unsettle(end, end->posted.head);
+    while (end->posted.head != NULL) unconfirm(end, end->posted.head);
     if (end->bundle != NULL && peer->status == AT_OK) at_fab_owe(end->bundle); /* told once its number is final: see at_fab_drain */
     if (peer->status == AT_OK && error != 0) at_event_push(peer->lane, AT_EV_RAIL, (uint64_t)peer->id, AT_ERAIL, (uint64_t)error);
     at_peer_release(peer);
@@ -217,7 +217,7 @@ int at_fab_mute(at_lane *lane, int64_t peer) {
 /* ---- what was under way ---- */
 
 /* Withdrawn operations that only wait to be found out are over: their memory is not read any more. Of a peer that has ended, all are. */
-void at_fab_end_unsettled(at_peer *peer, at_fab_list *list) {
+void at_fab_end_unconfirmed(at_peer *peer, at_fab_list *list) {
     for (at_fab_slot *slot = list->head, *next; slot != NULL; slot = next) {
         next = slot->next;
         at_op *op = at_op_find(peer->lane, slot->cookie);
@@ -231,12 +231,12 @@ void at_fab_end_unsettled(at_peer *peer, at_fab_list *list) {
 
 /* The other side says how many of our work requests with immediates it has ever counted: by their order it is known which. Those
  * that it has not counted will be posted with the numbers that follow. */
-void at_fab_settle_with(at_fab_end *end, uint64_t arrived) {
+void at_fab_reconcile(at_fab_end *end, uint64_t arrived) {
     at_peer *peer = at_fab_owner(end);
     at_fab_list *again = end->bundle != NULL ? &end->bundle->again : &end->again;
     end->serial = arrived;
-    for (at_fab_slot *slot; (slot = end->unsettled.head) != NULL;) {
-        at_fab_list_remove(&end->unsettled, slot);
+    for (at_fab_slot *slot; (slot = end->unconfirmed.head) != NULL;) {
+        at_fab_list_remove(&end->unconfirmed, slot);
         at_op *op = at_op_find(peer->lane, slot->cookie);
         if (op == NULL || op->over) {
             at_fab_slot_free(end->fab, slot);

@@ -67,7 +67,7 @@ typedef struct {
 enum at_fab_slot_state {
     AT_SLOT_FREE,
     AT_SLOT_POSTED,
-    AT_SLOT_UNSETTLED, /* its connection broke: did it land? */
+    AT_SLOT_UNCONFIRMED, /* its connection broke: did it land? */
     AT_SLOT_AGAIN,     /* it did not: to be posted again */
     AT_SLOT_LIMBO,     /* its endpoint is closed: a late completion may still name it */
     AT_SLOT_ORPHAN     /* its end is gone, the shared endpoint is not: its completion will come */
@@ -152,7 +152,7 @@ struct at_fab_end {
     uint64_t posted_bytes;
     uint64_t serial, arrived;      /* work requests with immediates: posted (less those that never arrived), counted here */
     uint64_t arrived_before;       /* what of these the offer of this generation says */
-    at_fab_list posted, unsettled, again, letters;
+    at_fab_list posted, unconfirmed, again, letters;
     at_control *words;   /* the epochs of its grants, as far as they are known here */
 
     int telling;         /* a letter is under way */
@@ -340,8 +340,8 @@ void at_fab_tell_parts(at_fab_bundle *bundle); /* by one that is up, as far as t
 int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_bundle *bundle, at_control *words); /* its id, or AT_E*; NO LOCK */
 at_control *at_fab_words_new(void);
 void at_fab_words_free(at_control *words);
-void at_fab_settle_with(at_fab_end *end, uint64_t arrived);
-void at_fab_end_unsettled(at_peer *peer, at_fab_list *list); /* what of it is over, or is of a peer that has ended */
+void at_fab_reconcile(at_fab_end *end, uint64_t arrived);
+void at_fab_end_unconfirmed(at_peer *peer, at_fab_list *list); /* what of it is over, or is of a peer that has ended */
 void at_fab_notes_free(at_fab_list *list);
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
 void at_fab_stepped(at_fab_end *end); /* its state is another one now: ends the process where the table of at_fab_state has no such step */
@@ -351,7 +351,7 @@ static inline void at_fab_stepped(at_fab_end *end) { (void)end; }
 void at_fab_end_close(at_fab_end *end);            /* its endpoint, if there is one */
 void at_fab_owe(at_fab_bundle *bundle);            /* what of it is broken is to be told, also again */
 int at_fab_refused(at_fab_end *end);               /* the driver has put a post off: 1: for ever, the connection is broken now */
-void at_fab_end_break(at_fab_end *end, int error); /* close its endpoint; what was posted is unsettled, or over when it was withdrawn */
+void at_fab_end_break(at_fab_end *end, int error); /* close its endpoint; what was posted is unconfirmed, or over when it was withdrawn */
 at_fab_end *at_fab_end_of(at_lane *lane, int64_t peer); /* NULL: no such peer of ours */
 
 /* peer.c, with the lane's lock */

@@ -191,12 +191,12 @@ void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch) {
             op = stop ? peer->lines[risk].head : op->next;
         }
     }
-    stop_noted(end, &end->unsettled, slot, epoch);
+    stop_noted(end, &end->unconfirmed, slot, epoch);
     stop_noted(end, &end->again, slot, epoch);
     if (end->bundle == NULL) return;
     stop_noted(end, &end->bundle->again, slot, epoch);
     for (uint32_t i = 0; i < end->bundle->count; i++) /* what broke with another connection */
-        if (end->bundle->members[i] != NULL && end->bundle->members[i] != end) stop_noted(end, &end->bundle->members[i]->unsettled, slot, epoch);
+        if (end->bundle->members[i] != NULL && end->bundle->members[i] != end) stop_noted(end, &end->bundle->members[i]->unconfirmed, slot, epoch);
 }
 
 /* To be confirmed once nothing of it is posted. A bit for each grant there can be: a peer cannot make us hold or compare more. */

@@ -17,7 +17,7 @@ void at_fab_read_parts(at_fab_end *carrier, const at_fab_letter *letter) {
         at_peer *peer = end->peer;
         peer->users++;
         if (end->ep != NULL) at_fab_end_break(end, 0); /* the other side has it opened again */
-        at_fab_settle_with(end, letter->part[i].arrived);
+        at_fab_reconcile(end, letter->part[i].arrived);
         at_fab_bundle_refill(end->bundle);
         at_peer_release(peer);
     }

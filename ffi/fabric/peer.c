@@ -45,8 +45,8 @@ void at_fab_end_refill(at_fab_end *end) {
 static void fab_fence(at_peer *peer) {
     at_fab_end *end = peer->impl;
     if (at_fab_is(end->fab, AT_FAB_PRIVATE)) at_fab_end_break(end, ECANCELED);
-    at_fab_end_unsettled(at_fab_owner(end), &end->unsettled);
-    at_fab_end_unsettled(at_fab_owner(end), &end->again);
+    at_fab_end_unconfirmed(at_fab_owner(end), &end->unconfirmed);
+    at_fab_end_unconfirmed(at_fab_owner(end), &end->again);
 }
 
 static void fab_expel(at_peer *peer) {
@@ -58,7 +58,7 @@ static void fab_drain(at_peer *peer) { (void)peer; } /* arrivals are handed over
 
 static void fab_forget(at_peer *peer) {
     at_fab_end *end = peer->impl;
-    at_fab_notes_free(&end->unsettled);
+    at_fab_notes_free(&end->unconfirmed);
     at_fab_notes_free(&end->again);
 }
 

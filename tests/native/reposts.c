@@ -52,11 +52,11 @@ static uint32_t look(int bundled) {
 
     at_lock(lane);
     at_fab_end_break(&end, ECONNRESET);
-    wrong += end.unsettled.head == NULL;
+    wrong += end.unconfirmed.head == NULL;
     end.ep = &fab; /* it is open again */
     end.peer->paused = 0;
     answer = EAGAIN;
-    at_fab_settle_with(&end, 0); /* nothing of it had arrived */
+    at_fab_reconcile(&end, 0); /* nothing of it had arrived */
     at_fab_end_refill(&end);
     wrong += refusals == 0 || !owner->stalled;
     at_refill(owner); /* as others do that make room */
