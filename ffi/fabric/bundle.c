@@ -116,9 +116,9 @@ static void cut(at_peer *peer, at_op *op) {
     }
 }
 
-static void post_again(at_fab_bundle *bundle) {
+static void repost_some(at_fab_bundle *bundle) {
     at_peer *peer = bundle->peer;
-    for (at_fab_slot *note; !bundle->retired && (note = bundle->again.head) != NULL;) {
+    for (at_fab_slot *note; !bundle->retired && (note = bundle->repost.head) != NULL;) {
         at_op *op = at_op_find(peer->lane, note->cookie);
         int over = op == NULL || op->over || atomic_load(&op->withdrawn), rc = AT_OK;
         int stale = !over && op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch;
@@ -139,7 +139,7 @@ static void post_again(at_fab_bundle *bundle) {
                 }
             }
         }
-        at_fab_list_remove(&bundle->again, note);
+        at_fab_list_remove(&bundle->repost, note);
         at_fab_slot_free(note->end->fab, note);
         if (stale) at_op_stop(op, rc != AT_OK ? rc : AT_ESTALE);
     }
@@ -154,7 +154,7 @@ static void flush(at_peer *peer) {
         at_fab_flush_posts(end->peer);
         room |= at_fab_has_room(end);
     }
-    if (room) at_fab_still_stalled(peer, &bundle->again); /* else one that comes up will ask */
+    if (room) at_fab_still_stalled(peer, &bundle->repost); /* else one that comes up will ask */
 }
 
 void at_fab_bundle_refill(at_fab_bundle *bundle) {
@@ -162,17 +162,17 @@ void at_fab_bundle_refill(at_fab_bundle *bundle) {
     if (peer == NULL || bundle->retired) return;
     peer->users++;
     at_stall(peer, 0);
-    if (bundle->again.head != NULL) {
-        post_again(bundle);
+    if (bundle->repost.head != NULL) {
+        repost_some(bundle);
         flush(peer);
     }
-    if (bundle->again.head == NULL) at_refill(peer);
+    if (bundle->repost.head == NULL) at_refill(peer);
     at_peer_release(peer);
 }
 
 static int64_t post(at_peer *peer, at_op *op) {
     at_fab_bundle *bundle = peer->impl;
-    if (bundle->again.head != NULL || bundle->retired) return 0;
+    if (bundle->repost.head != NULL || bundle->retired) return 0;
     if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) return AT_ESTALE;
     int rc;
     at_fab_slot *slot = post_somewhere(bundle, op, op->cursor, op->extent - op->tail - op->cursor, &rc);
@@ -261,14 +261,14 @@ static void fence(at_peer *peer) {
         else if (at_fab_is(end->fab, AT_FAB_PRIVATE) && is_withdrawn(end)) at_fab_end_break(end, ECANCELED);
         at_fab_end_unconfirmed(peer, &end->unconfirmed);
     }
-    at_fab_end_unconfirmed(peer, &bundle->again);
+    at_fab_end_unconfirmed(peer, &bundle->repost);
 }
 
 static void forget(at_peer *peer) {
     at_fab_bundle *bundle = peer->impl;
     for (uint32_t i = 0; i < bundle->count; i++)
         if (bundle->members[i] != NULL) at_fab_notes_free(&bundle->members[i]->unconfirmed);
-    at_fab_notes_free(&bundle->again);
+    at_fab_notes_free(&bundle->repost);
 }
 
 static void ping(at_peer *peer, uint64_t seq) {

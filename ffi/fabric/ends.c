@@ -166,8 +166,8 @@ void at_fab_end_break(at_fab_end *end, int error) {
     at_fab_end_close(end);
     peer->paused = 1;
     at_stall(peer, 0);
-    for (at_fab_slot *slot; (slot = end->again.head) != NULL;) { /* posted again and broken again: still to be found out */
-        at_fab_list_remove(&end->again, slot);
+    for (at_fab_slot *slot; (slot = end->repost.head) != NULL;) { /* posted again and broken again: still to be found out */
+        at_fab_list_remove(&end->repost, slot);
         slot->state = AT_SLOT_UNCONFIRMED;
         slot->serial = 0; /* it was not posted since that was settled last */
         at_fab_list_add(&end->unconfirmed, slot);
@@ -233,7 +233,7 @@ void at_fab_end_unconfirmed(at_peer *peer, at_fab_list *list) {
  * that it has not counted will be posted with the numbers that follow. */
 void at_fab_reconcile(at_fab_end *end, uint64_t arrived) {
     at_peer *peer = at_fab_owner(end);
-    at_fab_list *again = end->bundle != NULL ? &end->bundle->again : &end->again;
+    at_fab_list *repost = end->bundle != NULL ? &end->bundle->repost : &end->repost;
     end->serial = arrived;
     for (at_fab_slot *slot; (slot = end->unconfirmed.head) != NULL;) {
         at_fab_list_remove(&end->unconfirmed, slot);
@@ -247,8 +247,8 @@ void at_fab_reconcile(at_fab_end *end, uint64_t arrived) {
             at_fab_slot_free(end->fab, slot);
             at_op_complete(op, steps, bytes, counts, AT_OK);
         } else {
-            slot->state = AT_SLOT_AGAIN;
-            at_fab_list_add(again, slot);
+            slot->state = AT_SLOT_REPOST;
+            at_fab_list_add(repost, slot);
         }
     }
 }

@@ -68,7 +68,7 @@ enum at_fab_slot_state {
     AT_SLOT_FREE,
     AT_SLOT_POSTED,
     AT_SLOT_UNCONFIRMED, /* its connection broke: did it land? */
-    AT_SLOT_AGAIN,     /* it did not: to be posted again */
+    AT_SLOT_REPOST,     /* it did not: to be posted again */
     AT_SLOT_LIMBO,     /* its endpoint is closed: a late completion may still name it */
     AT_SLOT_ORPHAN     /* its end is gone, the shared endpoint is not: its completion will come */
 };
@@ -152,7 +152,7 @@ struct at_fab_end {
     uint64_t posted_bytes;
     uint64_t serial, arrived;      /* work requests with immediates: posted (less those that never arrived), counted here */
     uint64_t arrived_before;       /* what of these the offer of this generation says */
-    at_fab_list posted, unconfirmed, again, letters;
+    at_fab_list posted, unconfirmed, repost, letters;
     at_control *words;   /* the epochs of its grants, as far as they are known here */
 
     int telling;         /* a letter is under way */
@@ -177,7 +177,7 @@ struct at_fab_bundle {
     uint32_t count, users;
     uint32_t turn;
     int retired;       /* given up: nothing is posted any more */
-    at_fab_list again; /* notes of what is to be posted again, by whichever */
+    at_fab_list repost; /* notes of what is to be posted again, by whichever */
 };
 
 typedef struct {
@@ -366,8 +366,8 @@ int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
 void at_fab_cut(at_peer *peer, at_op *op);
 int64_t at_fab_post(at_peer *peer, at_op *op);
 void at_fab_flush_posts(at_peer *peer); /* what was gathered goes out */
-void at_fab_still_stalled(at_peer *peer, const at_fab_list *again); /* a part of it */
-void at_fab_post_again(at_fab_end *end); /* what is to be posted again, as far as the window allows */
+void at_fab_still_stalled(at_peer *peer, const at_fab_list *repost); /* a part of it */
+void at_fab_repost(at_fab_end *end); /* what is to be posted again, as far as the window allows */
 
 /* letters.c, with the lane's lock */
 int at_fab_receive(at_fab_end *end);             /* post one more receive: AT_OK or AT_EIO */

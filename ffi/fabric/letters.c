@@ -192,9 +192,9 @@ void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch) {
         }
     }
     stop_noted(end, &end->unconfirmed, slot, epoch);
-    stop_noted(end, &end->again, slot, epoch);
+    stop_noted(end, &end->repost, slot, epoch);
     if (end->bundle == NULL) return;
-    stop_noted(end, &end->bundle->again, slot, epoch);
+    stop_noted(end, &end->bundle->repost, slot, epoch);
     for (uint32_t i = 0; i < end->bundle->count; i++) /* what broke with another connection */
         if (end->bundle->members[i] != NULL && end->bundle->members[i] != end) stop_noted(end, &end->bundle->members[i]->unconfirmed, slot, epoch);
 }

@@ -32,7 +32,7 @@ void at_fab_end_refill(at_fab_end *end) {
     at_peer *peer = end->peer;
     peer->users++;
     if (peer->stalled) at_stall(peer, 0);
-    at_fab_post_again(end);
+    at_fab_repost(end);
     at_refill(peer);
     if (end->bundle != NULL) at_fab_bundle_refill(end->bundle);
     at_fab_tell(end);
@@ -46,7 +46,7 @@ static void fab_fence(at_peer *peer) {
     at_fab_end *end = peer->impl;
     if (at_fab_is(end->fab, AT_FAB_PRIVATE)) at_fab_end_break(end, ECANCELED);
     at_fab_end_unconfirmed(at_fab_owner(end), &end->unconfirmed);
-    at_fab_end_unconfirmed(at_fab_owner(end), &end->again);
+    at_fab_end_unconfirmed(at_fab_owner(end), &end->repost);
 }
 
 static void fab_expel(at_peer *peer) {
@@ -59,7 +59,7 @@ static void fab_drain(at_peer *peer) { (void)peer; } /* arrivals are handed over
 static void fab_forget(at_peer *peer) {
     at_fab_end *end = peer->impl;
     at_fab_notes_free(&end->unconfirmed);
-    at_fab_notes_free(&end->again);
+    at_fab_notes_free(&end->repost);
 }
 
 static void fab_destroy(at_peer *peer) {

@@ -156,7 +156,7 @@ int at_fab_has_room(at_fab_end *end) {
 
 int64_t at_fab_post(at_peer *peer, at_op *op) {
     at_fab_end *end = peer->impl;
-    if (end->again.head != NULL || !at_fab_has_room(end)) return 0;
+    if (end->repost.head != NULL || !at_fab_has_room(end)) return 0;
     if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) return AT_ESTALE;
     at_fab_slot *slot = at_fab_slot_take(end->fab);
     if (slot == NULL) return AT_EAGAIN;
@@ -169,14 +169,14 @@ int64_t at_fab_post(at_peer *peer, at_op *op) {
 
 /* After a refill, which takes the peer for not stalled any more: of what is to be posted again nothing was tried, and where nothing is posted
  * no completion will ask. */
-void at_fab_still_stalled(at_peer *peer, const at_fab_list *again) {
-    if (again->head != NULL && peer->posted == 0 && !peer->paused) at_stall(peer, 1);
+void at_fab_still_stalled(at_peer *peer, const at_fab_list *repost) {
+    if (repost->head != NULL && peer->posted == 0 && !peer->paused) at_stall(peer, 1);
 }
 
 void at_fab_flush_posts(at_peer *peer) {
     at_fab_end *end = peer->impl;
     at_fab *fab = end->fab;
-    at_fab_still_stalled(peer, &end->again);
+    at_fab_still_stalled(peer, &end->repost);
     if (end->ep == NULL || fab->driver->flush == NULL || fab->gathering) return;
     (void)pthread_mutex_lock(&fab->lock);
     int rc = fab->driver->flush(end);
@@ -184,12 +184,12 @@ void at_fab_flush_posts(at_peer *peer) {
     if (rc != 0) at_fab_end_break(end, rc);
 }
 
-static void post_again(at_fab_end *end) {
+static void repost_some(at_fab_end *end) {
     at_peer *peer = end->peer;
-    while (end->again.head != NULL && peer->posted < AT_FAB_WINDOW && at_fab_has_room(end)) {
-        at_fab_slot *slot = end->again.head;
+    while (end->repost.head != NULL && peer->posted < AT_FAB_WINDOW && at_fab_has_room(end)) {
+        at_fab_slot *slot = end->repost.head;
         at_op *op = at_op_find(peer->lane, slot->cookie);
-        at_fab_list_remove(&end->again, slot);
+        at_fab_list_remove(&end->repost, slot);
         if (op == NULL || op->over || atomic_load(&op->withdrawn)) {
             at_fab_slot_free(end->fab, slot);
             continue;
@@ -211,17 +211,17 @@ static void post_again(at_fab_end *end) {
             continue;
         }
         slot->previous = NULL; /* back to the front */
-        slot->next = end->again.head;
-        if (end->again.head != NULL) end->again.head->previous = slot;
-        else end->again.tail = slot;
-        end->again.head = slot;
+        slot->next = end->repost.head;
+        if (end->repost.head != NULL) end->repost.head->previous = slot;
+        else end->repost.tail = slot;
+        end->repost.head = slot;
         if (rc == AT_EAGAIN) at_stall(peer, 1);
         return;
     }
 }
 
-void at_fab_post_again(at_fab_end *end) {
-    if (end->again.head == NULL) return;
-    post_again(end);
+void at_fab_repost(at_fab_end *end) {
+    if (end->repost.head == NULL) return;
+    repost_some(end);
     at_fab_flush_posts(end->peer);
 }

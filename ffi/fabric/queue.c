@@ -68,11 +68,11 @@ static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
     end->signs += status == AT_OK; /* delivered: the other side has said so */
     if (status == AT_OK) at_op_complete(op, steps, bytes, counts, AT_OK);
     else at_op_complete(op, 0, 0, 0, op->status != AT_OK ? op->status : status);
-    if (end->again.head != NULL) {
-        at_fab_post_again(end);
-        if (end->again.head == NULL) at_refill(peer); /* what had to wait behind it */
+    if (end->repost.head != NULL) {
+        at_fab_repost(end);
+        if (end->repost.head == NULL) at_refill(peer); /* what had to wait behind it */
     }
-    if (end->bundle != NULL && end->bundle->again.head != NULL) at_fab_bundle_refill(end->bundle);
+    if (end->bundle != NULL && end->bundle->repost.head != NULL) at_fab_bundle_refill(end->bundle);
     at_fab_retired(end);
     at_peer_release(peer);
 }

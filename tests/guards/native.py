@@ -20,11 +20,11 @@ GUARDS = (
     ),
     Mutant(
         "reposts: what is refused after a break stays asked for", "ffi/fabric/post.c",
-        "    at_fab_still_stalled(peer, &end->again);\n", "", "tests/native/test_reposts.py",
+        "    at_fab_still_stalled(peer, &end->repost);\n", "", "tests/native/test_reposts.py",
     ),
     Mutant(
         "reposts: the same of a bundle", "ffi/fabric/bundle.c",
-        "    if (room) at_fab_still_stalled(peer, &bundle->again); /* else one that comes up will ask */\n", "",
+        "    if (room) at_fab_still_stalled(peer, &bundle->repost); /* else one that comes up will ask */\n", "",
         "tests/native/test_reposts.py",
     ),
     Mutant(
