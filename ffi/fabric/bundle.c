@@ -66,7 +66,7 @@ static at_fab_end *pick(at_fab_bundle *bundle, const int32_t *refused) {
         open[i] = !refused[i] && end != NULL && end->peer->status == AT_OK && at_fab_has_room(end);
         load[i] = open[i] ? end->posted_bytes + SMALL * end->out : 0;
     }
-    int32_t best = bundle->count != 0 ? at_share_pick(load, open, bundle->count, bundle->turn) : -1;
+    int32_t best = bundle->count != 0 ? at_share_pick(load, open, bundle->count, bundle->next_rail) : -1;
     return best >= 0 ? bundle->members[best] : NULL;
 }
 
@@ -79,7 +79,7 @@ static at_fab_slot *post_somewhere(at_fab_bundle *bundle, at_op *op, uint64_t fi
         at_fab_slot *slot = at_fab_slot_take(end->fab);
         int done = slot != NULL ? at_fab_post_slot(end, op, slot, first, most) : AT_EAGAIN;
         if (done == AT_OK) {
-            bundle->turn = (end->place + 1) % bundle->count;
+            bundle->next_rail = (end->place + 1) % bundle->count;
             return slot;
         }
         if (slot != NULL) at_fab_slot_free(end->fab, slot);

@@ -70,7 +70,7 @@ static at_fab *take_turn(at_lane *lane, int64_t id, int member) {
     at_fab *fab = end != NULL && (!member || end->bundle != NULL) ? end->fab : NULL;
     at_unlock(lane);
     if (fab == NULL) return NULL;
-    (void)pthread_mutex_lock(&fab->turn);
+    (void)pthread_mutex_lock(&fab->progress_lock);
     (void)at_fab_drain(fab);
     return fab;
 }
@@ -89,7 +89,7 @@ int at_fab_offer_make(at_lane *lane, int64_t id, uint32_t generation, at_fab_off
     end = at_fab_end_of(lane, id);
     rc = end == NULL || end->peer->status != AT_OK || end->retired ? AT_EPEER : make(end, generation, out);
     at_unlock(lane);
-    (void)pthread_mutex_unlock(&fab->turn);
+    (void)pthread_mutex_unlock(&fab->progress_lock);
     return rc == AT_OK ? at_fab_thread_start(fab) : rc;
 }
 
@@ -149,7 +149,7 @@ int at_fab_retire(at_lane *lane, int64_t id, uint64_t *arrived) {
     at_unlock(lane);
     if (fab == NULL) return AT_EUNKNOWN;
     if (!possible) return AT_ERAIL;
-    (void)pthread_mutex_lock(&fab->turn);
+    (void)pthread_mutex_lock(&fab->progress_lock);
     (void)at_fab_drain(fab);
     at_lock(lane);
     if ((end = at_fab_end_of(lane, id)) != NULL) {
@@ -161,7 +161,7 @@ int at_fab_retire(at_lane *lane, int64_t id, uint64_t *arrived) {
     at_lock(lane);
     if ((end = at_fab_end_of(lane, id)) != NULL) *arrived = end->arrived;
     at_unlock(lane);
-    (void)pthread_mutex_unlock(&fab->turn);
+    (void)pthread_mutex_unlock(&fab->progress_lock);
     return end != NULL ? AT_OK : AT_EUNKNOWN;
 }
 
@@ -196,7 +196,7 @@ int at_fab_part(at_lane *lane, int64_t id, uint32_t generation, uint64_t *arrive
     if ((end = at_fab_end_of(lane, id)) == NULL) rc = AT_EUNKNOWN;
     if (rc == AT_OK) *arrived = end->arrived;
     at_unlock(lane);
-    (void)pthread_mutex_unlock(&fab->turn);
+    (void)pthread_mutex_unlock(&fab->progress_lock);
     return rc;
 }
 

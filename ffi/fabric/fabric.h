@@ -7,7 +7,7 @@
  * peer: an endpoint of its own, so that closing it fences that peer and no other. A slot is one posted work request; it is the
  * provider's context and therefore never freed before the rail.
  *
- * Locks, in this order: fab->turn (held to make progress: to read the queue and hand out what was read), the lane's lock (everything the
+ * Locks, in this order: fab->progress_lock (held to make progress: to read the queue and hand out what was read), the lane's lock (everything the
  * lane knows, and ends and slots), fab->lock (each call into the library). A fence is called with the lane's lock and closes an endpoint
  * while another thread may hold completions of it that it has read and not handed out: the slots of a closed endpoint go into limbo,
  * and are used again only after a whole turn that began later.
@@ -175,7 +175,7 @@ struct at_fab_bundle {
     at_control *words; /* of all of them */
     at_fab_end *members[AT_FAB_MOST_RAILS]; /* NULL: gone */
     uint32_t count, users;
-    uint32_t turn;
+    uint32_t next_rail;
     int retired;       /* given up: nothing is posted any more */
     at_fab_list repost; /* notes of what is to be posted again, by whichever */
 };
@@ -234,7 +234,7 @@ typedef struct {
 
 struct at_fab {
     at_rail rail; /* first */
-    pthread_mutex_t turn, lock;
+    pthread_mutex_t progress_lock, lock;
     const at_fab_driver *driver;
     void *shared; /* the endpoint of all peers, where they cannot have one each */
     int fd;       /* of the queue, or -1 */

@@ -1,6 +1,6 @@
 /* Progress: the completion queue, read by the loop, or by a thread that stands in for it.
  *
- * The thread that holds fab->turn reads until nothing is left, posts what that has made room for, reads once more when it has posted
+ * The thread that holds fab->progress_lock reads until nothing is left, posts what that has made room for, reads once more when it has posted
  * anything, and arms the queue last: only then may a thread sleep on its descriptor. One turn is bounded; if it was not enough, the
  * loop is told to come again. The loop itself leaves off when the first events are there: what they bring about, an answer to a peer
  * that waits, is worth more than the system calls of one more look, which it takes afterwards. */
@@ -196,9 +196,9 @@ int at_fab_drain(at_fab *fab) {
 
 void at_fab_drain_now(at_rail *rail) {
     at_fab *fab = (at_fab *)rail;
-    (void)pthread_mutex_lock(&fab->turn);
+    (void)pthread_mutex_lock(&fab->progress_lock);
     if (!atomic_load(&fab->stop)) (void)at_fab_drain(fab);
-    (void)pthread_mutex_unlock(&fab->turn);
+    (void)pthread_mutex_unlock(&fab->progress_lock);
 }
 
 int at_fab_flush(at_lane *lane, int64_t peer) {
@@ -273,7 +273,7 @@ static int progress(at_fab *fab, int turn) {
 
 /* Give the turn back. Returns whether the queue is armed and no thread was turned away meanwhile. */
 static int turn_over(at_fab *fab, int armed) {
-    (void)pthread_mutex_unlock(&fab->turn);            /* order: turn over 1 */
+    (void)pthread_mutex_unlock(&fab->progress_lock);            /* order: turn over 1 */
     return armed && !atomic_exchange(&fab->missed, 0); /* order: turn over 2 */
 }
 
@@ -311,18 +311,18 @@ void at_fab_progress(at_rail *rail, int turn) {
     }
     if (from_loop) {
         atomic_store(&fab->last, at_now());
-        (void)pthread_mutex_lock(&fab->turn);
+        (void)pthread_mutex_lock(&fab->progress_lock);
         atomic_store(&fab->missed, 0);
     } else if (is_burst(fab)) {
         return;
     } else {
         atomic_store_explicit(&fab->missed, 1, memory_order_relaxed); /* order: turn wanted 1 */
         atomic_thread_fence(memory_order_seq_cst);                    /* order: turn wanted 2 */
-        if (pthread_mutex_trylock(&fab->turn) != 0) return;           /* order: turn wanted 3 */
+        if (pthread_mutex_trylock(&fab->progress_lock) != 0) return;           /* order: turn wanted 3 */
         atomic_store(&fab->missed, 0);
     }
     if (atomic_load(&fab->stop)) { /* its library may be at its own end already */
-        (void)pthread_mutex_unlock(&fab->turn);
+        (void)pthread_mutex_unlock(&fab->progress_lock);
         return;
     }
     int armed = turn_over(fab, progress(fab, turn));
@@ -353,7 +353,7 @@ static int sleep_on_queue(at_fab *fab, int ms) {
 }
 
 static int turn(at_fab *fab) {
-    (void)pthread_mutex_lock(&fab->turn);
+    (void)pthread_mutex_lock(&fab->progress_lock);
     atomic_store(&fab->missed, 0);
     return turn_over(fab, progress(fab, AT_TURN_POST));
 }
@@ -385,7 +385,7 @@ static void stand_in(at_fab *fab) {
 static void do_all(at_fab *fab) {
     uint64_t pause = NAP_LEAST;
     while (!atomic_load(&fab->stop)) {
-        (void)pthread_mutex_lock(&fab->turn);
+        (void)pthread_mutex_lock(&fab->progress_lock);
         int came = at_fab_drain(fab);
         if (!turn_over(fab, progress(fab, AT_TURN_POST))) continue;
         if (fab->fd >= 0) {
@@ -443,11 +443,11 @@ int at_fab_stop(at_rail *rail, uint64_t until) {
     at_fab *fab = (at_fab *)rail;
     atomic_store(&fab->stop, 1);
     at_fab_kick(fab);
-    while (atomic_load(&fab->running) || pthread_mutex_trylock(&fab->turn) != 0) {
+    while (atomic_load(&fab->running) || pthread_mutex_trylock(&fab->progress_lock) != 0) {
         if (at_now() >= until) return 0;
         nap(NAP_LEAST);
     }
-    (void)pthread_mutex_unlock(&fab->turn);
+    (void)pthread_mutex_unlock(&fab->progress_lock);
     return 1;
 }
 

@@ -25,7 +25,7 @@ static void fab_free(at_fab *fab) {
     at_fab_memory_close(fab);
     at_fab_slots_close(fab);
     if (fab->kick_fd >= 0) close(fab->kick_fd);
-    (void)pthread_mutex_destroy(&fab->turn);
+    (void)pthread_mutex_destroy(&fab->progress_lock);
     (void)pthread_mutex_destroy(&fab->lock);
     free(fab->ends);
     fab->driver->free(fab);
@@ -42,7 +42,7 @@ static void destroy(at_rail *rail) { fab_free((at_fab *)rail); }
 
 int at_fab_prepare(at_fab *fab, at_lane *lane, const at_fab_driver *driver) {
     fab->driver = driver;
-    (void)pthread_mutex_init(&fab->turn, NULL);
+    (void)pthread_mutex_init(&fab->progress_lock, NULL);
     (void)pthread_mutex_init(&fab->lock, NULL);
     fab->fd = -1;
     fab->news_fd = -1;
