@@ -206,7 +206,7 @@ int64_t at_fab_bundle_import_keys(at_lane *lane, int64_t id, uint32_t n, const i
     for (uint32_t i = 0; rc == AT_OK && i < bundle->count; i++)
         if (bundle->members[i] != NULL && !(known & 1u << i)) rc = AT_EPROTO;
     if (rc == AT_OK) {
-        _Atomic uint64_t *word = &bundle->words->epoch[slot]; /* epochs of a slot only rise: a letter may have come before this */
+        _Atomic uint64_t *word = &bundle->words->epoch[slot]; /* epochs of a slot only rise: a control message may have come before this */
         uint64_t before = atomic_load(word);
         if (before < epoch) atomic_store(word, epoch);
         else if (before > epoch) rc = AT_ESTALE;

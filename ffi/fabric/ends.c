@@ -132,7 +132,7 @@ void at_fab_stepped(at_fab_end *end) {
 }
 #endif
 
-/* Close its endpoint: afterwards nothing of it touches memory, and no letter is under way. */
+/* Close its endpoint: afterwards nothing of it touches memory, and no control message is under way. */
 void at_fab_end_close(at_fab_end *end) {
     at_fab *fab = end->fab;
     if (end->ep != NULL) {
@@ -141,8 +141,8 @@ void at_fab_end_close(at_fab_end *end) {
         (void)pthread_mutex_unlock(&fab->lock);
         end->closed_as = ++fab->closings;
     }
-    for (at_fab_slot *slot; (slot = end->letters.head) != NULL;) {
-        at_fab_list_remove(&end->letters, slot);
+    for (at_fab_slot *slot; (slot = end->ctrls.head) != NULL;) {
+        at_fab_list_remove(&end->ctrls, slot);
         at_fab_slot_retire(fab, slot);
     }
     end->telling = 0;

@@ -14,7 +14,7 @@
  *
  * Granting. A fabric cannot tell whether a peer is inside a write under some key, and closing a memory region does not stop a write
  * whose header was accepted. So memory is lent to one peer after the other on request (at_fab_export_key remembers to whom), a revocation is
- * a letter to each of them, and each answers when nothing of it is posted under that grant any more. Both are written and answered by
+ * a control message to each of them, and each answers when nothing of it is posted under that grant any more. Both are written and answered by
  * the thread that makes progress, without the event loop. What does not answer is fenced by closing its endpoint.
  *
  * Counting. A marked immediate names its sender. Each side numbers its work requests that carry immediates, and counts those that have
@@ -37,9 +37,9 @@
 #define AT_FAB_PIECE ((uint64_t)4 << 20)        /* of a larger write */
 #define AT_FAB_BLOCK 64u                        /* slots that are made at once */
 #define AT_FAB_IOV 4u
-#define AT_FAB_PAIRS 16u                        /* of grants in a letter */
-#define AT_FAB_PARTS 4u                         /* broken connections in a letter */
-#define AT_FAB_RECEIVES 4u                      /* posted for letters, per end */
+#define AT_FAB_PAIRS 16u                        /* of grants in a control message */
+#define AT_FAB_PARTS 4u                         /* broken connections in a control message */
+#define AT_FAB_RECEIVES 4u                      /* posted for control messages, per end */
 #define AT_FAB_MOST_PEERS (1u << 20)            /* what a mark can name */
 #define AT_FAB_MOST_COUNT (1u << 12)            /* pages that one mark can count */
 #define AT_FAB_MOST_RAILS 16u                   /* connections to one peer that are taken as one */
@@ -62,7 +62,7 @@ typedef struct {
         int64_t peer;
         uint64_t generation, arrived;
     } part[AT_FAB_PARTS];
-} at_fab_letter;
+} at_fab_ctrl;
 
 enum at_fab_slot_state {
     AT_SLOT_FREE,
@@ -72,7 +72,7 @@ enum at_fab_slot_state {
     AT_SLOT_LIMBO,     /* its endpoint is closed: a late completion may still name it */
     AT_SLOT_ORPHAN     /* its end is gone, the shared endpoint is not: its completion will come */
 };
-enum at_fab_slot_kind { AT_SLOT_WORK, AT_SLOT_LETTER_OUT, AT_SLOT_LETTER_IN };
+enum at_fab_slot_kind { AT_SLOT_WORK, AT_SLOT_CTRL_OUT, AT_SLOT_CTRL_IN };
 
 struct at_fab_slot {
     void *context[8]; /* first: what a completion names, and the library's to use (struct fi_context2) */
@@ -88,7 +88,7 @@ struct at_fab_slot {
     int pooled;              /* it has AT_FAB_PIECE bytes and may be a spare one afterwards */
     uint8_t *lands;          /* where they go when they have been read; NULL: they are written */
     int state, kind;
-    at_fab_letter letter;
+    at_fab_ctrl ctrl;
 };
 
 typedef struct {
@@ -100,19 +100,19 @@ typedef struct {
  *   state    ep joined begun heard
  *   CLOSED   -    any   any   any   never opened, or broken: the rest is of the generation that is over, until the next one is made
  *   MADE     x     -     -     -    our offer goes to the other side
- *   EARLY    x     -     -     x    its first letter has overtaken its offer
+ *   EARLY    x     -     -     x    its first control message has overtaken its offer
  *   JOINED   x     x     -     -    its offer was taken, and it is the other side that begins: we post nothing yet
- *   BEGUN    x     x     x     -    its offer was taken, and we begin: letters go out, and posts of a connection that is the only one
- *   UP       x     x     x     x    a letter has come: bytes get through
+ *   BEGUN    x     x     x     -    its offer was taken, and we begin: control messages go out, and posts of a connection that is the only one
+ *   UP       x     x     x     x    a control message has come: bytes get through
  *
  *   from     to       by
  *   CLOSED   MADE     at_fab_offer_make
- *   MADE     EARLY    a letter, see letter_in of queue.c
+ *   MADE     EARLY    a control message, see ctrl_in of queue.c
  *   MADE     JOINED   at_fab_offer_take, `first` is 0
  *   MADE     BEGUN    at_fab_offer_take, `first` is 1
  *   EARLY    UP       at_fab_offer_take
- *   JOINED   UP       a letter
- *   BEGUN    UP       a letter
+ *   JOINED   UP       a control message
+ *   BEGUN    UP       a control message
  *   each     CLOSED   at_fab_end_close, mostly by at_fab_end_break
  *
  * at_fab_stepped stands where a step is over; builds with a sanitizer check it there. What else is said of an end goes beside this, in each
@@ -137,7 +137,7 @@ struct at_fab_end {
     uint32_t generation;
     int joined;          /* the other side's offer of this generation was taken */
     int begun;           /* and it is our turn to post */
-    int heard;           /* a letter has come: bytes do get through */
+    int heard;           /* a control message has come: bytes do get through */
     int state;           /* AT_CONN_*: what these said after the last step. Only builds with a sanitizer look at it */
     uint64_t closed_as;  /* which closing its last one was; see at_fab.closings */
     int troubled;        /* its connection broke by itself: the other side may be making another one */
@@ -152,13 +152,13 @@ struct at_fab_end {
     uint64_t posted_bytes;
     uint64_t serial, arrived;      /* work requests with immediates: posted (less those that never arrived), counted here */
     uint64_t arrived_before;       /* what of these the offer of this generation says */
-    at_fab_list posted, unconfirmed, repost, letters;
+    at_fab_list posted, unconfirmed, repost, ctrls;
     at_control *words;   /* the epochs of its grants, as far as they are known here */
 
-    int telling;         /* a letter is under way */
+    int telling;         /* a control message is under way */
     uint64_t ping, answered_native, answered_loop; /* ours, and what came back */
     uint64_t asked, pong_loop;                     /* theirs: the last they asked, and the last our loop has answered */
-    uint64_t signs;      /* what else has come of it, as good as an answer: on a slow link a letter waits behind much data */
+    uint64_t signs;      /* what else has come of it, as good as an answer: on a slow link a control message waits behind much data */
     int news;            /* a ping or an answer is to be told */
     uint8_t *hold;       /* by slot: what of ours it holds (AT_HOLD_*) */
     uint32_t hold_room;
@@ -168,7 +168,7 @@ struct at_fab_end {
 };
 
 /* Several connections to one peer, by as many rails, taken as one: a peer of the lane whose operations are shared out over them, run by
- * run. Each connection is a peer of the lane too, with letters, counts and fences of its own; operations name the bundle. When one breaks,
+ * run. Each connection is a peer of the lane too, with control messages, counts and fences of its own; operations name the bundle. When one breaks,
  * both sides fence it and tell each other what they have counted by it (at_fab_part), and the rest goes out by the others. */
 struct at_fab_bundle {
     at_peer *peer;     /* NULL: gone, and kept for the connections that are left */
@@ -185,7 +185,7 @@ typedef struct {
     uint64_t key, base;
 } at_fab_mr;
 
-enum at_fab_use { AT_USE_LOCAL = 1, AT_USE_REMOTE_WRITE = 2, AT_USE_REMOTE_READ = 4, AT_USE_LETTERS = 8 }; /* what memory is registered for */
+enum at_fab_use { AT_USE_LOCAL = 1, AT_USE_REMOTE_WRITE = 2, AT_USE_REMOTE_READ = 4, AT_USE_CTRL = 8 }; /* what memory is registered for */
 
 /* The pieces of one work request. */
 typedef struct {
@@ -216,7 +216,7 @@ typedef struct {
     int (*name)(at_fab_end *end, at_fab_offer *out); /* what the other side joins by */
     int (*join)(at_fab_end *end, const at_fab_offer *theirs);
     int (*receive)(at_fab_end *end, at_fab_slot *slot); /* NULL: the driver keeps receives of its own */
-    int (*send)(at_fab_end *end, at_fab_slot *slot);    /* its letter. EAGAIN: later */
+    int (*send)(at_fab_end *end, at_fab_slot *slot);    /* its control message. EAGAIN: later */
     int (*post)(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int read, int counts, uint64_t data); /* EAGAIN: later */
     int (*flush)(at_fab_end *end); /* what post has gathered; NULL: it gathers nothing */
     int (*read)(at_fab *fab, at_fab_entry *entries, int most); /* how many */
@@ -332,7 +332,7 @@ void at_fab_bundle_leave(at_fab_end *end);        /* it is destroyed */
 void at_fab_bundle_refill(at_fab_bundle *bundle); /* there may be room for more */
 
 /* part.c, with the lane's lock */
-void at_fab_read_parts(at_fab_end *carrier, const at_fab_letter *letter);
+void at_fab_read_parts(at_fab_end *carrier, const at_fab_ctrl *ctrl);
 void at_fab_owe_parts(at_fab_bundle *bundle); /* one has broken or come up: what is broken is to be told, also again */
 void at_fab_tell_parts(at_fab_bundle *bundle); /* by one that is up, as far as the numbers are final */
 
@@ -357,7 +357,7 @@ at_fab_end *at_fab_end_of(at_lane *lane, int64_t peer); /* NULL: no such peer of
 /* peer.c, with the lane's lock */
 void at_fab_end_refill(at_fab_end *end);
 void at_fab_end_begin(at_fab_end *end); /* the other side's offer was taken: it is our turn to post */
-void at_fab_up(at_fab_end *end);        /* both sides have joined, and a letter has come */
+void at_fab_up(at_fab_end *end);        /* both sides have joined, and a control message has come */
 extern const at_port at_fab_port;
 
 /* post.c, with the lane's lock */
@@ -369,11 +369,11 @@ void at_fab_flush_posts(at_peer *peer); /* what was gathered goes out */
 void at_fab_still_stalled(at_peer *peer, const at_fab_list *repost); /* a part of it */
 void at_fab_repost(at_fab_end *end); /* what is to be posted again, as far as the window allows */
 
-/* letters.c, with the lane's lock */
+/* ctrl.c, with the lane's lock */
 int at_fab_receive(at_fab_end *end);             /* post one more receive: AT_OK or AT_EIO */
-void at_fab_tell(at_fab_end *end);               /* send a letter if there is something to say and none under way */
-at_fab_end *at_fab_letter_from(at_fab *fab, const at_fab_slot *slot); /* of whom a letter has come; NULL: of no connection that there is */
-void at_fab_read(at_fab_end *end, const at_fab_letter *letter);
+void at_fab_tell(at_fab_end *end);               /* send a control message if there is something to say and none under way */
+at_fab_end *at_fab_ctrl_from(at_fab *fab, const at_fab_slot *slot); /* of whom a control message has come; NULL: of no connection that there is */
+void at_fab_read(at_fab_end *end, const at_fab_ctrl *ctrl);
 void at_fab_retired(at_fab_end *end);            /* something of it is no longer posted: may a grant be confirmed? */
 void at_fab_say_again(at_fab_end *end);          /* after opening again: what may have been lost */
 void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch); /* a grant of theirs is over: so are our operations under it */
@@ -386,7 +386,7 @@ void at_fab_answer(at_peer *peer, int from_loop);
 /* queue.c */
 void at_fab_progress(at_rail *rail, int turn); /* AT_TURN_* */
 int at_fab_drain(at_fab *fab); /* with the turn only: hand out all that has completed; how much that was */
-int at_fab_thread_start(at_fab *fab); /* AT_OK or AT_EIO: no thread would answer letters while the loop is blocked */
+int at_fab_thread_start(at_fab *fab); /* AT_OK or AT_EIO: no thread would answer control messages while the loop is blocked */
 int at_fab_stop(at_rail *rail, uint64_t until);
 void at_fab_thread_stop(at_fab *fab);
 void at_fab_drain_now(at_rail *rail);

@@ -59,7 +59,7 @@ int64_t at_fab_import_key(at_lane *lane, int64_t peer, uint64_t address, uint64_
     at_fab_end *end = at_fab_end_of(lane, peer);
     int rc = end == NULL || end->peer->status != AT_OK ? AT_EPEER : slot >= AT_GRANTS || (epoch & 1u) == 0 ? AT_EPROTO : AT_OK;
     if (rc == AT_OK) {
-        _Atomic uint64_t *word = &end->words->epoch[slot]; /* epochs of a slot only rise: a letter may have come before this */
+        _Atomic uint64_t *word = &end->words->epoch[slot]; /* epochs of a slot only rise: a control message may have come before this */
         uint64_t known = atomic_load(word);
         if (known < epoch) atomic_store(word, epoch);
         else if (known > epoch) rc = AT_ESTALE;

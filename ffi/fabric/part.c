@@ -1,23 +1,23 @@
-/* One of several connections has broken: both sides fence it and tell each other, in letters by one of the others, what they have counted
+/* One of several connections has broken: both sides fence it and tell each other, in control messages by one of the others, what they have counted
  * by it. What was not among that goes out again, by whichever is up. No event loop has a hand in this.
  *
  * The number that a side tells is final: its endpoint is closed, and everything that had arrived has been handed out. It is told again
- * whenever another connection breaks or comes up, since the letter may have been lost; told twice it changes nothing, and told late, of a
+ * whenever another connection breaks or comes up, since the control message may have been lost; told twice it changes nothing, and told late, of a
  * generation that is over, neither. Where no connection is left the engines ask each other by their control connection (at_fab_part). */
 
 #include "fabric.h"
 
-void at_fab_read_parts(at_fab_end *carrier, const at_fab_letter *letter) {
+void at_fab_read_parts(at_fab_end *carrier, const at_fab_ctrl *ctrl) {
     at_lane *lane = carrier->peer->lane;
-    if (carrier->bundle == NULL || letter->parts > AT_FAB_PARTS) return;
-    for (uint32_t i = 0; i < letter->parts; i++) {
-        at_fab_end *end = at_fab_end_of(lane, letter->part[i].peer);
+    if (carrier->bundle == NULL || ctrl->parts > AT_FAB_PARTS) return;
+    for (uint32_t i = 0; i < ctrl->parts; i++) {
+        at_fab_end *end = at_fab_end_of(lane, ctrl->part[i].peer);
         if (end == NULL || end == carrier || end->bundle != carrier->bundle || end->retired) continue;
-        if (end->generation > letter->part[i].generation) continue; /* of a connection before this one, which is settled */
+        if (end->generation > ctrl->part[i].generation) continue; /* of a connection before this one, which is settled */
         at_peer *peer = end->peer;
         peer->users++;
         if (end->ep != NULL) at_fab_end_break(end, 0); /* the other side has it opened again */
-        at_fab_reconcile(end, letter->part[i].arrived);
+        at_fab_reconcile(end, ctrl->part[i].arrived);
         at_fab_bundle_refill(end->bundle);
         at_peer_release(peer);
     }

@@ -8,7 +8,7 @@
 /* ---- coming up ---- */
 
 /* Two connections that are made from both sides at once crossed badly in libfabric 1.17 (the address sanitizer found it using freed
- * memory): one side begins, and the other when that one's first letter has come. */
+ * memory): one side begins, and the other when that one's first control message has come. */
 void at_fab_end_begin(at_fab_end *end) {
     end->begun = 1;
     end->peer->paused = 0;

@@ -77,18 +77,18 @@ static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
     at_peer_release(peer);
 }
 
-static void letter_in(at_fab *fab, at_fab_slot *slot, int good) {
+static void ctrl_in(at_fab *fab, at_fab_slot *slot, int good) {
     at_fab_end *end = slot->end;
-    if (end != NULL) at_fab_list_remove(&end->letters, slot);
-    const at_fab_letter letter = slot->letter;
-    at_fab_end *from = good ? at_fab_letter_from(fab, slot) : NULL;
+    if (end != NULL) at_fab_list_remove(&end->ctrls, slot);
+    const at_fab_ctrl ctrl = slot->ctrl;
+    at_fab_end *from = good ? at_fab_ctrl_from(fab, slot) : NULL;
     if (from != NULL) {
         int first = !from->heard;
         from->heard = 1;
-        if (from->joined && first) at_fab_up(from); /* else it is as soon as the offer that the letter overtook is taken */
+        if (from->joined && first) at_fab_up(from); /* else it is as soon as the offer that the control message overtook is taken */
         at_fab_stepped(from);
-        at_fab_read(from, &letter);
-        at_fab_read_parts(from, &letter);
+        at_fab_read(from, &ctrl);
+        at_fab_read_parts(from, &ctrl);
         at_fab_tell(from);
     }
     at_fab_slot_free(fab, slot);
@@ -104,12 +104,12 @@ static void completed(at_fab *fab, at_fab_slot *slot, int error) {
         at_fab_slot_free(fab, slot);
     } else if (slot->state != AT_SLOT_POSTED) {
         if (slot->state != AT_SLOT_LIMBO) fab->rail.lane->stats.unknown_completions++;
-    } else if (slot->kind == AT_SLOT_LETTER_IN) {
-        letter_in(fab, slot, error == 0);
+    } else if (slot->kind == AT_SLOT_CTRL_IN) {
+        ctrl_in(fab, slot, error == 0);
     } else if (error != 0 && at_fab_is(fab, AT_FAB_PRIVATE)) {
         at_fab_end_break(end, error); /* after any error: what else is posted there may never complete */
-    } else if (slot->kind == AT_SLOT_LETTER_OUT) {
-        at_fab_list_remove(&end->letters, slot);
+    } else if (slot->kind == AT_SLOT_CTRL_OUT) {
+        at_fab_list_remove(&end->ctrls, slot);
         at_fab_slot_free(fab, slot);
         end->telling = 0;
         at_fab_tell(end);

@@ -19,7 +19,7 @@ static int add_block(at_fab *fab) {
     at_fab_slot *block = calloc(BLOCK, sizeof *block);
     if (block == NULL) return -1;
     at_fab_mr mr = {0};
-    if (at_fab_is(fab, AT_FAB_LOCAL_MR) && at_fab_register_host(fab, block, BLOCK * sizeof *block, AT_USE_LETTERS, &mr) != AT_OK) {
+    if (at_fab_is(fab, AT_FAB_LOCAL_MR) && at_fab_register_host(fab, block, BLOCK * sizeof *block, AT_USE_CTRL, &mr) != AT_OK) {
         free(block);
         return -1;
     }

@@ -88,11 +88,11 @@ static int ofi_join(at_fab_end *end, const at_fab_offer *theirs) {
 }
 
 static int ofi_receive(at_fab_end *end, at_fab_slot *slot) {
-    return (int)-fi_recv(endpoint(end), &slot->letter, sizeof slot->letter, slot->desc, FI_ADDR_UNSPEC, slot->context);
+    return (int)-fi_recv(endpoint(end), &slot->ctrl, sizeof slot->ctrl, slot->desc, FI_ADDR_UNSPEC, slot->context);
 }
 
 static int ofi_send(at_fab_end *end, at_fab_slot *slot) {
-    struct iovec piece = {&slot->letter, sizeof slot->letter};
+    struct iovec piece = {&slot->ctrl, sizeof slot->ctrl};
     struct fi_msg message = {.msg_iov = &piece, .desc = &slot->desc, .iov_count = 1, .addr = end->to, .context = slot->context};
     return (int)-fi_sendmsg(endpoint(end), &message, FI_COMPLETION | (at_fab_is(end->fab, AT_FAB_DELIVERY) ? FI_DELIVERY_COMPLETE : 0));
 }
@@ -147,7 +147,7 @@ static int ofi_arm(at_fab *fab) {
 static int ofi_enroll(at_fab *fab, const at_fab_memory *wanted, unsigned use, at_fab_mr *out) {
     at_fab_memory memory = *wanted;
     uint64_t access = (use & AT_USE_LOCAL ? FI_READ | FI_WRITE : 0) | (use & AT_USE_REMOTE_WRITE ? FI_REMOTE_WRITE : 0) |
-                      (use & AT_USE_REMOTE_READ ? FI_REMOTE_READ : 0) | (use & AT_USE_LETTERS ? FI_SEND | FI_RECV : 0);
+                      (use & AT_USE_REMOTE_READ ? FI_REMOTE_READ : 0) | (use & AT_USE_CTRL ? FI_SEND | FI_RECV : 0);
     if (fab->facts.version < DMABUF_SINCE) memory.dmabuf_fd = -1;
     struct fid_mr *mr = NULL;
     int rc = -FI_EINVAL;

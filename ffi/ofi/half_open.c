@@ -7,7 +7,7 @@
  * A stranger that sends a request that parses is let in by that provider: it takes a descriptor for each, and one that claims to
  * come from the peer takes the place of the peer's own connection. So the door is shut as soon as the peer is in (at_ofi_shut_door): the
  * socket that listens gives way to one that is bound to the same port and does not, under the same number, as the provider goes on
- * using that. The kernel refuses what comes afterwards. Those who came in before the peer are shut down; they have not sent a letter.
+ * using that. The kernel refuses what comes afterwards. Those who came in before the peer are shut down; they have not sent a control message.
  *
  * Closing. That provider (seen in 1.17 and 2.5) accepts a connection, and reads the request that follows it later; by then it looks at the
  * endpoint, also when that was closed in between, and reads freed memory (fi_dupinfo within fi_cq_read, found by the address sanitizer).
@@ -106,12 +106,12 @@ static int bound_beside(int old) {
     return -1;
 }
 
-/* A connection that was accepted at the port, and by which no letter can have come. */
+/* A connection that was accepted at the port, and by which no control message can have come. */
 static int is_stranger(int fd, in_port_t port) {
     uint64_t info[RECEIVED_AT / sizeof(uint64_t) + 1];
     socklen_t n = sizeof info;
     return role_at(fd, port) == 0 && getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &n) == 0 && n == sizeof info &&
-           info[RECEIVED_AT / sizeof(uint64_t)] < sizeof(at_fab_letter);
+           info[RECEIVED_AT / sizeof(uint64_t)] < sizeof(at_fab_ctrl);
 }
 
 /* How many strangers have been shut down, from this descriptor on, up to `end` or to where no more are in use. */

@@ -23,7 +23,7 @@ struct message {
     uint64_t data;
     at_fab_vector v;
     uint8_t *copy; /* of what is written, once its memory may change */
-    at_fab_letter letter;
+    at_fab_ctrl ctrl;
 };
 
 typedef struct rail rail;
@@ -184,7 +184,7 @@ static int enqueue(at_fab_end *end, const message *what) {
 
 static int simrail_send(at_fab_end *end, at_fab_slot *slot) {
     if (chance(((rail *)end->fab)->net, REFUSED) == 0) return EAGAIN;
-    message m = {.slot = slot, .kind = WIRE_LETTER, .letter = slot->letter};
+    message m = {.slot = slot, .kind = WIRE_LETTER, .ctrl = slot->ctrl};
     return enqueue(end, &m);
 }
 
@@ -275,7 +275,7 @@ static int land(at_simrail *net, message *m, endpoint *there) {
     if (m->kind == WIRE_LETTER) {
         if (there->receive_count == 0) return 0;
         at_fab_slot *slot = there->receives[--there->receive_count];
-        slot->letter = m->letter;
+        slot->ctrl = m->ctrl;
         tell(r, (at_fab_entry){.slot = slot});
         return 1;
     }

@@ -13,9 +13,9 @@ static int one(at_vrb *vrb, const at_fab_memory *memory, unsigned access, struct
 
 int at_vrb_enroll(at_fab *fab, const at_fab_memory *memory, unsigned use, at_fab_mr *out) {
     at_vrb *vrb = at_vrb_of(fab);
-    unsigned access = (use & (AT_USE_LOCAL | AT_USE_LETTERS | AT_USE_REMOTE_WRITE) ? IBV_ACCESS_LOCAL_WRITE : 0u) |
+    unsigned access = (use & (AT_USE_LOCAL | AT_USE_CTRL | AT_USE_REMOTE_WRITE) ? IBV_ACCESS_LOCAL_WRITE : 0u) |
                       (use & AT_USE_REMOTE_WRITE ? IBV_ACCESS_REMOTE_WRITE : 0u) | (use & AT_USE_REMOTE_READ ? IBV_ACCESS_REMOTE_READ : 0u);
-    if (!(use & AT_USE_LETTERS)) access |= IBV_ACCESS_RELAXED_ORDERING;
+    if (!(use & AT_USE_CTRL)) access |= IBV_ACCESS_RELAXED_ORDERING;
     struct ibv_mr *mr = NULL;
     int rc = EOPNOTSUPP;
     if (memory->dmabuf_fd >= 0 && at_vrb_library.register_dmabuf != NULL) {

@@ -68,7 +68,7 @@ int at_vrb_send(at_fab_end *end, at_fab_slot *slot) {
     int rc = at_vrb_flush(end);
     if (rc != 0) return rc;
     const struct ibv_mr *mr = slot->desc;
-    struct ibv_sge sge = {.addr = (uint64_t)(uintptr_t)&slot->letter, .length = sizeof slot->letter, .lkey = mr->lkey};
+    struct ibv_sge sge = {.addr = (uint64_t)(uintptr_t)&slot->ctrl, .length = sizeof slot->ctrl, .lkey = mr->lkey};
     struct ibv_send_wr wr = {.wr_id = (uint64_t)(uintptr_t)slot, .sg_list = &sge, .num_sge = 1, .opcode = IBV_WR_SEND, .send_flags = IBV_SEND_SIGNALED};
     q->spent++;
     return post_chain(q, &wr, 1);

@@ -45,7 +45,7 @@ static int translate(at_vrb *vrb, const struct ibv_wc *wc, at_fab_entry *out) {
         return 0;
     }
     out->slot = (at_fab_slot *)(uintptr_t)wc->wr_id;
-    if (out->slot->kind != AT_SLOT_LETTER_IN) return 1;
+    if (out->slot->kind != AT_SLOT_CTRL_IN) return 1;
     vrb->stocked--;
     if (out->error == 0 && q != NULL) q->used++;
     out->arrival = out->error == 0 && wc->opcode == IBV_WC_RECV_RDMA_WITH_IMM;
@@ -98,9 +98,9 @@ static int stock(at_vrb *vrb) {
     for (uint32_t missing; (missing = how_many_are_missing(vrb, wanted)) != 0;) {
         uint32_t n = 0;
         for (; n < BATCH && n < missing && (slots[n] = at_fab_slot_take(fab)) != NULL; n++) {
-            slots[n]->kind = AT_SLOT_LETTER_IN;
+            slots[n]->kind = AT_SLOT_CTRL_IN;
             slots[n]->state = AT_SLOT_POSTED;
-            sges[n] = (struct ibv_sge){.addr = (uint64_t)(uintptr_t)&slots[n]->letter, .length = sizeof slots[n]->letter,
+            sges[n] = (struct ibv_sge){.addr = (uint64_t)(uintptr_t)&slots[n]->ctrl, .length = sizeof slots[n]->ctrl,
                                        .lkey = ((const struct ibv_mr *)slots[n]->desc)->lkey};
             chain[n] = (struct ibv_recv_wr){.wr_id = (uint64_t)(uintptr_t)slots[n], .sg_list = &sges[n], .num_sge = 1};
             if (n != 0) chain[n - 1].next = &chain[n];

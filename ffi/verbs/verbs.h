@@ -1,6 +1,6 @@
 /* libibverbs as a driver of the fabric provider: one reliable connection (queue pair) for each peer and rail.
  *
- * Receives. A write with an immediate uses up a receive at the target, and so does a letter. All connections of a rail share one
+ * Receives. A write with an immediate uses up a receive at the target, and so does a control message. All connections of a rail share one
  * receive queue, which holds CREDITS for each of them; a sender counts what it has used up and stops when the target has not
  * given them back. It gives them back by writing how many it has ever used up and replaced into a word of the sender's, which needs no
  * receive: so neither a full receive queue (an RNR storm) nor a deadlock of two sides without credit can come about. A connection is
@@ -23,8 +23,8 @@
 
 #define AT_VRB_CHAIN 16u
 #define AT_VRB_CREDITS 128u               /* receives for each connection */
-#define AT_VRB_RESERVE 16u                /* of them, for letters alone */
-#define AT_VRB_SENDS (AT_FAB_WINDOW + 8u) /* the window, a letter, credit, the marker */
+#define AT_VRB_RESERVE 16u                /* of them, for control messages alone */
+#define AT_VRB_SENDS (AT_FAB_WINDOW + 8u) /* the window, a control message, credit, the marker */
 #define AT_VRB_PER_PEER (AT_VRB_CREDITS + AT_VRB_SENDS) /* completions that one connection may have in the queue */
 #define AT_VRB_BUCKETS 256u
 

@@ -28,7 +28,7 @@ GUARDS = (
         "tests/native/test_reposts.py",
     ),
     Mutant(
-        "withheld: a grant that is over ends what waits for a copier", "ffi/fabric/letters.c",
+        "withheld: a grant that is over ends what waits for a copier", "ffi/fabric/ctrl.c",
         "for (int risk = 0; risk < AT_RISKS; risk++) {\n        for (at_op *op",
         "for (int risk = 0; risk < 1; risk++) {\n        for (at_op *op",
         "tests/engine/test_withheld.py",
@@ -121,7 +121,7 @@ GUARDS = (
         "tests/engine/test_leases.py",
     ),
     Mutant(
-        "waiting for a holder on another host", "ffi/fabric/letters.c",
+        "waiting for a holder on another host", "ffi/fabric/ctrl.c",
         "return may_still && slot < end->hold_room", "return 0 && may_still && slot < end->hold_room",
         "tests/hosts/test_leases.py",
     ),
@@ -216,11 +216,11 @@ GUARDS = (
         "shelf->mask + 1 < SLOTS || bit < LAST_BIT ? widen", "bit >= 0 ? widen", "tests/native/test_values.py",
     ),
     Mutant(
-        "letters: a grant is confirmed when nothing is posted under it", "ffi/fabric/letters.c",
+        "letters: a grant is confirmed when nothing is posted under it", "ffi/fabric/ctrl.c",
         " && !in_use(end, slot, after - 1)) {", ") {", "tests/native/test_letters.py",
     ),
     Mutant(
-        "letters: what is named twice is owed once", "ffi/fabric/letters.c",
+        "letters: what is named twice is owed once", "ffi/fabric/ctrl.c",
         "    end->over_count += (end->over[slot / 64] & bit) == 0;\n", "    end->over_count++;\n", "tests/native/test_letters.py",
     ),
     Mutant(

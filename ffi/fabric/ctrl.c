@@ -1,6 +1,6 @@
 /* Letters: signs of life, revocations and their confirmations, written and answered by the thread that makes progress, without the loop.
  *
- * One letter at a time is under way in each direction, and says all that is to be said when it is written. What a lost one said is
+ * One control message at a time is under way in each direction, and says all that is to be said when it is written. What a lost one said is
  * said again once the connection is open again: grants that are taken back stay AT_HOLD_TELL or AT_HOLD_TOLD until they are confirmed. */
 
 #include "fabric.h"
@@ -13,7 +13,7 @@ int at_fab_receive(at_fab_end *end) {
     at_fab *fab = end->fab;
     at_fab_slot *slot = at_fab_slot_take(fab);
     if (slot == NULL) return AT_ENOMEM;
-    slot->kind = AT_SLOT_LETTER_IN;
+    slot->kind = AT_SLOT_CTRL_IN;
     slot->state = AT_SLOT_POSTED;
     slot->end = fab->shared != NULL ? NULL : end; /* those of a shared endpoint belong to no end */
     (void)pthread_mutex_lock(&fab->lock);
@@ -24,11 +24,11 @@ int at_fab_receive(at_fab_end *end) {
         fab->rail.lane->oserror = rc;
         return AT_EIO;
     }
-    if (slot->end != NULL) at_fab_list_add(&end->letters, slot);
+    if (slot->end != NULL) at_fab_list_add(&end->ctrls, slot);
     return AT_OK;
 }
 
-/* ---- what a letter tells of connections that have broken: see part.c ---- */
+/* ---- what a control message tells of connections that have broken: see part.c ---- */
 
 /* Closed, and its number is final. */
 static int is_ready(const at_fab_end *end) {
@@ -42,22 +42,22 @@ static uint32_t owed_parts(const at_fab_end *carrier) {
     return n;
 }
 
-static void write_parts(at_fab_end *carrier, at_fab_letter *letter) {
+static void write_parts(at_fab_end *carrier, at_fab_ctrl *ctrl) {
     const at_fab_bundle *bundle = carrier->bundle;
-    for (uint32_t i = 0; bundle != NULL && i < bundle->count && letter->parts < AT_FAB_PARTS; i++) {
+    for (uint32_t i = 0; bundle != NULL && i < bundle->count && ctrl->parts < AT_FAB_PARTS; i++) {
         at_fab_end *end = bundle->members[i];
         if (end == NULL || !is_ready(end)) continue;
-        letter->part[letter->parts].peer = end->their_peer;
-        letter->part[letter->parts].generation = end->generation;
-        letter->part[letter->parts++].arrived = end->arrived;
+        ctrl->part[ctrl->parts].peer = end->their_peer;
+        ctrl->part[ctrl->parts].generation = end->generation;
+        ctrl->part[ctrl->parts++].arrived = end->arrived;
     }
 }
 
-static void parts_sent(at_fab_end *carrier, const at_fab_letter *letter) {
+static void parts_sent(at_fab_end *carrier, const at_fab_ctrl *ctrl) {
     const at_fab_bundle *bundle = carrier->bundle;
-    for (uint32_t i = 0; i < letter->parts; i++)
+    for (uint32_t i = 0; i < ctrl->parts; i++)
         for (uint32_t k = 0; k < bundle->count; k++)
-            if (bundle->members[k] != NULL && bundle->members[k]->their_peer == letter->part[i].peer) bundle->members[k]->owes = 0;
+            if (bundle->members[k] != NULL && bundle->members[k]->their_peer == ctrl->part[i].peer) bundle->members[k]->owes = 0;
 }
 
 /* ---- what we say ---- */
@@ -69,10 +69,10 @@ static int in_use(const at_fab_end *end, uint32_t grant, uint64_t epoch) {
     return 0;
 }
 
-static void pair_up(at_fab_letter *letter, uint32_t slot, uint64_t epoch) {
-    uint32_t i = letter->revoked + letter->over;
-    letter->pairs[i].slot = slot;
-    letter->pairs[i].epoch = epoch;
+static void pair_up(at_fab_ctrl *ctrl, uint32_t slot, uint64_t epoch) {
+    uint32_t i = ctrl->revoked + ctrl->over;
+    ctrl->pairs[i].slot = slot;
+    ctrl->pairs[i].epoch = epoch;
 }
 
 /* A confirmation is not owed any more: it is under way, or its grant's slot has another grant since. */
@@ -84,48 +84,48 @@ static void owed_no_more(at_fab_end *end, uint32_t slot) {
 
 /* Those that nothing is posted under any more, as many as there is room for. What is posted is bounded by the window, so few are passed
  * over, also when the other side has named many. */
-static void confirm(at_fab_end *end, at_fab_letter *letter) {
+static void confirm(at_fab_end *end, at_fab_ctrl *ctrl) {
     uint32_t left = end->over_count;
-    for (uint32_t word = 0; left != 0 && letter->revoked + letter->over < AT_FAB_PAIRS; word++) {
+    for (uint32_t word = 0; left != 0 && ctrl->revoked + ctrl->over < AT_FAB_PAIRS; word++) {
         for (uint64_t bits = end->over[word]; bits != 0; bits &= bits - 1) {
             uint32_t slot = word * 64 + (uint32_t)__builtin_ctzll(bits);
             uint64_t after = atomic_load(&end->words->epoch[slot]); /* the epoch that was taken back, and 1 */
             left--;
             if (after & 1u) {
                 owed_no_more(end, slot);
-            } else if (letter->revoked + letter->over < AT_FAB_PAIRS && !in_use(end, slot, after - 1)) {
-                pair_up(letter, slot, after - 1);
-                letter->over++;
+            } else if (ctrl->revoked + ctrl->over < AT_FAB_PAIRS && !in_use(end, slot, after - 1)) {
+                pair_up(ctrl, slot, after - 1);
+                ctrl->over++;
             }
         }
     }
 }
 
-static void write_letter(at_fab_end *end, at_fab_letter *letter) {
+static void write_ctrl(at_fab_end *end, at_fab_ctrl *ctrl) {
     at_lane *lane = end->peer->lane;
-    memset(letter, 0, sizeof *letter);
-    letter->mark = end->their_mark;
-    letter->generation = end->generation;
-    letter->ping = end->ping;
-    letter->pong_native = end->asked;
-    letter->pong_loop = end->pong_loop;
-    for (uint32_t i = 0; i < end->hold_room && letter->revoked < end->to_tell && letter->revoked < AT_FAB_PAIRS; i++) {
+    memset(ctrl, 0, sizeof *ctrl);
+    ctrl->mark = end->their_mark;
+    ctrl->generation = end->generation;
+    ctrl->ping = end->ping;
+    ctrl->pong_native = end->asked;
+    ctrl->pong_loop = end->pong_loop;
+    for (uint32_t i = 0; i < end->hold_room && ctrl->revoked < end->to_tell && ctrl->revoked < AT_FAB_PAIRS; i++) {
         if (end->hold[i] != AT_HOLD_TELL) continue;
-        pair_up(letter, i, atomic_load(&lane->control->epoch[i]) - 1);
-        letter->revoked++;
+        pair_up(ctrl, i, atomic_load(&lane->control->epoch[i]) - 1);
+        ctrl->revoked++;
     }
-    confirm(end, letter);
-    write_parts(end, letter);
+    confirm(end, ctrl);
+    write_parts(end, ctrl);
 }
 
-/* Note that a letter is under way: what it says need not be said again, unless the connection breaks. */
-static void letter_sent(at_fab_end *end, const at_fab_letter *letter) {
+/* Note that a control message is under way: what it says need not be said again, unless the connection breaks. */
+static void ctrl_sent(at_fab_end *end, const at_fab_ctrl *ctrl) {
     end->telling = 1;
     end->news = 0;
-    for (uint32_t i = 0; i < letter->revoked; i++) end->hold[letter->pairs[i].slot] = AT_HOLD_TOLD;
-    end->to_tell -= letter->revoked;
-    for (uint32_t i = 0; i < letter->over; i++) owed_no_more(end, letter->pairs[letter->revoked + i].slot);
-    parts_sent(end, letter);
+    for (uint32_t i = 0; i < ctrl->revoked; i++) end->hold[ctrl->pairs[i].slot] = AT_HOLD_TOLD;
+    end->to_tell -= ctrl->revoked;
+    for (uint32_t i = 0; i < ctrl->over; i++) owed_no_more(end, ctrl->pairs[ctrl->revoked + i].slot);
+    parts_sent(end, ctrl);
 }
 
 void at_fab_tell(at_fab_end *end) {
@@ -134,20 +134,20 @@ void at_fab_tell(at_fab_end *end) {
     if (!end->news && end->to_tell == 0 && end->over_count == 0 && owed_parts(end) == 0) return;
     at_fab_slot *slot = at_fab_slot_take(fab);
     if (slot == NULL) return;
-    write_letter(end, &slot->letter);
-    if (!end->news && slot->letter.revoked + slot->letter.over + slot->letter.parts == 0) { /* only confirmations that have to wait */
+    write_ctrl(end, &slot->ctrl);
+    if (!end->news && slot->ctrl.revoked + slot->ctrl.over + slot->ctrl.parts == 0) { /* only confirmations that have to wait */
         at_fab_slot_free(fab, slot);
         return;
     }
-    slot->kind = AT_SLOT_LETTER_OUT; /* first: its completion may be read as soon as it is sent */
+    slot->kind = AT_SLOT_CTRL_OUT; /* first: its completion may be read as soon as it is sent */
     (void)pthread_mutex_lock(&fab->lock);
     int rc = fab->driver->send(end, slot);
     (void)pthread_mutex_unlock(&fab->lock);
     if (rc == 0) {
         slot->state = AT_SLOT_POSTED;
         slot->end = end;
-        at_fab_list_add(&end->letters, slot);
-        letter_sent(end, &slot->letter);
+        at_fab_list_add(&end->ctrls, slot);
+        ctrl_sent(end, &slot->ctrl);
         return;
     }
     at_fab_slot_free(fab, slot);
@@ -215,34 +215,34 @@ static void confirmed(at_fab_end *end, uint32_t slot, uint64_t epoch) {
     at_event_push(lane, AT_EV_GRANT, slot, AT_OK, 0);
 }
 
-at_fab_end *at_fab_letter_from(at_fab *fab, const at_fab_slot *slot) {
-    const at_fab_letter *letter = &slot->letter;
+at_fab_end *at_fab_ctrl_from(at_fab *fab, const at_fab_slot *slot) {
+    const at_fab_ctrl *ctrl = &slot->ctrl;
     at_fab_end *end = slot->end;
-    if (end == NULL) end = letter->mark < fab->end_count ? fab->ends[letter->mark] : NULL;
-    if (end != NULL && letter->mark == end->mark && letter->generation == end->generation && letter->revoked <= AT_FAB_PAIRS &&
-        letter->over <= AT_FAB_PAIRS - letter->revoked)
+    if (end == NULL) end = ctrl->mark < fab->end_count ? fab->ends[ctrl->mark] : NULL;
+    if (end != NULL && ctrl->mark == end->mark && ctrl->generation == end->generation && ctrl->revoked <= AT_FAB_PAIRS &&
+        ctrl->over <= AT_FAB_PAIRS - ctrl->revoked)
         return end;
     fab->rail.lane->stats.unknown_completions++;
     return NULL;
 }
 
-void at_fab_read(at_fab_end *end, const at_fab_letter *letter) {
+void at_fab_read(at_fab_end *end, const at_fab_ctrl *ctrl) {
     at_lane *lane = end->peer->lane;
-    if (letter->ping > end->asked) {
-        end->asked = letter->ping;
+    if (ctrl->ping > end->asked) {
+        end->asked = ctrl->ping;
         end->news = 1;
         lane->stats.pulses_answered++;
         lane->pulse_heard = 1;
         at_event_signal(lane);
     }
-    if (letter->pong_native > end->answered_native) end->answered_native = letter->pong_native;
-    if (letter->pong_loop > end->answered_loop) end->answered_loop = letter->pong_loop;
-    for (uint32_t i = 0; i < letter->revoked; i++) {
-        if (letter->pairs[i].slot >= AT_GRANTS || (letter->pairs[i].epoch & 1u) == 0) continue;
-        at_fab_taken_back(end, letter->pairs[i].slot, letter->pairs[i].epoch);
-        owe(end, letter->pairs[i].slot);
+    if (ctrl->pong_native > end->answered_native) end->answered_native = ctrl->pong_native;
+    if (ctrl->pong_loop > end->answered_loop) end->answered_loop = ctrl->pong_loop;
+    for (uint32_t i = 0; i < ctrl->revoked; i++) {
+        if (ctrl->pairs[i].slot >= AT_GRANTS || (ctrl->pairs[i].epoch & 1u) == 0) continue;
+        at_fab_taken_back(end, ctrl->pairs[i].slot, ctrl->pairs[i].epoch);
+        owe(end, ctrl->pairs[i].slot);
     }
-    for (uint32_t i = letter->revoked; i < letter->revoked + letter->over; i++) confirmed(end, letter->pairs[i].slot, letter->pairs[i].epoch);
+    for (uint32_t i = ctrl->revoked; i < ctrl->revoked + ctrl->over; i++) confirmed(end, ctrl->pairs[i].slot, ctrl->pairs[i].epoch);
 }
 
 void at_fab_retired(at_fab_end *end) {

@@ -1,6 +1,6 @@
-/* A peer that takes back every grant there can be, several times, in letters: each is confirmed once nothing is posted under it, once.
- * Includes letters.c; what it sends is caught here instead of going anywhere. */
-#include "fabric/letters.c"
+/* A peer that takes back every grant there can be, several times, in control messages: each is confirmed once nothing is posted under it, once.
+ * Includes ctrl.c; what it sends is caught here instead of going anywhere. */
+#include "fabric/ctrl.c"
 
 #include <stdio.h>
 
@@ -11,9 +11,9 @@ static at_fab_slot *sent;
 static int catch_letter(at_fab_end *end, at_fab_slot *slot) {
     (void)end;
     sent = slot;
-    for (uint32_t i = slot->letter.revoked; i < slot->letter.revoked + slot->letter.over; i++) {
-        confirmations[slot->letter.pairs[i].slot]++;
-        wrong += slot->letter.pairs[i].epoch != 7;
+    for (uint32_t i = slot->ctrl.revoked; i < slot->ctrl.revoked + slot->ctrl.over; i++) {
+        confirmations[slot->ctrl.pairs[i].slot]++;
+        wrong += slot->ctrl.pairs[i].epoch != 7;
     }
     return 0;
 }
@@ -23,7 +23,7 @@ static void deliver(at_fab_end *end) {
     while (sent != NULL) {
         at_fab_slot *slot = sent;
         sent = NULL;
-        at_fab_list_remove(&end->letters, slot);
+        at_fab_list_remove(&end->ctrls, slot);
         at_fab_slot_free(end->fab, slot);
         end->telling = 0;
         at_fab_tell(end);
@@ -34,12 +34,12 @@ static void take_back_all(at_fab *fab, at_fab_end *end) {
     at_fab_slot *slot = at_fab_slot_take(fab);
     for (uint32_t first = 0; first < AT_GRANTS; first += AT_FAB_PAIRS) {
         slot->end = end;
-        slot->letter = (at_fab_letter){.mark = end->mark, .generation = end->generation, .revoked = AT_FAB_PAIRS};
+        slot->ctrl = (at_fab_ctrl){.mark = end->mark, .generation = end->generation, .revoked = AT_FAB_PAIRS};
         for (uint32_t i = 0; i < AT_FAB_PAIRS; i++) {
-            slot->letter.pairs[i].slot = AT_GRANTS - 1 - (first + i);
-            slot->letter.pairs[i].epoch = 7;
+            slot->ctrl.pairs[i].slot = AT_GRANTS - 1 - (first + i);
+            slot->ctrl.pairs[i].epoch = 7;
         }
-        if (at_fab_letter_from(fab, slot) == end) at_fab_read(end, &slot->letter);
+        if (at_fab_ctrl_from(fab, slot) == end) at_fab_read(end, &slot->ctrl);
         at_fab_tell(end);
     }
     at_fab_slot_free(fab, slot);
