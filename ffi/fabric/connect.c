@@ -45,7 +45,7 @@ static int describe(at_fab_end *end, at_fab_offer *out) {
 static int make(at_fab_end *end, uint32_t generation, at_fab_offer *out) {
     if (end->ep == NULL && end->generation == UINT32_MAX) return AT_EPROTO; /* the other side has named the last one there is */
     /* What was said of one of several is said of a generation, and may come late: none is opened twice. */
-    if (end->bundle != NULL && end->ep == NULL && generation <= end->generation) generation = end->generation + 1;
+    if (end->multirail != NULL && end->ep == NULL && generation <= end->generation) generation = end->generation + 1;
     if (generation > end->generation) {
         end->generation = generation;
         end->joined = end->begun = end->heard = 0;
@@ -62,12 +62,12 @@ static int make(at_fab_end *end, uint32_t generation, at_fab_offer *out) {
     return rc;
 }
 
-/* The fabric of a peer's end (member: of one that belongs to a bundle), with its turn taken, which the caller gives back; NULL: there is
+/* The fabric of a peer's end (member: of one that belongs to a multirail peer), with its turn taken, which the caller gives back; NULL: there is
  * none. What has arrived is counted by then: the caller may end the endpoint, and drains once more what that brings out. */
 static at_fab *take_turn(at_lane *lane, int64_t id, int member) {
     at_lock(lane);
     const at_fab_end *end = at_fab_end_of(lane, id);
-    at_fab *fab = end != NULL && (!member || end->bundle != NULL) ? end->fab : NULL;
+    at_fab *fab = end != NULL && (!member || end->multirail != NULL) ? end->fab : NULL;
     at_unlock(lane);
     if (fab == NULL) return NULL;
     (void)pthread_mutex_lock(&fab->progress_lock);
@@ -118,7 +118,7 @@ int at_fab_offer_take(at_lane *lane, int64_t id, const at_fab_offer *theirs, int
             end->joined = 1;
             peer->users++;
             at_fab_reconcile(end, theirs->arrived);
-            if (end->bundle != NULL) at_fab_bundle_refill(end->bundle);
+            if (end->multirail != NULL) at_fab_multirail_refill(end->multirail);
             at_fab_say_again(end);
             if (first) at_fab_end_begin(end);
             if (end->heard) at_fab_up(end);
@@ -172,7 +172,7 @@ int at_fab_settle(at_lane *lane, int64_t id, uint64_t arrived) {
     if (rc == AT_OK) {
         end->peer->users++;
         at_fab_reconcile(end, arrived);
-        if (end->bundle != NULL) at_fab_bundle_refill(end->bundle);
+        if (end->multirail != NULL) at_fab_multirail_refill(end->multirail);
         at_peer_release(end->peer);
     }
     at_unlock(lane);
@@ -203,12 +203,12 @@ int at_fab_part(at_lane *lane, int64_t id, uint32_t generation, uint64_t *arrive
 int at_fab_parted(at_lane *lane, int64_t id, uint32_t generation, uint64_t arrived) {
     at_lock(lane);
     at_fab_end *end = at_fab_end_of(lane, id);
-    int rc = end == NULL || end->bundle == NULL ? AT_EUNKNOWN : end->ep != NULL || end->generation > generation ? AT_EAGAIN : AT_OK;
+    int rc = end == NULL || end->multirail == NULL ? AT_EUNKNOWN : end->ep != NULL || end->generation > generation ? AT_EAGAIN : AT_OK;
     if (rc == AT_OK) {
         at_peer *peer = end->peer;
         peer->users++;
         at_fab_reconcile(end, arrived);
-        at_fab_bundle_refill(end->bundle);
+        at_fab_multirail_refill(end->multirail);
         at_peer_release(peer);
     }
     at_unlock(lane);

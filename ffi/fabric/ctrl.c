@@ -36,16 +36,16 @@ static int is_ready(const at_fab_end *end) {
 }
 
 static uint32_t owed_parts(const at_fab_end *carrier) {
-    const at_fab_bundle *bundle = carrier->bundle;
+    const at_fab_multirail *multirail = carrier->multirail;
     uint32_t n = 0;
-    for (uint32_t i = 0; bundle != NULL && i < bundle->count; i++) n += bundle->members[i] != NULL && is_ready(bundle->members[i]);
+    for (uint32_t i = 0; multirail != NULL && i < multirail->count; i++) n += multirail->members[i] != NULL && is_ready(multirail->members[i]);
     return n;
 }
 
 static void write_parts(at_fab_end *carrier, at_fab_ctrl *ctrl) {
-    const at_fab_bundle *bundle = carrier->bundle;
-    for (uint32_t i = 0; bundle != NULL && i < bundle->count && ctrl->parts < AT_FAB_PARTS; i++) {
-        at_fab_end *end = bundle->members[i];
+    const at_fab_multirail *multirail = carrier->multirail;
+    for (uint32_t i = 0; multirail != NULL && i < multirail->count && ctrl->parts < AT_FAB_PARTS; i++) {
+        at_fab_end *end = multirail->members[i];
         if (end == NULL || !is_ready(end)) continue;
         ctrl->part[ctrl->parts].peer = end->their_peer;
         ctrl->part[ctrl->parts].generation = end->generation;
@@ -54,10 +54,10 @@ static void write_parts(at_fab_end *carrier, at_fab_ctrl *ctrl) {
 }
 
 static void parts_sent(at_fab_end *carrier, const at_fab_ctrl *ctrl) {
-    const at_fab_bundle *bundle = carrier->bundle;
+    const at_fab_multirail *multirail = carrier->multirail;
     for (uint32_t i = 0; i < ctrl->parts; i++)
-        for (uint32_t k = 0; k < bundle->count; k++)
-            if (bundle->members[k] != NULL && bundle->members[k]->their_peer == ctrl->part[i].peer) bundle->members[k]->owes = 0;
+        for (uint32_t k = 0; k < multirail->count; k++)
+            if (multirail->members[k] != NULL && multirail->members[k]->their_peer == ctrl->part[i].peer) multirail->members[k]->owes = 0;
 }
 
 /* ---- what we say ---- */
@@ -193,10 +193,10 @@ void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch) {
     }
     stop_noted(end, &end->unconfirmed, slot, epoch);
     stop_noted(end, &end->repost, slot, epoch);
-    if (end->bundle == NULL) return;
-    stop_noted(end, &end->bundle->repost, slot, epoch);
-    for (uint32_t i = 0; i < end->bundle->count; i++) /* what broke with another connection */
-        if (end->bundle->members[i] != NULL && end->bundle->members[i] != end) stop_noted(end, &end->bundle->members[i]->unconfirmed, slot, epoch);
+    if (end->multirail == NULL) return;
+    stop_noted(end, &end->multirail->repost, slot, epoch);
+    for (uint32_t i = 0; i < end->multirail->count; i++) /* what broke with another connection */
+        if (end->multirail->members[i] != NULL && end->multirail->members[i] != end) stop_noted(end, &end->multirail->members[i]->unconfirmed, slot, epoch);
 }
 
 /* To be confirmed once nothing of it is posted. A bit for each grant there can be: a peer cannot make us hold or compare more. */

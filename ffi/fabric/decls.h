@@ -67,19 +67,19 @@ int at_fab_settle(at_lane *lane, int64_t peer, uint64_t arrived);
 /* Several connections to one peer, by as many rails, taken as one: a peer of the lane without rails yet, and one more connection of it by
  * this rail, which is opened, lends memory and breaks as any other does. Where a fabric cannot tell what was counted, what breaks ends with
  * AT_ERAIL. All are there before the first operation. To end it: at_peer_fail, then at_peer_free for each connection, then for itself. */
-int64_t at_fab_bundle_new(at_lane *lane);
-int64_t at_fab_bundle_add(at_lane *lane, int64_t bundle, at_fab *fab);
+int64_t at_fab_multirail_new(at_lane *lane);
+int64_t at_fab_multirail_add(at_lane *lane, int64_t multirail, at_fab *fab);
 /* What the other side calls one of its connections: its peer's id there. */
-int at_fab_bundle_joins(at_lane *lane, int64_t peer, int64_t theirs);
+int at_fab_multirail_joins(at_lane *lane, int64_t peer, int64_t theirs);
 /* Memory that the peer has lent to each of its connections: address and key by peers[i]. A remote region, or AT_E*. */
-int64_t at_fab_bundle_import_keys(at_lane *lane, int64_t bundle, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
+int64_t at_fab_multirail_import_keys(at_lane *lane, int64_t multirail, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
                              uint64_t nbytes, int access, uint32_t slot, uint64_t epoch);
 /* One of them has broken: fence what is open up to this generation, and count what has arrived. Then at_fab_parted, with what the other
  * side has counted: what is left goes out by the others. AT_EAGAIN: a later connection is open. */
 int at_fab_part(at_lane *lane, int64_t peer, uint32_t generation, uint64_t *arrived);
 int at_fab_parted(at_lane *lane, int64_t peer, uint32_t generation, uint64_t arrived);
-/* Post nothing by this bundle any more: called before its connections are given up one after the other. */
-int at_fab_bundle_retire(at_lane *lane, int64_t bundle);
+/* Post nothing by this multirail peer any more: called before its connections are given up one after the other. */
+int at_fab_multirail_retire(at_lane *lane, int64_t multirail);
 
 /* Hand out what has arrived by now: before a peer is failed, whose arrivals count still. */
 int at_fab_flush(at_lane *lane, int64_t peer);

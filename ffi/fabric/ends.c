@@ -46,12 +46,12 @@ int64_t at_fab_peer(at_lane *lane, at_fab *fab) {
     return result;
 }
 
-int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_bundle *bundle, at_control *words) {
+int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_multirail *multirail, at_control *words) {
     at_fab_end *end = calloc(1, sizeof *end);
     int64_t result = end != NULL ? AT_OK : AT_ENOMEM;
     at_lock(lane);
     if (result == AT_OK && lane->shut) result = AT_ESHUT;
-    if (result == AT_OK && bundle != NULL && (bundle->peer == NULL || bundle->count == AT_FAB_MOST_RAILS)) result = AT_EBUSY;
+    if (result == AT_OK && multirail != NULL && (multirail->peer == NULL || multirail->count == AT_FAB_MOST_RAILS)) result = AT_EBUSY;
     if (result == AT_OK) {
         end->fab = fab;
         end->words = words;
@@ -69,12 +69,12 @@ int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_bundle *bundle, at_con
             end->peer->device = at_fab_is(fab, AT_FAB_DEVICE);
             end->peer->pins = at_fab_is(fab, AT_FAB_LOCAL_MR);
             result = end->peer->id;
-            if ((end->bundle = bundle) != NULL) {
-                end->place = bundle->count;
-                bundle->members[bundle->count++] = end;
-                bundle->users++;
-                bundle->peer->device &= end->peer->device;
-                bundle->peer->pins |= end->peer->pins;
+            if ((end->multirail = multirail) != NULL) {
+                end->place = multirail->count;
+                multirail->members[multirail->count++] = end;
+                multirail->users++;
+                multirail->peer->device &= end->peer->device;
+                multirail->peer->pins |= end->peer->pins;
             }
         }
     }
@@ -97,7 +97,7 @@ static void unconfirm(at_fab_end *end, at_fab_slot *slot) {
     at_fab_slot *note = at_fab_slot_take(fab); /* remembers what is to be found out; the slot itself stays the provider's for a while */
     at_fab_slot_retire(fab, slot);
     int over = op->peer->status;
-    if (over == AT_OK && end->bundle != NULL && !at_fab_tells(fab)) over = AT_ERAIL; /* neither side will know whether it was counted */
+    if (over == AT_OK && end->multirail != NULL && !at_fab_tells(fab)) over = AT_ERAIL; /* neither side will know whether it was counted */
     if (atomic_load(&op->withdrawn) || over != AT_OK || note == NULL) {
         if (note != NULL) at_fab_slot_free(fab, note);
         at_op_complete(op, 0, 0, 0, op->status != AT_OK ? op->status : over != AT_OK ? over : AT_ERAIL);
@@ -149,9 +149,9 @@ void at_fab_end_close(at_fab_end *end) {
     at_fab_stepped(end);
 }
 
-void at_fab_owe(at_fab_bundle *bundle) {
-    for (uint32_t i = 0; i < bundle->count; i++) {
-        at_fab_end *end = bundle->members[i];
+void at_fab_owe(at_fab_multirail *multirail) {
+    for (uint32_t i = 0; i < multirail->count; i++) {
+        at_fab_end *end = multirail->members[i];
         if (end == NULL || end->ep != NULL || end->generation == 0) continue;
         end->owes = 1;
         if (end->closed_as > end->fab->read_up_to) at_fab_hurry(end->fab); /* what is left of it has to be read */
@@ -173,7 +173,7 @@ void at_fab_end_break(at_fab_end *end, int error) {
         at_fab_list_add(&end->unconfirmed, slot);
     }
     while (end->posted.head != NULL) unconfirm(end, end->posted.head);
-    if (end->bundle != NULL && peer->status == AT_OK) at_fab_owe(end->bundle); /* told once its number is final: see at_fab_drain */
+    if (end->multirail != NULL && peer->status == AT_OK) at_fab_owe(end->multirail); /* told once its number is final: see at_fab_drain */
     if (peer->status == AT_OK && error != 0) at_event_push(peer->lane, AT_EV_RAIL, (uint64_t)peer->id, AT_ERAIL, (uint64_t)error);
     at_peer_release(peer);
 }
@@ -233,7 +233,7 @@ void at_fab_end_unconfirmed(at_peer *peer, at_fab_list *list) {
  * that it has not counted will be posted with the numbers that follow. */
 void at_fab_reconcile(at_fab_end *end, uint64_t arrived) {
     at_peer *peer = at_fab_owner(end);
-    at_fab_list *repost = end->bundle != NULL ? &end->bundle->repost : &end->repost;
+    at_fab_list *repost = end->multirail != NULL ? &end->multirail->repost : &end->repost;
     end->serial = arrived;
     for (at_fab_slot *slot; (slot = end->unconfirmed.head) != NULL;) {
         at_fab_list_remove(&end->unconfirmed, slot);

@@ -46,7 +46,7 @@
 
 typedef struct at_fab_end at_fab_end;
 typedef struct at_fab_slot at_fab_slot;
-typedef struct at_fab_bundle at_fab_bundle;
+typedef struct at_fab_multirail at_fab_multirail;
 
 /* One message between two ends. At most one is under way in each direction. */
 typedef struct {
@@ -124,7 +124,7 @@ enum at_fab_hold { AT_HOLD_NONE, AT_HOLD_LENT, AT_HOLD_TELL, AT_HOLD_TOLD };
 struct at_fab_end {
     at_fab *fab;
     at_peer *peer;
-    at_fab_bundle *bundle; /* that it is one of, or NULL */
+    at_fab_multirail *multirail; /* that it is one of, or NULL */
     uint32_t place;        /* in it */
     uint32_t out;          /* work requests posted */
     int64_t their_peer;    /* the other side's number of it, 0: not known */
@@ -168,9 +168,9 @@ struct at_fab_end {
 };
 
 /* Several connections to one peer, by as many rails, taken as one: a peer of the lane whose operations are shared out over them, run by
- * run. Each connection is a peer of the lane too, with control messages, counts and fences of its own; operations name the bundle. When one breaks,
+ * run. Each connection is a peer of the lane too, with control messages, counts and fences of its own; operations name the multirail peer. When one breaks,
  * both sides fence it and tell each other what they have counted by it (at_fab_part), and the rest goes out by the others. */
-struct at_fab_bundle {
+struct at_fab_multirail {
     at_peer *peer;     /* NULL: gone, and kept for the connections that are left */
     at_control *words; /* of all of them */
     at_fab_end *members[AT_FAB_MOST_RAILS]; /* NULL: gone */
@@ -284,7 +284,7 @@ static inline int at_fab_tells(const at_fab *fab) {
 
 /* The peer whose operations it carries and whose arrivals it counts. */
 static inline at_peer *at_fab_owner(const at_fab_end *end) {
-    return end->bundle != NULL && end->bundle->peer != NULL ? end->bundle->peer : end->peer;
+    return end->multirail != NULL && end->multirail->peer != NULL ? end->multirail->peer : end->peer;
 }
 
 /* rail.c */
@@ -326,18 +326,18 @@ void at_fab_list_add(at_fab_list *list, at_fab_slot *slot);
 void at_fab_list_remove(at_fab_list *list, at_fab_slot *slot);
 void at_fab_slots_close(at_fab *fab);
 
-/* bundle.c, with the lane's lock */
-extern const at_port at_fab_bundle_port;
-void at_fab_bundle_leave(at_fab_end *end);        /* it is destroyed */
-void at_fab_bundle_refill(at_fab_bundle *bundle); /* there may be room for more */
+/* multirail.c, with the lane's lock */
+extern const at_port at_fab_multirail_port;
+void at_fab_multirail_leave(at_fab_end *end);        /* it is destroyed */
+void at_fab_multirail_refill(at_fab_multirail *multirail); /* there may be room for more */
 
 /* part.c, with the lane's lock */
 void at_fab_read_parts(at_fab_end *carrier, const at_fab_ctrl *ctrl);
-void at_fab_owe_parts(at_fab_bundle *bundle); /* one has broken or come up: what is broken is to be told, also again */
-void at_fab_tell_parts(at_fab_bundle *bundle); /* by one that is up, as far as the numbers are final */
+void at_fab_owe_parts(at_fab_multirail *multirail); /* one has broken or come up: what is broken is to be told, also again */
+void at_fab_tell_parts(at_fab_multirail *multirail); /* by one that is up, as far as the numbers are final */
 
 /* ends.c, with the lane's lock */
-int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_bundle *bundle, at_control *words); /* its id, or AT_E*; NO LOCK */
+int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_multirail *multirail, at_control *words); /* its id, or AT_E*; NO LOCK */
 at_control *at_fab_words_new(void);
 void at_fab_words_free(at_control *words);
 void at_fab_reconcile(at_fab_end *end, uint64_t arrived);
@@ -349,7 +349,7 @@ void at_fab_stepped(at_fab_end *end); /* its state is another one now: ends the 
 static inline void at_fab_stepped(at_fab_end *end) { (void)end; }
 #endif
 void at_fab_end_close(at_fab_end *end);            /* its endpoint, if there is one */
-void at_fab_owe(at_fab_bundle *bundle);            /* what of it is broken is to be told, also again */
+void at_fab_owe(at_fab_multirail *multirail);            /* what of it is broken is to be told, also again */
 int at_fab_refused(at_fab_end *end);               /* the driver has put a post off: 1: for ever, the connection is broken now */
 void at_fab_end_break(at_fab_end *end, int error); /* close its endpoint; what was posted is unconfirmed, or over when it was withdrawn */
 at_fab_end *at_fab_end_of(at_lane *lane, int64_t peer); /* NULL: no such peer of ours */

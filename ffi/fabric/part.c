@@ -9,30 +9,30 @@
 
 void at_fab_read_parts(at_fab_end *carrier, const at_fab_ctrl *ctrl) {
     at_lane *lane = carrier->peer->lane;
-    if (carrier->bundle == NULL || ctrl->parts > AT_FAB_PARTS) return;
+    if (carrier->multirail == NULL || ctrl->parts > AT_FAB_PARTS) return;
     for (uint32_t i = 0; i < ctrl->parts; i++) {
         at_fab_end *end = at_fab_end_of(lane, ctrl->part[i].peer);
-        if (end == NULL || end == carrier || end->bundle != carrier->bundle || end->retired) continue;
+        if (end == NULL || end == carrier || end->multirail != carrier->multirail || end->retired) continue;
         if (end->generation > ctrl->part[i].generation) continue; /* of a connection before this one, which is settled */
         at_peer *peer = end->peer;
         peer->users++;
         if (end->ep != NULL) at_fab_end_break(end, 0); /* the other side has it opened again */
         at_fab_reconcile(end, ctrl->part[i].arrived);
-        at_fab_bundle_refill(end->bundle);
+        at_fab_multirail_refill(end->multirail);
         at_peer_release(peer);
     }
 }
 
-void at_fab_tell_parts(at_fab_bundle *bundle) {
-    for (uint32_t i = 0; i < bundle->count; i++) {
-        at_fab_end *end = bundle->members[i];
+void at_fab_tell_parts(at_fab_multirail *multirail) {
+    for (uint32_t i = 0; i < multirail->count; i++) {
+        at_fab_end *end = multirail->members[i];
         if (end == NULL || end->ep == NULL || !end->heard || end->telling) continue;
         at_fab_tell(end);
         if (end->telling) return;
     }
 }
 
-void at_fab_owe_parts(at_fab_bundle *bundle) {
-    at_fab_owe(bundle);
-    at_fab_tell_parts(bundle);
+void at_fab_owe_parts(at_fab_multirail *multirail) {
+    at_fab_owe(multirail);
+    at_fab_tell_parts(multirail);
 }

@@ -24,8 +24,8 @@ void at_fab_up(at_fab_end *end) {
     }
     at_event_push(end->peer->lane, AT_EV_UP, (uint64_t)end->peer->id, AT_OK, 0);
     if (!end->begun) at_fab_end_begin(end);
-    else if (end->bundle != NULL) at_fab_end_refill(end); /* which posts nothing by a connection that has not been heard of */
-    if (end->bundle != NULL) at_fab_owe_parts(end->bundle);
+    else if (end->multirail != NULL) at_fab_end_refill(end); /* which posts nothing by a connection that has not been heard of */
+    if (end->multirail != NULL) at_fab_owe_parts(end->multirail);
 }
 
 void at_fab_end_refill(at_fab_end *end) {
@@ -34,7 +34,7 @@ void at_fab_end_refill(at_fab_end *end) {
     if (peer->stalled) at_stall(peer, 0);
     at_fab_repost(end);
     at_refill(peer);
-    if (end->bundle != NULL) at_fab_bundle_refill(end->bundle);
+    if (end->multirail != NULL) at_fab_multirail_refill(end->multirail);
     at_fab_tell(end);
     at_peer_release(peer);
 }
@@ -74,7 +74,7 @@ static void fab_destroy(at_peer *peer) {
         fab->posted--;
     }
     fab->ends[end->mark] = NULL;
-    if (end->bundle != NULL) at_fab_bundle_leave(end);
+    if (end->multirail != NULL) at_fab_multirail_leave(end);
     else at_fab_words_free(end->words);
     free(end->hold);
     free(end->over);

@@ -94,7 +94,7 @@ static uint64_t gather(const at_fab_end *end, const at_op *op, const at_remote_p
 static at_remote_part part_for(const at_fab_end *end, const at_op *op) {
     const at_remote *remote = op->remote;
     if (remote == NULL) return (at_remote_part){0, 0};
-    return remote->parts != NULL && end->bundle != NULL ? remote->parts[end->place] : (at_remote_part){remote->va, remote->key};
+    return remote->parts != NULL && end->multirail != NULL ? remote->parts[end->place] : (at_remote_part){remote->va, remote->key};
 }
 
 int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t first, uint64_t most) {
@@ -146,9 +146,9 @@ int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t fir
 
 int at_fab_has_room(at_fab_end *end) {
     at_fab *fab = end->fab;
-    if (end->bundle != NULL && (!end->heard || end->out >= AT_FAB_WINDOW)) return 0; /* what is silent yet may stay so */
+    if (end->multirail != NULL && (!end->heard || end->out >= AT_FAB_WINDOW)) return 0; /* what is silent yet may stay so */
     if (end->ep == NULL || !end->begun || end->mute) return 0;
-    if (end->posted.head != NULL && end->posted_bytes >= (end->bundle != NULL ? AT_FAB_RAIL_BYTES : AT_FAB_MOST_BYTES)) return 0;
+    if (end->posted.head != NULL && end->posted_bytes >= (end->multirail != NULL ? AT_FAB_RAIL_BYTES : AT_FAB_MOST_BYTES)) return 0;
     if (fab->posted < fab->facts.most_posted) return 1;
     fab->saturated = 1;
     return 0;

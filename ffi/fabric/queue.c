@@ -72,7 +72,7 @@ static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
         at_fab_repost(end);
         if (end->repost.head == NULL) at_refill(peer); /* what had to wait behind it */
     }
-    if (end->bundle != NULL && end->bundle->repost.head != NULL) at_fab_bundle_refill(end->bundle);
+    if (end->multirail != NULL && end->multirail->repost.head != NULL) at_fab_multirail_refill(end->multirail);
     at_fab_retired(end);
     at_peer_release(peer);
 }
@@ -179,7 +179,7 @@ int at_fab_drain(at_fab *fab) {
     if (last == 0 && fab->read_up_to != closings) {
         fab->read_up_to = closings;
         for (uint32_t i = 0; i < fab->end_count; i++) /* what was counted by those that broke is final now */
-            if (fab->ends[i] != NULL && fab->ends[i]->owes) at_fab_tell_parts(fab->ends[i]->bundle);
+            if (fab->ends[i] != NULL && fab->ends[i]->owes) at_fab_tell_parts(fab->ends[i]->multirail);
     }
     for (at_fab_slot *next; limbo != NULL; limbo = next) {
         next = limbo->next;

@@ -23,8 +23,8 @@ GUARDS = (
         "    at_fab_still_stalled(peer, &end->repost);\n", "", "tests/native/test_reposts.py",
     ),
     Mutant(
-        "reposts: the same of a bundle", "ffi/fabric/bundle.c",
-        "    if (room) at_fab_still_stalled(peer, &bundle->repost); /* else one that comes up will ask */\n", "",
+        "reposts: the same of a multirail peer", "ffi/fabric/multirail.c",
+        "    if (room) at_fab_still_stalled(peer, &multirail->repost); /* else one that comes up will ask */\n", "",
         "tests/native/test_reposts.py",
     ),
     Mutant(

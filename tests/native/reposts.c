@@ -22,7 +22,7 @@ static int send_letter(at_fab_end *end, at_fab_slot *slot) {
 
 static void shut(at_fab_end *end) { end->ep = NULL; }
 
-static uint32_t look(int bundled) {
+static uint32_t look(int multirail_too) {
     at_lane_config config = {.max_ops = 16, .max_bytes = 1 << 20, .early_values = 16, .flags = AT_LANE_NO_THREAD};
     at_lane *lane = at_lane_new(1, &config);
     at_fab_driver driver = {.post = take, .send = send_letter, .close = shut};
@@ -33,7 +33,7 @@ static uint32_t look(int bundled) {
     (void)pthread_mutex_init(&fab.lock, NULL);
     at_fab_end end = {.fab = &fab, .ep = &fab, .begun = 1, .heard = 1, .joined = 1, .words = at_fab_words_new()};
     at_fab_end *ends[] = {&end};
-    at_fab_bundle bundle = {.words = at_fab_words_new(), .members = {&end}, .count = 1, .users = 2};
+    at_fab_multirail multirail = {.words = at_fab_words_new(), .members = {&end}, .count = 1, .users = 2};
     fab.ends = ends;
     fab.end_count = 1;
     uint32_t wrong = 0;
@@ -42,9 +42,9 @@ static uint32_t look(int bundled) {
 
     at_lock(lane);
     end.peer = at_peer_add(lane, &at_fab_port, &end, end.words);
-    if (bundled) {
-        bundle.peer = at_peer_add(lane, &at_fab_bundle_port, &bundle, bundle.words);
-        end.bundle = &bundle;
+    if (multirail_too) {
+        multirail.peer = at_peer_add(lane, &at_fab_multirail_port, &multirail, multirail.words);
+        end.multirail = &multirail;
     }
     at_peer *owner = at_fab_owner(&end);
     at_unlock(lane);
@@ -70,7 +70,7 @@ static uint32_t look(int bundled) {
     (void)post_waiting(&fab); /* as every turn does */
     wrong += taken != 3 || owner->stalled != 0 || lane->stalled != 0;
     at_unlock(lane);
-    printf("%s: %u wrong, %u taken, %u refused\n", bundled ? "bundle" : "connection", wrong, taken, refusals);
+    printf("%s: %u wrong, %u taken, %u refused\n", multirail_too ? "bundle" : "connection", wrong, taken, refusals);
     return wrong;
 }
 

@@ -188,7 +188,7 @@ def test_a_connection_is_not_opened_again_once_the_other_side_has_named_the_last
     rail, offer = native.ffi.new("at_fab **"), native.ffi.new("at_fab_offer *")
     try:
         assert lib.at_simrail_rail(lane.pointer, wire, 0, lib.AT_FAB_MARKS | lib.AT_FAB_ORDERED, 1 << 20, 4, rail) == 0
-        member = lib.at_fab_bundle_add(lane.pointer, lib.at_fab_bundle_new(lane.pointer), rail[0])
+        member = lib.at_fab_multirail_add(lane.pointer, lib.at_fab_multirail_new(lane.pointer), rail[0])
         assert lib.at_fab_offer_make(lane.pointer, member, 1, offer) == 0
         assert lib.at_fab_offer_make(lane.pointer, member, last, offer) == 0
         assert offer.generation == last

@@ -60,7 +60,7 @@ class Side:
             status = lib.at_simrail_rail(self.pointer, run.wire, index * 8 + rail, run.flags, run.most_bytes, run.iov, out)
             assert status == 0, native.text(status)
             self.rails.append(out[0])
-        self.bundle = lib.at_fab_bundle_new(self.pointer)
+        self.multirail = lib.at_fab_multirail_new(self.pointer)
         self.members: list[int] = []
         self.inbox: deque[tuple[Any, ...]] = deque()
         self.answers: dict[int, Any] = {}
@@ -78,7 +78,7 @@ class Side:
     # ---- set up ----
 
     def join(self, rail: int) -> None:
-        member = lib.at_fab_bundle_add(self.pointer, self.bundle, self.rails[rail])
+        member = lib.at_fab_multirail_add(self.pointer, self.multirail, self.rails[rail])
         assert member > 0, native.text(member)
         self.members.append(member)
 
@@ -91,8 +91,8 @@ class Side:
                 there.pointer, member, there.slot, there.epoch, there.region, 0, MEMORY, 3, addresses + i, keys + i
             )
             assert status == 0, native.text(status)
-        self.remote = lib.at_fab_bundle_import_keys(
-            self.pointer, self.bundle, len(self.members), self.members, addresses, keys, MEMORY, 3, there.slot, there.epoch
+        self.remote = lib.at_fab_multirail_import_keys(
+            self.pointer, self.multirail, len(self.members), self.members, addresses, keys, MEMORY, 3, there.slot, there.epoch
         )
         assert self.remote >= 0, native.text(self.remote)
 
@@ -232,7 +232,7 @@ class Side:
             cookie = lib.at_read(self.pointer, self.remote, far, self.region, at, nbytes)
         elif kind == "signal":
             op = Op(kind, imm, 1, (at, at), (at, at), np.zeros(0, np.uint8))
-            cookie = lib.at_signal(self.pointer, self.bundle, imm)
+            cookie = lib.at_signal(self.pointer, self.multirail, imm)
         else:
             self.memory[at : at + nbytes] = content = self.run.bytes_(nbytes)
             value = imm if rng.random() < 0.8 else -1
@@ -294,7 +294,7 @@ class Run:
             self.sides[0].join(int(mine))
             self.sides[1].join(int(theirs))
             for side in self.sides:
-                lib.at_fab_bundle_joins(side.pointer, side.members[-1], side.other.members[-1])
+                lib.at_fab_multirail_joins(side.pointer, side.members[-1], side.other.members[-1])
         for side in self.sides:
             side.borrow()
         for i in range(len(self.sides[0].members)):
@@ -381,10 +381,10 @@ class Run:
     def close(self) -> None:
         for side in self.sides:
             lib.at_lane_shut(side.pointer)
-            lib.at_peer_fail(side.pointer, side.bundle, lib.AT_EPEER)
+            lib.at_peer_fail(side.pointer, side.multirail, lib.AT_EPEER)
             for member in side.members:
                 lib.at_peer_free(side.pointer, member)
-            lib.at_peer_free(side.pointer, side.bundle)
+            lib.at_peer_free(side.pointer, side.multirail)
             side.lane.free()
         lib.at_simrail_free(self.wire)
 

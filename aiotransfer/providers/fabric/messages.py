@@ -48,14 +48,14 @@ def readdressed(address: bytes, hosts: Sequence[str]) -> bytes:
 
 
 class Gather(msgspec.Struct, tag="gather", array_like=True):
-    """Make a bundle: for each connection our number, and the rail of the asked side that it leads to."""
+    """Make a multirail: for each connection our number, and the rail of the asked side that it leads to."""
 
     name: int
     members: list[tuple[int, str]]
 
 
 class Gathered(msgspec.Struct, array_like=True):
-    """The asked side's numbers of the bundle and of its connections, in the order of the question; 0: not by that rail."""
+    """The asked side's numbers of the multirail peer and of its connections, in the order of the question; 0: not by that rail."""
 
     name: int
     members: list[int]
@@ -77,7 +77,7 @@ class KeyReply(msgspec.Struct, array_like=True):
 
 
 class KeyReplies(msgspec.Struct, array_like=True):
-    """The same, for each connection of a bundle: the asker's number, the address and the key."""
+    """The same, for each connection of a multirail: the asker's number, the address and the key."""
 
     each: list[tuple[int, int, int]]
 
@@ -98,7 +98,7 @@ class Part(msgspec.Struct, tag="part", array_like=True):
 
 
 class RetireEach(msgspec.Struct, tag="retire each", array_like=True):
-    """A bundle is given up; how many of yours have arrived, by the asked side's numbers of its connections."""
+    """A multirail peer is given up; how many of yours have arrived, by the asked side's numbers of its connections."""
 
     to: int
     arrived: list[tuple[int, int]]

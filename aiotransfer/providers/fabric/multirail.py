@@ -49,7 +49,7 @@ class MultirailPath(Path):
         self._to = 0
         self._members: list[FabricPath] = []
         self._signs: dict[FabricPath, tuple[int, float]] = {}  # what came of each last, and when
-        number = int(native.lib.at_fab_bundle_new(lane.pointer))
+        number = int(native.lib.at_fab_multirail_new(lane.pointer))
         if number < 0:
             short = shortage(errno.ENOMEM if number == native.lib.AT_ENOMEM else None, "no room for a peer", provider=provider)
             raise short or BrokenError(f"no room for a peer: {native.text(number)}", provider=provider)
@@ -63,7 +63,7 @@ class MultirailPath(Path):
     def add(self, rail: Rail, name: str, *, first: bool) -> FabricPath:
         """One more connection, by this rail. Raises `BrokenError`."""
         member = FabricPath(
-            self.provider, self._lane, rail, self.incarnation, first=first, bundle=self.lane_peer, name=f" {name}"
+            self.provider, self._lane, rail, self.incarnation, first=first, multirail=self.lane_peer, name=f" {name}"
         )
         self._members.append(member)
         self.rails = tuple(one.rails[0] for one in self._members)
@@ -157,7 +157,7 @@ class MultirailPath(Path):
         return answer
 
     def _counts(self) -> list[tuple[int, int]]:
-        native.lib.at_fab_bundle_retire(self._lane.pointer, self.lane_peer)
+        native.lib.at_fab_multirail_retire(self._lane.pointer, self.lane_peer)
         return [(one.to, one.count()) for one in self._members]
 
     def _settle(self, theirs: RetireEach) -> None:
@@ -176,7 +176,7 @@ class MultirailPath(Path):
         replies = decode(key_replies_each, body, "key reply", self.provider).each
         try:
             columns = [ffi.new(kind, list(column)) for kind, column in zip(_COLUMNS, zip(*replies, strict=True), strict=True)]
-            remote = lib.at_fab_bundle_import_keys(
+            remote = lib.at_fab_multirail_import_keys(
                 self._lane.pointer, self.lane_peer, len(replies), *columns, grant.nbytes, ACCESS[grant.access], grant.slot,
                 grant.epoch,
             )  # fmt: skip
@@ -199,7 +199,7 @@ class MultirailPath(Path):
             one.flush()
 
     def revoked(self, slot: int, epoch: int) -> None:
-        """Note a revocation that came by the control connection, also while some connections of the bundle are broken."""
+        """Note a revocation that came by the control connection, also while some connections of the multirail peer are broken."""
         for one in self._members:
             one.revoked(slot, epoch)
 

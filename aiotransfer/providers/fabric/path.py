@@ -41,14 +41,14 @@ class FabricPath(Path):
     """A connection to one peer."""
 
     def __init__(
-        self, provider: str, lane: Lane, rail: Rail, incarnation: int, *, first: bool, bundle: int = 0, name: str = ""
+        self, provider: str, lane: Lane, rail: Rail, incarnation: int, *, first: bool, multirail: int = 0, name: str = ""
     ) -> None:
         super().__init__()
         self.provider = provider
         self.incarnation = incarnation  # the peer's
         self._first = first
         self._to = 0
-        self._member = bundle != 0  # one of several connections to that peer
+        self._member = multirail != 0  # one of several connections to that peer
         self._heard: asyncio.Future[None] | None = None
         self._outside = rail.outside
         self.rails = (f"{rail.provider}:{rail.domain}{name}",)
@@ -56,7 +56,7 @@ class FabricPath(Path):
         self._closed = False
         lib = native.lib
         peer = int(
-            lib.at_fab_bundle_add(lane.pointer, bundle, rail.pointer) if bundle else lib.at_fab_peer(lane.pointer, rail.pointer)
+            lib.at_fab_multirail_add(lane.pointer, multirail, rail.pointer) if multirail else lib.at_fab_peer(lane.pointer, rail.pointer)
         )
         if peer < 0:
             number = errno.ENOMEM if peer == native.lib.AT_ENOMEM else None
@@ -171,7 +171,7 @@ class FabricPath(Path):
         if not 0 < number < 1 << 63:
             raise BrokenError(f"no connection has the number {number}", provider=self.provider)
         self._to = number
-        native.lib.at_fab_bundle_joins(self._lane.pointer, self.lane_peer, number)
+        native.lib.at_fab_multirail_joins(self._lane.pointer, self.lane_peer, number)
 
     @property
     def to(self) -> int:

@@ -154,7 +154,7 @@ class FabricProvider:
     async def _bundle(self, conversation: Conversation, names: Sequence[tuple[str, str]], *, dialled: bool) -> tuple[
         MultirailPath, dict[int, FabricPath]
     ]:  # fmt: skip
-        """A bundle of connections by those of these rails that can be opened, and the places of these."""
+        """Several connections, by those of these rails that can be opened, and the places of these."""
         opened = await asyncio.gather(*(self._rail(ours, "") for ours, _ in names), return_exceptions=True)
         path, first = MultirailPath(self.name, self._lane, conversation.incarnation), self._begins(conversation, dialled=dialled)
         joined: dict[int, FabricPath] = {}
@@ -255,7 +255,7 @@ class FabricProvider:
 
     async def _gather(self, conversation: Conversation, question: Gather) -> tuple[bytes, Path]:
         if not 0 < len(question.members) <= MOST_ENDS:
-            raise BrokenError(f"{len(question.members)} rails are no bundle", provider=self.name)
+            raise BrokenError(f"{len(question.members)} rails are too many, or none", provider=self.name)
         names = [(ours, ours) for _, ours in question.members]
         path, joined = await self._bundle(conversation, names, dialled=False)
         try:

@@ -1,4 +1,4 @@
-/* Bundles: several connections to one peer, taken as one. What is posted goes to whichever has the least under way; what broke with one
+/* Multirail peers: several connections to one peer, taken as one. What is posted goes to whichever has the least under way; what broke with one
  * is counted by both sides and goes out by the others. */
 
 #include "fabric.h"
@@ -9,77 +9,77 @@
 
 #define SMALL UINT64_C(4096) /* what a work request weighs beside its bytes */
 
-static at_fab_bundle *bundle_of(at_lane *lane, int64_t id) {
+static at_fab_multirail *multirail_of(at_lane *lane, int64_t id) {
     at_peer *peer = at_peer_find(lane, id);
-    return peer != NULL && peer->port == &at_fab_bundle_port ? peer->impl : NULL;
+    return peer != NULL && peer->port == &at_fab_multirail_port ? peer->impl : NULL;
 }
 
 /* ---- made, and destroyed with its last connection ---- */
 
-int64_t at_fab_bundle_new(at_lane *lane) {
-    at_fab_bundle *bundle = calloc(1, sizeof *bundle);
+int64_t at_fab_multirail_new(at_lane *lane) {
+    at_fab_multirail *multirail = calloc(1, sizeof *multirail);
     at_control *words = at_fab_words_new();
-    int64_t result = bundle != NULL && words != NULL ? AT_OK : AT_ENOMEM;
+    int64_t result = multirail != NULL && words != NULL ? AT_OK : AT_ENOMEM;
     at_lock(lane);
     if (result == AT_OK && lane->shut) result = AT_ESHUT;
     if (result == AT_OK) {
-        bundle->words = words;
-        bundle->users = 1;
-        bundle->peer = at_peer_add(lane, &at_fab_bundle_port, bundle, words);
-        if (bundle->peer != NULL) bundle->peer->device = 1; /* as far as all of them are */
-        result = bundle->peer != NULL ? bundle->peer->id : AT_ENOMEM;
+        multirail->words = words;
+        multirail->users = 1;
+        multirail->peer = at_peer_add(lane, &at_fab_multirail_port, multirail, words);
+        if (multirail->peer != NULL) multirail->peer->device = 1; /* as far as all of them are */
+        result = multirail->peer != NULL ? multirail->peer->id : AT_ENOMEM;
     }
     at_unlock(lane);
     if (result < 0) {
         at_fab_words_free(words);
-        free(bundle);
+        free(multirail);
     }
     return result;
 }
 
-int64_t at_fab_bundle_add(at_lane *lane, int64_t id, at_fab *fab) {
+int64_t at_fab_multirail_add(at_lane *lane, int64_t id, at_fab *fab) {
     at_lock(lane);
-    at_fab_bundle *bundle = bundle_of(lane, id);
+    at_fab_multirail *multirail = multirail_of(lane, id);
     at_unlock(lane);
-    return bundle != NULL ? at_fab_end_add(lane, fab, bundle, bundle->words) : AT_EUNKNOWN;
+    return multirail != NULL ? at_fab_end_add(lane, fab, multirail, multirail->words) : AT_EUNKNOWN;
 }
 
-static void release(at_fab_bundle *bundle) {
-    if (--bundle->users != 0) return;
-    at_fab_words_free(bundle->words);
-    free(bundle);
+static void release(at_fab_multirail *multirail) {
+    if (--multirail->users != 0) return;
+    at_fab_words_free(multirail->words);
+    free(multirail);
 }
 
-void at_fab_bundle_leave(at_fab_end *end) {
-    end->bundle->members[end->place] = NULL;
-    release(end->bundle);
+void at_fab_multirail_leave(at_fab_end *end) {
+    end->multirail->members[end->place] = NULL;
+    release(end->multirail);
 }
 
 /* ---- posting ---- */
 
 /* The connection that the next work request goes by, none of `refused`; NULL: all are full, silent or broken. */
-static at_fab_end *pick(at_fab_bundle *bundle, const int32_t *refused) {
+static at_fab_end *pick(at_fab_multirail *multirail, const int32_t *refused) {
     uint64_t load[AT_FAB_MOST_RAILS];
     int32_t open[AT_FAB_MOST_RAILS];
-    for (uint32_t i = 0; i < bundle->count; i++) {
-        at_fab_end *end = bundle->members[i];
+    for (uint32_t i = 0; i < multirail->count; i++) {
+        at_fab_end *end = multirail->members[i];
         open[i] = !refused[i] && end != NULL && end->peer->status == AT_OK && at_fab_has_room(end);
         load[i] = open[i] ? end->posted_bytes + SMALL * end->out : 0;
     }
-    int32_t best = bundle->count != 0 ? at_share_pick(load, open, bundle->count, bundle->next_rail) : -1;
-    return best >= 0 ? bundle->members[best] : NULL;
+    int32_t best = multirail->count != 0 ? at_share_pick(load, open, multirail->count, multirail->next_rail) : -1;
+    return best >= 0 ? multirail->members[best] : NULL;
 }
 
 /* Post it by one of them: the slot, or NULL and *rc. AT_OK: a completion, or a connection that comes up, will ask again. */
-static at_fab_slot *post_somewhere(at_fab_bundle *bundle, at_op *op, uint64_t first, uint64_t most, int *rc) {
+static at_fab_slot *post_somewhere(at_fab_multirail *multirail, at_op *op, uint64_t first, uint64_t most, int *rc) {
     int32_t refused[AT_FAB_MOST_RAILS] = {0};
-    *rc = bundle->retired ? AT_ERAIL : AT_OK;
-    if (bundle->retired) return NULL;
-    for (at_fab_end *end; (end = pick(bundle, refused)) != NULL;) {
+    *rc = multirail->retired ? AT_ERAIL : AT_OK;
+    if (multirail->retired) return NULL;
+    for (at_fab_end *end; (end = pick(multirail, refused)) != NULL;) {
         at_fab_slot *slot = at_fab_slot_take(end->fab);
         int done = slot != NULL ? at_fab_post_slot(end, op, slot, first, most) : AT_EAGAIN;
         if (done == AT_OK) {
-            bundle->next_rail = (end->place + 1) % bundle->count;
+            multirail->next_rail = (end->place + 1) % multirail->count;
             return slot;
         }
         if (slot != NULL) at_fab_slot_free(end->fab, slot);
@@ -97,12 +97,12 @@ static at_fab_slot *post_somewhere(at_fab_bundle *bundle, at_op *op, uint64_t fi
 }
 
 static void cut(at_peer *peer, at_op *op) {
-    const at_fab_bundle *bundle = peer->impl;
+    const at_fab_multirail *multirail = peer->impl;
     uint64_t most = UINT64_MAX;
     uint32_t rails = 0;
-    for (uint32_t i = 0; i < bundle->count; i++) {
-        if (bundle->members[i] == NULL) continue;
-        uint64_t takes = bundle->members[i]->fab->facts.most_bytes;
+    for (uint32_t i = 0; i < multirail->count; i++) {
+        if (multirail->members[i] == NULL) continue;
+        uint64_t takes = multirail->members[i]->fab->facts.most_bytes;
         if (takes < most) most = takes;
         rails++;
     }
@@ -116,15 +116,15 @@ static void cut(at_peer *peer, at_op *op) {
     }
 }
 
-static void repost_some(at_fab_bundle *bundle) {
-    at_peer *peer = bundle->peer;
-    for (at_fab_slot *note; !bundle->retired && (note = bundle->repost.head) != NULL;) {
+static void repost_some(at_fab_multirail *multirail) {
+    at_peer *peer = multirail->peer;
+    for (at_fab_slot *note; !multirail->retired && (note = multirail->repost.head) != NULL;) {
         at_op *op = at_op_find(peer->lane, note->cookie);
         int over = op == NULL || op->over || atomic_load(&op->withdrawn), rc = AT_OK;
         int stale = !over && op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch;
         uint64_t first = note->first, steps = note->steps;
         if (!over && !stale) {
-            at_fab_slot *slot = post_somewhere(bundle, op, first, steps, &rc);
+            at_fab_slot *slot = post_somewhere(multirail, op, first, steps, &rc);
             if (slot == NULL) {
                 if (rc == AT_EAGAIN) at_stall(peer, 1);
                 if (rc == AT_OK || rc == AT_EAGAIN) return;
@@ -139,49 +139,49 @@ static void repost_some(at_fab_bundle *bundle) {
                 }
             }
         }
-        at_fab_list_remove(&bundle->repost, note);
+        at_fab_list_remove(&multirail->repost, note);
         at_fab_slot_free(note->end->fab, note);
         if (stale) at_op_stop(op, rc != AT_OK ? rc : AT_ESTALE);
     }
 }
 
 static void flush(at_peer *peer) {
-    at_fab_bundle *bundle = peer->impl;
+    at_fab_multirail *multirail = peer->impl;
     int room = 0;
-    for (uint32_t i = 0; i < bundle->count; i++) {
-        at_fab_end *end = bundle->members[i];
+    for (uint32_t i = 0; i < multirail->count; i++) {
+        at_fab_end *end = multirail->members[i];
         if (end == NULL) continue;
         at_fab_flush_posts(end->peer);
         room |= at_fab_has_room(end);
     }
-    if (room) at_fab_still_stalled(peer, &bundle->repost); /* else one that comes up will ask */
+    if (room) at_fab_still_stalled(peer, &multirail->repost); /* else one that comes up will ask */
 }
 
-void at_fab_bundle_refill(at_fab_bundle *bundle) {
-    at_peer *peer = bundle->peer;
-    if (peer == NULL || bundle->retired) return;
+void at_fab_multirail_refill(at_fab_multirail *multirail) {
+    at_peer *peer = multirail->peer;
+    if (peer == NULL || multirail->retired) return;
     peer->users++;
     at_stall(peer, 0);
-    if (bundle->repost.head != NULL) {
-        repost_some(bundle);
+    if (multirail->repost.head != NULL) {
+        repost_some(multirail);
         flush(peer);
     }
-    if (bundle->repost.head == NULL) at_refill(peer);
+    if (multirail->repost.head == NULL) at_refill(peer);
     at_peer_release(peer);
 }
 
 static int64_t post(at_peer *peer, at_op *op) {
-    at_fab_bundle *bundle = peer->impl;
-    if (bundle->repost.head != NULL || bundle->retired) return 0;
+    at_fab_multirail *multirail = peer->impl;
+    if (multirail->repost.head != NULL || multirail->retired) return 0;
     if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) return AT_ESTALE;
     int rc;
-    at_fab_slot *slot = post_somewhere(bundle, op, op->cursor, op->extent - op->tail - op->cursor, &rc);
+    at_fab_slot *slot = post_somewhere(multirail, op, op->cursor, op->extent - op->tail - op->cursor, &rc);
     return slot != NULL ? (int64_t)slot->steps : rc;
 }
 
 /* ---- memory ---- */
 
-int at_fab_bundle_joins(at_lane *lane, int64_t id, int64_t theirs) {
+int at_fab_multirail_joins(at_lane *lane, int64_t id, int64_t theirs) {
     at_lock(lane);
     at_fab_end *end = at_fab_end_of(lane, id);
     if (end != NULL) end->their_peer = theirs;
@@ -189,24 +189,24 @@ int at_fab_bundle_joins(at_lane *lane, int64_t id, int64_t theirs) {
     return end != NULL ? AT_OK : AT_EUNKNOWN;
 }
 
-int64_t at_fab_bundle_import_keys(at_lane *lane, int64_t id, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
+int64_t at_fab_multirail_import_keys(at_lane *lane, int64_t id, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
                              uint64_t nbytes, int access, uint32_t slot, uint64_t epoch) {
     at_remote_part *parts = calloc(AT_FAB_MOST_RAILS, sizeof *parts);
     if (parts == NULL) return AT_ENOMEM;
     at_lock(lane);
-    at_fab_bundle *bundle = bundle_of(lane, id);
-    int rc = bundle == NULL || bundle->peer->status != AT_OK ? AT_EPEER : slot >= AT_GRANTS || (epoch & 1u) == 0 ? AT_EPROTO : AT_OK;
+    at_fab_multirail *multirail = multirail_of(lane, id);
+    int rc = multirail == NULL || multirail->peer->status != AT_OK ? AT_EPEER : slot >= AT_GRANTS || (epoch & 1u) == 0 ? AT_EPROTO : AT_OK;
     uint32_t known = 0;
     for (uint32_t i = 0; rc == AT_OK && i < n; i++) {
         const at_fab_end *end = at_fab_end_of(lane, peers[i]);
-        if (end == NULL || end->bundle != bundle) continue;
+        if (end == NULL || end->multirail != multirail) continue;
         parts[end->place] = (at_remote_part){addresses[i], keys[i]};
         known |= 1u << end->place;
     }
-    for (uint32_t i = 0; rc == AT_OK && i < bundle->count; i++)
-        if (bundle->members[i] != NULL && !(known & 1u << i)) rc = AT_EPROTO;
+    for (uint32_t i = 0; rc == AT_OK && i < multirail->count; i++)
+        if (multirail->members[i] != NULL && !(known & 1u << i)) rc = AT_EPROTO;
     if (rc == AT_OK) {
-        _Atomic uint64_t *word = &bundle->words->epoch[slot]; /* epochs of a slot only rise: a control message may have come before this */
+        _Atomic uint64_t *word = &multirail->words->epoch[slot]; /* epochs of a slot only rise: a control message may have come before this */
         uint64_t before = atomic_load(word);
         if (before < epoch) atomic_store(word, epoch);
         else if (before > epoch) rc = AT_ESTALE;
@@ -226,14 +226,14 @@ int64_t at_fab_bundle_import_keys(at_lane *lane, int64_t id, uint32_t n, const i
 
 /* ---- given up ---- */
 
-int at_fab_bundle_retire(at_lane *lane, int64_t id) {
+int at_fab_multirail_retire(at_lane *lane, int64_t id) {
     at_lock(lane);
-    at_fab_bundle *bundle = bundle_of(lane, id);
-    if (bundle != NULL) bundle->retired = 1;
-    for (uint32_t i = 0; bundle != NULL && i < bundle->count; i++)
-        if (bundle->members[i] != NULL) bundle->members[i]->retired = 1; /* none of them is opened again */
+    at_fab_multirail *multirail = multirail_of(lane, id);
+    if (multirail != NULL) multirail->retired = 1;
+    for (uint32_t i = 0; multirail != NULL && i < multirail->count; i++)
+        if (multirail->members[i] != NULL) multirail->members[i]->retired = 1; /* none of them is opened again */
     at_unlock(lane);
-    return bundle != NULL ? AT_OK : AT_EUNKNOWN;
+    return multirail != NULL ? AT_OK : AT_EUNKNOWN;
 }
 
 /* ---- the rest of the port ---- */
@@ -253,38 +253,38 @@ static int is_withdrawn(const at_fab_end *end) {
 }
 
 static void fence(at_peer *peer) {
-    at_fab_bundle *bundle = peer->impl;
-    for (uint32_t i = 0; i < bundle->count; i++) {
-        at_fab_end *end = bundle->members[i];
+    at_fab_multirail *multirail = peer->impl;
+    for (uint32_t i = 0; i < multirail->count; i++) {
+        at_fab_end *end = multirail->members[i];
         if (end == NULL) continue;
         if (peer->status != AT_OK) at_peer_end(end->peer, peer->status);
         else if (at_fab_is(end->fab, AT_FAB_PRIVATE) && is_withdrawn(end)) at_fab_end_break(end, ECANCELED);
         at_fab_end_unconfirmed(peer, &end->unconfirmed);
     }
-    at_fab_end_unconfirmed(peer, &bundle->repost);
+    at_fab_end_unconfirmed(peer, &multirail->repost);
 }
 
 static void forget(at_peer *peer) {
-    at_fab_bundle *bundle = peer->impl;
-    for (uint32_t i = 0; i < bundle->count; i++)
-        if (bundle->members[i] != NULL) at_fab_notes_free(&bundle->members[i]->unconfirmed);
-    at_fab_notes_free(&bundle->repost);
+    at_fab_multirail *multirail = peer->impl;
+    for (uint32_t i = 0; i < multirail->count; i++)
+        if (multirail->members[i] != NULL) at_fab_notes_free(&multirail->members[i]->unconfirmed);
+    at_fab_notes_free(&multirail->repost);
 }
 
 static void ping(at_peer *peer, uint64_t seq) {
-    at_fab_bundle *bundle = peer->impl;
-    for (uint32_t i = 0; i < bundle->count; i++)
-        if (bundle->members[i] != NULL) at_fab_ping(bundle->members[i]->peer, seq);
+    at_fab_multirail *multirail = peer->impl;
+    for (uint32_t i = 0; i < multirail->count; i++)
+        if (multirail->members[i] != NULL) at_fab_ping(multirail->members[i]->peer, seq);
 }
 
 /* Sums: another number means that it is there. */
 static void pong(at_peer *peer, uint64_t *native, uint64_t *loop) {
-    at_fab_bundle *bundle = peer->impl;
+    at_fab_multirail *multirail = peer->impl;
     *native = *loop = 0;
-    for (uint32_t i = 0; i < bundle->count; i++) {
+    for (uint32_t i = 0; i < multirail->count; i++) {
         uint64_t one_native, one_loop;
-        if (bundle->members[i] == NULL) continue;
-        at_fab_pong(bundle->members[i]->peer, &one_native, &one_loop);
+        if (multirail->members[i] == NULL) continue;
+        at_fab_pong(multirail->members[i]->peer, &one_native, &one_loop);
         *native += one_native;
         *loop += one_loop;
     }
@@ -296,13 +296,13 @@ static void answer(at_peer *peer, int from_loop) {
 }
 
 static void destroy(at_peer *peer) {
-    at_fab_bundle *bundle = peer->impl;
+    at_fab_multirail *multirail = peer->impl;
     forget(peer);
-    bundle->peer = NULL;
-    release(bundle);
+    multirail->peer = NULL;
+    release(multirail);
 }
 
-const at_port at_fab_bundle_port = {
+const at_port at_fab_multirail_port = {
     .name = "rails",
     .window = AT_FAB_WINDOW * AT_FAB_MOST_RAILS,
     .cut = cut,
