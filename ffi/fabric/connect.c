@@ -181,7 +181,7 @@ int at_fab_settle(at_lane *lane, int64_t id, uint64_t arrived) {
 
 /* ---- one of several has broken, and no connection is left to tell it by ---- */
 
-int at_fab_part(at_lane *lane, int64_t id, uint32_t generation, uint64_t *arrived) {
+int at_fab_member_failed(at_lane *lane, int64_t id, uint32_t generation, uint64_t *arrived) {
     int rc = at_check_process(lane);
     if (rc != AT_OK) return rc;
     at_fab *fab = take_turn(lane, id, 1);
@@ -200,7 +200,7 @@ int at_fab_part(at_lane *lane, int64_t id, uint32_t generation, uint64_t *arrive
     return rc;
 }
 
-int at_fab_parted(at_lane *lane, int64_t id, uint32_t generation, uint64_t arrived) {
+int at_fab_member_reconcile(at_lane *lane, int64_t id, uint32_t generation, uint64_t arrived) {
     at_lock(lane);
     at_fab_end *end = at_fab_end_of(lane, id);
     int rc = end == NULL || end->multirail == NULL ? AT_EUNKNOWN : end->ep != NULL || end->generation > generation ? AT_EAGAIN : AT_OK;

@@ -28,7 +28,7 @@ int at_fab_receive(at_fab_end *end) {
     return AT_OK;
 }
 
-/* ---- what a control message tells of connections that have broken: see part.c ---- */
+/* ---- what a control message tells of connections that have broken: see failover.c ---- */
 
 /* Closed, and its number is final. */
 static int is_ready(const at_fab_end *end) {
@@ -44,20 +44,20 @@ static uint32_t owed_parts(const at_fab_end *carrier) {
 
 static void write_parts(at_fab_end *carrier, at_fab_ctrl *ctrl) {
     const at_fab_multirail *multirail = carrier->multirail;
-    for (uint32_t i = 0; multirail != NULL && i < multirail->count && ctrl->parts < AT_FAB_PARTS; i++) {
+    for (uint32_t i = 0; multirail != NULL && i < multirail->count && ctrl->failed_count < AT_FAB_FAILED; i++) {
         at_fab_end *end = multirail->members[i];
         if (end == NULL || !is_ready(end)) continue;
-        ctrl->part[ctrl->parts].peer = end->their_peer;
-        ctrl->part[ctrl->parts].generation = end->generation;
-        ctrl->part[ctrl->parts++].arrived = end->arrived;
+        ctrl->failed[ctrl->failed_count].peer = end->their_peer;
+        ctrl->failed[ctrl->failed_count].generation = end->generation;
+        ctrl->failed[ctrl->failed_count++].arrived = end->arrived;
     }
 }
 
 static void parts_sent(at_fab_end *carrier, const at_fab_ctrl *ctrl) {
     const at_fab_multirail *multirail = carrier->multirail;
-    for (uint32_t i = 0; i < ctrl->parts; i++)
+    for (uint32_t i = 0; i < ctrl->failed_count; i++)
         for (uint32_t k = 0; k < multirail->count; k++)
-            if (multirail->members[k] != NULL && multirail->members[k]->their_peer == ctrl->part[i].peer) multirail->members[k]->owes = 0;
+            if (multirail->members[k] != NULL && multirail->members[k]->their_peer == ctrl->failed[i].peer) multirail->members[k]->owes = 0;
 }
 
 /* ---- what we say ---- */
@@ -135,7 +135,7 @@ void at_fab_tell(at_fab_end *end) {
     at_fab_slot *slot = at_fab_slot_take(fab);
     if (slot == NULL) return;
     write_ctrl(end, &slot->ctrl);
-    if (!end->news && slot->ctrl.revoked + slot->ctrl.over + slot->ctrl.parts == 0) { /* only confirmations that have to wait */
+    if (!end->news && slot->ctrl.revoked + slot->ctrl.over + slot->ctrl.failed_count == 0) { /* only confirmations that have to wait */
         at_fab_slot_free(fab, slot);
         return;
     }

@@ -74,10 +74,10 @@ int at_fab_multirail_joins(at_lane *lane, int64_t peer, int64_t theirs);
 /* Memory that the peer has lent to each of its connections: address and key by peers[i]. A remote region, or AT_E*. */
 int64_t at_fab_multirail_import_keys(at_lane *lane, int64_t multirail, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
                              uint64_t nbytes, int access, uint32_t slot, uint64_t epoch);
-/* One of them has broken: fence what is open up to this generation, and count what has arrived. Then at_fab_parted, with what the other
+/* One of them has broken: fence what is open up to this generation, and count what has arrived. Then at_fab_member_reconcile, with what the other
  * side has counted: what is left goes out by the others. AT_EAGAIN: a later connection is open. */
-int at_fab_part(at_lane *lane, int64_t peer, uint32_t generation, uint64_t *arrived);
-int at_fab_parted(at_lane *lane, int64_t peer, uint32_t generation, uint64_t arrived);
+int at_fab_member_failed(at_lane *lane, int64_t peer, uint32_t generation, uint64_t *arrived);
+int at_fab_member_reconcile(at_lane *lane, int64_t peer, uint32_t generation, uint64_t arrived);
 /* Post nothing by this multirail peer any more: called before its connections are given up one after the other. */
 int at_fab_multirail_retire(at_lane *lane, int64_t multirail);
 

@@ -38,7 +38,7 @@
 #define AT_FAB_BLOCK 64u                        /* slots that are made at once */
 #define AT_FAB_IOV 4u
 #define AT_FAB_PAIRS 16u                        /* of grants in a control message */
-#define AT_FAB_PARTS 4u                         /* broken connections in a control message */
+#define AT_FAB_FAILED 4u                         /* broken connections in a control message */
 #define AT_FAB_RECEIVES 4u                      /* posted for control messages, per end */
 #define AT_FAB_MOST_PEERS (1u << 20)            /* what a mark can name */
 #define AT_FAB_MOST_COUNT (1u << 12)            /* pages that one mark can count */
@@ -57,11 +57,11 @@ typedef struct {
         uint64_t epoch;
         uint32_t slot, unused;
     } pairs[AT_FAB_PAIRS];
-    uint32_t parts, unused; /* how many of these: other connections that have broken, by their peers in the lane that reads this */
+    uint32_t failed_count, unused; /* how many of these: other connections that have broken, by their peers in the lane that reads this */
     struct {
         int64_t peer;
         uint64_t generation, arrived;
-    } part[AT_FAB_PARTS];
+    } failed[AT_FAB_FAILED];
 } at_fab_ctrl;
 
 enum at_fab_slot_state {
@@ -169,7 +169,7 @@ struct at_fab_end {
 
 /* Several connections to one peer, by as many rails, taken as one: a peer of the lane whose operations are shared out over them, run by
  * run. Each connection is a peer of the lane too, with control messages, counts and fences of its own; operations name the multirail peer. When one breaks,
- * both sides fence it and tell each other what they have counted by it (at_fab_part), and the rest goes out by the others. */
+ * both sides fence it and tell each other what they have counted by it (at_fab_member_failed), and the rest goes out by the others. */
 struct at_fab_multirail {
     at_peer *peer;     /* NULL: gone, and kept for the connections that are left */
     at_control *words; /* of all of them */
@@ -331,10 +331,10 @@ extern const at_port at_fab_multirail_port;
 void at_fab_multirail_leave(at_fab_end *end);        /* it is destroyed */
 void at_fab_multirail_refill(at_fab_multirail *multirail); /* there may be room for more */
 
-/* part.c, with the lane's lock */
-void at_fab_read_parts(at_fab_end *carrier, const at_fab_ctrl *ctrl);
-void at_fab_owe_parts(at_fab_multirail *multirail); /* one has broken or come up: what is broken is to be told, also again */
-void at_fab_tell_parts(at_fab_multirail *multirail); /* by one that is up, as far as the numbers are final */
+/* failover.c, with the lane's lock */
+void at_fab_read_failed(at_fab_end *carrier, const at_fab_ctrl *ctrl);
+void at_fab_owe_failed(at_fab_multirail *multirail); /* one has broken or come up: what is broken is to be told, also again */
+void at_fab_tell_failed(at_fab_multirail *multirail); /* by one that is up, as far as the numbers are final */
 
 /* ends.c, with the lane's lock */
 int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_multirail *multirail, at_control *words); /* its id, or AT_E*; NO LOCK */

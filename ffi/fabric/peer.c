@@ -25,7 +25,7 @@ void at_fab_up(at_fab_end *end) {
     at_event_push(end->peer->lane, AT_EV_UP, (uint64_t)end->peer->id, AT_OK, 0);
     if (!end->begun) at_fab_end_begin(end);
     else if (end->multirail != NULL) at_fab_end_refill(end); /* which posts nothing by a connection that has not been heard of */
-    if (end->multirail != NULL) at_fab_owe_parts(end->multirail);
+    if (end->multirail != NULL) at_fab_owe_failed(end->multirail);
 }
 
 void at_fab_end_refill(at_fab_end *end) {

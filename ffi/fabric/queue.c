@@ -88,7 +88,7 @@ static void ctrl_in(at_fab *fab, at_fab_slot *slot, int good) {
         if (from->joined && first) at_fab_up(from); /* else it is as soon as the offer that the control message overtook is taken */
         at_fab_stepped(from);
         at_fab_read(from, &ctrl);
-        at_fab_read_parts(from, &ctrl);
+        at_fab_read_failed(from, &ctrl);
         at_fab_tell(from);
     }
     at_fab_slot_free(fab, slot);
@@ -179,7 +179,7 @@ int at_fab_drain(at_fab *fab) {
     if (last == 0 && fab->read_up_to != closings) {
         fab->read_up_to = closings;
         for (uint32_t i = 0; i < fab->end_count; i++) /* what was counted by those that broke is final now */
-            if (fab->ends[i] != NULL && fab->ends[i]->owes) at_fab_tell_parts(fab->ends[i]->multirail);
+            if (fab->ends[i] != NULL && fab->ends[i]->owes) at_fab_tell_failed(fab->ends[i]->multirail);
     }
     for (at_fab_slot *next; limbo != NULL; limbo = next) {
         next = limbo->next;

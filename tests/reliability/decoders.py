@@ -323,7 +323,7 @@ DECODERS = (
             lambda: [fabric_messages.encode(q) for q in (
                 fabric_messages.Offer(0, 1, b"a" * 16, 1, 2, 3, 4, 1, 0, "eth0"),
                 fabric_messages.KeyRequest(1, 2, 3), fabric_messages.Retire(1, 2),
-                fabric_messages.Gather(1, [(2, "eth0"), (3, "eth1")]), fabric_messages.Part(2, 1, 70),
+                fabric_messages.Gather(1, [(2, "eth0"), (3, "eth1")]), fabric_messages.MemberFailed(2, 1, 70),
                 fabric_messages.RetireEach(1, [(2, 70), (3, 0)]))]),
     Decoder("fabric key reply", "the answer to a question for a key",
             _broken(lambda data: decode(fabric_messages.key_replies, data, "key reply", "tcp")),

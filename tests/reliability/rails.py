@@ -115,7 +115,7 @@ class Side:
 
     def part(self, i: int, generation: int) -> int | None:
         arrived = ffi.new("uint64_t *")
-        return int(arrived[0]) if lib.at_fab_part(self.pointer, self.members[i], generation, arrived) == 0 else None
+        return int(arrived[0]) if lib.at_fab_member_failed(self.pointer, self.members[i], generation, arrived) == 0 else None
 
     def mend(self, i: int) -> Generator[None, None, None]:
         """As `FabricPath.reopen`, again and again."""
@@ -127,7 +127,7 @@ class Side:
                 if theirs is None:
                     yield
                     continue
-                lib.at_fab_parted(self.pointer, self.members[i], generation, theirs)
+                lib.at_fab_member_reconcile(self.pointer, self.members[i], generation, theirs)
             generation = self.generation(i) + 1
             offer = self.offer(i, generation)
             theirs = None if offer is None else (yield from self.ask("offer", i, offer.generation, offer))
@@ -161,7 +161,7 @@ class Side:
         if kind == "part":
             reply = self.part(i, generation)
             if reply is not None:
-                lib.at_fab_parted(self.pointer, self.members[i], generation, said)
+                lib.at_fab_member_reconcile(self.pointer, self.members[i], generation, said)
         else:
             reply = self.offer(i, generation)
             if reply is not None and reply.generation == generation:

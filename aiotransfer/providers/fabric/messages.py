@@ -89,7 +89,7 @@ class Retire(msgspec.Struct, tag="retire", array_like=True):
     arrived: int
 
 
-class Part(msgspec.Struct, tag="part", array_like=True):
+class MemberFailed(msgspec.Struct, tag="part", array_like=True):
     """The connection of this generation has broken; so many of yours have arrived by it."""
 
     to: int
@@ -111,13 +111,13 @@ class Side(msgspec.Struct, array_like=True):
     named: bool
 
 
-questions = msgspec.msgpack.Decoder(Offer | Gather | KeyRequest | Retire | Part | RetireEach)
+questions = msgspec.msgpack.Decoder(Offer | Gather | KeyRequest | Retire | MemberFailed | RetireEach)
 offers = msgspec.msgpack.Decoder(Offer)
 gathereds = msgspec.msgpack.Decoder(Gathered)
 key_replies = msgspec.msgpack.Decoder(KeyReply)
 key_replies_each = msgspec.msgpack.Decoder(KeyReplies)
 retireds = msgspec.msgpack.Decoder(Retire)
-parteds = msgspec.msgpack.Decoder(Part)
+members_failed = msgspec.msgpack.Decoder(MemberFailed)
 retireds_each = msgspec.msgpack.Decoder(RetireEach)
 sides = msgspec.msgpack.Decoder(Side)
 encode = msgspec.msgpack.encode

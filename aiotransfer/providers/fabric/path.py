@@ -20,13 +20,13 @@ from aiotransfer.providers import native
 from aiotransfer.providers.fabric.messages import (
     KeyReply,
     KeyRequest,
+    MemberFailed,
     Offer,
-    Part,
     Retire,
     encode,
     key_replies,
+    members_failed,
     offers,
-    parteds,
     readdressed,
     retireds,
 )
@@ -181,8 +181,8 @@ class FabricPath(Path):
     async def part(self, conversation: Conversation) -> None:
         """Fence it on both sides, and let what was not counted go out by the others. Raises `BrokenError` when that failed."""
         generation = self.generation
-        body = await conversation.ask(self.provider, encode(Part(self._to, generation, self._part(generation))))
-        self._parted(generation, decode(parteds, body, "count", self.provider).arrived)
+        body = await conversation.ask(self.provider, encode(MemberFailed(self._to, generation, self._part(generation))))
+        self._parted(generation, decode(members_failed, body, "count", self.provider).arrived)
 
     def parted(self, question: Part) -> Part:
         """The other side of `part`."""
@@ -190,17 +190,17 @@ class FabricPath(Path):
             raise BrokenError(f"no connection was opened {question.generation} times", provider=self.provider)
         arrived = self._part(question.generation)
         self._parted(question.generation, question.arrived)
-        return Part(self._to, question.generation, arrived)
+        return MemberFailed(self._to, question.generation, arrived)
 
     def _part(self, generation: int) -> int:
         arrived = native.ffi.new("uint64_t *")
-        status = native.lib.at_fab_part(self._lane.pointer, self.lane_peer, generation, arrived)
+        status = native.lib.at_fab_member_failed(self._lane.pointer, self.lane_peer, generation, arrived)
         self._raise(status, "what has arrived cannot be told")
         return int(arrived[0])
 
     def _parted(self, generation: int, arrived: int) -> None:
         self._check_count(arrived)
-        status = native.lib.at_fab_parted(self._lane.pointer, self.lane_peer, generation, arrived)
+        status = native.lib.at_fab_member_reconcile(self._lane.pointer, self.lane_peer, generation, arrived)
         if status != native.lib.AT_EAGAIN:  # open again already, and settled by that
             self._raise(status, "what has arrived cannot be settled")
 

@@ -22,8 +22,8 @@ from aiotransfer.providers.fabric.messages import (
     MOST_ENDS,
     Gather,
     KeyRequest,
+    MemberFailed,
     Offer,
-    Part,
     Retire,
     RetireEach,
     Side,
@@ -234,7 +234,7 @@ class FabricProvider:
                 return encode(path.retired(question)), None
             case FabricPath(), Retire():
                 return encode(path.retired(question)), None
-            case FabricPath(), Part():
+            case FabricPath(), MemberFailed():
                 return encode(path.parted(question)), None
             case FabricPath(), Offer():
                 ours = path.offer(question.generation)

@@ -30,7 +30,7 @@ QUESTIONS: tuple[tuple[str, Any], ...] = (
     ("tcp", fabric_messages.KeyRequest(1, 2, 3)),
     ("tcp", fabric_messages.Retire(1, 2)),
     ("tcp", fabric_messages.Gather(1, [(2, "lo"), (3, "lo")])),
-    ("tcp", fabric_messages.Part(2, 1, 70)),
+    ("tcp", fabric_messages.MemberFailed(2, 1, 70)),
     ("tcp", fabric_messages.RetireEach(1, [(2, 70), (3, 0)])),
 )
 

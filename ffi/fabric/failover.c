@@ -3,27 +3,27 @@
  *
  * The number that a side tells is final: its endpoint is closed, and everything that had arrived has been handed out. It is told again
  * whenever another connection breaks or comes up, since the control message may have been lost; told twice it changes nothing, and told late, of a
- * generation that is over, neither. Where no connection is left the engines ask each other by their control connection (at_fab_part). */
+ * generation that is over, neither. Where no connection is left the engines ask each other by their control connection (at_fab_member_failed). */
 
 #include "fabric.h"
 
-void at_fab_read_parts(at_fab_end *carrier, const at_fab_ctrl *ctrl) {
+void at_fab_read_failed(at_fab_end *carrier, const at_fab_ctrl *ctrl) {
     at_lane *lane = carrier->peer->lane;
-    if (carrier->multirail == NULL || ctrl->parts > AT_FAB_PARTS) return;
-    for (uint32_t i = 0; i < ctrl->parts; i++) {
-        at_fab_end *end = at_fab_end_of(lane, ctrl->part[i].peer);
+    if (carrier->multirail == NULL || ctrl->failed_count > AT_FAB_FAILED) return;
+    for (uint32_t i = 0; i < ctrl->failed_count; i++) {
+        at_fab_end *end = at_fab_end_of(lane, ctrl->failed[i].peer);
         if (end == NULL || end == carrier || end->multirail != carrier->multirail || end->retired) continue;
-        if (end->generation > ctrl->part[i].generation) continue; /* of a connection before this one, which is settled */
+        if (end->generation > ctrl->failed[i].generation) continue; /* of a connection before this one, which is settled */
         at_peer *peer = end->peer;
         peer->users++;
         if (end->ep != NULL) at_fab_end_break(end, 0); /* the other side has it opened again */
-        at_fab_reconcile(end, ctrl->part[i].arrived);
+        at_fab_reconcile(end, ctrl->failed[i].arrived);
         at_fab_multirail_refill(end->multirail);
         at_peer_release(peer);
     }
 }
 
-void at_fab_tell_parts(at_fab_multirail *multirail) {
+void at_fab_tell_failed(at_fab_multirail *multirail) {
     for (uint32_t i = 0; i < multirail->count; i++) {
         at_fab_end *end = multirail->members[i];
         if (end == NULL || end->ep == NULL || !end->heard || end->telling) continue;
@@ -32,7 +32,7 @@ void at_fab_tell_parts(at_fab_multirail *multirail) {
     }
 }
 
-void at_fab_owe_parts(at_fab_multirail *multirail) {
+void at_fab_owe_failed(at_fab_multirail *multirail) {
     at_fab_owe(multirail);
-    at_fab_tell_parts(multirail);
+    at_fab_tell_failed(multirail);
 }
