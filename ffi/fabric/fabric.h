@@ -3,19 +3,19 @@
  * Everything here is common to what moves the bytes: libfabric (ofi/ofi.h) or libibverbs (verbs/verbs.h), each a table of functions
  * (at_fab_driver) that posts, reads completions, registers and closes, and decides nothing.
  *
- * A rail (at_fab) is one domain with one completion queue and one address vector. An end is this lane's side of the connection to one
- * peer: an endpoint of its own, so that closing it fences that peer and no other. A slot is one posted work request; it is the
- * provider's context and therefore never freed before the rail.
+ * A rail (at_fab) is one domain with one completion queue and one address vector. A connection (at_fab_conn) is this lane's side of one
+ * to one peer: an endpoint of its own, so that closing it fences that peer and no other. A work request (at_fab_wr) is the provider's
+ * context while it is posted, and therefore never freed before the rail.
  *
- * Locks, in this order: fab->progress_lock (held to make progress: to read the queue and hand out what was read), the lane's lock (everything the
- * lane knows, and ends and slots), fab->lock (each call into the library). A fence is called with the lane's lock and closes an endpoint
- * while another thread may hold completions of it that it has read and not handed out: the slots of a closed endpoint go into limbo,
- * and are used again only after a whole turn that began later.
+ * Locks, in this order: fab->progress_lock (held to make progress: to read the queue and hand out what was read), the lane's lock
+ * (everything the lane knows, connections and work requests), fab->lock (each call into the library). A fence is called with the lane's
+ * lock and closes an endpoint while another thread may hold completions of it that it has read and not handed out: the work requests of
+ * a closed endpoint go into limbo, and are used again only after a whole turn that began later.
  *
  * Granting. A fabric cannot tell whether a peer is inside a write under some key, and closing a memory region does not stop a write
- * whose header was accepted. So memory is lent to one peer after the other on request (at_fab_export_key remembers to whom), a revocation is
- * a control message to each of them, and each answers when nothing of it is posted under that grant any more. Both are written and answered by
- * the thread that makes progress, without the event loop. What does not answer is fenced by closing its endpoint.
+ * whose header was accepted. So keys are exported to one peer after the other on request (at_fab_export_key remembers to whom), a
+ * revocation is a control message to each of them, and each answers when nothing of it is posted under that grant any more. Both are
+ * written and answered by the thread that makes progress, without the event loop. What does not answer is fenced by closing its endpoint.
  *
  * Counting. A marked immediate names its sender. Each side numbers its work requests that carry immediates, and counts those that have
  * arrived. When a connection breaks, both sides close their endpoints, hand out what has arrived, tell each other how many that were,
@@ -35,20 +35,20 @@
 #define AT_FAB_BOUNCES 4u
 #define AT_FAB_RAIL_BYTES ((uint64_t)8 << 20)  /* the same, of each of several: a slow one shall not hold up what others could carry */
 #define AT_FAB_PIECE ((uint64_t)4 << 20)        /* of a larger write */
-#define AT_FAB_BLOCK 64u                        /* slots that are made at once */
+#define AT_FAB_BLOCK 64u                        /* work requests that are made at once */
 #define AT_FAB_IOV 4u
 #define AT_FAB_PAIRS 16u                        /* of grants in a control message */
 #define AT_FAB_FAILED 4u                         /* broken connections in a control message */
-#define AT_FAB_RECEIVES 4u                      /* posted for control messages, per end */
+#define AT_FAB_RECEIVES 4u                      /* posted for control messages, per connection */
 #define AT_FAB_MOST_PEERS (1u << 20)            /* what a mark can name */
 #define AT_FAB_MOST_COUNT (1u << 12)            /* pages that one mark can count */
 #define AT_FAB_MOST_RAILS 16u                   /* connections to one peer that are taken as one */
 
-typedef struct at_fab_end at_fab_end;
-typedef struct at_fab_slot at_fab_slot;
+typedef struct at_fab_conn at_fab_conn;
+typedef struct at_fab_wr at_fab_wr;
 typedef struct at_fab_multirail at_fab_multirail;
 
-/* One message between two ends. At most one is under way in each direction. */
+/* One message between two connections. At most one is under way in each direction. */
 typedef struct {
     uint32_t mark, generation;
     uint64_t ping, pong_native, pong_loop;
@@ -64,26 +64,26 @@ typedef struct {
     } failed[AT_FAB_FAILED];
 } at_fab_ctrl;
 
-enum at_fab_slot_state {
-    AT_SLOT_FREE,
-    AT_SLOT_POSTED,
-    AT_SLOT_UNCONFIRMED, /* its connection broke: did it land? */
-    AT_SLOT_REPOST,     /* it did not: to be posted again */
-    AT_SLOT_LIMBO,     /* its endpoint is closed: a late completion may still name it */
-    AT_SLOT_ORPHAN     /* its end is gone, the shared endpoint is not: its completion will come */
+enum at_fab_wr_state {
+    AT_WR_FREE,
+    AT_WR_POSTED,
+    AT_WR_UNCONFIRMED, /* its connection broke: did it land? */
+    AT_WR_REPOST,     /* it did not: to be posted again */
+    AT_WR_LIMBO,     /* its endpoint is closed: a late completion may still name it */
+    AT_WR_ORPHAN     /* its connection is gone, the shared endpoint is not: its completion will come */
 };
-enum at_fab_slot_kind { AT_SLOT_WORK, AT_SLOT_CTRL_OUT, AT_SLOT_CTRL_IN };
+enum at_fab_wr_kind { AT_WR_WORK, AT_WR_CTRL_OUT, AT_WR_CTRL_IN };
 
-struct at_fab_slot {
+struct at_fab_wr {
     void *context[8]; /* first: what a completion names, and the library's to use (struct fi_context2) */
-    at_fab_slot *next, *previous;
-    at_fab_end *end;
+    at_fab_wr *next, *previous;
+    at_fab_conn *conn;
     at_op *op;               /* while posted */
     int64_t cookie;          /* of it: afterwards it may have ended */
     uint64_t first, steps, bytes;
     uint64_t counts;         /* units that it counts at the target */
     uint64_t serial;         /* among the work requests that count; 0: it does not, or has been posted by no connection yet */
-    void *desc;              /* of the memory that this slot lies in */
+    void *desc;              /* of the memory that this lies in */
     uint8_t *bounce;         /* owned: the bytes of local memory that may be taken away, see at_fab_bounce; NULL: none */
     int pooled;              /* it has AT_FAB_PIECE bytes and may be a spare one afterwards */
     uint8_t *lands;          /* where they go when they have been read; NULL: they are written */
@@ -92,7 +92,7 @@ struct at_fab_slot {
 };
 
 typedef struct {
-    at_fab_slot *head, *tail;
+    at_fab_wr *head, *tail;
 } at_fab_list;
 
 /* In what state a connection is, one generation after the other: `ep`, `joined`, `begun` and `heard` say it together. There are no others.
@@ -113,15 +113,15 @@ typedef struct {
  *   EARLY    UP       at_fab_offer_take
  *   JOINED   UP       a control message
  *   BEGUN    UP       a control message
- *   each     CLOSED   at_fab_end_close, mostly by at_fab_end_break
+ *   each     CLOSED   at_fab_conn_close, mostly by at_fab_conn_break
  *
- * at_fab_stepped stands where a step is over; builds with a sanitizer check it there. What else is said of an end goes beside this, in each
+ * at_fab_stepped stands where a step is over; builds with a sanitizer check it there. What else is said of a connection goes beside this, in each
  * state: `retired` (not opened again), `troubled` (it broke by itself), `owes` (the other side is to be told), `alone` (the door is shut). */
 enum at_fab_state { AT_CONN_CLOSED, AT_CONN_MADE, AT_CONN_EARLY, AT_CONN_JOINED, AT_CONN_BEGUN, AT_CONN_UP };
 
 enum at_fab_hold { AT_HOLD_NONE, AT_HOLD_LENT, AT_HOLD_TELL, AT_HOLD_TOLD };
 
-struct at_fab_end {
+struct at_fab_conn {
     at_fab *fab;
     at_peer *peer;
     at_fab_multirail *multirail; /* that it is one of, or NULL */
@@ -131,8 +131,8 @@ struct at_fab_end {
     int owes;              /* it has broken, and the other side may not know yet what was counted by it */
     void *ep;            /* the driver's. NULL: none, or broken. The rail's own where that is shared */
     uint64_t to;         /* the driver's: where it leads */
-    uint64_t unique;     /* among all ends there ever were: a completion may name one that has gone */
-    uint32_t mark;       /* ours: the index among the rail's ends */
+    uint64_t unique;     /* among all connections there ever were: a completion may name one that has gone */
+    uint32_t mark;       /* ours: the index among the rail's connections */
     uint32_t their_mark;  /* theirs for us: what we send carries it */
     uint32_t generation;
     int joined;          /* the other side's offer of this generation was taken */
@@ -173,7 +173,7 @@ struct at_fab_end {
 struct at_fab_multirail {
     at_peer *peer;     /* NULL: gone, and kept for the connections that are left */
     at_control *words; /* of all of them */
-    at_fab_end *members[AT_FAB_MOST_RAILS]; /* NULL: gone */
+    at_fab_conn *members[AT_FAB_MOST_RAILS]; /* NULL: gone */
     uint32_t count, users;
     uint32_t next_rail;
     int retired;       /* given up: nothing is posted any more */
@@ -200,7 +200,7 @@ typedef struct {
 
 /* One thing that the queue tells. */
 typedef struct {
-    at_fab_slot *slot; /* what has completed; of an arrival, the receive that it used up, if any */
+    at_fab_wr *wr; /* what has completed; of an arrival, the receive that it used up, if any */
     int arrival;       /* a write with an immediate has landed: */
     uint64_t data;     /* its value, and a mark in the upper half where there are such */
     int error;         /* errno, 0: it went well */
@@ -210,15 +210,15 @@ typedef struct {
 
 /* What moves the bytes. With fab->lock unless the line says otherwise; what fails says so by an errno (positive), 0 is success. */
 typedef struct {
-    int (*open)(at_fab_end *end);  /* an endpoint for it: end->ep */
-    void (*close)(at_fab_end *end); /* afterwards nothing of it touches memory, and end->ep is NULL */
-    void (*settle)(at_fab_end *end); /* both sides are in: no other is let in from now on. NULL: no other ever is */
-    int (*name)(at_fab_end *end, at_fab_offer *out); /* what the other side joins by */
-    int (*join)(at_fab_end *end, const at_fab_offer *theirs);
-    int (*receive)(at_fab_end *end, at_fab_slot *slot); /* NULL: the driver keeps receives of its own */
-    int (*send)(at_fab_end *end, at_fab_slot *slot);    /* its control message. EAGAIN: later */
-    int (*post)(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int read, int counts, uint64_t data); /* EAGAIN: later */
-    int (*flush)(at_fab_end *end); /* what post has gathered; NULL: it gathers nothing */
+    int (*open)(at_fab_conn *conn);  /* an endpoint for it: conn->ep */
+    void (*close)(at_fab_conn *conn); /* afterwards nothing of it touches memory, and conn->ep is NULL */
+    void (*settle)(at_fab_conn *conn); /* both sides are in: no other is let in from now on. NULL: no other ever is */
+    int (*name)(at_fab_conn *conn, at_fab_offer *out); /* what the other side joins by */
+    int (*join)(at_fab_conn *conn, const at_fab_offer *theirs);
+    int (*receive)(at_fab_conn *conn, at_fab_wr *wr); /* NULL: the driver keeps receives of its own */
+    int (*send)(at_fab_conn *conn, at_fab_wr *wr);    /* its control message. EAGAIN: later */
+    int (*post)(at_fab_conn *conn, at_fab_wr *wr, const at_fab_vector *v, int read, int counts, uint64_t data); /* EAGAIN: later */
+    int (*flush)(at_fab_conn *conn); /* what post has gathered; NULL: it gathers nothing */
     int (*read)(at_fab *fab, at_fab_entry *entries, int most); /* how many */
     void (*handed_out)(at_fab *fab); /* with the lane's lock INSTEAD: a batch was. NULL: of no interest */
     void (*look)(at_fab *fab);       /* with the turn INSTEAD: before the queue is armed. NULL: of no interest */
@@ -246,24 +246,24 @@ struct at_fab {
     at_fab_mr signal_target_mr;
     void *signal_target_desc;
 
-    at_fab_end **ends;
-    uint32_t end_count, end_room;
+    at_fab_conn **conns;
+    uint32_t conn_count, conn_room;
     at_fab_mr *exported; /* by grant */
     uint32_t exported_room;
     void **local; /* by region */
     uint32_t local_room;
     uint8_t *bounces[AT_FAB_BOUNCES]; /* spare ones: memory that is taken anew each time costs as much as the copy */
     uint32_t bounce_count;
-    at_fab_slot **blocks;
+    at_fab_wr **blocks;
     void **block_mrs;
     uint32_t block_count, block_room;
-    at_fab_slot *free;
-    at_fab_slot *limbo;
+    at_fab_wr *free;
+    at_fab_wr *limbo;
     uint64_t closings, read_up_to; /* endpoints that were closed; those of which everything that had arrived has been handed out */
     uint32_t posted; /* work requests, of the rail */
     int saturated;   /* a post was refused for that */
     int gathering;       /* a batch of completions is handed out: what they make room for goes out together */
-    int eager;       /* an end has something to post or to tell although nothing has completed */
+    int eager;       /* a connection has something to post or to tell although nothing has completed */
 
     pthread_t thread;
     at_cpus cpus; /* of the thread */
@@ -283,8 +283,8 @@ static inline int at_fab_tells(const at_fab *fab) {
 }
 
 /* The peer whose operations it carries and whose arrivals it counts. */
-static inline at_peer *at_fab_owner(const at_fab_end *end) {
-    return end->multirail != NULL && end->multirail->peer != NULL ? end->multirail->peer : end->peer;
+static inline at_peer *at_fab_owner(const at_fab_conn *conn) {
+    return conn->multirail != NULL && conn->multirail->peer != NULL ? conn->multirail->peer : conn->peer;
 }
 
 /* rail.c */
@@ -309,74 +309,74 @@ int at_fab_source(at_fab *fab, const at_op *op, void **desc); /* of the operatio
 /* Local memory that may be taken away (own.c) does not go to a provider that copies it later. libfabric's tcp would end the process where
  * it copies by itself, and where the kernel refuses, it sends the next message in the place of the bytes that it owes. So what is posted
  * is a copy. AT_OK, AT_EAGAIN (no memory) or AT_EMEMORY. */
-int at_fab_bounce(at_fab *fab, const at_op *op, at_fab_slot *slot, at_fab_vector *v);
-int at_fab_landed(at_fab_slot *slot); /* it was read: store it. AT_OK or AT_EMEMORY */
-void at_fab_bounce_free(at_fab *fab, at_fab_slot *slot);
+int at_fab_bounce(at_fab *fab, const at_op *op, at_fab_wr *wr, at_fab_vector *v);
+int at_fab_landed(at_fab_wr *wr); /* it was read: store it. AT_OK or AT_EMEMORY */
+void at_fab_bounce_free(at_fab *fab, at_fab_wr *wr);
 void at_fab_region_over(at_rail *rail, uint32_t region);
 void at_fab_memory_close(at_fab *fab);
 
 /* keys.c, with the lane's lock */
 void at_fab_grant_over(at_rail *rail, uint32_t slot);
 
-/* slots.c, with the lane's lock */
-at_fab_slot *at_fab_slot_take(at_fab *fab); /* NULL: no memory */
-void at_fab_slot_free(at_fab *fab, at_fab_slot *slot);
-void at_fab_slot_retire(at_fab *fab, at_fab_slot *slot); /* posted, and no operation waits for it any more */
-void at_fab_list_add(at_fab_list *list, at_fab_slot *slot);
-void at_fab_list_remove(at_fab_list *list, at_fab_slot *slot);
-void at_fab_slots_close(at_fab *fab);
+/* work_requests.c, with the lane's lock */
+at_fab_wr *at_fab_wr_take(at_fab *fab); /* NULL: no memory */
+void at_fab_wr_free(at_fab *fab, at_fab_wr *wr);
+void at_fab_wr_retire(at_fab *fab, at_fab_wr *wr); /* posted, and no operation waits for it any more */
+void at_fab_list_add(at_fab_list *list, at_fab_wr *wr);
+void at_fab_list_remove(at_fab_list *list, at_fab_wr *wr);
+void at_fab_wrs_close(at_fab *fab);
 
 /* multirail.c, with the lane's lock */
 extern const at_port at_fab_multirail_port;
-void at_fab_multirail_leave(at_fab_end *end);        /* it is destroyed */
+void at_fab_multirail_leave(at_fab_conn *conn);        /* it is destroyed */
 void at_fab_multirail_refill(at_fab_multirail *multirail); /* there may be room for more */
 
 /* failover.c, with the lane's lock */
-void at_fab_read_failed(at_fab_end *carrier, const at_fab_ctrl *ctrl);
+void at_fab_read_failed(at_fab_conn *carrier, const at_fab_ctrl *ctrl);
 void at_fab_owe_failed(at_fab_multirail *multirail); /* one has broken or come up: what is broken is to be told, also again */
 void at_fab_tell_failed(at_fab_multirail *multirail); /* by one that is up, as far as the numbers are final */
 
-/* ends.c, with the lane's lock */
-int64_t at_fab_end_add(at_lane *lane, at_fab *fab, at_fab_multirail *multirail, at_control *words); /* its id, or AT_E*; NO LOCK */
+/* conns.c, with the lane's lock */
+int64_t at_fab_conn_add(at_lane *lane, at_fab *fab, at_fab_multirail *multirail, at_control *words); /* its id, or AT_E*; NO LOCK */
 at_control *at_fab_words_new(void);
 void at_fab_words_free(at_control *words);
-void at_fab_reconcile(at_fab_end *end, uint64_t arrived);
-void at_fab_end_unconfirmed(at_peer *peer, at_fab_list *list); /* what of it is over, or is of a peer that has ended */
+void at_fab_reconcile(at_fab_conn *conn, uint64_t arrived);
+void at_fab_conn_unconfirmed(at_peer *peer, at_fab_list *list); /* what of it is over, or is of a peer that has ended */
 void at_fab_notes_free(at_fab_list *list);
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
-void at_fab_stepped(at_fab_end *end); /* its state is another one now: ends the process where the table of at_fab_state has no such step */
+void at_fab_stepped(at_fab_conn *conn); /* its state is another one now: ends the process where the table of at_fab_state has no such step */
 #else
-static inline void at_fab_stepped(at_fab_end *end) { (void)end; }
+static inline void at_fab_stepped(at_fab_conn *conn) { (void)conn; }
 #endif
-void at_fab_end_close(at_fab_end *end);            /* its endpoint, if there is one */
+void at_fab_conn_close(at_fab_conn *conn);            /* its endpoint, if there is one */
 void at_fab_owe(at_fab_multirail *multirail);            /* what of it is broken is to be told, also again */
-int at_fab_refused(at_fab_end *end);               /* the driver has put a post off: 1: for ever, the connection is broken now */
-void at_fab_end_break(at_fab_end *end, int error); /* close its endpoint; what was posted is unconfirmed, or over when it was withdrawn */
-at_fab_end *at_fab_end_of(at_lane *lane, int64_t peer); /* NULL: no such peer of ours */
+int at_fab_refused(at_fab_conn *conn);               /* the driver has put a post off: 1: for ever, the connection is broken now */
+void at_fab_conn_break(at_fab_conn *conn, int error); /* close its endpoint; what was posted is unconfirmed, or over when it was withdrawn */
+at_fab_conn *at_fab_conn_of(at_lane *lane, int64_t peer); /* NULL: no such peer of ours */
 
 /* peer.c, with the lane's lock */
-void at_fab_end_refill(at_fab_end *end);
-void at_fab_end_begin(at_fab_end *end); /* the other side's offer was taken: it is our turn to post */
-void at_fab_up(at_fab_end *end);        /* both sides have joined, and a control message has come */
+void at_fab_conn_refill(at_fab_conn *conn);
+void at_fab_conn_begin(at_fab_conn *conn); /* the other side's offer was taken: it is our turn to post */
+void at_fab_up(at_fab_conn *conn);        /* both sides have joined, and a control message has come */
 extern const at_port at_fab_port;
 
 /* post.c, with the lane's lock */
-int at_fab_has_room(at_fab_end *end); /* may one more be posted? Otherwise a completion will ask again */
-int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t first, uint64_t most); /* AT_OK, AT_EAGAIN, or AT_ERAIL: broken now */
+int at_fab_has_room(at_fab_conn *conn); /* may one more be posted? Otherwise a completion will ask again */
+int at_fab_post_wr(at_fab_conn *conn, at_op *op, at_fab_wr *wr, uint64_t first, uint64_t most); /* AT_OK, AT_EAGAIN, or AT_ERAIL: broken now */
 void at_fab_cut(at_peer *peer, at_op *op);
 int64_t at_fab_post(at_peer *peer, at_op *op);
 void at_fab_flush_posts(at_peer *peer); /* what was gathered goes out */
 void at_fab_still_stalled(at_peer *peer, const at_fab_list *repost); /* a part of it */
-void at_fab_repost(at_fab_end *end); /* what is to be posted again, as far as the window allows */
+void at_fab_repost(at_fab_conn *conn); /* what is to be posted again, as far as the window allows */
 
 /* ctrl.c, with the lane's lock */
-int at_fab_receive(at_fab_end *end);             /* post one more receive: AT_OK or AT_EIO */
-void at_fab_tell(at_fab_end *end);               /* send a control message if there is something to say and none under way */
-at_fab_end *at_fab_ctrl_from(at_fab *fab, const at_fab_slot *slot); /* of whom a control message has come; NULL: of no connection that there is */
-void at_fab_read(at_fab_end *end, const at_fab_ctrl *ctrl);
-void at_fab_retired(at_fab_end *end);            /* something of it is no longer posted: may a grant be confirmed? */
-void at_fab_say_again(at_fab_end *end);          /* after opening again: what may have been lost */
-void at_fab_taken_back(at_fab_end *end, uint32_t slot, uint64_t epoch); /* a grant of theirs is over: so are our operations under it */
+int at_fab_receive(at_fab_conn *conn);             /* post one more receive: AT_OK or AT_EIO */
+void at_fab_tell(at_fab_conn *conn);               /* send a control message if there is something to say and none under way */
+at_fab_conn *at_fab_ctrl_from(at_fab *fab, const at_fab_wr *wr); /* of whom a control message has come; NULL: of no connection that there is */
+void at_fab_read(at_fab_conn *conn, const at_fab_ctrl *ctrl);
+void at_fab_retired(at_fab_conn *conn);            /* something of it is no longer posted: may a grant be confirmed? */
+void at_fab_say_again(at_fab_conn *conn);          /* after opening again: what may have been lost */
+void at_fab_taken_back(at_fab_conn *conn, uint32_t slot, uint64_t epoch); /* a grant of theirs is over: so are our operations under it */
 void at_fab_revoke(at_peer *peer, uint32_t slot);
 int at_fab_active(at_peer *peer, uint32_t slot);
 void at_fab_ping(at_peer *peer, uint64_t seq);

@@ -7,28 +7,28 @@
 
 #include "fabric.h"
 
-void at_fab_read_failed(at_fab_end *carrier, const at_fab_ctrl *ctrl) {
+void at_fab_read_failed(at_fab_conn *carrier, const at_fab_ctrl *ctrl) {
     at_lane *lane = carrier->peer->lane;
     if (carrier->multirail == NULL || ctrl->failed_count > AT_FAB_FAILED) return;
     for (uint32_t i = 0; i < ctrl->failed_count; i++) {
-        at_fab_end *end = at_fab_end_of(lane, ctrl->failed[i].peer);
-        if (end == NULL || end == carrier || end->multirail != carrier->multirail || end->retired) continue;
-        if (end->generation > ctrl->failed[i].generation) continue; /* of a connection before this one, which is settled */
-        at_peer *peer = end->peer;
+        at_fab_conn *conn = at_fab_conn_of(lane, ctrl->failed[i].peer);
+        if (conn == NULL || conn == carrier || conn->multirail != carrier->multirail || conn->retired) continue;
+        if (conn->generation > ctrl->failed[i].generation) continue; /* of a connection before this one, which is settled */
+        at_peer *peer = conn->peer;
         peer->users++;
-        if (end->ep != NULL) at_fab_end_break(end, 0); /* the other side has it opened again */
-        at_fab_reconcile(end, ctrl->failed[i].arrived);
-        at_fab_multirail_refill(end->multirail);
+        if (conn->ep != NULL) at_fab_conn_break(conn, 0); /* the other side has it opened again */
+        at_fab_reconcile(conn, ctrl->failed[i].arrived);
+        at_fab_multirail_refill(conn->multirail);
         at_peer_release(peer);
     }
 }
 
 void at_fab_tell_failed(at_fab_multirail *multirail) {
     for (uint32_t i = 0; i < multirail->count; i++) {
-        at_fab_end *end = multirail->members[i];
-        if (end == NULL || end->ep == NULL || !end->heard || end->telling) continue;
-        at_fab_tell(end);
-        if (end->telling) return;
+        at_fab_conn *conn = multirail->members[i];
+        if (conn == NULL || conn->ep == NULL || !conn->heard || conn->telling) continue;
+        at_fab_tell(conn);
+        if (conn->telling) return;
     }
 }
 

@@ -72,32 +72,32 @@ int at_fab_source(at_fab *fab, const at_op *op, void **desc) {
     return AT_OK;
 }
 
-int at_fab_bounce(at_fab *fab, const at_op *op, at_fab_slot *slot, at_fab_vector *v) {
+int at_fab_bounce(at_fab *fab, const at_op *op, at_fab_wr *wr, at_fab_vector *v) {
     if (op->region == NULL || !op->region->file || v->bytes == 0 || op->region->cuda >= 0 || at_fab_is(fab, AT_FAB_LOCAL_MR)) return AT_OK;
     if (op->stage != NULL) return AT_OK; /* a copy already, by a copier */
-    slot->pooled = v->bytes > AT_FAB_PIECE / 16 && v->bytes <= AT_FAB_PIECE;
-    if (slot->pooled && fab->bounce_count != 0) slot->bounce = fab->bounces[--fab->bounce_count];
-    else slot->bounce = malloc(slot->pooled ? (size_t)AT_FAB_PIECE : (size_t)v->bytes);
-    if (slot->bounce == NULL) return AT_EAGAIN;
-    slot->lands = op->kind & AT_OP_READ ? v->here[0] : NULL; /* one piece: so pages are gathered that land here */
+    wr->pooled = v->bytes > AT_FAB_PIECE / 16 && v->bytes <= AT_FAB_PIECE;
+    if (wr->pooled && fab->bounce_count != 0) wr->bounce = fab->bounces[--fab->bounce_count];
+    else wr->bounce = malloc(wr->pooled ? (size_t)AT_FAB_PIECE : (size_t)v->bytes);
+    if (wr->bounce == NULL) return AT_EAGAIN;
+    wr->lands = op->kind & AT_OP_READ ? v->here[0] : NULL; /* one piece: so pages are gathered that land here */
     uint64_t at = 0;
     for (uint32_t i = 0; i < v->count; i++) {
-        if (slot->lands == NULL && at_own_copy(slot->bounce + at, v->here[i], v->nbytes[i]) != 0) return AT_EMEMORY;
-        v->here[i] = slot->bounce + at;
+        if (wr->lands == NULL && at_own_copy(wr->bounce + at, v->here[i], v->nbytes[i]) != 0) return AT_EMEMORY;
+        v->here[i] = wr->bounce + at;
         at += v->nbytes[i];
     }
     return AT_OK;
 }
 
-int at_fab_landed(at_fab_slot *slot) {
-    int error = slot->lands != NULL ? at_own_copy(slot->lands, slot->bounce, slot->bytes) : 0;
+int at_fab_landed(at_fab_wr *wr) {
+    int error = wr->lands != NULL ? at_own_copy(wr->lands, wr->bounce, wr->bytes) : 0;
     return error == 0 ? AT_OK : AT_EMEMORY;
 }
 
-void at_fab_bounce_free(at_fab *fab, at_fab_slot *slot) {
-    if (slot->bounce != NULL && slot->pooled && fab->bounce_count < AT_FAB_BOUNCES) fab->bounces[fab->bounce_count++] = slot->bounce;
-    else free(slot->bounce);
-    slot->bounce = slot->lands = NULL;
+void at_fab_bounce_free(at_fab *fab, at_fab_wr *wr) {
+    if (wr->bounce != NULL && wr->pooled && fab->bounce_count < AT_FAB_BOUNCES) fab->bounces[fab->bounce_count++] = wr->bounce;
+    else free(wr->bounce);
+    wr->bounce = wr->lands = NULL;
 }
 
 void at_fab_region_over(at_rail *rail, uint32_t region) {

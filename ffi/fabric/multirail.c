@@ -41,7 +41,7 @@ int64_t at_fab_multirail_add(at_lane *lane, int64_t id, at_fab *fab) {
     at_lock(lane);
     at_fab_multirail *multirail = multirail_of(lane, id);
     at_unlock(lane);
-    return multirail != NULL ? at_fab_end_add(lane, fab, multirail, multirail->words) : AT_EUNKNOWN;
+    return multirail != NULL ? at_fab_conn_add(lane, fab, multirail, multirail->words) : AT_EUNKNOWN;
 }
 
 static void release(at_fab_multirail *multirail) {
@@ -50,47 +50,47 @@ static void release(at_fab_multirail *multirail) {
     free(multirail);
 }
 
-void at_fab_multirail_leave(at_fab_end *end) {
-    end->multirail->members[end->place] = NULL;
-    release(end->multirail);
+void at_fab_multirail_leave(at_fab_conn *conn) {
+    conn->multirail->members[conn->place] = NULL;
+    release(conn->multirail);
 }
 
 /* ---- posting ---- */
 
 /* The connection that the next work request goes by, none of `refused`; NULL: all are full, silent or broken. */
-static at_fab_end *pick(at_fab_multirail *multirail, const int32_t *refused) {
+static at_fab_conn *pick(at_fab_multirail *multirail, const int32_t *refused) {
     uint64_t load[AT_FAB_MOST_RAILS];
     int32_t open[AT_FAB_MOST_RAILS];
     for (uint32_t i = 0; i < multirail->count; i++) {
-        at_fab_end *end = multirail->members[i];
-        open[i] = !refused[i] && end != NULL && end->peer->status == AT_OK && at_fab_has_room(end);
-        load[i] = open[i] ? end->posted_bytes + SMALL * end->out : 0;
+        at_fab_conn *conn = multirail->members[i];
+        open[i] = !refused[i] && conn != NULL && conn->peer->status == AT_OK && at_fab_has_room(conn);
+        load[i] = open[i] ? conn->posted_bytes + SMALL * conn->out : 0;
     }
     int32_t best = multirail->count != 0 ? at_share_pick(load, open, multirail->count, multirail->next_rail) : -1;
     return best >= 0 ? multirail->members[best] : NULL;
 }
 
-/* Post it by one of them: the slot, or NULL and *rc. AT_OK: a completion, or a connection that comes up, will ask again. */
-static at_fab_slot *post_somewhere(at_fab_multirail *multirail, at_op *op, uint64_t first, uint64_t most, int *rc) {
+/* Post it by one of them: the work request, or NULL and *rc. AT_OK: a completion, or a connection that comes up, will ask again. */
+static at_fab_wr *post_somewhere(at_fab_multirail *multirail, at_op *op, uint64_t first, uint64_t most, int *rc) {
     int32_t refused[AT_FAB_MOST_RAILS] = {0};
     *rc = multirail->retired ? AT_ERAIL : AT_OK;
     if (multirail->retired) return NULL;
-    for (at_fab_end *end; (end = pick(multirail, refused)) != NULL;) {
-        at_fab_slot *slot = at_fab_slot_take(end->fab);
-        int done = slot != NULL ? at_fab_post_slot(end, op, slot, first, most) : AT_EAGAIN;
+    for (at_fab_conn *conn; (conn = pick(multirail, refused)) != NULL;) {
+        at_fab_wr *wr = at_fab_wr_take(conn->fab);
+        int done = wr != NULL ? at_fab_post_wr(conn, op, wr, first, most) : AT_EAGAIN;
         if (done == AT_OK) {
-            multirail->next_rail = (end->place + 1) % multirail->count;
-            return slot;
+            multirail->next_rail = (conn->place + 1) % multirail->count;
+            return wr;
         }
-        if (slot != NULL) at_fab_slot_free(end->fab, slot);
+        if (wr != NULL) at_fab_wr_free(conn->fab, wr);
         if (done != AT_EAGAIN && done != AT_ERAIL) {
             *rc = done;
             return NULL;
         }
-        refused[end->place] = 1;
+        refused[conn->place] = 1;
         if (done == AT_EAGAIN) {
             *rc = AT_EAGAIN;
-            at_fab_kick(end->fab); /* tried again by the loop, or by the thread if that does not come */
+            at_fab_kick(conn->fab); /* tried again by the loop, or by the thread if that does not come */
         }
     }
     return NULL;
@@ -118,29 +118,29 @@ static void cut(at_peer *peer, at_op *op) {
 
 static void repost_some(at_fab_multirail *multirail) {
     at_peer *peer = multirail->peer;
-    for (at_fab_slot *note; !multirail->retired && (note = multirail->repost.head) != NULL;) {
+    for (at_fab_wr *note; !multirail->retired && (note = multirail->repost.head) != NULL;) {
         at_op *op = at_op_find(peer->lane, note->cookie);
         int over = op == NULL || op->over || atomic_load(&op->withdrawn), rc = AT_OK;
         int stale = !over && op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch;
         uint64_t first = note->first, steps = note->steps;
         if (!over && !stale) {
-            at_fab_slot *slot = post_somewhere(multirail, op, first, steps, &rc);
-            if (slot == NULL) {
+            at_fab_wr *wr = post_somewhere(multirail, op, first, steps, &rc);
+            if (wr == NULL) {
                 if (rc == AT_EAGAIN) at_stall(peer, 1);
                 if (rc == AT_OK || rc == AT_EAGAIN) return;
                 stale = 1;
             } else {
                 op->posted++;
                 peer->posted++;
-                if (slot->steps < steps) { /* another rail takes less at once */
-                    note->first = first + slot->steps;
-                    note->steps = steps - slot->steps;
+                if (wr->steps < steps) { /* another rail takes less at once */
+                    note->first = first + wr->steps;
+                    note->steps = steps - wr->steps;
                     continue;
                 }
             }
         }
         at_fab_list_remove(&multirail->repost, note);
-        at_fab_slot_free(note->end->fab, note);
+        at_fab_wr_free(note->conn->fab, note);
         if (stale) at_op_stop(op, rc != AT_OK ? rc : AT_ESTALE);
     }
 }
@@ -149,10 +149,10 @@ static void flush(at_peer *peer) {
     at_fab_multirail *multirail = peer->impl;
     int room = 0;
     for (uint32_t i = 0; i < multirail->count; i++) {
-        at_fab_end *end = multirail->members[i];
-        if (end == NULL) continue;
-        at_fab_flush_posts(end->peer);
-        room |= at_fab_has_room(end);
+        at_fab_conn *conn = multirail->members[i];
+        if (conn == NULL) continue;
+        at_fab_flush_posts(conn->peer);
+        room |= at_fab_has_room(conn);
     }
     if (room) at_fab_still_stalled(peer, &multirail->repost); /* else one that comes up will ask */
 }
@@ -175,18 +175,18 @@ static int64_t post(at_peer *peer, at_op *op) {
     if (multirail->repost.head != NULL || multirail->retired) return 0;
     if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) return AT_ESTALE;
     int rc;
-    at_fab_slot *slot = post_somewhere(multirail, op, op->cursor, op->extent - op->tail - op->cursor, &rc);
-    return slot != NULL ? (int64_t)slot->steps : rc;
+    at_fab_wr *wr = post_somewhere(multirail, op, op->cursor, op->extent - op->tail - op->cursor, &rc);
+    return wr != NULL ? (int64_t)wr->steps : rc;
 }
 
 /* ---- memory ---- */
 
 int at_fab_multirail_joins(at_lane *lane, int64_t id, int64_t theirs) {
     at_lock(lane);
-    at_fab_end *end = at_fab_end_of(lane, id);
-    if (end != NULL) end->their_peer = theirs;
+    at_fab_conn *conn = at_fab_conn_of(lane, id);
+    if (conn != NULL) conn->their_peer = theirs;
     at_unlock(lane);
-    return end != NULL ? AT_OK : AT_EUNKNOWN;
+    return conn != NULL ? AT_OK : AT_EUNKNOWN;
 }
 
 int64_t at_fab_multirail_import_keys(at_lane *lane, int64_t id, uint32_t n, const int64_t *peers, const uint64_t *addresses, const uint64_t *keys,
@@ -198,10 +198,10 @@ int64_t at_fab_multirail_import_keys(at_lane *lane, int64_t id, uint32_t n, cons
     int rc = multirail == NULL || multirail->peer->status != AT_OK ? AT_EPEER : slot >= AT_GRANTS || (epoch & 1u) == 0 ? AT_EPROTO : AT_OK;
     uint32_t known = 0;
     for (uint32_t i = 0; rc == AT_OK && i < n; i++) {
-        const at_fab_end *end = at_fab_end_of(lane, peers[i]);
-        if (end == NULL || end->multirail != multirail) continue;
-        parts[end->place] = (at_remote_part){addresses[i], keys[i]};
-        known |= 1u << end->place;
+        const at_fab_conn *conn = at_fab_conn_of(lane, peers[i]);
+        if (conn == NULL || conn->multirail != multirail) continue;
+        parts[conn->place] = (at_remote_part){addresses[i], keys[i]};
+        known |= 1u << conn->place;
     }
     for (uint32_t i = 0; rc == AT_OK && i < multirail->count; i++)
         if (multirail->members[i] != NULL && !(known & 1u << i)) rc = AT_EPROTO;
@@ -246,22 +246,22 @@ static int active(at_peer *peer, uint32_t slot) {
     return 0; /* each of its connections answers for itself */
 }
 
-static int is_withdrawn(const at_fab_end *end) {
-    for (const at_fab_slot *slot = end->posted.head; slot != NULL; slot = slot->next)
-        if (atomic_load(&slot->op->withdrawn)) return 1;
+static int is_withdrawn(const at_fab_conn *conn) {
+    for (const at_fab_wr *wr = conn->posted.head; wr != NULL; wr = wr->next)
+        if (atomic_load(&wr->op->withdrawn)) return 1;
     return 0;
 }
 
 static void fence(at_peer *peer) {
     at_fab_multirail *multirail = peer->impl;
     for (uint32_t i = 0; i < multirail->count; i++) {
-        at_fab_end *end = multirail->members[i];
-        if (end == NULL) continue;
-        if (peer->status != AT_OK) at_peer_end(end->peer, peer->status);
-        else if (at_fab_is(end->fab, AT_FAB_PRIVATE) && is_withdrawn(end)) at_fab_end_break(end, ECANCELED);
-        at_fab_end_unconfirmed(peer, &end->unconfirmed);
+        at_fab_conn *conn = multirail->members[i];
+        if (conn == NULL) continue;
+        if (peer->status != AT_OK) at_peer_end(conn->peer, peer->status);
+        else if (at_fab_is(conn->fab, AT_FAB_PRIVATE) && is_withdrawn(conn)) at_fab_conn_break(conn, ECANCELED);
+        at_fab_conn_unconfirmed(peer, &conn->unconfirmed);
     }
-    at_fab_end_unconfirmed(peer, &multirail->repost);
+    at_fab_conn_unconfirmed(peer, &multirail->repost);
 }
 
 static void forget(at_peer *peer) {

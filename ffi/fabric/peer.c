@@ -9,33 +9,33 @@
 
 /* Two connections that are made from both sides at once crossed badly in libfabric 1.17 (the address sanitizer found it using freed
  * memory): one side begins, and the other when that one's first control message has come. */
-void at_fab_end_begin(at_fab_end *end) {
-    end->begun = 1;
-    end->peer->paused = 0;
-    at_fab_end_refill(end);
+void at_fab_conn_begin(at_fab_conn *conn) {
+    conn->begun = 1;
+    conn->peer->paused = 0;
+    at_fab_conn_refill(conn);
 }
 
-void at_fab_up(at_fab_end *end) {
-    at_fab *fab = end->fab;
-    if (fab->driver->settle != NULL && end->ep != NULL) {
+void at_fab_up(at_fab_conn *conn) {
+    at_fab *fab = conn->fab;
+    if (fab->driver->settle != NULL && conn->ep != NULL) {
         (void)pthread_mutex_lock(&fab->lock);
-        fab->driver->settle(end);
+        fab->driver->settle(conn);
         (void)pthread_mutex_unlock(&fab->lock);
     }
-    at_event_push(end->peer->lane, AT_EV_UP, (uint64_t)end->peer->id, AT_OK, 0);
-    if (!end->begun) at_fab_end_begin(end);
-    else if (end->multirail != NULL) at_fab_end_refill(end); /* which posts nothing by a connection that has not been heard of */
-    if (end->multirail != NULL) at_fab_owe_failed(end->multirail);
+    at_event_push(conn->peer->lane, AT_EV_UP, (uint64_t)conn->peer->id, AT_OK, 0);
+    if (!conn->begun) at_fab_conn_begin(conn);
+    else if (conn->multirail != NULL) at_fab_conn_refill(conn); /* which posts nothing by a connection that has not been heard of */
+    if (conn->multirail != NULL) at_fab_owe_failed(conn->multirail);
 }
 
-void at_fab_end_refill(at_fab_end *end) {
-    at_peer *peer = end->peer;
+void at_fab_conn_refill(at_fab_conn *conn) {
+    at_peer *peer = conn->peer;
     peer->users++;
     if (peer->stalled) at_stall(peer, 0);
-    at_fab_repost(end);
+    at_fab_repost(conn);
     at_refill(peer);
-    if (end->multirail != NULL) at_fab_multirail_refill(end->multirail);
-    at_fab_tell(end);
+    if (conn->multirail != NULL) at_fab_multirail_refill(conn->multirail);
+    at_fab_tell(conn);
     at_peer_release(peer);
 }
 
@@ -43,42 +43,42 @@ void at_fab_end_refill(at_fab_end *end) {
 
 /* The port's fence: of a peer that has ended, or one whose operation was withdrawn and does not drain. */
 static void fab_fence(at_peer *peer) {
-    at_fab_end *end = peer->impl;
-    if (at_fab_is(end->fab, AT_FAB_PRIVATE)) at_fab_end_break(end, ECANCELED);
-    at_fab_end_unconfirmed(at_fab_owner(end), &end->unconfirmed);
-    at_fab_end_unconfirmed(at_fab_owner(end), &end->repost);
+    at_fab_conn *conn = peer->impl;
+    if (at_fab_is(conn->fab, AT_FAB_PRIVATE)) at_fab_conn_break(conn, ECANCELED);
+    at_fab_conn_unconfirmed(at_fab_owner(conn), &conn->unconfirmed);
+    at_fab_conn_unconfirmed(at_fab_owner(conn), &conn->repost);
 }
 
 static void fab_expel(at_peer *peer) {
-    at_fab_end *end = peer->impl;
-    if (at_fab_is(end->fab, AT_FAB_PRIVATE)) at_fab_end_break(end, ETIMEDOUT);
+    at_fab_conn *conn = peer->impl;
+    if (at_fab_is(conn->fab, AT_FAB_PRIVATE)) at_fab_conn_break(conn, ETIMEDOUT);
 }
 
 static void fab_drain(at_peer *peer) { (void)peer; } /* arrivals are handed over as they are read */
 
 static void fab_forget(at_peer *peer) {
-    at_fab_end *end = peer->impl;
-    at_fab_notes_free(&end->unconfirmed);
-    at_fab_notes_free(&end->repost);
+    at_fab_conn *conn = peer->impl;
+    at_fab_notes_free(&conn->unconfirmed);
+    at_fab_notes_free(&conn->repost);
 }
 
 static void fab_destroy(at_peer *peer) {
-    at_fab_end *end = peer->impl;
-    at_fab *fab = end->fab;
+    at_fab_conn *conn = peer->impl;
+    at_fab *fab = conn->fab;
     fab_forget(peer);
-    at_fab_end_close(end);
-    while (end->posted.head != NULL) { /* of a lane that is being freed, on a shared endpoint */
-        at_fab_slot *slot = end->posted.head;
-        at_fab_list_remove(&end->posted, slot);
-        at_fab_slot_retire(fab, slot);
+    at_fab_conn_close(conn);
+    while (conn->posted.head != NULL) { /* of a lane that is being freed, on a shared endpoint */
+        at_fab_wr *wr = conn->posted.head;
+        at_fab_list_remove(&conn->posted, wr);
+        at_fab_wr_retire(fab, wr);
         fab->posted--;
     }
-    fab->ends[end->mark] = NULL;
-    if (end->multirail != NULL) at_fab_multirail_leave(end);
-    else at_fab_words_free(end->words);
-    free(end->hold);
-    free(end->over);
-    free(end);
+    fab->conns[conn->mark] = NULL;
+    if (conn->multirail != NULL) at_fab_multirail_leave(conn);
+    else at_fab_words_free(conn->words);
+    free(conn->hold);
+    free(conn->over);
+    free(conn);
 }
 
 const at_port at_fab_port = {

@@ -19,11 +19,11 @@ static uint64_t pieces_of(const at_op *op) {
 }
 
 void at_fab_cut(at_peer *peer, at_op *op) {
-    const at_fab_end *end = peer->impl;
-    op->piece = op->kind & AT_OP_PAGES ? end->fab->facts.most_bytes : piece_bytes(end->fab);
+    const at_fab_conn *conn = peer->impl;
+    op->piece = op->kind & AT_OP_PAGES ? conn->fab->facts.most_bytes : piece_bytes(conn->fab);
     uint64_t pieces = pieces_of(op);
     op->extent = pieces * op->units;
-    int last_may_count = !(op->kind & AT_OP_PAGES) && at_fab_is(end->fab, AT_FAB_ORDERED);
+    int last_may_count = !(op->kind & AT_OP_PAGES) && at_fab_is(conn->fab, AT_FAB_ORDERED);
     if (pieces > 1 && op->imm >= 0 && !last_may_count) { /* one write of no bytes for each unit */
         op->tail = op->units;
         op->extent += op->units;
@@ -60,13 +60,13 @@ static uint64_t gather_pages(const at_fab *fab, const at_op *op, uint64_t va, ui
 }
 
 /* What the work request from step `first` on looks like: how many steps it covers (at most `most`), and how many units it counts. */
-static uint64_t gather(const at_fab_end *end, const at_op *op, const at_remote_part *there, uint64_t first, uint64_t most, at_fab_vector *v,
+static uint64_t gather(const at_fab_conn *conn, const at_op *op, const at_remote_part *there, uint64_t first, uint64_t most, at_fab_vector *v,
                        uint64_t *counts) {
-    const at_fab *fab = end->fab;
+    const at_fab *fab = conn->fab;
     uint64_t pieces = pieces_of(op), body = pieces * op->units;
     if (op->remote == NULL || first >= body) { /* a signal, or a tail */
-        add(v, (uint8_t *)(uintptr_t)fab->signal_target, end->signal_target, 0);
-        v->key = end->signal_target_key;
+        add(v, (uint8_t *)(uintptr_t)fab->signal_target, conn->signal_target, 0);
+        v->key = conn->signal_target_key;
         v->desc = fab->signal_target_desc;
         *counts = op->imm >= 0 && (op->remote == NULL ? 0 : first - body) >= op->precounted;
         return 1;
@@ -91,79 +91,79 @@ static uint64_t gather(const at_fab_end *end, const at_op *op, const at_remote_p
 }
 
 /* Where the operation's memory is, seen by this connection. */
-static at_remote_part part_for(const at_fab_end *end, const at_op *op) {
+static at_remote_part part_for(const at_fab_conn *conn, const at_op *op) {
     const at_remote *remote = op->remote;
     if (remote == NULL) return (at_remote_part){0, 0};
-    return remote->parts != NULL && end->multirail != NULL ? remote->parts[end->place] : (at_remote_part){remote->va, remote->key};
+    return remote->parts != NULL && conn->multirail != NULL ? remote->parts[conn->place] : (at_remote_part){remote->va, remote->key};
 }
 
-int at_fab_post_slot(at_fab_end *end, at_op *op, at_fab_slot *slot, uint64_t first, uint64_t most) {
-    at_fab *fab = end->fab;
+int at_fab_post_wr(at_fab_conn *conn, at_op *op, at_fab_wr *wr, uint64_t first, uint64_t most) {
+    at_fab *fab = conn->fab;
     void *desc;
     int rc = at_fab_source(fab, op, &desc);
     if (rc != AT_OK) return rc;
-    at_remote_part there = part_for(end, op);
+    at_remote_part there = part_for(conn, op);
     at_fab_vector v; /* its pieces are filled in as they come: zeroing them for each work request shows */
     v.key = there.key;
     v.desc = desc;
     v.device = op->region != NULL && op->region->cuda >= 0;
     v.count = 0;
     v.bytes = 0;
-    uint64_t counts = 0, data = 0, steps = gather(end, op, &there, first, most, &v, &counts);
+    uint64_t counts = 0, data = 0, steps = gather(conn, op, &there, first, most, &v, &counts);
     if (counts != 0) {
         data = (uint64_t)op->imm;
-        if (at_fab_is(fab, AT_FAB_MARKS)) data |= (counts - 1) << 32 | (uint64_t)end->their_mark << 44;
+        if (at_fab_is(fab, AT_FAB_MARKS)) data |= (counts - 1) << 32 | (uint64_t)conn->their_mark << 44;
     }
-    if ((rc = at_fab_bounce(fab, op, slot, &v)) != AT_OK) {
-        at_fab_bounce_free(fab, slot);
+    if ((rc = at_fab_bounce(fab, op, wr, &v)) != AT_OK) {
+        at_fab_bounce_free(fab, wr);
         return rc;
     }
-    slot->kind = AT_SLOT_WORK;
+    wr->kind = AT_WR_WORK;
     (void)pthread_mutex_lock(&fab->lock);
-    int done = fab->driver->post(end, slot, &v, op->kind & AT_OP_READ, counts != 0, data);
+    int done = fab->driver->post(conn, wr, &v, op->kind & AT_OP_READ, counts != 0, data);
     (void)pthread_mutex_unlock(&fab->lock);
-    if (done != 0 && slot->bounce != NULL) at_fab_bounce_free(fab, slot); /* it may be posted again, and be gone by then */
-    if (done == EAGAIN) return at_fab_refused(end) ? AT_ERAIL : AT_EAGAIN;
+    if (done != 0 && wr->bounce != NULL) at_fab_bounce_free(fab, wr); /* it may be posted again, and be gone by then */
+    if (done == EAGAIN) return at_fab_refused(conn) ? AT_ERAIL : AT_EAGAIN;
     if (done != 0) {
-        at_fab_end_break(end, done);
+        at_fab_conn_break(conn, done);
         return AT_ERAIL;
     }
-    slot->state = AT_SLOT_POSTED;
-    slot->end = end;
-    slot->op = op;
-    slot->cookie = op->cookie;
-    slot->first = first;
-    slot->steps = steps;
-    slot->bytes = v.bytes;
-    slot->counts = counts;
-    slot->serial = counts != 0 ? ++end->serial : 0;
-    at_fab_list_add(&end->posted, slot);
-    end->posted_bytes += v.bytes;
-    end->out++;
+    wr->state = AT_WR_POSTED;
+    wr->conn = conn;
+    wr->op = op;
+    wr->cookie = op->cookie;
+    wr->first = first;
+    wr->steps = steps;
+    wr->bytes = v.bytes;
+    wr->counts = counts;
+    wr->serial = counts != 0 ? ++conn->serial : 0;
+    at_fab_list_add(&conn->posted, wr);
+    conn->posted_bytes += v.bytes;
+    conn->out++;
     fab->posted++;
     return AT_OK;
 }
 
-int at_fab_has_room(at_fab_end *end) {
-    at_fab *fab = end->fab;
-    if (end->multirail != NULL && (!end->heard || end->out >= AT_FAB_WINDOW)) return 0; /* what is silent yet may stay so */
-    if (end->ep == NULL || !end->begun || end->mute) return 0;
-    if (end->posted.head != NULL && end->posted_bytes >= (end->multirail != NULL ? AT_FAB_RAIL_BYTES : AT_FAB_MOST_BYTES)) return 0;
+int at_fab_has_room(at_fab_conn *conn) {
+    at_fab *fab = conn->fab;
+    if (conn->multirail != NULL && (!conn->heard || conn->out >= AT_FAB_WINDOW)) return 0; /* what is silent yet may stay so */
+    if (conn->ep == NULL || !conn->begun || conn->mute) return 0;
+    if (conn->posted.head != NULL && conn->posted_bytes >= (conn->multirail != NULL ? AT_FAB_RAIL_BYTES : AT_FAB_MOST_BYTES)) return 0;
     if (fab->posted < fab->facts.most_posted) return 1;
     fab->saturated = 1;
     return 0;
 }
 
 int64_t at_fab_post(at_peer *peer, at_op *op) {
-    at_fab_end *end = peer->impl;
-    if (end->repost.head != NULL || !at_fab_has_room(end)) return 0;
+    at_fab_conn *conn = peer->impl;
+    if (conn->repost.head != NULL || !at_fab_has_room(conn)) return 0;
     if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) return AT_ESTALE;
-    at_fab_slot *slot = at_fab_slot_take(end->fab);
-    if (slot == NULL) return AT_EAGAIN;
-    int rc = at_fab_post_slot(end, op, slot, op->cursor, op->extent - op->tail - op->cursor);
-    if (rc == AT_OK) return (int64_t)slot->steps;
-    at_fab_slot_free(end->fab, slot);
-    if (rc == AT_EAGAIN) at_fab_kick(end->fab); /* tried again by the loop, or by the thread if that does not come */
+    at_fab_wr *wr = at_fab_wr_take(conn->fab);
+    if (wr == NULL) return AT_EAGAIN;
+    int rc = at_fab_post_wr(conn, op, wr, op->cursor, op->extent - op->tail - op->cursor);
+    if (rc == AT_OK) return (int64_t)wr->steps;
+    at_fab_wr_free(conn->fab, wr);
+    if (rc == AT_EAGAIN) at_fab_kick(conn->fab); /* tried again by the loop, or by the thread if that does not come */
     return rc == AT_ERAIL ? 0 : rc; /* broken: it waits until the connection is open again */
 }
 
@@ -174,54 +174,54 @@ void at_fab_still_stalled(at_peer *peer, const at_fab_list *repost) {
 }
 
 void at_fab_flush_posts(at_peer *peer) {
-    at_fab_end *end = peer->impl;
-    at_fab *fab = end->fab;
-    at_fab_still_stalled(peer, &end->repost);
-    if (end->ep == NULL || fab->driver->flush == NULL || fab->gathering) return;
+    at_fab_conn *conn = peer->impl;
+    at_fab *fab = conn->fab;
+    at_fab_still_stalled(peer, &conn->repost);
+    if (conn->ep == NULL || fab->driver->flush == NULL || fab->gathering) return;
     (void)pthread_mutex_lock(&fab->lock);
-    int rc = fab->driver->flush(end);
+    int rc = fab->driver->flush(conn);
     (void)pthread_mutex_unlock(&fab->lock);
-    if (rc != 0) at_fab_end_break(end, rc);
+    if (rc != 0) at_fab_conn_break(conn, rc);
 }
 
-static void repost_some(at_fab_end *end) {
-    at_peer *peer = end->peer;
-    while (end->repost.head != NULL && peer->posted < AT_FAB_WINDOW && at_fab_has_room(end)) {
-        at_fab_slot *slot = end->repost.head;
-        at_op *op = at_op_find(peer->lane, slot->cookie);
-        at_fab_list_remove(&end->repost, slot);
+static void repost_some(at_fab_conn *conn) {
+    at_peer *peer = conn->peer;
+    while (conn->repost.head != NULL && peer->posted < AT_FAB_WINDOW && at_fab_has_room(conn)) {
+        at_fab_wr *wr = conn->repost.head;
+        at_op *op = at_op_find(peer->lane, wr->cookie);
+        at_fab_list_remove(&conn->repost, wr);
         if (op == NULL || op->over || atomic_load(&op->withdrawn)) {
-            at_fab_slot_free(end->fab, slot);
+            at_fab_wr_free(conn->fab, wr);
             continue;
         }
         if (op->remote != NULL && atomic_load(op->remote->word) != op->remote->epoch) {
-            at_fab_slot_free(end->fab, slot);
+            at_fab_wr_free(conn->fab, wr);
             at_op_stop(op, AT_ESTALE);
             continue;
         }
-        int rc = at_fab_post_slot(end, op, slot, slot->first, slot->steps);
+        int rc = at_fab_post_wr(conn, op, wr, wr->first, wr->steps);
         if (rc == AT_OK) {
             op->posted++;
             peer->posted++;
             continue;
         }
         if (rc == AT_EMEMORY) {
-            at_fab_slot_free(end->fab, slot);
+            at_fab_wr_free(conn->fab, wr);
             at_op_stop(op, rc);
             continue;
         }
-        slot->previous = NULL; /* back to the front */
-        slot->next = end->repost.head;
-        if (end->repost.head != NULL) end->repost.head->previous = slot;
-        else end->repost.tail = slot;
-        end->repost.head = slot;
+        wr->previous = NULL; /* back to the front */
+        wr->next = conn->repost.head;
+        if (conn->repost.head != NULL) conn->repost.head->previous = wr;
+        else conn->repost.tail = wr;
+        conn->repost.head = wr;
         if (rc == AT_EAGAIN) at_stall(peer, 1);
         return;
     }
 }
 
-void at_fab_repost(at_fab_end *end) {
-    if (end->repost.head == NULL) return;
-    repost_some(end);
-    at_fab_flush_posts(end->peer);
+void at_fab_repost(at_fab_conn *conn) {
+    if (conn->repost.head == NULL) return;
+    repost_some(conn);
+    at_fab_flush_posts(conn->peer);
 }

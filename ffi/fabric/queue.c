@@ -26,62 +26,62 @@
 
 /* ---- handing out ---- */
 
-static at_fab_end *sender(at_fab *fab, const at_fab_entry *entry) {
-    at_fab_end *end = entry->mark < fab->end_count ? fab->ends[entry->mark] : NULL;
-    return end != NULL && end->unique == entry->unique ? end : NULL;
+static at_fab_conn *sender(at_fab *fab, const at_fab_entry *entry) {
+    at_fab_conn *conn = entry->mark < fab->conn_count ? fab->conns[entry->mark] : NULL;
+    return conn != NULL && conn->unique == entry->unique ? conn : NULL;
 }
 
 static void arrival(at_fab *fab, const at_fab_entry *entry) {
     uint64_t data = entry->data;
-    at_fab_end *end = NULL;
+    at_fab_conn *conn = NULL;
     uint64_t n = 1;
     if (at_fab_is(fab, AT_FAB_MARKS)) {
         uint64_t mark = data >> 44;
         n = (data >> 32 & (AT_FAB_MOST_COUNT - 1)) + 1;
-        end = mark < fab->end_count ? fab->ends[mark] : NULL;
+        conn = mark < fab->conn_count ? fab->conns[mark] : NULL;
     } else if (at_fab_is(fab, AT_FAB_SENDERS)) {
-        end = sender(fab, entry);
+        conn = sender(fab, entry);
     } else { /* nothing says whose it is: the bounds on early values are those of the rail then */
-        for (uint32_t i = 0; end == NULL && i < fab->end_count; i++) end = fab->ends[i];
+        for (uint32_t i = 0; conn == NULL && i < fab->conn_count; i++) conn = fab->conns[i];
     }
-    if (end == NULL) {
+    if (conn == NULL) {
         fab->rail.lane->stats.unknown_completions++;
         return;
     }
-    end->arrived++;
-    if (at_fab_is(fab, AT_FAB_MARKS) || at_fab_is(fab, AT_FAB_SENDERS)) end->signs++;
-    at_imm_arrive(at_fab_owner(end), (uint32_t)data, n);
+    conn->arrived++;
+    if (at_fab_is(fab, AT_FAB_MARKS) || at_fab_is(fab, AT_FAB_SENDERS)) conn->signs++;
+    at_imm_arrive(at_fab_owner(conn), (uint32_t)data, n);
 }
 
-static void work_done(at_fab_end *end, at_fab_slot *slot, int status) {
-    at_fab *fab = end->fab;
-    at_peer *peer = end->peer;
-    at_op *op = slot->op;
-    uint64_t steps = slot->steps, bytes = slot->bytes, counts = slot->counts;
-    at_fab_list_remove(&end->posted, slot);
-    end->posted_bytes -= bytes;
-    end->out--;
+static void work_done(at_fab_conn *conn, at_fab_wr *wr, int status) {
+    at_fab *fab = conn->fab;
+    at_peer *peer = conn->peer;
+    at_op *op = wr->op;
+    uint64_t steps = wr->steps, bytes = wr->bytes, counts = wr->counts;
+    at_fab_list_remove(&conn->posted, wr);
+    conn->posted_bytes -= bytes;
+    conn->out--;
     fab->posted--;
-    if (slot->bounce != NULL && status == AT_OK) status = at_fab_landed(slot);
-    at_fab_slot_free(fab, slot);
+    if (wr->bounce != NULL && status == AT_OK) status = at_fab_landed(wr);
+    at_fab_wr_free(fab, wr);
     peer->users++;
-    end->signs += status == AT_OK; /* delivered: the other side has said so */
+    conn->signs += status == AT_OK; /* delivered: the other side has said so */
     if (status == AT_OK) at_op_complete(op, steps, bytes, counts, AT_OK);
     else at_op_complete(op, 0, 0, 0, op->status != AT_OK ? op->status : status);
-    if (end->repost.head != NULL) {
-        at_fab_repost(end);
-        if (end->repost.head == NULL) at_refill(peer); /* what had to wait behind it */
+    if (conn->repost.head != NULL) {
+        at_fab_repost(conn);
+        if (conn->repost.head == NULL) at_refill(peer); /* what had to wait behind it */
     }
-    if (end->multirail != NULL && end->multirail->repost.head != NULL) at_fab_multirail_refill(end->multirail);
-    at_fab_retired(end);
+    if (conn->multirail != NULL && conn->multirail->repost.head != NULL) at_fab_multirail_refill(conn->multirail);
+    at_fab_retired(conn);
     at_peer_release(peer);
 }
 
-static void ctrl_in(at_fab *fab, at_fab_slot *slot, int good) {
-    at_fab_end *end = slot->end;
-    if (end != NULL) at_fab_list_remove(&end->ctrls, slot);
-    const at_fab_ctrl ctrl = slot->ctrl;
-    at_fab_end *from = good ? at_fab_ctrl_from(fab, slot) : NULL;
+static void ctrl_in(at_fab *fab, at_fab_wr *wr, int good) {
+    at_fab_conn *conn = wr->conn;
+    if (conn != NULL) at_fab_list_remove(&conn->ctrls, wr);
+    const at_fab_ctrl ctrl = wr->ctrl;
+    at_fab_conn *from = good ? at_fab_ctrl_from(fab, wr) : NULL;
     if (from != NULL) {
         int first = !from->heard;
         from->heard = 1;
@@ -91,41 +91,41 @@ static void ctrl_in(at_fab *fab, at_fab_slot *slot, int good) {
         at_fab_read_failed(from, &ctrl);
         at_fab_tell(from);
     }
-    at_fab_slot_free(fab, slot);
-    if (end == NULL && fab->driver->receive != NULL && fab->shared != NULL) { /* whichever end: the receive is the shared endpoint's */
-        for (uint32_t i = 0; end == NULL && i < fab->end_count; i++) end = fab->ends[i];
+    at_fab_wr_free(fab, wr);
+    if (conn == NULL && fab->driver->receive != NULL && fab->shared != NULL) { /* whichever connection: the receive is the shared endpoint's */
+        for (uint32_t i = 0; conn == NULL && i < fab->conn_count; i++) conn = fab->conns[i];
     }
-    if (good && end != NULL && end->ep != NULL && fab->driver->receive != NULL) (void)at_fab_receive(end);
+    if (good && conn != NULL && conn->ep != NULL && fab->driver->receive != NULL) (void)at_fab_receive(conn);
 }
 
-static void completed(at_fab *fab, at_fab_slot *slot, int error) {
-    at_fab_end *end = slot->end;
-    if (slot->state == AT_SLOT_ORPHAN) {
-        at_fab_slot_free(fab, slot);
-    } else if (slot->state != AT_SLOT_POSTED) {
-        if (slot->state != AT_SLOT_LIMBO) fab->rail.lane->stats.unknown_completions++;
-    } else if (slot->kind == AT_SLOT_CTRL_IN) {
-        ctrl_in(fab, slot, error == 0);
+static void completed(at_fab *fab, at_fab_wr *wr, int error) {
+    at_fab_conn *conn = wr->conn;
+    if (wr->state == AT_WR_ORPHAN) {
+        at_fab_wr_free(fab, wr);
+    } else if (wr->state != AT_WR_POSTED) {
+        if (wr->state != AT_WR_LIMBO) fab->rail.lane->stats.unknown_completions++;
+    } else if (wr->kind == AT_WR_CTRL_IN) {
+        ctrl_in(fab, wr, error == 0);
     } else if (error != 0 && at_fab_is(fab, AT_FAB_PRIVATE)) {
-        at_fab_end_break(end, error); /* after any error: what else is posted there may never complete */
-    } else if (slot->kind == AT_SLOT_CTRL_OUT) {
-        at_fab_list_remove(&end->ctrls, slot);
-        at_fab_slot_free(fab, slot);
-        end->telling = 0;
-        at_fab_tell(end);
+        at_fab_conn_break(conn, error); /* after any error: what else is posted there may never complete */
+    } else if (wr->kind == AT_WR_CTRL_OUT) {
+        at_fab_list_remove(&conn->ctrls, wr);
+        at_fab_wr_free(fab, wr);
+        conn->telling = 0;
+        at_fab_tell(conn);
     } else {
         if (error != 0) fab->rail.lane->oserror = error;
-        work_done(end, slot, error != 0 ? AT_ERAIL : AT_OK);
+        work_done(conn, wr, error != 0 ? AT_ERAIL : AT_OK);
     }
 }
 
 /* A completion that stands for those before it, which did not ask for one of their own. */
-static void completed_up_to(at_fab *fab, at_fab_slot *slot) {
-    at_fab_end *end = slot->end;
-    at_peer *peer = end->peer;
+static void completed_up_to(at_fab *fab, at_fab_wr *wr) {
+    at_fab_conn *conn = wr->conn;
+    at_peer *peer = conn->peer;
     peer->users++;
-    while (slot->state == AT_SLOT_POSTED && slot->end == end && end->posted.head != NULL && end->posted.head != slot) work_done(end, end->posted.head, AT_OK);
-    completed(fab, slot, 0);
+    while (wr->state == AT_WR_POSTED && wr->conn == conn && conn->posted.head != NULL && conn->posted.head != wr) work_done(conn, conn->posted.head, AT_OK);
+    completed(fab, wr, 0);
     at_peer_release(peer);
 }
 
@@ -140,24 +140,24 @@ static int read_batch(at_fab *fab) {
     at_lock(lane);
     fab->gathering = fab->driver->flush != NULL;
     for (int i = 0; i < n; i++) {
-        at_fab_slot *slot = entries[i].slot;
+        at_fab_wr *wr = entries[i].wr;
         if (entries[i].arrival) {
             arrival(fab, &entries[i]);
-            if (slot != NULL) at_fab_slot_free(fab, slot);
-        } else if (slot == NULL) {
-            at_fab_end *end = entries[i].error != 0 ? sender(fab, &entries[i]) : NULL;
-            if (end != NULL) at_fab_end_break(end, entries[i].error);
-        } else if (entries[i].error == 0 && slot->kind == AT_SLOT_WORK && slot->state == AT_SLOT_POSTED) {
-            if (at_fab_is(fab, AT_FAB_SENDERS)) completed_up_to(fab, slot);
-            else completed(fab, slot, 0);
+            if (wr != NULL) at_fab_wr_free(fab, wr);
+        } else if (wr == NULL) {
+            at_fab_conn *conn = entries[i].error != 0 ? sender(fab, &entries[i]) : NULL;
+            if (conn != NULL) at_fab_conn_break(conn, entries[i].error);
+        } else if (entries[i].error == 0 && wr->kind == AT_WR_WORK && wr->state == AT_WR_POSTED) {
+            if (at_fab_is(fab, AT_FAB_SENDERS)) completed_up_to(fab, wr);
+            else completed(fab, wr, 0);
         } else {
-            completed(fab, slot, entries[i].error);
+            completed(fab, wr, entries[i].error);
         }
     }
     if (fab->gathering) {
         fab->gathering = 0;
-        for (uint32_t i = 0; i < fab->end_count; i++)
-            if (fab->ends[i] != NULL) at_fab_flush_posts(fab->ends[i]->peer);
+        for (uint32_t i = 0; i < fab->conn_count; i++)
+            if (fab->conns[i] != NULL) at_fab_flush_posts(fab->conns[i]->peer);
     }
     if (fab->driver->handed_out != NULL) fab->driver->handed_out(fab);
     at_unlock(lane);
@@ -168,7 +168,7 @@ static int read_batch(at_fab *fab) {
 int at_fab_drain(at_fab *fab) {
     at_lane *lane = fab->rail.lane;
     at_lock(lane);
-    at_fab_slot *limbo = fab->limbo;
+    at_fab_wr *limbo = fab->limbo;
     uint64_t closings = fab->closings;
     fab->limbo = NULL;
     at_unlock(lane);
@@ -178,13 +178,13 @@ int at_fab_drain(at_fab *fab) {
     at_lock(lane);
     if (last == 0 && fab->read_up_to != closings) {
         fab->read_up_to = closings;
-        for (uint32_t i = 0; i < fab->end_count; i++) /* what was counted by those that broke is final now */
-            if (fab->ends[i] != NULL && fab->ends[i]->owes) at_fab_tell_failed(fab->ends[i]->multirail);
+        for (uint32_t i = 0; i < fab->conn_count; i++) /* what was counted by those that broke is final now */
+            if (fab->conns[i] != NULL && fab->conns[i]->owes) at_fab_tell_failed(fab->conns[i]->multirail);
     }
-    for (at_fab_slot *next; limbo != NULL; limbo = next) {
+    for (at_fab_wr *next; limbo != NULL; limbo = next) {
         next = limbo->next;
         if (last == 0) {
-            at_fab_slot_free(fab, limbo);
+            at_fab_wr_free(fab, limbo);
         } else {
             limbo->next = fab->limbo;
             fab->limbo = limbo;
@@ -205,8 +205,8 @@ int at_fab_flush(at_lane *lane, int64_t peer) {
     int rc = at_check_process(lane);
     if (rc != AT_OK) return rc;
     at_lock(lane);
-    at_fab_end *end = at_fab_end_of(lane, peer);
-    at_fab *fab = end != NULL ? end->fab : NULL;
+    at_fab_conn *conn = at_fab_conn_of(lane, peer);
+    at_fab *fab = conn != NULL ? conn->fab : NULL;
     at_unlock(lane);
     if (fab == NULL) return AT_EUNKNOWN;
     at_fab_drain_now(&fab->rail);
@@ -221,13 +221,13 @@ static int post_waiting(at_fab *fab) {
     if (lane->stalled == 0 && !all && !fab->eager) return 0;
     fab->eager = 0;
     if (all) fab->saturated = 0;
-    for (uint32_t i = 0; i < fab->end_count; i++) {
-        at_fab_end *end = fab->ends[i];
-        if (end == NULL || (!all && !end->peer->stalled && !at_fab_owner(end)->stalled)) continue;
-        uint32_t before = end->out;
-        int told = end->telling;
-        at_fab_end_refill(end);
-        posted |= end->out != before || end->telling != told;
+    for (uint32_t i = 0; i < fab->conn_count; i++) {
+        at_fab_conn *conn = fab->conns[i];
+        if (conn == NULL || (!all && !conn->peer->stalled && !at_fab_owner(conn)->stalled)) continue;
+        uint32_t before = conn->out;
+        int told = conn->telling;
+        at_fab_conn_refill(conn);
+        posted |= conn->out != before || conn->telling != told;
     }
     return posted;
 }
@@ -273,7 +273,7 @@ static int progress(at_fab *fab, int turn) {
 
 /* Give the turn back. Returns whether the queue is armed and no thread was turned away meanwhile. */
 static int turn_over(at_fab *fab, int armed) {
-    (void)pthread_mutex_unlock(&fab->progress_lock);            /* order: turn over 1 */
+    (void)pthread_mutex_unlock(&fab->progress_lock);     /* order: turn over 1 */
     return armed && !atomic_exchange(&fab->missed, 0); /* order: turn over 2 */
 }
 
@@ -318,7 +318,7 @@ void at_fab_progress(at_rail *rail, int turn) {
     } else {
         atomic_store_explicit(&fab->missed, 1, memory_order_relaxed); /* order: turn wanted 1 */
         atomic_thread_fence(memory_order_seq_cst);                    /* order: turn wanted 2 */
-        if (pthread_mutex_trylock(&fab->progress_lock) != 0) return;           /* order: turn wanted 3 */
+        if (pthread_mutex_trylock(&fab->progress_lock) != 0) return;  /* order: turn wanted 3 */
         atomic_store(&fab->missed, 0);
     }
     if (atomic_load(&fab->stop)) { /* its library may be at its own end already */

@@ -23,11 +23,11 @@ void at_fab_say(const char *format, ...) {
 static void fab_free(at_fab *fab) {
     if (fab->driver->quit != NULL) fab->driver->quit(fab);
     at_fab_memory_close(fab);
-    at_fab_slots_close(fab);
+    at_fab_wrs_close(fab);
     if (fab->kick_fd >= 0) close(fab->kick_fd);
     (void)pthread_mutex_destroy(&fab->progress_lock);
     (void)pthread_mutex_destroy(&fab->lock);
-    free(fab->ends);
+    free(fab->conns);
     fab->driver->free(fab);
 }
 

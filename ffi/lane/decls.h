@@ -90,10 +90,10 @@ typedef struct {
 
 /* Copies config. Returns NULL with errno on failure. */
 at_lane *at_lane_new(uint64_t incarnation, const at_lane_config *config);
-/* The end, see end.c. Any thread. Refuses new work, withdraws what is under way, shuts peers out, and waits for at most `patience_ns` until
+/* The end, see end.c. Any thread. Refuses new work, withdraws what is under way, shuts peers out, and waits for at most `timeout_ns` until
  * the lane's threads have left: AT_OK; AT_EAGAIN: some have not (call again, or leave them what they use for ever); AT_EFORK. *inside: how
  * many peers may still be inside a write to memory of this process. */
-int at_lane_stop(at_lane *lane, uint64_t patience_ns, int *inside);
+int at_lane_stop(at_lane *lane, uint64_t timeout_ns, int *inside);
 /* After at_lane_stop was AT_OK, and while no other thread is in a call: closes and frees what the lane has, but not the lane. */
 void at_lane_end(at_lane *lane);
 /* Frees the lane, after both of them. Twice: undefined. */

@@ -65,10 +65,10 @@ static int is_busy(at_lane *lane) {
     return lane->threads != 0 || lane->waiters != 0 || at_is_moving(lane) || lane->moving_other;
 }
 
-int at_lane_stop(at_lane *lane, uint64_t patience_ns, int *inside) {
+int at_lane_stop(at_lane *lane, uint64_t timeout_ns, int *inside) {
     *inside = 0;
     if (at_is_forked(lane)) return AT_EFORK;
-    uint64_t until = at_now() + (patience_ns < MOST_NS ? patience_ns : MOST_NS);
+    uint64_t until = at_now() + (timeout_ns < MOST_NS ? timeout_ns : MOST_NS);
     if (lane->over) return AT_OK;
     if (!lock_by(lane, until)) return AT_EAGAIN;
     shut_out(lane);

@@ -84,7 +84,7 @@ static int move_over(at_lane *lane, at_op *op, int rc, int oserror) {
 }
 
 /* How much to claim next, in units of the extent: less towards the end, so that several movers finish together. */
-static uint64_t portion(const at_op *op, uint64_t most) {
+static uint64_t chunk_for(const at_op *op, uint64_t most) {
     uint64_t left = unclaimed(op), unit = op->kind & AT_OP_PAGES ? op->nbytes : 1;
     uint64_t share = op->risk != AT_RISK_NONE ? 4 * AT_CHUNK : left / 8 < AT_CHUNK ? AT_CHUNK : left / 8 > 4 * AT_CHUNK ? 4 * AT_CHUNK : left / 8;
     share = share < most ? share : most;
@@ -97,7 +97,7 @@ void at_move_one(at_lane *lane, at_peer *peer, at_op *op, uint64_t budget, int m
     while (rc == AT_OK && budget > 0 && goes_on(op)) {
         uint64_t before = unclaimed(op);
         if (since != NULL) *since = at_now();
-        rc = at_op_move(op, portion(op, budget), mover, &oserror);
+        rc = at_op_move(op, chunk_for(op, budget), mover, &oserror);
         lane->stats.thread_chunks++;
         uint64_t taken = before - unclaimed(op); /* by others too: their share of the round as well */
         budget -= taken < budget ? taken : budget;
@@ -145,7 +145,7 @@ void at_head_start(at_lane *lane, at_op *op) {
     int oserror = 0, rc = AT_OK;
     uint64_t before = unclaimed(op), until = at_now() + HEAD_NS;
     lane->moving_here = 1;
-    do rc = at_op_move(op, portion(op, 4 * AT_CHUNK), AT_MOVER_CALLER, &oserror);
+    do rc = at_op_move(op, chunk_for(op, 4 * AT_CHUNK), AT_MOVER_CALLER, &oserror);
     while (rc == AT_OK && goes_on(op) && at_now() < until);
     at_here_over(lane);
     at_count_turn(lane, 1, before - unclaimed(op));

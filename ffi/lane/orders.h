@@ -36,8 +36,8 @@
  *
  * The turn of a rail (fabric/queue.c). A thread that wants the turn and does not get it leaves word; the one that has the turn looks for
  * that after giving it back.
- *   sequence turn wanted: store missed, fence, lock turn
- *   sequence turn over: unlock turn, swap missed
+ *   sequence turn wanted: store missed, fence, lock progress_lock
+ *   sequence turn over: unlock progress_lock, swap missed
  */
 #ifndef AT_ORDERS_H
 #define AT_ORDERS_H

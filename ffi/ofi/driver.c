@@ -10,22 +10,22 @@
 
 #define DMABUF_SINCE (1u << 16 | 20u) /* 1.20: an older library would not look at that flag */
 
-static struct fid_ep *endpoint(const at_fab_end *end) { return end->ep; }
+static struct fid_ep *endpoint(const at_fab_conn *conn) { return conn->ep; }
 
-static int open_one(at_fab_end *end) {
-    at_ofi *ofi = at_ofi_of(end->fab);
+static int open_one(at_fab_conn *conn) {
+    at_ofi *ofi = at_ofi_of(conn->fab);
     struct fid_ep *ep = NULL;
-    int first = at_ofi_first_free(end->fab);
+    int first = at_ofi_first_free(conn->fab);
     int rc = fi_endpoint(ofi->domain, ofi->info, &ep, NULL);
     if (rc == 0) rc = fi_ep_bind(ep, &ofi->av->fid, 0);
     if (rc == 0) rc = fi_ep_bind(ep, &ofi->cq->fid, FI_TRANSMIT | FI_RECV);
     if (rc == 0) rc = fi_enable(ep);
     if (rc != 0 && ep != NULL) (void)fi_close(&ep->fid);
     if (rc == 0) {
-        end->door = at_ofi_defer(ep, first);
-        end->first = first;
-        end->alone = 0;
-        end->ep = ep;
+        conn->door = at_ofi_defer(ep, first);
+        conn->first = first;
+        conn->alone = 0;
+        conn->ep = ep;
     }
     return -rc;
 }
@@ -41,63 +41,63 @@ static in_port_t *port_of(const struct fi_info *info) {
 
 /* An endpoint at the first port of the range that is free, beginning behind the one that was taken last: a port that has just been
  * given up is the last that is taken again. */
-static int open_in_range(at_fab_end *end) {
-    at_ofi *ofi = at_ofi_of(end->fab);
+static int open_in_range(at_fab_conn *conn) {
+    at_ofi *ofi = at_ofi_of(conn->fab);
     in_port_t *port = port_of(ofi->info);
     if (port == NULL) return EADDRNOTAVAIL;
     int rc = EADDRINUSE;
     for (uint32_t tries = (uint32_t)ofi->last_port - ofi->first_port + 1; tries > 0 && rc == EADDRINUSE; tries--) {
         *port = htons(ofi->next_port);
         ofi->next_port = ofi->next_port == ofi->last_port ? ofi->first_port : (uint16_t)(ofi->next_port + 1);
-        rc = open_one(end);
+        rc = open_one(conn);
     }
     return rc;
 }
 
-static int ofi_open(at_fab_end *end) {
-    end->to = FI_ADDR_UNSPEC;
-    return at_ofi_of(end->fab)->first_port != 0 ? open_in_range(end) : open_one(end);
+static int ofi_open(at_fab_conn *conn) {
+    conn->to = FI_ADDR_UNSPEC;
+    return at_ofi_of(conn->fab)->first_port != 0 ? open_in_range(conn) : open_one(conn);
 }
 
-static void ofi_close(at_fab_end *end) {
-    at_fab *fab = end->fab;
-    if (end->ep != fab->shared && (!end->heard || end->troubled)) at_ofi_shut_half_open(fab, endpoint(end));
-    if (end->ep != fab->shared) (void)fi_close(&endpoint(end)->fid);
-    fi_addr_t to = end->to;
+static void ofi_close(at_fab_conn *conn) {
+    at_fab *fab = conn->fab;
+    if (conn->ep != fab->shared && (!conn->heard || conn->troubled)) at_ofi_shut_half_open(fab, endpoint(conn));
+    if (conn->ep != fab->shared) (void)fi_close(&endpoint(conn)->fid);
+    fi_addr_t to = conn->to;
     if (to != FI_ADDR_UNSPEC) (void)fi_av_remove(at_ofi_of(fab)->av, &to, 1, 0);
-    end->ep = NULL;
-    end->to = FI_ADDR_UNSPEC;
+    conn->ep = NULL;
+    conn->to = FI_ADDR_UNSPEC;
 }
 
-static void ofi_settle(at_fab_end *end) {
-    if (end->ep != end->fab->shared && !end->alone) end->alone = end->door >= 0 && at_ofi_shut_door(end) == 0;
+static void ofi_settle(at_fab_conn *conn) {
+    if (conn->ep != conn->fab->shared && !conn->alone) conn->alone = conn->door >= 0 && at_ofi_shut_door(conn) == 0;
 }
 
-static int ofi_name(at_fab_end *end, at_fab_offer *out) {
+static int ofi_name(at_fab_conn *conn, at_fab_offer *out) {
     size_t n = sizeof out->address;
-    int rc = fi_getname(&endpoint(end)->fid, out->address, &n);
+    int rc = fi_getname(&endpoint(conn)->fid, out->address, &n);
     out->address_bytes = (uint32_t)n;
     return -rc;
 }
 
-static int ofi_join(at_fab_end *end, const at_fab_offer *theirs) {
+static int ofi_join(at_fab_conn *conn, const at_fab_offer *theirs) {
     fi_addr_t to = FI_ADDR_UNSPEC;
-    int n = fi_av_insert(at_ofi_of(end->fab)->av, theirs->address, 1, &to, 0, NULL);
-    end->to = n == 1 ? to : FI_ADDR_UNSPEC;
+    int n = fi_av_insert(at_ofi_of(conn->fab)->av, theirs->address, 1, &to, 0, NULL);
+    conn->to = n == 1 ? to : FI_ADDR_UNSPEC;
     return n == 1 ? 0 : n < 0 ? -n : EINVAL;
 }
 
-static int ofi_receive(at_fab_end *end, at_fab_slot *slot) {
-    return (int)-fi_recv(endpoint(end), &slot->ctrl, sizeof slot->ctrl, slot->desc, FI_ADDR_UNSPEC, slot->context);
+static int ofi_receive(at_fab_conn *conn, at_fab_wr *wr) {
+    return (int)-fi_recv(endpoint(conn), &wr->ctrl, sizeof wr->ctrl, wr->desc, FI_ADDR_UNSPEC, wr->context);
 }
 
-static int ofi_send(at_fab_end *end, at_fab_slot *slot) {
-    struct iovec piece = {&slot->ctrl, sizeof slot->ctrl};
-    struct fi_msg message = {.msg_iov = &piece, .desc = &slot->desc, .iov_count = 1, .addr = end->to, .context = slot->context};
-    return (int)-fi_sendmsg(endpoint(end), &message, FI_COMPLETION | (at_fab_is(end->fab, AT_FAB_DELIVERY) ? FI_DELIVERY_COMPLETE : 0));
+static int ofi_send(at_fab_conn *conn, at_fab_wr *wr) {
+    struct iovec piece = {&wr->ctrl, sizeof wr->ctrl};
+    struct fi_msg message = {.msg_iov = &piece, .desc = &wr->desc, .iov_count = 1, .addr = conn->to, .context = wr->context};
+    return (int)-fi_sendmsg(endpoint(conn), &message, FI_COMPLETION | (at_fab_is(conn->fab, AT_FAB_DELIVERY) ? FI_DELIVERY_COMPLETE : 0));
 }
 
-static int ofi_post(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int read, int counts, uint64_t data) {
+static int ofi_post(at_fab_conn *conn, at_fab_wr *wr, const at_fab_vector *v, int read, int counts, uint64_t data) {
     struct iovec here[AT_FAB_IOV];
     struct fi_rma_iov there[AT_FAB_IOV];
     void *desc[AT_FAB_IOV];
@@ -106,11 +106,11 @@ static int ofi_post(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, 
         there[i] = (struct fi_rma_iov){.addr = v->there[i], .len = (size_t)v->nbytes[i], .key = v->key};
         desc[i] = v->desc;
     }
-    struct fi_msg_rma message = {.msg_iov = here, .desc = desc, .iov_count = v->count, .addr = end->to, .rma_iov = there,
-                                 .rma_iov_count = v->count, .context = slot->context, .data = data};
-    if (read) return (int)-fi_readmsg(endpoint(end), &message, FI_COMPLETION);
-    uint64_t flags = FI_COMPLETION | (at_fab_is(end->fab, AT_FAB_DELIVERY) ? FI_DELIVERY_COMPLETE : 0) | (counts ? FI_REMOTE_CQ_DATA : 0);
-    return (int)-fi_writemsg(endpoint(end), &message, flags);
+    struct fi_msg_rma message = {.msg_iov = here, .desc = desc, .iov_count = v->count, .addr = conn->to, .rma_iov = there,
+                                 .rma_iov_count = v->count, .context = wr->context, .data = data};
+    if (read) return (int)-fi_readmsg(endpoint(conn), &message, FI_COMPLETION);
+    uint64_t flags = FI_COMPLETION | (at_fab_is(conn->fab, AT_FAB_DELIVERY) ? FI_DELIVERY_COMPLETE : 0) | (counts ? FI_REMOTE_CQ_DATA : 0);
+    return (int)-fi_writemsg(endpoint(conn), &message, flags);
 }
 
 /* The error queue: a zeroed entry with room to spare, since newer libraries write more. */
@@ -122,7 +122,7 @@ static int read_error(at_ofi *ofi, at_fab_entry *out) {
     memset(&error, 0, sizeof error);
     if (fi_cq_readerr(ofi->cq, &error.entry, 0) <= 0) return 0;
     int code = error.entry.err < 0 ? -error.entry.err : error.entry.err; /* 1.17's shm returns it negative */
-    *out = (at_fab_entry){.slot = error.entry.op_context, .error = code != 0 ? code : FI_EOTHER};
+    *out = (at_fab_entry){.wr = error.entry.op_context, .error = code != 0 ? code : FI_EOTHER};
     return 1;
 }
 
@@ -133,7 +133,7 @@ static int ofi_read(at_fab *fab, at_fab_entry *out, int most) {
     if (n == -FI_EAVAIL) return read_error(ofi, out);
     for (ssize_t i = 0; i < n; i++) {
         int arrival = (entries[i].flags & FI_REMOTE_WRITE) != 0; /* the only flag that says so on every provider */
-        out[i] = (at_fab_entry){.slot = arrival ? NULL : entries[i].op_context, .arrival = arrival, .data = entries[i].data};
+        out[i] = (at_fab_entry){.wr = arrival ? NULL : entries[i].op_context, .arrival = arrival, .data = entries[i].data};
     }
     return n > 0 ? (int)n : 0;
 }

@@ -115,9 +115,9 @@ static int is_stranger(int fd, in_port_t port) {
 }
 
 /* How many strangers have been shut down, from this descriptor on, up to `end` or to where no more are in use. */
-static int drop_from(int fd, int end, in_port_t port) {
+static int drop_from(int fd, int conn, in_port_t port) {
     int found = 0;
-    for (int unused = 0; fd < end && unused < NEAR; fd++) {
+    for (int unused = 0; fd < conn && unused < NEAR; fd++) {
         errno = 0;
         found += is_stranger(fd, port) && shutdown(fd, SHUT_RDWR) == 0; /* the door itself is not connected */
         unused = errno == EBADF ? unused + 1 : 0;
@@ -133,14 +133,14 @@ static void drop_strangers(int first, in_port_t port) {
     if (drop_from(from, INT_MAX, port) != 0 && from > 0) (void)drop_from(0, from, port);
 }
 
-int at_ofi_shut_door(const at_fab_end *end) {
-    in_port_t port = port_of_endpoint(end->ep);
-    int instead = port != 0 && role_at(end->door, port) == 1 ? bound_beside(end->door) : -1;
+int at_ofi_shut_door(const at_fab_conn *conn) {
+    in_port_t port = port_of_endpoint(conn->ep);
+    int instead = port != 0 && role_at(conn->door, port) == 1 ? bound_beside(conn->door) : -1;
     if (instead < 0) return -1;
-    int rc = dup3(instead, end->door, O_CLOEXEC);
+    int rc = dup3(instead, conn->door, O_CLOEXEC);
     (void)close(instead);
     if (rc < 0) return -1;
-    drop_strangers(end->first, port);
+    drop_strangers(conn->first, port);
     return 0;
 }
 

@@ -67,7 +67,7 @@ uint32_t at_ofi_flags_of(int device, uint64_t order, size_t data_bytes, int mr_m
 int at_ofi_first_free(const at_fab *fab);        /* the number that the next descriptor will have */
 int at_ofi_defer(struct fid_ep *ep, int first); /* strangers who say nothing get no descriptor of ours; first: that number, before it was made.
                                                    * The descriptor by which it listens, or -1 */
-int at_ofi_shut_door(const at_fab_end *end); /* its peer is in: no other comes in any more. 0, or -1: the door stays open */
+int at_ofi_shut_door(const at_fab_conn *conn); /* its peer is in: no other comes in any more. 0, or -1: the door stays open */
 void at_ofi_shut_half_open(at_fab *fab, struct fid_ep *ep);
 
 /* driver.c */

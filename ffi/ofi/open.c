@@ -1,4 +1,4 @@
-/* A rail: what is asked of libfabric, what it gave, and the objects that all ends share. */
+/* A rail: what is asked of libfabric, what it gave, and the objects that all connections share. */
 #if __has_include(<rdma/fabric.h>) && __has_include(<rdma/fi_rma.h>)
 
 #include "ofi.h"
@@ -97,7 +97,7 @@ static void note_facts(at_fab *fab, const at_ofi_options *options) {
 }
 
 /* The fi_trywait of net, before it became the tcp of 2.0, does nothing at all: the signal that a completion sets is never taken back,
- * and the descriptor of the queue stays readable for ever. With a wait set of our own, its wait with no patience does what it should.
+ * and the descriptor of the queue stays readable for ever. With a wait set of our own, its wait with a timeout of 0 does what it should.
  * The tables of functions are used here, because the headers of 2.x call fi_wait and fi_wait_open deprecated. */
 static int open_queue_with_wait(at_ofi *ofi) {
     struct fi_wait_attr how = {.wait_obj = FI_WAIT_FD};

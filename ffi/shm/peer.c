@@ -55,7 +55,7 @@ static at_shm_half *half_new(void) {
     }
     *half = (at_shm_half){.shm = shm, .channel_fd = -1, .their_control_fd = -1, .their_channel_fd = -1};
     *shm = (at_shm){.inbound_doorbell = -1, .outbound_doorbell = -1, .outbound_pulse = -1, .pidfd = -1, .mem_fd = -1,
-                    .patience = AT_PATIENCE};
+                    .idle_rings = AT_IDLE_RINGS};
     return half;
 }
 

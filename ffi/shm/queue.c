@@ -134,7 +134,7 @@ static int seen_room(at_shm *shm, uint32_t slot) {
 /* Marks without arrivals and rings are paid for by arrivals. A peer that keeps to the protocol marks and rings once for each count, and
  * each count is an arrival, so that it never owes; one that does not is found out after so many. */
 static void useless(at_peer *peer, at_shm *shm) {
-    if (--shm->patience < 0) at_peer_broke(peer);
+    if (--shm->idle_rings < 0) at_peer_broke(peer);
 }
 
 void at_shm_rung(at_peer *peer) { useless(peer, peer->impl); }
@@ -150,7 +150,7 @@ static int take_slot(at_peer *peer, at_shm *shm, uint32_t slot) {
         useless(peer, shm);
         return 1;
     }
-    if (shm->patience < AT_PATIENCE) shm->patience += 3; /* for its mark, its ring, and a look that came between them */
+    if (shm->idle_rings < AT_IDLE_RINGS) shm->idle_rings += 3; /* for its mark, its ring, and a look that came between them */
     shm->seen[slot] = total;
     atomic_store_explicit(&channel->drained[slot], total, memory_order_release); /* order: take 3 */
     if (n >= WILD) {

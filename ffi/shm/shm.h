@@ -20,7 +20,7 @@
  *
  * Everything in a channel may be scribbled over by its peer. The owner reads each word once and believes nothing but the
  * difference of two totals; indexes come from bit positions, never from memory. Marks and rings that bring no arrivals are counted
- * (`patience`), and so is what no honest peer does in one step: such a peer is given up. Descriptors are taken from a peer only after
+ * (`idle_rings`), and so is what no honest peer does in one step: such a peer is given up. Descriptors are taken from a peer only after
  * a look at what they are: sealed memory of tmpfs (huge pages could be punched out from under us), eventfds. What cannot be prevented:
  * a process that shares an eventfd may have the kernel itself fill its counter (aio), and block even a 0. */
 #ifndef AT_SHM_H
@@ -34,7 +34,7 @@
 
 #define AT_SLOTS 65536u
 #define AT_COUNTING AT_MOVERS
-#define AT_PATIENCE 65536
+#define AT_IDLE_RINGS 65536
 #define AT_SHM_SMALL ((uint64_t)32 << 10) /* foreign copies up to here are no slower through /proc/PID/mem */
 #define AT_CHANNEL_MAGIC UINT64_C(0x41544348414e4e45)
 
@@ -88,7 +88,7 @@ typedef struct {
     /* inbound counting */
     uint64_t *seen;
     uint32_t seen_room;
-    int64_t patience; /* how many more marks and rings without an arrival are put up with */
+    int64_t idle_rings; /* how many more marks and rings without an arrival are put up with */
 } at_shm;
 
 /* A connection that is being made. */

@@ -13,12 +13,12 @@
 #define REFUSED 20u /* one post in so many, for now */
 #define NOTICED 4u  /* one look at what is lost in so many notices */
 
-enum { WIRE_WRITE, WIRE_READ, WIRE_LETTER };
+enum { WIRE_WRITE, WIRE_READ, WIRE_CTRL };
 
 typedef struct message message;
 struct message {
     message *next;
-    at_fab_slot *slot;
+    at_fab_wr *wr;
     int kind, landed, counts;
     uint64_t data;
     at_fab_vector v;
@@ -31,12 +31,12 @@ typedef struct endpoint endpoint;
 struct endpoint {
     uint64_t id, to;
     rail *rail;
-    at_fab_end *end; /* NULL: closed */
+    at_fab_conn *conn; /* NULL: closed */
     uint32_t mark;
     uint64_t unique;
     int failed;
     message *head, *tail;
-    at_fab_slot *receives[AT_FAB_RECEIVES * 2];
+    at_fab_wr *receives[AT_FAB_RECEIVES * 2];
     uint32_t receive_count;
 };
 
@@ -94,16 +94,16 @@ static void tell(rail *r, at_fab_entry entry) {
 
 /* ---- the driver ---- */
 
-static int simrail_open(at_fab_end *end) {
-    rail *r = (rail *)end->fab;
+static int simrail_open(at_fab_conn *conn) {
+    rail *r = (rail *)conn->fab;
     at_simrail *net = r->net;
     if (is_dead(net, r->cable) && chance(net, 2)) return ENETDOWN; /* or it opens, and nothing gets through */
     if (at_grow((void ***)&net->endpoints, &net->room, net->count) != 0) return ENOMEM;
     endpoint *e = calloc(1, sizeof *e);
     if (e == NULL) return ENOMEM;
-    *e = (endpoint){.id = ++net->ids, .rail = r, .end = end, .mark = end->mark, .unique = end->unique};
+    *e = (endpoint){.id = ++net->ids, .rail = r, .conn = conn, .mark = conn->mark, .unique = conn->unique};
     net->endpoints[net->count++] = e;
-    end->ep = e;
+    conn->ep = e;
     return 0;
 }
 
@@ -130,8 +130,8 @@ static void keep_copy(message *m) {
     }
 }
 
-static void simrail_close(at_fab_end *end) {
-    endpoint *e = end->ep;
+static void simrail_close(at_fab_conn *conn) {
+    endpoint *e = conn->ep;
     while (e->head != NULL && e->head->landed) message_free(pop(e));
     message **at = &e->head;
     e->tail = NULL;
@@ -143,55 +143,55 @@ static void simrail_close(at_fab_end *end) {
             continue;
         }
         if (m->kind == WIRE_WRITE) keep_copy(m);
-        m->slot = NULL;
+        m->wr = NULL;
         e->tail = m;
         at = &m->next;
     }
-    e->end = NULL;
+    e->conn = NULL;
     e->receive_count = 0;
-    end->ep = NULL;
+    conn->ep = NULL;
 }
 
-static int simrail_name(at_fab_end *end, at_fab_offer *out) {
-    const endpoint *e = end->ep;
+static int simrail_name(at_fab_conn *conn, at_fab_offer *out) {
+    const endpoint *e = conn->ep;
     memcpy(out->address, &e->id, sizeof e->id);
     out->address_bytes = sizeof e->id;
     return 0;
 }
 
-static int simrail_join(at_fab_end *end, const at_fab_offer *theirs) {
-    memcpy(&((endpoint *)end->ep)->to, theirs->address, sizeof(uint64_t));
+static int simrail_join(at_fab_conn *conn, const at_fab_offer *theirs) {
+    memcpy(&((endpoint *)conn->ep)->to, theirs->address, sizeof(uint64_t));
     return 0;
 }
 
-static int simrail_receive(at_fab_end *end, at_fab_slot *slot) {
-    endpoint *e = end->ep;
+static int simrail_receive(at_fab_conn *conn, at_fab_wr *wr) {
+    endpoint *e = conn->ep;
     if (e->receive_count == AT_FAB_RECEIVES * 2) return ENOBUFS;
-    e->receives[e->receive_count++] = slot;
+    e->receives[e->receive_count++] = wr;
     return 0;
 }
 
-static int enqueue(at_fab_end *end, const message *what) {
+static int enqueue(at_fab_conn *conn, const message *what) {
     message *m = malloc(sizeof *m);
     if (m == NULL) return ENOMEM;
     *m = *what;
-    endpoint *e = end->ep;
+    endpoint *e = conn->ep;
     if (e->tail != NULL) e->tail->next = m;
     else e->head = m;
     e->tail = m;
     return 0;
 }
 
-static int simrail_send(at_fab_end *end, at_fab_slot *slot) {
-    if (chance(((rail *)end->fab)->net, REFUSED) == 0) return EAGAIN;
-    message m = {.slot = slot, .kind = WIRE_LETTER, .ctrl = slot->ctrl};
-    return enqueue(end, &m);
+static int simrail_send(at_fab_conn *conn, at_fab_wr *wr) {
+    if (chance(((rail *)conn->fab)->net, REFUSED) == 0) return EAGAIN;
+    message m = {.wr = wr, .kind = WIRE_CTRL, .ctrl = wr->ctrl};
+    return enqueue(conn, &m);
 }
 
-static int simrail_post(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int read, int counts, uint64_t data) {
-    if (chance(((rail *)end->fab)->net, REFUSED) == 0) return EAGAIN;
-    message m = {.slot = slot, .kind = read ? WIRE_READ : WIRE_WRITE, .counts = counts, .data = data, .v = *v};
-    return enqueue(end, &m);
+static int simrail_post(at_fab_conn *conn, at_fab_wr *wr, const at_fab_vector *v, int read, int counts, uint64_t data) {
+    if (chance(((rail *)conn->fab)->net, REFUSED) == 0) return EAGAIN;
+    message m = {.wr = wr, .kind = read ? WIRE_READ : WIRE_WRITE, .counts = counts, .data = data, .v = *v};
+    return enqueue(conn, &m);
 }
 
 static int simrail_read(at_fab *fab, at_fab_entry *out, int most) {
@@ -272,11 +272,11 @@ static int is_lent(at_simrail *net, const rail *r, uint64_t key, uint64_t addres
 
 static int land(at_simrail *net, message *m, endpoint *there) {
     rail *r = there->rail;
-    if (m->kind == WIRE_LETTER) {
+    if (m->kind == WIRE_CTRL) {
         if (there->receive_count == 0) return 0;
-        at_fab_slot *slot = there->receives[--there->receive_count];
-        slot->ctrl = m->ctrl;
-        tell(r, (at_fab_entry){.slot = slot});
+        at_fab_wr *wr = there->receives[--there->receive_count];
+        wr->ctrl = m->ctrl;
+        tell(r, (at_fab_entry){.wr = wr});
         return 1;
     }
     const uint8_t *from = m->copy;
@@ -293,13 +293,13 @@ static int land(at_simrail *net, message *m, endpoint *there) {
 }
 
 static int lost(at_simrail *net, endpoint *e, int error) {
-    if (e->end == NULL) { /* no end is there to notice */
+    if (e->conn == NULL) { /* no connection is there to notice */
         while (e->head != NULL) message_free(pop(e));
         return 1;
     }
     if (e->failed || chance(net, NOTICED) != 0) return 0;
     e->failed = 1;
-    tell(e->rail, (at_fab_entry){.slot = e->head->slot, .error = error});
+    tell(e->rail, (at_fab_entry){.wr = e->head->wr, .error = error});
     return 1;
 }
 
@@ -308,18 +308,18 @@ static int step(at_simrail *net) {
     endpoint *e = net->endpoints[chance(net, net->count)];
     if (e->head == NULL) return 0;
     endpoint *there = find(net, e->to);
-    if (is_dead(net, e->rail->cable) || (there != NULL && is_dead(net, there->rail->cable))) return e->end != NULL && lost(net, e, ETIMEDOUT);
-    if (there == NULL || there->end == NULL) return lost(net, e, ECONNRESET);
+    if (is_dead(net, e->rail->cable) || (there != NULL && is_dead(net, there->rail->cable))) return e->conn != NULL && lost(net, e, ETIMEDOUT);
+    if (there == NULL || there->conn == NULL) return lost(net, e, ECONNRESET);
     message *m = e->head;
     if (m->landed && chance(net, 2)) {
-        if (e->end != NULL) tell(e->rail, (at_fab_entry){.slot = m->slot});
+        if (e->conn != NULL) tell(e->rail, (at_fab_entry){.wr = m->wr});
         message_free(pop(e));
         return 1;
     }
     while (m != NULL && m->landed) m = m->next;
     if (m == NULL || !land(net, m, there)) return 0;
     m->landed = 1;
-    if (e->end == NULL) { /* its sender has gone: nothing confirms it */
+    if (e->conn == NULL) { /* its sender has gone: nothing confirms it */
         while (e->head != NULL && e->head->landed) message_free(pop(e));
     }
     return 1;
@@ -329,7 +329,7 @@ static void sweep(at_simrail *net) {
     uint32_t kept = 0;
     for (uint32_t i = 0; i < net->count; i++) {
         endpoint *e = net->endpoints[i];
-        if (e->end == NULL && e->head == NULL) free(e);
+        if (e->conn == NULL && e->head == NULL) free(e);
         else net->endpoints[kept++] = e;
     }
     net->count = kept;

@@ -1,4 +1,4 @@
-/* Queue pairs: one for each end, opened, joined to the other side's, closed. */
+/* Queue pairs: one for each connection, opened, joined to the other side's, closed. */
 #if __has_include(<infiniband/verbs.h>)
 
 #include "verbs.h"
@@ -48,8 +48,8 @@ static struct ibv_qp *create(at_vrb *vrb) {
     }
 }
 
-int at_vrb_qp_open(at_fab_end *end) {
-    at_vrb *vrb = at_vrb_of(end->fab);
+int at_vrb_qp_open(at_fab_conn *conn) {
+    at_vrb *vrb = at_vrb_of(conn->fab);
     int rc = at_vrb_look_up(vrb);
     if (rc != 0) return rc;
     if (vrb->connections == vrb->most_connections) return ENOBUFS;
@@ -70,20 +70,20 @@ int at_vrb_qp_open(at_fab_end *end) {
         qp_free(q);
         return rc;
     }
-    q->mark = end->mark;
-    q->unique = end->unique;
+    q->mark = conn->mark;
+    q->unique = conn->unique;
     q->psn = (uint32_t)(at_now() >> 10) & 0xffffffu;
     at_vqp **bucket = &vrb->buckets[q->qp->qp_num % AT_VRB_BUCKETS];
     q->next = *bucket;
     *bucket = q;
     vrb->connections++;
-    end->ep = q;
+    conn->ep = q;
     return 0;
 }
 
-int at_vrb_qp_name(at_fab_end *end, at_fab_offer *out) {
-    const at_vrb *vrb = at_vrb_of(end->fab);
-    const at_vqp *q = at_vqp_of(end);
+int at_vrb_qp_name(at_fab_conn *conn, at_fab_offer *out) {
+    const at_vrb *vrb = at_vrb_of(conn->fab);
+    const at_vqp *q = at_vqp_of(conn);
     address ours = {.hello = HELLO, .number = q->qp->qp_num, .psn = q->psn, .lid = vrb->lid, .mtu = (uint32_t)vrb->mtu,
                     .ethernet = (uint32_t)vrb->ethernet, .credits = AT_VRB_CREDITS, .word_key = q->words_mr->rkey,
                     .word = (uint64_t)(uintptr_t)&q->words->returned};
@@ -93,9 +93,9 @@ int at_vrb_qp_name(at_fab_end *end, at_fab_offer *out) {
     return 0;
 }
 
-int at_vrb_qp_join(at_fab_end *end, const at_fab_offer *theirs) {
-    const at_vrb *vrb = at_vrb_of(end->fab);
-    at_vqp *q = at_vqp_of(end);
+int at_vrb_qp_join(at_fab_conn *conn, const at_fab_offer *theirs) {
+    const at_vrb *vrb = at_vrb_of(conn->fab);
+    at_vqp *q = at_vqp_of(conn);
     address to;
     if (theirs->address_bytes != sizeof to) return EPROTO;
     memcpy(&to, theirs->address, sizeof to);
@@ -134,21 +134,21 @@ static void drain(at_vrb *vrb, at_vqp *q) {
     at_vrb_stash_all(vrb);
 }
 
-void at_vrb_qp_close(at_fab_end *end) {
-    at_vrb *vrb = at_vrb_of(end->fab);
-    at_vqp *q = at_vqp_of(end);
+void at_vrb_qp_close(at_fab_conn *conn) {
+    at_vrb *vrb = at_vrb_of(conn->fab);
+    at_vqp *q = at_vqp_of(conn);
     drain(vrb, q);
     unlink_qp(vrb, q);
     qp_free(q);
     vrb->connections--;
-    end->ep = NULL;
+    conn->ep = NULL;
 }
 
 int at_verbs_posts(at_lane *lane, int64_t peer, uint64_t out[4]) {
     at_lock(lane);
-    at_fab_end *end = at_fab_end_of(lane, peer);
-    int rc = end != NULL && end->fab->driver->open == at_vrb_qp_open && end->ep != NULL ? AT_OK : AT_EUNKNOWN;
-    if (rc == AT_OK) memcpy(out, at_vqp_of(end)->posts, sizeof at_vqp_of(end)->posts);
+    at_fab_conn *conn = at_fab_conn_of(lane, peer);
+    int rc = conn != NULL && conn->fab->driver->open == at_vrb_qp_open && conn->ep != NULL ? AT_OK : AT_EUNKNOWN;
+    if (rc == AT_OK) memcpy(out, at_vqp_of(conn)->posts, sizeof at_vqp_of(conn)->posts);
     at_unlock(lane);
     return rc;
 }

@@ -21,8 +21,8 @@ static int post_chain(at_vqp *q, struct ibv_send_wr *first, uint32_t count) {
     return ibv_post_send(q->qp, first, &bad);
 }
 
-int at_vrb_flush(at_fab_end *end) {
-    at_vqp *q = at_vqp_of(end);
+int at_vrb_flush(at_fab_conn *conn) {
+    at_vqp *q = at_vqp_of(conn);
     if (q->gathered == 0) return 0;
     uint32_t last = q->gathered - 1;
     q->wr[last].send_flags |= IBV_SEND_SIGNALED;
@@ -31,11 +31,11 @@ int at_vrb_flush(at_fab_end *end) {
     return post_chain(q, q->wr, last + 1);
 }
 
-int at_vrb_post(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int read, int counts, uint64_t data) {
-    at_vqp *q = at_vqp_of(end);
+int at_vrb_post(at_fab_conn *conn, at_fab_wr *work, const at_fab_vector *v, int read, int counts, uint64_t data) {
+    at_vqp *q = at_vqp_of(conn);
     if (counts && credit(q) <= AT_VRB_RESERVE) return EAGAIN;
     if (q->gathered == AT_VRB_CHAIN) {
-        int rc = at_vrb_flush(end);
+        int rc = at_vrb_flush(conn);
         if (rc != 0) return rc;
     }
     struct ibv_send_wr *wr = &q->wr[q->gathered];
@@ -43,13 +43,13 @@ int at_vrb_post(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int 
     const struct ibv_mr *mr = v->desc;
     *sge = (struct ibv_sge){.addr = (uint64_t)(uintptr_t)v->here[0], .length = (uint32_t)v->nbytes[0], .lkey = mr != NULL ? mr->lkey : 0};
     memset(wr, 0, sizeof *wr);
-    wr->wr_id = (uint64_t)(uintptr_t)slot;
+    wr->wr_id = (uint64_t)(uintptr_t)work;
     wr->sg_list = sge;
     wr->num_sge = v->nbytes[0] != 0;
     wr->opcode = read ? IBV_WR_RDMA_READ : counts ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
     wr->wr.rdma.remote_addr = v->there[0];
     wr->wr.rdma.rkey = (uint32_t)v->key;
-    if (!read && !v->device && v->nbytes[0] != 0 && v->nbytes[0] <= at_vrb_of(end->fab)->inline_bytes) {
+    if (!read && !v->device && v->nbytes[0] != 0 && v->nbytes[0] <= at_vrb_of(conn->fab)->inline_bytes) {
         wr->send_flags = IBV_SEND_INLINE;
         q->posts[2]++;
     }
@@ -62,14 +62,14 @@ int at_vrb_post(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int 
     return 0;
 }
 
-int at_vrb_send(at_fab_end *end, at_fab_slot *slot) {
-    at_vqp *q = at_vqp_of(end);
+int at_vrb_send(at_fab_conn *conn, at_fab_wr *work) {
+    at_vqp *q = at_vqp_of(conn);
     if (credit(q) == 0) return EAGAIN;
-    int rc = at_vrb_flush(end);
+    int rc = at_vrb_flush(conn);
     if (rc != 0) return rc;
-    const struct ibv_mr *mr = slot->desc;
-    struct ibv_sge sge = {.addr = (uint64_t)(uintptr_t)&slot->ctrl, .length = sizeof slot->ctrl, .lkey = mr->lkey};
-    struct ibv_send_wr wr = {.wr_id = (uint64_t)(uintptr_t)slot, .sg_list = &sge, .num_sge = 1, .opcode = IBV_WR_SEND, .send_flags = IBV_SEND_SIGNALED};
+    const struct ibv_mr *mr = work->desc;
+    struct ibv_sge sge = {.addr = (uint64_t)(uintptr_t)&work->ctrl, .length = sizeof work->ctrl, .lkey = mr->lkey};
+    struct ibv_send_wr wr = {.wr_id = (uint64_t)(uintptr_t)work, .sg_list = &sge, .num_sge = 1, .opcode = IBV_WR_SEND, .send_flags = IBV_SEND_SIGNALED};
     q->spent++;
     return post_chain(q, &wr, 1);
 }

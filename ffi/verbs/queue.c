@@ -44,8 +44,8 @@ static int translate(at_vrb *vrb, const struct ibv_wc *wc, at_fab_entry *out) {
         if (q != NULL) q->drained = 1;
         return 0;
     }
-    out->slot = (at_fab_slot *)(uintptr_t)wc->wr_id;
-    if (out->slot->kind != AT_SLOT_CTRL_IN) return 1;
+    out->wr = (at_fab_wr *)(uintptr_t)wc->wr_id;
+    if (out->wr->kind != AT_WR_CTRL_IN) return 1;
     vrb->stocked--;
     if (out->error == 0 && q != NULL) q->used++;
     out->arrival = out->error == 0 && wc->opcode == IBV_WC_RECV_RDMA_WITH_IMM;
@@ -93,16 +93,16 @@ static int stock(at_vrb *vrb) {
     at_fab *fab = &vrb->fab;
     struct ibv_recv_wr chain[BATCH], *bad = NULL;
     struct ibv_sge sges[BATCH];
-    at_fab_slot *slots[BATCH];
+    at_fab_wr *wrs[BATCH];
     uint32_t wanted = vrb->connections * AT_VRB_CREDITS;
     for (uint32_t missing; (missing = how_many_are_missing(vrb, wanted)) != 0;) {
         uint32_t n = 0;
-        for (; n < BATCH && n < missing && (slots[n] = at_fab_slot_take(fab)) != NULL; n++) {
-            slots[n]->kind = AT_SLOT_CTRL_IN;
-            slots[n]->state = AT_SLOT_POSTED;
-            sges[n] = (struct ibv_sge){.addr = (uint64_t)(uintptr_t)&slots[n]->ctrl, .length = sizeof slots[n]->ctrl,
-                                       .lkey = ((const struct ibv_mr *)slots[n]->desc)->lkey};
-            chain[n] = (struct ibv_recv_wr){.wr_id = (uint64_t)(uintptr_t)slots[n], .sg_list = &sges[n], .num_sge = 1};
+        for (; n < BATCH && n < missing && (wrs[n] = at_fab_wr_take(fab)) != NULL; n++) {
+            wrs[n]->kind = AT_WR_CTRL_IN;
+            wrs[n]->state = AT_WR_POSTED;
+            sges[n] = (struct ibv_sge){.addr = (uint64_t)(uintptr_t)&wrs[n]->ctrl, .length = sizeof wrs[n]->ctrl,
+                                       .lkey = ((const struct ibv_mr *)wrs[n]->desc)->lkey};
+            chain[n] = (struct ibv_recv_wr){.wr_id = (uint64_t)(uintptr_t)wrs[n], .sg_list = &sges[n], .num_sge = 1};
             if (n != 0) chain[n - 1].next = &chain[n];
         }
         if (n == 0) return 0;
@@ -111,7 +111,7 @@ static int stock(at_vrb *vrb) {
         uint32_t done = rc == 0 ? n : (uint32_t)(bad - chain);
         vrb->stocked += done;
         (void)pthread_mutex_unlock(&fab->lock);
-        for (uint32_t i = done; i < n; i++) at_fab_slot_free(fab, slots[i]);
+        for (uint32_t i = done; i < n; i++) at_fab_wr_free(fab, wrs[i]);
         if (rc != 0) return 0;
     }
     return 1;
@@ -122,8 +122,8 @@ void at_vrb_handed_out(at_fab *fab) {
     at_vrb *vrb = at_vrb_of(fab);
     if (!stock(vrb)) return;
     (void)pthread_mutex_lock(&fab->lock);
-    for (uint32_t i = 0; i < fab->end_count; i++)
-        if (fab->ends[i] != NULL && fab->ends[i]->ep != NULL) at_vrb_credit(vrb, at_vqp_of(fab->ends[i]));
+    for (uint32_t i = 0; i < fab->conn_count; i++)
+        if (fab->conns[i] != NULL && fab->conns[i]->ep != NULL) at_vrb_credit(vrb, at_vqp_of(fab->conns[i]));
     (void)pthread_mutex_unlock(&fab->lock);
 }
 
@@ -144,9 +144,9 @@ int at_vrb_arm(at_fab *fab) {
 
 static void break_all(at_fab *fab, const struct ibv_qp *only, int error) {
     at_lock(fab->rail.lane);
-    for (uint32_t i = 0; i < fab->end_count; i++) {
-        at_fab_end *end = fab->ends[i];
-        if (end != NULL && end->ep != NULL && (only == NULL || at_vqp_of(end)->qp == only)) at_fab_end_break(end, error);
+    for (uint32_t i = 0; i < fab->conn_count; i++) {
+        at_fab_conn *conn = fab->conns[i];
+        if (conn != NULL && conn->ep != NULL && (only == NULL || at_vqp_of(conn)->qp == only)) at_fab_conn_break(conn, error);
     }
     at_unlock(fab->rail.lane);
 }
@@ -155,10 +155,10 @@ static void break_all(at_fab *fab, const struct ibv_qp *only, int error) {
 static void hurry(at_fab *fab) {
     at_lane *lane = fab->rail.lane;
     at_lock(lane);
-    for (uint32_t i = 0; i < fab->end_count; i++) {
-        const at_fab_end *end = fab->ends[i];
-        if (end != NULL && end->ep == NULL && !end->retired && end->generation != 0 && end->peer->status == AT_OK)
-            at_event_push(lane, AT_EV_RAIL, (uint64_t)end->peer->id, AT_OK, 0);
+    for (uint32_t i = 0; i < fab->conn_count; i++) {
+        const at_fab_conn *conn = fab->conns[i];
+        if (conn != NULL && conn->ep == NULL && !conn->retired && conn->generation != 0 && conn->peer->status == AT_OK)
+            at_event_push(lane, AT_EV_RAIL, (uint64_t)conn->peer->id, AT_OK, 0);
     }
     at_unlock(lane);
 }

@@ -28,7 +28,7 @@
 #define AT_VRB_PER_PEER (AT_VRB_CREDITS + AT_VRB_SENDS) /* completions that one connection may have in the queue */
 #define AT_VRB_BUCKETS 256u
 
-/* What a completion names that is no slot. */
+/* What a completion names that is no work request. */
 enum { AT_VRB_CREDIT = 1, AT_VRB_MARKER = 2 };
 
 typedef struct {
@@ -82,7 +82,7 @@ typedef struct {
 } at_vrb;
 
 static inline at_vrb *at_vrb_of(at_fab *fab) { return (at_vrb *)fab; }
-static inline at_vqp *at_vqp_of(const at_fab_end *end) { return (at_vqp *)end->ep; }
+static inline at_vqp *at_vqp_of(const at_fab_conn *conn) { return (at_vqp *)conn->ep; }
 
 extern struct at_vrb_calls {
     struct ibv_device **(*get_device_list)(int *);
@@ -124,15 +124,15 @@ void *at_vrb_desc(void *mr);
 int at_vrb_takes_dmabufs(at_vrb *vrb);
 
 /* peer.c */
-int at_vrb_qp_open(at_fab_end *end);
-void at_vrb_qp_close(at_fab_end *end);
-int at_vrb_qp_name(at_fab_end *end, at_fab_offer *out);
-int at_vrb_qp_join(at_fab_end *end, const at_fab_offer *theirs);
+int at_vrb_qp_open(at_fab_conn *conn);
+void at_vrb_qp_close(at_fab_conn *conn);
+int at_vrb_qp_name(at_fab_conn *conn, at_fab_offer *out);
+int at_vrb_qp_join(at_fab_conn *conn, const at_fab_offer *theirs);
 
 /* post.c */
-int at_vrb_post(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int read, int counts, uint64_t data);
-int at_vrb_send(at_fab_end *end, at_fab_slot *slot);
-int at_vrb_flush(at_fab_end *end);
+int at_vrb_post(at_fab_conn *conn, at_fab_wr *wr, const at_fab_vector *v, int read, int counts, uint64_t data);
+int at_vrb_send(at_fab_conn *conn, at_fab_wr *wr);
+int at_vrb_flush(at_fab_conn *conn);
 void at_vrb_credit(at_vrb *vrb, at_vqp *q); /* give back what it has used up */
 
 /* queue.c */

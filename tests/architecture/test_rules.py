@@ -373,12 +373,12 @@ def test_one_call_upward_in_this_tree_closes_circles_that_are_seen() -> None:
     tree = native.tree()
     tree["ffi/lane/peers.c"] += "int at_up(at_lane *lane) { return at_fab_break(lane, 0); }\n"
     assert {"ffi/fabric", "ffi/lane"} == {one.room for one in native.folders_on_circles(tree)}
-    assert {"ffi/fabric/ends.c", "ffi/lane/peers.c"} <= {one.where for one in native.files_on_circles(tree)}
-    assert "calls ffi/fabric/ends.c: at_fab_break" in {one.what for one in native.calls_on_circles(tree)}
+    assert {"ffi/fabric/conns.c", "ffi/lane/peers.c"} <= {one.where for one in native.files_on_circles(tree)}
+    assert "calls ffi/fabric/conns.c: at_fab_break" in {one.what for one in native.calls_on_circles(tree)}
 
 
 @pytest.mark.parametrize(("path", "header"), [
-    ("ffi/lane/peers.c", "fabric/fabric.h"), ("ffi/fabric/ends.c", "ofi/ofi.h"), ("ffi/fabric/rail.c", "verbs/verbs.h"),
+    ("ffi/lane/peers.c", "fabric/fabric.h"), ("ffi/fabric/conns.c", "ofi/ofi.h"), ("ffi/fabric/rail.c", "verbs/verbs.h"),
     ("ffi/verbs/open.c", "ofi/ofi.h"), ("ffi/ofi/open.c", "simrail/decls.h"), ("ffi/shm/peer.c", "native.h"),
 ])  # fmt: skip
 def test_one_include_upward_in_this_tree_is_seen(path: str, header: str) -> None:

@@ -20,7 +20,7 @@ GUARDS = (
     ),
     Mutant(
         "reposts: what is refused after a break stays asked for", "ffi/fabric/post.c",
-        "    at_fab_still_stalled(peer, &end->repost);\n", "", "tests/native/test_reposts.py",
+        "    at_fab_still_stalled(peer, &conn->repost);\n", "", "tests/native/test_reposts.py",
     ),
     Mutant(
         "reposts: the same of a multirail peer", "ffi/fabric/multirail.c",
@@ -122,7 +122,7 @@ GUARDS = (
     ),
     Mutant(
         "waiting for a holder on another host", "ffi/fabric/ctrl.c",
-        "return may_still && slot < end->hold_room", "return 0 && may_still && slot < end->hold_room",
+        "return may_still && slot < conn->hold_room", "return 0 && may_still && slot < conn->hold_room",
         "tests/hosts/test_leases.py",
     ),
     Mutant(
@@ -216,16 +216,16 @@ GUARDS = (
         "shelf->mask + 1 < SLOTS || bit < LAST_BIT ? widen", "bit >= 0 ? widen", "tests/native/test_values.py",
     ),
     Mutant(
-        "letters: a grant is confirmed when nothing is posted under it", "ffi/fabric/ctrl.c",
-        " && !in_use(end, slot, after - 1)) {", ") {", "tests/native/test_letters.py",
+        "control messages: a grant is confirmed when nothing is posted under it", "ffi/fabric/ctrl.c",
+        " && !in_use(conn, slot, after - 1)) {", ") {", "tests/native/test_ctrl.py",
     ),
     Mutant(
-        "letters: what is named twice is owed once", "ffi/fabric/ctrl.c",
-        "    end->over_count += (end->over[slot / 64] & bit) == 0;\n", "    end->over_count++;\n", "tests/native/test_letters.py",
+        "control messages: what is named twice is owed once", "ffi/fabric/ctrl.c",
+        "    conn->over_count += (conn->over[slot / 64] & bit) == 0;\n", "    conn->over_count++;\n", "tests/native/test_ctrl.py",
     ),
     Mutant(
-        "connections: a step that the table has not", "ffi/fabric/ends.c",
-        "    if (known && (now == end->state", "    if (known || (now == end->state", "tests/native/test_states.py",
+        "connections: a step that the table has not", "ffi/fabric/conns.c",
+        "    if (known && (now == conn->state", "    if (known || (now == conn->state", "tests/native/test_states.py",
     ),
     Mutant(
         "strangers: silent connections to a data port", "ffi/ofi/half_open.c",
@@ -237,7 +237,7 @@ GUARDS = (
     ),
     Mutant(
         "strangers: who came in before the peer", "ffi/ofi/half_open.c",
-        "    drop_strangers(end->first, port);\n", "    (void)drop_strangers;\n", "tests/providers/fabric/test_data_ports.py",
+        "    drop_strangers(conn->first, port);\n", "    (void)drop_strangers;\n", "tests/providers/fabric/test_data_ports.py",
     ),
     Mutant(
         "strangers: no other process takes the port", "ffi/ofi/half_open.c",
@@ -245,8 +245,8 @@ GUARDS = (
         "tests/providers/fabric/test_data_ports.py tests/hosts/test_advertise.py",
     ),
     Mutant(
-        "a connection that broke while it was idle", "ffi/fabric/ends.c",
-        "    if (!end->alone || !end->heard || end->out != 0 || end->telling) return 0;", "    if (end != NULL) return 0;",
+        "a connection that broke while it was idle", "ffi/fabric/conns.c",
+        "    if (!conn->alone || !conn->heard || conn->out != 0 || conn->telling) return 0;", "    if (conn != NULL) return 0;",
         "tests/providers/fabric/test_data_ports.py",
     ),
     Mutant(
@@ -270,8 +270,8 @@ GUARDS = (
         "    uint64_t nothing = 0;", "    uint64_t nothing = 1;", "tests/control/test_hostile_shm.py",
     ),
     Mutant(
-        "hostile: patience with rings", "ffi/shm/queue.c",
-        "if (--shm->patience < 0)", "if (shm->patience < 0)", "tests/control/test_hostile_shm.py",
+        "hostile: rings without arrivals are bounded", "ffi/shm/queue.c",
+        "if (--shm->idle_rings < 0)", "if (shm->idle_rings < 0)", "tests/control/test_hostile_shm.py",
     ),
     Mutant(
         "lifetime: no thread is waited for without end", "ffi/lane/end.c",

@@ -8,56 +8,56 @@
 static int answer; /* of the driver: 0: it takes a post, EAGAIN: later */
 static uint32_t taken, refusals;
 
-static int take(at_fab_end *end, at_fab_slot *slot, const at_fab_vector *v, int read, int counts, uint64_t data) {
-    (void)end, (void)slot, (void)v, (void)read, (void)counts, (void)data;
+static int take(at_fab_conn *conn, at_fab_wr *wr, const at_fab_vector *v, int read, int counts, uint64_t data) {
+    (void)conn, (void)wr, (void)v, (void)read, (void)counts, (void)data;
     if (answer == 0) taken++;
     else refusals++;
     return answer;
 }
 
-static int send_letter(at_fab_end *end, at_fab_slot *slot) {
-    (void)end, (void)slot;
+static int send_ctrl(at_fab_conn *conn, at_fab_wr *wr) {
+    (void)conn, (void)wr;
     return 0;
 }
 
-static void shut(at_fab_end *end) { end->ep = NULL; }
+static void shut(at_fab_conn *conn) { conn->ep = NULL; }
 
 static uint32_t look(int multirail_too) {
     at_lane_config config = {.max_ops = 16, .max_bytes = 1 << 20, .early_values = 16, .flags = AT_LANE_NO_THREAD};
     at_lane *lane = at_lane_new(1, &config);
-    at_fab_driver driver = {.post = take, .send = send_letter, .close = shut};
+    at_fab_driver driver = {.post = take, .send = send_ctrl, .close = shut};
     at_fab fab = {.rail = {.lane = lane}, .driver = &driver, .fd = -1, .kick_fd = -1};
     fab.facts.most_posted = 64;
     fab.facts.most_bytes = 1 << 20;
     fab.facts.flags = AT_FAB_ORDERED | AT_FAB_MARKS;
     (void)pthread_mutex_init(&fab.lock, NULL);
-    at_fab_end end = {.fab = &fab, .ep = &fab, .begun = 1, .heard = 1, .joined = 1, .words = at_fab_words_new()};
-    at_fab_end *ends[] = {&end};
-    at_fab_multirail multirail = {.words = at_fab_words_new(), .members = {&end}, .count = 1, .users = 2};
-    fab.ends = ends;
-    fab.end_count = 1;
+    at_fab_conn conn = {.fab = &fab, .ep = &fab, .begun = 1, .heard = 1, .joined = 1, .words = at_fab_words_new()};
+    at_fab_conn *conns[] = {&conn};
+    at_fab_multirail multirail = {.words = at_fab_words_new(), .members = {&conn}, .count = 1, .users = 2};
+    fab.conns = conns;
+    fab.conn_count = 1;
     uint32_t wrong = 0;
     taken = refusals = 0;
     answer = 0;
 
     at_lock(lane);
-    end.peer = at_peer_add(lane, &at_fab_port, &end, end.words);
+    conn.peer = at_peer_add(lane, &at_fab_port, &conn, conn.words);
     if (multirail_too) {
         multirail.peer = at_peer_add(lane, &at_fab_multirail_port, &multirail, multirail.words);
-        end.multirail = &multirail;
+        conn.multirail = &multirail;
     }
-    at_peer *owner = at_fab_owner(&end);
+    at_peer *owner = at_fab_owner(&conn);
     at_unlock(lane);
     wrong += at_signal(lane, owner->id, 5) < 0 || taken != 1;
 
     at_lock(lane);
-    at_fab_end_break(&end, ECONNRESET);
-    wrong += end.unconfirmed.head == NULL;
-    end.ep = &fab; /* it is open again */
-    end.peer->paused = 0;
+    at_fab_conn_break(&conn, ECONNRESET);
+    wrong += conn.unconfirmed.head == NULL;
+    conn.ep = &fab; /* it is open again */
+    conn.peer->paused = 0;
     answer = EAGAIN;
-    at_fab_reconcile(&end, 0); /* nothing of it had arrived */
-    at_fab_end_refill(&end);
+    at_fab_reconcile(&conn, 0); /* nothing of it had arrived */
+    at_fab_conn_refill(&conn);
     wrong += refusals == 0 || !owner->stalled;
     at_refill(owner); /* as others do that make room */
     wrong += !owner->stalled || lane->stalled == 0;
@@ -70,7 +70,7 @@ static uint32_t look(int multirail_too) {
     (void)post_waiting(&fab); /* as every turn does */
     wrong += taken != 3 || owner->stalled != 0 || lane->stalled != 0;
     at_unlock(lane);
-    printf("%s: %u wrong, %u taken, %u refused\n", multirail_too ? "bundle" : "connection", wrong, taken, refusals);
+    printf("%s: %u wrong, %u taken, %u refused\n", multirail_too ? "multirail" : "connection", wrong, taken, refusals);
     return wrong;
 }
 

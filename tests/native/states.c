@@ -13,11 +13,11 @@ static int passes(int from, const char *flags) {
     pid_t child = fork();
     if (child == 0) {
         at_fab fab = {.fd = -1};
-        at_fab_end end = {.fab = &fab, .state = from, .joined = flags[1] == 'x', .begun = flags[2] == 'x', .heard = flags[3] == 'x'};
-        end.ep = flags[0] == 'x' ? &fab : NULL;
+        at_fab_conn conn = {.fab = &fab, .state = from, .joined = flags[1] == 'x', .begun = flags[2] == 'x', .heard = flags[3] == 'x'};
+        conn.ep = flags[0] == 'x' ? &fab : NULL;
         const struct rlimit none = {0, 0};
         if (setrlimit(RLIMIT_CORE, &none) != 0 || freopen("/dev/null", "w", stderr) == NULL) _exit(2);
-        at_fab_stepped(&end);
+        at_fab_stepped(&conn);
         _exit(0);
     }
     int status = -1;

@@ -55,7 +55,7 @@ class Gather(msgspec.Struct, tag="gather", array_like=True):
 
 
 class Gathered(msgspec.Struct, array_like=True):
-    """The asked side's numbers of the multirail peer and of its connections, in the order of the question; 0: not by that rail."""
+    """The asked side's numbers of that peer and of its connections, in the order of the question; 0: not by that rail."""
 
     name: int
     members: list[int]

@@ -56,7 +56,9 @@ class FabricPath(Path):
         self._closed = False
         lib = native.lib
         peer = int(
-            lib.at_fab_multirail_add(lane.pointer, multirail, rail.pointer) if multirail else lib.at_fab_peer(lane.pointer, rail.pointer)
+            lib.at_fab_multirail_add(lane.pointer, multirail, rail.pointer)
+            if multirail
+            else lib.at_fab_peer(lane.pointer, rail.pointer)
         )
         if peer < 0:
             number = errno.ENOMEM if peer == native.lib.AT_ENOMEM else None
@@ -125,7 +127,8 @@ class FabricPath(Path):
         self._raise(status, "no endpoint can be opened" + (f" at one of data_ports {first}-{last}" if first else ""))
         address = readdressed(bytes(native.ffi.buffer(out.address, out.address_bytes)), self._outside.hosts)
         return Offer(
-            self._to, self.lane_peer, address, out.mark, out.signal_target, out.signal_target_key, out.arrived, out.generation, out.marks
+            self._to, self.lane_peer, address, out.mark, out.signal_target, out.signal_target_key, out.arrived,
+            out.generation, out.marks,
         )
 
     def take(self, theirs: Offer) -> None:
@@ -134,8 +137,8 @@ class FabricPath(Path):
         try:
             native.ffi.buffer(ours.address)[: len(theirs.address)] = theirs.address
             ours.address_bytes, ours.mark, ours.generation = len(theirs.address), theirs.mark, theirs.generation
-            ours.signal_target, ours.signal_target_key, ours.arrived = theirs.signal_target, theirs.signal_target_key, theirs.arrived
-            ours.marks = theirs.marks
+            ours.signal_target, ours.signal_target_key = theirs.signal_target, theirs.signal_target_key
+            ours.arrived, ours.marks = theirs.arrived, theirs.marks
         except (OverflowError, ValueError) as error:
             raise BrokenError(f"the peer's offer is malformed: {error}", provider=self.provider) from error
         status = native.lib.at_fab_offer_take(self._lane.pointer, self.lane_peer, ours, self._first)
@@ -184,7 +187,7 @@ class FabricPath(Path):
         body = await conversation.ask(self.provider, encode(MemberFailed(self._to, generation, self._part(generation))))
         self._parted(generation, decode(members_failed, body, "count", self.provider).arrived)
 
-    def parted(self, question: Part) -> Part:
+    def parted(self, question: MemberFailed) -> MemberFailed:
         """The other side of `part`."""
         if not 0 < question.generation < 1 << 32:
             raise BrokenError(f"no connection was opened {question.generation} times", provider=self.provider)

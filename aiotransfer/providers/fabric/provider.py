@@ -151,7 +151,7 @@ class FabricProvider:
         self._keep(path)
         return path
 
-    async def _bundle(self, conversation: Conversation, names: Sequence[tuple[str, str]], *, dialled: bool) -> tuple[
+    async def _multirail(self, conversation: Conversation, names: Sequence[tuple[str, str]], *, dialled: bool) -> tuple[
         MultirailPath, dict[int, FabricPath]
     ]:  # fmt: skip
         """Several connections, by those of these rails that can be opened, and the places of these."""
@@ -204,7 +204,8 @@ class FabricProvider:
         return path
 
     async def _dial_multirail(self, conversation: Conversation, pairs: Sequence[tuple[str, str]]) -> MultirailPath:
-        path, joined = await self._bundle(conversation, [(ours, f"{ours} to {theirs}") for ours, theirs in pairs], dialled=True)
+        names = [(ours, f"{ours} to {theirs}") for ours, theirs in pairs]
+        path, joined = await self._multirail(conversation, names, dialled=True)
         try:
             await path.dial(conversation, [pairs[place][1] for place in joined])
         except BaseException:
@@ -257,7 +258,7 @@ class FabricProvider:
         if not 0 < len(question.members) <= MOST_ENDS:
             raise BrokenError(f"{len(question.members)} rails are too many, or none", provider=self.name)
         names = [(ours, ours) for _, ours in question.members]
-        path, joined = await self._bundle(conversation, names, dialled=False)
+        path, joined = await self._multirail(conversation, names, dialled=False)
         try:
             return encode(path.answer(question, joined)), path
         except BaseException:
