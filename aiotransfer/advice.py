@@ -7,8 +7,9 @@ import warnings
 
 
 def advise(text: str, category: type[Warning] = UserWarning, *, stacklevel: int = 2) -> None:
-    """Warn. Where the application makes warnings of this kind errors, the text is shown all the same and nothing is raised: an
-    engine that opens, or a connection that comes up, is not given up half way for the sake of advice.
+    """Warn. Where the application makes warnings of this kind errors, the text is shown all the same and
+    nothing is raised: an engine that opens, or a connection that comes up, is not given up half way for the
+    sake of advice.
 
     `stacklevel` counts as in `warnings.warn`: 1 is the caller of this function.
     """

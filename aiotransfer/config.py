@@ -1,7 +1,7 @@
 """Settings of an engine, from code and from the environment.
 
-`AIOTRANSFER_<FIELD>` overrides a field of `Config`. A variable that names no field is warned about once, with the field that may
-have been meant, because a misspelt setting that silently does nothing costs days.
+`AIOTRANSFER_<FIELD>` overrides a field of `Config`. A variable that names no field is warned about once, with
+the field that may have been meant, because a misspelt setting that silently does nothing costs days.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ PREFIX = "AIOTRANSFER_"
 OTHER_NAMES = frozenset(
     {"KEY", "ADVERTISE", "CACHE", "LIBFABRIC", "LIBCUDA", "VERBS_DEVICE", "SKIP_NATIVE", "PROVIDERS", "SANITIZE"}
 )
-# Kubernetes sets these in every pod for a Service called aiotransfer or aiotransfer-SOMETHING: they are no settings of ours.
+# Kubernetes sets these in every pod for a Service called aiotransfer or aiotransfer-SOMETHING: they are no
+# settings of ours.
 _OF_KUBERNETES = re.compile(r"AIOTRANSFER_(.+_)?(SERVICE_(HOST|PORT(_.+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 _MOST_SECONDS = 1e9
 _MOST_INT = (1 << 63) - 1
@@ -48,7 +49,8 @@ class Config:
     peer_timeout: float = 3.0
     """Silence after which a peer that something waits on is lost."""
     drain_timeout: float = 1.0
-    """How long posted work of a cancelled or expired transfer is waited for before its connection is broken."""
+    """How long posted work of a cancelled or expired transfer is waited for before its connection is
+    broken."""
     max_queued_operations: int = 65536
     """Operations queued per peer before BusyError."""
     max_queued_bytes: int = 4 << 30
@@ -58,18 +60,21 @@ class Config:
     message_window_bytes: int = 4 << 20
     """Message bytes a peer may have unread here (at least one whole message of 1 MiB)."""
     early_values: int = 65536
-    """Distinct immediates kept per sender before a counter is opened for them; also for all together who have gone."""
+    """Distinct immediates kept per sender before a counter is opened for them; also for all together who have
+    gone."""
     inline_bytes: int = 1 << 20
     """Largest copy made inside the submitting call; larger ones go to the native thread."""
     turn_seconds: float = 0.001
     """Finished awaits and inline copies after which the event loop gets a turn."""
     spin_seconds: float = 50e-6
-    """How long a wait for arrivals looks for them before it sleeps, where peers on this host have answered so soon. 0: never."""
+    """How long a wait for arrivals looks for them before it sleeps, where peers on this host have answered so
+    soon. 0: never."""
     pin_threads: bool = True
-    """Whether the native threads run on the CPUs of the NUMA node of the NIC in use, as far as this process may use them."""
+    """Whether the native threads run on the CPUs of the NUMA node of the NIC in use, as far as this process
+    may use them."""
     data_ports: str = ""
-    """First and last port of tcp's data connections, such as "7100-7163", for firewalls, NAT and Services: one for each peer and
-    rail. "": any free one."""
+    """First and last port of tcp's data connections, such as "7100-7163", for firewalls, NAT and Services:
+    one for each peer and rail. "": any free one."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -99,7 +104,8 @@ class Config:
         return port_range(self.data_ports)
 
     def with_environment(self, environ: Mapping[str, str]) -> Config:
-        """This configuration with the overrides of `environ`. Raises `ConfigurationError` for values that do not parse."""
+        """This configuration with the overrides of `environ`. Raises `ConfigurationError` for values that do
+        not parse."""
         kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(self)}
         changes: dict[str, Any] = {}
         for name, text in environ.items():

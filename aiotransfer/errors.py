@@ -21,8 +21,8 @@
     ├── RendezvousError                version, size, authentication
     └── InternalError                  an invariant failed: please report
 
-Names say what the caller can do next, not which layer noticed. Every error carries `.peer`, `.rail`, `.provider`, `.code` (native
-code and its text) and `.hint`; none holds a live object, so all of them pickle.
+Names say what the caller can do next, not which layer noticed. Every error carries `.peer`, `.rail`,
+`.provider`, `.code` (native code and its text) and `.hint`; none holds a live object, so all of them pickle.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class TransferError(Exception):
 
 
 def again(error: E) -> E:
-    """A copy of a stored error, to be raised once more. Raising the original would tie the frames of each catcher to it, and with
-    them everything in those frames, for as long as it is stored."""
+    """A copy of a stored error, to be raised once more. Raising the original would tie the frames of each
+    catcher to it, and with them everything in those frames, for as long as it is stored."""
     if not isinstance(error, TransferError):
         return error.with_traceback(None)
     copy = _rebuild(type(error), error.message, error.__dict__.copy())
@@ -120,7 +120,8 @@ class ProviderUnavailableError(ConfigurationError):
 
 
 class RegistrationError(TransferError):
-    """Memory was refused: it cannot be registered, shared or mapped. The message says why, and the hint what would do."""
+    """Memory was refused: it cannot be registered, shared or mapped. The message says why, and the hint what
+    would do."""
 
 
 class DescriptorError(TransferError):
@@ -160,7 +161,8 @@ class RemoteAccessError(BrokenError):
 
 
 class TransferTimeout(TransferError, TimeoutError):
-    """A deadline passed; nothing is known to be broken. `ranks`: which ranks were not heard of, where ranks were waited for."""
+    """A deadline passed; nothing is known to be broken. `ranks`: which ranks were not heard of, where ranks
+    were waited for."""
 
     def __init__(self, message: str, *, ranks: Sequence[int] = (), **fields: Any) -> None:
         super().__init__(message, **fields)
@@ -197,7 +199,8 @@ SHORTAGES = {
 
 
 def shortage(number: int | None, what: str, **fields: Any) -> BusyError | None:
-    """What to raise when the operating system had nothing left to give (`number`: its errno); None when it was something else."""
+    """What to raise when the operating system had nothing left to give (`number`: its errno); None when it
+    was something else."""
     if number not in SHORTAGES:
         return None
     words = os.strerror(number)

@@ -39,8 +39,8 @@ _short = _Short()
 
 
 def quote(value: object) -> str:
-    """`value` as an error or a log line shows it: its `repr`, with the middle left out where that has more than 300 characters.
-    Never an error itself, also where the `repr` of the value is one."""
+    """`value` as an error or a log line shows it: its `repr`, with the middle left out where that has more
+    than 300 characters. Never an error itself, also where the `repr` of the value is one."""
     try:
         text = _short.repr(value)
     except Exception:  # a class of the application that is called as a built-in one is, and is another

@@ -9,7 +9,8 @@ MOST_KINDS = 64  # remembered; of the oldest it is forgotten that they were
 
 
 class RateLimit:
-    """Lets `most` lines of one kind through in any `seconds`; the next one that passes is told how many did not."""
+    """Lets `most` lines of one kind through in any `seconds`; the next one that passes is told how many did
+    not."""
 
     __slots__ = ("_clock", "_kinds", "_most", "_seconds")
 
@@ -18,7 +19,8 @@ class RateLimit:
         self._kinds: dict[Hashable, list[float]] = {}  # since when, how many passed, how many did not
 
     def admit(self, kind: Hashable) -> int | None:
-        """None: leave this line out. Otherwise write it, and say how many of its kind were left out before."""
+        """None: leave this line out. Otherwise write it, and say how many of its kind were left out
+        before."""
         now = self._clock()
         known = self._kinds.get(kind)
         if known is None:

@@ -1,8 +1,8 @@
 """Deadlines of coroutines that stay right when the loop was blocked.
 
-`asyncio.timeout` judges as soon as its timer is due. After a loop was blocked that may be before the loop has looked at its
-descriptors even once, and what had come long before the deadline is reported as late. Here a due timer first lets the loop
-take what is there and wake its waiters; only what still waits then is late.
+`asyncio.timeout` judges as soon as its timer is due. After a loop was blocked that may be before the loop has
+looked at its descriptors even once, and what had come long before the deadline is reported as late. Here a
+due timer first lets the loop take what is there and wake its waiters; only what still waits then is late.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ TURNS = 8  # of the loop: one for its descriptors, the others for the tasks that
 
 
 class Timeout:
-    """`async with Timeout(seconds):` raises `TimeoutError` like `asyncio.timeout`; None and infinity are none."""
+    """`async with Timeout(seconds):` raises `TimeoutError` like `asyncio.timeout`; None and infinity are
+    none."""
 
     __slots__ = ("_loop", "_scope", "_seconds", "_timer")
 
@@ -47,7 +48,8 @@ class Timeout:
 
 
 class Deadline:
-    """One deadline for all that a call awaits: `seconds` as they were asked for (for messages), `left()` as of now."""
+    """One deadline for all that a call awaits: `seconds` as they were asked for (for messages), `left()` as
+    of now."""
 
     __slots__ = ("_end", "_loop", "seconds")
 
@@ -62,7 +64,8 @@ class Deadline:
 
 
 async def wait_shielded(future: asyncio.Future[Any]) -> None:
-    """Wait until it is done, through any number of cancels: the first is raised then. Its result is not looked at."""
+    """Wait until it is done, through any number of cancels: the first is raised then. Its result is not
+    looked at."""
     import anyio
 
     cancelled: asyncio.CancelledError | None = None

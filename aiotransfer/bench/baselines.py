@@ -1,4 +1,5 @@
-"""The machine's own speed, for the benchmark to stand beside: plain copies between two shared mappings, or through the kernel."""
+"""The machine's own speed, for the benchmark to stand beside: plain copies between two shared mappings, or
+through the kernel."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Baselines:
             np.frombuffer(segment.buffer, np.uint8)[:] = 1
 
     def copy(self, n: int, repeats: int, places: int = 1) -> float:
-        """Bytes per second of copies of n bytes to `places` places in turn: the better of memcpy and streaming stores."""
+        """Bytes per second of copies of n bytes to `places` places in turn: the better of memcpy and
+        streaming stores."""
         step, wrap = (n, n * places) if n * places <= self.nbytes else (0, n)
         seconds = (
             native.lib.at_bench_copy(self._target.pointer, self._source.pointer, n, repeats, step, wrap, cold)
@@ -40,7 +42,8 @@ class Baselines:
 
 
 class ForeignBaselines:
-    """Another process's memory at `address`, written through the kernel from `source` (touched memory of this process)."""
+    """Another process's memory at `address`, written through the kernel from `source` (touched memory of this
+    process)."""
 
     def __init__(self, pid: int, address: int, source: Any) -> None:
         self._pid, self._address = pid, address
@@ -55,7 +58,8 @@ class ForeignBaselines:
         return min(seconds for seconds in taken if seconds >= 0)
 
     def copy(self, n: int, repeats: int) -> float:
-        """Bytes per second: the better of one process_vm_writev and one pwrite to /proc/PID/mem for each copy of n bytes."""
+        """Bytes per second: the better of one process_vm_writev and one pwrite to /proc/PID/mem for each copy
+        of n bytes."""
         return n * repeats / self._best(n, repeats, [native.ffi.NULL, native.ffi.NULL], 0)
 
     def pages(self, target_pages: Any, source_pages: Any, page: int) -> float:

@@ -1,4 +1,5 @@
-"""What the benchmark measures: each case yields, round by round, ours and its limit, taken alternately in the same run."""
+"""What the benchmark measures: each case yields, round by round, ours and its limit, taken alternately in the
+same run."""
 
 from __future__ import annotations
 
@@ -83,8 +84,8 @@ class Bench:
         return max(2, min(50_000, int(SPAN / max(time.perf_counter() - start, 1e-7))))
 
     async def pages(self) -> AsyncIterator[Row]:
-        """4,096 random pages in one call, written and read. Every pass of either side has tables of its own, so that all are
-        equally cold."""
+        """4,096 random pages in one call, written and read. Every pass of either side has tables of its own,
+        so that all are equally cold."""
         rng = np.random.default_rng(7)
         write, read = self.engine.write_pages, self.engine.read_pages
         for page, reads in (*((page, False) for page in PAGES), (4 << 10, True)):
@@ -188,7 +189,8 @@ class Bench:
         return [await peer.lookup("small") for peer in self.engine.peers if peer.name == "small"][:n]
 
     async def blocked(self) -> AsyncIterator[Row]:
-        """A write into a process that holds the interpreter's lock for a second and a half, and what it sees afterwards."""
+        """A write into a process that holds the interpreter's lock for a second and a half, and what it sees
+        afterwards."""
         landed = Row("write 4 KiB with an immediate into a blocked process", "us", lower_is_better=True, note="bytes and count")
         seen = Row("its counter, after the block", "us", lower_is_better=True)
         source, target = self.source[:4096], self.remote[:4096]
@@ -215,7 +217,8 @@ class Bench:
             yield row
 
     async def scale(self) -> AsyncIterator[Row]:
-        """One prepared 4-KiB write with many regions and many peers; the limit is the same write with few, taken before."""
+        """One prepared 4-KiB write with many regions and many peers; the limit is the same write with few,
+        taken before."""
         count = 20_000
         plan = self.engine.prepare_write(self.source[:4096], self.remote[:4096])
 
@@ -271,7 +274,8 @@ class Bench:
             yield row
 
     async def wakeup(self) -> AsyncIterator[Row]:
-        """A counter that waits in another process, half a round trip; the limit is an eventfd between the same two loops."""
+        """A counter that waits in another process, half a round trip; the limit is an eventfd between the
+        same two loops."""
         p50 = Row("wake-up of a waiting counter, p50", "us", lower_is_better=True, note="half round trip; limit: eventfd")
         p99 = Row("wake-up of a waiting counter, p99", "us", lower_is_better=True)
         region = self.engine.allocate(4096)

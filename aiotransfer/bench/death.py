@@ -1,4 +1,5 @@
-"""How soon a killed process is noticed, with the event loop free: from the kill to the end of a wait that names the peer."""
+"""How soon a killed process is noticed, with the event loop free: from the kill to the end of a wait that
+names the peer."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Memory that was registered, not allocated: the bytes go through the kernel, and so does the limit, in C and without us.
+"""Memory that was registered, not allocated: the bytes go through the kernel, and so does the limit, in C and
+without us.
 
-The limit is the better of process_vm_writev and pwrite to /proc/PID/mem by one thread, from and to the same memory.
+The limit is the better of process_vm_writev and pwrite to /proc/PID/mem by one thread, from and to the same
+memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""`bench --cases moe`: dispatch and combine in the shape of DeepSeek-V3, beside bare copies of the same bytes and beside gloo.
+"""`bench --cases moe`: dispatch and combine in the shape of DeepSeek-V3, beside bare copies of the same bytes
+and beside gloo.
 
-A step's time runs from when the first rank has called to when the last has its result, after a barrier of all. Copies are
-timed the same way, on all ranks at once, many in a row. Rounds alternate between ours, copies and gloo.
+A step's time runs from when the first rank has called to when the last has its result, after a barrier of
+all. Copies are timed the same way, on all ranks at once, many in a row. Rounds alternate between ours, copies
+and gloo.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The exchange of `bench --cases moe` as a layer would do it over `torch.distributed`: `all_to_all_single` by gloo.
+"""The exchange of `bench --cases moe` as a layer would do it over `torch.distributed`: `all_to_all_single` by
+gloo.
 
-Rows are gathered in the order of their experts, exchanged, and put in the order of this rank's experts; results go the same way
-back and are summed in fp32. `bare` is the exchange alone. Memory is given and touched, counts are exchanged in every step.
+Rows are gathered in the order of their experts, exchanged, and put in the order of this rank's experts;
+results go the same way back and are summed in fp32. `bare` is the exchange alone. Memory is given and
+touched, counts are exchanged in every step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""One rank of `bench --cases moe`: a process that steps beside the others and says when each of its steps began and ended.
+"""One rank of `bench --cases moe`: a process that steps beside the others and says when each of its steps
+began and ended.
 
-Three things are done in turn with the same tokens and the same routing: ours, bare copies of the same bytes, and, where there is
-torch, what a layer would do over gloo. All ranks pass a barrier before each of them.
+Three things are done in turn with the same tokens and the same routing: ours, bare copies of the same bytes,
+and, where there is torch, what a layer would do over gloo. All ranks pass a barrier before each of them.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ class Rank:
         await self.timed("stream", self.stream())
 
     def copy(self, n: int, repeats: int, cold: int) -> None:
-        """Bare copies of n bytes, one way or the other, from place to place so that nothing is in a cache still."""
+        """Bare copies of n bytes, one way or the other, from place to place so that nothing is in a cache
+        still."""
         to, source = (native.ffi.from_buffer("uint8_t[]", memory) for memory in (self.one, self.two))
         native.lib.at_bench_copy(to, source, n, repeats, n, len(self.one) // n * n, cold)
 

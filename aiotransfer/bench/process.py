@@ -1,4 +1,5 @@
-"""What both processes of the benchmark measure of themselves: their use of the CPU, and the floor of a wake-up."""
+"""What both processes of the benchmark measure of themselves: their use of the CPU, and the floor of a
+wake-up."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ from aiotransfer.bench.rows import REGION
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to measure: the names of `cases`, with which provider, into which memory, in how many rounds, on which event loop."""
+    """What to measure: the names of `cases`, with which provider, into which memory, in how many rounds, on
+    which event loop."""
 
     cases: Sequence[str]
     provider: str
@@ -61,7 +62,8 @@ async def measure(wanted: Wanted, say: Callable[[dict[str, Any]], None]) -> list
 
 
 def runner(loop: str) -> tuple[str, Any]:
-    """The event loop that `loop` stands for ("auto": uvloop where it is installed): its name, and what runs a coroutine on it."""
+    """The event loop that `loop` stands for ("auto": uvloop where it is installed): its name, and what runs a
+    coroutine on it."""
     if loop != "asyncio":
         try:
             import uvloop

@@ -1,4 +1,5 @@
-"""The process at the other end of the benchmark: memory to write to, and answers to what the cases ask of it."""
+"""The process at the other end of the benchmark: memory to write to, and answers to what the cases ask of
+it."""
 
 from __future__ import annotations
 
@@ -17,9 +18,11 @@ from aiotransfer.testing.faults import block_loop
 
 
 async def serve(address: str, memory: str, provider: str, wake: tuple[int, int]) -> None:
-    """Publish the memory, connect to the engine that measures, and do what it asks until it asks for something unknown.
+    """Publish the memory, connect to the engine that measures, and do what it asks until it asks for
+    something unknown.
 
-    `memory`: "foreign" for registered memory, "allocated" for the engine's own. `wake`: eventfds to and from the other process.
+    `memory`: "foreign" for registered memory, "allocated" for the engine's own. `wake`: eventfds to and from
+    the other process.
     """
     async with AsyncExitStack() as others, at.open_engine(
         name="target", providers=provider, config=at.Config(spin_seconds=0)
@@ -40,7 +43,8 @@ async def serve(address: str, memory: str, provider: str, wake: tuple[int, int])
 
 
 class Target:
-    """Answers commands: each is a word and its argument, and says "ok" or a figure where the other side waits for one."""
+    """Answers commands: each is a word and its argument, and says "ok" or a figure where the other side waits
+    for one."""
 
     def __init__(
         self, engine: at.Engine, peer: at.Peer, address: str, provider: str, wake: tuple[int, int], others: AsyncExitStack

@@ -1,8 +1,10 @@
-"""`bench`: bandwidth, rates, latency and idle CPU between two processes, each row beside its limit in the same run.
+"""`bench`: bandwidth, rates, latency and idle CPU between two processes, each row beside its limit in the
+same run.
 
-The limit of a copy is the better of memcpy and streaming stores with the same access pattern between two touched shared mappings;
-that of a wake-up is an eventfd between the same two event loops. Both are measured alternately with ours; figures are medians of
-rounds, the ratio is the median of the rounds' ratios with its spread.
+The limit of a copy is the better of memcpy and streaming stores with the same access pattern between two
+touched shared mappings; that of a wake-up is an eventfd between the same two event loops. Both are measured
+alternately with ours; figures are medians of rounds, the ratio is the median of the rounds' ratios with its
+spread.
 """
 
 from __future__ import annotations

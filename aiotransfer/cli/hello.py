@@ -1,7 +1,8 @@
 """`hello`: the whole idea in one minute, with nothing but NumPy.
 
-Two processes. The target owns memory and counters; this one writes single blocks, random pages and a large buffer into it,
-prints the speed beside memcpy in the same run, then kills the target in the middle of a write and shows the error.
+Two processes. The target owns memory and counters; this one writes single blocks, random pages and a large
+buffer into it, prints the speed beside memcpy in the same run, then kills the target in the middle of a write
+and shows the error.
 """
 
 from __future__ import annotations

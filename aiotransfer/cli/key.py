@@ -1,4 +1,5 @@
-"""`key`: a random key for engines of several hosts or users: `export AIOTRANSFER_KEY=$(python -m aiotransfer key)`."""
+"""`key`: a random key for engines of several hosts or users:
+`export AIOTRANSFER_KEY=$(python -m aiotransfer key)`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""`ping HOST:PORT`: an authenticated conversation with an engine over each way to it: latency and bandwidth, or why not.
+"""`ping HOST:PORT`: an authenticated conversation with an engine over each way to it: latency and bandwidth,
+or why not.
 
-Any engine answers: then the round trip of the control connection is shown for each way that comes up. One that was started by
-`ping --listen HOST:PORT` also lends memory, and real writes go both ways. Each way gets an engine of its own on this side.
+Any engine answers: then the round trip of the control connection is shown for each way that comes up. One
+that was started by `ping --listen HOST:PORT` also lends memory, and real writes go both ways. Each way gets
+an engine of its own on this side.
 
 Exit status 0 when at least one way came up and no byte was wrong, 1 otherwise.
 """
@@ -56,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def serve(listen: str, as_json: bool = False) -> None:
-    """Lend memory, echo small writes, take large ones and write them back; one peer at a time, until cancelled."""
+    """Lend memory, echo small writes, take large ones and write them back; one peer at a time, until
+    cancelled."""
     async with at.open_engine(listen=listen, name=SERVER) as engine:
         address = str(engine.address)
         print(json.dumps({"listening": address}) if as_json else f"listening on {address}", flush=True)

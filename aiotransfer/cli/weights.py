@@ -1,4 +1,5 @@
-"""`python -m aiotransfer weights plan`: the plan of a large public model's update, computed from its shapes alone."""
+"""`python -m aiotransfer weights plan`: the plan of a large public model's update, computed from its shapes
+alone."""
 
 from __future__ import annotations
 

@@ -1,1 +1,2 @@
-"""Introducing engines to each other: authenticated control connections over TCP. No payload ever crosses them."""
+"""Introducing engines to each other: authenticated control connections over TCP. No payload ever crosses
+them."""

@@ -1,9 +1,11 @@
-"""A conversation with another engine, over one connection or, where there are several ways, over one after another.
+"""A conversation with another engine, over one connection or, where there are several ways, over one after
+another.
 
-Where neither side has a further way, this is its one link, and nothing is kept or counted. Otherwise the pure `ReplayLog` decides
-what is sent again by the next link; this class has the timers: one for an acknowledgement that is owed, and one that looks, while
-something is unconfirmed, whether the other side's kernel still confirms. That is asked of TCP and not of the other process,
-because a process that is stuck must not look like a NIC that died.
+Where neither side has a further way, this is its one link, and nothing is kept or counted. Otherwise the pure
+`ReplayLog` decides what is sent again by the next link; this class has the timers: one for an acknowledgement
+that is owed, and one that looks, while something is unconfirmed, whether the other side's kernel still
+confirms. That is asked of TCP and not of the other process, because a process that is stuck must not look
+like a NIC that died.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ SUSPECTED = 3  # times as soon, where a NIC is known to have died
 
 
 class Channel:
-    """`silence`: seconds without any sign of the other kernel that are too many. `on_silence` is called once for each."""
+    """`silence`: seconds without any sign of the other kernel that are too many. `on_silence` is called once
+    for each."""
 
     def __init__(self, link: Link, silence: float, *, may_resume: bool) -> None:
         self._loop = asyncio.get_running_loop()
@@ -62,7 +65,8 @@ class Channel:
     # ---- frames ----
 
     def post(self, frame: Frame) -> None:
-        """Send, now or by the next link. Raises `BusyError` when 8 MiB are unsent or 16 MiB unacknowledged."""
+        """Send, now or by the next link. Raises `BusyError` when 8 MiB are unsent or 16 MiB
+        unacknowledged."""
         if self._replay is None:
             self.link.post(frame)
             return
@@ -79,7 +83,8 @@ class Channel:
         self._look_later()
 
     def heard(self, frame: Frame) -> bool:
-        """Count a frame that came. True: it is for the engine. Raises `RendezvousError` for a count that cannot be."""
+        """Count a frame that came. True: it is for the engine. Raises `RendezvousError` for a count that
+        cannot be."""
         if self._replay is None:
             return not isinstance(frame, (Acknowledge, Resume, Resumed))
         if isinstance(frame, Acknowledge):
@@ -139,8 +144,8 @@ class Channel:
     # ---- from one link to the next ----
 
     def resume(self, link: Link) -> Resume:
-        """Dialer: what to say first on a new link. The old one is not heard any more, but stays until that one has its place:
-        its end, seen first, would look like our death."""
+        """Dialer: what to say first on a new link. The old one is not heard any more, but stays until that
+        one has its place: its end, seen first, would look like our death."""
         assert self._replay is not None
         self.link.mute()
         self._muted = True
@@ -152,7 +157,8 @@ class Channel:
         self._attach(link, self._replay.go_on(answer, link.tag("resume")))
 
     def take(self, link: Link, offer: Resume) -> None:
-        """Acceptor: a new link. Raises `RendezvousError` when it is not the same conversation's; then nothing has changed."""
+        """Acceptor: a new link. Raises `RendezvousError` when it is not the same conversation's; then nothing
+        has changed."""
         if self._replay is None:
             raise RendezvousError("there is nothing to resume")
         answer, unheard = self._replay.resumed(offer, link.tag("resume"))

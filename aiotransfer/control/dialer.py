@@ -1,8 +1,8 @@
 """Dialing: one authenticated link, or the reason why not.
 
-A name may have several addresses, of which some lead nowhere. They are tried one after the other without waiting for the end of
-each attempt (RFC 8305): the next one begins when the last one has failed, or has not answered for `STAGGER` seconds. After the
-last one the first is tried once more beside the others.
+A name may have several addresses, of which some lead nowhere. They are tried one after the other without
+waiting for the end of each attempt (RFC 8305): the next one begins when the last one has failed, or has not
+answered for `STAGGER` seconds. After the last one the first is tried once more beside the others.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ HANDSHAKE_SECONDS = 5.0  # for an address that answers, while there are others
 
 
 async def dial(address: Address, key: Key, identity: Identity, network: Network, *, deadline: float, retry: bool = True) -> Link:
-    """Connect and authenticate, retrying until `deadline` (loop time) while nothing listens there; without `retry`, only while
-    nothing answers.
+    """Connect and authenticate, retrying until `deadline` (loop time) while nothing listens there; without
+    `retry`, only while nothing answers.
 
-    Raises `TransferTimeout` naming what was tried and the last obstacle of each, or at once `RendezvousError`, as a wrong key
-    does not get better, and `BusyError`, when this process has no descriptors left. Without `retry`, `BrokenError` naming the
-    obstacle.
+    Raises `TransferTimeout` naming what was tried and the last obstacle of each, or at once
+    `RendezvousError`, as a wrong key does not get better, and `BusyError`, when this process has no
+    descriptors left. Without `retry`, `BrokenError` naming the obstacle.
     """
     loop = asyncio.get_running_loop()
     pause, timeout = FIRST_PAUSE, FIRST_TIMEOUT
@@ -80,7 +80,8 @@ def _obstacles(address: Address, tried: dict[Address, str]) -> str:
 async def _first_of(
     places: Sequence[Address], key: Key, identity: Identity, network: Network, tried: dict[Address, str]
 ) -> Link:
-    """The authenticated link to the first of these that answers as an engine. Notes in `tried` why others did not.
+    """The authenticated link to the first of these that answers as an engine. Notes in `tried` why others did
+    not.
 
     Raises the obstacle of the last one; `RendezvousError` only when each that answered refused.
     """
@@ -112,7 +113,8 @@ async def _first_of(
 async def _connected(
     left: list[Address], key: Key, identity: Identity, network: Network, tried: dict[Address, str]
 ) -> tuple[Link, Address]:
-    """A link whose network connection stands, and to which of `left`; those that failed leave `left`. Raises `OSError`."""
+    """A link whose network connection stands, and to which of `left`; those that failed leave `left`. Raises
+    `OSError`."""
     waiting, running = list(left), dict[asyncio.Task[Link], Address]()
     last: OSError = OSError("there is no address")
     try:
@@ -157,9 +159,11 @@ async def _connect(place: Address, key: Key, identity: Identity, network: Networ
 
 
 async def dial_first(addresses: Sequence[Address], key: Key, identity: Identity, network: Network, incarnation: int) -> Link:
-    """A link that resumes, to the engine of this incarnation, by the first of these addresses that leads to it.
+    """A link that resumes, to the engine of this incarnation, by the first of these addresses that leads to
+    it.
 
-    Raises the last obstacle, once none is left: `OSError`, `BrokenError`, or `RendezvousError`, also for another engine there.
+    Raises the last obstacle, once none is left: `OSError`, `BrokenError`, or `RendezvousError`, also for
+    another engine there.
     """
     left, running = list(addresses), set[asyncio.Task[Link]]()
     obstacle: BaseException = BrokenError("the peer has no address")

@@ -1,7 +1,7 @@
 """Frames of the control connection: pure, any bytes in, frames or one error out.
 
-On the wire: a preamble that names the protocol (so that a stranger is recognised by the first bytes), then frames of a 32-bit
-little-endian length and a msgpack body. The length is judged before anything is stored.
+On the wire: a preamble that names the protocol (so that a stranger is recognised by the first bytes), then
+frames of a 32-bit little-endian length and a msgpack body. The length is judged before anything is stored.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ MOST_FURTHER = 8  # control addresses beside the first that one side tells the o
 
 
 class Hello(msgspec.Struct, tag=1, array_like=True):
-    """Dialer: I have something to say, and whether this connection goes on with a conversation that lost its own.
+    """Dialer: I have something to say, and whether this connection goes on with a conversation that lost its
+    own.
 
-    It tells the engine at that address nothing of this one: `incarnation` is always 0. The field stays, so that engines of other
-    versions read the version.
+    It tells the engine at that address nothing of this one: `incarnation` is always 0. The field stays, so
+    that engines of other versions read the version.
     """
 
     version: int
@@ -34,7 +35,8 @@ class Hello(msgspec.Struct, tag=1, array_like=True):
 
 
 class Welcome(msgspec.Struct, tag=2, array_like=True):
-    """Acceptor: prove that you have the key. It tells a stranger nothing of this engine: `incarnation` is always 0 here."""
+    """Acceptor: prove that you have the key. It tells a stranger nothing of this engine: `incarnation` is
+    always 0 here."""
 
     version: int
     incarnation: int
@@ -68,7 +70,8 @@ class Accepted(msgspec.Struct, tag=4, array_like=True):
 
 
 class Info(msgspec.Struct, tag=5, array_like=True):
-    """Dialer, once the acceptor has proved that it has the key: here is more about me, with a second proof that covers it."""
+    """Dialer, once the acceptor has proved that it has the key: here is more about me, with a second proof
+    that covers it."""
 
     mac: bytes
     incarnation: int
@@ -159,7 +162,8 @@ class Revoked(msgspec.Struct, tag=20, array_like=True):
 
 
 class Goodbye(msgspec.Struct, tag=21, array_like=True):
-    """This connection ends on purpose; `lost` says that the other side was given up, not that its sender leaves."""
+    """This connection ends on purpose; `lost` says that the other side was given up, not that its sender
+    leaves."""
 
     reason: str
     lost: bool = False
@@ -174,10 +178,11 @@ class Merge(msgspec.Struct, tag=23, array_like=True):
 
 
 class Join(msgspec.Struct, tag=24, array_like=True, frozen=True):
-    """A member of a group: its rank, the generation it is forming, and the immediates by which the receiver is to signal to it.
+    """A member of a group: its rank, the generation it is forming, and the immediates by which the receiver
+    is to signal to it.
 
-    A first immediate of 0: it has given up the generation before this one, and is not forming this one (any more); the second is
-    then the rank of the member that it lost, plus one, or 0, and `reason` says why.
+    A first immediate of 0: it has given up the generation before this one, and is not forming this one (any
+    more); the second is then the rank of the member that it lost, plus one, or 0, and `reason` says why.
     """
 
     key: bytes
@@ -188,7 +193,8 @@ class Join(msgspec.Struct, tag=24, array_like=True, frozen=True):
 
 
 class Resume(msgspec.Struct, tag=25, array_like=True):
-    """Dialer, first on a connection that resumes: how often it has tried, how many frames it has had, and a proof."""
+    """Dialer, first on a connection that resumes: how often it has tried, how many frames it has had, and a
+    proof."""
 
     attempt: int
     received: int
@@ -203,13 +209,15 @@ class Resumed(msgspec.Struct, tag=26, array_like=True):
 
 
 class Acknowledge(msgspec.Struct, tag=27, array_like=True):
-    """An acknowledgement: the sender has received so many frames of this conversation, and the other side need not keep them."""
+    """An acknowledgement: the sender has received so many frames of this conversation, and the other side
+    need not keep them."""
 
     received: int
 
 
 class Roster(msgspec.Struct, tag=28, array_like=True, frozen=True):
-    """The members of a group that the sender forms: digests of the group's name and of each member's address, in order.
+    """The members of a group that the sender forms: digests of the group's name and of each member's address,
+    in order.
 
     `answers`: the digest of a list that the receiver has shown under this name, and that the sender has not.
     """

@@ -8,10 +8,11 @@
     checks it
     Info(mac, incarnation, info) ->  checks it
 
-Neither side tells its incarnation before the other has proved that it has the key: a dialer may have been led to a stranger.
-Each of the three proofs covers both nonces, the version, whether a conversation is resumed, which proof it is, and the
-incarnations that have been told by then, so that it can neither be replayed nor reflected. What each state accepts stands in
-one table; anything else is the peer's fault and ends the handshake, and nothing a stranger sends is kept beyond one small frame.
+Neither side tells its incarnation before the other has proved that it has the key: a dialer may have been led
+to a stranger. Each of the three proofs covers both nonces, the version, whether a conversation is resumed,
+which proof it is, and the incarnations that have been told by then, so that it can neither be replayed nor
+reflected. What each state accepts stands in one table; anything else is the peer's fault and ends the
+handshake, and nothing a stranger sends is kept beyond one small frame.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ class Handshake:
         return data
 
     def receive(self, data: bytes) -> list[Frame]:
-        """Feed received bytes. Frames that follow the handshake are returned; raises `RendezvousError`, for good.
+        """Feed received bytes. Frames that follow the handshake are returned; raises `RendezvousError`, for
+        good.
 
         Send `take_output()` also after an error: it may hold the reason for the other side.
         """
@@ -131,7 +133,8 @@ class Handshake:
         return RendezvousError(text + ours, hint=hint)
 
     def _transcript(self, proof: Proving = "dialer tells") -> bytes:
-        """What this proof covers. The acceptor tells its incarnation with the second one, and the dialer with the last."""
+        """What this proof covers. The acceptor tells its incarnation with the second one, and the dialer with
+        the last."""
         dialer, acceptor = (self._mine, self._theirs) if self.role == "dialer" else (self._theirs, self._mine)
         if proof != "dialer tells":
             dialer = (dialer[0], 0, dialer[2])
@@ -141,7 +144,8 @@ class Handshake:
         return b"".join(parts) + (b"resumes" if self.resumes else b"")
 
     def tag(self, use: Literal["session", "resume"]) -> bytes:
-        """A secret that only the two sides of this handshake can know, and a holder of the key that has heard them."""
+        """A secret that only the two sides of this handshake can know, and a holder of the key that has heard
+        them."""
         return self._key.mac(use, self._transcript())
 
     def _greet(self, frame: Greeting | Frame) -> None:

@@ -1,12 +1,12 @@
 """The shared secret of a group of engines.
 
-Given explicitly (argument or `AIOTRANSFER_KEY`), or, without one, a file that only this user can read: a process that proves
-that it has read the file is of the same user on this host (or shares the directory that holds the file). The key is never
-printed or logged.
+Given explicitly (argument or `AIOTRANSFER_KEY`), or, without one, a file that only this user can read: a
+process that proves that it has read the file is of the same user on this host (or shares the directory that
+holds the file). The key is never printed or logged.
 
-A stranger who has heard a proof can check guesses of the key against it. So a key that was given is stretched: each guess
-costs one scrypt (16 MiB and some 40 ms), which each process of ours pays once. A key that `python -m aiotransfer key` has
-made, which cannot be guessed, is used as it is.
+A stranger who has heard a proof can check guesses of the key against it. So a key that was given is
+stretched: each guess costs one scrypt (16 MiB and some 40 ms), which each process of ours pays once. A key
+that `python -m aiotransfer key` has made, which cannot be guessed, is used as it is.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Key:
 
 
 def load_key(key: bytes | str | None, environ: Mapping[str, str]) -> Key:
-    """The key to use. Raises `TypeError`, `ValueError` (too short) or `ConfigurationError` (unsafe key file)."""
+    """The key to use. Raises `TypeError`, `ValueError` (too short) or `ConfigurationError` (unsafe key
+    file)."""
     source = "it was given as key=..."
     if key is None:
         key, source = environ.get("AIOTRANSFER_KEY") or None, "AIOTRANSFER_KEY"
@@ -95,8 +96,9 @@ class Place(NamedTuple):
 
 
 def key_place(environ: Mapping[str, str]) -> Place:
-    """Where the user's key file lives: in XDG_RUNTIME_DIR, else in the temporary directory; or at home, where another user has
-    taken that place, as any user may in a temporary directory. Raises `ConfigurationError` when there is no such place."""
+    """Where the user's key file lives: in XDG_RUNTIME_DIR, else in the temporary directory; or at home, where
+    another user has taken that place, as any user may in a temporary directory. Raises `ConfigurationError`
+    when there is no such place."""
     import tempfile  # here: the import of the package stays quick
 
     runtime = environ.get("XDG_RUNTIME_DIR")

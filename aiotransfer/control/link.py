@@ -1,8 +1,9 @@
 """One control connection after (and during) its handshake, as an asyncio protocol.
 
-The pure handshake decides; this class moves its bytes, bounds what may pile up and guarantees one end: `on_closed` is called
-exactly once, with None for a goodbye of either side and with the cause otherwise. Writing never blocks and never awaits.
-A conversation may outlive its connection (see `channel`): then the link is dropped, and ends without telling its owner.
+The pure handshake decides; this class moves its bytes, bounds what may pile up and guarantees one end:
+`on_closed` is called exactly once, with None for a goodbye of either side and with the cause otherwise.
+Writing never blocks and never awaits. A conversation may outlive its connection (see `channel`): then the
+link is dropped, and ends without telling its owner.
 """
 
 from __future__ import annotations
@@ -191,8 +192,9 @@ class Link(asyncio.Protocol):
         self._finish(exc or BrokenError("the connection ended without a goodbye"))
 
     def _read_rest(self) -> None:
-        """A write has failed, because the other side has closed: what it said before that, a goodbye perhaps, is in the socket
-        still. The event loop does not read it any more, and closes the socket when this returns."""
+        """A write has failed, because the other side has closed: what it said before that, a goodbye perhaps,
+        is in the socket still. The event loop does not read it any more, and closes the socket when this
+        returns."""
         sock = self._socket
         with contextlib.suppress(OSError):
             while sock is not None and not self._ended and (data := os.read(sock.fileno(), REST_BYTES)):
@@ -247,7 +249,8 @@ class Link(asyncio.Protocol):
                     self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     def heard(self) -> tuple[bool, float] | None:
-        """Whether the other kernel has yet to confirm something, and when (loop time) it was heard of last."""
+        """Whether the other kernel has yet to confirm something, and when (loop time) it was heard of
+        last."""
         if self._socket is None or self._ended or not hasattr(socket, "TCP_INFO"):
             return None
         try:
@@ -258,7 +261,8 @@ class Link(asyncio.Protocol):
         return bool(probes or unacked), self._loop.time() - age / 1000
 
     def give_up(self, reason: str) -> None:
-        """End with a side that was lost; it is told why, in case it still reads or will again, but nothing waits for it."""
+        """End with a side that was lost; it is told why, in case it still reads or will again, but nothing
+        waits for it."""
         if self._ended or self._transport is None or self._transport.get_write_buffer_size():
             self.abort()
         else:

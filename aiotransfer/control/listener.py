@@ -1,12 +1,13 @@
 """Accepting control connections.
 
-Strangers cost little: at most 128 unauthenticated connections at a time, five seconds each, a few KiB of input. When there
-are more, one of them at random makes room for the newcomer: friends and strangers may come from one address (loopback, NAT).
-If it were always the oldest, the newest or the slowest, strangers could arrange that this is the friend. So a friend gets in
-after a few attempts, even if strangers keep coming. What goes wrong with them is logged at most once a second and never leaves
-this module.
+Strangers cost little: at most 128 unauthenticated connections at a time, five seconds each, a few KiB of
+input. When there are more, one of them at random makes room for the newcomer: friends and strangers may come
+from one address (loopback, NAT). If it were always the oldest, the newest or the slowest, strangers could
+arrange that this is the friend. So a friend gets in after a few attempts, even if strangers keep coming. What
+goes wrong with them is logged at most once a second and never leaves this module.
 
-An engine that is reached by several NICs listens on an address of each, so that peers find another way when one dies.
+An engine that is reached by several NICs listens on an address of each, so that peers find another way when
+one dies.
 """
 
 from __future__ import annotations
@@ -45,12 +46,13 @@ class Listener:
         self._limit = RateLimit(most=1)
 
     async def start(self) -> None:
-        """Listen. Raises `ConfigurationError` when the address cannot be bound, `BusyError` when no descriptor is free."""
+        """Listen. Raises `ConfigurationError` when the address cannot be bound, `BusyError` when no
+        descriptor is free."""
         self.address = await self._listen(self.address)
 
     async def start_further(self, hosts: Iterable[str]) -> list[Address]:
-        """Listen on these hosts too, on any port. Returns the addresses. Raises `BusyError`. The port that was asked for may be
-        wanted there by another process, an engine for each NIC, say."""
+        """Listen on these hosts too, on any port. Returns the addresses. Raises `BusyError`. The port that
+        was asked for may be wanted there by another process, an engine for each NIC, say."""
         found: list[Address] = []
         try:
             others = await self._network.further(self.address, hosts)

@@ -72,7 +72,8 @@ class Tcp:
         servers = _Servers()
         try:
             for sock in sockets:
-                # asyncio accepts `backlog` times in a row, and with no descriptor left it fails, logs and sets a timer as often
+                # asyncio accepts `backlog` times in a row, and with no descriptor left it fails, logs and
+                # sets a timer as often
                 servers.add(await loop.create_server(factory, sock=sock, backlog=1))
                 sock.listen(BACKLOG)
         except BaseException:  # the sockets are known here only
@@ -101,7 +102,8 @@ class Tcp:
         await asyncio.get_running_loop().create_connection(factory, address.host, address.port)
 
     async def further(self, address: Address, hosts: Iterable[str]) -> list[str]:
-        """See `Network`. None beside a loopback address: an engine that listens there is for this host alone."""
+        """See `Network`. None beside a loopback address: an engine that listens there is for this host
+        alone."""
         places = await _places(asyncio.get_running_loop(), address)
         firsts = {ipaddress.ip_address(host.partition("%")[0]) for _, host in places}
         if any(first.is_loopback for first in firsts):
@@ -123,7 +125,8 @@ async def _places(loop: asyncio.AbstractEventLoop, address: Address) -> list[Pla
 
 
 def _bind(places: list[Place], port: int) -> list[socket.socket]:
-    """Sockets bound to all of these that are of this host, by one port. Raises `OSError`, also when none is."""
+    """Sockets bound to all of these that are of this host, by one port. Raises `OSError`, also when none
+    is."""
     for left in reversed(range(PORT_TRIES)):
         sockets: list[socket.socket] = []
         absent: OSError | None = None

@@ -1,19 +1,20 @@
-"""What makes one conversation of several connections: numbering, keeping, acknowledging and resuming, as a state machine.
+"""What makes one conversation of several connections: numbering, keeping, acknowledging and resuming, as a
+state machine.
 
     dialer                                         acceptor
     Resume(attempt, received, mac)         ->      drops its old connection; keeps what is not in `received`
                                            <-      Resumed(received, mac), and all that the dialer lacks
     all that the acceptor lacks            ->
 
-Frames carry no numbers: within a connection they keep their order, so each side counts those that it sends and those that it
-hears, and both begin at zero with the first connection. What was sent is kept until the other side has said that it came.
-When a connection is replaced each side says how many frames it has had, and the other one sends the rest again: nothing is
-lost, and nothing comes twice, because a connection that has been replaced is never listened to again, from before its count
-is told. That may itself be cut at any point and be begun anew; a count only ever grows, and an attempt that was overtaken
-by a later one is refused.
+Frames carry no numbers: within a connection they keep their order, so each side counts those that it sends
+and those that it hears, and both begin at zero with the first connection. What was sent is kept until the
+other side has said that it came. When a connection is replaced each side says how many frames it has had, and
+the other one sends the rest again: nothing is lost, and nothing comes twice, because a connection that has
+been replaced is never listened to again, from before its count is told. That may itself be cut at any point
+and be begun anew; a count only ever grows, and an attempt that was overtaken by a later one is refused.
 
-The proofs cover the handshake of the new connection, which is fresh, the counts, and a secret that comes of the first handshake:
-a recorded one opens nothing, nor does the key alone.
+The proofs cover the handshake of the new connection, which is fresh, the counts, and a secret that comes of
+the first handshake: a recorded one opens nothing, nor does the key alone.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def further(info: PeerInfo) -> list[Address]:
 
 
 def ways(mine: PeerInfo, theirs: PeerInfo) -> tuple[list[Address], list[Address]]:
-    """Of each side the further addresses that may lead there: one that both have is that of some bridge, and leads nowhere."""
+    """Of each side the further addresses that may lead there: one that both have is that of some bridge, and
+    leads nowhere."""
     ours, others = further(mine), further(theirs)
     both = {address.host for address in ours} & {address.host for address in others}
     here, there = ([address for address in side if address.host not in both] for side in (ours, others))
@@ -77,7 +79,8 @@ class ReplayLog:
     # ---- while a connection stands ----
 
     def send(self, data: bytes) -> None:
-        """Keep an encoded frame that goes out now, or with the next connection. Raises `BusyError` when too much is kept."""
+        """Keep an encoded frame that goes out now, or with the next connection. Raises `BusyError` when too
+        much is kept."""
         if self.kept_bytes + len(data) > self._most_kept and self._kept:
             raise BusyError("the peer acknowledges nothing on its control connection")
         self._kept.append(data)
@@ -116,13 +119,15 @@ class ReplayLog:
     # ---- from one connection to the next ----
 
     def resume(self, tag: bytes) -> Resume:
-        """Dialer: begin on a new connection, whose handshake has this tag. The old one must not be heard any more."""
+        """Dialer: begin on a new connection, whose handshake has this tag. The old one must not be heard any
+        more."""
         self._attempt += 1
         self._told, self._untold_bytes = self.received, 0
         return Resume(self._attempt, self.received, self._mac("dialer", tag, self._attempt, self.received))
 
     def resumed(self, frame: Resume, tag: bytes) -> tuple[Resumed, list[bytes]]:
-        """Acceptor: the answer, and what goes out after it. Raises `RendezvousError`; then nothing has changed."""
+        """Acceptor: the answer, and what goes out after it. Raises `RendezvousError`; then nothing has
+        changed."""
         self._verify("dialer", tag, frame.attempt, frame.received, frame.mac)
         if frame.attempt <= self._attempt:
             raise RendezvousError("the peer has tried again since")
@@ -148,14 +153,16 @@ class ReplayLog:
 
 
 class Silence:
-    """Whether the host at the other end confirms what is sent to it: its kernel does, also for a process that is stuck."""
+    """Whether the host at the other end confirms what is sent to it: its kernel does, also for a process that
+    is stuck."""
 
     def __init__(self) -> None:
         self._since: float | None = None  # since when something was seen to be unconfirmed
         self._last = 0.0
 
     def look(self, now: float, outstanding: bool, heard: float, seconds: float) -> bool:
-        """`heard`: when the other kernel was last heard of. True: not for so many seconds, though something waited for it."""
+        """`heard`: when the other kernel was last heard of. True: not for so many seconds, though something
+        waited for it."""
         if not outstanding or self._since is None or heard > self._last + ROUGHLY:
             self._since, self._last = (now if outstanding else None), heard
             return False

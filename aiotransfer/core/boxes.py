@@ -1,8 +1,9 @@
 """Arithmetic of many N-dimensional boxes at once, in NumPy.
 
-A box is `start <= index < stop` in each of D dimensions. Many boxes are two integer arrays `start` and `stop` of shape (n, D);
-a box with `stop <= start` in any dimension is empty. `group` (n integers, not negative) keeps boxes of different tensors apart:
-boxes of different groups never meet. Nothing here loops over boxes in Python, except `refine` and `holes`, which say so.
+A box is `start <= index < stop` in each of D dimensions. Many boxes are two integer arrays `start` and `stop`
+of shape (n, D); a box with `stop <= start` in any dimension is empty. `group` (n integers, not negative)
+keeps boxes of different tensors apart: boxes of different groups never meet. Nothing here loops over boxes in
+Python, except `refine` and `holes`, which say so.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ def volume(start: Ints, stop: Ints) -> Ints:
 
 
 def intersect(start_a: Ints, stop_a: Ints, start_b: Ints, stop_b: Ints) -> tuple[Ints, Ints]:
-    """(start, stop) of what the boxes have in common, row by row. Where that is empty, `stop` is set to `start`."""
+    """(start, stop) of what the boxes have in common, row by row. Where that is empty, `stop` is set to
+    `start`."""
     start = np.maximum(start_a, start_b)
     return start, np.maximum(np.minimum(stop_a, stop_b), start)
 
 
 def unique(group: Ints, start: Ints, stop: Ints) -> tuple[Ints, Ints]:
-    """Distinct boxes: (`first`, `inverse`). `first[k]` is the first row of the k-th distinct box, `inverse[i]` the number of the
-    distinct box that row i is. Distinct boxes are in the order of group, then start, then stop."""
+    """Distinct boxes: (`first`, `inverse`). `first[k]` is the first row of the k-th distinct box,
+    `inverse[i]` the number of the distinct box that row i is. Distinct boxes are in the order of group, then
+    start, then stop."""
     inverse = np.unique(group, return_inverse=True)[1].reshape(-1).astype(np.int64)
     for values in (*start.T, *stop.T):
         low = int(values.min()) if len(values) else 0
@@ -48,10 +51,11 @@ def unique(group: Ints, start: Ints, stop: Ints) -> tuple[Ints, Ints]:
 
 
 def overlaps(group_a: Ints, start_a: Ints, stop_a: Ints, group_b: Ints, start_b: Ints, stop_b: Ints) -> tuple[Ints, Ints]:
-    """All pairs (i, j) for which box i of `a` and box j of `b` are of one group and have an element in common.
+    """All pairs (i, j) for which box i of `a` and box j of `b` are of one group and have an element in
+    common.
 
-    Pairs are sorted by i, then by j. The boxes of `b` are sorted along the dimension that tells the boxes of their group apart
-    best, so that only neighbours are compared.
+    Pairs are sorted by i, then by j. The boxes of `b` are sorted along the dimension that tells the boxes of
+    their group apart best, so that only neighbours are compared.
     """
     pairs = list(overlaps_in_parts(group_a, start_a, stop_a, group_b, start_b, stop_b))
     if not pairs:
@@ -114,7 +118,8 @@ def _sweep(groups: int, group: Ints, start: Ints) -> Ints:
 
 
 def covered(groups: int, group: Ints, start: Ints, stop: Ints) -> Ints:
-    """How many elements the boxes of each group have together (int64, `groups` long). The boxes must not overlap."""
+    """How many elements the boxes of each group have together (int64, `groups` long). The boxes must not
+    overlap."""
     total = np.zeros(groups, np.int64)
     np.add.at(total, group, volume(start, stop))
     return total
@@ -123,9 +128,9 @@ def covered(groups: int, group: Ints, start: Ints, stop: Ints) -> Ints:
 def refine(group: Ints, start: Ints, stop: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
     """Boxes cut into cells that do not overlap: (`cell_group`, `cell_start`, `cell_stop`, `cell`, `box`).
 
-    Each pair (`cell[k]`, `box[k]`) says that this cell lies in this box; every non-empty box is the sum of its cells. Boxes
-    that are equal share one cell. Where boxes overlap otherwise, all boxes of that group are cut at one another's edges (a loop
-    over such groups).
+    Each pair (`cell[k]`, `box[k]`) says that this cell lies in this box; every non-empty box is the sum of
+    its cells. Boxes that are equal share one cell. Where boxes overlap otherwise, all boxes of that group are
+    cut at one another's edges (a loop over such groups).
     """
     rows = np.flatnonzero(np.all(stop > start, axis=1))
     first, inverse = unique(group[rows], start[rows], stop[rows])
@@ -172,8 +177,8 @@ def _cut(start: Ints, stop: Ints) -> tuple[Ints, Ints, Ints]:
 
 
 def partial_overlaps(group: Ints, start: Ints, stop: Ints) -> tuple[Ints, Ints]:
-    """Pairs (i, j), i < j, of rows that overlap although they are not equal and neither contains the other; one pair for each two
-    distinct boxes."""
+    """Pairs (i, j), i < j, of rows that overlap although they are not equal and neither contains the other;
+    one pair for each two distinct boxes."""
     first, _ = unique(group, start, stop)
     g, a, b = group[first], start[first], stop[first]
     i, j = overlaps(g, a, b, g, a, b)
@@ -183,7 +188,8 @@ def partial_overlaps(group: Ints, start: Ints, stop: Ints) -> tuple[Ints, Ints]:
 
 
 def holes(shape: tuple[int, ...], start: Ints, stop: Ints, most: int = 3) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Up to `most` boxes (start, stop) of an array of `shape` that no box covers. Boxes may overlap. Loops over the boxes."""
+    """Up to `most` boxes (start, stop) of an array of `shape` that no box covers. Boxes may overlap. Loops
+    over the boxes."""
     low, high = np.zeros((1, len(shape)), np.int64), np.array([shape], np.int64)
     if volume(low, high)[0] == 0:
         return []
@@ -197,7 +203,8 @@ def holes(shape: tuple[int, ...], start: Ints, stop: Ints, most: int = 3) -> lis
 
 
 def difference(start: Ints, stop: Ints, less_start: Ints, less_stop: Ints) -> tuple[Ints, Ints]:
-    """The boxes without what they have in common with one box: (start, stop) of boxes that do not overlap where those did not."""
+    """The boxes without what they have in common with one box: (start, stop) of boxes that do not overlap
+    where those did not."""
     meet = np.all(np.maximum(start, less_start) < np.minimum(stop, less_stop), axis=1)
     if not meet.any():
         return start, stop
@@ -219,10 +226,12 @@ def difference(start: Ints, stop: Ints, less_start: Ints, less_stop: Ints) -> tu
 
 
 def steps_within(extent: Ints, itemsize: Ints, most: Ints, align: Ints) -> Ints:
-    """Extents of tiles, at most `extent` and of at most `most` bytes each: whole rows where possible, else parts of rows.
+    """Extents of tiles, at most `extent` and of at most `most` bytes each: whole rows where possible, else
+    parts of rows.
 
-    `itemsize` and `most` have one value for each box, `align` (n, D) the multiple that a tile's extent has in each dimension
-    unless it is the whole extent. A tile is never smaller than `align`, even where that exceeds `most`.
+    `itemsize` and `most` have one value for each box, `align` (n, D) the multiple that a tile's extent has in
+    each dimension unless it is the whole extent. A tile is never smaller than `align`, even where that
+    exceeds `most`.
     """
     step = np.maximum(extent.astype(np.int64), 1)
     for d in range(extent.shape[1]):
@@ -234,8 +243,8 @@ def steps_within(extent: Ints, itemsize: Ints, most: Ints, align: Ints) -> Ints:
 
 
 def tiles(start: Ints, stop: Ints, step: Ints) -> tuple[Ints, Ints, Ints]:
-    """Boxes in tiles of `step` elements (n, D), counted from their start: (`box`, `start`, `stop`), in the order of boxes and
-    rows."""
+    """Boxes in tiles of `step` elements (n, D), counted from their start: (`box`, `start`, `stop`), in the
+    order of boxes and rows."""
     count = np.maximum(-(-(stop - start) // step), 0)
     total = np.prod(count, axis=1, dtype=np.int64)
     box = np.repeat(np.arange(len(start)), total)
@@ -252,8 +261,9 @@ def tiles(start: Ints, stop: Ints, step: Ints) -> tuple[Ints, Ints, Ints]:
 
 
 def run_lengths(extent: Ints, strides_a: Ints, strides_b: Ints, itemsize: Ints) -> tuple[Ints, Ints]:
-    """For boxes that lie in two memories (byte strides of each dimension there): (`nbytes`, `outer`). `nbytes` is how long a
-    run that both hold in one piece is, `outer` (n, D) the extents that are left to step over; a box has `prod(outer)` runs."""
+    """For boxes that lie in two memories (byte strides of each dimension there): (`nbytes`, `outer`).
+    `nbytes` is how long a run that both hold in one piece is, `outer` (n, D) the extents that are left to
+    step over; a box has `prod(outer)` runs."""
     outer = extent.astype(np.int64)
     nbytes = np.asarray(itemsize, np.int64) * np.ones(len(extent), np.int64)
     joined = np.ones(len(extent), bool)
@@ -269,8 +279,8 @@ def run_lengths(extent: Ints, strides_a: Ints, strides_b: Ints, itemsize: Ints) 
 def runs(
     extent: Ints, offset_a: Ints, strides_a: Ints, offset_b: Ints, strides_b: Ints, itemsize: Ints
 ) -> tuple[Ints, Ints, Ints, Ints]:
-    """The byte runs of boxes that are copied from one memory to another: (`box`, `offset_a`, `offset_b`, `nbytes`), in row
-    order."""
+    """The byte runs of boxes that are copied from one memory to another: (`box`, `offset_a`, `offset_b`,
+    `nbytes`), in row order."""
     nbytes, outer = run_lengths(extent, strides_a, strides_b, itemsize)
     nbytes, outer = np.where((extent == 0).any(axis=1), 0, nbytes), np.where(extent == 0, 0, outer)
     total = np.prod(outer, axis=1, dtype=np.int64)

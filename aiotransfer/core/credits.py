@@ -1,7 +1,8 @@
 """Credits of messages: how much one side may send before the other has read.
 
-Invariants: what is unread never exceeds the window that was granted; credit is given back in lumps of at least a quarter of the
-window, or at once when the sender has less than one message left, so that a reader of single messages does not answer each.
+Invariants: what is unread never exceeds the window that was granted; credit is given back in lumps of at
+least a quarter of the window, or at once when the sender has less than one message left, so that a reader of
+single messages does not answer each.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class SendCredit:
 
 
 class ReceiveCredit:
-    """What a receiver has granted, of a window of `messages` and `nbytes`, and what it owes for what was read."""
+    """What a receiver has granted, of a window of `messages` and `nbytes`, and what it owes for what was
+    read."""
 
     def __init__(self, messages: int, nbytes: int) -> None:
         self._window = messages, nbytes

@@ -1,7 +1,7 @@
 """The ledger of operations in flight.
 
-Only operations that did not finish inside the native call are in here. An operation has tokens, one for each part that may retire
-by itself (a native run; later one per rail and target).
+Only operations that did not finish inside the native call are in here. An operation has tokens, one for each
+part that may retire by itself (a native run; later one per rail and target).
 
 Invariants, held by the property test:
 

@@ -34,7 +34,8 @@ WORDS = {
 
 
 class Ranked(NamedTuple):
-    """A NIC and why it stands there. `steps` orders those of one distance: links of PCIe, or the distance of the nodes."""
+    """A NIC and why it stands there. `steps` orders those of one distance: links of PCIe, or the distance of
+    the nodes."""
 
     name: str
     distance: Distance
@@ -43,9 +44,11 @@ class Ranked(NamedTuple):
 
 
 def rank_nics(topology: Topology, names: Sequence[str], memory: HostMemory | GpuMemory) -> tuple[Ranked, ...]:
-    """The named NICs (or interfaces), the nearest to `memory` first. Raises nothing: what is unknown goes last.
+    """The named NICs (or interfaces), the nearest to `memory` first. Raises nothing: what is unknown goes
+    last.
 
-    Among equals the given order stays. Only where several GPUs have the same NICs nearest, each begins with another of these.
+    Among equals the given order stays. Only where several GPUs have the same NICs nearest, each begins with
+    another of these.
     """
     if isinstance(memory, HostMemory):
         return _sorted(_to_node(topology, name, memory.node) for name in names)

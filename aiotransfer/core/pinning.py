@@ -1,4 +1,5 @@
-"""On which CPUs the native threads run that serve a NIC: those of its NUMA node, as far as this process may use them."""
+"""On which CPUs the native threads run that serve a NIC: those of its NUMA node, as far as this process may
+use them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class Pinning(NamedTuple):
 
 
 def pinning(topology: Topology, nic: str, allowed: Collection[int]) -> Pinning:
-    """Where the threads belong that serve `nic` (also: an interface), in a process that may use the CPUs `allowed`."""
+    """Where the threads belong that serve `nic` (also: an interface), in a process that may use the CPUs
+    `allowed`."""
     if sum(bool(node.cpus) for node in topology.nodes) < 2:
         return _free("this machine has one NUMA node")
     found = topology.nic(nic)

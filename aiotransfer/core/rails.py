@@ -1,8 +1,8 @@
-"""Several rails to one peer: which of ours talks to which of theirs, how large the pieces of a write are, and which rail
-carries a run.
+"""Several rails to one peer: which of ours talks to which of theirs, how large the pieces of a write are, and
+which rail carries a run.
 
-`pick` and `piece` are what `ffi/lane/share.c` does in the hot loop, said again: `share` deals a whole operation out by them,
-and the property tests hold the two to each other.
+`pick` and `piece` are what `ffi/lane/share.c` does in the hot loop, said again: `share` deals a whole
+operation out by them, and the property tests hold the two to each other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ SMALL = 4096  # what a run weighs beside its bytes
 
 
 class End(NamedTuple):
-    """One side's end of a rail: its name, the address it is reached by, and how many bits of that are the network's."""
+    """One side's end of a rail: its name, the address it is reached by, and how many bits of that are the
+    network's."""
 
     name: str
     address: str
@@ -50,11 +51,13 @@ def _far(ours: End, theirs: End) -> bool:
 def pair(
     ours: Sequence[End], theirs: Sequence[End], *, named: bool = True, first: tuple[str, str] | None = None
 ) -> tuple[tuple[str, str], ...]:
-    """The rails between two sides, as pairs of names: each end of either side in at least one, where it leads anywhere.
+    """The rails between two sides, as pairs of names: each end of either side in at least one, where it leads
+    anywhere.
 
-    The two sides may have different numbers of ends. Ends of one network belong together; where the application `named` them,
-    those that share none are taken to be routed. Without names an address that both sides have is no way from one to the other,
-    and `first` (addresses) has to be among the pairs: otherwise there are none.
+    The two sides may have different numbers of ends. Ends of one network belong together; where the
+    application `named` them, those that share none are taken to be routed. Without names an address that both
+    sides have is no way from one to the other, and `first` (addresses) has to be among the pairs: otherwise
+    there are none.
     """
     if not named:
         both = {end.address for end in ours} & {end.address for end in theirs}

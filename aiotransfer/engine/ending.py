@@ -59,7 +59,8 @@ class Parts:
 
 
 async def close(engine: Runtime, parts: Parts) -> None:
-    """Refuse new work, retire what is posted, say goodbye, free everything. However it ends, the engine is closed.
+    """Refuse new work, retire what is posted, say goodbye, free everything. However it ends, the engine is
+    closed.
 
     All steps share one deadline, because one withheld page makes each of them wait.
     """
@@ -111,7 +112,8 @@ def _part(engine: Runtime, parts: Parts) -> None:
 
 
 def finish(engine: Runtime, parts: Parts, timeout: float | None = None) -> None:
-    """The part that waits for no turn of the loop; all of it (`timeout` None) where `close` was cut off. Twice is silent."""
+    """The part that waits for no turn of the loop; all of it (`timeout` None) where `close` was cut off.
+    Twice is silent."""
     if engine._state == "closed":
         return
     try:
@@ -167,7 +169,8 @@ async def _release_memory(engine: Runtime, parts: Parts, deadline: float) -> Non
 
 
 def take_apart(engine: Runtime, parts: Parts) -> None:
-    """End an engine whose loop is closed: end the native part, close sockets. No farewell can be said, no task woken."""
+    """End an engine whose loop is closed: end the native part, close sockets. No farewell can be said, no
+    task woken."""
     _end_lane(engine, parts)
     paths = (path for peer in parts.connections.peers.values() for path in peer._paths)
     for close_it in [*(path.close for path in paths), *(provider.close for provider in parts.providers.values())]:

@@ -165,7 +165,8 @@ class Engine(Operations, Unpicklable):
         return self
 
     async def _outside(self) -> Outside:
-        """Where others reach the data connections. What is advertised by a name that means nothing here goes without it."""
+        """Where others reach the data connections. What is advertised by a name that means nothing here goes
+        without it."""
         hosts: tuple[str, ...] = ()
         if self._advertise is not None:
             try:
@@ -192,16 +193,18 @@ class Engine(Operations, Unpicklable):
     # ---- memory ----
 
     def register(self, buffer: object, *, access: str = "auto", staging: bool | None = None) -> Region:
-        """Register memory of yours. `buffer`: anything with the buffer protocol or `__dlpack__`, a torch tensor or storage, or
-        `(address, nbytes, device)`. The object and the storage that it has now are kept alive while registered, also when the
-        object is made to point to other memory later. Any dense order of dimensions is taken.
+        """Register memory of yours. `buffer`: anything with the buffer protocol or `__dlpack__`, a torch
+        tensor or storage, or `(address, nbytes, device)`. The object and the storage that it has now are kept
+        alive while registered, also when the object is made to point to other memory later. Any dense order
+        of dimensions is taken.
 
-        `access` says what peers may be granted: "write", "read", "both", or "auto" (default: whatever is asked for later).
-        Raises `RegistrationError`, `RegionError` (GPU memory that is staged, for reading), `TypeError` or `ValueError`.
+        `access` says what peers may be granted: "write", "read", "both", or "auto" (default: whatever is
+        asked for later). Raises `RegistrationError`, `RegionError` (GPU memory that is staged, for reading),
+        `TypeError` or `ValueError`.
 
-        Memory of a GPU goes to the NIC directly where an open rail of this engine can do that, or (`staging`) through as much
-        pinned host memory beside it. It must be ready: synchronise with the kernels that fill it first. What peers write there
-        is for kernels to see after `await region.flush()`.
+        Memory of a GPU goes to the NIC directly where an open rail of this engine can do that, or (`staging`)
+        through as much pinned host memory beside it. It must be ready: synchronise with the kernels that fill
+        it first. What peers write there is for kernels to see after `await region.flush()`.
         """
         self._check()
         return registrations.register(self._memory, buffer, access, staging, self._providers.values())
@@ -209,9 +212,10 @@ class Engine(Operations, Unpicklable):
     def allocate(self, shape_or_nbytes: int | Sequence[int], dtype: Any = "uint8") -> Region:
         """Zeroed memory that peers of this host map directly; `.numpy()` and `.torch()` are views of it.
 
-        `shape_or_nbytes`: a shape, or a plain int: a number of elements of `dtype` (default "uint8", so a number of bytes; a
-        type of NumPy or torch, or its name). All of the memory is taken at once. Raises `RegistrationError` when there is less
-        than that, or it cannot be allocated; `TypeError` or `ValueError` for what is no shape or no type.
+        `shape_or_nbytes`: a shape, or a plain int: a number of elements of `dtype` (default "uint8", so a
+        number of bytes; a type of NumPy or torch, or its name). All of the memory is taken at once. Raises
+        `RegistrationError` when there is less than that, or it cannot be allocated; `TypeError` or
+        `ValueError` for what is no shape or no type.
         """
         self._check()
         return registrations.allocate(self._memory, shape_or_nbytes, dtype)
@@ -219,8 +223,9 @@ class Engine(Operations, Unpicklable):
     def publish(self, name: str, region: Region, *, access: str = "write") -> None:
         """Let peers look `region` up by `name` (1 to 1,024 characters); it is kept alive until `unpublish`.
 
-        `access`: what they may do with its memory: "write" (default), "read" or "both". Raises `ValueError` (the name is taken or
-        cannot be one), `RegionError` (of another engine, or not to be granted so), `ClosedError` or `TypeError`.
+        `access`: what they may do with its memory: "write" (default), "read" or "both". Raises `ValueError`
+        (the name is taken or cannot be one), `RegionError` (of another engine, or not to be granted so),
+        `ClosedError` or `TypeError`.
         """
         self._check()
         if not isinstance(region, Region):
@@ -230,7 +235,8 @@ class Engine(Operations, Unpicklable):
         self._publications.publish(name, region, access)
 
     def unpublish(self, name: str) -> None:
-        """Forget `name`; raises `KeyError` when it is not published. Descriptors that peers hold stay good."""
+        """Forget `name`; raises `KeyError` when it is not published. Descriptors that peers hold stay
+        good."""
         self._check()
         self._publications.unpublish(name)
 
@@ -246,30 +252,33 @@ class Engine(Operations, Unpicklable):
     # ---- counters, messages, peers ----
 
     def counter(self, imm: int | None = None) -> Counter:
-        """The counter of the immediate `imm`, 0 to 0xEFFFFFFF; None (default): a value never used before in this engine. Early
-        arrivals are in it. While the counter of a value is open, asking for it again gives the same one.
+        """The counter of the immediate `imm`, 0 to 0xEFFFFFFF; None (default): a value never used before in
+        this engine. Early arrivals are in it. While the counter of a value is open, asking for it again gives
+        the same one.
 
-        Raises `BusyError` when arrivals of this value were lost to the bound on early values, or when every value has been used;
-        `TypeError` or `ValueError` for what is no such value.
+        Raises `BusyError` when arrivals of this value were lost to the bound on early values, or when every
+        value has been used; `TypeError` or `ValueError` for what is no such value.
         """
         self._check()
         return self._values.counter(imm)
 
     def watch(self, word: Any) -> Watcher:
-        """Watch 8 aligned bytes of host memory that a kernel or another process changes: `async for old, new in ...`.
+        """Watch 8 aligned bytes of host memory that a kernel or another process changes:
+        `async for old, new in ...`.
 
-        `word` is anything `register` takes, or a slice of a region. Values may be skipped. While nothing changes it is looked
-        at every few ms, by the native thread.
+        `word` is anything `register` takes, or a slice of a region. Values may be skipped. While nothing
+        changes it is looked at every few ms, by the native thread.
         """
         self._check()
         return Watcher(self, self._watchers, word)
 
     def group(self, members: Sequence[str | Address], *, name: str = "") -> PeerGroup:
-        """The group of the engines `members`: their addresses, in the same order on every member, this engine included.
+        """The group of the engines `members`: their addresses, in the same order on every member, this engine
+        included.
 
-        The members connect at the first barrier. The same members and `name` (default: empty) give the same group; groups of the
-        same members are told apart by their names. Raises `ValueError` when this engine's address is not among them or one is
-        named twice, and `TypeError`.
+        The members connect at the first barrier. The same members and `name` (default: empty) give the same
+        group; groups of the same members are told apart by their names. Raises `ValueError` when this
+        engine's address is not among them or one is named twice, and `TypeError`.
         """
         self._check()
         return self._groups.get(members, name)
@@ -290,17 +299,18 @@ class Engine(Operations, Unpicklable):
         reuse: bool = False,
         retry: bool = True,
     ) -> Peer:
-        """Connect to an engine, retrying until it is up. There is one `Peer` per remote incarnation, whichever side
-        dialled first.
+        """Connect to an engine, retrying until it is up. There is one `Peer` per remote incarnation,
+        whichever side dialled first.
 
-        `address`: "host:port"; of a name with several addresses each is tried. `timeout`: seconds, None: the engine's. `require`:
-        the provider that must be used. `reuse`: when a peer is up at that address, return it without dialling: the one that a
-        dial of the address led to, or one that connected from that host and says that it listens there. `retry=False`: the first
-        refusal ends it (nothing listens there, or what does is no engine), as a `BrokenError`; an address that gives no answer
-        at all is waited for until the timeout in any case. A wildcard or a port of 0 is a `ValueError`.
+        `address`: "host:port"; of a name with several addresses each is tried. `timeout`: seconds, None: the
+        engine's. `require`: the provider that must be used. `reuse`: when a peer is up at that address,
+        return it without dialling: the one that a dial of the address led to, or one that connected from that
+        host and says that it listens there. `retry=False`: the first refusal ends it (nothing listens there,
+        or what does is no engine), as a `BrokenError`; an address that gives no answer at all is waited for
+        until the timeout in any case. A wildcard or a port of 0 is a `ValueError`.
 
-        Raises `TransferTimeout`, `RendezvousError` (wrong key or version), `ProviderUnavailableError` (no common path) or
-        `BusyError` (this process has no descriptors left).
+        Raises `TransferTimeout`, `RendezvousError` (wrong key or version), `ProviderUnavailableError` (no
+        common path) or `BusyError` (this process has no descriptors left).
         """
         self._check()
         if require is not None:
@@ -318,7 +328,8 @@ class Engine(Operations, Unpicklable):
     def messages(self, prefix: bytes = b"") -> AsyncIterator[Message]:
         """Messages of all peers: `.peer`, `.data`. Ends when the engine closes.
 
-        With a `prefix` those that begin with it, which no other reader then sees: for components that share the engine.
+        With a `prefix` those that begin with it, which no other reader then sees: for components that share
+        the engine.
         """
         self._check()
         if not isinstance(prefix, bytes | bytearray | memoryview):
@@ -404,11 +415,12 @@ class Engine(Operations, Unpicklable):
     # ---- the end ----
 
     async def aclose(self) -> None:
-        """Refuse new work, retire what is posted, say goodbye, free everything. In any state; twice is silent.
+        """Refuse new work, retire what is posted, say goodbye, free everything. In any state; twice is
+        silent.
 
-        Memory that a stopped peer may still write into is leaked and reported, never unmapped or reused. Called on another
-        loop than its own, it raises `RuntimeError` while its own loop is open; where that is closed, it ends the engine
-        without telling peers, with a `RuntimeWarning`.
+        Memory that a stopped peer may still write into is leaked and reported, never unmapped or reused.
+        Called on another loop than its own, it raises `RuntimeError` while its own loop is open; where that
+        is closed, it ends the engine without telling peers, with a `RuntimeWarning`.
         """
         if self._state in ("new", "closed") or not self._lane.usable:  # the latter: a forked child
             self._state = "closed"
@@ -456,5 +468,6 @@ class Engine(Operations, Unpicklable):
 
 
 def takes_device(engine: Engine) -> bool:
-    """Whether `Engine.register` registers memory of a GPU for a rail. For the components that stand on an engine."""
+    """Whether `Engine.register` registers memory of a GPU for a rail. For the components that stand on an
+    engine."""
     return registrations.take_device(engine._providers.values())

@@ -1,7 +1,8 @@
-"""Where kernels for a GPU's memory are launched, and how a coroutine learns that they are done, while the event loop goes on.
+"""Where kernels for a GPU's memory are launched, and how a coroutine learns that they are done, while the
+event loop goes on.
 
-An event is asked whether it has passed, first on every turn of the loop, because kernels take microseconds, then ever more
-rarely.
+An event is asked whether it has passed, first on every turn of the loop, because kernels take microseconds,
+then ever more rarely.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ FIRST_SLEEP, LONGEST_SLEEP = 50e-6, 1e-3  # seconds
 
 
 def kernels_of(package: str, device: Any, stream: Any) -> Any:
-    """The kernels of `package` (modules `cpu` and `gpu`) for memory on "cpu", "cuda" or "cuda:1", or such a `torch.device`.
+    """The kernels of `package` (modules `cpu` and `gpu`) for memory on "cpu", "cuda" or "cuda:1", or such a
+    `torch.device`.
 
     Raises `ConfigurationError` for other devices and where torch, Triton or the GPU is missing.
     """
@@ -50,7 +52,8 @@ class Event(Protocol):
 
 
 async def passed(event: Event, timeout: float | None = None) -> None:
-    """Return when the event has passed; `TransferTimeout` after so many seconds. What `query` raises goes to the caller."""
+    """Return when the event has passed; `TransferTimeout` after so many seconds. What `query` raises goes to
+    the caller."""
     try:
         async with Timeout(timeout):
             turns, pause = TURNS, FIRST_SLEEP
@@ -68,9 +71,10 @@ async def passed(event: Event, timeout: float | None = None) -> None:
 class Launches:
     """One GPU and the stream on which kernels are launched there.
 
-    `device` is "cuda" or "cuda:1"; `stream` a stream of torch, or None: whichever is torch's current one at each launch. With
-    `interpreted`, which says that Triton's interpreter runs the kernels, the device may be "cpu": then each is done when its
-    launch returns. Raises `ConfigurationError` where torch finds no such GPU.
+    `device` is "cuda" or "cuda:1"; `stream` a stream of torch, or None: whichever is torch's current one at
+    each launch. With `interpreted`, which says that Triton's interpreter runs the kernels, the device may be
+    "cpu": then each is done when its launch returns. Raises `ConfigurationError` where torch finds no such
+    GPU.
     """
 
     def __init__(self, device: str, stream: Any = None, *, interpreted: bool = False) -> None:
@@ -102,8 +106,8 @@ class Launches:
             yield
 
     async def settle(self, timeout: float | None = None) -> None:
-        """Return when everything launched so far is done; `TransferTimeout` after so many seconds, and it goes on. Not while a
-        graph is captured."""
+        """Return when everything launched so far is done; `TransferTimeout` after so many seconds, and it
+        goes on. Not while a graph is captured."""
         if self.host:
             return
         import torch

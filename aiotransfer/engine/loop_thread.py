@@ -24,7 +24,8 @@ T = TypeVar("T")
 
 
 class Submitted(concurrent.futures.Future[T], Generic[T]):
-    """A coroutine that runs on an engine's loop. Made by `EngineThread.submit`; every method may be called from any thread."""
+    """A coroutine that runs on an engine's loop. Made by `EngineThread.submit`; every method may be called
+    from any thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> None:
         super().__init__()
@@ -36,8 +37,9 @@ class Submitted(concurrent.futures.Future[T], Generic[T]):
     def cancel(self) -> bool:
         """Ask the coroutine to end. False when it has ended already.
 
-        The future is done when the coroutine has ended, and not before: what it had lent to the engine is free then. It is
-        `cancelled()` if the coroutine ended by that; a coroutine that ended otherwise has its result or error.
+        The future is done when the coroutine has ended, and not before: what it had lent to the engine is
+        free then. It is `cancelled()` if the coroutine ended by that; a coroutine that ended otherwise has
+        its result or error.
         """
         if self.done():
             return False
@@ -130,10 +132,11 @@ class EngineThread(Unpicklable):
         return self.engine.from_thread()
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
-        """Run `work`, a coroutine, on the engine's loop and return its result; it is cancelled after `timeout` seconds (None: it
-        may take any time).
+        """Run `work`, a coroutine, on the engine's loop and return its result; it is cancelled after
+        `timeout` seconds (None: it may take any time).
 
-        Raises what it raises, `TransferTimeout`, `ClosedError` when the thread has ended, or `RuntimeError` on that thread.
+        Raises what it raises, `TransferTimeout`, `ClosedError` when the thread has ended, or `RuntimeError`
+        on that thread.
         """
         if self._closed or not self._thread.is_alive():
             work.close()
@@ -154,10 +157,12 @@ class EngineThread(Unpicklable):
             raise
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Submitted[T]:
-        """Have `work`, a coroutine, run on the engine's loop, and return at once. From any thread, the engine's own included.
+        """Have `work`, a coroutine, run on the engine's loop, and return at once. From any thread, the
+        engine's own included.
 
-        Returns a `concurrent.futures.Future`. Its `cancel()` asks the coroutine to end, and the future is done when the
-        coroutine has ended, not before. Closing the thread cancels what still runs. Raises `ClosedError`.
+        Returns a `concurrent.futures.Future`. Its `cancel()` asks the coroutine to end, and the future is
+        done when the coroutine has ended, not before. Closing the thread cancels what still runs. Raises
+        `ClosedError`.
         """
         future = Submitted(self._loop, work)
         self._submitted.add(future)
@@ -170,7 +175,8 @@ class EngineThread(Unpicklable):
         return future
 
     def call_soon(self, fn: Callable[..., object], *args: Any) -> None:
-        """Have the engine's loop call `fn(*args)` soon, and return at once. From any thread. Raises `ClosedError`.
+        """Have the engine's loop call `fn(*args)` soon, and return at once. From any thread. Raises
+        `ClosedError`.
 
         What `fn` raises goes to the loop's exception handler.
         """
@@ -182,7 +188,8 @@ class EngineThread(Unpicklable):
             raise ClosedError("the engine's thread has ended") from error
 
     def close(self) -> None:
-        """Close the engine, stop the loop, join the thread. Twice is silent, as is a forked child: all of it is its parent's."""
+        """Close the engine, stop the loop, join the thread. Twice is silent, as is a forked child: all of it
+        is its parent's."""
         if self._closed or os.getpid() != self._process:
             return
         self._closing = True
@@ -223,9 +230,10 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 
 
 def run_in_thread(**options: Any) -> EngineThread:
-    """An engine on a loop thread of its own, for programs without a loop. `options` are those of `open_engine`.
+    """An engine on a loop thread of its own, for programs without a loop. `options` are those of
+    `open_engine`.
 
-    `.engine` is the engine, `.run(coroutine)` runs one on its loop and waits, `.submit(coroutine)` returns a future,
-    `.handle` submits operations from any thread.
+    `.engine` is the engine, `.run(coroutine)` runs one on its loop and waits, `.submit(coroutine)` returns a
+    future, `.handle` submits operations from any thread.
     """
     return EngineThread(options)

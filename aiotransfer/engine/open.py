@@ -98,26 +98,31 @@ def open_engine(
 ) -> Opening:
     """An engine for the running event loop.
 
-    `listen` is the control address (port 0: any); a name is listened on at all its addresses of this host, `[::]` takes IPv4
-    too where the system allows. `advertise` ("host" or "host:port", or `AIOTRANSFER_ADVERTISE`) is the address under which others
-    reach this engine, where that differs from `listen`: behind NAT or a Kubernetes Service, or with a wildcard in `listen`.
-    Then `engine.address` is this address, and tcp offers its data connections at that host too.
+    `listen` is the control address (port 0: any); a name is listened on at all its addresses of this host,
+    `[::]` takes IPv4 too where the system allows. `advertise` ("host" or "host:port", or
+    `AIOTRANSFER_ADVERTISE`) is the address under which others reach this engine, where that differs from
+    `listen`: behind NAT or a Kubernetes Service, or with a wildcard in `listen`. Then `engine.address` is
+    this address, and tcp offers its data connections at that host too.
 
-    `providers` is "auto", a name, or names in order of preference. `key` is a shared secret of at least 16 bytes (or
-    `AIOTRANSFER_KEY`); without one only processes of the same user on this host are accepted. `rails` names the interfaces, RDMA
-    devices or local addresses by which peers are reached, one or several; None: all that lead to the peer. `progress` says who
-    makes copies too large for the submitting call: "auto", a native thread, the caller beginning; "thread", the thread alone and
-    also of smaller ones; "loop", the event loop in its own turns (a blocked loop then delays its own large writes, never those of
-    others). `name` (at most 255 printable characters; None: the process id) is what logs and errors of others call this engine.
-    `timeout` (seconds) is the default deadline of transfers, connect, lookup and ping. `config` has limits and times (None: the
-    defaults of `Config`); a variable `AIOTRANSFER_<FIELD>` of the environment overrides its field. `_platform` is for tests: a
-    simulated network, randomness and machine in the place of the real ones.
+    `providers` is "auto", a name, or names in order of preference. `key` is a shared secret of at least 16
+    bytes (or `AIOTRANSFER_KEY`); without one only processes of the same user on this host are accepted.
+    `rails` names the interfaces, RDMA devices or local addresses by which peers are reached, one or several;
+    None: all that lead to the peer. `progress` says who makes copies too large for the submitting call:
+    "auto", a native thread, the caller beginning; "thread", the thread alone and also of smaller ones;
+    "loop", the event loop in its own turns (a blocked loop then delays its own large writes, never those of
+    others). `name` (at most 255 printable characters; None: the process id) is what logs and errors of others
+    call this engine. `timeout` (seconds) is the default deadline of transfers, connect, lookup and ping.
+    `config` has limits and times (None: the defaults of `Config`); a variable `AIOTRANSFER_<FIELD>` of the
+    environment overrides its field. `_platform` is for tests: a simulated network, randomness and machine in
+    the place of the real ones.
 
-    Opening raises `RuntimeError` where no asyncio loop runs the caller (trio). Await the result or enter it by `async with`:
-    before that its attributes raise an `AttributeError` that says so, and dropping it unused warns.
+    Opening raises `RuntimeError` where no asyncio loop runs the caller (trio). Await the result or enter it
+    by `async with`: before that its attributes raise an `AttributeError` that says so, and dropping it unused
+    warns.
 
-    Raises `ProviderUnavailableError` where there is no native extension or no provider, `ConfigurationError`, `TypeError` or
-    `ValueError` for settings that make no sense, `BusyError` when this process has no descriptors or memory left.
+    Raises `ProviderUnavailableError` where there is no native extension or no provider, `ConfigurationError`,
+    `TypeError` or `ValueError` for settings that make no sense, `BusyError` when this process has no
+    descriptors or memory left.
     """
     native.require()
     return Opening(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Statistics:
-    """Counts since the engine was opened; `pending_*`, `regions`, `peers` and `quarantined_bytes` are as of now."""
+    """Counts since the engine was opened; `pending_*`, `regions`, `peers` and `quarantined_bytes` are as of
+    now."""
 
     operations_inline: int
     operations_queued: int
@@ -44,8 +45,9 @@ class Statistics:
     def of(
         cls, lane: Mapping[str, int], *, peers: int, quarantined_bytes: int, strays: int, control_resumed: int
     ) -> Statistics:
-        """The record now: of what the lane has counted (`lane`) and of what other parts of the engine have: `peers` that are up,
-        `quarantined_bytes` of memory, ends that belonged to no operation (`strays`), and `control_resumed` connections."""
+        """The record now: of what the lane has counted (`lane`) and of what other parts of the engine have:
+        `peers` that are up, `quarantined_bytes` of memory, ends that belonged to no operation (`strays`), and
+        `control_resumed` connections."""
         return cls(
             operations_inline=lane["ops_inline"],
             operations_queued=lane["ops_queued"],

@@ -1,1 +1,2 @@
-"""Adapters for serving systems, each in a package of its own, which imports that system only when it is used."""
+"""Adapters for serving systems, each in a package of its own, which imports that system only when it is
+used."""

@@ -1,8 +1,9 @@
-"""KV-cache transfer for disaggregated serving: from the rank that reads a prompt to the rank that goes on from there.
+"""KV-cache transfer for disaggregated serving: from the rank that reads a prompt to the rank that goes on
+from there.
 
-Layouts and the planner say which bytes go where (pure, of NumPy alone); `Decoder` and `Prefiller` move them: many requests at
-once, each layer as soon as it is computed, counted instead of announced, and however a request ends its pages are delivered or
-provably free.
+Layouts and the planner say which bytes go where (pure, of NumPy alone); `Decoder` and `Prefiller` move them:
+many requests at once, each layer as soon as it is computed, counted instead of announced, and however a
+request ends its pages are delivered or provably free.
 """
 
 from __future__ import annotations

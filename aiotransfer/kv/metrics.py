@@ -3,8 +3,9 @@
     observe = on_record(registry=my_registry)
     decoder = kv.Decoder(engine, layout, pages, on_record=observe)
 
-Needs the extra `metrics`. One call may serve any number of decoders and prefillers, and has to: names are registered once in a
-registry. Labels are `role`, `outcome` and `path` (the provider), all with few values; ids, peers and priorities are none.
+Needs the extra `metrics`. One call may serve any number of decoders and prefillers, and has to: names are
+registered once in a registry. Labels are `role`, `outcome` and `path` (the provider), all with few values;
+ids, peers and priorities are none.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ TOKENS = tuple(float(1 << power) for power in range(4, 20))  # 16 to 524,288
 def on_record(
     *, registry: Any = None, seconds: Sequence[float] = SECONDS, sizes: Sequence[float] = BYTES
 ) -> Callable[[RequestRecord], None]:
-    """What `Decoder` and `Prefiller` take as `on_record`. `registry`: a `CollectorRegistry`; None: Prometheus's own.
+    """What `Decoder` and `Prefiller` take as `on_record`. `registry`: a `CollectorRegistry`; None:
+    Prometheus's own.
 
-    `seconds` and `sizes` are the upper bounds of the buckets. Raises `ConfigurationError` without the extra `metrics`, and
-    `ValueError` when the registry has these metrics already: keep what the first call returned.
+    `seconds` and `sizes` are the upper bounds of the buckets. Raises `ConfigurationError` without the extra
+    `metrics`, and `ValueError` when the registry has these metrics already: keep what the first call
+    returned.
     """
     return _Metrics(Maker("kv", registry), seconds, sizes).observe
 

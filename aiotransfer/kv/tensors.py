@@ -3,7 +3,8 @@
     pools = kv.layout_from_tensors(kv_caches, dims="BHNC", kv_heads=8, engine=engine)
     decoder = kv.Decoder(engine, pools[0].layout, pools[0].pages)
 
-Nothing is copied and torch is not imported: what is asked of a tensor is its shape, strides, type, device and storage.
+Nothing is copied and torch is not imported: what is asked of a tensor is its shape, strides, type, device and
+storage.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ MOST_SAID = 8  # problems in one error
 
 
 class TensorPool(NamedTuple):
-    """Layers that are alike: their `layout`, the memory that `Decoder` and `Prefiller` take with it (None without an engine), and
-    the names of their tensors, in the order of the layout's layers."""
+    """Layers that are alike: their `layout`, the memory that `Decoder` and `Prefiller` take with it (None
+    without an engine), and the names of their tensors, in the order of the layout's layers."""
 
     layout: KVLayout
     pages: RegionView | Sequence[RegionView] | None
@@ -63,18 +64,20 @@ def layout_from_tensors(
 ) -> list[TensorPool]:  # fmt: skip
     """The pools that these tensors make, one for each kind of layer, in the order in which the kinds appear.
 
-    `tensors`: one for each layer of this rank, in the model's order, by name; of one group of layers, which share their page
-    numbers. `dims`: what their dimensions are, a letter for each: `B` pages, `H` heads, `N` tokens of a page, `C` the vector, `K`
-    keys and values (2); vLLM: "BHNC", older ones "KBNHC", FlashInfer "BKNHC", MLA "BNC". The order in memory is seen from the
-    strides. Without `H` a latent is not divided among ranks (`kind="mla"`), with `H` and without `K` a vector is both keys and
-    values (`kind="packed"`). `kv_heads`: of the model. `dtype`: where it is not that of the tensors (a cache of fp8 in uint8).
-    `opaque`: see `KVLayout`. `engine`: registers the storages with it. `cut`: what else `KVLayout` takes of a rank: `tp`,
-    `tp_rank`, `pp`, `pp_rank`, `partition`, `layers` (of the model, if this rank has not all), `layer_range`, `head_range`,
-    `windows`, `cp` and so on.
+    `tensors`: one for each layer of this rank, in the model's order, by name; of one group of layers, which
+    share their page numbers. `dims`: what their dimensions are, a letter for each: `B` pages, `H` heads, `N`
+    tokens of a page, `C` the vector, `K` keys and values (2); vLLM: "BHNC", older ones "KBNHC", FlashInfer
+    "BKNHC", MLA "BNC". The order in memory is seen from the strides. Without `H` a latent is not divided
+    among ranks (`kind="mla"`), with `H` and without `K` a vector is both keys and values (`kind="packed"`).
+    `kv_heads`: of the model. `dtype`: where it is not that of the tensors (a cache of fp8 in uint8).
+    `opaque`: see `KVLayout`. `engine`: registers the storages with it. `cut`: what else `KVLayout` takes of a
+    rank: `tp`, `tp_rank`, `pp`, `pp_rank`, `partition`, `layers` (of the model, if this rank has not all),
+    `layer_range`, `head_range`, `windows`, `cp` and so on.
 
     Layers that lie at equal distances in one storage are one region; others have a region each.
 
-    Raises `TypeError` or `ValueError` that names each tensor that cannot be said so and why, and what `Engine.register` raises.
+    Raises `TypeError` or `ValueError` that names each tensor that cannot be said so and why, and what
+    `Engine.register` raises.
     """
     if not isinstance(tensors, Mapping) or not tensors:
         raise TypeError(f"tensors must be a mapping from the name of each layer to its tensor, not {quote(tensors)}")
@@ -171,7 +174,8 @@ def _pool(layers: Sequence[_Tensor], options: dict[str, Any], engine: Engine | N
 
 
 def _step(layers: Sequence[_Tensor]) -> int | None:
-    """The bytes from one layer to the next, where all lie in one storage at equal distances, one behind the other; else None."""
+    """The bytes from one layer to the next, where all lie in one storage at equal distances, one behind the
+    other; else None."""
     steps = {b.start - a.start for a, b in itertools.pairwise(layers)}
     if len({each.storage.data_ptr() for each in layers}) > 1 or len(steps) > 1 or min(steps, default=0) < 0:
         return None

@@ -16,8 +16,9 @@ LOCALHOST = "localhost"
 class Address:
     """Where an engine listens. `str()` gives `host:port`.
 
-    The host is kept in its one canonical form: names in lower case without a final dot, numbers as `ipaddress` writes them, an
-    IPv4 address that is mapped into IPv6 as the IPv4 address. So equality compares addresses, not their spelling.
+    The host is kept in its one canonical form: names in lower case without a final dot, numbers as
+    `ipaddress` writes them, an IPv4 address that is mapped into IPv6 as the IPv4 address. So equality
+    compares addresses, not their spelling.
     """
 
     host: str
@@ -30,7 +31,8 @@ class Address:
 
     @classmethod
     def parse(cls, text: str | Address) -> Address:
-        """The address that `text` is: `host:port`, with IPv6 in brackets. Raises `TypeError` or `ValueError` with the value."""
+        """The address that `text` is: `host:port`, with IPv6 in brackets. Raises `TypeError` or `ValueError`
+        with the value."""
         if isinstance(text, Address):
             return text
         if not isinstance(text, str):
@@ -67,7 +69,8 @@ class Address:
 
     @property
     def is_wildcard(self) -> bool:
-        """All addresses of a host (`0.0.0.0`, `*`, `[::]`): an engine may listen there, but nothing can be dialled."""
+        """All addresses of a host (`0.0.0.0`, `*`, `[::]`): an engine may listen there, but nothing can be
+        dialled."""
         number = _number(self.host)
         return number is not None and number.is_unspecified
 
@@ -110,7 +113,8 @@ def _canonical(host: str) -> str:
 
 
 def _classful(name: str) -> ipaddress.IPv4Address | None:
-    """`127.1`, `0x7f000001` and `0` are IPv4 addresses for the system's resolver (inet_aton), so they are for us."""
+    """`127.1`, `0x7f000001` and `0` are IPv4 addresses for the system's resolver (inet_aton), so they are for
+    us."""
     if not _NUMBERS.fullmatch(name):
         return None
     try:

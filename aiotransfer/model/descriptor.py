@@ -1,12 +1,13 @@
 """Remote regions: descriptors of memory that its owner granted to peers.
 
-A `RemoteRegion` is a value. It names its owner by address and incarnation, the memory by address, length and (for shared
-allocations) segment, and the right to use it by an epoch word and the value that word must have. All slices of one descriptor
-share a box in which an engine keeps what it resolved; the box is never compared, encoded or copied.
+A `RemoteRegion` is a value. It names its owner by address and incarnation, the memory by address, length and
+(for shared allocations) segment, and the right to use it by an epoch word and the value that word must have.
+All slices of one descriptor share a box in which an engine keeps what it resolved; the box is never compared,
+encoded or copied.
 
-Encoded form: magic, version, msgpack body, CRC-32. Decoding accepts any bytes and either returns a region that is consistent in
-itself or raises `DescriptorError`; the checksum guards against accidents, not against forgers (a forged descriptor names an epoch
-that its owner never gave out).
+Encoded form: magic, version, msgpack body, CRC-32. Decoding accepts any bytes and either returns a region
+that is consistent in itself or raises `DescriptorError`; the checksum guards against accidents, not against
+forgers (a forged descriptor names an epoch that its owner never gave out).
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Box:
 
 
 class RemoteRegion:
-    """Some bytes of a peer's memory. Immutable, hashable, sliceable by `[a:b]` (bytes; never clamps, no steps)."""
+    """Some bytes of a peer's memory. Immutable, hashable, sliceable by `[a:b]` (bytes; never clamps, no
+    steps)."""
 
     __slots__ = ("_box", "_grant", "_start", "nbytes")
 
@@ -76,7 +78,8 @@ class RemoteRegion:
 
     @classmethod
     def of(cls, grant: Grant, start: int = 0, nbytes: int | None = None) -> RemoteRegion:
-        """The region that `grant` gives a right to, or of it `nbytes` bytes (None: all that follow) from `start` on."""
+        """The region that `grant` gives a right to, or of it `nbytes` bytes (None: all that follow) from
+        `start` on."""
         return _make(Box(), grant, start, grant.nbytes - start if nbytes is None else nbytes)
 
     def __getitem__(self, key: slice) -> RemoteRegion:

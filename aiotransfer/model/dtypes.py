@@ -29,7 +29,8 @@ class DType(NamedTuple):
 
 
 def lookup(dtype: Any) -> DType:
-    """By NumPy dtype or type, torch dtype, or name (`"bfloat16"`). Raises `TypeError` for what is no plain element type."""
+    """By NumPy dtype or type, torch dtype, or name (`"bfloat16"`). Raises `TypeError` for what is no plain
+    element type."""
     if isinstance(dtype, str):
         return _named(dtype)
     return _named(str(dtype)) if type(dtype).__module__ == "torch" else _lookup(dtype, None)

@@ -12,7 +12,8 @@ MOST_CPUS = 1 << 16  # a list that names a higher one is not believed
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A NUMA node. `distances`: to each node of the topology in its order, as the firmware says; empty where it does not say."""
+    """A NUMA node. `distances`: to each node of the topology in its order, as the firmware says; empty where
+    it does not say."""
 
     number: int
     cpus: frozenset[int]
@@ -21,7 +22,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Of one PCI function: the root complex that it hangs from, the bridges between (root port first), its node if known."""
+    """Of one PCI function: the root complex that it hangs from, the bridges between (root port first), its
+    node if known."""
 
     address: str
     root: str
@@ -31,7 +33,8 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Nic:
-    """An RDMA device, or a network interface without one. `place` is None where it is on no PCI bus (a software device)."""
+    """An RDMA device, or a network interface without one. `place` is None where it is on no PCI bus (a
+    software device)."""
 
     name: str
     place: Place | None = None
@@ -59,7 +62,8 @@ class Topology:
     gpus: tuple[Gpu, ...] = ()
 
     def nic(self, name: str) -> Nic | None:
-        """The NIC of this name, or else the one that has an interface of this name. None: there is neither."""
+        """The NIC of this name, or else the one that has an interface of this name. None: there is
+        neither."""
         named = (nic for nic in self.nics if nic.name == name)
         return next(named, None) or next((nic for nic in self.nics if name in nic.interfaces), None)
 
@@ -88,13 +92,15 @@ class GpuMemory:
 
 
 def short_address(address: str) -> str:
-    """A PCI address in lower case, its domain without needless zeros: the same for every way of writing it."""
+    """A PCI address in lower case, its domain without needless zeros: the same for every way of writing
+    it."""
     domain, bus, function = ("", *address.strip().lower().split(":"))[-3:] if ":" in address else ("", "", address)
     return f"{domain.lstrip('0').rjust(4, '0')}:{bus}:{function}"
 
 
 def cpus_of(text: str) -> frozenset[int]:
-    """The kernel's way of writing a set of CPUs, as in `0-47,96-143`. Raises `ValueError` for anything else."""
+    """The kernel's way of writing a set of CPUs, as in `0-47,96-143`. Raises `ValueError` for anything
+    else."""
     cpus: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, dash, last = part.partition("-")

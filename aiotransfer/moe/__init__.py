@@ -1,5 +1,5 @@
-"""Dispatch and combine for expert parallelism: tokens go to the ranks that hold their experts and come back weighted and
-summed."""
+"""Dispatch and combine for expert parallelism: tokens go to the ranks that hold their experts and come back
+weighted and summed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The all-to-all of expert parallelism: `dispatch` tokens to the ranks that hold their experts, `combine` what those made of
-them."""
+"""The all-to-all of expert parallelism: `dispatch` tokens to the ranks that hold their experts, `combine`
+what those made of them."""
 
 from __future__ import annotations
 
@@ -40,15 +40,17 @@ SCALED_ELEMENTS = 128  # elements of float8 that share a scale, usually
 
 
 def _refusal(*, ahead: bool) -> Callable[[AllToAll, TypeError], Awaitable[object]]:
-    """What tells the other ranks that a dispatch, or its first half (`ahead`), was called with arguments that do not fit."""
+    """What tells the other ranks that a dispatch, or its first half (`ahead`), was called with arguments that
+    do not fit."""
     return lambda a2a, error: a2a._send((None,) * 4, None, None, ahead=ahead, refusal=error)
 
 
 class AllToAll(Unpicklable):
-    """One rank's side, on `engine`. Awaitable and an async context manager: both return when all ranks have met.
+    """One rank's side, on `engine`. Awaitable and an async context manager: both return when all ranks have
+    met.
 
-    `group`: the ranks in order, rank r holding experts [r * E / ranks, (r + 1) * E / ranks) of E = `num_experts`. All sizes
-    are the same on every rank (`ShapeMismatch` on all of them otherwise):
+    `group`: the ranks in order, rank r holding experts [r * E / ranks, (r + 1) * E / ranks) of E =
+    `num_experts`. All sizes are the same on every rank (`ShapeMismatch` on all of them otherwise):
 
     - `hidden`, `dtype`: of a token; float32, bfloat16, float16 or a float8. `scales`: fp32 numbers that may travel with each
       token (default: hidden / 128 for float8, else 0).
@@ -65,11 +67,13 @@ class AllToAll(Unpicklable):
     - `results_in_place`: hold room for results, `Dispatched.y`, from which ranks of this host sum them without their being sent
       (`slots` times rows * result bytes more). Each rank decides for itself.
 
-    `name` tells several all-to-alls of one group apart; one that is open is taken (`ValueError`). `direct`: whether others put
-    rows at their places one by one; "auto" does on the same host. `device`: of tokens and results. `timeout` (seconds, default
-    the engine's) is that of every call that has none of its own, and of all that a call does.
+    `name` tells several all-to-alls of one group apart; one that is open is taken (`ValueError`). `direct`:
+    whether others put rows at their places one by one; "auto" does on the same host. `device`: of tokens and
+    results. `timeout` (seconds, default the engine's) is that of every call that has none of its own, and of
+    all that a call does.
 
-    What is wrong with an argument is raised here (`TypeError`, `ValueError`), and told to the ranks that wait for this one.
+    What is wrong with an argument is raised here (`TypeError`, `ValueError`), and told to the ranks that wait
+    for this one.
     """
 
     _instead = "every rank makes its own"
@@ -138,12 +142,13 @@ class AllToAll(Unpicklable):
     # ---- meeting ----
 
     async def ready(self, *, timeout: float | None = None) -> AllToAll:
-        """Returns when all ranks have met; the first dispatch does it, too. `timeout`: seconds (None: that of the all-to-all).
+        """Returns when all ranks have met; the first dispatch does it, too. `timeout`: seconds (None: that of
+        the all-to-all).
 
-        Raises `ShapeMismatch` (on all ranks), `TransferTimeout` whose `.ranks` are those that are missing, `PeerLostError` (also
-        where another rank could not set up, with its reason), `EvictedError` where the ranks at work have given this one up,
-        `ConfigurationError` where the list of another member of the group differs, or `ValueError` where the engine has an open
-        one of this name.
+        Raises `ShapeMismatch` (on all ranks), `TransferTimeout` whose `.ranks` are those that are missing,
+        `PeerLostError` (also where another rank could not set up, with its reason), `EvictedError` where the
+        ranks at work have given this one up, `ConfigurationError` where the list of another member of the
+        group differs, or `ValueError` where the engine has an open one of this name.
         """
         await self._ready(self._deadline(timeout))
         return self
@@ -197,17 +202,19 @@ class AllToAll(Unpicklable):
         self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, tag: int | str | None = None,
         timeout: float | None = None,
     ) -> Dispatched:  # fmt: skip
-        """Send each token to the ranks of its experts, and get those for the experts of this rank. Every rank calls it.
+        """Send each token to the ranks of its experts, and get those for the experts of this rank. Every rank
+        calls it.
 
-        `x`: [tokens, hidden] of `dtype`; `topk_idx`: integers [tokens, choices], -1 for no expert; `topk_weights`: fp32 of the
-        same shape, used by the combine; `x_scales`: fp32 [tokens, scales]. NumPy or torch; results are of the same kind. All of
-        it is copied or at rest when this returns. `tag` (default None): what this step is for, a layer say, as an int of 64 bits
-        or up to 63 bytes of text; a step whose ranks give different tags is `StepRefused` on all of them. `timeout`: seconds
-        (None: that of the all-to-all).
+        `x`: [tokens, hidden] of `dtype`; `topk_idx`: integers [tokens, choices], -1 for no expert;
+        `topk_weights`: fp32 of the same shape, used by the combine; `x_scales`: fp32 [tokens, scales]. NumPy
+        or torch; results are of the same kind. All of it is copied or at rest when this returns. `tag`
+        (default None): what this step is for, a layer say, as an int of 64 bits or up to 63 bytes of text; a
+        step whose ranks give different tags is `StepRefused` on all of them. `timeout`: seconds (None: that
+        of the all-to-all).
 
-        Raises `TypeError`, `ValueError` or the exception that checking the arguments of this rank raised (the step then is
-        `StepRefused` on all others, and the next may be called), `RoutingOverflow`, `BusyError` when `slots` steps are in flight,
-        `TransferTimeout` (see `in_flight`), `EvictedError`.
+        Raises `TypeError`, `ValueError` or the exception that checking the arguments of this rank raised (the
+        step then is `StepRefused` on all others, and the next may be called), `RoutingOverflow`, `BusyError`
+        when `slots` steps are in flight, `TransferTimeout` (see `in_flight`), `EvictedError`.
         """
         half, deadline = await self._send((x, topk_idx, topk_weights, x_scales), tag, timeout, ahead=False)
         return await half.receive_until(deadline)
@@ -217,16 +224,17 @@ class AllToAll(Unpicklable):
         self, x: Array, topk_idx: Array, topk_weights: Array, *, x_scales: Array | None = None, tag: int | str | None = None,
         timeout: float | None = None,
     ) -> DispatchHalf:  # fmt: skip
-        """The first half of `dispatch`, with its arguments `x`, `topk_idx`, `topk_weights`, `x_scales`, `tag` and `timeout`
-        (seconds of either half): returns when the first rows are sent. The rest follows while the caller does something else."""
+        """The first half of `dispatch`, with its arguments `x`, `topk_idx`, `topk_weights`, `x_scales`, `tag`
+        and `timeout` (seconds of either half): returns when the first rows are sent. The rest follows while
+        the caller does something else."""
         return (await self._send((x, topk_idx, topk_weights, x_scales), tag, timeout, ahead=True))[0]
 
     async def _send(
         self, given: tuple[Array, Array, Array, Array | None], tag: int | str | None, timeout: float | None, *, ahead: bool,
         refusal: BaseException | None = None,
     ) -> tuple[DispatchHalf, Deadline]:  # fmt: skip
-        """`given`: rows, choices, weights and scales, as `dispatch` takes them. `refusal`: why there can be no step, where that
-        is known already; it is raised when the other ranks have been told."""
+        """`given`: rows, choices, weights and scales, as `dispatch` takes them. `refusal`: why there can be
+        no step, where that is known already; it is raised when the other ranks have been told."""
         try:
             deadline = self._deadline(timeout)
         except (TypeError, ValueError) as error:
@@ -292,8 +300,8 @@ class AllToAll(Unpicklable):
             raise TransferTimeout(text, hint="nothing was sent: dispatch again") from None
 
     def _may_send(self, number: int) -> bool:
-        """A rank that comes back is waited for before the step with which it may begin, and every rank that takes part must be
-        known."""
+        """A rank that comes back is waited for before the step with which it may begin, and every rank that
+        takes part must be known."""
         ranks, membership = self._ranks, self._ranks.membership
         assert membership is not None
         limit = membership.limit()
@@ -355,16 +363,19 @@ class AllToAll(Unpicklable):
     # ---- combine ----
 
     async def combine(self, y: Array, handle: Handle, *, out: Array = None, timeout: float | None = None) -> Array:
-        """Send the results of a step back, and sum those of this rank's tokens: over k, `topk_weights[t, k] * result[t, k]`.
+        """Send the results of a step back, and sum those of this rank's tokens: over k,
+        `topk_weights[t, k] * result[t, k]`.
 
-        `y`: [rows of the dispatch, hidden] of `combine_dtype`, in the order of `Dispatched.x`; not to be changed until this
-        returns (`Dispatched.y`: until a later dispatch gives it). Returns [tokens, hidden]: `out`, where that is given (fresh
-        memory costs the system more than the sums of many tokens). The sum is in fp32, choice after choice, so it has the same
-        bits whichever rank was faster. Choices whose expert is on a lost rank are left out and marked in `handle.dropped`.
-        `timeout`: seconds (None: that of the all-to-all).
+        `y`: [rows of the dispatch, hidden] of `combine_dtype`, in the order of `Dispatched.x`; not to be
+        changed until this returns (`Dispatched.y`: until a later dispatch gives it). Returns [tokens,
+        hidden]: `out`, where that is given (fresh memory costs the system more than the sums of many tokens).
+        The sum is in fp32, choice after choice, so it has the same bits whichever rank was faster. Choices
+        whose expert is on a lost rank are left out and marked in `handle.dropped`. `timeout`: seconds (None:
+        that of the all-to-all).
 
-        Raises `TypeError` or `ValueError` (also where `out` overlaps `y` or the memory of the all-to-all), `RegistrationError`,
-        after which the right ones may be given; `TransferTimeout` (see `in_flight`), `EvictedError`.
+        Raises `TypeError` or `ValueError` (also where `out` overlaps `y` or the memory of the all-to-all),
+        `RegistrationError`, after which the right ones may be given; `TransferTimeout` (see `in_flight`),
+        `EvictedError`.
         """
         deadline = self._deadline(timeout)
         half = await self.combine_send(y, handle, out=out, timeout=timeout)
@@ -373,8 +384,9 @@ class AllToAll(Unpicklable):
     async def combine_send(
         self, y: Array, handle: Handle, *, out: Array = None, timeout: float | None = None
     ) -> CombineHalf:
-        """The first half of `combine`, with its arguments `y`, `handle`, `out` and `timeout` (seconds of the second half): `y`
-        may not be changed, nor `out` be read, until the second is over (of `Dispatched.y` see there)."""
+        """The first half of `combine`, with its arguments `y`, `handle`, `out` and `timeout` (seconds of the
+        second half): `y` may not be changed, nor `out` be read, until the second is over (of `Dispatched.y`
+        see there)."""
         if not belongs(handle, self._ranks):
             raise TypeError(f"the handle of a dispatch of this all-to-all is needed, not {quote(handle)}")
         return await send_back(handle, y, out, self._timeout if timeout is None else timeout)
@@ -393,7 +405,8 @@ class AllToAll(Unpicklable):
 
     @property
     def mask(self) -> tuple[bool, ...]:
-        """Which ranks take part, as far as this one knows. This rank does not once it has left or was given up."""
+        """Which ranks take part, as far as this one knows. This rank does not once it has left or was given
+        up."""
         ranks = self._ranks
         gone = () if ranks.membership is None else ranks.membership.gone
         return tuple(r not in gone and (r != ranks.rank or ranks.over is None) for r in range(self.group_size))
@@ -405,7 +418,8 @@ class AllToAll(Unpicklable):
 
     @property
     def next_step(self) -> int:
-        """The number of the step that the next dispatch will be; where this rank came back, the one that it begins with."""
+        """The number of the step that the next dispatch will be; where this rank came back, the one that it
+        begins with."""
         return self._ranks.next_step
 
     @property
@@ -420,12 +434,13 @@ class AllToAll(Unpicklable):
         return handle
 
     def resume(self, handle: Handle) -> DispatchHalf | CombineHalf:
-        """The half of the step of `handle` that was cut off by a deadline or a cancellation, to `receive()`."""
+        """The half of the step of `handle` that was cut off by a deadline or a cancellation, to
+        `receive()`."""
         return half_of(handle, self._timeout)
 
     def evict(self, rank: int, reason: str = "evicted") -> None:
-        """Give `rank` up on all ranks, as if it were lost: one that hangs, say. All are told the `reason`. It may come back by a
-        new AllToAll."""
+        """Give `rank` up on all ranks, as if it were lost: one that hangs, say. All are told the `reason`. It
+        may come back by a new AllToAll."""
         if type(rank) is not int or not 0 <= rank < self.group_size or rank == self.rank:
             raise ValueError(f"another rank of {self.group_size} is evicted, not {quote(rank)}")
         self._communicator.losses.evict(rank, reason)

@@ -13,8 +13,9 @@ Call = Callable[Concatenate[Caller, P], Coroutine[Any, Any, R]]
 
 
 def told(refuse: Callable[[Caller, TypeError], Awaitable[object]]) -> Callable[[Call[Caller, P, R]], Call[Caller, P, R]]:
-    """A coroutine method that begins a step. Where an argument is missing or unknown, `refuse` tells the other ranks and raises
-    the `TypeError`: otherwise they would make the step, and this rank would take the results of it for those of its next one."""
+    """A coroutine method that begins a step. Where an argument is missing or unknown, `refuse` tells the
+    other ranks and raises the `TypeError`: otherwise they would make the step, and this rank would take the
+    results of it for those of its next one."""
 
     def decorate(method: Call[Caller, P, R]) -> Call[Caller, P, R]:
         @functools.wraps(method)

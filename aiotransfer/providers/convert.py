@@ -1,8 +1,9 @@
-"""Numbers of one type as another, and quantised with scales for blocks: in C (`ffi/rows`), on one core of the host.
+"""Numbers of one type as another, and quantised with scales for blocks: in C (`ffi/rows`), on one core of the
+host.
 
-Everything that can be refused is refused before anything is written. The interpreter's lock is not held meanwhile, so the calls
-belong on a worker thread. The `_parts` of either do the same in steps: their caller can stop between two, and work that is
-stopped holds memory no longer than one step takes.
+Everything that can be refused is refused before anything is written. The interpreter's lock is not held
+meanwhile, so the calls belong on a worker thread. The `_parts` of either do the same in steps: their caller
+can stop between two, and work that is stopped holds memory no longer than one step takes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class NotFiniteError(TransferError, ValueError):
 
 
 class Blocks(NamedTuple):
-    """What `quantise` was given, once it is known to fit: `begin` is the first row of the part in the whole source."""
+    """What `quantise` was given, once it is known to fit: `begin` is the first row of the part in the whole
+    source."""
 
     dst: Numbers
     scales: Numbers
@@ -51,19 +53,21 @@ class Blocks(NamedTuple):
 
 
 def cast(dst: Any, src: Any) -> None:
-    """Convert the elements of `src` to the type of `dst`: float32, bfloat16, float16 or float64, in any direction.
+    """Convert the elements of `src` to the type of `dst`: float32, bfloat16, float16 or float64, in any
+    direction.
 
-    Both are what `numbers` takes, of one shape. Rounded to the nearest, ties to even; what is too large becomes infinity, as in
-    torch and NumPy, and a NaN stays one: the quiet NaN of the type. Of the same type, elements are copied with all their bits.
-    Raises `TypeError` or `ValueError` before anything is written.
+    Both are what `numbers` takes, of one shape. Rounded to the nearest, ties to even; what is too large
+    becomes infinity, as in torch and NumPy, and a NaN stays one: the quiet NaN of the type. Of the same type,
+    elements are copied with all their bits. Raises `TypeError` or `ValueError` before anything is written.
     """
     for _ in cast_parts(dst, src, part_bytes=None):
         pass
 
 
 def cast_parts(dst: Any, src: Any, *, part_bytes: int | None = PART) -> Iterator[int]:
-    """As `cast(dst, src)`, step by step: each `next()` converts up to `part_bytes` of the source (None: everything) and yields
-    how many bytes of it that were. What cannot be done is refused by this call itself."""
+    """As `cast(dst, src)`, step by step: each `next()` converts up to `part_bytes` of the source (None:
+    everything) and yields how many bytes of it that were. What cannot be done is refused by this call
+    itself."""
     to, of = checked("dst", dst, tuple(KINDS), writable=True), checked("src", src, tuple(KINDS))
     if to.shape != of.shape:
         raise ValueError(f"dst has the shape {to.shape}, src {of.shape}")
@@ -90,18 +94,19 @@ def _cast(to: Numbers, of: Numbers, most: float) -> Iterator[int]:
 def quantise(dst: Any, scales: Any, src: Any, block: tuple[int, int] = BLOCK, *, rows: tuple[int, int] | None = None) -> None:
     """Quantise matrices to float8_e4m3fn, with one float32 scale for each block of rows and columns.
 
-    `src` holds float32, bfloat16 or float16, in two dimensions or more: matrices in the last two, stacked by the others. `dst`
-    has its shape. `scales` has that shape divided by `block` in the last two dimensions, rounded up: the last blocks of a matrix
-    may be smaller.
+    `src` holds float32, bfloat16 or float16, in two dimensions or more: matrices in the last two, stacked by
+    the others. `dst` has its shape. `scales` has that shape divided by `block` in the last two dimensions,
+    rounded up: the last blocks of a matrix may be smaller.
 
-    The scale of a block is its greatest magnitude / 448 in float32, or 1 where that is 0; a number becomes number / scale,
-    rounded to the nearest, ties to even, and 448 where it is more. So `dst * scale` is about what `src` was.
+    The scale of a block is its greatest magnitude / 448 in float32, or 1 where that is 0; a number becomes
+    number / scale, rounded to the nearest, ties to even, and 448 where it is more. So `dst * scale` is about
+    what `src` was.
 
-    `rows` is (begin, end): only these rows of each matrix, and the scales of their blocks. They begin at a multiple of the rows
-    of a block, and end at one or at the last row, since a block has to be seen whole.
+    `rows` is (begin, end): only these rows of each matrix, and the scales of their blocks. They begin at a
+    multiple of the rows of a block, and end at one or at the last row, since a block has to be seen whole.
 
-    Raises `TypeError` or `ValueError` before anything is written, and `NotFiniteError` with the position of the first NaN or
-    infinity: what has been written to `dst` and `scales` by then is of no use.
+    Raises `TypeError` or `ValueError` before anything is written, and `NotFiniteError` with the position of
+    the first NaN or infinity: what has been written to `dst` and `scales` by then is of no use.
     """
     for _ in quantise_parts(dst, scales, src, block, rows=rows, part_bytes=None):
         pass
@@ -116,9 +121,9 @@ def quantise_parts(
     rows: tuple[int, int] | None = None,
     part_bytes: int | None = PART,
 ) -> Iterator[int]:
-    """As `quantise(dst, scales, src, block, rows=)`, step by step: each `next()` does up to `part_bytes` of the source (None:
-    everything), at least one row of blocks, and yields how many bytes of it that were. What does not fit is refused by this call
-    itself."""
+    """As `quantise(dst, scales, src, block, rows=)`, step by step: each `next()` does up to `part_bytes` of
+    the source (None: everything), at least one row of blocks, and yields how many bytes of it that were. What
+    does not fit is refused by this call itself."""
     given = fitting(
         checked("dst", dst, (FLOAT8,), writable=True),
         checked("scales", scales, ("float32",), writable=True),
@@ -193,8 +198,8 @@ def not_finite(given: Blocks, place: int) -> NotFiniteError:
 
 
 def _steps(extents: Sequence[int], least: tuple[int, int], most: float) -> Iterator[tuple[list[int], tuple[int, int, int]]]:
-    """A box in parts of at most so many elements: where each begins, and its matrices, rows and columns. Rows and columns are
-    divided at multiples of `least` only, which a part holds at least."""
+    """A box in parts of at most so many elements: where each begins, and its matrices, rows and columns. Rows
+    and columns are divided at multiples of `least` only, which a part holds at least."""
     *outer, matrices, rows, columns = extents
     wide = columns if columns <= most else max(1, int(most) // least[1]) * least[1]
     high = rows if wide == columns and rows * wide <= most else max(1, int(min(most, rows * wide) // wide) // least[0]) * least[0]

@@ -1,10 +1,11 @@
 """Closing descriptors that others sent, in threads of their own.
 
-The last `close` of a file may take as long as its sender likes: a TCP socket with SO_LINGER waits for its other side, a file of
-FUSE or NFS for its server. A Unix socket closes the descriptors that wait in it, too. So what others sent, and sockets on which
-they may have sent something, are never closed on the event loop. The number of a descriptor is free as soon as its `close`
-begins: one that waits costs a thread and nothing else. When `MOST_THREADS` of them wait, what comes after stays open, and
-`overwhelmed` says when no more should be accepted.
+The last `close` of a file may take as long as its sender likes: a TCP socket with SO_LINGER waits for its
+other side, a file of FUSE or NFS for its server. A Unix socket closes the descriptors that wait in it, too.
+So what others sent, and sockets on which they may have sent something, are never closed on the event loop.
+The number of a descriptor is free as soon as its `close` begins: one that waits costs a thread and nothing
+else. When `MOST_THREADS` of them wait, what comes after stays open, and `overwhelmed` says when no more
+should be accepted.
 """
 
 from __future__ import annotations
@@ -57,9 +58,10 @@ class Closer:
     def end(self) -> None:
         """Start no thread any more, and wait until those that were started have begun.
 
-        A thread's state in the interpreter is made before the thread begins. CPython frees it when the interpreter ends, also
-        that of a thread which the system has not let run yet (a busy machine), and that thread then writes to what was freed.
-        Since 3.11.6 it looks first, and the time between that look and the write remains.
+        A thread's state in the interpreter is made before the thread begins. CPython frees it when the
+        interpreter ends, also that of a thread which the system has not let run yet (a busy machine), and
+        that thread then writes to what was freed. Since 3.11.6 it looks first, and the time between that look
+        and the write remains.
         """
         with self._changed:
             self._over = True
@@ -132,7 +134,8 @@ def close_elsewhere(fds: list[int]) -> None:
 
 
 class Descriptors(list[int]):
-    """Received ones. The code that takes them over clears the list; those that are left in it are closed with it."""
+    """Received ones. The code that takes them over clears the list; those that are left in it are closed with
+    it."""
 
     def __del__(self) -> None:
         if self:
@@ -140,7 +143,8 @@ class Descriptors(list[int]):
 
 
 def settle(seconds: float) -> None:
-    """Wait, at most so long, until everything is closed and the threads have ended: for tests that count descriptors."""
+    """Wait, at most so long, until everything is closed and the threads have ended: for tests that count
+    descriptors."""
     _closer.settle(seconds)
 
 

@@ -1,12 +1,14 @@
 """What the native code of one lane uses, and its end, also when its engine was forgotten.
 
-A lane knows addresses only: native threads, peers and the system go on using them after Python's objects are gone. So the
-objects behind these addresses (segments, registered memory, mappings of peers) are held here and not by the engine. They are let
-go when the lane has been proved to use them no more, or after its end: the lane refuses new work, peers are shut out, its threads
-leave. Threads that do not leave in time keep what they use for the life of the process.
+A lane knows addresses only: native threads, peers and the system go on using them after Python's objects are
+gone. So the objects behind these addresses (segments, registered memory, mappings of peers) are held here and
+not by the engine. They are let go when the lane has been proved to use them no more, or after its end: the
+lane refuses new work, peers are shut out, its threads leave. Threads that do not leave in time keep what they
+use for the life of the process.
 
-`Holdings` refers to nothing of an engine, or a forgotten engine would never be collected. Its end runs by `weakref.finalize`, in
-any thread and at any moment the garbage collector likes, and at the exit of the interpreter.
+`Holdings` refers to nothing of an engine, or a forgotten engine would never be collected. Its end runs by
+`weakref.finalize`, in any thread and at any moment the garbage collector likes, and at the exit of the
+interpreter.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def leak(thing: object) -> None:
 
 
 class Holdings:
-    """The lane behind `pointer`, and everything that it uses. `timeout`: seconds to wait for its threads at the end."""
+    """The lane behind `pointer`, and everything that it uses. `timeout`: seconds to wait for its threads at
+    the end."""
 
     __slots__ = ("_husk", "_kept", "_lock", "forks", "pointer", "timeout")
 
@@ -80,15 +83,16 @@ class Holdings:
         self._kept.pop((kind, number), None)
 
     def stop(self, seconds: float) -> tuple[bool, int]:
-        """Refuse, withdraw, shut out, and wait so long. Have its threads left, and how many peers are inside a write?"""
+        """Refuse, withdraw, shut out, and wait so long. Have its threads left, and how many peers are inside
+        a write?"""
         inside = native.ffi.new("int *")
         nanoseconds = int(min(max(seconds, 0.0), MOST_SECONDS) * 1e9)
         quiet = native.lib.at_lane_stop(self.pointer, nanoseconds, inside) == native.lib.AT_OK
         return quiet, int(inside[0])
 
     def end(self, seconds: float | None = None) -> None:
-        """End the lane and let go of what it used. What cannot be proved to be over within `seconds` (None: `timeout`) is kept
-        for ever, with a `ResourceWarning`. Any thread; twice is silent."""
+        """End the lane and let go of what it used. What cannot be proved to be over within `seconds` (None:
+        `timeout`) is kept for ever, with a `ResourceWarning`. Any thread; twice is silent."""
         if self.forked:  # nothing native runs there, and the lock may be another thread's of the parent for ever
             self._let_go()
             return
@@ -133,7 +137,8 @@ class Holdings:
 
 
 def _at_exit() -> None:
-    """No native thread outlives the interpreter. Daemon threads of Python may: they find the lanes shut, and nothing freed."""
+    """No native thread outlives the interpreter. Daemon threads of Python may: they find the lanes shut, and
+    nothing freed."""
     global _exiting
     _exiting = True
     left = list(_open.values())

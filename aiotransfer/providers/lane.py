@@ -1,7 +1,7 @@
 """One engine's lane, typed.
 
-The engine's hot path calls the extension's functions directly with `Lane.pointer` (one attribute, one call); everything less
-frequent goes through the methods here.
+The engine's hot path calls the extension's functions directly with `Lane.pointer` (one attribute, one call);
+everything less frequent goes through the methods here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Event(NamedTuple):
 
 
 class Lane:
-    """The C lane, with what it uses (`holdings`); `free` once, after all paths are closed. A forgotten one is ended like that."""
+    """The C lane, with what it uses (`holdings`); `free` once, after all paths are closed. A forgotten one is
+    ended like that."""
 
     __slots__ = (
         "__weakref__", "_closing", "_dropped", "_husk", "_thread", "cpus_for", "events", "fd", "holdings", "pointer", "waiting"
@@ -82,8 +83,8 @@ class Lane:
         return not self.usable or self.holdings.stop(0.0) == (True, 0)
 
     def free(self, seconds: float | None = None) -> None:
-        """Destroy the lane, after so many seconds at most (None: `drain_timeout`). What it uses is let go, or kept for ever with
-        a warning. Later calls through this object do nothing."""
+        """Destroy the lane, after so many seconds at most (None: `drain_timeout`). What it uses is let go, or
+        kept for ever with a warning. Later calls through this object do nothing."""
         self.pointer = None  # first: no call may begin while it is freed
         self.holdings.end(seconds)
 
@@ -115,7 +116,8 @@ class Lane:
             call()
 
     def place(self, rail: Any, nic: str) -> None:
-        """Have the threads that serve a rail run near its NIC, where `cpus_for` says so. Reads files; any thread."""
+        """Have the threads that serve a rail run near its NIC, where `cpus_for` says so. Reads files; any
+        thread."""
         if self.cpus_for is not None and (cpus := self.cpus_for(nic)):
             native.lib.at_fab_pin(self.pointer, rail, cpus, len(cpus))
 
@@ -132,7 +134,8 @@ class Lane:
         return int(region)
 
     def region_lazy(self, region: int) -> None:
-        """Mark a region that we did not allocate: its pages may not be there yet, and the loop does not wait for them."""
+        """Mark a region that we did not allocate: its pages may not be there yet, and the loop does not wait
+        for them."""
         if native.lib.at_region_lazy(self.pointer, region) == native.lib.AT_ENOMEM:
             raise shortage(errno.ENOMEM, "cannot register") or BusyError("cannot register")
 
@@ -150,7 +153,8 @@ class Lane:
         native.lib.at_region_look(self.pointer, region)
 
     def region_on_device(self, region: int, cuda: int, dma_buf: tuple[int, int] | None) -> None:
-        """Mark a region as memory of this GPU; `dma_buf`: the caller's descriptor, and the address where its range begins."""
+        """Mark a region as memory of this GPU; `dma_buf`: the caller's descriptor, and the address where its
+        range begins."""
         native.lib.at_region_on_device(self.pointer, region, cuda, *(dma_buf or (-1, 0)))
 
     def close_region(self, region: int) -> bool:
@@ -174,8 +178,8 @@ class Lane:
         return int(native.lib.at_grant_active(self.pointer, slot)) if self.usable else 0
 
     def expel_grant(self, slot: int) -> int:
-        """Cut off peers that are still inside a write under a revoked grant, where their provider can fence one peer alone.
-        Returns the number of peers that are left."""
+        """Cut off peers that are still inside a write under a revoked grant, where their provider can fence
+        one peer alone. Returns the number of peers that are left."""
         return int(native.lib.at_grant_expel(self.pointer, slot)) if self.usable else 0
 
     def free_grant(self, slot: int) -> None:
@@ -193,13 +197,15 @@ class Lane:
         return int(native.lib.at_remote_add(self.pointer, peer, base, va, nbytes, access, slot, epoch))
 
     def hold_remote(self, remote: int, mapping: object) -> None:
-        """`mapping` keeps the memory of a remote region mapped, until the region is closed and no operation uses it."""
+        """`mapping` keeps the memory of a remote region mapped, until the region is closed and no operation
+        uses it."""
         self.holdings.hold("remote", remote, mapping)
 
     def close_remote(self, remote: int) -> None:
         """Forget a remote region; the lane waits for operations that still use it.
 
-        In any thread, as the end of an object may be: from another one it is put off, as the lane might be freed meanwhile."""
+        In any thread, as the end of an object may be: from another one it is put off, as the lane might be
+        freed meanwhile."""
         self._dropped.append(remote)
         if threading.get_ident() == self._thread:
             self._close_dropped()
@@ -265,7 +271,8 @@ class Segment:
 
     @classmethod
     def map(cls, fd: int, nbytes: int) -> Segment:
-        """Map a peer's segment after verifying seals and size. `fd` stays the caller's. Raises `RegistrationError`."""
+        """Map a peer's segment after verifying seals and size. `fd` stays the caller's. Raises
+        `RegistrationError`."""
         base = native.ffi.new("void **")
         rc = native.lib.at_segment_map(fd, nbytes, base)
         if rc != 0:

@@ -1,11 +1,11 @@
 """loopback: engines of one process, over the simulator, in real time.
 
-All engines of a process share one simulated network without delays or faults; a write is delivered inside the call that submits
-it. The network is in C beneath the lane, so that everything above the port is what other fabrics get. Networks with a seed, a
-virtual clock and faults are made by `aiotransfer.testing`.
+All engines of a process share one simulated network without delays or faults; a write is delivered inside the
+call that submits it. The network is in C beneath the lane, so that everything above the port is what other
+fabrics get. Networks with a seed, a virtual clock and faults are made by `aiotransfer.testing`.
 
-An address is all that a write needs here, and any holder of the key can make a descriptor. So before the first write the owner,
-found in this process by its incarnation, is asked whether it ever granted that memory.
+An address is all that a write needs here, and any holder of the key can make a descriptor. So before the
+first write the owner, found in this process by its incarnation, is asked whether it ever granted that memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The one door to the compiled extension.
 
-`import aiotransfer` must work where the extension could not be built, so the import is tried once here and the reason of a
-failure is kept for `open_engine` and `doctor` to tell. Nothing outside this folder imports the extension.
+`import aiotransfer` must work where the extension could not be built, so the import is tried once here and
+the reason of a failure is kept for `open_engine` and `doctor` to tell. Nothing outside this folder imports
+the extension.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ except ImportError as error:
     except (OSError, ValueError):
         pass
 
-# What an installation without a compiler or without a library's headers left in pip's cache would be installed again.
+# What an installation without a compiler or without a library's headers left in pip's cache would be
+# installed again.
 REINSTALL = "pip install --no-cache-dir --force-reinstall aiotransfer"
 
 has_shm: bool = lib is not None and hasattr(lib, "at_shm_begin")

@@ -1,4 +1,5 @@
-"""Numbers in host memory, by address, shape and strides: what casts and quantisation (`providers.convert`) work on."""
+"""Numbers in host memory, by address, shape and strides: what casts and quantisation (`providers.convert`)
+work on."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ from aiotransfer.model.dtypes import DType, lookup
 class Numbers(NamedTuple):
     """An array of numbers in host memory.
 
-    `address` is where element 0 lies, `dtype` a name such as "bfloat16", `shape` counts elements, `strides` are in bytes.
-    Strides are not negative, and in what is written to elements along the last dimension must be neighbours; in what is read they
-    need not be, which is slow. `keep` is what owns the memory: it is only held. Without it the memory must stay until the call
-    that got this has returned.
+    `address` is where element 0 lies, `dtype` a name such as "bfloat16", `shape` counts elements, `strides`
+    are in bytes. Strides are not negative, and in what is written to elements along the last dimension must
+    be neighbours; in what is read they need not be, which is slow. `keep` is what owns the memory: it is only
+    held. Without it the memory must stay until the call that got this has returned.
     """
 
     address: int
@@ -54,9 +55,10 @@ class Numbers(NamedTuple):
 def numbers(array: Any, dtype: Any = None, *, device: str = "cpu") -> Numbers:
     """Describe `array`, of NumPy or a torch tensor in host memory; `Numbers` are returned as they are.
 
-    `dtype` names the element type where the array's own does not: "bfloat16" for an array of uint16, "float8_e4m3fn" for one of
-    uint8. Its size must be that of the elements. `device` is where a tensor has to be. Raises `TypeError`, and `ValueError` for
-    memory that does not hold the numbers as they read (a conjugated view, another device).
+    `dtype` names the element type where the array's own does not: "bfloat16" for an array of uint16,
+    "float8_e4m3fn" for one of uint8. Its size must be that of the elements. `device` is where a tensor has to
+    be. Raises `TypeError`, and `ValueError` for memory that does not hold the numbers as they read (a
+    conjugated view, another device).
     """
     if isinstance(array, Numbers):
         return array if dtype is None else array._replace(dtype=_same_size(array.dtype, dtype))
@@ -92,8 +94,8 @@ def _same_size(held: str, named: Any) -> str:
 
 
 def checked(what: str, given: Any, dtypes: Sequence[str], *, writable: bool = False, device: str = "cpu") -> Numbers:
-    """`numbers(given)`, of one of these element types and with rows that a kernel can walk. Raises `TypeError` or `ValueError`
-    that begins with `what`."""
+    """`numbers(given)`, of one of these element types and with rows that a kernel can walk. Raises
+    `TypeError` or `ValueError` that begins with `what`."""
     try:
         found = numbers(given, device=device)
     except (TypeError, ValueError) as error:
@@ -125,7 +127,8 @@ def _walkable(what: str, found: Numbers, *, dense: bool) -> None:
 
 
 def _apart_in_itself(found: Numbers) -> bool:
-    """Whether no two elements share a byte; also False for strides that interleave in other ways than rows do."""
+    """Whether no two elements share a byte; also False for strides that interleave in other ways than rows
+    do."""
     reach = found.itemsize
     for stride, n in sorted((s, n) for n, s in zip(found.shape, found.strides, strict=True) if n > 1):
         if stride < reach:
@@ -135,7 +138,8 @@ def _apart_in_itself(found: Numbers) -> bool:
 
 
 def check_apart(first: str, a: Numbers, second: str, b: Numbers) -> None:
-    """Raises `ValueError` where the two have a byte in common, or rows that interleave at different strides."""
+    """Raises `ValueError` where the two have a byte in common, or rows that interleave at different
+    strides."""
     if not a.size or not b.size or a.end <= b.address or b.end <= a.address:
         return
     mine, other = _rows_of(a), _rows_of(b)
@@ -149,7 +153,8 @@ def check_apart(first: str, a: Numbers, second: str, b: Numbers) -> None:
 
 
 def _rows_of(of: Numbers) -> tuple[int, int, int] | None:
-    """How many rows, at which stride, of how many bytes each; None where it is more than rows at one stride."""
+    """How many rows, at which stride, of how many bytes each; None where it is more than rows at one
+    stride."""
     shape, (strides,) = in_rows((of,))
     if len(shape) > 2:
         return None
@@ -157,8 +162,8 @@ def _rows_of(of: Numbers) -> tuple[int, int, int] | None:
 
 
 def merged(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
-    """The dimensions of several arrays of one shape as few as can be: those of one element are left out, and two that follow each
-    other without a gap in all arrays become one."""
+    """The dimensions of several arrays of one shape as few as can be: those of one element are left out, and
+    two that follow each other without a gap in all arrays become one."""
     extents: list[int] = []
     steps: list[list[int]] = [[] for _ in strides]
     for d, n in enumerate(shape):

@@ -1,8 +1,8 @@
 """The provider port: what the engine asks of a way to reach peers.
 
-A provider sets paths up and binds remote memory; both need a conversation with the other side, which the engine lends as a
-`Conversation` (questions over the authenticated control connection). After that the engine talks to the lane alone, with every
-provider.
+A provider sets paths up and binds remote memory; both need a conversation with the other side, which the
+engine lends as a `Conversation` (questions over the authenticated control connection). After that the engine
+talks to the lane alone, with every provider.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from aiotransfer.model.offer import ProviderOffer
 
 
 class Outside(NamedTuple):
-    """Under which addresses (numbers) others reach this host, where these are not its own; and which ports it may use: first and
-    last, 0: any."""
+    """Under which addresses (numbers) others reach this host, where these are not its own; and which ports it
+    may use: first and last, 0: any."""
 
     hosts: tuple[str, ...] = ()
     ports: tuple[int, int] = (0, 0)
@@ -34,8 +34,9 @@ Pairing = Callable[[Ends, Ends, bool, tuple[str, str] | None], tuple[tuple[str, 
 
 
 class Ways(NamedTuple):
-    """By which NICs others are reached: `rails`, the names that the application chose, none: all that fit; `pairing`, which
-    of both sides' rails go together, None: one rail, by the addresses of the control connection; `outside`."""
+    """By which NICs others are reached: `rails`, the names that the application chose, none: all that fit;
+    `pairing`, which of both sides' rails go together, None: one rail, by the addresses of the control
+    connection; `outside`."""
 
     rails: Sequence[str] = ()
     pairing: Pairing | None = None
@@ -49,7 +50,8 @@ T = TypeVar("T")
 
 
 def decode(decoder: msgspec.msgpack.Decoder[T], body: bytes, what: str, provider: str) -> T:
-    """What the other side's provider said: pure, any bytes in, a value or `BrokenError` out. The caller checks ranges."""
+    """What the other side's provider said: pure, any bytes in, a value or `BrokenError` out. The caller
+    checks ranges."""
     if len(body) > MOST_SAID:
         raise BrokenError(f"{len(body)} bytes are no {what}", provider=provider)
     try:
@@ -76,12 +78,14 @@ class Conversation(Protocol):
         ...
 
     async def ask(self, provider: str, body: bytes, timeout: float | None = None) -> bytes:
-        """Ask the provider of the other side; raises what it answered with, `PeerLostError`, or `TransferTimeout` after `timeout`
-        seconds (None: the engine's). `math.inf` where the caller is bounded by the deadline of an operation."""
+        """Ask the provider of the other side; raises what it answered with, `PeerLostError`, or
+        `TransferTimeout` after `timeout` seconds (None: the engine's). `math.inf` where the caller is bounded
+        by the deadline of an operation."""
         ...
 
     def opening(self) -> AbstractContextManager[None]:
-        """Around setting a path up that the other side asked for. Raises `BrokenError` when it has as many as it may have."""
+        """Around setting a path up that the other side asked for. Raises `BrokenError` when it has as many as
+        it may have."""
         ...
 
 
@@ -140,7 +144,8 @@ class Path:
         return (self,)
 
     def silent(self, now: float, seconds: float, blocked: bool) -> list[Path]:
-        """Connections of which nothing has come for so long, while something came by others. `blocked`: we did not listen."""
+        """Connections of which nothing has come for so long, while something came by others. `blocked`: we
+        did not listen."""
         return []
 
     def strike(self) -> None:
@@ -155,7 +160,8 @@ class Path:
             )  # fmt: skip
 
     async def bind(self, grant: Grant, conversation: Conversation, peer: Any) -> Binding:
-        """Make `grant` usable by the lane; raises `StaleRegionError`, `RegistrationError` or `BrokenError`."""
+        """Make `grant` usable by the lane; raises `StaleRegionError`, `RegistrationError` or
+        `BrokenError`."""
         raise NotImplementedError
 
     def revoked(self, slot: int, epoch: int) -> None:
@@ -174,7 +180,8 @@ class Path:
         raise BrokenError("this path does not heal", provider=self.provider)
 
     async def retire(self, conversation: Conversation) -> None:
-        """Give it up on both sides, what was counted by it settled. Raises `BrokenError` where that cannot be told."""
+        """Give it up on both sides, what was counted by it settled. Raises `BrokenError` where that cannot be
+        told."""
         raise BrokenError("this path cannot tell what was counted", provider=self.provider)
 
     def close(self) -> None:
@@ -207,7 +214,8 @@ class Provider(Protocol):
         ...
 
     async def dial(self, conversation: Conversation, theirs: ProviderOffer) -> Path:
-        """Set a path up from the side that connected. Raises `BrokenError` or `ConfigurationError` with the reason."""
+        """Set a path up from the side that connected. Raises `BrokenError` or `ConfigurationError` with the
+        reason."""
         ...
 
     async def answer(self, conversation: Conversation, theirs: ProviderOffer, body: bytes) -> tuple[bytes, Path | None]:

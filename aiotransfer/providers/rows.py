@@ -1,7 +1,8 @@
 """Rows of token memory: moved by tables of row numbers, and summed with weights (`ffi/rows`).
 
-Everything that can be refused is refused before a byte moves. That the memory of source and destination do not overlap is the
-caller's business, and so is that no other thread writes there meanwhile: the interpreter's lock is not held.
+Everything that can be refused is refused before a byte moves. That the memory of source and destination do
+not overlap is the caller's business, and so is that no other thread writes there meanwhile: the interpreter's
+lock is not held.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
 class Rows(NamedTuple):
     """Row r is the `nbytes` bytes at `offset + r * stride` of `memory`, a contiguous uint8 array.
 
-    A NumPy array for what is done here; kernels for other memory (`moe.kernels`) take theirs in the same record.
+    A NumPy array for what is done here; kernels for other memory (`moe.kernels`) take theirs in the same
+    record.
     """
 
     memory: Any
@@ -35,10 +37,11 @@ class Rows(NamedTuple):
 
 
 def move(dst: Rows, dst_rows: Any, src: Rows, src_rows: Any, n: int) -> None:
-    """Copy row `src_rows[i]` of `src` to row `dst_rows[i]` of `dst` for i below n; None as a table: row i itself.
+    """Copy row `src_rows[i]` of `src` to row `dst_rows[i]` of `dst` for i below n; None as a table: row i
+    itself.
 
-    Tables are one-dimensional contiguous int64 arrays of n rows. Raises `TypeError`, or `ValueError` with the row that does not
-    fit.
+    Tables are one-dimensional contiguous int64 arrays of n rows. Raises `TypeError`, or `ValueError` with the
+    row that does not fit.
     """
     to, from_ = _pointer("dst", dst, writable=True), _pointer("src", src)
     if dst.nbytes != src.nbytes:
@@ -51,11 +54,12 @@ def move(dst: Rows, dst_rows: Any, src: Rows, src_rows: Any, n: int) -> None:
 
 
 def weigh(out: Rows, src: Rows, index: Any, weights: Any, *, dtype: Any, out_dtype: Any) -> None:
-    """Row t of `out` becomes the sum over k of `weights[t, k]` times row `index[t, k]` of `src`; an index below 0 is left out.
+    """Row t of `out` becomes the sum over k of `weights[t, k]` times row `index[t, k]` of `src`; an index
+    below 0 is left out.
 
-    The sum is made in float32, in the order of k, and its bits are the same on every processor; a NaN becomes the quiet one.
-    Elements are float32, bfloat16 or float16. `index` is int64 and `weights` float32, both contiguous of [tokens, choices].
-    Raises `TypeError` or `ValueError`.
+    The sum is made in float32, in the order of k, and its bits are the same on every processor; a NaN becomes
+    the quiet one. Elements are float32, bfloat16 or float16. `index` is int64 and `weights` float32, both
+    contiguous of [tokens, choices]. Raises `TypeError` or `ValueError`.
     """
     if not _is_array(index, np.int64, 2) or not _is_array(weights, np.float32, 2):
         raise TypeError("index and weights must be contiguous arrays of [tokens, choices], int64 and float32")
@@ -87,8 +91,8 @@ def same_rows(one: Rows, other: Rows, n: int) -> bool:
 
 
 def weigh_at(out: Rows, at: Any, weights: Any, nbytes: int, *, dtype: Any, out_dtype: Any) -> None:
-    """As `weigh`, with rows of `nbytes` at any addresses: uint64 [tokens, choices], 0 is left out. That those are memory which
-    may be read until this returns is the caller's business."""
+    """As `weigh`, with rows of `nbytes` at any addresses: uint64 [tokens, choices], 0 is left out. That those
+    are memory which may be read until this returns is the caller's business."""
     to = _pointer("out", out, writable=True)
     (out_kind, hidden), (kind, given) = _elements("out", out.nbytes, out_dtype), _elements("src", nbytes, dtype)
     if hidden != given:
@@ -108,7 +112,8 @@ def weigh_at(out: Rows, at: Any, weights: Any, nbytes: int, *, dtype: Any, out_d
 
 
 def limit(level: int) -> int:
-    """Tests: sum with plain C (0), at most AVX2 (1), or AVX-512 (2), as far as this processor has them. Returns which it is."""
+    """Tests: sum with plain C (0), at most AVX2 (1), or AVX-512 (2), as far as this processor has them.
+    Returns which it is."""
     return int(native.lib.at_rows_limit(level))
 
 

@@ -24,14 +24,17 @@ if TYPE_CHECKING:
 async def over_store(
     engine: Engine, store: Store, rank: int, world_size: int, *, prefix: str = "", timeout: float | None = None
 ) -> list[str]:
-    """The addresses of all `world_size` ranks, in order, when every rank has called it: `engine` is that of `rank`.
+    """The addresses of all `world_size` ranks, in order, when every rank has called it: `engine` is that of
+    `rank`.
 
-    `store` is shared by the ranks: torch's `TCPStore`, or any `Store`. Keys begin with `prefix`, which may carry a generation;
-    what earlier starts left in the store is told apart in any case. Ends within `timeout` seconds (None: the engine's).
+    `store` is shared by the ranks: torch's `TCPStore`, or any `Store`. Keys begin with `prefix`, which may
+    carry a generation; what earlier starts left in the store is told apart in any case. Ends within `timeout`
+    seconds (None: the engine's).
 
-    Raises `RendezvousError` naming the ranks that are missing, or why those that came cannot be one group, `ConfigurationError`
-    when this engine listens on no address that others could use (at once; the other ranks raise a `RendezvousError` that names
-    this one and its reason, as soon as they look), `TypeError` or `ValueError`.
+    Raises `RendezvousError` naming the ranks that are missing, or why those that came cannot be one group,
+    `ConfigurationError` when this engine listens on no address that others could use (at once; the other
+    ranks raise a `RendezvousError` that names this one and its reason, as soon as they look), `TypeError` or
+    `ValueError`.
     """
     timeout = seconds(timeout, engine.timeout)
     return await meet(engine, Caller(store, asyncio.get_running_loop().time() + timeout, timeout), rank, world_size, prefix)
@@ -72,11 +75,12 @@ async def meet(engine: Engine, caller: Caller, rank: int, world_size: int, prefi
 async def from_list(
     engine: Engine, addresses: Sequence[str | Address], *, name: str = "", timeout: float | None = None
 ) -> PeerGroup:
-    """The group of `engine` and all others at `addresses`, connected: every member calls it with the same list, itself included.
-    `name`: of the group, where the engines have several; ends within `timeout` seconds (None: the engine's).
+    """The group of `engine` and all others at `addresses`, connected: every member calls it with the same
+    list, itself included. `name`: of the group, where the engines have several; ends within `timeout` seconds
+    (None: the engine's).
 
-    Raises what `Engine.group` and the group's first `barrier` raise: `ValueError` for a list that cannot be one,
-    `TransferTimeout` naming those not heard of, `PeerLostError`.
+    Raises what `Engine.group` and the group's first `barrier` raise: `ValueError` for a list that cannot be
+    one, `TransferTimeout` naming those not heard of, `PeerLostError`.
     """
     group = engine.group(addresses, name=name)
     await group.barrier(timeout=timeout)
@@ -100,7 +104,8 @@ async def _all_there(caller: Caller, keys: roster.Keys, rank: int, wanted: Seque
 
 
 async def _refuse(caller: Caller, keys: roster.Keys, rank: int, reason: str) -> None:
-    """Tell the ranks that wait for this one. A store that takes no words is no better reason than the one that is raised."""
+    """Tell the ranks that wait for this one. A store that takes no words is no better reason than the one
+    that is raised."""
     refusal = roster.Refusal(rank, secrets.token_hex(8), reason)
     with contextlib.suppress(RendezvousError):
         await caller.set(keys.entries[rank], refusal.encode())
@@ -108,7 +113,8 @@ async def _refuse(caller: Caller, keys: roster.Keys, rank: int, reason: str) -> 
 
 
 async def _look_for_refusal(caller: Caller, keys: roster.Keys, rank: int) -> None:
-    """Raise `RendezvousError` where a rank has said that it cannot take part, and this rank was not told so before."""
+    """Raise `RendezvousError` where a rank has said that it cannot take part, and this rank was not told so
+    before."""
     if not await caller.have([keys.refused]):
         return
     (named,) = await caller.get_all([keys.refused])

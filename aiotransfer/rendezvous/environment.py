@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 async def from_environment(
     engine: Engine, *, name: str = "", timeout: float | None = None, environ: Mapping[str, str] | None = None
 ) -> PeerGroup:
-    """The group of all ranks of this job, connected; `group.rank` is the rank of `engine`. `name`: of the group, where a job
-    has several; `environ`: the variables (None: `os.environ`).
+    """The group of all ranks of this job, connected; `group.rank` is the rank of `engine`. `name`: of the
+    group, where a job has several; `environ`: the variables (None: `os.environ`).
 
-    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and meets over torch's TCPStore there: the one of torchrun's agent, or,
-    without an agent, one that rank 0 makes (shared with torch.distributed in the same process). A restart by torchrun gets keys
-    of its own. Ends within `timeout` seconds (None: the engine's).
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and meets over torch's TCPStore there: the one of
+    torchrun's agent, or, without an agent, one that rank 0 makes (shared with torch.distributed in the same
+    process). A restart by torchrun gets keys of its own. Ends within `timeout` seconds (None: the engine's).
 
-    Raises `ConfigurationError` for missing variables or a missing torch, else as `over_store` and `from_list`. """
+    Raises `ConfigurationError` for missing variables or a missing torch, else as `over_store` and
+    `from_list`. """
     launch = Launch.parse(os.environ if environ is None else environ)
     make = _tcp_store()
     loop = asyncio.get_running_loop()
@@ -42,17 +43,19 @@ async def from_environment(
         await _answers(launch, deadline, timeout)
     caller = Caller(make(launch), deadline, timeout)  # the port is open, or ours to open: this takes no time
     addresses = await meet(engine, caller, launch.rank, launch.size, launch.prefix)
-    # `caller` holds the store, which on rank 0 serves the others, until the barrier says that all ranks have read it.
+    # `caller` holds the store, which on rank 0 serves the others, until the barrier says that all ranks have
+    # read it.
     return await from_list(engine, addresses, name=name, timeout=max(caller.left, 0.001))
 
 
 def listen_address(environ: Mapping[str, str] | None = None, *, towards: str | Address | None = None) -> str:
-    """Where an engine of this rank should listen: `open_engine(listen=listen_address())`. `environ`: the variables (None:
-    `os.environ`). `towards`: without a launcher, the address of an engine that this one will meet (None: the variables say).
+    """Where an engine of this rank should listen: `open_engine(listen=listen_address())`. `environ`: the
+    variables (None: `os.environ`). `towards`: without a launcher, the address of an engine that this one will
+    meet (None: the variables say).
 
-    Loopback when all ranks are on this host (or the variables say nothing), else the address by which this host reaches
-    MASTER_ADDR, or `towards`, on any free port. Looks a name up, which may block: call it before there is much of an event loop
-    to block. Raises `ConfigurationError` when there is no way there. """
+    Loopback when all ranks are on this host (or the variables say nothing), else the address by which this
+    host reaches MASTER_ADDR, or `towards`, on any free port. Looks a name up, which may block: call it before
+    there is much of an event loop to block. Raises `ConfigurationError` when there is no way there. """
     if towards is not None:
         address = Address.parse(towards)
         return _route_to(address.host, address.port, str(address))
@@ -111,7 +114,8 @@ async def _answers(launch: Launch, deadline: float, seconds: float) -> None:
     while (left := deadline - loop.time()) > 0:
         try:
             async with asyncio.timeout(None if left == float("inf") else left):
-                # Resolved here: uvloop logs the error of a name whose connection was given up while it was looked up.
+                # Resolved here: uvloop logs the error of a name whose connection was given up while it was
+                # looked up.
                 found = await loop.getaddrinfo(launch.host, launch.port, type=socket.SOCK_STREAM)
                 where = found[turn % len(found)][4]
                 turn += 1

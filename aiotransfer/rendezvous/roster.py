@@ -1,9 +1,10 @@
 """What ranks write into a shared store, and what they conclude from it. Pure: no store, no clock.
 
-Each rank writes one *entry* (its address and the incarnation of its engine). A rank that has read all entries writes the *digest*
-of what it read, and has arrived when all ranks wrote this same digest. A store that outlives a start (torchrun keeps one over its
-restarts) may hold entries and digests of processes that are gone; an incarnation is new at every start, so nothing that was
-written before this rank's entry can be equal to its digest, and no rank leaves with the address of a process that is gone.
+Each rank writes one *entry* (its address and the incarnation of its engine). A rank that has read all entries
+writes the *digest* of what it read, and has arrived when all ranks wrote this same digest. A store that
+outlives a start (torchrun keeps one over its restarts) may hold entries and digests of processes that are
+gone; an incarnation is new at every start, so nothing that was written before this rank's entry can be equal
+to its digest, and no rank leaves with the address of a process that is gone.
 """
 
 from __future__ import annotations
@@ -90,8 +91,9 @@ class Refusal(NamedTuple):
 
 
 class Keys:
-    """The names of all keys of one meeting. `refused` names the rank that has refused last; its refusal is its entry. A rank
-    writes the refusal of which it was told under `told`: in a store that outlives a start, it is an old one the next time."""
+    """The names of all keys of one meeting. `refused` names the rank that has refused last; its refusal is
+    its entry. A rank writes the refusal of which it was told under `told`: in a store that outlives a start,
+    it is an old one the next time."""
 
     def __init__(self, prefix: str, size: int) -> None:
         self.entries = [f"{prefix}aiotransfer/entry/{rank}" for rank in range(size)]
@@ -121,7 +123,8 @@ def digest(entries: Sequence[bytes]) -> bytes:
 
 
 def addresses(own: Entry, found: Sequence[bytes]) -> list[str]:
-    """The addresses of all ranks, from their entries. Raises `RendezvousError` when they cannot be one group."""
+    """The addresses of all ranks, from their entries. Raises `RendezvousError` when they cannot be one
+    group."""
     entries = [Entry.decode(data, rank) for rank, data in enumerate(found)]
     if entries[own.rank] != own:
         raise RendezvousError(
@@ -187,7 +190,8 @@ class Launch(NamedTuple):
             raise ConfigurationError(f"MASTER_PORT={numbers['MASTER_PORT']} is no port", hint="torchrun --standalone picks one")
         if rank >= size:
             raise ConfigurationError(f"RANK={rank} is not below WORLD_SIZE={size}")
-        # torchrun's agent keeps one store over all restarts of its workers: each restart gets keys of its own.
+        # torchrun's agent keeps one store over all restarts of its workers: each restart gets keys of its
+        # own.
         agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         generation = f"{environ.get('TORCHELASTIC_RUN_ID', '')}/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"
         return cls(

@@ -1,4 +1,5 @@
-"""A foreign, blocking store used from an event loop: calls run in a thread, end with a deadline, and can be cancelled."""
+"""A foreign, blocking store used from an event loop: calls run in a thread, end with a deadline, and can be
+cancelled."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ GRACE_SECONDS = 1.0  # that a call already under way may take beyond the deadlin
 class Store(Protocol):
     """What is asked of a store; torch's `TCPStore`, `FileStore`, `HashStore` and `PrefixStore` are such.
 
-    Calls may block and must be safe from another thread. One with `check(keys) -> bool` (all there?) is asked by that; otherwise
-    `wait` is called again and again for a tenth of a second, and may raise any exception when that passes.
+    Calls may block and must be safe from another thread. One with `check(keys) -> bool` (all there?) is asked
+    by that; otherwise `wait` is called again and again for a tenth of a second, and may raise any exception
+    when that passes.
     """
 
     def set(self, key: str, value: Any, /) -> Any:
@@ -39,7 +41,8 @@ class Store(Protocol):
 
 
 class Caller:
-    """One store for one meeting with one deadline (event-loop time; infinity: none), `seconds` after the beginning."""
+    """One store for one meeting with one deadline (event-loop time; infinity: none), `seconds` after the
+    beginning."""
 
     def __init__(self, store: Store, deadline: float, seconds: float) -> None:
         self._store = store
@@ -84,7 +87,8 @@ class Caller:
         return [index for index, key in enumerate(keys) if not await self.have([key])]
 
     async def _call(self, work: Callable[[], T]) -> T:
-        """Run `work` in a thread. A cancelled caller leaves when the thread has, so that no thread is left inside the store."""
+        """Run `work` in a thread. A cancelled caller leaves when the thread has, so that no thread is left
+        inside the store."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
 
@@ -103,7 +107,8 @@ class Caller:
                 answer: tuple[T | None, BaseException | None] = (asked.pop()(), None)
             except BaseException as error:  # handed to the waiter, in its own thread
                 answer = (None, error)
-            # From here on this thread holds nothing of the store, which may be destroyed in the thread of the waiter.
+            # From here on this thread holds nothing of the store, which may be destroyed in the thread of the
+            # waiter.
             try:
                 loop.call_soon_threadsafe(settle, *answer)
             except RuntimeError:  # the loop was closed: no task waits any more

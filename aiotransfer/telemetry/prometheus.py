@@ -11,9 +11,11 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 
 class Maker:
-    """Makes metrics whose names begin with `aiotransfer_`, the component and `_`. `registry`: None for Prometheus's own.
+    """Makes metrics whose names begin with `aiotransfer_`, the component and `_`. `registry`: None for
+    Prometheus's own.
 
-    Raises `ConfigurationError` without the extra `metrics`; its calls raise `ValueError` for a name that the registry has.
+    Raises `ConfigurationError` without the extra `metrics`; its calls raise `ValueError` for a name that the
+    registry has.
     """
 
     def __init__(self, component: str, registry: Any) -> None:

@@ -13,8 +13,9 @@ MOST_RECORDS = 1000  # that a role keeps
 
 
 class Host:
-    """Calls code of the host, or code that stands on it (an exporter), for one role: what it raises is logged, and goes no
-    further. Each role has its own limit of lines, so that one does not silence another."""
+    """Calls code of the host, or code that stands on it (an exporter), for one role: what it raises is
+    logged, and goes no further. Each role has its own limit of lines, so that one does not silence
+    another."""
 
     __slots__ = ("_limit",)
 

@@ -1,4 +1,5 @@
-"""Spans for the host's tracer, where the host has one: nothing is configured here, and without OpenTelemetry nothing happens."""
+"""Spans for the host's tracer, where the host has one: nothing is configured here, and without OpenTelemetry
+nothing happens."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ def current() -> Any:
 
 
 def begin(scope: str, name: str, context: Any, began: float) -> Any:
-    """A span that began at `began`, seconds of `time.time()`: a child of the span of `context`, or a root. None: do nothing."""
+    """A span that began at `began`, seconds of `time.time()`: a child of the span of `context`, or a root.
+    None: do nothing."""
     api, contexts = sys.modules.get("opentelemetry.trace"), sys.modules.get("opentelemetry.context")
     if api is None or contexts is None:
         return None
@@ -25,7 +27,8 @@ def begin(scope: str, name: str, context: Any, began: float) -> Any:
 def end(
     span: Any, finished: float, *, attributes: Mapping[str, Any], events: Mapping[str, float | None], error: str | None
 ) -> None:
-    """End it at `finished`. `events`: {name: when, None for what did not happen}; `error`: why it failed, None if it did not."""
+    """End it at `finished`. `events`: {name: when, None for what did not happen}; `error`: why it failed,
+    None if it did not."""
     if span.is_recording():
         for name, value in attributes.items():
             span.set_attribute(name, value)

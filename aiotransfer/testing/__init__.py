@@ -1,4 +1,5 @@
-"""Tools for tests of applications (and of this library): pairs of engines, payloads that reveal misplaced bytes, leak checks."""
+"""Tools for tests of applications (and of this library): pairs of engines, payloads that reveal misplaced
+bytes, leak checks."""
 
 from __future__ import annotations
 

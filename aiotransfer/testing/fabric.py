@@ -1,4 +1,5 @@
-"""A simulated world for whole engines: network, control connections and clock in one process, replayed byte for byte by a seed.
+"""A simulated world for whole engines: network, control connections and clock in one process, replayed byte
+for byte by a seed.
 
     def test_it_survives_reordering():
         async def scenario(net: Fabric) -> None:
@@ -8,9 +9,10 @@
 
         fabric(seed=7, delay=(1e-6, 1e-3), split=0.2).run(scenario)
 
-Time is virtual: when nothing can run at once, the clock jumps to the next delivery or timer, so timeouts of minutes pass in
-microseconds and no test waits. A scenario in which nothing can ever happen again raises `Deadlock` instead of hanging. Within one
-seed everything is decided in the same order, so a failure is repeated by its seed alone.
+Time is virtual: when nothing can run at once, the clock jumps to the next delivery or timer, so timeouts of
+minutes pass in microseconds and no test waits. A scenario in which nothing can ever happen again raises
+`Deadlock` instead of hanging. Within one seed everything is decided in the same order, so a failure is
+repeated by its seed alone.
 """
 
 from __future__ import annotations
@@ -131,7 +133,8 @@ class _Pipe(asyncio.Transport):
             self._protocol.connection_lost(error)  # type: ignore[arg-type]
 
     def cut(self, error: OSError | None = None) -> None:
-        """The other side has gone without a word. With an error: it may be there, but nothing reaches it by this connection."""
+        """The other side has gone without a word. With an error: it may be there, but nothing reaches it by
+        this connection."""
         self._closing = True
         self._net.loop.call_soon(self._lost, error or ConnectionResetError("connection reset by peer"))
 
@@ -146,7 +149,8 @@ class _Pipe(asyncio.Transport):
 
 
 class _Wire:
-    """The control network as one engine sees it (see `control.network.Network`); also what it listens with."""
+    """The control network as one engine sees it (see `control.network.Network`); also what it listens
+    with."""
 
     def __init__(self, net: Fabric, hosts: list[str]) -> None:
         self._net = net
@@ -258,7 +262,8 @@ class Fabric:
         return int(self._counts.now) / _SECOND
 
     def _pass_time(self, timeout: float | None) -> bool:
-        """Move the clock to the next delivery or by `timeout`, whichever comes first. False: there is nothing to wait for."""
+        """Move the clock to the next delivery or by `timeout`, whichever comes first. False: there is nothing
+        to wait for."""
         due = int(native.lib.at_net_next(self._pointer))
         if timeout is None and due < 0:
             waiting = [_where(task) for task in asyncio.all_tasks(self.loop)]
@@ -269,7 +274,8 @@ class Fabric:
         return True
 
     def at_turn(self, turns: int, act: Callable[[], object]) -> None:
-        """Call `act` in `turns` turns of the loop from now: a test that does this for all of them misses no interleaving."""
+        """Call `act` in `turns` turns of the loop from now: a test that does this for all of them misses no
+        interleaving."""
         self._at_turn[self.turns + 1 + turns] = act
 
     def _turn(self) -> bool:
@@ -285,8 +291,8 @@ class Fabric:
     # ---- engines ----
 
     async def open_engine(self, *, ways: int = 1, **options: Any) -> Engine:
-        """An engine on this fabric; `options` are those of `open_engine`, but for providers and key. `ways`: how many NICs its
-        control connections may run by."""
+        """An engine on this fabric; `options` are those of `open_engine`, but for providers and key. `ways`:
+        how many NICs its control connections may run by."""
         wire = _Wire(self, [f"10.0.{way}.{len(self.engines) + 1}" for way in range(1, ways)])
         platform = Platform(entropy=self.random.randbytes, network=wire, threads=False, simulator=self)
         engine: Engine = await open_engine(providers="loopback", key=KEY, _platform=platform, **{"name": "", **options})
@@ -345,13 +351,13 @@ class Fabric:
                 act()
 
     def cut(self, source: Engine, target: Engine) -> int:
-        """Break the connection of `source` and `target`: what is under way has landed wholly, by half or not at all, and fails.
-        How many requests."""
+        """Break the connection of `source` and `target`: what is under way has landed wholly, by half or not
+        at all, and fails. How many requests."""
         return int(native.lib.at_net_break(self._pointer, source.incarnation, target.incarnation))
 
     def cut_control(self, one: Engine, other: Engine) -> int:
-        """Break the control connections between `one` and `other`, as when a NIC dies: what is under way is lost. How many there
-        were."""
+        """Break the control connections between `one` and `other`, as when a NIC dies: what is under way is
+        lost. How many there were."""
         near, far = self._wires[one], self._wires[other]
         pipes = [pipe for pipe in near.pipes if pipe.other in far.pipes and not pipe._closing]
         for pipe in pipes:
@@ -368,13 +374,15 @@ class Fabric:
         (self._unreachable.discard if on else self._unreachable.add)(address)
 
     def kill(self, engine: Engine) -> None:
-        """The process of `engine` ends without a word: its peers find out as they would from the operating system."""
+        """The process of `engine` ends without a word: its peers find out as they would from the operating
+        system."""
         native.lib.at_net_kill(self._pointer, engine.incarnation)
         self._wires[engine].backlog = None
         self._wires[engine].cut()
 
     def counts(self) -> dict[str, int]:
-        """How often each thing has happened so far; `now` in virtual ns; `trace`, a hash of every decision."""
+        """How often each thing has happened so far; `now` in virtual ns; `trace`, a hash of every
+        decision."""
         out = native.ffi.new("at_net_counts *")
         native.lib.at_net_counts_get(self._pointer, out)
         return {name: int(getattr(out, name)) for name, _ in native.ffi.typeof("at_net_counts").fields}
@@ -409,8 +417,9 @@ class Fabric:
 def fabric(
     seed: int = 0, *, delay: tuple[float, float] = (1e-6, 1e-4), refuse: float = 0.0, split: float = 0.0
 ) -> Fabric:
-    """A simulated fabric; all chances follow from `seed`. `delay`: least and most seconds from post to delivery (a range
-    reorders); `refuse`, `split`: the chance that a post is refused for now, and that a write lands in two halves."""
+    """A simulated fabric; all chances follow from `seed`. `delay`: least and most seconds from post to
+    delivery (a range reorders); `refuse`, `split`: the chance that a post is refused for now, and that a
+    write lands in two halves."""
     return Fabric(seed, delay, refuse, split)
 
 

@@ -37,6 +37,6 @@ def stopped(process: Process) -> Iterator[None]:
 
 
 def block_loop(seconds: float) -> None:
-    """Hold the interpreter's lock in C for so many `seconds`, as an extension that does not release it would: no Python runs in
-    this process."""
+    """Hold the interpreter's lock in C for so many `seconds`, as an extension that does not release it would:
+    no Python runs in this process."""
     ctypes.PyDLL(None).usleep(int(seconds * 1e6))

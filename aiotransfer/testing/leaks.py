@@ -77,7 +77,8 @@ def _thread_names() -> list[str]:
 
 
 def leaks_since(before: Leaks) -> list[str]:
-    """What is there now and was not at `before`. Threads that are ending (the kernel lists one a bit longer) are waited for."""
+    """What is there now and was not at `before`. Threads that are ending (the kernel lists one a bit longer)
+    are waited for."""
     until = time.monotonic() + JOINED_SECONDS
     while (left := snapshot()).threads > before.threads and time.monotonic() < until:
         time.sleep(0.001)

@@ -30,8 +30,8 @@ class Member(NamedTuple):
 
 @asynccontextmanager
 async def engine_group(n: int, provider: str = "auto", **options: Any) -> AsyncIterator[list[Member]]:
-    """Open `n` engines that form one group (its members connect at the first barrier), close all at the end. `provider`: the
-    `providers` of `open_engine`; `options`: what else it takes."""
+    """Open `n` engines that form one group (its members connect at the first barrier), close all at the end.
+    `provider`: the `providers` of `open_engine`; `options`: what else it takes."""
     async with AsyncExitStack() as stack:
         engines = [
             await stack.enter_async_context(open_engine(providers=provider, name=f"member {i}", **options)) for i in range(n)

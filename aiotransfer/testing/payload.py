@@ -1,4 +1,5 @@
-"""Payloads in which every 8 bytes say where they belong, so that a misplaced byte is not just wrong but explained."""
+"""Payloads in which every 8 bytes say where they belong, so that a misplaced byte is not just wrong but
+explained."""
 
 from __future__ import annotations
 

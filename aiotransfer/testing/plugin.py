@@ -3,8 +3,9 @@
     pytest_plugins = ["aiotransfer.testing.plugin"]        # all of them
     from aiotransfer.testing.plugin import engine_pair     # or one, in any conftest.py
 
-The plugin itself (`aiotransfer_pytest`) has them as `aiotransfer_engine_pair`, `aiotransfer_engine_group`, `aiotransfer_fabric`,
-`aiotransfer_payload` and `aiotransfer_no_leaks` only: fixtures of other plugins and projects have the short names, too.
+The plugin itself (`aiotransfer_pytest`) has them as `aiotransfer_engine_pair`, `aiotransfer_engine_group`,
+`aiotransfer_fabric`, `aiotransfer_payload` and `aiotransfer_no_leaks` only: fixtures of other plugins and
+projects have the short names, too.
 """
 
 from __future__ import annotations

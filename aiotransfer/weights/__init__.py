@@ -1,7 +1,7 @@
 """New weights in place: from the ranks that train a model to the ranks that serve it.
 
-Layouts say where the tensors of each side lie, rules how the one side's are made of the other's; `make_plan` makes of them a
-static schedule of writes, or refuses with everything that does not fit.
+Layouts say where the tensors of each side lie, rules how the one side's are made of the other's; `make_plan`
+makes of them a static schedule of writes, or refuses with everything that does not fit.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     observe = on_record(registry=my_registry)
     publisher = weights.Publisher(engine, layout, on_record=observe)
 
-Needs the extra `metrics`. One call may serve any number of publishers and subscribers, and has to: names are registered once in a
-registry. Labels are `role`, `outcome` and `stage`, all with few values; instances and versions are none. Gauges are those of the
-role that came last, of each kind: of a process with several subscribers they are of one of them.
+Needs the extra `metrics`. One call may serve any number of publishers and subscribers, and has to: names are
+registered once in a registry. Labels are `role`, `outcome` and `stage`, all with few values; instances and
+versions are none. Gauges are those of the role that came last, of each kind: of a process with several
+subscribers they are of one of them.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 
 
 def on_record(*, registry: Any = None, seconds: Sequence[float] = SECONDS) -> Callable[[UpdateRecord], None]:
-    """What `Publisher` and `Subscriber` take as `on_record`. `registry`: a `CollectorRegistry`; None: Prometheus's own.
+    """What `Publisher` and `Subscriber` take as `on_record`. `registry`: a `CollectorRegistry`; None:
+    Prometheus's own.
 
-    `seconds` are the upper bounds of the buckets. Raises `ConfigurationError` without the extra `metrics`, and `ValueError` when
-    the registry has these metrics already: keep what the first call returned.
+    `seconds` are the upper bounds of the buckets. Raises `ConfigurationError` without the extra `metrics`,
+    and `ValueError` when the registry has these metrics already: keep what the first call returned.
     """
     return _Metrics(Maker("weights", registry), seconds).observe
 

@@ -1,1 +1,2 @@
-"""`demo`: a language model whose KV cache crosses from prefill processes to a decode process, and where the model comes from."""
+"""`demo`: a language model whose KV cache crosses from prefill processes to a decode process, and where the
+model comes from."""

@@ -1,8 +1,9 @@
-"""`demo`: prompts are read by two prefill ranks and continued by a decode rank, the KV cache crossing layer by layer.
+"""`demo`: prompts are read by two prefill ranks and continued by a decode rank, the KV cache crossing layer
+by layer.
 
-The workers are `examples/kv_handoff.py`. This command prepares the model, starts them, and one again that was killed
-(`--chaos`), shows the texts, and compares them with a single process: its last line is `tokens equal: yes`, or `tokens equal:
-no` with exit status 1.
+The workers are `examples/kv_handoff.py`. This command prepares the model, starts them, and one again that was
+killed (`--chaos`), shows the texts, and compares them with a single process: its last line is
+`tokens equal: yes`, or `tokens equal: no` with exit status 1.
 """
 
 from __future__ import annotations
@@ -246,7 +247,8 @@ def _run(args: argparse.Namespace, directory: str, text: Text, prompts: list[lis
 
 
 def _figures(prompts: list[list[int]], answers: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One record per prompt. The share that is hidden: of the time that writes took, what was over when the model was."""
+    """One record per prompt. The share that is hidden: of the time that writes took, what was over when the
+    model was."""
     found = []
     for prompt, answer in zip(prompts, answers, strict=True):
         mine = [figures for figures in ranks if figures["id"] == answer["id"]]

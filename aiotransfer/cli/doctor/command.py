@@ -1,4 +1,5 @@
-"""`doctor`: what this machine offers, what is missing and what to do about it; ends with one write by each provider, checked.
+"""`doctor`: what this machine offers, what is missing and what to do about it; ends with one write by each
+provider, checked.
 
 Exit status 0 when nothing keeps the library from working here, 1 otherwise.
 """
@@ -118,7 +119,8 @@ def extension() -> Fact:
 
 
 def settings(host: Host) -> Fact:
-    """What an engine that is opened here is given where the program says nothing; as text only what the environment changes."""
+    """What an engine that is opened here is given where the program says nothing; as text only what the
+    environment changes."""
     try:
         given = Config().with_environment(host.environ)
     except ConfigurationError as error:

@@ -1,4 +1,5 @@
-"""Facts about devices: RDMA ports and their addresses, what opens them, network interfaces, GPUs. Read from files alone."""
+"""Facts about devices: RDMA ports and their addresses, what opens them, network interfaces, GPUs. Read from
+files alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What `doctor` finds out: records, and the machine they are read from. Text and JSON are made of the same records."""
+"""What `doctor` finds out: records, and the machine they are read from. Text and JSON are made of the same
+records."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ Level = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One finding. A *problem* keeps the library from working here; a *note* may cost speed or a feature. `hint`: what to do."""
+    """One finding. A *problem* keeps the library from working here; a *note* may cost speed or a feature.
+    `hint`: what to do."""
 
     name: str
     text: str

@@ -1,4 +1,5 @@
-"""Facts about the host and the rights of this process: limits, container, memory, clock, ports. Read from files alone."""
+"""Facts about the host and the rights of this process: limits, container, memory, clock, ports. Read from
+files alone."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Facts about systems that this library plugs into: which is installed, and whether our part of it can be used. Tried in a child
-process, since importing them takes seconds and leaves threads behind."""
+"""Facts about systems that this library plugs into: which is installed, and whether our part of it can be
+used. Tried in a child process, since importing them takes seconds and leaves threads behind."""
 
 from __future__ import annotations
 

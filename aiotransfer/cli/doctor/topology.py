@@ -30,7 +30,8 @@ LINES, ASCII = Pen("├─", "└─", "│ "), Pen("|-", "`-", "| ")
 
 
 def draw(topology: Topology, allowed: Collection[int], pen: Pen = LINES) -> str:
-    """The tree, then which NICs are nearest to what, then where threads run in a process that may use the CPUs `allowed`."""
+    """The tree, then which NICs are nearest to what, then where threads run in a process that may use the
+    CPUs `allowed`."""
     lines = []
     for branch in _trees(topology):
         lines.append(branch.text)
@@ -95,7 +96,8 @@ def _roots(things: list[Nic | Gpu]) -> list[Branch]:
 
 
 def _bridges(things: list[Nic | Gpu], depth: int) -> list[Branch]:
-    """What is beneath the bridge at this depth; bridges with one thing, or one bridge, behind them are not worth a line."""
+    """What is beneath the bridge at this depth; bridges with one thing, or one bridge, behind them are not
+    worth a line."""
     branches: list[Branch] = []
     for bridge, group in groupby(things, key=lambda thing: _bridge(thing, depth)):
         several = list(group)

@@ -1,7 +1,8 @@
 """What may be registered: finding address, length and device of the object that a caller hands in.
 
-Every kind of buffer is reduced to a `Plain` record or refused with `RegistrationError` before anything native is called. The
-record keeps the exporting object and its storage alive and in place (hold.py), since the lane knows only an address.
+Every kind of buffer is reduced to a `Plain` record or refused with `RegistrationError` before anything native
+is called. The record keeps the exporting object and its storage alive and in place (hold.py), since the lane
+knows only an address.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ PARTS = "register the tensors that it is made of"
 
 
 class Plain(NamedTuple):
-    """Dense memory: where, how much, on what, whether it may be written into, what keeps it alive; whether it is of the heap."""
+    """Dense memory: where, how much, on what, whether it may be written into, what keeps it alive; whether it
+    is of the heap."""
 
     address: int
     nbytes: int

@@ -1,6 +1,8 @@
-"""Memory of a GPU, in every form that it is handed in: reduced to address, length and ordinal, and confirmed by the driver.
+"""Memory of a GPU, in every form that it is handed in: reduced to address, length and ordinal, and confirmed
+by the driver.
 
-A device pointer is never looked at as if it were host memory: what the driver does not know as device memory is refused.
+A device pointer is never looked at as if it were host memory: what the driver does not know as device memory
+is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class DeviceMemory(NamedTuple):
 
 
 class _Tensor(ctypes.Structure):
-    """DLTensor, the head of what a DLPack capsule points at; the same in every version that calls it "dltensor"."""
+    """DLTensor, the head of what a DLPack capsule points at; the same in every version that calls it
+    "dltensor"."""
 
     _fields_ = (
         ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32),
@@ -40,7 +43,8 @@ class _Tensor(ctypes.Structure):
 
 
 def ordinal_of(device: str) -> int | None:
-    """The number in "cuda:1"; None for plain "cuda", whose ordinal the driver tells. Other devices: `RegistrationError`."""
+    """The number in "cuda:1"; None for plain "cuda", whose ordinal the driver tells. Other devices:
+    `RegistrationError`."""
     kind, colon, number = device.partition(":")
     if kind != "cuda" or (colon and not (number.isascii() and number.isdecimal())):
         raise RegistrationError(f"memory on {quote(device)} is not supported: host memory ('cpu') and CUDA ('cuda:0') are")
@@ -48,13 +52,15 @@ def ordinal_of(device: str) -> int | None:
 
 
 def confirmed(address: int, nbytes: int, ordinal: int | None, writable: bool, keep: object) -> DeviceMemory:
-    """As described, after the driver has said that all of it is memory of that device. Raises `RegistrationError`."""
+    """As described, after the driver has said that all of it is memory of that device. Raises
+    `RegistrationError`."""
     found = cuda.driver().check(address, nbytes, ordinal)
     return DeviceMemory(address, nbytes, f"cuda:{found}", writable, keep)
 
 
 def of_interface(buffer: object, interface: dict[str, Any], refuse: Any) -> DeviceMemory:
-    """What `__cuda_array_interface__` describes; `refuse(shape, strides)` makes the error for what is not contiguous."""
+    """What `__cuda_array_interface__` describes; `refuse(shape, strides)` makes the error for what is not
+    contiguous."""
     shape, strides = tuple(interface["shape"]), interface.get("strides")
     kind = np.dtype(interface["typestr"])
     if kind.hasobject:
@@ -67,7 +73,8 @@ def of_interface(buffer: object, interface: dict[str, Any], refuse: Any) -> Devi
 
 
 def _share(buffer: Any) -> object:
-    """A share of the memory itself, where its owner gives one: the object may be pointed to other memory later."""
+    """A share of the memory itself, where its owner gives one: the object may be pointed to other memory
+    later."""
     if not hasattr(buffer, "__dlpack__"):
         return None
     try:
@@ -77,7 +84,8 @@ def _share(buffer: Any) -> object:
 
 
 def of_dlpack(buffer: Any, ordinal: int, refuse: Any) -> DeviceMemory:
-    """What a DLPack exporter on a CUDA device holds. The capsule is kept, not consumed: its end frees the memory."""
+    """What a DLPack exporter on a CUDA device holds. The capsule is kept, not consumed: its end frees the
+    memory."""
     capsule = buffer.__dlpack__(stream=-1)  # no synchronisation: registering reads no byte
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]

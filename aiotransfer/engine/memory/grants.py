@@ -1,4 +1,5 @@
-"""The rights that others hold in our memory: which grant is good for whom, and what its holder is told when it is taken back."""
+"""The rights that others hold in our memory: which grant is good for whom, and what its holder is told when
+it is taken back."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ class Grants:
         return None if lent is None else (lent[1], lent[0]._number, lent[1].base - lent[0]._address)
 
     def is_as_granted(self, grant: Grant) -> bool:
-        """Whether a live grant of ours that a peer presents is as we gave it. Of another epoch it is none, as writers see."""
+        """Whether a live grant of ours that a peer presents is as we gave it. Of another epoch it is none, as
+        writers see."""
         _, ours = self.granted.get(grant.slot, (None, None))
         if ours is None or ours.epoch != grant.epoch:
             return True
@@ -60,7 +62,8 @@ class Grants:
         return right and 0 <= start <= start + grant.nbytes <= ours.nbytes
 
     def tell(self, peer: Peer, grants: Iterable[Grant], reason: str) -> None:
-        """Tell a peer that these are taken back. Only for the words of its errors: the epoch is what decides."""
+        """Tell a peer that these are taken back. Only for the words of its errors: the epoch is what
+        decides."""
         told = [(grant.slot, grant.epoch) for grant in grants]
         if told and peer._state == "up" and peer.incarnation != self._engine.incarnation:
             peer._reply(Revoked(slots=[slot for slot, _ in told], reason=reason, epochs=[epoch for _, epoch in told]))

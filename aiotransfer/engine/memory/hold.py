@@ -1,8 +1,8 @@
 """What keeps registered memory where it is, for as long as it is registered.
 
-An object that was registered may later be made to point to other memory: `parameter.data = ...`, `tensor.set_(...)`. A reference
-to the object alone then keeps the wrong memory alive. So the storage is kept as well, and what stops its owner from freeing it or
-moving it:
+An object that was registered may later be made to point to other memory: `parameter.data = ...`,
+`tensor.set_(...)`. A reference to the object alone then keeps the wrong memory alive. So the storage is kept
+as well, and what stops its owner from freeing it or moving it:
 
 - a buffer (`bytearray`, `array`, `mmap`) by an export, which makes its owner refuse to change its size;
 - a NumPy array by a weak reference, which makes `resize(refcheck=False)` refuse, and so for each array that it is a view of;
@@ -23,7 +23,8 @@ HEAP = (bytes, bytearray, array.array)  # their memory is never a mapping of a f
 
 
 class Held(NamedTuple):
-    """References that keep memory alive and in place; `heap`: it is surely from the heap, so that no page can be taken away."""
+    """References that keep memory alive and in place; `heap`: it is surely from the heap, so that no page can
+    be taken away."""
 
     references: tuple[object, ...]
     heap: bool

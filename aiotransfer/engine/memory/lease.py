@@ -1,10 +1,11 @@
 """Leases: the right of one peer to some memory, which its owner can take back.
 
-Taking back changes the grant's epoch, which every writer compares around each chunk and each count. What was inside a chunk at
-that moment is seen in that writer's active words: the lease is `revoking` until they name the grant no more, and then `revoked`,
-with nothing left that could land. A writer that was stopped inside a chunk cannot be waited for: past the deadline of `revoke`,
-or when the peer is given up, the lease is `quarantined` and becomes `revoked` by itself when the writer moves on or dies.
-Between hosts there are no such words: the holder confirms that nothing is posted any more, and is fenced when it does not.
+Taking back changes the grant's epoch, which every writer compares around each chunk and each count. What was
+inside a chunk at that moment is seen in that writer's active words: the lease is `revoking` until they name
+the grant no more, and then `revoked`, with nothing left that could land. A writer that was stopped inside a
+chunk cannot be waited for: past the deadline of `revoke`, or when the peer is given up, the lease is
+`quarantined` and becomes `revoked` by itself when the writer moves on or dies. Between hosts there are no
+such words: the holder confirms that nothing is posted any more, and is fenced when it does not.
 
     active -> revoking -> revoked
                   |           ^
@@ -54,7 +55,8 @@ class Lease(Unpicklable):
 
     @property
     def descriptor(self) -> RemoteRegion:
-        """For the peer; the application carries it by a channel of its own. Sliceable; of no use to any other peer."""
+        """For the peer; the application carries it by a channel of its own. Sliceable; of no use to any other
+        peer."""
         return RemoteRegion.of(self._grant)
 
     @property
@@ -68,11 +70,12 @@ class Lease(Unpicklable):
         return self._state
 
     async def revoke(self, *, timeout: float | None = None) -> None:
-        """Take the right back. Returns when nothing under it can land any more, and nothing of it is counted later.
+        """Take the right back. Returns when nothing under it can land any more, and nothing of it is counted
+        later.
 
-        Raises `QuarantineError` when that cannot be proved within `timeout` seconds (default: the engine's), or when the peer is
-        lost without proof; the memory then stays quarantined until it can. Twice is fine, cancelling it changes nothing. In a
-        forked child it is a `ClosedError`.
+        Raises `QuarantineError` when that cannot be proved within `timeout` seconds (default: the engine's),
+        or when the peer is lost without proof; the memory then stays quarantined until it can. Twice is fine,
+        cancelling it changes nothing. In a forked child it is a `ClosedError`.
         """
         engine = self._engine
         seconds = engine._seconds(timeout)
@@ -99,7 +102,8 @@ class Lease(Unpicklable):
             self._waiters.pop(waiter, None)
 
     def _fence(self) -> None:
-        """Cut off a holder that has not confirmed that it is over, where that can be done to this peer alone."""
+        """Cut off a holder that has not confirmed that it is over, where that can be done to this peer
+        alone."""
         if self._state != "revoked":
             self._engine._lane.expel_grant(self._grant.slot)
 

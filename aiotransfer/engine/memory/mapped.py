@@ -1,4 +1,5 @@
-"""Memory of peers that is mapped into this process, for components that compute on it instead of copying it first."""
+"""Memory of peers that is mapped into this process, for components that compute on it instead of copying it
+first."""
 
 from __future__ import annotations
 
@@ -13,10 +14,11 @@ if TYPE_CHECKING:
 
 
 class Mapped:
-    """A remote region at `address` of this process. It stays mapped as long as this object lives, even if its owner has gone.
+    """A remote region at `address` of this process. It stays mapped as long as this object lives, even if its
+    owner has gone.
 
-    Nothing is announced to the owner, which does not wait for readers when it takes the right back. A reader asks `valid`
-    afterwards, and discards what it has read where the answer is no.
+    Nothing is announced to the owner, which does not wait for readers when it takes the right back. A reader
+    asks `valid` afterwards, and discards what it has read where the answer is no.
     """
 
     __slots__ = ("_binding", "_engine", "address", "nbytes")
@@ -34,7 +36,8 @@ class Mapped:
 
 
 def mapped(engine: Runtime, region: RemoteRegion) -> Mapped | None:
-    """The region as it is mapped here; None where it is not (or not yet: the first write to it sees to that)."""
+    """The region as it is mapped here; None where it is not (or not yet: the first write to it sees to
+    that)."""
     binding = region._box.bound
     if binding is None or binding.engine is not engine or not binding.address or region.access == "write":
         return None

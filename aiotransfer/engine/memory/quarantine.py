@@ -1,8 +1,9 @@
 """Memory that a peer may still write into: looked at until no peer can.
 
-What is taken back is over when every holder has left it or confirmed that nothing is posted under it. A holder that has done
-neither within `drain_timeout` is fenced where its provider can do that to one peer alone: its connection is closed, which ends
-what was under way, and opened again without the grant. Otherwise the memory waits for the holder to move on or to die.
+What is taken back is over when every holder has left it or confirmed that nothing is posted under it. A
+holder that has done neither within `drain_timeout` is fenced where its provider can do that to one peer
+alone: its connection is closed, which ends what was under way, and opened again without the grant. Otherwise
+the memory waits for the holder to move on or to die.
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ SETTLE_SECONDS = 0.02  # how often it is looked at
 
 
 class Held(Protocol):
-    """Memory that peers may still write into: a region or a lease. What it does for the engine is private to users."""
+    """Memory that peers may still write into: a region or a lease. What it does for the engine is private to
+    users."""
 
     nbytes: int
 
     def _fence(self) -> None:
-        """Cut off a holder that has not confirmed that it is over, where that can be done to this peer alone."""
+        """Cut off a holder that has not confirmed that it is over, where that can be done to this peer
+        alone."""
 
     def _settle(self) -> bool:
         """Look whether it is over; True when the memory is free."""
 
 
 class Quarantine:
-    """Memory of one engine that may not be used again yet: looked at until no peer can write into it any more."""
+    """Memory of one engine that may not be used again yet: looked at until no peer can write into it any
+    more."""
 
     def __init__(self, engine: Runtime) -> None:
         self._engine = engine

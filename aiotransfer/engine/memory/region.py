@@ -1,8 +1,9 @@
 """Regions: registered local memory, slices of it, and the grants that peers hold.
 
-A region is open until it is closed; the memory beneath it is given back when three things have happened: no operation of ours
-uses it (the lane says so), no peer is inside a write under one of its grants (the active words say so), and nothing keeps it
-(a published name). Closing starts all of that and returns; `aclose` waits for it.
+A region is open until it is closed; the memory beneath it is given back when three things have happened: no
+operation of ours uses it (the lane says so), no peer is inside a write under one of its grants (the active
+words say so), and nothing keeps it (a published name). Closing starts all of that and returns; `aclose` waits
+for it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class RegionView(Unpicklable):
     def lease(self, peer: Peer, *, access: str = "write") -> Lease:
         """Give `peer` alone the right to write, read or do "both" here, until `await lease.revoke()`.
 
-        Raises `ClosedError` (closed region), `PeerLostError`, `RegionError` (access; a peer of another engine) or `TypeError`.
+        Raises `ClosedError` (closed region), `PeerLostError`, `RegionError` (access; a peer of another
+        engine) or `TypeError`.
         """
         engine, root = self._engine, self._root
         engine._check()
@@ -91,8 +93,9 @@ class RegionView(Unpicklable):
     async def flush(self) -> None:
         """Have kernels that start from now on see what peers have written here and counters have counted.
 
-        Nothing to do for host memory. Staged memory of a GPU (see `Engine.register`) is copied there from the host memory that
-        peers write into. Raises `ClosedError` (closed region) or `RegistrationError` (refused by the driver).
+        Nothing to do for host memory. Staged memory of a GPU (see `Engine.register`) is copied there from the
+        host memory that peers write into. Raises `ClosedError` (closed region) or `RegistrationError`
+        (refused by the driver).
         """
         root = self._root
         root._engine._check()
@@ -193,7 +196,8 @@ class Region(RegionView):
 
     @property
     def descriptor(self) -> RemoteRegion:
-        """A descriptor of the whole region that any connected peer may use (with `access`, default "write")."""
+        """A descriptor of the whole region that any connected peer may use (with `access`, default
+        "write")."""
         return self._grant("write" if self._access == "auto" else self._access)
 
     def _grant(self, access: str) -> RemoteRegion:
@@ -249,7 +253,8 @@ class Region(RegionView):
     # ---- views ----
 
     def numpy(self) -> Any:
-        """The memory as a NumPy array of the shape and dtype it was allocated with; valid as long as it lives.
+        """The memory as a NumPy array of the shape and dtype it was allocated with; valid as long as it
+        lives.
 
         For dtypes that NumPy lacks (bfloat16, float8) the array is of bytes with one more dimension.
         """
@@ -277,10 +282,11 @@ class Region(RegionView):
         return self._closed
 
     def close(self) -> None:
-        """Forbid new use at once and make every descriptor stale; the memory is released when nothing uses it any more.
+        """Forbid new use at once and make every descriptor stale; the memory is released when nothing uses it
+        any more.
 
-        Until then (see `aclose`) what peers hold may still change it. Twice is silent. A published region stays usable by
-        peers until `unpublish`.
+        Until then (see `aclose`) what peers hold may still change it. Twice is silent. A published region
+        stays usable by peers until `unpublish`.
         """
         if self._closed:
             return
@@ -347,7 +353,8 @@ class Region(RegionView):
         return True
 
     def _let_go(self) -> None:
-        """Nothing uses the memory any more, or the lane has ended, and keeps itself what something still does."""
+        """Nothing uses the memory any more, or the lane has ended, and keeps itself what something still
+        does."""
         self._closed = self._freed = True
         engine, home = self._engine, self._home
         engine._lane.release_region(self._number)
@@ -375,11 +382,12 @@ class Region(RegionView):
             self._engine._lane.expel_grant(grant.slot)
 
     async def aclose(self, timeout: float | None = None) -> None:
-        """Revoke every descriptor, also published ones, and wait until nothing can change the memory any more. A peer that does
-        not confirm this within `drain_timeout` is fenced, where its provider can do that.
+        """Revoke every descriptor, also published ones, and wait until nothing can change the memory any
+        more. A peer that does not confirm this within `drain_timeout` is fenced, where its provider can do
+        that.
 
-        Raises `QuarantineError` when that cannot be proved within `timeout` seconds (default: the engine's); the memory then
-        stays quarantined until it can.
+        Raises `QuarantineError` when that cannot be proved within `timeout` seconds (default: the engine's);
+        the memory then stays quarantined until it can.
         """
         engine = self._engine
         self._home.unpublish(self)
@@ -452,8 +460,9 @@ class Regions:
 
 
 class Spot(NamedTuple):
-    """Where a region or a slice of one lies: `start` bytes into `region`, whose first byte is at the address `begin`. `is_open`,
-    `is_writable`, `shape` (empty: bytes without one) and `dtype` are the whole region's."""
+    """Where a region or a slice of one lies: `start` bytes into `region`, whose first byte is at the address
+    `begin`. `is_open`, `is_writable`, `shape` (empty: bytes without one) and `dtype` are the whole
+    region's."""
 
     region: Region
     start: int

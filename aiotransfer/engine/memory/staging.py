@@ -1,14 +1,16 @@
 """Memory of a GPU: for rails that take it, or staged, with host memory beside it and copies between the two.
 
-A staged region is, for every provider and every peer, the host memory: shared, so that peers of this host map it, and pinned
-where the driver allows. What we write from it is fetched from the GPU first, exactly those bytes, in a thread; what we read into
-it is stored on the GPU before the transfer ends. What peers write lands in the host memory and is counted there, since nothing
-here runs between an arrival and its count: `await region[a:b].flush()` stores it on the GPU.
+A staged region is, for every provider and every peer, the host memory: shared, so that peers of this host map
+it, and pinned where the driver allows. What we write from it is fetched from the GPU first, exactly those
+bytes, in a thread; what we read into it is stored on the GPU before the transfer ends. What peers write lands
+in the host memory and is counted there, since nothing here runs between an arrival and its count:
+`await region[a:b].flush()` stores it on the GPU.
 
-No native call may take stale host memory for what is on the GPU. Therefore the views of a staged region carry no number of the
-lane: the lane itself refuses a view that was submitted without a `Stage`.
+No native call may take stale host memory for what is on the GPU. Therefore the views of a staged region carry
+no number of the lane: the lane itself refuses a view that was submitted without a `Stage`.
 
-A fetch reads memory of the caller's, so a transfer does not end during one: a cancel waits for it, like for what is posted.
+A fetch reads memory of the caller's, so a transfer does not end during one: a cancel waits for it, like for
+what is posted.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Staging:
                 pass
 
     async def copy(self, spans: Sequence[Span], *, to_host: bool) -> None:
-        """Copy these bytes of the region, and return when nothing of it goes on any more, also when cancelled."""
+        """Copy these bytes of the region, and return when nothing of it goes on any more, also when
+        cancelled."""
         pieces = [(self.segment.address + start, self.address + start, n) for start, n in spans if n]
         if not pieces:
             return
@@ -78,7 +81,8 @@ class Staging:
 
 
 async def _finished(work: asyncio.Future[None]) -> None:
-    """Wait for it even if this task is cancelled: it copies from or to memory that its caller gets back afterwards."""
+    """Wait for it even if this task is cancelled: it copies from or to memory that its caller gets back
+    afterwards."""
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
         try:

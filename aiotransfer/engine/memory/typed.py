@@ -11,7 +11,8 @@ from aiotransfer.model.dtypes import lookup
 
 
 def as_numpy(buffer: Callable[[], Any], nbytes: int, shape: tuple[int, ...], dtype: str) -> Any:
-    """An array over all of a region's memory; it keeps the memory mapped. `buffer` gives that memory, or raises."""
+    """An array over all of a region's memory; it keeps the memory mapped. `buffer` gives that memory, or
+    raises."""
     flat = np.frombuffer(buffer(), np.uint8, count=nbytes)
     known = lookup(dtype)
     if known.numpy is None:
@@ -20,7 +21,8 @@ def as_numpy(buffer: Callable[[], Any], nbytes: int, shape: tuple[int, ...], dty
 
 
 def as_torch(buffer: Callable[[], Any], nbytes: int, shape: tuple[int, ...], dtype: str) -> Any:
-    """A tensor over all of a region's memory; it keeps the memory mapped. `buffer` gives that memory, or raises."""
+    """A tensor over all of a region's memory; it keeps the memory mapped. `buffer` gives that memory, or
+    raises."""
     import torch
 
     known = getattr(torch, dtype)

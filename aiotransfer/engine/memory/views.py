@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class _Memory:
-    """What NumPy makes an array of, by address. The array keeps it, and it keeps what the memory belongs to."""
+    """What NumPy makes an array of, by address. The array keeps it, and it keeps what the memory belongs
+    to."""
 
     __slots__ = ("__array_interface__", "owner")
 
@@ -24,7 +25,8 @@ class _Memory:
 
 
 def memory_of(view: RegionView) -> NDArray[np.uint8]:
-    """Its bytes, of memory that was allocated or registered alike; they stay valid as long as the array lives.
+    """Its bytes, of memory that was allocated or registered alike; they stay valid as long as the array
+    lives.
 
     Raises `ClosedError` when the memory was given back, `RegionError` when it is not host memory.
     """

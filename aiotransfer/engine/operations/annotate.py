@@ -1,4 +1,5 @@
-"""What was being done, as a note on the error it ended in (`add_note`): tracebacks and logs show it beneath the message."""
+"""What was being done, as a note on the error it ended in (`add_note`): tracebacks and logs show it beneath
+the message."""
 
 from __future__ import annotations
 

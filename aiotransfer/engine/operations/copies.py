@@ -1,4 +1,5 @@
-"""Copies between a GPU and its staging memory, and the tasks of the engine that wait for them and for owners of memory."""
+"""Copies between a GPU and its staging memory, and the tasks of the engine that wait for them and for owners
+of memory."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Copies:
         self.tasks: dict[asyncio.Task[None], None] = {}
 
     def background(self, work: Coroutine[Any, Any, None], transfer: Transfer) -> asyncio.Task[None]:
-        """Run a part of an operation in a task. However it ends, the stage is released, and a transfer that no lane has ends."""
+        """Run a part of an operation in a task. However it ends, the stage is released, and a transfer that
+        no lane has ends."""
         task = self._engine._loop.create_task(work)
         self.tasks[task] = None
 
@@ -38,7 +40,8 @@ class Copies:
         return task
 
     async def fetch(self, transfer: Transfer, stage: Stage, deadline: float) -> None:
-        """Have the source in host memory before it is posted. Ends the transfer when it was withdrawn meanwhile."""
+        """Have the source in host memory before it is posted. Ends the transfer when it was withdrawn
+        meanwhile."""
         if stage.lands:
             return
         await stage.move()

@@ -1,4 +1,5 @@
-"""Operations that cannot be posted at once: an owner must say where its memory is, or bytes must be fetched from a GPU, first."""
+"""Operations that cannot be posted at once: an owner must say where its memory is, or bytes must be fetched
+from a GPU, first."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class Deferred:
-    """One per engine. `paths` asks the owners, `copies` runs the tasks, `flight` takes what was posted and goes on."""
+    """One per engine. `paths` asks the owners, `copies` runs the tasks, `flight` takes what was posted and
+    goes on."""
 
     def __init__(self, engine: Runtime, paths: Paths, copies: Copies, flight: InFlight) -> None:
         self._engine = engine
@@ -45,8 +47,8 @@ class Deferred:
     ) -> None:
         """Ask the owners, fetch what is staged, then post: its result, and what the operation keeps alive.
 
-        What waits here counts against the bounds of `Config` as what is queued does, but by itself. Bytes of a scatter to several
-        peers belong to none of them. Raises `BusyError`.
+        What waits here counts against the bounds of `Config` as what is queued does, but by itself. Bytes of
+        a scatter to several peers belong to none of them. Raises `BusyError`.
         """
         engine, copies = self._engine, self._copies
         left = seconds(timeout, engine._timeout)

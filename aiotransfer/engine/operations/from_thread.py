@@ -1,8 +1,9 @@
 """Other threads: submitting operations without the event loop.
 
-A `ThreadHandle` makes a native plan of each operation and posts it from the calling thread; the event loop takes no part, so it
-may be blocked meanwhile. Completion is a record in the lane that the thread waits for natively, with the interpreter's lock
-released. Closing the engine ends all of it: `close` waits until no thread is inside the lane.
+A `ThreadHandle` makes a native plan of each operation and posts it from the calling thread; the event loop
+takes no part, so it may be blocked meanwhile. Completion is a record in the lane that the thread waits for
+natively, with the interpreter's lock released. Closing the engine ends all of it: `close` waits until no
+thread is inside the lane.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ SLICE_SECONDS = 0.05  # longest native wait: Ctrl-C is heard after it at the lat
 
 
 class ThreadTransfer(Unpicklable):
-    """An operation submitted by a thread. Made by the calls of `ThreadHandle`. `wait()` returns, or raises what it ended in."""
+    """An operation submitted by a thread. Made by the calls of `ThreadHandle`. `wait()` returns, or raises
+    what it ended in."""
 
     __slots__ = ("_bound", "_cookie", "_error", "_handle", "_heard", "_keep", "_label", "_over", "_peer", "nbytes")
 
@@ -56,7 +58,8 @@ class ThreadTransfer(Unpicklable):
         return self._look(0)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until it has ended. Raises `TransferTimeout` after `timeout` seconds (it goes on), or the operation's error."""
+        """Wait until it has ended. Raises `TransferTimeout` after `timeout` seconds (it goes on), or the
+        operation's error."""
         left = math.inf if timeout is None else seconds(timeout)
         if not self._look(left):
             raise TransferTimeout(f"the operation has not ended within {left:g} s; it goes on")
@@ -140,9 +143,10 @@ class ThreadHandle(Unpicklable):
     def write(self, src: RegionView, dst: RemoteRegion, *, imm: int | None = None) -> ThreadTransfer:
         """As `Engine.write`, from any thread; returns at once.
 
-        Copies `src` (a region of this engine, or a slice) into `dst` (memory of a peer); both have the same length in bytes.
-        `imm`: the immediate of which one arrival is counted at the owner then (None: none). There is no deadline; `wait` of the
-        result takes one. Memory of a GPU that is staged is a `RegistrationError`.
+        Copies `src` (a region of this engine, or a slice) into `dst` (memory of a peer); both have the same
+        length in bytes. `imm`: the immediate of which one arrival is counted at the owner then (None: none).
+        There is no deadline; `wait` of the result takes one. Memory of a GPU that is staged is a
+        `RegistrationError`.
         """
         with self._inside():
             engine = self._engine
@@ -155,8 +159,8 @@ class ThreadHandle(Unpicklable):
     def read(self, src: RemoteRegion, dst: RegionView) -> ThreadTransfer:
         """As `Engine.read`, from any thread; returns at once.
 
-        Copies `src` (memory of a peer) into `dst` (a region of this engine, or a slice); both have the same length in bytes.
-        Deadlines and memory of a GPU as for `write`.
+        Copies `src` (memory of a peer) into `dst` (a region of this engine, or a slice); both have the same
+        length in bytes. Deadlines and memory of a GPU as for `write`.
         """
         with self._inside():
             engine = self._engine
@@ -181,10 +185,11 @@ class ThreadHandle(Unpicklable):
     ) -> ThreadTransfer:
         """As `Engine.write_pages`, from any thread; returns at once.
 
-        Copies page `src_pages[i]` of `src` to page `dst_pages[i]` of `dst`, for each i; the tables are copied at the call. Page k
-        of `src` lies at `src_offset + k * src_stride` and has `page_bytes`, that of `dst` at `dst_offset + k * dst_stride`, all
-        in bytes; the offsets are 0 by default, a stride of None is `page_bytes`. With `imm` each page counts one arrival (None:
-        none). Deadlines and memory of a GPU as for `write`.
+        Copies page `src_pages[i]` of `src` to page `dst_pages[i]` of `dst`, for each i; the tables are copied
+        at the call. Page k of `src` lies at `src_offset + k * src_stride` and has `page_bytes`, that of `dst`
+        at `dst_offset + k * dst_stride`, all in bytes; the offsets are 0 by default, a stride of None is
+        `page_bytes`. With `imm` each page counts one arrival (None: none). Deadlines and memory of a GPU as
+        for `write`.
         """
         with self._inside():
             engine = self._engine
@@ -202,7 +207,8 @@ class ThreadHandle(Unpicklable):
     def signal(self, dst: RemoteRegion | Peer, imm: int) -> ThreadTransfer:
         """As `Engine.signal`, from any thread; returns at once.
 
-        One arrival of the immediate `imm` is counted at `dst`: a peer, or the owner of a region. Deadlines as for `write`.
+        One arrival of the immediate `imm` is counted at `dst`: a peer, or the owner of a region. Deadlines as
+        for `write`.
         """
         with self._inside():
             engine = self._engine
@@ -267,7 +273,8 @@ class ThreadHandle(Unpicklable):
         return _Inside(self)
 
     def _orphan(self, orphan: _Orphan) -> None:
-        """Keep what an operation without a waiter uses until it has ended. Called in any thread that forgets the operation."""
+        """Keep what an operation without a waiter uses until it has ended. Called in any thread that forgets
+        the operation."""
         self._orphans.append(orphan)
         if not self._engine._lane.usable:
             return
@@ -309,7 +316,8 @@ class ThreadHandle(Unpicklable):
     async def _close(self, deadline: float) -> None:
         """Returns when no thread enters, none is inside and nothing of theirs is left (the lane is shut).
 
-        What a withheld page holds up does not end: after `deadline` (of the loop's clock) it stays in `_orphans`."""
+        What a withheld page holds up does not end: after `deadline` (of the loop's clock) it stays in
+        `_orphans`."""
         self._shut()
         loop = self._engine._loop
         while self._users or (self._orphans and loop.time() < deadline):

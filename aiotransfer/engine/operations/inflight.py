@@ -104,7 +104,8 @@ class InFlight:
         return cookie in self._quarantined
 
     def _unproved(self, cookie: int) -> None:
-        """What is posted of a withdrawn operation can be neither waited for nor fenced: it keeps its memory until it retires."""
+        """What is posted of a withdrawn operation can be neither waited for nor fenced: it keeps its memory
+        until it retires."""
         transfer = self.ledger.item(cookie)
         if transfer is None or transfer._state != PENDING:
             return
@@ -120,7 +121,8 @@ class InFlight:
         return refusal(self._engine, status, peer, grant=grant, local=local)
 
     def _take_results(self, transfer: Transfer, cookie: int) -> list[int]:
-        """The status of each target of a scatter. Taken once, success or not: the lane keeps them until then."""
+        """The status of each target of a scatter. Taken once, success or not: the lane keeps them until
+        then."""
         assert transfer._targets is not None
         n = len(transfer._targets)
         out = native.ffi.new("int32_t[]", n)

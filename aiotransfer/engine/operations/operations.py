@@ -1,9 +1,10 @@
 """The public calls that move bytes: `Engine` is one of these.
 
-This is the written exception to the layers: `write` is one native call over integers, with no planner, ledger or record on the
-way. Everything that can be refused locally is refused by that call (bounds, closed, stale, lost), and only then does Python work
-out which error to raise. Only operations that go on after the call enter the ledger (`inflight`). Tables of pages and targets in
-arrays take one native call the same way; all else is checked and posted by `submit`, `pages`, `plans` and `scatter`.
+This is the written exception to the layers: `write` is one native call over integers, with no planner, ledger
+or record on the way. Everything that can be refused locally is refused by that call (bounds, closed, stale,
+lost), and only then does Python work out which error to raise. Only operations that go on after the call
+enter the ledger (`inflight`). Tables of pages and targets in arrays take one native call the same way; all
+else is checked and posted by `submit`, `pages`, `plans` and `scatter`.
 """
 
 from __future__ import annotations
@@ -57,10 +58,12 @@ class Operations(Runtime):
         timeout: float | None = None,
         require: str | None = None,
     ) -> Transfer:
-        """Copy `src` into `dst` (equal lengths in bytes); with `imm`, then count one arrival of that value at its owner.
+        """Copy `src` into `dst` (equal lengths in bytes); with `imm`, then count one arrival of that value at
+        its owner.
 
-        Returns at once with an awaitable `Transfer`. Raises `RegionError` (bounds, closed, access), `StaleRegionError`,
-        `PeerLostError`, `BusyError`, `ClosedError`, `TypeError` or `ValueError` before anything is posted.
+        Returns at once with an awaitable `Transfer`. Raises `RegionError` (bounds, closed, access),
+        `StaleRegionError`, `PeerLostError`, `BusyError`, `ClosedError`, `TypeError` or `ValueError` before
+        anything is posted.
         """
         if timeout is not None:
             seconds(timeout)
@@ -112,8 +115,9 @@ class Operations(Runtime):
     ) -> Transfer:
         """Copy `src`, memory of a peer, into `dst` (equal lengths in bytes). Nothing tells the peer.
 
-        The bytes are those of some moment during the transfer; a read of memory that is being written sees a mixture. Errors as
-        for `write`; a read whose right was revoked before it ended raises `StaleRegionError`.
+        The bytes are those of some moment during the transfer; a read of memory that is being written sees a
+        mixture. Errors as for `write`; a read whose right was revoked before it ended raises
+        `StaleRegionError`.
         """
         self._check()
         self._submitter.check_views(dst, src, "read")
@@ -161,9 +165,10 @@ class Operations(Runtime):
     ) -> Transfer:
         """Copy page `src_pages[i]` of `src` to page `dst_pages[i]` of `dst`, for each i, in one native call.
 
-        Page k lies at `offset + k * stride` bytes and has `page_bytes`; a stride of None is `page_bytes`, 0 is legal for the
-        source. The tables (one-dimensional integers, equal lengths, empty is fine) are copied at the call. With `imm` each page
-        counts one arrival. Errors as for `write`; a bad index is a `RegionError` that names it.
+        Page k lies at `offset + k * stride` bytes and has `page_bytes`; a stride of None is `page_bytes`, 0
+        is legal for the source. The tables (one-dimensional integers, equal lengths, empty is fine) are
+        copied at the call. With `imm` each page counts one arrival. Errors as for `write`; a bad index is a
+        `RegionError` that names it.
         """
         result = REFUSED
         try:
@@ -207,12 +212,14 @@ class Operations(Runtime):
         timeout: float | None = None,
         require: str | None = None,
     ) -> Transfer:
-        """Copy page `src_pages[i]` of `src`, memory of a peer, to page `dst_pages[i]` of `dst`, for each i, in one native call.
+        """Copy page `src_pages[i]` of `src`, memory of a peer, to page `dst_pages[i]` of `dst`, for each i,
+        in one native call.
 
-        Pages, strides, offsets (bytes) and tables are as for `write_pages`: a stride of 0 is legal for the source, and several
-        pages that go to one place leave any mixture of them there. Nothing tells the peer. `timeout` in seconds, None: the
-        engine's; `require`: the provider that must be used. Errors as for `read`: a right that was revoked before the last page
-        had come raises `StaleRegionError`; a bad index is a `RegionError` that names it.
+        Pages, strides, offsets (bytes) and tables are as for `write_pages`: a stride of 0 is legal for the
+        source, and several pages that go to one place leave any mixture of them there. Nothing tells the
+        peer. `timeout` in seconds, None: the engine's; `require`: the provider that must be used. Errors as
+        for `read`: a right that was revoked before the last page had come raises `StaleRegionError`; a bad
+        index is a `RegionError` that names it.
         """
         self._check()
         self._submitter.check_views(dst, src, "read")
@@ -278,11 +285,13 @@ class Operations(Runtime):
         timeout: float | None = None,
         require: str | None = None,
     ) -> Transfer:
-        """Copy parts of `src` to many places: `targets` is a list of `ScatterTarget`, or one whose fields are arrays.
+        """Copy parts of `src` to many places: `targets` is a list of `ScatterTarget`, or one whose fields are
+        arrays.
 
-        Peers, lengths and providers may be mixed; with `imm` each target counts one arrival at its owner. It ends when every
-        target has: failures raise one `ScatterError` whose `.results` holds each target's error or None. What is wrong
-        beforehand with any target is raised at once, as for `write`, and nothing is posted.
+        Peers, lengths and providers may be mixed; with `imm` each target counts one arrival at its owner. It
+        ends when every target has: failures raise one `ScatterError` whose `.results` holds each target's
+        error or None. What is wrong beforehand with any target is raised at once, as for `write`, and nothing
+        is posted.
         """
         value = -1 if imm is None else check_imm(imm)
         if timeout is not None:
@@ -293,10 +302,11 @@ class Operations(Runtime):
         return scattered(self._submitter, src, posted, value, timeout)
 
     def prepare_scatter(self, sources: Sequence[RegionView], rows: ScatterRows) -> ScatterPlan:
-        """Writes from `sources`, regions of this engine, checked once: each `post(destinations)` of the plan is one native call.
+        """Writes from `sources`, regions of this engine, checked once: each `post(destinations)` of the plan
+        is one native call.
 
-        `rows` are copied; any number of them. Raises `RegionError` (bounds, a closed region, memory of a GPU that is staged),
-        `ClosedError`, `TypeError` or `ValueError`, which name the row.
+        `rows` are copied; any number of them. Raises `RegionError` (bounds, a closed region, memory of a GPU
+        that is staged), `ClosedError`, `TypeError` or `ValueError`, which name the row.
         """
         self._check()
         return ScatterPlan(self._submitter, sources, ScatterRows(*rows))
@@ -311,14 +321,16 @@ class Operations(Runtime):
         timeout: float | None = None,
         require: str | None = None,
     ) -> Transfer:
-        """Copy pages of `src` to many places in one native call: what `write_pages` to each target would do, as one transfer.
+        """Copy pages of `src` to many places in one native call: what `write_pages` to each target would do,
+        as one transfer.
 
-        `targets`: `PagesTarget`s, or tuples or mappings of their fields: `dst`, `src_pages`, `dst_pages`, and if need be
-        `src_stride`, `dst_stride`, `src_offset`, `dst_offset` (bytes), all as in `write_pages`; or one `PagesTarget` that stands
-        for many. Any number of them, also to one peer; a table may be empty. Pages of all targets have `page_bytes`. With `imm`
-        each page counts one arrival at its owner. `timeout` in seconds, None: the engine's; `require`: the provider that must be
-        used. Ends and errors are those of `scatter`: what is wrong beforehand is raised at once and names the target, and
-        failures raise one `ScatterError` with `.results` by target.
+        `targets`: `PagesTarget`s, or tuples or mappings of their fields: `dst`, `src_pages`, `dst_pages`, and
+        if need be `src_stride`, `dst_stride`, `src_offset`, `dst_offset` (bytes), all as in `write_pages`; or
+        one `PagesTarget` that stands for many. Any number of them, also to one peer; a table may be empty.
+        Pages of all targets have `page_bytes`. With `imm` each page counts one arrival at its owner.
+        `timeout` in seconds, None: the engine's; `require`: the provider that must be used. Ends and errors
+        are those of `scatter`: what is wrong beforehand is raised at once and names the target, and failures
+        raise one `ScatterError` with `.results` by target.
         """
         value = -1 if imm is None else check_imm(imm)
         if timeout is not None:
@@ -332,7 +344,8 @@ class Operations(Runtime):
     def prepare_scatter_pages(
         self, src: RegionView, targets: Any, *, page_bytes: int, require: str | None = None
     ) -> Plan:
-        """`scatter_pages(...)`, its tables copied and checked once: each `post()` is one native call. Errors as for that."""
+        """`scatter_pages(...)`, its tables copied and checked once: each `post()` is one native call. Errors
+        as for that."""
         self._check()
         self._submitter.check_local(src, "source")
         table = PageTargets(src, targets, page_bytes)
@@ -365,6 +378,6 @@ class Operations(Runtime):
 
 
 def scatter_plan(operations: Operations, src: RegionView, targets: Any, require: str | None) -> Plan:
-    """A prepared scatter to any peers: for groups, which check whose the targets are, and for benchmarks. Errors as for
-    `Operations.scatter`."""
+    """A prepared scatter to any peers: for groups, which check whose the targets are, and for benchmarks.
+    Errors as for `Operations.scatter`."""
     return operations._scatter_plan(src, targets, require)

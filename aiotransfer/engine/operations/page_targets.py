@@ -1,7 +1,8 @@
 """Targets of a scatter of pages, from the containers that callers hand in.
 
-Tables of int64 with regions that are bound go straight to one native call (`post_pages`), which checks them all before it posts
-any. It only says that something is wrong: what that is, `PageTargets` finds out, as for targets in any other form.
+Tables of int64 with regions that are bound go straight to one native call (`post_pages`), which checks them
+all before it posts any. It only says that something is wrong: what that is, `PageTargets` finds out, as for
+targets in any other form.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ _FIELDS = 6  # of at_page_target: first, count, strides here and there, offsets 
 
 
 class PagesTarget(NamedTuple):
-    """Pages to one target of a scatter: page `src_pages[i]` of the source to page `dst_pages[i]` of `dst`, as in `write_pages`.
+    """Pages to one target of a scatter: page `src_pages[i]` of the source to page `dst_pages[i]` of `dst`, as
+    in `write_pages`.
 
-    Strides and offsets are in bytes; a stride of None is the size of a page. One `PagesTarget` may stand for many targets: `dst`
-    is a sequence of regions then, and target k gets `count[k]` rows of the two tables, those from `first[k]` on (without `first`
-    they follow one another); strides and offsets are one for all targets, or one for each.
+    Strides and offsets are in bytes; a stride of None is the size of a page. One `PagesTarget` may stand for
+    many targets: `dst` is a sequence of regions then, and target k gets `count[k]` rows of the two tables,
+    those from `first[k]` on (without `first` they follow one another); strides and offsets are one for all
+    targets, or one for each.
     """
 
     dst: Any
@@ -48,7 +51,8 @@ class PagesTarget(NamedTuple):
 
 
 class _Scattered(NamedTuple):
-    """What the native call is given: regions, a row of numbers (`_FIELDS`) for each, and two tables for all."""
+    """What the native call is given: regions, a row of numbers (`_FIELDS`) for each, and two tables for
+    all."""
 
     regions: Sequence[RemoteRegion]
     numbers: np.ndarray[Any, np.dtype[np.int64]]
@@ -56,7 +60,8 @@ class _Scattered(NamedTuple):
     dst_pages: np.ndarray[Any, np.dtype[np.int64]]
 
     def arguments(self, src: RegionView, number: int) -> tuple[Any, ...]:
-        """Arguments of at_scatter_pages from after the lane to before the page size; `number`: of the region that has `src`."""
+        """Arguments of at_scatter_pages from after the lane to before the page size; `number`: of the region
+        that has `src`."""
         regions = self.regions
         return (
             number, src._start, src.nbytes, len(regions), [region._box.bound.remote for region in regions],
@@ -67,7 +72,8 @@ class _Scattered(NamedTuple):
 
 
 def post_pages(engine: Runtime, src: RegionView, targets: Any, page: int, imm: int) -> Posted | None:
-    """Post targets in one native call; None, and nothing was posted, where they come in another form or cannot be posted so."""
+    """Post targets in one native call; None, and nothing was posted, where they come in another form or
+    cannot be posted so."""
     try:
         if src._engine is not engine or type(page) is not int or not isinstance(targets, list | tuple):
             return None
@@ -85,7 +91,8 @@ def post_pages(engine: Runtime, src: RegionView, targets: Any, page: int, imm: i
 
 
 def _of_table(target: PagesTarget, page: int) -> _Scattered:
-    """Raises where it is anything but sequences of regions and arrays of int64: then it is looked at more closely."""
+    """Raises where it is anything but sequences of regions and arrays of int64: then it is looked at more
+    closely."""
     dst, src_pages, dst_pages, src_stride, dst_stride, src_offset, dst_offset, count, first = target
     if type(dst) is RemoteRegion:
         return _of_rows([target], page)

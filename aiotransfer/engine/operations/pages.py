@@ -1,7 +1,7 @@
 """Pages: many pieces of one size, between one local and one remote region, in one native call.
 
-As for `write`, tables that can be used as they are take the synchronous path (`operations`), and what the lane refuses is looked
-at again here, for the words of the error.
+As for `write`, tables that can be used as they are take the synchronous path (`operations`), and what the
+lane refuses is looked at again here, for the words of the error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def are_ints(*numbers: object) -> bool:
 def submit_pages(
     submitter: Submitter, ends: Ends, table: Pages, label: Label, timeout: float | None, require: str | None
 ) -> Transfer:
-    """Write the pages of a table, or read them, as `label` says. Raises `RegionError` for an index beyond a region."""
+    """Write the pages of a table, or read them, as `label` says. Raises `RegionError` for an index beyond a
+    region."""
     engine: Runtime = submitter.engine
     local: RegionView = ends[0]
     remote: RemoteRegion = ends[1]

@@ -1,7 +1,9 @@
-"""Scatters whose destinations each post names: writes from several regions, checked once and posted by one native call.
+"""Scatters whose destinations each post names: writes from several regions, checked once and posted by one
+native call.
 
-The native plan has a number in place of each destination. A post gives it the remote regions that these numbers stand for, looks
-up every region and remote region again, and compares the size of each destination with what the rows need of it.
+The native plan has a number in place of each destination. A post gives it the remote regions that these
+numbers stand for, looks up every region and remote region again, and compares the size of each destination
+with what the rows need of it.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class ScatterRows(NamedTuple):
-    """Writes of a prepared scatter, as arrays of integers of one length. Row i copies `nbytes[i]` bytes from `src_offset[i]` of
-    source number `source[i]` to `dst_offset[i]` of destination number `dst[i]`. Offsets and lengths in bytes."""
+    """Writes of a prepared scatter, as arrays of integers of one length. Row i copies `nbytes[i]` bytes from
+    `src_offset[i]` of source number `source[i]` to `dst_offset[i]` of destination number `dst[i]`. Offsets
+    and lengths in bytes."""
 
     source: Any
     src_offset: Any
@@ -42,8 +45,8 @@ class ScatterRows(NamedTuple):
 
 
 class ScatterPlan(Unpicklable):
-    """A scatter whose destinations each post names. Made by `prepare_scatter`. `nbytes`: bytes of one post; `needs`: bytes that
-    each destination has at least, in their order."""
+    """A scatter whose destinations each post names. Made by `prepare_scatter`. `nbytes`: bytes of one post;
+    `needs`: bytes that each destination has at least, in their order."""
 
     __slots__ = ("__weakref__", "_dst", "_engine", "_native", "_sources", "_submitter", "nbytes", "needs")
 
@@ -94,12 +97,13 @@ class ScatterPlan(Unpicklable):
         return native.ffi.gc(pointer, native.lib.at_plan_free)
 
     def post(self, destinations: Sequence[RemoteRegion], *, imm: int | None = None, timeout: float | None = None) -> Transfer:
-        """Post it to `destinations`, one for each number that the rows name and at least as large as `needs` says.
+        """Post it to `destinations`, one for each number that the rows name and at least as large as `needs`
+        says.
 
-        `imm`: each row counts one arrival of it at the owner of its destination. `timeout` in seconds (None: the engine's). Posts
-        may overlap. What is wrong beforehand is raised at once, and nothing is posted: `RegionError`, `StaleRegionError`,
-        `PeerLostError`, `BusyError`, `ClosedError`, `TypeError`, `ValueError`. It ends as a `scatter` does, with a result for
-        each row.
+        `imm`: each row counts one arrival of it at the owner of its destination. `timeout` in seconds (None:
+        the engine's). Posts may overlap. What is wrong beforehand is raised at once, and nothing is posted:
+        `RegionError`, `StaleRegionError`, `PeerLostError`, `BusyError`, `ClosedError`, `TypeError`,
+        `ValueError`. It ends as a `scatter` does, with a result for each row.
         """
         engine = self._engine
         engine._check()

@@ -1,8 +1,9 @@
 """Prepared operations: checked and resolved once, then posted by one native call each.
 
-The native plan holds ids. Every post looks them up again natively, so a region closed, a grant revoked or a peer lost in the
-meantime is refused as the plain call would refuse it. A plan over a region whose owner was never asked yet cannot be resolved
-when it is made: its first post asks, in a task of the engine, and makes the native plan then.
+The native plan holds ids. Every post looks them up again natively, so a region closed, a grant revoked or a
+peer lost in the meantime is refused as the plain call would refuse it. A plan over a region whose owner was
+never asked yet cannot be resolved when it is made: its first post asks, in a task of the engine, and makes
+the native plan then.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ Build = Callable[[Any], Any]  # (status out) -> native plan or NULL; all regions
 
 
 class Plan(Unpicklable):
-    """A prepared operation. Made by `prepare_write`, `prepare_pages`, `prepare_scatter_pages` and `PeerGroup.scatter_plan`."""
+    """A prepared operation. Made by `prepare_write`, `prepare_pages`, `prepare_scatter_pages` and
+    `PeerGroup.scatter_plan`."""
 
     __slots__ = (
         "__weakref__", "_build", "_engine", "_keep", "_local", "_made", "_native", "_peer", "_peers", "_regions", "_require",
@@ -76,7 +78,8 @@ class Plan(Unpicklable):
     def post(self, *, imm: int | None = None, timeout: float | None = None) -> Transfer:
         """Post it once more; posts may overlap. Errors as of the plain call, at the same places.
 
-        `imm`: the immediate that is counted as by the plain call (None: none). `timeout`: seconds (None: the engine's).
+        `imm`: the immediate that is counted as by the plain call (None: none). `timeout`: seconds (None: the
+        engine's).
         """
         engine = self._engine
         if imm is None:

@@ -35,7 +35,8 @@ Refusal = tuple[type[TransferError], str, str]  # what is raised, its message, a
 
 
 def lacking(engine: Runtime, status: int, what: str, **fields: Any) -> BusyError | None:
-    """The error when the lane had no memory, or the operating system nothing left to give it; None when it was something else."""
+    """The error when the lane had no memory, or the operating system nothing left to give it; None when it
+    was something else."""
     lib = native.lib
     number = errno.ENOMEM if status == lib.AT_ENOMEM else engine._lane.system_error()[0] if status == lib.AT_EIO else None
     return shortage(number, what, **{name: field for name, field in fields.items() if name != "code"})
@@ -49,7 +50,8 @@ def refusal(
     grant: Grant | None = None,
     local: RegionView | None = None,
 ) -> Exception:
-    """The error for a negative status of the lane: with the peer, the path, the status and what to do next."""
+    """The error for a negative status of the lane: with the peer, the path, the status and what to do
+    next."""
     lib, text = native.lib, native.text(status)
     where: dict[str, Any] = {"code": (status, text)}
     if peer is not None:
@@ -101,7 +103,8 @@ def _of_memory(
 
 
 def _of_engine(engine: Runtime, status: int, peer: Peer | None, words: str) -> Refusal:
-    """What is wrong with the engine or with the way to the peer. `words`: of the status, or of the operating system."""
+    """What is wrong with the engine or with the way to the peer. `words`: of the status, or of the operating
+    system."""
     lib = native.lib
     match status:
         case lib.AT_EFORK:

@@ -1,7 +1,8 @@
 """Targets of a scatter, from the containers that callers hand in.
 
-Arrays of int64 with regions that are bound go straight to one native call (`post_table`), which checks them all before it posts
-any. It only says that something is wrong: what that is, `Targets` finds out, as for targets in any other form.
+Arrays of int64 with regions that are bound go straight to one native call (`post_table`), which checks them
+all before it posts any. It only says that something is wrong: what that is, `Targets` finds out, as for
+targets in any other form.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ _from_buffer: Any = getattr(native.ffi, "from_buffer", None)
 class ScatterTarget(NamedTuple):
     """`nbytes` bytes from `src_offset` of the source to `dst`.
 
-    Without `dst_offset`, `dst` has exactly `nbytes` bytes; with it, they go to that offset in it. One target may hold arrays
-    instead: integers of one length, and as many regions (or one region for all, with `dst_offset`).
+    Without `dst_offset`, `dst` has exactly `nbytes` bytes; with it, they go to that offset in it. One target
+    may hold arrays instead: integers of one length, and as many regions (or one region for all, with
+    `dst_offset`).
     """
 
     src_offset: Any
@@ -45,7 +47,8 @@ class ScatterTarget(NamedTuple):
 
 
 class Posted(NamedTuple):
-    """What the native call said of targets in arrays: its result, the bytes of all, and each target's binding."""
+    """What the native call said of targets in arrays: its result, the bytes of all, and each target's
+    binding."""
 
     result: int
     nbytes: int
@@ -53,7 +56,8 @@ class Posted(NamedTuple):
 
 
 def post_table(engine: Runtime, src: RegionView, targets: Any, imm: int) -> Posted | None:
-    """Post targets in one native call; None, and nothing was posted, where they come in another form or cannot be posted so."""
+    """Post targets in one native call; None, and nothing was posted, where they come in another form or
+    cannot be posted so."""
     if not isinstance(targets, tuple) or len(targets) not in (3, 4):
         return None
     starts, sizes, regions = targets[:3]
@@ -101,7 +105,8 @@ def scattered(submitter: Submitter, src: RegionView, posted: Posted, imm: int, t
 
 
 class Targets:
-    """Checked targets as parallel lists. Raises `TypeError`, `ValueError` or `RegionError`, each naming the target."""
+    """Checked targets as parallel lists. Raises `TypeError`, `ValueError` or `RegionError`, each naming the
+    target."""
 
     __slots__ = ("local_offsets", "regions", "remote_offsets", "sizes")
 

@@ -1,4 +1,5 @@
-"""What an operation on staged memory of a GPU adds: the bytes that are fetched before it, or stored after it."""
+"""What an operation on staged memory of a GPU adds: the bytes that are fetched before it, or stored after
+it."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ Stager = Callable[[], Stage]
 def stager(
     view: RegionView, spans: Callable[[], Sequence[Span]] | None = None, *, lands: bool = False
 ) -> Stager | None:
-    """Makes the stage of each posting of an operation on `view` (of all of it, or of some bytes); None when it needs none."""
+    """Makes the stage of each posting of an operation on `view` (of all of it, or of some bytes); None when
+    it needs none."""
     region = view._root
     if region._staging is None:
         return None

@@ -1,8 +1,9 @@
 """Submitting one operation: its operands are checked, then it is posted at once, or later.
 
-Every call that moves bytes between one local and one remote region comes here, unless it was posted by one native call over
-integers (`operations`). A descriptor that has not been used here before must first be bound to its owner's memory, which takes a
-question to the owner: its operation waits for that (`deferred`) and is then posted the same way.
+Every call that moves bytes between one local and one remote region comes here, unless it was posted by one
+native call over integers (`operations`). A descriptor that has not been used here before must first be bound
+to its owner's memory, which takes a question to the owner: its operation waits for that (`deferred`) and is
+then posted the same way.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ Post = Callable[[int], int]
 
 
 class Submitter:
-    """One per engine. `owners` says whose memory it is, `deferred` takes what cannot be posted yet, `flight` what goes on."""
+    """One per engine. `owners` says whose memory it is, `deferred` takes what cannot be posted yet, `flight`
+    what goes on."""
 
     def __init__(self, engine: Runtime, owners: Owners, deferred: Deferred, flight: InFlight) -> None:
         self.engine = engine
@@ -55,8 +57,8 @@ class Submitter:
         return peer
 
     def check_views(self, local: RegionView, remote: RemoteRegion, access: str = "write") -> None:
-        """Raise `TypeError` or `RegionError` unless `local` is open memory of ours and `remote` grants `access` ("write" or
-        "read"). In any thread."""
+        """Raise `TypeError` or `RegionError` unless `local` is open memory of ours and `remote` grants
+        `access` ("write" or "read"). In any thread."""
         here, there = ("source", "destination") if access == "write" else ("destination", "source")
         self.check_local(local, here)
         if not isinstance(remote, RemoteRegion):
@@ -68,7 +70,8 @@ class Submitter:
             raise RegionError(f"the {there} does not grant {doing} (its access is {remote.access!r})")
 
     def check_local(self, local: RegionView, name: str) -> None:
-        """Raise `TypeError` or `RegionError`, which call it by this name, unless it is open memory of this engine."""
+        """Raise `TypeError` or `RegionError`, which call it by this name, unless it is open memory of this
+        engine."""
         if not isinstance(local, RegionView):
             raise TypeError(f"the {name} must be a Region or a slice of one, not {type(local).__name__}")
         if local._engine is not self.engine:
@@ -77,7 +80,8 @@ class Submitter:
             raise RegionError(f"the {name} region is closed")
 
     def owners_of(self, regions: Sequence[RemoteRegion], require: str | None) -> list[Peer]:
-        """The live peer that owns each. Raises as `Owners.of` does, and `ProviderUnavailableError` as `require` says."""
+        """The live peer that owns each. Raises as `Owners.of` does, and `ProviderUnavailableError` as
+        `require` says."""
         owners = [self.owners.of(region) for region in regions]
         if require is not None:
             for region, peer in zip(regions, owners, strict=True):
@@ -87,7 +91,8 @@ class Submitter:
     def submit(
         self, ends: Ends, nbytes: int, timeout: float | None, require: str | None, label: Label, post: Post, stage: Stager | None
     ) -> Transfer:
-        """Post it by `post`, which takes the number of the remote region; later, where that is not known or there is a stage."""
+        """Post it by `post`, which takes the number of the remote region; later, where that is not known or
+        there is a stage."""
         src: RegionView = ends[0]
         dst: RemoteRegion = ends[1]
         if timeout is not None:
@@ -102,8 +107,8 @@ class Submitter:
         return self.outcome(result, nbytes, peer, timeout, (src, dst, bound), label)
 
     def outcome(self, result: int, nbytes: int, peer: Peer, timeout: float | None, held: Used, label: Label) -> Transfer:
-        """The transfer of an operation that was posted with this result, and holds `held` until it ends. Raises the error of a
-        refusal."""
+        """The transfer of an operation that was posted with this result, and holds `held` until it ends.
+        Raises the error of a refusal."""
         engine = self.engine
         if result > 1:
             return self.flight.pending(result, nbytes, (peer,), timeout, held, label)

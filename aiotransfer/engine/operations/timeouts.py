@@ -1,8 +1,9 @@
 """Deadlines of operations in flight: one timer per engine.
 
-A deadline is judged only after the lane's completions have been taken, so an operation that finished while the loop was stuck is
-never reported late. What is overdue is withdrawn; if its posted part has not retired `drain_timeout` later, the connection to
-that peer is fenced: nothing posted can touch memory afterwards, and the operation ends.
+A deadline is judged only after the lane's completions have been taken, so an operation that finished while
+the loop was stuck is never reported late. What is overdue is withdrawn; if its posted part has not retired
+`drain_timeout` later, the connection to that peer is fenced: nothing posted can touch memory afterwards, and
+the operation ends.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ CROWD, LOOK_SECONDS = 1000, 1e-6  # to look at so many takes a few per cent of a
 
 
 class OperationTimeouts:
-    """One per engine. `pending` holds the operations that have not ended, by cookie. `unproved` is called with the cookie of a
-    withdrawn operation whose posted part can be neither waited for nor fenced."""
+    """One per engine. `pending` holds the operations that have not ended, by cookie. `unproved` is called
+    with the cookie of a withdrawn operation whose posted part can be neither waited for nor fenced."""
 
     def __init__(self, engine: Runtime, pending: Ledger[Any], unproved: Callable[[int], None]) -> None:
         self._engine = engine

@@ -1,13 +1,13 @@
 """Transfers: awaitable handles of submitted operations.
 
-The promise of this file: when `await transfer` ends, in whichever way, the source memory is the caller's again. An operation
-that finished inside the native call is born done. For any other, the engine's ledger holds the transfer until the lane reports
-that its last work request has retired; only that report ends it.
+The promise of this file: when `await transfer` ends, in whichever way, the source memory is the caller's
+again. An operation that finished inside the native call is born done. For any other, the engine's ledger
+holds the transfer until the lane reports that its last work request has retired; only that report ends it.
 
-Cancelling an awaiter withdraws what is unposted and then *keeps waiting* for the rest. That wait must neither be ended by
-further cancels nor spin when they come on every loop turn, as those of an anyio scope do: it runs inside a shielded scope when
-anyio is in use, and swallows repeated asyncio cancels (the first one is re-raised at the end). The deadline that bounds it
-belongs to the engine, never to the cancelled task.
+Cancelling an awaiter withdraws what is unposted and then *keeps waiting* for the rest. That wait must neither
+be ended by further cancels nor spin when they come on every loop turn, as those of an anyio scope do: it runs
+inside a shielded scope when anyio is in use, and swallows repeated asyncio cancels (the first one is
+re-raised at the end). The deadline that bounds it belongs to the engine, never to the cancelled task.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class Transfer(Unpicklable):
     _waiters: list[Waiter]
     _callbacks: Sequence[tuple[Callable[[Transfer], object], contextvars.Context]]
 
-    # Instances are made by the engine with object.__new__: a finished one carries only _engine, _peer, nbytes and _state.
+    # Instances are made by the engine with object.__new__: a finished one carries only _engine, _peer, nbytes
+    # and _state.
 
     def __await__(self) -> Generator[Any, None, None]:
         if self._state == DONE and not self._engine._yield_due:
@@ -205,8 +206,8 @@ class Transfer(Unpicklable):
         return self._state != PENDING
 
     def source_in_use(self) -> bool:
-        """Whether the engine may still use the local memory: while the transfer is under way, and after a `QuarantineError` until
-        what was posted of it has retired."""
+        """Whether the engine may still use the local memory: while the transfer is under way, and after a
+        `QuarantineError` until what was posted of it has retired."""
         return self._flight().is_quarantined(self._cookie) if self._state == FAILED else not self.done()
 
     def cancel(self) -> bool:
@@ -220,7 +221,8 @@ class Transfer(Unpicklable):
         return True
 
     def exception(self) -> BaseException | None:
-        """The error it ended in, or None. Raises `InvalidStateError` while it is under way, `CancelledError` if cancelled."""
+        """The error it ended in, or None. Raises `InvalidStateError` while it is under way, `CancelledError`
+        if cancelled."""
         if self._state == PENDING:
             raise asyncio.InvalidStateError("the transfer has not ended")
         if self._state == CANCELLED:
@@ -233,11 +235,13 @@ class Transfer(Unpicklable):
     def add_done_callback(
         self, fn: Callable[[Transfer], object], *, context: contextvars.Context | None = None
     ) -> None:
-        """Have the loop call `fn(transfer)` soon after the transfer has ended, in whichever way; soon, if it has ended already.
+        """Have the loop call `fn(transfer)` soon after the transfer has ended, in whichever way; soon, if it
+        has ended already.
 
-        As that of an asyncio future: in `context` (by default a copy of the caller's), once for each time that it was added, in
-        that order; what `fn` raises goes to the loop's exception handler. `fn` may submit again. A failure still counts as not
-        looked at unless `fn` asks for it. Raises `TypeError`, and `RuntimeError` on another loop or thread.
+        As that of an asyncio future: in `context` (by default a copy of the caller's), once for each time
+        that it was added, in that order; what `fn` raises goes to the loop's exception handler. `fn` may
+        submit again. A failure still counts as not looked at unless `fn` asks for it. Raises `TypeError`, and
+        `RuntimeError` on another loop or thread.
         """
         if not callable(fn):
             raise TypeError(f"a callback is called with the transfer; {quote(fn)} cannot be called")
@@ -313,8 +317,8 @@ def blank(
     targets: Sequence[Peer] | None = None,
     cookie: int = 0,
 ) -> Transfer:
-    """A transfer that has not ended. `keep`: what must live as long as it; `targets`: of a scatter; `cookie`: the number of its
-    operation in the lane, 0 before there is one."""
+    """A transfer that has not ended. `keep`: what must live as long as it; `targets`: of a scatter; `cookie`:
+    the number of its operation in the lane, 0 before there is one."""
     transfer = _new(Transfer)
     transfer._engine = engine
     transfer._peer = peers[0] if len(peers) == 1 else None
@@ -336,17 +340,19 @@ def blank(
 
 
 def finished(engine: Runtime, peer: Peer | None, nbytes: int) -> Transfer:
-    """A transfer that was born done. `write` and `Plan.post` make theirs in place, which saves a tenth of their time."""
+    """A transfer that was born done. `write` and `Plan.post` make theirs in place, which saves a tenth of
+    their time."""
     done = _new(Transfer)
     done._engine, done._peer, done.nbytes, done._state = engine, peer, nbytes, DONE
     return done
 
 
 async def wait_all(transfers: Any) -> None:
-    """Wait for every one of `transfers` (any iterable of them), then raise an `ExceptionGroup` of all failures (none: return).
+    """Wait for every one of `transfers` (any iterable of them), then raise an `ExceptionGroup` of all
+    failures (none: return).
 
-    It wakes once, when the last has ended. Cancelling it cancels the transfers that are still under way and waits until their
-    sources are free. `TypeError` for what is no `Transfer`, before anything is waited for.
+    It wakes once, when the last has ended. Cancelling it cancels the transfers that are still under way and
+    waits until their sources are free. `TypeError` for what is no `Transfer`, before anything is waited for.
     """
     waiting = list(transfers)
     for transfer in waiting:

@@ -1,4 +1,5 @@
-"""The bound on operations that wait before they can be queued: nothing is known yet of the memory that they go to."""
+"""The bound on operations that wait before they can be queued: nothing is known yet of the memory that they
+go to."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class Unbound:
         self._bytes: Counter[Hashable] = Counter()
 
     def take(self, peers: Sequence[K], nbytes: int) -> K | None:
-        """Count one more operation of `nbytes` for each peer. Where one of them has too much, count nothing and return it."""
+        """Count one more operation of `nbytes` for each peer. Where one of them has too much, count nothing
+        and return it."""
         for peer in peers:
             already = self._bytes[peer]
             if self._waiting[peer] >= self._most or (already and already + nbytes > self._most_bytes):
@@ -29,7 +31,8 @@ class Unbound:
         return None
 
     def give(self, peers: Sequence[K], nbytes: int) -> None:
-        """An operation that was taken for these peers waits no more: it was posted, or it has ended without that."""
+        """An operation that was taken for these peers waits no more: it was posted, or it has ended without
+        that."""
         for peer in peers:
             self._waiting[peer] -= 1
             self._bytes[peer] -= nbytes

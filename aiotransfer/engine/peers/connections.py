@@ -1,14 +1,16 @@
 """Connections: dialing, accepting, choosing a path, and merging two dials that cross.
 
-Two engines may dial each other at the same moment; both connections authenticate, and exactly one may stay. The rule needs no
-conversation: the connection dialed by the smaller incarnation wins, unless the other one is up already. Only the dialer of that
-one knows it, because it is up first: so the greater incarnation decides between its own dial and one that it accepts. The smaller
-one, where it has begun to answer the other's dial, waits for what becomes of that. The side that finds a loser says Merge and
-closes it; the dialer of the loser then waits for the peer that the other connection makes. A caller that waits for another
-caller's attempt dials for itself when that attempt is given up.
+Two engines may dial each other at the same moment; both connections authenticate, and exactly one may stay.
+The rule needs no conversation: the connection dialed by the smaller incarnation wins, unless the other one is
+up already. Only the dialer of that one knows it, because it is up first: so the greater incarnation decides
+between its own dial and one that it accepts. The smaller one, where it has begun to answer the other's dial,
+waits for what becomes of that. The side that finds a loser says Merge and closes it; the dialer of the loser
+then waits for the peer that the other connection makes. A caller that waits for another caller's attempt
+dials for itself when that attempt is given up.
 
-An engine may connect to itself. Both ends of the connection then belong to one peer: each frame it posts comes back to it
-through the mirror end, and the two halves of the path are kept together. Mirrors are told apart by the address that dialed them.
+An engine may connect to itself. Both ends of the connection then belong to one peer: each frame it posts
+comes back to it through the mirror end, and the two halves of the path are kept together. Mirrors are told
+apart by the address that dialed them.
 """
 
 from __future__ import annotations
@@ -67,8 +69,8 @@ class _Merged(BrokenError):
 
 
 class Connections:
-    """All peers of one engine. Other parts of the engine add to `handlers` which frames of peers they take, and to `on_ended`
-    what they do when a peer was lost or closed."""
+    """All peers of one engine. Other parts of the engine add to `handlers` which frames of peers they take,
+    and to `on_ended` what they do when a peer was lost or closed."""
 
     def __init__(
         self, engine: Runtime, door: Door, providers: Mapping[str, Provider], paths: Paths, liveness: Liveness, tasks: Tasks
@@ -98,7 +100,8 @@ class Connections:
         self.reach = Reach(engine, self.peers, lambda address: self.connect(address, math.inf, None), tasks)
 
     async def listen(self, address: Address, advertise: Address | None) -> Address:
-        """Open the control port, also on the NICs of the rails unless an address is advertised; the address that others use."""
+        """Open the control port, also on the NICs of the rails unless an address is advertised; the address
+        that others use."""
         door = self._door
         self._listener = Listener(address, door.key, door.identity, door.network, self._accepted)
         try:
@@ -113,7 +116,8 @@ class Connections:
         return here if advertise is None else Address(advertise.host, advertise.port or here.port)
 
     def is_here(self, address: Address) -> bool:
-        """Whether that is an address of this very engine: the one that it advertises, or one that it listens on."""
+        """Whether that is an address of this very engine: the one that it advertises, or one that it listens
+        on."""
         engine, here = self._engine, self._listener.address if self._listener is not None else self._engine.address
         if address == engine.address:
             return True
@@ -194,7 +198,8 @@ class Connections:
         return peer
 
     async def _join(self, peer: Peer, require: str | None) -> Peer | None:
-        """Wait for a peer that another attempt makes; None when that attempt failed, which need not be our fate."""
+        """Wait for a peer that another attempt makes; None when that attempt failed, which need not be our
+        fate."""
         try:
             await asyncio.shield(peer._up)
         except TransferError:
@@ -337,7 +342,8 @@ class Connections:
             reason = f"its control connection broke ({str(error) or type(error).__name__})"
             self._engine._progress.poll()
             if peer._path is not None and peer._path.watches_process:
-                # A dying process closes its connections first: its death, a moment later, is the better reason.
+                # A dying process closes its connections first: its death, a moment later, is the better
+                # reason.
                 self._loop.call_later(DEATH_SECONDS, peer._lose, reason)
             else:
                 peer._lose(reason)
@@ -347,7 +353,8 @@ class Connections:
         await self._paths.bind_within(region, peer, seconds)
 
     def receive(self, peer: Peer, frame: frames.Frame) -> None:
-        """A frame of a peer for another part of the engine. One that no part takes is of a later minor version."""
+        """A frame of a peer for another part of the engine. One that no part takes is of a later minor
+        version."""
         handler = self.handlers.get(type(frame))
         if handler is not None:
             handler(peer, frame)

@@ -1,12 +1,13 @@
 """Messages received from all peers, in order per peer, until the application takes them.
 
-What may pile up here is bounded by the credit each peer was given; taking a message gives its credit back. What peers that have
-gone left unread is kept within one bound for all of them, or a peer could fill our memory by coming again and again; the oldest
-goes first, with a warning.
+What may pile up here is bounded by the credit each peer was given; taking a message gives its credit back.
+What peers that have gone left unread is kept within one bound for all of them, or a peer could fill our
+memory by coming again and again; the oldest goes first, with a warning.
 
-Components that talk over the same engine as the application have boxes of their own: a message that begins with the prefix of a
-reader goes to that reader, any other message to the application. A message that begins as only the library's own components begin
-theirs never goes to the application: where none of them is there (yet, or any more), the latest ones are kept for them.
+Components that talk over the same engine as the application have boxes of their own: a message that begins
+with the prefix of a reader goes to that reader, any other message to the application. A message that begins
+as only the library's own components begin theirs never goes to the application: where none of them is there
+(yet, or any more), the latest ones are kept for them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class _Box:
 
 
 class Inbox:
-    """Messages of all peers of one engine that no reader has taken yet, apart for each prefix that has readers."""
+    """Messages of all peers of one engine that no reader has taken yet, apart for each prefix that has
+    readers."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -120,7 +122,8 @@ class Inbox:
         return message
 
     async def messages(self, prefix: bytes) -> AsyncIterator[Message]:
-        """Every message that begins with `prefix`, or with no prefix that has a reader, until the engine closes."""
+        """Every message that begins with `prefix`, or with no prefix that has a reader, until the engine
+        closes."""
         box = self._open(prefix)
         try:
             while (message := await self._take(box)) is not None:

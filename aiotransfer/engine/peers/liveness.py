@@ -1,8 +1,9 @@
 """Signs of life, only while something waits on a peer.
 
-The lane's native thread answers a ping without the loop and without the interpreter's lock; its loop answers when it comes
-round. A peer that gives no native answer for `peer_timeout` is lost; one whose thread answers and whose loop does not is busy.
-Death of a process on this host is noticed by its pidfd, without any of this. With nothing waiting there is no timer.
+The lane's native thread answers a ping without the loop and without the interpreter's lock; its loop answers
+when it comes round. A peer that gives no native answer for `peer_timeout` is lost; one whose thread answers
+and whose loop does not is busy. Death of a process on this host is noticed by its pidfd, without any of this.
+With nothing waiting there is no timer.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class _Sign:
 
 
 class Liveness:
-    """One per engine. `suspect` is called with a peer that has been silent for a while, `look` with each that is looked at, the
-    loop's time, and whether our own loop was stuck."""
+    """One per engine. `suspect` is called with a peer that has been silent for a while, `look` with each that
+    is looked at, the loop's time, and whether our own loop was stuck."""
 
     def __init__(
         self, engine: Runtime, suspect: Callable[[Peer], None], look: Callable[[Peer, float, bool], None]
@@ -57,8 +58,9 @@ class Liveness:
 
     @property
     def _silence(self) -> float:
-        """How long without an answer is too long. An answer is seen up to one interval after the peer may have stopped, and
-        rounds are an interval apart: a peer that stops is lost within `peer_timeout`, at the round that begins in time."""
+        """How long without an answer is too long. An answer is seen up to one interval after the peer may
+        have stopped, and rounds are an interval apart: a peer that stops is lost within `peer_timeout`, at
+        the round that begins in time."""
         return self._interval * (PINGS_PER_TIMEOUT - 1.5)
 
     def _schedule(self) -> None:
@@ -110,8 +112,8 @@ class Liveness:
         return int(out[0]), int(out[1]), int(out[2])
 
     def ask(self, peer: Peer) -> int | None:
-        """Ask for a sign of life, even if no operation waits for this peer. Returns a number: when it differs from the one
-        before, a sign has come. None: there is no way to ask."""
+        """Ask for a sign of life, even if no operation waits for this peer. Returns a number: when it differs
+        from the one before, a sign has come. None: there is no way to ask."""
         if peer._path is None or not self._engine._lane.usable or peer._state not in ("up", "connecting"):
             return None
         native.lib.at_peer_ping(self._engine._p, peer._path.lane_peer)

@@ -64,7 +64,8 @@ class Owners:
 
 
 def check_required(peer: Peer, require: str | None, region: RemoteRegion | None = None) -> None:
-    """Raise `ProviderUnavailableError` where another provider than `require` reaches the peer, or this memory of it."""
+    """Raise `ProviderUnavailableError` where another provider than `require` reaches the peer, or this memory
+    of it."""
     path = peer.path if region is None else peer.path_for(region)
     if require is not None and path.provider != require:
         raise ProviderUnavailableError(

@@ -1,9 +1,10 @@
 """The paths to each peer: which is taken, which memory needs another one, and what happens when one breaks.
 
-The best provider that both sides have and that works is the peer's default path. Memory that it cannot reach (foreign memory
-where this process may not write into the other, say) is bound by the next one. A path that breaks is opened again. Where that
-does not work and there is another way, it is given up: both sides fence it, tell each other what they have counted, and all that
-was not finished begins again on the other path, its counts exact. Operations notice nothing of this: they name a binding.
+The best provider that both sides have and that works is the peer's default path. Memory that it cannot reach
+(foreign memory where this process may not write into the other, say) is bound by the next one. A path that
+breaks is opened again. Where that does not work and there is another way, it is given up: both sides fence
+it, tell each other what they have counted, and all that was not finished begins again on the other path, its
+counts exact. Operations notice nothing of this: they name a binding.
 """
 
 from __future__ import annotations
@@ -167,7 +168,8 @@ class Paths:
         )
 
     def _warn_of_memory(self, peer: Peer, path: Path, why: RegistrationError) -> None:
-        """Memory of a peer that its default path does not reach goes by a slower one: not silently, and once for each peer."""
+        """Memory of a peer that its default path does not reach goes by a slower one: not silently, and once
+        for each peer."""
         key = str(peer.address), f"memory by {path.provider}"
         if key in self._warned or self._preference != "auto" or path.provider not in AUTOMATIC:
             return
@@ -204,7 +206,8 @@ class Paths:
             ) from error
 
     async def _bind_once(self, region: RemoteRegion, peer: Peer) -> bool:
-        """False when one attempt took too long, which says nothing of the next: the deadline is the operation's own."""
+        """False when one attempt took too long, which says nothing of the next: the deadline is the
+        operation's own."""
         try:
             await self.bind(region, peer)
         except TransferTimeout:
@@ -212,7 +215,8 @@ class Paths:
         return True
 
     async def bind(self, region: RemoteRegion, peer: Peer) -> None:
-        """Make the region's box hold a binding that is good for `peer`. Raises what the owner or the last path says."""
+        """Make the region's box hold a binding that is good for `peer`. Raises what the owner or the last
+        path says."""
         box = region._box
         if box.bound is not None and box.bound.good(self._engine, peer):
             return
@@ -242,8 +246,8 @@ class Paths:
     # ---- a path that breaks ----
 
     def broke(self, peer: Peer, number: int, error: int = -1) -> None:
-        """The connection of one of its paths went, not the peer: open it again. What was posted waits, within its deadlines.
-        Without an error (0): its port is back."""
+        """The connection of one of its paths went, not the peer: open it again. What was posted waits, within
+        its deadlines. Without an error (0): its port is back."""
         found = ((whole, one) for whole in peer._paths for one in whole.members if one.lane_peer == number)
         whole, path = next(found, (None, None))
         if path is not None and path in self._mending and not error:
@@ -254,7 +258,8 @@ class Paths:
         self._start(peer, self._mend(peer, whole, path))
 
     def _is_to_be_mended(self, peer: Peer, whole: Path, path: Path) -> bool:
-        """One of several may break, or be late, before the peer is up; what fails alone then is its dialer's to judge."""
+        """One of several may break, or be late, before the peer is up; what fails alone then is its dialer's
+        to judge."""
         return not whole.dead and (peer._state == "up" or (peer._state == "connecting" and whole is not path))
 
     def _start(self, peer: Peer, work: object) -> None:
@@ -287,7 +292,8 @@ class Paths:
                 await news.wait()
 
     def suspect(self, peer: Peer) -> None:
-        """Find out about a peer that has been silent on its default path: whether it answers otherwise, and has another path."""
+        """Find out about a peer that has been silent on its default path: whether it answers otherwise, and
+        has another path."""
         path = peer._path
         if path is None or path in self._mending or len(self._ranking(peer).paths) < 2:
             return
@@ -295,7 +301,8 @@ class Paths:
         self._start(peer, self._find_out(peer, path))
 
     def look(self, peer: Peer, now: float, blocked: bool) -> None:
-        """Break rails of which nothing comes any more while something comes by others: nothing else would report them."""
+        """Break rails of which nothing comes any more while something comes by others: nothing else would
+        report them."""
         for path in peer._paths:
             for one in path.silent(now, self._engine.config.peer_timeout / 2, blocked):
                 one.strike()

@@ -1,8 +1,10 @@
-"""Which engine is reached at which address, as this engine's own dials found it; and which peer may speak for a member of a list.
+"""Which engine is reached at which address, as this engine's own dials found it; and which peer may speak for
+a member of a list.
 
-What a peer says of its own address proves nothing: any engine that has the key may say the same. An engine is at an address
-when a dial of that address led to it. So what a peer says as a member of a group, or as a rank, is kept (`Claims`) until the
-address of that member has been dialled; if another engine answers there, nothing of it counts.
+What a peer says of its own address proves nothing: any engine that has the key may say the same. An engine is
+at an address when a dial of that address led to it. So what a peer says as a member of a group, or as a rank,
+is kept (`Claims`) until the address of that member has been dialled; if another engine answers there, nothing
+of it counts.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class _Dial:
 
 
 class Reach:
-    """One per engine. `peers`: those that connect or are up. `connect` dials an address, without a deadline."""
+    """One per engine. `peers`: those that connect or are up. `connect` dials an address, without a
+    deadline."""
 
     def __init__(
         self, engine: Runtime, peers: Mapping[int, Peer], connect: Callable[[Address], Coroutine[Any, Any, Peer]], tasks: Tasks
@@ -63,14 +66,16 @@ class Reach:
         return peer if peer is not None and peer._state == "up" and peer.incarnation != self._engine.incarnation else None
 
     def up_at(self, address: Address) -> Peer | None:
-        """The peer that need not be dialled there: a dial found it, or it came from that host and says that it listens there."""
+        """The peer that need not be dialled there: a dial found it, or it came from that host and says that
+        it listens there."""
         found = self._found.get(address)
         if found is not None and found._state == "up":
             return found
         return next((peer for peer in self._peers.values() if peer._state == "up" and _is_at(peer, address)), None)
 
     def claimed(self, address: Address) -> Peer | None:
-        """A peer that says it is reached there. No proof; but if no engine is found there, its loss is the best news of it."""
+        """A peer that says it is reached there. No proof; but if no engine is found there, its loss is the
+        best news of it."""
         return next((peer for peer in self._peers.values() if peer._state == "up" and peer.address == address), None)
 
     async def replaced(self, address: Address) -> bool:
@@ -92,8 +97,8 @@ class Reach:
             del self._found[address]
 
     async def dial(self, address: Address) -> Peer:
-        """The peer that is found there now. Without a deadline; several that ask at the same time share one dial. Raises what
-        `Engine.connect` does."""
+        """The peer that is found there now. Without a deadline; several that ask at the same time share one
+        dial. Raises what `Engine.connect` does."""
         dial = self._dials.get(address)
         if dial is None:
             task = self._engine._loop.create_task(self._connect(address))
@@ -133,8 +138,8 @@ class _Claim:
 
 
 class Claims:
-    """What peers say as members of a list before they are known to be those. `hear(peer, content)` is called for each thing
-    that a member said, in its order, once its address was dialled and led to it."""
+    """What peers say as members of a list before they are known to be those. `hear(peer, content)` is called
+    for each thing that a member said, in its order, once its address was dialled and led to it."""
 
     def __init__(self, reach: Reach, members: Sequence[Address], hear: Callable[[Peer, Any], None], who: Any) -> None:
         self._reach = reach

@@ -1,10 +1,13 @@
-"""A control connection that is lost while its peer is not: it is dialled again over another address, and goes on.
+"""A control connection that is lost while its peer is not: it is dialled again over another address, and goes
+on.
 
-Who dialled first dials again, and tries all addresses of the peer; the other side waits for that. Meanwhile the peer is up, and
-what is said to it is kept. When there is no connection again within `peer_timeout`, the peer is lost.
+Who dialled first dials again, and tries all addresses of the peer; the other side waits for that. Meanwhile
+the peer is up, and what is said to it is kept. When there is no connection again within `peer_timeout`, the
+peer is lost.
 
-A connection that the other kernel ended (a reset, an end) is most often that of a process that has died. So such a peer has to
-show by its native thread, within `LIFE_SECONDS`, that it is there; and where its paths have broken too, it is lost at once.
+A connection that the other kernel ended (a reset, an end) is most often that of a process that has died. So
+such a peer has to show by its native thread, within `LIFE_SECONDS`, that it is there; and where its paths
+have broken too, it is lost at once.
 """
 
 from __future__ import annotations
@@ -88,7 +91,8 @@ class Reconnector:
         return True
 
     def silent(self, peer: Peer) -> None:
-        """Begin an outage: the peer's host confirms nothing any more. The connection may come back by itself."""
+        """Begin an outage: the peer's host confirms nothing any more. The connection may come back by
+        itself."""
         if peer._state == "up":
             self._begin(peer, "its host confirmed nothing any more", sure=True)
 

@@ -11,9 +11,11 @@ from aiotransfer.engine.runtime.platform import Platform
 
 
 def cpus_for(config: Config, platform: Platform) -> Callable[[str], tuple[int, ...]] | None:
-    """What is asked, in any thread, for the CPUs of a NIC's threads by its name, and reads files then. None: nothing is pinned.
+    """What is asked, in any thread, for the CPUs of a NIC's threads by its name, and reads files then. None:
+    nothing is pinned.
 
-    The CPUs that the calling thread may use are the bounds: its restriction is meant for the threads that it starts as well.
+    The CPUs that the calling thread may use are the bounds: its restriction is meant for the threads that it
+    starts as well.
     """
     if not config.pin_threads or not platform.threads or not hasattr(os, "sched_getaffinity"):
         return None

@@ -1,4 +1,5 @@
-"""Arguments of operations: what users may pass, as plain integers and arrays, or a clear refusal with the value in it."""
+"""Arguments of operations: what users may pass, as plain integers and arrays, or a clear refusal with the
+value in it."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def check_imm(imm: object) -> int:
 
 
 def page_table(name: str, pages: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Indices as contiguous int64, a copy: other threads may change the caller's, and what is checked has to be what is used.
+    """Indices as contiguous int64, a copy: other threads may change the caller's, and what is checked has to
+    be what is used.
 
     Raises `TypeError` or `ValueError`.
     """
@@ -89,7 +91,8 @@ class Side(NamedTuple):
 
 
 class Pages:
-    """The checked arguments of `write_pages` and `read_pages`, without the tables' bounds. Tables are one-dimensional int64."""
+    """The checked arguments of `write_pages` and `read_pages`, without the tables' bounds. Tables are
+    one-dimensional int64."""
 
     __slots__ = ("count", "from_offset", "from_stride", "page", "sources", "targets", "to_offset", "to_stride")
 
@@ -149,7 +152,8 @@ def _check_bounds(name: str, pages: Any, nbytes: int, offset: int, page: int, st
 
 
 def engine_name(name: object) -> str:
-    """How an engine calls itself to others, in logs and errors; None: by its process id. Raises `TypeError` or `ValueError`."""
+    """How an engine calls itself to others, in logs and errors; None: by its process id. Raises `TypeError`
+    or `ValueError`."""
     if name is None:
         return str(os.getpid())
     if not isinstance(name, str):
@@ -160,8 +164,8 @@ def engine_name(name: object) -> str:
 
 
 def advertised(address: str | Address | None, environ: Mapping[str, str]) -> Address | None:
-    """Where others reach this engine, as said by the call or by `AIOTRANSFER_ADVERTISE`. Raises `TypeError`, `ValueError` or
-    `ConfigurationError` with the value."""
+    """Where others reach this engine, as said by the call or by `AIOTRANSFER_ADVERTISE`. Raises `TypeError`,
+    `ValueError` or `ConfigurationError` with the value."""
     if address is not None:
         return Address.parse_advertised(address)
     text = environ.get("AIOTRANSFER_ADVERTISE")

@@ -1,4 +1,5 @@
-"""Where the NICs, GPUs and memory of this machine are, for those who rank rails or place threads. Imported when that is asked."""
+"""Where the NICs, GPUs and memory of this machine are, for those who rank rails or place threads. Imported
+when that is asked."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from aiotransfer.providers.host.sysfs import read_topology
 
 @cache
 def machine(root: Path) -> Topology:
-    """Read once in the life of a process: no thread or rail is moved for a device that is plugged in later."""
+    """Read once in the life of a process: no thread or rail is moved for a device that is plugged in
+    later."""
     return read_topology(root)
 
 
@@ -25,8 +27,8 @@ def cpus_near(root: Path, nic: str, allowed: Collection[int]) -> tuple[int, ...]
 
 
 def whereabouts(address: int, device: str) -> HostMemory | GpuMemory:
-    """Of memory at this address (`device`: `cpu` or `cuda:N`), as `core.nearest.rank_nics` takes it. Raises `RegistrationError`
-    when the CUDA driver does not know the GPU.
+    """Of memory at this address (`device`: `cpu` or `cuda:N`), as `core.nearest.rank_nics` takes it. Raises
+    `RegistrationError` when the CUDA driver does not know the GPU.
     """
     if device == "cpu":
         return HostMemory(node_of(address))

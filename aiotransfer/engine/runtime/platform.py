@@ -11,8 +11,9 @@ from aiotransfer.control.network import Network, Tcp
 
 
 class Platform(NamedTuple):
-    """Randomness, control connections, native threads, the network beneath `loopback` (None: that of this process), what the
-    rails of libfabric do without (`providers.fabric.rail.Restrictions`), and where the machine's /sys is."""
+    """Randomness, control connections, native threads, the network beneath `loopback` (None: that of this
+    process), what the rails of libfabric do without (`providers.fabric.rail.Restrictions`), and where the
+    machine's /sys is."""
 
     entropy: Callable[[int], bytes] = os.urandom
     network: Network = Tcp()

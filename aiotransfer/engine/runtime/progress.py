@@ -1,9 +1,10 @@
-"""Progress: the event loop reads the lane's descriptor and turns its events into the ends of transfers and waits.
+"""Progress: the event loop reads the lane's descriptor and turns its events into the ends of transfers and
+waits.
 
-Nothing here runs while nothing happens: the lane's one descriptor becomes readable when an operation of ours has ended, a
-counter that a task waits for was reached, or a peer's process has ended. Work per wake-up is bounded by the lane's batch; a
-full batch re-schedules itself behind the other ready callbacks. So does one that the lane handed out before it had looked for
-more: tasks that were woken run first.
+Nothing here runs while nothing happens: the lane's one descriptor becomes readable when an operation of ours
+has ended, a counter that a task waits for was reached, or a peer's process has ended. Work per wake-up is
+bounded by the lane's batch; a full batch re-schedules itself behind the other ready callbacks. So does one
+that the lane handed out before it had looked for more: tasks that were woken run first.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ Handler = Callable[[int, int, int], None]  # of one event: number, status and co
 
 
 class Progress:
-    """One per engine. `ended` takes the end of an operation. `counted` takes what the lane has taken for a counter, by the record
-    of that counter; counters that are opened and closed change it. `handlers` take the other events, by their kind."""
+    """One per engine. `ended` takes the end of an operation. `counted` takes what the lane has taken for a
+    counter, by the record of that counter; counters that are opened and closed change it. `handlers` take the
+    other events, by their kind."""
 
     def __init__(
         self, engine: Runtime, ended: Handler, counted: Mapping[int, Callable[[int], None]], handlers: Mapping[int, Handler]
@@ -83,7 +85,8 @@ class Progress:
             self._loop.call_soon(self._ready)
 
     def retry(self) -> None:
-        """A post that was refused is tried again soon: its provider may have no event for when it could be taken."""
+        """A post that was refused is tried again soon: its provider may have no event for when it could be
+        taken."""
         if self._retry is None:
             self._retry = self._loop.call_later(RETRY_SECONDS, self._again)
 

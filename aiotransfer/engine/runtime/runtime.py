@@ -1,7 +1,8 @@
 """What every part of an engine stands on: its state, its clock, and the checks at the door.
 
-`Engine` extends `Operations`, the public calls that move bytes, and that extends `Runtime`: regions, bindings and transfers
-compare the engine of a call with their own, and one object is both. All other parts are objects that an engine has.
+`Engine` extends `Operations`, the public calls that move bytes, and that extends `Runtime`: regions, bindings
+and transfers compare the engine of a call with their own, and one object is both. All other parts are objects
+that an engine has.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Flight(Protocol):
 
 
 class Runtime:
-    """The ground of one engine on one event loop: all that a part of an engine takes when it needs no other part."""
+    """The ground of one engine on one event loop: all that a part of an engine takes when it needs no other
+    part."""
 
     name: str
     config: Config
@@ -109,7 +111,8 @@ class Runtime:
 
     @property
     def timeout(self) -> float:
-        """Seconds that an operation of this engine may take where it is given no `timeout` of its own; `math.inf`: any time."""
+        """Seconds that an operation of this engine may take where it is given no `timeout` of its own;
+        `math.inf`: any time."""
         return self._timeout
 
     def _seconds(self, timeout: float | None) -> float:
@@ -118,7 +121,8 @@ class Runtime:
     # ---- failures that were never awaited ----
 
     def _never_retrieved(self, error: BaseException) -> None:
-        """Log, once, an operation that failed and whose transfer was dropped before its result was looked at. From any thread."""
+        """Log, once, an operation that failed and whose transfer was dropped before its result was looked at.
+        From any thread."""
         left_out = self._limit.admit((type(error).__name__, getattr(error, "peer", None)))
         if left_out is not None:
             self._log_never_retrieved("an aiotransfer operation failed and was never awaited" + more(left_out), error)

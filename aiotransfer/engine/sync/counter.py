@@ -1,8 +1,9 @@
 """Counters of immediates.
 
-The lane counts; this file only queues those who wait. The lane is armed for the head of the queue alone, so waits are served
-first come first served, and a satisfied wish comes with its arrivals already taken. If their waiter has meanwhile gone, they
-are handed to the next in the queue or given back: a cancelled wait loses no arrival.
+The lane counts; this file only queues those who wait. The lane is armed for the head of the queue alone, so
+waits are served first come first served, and a satisfied wish comes with its arrivals already taken. If their
+waiter has meanwhile gone, they are handed to the next in the queue or given back: a cancelled wait loses no
+arrival.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class Counter(Unpicklable):
     async def wait(self, n: int = 1, *, timeout: float | None = None, peers: Iterable[Peer] | None = None) -> None:
         """Take `n` arrivals, waiting for them in turn.
 
-        `peers` names those whose loss ends the wait (`PeerLostError`); what they had counted is taken first. There is no
-        deadline unless `timeout` (seconds) is given: `TransferTimeout`. Cancelling loses no arrival. Raises `ClosedError` when
-        the counter or the engine is closed.
+        `peers` names those whose loss ends the wait (`PeerLostError`); what they had counted is taken first.
+        There is no deadline unless `timeout` (seconds) is given: `TransferTimeout`. Cancelling loses no
+        arrival. Raises `ClosedError` when the counter or the engine is closed.
         """
         engine = self._engine
         if type(n) is not int or not 0 <= n < 1 << 63:
@@ -166,7 +167,8 @@ class Counter(Unpicklable):
         return int(out[0]), int(out[1])
 
     def close(self) -> None:
-        """Retire the value: waits end in `ClosedError`, later arrivals are strays until `Engine.counter` reopens it at 0."""
+        """Retire the value: waits end in `ClosedError`, later arrivals are strays until `Engine.counter`
+        reopens it at 0."""
         if self._closed:
             return
         self._closed = True
@@ -213,7 +215,8 @@ class Counter(Unpicklable):
 
 
 def take_each(counters: Sequence[Counter], wanted: Sequence[int]) -> tuple[list[bool], bool]:
-    """Take from each counter what is wanted of it, in one call: where so many arrivals are there and no task waits for them.
+    """Take from each counter what is wanted of it, in one call: where so many arrivals are there and no task
+    waits for them.
 
     Returns which were taken from, and whether the caller should give the event loop a turn."""
     n = len(counters)

@@ -1,13 +1,15 @@
 """Lists of members that differ: whose, and where.
 
-A group is known by its name and its list, so members with different lists never meet: each waits for the other. Engines may
-well have several groups of one name, so a difference is no error by itself. Members show each other the list of each group that
-they form, as short digests, and answer with their own lists of that name where they have not the one that was shown.
+A group is known by its name and its list, so members with different lists never meet: each waits for the
+other. Engines may well have several groups of one name, so a difference is no error by itself. Members show
+each other the list of each group that they form, as short digests, and answer with their own lists of that
+name where they have not the one that was shown.
 
-Two lists *contradict* each other when each names the other one's engine, and neither engine has a group of the other one's list
-(`GRACE` seconds later still): each of the two would wait for the other until its deadline. That is an error at once. Everything
-else that was found to be different is only told of by a deadline: the engine may be about to make the group that is asked for.
-What a peer shows counts for a member only when this peer is reached at the member's address (`PeerGroup.said`).
+Two lists *contradict* each other when each names the other one's engine, and neither engine has a group of
+the other one's list (`GRACE` seconds later still): each of the two would wait for the other until its
+deadline. That is an error at once. Everything else that was found to be different is only told of by a
+deadline: the engine may be about to make the group that is asked for. What a peer shows counts for a member
+only when this peer is reached at the member's address (`PeerGroup.said`).
 """
 
 from __future__ import annotations
@@ -67,8 +69,8 @@ def difference(theirs: Roster, ours: Roster) -> str:
 
 
 class _Against:
-    """A list that contradicts that of a group. `counts` once `GRACE` is over: its timer says so, not a clock. A clock may show a
-    hair less than was asked for when a timer fires, and there is no second look."""
+    """A list that contradicts that of a group. `counts` once `GRACE` is over: its timer says so, not a clock.
+    A clock may show a hair less than was asked for when a timer fires, and there is no second look."""
 
     def __init__(self, theirs: Roster) -> None:
         self.theirs = theirs
@@ -91,7 +93,8 @@ class Listed(Protocol):
 
 
 class Rosters:
-    """One per engine. `at` gives the other engine that was found at an address, `lists` those of all groups of this engine."""
+    """One per engine. `at` gives the other engine that was found at an address, `lists` those of all groups
+    of this engine."""
 
     def __init__(
         self, engine: Runtime, at: Callable[[Address], Peer | None], lists: Callable[[], Collection[Roster]]
@@ -110,7 +113,8 @@ class Rosters:
         self._against.pop(group._key, None)
 
     def show(self, group: Listed, peer: Peer) -> None:
-        """Tell a peer which members this group lists. Once for each peer, until `begin`; further calls do nothing."""
+        """Tell a peer which members this group lists. Once for each peer, until `begin`; further calls do
+        nothing."""
         shown = self._shown.setdefault(group._key, WeakSet())
         if peer not in shown:
             shown.add(peer)
@@ -146,7 +150,8 @@ class Rosters:
                 group.said(rank, peer, theirs)
 
     def _first_answer(self, peer: Peer, group: Listed, theirs: Roster) -> bool:
-        """Whether an answer has not been answered with this group yet: two engines do not answer each other for ever."""
+        """Whether an answer has not been answered with this group yet: two engines do not answer each other
+        for ever."""
         answered = self._answered.setdefault(peer, set())
         pair = (group._key, _of(theirs))
         if pair in answered or len(answered) >= MOST_ANSWERED:
@@ -177,7 +182,8 @@ class Rosters:
         return self._against.get(group._key, {}).keys()
 
     def contradiction(self, group: Listed) -> ConfigurationError | None:
-        """The error to raise where a peer's list of members contradicts that of `group`; None where no such list is known."""
+        """The error to raise where a peer's list of members contradicts that of `group`; None where no such
+        list is known."""
         against = self._against.get(group._key)
         if not against:
             return None
@@ -199,7 +205,8 @@ class Rosters:
         )  # fmt: skip
 
     def differences(self, group: Listed, ranks: Iterable[int]) -> str:
-        """Which of these members have shown only other lists under the name of `group`, in words; empty where none has."""
+        """Which of these members have shown only other lists under the name of `group`, in words; empty where
+        none has."""
         ours, found = group.roster, []
         for rank in ranks:
             address = group.members[rank]

@@ -1,12 +1,13 @@
-"""Which immediate a counter gets: one that was never used, one whose last use is proved to be over, or one of the library's own.
+"""Which immediate a counter gets: one that was never used, one whose last use is proved to be over, or one of
+the library's own.
 
-The lane never forgets a value that was retired: what arrives late is a stray, and is counted as one. A value that is used
-once therefore costs 16 to 32 bytes for as long as the engine lives. There are 2^32 values. A component that opens a counter
-for each request gives the value back when nothing can arrive for it any more. It has the proof: the value was only used under
-leases that have been revoked.
+The lane never forgets a value that was retired: what arrives late is a stray, and is counted as one. A value
+that is used once therefore costs 16 to 32 bytes for as long as the engine lives. There are 2^32 values. A
+component that opens a counter for each request gives the value back when nothing can arrive for it any more.
+It has the proof: the value was only used under leases that have been revoked.
 
-The library's own values are chosen at random, among those of which nothing has ever come: a peer can neither count on them before
-they are told to the members that use them, nor know which they are.
+The library's own values are chosen at random, among those of which nothing has ever come: a peer can neither
+count on them before they are told to the members that use them, nor know which they are.
 """
 
 from __future__ import annotations
@@ -72,13 +73,15 @@ class Values:
         return self._next + 1
 
     def named(self, imm: object) -> int:
-        """A value that the user names, and must keep free of late arrivals from then on. Raises `TypeError` or `ValueError`."""
+        """A value that the user names, and must keep free of late arrivals from then on. Raises `TypeError`
+        or `ValueError`."""
         value = check_imm(imm)
         self._proved.pop(value, None)
         return value
 
     def own(self) -> int:
-        """One of the library's own, used once and never again. Raises `BusyError` when nearly none is left."""
+        """One of the library's own, used once and never again. Raises `BusyError` when nearly none is
+        left."""
         for _ in range(TRIES):
             value = RESERVED + int.from_bytes(self.entropy(4)) % (MOST_IMM - RESERVED + 1)
             if not native.lib.at_imm_known(self._engine._p, value):
@@ -86,7 +89,8 @@ class Values:
         raise BusyError("the reserved immediates of this engine are used up", hint="open a fresh engine")
 
     def again(self) -> Counter:
-        """A counter at 0 for uses that end in `give_back`: of a value that was given back, or a fresh one. Raises `BusyError`."""
+        """A counter at 0 for uses that end in `give_back`: of a value that was given back, or a fresh one.
+        Raises `BusyError`."""
         if not self._proved:
             return self.counter(None)
         value = next(iter(self._proved))
@@ -95,7 +99,8 @@ class Values:
         return counter
 
     def give_back(self, counter: Counter) -> None:
-        """Close a counter of `again`. The caller has proved that nothing can arrive for it any more: every lease is revoked."""
+        """Close a counter of `again`. The caller has proved that nothing can arrive for it any more: every
+        lease is revoked."""
         if counter._closed:
             return
         counter.close()

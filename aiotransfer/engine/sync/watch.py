@@ -1,7 +1,7 @@
 """Watching a 64-bit word that a kernel or another process increments.
 
-No doorbell is rung for such a word, so the lane's native thread looks at it: every 50 us while it changes, ever more rarely
-(down to every 4 ms) while it does not. The event loop sleeps until it has changed.
+No doorbell is rung for such a word, so the lane's native thread looks at it: every 50 us while it changes,
+ever more rarely (down to every 4 ms) while it does not. The event loop sleeps until it has changed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Watcher(Unpicklable):
         if status < 0:
             raise self._refusal(status, "the word cannot be watched")
         value: int | None = int(self._out[0])
-        # Not what the lane has told but what was yielded decides: a look that was cancelled may have been told of a change.
+        # Not what the lane has told but what was yielded decides: a look that was cancelled may have been
+        # told of a change.
         if value != self._last:
             await asyncio.sleep(0)  # a word that never rests starves no other task
         else:

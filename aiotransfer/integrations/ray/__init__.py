@@ -9,7 +9,8 @@
         @ray.method(tensor_transport="aiotransfer")
         def weights(self): ...
 
-Needs Ray with `register_tensor_transport` (tested: 2.60.0) and torch. Neither is imported before `register` is called.
+Needs Ray with `register_tensor_transport` (tested: 2.60.0) and torch. Neither is imported before `register`
+is called.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ INSTALL = "pip install 'aiotransfer[ray,torch]' 'ray>=2.60'"
 
 
 def register() -> None:
-    """Make the transport known to Ray under the name "aiotransfer". Call it in the process that creates the actors, before a
-    class whose methods name the transport is defined; Ray tells the actors. Twice is silent.
+    """Make the transport known to Ray under the name "aiotransfer". Call it in the process that creates the
+    actors, before a class whose methods name the transport is defined; Ray tells the actors. Twice is silent.
 
     Raises `ConfigurationError` where Ray or torch is missing, or Ray is too old.
     """
@@ -41,8 +42,8 @@ def register() -> None:
 
 
 def statistics() -> Statistics:
-    """What the transport of this process has done so far: call it in an actor, or in the driver. Raises like `register`, and
-    `ValueError` where the transport is not registered."""
+    """What the transport of this process has done so far: call it in an actor, or in the driver. Raises like
+    `register`, and `ValueError` where the transport is not registered."""
     transport, util = _modules()
     found: Statistics = util.get_tensor_transport_manager(transport.BACKEND).statistics()
     return found

@@ -1,4 +1,5 @@
-"""Two actors of a Ray of this machine alone: one reads tensors from the memory of the other, by the transport `aiotransfer`.
+"""Two actors of a Ray of this machine alone: one reads tensors from the memory of the other, by the transport
+`aiotransfer`.
 
     python -m aiotransfer.integrations.ray
 """

@@ -1,4 +1,5 @@
-"""What this process offers to others: the memory of objects, registered when an object is first offered, and as long as needed.
+"""What this process offers to others: the memory of objects, registered when an object is first offered, and
+as long as needed.
 
 All of it runs on the engine's loop. Objects whose tensors share a storage share its registration.
 """
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """Where the bytes of one tensor are: `nbytes` from `offset` on in the memory of descriptor number `descriptor`."""
+    """Where the bytes of one tensor are: `nbytes` from `offset` on in the memory of descriptor number
+    `descriptor`."""
 
     descriptor: int
     offset: int
@@ -24,7 +26,8 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Offer:
-    """What a reader needs to know of an object: the owner's address, its descriptors (encoded), the place of each tensor."""
+    """What a reader needs to know of an object: the owner's address, its descriptors (encoded), the place of
+    each tensor."""
 
     address: str
     descriptors: tuple[bytes, ...]
@@ -83,7 +86,8 @@ class Exports:
             self._registered[key] = _Registered(region, region.descriptor.encode())
 
     def drop(self, name: str) -> None:
-        """Offer an object no longer: reads of it that are under way end in an error at the reader. Unknown names are silent."""
+        """Offer an object no longer: reads of it that are under way end in an error at the reader. Unknown
+        names are silent."""
         found = self._offers.pop(name, None)
         if found is None:
             return

@@ -38,7 +38,8 @@ class Counts:
 
 
 class Room:
-    """Bytes that may be under way at once; those that wait go on in order. What alone is larger goes when nothing else does."""
+    """Bytes that may be under way at once; those that wait go on in order. What alone is larger goes when
+    nothing else does."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -49,7 +50,8 @@ class Room:
         return not self._used or self._used + nbytes <= self._most
 
     async def enter(self, nbytes: int) -> None:
-        """Wait until `nbytes` may be under way. Each entry is followed by one `leave` with the same number."""
+        """Wait until `nbytes` may be under way. Each entry is followed by one `leave` with the same
+        number."""
         if not self._waiting and self._fits(nbytes):
             self._used += nbytes
             return
@@ -88,10 +90,12 @@ class Fetches:
         self.counts = Counts()
 
     async def fetch(self, offer: Offer, into: Sequence[Any] | None, seconds: float) -> list[Any]:
-        """The bytes of each tensor of `offer`, as arrays of bytes; or, when memory is given for them (`into`), that memory.
+        """The bytes of each tensor of `offer`, as arrays of bytes; or, when memory is given for them
+        (`into`), that memory.
 
-        Raises `TransferError`s, among them `TransferTimeout` after `seconds`; `ValueError` for an offer that makes no sense.
-        When it ends, in whichever way, nothing of it lands in `into` any more, but for a `QuarantineError`, which says so.
+        Raises `TransferError`s, among them `TransferTimeout` after `seconds`; `ValueError` for an offer that
+        makes no sense. When it ends, in whichever way, nothing of it lands in `into` any more, but for a
+        `QuarantineError`, which says so.
         """
         self.counts.running += 1
         try:
@@ -214,7 +218,8 @@ def _spans(sizes: list[int]) -> tuple[list[tuple[int, int]], int]:
 
 
 def _batches(reads: Sequence[Read]) -> Iterator[list[Read]]:
-    """Parts of `reads`, in order, of at most `MOST_READS` reads and, but for a single read, a quarter of `MOST_BYTES`."""
+    """Parts of `reads`, in order, of at most `MOST_READS` reads and, but for a single read, a quarter of
+    `MOST_BYTES`."""
     some: list[Read] = []
     held = 0
     for read in reads:

@@ -1,4 +1,5 @@
-"""The engine of this process, on a thread of its own, with what it offers and what it fetches. Opened when first needed."""
+"""The engine of this process, on a thread of its own, with what it offers and what it fetches. Opened when
+first needed."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ ABORT_SECONDS = 10.0  # an abort waits for its fetches to end: longer than any o
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the transport of this process has done so far. Sizes in bytes; `ways`: how each peer is reached, by its address."""
+    """What the transport of this process has done so far. Sizes in bytes; `ways`: how each peer is reached,
+    by its address."""
 
     address: str
     offered_objects: int
@@ -47,8 +49,8 @@ class AbortedError(at.TransferError):
 class Node:
     """The transport of one process. Its methods may be called from any thread but the engine's.
 
-    `listen`: the control address of the engine. `name`: what errors and logs of others call it. `timeout`: seconds that a fetch
-    may take.
+    `listen`: the control address of the engine. `name`: what errors and logs of others call it. `timeout`:
+    seconds that a fetch may take.
     """
 
     def __init__(self, listen: str, name: str | None, timeout: float) -> None:
@@ -76,7 +78,8 @@ class Node:
     # ---- the owner's side ----
 
     def offer(self, name: str, parts: Sequence[Part]) -> Offer:
-        """Register the memory of an object and say where it is. Raises `RegistrationError`, or `ClosedError`."""
+        """Register the memory of an object and say where it is. Raises `RegistrationError`, or
+        `ClosedError`."""
         return self._thread.run(self._exports.add(name, parts))
 
     def withdraw(self, name: str) -> None:
@@ -87,10 +90,11 @@ class Node:
     # ---- the reader's side ----
 
     def fetch(self, name: str, offer: Offer, into: Sequence[Any] | None = None) -> Future[list[Any]]:
-        """Begin to fetch an object; returns at once. The future has what `Fetches.fetch` returns, or its error.
+        """Begin to fetch an object; returns at once. The future has what `Fetches.fetch` returns, or its
+        error.
 
-        Its `cancel()` ends the fetch; the future is done when nothing of it can land any more. Raises `AbortedError` for a fetch
-        that was aborted before it began, and `ClosedError`.
+        Its `cancel()` ends the fetch; the future is done when nothing of it can land any more. Raises
+        `AbortedError` for a fetch that was aborted before it began, and `ClosedError`.
         """
         with self._guard:
             refused = self._refused.pop(name, 0) is None
@@ -111,9 +115,11 @@ class Node:
             _remember(self._ended, name)
 
     def abort(self, name: str) -> int:
-        """End every fetch of an object that is under way, and wait until nothing of them can land; how many there were.
+        """End every fetch of an object that is under way, and wait until nothing of them can land; how many
+        there were.
 
-        Of an object that this process neither fetches nor has fetched, the next fetch is refused: its abort has overtaken it.
+        Of an object that this process neither fetches nor has fetched, the next fetch is refused: its abort
+        has overtaken it.
         """
         with self._guard:
             fetches = list(self._running.get(name, ()))

@@ -1,4 +1,5 @@
-"""Tensors as memory: which bytes a tensor of torch or an array of NumPy has, and how one is made of bytes again."""
+"""Tensors as memory: which bytes a tensor of torch or an array of NumPy has, and how one is made of bytes
+again."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import numpy as np
 
 
 class Part(NamedTuple):
-    """The bytes of one tensor: `nbytes` from `offset` on in `memory` (a storage of torch, or an array), which `key` names."""
+    """The bytes of one tensor: `nbytes` from `offset` on in `memory` (a storage of torch, or an array), which
+    `key` names."""
 
     memory: Any
     key: tuple[int, int]
@@ -19,7 +21,8 @@ class Part(NamedTuple):
 
 
 def part_of(tensor: Any) -> Part:
-    """Where the bytes of `tensor` are. Raises `TypeError` or `ValueError` for what has no bytes in a row in host memory."""
+    """Where the bytes of `tensor` are. Raises `TypeError` or `ValueError` for what has no bytes in a row in
+    host memory."""
     if isinstance(tensor, np.ndarray):
         if tensor.dtype.hasobject:
             raise TypeError(f"an array of Python objects (dtype {tensor.dtype}) has no bytes that another process can read")

@@ -1,8 +1,9 @@
 """Memory for tensors that are received: blocks that are used again when the tensors over them are gone.
 
-The first touch of fresh memory costs several times the copy into it, so a block whose tensors are gone is kept for a while and
-stays registered. What is idle is bounded in bytes and in time. All of this runs on the engine's loop but for `Lease.__del__`,
-which may run in any thread, in the middle of anything: it only hands the block over.
+The first touch of fresh memory costs several times the copy into it, so a block whose tensors are gone is
+kept for a while and stays registered. What is idle is bounded in bytes and in time. All of this runs on the
+engine's loop but for `Lease.__del__`, which may run in any thread, in the middle of anything: it only hands
+the block over.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ HUGE_BYTES = 4 << 20  # from here on the kernel is asked for huge pages
 
 
 def rounded(nbytes: int) -> int:
-    """The size of the block for so many bytes: sizes are few, so that blocks fit again, and at most an eighth is left over."""
+    """The size of the block for so many bytes: sizes are few, so that blocks fit again, and at most an eighth
+    is left over."""
     step = max(1 << 16, 1 << max(0, nbytes.bit_length() - 4))
     return -(-nbytes // step) * step
 
@@ -52,7 +54,8 @@ class Block:
 
 
 class Lease:
-    """The use of a block. Arrays over its memory keep it; when the last is gone, the block is the pool's again."""
+    """The use of a block. Arrays over its memory keep it; when the last is gone, the block is the pool's
+    again."""
 
     def __init__(self, pool: Pool, block: Block) -> None:
         self._pool = pool
@@ -68,7 +71,8 @@ class Lease:
     def end(self, *, in_use: bool) -> None:
         """Give the block back before the lease itself is gone; no array was made over it. On the loop.
 
-        `in_use`: the engine may still write into it. Then it is not used again, and its memory lives as long as that lasts.
+        `in_use`: the engine may still write into it. Then it is not used again, and its memory lives as long
+        as that lasts.
         """
         block, self._block = self._block, None
         if block is not None:
@@ -93,7 +97,8 @@ class Pool:
         self.idle_bytes = 0
 
     def take(self, nbytes: int) -> Lease:
-        """The use of a block of at least `nbytes`. Raises `MemoryError` or `OSError` where there is no memory."""
+        """The use of a block of at least `nbytes`. Raises `MemoryError` or `OSError` where there is no
+        memory."""
         self._collect()
         pooled = nbytes >= LEAST_BYTES
         size = rounded(nbytes) if pooled else nbytes
@@ -107,7 +112,8 @@ class Pool:
         return Lease(self, block)
 
     def give_back(self, block: Block) -> None:
-        """Take a block that nothing uses any more. From any thread, also in the middle of a collection of garbage."""
+        """Take a block that nothing uses any more. From any thread, also in the middle of a collection of
+        garbage."""
         self._returned.append(block)
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process lets go of the memory
             self._loop.call_soon_threadsafe(self._collect)

@@ -1,7 +1,8 @@
-"""Ray's side: the classes that Ray asks for. The only file that imports Ray, and all that it uses of Ray is used here.
+"""Ray's side: the classes that Ray asks for. The only file that imports Ray, and all that it uses of Ray is
+used here.
 
-Ray keeps one `AioTransport` in each process and calls it from several threads: from that of the task, from one for transfers
-(`_ray_system`) and from one for aborts (`_ray_system_error`).
+Ray keeps one `AioTransport` in each process and calls it from several threads: from that of the task, from
+one for transfers (`_ray_system`) and from one for aborts (`_ray_system_error`).
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ SHARE = 0.9  # of that: the fetch ends first, so that its memory is free and the
 
 @dataclass
 class AioMetadata(TensorTransportMetadata):  # type: ignore[misc]
-    """What a reader is told of an object. `offer`: where its bytes are; None for an object without tensors. `node`: Ray's number
-    of the machine that it is on."""
+    """What a reader is told of an object. `offer`: where its bytes are; None for an object without tensors.
+    `node`: Ray's number of the machine that it is on."""
 
     offer: Offer | None = None
     node: str = ""
@@ -47,8 +48,8 @@ class AioCommunicator(CommunicatorMetadata):  # type: ignore[misc]
 
 
 class AioFetch(FetchRequest):  # type: ignore[misc]
-    """A fetch under way. Dropping it ends it. `metadata`: of the object; `future`: of its bytes (None: it has no tensors);
-    `into`: the tensors that were given for it."""
+    """A fetch under way. Dropping it ends it. `metadata`: of the object; `future`: of its bytes (None: it has
+    no tensors); `into`: the tensors that were given for it."""
 
     def __init__(self, obj_id: str, metadata: AioMetadata, future: Future[list[Any]] | None, into: list[Any] | None) -> None:
         super().__init__(obj_id=obj_id, tensors=[])
@@ -107,8 +108,8 @@ class AioTransport(TensorTransportManager):  # type: ignore[misc]
     def extract_tensor_transport_metadata(self, obj_id: str, rdt_object: list[Any]) -> AioMetadata:
         """Register the memory of the tensors `rdt_object` of the object `obj_id`.
 
-        Raises `TypeError` or `ValueError` for tensors that cannot be read as they lie, `RegistrationError`, or what opening an
-        engine raises.
+        Raises `TypeError` or `ValueError` for tensors that cannot be read as they lie, `RegistrationError`,
+        or what opening an engine raises.
         """
         parts = [part_of(tensor) for tensor in rdt_object]
         offer = self.node().offer(obj_id, parts) if parts else None
@@ -116,20 +117,21 @@ class AioTransport(TensorTransportManager):  # type: ignore[misc]
         return AioMetadata([meta_of(tensor) for tensor in rdt_object], device, offer, _machine())
 
     def garbage_collect(self, obj_id: str, tensor_transport_meta: AioMetadata, tensors: list[Any]) -> None:
-        """Forget the object `obj_id`; the memory is released when nothing reads it. The other arguments are not needed
-        (`tensor_transport_meta`, `tensors`)."""
+        """Forget the object `obj_id`; the memory is released when nothing reads it. The other arguments are
+        not needed (`tensor_transport_meta`, `tensors`)."""
         if self._node is not None and self._node.usable:
             self._node.withdraw(obj_id)
 
     def send_multiple_tensors(self, tensors: list[Any], tensor_transport_metadata: Any, communicator_metadata: Any) -> None:
-        """Not called: see `is_one_sided`. Whatever is given (`tensors`, `tensor_transport_metadata`, `communicator_metadata`)
-        is a `NotImplementedError`."""
+        """Not called: see `is_one_sided`. Whatever is given (`tensors`, `tensor_transport_metadata`,
+        `communicator_metadata`) is a `NotImplementedError`."""
         raise NotImplementedError("the reader moves the bytes: there is nothing to send")
 
     # ---- the process that wants it ----
 
     def get_communicator_metadata(self, src_actor: Any, dst_actor: Any, backend: str | None = None) -> AioCommunicator:
-        """Nothing needs to be agreed on, whoever `src_actor` and `dst_actor` are and whatever `backend` is."""
+        """Nothing needs to be agreed on, whoever `src_actor` and `dst_actor` are and whatever `backend`
+        is."""
         return AioCommunicator()
 
     def fetch_multiple_tensors(
@@ -141,9 +143,9 @@ class AioTransport(TensorTransportManager):  # type: ignore[misc]
     ) -> AioFetch:
         """Begin to read all tensors of the object `obj_id`, and return at once.
 
-        `tensor_transport_metadata` is what the owner said of it; `target_buffers`: contiguous tensors of the same sizes to read
-        into (None: new ones are made). `communicator_metadata` is not needed. Raises `RayDirectTransportError`, or `ValueError`
-        for buffers that do not fit.
+        `tensor_transport_metadata` is what the owner said of it; `target_buffers`: contiguous tensors of the
+        same sizes to read into (None: new ones are made). `communicator_metadata` is not needed. Raises
+        `RayDirectTransportError`, or `ValueError` for buffers that do not fit.
         """
         metadata = tensor_transport_metadata
         into = None if target_buffers is None else _fitting(target_buffers, metadata)
@@ -160,9 +162,10 @@ class AioTransport(TensorTransportManager):  # type: ignore[misc]
     def wait_fetch_complete(self, fetch_request: AioFetch, timeout: float = -1) -> list[Any]:
         """The tensors of a fetch that was begun by `fetch_multiple_tensors` (`fetch_request`).
 
-        `timeout`: seconds; less than 0 (default): as long as a fetch may take. Raises `RayDirectTransportError` when it failed or
-        was aborted, and `TimeoutError`. A `timeout` of 0 only looks, and the fetch goes on. One above 0 that passes ends the
-        fetch: when the error is raised, nothing of it lands any more.
+        `timeout`: seconds; less than 0 (default): as long as a fetch may take. Raises
+        `RayDirectTransportError` when it failed or was aborted, and `TimeoutError`. A `timeout` of 0 only
+        looks, and the fetch goes on. One above 0 that passes ends the fetch: when the error is raised,
+        nothing of it lands any more.
         """
         future, metadata = fetch_request.future, fetch_request.metadata
         if future is None:
@@ -189,13 +192,14 @@ class AioTransport(TensorTransportManager):  # type: ignore[misc]
         target_buffers: list[Any] | None = None,
     ) -> list[Any]:
         """Fetch the object `obj_id` and wait for it: `fetch_multiple_tensors` with the same arguments
-        (`tensor_transport_metadata`, `communicator_metadata`, `target_buffers`), then `wait_fetch_complete`."""
+        (`tensor_transport_metadata`, `communicator_metadata`, `target_buffers`), then
+        `wait_fetch_complete`."""
         request = self.fetch_multiple_tensors(obj_id, tensor_transport_metadata, communicator_metadata, target_buffers)
         return self.wait_fetch_complete(request)
 
     def abort_transport(self, obj_id: str, communicator_metadata: Any) -> None:
-        """End what is under way of the object `obj_id` in this process, and wait until nothing of it can land. The process at the
-        other end notices nothing. `communicator_metadata` is not needed."""
+        """End what is under way of the object `obj_id` in this process, and wait until nothing of it can
+        land. The process at the other end notices nothing. `communicator_metadata` is not needed."""
         self.node().abort(obj_id)
 
     # ---- for users ----
@@ -205,7 +209,8 @@ class AioTransport(TensorTransportManager):  # type: ignore[misc]
         return self.node().statistics()
 
     def close(self) -> None:
-        """Close the engine of this process; what others read from it ends in an error. The next use opens another one."""
+        """Close the engine of this process; what others read from it ends in an error. The next use opens
+        another one."""
         with self._guard:
             node, self._node = self._node, None
         if node is not None and node.usable:
@@ -213,7 +218,8 @@ class AioTransport(TensorTransportManager):  # type: ignore[misc]
 
 
 def usable_here(actor: Any = None) -> bool:
-    """Whether this process has what the transport needs. Ray calls it with the `actor` in whose process it runs."""
+    """Whether this process has what the transport needs. Ray calls it with the `actor` in whose process it
+    runs."""
     from aiotransfer.providers import native
 
     return native.lib is not None
@@ -227,8 +233,8 @@ def fetch_seconds() -> float:
 
 
 def listen_address() -> str:
-    """Where the engine of this process listens: where the other machines of the cluster reach this one if there is a key, else
-    on loopback, since engines without a key accept processes of this host alone."""
+    """Where the engine of this process listens: where the other machines of the cluster reach this one if
+    there is a key, else on loopback, since engines without a key accept processes of this host alone."""
     if "AIOTRANSFER_KEY" not in os.environ:
         return "127.0.0.1:0"
     host = str(ray.util.get_node_ip_address())
@@ -273,7 +279,8 @@ def _result(obj_id: str, future: Future[list[Any]]) -> list[Any]:
 
 
 def _end(obj_id: str, future: Future[list[Any]]) -> None:
-    """End a fetch and wait until nothing of it lands. Raises `RayDirectTransportError` where that cannot be proved."""
+    """End a fetch and wait until nothing of it lands. Raises `RayDirectTransportError` where that cannot be
+    proved."""
     future.cancel()
     done, _ = wait([future], ABORT_SECONDS)
     if not done:

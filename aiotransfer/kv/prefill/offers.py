@@ -30,7 +30,8 @@ R = TypeVar("R", bound=Offered)
 
 
 class Offers(Generic[R]):
-    """Requests by priority, and those who wait for one. `len` counts requests, ended ones that are not taken out yet included."""
+    """Requests by priority, and those who wait for one. `len` counts requests, ended ones that are not taken
+    out yet included."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -75,7 +76,8 @@ class Offers(Generic[R]):
         self._wake()
 
     def withdraw(self) -> None:
-        """One of the offered requests is over. They are taken out when they are the most of those that wait."""
+        """One of the offered requests is over. They are taken out when they are the most of those that
+        wait."""
         self._withdrawn += 1
         if 2 * self._withdrawn > len(self._offered):
             self._offered = [entry for entry in self._offered if entry[2].state == "offered"]

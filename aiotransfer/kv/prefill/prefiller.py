@@ -7,8 +7,8 @@
         request.layer_ready(i)               # its pages are on their way
         await request.finish(tail)           # everything has arrived there
 
-A request that several decode ranks share is accepted when all of them have asked. Writes of all requests pass through one
-`Schedule`.
+A request that several decode ranks share is accepted when all of them have asked. Writes of all requests pass
+through one `Schedule`.
 """
 
 from __future__ import annotations
@@ -52,15 +52,17 @@ MOST_PLANS = 256  # layouts of decode ranks that are remembered
 
 
 class Prefiller(Role):
-    """Sends KV caches out of `pages`, memory of `engine` as `Decoder` takes it that holds the pool of `layout`. One of an engine.
+    """Sends KV caches out of `pages`, memory of `engine` as `Decoder` takes it that holds the pool of
+    `layout`. One of an engine.
 
-    `most_requests`: how many may be known at a time, `reserved_bytes`: what these may take here (prompts, page numbers); beyond
-    either, the decode rank that takes the most makes room for one that takes less, and others are refused. `peer_bytes`: written
-    to one decode rank at a time, over all requests; `class_bytes`: the same for a priority (-128 to 127; those beyond count as
-    the nearest) over all decode ranks. `on_record` and `records` as with `Decoder`.
+    `most_requests`: how many may be known at a time, `reserved_bytes`: what these may take here (prompts,
+    page numbers); beyond either, the decode rank that takes the most makes room for one that takes less, and
+    others are refused. `peer_bytes`: written to one decode rank at a time, over all requests; `class_bytes`:
+    the same for a priority (-128 to 127; those beyond count as the nearest) over all decode ranks.
+    `on_record` and `records` as with `Decoder`.
 
-    Raises `RegionError` when the pool does not lie in the region, `ConfigurationError` (a second one), `ClosedError`,
-    `TypeError`, `ValueError`.
+    Raises `RegionError` when the pool does not lie in the region, `ConfigurationError` (a second one),
+    `ClosedError`, `TypeError`, `ValueError`.
     """
 
     def __init__(
@@ -97,7 +99,8 @@ class Prefiller(Role):
     async def accept(self, *, timeout: float | None = None) -> PrefillRequest:
         """The next request: of those that wait, the one with the highest priority, the oldest first.
 
-        Waits for one, without a deadline unless `timeout` (seconds) is given: `TransferTimeout`. Raises `ClosedError`.
+        Waits for one, without a deadline unless `timeout` (seconds) is given: `TransferTimeout`. Raises
+        `ClosedError`.
         """
         timeout = seconds(timeout, math.inf)
         try:
@@ -164,7 +167,8 @@ class Prefiller(Role):
             raise
 
     def _missed(self, peer: Peer, message: messages.Absent) -> None:
-        """A decode rank will not ask for a request that others of its instance may ask for, or have asked for."""
+        """A decode rank will not ask for a request that others of its instance may ask for, or have asked
+        for."""
         plan, places = self._plan(message.layout)
         place = plan.decode.place
         key = self._ledger.key(peer, message, plan.decode, places)
@@ -198,7 +202,8 @@ class Prefiller(Role):
         return found
 
     def _target(self, peer: Peer, message: messages.Reserve, plan: TransferPlan, nbytes: int) -> Target:
-        """What is to be written where. Everything that a layer or the tail would stumble over later is refused here."""
+        """What is to be written where. Everything that a layer or the tail would stumble over later is
+        refused here."""
         layout, tokens, skip = plan.decode, message.tokens, message.skip_tokens
         try:
             pools, tail = [RemoteRegion.decode(each) for each in message.pages], RemoteRegion.decode(message.tail)
@@ -229,7 +234,8 @@ class Prefiller(Role):
     # ---- the end ----
 
     async def aclose(self) -> None:
-        """Give up what is under way, tell its decoders, wait until nothing is being written. Twice is silent."""
+        """Give up what is under way, tell its decoders, wait until nothing is being written. Twice is
+        silent."""
         self._closed = True
         self._offers.close()
         ending = [request.abandon("its prefiller was closed") for request in list(self._ledger.requests.values())]

@@ -1,4 +1,5 @@
-"""One request on the prefill side, from the first reservation until nothing of it is being written (`saga.PREFILL`)."""
+"""One request on the prefill side, from the first reservation until nothing of it is being written
+(`saga.PREFILL`)."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ class Side(NamedTuple):
 
 
 class LayerWrite(NamedTuple):
-    """One write of a layer to a decode rank, with times of `time.time()`: called ready, begun, acknowledged."""
+    """One write of a layer to a decode rank, with times of `time.time()`: called ready, begun,
+    acknowledged."""
 
     layer: int
     peer: str
@@ -73,7 +75,8 @@ class LayerWrite(NamedTuple):
 
 
 class PrefillRequest(Unpicklable):
-    """A request that was accepted. Made by `Prefiller.accept`; `async with` it: the decode side is told how it ended."""
+    """A request that was accepted. Made by `Prefiller.accept`; `async with` it: the decode side is told how
+    it ended."""
 
     _instead = "what the model needs is in .id, .tokens and .data"
 
@@ -133,8 +136,8 @@ class PrefillRequest(Unpicklable):
         return self._saga.state == "gathering" and self.gathering.lacks(layout)
 
     def differs(self, layout: KVLayout, message: messages.Reserve) -> str:
-        """What a further rank says of this request, by its `layout` and `message`, that the first one did not say: in words,
-        empty where they agree."""
+        """What a further rank says of this request, by its `layout` and `message`, that the first one did not
+        say: in words, empty where they agree."""
         first = self.targets[0].plan.decode
         ours: dict[str, object] = {
             "tokens": self.tokens, "skip_tokens": self.skip_tokens, "checksums": self._checksums, "priority": self.priority,
@@ -213,10 +216,12 @@ class PrefillRequest(Unpicklable):
         self._page_ids = page_ids_of(page_ids, self._role.layout, self.tokens)
 
     def layer_ready(self, layer: int, *, upto: int | None = None) -> None:
-        """The cache of `layer` is in its pages for all tokens before `upto` (None: for all): send what has not been sent.
+        """The cache of `layer` is in its pages for all tokens before `upto` (None: for all): send what has
+        not been sent.
 
-        Returns at once; may be called from any thread, once for each chunk of a prompt. Tokens past the last whole block go
-        with the next chunk. After the request has been cancelled nothing is sent, and nothing raised: see `cancelled`.
+        Returns at once; may be called from any thread, once for each chunk of a prompt. Tokens past the last
+        whole block go with the next chunk. After the request has been cancelled nothing is sent, and nothing
+        raised: see `cancelled`.
 
         Raises `IndexError` (a layer that is not this rank's), `TypeError` or `ValueError`.
         """
@@ -233,7 +238,8 @@ class PrefillRequest(Unpicklable):
             self._loop.call_soon_threadsafe(self._send_for_thread, layer, end)
 
     async def follow(self, word: Any) -> None:
-        """Take the layers that a kernel, or another process, counts in a 64-bit word (`Engine.watch`) as ready, first to last.
+        """Take the layers that a kernel, or another process, counts in a 64-bit word (`Engine.watch`) as
+        ready, first to last.
 
         `word` holds how many of this rank's layers are ready; returns when all are, or the request is over.
         """
@@ -264,11 +270,11 @@ class PrefillRequest(Unpicklable):
         self._end("failed", RequestFailed(f"request {self.id!r} was given up: {reason}", id=self.id))
 
     async def finish(self, tail: Any = b"") -> None:
-        """Send `tail` (bytes or an array, at most what the decoder has room for: its `tail_bytes`; default: none) and return when
-        everything has arrived there.
+        """Send `tail` (bytes or an array, at most what the decoder has room for: its `tail_bytes`; default:
+        none) and return when everything has arrived there.
 
-        Raises `ValueError` (a layer is not ready, a tail too long, a second time), `RequestCancelled`, `PeerLostError`,
-        `TransferTimeout` (the decode side's deadline).
+        Raises `ValueError` (a layer is not ready, a tail too long, a second time), `RequestCancelled`,
+        `PeerLostError`, `TransferTimeout` (the decode side's deadline).
         """
         body = np.frombuffer(tail, np.uint8) if isinstance(tail, bytes) else np.ascontiguousarray(tail).reshape(-1).view(np.uint8)
         await asyncio.sleep(0)  # what other threads have said is ready comes first
@@ -460,8 +466,8 @@ class PrefillRequest(Unpicklable):
         return self._over
 
     async def ended_there(self, *, timeout: float | None = None) -> None:
-        """Returns when the request is over, so that nothing is computed for a decode side that has gone. Raises `TransferTimeout`
-        after `timeout` seconds (None: waits without end)."""
+        """Returns when the request is over, so that nothing is computed for a decode side that has gone.
+        Raises `TransferTimeout` after `timeout` seconds (None: waits without end)."""
         timeout = seconds(timeout, math.inf)
         try:
             async with Timeout(timeout):

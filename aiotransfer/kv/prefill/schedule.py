@@ -1,11 +1,12 @@
 """Which layer of which request is written next. Pure.
 
-Writes wait here, not in the engine's queue, so that one long prompt does not stand before a hundred short ones. For each peer,
-and for each class (priority) over all peers, so many bytes may be under way; a single write that is larger than a bound goes
-alone. Of the classes that have something to send, the one with the highest priority goes first; within a class requests take
-turns by bytes (start-time fair queueing, Goyal, Vin and Cheng 1996): a request that has sent much waits until others have sent as
-much. Whose turn it is and has no room yet is not passed by others to the same peer, so that a large write comes to its turn
-among many small ones.
+Writes wait here, not in the engine's queue, so that one long prompt does not stand before a hundred short
+ones. For each peer, and for each class (priority) over all peers, so many bytes may be under way; a single
+write that is larger than a bound goes alone. Of the classes that have something to send, the one with the
+highest priority goes first; within a class requests take turns by bytes (start-time fair queueing, Goyal, Vin
+and Cheng 1996): a request that has sent much waits until others have sent as much. Whose turn it is and has
+no room yet is not passed by others to the same peer, so that a large write comes to its turn among many small
+ones.
 
 How many requests wait does not matter to what `next` costs, but for the logarithm in a heap.
 """
@@ -113,7 +114,8 @@ class _Class(Generic[T]):
 
 
 class Schedule(Generic[T]):
-    """`add` a job, `next` what may be done now, `done` when it is over, `drop` what is not wanted any more."""
+    """`add` a job, `next` what may be done now, `done` when it is over, `drop` what is not wanted any
+    more."""
 
     def __init__(self, peer_bytes: int, class_bytes: Mapping[int, int] | None = None) -> None:
         self._peer_bytes = peer_bytes

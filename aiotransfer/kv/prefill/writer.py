@@ -48,7 +48,8 @@ class Write:
 
 
 class Writer:
-    """Begins the writes of all requests of a prefiller, as `schedule` lets them. Its tasks are those of `dispatcher`."""
+    """Begins the writes of all requests of a prefiller, as `schedule` lets them. Its tasks are those of
+    `dispatcher`."""
 
     def __init__(self, dispatcher: Dispatcher, loop: asyncio.AbstractEventLoop, schedule: Schedule[Write]) -> None:
         self.schedule = schedule

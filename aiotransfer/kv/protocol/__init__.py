@@ -1,1 +1,2 @@
-"""What both sides of a request must agree on: layouts, plans, checksums, messages, and how a request may end. Pure."""
+"""What both sides of a request must agree on: layouts, plans, checksums, messages, and how a request may end.
+Pure."""

@@ -1,10 +1,10 @@
 """Checksums of pages that do not depend on where a page lies.
 
-A multilinear hash (Lemire and Kaser, "Strongly universal string hashing is fast", 2014): the sum, modulo 2**64, of the 32-bit
-words of a block, each multiplied by a random odd 64-bit number of its own. The numbers come from a fixed seed, so that both
-sides have the same; it finds damage, not an adversary. A page's sum is that of its blocks, each with a further multiplier for
-its place in the page, so that two blocks that changed places are found too. Blocks are named as in a page table: by the order
-in which the table lists them.
+A multilinear hash (Lemire and Kaser, "Strongly universal string hashing is fast", 2014): the sum, modulo
+2**64, of the 32-bit words of a block, each multiplied by a random odd 64-bit number of its own. The numbers
+come from a fixed seed, so that both sides have the same; it finds damage, not an adversary. A page's sum is
+that of its blocks, each with a further multiplier for its place in the page, so that two blocks that changed
+places are found too. Blocks are named as in a page table: by the order in which the table lists them.
 """
 
 from __future__ import annotations

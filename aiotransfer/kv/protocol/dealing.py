@@ -1,7 +1,7 @@
 """Which tokens of a request a rank holds when they are dealt out to several (context parallelism).
 
-So many tokens at a time go to one rank after another: token t belongs to rank t // each % ranks, and is there behind its own
-tokens before it. With one rank all of this changes nothing.
+So many tokens at a time go to one rank after another: token t belongs to rank t // each % ranks, and is there
+behind its own tokens before it. With one rank all of this changes nothing.
 """
 
 from __future__ import annotations

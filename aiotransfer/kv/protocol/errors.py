@@ -1,4 +1,5 @@
-"""What KV-cache transfers raise besides `LayoutMismatch`. All are `BrokenError`s: the reason lies on the other side."""
+"""What KV-cache transfers raise besides `LayoutMismatch`. All are `BrokenError`s: the reason lies on the
+other side."""
 
 from __future__ import annotations
 
@@ -18,10 +19,11 @@ class KVRequestError(BrokenError):
 class RequestRefused(KVRequestError):
     """The request was not taken; nothing of it is delivered.
 
-    `.reason`: `duplicate` (its instance has a request of this id), `mismatch` (another rank of its instance does not agree on the
-    request), `instance` (another engine is this rank of the instance), `coverage` (the prefill ranks that were named do not
-    bring each layer and head once), `absent` (another rank of its instance cannot take part), `checksums` (the prefill side
-    cannot make them), `busy`, `nothing` (to send), `closed` or `protocol`.
+    `.reason`: `duplicate` (its instance has a request of this id), `mismatch` (another rank of its instance
+    does not agree on the request), `instance` (another engine is this rank of the instance), `coverage` (the
+    prefill ranks that were named do not bring each layer and head once), `absent` (another rank of its
+    instance cannot take part), `checksums` (the prefill side cannot make them), `busy`, `nothing` (to send),
+    `closed` or `protocol`.
     """
 
     def __init__(self, message: str, *, reason: str = "", **fields: Any) -> None:
@@ -38,7 +40,8 @@ class RequestCancelled(KVRequestError):
 
 
 class WrongPageError(KVRequestError):
-    """A page does not have the checksum that its sender computed. `.layer`, `.page` (of the decode side's pool)."""
+    """A page does not have the checksum that its sender computed. `.layer`, `.page` (of the decode side's
+    pool)."""
 
     def __init__(self, message: str, *, layer: int = -1, page: int = -1, **fields: Any) -> None:
         super().__init__(message, **fields)

@@ -1,4 +1,5 @@
-"""What a field of a layout may be: layouts come from peers, so each number has a bound. All raise by the name of the field."""
+"""What a field of a layout may be: layouts come from peers, so each number has a bound. All raise by the name
+of the field."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def row(name: str, value: Any, length: int, least: int) -> tuple[int, ...]:
 
 
 def part(name: str, value: Any, most: int) -> tuple[int, int]:
-    """Two ints: the first, and past the last, of something within `most`. Raises `TypeError` or `ValueError`."""
+    """Two ints: the first, and past the last, of something within `most`. Raises `TypeError` or
+    `ValueError`."""
     low, high = row(name, value, 2, 0)
     if not low < high <= most:
         raise ValueError(f"{name} must lie in [0, {most}] and not be empty, not {quote(value)}")

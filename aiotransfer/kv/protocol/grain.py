@@ -1,11 +1,12 @@
 """The largest block that is contiguous, and in the same order, in the memory of both sides. Pure numbers.
 
-A block is a box of tokens, heads and planes. It grows by one dimension after the other: where the stride of a dimension is, on
-both sides, just what the block has so far, the block takes all of this dimension that both sides have in one piece. All orders of
-the dimensions are tried.
+A block is a box of tokens, heads and planes. It grows by one dimension after the other: where the stride of a
+dimension is, on both sides, just what the block has so far, the block takes all of this dimension that both
+sides have in one piece. All orders of the dimensions are tried.
 
-Blocks lie at sums of multiples of some steps. `write_pages` takes places as multiples of one stride, which is no less than a
-block. Where the steps have no such common divisor (padded pages, cut by head) the block is cut into pieces that they have.
+Blocks lie at sums of multiples of some steps. `write_pages` takes places as multiples of one stride, which is
+no less than a block. Where the steps have no such common divisor (padded pages, cut by head) the block is cut
+into pieces that they have.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Dimension(NamedTuple):
 
 
 class Grain(NamedTuple):
-    """A block of `tokens` x `heads` x `planes`, in `pieces` of `nbytes` each; places are multiples of a unit of either side."""
+    """A block of `tokens` x `heads` x `planes`, in `pieces` of `nbytes` each; places are multiples of a unit
+    of either side."""
 
     tokens: int
     heads: int
@@ -54,7 +56,8 @@ def largest(vector: int, dimensions: Sequence[Dimension]) -> tuple[int, ...]:
 
 
 def unit(nbytes: int, here: Sequence[int], there: Sequence[int]) -> tuple[int, int, int]:
-    """The bytes of a piece, and the units of places on both sides. `here`, `there`: the steps between blocks of `nbytes`."""
+    """The bytes of a piece, and the units of places on both sides. `here`, `there`: the steps between blocks
+    of `nbytes`."""
     left, right = math.gcd(*here) or nbytes, math.gcd(*there) or nbytes
     if left >= nbytes and right >= nbytes:
         return nbytes, left, right

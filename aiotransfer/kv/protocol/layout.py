@@ -1,10 +1,11 @@
 """Where a rank keeps which part of the KV cache.
 
-A cache has, for each layer, token and head, one vector of keys and one of values (MLA: one latent vector; packed: one vector of
-both, or a state). A rank holds some of the layers (pipeline parallel), of the heads (tensor parallel) and of the tokens (context
-parallel), in pages of some number of tokens, and an engine lays these out as it likes. All layouts that serving engines use are
-strided: the place of a vector is a sum of one product for each of layer, key or value, page, token and head. `KVLayout` says
-what a rank holds and how; everything else here is derived from that.
+A cache has, for each layer, token and head, one vector of keys and one of values (MLA: one latent vector;
+packed: one vector of both, or a state). A rank holds some of the layers (pipeline parallel), of the heads
+(tensor parallel) and of the tokens (context parallel), in pages of some number of tokens, and an engine lays
+these out as it likes. All layouts that serving engines use are strided: the place of a vector is a sum of one
+product for each of layer, key or value, page, token and head. `KVLayout` says what a rank holds and how;
+everything else here is derived from that.
 """
 
 from __future__ import annotations
@@ -67,26 +68,29 @@ class Strides(NamedTuple):
 class KVLayout:
     """One rank's part of a KV cache: pages of layers that are alike.
 
-    Of the model: `layers`, `kv_heads` (before they are divided among ranks; 1 for MLA), `head_dim` (MLA: of the latent; packed:
-    of keys and values together, or of a state), `dtype` as torch or an engine names it ("bfloat16", "fp8", "fp8_e5m2", "int4"),
-    `windows` (a sliding window in tokens for each layer, None for full attention; empty: no layer has one).
+    Of the model: `layers`, `kv_heads` (before they are divided among ranks; 1 for MLA), `head_dim` (MLA: of
+    the latent; packed: of keys and values together, or of a state), `dtype` as torch or an engine names it
+    ("bfloat16", "fp8", "fp8_e5m2", "int4"), `windows` (a sliding window in tokens for each layer, None for
+    full attention; empty: no layer has one).
 
-    Of its pages: `page_tokens` in each, `num_pages` in the pool, `order` within a page ("NHD": all heads of a token together,
-    "HND": all tokens of a head), `kind` ("apart": all pages of keys, then all of values, as vLLM's [2, pages, ...]; "together":
-    keys and values of a page side by side, as FlashInfer's [pages, 2, ...]; "mla": one latent, which no rank divides; "packed":
-    one vector for each token and head, with heads divided: keys and values side by side, or a state), `outermost` ("layers": one
-    tensor for each layer, one after the other; "pages": all layers of a page together; "tensors": a memory of its own for each
-    layer), `offset`: bytes before the pool in its memory. `strides`: where pages do not lie as these say (padded, say), the bytes
-    from one layer, plane, page, token and head to the next; None: as they say. `opaque`: the bytes of a page and head (order
-    "NHD": of a page) have an order of their own, so that pages are moved whole.
+    Of its pages: `page_tokens` in each, `num_pages` in the pool, `order` within a page ("NHD": all heads of a
+    token together, "HND": all tokens of a head), `kind` ("apart": all pages of keys, then all of values, as
+    vLLM's [2, pages, ...]; "together": keys and values of a page side by side, as FlashInfer's [pages, 2,
+    ...]; "mla": one latent, which no rank divides; "packed": one vector for each token and head, with heads
+    divided: keys and values side by side, or a state), `outermost` ("layers": one tensor for each layer, one
+    after the other; "pages": all layers of a page together; "tensors": a memory of its own for each layer),
+    `offset`: bytes before the pool in its memory. `strides`: where pages do not lie as these say (padded,
+    say), the bytes from one layer, plane, page, token and head to the next; None: as they say. `opaque`: the
+    bytes of a page and head (order "NHD": of a page) have an order of their own, so that pages are moved
+    whole.
 
-    Of this rank: `tp`, `tp_rank`, `pp`, `pp_rank`, `cp`, `cp_rank`. Layers are divided evenly, the earlier ranks having one more;
-    `partition`: else, how many each pipeline rank has. Heads are divided evenly, or each is held by several ranks. Where that is
-    otherwise, `layer_range` and `head_range` (first, past the last) say what this rank has. Tokens are dealt to the `cp` context
-    ranks in turn, `cp_tokens` at a time.
+    Of this rank: `tp`, `tp_rank`, `pp`, `pp_rank`, `cp`, `cp_rank`. Layers are divided evenly, the earlier
+    ranks having one more; `partition`: else, how many each pipeline rank has. Heads are divided evenly, or
+    each is held by several ranks. Where that is otherwise, `layer_range` and `head_range` (first, past the
+    last) say what this rank has. Tokens are dealt to the `cp` context ranks in turn, `cp_tokens` at a time.
 
-    Raises `TypeError` or `ValueError`, each naming the field: each number has a bound (`fields.MOST`), because layouts come from
-    peers.
+    Raises `TypeError` or `ValueError`, each naming the field: each number has a bound (`fields.MOST`),
+    because layouts come from peers.
     """
 
     layers: int
@@ -261,7 +265,8 @@ class KVLayout:
 
     @property
     def byte_strides(self) -> Strides:
-        """Where a vector lies, from the beginning of the pool: `strides`, or what follows from order, kind and outermost."""
+        """Where a vector lies, from the beginning of the pool: `strides`, or what follows from order, kind
+        and outermost."""
         if self.strides is not None:
             return Strides(*self.strides)
         sizes = {"layer": self.layers_in_memory, "plane": self.planes, "page": self.num_pages}
@@ -290,7 +295,8 @@ class KVLayout:
         return slice(self.deal.count(skip_tokens) // self.page_tokens, self.pages_of(tokens))
 
     def check_skip(self, skip_tokens: int) -> None:
-        """Raise `ValueError` unless a request may leave out its first `skip_tokens` tokens: opaque pages are left out whole."""
+        """Raise `ValueError` unless a request may leave out its first `skip_tokens` tokens: opaque pages are
+        left out whole."""
         if self.opaque and self.deal.count(skip_tokens) % self.page_tokens:
             raise ValueError(f"opaque pages of {self.page_tokens} tokens are skipped whole: skip_tokens is {skip_tokens}")
 
@@ -302,8 +308,8 @@ class KVLayout:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KVLayout:
-        """The layout out of `values`, as `to_dict` gives them. Raises `ValueError` or `TypeError`, naming the field, for all
-        else."""
+        """The layout out of `values`, as `to_dict` gives them. Raises `ValueError` or `TypeError`, naming the
+        field, for all else."""
         if not isinstance(values, Mapping):
             raise TypeError(f"a layout is a mapping, not {type(values).__name__}")
         for name in values:
@@ -320,7 +326,8 @@ _FIELDS = tuple(field.name for field in fields(KVLayout))
 
 
 def check_match(prefill: KVLayout, decode: KVLayout) -> None:
-    """Raise `LayoutMismatch` unless these are parts of caches of one model that can be brought from one to the other."""
+    """Raise `LayoutMismatch` unless these are parts of caches of one model that can be brought from one to
+    the other."""
     for name in ("layers", "kv_heads", "head_dim", "dtype", "windows", "opaque"):
         here, there = getattr(prefill, name), getattr(decode, name)
         if here != there:

@@ -9,12 +9,13 @@
                                       <-  Waiting(number, for whom): the request is also for decode ranks that have not asked
     Absent(id, reason)                ->  this rank of the instance will not ask for the request
 
-There is no message that says "done": the decode side counts. A message begins with a mark that tells it from the application's
-own messages on the same engine and says which side it is for, a version, and the number; what cannot be read raises
-`DescriptorError` and nothing else, and the receiver can still answer by the number. A large one travels in pieces (see `pieces`).
+There is no message that says "done": the decode side counts. A message begins with a mark that tells it from
+the application's own messages on the same engine and says which side it is for, a version, and the number;
+what cannot be read raises `DescriptorError` and nothing else, and the receiver can still answer by the
+number. A large one travels in pieces (see `pieces`).
 
-Every number and text of a message has a bound here, and every value a flat type: a message costs its receiver no more than its
-length.
+Every number and text of a message has a bound here, and every value a flat type: a message costs its receiver
+no more than its length.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Reserved(_Message, frozen=True, tag=2):
 
 
 class Refused(_Message, frozen=True, tag=3):
-    """The answer to `Reserve`: the pages will not be filled. `field`, `prefill`, `decode`: where the two caches differ."""
+    """The answer to `Reserve`: the pages will not be filled. `field`, `prefill`, `decode`: where the two
+    caches differ."""
 
     reason: str
     text: str
@@ -121,8 +123,8 @@ _to_decoder = msgspec.msgpack.Decoder(ToDecoder)
 
 
 def encode(message: ToPrefiller | ToDecoder) -> bytes:
-    """A message as the bytes that `Peer.send` takes, with its mark, version and number in front. Reasons are made fit: they may
-    be an application's words."""
+    """A message as the bytes that `Peer.send` takes, with its mark, version and number in front. Reasons are
+    made fit: they may be an application's words."""
     mark = TO_PREFILLER if isinstance(message, Reserve | Cancel | Absent) else TO_DECODER
     if not isinstance(message, Reserve | Reserved) and message.text:
         message = msgspec.structs.replace(message, text=_fit(message.text))

@@ -1,8 +1,10 @@
-"""Messages that are larger than one message of an engine may be: cut into pieces, and put together again. Pure.
+"""Messages that are larger than one message of an engine may be: cut into pieces, and put together again.
+Pure.
 
-A piece is the header of its message (mark, version, number), a byte with which no body of a message begins, which piece of how
-many it is, and its bytes. The pieces of a message come in order, since messages of a peer do. What is not whole yet is bounded:
-for one peer, for all, and in time; memory is taken as the bytes come, never for what is announced.
+A piece is the header of its message (mark, version, number), a byte with which no body of a message begins,
+which piece of how many it is, and its bytes. The pieces of a message come in order, since messages of a peer
+do. What is not whole yet is bounded: for one peer, for all, and in time; memory is taken as the bytes come,
+never for what is announced.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ _Key: TypeAlias = tuple[Hashable, int]
 
 
 def split(data: bytes) -> list[bytes]:
-    """A message as it is sent: itself, or its pieces. Raises `ValueError` for what is larger than a message may be."""
+    """A message as it is sent: itself, or its pieces. Raises `ValueError` for what is larger than a message
+    may be."""
     if len(data) <= PIECE_BYTES:
         return [data]
     if len(data) > MOST_MESSAGE:
@@ -54,7 +57,8 @@ class _Part:
 
 
 class Pieces:
-    """Messages that are not whole yet, by the peer and the number. The one that heard something last stands last."""
+    """Messages that are not whole yet, by the peer and the number. The one that heard something last stands
+    last."""
 
     def __init__(self) -> None:
         self._begun: dict[_Key, _Part] = {}
@@ -69,8 +73,8 @@ class Pieces:
         return sum(self._taken.values())
 
     def add(self, peer: Hashable, data: bytes, now: float) -> bytes | None:
-        """One more piece of a message of `peer`: the message when it is whole. Raises `DescriptorError`; then nothing of it is
-        kept."""
+        """One more piece of a message of `peer`: the message when it is whole. Raises `DescriptorError`; then
+        nothing of it is kept."""
         found = number(data)
         assert found is not None
         key = peer, found

@@ -1,10 +1,11 @@
 """From two layouts to page tables: which bytes of a prefill rank go where at a decode rank.
 
-Both layouts are strided (see `layout`), so one grain serves a whole table (see `grain`): the largest block of tokens, heads and
-planes that is contiguous on both sides and that every boundary (pages, the first token, tokens that are dealt to several ranks)
-is a multiple of. A table is the places of these blocks in units of either side, and one call of `write_pages` moves a layer.
-The last block of a request may hold tokens past its last one: those of the same page on either side, which is the request's
-own. Tables of different layers differ by an offset alone, and are made once.
+Both layouts are strided (see `layout`), so one grain serves a whole table (see `grain`): the largest block of
+tokens, heads and planes that is contiguous on both sides and that every boundary (pages, the first token,
+tokens that are dealt to several ranks) is a multiple of. A table is the places of these blocks in units of
+either side, and one call of `write_pages` moves a layer. The last block of a request may hold tokens past its
+last one: those of the same page on either side, which is the request's own. Tables of different layers differ
+by an offset alone, and are made once.
 
 Pure: NumPy, no clock, no engine.
 """
@@ -81,7 +82,8 @@ class _Side:
 
 
 class Tables:
-    """Tables that were made, of any number of plans, within bounds for all of them together: the oldest make room."""
+    """Tables that were made, of any number of plans, within bounds for all of them together: the oldest make
+    room."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -108,8 +110,9 @@ class Tables:
 def plan_transfer(prefill_layout: KVLayout, decode_layout: KVLayout, *, request: str = "") -> TransferPlan:
     """What goes from the rank of `prefill_layout` to that of `decode_layout`.
 
-    `request`: the id of the request. Of prefill ranks that hold the same, one serves a decode rank, in turn by this id
-    (`sources`); the plans of the others move nothing. Raises `LayoutMismatch` (of different models).
+    `request`: the id of the request. Of prefill ranks that hold the same, one serves a decode rank, in turn
+    by this id (`sources`); the plans of the others move nothing. Raises `LayoutMismatch` (of different
+    models).
     """
     turn = turn_of(request)
     plan = TransferPlan(prefill_layout, decode_layout, Tables())
@@ -119,7 +122,8 @@ def plan_transfer(prefill_layout: KVLayout, decode_layout: KVLayout, *, request:
 
 
 class TransferPlan:
-    """What goes from one prefill rank, which is the one that is asked, to one decode rank. Made by `plan_transfer`.
+    """What goes from one prefill rank, which is the one that is asked, to one decode rank. Made by
+    `plan_transfer`.
 
     Raises `LayoutMismatch` where the cache of the one cannot become that of the other.
     """
@@ -155,15 +159,16 @@ class TransferPlan:
     ) -> PageTable:  # fmt: skip
         """The blocks of `layer` for tokens [`skip_tokens`, `tokens`) of a request, or for a chunk of them.
 
-        `src_pages`, `dst_pages`: the request's pages on either side, in order from its first token on (also of tokens that are
-        not sent). Where `dst_pages` says `NO_PAGE` nothing is written; there the other list may say so too. `tokens`: past the
-        last one; None: as many as both lists hold. `chunk`: the part [first, past the last) that is ready; its ends are multiples
-        of `unit(skip_tokens)`, or those of the request, so that all chunks together count what `count` says. Nothing before
-        `skip_tokens` is written and nothing past the page of the last token; of a layer with a sliding window, and of a request
-        with a `window` (in tokens), what the window reaches from `tokens`.
+        `src_pages`, `dst_pages`: the request's pages on either side, in order from its first token on (also
+        of tokens that are not sent). Where `dst_pages` says `NO_PAGE` nothing is written; there the other
+        list may say so too. `tokens`: past the last one; None: as many as both lists hold. `chunk`: the part
+        [first, past the last) that is ready; its ends are multiples of `unit(skip_tokens)`, or those of the
+        request, so that all chunks together count what `count` says. Nothing before `skip_tokens` is written
+        and nothing past the page of the last token; of a layer with a sliding window, and of a request with a
+        `window` (in tokens), what the window reaches from `tokens`.
 
-        Raises `IndexError` (a layer or page that is not there), `ValueError` (too few pages, a destination page twice, a range
-        that makes no sense) or `TypeError`.
+        Raises `IndexError` (a layer or page that is not there), `ValueError` (too few pages, a destination
+        page twice, a range that makes no sense) or `TypeError`.
         """
         if layer not in self.layers:
             raise IndexError(f"layer {layer} does not go from this prefill rank to this decode rank: {self.layers} do")
@@ -186,7 +191,8 @@ class TransferPlan:
         )  # fmt: skip
 
     def unit(self, skip_tokens: int = 0) -> int:
-        """Where a request of which `skip_tokens` are not sent may be cut into chunks: at multiples of so many tokens."""
+        """Where a request of which `skip_tokens` are not sent may be cut into chunks: at multiples of so many
+        tokens."""
         self._range(None, skip_tokens, 0, None)
         tokens = self._grain(skip_tokens).tokens
         return unit_of(self._deals[1], tokens) if self._alike else tokens
@@ -194,8 +200,9 @@ class TransferPlan:
     def count(
         self, tokens: int, skip_tokens: int = 0, *, window: int | None = None, dst_pages: ArrayLike | None = None
     ) -> int:  # fmt: skip
-        """How many blocks all layers have for tokens [`skip_tokens`, `tokens`), or for the `window` at their end: what the
-        decode side counts, with any division into chunks. `dst_pages`: its pages, where `NO_PAGE` is among them; else None."""
+        """How many blocks all layers have for tokens [`skip_tokens`, `tokens`), or for the `window` at their
+        end: what the decode side counts, with any division into chunks. `dst_pages`: its pages, where
+        `NO_PAGE` is among them; else None."""
         grain = self._grain(skip_tokens)
         pages = None if dst_pages is None else _pages("dst_pages", dst_pages, self.decode)
         found: dict[int, int] = {}  # by the first token: layers with one window are alike
@@ -210,14 +217,16 @@ class TransferPlan:
     def nbytes(
         self, tokens: int, skip_tokens: int = 0, *, window: int | None = None, dst_pages: ArrayLike | None = None
     ) -> int:  # fmt: skip
-        """How many bytes the blocks have that `count` counts for the same `tokens`, `skip_tokens`, `window` and `dst_pages`."""
+        """How many bytes the blocks have that `count` counts for the same `tokens`, `skip_tokens`, `window`
+        and `dst_pages`."""
         return self.count(tokens, skip_tokens, window=window, dst_pages=dst_pages) * self._grain(skip_tokens).nbytes
 
     def pages_of_blocks(
         self, layer: int, *, tokens: int, skip_tokens: int = 0, window: int | None = None, dst_pages: ArrayLike | None = None
     ) -> Indices:  # fmt: skip
-        """For each block of the `table` of `layer` with the same `tokens`, `skip_tokens` and `window`, in which of the request's
-        decode pages it lies: an index into `dst_pages`, which is given where it has `NO_PAGE`."""
+        """For each block of the `table` of `layer` with the same `tokens`, `skip_tokens` and `window`, in
+        which of the request's decode pages it lies: an index into `dst_pages`, which is given where it has
+        `NO_PAGE`."""
         start, end = self._range(layer, skip_tokens, tokens, window)
         grain = self._grain(skip_tokens)
         index = self._tokens(start, end, grain.tokens)[1] // self.decode.page_tokens

@@ -1,8 +1,9 @@
 """Which ranks of two instances have something to say to each other, and whether all of a cache is spoken for.
 
-What goes from one rank to another is layers x heads x tokens. Of prefill ranks that hold the same heads decode ranks take one,
-by their own number and the *turn* of the request: so requests share the load, and the ranks that one request needs follow from
-any of them. The rank that is asked serves: which turn that is follows from who asks it.
+What goes from one rank to another is layers x heads x tokens. Of prefill ranks that hold the same heads
+decode ranks take one, by their own number and the *turn* of the request: so requests share the load, and the
+ranks that one request needs follow from any of them. The rank that is asked serves: which turn that is
+follows from who asks it.
 """
 
 from __future__ import annotations
@@ -43,23 +44,27 @@ def turn_of(request: str) -> int:
 
 
 def serves(prefill: KVLayout, here: int, there: int, turn: int) -> bool:
-    """Whether prefill tensor rank `here`, of those that hold the same heads, is the one for decode tensor rank `there`."""
+    """Whether prefill tensor rank `here`, of those that hold the same heads, is the one for decode tensor
+    rank `there`."""
     return (here - there - turn) % prefill.replicas == 0
 
 
 def turn_between(prefill: KVLayout, here: int, there: int) -> int:
-    """The turn in which tensor rank `here` of the prefill side serves tensor rank `there` of the decode side."""
+    """The turn in which tensor rank `here` of the prefill side serves tensor rank `there` of the decode
+    side."""
     return (here - there) % prefill.replicas
 
 
 def pairs(prefill: KVLayout, decode: KVLayout, *, request: str = "") -> list[tuple[Place, Place]]:
-    """Every (prefill rank, decode rank) of which the first sends the second something, in order of the decode rank.
+    """Every (prefill rank, decode rank) of which the first sends the second something, in order of the decode
+    rank.
 
-    `prefill`, `decode`: the layout of any rank of either instance; which ranks these are does not matter. `request`: the id of
-    the request: of prefill ranks that hold the same, requests take one in turn, and decode ranks of one request as well.
+    `prefill`, `decode`: the layout of any rank of either instance; which ranks these are does not matter.
+    `request`: the id of the request: of prefill ranks that hold the same, requests take one in turn, and
+    decode ranks of one request as well.
 
-    Each head, layer and token of a decode rank comes from exactly one prefill rank. Raises `LayoutMismatch`, or `ValueError`
-    where a layout says by a range what its rank has: then that of others is not known.
+    Each head, layer and token of a decode rank comes from exactly one prefill rank. Raises `LayoutMismatch`,
+    or `ValueError` where a layout says by a range what its rank has: then that of others is not known.
     """
     check_match(prefill, decode)
     if not (prefill.is_regular and decode.is_regular):
@@ -85,8 +90,8 @@ def pairs(prefill: KVLayout, decode: KVLayout, *, request: str = "") -> list[tup
 
 
 def sources(prefill: KVLayout, decode: KVLayout, *, request: str = "") -> list[Place]:
-    """The prefill ranks that the rank of `decode` gets something of. `prefill`: the layout of any rank of their instance.
-    `request`: as in `pairs`."""
+    """The prefill ranks that the rank of `decode` gets something of. `prefill`: the layout of any rank of
+    their instance. `request`: as in `pairs`."""
     return [here for here, there in pairs(prefill, decode, request=request) if there == decode.place]
 
 
@@ -94,9 +99,9 @@ def sources(prefill: KVLayout, decode: KVLayout, *, request: str = "") -> list[P
 class Receivers:
     """The decode ranks that one prefill rank sends a request to.
 
-    `layers`, `heads`: what it has to give. `pp`, `tp`: the pipeline and tensor ranks that hold some of it; None where these say
-    by a range what they have, so that it is known only when they ask. `cp`: the context ranks. A rank takes a box of these three;
-    the boxes of all ranks are together what there is.
+    `layers`, `heads`: what it has to give. `pp`, `tp`: the pipeline and tensor ranks that hold some of it;
+    None where these say by a range what they have, so that it is known only when they ask. `cp`: the context
+    ranks. A rank takes a box of these three; the boxes of all ranks are together what there is.
     """
 
     layers: range
@@ -119,7 +124,8 @@ class Receivers:
         return [Place(*place) for place in itertools.product(sorted(self.pp or ()), sorted(self.tp or ()), sorted(self.cp))]
 
     def share(self, layout: KVLayout) -> int:
-        """How many of the boxes that `len` counts the rank of `layout` takes; 0: it is none of these ranks."""
+        """How many of the boxes that `len` counts the rank of `layout` takes; 0: it is none of these
+        ranks."""
         layers = len(common(self.layers, layout.own_layers)) if self.pp is None else layout.pp_rank in self.pp
         heads = len(common(self.heads, layout.own_heads)) if self.tp is None else layout.tp_rank in self.tp
         return layers * heads * (layout.cp_rank in self.cp)
@@ -135,7 +141,8 @@ class Receivers:
 
 
 def receivers(prefill: KVLayout, decode: KVLayout) -> Receivers:
-    """Those of the rank of `prefill`, in the instance that the rank of `decode`, which asks it, belongs to."""
+    """Those of the rank of `prefill`, in the instance that the rank of `decode`, which asks it, belongs
+    to."""
     turn = turn_between(prefill, prefill.tp_rank, decode.tp_rank)
     pp = tp = None
     if decode.pp == 1:
@@ -154,7 +161,8 @@ def receivers(prefill: KVLayout, decode: KVLayout) -> Receivers:
 
 
 def coverage(plans: Sequence[Moving], decode: KVLayout) -> str:
-    """What these plans together do not bring of this decode rank's cache, or bring more than once, in words; empty: nothing."""
+    """What these plans together do not bring of this decode rank's cache, or bring more than once, in words;
+    empty: nothing."""
     if len({plan.prefill.deal.way for plan in plans}) > 1:
         return "some deal tokens out in another way than others"
     for dealer in _dealers(plans[0].prefill, decode.deal):

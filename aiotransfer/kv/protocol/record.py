@@ -11,11 +11,12 @@ OUTCOMES = ("delivered", "refused", "cancelled", "failed", "lost", "late", "wron
 class RequestRecord:
     """One request, seen from one side. Times are of `time.time()`, in seconds; None: it did not come to that.
 
-    Decode side: `queued` when it was asked for, `reserved` when every prefill rank had taken it, `first_page` and `last_page`
-    when those had landed here. Prefill side: `queued` when all its decode ranks had asked, `reserved` when the application
-    accepted it, `first_page` when the first was posted, `last_page` when the last was acknowledged. `pages` and `nbytes` are of
-    the blocks that were written (tails not included), `retries` how often a write had to wait for room in the engine, `path`
-    the provider, `instance` the decode side's.
+    Decode side: `queued` when it was asked for, `reserved` when every prefill rank had taken it, `first_page`
+    and `last_page` when those had landed here. Prefill side: `queued` when all its decode ranks had asked,
+    `reserved` when the application accepted it, `first_page` when the first was posted, `last_page` when the
+    last was acknowledged. `pages` and `nbytes` are of the blocks that were written (tails not included),
+    `retries` how often a write had to wait for room in the engine, `path` the provider, `instance` the decode
+    side's.
     """
 
     id: str

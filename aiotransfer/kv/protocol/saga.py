@@ -1,12 +1,12 @@
 """What becomes of a request, as two tables: one for the decode side, one for the prefill side. Pure.
 
-A request is a saga: reserve, stream, commit. Each step has a compensation, so that however it ends every page is either
-delivered or provably free. The code runs on these tables (`Saga.feed` says where an event leads and what is to be done, in
-order), and the state charts in the documentation are drawn from them (`chart`), so that neither can say what the other does not
-do.
+A request is a saga: reserve, stream, commit. Each step has a compensation, so that however it ends every page
+is either delivered or provably free. The code runs on these tables (`Saga.feed` says where an event leads and
+what is to be done, in order), and the state charts in the documentation are drawn from them (`chart`), so
+that neither can say what the other does not do.
 
-Every event is defined in every state: what is not in a table is *late* (a second cancel, a refusal after the deadline) and
-changes nothing.
+Every event is defined in every state: what is not in a table is *late* (a second cancel, a refusal after the
+deadline) and changes nothing.
 """
 
 from __future__ import annotations

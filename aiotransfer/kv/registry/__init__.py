@@ -8,8 +8,9 @@
             await fleet.wait_for(1, timeout=30)        # on the other side
             peer = next(iter(fleet.peers.values()))
 
-The registry says which rank is where; it moves no payload and holds no key. While it is unreachable, ranks go on with those that
-they know. Backends: `MemoryBackend` (one process), `FileBackend` (a directory), `EtcdBackend` (the extra `etcd`).
+The registry says which rank is where; it moves no payload and holds no key. While it is unreachable, ranks go
+on with those that they know. Backends: `MemoryBackend` (one process), `FileBackend` (a directory),
+`EtcdBackend` (the extra `etcd`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What one look at a registry may cost at most, with any content.
 
-A process that may write into the store may write any number of entries of any size. So much is taken, entries that were known
-before first; the rest is left where it is, with a warning every ten minutes.
+A process that may write into the store may write any number of entries of any size. So much is taken, entries
+that were known before first; the rest is left where it is, with a warning every ten minutes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The local view of the members, which outlives the registry's outages. Pure: entries and times go in.
 
-No member is dropped because the registry does not answer. When it is back it may know less than before, because leases could not
-be kept alive meanwhile: those who are missing then have `grace` seconds to come back before they are dropped.
+No member is dropped because the registry does not answer. When it is back it may know less than before,
+because leases could not be kept alive meanwhile: those who are missing then have `grace` seconds to come back
+before they are dropped.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Cache:
         self._failing = self.seen is not None
 
     def take(self, entries: Mapping[str, bytes], now: float) -> list[str]:
-        """The registry has answered. Returns why entries that were not seen before cannot be read; they change nothing."""
+        """The registry has answered. Returns why entries that were not seen before cannot be read; they
+        change nothing."""
         if self._failing:
             self._failing = False
             self._settled = now + self._grace

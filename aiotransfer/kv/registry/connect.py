@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 def member_of(
     rank: Decoder | Prefiller, *, name: str | None = None, address: str | None = None, labels: Mapping[str, str] | None = None
 ) -> Member:
-    """The entry of `rank`, which is open here. `name`: the engine's, unless given; `address`: one that others can dial, where the
-    engine's is not; `labels`: words of the caller's own that travel with the entry (None: none).
+    """The entry of `rank`, which is open here. `name`: the engine's, unless given; `address`: one that others
+    can dial, where the engine's is not; `labels`: words of the caller's own that travel with the entry (None:
+    none).
 
     Raises `TypeError` or `ValueError`.
     """

@@ -1,7 +1,8 @@
-"""A registry in etcd: an entry is a key with a lease. Needs the extra `etcd` (`pip install aiotransfer[etcd]`).
+"""A registry in etcd: an entry is a key with a lease. Needs the extra `etcd`
+(`pip install aiotransfer[etcd]`).
 
-The client speaks etcd's HTTP gateway with blocking calls, which a thread makes one after the other. Members are asked for as
-often as the `Registry` says (`poll`), with one small request.
+The client speaks etcd's HTTP gateway with blocking calls, which a thread makes one after the other. Members
+are asked for as often as the `Registry` says (`poll`), with one small request.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ MOST_LOOK = 4 * MOST_ANSWER  # and of all answers of one look, also of those tha
 class EtcdBackend:
     """Entries under `prefix` in the etcd at `host` and `port`. See `Backend`.
 
-    `options` go to `etcd3gw.Etcd3Client` (`protocol="https"`, `ca_cert`, `cert_cert`, `cert_key`, `session`). A request takes
-    at most `timeout` seconds. A lease has whole seconds, and a server grants no less than about two.
+    `options` go to `etcd3gw.Etcd3Client` (`protocol="https"`, `ca_cert`, `cert_cert`, `cert_key`, `session`).
+    A request takes at most `timeout` seconds. A lease has whole seconds, and a server grants no less than
+    about two.
 
     Raises `ConfigurationError` when the client is not installed, `ValueError`; its calls raise `BrokenError`.
     """
@@ -105,8 +107,8 @@ class EtcdBackend:
     # ---- in the thread ----
 
     def _pages(self) -> dict[str, bytes]:
-        """All entries, page by page. A page that is too long is asked for again in smaller ones, down to one entry, which is then
-        left out: its key is not known, so those behind it are as well."""
+        """All entries, page by page. A page that is too long is asked for again in smaller ones, down to one
+        entry, which is then left out: its key is not known, so those behind it are as well."""
         room, found = bounds.Room(), dict[str, bytes]()
         first, page, left = self.prefix.encode(), PAGE, MOST_LOOK
         end = first[:-1] + bytes([first[-1] + 1])
@@ -129,7 +131,8 @@ class EtcdBackend:
             page = max(1, page // 8) if answer is None else min(PAGE, page * 8)
 
     def _range(self, first: bytes, end: bytes, page: int, most: int) -> tuple[Any, int]:
-        """What the server says of the first entries there, and how many bytes were read; None: it says more than `most` bytes."""
+        """What the server says of the first entries there, and how many bytes were read; None: it says more
+        than `most` bytes."""
         client = self._connected()
         asked = {"key": b64encode(first).decode(), "range_end": b64encode(end).decode(), "limit": page}
         with client.session.post(client.get_url("/kv/range"), json=asked, timeout=client.timeout, stream=True) as response:

@@ -1,9 +1,10 @@
 """A registry in a directory that all ranks see: of one host, or of several over a network file system.
 
-An entry is a file; it is written beside its place and renamed onto it, so that no reader sees half of one, and it holds the end
-of its lease (`stamp`). Entries that ended a while ago, and files that a killed writer left half written, are removed by the next
-process that looks. Files belong to the user who wrote them and are read by that user alone. Files of another user, who can put
-them there when the directory is /tmp, say, are ignored.
+An entry is a file; it is written beside its place and renamed onto it, so that no reader sees half of one,
+and it holds the end of its lease (`stamp`). Entries that ended a while ago, and files that a killed writer
+left half written, are removed by the next process that looks. Files belong to the user who wrote them and are
+read by that user alone. Files of another user, who can put them there when the directory is /tmp, say, are
+ignored.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ class _Found(NamedTuple):
 class FileBackend:
     """Entries in files of `directory`, which is made when it is not there. See `Backend`.
 
-    It is looked at as often as the `Registry` says (`poll`). Errors of the file system are outages. Only files of this process's
-    user are entries. In a directory in which other users may write, they can still remove entries (a warning says so): take a
-    directory that belongs to this user, and in which no other user may write.
+    It is looked at as often as the `Registry` says (`poll`). Errors of the file system are outages. Only
+    files of this process's user are entries. In a directory in which other users may write, they can still
+    remove entries (a warning says so): take a directory that belongs to this user, and in which no other user
+    may write.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:

@@ -34,9 +34,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # before a member is dialed again
 class Fleet(Unpicklable):
     """The members of `role` in `registry`, as peers of `engine`: `async with` it.
 
-    A member is dialed when it joins, and again (with pauses) while it is in the registry and not connected; one that left or was
-    lost is no longer in `peers`. Peers are not closed: what is under way with one that left goes on. The engine itself is not
-    among them. `timeout`: seconds for one attempt.
+    A member is dialed when it joins, and again (with pauses) while it is in the registry and not connected;
+    one that left or was lost is no longer in `peers`. Peers are not closed: what is under way with one that
+    left goes on. The engine itself is not among them. `timeout`: seconds for one attempt.
 
     Raises `TypeError` or `ValueError`.
     """
@@ -60,7 +60,8 @@ class Fleet(Unpicklable):
         return {member: peer for member, peer in self._peers.items() if peer.state in ("up", "busy")}
 
     async def wait_for(self, count: int = 1, *, timeout: float = 30.0) -> dict[Member, Peer]:
-        """`peers`, as soon as there are `count` or more; `TransferTimeout` after `timeout` seconds. Raises `ClosedError`."""
+        """`peers`, as soon as there are `count` or more; `TransferTimeout` after `timeout` seconds. Raises
+        `ClosedError`."""
         timeout = seconds("timeout", timeout)
         try:
             async with Timeout(timeout):

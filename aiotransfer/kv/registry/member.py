@@ -1,7 +1,7 @@
 """One rank as the registry knows it. Pure: values to bytes and back.
 
-JSON, so that an operator can read it in the registry; it begins with a version and has a bound. What cannot be read raises
-`DescriptorError` and nothing else.
+JSON, so that an operator can read it in the registry; it begins with a version and has a bound. What cannot
+be read raises `DescriptorError` and nothing else.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ MOST_LABEL = 1024
 class Member:
     """A prefill or decode rank: where its engine listens, and what its cache looks like.
 
-    `address`: one that others can dial. `incarnation`: of its engine, so that a later one at the same address is not taken for
-    it. `labels`: the application's, text to text (a model's name, a zone); not to be changed afterwards.
+    `address`: one that others can dial. `incarnation`: of its engine, so that a later one at the same address
+    is not taken for it. `labels`: the application's, text to text (a model's name, a zone); not to be changed
+    afterwards.
 
     Raises `TypeError` or `ValueError`, each naming the field.
     """

@@ -1,4 +1,5 @@
-"""One member in the registry, for the length of a block: put there, kept alive, put there again after an outage, taken out."""
+"""One member in the registry, for the length of a block: put there, kept alive, put there again after an
+outage, taken out."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ class Membership(Unpicklable):
         self._left: asyncio.Task[None] | None = None
 
     async def enter(self, timeout: float) -> None:
-        """Put the entry there, trying again for `timeout` seconds. Raises `TransferTimeout`, with what the backend raised as its
-        cause, or `ClosedError` when it was taken out meanwhile."""
+        """Put the entry there, trying again for `timeout` seconds. Raises `TransferTimeout`, with what the
+        backend raised as its cause, or `ClosedError` when it was taken out meanwhile."""
         loop = asyncio.get_running_loop()
         self._keeper = loop.create_task(self._enter(timeout))
         await asyncio.wait([self._keeper])
@@ -69,7 +70,8 @@ class Membership(Unpicklable):
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def leave(self) -> None:
-        """Take it out: bounded, done even if this is cancelled. The registry ends the lease where it cannot be told."""
+        """Take it out: bounded, done even if this is cancelled. The registry ends the lease where it cannot
+        be told."""
         if self._left is None:
             self._left = asyncio.get_running_loop().create_task(self._leave())
         try:

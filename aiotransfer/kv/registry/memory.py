@@ -1,4 +1,5 @@
-"""A registry within one process, for tests and for programs that keep both sides in one. Its event loops may be several."""
+"""A registry within one process, for tests and for programs that keep both sides in one. Its event loops may
+be several."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class MemoryBackend:
         self._lock = threading.Lock()
 
     async def put(self, key: str, value: bytes, ttl: float) -> None:
-        """See `Backend`. Raises `ValueError` for a value that is too long, `BusyError` when there are too many entries."""
+        """See `Backend`. Raises `ValueError` for a value that is too long, `BusyError` when there are too
+        many entries."""
         if bounds.is_too_long(value):
             raise ValueError(f"an entry has {len(value)} bytes: {bounds.words()}")
         with self._lock:

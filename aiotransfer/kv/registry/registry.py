@@ -34,9 +34,10 @@ MOST_SECONDS = 1e9
 class Registry(Unpicklable):
     """The members of a serving system, by `backend`: `async with` it, where the event loop runs.
 
-    `poll`: seconds between looks at a backend that does not tell of changes. `call_timeout`: after so long a call of the
-    backend is given up, and counts as an outage. `grace`: after an outage members whose lease has ended meanwhile have so many
-    seconds to come back before they count as gone. The backend is closed at the end.
+    `poll`: seconds between looks at a backend that does not tell of changes. `call_timeout`: after so long a
+    call of the backend is given up, and counts as an outage. `grace`: after an outage members whose lease has
+    ended meanwhile have so many seconds to come back before they count as gone. The backend is closed at the
+    end.
 
     Raises `TypeError` or `ValueError`.
     """
@@ -56,8 +57,8 @@ class Registry(Unpicklable):
     # ---- members ----
 
     def members(self, role: str | None = None) -> tuple[Member, ...]:
-        """The members that are known now, of `role` ("prefill", "decode"; None: of both). The backend is not asked: during an
-        outage these are the last that were known."""
+        """The members that are known now, of `role` ("prefill", "decode"; None: of both). The backend is not
+        asked: during an outage these are the last that were known."""
         _check_role(role)
         return tuple(member for member in self._cache.members.values() if role in (None, member.role))
 
@@ -75,8 +76,8 @@ class Registry(Unpicklable):
     async def changes(self) -> AsyncGenerator[Change, None]:
         """Members that are there already, as "joined", then every change. Ends when the registry is closed.
 
-        A slow reader misses changes that were undone meanwhile and nothing else. Raises `ClosedError` when the registry is not
-        open.
+        A slow reader misses changes that were undone meanwhile and nothing else. Raises `ClosedError` when
+        the registry is not open.
         """
         self._check()
         told: dict[str, Member] = {}
@@ -89,8 +90,8 @@ class Registry(Unpicklable):
                 await self._next()
 
     async def wait_for(self, role: str | None, count: int = 1, *, timeout: float = 30.0) -> tuple[Member, ...]:
-        """The members of `role` (None: of both), as soon as there are `count` or more; `TransferTimeout` after `timeout` seconds.
-        Raises `ClosedError`, `ValueError`."""
+        """The members of `role` (None: of both), as soon as there are `count` or more; `TransferTimeout`
+        after `timeout` seconds. Raises `ClosedError`, `ValueError`."""
         timeout = seconds("timeout", timeout)
         self._check()
         try:
@@ -111,12 +112,13 @@ class Registry(Unpicklable):
     async def join(self, member: Member, *, ttl: float = 10.0, timeout: float = 10.0) -> AsyncIterator[Membership]:
         """Be a member for the length of the block: `async with registry.join(member):`.
 
-        The lease of `ttl` seconds is renewed three times in its time. An outage does not end the block: when the registry is
-        back, the member is put there again. Leaving (also by cancellation) takes at most `call_timeout`; where the registry
-        cannot be told, the lease ends by itself. Entries of earlier incarnations at the same address are removed.
+        The lease of `ttl` seconds is renewed three times in its time. An outage does not end the block: when
+        the registry is back, the member is put there again. Leaving (also by cancellation) takes at most
+        `call_timeout`; where the registry cannot be told, the lease ends by itself. Entries of earlier
+        incarnations at the same address are removed.
 
-        Raises `TransferTimeout` when the registry does not take it within `timeout`, `BusyError` when it is a member already,
-        `ClosedError`, `ValueError`.
+        Raises `TransferTimeout` when the registry does not take it within `timeout`, `BusyError` when it is a
+        member already, `ClosedError`, `ValueError`.
         """
         ttl, timeout = seconds("ttl", ttl), seconds("timeout", timeout)
         self._check()
@@ -211,7 +213,8 @@ class Registry(Unpicklable):
     # ---- life ----
 
     async def aclose(self) -> None:
-        """Leave, stop looking, and close the backend: bounded, done even if this is cancelled. Twice is silent."""
+        """Leave, stop looking, and close the backend: bounded, done even if this is cancelled. Twice is
+        silent."""
         if self._state == "closed":
             return
         self._state = "closed"

@@ -1,9 +1,10 @@
 """Until when an entry in a file is good, even if clocks are wrong. Pure: readings of clocks go in.
 
-A stamp holds the end of a lease twice: by the wall clock, and by the time since this host was booted. That time cannot be set and
-goes on while the host sleeps. On the host that wrote it the second decides. Elsewhere the wall clock is believed only until the
-entry has been seen to be renewed; from then on the reader measures by its own clock how long ago that was. No reader believes
-for longer than one lease in an entry that does not change, even if the wall clock says that it is still good.
+A stamp holds the end of a lease twice: by the wall clock, and by the time since this host was booted. That
+time cannot be set and goes on while the host sleeps. On the host that wrote it the second decides. Elsewhere
+the wall clock is believed only until the entry has been seen to be renewed; from then on the reader measures
+by its own clock how long ago that was. No reader believes for longer than one lease in an entry that does not
+change, even if the wall clock says that it is still good.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Stamp(msgspec.Struct, frozen=True):
 
 
 class Sighting(NamedTuple):
-    """Which stamp a reader has found last, since when by its own clock, and whether there was another one before."""
+    """Which stamp a reader has found last, since when by its own clock, and whether there was another one
+    before."""
 
     stamp: Stamp
     since: float

@@ -1,8 +1,9 @@
-"""Blocking calls of a backend, made one after the other by a thread of its own, so that none blocks the event loop.
+"""Blocking calls of a backend, made one after the other by a thread of its own, so that none blocks the event
+loop.
 
-A caller that is cancelled leaves at once. A call that has not begun by then never does; one that has goes on, and later ones
-wait for it, so that calls take effect in order. The thread is a daemon: a file system or a server that never answers does not
-keep the process from ending.
+A caller that is cancelled leaves at once. A call that has not begun by then never does; one that has goes on,
+and later ones wait for it, so that calls take effect in order. The thread is a daemon: a file system or a
+server that never answers does not keep the process from ending.
 """
 
 from __future__ import annotations

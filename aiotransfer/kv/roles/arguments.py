@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def memories_of(pages: RegionView | Sequence[RegionView], layout: KVLayout) -> tuple[RegionView, ...]:
-    """The regions of a pool. Raises `TypeError` unless they are regions, and `ValueError` unless there are as many as its layout
-    says."""
+    """The regions of a pool. Raises `TypeError` unless they are regions, and `ValueError` unless there are as
+    many as its layout says."""
     found = tuple(pages) if isinstance(pages, list | tuple) else (pages,)
     for each in found:
         if not isinstance(each, RegionView):

@@ -1,6 +1,8 @@
-"""Reads the messages for one side of one engine, hands each to its receiver, and sends without making its caller wait.
+"""Reads the messages for one side of one engine, hands each to its receiver, and sends without making its
+caller wait.
 
-All decoders of an engine share one dispatcher, as do its prefillers, so that each message finds its request, of any of them.
+All decoders of an engine share one dispatcher, as do its prefillers, so that each message finds its request,
+of any of them.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class Dispatcher:
 
     @classmethod
     def enter(cls, engine: Engine, mark: bytes, receiver: Receiver) -> Dispatcher:
-        """That of this engine; its first receiver opens it. Raises `ClosedError`, `ConfigurationError` (a second prefiller)."""
+        """That of this engine; its first receiver opens it. Raises `ClosedError`, `ConfigurationError` (a
+        second prefiller)."""
         dispatcher = _dispatchers.get((engine, mark))
         if dispatcher is not None and mark == messages.TO_PREFILLER:
             raise ConfigurationError("this engine has a Prefiller already", hint="close that one first, or open another engine")
@@ -173,7 +176,8 @@ class Dispatcher:
             self._complain(peer, error, "cannot be sent")
 
     async def deliver(self, peer: Peer, data: bytes) -> None:
-        """Send a message, in pieces if need be. Raises what `Peer.send` raises, and `ValueError` for one that is too large."""
+        """Send a message, in pieces if need be. Raises what `Peer.send` raises, and `ValueError` for one that
+        is too large."""
         for piece in split(data):
             await peer.send(piece)
 

@@ -1,4 +1,5 @@
-"""What decoders and prefillers have in common: a pool of pages, records of what is over, an end that `async with` brings."""
+"""What decoders and prefillers have in common: a pool of pages, records of what is over, an end that
+`async with` brings."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ Pages: TypeAlias = "RegionView | Sequence[RegionView]"  # a region, a part of on
 class Role(Unpicklable):
     """A decoder or a prefiller, as its requests know it: `pages` holds the pool of `layout`, in `memories`.
 
-    Raises `TypeError` where `engine`, `layout` or `pages` is something else, `RegionError` when the pool does not lie in the
-    region, and `ConfigurationError` for `checksums` of memory that the host cannot read.
+    Raises `TypeError` where `engine`, `layout` or `pages` is something else, `RegionError` when the pool does
+    not lie in the region, and `ConfigurationError` for `checksums` of memory that the host cannot read.
     """
 
     _instead = "make it in the process that has the memory"

@@ -1,7 +1,8 @@
 """Memory for tails: parts of a few regions of an engine, used again by the next request.
 
-A region of their own for each would cost a descriptor, a registration and a mapping by the other side, for each request. They
-share regions instead, each as large as all before it together (within bounds); those that are not used any more are given back.
+A region of their own for each would cost a descriptor, a registration and a mapping by the other side, for
+each request. They share regions instead, each as large as all before it together (within bounds); those that
+are not used any more are given back.
 """
 
 from __future__ import annotations

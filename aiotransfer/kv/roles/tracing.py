@@ -15,7 +15,8 @@ ATTRIBUTES = ("id", "instance", "path", "priority", "tokens", "skip_tokens", "pa
 
 
 def trace(record: RequestRecord, context: Any = None) -> None:
-    """One span for a request that is over, with its own times. It is a child of the span of `context`, or a root."""
+    """One span for a request that is over, with its own times. It is a child of the span of `context`, or a
+    root."""
     span = spans.begin("aiotransfer.kv", f"kv.{record.role}", context, record.queued)
     if span is None:
         return

@@ -1,4 +1,5 @@
-"""Checksums as they travel: made by the prefill side, in front of its tail, and compared by the decode side."""
+"""Checksums as they travel: made by the prefill side, in front of its tail, and compared by the decode
+side."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def sums_of_layer(
     plan: TransferPlan, layer: int, memories: Sequence[Bytes], pages: tuple[Any, Any], tokens: int, skip_tokens: int, *,
     here: bool,
 ) -> Sums:  # fmt: skip
-    """One number for each decode page of the request, from the memories of the prefill side (`here`) or of the decode side.
+    """One number for each decode page of the request, from the memories of the prefill side (`here`) or of
+    the decode side.
 
     `pages`: of the request, on both sides.
     """

@@ -1,1 +1,2 @@
-"""KV caches for engines that step in a thread without an event loop: start, cancel, and a look at what has finished."""
+"""KV caches for engines that step in a thread without an event loop: start, cancel, and a look at what has
+finished."""

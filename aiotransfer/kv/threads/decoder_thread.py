@@ -65,9 +65,10 @@ class Load(Work):
 class DecoderThread(RequestsThread[Load]):
     """A `decoder` for an engine that steps in a thread without a loop. It closes the decoder.
 
-    `thread`: the `EngineThread` whose engine the decoder belongs to; the decoder is made there (`thread.run`). Every method but
-    `close` returns at once, also while the loop is blocked, and may be called from any thread. At most `decoder.most_requests`
-    requests at a time, finished ones that were not taken included. Raises `TypeError`, `ValueError`.
+    `thread`: the `EngineThread` whose engine the decoder belongs to; the decoder is made there
+    (`thread.run`). Every method but `close` returns at once, also while the loop is blocked, and may be
+    called from any thread. At most `decoder.most_requests` requests at a time, finished ones that were not
+    taken included. Raises `TypeError`, `ValueError`.
     """
 
     def __init__(self, thread: EngineThread, decoder: Decoder) -> None:
@@ -83,12 +84,13 @@ class DecoderThread(RequestsThread[Load]):
     ) -> None:  # fmt: skip
         """Ask for a request, and return at once; `take_finished` names it. Call it from any thread.
 
-        `peer`: the prefill rank, or all of those that are needed, each a `Peer` or the address of its engine, which is dialled
-        unless it is connected. `id`, `page_ids` (copied now), `tokens`, `skip_tokens`, `priority` and `data` as with
-        `Decoder.request`. `timeout`: seconds from now for all of it, the dial included (None: the engine's).
+        `peer`: the prefill rank, or all of those that are needed, each a `Peer` or the address of its engine,
+        which is dialled unless it is connected. `id`, `page_ids` (copied now), `tokens`, `skip_tokens`,
+        `priority` and `data` as with `Decoder.request`. `timeout`: seconds from now for all of it, the dial
+        included (None: the engine's).
 
-        Raises `TypeError` or `ValueError` (also for an id that has been started and not been taken), `BusyError`,
-        `ClosedError`; what `Decoder.request` raises is in the `error` of the finished request.
+        Raises `TypeError` or `ValueError` (also for an id that has been started and not been taken),
+        `BusyError`, `ClosedError`; what `Decoder.request` raises is in the `error` of the finished request.
         """
         peers = tuple(peer) if isinstance(peer, list | tuple) else (peer,)
         ends = Ends(timeout, self._thread.engine.timeout)
@@ -120,7 +122,7 @@ class DecoderThread(RequestsThread[Load]):
     def cancel(self, ids: str | Iterable[str]) -> None:
         """Take these requests back; `ids`: one, or several. Returns at once; call it from any thread.
 
-        `take_finished` names each when no other process can write to its pages any more: with `RequestCancelled`, or as it ended
-        just before. Ids that are not under way are left alone.
+        `take_finished` names each when no other process can write to its pages any more: with
+        `RequestCancelled`, or as it ended just before. Ids that are not under way are left alone.
         """
         super().cancel(ids)

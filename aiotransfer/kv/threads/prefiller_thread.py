@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 
 class Asked(NamedTuple):
-    """A request of a decode instance that the engine has not started: `id` is the name that `PrefillerThread.start` is given."""
+    """A request of a decode instance that the engine has not started: `id` is the name that
+    `PrefillerThread.start` is given."""
 
     id: str
     instance: str
@@ -67,13 +68,15 @@ class Send(Work):
 
 
 class PrefillerThread(RequestsThread[Send]):
-    """A `prefiller` for an engine that steps in a thread without a loop. It accepts all its requests, and closes it.
+    """A `prefiller` for an engine that steps in a thread without a loop. It accepts all its requests, and
+    closes it.
 
-    `thread`: the `EngineThread` whose engine the prefiller belongs to; the prefiller is made there (`thread.run`). `name`: which
-    started request a decode rank asks for, by the `PrefillRequest`; called on the loop. None: the one with the same id. `grace`:
-    seconds that a request waits until the engine starts it, after which the decode side is told; None: as long as the decode
-    side waits. Every method but `close` returns at once, also while the loop is blocked, and may be called from any thread.
-    At most `prefiller.most_requests` requests at a time, finished ones that were not taken included.
+    `thread`: the `EngineThread` whose engine the prefiller belongs to; the prefiller is made there
+    (`thread.run`). `name`: which started request a decode rank asks for, by the `PrefillRequest`; called on
+    the loop. None: the one with the same id. `grace`: seconds that a request waits until the engine starts
+    it, after which the decode side is told; None: as long as the decode side waits. Every method but `close`
+    returns at once, also while the loop is blocked, and may be called from any thread. At most
+    `prefiller.most_requests` requests at a time, finished ones that were not taken included.
 
     Raises `TypeError`, `ValueError`, `ClosedError`.
     """
@@ -99,13 +102,16 @@ class PrefillerThread(RequestsThread[Send]):
     # ---- what the engine's steps call ----
 
     def start(self, id: str, page_ids: Any, *, timeout: float | None = None) -> None:
-        """The cache of request `id` is, or will be, in the pages `page_ids` (copied now). Returns at once; from any thread.
+        """The cache of request `id` is, or will be, in the pages `page_ids` (copied now). Returns at once;
+        from any thread.
 
-        It is sent when it is asked for, and as far as it is ready: `layer_ready`, `finish`. `timeout`: seconds from now in
-        which it must be asked for (None: the engine's); after that the deadline of the decode side counts.
+        It is sent when it is asked for, and as far as it is ready: `layer_ready`, `finish`. `timeout`:
+        seconds from now in which it must be asked for (None: the engine's); after that the deadline of the
+        decode side counts.
 
-        Raises `TypeError` or `ValueError` (also for an id that has been started and not been taken), `BusyError`,
-        `ClosedError`. Pages that do not hold what is asked for are in the `error` of the finished request.
+        Raises `TypeError` or `ValueError` (also for an id that has been started and not been taken),
+        `BusyError`, `ClosedError`. Pages that do not hold what is asked for are in the `error` of the
+        finished request.
         """
         ends = Ends(timeout, self._thread.engine.timeout)
         self._begin(Send(checked_id(id), copied(page_ids), ends), self._send)
@@ -113,9 +119,9 @@ class PrefillerThread(RequestsThread[Send]):
     def layer_ready(self, id: str, layer: int, *, upto: int | None = None) -> None:
         """The cache of `layer` of request `id` is in its pages for all tokens before `upto` (None: for all).
 
-        As `PrefillRequest.layer_ready`, and before the request is asked for, too. Returns at once; call it from any thread. When
-        the request has ended it changes nothing. Raises `ValueError` (an id that is not started, or was taken), `IndexError`,
-        `TypeError`.
+        As `PrefillRequest.layer_ready`, and before the request is asked for, too. Returns at once; call it
+        from any thread. When the request has ended it changes nothing. Raises `ValueError` (an id that is not
+        started, or was taken), `IndexError`, `TypeError`.
         """
         layer, most = whole("layer", layer), math.inf if upto is None else whole("upto", upto)
         with self._entered():
@@ -132,11 +138,12 @@ class PrefillerThread(RequestsThread[Send]):
             _say(request, layer, most)
 
     def finish(self, id: str, tail: Any = b"") -> None:
-        """The model has run for request `id`: all its layers are ready, those included that `layer_ready` did not name.
+        """The model has run for request `id`: all its layers are ready, those included that `layer_ready` did
+        not name.
 
-        `tail` (bytes or an array, as with `PrefillRequest.finish`) is sent last; do not change it before the request is over.
-        Returns at once; call it from any thread. When the request has ended it changes nothing. Raises `ValueError`
-        (an id that is not started, or was taken).
+        `tail` (bytes or an array, as with `PrefillRequest.finish`) is sent last; do not change it before the
+        request is over. Returns at once; call it from any thread. When the request has ended it changes
+        nothing. Raises `ValueError` (an id that is not started, or was taken).
         """
         with self._entered():
             send = self._of(id)
@@ -147,21 +154,23 @@ class PrefillerThread(RequestsThread[Send]):
             self._thread.call_soon(send.complete.set)
 
     def take_requests(self) -> list[Asked]:
-        """What decode ranks have asked for since the last call, and the engine has not started; ended ones are left out.
+        """What decode ranks have asked for since the last call, and the engine has not started; ended ones
+        are left out.
 
-        For engines that learn here what they are to compute. Returns at once; call it from any thread. In a forked child:
-        `ClosedError`.
+        For engines that learn here what they are to compute. Returns at once; call it from any thread. In a
+        forked child: `ClosedError`.
         """
         with self._entered():
             taken, self._new = self._new, {}
         return list(taken.values())
 
     def cancel(self, ids: str | Iterable[str]) -> None:
-        """Give these requests up, and tell the decode side; `ids`: one, or several. Returns at once; call it from any thread.
+        """Give these requests up, and tell the decode side; `ids`: one, or several. Returns at once; call it
+        from any thread.
 
-        `take_finished` names each that was started when nothing of it is read any more: with `RequestCancelled`, or as it ended
-        just before. One that was asked for and not started is refused, as is one that is asked for later. Other ids are left
-        alone.
+        `take_finished` names each that was started when nothing of it is read any more: with
+        `RequestCancelled`, or as it ended just before. One that was asked for and not started is refused, as
+        is one that is asked for later. Other ids are left alone.
         """
         ids = [ids] if isinstance(ids, str) else list(ids)
         self._cancel(ids)

@@ -1,7 +1,9 @@
-"""What `DecoderThread` and `PrefillerThread` share: the requests that a thread has started, and those that are finished.
+"""What `DecoderThread` and `PrefillerThread` share: the requests that a thread has started, and those that
+are finished.
 
-Each request is a coroutine on the engine's loop. The two threads share two tables and one lock, which neither of them holds while
-it does anything that takes time. So the calls of the engine that steps return at once, also while the loop is blocked.
+Each request is a coroutine on the engine's loop. The two threads share two tables and one lock, which neither
+of them holds while it does anything that takes time. So the calls of the engine that steps return at once,
+also while the loop is blocked.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ class Finished:
     """A request that is over. `error`: None where everything has arrived, else why it has not.
 
     `quarantined`: a peer that does not answer may still touch its pages, so they must not be used again yet
-    (`thread.submit(decoder.freed(page_ids))` ends when they may). Otherwise they are free. `arrival`: what came with the
-    pages, on the decode side.
+    (`thread.submit(decoder.freed(page_ids))` ends when they may). Otherwise they are free. `arrival`: what
+    came with the pages, on the decode side.
     """
 
     id: str
@@ -73,7 +75,8 @@ W = TypeVar("W", bound=Work)
 
 
 class RequestsThread(Unpicklable, Generic[W]):
-    """The requests of a `role`, whose engine runs in `thread`; at most `most`, finished ones that were not taken included."""
+    """The requests of a `role`, whose engine runs in `thread`; at most `most`, finished ones that were not
+    taken included."""
 
     _instead = "make it in the process that has the engine"
 
@@ -137,8 +140,8 @@ class RequestsThread(Unpicklable, Generic[W]):
     def cancel(self, ids: str | Iterable[str]) -> None:
         """Have these requests end; `ids`: one, or several. Returns at once; call it from any thread.
 
-        `take_finished` names each when it has ended: with `RequestCancelled`, or as it ended just before. Ids that are not
-        under way are left alone. In a forked child: `ClosedError`.
+        `take_finished` names each when it has ended: with `RequestCancelled`, or as it ended just before. Ids
+        that are not under way are left alone. In a forked child: `ClosedError`.
         """
         self._cancel([ids] if isinstance(ids, str) else list(ids))
 
@@ -153,8 +156,8 @@ class RequestsThread(Unpicklable, Generic[W]):
     def take_finished(self) -> list[Finished]:
         """The requests that have ended since the last call, each named once, the first that ended first.
 
-        A request is named when its pages are proved free, or quarantined. Returns at once; call it from any thread, also after
-        `close`. In a forked child: `ClosedError`.
+        A request is named when its pages are proved free, or quarantined. Returns at once; call it from any
+        thread, also after `close`. In a forked child: `ClosedError`.
         """
         with self._entered():
             taken, self._finished = self._finished, {}
@@ -170,10 +173,12 @@ class RequestsThread(Unpicklable, Generic[W]):
         await self._role.aclose()
 
     def close(self) -> None:
-        """Cancel what is under way, wait for its end, and close the role. What has ended is still named by `take_finished`.
+        """Cancel what is under way, wait for its end, and close the role. What has ended is still named by
+        `take_finished`.
 
-        Call it from any thread but the engine's own, where it raises `RuntimeError`, and before the `EngineThread` is closed.
-        Twice is silent, as is a forked child. Raises what the `aclose` of the role raises: `QuarantineError`.
+        Call it from any thread but the engine's own, where it raises `RuntimeError`, and before the
+        `EngineThread` is closed. Twice is silent, as is a forked child. Raises what the `aclose` of the role
+        raises: `QuarantineError`.
         """
         if os.getpid() != self._process:
             return
@@ -195,7 +200,8 @@ class RequestsThread(Unpicklable, Generic[W]):
 
 
 class Ends:
-    """When a request must be over: `timeout` seconds from now, also those that the loop is blocked; `default` for None."""
+    """When a request must be over: `timeout` seconds from now, also those that the loop is blocked; `default`
+    for None."""
 
     __slots__ = ("_at", "seconds")
 

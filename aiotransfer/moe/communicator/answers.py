@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Answers:
-    """What ranks have answered to `me`, by their numbers. `Listener` writes it down, `Bootstrap` waits for it."""
+    """What ranks have answered to `me`, by their numbers. `Listener` writes it down, `Bootstrap` waits for
+    it."""
 
     me: Member
     hellos: dict[int, tuple[Peer, Hello]] = field(default_factory=dict)
@@ -39,16 +40,17 @@ class Answers:
     def needed(self, others: Iterable[int]) -> set[int]:
         """The ranks that this one has to meet: all `others`, or those that the ranks at work name.
 
-        A rank that has taken this one in tells it whenever the ranks change, and when it leaves. What the others have said may
-        be out of date: nothing tells this rank when one of them ends. So it counts only where no rank has taken this one in.
+        A rank that has taken this one in tells it whenever the ranks change, and when it leaves. What the
+        others have said may be out of date: nothing tells this rank when one of them ends. So it counts only
+        where no rank has taken this one in.
         """
         if self.taken_in:
             return self.side()
         return {*self.seen}.union(*self.seen.values()) - {self.me[0]} if self.seen else set(others)
 
     def side(self) -> set[int]:
-        """The ranks that have taken this one in, and those that they name. Where these have given each other up: the side that
-        goes on."""
+        """The ranks that have taken this one in, and those that they name. Where these have given each other
+        up: the side that goes on."""
         sides: list[set[int]] = []
         for rank, named in self.taken_in.items():
             one = {rank, *named} - {self.me[0]}

@@ -1,8 +1,9 @@
 """How the ranks of an all-to-all meet.
 
-Every rank connects to every other, gives it a lease of its memory and says `Hello`. When it has the Hello of all, it says
-`Ready`; when all are, the first step may begin. A rank that finds the others at work (their Hello says so) joins: they take it
-into their views (`moe.protocol.membership`), and it begins at the step that follows from them.
+Every rank connects to every other, gives it a lease of its memory and says `Hello`. When it has the Hello of
+all, it says `Ready`; when all are, the first step may begin. A rank that finds the others at work (their
+Hello says so) joins: they take it into their views (`moe.protocol.membership`), and it begins at the step
+that follows from them.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Bootstrap:
         )  # fmt: skip
 
     def _missing(self) -> list[int]:
-        """Ranks of which something has not come. One that looks for others, too, is waited for only where no other is missing."""
+        """Ranks of which something has not come. One that looks for others, too, is waited for only where no
+        other is missing."""
         ranks, answers = self._ranks, self._answers
         if ranks.membership is not None and ranks.running:
             return list(ranks.membership.awaited)
@@ -66,7 +68,8 @@ class Bootstrap:
         return self._answers.needed(self._ranks.others())
 
     async def meet(self) -> None:
-        """Returns when all are there. Raises `ShapeMismatch`, `PeerLostError`, or `ConfigurationError` for lists that differ."""
+        """Returns when all are there. Raises `ShapeMismatch`, `PeerLostError`, or `ConfigurationError` for
+        lists that differ."""
         answers = self._answers
         self._listener.start()
         answers.unable.clear()
@@ -85,8 +88,8 @@ class Bootstrap:
             raise
 
     async def _say_unable(self, found: dict[int, Peer]) -> None:
-        """Returns when the others know it, or after `drain_timeout`. This engine may end then; another rank may still have to see
-        that this rank is reached at its address, or does not believe it."""
+        """Returns when the others know it, or after `drain_timeout`. This engine may end then; another rank
+        may still have to see that this rank is reached at its address, or does not believe it."""
         ranks, know_it = self._ranks, self._answers.know_it
         known = found | {rank: peer for rank in ranks.others() if (peer := ranks.at(rank)) is not None}
         know_it.clear()
@@ -120,7 +123,8 @@ class Bootstrap:
             await self._start()
 
     async def _exchange_hellos(self, dials: Dials) -> None:
-        """Returns when every rank that is needed has said Hello. Others may know the buffers from an earlier try to meet."""
+        """Returns when every rank that is needed has said Hello. Others may know the buffers from an earlier
+        try to meet."""
         ranks, greetings, answers, found = self._ranks, self._greetings, self._answers, dials.found
         asked = ranks.engine._loop.time()
         greeted: set[int] = set()
@@ -173,8 +177,8 @@ class Bootstrap:
         return lost_while_meeting(ranks, rank, f": {error.message}")
 
     def _forget_lost(self, found: dict[int, Peer]) -> list[int]:
-        """Forget the peers that have ended: a rank may come back by another one, or was not needed. Returns those ranks that have
-        not come back."""
+        """Forget the peers that have ended: a rank may come back by another one, or was not needed. Returns
+        those ranks that have not come back."""
         hellos, known = self._answers.hellos, self._ranks.known
         lost = {rank for rank, peer in found.items() if peer.state in ENDED}
         lost |= {rank for rank, (peer, _) in hellos.items() if peer.state in ENDED}

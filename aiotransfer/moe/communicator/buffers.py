@@ -62,7 +62,8 @@ class Buffers:
         return self.out[begin : begin + self._first].reshape(self.shape.ranks, self.shape.first_bytes)
 
     def first_rows(self, slot: int) -> Rows:
-        """Rows inside first messages, counted in units of `ROW_ALIGN` bytes from the beginning of the messages."""
+        """Rows inside first messages, counted in units of `ROW_ALIGN` bytes from the beginning of the
+        messages."""
         return Rows(self._out, slot * self._slot, ROW_ALIGN, self.shape.row_bytes)
 
     def tokens(self, slot: int, nbytes: int = 0, offset: int = 0) -> Rows:
@@ -132,7 +133,8 @@ class Buffers:
         return self.here[begin : begin + self.shape.recv_rows * self.shape.row_bytes]
 
     async def aclose(self, timeout: float) -> None:
-        """Take back every right to write here, and give the memory back. Raises `QuarantineError`, see `Region.aclose`."""
+        """Take back every right to write here, and give the memory back. Raises `QuarantineError`, see
+        `Region.aclose`."""
         self.sent.close()
         if self.packing is not None:
             self.packing.close()

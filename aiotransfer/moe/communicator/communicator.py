@@ -1,4 +1,5 @@
-"""All that the ranks of an all-to-all do between them, apart from its steps: composed here, and ended here."""
+"""All that the ranks of an all-to-all do between them, apart from its steps: composed here, and ended
+here."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ _open: WeakKeyDictionary[Engine, WeakSet[Communicator]] = WeakKeyDictionary()  #
 class Communicator:
     """One rank's part of an all-to-all.
 
-    `ranks`: all ranks; `losses`: missing ranks; `waiting`: which calls wait for which rank. `group`, `shape` and `name` are
-    those of the `AllToAll`; `direct`, `gpu` and `in_place` are explained in `Greetings`.
+    `ranks`: all ranks; `losses`: missing ranks; `waiting`: which calls wait for which rank. `group`, `shape`
+    and `name` are those of the `AllToAll`; `direct`, `gpu` and `in_place` are explained in `Greetings`.
     """
 
     def __init__(
@@ -56,13 +57,14 @@ class Communicator:
         return buffers
 
     async def meet(self) -> None:
-        """Returns when all ranks are there. Raises what `Bootstrap.meet` raises, and `ValueError` for a name that is taken."""
+        """Returns when all ranks are there. Raises what `Bootstrap.meet` raises, and `ValueError` for a name
+        that is taken."""
         await self._take_name()
         await self.bootstrap.meet()
 
     async def _take_name(self) -> None:
-        """From now on the immediates and messages of this name are its own. Raises `ValueError` where another one of this engine
-        has them; returns when one that is over has given them back."""
+        """From now on the immediates and messages of this name are its own. Raises `ValueError` where another
+        one of this engine has them; returns when one that is over has given them back."""
         mine = self.ranks.immediates()
         for other in list(_open.setdefault(self.ranks.engine, WeakSet())):
             theirs = other.ranks.immediates()

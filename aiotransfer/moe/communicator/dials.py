@@ -1,4 +1,5 @@
-"""How a rank finds the others while all meet: it waits to be dialled, dials, and looks which ranks are connected."""
+"""How a rank finds the others while all meet: it waits to be dialled, dials, and looks which ranks are
+connected."""
 
 from __future__ import annotations
 
@@ -36,8 +37,9 @@ class Dials:
         self._claimed: dict[int, float] = {}  # ranks that some peer says it is, and when such a peer was up last
 
     def look(self) -> None:
-        """Find the ranks that are connected, and dial others: a rank before this one dials, unless it is late (it may be at work
-        already); one that has dialled is dialled back, to see that it is reached at its address. Raises `PeerLostError`."""
+        """Find the ranks that are connected, and dial others: a rank before this one dials, unless it is late
+        (it may be at work already); one that has dialled is dialled back, to see that it is reached at its
+        address. Raises `PeerLostError`."""
         ranks, found, claimed = self._ranks, self.found, self._claimed
         now = ranks.engine._loop.time()
         late = now > self._begun + DIAL_AFTER

@@ -1,4 +1,5 @@
-"""What a rank tells each other one of itself when they meet: its shape, and a right to write into its memory."""
+"""What a rank tells each other one of itself when they meet: its shape, and a right to write into its
+memory."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 class Greetings:
     """Sends the Hellos of this rank, and takes in those of the others.
 
-    `direct`: whether others put rows at their places one by one (None: those of this host do). `gpu`: tokens and results are in a
-    GPU's memory. `in_place`: room is held for results that ranks of this host read where they lie.
+    `direct`: whether others put rows at their places one by one (None: those of this host do). `gpu`: tokens
+    and results are in a GPU's memory. `in_place`: room is held for results that ranks of this host read where
+    they lie.
     """
 
     def __init__(self, ranks: Ranks, answers: Answers, direct: bool | None, *, gpu: bool, in_place: bool) -> None:
@@ -43,12 +45,14 @@ class Greetings:
         return peer.path.provider == "shm" if self._direct is None else self._direct
 
     def _can_read(self, peer: Peer) -> bool:
-        """Whether results can be fetched from its memory. In a DP group another rank's routing has placed the rows."""
+        """Whether results can be fetched from its memory. In a DP group another rank's routing has placed the
+        rows."""
         mapped = peer.path.provider in ("shm", "loopback")
         return mapped and self.is_direct(peer) and self._ranks.shape.dp_size == 1 and not self._gpu
 
     def greet(self, rank: int, peer: Peer, *, ask: bool) -> None:
-        """Say Hello to `rank`, which is reached as `peer`. With `ask` it is to answer with a Hello of its own."""
+        """Say Hello to `rank`, which is reached as `peer`. With `ask` it is to answer with a Hello of its
+        own."""
         ranks, buffers = self._ranks, self.buffers
         assert buffers is not None
         known = ranks.known[rank]
@@ -83,7 +87,8 @@ class Greetings:
         return all(self.hello_of(rank) is not None for rank in self._answers.needed(self._ranks.others()))
 
     def hello_of(self, rank: int) -> messages.Hello | None:
-        """The last Hello of a rank, taken in if it has come from the peer that this rank has said Hello to."""
+        """The last Hello of a rank, taken in if it has come from the peer that this rank has said Hello
+        to."""
         known = self._ranks.known[rank]
         if known is None:
             return None

@@ -30,7 +30,8 @@ _logger = logging.getLogger("aiotransfer")
 
 
 class Listener:
-    """Reads the messages of all other ranks, in their order; an error in one of them does not stop the reading."""
+    """Reads the messages of all other ranks, in their order; an error in one of them does not stop the
+    reading."""
 
     def __init__(self, ranks: Ranks, losses: Losses, waiting: Waiting, greetings: Greetings, answers: Answers) -> None:
         self._ranks = ranks
@@ -65,7 +66,8 @@ class Listener:
             claims.close()
 
     def _sort(self, claims: Claims, peer: Peer, data: bytes) -> None:
-        """A message of a rank is taken; one of a peer that may be a rank waits until that is known. Raises `DescriptorError`."""
+        """A message of a rank is taken; one of a peer that may be a rank waits until that is known. Raises
+        `DescriptorError`."""
         ranks = self._ranks
         content = messages.decode(ranks.key, data)
         if content.rank >= ranks.shape.ranks or content.rank == ranks.rank:
@@ -100,8 +102,8 @@ class Listener:
         self._ranks.wake()
 
     def wrong(self, content: messages.Message, error: Exception) -> None:
-        """`content` cannot be, or cannot be dealt with here, because of `error`. Steps go on without the rank that sent it; where
-        this rank is still setting up, that fails."""
+        """`content` cannot be, or cannot be dealt with here, because of `error`. Steps go on without the rank
+        that sent it; where this rank is still setting up, that fails."""
         ranks = self._ranks
         if ranks.running and ranks.membership is not None:
             if ranks.membership.incarnation(content.rank) != content.incarnation:
@@ -148,8 +150,9 @@ class Listener:
             ranks.send_to(peer, messages.WhoIsThere(rank=ranks.rank, incarnation=ranks.incarnation, present=present))
 
     def say_unable(self, rank: int, peer: Peer, to: int) -> None:
-        """Tell `rank`, which is reached as `peer`, why this one could not set up. `to`: its incarnation; 0: it is not known. Once
-        for each try of this rank: if it came again it would end the other's next try."""
+        """Tell `rank`, which is reached as `peer`, why this one could not set up. `to`: its incarnation; 0:
+        it is not known. Once for each try of this rank: if it came again it would end the other's next
+        try."""
         ranks = self._ranks
         if to and self._answers.told_to.get(rank) == to:
             return
@@ -158,7 +161,8 @@ class Listener:
         ranks.send_to(peer, said)
 
     def _unable(self, rank: int, peer: Peer, unable: messages.Unable) -> None:
-        """A rank could not set up. Where it does not say so to this incarnation it may have tried again since: it is asked."""
+        """A rank could not set up. Where it does not say so to this incarnation it may have tried again
+        since: it is asked."""
         ranks = self._ranks
         if unable.to == ranks.incarnation:
             self._answers.unable[rank] = clip(unable.reason)
@@ -227,16 +231,16 @@ class Listener:
         losses.follow()
 
     def _parted(self, rank: int, hello: messages.Hello, present: set[int]) -> bool:
-        """Whether `rank` is at work with other ranks than this one. To take it in would be to hear of each side that the other
-        one is gone."""
+        """Whether `rank` is at work with other ranks than this one. To take it in would be to hear of each
+        side that the other one is gone."""
         ranks, membership = self._ranks, self._ranks.membership
         assert membership is not None
         theirs, mine = present - {ranks.rank, rank}, {*membership.audience} - {rank}
         return hello.running and bool(theirs) and bool(mine) and theirs.isdisjoint(mine)
 
     def _turn_away(self, rank: int, peer: Peer, hello: messages.Hello, present: set[int]) -> None:
-        """Others have parted from `rank`, and it does not know: it must not wait for this rank. Where it belongs to the side that
-        goes on, all those leave that this rank has joined."""
+        """Others have parted from `rank`, and it does not know: it must not wait for this rank. Where it
+        belongs to the side that goes on, all those leave that this rank has joined."""
         ranks, membership = self._ranks, self._ranks.membership
         assert membership is not None
         if hello.running and not membership.full and outweighs(present - {ranks.rank}, {*membership.audience} - {rank}):
@@ -250,8 +254,9 @@ class Listener:
         ranks.send_to(peer, ranks.leave(rank, reason, hello.incarnation))
 
     def _near(self) -> int:
-        """No step after this one is spoken of by a rank that is at work with this one: none is more than `slots` ahead of any
-        other, and one that comes back begins so much later, rounded up. A rank that joins, or has not begun, cannot know."""
+        """No step after this one is spoken of by a rank that is at work with this one: none is more than
+        `slots` ahead of any other, and one that comes back begins so much later, rounded up. A rank that
+        joins, or has not begun, cannot know."""
         ranks = self._ranks
         start = None if ranks.membership is None else ranks.membership.start
         if start is None or not ranks.running:
@@ -309,8 +314,8 @@ class Listener:
         ranks.spawn(self._missed_early(rank, leave))
 
     async def _missed_early(self, rank: int, leave: messages.Leave) -> None:
-        """What made a rank leave (shapes that differ, say) may be on its way here, too, or a view of ranks that are at work by
-        now, or the rank itself may be back."""
+        """What made a rank leave (shapes that differ, say) may be on its way here, too, or a view of ranks
+        that are at work by now, or the rank itself may be back."""
         await asyncio.sleep(REASON_SECONDS)
         answers = self._answers
         if rank not in answers.hellos or answers.hellos[rank][1].incarnation == leave.incarnation:

@@ -1,7 +1,8 @@
 """What happens when a rank is lost, and how all that remain agree on it.
 
-A rank is missed by a call that waits for it, or because another rank says so. Then nothing of it is heard any more: its counters
-are closed, its lease is revoked, and views are exchanged. `Ranks.changed` wakes every call that waits for the outcome.
+A rank is missed by a call that waits for it, or because another rank says so. Then nothing of it is heard any
+more: its counters are closed, its lease is revoked, and views are exchanged. `Ranks.changed` wakes every call
+that waits for the outcome.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ class Losses:
         return PeerLostError(f"{self._ranks.who(rank)}{how}", peer=str(self._ranks.addresses[rank]))
 
     def missed(self, rank: int, error: TransferError) -> None:
-        """A call that waited for `rank` was told that it is lost, or what was written to it failed with `error`."""
+        """A call that waited for `rank` was told that it is lost, or what was written to it failed with
+        `error`."""
         self.lose(rank, self.lost(rank, f" was lost: {error.message}"))
 
     async def shut_out(self, rank: int, error: TransferError) -> None:
-        """`rank` has taken back the right to write there, so that a write failed with `error`: it has left or has lost this
-        rank, and a message says which. To take it for lost at once would give up, by this rank's own view, all others that are
-        well; so it is missed only if no message comes."""
+        """`rank` has taken back the right to write there, so that a write failed with `error`: it has left or
+        has lost this rank, and a message says which. To take it for lost at once would give up, by this
+        rank's own view, all others that are well; so it is missed only if no message comes."""
         ranks = self._ranks
         known = ranks.known[rank]
         try:
@@ -94,7 +96,8 @@ class Losses:
         self._ranks.check()
 
     def follow(self) -> None:
-        """Forget every rank that is gone, found here or by another rank, and tell the others what they are owed."""
+        """Forget every rank that is gone, found here or by another rank, and tell the others what they are
+        owed."""
         ranks = self._ranks
         membership = ranks.membership
         assert membership is not None
@@ -113,7 +116,8 @@ class Losses:
         ranks.wake()
 
     async def _tell(self) -> None:
-        """Tell all others what is owed to them, whenever there is something, once the ranks that are gone can write no more."""
+        """Tell all others what is owed to them, whenever there is something, once the ranks that are gone can
+        write no more."""
         ranks = self._ranks
         membership = ranks.membership
         assert membership is not None
@@ -132,7 +136,8 @@ class Losses:
             ranks.wake()
 
     async def views(self) -> None:
-        """As `Ranks.changed`, while the views of others are awaited: a rank that is lost before it tells its own is missed."""
+        """As `Ranks.changed`, while the views of others are awaited: a rank that is lost before it tells its
+        own is missed."""
         ranks = self._ranks
         ranks.check()
         membership = ranks.membership

@@ -1,4 +1,5 @@
-"""The ranks of an all-to-all as one of them sees them: who each is, what is counted of each, and what is sent to each."""
+"""The ranks of an all-to-all as one of them sees them: who each is, what is counted of each, and what is sent
+to each."""
 
 from __future__ import annotations
 
@@ -87,10 +88,11 @@ class Rank:
 
 
 class Ranks:
-    """All ranks of one all-to-all, the tasks and counters that belong to them, and the steps in flight between them.
+    """All ranks of one all-to-all, the tasks and counters that belong to them, and the steps in flight
+    between them.
 
-    It knows neither how the ranks meet nor how one is lost: these two know it. `engine`, `group`, `shape` and `name` are those of
-    the `AllToAll`.
+    It knows neither how the ranks meet nor how one is lost: these two know it. `engine`, `group`, `shape` and
+    `name` are those of the `AllToAll`.
     """
 
     def __init__(self, engine: Engine, group: PeerGroup, shape: Shape, name: str) -> None:
@@ -213,8 +215,8 @@ class Ranks:
             raise again(self.over)
 
     async def changed(self, *peers: Peer) -> None:
-        """Returns when something has happened to the ranks. Raises what ended this one, or `PeerLostError` when one of `peers` is
-        lost."""
+        """Returns when something has happened to the ranks. Raises what ended this one, or `PeerLostError`
+        when one of `peers` is lost."""
         self.check()
         change: asyncio.Future[None] = self.engine._loop.create_future()
         self._changed[change] = None
@@ -229,7 +231,8 @@ class Ranks:
         self.check()
 
     async def soon(self) -> None:
-        """Returns when something has happened, or may have: only a look shows a peer that dialed this engine, or was lost."""
+        """Returns when something has happened, or may have: only a look shows a peer that dialed this engine,
+        or was lost."""
         change: asyncio.Future[None] = self.engine._loop.create_future()
         self._changed[change] = None
         look = self.engine._loop.call_later(LOOK_AGAIN, self.wake)
@@ -252,7 +255,8 @@ class Ranks:
         return [rank for rank in range(self.shape.ranks) if rank != self.rank]
 
     def at(self, rank: int) -> Peer | None:
-        """The peer that was reached at the address of a rank, if any: what a peer says of itself proves nothing."""
+        """The peer that was reached at the address of a rank, if any: what a peer says of itself proves
+        nothing."""
         return self.reach().at(self.addresses[rank])
 
     def reach(self) -> Reach:

@@ -1,8 +1,10 @@
-"""All-to-alls that could not be made: the other ranks, which wait for this one to say Hello, are told why it does not.
+"""All-to-alls that could not be made: the other ranks, which wait for this one to say Hello, are told why it
+does not.
 
-No object is left that could speak for this rank. So a task of the engine reads what the others say to the all-to-all of this
-name, and answers that this rank cannot set up, until one of this name is made here, or the engine closes. It speaks only when it
-is asked: what it said unasked could be read by an all-to-all of the other rank that is made later.
+No object is left that could speak for this rank. So a task of the engine reads what the others say to the
+all-to-all of this name, and answers that this rank cannot set up, until one of this name is made here, or the
+engine closes. It speaks only when it is asked: what it said unasked could be read by an all-to-all of the
+other rank that is made later.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ def told_to_others(make: Callable[Given, None]) -> Callable[Given, None]:
 
 
 def _left_unmade(given: list[Any], named: dict[str, Any], error: BaseException) -> None:
-    """Answer for an all-to-all that could not be made, because of `error`, where its name and its group can be known at all."""
+    """Answer for an all-to-all that could not be made, because of `error`, where its name and its group can
+    be known at all."""
     engine = given[1] if len(given) > 1 else named.get("engine")
     group = given[2] if len(given) > 2 else named.get("group")
     name = named.get("name", "")
@@ -84,7 +87,8 @@ def _forget(engine: Engine, key: bytes) -> None:
 
 
 class Unmade:
-    """Answers of an all-to-all that could not be made: a task that tells every rank which asks the `reason`."""
+    """Answers of an all-to-all that could not be made: a task that tells every rank which asks the
+    `reason`."""
 
     def __init__(self, engine: Engine, key: bytes, rank: int, reason: str) -> None:
         self._engine, self._key = engine, key

@@ -1,4 +1,5 @@
-"""Which calls wait for which ranks, asked and answered: so a deadline names the rank that is late, not one that waits itself."""
+"""Which calls wait for which ranks, asked and answered: so a deadline names the rank that is late, not one
+that waits itself."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Waiting:
         return [wait for wait in found if wait.ranks]
 
     def ask(self) -> None:
-        """Have all others say what they wait for, so that by the end of a deadline it is known which rank has not come."""
+        """Have all others say what they wait for, so that by the end of a deadline it is known which rank has
+        not come."""
         self.heard.clear()
         for rank in self._ranks.others():
             self.say(rank, ask=True)
@@ -36,5 +38,6 @@ class Waiting:
         ranks.send(rank, messages.Waits(rank=ranks.rank, incarnation=ranks.incarnation, ask=ask, waits=waits))
 
     def culprits(self, wait: Wait) -> dict[int, Wait]:
-        """The ranks that have not come, where this one waits like that: each with the wait that is in vain."""
+        """The ranks that have not come, where this one waits like that: each with the wait that is in
+        vain."""
         return culprits(self._ranks.rank, wait, self.heard | {self._ranks.rank: self.own()})

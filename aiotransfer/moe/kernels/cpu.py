@@ -1,6 +1,7 @@
 """The kernels for memory of the host: C (`providers.rows`), behind the same interface as those for a GPU's.
 
-They are done when they return. They hold the event loop that long, which is right for the rows of a step and wrong for gigabytes.
+They are done when they return. They hold the event loop that long, which is right for the rows of a step and
+wrong for gigabytes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class CpuKernels:
         rows.move(dst, dst_rows, src, src_rows, n)
 
     def weigh(self, out: Rows, src: Rows, index: Any, weights: Any, *, dtype: Any, out_dtype: Any) -> None:
-        """Sum rows by weight; see `Kernels.weigh`. A row beyond its memory is refused, before any is summed."""
+        """Sum rows by weight; see `Kernels.weigh`. A row beyond its memory is refused, before any is
+        summed."""
         rows.weigh(out, src, index, weights, dtype=dtype, out_dtype=out_dtype)
 
     def weigh_at(self, out: Rows, at: Any, weights: Any, nbytes: int, *, dtype: Any, out_dtype: Any) -> None:

@@ -1,11 +1,12 @@
 """The kernels for memory of a GPU, in Triton.
 
-Nothing here waits: a call launches and returns, once its kernel is compiled (the first call of a kind takes a second or so; make
-it before anything is captured). Index arrays and weights are read on the GPU, so the host cannot check them: a row number outside
-of its memory is left out, neither read nor written. That also lets one captured graph serve steps of fewer rows: fill up with -1.
+Nothing here waits: a call launches and returns, once its kernel is compiled (the first call of a kind takes a
+second or so; make it before anything is captured). Index arrays and weights are read on the GPU, so the host
+cannot check them: a row number outside of its memory is left out, neither read nor written. That also lets
+one captured graph serve steps of fewer rows: fill up with -1.
 
-With TRITON_INTERPRET=1 in the environment before this module is imported, the same kernels run on tensors of the host. That is
-for tests: it takes milliseconds for each row.
+With TRITON_INTERPRET=1 in the environment before this module is imported, the same kernels run on tensors of
+the host. That is for tests: it takes milliseconds for each row.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from aiotransfer.providers.rows import Rows
 WORD = 16
 BLOCK_UNITS = 4096  # of 4 bytes or of one: a program copies up to 16 KiB, each of its 128 threads eight words of 16 bytes
 BLOCK_NUMBERS = 1024  # each of 128 threads sums eight columns: 16 bytes of bfloat16 at once
-# How memory of each type is handed to `weigh_kernel`: as source and as result. Some are integers, see `gpu_programs`.
+# How memory of each type is handed to `weigh_kernel`: as source and as result. Some are integers, see
+# `gpu_programs`.
 TYPES = {
     "float32": (torch.float32, torch.int32),
     "float16": (torch.float16, torch.int16),
@@ -45,8 +47,9 @@ class TritonKernels:
         return self._device
 
     def place(self, array: Any) -> Any:
-        """A copy of a NumPy array on the device; by pinned memory, so that nothing waits. Tensors on the device are returned as
-        they are. Not while a graph is captured: a captured call reads a tensor that is there and refilled before each replay."""
+        """A copy of a NumPy array on the device; by pinned memory, so that nothing waits. Tensors on the
+        device are returned as they are. Not while a graph is captured: a captured call reads a tensor that is
+        there and refilled before each replay."""
         tensor = array
         if not isinstance(array, torch.Tensor):  # torch warns of what is read-only, although nothing writes to it here
             tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
@@ -130,7 +133,8 @@ class TritonKernels:
             )  # fmt: skip
 
     def word(self) -> Any:
-        """Eight bytes of pinned host memory, zero. Keep them for as long as a graph that bumps them may be replayed."""
+        """Eight bytes of pinned host memory, zero. Keep them for as long as a graph that bumps them may be
+        replayed."""
         return torch.zeros(1, dtype=torch.int64, pin_memory=not self._host)
 
     def bump(self, word: Any) -> None:

@@ -1,11 +1,13 @@
 """What runs on the GPU: the Triton programs themselves.
 
-Rows are copied in words of 16 bytes where address and stride allow, with single bytes for what is left; else byte by byte.
+Rows are copied in words of 16 bytes where address and stride allow, with single bytes for what is left; else
+byte by byte.
 
-Results of `weigh_kernel` are those of the host to the bit. So it is to be launched with `enable_fp_fusion=False`: a fused
-multiply-add rounds once where the sum on the host rounds twice. A NaN is stored as the quiet one, because which one an addition
-makes differs between processors. bfloat16 is widened and rounded by integer arithmetic, to the same bits as by the hardware,
-because Triton's interpreter rounds it otherwise, and without a GPU that is what tests have.
+Results of `weigh_kernel` are those of the host to the bit. So it is to be launched with
+`enable_fp_fusion=False`: a fused multiply-add rounds once where the sum on the host rounds twice. A NaN is
+stored as the quiet one, because which one an addition makes differs between processors. bfloat16 is widened
+and rounded by integer arithmetic, to the same bits as by the hardware, because Triton's interpreter rounds it
+otherwise, and without a GPU that is what tests have.
 
 Parameters have no annotations but `tl.constexpr`: Triton's compiler looks each of them up.
 """
@@ -23,7 +25,8 @@ def move_kernel(
     dst, src, dst_rows, src_rows, dst_stride, src_stride, dst_end, src_end, nbytes,
     WIDE: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for a row and `BLOCK` of its units. Strides are in words of 16 bytes if WIDE, else in bytes."""
+    """One program for a row and `BLOCK` of its units. Strides are in words of 16 bytes if WIDE, else in
+    bytes."""
     i = tl.program_id(0).to(tl.int64)
     to = i
     of = i
@@ -34,7 +37,8 @@ def move_kernel(
     nbytes = tl.where((to >= 0) & (to < dst_end) & (of >= 0) & (of < src_end), nbytes, 0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if WIDE:
-        # Times 4 in the kernel, not before: so the compiler knows that every row begins at a multiple of 16 bytes.
+        # Times 4 in the kernel, not before: so the compiler knows that every row begins at a multiple of 16
+        # bytes.
         target = dst.to(tl.pointer_type(tl.int32)) + to * dst_stride * 4
         source = src.to(tl.pointer_type(tl.int32)) + of * src_stride * 4
         words = nbytes // 16 * 4
@@ -55,7 +59,8 @@ def weigh_kernel(
     out, src, index, weights, out_stride, src_stride, src_end, columns,
     CHOICES: tl.constexpr, OUT: tl.constexpr, SRC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for a token and `BLOCK` of its columns. Strides are in numbers; `out` points to integers of their size."""
+    """One program for a token and `BLOCK` of its columns. Strides are in numbers; `out` points to integers of
+    their size."""
     t = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = at < columns
@@ -84,5 +89,6 @@ def weigh_kernel(
 
 @triton.jit
 def bump_kernel(word):
-    """Add one. The release reaches the whole system: a reader of the new value sees what was written before it."""
+    """Add one. The release reaches the whole system: a reader of the new value sees what was written before
+    it."""
     tl.atomic_add(word, 1, sem="release", scope="sys")

@@ -1,8 +1,9 @@
 """How a coroutine learns how far a captured CUDA graph is, without the event loop ever waiting for it.
 
-Elsewhere an event tells (`engine.launches`). No host code can record one inside a captured graph: the graph is one launch, and
-what was captured runs without the host. There a kernel of the graph adds one to a word in pinned host memory, and the native
-thread that serves the engine looks at it (`engine.watch`): each replay wakes the coroutine that posts its writes.
+Elsewhere an event tells (`engine.launches`). No host code can record one inside a captured graph: the graph
+is one launch, and what was captured runs without the host. There a kernel of the graph adds one to a word in
+pinned host memory, and the native thread that serves the engine looks at it (`engine.watch`): each replay
+wakes the coroutine that posts its writes.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class GraphWord(Unpicklable):
         graph.replay()
         await word.reached(1)               # then post the write of what was packed
 
-    `engine`: whose native thread looks at the word; `kernels`: those of the GPU. Any number of tasks may wait. Keep it as long
-    as a graph that bumps it may be replayed: the graph knows only its address.
+    `engine`: whose native thread looks at the word; `kernels`: those of the GPU. Any number of tasks may
+    wait. Keep it as long as a graph that bumps it may be replayed: the graph knows only its address.
     """
 
     _instead = "make a GraphWord where the graph is captured"
@@ -55,12 +56,13 @@ class GraphWord(Unpicklable):
         return self._watcher.value
 
     def bump(self) -> None:
-        """Add one when everything launched before on the stream is done; while a graph is captured, or at any time."""
+        """Add one when everything launched before on the stream is done; while a graph is captured, or at any
+        time."""
         self._kernels.bump(self._memory)
 
     async def reached(self, value: int, timeout: float | None = None) -> int:
-        """The word as it was seen, once that is at least `value`. Raises `TransferTimeout` after `timeout` seconds (None: waits
-        without end), and `ClosedError` after `close`."""
+        """The word as it was seen, once that is at least `value`. Raises `TransferTimeout` after `timeout`
+        seconds (None: waits without end), and `ClosedError` after `close`."""
         try:
             async with Timeout(timeout):
                 while self._watcher.value < value:
@@ -70,7 +72,8 @@ class GraphWord(Unpicklable):
         return self._watcher.value
 
     async def _change(self) -> None:
-        """One of the tasks that wait looks, on behalf of all; when it ends, however it does, the others go on."""
+        """One of the tasks that wait looks, on behalf of all; when it ends, however it does, the others go
+        on."""
         if self._closed:
             raise ClosedError("the word is no longer watched")
         if self._looking:

@@ -10,10 +10,11 @@ from aiotransfer.moe.protocol.shape import HEAD, TAG_BYTES, TEXT_BYTES, Shape
 
 
 class Header:
-    """What a source says first: of which step it is, how many tokens it has and for which experts, or why there are none.
+    """What a source says first: of which step it is, how many tokens it has and for which experts, or why
+    there are none.
 
-    `digest`: of its routing; `tag`: the caller's, as bytes, empty for none; `text`: why it refuses the step, empty where it does
-    not. Nothing here is checked but for lengths: see `impossible`.
+    `digest`: of its routing; `tag`: the caller's, as bytes, empty for none; `text`: why it refuses the step,
+    empty where it does not. Nothing here is checked but for lengths: see `impossible`.
     """
 
     __slots__ = ("counts", "digest", "incarnation", "scales", "step", "tag", "text", "tokens")

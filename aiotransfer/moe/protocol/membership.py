@@ -1,15 +1,17 @@
 """Which ranks take part in which step, agreed on by all ranks that remain. Pure.
 
-The places of all rows of a step follow from the headers of all ranks. So it must be the same everywhere whether the header of a
-lost rank counts, which may have reached some and not others, and with which step a rank begins that comes back.
+The places of all rows of a step follow from the headers of all ranks. So it must be the same everywhere
+whether the header of a lost rank counts, which may have reached some and not others, and with which step a
+rank begins that comes back.
 
     lose, join  ->  owes()  ->  tell() to all of `audience`  ->  hear() from all of them  ->  settled
 
-A rank is known by its number and its *incarnation*. What a rank knows, its *state*, are two sets: the gone and the present ranks.
-It only grows: a gone rank never returns (another incarnation may), and a present rank stays present or is gone. Each new state is
-told to all that are present, by a `View` that is made once and never changed. Whom a view calls gone is gone here, too; but who
-joins is present only when it has set up with this rank, which it does with every one. When the views of *all* that are present
-are in, for exactly this state, everything open is decided from them:
+A rank is known by its number and its *incarnation*. What a rank knows, its *state*, are two sets: the gone
+and the present ranks. It only grows: a gone rank never returns (another incarnation may), and a present rank
+stays present or is gone. Each new state is told to all that are present, by a `View` that is made once and
+never changed. Whom a view calls gone is gone here, too; but who joins is present only when it has set up with
+this rank, which it does with every one. When the views of *all* that are present are in, for exactly this
+state, everything open is decided from them:
 
 - a header of a gone rank: what a view says was decided before; else what any view holds; else it takes no part;
 - the first step of a rank that joins: what a view says was decided before; else max(next) + slots, rounded up to `align`.
@@ -27,11 +29,12 @@ has marked the other as gone, they have parted; see below.)
 5. A rank that used a header before any rank was lost holds it and says so in its view: so it counts. It may leave out a step that
    is over for it, because then all that are present have completed the dispatch of that step, and need no decision.
 
-(If q is not in S because it joined later: it has set up with p first, so p is in its states from the beginning, and told its view
-for T. So p's chain orders S and T.)
+(If q is not in S because it joined later: it has set up with p first, so p is in its states from the
+beginning, and told its view for T. So p's chain orders S and T.)
 
-The joiner's view is waited for, too, although it holds nothing. If it only listened, it could be the one that remains of those
-that decided its start; the others, overtaken by another loss, would decide again without it: another start than it uses.
+The joiner's view is waited for, too, although it holds nothing. If it only listened, it could be the one that
+remains of those that decided its start; the others, overtaken by another loss, would decide again without it:
+another start than it uses.
 
 **Starts.** A rank that has told its `next` while a join is open sends no header of `next + slots` or later (`limit`). This limit
 stays where the *first* of these views has put it, however often another loss makes it tell again: any rank may have decided from
@@ -47,8 +50,9 @@ written rows to places that mean something else. This does no harm if
 - what a gone rank wrote to places that follow from headers is used only if these places were known here before it was marked as
   gone; otherwise its rows are zero. (Present ranks agree, so then it had used the same.)
 
-No rank holds back a rank that has come back, at first: its headers of `start` to `start + slots - 1` may come while a step of its
-earlier incarnation is under way here. What is still needed of that one has to be out of the way before `join`.
+No rank holds back a rank that has come back, at first: its headers of `start` to `start + slots - 1` may come
+while a step of its earlier incarnation is under way here. What is still needed of that one has to be out of
+the way before `join`.
 
 **Parted.** Without a majority rule, false alarms can part the ranks: each side decides alone and hears no view of the other.
 A rank that learns from one it counts as present that it is marked as gone says so (`evicted`), decides nothing any more and has
@@ -97,7 +101,8 @@ class View(msgspec.Struct, frozen=True, array_like=True):
     joining: Annotated[tuple[tuple[_Rank, _Number], ...], msgspec.Meta(max_length=MOST_RANKS)]
     """Present, and their first step is not known to the sender."""
     next: Step
-    """The sender has begun to send no header of this step or later, and has none of gone ranks of next + slots or later."""
+    """The sender has begun to send no header of this step or later, and has none of gone ranks of next +
+    slots or later."""
     headers: _Headers  # step, rank, header: of gone ranks, as far as they may matter to any rank
     decided: _Headers  # the same, decided in smaller states
     starts: Annotated[tuple[tuple[_Rank, _Number, Step], ...], msgspec.Meta(max_length=MOST_RANKS)]
@@ -125,10 +130,11 @@ class View(msgspec.Struct, frozen=True, array_like=True):
 
 
 def outweighs(theirs: Set[int], mine: Set[int]) -> bool:
-    """Whether the ranks `theirs` go on rather than the ranks `mine`, where the two sides have given each other up.
+    """Whether the ranks `theirs` go on rather than the ranks `mine`, where the two sides have given each
+    other up.
 
-    The side with more ranks goes on; of two with as many, the one that has the lowest rank. Where a rank is on both sides they
-    have not parted (yet), and neither outweighs the other.
+    The side with more ranks goes on; of two with as many, the one that has the lowest rank. Where a rank is
+    on both sides they have not parted (yet), and neither outweighs the other.
     """
     return theirs.isdisjoint(mine) and (len(theirs), -min(theirs, default=0)) > (len(mine), -min(mine, default=0))
 
@@ -136,9 +142,9 @@ def outweighs(theirs: Set[int], mine: Set[int]) -> bool:
 class Membership:
     """What one rank knows of all.
 
-    `incarnations`: one for each rank, 0 for those that are not there. Those that begin together give the same numbers and the
-    same `start`. A rank that comes later gives its own fresh incarnation, those of the ranks that have set up with it, and None:
-    it learns its `start` from their views.
+    `incarnations`: one for each rank, 0 for those that are not there. Those that begin together give the same
+    numbers and the same `start`. A rank that comes later gives its own fresh incarnation, those of the ranks
+    that have set up with it, and None: it learns its `start` from their views.
 
     The owner looks at `owes()` after every call.
     """
@@ -177,7 +183,8 @@ class Membership:
         return True
 
     def join(self, rank: int, incarnation: int) -> bool:
-        """A new incarnation has set up with this rank; an earlier one is gone thereby. False: this one is gone, too."""
+        """A new incarnation has set up with this rank; an earlier one is gone thereby. False: this one is
+        gone, too."""
         self._other(rank)
         if (rank, incarnation) in self._gone or self.evicted:
             return False
@@ -205,13 +212,14 @@ class Membership:
     # What this rank tells.
 
     def owes(self) -> bool:
-        """The others must be told: gather the headers and call `tell`, after the memory of the gone ones is safe from them."""
+        """The others must be told: gather the headers and call `tell`, after the memory of the gone ones is
+        safe from them."""
         return self._owes
 
     def tell(self, next_step: int, headers: Mapping[tuple[int, int], bytes]) -> View:
-        """The view for `audience`. `next_step`: the first whose header this rank has not begun to send (any, while it has no
-        start); `headers`: by step and rank, of all steps that are not over, none that came when its rank was gone; only those of
-        gone ranks matter.
+        """The view for `audience`. `next_step`: the first whose header this rank has not begun to send (any,
+        while it has no start); `headers`: by step and rank, of all steps that are not over, none that came
+        when its rank was gone; only those of gone ranks matter.
         """
         if not self._owes:
             raise RuntimeError("a view is told once for each change")
@@ -276,7 +284,8 @@ class Membership:
         return -1 if self.evicted or self.start is None else self._limit
 
     def present(self, step: int, rank: int) -> bool:
-        """Its present incarnation takes part in this step: write to it and wait for it. False also while this is undecided."""
+        """Its present incarnation takes part in this step: write to it and wait for it. False also while this
+        is undecided."""
         start = self._starts.get((rank, self.incarnation(rank)))
         return start is not None and step >= start
 

@@ -1,8 +1,10 @@
-"""Messages between the ranks of an all-to-all: set-up, and when one is lost. Steps need none. Pure: values and bytes.
+"""Messages between the ranks of an all-to-all: set-up, and when one is lost. Steps need none. Pure: values
+and bytes.
 
-A message begins with a mark that tells it from the application's own, then the all-to-all's key (its name and its members). What
-cannot be read raises `DescriptorError` and nothing else. Every number and length has a bound that holds while it is read; bounds
-that follow from the shape of an all-to-all are checked by `Listener`.
+A message begins with a mark that tells it from the application's own, then the all-to-all's key (its name and
+its members). What cannot be read raises `DescriptorError` and nothing else. Every number and length has a
+bound that holds while it is read; bounds that follow from the shape of an all-to-all are checked by
+`Listener`.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ class WhoIsThere(_Message, frozen=True, tag=5):
 
 
 class Unable(_Message, frozen=True, tag=6):
-    """The sender cannot set up, so the ranks do not meet. One for another incarnation counts only when it is asked for again."""
+    """The sender cannot set up, so the ranks do not meet. One for another incarnation counts only when it is
+    asked for again."""
 
     reason: str
     to: Incarnation  # of the receiver, as far as the sender knows; 0: the sender has not heard of it yet
@@ -112,7 +115,8 @@ _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Message)
 
 
 def prefix(name: str, members: str) -> bytes:
-    """How all messages of the all-to-all of this `name` begin, between these `members` (their addresses, with commas)."""
+    """How all messages of the all-to-all of this `name` begin, between these `members` (their addresses, with
+    commas)."""
     return MARK + hashlib.blake2b(f"{name}\0{members}".encode(), digest_size=KEY_BYTES).digest()
 
 
@@ -150,7 +154,8 @@ class Pieces:
         self._data: list[bytes] = []
 
     def add(self, piece: Piece) -> Message | None:
-        """The whole message, when this was the last piece. Raises `DescriptorError`, after which nothing of it is kept."""
+        """The whole message, when this was the last piece. Raises `DescriptorError`, after which nothing of
+        it is kept."""
         if piece.number == 0:
             self._of, self._data = (piece.incarnation, piece.of), []
         held, self._data = self._data, []

@@ -1,12 +1,14 @@
-"""Which row goes where: routing to writes, and back. Pure, and vectorised: no loop over tokens, rows or experts.
+"""Which row goes where: routing to writes, and back. Pure, and vectorised: no loop over tokens, rows or
+experts.
 
-A *row* is one (token, choice). The source sorts its rows by expert, choices of one expert by token (a stable sort): row j of that
-order has the number j from here on. Rows for one rank are a range of numbers, and results come back to row j of the source's
-results. `Route` is what a source knows by itself; `Ranges` is what follows from the counts of all sources, the same on every rank
-(section 1.7 of the protocol in arXiv 2510.27656: route exchange, private buffers, contiguous ranges).
+A *row* is one (token, choice). The source sorts its rows by expert, choices of one expert by token (a stable
+sort): row j of that order has the number j from here on. Rows for one rank are a range of numbers, and
+results come back to row j of the source's results. `Route` is what a source knows by itself; `Ranges` is what
+follows from the counts of all sources, the same on every rank (section 1.7 of the protocol in arXiv
+2510.27656: route exchange, private buffers, contiguous ranges).
 
-In a group of `dp_size` ranks all have the same tokens, hence the same counts; the member with index r mod dp_size sends the rows
-for rank r, and results go to all members.
+In a group of `dp_size` ranks all have the same tokens, hence the same counts; the member with index r mod
+dp_size sends the rows for rank r, and results go to all members.
 """
 
 from __future__ import annotations
@@ -30,14 +32,15 @@ class Route:
     """One source's rows in order.
 
     `counts[e]`: rows for expert e; `begins[e]`: number of the first of them; `tokens[j]`: the token of row j;
-    `places[t, k]`: the row of a choice, -1 where there is none; `first[r]`, `n[r]`: the range of rows for rank r; `digest`: 32
-    bits of all choices in their order.
+    `places[t, k]`: the row of a choice, -1 where there is none; `first[r]`, `n[r]`: the range of rows for
+    rank r; `digest`: 32 bits of all choices in their order.
     """
 
     __slots__ = ("begins", "counts", "digest", "first", "n", "places", "sent", "tokens")
 
     def __init__(self, shape: Shape, rank: int, topk_idx: Any) -> None:
-        """`topk_idx`: integers of shape [tokens, choices] in [-1, num_experts), -1 meaning no expert; checked by the caller."""
+        """`topk_idx`: integers of shape [tokens, choices] in [-1, num_experts), -1 meaning no expert; checked
+        by the caller."""
         experts, choices = shape.num_experts, topk_idx.shape[1]
         flat = topk_idx.reshape(-1).astype(np.uint16)  # sixteen bits are sorted by radix; as unsigned ones, -1 comes last
         self.digest = zlib.crc32(flat)
@@ -64,10 +67,11 @@ class Route:
 
 
 class Ranges:
-    """What `rank` derives from `counts[source, expert]`, the same for all (zero rows for ranks that take no part).
+    """What `rank` derives from `counts[source, expert]`, the same for all (zero rows for ranks that take no
+    part).
 
-    `base[e]`: where at its rank expert e begins; `below[e]`: how many rows of earlier sources lie there before this rank's;
-    `totals[r]`: rows at r, padding included; `sums[s]`: all rows of source s.
+    `base[e]`: where at its rank expert e begins; `below[e]`: how many rows of earlier sources lie there
+    before this rank's; `totals[r]`: rows at r, padding included; `sums[s]`: all rows of source s.
     """
 
     __slots__ = ("_wide", "base", "below", "counts", "rank", "shape", "sums", "totals", "used")
@@ -75,7 +79,8 @@ class Ranges:
     def __init__(self, shape: Shape, rank: int, counts: Any) -> None:
         self.shape, self.rank = shape, rank
         self.counts: Ints = np.asarray(counts)
-        # Without a cast a sum takes a third of the time; no sum overflows where all counts together do not, even wrong counts.
+        # Without a cast a sum takes a third of the time; no sum overflows where all counts together do not,
+        # even wrong counts.
         self._wide = np.int64 if int(self.counts.max()) * self.counts.size >> 32 else self.counts.dtype
         self.sums = np.add.reduce(self.counts, axis=1, dtype=self._wide)
         self.below = self._sum(0, rank)
@@ -98,7 +103,8 @@ class Ranges:
         return total.reshape(-1)
 
     def moved(self, rank: int) -> Ints:
-        """For each local expert of `rank`, by source: the rows that are sent there; shape [ranks, local experts]."""
+        """For each local expert of `rank`, by source: the rows that are sent there; shape [ranks, local
+        experts]."""
         local, dp = self.shape.local_experts, self.shape.dp_size
         mine = self.counts[:, rank * local : (rank + 1) * local].astype(np.int64)
         if dp > 1:
@@ -106,7 +112,8 @@ class Ranges:
         return mine
 
     def staged(self) -> Ints:
-        """For each rank: where in its staging area this rank's rows begin, those that are not in its first write."""
+        """For each rank: where in its staging area this rank's rows begin, those that are not in its first
+        write."""
         shape, dp = self.shape, self.shape.dp_size
         sources = np.arange(self.rank % dp, self.rank, dp)
         rows = np.add.reduceat(self.counts[sources], np.arange(0, shape.num_experts, shape.local_experts), axis=1, dtype=np.int64)
@@ -124,9 +131,9 @@ class Ranges:
 
 
 class Arrivals:
-    """What arrives at one rank: `rows[i]`, the places of the rows of all sources, one source after the other, each in its order;
-    `first[s]`, `n[s]`: the range of i of source s; `counts[e]`: rows of each local expert; `results[s]`: the row of s's results
-    at which those of this rank begin."""
+    """What arrives at one rank: `rows[i]`, the places of the rows of all sources, one source after the other,
+    each in its order; `first[s]`, `n[s]`: the range of i of source s; `counts[e]`: rows of each local expert;
+    `results[s]`: the row of s's results at which those of this rank begin."""
 
     __slots__ = ("counts", "first", "n", "results", "rows", "total")
 

@@ -1,15 +1,16 @@
 """What all ranks of an all-to-all must agree on, and where everything lies in their buffers.
 
-Each rank has one region that the others write into, cut into `slots` equal sets (step n uses set n mod slots):
+Each rank has one region that the others write into, cut into `slots` equal sets (step n uses set n mod
+slots):
 
     first[source]     header, then up to `private_tokens` rows of that source       (only that source writes there)
     rows              what the experts get: grouped by expert, R rows
     results           what comes back: one row for each (token, choice), in the order of the plan
 
-and, where a source is reached by a network, behind all sets a staging area of R rows for each; behind those, where a rank lets
-others fetch what its experts compute (`results_in_place`), R rows of results for each set. A row on the wire is the
-token's `hidden` elements, its scales behind them, filled up to 16 bytes. Offsets follow from the shape alone, so a writer knows
-where things lie at every other rank.
+and, where a source is reached by a network, behind all sets a staging area of R rows for each; behind those,
+where a rank lets others fetch what its experts compute (`results_in_place`), R rows of results for each set.
+A row on the wire is the token's `hidden` elements, its scales behind them, filled up to 16 bytes. Offsets
+follow from the shape alone, so a writer knows where things lie at every other rank.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ class Shape:
 
 
 def immediates(name: str, members: str, shape: Shape) -> int:
-    """The first immediate of an all-to-all: a block of its own by its name, so that nothing has to be agreed on."""
+    """The first immediate of an all-to-all: a block of its own by its name, so that nothing has to be agreed
+    on."""
     size = 3 * shape.slots * shape.ranks
     low, high = 0x8000_0000, 0xF000_0000
     digest = hashlib.blake2b(f"{name}\0{members}".encode(), digest_size=8).digest()

@@ -1,4 +1,5 @@
-"""What a caller says a step is for, so that ranks that make their steps in different orders are told apart. Pure."""
+"""What a caller says a step is for, so that ranks that make their steps in different orders are told apart.
+Pure."""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ MOVED_AT_ONCE = 16 << 20  # bytes between two turns of the event loop: a millise
 
 
 class Rows(NamedTuple):
-    """Where rows lie here: `nbytes` of each, the first at byte `offset` of `source`, the next `stride` bytes on."""
+    """Where rows lie here: `nbytes` of each, the first at byte `offset` of `source`, the next `stride` bytes
+    on."""
 
     source: RegionView
     nbytes: int
@@ -48,7 +49,8 @@ class Rows(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Which of them go where: row `rows[i]` to place `places[i]`. Of each rank: where its own `begins`, and how many `counts`."""
+    """Which of them go where: row `rows[i]` to place `places[i]`. Of each rank: where its own `begins`, and
+    how many `counts`."""
 
     rows: Any
     places: Any
@@ -103,8 +105,8 @@ class Exchange:
             self.data[rank] = self.buffers.header(self.slot, rank)
 
     def _watch(self, transfer: Transfer, without: Callable[[], None] | None = None) -> None:
-        """Hear how `transfer` ends: no call awaits it before the end of the step, and a failure must be known before. `without`
-        posts it once more, without the ranks that are lost by then."""
+        """Hear how `transfer` ends: no call awaits it before the end of the step, and a failure must be known
+        before. `without` posts it once more, without the ranks that are lost by then."""
         if not transfer.done():
             self.transfers[transfer] = None
             transfer.add_done_callback(lambda ended: self._end(ended, without))
@@ -112,7 +114,8 @@ class Exchange:
             self._end(transfer, without)
 
     def _end(self, transfer: Transfer, without: Callable[[], None] | None) -> None:
-        """`transfer` has ended: a rank whose loss made it fail is missed, and `without` posts what is left."""
+        """`transfer` has ended: a rank whose loss made it fail is missed, and `without` posts what is
+        left."""
         self.transfers.pop(transfer, None)
         error: BaseException | None = None
         with contextlib.suppress(asyncio.CancelledError):
@@ -121,14 +124,16 @@ class Exchange:
         for one in error.results if isinstance(error, ScatterError) else (error,):
             if isinstance(one, TransferError):
                 self._failed(one)
-        # A write that turned out to be impossible when the owner of a target had been asked was posted to no rank.
+        # A write that turned out to be impossible when the owner of a target had been asked was posted to no
+        # rank.
         if without is not None and isinstance(error, UNREACHED) and self.alive() != alive:
             without()
         if not self.transfers and self._quiet is not None and not self._quiet.done():
             self._quiet.set_result(None)
 
     async def retired(self) -> None:
-        """Returns when no write of this step is under way. Cancelling it withdraws nothing, unlike that of a transfer."""
+        """Returns when no write of this step is under way. Cancelling it withdraws nothing, unlike that of a
+        transfer."""
         while self.transfers:
             if not self.ranks.engine._lane.usable:
                 self.ranks.engine._check()
@@ -210,8 +215,8 @@ class Exchange:
         self._post(rank, lambda: self.ranks.engine.signal(known.peer, imm, timeout=math.inf))
 
     def scatter(self, source: RegionView, ranks: list[int], offsets: Any, sizes: Any, there: Any, kind: int) -> None:
-        """One write to each of `ranks`, of `sizes` bytes at `offsets` of `source` to the bytes `there`, as an arrival of this
-        `kind`; ranks that are found lost are left out."""
+        """One write to each of `ranks`, of `sizes` bytes at `offsets` of `source` to the bytes `there`, as an
+        arrival of this `kind`; ranks that are found lost are left out."""
         imm = self.ranks.imm(kind, self.slot, self.ranks.rank)
         while ranks:
             keep = [i for i, rank in enumerate(ranks) if rank not in self.lost and rank not in self._shut]
@@ -230,8 +235,8 @@ class Exchange:
                     raise
 
     def put(self, kind: int, ranks: list[int], rows: Rows, tables: Tables, there: int) -> None:
-        """Rows to their places at each of `ranks`, behind the byte `there`, as arrivals of this `kind`: by one call for all of
-        them or, where one of them has gone, one for each."""
+        """Rows to their places at each of `ranks`, behind the byte `there`, as arrivals of this `kind`: by
+        one call for all of them or, where one of them has gone, one for each."""
         left = [i for i, rank in enumerate(ranks) if self.once(f"put {kind} {rank}")]
         if not left:
             return
@@ -256,8 +261,8 @@ class Exchange:
             each()
 
     async def move(self, to: Any, to_rows: Any, source: Any, source_rows: Any, n: int) -> None:
-        """Copy `n` rows inside this process as `Kernels.move` does, with turns for the event loop in between: row
-        `source_rows[i]` of `source` to row `to_rows[i]` of `to`."""
+        """Copy `n` rows inside this process as `Kernels.move` does, with turns for the event loop in between:
+        row `source_rows[i]` of `source` to row `to_rows[i]` of `to`."""
         most = max(1, MOVED_AT_ONCE // max(1, to.nbytes))
         if n <= most:
             self.kernels.move(to, to_rows, source, source_rows, n)
@@ -274,8 +279,8 @@ class Exchange:
             await yield_to_loop()
 
     def waits_for(self) -> Wait:
-        """The ranks of which something has not come that this step waits for. What lies in a counter and is not taken yet has
-        come."""
+        """The ranks of which something has not come that this step waits for. What lies in a counter and is
+        not taken yet has come."""
         for kind, expected in self._waits.items():
             waited = [r for r in expected if r not in self.heard[kind] and r not in self.lost]
             if self.ranks.over is not None or not is_open(self.ranks.engine):  # the counters are closed
@@ -290,7 +295,8 @@ class Exchange:
             self.data[rank] = self.buffers.header(self.slot, rank)
 
     async def wait(self, kind: int, expected: dict[int, int]) -> None:
-        """Returns when as many arrivals of this `kind` are taken from each rank as `expected` says, or the rank is lost."""
+        """Returns when as many arrivals of this `kind` are taken from each rank as `expected` says, or the
+        rank is lost."""
         heard = self.heard[kind]
         self._waits[kind] = expected
         await self._take_ready(kind)
@@ -315,7 +321,8 @@ class Exchange:
         self.ranks.check()
 
     async def _take_ready(self, kind: int) -> None:
-        """Take what has come from all ranks that are waited for: a wait for the slowest finds the others there."""
+        """Take what has come from all ranks that are waited for: a wait for the slowest finds the others
+        there."""
         self.ranks.check()
         heard, expected = self.heard[kind], self._waits[kind]
         ranks = [rank for rank in expected if rank not in heard and rank not in self.lost]

@@ -31,8 +31,9 @@ ASK_SECONDS = 0.5  # before the end of a deadline, or a quarter of it: then the 
 class Handle(Unpicklable):
     """One step, between its dispatch and the end of its combine. Made by `AllToAll.dispatch`.
 
-    `step`: its number. `lost`: ranks that were lost while it was under way, or before; rows from them are zero. `dropped`,
-    after the combine: bool [tokens, choices], choices whose result is missing in the sum (also None before).
+    `step`: its number. `lost`: ranks that were lost while it was under way, or before; rows from them are
+    zero. `dropped`, after the combine: bool [tokens, choices], choices whose result is missing in the sum
+    (also None before).
     """
 
     __slots__ = ("_kind", "_out", "_region", "_state", "_step", "_weights", "_y", "dropped")
@@ -72,11 +73,11 @@ class Handle(Unpicklable):
 class Dispatched:
     """The tokens for the experts of this rank. Made by `AllToAll.dispatch`.
 
-    `x`: [rows, hidden] in the type of the tokens, expert after expert, in the all-to-all's own memory: valid until the combine
-    of this step is over. `x_scales`: [rows, scales] of fp32, or None. `counts`: int64 [local experts], the rows of each that
-    are filled; each expert's rows begin where those of the one before end, rounded up to `expert_alignment` (`offsets`).
-    `y`: [rows, hidden] of `combine_dtype`, where the experts may write what the combine is to be given, until that is called;
-    None without `results_in_place`.
+    `x`: [rows, hidden] in the type of the tokens, expert after expert, in the all-to-all's own memory: valid
+    until the combine of this step is over. `x_scales`: [rows, scales] of fp32, or None. `counts`: int64
+    [local experts], the rows of each that are filled; each expert's rows begin where those of the one before
+    end, rounded up to `expert_alignment` (`offsets`). `y`: [rows, hidden] of `combine_dtype`, where the
+    experts may write what the combine is to be given, until that is called; None without `results_in_place`.
     """
 
     __slots__ = ("counts", "handle", "offsets", "x", "x_scales", "y")
@@ -158,13 +159,14 @@ class _Half(Unpicklable):
 
 
 class DispatchHalf(_Half):
-    """A dispatch that was sent. `await receive()`; after a deadline or a cancellation it may be called again."""
+    """A dispatch that was sent. `await receive()`; after a deadline or a cancellation it may be called
+    again."""
 
     __slots__ = ()
 
     async def receive(self, *, timeout: float | None = None) -> Dispatched:
-        """The other half, within `timeout` seconds (None: those that the first half was given). Raises `StepRefused` (also on all
-        other ranks), `TransferTimeout`, `EvictedError`."""
+        """The other half, within `timeout` seconds (None: those that the first half was given). Raises
+        `StepRefused` (also on all other ranks), `TransferTimeout`, `EvictedError`."""
         return await self.receive_until(self._deadline(timeout))
 
     async def receive_until(self, deadline: Deadline) -> Dispatched:
@@ -201,12 +203,14 @@ class DispatchHalf(_Half):
 
 
 class CombineHalf(_Half):
-    """A combine that was sent. `await receive()`; after a deadline or a cancellation it may be called again."""
+    """A combine that was sent. `await receive()`; after a deadline or a cancellation it may be called
+    again."""
 
     __slots__ = ()
 
     def _hold(self, memory: Any) -> None:
-        """Results that are sent from where they lie are registered. Raises `RegistrationError`; then nothing has happened."""
+        """Results that are sent from where they lie are registered. Raises `RegistrationError`; then nothing
+        has happened."""
         handle = self._handle
         ranks, buffers = handle._step.ranks, handle._step.buffers
         if not buffers.gpu and memory.size and not buffers.computed_at and ranks.any_direct():
@@ -228,8 +232,8 @@ class CombineHalf(_Half):
         handle._y = None
 
     async def receive(self, *, timeout: float | None = None) -> Array:
-        """The other half: [tokens, hidden] in the combine's type, within `timeout` seconds (None: those that the first half was
-        given). Raises `TransferTimeout` or `EvictedError`."""
+        """The other half: [tokens, hidden] in the combine's type, within `timeout` seconds (None: those that
+        the first half was given). Raises `TransferTimeout` or `EvictedError`."""
         return await self.receive_until(self._deadline(timeout))
 
     async def receive_until(self, deadline: Deadline) -> Array:
@@ -305,8 +309,9 @@ def half_of(handle: Handle, timeout: float | None) -> DispatchHalf | CombineHalf
 
 
 async def send_back(handle: Handle, y: Array, out: Array, timeout: float | None) -> CombineHalf:
-    """Send the results `y` of a step back; the sums are to go to `out` (None: to fresh memory). Raises `TypeError`, `ValueError`
-    or `ClosedError` before anything has happened, `RegistrationError`, or what ended the all-to-all."""
+    """Send the results `y` of a step back; the sums are to go to `out` (None: to fresh memory). Raises
+    `TypeError`, `ValueError` or `ClosedError` before anything has happened, `RegistrationError`, or what
+    ended the all-to-all."""
     if handle._state != "dispatched" and handle._state != "returning":
         raise ClosedError(f"step {handle.step} is {'not received yet' if handle._state == 'sent' else 'over'}")
     handle._step.ranks.check()
@@ -326,8 +331,8 @@ async def send_back(handle: Handle, y: Array, out: Array, timeout: float | None)
 
 
 def check_sums(handle: Handle, out: Array, results: Any, results_stride: int) -> None:
-    """`out` can take the sums while `results`, the memory of what the experts made, is still sent or read by other ranks. Raises
-    `TypeError` or `ValueError`."""
+    """`out` can take the sums while `results`, the memory of what the experts made, is still sent or read by
+    other ranks. Raises `TypeError` or `ValueError`."""
     step = handle._step
     shape, buffers = step.ranks.shape, step.buffers
     check("out", out, (len(step.route.places), shape.hidden), shape.combine_dtype)

@@ -1,7 +1,8 @@
 """Results that are summed where the experts wrote them, instead of being sent (`results_in_place`).
 
-A rank that holds such results tells the others by an immediate without bytes. Ranks of its host have its memory mapped and read
-the rows there while they sum. So the bytes of a combine are moved once less, and the owner's memory must last longer:
+A rank that holds such results tells the others by an immediate without bytes. Ranks of its host have its
+memory mapped and read the rows there while they sum. So the bytes of a combine are moved once less, and the
+owner's memory must last longer:
 
 - It may write there again when a later step of the same slot has been dispatched. Every reader has sent its header of that only
   after its sum; or it is lost, and without its header no step goes on before what is known of it has been told (`Step._agree`),
@@ -50,7 +51,8 @@ class InPlace:
         return bool(self._from) or bool(self._memory.computed_at)
 
     def addresses(self, route: Route, ranges: Ranges, places: Any, there: Any) -> Any:
-        """Where the result of each choice lies: uint64 of the shape of `places`, 0 for none. Of the ranks in `there`."""
+        """Where the result of each choice lies: uint64 of the shape of `places`, 0 for none. Of the ranks in
+        `there`."""
         shape, buffers = self._ranks.shape, self._memory
         base = np.full(shape.ranks, address_of(buffers.results(self._slot)), np.int64)
         by_place = np.zeros(shape.ranks, bool)

@@ -1,8 +1,8 @@
 """One step of an all-to-all on one rank, from its first write to the last result.
 
-Each part may be begun again after a deadline or a cancellation: what has been done is remembered (`Exchange.heard`, `stages`),
-what only moves rows inside this rank is done again. Nothing here waits for one rank alone: every wait names all that are missing,
-so that the loss of any ends it, and then goes on without.
+Each part may be begun again after a deadline or a cancellation: what has been done is remembered
+(`Exchange.heard`, `stages`), what only moves rows inside this rank is done again. Nothing here waits for one
+rank alone: every wait names all that are missing, so that the loss of any ends it, and then goes on without.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 class Step:
     """A step in flight, from the first write to the last result.
 
-    `communicator`: between which ranks; `kernels`: what moves rows here; `number`: of the step; `route`: where the rows of this
-    rank go; `scales`: fp32 numbers that travel with each token; `refusal`: why this rank takes no part, empty where it does;
-    `tag`: what the caller says the step is for, as bytes.
+    `communicator`: between which ranks; `kernels`: what moves rows here; `number`: of the step; `route`:
+    where the rows of this rank go; `scales`: fp32 numbers that travel with each token; `refusal`: why this
+    rank takes no part, empty where it does; `tag`: what the caller says the step is for, as bytes.
     """
 
     def __init__(
@@ -84,8 +84,9 @@ class Step:
     # ---- first write ----
 
     async def send(self, tokens: Any, stride: int, scale_rows: Any) -> None:
-        """Copy the tokens of the caller into rows of the all-to-all, and send the first message to every rank. `tokens`: their
-        memory, with rows `stride` bytes apart; `scale_rows`: memory and stride of their scales, or None."""
+        """Copy the tokens of the caller into rows of the all-to-all, and send the first message to every
+        rank. `tokens`: their memory, with rows `stride` bytes apart; `scale_rows`: memory and stride of their
+        scales, or None."""
         exchange = self.exchange
         ranks, shape, route, slot = self.ranks, self.ranks.shape, self.route, self.slot
         buffers = self.buffers
@@ -130,8 +131,9 @@ class Step:
         return [rank for rank in self.ranks.others() if self.exchange.membership.present(self.number, rank)]
 
     def _early(self, n: Any, directly: set[int]) -> Any:
-        """How many of `n` rows (to or from each rank) travel with the first message. Between ranks that put rows at their places
-        one by one (`directly`) it is all or none: a row of a first message is copied twice more."""
+        """How many of `n` rows (to or from each rank) travel with the first message. Between ranks that put
+        rows at their places one by one (`directly`) it is all or none: a row of a first message is copied
+        twice more."""
         private = self.ranks.shape.private_tokens
         sizes = np.minimum(n, private)
         sizes[[rank for rank in directly if n[rank] > private]] = 0
@@ -217,8 +219,8 @@ class Step:
             self.arrivals = Arrivals(self.ranges)
 
     def _disagreements(self, heads: dict[int, Header]) -> dict[int, str]:
-        """All ranks make the same step: their tags are equal. Of ranks with tokens, all have scales of one number; the ranks of a
-        DP group have the same tokens, and route them alike."""
+        """All ranks make the same step: their tags are equal. Of ranks with tokens, all have scales of one
+        number; the ranks of a DP group have the same tokens, and route them alike."""
         dp = self.ranks.shape.dp_size
         if len(tags := {head.tag for head in heads.values()}) > 1:
             return _apart({rank: head.tag for rank, head in heads.items()}, tags)
@@ -328,7 +330,8 @@ class Step:
         if not sources:
             return
         rest = np.maximum(arrivals.n - private, 0)
-        # Where the rows of each begin is what each has computed for itself (`Ranges.staged`): all rows before them are counted.
+        # Where the rows of each begin is what each has computed for itself (`Ranges.staged`): all rows before
+        # them are counted.
         begins = np.cumsum(rest) - rest
         source = np.repeat(np.array(sources), rest[sources])
         i = np.arange(len(source)) - np.repeat(np.cumsum(rest[sources]) - rest[sources], rest[sources])
@@ -358,8 +361,9 @@ class Step:
         return here.memory[here.offset :], here.stride, buffers.packing, here.offset
 
     async def send_results(self, memory: Any, stride: int, region: RegionView | None, offset: int) -> None:
-        """Send each source the results of its rows: `memory` holds them, row by row as the experts got theirs. Where `region`
-        holds them, too, at `offset`, they can be sent from there one by one. Ranks that fetch them are only told."""
+        """Send each source the results of its rows: `memory` holds them, row by row as the experts got
+        theirs. Where `region` holds them, too, at `offset`, they can be sent from there one by one. Ranks
+        that fetch them are only told."""
         exchange = self.exchange
         ranks, shape, arrivals, slot = self.ranks, self.ranks.shape, self.arrivals, self.slot
         buffers = self.buffers
@@ -448,7 +452,8 @@ class Step:
         self.ranks.wake()
 
     async def _give_up(self) -> None:
-        """The step does not take place anywhere: tell every rank that the slot is free here, and wait until it is free there."""
+        """The step does not take place anywhere: tell every rank that the slot is free here, and wait until
+        it is free there."""
         exchange = self.exchange
         if exchange.once("given up"):
             for rank in exchange.alive():

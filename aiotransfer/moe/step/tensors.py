@@ -1,7 +1,8 @@
-"""Arguments and results: NumPy arrays and torch tensors alike, as rows of memory. torch is imported only by those who use it.
+"""Arguments and results: NumPy arrays and torch tensors alike, as rows of memory. torch is imported only by
+those who use it.
 
-Types that NumPy does not know (bfloat16, float8) are taken from NumPy users as unsigned integers of the same size, and given
-back so.
+Types that NumPy does not know (bfloat16, float8) are taken from NumPy users as unsigned integers of the same
+size, and given back so.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def check(name: str, array: Array, shape: tuple[int | None, ...], dtype: str) ->
 
 
 def check_no_grad(name: str, array: Array) -> None:
-    """Raises `ValueError` for a tensor of which autograd would expect gradients: it would get none, silently."""
+    """Raises `ValueError` for a tensor of which autograd would expect gradients: it would get none,
+    silently."""
     if getattr(array, "requires_grad", False) and kind_of(array).torch.is_grad_enabled():
         raise ValueError(
             f"{name} requires gradients, and none come back through an all-to-all: call it under torch.no_grad(), "
@@ -84,8 +86,8 @@ def check_no_grad(name: str, array: Array) -> None:
 
 
 def rows(name: str, array: Array, *, gpu: bool = False) -> tuple[Any, int]:
-    """The memory of a matrix as flat uint8, and the bytes from row to row. Elements of a row must be neighbours. The memory is
-    an array of NumPy or, for the kernels of a GPU, a tensor."""
+    """The memory of a matrix as flat uint8, and the bytes from row to row. Elements of a row must be
+    neighbours. The memory is an array of NumPy or, for the kernels of a GPU, a tensor."""
     if kind_of(array).torch is None:
         size, strides = array.itemsize, array.strides
     else:
@@ -111,8 +113,8 @@ def rows(name: str, array: Array, *, gpu: bool = False) -> tuple[Any, int]:
 
 
 def overlap(a: Any, a_stride: int, b: Any, b_stride: int, width: int) -> bool:
-    """Whether rows of `width` bytes in two memories, as `rows` gives them, have a byte in common. Interleaved rows at different
-    strides count as if they had."""
+    """Whether rows of `width` bytes in two memories, as `rows` gives them, have a byte in common. Interleaved
+    rows at different strides count as if they had."""
     if not len(a) or not len(b):
         return False
     first, second = _address(a), _address(b)
@@ -131,7 +133,8 @@ def _address(memory: Any) -> int:
 
 
 class _Span:
-    """Memory of an array as flat bytes, gaps between its rows included: what NumPy's as_strided does, at a fifth of its price."""
+    """Memory of an array as flat bytes, gaps between its rows included: what NumPy's as_strided does, at a
+    fifth of its price."""
 
     __slots__ = ("__array_interface__", "_owner")
 

@@ -1,8 +1,8 @@
 """Where libfabric is: candidates in the order in which they are tried, with why the others were not taken.
 
-`AIOTRANSFER_LIBFABRIC` names a file and ends the search; then comes what the EFA installer leaves behind, the system's own, and a
-wheel that carries one (extra `tcp`). The first file that exists is loaded, once per process, when the first peer needs it:
-Debian's 1.17 takes up to half a second to look at the machine.
+`AIOTRANSFER_LIBFABRIC` names a file and ends the search; then comes what the EFA installer leaves behind, the
+system's own, and a wheel that carries one (extra `tcp`). The first file that exists is loaded, once per
+process, when the first peer needs it: Debian's 1.17 takes up to half a second to look at the machine.
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ def load(environ: Mapping[str, str] = os.environ) -> str:
     chosen = choose(environ)
     if chosen is None:
         raise OSError(missing(environ))
-    # A library beneath Debian's libfabric (libinfinipath) takes SIGINT, SIGTERM and the signals of crashes for itself when it is
-    # loaded, and ends the process with status 1; this variable is how it is told not to.
+    # A library beneath Debian's libfabric (libinfinipath) takes SIGINT, SIGTERM and the signals of crashes
+    # for itself when it is loaded, and ends the process with status 1; this variable is how it is told not
+    # to.
     os.environ.setdefault("IPATH_NO_BACKTRACE", "1")
     if native.lib.at_ofi_load(chosen.path.encode()) != 0:
         raise OSError(f"{chosen.path} cannot be loaded: {native.ffi.string(native.lib.at_fab_why()).decode()}")

@@ -1,8 +1,8 @@
 """Where libibverbs is, and a rail on one of its devices.
 
-The library is the system's own: it belongs to the kernel and to the drivers beside it (ibverbs-providers), so no wheel carries
-one. `AIOTRANSFER_VERBS_DEVICE` names the device to use; otherwise the one that carries the local address of the control
-connection is taken, or else the first with an active port.
+The library is the system's own: it belongs to the kernel and to the drivers beside it (ibverbs-providers), so
+no wheel carries one. `AIOTRANSFER_VERBS_DEVICE` names the device to use; otherwise the one that carries the
+local address of the control connection is taken, or else the first with an active port.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def choose(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def devices(root: Path = Path("/")) -> list[str]:
-    """Devices that are reached by verbs: all RDMA devices but those of EFA, which has no reliable connections."""
+    """Devices that are reached by verbs: all RDMA devices but those of EFA, which has no reliable
+    connections."""
     where = root / "sys" / "class" / "infiniband"
     if not where.is_dir():
         return []

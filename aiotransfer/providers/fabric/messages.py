@@ -1,7 +1,7 @@
 """What the two sides' fabric providers ask each other, and the answers. The caller checks ranges.
 
-Two engines may have several connections, also by one provider: a question names the asked side's end, by the number it gave
-it. Rails are named as their own side names them.
+Two engines may have several connections, also by one provider: a question names the asked side's end, by the
+number it gave it. Rails are named as their own side names them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Offer(msgspec.Struct, tag="offer", array_like=True):
 
 
 def readdressed(address: bytes, hosts: Sequence[str]) -> bytes:
-    """An endpoint's socket address (struct sockaddr_in or sockaddr_in6) at the first of these hosts of its family; as it was,
-    when there is none. The port stays."""
+    """An endpoint's socket address (struct sockaddr_in or sockaddr_in6) at the first of these hosts of its
+    family; as it was, when there is none. The port stays."""
     families: dict[int, tuple[int, int, int]] = {socket.AF_INET: (4, 4, 8), socket.AF_INET6: (6, 8, 24)}
     where = families.get(int.from_bytes(address[:2], sys.byteorder))
     if where is not None:
@@ -55,7 +55,8 @@ class Gather(msgspec.Struct, tag="gather", array_like=True):
 
 
 class Gathered(msgspec.Struct, array_like=True):
-    """The asked side's numbers of that peer and of its connections, in the order of the question; 0: not by that rail."""
+    """The asked side's numbers of that peer and of its connections, in the order of the question; 0: not by
+    that rail."""
 
     name: int
     members: list[int]
@@ -98,14 +99,16 @@ class MemberFailed(msgspec.Struct, tag="part", array_like=True):
 
 
 class RetireEach(msgspec.Struct, tag="retire each", array_like=True):
-    """A multirail peer is given up; how many of yours have arrived, by the asked side's numbers of its connections."""
+    """A multirail peer is given up; how many of yours have arrived, by the asked side's numbers of its
+    connections."""
 
     to: int
     arrived: list[tuple[int, int]]
 
 
 class Side(msgspec.Struct, array_like=True):
-    """What a side says of its rails beforehand: names, addresses and prefixes; whether its application chose them."""
+    """What a side says of its rails beforehand: names, addresses and prefixes; whether its application chose
+    them."""
 
     ends: list[tuple[str, str, int]]
     named: bool

@@ -1,8 +1,9 @@
 """Several connections to one peer, by as many rails, as one path.
 
-Each of them is opened, fenced, counted and opened again for itself (`FabricPath`); the lane shares operations out over those
-that are up. When one breaks, both sides fence it and tell each other by the control connection what they have counted by it;
-what was not among that goes out by the others, and the one that broke is opened again as long as the path lives.
+Each of them is opened, fenced, counted and opened again for itself (`FabricPath`); the lane shares operations
+out over those that are up. When one breaks, both sides fence it and tell each other by the control connection
+what they have counted by it; what was not among that goes out by the others, and the one that broke is opened
+again as long as the path lives.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class MultirailPath(Path):
     # ---- connecting ----
 
     async def dial(self, conversation: Conversation, rails: Sequence[str]) -> None:
-        """Set it up on both sides: `rails` are the other side's, one for each connection. Raises `BrokenError`."""
+        """Set it up on both sides: `rails` are the other side's, one for each connection. Raises
+        `BrokenError`."""
         asked = Gather(self.lane_peer, [(one.lane_peer, rail) for one, rail in zip(self._members, rails, strict=True)])
         body = await conversation.ask(self.provider, encode(asked))
         theirs = decode(gathereds, body, "answer", self.provider)
@@ -199,7 +201,8 @@ class MultirailPath(Path):
             one.flush()
 
     def revoked(self, slot: int, epoch: int) -> None:
-        """Note a revocation that came by the control connection, also while some connections of the multirail peer are broken."""
+        """Note a revocation that came by the control connection, also while some connections of the multirail
+        peer are broken."""
         for one in self._members:
             one.revoked(slot, epoch)
 

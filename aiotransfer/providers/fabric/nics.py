@@ -1,4 +1,5 @@
-"""The ends that rails of this host may have: interfaces with addresses for tcp, RDMA devices with theirs for verbs."""
+"""The ends that rails of this host may have: interfaces with addresses for tcp, RDMA devices with theirs for
+verbs."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ def _of_device(where: Path, networks: dict[str, int]) -> Iterable[Nic]:
 
 
 def named(provider: str, names: Iterable[str]) -> dict[str, Nic]:
-    """What these names of interfaces, devices or addresses stand for with this provider; the others are left out."""
+    """What these names of interfaces, devices or addresses stand for with this provider; the others are left
+    out."""
     chosen: dict[str, Nic] = {}
     there = {"tcp": interfaces, "verbs": devices}.get(provider, list)() if (names := tuple(names)) else []
     for name in names:

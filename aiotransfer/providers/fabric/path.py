@@ -1,9 +1,10 @@
 """One connection to one peer by one rail.
 
-One question sets it up, and up again when it broke: each side opens its endpoint and offers its address, and with it how many
-immediates it has counted so far, so that what was under way is posted again exactly as far as it did not arrive. Another question
-asks for memory: a descriptor holds no keys, its owner hands them out to a peer that presents a live grant, and so knows whom to
-ask when it takes the grant back. Everything after that is between the two native sides.
+One question sets it up, and up again when it broke: each side opens its endpoint and offers its address, and
+with it how many immediates it has counted so far, so that what was under way is posted again exactly as far
+as it did not arrive. Another question asks for memory: a descriptor holds no keys, its owner hands them out
+to a peer that presents a live grant, and so knows whom to ask when it takes the grant back. Everything after
+that is between the two native sides.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class FabricPath(Path):
 
     @property
     def broken(self) -> bool:
-        """Whether nothing gets through now: its connection waits to be opened again, or for a sign of the other side."""
+        """Whether nothing gets through now: its connection waits to be opened again, or for a sign of the
+        other side."""
         generation, up = self._state()
         return not self._closed and (generation > 0 or self._member) and up != 1
 
@@ -146,7 +148,8 @@ class FabricPath(Path):
         self._to = theirs.name
 
     async def reopen(self, conversation: Conversation) -> None:
-        """Both sides fence what was under way, count, and post the rest again. Raises `BrokenError` when it failed this time."""
+        """Both sides fence what was under way, count, and post the rest again. Raises `BrokenError` when it
+        failed this time."""
         if self._member and self.generation > 0:
             if self._state()[1] == -1:  # by a question of the other side, who mends it too: not both at once
                 try:
@@ -182,7 +185,8 @@ class FabricPath(Path):
         return self._to
 
     async def part(self, conversation: Conversation) -> None:
-        """Fence it on both sides, and let what was not counted go out by the others. Raises `BrokenError` when that failed."""
+        """Fence it on both sides, and let what was not counted go out by the others. Raises `BrokenError`
+        when that failed."""
         generation = self.generation
         body = await conversation.ask(self.provider, encode(MemberFailed(self._to, generation, self._part(generation))))
         self._parted(generation, decode(members_failed, body, "count", self.provider).arrived)
@@ -222,7 +226,8 @@ class FabricPath(Path):
     # ---- given up ----
 
     async def retire(self, conversation: Conversation) -> None:
-        """Fence it on both sides, and settle with what each has counted. Raises `BrokenError` where that cannot be told."""
+        """Fence it on both sides, and settle with what each has counted. Raises `BrokenError` where that
+        cannot be told."""
         arrived = self._retire()
         body = await conversation.ask(self.provider, encode(Retire(self._to, arrived)))
         self.settle(decode(retireds, body, "count", self.provider).arrived)
@@ -265,8 +270,8 @@ class FabricPath(Path):
         return Binding(self._lane, int(remote), self, peer, None)
 
     def export_key(self, grant: Grant, region: int, offset: int) -> KeyReply:
-        """Register memory of ours for this peer: of this region of the lane, from `offset` on. Raises `StaleRegionError`,
-        `RegistrationError` or `BrokenError`."""
+        """Register memory of ours for this peer: of this region of the lane, from `offset` on. Raises
+        `StaleRegionError`, `RegistrationError` or `BrokenError`."""
         lib, ffi = native.lib, native.ffi
         address, key = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         status = lib.at_fab_export_key(

@@ -1,8 +1,8 @@
 """tcp and efa by libfabric, verbs by libibverbs: peers on other hosts.
 
-A peer is reached by one rail (`FabricPath`) or by several taken as one (`MultirailPath`). Which they are is agreed upon by
-names: each side says beforehand which ends its rails have, the one that dials makes pairs of them (`core.rails.pair`), and
-every question after that names the connection that it is about.
+A peer is reached by one rail (`FabricPath`) or by several taken as one (`MultirailPath`). Which they are is
+agreed upon by names: each side says beforehand which ends its rails have, the one that dials makes pairs of
+them (`core.rails.pair`), and every question after that names the connection that it is about.
 """
 
 from __future__ import annotations
@@ -93,16 +93,19 @@ class FabricProvider:
 
     @property
     def _hidden(self) -> bool:
-        """Whether others see another address than those of its interfaces, which are of no use to them then."""
+        """Whether others see another address than those of its interfaces, which are of no use to them
+        then."""
         return self.name == "tcp" and bool(self._outside.hosts) and not self._chosen
 
     def offer(self) -> ProviderOffer:
-        """That it is there, and by which ends: their endpoints' addresses are exchanged when a path is set up."""
+        """That it is there, and by which ends: their endpoints' addresses are exchanged when a path is set
+        up."""
         ends = [] if self._hidden else [(name, nic.address, nic.prefix) for name, nic in self._ends().items()]
         return ProviderOffer(self.name, True, "", b"", encode(Side(ends, bool(self._chosen))) if ends else b"")
 
     def _pairs(self, conversation: Conversation, theirs: ProviderOffer) -> tuple[tuple[str, str], ...]:
-        """The rails to that peer, by both sides' names; none: one rail, by the addresses of the control connection."""
+        """The rails to that peer, by both sides' names; none: one rail, by the addresses of the control
+        connection."""
         if self._pairing is None or self._hidden or not theirs.data or not (mine := self._ends()):
             return ()
         theirs_said = side(theirs.data, self.name)
@@ -178,7 +181,8 @@ class FabricProvider:
         return path, joined
 
     def _begins(self, conversation: Conversation, *, dialled: bool) -> bool:
-        """Whether this side is the first to post. A queue pair drops what comes before it is joined: who dialled joins last."""
+        """Whether this side is the first to post. A queue pair drops what comes before it is joined: who
+        dialled joins last."""
         if self.name == "verbs" or self._incarnation == conversation.incarnation:
             return dialled
         return self._incarnation < conversation.incarnation

@@ -1,7 +1,7 @@
 """Opening a rail: the library that a provider is, loaded, and one of its domains or devices.
 
-The local address of a rail is the one that the control connection uses, where nothing else is named: where the peer was
-reached, its bytes can go too.
+The local address of a rail is the one that the control connection uses, where nothing else is named: where
+the peer was reached, its bytes can go too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Rail(NamedTuple):
 
 
 class Restrictions(NamedTuple):
-    """What a rail does without although the library has it: tests of what other fabrics lack. See `at_ofi_options`."""
+    """What a rail does without although the library has it: tests of what other fabrics lack. See
+    `at_ofi_options`."""
 
     without: int = 0
     most_bytes: int = 0
@@ -61,19 +62,22 @@ def _open_verbs(lane: Lane, host: str, limits: Restrictions) -> Rail:
 
 
 def libfabric_names(provider: str, version: int) -> tuple[tuple[str, str | None], ...]:
-    """What libfabric of this version (major << 16 | minor) calls a provider, and which of its fabrics, best first."""
+    """What libfabric of this version (major << 16 | minor) calls a provider, and which of its fabrics, best
+    first."""
     if provider == "tcp":
         return (("tcp", None),) if version >= TWO else (("net", None), ("tcp;ofi_rxm", None))
     return (("efa", "efa-direct"), ("efa", "efa"), ("efa", None))
 
 
 def nic_of(domain: str) -> str:
-    """The NIC or interface that a rail's domain is on: `mlx5_0/1 ::ffff:10.0.0.5 (RoCE v2, GID 3)`, `rdmap79s0-rdm`, `eth0`."""
+    """The NIC or interface that a rail's domain is on: `mlx5_0/1 ::ffff:10.0.0.5 (RoCE v2, GID 3)`,
+    `rdmap79s0-rdm`, `eth0`."""
     return domain.partition("/")[0].removesuffix("-rdm").removesuffix("-dgrm")
 
 
 def open_rail(lane: Lane, provider: str, host: str, limits: Restrictions, outside: Outside = AS_IT_IS) -> Rail:
-    """Load the library and open a rail at a local address. May take half a second; any thread. Raises `BrokenError`."""
+    """Load the library and open a rail at a local address. May take half a second; any thread. Raises
+    `BrokenError`."""
     if provider == "verbs":
         return _open_verbs(lane, host, limits)
     if provider == "efa":  # its queues have a descriptor only without its own way between processes of a host; ours is shm

@@ -1,10 +1,13 @@
-"""The CUDA driver: what a pointer is, a dma-buf of it, copies to host memory and back. Loaded when a GPU's memory is first named.
+"""The CUDA driver: what a pointer is, a dma-buf of it, copies to host memory and back. Loaded when a GPU's
+memory is first named.
 
-`AIOTRANSFER_LIBCUDA` names another file than libcuda.so.1. The driver's calls are made by ctypes, which lets go of the GIL: none
-of them is made for each operation, but for those of staged memory, where the copy costs far more than the call.
+`AIOTRANSFER_LIBCUDA` names another file than libcuda.so.1. The driver's calls are made by ctypes, which lets
+go of the GIL: none of them is made for each operation, but for those of staged memory, where the copy costs
+far more than the call.
 
-Questions need no context. Copies use the device's primary context, the one that torch and the CUDA runtime use, made current for
-the length of a call and on the calling thread only, and a stream of our own: they wait for no kernel, and none waits for them.
+Questions need no context. Copies use the device's primary context, the one that torch and the CUDA runtime
+use, made current for the length of a call and on the calling thread only, and a stream of our own: they wait
+for no kernel, and none waits for them.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ _loaded: dict[str, Driver] = {}
 
 
 class Driver:
-    """The questions that a registration asks, of one loaded library. Every one raises `RegistrationError` when it is refused."""
+    """The questions that a registration asks, of one loaded library. Every one raises `RegistrationError`
+    when it is refused."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -64,8 +68,9 @@ class Driver:
         return int(answer.value)
 
     def check(self, address: int, nbytes: int, ordinal: int | None) -> int:
-        """The ordinal of the device whose memory all these bytes are; `RegistrationError` when they are not of one device, or not
-        of `ordinal`. An allocation may consist of several mappings in a row (torch's expandable segments do)."""
+        """The ordinal of the device whose memory all these bytes are; `RegistrationError` when they are not
+        of one device, or not of `ordinal`. An allocation may consist of several mappings in a row (torch's
+        expandable segments do)."""
         at, end = address, address + nbytes
         while at < end:
             if self._ask(ctypes.c_uint, MEMORY_TYPE, at) != TYPE_DEVICE:
@@ -83,7 +88,8 @@ class Driver:
         return ordinal or 0
 
     def pci_address(self, ordinal: int) -> str:
-        """The device's address on the PCI bus. It names the same GPU however CUDA_VISIBLE_DEVICES numbers the devices."""
+        """The device's address on the PCI bus. It names the same GPU however CUDA_VISIBLE_DEVICES numbers the
+        devices."""
         device, text = ctypes.c_int(), ctypes.create_string_buffer(32)
         self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal))
         self._call("cuDeviceGetPCIBusId", text, ctypes.c_int(len(text)), device)
@@ -92,7 +98,8 @@ class Driver:
     # ---- memory that a NIC reaches by itself ----
 
     def dma_buf(self, address: int, nbytes: int) -> tuple[int, int] | None:
-        """A file descriptor (the caller's to close) for the memory, and the address that it begins at; None where there is none.
+        """A file descriptor (the caller's to close) for the memory, and the address that it begins at; None
+        where there is none.
 
         The driver hands one out for whole pages of the host only.
         """
@@ -115,8 +122,8 @@ class Driver:
         self._call("cuPointerSetAttribute", ctypes.byref(yes), ctypes.c_int(SYNC_MEMOPS), ctypes.c_uint64(address))
 
     def flush(self, ordinal: int) -> None:
-        """Have what NICs have written be seen by kernels that start from now on; nothing where the device needs no such call, or
-        has none."""
+        """Have what NICs have written be seen by kernels that start from now on; nothing where the device
+        needs no such call, or has none."""
         device, options, ordering = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal))
         self._call("cuDeviceGetAttribute", ctypes.byref(options), ctypes.c_int(FLUSH_WRITES_OPTIONS), device)
@@ -128,7 +135,8 @@ class Driver:
     # ---- memory and order ----
 
     def synchronize(self, ordinal: int) -> None:
-        """Wait until everything is done that was launched on the device before, by this process, on any stream. Blocks."""
+        """Wait until everything is done that was launched on the device before, by this process, on any
+        stream. Blocks."""
         with self._current(ordinal):
             self._call("cuCtxSynchronize")
 

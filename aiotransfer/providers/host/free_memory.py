@@ -1,7 +1,8 @@
 """How much memory may still be taken before the system ends processes to get some back.
 
-The kernel gives out shared memory page by page and refuses nothing: a process that uses more than is free wakes the OOM killer,
-which may end any process of the machine. So large allocations are compared with what is free beforehand.
+The kernel gives out shared memory page by page and refuses nothing: a process that uses more than is free
+wakes the OOM killer, which may end any process of the machine. So large allocations are compared with what is
+free beforehand.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ OF_ADDRESS = 1 | 2  # MPOL_F_NODE | MPOL_F_ADDR
 
 
 def node_of(address: int) -> int | None:
-    """The node of the page at this address; None where the kernel does not say (a seccomp filter, nothing mapped there).
+    """The node of the page at this address; None where the kernel does not say (a seccomp filter, nothing
+    mapped there).
 
     A page that was never touched is given a place by the question.
     """

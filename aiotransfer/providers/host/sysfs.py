@@ -1,4 +1,5 @@
-"""The topology of a machine, as its kernel shows it in /sys. What is missing or may not be read is left out, nothing raised."""
+"""The topology of a machine, as its kernel shows it in /sys. What is missing or may not be read is left out,
+nothing raised."""
 
 from __future__ import annotations
 

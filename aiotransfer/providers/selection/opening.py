@@ -15,8 +15,9 @@ from aiotransfer.providers.selection.availability import KNOWN, availability
 
 
 class Rights(NamedTuple):
-    """What providers ask of the memory that is lent. `segment_of`: the shared memory of a registration; `lent`: the grant, the
-    region's number and the offset that it begins at, of what a peer presents; `covers`: whether a grant is live."""
+    """What providers ask of the memory that is lent. `segment_of`: the shared memory of a registration;
+    `lent`: the grant, the region's number and the offset that it begins at, of what a peer presents;
+    `covers`: whether a grant is live."""
 
     segment_of: Callable[[int, int, int, int], Segment | None]
     lent: Callable[[int, int, int], tuple[Grant, int, int] | None]
@@ -26,13 +27,13 @@ class Rights(NamedTuple):
 def open_providers(
     providers: str | tuple[str, ...], lane: Lane, incarnation: int, rights: Rights, platform: Any, ways: Ways, *, same_user: bool
 ) -> tuple[dict[str, Provider], list[tuple[str, str]]]:
-    """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is left, and `BusyError`
-    rather than do without a provider that this machine has no descriptors or memory for just now. A rail
-    that no provider has is a `ConfigurationError`.
+    """Start what was asked for; the others with reasons. Raises `ProviderUnavailableError` when nothing is
+    left, and `BusyError` rather than do without a provider that this machine has no descriptors or memory for
+    just now. A rail that no provider has is a `ConfigurationError`.
 
-    `ways`: by which NICs, and how others reach tcp's endpoints. `platform`: its `simulator` is the network of `loopback`, if not
-    that of this process; its `limits` what fabrics do without.
-    `same_user`: only processes of this user are let in.
+    `ways`: by which NICs, and how others reach tcp's endpoints. `platform`: its `simulator` is the network of
+    `loopback`, if not that of this process; its `limits` what fabrics do without. `same_user`: only processes
+    of this user are let in.
     """
     wanted = KNOWN if providers == "auto" else providers
     try:

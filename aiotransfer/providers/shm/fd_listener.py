@@ -1,8 +1,8 @@
 """Accepting descriptor channels (`fd_passing`).
 
-A SEQPACKET socket with an abstract, random name that only an authenticated peer has been told. But any process of the host can
-find the name and connect; so until a connection has shown a ticket that was agreed on over the control connection it belongs to
-a stranger:
+A SEQPACKET socket with an abstract, random name that only an authenticated peer has been told. But any
+process of the host can find the name and connect; so until a connection has shown a ticket that was agreed on
+over the control connection it belongs to a stranger:
 
 - where only processes of one user are let in at all, those of others are dropped as soon as they are accepted;
 - the first packet is only looked at: its descriptors stay in the kernel, on its sender's account, until the ticket is known;
@@ -168,10 +168,11 @@ class FdListener:
     # ---- friends ----
 
     async def accept(self, key: bytes, timeout: float) -> Introduced:
-        """The connection whose first packet carries `key`; its channel, the body and the descriptors are the caller's.
+        """The connection whose first packet carries `key`; its channel, the body and the descriptors are the
+        caller's.
 
-        Raises `TimeoutError`, also when it is waited for already, and `OSError` (EMFILE) when this process had no room for its
-        descriptors.
+        Raises `TimeoutError`, also when it is waited for already, and `OSError` (EMFILE) when this process
+        had no room for its descriptors.
         """
         if key in self._waiting:
             raise TimeoutError("the ticket is taken")

@@ -1,8 +1,8 @@
 """Passing file descriptors between two engines of one host.
 
-Messages are small and fixed in shape: a 16-byte ticket that was agreed on over the control connection, a body, at most five
-descriptors. A packet without an expected ticket is closed at once, on a thread other than the event loop's (`elsewhere`). Which
-processes may connect here at all is decided by `fd_listener`.
+Messages are small and fixed in shape: a 16-byte ticket that was agreed on over the control connection, a
+body, at most five descriptors. A packet without an expected ticket is closed at once, on a thread other than
+the event loop's (`elsewhere`). Which processes may connect here at all is decided by `fd_listener`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def discard(packet: asyncio.Future[tuple[bytes, list[int]]]) -> None:
 
 
 class FdChannel:
-    """One connected socket. `send` never blocks, but may put a packet off; `expect` waits for the packet with a ticket."""
+    """One connected socket. `send` never blocks, but may put a packet off; `expect` waits for the packet with
+    a ticket."""
 
     def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
         sock.setblocking(False)
@@ -128,9 +129,11 @@ class FdChannel:
         self._loop.remove_writer(self._sock.fileno())
 
     async def expect(self, ticket: bytes, timeout: float | None) -> tuple[bytes, list[int]]:
-        """Body and descriptors (the caller's from now on) of the packet with this ticket, within `timeout` seconds (None: any).
+        """Body and descriptors (the caller's from now on) of the packet with this ticket, within `timeout`
+        seconds (None: any).
 
-        Raises `TimeoutError`, `ConnectionError`, or `OSError` (EMFILE) when this process had no room for the descriptors.
+        Raises `TimeoutError`, `ConnectionError`, or `OSError` (EMFILE) when this process had no room for the
+        descriptors.
         """
         if self._closed:
             raise ConnectionError("the descriptor channel is closed")
@@ -147,11 +150,12 @@ class FdChannel:
             self._expected.pop(ticket, None)
 
     def receive(self) -> tuple[bytes, bytes, list[int] | None] | None:
-        """The packet that has come: ticket, body, descriptors (None: this process had no room for them). None: no packet.
+        """The packet that has come: ticket, body, descriptors (None: this process had no room for them).
+        None: no packet.
 
-        Every descriptor of the packet is taken, also those that are too many: the kernel closes what is not taken within the
-        call, which then lasts as long as the sender likes. Raises `OSError`, or `ConnectionError` for what is no packet; then
-        there is no more to come.
+        Every descriptor of the packet is taken, also those that are too many: the kernel closes what is not
+        taken within the call, which then lasts as long as the sender likes. Raises `OSError`, or
+        `ConnectionError` for what is no packet; then there is no more to come.
         """
         try:
             data, fds, flags, _ = socket.recv_fds(self._sock, MOST_BYTES, KERNEL_FDS, socket.MSG_CMSG_CLOEXEC)
@@ -203,7 +207,8 @@ class FdChannel:
 
 
 async def connect(name: str, loop: asyncio.AbstractEventLoop, seconds: float) -> FdChannel:
-    """Connect to an engine of this host (and network namespace), waiting at most `seconds` where its socket is full.
+    """Connect to an engine of this host (and network namespace), waiting at most `seconds` where its socket
+    is full.
 
     Raises `ConnectionError` when it is still full then, or `OSError`.
     """
@@ -224,8 +229,9 @@ async def connect(name: str, loop: asyncio.AbstractEventLoop, seconds: float) ->
 
 
 class _Line:
-    """A place in the line before a socket that is full. The kernel wakes the waiting processes one by one, so that a process
-    that only tries again and again cannot keep them out. The only way to wait is a call that blocks, which a thread makes."""
+    """A place in the line before a socket that is full. The kernel wakes the waiting processes one by one, so
+    that a process that only tries again and again cannot keep them out. The only way to wait is a call that
+    blocks, which a thread makes."""
 
     def __init__(self, name: str, seconds: float) -> None:
         self._name = name

@@ -1,7 +1,7 @@
 """What two shm providers say to each other: pure, any bytes in, a value or `BrokenError` out.
 
-Questions and answers travel over the authenticated control connection, offers over the descriptor channel. Sizes and ranges are
-judged here, once, so that nothing further down has to doubt them.
+Questions and answers travel over the authenticated control connection, offers over the descriptor channel.
+Sizes and ranges are judged here, once, so that nothing further down has to doubt them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _NAME = re.compile(rb"\0aiotransfer-[0-9a-f]{32}")
 
 
 class Offer(msgspec.Struct, array_like=True):
-    """With the descriptors of a side's control segment, channel, doorbell and pulse: what proves whose they are."""
+    """With the descriptors of a side's control segment, channel, doorbell and pulse: what proves whose they
+    are."""
 
     control_cookie: bytes
     channel_cookie: bytes

@@ -1,12 +1,13 @@
 """shm: engines of one host that map each other's memory.
 
-Setting a path up takes one question over the control connection (a ticket) and one packet in each direction over a
-descriptor channel, which carries the control segment, the inbound channel, a doorbell and a pulse eventfd of its sender. That
-both ends are on one host is proved by the channel existing at all and by the cookies in the segments, which the
-authenticated session named; whose process it is comes from the socket's credentials and is pinned by a pidfd.
+Setting a path up takes one question over the control connection (a ticket) and one packet in each direction
+over a descriptor channel, which carries the control segment, the inbound channel, a doorbell and a pulse
+eventfd of its sender. That both ends are on one host is proved by the channel existing at all and by the
+cookies in the segments, which the authenticated session named; whose process it is comes from the socket's
+credentials and is pinned by a pidfd.
 
-Memory from `allocate` is mapped when a descriptor of it is first bound: its descriptor is handed out only to a peer that
-presents a live grant. Other memory is written through the kernel (process_vm, or /proc/PID/mem).
+Memory from `allocate` is mapped when a descriptor of it is first bound: its descriptor is handed out only to
+a peer that presents a live grant. Other memory is written through the kernel (process_vm, or /proc/PID/mem).
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ OFFERED = 4  # descriptors of an offer: control segment, channel, doorbell, puls
 
 
 def _failure(what: str, error: Exception) -> TransferError:
-    """Our own want of descriptors or memory is not the other side's fault, and no reason to fall back on a slower path."""
+    """Our own want of descriptors or memory is not the other side's fault, and no reason to fall back on a
+    slower path."""
     number = error.errno if isinstance(error, OSError) and not isinstance(error, ConnectionError) else None
     text = f"{what}: {str(error) or f'nothing came for {SETUP_SECONDS:g} s'}"  # a timeout says nothing itself
     return shortage(number, what, provider="shm") or BrokenError(text, provider="shm")
@@ -119,7 +121,8 @@ class ShmPath(Path):
         return Binding(self._lane, remote, self, peer, segment, address)
 
     async def _check_foreign(self) -> None:
-        """Ask a native thread to read a known word of the peer's memory, once: the peer may withhold that page."""
+        """Ask a native thread to read a known word of the peer's memory, once: the peer may withhold that
+        page."""
         lib, why = native.lib, native.ffi.new("int *")
         loop = asyncio.get_running_loop()
         deadline, pause = loop.time() + SETUP_SECONDS, 0.0
@@ -145,7 +148,8 @@ class ShmPath(Path):
             )
 
     async def _fetch(self, grant: Grant, conversation: Conversation) -> Segment:
-        """Once for all operations that wait for it; each has a deadline of its own, and it ends with the last that waits."""
+        """Once for all operations that wait for it; each has a deadline of its own, and it ends with the last
+        that waits."""
         number = grant.segment
         future = self._mapping.get(number)
         if future is None:
@@ -202,8 +206,8 @@ class ShmPath(Path):
 
 
 class ShmProvider:
-    """shm for one engine. `segment_of` finds the engine's own live segment behind a presented grant. `same_user`: only
-    processes of this user are let in."""
+    """shm for one engine. `segment_of` finds the engine's own live segment behind a presented grant.
+    `same_user`: only processes of this user are let in."""
 
     name = "shm"
 
@@ -319,7 +323,8 @@ class ShmProvider:
             return -1
 
     async def dial(self, conversation: Conversation, theirs: ProviderOffer) -> ShmPath:
-        """Offer our memory, take theirs. Where others crowd the peer's socket it is tried again, for `SETUP_SECONDS` in all."""
+        """Offer our memory, take theirs. Where others crowd the peer's socket it is tried again, for
+        `SETUP_SECONDS` in all."""
         name = messages.socket_name(theirs.data)
         until, pause = self._loop.time() + SETUP_SECONDS, FIRST_PAUSE
         while True:
@@ -335,7 +340,8 @@ class ShmProvider:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _dial(self, conversation: Conversation, name: str, until: float) -> ShmPath:
-        """Dial once. Raises `ConnectionError` when the connection ended too soon or its socket was full, else as `dial`."""
+        """Dial once. Raises `ConnectionError` when the connection ended too soon or its socket was full, else
+        as `dial`."""
         try:
             channel = await fd_passing.connect(name, self._loop, until - self._loop.time())
         except ConnectionError:

@@ -23,8 +23,9 @@ class _Index(msgspec.Struct):
 def files_of(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> dict[str, frozenset[str] | None]:
     """{path of a file: the names that an index says are in it, None: all that it has}.
 
-    `path`: a file, an index, a folder, or files. In a folder that is `model.safetensors`, else what its one index names, else
-    every file whose name ends as those of this kind. Raises `FileNotFoundError`, `PlanError` for an index that cannot be read.
+    `path`: a file, an index, a folder, or files. In a folder that is `model.safetensors`, else what its one
+    index names, else every file whose name ends as those of this kind. Raises `FileNotFoundError`,
+    `PlanError` for an index that cannot be read.
     """
     if not isinstance(path, str | os.PathLike):
         files = [os.fspath(file) for file in path]

@@ -1,4 +1,5 @@
-"""The header of a safetensors file: read in one piece, and judged by the library, before anything of the tensors is touched."""
+"""The header of a safetensors file: read in one piece, and judged by the library, before anything of the
+tensors is touched."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor: its shape, its type as this library spells it, and the byte of the file at which it begins."""
+    """A tensor: its shape, its type as this library spells it, and the byte of the file at which it
+    begins."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -55,10 +57,12 @@ def library() -> Any:
 
 
 def header_of(file: FileMemory) -> Header:
-    """What lies in a file. Raises `Unreadable` unless every byte behind the header belongs to exactly one tensor.
+    """What lies in a file. Raises `Unreadable` unless every byte behind the header belongs to exactly one
+    tensor.
 
-    The library maps what it judges. So that nothing which happens to the file can end the process, it is given a copy of the
-    header in a file of its own in memory, as long as the real one, of which no page but the header's exists.
+    The library maps what it judges. So that nothing which happens to the file can end the process, it is
+    given a copy of the header in a file of its own in memory, as long as the real one, of which no page but
+    the header's exists.
     """
     safetensors = library()
     begin = 8 + _length(file)
@@ -117,7 +121,8 @@ def _length(file: FileMemory) -> int:
 
 
 def _placed(said: dict[str, _Said], begin: int, nbytes: int) -> dict[str, Entry]:
-    """Where each tensor lies: one behind the other, without gaps, as the library has made sure, and here once more."""
+    """Where each tensor lies: one behind the other, without gaps, as the library has made sure, and here once
+    more."""
     tensors, at = {}, 0
     for name, one in sorted(said.items(), key=lambda item: item[1].data_offsets):
         if one.dtype not in DTYPES:

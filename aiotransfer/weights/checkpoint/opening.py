@@ -19,10 +19,11 @@ VERSION, SAVE = "aiotransfer.version", "aiotransfer.save"  # texts in the header
 
 
 class Checkpoint(FileBound):
-    """The tensors of safetensors files, as rank `rank` of `layout.ranks` publisher ranks reads them. Made by `open_checkpoint`.
+    """The tensors of safetensors files, as rank `rank` of `layout.ranks` publisher ranks reads them. Made by
+    `open_checkpoint`.
 
-    `layout`: every rank holds all of them, so the ranks share the reading; `version`: of the weights that `save` has written
-    here, else None; `metadata`: the texts of the files' headers.
+    `layout`: every rank holds all of them, so the ranks share the reading; `version`: of the weights that
+    `save` has written here, else None; `metadata`: the texts of the files' headers.
     """
 
     version: Version | None
@@ -37,22 +38,24 @@ def open_checkpoint(
     mesh_group: Callable[[str], str] | None = None,
     hosts: Sequence[str] | None = None,
 ) -> Checkpoint:
-    """What `Publisher(engine, checkpoint)` publishes: the tensors of safetensors files. Headers alone are read here.
+    """What `Publisher(engine, checkpoint)` publishes: the tensors of safetensors files. Headers alone are
+    read here.
 
-    `path`: a file, an index (`model.safetensors.index.json`), several files, or a folder: of it `model.safetensors`, else what
-    its one index names, else every file that ends with `.safetensors`.
+    `path`: a file, an index (`model.safetensors.index.json`), several files, or a folder: of it
+    `model.safetensors`, else what its one index names, else every file that ends with `.safetensors`.
 
-    `ranks`, `rank`: of the publishers' group, all of which can read the files (default: 1 and 0, a publisher alone).
-    `mesh_group`, `hosts`: as for `layout_of`. A name that a header's texts say is another one's (as
-    `safetensors.torch.save_model` writes tied tensors) becomes an alias. Where there is an index, tensors that it does not name
-    are no part of the checkpoint.
+    `ranks`, `rank`: of the publishers' group, all of which can read the files (default: 1 and 0, a publisher
+    alone). `mesh_group`, `hosts`: as for `layout_of`. A name that a header's texts say is another one's (as
+    `safetensors.torch.save_model` writes tied tensors) becomes an alias. Where there is an index, tensors
+    that it does not name are no part of the checkpoint.
 
-    The files must rest until they are published; one that changes is found by its size and time, and ends the version. They
-    are closed when nothing holds the checkpoint any more.
+    The files must rest until they are published; one that changes is found by its size and time, and ends the
+    version. They are closed when nothing holds the checkpoint any more.
 
-    Raises `PlanError` that lists what is wrong with all files (missing, cut short, not of this kind, of a type that cannot be
-    moved, an index that names what is not there, a name in two files, files of different saves), `OSError`,
-    `ConfigurationError` (the library safetensors is not installed), `TypeError`, `ValueError`.
+    Raises `PlanError` that lists what is wrong with all files (missing, cut short, not of this kind, of a
+    type that cannot be moved, an index that names what is not there, a name in two files, files of different
+    saves), `OSError`, `ConfigurationError` (the library safetensors is not installed), `TypeError`,
+    `ValueError`.
     """
     library()
     read = _Contents(mesh_group or usual_group, ranks)
@@ -86,7 +89,8 @@ class _Contents:
         self.pieces: list[Piece] = []
 
     def add(self, name: str, wanted: frozenset[str] | None) -> None:
-        """Read the header of one file, of which the tensors `wanted` (None: all) are part of the checkpoint."""
+        """Read the header of one file, of which the tensors `wanted` (None: all) are part of the
+        checkpoint."""
         try:
             file = self.files[name] = FileMemory(name)
             header = self.headers[name] = header_of(file)

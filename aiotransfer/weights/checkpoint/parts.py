@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class Parts(Protocol):
-    """`layout` and `rank` say whose; the two methods where the bytes are, by the number of the buffer in the layout."""
+    """`layout` and `rank` say whose; the two methods where the bytes are, by the number of the buffer in the
+    layout."""
 
     engine: Engine
     layout: Layout

@@ -1,4 +1,5 @@
-"""Files that appear whole or not at all: written under names of their own, and given their real ones when all is there."""
+"""Files that appear whole or not at all: written under names of their own, and given their real ones when all
+is there."""
 
 from __future__ import annotations
 
@@ -21,11 +22,13 @@ class Target:
     """Where a save goes: a file, or files and an index in a folder. `add` each, then
     `index`, then `commit`; `discard` leaves what was there.
 
-    Only one save at a time goes to one place: the lock is that of an open file, and ends with the process that holds it.
+    Only one save at a time goes to one place: the lock is that of an open file, and ends with the process
+    that holds it.
     """
 
     def __init__(self, path: str, token: str) -> None:
-        """Raises `ConfigurationError` (another save, or a folder whose readers would take another file), `OSError`."""
+        """Raises `ConfigurationError` (another save, or a folder whose readers would take another file),
+        `OSError`."""
         self.path, self._token = path, token
         self.is_file = path.endswith(SUFFIX)
         self._folder = (os.path.dirname(path) or ".") if self.is_file else path
@@ -121,7 +124,8 @@ class Target:
         self._is_locked = True
 
     def _sweep(self) -> None:
-        """Remove files of earlier saves that no index names: what a killed one has left, and what the last one has replaced."""
+        """Remove files of earlier saves that no index names: what a killed one has left, and what the last
+        one has replaced."""
         if not self._is_locked:
             return
         try:

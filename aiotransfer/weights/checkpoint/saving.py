@@ -37,20 +37,23 @@ async def save(
 ) -> Version:
     """Write one version of all weights of a side, under the names of its layout, and return which.
 
-    `role`: a `Subscriber`, any one rank of its instance, which waits for a version and holds it (`reading()`) while it writes: a
-    newer one may come meanwhile, but readers see it afterwards only. Or a `Publisher`, inside `async with publisher.publish(n)`
-    on one rank: the files appear when all trainer ranks have found their sources at rest, at the end of the block. Either brings
-    the parts of the other ranks to this one, which writes; the other ranks call nothing.
+    `role`: a `Subscriber`, any one rank of its instance, which waits for a version and holds it (`reading()`)
+    while it writes: a newer one may come meanwhile, but readers see it afterwards only. Or a `Publisher`,
+    inside `async with publisher.publish(n)` on one rank: the files appear when all trainer ranks have found
+    their sources at rest, at the end of the block. Either brings the parts of the other ranks to this one,
+    which writes; the other ranks call nothing.
 
-    `path`: a file (its name ends with ".safetensors"), or a folder, which is made where there is none: then files of at most
-    `shard_bytes` (one larger tensor: as it needs), and `model.safetensors.index.json`. What is there already stays until all is
-    written, and is replaced in one moment; a save that is killed leaves it, and the next one removes its rest. `staging_bytes`:
-    temporary memory. `metadata`: texts for the headers of the files. A tied tensor is written once, and its other names are
-    among these texts. `timeout`: seconds.
+    `path`: a file (its name ends with ".safetensors"), or a folder, which is made where there is none: then
+    files of at most `shard_bytes` (one larger tensor: as it needs), and `model.safetensors.index.json`. What
+    is there already stays until all is written, and is replaced in one moment; a save that is killed leaves
+    it, and the next one removes its rest. `staging_bytes`: temporary memory. `metadata`: texts for the
+    headers of the files. A tied tensor is written once, and its other names are among these texts. `timeout`:
+    seconds.
 
-    Raises `ConfigurationError` (the library safetensors is not installed, another save into `path`, a `Publisher` outside of
-    `publish`), `PlanError` (a type that such files have not), `TransferTimeout`, `BrokenError` (another rank is lost or has
-    another version), `ClosedError`, `OSError` (the disk is full); `TypeError` and `ValueError` at once.
+    Raises `ConfigurationError` (the library safetensors is not installed, another save into `path`, a
+    `Publisher` outside of `publish`), `PlanError` (a type that such files have not), `TransferTimeout`,
+    `BrokenError` (another rank is lost or has another version), `ClosedError`, `OSError` (the disk is full);
+    `TypeError` and `ValueError` at once.
     """
     library()
     texts = dict(metadata or {})

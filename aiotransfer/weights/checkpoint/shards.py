@@ -13,7 +13,8 @@ from aiotransfer.weights.layouts.layout import Layout
 
 
 class Shard(NamedTuple):
-    """A file: its `name`, its first bytes, where its tensors (by their numbers in the layout) begin, and its size."""
+    """A file: its `name`, its first bytes, where its tensors (by their numbers in the layout) begin, and its
+    size."""
 
     name: str
     head: bytes
@@ -24,8 +25,9 @@ class Shard(NamedTuple):
 def shards_of(
     layout: Layout, shard_bytes: float, name: Callable[[int, int], str], texts: Mapping[str, str]
 ) -> list[Shard]:
-    """Files of at most `shard_bytes` of tensors each, but for larger tensors. `name`: of a file, by its number and that of all of
-    them; `texts`: for every header. Raises `PlanError` for what such files cannot have."""
+    """Files of at most `shard_bytes` of tensors each, but for larger tensors. `name`: of a file, by its
+    number and that of all of them; `texts`: for every header. Raises `PlanError` for what such files cannot
+    have."""
     problems = [f"{layout.names[k]}: {dtype} has no name in safetensors files"
                 for k, dtype in enumerate(layout.dtypes) if dtype not in NAMES]  # fmt: skip
     problems += [f"{name}: this name cannot stand in a safetensors file" for name in (TEXTS,) if layout.find(name) is not None]

@@ -1,4 +1,5 @@
-"""The bytes of all ranks into files, part by part: while one part is written to its file, the next is brought together."""
+"""The bytes of all ranks into files, part by part: while one part is written to its file, the next is brought
+together."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ Ints = NDArray[Any]
 
 
 class Runs(NamedTuple):
-    """Where the bytes of files come from, sorted by file and offset in it: `file` (number of the shard), `offset`, `nbytes`, and
-    the `rank`, `buffer` and `source` (offset there) that have them."""
+    """Where the bytes of files come from, sorted by file and offset in it: `file` (number of the shard),
+    `offset`, `nbytes`, and the `rank`, `buffer` and `source` (offset there) that have them."""
 
     file: Ints
     offset: Ints
@@ -70,7 +71,8 @@ class Writer:
         self._reads = Reads(parts.engine)
 
     async def write(self, fd: int, shard: Shard, runs: Runs) -> None:
-        """All bytes of a shard, safe on the disk when this returns. Raises `OSError`, and `TransferError` of another rank."""
+        """All bytes of a shard, safe on the disk when this returns. Raises `OSError`, and `TransferError` of
+        another rank."""
         engine, at, turn = self._parts.engine, len(shard.head), 0
         await steady(engine, _write, fd, shard.head, 0)
         while at < shard.nbytes:

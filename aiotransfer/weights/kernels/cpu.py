@@ -1,4 +1,5 @@
-"""The kernels for memory of the host: C (`providers.convert`), behind the same interface as those for a GPU's.
+"""The kernels for memory of the host: C (`providers.convert`), behind the same interface as those for a
+GPU's.
 
 They are done when they return, and hold the calling thread that long: gigabytes belong on a worker thread.
 """
@@ -22,7 +23,8 @@ class CpuKernels:
     def quantise(
         self, dst: Any, scales: Any, src: Any, block: tuple[int, int] = convert.BLOCK, *, rows: tuple[int, int] | None = None
     ) -> None:
-        """Elements of `src` as float8_e4m3fn with scales; see `providers.convert.quantise`, which also says what is raised."""
+        """Elements of `src` as float8_e4m3fn with scales; see `providers.convert.quantise`, which also says
+        what is raised."""
         convert.quantise(dst, scales, src, block, rows=rows)
 
     async def settle(self, timeout: float | None = None) -> None:

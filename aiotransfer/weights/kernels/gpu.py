@@ -1,10 +1,10 @@
 """The kernels for memory of a GPU, in Triton.
 
-Nothing here waits: a call launches and returns, once its kernel is compiled (the first call of a kind takes a second or so). What
-is not finite is seen by the kernel, so `settle` reports it.
+Nothing here waits: a call launches and returns, once its kernel is compiled (the first call of a kind takes a
+second or so). What is not finite is seen by the kernel, so `settle` reports it.
 
-With TRITON_INTERPRET=1 in the environment before this module is imported, the same kernels run on tensors of the host. That is
-for tests: it takes milliseconds for each block.
+With TRITON_INTERPRET=1 in the environment before this module is imported, the same kernels run on tensors of
+the host. That is for tests: it takes milliseconds for each block.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from aiotransfer.weights.kernels.gpu_programs import INTERPRETED, cast_kernel, q
 
 COLUMNS = 1024  # of a cast, for one program: each of 128 threads converts eight
 FAR = torch.iinfo(torch.int64).max  # no place
-# How memory of each type is handed to a program: as source and as result. Some are integers there, see `gpu_programs`.
+# How memory of each type is handed to a program: as source and as result. Some are integers there, see
+# `gpu_programs`.
 TYPES = {
     "float32": (torch.float32, torch.int32),
     "float16": (torch.float16, torch.int16),
@@ -33,7 +34,8 @@ TYPES = {
 
 
 class Launched(NamedTuple):
-    """A call of `quantise`: its arguments are held until `settle` has seen whether all numbers were finite."""
+    """A call of `quantise`: its arguments are held until `settle` has seen whether all numbers were
+    finite."""
 
     given: Blocks
     src: Any
@@ -58,7 +60,8 @@ class TritonKernels:
         return checked(what, given, dtypes, writable=writable, device=self.device)
 
     def cast(self, dst: Any, src: Any) -> None:
-        """Elements of `src` as the type of `dst`; see `providers.convert.cast`. Both are tensors on the device; no float64."""
+        """Elements of `src` as the type of `dst`; see `providers.convert.cast`. Both are tensors on the
+        device; no float64."""
         to, of = self._checked("dst", dst, SOURCES, writable=True), self._checked("src", src, SOURCES)
         if to.shape != of.shape:
             raise ValueError(f"dst has the shape {to.shape}, src {of.shape}")
@@ -85,9 +88,9 @@ class TritonKernels:
     def quantise(
         self, dst: Any, scales: Any, src: Any, block: tuple[int, int] = BLOCK, *, rows: tuple[int, int] | None = None
     ) -> None:
-        """Elements of `src` as float8_e4m3fn with scales; see `providers.convert.quantise`. They are tensors on the device, a
-        block has at most 65,536 elements, its sides rounded up to powers of two, and what is not finite is reported by
-        `settle`."""
+        """Elements of `src` as float8_e4m3fn with scales; see `providers.convert.quantise`. They are tensors
+        on the device, a block has at most 65,536 elements, its sides rounded up to powers of two, and what is
+        not finite is reported by `settle`."""
         given = fitting(
             self._checked("dst", dst, (FLOAT8,), writable=True),
             self._checked("scales", scales, ("float32",), writable=True),
@@ -124,7 +127,8 @@ class TritonKernels:
         self._launched.append(Launched(given, src, first))
 
     async def settle(self, timeout: float | None = None) -> None:
-        """Return when everything launched on the stream so far is done; see `Kernels.settle` for what is raised."""
+        """Return when everything launched on the stream so far is done; see `Kernels.settle` for what is
+        raised."""
         launched, self._launched = self._launched, []
         try:
             places = None
@@ -162,7 +166,8 @@ class TritonKernels:
 
 
 def _from(tensor: Any, dtype: Any, offset: int) -> Any:
-    """Its memory from so many bytes behind its first element on, as elements of another type of the same size."""
+    """Its memory from so many bytes behind its first element on, as elements of another type of the same
+    size."""
     view = tensor.detach().view(dtype)
     begin = view.storage_offset() + offset // view.element_size()
     return view.as_strided((1,), (1,), begin)

@@ -1,11 +1,13 @@
 """What runs on the GPU: the Triton programs themselves.
 
-Their results are those of the host to the bit. So they are to be launched with `enable_fp_fusion=False`, and divide by
-`tl.div_rn`: a plain division of Triton is not always the nearest float32. bfloat16 is widened and rounded by integer arithmetic,
-and float8_e4m3fn made by adding a power of two that is large enough (`ffi/rows/numbers.h`), to the same bits as by the hardware:
-Triton's interpreter rounds otherwise, and without a GPU that is what tests have.
+Their results are those of the host to the bit. So they are to be launched with `enable_fp_fusion=False`, and
+divide by `tl.div_rn`: a plain division of Triton is not always the nearest float32. bfloat16 is widened and
+rounded by integer arithmetic, and float8_e4m3fn made by adding a power of two that is large enough
+(`ffi/rows/numbers.h`), to the same bits as by the hardware: Triton's interpreter rounds otherwise, and
+without a GPU that is what tests have.
 
-Strides are in elements. Parameters have no annotations but `tl.constexpr`: Triton's compiler looks each of them up.
+Strides are in elements. Parameters have no annotations but `tl.constexpr`: Triton's compiler looks each of
+them up.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def cast_kernel(
     dst, src, dst_matrix, dst_row, src_matrix, src_row, src_column, rows, columns, parts,
     OUT: tl.constexpr, SRC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for `BLOCK` columns of a row, of which there are so many `parts`; `dst` points to integers of the size."""
+    """One program for `BLOCK` columns of a row, of which there are so many `parts`; `dst` points to integers
+    of the size."""
     program = tl.program_id(0).to(tl.int64)
     row = program // parts
     at = (program % parts) * BLOCK + tl.arange(0, BLOCK)
@@ -55,9 +58,9 @@ def quantise_kernel(
     dst, scales, src, first, dst_matrix, dst_row, scales_matrix, scales_row, src_matrix, src_row, src_column, rows, columns,
     high, wide, before, SRC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program for a block of at most `high` x `wide`, in a tile of `ROWS` x `COLUMNS`, which are powers of two. `first`
-    becomes the smallest place of a number that is not finite, counted through all of src; `before` are those in front of this
-    launch."""
+    """One program for a block of at most `high` x `wide`, in a tile of `ROWS` x `COLUMNS`, which are powers
+    of two. `first` becomes the smallest place of a number that is not finite, counted through all of src;
+    `before` are those in front of this launch."""
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(columns, wide)
     down = tl.cdiv(rows, high)

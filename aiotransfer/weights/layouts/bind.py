@@ -1,8 +1,8 @@
 """A rank's buffers as real memory: where they lie, and whether that or their content has changed since.
 
-Memory is a torch tensor (also a `DTensor`: its local part) or storage, a NumPy array, a region of `Engine.allocate`, an array on
-a GPU (`__cuda_array_interface__`), or anything else with the buffer protocol. Neither torch nor regions are imported here: these
-objects are recognised by their module.
+Memory is a torch tensor (also a `DTensor`: its local part) or storage, a NumPy array, a region of
+`Engine.allocate`, an array on a GPU (`__cuda_array_interface__`), or anything else with the buffer protocol.
+Neither torch nor regions are imported here: these objects are recognised by their module.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from aiotransfer.weights.layouts.errors import PlanError
 
 
 class Place(NamedTuple):
-    """Where memory lies: `address` (of its first element), `storage` (address of the allocation, 0 where that is not known),
-    `reach` (bytes from `address` to the end of the allocation), `device` ("cpu", "cuda:0", ...)."""
+    """Where memory lies: `address` (of its first element), `storage` (address of the allocation, 0 where that
+    is not known), `reach` (bytes from `address` to the end of the allocation), `device` ("cpu", "cuda:0",
+    ...)."""
 
     address: int
     storage: int
@@ -33,7 +34,8 @@ class Place(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What the elements of memory are: `dtype` (its common name), `shape`, `strides` (bytes). Plain bytes have the type uint8."""
+    """What the elements of memory are: `dtype` (its common name), `shape`, `strides` (bytes). Plain bytes
+    have the type uint8."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -59,14 +61,15 @@ class Form(NamedTuple):
 
 
 class Bound(Unpicklable):
-    """The memory of one rank. `layout`, `rank`, `memory` ({buffer: object}), `places` ({buffer: Place} when it was bound)."""
+    """The memory of one rank. `layout`, `rank`, `memory` ({buffer: object}), `places` ({buffer: Place} when
+    it was bound)."""
 
     _instead = "bind the layout in the process that has the memory; send layout.encode()"
 
     def __init__(self, layout: LayoutArrays, rank: int, memory: Mapping[str, Any]) -> None:
-        """Bind `memory`, one object for each buffer of `rank`. Raises `PlanError` that lists buffers without memory, memory
-        without a buffer, and memory that is too small, not there (a meta tensor), or of another type or order of dimensions
-        than the layout says; `TypeError` and `IndexError`."""
+        """Bind `memory`, one object for each buffer of `rank`. Raises `PlanError` that lists buffers without
+        memory, memory without a buffer, and memory that is too small, not there (a meta tensor), or of
+        another type or order of dimensions than the layout says; `TypeError` and `IndexError`."""
         if isinstance(rank, bool) or not isinstance(rank, int):
             raise TypeError(f"rank must be an int, not {quote(rank)}")
         if not 0 <= rank < layout.ranks:
@@ -96,9 +99,9 @@ class Bound(Unpicklable):
             raise PlanError("memory does not fit the layout", problems=problems)
 
     def moved(self) -> list[str]:
-        """Buffers whose memory is not where it was when it was bound, or whose allocation has another size: what was registered
-        there must not be used any more (offload, sleep mode, a resized storage); of a module also those whose tensor was replaced
-        by another."""
+        """Buffers whose memory is not where it was when it was bound, or whose allocation has another size:
+        what was registered there must not be used any more (offload, sleep mode, a resized storage); of a
+        module also those whose tensor was replaced by another."""
         replaced = set(self._replaced())
         return [name for name, thing in self.memory.items() if name in replaced or _place_or_none(thing) != self.places[name]]
 
@@ -113,8 +116,8 @@ class Bound(Unpicklable):
         return layoutcheck.shared_bytes(layout, (group, base))
 
     def versions(self) -> dict[str, tuple[int, ...]]:
-        """How often torch has changed each buffer's memory in place. Empty for what is no torch tensor: NumPy views, `.data`
-        and raw pointers change memory unseen."""
+        """How often torch has changed each buffer's memory in place. Empty for what is no torch tensor: NumPy
+        views, `.data` and raw pointers change memory unseen."""
         return {name: version(thing) for name, thing in self.memory.items()}
 
     def changed(self, since: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -166,8 +169,8 @@ def place(thing: Any) -> Place:
 
 
 def form(thing: Any) -> Form:
-    """What the elements of memory are; of a tensor without memory, too. Raises one of `UNFIT` for elements that are no plain
-    numbers, and for memory that does not hold its values or lies backwards."""
+    """What the elements of memory are; of a tensor without memory, too. Raises one of `UNFIT` for elements
+    that are no plain numbers, and for memory that does not hold its values or lies backwards."""
     part = local(thing)
     if is_torch(part):
         if str(part.layout) != "torch.strided":
@@ -224,7 +227,8 @@ def _pieces_of(layout: LayoutArrays, rank: int) -> dict[str, list[int]]:
 
 
 def _misfit(layout: LayoutArrays, pieces: list[int], given: Form) -> str:
-    """Why memory of this form does not hold these pieces as the layout says; "" when it does, or says nothing of its form."""
+    """Why memory of this form does not hold these pieces as the layout says; "" when it does, or says nothing
+    of its form."""
     if not pieces or not given.span:
         return ""
     dtypes = sorted({layout.dtypes[layout.piece_tensor[piece]] for piece in pieces})

@@ -1,4 +1,5 @@
-"""Layouts from a model: where the parts of its tensors lie on all ranks. torch is imported where its tensors are used."""
+"""Layouts from a model: where the parts of its tensors lie on all ranks. torch is imported where its tensors
+are used."""
 
 from __future__ import annotations
 
@@ -34,25 +35,27 @@ def layout_of(
     stages: Sequence[str] = ("pp",),
     process_group: Any = None,
 ) -> Layout:
-    """The layout of a model as this process sees it: parameters and persistent buffers of a `torch.nn.Module`, or a mapping of
-    names to tensors (torch tensors, NumPy arrays, regions of `Engine.allocate`).
+    """The layout of a model as this process sees it: parameters and persistent buffers of a
+    `torch.nn.Module`, or a mapping of names to tensors (torch tensors, NumPy arrays, regions of
+    `Engine.allocate`).
 
-    A `DTensor` says by its mesh and placements where every rank's part lies: `Shard` (uneven ones as torch cuts them),
-    `Replicate` and `_StridedShard`, any mix; a pending sum (`Partial`) is refused. A tensor on a part of a larger mesh is held
-    in the same way by the other parts along its other dimensions, except those named in `stages` (pipeline stages, whose ranks
-    have other tensors). A plain tensor is held whole by every rank of this stage, except where `shards` ({template of names:
-    dimension}) says that it is this rank's equal part along a dimension. Tensors of one memory (tied) become one with aliases.
-    Each tensor lies in a buffer of its name: `memory_of(model)` is what `Bound` wants for them.
+    A `DTensor` says by its mesh and placements where every rank's part lies: `Shard` (uneven ones as torch
+    cuts them), `Replicate` and `_StridedShard`, any mix; a pending sum (`Partial`) is refused. A tensor on a
+    part of a larger mesh is held in the same way by the other parts along its other dimensions, except those
+    named in `stages` (pipeline stages, whose ranks have other tensors). A plain tensor is held whole by every
+    rank of this stage, except where `shards` ({template of names: dimension}) says that it is this rank's
+    equal part along a dimension. Tensors of one memory (tied) become one with aliases. Each tensor lies in a
+    buffer of its name: `memory_of(model)` is what `Bound` wants for them.
 
-    `ranks`: number of ranks (default: that of `torch.distributed`, or 1), or the ranks of `torch.distributed` that make up this
-    side, in the order of their numbers here (where trainers and inference ranks are one world); `mesh_group(name)`: the text
-    that groups tensors into phases (default: "experts" where the name has "experts", else "dense"); `hosts`, `nics`: a text for
-    each rank.
-    `process_group`: with pipeline stages, whose ranks have different tensors: a torch process group over which all ranks'
-    layouts are gathered and united (a collective call; `True`: the default group).
+    `ranks`: number of ranks (default: that of `torch.distributed`, or 1), or the ranks of `torch.distributed`
+    that make up this side, in the order of their numbers here (where trainers and inference ranks are one
+    world); `mesh_group(name)`: the text that groups tensors into phases (default: "experts" where the name
+    has "experts", else "dense"); `hosts`, `nics`: a text for each rank. `process_group`: with pipeline
+    stages, whose ranks have different tensors: a torch process group over which all ranks' layouts are
+    gathered and united (a collective call; `True`: the default group).
 
-    Raises `PlanError` that lists every tensor whose placement or memory cannot be expressed; `TypeError` and `ValueError` for
-    arguments that cannot be.
+    Raises `PlanError` that lists every tensor whose placement or memory cannot be expressed; `TypeError` and
+    `ValueError` for arguments that cannot be.
     """
     named = _named(model)
     members = _members(named, ranks)
@@ -80,15 +83,16 @@ def layout_of(
 
 
 class ModelMemory(dict[str, Any]):
-    """What `memory_of` finds. Of a module it knows where each tensor stands, and so whether another has taken its place."""
+    """What `memory_of` finds. Of a module it knows where each tensor stands, and so whether another has taken
+    its place."""
 
     def __init__(self) -> None:
         super().__init__()
         self.homes: dict[str, tuple[Mapping[str, Any], str]] = {}  # the module's own table, and the key there
 
     def replaced(self) -> list[str]:
-        """Names under which the module has other memory by now: what is here is not the model's any more. A tensor that FSDP2 has
-        gathered for a forward step replaces nothing."""
+        """Names under which the module has other memory by now: what is here is not the model's any more. A
+        tensor that FSDP2 has gathered for a forward step replaces nothing."""
         return [name for name, (home, key) in self.homes.items() if _is_other(self[name], home.get(key))]
 
 
@@ -105,8 +109,9 @@ def _is_other(thing: Any, now: Any) -> bool:
 
 
 def memory_of(model: Any) -> ModelMemory:
-    """{buffer: tensor} of this rank for the layout of `layout_of(model)`: for tied tensors the first name, without parts that
-    have no element here. Bound to a layout, it also tells when the module was given other tensors."""
+    """{buffer: tensor} of this rank for the layout of `layout_of(model)`: for tied tensors the first name,
+    without parts that have no element here. Bound to a layout, it also tells when the module was given other
+    tensors."""
     found, homes = ModelMemory(), _homes(model)
     seen: set[Any] = set()
     for name, thing in _named(model).items():
@@ -190,8 +195,9 @@ def _root(mesh: Any) -> Any:
 
 
 def _copies(mesh: Any, stages: Sequence[str]) -> tuple[Ints, int]:
-    """The ranks of a mesh, with further dimensions behind its own for those of the root mesh along which it is repeated; and
-    how many these are. A mesh whose dimensions are not the root's (flattened ones) is taken alone."""
+    """The ranks of a mesh, with further dimensions behind its own for those of the root mesh along which it
+    is repeated; and how many these are. A mesh whose dimensions are not the root's (flattened ones) is taken
+    alone."""
     ranks, root = mesh.mesh.numpy(), _root(mesh)
     names, every = mesh.mesh_dim_names or (), root.mesh_dim_names or ()
     if root is mesh or not names or not set(names) <= set(every):
@@ -401,9 +407,9 @@ def _spans(
 def _cuts(placements: Sequence[Any], mesh_shape: Sequence[int]) -> list[tuple[int, int, int]]:
     """(mesh dimension, dimension of the tensor, split factor) in the order in which the tensor is cut.
 
-    That is from left to right. But a strided shard whose factor is the number of parts that later shards cut its dimension into
-    was made by cutting those first (FSDP over tensor parallel), and then as a plain shard: where sizes are uneven, only this is
-    where the rows really are.
+    That is from left to right. But a strided shard whose factor is the number of parts that later shards cut
+    its dimension into was made by cutting those first (FSDP over tensor parallel), and then as a plain shard:
+    where sizes are uneven, only this is where the rows really are.
     """
     cuts = [(k, p[0], max(p[1], 1)) for k, p in enumerate(placements) if p]
     strided = {k for k, p in enumerate(placements) if p and p[1]}

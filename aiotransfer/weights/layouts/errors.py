@@ -1,4 +1,5 @@
-"""What layouts and plans raise: a `TransferError` that pickles, and carries `.hint` and the other fields of those."""
+"""What layouts and plans raise: a `TransferError` that pickles, and carries `.hint` and the other fields of
+those."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ MOST_LISTED = 20  # problems in the text of a PlanError; `.problems` has all
 
 
 class PlanError(TransferError):
-    """The two sides do not fit; nothing was moved. `.problems`: a tuple of texts, one for each fault that was found."""
+    """The two sides do not fit; nothing was moved. `.problems`: a tuple of texts, one for each fault that was
+    found."""
 
     def __init__(self, message: str = "", *, problems: Sequence[str] = (), **fields: Any) -> None:
         listed = [f"\n  - {problem}" for problem in problems[:MOST_LISTED]]

@@ -36,9 +36,9 @@ Ints = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor as a whole: `name`, global `shape`, `dtype` (a name as NumPy or torch spells it), `group` (the mesh group, which
-    says in which phase it is sent: phases follow the order in which groups first appear), `aliases` (further names of the same
-    memory)."""
+    """A tensor as a whole: `name`, global `shape`, `dtype` (a name as NumPy or torch spells it), `group` (the
+    mesh group, which says in which phase it is sent: phases follow the order in which groups first appear),
+    `aliases` (further names of the same memory)."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,9 +51,10 @@ class Tensor:
 class Piece:
     """A box of a tensor in one rank's memory.
 
-    `tensor`: its name; `start`, `extent`: the box in global elements (None: the whole tensor); `buffer`: the rank's memory in
-    which it lies (default: the tensor's name); `offset`: bytes from the buffer's first byte to the box's first element;
-    `strides`: bytes from one element to the next in each dimension (None: row after row without gaps).
+    `tensor`: its name; `start`, `extent`: the box in global elements (None: the whole tensor); `buffer`: the
+    rank's memory in which it lies (default: the tensor's name); `offset`: bytes from the buffer's first byte
+    to the box's first element; `strides`: bytes from one element to the next in each dimension (None: row
+    after row without gaps).
     """
 
     tensor: str
@@ -68,15 +69,16 @@ class Piece:
 class Layout:
     """All ranks of one side.
 
-    Values of tensors (T of them): `names`, `shapes`, `dtypes`, `groups` (tuples), `itemsizes` (int64 [T]), `aliases` ({alias:
-    index of its tensor}). Values of ranks: `ranks` (their number), `hosts` and `nics` (tuples of texts: "" is unknown, an
-    unknown host is no other rank's, an unnamed NIC is the rank's own). Buffers (B): `buffer_names` (tuple), `buffer_rank`
-    (int32 [B]), `buffer_bytes` (int64 [B]).
+    Values of tensors (T of them): `names`, `shapes`, `dtypes`, `groups` (tuples), `itemsizes` (int64 [T]),
+    `aliases` ({alias: index of its tensor}). Values of ranks: `ranks` (their number), `hosts` and `nics`
+    (tuples of texts: "" is unknown, an unknown host is no other rank's, an unnamed NIC is the rank's own).
+    Buffers (B): `buffer_names` (tuple), `buffer_rank` (int32 [B]), `buffer_bytes` (int64 [B]).
 
-    Pieces (P, in D = `ndim` dimensions), one value for each piece: `piece_rank`, `piece_tensor`, `piece_buffer` (int32, indices
-    of the above), `piece_start`, `piece_extent` (int64 [P, D]: the box in the tensor's global elements), `piece_offset` (int64:
-    bytes in the buffer), `piece_strides` (int64 [P, D]: bytes). A tensor with fewer than D dimensions has start 0, extent 1 and
-    stride 0 in those that it lacks, which are the last ones (D is at least 1). All arrays are read-only.
+    Pieces (P, in D = `ndim` dimensions), one value for each piece: `piece_rank`, `piece_tensor`,
+    `piece_buffer` (int32, indices of the above), `piece_start`, `piece_extent` (int64 [P, D]: the box in the
+    tensor's global elements), `piece_offset` (int64: bytes in the buffer), `piece_strides` (int64 [P, D]:
+    bytes). A tensor with fewer than D dimensions has start 0, extent 1 and stride 0 in those that it lacks,
+    which are the last ones (D is at least 1). All arrays are read-only.
     """
 
     names: tuple[str, ...]
@@ -105,10 +107,11 @@ class Layout:
         nics: Sequence[str] | None = None,
         buffers: Mapping[tuple[int, str], int] | None = None,
     ) -> None:
-        """By hand. `tensors`: of the whole side, in an order that is kept; `pieces`: what each rank holds of them; `ranks`: their
-        number (1 to 65,536); `hosts`, `nics`: a text for each rank (default: unknown); `buffers`: {(rank, buffer): bytes}
-        (default: up to the end of the last piece in it). Raises `TypeError` or `ValueError` for values that cannot be;
-        whether the pieces make whole tensors is checked by `problems()` and by `make_plan`."""
+        """By hand. `tensors`: of the whole side, in an order that is kept; `pieces`: what each rank holds of
+        them; `ranks`: their number (1 to 65,536); `hosts`, `nics`: a text for each rank (default: unknown);
+        `buffers`: {(rank, buffer): bytes} (default: up to the end of the last piece in it). Raises
+        `TypeError` or `ValueError` for values that cannot be; whether the pieces make whole tensors is
+        checked by `problems()` and by `make_plan`."""
         tensors = list(tensors)
         self._name(tensors, ranks, hosts, nics)
         index = {name: k for k, name in reversed(list(enumerate(self.names)))} | self.aliases
@@ -161,9 +164,10 @@ class Layout:
         nics: Sequence[str] | None = None,
         **pieces: Any,
     ) -> Layout:
-        """From arrays, for many pieces: `buffers` (a name for each), `buffer_rank`, `buffer_bytes` (default, and where
-        negative: up to the end of the last piece in it), and `pieces`: all of the arrays `piece_*`, as the class describes them.
-        `tensors`, `ranks`, `hosts` and `nics` are those of the constructor, and so is what is raised."""
+        """From arrays, for many pieces: `buffers` (a name for each), `buffer_rank`, `buffer_bytes` (default,
+        and where negative: up to the end of the last piece in it), and `pieces`: all of the arrays `piece_*`,
+        as the class describes them. `tensors`, `ranks`, `hosts` and `nics` are those of the constructor, and
+        so is what is raised."""
         self = cls.__new__(cls)
         self._name(list(tensors), ranks, hosts, nics)
         if set(pieces) != set(PIECE_ARRAYS):
@@ -257,7 +261,8 @@ class Layout:
 
     @functools.cached_property
     def piece_span(self) -> Ints:
-        """Bytes from the first byte of each piece to the end of its last element (int64 [P]); 0 for a piece without elements."""
+        """Bytes from the first byte of each piece to the end of its last element (int64 [P]); 0 for a piece
+        without elements."""
         reach = np.sum((self.piece_extent - 1) * self.piece_strides, axis=1) + self.itemsizes[self.piece_tensor]
         return _fixed(np.where(np.any(self.piece_extent == 0, axis=1), 0, reach))
 
@@ -271,7 +276,8 @@ class Layout:
 
     @functools.cached_property
     def digest(self) -> str:
-        """32 hexadecimal digits of everything that the layout says: equal layouts have equal digests, on every machine."""
+        """32 hexadecimal digits of everything that the layout says: equal layouts have equal digests, on
+        every machine."""
         return pack.digest(self._header(), self._arrays())
 
     def find(self, name: str) -> int | None:
@@ -283,22 +289,24 @@ class Layout:
         return {**self.aliases, **{name: k for k, name in reversed(list(enumerate(self.names)))}}
 
     def buffers_of(self, rank: int) -> dict[str, int]:
-        """{name: bytes} of the buffers of rank `rank`: what `bind` wants memory for. Empty for a rank without any."""
+        """{name: bytes} of the buffers of rank `rank`: what `bind` wants memory for. Empty for a rank without
+        any."""
         return {self.buffer_names[b]: int(self.buffer_bytes[b]) for b in np.flatnonzero(self.buffer_rank == rank)}
 
     def bind(self, rank: int, memory: Mapping[str, Any]) -> Bound:
-        """This layout with the memory of rank `rank`, for a `Publisher` or `Subscriber`. `memory`: {buffer: torch tensor, NumPy
-        array or other buffer}, one for each of `buffers_of(rank)`.
+        """This layout with the memory of rank `rank`, for a `Publisher` or `Subscriber`. `memory`: {buffer:
+        torch tensor, NumPy array or other buffer}, one for each of `buffers_of(rank)`.
 
-        Raises `PlanError` that lists what does not fit, `IndexError` for a rank that the layout has not, and `TypeError`."""
+        Raises `PlanError` that lists what does not fit, `IndexError` for a rank that the layout has not, and
+        `TypeError`."""
         return Bound(self, rank, memory)
 
     memory: Mapping[str, Any] | None = None  # of the rank that derived it from a model (`layout_of`)
     memory_rank: int | None = None  # which rank that is; None: it says the same on all
 
     def problems(self) -> list[str]:
-        """What is wrong with this side alone, as texts: a name twice, pieces outside their tensor or buffer, elements that no
-        rank holds, pieces that overlap. Empty for a good layout."""
+        """What is wrong with this side alone, as texts: a name twice, pieces outside their tensor or buffer,
+        elements that no rank holds, pieces that overlap. Empty for a good layout."""
         return layoutcheck.problems(self)
 
     def check(self) -> None:
@@ -336,8 +344,8 @@ class Layout:
 
     @classmethod
     def decode(cls, data: Any, *, most_bytes: int = MOST_BYTES) -> Layout:
-        """The layout of which `encode` made `data` (bytes or another buffer). Raises `DescriptorError` for anything else, and
-        before it would take more than `most_bytes` (default: 2 GiB)."""
+        """The layout of which `encode` made `data` (bytes or another buffer). Raises `DescriptorError` for
+        anything else, and before it would take more than `most_bytes` (default: 2 GiB)."""
         header, arrays = pack.decode(MAGIC, data, most_bytes)
         with pack.refusing("a layout"):
             if len(header["names"]) > MOST_TENSORS or len(header["aliases"]) > MOST_TENSORS:
@@ -362,12 +370,13 @@ def held_bytes(layout: Layout) -> int:
 
 
 def merge(layouts: Iterable[Layout]) -> Layout:
-    """One layout of a side whose ranks described only themselves in `layouts` (one or more): tensors are united by name, pieces
-    are put together. What an earlier layout says of a rank's buffer holds; later ones add buffers.
+    """One layout of a side whose ranks described only themselves in `layouts` (one or more): tensors are
+    united by name, pieces are put together. What an earlier layout says of a rank's buffer holds; later ones
+    add buffers.
 
-    All must have the same number of ranks, and each tensor must be the same in all that have it (shape, dtype, group, aliases),
-    else `PlanError` lists the differences. Hosts and NICs are taken from the first that knows them. Raises `TypeError` for what
-    is no layout, and `ValueError` where there is none.
+    All must have the same number of ranks, and each tensor must be the same in all that have it (shape,
+    dtype, group, aliases), else `PlanError` lists the differences. Hosts and NICs are taken from the first
+    that knows them. Raises `TypeError` for what is no layout, and `ValueError` where there is none.
     """
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}

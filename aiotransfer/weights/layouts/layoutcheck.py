@@ -41,8 +41,8 @@ def within(layout: LayoutArrays) -> None:
 
 
 def problems(layout: LayoutArrays, *, scales: frozenset[int] = frozenset(), only: frozenset[int] | None = None) -> list[str]:
-    """Texts of everything that is wrong. Pieces of the tensors `scales` may overlap (two ranks hold the scale of a block that
-    their edge cuts); `only` restricts holes and overlaps of elements to these tensors."""
+    """Texts of everything that is wrong. Pieces of the tensors `scales` may overlap (two ranks hold the scale
+    of a block that their edge cuts); `only` restricts holes and overlaps of elements to these tensors."""
     found = [f"{name}: this name stands more than once" for name in sorted(set(layout.repeated))]
     outside = np.any(layout.piece_stop > layout.shape_array[layout.piece_tensor], axis=1)
     for piece in np.flatnonzero(outside)[:50]:
@@ -91,9 +91,9 @@ def _holes(layout: LayoutArrays, only: frozenset[int] | None) -> list[str]:
 
 
 def shared_bytes(layout: LayoutArrays, where: tuple[Ints, Ints] | None = None) -> list[str]:
-    """Texts for pieces of a rank that have bytes in common, also within one piece: what is written to one would destroy the
-    other. `where`: for each buffer the number of the memory that it lies in (-1: it is left out), and its first byte there
-    (default: each lies in a memory of its own)."""
+    """Texts for pieces of a rank that have bytes in common, also within one piece: what is written to one
+    would destroy the other. `where`: for each buffer the number of the memory that it lies in (-1: it is left
+    out), and its first byte there (default: each lies in a memory of its own)."""
     group, base = (np.arange(len(layout.buffer_names)), np.zeros(len(layout.buffer_names), np.int64)) if where is None else where
     some = np.flatnonzero((layout.piece_span > 0) & (group[layout.piece_buffer] >= 0))
     memory, begin = group[layout.piece_buffer].astype(np.int64), layout.piece_offset + base[layout.piece_buffer]

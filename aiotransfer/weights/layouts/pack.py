@@ -1,8 +1,9 @@
 """Texts and arrays as bytes and back: what layouts and plans share. Pure; no pickle.
 
-A message is: 8 bytes that name its kind and version, the lengths of its header and of its arrays, a digest of what follows, the
-header (msgpack) and the arrays (one after the other, compressed, and filled up to a share of their length). Lengths are compared
-with a bound before anything is unpacked, so a message costs a bounded multiple of its own length.
+A message is: 8 bytes that name its kind and version, the lengths of its header and of its arrays, a digest of
+what follows, the header (msgpack) and the arrays (one after the other, compressed, and filled up to a share
+of their length). Lengths are compared with a bound before anything is unpacked, so a message costs a bounded
+multiple of its own length.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def encode(magic: bytes, header: Mapping[str, Any], arrays: Mapping[str, npt.NDA
 
 
 def decode(magic: bytes, data: Any, most_bytes: int) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """What `encode` was given. Raises `DescriptorError` for other bytes, and if header and arrays need more than `most_bytes`."""
+    """What `encode` was given. Raises `DescriptorError` for other bytes, and if header and arrays need more
+    than `most_bytes`."""
     with refusing("a layout or plan"):
         data = memoryview(data).cast("B")
     if bytes(data[: len(magic)]) != magic:

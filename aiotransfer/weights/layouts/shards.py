@@ -1,4 +1,5 @@
-"""Pieces of usual placements, for layouts by hand. Pure: lists of `Piece` for the ranks that hold a tensor."""
+"""Pieces of usual placements, for layouts by hand. Pure: lists of `Piece` for the ranks that hold a
+tensor."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from aiotransfer.weights.layouts.layout import Piece, Tensor, dense
 
 
 def chunk(size: int, parts: int, part: int) -> tuple[int, int]:
-    """(start, stop) of a part of `size` rows as `torch.chunk` cuts them: all of ceil(size / parts), the last ones less or
-    nothing."""
+    """(start, stop) of a part of `size` rows as `torch.chunk` cuts them: all of ceil(size / parts), the last
+    ones less or nothing."""
     step = -(-size // parts) if size else 0
     return min(part * step, size), min((part + 1) * step, size)
 
@@ -23,9 +24,9 @@ def replicated(tensor: Tensor, ranks: Iterable[int], *, buffer: str | None = Non
 
 
 def sharded(tensor: Tensor, ranks: Iterable[int], dim: int = 0, *, buffer: str | None = None) -> list[Piece]:
-    """One part of `tensor` along `dim` (default: the first dimension) on each of `ranks` in order, cut as `torch.chunk` does;
-    ranks without a row have no piece. `buffer`: the memory on each rank (default: the tensor's name). Raises `TypeError`, and
-    `ValueError` for a dimension that the tensor has not."""
+    """One part of `tensor` along `dim` (default: the first dimension) on each of `ranks` in order, cut as
+    `torch.chunk` does; ranks without a row have no piece. `buffer`: the memory on each rank (default: the
+    tensor's name). Raises `TypeError`, and `ValueError` for a dimension that the tensor has not."""
     _are_tensors([tensor])
     ranks, axis = list(ranks), _axis(tensor, dim)
     pieces = []
@@ -39,12 +40,13 @@ def sharded(tensor: Tensor, ranks: Iterable[int], dim: int = 0, *, buffer: str |
 def fused(
     buffer: str, tensors: Iterable[Tensor], ranks: Iterable[int], dim: int = 0, *, units: Sequence[int] | None = None
 ) -> list[Piece]:
-    """`tensors` that each of `ranks` keeps fused in one `buffer`: rank r holds [q_r; k_r; v_r] along `dim` (default: the first
-    dimension), without gaps. They have one dtype, and the same sizes in all other dimensions.
+    """`tensors` that each of `ranks` keeps fused in one `buffer`: rank r holds [q_r; k_r; v_r] along `dim`
+    (default: the first dimension), without gaps. They have one dtype, and the same sizes in all other
+    dimensions.
 
-    `units`: into how many parts each tensor may be divided at most (heads; default: as many as ranks). A tensor with fewer
-    units than ranks is repeated: rank r holds unit r * units // ranks. Raises `ValueError` for sizes that cannot be divided so,
-    `TypeError`.
+    `units`: into how many parts each tensor may be divided at most (heads; default: as many as ranks). A
+    tensor with fewer units than ranks is repeated: rank r holds unit r * units // ranks. Raises `ValueError`
+    for sizes that cannot be divided so, `TypeError`.
     """
     ranks, tensors = list(ranks), list(tensors)
     _are_tensors(tensors)
@@ -67,10 +69,10 @@ def fused(
 
 
 def placed(tensor: Tensor, slots: Mapping[int, Sequence[int]], *, buffer: str | None = None) -> list[Piece]:
-    """Entries of `tensor` along its first dimension (logical experts) in the slots of ranks: `slots` is {rank: [entry of slot
-    0, ...]}. An entry may be in several slots, on one rank or on several: all are written. A negative entry is a slot without
-    one. `buffer`: the memory on each rank, in which the slots lie one after the other (default: the tensor's name). Raises
-    `TypeError`."""
+    """Entries of `tensor` along its first dimension (logical experts) in the slots of ranks: `slots` is
+    {rank: [entry of slot 0, ...]}. An entry may be in several slots, on one rank or on several: all are
+    written. A negative entry is a slot without one. `buffer`: the memory on each rank, in which the slots lie
+    one after the other (default: the tensor's name). Raises `TypeError`."""
     _are_tensors([tensor])
     item = dtypes.lookup(tensor.dtype).itemsize
     step = dense(tensor.shape, item)[0] if tensor.shape else item

@@ -11,7 +11,8 @@ _HOLE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 class Template:
-    """A name with holes `{x}`, each for a part of a name without dots. Raises `ValueError` for braces that are no hole."""
+    """A name with holes `{x}`, each for a part of a name without dots. Raises `ValueError` for braces that
+    are no hole."""
 
     def __init__(self, text: str) -> None:
         if not isinstance(text, str) or not text:

@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 
 async def steady(engine: Engine, work: Callable[..., T], *arguments: Any) -> T:
-    """As `aside`, for work on memory or files that are used again afterwards: a cancel waits until the thread has ended."""
+    """As `aside`, for work on memory or files that are used again afterwards: a cancel waits until the thread
+    has ended."""
     if not platform_of(engine).threads:
         return work(*arguments)
     task = asyncio.get_running_loop().create_task(asyncio.to_thread(work, *arguments))

@@ -24,8 +24,9 @@ class Moved(TransferError):
 
 
 def bound_of(layout: Any, rank: int | None, *, needed: bool = True) -> tuple[Layout, int, Bound | None]:
-    """The layout, rank and memory of what a role was given: a `Bound`, or a `Layout`, which knows its memory when it was derived
-    from a model. Unless it is `needed`, a model on the device "meta" has none. Raises `TypeError`, `ValueError`, `PlanError`."""
+    """The layout, rank and memory of what a role was given: a `Bound`, or a `Layout`, which knows its memory
+    when it was derived from a model. Unless it is `needed`, a model on the device "meta" has none. Raises
+    `TypeError`, `ValueError`, `PlanError`."""
     if isinstance(layout, Bound):
         if rank is not None and rank != layout.rank:
             raise ValueError(f"the layout is bound to the memory of rank {layout.rank}, not of rank {rank}")
@@ -50,8 +51,8 @@ def bound_of(layout: Any, rank: int | None, *, needed: bool = True) -> tuple[Lay
 
 
 def register(engine: Engine, bound: Bound, name: str) -> Region:
-    """A buffer as a region, which keeps the storage that it has now; of a GPU's memory for rails that take it. Memory with gaps
-    is taken from its first byte to its last. Raises `RegistrationError`."""
+    """A buffer as a region, which keeps the storage that it has now; of a GPU's memory for rails that take
+    it. Memory with gaps is taken from its first byte to its last. Raises `RegistrationError`."""
     return engine.register(plain_of(bound, name), staging=None if bound.places[name].device == "cpu" else False)
 
 

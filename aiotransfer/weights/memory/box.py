@@ -17,8 +17,9 @@ ALIGN = 256  # bytes: where the scales begin behind the numbers
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """What is converted: elements of `source` (a type's name) at byte `offset` of a buffer, with byte `strides`; to elements of
-    `target`, dense at byte `out` of host memory, and for each `block` a scale, dense at byte `scale`. `kind`: as in `Tasks`."""
+    """What is converted: elements of `source` (a type's name) at byte `offset` of a buffer, with byte
+    `strides`; to elements of `target`, dense at byte `out` of host memory, and for each `block` a scale,
+    dense at byte `scale`. `kind`: as in `Tasks`."""
 
     kind: int
     source: str
@@ -55,8 +56,8 @@ class Box:
         return self.target == FLOAT8 and math.prod(tile) <= MOST_IN_BLOCK
 
     def slabs(self, most: int, start: tuple[int, ...] = (), shape: tuple[int, ...] = ()) -> Iterator[tuple[Any, Any]]:
-        """(start, shape) of boxes that take at most so many bytes each, in order; each is dense where the whole is. Raises
-        `ValueError` where there are none."""
+        """(start, shape) of boxes that take at most so many bytes each, in order; each is dense where the
+        whole is. Raises `ValueError` where there are none."""
         start, shape = start or (0,) * len(self.shape), shape or self.shape
         if self.nbytes(shape) <= most:
             yield start, shape

@@ -1,8 +1,9 @@
-"""Checksums of what several ranks write into one memory: each can compute its part without knowing the others'.
+"""Checksums of what several ranks write into one memory: each can compute its part without knowing the
+others'.
 
-The sum, modulo 2**64, of all bytes, each multiplied by a number that belongs to its place in the receiver's memory: a random odd
-one for its place within `PERIOD` bytes times one for the period and buffer. It finds damage and bytes that went elsewhere, not an
-adversary.
+The sum, modulo 2**64, of all bytes, each multiplied by a number that belongs to its place in the receiver's
+memory: a random odd one for its place within `PERIOD` bytes times one for the period and buffer. It finds
+damage and bytes that went elsewhere, not an adversary.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def _of_period(buffer: int, period: int) -> int:
 
 
 def sum_runs(memory: Any, offsets: Any, buffers: Any, targets: Any, sizes: Any) -> int:
-    """Of runs of bytes at `offsets` of `memory`, whose places are `targets` in `buffers` (numbers of the receiver's layout)."""
+    """Of runs of bytes at `offsets` of `memory`, whose places are `targets` in `buffers` (numbers of the
+    receiver's layout)."""
     factors, total = _factors(), 0
     for offset, buffer, target, size in zip(*(np.asarray(x).tolist() for x in (offsets, buffers, targets, sizes)), strict=True):
         done = 0
@@ -54,8 +56,8 @@ def sum_runs(memory: Any, offsets: Any, buffers: Any, targets: Any, sizes: Any) 
 
 
 def sum_of_pieces(layout: Layout, rank: int, buffers: Mapping[str, Any], names: list[str]) -> int:
-    """Of all pieces of a rank, or of those of the tensors `names`, as they lie in its memory: `buffers`, of which slices give the
-    bytes."""
+    """Of all pieces of a rank, or of those of the tensors `names`, as they lie in its memory: `buffers`, of
+    which slices give the bytes."""
     mine = layout.piece_rank == rank
     if names:
         mine &= np.isin(layout.piece_tensor, [k for k, name in enumerate(layout.names) if name in set(names)])

@@ -1,7 +1,9 @@
-"""Memory of a GPU as the roles use it: brought to the host and stored on the device in runs of bytes, by the CUDA driver.
+"""Memory of a GPU as the roles use it: brought to the host and stored on the device in runs of bytes, by the
+CUDA driver.
 
-Copies go by streams of their own and wait for no kernel, so `finished` is awaited first: it returns when everything is done that
-was launched on these devices before. A copy has ended when its call returns, and kernels that are launched then see it.
+Copies go by streams of their own and wait for no kernel, so `finished` is awaited first: it returns when
+everything is done that was launched on these devices before. A copy has ended when its call returns, and
+kernels that are launched then see it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ MOST_PIECES = 1024  # that are copied by one call
 
 
 class DeviceBuffer(Stored):
-    """`nbytes` bytes at `address` of the GPU number `ordinal`, which are kept alive. Made by `buffer_of` and `like`."""
+    """`nbytes` bytes at `address` of the GPU number `ordinal`, which are kept alive. Made by `buffer_of` and
+    `like`."""
 
     def __init__(self, plain: Plain, thing: Any) -> None:
         self.address, self.nbytes, self.device, self.writable = plain.address, plain.nbytes, plain.device, plain.writable
@@ -47,7 +50,8 @@ class DeviceBuffer(Stored):
         self._copy(runs, to_host=True)
 
     def write_runs(self, runs: Sequence[Run]) -> None:
-        """Store the memory of each run from its offset on. Blocks. Raises `RegistrationError` when the driver refuses."""
+        """Store the memory of each run from its offset on. Blocks. Raises `RegistrationError` when the driver
+        refuses."""
         self._copy(runs, to_host=False)
 
     def _copy(self, runs: Sequence[Run], *, to_host: bool) -> None:
@@ -63,7 +67,8 @@ class DeviceBuffer(Stored):
         return found
 
     def view(self, dtype: str, offset: int, shape: list[int], strides: list[int]) -> Any:
-        """Elements of it, with byte `strides`: a torch tensor where the memory is torch's, else a `DeviceArray`."""
+        """Elements of it, with byte `strides`: a torch tensor where the memory is torch's, else a
+        `DeviceArray`."""
         kind = lookup(dtype)
         if is_torch(self.thing) or hasattr(self.thing, "untyped"):
             flat = torch_bytes(self.thing, self.nbytes)
@@ -118,8 +123,8 @@ def like(other: DeviceBuffer, nbytes: int) -> DeviceBuffer:
 
 
 class DeviceArray:
-    """Bytes on a GPU that were allocated here, or some of them as elements: `shape`, `strides` (bytes), `dtype` (its common
-    name). Libraries of arrays take it by its `__cuda_array_interface__`."""
+    """Bytes on a GPU that were allocated here, or some of them as elements: `shape`, `strides` (bytes),
+    `dtype` (its common name). Libraries of arrays take it by its `__cuda_array_interface__`."""
 
     def __init__(self, ordinal: int, nbytes: int) -> None:
         driver = cuda.driver()
@@ -164,7 +169,8 @@ class Devices:
             await steady(self._engine, cuda.driver().synchronize, ordinal)
 
     def pin(self, region: Region) -> None:
-        """Copies between this host memory and the devices need no detour; where a limit forbids it, they are slower."""
+        """Copies between this host memory and the devices need no detour; where a limit forbids it, they are
+        slower."""
         if self.ordinals and region.nbytes:
             address = int(memory_of(region).ctypes.data)
             try:

@@ -1,7 +1,7 @@
 """Sources that lie in files: opened once, read in parts as they are needed, and never mapped.
 
-A page of a mapped file that another program has cut short ends the process that touches it. A read that comes back short is an
-error of one version.
+A page of a mapped file that another program has cut short ends the process that touches it. A read that comes
+back short is an error of one version.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from aiotransfer.weights.memory.stored import Run, Stored
 
 
 class FileMemory(Stored, Unpicklable):
-    """A regular file, opened for reading. `path`; `nbytes` and `stamp` as it was then. It is closed when nothing holds this
-    object any more: a thread may be reading. Raises `OSError`, `ValueError` for what is no regular file."""
+    """A regular file, opened for reading. `path`; `nbytes` and `stamp` as it was then. It is closed when
+    nothing holds this object any more: a thread may be reading. Raises `OSError`, `ValueError` for what is no
+    regular file."""
 
     _instead = "open the file in the process that reads it; send its path"
 
@@ -35,12 +36,14 @@ class FileMemory(Stored, Unpicklable):
         self.stamp = self.look()
 
     def look(self) -> tuple[int, int]:
-        """Size and time of the last change, as of now: they differ from `stamp` where the file was written to."""
+        """Size and time of the last change, as of now: they differ from `stamp` where the file was written
+        to."""
         now = os.fstat(self._fd)
         return now.st_size, now.st_mtime_ns
 
     def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into` from byte `offset` on. Raises `BrokenError` when the file has not that many bytes, or cannot be read."""
+        """Fill `into` from byte `offset` on. Raises `BrokenError` when the file has not that many bytes, or
+        cannot be read."""
         done = 0
         while done < len(into):
             try:
@@ -61,7 +64,8 @@ class FileMemory(Stored, Unpicklable):
 
 
 class FileBound(Bound):
-    """A rank's buffers as files: {buffer: file}. They have no address, so nothing of them can be registered."""
+    """A rank's buffers as files: {buffer: file}. They have no address, so nothing of them can be
+    registered."""
 
     layout: Layout
     _instead = "open the files in the process that reads them; send their path"

@@ -1,4 +1,5 @@
-"""Bytes that the host cannot read where they lie: files, memory of a GPU. They are brought in runs, into temporary memory."""
+"""Bytes that the host cannot read where they lie: files, memory of a GPU. They are brought in runs, into
+temporary memory."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ class Stored(ABC):
 
     @abstractmethod
     def read_runs(self, runs: Sequence[Run]) -> None:
-        """Fill the memory of each run with the bytes from its offset on. Returns when all of them are there."""
+        """Fill the memory of each run with the bytes from its offset on. Returns when all of them are
+        there."""
 
     def bring(self, there: NDArray[Any], offset: int, strides: Any) -> None:
-        """Fill the array `there` with the box of its shape whose first element lies at byte `offset`, with byte `strides`."""
+        """Fill the array `there` with the box of its shape whose first element lies at byte `offset`, with
+        byte `strides`."""
         steps = [int(step) for step, n in zip(strides, there.shape, strict=True) if n != 1]
         box = np.squeeze(there)
         order = sorted(range(box.ndim), key=lambda d: -steps[d])

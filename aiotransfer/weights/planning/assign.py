@@ -1,9 +1,9 @@
-"""Which rank sends what: work of which one of several ranks may do each part, spread so that the busiest has as little as can
-be.
+"""Which rank sends what: work of which one of several ranks may do each part, spread so that the busiest has
+as little as can be.
 
-Parts with the same candidates form a class. How much of each class each rank does is a flow problem that is solved exactly, in
-bytes; its smallest possible maximum is the bound that a plan is compared with. Parts are then dealt out in order. Pure and
-deterministic.
+Parts with the same candidates form a class. How much of each class each rank does is a flow problem that is
+solved exactly, in bytes; its smallest possible maximum is the bound that a plan is compared with. Parts are
+then dealt out in order. Pure and deterministic.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Network:
 
 
 def spread(weights: Sequence[int], candidates: Sequence[Sequence[int]], count: int) -> tuple[list[list[int]], int]:
-    """Bytes of each class for each of its candidates, and the smallest possible maximum over the `count` ranks."""
+    """Bytes of each class for each of its candidates, and the smallest possible maximum over the `count`
+    ranks."""
     total = sum(weights)
     limit = max([0, *(-(-w // len(c)) for w, c in zip(weights, candidates, strict=True) if w)])
     alone = [0] * count
@@ -110,7 +111,8 @@ def spread(weights: Sequence[int], candidates: Sequence[Sequence[int]], count: i
 def spread_within(
     weights: Sequence[int], candidates: Sequence[Sequence[int]], most: Sequence[int], nic_of: Sequence[int], nic_most: int
 ) -> list[list[int]]:
-    """As `spread`, with about `most[rank]` bytes for a rank and `nic_most` for a NIC; both limits rise as far as needed."""
+    """As `spread`, with about `most[rank]` bytes for a rank and `nic_most` for a NIC; both limits rise as far
+    as needed."""
     count, nics, total = len(nic_of), max(nic_of, default=-1) + 1, sum(weights)
     rise = max([1, nic_most, *most])
     slack = 0
@@ -131,8 +133,9 @@ def spread_within(
 
 
 def deal(sizes: Ints, kind: Ints, candidates: Sequence[Sequence[int]], shares: Sequence[Sequence[int]]) -> Ints:
-    """The rank (int32) for each part of `sizes` bytes, whose candidates are `candidates[kind[part]]`, of which each takes the
-    bytes that `shares` says. Parts of a class go to its ranks in order, so that each rank has its share up to one part."""
+    """The rank (int32) for each part of `sizes` bytes, whose candidates are `candidates[kind[part]]`, of
+    which each takes the bytes that `shares` says. Parts of a class go to its ranks in order, so that each
+    rank has its share up to one part."""
     chosen = np.zeros(len(sizes), np.int32)
     order = np.argsort(kind, kind="stable")
     ends = np.cumsum(np.bincount(kind, minlength=len(candidates)))
@@ -150,8 +153,8 @@ def deal(sizes: Ints, kind: Ints, candidates: Sequence[Sequence[int]], shares: S
 def even_out(
     sizes: Ints, kind: Ints, candidates: Sequence[Sequence[int]], chosen: Ints, groups: Sequence[int], most: int
 ) -> Ints:
-    """Move parts, largest first, to candidates that have less to do than their rank has, and are of the same group (`groups`: of
-    each rank; the NIC that it shares). Looks at `most` parts, one by one, twice."""
+    """Move parts, largest first, to candidates that have less to do than their rank has, and are of the same
+    group (`groups`: of each rank; the NIC that it shares). Looks at `most` parts, one by one, twice."""
     load = np.zeros(len(groups), np.int64)
     np.add.at(load, chosen, sizes)
     loads = load.tolist()

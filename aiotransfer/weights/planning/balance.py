@@ -18,11 +18,11 @@ Ints = npt.NDArray[Any]
 class Balance:
     """Bytes of one update by who moves them (int64 arrays).
 
-    `sent` [trainer ranks], `gathered` [trainer ranks] (read from other trainer ranks for blocks that a shard's edge cuts),
-    `received` [receivers], `relayed` [receivers] (passed on to other instances). `nics` (tuple of names) and `nic_sent` (bytes
-    that leave by each NIC of the trainers for another host). `sender_bound`, `nic_bound`: the smallest that the most loaded
-    sender and NIC could have with these placements and with the same host first (the exact solution of the flow problem, in
-    bytes).
+    `sent` [trainer ranks], `gathered` [trainer ranks] (read from other trainer ranks for blocks that a
+    shard's edge cuts), `received` [receivers], `relayed` [receivers] (passed on to other instances). `nics`
+    (tuple of names) and `nic_sent` (bytes that leave by each NIC of the trainers for another host).
+    `sender_bound`, `nic_bound`: the smallest that the most loaded sender and NIC could have with these
+    placements and with the same host first (the exact solution of the flow problem, in bytes).
     """
 
     sent: Ints
@@ -83,7 +83,8 @@ class Balance:
 
     @staticmethod
     def over_mean(values: Ints) -> float:
-        """The largest of `values` (an array) over their mean; 1.0 where all are equal, and where there are none."""
+        """The largest of `values` (an array) over their mean; 1.0 where all are equal, and where there are
+        none."""
         mean = float(values.mean()) if len(values) else 0.0
         return float(values.max()) / mean if mean else 1.0
 

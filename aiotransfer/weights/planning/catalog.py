@@ -1,7 +1,8 @@
 """The tensors of all instances of an update in one table: those that are made alike stand in it once. Pure.
 
-Instances may hold the same model in different forms: one takes bfloat16, another float8 with scales. What is the same for several
-instances (name, shape, type, and the parts of the trainers' tensors that it is made of) is made once, and sent to all of them.
+Instances may hold the same model in different forms: one takes bfloat16, another float8 with scales. What is
+the same for several instances (name, shape, type, and the parts of the trainers' tensors that it is made of)
+is made once, and sent to all of them.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ ONES = ("piece_stop", "piece_extent")  # have 1 in dimensions that a tensor lack
 
 
 class Catalog:
-    """T tensors: `names`, `shapes`, `dtypes`, `groups` (tuples), `itemsizes` (int64 [T]), `shape_array` (int64 [T, D], with 1 in
-    dimensions that a tensor lacks), `ndim` (D, of all instances). `home` (int32 [T, 2]): the instance that describes the tensor,
-    and its number there; `of` (int32): the catalog's numbers of all tensors of each instance, one instance after the other.
+    """T tensors: `names`, `shapes`, `dtypes`, `groups` (tuples), `itemsizes` (int64 [T]), `shape_array`
+    (int64 [T, D], with 1 in dimensions that a tensor lacks), `ndim` (D, of all instances). `home` (int32 [T,
+    2]): the instance that describes the tensor, and its number there; `of` (int32): the catalog's numbers of
+    all tensors of each instance, one instance after the other.
     """
 
     def __init__(self, instances: Mapping[str, Layout], home: Ints, of: Ints) -> None:
@@ -88,7 +90,8 @@ class Catalog:
 
 @dataclass(slots=True)
 class Kind:
-    """Instances whose tensors are alike and are made by the same rules. `layout`: of the first of them; `instances`: names."""
+    """Instances whose tensors are alike and are made by the same rules. `layout`: of the first of them;
+    `instances`: names."""
 
     layout: Layout
     links: Links
@@ -109,7 +112,8 @@ def kinds(trainer: Layout, instances: Mapping[str, Layout], rules: Rules, names:
 
 
 def problems(found: Sequence[Kind]) -> list[str]:
-    """What is wrong with the links of all kinds: once where it is wrong with all, else with the first instance of the kind."""
+    """What is wrong with the links of all kinds: once where it is wrong with all, else with the first
+    instance of the kind."""
     if len(found) == 1:
         return list(found[0].links.problems)
     every = set.intersection(*(set(kind.links.problems) for kind in found))
@@ -154,7 +158,8 @@ def _joined(parts: Sequence[tuple[Kind, Ints, Ints]]) -> Links:
 
 
 def _keys(kind: Kind) -> list[Hashable]:
-    """What must be equal for two tensors to be one; of a tensor of scales also the tensor whose scales they are."""
+    """What must be equal for two tensors to be one; of a tensor of scales also the tensor whose scales they
+    are."""
     layout, links = kind.layout, kind.links
     made: dict[int, list[Hashable]] = {}
     for x in links.links:

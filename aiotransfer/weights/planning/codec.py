@@ -34,8 +34,8 @@ def encode(plan: Schedule) -> bytes:
 
 
 def decode(kind: type[PlanT], data: Any, *, most_bytes: int = MOST_BYTES) -> PlanT:
-    """The plan that `encode` was given. Raises `DescriptorError` for anything else, and before it would take more than
-    `most_bytes`."""
+    """The plan that `encode` was given. Raises `DescriptorError` for anything else, and before it would take
+    more than `most_bytes`."""
     header, arrays = pack.decode(MAGIC, data, most_bytes)
     with pack.refusing("a plan"):
         names = [str(name) for name in header["instances"]]

@@ -28,7 +28,8 @@ def size(nbytes: float) -> str:
 
 
 def text(plan: Schedule) -> str:
-    """The plan for people: totals, how even they are, what is cast or quantised, and the largest of what ranks send."""
+    """The plan for people: totals, how even they are, what is cast or quantised, and the largest of what
+    ranks send."""
     balance = Balance.of(plan)
     trainer = plan.trainer
     wanted = np.flatnonzero(plan.tensor_kind >= 0)
@@ -77,8 +78,8 @@ def _kinds(plan: Schedule, wanted: Ints) -> list[str]:
 
 
 def matrix(plan: Schedule) -> tuple[Ints, Ints]:
-    """Bytes from each trainer rank to each receiver [trainer ranks, receivers], and passed on between receivers [receivers,
-    receivers]."""
+    """Bytes from each trainer rank to each receiver [trainer ranks, receivers], and passed on between
+    receivers [receivers, receivers]."""
     direct = np.zeros((plan.trainer.ranks, plan.receivers), np.int64)
     for begin in range(0, len(plan.move_job), STEP):
         moves = np.arange(begin, min(begin + STEP, len(plan.move_job)))

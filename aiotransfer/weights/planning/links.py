@@ -1,4 +1,5 @@
-"""From names and rules to links: which box of which trainer tensor becomes which box of which inference tensor. Pure."""
+"""From names and rules to links: which box of which trainer tensor becomes which box of which inference
+tensor. Pure."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ Ints = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A box of trainer tensor `source` is a box of inference tensor `target`: dimension j of the target is dimension `axes[j]`
-    of the source, moved by `shift[j]` elements; where `axes[j]` is -1 the target's index is `shift[j]`. `low`, `high`: the
-    source's box."""
+    """A box of trainer tensor `source` is a box of inference tensor `target`: dimension j of the target is
+    dimension `axes[j]` of the source, moved by `shift[j]` elements; where `axes[j]` is -1 the target's index
+    is `shift[j]`. `low`, `high`: the source's box."""
 
     source: int
     target: int
@@ -39,10 +40,10 @@ class Link:
 
 @dataclass(slots=True)
 class Links:
-    """All links, and for each inference tensor what is done on the way: `kind` (COPY, CAST, QUANTISE), `scale` (index of the
-    tensor of scales, -1: none), `block` (rows, columns; 1 where not quantised), `wanted` (False: not part of this update, or a
-    scale, which is made on the way), `scale_of` (for a tensor of scales that is made on the way: the tensor whose scales they
-    are, else -1)."""
+    """All links, and for each inference tensor what is done on the way: `kind` (COPY, CAST, QUANTISE),
+    `scale` (index of the tensor of scales, -1: none), `block` (rows, columns; 1 where not quantised),
+    `wanted` (False: not part of this update, or a scale, which is made on the way), `scale_of` (for a tensor
+    of scales that is made on the way: the tensor whose scales they are, else -1)."""
 
     links: list[Link]
     kind: Ints
@@ -333,7 +334,8 @@ class _Resolver:
             self.result.kind[k] = CAST
 
     def _scales(self) -> dict[int, int]:
-        """{index of a tensor of scales: index of its tensor, -1 where that is missing}, by the rules; checks types and shapes."""
+        """{index of a tensor of scales: index of its tensor, -1 where that is missing}, by the rules; checks
+        types and shapes."""
         scales: dict[int, int] = {}
         every = (*self.inference.names, *self.inference.aliases)
         for target, scale, rule in self.quantised:

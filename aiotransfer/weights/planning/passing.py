@@ -1,8 +1,9 @@
 """What roles need of a plan in which instances pass parts on to one another. Pure.
 
-What a trainer rank writes to a receiver in one phase and part is a *call*; a receiver may pass it on when all of it has landed.
-So calls are counted apart from one another: each is a *step*, with a counter of its own. Where a receiver would need too many
-counters, several calls that follow one another are one step. A *route* is the table of all that one receiver passes on.
+What a trainer rank writes to a receiver in one phase and part is a *call*; a receiver may pass it on when all
+of it has landed. So calls are counted apart from one another: each is a *step*, with a counter of its own.
+Where a receiver would need too many counters, several calls that follow one another are one step. A *route*
+is the table of all that one receiver passes on.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ COLUMNS = ("source_buffer", "source_offset", "target_buffer", "target_offset", "
 
 
 def step_of(call: int, calls: int, senders: int) -> int:
-    """The step of a call: number `call` of the `calls` that one of `senders` trainer ranks makes to one receiver."""
+    """The step of a call: number `call` of the `calls` that one of `senders` trainer ranks makes to one
+    receiver."""
     most = max(MOST_STEPS // senders, 1)
     return call if calls <= most else call * most // calls
 
 
 class Coming(NamedTuple):
-    """What one receiver is sent. `steps`: {trainer rank: counted writes of each step}; `step`: {(trainer rank, phase, part):
-    step}; `relayed`: {receiver that passes on: {trainer rank whose parts it passes on: counted writes}}."""
+    """What one receiver is sent. `steps`: {trainer rank: counted writes of each step}; `step`: {(trainer
+    rank, phase, part): step}; `relayed`: {receiver that passes on: {trainer rank whose parts it passes on:
+    counted writes}}."""
 
     steps: dict[int, list[int]]
     step: dict[tuple[int, int, int], int]
@@ -62,7 +65,8 @@ def comings(plan: Plan) -> list[Coming]:
 
 
 def _counted(plan: Plan, piece: Ints, relayed: Ints | None) -> list[list[int]]:
-    """Sorted rows: of direct moves (receiver, sender, phase, part, writes), of relays (receiver, relay, trainer rank, writes)."""
+    """Sorted rows: of direct moves (receiver, sender, phase, part, writes), of relays (receiver, relay,
+    trainer rank, writes)."""
     parts = []
     for begin in range(0, len(piece), ROWS):
         pieces = piece[begin : begin + ROWS]
@@ -81,7 +85,8 @@ def _counted(plan: Plan, piece: Ints, relayed: Ints | None) -> list[list[int]]:
 
 
 def _summed(table: Ints) -> Ints:
-    """Columns that differ in the last row alone become one, with the sum; sorted by the rows before, the first first."""
+    """Columns that differ in the last row alone become one, with the sum; sorted by the rows before, the
+    first first."""
     order = np.lexsort(table[-2::-1])
     table = table[:, order]
     new = np.ones(table.shape[1], bool)
@@ -92,7 +97,8 @@ def _summed(table: Ints) -> Ints:
 
 
 class Hop(NamedTuple):
-    """The writes `begin` to `end` of a route: what goes to `receiver` once `step` of trainer rank `feeder` has landed."""
+    """The writes `begin` to `end` of a route: what goes to `receiver` once `step` of trainer rank `feeder`
+    has landed."""
 
     feeder: int
     step: int
@@ -103,8 +109,9 @@ class Hop(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`hops`, in order, and their writes (int64 arrays): `source_buffer` and `target_buffer` count the buffers of the ranks that
-    pass on and receive, in the order of their layouts; offsets and lengths in bytes."""
+    """`hops`, in order, and their writes (int64 arrays): `source_buffer` and `target_buffer` count the
+    buffers of the ranks that pass on and receive, in the order of their layouts; offsets and lengths in
+    bytes."""
 
     hops: tuple[Hop, ...]
     source_buffer: Ints
@@ -139,9 +146,9 @@ def _local(plan: Plan, receiver: int, buffers: Ints) -> Ints:
 
 
 def decode(data: bytes, sizes: list[int], steps: dict[int, int], receivers: set[int]) -> Route:
-    """The route of a rank whose buffers have `sizes` bytes. Raises `DescriptorError` for other bytes, for writes from outside of
-    these buffers, for steps that do not come (`steps`: how many of each trainer rank) and for receivers that are not in
-    `receivers`."""
+    """The route of a rank whose buffers have `sizes` bytes. Raises `DescriptorError` for other bytes, for
+    writes from outside of these buffers, for steps that do not come (`steps`: how many of each trainer rank)
+    and for receivers that are not in `receivers`."""
     _, arrays = pack.decode(MAGIC, data, MOST_BYTES)
     with pack.refusing("a route"):
         table, columns = arrays["hops"], [arrays[name] for name in COLUMNS]

@@ -22,8 +22,8 @@ KINDS = ("copied", "cast", "quantised")
 
 
 def svg(plan: Schedule) -> str:
-    """Trainers on the left, receivers on the right, a band for each pair as thick as its bytes; bars show what is made on the
-    way."""
+    """Trainers on the left, receivers on the right, a band for each pair as thick as its bytes; bars show
+    what is made on the way."""
     direct, passed = explain.matrix(plan)
     senders, receivers = _groups(len(direct)), _groups(plan.receivers)
     flows = _sum(_sum(direct, senders, 0), receivers, 1)

@@ -37,20 +37,22 @@ def make_plan(
     staged: bool = False,
     apart: bool = False,
 ) -> Plan:
-    """A schedule of writes that brings every byte of the inference side's tensors from the trainers, each exactly once.
+    """A schedule of writes that brings every byte of the inference side's tensors from the trainers, each
+    exactly once.
 
-    `trainer`: where the trainers' tensors lie; `inference`: the same of one instance, or {name: layout} of several (alone, it
-    is named "inference"); they may hold the model in different types. `rules`: see `aiotransfer.weights.planning.rules`; a list
-    for all instances, or {instance: list} with the key "" for those that are not named. `staging_bytes` (default 1 GiB):
-    temporary memory that each trainer rank may use for tensors that are cast or quantised on the way; larger ones go in parts.
-    `fanout`: "direct" (trainers write to all instances) or "relay" (each byte leaves the trainers about once, instances pass
-    parts on to one another). `names`: templates of the inference tensors that are part of the update (default: all). `staged`:
-    the trainers' tensors cannot be written from where they lie (files, a GPU): what is only copied goes through the staging
-    memory, too. `apart`: they can, but not be converted there (a GPU that rails reach): what is cast or quantised is first
-    brought into the staging memory.
+    `trainer`: where the trainers' tensors lie; `inference`: the same of one instance, or {name: layout} of
+    several (alone, it is named "inference"); they may hold the model in different types. `rules`: see
+    `aiotransfer.weights.planning.rules`; a list for all instances, or {instance: list} with the key "" for
+    those that are not named. `staging_bytes` (default 1 GiB): temporary memory that each trainer rank may use
+    for tensors that are cast or quantised on the way; larger ones go in parts. `fanout`: "direct" (trainers
+    write to all instances) or "relay" (each byte leaves the trainers about once, instances pass parts on to
+    one another). `names`: templates of the inference tensors that are part of the update (default: all).
+    `staged`: the trainers' tensors cannot be written from where they lie (files, a GPU): what is only copied
+    goes through the staging memory, too. `apart`: they can, but not be converted there (a GPU that rails
+    reach): what is cast or quantised is first brought into the staging memory.
 
-    Raises `PlanError`, whose `.problems` lists everything that does not fit, before anything is moved; `TypeError` and
-    `ValueError` for arguments that cannot be.
+    Raises `PlanError`, whose `.problems` lists everything that does not fit, before anything is moved;
+    `TypeError` and `ValueError` for arguments that cannot be.
     """
     if fanout not in ("direct", "relay"):
         raise ValueError(f'fanout is "direct" or "relay", not {quote(fanout)}')
@@ -198,7 +200,8 @@ class _Planner:
         self.blocks = block_table(self.catalog.shapes, self.links.block, self.ndim)
 
     def _cut(self, units: sources.Units, cells: sources.Cells) -> sources.Units:
-        """Units small enough for staging memory, and to be spread evenly where several ranks could send them."""
+        """Units small enough for staging memory, and to be spread evenly where several ranks could send
+        them."""
         kind = self.links.kind[units.tensor]
         item = self.catalog.itemsizes[units.tensor].copy()
         source_item = np.zeros(len(self.catalog.names), np.int64)
@@ -225,7 +228,8 @@ class _Planner:
         return sources.cut_to(most, units, self.blocks[units.tensor], item)
 
     def _whole_rows(self, units: sources.Units, item: Ints) -> Ints:
-        """Bytes of the smallest part of each unit that has whole rows: what is cut smaller would be many short writes."""
+        """Bytes of the smallest part of each unit that has whole rows: what is cut smaller would be many
+        short writes."""
         ndims = np.array([len(shape) for shape in self.catalog.shapes], np.int64)[units.tensor]
         extent, rows = units.stop - units.start, self.blocks[units.tensor].copy()
         several = np.flatnonzero(ndims > 1)
@@ -233,7 +237,8 @@ class _Planner:
         return np.asarray(np.prod(np.minimum(rows, np.maximum(extent, 1)), axis=1) * item)
 
     def _moves(self, units: sources.Units) -> Moves:
-        """Every unit to every target piece that it meets; and its scales to the pieces of its tensor of scales."""
+        """Every unit to every target piece that it meets; and its scales to the pieces of its tensor of
+        scales."""
         parts = []
         for unit, piece in boxes.overlaps_in_parts(
             units.tensor, units.start, units.stop, self.target_tensor, self.target_start, self.target_stop

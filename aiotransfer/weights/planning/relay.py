@@ -16,7 +16,8 @@ Ints = npt.NDArray[Any]
 
 @dataclass(slots=True)
 class Relays:
-    """Moves that are passed on: `fed` [X] (index of the direct move whose landed bytes are passed on), `piece` (target piece)."""
+    """Moves that are passed on: `fed` [X] (index of the direct move whose landed bytes are passed on),
+    `piece` (target piece)."""
 
     fed: Ints
     piece: Ints
@@ -27,9 +28,10 @@ def separate(
 ) -> tuple[Moves, Relays]:
     """Direct moves, and those that an instance passes on.
 
-    Instances take turns in being the first for a unit, so that each passes on about as many bytes as another. A move to another
-    instance is passed on by a rank of the first that gets all of its box in one piece (with several such ranks in turn); where
-    there is none (instances that are cut differently), the trainers send it.
+    Instances take turns in being the first for a unit, so that each passes on about as many bytes as another.
+    A move to another instance is passed on by a rank of the first that gets all of its box in one piece (with
+    several such ranks in turn); where there is none (instances that are cut differently), the trainers send
+    it.
     """
     of = instance[moves.piece]
     key = moves.unit.astype(np.int64) * 2 + moves.scale

@@ -70,8 +70,8 @@ class Schedule:
         phases: tuple[str, ...],
         arrays: Mapping[str, Ints],
     ) -> None:
-        """Not for users: `make_plan` makes plans. `trainer`, `instances`, `fanout`, `staging_bytes`, `phases`, `arrays` (by
-        name): as the class `Plan` describes them."""
+        """Not for users: `make_plan` makes plans. `trainer`, `instances`, `fanout`, `staging_bytes`,
+        `phases`, `arrays` (by name): as the class `Plan` describes them."""
         self.trainer = trainer
         self.instances = dict(instances)
         self.fanout = fanout
@@ -94,7 +94,8 @@ class Schedule:
 
     @functools.cached_property
     def piece_base(self) -> Ints:
-        """The number of the first target piece of each instance, and behind them the number of all (int64)."""
+        """The number of the first target piece of each instance, and behind them the number of all
+        (int64)."""
         return np.concatenate([[0], np.cumsum([len(x.piece_rank) for x in self.instances.values()])]).astype(np.int64)
 
     @property
@@ -103,7 +104,8 @@ class Schedule:
         return int(self.receiver_base[-1])
 
     def receiver(self, instance: str, rank: int) -> int:
-        """The number of rank `rank` of `instance`. Raises `KeyError` or `IndexError` for one that does not exist."""
+        """The number of rank `rank` of `instance`. Raises `KeyError` or `IndexError` for one that does not
+        exist."""
         number = list(self.instances).index(instance) if instance in self.instances else None
         if number is None:
             raise KeyError(f"this plan has the instances {', '.join(self.instances)}; not {quote(instance)}")
@@ -123,7 +125,8 @@ class Schedule:
         return np.concatenate(ranks).astype(np.int32)
 
     def pieces(self, name: str, which: Ints) -> Ints:
-        """The values that are called `name` (`piece_*`) in the instances' layouts, of target pieces by number (`which`)."""
+        """The values that are called `name` (`piece_*`) in the instances' layouts, of target pieces by number
+        (`which`)."""
         first = padded(name, getattr(next(iter(self.instances.values())), name), self.catalog.ndim)
         result = np.zeros((len(which), *first.shape[1:]), first.dtype)
         for k, layout in enumerate(self.instances.values()):
@@ -134,8 +137,8 @@ class Schedule:
     # ---- what moves have in common ----
 
     def move_box(self, moves: Ints, pieces: Ints | None = None) -> tuple[Ints, Ints, Ints]:
-        """(tensor, start, stop) of what `moves` carry: in elements of the target tensor, or of its tensor of scales. `pieces`:
-        other target pieces than the moves' own (of relays)."""
+        """(tensor, start, stop) of what `moves` carry: in elements of the target tensor, or of its tensor of
+        scales. `pieces`: other target pieces than the moves' own (of relays)."""
         unit = self.job_unit[self.move_job[moves]]
         tensor = self.unit_tensor[unit].astype(np.int64)
         start, stop = self.unit_start[unit].astype(np.int64), self.unit_stop[unit].astype(np.int64)
@@ -162,9 +165,9 @@ class Schedule:
         return np.asarray(boxes.volume(start, stop) * self.itemsizes[tensor])
 
     def input_place(self, inputs: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-        """Where `inputs` lie: (`start`, `stop`) of the part of the unit that each brings, in elements of the target tensor;
-        `offset`: bytes in its trainer buffer; `strides` [n, D]: bytes from one element to the next in the target's
-        dimensions."""
+        """Where `inputs` lie: (`start`, `stop`) of the part of the unit that each brings, in elements of the
+        target tensor; `offset`: bytes in its trainer buffer; `strides` [n, D]: bytes from one element to the
+        next in the target's dimensions."""
         piece, link = self.input_piece[inputs], self.input_link[inputs]
         trainer = self.trainer
         axes, shift = self.link_axes[link].astype(np.int64), self.link_shift[link]
@@ -202,7 +205,8 @@ class Schedule:
 
     @functools.cached_property
     def digest(self) -> str:
-        """32 hexadecimal digits of the whole plan, layouts included: equal on all ranks that were given the same."""
+        """32 hexadecimal digits of the whole plan, layouts included: equal on all ranks that were given the
+        same."""
         return pack.digest(self._header(), {name: getattr(self, name) for name in PLAN_ARRAYS})
 
     def __eq__(self, other: object) -> bool:

@@ -22,7 +22,8 @@ ENOUGH = 1.005  # of the bound: nothing is evened out
 
 @dataclass(slots=True)
 class Moves:
-    """A unit (or its scales, `scale` = 1) to a target piece: `unit`, `piece` (int32), `scale` (uint8), `nbytes` (int64)."""
+    """A unit (or its scales, `scale` = 1) to a target piece: `unit`, `piece` (int32), `scale` (uint8),
+    `nbytes` (int64)."""
 
     unit: Ints
     piece: Ints
@@ -43,9 +44,9 @@ class Moves:
 
 @dataclass(slots=True)
 class Work:
-    """Jobs (`unit`, `sender`), in the order of units and senders; the moves and for each its `job`; inputs (`input_job`,
-    `input_row`: of `Held`), sorted by job; `gathers` (bool for each job: it has inputs of several pieces); `bound`: (sender,
-    NIC) in bytes."""
+    """Jobs (`unit`, `sender`), in the order of units and senders; the moves and for each its `job`; inputs
+    (`input_job`, `input_row`: of `Held`), sorted by job; `gathers` (bool for each job: it has inputs of
+    several pieces); `bound`: (sender, NIC) in bytes."""
 
     unit: Ints
     sender: Ints
@@ -58,8 +59,8 @@ class Work:
 
 
 class _Touched(NamedTuple):
-    """The units that are no single cell (`broken`, by number), and which cells they touch: pairs of `unit`, an index of
-    `broken`, and `cell`, sorted by unit."""
+    """The units that are no single cell (`broken`, by number), and which cells they touch: pairs of `unit`,
+    an index of `broken`, and `cell`, sorted by unit."""
 
     broken: Ints
     unit: Ints
@@ -77,9 +78,10 @@ class _Sets:
 def choose(
     trainer: Layout, targets: tuple[Ints, list[str]], units: Units, cells: Cells, have: Held, made: Ints, moves: Moves
 ) -> Work:
-    """A sender for every move: of the ranks that hold the unit those on the receiver's host, where there are any; and of these
-    so that all send about the same. A unit that is made on the way is made once, unless receivers on different hosts have
-    holders there. `made`: for each inference tensor whether its units are made on the way."""
+    """A sender for every move: of the ranks that hold the unit those on the receiver's host, where there are
+    any; and of these so that all send about the same. A unit that is made on the way is made once, unless
+    receivers on different hosts have holders there. `made`: for each inference tensor whether its units are
+    made on the way."""
     broken = np.flatnonzero(units.cell < 0)
     touched = _Touched(broken, *boxes.overlaps(
         units.tensor[broken], units.start[broken], units.stop[broken], cells.tensor, cells.start, cells.stop
@@ -144,7 +146,8 @@ def _distinct(owners: Ints, ranks: Ints, begin: Ints) -> tuple[Ints, list[list[i
 def _candidates(
     trainer: Layout, targets: tuple[Ints, list[str]], sets: _Sets, moves: Moves
 ) -> tuple[Ints, list[list[int]], list[bool]]:
-    """For each move the number of its candidates, the candidates, and which of these are on the receivers' own host."""
+    """For each move the number of its candidates, the candidates, and which of these are on the receivers'
+    own host."""
     kind = sets.of_unit[moves.unit]
     ours, theirs = host_numbers(trainer.hosts, targets[1])
     if not set(ours.tolist()) & set(theirs.tolist()):
@@ -212,8 +215,8 @@ def _share(every: list[list[int]], used: list[int], weights: Ints, candidates: l
 
 
 def _inputs(trainer: Layout, unit: Ints, sender: Ints, units: Units, cells: Cells, touched: _Touched) -> tuple[Ints, Ints]:
-    """(job, row of `Held`) of all that jobs are made of: the sender's own pieces where it has them, else those of another rank,
-    on the sender's host where there is one."""
+    """(job, row of `Held`) of all that jobs are made of: the sender's own pieces where it has them, else
+    those of another rank, on the sender's host where there is one."""
     whole = np.flatnonzero(units.cell[unit] >= 0)
     parts = np.flatnonzero(units.cell[unit] < 0)
     begin = np.searchsorted(touched.unit, np.arange(len(touched.broken) + 1))
@@ -239,7 +242,8 @@ def _inputs(trainer: Layout, unit: Ints, sender: Ints, units: Units, cells: Cell
 
 
 def _nearest(hosts: Ints, sender: Ints, first: Ints, many: Ints, pick: Ints, holder_rank: Ints) -> Ints:
-    """Where a holder on the sender's host exists, that one (the first) instead of the one that its turn gave."""
+    """Where a holder on the sender's host exists, that one (the first) instead of the one that its turn
+    gave."""
     row = np.repeat(np.arange(len(first)), many)
     at = np.repeat(first, many) + np.arange(len(row)) - np.repeat(np.cumsum(many) - many, many)
     same = np.flatnonzero((hosts[holder_rank[at]] == hosts[sender[row]]) & (hosts[sender[row]] >= 0))

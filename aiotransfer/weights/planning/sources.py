@@ -1,5 +1,5 @@
-"""What the trainers hold, in the coordinates of the inference side: cells, their holders, and the units of work they make.
-Pure."""
+"""What the trainers hold, in the coordinates of the inference side: cells, their holders, and the units of
+work they make. Pure."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Ints = npt.NDArray[Any]
 
 @dataclass(slots=True)
 class Held:
-    """Trainer pieces mapped through the links (H of them): `piece`, `link` (indices), and the box in the target's coordinates:
-    `target` (tensor), `start`, `stop` [H, D]."""
+    """Trainer pieces mapped through the links (H of them): `piece`, `link` (indices), and the box in the
+    target's coordinates: `target` (tensor), `start`, `stop` [H, D]."""
 
     piece: Ints
     link: Ints
@@ -31,9 +31,10 @@ class Held:
 
 @dataclass(slots=True)
 class Cells:
-    """Boxes of inference tensors that do not overlap and are each held whole by one or more trainer ranks (C of them):
-    `tensor`, `start`, `stop` [C, D]; and their holders, sorted by cell and rank (each rank once): `holder_cell`,
-    `holder_rank`, `holder` (row of `Held`), `begin` [C + 1]: where each cell's holders begin."""
+    """Boxes of inference tensors that do not overlap and are each held whole by one or more trainer ranks (C
+    of them): `tensor`, `start`, `stop` [C, D]; and their holders, sorted by cell and rank (each rank once):
+    `holder_cell`, `holder_rank`, `holder` (row of `Held`), `begin` [C + 1]: where each cell's holders
+    begin."""
 
     tensor: Ints
     start: Ints
@@ -46,8 +47,8 @@ class Cells:
 
 @dataclass(slots=True)
 class Units:
-    """Boxes that are sent, cast or quantised as one (U of them), without overlaps: `tensor`, `start`, `stop` [U, D], `cell`
-    (the cell that holds all of it, -1: it must be gathered from several)."""
+    """Boxes that are sent, cast or quantised as one (U of them), without overlaps: `tensor`, `start`, `stop`
+    [U, D], `cell` (the cell that holds all of it, -1: it must be gathered from several)."""
 
     tensor: Ints
     start: Ints
@@ -56,8 +57,8 @@ class Units:
 
 
 def link_table(links: Sequence[Link], source_ndim: int, target_ndim: int) -> tuple[Ints, Ints, Ints, Ints]:
-    """`low`, `high` [L, source dimensions] and `axes`, `shift` [L, target dimensions] of all links, with the dimensions that a
-    tensor lacks filled in."""
+    """`low`, `high` [L, source dimensions] and `axes`, `shift` [L, target dimensions] of all links, with the
+    dimensions that a tensor lacks filled in."""
     low, high = np.zeros((len(links), source_ndim), np.int64), np.ones((len(links), source_ndim), np.int64)
     axes, shift = np.full((len(links), target_ndim), -1, np.int64), np.zeros((len(links), target_ndim), np.int64)
     for k, link in enumerate(links):
@@ -99,8 +100,8 @@ def cells(trainer: Layout, have: Held) -> Cells:
 
 
 def units(found: Cells, links: Links, shapes: Ints, ndims: Ints) -> Units:
-    """What is sent as one: cells; of quantised tensors the whole blocks of a cell, and apart from these the blocks that begin
-    in it and do not end in it. So each block belongs to one unit."""
+    """What is sent as one: cells; of quantised tensors the whole blocks of a cell, and apart from these the
+    blocks that begin in it and do not end in it. So each block belongs to one unit."""
     quantised = links.kind[found.tensor] == QUANTISE
     plain = np.flatnonzero(~quantised)
     parts = [Units(found.tensor[plain], found.start[plain], found.stop[plain], plain)]
@@ -138,8 +139,8 @@ def _blocks(found: Cells, rows: Ints, links: Links, shapes: Ints, ndims: Ints) -
 
 
 def cut_to(sizes: Ints, unit: Units, align: Ints, itemsize: Ints) -> Units:
-    """Units in parts of at most `sizes` bytes (one value for each unit, at `itemsize` bytes an element), by rows where
-    possible; edges fall on multiples of `align` [U, D]."""
+    """Units in parts of at most `sizes` bytes (one value for each unit, at `itemsize` bytes an element), by
+    rows where possible; edges fall on multiples of `align` [U, D]."""
     step = boxes.steps_within(unit.stop - unit.start, itemsize, sizes, align)
     k, start, stop = boxes.tiles(unit.start, unit.stop, step)
     return Units(unit.tensor[k], start, stop, unit.cell[k])

@@ -1,7 +1,7 @@
 """The order of each sender's jobs, and where their input and output lie in its staging memory. Pure.
 
-The staging memory has two halves. A sender's jobs come in parts that each fit into one half; while one part is written from its
-half, the next is made in the other.
+The staging memory has two halves. A sender's jobs come in parts that each fit into one half; while one part
+is written from its half, the next is made in the other.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def largest(staging_bytes: int) -> int:
 
 
 class Material(NamedTuple):
-    """What jobs are made from. Of each inference tensor: `blocks`, the elements that have one scale together, and `made`, whether
-    its units are made in staging memory."""
+    """What jobs are made from. Of each inference tensor: `blocks`, the elements that have one scale together,
+    and `made`, whether its units are made in staging memory."""
 
     trainer: Layout
     catalog: Catalog
@@ -45,8 +45,8 @@ class Material(NamedTuple):
 def arrange(
     material: Material, work: Work, tensor_phase: Ints, staging_bytes: int, receiver: Ints, *, relays: bool
 ) -> dict[str, Ints]:
-    """The arrays of jobs, inputs and moves of a plan, sorted as it has them, and `move_order`: which of the work's moves each
-    is. `relays`: instances pass parts on to one another."""
+    """The arrays of jobs, inputs and moves of a plan, sorted as it has them, and `move_order`: which of the
+    work's moves each is. `relays`: instances pass parts on to one another."""
     units, have, made = material.units, material.have, material.made
     tensor = units.tensor[work.unit]
     phase = tensor_phase[tensor].astype(np.int64)
@@ -76,8 +76,8 @@ def arrange(
 
 
 def _order(work: Work, phase: Ints, receiver: Ints) -> Ints:
-    """Jobs by sender and phase, and in these by their first receiver; but each sender begins at another place of its list, so
-    that not all write to the same receivers at one time."""
+    """Jobs by sender and phase, and in these by their first receiver; but each sender begins at another place
+    of its list, so that not all write to the same receivers at one time."""
     first = np.full(len(work.unit), np.iinfo(np.int64).max)
     np.minimum.at(first, work.job, receiver[work.moves.piece])
     order = np.lexsort((work.unit, first, phase, work.sender))
@@ -116,8 +116,8 @@ def _sizes(material: Material, work: Work, order: Ints, align: int) -> Ints:
 def _parts(
     group: Ints, sender: Ints, size: Ints, staging_bytes: int, catalog: Catalog, tensor: Ints, written: Ints | None
 ) -> tuple[Ints, Ints]:
-    """The part of each job (counted through the phases of a sender) and where in staging memory its first byte lies. `written`:
-    bytes that each job writes, where parts of about equal bytes are wanted."""
+    """The part of each job (counted through the phases of a sender) and where in staging memory its first
+    byte lies. `written`: bytes that each job writes, where parts of about equal bytes are wanted."""
     if not len(size):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     half = staging_bytes // 2 // 16 * 16

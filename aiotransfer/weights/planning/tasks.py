@@ -1,5 +1,5 @@
-"""What one rank does in a plan, as arrays: a trainer's jobs and writes, a receiver's expected writes and what it passes on.
-Pure."""
+"""What one rank does in a plan, as arrays: a trainer's jobs and writes, a receiver's expected writes and what
+it passes on. Pure."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ STAGING = -1  # in place of a buffer's number: the sender's staging memory
 
 
 class Call(NamedTuple):
-    """The writes `begin` to `end` of a `Writes`: all that go to one receiver in one phase and part, fed by one trainer (of
-    relays)."""
+    """The writes `begin` to `end` of a `Writes`: all that go to one receiver in one phase and part, fed by
+    one trainer (of relays)."""
 
     phase: int
     part: int
@@ -35,13 +35,14 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Writes:
-    """Contiguous byte runs to write (W of them), sorted by phase, part, feeder, receiver, source buffer, target buffer and
-    source offset.
+    """Contiguous byte runs to write (W of them), sorted by phase, part, feeder, receiver, source buffer,
+    target buffer and source offset.
 
-    `phase`, `part`; `feeder`: of relays the trainer rank whose part it is (once all of its writes of that phase and part to
-    this rank have landed, these may be sent), of trainers -1; `receiver` (number through all instances: `plan.who(receiver)`);
-    `source_buffer` (index of a buffer of the sender's layout, -1: its staging memory), `source_offset`; `target_buffer` (index
-    of a buffer of the receiver's instance's layout), `target_offset`; `nbytes`. Offsets and lengths in bytes (int64).
+    `phase`, `part`; `feeder`: of relays the trainer rank whose part it is (once all of its writes of that
+    phase and part to this rank have landed, these may be sent), of trainers -1; `receiver` (number through
+    all instances: `plan.who(receiver)`); `source_buffer` (index of a buffer of the sender's layout, -1: its
+    staging memory), `source_offset`; `target_buffer` (index of a buffer of the receiver's instance's layout),
+    `target_offset`; `nbytes`. Offsets and lengths in bytes (int64).
     """
 
     phase: Ints
@@ -70,16 +71,17 @@ class Writes:
 class Tasks:
     """What a trainer rank does, in order.
 
-    Jobs [J]: `job` (its number in the plan), `phase`, `part`, `kind` (0 copy, 1 cast or another order of dimensions, 2
-    quantise), `tensor` (index of the inference tensor), `start`, `stop` [J, D] (the box in that tensor; of a tensor with fewer
-    than D dimensions the last ones are 0 to 1), `in_offset` (-1: the input is used where it is), `out_offset` (-1: a copy, sent
-    from where it is), `scale_offset` (-1: no scales): bytes in the staging memory; input, output and scales are dense there,
-    row after row.
+    Jobs [J]: `job` (its number in the plan), `phase`, `part`, `kind` (0 copy, 1 cast or another order of
+    dimensions, 2 quantise), `tensor` (index of the inference tensor), `start`, `stop` [J, D] (the box in that
+    tensor; of a tensor with fewer than D dimensions the last ones are 0 to 1), `in_offset` (-1: the input is
+    used where it is), `out_offset` (-1: a copy, sent from where it is), `scale_offset` (-1: no scales): bytes
+    in the staging memory; input, output and scales are dense there, row after row.
 
-    Inputs [I], sorted by job: `input_job` (row of the jobs above), `input_rank` (this rank, or another trainer rank to read
-    from), `input_buffer` (buffer of the trainer layout), `input_offset` (bytes in it), `input_strides` [I, D] (bytes, in the
-    dimensions of the inference tensor), `input_start`, `input_stop` [I, D] (the box in that tensor), `input_to` (byte in the
-    staging memory for the box's first element; -1: used where it is), `input_to_strides` [I, D] (bytes there).
+    Inputs [I], sorted by job: `input_job` (row of the jobs above), `input_rank` (this rank, or another
+    trainer rank to read from), `input_buffer` (buffer of the trainer layout), `input_offset` (bytes in it),
+    `input_strides` [I, D] (bytes, in the dimensions of the inference tensor), `input_start`, `input_stop` [I,
+    D] (the box in that tensor), `input_to` (byte in the staging memory for the box's first element; -1: used
+    where it is), `input_to_strides` [I, D] (bytes there).
 
     `writes`: what to write; those from the staging memory once their job is done.
     """
@@ -106,8 +108,8 @@ class Tasks:
     writes: Writes
 
     def gather_runs(self, rows: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-        """Byte runs of inputs that go into the staging memory: (`row`, offset in the input's buffer, offset in staging,
-        bytes)."""
+        """Byte runs of inputs that go into the staging memory: (`row`, offset in the input's buffer, offset
+        in staging, bytes)."""
         which, source, target, nbytes = boxes.runs(
             self.input_stop[rows] - self.input_start[rows], self.input_offset[rows], self.input_strides[rows],
             self.input_to[rows], self.input_to_strides[rows], self.input_to_strides[rows, -1],
@@ -115,8 +117,8 @@ class Tasks:
         return rows[which], source, target, nbytes
 
     def lent(self, rank: int) -> tuple[Ints, Ints, int]:
-        """The inputs that another rank brings for this one, where its memory cannot be read: their rows, the byte at which each
-        lies in what it lends, dense, one after the other, and how many bytes that are."""
+        """The inputs that another rank brings for this one, where its memory cannot be read: their rows, the
+        byte at which each lies in what it lends, dense, one after the other, and how many bytes that are."""
         rows = np.flatnonzero(self.input_rank == rank)
         elements = np.prod(self.input_stop[rows] - self.input_start[rows], axis=1, dtype=np.int64)
         ends = np.cumsum(-(-elements * self.input_to_strides[rows, -1] // 16) * 16)
@@ -133,10 +135,10 @@ class Tasks:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a receiver is sent (one row for each sender, phase and part, sorted): `relayed` (bool: `sender` is a receiver of
-    another instance, by its number; else a trainer rank), `sender`, `feeder` (of relayed rows the trainer rank whose part it
-    is, else -1), `phase`, `part`, `writes` (contiguous runs: the rows that the sender's `Writes` has for this receiver),
-    `nbytes`."""
+    """What a receiver is sent (one row for each sender, phase and part, sorted): `relayed` (bool: `sender` is
+    a receiver of another instance, by its number; else a trainer rank), `sender`, `feeder` (of relayed rows
+    the trainer rank whose part it is, else -1), `phase`, `part`, `writes` (contiguous runs: the rows that the
+    sender's `Writes` has for this receiver), `nbytes`."""
 
     relayed: Ints
     sender: Ints
@@ -183,8 +185,9 @@ def relays(plan: Schedule, instance: str, rank: int) -> Writes:
 
 
 def instead(plan: Schedule, sender: int) -> Writes:
-    """What trainer rank `sender` writes where relays do not pass its parts on: `feeder` is the number of the receiver whose place
-    it takes. Sorted as all `Writes`; those from the staging memory once their job is done."""
+    """What trainer rank `sender` writes where relays do not pass its parts on: `feeder` is the number of the
+    receiver whose place it takes. Sorted as all `Writes`; those from the staging memory once their job is
+    done."""
     rows = np.flatnonzero(plan.job_sender[plan.move_job[plan.relay_move]] == sender)
     moves, pieces = plan.relay_move[rows], plan.relay_piece[rows]
     tensor, start, stop = plan.move_box(moves, pieces)
@@ -226,7 +229,8 @@ def expected(plan: Schedule, instance: str, rank: int) -> Expected:
 
 
 def run_counts(plan: Schedule, moves: Ints, pieces: Ints | None = None) -> Ints:
-    """How many contiguous writes each of these moves is (int64). `pieces`: of relays, the target pieces that they go to."""
+    """How many contiguous writes each of these moves is (int64). `pieces`: of relays, the target pieces that
+    they go to."""
     return _runs_of(plan, moves, pieces)[0]
 
 
@@ -250,8 +254,8 @@ def _writes(plan: Schedule, moves: Ints) -> Writes:
 
 
 def _sorted(plan: Schedule, moves: Ints, pieces: Ints, feeder: Ints, box: Columns, source_of: Columns) -> Writes:
-    """Writes of moves to pieces, in order. `box`: the tensor, start and stop of each; `source_of`: the buffer, the offset of its
-    first element and the strides, where it lies before."""
+    """Writes of moves to pieces, in order. `box`: the tensor, start and stop of each; `source_of`: the
+    buffer, the offset of its first element and the strides, where it lies before."""
     tensor, start, stop = box
     buffer, offset, strides = source_of
     which, source, target, nbytes = boxes.runs(
@@ -277,8 +281,8 @@ def _sorted(plan: Schedule, moves: Ints, pieces: Ints, feeder: Ints, box: Column
 
 
 def _sources(plan: Schedule, moves: Ints, start: Ints, item: Ints) -> tuple[Ints, Ints, Ints]:
-    """Where the bytes of direct moves lie at their sender: (buffer or STAGING, offset of the first element of the box,
-    strides)."""
+    """Where the bytes of direct moves lie at their sender: (buffer or STAGING, offset of the first element of
+    the box, strides)."""
     job = plan.move_job[moves]
     unit = plan.job_unit[job]
     scaled = plan.move_scale[moves] == 1

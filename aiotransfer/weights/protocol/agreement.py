@@ -1,7 +1,9 @@
-"""How all ranks of one instance change to a version together. Pure: what is heard goes in, what is to be said comes out.
+"""How all ranks of one instance change to a version together. Pure: what is heard goes in, what is to be said
+comes out.
 
-Rank 0 (`Chair`) leads; every rank has a `Seat`, rank 0 too. No reader of the old version may ever run beside a reader of the
-new one, on any rank, and a forward pass that has begun on some ranks must be able to begin on the others.
+Rank 0 (`Chair`) leads; every rank has a `Seat`, rank 0 too. No reader of the old version may ever run beside
+a reader of the new one, on any rank, and a forward pass that has begun on some ranks must be able to begin on
+the others.
 
     seat   Whole  ->     all bytes are here, and no peer can write here any more
            <-  Hold      all are whole, and the trainers allow it: begin no reading
@@ -12,11 +14,12 @@ new one, on any rank, and a forward pass that has begun on some ranks must be ab
            <-  Open      all have heard it: change, and let readers in
            <-  Release   it did not come to that: let readers in under the old version
 
-A rank whose readers wait passes only while some other rank runs a reading that this one has not begun, so the ranks come to
-rest. A rank that is lost before Open is said makes rank 0 release the others. When rank 0 is lost, a seat that is held asks the
-others, and one that is asked heeds rank 0 no more, so the answers of all that live agree: as any of them has opened or was
-released, else opened where any has heard Ready. A seat that gets no answer may be cut off from others that go on: it keeps the
-old version where that is the only way it can have ended, and has none otherwise.
+A rank whose readers wait passes only while some other rank runs a reading that this one has not begun, so the
+ranks come to rest. A rank that is lost before Open is said makes rank 0 release the others. When rank 0 is
+lost, a seat that is held asks the others, and one that is asked heeds rank 0 no more, so the answers of all
+that live agree: as any of them has opened or was released, else opened where any has heard Ready. A seat that
+gets no answer may be cut off from others that go on: it keeps the old version where that is the only way it
+can have ended, and has none otherwise.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ class Member:
 
 @dataclass(slots=True)
 class Chair:
-    """Rank 0 of an instance, for one version. Every call returns what is to be said to which rank, in order."""
+    """Rank 0 of an instance, for one version. Every call returns what is to be said to which rank, in
+    order."""
 
     ranks: int
     state: Literal["gathering", "holding", "ready", "open", "released"] = "gathering"
@@ -79,8 +83,8 @@ class Chair:
         return [(rank, "hold") for rank in range(self.ranks)]
 
     def held(self, rank: int, begun: int, active: int, waiting: int, passed: int) -> list[tuple[int, Say]]:
-        """`rank` begins no reading any more; or what it has told before has changed. `passed`: how many a Pass it has heard: a
-        report from before the last one says nothing about those that this let in."""
+        """`rank` begins no reading any more; or what it has told before has changed. `passed`: how many a
+        Pass it has heard: a report from before the last one says nothing about those that this let in."""
         if self.state != "holding":
             return []
         member = self.members[rank]
@@ -109,7 +113,8 @@ class Chair:
         return any(other.active and other.begun > member.begun for other in self.members if other is not member)
 
     def release(self) -> list[tuple[int, Say]]:
-        """Give the version up: a rank is lost or late, or the trainers abandoned it. Too late once it is open."""
+        """Give the version up: a rank is lost or late, or the trainers abandoned it. Too late once it is
+        open."""
         if self.over:
             return []
         self.state = "released"
@@ -159,8 +164,8 @@ class Seat:
         return self.state == "doubt"
 
     def asked(self) -> str:
-        """Another rank is in doubt: "open", "not" (this one has not opened and never will), "sure" (it has heard Ready) or
-        "held"."""
+        """Another rank is in doubt: "open", "not" (this one has not opened and never will), "sure" (it has
+        heard Ready) or "held"."""
         self.lose_chair()
         if self.state in ("doubt", "cut off"):
             return "sure" if self.was_sure else "held"

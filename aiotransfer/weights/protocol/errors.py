@@ -1,4 +1,5 @@
-"""How an update ends that does not reach all: `TransferError`s that pickle, and carry `.hint` and the other fields of those."""
+"""How an update ends that does not reach all: `TransferError`s that pickle, and carry `.hint` and the other
+fields of those."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from aiotransfer.errors import TransferError
 
 
 class VersionError(TransferError):
-    """A version that may not be published: not above the present one, of an older epoch, or claimed by another trainer.
+    """A version that may not be published: not above the present one, of an older epoch, or claimed by
+    another trainer.
 
     `.version`: what was asked for, `.current`: what is known, each an (epoch, number) or None.
     """
@@ -23,8 +25,8 @@ class VersionError(TransferError):
 
 
 class UpdateError(TransferError):
-    """An update did not reach all ranks. `.version`: (epoch, number); `.committed`: names of the ranks (or instances) that have
-    it; `.missing`: {rank: reason} of those that do not."""
+    """An update did not reach all ranks. `.version`: (epoch, number); `.committed`: names of the ranks (or
+    instances) that have it; `.missing`: {rank: reason} of those that do not."""
 
     def __init__(
         self,

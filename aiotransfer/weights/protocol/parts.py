@@ -24,7 +24,8 @@ class Parts:
         self._data: list[bytes] = []
 
     def add(self, part: terms.Part) -> bytes | None:
-        """The whole, when this was the last part. Raises `DescriptorError` for one that does not follow the one before."""
+        """The whole, when this was the last part. Raises `DescriptorError` for one that does not follow the
+        one before."""
         if part.number == 0:
             self._serial, self._data = part.serial, []
         if part.serial != self._serial or part.number != len(self._data) or part.number >= part.of:

@@ -24,7 +24,8 @@ class Pieces:
         self.over = False  # nothing more of it is taken
 
     def add(self, piece: Piece) -> bytes | None:
-        """The whole, when this was the last piece. Raises `DescriptorError` for what does not follow or is too long."""
+        """The whole, when this was the last piece. Raises `DescriptorError` for what does not follow or is
+        too long."""
         self.over = True
         if piece.of == 0:
             raise DescriptorError("the sender does not have this layout any more")

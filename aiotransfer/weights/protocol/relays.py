@@ -28,8 +28,8 @@ from aiotransfer.weights.protocol.terms import (
 
 
 class Relay(msgspec.Struct, frozen=True, array_like=True):
-    """A subscriber rank of another instance that passes on to the receiver. `feeders`: for each publisher rank whose bytes it
-    passes on how many counted writes come."""
+    """A subscriber rank of another instance that passes on to the receiver. `feeders`: for each publisher
+    rank whose bytes it passes on how many counted writes come."""
 
     number: Receiver
     incarnation: Incarnation  # of its engine
@@ -48,10 +48,10 @@ class Onward(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Passing(msgspec.Struct, frozen=True, array_like=True):
-    """What an offer says where `instances` instances pass parts on to one another. `number`: of the receiver; `relays`: who
-    passes on to it; `onward`: whom it passes on to; `route`: the digest of the table of its writes, of `route_bytes` bytes
-    (`Want` it), empty where it passes nothing on; `rate`: bytes a second that it may write at most, 0: no limit; `seconds`:
-    seconds that relays need at that rate."""
+    """What an offer says where `instances` instances pass parts on to one another. `number`: of the receiver;
+    `relays`: who passes on to it; `onward`: whom it passes on to; `route`: the digest of the table of its
+    writes, of `route_bytes` bytes (`Want` it), empty where it passes nothing on; `rate`: bytes a second that
+    it may write at most, 0: no limit; `seconds`: seconds that relays need at that rate."""
 
     instances: Receiver
     number: Receiver
@@ -73,8 +73,8 @@ class Pass(Message, frozen=True, tag=50):
 
 
 class Let(Message, frozen=True, tag=51):
-    """To `Pass`: write there. `number`: of the sender; `regions`: as in `Grant`; `imms`: one for each publisher rank whose bytes
-    the relay passes on, in their order. `text`: why not."""
+    """To `Pass`: write there. `number`: of the sender; `regions`: as in `Grant`; `imms`: one for each
+    publisher rank whose bytes the relay passes on, in their order. `text`: why not."""
 
     update: Life
     number: Receiver

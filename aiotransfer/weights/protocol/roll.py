@@ -75,7 +75,8 @@ def gaps(entries: list[Entry]) -> str:
 
 
 def stands_in_the_way(entries: Iterable[Entry], version: Version, life: int) -> Entry | None:
-    """A subscriber rank that cannot take `version` of the trainers `life`, by what it said; the highest of them."""
+    """A subscriber rank that cannot take `version` of the trainers `life`, by what it said; the highest of
+    them."""
     found = [
         entry
         for entry in entries
@@ -86,8 +87,8 @@ def stands_in_the_way(entries: Iterable[Entry], version: Version, life: int) -> 
 
 
 def lender(roll: Roll, entries: list[Entry]) -> list[Entry] | None:
-    """An instance with the same layout that has a whole version, of which some rank of `entries` has none, or an older one: the
-    one with the highest version. The ranks of `entries` are those of one instance."""
+    """An instance with the same layout that has a whole version, of which some rank of `entries` has none, or
+    an older one: the one with the highest version. The ranks of `entries` are those of one instance."""
     first = entries[0]
     best: list[Entry] | None = None
     for name, others in roll.whole().items():

@@ -1,8 +1,8 @@
 """Versions: an epoch (one life of the trainers) and a number (one update of that life). They only rise.
 
-A subscriber remembers the highest version that it was ever offered and took, and whose epoch that was. Trainers that start
-take the highest epoch that any subscriber knows plus one, so their numbers may begin low again; trainers of an older epoch, and
-other trainers that claim the same epoch, are refused by name.
+A subscriber remembers the highest version that it was ever offered and took, and whose epoch that was.
+Trainers that start take the highest epoch that any subscriber knows plus one, so their numbers may begin low
+again; trainers of an older epoch, and other trainers that claim the same epoch, are refused by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ MOST_NUMBER = (1 << 62) - 1
 
 
 class Version(NamedTuple):
-    """`epoch`: which life of the trainers; `number`: which update, as the trainers count. Compared in this order."""
+    """`epoch`: which life of the trainers; `number`: which update, as the trainers count. Compared in this
+    order."""
 
     epoch: int
     number: int
@@ -54,9 +55,11 @@ def next_epoch(known: Iterable[int]) -> int:
 
 
 class Claims:
-    """What one subscriber has promised: it takes no version that is not higher than `highest`, and one life of trainers an epoch.
+    """What one subscriber has promised: it takes no version that is not higher than `highest`, and one life
+    of trainers an epoch.
 
-    `life`: a random number of the trainers whose epoch it is; 0 when the subscriber only heard of the version from a peer.
+    `life`: a random number of the trainers whose epoch it is; 0 when the subscriber only heard of the version
+    from a peer.
     """
 
     def __init__(self) -> None:
@@ -64,8 +67,8 @@ class Claims:
         self.life = 0
 
     def refusal(self, version: Version, life: int, *, again: bool = False) -> str:
-        """Why `version` of the trainers `life` cannot be taken; "" where it can. `again`: the highest one may come once more,
-        because it is not here any more."""
+        """Why `version` of the trainers `life` cannot be taken; "" where it can. `again`: the highest one may
+        come once more, because it is not here any more."""
         if version.epoch < self.highest.epoch:
             return f"epoch {version.epoch} is over: this subscriber knows epoch {self.highest.epoch}"
         if version.epoch == self.highest.epoch and self.life not in (0, life):
@@ -75,7 +78,8 @@ class Claims:
         return ""
 
     def claim(self, version: Version, life: int) -> None:
-        """Promise the epoch to these trainers. The number is only used up by `took`: an abandoned one may be tried again."""
+        """Promise the epoch to these trainers. The number is only used up by `took`: an abandoned one may be
+        tried again."""
         if version.epoch > self.highest.epoch:
             self.highest = Version(version.epoch, -1)
         self.life = life or self.life

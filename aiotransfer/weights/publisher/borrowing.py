@@ -1,4 +1,5 @@
-"""What one publisher rank makes of the sources of others: a block that a shard's edge cuts, a tensor that several ranks hold."""
+"""What one publisher rank makes of the sources of others: a block that a shard's edge cuts, a tensor that
+several ranks hold."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class Borrowing:
         self._update, self._work = update, work
 
     async def read(self, update: int, tasks: Tasks, rows: Any, staging: Region | None) -> None:
-        """Bring the inputs `rows`, which are on other ranks, into the staging memory. Raises `TransferError`."""
+        """Bring the inputs `rows`, which are on other ranks, into the staging memory. Raises
+        `TransferError`."""
         assert staging is not None
         if self._context.sources.staged:
             await self._read_copies(update, tasks, rows, staging)
@@ -60,7 +62,8 @@ class Borrowing:
                     await reads.add(regions[buffer], staging, step)
 
     async def _read_copies(self, update: int, tasks: Tasks, rows: Any, staging: Region) -> None:
-        """The same from what ranks lend whose sources cannot be read: dense copies of what this rank needs of them."""
+        """The same from what ranks lend whose sources cannot be read: dense copies of what this rank needs of
+        them."""
         reads = Reads(self._context.engine)
         async with reads:
             for rank in np.unique(tasks.input_rank[rows]).tolist():
@@ -120,7 +123,8 @@ class Borrowing:
         context.tell(peer, wire.Borrowed(message.update, context.rank, descriptors, wire.clip(why)))
 
     async def _lend_copies(self, peer: Peer, message: wire.Borrow) -> None:
-        """Of sources that peers cannot read: bring what the other rank needs into host memory, and lend that."""
+        """Of sources that peers cannot read: bring what the other rank needs into host memory, and lend
+        that."""
         context, why, descriptors = self._context, "", []
         try:
             descriptors.append(await self._copied(peer, message))

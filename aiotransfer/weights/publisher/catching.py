@@ -1,4 +1,5 @@
-"""Subscribers that come late: rank 0 of the publishers brings them together with an instance that has a whole version."""
+"""Subscribers that come late: rank 0 of the publishers brings them together with an instance that has a whole
+version."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ AGAIN_SECONDS = 0.2  # before the next, doubled each time
 
 
 class Catching:
-    """Of one publisher. An instance catches up when all its ranks are known, and only while `is_idle()`: an update that runs
-    brings it more."""
+    """Of one publisher. An instance catches up when all its ranks are known, and only while `is_idle()`: an
+    update that runs brings it more."""
 
     def __init__(self, context: Context, subscribers: Subscribers, is_idle: Callable[[], bool]) -> None:
         self._context, self._subscribers, self._is_idle = context, subscribers, is_idle
@@ -67,8 +68,8 @@ class Catching:
 
 
 class CatchUp:
-    """One instance takes the version of another with the same layout: rank by rank, then all together as with any version.
-    `over(self)` is called when it has ended."""
+    """One instance takes the version of another with the same layout: rank by rank, then all together as with
+    any version. `over(self)` is called when it has ended."""
 
     def __init__(
         self, context: Context, entries: list[wire.Entry], source: list[wire.Entry], over: Callable[[CatchUp], object]

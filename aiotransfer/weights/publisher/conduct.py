@@ -32,9 +32,9 @@ UNHEARD = "it did not answer in time"
 
 
 class History:
-    """What publisher rank 0 keeps from one update to the next. `epoch`: of these trainers, once a version was offered; `last`:
-    the highest number of it that came to an end; `partial`: lives of the ranks of instances that were not whole when a version
-    began."""
+    """What publisher rank 0 keeps from one update to the next. `epoch`: of these trainers, once a version was
+    offered; `last`: the highest number of it that came to an end; `partial`: lives of the ranks of instances
+    that were not whole when a version began."""
 
     def __init__(self) -> None:
         self.epoch: int | None = None
@@ -43,8 +43,8 @@ class History:
 
 
 class Conduct:
-    """Runs as a task of its own until every publisher rank has been told the outcome; calls `over()` then. `work_of(update)`: the
-    plan of the update, once this rank has made it."""
+    """Runs as a task of its own until every publisher rank has been told the outcome; calls `over()` then.
+    `work_of(update)`: the plan of the update, once this rank has made it."""
 
     def __init__(
         self, context: Context, subscribers: Subscribers, history: History, course: Course,
@@ -128,7 +128,8 @@ class Conduct:
         return [rank for rank in self.enters if rank not in ranks]  # type: ignore[operator]
 
     async def _instances(self) -> dict[str, list[wire.Entry]]:
-        """Waits for one whole instance. Others that are not whole are waited for briefly, once: what is known then takes part."""
+        """Waits for one whole instance. Others that are not whole are waited for briefly, once: what is known
+        then takes part."""
         subscribers, history, course = self._subscribers, self._history, self._course
         roll = subscribers.roll
         until = asyncio.get_running_loop().time() + min(PARTIAL_SECONDS, course.left() / 4)
@@ -227,7 +228,8 @@ class Conduct:
             course.done(target, self._unheard(target, error.message))
 
     def _unheard(self, target: Target, why: str = UNHEARD) -> str:
-        """Why nothing was heard of it: another publisher rank may still have known it, when this one had lost it."""
+        """Why nothing was heard of it: another publisher rank may still have known it, when this one had lost
+        it."""
         life, known = self._subscribers.gone.get((target.entry.instance, target.entry.rank), (0, ""))
         return known if life == target.entry.life and known else why
 
@@ -242,7 +244,8 @@ class Conduct:
                 course.done(target, f"it was lost: {error.message}")
 
     def _leave_out(self, name: str) -> None:
-        """An instance keeps the version that it has: each rank for a reason of its own, or because of another."""
+        """An instance keeps the version that it has: each rank for a reason of its own, or because of
+        another."""
         course = self._course
         ranks = [target for (instance, _), target in course.targets.items() if instance == name]
         blame = next((target for target in ranks if target.done), None) or next(t for t in ranks if not t.accepted)
@@ -304,7 +307,8 @@ class Conduct:
         self._course.give("failed", why, ends=True)
 
     async def _give_up_late(self, given: Given) -> None:
-        """This rank is closed while instances change: it says which have the version, as far as it has heard."""
+        """This rank is closed while instances change: it says which have the version, as far as it has
+        heard."""
         course = self._course
         for target in course.taking():
             course.drop(target, given.text, "begun")

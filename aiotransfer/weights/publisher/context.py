@@ -1,4 +1,5 @@
-"""One publisher rank as all its parts know it: who it is, its sources, its engine, and how it tells peers something."""
+"""One publisher rank as all its parts know it: who it is, its sources, its engine, and how it tells peers
+something."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ TELL_SECONDS = 10.0  # for a message; what it is about has a deadline of its own
 
 @dataclass(eq=False)
 class Context:
-    """Rank `rank` of the publishers at the addresses `members`. `seconds`: of an update; `rate_limit`: bytes a second."""
+    """Rank `rank` of the publishers at the addresses `members`. `seconds`: of an update; `rate_limit`: bytes
+    a second."""
 
     engine: Engine
     members: tuple[str, ...]

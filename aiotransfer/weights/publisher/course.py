@@ -1,4 +1,5 @@
-"""One update at publisher rank 0: the ranks that take part, what is known of each, and how long it may last."""
+"""One update at publisher rank 0: the ranks that take part, what is known of each, and how long it may
+last."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ class Given(Exception):
 
 
 class Target:
-    """A subscriber rank in one update. `done`: how it ended there, "" when it has the version. `unwritten`: why a publisher rank
-    could not write there, which counts where the rank itself says nothing."""
+    """A subscriber rank in one update. `done`: how it ended there, "" when it has the version. `unwritten`:
+    why a publisher rank could not write there, which counts where the rank itself says nothing."""
 
     def __init__(self, entry: wire.Entry) -> None:
         self.entry = entry
@@ -43,8 +44,9 @@ class Target:
 
 
 class Course:
-    """`enters`: the publisher ranks; `targets`: the subscriber ranks that are offered the version; `going`: the instances that
-    take it; `missing`: why other ranks do not have it, by name. `send(peer, message)` tells a publisher rank; None: this one."""
+    """`enters`: the publisher ranks; `targets`: the subscriber ranks that are offered the version; `going`:
+    the instances that take it; `missing`: why other ranks do not have it, by name. `send(peer, message)`
+    tells a publisher rank; None: this one."""
 
     def __init__(self, context: Context, enters: Enters, send: Callable[[Peer | None, Any], object]) -> None:
         self._context, self.enters, self.send = context, enters, send
@@ -84,7 +86,8 @@ class Course:
         self._changes.wake()
 
     async def await_ends(self, seconds: float) -> None:
-        """Wait for at most `seconds` until it is known how it ended at every rank that takes the version, also one given up."""
+        """Wait for at most `seconds` until it is known how it ended at every rank that takes the version,
+        also one given up."""
         with contextlib.suppress(TimeoutError):
             async with Timeout(seconds):
                 await self._changes.until(lambda: all(target.done is not None for target in self.taking()))
@@ -92,7 +95,8 @@ class Course:
     def give(
         self, kind: str, text: str, current: Version = NONE, problems: tuple[str, ...] = (), *, ends: bool = False
     ) -> None:
-        """Give the version up, for the reason that is named first. Once instances may change, only where this rank `ends`."""
+        """Give the version up, for the reason that is named first. Once instances may change, only where this
+        rank `ends`."""
         if not self.is_allowed or ends:
             self.given = self.given or Given(kind, text, current, problems)
             self._changes.wake()
@@ -130,14 +134,15 @@ class Course:
         self._changes.wake()
 
     def cannot_write(self, target: Target, text: str) -> None:
-        """A publisher rank cannot write there. What the subscriber rank says of it, or that it is lost, is the better reason."""
+        """A publisher rank cannot write there. What the subscriber rank says of it, or that it is lost, is
+        the better reason."""
         if target.done is None and not target.unwritten:
             target.unwritten = text
             self._tell_others(target, text)
 
     def _tell_others(self, target: Target, text: str) -> None:
-        """Rank 0 of its instance decides for the others, and must know of a loss; of its own all are told. Publishers write
-        nothing more there."""
+        """Rank 0 of its instance decides for the others, and must know of a loss; of its own all are told.
+        Publishers write nothing more there."""
         for (name, rank), other in self.targets.items():
             if name == target.entry.instance and 0 in (rank, target.entry.rank):
                 self.drop(other, f"rank {target.entry.rank}: {text}")

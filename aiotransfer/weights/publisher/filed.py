@@ -36,7 +36,8 @@ class FileSources:
         self._sums: dict[int, bytes] = {}
 
     def bring(self, there: Any, buffer: int, offset: int, strides: Any) -> None:
-        """The box at `offset` of a buffer, with byte `strides`, into the array `there`. Raises `BrokenError`."""
+        """The box at `offset` of a buffer, with byte `strides`, into the array `there`. Raises
+        `BrokenError`."""
         self._files[buffer].bring(there, offset, strides)
 
     def convert(self, buffer: int, box: Box, host: Any, most: int) -> bool:

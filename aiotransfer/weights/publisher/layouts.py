@@ -27,8 +27,8 @@ class Layouts:
         self._changes = Changes()
 
     async def of(self, entries: list[wire.Entry]) -> Layout:
-        """Of the instance with these ranks: known, or asked of one of them. Raises `TransferError`. The deadline is the
-        caller's."""
+        """Of the instance with these ranks: known, or asked of one of them. Raises `TransferError`. The
+        deadline is the caller's."""
         context, digest = self._context, entries[0].digest
         while digest not in self._known:
             entry = entries[context.rank % len(entries)]

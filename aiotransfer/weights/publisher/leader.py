@@ -1,4 +1,5 @@
-"""What publisher rank 0 does for all: it brings the ranks together, begins an update, and knows the epoch of these trainers."""
+"""What publisher rank 0 does for all: it brings the ranks together, begins an update, and knows the epoch of
+these trainers."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 
 class Leader:
-    """Rank 0 of a publisher group: it conducts one update after another. `hear(message)`: what it says to its own rank;
-    `work_of(update)`: the plan of the update that is under way; `over()` is called when one has ended."""
+    """Rank 0 of a publisher group: it conducts one update after another. `hear(message)`: what it says to its
+    own rank; `work_of(update)`: the plan of the update that is under way; `over()` is called when one has
+    ended."""
 
     def __init__(
         self, context: Context, subscribers: Subscribers, hear: Callable[[Any], object], work_of: Callable[[int], Work],
@@ -69,7 +71,8 @@ class Leader:
         self._over()
 
     def withdraw(self, rank: int, attempt: int) -> None:
-        """A rank has left before it heard of an update. One that has begun meanwhile is given up: the rank will not answer."""
+        """A rank has left before it heard of an update. One that has begun meanwhile is given up: the rank
+        will not answer."""
         known = self.enters.get(rank)
         if known is not None and known[1].attempt == attempt:
             del self.enters[rank]

@@ -39,8 +39,8 @@ class Making:
         return (phase, part) in self._needed
 
     async def make(self, phase: int, part: int) -> None:
-        """Returns when the part lies there, ready to be written. Raises `TransferError` of reading from other ranks, and what the
-        conversion refuses."""
+        """Returns when the part lies there, ready to be written. Raises `TransferError` of reading from other
+        ranks, and what the conversion refuses."""
         tasks = self._work.tasks
         jobs = np.flatnonzero(self._staged & (tasks.phase == phase) & (tasks.part == part))
         inputs = np.flatnonzero(np.isin(tasks.input_job, jobs))

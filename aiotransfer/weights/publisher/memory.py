@@ -1,4 +1,5 @@
-"""The sources of one trainer rank: its buffers as regions, and whether they rest while a version is published."""
+"""The sources of one trainer rank: its buffers as regions, and whether they rest while a version is
+published."""
 
 from __future__ import annotations
 
@@ -25,11 +26,12 @@ REMEDY = "make the Publisher anew"
 
 
 class Sources:
-    """The memory of a rank. `regions`: by the number of the buffer in the layout, of what is written from where it lies.
+    """The memory of a rank. `regions`: by the number of the buffer in the layout, of what is written from
+    where it lies.
 
-    `staging`: of memory on a GPU, as for `Engine.register`. What no rail reaches is brought into the staging memory first: all
-    that is written then comes from there (`staged`). What rails reach is written from where it lies, but the host cannot convert
-    it there (`apart`)."""
+    `staging`: of memory on a GPU, as for `Engine.register`. What no rail reaches is brought into the staging
+    memory first: all that is written then comes from there (`staged`). What rails reach is written from where
+    it lies, but the host cannot convert it there (`apart`)."""
 
     def __init__(self, engine: Engine, bound: Bound, staging: bool | None = None) -> None:
         layout = bound.layout
@@ -55,14 +57,16 @@ class Sources:
         self._sums: dict[str, bytes] = {}
 
     def bring(self, there: Any, buffer: int, offset: int, strides: Any) -> None:
-        """The box at `offset` of a buffer, with byte `strides`, into the array `there`. Raises `RegistrationError`."""
+        """The box at `offset` of a buffer, with byte `strides`, into the array `there`. Raises
+        `RegistrationError`."""
         if buffer in self._far:
             self._far[buffer].bring(there, offset, strides)
         else:
             copy(there, place(memory_of(self.regions[buffer]), there.itemsize, offset, there.shape, strides))
 
     def convert(self, buffer: int, box: Box, host: Any, most: int) -> bool:
-        """Whether a box of a buffer was converted on its GPU, see `OnGpu.convert`, which also says what is raised."""
+        """Whether a box of a buffer was converted on its GPU, see `OnGpu.convert`, which also says what is
+        raised."""
         return buffer in self._far and self.on_gpu.convert(self._far[buffer], box, host, most)
 
     def bytes_of(self, region: RegionView) -> Any:

@@ -1,7 +1,8 @@
 """Weights on a GPU that are cast or quantised there, by Triton, before they are brought to the host.
 
-It is done by slabs, in memory of the GPU of bounded size. What the GPU's kernels do not do is left to the host: other types,
-boxes with several inputs, a block too large for a kernel, a GPU without torch, Triton or memory left. The bits are the same.
+It is done by slabs, in memory of the GPU of bounded size. What the GPU's kernels do not do is left to the
+host: other types, boxes with several inputs, a block too large for a kernel, a GPU without torch, Triton or
+memory left. The bits are the same.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _limit = RateLimit()
 
 
 class Gpu:
-    """torch and Triton on one GPU, on a stream of its own. Raises `ConfigurationError` where one of these is missing."""
+    """torch and Triton on one GPU, on a stream of its own. Raises `ConfigurationError` where one of these is
+    missing."""
 
     def __init__(self, device: str) -> None:
         kernels_for(device)  # says what is missing, before torch is asked for a stream
@@ -62,7 +64,8 @@ class Gpu:
 
 
 class OnGpu:
-    """Converts the weights of one publisher rank on its GPUs. `release` gives the memory back when an update has ended."""
+    """Converts the weights of one publisher rank on its GPUs. `release` gives the memory back when an update
+    has ended."""
 
     def __init__(self) -> None:
         self._gpus: dict[int, Gpu | None] = {}
@@ -80,8 +83,9 @@ class OnGpu:
         self._memory = None
 
     def convert(self, source: DeviceBuffer, box: Box, host: NDArray[np.uint8], most: int) -> bool:
-        """Convert a box of `source` into the memory `host` by at most `most` bytes of memory on its GPU. Blocks. Returns False
-        where the host has to do it. Raises `NotFiniteError`, and `RegistrationError` when a copy is refused."""
+        """Convert a box of `source` into the memory `host` by at most `most` bytes of memory on its GPU.
+        Blocks. Returns False where the host has to do it. Raises `NotFiniteError`, and `RegistrationError`
+        when a copy is refused."""
         if not box.is_known:
             return False
         try:

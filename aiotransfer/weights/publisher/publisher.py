@@ -56,25 +56,26 @@ STAGING_BYTES = 1 << 30
 class Publisher(Unpicklable):
     """One rank of the trainers, whose weights lie as `layout` says.
 
-    `engine`: an open one of this rank, which has no other publisher.
-    `layout`: of all trainer ranks, the same on each; bound to this rank's memory (`layout.bind`), or a `Checkpoint`. `group`:
-    the engines of all ranks, in the order of their ranks (`Engine.group`); None: this rank is alone. `rules`: as for `make_plan`,
-    the same on all ranks. `epoch`: of the versions; None: one more than any subscriber knows, agreed by all ranks when the first
-    version is published. `staging_bytes`: temporary memory of this rank for what is cast, quantised or gathered on the way, never
-    exceeded. `timeout`: seconds from entering `publish` to its end (None: the engine's); subscribers that are late are left
-    behind.
-    `checksum`: compare all bytes of the sources at the start and before the commit, and those that arrived with those that were
-    sent. `rate_limit`: bytes a second that this rank writes at most, over all subscribers. `names`: templates of the tensors that
-    are published (None: all). `fanout`: "direct" (the trainers write to all instances) or "relay" (they write about the bytes of
-    one instance, and the instances pass parts on to one another, each of their ranks within `rate_limit`); the same on all ranks.
-    `staging`: of weights on a GPU, as for `Engine.register`: True: they go through pinned host memory, within `staging_bytes`;
-    False: rails read them from where they lie; None: the latter where an open rail can; the same on all ranks.
-    `progress`: True shows on standard error how far an update has come that takes long; or a function that is called with (bytes
-    done, bytes in all, version), those of this rank, and returns at once. `on_record`: is called with the `UpdateRecord` of each
-    update that is over; `records` has the last 1,000.
+    `engine`: an open one of this rank, which has no other publisher. `layout`: of all trainer ranks, the same
+    on each; bound to this rank's memory (`layout.bind`), or a `Checkpoint`. `group`: the engines of all
+    ranks, in the order of their ranks (`Engine.group`); None: this rank is alone. `rules`: as for
+    `make_plan`, the same on all ranks. `epoch`: of the versions; None: one more than any subscriber knows,
+    agreed by all ranks when the first version is published. `staging_bytes`: temporary memory of this rank
+    for what is cast, quantised or gathered on the way, never exceeded. `timeout`: seconds from entering
+    `publish` to its end (None: the engine's); subscribers that are late are left behind. `checksum`: compare
+    all bytes of the sources at the start and before the commit, and those that arrived with those that were
+    sent. `rate_limit`: bytes a second that this rank writes at most, over all subscribers. `names`: templates
+    of the tensors that are published (None: all). `fanout`: "direct" (the trainers write to all instances) or
+    "relay" (they write about the bytes of one instance, and the instances pass parts on to one another, each
+    of their ranks within `rate_limit`); the same on all ranks. `staging`: of weights on a GPU, as for
+    `Engine.register`: True: they go through pinned host memory, within `staging_bytes`; False: rails read
+    them from where they lie; None: the latter where an open rail can; the same on all ranks. `progress`: True
+    shows on standard error how far an update has come that takes long; or a function that is called with
+    (bytes done, bytes in all, version), those of this rank, and returns at once. `on_record`: is called with
+    the `UpdateRecord` of each update that is over; `records` has the last 1,000.
 
-    Raises `PlanError` (the layout is not whole), `ConfigurationError` (a second one on this engine), `RegistrationError`,
-    `ClosedError`, `TypeError`, `ValueError`.
+    Raises `PlanError` (the layout is not whole), `ConfigurationError` (a second one on this engine),
+    `RegistrationError`, `ClosedError`, `TypeError`, `ValueError`.
     """
 
     _instead = "make a Publisher on each trainer rank; send it layout.encode()"
@@ -130,15 +131,17 @@ class Publisher(Unpicklable):
     # ---- for the host ----
 
     def publish(self, number: int) -> Update:
-        """Bring version `number` to all subscribers: `async with` it on every trainer rank. Numbers rise; they may leave gaps.
+        """Bring version `number` to all subscribers: `async with` it on every trainer rank. Numbers rise;
+        they may leave gaps.
 
-        The block is entered when all ranks are there and the subscribers take the version; bytes are on their way then, and
-        sources must rest until the block has ended. Its end waits until each subscriber instance has the version, or keeps the
-        one before. An exception in the block, on any rank, abandons the version everywhere.
+        The block is entered when all ranks are there and the subscribers take the version; bytes are on their
+        way then, and sources must rest until the block has ended. Its end waits until each subscriber
+        instance has the version, or keeps the one before. An exception in the block, on any rank, abandons
+        the version everywhere.
 
-        Entering and leaving raise `VersionError` (not above the present one, an older epoch, other trainers), `PlanError` (no
-        subscriber fits), `UpdateError` (`.committed` has the version, `.missing` says of each other rank why not), `ClosedError`;
-        `TypeError` and `ValueError` at once.
+        Entering and leaving raise `VersionError` (not above the present one, an older epoch, other trainers),
+        `PlanError` (no subscriber fits), `UpdateError` (`.committed` has the version, `.missing` says of each
+        other rank why not), `ClosedError`; `TypeError` and `ValueError` at once.
         """
         return Update(self._parts, check_number(number))
 
@@ -188,8 +191,8 @@ class Publisher(Unpicklable):
     # ---- messages ----
 
     def receive(self, peer: Peer, message: Any) -> None:
-        """Handle one message of `peer`: `message` is as it was decoded. Called by the library. Raises `DescriptorError` for what
-        the peer may not say."""
+        """Handle one message of `peer`: `message` is as it was decoded. Called by the library. Raises
+        `DescriptorError` for what the peer may not say."""
         match message:
             case wire.Announce():
                 self.subscribers.announced(peer, message)

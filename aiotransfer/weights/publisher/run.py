@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Run:
-    """`update`: its number; `work`: what this rank does; `journal`: what is noted of it. `tell_failed(failed)` tells publisher
-    rank 0 which subscriber ranks cannot be written to; `wake()` is called when the writes have ended."""
+    """`update`: its number; `work`: what this rank does; `journal`: what is noted of it.
+    `tell_failed(failed)` tells publisher rank 0 which subscriber ranks cannot be written to; `wake()` is
+    called when the writes have ended."""
 
     context: Context
     works: Works

@@ -26,8 +26,8 @@ WRITE_SHARE = 0.6  # of the time, for what this rank writes itself where instanc
 
 
 class Sending:
-    """Runs as a task of its own; `result()` when `is_over`. `entries`: the subscriber ranks that take the version, by instance
-    and rank. `total`: bytes that this rank writes."""
+    """Runs as a task of its own; `result()` when `is_over`. `entries`: the subscriber ranks that take the
+    version, by instance and rank. `total`: bytes that this rank writes."""
 
     def __init__(self, run: Run, entries: Mapping[tuple[str, int], wire.Entry], seconds: float) -> None:
         self._run, self._context = run, run.context

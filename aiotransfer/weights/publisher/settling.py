@@ -1,4 +1,5 @@
-"""What publisher rank 0 does where instances pass parts on: what offers say of it, and when all bytes have come."""
+"""What publisher rank 0 does where instances pass parts on: what offers say of it, and when all bytes have
+come."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ LATE = "its bytes had not all come when the other instances had to change"
 
 
 class Settling:
-    """Of one update that goes by relays. `gathered`: instances that have all bytes; `stood`: publisher ranks whose sources were
-    at rest until all had."""
+    """Of one update that goes by relays. `gathered`: instances that have all bytes; `stood`: publisher ranks
+    whose sources were at rest until all had."""
 
     def __init__(self, context: Context, course: Course) -> None:
         self._context, self._course = context, course
@@ -30,7 +31,8 @@ class Settling:
     # ---- what offers say ----
 
     def passing(self, work: Work, instance: str, rank: int) -> relays.Passing | None:
-        """The relay part of the offer to a subscriber rank; None where the publishers write to all instances."""
+        """The relay part of the offer to a subscriber rank; None where the publishers write to all
+        instances."""
         if not work.relays:
             return None
         plan, offered, rate = work.plan, work.offered(), self._context.rate_limit
@@ -76,7 +78,8 @@ class Settling:
         return instance in self.gathered or any(target.done for (name, _), target in targets.items() if name == instance)
 
     async def run(self) -> bool:
-        """Returns when each instance is whole or left behind: whether all sources were at rest until then. Raises `Given`."""
+        """Returns when each instance is whole or left behind: whether all sources were at rest until then.
+        Raises `Given`."""
         course = self._course
         await course.until(lambda: all(map(self._is_over, course.going)), course.left() * GATHER_SHARE)
         late = [name for name in course.going if not self._is_over(name)]

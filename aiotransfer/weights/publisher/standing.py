@@ -1,8 +1,8 @@
 """What one trainer rank writes in the place of subscriber ranks that should pass its parts on, and do not.
 
-These are ranks of instances that do not take the version, ranks that were lost or gave up, and those whose receiver does not wait
-any longer. The receiver takes the right to write back from the relay before it grants it to this rank, and says so where it has
-all bytes already. Parts that are made on the way are made again.
+These are ranks of instances that do not take the version, ranks that were lost or gave up, and those whose
+receiver does not wait any longer. The receiver takes the right to write back from the relay before it grants
+it to this rank, and says so where it has all bytes already. Parts that are made on the way are made again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Ready(NamedTuple):
 
 
 class Standing:
-    """Of one update: what is written in the place of relays that failed. `going`: the instances that take the version."""
+    """Of one update: what is written in the place of relays that failed. `going`: the instances that take the
+    version."""
 
     def __init__(self, run: Run, writing: Writing, going: Container[str]) -> None:
         assert run.work.instead is not None
@@ -129,7 +130,8 @@ class Standing:
     # ---- writing ----
 
     async def run(self, making: Making) -> None:
-        """Everything else of this rank is written. Returns when publisher rank 0 says that nothing more has to be."""
+        """Everything else of this rank is written. Returns when publisher rank 0 says that nothing more has
+        to be."""
         while True:
             self._tell_failed()
             await self._changes.until(lambda: bool(self._ready or self._settled or self._news()))

@@ -22,8 +22,9 @@ CALL_SECONDS = 0.5  # in which a peer that was not heard of says whether it subs
 
 
 class Subscribers:
-    """`roll`: all that are known, also those that other publisher ranks have told of. `gone`: lives of ranks that were known, and
-    how they ended. `came(entry)` is called when one has announced itself, `went(who, why)` when one was closed or lost."""
+    """`roll`: all that are known, also those that other publisher ranks have told of. `gone`: lives of ranks
+    that were known, and how they ended. `came(entry)` is called when one has announced itself,
+    `went(who, why)` when one was closed or lost."""
 
     def __init__(
         self, context: Context, came: Callable[[wire.Entry], object], went: Callable[[wire.Entry | wire.Leave, str], object]
@@ -46,8 +47,8 @@ class Subscribers:
                 self._context.tell(peer, wire.Call())
 
     async def call(self, *, all_peers: bool) -> None:
-        """Returns when every peer that subscribes by now has been heard of; one that does not answer is waited for briefly.
-        `all_peers`: also those of which something is known."""
+        """Returns when every peer that subscribes by now has been heard of; one that does not answer is
+        waited for briefly. `all_peers`: also those of which something is known."""
         self._called.clear()
         self.call_new()
         unknown = [peer for peer in self._context.engine.peers if all_peers or peer not in self._peers.values()]

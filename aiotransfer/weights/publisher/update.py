@@ -54,7 +54,8 @@ class Files(Protocol):
 
 
 class Turn:
-    """One update at a time. `current`: the one that is under way; `is_first`: no other one has begun on this rank before it."""
+    """One update at a time. `current`: the one that is under way; `is_first`: no other one has begun on this
+    rank before it."""
 
     def __init__(self, engine: Engine) -> None:
         self.current: Update | None = None
@@ -62,8 +63,9 @@ class Turn:
         self._engine, self._has_begun = engine, False
 
     def begin(self, update: Update) -> int:
-        """An update begins on this rank. Returns the number of its attempt. No other one of this engine has it: what is said to
-        an earlier publisher may arrive when the next one publishes. Raises `ClosedError`, `ConfigurationError`."""
+        """An update begins on this rank. Returns the number of its attempt. No other one of this engine has
+        it: what is said to an earlier publisher may arrive when the next one publishes. Raises `ClosedError`,
+        `ConfigurationError`."""
         if self.is_closed:
             raise ClosedError("the publisher is closed")
         if self.current is not None:
@@ -81,8 +83,8 @@ class Turn:
 
 @dataclass(eq=False)
 class Parts:
-    """What an update is made with. `leader`: what publisher rank 0 does for all, None on other ranks; `epoch`: that the host has
-    named, else 0."""
+    """What an update is made with. `leader`: what publisher rank 0 does for all, None on other ranks;
+    `epoch`: that the host has named, else 0."""
 
     context: Context
     subscribers: Subscribers
@@ -94,7 +96,8 @@ class Parts:
 
 
 class Update(Unpicklable):
-    """Made by `Publisher.publish`; `async with` it once. `number`; `version`: (epoch, number) once it has begun, else None."""
+    """Made by `Publisher.publish`; `async with` it once. `number`; `version`: (epoch, number) once it has
+    begun, else None."""
 
     _instead = "publish where its Publisher is; send update.version"
 
@@ -128,7 +131,8 @@ class Update(Unpicklable):
         return self._is_inside
 
     def afterwards(self, target: Files) -> None:
-        """Files of this version: they appear when all ranks have found their sources at rest, else not at all."""
+        """Files of this version: they appear when all ranks have found their sources at rest, else not at
+        all."""
         if not self._is_inside:
             target.discard()
             raise ClosedError(f"the block of version {self.version} has ended before it was saved")
@@ -296,8 +300,8 @@ class Update(Unpicklable):
 
     @contextlib.contextmanager
     def _ended(self) -> Iterator[None]:
-        """What this rank finds (sources that did not rest, numbers that cannot be quantised) ends the version as an
-        `UpdateError`."""
+        """What this rank finds (sources that did not rest, numbers that cannot be quantised) ends the version
+        as an `UpdateError`."""
         try:
             yield
         except (PlanError, VersionError, UpdateError, ClosedError, ConfigurationError):
@@ -401,7 +405,8 @@ class Update(Unpicklable):
             self._tell(wire.Withdraw(self._context.rank, self._attempt))
 
     def _dropped(self, error: GeneratorExit) -> None:
-        """Its coroutine was: nothing may be awaited. Where its loop was closed, too, everything else of it is over."""
+        """Its coroutine was: nothing may be awaited. Where its loop was closed, too, everything else of it is
+        over."""
         if not self._loop.is_closed():
             self._abandon("its coroutine was dropped")
             self._leave(error)

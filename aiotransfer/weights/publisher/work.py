@@ -32,8 +32,8 @@ BURST_SECONDS = 0.1  # at the rate that a publisher may have: what is written at
 
 
 class Work:
-    """What one publisher rank does for a set of instances. `misfits`: {instance: problems} of those that no plan brings
-    anything. `burst`: bytes that are written at once."""
+    """What one publisher rank does for a set of instances. `misfits`: {instance: problems} of those that no
+    plan brings anything. `burst`: bytes that are written at once."""
 
     def __init__(self, engine: Engine, plan: Plan, rank: int, misfits: dict[str, tuple[str, ...]], burst: float) -> None:
         self.plan = plan
@@ -119,8 +119,9 @@ class Work:
 
 
 class Offered:
-    """Of a plan with relays, by the numbers of receivers: what is `coming` to each, the `routes` (digest and bytes; of those that
-    pass something on), whom each passes on to (`onward`), and how many bytes (`relayed`)."""
+    """Of a plan with relays, by the numbers of receivers: what is `coming` to each, the `routes` (digest and
+    bytes; of those that pass something on), whom each passes on to (`onward`), and how many bytes
+    (`relayed`)."""
 
     def __init__(self, plan: Plan) -> None:
         self.coming: list[Coming] = comings(plan)
@@ -140,7 +141,8 @@ class Offered:
 
 
 class Works:
-    """The works of one publisher, kept for each set of subscribers, and the staging memory that they share."""
+    """The works of one publisher, kept for each set of subscribers, and the staging memory that they
+    share."""
 
     def __init__(
         self, context: Context, layouts: Layouts, rules: Rules, staging_bytes: int, names: tuple[str, ...] | None, fanout: str
@@ -160,7 +162,8 @@ class Works:
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
     async def make(self, instances: dict[str, list[wire.Entry]]) -> Work:
-        """For these subscribers. Raises `PlanError` when none of them fits. The same on every publisher rank."""
+        """For these subscribers. Raises `PlanError` when none of them fits. The same on every publisher
+        rank."""
         key = tuple((name, entries[0].digest) for name, entries in instances.items())
         work = self._known.get(key)
         if work is None:
@@ -227,8 +230,8 @@ class Works:
         return make_plan(self._context.layout, layouts, self._rules, **how)
 
     def _planned_bytes(self) -> int:
-        """Of the staging memory what a plan may use: where ranks lend one another copies (of blocks that a shard's edge cuts, on
-        a GPU), a part of it is left for these, and so it is for `on_gpu_bytes`."""
+        """Of the staging memory what a plan may use: where ranks lend one another copies (of blocks that a
+        shard's edge cuts, on a GPU), a part of it is left for these, and so it is for `on_gpu_bytes`."""
         context = self._context
         lends = context.sources.staged and context.sources.devices.ordinals and context.ranks > 1
         lent = self.staging_bytes * LENT // 4 if lends and self._has(Quantise) else self.staging_bytes
@@ -236,8 +239,8 @@ class Works:
 
     @property
     def on_gpu_bytes(self) -> int:
-        """Memory of a GPU that a rank may take while it casts and quantises there: a part of `staging_bytes`. Whether it can
-        use it makes no difference, so that all ranks have the same plan."""
+        """Memory of a GPU that a rank may take while it casts and quantises there: a part of `staging_bytes`.
+        Whether it can use it makes no difference, so that all ranks have the same plan."""
         idle = self.staging_bytes < LEAST_ON_GPU or not self._context.sources.devices.ordinals or not self._has(Cast, Quantise)
         return 0 if idle else self.staging_bytes // ON_GPU
 

@@ -1,4 +1,5 @@
-"""The writes of one publisher rank to subscriber ranks: the right to write, the bounds on what is under way, and the rate."""
+"""The writes of one publisher rank to subscriber ranks: the right to write, the bounds on what is under way,
+and the rate."""
 
 from __future__ import annotations
 
@@ -54,8 +55,9 @@ class Receiver:
 
 
 class Writing:
-    """Of one update. `receivers`: by their numbers in the plan. `seconds`: for all of it; `share`: of these, for the writes that
-    are posted now (None: all). `lost(peer, error)` is called when a subscriber rank that is written to has gone."""
+    """Of one update. `receivers`: by their numbers in the plan. `seconds`: for all of it; `share`: of these,
+    for the writes that are posted now (None: all). `lost(peer, error)` is called when a subscriber rank that
+    is written to has gone."""
 
     def __init__(
         self, run: Run, receivers: dict[int, Receiver], seconds: float, lost: Callable[[Peer, TransferError], object]
@@ -76,8 +78,8 @@ class Writing:
         return self.nbytes + sum(posted.bytes_done for posted, _ in self._posted)
 
     def failed(self) -> list[tuple[str, int, str]]:
-        """Subscriber ranks that could not be written to, and why; without those that have taken their memory back, and say
-        themselves why."""
+        """Subscriber ranks that could not be written to, and why; without those that have taken their memory
+        back, and say themselves why."""
         failed = [receiver for receiver in self.receivers.values() if receiver.failed and not receiver.knows]
         return [(receiver.entry.instance, receiver.entry.rank, wire.clip(receiver.failed)) for receiver in failed]
 
@@ -165,7 +167,8 @@ class Writing:
         return posted
 
     def _timeout(self) -> float:
-        """Seconds for a write. Where instances pass parts on, all writes of this rank end early enough for what fails then."""
+        """Seconds for a write. Where instances pass parts on, all writes of this rank end early enough for
+        what fails then."""
         if self.share is None:
             return self._seconds
         return max(self._began + self.share * self._seconds - asyncio.get_running_loop().time(), 0.001)
@@ -191,8 +194,8 @@ class Writing:
             await asyncio.sleep(begin - now)
 
     async def rest(self) -> None:
-        """A write that is longer than the rate allows at once is not cut: what it was too early is waited for here, for at most
-        half of the time that is left."""
+        """A write that is longer than the rate allows at once is not cut: what it was too early is waited for
+        here, for at most half of the time that is left."""
         now = asyncio.get_running_loop().time()
         left = self._began + self._seconds - now
         if self._next > now:
@@ -210,7 +213,8 @@ class Writing:
         self.nbytes += posted.bytes_done
 
     async def retire(self, some: list[Posted]) -> None:
-        """Wait until these have ended: a half of the staging memory is free again, or the last piece of a write may go."""
+        """Wait until these have ended: a half of the staging memory is free again, or the last piece of a
+        write may go."""
         waiting = set(some)
         while any(posted in waiting for posted, _ in self._posted):
             await self._oldest()

@@ -1,4 +1,5 @@
-"""What one role notes of its updates: a record of each, for the host's call, metrics and spans; and how far each has come."""
+"""What one role notes of its updates: a record of each, for the host's call, metrics and spans; and how far
+each has come."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Observer:
         return Journal(self, spans.current() if traced else None, self._known | known)
 
     def show(self, version: Version, total: int, done: Callable[[], int]) -> Showing:
-        """Bytes are on their way. `done` is asked a few times a second; nothing is, where the host wants to see nothing."""
+        """Bytes are on their way. `done` is asked a few times a second; nothing is, where the host wants to
+        see nothing."""
         return self._shows.show(version, total, done)
 
     def over(self, record: UpdateRecord, context: Any) -> None:

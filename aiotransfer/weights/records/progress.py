@@ -1,7 +1,7 @@
 """How far an update has come, for people: a call of the host, a bar, or a line from time to time.
 
-Nothing is done where bytes move: what was counted is looked at a few times a second, by a timer. What fails here is logged, and
-ends the showing of that update only.
+Nothing is done where bytes move: what was counted is looked at a few times a second, by a timer. What fails
+here is logged, and ends the showing of that update only.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ class Display(Protocol):
     """Shows to people how far one update has come."""
 
     def show(self, done: int, total: int, seconds: float, *, last: bool) -> None:
-        """Show that `done` of `total` bytes are there, `seconds` after the first was on its way. `last`: nothing follows."""
+        """Show that `done` of `total` bytes are there, `seconds` after the first was on its way. `last`:
+        nothing follows."""
 
     def end(self) -> None:
         """End the display, also in the middle of an update."""
 
 
 class Shows:
-    """Of one role. `wanted`: None or False for nothing, True for a bar or lines on standard error, or a function that is called
-    with (bytes done, bytes in all, version). Raises `TypeError` for anything else."""
+    """Of one role. `wanted`: None or False for nothing, True for a bar or lines on standard error, or a
+    function that is called with (bytes done, bytes in all, version). Raises `TypeError` for anything else."""
 
     def __init__(self, wanted: Any, host: Host) -> None:
         if not (wanted is None or isinstance(wanted, bool) or callable(wanted)) or inspect.iscoroutinefunction(wanted):
@@ -57,7 +58,8 @@ class Shows:
 
 
 class Showing:
-    """One update that is shown. `display`: None for nothing. It appears `first` seconds after the beginning."""
+    """One update that is shown. `display`: None for nothing. It appears `first` seconds after the
+    beginning."""
 
     def __init__(self, host: Host, display: Display | None, total: int, done: Callable[[], int], first: float) -> None:
         self._host = host
@@ -162,7 +164,8 @@ def _choose() -> Callable[[str, int, int], Any] | None:
 
 
 class Rich:
-    """A bar of `rich`, drawn when it is asked to be: it has no thread, and leaves the streams of the host alone."""
+    """A bar of `rich`, drawn when it is asked to be: it has no thread, and leaves the streams of the host
+    alone."""
 
     def __init__(self, library: Any, title: str, done: int, total: int) -> None:
         console = importlib.import_module("rich.console").Console(stderr=True)

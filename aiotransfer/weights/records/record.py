@@ -19,26 +19,29 @@ STAGES = {
 class UpdateRecord:
     """One update, seen from one rank. Times are of `time.time()`, sizes in bytes, durations in seconds.
 
-    `role`: "publisher" or "subscriber"; `rank`: of it; `instance`: of a subscriber, else empty. `update`: a text that all ranks
-    of one update have alike; empty where the publishers never began one. `version`: what was to come, None where that was not
-    agreed. `source`: the address that a subscriber read the version from when it caught up; empty where publishers wrote it.
+    `role`: "publisher" or "subscriber"; `rank`: of it; `instance`: of a subscriber, else empty. `update`: a
+    text that all ranks of one update have alike; empty where the publishers never began one. `version`: what
+    was to come, None where that was not agreed. `source`: the address that a subscriber read the version from
+    when it caught up; empty where publishers wrote it.
 
-    `outcome` of a publisher: "committed" (every rank of every instance has it), "partial" (some have, see `left_behind`), or why
-    it was given up: "version", "plan", "late", "lost", "failed", "closed", "cancelled". Of a subscriber: "committed", "abandoned"
-    (by the publishers or by its instance), "late", "lost", "failed", "closed". `error`: the reason as text.
+    `outcome` of a publisher: "committed" (every rank of every instance has it), "partial" (some have, see
+    `left_behind`), or why it was given up: "version", "plan", "late", "lost", "failed", "closed",
+    "cancelled". Of a subscriber: "committed", "abandoned" (by the publishers or by its instance), "late",
+    "lost", "failed", "closed". `error`: the reason as text.
 
-    `began`, `finished`: of the update at this rank. `steps`: {stage: when it ended}, in order, of the stages that did end.
-    `gather`, `convert`: how long this rank read from other ranks and copied, and cast or quantised; both lie inside "write".
-    `total`: bytes that were to be written by this rank, or to come to it; `nbytes`: those that were (for a subscriber that did
-    not get the version: estimated by counted writes). `gathered`, `converted`: bytes that were brought together, and bytes of the
-    sources that were cast or quantised. `staging`: staging memory that the rank holds, `staging_peak`: the most that this update
-    used of it. `relayed`: bytes that a subscriber rank passed on to other instances; `instead`: those of `nbytes` that a
-    publisher rank wrote beyond `total` because a relay did not. `subscribers`: ranks that the publishers knew. `left_behind`:
-    instances without the version, where others have it.
+    `began`, `finished`: of the update at this rank. `steps`: {stage: when it ended}, in order, of the stages
+    that did end. `gather`, `convert`: how long this rank read from other ranks and copied, and cast or
+    quantised; both lie inside "write". `total`: bytes that were to be written by this rank, or to come to it;
+    `nbytes`: those that were (for a subscriber that did not get the version: estimated by counted writes).
+    `gathered`, `converted`: bytes that were brought together, and bytes of the sources that were cast or
+    quantised. `staging`: staging memory that the rank holds, `staging_peak`: the most that this update used
+    of it. `relayed`: bytes that a subscriber rank passed on to other instances; `instead`: those of `nbytes`
+    that a publisher rank wrote beyond `total` because a relay did not. `subscribers`: ranks that the
+    publishers knew. `left_behind`: instances without the version, where others have it.
 
-    `present`: the version that readers of a subscriber see now, None for none; of a publisher the version that was committed.
-    `pause`: how long no reading could begin on this rank, or, in place, from calling `pause` until `resume` returned; `waits`:
-    how long each reading was held up by it (at most 1,000 of them).
+    `present`: the version that readers of a subscriber see now, None for none; of a publisher the version
+    that was committed. `pause`: how long no reading could begin on this rank, or, in place, from calling
+    `pause` until `resume` returned; `waits`: how long each reading was held up by it (at most 1,000 of them).
     """
 
     role: str
@@ -77,11 +80,11 @@ class UpdateRecord:
     def stages(self) -> dict[str, float]:
         """{stage: seconds} of the stages that ended, and of gathering and converting where there was any.
 
-        Of a publisher: "agree" (all ranks have entered, the version is agreed), "plan", "offer" (the subscribers take it, and
-        those in place have paused), "grant" (each lets this rank write), "write", "relay" (with `fanout="relay"`: everything has
-        been passed on, or was written in the place of a relay), "block" (the host's block went on longer), "confirm" (the
-        instances change). Of a subscriber: "prepare" (it pauses in place, and is ready), "receive" (all bytes are there),
-        "confirm".
+        Of a publisher: "agree" (all ranks have entered, the version is agreed), "plan", "offer" (the
+        subscribers take it, and those in place have paused), "grant" (each lets this rank write), "write",
+        "relay" (with `fanout="relay"`: everything has been passed on, or was written in the place of a
+        relay), "block" (the host's block went on longer), "confirm" (the instances change). Of a subscriber:
+        "prepare" (it pauses in place, and is ready), "receive" (all bytes are there), "confirm".
         """
         found, before = {}, self.began
         for stage, ended in self.steps.items():

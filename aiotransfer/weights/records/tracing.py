@@ -1,4 +1,5 @@
-"""A span for each update that is over, with the times of its record. `update` is the same attribute on all ranks."""
+"""A span for each update that is over, with the times of its record. `update` is the same attribute on all
+ranks."""
 
 from __future__ import annotations
 

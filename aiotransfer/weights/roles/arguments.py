@@ -1,4 +1,5 @@
-"""What users give to roles: each wrong type or value is refused with the value in the text, before anything is made."""
+"""What users give to roles: each wrong type or value is refused with the value in the text, before anything
+is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The messages of weight transfers on one engine: one reader for all its roles, and sending that makes no caller wait."""
+"""The messages of weight transfers on one engine: one reader for all its roles, and sending that makes no
+caller wait."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("aiotransfer")
 _limit = RateLimit()
-# Of engines that have a role, by their id. A mail refers to its engine, so neither is kept here: forgotten ones are collected.
+# Of engines that have a role, by their id. A mail refers to its engine, so neither is kept here: forgotten
+# ones are collected.
 _mails: WeakValueDictionary[int, Mail] = WeakValueDictionary()
 MOST_WAITING = 128 << 20  # bytes of messages that wait for one peer to make room
 OVERHEAD = 1024  # of each
@@ -80,7 +82,8 @@ class Mail:
         return () if mail is None else tuple(mail._members)
 
     async def leave(self, member: Member) -> None:
-        """The last one out closes it, when what was told is sent or its time is over. Other tasks end then."""
+        """The last one out closes it, when what was told is sent or its time is over. Other tasks end
+        then."""
         self._members.pop(member, None)
         if self._members or self._reader is None:
             return
@@ -113,7 +116,8 @@ class Mail:
             self._close()
 
     def _receive(self, peer: Peer, data: bytes) -> None:
-        """A message that cannot be read, or that a role cannot bear, ends nothing: the next one may be of another peer."""
+        """A message that cannot be read, or that a role cannot bear, ends nothing: the next one may be of
+        another peer."""
         try:
             message = wire.decode(data)
             if isinstance(message, terms.Part):
@@ -147,8 +151,9 @@ class Mail:
         return message
 
     def tell(self, peer: Peer, message: wire.Message, seconds: float) -> asyncio.Task[bool]:
-        """Send in order, as soon as the peer has room, for at most `seconds`. The task says whether it was sent: a peer that is
-        gone, or that leaves `MOST_WAITING` bytes unread, is not told, and its own deadline tells it."""
+        """Send in order, as soon as the peer has room, for at most `seconds`. The task says whether it was
+        sent: a peer that is gone, or that leaves `MOST_WAITING` bytes unread, is not told, and its own
+        deadline tells it."""
         data = wire.encode(message)
         cost = len(data) + OVERHEAD
         fits = self._waiting[peer] + cost <= MOST_WAITING

@@ -16,8 +16,9 @@ SETS = 2  # buffers of a subscriber that take turns (mode "double")
 
 
 class Mappings:
-    """Of one rank that writes: the regions of the last grants of each subscriber rank. Their leases are over and nothing can be
-    written through them; that they are held keeps the memory mapped, for the leases of the next version."""
+    """Of one rank that writes: the regions of the last grants of each subscriber rank. Their leases are over
+    and nothing can be written through them; that they are held keeps the memory mapped, for the leases of the
+    next version."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, int], tuple[Peer, deque[list[RemoteRegion]]]] = {}

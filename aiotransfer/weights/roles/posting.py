@@ -1,12 +1,14 @@
-"""The native calls of one rank's writes: each prepared when it is posted first, and posted again for every version.
+"""The native calls of one rank's writes: each prepared when it is posted first, and posted again for every
+version.
 
-All writes to one receiver in one phase and part are one call, from however many source buffers, but for the bounds below. Leases
-are new with each version, so a prepared call holds numbers of the receiver's buffers; the regions are named when it is posted.
+All writes to one receiver in one phase and part are one call, from however many source buffers, but for the
+bounds below. Leases are new with each version, so a prepared call holds numbers of the receiver's buffers;
+the regions are named when it is posted.
 
-An engine may have only so much queued for a peer (`Config.max_queued_bytes`, `max_queued_operations`), and others of its users
-fill the same queue. Calls are cut to a share of it. A write that is longer than that goes in pieces: those before the last are
-not counted and have landed before the last is posted, so the one count says that all of it is there. Writes of a call for which
-there was no room are posted again.
+An engine may have only so much queued for a peer (`Config.max_queued_bytes`, `max_queued_operations`), and
+others of its users fill the same queue. Calls are cut to a share of it. A write that is longer than that goes
+in pieces: those before the last are not counted and have landed before the last is posted, so the one count
+says that all of it is there. Writes of a call for which there was no room are posted again.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def room_of(engine: Engine) -> Room:
 
 
 class Posting:
-    """Of the writes of one table. `most_bytes`: of one call, where less than `MOST_BYTES` is wanted; for that no write is cut."""
+    """Of the writes of one table. `most_bytes`: of one call, where less than `MOST_BYTES` is wanted; for that
+    no write is cut."""
 
     def __init__(self, engine: Engine, writes: Writes | Route, most_bytes: float = MOST_BYTES) -> None:
         self._engine, self.writes = engine, writes
@@ -66,8 +69,8 @@ class Posting:
         self._known: dict[int, tuple[tuple[RegionView, ...], list[Batch]]] = {}
 
     def batches(self, begin: int, end: int, source_of: Callable[[int], RegionView]) -> list[Batch]:
-        """What posts rows `begin` to `end`, all to one peer. `source_of`: the memory of a source buffer, by its number; what was
-        prepared for other memory is prepared anew. Raises `TransferError`."""
+        """What posts rows `begin` to `end`, all to one peer. `source_of`: the memory of a source buffer, by
+        its number; what was prepared for other memory is prepared anew. Raises `TransferError`."""
         numbers = np.unique(self.writes.source_buffer[begin:end]).tolist()
         sources = tuple(source_of(number) for number in numbers)
         known = self._known.get(begin)
@@ -120,8 +123,8 @@ def _edges(nbytes: Any, most_writes: int, most_bytes: float) -> list[int]:
 
 
 class Batch:
-    """Some rows of the writes: one native call, which is checked each time. `is_last`: what is `before` it has to have landed
-    when it is posted."""
+    """Some rows of the writes: one native call, which is checked each time. `is_last`: what is `before` it
+    has to have landed when it is posted."""
 
     is_last = False
 
@@ -196,7 +199,8 @@ class Piece(Batch):
 
 
 class Long(Piece):
-    """The last one of the pieces of `most` bytes that a write goes in which is longer than what may be queued."""
+    """The last one of the pieces of `most` bytes that a write goes in which is longer than what may be
+    queued."""
 
     is_last = True
 
@@ -212,8 +216,8 @@ class Long(Piece):
 
 
 class Posted:
-    """A batch that was posted; `landed` posts those of its writes again that the engine had no room for. `timeout()`: seconds for
-    each post."""
+    """A batch that was posted; `landed` posts those of its writes again that the engine had no room for.
+    `timeout()`: seconds for each post."""
 
     def __init__(self, batch: Batch, regions: Regions, imm: int | None, timeout: Callable[[], float]) -> None:
         self._batch, self._regions, self._imm, self._timeout = batch, regions, imm, timeout
@@ -232,7 +236,8 @@ class Posted:
         return self._transfer.done()
 
     def source_in_use(self) -> bool:
-        """Whether its sources may still be read, also after an error: a page of them is withheld from the copy."""
+        """Whether its sources may still be read, also after an error: a page of them is withheld from the
+        copy."""
         return self._transfer.source_in_use()
 
     def cancel(self) -> None:
@@ -273,7 +278,8 @@ async def post(batch: Batch, regions: Regions, imm: int | None, timeout: Callabl
 
 
 def without_room(error: TransferError) -> list[int]:
-    """The targets that an engine had no room for, where nothing else is wrong with any. A lone write is target 0."""
+    """The targets that an engine had no room for, where nothing else is wrong with any. A lone write is
+    target 0."""
     if isinstance(error, BusyError):
         return [0]
     if not isinstance(error, ScatterError):
@@ -283,8 +289,8 @@ def without_room(error: TransferError) -> list[int]:
 
 
 async def bind(engine: Engine, source: RegionView, regions: Sequence[RemoteRegion], timeout: float) -> None:
-    """Learn where memory of peers is, by writes of no bytes: tables of writes to regions that are bound are checked natively.
-    Raises `TransferError`."""
+    """Learn where memory of peers is, by writes of no bytes: tables of writes to regions that are bound are
+    checked natively. Raises `TransferError`."""
     left = [ScatterTarget(0, 0, region, 0) for region in regions]
     while left:
         some, left = left[: room_of(engine).operations], left[room_of(engine).operations :]

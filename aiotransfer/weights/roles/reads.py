@@ -1,7 +1,7 @@
 """Reads from memory of other ranks: many in one native call, and never more than the engine has room for.
 
-Rows that follow one another at equal distances are the pages of one call. A read that is longer than the engine may have queued
-is cut. One that there was no room for is made again.
+Rows that follow one another at equal distances are the pages of one call. A read that is longer than the
+engine may have queued is cut. One that there was no room for is made again.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Ints = NDArray[Any]
 
 
 class Step(NamedTuple):
-    """`rows` rows of `nbytes`: the first from byte `source` to byte `target`, and each next one `source_step` and `target_step`
-    further on."""
+    """`rows` rows of `nbytes`: the first from byte `source` to byte `target`, and each next one `source_step`
+    and `target_step` further on."""
 
     source: int
     target: int
@@ -51,8 +51,8 @@ def run(source: int, target: int, nbytes: int) -> Step:
 
 
 def steps(source: Ints, target: Ints, nbytes: Ints) -> Iterator[Step]:
-    """Rows, in their order, as few steps: neighbours of equal length and distance are one. Distances in a step are not smaller
-    than its rows."""
+    """Rows, in their order, as few steps: neighbours of equal length and distance are one. Distances in a
+    step are not smaller than its rows."""
     some = nbytes > 0
     source, target, nbytes = source[some], target[some], nbytes[some]
     if not len(nbytes):
@@ -108,8 +108,8 @@ def copy(step: Step, source: NDArray[np.uint8] | Stored, target: NDArray[np.uint
 
 
 class Reads:
-    """Those of one task. `timeout`: seconds for each (None: the engine's). `async with` it: behind the block all have landed, or
-    none can land any more."""
+    """Those of one task. `timeout`: seconds for each (None: the engine's). `async with` it: behind the block
+    all have landed, or none can land any more."""
 
     def __init__(self, engine: Engine, timeout: float | None = None) -> None:
         self._engine, self._timeout = engine, timeout

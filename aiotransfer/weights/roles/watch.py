@@ -40,8 +40,9 @@ class Changes:
 
 
 class Watch:
-    """Peers whose loss must be noticed soon, also when they were stopped and say nothing: a wait that names them makes the engine
-    look after them. `never`: a counter that nothing arrives for. `close` ends it: an idle role watches no peer."""
+    """Peers whose loss must be noticed soon, also when they were stopped and say nothing: a wait that names
+    them makes the engine look after them. `never`: a counter that nothing arrives for. `close` ends it: an
+    idle role watches no peer."""
 
     def __init__(self, never: Counter, mail: Mail) -> None:
         self._mail = mail
@@ -49,7 +50,8 @@ class Watch:
         self._tasks: dict[Peer, asyncio.Task[None]] = {}
 
     def add(self, peer: Peer, lost: Callable[[Peer, TransferError], object]) -> None:
-        """Call `lost(peer, error)` once, when it has gone. A peer that is watched already is not watched twice."""
+        """Call `lost(peer, error)` once, when it has gone. A peer that is watched already is not watched
+        twice."""
         if peer not in self._tasks:
             self._tasks[peer] = self._mail.own(self._wait(peer, lost))
 
@@ -68,8 +70,8 @@ class Watch:
 
 
 class Ending:
-    """`async with Ending(end):` calls or awaits `end()` behind the block, however it ends; not where its coroutine was forgotten
-    together with its loop, where nothing may be awaited and no task be woken."""
+    """`async with Ending(end):` calls or awaits `end()` behind the block, however it ends; not where its
+    coroutine was forgotten together with its loop, where nothing may be awaited and no task be woken."""
 
     def __init__(self, end: Callable[[], Awaitable[object] | None]) -> None:
         self._end = end

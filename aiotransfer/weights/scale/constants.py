@@ -1,6 +1,8 @@
-"""What the prediction for large models is made of: costs of stages, rates of NICs, published figures; each with its source.
+"""What the prediction for large models is made of: costs of stages, rates of NICs, published figures; each
+with its source.
 
-Written down before anything was compared with them. What has been mended since stands in docs/design/weights-scale.md.
+Written down before anything was compared with them. What has been mended since stands in
+docs/design/weights-scale.md.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ class Constant(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A row of the paper's table: milliseconds in all, calls (0: not given), and what its time grows with: "bytes" (of the
-    trainers' weights for each trainer rank), "calls" (parameters of a rank), or "wire" (what is left of the bytes' way)."""
+    """A row of the paper's table: milliseconds in all, calls (0: not given), and what its time grows with:
+    "bytes" (of the trainers' weights for each trainer rank), "calls" (parameters of a rank), or "wire" (what
+    is left of the bytes' way)."""
 
     name: str
     total_ms: float
@@ -51,9 +54,9 @@ CALL_US = Constant(23, "us", f"a submit: {TABLE_5}")
 
 
 class Published(NamedTuple):
-    """A published figure for a whole update. `model`: whose placement here is comparable ("" where none is), with `trainers`,
-    `inference`, `inference_ep` (ranks of an instance), `quantise`, `offloaded` (as `Placement` has them), and `seconds`;
-    `assumed`: what its source does not say."""
+    """A published figure for a whole update. `model`: whose placement here is comparable ("" where none is),
+    with `trainers`, `inference`, `inference_ep` (ranks of an instance), `quantise`, `offloaded` (as
+    `Placement` has them), and `seconds`; `assumed`: what its source does not say."""
 
     what: str
     seconds: float

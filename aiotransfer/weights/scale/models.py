@@ -17,11 +17,12 @@ BLOCK = 128  # rows and columns that share a scale
 class Model:
     """A mixture-of-experts transformer; the fields are those of its public `config.json`.
 
-    `hidden`, `layers`, `vocab`; `dense_layers`: the first layers, which have no experts but an MLP of `intermediate`;
-    `experts`, `shared_experts`, `expert_intermediate`; `heads`, `kv_heads`, `head_dim` (grouped heads), or, where `kv_lora` is
-    not 0, latent attention (MLA): `q_lora`, `kv_lora`, `nope`, `rope`, `v_dim`. `router_bias`: the router has a bias for each
-    expert; `qk_norm`: queries and keys have norms of their own; `tied`: `lm_head` is the embedding. `parameters`: what its
-    publisher says, in units; `source`: where all this stands.
+    `hidden`, `layers`, `vocab`; `dense_layers`: the first layers, which have no experts but an MLP of
+    `intermediate`; `experts`, `shared_experts`, `expert_intermediate`; `heads`, `kv_heads`, `head_dim`
+    (grouped heads), or, where `kv_lora` is not 0, latent attention (MLA): `q_lora`, `kv_lora`, `nope`,
+    `rope`, `v_dim`. `router_bias`: the router has a bias for each expert; `qk_norm`: queries and keys have
+    norms of their own; `tied`: `lm_head` is the embedding. `parameters`: what its publisher says, in units;
+    `source`: where all this stands.
     """
 
     name: str
@@ -84,9 +85,10 @@ MODELS = {
 class Weight(NamedTuple):
     """A tensor of a model, or, with `experts` > 0, one such tensor of each expert of a layer.
 
-    `name` (`{e}` stands for the expert), `shape` (of one expert), `layer` (-1: before the first, `layers`: behind the last),
-    `store`: the memory in which an inference rank keeps it together with those that have the same (fused projections, stacks of
-    experts); `quantised`: fp8 with block scales at the inference side; `dtype`: at both sides, where it is not quantised.
+    `name` (`{e}` stands for the expert), `shape` (of one expert), `layer` (-1: before the first, `layers`:
+    behind the last), `store`: the memory in which an inference rank keeps it together with those that have
+    the same (fused projections, stacks of experts); `quantised`: fp8 with block scales at the inference side;
+    `dtype`: at both sides, where it is not quantised.
     """
 
     name: str

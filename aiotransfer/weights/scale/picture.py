@@ -1,4 +1,5 @@
-"""A large model's plan as a picture (SVG): the load of every rank beside its bound, and the predicted stages. Pure."""
+"""A large model's plan as a picture (SVG): the load of every rank beside its bound, and the predicted stages.
+Pure."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Layouts of a large model's two sides, built as arrays from its shapes and from numbers of ranks. Pure.
 
-Trainers: a mesh of pipeline stages, FSDP shards and expert groups, expert groups innermost (the GPUs of a host). A tensor is cut
-by rows over the FSDP ranks of its stage, and of an expert over those that have this expert; everything else is the same in all
-expert groups of the stage. Inference: instances that each hold the whole model; an instance's ranks share the experts and each
-hold everything else.
+Trainers: a mesh of pipeline stages, FSDP shards and expert groups, expert groups innermost (the GPUs of a
+host). A tensor is cut by rows over the FSDP ranks of its stage, and of an expert over those that have this
+expert; everything else is the same in all expert groups of the stage. Inference: instances that each hold the
+whole model; an instance's ranks share the experts and each hold everything else.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ ALIGN = 256  # of tensors within a memory
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`trainers` ranks as `pp` pipeline stages of `fsdp` shards of `ep` expert groups; `inference` ranks as instances of
-    `inference_ep` ranks; `gpus_per_host` ranks on each host, `gpus_per_nic` of them behind each NIC; `quantise`: fp8 with block
-    scales at the inference side, else bfloat16 at both; `offloaded`: trainers keep their weights in the host's memory, and copy
-    them to the GPUs first."""
+    """`trainers` ranks as `pp` pipeline stages of `fsdp` shards of `ep` expert groups; `inference` ranks as
+    instances of `inference_ep` ranks; `gpus_per_host` ranks on each host, `gpus_per_nic` of them behind each
+    NIC; `quantise`: fp8 with block scales at the inference side, else bfloat16 at both; `offloaded`: trainers
+    keep their weights in the host's memory, and copy them to the GPUs first."""
 
     trainers: int = 256
     inference: int = 128
@@ -194,7 +194,8 @@ class _Table:
         return first
 
     def pieces(self, weight: Weight, tensor: Ints, rank: Ints, memory: str, rows: Ints, offset: Ints, item: int) -> None:
-        """Rows of tensors of this weight's shape (`rows`: from, to) on ranks, row after row at `offset` of a memory."""
+        """Rows of tensors of this weight's shape (`rows`: from, to) on ranks, row after row at `offset` of a
+        memory."""
         ndim = len(weight.shape)
         start, extent = np.zeros((len(rank), 2), np.int64), np.ones((len(rank), 2), np.int64)
         strides = np.zeros((len(rank), 2), np.int64)

@@ -1,7 +1,9 @@
-"""How long an update takes, by stages: as the paper's trainers do it, and as a plan of this library does. Pure.
+"""How long an update takes, by stages: as the paper's trainers do it, and as a plan of this library does.
+Pure.
 
-Both are sums of the constants and of a plan's bytes; nothing is fitted to the compared figures. For Kimi-K2 the paper's stages by
-bytes are its own table by definition; what is predicted there are the bytes' way and the total.
+Both are sums of the constants and of a plan's bytes; nothing is fitted to the compared figures. For Kimi-K2
+the paper's stages by bytes are its own table by definition; what is predicted there are the bytes' way and
+the total.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ STEP = 1 << 19  # moves that are looked at together
 
 @dataclass(frozen=True, slots=True)
 class Loads:
-    """What the most loaded ranks have to do: bytes that leave a NIC of the trainers (`sent`) and come by one of the inference
-    side (`received`), bytes that a rank reads from other trainers (`gathered`), its contiguous `writes`, its prepared `calls`
-    (for each peer, phase and part), and the most `parts` that a rank's staging memory is filled in."""
+    """What the most loaded ranks have to do: bytes that leave a NIC of the trainers (`sent`) and come by one
+    of the inference side (`received`), bytes that a rank reads from other trainers (`gathered`), its
+    contiguous `writes`, its prepared `calls` (for each peer, phase and part), and the most `parts` that a
+    rank's staging memory is filled in."""
 
     sent: int
     received: int
@@ -45,7 +48,8 @@ class Row(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A published figure beside predictions in seconds (None: nothing here is comparable): by the paper's way, by a plan's."""
+    """A published figure beside predictions in seconds (None: nothing here is comparable): by the paper's
+    way, by a plan's."""
 
     figure: c.Published
     paper: float | None
@@ -126,7 +130,8 @@ def paper_way(model: Model, placement: Placement, load: Loads, nic_gbit: float) 
 
 
 def plan_way(model: Model, placement: Placement, load: Loads, nic_gbit: float) -> list[Row]:
-    """The stages of a plan, which overlap: the longest, and what it takes to fill the others with the first part."""
+    """The stages of a plan, which overlap: the longest, and what it takes to fill the others with the first
+    part."""
     held = 2 * counted(model) / placement.trainers
     by_name = {stage.name: stage.total_ms * held / c.STAGE_BYTES.value for stage in c.STAGES}
     speed = rate(nic_gbit) / 1e3  # bytes a millisecond

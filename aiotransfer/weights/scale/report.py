@@ -18,9 +18,9 @@ from aiotransfer.weights.scale.predict import Comparison, Loads, Row
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A plan and what was found. `seconds`: what planning took (layouts, plan), `peak_bytes`: the most memory of the process
-    until then; `writes`: contiguous writes of all senders; `load`: of the most loaded ranks; `paper`, `own`: predicted stages by
-    the paper's way and by the plan's; `compared`: published figures."""
+    """A plan and what was found. `seconds`: what planning took (layouts, plan), `peak_bytes`: the most memory
+    of the process until then; `writes`: contiguous writes of all senders; `load`: of the most loaded ranks;
+    `paper`, `own`: predicted stages by the paper's way and by the plan's; `compared`: published figures."""
 
     model: Model
     placement: Placement
@@ -49,7 +49,8 @@ class Report:
         )  # fmt: skip
 
     def spreads(self) -> list[tuple[str, int, int, float, float | None]]:
-        """(who, how many, bytes of the most loaded, over the mean, over the bound) of senders, NICs and receivers."""
+        """(who, how many, bytes of the most loaded, over the mean, over the bound) of senders, NICs and
+        receivers."""
         b = self.balance
         arrived = predict.by_nic(self.plan, b)
         return [
@@ -129,7 +130,8 @@ class Report:
         ]
 
     def paper_table(self, *head: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Head and rows of the table of the paper's stages; with its own figures where this is its placement."""
+        """Head and rows of the table of the paper's stages; with its own figures where this is its
+        placement."""
         if self.paper[-1].published is None:
             return head, [(r.name, f"{r.ms:.0f}") for r in self.paper]
         rows: list[tuple[str, ...]] = [

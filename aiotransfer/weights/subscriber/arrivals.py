@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class Arrivals:
-    """What publishers and relays may write and what of it is counted. `leader`: the publisher that offers. `changes` are woken
-    when something has come, or cannot come. `error`: why it cannot."""
+    """What publishers and relays may write and what of it is counted. `leader`: the publisher that offers.
+    `changes` are woken when something has come, or cannot come. `error`: why it cannot."""
 
     def __init__(self, context: Context, offer: wire.Offer, changes: Changes, leader: Peer) -> None:
         self._context, self._offer, self._changes, self._leader = context, offer, changes, leader
@@ -36,8 +36,8 @@ class Arrivals:
     # ---- rights to write ----
 
     def lease(self, peer: Peer, leases: list[Lease]) -> list[bytes]:
-        """Let a peer write to all buffers: descriptors. The leases are added to `leases` as they are made. Raises
-        `TransferError`."""
+        """Let a peer write to all buffers: descriptors. The leases are added to `leases` as they are made.
+        Raises `TransferError`."""
         self.granted = True
         try:
             return leased(self._context.memory.shadow.values(), peer, "write", leases)
@@ -55,7 +55,8 @@ class Arrivals:
             self._leases.pop(lease, None)
 
     def leave(self, leases: list[Lease]) -> None:
-        """These writers were stopped. Others write in their place; they may write on, the same bytes and no others."""
+        """These writers were stopped. Others write in their place; they may write on, the same bytes and no
+        others."""
         self.stopped += leases
         for lease in leases:
             self._leases.pop(lease, None)
@@ -122,8 +123,9 @@ class Arrivals:
     # ---- the end ----
 
     async def take_all_back(self) -> QuarantineError | None:
-        """Take every right to write back; returns when nothing can land any more, or with why that is not proved: `stopped` has
-        the leases that could not be taken back then. The call after one that was cancelled takes back what is left."""
+        """Take every right to write back; returns when nothing can land any more, or with why that is not
+        proved: `stopped` has the leases that could not be taken back then. The call after one that was
+        cancelled takes back what is left."""
         unproved: QuarantineError | None = None
         try:
             await self.take_back(list(self._leases))

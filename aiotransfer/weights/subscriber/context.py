@@ -1,4 +1,5 @@
-"""One subscriber rank as all its parts know it: who it is, its memory, its engine, and how it tells peers something."""
+"""One subscriber rank as all its parts know it: who it is, its memory, its engine, and how it tells peers
+something."""
 
 from __future__ import annotations
 

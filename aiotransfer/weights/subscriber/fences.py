@@ -1,4 +1,5 @@
-"""The two fences between which weights change in place: hooks of the host, which makes its forward steps stop and go on."""
+"""The two fences between which weights change in place: hooks of the host, which makes its forward steps stop
+and go on."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ Hook = Callable[[], object]
 
 
 class Fences:
-    """Of one subscriber. `pause`, `resume`: functions or coroutine functions of the host, or None. One of them runs at a time."""
+    """Of one subscriber. `pause`, `resume`: functions or coroutine functions of the host, or None. One of
+    them runs at a time."""
 
     def __init__(self, pause: Hook | None, resume: Hook | None) -> None:
         self._hooks = (pause, resume)

@@ -1,5 +1,5 @@
-"""How the bytes of one version come into the shadow of a rank: written by publishers and relays and counted here, or read from a
-peer."""
+"""How the bytes of one version come into the shadow of a rank: written by publishers and relays and counted
+here, or read from a peer."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 
 class Filling:
-    """Of one offer. While bytes come nothing runs here: the engine counts, and wakes when all of a sender's phase or step are
-    there. `leader`: the publisher that offers; `landed(sender, step)` is called for each step then."""
+    """Of one offer. While bytes come nothing runs here: the engine counts, and wakes when all of a sender's
+    phase or step are there. `leader`: the publisher that offers; `landed(sender, step)` is called for each
+    step then."""
 
     def __init__(
         self, context: Context, lending: Lending, offer: wire.Offer, changes: Changes, leader: Peer,
@@ -151,8 +152,9 @@ class Filling:
     # ---- the end ----
 
     async def close(self) -> None:
-        """Take every right to write back; returns when nothing can land any more. The call after one that was cancelled takes
-        back what is left. Raises `QuarantineError`, once; `arrivals.stopped` has the leases that could not be taken back."""
+        """Take every right to write back; returns when nothing can land any more. The call after one that was
+        cancelled takes back what is left. Raises `QuarantineError`, once; `arrivals.stopped` has the leases
+        that could not be taken back."""
         self.arrivals.is_open = False
         self.relayed.close()
         unproved = await self.arrivals.take_all_back()

@@ -1,4 +1,5 @@
-"""Readers of the weights of one rank, and the gate that they pass: it lets none in while the rank changes to another version."""
+"""Readers of the weights of one rank, and the gate that they pass: it lets none in while the rank changes to
+another version."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ class Reading:
 
 
 class Gate:
-    """Counts readings. `value()` is what one gets that begins now; `on_change` is called when one begins, ends, waits, or waits
-    no longer."""
+    """Counts readings. `value()` is what one gets that begins now; `on_change` is called when one begins,
+    ends, waits, or waits no longer."""
 
     def __init__(self, value: Callable[[], Any], on_change: Callable[[], object]) -> None:
         self.begun = 0  # ever
@@ -72,8 +73,8 @@ class Gate:
                 waiter.set_exception(error)
 
     def notes(self) -> tuple[float, tuple[float, ...]]:
-        """For how many seconds it was closed, and how long each reading waited for that to end; since the last question. Waits
-        for a first version do not count."""
+        """For how many seconds it was closed, and how long each reading waited for that to end; since the
+        last question. Waits for a first version do not count."""
         found = self._closed_for, tuple(self._waits)
         self._closed_for = 0.0
         self._waits.clear()
@@ -84,8 +85,8 @@ class Gate:
         self.active += 1
 
     async def enter(self) -> Reading:
-        """Begin a reading, or wait until one may begin; cancelling it begins none. A task that reads already goes on with what it
-        reads: it would wait for what waits for its end."""
+        """Begin a reading, or wait until one may begin; cancelling it begins none. A task that reads already
+        goes on with what it reads: it would wait for what waits for its end."""
         if (held := self._held.get(asyncio.current_task())) is not None:
             held.depth += 1
             return held

@@ -1,4 +1,5 @@
-"""A subscriber that has a version lends its memory to one that lacks it, for as long as that disturbs no other work."""
+"""A subscriber that has a version lends its memory to one that lacks it, for as long as that disturbs no
+other work."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ MOST_LENDS = 64  # at a time
 
 
 class Lending:
-    """What one subscriber rank lends, and what it borrows. A lease is taken back when it was read, and as soon as its memory is
-    needed for the next version."""
+    """What one subscriber rank lends, and what it borrows. A lease is taken back when it was read, and as
+    soon as its memory is needed for the next version."""
 
     def __init__(self, context: Context, present: Present) -> None:
         self._context, self._present = context, present
@@ -64,8 +65,8 @@ class Lending:
             self._context.mail.own(self._revoke(leases))
 
     async def revoke(self, of: Regions | None = None) -> None:
-        """Take back what was lent `of` one set of buffers, or all. Returns when it cannot be read any more, or after
-        `drain_timeout`. The call after one that was cancelled takes back what is left."""
+        """Take back what was lent `of` one set of buffers, or all. Returns when it cannot be read any more,
+        or after `drain_timeout`. The call after one that was cancelled takes back what is left."""
         over = {key: lend for key, lend in self._lends.items() if of is None or lend[0] is of}
         await self._revoke([lease for _, leases in over.values() for lease in leases])
         self._lends = {key: lend for key, lend in self._lends.items() if lend is not over.get(key)}
@@ -77,7 +78,8 @@ class Lending:
     # ---- what others lend this one ----
 
     async def borrow(self, peer: Peer, ask: wire.Fetch, buffers: int) -> list[RemoteRegion]:
-        """The memory of another rank that has the version, until `Fetched` is told it. Raises `TransferError`."""
+        """The memory of another rank that has the version, until `Fetched` is told it. Raises
+        `TransferError`."""
         lent: asyncio.Future[wire.Lend] = asyncio.get_running_loop().create_future()
 
         def lost(_: Peer, error: TransferError) -> None:

@@ -1,4 +1,5 @@
-"""The memory of one inference rank: its buffers, a second set of them in mode "double", and its tensors as views."""
+"""The memory of one inference rank: its buffers, a second set of them in mode "double", and its tensors as
+views."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ class Memory:
         return region
 
     def _allocate(self) -> dict[str, RegionView]:
-        """One piece of memory for all buffers: each piece takes a descriptor of this process, and a mapping at every writer."""
+        """One piece of memory for all buffers: each piece takes a descriptor of this process, and a mapping
+        at every writer."""
         begin, places = 0, {}
         for name, nbytes in self.sizes.items():
             places[name] = begin = -(-begin // (align := PAGE if nbytes >= PAGE else LINE)) * align
@@ -111,8 +113,8 @@ class Memory:
         self.active, self.shadow = self.shadow, self.active
 
     def replace_shadow(self) -> None:
-        """A writer that was stopped may still write into the shadow: take other memory. The engine keeps that one until it is
-        proved free.
+        """A writer that was stopped may still write into the shadow: take other memory. The engine keeps that
+        one until it is proved free.
 
         In place there is no other memory: `QuarantineError`."""
         if not self._double:
@@ -150,7 +152,8 @@ class Memory:
         """Return when all bytes, which have come, are where readers will read them."""
 
     def is_touched(self, granted: bool) -> bool:
-        """Whether bytes of a version that was `granted` to publishers may lie where readers read, in place."""
+        """Whether bytes of a version that was `granted` to publishers may lie where readers read, in
+        place."""
         return granted
 
     @property
@@ -167,8 +170,9 @@ class Memory:
         return {name: memory_of(region) for name, region in self.shadow.items()}
 
     def tensors(self) -> Mapping[str, Any]:
-        """{name: tensor} of what readers see, also under aliases: NumPy arrays, or torch tensors where torch memory was bound or
-        NumPy lacks a dtype. Of a tensor that lies here in several pieces a tuple of them. Shapes are those of the pieces."""
+        """{name: tensor} of what readers see, also under aliases: NumPy arrays, or torch tensors where torch
+        memory was bound or NumPy lacks a dtype. Of a tensor that lies here in several pieces a tuple of them.
+        Shapes are those of the pieces."""
         key = self._shown()
         if key not in self._views:
             self._views[key] = MappingProxyType(self._make(self.readable()))
@@ -225,8 +229,8 @@ def _bytes_of_tensors(layout: Layout, rank: int) -> NDArray[np.int64]:
 
 
 def leased(regions: Iterable[RegionView], peer: Peer, access: str, leases: list[Lease]) -> list[bytes]:
-    """Give a peer a right to these buffers, one lease for each piece of memory: a descriptor for each buffer. The leases are
-    added to `leases` as they are made. Raises `TransferError`."""
+    """Give a peer a right to these buffers, one lease for each piece of memory: a descriptor for each buffer.
+    The leases are added to `leases` as they are made. Raises `TransferError`."""
     known: dict[Region, RemoteRegion] = {}
     descriptors = []
     for region in regions:

@@ -1,8 +1,9 @@
 """The memory of an inference rank whose weights lie on a GPU.
 
-Where rails reach it, publishers write there, and the driver is asked to make it seen. Else they write into pinned host memory as
-large as the weights; once every byte is counted it is stored on the GPU: in mode "double" in a second set of buffers there, while
-readers go on with the first. Until then the GPU's memory is as it was, in place as well.
+Where rails reach it, publishers write there, and the driver is asked to make it seen. Else they write into
+pinned host memory as large as the weights; once every byte is counted it is stored on the GPU: in mode
+"double" in a second set of buffers there, while readers go on with the first. Until then the GPU's memory is
+as it was, in place as well.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ Buffers = dict[str, Any]  # a DeviceBuffer, or an array of bytes in host memory
 
 
 class OnDevice(Memory):
-    """Of one role. `staging`: as for `Engine.register`. What peers write and read is host memory where the GPU is not reached:
-    `active` and `shadow` are this memory then."""
+    """Of one role. `staging`: as for `Engine.register`. What peers write and read is host memory where the
+    GPU is not reached: `active` and `shadow` are this memory then."""
 
     def __init__(
         self, engine: Engine, layout: Layout, rank: int, bound: Bound, *, double: bool, staging: bool | None = None
@@ -118,12 +119,14 @@ class OnDevice(Memory):
         super().switch()
 
     def is_touched(self, granted: bool) -> bool:
-        """As of `Memory`. Nothing has come to the GPU before it is `put` there, unless rails write in place."""
+        """As of `Memory`. Nothing has come to the GPU before it is `put` there, unless rails write in
+        place."""
         return granted if self._direct else self._putting
 
     def replace_shadow(self) -> None:
-        """A writer that was stopped may still write into the shadow: take other memory. The engine keeps that one until it is
-        proved free. Where rails write in place, there is no other memory: `QuarantineError`."""
+        """A writer that was stopped may still write into the shadow: take other memory. The engine keeps that
+        one until it is proved free. Where rails write in place, there is no other memory:
+        `QuarantineError`."""
         if not self._direct:
             old = self.shadow
             self._land()
@@ -211,7 +214,8 @@ class OnDevice(Memory):
 
 
 def memory_for(engine: Engine, layout: Layout, rank: int, bound: Bound | None, *, double: bool, staging: bool | None) -> Memory:
-    """The memory of a rank: bound to a GPU, bound to the host, or allocated here. Raises `PlanError`, `RegistrationError`."""
+    """The memory of a rank: bound to a GPU, bound to the host, or allocated here. Raises `PlanError`,
+    `RegistrationError`."""
     if bound is not None and on_device(bound):
         return OnDevice(engine, layout, rank, bound, double=double, staging=staging)
     return Memory(engine, layout, rank, bound, double=double)

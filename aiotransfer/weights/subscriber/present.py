@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Present:
-    """Of one subscriber rank. `version`: None while there is no whole version here. `members`: addresses of all ranks of the
-    instance, as of that. `refused`: why a publisher offers nothing. `has_lost`: a version of which publishers believe that it is
-    here. `changes` are woken whenever one of these is another."""
+    """Of one subscriber rank. `version`: None while there is no whole version here. `members`: addresses of
+    all ranks of the instance, as of that. `refused`: why a publisher offers nothing. `has_lost`: a version of
+    which publishers believe that it is here. `changes` are woken whenever one of these is another."""
 
     def __init__(self, memory: Memory, fences: Fences, changes: Changes, read_changed: Callable[[], object]) -> None:
         self.version: Version | None = None

@@ -1,9 +1,11 @@
-"""What relays pass on to one subscriber rank: counted as what publishers write, and asked of these when it does not come.
+"""What relays pass on to one subscriber rank: counted as what publishers write, and asked of these when it
+does not come.
 
-While bytes come nothing runs here. A relay is *out* when publishers write in its place. It is put out before any of them may: its
-lease is taken back, and only then is the next writer let in, so two do not write to one place. Only of a relay that was stopped
-inside a write that cannot be proved. It may write on when it wakes, but only the bytes of this version, as the publishers do; and
-no other version comes into that memory before it has left it (see `stopped`).
+While bytes come nothing runs here. A relay is *out* when publishers write in its place. It is put out before
+any of them may: its lease is taken back, and only then is the next writer let in, so two do not write to one
+place. Only of a relay that was stopped inside a write that cannot be proved. It may write on when it wakes,
+but only the bytes of this version, as the publishers do; and no other version comes into that memory before
+it has left it (see `stopped`).
 """
 
 from __future__ import annotations

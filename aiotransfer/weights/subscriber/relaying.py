@@ -1,9 +1,9 @@
 """What one subscriber rank passes on to ranks of other instances, from where it landed.
 
-The table of its writes comes once for each plan (`passing.Route`) and stays. In an update each hop of it is one native call, or
-more of very many writes, made when the counter of its step says that the step is whole. Each receiver has a task of its own, with
-at most two calls under way, so a slow one holds up no other. What cannot be passed on is not reported: its receiver asks the
-publishers.
+The table of its writes comes once for each plan (`passing.Route`) and stays. In an update each hop of it is
+one native call, or more of very many writes, made when the counter of its step says that the step is whole.
+Each receiver has a task of its own, with at most two calls under way, so a slow one holds up no other. What
+cannot be passed on is not reported: its receiver asks the publishers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ UNDER_WAY = 2  # calls to one receiver
 
 
 class Relaying:
-    """Of one offer. `start` it when the publishers begin to write; `close` it before the memory is needed for anything else."""
+    """Of one offer. `start` it when the publishers begin to write; `close` it before the memory is needed for
+    anything else."""
 
     def __init__(self, context: Context, routes: Routes, offer: wire.Offer, leader: Peer) -> None:
         self._context, self._routes, self._offer, self._leader = context, routes, offer, leader
@@ -161,7 +162,8 @@ class Relaying:
                 waiting.exception()  # its task may have ended
 
     async def close(self) -> None:
-        """Pass nothing more on; returns when nothing is read from this memory any more, but by what `held` names."""
+        """Pass nothing more on; returns when nothing is read from this memory any more, but by what `held`
+        names."""
         tasks, self._passing = self._tasks, None
         for task in tasks:
             task.cancel()

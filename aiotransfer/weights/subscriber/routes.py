@@ -1,4 +1,5 @@
-"""The routes of one subscriber rank: tables of what it passes on, asked for once and kept for the versions that follow."""
+"""The routes of one subscriber rank: tables of what it passes on, asked for once and kept for the versions
+that follow."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ MOST_ROUTES = 4  # the latest are kept
 
 
 class Routes:
-    """The routes that one subscriber knows, by digest. `mappings`: memory of the ranks that it passes parts on to."""
+    """The routes that one subscriber knows, by digest. `mappings`: memory of the ranks that it passes parts
+    on to."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -28,8 +30,8 @@ class Routes:
         self._coming: dict[bytes, tuple[Peer, Pieces, asyncio.Future[bytes]]] = {}
 
     async def get(self, peer: Peer, digest: bytes, nbytes: int) -> bytes:
-        """The route with this digest, of `nbytes` bytes: known, or asked of `peer`. Raises `DescriptorError`. Cancel it when the
-        peer is gone."""
+        """The route with this digest, of `nbytes` bytes: known, or asked of `peer`. Raises `DescriptorError`.
+        Cancel it when the peer is gone."""
         if digest not in self._known:
             came = asyncio.get_running_loop().create_future()
             self._coming[digest] = peer, Pieces(nbytes), came

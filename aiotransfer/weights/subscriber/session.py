@@ -1,4 +1,5 @@
-"""One offered version at one rank of an instance: from the offer until it is open here or given up, with no byte left to come."""
+"""One offered version at one rank of an instance: from the offer until it is open here or given up, with no
+byte left to come."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ _numbers = itertools.count(1)
 
 
 class Session:
-    """A version on its way in. `leader`: the publisher that offers it. `over(session, opened, why)` is called when it has
-    ended."""
+    """A version on its way in. `leader`: the publisher that offers it. `over(session, opened, why)` is called
+    when it has ended."""
 
     def __init__(
         self, context: Context, present: Present, routes: Routes, lending: Lending, leader: Peer, offer: wire.Offer,
@@ -160,15 +161,16 @@ class Session:
             self._whole(0)
 
     def _whole(self, rank: int) -> None:
-        """Note that all bytes are at `rank`. Where instances pass parts on, the publishers wait until that is so at all ranks."""
+        """Note that all bytes are at `rank`. Where instances pass parts on, the publishers wait until that is
+        so at all ranks."""
         assert self.chair is not None
         if self.offer.passing is not None and self.chair.missing() == [rank] and not self.chair.over:
             self._context.tell(self.leader, relays.Gathered(self.offer.update, self._context.instance))
         self._say(self.chair.whole(rank))
 
     def fail(self, why: str, kind: str = "failed") -> None:
-        """This rank cannot have the version, or it is abandoned. Rank 0 and the publishers are told. Too late once it is decided,
-        and while rank 0 decides only rank 0 may."""
+        """This rank cannot have the version, or it is abandoned. Rank 0 and the publishers are told. Too late
+        once it is decided, and while rank 0 decides only rank 0 may."""
         if self._decided() or self.seat.is_closed:
             return
         self._note(why, kind)
@@ -181,8 +183,8 @@ class Session:
         self._changes.wake()
 
     def abandoned(self, why: str, *, begun: bool) -> None:
-        """The publishers give the version up. `begun`: their blocks had begun. In place there is no version then, whether or not
-        some of its bytes had come by chance."""
+        """The publishers give the version up. `begun`: their blocks had begun. In place there is no version
+        then, whether or not some of its bytes had come by chance."""
         self._begun = self._begun or begun
         self.fail(why or "abandoned by its publisher", "abandoned")
 
@@ -232,7 +234,8 @@ class Session:
             self._showing.close()
 
     def _record(self) -> None:
-        """Make the record of a session that is over: readers read on, or the host is paused until another version comes."""
+        """Make the record of a session that is over: readers read on, or the host is paused until another
+        version comes."""
         present, opened = self._present, self.seat.state == "open"
         if opened:
             self._journal.step("confirm")
@@ -349,7 +352,8 @@ class Session:
             self._whole(rank)
 
     def allow(self) -> None:
-        """The publishers have written everything, and their sources were at rest; or every rank catches up."""
+        """The publishers have written everything, and their sources were at rest; or every rank catches
+        up."""
         self._allowed = True
         self._changes.wake()
         if self.chair is not None:
@@ -364,7 +368,8 @@ class Session:
         return True
 
     def pass_on(self, peer: Peer, message: relays.Pass) -> bool:
-        """A rank of another instance asks to write what it passes on; False when this is over. Raises `DescriptorError`."""
+        """A rank of another instance asks to write what it passes on; False when this is over. Raises
+        `DescriptorError`."""
         if self._decided() or self._work.done():
             return False
         self._filling.relayed.ready(peer, message)

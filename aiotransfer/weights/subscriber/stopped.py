@@ -1,11 +1,13 @@
-"""Writers that were stopped inside a write into the memory of a subscriber rank, and may go on with it whenever they wake.
+"""Writers that were stopped inside a write into the memory of a subscriber rank, and may go on with it
+whenever they wake.
 
-No version may come into that memory before they have left it, which the states of their leases say. In mode "double" other memory
-takes its place. In place there is none: until the writers have gone on or ended, the rank declines every version, by their names.
+No version may come into that memory before they have left it, which the states of their leases say. In mode
+"double" other memory takes its place. In place there is none: until the writers have gone on or ended, the
+rank declines every version, by their names.
 
-A rank that passes weights on may be held up itself: a page of its own memory is withheld from the copy. When the page comes,
-the copy still writes what it reads to the receiver, which has these bytes from others by then. As long as that lasts, the
-rank takes no version, so that the bytes are the same ones.
+A rank that passes weights on may be held up itself: a page of its own memory is withheld from the copy. When
+the page comes, the copy still writes what it reads to the receiver, which has these bytes from others by
+then. As long as that lasts, the rank takes no version, so that the bytes are the same ones.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ class Stopped:
             self._leases += leases
 
     async def leave(self, leases: list[Lease]) -> None:
-        """A version has come, and these writers, in whose place others have written, may still write parts of it: the same bytes.
-        Raises `TransferError` where there is no other memory."""
+        """A version has come, and these writers, in whose place others have written, may still write parts of
+        it: the same bytes. Raises `TransferError` where there is no other memory."""
         if self._in_place:
             self._leases += leases
         else:

@@ -5,7 +5,8 @@
     async with subscriber.reading() as version:   # it stays until the block ends
         ...                                       # a forward step with subscriber.tensors
 
-All ranks of an `instance` change together: no reader of one version runs beside a reader of another, on any of them.
+All ranks of an `instance` change together: no reader of one version runs beside a reader of another, on any
+of them.
 """
 
 from __future__ import annotations
@@ -54,20 +55,22 @@ CLOSED = "its subscriber was closed"
 class Subscriber(Unpicklable):
     """Rank `rank` of inference instance `instance`, whose weights lie as `layout` says.
 
-    `engine`: an open one of this rank.
-    `layout`: of all ranks of the instance, the same on each; bound to this rank's memory (`layout.bind`), or unbound: the memory
-    is then allocated here. `instance`: a name of 1 to 256 characters, the same at all ranks of the instance and at no other;
-    empty: the engine's incarnation, for an instance of one rank. `rank`: default that of the bound layout, else 0. `mode`:
-    "double" writes a version into a second buffer, "in_place" into the one that readers see, between `pause` and `resume`. These
-    two are functions or coroutine functions without arguments; `pause` returns when no forward step runs or begins, `resume` lets
-    them begin again. What becomes of running requests is the host's choice. `timeout`: seconds for waits that give none (None:
-    the engine's). `staging`: of weights on a GPU, as for `Engine.register`: True: they come into pinned host memory and are
-    stored on the GPU before the version opens; False: rails write them there; None: the latter where an open rail can.
-    `progress`: True shows on standard error how far a version has come that takes long; or a function that is called with (bytes
-    done, bytes in all, version) and returns at once. `on_record`: is called with the `UpdateRecord` of each update that is over;
-    `records` has the last 1,000.
+    `engine`: an open one of this rank. `layout`: of all ranks of the instance, the same on each; bound to
+    this rank's memory (`layout.bind`), or unbound: the memory is then allocated here. `instance`: a name of 1
+    to 256 characters, the same at all ranks of the instance and at no other; empty: the engine's incarnation,
+    for an instance of one rank. `rank`: default that of the bound layout, else 0. `mode`: "double" writes a
+    version into a second buffer, "in_place" into the one that readers see, between `pause` and `resume`.
+    These two are functions or coroutine functions without arguments; `pause` returns when no forward step
+    runs or begins, `resume` lets them begin again. What becomes of running requests is the host's choice.
+    `timeout`: seconds for waits that give none (None: the engine's). `staging`: of weights on a GPU, as for
+    `Engine.register`: True: they come into pinned host memory and are stored on the GPU before the version
+    opens; False: rails write them there; None: the latter where an open rail can. `progress`: True shows on
+    standard error how far a version has come that takes long; or a function that is called with (bytes done,
+    bytes in all, version) and returns at once. `on_record`: is called with the `UpdateRecord` of each update
+    that is over; `records` has the last 1,000.
 
-    Raises `PlanError` (the layout is not whole), `RegistrationError`, `ClosedError`, `TypeError`, `ValueError`.
+    Raises `PlanError` (the layout is not whole), `RegistrationError`, `ClosedError`, `TypeError`,
+    `ValueError`.
     """
 
     _instead = "make a Subscriber in each inference rank; send it layout.encode()"
@@ -133,15 +136,16 @@ class Subscriber(Unpicklable):
 
     @property
     def tensors(self) -> Mapping[str, Any]:
-        """{name: tensor} of `version`, also under tied names: views of this rank's parts, to be used while `reading()`. NumPy
-        arrays, or torch tensors where torch memory is bound; a tuple where a tensor lies here in several pieces."""
+        """{name: tensor} of `version`, also under tied names: views of this rank's parts, to be used while
+        `reading()`. NumPy arrays, or torch tensors where torch memory is bound; a tuple where a tensor lies
+        here in several pieces."""
         return self.memory.tensors()
 
     async def ready(self, *, timeout: float | None = None) -> Version:
         """Wait until a whole version is here, and return it. `timeout`: seconds (None: the subscriber's).
 
-        Raises `TransferTimeout`, `PlanError` (a publisher holds another model), `ConfigurationError` (another subscriber has this
-        instance and rank), `ClosedError`.
+        Raises `TransferTimeout`, `PlanError` (a publisher holds another model), `ConfigurationError` (another
+        subscriber has this instance and rank), `ClosedError`.
         """
         within = seconds(timeout, self._seconds)
         try:
@@ -167,8 +171,9 @@ class Subscriber(Unpicklable):
 
     @contextlib.asynccontextmanager
     async def reading(self, *, timeout: float | None = None) -> AsyncIterator[Version]:
-        """A forward step: the version that this yields stays as it is until the block ends, on all ranks of the instance that
-        read. Waits while there is none, or while the instance changes; `timeout`: seconds (None: the subscriber's).
+        """A forward step: the version that this yields stays as it is until the block ends, on all ranks of
+        the instance that read. Waits while there is none, or while the instance changes; `timeout`: seconds
+        (None: the subscriber's).
 
         Raises as `ready`.
         """
@@ -187,8 +192,8 @@ class Subscriber(Unpicklable):
             self.gate.leave(reading)
 
     async def __aiter__(self) -> AsyncIterator[Version]:
-        """Each version as it becomes the present one; of several that came meanwhile the latest. Ends when the subscriber
-        closes."""
+        """Each version as it becomes the present one; of several that came meanwhile the latest. Ends when
+        the subscriber closes."""
         seen: list[Version | None] = [None]
         while True:
             try:
@@ -252,8 +257,8 @@ class Subscriber(Unpicklable):
     # ---- messages ----
 
     def receive(self, peer: Peer, message: Any) -> None:
-        """Handle one message of `peer`: `message` is as it was decoded. Called by the library. Raises `DescriptorError` for what
-        the peer may not say."""
+        """Handle one message of `peer`: `message` is as it was decoded. Called by the library. Raises
+        `DescriptorError` for what the peer may not say."""
         match message:
             case wire.Call():
                 self._announce(peer)
@@ -393,7 +398,8 @@ class Subscriber(Unpicklable):
     # ---- the end ----
 
     async def aclose(self) -> None:
-        """Give up what is under way, tell the publishers, give memory back. Readers that wait are told. Twice is silent.
+        """Give up what is under way, tell the publishers, give memory back. Readers that wait are told. Twice
+        is silent.
 
         Raises `QuarantineError` when a publisher may still write into the memory: it must not be reused then.
         """

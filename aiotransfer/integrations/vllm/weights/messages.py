@@ -14,9 +14,9 @@ MOST_SECONDS = 86400.0  # of a timeout
 
 
 def invitation(trainer: str, layout: Layout, *, timeout: float, listen: str = "") -> dict[str, Any]:
-    """What `init_weight_transfer_engine` takes: `trainer`: the address of trainer rank 0; `layout`: the checkpoint as one rank
-    holds it; `timeout`: seconds of everything that a worker waits for; `listen`: where workers listen (default "": at the
-    address by which they reach the trainer)."""
+    """What `init_weight_transfer_engine` takes: `trainer`: the address of trainer rank 0; `layout`: the
+    checkpoint as one rank holds it; `timeout`: seconds of everything that a worker waits for; `listen`: where
+    workers listen (default "": at the address by which they reach the trainer)."""
     return {"trainer": trainer, "layout": base64.b64encode(layout.encode()).decode(), "timeout": timeout, "listen": listen}
 
 
@@ -61,14 +61,15 @@ def tensors_of(layout: Layout) -> list[Tensor]:
 
 
 def for_workers(layout: Layout, ranks: int) -> Layout:
-    """The tensors of `layout` as `ranks` workers of one engine hold them: each has all of every tensor, because a model's
-    `load_weights` takes whole tensors and cuts out its part."""
+    """The tensors of `layout` as `ranks` workers of one engine hold them: each has all of every tensor,
+    because a model's `load_weights` takes whole tensors and cuts out its part."""
     tensors = tensors_of(layout)
     return Layout(tensors, [piece for tensor in tensors for piece in replicated(tensor, range(ranks))], ranks=ranks)
 
 
 def differences(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What `given` tensors (name: shape) lack of those `wanted`, what is too much, and what has another shape, as texts."""
+    """What `given` tensors (name: shape) lack of those `wanted`, what is too much, and what has another
+    shape, as texts."""
     found = [f"{name} is missing" for name in wanted if name not in given]
     found += [f"{name} was not announced" for name in given if name not in wanted]
     for name in wanted:

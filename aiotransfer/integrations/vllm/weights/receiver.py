@@ -1,7 +1,9 @@
-"""The receiving side in a worker process: an engine on a thread of its own, and a `Subscriber` whose memory is staging memory.
+"""The receiving side in a worker process: an engine on a thread of its own, and a `Subscriber` whose memory
+is staging memory.
 
-The bytes of a version come into memory that the model does not use, while the worker goes on with its steps. A version that is
-whole is then read by `version()`; nothing writes into it until that block ends. Knows nothing of vLLM."""
+The bytes of a version come into memory that the model does not use, while the worker goes on with its steps.
+A version that is whole is then read by `version()`; nothing writes into it until that block ends. Knows
+nothing of vLLM."""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from aiotransfer.weights import Layout, Subscriber, Version, VersionError
 
 
 class Receiver:
-    """One worker: rank `rank` of the `ranks` workers of the inference instance `instance`. Its calls are made from one thread,
-    which has no event loop."""
+    """One worker: rank `rank` of the `ranks` workers of the inference instance `instance`. Its calls are made
+    from one thread, which has no event loop."""
 
     def __init__(self, instance: str, rank: int, ranks: int) -> None:
         self.instance, self.rank, self.ranks = instance, rank, ranks
@@ -26,9 +28,10 @@ class Receiver:
         self._timeout = 0.0
 
     def join(self, trainer: str, layout: Layout, *, timeout: float, listen: str = "") -> None:
-        """Be ready for versions of the tensors of `layout` from the trainers of which `trainer` is an address. `timeout`:
-        seconds to reach it, and of every later wait; `listen`: where the engine listens when it is opened (default "": any port
-        at the address by which this host reaches the trainer). Other trainers may follow; versions go on rising.
+        """Be ready for versions of the tensors of `layout` from the trainers of which `trainer` is an
+        address. `timeout`: seconds to reach it, and of every later wait; `listen`: where the engine listens
+        when it is opened (default "": any port at the address by which this host reaches the trainer). Other
+        trainers may follow; versions go on rising.
 
         Raises `TransferError`."""
         self._timeout = timeout
@@ -56,8 +59,9 @@ class Receiver:
 
     @contextlib.contextmanager
     def version(self, wanted: Version) -> Iterator[Mapping[str, Any]]:
-        """The tensors of version `wanted`, {name: NumPy array or torch tensor}, whole, which stay as they are until the block
-        ends: copy what is kept longer. Waits while a version is on its way, no longer than `timeout` of `join`.
+        """The tensors of version `wanted`, {name: NumPy array or torch tensor}, whole, which stay as they are
+        until the block ends: copy what is kept longer. Waits while a version is on its way, no longer than
+        `timeout` of `join`.
 
         Raises `VersionError` when another version is here, `ClosedError` before `join`, `TransferError`."""
         if self._thread is None or self._subscriber is None:

@@ -1,5 +1,5 @@
-"""The sending side in a trainer process: an engine on a thread of its own, and a `Publisher` of the trainer's tensors. Knows
-nothing of vLLM."""
+"""The sending side in a trainer process: an engine on a thread of its own, and a `Publisher` of the trainer's
+tensors. Knows nothing of vLLM."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ Gather = Callable[[str], Sequence[str]]  # this rank's address into those of all
 
 @dataclass(frozen=True)
 class Options:
-    """How a trainer rank sends: `listen`, `advertise`, `timeout` as for `open_engine`; `checksum`, `fanout`, `rate_limit` as
-    for `Publisher`; `dtype`: floating tensors are cast to this type on their way ("": they are sent as they are)."""
+    """How a trainer rank sends: `listen`, `advertise`, `timeout` as for `open_engine`; `checksum`, `fanout`,
+    `rate_limit` as for `Publisher`; `dtype`: floating tensors are cast to this type on their way ("": they
+    are sent as they are)."""
 
     listen: str
     advertise: str | None
@@ -31,9 +32,9 @@ class Options:
 
 
 class Sender:
-    """One trainer rank, which publishes the tensors of `memory` ({name: tensor}); `gather` brings the addresses of all trainer
-    ranks together (one rank: a list of its own); `options`: how it sends. Its calls are made from one thread, which has no
-    event loop."""
+    """One trainer rank, which publishes the tensors of `memory` ({name: tensor}); `gather` brings the
+    addresses of all trainer ranks together (one rank: a list of its own); `options`: how it sends. Its calls
+    are made from one thread, which has no event loop."""
 
     layout: Layout  # of all trainer ranks
 
@@ -86,10 +87,11 @@ class Sender:
         self._publisher = await self._make(memory)
 
     def publish(self) -> Version:
-        """Bring the tensors as they are now to all workers, as the next version, which this returns; all trainer ranks call it.
+        """Bring the tensors as they are now to all workers, as the next version, which this returns; all
+        trainer ranks call it.
 
-        Raises `UpdateError` (`.missing` says which workers have not got it, and why), `PlanError`, `TransferError`; the
-        workers' models are as they were."""
+        Raises `UpdateError` (`.missing` says which workers have not got it, and why), `PlanError`,
+        `TransferError`; the workers' models are as they were."""
         self._number += 1
         return self._thread.run(self._publish(self._number))
 

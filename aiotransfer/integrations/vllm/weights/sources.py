@@ -1,7 +1,9 @@
-"""The trainer's weights as memory that rests while it is published: that of the module itself, or a copy on the host.
+"""The trainer's weights as memory that rests while it is published: that of the module itself, or a copy on
+the host.
 
-The parameters of a `ModuleSource` are published from where they lie, shards of FSDP included, and nothing is gathered. Any
-other source gives whole tensors that may live for a moment only: rank 0 copies each into memory of its own as it comes."""
+The parameters of a `ModuleSource` are published from where they lie, shards of FSDP included, and nothing is
+gathered. Any other source gives whole tensors that may live for a moment only: rank 0 copies each into memory
+of its own as it comes."""
 
 from __future__ import annotations
 
@@ -14,16 +16,16 @@ from aiotransfer.integrations.vllm.weights import messages
 
 
 class Weights(ABC):
-    """What a trainer rank publishes. `memory`: {name: tensor}, the tensors that are read, None on a rank that publishes
-    nothing."""
+    """What a trainer rank publishes. `memory`: {name: tensor}, the tensors that are read, None on a rank that
+    publishes nothing."""
 
     memory: Mapping[str, Any] | None
     is_shared: bool  # whether all ranks publish, each its part
 
     @abstractmethod
     def refresh(self) -> bool:
-        """Bring `memory` up to date; called on all ranks before each version. Whether it is other memory than before. Raises
-        `ValueError` for a source that does not keep to what it said."""
+        """Bring `memory` up to date; called on all ranks before each version. Whether it is other memory than
+        before. Raises `ValueError` for a source that does not keep to what it said."""
 
 
 class InPlace(Weights):

@@ -1,7 +1,7 @@
 """The engine of weight transfer in a trainer process.
 
-`send_weights` first brings the whole version to all workers, while their engine goes on, and only then has them load it. What
-goes wrong before that leaves every model as it was."""
+`send_weights` first brings the whole version to all workers, while their engine goes on, and only then has
+them load it. What goes wrong before that leaves every model as it was."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ Hook = Callable[[], object]
 class AioTransferTrainerInitInfo(TrainerInitInfo):
     """How a trainer rank sends its weights. `rank`: its number, 0 on the one that leads.
 
-    `listen`: where this rank's engine listens (default: loopback, any port); workers on other hosts need an address that they
-    reach, and one `AIOTRANSFER_KEY` everywhere. `advertise`: the address that they use, where that is another one. `timeout`:
-    seconds that meeting the workers, and each version, may take. `dtype`: floating tensors are cast to this type on their way,
-    for instance "bfloat16" (default "": they are sent as they are, and the workers' models cast them). `pause` and `resume`:
-    functions without arguments that rank 0 calls around the loading of a version that has come as a whole (default None: it is
-    loaded between two steps of running requests); after an error in between, `resume` is not called. `checksum`, `fanout`,
-    `rate_limit`: as for `aiotransfer.weights.Publisher`. `worker_listen`: where workers listen (default "": at the address by
-    which they reach the trainer)."""
+    `listen`: where this rank's engine listens (default: loopback, any port); workers on other hosts need an
+    address that they reach, and one `AIOTRANSFER_KEY` everywhere. `advertise`: the address that they use,
+    where that is another one. `timeout`: seconds that meeting the workers, and each version, may take.
+    `dtype`: floating tensors are cast to this type on their way, for instance "bfloat16" (default "": they
+    are sent as they are, and the workers' models cast them). `pause` and `resume`: functions without
+    arguments that rank 0 calls around the loading of a version that has come as a whole (default None: it is
+    loaded between two steps of running requests); after an error in between, `resume` is not called.
+    `checksum`, `fanout`, `rate_limit`: as for `aiotransfer.weights.Publisher`. `worker_listen`: where workers
+    listen (default "": at the address by which they reach the trainer)."""
 
     backend: ClassVar[str] = "aiotransfer"
 
@@ -68,8 +69,9 @@ class AioTransferTrainerWeightTransferEngine(TrainerWeightTransferEngine):
     def trainer_init(
         cls, init_info: AioTransferTrainerInitInfo, *, client: Any, source: Any = None
     ) -> AioTransferTrainerWeightTransferEngine:
-        """Meet the workers: called on every trainer rank. `init_info`: how this rank sends; `client`: vLLM's client of the
-        serving engine, called by rank 0 alone; `source`: vLLM's `WeightSource`. Returns what sends.
+        """Meet the workers: called on every trainer rank. `init_info`: how this rank sends; `client`: vLLM's
+        client of the serving engine, called by rank 0 alone; `source`: vLLM's `WeightSource`. Returns what
+        sends.
 
         Raises `ValueError`, `TransferError`, and what `client` raises."""
         if init_info.dtype and init_info.dtype not in FLOATS:
@@ -96,11 +98,12 @@ class AioTransferTrainerWeightTransferEngine(TrainerWeightTransferEngine):
         return made
 
     def send_weights(self) -> None:
-        """Bring the weights as they are now into the serving engine, as one version; called on every trainer rank. Ranks other
-        than 0 return when the version has come as a whole, and may go on training then.
+        """Bring the weights as they are now into the serving engine, as one version; called on every trainer
+        rank. Ranks other than 0 return when the version has come as a whole, and may go on training then.
 
-        Raises `aiotransfer.weights.UpdateError` when it did not come to all workers: they serve the version before. What is
-        raised later, by the client, means that a worker may have loaded a part; `resume` has not been called then."""
+        Raises `aiotransfer.weights.UpdateError` when it did not come to all workers: they serve the version
+        before. What is raised later, by the client, means that a worker may have loaded a part; `resume` has
+        not been called then."""
         if self._is_closed:
             raise ClosedError("this trainer has been shut down", hint="trainer_init makes another")
         is_other = self._weights.refresh()
@@ -142,8 +145,8 @@ def alone(address: str) -> list[str]:
 
 
 def addresses(address: str) -> Sequence[str]:
-    """The addresses of all trainer ranks, of which `address` is this one's: those of the default group of `torch.distributed`,
-    where there is one."""
+    """The addresses of all trainer ranks, of which `address` is this one's: those of the default group of
+    `torch.distributed`, where there is one."""
     torch = sys.modules.get("torch")
     dist = None if torch is None else torch.distributed
     if dist is None or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

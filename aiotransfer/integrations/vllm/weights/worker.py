@@ -1,7 +1,8 @@
 """The engine of weight transfer in a vLLM worker.
 
-Everything that touches the model is done by `update_weights`, in one call between two steps: no step can meet a model that is
-half loaded. vLLM's `start_weight_update` and `finish_weight_update`, between which steps may run, do nothing here."""
+Everything that touches the model is done by `update_weights`, in one call between two steps: no step can meet
+a model that is half loaded. vLLM's `start_weight_update` and `finish_weight_update`, between which steps may
+run, do nothing here."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ class AioTransferWeightTransferEngine(WeightTransferEngine):
         self.receiver = Receiver(place.instance, place.rank, place.ranks)
 
     def init_transfer_engine(self, init_info: AioTransferInitInfo) -> None:
-        """Meet the trainer that `init_info` names; other trainers may come later. Raises `ValueError`, `TransferError`."""
+        """Meet the trainer that `init_info` names; other trainers may come later. Raises `ValueError`,
+        `TransferError`."""
         layout, timeout = messages.read_layout(init_info.layout), messages.read_seconds(init_info.timeout)
         self.receiver.join(init_info.trainer, layout, timeout=timeout, listen=init_info.listen)
 
@@ -68,10 +70,12 @@ class AioTransferWeightTransferEngine(WeightTransferEngine):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: AioTransferUpdateInfo) -> None:
-        """Load the version that `update_info` names into the model. It has come as a whole before, or nothing is done.
+        """Load the version that `update_info` names into the model. It has come as a whole before, or nothing
+        is done.
 
-        Raises `VersionError` and `TransferError`, and the model is as it was; and what the model's `load_weights` raises, or
-        `UpdateError` when the version lacks parameters of the model: it is of no use then until a version has been loaded.
+        Raises `VersionError` and `TransferError`, and the model is as it was; and what the model's
+        `load_weights` raises, or `UpdateError` when the version lacks parameters of the model: it is of no
+        use then until a version has been loaded.
         """
         wanted = messages.read_version(update_info.epoch, update_info.number)
         with self.receiver.version(wanted) as tensors:
@@ -83,8 +87,9 @@ class AioTransferWeightTransferEngine(WeightTransferEngine):
 
 
 def load(model: Any, model_config: Any, tensors: Mapping[str, Any], version: Any) -> None:
-    """Fill `model`, whose `model_config` is vLLM's, with the `tensors` of a whole checkpoint, by vLLM's layerwise reload: it
-    packs the weights for the kernels and keeps the memory that captured graphs read. `version`: for the text of errors."""
+    """Fill `model`, whose `model_config` is vLLM's, with the `tensors` of a whole checkpoint, by vLLM's
+    layerwise reload: it packs the weights for the kernels and keeps the memory that captured graphs read.
+    `version`: for the text of errors."""
     missing: dict[str, str] = {}
     tied = fields.tied_layers(model)
     fields.begin_reload(model)
@@ -95,7 +100,8 @@ def load(model: Any, model_config: Any, tensors: Mapping[str, Any], version: Any
             missing = dict.fromkeys(sorted(wanted - filled - tied.keys()), "no tensor of the checkpoint fills it")
             missing |= fields.half_filled(model, model_config)
     finally:
-        # After an error, too: layers remember what they were given until this, and would mix it with the next version.
+        # After an error, too: layers remember what they were given until this, and would mix it with the next
+        # version.
         fields.end_reload(model, model_config)
     for layer in tied.values():
         fields.pack_again(layer)
