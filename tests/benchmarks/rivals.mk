@@ -7,7 +7,7 @@ $(STAMPS)/rivals: $(STAMPS)/package tests/benchmarks/rivals.mk tests/benchmarks/
 	@bash tests/benchmarks/install_rivals.sh $(RIVALS) "$$(cat $(STAMPS)/python)"
 	@touch $@
 
-rivals: $(STAMPS)/rivals
+rivals: $(STAMPS)/rivals ## bench: installs NIXL, UCX and others | not measured
 
-bench-rivals: $(STAMPS)/rivals
+bench-rivals: $(STAMPS)/rivals ## bench: NIXL, UCX and others in the same loop | not measured
 	@$(RIVALS)/ours/bin/python tests/benchmarks/rivals/compare.py $(ARGS)
