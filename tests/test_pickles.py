@@ -19,7 +19,8 @@ PACKAGES = ["aiotransfer", *(
     if found.ispkg and found.name.split(".")[1] in ("kv", "moe", "weights", "rendezvous")
 )]  # fmt: skip
 VALUES = {
-    "Address", "Config", "RemoteRegion", "Statistics", "Arrival", "KVLayout", "PageTable", "RequestRecord", "TransferPlan",
+    "Address", "Config", "RemoteRegion", "Statistics", "Arrival", "Finished", "KVLayout", "PageTable", "RequestRecord",
+    "TransferPlan",
     "Member", "Balance", "Cast", "Fuse", "Layout", "Piece", "Quantise", "Rename", "Split", "Stack", "Tensor", "Tie", "Transpose",
     "Unstack", "UpdateRecord", "Version",
 }  # fmt: skip

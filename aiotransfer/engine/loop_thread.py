@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -13,6 +16,7 @@ from aiotransfer.engine.open import open_engine
 from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
 from aiotransfer.errors import ClosedError, TransferTimeout
+from aiotransfer.quote import quote
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from aiotransfer.engine.operations.from_thread import ThreadHandle
 
 T = TypeVar("T")
+END_SECONDS = 5.0  # that tasks have to end when their loop does
+_logger = logging.getLogger("aiotransfer")
 
 
 class Submitted(concurrent.futures.Future[T], Generic[T]):
@@ -70,6 +76,8 @@ class Submitted(concurrent.futures.Future[T], Generic[T]):
             result = await self._work
         except asyncio.CancelledError:
             self._end_cancelled()
+        except GeneratorExit:  # the loop has ended without it, and `_abandon` has said so
+            raise
         except BaseException as error:
             self.set_exception(error)
             if not isinstance(error, Exception):
@@ -85,9 +93,10 @@ class Submitted(concurrent.futures.Future[T], Generic[T]):
         self.set_running_or_notify_cancel()
 
     def _abandon(self) -> None:
-        """The loop is closed and takes no more steps."""
-        if not self.done():
+        """The loop is closed and takes no more steps. `submit` and the loop's thread may both call it."""
+        with contextlib.suppress(RuntimeError, ValueError):  # it awaits when it is closed; another thread closes it
             self._work.close()
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # it is done
             self.set_exception(ClosedError("the engine's thread has ended"))
 
 
@@ -115,13 +124,20 @@ class EngineThread(Unpicklable):
     def _main(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_forever()
-            self._loop.run_until_complete(_end_tasks())  # those that are left: threads may wait for their ends
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            try:
+                self._loop.run_forever()
+            finally:  # also where a task raised SystemExit, which ends the loop
+                self._loop.run_until_complete(self._end())
+                self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()  # here and not by `close`: its caller may be inside a loop of its own
             for future in list(self._submitted):
                 future._abandon()
+
+    async def _end(self) -> None:
+        if not self._closed and hasattr(self, "engine"):  # `close` comes too late to do it
+            await self.engine.aclose()
+        await _end_tasks()  # those that are left: threads may wait for their ends
 
     @property
     def closed(self) -> bool:
@@ -144,7 +160,7 @@ class EngineThread(Unpicklable):
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("run() was called on the engine's own thread; await it there")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self.submit(work)
         try:
             return future.result(timeout if timeout is None else seconds(timeout))
         except concurrent.futures.TimeoutError as error:
@@ -189,18 +205,24 @@ class EngineThread(Unpicklable):
 
     def close(self) -> None:
         """Close the engine, stop the loop, join the thread. Twice is silent, as is a forked child: all of it
-        is its parent's."""
+        is its parent's.
+
+        What was submitted and still runs is cancelled. What has not ended 5 s later is named in the log, and
+        its future fails with `ClosedError`.
+        """
         if self._closed or os.getpid() != self._process:
             return
         self._closing = True
         try:
-            self.run(self.engine.aclose())
+            with contextlib.suppress(ClosedError):  # the loop has ended by an error, and closed it
+                self.run(self.engine.aclose())
         finally:
             self._stop()
 
     def _stop(self) -> None:
         self._closed = True
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
     def __enter__(self) -> EngineThread:
@@ -213,11 +235,21 @@ class EngineThread(Unpicklable):
 
 
 async def _end_tasks() -> None:
+    """Cancel all other tasks of this loop, those included that they begin, and wait for them, at most
+    `END_SECONDS`."""
     await asyncio.sleep(0)  # what was handed over at the last moment begins
+    end = time.monotonic() + END_SECONDS
     while left := asyncio.all_tasks() - {asyncio.current_task()}:
+        if time.monotonic() > end:
+            names = ", ".join(sorted(quote(task.get_coro()) for task in left))
+            _logger.warning("%d tasks did not end within %g s after their cancel: %s", len(left), END_SECONDS, names)
+            return
         for task in left:
             task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        ended, _ = await asyncio.wait(left, timeout=max(0.0, end - time.monotonic()))
+        for task in ended:
+            if not task.cancelled():
+                task.exception()  # so that asyncio does not report it
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 import aiotransfer as at
+from aiotransfer.engine import loop_thread
 from aiotransfer.engine.loop_thread import Submitted
 
 SECONDS = 30.0  # of every wait here
@@ -187,3 +189,80 @@ def test_what_is_cancelled_when_its_task_was_made_and_has_not_begun_ends(host: a
     with pytest.raises(concurrent.futures.CancelledError):
         future.result(SECONDS)
     assert not stepped
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_coroutine_that_ends_the_loop_ends_all_others_too() -> None:
+    """SystemExit in a coroutine ends the thread. Each future is done then, and closing has nothing left to do."""
+    ended: list[int] = []
+
+    async def careful() -> None:
+        try:
+            await asyncio.sleep(SECONDS)
+        finally:
+            await asyncio.sleep(0)
+            ended.append(1)
+
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    host = at.run_in_thread(providers="loopback")
+    futures = [host.submit(careful()) for _ in range(3)]
+    last = host.submit(leave())
+    _, late = concurrent.futures.wait([*futures, last], SECONDS)
+    assert not late
+    assert isinstance(last.exception(), SystemExit)
+    assert all(future.cancelled() for future in futures)
+    assert len(ended) == 3
+    host._thread.join(SECONDS)
+    with pytest.raises(at.ClosedError):
+        host.submit(careful())
+    host.close()
+
+
+def test_closing_waits_so_long_for_what_does_not_obey_its_cancel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loop_thread, "END_SECONDS", 0.05)
+    obeys = threading.Event()
+
+    async def stubborn() -> None:
+        while not obeys.is_set():
+            try:
+                await asyncio.sleep(SECONDS)
+            except asyncio.CancelledError:
+                pass
+            except GeneratorExit:
+                obeys.set()
+
+    with at.run_in_thread(providers="loopback") as host:
+        future = host.submit(stubborn())
+        host.run(asyncio.sleep(0))  # it has begun
+    with pytest.raises(at.ClosedError):
+        future.result(0)
+    assert "tasks did not end within 0.05 s after their cancel" in caplog.text
+
+
+def test_a_call_that_the_end_of_the_loop_overtakes_is_told() -> None:
+    """`run` ends with the loop, also where its coroutine was handed over too late to begin."""
+
+    async def work() -> None:
+        pass
+
+    host = at.run_in_thread(providers="loopback")
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        with pytest.raises(at.ClosedError) as error:
+            host.run(work())
+        raised.append(error.value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "call_soon", lambda *_: None)  # the loop takes no more steps
+        caller = threading.Thread(target=call, daemon=True)
+        caller.start()
+        while not any(future._task is None for future in list(host._submitted)):
+            time.sleep(0.001)
+    host.close()
+    caller.join(SECONDS)
+    assert raised

@@ -55,7 +55,9 @@ class Node:
 
     def __init__(self, listen: str, name: str | None, timeout: float) -> None:
         self.timeout = timeout
-        self._thread = at.run_in_thread(listen=listen, name=name, timeout=timeout)
+        self._thread = at.run_in_thread(
+            listen=listen, name=name, timeout=timeout, config=at.Config(drain_timeout=ABORT_SECONDS)
+        )
         engine = self._thread.engine
         self._pool, self._exports, self._fetches = self._thread.run(self._begin(engine))
         self._process = os.getpid()
@@ -96,12 +98,10 @@ class Node:
         Its `cancel()` ends the fetch; the future is done when nothing of it can land any more. Raises
         `AbortedError` for a fetch that was aborted before it began, and `ClosedError`.
         """
-        with self._guard:
-            refused = self._refused.pop(name, 0) is None
-        if refused:
-            raise AbortedError(f"the fetch of {name} was aborted before it began")
-        future = self._thread.submit(self._fetches.fetch(offer, into, self.timeout))
-        with self._guard:
+        with self._guard:  # held throughout: an abort comes before all of it, or ends the fetch
+            if self._refused.pop(name, 0) is None:
+                raise AbortedError(f"the fetch of {name} was aborted before it began")
+            future = self._thread.submit(self._fetches.fetch(offer, into, self.timeout))
             self._running.setdefault(name, set()).add(future)
         future.add_done_callback(lambda done: self._over(name, done))
         return future

@@ -8,6 +8,8 @@ torch.
 
 from __future__ import annotations
 
+import logging
+
 __all__ = ["BACKEND", "register"]
 
 BACKEND = "aiotransfer"  # what users type
@@ -19,13 +21,17 @@ def register() -> None:
     silent.
 
     It never raises: vLLM calls it wherever aiotransfer is installed, also for users who do not use it, and an
-    error would end their process. A vLLM that lacks the interface says itself that there is no such backend.
+    error would end their process. A vLLM that lacks the interface says itself that there is no such backend;
+    one whose interface is another is named in the log.
     """
-    from aiotransfer.integrations.vllm import fields
-
     classes = "aiotransfer.integrations.vllm.weights"
-    fields.register_weights(
-        BACKEND,
-        worker=(f"{classes}.worker", "AioTransferWeightTransferEngine"),
-        trainer=(f"{classes}.trainer", "AioTransferTrainerWeightTransferEngine"),
-    )
+    try:
+        from aiotransfer.integrations.vllm import fields
+
+        fields.register_weights(
+            BACKEND,
+            worker=(f"{classes}.worker", "AioTransferWeightTransferEngine"),
+            trainer=(f"{classes}.trainer", "AioTransferTrainerWeightTransferEngine"),
+        )
+    except Exception as error:
+        logging.getLogger("aiotransfer").warning("the weight transfer of this vLLM does not take aiotransfer: %r", error)

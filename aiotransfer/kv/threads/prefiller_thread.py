@@ -96,7 +96,7 @@ class PrefillerThread(RequestsThread[Send]):
         self._new: dict[PrefillRequest, Asked] = {}  # not taken by take_requests(); guarded by the lock
         self._waiting: defaultdict[str, dict[PrefillRequest, None]] = defaultdict(dict)  # not started; the loop's alone
         self._unasked: dict[str, asyncio.Future[None]] = {}  # started and not asked for; the loop's alone
-        self._given_up: dict[str, None] = {}  # ended here before they were asked for, the last ones; the loop's alone
+        self._given_up: dict[str, None] = {}  # ended here before they were asked for, the last ones; guarded by the lock
         thread.submit(self._accept())
 
     # ---- what the engine's steps call ----
@@ -202,8 +202,9 @@ class PrefillerThread(RequestsThread[Send]):
                 minder.add_done_callback(minders.discard)
 
     def _arrived(self, id: str, request: PrefillRequest) -> None:
-        if id in self._given_up:
-            del self._given_up[id]
+        with self._lock:
+            given_up = self._given_up.pop(id, 0) is None
+        if given_up:
             request.fail("the prefill side gave it up before it was asked for")
             return
         self._waiting[id][request] = None
@@ -212,7 +213,7 @@ class PrefillerThread(RequestsThread[Send]):
             asked = Asked(id, request.instance, request.tokens, request.skip_tokens, request.priority, request.data)
             with self._lock:
                 self._new[request] = asked
-        elif not wanted.done():
+        elif not wanted.done():  # else its wait is ending, and looks here once more
             wanted.set_result(None)
 
     async def _mind(self, id: str, request: PrefillRequest) -> None:
@@ -257,28 +258,32 @@ class PrefillerThread(RequestsThread[Send]):
 
     async def _request_of(self, send: Send) -> PrefillRequest:
         """The oldest request of that name that is not over; waits for one."""
-        self._given_up.pop(send.id, None)
+        with self._lock:
+            self._given_up.pop(send.id, None)
+        in_time = True
         while True:
             for request in self._waiting.get(send.id, ()):
                 if not request.cancelled:
                     send.asked = True
                     self._waits_no_more(send.id, request)
                     return request
+            if not in_time:
+                raise TransferTimeout(f"request {send.id!r} was not asked for within {send.ends.seconds:g} s")
             self._unasked[send.id] = wanted = asyncio.get_running_loop().create_future()
             try:
                 async with Timeout(send.ends.left()):
                     await wanted
             except TimeoutError:
-                raise TransferTimeout(f"request {send.id!r} was not asked for within {send.ends.seconds:g} s") from None
+                in_time = False  # it may have come at this moment
             finally:
                 del self._unasked[send.id]
 
-    def _ended(self, work: Send) -> None:
+    def _let_go(self, work: Send) -> None:
         if not work.asked:
             self._given_up[work.id] = None
             if len(self._given_up) > self._most:
                 del self._given_up[next(iter(self._given_up))]
-        super()._ended(work)
+        super()._let_go(work)
 
     async def _complete(self, send: Send, request: PrefillRequest) -> bool:
         """Wait until the model has run, or the request is over; whether the model has run."""

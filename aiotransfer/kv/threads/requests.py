@@ -130,10 +130,14 @@ class RequestsThread(Unpicklable, Generic[W]):
         held = work.is_held() or isinstance(error, QuarantineError)
         if error is not None and self._thread.closed and not work.unwanted:  # what it was is a consequence of that
             error = ClosedError(f"request {work.id!r} was under way when the engine's thread was closed")
-        work.forget()
         with self._lock:
+            self._let_go(work)
             del self._works[work.id]
             self._finished[work.id] = Finished(work.id, error, held, arrival)
+
+    def _let_go(self, work: W) -> None:
+        """A request is over. Called with the lock, on any thread."""
+        work.forget()
 
     # ---- what the engine's steps call ----
 
@@ -182,12 +186,18 @@ class RequestsThread(Unpicklable, Generic[W]):
         """
         if os.getpid() != self._process:
             return
-        with contextlib.suppress(ClosedError):  # the engine has ended, and with it all of this
-            self._thread.run(self._close())
+        unproved: QuarantineError | None = None
+        try:
+            with contextlib.suppress(ClosedError):  # the engine has ended, and with it all of this
+                self._thread.run(self._close())
+        except QuarantineError as error:
+            unproved = error
         with self._lock:
             self._closed = True
             left = [work.future for work in self._works.values() if work.future is not None]
-        concurrent.futures.wait(left)
+        concurrent.futures.wait(left)  # they have been cancelled, and the loop ends those that do not obey
+        if unproved is not None:
+            raise unproved
 
     def __enter__(self: S) -> S:
         return self

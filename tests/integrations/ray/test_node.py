@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
@@ -204,6 +205,34 @@ def test_a_fetch_that_waits_for_its_turn_ends_at_its_deadline(nodes: tuple[Node,
             hasty.fetch("x", offer).result(SECONDS)
     finally:
         hasty.close()
+
+
+def test_an_abort_at_the_moment_of_the_beginning_ends_the_fetch(
+    nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits until the fetch is known, and so refuses no later one."""
+    owner, reader = nodes
+    offer = offered(owner, "x", payload(MIB))
+    ended: list[int] = []
+    submit = reader._thread.submit
+
+    def submit_and_abort(work: Any) -> Any:
+        future = submit(work)
+        aborter = threading.Thread(target=lambda: ended.append(reader.abort("x")))
+        aborter.start()
+        aborter.join(0.05)  # it may not end yet: the fetch is not known
+        aborters.append(aborter)
+        return future
+
+    aborters: list[threading.Thread] = []
+    monkeypatch.setattr(reader._thread, "submit", submit_and_abort)
+    first = reader.fetch("x", offer)
+    monkeypatch.undo()
+    aborters[0].join(SECONDS)
+    wait([first], SECONDS)
+    assert first.done()
+    assert ended in ([0], [1])  # 0: it was over before
+    assert np.array_equal(reader.fetch("x", offer).result(SECONDS)[0], payload(MIB))
 
 
 def test_offers_that_make_no_sense_are_refused(nodes: tuple[Node, Node]) -> None:

@@ -379,3 +379,14 @@ def test_arrays_are_seen_as_torch_tensors(make: Make) -> None:
     assert tensor.tolist() == [[0, 1, 2], [3, 4, 9]]
     assert module.as_torch(tensor) is tensor
     assert isinstance(tensor, torch.Tensor)
+
+
+@pytest.mark.parametrize("version", ["0.32", "0.33"])
+def test_a_vllm_with_another_interface_is_named_in_the_log_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str
+) -> None:
+    """vLLM calls `register` for all its users: an error would end their processes."""
+    stub.install(monkeypatch, version)
+    monkeypatch.setattr(stub.Factory, "register_engine", lambda self, name, *, loader: None)
+    register()
+    assert "does not take aiotransfer" in caplog.text
