@@ -38,7 +38,8 @@ GUARDS = (
         "Ray: an abort waits for the end", NODE, "        wait(fetches, ABORT_SECONDS)\n", "", f"{OF_NODES} {OF_TRANSPORT}",
     ),
     Mutant(
-        "Ray: an abort that overtakes its fetch", NODE, "        if refused:\n", "        if False:\n", OF_NODES,
+        "Ray: an abort that overtakes its fetch", NODE, "            if self._refused.pop(name, 0) is None:\n",
+        "            if False:\n", OF_NODES,
     ),
     Mutant(
         "Ray: a late abort is not for the next fetch", NODE, "if not fetches and name not in self._ended:", "if not fetches:",
