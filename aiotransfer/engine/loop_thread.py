@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from aiotransfer.aio.ratelimit import RateLimit, more
 from aiotransfer.engine.open import open_engine
 from aiotransfer.engine.runtime.runtime import seconds
 from aiotransfer.engine.runtime.unpicklable import Unpicklable
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 END_SECONDS = 5.0  # that tasks have to end when their loop does
 _logger = logging.getLogger("aiotransfer")
+_limit = RateLimit()
 
 
 class Submitted(concurrent.futures.Future[T], Generic[T]):
@@ -241,8 +243,11 @@ async def _end_tasks() -> None:
     end = time.monotonic() + END_SECONDS
     while left := asyncio.all_tasks() - {asyncio.current_task()}:
         if time.monotonic() > end:
-            names = ", ".join(sorted(quote(task.get_coro()) for task in left))
-            _logger.warning("%d tasks did not end within %g s after their cancel: %s", len(left), END_SECONDS, names)
+            left_out = _limit.admit("tasks")
+            if left_out is not None:
+                text = "%d tasks did not end within %g s after their cancel: %s%s"
+                names = ", ".join(sorted(quote(task.get_coro()) for task in left))
+                _logger.warning(text, len(left), END_SECONDS, names, more(left_out))
             return
         for task in left:
             task.cancel()

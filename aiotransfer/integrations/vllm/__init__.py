@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import logging
 
+from aiotransfer.aio.ratelimit import RateLimit, more
+
 __all__ = ["BACKEND", "register"]
 
 BACKEND = "aiotransfer"  # what users type
+_logger = logging.getLogger("aiotransfer")
+_limit = RateLimit()
 
 
 def register() -> None:
@@ -34,4 +38,6 @@ def register() -> None:
             trainer=(f"{classes}.trainer", "AioTransferTrainerWeightTransferEngine"),
         )
     except Exception as error:
-        logging.getLogger("aiotransfer").warning("the weight transfer of this vLLM does not take aiotransfer: %r", error)
+        left_out = _limit.admit("register")
+        if left_out is not None:
+            _logger.warning("the weight transfer of this vLLM does not take aiotransfer: %r%s", error, more(left_out))
