@@ -37,7 +37,7 @@ MAY_IMPORT = {  # folder: the folders beneath it
     "weights": {"aio", "model", "core", "engine", "providers", "telemetry"},
     "testing": {"model", "core", "providers", "control", "engine"},
     "bench": {PACKAGE_ITSELF, "engine", "moe", "providers", "testing"},
-    "integrations": {PACKAGE_ITSELF, "providers", "rendezvous", "kv", "weights"},
+    "integrations": {PACKAGE_ITSELF, "aio", "providers", "rendezvous", "kv", "weights"},
     "cli": {PACKAGE_ITSELF, "bench", "model", "core", "providers", "control", "engine", "weights", "testing"},
 }
 ROOMS: dict[str, dict[str, set[str]]] = {  # by folder: each room, and those beneath it; "" is the folder itself, else above all
