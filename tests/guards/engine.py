@@ -296,11 +296,6 @@ GUARDS = (
         "timeout=max(0.0, end - time.monotonic())", "timeout=None", "tests/engine/test_submit.py",
     ),
     Mutant(
-        "threads: what the end of a loop overtakes is told", "aiotransfer/engine/loop_thread.py",
-        "            for future in list(self._submitted):\n                future._abandon()\n", "",
-        "tests/engine/test_submit.py",
-    ),
-    Mutant(
         "threads: a loop that ends by an error ends its tasks", "aiotransfer/engine/loop_thread.py",
         "                self._loop.run_until_complete(self._end())\n", "", "tests/engine/test_submit.py",
     ),

@@ -431,6 +431,6 @@ GUARDS = (
     ),
     Mutant(
         "kv: what was given up is refused when it is asked for", "aiotransfer/kv/threads/prefiller_thread.py",
-        "        if id in self._given_up:\n", "        if False:\n", "tests/kv/threads/test_requests.py",
+        "        if given_up:\n", "        if False:\n", "tests/kv/threads/test_requests.py",
     ),
 )

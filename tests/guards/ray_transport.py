@@ -18,7 +18,7 @@ GUARDS = (
     ),
     Mutant(
         "submit: closing ends what runs", THREAD,
-        "            self._loop.run_until_complete(_end_tasks())  #", "            #", "tests/engine/test_submit.py",
+        "        await _end_tasks()  #", "        #", "tests/engine/test_submit.py",
     ),
     Mutant(
         "submit: the futures of a closed loop", THREAD, "                future._abandon()\n", "                pass\n",
