@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import contextlib
 import logging
@@ -122,6 +123,9 @@ class EngineThread(Unpicklable):
         except BaseException:  # also Ctrl-C: no thread stays behind without an owner
             self._stop()
             raise
+        # A thread that the end of the interpreter takes while uvloop runs in it can crash the process. Registered
+        # after the engine was made, so that its finaliser comes later: exit handlers run in reverse order.
+        atexit.register(self._end_at_exit)
 
     def _main(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -221,8 +225,17 @@ class EngineThread(Unpicklable):
         finally:
             self._stop()
 
+    def _end_at_exit(self) -> None:
+        """The interpreter ends and the thread was not closed: its loop ends, and the engine's finaliser does the rest."""
+        if os.getpid() == self._process and not self._closed:
+            self._closing = self._closed = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(2 * END_SECONDS)
+
     def _stop(self) -> None:
         self._closed = True
+        atexit.unregister(self._end_at_exit)
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

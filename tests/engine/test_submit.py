@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -266,3 +268,16 @@ def test_a_call_that_the_end_of_the_loop_overtakes_is_told() -> None:
     host.close()
     caller.join(SECONDS)
     assert raised
+
+
+def test_a_thread_that_is_forgotten_has_ended_when_the_interpreter_ends() -> None:
+    """Else the end of the interpreter takes it in the middle of a step, which uvloop may not survive."""
+    script = (
+        "import atexit, asyncio, aiotransfer as at\n"
+        "atexit.register(lambda: print('alive:', host._thread.is_alive(), 'done:', future.done()))  # comes after ours\n"
+        "host = at.run_in_thread(providers='loopback')\n"
+        "future = host.submit(asyncio.sleep(60))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "alive: False done: True\n"), done.stderr
+    assert "Traceback" not in done.stderr

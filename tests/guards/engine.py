@@ -299,4 +299,8 @@ GUARDS = (
         "threads: a loop that ends by an error ends its tasks", "aiotransfer/engine/loop_thread.py",
         "                self._loop.run_until_complete(self._end())\n", "", "tests/engine/test_submit.py",
     ),
+    Mutant(
+        "threads: a forgotten loop ends before the interpreter", "aiotransfer/engine/loop_thread.py",
+        "        atexit.register(self._end_at_exit)\n", "", "tests/engine/test_submit.py",
+    ),
 )  # fmt: skip
