@@ -181,6 +181,8 @@ def test_every_byte_of_a_request_is_written_once_and_no_other(case: Case, data: 
             first = first_token(case, layer)
             for plan in plans:
                 past = past_token(case, plan) if case.end > first else first
+                if case.decode.deal.way != case.prefill.deal.way and not plan.prefill.deal.has(np.array([case.end - 1])).all():
+                    past = min(past, case.end)  # the last block is another prefill rank's, whose blocks may be shorter
                 if layer in plan.layers:
                     fill(decode, expected, there, cache, first, past, range(layer, layer + 1), plan.heads)
     assert np.array_equal(target, expected)
