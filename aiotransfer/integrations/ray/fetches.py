@@ -172,7 +172,7 @@ class Fetches:
     def _dialled(self, address: str, dial: asyncio.Task[at.Peer]) -> None:
         del self._dials[address]
         if not dial.cancelled():
-            dial.exception()  # whoever waited has it
+            dial.exception()  # the fetches that waited have it
 
     async def _read(self, reads: Sequence[tuple[at.RemoteRegion, Any]], posted: list[at.Transfer], seconds: float) -> None:
         """Do all of `reads`, and add to `posted` what was posted. When it ends, all of that has ended."""

@@ -130,7 +130,7 @@ class AioTransport(TensorTransportManager):  # type: ignore[misc]
     # ---- the process that wants it ----
 
     def get_communicator_metadata(self, src_actor: Any, dst_actor: Any, backend: str | None = None) -> AioCommunicator:
-        """Nothing needs to be agreed on, whoever `src_actor` and `dst_actor` are and whatever `backend`
+        """Nothing needs to be agreed on, for any `src_actor` and `dst_actor`, and whatever `backend`
         is."""
         return AioCommunicator()
 
